@@ -69,12 +69,12 @@ def write_headers(headers: Mapping[str, str], directory: Path) -> None:
 
 def link(
     compiling: subprocess.Popen[str],
-    kernels: str,
+    kernels: Sequence[str],
     directory: Path,
     entry_points: Sequence[str],
     tables: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Wait for the host's object file, assemble the kernels, and link both into directory/pa.so.
+    """Wait for the host's object file, assemble the kernels' texts, and link all of it into directory/pa.so.
 
     Tables are bytes by the names of symbols at which the host finds them.
 
@@ -85,14 +85,16 @@ def link(
     """
     what = f"the C++ compiler {shlex.join(cxx())}"
     commands.finish(compiling, what, directory / "host.o")
-    assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
-    data = (embedded(name, table, directory) for name, table in (tables or {}).items())
-    assembly.write_text("".join([kernels, *data]))
+    exports, library = directory / "exports.map", directory / "pa.so"
+    data = [embedded(name, table, directory) for name, table in (tables or {}).items()]
+    assembly = {directory / f"kernels{number}.s": text for number, text in enumerate([*kernels, *data])}
+    for path, text in assembly.items():
+        path.write_text(text)
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
         *cxx(),
         str(directory / "host.o"),
-        str(assembly),
+        *map(str, assembly),
         "-shared",
         "-pthread",
         *("-Xlinker", f"--version-script={exports}"),  # -Wl would take the path apart at a comma

@@ -1,4 +1,7 @@
-"""TVM, one thread at a time: its registries and passes are not made for several."""
+"""TVM, one build at a time: its registries are not made for several threads.
+
+What a build compiles in threads of its own are kernels that share nothing (cpu/build.py), by passes that keep nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _turns: dict[int, threading.Lock] = {}
 
 
 def turn() -> threading.Lock:
-    """The lock that lets one thread at a time use TVM, whose registries and passes are not made for several.
+    """The lock that lets one build at a time use TVM.
 
     One for each process: a child of fork() must not wait for a thread that only its parent has.
     """

@@ -32,7 +32,7 @@ def compile_host(directory):
     """A host of one function as a library."""
     directory.mkdir(exist_ok=True)
     with native.compiling_host(HOST, directory) as compiling:
-        return native.link(compiling, KERNELS, directory, ["decode"])
+        return native.link(compiling, [KERNELS], directory, ["decode"])
 
 
 REAL = os.path.realpath(shutil.which("g++"))

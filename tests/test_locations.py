@@ -174,7 +174,7 @@ def test_a_library_is_linked_in_any_directory(tmp_path, monkeypatch, name, figur
     """A version script and an image are named to the linker and to the assembler."""
     directory, image = tmp_path / name, b"an image\0 of a GPU's code"
     directory.mkdir()
-    kernels = KERNELS + native.embedded("pa_kernels_image", image, directory)
+    kernels = [KERNELS, native.embedded("pa_kernels_image", image, directory)]
     host = f'extern "C" const char pa_kernels_image[];\n{HOST}'.replace("return 0", "return pa_kernels_image[3]")
     with native.compiling_host(host, directory) as compiling:
         library = native.link(compiling, kernels, directory, ["decode"])

@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -249,7 +247,199 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 2032, i32 2147481616}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"tvm-alias", !7}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!"branch_weights", i32 4064, i32 2147479584}
+!10 = distinct !{!10, !11}
+!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!13 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor258.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
@@ -630,19 +820,19 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
 for_begin_s.i:                                    ; preds = %if_end249.i
   %indvars.iv.next693.i = add nuw nsw i64 %indvars.iv692.i, 1
   %exitcond698.not.i = icmp eq i64 %indvars.iv.next693.i, %wide.trip.count697.i
-  br i1 %exitcond698.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond698.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv692.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next693.i, %for_begin_s.i ]
   %192 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
   %total289498.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2128, %for_begin_s.i ]
-  %193 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %193 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %193(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %194 = icmp eq ptr %q_tile.i, null
   br i1 %194, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %195 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %195 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc.i = tail call ptr %195(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %196 = icmp eq ptr %acc.i, null
   br i1 %196, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
@@ -650,7 +840,7 @@ if_end.i:                                         ; preds = %for_body_s.i
 if_end2.i:                                        ; preds = %if_end.i
   %197 = add nsw i64 %indvars.iv692.i, %102
   %198 = getelementptr inbounds i32, ptr %context_lens, i64 %197
-  %199 = load i32, ptr %198, align 4, !tbaa !5
+  %199 = load i32, ptr %198, align 4, !tbaa !9
   %200 = mul nsw i64 %197, %q_batch
   %invariant.gep353.i = getelementptr i16, ptr %query, i64 %200
   br label %for_body_ax2_0.i
@@ -659,25 +849,25 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 3
   %gep.i = getelementptr i8, ptr %invariant.gep353.i, i64 %gep.idx.i
-  %201 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
+  %201 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !9
   %202 = zext <4 x i16> %201 to <4 x i32>
   %203 = shl nuw <4 x i32> %202, splat (i32 16)
   %204 = bitcast <4 x i32> %203 to <4 x float>
   %205 = fmul <4 x float> %101, %204
   %206 = getelementptr i16, ptr %gep.i, i64 %q_head
-  %207 = load <4 x i16>, ptr %206, align 2, !tbaa !5
+  %207 = load <4 x i16>, ptr %206, align 2, !tbaa !9
   %208 = zext <4 x i16> %207 to <4 x i32>
   %209 = shl nuw <4 x i32> %208, splat (i32 16)
   %210 = bitcast <4 x i32> %209 to <4 x float>
   %211 = fmul <4 x float> %101, %210
   %212 = getelementptr i8, ptr %gep.i, i64 %.idx771.i
-  %213 = load <4 x i16>, ptr %212, align 2, !tbaa !5
+  %213 = load <4 x i16>, ptr %212, align 2, !tbaa !9
   %214 = zext <4 x i16> %213 to <4 x i32>
   %215 = shl nuw <4 x i32> %214, splat (i32 16)
   %216 = bitcast <4 x i32> %215 to <4 x float>
   %217 = fmul <4 x float> %101, %216
   %218 = getelementptr i8, ptr %gep.i, i64 %.idx772.i
-  %219 = load <4 x i16>, ptr %218, align 2, !tbaa !5
+  %219 = load <4 x i16>, ptr %218, align 2, !tbaa !9
   %220 = zext <4 x i16> %219 to <4 x i32>
   %221 = shl nuw <4 x i32> %220, splat (i32 16)
   %222 = bitcast <4 x i32> %221 to <4 x float>
@@ -689,19 +879,19 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %228 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx773.i = shl nuw nsw i64 %indvars.iv.i, 8
   %229 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx773.i
-  store <4 x float> %228, ptr %229, align 4, !tbaa !5
+  store <4 x float> %228, ptr %229, align 4, !tbaa !9
   %230 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %231 = getelementptr inbounds nuw i8, ptr %229, i64 64
-  store <4 x float> %230, ptr %231, align 4, !tbaa !5
+  store <4 x float> %230, ptr %231, align 4, !tbaa !9
   %232 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %233 = getelementptr inbounds nuw i8, ptr %229, i64 128
-  store <4 x float> %232, ptr %233, align 4, !tbaa !5
+  store <4 x float> %232, ptr %233, align 4, !tbaa !9
   %234 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %235 = getelementptr inbounds nuw i8, ptr %229, i64 192
-  store <4 x float> %234, ptr %235, align 4, !tbaa !5
+  store <4 x float> %234, ptr %235, align 4, !tbaa !9
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !11
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
   %gep354.1.i = getelementptr i8, ptr %invariant.gep353.i, i64 %103
@@ -711,26 +901,26 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
   %236 = shl nuw nsw i64 %indvars.iv.1.i, 2
   %gep.1.i = getelementptr i16, ptr %gep354.1.i, i64 %236
-  %237 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %237 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !9
   %238 = zext <4 x i16> %237 to <4 x i32>
   %239 = shl nuw <4 x i32> %238, splat (i32 16)
   %240 = bitcast <4 x i32> %239 to <4 x float>
   %241 = fmul <4 x float> %101, %240
   %242 = getelementptr i16, ptr %invariant.gep353.i, i64 %236
   %243 = getelementptr i8, ptr %242, i64 %.idx774.i
-  %244 = load <4 x i16>, ptr %243, align 2, !tbaa !5
+  %244 = load <4 x i16>, ptr %243, align 2, !tbaa !9
   %245 = zext <4 x i16> %244 to <4 x i32>
   %246 = shl nuw <4 x i32> %245, splat (i32 16)
   %247 = bitcast <4 x i32> %246 to <4 x float>
   %248 = fmul <4 x float> %101, %247
   %249 = getelementptr i8, ptr %242, i64 %.idx775.i
-  %250 = load <4 x i16>, ptr %249, align 2, !tbaa !5
+  %250 = load <4 x i16>, ptr %249, align 2, !tbaa !9
   %251 = zext <4 x i16> %250 to <4 x i32>
   %252 = shl nuw <4 x i32> %251, splat (i32 16)
   %253 = bitcast <4 x i32> %252 to <4 x float>
   %254 = fmul <4 x float> %101, %253
   %255 = getelementptr i8, ptr %242, i64 %.idx776.i
-  %256 = load <4 x i16>, ptr %255, align 2, !tbaa !5
+  %256 = load <4 x i16>, ptr %255, align 2, !tbaa !9
   %257 = zext <4 x i16> %256 to <4 x i32>
   %258 = shl nuw <4 x i32> %257, splat (i32 16)
   %259 = bitcast <4 x i32> %258 to <4 x float>
@@ -743,19 +933,19 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %.idx777.i = shl nuw nsw i64 %indvars.iv.1.i, 8
   %266 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx777.i
   %267 = getelementptr inbounds nuw i8, ptr %266, i64 16
-  store <4 x float> %265, ptr %267, align 4, !tbaa !5
+  store <4 x float> %265, ptr %267, align 4, !tbaa !9
   %268 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %269 = getelementptr inbounds nuw i8, ptr %266, i64 80
-  store <4 x float> %268, ptr %269, align 4, !tbaa !5
+  store <4 x float> %268, ptr %269, align 4, !tbaa !9
   %270 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %271 = getelementptr inbounds nuw i8, ptr %266, i64 144
-  store <4 x float> %270, ptr %271, align 4, !tbaa !5
+  store <4 x float> %270, ptr %271, align 4, !tbaa !9
   %272 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %273 = getelementptr inbounds nuw i8, ptr %266, i64 208
-  store <4 x float> %272, ptr %273, align 4, !tbaa !5
+  store <4 x float> %272, ptr %273, align 4, !tbaa !9
   %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
   %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
-  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
+  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !11
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
   %gep354.2.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.2.i
@@ -765,26 +955,26 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
   %274 = shl nuw nsw i64 %indvars.iv.2.i, 2
   %gep.2.i = getelementptr i16, ptr %gep354.2.i, i64 %274
-  %275 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %275 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !9
   %276 = zext <4 x i16> %275 to <4 x i32>
   %277 = shl nuw <4 x i32> %276, splat (i32 16)
   %278 = bitcast <4 x i32> %277 to <4 x float>
   %279 = fmul <4 x float> %101, %278
   %280 = getelementptr i16, ptr %invariant.gep353.i, i64 %274
   %281 = getelementptr i8, ptr %280, i64 %.idx778.i
-  %282 = load <4 x i16>, ptr %281, align 2, !tbaa !5
+  %282 = load <4 x i16>, ptr %281, align 2, !tbaa !9
   %283 = zext <4 x i16> %282 to <4 x i32>
   %284 = shl nuw <4 x i32> %283, splat (i32 16)
   %285 = bitcast <4 x i32> %284 to <4 x float>
   %286 = fmul <4 x float> %101, %285
   %287 = getelementptr i8, ptr %280, i64 %.idx779.i
-  %288 = load <4 x i16>, ptr %287, align 2, !tbaa !5
+  %288 = load <4 x i16>, ptr %287, align 2, !tbaa !9
   %289 = zext <4 x i16> %288 to <4 x i32>
   %290 = shl nuw <4 x i32> %289, splat (i32 16)
   %291 = bitcast <4 x i32> %290 to <4 x float>
   %292 = fmul <4 x float> %101, %291
   %293 = getelementptr i8, ptr %280, i64 %.idx780.i
-  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !5
+  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !9
   %295 = zext <4 x i16> %294 to <4 x i32>
   %296 = shl nuw <4 x i32> %295, splat (i32 16)
   %297 = bitcast <4 x i32> %296 to <4 x float>
@@ -797,19 +987,19 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %.idx781.i = shl nuw nsw i64 %indvars.iv.2.i, 8
   %304 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx781.i
   %305 = getelementptr inbounds nuw i8, ptr %304, i64 32
-  store <4 x float> %303, ptr %305, align 4, !tbaa !5
+  store <4 x float> %303, ptr %305, align 4, !tbaa !9
   %306 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %307 = getelementptr inbounds nuw i8, ptr %304, i64 96
-  store <4 x float> %306, ptr %307, align 4, !tbaa !5
+  store <4 x float> %306, ptr %307, align 4, !tbaa !9
   %308 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %309 = getelementptr inbounds nuw i8, ptr %304, i64 160
-  store <4 x float> %308, ptr %309, align 4, !tbaa !5
+  store <4 x float> %308, ptr %309, align 4, !tbaa !9
   %310 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %311 = getelementptr inbounds nuw i8, ptr %304, i64 224
-  store <4 x float> %310, ptr %311, align 4, !tbaa !5
+  store <4 x float> %310, ptr %311, align 4, !tbaa !9
   %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
   %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
-  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
+  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !11
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
   %gep354.3.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.3.i
@@ -819,26 +1009,26 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
   %312 = shl nuw nsw i64 %indvars.iv.3.i, 2
   %gep.3.i = getelementptr i16, ptr %gep354.3.i, i64 %312
-  %313 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %313 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !9
   %314 = zext <4 x i16> %313 to <4 x i32>
   %315 = shl nuw <4 x i32> %314, splat (i32 16)
   %316 = bitcast <4 x i32> %315 to <4 x float>
   %317 = fmul <4 x float> %101, %316
   %318 = getelementptr i16, ptr %invariant.gep353.i, i64 %312
   %319 = getelementptr i8, ptr %318, i64 %.idx782.i
-  %320 = load <4 x i16>, ptr %319, align 2, !tbaa !5
+  %320 = load <4 x i16>, ptr %319, align 2, !tbaa !9
   %321 = zext <4 x i16> %320 to <4 x i32>
   %322 = shl nuw <4 x i32> %321, splat (i32 16)
   %323 = bitcast <4 x i32> %322 to <4 x float>
   %324 = fmul <4 x float> %101, %323
   %325 = getelementptr i8, ptr %318, i64 %.idx783.i
-  %326 = load <4 x i16>, ptr %325, align 2, !tbaa !5
+  %326 = load <4 x i16>, ptr %325, align 2, !tbaa !9
   %327 = zext <4 x i16> %326 to <4 x i32>
   %328 = shl nuw <4 x i32> %327, splat (i32 16)
   %329 = bitcast <4 x i32> %328 to <4 x float>
   %330 = fmul <4 x float> %101, %329
   %331 = getelementptr i8, ptr %318, i64 %.idx784.i
-  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !5
+  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !9
   %333 = zext <4 x i16> %332 to <4 x i32>
   %334 = shl nuw <4 x i32> %333, splat (i32 16)
   %335 = bitcast <4 x i32> %334 to <4 x float>
@@ -851,19 +1041,19 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %.idx785.i = shl nuw nsw i64 %indvars.iv.3.i, 8
   %342 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx785.i
   %343 = getelementptr inbounds nuw i8, ptr %342, i64 48
-  store <4 x float> %341, ptr %343, align 4, !tbaa !5
+  store <4 x float> %341, ptr %343, align 4, !tbaa !9
   %344 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %345 = getelementptr inbounds nuw i8, ptr %342, i64 112
-  store <4 x float> %344, ptr %345, align 4, !tbaa !5
+  store <4 x float> %344, ptr %345, align 4, !tbaa !9
   %346 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %347 = getelementptr inbounds nuw i8, ptr %342, i64 176
-  store <4 x float> %346, ptr %347, align 4, !tbaa !5
+  store <4 x float> %346, ptr %347, align 4, !tbaa !9
   %348 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %349 = getelementptr inbounds nuw i8, ptr %342, i64 240
-  store <4 x float> %348, ptr %349, align 4, !tbaa !5
+  store <4 x float> %348, ptr %349, align 4, !tbaa !9
   %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
   %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
-  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
+  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !11
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %350 = add nsw i32 %199, -1
@@ -898,7 +1088,7 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
 for_begin_step.i:                                 ; preds = %if_end194.i
   %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, %wide.trip.count660.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond661.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond661.not.i, label %for_end_step.i, label %for_body_step.i, !prof !11
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
@@ -907,7 +1097,7 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %indvars.iv657.i140 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next658.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %373 = and i32 %smin, 7
-  %374 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %374 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %key_offsets.i = tail call ptr %374(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %375 = icmp eq ptr %key_offsets.i, null
   br i1 %375, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
@@ -920,191 +1110,191 @@ for_begin_r238.preheader.i:                       ; preds = %for_end_step.i
   %377 = shl nuw nsw i64 %376, 4
   %row_max272.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
-  store float %row_max272.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !5
+  store float %row_max272.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !9
   %row_sum271.sroa.0.0.vec.extract.i = extractelement <16 x float> %2128, i64 0
   %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
-  store float %row_sum271.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !9
   %row_max272.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %380 = or disjoint i64 %377, 1
   %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
-  store float %row_max272.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !5
+  store float %row_max272.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !9
   %row_sum271.sroa.0.4.vec.extract.i = extractelement <16 x float> %2128, i64 1
   %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
-  store float %row_sum271.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !9
   %row_max272.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %383 = or disjoint i64 %377, 2
   %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
-  store float %row_max272.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !5
+  store float %row_max272.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !9
   %row_sum271.sroa.0.8.vec.extract.i = extractelement <16 x float> %2128, i64 2
   %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
-  store float %row_sum271.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !9
   %row_max272.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %386 = or disjoint i64 %377, 3
   %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
-  store float %row_max272.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !5
+  store float %row_max272.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !9
   %row_sum271.sroa.0.12.vec.extract.i = extractelement <16 x float> %2128, i64 3
   %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
-  store float %row_sum271.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !9
   %row_max272.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %389 = or disjoint i64 %377, 4
   %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
-  store float %row_max272.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !5
+  store float %row_max272.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !9
   %row_sum271.sroa.0.16.vec.extract.i = extractelement <16 x float> %2128, i64 4
   %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
-  store float %row_sum271.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !9
   %row_max272.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %392 = or disjoint i64 %377, 5
   %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
-  store float %row_max272.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !5
+  store float %row_max272.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !9
   %row_sum271.sroa.0.20.vec.extract.i = extractelement <16 x float> %2128, i64 5
   %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
-  store float %row_sum271.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !9
   %row_max272.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %395 = or disjoint i64 %377, 6
   %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
-  store float %row_max272.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !5
+  store float %row_max272.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !9
   %row_sum271.sroa.0.24.vec.extract.i = extractelement <16 x float> %2128, i64 6
   %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
-  store float %row_sum271.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !9
   %row_max272.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %398 = or disjoint i64 %377, 7
   %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
-  store float %row_max272.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !5
+  store float %row_max272.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !9
   %row_sum271.sroa.0.28.vec.extract.i = extractelement <16 x float> %2128, i64 7
   %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
-  store float %row_sum271.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !9
   %row_max272.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %401 = or disjoint i64 %377, 8
   %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
-  store float %row_max272.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !5
+  store float %row_max272.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !9
   %row_sum271.sroa.0.32.vec.extract.i = extractelement <16 x float> %2128, i64 8
   %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
-  store float %row_sum271.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !9
   %row_max272.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %404 = or disjoint i64 %377, 9
   %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
-  store float %row_max272.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !5
+  store float %row_max272.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !9
   %row_sum271.sroa.0.36.vec.extract.i = extractelement <16 x float> %2128, i64 9
   %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
-  store float %row_sum271.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !9
   %row_max272.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %407 = or disjoint i64 %377, 10
   %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
-  store float %row_max272.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !5
+  store float %row_max272.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !9
   %row_sum271.sroa.0.40.vec.extract.i = extractelement <16 x float> %2128, i64 10
   %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
-  store float %row_sum271.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !9
   %row_max272.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %410 = or disjoint i64 %377, 11
   %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
-  store float %row_max272.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !5
+  store float %row_max272.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !9
   %row_sum271.sroa.0.44.vec.extract.i = extractelement <16 x float> %2128, i64 11
   %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
-  store float %row_sum271.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !9
   %row_max272.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %413 = or disjoint i64 %377, 12
   %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
-  store float %row_max272.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !5
+  store float %row_max272.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !9
   %row_sum271.sroa.0.48.vec.extract.i = extractelement <16 x float> %2128, i64 12
   %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
-  store float %row_sum271.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !9
   %row_max272.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %416 = or disjoint i64 %377, 13
   %417 = getelementptr inbounds nuw float, ptr %partial_max, i64 %416
-  store float %row_max272.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !5
+  store float %row_max272.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !9
   %row_sum271.sroa.0.52.vec.extract.i = extractelement <16 x float> %2128, i64 13
   %418 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %416
-  store float %row_sum271.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !9
   %row_max272.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %419 = or disjoint i64 %377, 14
   %420 = getelementptr inbounds nuw float, ptr %partial_max, i64 %419
-  store float %row_max272.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !5
+  store float %row_max272.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !9
   %row_sum271.sroa.0.56.vec.extract.i = extractelement <16 x float> %2128, i64 14
   %421 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %419
-  store float %row_sum271.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !9
   %row_max272.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %422 = or disjoint i64 %377, 15
   %423 = getelementptr inbounds nuw float, ptr %partial_max, i64 %422
-  store float %row_max272.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !5
+  store float %row_max272.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !9
   %row_sum271.sroa.0.60.vec.extract.i = extractelement <16 x float> %2128, i64 15
   %424 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %422
-  store float %row_sum271.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !5
+  store float %row_sum271.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !9
   %.idx.i = shl nuw nsw i64 %376, 13
   %425 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
   %scevgep638 = getelementptr i8, ptr %acc.i, i64 8132
   %bound0639 = icmp ult ptr %scevgep636, %scevgep638
   %bound1640 = icmp ult ptr %acc.i, %scevgep637
   %found.conflict641 = and i1 %bound0639, %bound1640
-  br i1 %found.conflict641, label %for_body_d.i, label %vector.body644, !prof !17
+  br i1 %found.conflict641, label %for_body_d.i, label %vector.body644, !prof !12
 
 vector.body644:                                   ; preds = %for_begin_r238.preheader.i
   %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %428 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %429 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather650 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather651 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather653 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather651 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather653 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
   %430 = getelementptr inbounds nuw i8, ptr %425, i64 32
   %431 = getelementptr inbounds nuw i8, ptr %425, i64 64
   %432 = getelementptr inbounds nuw i8, ptr %425, i64 96
-  store <8 x float> %wide.masked.gather650, ptr %425, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather651, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather652, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather653, ptr %432, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650, ptr %425, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather651, ptr %430, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather652, ptr %431, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather653, ptr %432, align 4, !tbaa !9, !alias.scope !16, !noalias !13
   %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather650.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather651.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather653.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather651.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather653.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
   %437 = getelementptr inbounds nuw i8, ptr %425, i64 128
   %438 = getelementptr inbounds nuw i8, ptr %425, i64 160
   %439 = getelementptr inbounds nuw i8, ptr %425, i64 192
   %440 = getelementptr inbounds nuw i8, ptr %425, i64 224
-  store <8 x float> %wide.masked.gather650.1, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather651.1, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather652.1, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather653.1, ptr %440, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.1, ptr %437, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather651.1, ptr %438, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather652.1, ptr %439, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather653.1, ptr %440, align 4, !tbaa !9, !alias.scope !16, !noalias !13
   %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather650.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather651.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather653.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather651.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather653.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
   %445 = getelementptr inbounds nuw i8, ptr %425, i64 256
   %446 = getelementptr inbounds nuw i8, ptr %425, i64 288
   %447 = getelementptr inbounds nuw i8, ptr %425, i64 320
   %448 = getelementptr inbounds nuw i8, ptr %425, i64 352
-  store <8 x float> %wide.masked.gather650.2, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather651.2, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather652.2, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather653.2, ptr %448, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.2, ptr %445, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather651.2, ptr %446, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather652.2, ptr %447, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather653.2, ptr %448, align 4, !tbaa !9, !alias.scope !16, !noalias !13
   %449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather650.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather651.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather653.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather650.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather651.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
+  %wide.masked.gather653.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
   %453 = getelementptr inbounds nuw i8, ptr %425, i64 384
   %454 = getelementptr inbounds nuw i8, ptr %425, i64 416
   %455 = getelementptr inbounds nuw i8, ptr %425, i64 448
   %456 = getelementptr inbounds nuw i8, ptr %425, i64 480
-  store <8 x float> %wide.masked.gather650.3, ptr %453, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather651.3, ptr %454, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather652.3, ptr %455, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather653.3, ptr %456, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather650.3, ptr %453, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather651.3, ptr %454, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather652.3, ptr %455, align 4, !tbaa !9, !alias.scope !16, !noalias !13
+  store <8 x float> %wide.masked.gather653.3, ptr %456, align 4, !tbaa !9, !alias.scope !16, !noalias !13
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
-  %457 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %457 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %value_offsets.i = tail call ptr %457(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %458 = icmp eq ptr %value_offsets.i, null
   br i1 %458, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
@@ -1124,7 +1314,7 @@ if_end30.i:                                       ; preds = %if_end27.i
   br i1 %468, label %for_body_t.lr.ph.i, label %for_end_t36.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end30.i
-  %row_start.i = load i32, ptr %361, align 4, !tbaa !5
+  %row_start.i = load i32, ptr %361, align 4, !tbaa !9
   %469 = add nuw nsw i64 %459, %112
   %470 = sext i32 %row_start.i to i64
   %invariant.gep358.i = getelementptr i32, ptr %invariant.gep.i, i64 %470
@@ -1139,14 +1329,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %474 = sext i32 %473 to i64
   %475 = ashr i64 %474, 7
   %gep359.i = getelementptr i32, ptr %invariant.gep358.i, i64 %475
-  %476 = load i32, ptr %gep359.i, align 4, !tbaa !5
+  %476 = load i32, ptr %gep359.i, align 4, !tbaa !9
   %block.i = sext i32 %476 to i64
   %477 = and i64 %474, 127
   %478 = mul nsw i64 %477, %k_row
   %479 = mul nsw i64 %k_block, %block.i
   %480 = add nsw i64 %478, %479
   %481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv549.i
-  store i64 %480, ptr %481, align 8, !tbaa !5
+  store i64 %480, ptr %481, align 8, !tbaa !9
   %indvars.iv.next550.i = or disjoint i64 %indvars.iv549.i, 1
   %482 = add nuw nsw i64 %indvars.iv.next550.i, %469
   %483 = trunc i64 %482 to i32
@@ -1154,20 +1344,20 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %485 = sext i32 %484 to i64
   %486 = ashr i64 %485, 7
   %gep359.i.1 = getelementptr i32, ptr %invariant.gep358.i, i64 %486
-  %487 = load i32, ptr %gep359.i.1, align 4, !tbaa !5
+  %487 = load i32, ptr %gep359.i.1, align 4, !tbaa !9
   %block.i.1 = sext i32 %487 to i64
   %488 = and i64 %485, 127
   %489 = mul nsw i64 %488, %k_row
   %490 = mul nsw i64 %k_block, %block.i.1
   %491 = add nsw i64 %489, %490
   %492 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next550.i
-  store i64 %491, ptr %492, align 8, !tbaa !5
+  store i64 %491, ptr %492, align 8, !tbaa !9
   %indvars.iv.next550.i.1 = add nuw nsw i64 %indvars.iv549.i, 2
   %exitcond552.not.i.1 = icmp eq i64 %indvars.iv.next550.i.1, %wide.trip.count.i
-  br i1 %exitcond552.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  br i1 %exitcond552.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !18
 
 for_body_t35.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start33.i = load i32, ptr %361, align 4, !tbaa !5
+  %row_start33.i = load i32, ptr %361, align 4, !tbaa !9
   %493 = sext i32 %row_start33.i to i64
   %invariant.gep363.i = getelementptr i32, ptr %invariant.gep.i, i64 %493
   br label %for_body_t35.i
@@ -1180,14 +1370,14 @@ for_body_t35.i:                                   ; preds = %for_body_t35.i, %fo
   %497 = sext i32 %496 to i64
   %498 = ashr i64 %497, 7
   %gep364.i = getelementptr i32, ptr %invariant.gep363.i, i64 %498
-  %499 = load i32, ptr %gep364.i, align 4, !tbaa !5
+  %499 = load i32, ptr %gep364.i, align 4, !tbaa !9
   %block42.i = sext i32 %499 to i64
   %500 = and i64 %497, 127
   %501 = mul nsw i64 %500, %v_row
   %502 = mul nsw i64 %v_block, %block42.i
   %503 = add nsw i64 %501, %502
   %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv553.i
-  store i64 %503, ptr %504, align 8, !tbaa !5
+  store i64 %503, ptr %504, align 8, !tbaa !9
   %indvars.iv.next554.i = or disjoint i64 %indvars.iv553.i, 1
   %505 = add nuw nsw i64 %indvars.iv.next554.i, %469
   %506 = trunc i64 %505 to i32
@@ -1195,26 +1385,26 @@ for_body_t35.i:                                   ; preds = %for_body_t35.i, %fo
   %508 = sext i32 %507 to i64
   %509 = ashr i64 %508, 7
   %gep364.i.1 = getelementptr i32, ptr %invariant.gep363.i, i64 %509
-  %510 = load i32, ptr %gep364.i.1, align 4, !tbaa !5
+  %510 = load i32, ptr %gep364.i.1, align 4, !tbaa !9
   %block42.i.1 = sext i32 %510 to i64
   %511 = and i64 %508, 127
   %512 = mul nsw i64 %511, %v_row
   %513 = mul nsw i64 %v_block, %block42.i.1
   %514 = add nsw i64 %512, %513
   %515 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next554.i
-  store i64 %514, ptr %515, align 8, !tbaa !5
+  store i64 %514, ptr %515, align 8, !tbaa !9
   %indvars.iv.next554.i.1 = add nuw nsw i64 %indvars.iv553.i, 2
   %exitcond557.not.i.1 = icmp eq i64 %indvars.iv.next554.i.1, %wide.trip.count.i
-  br i1 %exitcond557.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !13, !llvm.loop !25
+  br i1 %exitcond557.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !4, !llvm.loop !20
 
 for_end_t36.i:                                    ; preds = %for_body_t35.i, %if_end30.i
-  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %k_tile.i = tail call ptr %516(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %517 = icmp eq ptr %k_tile.i, null
   br i1 %517, label %fused_decode_compute_.exit, label %if_end46.i, !prof !8
 
 if_end46.i:                                       ; preds = %for_end_t36.i
-  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %v_tile.i = tail call ptr %518(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %519 = icmp eq ptr %v_tile.i, null
   br i1 %519, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
@@ -1231,906 +1421,906 @@ for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.prehea
   %indvars.iv562.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next563.i, %for_begin_ti.preheader.i ]
   %.idx = shl nsw i64 %indvars.iv562.i, 6
   %521 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %522 = load i64, ptr %521, align 8, !tbaa !5
+  %522 = load i64, ptr %521, align 8, !tbaa !9
   %523 = getelementptr inbounds i32, ptr %key_cache, i64 %522
-  %524 = load <16 x i32>, ptr %523, align 4, !tbaa !5
+  %524 = load <16 x i32>, ptr %523, align 4, !tbaa !9
   %525 = shl <16 x i32> %524, splat (i32 16)
   %.idx65 = shl nsw i64 %indvars.iv562.i, 12
   %526 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx65
-  store <16 x i32> %525, ptr %526, align 4, !tbaa !5
-  %527 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %525, ptr %526, align 4, !tbaa !9
+  %527 = load i64, ptr %521, align 8, !tbaa !9
   %528 = getelementptr inbounds i32, ptr %key_cache, i64 %527
-  %529 = load <16 x i32>, ptr %528, align 4, !tbaa !5
+  %529 = load <16 x i32>, ptr %528, align 4, !tbaa !9
   %530 = and <16 x i32> %529, %107
   %531 = getelementptr inbounds nuw i8, ptr %526, i64 64
-  store <16 x i32> %530, ptr %531, align 4, !tbaa !5
-  %532 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %530, ptr %531, align 4, !tbaa !9
+  %532 = load i64, ptr %521, align 8, !tbaa !9
   %533 = getelementptr i32, ptr %key_cache, i64 %532
   %534 = getelementptr i8, ptr %533, i64 64
-  %535 = load <16 x i32>, ptr %534, align 4, !tbaa !5
+  %535 = load <16 x i32>, ptr %534, align 4, !tbaa !9
   %536 = shl <16 x i32> %535, splat (i32 16)
   %537 = getelementptr inbounds nuw i8, ptr %526, i64 128
-  store <16 x i32> %536, ptr %537, align 4, !tbaa !5
-  %538 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %536, ptr %537, align 4, !tbaa !9
+  %538 = load i64, ptr %521, align 8, !tbaa !9
   %539 = getelementptr i32, ptr %key_cache, i64 %538
   %540 = getelementptr i8, ptr %539, i64 64
-  %541 = load <16 x i32>, ptr %540, align 4, !tbaa !5
+  %541 = load <16 x i32>, ptr %540, align 4, !tbaa !9
   %542 = and <16 x i32> %541, %107
   %543 = getelementptr inbounds nuw i8, ptr %526, i64 192
-  store <16 x i32> %542, ptr %543, align 4, !tbaa !5
-  %544 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %542, ptr %543, align 4, !tbaa !9
+  %544 = load i64, ptr %521, align 8, !tbaa !9
   %545 = getelementptr i32, ptr %key_cache, i64 %544
   %546 = getelementptr i8, ptr %545, i64 128
-  %547 = load <16 x i32>, ptr %546, align 4, !tbaa !5
+  %547 = load <16 x i32>, ptr %546, align 4, !tbaa !9
   %548 = shl <16 x i32> %547, splat (i32 16)
   %549 = getelementptr inbounds nuw i8, ptr %526, i64 256
-  store <16 x i32> %548, ptr %549, align 4, !tbaa !5
-  %550 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %548, ptr %549, align 4, !tbaa !9
+  %550 = load i64, ptr %521, align 8, !tbaa !9
   %551 = getelementptr i32, ptr %key_cache, i64 %550
   %552 = getelementptr i8, ptr %551, i64 128
-  %553 = load <16 x i32>, ptr %552, align 4, !tbaa !5
+  %553 = load <16 x i32>, ptr %552, align 4, !tbaa !9
   %554 = and <16 x i32> %553, %107
   %555 = getelementptr inbounds nuw i8, ptr %526, i64 320
-  store <16 x i32> %554, ptr %555, align 4, !tbaa !5
-  %556 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %554, ptr %555, align 4, !tbaa !9
+  %556 = load i64, ptr %521, align 8, !tbaa !9
   %557 = getelementptr i32, ptr %key_cache, i64 %556
   %558 = getelementptr i8, ptr %557, i64 192
-  %559 = load <16 x i32>, ptr %558, align 4, !tbaa !5
+  %559 = load <16 x i32>, ptr %558, align 4, !tbaa !9
   %560 = shl <16 x i32> %559, splat (i32 16)
   %561 = getelementptr inbounds nuw i8, ptr %526, i64 384
-  store <16 x i32> %560, ptr %561, align 4, !tbaa !5
-  %562 = load i64, ptr %521, align 8, !tbaa !5
+  store <16 x i32> %560, ptr %561, align 4, !tbaa !9
+  %562 = load i64, ptr %521, align 8, !tbaa !9
   %563 = getelementptr i32, ptr %key_cache, i64 %562
   %564 = getelementptr i8, ptr %563, i64 192
-  %565 = load <16 x i32>, ptr %564, align 4, !tbaa !5
+  %565 = load <16 x i32>, ptr %564, align 4, !tbaa !9
   %566 = and <16 x i32> %565, %107
   %567 = getelementptr inbounds nuw i8, ptr %526, i64 448
-  store <16 x i32> %566, ptr %567, align 4, !tbaa !5
+  store <16 x i32> %566, ptr %567, align 4, !tbaa !9
   %568 = getelementptr inbounds nuw i8, ptr %521, i64 8
-  %569 = load i64, ptr %568, align 8, !tbaa !5
+  %569 = load i64, ptr %568, align 8, !tbaa !9
   %570 = getelementptr inbounds i32, ptr %key_cache, i64 %569
-  %571 = load <16 x i32>, ptr %570, align 4, !tbaa !5
+  %571 = load <16 x i32>, ptr %570, align 4, !tbaa !9
   %572 = shl <16 x i32> %571, splat (i32 16)
   %573 = getelementptr inbounds nuw i8, ptr %526, i64 512
-  store <16 x i32> %572, ptr %573, align 4, !tbaa !5
-  %574 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %572, ptr %573, align 4, !tbaa !9
+  %574 = load i64, ptr %568, align 8, !tbaa !9
   %575 = getelementptr inbounds i32, ptr %key_cache, i64 %574
-  %576 = load <16 x i32>, ptr %575, align 4, !tbaa !5
+  %576 = load <16 x i32>, ptr %575, align 4, !tbaa !9
   %577 = and <16 x i32> %576, %107
   %578 = getelementptr inbounds nuw i8, ptr %526, i64 576
-  store <16 x i32> %577, ptr %578, align 4, !tbaa !5
-  %579 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %577, ptr %578, align 4, !tbaa !9
+  %579 = load i64, ptr %568, align 8, !tbaa !9
   %580 = getelementptr i32, ptr %key_cache, i64 %579
   %581 = getelementptr i8, ptr %580, i64 64
-  %582 = load <16 x i32>, ptr %581, align 4, !tbaa !5
+  %582 = load <16 x i32>, ptr %581, align 4, !tbaa !9
   %583 = shl <16 x i32> %582, splat (i32 16)
   %584 = getelementptr inbounds nuw i8, ptr %526, i64 640
-  store <16 x i32> %583, ptr %584, align 4, !tbaa !5
-  %585 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %583, ptr %584, align 4, !tbaa !9
+  %585 = load i64, ptr %568, align 8, !tbaa !9
   %586 = getelementptr i32, ptr %key_cache, i64 %585
   %587 = getelementptr i8, ptr %586, i64 64
-  %588 = load <16 x i32>, ptr %587, align 4, !tbaa !5
+  %588 = load <16 x i32>, ptr %587, align 4, !tbaa !9
   %589 = and <16 x i32> %588, %107
   %590 = getelementptr inbounds nuw i8, ptr %526, i64 704
-  store <16 x i32> %589, ptr %590, align 4, !tbaa !5
-  %591 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %589, ptr %590, align 4, !tbaa !9
+  %591 = load i64, ptr %568, align 8, !tbaa !9
   %592 = getelementptr i32, ptr %key_cache, i64 %591
   %593 = getelementptr i8, ptr %592, i64 128
-  %594 = load <16 x i32>, ptr %593, align 4, !tbaa !5
+  %594 = load <16 x i32>, ptr %593, align 4, !tbaa !9
   %595 = shl <16 x i32> %594, splat (i32 16)
   %596 = getelementptr inbounds nuw i8, ptr %526, i64 768
-  store <16 x i32> %595, ptr %596, align 4, !tbaa !5
-  %597 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %595, ptr %596, align 4, !tbaa !9
+  %597 = load i64, ptr %568, align 8, !tbaa !9
   %598 = getelementptr i32, ptr %key_cache, i64 %597
   %599 = getelementptr i8, ptr %598, i64 128
-  %600 = load <16 x i32>, ptr %599, align 4, !tbaa !5
+  %600 = load <16 x i32>, ptr %599, align 4, !tbaa !9
   %601 = and <16 x i32> %600, %107
   %602 = getelementptr inbounds nuw i8, ptr %526, i64 832
-  store <16 x i32> %601, ptr %602, align 4, !tbaa !5
-  %603 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %601, ptr %602, align 4, !tbaa !9
+  %603 = load i64, ptr %568, align 8, !tbaa !9
   %604 = getelementptr i32, ptr %key_cache, i64 %603
   %605 = getelementptr i8, ptr %604, i64 192
-  %606 = load <16 x i32>, ptr %605, align 4, !tbaa !5
+  %606 = load <16 x i32>, ptr %605, align 4, !tbaa !9
   %607 = shl <16 x i32> %606, splat (i32 16)
   %608 = getelementptr inbounds nuw i8, ptr %526, i64 896
-  store <16 x i32> %607, ptr %608, align 4, !tbaa !5
-  %609 = load i64, ptr %568, align 8, !tbaa !5
+  store <16 x i32> %607, ptr %608, align 4, !tbaa !9
+  %609 = load i64, ptr %568, align 8, !tbaa !9
   %610 = getelementptr i32, ptr %key_cache, i64 %609
   %611 = getelementptr i8, ptr %610, i64 192
-  %612 = load <16 x i32>, ptr %611, align 4, !tbaa !5
+  %612 = load <16 x i32>, ptr %611, align 4, !tbaa !9
   %613 = and <16 x i32> %612, %107
   %614 = getelementptr inbounds nuw i8, ptr %526, i64 960
-  store <16 x i32> %613, ptr %614, align 4, !tbaa !5
+  store <16 x i32> %613, ptr %614, align 4, !tbaa !9
   %615 = getelementptr inbounds nuw i8, ptr %521, i64 16
-  %616 = load i64, ptr %615, align 8, !tbaa !5
+  %616 = load i64, ptr %615, align 8, !tbaa !9
   %617 = getelementptr inbounds i32, ptr %key_cache, i64 %616
-  %618 = load <16 x i32>, ptr %617, align 4, !tbaa !5
+  %618 = load <16 x i32>, ptr %617, align 4, !tbaa !9
   %619 = shl <16 x i32> %618, splat (i32 16)
   %620 = getelementptr inbounds nuw i8, ptr %526, i64 1024
-  store <16 x i32> %619, ptr %620, align 4, !tbaa !5
-  %621 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %619, ptr %620, align 4, !tbaa !9
+  %621 = load i64, ptr %615, align 8, !tbaa !9
   %622 = getelementptr inbounds i32, ptr %key_cache, i64 %621
-  %623 = load <16 x i32>, ptr %622, align 4, !tbaa !5
+  %623 = load <16 x i32>, ptr %622, align 4, !tbaa !9
   %624 = and <16 x i32> %623, %107
   %625 = getelementptr inbounds nuw i8, ptr %526, i64 1088
-  store <16 x i32> %624, ptr %625, align 4, !tbaa !5
-  %626 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %624, ptr %625, align 4, !tbaa !9
+  %626 = load i64, ptr %615, align 8, !tbaa !9
   %627 = getelementptr i32, ptr %key_cache, i64 %626
   %628 = getelementptr i8, ptr %627, i64 64
-  %629 = load <16 x i32>, ptr %628, align 4, !tbaa !5
+  %629 = load <16 x i32>, ptr %628, align 4, !tbaa !9
   %630 = shl <16 x i32> %629, splat (i32 16)
   %631 = getelementptr inbounds nuw i8, ptr %526, i64 1152
-  store <16 x i32> %630, ptr %631, align 4, !tbaa !5
-  %632 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %630, ptr %631, align 4, !tbaa !9
+  %632 = load i64, ptr %615, align 8, !tbaa !9
   %633 = getelementptr i32, ptr %key_cache, i64 %632
   %634 = getelementptr i8, ptr %633, i64 64
-  %635 = load <16 x i32>, ptr %634, align 4, !tbaa !5
+  %635 = load <16 x i32>, ptr %634, align 4, !tbaa !9
   %636 = and <16 x i32> %635, %107
   %637 = getelementptr inbounds nuw i8, ptr %526, i64 1216
-  store <16 x i32> %636, ptr %637, align 4, !tbaa !5
-  %638 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %636, ptr %637, align 4, !tbaa !9
+  %638 = load i64, ptr %615, align 8, !tbaa !9
   %639 = getelementptr i32, ptr %key_cache, i64 %638
   %640 = getelementptr i8, ptr %639, i64 128
-  %641 = load <16 x i32>, ptr %640, align 4, !tbaa !5
+  %641 = load <16 x i32>, ptr %640, align 4, !tbaa !9
   %642 = shl <16 x i32> %641, splat (i32 16)
   %643 = getelementptr inbounds nuw i8, ptr %526, i64 1280
-  store <16 x i32> %642, ptr %643, align 4, !tbaa !5
-  %644 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %642, ptr %643, align 4, !tbaa !9
+  %644 = load i64, ptr %615, align 8, !tbaa !9
   %645 = getelementptr i32, ptr %key_cache, i64 %644
   %646 = getelementptr i8, ptr %645, i64 128
-  %647 = load <16 x i32>, ptr %646, align 4, !tbaa !5
+  %647 = load <16 x i32>, ptr %646, align 4, !tbaa !9
   %648 = and <16 x i32> %647, %107
   %649 = getelementptr inbounds nuw i8, ptr %526, i64 1344
-  store <16 x i32> %648, ptr %649, align 4, !tbaa !5
-  %650 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %648, ptr %649, align 4, !tbaa !9
+  %650 = load i64, ptr %615, align 8, !tbaa !9
   %651 = getelementptr i32, ptr %key_cache, i64 %650
   %652 = getelementptr i8, ptr %651, i64 192
-  %653 = load <16 x i32>, ptr %652, align 4, !tbaa !5
+  %653 = load <16 x i32>, ptr %652, align 4, !tbaa !9
   %654 = shl <16 x i32> %653, splat (i32 16)
   %655 = getelementptr inbounds nuw i8, ptr %526, i64 1408
-  store <16 x i32> %654, ptr %655, align 4, !tbaa !5
-  %656 = load i64, ptr %615, align 8, !tbaa !5
+  store <16 x i32> %654, ptr %655, align 4, !tbaa !9
+  %656 = load i64, ptr %615, align 8, !tbaa !9
   %657 = getelementptr i32, ptr %key_cache, i64 %656
   %658 = getelementptr i8, ptr %657, i64 192
-  %659 = load <16 x i32>, ptr %658, align 4, !tbaa !5
+  %659 = load <16 x i32>, ptr %658, align 4, !tbaa !9
   %660 = and <16 x i32> %659, %107
   %661 = getelementptr inbounds nuw i8, ptr %526, i64 1472
-  store <16 x i32> %660, ptr %661, align 4, !tbaa !5
+  store <16 x i32> %660, ptr %661, align 4, !tbaa !9
   %662 = getelementptr inbounds nuw i8, ptr %521, i64 24
-  %663 = load i64, ptr %662, align 8, !tbaa !5
+  %663 = load i64, ptr %662, align 8, !tbaa !9
   %664 = getelementptr inbounds i32, ptr %key_cache, i64 %663
-  %665 = load <16 x i32>, ptr %664, align 4, !tbaa !5
+  %665 = load <16 x i32>, ptr %664, align 4, !tbaa !9
   %666 = shl <16 x i32> %665, splat (i32 16)
   %667 = getelementptr inbounds nuw i8, ptr %526, i64 1536
-  store <16 x i32> %666, ptr %667, align 4, !tbaa !5
-  %668 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %666, ptr %667, align 4, !tbaa !9
+  %668 = load i64, ptr %662, align 8, !tbaa !9
   %669 = getelementptr inbounds i32, ptr %key_cache, i64 %668
-  %670 = load <16 x i32>, ptr %669, align 4, !tbaa !5
+  %670 = load <16 x i32>, ptr %669, align 4, !tbaa !9
   %671 = and <16 x i32> %670, %107
   %672 = getelementptr inbounds nuw i8, ptr %526, i64 1600
-  store <16 x i32> %671, ptr %672, align 4, !tbaa !5
-  %673 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %671, ptr %672, align 4, !tbaa !9
+  %673 = load i64, ptr %662, align 8, !tbaa !9
   %674 = getelementptr i32, ptr %key_cache, i64 %673
   %675 = getelementptr i8, ptr %674, i64 64
-  %676 = load <16 x i32>, ptr %675, align 4, !tbaa !5
+  %676 = load <16 x i32>, ptr %675, align 4, !tbaa !9
   %677 = shl <16 x i32> %676, splat (i32 16)
   %678 = getelementptr inbounds nuw i8, ptr %526, i64 1664
-  store <16 x i32> %677, ptr %678, align 4, !tbaa !5
-  %679 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %677, ptr %678, align 4, !tbaa !9
+  %679 = load i64, ptr %662, align 8, !tbaa !9
   %680 = getelementptr i32, ptr %key_cache, i64 %679
   %681 = getelementptr i8, ptr %680, i64 64
-  %682 = load <16 x i32>, ptr %681, align 4, !tbaa !5
+  %682 = load <16 x i32>, ptr %681, align 4, !tbaa !9
   %683 = and <16 x i32> %682, %107
   %684 = getelementptr inbounds nuw i8, ptr %526, i64 1728
-  store <16 x i32> %683, ptr %684, align 4, !tbaa !5
-  %685 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %683, ptr %684, align 4, !tbaa !9
+  %685 = load i64, ptr %662, align 8, !tbaa !9
   %686 = getelementptr i32, ptr %key_cache, i64 %685
   %687 = getelementptr i8, ptr %686, i64 128
-  %688 = load <16 x i32>, ptr %687, align 4, !tbaa !5
+  %688 = load <16 x i32>, ptr %687, align 4, !tbaa !9
   %689 = shl <16 x i32> %688, splat (i32 16)
   %690 = getelementptr inbounds nuw i8, ptr %526, i64 1792
-  store <16 x i32> %689, ptr %690, align 4, !tbaa !5
-  %691 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %689, ptr %690, align 4, !tbaa !9
+  %691 = load i64, ptr %662, align 8, !tbaa !9
   %692 = getelementptr i32, ptr %key_cache, i64 %691
   %693 = getelementptr i8, ptr %692, i64 128
-  %694 = load <16 x i32>, ptr %693, align 4, !tbaa !5
+  %694 = load <16 x i32>, ptr %693, align 4, !tbaa !9
   %695 = and <16 x i32> %694, %107
   %696 = getelementptr inbounds nuw i8, ptr %526, i64 1856
-  store <16 x i32> %695, ptr %696, align 4, !tbaa !5
-  %697 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %695, ptr %696, align 4, !tbaa !9
+  %697 = load i64, ptr %662, align 8, !tbaa !9
   %698 = getelementptr i32, ptr %key_cache, i64 %697
   %699 = getelementptr i8, ptr %698, i64 192
-  %700 = load <16 x i32>, ptr %699, align 4, !tbaa !5
+  %700 = load <16 x i32>, ptr %699, align 4, !tbaa !9
   %701 = shl <16 x i32> %700, splat (i32 16)
   %702 = getelementptr inbounds nuw i8, ptr %526, i64 1920
-  store <16 x i32> %701, ptr %702, align 4, !tbaa !5
-  %703 = load i64, ptr %662, align 8, !tbaa !5
+  store <16 x i32> %701, ptr %702, align 4, !tbaa !9
+  %703 = load i64, ptr %662, align 8, !tbaa !9
   %704 = getelementptr i32, ptr %key_cache, i64 %703
   %705 = getelementptr i8, ptr %704, i64 192
-  %706 = load <16 x i32>, ptr %705, align 4, !tbaa !5
+  %706 = load <16 x i32>, ptr %705, align 4, !tbaa !9
   %707 = and <16 x i32> %706, %107
   %708 = getelementptr inbounds nuw i8, ptr %526, i64 1984
-  store <16 x i32> %707, ptr %708, align 4, !tbaa !5
+  store <16 x i32> %707, ptr %708, align 4, !tbaa !9
   %709 = getelementptr inbounds nuw i8, ptr %521, i64 32
-  %710 = load i64, ptr %709, align 8, !tbaa !5
+  %710 = load i64, ptr %709, align 8, !tbaa !9
   %711 = getelementptr inbounds i32, ptr %key_cache, i64 %710
-  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !5
+  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !9
   %713 = shl <16 x i32> %712, splat (i32 16)
   %714 = getelementptr inbounds nuw i8, ptr %526, i64 2048
-  store <16 x i32> %713, ptr %714, align 4, !tbaa !5
-  %715 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %713, ptr %714, align 4, !tbaa !9
+  %715 = load i64, ptr %709, align 8, !tbaa !9
   %716 = getelementptr inbounds i32, ptr %key_cache, i64 %715
-  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !5
+  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !9
   %718 = and <16 x i32> %717, %107
   %719 = getelementptr inbounds nuw i8, ptr %526, i64 2112
-  store <16 x i32> %718, ptr %719, align 4, !tbaa !5
-  %720 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %718, ptr %719, align 4, !tbaa !9
+  %720 = load i64, ptr %709, align 8, !tbaa !9
   %721 = getelementptr i32, ptr %key_cache, i64 %720
   %722 = getelementptr i8, ptr %721, i64 64
-  %723 = load <16 x i32>, ptr %722, align 4, !tbaa !5
+  %723 = load <16 x i32>, ptr %722, align 4, !tbaa !9
   %724 = shl <16 x i32> %723, splat (i32 16)
   %725 = getelementptr inbounds nuw i8, ptr %526, i64 2176
-  store <16 x i32> %724, ptr %725, align 4, !tbaa !5
-  %726 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %724, ptr %725, align 4, !tbaa !9
+  %726 = load i64, ptr %709, align 8, !tbaa !9
   %727 = getelementptr i32, ptr %key_cache, i64 %726
   %728 = getelementptr i8, ptr %727, i64 64
-  %729 = load <16 x i32>, ptr %728, align 4, !tbaa !5
+  %729 = load <16 x i32>, ptr %728, align 4, !tbaa !9
   %730 = and <16 x i32> %729, %107
   %731 = getelementptr inbounds nuw i8, ptr %526, i64 2240
-  store <16 x i32> %730, ptr %731, align 4, !tbaa !5
-  %732 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %730, ptr %731, align 4, !tbaa !9
+  %732 = load i64, ptr %709, align 8, !tbaa !9
   %733 = getelementptr i32, ptr %key_cache, i64 %732
   %734 = getelementptr i8, ptr %733, i64 128
-  %735 = load <16 x i32>, ptr %734, align 4, !tbaa !5
+  %735 = load <16 x i32>, ptr %734, align 4, !tbaa !9
   %736 = shl <16 x i32> %735, splat (i32 16)
   %737 = getelementptr inbounds nuw i8, ptr %526, i64 2304
-  store <16 x i32> %736, ptr %737, align 4, !tbaa !5
-  %738 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %736, ptr %737, align 4, !tbaa !9
+  %738 = load i64, ptr %709, align 8, !tbaa !9
   %739 = getelementptr i32, ptr %key_cache, i64 %738
   %740 = getelementptr i8, ptr %739, i64 128
-  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !5
+  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !9
   %742 = and <16 x i32> %741, %107
   %743 = getelementptr inbounds nuw i8, ptr %526, i64 2368
-  store <16 x i32> %742, ptr %743, align 4, !tbaa !5
-  %744 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %742, ptr %743, align 4, !tbaa !9
+  %744 = load i64, ptr %709, align 8, !tbaa !9
   %745 = getelementptr i32, ptr %key_cache, i64 %744
   %746 = getelementptr i8, ptr %745, i64 192
-  %747 = load <16 x i32>, ptr %746, align 4, !tbaa !5
+  %747 = load <16 x i32>, ptr %746, align 4, !tbaa !9
   %748 = shl <16 x i32> %747, splat (i32 16)
   %749 = getelementptr inbounds nuw i8, ptr %526, i64 2432
-  store <16 x i32> %748, ptr %749, align 4, !tbaa !5
-  %750 = load i64, ptr %709, align 8, !tbaa !5
+  store <16 x i32> %748, ptr %749, align 4, !tbaa !9
+  %750 = load i64, ptr %709, align 8, !tbaa !9
   %751 = getelementptr i32, ptr %key_cache, i64 %750
   %752 = getelementptr i8, ptr %751, i64 192
-  %753 = load <16 x i32>, ptr %752, align 4, !tbaa !5
+  %753 = load <16 x i32>, ptr %752, align 4, !tbaa !9
   %754 = and <16 x i32> %753, %107
   %755 = getelementptr inbounds nuw i8, ptr %526, i64 2496
-  store <16 x i32> %754, ptr %755, align 4, !tbaa !5
+  store <16 x i32> %754, ptr %755, align 4, !tbaa !9
   %756 = getelementptr inbounds nuw i8, ptr %521, i64 40
-  %757 = load i64, ptr %756, align 8, !tbaa !5
+  %757 = load i64, ptr %756, align 8, !tbaa !9
   %758 = getelementptr inbounds i32, ptr %key_cache, i64 %757
-  %759 = load <16 x i32>, ptr %758, align 4, !tbaa !5
+  %759 = load <16 x i32>, ptr %758, align 4, !tbaa !9
   %760 = shl <16 x i32> %759, splat (i32 16)
   %761 = getelementptr inbounds nuw i8, ptr %526, i64 2560
-  store <16 x i32> %760, ptr %761, align 4, !tbaa !5
-  %762 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %760, ptr %761, align 4, !tbaa !9
+  %762 = load i64, ptr %756, align 8, !tbaa !9
   %763 = getelementptr inbounds i32, ptr %key_cache, i64 %762
-  %764 = load <16 x i32>, ptr %763, align 4, !tbaa !5
+  %764 = load <16 x i32>, ptr %763, align 4, !tbaa !9
   %765 = and <16 x i32> %764, %107
   %766 = getelementptr inbounds nuw i8, ptr %526, i64 2624
-  store <16 x i32> %765, ptr %766, align 4, !tbaa !5
-  %767 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %765, ptr %766, align 4, !tbaa !9
+  %767 = load i64, ptr %756, align 8, !tbaa !9
   %768 = getelementptr i32, ptr %key_cache, i64 %767
   %769 = getelementptr i8, ptr %768, i64 64
-  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !5
+  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !9
   %771 = shl <16 x i32> %770, splat (i32 16)
   %772 = getelementptr inbounds nuw i8, ptr %526, i64 2688
-  store <16 x i32> %771, ptr %772, align 4, !tbaa !5
-  %773 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %771, ptr %772, align 4, !tbaa !9
+  %773 = load i64, ptr %756, align 8, !tbaa !9
   %774 = getelementptr i32, ptr %key_cache, i64 %773
   %775 = getelementptr i8, ptr %774, i64 64
-  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !5
+  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !9
   %777 = and <16 x i32> %776, %107
   %778 = getelementptr inbounds nuw i8, ptr %526, i64 2752
-  store <16 x i32> %777, ptr %778, align 4, !tbaa !5
-  %779 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %777, ptr %778, align 4, !tbaa !9
+  %779 = load i64, ptr %756, align 8, !tbaa !9
   %780 = getelementptr i32, ptr %key_cache, i64 %779
   %781 = getelementptr i8, ptr %780, i64 128
-  %782 = load <16 x i32>, ptr %781, align 4, !tbaa !5
+  %782 = load <16 x i32>, ptr %781, align 4, !tbaa !9
   %783 = shl <16 x i32> %782, splat (i32 16)
   %784 = getelementptr inbounds nuw i8, ptr %526, i64 2816
-  store <16 x i32> %783, ptr %784, align 4, !tbaa !5
-  %785 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %783, ptr %784, align 4, !tbaa !9
+  %785 = load i64, ptr %756, align 8, !tbaa !9
   %786 = getelementptr i32, ptr %key_cache, i64 %785
   %787 = getelementptr i8, ptr %786, i64 128
-  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !5
+  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !9
   %789 = and <16 x i32> %788, %107
   %790 = getelementptr inbounds nuw i8, ptr %526, i64 2880
-  store <16 x i32> %789, ptr %790, align 4, !tbaa !5
-  %791 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %789, ptr %790, align 4, !tbaa !9
+  %791 = load i64, ptr %756, align 8, !tbaa !9
   %792 = getelementptr i32, ptr %key_cache, i64 %791
   %793 = getelementptr i8, ptr %792, i64 192
-  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !5
+  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !9
   %795 = shl <16 x i32> %794, splat (i32 16)
   %796 = getelementptr inbounds nuw i8, ptr %526, i64 2944
-  store <16 x i32> %795, ptr %796, align 4, !tbaa !5
-  %797 = load i64, ptr %756, align 8, !tbaa !5
+  store <16 x i32> %795, ptr %796, align 4, !tbaa !9
+  %797 = load i64, ptr %756, align 8, !tbaa !9
   %798 = getelementptr i32, ptr %key_cache, i64 %797
   %799 = getelementptr i8, ptr %798, i64 192
-  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !5
+  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !9
   %801 = and <16 x i32> %800, %107
   %802 = getelementptr inbounds nuw i8, ptr %526, i64 3008
-  store <16 x i32> %801, ptr %802, align 4, !tbaa !5
+  store <16 x i32> %801, ptr %802, align 4, !tbaa !9
   %803 = getelementptr inbounds nuw i8, ptr %521, i64 48
-  %804 = load i64, ptr %803, align 8, !tbaa !5
+  %804 = load i64, ptr %803, align 8, !tbaa !9
   %805 = getelementptr inbounds i32, ptr %key_cache, i64 %804
-  %806 = load <16 x i32>, ptr %805, align 4, !tbaa !5
+  %806 = load <16 x i32>, ptr %805, align 4, !tbaa !9
   %807 = shl <16 x i32> %806, splat (i32 16)
   %808 = getelementptr inbounds nuw i8, ptr %526, i64 3072
-  store <16 x i32> %807, ptr %808, align 4, !tbaa !5
-  %809 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %807, ptr %808, align 4, !tbaa !9
+  %809 = load i64, ptr %803, align 8, !tbaa !9
   %810 = getelementptr inbounds i32, ptr %key_cache, i64 %809
-  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !5
+  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !9
   %812 = and <16 x i32> %811, %107
   %813 = getelementptr inbounds nuw i8, ptr %526, i64 3136
-  store <16 x i32> %812, ptr %813, align 4, !tbaa !5
-  %814 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %812, ptr %813, align 4, !tbaa !9
+  %814 = load i64, ptr %803, align 8, !tbaa !9
   %815 = getelementptr i32, ptr %key_cache, i64 %814
   %816 = getelementptr i8, ptr %815, i64 64
-  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !5
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !9
   %818 = shl <16 x i32> %817, splat (i32 16)
   %819 = getelementptr inbounds nuw i8, ptr %526, i64 3200
-  store <16 x i32> %818, ptr %819, align 4, !tbaa !5
-  %820 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %818, ptr %819, align 4, !tbaa !9
+  %820 = load i64, ptr %803, align 8, !tbaa !9
   %821 = getelementptr i32, ptr %key_cache, i64 %820
   %822 = getelementptr i8, ptr %821, i64 64
-  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !5
+  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !9
   %824 = and <16 x i32> %823, %107
   %825 = getelementptr inbounds nuw i8, ptr %526, i64 3264
-  store <16 x i32> %824, ptr %825, align 4, !tbaa !5
-  %826 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %824, ptr %825, align 4, !tbaa !9
+  %826 = load i64, ptr %803, align 8, !tbaa !9
   %827 = getelementptr i32, ptr %key_cache, i64 %826
   %828 = getelementptr i8, ptr %827, i64 128
-  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !5
+  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !9
   %830 = shl <16 x i32> %829, splat (i32 16)
   %831 = getelementptr inbounds nuw i8, ptr %526, i64 3328
-  store <16 x i32> %830, ptr %831, align 4, !tbaa !5
-  %832 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %830, ptr %831, align 4, !tbaa !9
+  %832 = load i64, ptr %803, align 8, !tbaa !9
   %833 = getelementptr i32, ptr %key_cache, i64 %832
   %834 = getelementptr i8, ptr %833, i64 128
-  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !5
+  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !9
   %836 = and <16 x i32> %835, %107
   %837 = getelementptr inbounds nuw i8, ptr %526, i64 3392
-  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
-  %838 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !9
+  %838 = load i64, ptr %803, align 8, !tbaa !9
   %839 = getelementptr i32, ptr %key_cache, i64 %838
   %840 = getelementptr i8, ptr %839, i64 192
-  %841 = load <16 x i32>, ptr %840, align 4, !tbaa !5
+  %841 = load <16 x i32>, ptr %840, align 4, !tbaa !9
   %842 = shl <16 x i32> %841, splat (i32 16)
   %843 = getelementptr inbounds nuw i8, ptr %526, i64 3456
-  store <16 x i32> %842, ptr %843, align 4, !tbaa !5
-  %844 = load i64, ptr %803, align 8, !tbaa !5
+  store <16 x i32> %842, ptr %843, align 4, !tbaa !9
+  %844 = load i64, ptr %803, align 8, !tbaa !9
   %845 = getelementptr i32, ptr %key_cache, i64 %844
   %846 = getelementptr i8, ptr %845, i64 192
-  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
+  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !9
   %848 = and <16 x i32> %847, %107
   %849 = getelementptr inbounds nuw i8, ptr %526, i64 3520
-  store <16 x i32> %848, ptr %849, align 4, !tbaa !5
+  store <16 x i32> %848, ptr %849, align 4, !tbaa !9
   %850 = getelementptr inbounds nuw i8, ptr %521, i64 56
-  %851 = load i64, ptr %850, align 8, !tbaa !5
+  %851 = load i64, ptr %850, align 8, !tbaa !9
   %852 = getelementptr inbounds i32, ptr %key_cache, i64 %851
-  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !5
+  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !9
   %854 = shl <16 x i32> %853, splat (i32 16)
   %855 = getelementptr inbounds nuw i8, ptr %526, i64 3584
-  store <16 x i32> %854, ptr %855, align 4, !tbaa !5
-  %856 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %854, ptr %855, align 4, !tbaa !9
+  %856 = load i64, ptr %850, align 8, !tbaa !9
   %857 = getelementptr inbounds i32, ptr %key_cache, i64 %856
-  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !5
+  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !9
   %859 = and <16 x i32> %858, %107
   %860 = getelementptr inbounds nuw i8, ptr %526, i64 3648
-  store <16 x i32> %859, ptr %860, align 4, !tbaa !5
-  %861 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %859, ptr %860, align 4, !tbaa !9
+  %861 = load i64, ptr %850, align 8, !tbaa !9
   %862 = getelementptr i32, ptr %key_cache, i64 %861
   %863 = getelementptr i8, ptr %862, i64 64
-  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !5
+  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !9
   %865 = shl <16 x i32> %864, splat (i32 16)
   %866 = getelementptr inbounds nuw i8, ptr %526, i64 3712
-  store <16 x i32> %865, ptr %866, align 4, !tbaa !5
-  %867 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %865, ptr %866, align 4, !tbaa !9
+  %867 = load i64, ptr %850, align 8, !tbaa !9
   %868 = getelementptr i32, ptr %key_cache, i64 %867
   %869 = getelementptr i8, ptr %868, i64 64
-  %870 = load <16 x i32>, ptr %869, align 4, !tbaa !5
+  %870 = load <16 x i32>, ptr %869, align 4, !tbaa !9
   %871 = and <16 x i32> %870, %107
   %872 = getelementptr inbounds nuw i8, ptr %526, i64 3776
-  store <16 x i32> %871, ptr %872, align 4, !tbaa !5
-  %873 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %871, ptr %872, align 4, !tbaa !9
+  %873 = load i64, ptr %850, align 8, !tbaa !9
   %874 = getelementptr i32, ptr %key_cache, i64 %873
   %875 = getelementptr i8, ptr %874, i64 128
-  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !5
+  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !9
   %877 = shl <16 x i32> %876, splat (i32 16)
   %878 = getelementptr inbounds nuw i8, ptr %526, i64 3840
-  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
-  %879 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !9
+  %879 = load i64, ptr %850, align 8, !tbaa !9
   %880 = getelementptr i32, ptr %key_cache, i64 %879
   %881 = getelementptr i8, ptr %880, i64 128
-  %882 = load <16 x i32>, ptr %881, align 4, !tbaa !5
+  %882 = load <16 x i32>, ptr %881, align 4, !tbaa !9
   %883 = and <16 x i32> %882, %107
   %884 = getelementptr inbounds nuw i8, ptr %526, i64 3904
-  store <16 x i32> %883, ptr %884, align 4, !tbaa !5
-  %885 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %883, ptr %884, align 4, !tbaa !9
+  %885 = load i64, ptr %850, align 8, !tbaa !9
   %886 = getelementptr i32, ptr %key_cache, i64 %885
   %887 = getelementptr i8, ptr %886, i64 192
-  %888 = load <16 x i32>, ptr %887, align 4, !tbaa !5
+  %888 = load <16 x i32>, ptr %887, align 4, !tbaa !9
   %889 = shl <16 x i32> %888, splat (i32 16)
   %890 = getelementptr inbounds nuw i8, ptr %526, i64 3968
-  store <16 x i32> %889, ptr %890, align 4, !tbaa !5
-  %891 = load i64, ptr %850, align 8, !tbaa !5
+  store <16 x i32> %889, ptr %890, align 4, !tbaa !9
+  %891 = load i64, ptr %850, align 8, !tbaa !9
   %892 = getelementptr i32, ptr %key_cache, i64 %891
   %893 = getelementptr i8, ptr %892, i64 192
-  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
+  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !9
   %895 = and <16 x i32> %894, %107
   %896 = getelementptr inbounds nuw i8, ptr %526, i64 4032
-  store <16 x i32> %895, ptr %896, align 4, !tbaa !5
+  store <16 x i32> %895, ptr %896, align 4, !tbaa !9
   %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
   %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, %wide.trip.count565.i
-  br i1 %exitcond566.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !13
+  br i1 %exitcond566.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !4
 
 for_begin_ti56.preheader.i:                       ; preds = %for_begin_ti56.preheader.i, %for_begin_ti.preheader.i
   %indvars.iv571.i = phi i64 [ %indvars.iv.next572.i, %for_begin_ti56.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
   %.idx66 = shl nsw i64 %indvars.iv571.i, 6
   %897 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx66
-  %898 = load i64, ptr %897, align 8, !tbaa !5
+  %898 = load i64, ptr %897, align 8, !tbaa !9
   %899 = getelementptr inbounds i32, ptr %value_cache, i64 %898
-  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
+  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !9
   %901 = shl <16 x i32> %900, splat (i32 16)
   %.idx67 = shl nsw i64 %indvars.iv571.i, 12
   %902 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx67
-  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
-  %903 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %901, ptr %902, align 4, !tbaa !9
+  %903 = load i64, ptr %897, align 8, !tbaa !9
   %904 = getelementptr inbounds i32, ptr %value_cache, i64 %903
-  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !5
+  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !9
   %906 = and <16 x i32> %905, %107
   %907 = getelementptr inbounds nuw i8, ptr %902, i64 64
-  store <16 x i32> %906, ptr %907, align 4, !tbaa !5
-  %908 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %906, ptr %907, align 4, !tbaa !9
+  %908 = load i64, ptr %897, align 8, !tbaa !9
   %909 = getelementptr i32, ptr %value_cache, i64 %908
   %910 = getelementptr i8, ptr %909, i64 64
-  %911 = load <16 x i32>, ptr %910, align 4, !tbaa !5
+  %911 = load <16 x i32>, ptr %910, align 4, !tbaa !9
   %912 = shl <16 x i32> %911, splat (i32 16)
   %913 = getelementptr inbounds nuw i8, ptr %902, i64 128
-  store <16 x i32> %912, ptr %913, align 4, !tbaa !5
-  %914 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %912, ptr %913, align 4, !tbaa !9
+  %914 = load i64, ptr %897, align 8, !tbaa !9
   %915 = getelementptr i32, ptr %value_cache, i64 %914
   %916 = getelementptr i8, ptr %915, i64 64
-  %917 = load <16 x i32>, ptr %916, align 4, !tbaa !5
+  %917 = load <16 x i32>, ptr %916, align 4, !tbaa !9
   %918 = and <16 x i32> %917, %107
   %919 = getelementptr inbounds nuw i8, ptr %902, i64 192
-  store <16 x i32> %918, ptr %919, align 4, !tbaa !5
-  %920 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %918, ptr %919, align 4, !tbaa !9
+  %920 = load i64, ptr %897, align 8, !tbaa !9
   %921 = getelementptr i32, ptr %value_cache, i64 %920
   %922 = getelementptr i8, ptr %921, i64 128
-  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
+  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !9
   %924 = shl <16 x i32> %923, splat (i32 16)
   %925 = getelementptr inbounds nuw i8, ptr %902, i64 256
-  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
-  %926 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !9
+  %926 = load i64, ptr %897, align 8, !tbaa !9
   %927 = getelementptr i32, ptr %value_cache, i64 %926
   %928 = getelementptr i8, ptr %927, i64 128
-  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !5
+  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !9
   %930 = and <16 x i32> %929, %107
   %931 = getelementptr inbounds nuw i8, ptr %902, i64 320
-  store <16 x i32> %930, ptr %931, align 4, !tbaa !5
-  %932 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %930, ptr %931, align 4, !tbaa !9
+  %932 = load i64, ptr %897, align 8, !tbaa !9
   %933 = getelementptr i32, ptr %value_cache, i64 %932
   %934 = getelementptr i8, ptr %933, i64 192
-  %935 = load <16 x i32>, ptr %934, align 4, !tbaa !5
+  %935 = load <16 x i32>, ptr %934, align 4, !tbaa !9
   %936 = shl <16 x i32> %935, splat (i32 16)
   %937 = getelementptr inbounds nuw i8, ptr %902, i64 384
-  store <16 x i32> %936, ptr %937, align 4, !tbaa !5
-  %938 = load i64, ptr %897, align 8, !tbaa !5
+  store <16 x i32> %936, ptr %937, align 4, !tbaa !9
+  %938 = load i64, ptr %897, align 8, !tbaa !9
   %939 = getelementptr i32, ptr %value_cache, i64 %938
   %940 = getelementptr i8, ptr %939, i64 192
-  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !5
+  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !9
   %942 = and <16 x i32> %941, %107
   %943 = getelementptr inbounds nuw i8, ptr %902, i64 448
-  store <16 x i32> %942, ptr %943, align 4, !tbaa !5
+  store <16 x i32> %942, ptr %943, align 4, !tbaa !9
   %944 = getelementptr inbounds nuw i8, ptr %897, i64 8
-  %945 = load i64, ptr %944, align 8, !tbaa !5
+  %945 = load i64, ptr %944, align 8, !tbaa !9
   %946 = getelementptr inbounds i32, ptr %value_cache, i64 %945
-  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !5
+  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !9
   %948 = shl <16 x i32> %947, splat (i32 16)
   %949 = getelementptr inbounds nuw i8, ptr %902, i64 512
-  store <16 x i32> %948, ptr %949, align 4, !tbaa !5
-  %950 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %948, ptr %949, align 4, !tbaa !9
+  %950 = load i64, ptr %944, align 8, !tbaa !9
   %951 = getelementptr inbounds i32, ptr %value_cache, i64 %950
-  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !5
+  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !9
   %953 = and <16 x i32> %952, %107
   %954 = getelementptr inbounds nuw i8, ptr %902, i64 576
-  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
-  %955 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %953, ptr %954, align 4, !tbaa !9
+  %955 = load i64, ptr %944, align 8, !tbaa !9
   %956 = getelementptr i32, ptr %value_cache, i64 %955
   %957 = getelementptr i8, ptr %956, i64 64
-  %958 = load <16 x i32>, ptr %957, align 4, !tbaa !5
+  %958 = load <16 x i32>, ptr %957, align 4, !tbaa !9
   %959 = shl <16 x i32> %958, splat (i32 16)
   %960 = getelementptr inbounds nuw i8, ptr %902, i64 640
-  store <16 x i32> %959, ptr %960, align 4, !tbaa !5
-  %961 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %959, ptr %960, align 4, !tbaa !9
+  %961 = load i64, ptr %944, align 8, !tbaa !9
   %962 = getelementptr i32, ptr %value_cache, i64 %961
   %963 = getelementptr i8, ptr %962, i64 64
-  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
+  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !9
   %965 = and <16 x i32> %964, %107
   %966 = getelementptr inbounds nuw i8, ptr %902, i64 704
-  store <16 x i32> %965, ptr %966, align 4, !tbaa !5
-  %967 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %965, ptr %966, align 4, !tbaa !9
+  %967 = load i64, ptr %944, align 8, !tbaa !9
   %968 = getelementptr i32, ptr %value_cache, i64 %967
   %969 = getelementptr i8, ptr %968, i64 128
-  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !5
+  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !9
   %971 = shl <16 x i32> %970, splat (i32 16)
   %972 = getelementptr inbounds nuw i8, ptr %902, i64 768
-  store <16 x i32> %971, ptr %972, align 4, !tbaa !5
-  %973 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %971, ptr %972, align 4, !tbaa !9
+  %973 = load i64, ptr %944, align 8, !tbaa !9
   %974 = getelementptr i32, ptr %value_cache, i64 %973
   %975 = getelementptr i8, ptr %974, i64 128
-  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !5
+  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !9
   %977 = and <16 x i32> %976, %107
   %978 = getelementptr inbounds nuw i8, ptr %902, i64 832
-  store <16 x i32> %977, ptr %978, align 4, !tbaa !5
-  %979 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %977, ptr %978, align 4, !tbaa !9
+  %979 = load i64, ptr %944, align 8, !tbaa !9
   %980 = getelementptr i32, ptr %value_cache, i64 %979
   %981 = getelementptr i8, ptr %980, i64 192
-  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
+  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !9
   %983 = shl <16 x i32> %982, splat (i32 16)
   %984 = getelementptr inbounds nuw i8, ptr %902, i64 896
-  store <16 x i32> %983, ptr %984, align 4, !tbaa !5
-  %985 = load i64, ptr %944, align 8, !tbaa !5
+  store <16 x i32> %983, ptr %984, align 4, !tbaa !9
+  %985 = load i64, ptr %944, align 8, !tbaa !9
   %986 = getelementptr i32, ptr %value_cache, i64 %985
   %987 = getelementptr i8, ptr %986, i64 192
-  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !9
   %989 = and <16 x i32> %988, %107
   %990 = getelementptr inbounds nuw i8, ptr %902, i64 960
-  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !9
   %991 = getelementptr inbounds nuw i8, ptr %897, i64 16
-  %992 = load i64, ptr %991, align 8, !tbaa !5
+  %992 = load i64, ptr %991, align 8, !tbaa !9
   %993 = getelementptr inbounds i32, ptr %value_cache, i64 %992
-  %994 = load <16 x i32>, ptr %993, align 4, !tbaa !5
+  %994 = load <16 x i32>, ptr %993, align 4, !tbaa !9
   %995 = shl <16 x i32> %994, splat (i32 16)
   %996 = getelementptr inbounds nuw i8, ptr %902, i64 1024
-  store <16 x i32> %995, ptr %996, align 4, !tbaa !5
-  %997 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %995, ptr %996, align 4, !tbaa !9
+  %997 = load i64, ptr %991, align 8, !tbaa !9
   %998 = getelementptr inbounds i32, ptr %value_cache, i64 %997
-  %999 = load <16 x i32>, ptr %998, align 4, !tbaa !5
+  %999 = load <16 x i32>, ptr %998, align 4, !tbaa !9
   %1000 = and <16 x i32> %999, %107
   %1001 = getelementptr inbounds nuw i8, ptr %902, i64 1088
-  store <16 x i32> %1000, ptr %1001, align 4, !tbaa !5
-  %1002 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1000, ptr %1001, align 4, !tbaa !9
+  %1002 = load i64, ptr %991, align 8, !tbaa !9
   %1003 = getelementptr i32, ptr %value_cache, i64 %1002
   %1004 = getelementptr i8, ptr %1003, i64 64
-  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !5
+  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !9
   %1006 = shl <16 x i32> %1005, splat (i32 16)
   %1007 = getelementptr inbounds nuw i8, ptr %902, i64 1152
-  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
-  %1008 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !9
+  %1008 = load i64, ptr %991, align 8, !tbaa !9
   %1009 = getelementptr i32, ptr %value_cache, i64 %1008
   %1010 = getelementptr i8, ptr %1009, i64 64
-  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
+  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !9
   %1012 = and <16 x i32> %1011, %107
   %1013 = getelementptr inbounds nuw i8, ptr %902, i64 1216
-  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
-  %1014 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !9
+  %1014 = load i64, ptr %991, align 8, !tbaa !9
   %1015 = getelementptr i32, ptr %value_cache, i64 %1014
   %1016 = getelementptr i8, ptr %1015, i64 128
-  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !5
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !9
   %1018 = shl <16 x i32> %1017, splat (i32 16)
   %1019 = getelementptr inbounds nuw i8, ptr %902, i64 1280
-  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !5
-  %1020 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !9
+  %1020 = load i64, ptr %991, align 8, !tbaa !9
   %1021 = getelementptr i32, ptr %value_cache, i64 %1020
   %1022 = getelementptr i8, ptr %1021, i64 128
-  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !5
+  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !9
   %1024 = and <16 x i32> %1023, %107
   %1025 = getelementptr inbounds nuw i8, ptr %902, i64 1344
-  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !5
-  %1026 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !9
+  %1026 = load i64, ptr %991, align 8, !tbaa !9
   %1027 = getelementptr i32, ptr %value_cache, i64 %1026
   %1028 = getelementptr i8, ptr %1027, i64 192
-  %1029 = load <16 x i32>, ptr %1028, align 4, !tbaa !5
+  %1029 = load <16 x i32>, ptr %1028, align 4, !tbaa !9
   %1030 = shl <16 x i32> %1029, splat (i32 16)
   %1031 = getelementptr inbounds nuw i8, ptr %902, i64 1408
-  store <16 x i32> %1030, ptr %1031, align 4, !tbaa !5
-  %1032 = load i64, ptr %991, align 8, !tbaa !5
+  store <16 x i32> %1030, ptr %1031, align 4, !tbaa !9
+  %1032 = load i64, ptr %991, align 8, !tbaa !9
   %1033 = getelementptr i32, ptr %value_cache, i64 %1032
   %1034 = getelementptr i8, ptr %1033, i64 192
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
+  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !9
   %1036 = and <16 x i32> %1035, %107
   %1037 = getelementptr inbounds nuw i8, ptr %902, i64 1472
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !9
   %1038 = getelementptr inbounds nuw i8, ptr %897, i64 24
-  %1039 = load i64, ptr %1038, align 8, !tbaa !5
+  %1039 = load i64, ptr %1038, align 8, !tbaa !9
   %1040 = getelementptr inbounds i32, ptr %value_cache, i64 %1039
-  %1041 = load <16 x i32>, ptr %1040, align 4, !tbaa !5
+  %1041 = load <16 x i32>, ptr %1040, align 4, !tbaa !9
   %1042 = shl <16 x i32> %1041, splat (i32 16)
   %1043 = getelementptr inbounds nuw i8, ptr %902, i64 1536
-  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
-  %1044 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !9
+  %1044 = load i64, ptr %1038, align 8, !tbaa !9
   %1045 = getelementptr inbounds i32, ptr %value_cache, i64 %1044
-  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !5
+  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !9
   %1047 = and <16 x i32> %1046, %107
   %1048 = getelementptr inbounds nuw i8, ptr %902, i64 1600
-  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !5
-  %1049 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !9
+  %1049 = load i64, ptr %1038, align 8, !tbaa !9
   %1050 = getelementptr i32, ptr %value_cache, i64 %1049
   %1051 = getelementptr i8, ptr %1050, i64 64
-  %1052 = load <16 x i32>, ptr %1051, align 4, !tbaa !5
+  %1052 = load <16 x i32>, ptr %1051, align 4, !tbaa !9
   %1053 = shl <16 x i32> %1052, splat (i32 16)
   %1054 = getelementptr inbounds nuw i8, ptr %902, i64 1664
-  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !5
-  %1055 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !9
+  %1055 = load i64, ptr %1038, align 8, !tbaa !9
   %1056 = getelementptr i32, ptr %value_cache, i64 %1055
   %1057 = getelementptr i8, ptr %1056, i64 64
-  %1058 = load <16 x i32>, ptr %1057, align 4, !tbaa !5
+  %1058 = load <16 x i32>, ptr %1057, align 4, !tbaa !9
   %1059 = and <16 x i32> %1058, %107
   %1060 = getelementptr inbounds nuw i8, ptr %902, i64 1728
-  store <16 x i32> %1059, ptr %1060, align 4, !tbaa !5
-  %1061 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1059, ptr %1060, align 4, !tbaa !9
+  %1061 = load i64, ptr %1038, align 8, !tbaa !9
   %1062 = getelementptr i32, ptr %value_cache, i64 %1061
   %1063 = getelementptr i8, ptr %1062, i64 128
-  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
+  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !9
   %1065 = shl <16 x i32> %1064, splat (i32 16)
   %1066 = getelementptr inbounds nuw i8, ptr %902, i64 1792
-  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
-  %1067 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !9
+  %1067 = load i64, ptr %1038, align 8, !tbaa !9
   %1068 = getelementptr i32, ptr %value_cache, i64 %1067
   %1069 = getelementptr i8, ptr %1068, i64 128
-  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !5
+  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !9
   %1071 = and <16 x i32> %1070, %107
   %1072 = getelementptr inbounds nuw i8, ptr %902, i64 1856
-  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !5
-  %1073 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !9
+  %1073 = load i64, ptr %1038, align 8, !tbaa !9
   %1074 = getelementptr i32, ptr %value_cache, i64 %1073
   %1075 = getelementptr i8, ptr %1074, i64 192
-  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
+  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !9
   %1077 = shl <16 x i32> %1076, splat (i32 16)
   %1078 = getelementptr inbounds nuw i8, ptr %902, i64 1920
-  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
-  %1079 = load i64, ptr %1038, align 8, !tbaa !5
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !9
+  %1079 = load i64, ptr %1038, align 8, !tbaa !9
   %1080 = getelementptr i32, ptr %value_cache, i64 %1079
   %1081 = getelementptr i8, ptr %1080, i64 192
-  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !5
+  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !9
   %1083 = and <16 x i32> %1082, %107
   %1084 = getelementptr inbounds nuw i8, ptr %902, i64 1984
-  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
+  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !9
   %1085 = getelementptr inbounds nuw i8, ptr %897, i64 32
-  %1086 = load i64, ptr %1085, align 8, !tbaa !5
+  %1086 = load i64, ptr %1085, align 8, !tbaa !9
   %1087 = getelementptr inbounds i32, ptr %value_cache, i64 %1086
-  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !5
+  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !9
   %1089 = shl <16 x i32> %1088, splat (i32 16)
   %1090 = getelementptr inbounds nuw i8, ptr %902, i64 2048
-  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
-  %1091 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !9
+  %1091 = load i64, ptr %1085, align 8, !tbaa !9
   %1092 = getelementptr inbounds i32, ptr %value_cache, i64 %1091
-  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !5
+  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !9
   %1094 = and <16 x i32> %1093, %107
   %1095 = getelementptr inbounds nuw i8, ptr %902, i64 2112
-  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !5
-  %1096 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !9
+  %1096 = load i64, ptr %1085, align 8, !tbaa !9
   %1097 = getelementptr i32, ptr %value_cache, i64 %1096
   %1098 = getelementptr i8, ptr %1097, i64 64
-  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
+  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !9
   %1100 = shl <16 x i32> %1099, splat (i32 16)
   %1101 = getelementptr inbounds nuw i8, ptr %902, i64 2176
-  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
-  %1102 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !9
+  %1102 = load i64, ptr %1085, align 8, !tbaa !9
   %1103 = getelementptr i32, ptr %value_cache, i64 %1102
   %1104 = getelementptr i8, ptr %1103, i64 64
-  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !5
+  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !9
   %1106 = and <16 x i32> %1105, %107
   %1107 = getelementptr inbounds nuw i8, ptr %902, i64 2240
-  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !5
-  %1108 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !9
+  %1108 = load i64, ptr %1085, align 8, !tbaa !9
   %1109 = getelementptr i32, ptr %value_cache, i64 %1108
   %1110 = getelementptr i8, ptr %1109, i64 128
-  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !5
+  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !9
   %1112 = shl <16 x i32> %1111, splat (i32 16)
   %1113 = getelementptr inbounds nuw i8, ptr %902, i64 2304
-  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !5
-  %1114 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !9
+  %1114 = load i64, ptr %1085, align 8, !tbaa !9
   %1115 = getelementptr i32, ptr %value_cache, i64 %1114
   %1116 = getelementptr i8, ptr %1115, i64 128
-  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !5
+  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !9
   %1118 = and <16 x i32> %1117, %107
   %1119 = getelementptr inbounds nuw i8, ptr %902, i64 2368
-  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
-  %1120 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !9
+  %1120 = load i64, ptr %1085, align 8, !tbaa !9
   %1121 = getelementptr i32, ptr %value_cache, i64 %1120
   %1122 = getelementptr i8, ptr %1121, i64 192
-  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
+  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !9
   %1124 = shl <16 x i32> %1123, splat (i32 16)
   %1125 = getelementptr inbounds nuw i8, ptr %902, i64 2432
-  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
-  %1126 = load i64, ptr %1085, align 8, !tbaa !5
+  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !9
+  %1126 = load i64, ptr %1085, align 8, !tbaa !9
   %1127 = getelementptr i32, ptr %value_cache, i64 %1126
   %1128 = getelementptr i8, ptr %1127, i64 192
-  %1129 = load <16 x i32>, ptr %1128, align 4, !tbaa !5
+  %1129 = load <16 x i32>, ptr %1128, align 4, !tbaa !9
   %1130 = and <16 x i32> %1129, %107
   %1131 = getelementptr inbounds nuw i8, ptr %902, i64 2496
-  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !5
+  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !9
   %1132 = getelementptr inbounds nuw i8, ptr %897, i64 40
-  %1133 = load i64, ptr %1132, align 8, !tbaa !5
+  %1133 = load i64, ptr %1132, align 8, !tbaa !9
   %1134 = getelementptr inbounds i32, ptr %value_cache, i64 %1133
-  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
+  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !9
   %1136 = shl <16 x i32> %1135, splat (i32 16)
   %1137 = getelementptr inbounds nuw i8, ptr %902, i64 2560
-  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
-  %1138 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !9
+  %1138 = load i64, ptr %1132, align 8, !tbaa !9
   %1139 = getelementptr inbounds i32, ptr %value_cache, i64 %1138
-  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !9
   %1141 = and <16 x i32> %1140, %107
   %1142 = getelementptr inbounds nuw i8, ptr %902, i64 2624
-  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
-  %1143 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !9
+  %1143 = load i64, ptr %1132, align 8, !tbaa !9
   %1144 = getelementptr i32, ptr %value_cache, i64 %1143
   %1145 = getelementptr i8, ptr %1144, i64 64
-  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !5
+  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !9
   %1147 = shl <16 x i32> %1146, splat (i32 16)
   %1148 = getelementptr inbounds nuw i8, ptr %902, i64 2688
-  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !5
-  %1149 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !9
+  %1149 = load i64, ptr %1132, align 8, !tbaa !9
   %1150 = getelementptr i32, ptr %value_cache, i64 %1149
   %1151 = getelementptr i8, ptr %1150, i64 64
-  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !5
+  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !9
   %1153 = and <16 x i32> %1152, %107
   %1154 = getelementptr inbounds nuw i8, ptr %902, i64 2752
-  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
-  %1155 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !9
+  %1155 = load i64, ptr %1132, align 8, !tbaa !9
   %1156 = getelementptr i32, ptr %value_cache, i64 %1155
   %1157 = getelementptr i8, ptr %1156, i64 128
-  %1158 = load <16 x i32>, ptr %1157, align 4, !tbaa !5
+  %1158 = load <16 x i32>, ptr %1157, align 4, !tbaa !9
   %1159 = shl <16 x i32> %1158, splat (i32 16)
   %1160 = getelementptr inbounds nuw i8, ptr %902, i64 2816
-  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !5
-  %1161 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !9
+  %1161 = load i64, ptr %1132, align 8, !tbaa !9
   %1162 = getelementptr i32, ptr %value_cache, i64 %1161
   %1163 = getelementptr i8, ptr %1162, i64 128
-  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !9
   %1165 = and <16 x i32> %1164, %107
   %1166 = getelementptr inbounds nuw i8, ptr %902, i64 2880
-  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
-  %1167 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !9
+  %1167 = load i64, ptr %1132, align 8, !tbaa !9
   %1168 = getelementptr i32, ptr %value_cache, i64 %1167
   %1169 = getelementptr i8, ptr %1168, i64 192
-  %1170 = load <16 x i32>, ptr %1169, align 4, !tbaa !5
+  %1170 = load <16 x i32>, ptr %1169, align 4, !tbaa !9
   %1171 = shl <16 x i32> %1170, splat (i32 16)
   %1172 = getelementptr inbounds nuw i8, ptr %902, i64 2944
-  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !5
-  %1173 = load i64, ptr %1132, align 8, !tbaa !5
+  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !9
+  %1173 = load i64, ptr %1132, align 8, !tbaa !9
   %1174 = getelementptr i32, ptr %value_cache, i64 %1173
   %1175 = getelementptr i8, ptr %1174, i64 192
-  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !9
   %1177 = and <16 x i32> %1176, %107
   %1178 = getelementptr inbounds nuw i8, ptr %902, i64 3008
-  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !9
   %1179 = getelementptr inbounds nuw i8, ptr %897, i64 48
-  %1180 = load i64, ptr %1179, align 8, !tbaa !5
+  %1180 = load i64, ptr %1179, align 8, !tbaa !9
   %1181 = getelementptr inbounds i32, ptr %value_cache, i64 %1180
-  %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !5
+  %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !9
   %1183 = shl <16 x i32> %1182, splat (i32 16)
   %1184 = getelementptr inbounds nuw i8, ptr %902, i64 3072
-  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !5
-  %1185 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !9
+  %1185 = load i64, ptr %1179, align 8, !tbaa !9
   %1186 = getelementptr inbounds i32, ptr %value_cache, i64 %1185
-  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !5
+  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !9
   %1188 = and <16 x i32> %1187, %107
   %1189 = getelementptr inbounds nuw i8, ptr %902, i64 3136
-  store <16 x i32> %1188, ptr %1189, align 4, !tbaa !5
-  %1190 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1188, ptr %1189, align 4, !tbaa !9
+  %1190 = load i64, ptr %1179, align 8, !tbaa !9
   %1191 = getelementptr i32, ptr %value_cache, i64 %1190
   %1192 = getelementptr i8, ptr %1191, i64 64
-  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
+  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !9
   %1194 = shl <16 x i32> %1193, splat (i32 16)
   %1195 = getelementptr inbounds nuw i8, ptr %902, i64 3200
-  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
-  %1196 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !9
+  %1196 = load i64, ptr %1179, align 8, !tbaa !9
   %1197 = getelementptr i32, ptr %value_cache, i64 %1196
   %1198 = getelementptr i8, ptr %1197, i64 64
-  %1199 = load <16 x i32>, ptr %1198, align 4, !tbaa !5
+  %1199 = load <16 x i32>, ptr %1198, align 4, !tbaa !9
   %1200 = and <16 x i32> %1199, %107
   %1201 = getelementptr inbounds nuw i8, ptr %902, i64 3264
-  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !5
-  %1202 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !9
+  %1202 = load i64, ptr %1179, align 8, !tbaa !9
   %1203 = getelementptr i32, ptr %value_cache, i64 %1202
   %1204 = getelementptr i8, ptr %1203, i64 128
-  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !9
   %1206 = shl <16 x i32> %1205, splat (i32 16)
   %1207 = getelementptr inbounds nuw i8, ptr %902, i64 3328
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
-  %1208 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !9
+  %1208 = load i64, ptr %1179, align 8, !tbaa !9
   %1209 = getelementptr i32, ptr %value_cache, i64 %1208
   %1210 = getelementptr i8, ptr %1209, i64 128
-  %1211 = load <16 x i32>, ptr %1210, align 4, !tbaa !5
+  %1211 = load <16 x i32>, ptr %1210, align 4, !tbaa !9
   %1212 = and <16 x i32> %1211, %107
   %1213 = getelementptr inbounds nuw i8, ptr %902, i64 3392
-  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !5
-  %1214 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !9
+  %1214 = load i64, ptr %1179, align 8, !tbaa !9
   %1215 = getelementptr i32, ptr %value_cache, i64 %1214
   %1216 = getelementptr i8, ptr %1215, i64 192
-  %1217 = load <16 x i32>, ptr %1216, align 4, !tbaa !5
+  %1217 = load <16 x i32>, ptr %1216, align 4, !tbaa !9
   %1218 = shl <16 x i32> %1217, splat (i32 16)
   %1219 = getelementptr inbounds nuw i8, ptr %902, i64 3456
-  store <16 x i32> %1218, ptr %1219, align 4, !tbaa !5
-  %1220 = load i64, ptr %1179, align 8, !tbaa !5
+  store <16 x i32> %1218, ptr %1219, align 4, !tbaa !9
+  %1220 = load i64, ptr %1179, align 8, !tbaa !9
   %1221 = getelementptr i32, ptr %value_cache, i64 %1220
   %1222 = getelementptr i8, ptr %1221, i64 192
-  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
+  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !9
   %1224 = and <16 x i32> %1223, %107
   %1225 = getelementptr inbounds nuw i8, ptr %902, i64 3520
-  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !9
   %1226 = getelementptr inbounds nuw i8, ptr %897, i64 56
-  %1227 = load i64, ptr %1226, align 8, !tbaa !5
+  %1227 = load i64, ptr %1226, align 8, !tbaa !9
   %1228 = getelementptr inbounds i32, ptr %value_cache, i64 %1227
-  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
+  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !9
   %1230 = shl <16 x i32> %1229, splat (i32 16)
   %1231 = getelementptr inbounds nuw i8, ptr %902, i64 3584
-  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
-  %1232 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !9
+  %1232 = load i64, ptr %1226, align 8, !tbaa !9
   %1233 = getelementptr inbounds i32, ptr %value_cache, i64 %1232
-  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !5
+  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !9
   %1235 = and <16 x i32> %1234, %107
   %1236 = getelementptr inbounds nuw i8, ptr %902, i64 3648
-  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
-  %1237 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !9
+  %1237 = load i64, ptr %1226, align 8, !tbaa !9
   %1238 = getelementptr i32, ptr %value_cache, i64 %1237
   %1239 = getelementptr i8, ptr %1238, i64 64
-  %1240 = load <16 x i32>, ptr %1239, align 4, !tbaa !5
+  %1240 = load <16 x i32>, ptr %1239, align 4, !tbaa !9
   %1241 = shl <16 x i32> %1240, splat (i32 16)
   %1242 = getelementptr inbounds nuw i8, ptr %902, i64 3712
-  store <16 x i32> %1241, ptr %1242, align 4, !tbaa !5
-  %1243 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1241, ptr %1242, align 4, !tbaa !9
+  %1243 = load i64, ptr %1226, align 8, !tbaa !9
   %1244 = getelementptr i32, ptr %value_cache, i64 %1243
   %1245 = getelementptr i8, ptr %1244, i64 64
-  %1246 = load <16 x i32>, ptr %1245, align 4, !tbaa !5
+  %1246 = load <16 x i32>, ptr %1245, align 4, !tbaa !9
   %1247 = and <16 x i32> %1246, %107
   %1248 = getelementptr inbounds nuw i8, ptr %902, i64 3776
-  store <16 x i32> %1247, ptr %1248, align 4, !tbaa !5
-  %1249 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1247, ptr %1248, align 4, !tbaa !9
+  %1249 = load i64, ptr %1226, align 8, !tbaa !9
   %1250 = getelementptr i32, ptr %value_cache, i64 %1249
   %1251 = getelementptr i8, ptr %1250, i64 128
-  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !9
   %1253 = shl <16 x i32> %1252, splat (i32 16)
   %1254 = getelementptr inbounds nuw i8, ptr %902, i64 3840
-  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
-  %1255 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !9
+  %1255 = load i64, ptr %1226, align 8, !tbaa !9
   %1256 = getelementptr i32, ptr %value_cache, i64 %1255
   %1257 = getelementptr i8, ptr %1256, i64 128
-  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
+  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !9
   %1259 = and <16 x i32> %1258, %107
   %1260 = getelementptr inbounds nuw i8, ptr %902, i64 3904
-  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
-  %1261 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !9
+  %1261 = load i64, ptr %1226, align 8, !tbaa !9
   %1262 = getelementptr i32, ptr %value_cache, i64 %1261
   %1263 = getelementptr i8, ptr %1262, i64 192
-  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
+  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !9
   %1265 = shl <16 x i32> %1264, splat (i32 16)
   %1266 = getelementptr inbounds nuw i8, ptr %902, i64 3968
-  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
-  %1267 = load i64, ptr %1226, align 8, !tbaa !5
+  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !9
+  %1267 = load i64, ptr %1226, align 8, !tbaa !9
   %1268 = getelementptr i32, ptr %value_cache, i64 %1267
   %1269 = getelementptr i8, ptr %1268, i64 192
-  %1270 = load <16 x i32>, ptr %1269, align 4, !tbaa !5
+  %1270 = load <16 x i32>, ptr %1269, align 4, !tbaa !9
   %1271 = and <16 x i32> %1270, %107
   %1272 = getelementptr inbounds nuw i8, ptr %902, i64 4032
-  store <16 x i32> %1271, ptr %1272, align 4, !tbaa !5
+  store <16 x i32> %1271, ptr %1272, align 4, !tbaa !9
   %indvars.iv.next572.i = add nuw nsw i64 %indvars.iv571.i, 1
   %exitcond575.not.i = icmp eq i64 %indvars.iv.next572.i, %wide.trip.count565.i
-  br i1 %exitcond575.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !13
+  br i1 %exitcond575.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !4
 
 for_end_to53.i:                                   ; preds = %for_begin_ti56.preheader.i, %for_begin_to.preheader.i
-  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = tail call ptr %1273(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1274 = icmp eq ptr %scores.i, null
   br i1 %1274, label %fused_decode_compute_.exit, label %if_end62.i, !prof !8
 
 if_end62.i:                                       ; preds = %for_end_to53.i
-  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %probs.i = tail call ptr %1275(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1276 = icmp eq ptr %probs.i, null
   br i1 %1276, label %fused_decode_compute_.exit, label %for_begin_to67.preheader.i, !prof !8
@@ -2148,7 +2338,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %indvars.iv590.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next591.i, %for_end_d_1.3.i ]
   %.idx68 = shl nsw i64 %indvars.iv590.i, 6
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx68
-  %1278 = load i64, ptr %gep, align 8, !tbaa !5
+  %1278 = load i64, ptr %gep, align 8, !tbaa !9
   %1279 = getelementptr i32, ptr %key_cache, i64 %1278
   tail call void @llvm.prefetch.p0(ptr readonly %1279, i32 0, i32 2, i32 1)
   %1280 = getelementptr i8, ptr %1279, i64 64
@@ -2158,7 +2348,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1282 = getelementptr i8, ptr %1279, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1282, i32 0, i32 2, i32 1)
   %1283 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1284 = load i64, ptr %1283, align 8, !tbaa !5
+  %1284 = load i64, ptr %1283, align 8, !tbaa !9
   %1285 = getelementptr i32, ptr %key_cache, i64 %1284
   tail call void @llvm.prefetch.p0(ptr readonly %1285, i32 0, i32 2, i32 1)
   %1286 = getelementptr i8, ptr %1285, i64 64
@@ -2168,7 +2358,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1288 = getelementptr i8, ptr %1285, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1288, i32 0, i32 2, i32 1)
   %1289 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  %1290 = load i64, ptr %1289, align 8, !tbaa !5
+  %1290 = load i64, ptr %1289, align 8, !tbaa !9
   %1291 = getelementptr i32, ptr %key_cache, i64 %1290
   tail call void @llvm.prefetch.p0(ptr readonly %1291, i32 0, i32 2, i32 1)
   %1292 = getelementptr i8, ptr %1291, i64 64
@@ -2178,7 +2368,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1294 = getelementptr i8, ptr %1291, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1294, i32 0, i32 2, i32 1)
   %1295 = getelementptr inbounds nuw i8, ptr %gep, i64 24
-  %1296 = load i64, ptr %1295, align 8, !tbaa !5
+  %1296 = load i64, ptr %1295, align 8, !tbaa !9
   %1297 = getelementptr i32, ptr %key_cache, i64 %1296
   tail call void @llvm.prefetch.p0(ptr readonly %1297, i32 0, i32 2, i32 1)
   %1298 = getelementptr i8, ptr %1297, i64 64
@@ -2188,7 +2378,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1300 = getelementptr i8, ptr %1297, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1300, i32 0, i32 2, i32 1)
   %1301 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  %1302 = load i64, ptr %1301, align 8, !tbaa !5
+  %1302 = load i64, ptr %1301, align 8, !tbaa !9
   %1303 = getelementptr i32, ptr %key_cache, i64 %1302
   tail call void @llvm.prefetch.p0(ptr readonly %1303, i32 0, i32 2, i32 1)
   %1304 = getelementptr i8, ptr %1303, i64 64
@@ -2198,7 +2388,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1306 = getelementptr i8, ptr %1303, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1306, i32 0, i32 2, i32 1)
   %1307 = getelementptr inbounds nuw i8, ptr %gep, i64 40
-  %1308 = load i64, ptr %1307, align 8, !tbaa !5
+  %1308 = load i64, ptr %1307, align 8, !tbaa !9
   %1309 = getelementptr i32, ptr %key_cache, i64 %1308
   tail call void @llvm.prefetch.p0(ptr readonly %1309, i32 0, i32 2, i32 1)
   %1310 = getelementptr i8, ptr %1309, i64 64
@@ -2208,7 +2398,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1312 = getelementptr i8, ptr %1309, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1312, i32 0, i32 2, i32 1)
   %1313 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  %1314 = load i64, ptr %1313, align 8, !tbaa !5
+  %1314 = load i64, ptr %1313, align 8, !tbaa !9
   %1315 = getelementptr i32, ptr %key_cache, i64 %1314
   tail call void @llvm.prefetch.p0(ptr readonly %1315, i32 0, i32 2, i32 1)
   %1316 = getelementptr i8, ptr %1315, i64 64
@@ -2218,7 +2408,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   %1318 = getelementptr i8, ptr %1315, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1318, i32 0, i32 2, i32 1)
   %1319 = getelementptr inbounds nuw i8, ptr %gep, i64 56
-  %1320 = load i64, ptr %1319, align 8, !tbaa !5
+  %1320 = load i64, ptr %1319, align 8, !tbaa !9
   %1321 = getelementptr i32, ptr %key_cache, i64 %1320
   tail call void @llvm.prefetch.p0(ptr readonly %1321, i32 0, i32 2, i32 1)
   %1322 = getelementptr i8, ptr %1321, i64 64
@@ -2233,13 +2423,13 @@ for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %f
   br label %for_begin_d_2.preheader.i
 
 for_end_to69.i:                                   ; preds = %for_end_d_1.3.i
-  %1328 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1328 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled.i = tail call ptr %1328(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1329 = icmp eq ptr %scaled.i, null
   br i1 %1329, label %fused_decode_compute_.exit, label %for_begin_to75.preheader.i, !prof !8
 
 for_end_to69.thread.i:                            ; preds = %for_begin_to67.preheader.i
-  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled806.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1331 = icmp eq ptr %scaled806.i, null
   br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_ti_1.preheader.i, !prof !8
@@ -2260,92 +2450,92 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %scores_global267.sroa.28.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1416, %for_begin_d_2.preheader.i ]
   %.idx69 = shl nuw nsw i64 %indvars.iv581.i, 7
   %1333 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx69
-  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !9
   %1335 = getelementptr inbounds nuw float, ptr %1327, i64 %indvars.iv581.i
-  %1336 = load float, ptr %1335, align 4, !tbaa !5
+  %1336 = load float, ptr %1335, align 4, !tbaa !9
   %1337 = insertelement <16 x float> poison, float %1336, i64 0
   %1338 = shufflevector <16 x float> %1337, <16 x float> poison, <16 x i32> zeroinitializer
   %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1338, <16 x float> %scores_global267.sroa.0.1386.i)
   %1340 = getelementptr inbounds nuw i8, ptr %1335, i64 512
-  %1341 = load float, ptr %1340, align 4, !tbaa !5
+  %1341 = load float, ptr %1340, align 4, !tbaa !9
   %1342 = insertelement <16 x float> poison, float %1341, i64 0
   %1343 = shufflevector <16 x float> %1342, <16 x float> poison, <16 x i32> zeroinitializer
   %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1343, <16 x float> %scores_global267.sroa.4.1385.i)
   %1345 = getelementptr inbounds nuw i8, ptr %1335, i64 1024
-  %1346 = load float, ptr %1345, align 4, !tbaa !5
+  %1346 = load float, ptr %1345, align 4, !tbaa !9
   %1347 = insertelement <16 x float> poison, float %1346, i64 0
   %1348 = shufflevector <16 x float> %1347, <16 x float> poison, <16 x i32> zeroinitializer
   %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1348, <16 x float> %scores_global267.sroa.8.1384.i)
   %1350 = getelementptr inbounds nuw i8, ptr %1335, i64 1536
-  %1351 = load float, ptr %1350, align 4, !tbaa !5
+  %1351 = load float, ptr %1350, align 4, !tbaa !9
   %1352 = insertelement <16 x float> poison, float %1351, i64 0
   %1353 = shufflevector <16 x float> %1352, <16 x float> poison, <16 x i32> zeroinitializer
   %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1353, <16 x float> %scores_global267.sroa.12.1383.i)
   %1355 = getelementptr inbounds nuw i8, ptr %1335, i64 2048
-  %1356 = load float, ptr %1355, align 4, !tbaa !5
+  %1356 = load float, ptr %1355, align 4, !tbaa !9
   %1357 = insertelement <16 x float> poison, float %1356, i64 0
   %1358 = shufflevector <16 x float> %1357, <16 x float> poison, <16 x i32> zeroinitializer
   %1359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1358, <16 x float> %scores_global267.sroa.16.1382.i)
   %1360 = getelementptr inbounds nuw i8, ptr %1335, i64 2560
-  %1361 = load float, ptr %1360, align 4, !tbaa !5
+  %1361 = load float, ptr %1360, align 4, !tbaa !9
   %1362 = insertelement <16 x float> poison, float %1361, i64 0
   %1363 = shufflevector <16 x float> %1362, <16 x float> poison, <16 x i32> zeroinitializer
   %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1363, <16 x float> %scores_global267.sroa.20.1381.i)
   %1365 = getelementptr inbounds nuw i8, ptr %1335, i64 3072
-  %1366 = load float, ptr %1365, align 4, !tbaa !5
+  %1366 = load float, ptr %1365, align 4, !tbaa !9
   %1367 = insertelement <16 x float> poison, float %1366, i64 0
   %1368 = shufflevector <16 x float> %1367, <16 x float> poison, <16 x i32> zeroinitializer
   %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1368, <16 x float> %scores_global267.sroa.24.1380.i)
   %1370 = getelementptr inbounds nuw i8, ptr %1335, i64 3584
-  %1371 = load float, ptr %1370, align 4, !tbaa !5
+  %1371 = load float, ptr %1370, align 4, !tbaa !9
   %1372 = insertelement <16 x float> poison, float %1371, i64 0
   %1373 = shufflevector <16 x float> %1372, <16 x float> poison, <16 x i32> zeroinitializer
   %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1373, <16 x float> %scores_global267.sroa.28.1379.i)
   %1375 = getelementptr inbounds nuw i8, ptr %1333, i64 64
-  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
+  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !9
   %1377 = getelementptr inbounds nuw i8, ptr %1335, i64 64
-  %1378 = load float, ptr %1377, align 4, !tbaa !5
+  %1378 = load float, ptr %1377, align 4, !tbaa !9
   %1379 = insertelement <16 x float> poison, float %1378, i64 0
   %1380 = shufflevector <16 x float> %1379, <16 x float> poison, <16 x i32> zeroinitializer
   %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1380, <16 x float> %1339)
   %1382 = getelementptr inbounds nuw i8, ptr %1335, i64 576
-  %1383 = load float, ptr %1382, align 4, !tbaa !5
+  %1383 = load float, ptr %1382, align 4, !tbaa !9
   %1384 = insertelement <16 x float> poison, float %1383, i64 0
   %1385 = shufflevector <16 x float> %1384, <16 x float> poison, <16 x i32> zeroinitializer
   %1386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1385, <16 x float> %1344)
   %1387 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
-  %1388 = load float, ptr %1387, align 4, !tbaa !5
+  %1388 = load float, ptr %1387, align 4, !tbaa !9
   %1389 = insertelement <16 x float> poison, float %1388, i64 0
   %1390 = shufflevector <16 x float> %1389, <16 x float> poison, <16 x i32> zeroinitializer
   %1391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1390, <16 x float> %1349)
   %1392 = getelementptr inbounds nuw i8, ptr %1335, i64 1600
-  %1393 = load float, ptr %1392, align 4, !tbaa !5
+  %1393 = load float, ptr %1392, align 4, !tbaa !9
   %1394 = insertelement <16 x float> poison, float %1393, i64 0
   %1395 = shufflevector <16 x float> %1394, <16 x float> poison, <16 x i32> zeroinitializer
   %1396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1395, <16 x float> %1354)
   %1397 = getelementptr inbounds nuw i8, ptr %1335, i64 2112
-  %1398 = load float, ptr %1397, align 4, !tbaa !5
+  %1398 = load float, ptr %1397, align 4, !tbaa !9
   %1399 = insertelement <16 x float> poison, float %1398, i64 0
   %1400 = shufflevector <16 x float> %1399, <16 x float> poison, <16 x i32> zeroinitializer
   %1401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1400, <16 x float> %1359)
   %1402 = getelementptr inbounds nuw i8, ptr %1335, i64 2624
-  %1403 = load float, ptr %1402, align 4, !tbaa !5
+  %1403 = load float, ptr %1402, align 4, !tbaa !9
   %1404 = insertelement <16 x float> poison, float %1403, i64 0
   %1405 = shufflevector <16 x float> %1404, <16 x float> poison, <16 x i32> zeroinitializer
   %1406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1405, <16 x float> %1364)
   %1407 = getelementptr inbounds nuw i8, ptr %1335, i64 3136
-  %1408 = load float, ptr %1407, align 4, !tbaa !5
+  %1408 = load float, ptr %1407, align 4, !tbaa !9
   %1409 = insertelement <16 x float> poison, float %1408, i64 0
   %1410 = shufflevector <16 x float> %1409, <16 x float> poison, <16 x i32> zeroinitializer
   %1411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1410, <16 x float> %1369)
   %1412 = getelementptr inbounds nuw i8, ptr %1335, i64 3648
-  %1413 = load float, ptr %1412, align 4, !tbaa !5
+  %1413 = load float, ptr %1412, align 4, !tbaa !9
   %1414 = insertelement <16 x float> poison, float %1413, i64 0
   %1415 = shufflevector <16 x float> %1414, <16 x float> poison, <16 x i32> zeroinitializer
   %1416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1415, <16 x float> %1374)
   %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
   %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, 16
-  br i1 %exitcond585.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  br i1 %exitcond585.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !11
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1417 = getelementptr inbounds nuw i8, ptr %1327, i64 128
@@ -2364,92 +2554,92 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %.idx70 = shl nuw nsw i64 %indvars.iv581.1.i, 7
   %1418 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx70
   %1419 = getelementptr inbounds nuw i8, ptr %1418, i64 2048
-  %1420 = load <16 x float>, ptr %1419, align 4, !tbaa !5
+  %1420 = load <16 x float>, ptr %1419, align 4, !tbaa !9
   %1421 = getelementptr inbounds nuw float, ptr %1417, i64 %indvars.iv581.1.i
-  %1422 = load float, ptr %1421, align 4, !tbaa !5
+  %1422 = load float, ptr %1421, align 4, !tbaa !9
   %1423 = insertelement <16 x float> poison, float %1422, i64 0
   %1424 = shufflevector <16 x float> %1423, <16 x float> poison, <16 x i32> zeroinitializer
   %1425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1424, <16 x float> %scores_global267.sroa.0.1386.1.i)
   %1426 = getelementptr inbounds nuw i8, ptr %1421, i64 512
-  %1427 = load float, ptr %1426, align 4, !tbaa !5
+  %1427 = load float, ptr %1426, align 4, !tbaa !9
   %1428 = insertelement <16 x float> poison, float %1427, i64 0
   %1429 = shufflevector <16 x float> %1428, <16 x float> poison, <16 x i32> zeroinitializer
   %1430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1429, <16 x float> %scores_global267.sroa.4.1385.1.i)
   %1431 = getelementptr inbounds nuw i8, ptr %1421, i64 1024
-  %1432 = load float, ptr %1431, align 4, !tbaa !5
+  %1432 = load float, ptr %1431, align 4, !tbaa !9
   %1433 = insertelement <16 x float> poison, float %1432, i64 0
   %1434 = shufflevector <16 x float> %1433, <16 x float> poison, <16 x i32> zeroinitializer
   %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1434, <16 x float> %scores_global267.sroa.8.1384.1.i)
   %1436 = getelementptr inbounds nuw i8, ptr %1421, i64 1536
-  %1437 = load float, ptr %1436, align 4, !tbaa !5
+  %1437 = load float, ptr %1436, align 4, !tbaa !9
   %1438 = insertelement <16 x float> poison, float %1437, i64 0
   %1439 = shufflevector <16 x float> %1438, <16 x float> poison, <16 x i32> zeroinitializer
   %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1439, <16 x float> %scores_global267.sroa.12.1383.1.i)
   %1441 = getelementptr inbounds nuw i8, ptr %1421, i64 2048
-  %1442 = load float, ptr %1441, align 4, !tbaa !5
+  %1442 = load float, ptr %1441, align 4, !tbaa !9
   %1443 = insertelement <16 x float> poison, float %1442, i64 0
   %1444 = shufflevector <16 x float> %1443, <16 x float> poison, <16 x i32> zeroinitializer
   %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1444, <16 x float> %scores_global267.sroa.16.1382.1.i)
   %1446 = getelementptr inbounds nuw i8, ptr %1421, i64 2560
-  %1447 = load float, ptr %1446, align 4, !tbaa !5
+  %1447 = load float, ptr %1446, align 4, !tbaa !9
   %1448 = insertelement <16 x float> poison, float %1447, i64 0
   %1449 = shufflevector <16 x float> %1448, <16 x float> poison, <16 x i32> zeroinitializer
   %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1449, <16 x float> %scores_global267.sroa.20.1381.1.i)
   %1451 = getelementptr inbounds nuw i8, ptr %1421, i64 3072
-  %1452 = load float, ptr %1451, align 4, !tbaa !5
+  %1452 = load float, ptr %1451, align 4, !tbaa !9
   %1453 = insertelement <16 x float> poison, float %1452, i64 0
   %1454 = shufflevector <16 x float> %1453, <16 x float> poison, <16 x i32> zeroinitializer
   %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1454, <16 x float> %scores_global267.sroa.24.1380.1.i)
   %1456 = getelementptr inbounds nuw i8, ptr %1421, i64 3584
-  %1457 = load float, ptr %1456, align 4, !tbaa !5
+  %1457 = load float, ptr %1456, align 4, !tbaa !9
   %1458 = insertelement <16 x float> poison, float %1457, i64 0
   %1459 = shufflevector <16 x float> %1458, <16 x float> poison, <16 x i32> zeroinitializer
   %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1459, <16 x float> %scores_global267.sroa.28.1379.1.i)
   %1461 = getelementptr inbounds nuw i8, ptr %1418, i64 2112
-  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !5
+  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !9
   %1463 = getelementptr inbounds nuw i8, ptr %1421, i64 64
-  %1464 = load float, ptr %1463, align 4, !tbaa !5
+  %1464 = load float, ptr %1463, align 4, !tbaa !9
   %1465 = insertelement <16 x float> poison, float %1464, i64 0
   %1466 = shufflevector <16 x float> %1465, <16 x float> poison, <16 x i32> zeroinitializer
   %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1466, <16 x float> %1425)
   %1468 = getelementptr inbounds nuw i8, ptr %1421, i64 576
-  %1469 = load float, ptr %1468, align 4, !tbaa !5
+  %1469 = load float, ptr %1468, align 4, !tbaa !9
   %1470 = insertelement <16 x float> poison, float %1469, i64 0
   %1471 = shufflevector <16 x float> %1470, <16 x float> poison, <16 x i32> zeroinitializer
   %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1471, <16 x float> %1430)
   %1473 = getelementptr inbounds nuw i8, ptr %1421, i64 1088
-  %1474 = load float, ptr %1473, align 4, !tbaa !5
+  %1474 = load float, ptr %1473, align 4, !tbaa !9
   %1475 = insertelement <16 x float> poison, float %1474, i64 0
   %1476 = shufflevector <16 x float> %1475, <16 x float> poison, <16 x i32> zeroinitializer
   %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1476, <16 x float> %1435)
   %1478 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
-  %1479 = load float, ptr %1478, align 4, !tbaa !5
+  %1479 = load float, ptr %1478, align 4, !tbaa !9
   %1480 = insertelement <16 x float> poison, float %1479, i64 0
   %1481 = shufflevector <16 x float> %1480, <16 x float> poison, <16 x i32> zeroinitializer
   %1482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1481, <16 x float> %1440)
   %1483 = getelementptr inbounds nuw i8, ptr %1421, i64 2112
-  %1484 = load float, ptr %1483, align 4, !tbaa !5
+  %1484 = load float, ptr %1483, align 4, !tbaa !9
   %1485 = insertelement <16 x float> poison, float %1484, i64 0
   %1486 = shufflevector <16 x float> %1485, <16 x float> poison, <16 x i32> zeroinitializer
   %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1486, <16 x float> %1445)
   %1488 = getelementptr inbounds nuw i8, ptr %1421, i64 2624
-  %1489 = load float, ptr %1488, align 4, !tbaa !5
+  %1489 = load float, ptr %1488, align 4, !tbaa !9
   %1490 = insertelement <16 x float> poison, float %1489, i64 0
   %1491 = shufflevector <16 x float> %1490, <16 x float> poison, <16 x i32> zeroinitializer
   %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1491, <16 x float> %1450)
   %1493 = getelementptr inbounds nuw i8, ptr %1421, i64 3136
-  %1494 = load float, ptr %1493, align 4, !tbaa !5
+  %1494 = load float, ptr %1493, align 4, !tbaa !9
   %1495 = insertelement <16 x float> poison, float %1494, i64 0
   %1496 = shufflevector <16 x float> %1495, <16 x float> poison, <16 x i32> zeroinitializer
   %1497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1496, <16 x float> %1455)
   %1498 = getelementptr inbounds nuw i8, ptr %1421, i64 3648
-  %1499 = load float, ptr %1498, align 4, !tbaa !5
+  %1499 = load float, ptr %1498, align 4, !tbaa !9
   %1500 = insertelement <16 x float> poison, float %1499, i64 0
   %1501 = shufflevector <16 x float> %1500, <16 x float> poison, <16 x i32> zeroinitializer
   %1502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1501, <16 x float> %1460)
   %indvars.iv.next582.1.i = add nuw nsw i64 %indvars.iv581.1.i, 1
   %exitcond585.1.not.i = icmp eq i64 %indvars.iv.next582.1.i, 16
-  br i1 %exitcond585.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  br i1 %exitcond585.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !11
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1503 = getelementptr inbounds nuw i8, ptr %1327, i64 256
@@ -2468,92 +2658,92 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %.idx71 = shl nuw nsw i64 %indvars.iv581.2.i, 7
   %1504 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx71
   %1505 = getelementptr inbounds nuw i8, ptr %1504, i64 4096
-  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !5
+  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !9
   %1507 = getelementptr inbounds nuw float, ptr %1503, i64 %indvars.iv581.2.i
-  %1508 = load float, ptr %1507, align 4, !tbaa !5
+  %1508 = load float, ptr %1507, align 4, !tbaa !9
   %1509 = insertelement <16 x float> poison, float %1508, i64 0
   %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
   %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %scores_global267.sroa.0.1386.2.i)
   %1512 = getelementptr inbounds nuw i8, ptr %1507, i64 512
-  %1513 = load float, ptr %1512, align 4, !tbaa !5
+  %1513 = load float, ptr %1512, align 4, !tbaa !9
   %1514 = insertelement <16 x float> poison, float %1513, i64 0
   %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
   %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %scores_global267.sroa.4.1385.2.i)
   %1517 = getelementptr inbounds nuw i8, ptr %1507, i64 1024
-  %1518 = load float, ptr %1517, align 4, !tbaa !5
+  %1518 = load float, ptr %1517, align 4, !tbaa !9
   %1519 = insertelement <16 x float> poison, float %1518, i64 0
   %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
   %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %scores_global267.sroa.8.1384.2.i)
   %1522 = getelementptr inbounds nuw i8, ptr %1507, i64 1536
-  %1523 = load float, ptr %1522, align 4, !tbaa !5
+  %1523 = load float, ptr %1522, align 4, !tbaa !9
   %1524 = insertelement <16 x float> poison, float %1523, i64 0
   %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
   %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %scores_global267.sroa.12.1383.2.i)
   %1527 = getelementptr inbounds nuw i8, ptr %1507, i64 2048
-  %1528 = load float, ptr %1527, align 4, !tbaa !5
+  %1528 = load float, ptr %1527, align 4, !tbaa !9
   %1529 = insertelement <16 x float> poison, float %1528, i64 0
   %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
   %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %scores_global267.sroa.16.1382.2.i)
   %1532 = getelementptr inbounds nuw i8, ptr %1507, i64 2560
-  %1533 = load float, ptr %1532, align 4, !tbaa !5
+  %1533 = load float, ptr %1532, align 4, !tbaa !9
   %1534 = insertelement <16 x float> poison, float %1533, i64 0
   %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
   %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %scores_global267.sroa.20.1381.2.i)
   %1537 = getelementptr inbounds nuw i8, ptr %1507, i64 3072
-  %1538 = load float, ptr %1537, align 4, !tbaa !5
+  %1538 = load float, ptr %1537, align 4, !tbaa !9
   %1539 = insertelement <16 x float> poison, float %1538, i64 0
   %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
   %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %scores_global267.sroa.24.1380.2.i)
   %1542 = getelementptr inbounds nuw i8, ptr %1507, i64 3584
-  %1543 = load float, ptr %1542, align 4, !tbaa !5
+  %1543 = load float, ptr %1542, align 4, !tbaa !9
   %1544 = insertelement <16 x float> poison, float %1543, i64 0
   %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
   %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %scores_global267.sroa.28.1379.2.i)
   %1547 = getelementptr inbounds nuw i8, ptr %1504, i64 4160
-  %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !5
+  %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !9
   %1549 = getelementptr inbounds nuw i8, ptr %1507, i64 64
-  %1550 = load float, ptr %1549, align 4, !tbaa !5
+  %1550 = load float, ptr %1549, align 4, !tbaa !9
   %1551 = insertelement <16 x float> poison, float %1550, i64 0
   %1552 = shufflevector <16 x float> %1551, <16 x float> poison, <16 x i32> zeroinitializer
   %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1552, <16 x float> %1511)
   %1554 = getelementptr inbounds nuw i8, ptr %1507, i64 576
-  %1555 = load float, ptr %1554, align 4, !tbaa !5
+  %1555 = load float, ptr %1554, align 4, !tbaa !9
   %1556 = insertelement <16 x float> poison, float %1555, i64 0
   %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
   %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1557, <16 x float> %1516)
   %1559 = getelementptr inbounds nuw i8, ptr %1507, i64 1088
-  %1560 = load float, ptr %1559, align 4, !tbaa !5
+  %1560 = load float, ptr %1559, align 4, !tbaa !9
   %1561 = insertelement <16 x float> poison, float %1560, i64 0
   %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
   %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1562, <16 x float> %1521)
   %1564 = getelementptr inbounds nuw i8, ptr %1507, i64 1600
-  %1565 = load float, ptr %1564, align 4, !tbaa !5
+  %1565 = load float, ptr %1564, align 4, !tbaa !9
   %1566 = insertelement <16 x float> poison, float %1565, i64 0
   %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
   %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1567, <16 x float> %1526)
   %1569 = getelementptr inbounds nuw i8, ptr %1507, i64 2112
-  %1570 = load float, ptr %1569, align 4, !tbaa !5
+  %1570 = load float, ptr %1569, align 4, !tbaa !9
   %1571 = insertelement <16 x float> poison, float %1570, i64 0
   %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
   %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1572, <16 x float> %1531)
   %1574 = getelementptr inbounds nuw i8, ptr %1507, i64 2624
-  %1575 = load float, ptr %1574, align 4, !tbaa !5
+  %1575 = load float, ptr %1574, align 4, !tbaa !9
   %1576 = insertelement <16 x float> poison, float %1575, i64 0
   %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
   %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1577, <16 x float> %1536)
   %1579 = getelementptr inbounds nuw i8, ptr %1507, i64 3136
-  %1580 = load float, ptr %1579, align 4, !tbaa !5
+  %1580 = load float, ptr %1579, align 4, !tbaa !9
   %1581 = insertelement <16 x float> poison, float %1580, i64 0
   %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
   %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1582, <16 x float> %1541)
   %1584 = getelementptr inbounds nuw i8, ptr %1507, i64 3648
-  %1585 = load float, ptr %1584, align 4, !tbaa !5
+  %1585 = load float, ptr %1584, align 4, !tbaa !9
   %1586 = insertelement <16 x float> poison, float %1585, i64 0
   %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
   %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1587, <16 x float> %1546)
   %indvars.iv.next582.2.i = add nuw nsw i64 %indvars.iv581.2.i, 1
   %exitcond585.2.not.i = icmp eq i64 %indvars.iv.next582.2.i, 16
-  br i1 %exitcond585.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  br i1 %exitcond585.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !11
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1589 = getelementptr inbounds nuw i8, ptr %1327, i64 384
@@ -2572,114 +2762,114 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %.idx72 = shl nuw nsw i64 %indvars.iv581.3.i, 7
   %1590 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx72
   %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 6144
-  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !5
+  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !9
   %1593 = getelementptr inbounds nuw float, ptr %1589, i64 %indvars.iv581.3.i
-  %1594 = load float, ptr %1593, align 4, !tbaa !5
+  %1594 = load float, ptr %1593, align 4, !tbaa !9
   %1595 = insertelement <16 x float> poison, float %1594, i64 0
   %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
   %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1596, <16 x float> %scores_global267.sroa.0.1386.3.i)
   %1598 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  %1599 = load float, ptr %1598, align 4, !tbaa !5
+  %1599 = load float, ptr %1598, align 4, !tbaa !9
   %1600 = insertelement <16 x float> poison, float %1599, i64 0
   %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
   %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1601, <16 x float> %scores_global267.sroa.4.1385.3.i)
   %1603 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
-  %1604 = load float, ptr %1603, align 4, !tbaa !5
+  %1604 = load float, ptr %1603, align 4, !tbaa !9
   %1605 = insertelement <16 x float> poison, float %1604, i64 0
   %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
   %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1606, <16 x float> %scores_global267.sroa.8.1384.3.i)
   %1608 = getelementptr inbounds nuw i8, ptr %1593, i64 1536
-  %1609 = load float, ptr %1608, align 4, !tbaa !5
+  %1609 = load float, ptr %1608, align 4, !tbaa !9
   %1610 = insertelement <16 x float> poison, float %1609, i64 0
   %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
   %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1611, <16 x float> %scores_global267.sroa.12.1383.3.i)
   %1613 = getelementptr inbounds nuw i8, ptr %1593, i64 2048
-  %1614 = load float, ptr %1613, align 4, !tbaa !5
+  %1614 = load float, ptr %1613, align 4, !tbaa !9
   %1615 = insertelement <16 x float> poison, float %1614, i64 0
   %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
   %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1616, <16 x float> %scores_global267.sroa.16.1382.3.i)
   %1618 = getelementptr inbounds nuw i8, ptr %1593, i64 2560
-  %1619 = load float, ptr %1618, align 4, !tbaa !5
+  %1619 = load float, ptr %1618, align 4, !tbaa !9
   %1620 = insertelement <16 x float> poison, float %1619, i64 0
   %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
   %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1621, <16 x float> %scores_global267.sroa.20.1381.3.i)
   %1623 = getelementptr inbounds nuw i8, ptr %1593, i64 3072
-  %1624 = load float, ptr %1623, align 4, !tbaa !5
+  %1624 = load float, ptr %1623, align 4, !tbaa !9
   %1625 = insertelement <16 x float> poison, float %1624, i64 0
   %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
   %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1626, <16 x float> %scores_global267.sroa.24.1380.3.i)
   %1628 = getelementptr inbounds nuw i8, ptr %1593, i64 3584
-  %1629 = load float, ptr %1628, align 4, !tbaa !5
+  %1629 = load float, ptr %1628, align 4, !tbaa !9
   %1630 = insertelement <16 x float> poison, float %1629, i64 0
   %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
   %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1631, <16 x float> %scores_global267.sroa.28.1379.3.i)
   %1633 = getelementptr inbounds nuw i8, ptr %1590, i64 6208
-  %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !5
+  %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !9
   %1635 = getelementptr inbounds nuw i8, ptr %1593, i64 64
-  %1636 = load float, ptr %1635, align 4, !tbaa !5
+  %1636 = load float, ptr %1635, align 4, !tbaa !9
   %1637 = insertelement <16 x float> poison, float %1636, i64 0
   %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
   %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1638, <16 x float> %1597)
   %1640 = getelementptr inbounds nuw i8, ptr %1593, i64 576
-  %1641 = load float, ptr %1640, align 4, !tbaa !5
+  %1641 = load float, ptr %1640, align 4, !tbaa !9
   %1642 = insertelement <16 x float> poison, float %1641, i64 0
   %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
   %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1643, <16 x float> %1602)
   %1645 = getelementptr inbounds nuw i8, ptr %1593, i64 1088
-  %1646 = load float, ptr %1645, align 4, !tbaa !5
+  %1646 = load float, ptr %1645, align 4, !tbaa !9
   %1647 = insertelement <16 x float> poison, float %1646, i64 0
   %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
   %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1648, <16 x float> %1607)
   %1650 = getelementptr inbounds nuw i8, ptr %1593, i64 1600
-  %1651 = load float, ptr %1650, align 4, !tbaa !5
+  %1651 = load float, ptr %1650, align 4, !tbaa !9
   %1652 = insertelement <16 x float> poison, float %1651, i64 0
   %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
   %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1653, <16 x float> %1612)
   %1655 = getelementptr inbounds nuw i8, ptr %1593, i64 2112
-  %1656 = load float, ptr %1655, align 4, !tbaa !5
+  %1656 = load float, ptr %1655, align 4, !tbaa !9
   %1657 = insertelement <16 x float> poison, float %1656, i64 0
   %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
   %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1658, <16 x float> %1617)
   %1660 = getelementptr inbounds nuw i8, ptr %1593, i64 2624
-  %1661 = load float, ptr %1660, align 4, !tbaa !5
+  %1661 = load float, ptr %1660, align 4, !tbaa !9
   %1662 = insertelement <16 x float> poison, float %1661, i64 0
   %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
   %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1663, <16 x float> %1622)
   %1665 = getelementptr inbounds nuw i8, ptr %1593, i64 3136
-  %1666 = load float, ptr %1665, align 4, !tbaa !5
+  %1666 = load float, ptr %1665, align 4, !tbaa !9
   %1667 = insertelement <16 x float> poison, float %1666, i64 0
   %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
   %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1668, <16 x float> %1627)
   %1670 = getelementptr inbounds nuw i8, ptr %1593, i64 3648
-  %1671 = load float, ptr %1670, align 4, !tbaa !5
+  %1671 = load float, ptr %1670, align 4, !tbaa !9
   %1672 = insertelement <16 x float> poison, float %1671, i64 0
   %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
   %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1673, <16 x float> %1632)
   %indvars.iv.next582.3.i = add nuw nsw i64 %indvars.iv581.3.i, 1
   %exitcond585.3.not.i = icmp eq i64 %indvars.iv.next582.3.i, 16
-  br i1 %exitcond585.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  br i1 %exitcond585.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !11
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx802.i = shl nsw i64 %indvars.iv590.i, 9
   %1675 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx802.i
-  store <16 x float> %1639, ptr %1675, align 4, !tbaa !5
+  store <16 x float> %1639, ptr %1675, align 4, !tbaa !9
   %1676 = getelementptr inbounds nuw i8, ptr %1675, i64 64
-  store <16 x float> %1644, ptr %1676, align 4, !tbaa !5
+  store <16 x float> %1644, ptr %1676, align 4, !tbaa !9
   %1677 = getelementptr inbounds nuw i8, ptr %1675, i64 128
-  store <16 x float> %1649, ptr %1677, align 4, !tbaa !5
+  store <16 x float> %1649, ptr %1677, align 4, !tbaa !9
   %1678 = getelementptr inbounds nuw i8, ptr %1675, i64 192
-  store <16 x float> %1654, ptr %1678, align 4, !tbaa !5
+  store <16 x float> %1654, ptr %1678, align 4, !tbaa !9
   %1679 = getelementptr inbounds nuw i8, ptr %1675, i64 256
-  store <16 x float> %1659, ptr %1679, align 4, !tbaa !5
+  store <16 x float> %1659, ptr %1679, align 4, !tbaa !9
   %1680 = getelementptr inbounds nuw i8, ptr %1675, i64 320
-  store <16 x float> %1664, ptr %1680, align 4, !tbaa !5
+  store <16 x float> %1664, ptr %1680, align 4, !tbaa !9
   %1681 = getelementptr inbounds nuw i8, ptr %1675, i64 384
-  store <16 x float> %1669, ptr %1681, align 4, !tbaa !5
+  store <16 x float> %1669, ptr %1681, align 4, !tbaa !9
   %1682 = getelementptr inbounds nuw i8, ptr %1675, i64 448
-  store <16 x float> %1674, ptr %1682, align 4, !tbaa !5
+  store <16 x float> %1674, ptr %1682, align 4, !tbaa !9
   %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
   %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count593.i
-  br i1 %exitcond594.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !13
+  br i1 %exitcond594.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !4
 
 for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preheader.i, %for_begin_to75.preheader.i
   %indvars.iv599.i = phi i64 [ 0, %for_begin_to75.preheader.i ], [ %indvars.iv.next600.i, %for_begin_ti80.preheader.i ]
@@ -2687,87 +2877,87 @@ for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preh
   %1684 = shl nsw i64 %indvars.iv599.i, 3
   %1685 = sub nsw i64 %1332, %1684
   %1686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
-  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
+  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !9
   %1688 = fmul <16 x float> %109, %1687
   %1689 = icmp sgt i64 %1685, 0
   %1690 = insertelement <16 x i1> poison, i1 %1689, i64 0
   %1691 = shufflevector <16 x i1> %1690, <16 x i1> poison, <16 x i32> zeroinitializer
   %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> splat (float 0xFFF0000000000000)
   %1693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1683
-  store <16 x float> %1692, ptr %1693, align 4, !tbaa !5
+  store <16 x float> %1692, ptr %1693, align 4, !tbaa !9
   %1694 = or disjoint i64 %1683, 16
   %1695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1694
-  %1696 = load <16 x float>, ptr %1695, align 4, !tbaa !5
+  %1696 = load <16 x float>, ptr %1695, align 4, !tbaa !9
   %1697 = fmul <16 x float> %109, %1696
   %1698 = icmp sgt i64 %1685, 1
   %1699 = insertelement <16 x i1> poison, i1 %1698, i64 0
   %1700 = shufflevector <16 x i1> %1699, <16 x i1> poison, <16 x i32> zeroinitializer
   %1701 = select <16 x i1> %1700, <16 x float> %1697, <16 x float> splat (float 0xFFF0000000000000)
   %1702 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1694
-  store <16 x float> %1701, ptr %1702, align 4, !tbaa !5
+  store <16 x float> %1701, ptr %1702, align 4, !tbaa !9
   %1703 = or disjoint i64 %1683, 32
   %1704 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1703
-  %1705 = load <16 x float>, ptr %1704, align 4, !tbaa !5
+  %1705 = load <16 x float>, ptr %1704, align 4, !tbaa !9
   %1706 = fmul <16 x float> %109, %1705
   %1707 = icmp sgt i64 %1685, 2
   %1708 = insertelement <16 x i1> poison, i1 %1707, i64 0
   %1709 = shufflevector <16 x i1> %1708, <16 x i1> poison, <16 x i32> zeroinitializer
   %1710 = select <16 x i1> %1709, <16 x float> %1706, <16 x float> splat (float 0xFFF0000000000000)
   %1711 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1703
-  store <16 x float> %1710, ptr %1711, align 4, !tbaa !5
+  store <16 x float> %1710, ptr %1711, align 4, !tbaa !9
   %1712 = or disjoint i64 %1683, 48
   %1713 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1712
-  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !5
+  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !9
   %1715 = fmul <16 x float> %109, %1714
   %1716 = icmp sgt i64 %1685, 3
   %1717 = insertelement <16 x i1> poison, i1 %1716, i64 0
   %1718 = shufflevector <16 x i1> %1717, <16 x i1> poison, <16 x i32> zeroinitializer
   %1719 = select <16 x i1> %1718, <16 x float> %1715, <16 x float> splat (float 0xFFF0000000000000)
   %1720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1712
-  store <16 x float> %1719, ptr %1720, align 4, !tbaa !5
+  store <16 x float> %1719, ptr %1720, align 4, !tbaa !9
   %1721 = or disjoint i64 %1683, 64
   %1722 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1721
-  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
+  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !9
   %1724 = fmul <16 x float> %109, %1723
   %1725 = icmp sgt i64 %1685, 4
   %1726 = insertelement <16 x i1> poison, i1 %1725, i64 0
   %1727 = shufflevector <16 x i1> %1726, <16 x i1> poison, <16 x i32> zeroinitializer
   %1728 = select <16 x i1> %1727, <16 x float> %1724, <16 x float> splat (float 0xFFF0000000000000)
   %1729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1721
-  store <16 x float> %1728, ptr %1729, align 4, !tbaa !5
+  store <16 x float> %1728, ptr %1729, align 4, !tbaa !9
   %1730 = or disjoint i64 %1683, 80
   %1731 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1730
-  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !5
+  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !9
   %1733 = fmul <16 x float> %109, %1732
   %1734 = icmp sgt i64 %1685, 5
   %1735 = insertelement <16 x i1> poison, i1 %1734, i64 0
   %1736 = shufflevector <16 x i1> %1735, <16 x i1> poison, <16 x i32> zeroinitializer
   %1737 = select <16 x i1> %1736, <16 x float> %1733, <16 x float> splat (float 0xFFF0000000000000)
   %1738 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1730
-  store <16 x float> %1737, ptr %1738, align 4, !tbaa !5
+  store <16 x float> %1737, ptr %1738, align 4, !tbaa !9
   %1739 = or disjoint i64 %1683, 96
   %1740 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1739
-  %1741 = load <16 x float>, ptr %1740, align 4, !tbaa !5
+  %1741 = load <16 x float>, ptr %1740, align 4, !tbaa !9
   %1742 = fmul <16 x float> %109, %1741
   %1743 = icmp sgt i64 %1685, 6
   %1744 = insertelement <16 x i1> poison, i1 %1743, i64 0
   %1745 = shufflevector <16 x i1> %1744, <16 x i1> poison, <16 x i32> zeroinitializer
   %1746 = select <16 x i1> %1745, <16 x float> %1742, <16 x float> splat (float 0xFFF0000000000000)
   %1747 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1739
-  store <16 x float> %1746, ptr %1747, align 4, !tbaa !5
+  store <16 x float> %1746, ptr %1747, align 4, !tbaa !9
   %1748 = or disjoint i64 %1683, 112
   %1749 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1748
-  %1750 = load <16 x float>, ptr %1749, align 4, !tbaa !5
+  %1750 = load <16 x float>, ptr %1749, align 4, !tbaa !9
   %1751 = fmul <16 x float> %109, %1750
   %1752 = icmp sgt i64 %1685, 7
   %1753 = insertelement <16 x i1> poison, i1 %1752, i64 0
   %1754 = shufflevector <16 x i1> %1753, <16 x i1> poison, <16 x i32> zeroinitializer
   %1755 = select <16 x i1> %1754, <16 x float> %1751, <16 x float> splat (float 0xFFF0000000000000)
   %1756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1748
-  store <16 x float> %1755, ptr %1756, align 4, !tbaa !5
+  store <16 x float> %1755, ptr %1756, align 4, !tbaa !9
   %indvars.iv.next600.i = add nuw nsw i64 %indvars.iv599.i, 1
   %exitcond603.not.i = icmp eq i64 %indvars.iv.next600.i, %wide.trip.count593.i
-  br i1 %exitcond603.not.i, label %for_begin_ti_0.preheader.i, label %for_begin_ti80.preheader.i, !prof !13
+  br i1 %exitcond603.not.i, label %for_begin_ti_0.preheader.i, label %for_begin_ti80.preheader.i, !prof !4
 
 for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_end_to69.thread.i
   %scaled807809811.i = phi ptr [ %scaled806.i, %for_end_to69.thread.i ], [ %scaled.i, %for_begin_ti_0.preheader.i ]
@@ -2797,40 +2987,40 @@ for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preh
   %1772 = phi <16 x float> [ %1804, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
   %.idx73 = shl nsw i64 %indvars.iv607.i, 9
   %1773 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx73
-  %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !5
+  %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !9
   %1775 = fcmp ogt <16 x float> %1769, %1774
   %1776 = select <16 x i1> %1775, <16 x float> %1769, <16 x float> %1774
   %1777 = getelementptr inbounds nuw i8, ptr %1773, i64 64
-  %1778 = load <16 x float>, ptr %1777, align 4, !tbaa !5
+  %1778 = load <16 x float>, ptr %1777, align 4, !tbaa !9
   %1779 = fcmp ogt <16 x float> %1770, %1778
   %1780 = select <16 x i1> %1779, <16 x float> %1770, <16 x float> %1778
   %1781 = getelementptr inbounds nuw i8, ptr %1773, i64 128
-  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !5
+  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !9
   %1783 = fcmp ogt <16 x float> %1771, %1782
   %1784 = select <16 x i1> %1783, <16 x float> %1771, <16 x float> %1782
   %1785 = getelementptr inbounds nuw i8, ptr %1773, i64 192
-  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !5
+  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !9
   %1787 = fcmp ogt <16 x float> %1772, %1786
   %1788 = select <16 x i1> %1787, <16 x float> %1772, <16 x float> %1786
   %1789 = getelementptr inbounds nuw i8, ptr %1773, i64 256
-  %1790 = load <16 x float>, ptr %1789, align 4, !tbaa !5
+  %1790 = load <16 x float>, ptr %1789, align 4, !tbaa !9
   %1791 = fcmp ogt <16 x float> %1776, %1790
   %1792 = select <16 x i1> %1791, <16 x float> %1776, <16 x float> %1790
   %1793 = getelementptr inbounds nuw i8, ptr %1773, i64 320
-  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !5
+  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !9
   %1795 = fcmp ogt <16 x float> %1780, %1794
   %1796 = select <16 x i1> %1795, <16 x float> %1780, <16 x float> %1794
   %1797 = getelementptr inbounds nuw i8, ptr %1773, i64 384
-  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !5
+  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !9
   %1799 = fcmp ogt <16 x float> %1784, %1798
   %1800 = select <16 x i1> %1799, <16 x float> %1784, <16 x float> %1798
   %1801 = getelementptr inbounds nuw i8, ptr %1773, i64 448
-  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !5
+  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !9
   %1803 = fcmp ogt <16 x float> %1788, %1802
   %1804 = select <16 x i1> %1803, <16 x float> %1788, <16 x float> %1802
   %indvars.iv.next608.i = add nuw nsw i64 %indvars.iv607.i, 1
   %exitcond611.not.i = icmp eq i64 %indvars.iv.next608.i, %wide.trip.count593.i
-  br i1 %exitcond611.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
+  br i1 %exitcond611.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !4
 
 for_begin_ti95.preheader.preheader.i:             ; preds = %for_begin_ti_1.preheader.i
   %wide.trip.count623.i = zext nneg i32 %464 to i64
@@ -2840,7 +3030,7 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %indvars.iv620.i = phi i64 [ 0, %for_begin_ti95.preheader.preheader.i ], [ %indvars.iv.next621.i, %for_begin_ti95.preheader.i ]
   %1805 = shl nsw i64 %indvars.iv620.i, 7
   %1806 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1805
-  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
+  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !9
   %arg.i = fsub <16 x float> %1807, %1768
   %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1809 = bitcast <16 x float> %1808 to <16 x i32>
@@ -2862,10 +3052,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1825 = fcmp olt <16 x float> %arg.i, %369
   %1826 = select <16 x i1> %1825, <16 x float> zeroinitializer, <16 x float> %1824
   %1827 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1805
-  store <16 x float> %1826, ptr %1827, align 4, !tbaa !5
+  store <16 x float> %1826, ptr %1827, align 4, !tbaa !9
   %1828 = or disjoint i64 %1805, 16
   %1829 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1828
-  %1830 = load <16 x float>, ptr %1829, align 4, !tbaa !5
+  %1830 = load <16 x float>, ptr %1829, align 4, !tbaa !9
   %arg.1.i = fsub <16 x float> %1830, %1768
   %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1832 = bitcast <16 x float> %1831 to <16 x i32>
@@ -2887,10 +3077,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1848 = fcmp olt <16 x float> %arg.1.i, %369
   %1849 = select <16 x i1> %1848, <16 x float> zeroinitializer, <16 x float> %1847
   %1850 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1828
-  store <16 x float> %1849, ptr %1850, align 4, !tbaa !5
+  store <16 x float> %1849, ptr %1850, align 4, !tbaa !9
   %1851 = or disjoint i64 %1805, 32
   %1852 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1851
-  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !5
+  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !9
   %arg.2.i = fsub <16 x float> %1853, %1768
   %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1855 = bitcast <16 x float> %1854 to <16 x i32>
@@ -2912,10 +3102,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1871 = fcmp olt <16 x float> %arg.2.i, %369
   %1872 = select <16 x i1> %1871, <16 x float> zeroinitializer, <16 x float> %1870
   %1873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1851
-  store <16 x float> %1872, ptr %1873, align 4, !tbaa !5
+  store <16 x float> %1872, ptr %1873, align 4, !tbaa !9
   %1874 = or disjoint i64 %1805, 48
   %1875 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1874
-  %1876 = load <16 x float>, ptr %1875, align 4, !tbaa !5
+  %1876 = load <16 x float>, ptr %1875, align 4, !tbaa !9
   %arg.3.i = fsub <16 x float> %1876, %1768
   %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1878 = bitcast <16 x float> %1877 to <16 x i32>
@@ -2937,10 +3127,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1894 = fcmp olt <16 x float> %arg.3.i, %369
   %1895 = select <16 x i1> %1894, <16 x float> zeroinitializer, <16 x float> %1893
   %1896 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1874
-  store <16 x float> %1895, ptr %1896, align 4, !tbaa !5
+  store <16 x float> %1895, ptr %1896, align 4, !tbaa !9
   %1897 = or disjoint i64 %1805, 64
   %1898 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1897
-  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !5
+  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !9
   %arg.4.i = fsub <16 x float> %1899, %1768
   %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1901 = bitcast <16 x float> %1900 to <16 x i32>
@@ -2962,10 +3152,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1917 = fcmp olt <16 x float> %arg.4.i, %369
   %1918 = select <16 x i1> %1917, <16 x float> zeroinitializer, <16 x float> %1916
   %1919 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1897
-  store <16 x float> %1918, ptr %1919, align 4, !tbaa !5
+  store <16 x float> %1918, ptr %1919, align 4, !tbaa !9
   %1920 = or disjoint i64 %1805, 80
   %1921 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1920
-  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !5
+  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !9
   %arg.5.i = fsub <16 x float> %1922, %1768
   %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1924 = bitcast <16 x float> %1923 to <16 x i32>
@@ -2987,10 +3177,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1940 = fcmp olt <16 x float> %arg.5.i, %369
   %1941 = select <16 x i1> %1940, <16 x float> zeroinitializer, <16 x float> %1939
   %1942 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1920
-  store <16 x float> %1941, ptr %1942, align 4, !tbaa !5
+  store <16 x float> %1941, ptr %1942, align 4, !tbaa !9
   %1943 = or disjoint i64 %1805, 96
   %1944 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1943
-  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !5
+  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !9
   %arg.6.i = fsub <16 x float> %1945, %1768
   %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1947 = bitcast <16 x float> %1946 to <16 x i32>
@@ -3012,10 +3202,10 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1963 = fcmp olt <16 x float> %arg.6.i, %369
   %1964 = select <16 x i1> %1963, <16 x float> zeroinitializer, <16 x float> %1962
   %1965 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1943
-  store <16 x float> %1964, ptr %1965, align 4, !tbaa !5
+  store <16 x float> %1964, ptr %1965, align 4, !tbaa !9
   %1966 = or disjoint i64 %1805, 112
   %1967 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1966
-  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !5
+  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !9
   %arg.7.i = fsub <16 x float> %1968, %1768
   %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
   %1970 = bitcast <16 x float> %1969 to <16 x i32>
@@ -3037,15 +3227,15 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1986 = fcmp olt <16 x float> %arg.7.i, %369
   %1987 = select <16 x i1> %1986, <16 x float> zeroinitializer, <16 x float> %1985
   %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1966
-  store <16 x float> %1987, ptr %1988, align 4, !tbaa !5
+  store <16 x float> %1987, ptr %1988, align 4, !tbaa !9
   %indvars.iv.next621.i = add nuw nsw i64 %indvars.iv620.i, 1
   %exitcond624.not.i = icmp eq i64 %indvars.iv.next621.i, %wide.trip.count623.i
-  br i1 %exitcond624.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti95.preheader.i, !prof !13
+  br i1 %exitcond624.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti95.preheader.i, !prof !4
 
 for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti95.preheader.i
   %xtraiter = and i64 %wide.trip.count623.i, 1
   %1989 = icmp eq i32 %464, 1
-  br i1 %1989, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
+  br i1 %1989, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !21
 
 for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
   %unroll_iter = and i64 %wide.trip.count623.i, 2147483646
@@ -3057,63 +3247,63 @@ for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.pre
   %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
   %.idx74 = shl nsw i64 %indvars.iv629.i, 9
   %1990 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74
-  %1991 = load <16 x float>, ptr %1990, align 4, !tbaa !5
+  %1991 = load <16 x float>, ptr %1990, align 4, !tbaa !9
   %1992 = fadd <16 x float> %tile_sum265.sroa.0.0421.i, %1991
   %1993 = getelementptr inbounds nuw i8, ptr %1990, i64 64
-  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !5
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !9
   %1995 = fadd <16 x float> %1992, %1994
   %1996 = getelementptr inbounds nuw i8, ptr %1990, i64 128
-  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !9
   %1998 = fadd <16 x float> %1995, %1997
   %1999 = getelementptr inbounds nuw i8, ptr %1990, i64 192
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !5
+  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !9
   %2001 = fadd <16 x float> %1998, %2000
   %2002 = getelementptr inbounds nuw i8, ptr %1990, i64 256
-  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !5
+  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !9
   %2004 = fadd <16 x float> %2001, %2003
   %2005 = getelementptr inbounds nuw i8, ptr %1990, i64 320
-  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !5
+  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !9
   %2007 = fadd <16 x float> %2004, %2006
   %2008 = getelementptr inbounds nuw i8, ptr %1990, i64 384
-  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
+  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !9
   %2010 = fadd <16 x float> %2007, %2009
   %2011 = getelementptr inbounds nuw i8, ptr %1990, i64 448
-  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !5
+  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !9
   %2013 = fadd <16 x float> %2010, %2012
   %indvars.iv.next630.i = shl i64 %indvars.iv629.i, 9
   %2014 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next630.i
   %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 512
-  %2016 = load <16 x float>, ptr %2015, align 4, !tbaa !5
+  %2016 = load <16 x float>, ptr %2015, align 4, !tbaa !9
   %2017 = fadd <16 x float> %2013, %2016
   %2018 = getelementptr inbounds nuw i8, ptr %2014, i64 576
-  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !5
+  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !9
   %2020 = fadd <16 x float> %2017, %2019
   %2021 = getelementptr inbounds nuw i8, ptr %2014, i64 640
-  %2022 = load <16 x float>, ptr %2021, align 4, !tbaa !5
+  %2022 = load <16 x float>, ptr %2021, align 4, !tbaa !9
   %2023 = fadd <16 x float> %2020, %2022
   %2024 = getelementptr inbounds nuw i8, ptr %2014, i64 704
-  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !5
+  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !9
   %2026 = fadd <16 x float> %2023, %2025
   %2027 = getelementptr inbounds nuw i8, ptr %2014, i64 768
-  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !5
+  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !9
   %2029 = fadd <16 x float> %2026, %2028
   %2030 = getelementptr inbounds nuw i8, ptr %2014, i64 832
-  %2031 = load <16 x float>, ptr %2030, align 4, !tbaa !5
+  %2031 = load <16 x float>, ptr %2030, align 4, !tbaa !9
   %2032 = fadd <16 x float> %2029, %2031
   %2033 = getelementptr inbounds nuw i8, ptr %2014, i64 896
-  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !5
+  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !9
   %2035 = fadd <16 x float> %2032, %2034
   %2036 = getelementptr inbounds nuw i8, ptr %2014, i64 960
-  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !5
+  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !9
   %2038 = fadd <16 x float> %2035, %2037
   %indvars.iv.next630.i.1 = add nuw nsw i64 %indvars.iv629.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !9, !llvm.loop !26
+  br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !22, !llvm.loop !23
 
 for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !25
 
 for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
   %indvars.iv629.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next630.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
@@ -3122,28 +3312,28 @@ for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loo
   tail call void @llvm.assume(i1 %lcmp.mod728)
   %.idx74.epil = shl nsw i64 %indvars.iv629.i.epil.init, 9
   %2039 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74.epil
-  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !5
+  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !9
   %2041 = fadd <16 x float> %tile_sum265.sroa.0.0421.i.epil.init, %2040
   %2042 = getelementptr inbounds nuw i8, ptr %2039, i64 64
-  %2043 = load <16 x float>, ptr %2042, align 4, !tbaa !5
+  %2043 = load <16 x float>, ptr %2042, align 4, !tbaa !9
   %2044 = fadd <16 x float> %2041, %2043
   %2045 = getelementptr inbounds nuw i8, ptr %2039, i64 128
-  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !5
+  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !9
   %2047 = fadd <16 x float> %2044, %2046
   %2048 = getelementptr inbounds nuw i8, ptr %2039, i64 192
-  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !5
+  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !9
   %2050 = fadd <16 x float> %2047, %2049
   %2051 = getelementptr inbounds nuw i8, ptr %2039, i64 256
-  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !5
+  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !9
   %2053 = fadd <16 x float> %2050, %2052
   %2054 = getelementptr inbounds nuw i8, ptr %2039, i64 320
-  %2055 = load <16 x float>, ptr %2054, align 4, !tbaa !5
+  %2055 = load <16 x float>, ptr %2054, align 4, !tbaa !9
   %2056 = fadd <16 x float> %2053, %2055
   %2057 = getelementptr inbounds nuw i8, ptr %2039, i64 384
-  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !5
+  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !9
   %2059 = fadd <16 x float> %2056, %2058
   %2060 = getelementptr inbounds nuw i8, ptr %2039, i64 448
-  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !5
+  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !9
   %2062 = fadd <16 x float> %2059, %2061
   br label %for_end_to102.i
 
@@ -3246,10 +3436,10 @@ for_begin_line147.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
 for_end_d_0_m.i:                                  ; preds = %if_end177.i
   %2127 = fmul <16 x float> %old_sum.i, %2091
   %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_sum265.sroa.0.0.lcssa.i, <16 x float> %2127)
-  %2129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2130 = tail call i32 %2129(i32 1, i32 %dev_id, ptr nonnull %scaled807809811.i)
   %.not276.i = icmp eq i32 %2130, 0
-  br i1 %.not276.i, label %if_end179.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not276.i, label %if_end179.i, label %fused_decode_compute_.exit, !prof !26
 
 for_begin_line147.preheader.i:                    ; preds = %for_begin_line147.preheader.i, %for_begin_line147.preheader.lr.ph.i
   %indvars.iv642.i = phi i64 [ 0, %for_begin_line147.preheader.lr.ph.i ], [ %indvars.iv.next643.i, %for_begin_line147.preheader.i ]
@@ -3267,7 +3457,7 @@ for_begin_line147.preheader.i:                    ; preds = %for_begin_line147.p
   %2134 = add nuw nsw i32 %2133, %2116
   %2135 = zext nneg i32 %2134 to i64
   %2136 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
-  %2137 = load i64, ptr %2136, align 8, !tbaa !5
+  %2137 = load i64, ptr %2136, align 8, !tbaa !9
   %2138 = shl nuw nsw i64 %2131, 5
   %2139 = and i64 %2138, 32
   %2140 = getelementptr i32, ptr %value_cache, i64 %2139
@@ -3280,344 +3470,344 @@ for_begin_line147.preheader.i:                    ; preds = %for_begin_line147.p
   %2142 = shl i64 %indvars.iv642.i, 7
   %2143 = and i64 %2142, 4294967168
   %2144 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2143
-  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !5
+  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !9
   %gep139 = getelementptr inbounds nuw float, ptr %invariant.gep138, i64 %.masked.i
-  %2146 = load float, ptr %gep139, align 4, !tbaa !5
+  %2146 = load float, ptr %gep139, align 4, !tbaa !9
   %2147 = insertelement <16 x float> poison, float %2146, i64 0
   %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
   %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2148, <16 x float> %full_acc259.sroa.0.0440.i)
   %2150 = getelementptr inbounds nuw i8, ptr %gep139, i64 64
-  %2151 = load float, ptr %2150, align 4, !tbaa !5
+  %2151 = load float, ptr %2150, align 4, !tbaa !9
   %2152 = insertelement <16 x float> poison, float %2151, i64 0
   %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
   %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2153, <16 x float> %full_acc259.sroa.4.0441.i)
   %2155 = getelementptr inbounds nuw i8, ptr %gep139, i64 4
-  %2156 = load float, ptr %2155, align 4, !tbaa !5
+  %2156 = load float, ptr %2155, align 4, !tbaa !9
   %2157 = insertelement <16 x float> poison, float %2156, i64 0
   %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
   %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2158, <16 x float> %full_acc259.sroa.8.0442.i)
   %2160 = getelementptr inbounds nuw i8, ptr %gep139, i64 68
-  %2161 = load float, ptr %2160, align 4, !tbaa !5
+  %2161 = load float, ptr %2160, align 4, !tbaa !9
   %2162 = insertelement <16 x float> poison, float %2161, i64 0
   %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
   %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2163, <16 x float> %full_acc259.sroa.12.0443.i)
   %2165 = getelementptr inbounds nuw i8, ptr %gep139, i64 8
-  %2166 = load float, ptr %2165, align 4, !tbaa !5
+  %2166 = load float, ptr %2165, align 4, !tbaa !9
   %2167 = insertelement <16 x float> poison, float %2166, i64 0
   %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
   %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2168, <16 x float> %full_acc259.sroa.16.0444.i)
   %2170 = getelementptr inbounds nuw i8, ptr %gep139, i64 72
-  %2171 = load float, ptr %2170, align 4, !tbaa !5
+  %2171 = load float, ptr %2170, align 4, !tbaa !9
   %2172 = insertelement <16 x float> poison, float %2171, i64 0
   %2173 = shufflevector <16 x float> %2172, <16 x float> poison, <16 x i32> zeroinitializer
   %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2173, <16 x float> %full_acc259.sroa.20.0445.i)
   %2175 = getelementptr inbounds nuw i8, ptr %gep139, i64 12
-  %2176 = load float, ptr %2175, align 4, !tbaa !5
+  %2176 = load float, ptr %2175, align 4, !tbaa !9
   %2177 = insertelement <16 x float> poison, float %2176, i64 0
   %2178 = shufflevector <16 x float> %2177, <16 x float> poison, <16 x i32> zeroinitializer
   %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2178, <16 x float> %full_acc259.sroa.24.0446.i)
   %2180 = getelementptr inbounds nuw i8, ptr %gep139, i64 76
-  %2181 = load float, ptr %2180, align 4, !tbaa !5
+  %2181 = load float, ptr %2180, align 4, !tbaa !9
   %2182 = insertelement <16 x float> poison, float %2181, i64 0
   %2183 = shufflevector <16 x float> %2182, <16 x float> poison, <16 x i32> zeroinitializer
   %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2183, <16 x float> %full_acc259.sroa.28.0447.i)
   %2185 = getelementptr inbounds nuw i8, ptr %2144, i64 64
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
+  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !9
   %2187 = getelementptr inbounds nuw i8, ptr %gep139, i64 512
-  %2188 = load float, ptr %2187, align 4, !tbaa !5
+  %2188 = load float, ptr %2187, align 4, !tbaa !9
   %2189 = insertelement <16 x float> poison, float %2188, i64 0
   %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
   %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2190, <16 x float> %2149)
   %2192 = getelementptr inbounds nuw i8, ptr %gep139, i64 576
-  %2193 = load float, ptr %2192, align 4, !tbaa !5
+  %2193 = load float, ptr %2192, align 4, !tbaa !9
   %2194 = insertelement <16 x float> poison, float %2193, i64 0
   %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
   %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2195, <16 x float> %2154)
   %2197 = getelementptr inbounds nuw i8, ptr %gep139, i64 516
-  %2198 = load float, ptr %2197, align 4, !tbaa !5
+  %2198 = load float, ptr %2197, align 4, !tbaa !9
   %2199 = insertelement <16 x float> poison, float %2198, i64 0
   %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
   %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2200, <16 x float> %2159)
   %2202 = getelementptr inbounds nuw i8, ptr %gep139, i64 580
-  %2203 = load float, ptr %2202, align 4, !tbaa !5
+  %2203 = load float, ptr %2202, align 4, !tbaa !9
   %2204 = insertelement <16 x float> poison, float %2203, i64 0
   %2205 = shufflevector <16 x float> %2204, <16 x float> poison, <16 x i32> zeroinitializer
   %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2205, <16 x float> %2164)
   %2207 = getelementptr inbounds nuw i8, ptr %gep139, i64 520
-  %2208 = load float, ptr %2207, align 4, !tbaa !5
+  %2208 = load float, ptr %2207, align 4, !tbaa !9
   %2209 = insertelement <16 x float> poison, float %2208, i64 0
   %2210 = shufflevector <16 x float> %2209, <16 x float> poison, <16 x i32> zeroinitializer
   %2211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2210, <16 x float> %2169)
   %2212 = getelementptr inbounds nuw i8, ptr %gep139, i64 584
-  %2213 = load float, ptr %2212, align 4, !tbaa !5
+  %2213 = load float, ptr %2212, align 4, !tbaa !9
   %2214 = insertelement <16 x float> poison, float %2213, i64 0
   %2215 = shufflevector <16 x float> %2214, <16 x float> poison, <16 x i32> zeroinitializer
   %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2215, <16 x float> %2174)
   %2217 = getelementptr inbounds nuw i8, ptr %gep139, i64 524
-  %2218 = load float, ptr %2217, align 4, !tbaa !5
+  %2218 = load float, ptr %2217, align 4, !tbaa !9
   %2219 = insertelement <16 x float> poison, float %2218, i64 0
   %2220 = shufflevector <16 x float> %2219, <16 x float> poison, <16 x i32> zeroinitializer
   %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2220, <16 x float> %2179)
   %2222 = getelementptr inbounds nuw i8, ptr %gep139, i64 588
-  %2223 = load float, ptr %2222, align 4, !tbaa !5
+  %2223 = load float, ptr %2222, align 4, !tbaa !9
   %2224 = insertelement <16 x float> poison, float %2223, i64 0
   %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
   %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2225, <16 x float> %2184)
   %2227 = getelementptr inbounds nuw i8, ptr %2144, i64 128
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
+  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !9
   %2229 = getelementptr inbounds nuw i8, ptr %gep139, i64 1024
-  %2230 = load float, ptr %2229, align 4, !tbaa !5
+  %2230 = load float, ptr %2229, align 4, !tbaa !9
   %2231 = insertelement <16 x float> poison, float %2230, i64 0
   %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
   %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2232, <16 x float> %2191)
   %2234 = getelementptr inbounds nuw i8, ptr %gep139, i64 1088
-  %2235 = load float, ptr %2234, align 4, !tbaa !5
+  %2235 = load float, ptr %2234, align 4, !tbaa !9
   %2236 = insertelement <16 x float> poison, float %2235, i64 0
   %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
   %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2237, <16 x float> %2196)
   %2239 = getelementptr inbounds nuw i8, ptr %gep139, i64 1028
-  %2240 = load float, ptr %2239, align 4, !tbaa !5
+  %2240 = load float, ptr %2239, align 4, !tbaa !9
   %2241 = insertelement <16 x float> poison, float %2240, i64 0
   %2242 = shufflevector <16 x float> %2241, <16 x float> poison, <16 x i32> zeroinitializer
   %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2242, <16 x float> %2201)
   %2244 = getelementptr inbounds nuw i8, ptr %gep139, i64 1092
-  %2245 = load float, ptr %2244, align 4, !tbaa !5
+  %2245 = load float, ptr %2244, align 4, !tbaa !9
   %2246 = insertelement <16 x float> poison, float %2245, i64 0
   %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
   %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2247, <16 x float> %2206)
   %2249 = getelementptr inbounds nuw i8, ptr %gep139, i64 1032
-  %2250 = load float, ptr %2249, align 4, !tbaa !5
+  %2250 = load float, ptr %2249, align 4, !tbaa !9
   %2251 = insertelement <16 x float> poison, float %2250, i64 0
   %2252 = shufflevector <16 x float> %2251, <16 x float> poison, <16 x i32> zeroinitializer
   %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2252, <16 x float> %2211)
   %2254 = getelementptr inbounds nuw i8, ptr %gep139, i64 1096
-  %2255 = load float, ptr %2254, align 4, !tbaa !5
+  %2255 = load float, ptr %2254, align 4, !tbaa !9
   %2256 = insertelement <16 x float> poison, float %2255, i64 0
   %2257 = shufflevector <16 x float> %2256, <16 x float> poison, <16 x i32> zeroinitializer
   %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2257, <16 x float> %2216)
   %2259 = getelementptr inbounds nuw i8, ptr %gep139, i64 1036
-  %2260 = load float, ptr %2259, align 4, !tbaa !5
+  %2260 = load float, ptr %2259, align 4, !tbaa !9
   %2261 = insertelement <16 x float> poison, float %2260, i64 0
   %2262 = shufflevector <16 x float> %2261, <16 x float> poison, <16 x i32> zeroinitializer
   %2263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2262, <16 x float> %2221)
   %2264 = getelementptr inbounds nuw i8, ptr %gep139, i64 1100
-  %2265 = load float, ptr %2264, align 4, !tbaa !5
+  %2265 = load float, ptr %2264, align 4, !tbaa !9
   %2266 = insertelement <16 x float> poison, float %2265, i64 0
   %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
   %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2267, <16 x float> %2226)
   %2269 = getelementptr inbounds nuw i8, ptr %2144, i64 192
-  %2270 = load <16 x float>, ptr %2269, align 4, !tbaa !5
+  %2270 = load <16 x float>, ptr %2269, align 4, !tbaa !9
   %2271 = getelementptr inbounds nuw i8, ptr %gep139, i64 1536
-  %2272 = load float, ptr %2271, align 4, !tbaa !5
+  %2272 = load float, ptr %2271, align 4, !tbaa !9
   %2273 = insertelement <16 x float> poison, float %2272, i64 0
   %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
   %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2233)
   %2276 = getelementptr inbounds nuw i8, ptr %gep139, i64 1600
-  %2277 = load float, ptr %2276, align 4, !tbaa !5
+  %2277 = load float, ptr %2276, align 4, !tbaa !9
   %2278 = insertelement <16 x float> poison, float %2277, i64 0
   %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
   %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2279, <16 x float> %2238)
   %2281 = getelementptr inbounds nuw i8, ptr %gep139, i64 1540
-  %2282 = load float, ptr %2281, align 4, !tbaa !5
+  %2282 = load float, ptr %2281, align 4, !tbaa !9
   %2283 = insertelement <16 x float> poison, float %2282, i64 0
   %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
   %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2284, <16 x float> %2243)
   %2286 = getelementptr inbounds nuw i8, ptr %gep139, i64 1604
-  %2287 = load float, ptr %2286, align 4, !tbaa !5
+  %2287 = load float, ptr %2286, align 4, !tbaa !9
   %2288 = insertelement <16 x float> poison, float %2287, i64 0
   %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
   %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2289, <16 x float> %2248)
   %2291 = getelementptr inbounds nuw i8, ptr %gep139, i64 1544
-  %2292 = load float, ptr %2291, align 4, !tbaa !5
+  %2292 = load float, ptr %2291, align 4, !tbaa !9
   %2293 = insertelement <16 x float> poison, float %2292, i64 0
   %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
   %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2294, <16 x float> %2253)
   %2296 = getelementptr inbounds nuw i8, ptr %gep139, i64 1608
-  %2297 = load float, ptr %2296, align 4, !tbaa !5
+  %2297 = load float, ptr %2296, align 4, !tbaa !9
   %2298 = insertelement <16 x float> poison, float %2297, i64 0
   %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
   %2300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2299, <16 x float> %2258)
   %2301 = getelementptr inbounds nuw i8, ptr %gep139, i64 1548
-  %2302 = load float, ptr %2301, align 4, !tbaa !5
+  %2302 = load float, ptr %2301, align 4, !tbaa !9
   %2303 = insertelement <16 x float> poison, float %2302, i64 0
   %2304 = shufflevector <16 x float> %2303, <16 x float> poison, <16 x i32> zeroinitializer
   %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2304, <16 x float> %2263)
   %2306 = getelementptr inbounds nuw i8, ptr %gep139, i64 1612
-  %2307 = load float, ptr %2306, align 4, !tbaa !5
+  %2307 = load float, ptr %2306, align 4, !tbaa !9
   %2308 = insertelement <16 x float> poison, float %2307, i64 0
   %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
   %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2309, <16 x float> %2268)
   %2311 = getelementptr inbounds nuw i8, ptr %2144, i64 256
-  %2312 = load <16 x float>, ptr %2311, align 4, !tbaa !5
+  %2312 = load <16 x float>, ptr %2311, align 4, !tbaa !9
   %2313 = getelementptr inbounds nuw i8, ptr %gep139, i64 2048
-  %2314 = load float, ptr %2313, align 4, !tbaa !5
+  %2314 = load float, ptr %2313, align 4, !tbaa !9
   %2315 = insertelement <16 x float> poison, float %2314, i64 0
   %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
   %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2316, <16 x float> %2275)
   %2318 = getelementptr inbounds nuw i8, ptr %gep139, i64 2112
-  %2319 = load float, ptr %2318, align 4, !tbaa !5
+  %2319 = load float, ptr %2318, align 4, !tbaa !9
   %2320 = insertelement <16 x float> poison, float %2319, i64 0
   %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
   %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2321, <16 x float> %2280)
   %2323 = getelementptr inbounds nuw i8, ptr %gep139, i64 2052
-  %2324 = load float, ptr %2323, align 4, !tbaa !5
+  %2324 = load float, ptr %2323, align 4, !tbaa !9
   %2325 = insertelement <16 x float> poison, float %2324, i64 0
   %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
   %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2326, <16 x float> %2285)
   %2328 = getelementptr inbounds nuw i8, ptr %gep139, i64 2116
-  %2329 = load float, ptr %2328, align 4, !tbaa !5
+  %2329 = load float, ptr %2328, align 4, !tbaa !9
   %2330 = insertelement <16 x float> poison, float %2329, i64 0
   %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
   %2332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2331, <16 x float> %2290)
   %2333 = getelementptr inbounds nuw i8, ptr %gep139, i64 2056
-  %2334 = load float, ptr %2333, align 4, !tbaa !5
+  %2334 = load float, ptr %2333, align 4, !tbaa !9
   %2335 = insertelement <16 x float> poison, float %2334, i64 0
   %2336 = shufflevector <16 x float> %2335, <16 x float> poison, <16 x i32> zeroinitializer
   %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2336, <16 x float> %2295)
   %2338 = getelementptr inbounds nuw i8, ptr %gep139, i64 2120
-  %2339 = load float, ptr %2338, align 4, !tbaa !5
+  %2339 = load float, ptr %2338, align 4, !tbaa !9
   %2340 = insertelement <16 x float> poison, float %2339, i64 0
   %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
   %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2341, <16 x float> %2300)
   %2343 = getelementptr inbounds nuw i8, ptr %gep139, i64 2060
-  %2344 = load float, ptr %2343, align 4, !tbaa !5
+  %2344 = load float, ptr %2343, align 4, !tbaa !9
   %2345 = insertelement <16 x float> poison, float %2344, i64 0
   %2346 = shufflevector <16 x float> %2345, <16 x float> poison, <16 x i32> zeroinitializer
   %2347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2346, <16 x float> %2305)
   %2348 = getelementptr inbounds nuw i8, ptr %gep139, i64 2124
-  %2349 = load float, ptr %2348, align 4, !tbaa !5
+  %2349 = load float, ptr %2348, align 4, !tbaa !9
   %2350 = insertelement <16 x float> poison, float %2349, i64 0
   %2351 = shufflevector <16 x float> %2350, <16 x float> poison, <16 x i32> zeroinitializer
   %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2351, <16 x float> %2310)
   %2353 = getelementptr inbounds nuw i8, ptr %2144, i64 320
-  %2354 = load <16 x float>, ptr %2353, align 4, !tbaa !5
+  %2354 = load <16 x float>, ptr %2353, align 4, !tbaa !9
   %2355 = getelementptr inbounds nuw i8, ptr %gep139, i64 2560
-  %2356 = load float, ptr %2355, align 4, !tbaa !5
+  %2356 = load float, ptr %2355, align 4, !tbaa !9
   %2357 = insertelement <16 x float> poison, float %2356, i64 0
   %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
   %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2358, <16 x float> %2317)
   %2360 = getelementptr inbounds nuw i8, ptr %gep139, i64 2624
-  %2361 = load float, ptr %2360, align 4, !tbaa !5
+  %2361 = load float, ptr %2360, align 4, !tbaa !9
   %2362 = insertelement <16 x float> poison, float %2361, i64 0
   %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
   %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2363, <16 x float> %2322)
   %2365 = getelementptr inbounds nuw i8, ptr %gep139, i64 2564
-  %2366 = load float, ptr %2365, align 4, !tbaa !5
+  %2366 = load float, ptr %2365, align 4, !tbaa !9
   %2367 = insertelement <16 x float> poison, float %2366, i64 0
   %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
   %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2368, <16 x float> %2327)
   %2370 = getelementptr inbounds nuw i8, ptr %gep139, i64 2628
-  %2371 = load float, ptr %2370, align 4, !tbaa !5
+  %2371 = load float, ptr %2370, align 4, !tbaa !9
   %2372 = insertelement <16 x float> poison, float %2371, i64 0
   %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
   %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2373, <16 x float> %2332)
   %2375 = getelementptr inbounds nuw i8, ptr %gep139, i64 2568
-  %2376 = load float, ptr %2375, align 4, !tbaa !5
+  %2376 = load float, ptr %2375, align 4, !tbaa !9
   %2377 = insertelement <16 x float> poison, float %2376, i64 0
   %2378 = shufflevector <16 x float> %2377, <16 x float> poison, <16 x i32> zeroinitializer
   %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2378, <16 x float> %2337)
   %2380 = getelementptr inbounds nuw i8, ptr %gep139, i64 2632
-  %2381 = load float, ptr %2380, align 4, !tbaa !5
+  %2381 = load float, ptr %2380, align 4, !tbaa !9
   %2382 = insertelement <16 x float> poison, float %2381, i64 0
   %2383 = shufflevector <16 x float> %2382, <16 x float> poison, <16 x i32> zeroinitializer
   %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2383, <16 x float> %2342)
   %2385 = getelementptr inbounds nuw i8, ptr %gep139, i64 2572
-  %2386 = load float, ptr %2385, align 4, !tbaa !5
+  %2386 = load float, ptr %2385, align 4, !tbaa !9
   %2387 = insertelement <16 x float> poison, float %2386, i64 0
   %2388 = shufflevector <16 x float> %2387, <16 x float> poison, <16 x i32> zeroinitializer
   %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2388, <16 x float> %2347)
   %2390 = getelementptr inbounds nuw i8, ptr %gep139, i64 2636
-  %2391 = load float, ptr %2390, align 4, !tbaa !5
+  %2391 = load float, ptr %2390, align 4, !tbaa !9
   %2392 = insertelement <16 x float> poison, float %2391, i64 0
   %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
   %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2393, <16 x float> %2352)
   %2395 = getelementptr inbounds nuw i8, ptr %2144, i64 384
-  %2396 = load <16 x float>, ptr %2395, align 4, !tbaa !5
+  %2396 = load <16 x float>, ptr %2395, align 4, !tbaa !9
   %2397 = getelementptr inbounds nuw i8, ptr %gep139, i64 3072
-  %2398 = load float, ptr %2397, align 4, !tbaa !5
+  %2398 = load float, ptr %2397, align 4, !tbaa !9
   %2399 = insertelement <16 x float> poison, float %2398, i64 0
   %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
   %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2400, <16 x float> %2359)
   %2402 = getelementptr inbounds nuw i8, ptr %gep139, i64 3136
-  %2403 = load float, ptr %2402, align 4, !tbaa !5
+  %2403 = load float, ptr %2402, align 4, !tbaa !9
   %2404 = insertelement <16 x float> poison, float %2403, i64 0
   %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
   %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2405, <16 x float> %2364)
   %2407 = getelementptr inbounds nuw i8, ptr %gep139, i64 3076
-  %2408 = load float, ptr %2407, align 4, !tbaa !5
+  %2408 = load float, ptr %2407, align 4, !tbaa !9
   %2409 = insertelement <16 x float> poison, float %2408, i64 0
   %2410 = shufflevector <16 x float> %2409, <16 x float> poison, <16 x i32> zeroinitializer
   %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2410, <16 x float> %2369)
   %2412 = getelementptr inbounds nuw i8, ptr %gep139, i64 3140
-  %2413 = load float, ptr %2412, align 4, !tbaa !5
+  %2413 = load float, ptr %2412, align 4, !tbaa !9
   %2414 = insertelement <16 x float> poison, float %2413, i64 0
   %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
   %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2415, <16 x float> %2374)
   %2417 = getelementptr inbounds nuw i8, ptr %gep139, i64 3080
-  %2418 = load float, ptr %2417, align 4, !tbaa !5
+  %2418 = load float, ptr %2417, align 4, !tbaa !9
   %2419 = insertelement <16 x float> poison, float %2418, i64 0
   %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
   %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2420, <16 x float> %2379)
   %2422 = getelementptr inbounds nuw i8, ptr %gep139, i64 3144
-  %2423 = load float, ptr %2422, align 4, !tbaa !5
+  %2423 = load float, ptr %2422, align 4, !tbaa !9
   %2424 = insertelement <16 x float> poison, float %2423, i64 0
   %2425 = shufflevector <16 x float> %2424, <16 x float> poison, <16 x i32> zeroinitializer
   %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2425, <16 x float> %2384)
   %2427 = getelementptr inbounds nuw i8, ptr %gep139, i64 3084
-  %2428 = load float, ptr %2427, align 4, !tbaa !5
+  %2428 = load float, ptr %2427, align 4, !tbaa !9
   %2429 = insertelement <16 x float> poison, float %2428, i64 0
   %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
   %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2430, <16 x float> %2389)
   %2432 = getelementptr inbounds nuw i8, ptr %gep139, i64 3148
-  %2433 = load float, ptr %2432, align 4, !tbaa !5
+  %2433 = load float, ptr %2432, align 4, !tbaa !9
   %2434 = insertelement <16 x float> poison, float %2433, i64 0
   %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
   %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2435, <16 x float> %2394)
   %2437 = getelementptr inbounds nuw i8, ptr %2144, i64 448
-  %2438 = load <16 x float>, ptr %2437, align 4, !tbaa !5
+  %2438 = load <16 x float>, ptr %2437, align 4, !tbaa !9
   %2439 = getelementptr inbounds nuw i8, ptr %gep139, i64 3584
-  %2440 = load float, ptr %2439, align 4, !tbaa !5
+  %2440 = load float, ptr %2439, align 4, !tbaa !9
   %2441 = insertelement <16 x float> poison, float %2440, i64 0
   %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
   %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2442, <16 x float> %2401)
   %2444 = getelementptr inbounds nuw i8, ptr %gep139, i64 3648
-  %2445 = load float, ptr %2444, align 4, !tbaa !5
+  %2445 = load float, ptr %2444, align 4, !tbaa !9
   %2446 = insertelement <16 x float> poison, float %2445, i64 0
   %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
   %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2447, <16 x float> %2406)
   %2449 = getelementptr inbounds nuw i8, ptr %gep139, i64 3588
-  %2450 = load float, ptr %2449, align 4, !tbaa !5
+  %2450 = load float, ptr %2449, align 4, !tbaa !9
   %2451 = insertelement <16 x float> poison, float %2450, i64 0
   %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
   %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2452, <16 x float> %2411)
   %2454 = getelementptr inbounds nuw i8, ptr %gep139, i64 3652
-  %2455 = load float, ptr %2454, align 4, !tbaa !5
+  %2455 = load float, ptr %2454, align 4, !tbaa !9
   %2456 = insertelement <16 x float> poison, float %2455, i64 0
   %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
   %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2457, <16 x float> %2416)
   %2459 = getelementptr inbounds nuw i8, ptr %gep139, i64 3592
-  %2460 = load float, ptr %2459, align 4, !tbaa !5
+  %2460 = load float, ptr %2459, align 4, !tbaa !9
   %2461 = insertelement <16 x float> poison, float %2460, i64 0
   %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
   %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2462, <16 x float> %2421)
   %2464 = getelementptr inbounds nuw i8, ptr %gep139, i64 3656
-  %2465 = load float, ptr %2464, align 4, !tbaa !5
+  %2465 = load float, ptr %2464, align 4, !tbaa !9
   %2466 = insertelement <16 x float> poison, float %2465, i64 0
   %2467 = shufflevector <16 x float> %2466, <16 x float> poison, <16 x i32> zeroinitializer
   %2468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2467, <16 x float> %2426)
   %2469 = getelementptr inbounds nuw i8, ptr %gep139, i64 3596
-  %2470 = load float, ptr %2469, align 4, !tbaa !5
+  %2470 = load float, ptr %2469, align 4, !tbaa !9
   %2471 = insertelement <16 x float> poison, float %2470, i64 0
   %2472 = shufflevector <16 x float> %2471, <16 x float> poison, <16 x i32> zeroinitializer
   %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2472, <16 x float> %2431)
   %2474 = getelementptr inbounds nuw i8, ptr %gep139, i64 3660
-  %2475 = load float, ptr %2474, align 4, !tbaa !5
+  %2475 = load float, ptr %2474, align 4, !tbaa !9
   %2476 = insertelement <16 x float> poison, float %2475, i64 0
   %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
   %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2477, <16 x float> %2436)
   %indvars.iv.next643.i = add nuw nsw i64 %indvars.iv642.i, 1
   %exitcond648.not.i = icmp eq i64 %indvars.iv.next643.i, %2121
-  br i1 %exitcond648.not.i, label %for_end_to144.i, label %for_begin_line147.preheader.i, !prof !13
+  br i1 %exitcond648.not.i, label %for_end_to144.i, label %for_begin_line147.preheader.i, !prof !4
 
 for_end_to144.i:                                  ; preds = %for_begin_line147.preheader.i, %for_body_d_0_m.i
   %full_acc259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2443, %for_begin_line147.preheader.i ]
@@ -3628,7 +3818,7 @@ for_end_to144.i:                                  ; preds = %for_begin_line147.p
   %full_acc259.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2468, %for_begin_line147.preheader.i ]
   %full_acc259.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2473, %for_begin_line147.preheader.i ]
   %full_acc259.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2478, %for_begin_line147.preheader.i ]
-  br i1 %.not505.i, label %for_end_ti159.i, label %for_body_ti158.lr.ph.i, !prof !17
+  br i1 %.not505.i, label %for_end_ti159.i, label %for_body_ti158.lr.ph.i, !prof !12
 
 for_body_ti158.lr.ph.i:                           ; preds = %for_end_to144.i
   %indvars.iv653.tr.i = trunc i64 %indvars.iv653.i to i32
@@ -3638,321 +3828,321 @@ for_body_ti158.lr.ph.i:                           ; preds = %for_end_to144.i
   %2482 = and i32 %2481, 96
   %invariant.op475.i = or disjoint i32 %2482, %2118
   %invariant.op477.i = or disjoint i32 %invariant.op475.i, %2480
-  %2483 = load <16 x float>, ptr %invariant.gep871.i, align 4, !tbaa !5
+  %2483 = load <16 x float>, ptr %invariant.gep871.i, align 4, !tbaa !9
   %2484 = sext i32 %invariant.op477.i to i64
   %2485 = getelementptr inbounds float, ptr %v_tile.i, i64 %2484
-  %2486 = load float, ptr %2485, align 4, !tbaa !5
+  %2486 = load float, ptr %2485, align 4, !tbaa !9
   %2487 = insertelement <16 x float> poison, float %2486, i64 0
   %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
   %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2488, <16 x float> %full_acc259.sroa.0.0.lcssa.i)
   %2490 = getelementptr i8, ptr %2485, i64 64
-  %2491 = load float, ptr %2490, align 4, !tbaa !5
+  %2491 = load float, ptr %2490, align 4, !tbaa !9
   %2492 = insertelement <16 x float> poison, float %2491, i64 0
   %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
   %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2493, <16 x float> %full_acc259.sroa.4.0.lcssa.i)
   %2495 = getelementptr i8, ptr %2485, i64 4
-  %2496 = load float, ptr %2495, align 4, !tbaa !5
+  %2496 = load float, ptr %2495, align 4, !tbaa !9
   %2497 = insertelement <16 x float> poison, float %2496, i64 0
   %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
   %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2498, <16 x float> %full_acc259.sroa.8.0.lcssa.i)
   %2500 = getelementptr i8, ptr %2485, i64 68
-  %2501 = load float, ptr %2500, align 4, !tbaa !5
+  %2501 = load float, ptr %2500, align 4, !tbaa !9
   %2502 = insertelement <16 x float> poison, float %2501, i64 0
   %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
   %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2503, <16 x float> %full_acc259.sroa.12.0.lcssa.i)
   %2505 = getelementptr i8, ptr %2485, i64 8
-  %2506 = load float, ptr %2505, align 4, !tbaa !5
+  %2506 = load float, ptr %2505, align 4, !tbaa !9
   %2507 = insertelement <16 x float> poison, float %2506, i64 0
   %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
   %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2508, <16 x float> %full_acc259.sroa.16.0.lcssa.i)
   %2510 = getelementptr i8, ptr %2485, i64 72
-  %2511 = load float, ptr %2510, align 4, !tbaa !5
+  %2511 = load float, ptr %2510, align 4, !tbaa !9
   %2512 = insertelement <16 x float> poison, float %2511, i64 0
   %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
   %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2513, <16 x float> %full_acc259.sroa.20.0.lcssa.i)
   %2515 = getelementptr i8, ptr %2485, i64 12
-  %2516 = load float, ptr %2515, align 4, !tbaa !5
+  %2516 = load float, ptr %2515, align 4, !tbaa !9
   %2517 = insertelement <16 x float> poison, float %2516, i64 0
   %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
   %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2518, <16 x float> %full_acc259.sroa.24.0.lcssa.i)
   %2520 = getelementptr i8, ptr %2485, i64 76
-  %2521 = load float, ptr %2520, align 4, !tbaa !5
+  %2521 = load float, ptr %2520, align 4, !tbaa !9
   %2522 = insertelement <16 x float> poison, float %2521, i64 0
   %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
   %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2523, <16 x float> %full_acc259.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti159.i, label %for_body_ti158.i.1, !prof !13
+  br i1 %exitcond.not, label %for_end_ti159.i, label %for_body_ti158.i.1, !prof !4
 
 for_body_ti158.i.1:                               ; preds = %for_body_ti158.lr.ph.i
-  %2525 = load <16 x float>, ptr %gep872.i.1, align 4, !tbaa !5
+  %2525 = load <16 x float>, ptr %gep872.i.1, align 4, !tbaa !9
   %2526 = sext i32 %invariant.op477.i to i64
   %2527 = getelementptr float, ptr %v_tile.i, i64 %2526
   %2528 = getelementptr i8, ptr %2527, i64 512
-  %2529 = load float, ptr %2528, align 4, !tbaa !5
+  %2529 = load float, ptr %2528, align 4, !tbaa !9
   %2530 = insertelement <16 x float> poison, float %2529, i64 0
   %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
   %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2531, <16 x float> %2489)
   %2533 = getelementptr i8, ptr %2527, i64 576
-  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2534 = load float, ptr %2533, align 4, !tbaa !9
   %2535 = insertelement <16 x float> poison, float %2534, i64 0
   %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
   %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2536, <16 x float> %2494)
   %2538 = getelementptr i8, ptr %2527, i64 516
-  %2539 = load float, ptr %2538, align 4, !tbaa !5
+  %2539 = load float, ptr %2538, align 4, !tbaa !9
   %2540 = insertelement <16 x float> poison, float %2539, i64 0
   %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
   %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2541, <16 x float> %2499)
   %2543 = getelementptr i8, ptr %2527, i64 580
-  %2544 = load float, ptr %2543, align 4, !tbaa !5
+  %2544 = load float, ptr %2543, align 4, !tbaa !9
   %2545 = insertelement <16 x float> poison, float %2544, i64 0
   %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
   %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2546, <16 x float> %2504)
   %2548 = getelementptr i8, ptr %2527, i64 520
-  %2549 = load float, ptr %2548, align 4, !tbaa !5
+  %2549 = load float, ptr %2548, align 4, !tbaa !9
   %2550 = insertelement <16 x float> poison, float %2549, i64 0
   %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
   %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2551, <16 x float> %2509)
   %2553 = getelementptr i8, ptr %2527, i64 584
-  %2554 = load float, ptr %2553, align 4, !tbaa !5
+  %2554 = load float, ptr %2553, align 4, !tbaa !9
   %2555 = insertelement <16 x float> poison, float %2554, i64 0
   %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
   %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2556, <16 x float> %2514)
   %2558 = getelementptr i8, ptr %2527, i64 524
-  %2559 = load float, ptr %2558, align 4, !tbaa !5
+  %2559 = load float, ptr %2558, align 4, !tbaa !9
   %2560 = insertelement <16 x float> poison, float %2559, i64 0
   %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
   %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2561, <16 x float> %2519)
   %2563 = getelementptr i8, ptr %2527, i64 588
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
+  %2564 = load float, ptr %2563, align 4, !tbaa !9
   %2565 = insertelement <16 x float> poison, float %2564, i64 0
   %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
   %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2566, <16 x float> %2524)
-  br i1 %exitcond.not.1, label %for_end_ti159.i, label %for_body_ti158.i.2, !prof !13
+  br i1 %exitcond.not.1, label %for_end_ti159.i, label %for_body_ti158.i.2, !prof !4
 
 for_body_ti158.i.2:                               ; preds = %for_body_ti158.i.1
-  %2568 = load <16 x float>, ptr %gep872.i.2, align 4, !tbaa !5
+  %2568 = load <16 x float>, ptr %gep872.i.2, align 4, !tbaa !9
   %2569 = sext i32 %invariant.op477.i to i64
   %2570 = getelementptr float, ptr %v_tile.i, i64 %2569
   %2571 = getelementptr i8, ptr %2570, i64 1024
-  %2572 = load float, ptr %2571, align 4, !tbaa !5
+  %2572 = load float, ptr %2571, align 4, !tbaa !9
   %2573 = insertelement <16 x float> poison, float %2572, i64 0
   %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
   %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2574, <16 x float> %2532)
   %2576 = getelementptr i8, ptr %2570, i64 1088
-  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2577 = load float, ptr %2576, align 4, !tbaa !9
   %2578 = insertelement <16 x float> poison, float %2577, i64 0
   %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
   %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2579, <16 x float> %2537)
   %2581 = getelementptr i8, ptr %2570, i64 1028
-  %2582 = load float, ptr %2581, align 4, !tbaa !5
+  %2582 = load float, ptr %2581, align 4, !tbaa !9
   %2583 = insertelement <16 x float> poison, float %2582, i64 0
   %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
   %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2584, <16 x float> %2542)
   %2586 = getelementptr i8, ptr %2570, i64 1092
-  %2587 = load float, ptr %2586, align 4, !tbaa !5
+  %2587 = load float, ptr %2586, align 4, !tbaa !9
   %2588 = insertelement <16 x float> poison, float %2587, i64 0
   %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
   %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2589, <16 x float> %2547)
   %2591 = getelementptr i8, ptr %2570, i64 1032
-  %2592 = load float, ptr %2591, align 4, !tbaa !5
+  %2592 = load float, ptr %2591, align 4, !tbaa !9
   %2593 = insertelement <16 x float> poison, float %2592, i64 0
   %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
   %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2594, <16 x float> %2552)
   %2596 = getelementptr i8, ptr %2570, i64 1096
-  %2597 = load float, ptr %2596, align 4, !tbaa !5
+  %2597 = load float, ptr %2596, align 4, !tbaa !9
   %2598 = insertelement <16 x float> poison, float %2597, i64 0
   %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
   %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2599, <16 x float> %2557)
   %2601 = getelementptr i8, ptr %2570, i64 1036
-  %2602 = load float, ptr %2601, align 4, !tbaa !5
+  %2602 = load float, ptr %2601, align 4, !tbaa !9
   %2603 = insertelement <16 x float> poison, float %2602, i64 0
   %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
   %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2604, <16 x float> %2562)
   %2606 = getelementptr i8, ptr %2570, i64 1100
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2607 = load float, ptr %2606, align 4, !tbaa !9
   %2608 = insertelement <16 x float> poison, float %2607, i64 0
   %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
   %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2609, <16 x float> %2567)
-  br i1 %exitcond.not.2, label %for_end_ti159.i, label %for_body_ti158.i.3, !prof !13
+  br i1 %exitcond.not.2, label %for_end_ti159.i, label %for_body_ti158.i.3, !prof !4
 
 for_body_ti158.i.3:                               ; preds = %for_body_ti158.i.2
-  %2611 = load <16 x float>, ptr %gep872.i.3, align 4, !tbaa !5
+  %2611 = load <16 x float>, ptr %gep872.i.3, align 4, !tbaa !9
   %2612 = sext i32 %invariant.op477.i to i64
   %2613 = getelementptr float, ptr %v_tile.i, i64 %2612
   %2614 = getelementptr i8, ptr %2613, i64 1536
-  %2615 = load float, ptr %2614, align 4, !tbaa !5
+  %2615 = load float, ptr %2614, align 4, !tbaa !9
   %2616 = insertelement <16 x float> poison, float %2615, i64 0
   %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
   %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2617, <16 x float> %2575)
   %2619 = getelementptr i8, ptr %2613, i64 1600
-  %2620 = load float, ptr %2619, align 4, !tbaa !5
+  %2620 = load float, ptr %2619, align 4, !tbaa !9
   %2621 = insertelement <16 x float> poison, float %2620, i64 0
   %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
   %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2622, <16 x float> %2580)
   %2624 = getelementptr i8, ptr %2613, i64 1540
-  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2625 = load float, ptr %2624, align 4, !tbaa !9
   %2626 = insertelement <16 x float> poison, float %2625, i64 0
   %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
   %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2627, <16 x float> %2585)
   %2629 = getelementptr i8, ptr %2613, i64 1604
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2630 = load float, ptr %2629, align 4, !tbaa !9
   %2631 = insertelement <16 x float> poison, float %2630, i64 0
   %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
   %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2632, <16 x float> %2590)
   %2634 = getelementptr i8, ptr %2613, i64 1544
-  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2635 = load float, ptr %2634, align 4, !tbaa !9
   %2636 = insertelement <16 x float> poison, float %2635, i64 0
   %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
   %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2637, <16 x float> %2595)
   %2639 = getelementptr i8, ptr %2613, i64 1608
-  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2640 = load float, ptr %2639, align 4, !tbaa !9
   %2641 = insertelement <16 x float> poison, float %2640, i64 0
   %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
   %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2642, <16 x float> %2600)
   %2644 = getelementptr i8, ptr %2613, i64 1548
-  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2645 = load float, ptr %2644, align 4, !tbaa !9
   %2646 = insertelement <16 x float> poison, float %2645, i64 0
   %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
   %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2647, <16 x float> %2605)
   %2649 = getelementptr i8, ptr %2613, i64 1612
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2650 = load float, ptr %2649, align 4, !tbaa !9
   %2651 = insertelement <16 x float> poison, float %2650, i64 0
   %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
   %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2652, <16 x float> %2610)
-  br i1 %exitcond.not.3, label %for_end_ti159.i, label %for_body_ti158.i.4, !prof !13
+  br i1 %exitcond.not.3, label %for_end_ti159.i, label %for_body_ti158.i.4, !prof !4
 
 for_body_ti158.i.4:                               ; preds = %for_body_ti158.i.3
-  %2654 = load <16 x float>, ptr %gep872.i.4, align 4, !tbaa !5
+  %2654 = load <16 x float>, ptr %gep872.i.4, align 4, !tbaa !9
   %2655 = sext i32 %invariant.op477.i to i64
   %2656 = getelementptr float, ptr %v_tile.i, i64 %2655
   %2657 = getelementptr i8, ptr %2656, i64 2048
-  %2658 = load float, ptr %2657, align 4, !tbaa !5
+  %2658 = load float, ptr %2657, align 4, !tbaa !9
   %2659 = insertelement <16 x float> poison, float %2658, i64 0
   %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
   %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2660, <16 x float> %2618)
   %2662 = getelementptr i8, ptr %2656, i64 2112
-  %2663 = load float, ptr %2662, align 4, !tbaa !5
+  %2663 = load float, ptr %2662, align 4, !tbaa !9
   %2664 = insertelement <16 x float> poison, float %2663, i64 0
   %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
   %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2665, <16 x float> %2623)
   %2667 = getelementptr i8, ptr %2656, i64 2052
-  %2668 = load float, ptr %2667, align 4, !tbaa !5
+  %2668 = load float, ptr %2667, align 4, !tbaa !9
   %2669 = insertelement <16 x float> poison, float %2668, i64 0
   %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
   %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2670, <16 x float> %2628)
   %2672 = getelementptr i8, ptr %2656, i64 2116
-  %2673 = load float, ptr %2672, align 4, !tbaa !5
+  %2673 = load float, ptr %2672, align 4, !tbaa !9
   %2674 = insertelement <16 x float> poison, float %2673, i64 0
   %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
   %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2675, <16 x float> %2633)
   %2677 = getelementptr i8, ptr %2656, i64 2056
-  %2678 = load float, ptr %2677, align 4, !tbaa !5
+  %2678 = load float, ptr %2677, align 4, !tbaa !9
   %2679 = insertelement <16 x float> poison, float %2678, i64 0
   %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
   %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2680, <16 x float> %2638)
   %2682 = getelementptr i8, ptr %2656, i64 2120
-  %2683 = load float, ptr %2682, align 4, !tbaa !5
+  %2683 = load float, ptr %2682, align 4, !tbaa !9
   %2684 = insertelement <16 x float> poison, float %2683, i64 0
   %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
   %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2685, <16 x float> %2643)
   %2687 = getelementptr i8, ptr %2656, i64 2060
-  %2688 = load float, ptr %2687, align 4, !tbaa !5
+  %2688 = load float, ptr %2687, align 4, !tbaa !9
   %2689 = insertelement <16 x float> poison, float %2688, i64 0
   %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
   %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2690, <16 x float> %2648)
   %2692 = getelementptr i8, ptr %2656, i64 2124
-  %2693 = load float, ptr %2692, align 4, !tbaa !5
+  %2693 = load float, ptr %2692, align 4, !tbaa !9
   %2694 = insertelement <16 x float> poison, float %2693, i64 0
   %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
   %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2695, <16 x float> %2653)
-  br i1 %exitcond.not.4, label %for_end_ti159.i, label %for_body_ti158.i.5, !prof !13
+  br i1 %exitcond.not.4, label %for_end_ti159.i, label %for_body_ti158.i.5, !prof !4
 
 for_body_ti158.i.5:                               ; preds = %for_body_ti158.i.4
-  %2697 = load <16 x float>, ptr %gep872.i.5, align 4, !tbaa !5
+  %2697 = load <16 x float>, ptr %gep872.i.5, align 4, !tbaa !9
   %2698 = sext i32 %invariant.op477.i to i64
   %2699 = getelementptr float, ptr %v_tile.i, i64 %2698
   %2700 = getelementptr i8, ptr %2699, i64 2560
-  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2701 = load float, ptr %2700, align 4, !tbaa !9
   %2702 = insertelement <16 x float> poison, float %2701, i64 0
   %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
   %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2703, <16 x float> %2661)
   %2705 = getelementptr i8, ptr %2699, i64 2624
-  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2706 = load float, ptr %2705, align 4, !tbaa !9
   %2707 = insertelement <16 x float> poison, float %2706, i64 0
   %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
   %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2708, <16 x float> %2666)
   %2710 = getelementptr i8, ptr %2699, i64 2564
-  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2711 = load float, ptr %2710, align 4, !tbaa !9
   %2712 = insertelement <16 x float> poison, float %2711, i64 0
   %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
   %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2713, <16 x float> %2671)
   %2715 = getelementptr i8, ptr %2699, i64 2628
-  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2716 = load float, ptr %2715, align 4, !tbaa !9
   %2717 = insertelement <16 x float> poison, float %2716, i64 0
   %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
   %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2718, <16 x float> %2676)
   %2720 = getelementptr i8, ptr %2699, i64 2568
-  %2721 = load float, ptr %2720, align 4, !tbaa !5
+  %2721 = load float, ptr %2720, align 4, !tbaa !9
   %2722 = insertelement <16 x float> poison, float %2721, i64 0
   %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
   %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2723, <16 x float> %2681)
   %2725 = getelementptr i8, ptr %2699, i64 2632
-  %2726 = load float, ptr %2725, align 4, !tbaa !5
+  %2726 = load float, ptr %2725, align 4, !tbaa !9
   %2727 = insertelement <16 x float> poison, float %2726, i64 0
   %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
   %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2728, <16 x float> %2686)
   %2730 = getelementptr i8, ptr %2699, i64 2572
-  %2731 = load float, ptr %2730, align 4, !tbaa !5
+  %2731 = load float, ptr %2730, align 4, !tbaa !9
   %2732 = insertelement <16 x float> poison, float %2731, i64 0
   %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
   %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2733, <16 x float> %2691)
   %2735 = getelementptr i8, ptr %2699, i64 2636
-  %2736 = load float, ptr %2735, align 4, !tbaa !5
+  %2736 = load float, ptr %2735, align 4, !tbaa !9
   %2737 = insertelement <16 x float> poison, float %2736, i64 0
   %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
   %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2738, <16 x float> %2696)
-  br i1 %exitcond.not.5, label %for_end_ti159.i, label %for_body_ti158.i.6, !prof !13
+  br i1 %exitcond.not.5, label %for_end_ti159.i, label %for_body_ti158.i.6, !prof !4
 
 for_body_ti158.i.6:                               ; preds = %for_body_ti158.i.5
-  %2740 = load <16 x float>, ptr %gep872.i.6, align 4, !tbaa !5
+  %2740 = load <16 x float>, ptr %gep872.i.6, align 4, !tbaa !9
   %2741 = sext i32 %invariant.op477.i to i64
   %2742 = getelementptr float, ptr %v_tile.i, i64 %2741
   %2743 = getelementptr i8, ptr %2742, i64 3072
-  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2744 = load float, ptr %2743, align 4, !tbaa !9
   %2745 = insertelement <16 x float> poison, float %2744, i64 0
   %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
   %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2746, <16 x float> %2704)
   %2748 = getelementptr i8, ptr %2742, i64 3136
-  %2749 = load float, ptr %2748, align 4, !tbaa !5
+  %2749 = load float, ptr %2748, align 4, !tbaa !9
   %2750 = insertelement <16 x float> poison, float %2749, i64 0
   %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
   %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2751, <16 x float> %2709)
   %2753 = getelementptr i8, ptr %2742, i64 3076
-  %2754 = load float, ptr %2753, align 4, !tbaa !5
+  %2754 = load float, ptr %2753, align 4, !tbaa !9
   %2755 = insertelement <16 x float> poison, float %2754, i64 0
   %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
   %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2756, <16 x float> %2714)
   %2758 = getelementptr i8, ptr %2742, i64 3140
-  %2759 = load float, ptr %2758, align 4, !tbaa !5
+  %2759 = load float, ptr %2758, align 4, !tbaa !9
   %2760 = insertelement <16 x float> poison, float %2759, i64 0
   %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
   %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2761, <16 x float> %2719)
   %2763 = getelementptr i8, ptr %2742, i64 3080
-  %2764 = load float, ptr %2763, align 4, !tbaa !5
+  %2764 = load float, ptr %2763, align 4, !tbaa !9
   %2765 = insertelement <16 x float> poison, float %2764, i64 0
   %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
   %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2766, <16 x float> %2724)
   %2768 = getelementptr i8, ptr %2742, i64 3144
-  %2769 = load float, ptr %2768, align 4, !tbaa !5
+  %2769 = load float, ptr %2768, align 4, !tbaa !9
   %2770 = insertelement <16 x float> poison, float %2769, i64 0
   %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
   %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2771, <16 x float> %2729)
   %2773 = getelementptr i8, ptr %2742, i64 3084
-  %2774 = load float, ptr %2773, align 4, !tbaa !5
+  %2774 = load float, ptr %2773, align 4, !tbaa !9
   %2775 = insertelement <16 x float> poison, float %2774, i64 0
   %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
   %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2776, <16 x float> %2734)
   %2778 = getelementptr i8, ptr %2742, i64 3148
-  %2779 = load float, ptr %2778, align 4, !tbaa !5
+  %2779 = load float, ptr %2778, align 4, !tbaa !9
   %2780 = insertelement <16 x float> poison, float %2779, i64 0
   %2781 = shufflevector <16 x float> %2780, <16 x float> poison, <16 x i32> zeroinitializer
   %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2781, <16 x float> %2739)
@@ -3972,127 +4162,127 @@ for_end_ti159.i:                                  ; preds = %for_body_ti158.i.6,
   br i1 %2063, label %if_then176.i, label %if_end175.i, !prof !8
 
 if_end175.i:                                      ; preds = %for_end_ti159.i
-  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !5
+  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !9
   %2785 = fmul <16 x float> %2091, %2784
   %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2785)
-  store <16 x float> %2786, ptr %2783, align 4, !tbaa !5
+  store <16 x float> %2786, ptr %2783, align 4, !tbaa !9
   %2787 = getelementptr inbounds nuw i8, ptr %2783, i64 64
-  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !5
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !9
   %2789 = fmul <16 x float> %2091, %2788
   %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2789)
-  store <16 x float> %2790, ptr %2787, align 4, !tbaa !5
+  store <16 x float> %2790, ptr %2787, align 4, !tbaa !9
   %2791 = getelementptr inbounds nuw i8, ptr %2783, i64 128
-  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !5
+  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !9
   %2793 = fmul <16 x float> %2091, %2792
   %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2793)
-  store <16 x float> %2794, ptr %2791, align 4, !tbaa !5
+  store <16 x float> %2794, ptr %2791, align 4, !tbaa !9
   %2795 = getelementptr inbounds nuw i8, ptr %2783, i64 192
-  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !5
+  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !9
   %2797 = fmul <16 x float> %2091, %2796
   %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2797)
-  store <16 x float> %2798, ptr %2795, align 4, !tbaa !5
+  store <16 x float> %2798, ptr %2795, align 4, !tbaa !9
   %2799 = getelementptr inbounds nuw i8, ptr %2783, i64 256
-  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !5
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !9
   %2801 = fmul <16 x float> %2091, %2800
   %2802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2801)
-  store <16 x float> %2802, ptr %2799, align 4, !tbaa !5
+  store <16 x float> %2802, ptr %2799, align 4, !tbaa !9
   %2803 = getelementptr inbounds nuw i8, ptr %2783, i64 320
-  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !5
+  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !9
   %2805 = fmul <16 x float> %2091, %2804
   %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2805)
-  store <16 x float> %2806, ptr %2803, align 4, !tbaa !5
+  store <16 x float> %2806, ptr %2803, align 4, !tbaa !9
   %2807 = getelementptr inbounds nuw i8, ptr %2783, i64 384
-  %2808 = load <16 x float>, ptr %2807, align 4, !tbaa !5
+  %2808 = load <16 x float>, ptr %2807, align 4, !tbaa !9
   %2809 = fmul <16 x float> %2091, %2808
   %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2809)
-  store <16 x float> %2810, ptr %2807, align 4, !tbaa !5
+  store <16 x float> %2810, ptr %2807, align 4, !tbaa !9
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2783, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
   %.pre768.i = fmul <16 x float> %2091, %.pre.i
   br label %if_end177.i
 
 if_then176.i:                                     ; preds = %for_end_ti159.i
   %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2811, ptr %2783, align 4, !tbaa !5
+  store <16 x float> %2811, ptr %2783, align 4, !tbaa !9
   %2812 = getelementptr inbounds nuw i8, ptr %2783, i64 64
   %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2813, ptr %2812, align 4, !tbaa !5
+  store <16 x float> %2813, ptr %2812, align 4, !tbaa !9
   %2814 = getelementptr inbounds nuw i8, ptr %2783, i64 128
   %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2815, ptr %2814, align 4, !tbaa !5
+  store <16 x float> %2815, ptr %2814, align 4, !tbaa !9
   %2816 = getelementptr inbounds nuw i8, ptr %2783, i64 192
   %2817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2817, ptr %2816, align 4, !tbaa !5
+  store <16 x float> %2817, ptr %2816, align 4, !tbaa !9
   %2818 = getelementptr inbounds nuw i8, ptr %2783, i64 256
   %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2819, ptr %2818, align 4, !tbaa !5
+  store <16 x float> %2819, ptr %2818, align 4, !tbaa !9
   %2820 = getelementptr inbounds nuw i8, ptr %2783, i64 320
   %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2821, ptr %2820, align 4, !tbaa !5
+  store <16 x float> %2821, ptr %2820, align 4, !tbaa !9
   %2822 = getelementptr inbounds nuw i8, ptr %2783, i64 384
   %2823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2823, ptr %2822, align 4, !tbaa !5
+  store <16 x float> %2823, ptr %2822, align 4, !tbaa !9
   br label %if_end177.i
 
 if_end177.i:                                      ; preds = %if_then176.i, %if_end175.i
   %.pre-phi.i = phi <16 x float> [ %.pre768.i, %if_end175.i ], [ %2119, %if_then176.i ]
   %2824 = getelementptr inbounds nuw i8, ptr %2783, i64 448
   %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2825, ptr %2824, align 4, !tbaa !5
+  store <16 x float> %2825, ptr %2824, align 4, !tbaa !9
   %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
   %exitcond656.not.i = icmp eq i64 %indvars.iv.next654.i, 16
-  br i1 %exitcond656.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  br i1 %exitcond656.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
 
 if_end179.i:                                      ; preds = %for_end_d_0_m.i
-  %2826 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2826 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2827 = tail call i32 %2826(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not277.i = icmp eq i32 %2827, 0
-  br i1 %.not277.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not277.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !26
 
 if_end182.i:                                      ; preds = %if_end179.i
-  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not278.i = icmp eq i32 %2829, 0
-  br i1 %.not278.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not278.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !26
 
 if_end185.i:                                      ; preds = %if_end182.i
-  %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
   %.not279.i = icmp eq i32 %2831, 0
-  br i1 %.not279.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not279.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !26
 
 if_end188.i:                                      ; preds = %if_end185.i
-  %2832 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2832 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2833 = tail call i32 %2832(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
   %.not280.i = icmp eq i32 %2833, 0
-  br i1 %.not280.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not280.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !26
 
 if_end191.i:                                      ; preds = %if_end188.i
-  %2834 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2834 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2835 = tail call i32 %2834(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not281.i = icmp eq i32 %2835, 0
-  br i1 %.not281.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not281.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !26
 
 if_end194.i:                                      ; preds = %if_end191.i
-  %2836 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2836 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2837 = tail call i32 %2836(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not282.i = icmp eq i32 %2837, 0
-  br i1 %.not282.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not282.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !26
 
 if_then199.i:                                     ; preds = %for_end_step.i
   %2838 = fdiv <16 x float> splat (float 1.000000e+00), %2128
   %2839 = fcmp oeq <16 x float> %2128, zeroinitializer
   %2840 = select <16 x i1> %2839, <16 x float> zeroinitializer, <16 x float> %2838
-  store <16 x float> %2840, ptr %factor258.i, align 16, !tbaa !28
+  store <16 x float> %2840, ptr %factor258.i, align 16, !tbaa !27
   %2841 = mul nsw i64 %197, %out_batch
   %invariant.gep494.i = getelementptr float, ptr %out, i64 %2841
   br label %for_begin_d_0201.preheader.i
 
 if_end200.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end237.15.i
-  %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2843, 0
-  br i1 %.not.i, label %if_end249.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not.i, label %if_end249.i, label %fused_decode_compute_.exit, !prof !26
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d_0203.i
   %2844 = mul nsw i64 %197, %lse_batch
@@ -4108,25 +4298,25 @@ for_begin_d_0201.preheader.i:                     ; preds = %for_end_d_0203.i, %
   %indvars.iv684.i = phi i64 [ 0, %if_then199.i ], [ %indvars.iv.next685.i, %for_end_d_0203.i ]
   %2850 = shl nuw nsw i64 %indvars.iv684.i, 2
   %2851 = getelementptr inbounds nuw float, ptr %factor258.i, i64 %2850
-  %2852 = load float, ptr %2851, align 16, !tbaa !35
+  %2852 = load float, ptr %2851, align 16, !tbaa !34
   %2853 = insertelement <16 x float> poison, float %2852, i64 0
   %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
   %.idx275.i = mul i64 %111, %indvars.iv684.i
   %gep495.i = getelementptr i8, ptr %invariant.gep494.i, i64 %.idx275.i
   %2855 = getelementptr inbounds nuw i8, ptr %2851, i64 4
-  %2856 = load float, ptr %2855, align 4, !tbaa !35
+  %2856 = load float, ptr %2855, align 4, !tbaa !34
   %2857 = insertelement <16 x float> poison, float %2856, i64 0
   %2858 = shufflevector <16 x float> %2857, <16 x float> poison, <16 x i32> zeroinitializer
   %2859 = or disjoint i64 %2850, 1
   %2860 = mul nsw i64 %2859, %out_head
   %2861 = getelementptr inbounds nuw i8, ptr %2851, i64 8
-  %2862 = load float, ptr %2861, align 8, !tbaa !35
+  %2862 = load float, ptr %2861, align 8, !tbaa !34
   %2863 = insertelement <16 x float> poison, float %2862, i64 0
   %2864 = shufflevector <16 x float> %2863, <16 x float> poison, <16 x i32> zeroinitializer
   %2865 = or disjoint i64 %2850, 2
   %2866 = mul nsw i64 %2865, %out_head
   %2867 = getelementptr inbounds nuw i8, ptr %2851, i64 12
-  %2868 = load float, ptr %2867, align 4, !tbaa !35
+  %2868 = load float, ptr %2867, align 4, !tbaa !34
   %2869 = insertelement <16 x float> poison, float %2868, i64 0
   %2870 = shufflevector <16 x float> %2869, <16 x float> poison, <16 x i32> zeroinitializer
   %2871 = or disjoint i64 %2850, 3
@@ -4138,13 +4328,13 @@ for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.
   %indvars.iv679.i = phi i64 [ 0, %for_begin_d_0201.preheader.i ], [ %indvars.iv.next680.i, %for_begin_ax1_0206.preheader.i ]
   %.idx76 = shl nuw nsw i64 %indvars.iv679.i, 10
   %gep143 = getelementptr inbounds nuw i8, ptr %invariant.gep142, i64 %.idx76
-  %v212.i = load <4 x float>, ptr %gep143, align 4, !tbaa !5
+  %v212.i = load <4 x float>, ptr %gep143, align 4, !tbaa !9
   %2873 = getelementptr inbounds nuw i8, ptr %gep143, i64 64
-  %v214.i = load <4 x float>, ptr %2873, align 4, !tbaa !5
+  %v214.i = load <4 x float>, ptr %2873, align 4, !tbaa !9
   %2874 = getelementptr inbounds nuw i8, ptr %gep143, i64 128
-  %v216.i = load <4 x float>, ptr %2874, align 4, !tbaa !5
+  %v216.i = load <4 x float>, ptr %2874, align 4, !tbaa !9
   %2875 = getelementptr inbounds nuw i8, ptr %gep143, i64 192
-  %v218.i = load <4 x float>, ptr %2875, align 4, !tbaa !5
+  %v218.i = load <4 x float>, ptr %2875, align 4, !tbaa !9
   %2876 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2877 = shufflevector <4 x float> %v214.i, <4 x float> %v218.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2878 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -4154,13 +4344,13 @@ for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.
   %2882 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2883 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2884 = getelementptr inbounds nuw i8, ptr %gep143, i64 256
-  %v212.1.i = load <4 x float>, ptr %2884, align 4, !tbaa !5
+  %v212.1.i = load <4 x float>, ptr %2884, align 4, !tbaa !9
   %2885 = getelementptr inbounds nuw i8, ptr %gep143, i64 320
-  %v214.1.i = load <4 x float>, ptr %2885, align 4, !tbaa !5
+  %v214.1.i = load <4 x float>, ptr %2885, align 4, !tbaa !9
   %2886 = getelementptr inbounds nuw i8, ptr %gep143, i64 384
-  %v216.1.i = load <4 x float>, ptr %2886, align 4, !tbaa !5
+  %v216.1.i = load <4 x float>, ptr %2886, align 4, !tbaa !9
   %2887 = getelementptr inbounds nuw i8, ptr %gep143, i64 448
-  %v218.1.i = load <4 x float>, ptr %2887, align 4, !tbaa !5
+  %v218.1.i = load <4 x float>, ptr %2887, align 4, !tbaa !9
   %2888 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2889 = shufflevector <4 x float> %v214.1.i, <4 x float> %v218.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2890 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -4170,13 +4360,13 @@ for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.
   %2894 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2895 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2896 = getelementptr inbounds nuw i8, ptr %gep143, i64 512
-  %v212.2.i = load <4 x float>, ptr %2896, align 4, !tbaa !5
+  %v212.2.i = load <4 x float>, ptr %2896, align 4, !tbaa !9
   %2897 = getelementptr inbounds nuw i8, ptr %gep143, i64 576
-  %v214.2.i = load <4 x float>, ptr %2897, align 4, !tbaa !5
+  %v214.2.i = load <4 x float>, ptr %2897, align 4, !tbaa !9
   %2898 = getelementptr inbounds nuw i8, ptr %gep143, i64 640
-  %v216.2.i = load <4 x float>, ptr %2898, align 4, !tbaa !5
+  %v216.2.i = load <4 x float>, ptr %2898, align 4, !tbaa !9
   %2899 = getelementptr inbounds nuw i8, ptr %gep143, i64 704
-  %v218.2.i = load <4 x float>, ptr %2899, align 4, !tbaa !5
+  %v218.2.i = load <4 x float>, ptr %2899, align 4, !tbaa !9
   %2900 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2901 = shufflevector <4 x float> %v214.2.i, <4 x float> %v218.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2902 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -4186,13 +4376,13 @@ for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.
   %2906 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2907 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2908 = getelementptr inbounds nuw i8, ptr %gep143, i64 768
-  %v212.3.i = load <4 x float>, ptr %2908, align 4, !tbaa !5
+  %v212.3.i = load <4 x float>, ptr %2908, align 4, !tbaa !9
   %2909 = getelementptr inbounds nuw i8, ptr %gep143, i64 832
-  %v214.3.i = load <4 x float>, ptr %2909, align 4, !tbaa !5
+  %v214.3.i = load <4 x float>, ptr %2909, align 4, !tbaa !9
   %2910 = getelementptr inbounds nuw i8, ptr %gep143, i64 896
-  %v216.3.i = load <4 x float>, ptr %2910, align 4, !tbaa !5
+  %v216.3.i = load <4 x float>, ptr %2910, align 4, !tbaa !9
   %2911 = getelementptr inbounds nuw i8, ptr %gep143, i64 960
-  %v218.3.i = load <4 x float>, ptr %2911, align 4, !tbaa !5
+  %v218.3.i = load <4 x float>, ptr %2911, align 4, !tbaa !9
   %2912 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2913 = shufflevector <4 x float> %v214.3.i, <4 x float> %v218.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2914 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -4216,25 +4406,25 @@ for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.
   %2932 = fmul <16 x float> %2854, %2919
   %2933 = shl nuw nsw i64 %indvars.iv679.i, 4
   %gep492.i = getelementptr float, ptr %gep495.i, i64 %2933
-  store <16 x float> %2932, ptr %gep492.i, align 4, !tbaa !5
+  store <16 x float> %2932, ptr %gep492.i, align 4, !tbaa !9
   %2934 = fmul <16 x float> %2858, %2923
   %2935 = getelementptr float, ptr %invariant.gep494.i, i64 %2933
   %2936 = getelementptr float, ptr %2935, i64 %2860
-  store <16 x float> %2934, ptr %2936, align 4, !tbaa !5
+  store <16 x float> %2934, ptr %2936, align 4, !tbaa !9
   %2937 = fmul <16 x float> %2864, %2927
   %2938 = getelementptr float, ptr %2935, i64 %2866
-  store <16 x float> %2937, ptr %2938, align 4, !tbaa !5
+  store <16 x float> %2937, ptr %2938, align 4, !tbaa !9
   %2939 = fmul <16 x float> %2870, %2931
   %2940 = getelementptr float, ptr %2935, i64 %2872
-  store <16 x float> %2939, ptr %2940, align 4, !tbaa !5
+  store <16 x float> %2939, ptr %2940, align 4, !tbaa !9
   %indvars.iv.next680.i = add nuw nsw i64 %indvars.iv679.i, 1
   %exitcond683.not.i = icmp eq i64 %indvars.iv.next680.i, 8
-  br i1 %exitcond683.not.i, label %for_end_d_0203.i, label %for_begin_ax1_0206.preheader.i, !prof !16
+  br i1 %exitcond683.not.i, label %for_end_d_0203.i, label %for_begin_ax1_0206.preheader.i, !prof !11
 
 for_end_d_0203.i:                                 ; preds = %for_begin_ax1_0206.preheader.i
   %indvars.iv.next685.i = add nuw nsw i64 %indvars.iv684.i, 1
   %exitcond687.not.i = icmp eq i64 %indvars.iv.next685.i, 4
-  br i1 %exitcond687.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0201.preheader.i, !prof !16
+  br i1 %exitcond687.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0201.preheader.i, !prof !11
 
 if_else236.i:                                     ; preds = %for_begin_r.preheader.i
   %2941 = fmul float %row_sum271.sroa.0.0.vec.extract734.i, %2848
@@ -4245,7 +4435,7 @@ if_else236.i:                                     ; preds = %for_begin_r.prehead
 
 if_end237.i:                                      ; preds = %if_else236.i, %for_begin_r.preheader.i
   %2944 = phi float [ %2943, %if_else236.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2944, ptr %2845, align 4, !tbaa !5
+  store float %2944, ptr %2845, align 4, !tbaa !9
   %row_sum271.sroa.0.4.vec.extract736.i = extractelement <16 x float> %2128, i64 1
   %2945 = fcmp oeq float %row_sum271.sroa.0.4.vec.extract736.i, 0.000000e+00
   br i1 %2945, label %if_end237.1.i, label %if_else236.1.i
@@ -4260,7 +4450,7 @@ if_else236.1.i:                                   ; preds = %if_end237.i
 if_end237.1.i:                                    ; preds = %if_else236.1.i, %if_end237.i
   %2949 = phi float [ %2948, %if_else236.1.i ], [ 0xFFF0000000000000, %if_end237.i ]
   %2950 = getelementptr i8, ptr %2845, i64 4
-  store float %2949, ptr %2950, align 4, !tbaa !5
+  store float %2949, ptr %2950, align 4, !tbaa !9
   %row_sum271.sroa.0.8.vec.extract738.i = extractelement <16 x float> %2128, i64 2
   %2951 = fcmp oeq float %row_sum271.sroa.0.8.vec.extract738.i, 0.000000e+00
   br i1 %2951, label %if_end237.2.i, label %if_else236.2.i
@@ -4275,7 +4465,7 @@ if_else236.2.i:                                   ; preds = %if_end237.1.i
 if_end237.2.i:                                    ; preds = %if_else236.2.i, %if_end237.1.i
   %2955 = phi float [ %2954, %if_else236.2.i ], [ 0xFFF0000000000000, %if_end237.1.i ]
   %2956 = getelementptr i8, ptr %2845, i64 8
-  store float %2955, ptr %2956, align 4, !tbaa !5
+  store float %2955, ptr %2956, align 4, !tbaa !9
   %row_sum271.sroa.0.12.vec.extract740.i = extractelement <16 x float> %2128, i64 3
   %2957 = fcmp oeq float %row_sum271.sroa.0.12.vec.extract740.i, 0.000000e+00
   br i1 %2957, label %if_end237.3.i, label %if_else236.3.i
@@ -4290,7 +4480,7 @@ if_else236.3.i:                                   ; preds = %if_end237.2.i
 if_end237.3.i:                                    ; preds = %if_else236.3.i, %if_end237.2.i
   %2961 = phi float [ %2960, %if_else236.3.i ], [ 0xFFF0000000000000, %if_end237.2.i ]
   %2962 = getelementptr i8, ptr %2845, i64 12
-  store float %2961, ptr %2962, align 4, !tbaa !5
+  store float %2961, ptr %2962, align 4, !tbaa !9
   %row_sum271.sroa.0.16.vec.extract742.i = extractelement <16 x float> %2128, i64 4
   %2963 = fcmp oeq float %row_sum271.sroa.0.16.vec.extract742.i, 0.000000e+00
   br i1 %2963, label %if_end237.4.i, label %if_else236.4.i
@@ -4305,7 +4495,7 @@ if_else236.4.i:                                   ; preds = %if_end237.3.i
 if_end237.4.i:                                    ; preds = %if_else236.4.i, %if_end237.3.i
   %2967 = phi float [ %2966, %if_else236.4.i ], [ 0xFFF0000000000000, %if_end237.3.i ]
   %2968 = getelementptr i8, ptr %2845, i64 16
-  store float %2967, ptr %2968, align 4, !tbaa !5
+  store float %2967, ptr %2968, align 4, !tbaa !9
   %row_sum271.sroa.0.20.vec.extract744.i = extractelement <16 x float> %2128, i64 5
   %2969 = fcmp oeq float %row_sum271.sroa.0.20.vec.extract744.i, 0.000000e+00
   br i1 %2969, label %if_end237.5.i, label %if_else236.5.i
@@ -4320,7 +4510,7 @@ if_else236.5.i:                                   ; preds = %if_end237.4.i
 if_end237.5.i:                                    ; preds = %if_else236.5.i, %if_end237.4.i
   %2973 = phi float [ %2972, %if_else236.5.i ], [ 0xFFF0000000000000, %if_end237.4.i ]
   %2974 = getelementptr i8, ptr %2845, i64 20
-  store float %2973, ptr %2974, align 4, !tbaa !5
+  store float %2973, ptr %2974, align 4, !tbaa !9
   %row_sum271.sroa.0.24.vec.extract746.i = extractelement <16 x float> %2128, i64 6
   %2975 = fcmp oeq float %row_sum271.sroa.0.24.vec.extract746.i, 0.000000e+00
   br i1 %2975, label %if_end237.6.i, label %if_else236.6.i
@@ -4335,7 +4525,7 @@ if_else236.6.i:                                   ; preds = %if_end237.5.i
 if_end237.6.i:                                    ; preds = %if_else236.6.i, %if_end237.5.i
   %2979 = phi float [ %2978, %if_else236.6.i ], [ 0xFFF0000000000000, %if_end237.5.i ]
   %2980 = getelementptr i8, ptr %2845, i64 24
-  store float %2979, ptr %2980, align 4, !tbaa !5
+  store float %2979, ptr %2980, align 4, !tbaa !9
   %row_sum271.sroa.0.28.vec.extract748.i = extractelement <16 x float> %2128, i64 7
   %2981 = fcmp oeq float %row_sum271.sroa.0.28.vec.extract748.i, 0.000000e+00
   br i1 %2981, label %if_end237.7.i, label %if_else236.7.i
@@ -4350,7 +4540,7 @@ if_else236.7.i:                                   ; preds = %if_end237.6.i
 if_end237.7.i:                                    ; preds = %if_else236.7.i, %if_end237.6.i
   %2985 = phi float [ %2984, %if_else236.7.i ], [ 0xFFF0000000000000, %if_end237.6.i ]
   %2986 = getelementptr i8, ptr %2845, i64 28
-  store float %2985, ptr %2986, align 4, !tbaa !5
+  store float %2985, ptr %2986, align 4, !tbaa !9
   %row_sum271.sroa.0.32.vec.extract750.i = extractelement <16 x float> %2128, i64 8
   %2987 = fcmp oeq float %row_sum271.sroa.0.32.vec.extract750.i, 0.000000e+00
   br i1 %2987, label %if_end237.8.i, label %if_else236.8.i
@@ -4365,7 +4555,7 @@ if_else236.8.i:                                   ; preds = %if_end237.7.i
 if_end237.8.i:                                    ; preds = %if_else236.8.i, %if_end237.7.i
   %2991 = phi float [ %2990, %if_else236.8.i ], [ 0xFFF0000000000000, %if_end237.7.i ]
   %2992 = getelementptr i8, ptr %2845, i64 32
-  store float %2991, ptr %2992, align 4, !tbaa !5
+  store float %2991, ptr %2992, align 4, !tbaa !9
   %row_sum271.sroa.0.36.vec.extract752.i = extractelement <16 x float> %2128, i64 9
   %2993 = fcmp oeq float %row_sum271.sroa.0.36.vec.extract752.i, 0.000000e+00
   br i1 %2993, label %if_end237.9.i, label %if_else236.9.i
@@ -4380,7 +4570,7 @@ if_else236.9.i:                                   ; preds = %if_end237.8.i
 if_end237.9.i:                                    ; preds = %if_else236.9.i, %if_end237.8.i
   %2997 = phi float [ %2996, %if_else236.9.i ], [ 0xFFF0000000000000, %if_end237.8.i ]
   %2998 = getelementptr i8, ptr %2845, i64 36
-  store float %2997, ptr %2998, align 4, !tbaa !5
+  store float %2997, ptr %2998, align 4, !tbaa !9
   %row_sum271.sroa.0.40.vec.extract754.i = extractelement <16 x float> %2128, i64 10
   %2999 = fcmp oeq float %row_sum271.sroa.0.40.vec.extract754.i, 0.000000e+00
   br i1 %2999, label %if_end237.10.i, label %if_else236.10.i
@@ -4395,7 +4585,7 @@ if_else236.10.i:                                  ; preds = %if_end237.9.i
 if_end237.10.i:                                   ; preds = %if_else236.10.i, %if_end237.9.i
   %3003 = phi float [ %3002, %if_else236.10.i ], [ 0xFFF0000000000000, %if_end237.9.i ]
   %3004 = getelementptr i8, ptr %2845, i64 40
-  store float %3003, ptr %3004, align 4, !tbaa !5
+  store float %3003, ptr %3004, align 4, !tbaa !9
   %row_sum271.sroa.0.44.vec.extract756.i = extractelement <16 x float> %2128, i64 11
   %3005 = fcmp oeq float %row_sum271.sroa.0.44.vec.extract756.i, 0.000000e+00
   br i1 %3005, label %if_end237.11.i, label %if_else236.11.i
@@ -4410,7 +4600,7 @@ if_else236.11.i:                                  ; preds = %if_end237.10.i
 if_end237.11.i:                                   ; preds = %if_else236.11.i, %if_end237.10.i
   %3009 = phi float [ %3008, %if_else236.11.i ], [ 0xFFF0000000000000, %if_end237.10.i ]
   %3010 = getelementptr i8, ptr %2845, i64 44
-  store float %3009, ptr %3010, align 4, !tbaa !5
+  store float %3009, ptr %3010, align 4, !tbaa !9
   %row_sum271.sroa.0.48.vec.extract758.i = extractelement <16 x float> %2128, i64 12
   %3011 = fcmp oeq float %row_sum271.sroa.0.48.vec.extract758.i, 0.000000e+00
   br i1 %3011, label %if_end237.12.i, label %if_else236.12.i
@@ -4425,7 +4615,7 @@ if_else236.12.i:                                  ; preds = %if_end237.11.i
 if_end237.12.i:                                   ; preds = %if_else236.12.i, %if_end237.11.i
   %3015 = phi float [ %3014, %if_else236.12.i ], [ 0xFFF0000000000000, %if_end237.11.i ]
   %3016 = getelementptr i8, ptr %2845, i64 48
-  store float %3015, ptr %3016, align 4, !tbaa !5
+  store float %3015, ptr %3016, align 4, !tbaa !9
   %row_sum271.sroa.0.52.vec.extract760.i = extractelement <16 x float> %2128, i64 13
   %3017 = fcmp oeq float %row_sum271.sroa.0.52.vec.extract760.i, 0.000000e+00
   br i1 %3017, label %if_end237.13.i, label %if_else236.13.i
@@ -4440,7 +4630,7 @@ if_else236.13.i:                                  ; preds = %if_end237.12.i
 if_end237.13.i:                                   ; preds = %if_else236.13.i, %if_end237.12.i
   %3021 = phi float [ %3020, %if_else236.13.i ], [ 0xFFF0000000000000, %if_end237.12.i ]
   %3022 = getelementptr i8, ptr %2845, i64 52
-  store float %3021, ptr %3022, align 4, !tbaa !5
+  store float %3021, ptr %3022, align 4, !tbaa !9
   %row_sum271.sroa.0.56.vec.extract762.i = extractelement <16 x float> %2128, i64 14
   %3023 = fcmp oeq float %row_sum271.sroa.0.56.vec.extract762.i, 0.000000e+00
   br i1 %3023, label %if_end237.14.i, label %if_else236.14.i
@@ -4455,7 +4645,7 @@ if_else236.14.i:                                  ; preds = %if_end237.13.i
 if_end237.14.i:                                   ; preds = %if_else236.14.i, %if_end237.13.i
   %3027 = phi float [ %3026, %if_else236.14.i ], [ 0xFFF0000000000000, %if_end237.13.i ]
   %3028 = getelementptr i8, ptr %2845, i64 56
-  store float %3027, ptr %3028, align 4, !tbaa !5
+  store float %3027, ptr %3028, align 4, !tbaa !9
   %row_sum271.sroa.0.60.vec.extract764.i = extractelement <16 x float> %2128, i64 15
   %3029 = fcmp oeq float %row_sum271.sroa.0.60.vec.extract764.i, 0.000000e+00
   br i1 %3029, label %if_end237.15.i, label %if_else236.15.i
@@ -4470,61 +4660,61 @@ if_else236.15.i:                                  ; preds = %if_end237.14.i
 if_end237.15.i:                                   ; preds = %if_else236.15.i, %if_end237.14.i
   %3033 = phi float [ %3032, %if_else236.15.i ], [ 0xFFF0000000000000, %if_end237.14.i ]
   %3034 = getelementptr i8, ptr %2845, i64 60
-  store float %3033, ptr %3034, align 4, !tbaa !5
+  store float %3033, ptr %3034, align 4, !tbaa !9
   br label %if_end200.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r238.preheader.i
   %indvars.iv666.i = phi i64 [ %indvars.iv.next667.i.7, %for_body_d.i ], [ 0, %for_begin_r238.preheader.i ]
   %.idx786.i = shl nuw nsw i64 %indvars.iv666.i, 6
   %3035 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i
-  %3036 = load float, ptr %3035, align 4, !tbaa !5
+  %3036 = load float, ptr %3035, align 4, !tbaa !9
   %3037 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv666.i
-  store float %3036, ptr %3037, align 4, !tbaa !5
+  store float %3036, ptr %3037, align 4, !tbaa !9
   %indvars.iv.next667.i = or disjoint i64 %indvars.iv666.i, 1
   %.idx786.i.1 = shl nuw nsw i64 %indvars.iv.next667.i, 6
   %3038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.1
-  %3039 = load float, ptr %3038, align 4, !tbaa !5
+  %3039 = load float, ptr %3038, align 4, !tbaa !9
   %3040 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i
-  store float %3039, ptr %3040, align 4, !tbaa !5
+  store float %3039, ptr %3040, align 4, !tbaa !9
   %indvars.iv.next667.i.1 = or disjoint i64 %indvars.iv666.i, 2
   %.idx786.i.2 = shl nuw nsw i64 %indvars.iv.next667.i.1, 6
   %3041 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.2
-  %3042 = load float, ptr %3041, align 4, !tbaa !5
+  %3042 = load float, ptr %3041, align 4, !tbaa !9
   %3043 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.1
-  store float %3042, ptr %3043, align 4, !tbaa !5
+  store float %3042, ptr %3043, align 4, !tbaa !9
   %indvars.iv.next667.i.2 = or disjoint i64 %indvars.iv666.i, 3
   %.idx786.i.3 = shl nuw nsw i64 %indvars.iv.next667.i.2, 6
   %3044 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.3
-  %3045 = load float, ptr %3044, align 4, !tbaa !5
+  %3045 = load float, ptr %3044, align 4, !tbaa !9
   %3046 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.2
-  store float %3045, ptr %3046, align 4, !tbaa !5
+  store float %3045, ptr %3046, align 4, !tbaa !9
   %indvars.iv.next667.i.3 = or disjoint i64 %indvars.iv666.i, 4
   %.idx786.i.4 = shl nuw nsw i64 %indvars.iv.next667.i.3, 6
   %3047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.4
-  %3048 = load float, ptr %3047, align 4, !tbaa !5
+  %3048 = load float, ptr %3047, align 4, !tbaa !9
   %3049 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.3
-  store float %3048, ptr %3049, align 4, !tbaa !5
+  store float %3048, ptr %3049, align 4, !tbaa !9
   %indvars.iv.next667.i.4 = or disjoint i64 %indvars.iv666.i, 5
   %.idx786.i.5 = shl nuw nsw i64 %indvars.iv.next667.i.4, 6
   %3050 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.5
-  %3051 = load float, ptr %3050, align 4, !tbaa !5
+  %3051 = load float, ptr %3050, align 4, !tbaa !9
   %3052 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.4
-  store float %3051, ptr %3052, align 4, !tbaa !5
+  store float %3051, ptr %3052, align 4, !tbaa !9
   %indvars.iv.next667.i.5 = or disjoint i64 %indvars.iv666.i, 6
   %.idx786.i.6 = shl nuw nsw i64 %indvars.iv.next667.i.5, 6
   %3053 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.6
-  %3054 = load float, ptr %3053, align 4, !tbaa !5
+  %3054 = load float, ptr %3053, align 4, !tbaa !9
   %3055 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.5
-  store float %3054, ptr %3055, align 4, !tbaa !5
+  store float %3054, ptr %3055, align 4, !tbaa !9
   %indvars.iv.next667.i.6 = or disjoint i64 %indvars.iv666.i, 7
   %.idx786.i.7 = shl nuw nsw i64 %indvars.iv.next667.i.6, 6
   %3056 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.7
-  %3057 = load float, ptr %3056, align 4, !tbaa !5
+  %3057 = load float, ptr %3056, align 4, !tbaa !9
   %3058 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.6
-  store float %3057, ptr %3058, align 4, !tbaa !5
+  store float %3057, ptr %3058, align 4, !tbaa !9
   %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
   %exitcond669.not.i.7 = icmp eq i64 %indvars.iv.next667.i.7, 128
-  br i1 %exitcond669.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+  br i1 %exitcond669.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !35, !llvm.loop !36
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body644
   %3059 = getelementptr inbounds nuw i8, ptr %425, i64 512
@@ -4533,7 +4723,7 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %bound0617 = icmp ult ptr %scevgep613, %scevgep616
   %bound1618 = icmp ult ptr %scevgep615, %scevgep614
   %found.conflict619 = and i1 %bound0617, %bound1618
-  br i1 %found.conflict619, label %for_body_d.1.i, label %vector.body622, !prof !17
+  br i1 %found.conflict619, label %for_body_d.1.i, label %vector.body622, !prof !12
 
 vector.body622:                                   ; preds = %for_end_d.i
   %3060 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4544,17 +4734,17 @@ vector.body622:                                   ; preds = %for_end_d.i
   %3065 = getelementptr inbounds nuw i8, <8 x ptr> %3061, i64 4
   %3066 = getelementptr inbounds nuw i8, <8 x ptr> %3062, i64 4
   %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 4
-  %wide.masked.gather628 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather629 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather630 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather631 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather628 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather629 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather630 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather631 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
   %3068 = getelementptr inbounds nuw i8, ptr %425, i64 544
   %3069 = getelementptr inbounds nuw i8, ptr %425, i64 576
   %3070 = getelementptr inbounds nuw i8, ptr %425, i64 608
-  store <8 x float> %wide.masked.gather628, ptr %3059, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather629, ptr %3068, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather630, ptr %3069, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather631, ptr %3070, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather628, ptr %3059, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather629, ptr %3068, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather630, ptr %3069, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather631, ptr %3070, align 4, !tbaa !9, !alias.scope !42, !noalias !39
   %3071 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3072 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4563,18 +4753,18 @@ vector.body622:                                   ; preds = %for_end_d.i
   %3076 = getelementptr inbounds nuw i8, <8 x ptr> %3072, i64 4
   %3077 = getelementptr inbounds nuw i8, <8 x ptr> %3073, i64 4
   %3078 = getelementptr inbounds nuw i8, <8 x ptr> %3074, i64 4
-  %wide.masked.gather628.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3075, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather629.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather630.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather631.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather628.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3075, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather629.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather630.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather631.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
   %3079 = getelementptr inbounds nuw i8, ptr %425, i64 640
   %3080 = getelementptr inbounds nuw i8, ptr %425, i64 672
   %3081 = getelementptr inbounds nuw i8, ptr %425, i64 704
   %3082 = getelementptr inbounds nuw i8, ptr %425, i64 736
-  store <8 x float> %wide.masked.gather628.1, ptr %3079, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather629.1, ptr %3080, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather630.1, ptr %3081, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather631.1, ptr %3082, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather628.1, ptr %3079, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather629.1, ptr %3080, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather630.1, ptr %3081, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather631.1, ptr %3082, align 4, !tbaa !9, !alias.scope !42, !noalias !39
   %3083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4583,18 +4773,18 @@ vector.body622:                                   ; preds = %for_end_d.i
   %3088 = getelementptr inbounds nuw i8, <8 x ptr> %3084, i64 4
   %3089 = getelementptr inbounds nuw i8, <8 x ptr> %3085, i64 4
   %3090 = getelementptr inbounds nuw i8, <8 x ptr> %3086, i64 4
-  %wide.masked.gather628.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather629.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather630.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather631.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather628.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather629.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather630.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather631.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
   %3091 = getelementptr inbounds nuw i8, ptr %425, i64 768
   %3092 = getelementptr inbounds nuw i8, ptr %425, i64 800
   %3093 = getelementptr inbounds nuw i8, ptr %425, i64 832
   %3094 = getelementptr inbounds nuw i8, ptr %425, i64 864
-  store <8 x float> %wide.masked.gather628.2, ptr %3091, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather629.2, ptr %3092, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather630.2, ptr %3093, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather631.2, ptr %3094, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather628.2, ptr %3091, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather629.2, ptr %3092, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather630.2, ptr %3093, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather631.2, ptr %3094, align 4, !tbaa !9, !alias.scope !42, !noalias !39
   %3095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3097 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4603,18 +4793,18 @@ vector.body622:                                   ; preds = %for_end_d.i
   %3100 = getelementptr inbounds nuw i8, <8 x ptr> %3096, i64 4
   %3101 = getelementptr inbounds nuw i8, <8 x ptr> %3097, i64 4
   %3102 = getelementptr inbounds nuw i8, <8 x ptr> %3098, i64 4
-  %wide.masked.gather628.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather629.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather630.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather631.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather628.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather629.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather630.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
+  %wide.masked.gather631.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
   %3103 = getelementptr inbounds nuw i8, ptr %425, i64 896
   %3104 = getelementptr inbounds nuw i8, ptr %425, i64 928
   %3105 = getelementptr inbounds nuw i8, ptr %425, i64 960
   %3106 = getelementptr inbounds nuw i8, ptr %425, i64 992
-  store <8 x float> %wide.masked.gather628.3, ptr %3103, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather629.3, ptr %3104, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather630.3, ptr %3105, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather631.3, ptr %3106, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather628.3, ptr %3103, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather629.3, ptr %3104, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather630.3, ptr %3105, align 4, !tbaa !9, !alias.scope !42, !noalias !39
+  store <8 x float> %wide.masked.gather631.3, ptr %3106, align 4, !tbaa !9, !alias.scope !42, !noalias !39
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -4622,61 +4812,61 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %.idx787.i = shl nuw nsw i64 %indvars.iv666.1.i, 6
   %3107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i
   %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 4
-  %3109 = load float, ptr %3108, align 4, !tbaa !5
+  %3109 = load float, ptr %3108, align 4, !tbaa !9
   %3110 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv666.1.i
-  store float %3109, ptr %3110, align 4, !tbaa !5
+  store float %3109, ptr %3110, align 4, !tbaa !9
   %indvars.iv.next667.1.i = or disjoint i64 %indvars.iv666.1.i, 1
   %.idx787.i.1 = shl nuw nsw i64 %indvars.iv.next667.1.i, 6
   %3111 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.1
   %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 4
-  %3113 = load float, ptr %3112, align 4, !tbaa !5
+  %3113 = load float, ptr %3112, align 4, !tbaa !9
   %3114 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i
-  store float %3113, ptr %3114, align 4, !tbaa !5
+  store float %3113, ptr %3114, align 4, !tbaa !9
   %indvars.iv.next667.1.i.1 = or disjoint i64 %indvars.iv666.1.i, 2
   %.idx787.i.2 = shl nuw nsw i64 %indvars.iv.next667.1.i.1, 6
   %3115 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.2
   %3116 = getelementptr inbounds nuw i8, ptr %3115, i64 4
-  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3117 = load float, ptr %3116, align 4, !tbaa !9
   %3118 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.1
-  store float %3117, ptr %3118, align 4, !tbaa !5
+  store float %3117, ptr %3118, align 4, !tbaa !9
   %indvars.iv.next667.1.i.2 = or disjoint i64 %indvars.iv666.1.i, 3
   %.idx787.i.3 = shl nuw nsw i64 %indvars.iv.next667.1.i.2, 6
   %3119 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.3
   %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 4
-  %3121 = load float, ptr %3120, align 4, !tbaa !5
+  %3121 = load float, ptr %3120, align 4, !tbaa !9
   %3122 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.2
-  store float %3121, ptr %3122, align 4, !tbaa !5
+  store float %3121, ptr %3122, align 4, !tbaa !9
   %indvars.iv.next667.1.i.3 = or disjoint i64 %indvars.iv666.1.i, 4
   %.idx787.i.4 = shl nuw nsw i64 %indvars.iv.next667.1.i.3, 6
   %3123 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.4
   %3124 = getelementptr inbounds nuw i8, ptr %3123, i64 4
-  %3125 = load float, ptr %3124, align 4, !tbaa !5
+  %3125 = load float, ptr %3124, align 4, !tbaa !9
   %3126 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.3
-  store float %3125, ptr %3126, align 4, !tbaa !5
+  store float %3125, ptr %3126, align 4, !tbaa !9
   %indvars.iv.next667.1.i.4 = or disjoint i64 %indvars.iv666.1.i, 5
   %.idx787.i.5 = shl nuw nsw i64 %indvars.iv.next667.1.i.4, 6
   %3127 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.5
   %3128 = getelementptr inbounds nuw i8, ptr %3127, i64 4
-  %3129 = load float, ptr %3128, align 4, !tbaa !5
+  %3129 = load float, ptr %3128, align 4, !tbaa !9
   %3130 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.4
-  store float %3129, ptr %3130, align 4, !tbaa !5
+  store float %3129, ptr %3130, align 4, !tbaa !9
   %indvars.iv.next667.1.i.5 = or disjoint i64 %indvars.iv666.1.i, 6
   %.idx787.i.6 = shl nuw nsw i64 %indvars.iv.next667.1.i.5, 6
   %3131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.6
   %3132 = getelementptr inbounds nuw i8, ptr %3131, i64 4
-  %3133 = load float, ptr %3132, align 4, !tbaa !5
+  %3133 = load float, ptr %3132, align 4, !tbaa !9
   %3134 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.5
-  store float %3133, ptr %3134, align 4, !tbaa !5
+  store float %3133, ptr %3134, align 4, !tbaa !9
   %indvars.iv.next667.1.i.6 = or disjoint i64 %indvars.iv666.1.i, 7
   %.idx787.i.7 = shl nuw nsw i64 %indvars.iv.next667.1.i.6, 6
   %3135 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.7
   %3136 = getelementptr inbounds nuw i8, ptr %3135, i64 4
-  %3137 = load float, ptr %3136, align 4, !tbaa !5
+  %3137 = load float, ptr %3136, align 4, !tbaa !9
   %3138 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.6
-  store float %3137, ptr %3138, align 4, !tbaa !5
+  store float %3137, ptr %3138, align 4, !tbaa !9
   %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
   %exitcond669.1.not.i.7 = icmp eq i64 %indvars.iv.next667.1.i.7, 128
-  br i1 %exitcond669.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  br i1 %exitcond669.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !35, !llvm.loop !44
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body622
   %3139 = getelementptr inbounds nuw i8, ptr %425, i64 1024
@@ -4685,7 +4875,7 @@ for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %ve
   %bound0594 = icmp ult ptr %scevgep590, %scevgep593
   %bound1595 = icmp ult ptr %scevgep592, %scevgep591
   %found.conflict596 = and i1 %bound0594, %bound1595
-  br i1 %found.conflict596, label %for_body_d.2.i, label %vector.body599, !prof !17
+  br i1 %found.conflict596, label %for_body_d.2.i, label %vector.body599, !prof !12
 
 vector.body599:                                   ; preds = %for_end_d.1.i
   %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4696,17 +4886,17 @@ vector.body599:                                   ; preds = %for_end_d.1.i
   %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 8
   %3146 = getelementptr inbounds nuw i8, <8 x ptr> %3142, i64 8
   %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 8
-  %wide.masked.gather605 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather606 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather607 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather608 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather605 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather606 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather607 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather608 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
   %3148 = getelementptr inbounds nuw i8, ptr %425, i64 1056
   %3149 = getelementptr inbounds nuw i8, ptr %425, i64 1088
   %3150 = getelementptr inbounds nuw i8, ptr %425, i64 1120
-  store <8 x float> %wide.masked.gather605, ptr %3139, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather606, ptr %3148, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather607, ptr %3149, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather608, ptr %3150, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather605, ptr %3139, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather606, ptr %3148, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather607, ptr %3149, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather608, ptr %3150, align 4, !tbaa !9, !alias.scope !48, !noalias !45
   %3151 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3152 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4715,18 +4905,18 @@ vector.body599:                                   ; preds = %for_end_d.1.i
   %3156 = getelementptr inbounds nuw i8, <8 x ptr> %3152, i64 8
   %3157 = getelementptr inbounds nuw i8, <8 x ptr> %3153, i64 8
   %3158 = getelementptr inbounds nuw i8, <8 x ptr> %3154, i64 8
-  %wide.masked.gather605.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather606.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather607.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather608.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather605.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather606.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather607.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather608.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
   %3159 = getelementptr inbounds nuw i8, ptr %425, i64 1152
   %3160 = getelementptr inbounds nuw i8, ptr %425, i64 1184
   %3161 = getelementptr inbounds nuw i8, ptr %425, i64 1216
   %3162 = getelementptr inbounds nuw i8, ptr %425, i64 1248
-  store <8 x float> %wide.masked.gather605.1, ptr %3159, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather606.1, ptr %3160, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather607.1, ptr %3161, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather608.1, ptr %3162, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather605.1, ptr %3159, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather606.1, ptr %3160, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather607.1, ptr %3161, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather608.1, ptr %3162, align 4, !tbaa !9, !alias.scope !48, !noalias !45
   %3163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4735,18 +4925,18 @@ vector.body599:                                   ; preds = %for_end_d.1.i
   %3168 = getelementptr inbounds nuw i8, <8 x ptr> %3164, i64 8
   %3169 = getelementptr inbounds nuw i8, <8 x ptr> %3165, i64 8
   %3170 = getelementptr inbounds nuw i8, <8 x ptr> %3166, i64 8
-  %wide.masked.gather605.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather606.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather607.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather608.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather605.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather606.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather607.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather608.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
   %3171 = getelementptr inbounds nuw i8, ptr %425, i64 1280
   %3172 = getelementptr inbounds nuw i8, ptr %425, i64 1312
   %3173 = getelementptr inbounds nuw i8, ptr %425, i64 1344
   %3174 = getelementptr inbounds nuw i8, ptr %425, i64 1376
-  store <8 x float> %wide.masked.gather605.2, ptr %3171, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather606.2, ptr %3172, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather607.2, ptr %3173, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather608.2, ptr %3174, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather605.2, ptr %3171, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather606.2, ptr %3172, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather607.2, ptr %3173, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather608.2, ptr %3174, align 4, !tbaa !9, !alias.scope !48, !noalias !45
   %3175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3177 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4755,18 +4945,18 @@ vector.body599:                                   ; preds = %for_end_d.1.i
   %3180 = getelementptr inbounds nuw i8, <8 x ptr> %3176, i64 8
   %3181 = getelementptr inbounds nuw i8, <8 x ptr> %3177, i64 8
   %3182 = getelementptr inbounds nuw i8, <8 x ptr> %3178, i64 8
-  %wide.masked.gather605.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather606.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather607.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3181, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather608.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather605.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather606.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather607.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3181, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
+  %wide.masked.gather608.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
   %3183 = getelementptr inbounds nuw i8, ptr %425, i64 1408
   %3184 = getelementptr inbounds nuw i8, ptr %425, i64 1440
   %3185 = getelementptr inbounds nuw i8, ptr %425, i64 1472
   %3186 = getelementptr inbounds nuw i8, ptr %425, i64 1504
-  store <8 x float> %wide.masked.gather605.3, ptr %3183, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather606.3, ptr %3184, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather607.3, ptr %3185, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather608.3, ptr %3186, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather605.3, ptr %3183, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather606.3, ptr %3184, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather607.3, ptr %3185, align 4, !tbaa !9, !alias.scope !48, !noalias !45
+  store <8 x float> %wide.masked.gather608.3, ptr %3186, align 4, !tbaa !9, !alias.scope !48, !noalias !45
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -4774,61 +4964,61 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %.idx788.i = shl nuw nsw i64 %indvars.iv666.2.i, 6
   %3187 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i
   %3188 = getelementptr inbounds nuw i8, ptr %3187, i64 8
-  %3189 = load float, ptr %3188, align 4, !tbaa !5
+  %3189 = load float, ptr %3188, align 4, !tbaa !9
   %3190 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv666.2.i
-  store float %3189, ptr %3190, align 4, !tbaa !5
+  store float %3189, ptr %3190, align 4, !tbaa !9
   %indvars.iv.next667.2.i = or disjoint i64 %indvars.iv666.2.i, 1
   %.idx788.i.1 = shl nuw nsw i64 %indvars.iv.next667.2.i, 6
   %3191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.1
   %3192 = getelementptr inbounds nuw i8, ptr %3191, i64 8
-  %3193 = load float, ptr %3192, align 4, !tbaa !5
+  %3193 = load float, ptr %3192, align 4, !tbaa !9
   %3194 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i
-  store float %3193, ptr %3194, align 4, !tbaa !5
+  store float %3193, ptr %3194, align 4, !tbaa !9
   %indvars.iv.next667.2.i.1 = or disjoint i64 %indvars.iv666.2.i, 2
   %.idx788.i.2 = shl nuw nsw i64 %indvars.iv.next667.2.i.1, 6
   %3195 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.2
   %3196 = getelementptr inbounds nuw i8, ptr %3195, i64 8
-  %3197 = load float, ptr %3196, align 4, !tbaa !5
+  %3197 = load float, ptr %3196, align 4, !tbaa !9
   %3198 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.1
-  store float %3197, ptr %3198, align 4, !tbaa !5
+  store float %3197, ptr %3198, align 4, !tbaa !9
   %indvars.iv.next667.2.i.2 = or disjoint i64 %indvars.iv666.2.i, 3
   %.idx788.i.3 = shl nuw nsw i64 %indvars.iv.next667.2.i.2, 6
   %3199 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.3
   %3200 = getelementptr inbounds nuw i8, ptr %3199, i64 8
-  %3201 = load float, ptr %3200, align 4, !tbaa !5
+  %3201 = load float, ptr %3200, align 4, !tbaa !9
   %3202 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.2
-  store float %3201, ptr %3202, align 4, !tbaa !5
+  store float %3201, ptr %3202, align 4, !tbaa !9
   %indvars.iv.next667.2.i.3 = or disjoint i64 %indvars.iv666.2.i, 4
   %.idx788.i.4 = shl nuw nsw i64 %indvars.iv.next667.2.i.3, 6
   %3203 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.4
   %3204 = getelementptr inbounds nuw i8, ptr %3203, i64 8
-  %3205 = load float, ptr %3204, align 4, !tbaa !5
+  %3205 = load float, ptr %3204, align 4, !tbaa !9
   %3206 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.3
-  store float %3205, ptr %3206, align 4, !tbaa !5
+  store float %3205, ptr %3206, align 4, !tbaa !9
   %indvars.iv.next667.2.i.4 = or disjoint i64 %indvars.iv666.2.i, 5
   %.idx788.i.5 = shl nuw nsw i64 %indvars.iv.next667.2.i.4, 6
   %3207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.5
   %3208 = getelementptr inbounds nuw i8, ptr %3207, i64 8
-  %3209 = load float, ptr %3208, align 4, !tbaa !5
+  %3209 = load float, ptr %3208, align 4, !tbaa !9
   %3210 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.4
-  store float %3209, ptr %3210, align 4, !tbaa !5
+  store float %3209, ptr %3210, align 4, !tbaa !9
   %indvars.iv.next667.2.i.5 = or disjoint i64 %indvars.iv666.2.i, 6
   %.idx788.i.6 = shl nuw nsw i64 %indvars.iv.next667.2.i.5, 6
   %3211 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.6
   %3212 = getelementptr inbounds nuw i8, ptr %3211, i64 8
-  %3213 = load float, ptr %3212, align 4, !tbaa !5
+  %3213 = load float, ptr %3212, align 4, !tbaa !9
   %3214 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.5
-  store float %3213, ptr %3214, align 4, !tbaa !5
+  store float %3213, ptr %3214, align 4, !tbaa !9
   %indvars.iv.next667.2.i.6 = or disjoint i64 %indvars.iv666.2.i, 7
   %.idx788.i.7 = shl nuw nsw i64 %indvars.iv.next667.2.i.6, 6
   %3215 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.7
   %3216 = getelementptr inbounds nuw i8, ptr %3215, i64 8
-  %3217 = load float, ptr %3216, align 4, !tbaa !5
+  %3217 = load float, ptr %3216, align 4, !tbaa !9
   %3218 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.6
-  store float %3217, ptr %3218, align 4, !tbaa !5
+  store float %3217, ptr %3218, align 4, !tbaa !9
   %indvars.iv.next667.2.i.7 = add nuw nsw i64 %indvars.iv666.2.i, 8
   %exitcond669.2.not.i.7 = icmp eq i64 %indvars.iv.next667.2.i.7, 128
-  br i1 %exitcond669.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  br i1 %exitcond669.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !35, !llvm.loop !50
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body599
   %3219 = getelementptr inbounds nuw i8, ptr %425, i64 1536
@@ -4837,7 +5027,7 @@ for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %ve
   %bound0571 = icmp ult ptr %scevgep567, %scevgep570
   %bound1572 = icmp ult ptr %scevgep569, %scevgep568
   %found.conflict573 = and i1 %bound0571, %bound1572
-  br i1 %found.conflict573, label %for_body_d.3.i, label %vector.body576, !prof !17
+  br i1 %found.conflict573, label %for_body_d.3.i, label %vector.body576, !prof !12
 
 vector.body576:                                   ; preds = %for_end_d.2.i
   %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4848,17 +5038,17 @@ vector.body576:                                   ; preds = %for_end_d.2.i
   %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 12
   %3226 = getelementptr inbounds nuw i8, <8 x ptr> %3222, i64 12
   %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 12
-  %wide.masked.gather582 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather583 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather584 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather585 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather582 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather583 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather584 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather585 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
   %3228 = getelementptr inbounds nuw i8, ptr %425, i64 1568
   %3229 = getelementptr inbounds nuw i8, ptr %425, i64 1600
   %3230 = getelementptr inbounds nuw i8, ptr %425, i64 1632
-  store <8 x float> %wide.masked.gather582, ptr %3219, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather583, ptr %3228, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather584, ptr %3229, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather585, ptr %3230, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather582, ptr %3219, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather583, ptr %3228, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather584, ptr %3229, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather585, ptr %3230, align 4, !tbaa !9, !alias.scope !54, !noalias !51
   %3231 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3232 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4867,18 +5057,18 @@ vector.body576:                                   ; preds = %for_end_d.2.i
   %3236 = getelementptr inbounds nuw i8, <8 x ptr> %3232, i64 12
   %3237 = getelementptr inbounds nuw i8, <8 x ptr> %3233, i64 12
   %3238 = getelementptr inbounds nuw i8, <8 x ptr> %3234, i64 12
-  %wide.masked.gather582.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather583.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather584.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather585.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather582.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather583.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather584.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather585.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
   %3239 = getelementptr inbounds nuw i8, ptr %425, i64 1664
   %3240 = getelementptr inbounds nuw i8, ptr %425, i64 1696
   %3241 = getelementptr inbounds nuw i8, ptr %425, i64 1728
   %3242 = getelementptr inbounds nuw i8, ptr %425, i64 1760
-  store <8 x float> %wide.masked.gather582.1, ptr %3239, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather583.1, ptr %3240, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather584.1, ptr %3241, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather585.1, ptr %3242, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather582.1, ptr %3239, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather583.1, ptr %3240, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather584.1, ptr %3241, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather585.1, ptr %3242, align 4, !tbaa !9, !alias.scope !54, !noalias !51
   %3243 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3244 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4887,18 +5077,18 @@ vector.body576:                                   ; preds = %for_end_d.2.i
   %3248 = getelementptr inbounds nuw i8, <8 x ptr> %3244, i64 12
   %3249 = getelementptr inbounds nuw i8, <8 x ptr> %3245, i64 12
   %3250 = getelementptr inbounds nuw i8, <8 x ptr> %3246, i64 12
-  %wide.masked.gather582.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3247, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather583.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather584.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather585.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather582.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3247, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather583.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather584.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather585.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
   %3251 = getelementptr inbounds nuw i8, ptr %425, i64 1792
   %3252 = getelementptr inbounds nuw i8, ptr %425, i64 1824
   %3253 = getelementptr inbounds nuw i8, ptr %425, i64 1856
   %3254 = getelementptr inbounds nuw i8, ptr %425, i64 1888
-  store <8 x float> %wide.masked.gather582.2, ptr %3251, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather583.2, ptr %3252, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather584.2, ptr %3253, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather585.2, ptr %3254, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather582.2, ptr %3251, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather583.2, ptr %3252, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather584.2, ptr %3253, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather585.2, ptr %3254, align 4, !tbaa !9, !alias.scope !54, !noalias !51
   %3255 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3256 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3257 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4907,18 +5097,18 @@ vector.body576:                                   ; preds = %for_end_d.2.i
   %3260 = getelementptr inbounds nuw i8, <8 x ptr> %3256, i64 12
   %3261 = getelementptr inbounds nuw i8, <8 x ptr> %3257, i64 12
   %3262 = getelementptr inbounds nuw i8, <8 x ptr> %3258, i64 12
-  %wide.masked.gather582.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3259, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather583.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3260, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather584.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3261, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather585.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather582.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3259, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather583.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3260, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather584.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3261, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
+  %wide.masked.gather585.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
   %3263 = getelementptr inbounds nuw i8, ptr %425, i64 1920
   %3264 = getelementptr inbounds nuw i8, ptr %425, i64 1952
   %3265 = getelementptr inbounds nuw i8, ptr %425, i64 1984
   %3266 = getelementptr inbounds nuw i8, ptr %425, i64 2016
-  store <8 x float> %wide.masked.gather582.3, ptr %3263, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather583.3, ptr %3264, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather584.3, ptr %3265, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather585.3, ptr %3266, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather582.3, ptr %3263, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather583.3, ptr %3264, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather584.3, ptr %3265, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  store <8 x float> %wide.masked.gather585.3, ptr %3266, align 4, !tbaa !9, !alias.scope !54, !noalias !51
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -4926,61 +5116,61 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %.idx789.i = shl nuw nsw i64 %indvars.iv666.3.i, 6
   %3267 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i
   %3268 = getelementptr inbounds nuw i8, ptr %3267, i64 12
-  %3269 = load float, ptr %3268, align 4, !tbaa !5
+  %3269 = load float, ptr %3268, align 4, !tbaa !9
   %3270 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv666.3.i
-  store float %3269, ptr %3270, align 4, !tbaa !5
+  store float %3269, ptr %3270, align 4, !tbaa !9
   %indvars.iv.next667.3.i = or disjoint i64 %indvars.iv666.3.i, 1
   %.idx789.i.1 = shl nuw nsw i64 %indvars.iv.next667.3.i, 6
   %3271 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.1
   %3272 = getelementptr inbounds nuw i8, ptr %3271, i64 12
-  %3273 = load float, ptr %3272, align 4, !tbaa !5
+  %3273 = load float, ptr %3272, align 4, !tbaa !9
   %3274 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i
-  store float %3273, ptr %3274, align 4, !tbaa !5
+  store float %3273, ptr %3274, align 4, !tbaa !9
   %indvars.iv.next667.3.i.1 = or disjoint i64 %indvars.iv666.3.i, 2
   %.idx789.i.2 = shl nuw nsw i64 %indvars.iv.next667.3.i.1, 6
   %3275 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.2
   %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 12
-  %3277 = load float, ptr %3276, align 4, !tbaa !5
+  %3277 = load float, ptr %3276, align 4, !tbaa !9
   %3278 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.1
-  store float %3277, ptr %3278, align 4, !tbaa !5
+  store float %3277, ptr %3278, align 4, !tbaa !9
   %indvars.iv.next667.3.i.2 = or disjoint i64 %indvars.iv666.3.i, 3
   %.idx789.i.3 = shl nuw nsw i64 %indvars.iv.next667.3.i.2, 6
   %3279 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.3
   %3280 = getelementptr inbounds nuw i8, ptr %3279, i64 12
-  %3281 = load float, ptr %3280, align 4, !tbaa !5
+  %3281 = load float, ptr %3280, align 4, !tbaa !9
   %3282 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.2
-  store float %3281, ptr %3282, align 4, !tbaa !5
+  store float %3281, ptr %3282, align 4, !tbaa !9
   %indvars.iv.next667.3.i.3 = or disjoint i64 %indvars.iv666.3.i, 4
   %.idx789.i.4 = shl nuw nsw i64 %indvars.iv.next667.3.i.3, 6
   %3283 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.4
   %3284 = getelementptr inbounds nuw i8, ptr %3283, i64 12
-  %3285 = load float, ptr %3284, align 4, !tbaa !5
+  %3285 = load float, ptr %3284, align 4, !tbaa !9
   %3286 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.3
-  store float %3285, ptr %3286, align 4, !tbaa !5
+  store float %3285, ptr %3286, align 4, !tbaa !9
   %indvars.iv.next667.3.i.4 = or disjoint i64 %indvars.iv666.3.i, 5
   %.idx789.i.5 = shl nuw nsw i64 %indvars.iv.next667.3.i.4, 6
   %3287 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.5
   %3288 = getelementptr inbounds nuw i8, ptr %3287, i64 12
-  %3289 = load float, ptr %3288, align 4, !tbaa !5
+  %3289 = load float, ptr %3288, align 4, !tbaa !9
   %3290 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.4
-  store float %3289, ptr %3290, align 4, !tbaa !5
+  store float %3289, ptr %3290, align 4, !tbaa !9
   %indvars.iv.next667.3.i.5 = or disjoint i64 %indvars.iv666.3.i, 6
   %.idx789.i.6 = shl nuw nsw i64 %indvars.iv.next667.3.i.5, 6
   %3291 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.6
   %3292 = getelementptr inbounds nuw i8, ptr %3291, i64 12
-  %3293 = load float, ptr %3292, align 4, !tbaa !5
+  %3293 = load float, ptr %3292, align 4, !tbaa !9
   %3294 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.5
-  store float %3293, ptr %3294, align 4, !tbaa !5
+  store float %3293, ptr %3294, align 4, !tbaa !9
   %indvars.iv.next667.3.i.6 = or disjoint i64 %indvars.iv666.3.i, 7
   %.idx789.i.7 = shl nuw nsw i64 %indvars.iv.next667.3.i.6, 6
   %3295 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.7
   %3296 = getelementptr inbounds nuw i8, ptr %3295, i64 12
-  %3297 = load float, ptr %3296, align 4, !tbaa !5
+  %3297 = load float, ptr %3296, align 4, !tbaa !9
   %3298 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.6
-  store float %3297, ptr %3298, align 4, !tbaa !5
+  store float %3297, ptr %3298, align 4, !tbaa !9
   %indvars.iv.next667.3.i.7 = add nuw nsw i64 %indvars.iv666.3.i, 8
   %exitcond669.3.not.i.7 = icmp eq i64 %indvars.iv.next667.3.i.7, 128
-  br i1 %exitcond669.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  br i1 %exitcond669.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !35, !llvm.loop !56
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body576
   %3299 = getelementptr inbounds nuw i8, ptr %425, i64 2048
@@ -4989,7 +5179,7 @@ for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %ve
   %bound0548 = icmp ult ptr %scevgep544, %scevgep547
   %bound1549 = icmp ult ptr %scevgep546, %scevgep545
   %found.conflict550 = and i1 %bound0548, %bound1549
-  br i1 %found.conflict550, label %for_body_d.4.i, label %vector.body553, !prof !17
+  br i1 %found.conflict550, label %for_body_d.4.i, label %vector.body553, !prof !12
 
 vector.body553:                                   ; preds = %for_end_d.3.i
   %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5000,17 +5190,17 @@ vector.body553:                                   ; preds = %for_end_d.3.i
   %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 16
   %3306 = getelementptr inbounds nuw i8, <8 x ptr> %3302, i64 16
   %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 16
-  %wide.masked.gather559 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather560 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather561 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather562 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather559 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather560 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather561 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather562 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
   %3308 = getelementptr inbounds nuw i8, ptr %425, i64 2080
   %3309 = getelementptr inbounds nuw i8, ptr %425, i64 2112
   %3310 = getelementptr inbounds nuw i8, ptr %425, i64 2144
-  store <8 x float> %wide.masked.gather559, ptr %3299, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather560, ptr %3308, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather561, ptr %3309, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather562, ptr %3310, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather559, ptr %3299, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather560, ptr %3308, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather561, ptr %3309, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather562, ptr %3310, align 4, !tbaa !9, !alias.scope !60, !noalias !57
   %3311 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3312 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5019,18 +5209,18 @@ vector.body553:                                   ; preds = %for_end_d.3.i
   %3316 = getelementptr inbounds nuw i8, <8 x ptr> %3312, i64 16
   %3317 = getelementptr inbounds nuw i8, <8 x ptr> %3313, i64 16
   %3318 = getelementptr inbounds nuw i8, <8 x ptr> %3314, i64 16
-  %wide.masked.gather559.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather560.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather561.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather562.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather559.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather560.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather561.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather562.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
   %3319 = getelementptr inbounds nuw i8, ptr %425, i64 2176
   %3320 = getelementptr inbounds nuw i8, ptr %425, i64 2208
   %3321 = getelementptr inbounds nuw i8, ptr %425, i64 2240
   %3322 = getelementptr inbounds nuw i8, ptr %425, i64 2272
-  store <8 x float> %wide.masked.gather559.1, ptr %3319, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather560.1, ptr %3320, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather561.1, ptr %3321, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather562.1, ptr %3322, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather559.1, ptr %3319, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather560.1, ptr %3320, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather561.1, ptr %3321, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather562.1, ptr %3322, align 4, !tbaa !9, !alias.scope !60, !noalias !57
   %3323 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3324 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5039,18 +5229,18 @@ vector.body553:                                   ; preds = %for_end_d.3.i
   %3328 = getelementptr inbounds nuw i8, <8 x ptr> %3324, i64 16
   %3329 = getelementptr inbounds nuw i8, <8 x ptr> %3325, i64 16
   %3330 = getelementptr inbounds nuw i8, <8 x ptr> %3326, i64 16
-  %wide.masked.gather559.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather560.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather561.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather562.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather559.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather560.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather561.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather562.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
   %3331 = getelementptr inbounds nuw i8, ptr %425, i64 2304
   %3332 = getelementptr inbounds nuw i8, ptr %425, i64 2336
   %3333 = getelementptr inbounds nuw i8, ptr %425, i64 2368
   %3334 = getelementptr inbounds nuw i8, ptr %425, i64 2400
-  store <8 x float> %wide.masked.gather559.2, ptr %3331, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather560.2, ptr %3332, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather561.2, ptr %3333, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather562.2, ptr %3334, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather559.2, ptr %3331, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather560.2, ptr %3332, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather561.2, ptr %3333, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather562.2, ptr %3334, align 4, !tbaa !9, !alias.scope !60, !noalias !57
   %3335 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3336 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3337 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5059,18 +5249,18 @@ vector.body553:                                   ; preds = %for_end_d.3.i
   %3340 = getelementptr inbounds nuw i8, <8 x ptr> %3336, i64 16
   %3341 = getelementptr inbounds nuw i8, <8 x ptr> %3337, i64 16
   %3342 = getelementptr inbounds nuw i8, <8 x ptr> %3338, i64 16
-  %wide.masked.gather559.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3339, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather560.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3340, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather561.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3341, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather562.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3342, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather559.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3339, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather560.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3340, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather561.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3341, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
+  %wide.masked.gather562.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3342, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
   %3343 = getelementptr inbounds nuw i8, ptr %425, i64 2432
   %3344 = getelementptr inbounds nuw i8, ptr %425, i64 2464
   %3345 = getelementptr inbounds nuw i8, ptr %425, i64 2496
   %3346 = getelementptr inbounds nuw i8, ptr %425, i64 2528
-  store <8 x float> %wide.masked.gather559.3, ptr %3343, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather560.3, ptr %3344, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather561.3, ptr %3345, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather562.3, ptr %3346, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather559.3, ptr %3343, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather560.3, ptr %3344, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather561.3, ptr %3345, align 4, !tbaa !9, !alias.scope !60, !noalias !57
+  store <8 x float> %wide.masked.gather562.3, ptr %3346, align 4, !tbaa !9, !alias.scope !60, !noalias !57
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
@@ -5078,61 +5268,61 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %.idx790.i = shl nuw nsw i64 %indvars.iv666.4.i, 6
   %3347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i
   %3348 = getelementptr inbounds nuw i8, ptr %3347, i64 16
-  %3349 = load float, ptr %3348, align 4, !tbaa !5
+  %3349 = load float, ptr %3348, align 4, !tbaa !9
   %3350 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv666.4.i
-  store float %3349, ptr %3350, align 4, !tbaa !5
+  store float %3349, ptr %3350, align 4, !tbaa !9
   %indvars.iv.next667.4.i = or disjoint i64 %indvars.iv666.4.i, 1
   %.idx790.i.1 = shl nuw nsw i64 %indvars.iv.next667.4.i, 6
   %3351 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.1
   %3352 = getelementptr inbounds nuw i8, ptr %3351, i64 16
-  %3353 = load float, ptr %3352, align 4, !tbaa !5
+  %3353 = load float, ptr %3352, align 4, !tbaa !9
   %3354 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i
-  store float %3353, ptr %3354, align 4, !tbaa !5
+  store float %3353, ptr %3354, align 4, !tbaa !9
   %indvars.iv.next667.4.i.1 = or disjoint i64 %indvars.iv666.4.i, 2
   %.idx790.i.2 = shl nuw nsw i64 %indvars.iv.next667.4.i.1, 6
   %3355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.2
   %3356 = getelementptr inbounds nuw i8, ptr %3355, i64 16
-  %3357 = load float, ptr %3356, align 4, !tbaa !5
+  %3357 = load float, ptr %3356, align 4, !tbaa !9
   %3358 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.1
-  store float %3357, ptr %3358, align 4, !tbaa !5
+  store float %3357, ptr %3358, align 4, !tbaa !9
   %indvars.iv.next667.4.i.2 = or disjoint i64 %indvars.iv666.4.i, 3
   %.idx790.i.3 = shl nuw nsw i64 %indvars.iv.next667.4.i.2, 6
   %3359 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.3
   %3360 = getelementptr inbounds nuw i8, ptr %3359, i64 16
-  %3361 = load float, ptr %3360, align 4, !tbaa !5
+  %3361 = load float, ptr %3360, align 4, !tbaa !9
   %3362 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.2
-  store float %3361, ptr %3362, align 4, !tbaa !5
+  store float %3361, ptr %3362, align 4, !tbaa !9
   %indvars.iv.next667.4.i.3 = or disjoint i64 %indvars.iv666.4.i, 4
   %.idx790.i.4 = shl nuw nsw i64 %indvars.iv.next667.4.i.3, 6
   %3363 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.4
   %3364 = getelementptr inbounds nuw i8, ptr %3363, i64 16
-  %3365 = load float, ptr %3364, align 4, !tbaa !5
+  %3365 = load float, ptr %3364, align 4, !tbaa !9
   %3366 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.3
-  store float %3365, ptr %3366, align 4, !tbaa !5
+  store float %3365, ptr %3366, align 4, !tbaa !9
   %indvars.iv.next667.4.i.4 = or disjoint i64 %indvars.iv666.4.i, 5
   %.idx790.i.5 = shl nuw nsw i64 %indvars.iv.next667.4.i.4, 6
   %3367 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.5
   %3368 = getelementptr inbounds nuw i8, ptr %3367, i64 16
-  %3369 = load float, ptr %3368, align 4, !tbaa !5
+  %3369 = load float, ptr %3368, align 4, !tbaa !9
   %3370 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.4
-  store float %3369, ptr %3370, align 4, !tbaa !5
+  store float %3369, ptr %3370, align 4, !tbaa !9
   %indvars.iv.next667.4.i.5 = or disjoint i64 %indvars.iv666.4.i, 6
   %.idx790.i.6 = shl nuw nsw i64 %indvars.iv.next667.4.i.5, 6
   %3371 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.6
   %3372 = getelementptr inbounds nuw i8, ptr %3371, i64 16
-  %3373 = load float, ptr %3372, align 4, !tbaa !5
+  %3373 = load float, ptr %3372, align 4, !tbaa !9
   %3374 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.5
-  store float %3373, ptr %3374, align 4, !tbaa !5
+  store float %3373, ptr %3374, align 4, !tbaa !9
   %indvars.iv.next667.4.i.6 = or disjoint i64 %indvars.iv666.4.i, 7
   %.idx790.i.7 = shl nuw nsw i64 %indvars.iv.next667.4.i.6, 6
   %3375 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.7
   %3376 = getelementptr inbounds nuw i8, ptr %3375, i64 16
-  %3377 = load float, ptr %3376, align 4, !tbaa !5
+  %3377 = load float, ptr %3376, align 4, !tbaa !9
   %3378 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.6
-  store float %3377, ptr %3378, align 4, !tbaa !5
+  store float %3377, ptr %3378, align 4, !tbaa !9
   %indvars.iv.next667.4.i.7 = add nuw nsw i64 %indvars.iv666.4.i, 8
   %exitcond669.4.not.i.7 = icmp eq i64 %indvars.iv.next667.4.i.7, 128
-  br i1 %exitcond669.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  br i1 %exitcond669.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !35, !llvm.loop !62
 
 for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body553
   %3379 = getelementptr inbounds nuw i8, ptr %425, i64 2560
@@ -5141,7 +5331,7 @@ for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %ve
   %bound0525 = icmp ult ptr %scevgep521, %scevgep524
   %bound1526 = icmp ult ptr %scevgep523, %scevgep522
   %found.conflict527 = and i1 %bound0525, %bound1526
-  br i1 %found.conflict527, label %for_body_d.5.i, label %vector.body530, !prof !17
+  br i1 %found.conflict527, label %for_body_d.5.i, label %vector.body530, !prof !12
 
 vector.body530:                                   ; preds = %for_end_d.4.i
   %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5152,17 +5342,17 @@ vector.body530:                                   ; preds = %for_end_d.4.i
   %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 20
   %3386 = getelementptr inbounds nuw i8, <8 x ptr> %3382, i64 20
   %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 20
-  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather538 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather539 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather538 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather539 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
   %3388 = getelementptr inbounds nuw i8, ptr %425, i64 2592
   %3389 = getelementptr inbounds nuw i8, ptr %425, i64 2624
   %3390 = getelementptr inbounds nuw i8, ptr %425, i64 2656
-  store <8 x float> %wide.masked.gather536, ptr %3379, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather537, ptr %3388, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather538, ptr %3389, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather539, ptr %3390, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather536, ptr %3379, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather537, ptr %3388, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather538, ptr %3389, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather539, ptr %3390, align 4, !tbaa !9, !alias.scope !66, !noalias !63
   %3391 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3392 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5171,18 +5361,18 @@ vector.body530:                                   ; preds = %for_end_d.4.i
   %3396 = getelementptr inbounds nuw i8, <8 x ptr> %3392, i64 20
   %3397 = getelementptr inbounds nuw i8, <8 x ptr> %3393, i64 20
   %3398 = getelementptr inbounds nuw i8, <8 x ptr> %3394, i64 20
-  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3395, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather538.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather539.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3395, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather538.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather539.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
   %3399 = getelementptr inbounds nuw i8, ptr %425, i64 2688
   %3400 = getelementptr inbounds nuw i8, ptr %425, i64 2720
   %3401 = getelementptr inbounds nuw i8, ptr %425, i64 2752
   %3402 = getelementptr inbounds nuw i8, ptr %425, i64 2784
-  store <8 x float> %wide.masked.gather536.1, ptr %3399, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather537.1, ptr %3400, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather538.1, ptr %3401, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather539.1, ptr %3402, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather536.1, ptr %3399, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather537.1, ptr %3400, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather538.1, ptr %3401, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather539.1, ptr %3402, align 4, !tbaa !9, !alias.scope !66, !noalias !63
   %3403 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3404 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5191,18 +5381,18 @@ vector.body530:                                   ; preds = %for_end_d.4.i
   %3408 = getelementptr inbounds nuw i8, <8 x ptr> %3404, i64 20
   %3409 = getelementptr inbounds nuw i8, <8 x ptr> %3405, i64 20
   %3410 = getelementptr inbounds nuw i8, <8 x ptr> %3406, i64 20
-  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3407, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather538.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather539.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3407, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather538.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather539.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
   %3411 = getelementptr inbounds nuw i8, ptr %425, i64 2816
   %3412 = getelementptr inbounds nuw i8, ptr %425, i64 2848
   %3413 = getelementptr inbounds nuw i8, ptr %425, i64 2880
   %3414 = getelementptr inbounds nuw i8, ptr %425, i64 2912
-  store <8 x float> %wide.masked.gather536.2, ptr %3411, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather537.2, ptr %3412, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather538.2, ptr %3413, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather539.2, ptr %3414, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather536.2, ptr %3411, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather537.2, ptr %3412, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather538.2, ptr %3413, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather539.2, ptr %3414, align 4, !tbaa !9, !alias.scope !66, !noalias !63
   %3415 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3416 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5211,18 +5401,18 @@ vector.body530:                                   ; preds = %for_end_d.4.i
   %3420 = getelementptr inbounds nuw i8, <8 x ptr> %3416, i64 20
   %3421 = getelementptr inbounds nuw i8, <8 x ptr> %3417, i64 20
   %3422 = getelementptr inbounds nuw i8, <8 x ptr> %3418, i64 20
-  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather538.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3421, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather539.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3422, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather538.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3421, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
+  %wide.masked.gather539.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3422, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
   %3423 = getelementptr inbounds nuw i8, ptr %425, i64 2944
   %3424 = getelementptr inbounds nuw i8, ptr %425, i64 2976
   %3425 = getelementptr inbounds nuw i8, ptr %425, i64 3008
   %3426 = getelementptr inbounds nuw i8, ptr %425, i64 3040
-  store <8 x float> %wide.masked.gather536.3, ptr %3423, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather537.3, ptr %3424, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather538.3, ptr %3425, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather539.3, ptr %3426, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather536.3, ptr %3423, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather537.3, ptr %3424, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather538.3, ptr %3425, align 4, !tbaa !9, !alias.scope !66, !noalias !63
+  store <8 x float> %wide.masked.gather539.3, ptr %3426, align 4, !tbaa !9, !alias.scope !66, !noalias !63
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
@@ -5230,61 +5420,61 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %.idx791.i = shl nuw nsw i64 %indvars.iv666.5.i, 6
   %3427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i
   %3428 = getelementptr inbounds nuw i8, ptr %3427, i64 20
-  %3429 = load float, ptr %3428, align 4, !tbaa !5
+  %3429 = load float, ptr %3428, align 4, !tbaa !9
   %3430 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv666.5.i
-  store float %3429, ptr %3430, align 4, !tbaa !5
+  store float %3429, ptr %3430, align 4, !tbaa !9
   %indvars.iv.next667.5.i = or disjoint i64 %indvars.iv666.5.i, 1
   %.idx791.i.1 = shl nuw nsw i64 %indvars.iv.next667.5.i, 6
   %3431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.1
   %3432 = getelementptr inbounds nuw i8, ptr %3431, i64 20
-  %3433 = load float, ptr %3432, align 4, !tbaa !5
+  %3433 = load float, ptr %3432, align 4, !tbaa !9
   %3434 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i
-  store float %3433, ptr %3434, align 4, !tbaa !5
+  store float %3433, ptr %3434, align 4, !tbaa !9
   %indvars.iv.next667.5.i.1 = or disjoint i64 %indvars.iv666.5.i, 2
   %.idx791.i.2 = shl nuw nsw i64 %indvars.iv.next667.5.i.1, 6
   %3435 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.2
   %3436 = getelementptr inbounds nuw i8, ptr %3435, i64 20
-  %3437 = load float, ptr %3436, align 4, !tbaa !5
+  %3437 = load float, ptr %3436, align 4, !tbaa !9
   %3438 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.1
-  store float %3437, ptr %3438, align 4, !tbaa !5
+  store float %3437, ptr %3438, align 4, !tbaa !9
   %indvars.iv.next667.5.i.2 = or disjoint i64 %indvars.iv666.5.i, 3
   %.idx791.i.3 = shl nuw nsw i64 %indvars.iv.next667.5.i.2, 6
   %3439 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.3
   %3440 = getelementptr inbounds nuw i8, ptr %3439, i64 20
-  %3441 = load float, ptr %3440, align 4, !tbaa !5
+  %3441 = load float, ptr %3440, align 4, !tbaa !9
   %3442 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.2
-  store float %3441, ptr %3442, align 4, !tbaa !5
+  store float %3441, ptr %3442, align 4, !tbaa !9
   %indvars.iv.next667.5.i.3 = or disjoint i64 %indvars.iv666.5.i, 4
   %.idx791.i.4 = shl nuw nsw i64 %indvars.iv.next667.5.i.3, 6
   %3443 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.4
   %3444 = getelementptr inbounds nuw i8, ptr %3443, i64 20
-  %3445 = load float, ptr %3444, align 4, !tbaa !5
+  %3445 = load float, ptr %3444, align 4, !tbaa !9
   %3446 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.3
-  store float %3445, ptr %3446, align 4, !tbaa !5
+  store float %3445, ptr %3446, align 4, !tbaa !9
   %indvars.iv.next667.5.i.4 = or disjoint i64 %indvars.iv666.5.i, 5
   %.idx791.i.5 = shl nuw nsw i64 %indvars.iv.next667.5.i.4, 6
   %3447 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.5
   %3448 = getelementptr inbounds nuw i8, ptr %3447, i64 20
-  %3449 = load float, ptr %3448, align 4, !tbaa !5
+  %3449 = load float, ptr %3448, align 4, !tbaa !9
   %3450 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.4
-  store float %3449, ptr %3450, align 4, !tbaa !5
+  store float %3449, ptr %3450, align 4, !tbaa !9
   %indvars.iv.next667.5.i.5 = or disjoint i64 %indvars.iv666.5.i, 6
   %.idx791.i.6 = shl nuw nsw i64 %indvars.iv.next667.5.i.5, 6
   %3451 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.6
   %3452 = getelementptr inbounds nuw i8, ptr %3451, i64 20
-  %3453 = load float, ptr %3452, align 4, !tbaa !5
+  %3453 = load float, ptr %3452, align 4, !tbaa !9
   %3454 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.5
-  store float %3453, ptr %3454, align 4, !tbaa !5
+  store float %3453, ptr %3454, align 4, !tbaa !9
   %indvars.iv.next667.5.i.6 = or disjoint i64 %indvars.iv666.5.i, 7
   %.idx791.i.7 = shl nuw nsw i64 %indvars.iv.next667.5.i.6, 6
   %3455 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.7
   %3456 = getelementptr inbounds nuw i8, ptr %3455, i64 20
-  %3457 = load float, ptr %3456, align 4, !tbaa !5
+  %3457 = load float, ptr %3456, align 4, !tbaa !9
   %3458 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.6
-  store float %3457, ptr %3458, align 4, !tbaa !5
+  store float %3457, ptr %3458, align 4, !tbaa !9
   %indvars.iv.next667.5.i.7 = add nuw nsw i64 %indvars.iv666.5.i, 8
   %exitcond669.5.not.i.7 = icmp eq i64 %indvars.iv.next667.5.i.7, 128
-  br i1 %exitcond669.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  br i1 %exitcond669.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !35, !llvm.loop !68
 
 for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body530
   %3459 = getelementptr inbounds nuw i8, ptr %425, i64 3072
@@ -5293,7 +5483,7 @@ for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %ve
   %bound0502 = icmp ult ptr %scevgep498, %scevgep501
   %bound1503 = icmp ult ptr %scevgep500, %scevgep499
   %found.conflict504 = and i1 %bound0502, %bound1503
-  br i1 %found.conflict504, label %for_body_d.6.i, label %vector.body507, !prof !17
+  br i1 %found.conflict504, label %for_body_d.6.i, label %vector.body507, !prof !12
 
 vector.body507:                                   ; preds = %for_end_d.5.i
   %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5304,17 +5494,17 @@ vector.body507:                                   ; preds = %for_end_d.5.i
   %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 24
   %3466 = getelementptr inbounds nuw i8, <8 x ptr> %3462, i64 24
   %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 24
-  %wide.masked.gather513 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather514 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather515 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather516 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather513 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather514 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather515 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather516 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
   %3468 = getelementptr inbounds nuw i8, ptr %425, i64 3104
   %3469 = getelementptr inbounds nuw i8, ptr %425, i64 3136
   %3470 = getelementptr inbounds nuw i8, ptr %425, i64 3168
-  store <8 x float> %wide.masked.gather513, ptr %3459, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather514, ptr %3468, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather515, ptr %3469, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather516, ptr %3470, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather513, ptr %3459, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather514, ptr %3468, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather515, ptr %3469, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather516, ptr %3470, align 4, !tbaa !9, !alias.scope !72, !noalias !69
   %3471 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3472 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5323,18 +5513,18 @@ vector.body507:                                   ; preds = %for_end_d.5.i
   %3476 = getelementptr inbounds nuw i8, <8 x ptr> %3472, i64 24
   %3477 = getelementptr inbounds nuw i8, <8 x ptr> %3473, i64 24
   %3478 = getelementptr inbounds nuw i8, <8 x ptr> %3474, i64 24
-  %wide.masked.gather513.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3475, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather514.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather515.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather516.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather513.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3475, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather514.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather515.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather516.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
   %3479 = getelementptr inbounds nuw i8, ptr %425, i64 3200
   %3480 = getelementptr inbounds nuw i8, ptr %425, i64 3232
   %3481 = getelementptr inbounds nuw i8, ptr %425, i64 3264
   %3482 = getelementptr inbounds nuw i8, ptr %425, i64 3296
-  store <8 x float> %wide.masked.gather513.1, ptr %3479, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather514.1, ptr %3480, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather515.1, ptr %3481, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather516.1, ptr %3482, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather513.1, ptr %3479, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather514.1, ptr %3480, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather515.1, ptr %3481, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather516.1, ptr %3482, align 4, !tbaa !9, !alias.scope !72, !noalias !69
   %3483 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3484 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5343,18 +5533,18 @@ vector.body507:                                   ; preds = %for_end_d.5.i
   %3488 = getelementptr inbounds nuw i8, <8 x ptr> %3484, i64 24
   %3489 = getelementptr inbounds nuw i8, <8 x ptr> %3485, i64 24
   %3490 = getelementptr inbounds nuw i8, <8 x ptr> %3486, i64 24
-  %wide.masked.gather513.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3487, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather514.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather515.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather516.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather513.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3487, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather514.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather515.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather516.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
   %3491 = getelementptr inbounds nuw i8, ptr %425, i64 3328
   %3492 = getelementptr inbounds nuw i8, ptr %425, i64 3360
   %3493 = getelementptr inbounds nuw i8, ptr %425, i64 3392
   %3494 = getelementptr inbounds nuw i8, ptr %425, i64 3424
-  store <8 x float> %wide.masked.gather513.2, ptr %3491, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather514.2, ptr %3492, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather515.2, ptr %3493, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather516.2, ptr %3494, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather513.2, ptr %3491, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather514.2, ptr %3492, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather515.2, ptr %3493, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather516.2, ptr %3494, align 4, !tbaa !9, !alias.scope !72, !noalias !69
   %3495 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3496 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3497 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5363,18 +5553,18 @@ vector.body507:                                   ; preds = %for_end_d.5.i
   %3500 = getelementptr inbounds nuw i8, <8 x ptr> %3496, i64 24
   %3501 = getelementptr inbounds nuw i8, <8 x ptr> %3497, i64 24
   %3502 = getelementptr inbounds nuw i8, <8 x ptr> %3498, i64 24
-  %wide.masked.gather513.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3499, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather514.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3500, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather515.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3501, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather516.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3502, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather513.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3499, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather514.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3500, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather515.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3501, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
+  %wide.masked.gather516.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3502, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
   %3503 = getelementptr inbounds nuw i8, ptr %425, i64 3456
   %3504 = getelementptr inbounds nuw i8, ptr %425, i64 3488
   %3505 = getelementptr inbounds nuw i8, ptr %425, i64 3520
   %3506 = getelementptr inbounds nuw i8, ptr %425, i64 3552
-  store <8 x float> %wide.masked.gather513.3, ptr %3503, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather514.3, ptr %3504, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather515.3, ptr %3505, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather516.3, ptr %3506, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather513.3, ptr %3503, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather514.3, ptr %3504, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather515.3, ptr %3505, align 4, !tbaa !9, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather516.3, ptr %3506, align 4, !tbaa !9, !alias.scope !72, !noalias !69
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
@@ -5382,61 +5572,61 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %.idx792.i = shl nuw nsw i64 %indvars.iv666.6.i, 6
   %3507 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i
   %3508 = getelementptr inbounds nuw i8, ptr %3507, i64 24
-  %3509 = load float, ptr %3508, align 4, !tbaa !5
+  %3509 = load float, ptr %3508, align 4, !tbaa !9
   %3510 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv666.6.i
-  store float %3509, ptr %3510, align 4, !tbaa !5
+  store float %3509, ptr %3510, align 4, !tbaa !9
   %indvars.iv.next667.6.i = or disjoint i64 %indvars.iv666.6.i, 1
   %.idx792.i.1 = shl nuw nsw i64 %indvars.iv.next667.6.i, 6
   %3511 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.1
   %3512 = getelementptr inbounds nuw i8, ptr %3511, i64 24
-  %3513 = load float, ptr %3512, align 4, !tbaa !5
+  %3513 = load float, ptr %3512, align 4, !tbaa !9
   %3514 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i
-  store float %3513, ptr %3514, align 4, !tbaa !5
+  store float %3513, ptr %3514, align 4, !tbaa !9
   %indvars.iv.next667.6.i.1 = or disjoint i64 %indvars.iv666.6.i, 2
   %.idx792.i.2 = shl nuw nsw i64 %indvars.iv.next667.6.i.1, 6
   %3515 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.2
   %3516 = getelementptr inbounds nuw i8, ptr %3515, i64 24
-  %3517 = load float, ptr %3516, align 4, !tbaa !5
+  %3517 = load float, ptr %3516, align 4, !tbaa !9
   %3518 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.1
-  store float %3517, ptr %3518, align 4, !tbaa !5
+  store float %3517, ptr %3518, align 4, !tbaa !9
   %indvars.iv.next667.6.i.2 = or disjoint i64 %indvars.iv666.6.i, 3
   %.idx792.i.3 = shl nuw nsw i64 %indvars.iv.next667.6.i.2, 6
   %3519 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.3
   %3520 = getelementptr inbounds nuw i8, ptr %3519, i64 24
-  %3521 = load float, ptr %3520, align 4, !tbaa !5
+  %3521 = load float, ptr %3520, align 4, !tbaa !9
   %3522 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.2
-  store float %3521, ptr %3522, align 4, !tbaa !5
+  store float %3521, ptr %3522, align 4, !tbaa !9
   %indvars.iv.next667.6.i.3 = or disjoint i64 %indvars.iv666.6.i, 4
   %.idx792.i.4 = shl nuw nsw i64 %indvars.iv.next667.6.i.3, 6
   %3523 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.4
   %3524 = getelementptr inbounds nuw i8, ptr %3523, i64 24
-  %3525 = load float, ptr %3524, align 4, !tbaa !5
+  %3525 = load float, ptr %3524, align 4, !tbaa !9
   %3526 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.3
-  store float %3525, ptr %3526, align 4, !tbaa !5
+  store float %3525, ptr %3526, align 4, !tbaa !9
   %indvars.iv.next667.6.i.4 = or disjoint i64 %indvars.iv666.6.i, 5
   %.idx792.i.5 = shl nuw nsw i64 %indvars.iv.next667.6.i.4, 6
   %3527 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.5
   %3528 = getelementptr inbounds nuw i8, ptr %3527, i64 24
-  %3529 = load float, ptr %3528, align 4, !tbaa !5
+  %3529 = load float, ptr %3528, align 4, !tbaa !9
   %3530 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.4
-  store float %3529, ptr %3530, align 4, !tbaa !5
+  store float %3529, ptr %3530, align 4, !tbaa !9
   %indvars.iv.next667.6.i.5 = or disjoint i64 %indvars.iv666.6.i, 6
   %.idx792.i.6 = shl nuw nsw i64 %indvars.iv.next667.6.i.5, 6
   %3531 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.6
   %3532 = getelementptr inbounds nuw i8, ptr %3531, i64 24
-  %3533 = load float, ptr %3532, align 4, !tbaa !5
+  %3533 = load float, ptr %3532, align 4, !tbaa !9
   %3534 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.5
-  store float %3533, ptr %3534, align 4, !tbaa !5
+  store float %3533, ptr %3534, align 4, !tbaa !9
   %indvars.iv.next667.6.i.6 = or disjoint i64 %indvars.iv666.6.i, 7
   %.idx792.i.7 = shl nuw nsw i64 %indvars.iv.next667.6.i.6, 6
   %3535 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.7
   %3536 = getelementptr inbounds nuw i8, ptr %3535, i64 24
-  %3537 = load float, ptr %3536, align 4, !tbaa !5
+  %3537 = load float, ptr %3536, align 4, !tbaa !9
   %3538 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.6
-  store float %3537, ptr %3538, align 4, !tbaa !5
+  store float %3537, ptr %3538, align 4, !tbaa !9
   %indvars.iv.next667.6.i.7 = add nuw nsw i64 %indvars.iv666.6.i, 8
   %exitcond669.6.not.i.7 = icmp eq i64 %indvars.iv.next667.6.i.7, 128
-  br i1 %exitcond669.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  br i1 %exitcond669.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !35, !llvm.loop !74
 
 for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body507
   %3539 = getelementptr inbounds nuw i8, ptr %425, i64 3584
@@ -5445,7 +5635,7 @@ for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %ve
   %bound0479 = icmp ult ptr %scevgep475, %scevgep478
   %bound1480 = icmp ult ptr %scevgep477, %scevgep476
   %found.conflict481 = and i1 %bound0479, %bound1480
-  br i1 %found.conflict481, label %for_body_d.7.i, label %vector.body484, !prof !17
+  br i1 %found.conflict481, label %for_body_d.7.i, label %vector.body484, !prof !12
 
 vector.body484:                                   ; preds = %for_end_d.6.i
   %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5456,17 +5646,17 @@ vector.body484:                                   ; preds = %for_end_d.6.i
   %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 28
   %3546 = getelementptr inbounds nuw i8, <8 x ptr> %3542, i64 28
   %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 28
-  %wide.masked.gather490 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather491 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather492 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather490 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather491 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather492 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
   %3548 = getelementptr inbounds nuw i8, ptr %425, i64 3616
   %3549 = getelementptr inbounds nuw i8, ptr %425, i64 3648
   %3550 = getelementptr inbounds nuw i8, ptr %425, i64 3680
-  store <8 x float> %wide.masked.gather490, ptr %3539, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather491, ptr %3548, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather492, ptr %3549, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather493, ptr %3550, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather490, ptr %3539, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather491, ptr %3548, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather492, ptr %3549, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather493, ptr %3550, align 4, !tbaa !9, !alias.scope !78, !noalias !75
   %3551 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3552 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5475,18 +5665,18 @@ vector.body484:                                   ; preds = %for_end_d.6.i
   %3556 = getelementptr inbounds nuw i8, <8 x ptr> %3552, i64 28
   %3557 = getelementptr inbounds nuw i8, <8 x ptr> %3553, i64 28
   %3558 = getelementptr inbounds nuw i8, <8 x ptr> %3554, i64 28
-  %wide.masked.gather490.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3555, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather491.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather492.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather493.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather490.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3555, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather491.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather492.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather493.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
   %3559 = getelementptr inbounds nuw i8, ptr %425, i64 3712
   %3560 = getelementptr inbounds nuw i8, ptr %425, i64 3744
   %3561 = getelementptr inbounds nuw i8, ptr %425, i64 3776
   %3562 = getelementptr inbounds nuw i8, ptr %425, i64 3808
-  store <8 x float> %wide.masked.gather490.1, ptr %3559, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather491.1, ptr %3560, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather492.1, ptr %3561, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather493.1, ptr %3562, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather490.1, ptr %3559, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather491.1, ptr %3560, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather492.1, ptr %3561, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather493.1, ptr %3562, align 4, !tbaa !9, !alias.scope !78, !noalias !75
   %3563 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3564 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5495,18 +5685,18 @@ vector.body484:                                   ; preds = %for_end_d.6.i
   %3568 = getelementptr inbounds nuw i8, <8 x ptr> %3564, i64 28
   %3569 = getelementptr inbounds nuw i8, <8 x ptr> %3565, i64 28
   %3570 = getelementptr inbounds nuw i8, <8 x ptr> %3566, i64 28
-  %wide.masked.gather490.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3567, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather491.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather492.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather493.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather490.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3567, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather491.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather492.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather493.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
   %3571 = getelementptr inbounds nuw i8, ptr %425, i64 3840
   %3572 = getelementptr inbounds nuw i8, ptr %425, i64 3872
   %3573 = getelementptr inbounds nuw i8, ptr %425, i64 3904
   %3574 = getelementptr inbounds nuw i8, ptr %425, i64 3936
-  store <8 x float> %wide.masked.gather490.2, ptr %3571, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather491.2, ptr %3572, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather492.2, ptr %3573, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather493.2, ptr %3574, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather490.2, ptr %3571, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather491.2, ptr %3572, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather492.2, ptr %3573, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather493.2, ptr %3574, align 4, !tbaa !9, !alias.scope !78, !noalias !75
   %3575 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3576 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3577 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5515,18 +5705,18 @@ vector.body484:                                   ; preds = %for_end_d.6.i
   %3580 = getelementptr inbounds nuw i8, <8 x ptr> %3576, i64 28
   %3581 = getelementptr inbounds nuw i8, <8 x ptr> %3577, i64 28
   %3582 = getelementptr inbounds nuw i8, <8 x ptr> %3578, i64 28
-  %wide.masked.gather490.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3579, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather491.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3580, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather492.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3581, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather493.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3582, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather490.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3579, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather491.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3580, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather492.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3581, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
+  %wide.masked.gather493.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3582, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
   %3583 = getelementptr inbounds nuw i8, ptr %425, i64 3968
   %3584 = getelementptr inbounds nuw i8, ptr %425, i64 4000
   %3585 = getelementptr inbounds nuw i8, ptr %425, i64 4032
   %3586 = getelementptr inbounds nuw i8, ptr %425, i64 4064
-  store <8 x float> %wide.masked.gather490.3, ptr %3583, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather491.3, ptr %3584, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather492.3, ptr %3585, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather493.3, ptr %3586, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather490.3, ptr %3583, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather491.3, ptr %3584, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather492.3, ptr %3585, align 4, !tbaa !9, !alias.scope !78, !noalias !75
+  store <8 x float> %wide.masked.gather493.3, ptr %3586, align 4, !tbaa !9, !alias.scope !78, !noalias !75
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
@@ -5534,61 +5724,61 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %.idx793.i = shl nuw nsw i64 %indvars.iv666.7.i, 6
   %3587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i
   %3588 = getelementptr inbounds nuw i8, ptr %3587, i64 28
-  %3589 = load float, ptr %3588, align 4, !tbaa !5
+  %3589 = load float, ptr %3588, align 4, !tbaa !9
   %3590 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv666.7.i
-  store float %3589, ptr %3590, align 4, !tbaa !5
+  store float %3589, ptr %3590, align 4, !tbaa !9
   %indvars.iv.next667.7.i = or disjoint i64 %indvars.iv666.7.i, 1
   %.idx793.i.1 = shl nuw nsw i64 %indvars.iv.next667.7.i, 6
   %3591 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.1
   %3592 = getelementptr inbounds nuw i8, ptr %3591, i64 28
-  %3593 = load float, ptr %3592, align 4, !tbaa !5
+  %3593 = load float, ptr %3592, align 4, !tbaa !9
   %3594 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i
-  store float %3593, ptr %3594, align 4, !tbaa !5
+  store float %3593, ptr %3594, align 4, !tbaa !9
   %indvars.iv.next667.7.i.1 = or disjoint i64 %indvars.iv666.7.i, 2
   %.idx793.i.2 = shl nuw nsw i64 %indvars.iv.next667.7.i.1, 6
   %3595 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.2
   %3596 = getelementptr inbounds nuw i8, ptr %3595, i64 28
-  %3597 = load float, ptr %3596, align 4, !tbaa !5
+  %3597 = load float, ptr %3596, align 4, !tbaa !9
   %3598 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.1
-  store float %3597, ptr %3598, align 4, !tbaa !5
+  store float %3597, ptr %3598, align 4, !tbaa !9
   %indvars.iv.next667.7.i.2 = or disjoint i64 %indvars.iv666.7.i, 3
   %.idx793.i.3 = shl nuw nsw i64 %indvars.iv.next667.7.i.2, 6
   %3599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.3
   %3600 = getelementptr inbounds nuw i8, ptr %3599, i64 28
-  %3601 = load float, ptr %3600, align 4, !tbaa !5
+  %3601 = load float, ptr %3600, align 4, !tbaa !9
   %3602 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.2
-  store float %3601, ptr %3602, align 4, !tbaa !5
+  store float %3601, ptr %3602, align 4, !tbaa !9
   %indvars.iv.next667.7.i.3 = or disjoint i64 %indvars.iv666.7.i, 4
   %.idx793.i.4 = shl nuw nsw i64 %indvars.iv.next667.7.i.3, 6
   %3603 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.4
   %3604 = getelementptr inbounds nuw i8, ptr %3603, i64 28
-  %3605 = load float, ptr %3604, align 4, !tbaa !5
+  %3605 = load float, ptr %3604, align 4, !tbaa !9
   %3606 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.3
-  store float %3605, ptr %3606, align 4, !tbaa !5
+  store float %3605, ptr %3606, align 4, !tbaa !9
   %indvars.iv.next667.7.i.4 = or disjoint i64 %indvars.iv666.7.i, 5
   %.idx793.i.5 = shl nuw nsw i64 %indvars.iv.next667.7.i.4, 6
   %3607 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.5
   %3608 = getelementptr inbounds nuw i8, ptr %3607, i64 28
-  %3609 = load float, ptr %3608, align 4, !tbaa !5
+  %3609 = load float, ptr %3608, align 4, !tbaa !9
   %3610 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.4
-  store float %3609, ptr %3610, align 4, !tbaa !5
+  store float %3609, ptr %3610, align 4, !tbaa !9
   %indvars.iv.next667.7.i.5 = or disjoint i64 %indvars.iv666.7.i, 6
   %.idx793.i.6 = shl nuw nsw i64 %indvars.iv.next667.7.i.5, 6
   %3611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.6
   %3612 = getelementptr inbounds nuw i8, ptr %3611, i64 28
-  %3613 = load float, ptr %3612, align 4, !tbaa !5
+  %3613 = load float, ptr %3612, align 4, !tbaa !9
   %3614 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.5
-  store float %3613, ptr %3614, align 4, !tbaa !5
+  store float %3613, ptr %3614, align 4, !tbaa !9
   %indvars.iv.next667.7.i.6 = or disjoint i64 %indvars.iv666.7.i, 7
   %.idx793.i.7 = shl nuw nsw i64 %indvars.iv.next667.7.i.6, 6
   %3615 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.7
   %3616 = getelementptr inbounds nuw i8, ptr %3615, i64 28
-  %3617 = load float, ptr %3616, align 4, !tbaa !5
+  %3617 = load float, ptr %3616, align 4, !tbaa !9
   %3618 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.6
-  store float %3617, ptr %3618, align 4, !tbaa !5
+  store float %3617, ptr %3618, align 4, !tbaa !9
   %indvars.iv.next667.7.i.7 = add nuw nsw i64 %indvars.iv666.7.i, 8
   %exitcond669.7.not.i.7 = icmp eq i64 %indvars.iv.next667.7.i.7, 128
-  br i1 %exitcond669.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  br i1 %exitcond669.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !35, !llvm.loop !80
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body484
   %3619 = getelementptr inbounds nuw i8, ptr %425, i64 4096
@@ -5597,7 +5787,7 @@ for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %ve
   %bound0456 = icmp ult ptr %scevgep452, %scevgep455
   %bound1457 = icmp ult ptr %scevgep454, %scevgep453
   %found.conflict458 = and i1 %bound0456, %bound1457
-  br i1 %found.conflict458, label %for_body_d.8.i, label %vector.body461, !prof !17
+  br i1 %found.conflict458, label %for_body_d.8.i, label %vector.body461, !prof !12
 
 vector.body461:                                   ; preds = %for_end_d.7.i
   %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5608,17 +5798,17 @@ vector.body461:                                   ; preds = %for_end_d.7.i
   %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 32
   %3626 = getelementptr inbounds nuw i8, <8 x ptr> %3622, i64 32
   %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 32
-  %wide.masked.gather467 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather468 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather469 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather470 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather467 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather468 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather469 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather470 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
   %3628 = getelementptr inbounds nuw i8, ptr %425, i64 4128
   %3629 = getelementptr inbounds nuw i8, ptr %425, i64 4160
   %3630 = getelementptr inbounds nuw i8, ptr %425, i64 4192
-  store <8 x float> %wide.masked.gather467, ptr %3619, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather468, ptr %3628, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather469, ptr %3629, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather470, ptr %3630, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather467, ptr %3619, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather468, ptr %3628, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather469, ptr %3629, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather470, ptr %3630, align 4, !tbaa !9, !alias.scope !84, !noalias !81
   %3631 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3632 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5627,18 +5817,18 @@ vector.body461:                                   ; preds = %for_end_d.7.i
   %3636 = getelementptr inbounds nuw i8, <8 x ptr> %3632, i64 32
   %3637 = getelementptr inbounds nuw i8, <8 x ptr> %3633, i64 32
   %3638 = getelementptr inbounds nuw i8, <8 x ptr> %3634, i64 32
-  %wide.masked.gather467.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3635, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather468.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather469.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather470.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather467.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3635, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather468.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather469.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather470.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
   %3639 = getelementptr inbounds nuw i8, ptr %425, i64 4224
   %3640 = getelementptr inbounds nuw i8, ptr %425, i64 4256
   %3641 = getelementptr inbounds nuw i8, ptr %425, i64 4288
   %3642 = getelementptr inbounds nuw i8, ptr %425, i64 4320
-  store <8 x float> %wide.masked.gather467.1, ptr %3639, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather468.1, ptr %3640, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather469.1, ptr %3641, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather470.1, ptr %3642, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather467.1, ptr %3639, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather468.1, ptr %3640, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather469.1, ptr %3641, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather470.1, ptr %3642, align 4, !tbaa !9, !alias.scope !84, !noalias !81
   %3643 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3644 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5647,18 +5837,18 @@ vector.body461:                                   ; preds = %for_end_d.7.i
   %3648 = getelementptr inbounds nuw i8, <8 x ptr> %3644, i64 32
   %3649 = getelementptr inbounds nuw i8, <8 x ptr> %3645, i64 32
   %3650 = getelementptr inbounds nuw i8, <8 x ptr> %3646, i64 32
-  %wide.masked.gather467.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3647, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather468.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather469.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather470.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather467.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3647, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather468.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather469.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather470.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
   %3651 = getelementptr inbounds nuw i8, ptr %425, i64 4352
   %3652 = getelementptr inbounds nuw i8, ptr %425, i64 4384
   %3653 = getelementptr inbounds nuw i8, ptr %425, i64 4416
   %3654 = getelementptr inbounds nuw i8, ptr %425, i64 4448
-  store <8 x float> %wide.masked.gather467.2, ptr %3651, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather468.2, ptr %3652, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather469.2, ptr %3653, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather470.2, ptr %3654, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather467.2, ptr %3651, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather468.2, ptr %3652, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather469.2, ptr %3653, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather470.2, ptr %3654, align 4, !tbaa !9, !alias.scope !84, !noalias !81
   %3655 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3656 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3657 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5667,18 +5857,18 @@ vector.body461:                                   ; preds = %for_end_d.7.i
   %3660 = getelementptr inbounds nuw i8, <8 x ptr> %3656, i64 32
   %3661 = getelementptr inbounds nuw i8, <8 x ptr> %3657, i64 32
   %3662 = getelementptr inbounds nuw i8, <8 x ptr> %3658, i64 32
-  %wide.masked.gather467.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather468.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather469.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3661, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather470.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3662, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather467.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather468.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather469.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3661, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
+  %wide.masked.gather470.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3662, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
   %3663 = getelementptr inbounds nuw i8, ptr %425, i64 4480
   %3664 = getelementptr inbounds nuw i8, ptr %425, i64 4512
   %3665 = getelementptr inbounds nuw i8, ptr %425, i64 4544
   %3666 = getelementptr inbounds nuw i8, ptr %425, i64 4576
-  store <8 x float> %wide.masked.gather467.3, ptr %3663, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather468.3, ptr %3664, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather469.3, ptr %3665, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather470.3, ptr %3666, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather467.3, ptr %3663, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather468.3, ptr %3664, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather469.3, ptr %3665, align 4, !tbaa !9, !alias.scope !84, !noalias !81
+  store <8 x float> %wide.masked.gather470.3, ptr %3666, align 4, !tbaa !9, !alias.scope !84, !noalias !81
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
@@ -5686,61 +5876,61 @@ for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %fo
   %.idx794.i = shl nuw nsw i64 %indvars.iv666.8.i, 6
   %3667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i
   %3668 = getelementptr inbounds nuw i8, ptr %3667, i64 32
-  %3669 = load float, ptr %3668, align 4, !tbaa !5
+  %3669 = load float, ptr %3668, align 4, !tbaa !9
   %3670 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv666.8.i
-  store float %3669, ptr %3670, align 4, !tbaa !5
+  store float %3669, ptr %3670, align 4, !tbaa !9
   %indvars.iv.next667.8.i = or disjoint i64 %indvars.iv666.8.i, 1
   %.idx794.i.1 = shl nuw nsw i64 %indvars.iv.next667.8.i, 6
   %3671 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.1
   %3672 = getelementptr inbounds nuw i8, ptr %3671, i64 32
-  %3673 = load float, ptr %3672, align 4, !tbaa !5
+  %3673 = load float, ptr %3672, align 4, !tbaa !9
   %3674 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i
-  store float %3673, ptr %3674, align 4, !tbaa !5
+  store float %3673, ptr %3674, align 4, !tbaa !9
   %indvars.iv.next667.8.i.1 = or disjoint i64 %indvars.iv666.8.i, 2
   %.idx794.i.2 = shl nuw nsw i64 %indvars.iv.next667.8.i.1, 6
   %3675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.2
   %3676 = getelementptr inbounds nuw i8, ptr %3675, i64 32
-  %3677 = load float, ptr %3676, align 4, !tbaa !5
+  %3677 = load float, ptr %3676, align 4, !tbaa !9
   %3678 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.1
-  store float %3677, ptr %3678, align 4, !tbaa !5
+  store float %3677, ptr %3678, align 4, !tbaa !9
   %indvars.iv.next667.8.i.2 = or disjoint i64 %indvars.iv666.8.i, 3
   %.idx794.i.3 = shl nuw nsw i64 %indvars.iv.next667.8.i.2, 6
   %3679 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.3
   %3680 = getelementptr inbounds nuw i8, ptr %3679, i64 32
-  %3681 = load float, ptr %3680, align 4, !tbaa !5
+  %3681 = load float, ptr %3680, align 4, !tbaa !9
   %3682 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.2
-  store float %3681, ptr %3682, align 4, !tbaa !5
+  store float %3681, ptr %3682, align 4, !tbaa !9
   %indvars.iv.next667.8.i.3 = or disjoint i64 %indvars.iv666.8.i, 4
   %.idx794.i.4 = shl nuw nsw i64 %indvars.iv.next667.8.i.3, 6
   %3683 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.4
   %3684 = getelementptr inbounds nuw i8, ptr %3683, i64 32
-  %3685 = load float, ptr %3684, align 4, !tbaa !5
+  %3685 = load float, ptr %3684, align 4, !tbaa !9
   %3686 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.3
-  store float %3685, ptr %3686, align 4, !tbaa !5
+  store float %3685, ptr %3686, align 4, !tbaa !9
   %indvars.iv.next667.8.i.4 = or disjoint i64 %indvars.iv666.8.i, 5
   %.idx794.i.5 = shl nuw nsw i64 %indvars.iv.next667.8.i.4, 6
   %3687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.5
   %3688 = getelementptr inbounds nuw i8, ptr %3687, i64 32
-  %3689 = load float, ptr %3688, align 4, !tbaa !5
+  %3689 = load float, ptr %3688, align 4, !tbaa !9
   %3690 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.4
-  store float %3689, ptr %3690, align 4, !tbaa !5
+  store float %3689, ptr %3690, align 4, !tbaa !9
   %indvars.iv.next667.8.i.5 = or disjoint i64 %indvars.iv666.8.i, 6
   %.idx794.i.6 = shl nuw nsw i64 %indvars.iv.next667.8.i.5, 6
   %3691 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.6
   %3692 = getelementptr inbounds nuw i8, ptr %3691, i64 32
-  %3693 = load float, ptr %3692, align 4, !tbaa !5
+  %3693 = load float, ptr %3692, align 4, !tbaa !9
   %3694 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.5
-  store float %3693, ptr %3694, align 4, !tbaa !5
+  store float %3693, ptr %3694, align 4, !tbaa !9
   %indvars.iv.next667.8.i.6 = or disjoint i64 %indvars.iv666.8.i, 7
   %.idx794.i.7 = shl nuw nsw i64 %indvars.iv.next667.8.i.6, 6
   %3695 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.7
   %3696 = getelementptr inbounds nuw i8, ptr %3695, i64 32
-  %3697 = load float, ptr %3696, align 4, !tbaa !5
+  %3697 = load float, ptr %3696, align 4, !tbaa !9
   %3698 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.6
-  store float %3697, ptr %3698, align 4, !tbaa !5
+  store float %3697, ptr %3698, align 4, !tbaa !9
   %indvars.iv.next667.8.i.7 = add nuw nsw i64 %indvars.iv666.8.i, 8
   %exitcond669.8.not.i.7 = icmp eq i64 %indvars.iv.next667.8.i.7, 128
-  br i1 %exitcond669.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  br i1 %exitcond669.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !35, !llvm.loop !86
 
 for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body461
   %3699 = getelementptr inbounds nuw i8, ptr %425, i64 4608
@@ -5749,7 +5939,7 @@ for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %ve
   %bound0433 = icmp ult ptr %scevgep429, %scevgep432
   %bound1434 = icmp ult ptr %scevgep431, %scevgep430
   %found.conflict435 = and i1 %bound0433, %bound1434
-  br i1 %found.conflict435, label %for_body_d.9.i, label %vector.body438, !prof !17
+  br i1 %found.conflict435, label %for_body_d.9.i, label %vector.body438, !prof !12
 
 vector.body438:                                   ; preds = %for_end_d.8.i
   %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5760,17 +5950,17 @@ vector.body438:                                   ; preds = %for_end_d.8.i
   %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 36
   %3706 = getelementptr inbounds nuw i8, <8 x ptr> %3702, i64 36
   %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 36
-  %wide.masked.gather444 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather445 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather446 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather447 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather444 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather445 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather446 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather447 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
   %3708 = getelementptr inbounds nuw i8, ptr %425, i64 4640
   %3709 = getelementptr inbounds nuw i8, ptr %425, i64 4672
   %3710 = getelementptr inbounds nuw i8, ptr %425, i64 4704
-  store <8 x float> %wide.masked.gather444, ptr %3699, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather445, ptr %3708, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather446, ptr %3709, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather447, ptr %3710, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather444, ptr %3699, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather445, ptr %3708, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather446, ptr %3709, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather447, ptr %3710, align 4, !tbaa !9, !alias.scope !90, !noalias !87
   %3711 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3712 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5779,18 +5969,18 @@ vector.body438:                                   ; preds = %for_end_d.8.i
   %3716 = getelementptr inbounds nuw i8, <8 x ptr> %3712, i64 36
   %3717 = getelementptr inbounds nuw i8, <8 x ptr> %3713, i64 36
   %3718 = getelementptr inbounds nuw i8, <8 x ptr> %3714, i64 36
-  %wide.masked.gather444.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather445.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather446.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather447.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather444.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather445.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather446.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather447.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
   %3719 = getelementptr inbounds nuw i8, ptr %425, i64 4736
   %3720 = getelementptr inbounds nuw i8, ptr %425, i64 4768
   %3721 = getelementptr inbounds nuw i8, ptr %425, i64 4800
   %3722 = getelementptr inbounds nuw i8, ptr %425, i64 4832
-  store <8 x float> %wide.masked.gather444.1, ptr %3719, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather445.1, ptr %3720, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather446.1, ptr %3721, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather447.1, ptr %3722, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather444.1, ptr %3719, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather445.1, ptr %3720, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather446.1, ptr %3721, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather447.1, ptr %3722, align 4, !tbaa !9, !alias.scope !90, !noalias !87
   %3723 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3724 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5799,18 +5989,18 @@ vector.body438:                                   ; preds = %for_end_d.8.i
   %3728 = getelementptr inbounds nuw i8, <8 x ptr> %3724, i64 36
   %3729 = getelementptr inbounds nuw i8, <8 x ptr> %3725, i64 36
   %3730 = getelementptr inbounds nuw i8, <8 x ptr> %3726, i64 36
-  %wide.masked.gather444.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3727, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather445.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather446.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather447.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather444.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3727, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather445.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather446.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather447.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
   %3731 = getelementptr inbounds nuw i8, ptr %425, i64 4864
   %3732 = getelementptr inbounds nuw i8, ptr %425, i64 4896
   %3733 = getelementptr inbounds nuw i8, ptr %425, i64 4928
   %3734 = getelementptr inbounds nuw i8, ptr %425, i64 4960
-  store <8 x float> %wide.masked.gather444.2, ptr %3731, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather445.2, ptr %3732, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather446.2, ptr %3733, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather447.2, ptr %3734, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather444.2, ptr %3731, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather445.2, ptr %3732, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather446.2, ptr %3733, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather447.2, ptr %3734, align 4, !tbaa !9, !alias.scope !90, !noalias !87
   %3735 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3736 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3737 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5819,18 +6009,18 @@ vector.body438:                                   ; preds = %for_end_d.8.i
   %3740 = getelementptr inbounds nuw i8, <8 x ptr> %3736, i64 36
   %3741 = getelementptr inbounds nuw i8, <8 x ptr> %3737, i64 36
   %3742 = getelementptr inbounds nuw i8, <8 x ptr> %3738, i64 36
-  %wide.masked.gather444.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3739, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather445.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3740, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather446.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3741, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather447.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3742, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather444.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3739, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather445.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3740, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather446.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3741, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
+  %wide.masked.gather447.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3742, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
   %3743 = getelementptr inbounds nuw i8, ptr %425, i64 4992
   %3744 = getelementptr inbounds nuw i8, ptr %425, i64 5024
   %3745 = getelementptr inbounds nuw i8, ptr %425, i64 5056
   %3746 = getelementptr inbounds nuw i8, ptr %425, i64 5088
-  store <8 x float> %wide.masked.gather444.3, ptr %3743, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather445.3, ptr %3744, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather446.3, ptr %3745, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather447.3, ptr %3746, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather444.3, ptr %3743, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather445.3, ptr %3744, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather446.3, ptr %3745, align 4, !tbaa !9, !alias.scope !90, !noalias !87
+  store <8 x float> %wide.masked.gather447.3, ptr %3746, align 4, !tbaa !9, !alias.scope !90, !noalias !87
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
@@ -5838,61 +6028,61 @@ for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %fo
   %.idx795.i = shl nuw nsw i64 %indvars.iv666.9.i, 6
   %3747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i
   %3748 = getelementptr inbounds nuw i8, ptr %3747, i64 36
-  %3749 = load float, ptr %3748, align 4, !tbaa !5
+  %3749 = load float, ptr %3748, align 4, !tbaa !9
   %3750 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv666.9.i
-  store float %3749, ptr %3750, align 4, !tbaa !5
+  store float %3749, ptr %3750, align 4, !tbaa !9
   %indvars.iv.next667.9.i = or disjoint i64 %indvars.iv666.9.i, 1
   %.idx795.i.1 = shl nuw nsw i64 %indvars.iv.next667.9.i, 6
   %3751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.1
   %3752 = getelementptr inbounds nuw i8, ptr %3751, i64 36
-  %3753 = load float, ptr %3752, align 4, !tbaa !5
+  %3753 = load float, ptr %3752, align 4, !tbaa !9
   %3754 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i
-  store float %3753, ptr %3754, align 4, !tbaa !5
+  store float %3753, ptr %3754, align 4, !tbaa !9
   %indvars.iv.next667.9.i.1 = or disjoint i64 %indvars.iv666.9.i, 2
   %.idx795.i.2 = shl nuw nsw i64 %indvars.iv.next667.9.i.1, 6
   %3755 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.2
   %3756 = getelementptr inbounds nuw i8, ptr %3755, i64 36
-  %3757 = load float, ptr %3756, align 4, !tbaa !5
+  %3757 = load float, ptr %3756, align 4, !tbaa !9
   %3758 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.1
-  store float %3757, ptr %3758, align 4, !tbaa !5
+  store float %3757, ptr %3758, align 4, !tbaa !9
   %indvars.iv.next667.9.i.2 = or disjoint i64 %indvars.iv666.9.i, 3
   %.idx795.i.3 = shl nuw nsw i64 %indvars.iv.next667.9.i.2, 6
   %3759 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.3
   %3760 = getelementptr inbounds nuw i8, ptr %3759, i64 36
-  %3761 = load float, ptr %3760, align 4, !tbaa !5
+  %3761 = load float, ptr %3760, align 4, !tbaa !9
   %3762 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.2
-  store float %3761, ptr %3762, align 4, !tbaa !5
+  store float %3761, ptr %3762, align 4, !tbaa !9
   %indvars.iv.next667.9.i.3 = or disjoint i64 %indvars.iv666.9.i, 4
   %.idx795.i.4 = shl nuw nsw i64 %indvars.iv.next667.9.i.3, 6
   %3763 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.4
   %3764 = getelementptr inbounds nuw i8, ptr %3763, i64 36
-  %3765 = load float, ptr %3764, align 4, !tbaa !5
+  %3765 = load float, ptr %3764, align 4, !tbaa !9
   %3766 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.3
-  store float %3765, ptr %3766, align 4, !tbaa !5
+  store float %3765, ptr %3766, align 4, !tbaa !9
   %indvars.iv.next667.9.i.4 = or disjoint i64 %indvars.iv666.9.i, 5
   %.idx795.i.5 = shl nuw nsw i64 %indvars.iv.next667.9.i.4, 6
   %3767 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.5
   %3768 = getelementptr inbounds nuw i8, ptr %3767, i64 36
-  %3769 = load float, ptr %3768, align 4, !tbaa !5
+  %3769 = load float, ptr %3768, align 4, !tbaa !9
   %3770 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.4
-  store float %3769, ptr %3770, align 4, !tbaa !5
+  store float %3769, ptr %3770, align 4, !tbaa !9
   %indvars.iv.next667.9.i.5 = or disjoint i64 %indvars.iv666.9.i, 6
   %.idx795.i.6 = shl nuw nsw i64 %indvars.iv.next667.9.i.5, 6
   %3771 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.6
   %3772 = getelementptr inbounds nuw i8, ptr %3771, i64 36
-  %3773 = load float, ptr %3772, align 4, !tbaa !5
+  %3773 = load float, ptr %3772, align 4, !tbaa !9
   %3774 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.5
-  store float %3773, ptr %3774, align 4, !tbaa !5
+  store float %3773, ptr %3774, align 4, !tbaa !9
   %indvars.iv.next667.9.i.6 = or disjoint i64 %indvars.iv666.9.i, 7
   %.idx795.i.7 = shl nuw nsw i64 %indvars.iv.next667.9.i.6, 6
   %3775 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.7
   %3776 = getelementptr inbounds nuw i8, ptr %3775, i64 36
-  %3777 = load float, ptr %3776, align 4, !tbaa !5
+  %3777 = load float, ptr %3776, align 4, !tbaa !9
   %3778 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.6
-  store float %3777, ptr %3778, align 4, !tbaa !5
+  store float %3777, ptr %3778, align 4, !tbaa !9
   %indvars.iv.next667.9.i.7 = add nuw nsw i64 %indvars.iv666.9.i, 8
   %exitcond669.9.not.i.7 = icmp eq i64 %indvars.iv.next667.9.i.7, 128
-  br i1 %exitcond669.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  br i1 %exitcond669.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !35, !llvm.loop !92
 
 for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body438
   %3779 = getelementptr inbounds nuw i8, ptr %425, i64 5120
@@ -5901,7 +6091,7 @@ for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %ve
   %bound0410 = icmp ult ptr %scevgep406, %scevgep409
   %bound1411 = icmp ult ptr %scevgep408, %scevgep407
   %found.conflict412 = and i1 %bound0410, %bound1411
-  br i1 %found.conflict412, label %for_body_d.10.i, label %vector.body415, !prof !17
+  br i1 %found.conflict412, label %for_body_d.10.i, label %vector.body415, !prof !12
 
 vector.body415:                                   ; preds = %for_end_d.9.i
   %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5912,17 +6102,17 @@ vector.body415:                                   ; preds = %for_end_d.9.i
   %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 40
   %3786 = getelementptr inbounds nuw i8, <8 x ptr> %3782, i64 40
   %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 40
-  %wide.masked.gather421 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather422 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather423 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather424 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather421 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather422 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather423 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather424 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
   %3788 = getelementptr inbounds nuw i8, ptr %425, i64 5152
   %3789 = getelementptr inbounds nuw i8, ptr %425, i64 5184
   %3790 = getelementptr inbounds nuw i8, ptr %425, i64 5216
-  store <8 x float> %wide.masked.gather421, ptr %3779, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather422, ptr %3788, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather423, ptr %3789, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather424, ptr %3790, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather421, ptr %3779, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather422, ptr %3788, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather423, ptr %3789, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather424, ptr %3790, align 4, !tbaa !9, !alias.scope !96, !noalias !93
   %3791 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3792 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5931,18 +6121,18 @@ vector.body415:                                   ; preds = %for_end_d.9.i
   %3796 = getelementptr inbounds nuw i8, <8 x ptr> %3792, i64 40
   %3797 = getelementptr inbounds nuw i8, <8 x ptr> %3793, i64 40
   %3798 = getelementptr inbounds nuw i8, <8 x ptr> %3794, i64 40
-  %wide.masked.gather421.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3795, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather422.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather423.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather424.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather421.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3795, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather422.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather423.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather424.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
   %3799 = getelementptr inbounds nuw i8, ptr %425, i64 5248
   %3800 = getelementptr inbounds nuw i8, ptr %425, i64 5280
   %3801 = getelementptr inbounds nuw i8, ptr %425, i64 5312
   %3802 = getelementptr inbounds nuw i8, ptr %425, i64 5344
-  store <8 x float> %wide.masked.gather421.1, ptr %3799, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather422.1, ptr %3800, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather423.1, ptr %3801, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather424.1, ptr %3802, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather421.1, ptr %3799, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather422.1, ptr %3800, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather423.1, ptr %3801, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather424.1, ptr %3802, align 4, !tbaa !9, !alias.scope !96, !noalias !93
   %3803 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3804 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5951,18 +6141,18 @@ vector.body415:                                   ; preds = %for_end_d.9.i
   %3808 = getelementptr inbounds nuw i8, <8 x ptr> %3804, i64 40
   %3809 = getelementptr inbounds nuw i8, <8 x ptr> %3805, i64 40
   %3810 = getelementptr inbounds nuw i8, <8 x ptr> %3806, i64 40
-  %wide.masked.gather421.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3807, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather422.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather423.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather424.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather421.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3807, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather422.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather423.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather424.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
   %3811 = getelementptr inbounds nuw i8, ptr %425, i64 5376
   %3812 = getelementptr inbounds nuw i8, ptr %425, i64 5408
   %3813 = getelementptr inbounds nuw i8, ptr %425, i64 5440
   %3814 = getelementptr inbounds nuw i8, ptr %425, i64 5472
-  store <8 x float> %wide.masked.gather421.2, ptr %3811, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather422.2, ptr %3812, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather423.2, ptr %3813, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather424.2, ptr %3814, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather421.2, ptr %3811, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather422.2, ptr %3812, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather423.2, ptr %3813, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather424.2, ptr %3814, align 4, !tbaa !9, !alias.scope !96, !noalias !93
   %3815 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3816 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3817 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5971,18 +6161,18 @@ vector.body415:                                   ; preds = %for_end_d.9.i
   %3820 = getelementptr inbounds nuw i8, <8 x ptr> %3816, i64 40
   %3821 = getelementptr inbounds nuw i8, <8 x ptr> %3817, i64 40
   %3822 = getelementptr inbounds nuw i8, <8 x ptr> %3818, i64 40
-  %wide.masked.gather421.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather422.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather423.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3821, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather424.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3822, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather421.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather422.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather423.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3821, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
+  %wide.masked.gather424.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3822, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
   %3823 = getelementptr inbounds nuw i8, ptr %425, i64 5504
   %3824 = getelementptr inbounds nuw i8, ptr %425, i64 5536
   %3825 = getelementptr inbounds nuw i8, ptr %425, i64 5568
   %3826 = getelementptr inbounds nuw i8, ptr %425, i64 5600
-  store <8 x float> %wide.masked.gather421.3, ptr %3823, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather422.3, ptr %3824, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather423.3, ptr %3825, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather424.3, ptr %3826, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather421.3, ptr %3823, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather422.3, ptr %3824, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather423.3, ptr %3825, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  store <8 x float> %wide.masked.gather424.3, ptr %3826, align 4, !tbaa !9, !alias.scope !96, !noalias !93
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
@@ -5990,61 +6180,61 @@ for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %f
   %.idx796.i = shl nuw nsw i64 %indvars.iv666.10.i, 6
   %3827 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i
   %3828 = getelementptr inbounds nuw i8, ptr %3827, i64 40
-  %3829 = load float, ptr %3828, align 4, !tbaa !5
+  %3829 = load float, ptr %3828, align 4, !tbaa !9
   %3830 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv666.10.i
-  store float %3829, ptr %3830, align 4, !tbaa !5
+  store float %3829, ptr %3830, align 4, !tbaa !9
   %indvars.iv.next667.10.i = or disjoint i64 %indvars.iv666.10.i, 1
   %.idx796.i.1 = shl nuw nsw i64 %indvars.iv.next667.10.i, 6
   %3831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.1
   %3832 = getelementptr inbounds nuw i8, ptr %3831, i64 40
-  %3833 = load float, ptr %3832, align 4, !tbaa !5
+  %3833 = load float, ptr %3832, align 4, !tbaa !9
   %3834 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i
-  store float %3833, ptr %3834, align 4, !tbaa !5
+  store float %3833, ptr %3834, align 4, !tbaa !9
   %indvars.iv.next667.10.i.1 = or disjoint i64 %indvars.iv666.10.i, 2
   %.idx796.i.2 = shl nuw nsw i64 %indvars.iv.next667.10.i.1, 6
   %3835 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.2
   %3836 = getelementptr inbounds nuw i8, ptr %3835, i64 40
-  %3837 = load float, ptr %3836, align 4, !tbaa !5
+  %3837 = load float, ptr %3836, align 4, !tbaa !9
   %3838 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.1
-  store float %3837, ptr %3838, align 4, !tbaa !5
+  store float %3837, ptr %3838, align 4, !tbaa !9
   %indvars.iv.next667.10.i.2 = or disjoint i64 %indvars.iv666.10.i, 3
   %.idx796.i.3 = shl nuw nsw i64 %indvars.iv.next667.10.i.2, 6
   %3839 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.3
   %3840 = getelementptr inbounds nuw i8, ptr %3839, i64 40
-  %3841 = load float, ptr %3840, align 4, !tbaa !5
+  %3841 = load float, ptr %3840, align 4, !tbaa !9
   %3842 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.2
-  store float %3841, ptr %3842, align 4, !tbaa !5
+  store float %3841, ptr %3842, align 4, !tbaa !9
   %indvars.iv.next667.10.i.3 = or disjoint i64 %indvars.iv666.10.i, 4
   %.idx796.i.4 = shl nuw nsw i64 %indvars.iv.next667.10.i.3, 6
   %3843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.4
   %3844 = getelementptr inbounds nuw i8, ptr %3843, i64 40
-  %3845 = load float, ptr %3844, align 4, !tbaa !5
+  %3845 = load float, ptr %3844, align 4, !tbaa !9
   %3846 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.3
-  store float %3845, ptr %3846, align 4, !tbaa !5
+  store float %3845, ptr %3846, align 4, !tbaa !9
   %indvars.iv.next667.10.i.4 = or disjoint i64 %indvars.iv666.10.i, 5
   %.idx796.i.5 = shl nuw nsw i64 %indvars.iv.next667.10.i.4, 6
   %3847 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.5
   %3848 = getelementptr inbounds nuw i8, ptr %3847, i64 40
-  %3849 = load float, ptr %3848, align 4, !tbaa !5
+  %3849 = load float, ptr %3848, align 4, !tbaa !9
   %3850 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.4
-  store float %3849, ptr %3850, align 4, !tbaa !5
+  store float %3849, ptr %3850, align 4, !tbaa !9
   %indvars.iv.next667.10.i.5 = or disjoint i64 %indvars.iv666.10.i, 6
   %.idx796.i.6 = shl nuw nsw i64 %indvars.iv.next667.10.i.5, 6
   %3851 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.6
   %3852 = getelementptr inbounds nuw i8, ptr %3851, i64 40
-  %3853 = load float, ptr %3852, align 4, !tbaa !5
+  %3853 = load float, ptr %3852, align 4, !tbaa !9
   %3854 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.5
-  store float %3853, ptr %3854, align 4, !tbaa !5
+  store float %3853, ptr %3854, align 4, !tbaa !9
   %indvars.iv.next667.10.i.6 = or disjoint i64 %indvars.iv666.10.i, 7
   %.idx796.i.7 = shl nuw nsw i64 %indvars.iv.next667.10.i.6, 6
   %3855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.7
   %3856 = getelementptr inbounds nuw i8, ptr %3855, i64 40
-  %3857 = load float, ptr %3856, align 4, !tbaa !5
+  %3857 = load float, ptr %3856, align 4, !tbaa !9
   %3858 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.6
-  store float %3857, ptr %3858, align 4, !tbaa !5
+  store float %3857, ptr %3858, align 4, !tbaa !9
   %indvars.iv.next667.10.i.7 = add nuw nsw i64 %indvars.iv666.10.i, 8
   %exitcond669.10.not.i.7 = icmp eq i64 %indvars.iv.next667.10.i.7, 128
-  br i1 %exitcond669.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  br i1 %exitcond669.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !35, !llvm.loop !98
 
 for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body415
   %3859 = getelementptr inbounds nuw i8, ptr %425, i64 5632
@@ -6053,7 +6243,7 @@ for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %v
   %bound0387 = icmp ult ptr %scevgep383, %scevgep386
   %bound1388 = icmp ult ptr %scevgep385, %scevgep384
   %found.conflict389 = and i1 %bound0387, %bound1388
-  br i1 %found.conflict389, label %for_body_d.11.i, label %vector.body392, !prof !17
+  br i1 %found.conflict389, label %for_body_d.11.i, label %vector.body392, !prof !12
 
 vector.body392:                                   ; preds = %for_end_d.10.i
   %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6064,17 +6254,17 @@ vector.body392:                                   ; preds = %for_end_d.10.i
   %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 44
   %3866 = getelementptr inbounds nuw i8, <8 x ptr> %3862, i64 44
   %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 44
-  %wide.masked.gather398 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather399 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather400 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather401 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather398 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather399 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather400 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather401 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
   %3868 = getelementptr inbounds nuw i8, ptr %425, i64 5664
   %3869 = getelementptr inbounds nuw i8, ptr %425, i64 5696
   %3870 = getelementptr inbounds nuw i8, ptr %425, i64 5728
-  store <8 x float> %wide.masked.gather398, ptr %3859, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather399, ptr %3868, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather400, ptr %3869, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather401, ptr %3870, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather398, ptr %3859, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather399, ptr %3868, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather400, ptr %3869, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather401, ptr %3870, align 4, !tbaa !9, !alias.scope !102, !noalias !99
   %3871 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3872 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6083,18 +6273,18 @@ vector.body392:                                   ; preds = %for_end_d.10.i
   %3876 = getelementptr inbounds nuw i8, <8 x ptr> %3872, i64 44
   %3877 = getelementptr inbounds nuw i8, <8 x ptr> %3873, i64 44
   %3878 = getelementptr inbounds nuw i8, <8 x ptr> %3874, i64 44
-  %wide.masked.gather398.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather399.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather400.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather401.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather398.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather399.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather400.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather401.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
   %3879 = getelementptr inbounds nuw i8, ptr %425, i64 5760
   %3880 = getelementptr inbounds nuw i8, ptr %425, i64 5792
   %3881 = getelementptr inbounds nuw i8, ptr %425, i64 5824
   %3882 = getelementptr inbounds nuw i8, ptr %425, i64 5856
-  store <8 x float> %wide.masked.gather398.1, ptr %3879, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather399.1, ptr %3880, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather400.1, ptr %3881, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather401.1, ptr %3882, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather398.1, ptr %3879, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather399.1, ptr %3880, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather400.1, ptr %3881, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather401.1, ptr %3882, align 4, !tbaa !9, !alias.scope !102, !noalias !99
   %3883 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3884 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6103,18 +6293,18 @@ vector.body392:                                   ; preds = %for_end_d.10.i
   %3888 = getelementptr inbounds nuw i8, <8 x ptr> %3884, i64 44
   %3889 = getelementptr inbounds nuw i8, <8 x ptr> %3885, i64 44
   %3890 = getelementptr inbounds nuw i8, <8 x ptr> %3886, i64 44
-  %wide.masked.gather398.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3887, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather399.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather400.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather401.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather398.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3887, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather399.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather400.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather401.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
   %3891 = getelementptr inbounds nuw i8, ptr %425, i64 5888
   %3892 = getelementptr inbounds nuw i8, ptr %425, i64 5920
   %3893 = getelementptr inbounds nuw i8, ptr %425, i64 5952
   %3894 = getelementptr inbounds nuw i8, ptr %425, i64 5984
-  store <8 x float> %wide.masked.gather398.2, ptr %3891, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather399.2, ptr %3892, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather400.2, ptr %3893, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather401.2, ptr %3894, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather398.2, ptr %3891, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather399.2, ptr %3892, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather400.2, ptr %3893, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather401.2, ptr %3894, align 4, !tbaa !9, !alias.scope !102, !noalias !99
   %3895 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3896 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3897 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6123,18 +6313,18 @@ vector.body392:                                   ; preds = %for_end_d.10.i
   %3900 = getelementptr inbounds nuw i8, <8 x ptr> %3896, i64 44
   %3901 = getelementptr inbounds nuw i8, <8 x ptr> %3897, i64 44
   %3902 = getelementptr inbounds nuw i8, <8 x ptr> %3898, i64 44
-  %wide.masked.gather398.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather399.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather400.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3901, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather401.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3902, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather398.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather399.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather400.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3901, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
+  %wide.masked.gather401.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3902, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
   %3903 = getelementptr inbounds nuw i8, ptr %425, i64 6016
   %3904 = getelementptr inbounds nuw i8, ptr %425, i64 6048
   %3905 = getelementptr inbounds nuw i8, ptr %425, i64 6080
   %3906 = getelementptr inbounds nuw i8, ptr %425, i64 6112
-  store <8 x float> %wide.masked.gather398.3, ptr %3903, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather399.3, ptr %3904, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather400.3, ptr %3905, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather401.3, ptr %3906, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather398.3, ptr %3903, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather399.3, ptr %3904, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather400.3, ptr %3905, align 4, !tbaa !9, !alias.scope !102, !noalias !99
+  store <8 x float> %wide.masked.gather401.3, ptr %3906, align 4, !tbaa !9, !alias.scope !102, !noalias !99
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
@@ -6142,61 +6332,61 @@ for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %f
   %.idx797.i = shl nuw nsw i64 %indvars.iv666.11.i, 6
   %3907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i
   %3908 = getelementptr inbounds nuw i8, ptr %3907, i64 44
-  %3909 = load float, ptr %3908, align 4, !tbaa !5
+  %3909 = load float, ptr %3908, align 4, !tbaa !9
   %3910 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv666.11.i
-  store float %3909, ptr %3910, align 4, !tbaa !5
+  store float %3909, ptr %3910, align 4, !tbaa !9
   %indvars.iv.next667.11.i = or disjoint i64 %indvars.iv666.11.i, 1
   %.idx797.i.1 = shl nuw nsw i64 %indvars.iv.next667.11.i, 6
   %3911 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.1
   %3912 = getelementptr inbounds nuw i8, ptr %3911, i64 44
-  %3913 = load float, ptr %3912, align 4, !tbaa !5
+  %3913 = load float, ptr %3912, align 4, !tbaa !9
   %3914 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i
-  store float %3913, ptr %3914, align 4, !tbaa !5
+  store float %3913, ptr %3914, align 4, !tbaa !9
   %indvars.iv.next667.11.i.1 = or disjoint i64 %indvars.iv666.11.i, 2
   %.idx797.i.2 = shl nuw nsw i64 %indvars.iv.next667.11.i.1, 6
   %3915 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.2
   %3916 = getelementptr inbounds nuw i8, ptr %3915, i64 44
-  %3917 = load float, ptr %3916, align 4, !tbaa !5
+  %3917 = load float, ptr %3916, align 4, !tbaa !9
   %3918 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.1
-  store float %3917, ptr %3918, align 4, !tbaa !5
+  store float %3917, ptr %3918, align 4, !tbaa !9
   %indvars.iv.next667.11.i.2 = or disjoint i64 %indvars.iv666.11.i, 3
   %.idx797.i.3 = shl nuw nsw i64 %indvars.iv.next667.11.i.2, 6
   %3919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.3
   %3920 = getelementptr inbounds nuw i8, ptr %3919, i64 44
-  %3921 = load float, ptr %3920, align 4, !tbaa !5
+  %3921 = load float, ptr %3920, align 4, !tbaa !9
   %3922 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.2
-  store float %3921, ptr %3922, align 4, !tbaa !5
+  store float %3921, ptr %3922, align 4, !tbaa !9
   %indvars.iv.next667.11.i.3 = or disjoint i64 %indvars.iv666.11.i, 4
   %.idx797.i.4 = shl nuw nsw i64 %indvars.iv.next667.11.i.3, 6
   %3923 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.4
   %3924 = getelementptr inbounds nuw i8, ptr %3923, i64 44
-  %3925 = load float, ptr %3924, align 4, !tbaa !5
+  %3925 = load float, ptr %3924, align 4, !tbaa !9
   %3926 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.3
-  store float %3925, ptr %3926, align 4, !tbaa !5
+  store float %3925, ptr %3926, align 4, !tbaa !9
   %indvars.iv.next667.11.i.4 = or disjoint i64 %indvars.iv666.11.i, 5
   %.idx797.i.5 = shl nuw nsw i64 %indvars.iv.next667.11.i.4, 6
   %3927 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.5
   %3928 = getelementptr inbounds nuw i8, ptr %3927, i64 44
-  %3929 = load float, ptr %3928, align 4, !tbaa !5
+  %3929 = load float, ptr %3928, align 4, !tbaa !9
   %3930 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.4
-  store float %3929, ptr %3930, align 4, !tbaa !5
+  store float %3929, ptr %3930, align 4, !tbaa !9
   %indvars.iv.next667.11.i.5 = or disjoint i64 %indvars.iv666.11.i, 6
   %.idx797.i.6 = shl nuw nsw i64 %indvars.iv.next667.11.i.5, 6
   %3931 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.6
   %3932 = getelementptr inbounds nuw i8, ptr %3931, i64 44
-  %3933 = load float, ptr %3932, align 4, !tbaa !5
+  %3933 = load float, ptr %3932, align 4, !tbaa !9
   %3934 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.5
-  store float %3933, ptr %3934, align 4, !tbaa !5
+  store float %3933, ptr %3934, align 4, !tbaa !9
   %indvars.iv.next667.11.i.6 = or disjoint i64 %indvars.iv666.11.i, 7
   %.idx797.i.7 = shl nuw nsw i64 %indvars.iv.next667.11.i.6, 6
   %3935 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.7
   %3936 = getelementptr inbounds nuw i8, ptr %3935, i64 44
-  %3937 = load float, ptr %3936, align 4, !tbaa !5
+  %3937 = load float, ptr %3936, align 4, !tbaa !9
   %3938 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.6
-  store float %3937, ptr %3938, align 4, !tbaa !5
+  store float %3937, ptr %3938, align 4, !tbaa !9
   %indvars.iv.next667.11.i.7 = add nuw nsw i64 %indvars.iv666.11.i, 8
   %exitcond669.11.not.i.7 = icmp eq i64 %indvars.iv.next667.11.i.7, 128
-  br i1 %exitcond669.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  br i1 %exitcond669.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !35, !llvm.loop !104
 
 for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body392
   %3939 = getelementptr inbounds nuw i8, ptr %425, i64 6144
@@ -6205,7 +6395,7 @@ for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %v
   %bound0364 = icmp ult ptr %scevgep360, %scevgep363
   %bound1365 = icmp ult ptr %scevgep362, %scevgep361
   %found.conflict366 = and i1 %bound0364, %bound1365
-  br i1 %found.conflict366, label %for_body_d.12.i, label %vector.body369, !prof !17
+  br i1 %found.conflict366, label %for_body_d.12.i, label %vector.body369, !prof !12
 
 vector.body369:                                   ; preds = %for_end_d.11.i
   %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6216,17 +6406,17 @@ vector.body369:                                   ; preds = %for_end_d.11.i
   %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 48
   %3946 = getelementptr inbounds nuw i8, <8 x ptr> %3942, i64 48
   %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 48
-  %wide.masked.gather375 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather376 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather377 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather378 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather375 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather376 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather377 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather378 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
   %3948 = getelementptr inbounds nuw i8, ptr %425, i64 6176
   %3949 = getelementptr inbounds nuw i8, ptr %425, i64 6208
   %3950 = getelementptr inbounds nuw i8, ptr %425, i64 6240
-  store <8 x float> %wide.masked.gather375, ptr %3939, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather376, ptr %3948, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather377, ptr %3949, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather378, ptr %3950, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather375, ptr %3939, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather376, ptr %3948, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather377, ptr %3949, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather378, ptr %3950, align 4, !tbaa !9, !alias.scope !108, !noalias !105
   %3951 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3952 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6235,18 +6425,18 @@ vector.body369:                                   ; preds = %for_end_d.11.i
   %3956 = getelementptr inbounds nuw i8, <8 x ptr> %3952, i64 48
   %3957 = getelementptr inbounds nuw i8, <8 x ptr> %3953, i64 48
   %3958 = getelementptr inbounds nuw i8, <8 x ptr> %3954, i64 48
-  %wide.masked.gather375.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3955, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather376.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather377.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather378.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather375.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3955, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather376.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather377.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather378.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
   %3959 = getelementptr inbounds nuw i8, ptr %425, i64 6272
   %3960 = getelementptr inbounds nuw i8, ptr %425, i64 6304
   %3961 = getelementptr inbounds nuw i8, ptr %425, i64 6336
   %3962 = getelementptr inbounds nuw i8, ptr %425, i64 6368
-  store <8 x float> %wide.masked.gather375.1, ptr %3959, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather376.1, ptr %3960, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather377.1, ptr %3961, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather378.1, ptr %3962, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather375.1, ptr %3959, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather376.1, ptr %3960, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather377.1, ptr %3961, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather378.1, ptr %3962, align 4, !tbaa !9, !alias.scope !108, !noalias !105
   %3963 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3964 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6255,18 +6445,18 @@ vector.body369:                                   ; preds = %for_end_d.11.i
   %3968 = getelementptr inbounds nuw i8, <8 x ptr> %3964, i64 48
   %3969 = getelementptr inbounds nuw i8, <8 x ptr> %3965, i64 48
   %3970 = getelementptr inbounds nuw i8, <8 x ptr> %3966, i64 48
-  %wide.masked.gather375.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3967, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather376.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather377.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather378.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather375.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3967, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather376.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather377.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather378.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
   %3971 = getelementptr inbounds nuw i8, ptr %425, i64 6400
   %3972 = getelementptr inbounds nuw i8, ptr %425, i64 6432
   %3973 = getelementptr inbounds nuw i8, ptr %425, i64 6464
   %3974 = getelementptr inbounds nuw i8, ptr %425, i64 6496
-  store <8 x float> %wide.masked.gather375.2, ptr %3971, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather376.2, ptr %3972, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather377.2, ptr %3973, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather378.2, ptr %3974, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather375.2, ptr %3971, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather376.2, ptr %3972, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather377.2, ptr %3973, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather378.2, ptr %3974, align 4, !tbaa !9, !alias.scope !108, !noalias !105
   %3975 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3976 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3977 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6275,18 +6465,18 @@ vector.body369:                                   ; preds = %for_end_d.11.i
   %3980 = getelementptr inbounds nuw i8, <8 x ptr> %3976, i64 48
   %3981 = getelementptr inbounds nuw i8, <8 x ptr> %3977, i64 48
   %3982 = getelementptr inbounds nuw i8, <8 x ptr> %3978, i64 48
-  %wide.masked.gather375.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3979, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather376.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3980, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather377.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3981, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather378.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3982, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather375.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3979, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather376.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3980, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather377.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3981, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
+  %wide.masked.gather378.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3982, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
   %3983 = getelementptr inbounds nuw i8, ptr %425, i64 6528
   %3984 = getelementptr inbounds nuw i8, ptr %425, i64 6560
   %3985 = getelementptr inbounds nuw i8, ptr %425, i64 6592
   %3986 = getelementptr inbounds nuw i8, ptr %425, i64 6624
-  store <8 x float> %wide.masked.gather375.3, ptr %3983, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather376.3, ptr %3984, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather377.3, ptr %3985, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather378.3, ptr %3986, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather375.3, ptr %3983, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather376.3, ptr %3984, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather377.3, ptr %3985, align 4, !tbaa !9, !alias.scope !108, !noalias !105
+  store <8 x float> %wide.masked.gather378.3, ptr %3986, align 4, !tbaa !9, !alias.scope !108, !noalias !105
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
@@ -6294,61 +6484,61 @@ for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %f
   %.idx798.i = shl nuw nsw i64 %indvars.iv666.12.i, 6
   %3987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i
   %3988 = getelementptr inbounds nuw i8, ptr %3987, i64 48
-  %3989 = load float, ptr %3988, align 4, !tbaa !5
+  %3989 = load float, ptr %3988, align 4, !tbaa !9
   %3990 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv666.12.i
-  store float %3989, ptr %3990, align 4, !tbaa !5
+  store float %3989, ptr %3990, align 4, !tbaa !9
   %indvars.iv.next667.12.i = or disjoint i64 %indvars.iv666.12.i, 1
   %.idx798.i.1 = shl nuw nsw i64 %indvars.iv.next667.12.i, 6
   %3991 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.1
   %3992 = getelementptr inbounds nuw i8, ptr %3991, i64 48
-  %3993 = load float, ptr %3992, align 4, !tbaa !5
+  %3993 = load float, ptr %3992, align 4, !tbaa !9
   %3994 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i
-  store float %3993, ptr %3994, align 4, !tbaa !5
+  store float %3993, ptr %3994, align 4, !tbaa !9
   %indvars.iv.next667.12.i.1 = or disjoint i64 %indvars.iv666.12.i, 2
   %.idx798.i.2 = shl nuw nsw i64 %indvars.iv.next667.12.i.1, 6
   %3995 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.2
   %3996 = getelementptr inbounds nuw i8, ptr %3995, i64 48
-  %3997 = load float, ptr %3996, align 4, !tbaa !5
+  %3997 = load float, ptr %3996, align 4, !tbaa !9
   %3998 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.1
-  store float %3997, ptr %3998, align 4, !tbaa !5
+  store float %3997, ptr %3998, align 4, !tbaa !9
   %indvars.iv.next667.12.i.2 = or disjoint i64 %indvars.iv666.12.i, 3
   %.idx798.i.3 = shl nuw nsw i64 %indvars.iv.next667.12.i.2, 6
   %3999 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.3
   %4000 = getelementptr inbounds nuw i8, ptr %3999, i64 48
-  %4001 = load float, ptr %4000, align 4, !tbaa !5
+  %4001 = load float, ptr %4000, align 4, !tbaa !9
   %4002 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.2
-  store float %4001, ptr %4002, align 4, !tbaa !5
+  store float %4001, ptr %4002, align 4, !tbaa !9
   %indvars.iv.next667.12.i.3 = or disjoint i64 %indvars.iv666.12.i, 4
   %.idx798.i.4 = shl nuw nsw i64 %indvars.iv.next667.12.i.3, 6
   %4003 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.4
   %4004 = getelementptr inbounds nuw i8, ptr %4003, i64 48
-  %4005 = load float, ptr %4004, align 4, !tbaa !5
+  %4005 = load float, ptr %4004, align 4, !tbaa !9
   %4006 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.3
-  store float %4005, ptr %4006, align 4, !tbaa !5
+  store float %4005, ptr %4006, align 4, !tbaa !9
   %indvars.iv.next667.12.i.4 = or disjoint i64 %indvars.iv666.12.i, 5
   %.idx798.i.5 = shl nuw nsw i64 %indvars.iv.next667.12.i.4, 6
   %4007 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.5
   %4008 = getelementptr inbounds nuw i8, ptr %4007, i64 48
-  %4009 = load float, ptr %4008, align 4, !tbaa !5
+  %4009 = load float, ptr %4008, align 4, !tbaa !9
   %4010 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.4
-  store float %4009, ptr %4010, align 4, !tbaa !5
+  store float %4009, ptr %4010, align 4, !tbaa !9
   %indvars.iv.next667.12.i.5 = or disjoint i64 %indvars.iv666.12.i, 6
   %.idx798.i.6 = shl nuw nsw i64 %indvars.iv.next667.12.i.5, 6
   %4011 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.6
   %4012 = getelementptr inbounds nuw i8, ptr %4011, i64 48
-  %4013 = load float, ptr %4012, align 4, !tbaa !5
+  %4013 = load float, ptr %4012, align 4, !tbaa !9
   %4014 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.5
-  store float %4013, ptr %4014, align 4, !tbaa !5
+  store float %4013, ptr %4014, align 4, !tbaa !9
   %indvars.iv.next667.12.i.6 = or disjoint i64 %indvars.iv666.12.i, 7
   %.idx798.i.7 = shl nuw nsw i64 %indvars.iv.next667.12.i.6, 6
   %4015 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.7
   %4016 = getelementptr inbounds nuw i8, ptr %4015, i64 48
-  %4017 = load float, ptr %4016, align 4, !tbaa !5
+  %4017 = load float, ptr %4016, align 4, !tbaa !9
   %4018 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.6
-  store float %4017, ptr %4018, align 4, !tbaa !5
+  store float %4017, ptr %4018, align 4, !tbaa !9
   %indvars.iv.next667.12.i.7 = add nuw nsw i64 %indvars.iv666.12.i, 8
   %exitcond669.12.not.i.7 = icmp eq i64 %indvars.iv.next667.12.i.7, 128
-  br i1 %exitcond669.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  br i1 %exitcond669.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !35, !llvm.loop !110
 
 for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body369
   %4019 = getelementptr inbounds nuw i8, ptr %425, i64 6656
@@ -6357,7 +6547,7 @@ for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %v
   %bound0341 = icmp ult ptr %scevgep337, %scevgep340
   %bound1342 = icmp ult ptr %scevgep339, %scevgep338
   %found.conflict343 = and i1 %bound0341, %bound1342
-  br i1 %found.conflict343, label %for_body_d.13.i, label %vector.body346, !prof !17
+  br i1 %found.conflict343, label %for_body_d.13.i, label %vector.body346, !prof !12
 
 vector.body346:                                   ; preds = %for_end_d.12.i
   %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6368,17 +6558,17 @@ vector.body346:                                   ; preds = %for_end_d.12.i
   %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 52
   %4026 = getelementptr inbounds nuw i8, <8 x ptr> %4022, i64 52
   %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 52
-  %wide.masked.gather352 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather353 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather354 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather355 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather352 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather353 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather354 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather355 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
   %4028 = getelementptr inbounds nuw i8, ptr %425, i64 6688
   %4029 = getelementptr inbounds nuw i8, ptr %425, i64 6720
   %4030 = getelementptr inbounds nuw i8, ptr %425, i64 6752
-  store <8 x float> %wide.masked.gather352, ptr %4019, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather353, ptr %4028, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather354, ptr %4029, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather355, ptr %4030, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather352, ptr %4019, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather353, ptr %4028, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather354, ptr %4029, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather355, ptr %4030, align 4, !tbaa !9, !alias.scope !114, !noalias !111
   %4031 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4032 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6387,18 +6577,18 @@ vector.body346:                                   ; preds = %for_end_d.12.i
   %4036 = getelementptr inbounds nuw i8, <8 x ptr> %4032, i64 52
   %4037 = getelementptr inbounds nuw i8, <8 x ptr> %4033, i64 52
   %4038 = getelementptr inbounds nuw i8, <8 x ptr> %4034, i64 52
-  %wide.masked.gather352.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4035, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather353.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather354.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather355.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather352.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4035, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather353.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather354.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather355.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
   %4039 = getelementptr inbounds nuw i8, ptr %425, i64 6784
   %4040 = getelementptr inbounds nuw i8, ptr %425, i64 6816
   %4041 = getelementptr inbounds nuw i8, ptr %425, i64 6848
   %4042 = getelementptr inbounds nuw i8, ptr %425, i64 6880
-  store <8 x float> %wide.masked.gather352.1, ptr %4039, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather353.1, ptr %4040, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather354.1, ptr %4041, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather355.1, ptr %4042, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather352.1, ptr %4039, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather353.1, ptr %4040, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather354.1, ptr %4041, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather355.1, ptr %4042, align 4, !tbaa !9, !alias.scope !114, !noalias !111
   %4043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6407,18 +6597,18 @@ vector.body346:                                   ; preds = %for_end_d.12.i
   %4048 = getelementptr inbounds nuw i8, <8 x ptr> %4044, i64 52
   %4049 = getelementptr inbounds nuw i8, <8 x ptr> %4045, i64 52
   %4050 = getelementptr inbounds nuw i8, <8 x ptr> %4046, i64 52
-  %wide.masked.gather352.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather353.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather354.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather355.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather352.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather353.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather354.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather355.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
   %4051 = getelementptr inbounds nuw i8, ptr %425, i64 6912
   %4052 = getelementptr inbounds nuw i8, ptr %425, i64 6944
   %4053 = getelementptr inbounds nuw i8, ptr %425, i64 6976
   %4054 = getelementptr inbounds nuw i8, ptr %425, i64 7008
-  store <8 x float> %wide.masked.gather352.2, ptr %4051, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather353.2, ptr %4052, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather354.2, ptr %4053, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather355.2, ptr %4054, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather352.2, ptr %4051, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather353.2, ptr %4052, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather354.2, ptr %4053, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather355.2, ptr %4054, align 4, !tbaa !9, !alias.scope !114, !noalias !111
   %4055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4057 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6427,18 +6617,18 @@ vector.body346:                                   ; preds = %for_end_d.12.i
   %4060 = getelementptr inbounds nuw i8, <8 x ptr> %4056, i64 52
   %4061 = getelementptr inbounds nuw i8, <8 x ptr> %4057, i64 52
   %4062 = getelementptr inbounds nuw i8, <8 x ptr> %4058, i64 52
-  %wide.masked.gather352.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather353.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather354.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4061, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather355.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather352.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather353.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather354.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4061, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
+  %wide.masked.gather355.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
   %4063 = getelementptr inbounds nuw i8, ptr %425, i64 7040
   %4064 = getelementptr inbounds nuw i8, ptr %425, i64 7072
   %4065 = getelementptr inbounds nuw i8, ptr %425, i64 7104
   %4066 = getelementptr inbounds nuw i8, ptr %425, i64 7136
-  store <8 x float> %wide.masked.gather352.3, ptr %4063, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather353.3, ptr %4064, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather354.3, ptr %4065, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather355.3, ptr %4066, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather352.3, ptr %4063, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather353.3, ptr %4064, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather354.3, ptr %4065, align 4, !tbaa !9, !alias.scope !114, !noalias !111
+  store <8 x float> %wide.masked.gather355.3, ptr %4066, align 4, !tbaa !9, !alias.scope !114, !noalias !111
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
@@ -6446,61 +6636,61 @@ for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %f
   %.idx799.i = shl nuw nsw i64 %indvars.iv666.13.i, 6
   %4067 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i
   %4068 = getelementptr inbounds nuw i8, ptr %4067, i64 52
-  %4069 = load float, ptr %4068, align 4, !tbaa !5
+  %4069 = load float, ptr %4068, align 4, !tbaa !9
   %4070 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv666.13.i
-  store float %4069, ptr %4070, align 4, !tbaa !5
+  store float %4069, ptr %4070, align 4, !tbaa !9
   %indvars.iv.next667.13.i = or disjoint i64 %indvars.iv666.13.i, 1
   %.idx799.i.1 = shl nuw nsw i64 %indvars.iv.next667.13.i, 6
   %4071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.1
   %4072 = getelementptr inbounds nuw i8, ptr %4071, i64 52
-  %4073 = load float, ptr %4072, align 4, !tbaa !5
+  %4073 = load float, ptr %4072, align 4, !tbaa !9
   %4074 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i
-  store float %4073, ptr %4074, align 4, !tbaa !5
+  store float %4073, ptr %4074, align 4, !tbaa !9
   %indvars.iv.next667.13.i.1 = or disjoint i64 %indvars.iv666.13.i, 2
   %.idx799.i.2 = shl nuw nsw i64 %indvars.iv.next667.13.i.1, 6
   %4075 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.2
   %4076 = getelementptr inbounds nuw i8, ptr %4075, i64 52
-  %4077 = load float, ptr %4076, align 4, !tbaa !5
+  %4077 = load float, ptr %4076, align 4, !tbaa !9
   %4078 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.1
-  store float %4077, ptr %4078, align 4, !tbaa !5
+  store float %4077, ptr %4078, align 4, !tbaa !9
   %indvars.iv.next667.13.i.2 = or disjoint i64 %indvars.iv666.13.i, 3
   %.idx799.i.3 = shl nuw nsw i64 %indvars.iv.next667.13.i.2, 6
   %4079 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.3
   %4080 = getelementptr inbounds nuw i8, ptr %4079, i64 52
-  %4081 = load float, ptr %4080, align 4, !tbaa !5
+  %4081 = load float, ptr %4080, align 4, !tbaa !9
   %4082 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.2
-  store float %4081, ptr %4082, align 4, !tbaa !5
+  store float %4081, ptr %4082, align 4, !tbaa !9
   %indvars.iv.next667.13.i.3 = or disjoint i64 %indvars.iv666.13.i, 4
   %.idx799.i.4 = shl nuw nsw i64 %indvars.iv.next667.13.i.3, 6
   %4083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.4
   %4084 = getelementptr inbounds nuw i8, ptr %4083, i64 52
-  %4085 = load float, ptr %4084, align 4, !tbaa !5
+  %4085 = load float, ptr %4084, align 4, !tbaa !9
   %4086 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.3
-  store float %4085, ptr %4086, align 4, !tbaa !5
+  store float %4085, ptr %4086, align 4, !tbaa !9
   %indvars.iv.next667.13.i.4 = or disjoint i64 %indvars.iv666.13.i, 5
   %.idx799.i.5 = shl nuw nsw i64 %indvars.iv.next667.13.i.4, 6
   %4087 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.5
   %4088 = getelementptr inbounds nuw i8, ptr %4087, i64 52
-  %4089 = load float, ptr %4088, align 4, !tbaa !5
+  %4089 = load float, ptr %4088, align 4, !tbaa !9
   %4090 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.4
-  store float %4089, ptr %4090, align 4, !tbaa !5
+  store float %4089, ptr %4090, align 4, !tbaa !9
   %indvars.iv.next667.13.i.5 = or disjoint i64 %indvars.iv666.13.i, 6
   %.idx799.i.6 = shl nuw nsw i64 %indvars.iv.next667.13.i.5, 6
   %4091 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.6
   %4092 = getelementptr inbounds nuw i8, ptr %4091, i64 52
-  %4093 = load float, ptr %4092, align 4, !tbaa !5
+  %4093 = load float, ptr %4092, align 4, !tbaa !9
   %4094 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.5
-  store float %4093, ptr %4094, align 4, !tbaa !5
+  store float %4093, ptr %4094, align 4, !tbaa !9
   %indvars.iv.next667.13.i.6 = or disjoint i64 %indvars.iv666.13.i, 7
   %.idx799.i.7 = shl nuw nsw i64 %indvars.iv.next667.13.i.6, 6
   %4095 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.7
   %4096 = getelementptr inbounds nuw i8, ptr %4095, i64 52
-  %4097 = load float, ptr %4096, align 4, !tbaa !5
+  %4097 = load float, ptr %4096, align 4, !tbaa !9
   %4098 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.6
-  store float %4097, ptr %4098, align 4, !tbaa !5
+  store float %4097, ptr %4098, align 4, !tbaa !9
   %indvars.iv.next667.13.i.7 = add nuw nsw i64 %indvars.iv666.13.i, 8
   %exitcond669.13.not.i.7 = icmp eq i64 %indvars.iv.next667.13.i.7, 128
-  br i1 %exitcond669.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  br i1 %exitcond669.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !35, !llvm.loop !116
 
 for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body346
   %4099 = getelementptr inbounds nuw i8, ptr %425, i64 7168
@@ -6509,7 +6699,7 @@ for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %v
   %bound0318 = icmp ult ptr %scevgep314, %scevgep317
   %bound1319 = icmp ult ptr %scevgep316, %scevgep315
   %found.conflict320 = and i1 %bound0318, %bound1319
-  br i1 %found.conflict320, label %for_body_d.14.i, label %vector.body323, !prof !17
+  br i1 %found.conflict320, label %for_body_d.14.i, label %vector.body323, !prof !12
 
 vector.body323:                                   ; preds = %for_end_d.13.i
   %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6520,17 +6710,17 @@ vector.body323:                                   ; preds = %for_end_d.13.i
   %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 56
   %4106 = getelementptr inbounds nuw i8, <8 x ptr> %4102, i64 56
   %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 56
-  %wide.masked.gather329 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather330 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather331 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather332 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather329 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather330 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather331 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather332 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
   %4108 = getelementptr inbounds nuw i8, ptr %425, i64 7200
   %4109 = getelementptr inbounds nuw i8, ptr %425, i64 7232
   %4110 = getelementptr inbounds nuw i8, ptr %425, i64 7264
-  store <8 x float> %wide.masked.gather329, ptr %4099, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather330, ptr %4108, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather331, ptr %4109, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather332, ptr %4110, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather329, ptr %4099, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather330, ptr %4108, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather331, ptr %4109, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather332, ptr %4110, align 4, !tbaa !9, !alias.scope !120, !noalias !117
   %4111 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4112 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6539,18 +6729,18 @@ vector.body323:                                   ; preds = %for_end_d.13.i
   %4116 = getelementptr inbounds nuw i8, <8 x ptr> %4112, i64 56
   %4117 = getelementptr inbounds nuw i8, <8 x ptr> %4113, i64 56
   %4118 = getelementptr inbounds nuw i8, <8 x ptr> %4114, i64 56
-  %wide.masked.gather329.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather330.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather331.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather332.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather329.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather330.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather331.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather332.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
   %4119 = getelementptr inbounds nuw i8, ptr %425, i64 7296
   %4120 = getelementptr inbounds nuw i8, ptr %425, i64 7328
   %4121 = getelementptr inbounds nuw i8, ptr %425, i64 7360
   %4122 = getelementptr inbounds nuw i8, ptr %425, i64 7392
-  store <8 x float> %wide.masked.gather329.1, ptr %4119, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather330.1, ptr %4120, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather331.1, ptr %4121, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather332.1, ptr %4122, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather329.1, ptr %4119, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather330.1, ptr %4120, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather331.1, ptr %4121, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather332.1, ptr %4122, align 4, !tbaa !9, !alias.scope !120, !noalias !117
   %4123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6559,18 +6749,18 @@ vector.body323:                                   ; preds = %for_end_d.13.i
   %4128 = getelementptr inbounds nuw i8, <8 x ptr> %4124, i64 56
   %4129 = getelementptr inbounds nuw i8, <8 x ptr> %4125, i64 56
   %4130 = getelementptr inbounds nuw i8, <8 x ptr> %4126, i64 56
-  %wide.masked.gather329.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather330.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather331.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather332.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather329.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather330.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather331.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather332.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
   %4131 = getelementptr inbounds nuw i8, ptr %425, i64 7424
   %4132 = getelementptr inbounds nuw i8, ptr %425, i64 7456
   %4133 = getelementptr inbounds nuw i8, ptr %425, i64 7488
   %4134 = getelementptr inbounds nuw i8, ptr %425, i64 7520
-  store <8 x float> %wide.masked.gather329.2, ptr %4131, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather330.2, ptr %4132, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather331.2, ptr %4133, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather332.2, ptr %4134, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather329.2, ptr %4131, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather330.2, ptr %4132, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather331.2, ptr %4133, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather332.2, ptr %4134, align 4, !tbaa !9, !alias.scope !120, !noalias !117
   %4135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4137 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6579,18 +6769,18 @@ vector.body323:                                   ; preds = %for_end_d.13.i
   %4140 = getelementptr inbounds nuw i8, <8 x ptr> %4136, i64 56
   %4141 = getelementptr inbounds nuw i8, <8 x ptr> %4137, i64 56
   %4142 = getelementptr inbounds nuw i8, <8 x ptr> %4138, i64 56
-  %wide.masked.gather329.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather330.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather331.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather332.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather329.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather330.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather331.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
+  %wide.masked.gather332.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
   %4143 = getelementptr inbounds nuw i8, ptr %425, i64 7552
   %4144 = getelementptr inbounds nuw i8, ptr %425, i64 7584
   %4145 = getelementptr inbounds nuw i8, ptr %425, i64 7616
   %4146 = getelementptr inbounds nuw i8, ptr %425, i64 7648
-  store <8 x float> %wide.masked.gather329.3, ptr %4143, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather330.3, ptr %4144, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather331.3, ptr %4145, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather332.3, ptr %4146, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather329.3, ptr %4143, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather330.3, ptr %4144, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather331.3, ptr %4145, align 4, !tbaa !9, !alias.scope !120, !noalias !117
+  store <8 x float> %wide.masked.gather332.3, ptr %4146, align 4, !tbaa !9, !alias.scope !120, !noalias !117
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
@@ -6598,61 +6788,61 @@ for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %f
   %.idx800.i = shl nuw nsw i64 %indvars.iv666.14.i, 6
   %4147 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i
   %4148 = getelementptr inbounds nuw i8, ptr %4147, i64 56
-  %4149 = load float, ptr %4148, align 4, !tbaa !5
+  %4149 = load float, ptr %4148, align 4, !tbaa !9
   %4150 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv666.14.i
-  store float %4149, ptr %4150, align 4, !tbaa !5
+  store float %4149, ptr %4150, align 4, !tbaa !9
   %indvars.iv.next667.14.i = or disjoint i64 %indvars.iv666.14.i, 1
   %.idx800.i.1 = shl nuw nsw i64 %indvars.iv.next667.14.i, 6
   %4151 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.1
   %4152 = getelementptr inbounds nuw i8, ptr %4151, i64 56
-  %4153 = load float, ptr %4152, align 4, !tbaa !5
+  %4153 = load float, ptr %4152, align 4, !tbaa !9
   %4154 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i
-  store float %4153, ptr %4154, align 4, !tbaa !5
+  store float %4153, ptr %4154, align 4, !tbaa !9
   %indvars.iv.next667.14.i.1 = or disjoint i64 %indvars.iv666.14.i, 2
   %.idx800.i.2 = shl nuw nsw i64 %indvars.iv.next667.14.i.1, 6
   %4155 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.2
   %4156 = getelementptr inbounds nuw i8, ptr %4155, i64 56
-  %4157 = load float, ptr %4156, align 4, !tbaa !5
+  %4157 = load float, ptr %4156, align 4, !tbaa !9
   %4158 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.1
-  store float %4157, ptr %4158, align 4, !tbaa !5
+  store float %4157, ptr %4158, align 4, !tbaa !9
   %indvars.iv.next667.14.i.2 = or disjoint i64 %indvars.iv666.14.i, 3
   %.idx800.i.3 = shl nuw nsw i64 %indvars.iv.next667.14.i.2, 6
   %4159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.3
   %4160 = getelementptr inbounds nuw i8, ptr %4159, i64 56
-  %4161 = load float, ptr %4160, align 4, !tbaa !5
+  %4161 = load float, ptr %4160, align 4, !tbaa !9
   %4162 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.2
-  store float %4161, ptr %4162, align 4, !tbaa !5
+  store float %4161, ptr %4162, align 4, !tbaa !9
   %indvars.iv.next667.14.i.3 = or disjoint i64 %indvars.iv666.14.i, 4
   %.idx800.i.4 = shl nuw nsw i64 %indvars.iv.next667.14.i.3, 6
   %4163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.4
   %4164 = getelementptr inbounds nuw i8, ptr %4163, i64 56
-  %4165 = load float, ptr %4164, align 4, !tbaa !5
+  %4165 = load float, ptr %4164, align 4, !tbaa !9
   %4166 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.3
-  store float %4165, ptr %4166, align 4, !tbaa !5
+  store float %4165, ptr %4166, align 4, !tbaa !9
   %indvars.iv.next667.14.i.4 = or disjoint i64 %indvars.iv666.14.i, 5
   %.idx800.i.5 = shl nuw nsw i64 %indvars.iv.next667.14.i.4, 6
   %4167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.5
   %4168 = getelementptr inbounds nuw i8, ptr %4167, i64 56
-  %4169 = load float, ptr %4168, align 4, !tbaa !5
+  %4169 = load float, ptr %4168, align 4, !tbaa !9
   %4170 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.4
-  store float %4169, ptr %4170, align 4, !tbaa !5
+  store float %4169, ptr %4170, align 4, !tbaa !9
   %indvars.iv.next667.14.i.5 = or disjoint i64 %indvars.iv666.14.i, 6
   %.idx800.i.6 = shl nuw nsw i64 %indvars.iv.next667.14.i.5, 6
   %4171 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.6
   %4172 = getelementptr inbounds nuw i8, ptr %4171, i64 56
-  %4173 = load float, ptr %4172, align 4, !tbaa !5
+  %4173 = load float, ptr %4172, align 4, !tbaa !9
   %4174 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.5
-  store float %4173, ptr %4174, align 4, !tbaa !5
+  store float %4173, ptr %4174, align 4, !tbaa !9
   %indvars.iv.next667.14.i.6 = or disjoint i64 %indvars.iv666.14.i, 7
   %.idx800.i.7 = shl nuw nsw i64 %indvars.iv.next667.14.i.6, 6
   %4175 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.7
   %4176 = getelementptr inbounds nuw i8, ptr %4175, i64 56
-  %4177 = load float, ptr %4176, align 4, !tbaa !5
+  %4177 = load float, ptr %4176, align 4, !tbaa !9
   %4178 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.6
-  store float %4177, ptr %4178, align 4, !tbaa !5
+  store float %4177, ptr %4178, align 4, !tbaa !9
   %indvars.iv.next667.14.i.7 = add nuw nsw i64 %indvars.iv666.14.i, 8
   %exitcond669.14.not.i.7 = icmp eq i64 %indvars.iv.next667.14.i.7, 128
-  br i1 %exitcond669.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  br i1 %exitcond669.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !35, !llvm.loop !122
 
 for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body323
   %4179 = getelementptr inbounds nuw i8, ptr %425, i64 7680
@@ -6661,7 +6851,7 @@ for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %v
   %bound0 = icmp ult ptr %scevgep, %scevgep309
   %bound1 = icmp ult ptr %scevgep308, %scevgep307
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
+  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !12
 
 vector.body:                                      ; preds = %for_end_d.14.i
   %4180 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6672,17 +6862,17 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4185 = getelementptr inbounds nuw i8, <8 x ptr> %4181, i64 60
   %4186 = getelementptr inbounds nuw i8, <8 x ptr> %4182, i64 60
   %4187 = getelementptr inbounds nuw i8, <8 x ptr> %4183, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4186, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4186, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
   %4188 = getelementptr inbounds nuw i8, ptr %425, i64 7712
   %4189 = getelementptr inbounds nuw i8, ptr %425, i64 7744
   %4190 = getelementptr inbounds nuw i8, ptr %425, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4179, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather310, ptr %4188, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather311, ptr %4189, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather312, ptr %4190, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather, ptr %4179, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather310, ptr %4188, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather311, ptr %4189, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather312, ptr %4190, align 4, !tbaa !9, !alias.scope !126, !noalias !123
   %4191 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4192 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4193 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6691,18 +6881,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4196 = getelementptr inbounds nuw i8, <8 x ptr> %4192, i64 60
   %4197 = getelementptr inbounds nuw i8, <8 x ptr> %4193, i64 60
   %4198 = getelementptr inbounds nuw i8, <8 x ptr> %4194, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4195, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4196, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4197, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4195, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4196, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4197, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
   %4199 = getelementptr inbounds nuw i8, ptr %425, i64 7808
   %4200 = getelementptr inbounds nuw i8, ptr %425, i64 7840
   %4201 = getelementptr inbounds nuw i8, ptr %425, i64 7872
   %4202 = getelementptr inbounds nuw i8, ptr %425, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4199, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather310.1, ptr %4200, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather311.1, ptr %4201, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather312.1, ptr %4202, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.1, ptr %4199, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather310.1, ptr %4200, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather311.1, ptr %4201, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather312.1, ptr %4202, align 4, !tbaa !9, !alias.scope !126, !noalias !123
   %4203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4204 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4205 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6711,18 +6901,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4208 = getelementptr inbounds nuw i8, <8 x ptr> %4204, i64 60
   %4209 = getelementptr inbounds nuw i8, <8 x ptr> %4205, i64 60
   %4210 = getelementptr inbounds nuw i8, <8 x ptr> %4206, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
   %4211 = getelementptr inbounds nuw i8, ptr %425, i64 7936
   %4212 = getelementptr inbounds nuw i8, ptr %425, i64 7968
   %4213 = getelementptr inbounds nuw i8, ptr %425, i64 8000
   %4214 = getelementptr inbounds nuw i8, ptr %425, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4211, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather310.2, ptr %4212, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather311.2, ptr %4213, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather312.2, ptr %4214, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.2, ptr %4211, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather310.2, ptr %4212, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather311.2, ptr %4213, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather312.2, ptr %4214, align 4, !tbaa !9, !alias.scope !126, !noalias !123
   %4215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4217 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6731,18 +6921,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4220 = getelementptr inbounds nuw i8, <8 x ptr> %4216, i64 60
   %4221 = getelementptr inbounds nuw i8, <8 x ptr> %4217, i64 60
   %4222 = getelementptr inbounds nuw i8, <8 x ptr> %4218, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
   %4223 = getelementptr inbounds nuw i8, ptr %425, i64 8064
   %4224 = getelementptr inbounds nuw i8, ptr %425, i64 8096
   %4225 = getelementptr inbounds nuw i8, ptr %425, i64 8128
   %4226 = getelementptr inbounds nuw i8, ptr %425, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4223, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather310.3, ptr %4224, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather311.3, ptr %4225, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather312.3, ptr %4226, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.3, ptr %4223, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather310.3, ptr %4224, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather311.3, ptr %4225, align 4, !tbaa !9, !alias.scope !126, !noalias !123
+  store <8 x float> %wide.masked.gather312.3, ptr %4226, align 4, !tbaa !9, !alias.scope !126, !noalias !123
   br label %if_end200.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
@@ -6750,67 +6940,67 @@ for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %f
   %.idx801.i = shl nuw nsw i64 %indvars.iv666.15.i, 6
   %4227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i
   %4228 = getelementptr inbounds nuw i8, ptr %4227, i64 60
-  %4229 = load float, ptr %4228, align 4, !tbaa !5
+  %4229 = load float, ptr %4228, align 4, !tbaa !9
   %4230 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv666.15.i
-  store float %4229, ptr %4230, align 4, !tbaa !5
+  store float %4229, ptr %4230, align 4, !tbaa !9
   %indvars.iv.next667.15.i = or disjoint i64 %indvars.iv666.15.i, 1
   %.idx801.i.1 = shl nuw nsw i64 %indvars.iv.next667.15.i, 6
   %4231 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.1
   %4232 = getelementptr inbounds nuw i8, ptr %4231, i64 60
-  %4233 = load float, ptr %4232, align 4, !tbaa !5
+  %4233 = load float, ptr %4232, align 4, !tbaa !9
   %4234 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i
-  store float %4233, ptr %4234, align 4, !tbaa !5
+  store float %4233, ptr %4234, align 4, !tbaa !9
   %indvars.iv.next667.15.i.1 = or disjoint i64 %indvars.iv666.15.i, 2
   %.idx801.i.2 = shl nuw nsw i64 %indvars.iv.next667.15.i.1, 6
   %4235 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.2
   %4236 = getelementptr inbounds nuw i8, ptr %4235, i64 60
-  %4237 = load float, ptr %4236, align 4, !tbaa !5
+  %4237 = load float, ptr %4236, align 4, !tbaa !9
   %4238 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.1
-  store float %4237, ptr %4238, align 4, !tbaa !5
+  store float %4237, ptr %4238, align 4, !tbaa !9
   %indvars.iv.next667.15.i.2 = or disjoint i64 %indvars.iv666.15.i, 3
   %.idx801.i.3 = shl nuw nsw i64 %indvars.iv.next667.15.i.2, 6
   %4239 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.3
   %4240 = getelementptr inbounds nuw i8, ptr %4239, i64 60
-  %4241 = load float, ptr %4240, align 4, !tbaa !5
+  %4241 = load float, ptr %4240, align 4, !tbaa !9
   %4242 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.2
-  store float %4241, ptr %4242, align 4, !tbaa !5
+  store float %4241, ptr %4242, align 4, !tbaa !9
   %indvars.iv.next667.15.i.3 = or disjoint i64 %indvars.iv666.15.i, 4
   %.idx801.i.4 = shl nuw nsw i64 %indvars.iv.next667.15.i.3, 6
   %4243 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.4
   %4244 = getelementptr inbounds nuw i8, ptr %4243, i64 60
-  %4245 = load float, ptr %4244, align 4, !tbaa !5
+  %4245 = load float, ptr %4244, align 4, !tbaa !9
   %4246 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.3
-  store float %4245, ptr %4246, align 4, !tbaa !5
+  store float %4245, ptr %4246, align 4, !tbaa !9
   %indvars.iv.next667.15.i.4 = or disjoint i64 %indvars.iv666.15.i, 5
   %.idx801.i.5 = shl nuw nsw i64 %indvars.iv.next667.15.i.4, 6
   %4247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.5
   %4248 = getelementptr inbounds nuw i8, ptr %4247, i64 60
-  %4249 = load float, ptr %4248, align 4, !tbaa !5
+  %4249 = load float, ptr %4248, align 4, !tbaa !9
   %4250 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.4
-  store float %4249, ptr %4250, align 4, !tbaa !5
+  store float %4249, ptr %4250, align 4, !tbaa !9
   %indvars.iv.next667.15.i.5 = or disjoint i64 %indvars.iv666.15.i, 6
   %.idx801.i.6 = shl nuw nsw i64 %indvars.iv.next667.15.i.5, 6
   %4251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.6
   %4252 = getelementptr inbounds nuw i8, ptr %4251, i64 60
-  %4253 = load float, ptr %4252, align 4, !tbaa !5
+  %4253 = load float, ptr %4252, align 4, !tbaa !9
   %4254 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.5
-  store float %4253, ptr %4254, align 4, !tbaa !5
+  store float %4253, ptr %4254, align 4, !tbaa !9
   %indvars.iv.next667.15.i.6 = or disjoint i64 %indvars.iv666.15.i, 7
   %.idx801.i.7 = shl nuw nsw i64 %indvars.iv.next667.15.i.6, 6
   %4255 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.7
   %4256 = getelementptr inbounds nuw i8, ptr %4255, i64 60
-  %4257 = load float, ptr %4256, align 4, !tbaa !5
+  %4257 = load float, ptr %4256, align 4, !tbaa !9
   %4258 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.6
-  store float %4257, ptr %4258, align 4, !tbaa !5
+  store float %4257, ptr %4258, align 4, !tbaa !9
   %indvars.iv.next667.15.i.7 = add nuw nsw i64 %indvars.iv666.15.i, 8
   %exitcond669.15.not.i.7 = icmp eq i64 %indvars.iv.next667.15.i.7, 128
-  br i1 %exitcond669.15.not.i.7, label %if_end200.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  br i1 %exitcond669.15.not.i.7, label %if_end200.i, label %for_body_d.15.i, !prof !35, !llvm.loop !128
 
 if_end249.i:                                      ; preds = %if_end200.i
-  %4259 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4259 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4260 = tail call i32 %4259(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not274.i = icmp eq i32 %4260, 0
-  br i1 %.not274.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not274.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !26
 
 fused_decode_compute_.exit:                       ; preds = %if_end249.i, %if_end200.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %if_end179.i, %for_end_d_0_m.i, %for_end_to69.thread.i, %for_end_to69.i, %if_end62.i, %for_end_to53.i, %if_end46.i, %for_end_t36.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
   %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %if_end179.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to69.thread.i ], [ -1, %for_end_to69.i ], [ -1, %if_end62.i ], [ -1, %for_end_to53.i ], [ -1, %if_end46.i ], [ -1, %for_end_t36.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end200.i ], [ -1, %if_end249.i ]
@@ -6818,7 +7008,199 @@ fused_decode_compute_.exit:                       ; preds = %if_end249.i, %if_en
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #5
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #6
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!"branch_weights", i32 1, i32 127}
+!13 = !{!14}
+!14 = distinct !{!14, !15}
+!15 = distinct !{!15, !"LVerDomain"}
+!16 = !{!17}
+!17 = distinct !{!17, !15}
+!18 = distinct !{!18, !19}
+!19 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!20 = distinct !{!20, !19}
+!21 = !{!"branch_weights", i32 2032, i32 2147481616}
+!22 = !{!"branch_weights", i32 4064, i32 2147479584}
+!23 = distinct !{!23, !24}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!25 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!26 = !{!"branch_weights", i32 1, i32 1048576}
+!27 = !{!28, !28, i64 0}
+!28 = !{!"buffer0.w64.b0", !29, i64 0}
+!29 = !{!"buffer0.w128.b0", !30, i64 0}
+!30 = !{!"buffer0.w256.b0", !31, i64 0}
+!31 = !{!"buffer0.w512.b0", !32, i64 0}
+!32 = !{!"buffer0.w1024.b0", !33, i64 0}
+!33 = !{!"buffer0", !7, i64 0}
+!34 = !{!33, !33, i64 0}
+!35 = !{!"branch_weights", i32 1, i32 0}
+!36 = distinct !{!36, !37, !38}
+!37 = !{!"llvm.loop.isvectorized", i32 1}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!39 = !{!40}
+!40 = distinct !{!40, !41}
+!41 = distinct !{!41, !"LVerDomain"}
+!42 = !{!43}
+!43 = distinct !{!43, !41}
+!44 = distinct !{!44, !37, !38}
+!45 = !{!46}
+!46 = distinct !{!46, !47}
+!47 = distinct !{!47, !"LVerDomain"}
+!48 = !{!49}
+!49 = distinct !{!49, !47}
+!50 = distinct !{!50, !37, !38}
+!51 = !{!52}
+!52 = distinct !{!52, !53}
+!53 = distinct !{!53, !"LVerDomain"}
+!54 = !{!55}
+!55 = distinct !{!55, !53}
+!56 = distinct !{!56, !37, !38}
+!57 = !{!58}
+!58 = distinct !{!58, !59}
+!59 = distinct !{!59, !"LVerDomain"}
+!60 = !{!61}
+!61 = distinct !{!61, !59}
+!62 = distinct !{!62, !37, !38}
+!63 = !{!64}
+!64 = distinct !{!64, !65}
+!65 = distinct !{!65, !"LVerDomain"}
+!66 = !{!67}
+!67 = distinct !{!67, !65}
+!68 = distinct !{!68, !37, !38}
+!69 = !{!70}
+!70 = distinct !{!70, !71}
+!71 = distinct !{!71, !"LVerDomain"}
+!72 = !{!73}
+!73 = distinct !{!73, !71}
+!74 = distinct !{!74, !37, !38}
+!75 = !{!76}
+!76 = distinct !{!76, !77}
+!77 = distinct !{!77, !"LVerDomain"}
+!78 = !{!79}
+!79 = distinct !{!79, !77}
+!80 = distinct !{!80, !37, !38}
+!81 = !{!82}
+!82 = distinct !{!82, !83}
+!83 = distinct !{!83, !"LVerDomain"}
+!84 = !{!85}
+!85 = distinct !{!85, !83}
+!86 = distinct !{!86, !37, !38}
+!87 = !{!88}
+!88 = distinct !{!88, !89}
+!89 = distinct !{!89, !"LVerDomain"}
+!90 = !{!91}
+!91 = distinct !{!91, !89}
+!92 = distinct !{!92, !37, !38}
+!93 = !{!94}
+!94 = distinct !{!94, !95}
+!95 = distinct !{!95, !"LVerDomain"}
+!96 = !{!97}
+!97 = distinct !{!97, !95}
+!98 = distinct !{!98, !37, !38}
+!99 = !{!100}
+!100 = distinct !{!100, !101}
+!101 = distinct !{!101, !"LVerDomain"}
+!102 = !{!103}
+!103 = distinct !{!103, !101}
+!104 = distinct !{!104, !37, !38}
+!105 = !{!106}
+!106 = distinct !{!106, !107}
+!107 = distinct !{!107, !"LVerDomain"}
+!108 = !{!109}
+!109 = distinct !{!109, !107}
+!110 = distinct !{!110, !37, !38}
+!111 = !{!112}
+!112 = distinct !{!112, !113}
+!113 = distinct !{!113, !"LVerDomain"}
+!114 = !{!115}
+!115 = distinct !{!115, !113}
+!116 = distinct !{!116, !37, !38}
+!117 = !{!118}
+!118 = distinct !{!118, !119}
+!119 = distinct !{!119, !"LVerDomain"}
+!120 = !{!121}
+!121 = distinct !{!121, !119}
+!122 = distinct !{!122, !37, !38}
+!123 = !{!124}
+!124 = distinct !{!124, !125}
+!125 = distinct !{!125, !"LVerDomain"}
+!126 = !{!127}
+!127 = distinct !{!127, !125}
+!128 = distinct !{!128, !37, !38}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 16
   %beta37.i = alloca [16 x float], align 16
@@ -6931,15 +7313,15 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end24
   %num_partials = trunc i64 %28 to i32
   %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %26, 32
@@ -6959,10 +7341,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %52 = add nsw i64 %indvars.iv64.i, %47
   %53 = shl nsw i64 %52, 4
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <16 x float>, ptr %54, align 4, !tbaa !5
+  %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
   %56 = fcmp ogt <16 x float> %old_max.i, %55
   %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <16 x float>, ptr %57, align 4, !tbaa !5
+  %58 = load <16 x float>, ptr %57, align 4, !tbaa !8
   %59 = fcmp oeq <16 x float> %58, zeroinitializer
   %60 = select <16 x i1> %59, <16 x i1> splat (i1 true), <16 x i1> %56
   %old_or_both.i = select <16 x i1> %60, <16 x float> %old_max.i, <16 x float> %55
@@ -6990,7 +7372,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !130
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -7013,76 +7395,76 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !137
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !17
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 13
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !144
+  %109 = load float, ptr %108, align 4, !tbaa !24
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !145
+  %115 = load float, ptr %114, align 4, !tbaa !25
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
   %.scalar = fmul float %115, 0.000000e+00
   %118 = insertelement <16 x float> poison, float %.scalar, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
   %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !5
+  store <16 x float> %120, ptr %116, align 4, !tbaa !8
   %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
   %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !5
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
   %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !5
+  store <16 x float> %124, ptr %121, align 4, !tbaa !8
   %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
   %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !5
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
   %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !5
+  store <16 x float> %128, ptr %125, align 4, !tbaa !8
   %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
   %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !5
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !5
+  store <16 x float> %132, ptr %129, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !5
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !5
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -7090,11 +7472,11 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %sext33 = shl i64 %24, 32
   %149 = ashr exact i64 %sext33, 32
   %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !5
+  %151 = load i32, ptr %150, align 4, !tbaa !8
   %152 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %154 = select <16 x i1> %153, <16 x float> zeroinitializer, <16 x float> %152
-  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !146
+  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !27
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr float, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -7102,130 +7484,130 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !144
+  %158 = load float, ptr %157, align 4, !tbaa !24
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !145
+  %164 = load float, ptr %163, align 4, !tbaa !25
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
   %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
   %170 = fmul <16 x float> %169, %166
   %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  store <16 x float> %171, ptr %168, align 4, !tbaa !8
   %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
   %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
   %176 = fmul <16 x float> %166, %175
   %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  store <16 x float> %177, ptr %174, align 4, !tbaa !8
   %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
   %182 = fmul <16 x float> %166, %181
   %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  store <16 x float> %183, ptr %180, align 4, !tbaa !8
   %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
   %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
   %188 = fmul <16 x float> %166, %187
   %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  store <16 x float> %189, ptr %186, align 4, !tbaa !8
   %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
   %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
   %194 = fmul <16 x float> %166, %193
   %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  store <16 x float> %195, ptr %192, align 4, !tbaa !8
   %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
   %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
   %200 = fmul <16 x float> %166, %199
   %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  store <16 x float> %201, ptr %198, align 4, !tbaa !8
   %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
   %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
   %206 = fmul <16 x float> %166, %205
   %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  store <16 x float> %207, ptr %204, align 4, !tbaa !8
   %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
   %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
   %212 = fmul <16 x float> %166, %211
   %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  store <16 x float> %213, ptr %210, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !34
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !153
+  %215 = load float, ptr %214, align 4, !tbaa !35
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
   %invariant.gep.i = getelementptr float, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
   %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
   %221 = fmul <16 x float> %220, %217
-  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !5
+  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !8
   %222 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !8
   %224 = fmul <16 x float> %217, %223
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !5
+  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !8
   %225 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !8
   %227 = fmul <16 x float> %217, %226
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !5
+  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !8
   %228 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !8
   %230 = fmul <16 x float> %217, %229
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !5
+  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !8
   %231 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
+  %232 = load <16 x float>, ptr %231, align 4, !tbaa !8
   %233 = fmul <16 x float> %217, %232
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !5
+  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !8
   %234 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !8
   %236 = fmul <16 x float> %217, %235
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !5
+  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !8
   %237 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !8
   %239 = fmul <16 x float> %217, %238
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !5
+  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !8
   %240 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
   %242 = fmul <16 x float> %217, %241
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
+  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !8
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %243 = add nsw i32 %151, -1
@@ -7251,7 +7633,7 @@ if_else.i:                                        ; preds = %for_begin_r24.prehe
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
   %257 = phi float [ %256, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %257, ptr %249, align 4, !tbaa !5
+  store float %257, ptr %249, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
   %258 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
   br i1 %258, label %if_end30.1.i, label %if_else.1.i
@@ -7266,7 +7648,7 @@ if_else.1.i:                                      ; preds = %if_end30.i
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
   %262 = phi float [ %261, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
   %263 = getelementptr i8, ptr %249, i64 4
-  store float %262, ptr %263, align 4, !tbaa !5
+  store float %262, ptr %263, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
   %264 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
   br i1 %264, label %if_end30.2.i, label %if_else.2.i
@@ -7281,7 +7663,7 @@ if_else.2.i:                                      ; preds = %if_end30.1.i
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
   %268 = phi float [ %267, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
   %269 = getelementptr i8, ptr %249, i64 8
-  store float %268, ptr %269, align 4, !tbaa !5
+  store float %268, ptr %269, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
   %270 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
   br i1 %270, label %if_end30.3.i, label %if_else.3.i
@@ -7296,7 +7678,7 @@ if_else.3.i:                                      ; preds = %if_end30.2.i
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
   %274 = phi float [ %273, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
   %275 = getelementptr i8, ptr %249, i64 12
-  store float %274, ptr %275, align 4, !tbaa !5
+  store float %274, ptr %275, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
   %276 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
   br i1 %276, label %if_end30.4.i, label %if_else.4.i
@@ -7311,7 +7693,7 @@ if_else.4.i:                                      ; preds = %if_end30.3.i
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
   %280 = phi float [ %279, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
   %281 = getelementptr i8, ptr %249, i64 16
-  store float %280, ptr %281, align 4, !tbaa !5
+  store float %280, ptr %281, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
   %282 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
   br i1 %282, label %if_end30.5.i, label %if_else.5.i
@@ -7326,7 +7708,7 @@ if_else.5.i:                                      ; preds = %if_end30.4.i
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
   %286 = phi float [ %285, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
   %287 = getelementptr i8, ptr %249, i64 20
-  store float %286, ptr %287, align 4, !tbaa !5
+  store float %286, ptr %287, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
   %288 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
   br i1 %288, label %if_end30.6.i, label %if_else.6.i
@@ -7341,7 +7723,7 @@ if_else.6.i:                                      ; preds = %if_end30.5.i
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
   %292 = phi float [ %291, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
   %293 = getelementptr i8, ptr %249, i64 24
-  store float %292, ptr %293, align 4, !tbaa !5
+  store float %292, ptr %293, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
   %294 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
   br i1 %294, label %if_end30.7.i, label %if_else.7.i
@@ -7356,7 +7738,7 @@ if_else.7.i:                                      ; preds = %if_end30.6.i
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
   %298 = phi float [ %297, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
   %299 = getelementptr i8, ptr %249, i64 28
-  store float %298, ptr %299, align 4, !tbaa !5
+  store float %298, ptr %299, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
   %300 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
   br i1 %300, label %if_end30.8.i, label %if_else.8.i
@@ -7371,7 +7753,7 @@ if_else.8.i:                                      ; preds = %if_end30.7.i
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
   %304 = phi float [ %303, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
   %305 = getelementptr i8, ptr %249, i64 32
-  store float %304, ptr %305, align 4, !tbaa !5
+  store float %304, ptr %305, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
   %306 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
   br i1 %306, label %if_end30.9.i, label %if_else.9.i
@@ -7386,7 +7768,7 @@ if_else.9.i:                                      ; preds = %if_end30.8.i
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
   %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
   %311 = getelementptr i8, ptr %249, i64 36
-  store float %310, ptr %311, align 4, !tbaa !5
+  store float %310, ptr %311, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
   %312 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
   br i1 %312, label %if_end30.10.i, label %if_else.10.i
@@ -7401,7 +7783,7 @@ if_else.10.i:                                     ; preds = %if_end30.9.i
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
   %316 = phi float [ %315, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
   %317 = getelementptr i8, ptr %249, i64 40
-  store float %316, ptr %317, align 4, !tbaa !5
+  store float %316, ptr %317, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
   %318 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
   br i1 %318, label %if_end30.11.i, label %if_else.11.i
@@ -7416,7 +7798,7 @@ if_else.11.i:                                     ; preds = %if_end30.10.i
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
   %322 = phi float [ %321, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
   %323 = getelementptr i8, ptr %249, i64 44
-  store float %322, ptr %323, align 4, !tbaa !5
+  store float %322, ptr %323, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
   %324 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
   br i1 %324, label %if_end30.12.i, label %if_else.12.i
@@ -7431,7 +7813,7 @@ if_else.12.i:                                     ; preds = %if_end30.11.i
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
   %328 = phi float [ %327, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
   %329 = getelementptr i8, ptr %249, i64 48
-  store float %328, ptr %329, align 4, !tbaa !5
+  store float %328, ptr %329, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
   %330 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
   br i1 %330, label %if_end30.13.i, label %if_else.13.i
@@ -7446,7 +7828,7 @@ if_else.13.i:                                     ; preds = %if_end30.12.i
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
   %334 = phi float [ %333, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
   %335 = getelementptr i8, ptr %249, i64 52
-  store float %334, ptr %335, align 4, !tbaa !5
+  store float %334, ptr %335, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
   %336 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
   br i1 %336, label %if_end30.14.i, label %if_else.14.i
@@ -7461,7 +7843,7 @@ if_else.14.i:                                     ; preds = %if_end30.13.i
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
   %340 = phi float [ %339, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
   %341 = getelementptr i8, ptr %249, i64 56
-  store float %340, ptr %341, align 4, !tbaa !5
+  store float %340, ptr %341, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
   %342 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
   br i1 %342, label %if_end30.15.i, label %if_else.15.i
@@ -7476,8 +7858,8 @@ if_else.15.i:                                     ; preds = %if_end30.14.i
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
   %346 = phi float [ %345, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
   %347 = getelementptr i8, ptr %249, i64 60
-  store float %346, ptr %347, align 4, !tbaa !5
-  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  store float %346, ptr %347, align 4, !tbaa !8
+  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %349 = tail call i32 %348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %349, 0
   %..i = sext i1 %.not.i to i32
@@ -7492,367 +7874,69 @@ merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #3
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #7
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
-
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
-attributes #1 = { "target-cpu"="x86-64-v4" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
 !0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
-!3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!"branch_weights", i32 2032, i32 2147481616}
-!5 = !{!6, !6, i64 0}
-!6 = !{!"tvm-alias", !7}
-!7 = !{!"tvm-tbaa"}
-!8 = !{!"branch_weights", i32 1048576, i32 1}
-!9 = !{!"branch_weights", i32 4064, i32 2147479584}
-!10 = distinct !{!10, !11}
-!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = !{!15, !15, i64 0}
-!15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 1048575}
-!17 = !{!"branch_weights", i32 1, i32 127}
-!18 = !{!19}
-!19 = distinct !{!19, !20}
-!20 = distinct !{!20, !"LVerDomain"}
-!21 = !{!22}
-!22 = distinct !{!22, !20}
-!23 = distinct !{!23, !24}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!25 = distinct !{!25, !24}
-!26 = distinct !{!26, !11}
-!27 = !{!"branch_weights", i32 1, i32 1048576}
-!28 = !{!29, !29, i64 0}
-!29 = !{!"buffer0.w64.b0", !30, i64 0}
-!30 = !{!"buffer0.w128.b0", !31, i64 0}
-!31 = !{!"buffer0.w256.b0", !32, i64 0}
-!32 = !{!"buffer0.w512.b0", !33, i64 0}
-!33 = !{!"buffer0.w1024.b0", !34, i64 0}
-!34 = !{!"buffer0", !7, i64 0}
-!35 = !{!34, !34, i64 0}
-!36 = !{!"branch_weights", i32 1, i32 0}
-!37 = distinct !{!37, !38, !39}
-!38 = !{!"llvm.loop.isvectorized", i32 1}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!40 = !{!41}
-!41 = distinct !{!41, !42}
-!42 = distinct !{!42, !"LVerDomain"}
-!43 = !{!44}
-!44 = distinct !{!44, !42}
-!45 = distinct !{!45, !38, !39}
-!46 = !{!47}
-!47 = distinct !{!47, !48}
-!48 = distinct !{!48, !"LVerDomain"}
-!49 = !{!50}
-!50 = distinct !{!50, !48}
-!51 = distinct !{!51, !38, !39}
-!52 = !{!53}
-!53 = distinct !{!53, !54}
-!54 = distinct !{!54, !"LVerDomain"}
-!55 = !{!56}
-!56 = distinct !{!56, !54}
-!57 = distinct !{!57, !38, !39}
-!58 = !{!59}
-!59 = distinct !{!59, !60}
-!60 = distinct !{!60, !"LVerDomain"}
-!61 = !{!62}
-!62 = distinct !{!62, !60}
-!63 = distinct !{!63, !38, !39}
-!64 = !{!65}
-!65 = distinct !{!65, !66}
-!66 = distinct !{!66, !"LVerDomain"}
-!67 = !{!68}
-!68 = distinct !{!68, !66}
-!69 = distinct !{!69, !38, !39}
-!70 = !{!71}
-!71 = distinct !{!71, !72}
-!72 = distinct !{!72, !"LVerDomain"}
-!73 = !{!74}
-!74 = distinct !{!74, !72}
-!75 = distinct !{!75, !38, !39}
-!76 = !{!77}
-!77 = distinct !{!77, !78}
-!78 = distinct !{!78, !"LVerDomain"}
-!79 = !{!80}
-!80 = distinct !{!80, !78}
-!81 = distinct !{!81, !38, !39}
-!82 = !{!83}
-!83 = distinct !{!83, !84}
-!84 = distinct !{!84, !"LVerDomain"}
-!85 = !{!86}
-!86 = distinct !{!86, !84}
-!87 = distinct !{!87, !38, !39}
-!88 = !{!89}
-!89 = distinct !{!89, !90}
-!90 = distinct !{!90, !"LVerDomain"}
-!91 = !{!92}
-!92 = distinct !{!92, !90}
-!93 = distinct !{!93, !38, !39}
-!94 = !{!95}
-!95 = distinct !{!95, !96}
-!96 = distinct !{!96, !"LVerDomain"}
-!97 = !{!98}
-!98 = distinct !{!98, !96}
-!99 = distinct !{!99, !38, !39}
-!100 = !{!101}
-!101 = distinct !{!101, !102}
-!102 = distinct !{!102, !"LVerDomain"}
-!103 = !{!104}
-!104 = distinct !{!104, !102}
-!105 = distinct !{!105, !38, !39}
-!106 = !{!107}
-!107 = distinct !{!107, !108}
-!108 = distinct !{!108, !"LVerDomain"}
-!109 = !{!110}
-!110 = distinct !{!110, !108}
-!111 = distinct !{!111, !38, !39}
-!112 = !{!113}
-!113 = distinct !{!113, !114}
-!114 = distinct !{!114, !"LVerDomain"}
-!115 = !{!116}
-!116 = distinct !{!116, !114}
-!117 = distinct !{!117, !38, !39}
-!118 = !{!119}
-!119 = distinct !{!119, !120}
-!120 = distinct !{!120, !"LVerDomain"}
-!121 = !{!122}
-!122 = distinct !{!122, !120}
-!123 = distinct !{!123, !38, !39}
-!124 = !{!125}
-!125 = distinct !{!125, !126}
-!126 = distinct !{!126, !"LVerDomain"}
-!127 = !{!128}
-!128 = distinct !{!128, !126}
-!129 = distinct !{!129, !38, !39}
-!130 = !{!131, !131, i64 0}
-!131 = !{!"buffer1.w64.b0", !132, i64 0}
-!132 = !{!"buffer1.w128.b0", !133, i64 0}
-!133 = !{!"buffer1.w256.b0", !134, i64 0}
-!134 = !{!"buffer1.w512.b0", !135, i64 0}
-!135 = !{!"buffer1.w1024.b0", !136, i64 0}
-!136 = !{!"buffer1", !7, i64 0}
-!137 = !{!138, !138, i64 0}
-!138 = !{!"buffer2.w64.b0", !139, i64 0}
-!139 = !{!"buffer2.w128.b0", !140, i64 0}
-!140 = !{!"buffer2.w256.b0", !141, i64 0}
-!141 = !{!"buffer2.w512.b0", !142, i64 0}
-!142 = !{!"buffer2.w1024.b0", !143, i64 0}
-!143 = !{!"buffer2", !7, i64 0}
-!144 = !{!143, !143, i64 0}
-!145 = !{!136, !136, i64 0}
-!146 = !{!147, !147, i64 0}
-!147 = !{!"buffer3.w64.b0", !148, i64 0}
-!148 = !{!"buffer3.w128.b0", !149, i64 0}
-!149 = !{!"buffer3.w256.b0", !150, i64 0}
-!150 = !{!"buffer3.w512.b0", !151, i64 0}
-!151 = !{!"buffer3.w1024.b0", !152, i64 0}
-!152 = !{!"buffer3", !7, i64 0}
-!153 = !{!152, !152, i64 0}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer1.w64.b0", !12, i64 0}
+!12 = !{!"buffer1.w128.b0", !13, i64 0}
+!13 = !{!"buffer1.w256.b0", !14, i64 0}
+!14 = !{!"buffer1.w512.b0", !15, i64 0}
+!15 = !{!"buffer1.w1024.b0", !16, i64 0}
+!16 = !{!"buffer1", !5, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer2.w64.b0", !19, i64 0}
+!19 = !{!"buffer2.w128.b0", !20, i64 0}
+!20 = !{!"buffer2.w256.b0", !21, i64 0}
+!21 = !{!"buffer2.w512.b0", !22, i64 0}
+!22 = !{!"buffer2.w1024.b0", !23, i64 0}
+!23 = !{!"buffer2", !5, i64 0}
+!24 = !{!23, !23, i64 0}
+!25 = !{!16, !16, i64 0}
+!26 = !{!"branch_weights", i32 1, i32 1048575}
+!27 = !{!28, !28, i64 0}
+!28 = !{!"buffer3.w64.b0", !29, i64 0}
+!29 = !{!"buffer3.w128.b0", !30, i64 0}
+!30 = !{!"buffer3.w256.b0", !31, i64 0}
+!31 = !{!"buffer3.w512.b0", !32, i64 0}
+!32 = !{!"buffer3.w1024.b0", !33, i64 0}
+!33 = !{!"buffer3", !5, i64 0}
+!34 = !{!"branch_weights", i32 127, i32 134217601}
+!35 = !{!33, !33, i64 0}

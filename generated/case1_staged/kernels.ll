@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -249,6 +247,196 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 2032, i32 2147481616}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"tvm-alias", !7}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!"branch_weights", i32 4064, i32 2147479584}
+!10 = distinct !{!10, !11}
+!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!13 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_normalize(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
@@ -389,7 +577,7 @@ for_body_r2.us.i:                                 ; preds = %for_begin_r1.prehea
   %niter = phi i64 [ %niter.next.3, %if_end.us.i.3 ], [ 0, %for_begin_r1.preheader.us.i ]
   %51 = add nuw nsw i64 %indvars.iv32.i, %140
   %52 = getelementptr inbounds nuw float, ptr %row_sum, i64 %51
-  %53 = load float, ptr %52, align 16, !tbaa !5
+  %53 = load float, ptr %52, align 16, !tbaa !4
   %54 = fcmp oeq float %53, 0.000000e+00
   br i1 %54, label %if_end.us.i, label %if_else.us.i
 
@@ -397,18 +585,18 @@ if_else.us.i:                                     ; preds = %for_body_r2.us.i
   %55 = fmul float %53, %135
   %56 = tail call float @llvm.log.f32(float %55)
   %57 = getelementptr inbounds nuw float, ptr %row_max, i64 %51
-  %58 = load float, ptr %57, align 16, !tbaa !5
+  %58 = load float, ptr %57, align 16, !tbaa !4
   %59 = fadd float %56, %58
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_else.us.i, %for_body_r2.us.i
   %60 = phi float [ %59, %if_else.us.i ], [ 0xFFF0000000000000, %for_body_r2.us.i ]
   %61 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv32.i
-  store float %60, ptr %61, align 4, !tbaa !5
+  store float %60, ptr %61, align 4, !tbaa !4
   %indvars.iv.next33.i = or disjoint i64 %indvars.iv32.i, 1
   %62 = add nuw nsw i64 %indvars.iv.next33.i, %140
   %63 = getelementptr inbounds nuw float, ptr %row_sum, i64 %62
-  %64 = load float, ptr %63, align 4, !tbaa !5
+  %64 = load float, ptr %63, align 4, !tbaa !4
   %65 = fcmp oeq float %64, 0.000000e+00
   br i1 %65, label %if_end.us.i.1, label %if_else.us.i.1
 
@@ -416,18 +604,18 @@ if_else.us.i.1:                                   ; preds = %if_end.us.i
   %66 = fmul float %64, %135
   %67 = tail call float @llvm.log.f32(float %66)
   %68 = getelementptr inbounds nuw float, ptr %row_max, i64 %62
-  %69 = load float, ptr %68, align 4, !tbaa !5
+  %69 = load float, ptr %68, align 4, !tbaa !4
   %70 = fadd float %67, %69
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_else.us.i.1, %if_end.us.i
   %71 = phi float [ %70, %if_else.us.i.1 ], [ 0xFFF0000000000000, %if_end.us.i ]
   %72 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i
-  store float %71, ptr %72, align 4, !tbaa !5
+  store float %71, ptr %72, align 4, !tbaa !4
   %indvars.iv.next33.i.1 = or disjoint i64 %indvars.iv32.i, 2
   %73 = add nuw nsw i64 %indvars.iv.next33.i.1, %140
   %74 = getelementptr inbounds nuw float, ptr %row_sum, i64 %73
-  %75 = load float, ptr %74, align 8, !tbaa !5
+  %75 = load float, ptr %74, align 8, !tbaa !4
   %76 = fcmp oeq float %75, 0.000000e+00
   br i1 %76, label %if_end.us.i.2, label %if_else.us.i.2
 
@@ -435,18 +623,18 @@ if_else.us.i.2:                                   ; preds = %if_end.us.i.1
   %77 = fmul float %75, %135
   %78 = tail call float @llvm.log.f32(float %77)
   %79 = getelementptr inbounds nuw float, ptr %row_max, i64 %73
-  %80 = load float, ptr %79, align 8, !tbaa !5
+  %80 = load float, ptr %79, align 8, !tbaa !4
   %81 = fadd float %78, %80
   br label %if_end.us.i.2
 
 if_end.us.i.2:                                    ; preds = %if_else.us.i.2, %if_end.us.i.1
   %82 = phi float [ %81, %if_else.us.i.2 ], [ 0xFFF0000000000000, %if_end.us.i.1 ]
   %83 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i.1
-  store float %82, ptr %83, align 4, !tbaa !5
+  store float %82, ptr %83, align 4, !tbaa !4
   %indvars.iv.next33.i.2 = or disjoint i64 %indvars.iv32.i, 3
   %84 = add nuw nsw i64 %indvars.iv.next33.i.2, %140
   %85 = getelementptr inbounds nuw float, ptr %row_sum, i64 %84
-  %86 = load float, ptr %85, align 4, !tbaa !5
+  %86 = load float, ptr %85, align 4, !tbaa !4
   %87 = fcmp oeq float %86, 0.000000e+00
   br i1 %87, label %if_end.us.i.3, label %if_else.us.i.3
 
@@ -454,23 +642,23 @@ if_else.us.i.3:                                   ; preds = %if_end.us.i.2
   %88 = fmul float %86, %135
   %89 = tail call float @llvm.log.f32(float %88)
   %90 = getelementptr inbounds nuw float, ptr %row_max, i64 %84
-  %91 = load float, ptr %90, align 4, !tbaa !5
+  %91 = load float, ptr %90, align 4, !tbaa !4
   %92 = fadd float %89, %91
   br label %if_end.us.i.3
 
 if_end.us.i.3:                                    ; preds = %if_else.us.i.3, %if_end.us.i.2
   %93 = phi float [ %92, %if_else.us.i.3 ], [ 0xFFF0000000000000, %if_end.us.i.2 ]
   %94 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i.2
-  store float %93, ptr %94, align 4, !tbaa !5
+  store float %93, ptr %94, align 4, !tbaa !4
   %indvars.iv.next33.i.3 = add nuw nsw i64 %indvars.iv32.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa, label %for_body_r2.us.i, !prof !14, !llvm.loop !15
+  br i1 %niter.ncmp.3, label %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa, label %for_body_r2.us.i, !prof !7, !llvm.loop !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.lr.ph.us.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.us.i ], [ %indvars.iv.next.i, %for_begin_d_0.preheader.us.i ]
   %95 = getelementptr inbounds nuw float, ptr %factor6.i, i64 %indvars.iv.i
-  %96 = load float, ptr %95, align 4, !tbaa !17
+  %96 = load float, ptr %95, align 4, !tbaa !10
   %97 = insertelement <16 x float> poison, float %96, i64 0
   %98 = shufflevector <16 x float> %97, <16 x float> poison, <16 x i32> zeroinitializer
   %99 = shl nsw i64 %indvars.iv.i, 7
@@ -480,47 +668,47 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   %invariant.gep.us.i = getelementptr float, ptr %147, i64 %102
   %103 = and i64 %100, 4294967168
   %104 = getelementptr inbounds nuw float, ptr %acc, i64 %103
-  %105 = load <16 x float>, ptr %104, align 64, !tbaa !5
+  %105 = load <16 x float>, ptr %104, align 64, !tbaa !4
   %106 = fmul <16 x float> %105, %98
-  store <16 x float> %106, ptr %invariant.gep.us.i, align 4, !tbaa !5
+  store <16 x float> %106, ptr %invariant.gep.us.i, align 4, !tbaa !4
   %107 = getelementptr inbounds nuw i8, ptr %104, i64 64
-  %108 = load <16 x float>, ptr %107, align 64, !tbaa !5
+  %108 = load <16 x float>, ptr %107, align 64, !tbaa !4
   %109 = fmul <16 x float> %98, %108
   %gep.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 64
-  store <16 x float> %109, ptr %gep.us.1.i, align 4, !tbaa !5
+  store <16 x float> %109, ptr %gep.us.1.i, align 4, !tbaa !4
   %110 = getelementptr inbounds nuw i8, ptr %104, i64 128
-  %111 = load <16 x float>, ptr %110, align 64, !tbaa !5
+  %111 = load <16 x float>, ptr %110, align 64, !tbaa !4
   %112 = fmul <16 x float> %98, %111
   %gep.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 128
-  store <16 x float> %112, ptr %gep.us.2.i, align 4, !tbaa !5
+  store <16 x float> %112, ptr %gep.us.2.i, align 4, !tbaa !4
   %113 = getelementptr inbounds nuw i8, ptr %104, i64 192
-  %114 = load <16 x float>, ptr %113, align 64, !tbaa !5
+  %114 = load <16 x float>, ptr %113, align 64, !tbaa !4
   %115 = fmul <16 x float> %98, %114
   %gep.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 192
-  store <16 x float> %115, ptr %gep.us.3.i, align 4, !tbaa !5
+  store <16 x float> %115, ptr %gep.us.3.i, align 4, !tbaa !4
   %116 = getelementptr inbounds nuw i8, ptr %104, i64 256
-  %117 = load <16 x float>, ptr %116, align 64, !tbaa !5
+  %117 = load <16 x float>, ptr %116, align 64, !tbaa !4
   %118 = fmul <16 x float> %98, %117
   %gep.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 256
-  store <16 x float> %118, ptr %gep.us.4.i, align 4, !tbaa !5
+  store <16 x float> %118, ptr %gep.us.4.i, align 4, !tbaa !4
   %119 = getelementptr inbounds nuw i8, ptr %104, i64 320
-  %120 = load <16 x float>, ptr %119, align 64, !tbaa !5
+  %120 = load <16 x float>, ptr %119, align 64, !tbaa !4
   %121 = fmul <16 x float> %98, %120
   %gep.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 320
-  store <16 x float> %121, ptr %gep.us.5.i, align 4, !tbaa !5
+  store <16 x float> %121, ptr %gep.us.5.i, align 4, !tbaa !4
   %122 = getelementptr inbounds nuw i8, ptr %104, i64 384
-  %123 = load <16 x float>, ptr %122, align 64, !tbaa !5
+  %123 = load <16 x float>, ptr %122, align 64, !tbaa !4
   %124 = fmul <16 x float> %98, %123
   %gep.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 384
-  store <16 x float> %124, ptr %gep.us.6.i, align 4, !tbaa !5
+  store <16 x float> %124, ptr %gep.us.6.i, align 4, !tbaa !4
   %125 = getelementptr inbounds nuw i8, ptr %104, i64 448
-  %126 = load <16 x float>, ptr %125, align 64, !tbaa !5
+  %126 = load <16 x float>, ptr %125, align 64, !tbaa !4
   %127 = fmul <16 x float> %98, %126
   %gep.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 448
-  store <16 x float> %127, ptr %gep.us.7.i, align 4, !tbaa !5
+  store <16 x float> %127, ptr %gep.us.7.i, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond.not.i, label %for_begin_r1.preheader.us.i, label %for_begin_d_0.preheader.us.i, !prof !13
+  br i1 %exitcond.not.i, label %for_begin_r1.preheader.us.i, label %for_begin_d_0.preheader.us.i, !prof !12
 
 for_begin_r1.preheader.us.i:                      ; preds = %for_begin_d_0.preheader.us.i
   %128 = add nsw i32 %139, -1
@@ -533,27 +721,27 @@ for_begin_r1.preheader.us.i:                      ; preds = %for_begin_d_0.prehe
   %135 = bitcast i32 %134 to float
   %136 = mul nsw i64 %137, %lse_batch
   %gep12.us.i = getelementptr float, ptr %invariant.gep11.i, i64 %136
-  br i1 %50, label %for_body_r2.us.i.epil.preheader, label %for_body_r2.us.i, !prof !19
+  br i1 %50, label %for_body_r2.us.i.epil.preheader, label %for_body_r2.us.i, !prof !13
 
 for_begin_d_0.preheader.lr.ph.us.i:               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i, %for_body_s.us.preheader.i
   %indvars.iv37.i = phi i64 [ 0, %for_body_s.us.preheader.i ], [ %indvars.iv.next38.i, %for_begin_r1.for_end_r3_crit_edge.us.i ]
   %137 = add nsw i64 %indvars.iv37.i, %48
   %138 = getelementptr inbounds i32, ptr %context_lens, i64 %137
-  %139 = load i32, ptr %138, align 4, !tbaa !5
+  %139 = load i32, ptr %138, align 4, !tbaa !4
   %140 = shl nsw i64 %indvars.iv37.i, 4
   %141 = getelementptr inbounds nuw float, ptr %row_sum, i64 %140
-  %total.us.i = load <16 x float>, ptr %141, align 64, !tbaa !5
+  %total.us.i = load <16 x float>, ptr %141, align 64, !tbaa !4
   %142 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %143 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %144 = select <16 x i1> %143, <16 x float> zeroinitializer, <16 x float> %142
-  store <16 x float> %144, ptr %factor6.i, align 16, !tbaa !20
+  store <16 x float> %144, ptr %factor6.i, align 16, !tbaa !14
   %145 = shl nsw i64 %indvars.iv37.i, 11
   %146 = mul nsw i64 %137, %out_batch
   %147 = getelementptr float, ptr %out, i64 %146
   br label %for_begin_d_0.preheader.us.i
 
 for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa: ; preds = %if_end.us.i.3
-  br i1 %lcmp.mod.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil.preheader, !prof !20
 
 for_body_r2.us.i.epil.preheader:                  ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa, %for_begin_r1.preheader.us.i
   %indvars.iv32.i.epil.init = phi i64 [ 0, %for_begin_r1.preheader.us.i ], [ %indvars.iv.next33.i.3, %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa ]
@@ -565,7 +753,7 @@ for_body_r2.us.i.epil:                            ; preds = %if_end.us.i.epil, %
   %epil.iter = phi i64 [ 0, %for_body_r2.us.i.epil.preheader ], [ %epil.iter.next, %if_end.us.i.epil ]
   %148 = add nuw nsw i64 %indvars.iv32.i.epil, %140
   %149 = getelementptr inbounds nuw float, ptr %row_sum, i64 %148
-  %150 = load float, ptr %149, align 4, !tbaa !5
+  %150 = load float, ptr %149, align 4, !tbaa !4
   %151 = fcmp oeq float %150, 0.000000e+00
   br i1 %151, label %if_end.us.i.epil, label %if_else.us.i.epil
 
@@ -573,28 +761,87 @@ if_else.us.i.epil:                                ; preds = %for_body_r2.us.i.ep
   %152 = fmul float %150, %135
   %153 = tail call float @llvm.log.f32(float %152)
   %154 = getelementptr inbounds nuw float, ptr %row_max, i64 %148
-  %155 = load float, ptr %154, align 4, !tbaa !5
+  %155 = load float, ptr %154, align 4, !tbaa !4
   %156 = fadd float %153, %155
   br label %if_end.us.i.epil
 
 if_end.us.i.epil:                                 ; preds = %if_else.us.i.epil, %for_body_r2.us.i.epil
   %157 = phi float [ %156, %if_else.us.i.epil ], [ 0xFFF0000000000000, %for_body_r2.us.i.epil ]
   %158 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv32.i.epil
-  store float %157, ptr %158, align 4, !tbaa !5
+  store float %157, ptr %158, align 4, !tbaa !4
   %indvars.iv.next33.i.epil = add nuw nsw i64 %indvars.iv32.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil, !prof !12, !llvm.loop !27
+  br i1 %epil.iter.cmp.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil, !prof !21, !llvm.loop !22
 
 for_begin_r1.for_end_r3_crit_edge.us.i:           ; preds = %if_end.us.i.epil, %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa
   %indvars.iv.next38.i = add nuw nsw i64 %indvars.iv37.i, 1
   %exitcond41.not.i = icmp eq i64 %indvars.iv.next38.i, %wide.trip.count40.i
-  br i1 %exitcond41.not.i, label %normalize_compute_.exit, label %for_begin_d_0.preheader.lr.ph.us.i, !prof !13
+  br i1 %exitcond41.not.i, label %normalize_compute_.exit, label %for_begin_d_0.preheader.lr.ph.us.i, !prof !12
 
 normalize_compute_.exit:                          ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i, %for_body_s.lr.ph.i, %if_end24
   call void @llvm.lifetime.end.p0(ptr nonnull %factor6.i)
   ret i32 0
 }
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 8128, i32 2147475520}
+!8 = distinct !{!8, !9}
+!9 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer0", !6, i64 0}
+!12 = !{!"branch_weights", i32 127, i32 134217601}
+!13 = !{!"branch_weights", i32 6096, i32 2147477552}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"buffer0.w64.b0", !16, i64 0}
+!16 = !{!"buffer0.w128.b0", !17, i64 0}
+!17 = !{!"buffer0.w256.b0", !18, i64 0}
+!18 = !{!"buffer0.w512.b0", !19, i64 0}
+!19 = !{!"buffer0.w1024.b0", !11, i64 0}
+!20 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!21 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!22 = distinct !{!22, !23, !24}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!24 = !{!"llvm.loop.unroll.disable"}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
@@ -682,16 +929,16 @@ for_body_s.i:                                     ; preds = %for_end_r_0.i, %for
   %indvars.iv43.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next44.i, %for_end_r_0.i ]
   %32 = shl nsw i64 %indvars.iv43.i, 4
   %33 = getelementptr inbounds nuw float, ptr %row_max, i64 %32
-  %34 = load <16 x float>, ptr %33, align 64, !tbaa !5
+  %34 = load <16 x float>, ptr %33, align 64, !tbaa !4
   %old_max.i = select <16 x i1> %31, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %34
   %35 = getelementptr inbounds nuw float, ptr %row_sum, i64 %32
-  %36 = load <16 x float>, ptr %35, align 64, !tbaa !5
+  %36 = load <16 x float>, ptr %35, align 64, !tbaa !4
   %old_sum.i = select <16 x i1> %31, <16 x float> zeroinitializer, <16 x float> %36
   %37 = getelementptr inbounds nuw float, ptr %tile_max, i64 %32
-  %38 = load <16 x float>, ptr %37, align 64, !tbaa !5
+  %38 = load <16 x float>, ptr %37, align 64, !tbaa !4
   %39 = fcmp ogt <16 x float> %old_max.i, %38
   %40 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %32
-  %41 = load <16 x float>, ptr %40, align 64, !tbaa !5
+  %41 = load <16 x float>, ptr %40, align 64, !tbaa !4
   %42 = fcmp oeq <16 x float> %41, zeroinitializer
   %43 = select <16 x i1> %42, <16 x i1> splat (i1 true), <16 x i1> %39
   %old_or_both.i = select <16 x i1> %43, <16 x float> %old_max.i, <16 x float> %38
@@ -719,7 +966,7 @@ for_body_s.i:                                     ; preds = %for_end_r_0.i, %for
   %64 = select <16 x i1> %63, <16 x float> zeroinitializer, <16 x float> %62
   %65 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %66 = select <16 x i1> %65, <16 x float> %64, <16 x float> zeroinitializer
-  store <16 x float> %66, ptr %alpha34.i, align 16, !tbaa !30
+  store <16 x float> %66, ptr %alpha34.i, align 16, !tbaa !7
   %arg2.i = fsub <16 x float> %38, %m.i
   %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %68 = bitcast <16 x float> %67 to <16 x i32>
@@ -742,47 +989,47 @@ for_body_s.i:                                     ; preds = %for_end_r_0.i, %for
   %85 = select <16 x i1> %84, <16 x float> zeroinitializer, <16 x float> %83
   %86 = fcmp one <16 x float> %41, zeroinitializer
   %87 = select <16 x i1> %86, <16 x float> %85, <16 x float> zeroinitializer
-  store <16 x float> %87, ptr %beta33.i, align 16, !tbaa !37
+  store <16 x float> %87, ptr %beta33.i, align 16, !tbaa !14
   %88 = fmul <16 x float> %old_sum.i, %66
   %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %41, <16 x float> %88)
-  store <16 x float> %m.i, ptr %33, align 64, !tbaa !5
-  store <16 x float> %89, ptr %35, align 64, !tbaa !5
+  store <16 x float> %m.i, ptr %33, align 64, !tbaa !4
+  store <16 x float> %89, ptr %35, align 64, !tbaa !4
   %90 = shl i64 %indvars.iv43.i, 11
   %91 = and i64 %90, 4294965248
-  br i1 %29, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !8
+  br i1 %29, label %for_begin_d_0.preheader.i.us, label %for_begin_d_0.preheader.i, !prof !21
 
 for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.preheader.i.us, %for_body_s.i
   %indvars.iv39.i.us = phi i64 [ %indvars.iv.next40.i.us, %for_begin_d_0.preheader.i.us ], [ 0, %for_body_s.i ]
   %92 = shl nuw nsw i64 %indvars.iv39.i.us, 2
   %93 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %92
-  %94 = load float, ptr %93, align 16, !tbaa !44
+  %94 = load float, ptr %93, align 16, !tbaa !22
   %95 = insertelement <16 x float> poison, float %94, i64 0
   %96 = shufflevector <16 x float> %95, <16 x float> poison, <16 x i32> zeroinitializer
   %97 = shl nuw nsw i64 %indvars.iv39.i.us, 9
   %98 = add nuw nsw i64 %97, %91
   %99 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %92
-  %100 = load float, ptr %99, align 16, !tbaa !45
+  %100 = load float, ptr %99, align 16, !tbaa !23
   %101 = or disjoint i64 %92, 1
   %102 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %101
-  %103 = load float, ptr %102, align 4, !tbaa !44
+  %103 = load float, ptr %102, align 4, !tbaa !22
   %104 = insertelement <16 x float> poison, float %103, i64 0
   %105 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
   %106 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %101
-  %107 = load float, ptr %106, align 4, !tbaa !45
+  %107 = load float, ptr %106, align 4, !tbaa !23
   %108 = or disjoint i64 %92, 2
   %109 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %108
-  %110 = load float, ptr %109, align 8, !tbaa !44
+  %110 = load float, ptr %109, align 8, !tbaa !22
   %111 = insertelement <16 x float> poison, float %110, i64 0
   %112 = shufflevector <16 x float> %111, <16 x float> poison, <16 x i32> zeroinitializer
   %113 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %108
-  %114 = load float, ptr %113, align 8, !tbaa !45
+  %114 = load float, ptr %113, align 8, !tbaa !23
   %115 = or disjoint i64 %92, 3
   %116 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %115
-  %117 = load float, ptr %116, align 4, !tbaa !44
+  %117 = load float, ptr %116, align 4, !tbaa !22
   %118 = insertelement <16 x float> poison, float %117, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
   %120 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %115
-  %121 = load float, ptr %120, align 4, !tbaa !45
+  %121 = load float, ptr %120, align 4, !tbaa !23
   %.scalar = fmul float %100, 0.000000e+00
   %122 = insertelement <16 x float> poison, float %.scalar, i64 0
   %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
@@ -793,572 +1040,629 @@ for_begin_d_0.preheader.i.us:                     ; preds = %for_begin_d_0.prehe
   %126 = insertelement <16 x float> poison, float %.scalar32, i64 0
   %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
   %128 = getelementptr inbounds nuw float, ptr %acc, i64 %98
-  store <16 x float> zeroinitializer, ptr %128, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %128, align 64, !tbaa !4
   %129 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %98
-  %130 = load <16 x float>, ptr %129, align 64, !tbaa !5
+  %130 = load <16 x float>, ptr %129, align 64, !tbaa !4
   %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %130, <16 x float> %123)
-  store <16 x float> %131, ptr %128, align 64, !tbaa !5
+  store <16 x float> %131, ptr %128, align 64, !tbaa !4
   %132 = getelementptr inbounds nuw i8, ptr %128, i64 64
-  store <16 x float> zeroinitializer, ptr %132, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %132, align 64, !tbaa !4
   %133 = or disjoint i64 %98, 16
   %134 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %133
-  %135 = load <16 x float>, ptr %134, align 64, !tbaa !5
+  %135 = load <16 x float>, ptr %134, align 64, !tbaa !4
   %136 = getelementptr inbounds nuw float, ptr %acc, i64 %133
   %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %135, <16 x float> %123)
-  store <16 x float> %137, ptr %136, align 64, !tbaa !5
+  store <16 x float> %137, ptr %136, align 64, !tbaa !4
   %138 = getelementptr inbounds nuw i8, ptr %128, i64 512
-  store <16 x float> zeroinitializer, ptr %138, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %138, align 64, !tbaa !4
   %139 = or disjoint i64 %98, 128
   %140 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %139
-  %141 = load <16 x float>, ptr %140, align 64, !tbaa !5
+  %141 = load <16 x float>, ptr %140, align 64, !tbaa !4
   %142 = getelementptr inbounds nuw float, ptr %acc, i64 %139
   %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %141, <16 x float> %125)
-  store <16 x float> %143, ptr %142, align 64, !tbaa !5
+  store <16 x float> %143, ptr %142, align 64, !tbaa !4
   %144 = getelementptr inbounds nuw i8, ptr %128, i64 576
-  store <16 x float> zeroinitializer, ptr %144, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %144, align 64, !tbaa !4
   %145 = or disjoint i64 %98, 144
   %146 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %145
-  %147 = load <16 x float>, ptr %146, align 64, !tbaa !5
+  %147 = load <16 x float>, ptr %146, align 64, !tbaa !4
   %148 = getelementptr inbounds nuw float, ptr %acc, i64 %145
   %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %147, <16 x float> %125)
-  store <16 x float> %149, ptr %148, align 64, !tbaa !5
+  store <16 x float> %149, ptr %148, align 64, !tbaa !4
   %150 = getelementptr inbounds nuw i8, ptr %128, i64 1024
-  store <16 x float> zeroinitializer, ptr %150, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %150, align 64, !tbaa !4
   %151 = or disjoint i64 %98, 256
   %152 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %151
-  %153 = load <16 x float>, ptr %152, align 64, !tbaa !5
+  %153 = load <16 x float>, ptr %152, align 64, !tbaa !4
   %154 = getelementptr inbounds nuw float, ptr %acc, i64 %151
   %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %153, <16 x float> %127)
-  store <16 x float> %155, ptr %154, align 64, !tbaa !5
+  store <16 x float> %155, ptr %154, align 64, !tbaa !4
   %156 = getelementptr inbounds nuw i8, ptr %128, i64 1088
-  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !4
   %157 = or disjoint i64 %98, 272
   %158 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %157
-  %159 = load <16 x float>, ptr %158, align 64, !tbaa !5
+  %159 = load <16 x float>, ptr %158, align 64, !tbaa !4
   %160 = getelementptr inbounds nuw float, ptr %acc, i64 %157
   %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %159, <16 x float> %127)
-  store <16 x float> %161, ptr %160, align 64, !tbaa !5
+  store <16 x float> %161, ptr %160, align 64, !tbaa !4
   %162 = getelementptr inbounds nuw i8, ptr %128, i64 1536
-  store <16 x float> zeroinitializer, ptr %162, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %162, align 64, !tbaa !4
   %163 = or disjoint i64 %98, 384
   %164 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %163
-  %165 = load <16 x float>, ptr %164, align 64, !tbaa !5
+  %165 = load <16 x float>, ptr %164, align 64, !tbaa !4
   %166 = getelementptr inbounds nuw float, ptr %acc, i64 %163
   %.scalar33 = fmul float %121, 0.000000e+00
   %167 = insertelement <16 x float> poison, float %.scalar33, i64 0
   %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
   %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %165, <16 x float> %168)
-  store <16 x float> %169, ptr %166, align 64, !tbaa !5
+  store <16 x float> %169, ptr %166, align 64, !tbaa !4
   %170 = getelementptr inbounds nuw i8, ptr %128, i64 1600
-  store <16 x float> zeroinitializer, ptr %170, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %170, align 64, !tbaa !4
   %171 = or disjoint i64 %98, 400
   %172 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %171
-  %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
+  %173 = load <16 x float>, ptr %172, align 64, !tbaa !4
   %174 = getelementptr inbounds nuw float, ptr %acc, i64 %171
   %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %173, <16 x float> %168)
-  store <16 x float> %175, ptr %174, align 64, !tbaa !5
+  store <16 x float> %175, ptr %174, align 64, !tbaa !4
   %176 = or disjoint i64 %98, 32
   %177 = getelementptr inbounds nuw float, ptr %acc, i64 %176
-  store <16 x float> zeroinitializer, ptr %177, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %177, align 64, !tbaa !4
   %178 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
-  %179 = load <16 x float>, ptr %178, align 64, !tbaa !5
+  %179 = load <16 x float>, ptr %178, align 64, !tbaa !4
   %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %179, <16 x float> %123)
-  store <16 x float> %180, ptr %177, align 64, !tbaa !5
+  store <16 x float> %180, ptr %177, align 64, !tbaa !4
   %181 = getelementptr inbounds nuw i8, ptr %177, i64 64
-  store <16 x float> zeroinitializer, ptr %181, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %181, align 64, !tbaa !4
   %182 = or disjoint i64 %98, 48
   %183 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %182
-  %184 = load <16 x float>, ptr %183, align 64, !tbaa !5
+  %184 = load <16 x float>, ptr %183, align 64, !tbaa !4
   %185 = getelementptr inbounds nuw float, ptr %acc, i64 %182
   %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %184, <16 x float> %123)
-  store <16 x float> %186, ptr %185, align 64, !tbaa !5
+  store <16 x float> %186, ptr %185, align 64, !tbaa !4
   %187 = getelementptr inbounds nuw i8, ptr %177, i64 512
-  store <16 x float> zeroinitializer, ptr %187, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %187, align 64, !tbaa !4
   %188 = or disjoint i64 %98, 160
   %189 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %188
-  %190 = load <16 x float>, ptr %189, align 64, !tbaa !5
+  %190 = load <16 x float>, ptr %189, align 64, !tbaa !4
   %191 = getelementptr inbounds nuw float, ptr %acc, i64 %188
   %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %190, <16 x float> %125)
-  store <16 x float> %192, ptr %191, align 64, !tbaa !5
+  store <16 x float> %192, ptr %191, align 64, !tbaa !4
   %193 = getelementptr inbounds nuw i8, ptr %177, i64 576
-  store <16 x float> zeroinitializer, ptr %193, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %193, align 64, !tbaa !4
   %194 = or disjoint i64 %98, 176
   %195 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %194
-  %196 = load <16 x float>, ptr %195, align 64, !tbaa !5
+  %196 = load <16 x float>, ptr %195, align 64, !tbaa !4
   %197 = getelementptr inbounds nuw float, ptr %acc, i64 %194
   %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %196, <16 x float> %125)
-  store <16 x float> %198, ptr %197, align 64, !tbaa !5
+  store <16 x float> %198, ptr %197, align 64, !tbaa !4
   %199 = getelementptr inbounds nuw i8, ptr %177, i64 1024
-  store <16 x float> zeroinitializer, ptr %199, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %199, align 64, !tbaa !4
   %200 = or disjoint i64 %98, 288
   %201 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %200
-  %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
+  %202 = load <16 x float>, ptr %201, align 64, !tbaa !4
   %203 = getelementptr inbounds nuw float, ptr %acc, i64 %200
   %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %202, <16 x float> %127)
-  store <16 x float> %204, ptr %203, align 64, !tbaa !5
+  store <16 x float> %204, ptr %203, align 64, !tbaa !4
   %205 = getelementptr inbounds nuw i8, ptr %177, i64 1088
-  store <16 x float> zeroinitializer, ptr %205, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %205, align 64, !tbaa !4
   %206 = or disjoint i64 %98, 304
   %207 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %206
-  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
+  %208 = load <16 x float>, ptr %207, align 64, !tbaa !4
   %209 = getelementptr inbounds nuw float, ptr %acc, i64 %206
   %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %208, <16 x float> %127)
-  store <16 x float> %210, ptr %209, align 64, !tbaa !5
+  store <16 x float> %210, ptr %209, align 64, !tbaa !4
   %211 = getelementptr inbounds nuw i8, ptr %177, i64 1536
-  store <16 x float> zeroinitializer, ptr %211, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %211, align 64, !tbaa !4
   %212 = or disjoint i64 %98, 416
   %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
-  %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
+  %214 = load <16 x float>, ptr %213, align 64, !tbaa !4
   %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
   %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %214, <16 x float> %168)
-  store <16 x float> %216, ptr %215, align 64, !tbaa !5
+  store <16 x float> %216, ptr %215, align 64, !tbaa !4
   %217 = getelementptr inbounds nuw i8, ptr %177, i64 1600
-  store <16 x float> zeroinitializer, ptr %217, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %217, align 64, !tbaa !4
   %218 = or disjoint i64 %98, 432
   %219 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %218
-  %220 = load <16 x float>, ptr %219, align 64, !tbaa !5
+  %220 = load <16 x float>, ptr %219, align 64, !tbaa !4
   %221 = getelementptr inbounds nuw float, ptr %acc, i64 %218
   %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %220, <16 x float> %168)
-  store <16 x float> %222, ptr %221, align 64, !tbaa !5
+  store <16 x float> %222, ptr %221, align 64, !tbaa !4
   %223 = or disjoint i64 %98, 64
   %224 = getelementptr inbounds nuw float, ptr %acc, i64 %223
-  store <16 x float> zeroinitializer, ptr %224, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %224, align 64, !tbaa !4
   %225 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %223
-  %226 = load <16 x float>, ptr %225, align 64, !tbaa !5
+  %226 = load <16 x float>, ptr %225, align 64, !tbaa !4
   %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %226, <16 x float> %123)
-  store <16 x float> %227, ptr %224, align 64, !tbaa !5
+  store <16 x float> %227, ptr %224, align 64, !tbaa !4
   %228 = getelementptr inbounds nuw i8, ptr %224, i64 64
-  store <16 x float> zeroinitializer, ptr %228, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %228, align 64, !tbaa !4
   %229 = or disjoint i64 %98, 80
   %230 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %229
-  %231 = load <16 x float>, ptr %230, align 64, !tbaa !5
+  %231 = load <16 x float>, ptr %230, align 64, !tbaa !4
   %232 = getelementptr inbounds nuw float, ptr %acc, i64 %229
   %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %231, <16 x float> %123)
-  store <16 x float> %233, ptr %232, align 64, !tbaa !5
+  store <16 x float> %233, ptr %232, align 64, !tbaa !4
   %234 = getelementptr inbounds nuw i8, ptr %224, i64 512
-  store <16 x float> zeroinitializer, ptr %234, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %234, align 64, !tbaa !4
   %235 = or disjoint i64 %98, 192
   %236 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %235
-  %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
+  %237 = load <16 x float>, ptr %236, align 64, !tbaa !4
   %238 = getelementptr inbounds nuw float, ptr %acc, i64 %235
   %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %237, <16 x float> %125)
-  store <16 x float> %239, ptr %238, align 64, !tbaa !5
+  store <16 x float> %239, ptr %238, align 64, !tbaa !4
   %240 = getelementptr inbounds nuw i8, ptr %224, i64 576
-  store <16 x float> zeroinitializer, ptr %240, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %240, align 64, !tbaa !4
   %241 = or disjoint i64 %98, 208
   %242 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %241
-  %243 = load <16 x float>, ptr %242, align 64, !tbaa !5
+  %243 = load <16 x float>, ptr %242, align 64, !tbaa !4
   %244 = getelementptr inbounds nuw float, ptr %acc, i64 %241
   %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %243, <16 x float> %125)
-  store <16 x float> %245, ptr %244, align 64, !tbaa !5
+  store <16 x float> %245, ptr %244, align 64, !tbaa !4
   %246 = getelementptr inbounds nuw i8, ptr %224, i64 1024
-  store <16 x float> zeroinitializer, ptr %246, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %246, align 64, !tbaa !4
   %247 = or disjoint i64 %98, 320
   %248 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %247
-  %249 = load <16 x float>, ptr %248, align 64, !tbaa !5
+  %249 = load <16 x float>, ptr %248, align 64, !tbaa !4
   %250 = getelementptr inbounds nuw float, ptr %acc, i64 %247
   %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %249, <16 x float> %127)
-  store <16 x float> %251, ptr %250, align 64, !tbaa !5
+  store <16 x float> %251, ptr %250, align 64, !tbaa !4
   %252 = getelementptr inbounds nuw i8, ptr %224, i64 1088
-  store <16 x float> zeroinitializer, ptr %252, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %252, align 64, !tbaa !4
   %253 = or disjoint i64 %98, 336
   %254 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %253
-  %255 = load <16 x float>, ptr %254, align 64, !tbaa !5
+  %255 = load <16 x float>, ptr %254, align 64, !tbaa !4
   %256 = getelementptr inbounds nuw float, ptr %acc, i64 %253
   %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %255, <16 x float> %127)
-  store <16 x float> %257, ptr %256, align 64, !tbaa !5
+  store <16 x float> %257, ptr %256, align 64, !tbaa !4
   %258 = getelementptr inbounds nuw i8, ptr %224, i64 1536
-  store <16 x float> zeroinitializer, ptr %258, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %258, align 64, !tbaa !4
   %259 = or disjoint i64 %98, 448
   %260 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %259
-  %261 = load <16 x float>, ptr %260, align 64, !tbaa !5
+  %261 = load <16 x float>, ptr %260, align 64, !tbaa !4
   %262 = getelementptr inbounds nuw float, ptr %acc, i64 %259
   %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %261, <16 x float> %168)
-  store <16 x float> %263, ptr %262, align 64, !tbaa !5
+  store <16 x float> %263, ptr %262, align 64, !tbaa !4
   %264 = getelementptr inbounds nuw i8, ptr %224, i64 1600
-  store <16 x float> zeroinitializer, ptr %264, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %264, align 64, !tbaa !4
   %265 = or disjoint i64 %98, 464
   %266 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %265
-  %267 = load <16 x float>, ptr %266, align 64, !tbaa !5
+  %267 = load <16 x float>, ptr %266, align 64, !tbaa !4
   %268 = getelementptr inbounds nuw float, ptr %acc, i64 %265
   %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %267, <16 x float> %168)
-  store <16 x float> %269, ptr %268, align 64, !tbaa !5
+  store <16 x float> %269, ptr %268, align 64, !tbaa !4
   %270 = or disjoint i64 %98, 96
   %271 = getelementptr inbounds nuw float, ptr %acc, i64 %270
-  store <16 x float> zeroinitializer, ptr %271, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %271, align 64, !tbaa !4
   %272 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %270
-  %273 = load <16 x float>, ptr %272, align 64, !tbaa !5
+  %273 = load <16 x float>, ptr %272, align 64, !tbaa !4
   %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %273, <16 x float> %123)
-  store <16 x float> %274, ptr %271, align 64, !tbaa !5
+  store <16 x float> %274, ptr %271, align 64, !tbaa !4
   %275 = getelementptr inbounds nuw i8, ptr %271, i64 64
-  store <16 x float> zeroinitializer, ptr %275, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %275, align 64, !tbaa !4
   %276 = or disjoint i64 %98, 112
   %277 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %276
-  %278 = load <16 x float>, ptr %277, align 64, !tbaa !5
+  %278 = load <16 x float>, ptr %277, align 64, !tbaa !4
   %279 = getelementptr inbounds nuw float, ptr %acc, i64 %276
   %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %278, <16 x float> %123)
-  store <16 x float> %280, ptr %279, align 64, !tbaa !5
+  store <16 x float> %280, ptr %279, align 64, !tbaa !4
   %281 = getelementptr inbounds nuw i8, ptr %271, i64 512
-  store <16 x float> zeroinitializer, ptr %281, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %281, align 64, !tbaa !4
   %282 = or disjoint i64 %98, 224
   %283 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %282
-  %284 = load <16 x float>, ptr %283, align 64, !tbaa !5
+  %284 = load <16 x float>, ptr %283, align 64, !tbaa !4
   %285 = getelementptr inbounds nuw float, ptr %acc, i64 %282
   %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %284, <16 x float> %125)
-  store <16 x float> %286, ptr %285, align 64, !tbaa !5
+  store <16 x float> %286, ptr %285, align 64, !tbaa !4
   %287 = getelementptr inbounds nuw i8, ptr %271, i64 576
-  store <16 x float> zeroinitializer, ptr %287, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %287, align 64, !tbaa !4
   %288 = or disjoint i64 %98, 240
   %289 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %288
-  %290 = load <16 x float>, ptr %289, align 64, !tbaa !5
+  %290 = load <16 x float>, ptr %289, align 64, !tbaa !4
   %291 = getelementptr inbounds nuw float, ptr %acc, i64 %288
   %292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %290, <16 x float> %125)
-  store <16 x float> %292, ptr %291, align 64, !tbaa !5
+  store <16 x float> %292, ptr %291, align 64, !tbaa !4
   %293 = getelementptr inbounds nuw i8, ptr %271, i64 1024
-  store <16 x float> zeroinitializer, ptr %293, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %293, align 64, !tbaa !4
   %294 = or disjoint i64 %98, 352
   %295 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %294
-  %296 = load <16 x float>, ptr %295, align 64, !tbaa !5
+  %296 = load <16 x float>, ptr %295, align 64, !tbaa !4
   %297 = getelementptr inbounds nuw float, ptr %acc, i64 %294
   %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %296, <16 x float> %127)
-  store <16 x float> %298, ptr %297, align 64, !tbaa !5
+  store <16 x float> %298, ptr %297, align 64, !tbaa !4
   %299 = getelementptr inbounds nuw i8, ptr %271, i64 1088
-  store <16 x float> zeroinitializer, ptr %299, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %299, align 64, !tbaa !4
   %300 = or disjoint i64 %98, 368
   %301 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %300
-  %302 = load <16 x float>, ptr %301, align 64, !tbaa !5
+  %302 = load <16 x float>, ptr %301, align 64, !tbaa !4
   %303 = getelementptr inbounds nuw float, ptr %acc, i64 %300
   %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %112, <16 x float> %302, <16 x float> %127)
-  store <16 x float> %304, ptr %303, align 64, !tbaa !5
+  store <16 x float> %304, ptr %303, align 64, !tbaa !4
   %305 = getelementptr inbounds nuw i8, ptr %271, i64 1536
-  store <16 x float> zeroinitializer, ptr %305, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %305, align 64, !tbaa !4
   %306 = or disjoint i64 %98, 480
   %307 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %306
-  %308 = load <16 x float>, ptr %307, align 64, !tbaa !5
+  %308 = load <16 x float>, ptr %307, align 64, !tbaa !4
   %309 = getelementptr inbounds nuw float, ptr %acc, i64 %306
   %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %308, <16 x float> %168)
-  store <16 x float> %310, ptr %309, align 64, !tbaa !5
+  store <16 x float> %310, ptr %309, align 64, !tbaa !4
   %311 = getelementptr inbounds nuw i8, ptr %271, i64 1600
-  store <16 x float> zeroinitializer, ptr %311, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %311, align 64, !tbaa !4
   %312 = or disjoint i64 %98, 496
   %313 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %312
-  %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
+  %314 = load <16 x float>, ptr %313, align 64, !tbaa !4
   %315 = getelementptr inbounds nuw float, ptr %acc, i64 %312
   %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %314, <16 x float> %168)
-  store <16 x float> %316, ptr %315, align 64, !tbaa !5
+  store <16 x float> %316, ptr %315, align 64, !tbaa !4
   %indvars.iv.next40.i.us = add nuw nsw i64 %indvars.iv39.i.us, 1
   %exitcond42.not.i.us = icmp eq i64 %indvars.iv.next40.i.us, 4
-  br i1 %exitcond42.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !46
+  br i1 %exitcond42.not.i.us, label %for_end_r_0.i, label %for_begin_d_0.preheader.i.us, !prof !24
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
   %indvars.iv39.i = phi i64 [ %indvars.iv.next40.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
   %317 = shl nuw nsw i64 %indvars.iv39.i, 2
   %318 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %317
-  %319 = load float, ptr %318, align 16, !tbaa !44
+  %319 = load float, ptr %318, align 16, !tbaa !22
   %320 = insertelement <16 x float> poison, float %319, i64 0
   %321 = shufflevector <16 x float> %320, <16 x float> poison, <16 x i32> zeroinitializer
   %322 = shl nuw nsw i64 %indvars.iv39.i, 9
   %323 = add nuw nsw i64 %322, %91
   %324 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %317
-  %325 = load float, ptr %324, align 16, !tbaa !45
+  %325 = load float, ptr %324, align 16, !tbaa !23
   %326 = insertelement <16 x float> poison, float %325, i64 0
   %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
   %328 = or disjoint i64 %317, 1
   %329 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %328
-  %330 = load float, ptr %329, align 4, !tbaa !44
+  %330 = load float, ptr %329, align 4, !tbaa !22
   %331 = insertelement <16 x float> poison, float %330, i64 0
   %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
   %333 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %328
-  %334 = load float, ptr %333, align 4, !tbaa !45
+  %334 = load float, ptr %333, align 4, !tbaa !23
   %335 = insertelement <16 x float> poison, float %334, i64 0
   %336 = shufflevector <16 x float> %335, <16 x float> poison, <16 x i32> zeroinitializer
   %337 = or disjoint i64 %317, 2
   %338 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %337
-  %339 = load float, ptr %338, align 8, !tbaa !44
+  %339 = load float, ptr %338, align 8, !tbaa !22
   %340 = insertelement <16 x float> poison, float %339, i64 0
   %341 = shufflevector <16 x float> %340, <16 x float> poison, <16 x i32> zeroinitializer
   %342 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %337
-  %343 = load float, ptr %342, align 8, !tbaa !45
+  %343 = load float, ptr %342, align 8, !tbaa !23
   %344 = insertelement <16 x float> poison, float %343, i64 0
   %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
   %346 = or disjoint i64 %317, 3
   %347 = getelementptr inbounds nuw float, ptr %beta33.i, i64 %346
-  %348 = load float, ptr %347, align 4, !tbaa !44
+  %348 = load float, ptr %347, align 4, !tbaa !22
   %349 = insertelement <16 x float> poison, float %348, i64 0
   %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
   %351 = getelementptr inbounds nuw float, ptr %alpha34.i, i64 %346
-  %352 = load float, ptr %351, align 4, !tbaa !45
+  %352 = load float, ptr %351, align 4, !tbaa !23
   %353 = insertelement <16 x float> poison, float %352, i64 0
   %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
   %355 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %323
-  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
+  %356 = load <16 x float>, ptr %355, align 64, !tbaa !4
   %357 = getelementptr inbounds nuw float, ptr %acc, i64 %323
-  %358 = load <16 x float>, ptr %357, align 64, !tbaa !5
+  %358 = load <16 x float>, ptr %357, align 64, !tbaa !4
   %359 = fmul <16 x float> %327, %358
   %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %356, <16 x float> %359)
-  store <16 x float> %360, ptr %357, align 64, !tbaa !5
+  store <16 x float> %360, ptr %357, align 64, !tbaa !4
   %361 = or disjoint i64 %323, 16
   %362 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %361
-  %363 = load <16 x float>, ptr %362, align 64, !tbaa !5
+  %363 = load <16 x float>, ptr %362, align 64, !tbaa !4
   %364 = getelementptr inbounds nuw float, ptr %acc, i64 %361
-  %365 = load <16 x float>, ptr %364, align 64, !tbaa !5
+  %365 = load <16 x float>, ptr %364, align 64, !tbaa !4
   %366 = fmul <16 x float> %327, %365
   %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %363, <16 x float> %366)
-  store <16 x float> %367, ptr %364, align 64, !tbaa !5
+  store <16 x float> %367, ptr %364, align 64, !tbaa !4
   %368 = or disjoint i64 %323, 128
   %369 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %368
-  %370 = load <16 x float>, ptr %369, align 64, !tbaa !5
+  %370 = load <16 x float>, ptr %369, align 64, !tbaa !4
   %371 = getelementptr inbounds nuw float, ptr %acc, i64 %368
-  %372 = load <16 x float>, ptr %371, align 64, !tbaa !5
+  %372 = load <16 x float>, ptr %371, align 64, !tbaa !4
   %373 = fmul <16 x float> %336, %372
   %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %370, <16 x float> %373)
-  store <16 x float> %374, ptr %371, align 64, !tbaa !5
+  store <16 x float> %374, ptr %371, align 64, !tbaa !4
   %375 = or disjoint i64 %323, 144
   %376 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %375
-  %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
+  %377 = load <16 x float>, ptr %376, align 64, !tbaa !4
   %378 = getelementptr inbounds nuw float, ptr %acc, i64 %375
-  %379 = load <16 x float>, ptr %378, align 64, !tbaa !5
+  %379 = load <16 x float>, ptr %378, align 64, !tbaa !4
   %380 = fmul <16 x float> %336, %379
   %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %377, <16 x float> %380)
-  store <16 x float> %381, ptr %378, align 64, !tbaa !5
+  store <16 x float> %381, ptr %378, align 64, !tbaa !4
   %382 = or disjoint i64 %323, 256
   %383 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %382
-  %384 = load <16 x float>, ptr %383, align 64, !tbaa !5
+  %384 = load <16 x float>, ptr %383, align 64, !tbaa !4
   %385 = getelementptr inbounds nuw float, ptr %acc, i64 %382
-  %386 = load <16 x float>, ptr %385, align 64, !tbaa !5
+  %386 = load <16 x float>, ptr %385, align 64, !tbaa !4
   %387 = fmul <16 x float> %345, %386
   %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %384, <16 x float> %387)
-  store <16 x float> %388, ptr %385, align 64, !tbaa !5
+  store <16 x float> %388, ptr %385, align 64, !tbaa !4
   %389 = or disjoint i64 %323, 272
   %390 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %389
-  %391 = load <16 x float>, ptr %390, align 64, !tbaa !5
+  %391 = load <16 x float>, ptr %390, align 64, !tbaa !4
   %392 = getelementptr inbounds nuw float, ptr %acc, i64 %389
-  %393 = load <16 x float>, ptr %392, align 64, !tbaa !5
+  %393 = load <16 x float>, ptr %392, align 64, !tbaa !4
   %394 = fmul <16 x float> %345, %393
   %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %391, <16 x float> %394)
-  store <16 x float> %395, ptr %392, align 64, !tbaa !5
+  store <16 x float> %395, ptr %392, align 64, !tbaa !4
   %396 = or disjoint i64 %323, 384
   %397 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %396
-  %398 = load <16 x float>, ptr %397, align 64, !tbaa !5
+  %398 = load <16 x float>, ptr %397, align 64, !tbaa !4
   %399 = getelementptr inbounds nuw float, ptr %acc, i64 %396
-  %400 = load <16 x float>, ptr %399, align 64, !tbaa !5
+  %400 = load <16 x float>, ptr %399, align 64, !tbaa !4
   %401 = fmul <16 x float> %354, %400
   %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %398, <16 x float> %401)
-  store <16 x float> %402, ptr %399, align 64, !tbaa !5
+  store <16 x float> %402, ptr %399, align 64, !tbaa !4
   %403 = or disjoint i64 %323, 400
   %404 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %403
-  %405 = load <16 x float>, ptr %404, align 64, !tbaa !5
+  %405 = load <16 x float>, ptr %404, align 64, !tbaa !4
   %406 = getelementptr inbounds nuw float, ptr %acc, i64 %403
-  %407 = load <16 x float>, ptr %406, align 64, !tbaa !5
+  %407 = load <16 x float>, ptr %406, align 64, !tbaa !4
   %408 = fmul <16 x float> %354, %407
   %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %405, <16 x float> %408)
-  store <16 x float> %409, ptr %406, align 64, !tbaa !5
+  store <16 x float> %409, ptr %406, align 64, !tbaa !4
   %410 = or disjoint i64 %323, 32
   %411 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %410
-  %412 = load <16 x float>, ptr %411, align 64, !tbaa !5
+  %412 = load <16 x float>, ptr %411, align 64, !tbaa !4
   %413 = getelementptr inbounds nuw float, ptr %acc, i64 %410
-  %414 = load <16 x float>, ptr %413, align 64, !tbaa !5
+  %414 = load <16 x float>, ptr %413, align 64, !tbaa !4
   %415 = fmul <16 x float> %327, %414
   %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %412, <16 x float> %415)
-  store <16 x float> %416, ptr %413, align 64, !tbaa !5
+  store <16 x float> %416, ptr %413, align 64, !tbaa !4
   %417 = or disjoint i64 %323, 48
   %418 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %417
-  %419 = load <16 x float>, ptr %418, align 64, !tbaa !5
+  %419 = load <16 x float>, ptr %418, align 64, !tbaa !4
   %420 = getelementptr inbounds nuw float, ptr %acc, i64 %417
-  %421 = load <16 x float>, ptr %420, align 64, !tbaa !5
+  %421 = load <16 x float>, ptr %420, align 64, !tbaa !4
   %422 = fmul <16 x float> %327, %421
   %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %419, <16 x float> %422)
-  store <16 x float> %423, ptr %420, align 64, !tbaa !5
+  store <16 x float> %423, ptr %420, align 64, !tbaa !4
   %424 = or disjoint i64 %323, 160
   %425 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %424
-  %426 = load <16 x float>, ptr %425, align 64, !tbaa !5
+  %426 = load <16 x float>, ptr %425, align 64, !tbaa !4
   %427 = getelementptr inbounds nuw float, ptr %acc, i64 %424
-  %428 = load <16 x float>, ptr %427, align 64, !tbaa !5
+  %428 = load <16 x float>, ptr %427, align 64, !tbaa !4
   %429 = fmul <16 x float> %336, %428
   %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %426, <16 x float> %429)
-  store <16 x float> %430, ptr %427, align 64, !tbaa !5
+  store <16 x float> %430, ptr %427, align 64, !tbaa !4
   %431 = or disjoint i64 %323, 176
   %432 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %431
-  %433 = load <16 x float>, ptr %432, align 64, !tbaa !5
+  %433 = load <16 x float>, ptr %432, align 64, !tbaa !4
   %434 = getelementptr inbounds nuw float, ptr %acc, i64 %431
-  %435 = load <16 x float>, ptr %434, align 64, !tbaa !5
+  %435 = load <16 x float>, ptr %434, align 64, !tbaa !4
   %436 = fmul <16 x float> %336, %435
   %437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %433, <16 x float> %436)
-  store <16 x float> %437, ptr %434, align 64, !tbaa !5
+  store <16 x float> %437, ptr %434, align 64, !tbaa !4
   %438 = or disjoint i64 %323, 288
   %439 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %438
-  %440 = load <16 x float>, ptr %439, align 64, !tbaa !5
+  %440 = load <16 x float>, ptr %439, align 64, !tbaa !4
   %441 = getelementptr inbounds nuw float, ptr %acc, i64 %438
-  %442 = load <16 x float>, ptr %441, align 64, !tbaa !5
+  %442 = load <16 x float>, ptr %441, align 64, !tbaa !4
   %443 = fmul <16 x float> %345, %442
   %444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %440, <16 x float> %443)
-  store <16 x float> %444, ptr %441, align 64, !tbaa !5
+  store <16 x float> %444, ptr %441, align 64, !tbaa !4
   %445 = or disjoint i64 %323, 304
   %446 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %445
-  %447 = load <16 x float>, ptr %446, align 64, !tbaa !5
+  %447 = load <16 x float>, ptr %446, align 64, !tbaa !4
   %448 = getelementptr inbounds nuw float, ptr %acc, i64 %445
-  %449 = load <16 x float>, ptr %448, align 64, !tbaa !5
+  %449 = load <16 x float>, ptr %448, align 64, !tbaa !4
   %450 = fmul <16 x float> %345, %449
   %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %447, <16 x float> %450)
-  store <16 x float> %451, ptr %448, align 64, !tbaa !5
+  store <16 x float> %451, ptr %448, align 64, !tbaa !4
   %452 = or disjoint i64 %323, 416
   %453 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %452
-  %454 = load <16 x float>, ptr %453, align 64, !tbaa !5
+  %454 = load <16 x float>, ptr %453, align 64, !tbaa !4
   %455 = getelementptr inbounds nuw float, ptr %acc, i64 %452
-  %456 = load <16 x float>, ptr %455, align 64, !tbaa !5
+  %456 = load <16 x float>, ptr %455, align 64, !tbaa !4
   %457 = fmul <16 x float> %354, %456
   %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %454, <16 x float> %457)
-  store <16 x float> %458, ptr %455, align 64, !tbaa !5
+  store <16 x float> %458, ptr %455, align 64, !tbaa !4
   %459 = or disjoint i64 %323, 432
   %460 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %459
-  %461 = load <16 x float>, ptr %460, align 64, !tbaa !5
+  %461 = load <16 x float>, ptr %460, align 64, !tbaa !4
   %462 = getelementptr inbounds nuw float, ptr %acc, i64 %459
-  %463 = load <16 x float>, ptr %462, align 64, !tbaa !5
+  %463 = load <16 x float>, ptr %462, align 64, !tbaa !4
   %464 = fmul <16 x float> %354, %463
   %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %461, <16 x float> %464)
-  store <16 x float> %465, ptr %462, align 64, !tbaa !5
+  store <16 x float> %465, ptr %462, align 64, !tbaa !4
   %466 = or disjoint i64 %323, 64
   %467 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %466
-  %468 = load <16 x float>, ptr %467, align 64, !tbaa !5
+  %468 = load <16 x float>, ptr %467, align 64, !tbaa !4
   %469 = getelementptr inbounds nuw float, ptr %acc, i64 %466
-  %470 = load <16 x float>, ptr %469, align 64, !tbaa !5
+  %470 = load <16 x float>, ptr %469, align 64, !tbaa !4
   %471 = fmul <16 x float> %327, %470
   %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %468, <16 x float> %471)
-  store <16 x float> %472, ptr %469, align 64, !tbaa !5
+  store <16 x float> %472, ptr %469, align 64, !tbaa !4
   %473 = or disjoint i64 %323, 80
   %474 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %473
-  %475 = load <16 x float>, ptr %474, align 64, !tbaa !5
+  %475 = load <16 x float>, ptr %474, align 64, !tbaa !4
   %476 = getelementptr inbounds nuw float, ptr %acc, i64 %473
-  %477 = load <16 x float>, ptr %476, align 64, !tbaa !5
+  %477 = load <16 x float>, ptr %476, align 64, !tbaa !4
   %478 = fmul <16 x float> %327, %477
   %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %475, <16 x float> %478)
-  store <16 x float> %479, ptr %476, align 64, !tbaa !5
+  store <16 x float> %479, ptr %476, align 64, !tbaa !4
   %480 = or disjoint i64 %323, 192
   %481 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %480
-  %482 = load <16 x float>, ptr %481, align 64, !tbaa !5
+  %482 = load <16 x float>, ptr %481, align 64, !tbaa !4
   %483 = getelementptr inbounds nuw float, ptr %acc, i64 %480
-  %484 = load <16 x float>, ptr %483, align 64, !tbaa !5
+  %484 = load <16 x float>, ptr %483, align 64, !tbaa !4
   %485 = fmul <16 x float> %336, %484
   %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %482, <16 x float> %485)
-  store <16 x float> %486, ptr %483, align 64, !tbaa !5
+  store <16 x float> %486, ptr %483, align 64, !tbaa !4
   %487 = or disjoint i64 %323, 208
   %488 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %487
-  %489 = load <16 x float>, ptr %488, align 64, !tbaa !5
+  %489 = load <16 x float>, ptr %488, align 64, !tbaa !4
   %490 = getelementptr inbounds nuw float, ptr %acc, i64 %487
-  %491 = load <16 x float>, ptr %490, align 64, !tbaa !5
+  %491 = load <16 x float>, ptr %490, align 64, !tbaa !4
   %492 = fmul <16 x float> %336, %491
   %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %489, <16 x float> %492)
-  store <16 x float> %493, ptr %490, align 64, !tbaa !5
+  store <16 x float> %493, ptr %490, align 64, !tbaa !4
   %494 = or disjoint i64 %323, 320
   %495 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %494
-  %496 = load <16 x float>, ptr %495, align 64, !tbaa !5
+  %496 = load <16 x float>, ptr %495, align 64, !tbaa !4
   %497 = getelementptr inbounds nuw float, ptr %acc, i64 %494
-  %498 = load <16 x float>, ptr %497, align 64, !tbaa !5
+  %498 = load <16 x float>, ptr %497, align 64, !tbaa !4
   %499 = fmul <16 x float> %345, %498
   %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %496, <16 x float> %499)
-  store <16 x float> %500, ptr %497, align 64, !tbaa !5
+  store <16 x float> %500, ptr %497, align 64, !tbaa !4
   %501 = or disjoint i64 %323, 336
   %502 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %501
-  %503 = load <16 x float>, ptr %502, align 64, !tbaa !5
+  %503 = load <16 x float>, ptr %502, align 64, !tbaa !4
   %504 = getelementptr inbounds nuw float, ptr %acc, i64 %501
-  %505 = load <16 x float>, ptr %504, align 64, !tbaa !5
+  %505 = load <16 x float>, ptr %504, align 64, !tbaa !4
   %506 = fmul <16 x float> %345, %505
   %507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %503, <16 x float> %506)
-  store <16 x float> %507, ptr %504, align 64, !tbaa !5
+  store <16 x float> %507, ptr %504, align 64, !tbaa !4
   %508 = or disjoint i64 %323, 448
   %509 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %508
-  %510 = load <16 x float>, ptr %509, align 64, !tbaa !5
+  %510 = load <16 x float>, ptr %509, align 64, !tbaa !4
   %511 = getelementptr inbounds nuw float, ptr %acc, i64 %508
-  %512 = load <16 x float>, ptr %511, align 64, !tbaa !5
+  %512 = load <16 x float>, ptr %511, align 64, !tbaa !4
   %513 = fmul <16 x float> %354, %512
   %514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %510, <16 x float> %513)
-  store <16 x float> %514, ptr %511, align 64, !tbaa !5
+  store <16 x float> %514, ptr %511, align 64, !tbaa !4
   %515 = or disjoint i64 %323, 464
   %516 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %515
-  %517 = load <16 x float>, ptr %516, align 64, !tbaa !5
+  %517 = load <16 x float>, ptr %516, align 64, !tbaa !4
   %518 = getelementptr inbounds nuw float, ptr %acc, i64 %515
-  %519 = load <16 x float>, ptr %518, align 64, !tbaa !5
+  %519 = load <16 x float>, ptr %518, align 64, !tbaa !4
   %520 = fmul <16 x float> %354, %519
   %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %517, <16 x float> %520)
-  store <16 x float> %521, ptr %518, align 64, !tbaa !5
+  store <16 x float> %521, ptr %518, align 64, !tbaa !4
   %522 = or disjoint i64 %323, 96
   %523 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %522
-  %524 = load <16 x float>, ptr %523, align 64, !tbaa !5
+  %524 = load <16 x float>, ptr %523, align 64, !tbaa !4
   %525 = getelementptr inbounds nuw float, ptr %acc, i64 %522
-  %526 = load <16 x float>, ptr %525, align 64, !tbaa !5
+  %526 = load <16 x float>, ptr %525, align 64, !tbaa !4
   %527 = fmul <16 x float> %327, %526
   %528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %524, <16 x float> %527)
-  store <16 x float> %528, ptr %525, align 64, !tbaa !5
+  store <16 x float> %528, ptr %525, align 64, !tbaa !4
   %529 = or disjoint i64 %323, 112
   %530 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %529
-  %531 = load <16 x float>, ptr %530, align 64, !tbaa !5
+  %531 = load <16 x float>, ptr %530, align 64, !tbaa !4
   %532 = getelementptr inbounds nuw float, ptr %acc, i64 %529
-  %533 = load <16 x float>, ptr %532, align 64, !tbaa !5
+  %533 = load <16 x float>, ptr %532, align 64, !tbaa !4
   %534 = fmul <16 x float> %327, %533
   %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %531, <16 x float> %534)
-  store <16 x float> %535, ptr %532, align 64, !tbaa !5
+  store <16 x float> %535, ptr %532, align 64, !tbaa !4
   %536 = or disjoint i64 %323, 224
   %537 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %536
-  %538 = load <16 x float>, ptr %537, align 64, !tbaa !5
+  %538 = load <16 x float>, ptr %537, align 64, !tbaa !4
   %539 = getelementptr inbounds nuw float, ptr %acc, i64 %536
-  %540 = load <16 x float>, ptr %539, align 64, !tbaa !5
+  %540 = load <16 x float>, ptr %539, align 64, !tbaa !4
   %541 = fmul <16 x float> %336, %540
   %542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %538, <16 x float> %541)
-  store <16 x float> %542, ptr %539, align 64, !tbaa !5
+  store <16 x float> %542, ptr %539, align 64, !tbaa !4
   %543 = or disjoint i64 %323, 240
   %544 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %543
-  %545 = load <16 x float>, ptr %544, align 64, !tbaa !5
+  %545 = load <16 x float>, ptr %544, align 64, !tbaa !4
   %546 = getelementptr inbounds nuw float, ptr %acc, i64 %543
-  %547 = load <16 x float>, ptr %546, align 64, !tbaa !5
+  %547 = load <16 x float>, ptr %546, align 64, !tbaa !4
   %548 = fmul <16 x float> %336, %547
   %549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %545, <16 x float> %548)
-  store <16 x float> %549, ptr %546, align 64, !tbaa !5
+  store <16 x float> %549, ptr %546, align 64, !tbaa !4
   %550 = or disjoint i64 %323, 352
   %551 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %550
-  %552 = load <16 x float>, ptr %551, align 64, !tbaa !5
+  %552 = load <16 x float>, ptr %551, align 64, !tbaa !4
   %553 = getelementptr inbounds nuw float, ptr %acc, i64 %550
-  %554 = load <16 x float>, ptr %553, align 64, !tbaa !5
+  %554 = load <16 x float>, ptr %553, align 64, !tbaa !4
   %555 = fmul <16 x float> %345, %554
   %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %552, <16 x float> %555)
-  store <16 x float> %556, ptr %553, align 64, !tbaa !5
+  store <16 x float> %556, ptr %553, align 64, !tbaa !4
   %557 = or disjoint i64 %323, 368
   %558 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %557
-  %559 = load <16 x float>, ptr %558, align 64, !tbaa !5
+  %559 = load <16 x float>, ptr %558, align 64, !tbaa !4
   %560 = getelementptr inbounds nuw float, ptr %acc, i64 %557
-  %561 = load <16 x float>, ptr %560, align 64, !tbaa !5
+  %561 = load <16 x float>, ptr %560, align 64, !tbaa !4
   %562 = fmul <16 x float> %345, %561
   %563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %559, <16 x float> %562)
-  store <16 x float> %563, ptr %560, align 64, !tbaa !5
+  store <16 x float> %563, ptr %560, align 64, !tbaa !4
   %564 = or disjoint i64 %323, 480
   %565 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %564
-  %566 = load <16 x float>, ptr %565, align 64, !tbaa !5
+  %566 = load <16 x float>, ptr %565, align 64, !tbaa !4
   %567 = getelementptr inbounds nuw float, ptr %acc, i64 %564
-  %568 = load <16 x float>, ptr %567, align 64, !tbaa !5
+  %568 = load <16 x float>, ptr %567, align 64, !tbaa !4
   %569 = fmul <16 x float> %354, %568
   %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %566, <16 x float> %569)
-  store <16 x float> %570, ptr %567, align 64, !tbaa !5
+  store <16 x float> %570, ptr %567, align 64, !tbaa !4
   %571 = or disjoint i64 %323, 496
   %572 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %571
-  %573 = load <16 x float>, ptr %572, align 64, !tbaa !5
+  %573 = load <16 x float>, ptr %572, align 64, !tbaa !4
   %574 = getelementptr inbounds nuw float, ptr %acc, i64 %571
-  %575 = load <16 x float>, ptr %574, align 64, !tbaa !5
+  %575 = load <16 x float>, ptr %574, align 64, !tbaa !4
   %576 = fmul <16 x float> %354, %575
   %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %573, <16 x float> %576)
-  store <16 x float> %577, ptr %574, align 64, !tbaa !5
+  store <16 x float> %577, ptr %574, align 64, !tbaa !4
   %indvars.iv.next40.i = add nuw nsw i64 %indvars.iv39.i, 1
   %exitcond42.not.i = icmp eq i64 %indvars.iv.next40.i, 4
-  br i1 %exitcond42.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !46
+  br i1 %exitcond42.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.i.us
   %indvars.iv.next44.i = add nuw nsw i64 %indvars.iv43.i, 1
   %exitcond46.not.i = icmp eq i64 %indvars.iv.next44.i, %wide.trip.count.i
-  br i1 %exitcond46.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond46.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !25
 
 online_update_compute_.exit:                      ; preds = %for_end_r_0.i, %entry
   call void @llvm.lifetime.end.p0(ptr nonnull %beta33.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %alpha34.i)
   ret i32 0
 }
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!8, !8, i64 0}
+!8 = !{!"buffer1.w64.b0", !9, i64 0}
+!9 = !{!"buffer1.w128.b0", !10, i64 0}
+!10 = !{!"buffer1.w256.b0", !11, i64 0}
+!11 = !{!"buffer1.w512.b0", !12, i64 0}
+!12 = !{!"buffer1.w1024.b0", !13, i64 0}
+!13 = !{!"buffer1", !6, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"buffer2.w64.b0", !16, i64 0}
+!16 = !{!"buffer2.w128.b0", !17, i64 0}
+!17 = !{!"buffer2.w256.b0", !18, i64 0}
+!18 = !{!"buffer2.w512.b0", !19, i64 0}
+!19 = !{!"buffer2.w1024.b0", !20, i64 0}
+!20 = !{!"buffer2", !6, i64 0}
+!21 = !{!"branch_weights", i32 1048576, i32 1}
+!22 = !{!20, !20, i64 0}
+!23 = !{!13, !13, i64 0}
+!24 = !{!"branch_weights", i32 1, i32 1048575}
+!25 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_pv_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
@@ -1484,19 +1788,19 @@ for_body_s.i:                                     ; preds = %for_end_r_0_m.i, %f
   %indvars.iv273.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next274.i, %for_end_r_0_m.i ]
   %47 = add nsw i64 %indvars.iv273.i, %44
   %48 = getelementptr inbounds i32, ptr %context_lens, i64 %47
-  %49 = load i32, ptr %48, align 4, !tbaa !5
+  %49 = load i32, ptr %48, align 4, !tbaa !4
   %50 = sub nsw i32 %49, %42
   %51 = tail call i32 @llvm.smax.i32(i32 %50, i32 0)
   %52 = tail call i32 @llvm.umin.i32(i32 %51, i32 128)
   %53 = add nuw nsw i32 %52, 15
   %54 = and i32 %53, 496
   %.not.i = icmp eq i32 %54, 0
-  br i1 %.not.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !47
+  br i1 %.not.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !7
 
 for_body_t.lr.ph.i:                               ; preds = %for_body_s.i
   %55 = mul nsw i64 %47, %row_step
   %56 = getelementptr inbounds i32, ptr %row_starts, i64 %55
-  %row_start.i = load i32, ptr %56, align 4, !tbaa !5
+  %row_start.i = load i32, ptr %56, align 4, !tbaa !4
   %57 = sext i32 %row_start.i to i64
   %58 = mul nsw i64 %47, %table_seq
   %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %58
@@ -1515,18 +1819,18 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %62 = sext <4 x i32> %61 to <4 x i64>
   %63 = ashr <4 x i64> %62, splat (i64 7)
   %64 = getelementptr i32, ptr %invariant.gep132.i, <4 x i64> %63
-  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %64, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !5
+  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %64, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
   %65 = sext <4 x i32> %wide.masked.gather to <4 x i64>
   %66 = and <4 x i64> %62, splat (i64 127)
   %67 = mul nsw <4 x i64> %66, %broadcast.splat62
   %68 = mul nsw <4 x i64> %broadcast.splat64, %65
   %69 = add nsw <4 x i64> %67, %68
   %70 = getelementptr inbounds nuw i64, ptr %value_offsets2.i, i64 %index
-  store <4 x i64> %69, ptr %70, align 16, !tbaa !48
+  store <4 x i64> %69, ptr %70, align 16, !tbaa !8
   %index.next = add nuw i64 %index, 4
   %vec.ind.next = add <4 x i32> %vec.ind, splat (i32 4)
   %71 = icmp eq i64 %index.next, %wide.trip.count.i
-  br i1 %71, label %for_begin_r_0_m.preheader.i, label %vector.body, !prof !50, !llvm.loop !51
+  br i1 %71, label %for_begin_r_0_m.preheader.i, label %vector.body, !prof !10, !llvm.loop !11
 
 for_begin_r_0_m.preheader.i:                      ; preds = %vector.body, %for_body_s.i
   %72 = lshr i32 %52, 4
@@ -1557,12 +1861,12 @@ for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %f
 for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
   %indvars.iv.next274.i = add nuw nsw i64 %indvars.iv273.i, 1
   %exitcond277.not.i = icmp eq i64 %indvars.iv.next274.i, %wide.trip.count276.i
-  br i1 %exitcond277.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond277.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !15
 
 for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
   %indvars.iv265.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next266.i, %for_end_ti.i ]
   %.pre.i = shl nuw nsw i64 %indvars.iv265.i, 5
-  br i1 %.not245.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !47
+  br i1 %.not245.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !7
 
 for_body_to.lr.ph.i:                              ; preds = %for_body_d_0_m.i
   %gep.i = getelementptr i16, ptr %invariant.gep210.i, i64 %.pre.i
@@ -1571,7 +1875,7 @@ for_body_to.lr.ph.i:                              ; preds = %for_body_d_0_m.i
 for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
   %indvars.iv.next270.i = add nuw nsw i64 %indvars.iv269.i, 1
   %exitcond272.not.i = icmp eq i64 %indvars.iv.next270.i, 4
-  br i1 %exitcond272.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !46
+  br i1 %exitcond272.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !16
 
 for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.lr.ph.i
   %indvars.iv255.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next256.i, %for_body_to.i ]
@@ -1585,584 +1889,584 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %full_acc1.sroa.238.0134.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %644, %for_body_to.i ]
   %84 = shl nsw i64 %indvars.iv255.i, 4
   %85 = getelementptr inbounds nuw float, ptr %83, i64 %84
-  %86 = load float, ptr %85, align 64, !tbaa !5
+  %86 = load float, ptr %85, align 64, !tbaa !4
   %87 = insertelement <16 x float> poison, float %86, i64 0
   %88 = shufflevector <16 x float> %87, <16 x float> poison, <16 x i32> zeroinitializer
   %89 = getelementptr inbounds nuw i64, ptr %value_offsets2.i, i64 %84
-  %90 = load i64, ptr %89, align 16, !tbaa !48
+  %90 = load i64, ptr %89, align 16, !tbaa !8
   %gep152.i = getelementptr i16, ptr %gep.i, i64 %90
-  %91 = load <16 x i16>, ptr %gep152.i, align 2, !tbaa !5
+  %91 = load <16 x i16>, ptr %gep152.i, align 2, !tbaa !4
   %92 = zext <16 x i16> %91 to <16 x i32>
   %93 = shl nuw <16 x i32> %92, splat (i32 16)
   %94 = bitcast <16 x i32> %93 to <16 x float>
   %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %94, <16 x float> %full_acc1.sroa.0.0141.i)
   %96 = getelementptr i8, ptr %gep152.i, i64 32
-  %97 = load <16 x i16>, ptr %96, align 2, !tbaa !5
+  %97 = load <16 x i16>, ptr %96, align 2, !tbaa !4
   %98 = zext <16 x i16> %97 to <16 x i32>
   %99 = shl nuw <16 x i32> %98, splat (i32 16)
   %100 = bitcast <16 x i32> %99 to <16 x float>
   %101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %100, <16 x float> %full_acc1.sroa.34.0140.i)
   %102 = getelementptr inbounds nuw i8, ptr %85, i64 512
-  %103 = load float, ptr %102, align 64, !tbaa !5
+  %103 = load float, ptr %102, align 64, !tbaa !4
   %104 = insertelement <16 x float> poison, float %103, i64 0
   %105 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %94, <16 x float> %full_acc1.sroa.68.0139.i)
   %107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %105, <16 x float> %100, <16 x float> %full_acc1.sroa.102.0138.i)
   %108 = getelementptr inbounds nuw i8, ptr %85, i64 1024
-  %109 = load float, ptr %108, align 64, !tbaa !5
+  %109 = load float, ptr %108, align 64, !tbaa !4
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %94, <16 x float> %full_acc1.sroa.136.0137.i)
   %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %100, <16 x float> %full_acc1.sroa.170.0136.i)
   %114 = getelementptr inbounds nuw i8, ptr %85, i64 1536
-  %115 = load float, ptr %114, align 64, !tbaa !5
+  %115 = load float, ptr %114, align 64, !tbaa !4
   %116 = insertelement <16 x float> poison, float %115, i64 0
   %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
   %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %117, <16 x float> %94, <16 x float> %full_acc1.sroa.204.0135.i)
   %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %117, <16 x float> %100, <16 x float> %full_acc1.sroa.238.0134.i)
   %120 = getelementptr inbounds nuw i8, ptr %85, i64 4
-  %121 = load float, ptr %120, align 4, !tbaa !5
+  %121 = load float, ptr %120, align 4, !tbaa !4
   %122 = insertelement <16 x float> poison, float %121, i64 0
   %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
   %124 = getelementptr inbounds nuw i8, ptr %89, i64 8
-  %125 = load i64, ptr %124, align 8, !tbaa !48
+  %125 = load i64, ptr %124, align 8, !tbaa !8
   %gep155.i = getelementptr i16, ptr %gep.i, i64 %125
-  %126 = load <16 x i16>, ptr %gep155.i, align 2, !tbaa !5
+  %126 = load <16 x i16>, ptr %gep155.i, align 2, !tbaa !4
   %127 = zext <16 x i16> %126 to <16 x i32>
   %128 = shl nuw <16 x i32> %127, splat (i32 16)
   %129 = bitcast <16 x i32> %128 to <16 x float>
   %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %95)
   %131 = getelementptr i8, ptr %gep155.i, i64 32
-  %132 = load <16 x i16>, ptr %131, align 2, !tbaa !5
+  %132 = load <16 x i16>, ptr %131, align 2, !tbaa !4
   %133 = zext <16 x i16> %132 to <16 x i32>
   %134 = shl nuw <16 x i32> %133, splat (i32 16)
   %135 = bitcast <16 x i32> %134 to <16 x float>
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %101)
   %137 = getelementptr inbounds nuw i8, ptr %85, i64 516
-  %138 = load float, ptr %137, align 4, !tbaa !5
+  %138 = load float, ptr %137, align 4, !tbaa !4
   %139 = insertelement <16 x float> poison, float %138, i64 0
   %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
   %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %129, <16 x float> %106)
   %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %135, <16 x float> %107)
   %143 = getelementptr inbounds nuw i8, ptr %85, i64 1028
-  %144 = load float, ptr %143, align 4, !tbaa !5
+  %144 = load float, ptr %143, align 4, !tbaa !4
   %145 = insertelement <16 x float> poison, float %144, i64 0
   %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
   %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %129, <16 x float> %112)
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %135, <16 x float> %113)
   %149 = getelementptr inbounds nuw i8, ptr %85, i64 1540
-  %150 = load float, ptr %149, align 4, !tbaa !5
+  %150 = load float, ptr %149, align 4, !tbaa !4
   %151 = insertelement <16 x float> poison, float %150, i64 0
   %152 = shufflevector <16 x float> %151, <16 x float> poison, <16 x i32> zeroinitializer
   %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %152, <16 x float> %129, <16 x float> %118)
   %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %152, <16 x float> %135, <16 x float> %119)
   %155 = getelementptr inbounds nuw i8, ptr %85, i64 8
-  %156 = load float, ptr %155, align 8, !tbaa !5
+  %156 = load float, ptr %155, align 8, !tbaa !4
   %157 = insertelement <16 x float> poison, float %156, i64 0
   %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
   %159 = getelementptr inbounds nuw i8, ptr %89, i64 16
-  %160 = load i64, ptr %159, align 16, !tbaa !48
+  %160 = load i64, ptr %159, align 16, !tbaa !8
   %gep158.i = getelementptr i16, ptr %gep.i, i64 %160
-  %161 = load <16 x i16>, ptr %gep158.i, align 2, !tbaa !5
+  %161 = load <16 x i16>, ptr %gep158.i, align 2, !tbaa !4
   %162 = zext <16 x i16> %161 to <16 x i32>
   %163 = shl nuw <16 x i32> %162, splat (i32 16)
   %164 = bitcast <16 x i32> %163 to <16 x float>
   %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %164, <16 x float> %130)
   %166 = getelementptr i8, ptr %gep158.i, i64 32
-  %167 = load <16 x i16>, ptr %166, align 2, !tbaa !5
+  %167 = load <16 x i16>, ptr %166, align 2, !tbaa !4
   %168 = zext <16 x i16> %167 to <16 x i32>
   %169 = shl nuw <16 x i32> %168, splat (i32 16)
   %170 = bitcast <16 x i32> %169 to <16 x float>
   %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %170, <16 x float> %136)
   %172 = getelementptr inbounds nuw i8, ptr %85, i64 520
-  %173 = load float, ptr %172, align 8, !tbaa !5
+  %173 = load float, ptr %172, align 8, !tbaa !4
   %174 = insertelement <16 x float> poison, float %173, i64 0
   %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
   %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %164, <16 x float> %141)
   %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %170, <16 x float> %142)
   %178 = getelementptr inbounds nuw i8, ptr %85, i64 1032
-  %179 = load float, ptr %178, align 8, !tbaa !5
+  %179 = load float, ptr %178, align 8, !tbaa !4
   %180 = insertelement <16 x float> poison, float %179, i64 0
   %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> zeroinitializer
   %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %181, <16 x float> %164, <16 x float> %147)
   %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %181, <16 x float> %170, <16 x float> %148)
   %184 = getelementptr inbounds nuw i8, ptr %85, i64 1544
-  %185 = load float, ptr %184, align 8, !tbaa !5
+  %185 = load float, ptr %184, align 8, !tbaa !4
   %186 = insertelement <16 x float> poison, float %185, i64 0
   %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> zeroinitializer
   %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %164, <16 x float> %153)
   %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %170, <16 x float> %154)
   %190 = getelementptr inbounds nuw i8, ptr %85, i64 12
-  %191 = load float, ptr %190, align 4, !tbaa !5
+  %191 = load float, ptr %190, align 4, !tbaa !4
   %192 = insertelement <16 x float> poison, float %191, i64 0
   %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
   %194 = getelementptr inbounds nuw i8, ptr %89, i64 24
-  %195 = load i64, ptr %194, align 8, !tbaa !48
+  %195 = load i64, ptr %194, align 8, !tbaa !8
   %gep161.i = getelementptr i16, ptr %gep.i, i64 %195
-  %196 = load <16 x i16>, ptr %gep161.i, align 2, !tbaa !5
+  %196 = load <16 x i16>, ptr %gep161.i, align 2, !tbaa !4
   %197 = zext <16 x i16> %196 to <16 x i32>
   %198 = shl nuw <16 x i32> %197, splat (i32 16)
   %199 = bitcast <16 x i32> %198 to <16 x float>
   %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %199, <16 x float> %165)
   %201 = getelementptr i8, ptr %gep161.i, i64 32
-  %202 = load <16 x i16>, ptr %201, align 2, !tbaa !5
+  %202 = load <16 x i16>, ptr %201, align 2, !tbaa !4
   %203 = zext <16 x i16> %202 to <16 x i32>
   %204 = shl nuw <16 x i32> %203, splat (i32 16)
   %205 = bitcast <16 x i32> %204 to <16 x float>
   %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %205, <16 x float> %171)
   %207 = getelementptr inbounds nuw i8, ptr %85, i64 524
-  %208 = load float, ptr %207, align 4, !tbaa !5
+  %208 = load float, ptr %207, align 4, !tbaa !4
   %209 = insertelement <16 x float> poison, float %208, i64 0
   %210 = shufflevector <16 x float> %209, <16 x float> poison, <16 x i32> zeroinitializer
   %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %199, <16 x float> %176)
   %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %205, <16 x float> %177)
   %213 = getelementptr inbounds nuw i8, ptr %85, i64 1036
-  %214 = load float, ptr %213, align 4, !tbaa !5
+  %214 = load float, ptr %213, align 4, !tbaa !4
   %215 = insertelement <16 x float> poison, float %214, i64 0
   %216 = shufflevector <16 x float> %215, <16 x float> poison, <16 x i32> zeroinitializer
   %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %216, <16 x float> %199, <16 x float> %182)
   %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %216, <16 x float> %205, <16 x float> %183)
   %219 = getelementptr inbounds nuw i8, ptr %85, i64 1548
-  %220 = load float, ptr %219, align 4, !tbaa !5
+  %220 = load float, ptr %219, align 4, !tbaa !4
   %221 = insertelement <16 x float> poison, float %220, i64 0
   %222 = shufflevector <16 x float> %221, <16 x float> poison, <16 x i32> zeroinitializer
   %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %222, <16 x float> %199, <16 x float> %188)
   %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %222, <16 x float> %205, <16 x float> %189)
   %225 = getelementptr inbounds nuw i8, ptr %85, i64 16
-  %226 = load float, ptr %225, align 16, !tbaa !5
+  %226 = load float, ptr %225, align 16, !tbaa !4
   %227 = insertelement <16 x float> poison, float %226, i64 0
   %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
   %229 = getelementptr inbounds nuw i8, ptr %89, i64 32
-  %230 = load i64, ptr %229, align 16, !tbaa !48
+  %230 = load i64, ptr %229, align 16, !tbaa !8
   %gep164.i = getelementptr i16, ptr %gep.i, i64 %230
-  %231 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
+  %231 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !4
   %232 = zext <16 x i16> %231 to <16 x i32>
   %233 = shl nuw <16 x i32> %232, splat (i32 16)
   %234 = bitcast <16 x i32> %233 to <16 x float>
   %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %234, <16 x float> %200)
   %236 = getelementptr i8, ptr %gep164.i, i64 32
-  %237 = load <16 x i16>, ptr %236, align 2, !tbaa !5
+  %237 = load <16 x i16>, ptr %236, align 2, !tbaa !4
   %238 = zext <16 x i16> %237 to <16 x i32>
   %239 = shl nuw <16 x i32> %238, splat (i32 16)
   %240 = bitcast <16 x i32> %239 to <16 x float>
   %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %240, <16 x float> %206)
   %242 = getelementptr inbounds nuw i8, ptr %85, i64 528
-  %243 = load float, ptr %242, align 16, !tbaa !5
+  %243 = load float, ptr %242, align 16, !tbaa !4
   %244 = insertelement <16 x float> poison, float %243, i64 0
   %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
   %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %234, <16 x float> %211)
   %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %240, <16 x float> %212)
   %248 = getelementptr inbounds nuw i8, ptr %85, i64 1040
-  %249 = load float, ptr %248, align 16, !tbaa !5
+  %249 = load float, ptr %248, align 16, !tbaa !4
   %250 = insertelement <16 x float> poison, float %249, i64 0
   %251 = shufflevector <16 x float> %250, <16 x float> poison, <16 x i32> zeroinitializer
   %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> %234, <16 x float> %217)
   %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> %240, <16 x float> %218)
   %254 = getelementptr inbounds nuw i8, ptr %85, i64 1552
-  %255 = load float, ptr %254, align 16, !tbaa !5
+  %255 = load float, ptr %254, align 16, !tbaa !4
   %256 = insertelement <16 x float> poison, float %255, i64 0
   %257 = shufflevector <16 x float> %256, <16 x float> poison, <16 x i32> zeroinitializer
   %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %234, <16 x float> %223)
   %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %240, <16 x float> %224)
   %260 = getelementptr inbounds nuw i8, ptr %85, i64 20
-  %261 = load float, ptr %260, align 4, !tbaa !5
+  %261 = load float, ptr %260, align 4, !tbaa !4
   %262 = insertelement <16 x float> poison, float %261, i64 0
   %263 = shufflevector <16 x float> %262, <16 x float> poison, <16 x i32> zeroinitializer
   %264 = getelementptr inbounds nuw i8, ptr %89, i64 40
-  %265 = load i64, ptr %264, align 8, !tbaa !48
+  %265 = load i64, ptr %264, align 8, !tbaa !8
   %gep167.i = getelementptr i16, ptr %gep.i, i64 %265
-  %266 = load <16 x i16>, ptr %gep167.i, align 2, !tbaa !5
+  %266 = load <16 x i16>, ptr %gep167.i, align 2, !tbaa !4
   %267 = zext <16 x i16> %266 to <16 x i32>
   %268 = shl nuw <16 x i32> %267, splat (i32 16)
   %269 = bitcast <16 x i32> %268 to <16 x float>
   %270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %269, <16 x float> %235)
   %271 = getelementptr i8, ptr %gep167.i, i64 32
-  %272 = load <16 x i16>, ptr %271, align 2, !tbaa !5
+  %272 = load <16 x i16>, ptr %271, align 2, !tbaa !4
   %273 = zext <16 x i16> %272 to <16 x i32>
   %274 = shl nuw <16 x i32> %273, splat (i32 16)
   %275 = bitcast <16 x i32> %274 to <16 x float>
   %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %275, <16 x float> %241)
   %277 = getelementptr inbounds nuw i8, ptr %85, i64 532
-  %278 = load float, ptr %277, align 4, !tbaa !5
+  %278 = load float, ptr %277, align 4, !tbaa !4
   %279 = insertelement <16 x float> poison, float %278, i64 0
   %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
   %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %269, <16 x float> %246)
   %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %275, <16 x float> %247)
   %283 = getelementptr inbounds nuw i8, ptr %85, i64 1044
-  %284 = load float, ptr %283, align 4, !tbaa !5
+  %284 = load float, ptr %283, align 4, !tbaa !4
   %285 = insertelement <16 x float> poison, float %284, i64 0
   %286 = shufflevector <16 x float> %285, <16 x float> poison, <16 x i32> zeroinitializer
   %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %269, <16 x float> %252)
   %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %275, <16 x float> %253)
   %289 = getelementptr inbounds nuw i8, ptr %85, i64 1556
-  %290 = load float, ptr %289, align 4, !tbaa !5
+  %290 = load float, ptr %289, align 4, !tbaa !4
   %291 = insertelement <16 x float> poison, float %290, i64 0
   %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
   %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %269, <16 x float> %258)
   %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %275, <16 x float> %259)
   %295 = getelementptr inbounds nuw i8, ptr %85, i64 24
-  %296 = load float, ptr %295, align 8, !tbaa !5
+  %296 = load float, ptr %295, align 8, !tbaa !4
   %297 = insertelement <16 x float> poison, float %296, i64 0
   %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
   %299 = getelementptr inbounds nuw i8, ptr %89, i64 48
-  %300 = load i64, ptr %299, align 16, !tbaa !48
+  %300 = load i64, ptr %299, align 16, !tbaa !8
   %gep170.i = getelementptr i16, ptr %gep.i, i64 %300
-  %301 = load <16 x i16>, ptr %gep170.i, align 2, !tbaa !5
+  %301 = load <16 x i16>, ptr %gep170.i, align 2, !tbaa !4
   %302 = zext <16 x i16> %301 to <16 x i32>
   %303 = shl nuw <16 x i32> %302, splat (i32 16)
   %304 = bitcast <16 x i32> %303 to <16 x float>
   %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %304, <16 x float> %270)
   %306 = getelementptr i8, ptr %gep170.i, i64 32
-  %307 = load <16 x i16>, ptr %306, align 2, !tbaa !5
+  %307 = load <16 x i16>, ptr %306, align 2, !tbaa !4
   %308 = zext <16 x i16> %307 to <16 x i32>
   %309 = shl nuw <16 x i32> %308, splat (i32 16)
   %310 = bitcast <16 x i32> %309 to <16 x float>
   %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %310, <16 x float> %276)
   %312 = getelementptr inbounds nuw i8, ptr %85, i64 536
-  %313 = load float, ptr %312, align 8, !tbaa !5
+  %313 = load float, ptr %312, align 8, !tbaa !4
   %314 = insertelement <16 x float> poison, float %313, i64 0
   %315 = shufflevector <16 x float> %314, <16 x float> poison, <16 x i32> zeroinitializer
   %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %304, <16 x float> %281)
   %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %310, <16 x float> %282)
   %318 = getelementptr inbounds nuw i8, ptr %85, i64 1048
-  %319 = load float, ptr %318, align 8, !tbaa !5
+  %319 = load float, ptr %318, align 8, !tbaa !4
   %320 = insertelement <16 x float> poison, float %319, i64 0
   %321 = shufflevector <16 x float> %320, <16 x float> poison, <16 x i32> zeroinitializer
   %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %304, <16 x float> %287)
   %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %310, <16 x float> %288)
   %324 = getelementptr inbounds nuw i8, ptr %85, i64 1560
-  %325 = load float, ptr %324, align 8, !tbaa !5
+  %325 = load float, ptr %324, align 8, !tbaa !4
   %326 = insertelement <16 x float> poison, float %325, i64 0
   %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
   %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %304, <16 x float> %293)
   %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %310, <16 x float> %294)
   %330 = getelementptr inbounds nuw i8, ptr %85, i64 28
-  %331 = load float, ptr %330, align 4, !tbaa !5
+  %331 = load float, ptr %330, align 4, !tbaa !4
   %332 = insertelement <16 x float> poison, float %331, i64 0
   %333 = shufflevector <16 x float> %332, <16 x float> poison, <16 x i32> zeroinitializer
   %334 = getelementptr inbounds nuw i8, ptr %89, i64 56
-  %335 = load i64, ptr %334, align 8, !tbaa !48
+  %335 = load i64, ptr %334, align 8, !tbaa !8
   %gep173.i = getelementptr i16, ptr %gep.i, i64 %335
-  %336 = load <16 x i16>, ptr %gep173.i, align 2, !tbaa !5
+  %336 = load <16 x i16>, ptr %gep173.i, align 2, !tbaa !4
   %337 = zext <16 x i16> %336 to <16 x i32>
   %338 = shl nuw <16 x i32> %337, splat (i32 16)
   %339 = bitcast <16 x i32> %338 to <16 x float>
   %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %339, <16 x float> %305)
   %341 = getelementptr i8, ptr %gep173.i, i64 32
-  %342 = load <16 x i16>, ptr %341, align 2, !tbaa !5
+  %342 = load <16 x i16>, ptr %341, align 2, !tbaa !4
   %343 = zext <16 x i16> %342 to <16 x i32>
   %344 = shl nuw <16 x i32> %343, splat (i32 16)
   %345 = bitcast <16 x i32> %344 to <16 x float>
   %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %345, <16 x float> %311)
   %347 = getelementptr inbounds nuw i8, ptr %85, i64 540
-  %348 = load float, ptr %347, align 4, !tbaa !5
+  %348 = load float, ptr %347, align 4, !tbaa !4
   %349 = insertelement <16 x float> poison, float %348, i64 0
   %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
   %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %339, <16 x float> %316)
   %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %345, <16 x float> %317)
   %353 = getelementptr inbounds nuw i8, ptr %85, i64 1052
-  %354 = load float, ptr %353, align 4, !tbaa !5
+  %354 = load float, ptr %353, align 4, !tbaa !4
   %355 = insertelement <16 x float> poison, float %354, i64 0
   %356 = shufflevector <16 x float> %355, <16 x float> poison, <16 x i32> zeroinitializer
   %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %356, <16 x float> %339, <16 x float> %322)
   %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %356, <16 x float> %345, <16 x float> %323)
   %359 = getelementptr inbounds nuw i8, ptr %85, i64 1564
-  %360 = load float, ptr %359, align 4, !tbaa !5
+  %360 = load float, ptr %359, align 4, !tbaa !4
   %361 = insertelement <16 x float> poison, float %360, i64 0
   %362 = shufflevector <16 x float> %361, <16 x float> poison, <16 x i32> zeroinitializer
   %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %339, <16 x float> %328)
   %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %345, <16 x float> %329)
   %365 = getelementptr inbounds nuw i8, ptr %85, i64 32
-  %366 = load float, ptr %365, align 32, !tbaa !5
+  %366 = load float, ptr %365, align 32, !tbaa !4
   %367 = insertelement <16 x float> poison, float %366, i64 0
   %368 = shufflevector <16 x float> %367, <16 x float> poison, <16 x i32> zeroinitializer
   %369 = getelementptr inbounds nuw i8, ptr %89, i64 64
-  %370 = load i64, ptr %369, align 16, !tbaa !48
+  %370 = load i64, ptr %369, align 16, !tbaa !8
   %gep176.i = getelementptr i16, ptr %gep.i, i64 %370
-  %371 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
+  %371 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !4
   %372 = zext <16 x i16> %371 to <16 x i32>
   %373 = shl nuw <16 x i32> %372, splat (i32 16)
   %374 = bitcast <16 x i32> %373 to <16 x float>
   %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %374, <16 x float> %340)
   %376 = getelementptr i8, ptr %gep176.i, i64 32
-  %377 = load <16 x i16>, ptr %376, align 2, !tbaa !5
+  %377 = load <16 x i16>, ptr %376, align 2, !tbaa !4
   %378 = zext <16 x i16> %377 to <16 x i32>
   %379 = shl nuw <16 x i32> %378, splat (i32 16)
   %380 = bitcast <16 x i32> %379 to <16 x float>
   %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %380, <16 x float> %346)
   %382 = getelementptr inbounds nuw i8, ptr %85, i64 544
-  %383 = load float, ptr %382, align 32, !tbaa !5
+  %383 = load float, ptr %382, align 32, !tbaa !4
   %384 = insertelement <16 x float> poison, float %383, i64 0
   %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
   %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %374, <16 x float> %351)
   %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %380, <16 x float> %352)
   %388 = getelementptr inbounds nuw i8, ptr %85, i64 1056
-  %389 = load float, ptr %388, align 32, !tbaa !5
+  %389 = load float, ptr %388, align 32, !tbaa !4
   %390 = insertelement <16 x float> poison, float %389, i64 0
   %391 = shufflevector <16 x float> %390, <16 x float> poison, <16 x i32> zeroinitializer
   %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %374, <16 x float> %357)
   %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %380, <16 x float> %358)
   %394 = getelementptr inbounds nuw i8, ptr %85, i64 1568
-  %395 = load float, ptr %394, align 32, !tbaa !5
+  %395 = load float, ptr %394, align 32, !tbaa !4
   %396 = insertelement <16 x float> poison, float %395, i64 0
   %397 = shufflevector <16 x float> %396, <16 x float> poison, <16 x i32> zeroinitializer
   %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %374, <16 x float> %363)
   %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %380, <16 x float> %364)
   %400 = getelementptr inbounds nuw i8, ptr %85, i64 36
-  %401 = load float, ptr %400, align 4, !tbaa !5
+  %401 = load float, ptr %400, align 4, !tbaa !4
   %402 = insertelement <16 x float> poison, float %401, i64 0
   %403 = shufflevector <16 x float> %402, <16 x float> poison, <16 x i32> zeroinitializer
   %404 = getelementptr inbounds nuw i8, ptr %89, i64 72
-  %405 = load i64, ptr %404, align 8, !tbaa !48
+  %405 = load i64, ptr %404, align 8, !tbaa !8
   %gep179.i = getelementptr i16, ptr %gep.i, i64 %405
-  %406 = load <16 x i16>, ptr %gep179.i, align 2, !tbaa !5
+  %406 = load <16 x i16>, ptr %gep179.i, align 2, !tbaa !4
   %407 = zext <16 x i16> %406 to <16 x i32>
   %408 = shl nuw <16 x i32> %407, splat (i32 16)
   %409 = bitcast <16 x i32> %408 to <16 x float>
   %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %409, <16 x float> %375)
   %411 = getelementptr i8, ptr %gep179.i, i64 32
-  %412 = load <16 x i16>, ptr %411, align 2, !tbaa !5
+  %412 = load <16 x i16>, ptr %411, align 2, !tbaa !4
   %413 = zext <16 x i16> %412 to <16 x i32>
   %414 = shl nuw <16 x i32> %413, splat (i32 16)
   %415 = bitcast <16 x i32> %414 to <16 x float>
   %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %415, <16 x float> %381)
   %417 = getelementptr inbounds nuw i8, ptr %85, i64 548
-  %418 = load float, ptr %417, align 4, !tbaa !5
+  %418 = load float, ptr %417, align 4, !tbaa !4
   %419 = insertelement <16 x float> poison, float %418, i64 0
   %420 = shufflevector <16 x float> %419, <16 x float> poison, <16 x i32> zeroinitializer
   %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %409, <16 x float> %386)
   %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %415, <16 x float> %387)
   %423 = getelementptr inbounds nuw i8, ptr %85, i64 1060
-  %424 = load float, ptr %423, align 4, !tbaa !5
+  %424 = load float, ptr %423, align 4, !tbaa !4
   %425 = insertelement <16 x float> poison, float %424, i64 0
   %426 = shufflevector <16 x float> %425, <16 x float> poison, <16 x i32> zeroinitializer
   %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %426, <16 x float> %409, <16 x float> %392)
   %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %426, <16 x float> %415, <16 x float> %393)
   %429 = getelementptr inbounds nuw i8, ptr %85, i64 1572
-  %430 = load float, ptr %429, align 4, !tbaa !5
+  %430 = load float, ptr %429, align 4, !tbaa !4
   %431 = insertelement <16 x float> poison, float %430, i64 0
   %432 = shufflevector <16 x float> %431, <16 x float> poison, <16 x i32> zeroinitializer
   %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %432, <16 x float> %409, <16 x float> %398)
   %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %432, <16 x float> %415, <16 x float> %399)
   %435 = getelementptr inbounds nuw i8, ptr %85, i64 40
-  %436 = load float, ptr %435, align 8, !tbaa !5
+  %436 = load float, ptr %435, align 8, !tbaa !4
   %437 = insertelement <16 x float> poison, float %436, i64 0
   %438 = shufflevector <16 x float> %437, <16 x float> poison, <16 x i32> zeroinitializer
   %439 = getelementptr inbounds nuw i8, ptr %89, i64 80
-  %440 = load i64, ptr %439, align 16, !tbaa !48
+  %440 = load i64, ptr %439, align 16, !tbaa !8
   %gep182.i = getelementptr i16, ptr %gep.i, i64 %440
-  %441 = load <16 x i16>, ptr %gep182.i, align 2, !tbaa !5
+  %441 = load <16 x i16>, ptr %gep182.i, align 2, !tbaa !4
   %442 = zext <16 x i16> %441 to <16 x i32>
   %443 = shl nuw <16 x i32> %442, splat (i32 16)
   %444 = bitcast <16 x i32> %443 to <16 x float>
   %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %444, <16 x float> %410)
   %446 = getelementptr i8, ptr %gep182.i, i64 32
-  %447 = load <16 x i16>, ptr %446, align 2, !tbaa !5
+  %447 = load <16 x i16>, ptr %446, align 2, !tbaa !4
   %448 = zext <16 x i16> %447 to <16 x i32>
   %449 = shl nuw <16 x i32> %448, splat (i32 16)
   %450 = bitcast <16 x i32> %449 to <16 x float>
   %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %450, <16 x float> %416)
   %452 = getelementptr inbounds nuw i8, ptr %85, i64 552
-  %453 = load float, ptr %452, align 8, !tbaa !5
+  %453 = load float, ptr %452, align 8, !tbaa !4
   %454 = insertelement <16 x float> poison, float %453, i64 0
   %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
   %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %444, <16 x float> %421)
   %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %450, <16 x float> %422)
   %458 = getelementptr inbounds nuw i8, ptr %85, i64 1064
-  %459 = load float, ptr %458, align 8, !tbaa !5
+  %459 = load float, ptr %458, align 8, !tbaa !4
   %460 = insertelement <16 x float> poison, float %459, i64 0
   %461 = shufflevector <16 x float> %460, <16 x float> poison, <16 x i32> zeroinitializer
   %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %461, <16 x float> %444, <16 x float> %427)
   %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %461, <16 x float> %450, <16 x float> %428)
   %464 = getelementptr inbounds nuw i8, ptr %85, i64 1576
-  %465 = load float, ptr %464, align 8, !tbaa !5
+  %465 = load float, ptr %464, align 8, !tbaa !4
   %466 = insertelement <16 x float> poison, float %465, i64 0
   %467 = shufflevector <16 x float> %466, <16 x float> poison, <16 x i32> zeroinitializer
   %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %444, <16 x float> %433)
   %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %450, <16 x float> %434)
   %470 = getelementptr inbounds nuw i8, ptr %85, i64 44
-  %471 = load float, ptr %470, align 4, !tbaa !5
+  %471 = load float, ptr %470, align 4, !tbaa !4
   %472 = insertelement <16 x float> poison, float %471, i64 0
   %473 = shufflevector <16 x float> %472, <16 x float> poison, <16 x i32> zeroinitializer
   %474 = getelementptr inbounds nuw i8, ptr %89, i64 88
-  %475 = load i64, ptr %474, align 8, !tbaa !48
+  %475 = load i64, ptr %474, align 8, !tbaa !8
   %gep185.i = getelementptr i16, ptr %gep.i, i64 %475
-  %476 = load <16 x i16>, ptr %gep185.i, align 2, !tbaa !5
+  %476 = load <16 x i16>, ptr %gep185.i, align 2, !tbaa !4
   %477 = zext <16 x i16> %476 to <16 x i32>
   %478 = shl nuw <16 x i32> %477, splat (i32 16)
   %479 = bitcast <16 x i32> %478 to <16 x float>
   %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %479, <16 x float> %445)
   %481 = getelementptr i8, ptr %gep185.i, i64 32
-  %482 = load <16 x i16>, ptr %481, align 2, !tbaa !5
+  %482 = load <16 x i16>, ptr %481, align 2, !tbaa !4
   %483 = zext <16 x i16> %482 to <16 x i32>
   %484 = shl nuw <16 x i32> %483, splat (i32 16)
   %485 = bitcast <16 x i32> %484 to <16 x float>
   %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %485, <16 x float> %451)
   %487 = getelementptr inbounds nuw i8, ptr %85, i64 556
-  %488 = load float, ptr %487, align 4, !tbaa !5
+  %488 = load float, ptr %487, align 4, !tbaa !4
   %489 = insertelement <16 x float> poison, float %488, i64 0
   %490 = shufflevector <16 x float> %489, <16 x float> poison, <16 x i32> zeroinitializer
   %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %479, <16 x float> %456)
   %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %485, <16 x float> %457)
   %493 = getelementptr inbounds nuw i8, ptr %85, i64 1068
-  %494 = load float, ptr %493, align 4, !tbaa !5
+  %494 = load float, ptr %493, align 4, !tbaa !4
   %495 = insertelement <16 x float> poison, float %494, i64 0
   %496 = shufflevector <16 x float> %495, <16 x float> poison, <16 x i32> zeroinitializer
   %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %479, <16 x float> %462)
   %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %485, <16 x float> %463)
   %499 = getelementptr inbounds nuw i8, ptr %85, i64 1580
-  %500 = load float, ptr %499, align 4, !tbaa !5
+  %500 = load float, ptr %499, align 4, !tbaa !4
   %501 = insertelement <16 x float> poison, float %500, i64 0
   %502 = shufflevector <16 x float> %501, <16 x float> poison, <16 x i32> zeroinitializer
   %503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %479, <16 x float> %468)
   %504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %485, <16 x float> %469)
   %505 = getelementptr inbounds nuw i8, ptr %85, i64 48
-  %506 = load float, ptr %505, align 16, !tbaa !5
+  %506 = load float, ptr %505, align 16, !tbaa !4
   %507 = insertelement <16 x float> poison, float %506, i64 0
   %508 = shufflevector <16 x float> %507, <16 x float> poison, <16 x i32> zeroinitializer
   %509 = getelementptr inbounds nuw i8, ptr %89, i64 96
-  %510 = load i64, ptr %509, align 16, !tbaa !48
+  %510 = load i64, ptr %509, align 16, !tbaa !8
   %gep188.i = getelementptr i16, ptr %gep.i, i64 %510
-  %511 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
+  %511 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !4
   %512 = zext <16 x i16> %511 to <16 x i32>
   %513 = shl nuw <16 x i32> %512, splat (i32 16)
   %514 = bitcast <16 x i32> %513 to <16 x float>
   %515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %514, <16 x float> %480)
   %516 = getelementptr i8, ptr %gep188.i, i64 32
-  %517 = load <16 x i16>, ptr %516, align 2, !tbaa !5
+  %517 = load <16 x i16>, ptr %516, align 2, !tbaa !4
   %518 = zext <16 x i16> %517 to <16 x i32>
   %519 = shl nuw <16 x i32> %518, splat (i32 16)
   %520 = bitcast <16 x i32> %519 to <16 x float>
   %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %520, <16 x float> %486)
   %522 = getelementptr inbounds nuw i8, ptr %85, i64 560
-  %523 = load float, ptr %522, align 16, !tbaa !5
+  %523 = load float, ptr %522, align 16, !tbaa !4
   %524 = insertelement <16 x float> poison, float %523, i64 0
   %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
   %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %514, <16 x float> %491)
   %527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %520, <16 x float> %492)
   %528 = getelementptr inbounds nuw i8, ptr %85, i64 1072
-  %529 = load float, ptr %528, align 16, !tbaa !5
+  %529 = load float, ptr %528, align 16, !tbaa !4
   %530 = insertelement <16 x float> poison, float %529, i64 0
   %531 = shufflevector <16 x float> %530, <16 x float> poison, <16 x i32> zeroinitializer
   %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %531, <16 x float> %514, <16 x float> %497)
   %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %531, <16 x float> %520, <16 x float> %498)
   %534 = getelementptr inbounds nuw i8, ptr %85, i64 1584
-  %535 = load float, ptr %534, align 16, !tbaa !5
+  %535 = load float, ptr %534, align 16, !tbaa !4
   %536 = insertelement <16 x float> poison, float %535, i64 0
   %537 = shufflevector <16 x float> %536, <16 x float> poison, <16 x i32> zeroinitializer
   %538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %537, <16 x float> %514, <16 x float> %503)
   %539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %537, <16 x float> %520, <16 x float> %504)
   %540 = getelementptr inbounds nuw i8, ptr %85, i64 52
-  %541 = load float, ptr %540, align 4, !tbaa !5
+  %541 = load float, ptr %540, align 4, !tbaa !4
   %542 = insertelement <16 x float> poison, float %541, i64 0
   %543 = shufflevector <16 x float> %542, <16 x float> poison, <16 x i32> zeroinitializer
   %544 = getelementptr inbounds nuw i8, ptr %89, i64 104
-  %545 = load i64, ptr %544, align 8, !tbaa !48
+  %545 = load i64, ptr %544, align 8, !tbaa !8
   %gep191.i = getelementptr i16, ptr %gep.i, i64 %545
-  %546 = load <16 x i16>, ptr %gep191.i, align 2, !tbaa !5
+  %546 = load <16 x i16>, ptr %gep191.i, align 2, !tbaa !4
   %547 = zext <16 x i16> %546 to <16 x i32>
   %548 = shl nuw <16 x i32> %547, splat (i32 16)
   %549 = bitcast <16 x i32> %548 to <16 x float>
   %550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %549, <16 x float> %515)
   %551 = getelementptr i8, ptr %gep191.i, i64 32
-  %552 = load <16 x i16>, ptr %551, align 2, !tbaa !5
+  %552 = load <16 x i16>, ptr %551, align 2, !tbaa !4
   %553 = zext <16 x i16> %552 to <16 x i32>
   %554 = shl nuw <16 x i32> %553, splat (i32 16)
   %555 = bitcast <16 x i32> %554 to <16 x float>
   %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %555, <16 x float> %521)
   %557 = getelementptr inbounds nuw i8, ptr %85, i64 564
-  %558 = load float, ptr %557, align 4, !tbaa !5
+  %558 = load float, ptr %557, align 4, !tbaa !4
   %559 = insertelement <16 x float> poison, float %558, i64 0
   %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
   %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %549, <16 x float> %526)
   %562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %555, <16 x float> %527)
   %563 = getelementptr inbounds nuw i8, ptr %85, i64 1076
-  %564 = load float, ptr %563, align 4, !tbaa !5
+  %564 = load float, ptr %563, align 4, !tbaa !4
   %565 = insertelement <16 x float> poison, float %564, i64 0
   %566 = shufflevector <16 x float> %565, <16 x float> poison, <16 x i32> zeroinitializer
   %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %566, <16 x float> %549, <16 x float> %532)
   %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %566, <16 x float> %555, <16 x float> %533)
   %569 = getelementptr inbounds nuw i8, ptr %85, i64 1588
-  %570 = load float, ptr %569, align 4, !tbaa !5
+  %570 = load float, ptr %569, align 4, !tbaa !4
   %571 = insertelement <16 x float> poison, float %570, i64 0
   %572 = shufflevector <16 x float> %571, <16 x float> poison, <16 x i32> zeroinitializer
   %573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %572, <16 x float> %549, <16 x float> %538)
   %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %572, <16 x float> %555, <16 x float> %539)
   %575 = getelementptr inbounds nuw i8, ptr %85, i64 56
-  %576 = load float, ptr %575, align 8, !tbaa !5
+  %576 = load float, ptr %575, align 8, !tbaa !4
   %577 = insertelement <16 x float> poison, float %576, i64 0
   %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
   %579 = getelementptr inbounds nuw i8, ptr %89, i64 112
-  %580 = load i64, ptr %579, align 16, !tbaa !48
+  %580 = load i64, ptr %579, align 16, !tbaa !8
   %gep194.i = getelementptr i16, ptr %gep.i, i64 %580
-  %581 = load <16 x i16>, ptr %gep194.i, align 2, !tbaa !5
+  %581 = load <16 x i16>, ptr %gep194.i, align 2, !tbaa !4
   %582 = zext <16 x i16> %581 to <16 x i32>
   %583 = shl nuw <16 x i32> %582, splat (i32 16)
   %584 = bitcast <16 x i32> %583 to <16 x float>
   %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %584, <16 x float> %550)
   %586 = getelementptr i8, ptr %gep194.i, i64 32
-  %587 = load <16 x i16>, ptr %586, align 2, !tbaa !5
+  %587 = load <16 x i16>, ptr %586, align 2, !tbaa !4
   %588 = zext <16 x i16> %587 to <16 x i32>
   %589 = shl nuw <16 x i32> %588, splat (i32 16)
   %590 = bitcast <16 x i32> %589 to <16 x float>
   %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %590, <16 x float> %556)
   %592 = getelementptr inbounds nuw i8, ptr %85, i64 568
-  %593 = load float, ptr %592, align 8, !tbaa !5
+  %593 = load float, ptr %592, align 8, !tbaa !4
   %594 = insertelement <16 x float> poison, float %593, i64 0
   %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
   %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %584, <16 x float> %561)
   %597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %590, <16 x float> %562)
   %598 = getelementptr inbounds nuw i8, ptr %85, i64 1080
-  %599 = load float, ptr %598, align 8, !tbaa !5
+  %599 = load float, ptr %598, align 8, !tbaa !4
   %600 = insertelement <16 x float> poison, float %599, i64 0
   %601 = shufflevector <16 x float> %600, <16 x float> poison, <16 x i32> zeroinitializer
   %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %584, <16 x float> %567)
   %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %590, <16 x float> %568)
   %604 = getelementptr inbounds nuw i8, ptr %85, i64 1592
-  %605 = load float, ptr %604, align 8, !tbaa !5
+  %605 = load float, ptr %604, align 8, !tbaa !4
   %606 = insertelement <16 x float> poison, float %605, i64 0
   %607 = shufflevector <16 x float> %606, <16 x float> poison, <16 x i32> zeroinitializer
   %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %584, <16 x float> %573)
   %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %590, <16 x float> %574)
   %610 = getelementptr inbounds nuw i8, ptr %85, i64 60
-  %611 = load float, ptr %610, align 4, !tbaa !5
+  %611 = load float, ptr %610, align 4, !tbaa !4
   %612 = insertelement <16 x float> poison, float %611, i64 0
   %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
   %614 = getelementptr inbounds nuw i8, ptr %89, i64 120
-  %615 = load i64, ptr %614, align 8, !tbaa !48
+  %615 = load i64, ptr %614, align 8, !tbaa !8
   %gep197.i = getelementptr i16, ptr %gep.i, i64 %615
-  %616 = load <16 x i16>, ptr %gep197.i, align 2, !tbaa !5
+  %616 = load <16 x i16>, ptr %gep197.i, align 2, !tbaa !4
   %617 = zext <16 x i16> %616 to <16 x i32>
   %618 = shl nuw <16 x i32> %617, splat (i32 16)
   %619 = bitcast <16 x i32> %618 to <16 x float>
   %620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %619, <16 x float> %585)
   %621 = getelementptr i8, ptr %gep197.i, i64 32
-  %622 = load <16 x i16>, ptr %621, align 2, !tbaa !5
+  %622 = load <16 x i16>, ptr %621, align 2, !tbaa !4
   %623 = zext <16 x i16> %622 to <16 x i32>
   %624 = shl nuw <16 x i32> %623, splat (i32 16)
   %625 = bitcast <16 x i32> %624 to <16 x float>
   %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %625, <16 x float> %591)
   %627 = getelementptr inbounds nuw i8, ptr %85, i64 572
-  %628 = load float, ptr %627, align 4, !tbaa !5
+  %628 = load float, ptr %627, align 4, !tbaa !4
   %629 = insertelement <16 x float> poison, float %628, i64 0
   %630 = shufflevector <16 x float> %629, <16 x float> poison, <16 x i32> zeroinitializer
   %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %619, <16 x float> %596)
   %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %625, <16 x float> %597)
   %633 = getelementptr inbounds nuw i8, ptr %85, i64 1084
-  %634 = load float, ptr %633, align 4, !tbaa !5
+  %634 = load float, ptr %633, align 4, !tbaa !4
   %635 = insertelement <16 x float> poison, float %634, i64 0
   %636 = shufflevector <16 x float> %635, <16 x float> poison, <16 x i32> zeroinitializer
   %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %619, <16 x float> %602)
   %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %625, <16 x float> %603)
   %639 = getelementptr inbounds nuw i8, ptr %85, i64 1596
-  %640 = load float, ptr %639, align 4, !tbaa !5
+  %640 = load float, ptr %639, align 4, !tbaa !4
   %641 = insertelement <16 x float> poison, float %640, i64 0
   %642 = shufflevector <16 x float> %641, <16 x float> poison, <16 x i32> zeroinitializer
   %643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %642, <16 x float> %619, <16 x float> %608)
   %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %642, <16 x float> %625, <16 x float> %609)
   %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1
   %exitcond259.not.i = icmp eq i64 %indvars.iv.next256.i, %wide.trip.count258.i
-  br i1 %exitcond259.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
+  br i1 %exitcond259.not.i, label %for_end_to.i, label %for_body_to.i, !prof !15
 
 for_end_to.i:                                     ; preds = %for_body_to.i, %for_body_d_0_m.i
   %.promoted208.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %644, %for_body_to.i ]
@@ -2174,22 +2478,22 @@ for_end_to.i:                                     ; preds = %for_body_to.i, %for
   %.promoted202.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %626, %for_body_to.i ]
   %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %620, %for_body_to.i ]
   %gep292.i = getelementptr inbounds nuw float, ptr %invariant.gep291.i, i64 %.pre.i
-  store <16 x float> %.promoted.i, ptr %gep292.i, align 64, !tbaa !5
+  store <16 x float> %.promoted.i, ptr %gep292.i, align 64, !tbaa !4
   %645 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 64
-  store <16 x float> %.promoted202.i, ptr %645, align 64, !tbaa !5
+  store <16 x float> %.promoted202.i, ptr %645, align 64, !tbaa !4
   %646 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 512
-  store <16 x float> %.promoted203.i, ptr %646, align 64, !tbaa !5
+  store <16 x float> %.promoted203.i, ptr %646, align 64, !tbaa !4
   %647 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 576
-  store <16 x float> %.promoted204.i, ptr %647, align 64, !tbaa !5
+  store <16 x float> %.promoted204.i, ptr %647, align 64, !tbaa !4
   %648 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 1024
-  store <16 x float> %.promoted205.i, ptr %648, align 64, !tbaa !5
+  store <16 x float> %.promoted205.i, ptr %648, align 64, !tbaa !4
   %649 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 1088
-  store <16 x float> %.promoted206.i, ptr %649, align 64, !tbaa !5
+  store <16 x float> %.promoted206.i, ptr %649, align 64, !tbaa !4
   %650 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 1536
-  store <16 x float> %.promoted207.i, ptr %650, align 64, !tbaa !5
+  store <16 x float> %.promoted207.i, ptr %650, align 64, !tbaa !4
   %651 = getelementptr inbounds nuw i8, ptr %gep292.i, i64 1600
-  store <16 x float> %.promoted208.i, ptr %651, align 64, !tbaa !5
-  br i1 %.not246.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !47
+  store <16 x float> %.promoted208.i, ptr %651, align 64, !tbaa !4
+  br i1 %.not246.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !7
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to.i
   %gep242.i = getelementptr i16, ptr %invariant.gep210.i, i64 %.pre.i
@@ -2206,100 +2510,163 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %658 = phi <16 x float> [ %.promoted202.i, %for_body_ti.lr.ph.i ], [ %677, %for_body_ti.i ]
   %659 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %668, %for_body_ti.i ]
   %gep288.i = getelementptr inbounds nuw float, ptr %invariant.gep287.i, i64 %indvars.iv260.i
-  %660 = load float, ptr %gep288.i, align 4, !tbaa !5
+  %660 = load float, ptr %gep288.i, align 4, !tbaa !4
   %661 = insertelement <16 x float> poison, float %660, i64 0
   %662 = shufflevector <16 x float> %661, <16 x float> poison, <16 x i32> zeroinitializer
   %gep290.i = getelementptr inbounds nuw i64, ptr %invariant.gep289.i, i64 %indvars.iv260.i
-  %663 = load i64, ptr %gep290.i, align 8, !tbaa !48
+  %663 = load i64, ptr %gep290.i, align 8, !tbaa !8
   %gep201.i = getelementptr i16, ptr %gep242.i, i64 %663
-  %664 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !5
+  %664 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !4
   %665 = zext <16 x i16> %664 to <16 x i32>
   %666 = shl nuw <16 x i32> %665, splat (i32 16)
   %667 = bitcast <16 x i32> %666 to <16 x float>
   %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %667, <16 x float> %659)
-  store <16 x float> %668, ptr %gep292.i, align 64, !tbaa !5
-  %669 = load float, ptr %gep288.i, align 4, !tbaa !5
+  store <16 x float> %668, ptr %gep292.i, align 64, !tbaa !4
+  %669 = load float, ptr %gep288.i, align 4, !tbaa !4
   %670 = insertelement <16 x float> poison, float %669, i64 0
   %671 = shufflevector <16 x float> %670, <16 x float> poison, <16 x i32> zeroinitializer
   %672 = getelementptr i8, ptr %gep201.i, i64 32
-  %673 = load <16 x i16>, ptr %672, align 2, !tbaa !5
+  %673 = load <16 x i16>, ptr %672, align 2, !tbaa !4
   %674 = zext <16 x i16> %673 to <16 x i32>
   %675 = shl nuw <16 x i32> %674, splat (i32 16)
   %676 = bitcast <16 x i32> %675 to <16 x float>
   %677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %671, <16 x float> %676, <16 x float> %658)
-  store <16 x float> %677, ptr %645, align 64, !tbaa !5
+  store <16 x float> %677, ptr %645, align 64, !tbaa !4
   %678 = getelementptr inbounds nuw i8, ptr %gep288.i, i64 512
-  %679 = load float, ptr %678, align 4, !tbaa !5
+  %679 = load float, ptr %678, align 4, !tbaa !4
   %680 = insertelement <16 x float> poison, float %679, i64 0
   %681 = shufflevector <16 x float> %680, <16 x float> poison, <16 x i32> zeroinitializer
-  %682 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !5
+  %682 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !4
   %683 = zext <16 x i16> %682 to <16 x i32>
   %684 = shl nuw <16 x i32> %683, splat (i32 16)
   %685 = bitcast <16 x i32> %684 to <16 x float>
   %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %681, <16 x float> %685, <16 x float> %657)
-  store <16 x float> %686, ptr %646, align 64, !tbaa !5
-  %687 = load float, ptr %678, align 4, !tbaa !5
+  store <16 x float> %686, ptr %646, align 64, !tbaa !4
+  %687 = load float, ptr %678, align 4, !tbaa !4
   %688 = insertelement <16 x float> poison, float %687, i64 0
   %689 = shufflevector <16 x float> %688, <16 x float> poison, <16 x i32> zeroinitializer
-  %690 = load <16 x i16>, ptr %672, align 2, !tbaa !5
+  %690 = load <16 x i16>, ptr %672, align 2, !tbaa !4
   %691 = zext <16 x i16> %690 to <16 x i32>
   %692 = shl nuw <16 x i32> %691, splat (i32 16)
   %693 = bitcast <16 x i32> %692 to <16 x float>
   %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %689, <16 x float> %693, <16 x float> %656)
-  store <16 x float> %694, ptr %647, align 64, !tbaa !5
+  store <16 x float> %694, ptr %647, align 64, !tbaa !4
   %695 = getelementptr inbounds nuw i8, ptr %gep288.i, i64 1024
-  %696 = load float, ptr %695, align 4, !tbaa !5
+  %696 = load float, ptr %695, align 4, !tbaa !4
   %697 = insertelement <16 x float> poison, float %696, i64 0
   %698 = shufflevector <16 x float> %697, <16 x float> poison, <16 x i32> zeroinitializer
-  %699 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !5
+  %699 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !4
   %700 = zext <16 x i16> %699 to <16 x i32>
   %701 = shl nuw <16 x i32> %700, splat (i32 16)
   %702 = bitcast <16 x i32> %701 to <16 x float>
   %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %698, <16 x float> %702, <16 x float> %655)
-  store <16 x float> %703, ptr %648, align 64, !tbaa !5
-  %704 = load float, ptr %695, align 4, !tbaa !5
+  store <16 x float> %703, ptr %648, align 64, !tbaa !4
+  %704 = load float, ptr %695, align 4, !tbaa !4
   %705 = insertelement <16 x float> poison, float %704, i64 0
   %706 = shufflevector <16 x float> %705, <16 x float> poison, <16 x i32> zeroinitializer
-  %707 = load <16 x i16>, ptr %672, align 2, !tbaa !5
+  %707 = load <16 x i16>, ptr %672, align 2, !tbaa !4
   %708 = zext <16 x i16> %707 to <16 x i32>
   %709 = shl nuw <16 x i32> %708, splat (i32 16)
   %710 = bitcast <16 x i32> %709 to <16 x float>
   %711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %706, <16 x float> %710, <16 x float> %654)
-  store <16 x float> %711, ptr %649, align 64, !tbaa !5
+  store <16 x float> %711, ptr %649, align 64, !tbaa !4
   %712 = getelementptr inbounds nuw i8, ptr %gep288.i, i64 1536
-  %713 = load float, ptr %712, align 4, !tbaa !5
+  %713 = load float, ptr %712, align 4, !tbaa !4
   %714 = insertelement <16 x float> poison, float %713, i64 0
   %715 = shufflevector <16 x float> %714, <16 x float> poison, <16 x i32> zeroinitializer
-  %716 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !5
+  %716 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !4
   %717 = zext <16 x i16> %716 to <16 x i32>
   %718 = shl nuw <16 x i32> %717, splat (i32 16)
   %719 = bitcast <16 x i32> %718 to <16 x float>
   %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %715, <16 x float> %719, <16 x float> %653)
-  store <16 x float> %720, ptr %650, align 64, !tbaa !5
-  %721 = load float, ptr %712, align 4, !tbaa !5
+  store <16 x float> %720, ptr %650, align 64, !tbaa !4
+  %721 = load float, ptr %712, align 4, !tbaa !4
   %722 = insertelement <16 x float> poison, float %721, i64 0
   %723 = shufflevector <16 x float> %722, <16 x float> poison, <16 x i32> zeroinitializer
-  %724 = load <16 x i16>, ptr %672, align 2, !tbaa !5
+  %724 = load <16 x i16>, ptr %672, align 2, !tbaa !4
   %725 = zext <16 x i16> %724 to <16 x i32>
   %726 = shl nuw <16 x i32> %725, splat (i32 16)
   %727 = bitcast <16 x i32> %726 to <16 x float>
   %728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %723, <16 x float> %727, <16 x float> %652)
-  store <16 x float> %728, ptr %651, align 64, !tbaa !5
+  store <16 x float> %728, ptr %651, align 64, !tbaa !4
   %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1
   %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, %wide.trip.count263.i
-  br i1 %exitcond264.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
+  br i1 %exitcond264.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !15
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
   %indvars.iv.next266.i = add nuw nsw i64 %indvars.iv265.i, 1
   %exitcond268.not.i = icmp eq i64 %indvars.iv.next266.i, 4
-  br i1 %exitcond268.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !46
+  br i1 %exitcond268.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
 pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %if_end21
   call void @llvm.lifetime.end.p0(ptr nonnull %value_offsets2.i)
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_qk_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #4
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 1, i32 127}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"buffer3", !6, i64 0}
+!10 = !{!"branch_weights", i32 127, i32 33554289}
+!11 = distinct !{!11, !12, !13, !14}
+!12 = !{!"llvm.loop.isvectorized", i32 1}
+!13 = !{!"llvm.loop.unroll.runtime.disable"}
+!14 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!15 = !{!"branch_weights", i32 127, i32 134217601}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_qk_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %key_offsets66.i = alloca [128 x i64], align 16
   %query.type_index = load i32, ptr %args, align 4
@@ -2472,11 +2839,11 @@ for_body_s.lr.ph.i:                               ; preds = %if_end27
 for_begin_s.i:                                    ; preds = %for_end_to.i
   %indvars.iv.next281.i = add nuw nsw i64 %indvars.iv280.i, 1
   %exitcond284.not.i = icmp eq i64 %indvars.iv.next281.i, %wide.trip.count283.i
-  br i1 %exitcond284.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond284.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv280.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next281.i, %for_begin_s.i ]
-  %72 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !54
+  %72 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %72(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %73 = icmp eq ptr %q_tile.i, null
   br i1 %73, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
@@ -2484,7 +2851,7 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
 if_end.i:                                         ; preds = %for_body_s.i
   %74 = add nsw i64 %indvars.iv280.i, %68
   %75 = getelementptr inbounds i32, ptr %context_lens, i64 %74
-  %76 = load i32, ptr %75, align 4, !tbaa !5
+  %76 = load i32, ptr %75, align 4, !tbaa !9
   %77 = mul nsw i64 %74, %q_batch
   %78 = getelementptr i16, ptr %query, i64 %77
   br label %for_begin_d_0.preheader.i
@@ -2497,77 +2864,77 @@ for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %if_
 for_body_d_0.preheader.i:                         ; preds = %for_begin_d_0.preheader.i
   %80 = shl nuw nsw i64 %indvar.i, 9
   %scevgep.i = getelementptr i8, ptr %q_tile.i, i64 %80
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(512) %scevgep.i, i8 0, i64 512, i1 false), !tbaa !5
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(512) %scevgep.i, i8 0, i64 512, i1 false), !tbaa !9
   br label %for_end_d_0.i
 
 for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.preheader.i
   %81 = add nsw i64 %indvar.i, %67
   %82 = mul nsw i64 %81, %q_head
   %invariant.gep.i = getelementptr i16, ptr %78, i64 %82
-  %83 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %83 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
   %84 = zext <16 x i16> %83 to <16 x i32>
   %85 = shl nuw <16 x i32> %84, splat (i32 16)
   %86 = bitcast <16 x i32> %85 to <16 x float>
   %87 = fmul <16 x float> %66, %86
   %.idx = shl nuw nsw i64 %indvar.i, 9
   %88 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  store <16 x float> %87, ptr %88, align 4, !tbaa !5
+  store <16 x float> %87, ptr %88, align 4, !tbaa !9
   %gep.us.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %89 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !5
+  %89 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !9
   %90 = zext <16 x i16> %89 to <16 x i32>
   %91 = shl nuw <16 x i32> %90, splat (i32 16)
   %92 = bitcast <16 x i32> %91 to <16 x float>
   %93 = fmul <16 x float> %66, %92
   %94 = getelementptr inbounds nuw i8, ptr %88, i64 64
-  store <16 x float> %93, ptr %94, align 4, !tbaa !5
+  store <16 x float> %93, ptr %94, align 4, !tbaa !9
   %gep.us.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %95 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !5
+  %95 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !9
   %96 = zext <16 x i16> %95 to <16 x i32>
   %97 = shl nuw <16 x i32> %96, splat (i32 16)
   %98 = bitcast <16 x i32> %97 to <16 x float>
   %99 = fmul <16 x float> %66, %98
   %100 = getelementptr inbounds nuw i8, ptr %88, i64 128
-  store <16 x float> %99, ptr %100, align 4, !tbaa !5
+  store <16 x float> %99, ptr %100, align 4, !tbaa !9
   %gep.us.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %101 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !5
+  %101 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !9
   %102 = zext <16 x i16> %101 to <16 x i32>
   %103 = shl nuw <16 x i32> %102, splat (i32 16)
   %104 = bitcast <16 x i32> %103 to <16 x float>
   %105 = fmul <16 x float> %66, %104
   %106 = getelementptr inbounds nuw i8, ptr %88, i64 192
-  store <16 x float> %105, ptr %106, align 4, !tbaa !5
+  store <16 x float> %105, ptr %106, align 4, !tbaa !9
   %gep.us.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %107 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !5
+  %107 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !9
   %108 = zext <16 x i16> %107 to <16 x i32>
   %109 = shl nuw <16 x i32> %108, splat (i32 16)
   %110 = bitcast <16 x i32> %109 to <16 x float>
   %111 = fmul <16 x float> %66, %110
   %112 = getelementptr inbounds nuw i8, ptr %88, i64 256
-  store <16 x float> %111, ptr %112, align 4, !tbaa !5
+  store <16 x float> %111, ptr %112, align 4, !tbaa !9
   %gep.us.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %113 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !5
+  %113 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !9
   %114 = zext <16 x i16> %113 to <16 x i32>
   %115 = shl nuw <16 x i32> %114, splat (i32 16)
   %116 = bitcast <16 x i32> %115 to <16 x float>
   %117 = fmul <16 x float> %66, %116
   %118 = getelementptr inbounds nuw i8, ptr %88, i64 320
-  store <16 x float> %117, ptr %118, align 4, !tbaa !5
+  store <16 x float> %117, ptr %118, align 4, !tbaa !9
   %gep.us.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %119 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !5
+  %119 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !9
   %120 = zext <16 x i16> %119 to <16 x i32>
   %121 = shl nuw <16 x i32> %120, splat (i32 16)
   %122 = bitcast <16 x i32> %121 to <16 x float>
   %123 = fmul <16 x float> %66, %122
   %124 = getelementptr inbounds nuw i8, ptr %88, i64 384
-  store <16 x float> %123, ptr %124, align 4, !tbaa !5
+  store <16 x float> %123, ptr %124, align 4, !tbaa !9
   %gep.us.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %125 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !5
+  %125 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !9
   %126 = zext <16 x i16> %125 to <16 x i32>
   %127 = shl nuw <16 x i32> %126, splat (i32 16)
   %128 = bitcast <16 x i32> %127 to <16 x float>
   %129 = fmul <16 x float> %66, %128
   %130 = getelementptr inbounds nuw i8, ptr %88, i64 448
-  store <16 x float> %129, ptr %130, align 4, !tbaa !5
+  store <16 x float> %129, ptr %130, align 4, !tbaa !9
   br label %for_end_d_0.i
 
 for_end_r.i:                                      ; preds = %for_end_d_0.i
@@ -2578,12 +2945,12 @@ for_end_r.i:                                      ; preds = %for_end_d_0.i
   %135 = lshr i32 %134, 4
   %136 = and i32 %134, 496
   %.not238.i = icmp eq i32 %136, 0
-  br i1 %.not238.i, label %for_begin_to.preheader.i, label %for_body_t.lr.ph.i, !prof !47
+  br i1 %.not238.i, label %for_begin_to.preheader.i, label %for_body_t.lr.ph.i, !prof !11
 
 for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
   %137 = mul nsw i64 %74, %row_step
   %138 = getelementptr inbounds i32, ptr %row_starts, i64 %137
-  %row_start.i = load i32, ptr %138, align 4, !tbaa !5
+  %row_start.i = load i32, ptr %138, align 4, !tbaa !9
   %139 = sext i32 %row_start.i to i64
   %140 = mul nsw i64 %74, %table_seq
   %invariant.gep88.i = getelementptr i32, ptr %block_table, i64 %140
@@ -2602,27 +2969,27 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %144 = sext <4 x i32> %143 to <4 x i64>
   %145 = ashr <4 x i64> %144, splat (i64 7)
   %146 = getelementptr i32, ptr %invariant.gep89.i, <4 x i64> %145
-  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %146, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !5
+  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %146, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !9
   %147 = sext <4 x i32> %wide.masked.gather to <4 x i64>
   %148 = and <4 x i64> %144, splat (i64 127)
   %149 = mul nsw <4 x i64> %148, %broadcast.splat46
   %150 = mul nsw <4 x i64> %broadcast.splat48, %147
   %151 = add nsw <4 x i64> %149, %150
   %152 = getelementptr inbounds nuw i64, ptr %key_offsets66.i, i64 %index
-  store <4 x i64> %151, ptr %152, align 16, !tbaa !56
+  store <4 x i64> %151, ptr %152, align 16, !tbaa !12
   %index.next = add nuw i64 %index, 4
   %vec.ind.next = add <4 x i32> %vec.ind, splat (i32 4)
   %153 = icmp eq i64 %index.next, %wide.trip.count.i
-  br i1 %153, label %for_begin_to.preheader.i, label %vector.body, !prof !50, !llvm.loop !58
+  br i1 %153, label %for_begin_to.preheader.i, label %vector.body, !prof !14, !llvm.loop !15
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !46
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !19
 
 for_begin_to.preheader.i:                         ; preds = %vector.body, %for_end_r.i
   %.not239.i = icmp eq i32 %135, 0
-  br i1 %.not239.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !47
+  br i1 %.not239.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !11
 
 for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
   %154 = icmp samesign ult i64 %indvars.iv280.i, 16
@@ -2633,11 +3000,11 @@ for_body_to.lr.ph.i:                              ; preds = %for_begin_to.prehea
 for_begin_to.i:                                   ; preds = %for_end_r56.i
   %indvars.iv.next276.i = add nuw nsw i64 %indvars.iv275.i, 1
   %exitcond279.not.i = icmp eq i64 %indvars.iv.next276.i, %wide.trip.count278.i
-  br i1 %exitcond279.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
+  br i1 %exitcond279.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
 for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
   %indvars.iv275.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next276.i, %for_begin_to.i ]
-  %156 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !54
+  %156 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.rf.i = tail call ptr %156(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %157 = icmp eq ptr %scores.rf.i, null
   br i1 %157, label %qk_matmul_compute_.exit, label %for_begin_ax1_0.preheader.split.us.i, !prof !8
@@ -2655,9 +3022,9 @@ for_begin_ax3_0.preheader.us.us.i:                ; preds = %for_end_ax3_0.split
   %.idx.i = shl nuw nsw i64 %indvars.iv267.i, 4
   %gep293.i = getelementptr inbounds nuw i8, ptr %invariant.gep292.i, i64 %.idx.i
   %159 = getelementptr inbounds nuw i8, ptr %gep293.i, i64 8
-  %160 = load i64, ptr %gep293.i, align 16, !tbaa !56
+  %160 = load i64, ptr %gep293.i, align 16, !tbaa !12
   %gep111.us.us.us.i = getelementptr i16, ptr %invariant.gep110.i, i64 %160
-  %161 = load i64, ptr %159, align 8, !tbaa !56
+  %161 = load i64, ptr %159, align 8, !tbaa !12
   %gep113.us.us.us.i = getelementptr i16, ptr %invariant.gep110.i, i64 %161
   %gep.us123.us.us.us.1.i = getelementptr i8, ptr %gep111.us.us.us.i, i64 32
   %gep109.us.us.us.us.1.i = getelementptr i8, ptr %gep113.us.us.us.i, i64 32
@@ -2681,228 +3048,228 @@ for_body_ax3_0.us.us.us.us.i:                     ; preds = %for_body_ax3_0.us.u
   %indvars.iv263.i = phi i64 [ %indvars.iv.next264.i, %for_body_ax3_0.us.us.us.us.i ], [ 0, %for_begin_ax3_0.preheader.us.us.i ]
   %.idx37 = shl nuw nsw i64 %indvars.iv263.i, 11
   %162 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx37
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = load <16 x i16>, ptr %gep111.us.us.us.i, align 2, !tbaa !5
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !9
+  %164 = load <16 x i16>, ptr %gep111.us.us.us.i, align 2, !tbaa !9
   %165 = zext <16 x i16> %164 to <16 x i32>
   %166 = shl nuw <16 x i32> %165, splat (i32 16)
   %167 = bitcast <16 x i32> %166 to <16 x float>
   %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %167, <16 x float> zeroinitializer)
-  %169 = load <16 x i16>, ptr %gep113.us.us.us.i, align 2, !tbaa !5
+  %169 = load <16 x i16>, ptr %gep113.us.us.us.i, align 2, !tbaa !9
   %170 = zext <16 x i16> %169 to <16 x i32>
   %171 = shl nuw <16 x i32> %170, splat (i32 16)
   %172 = bitcast <16 x i32> %171 to <16 x float>
   %173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %172, <16 x float> zeroinitializer)
   %174 = getelementptr inbounds nuw i8, ptr %162, i64 512
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !9
   %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %167, <16 x float> zeroinitializer)
   %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %172, <16 x float> zeroinitializer)
   %178 = getelementptr inbounds nuw i8, ptr %162, i64 1024
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !9
   %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %167, <16 x float> zeroinitializer)
   %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %172, <16 x float> zeroinitializer)
   %182 = getelementptr inbounds nuw i8, ptr %162, i64 1536
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !9
   %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %183, <16 x float> %167, <16 x float> zeroinitializer)
   %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %183, <16 x float> %172, <16 x float> zeroinitializer)
   %186 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = load <16 x i16>, ptr %gep.us123.us.us.us.1.i, align 2, !tbaa !5
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !9
+  %188 = load <16 x i16>, ptr %gep.us123.us.us.us.1.i, align 2, !tbaa !9
   %189 = zext <16 x i16> %188 to <16 x i32>
   %190 = shl nuw <16 x i32> %189, splat (i32 16)
   %191 = bitcast <16 x i32> %190 to <16 x float>
   %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %191, <16 x float> %168)
-  %193 = load <16 x i16>, ptr %gep109.us.us.us.us.1.i, align 2, !tbaa !5
+  %193 = load <16 x i16>, ptr %gep109.us.us.us.us.1.i, align 2, !tbaa !9
   %194 = zext <16 x i16> %193 to <16 x i32>
   %195 = shl nuw <16 x i32> %194, splat (i32 16)
   %196 = bitcast <16 x i32> %195 to <16 x float>
   %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %196, <16 x float> %173)
   %198 = getelementptr inbounds nuw i8, ptr %162, i64 576
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !9
   %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %191, <16 x float> %176)
   %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %196, <16 x float> %177)
   %202 = getelementptr inbounds nuw i8, ptr %162, i64 1088
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !9
   %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %191, <16 x float> %180)
   %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %196, <16 x float> %181)
   %206 = getelementptr inbounds nuw i8, ptr %162, i64 1600
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !9
   %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %207, <16 x float> %191, <16 x float> %184)
   %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %207, <16 x float> %196, <16 x float> %185)
   %210 = getelementptr inbounds nuw i8, ptr %162, i64 128
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %212 = load <16 x i16>, ptr %gep.us123.us.us.us.2.i, align 2, !tbaa !5
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !9
+  %212 = load <16 x i16>, ptr %gep.us123.us.us.us.2.i, align 2, !tbaa !9
   %213 = zext <16 x i16> %212 to <16 x i32>
   %214 = shl nuw <16 x i32> %213, splat (i32 16)
   %215 = bitcast <16 x i32> %214 to <16 x float>
   %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %215, <16 x float> %192)
-  %217 = load <16 x i16>, ptr %gep109.us.us.us.us.2.i, align 2, !tbaa !5
+  %217 = load <16 x i16>, ptr %gep109.us.us.us.us.2.i, align 2, !tbaa !9
   %218 = zext <16 x i16> %217 to <16 x i32>
   %219 = shl nuw <16 x i32> %218, splat (i32 16)
   %220 = bitcast <16 x i32> %219 to <16 x float>
   %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %220, <16 x float> %197)
   %222 = getelementptr inbounds nuw i8, ptr %162, i64 640
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !9
   %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %223, <16 x float> %215, <16 x float> %200)
   %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %223, <16 x float> %220, <16 x float> %201)
   %226 = getelementptr inbounds nuw i8, ptr %162, i64 1152
-  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
+  %227 = load <16 x float>, ptr %226, align 4, !tbaa !9
   %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %215, <16 x float> %204)
   %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %220, <16 x float> %205)
   %230 = getelementptr inbounds nuw i8, ptr %162, i64 1664
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !9
   %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %215, <16 x float> %208)
   %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %231, <16 x float> %220, <16 x float> %209)
   %234 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = load <16 x i16>, ptr %gep.us123.us.us.us.3.i, align 2, !tbaa !5
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !9
+  %236 = load <16 x i16>, ptr %gep.us123.us.us.us.3.i, align 2, !tbaa !9
   %237 = zext <16 x i16> %236 to <16 x i32>
   %238 = shl nuw <16 x i32> %237, splat (i32 16)
   %239 = bitcast <16 x i32> %238 to <16 x float>
   %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %239, <16 x float> %216)
-  %241 = load <16 x i16>, ptr %gep109.us.us.us.us.3.i, align 2, !tbaa !5
+  %241 = load <16 x i16>, ptr %gep109.us.us.us.us.3.i, align 2, !tbaa !9
   %242 = zext <16 x i16> %241 to <16 x i32>
   %243 = shl nuw <16 x i32> %242, splat (i32 16)
   %244 = bitcast <16 x i32> %243 to <16 x float>
   %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %244, <16 x float> %221)
   %246 = getelementptr inbounds nuw i8, ptr %162, i64 704
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !9
   %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %247, <16 x float> %239, <16 x float> %224)
   %249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %247, <16 x float> %244, <16 x float> %225)
   %250 = getelementptr inbounds nuw i8, ptr %162, i64 1216
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !9
   %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> %239, <16 x float> %228)
   %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> %244, <16 x float> %229)
   %254 = getelementptr inbounds nuw i8, ptr %162, i64 1728
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !9
   %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %239, <16 x float> %232)
   %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %244, <16 x float> %233)
   %258 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
-  %260 = load <16 x i16>, ptr %gep.us123.us.us.us.4.i, align 2, !tbaa !5
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !9
+  %260 = load <16 x i16>, ptr %gep.us123.us.us.us.4.i, align 2, !tbaa !9
   %261 = zext <16 x i16> %260 to <16 x i32>
   %262 = shl nuw <16 x i32> %261, splat (i32 16)
   %263 = bitcast <16 x i32> %262 to <16 x float>
   %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %263, <16 x float> %240)
-  %265 = load <16 x i16>, ptr %gep109.us.us.us.us.4.i, align 2, !tbaa !5
+  %265 = load <16 x i16>, ptr %gep109.us.us.us.us.4.i, align 2, !tbaa !9
   %266 = zext <16 x i16> %265 to <16 x i32>
   %267 = shl nuw <16 x i32> %266, splat (i32 16)
   %268 = bitcast <16 x i32> %267 to <16 x float>
   %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %268, <16 x float> %245)
   %270 = getelementptr inbounds nuw i8, ptr %162, i64 768
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !9
   %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %271, <16 x float> %263, <16 x float> %248)
   %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %271, <16 x float> %268, <16 x float> %249)
   %274 = getelementptr inbounds nuw i8, ptr %162, i64 1280
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !5
+  %275 = load <16 x float>, ptr %274, align 4, !tbaa !9
   %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %263, <16 x float> %252)
   %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %268, <16 x float> %253)
   %278 = getelementptr inbounds nuw i8, ptr %162, i64 1792
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !5
+  %279 = load <16 x float>, ptr %278, align 4, !tbaa !9
   %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %263, <16 x float> %256)
   %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %268, <16 x float> %257)
   %282 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %283 = load <16 x float>, ptr %282, align 4, !tbaa !5
-  %284 = load <16 x i16>, ptr %gep.us123.us.us.us.5.i, align 2, !tbaa !5
+  %283 = load <16 x float>, ptr %282, align 4, !tbaa !9
+  %284 = load <16 x i16>, ptr %gep.us123.us.us.us.5.i, align 2, !tbaa !9
   %285 = zext <16 x i16> %284 to <16 x i32>
   %286 = shl nuw <16 x i32> %285, splat (i32 16)
   %287 = bitcast <16 x i32> %286 to <16 x float>
   %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %287, <16 x float> %264)
-  %289 = load <16 x i16>, ptr %gep109.us.us.us.us.5.i, align 2, !tbaa !5
+  %289 = load <16 x i16>, ptr %gep109.us.us.us.us.5.i, align 2, !tbaa !9
   %290 = zext <16 x i16> %289 to <16 x i32>
   %291 = shl nuw <16 x i32> %290, splat (i32 16)
   %292 = bitcast <16 x i32> %291 to <16 x float>
   %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %292, <16 x float> %269)
   %294 = getelementptr inbounds nuw i8, ptr %162, i64 832
-  %295 = load <16 x float>, ptr %294, align 4, !tbaa !5
+  %295 = load <16 x float>, ptr %294, align 4, !tbaa !9
   %296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %287, <16 x float> %272)
   %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %295, <16 x float> %292, <16 x float> %273)
   %298 = getelementptr inbounds nuw i8, ptr %162, i64 1344
-  %299 = load <16 x float>, ptr %298, align 4, !tbaa !5
+  %299 = load <16 x float>, ptr %298, align 4, !tbaa !9
   %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %299, <16 x float> %287, <16 x float> %276)
   %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %299, <16 x float> %292, <16 x float> %277)
   %302 = getelementptr inbounds nuw i8, ptr %162, i64 1856
-  %303 = load <16 x float>, ptr %302, align 4, !tbaa !5
+  %303 = load <16 x float>, ptr %302, align 4, !tbaa !9
   %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %287, <16 x float> %280)
   %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %292, <16 x float> %281)
   %306 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %307 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %308 = load <16 x i16>, ptr %gep.us123.us.us.us.6.i, align 2, !tbaa !5
+  %307 = load <16 x float>, ptr %306, align 4, !tbaa !9
+  %308 = load <16 x i16>, ptr %gep.us123.us.us.us.6.i, align 2, !tbaa !9
   %309 = zext <16 x i16> %308 to <16 x i32>
   %310 = shl nuw <16 x i32> %309, splat (i32 16)
   %311 = bitcast <16 x i32> %310 to <16 x float>
   %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %311, <16 x float> %288)
-  %313 = load <16 x i16>, ptr %gep109.us.us.us.us.6.i, align 2, !tbaa !5
+  %313 = load <16 x i16>, ptr %gep109.us.us.us.us.6.i, align 2, !tbaa !9
   %314 = zext <16 x i16> %313 to <16 x i32>
   %315 = shl nuw <16 x i32> %314, splat (i32 16)
   %316 = bitcast <16 x i32> %315 to <16 x float>
   %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %316, <16 x float> %293)
   %318 = getelementptr inbounds nuw i8, ptr %162, i64 896
-  %319 = load <16 x float>, ptr %318, align 4, !tbaa !5
+  %319 = load <16 x float>, ptr %318, align 4, !tbaa !9
   %320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %311, <16 x float> %296)
   %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %316, <16 x float> %297)
   %322 = getelementptr inbounds nuw i8, ptr %162, i64 1408
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !9
   %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %311, <16 x float> %300)
   %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %316, <16 x float> %301)
   %326 = getelementptr inbounds nuw i8, ptr %162, i64 1920
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !9
   %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %311, <16 x float> %304)
   %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %316, <16 x float> %305)
   %330 = getelementptr inbounds nuw i8, ptr %162, i64 448
-  %331 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %332 = load <16 x i16>, ptr %gep.us123.us.us.us.7.i, align 2, !tbaa !5
+  %331 = load <16 x float>, ptr %330, align 4, !tbaa !9
+  %332 = load <16 x i16>, ptr %gep.us123.us.us.us.7.i, align 2, !tbaa !9
   %333 = zext <16 x i16> %332 to <16 x i32>
   %334 = shl nuw <16 x i32> %333, splat (i32 16)
   %335 = bitcast <16 x i32> %334 to <16 x float>
   %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %331, <16 x float> %335, <16 x float> %312)
-  %337 = load <16 x i16>, ptr %gep109.us.us.us.us.7.i, align 2, !tbaa !5
+  %337 = load <16 x i16>, ptr %gep109.us.us.us.us.7.i, align 2, !tbaa !9
   %338 = zext <16 x i16> %337 to <16 x i32>
   %339 = shl nuw <16 x i32> %338, splat (i32 16)
   %340 = bitcast <16 x i32> %339 to <16 x float>
   %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %331, <16 x float> %340, <16 x float> %317)
   %342 = getelementptr inbounds nuw i8, ptr %162, i64 960
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
+  %343 = load <16 x float>, ptr %342, align 4, !tbaa !9
   %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %335, <16 x float> %320)
   %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %340, <16 x float> %321)
   %346 = getelementptr inbounds nuw i8, ptr %162, i64 1472
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !9
   %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %335, <16 x float> %324)
   %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %340, <16 x float> %325)
   %350 = getelementptr inbounds nuw i8, ptr %162, i64 1984
-  %351 = load <16 x float>, ptr %350, align 4, !tbaa !5
+  %351 = load <16 x float>, ptr %350, align 4, !tbaa !9
   %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %335, <16 x float> %328)
   %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %340, <16 x float> %329)
   %.idx286.i = shl nuw nsw i64 %indvars.iv263.i, 12
   %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep291.i, i64 %.idx286.i
-  store <16 x float> %336, ptr %gep.i, align 4, !tbaa !5
+  store <16 x float> %336, ptr %gep.i, align 4, !tbaa !9
   %354 = getelementptr inbounds nuw i8, ptr %gep.i, i64 64
-  store <16 x float> %341, ptr %354, align 4, !tbaa !5
+  store <16 x float> %341, ptr %354, align 4, !tbaa !9
   %355 = getelementptr inbounds nuw i8, ptr %gep.i, i64 1024
-  store <16 x float> %344, ptr %355, align 4, !tbaa !5
+  store <16 x float> %344, ptr %355, align 4, !tbaa !9
   %356 = getelementptr inbounds nuw i8, ptr %gep.i, i64 1088
-  store <16 x float> %345, ptr %356, align 4, !tbaa !5
+  store <16 x float> %345, ptr %356, align 4, !tbaa !9
   %357 = getelementptr inbounds nuw i8, ptr %gep.i, i64 2048
-  store <16 x float> %348, ptr %357, align 4, !tbaa !5
+  store <16 x float> %348, ptr %357, align 4, !tbaa !9
   %358 = getelementptr inbounds nuw i8, ptr %gep.i, i64 2112
-  store <16 x float> %349, ptr %358, align 4, !tbaa !5
+  store <16 x float> %349, ptr %358, align 4, !tbaa !9
   %359 = getelementptr inbounds nuw i8, ptr %gep.i, i64 3072
-  store <16 x float> %352, ptr %359, align 4, !tbaa !5
+  store <16 x float> %352, ptr %359, align 4, !tbaa !9
   %360 = getelementptr inbounds nuw i8, ptr %gep.i, i64 3136
-  store <16 x float> %353, ptr %360, align 4, !tbaa !5
+  store <16 x float> %353, ptr %360, align 4, !tbaa !9
   %indvars.iv.next264.i = add nuw nsw i64 %indvars.iv263.i, 1
   %exitcond266.not.i = icmp eq i64 %indvars.iv.next264.i, 4
-  br i1 %exitcond266.not.i, label %for_end_ax3_0.split.us.us.split.us.us.i, label %for_body_ax3_0.us.us.us.us.i, !prof !46
+  br i1 %exitcond266.not.i, label %for_end_ax3_0.split.us.us.split.us.us.i, label %for_body_ax3_0.us.us.us.us.i, !prof !19
 
 for_end_ax3_0.split.us.us.split.us.us.i:          ; preds = %for_body_ax3_0.us.us.us.us.i
   %indvars.iv.next268.i = add nuw nsw i64 %indvars.iv267.i, 1
   %exitcond270.not.i = icmp eq i64 %indvars.iv.next268.i, 8
-  br i1 %exitcond270.not.i, label %for_begin_r54.preheader.i, label %for_begin_ax3_0.preheader.us.us.i, !prof !46
+  br i1 %exitcond270.not.i, label %for_begin_r54.preheader.i, label %for_begin_ax3_0.preheader.us.us.i, !prof !19
 
 for_end_to.i:                                     ; preds = %for_begin_to.i, %for_begin_to.preheader.i
-  %361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !54
+  %361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %362 = tail call i32 %361(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not.i = icmp eq i32 %362, 0
-  br i1 %.not.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !59
+  br i1 %.not.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !20
 
 for_begin_r54.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.split.us.us.i, %for_begin_ax1_0.preheader.split.us.i
   %363 = add nuw nsw i64 %158, %155
@@ -2914,40 +3281,40 @@ for_body_r55.i:                                   ; preds = %for_body_r55.i, %fo
   %indvars.iv271.i = phi i64 [ 0, %for_begin_r54.preheader.i ], [ %indvars.iv.next272.i, %for_body_r55.i ]
   %.idx288.i = shl nuw nsw i64 %indvars.iv271.i, 9
   %366 = getelementptr inbounds nuw i8, ptr %365, i64 %.idx288.i
-  store <16 x float> zeroinitializer, ptr %366, align 64, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %366, align 64, !tbaa !9
   %.idx289.i = shl nuw nsw i64 %indvars.iv271.i, 10
   %367 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx289.i
-  %sum_0.i = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %sum_0.i = load <16 x float>, ptr %367, align 4, !tbaa !9
   %368 = getelementptr inbounds nuw i8, ptr %367, i64 64
-  %sum_1.i = load <16 x float>, ptr %368, align 4, !tbaa !5
+  %sum_1.i = load <16 x float>, ptr %368, align 4, !tbaa !9
   %369 = getelementptr inbounds nuw i8, ptr %367, i64 128
-  %sum_2.i = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %sum_2.i = load <16 x float>, ptr %369, align 4, !tbaa !9
   %370 = getelementptr inbounds nuw i8, ptr %367, i64 192
-  %sum_3.i = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %sum_3.i = load <16 x float>, ptr %370, align 4, !tbaa !9
   %371 = getelementptr inbounds nuw i8, ptr %367, i64 256
-  %sum_4.i = load <16 x float>, ptr %371, align 4, !tbaa !5
+  %sum_4.i = load <16 x float>, ptr %371, align 4, !tbaa !9
   %372 = getelementptr inbounds nuw i8, ptr %367, i64 320
-  %sum_5.i = load <16 x float>, ptr %372, align 4, !tbaa !5
+  %sum_5.i = load <16 x float>, ptr %372, align 4, !tbaa !9
   %373 = getelementptr inbounds nuw i8, ptr %367, i64 384
-  %sum_6.i = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %sum_6.i = load <16 x float>, ptr %373, align 4, !tbaa !9
   %374 = getelementptr inbounds nuw i8, ptr %367, i64 448
-  %sum_7.i = load <16 x float>, ptr %374, align 4, !tbaa !5
+  %sum_7.i = load <16 x float>, ptr %374, align 4, !tbaa !9
   %375 = getelementptr inbounds nuw i8, ptr %367, i64 512
-  %sum_8.i = load <16 x float>, ptr %375, align 4, !tbaa !5
+  %sum_8.i = load <16 x float>, ptr %375, align 4, !tbaa !9
   %376 = getelementptr inbounds nuw i8, ptr %367, i64 576
-  %sum_9.i = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %sum_9.i = load <16 x float>, ptr %376, align 4, !tbaa !9
   %377 = getelementptr inbounds nuw i8, ptr %367, i64 640
-  %sum_10.i = load <16 x float>, ptr %377, align 4, !tbaa !5
+  %sum_10.i = load <16 x float>, ptr %377, align 4, !tbaa !9
   %378 = getelementptr inbounds nuw i8, ptr %367, i64 704
-  %sum_11.i = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %sum_11.i = load <16 x float>, ptr %378, align 4, !tbaa !9
   %379 = getelementptr inbounds nuw i8, ptr %367, i64 768
-  %sum_12.i = load <16 x float>, ptr %379, align 4, !tbaa !5
+  %sum_12.i = load <16 x float>, ptr %379, align 4, !tbaa !9
   %380 = getelementptr inbounds nuw i8, ptr %367, i64 832
-  %sum_13.i = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %sum_13.i = load <16 x float>, ptr %380, align 4, !tbaa !9
   %381 = getelementptr inbounds nuw i8, ptr %367, i64 896
-  %sum_14.i = load <16 x float>, ptr %381, align 4, !tbaa !5
+  %sum_14.i = load <16 x float>, ptr %381, align 4, !tbaa !9
   %382 = getelementptr inbounds nuw i8, ptr %367, i64 960
-  %sum_15.i = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %sum_15.i = load <16 x float>, ptr %382, align 4, !tbaa !9
   %383 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %384 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.i = fadd <16 x float> %384, %383
@@ -2994,16 +3361,16 @@ for_body_r55.i:                                   ; preds = %for_body_r55.i, %fo
   %412 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %413 = fadd <16 x float> %412, %411
   %414 = fadd <16 x float> %413, zeroinitializer
-  store <16 x float> %414, ptr %366, align 64, !tbaa !5
+  store <16 x float> %414, ptr %366, align 64, !tbaa !9
   %indvars.iv.next272.i = add nuw nsw i64 %indvars.iv271.i, 1
   %exitcond274.not.i = icmp eq i64 %indvars.iv.next272.i, 16
-  br i1 %exitcond274.not.i, label %for_end_r56.i, label %for_body_r55.i, !prof !46
+  br i1 %exitcond274.not.i, label %for_end_r56.i, label %for_body_r55.i, !prof !19
 
 for_end_r56.i:                                    ; preds = %for_body_r55.i
-  %415 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !54
+  %415 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %416 = tail call i32 %415(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not67.i = icmp eq i32 %416, 0
-  br i1 %.not67.i, label %for_begin_to.i, label %qk_matmul_compute_.exit, !prof !59
+  br i1 %.not67.i, label %for_begin_to.i, label %qk_matmul_compute_.exit, !prof !20
 
 qk_matmul_compute_.exit:                          ; preds = %for_end_r56.i, %for_end_to.i, %for_body_to.i, %for_body_s.i, %for_begin_s.i, %if_end27
   %common.ret.op.i = phi i32 [ -1, %for_body_to.i ], [ 0, %if_end27 ], [ -1, %for_end_r56.i ], [ 0, %for_begin_s.i ], [ -1, %for_end_to.i ], [ -1, %for_body_s.i ]
@@ -3011,7 +3378,78 @@ qk_matmul_compute_.exit:                          ; preds = %for_end_r56.i, %for
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_softmax_prepare(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #5
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 127}
+!12 = !{!13, !13, i64 0}
+!13 = !{!"buffer4", !7, i64 0}
+!14 = !{!"branch_weights", i32 127, i32 33554289}
+!15 = distinct !{!15, !16, !17, !18}
+!16 = !{!"llvm.loop.isvectorized", i32 1}
+!17 = !{!"llvm.loop.unroll.runtime.disable"}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!19 = !{!"branch_weights", i32 1, i32 1048575}
+!20 = !{!"branch_weights", i32 1, i32 1048576}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_softmax_prepare(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %peak40.i = alloca [16 x float], align 16
   %context_lens.type_index = load i32, ptr %args, align 4
@@ -3099,7 +3537,7 @@ for_body_s.lr.ph.i:                               ; preds = %entry
 for_begin_s.i:                                    ; preds = %for_end_r25.i
   %indvars.iv.next93.i = add nuw nsw i64 %indvars.iv92.i, 1
   %exitcond95.not.i = icmp eq i64 %indvars.iv.next93.i, %wide.trip.count.i
-  br i1 %exitcond95.not.i, label %softmax_prepare_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond95.not.i, label %softmax_prepare_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv92.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next93.i, %for_begin_s.i ]
@@ -3110,10 +3548,10 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %39 = load i32, ptr %gep101.i, align 4, !tbaa !5
   %40 = sub nsw i32 %39, %29
   %41 = icmp sgt i32 %40, 0
-  %42 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !54
+  %42 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !8
   %scaled.i = tail call ptr %42(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %43 = icmp eq ptr %scaled.i, null
-  br i1 %43, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
+  br i1 %43, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !10
 
 for_begin_r.preheader.i:                          ; preds = %for_body_s.i
   %44 = tail call i32 @llvm.smax.i32(i32 %40, i32 0)
@@ -3207,7 +3645,7 @@ for_begin_to.preheader.i:                         ; preds = %for_begin_to.prehea
   store <16 x float> %117, ptr %118, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !46
+  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !11
 
 for_begin_r6.preheader.i:                         ; preds = %for_begin_ax1.preheader.i
   %119 = shl nsw i64 %indvars.iv92.i, 4
@@ -3310,10 +3748,10 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %154, i64 15
   %186 = fcmp ogt float %185, %peak.rf39.sroa.0.60.vec.extract.i
   %187 = select i1 %186, float %185, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %187, ptr %155, align 4, !tbaa !60
+  store float %187, ptr %155, align 4, !tbaa !12
   %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
   %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !46
+  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !11
 
 for_begin_r13.preheader.i:                        ; preds = %for_body_r7.us.preheader.i, %for_body_r7.preheader.i
   %.pre-phi97.i = phi i64 [ %120, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
@@ -3659,7 +4097,7 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   store <16 x float> %482, ptr %483, align 64, !tbaa !5
   %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
   %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
-  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !46
+  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !11
 
 for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.preheader.i, %for_begin_r23.preheader.i
   %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
@@ -3724,13 +4162,13 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   store float %522, ptr %gep99.i, align 4, !tbaa !5
   %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
   %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
-  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !46
+  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !11
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %523 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !54
+  %523 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !8
   %524 = tail call i32 %523(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not.i = icmp eq i32 %524, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !59
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !14
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -3739,210 +4177,40 @@ softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+declare float @llvm.fmuladd.f32(float, float, float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #3
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #5
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+declare i32 @llvm.umin.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #7
+declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #8
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
 
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
-attributes #1 = { "target-cpu"="x86-64-v4" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -3950,61 +4218,14 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
 !3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!"branch_weights", i32 2032, i32 2147481616}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
 !5 = !{!6, !6, i64 0}
 !6 = !{!"tvm-alias", !7}
 !7 = !{!"tvm-tbaa"}
-!8 = !{!"branch_weights", i32 1048576, i32 1}
-!9 = !{!"branch_weights", i32 4064, i32 2147479584}
-!10 = distinct !{!10, !11}
-!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = !{!"branch_weights", i32 8128, i32 2147475520}
-!15 = distinct !{!15, !16}
-!16 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer0", !7, i64 0}
-!19 = !{!"branch_weights", i32 6096, i32 2147477552}
-!20 = !{!21, !21, i64 0}
-!21 = !{!"buffer0.w64.b0", !22, i64 0}
-!22 = !{!"buffer0.w128.b0", !23, i64 0}
-!23 = !{!"buffer0.w256.b0", !24, i64 0}
-!24 = !{!"buffer0.w512.b0", !25, i64 0}
-!25 = !{!"buffer0.w1024.b0", !18, i64 0}
-!26 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!27 = distinct !{!27, !28, !29}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!29 = !{!"llvm.loop.unroll.disable"}
-!30 = !{!31, !31, i64 0}
-!31 = !{!"buffer1.w64.b0", !32, i64 0}
-!32 = !{!"buffer1.w128.b0", !33, i64 0}
-!33 = !{!"buffer1.w256.b0", !34, i64 0}
-!34 = !{!"buffer1.w512.b0", !35, i64 0}
-!35 = !{!"buffer1.w1024.b0", !36, i64 0}
-!36 = !{!"buffer1", !7, i64 0}
-!37 = !{!38, !38, i64 0}
-!38 = !{!"buffer2.w64.b0", !39, i64 0}
-!39 = !{!"buffer2.w128.b0", !40, i64 0}
-!40 = !{!"buffer2.w256.b0", !41, i64 0}
-!41 = !{!"buffer2.w512.b0", !42, i64 0}
-!42 = !{!"buffer2.w1024.b0", !43, i64 0}
-!43 = !{!"buffer2", !7, i64 0}
-!44 = !{!43, !43, i64 0}
-!45 = !{!36, !36, i64 0}
-!46 = !{!"branch_weights", i32 1, i32 1048575}
-!47 = !{!"branch_weights", i32 1, i32 127}
-!48 = !{!49, !49, i64 0}
-!49 = !{!"buffer3", !7, i64 0}
-!50 = !{!"branch_weights", i32 127, i32 33554289}
-!51 = distinct !{!51, !52, !53, !16}
-!52 = !{!"llvm.loop.isvectorized", i32 1}
-!53 = !{!"llvm.loop.unroll.runtime.disable"}
-!54 = !{!55, !55, i64 0}
-!55 = !{!"ctx_ptr", !7, i64 0}
-!56 = !{!57, !57, i64 0}
-!57 = !{!"buffer4", !7, i64 0}
-!58 = distinct !{!58, !52, !53, !16}
-!59 = !{!"branch_weights", i32 1, i32 1048576}
-!60 = !{!61, !61, i64 0}
-!61 = !{!"buffer5", !7, i64 0}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"ctx_ptr", !7, i64 0}
+!10 = !{!"branch_weights", i32 1048576, i32 1}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!13, !13, i64 0}
+!13 = !{!"buffer5", !7, i64 0}
+!14 = !{!"branch_weights", i32 1, i32 1048576}

@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -249,7 +247,199 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 2032, i32 2147481616}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"tvm-alias", !7}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!"branch_weights", i32 4064, i32 2147479584}
+!10 = distinct !{!10, !11}
+!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!13 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor537.i = alloca [16 x float], align 16
   %reach558.i = alloca [128 x i32], align 16
@@ -510,10 +700,10 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %118 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %118 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %q_tile.i = tail call ptr %118(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %119 = icmp eq ptr %q_tile.i, null
-  br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+  br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !6
 
 if_end.i:                                         ; preds = %if_end57
   %120 = shl i32 %num_query, 2
@@ -524,46 +714,46 @@ if_end.i:                                         ; preds = %if_end57
   %125 = shl nsw i32 %124, 4
   %126 = sext i32 %125 to i64
   %127 = shl nuw nsw i64 %126, 2
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_max.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
   %129 = icmp eq ptr %total_max.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_sum.i = tail call ptr %130(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
   %131 = icmp eq ptr %total_sum.i, null
-  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
   %132 = shl nsw i32 %124, 11
   %133 = sext i32 %132 to i64
   %134 = shl nuw nsw i64 %133, 2
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_acc.i = tail call ptr %135(i32 1, i32 %dev_id, i64 %134, i32 2, i32 32)
   %136 = icmp eq ptr %total_acc.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %limits.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
   %138 = icmp eq ptr %limits.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %places.i = tail call ptr %139(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
   %140 = icmp eq ptr %places.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
 
 if_end14.i:                                       ; preds = %if_end11.i
   %sext = shl i64 %54, 32
   %141 = ashr exact i64 %sext, 32
   %142 = getelementptr inbounds i32, ptr %context_lens, i64 %141
-  %context_len.i = load i32, ptr %142, align 4, !tbaa !5
+  %context_len.i = load i32, ptr %142, align 4, !tbaa !7
   %143 = icmp sgt i64 %tree_start, -1
   %144 = icmp slt i32 %123, 1
-  br i1 %144, label %for_end_tile81.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+  br i1 %144, label %for_end_tile81.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !9
 
 for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   %145 = and i64 %70, 4294967295
@@ -616,16 +806,16 @@ for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.nex
   %exitcond993.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond993.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !13
+  br i1 %exitcond993.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !10
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
   %min.iters.check = icmp ult i32 %123, 6
-  br i1 %min.iters.check, label %if_end92.i.preheader, label %vector.main.loop.iter.check, !prof !16
+  br i1 %min.iters.check, label %if_end92.i.preheader, label %vector.main.loop.iter.check, !prof !9
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
   %min.iters.check402 = icmp ult i32 %123, 34
-  br i1 %min.iters.check402, label %vec.epilog.ph, label %vector.ph, !prof !16
+  br i1 %min.iters.check402, label %vec.epilog.ph, label %vector.ph, !prof !9
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -658,16 +848,16 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
-  %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !17
+  %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !11
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec412 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec413 = load <32 x i32>, ptr %190, align 4, !tbaa !17
+  %wide.vec413 = load <32 x i32>, ptr %190, align 4, !tbaa !11
   %strided.vec414 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec415 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec416 = load <32 x i32>, ptr %191, align 4, !tbaa !17
+  %wide.vec416 = load <32 x i32>, ptr %191, align 4, !tbaa !11
   %strided.vec417 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec418 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec419 = load <32 x i32>, ptr %192, align 4, !tbaa !17
+  %wide.vec419 = load <32 x i32>, ptr %192, align 4, !tbaa !11
   %strided.vec420 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec421 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
   %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec412)
@@ -680,7 +870,7 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi411, <8 x i32> %strided.vec420)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
-  br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !19, !llvm.loop !20
+  br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !13, !llvm.loop !14
 
 vec.epilog.iter.check:                            ; preds = %vector.body
   %rdx.minmax424 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
@@ -695,7 +885,7 @@ vec.epilog.iter.check:                            ; preds = %vector.body
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
   %205 = insertelement <2 x i32> %204, i32 %203, i64 1
-  br i1 %min.epilog.iters.check, label %if_end92.i.preheader, label %vec.epilog.ph, !prof !25
+  br i1 %min.epilog.iters.check, label %if_end92.i.preheader, label %vec.epilog.ph, !prof !19
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
@@ -716,14 +906,14 @@ vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.b
   %offset.idx = shl i64 %index434, 4
   %210 = getelementptr i8, ptr %reach558.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec437 = load <16 x i32>, ptr %211, align 4, !tbaa !17
+  %wide.vec437 = load <16 x i32>, ptr %211, align 4, !tbaa !11
   %strided.vec438 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
   %strided.vec439 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
   %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi435, <4 x i32> %strided.vec439)
   %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi436, <4 x i32> %strided.vec438)
   %index.next440 = add nuw i64 %index434, 4
   %214 = icmp eq i64 %index.next440, %n.vec429
-  br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !26
+  br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
   %215 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %212)
@@ -777,52 +967,52 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %246 = add <16 x i64> %245, %241
   %247 = extractelement <16 x i64> %246, i64 0
   %248 = getelementptr inbounds i32, ptr %token_positions, i64 %247
-  %249 = load i32, ptr %248, align 4, !tbaa !5
+  %249 = load i32, ptr %248, align 4, !tbaa !7
   %250 = extractelement <16 x i64> %246, i64 1
   %251 = getelementptr inbounds i32, ptr %token_positions, i64 %250
-  %252 = load i32, ptr %251, align 4, !tbaa !5
+  %252 = load i32, ptr %251, align 4, !tbaa !7
   %253 = extractelement <16 x i64> %246, i64 2
   %254 = getelementptr inbounds i32, ptr %token_positions, i64 %253
-  %255 = load i32, ptr %254, align 4, !tbaa !5
+  %255 = load i32, ptr %254, align 4, !tbaa !7
   %256 = extractelement <16 x i64> %246, i64 3
   %257 = getelementptr inbounds i32, ptr %token_positions, i64 %256
-  %258 = load i32, ptr %257, align 4, !tbaa !5
+  %258 = load i32, ptr %257, align 4, !tbaa !7
   %259 = extractelement <16 x i64> %246, i64 4
   %260 = getelementptr inbounds i32, ptr %token_positions, i64 %259
-  %261 = load i32, ptr %260, align 4, !tbaa !5
+  %261 = load i32, ptr %260, align 4, !tbaa !7
   %262 = extractelement <16 x i64> %246, i64 5
   %263 = getelementptr inbounds i32, ptr %token_positions, i64 %262
-  %264 = load i32, ptr %263, align 4, !tbaa !5
+  %264 = load i32, ptr %263, align 4, !tbaa !7
   %265 = extractelement <16 x i64> %246, i64 6
   %266 = getelementptr inbounds i32, ptr %token_positions, i64 %265
-  %267 = load i32, ptr %266, align 4, !tbaa !5
+  %267 = load i32, ptr %266, align 4, !tbaa !7
   %268 = extractelement <16 x i64> %246, i64 7
   %269 = getelementptr inbounds i32, ptr %token_positions, i64 %268
-  %270 = load i32, ptr %269, align 4, !tbaa !5
+  %270 = load i32, ptr %269, align 4, !tbaa !7
   %271 = extractelement <16 x i64> %246, i64 8
   %272 = getelementptr inbounds i32, ptr %token_positions, i64 %271
-  %273 = load i32, ptr %272, align 4, !tbaa !5
+  %273 = load i32, ptr %272, align 4, !tbaa !7
   %274 = extractelement <16 x i64> %246, i64 9
   %275 = getelementptr inbounds i32, ptr %token_positions, i64 %274
-  %276 = load i32, ptr %275, align 4, !tbaa !5
+  %276 = load i32, ptr %275, align 4, !tbaa !7
   %277 = extractelement <16 x i64> %246, i64 10
   %278 = getelementptr inbounds i32, ptr %token_positions, i64 %277
-  %279 = load i32, ptr %278, align 4, !tbaa !5
+  %279 = load i32, ptr %278, align 4, !tbaa !7
   %280 = extractelement <16 x i64> %246, i64 11
   %281 = getelementptr inbounds i32, ptr %token_positions, i64 %280
-  %282 = load i32, ptr %281, align 4, !tbaa !5
+  %282 = load i32, ptr %281, align 4, !tbaa !7
   %283 = extractelement <16 x i64> %246, i64 12
   %284 = getelementptr inbounds i32, ptr %token_positions, i64 %283
-  %285 = load i32, ptr %284, align 4, !tbaa !5
+  %285 = load i32, ptr %284, align 4, !tbaa !7
   %286 = extractelement <16 x i64> %246, i64 13
   %287 = getelementptr inbounds i32, ptr %token_positions, i64 %286
-  %288 = load i32, ptr %287, align 4, !tbaa !5
+  %288 = load i32, ptr %287, align 4, !tbaa !7
   %289 = extractelement <16 x i64> %246, i64 14
   %290 = getelementptr inbounds i32, ptr %token_positions, i64 %289
-  %291 = load i32, ptr %290, align 4, !tbaa !5
+  %291 = load i32, ptr %290, align 4, !tbaa !7
   %292 = extractelement <16 x i64> %246, i64 15
   %293 = getelementptr inbounds i32, ptr %token_positions, i64 %292
-  %294 = load i32, ptr %293, align 4, !tbaa !5
+  %294 = load i32, ptr %293, align 4, !tbaa !7
   %295 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %249, i64 0
   %296 = insertelement <16 x i32> %295, i32 %252, i64 1
   %297 = insertelement <16 x i32> %296, i32 %255, i64 2
@@ -844,7 +1034,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
   %313 = shl nsw i64 %indvars.iv985.i, 4
   %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
-  store <16 x i32> %312, ptr %314, align 4, !tbaa !5
+  store <16 x i32> %312, ptr %314, align 4, !tbaa !7
   %315 = add nsw <16 x i32> %311, splat (i32 -1)
   %316 = sitofp <16 x i32> %315 to <16 x float>
   %317 = bitcast <16 x float> %316 to <16 x i32>
@@ -852,89 +1042,89 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %319 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %318, <16 x i32> splat (i32 125))
   %320 = add nsw <16 x i32> %319, splat (i32 -125)
   %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
-  store <16 x i32> %320, ptr %321, align 4, !tbaa !5
+  store <16 x i32> %320, ptr %321, align 4, !tbaa !7
   %322 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %313
   %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
   %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
   %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
   %326 = and i64 %313, 4294967280
   %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
-  %own.peel.i = load i32, ptr %327, align 4, !tbaa !5
+  %own.peel.i = load i32, ptr %327, align 4, !tbaa !7
   %gep1332.i = getelementptr inbounds nuw i8, ptr %327, i64 4
-  %own.i = load i32, ptr %gep1332.i, align 4, !tbaa !5
+  %own.i = load i32, ptr %gep1332.i, align 4, !tbaa !7
   %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
   %gep1332.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
-  %own.i.1 = load i32, ptr %gep1332.i.1, align 4, !tbaa !5
+  %own.i.1 = load i32, ptr %gep1332.i.1, align 4, !tbaa !7
   %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
   %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
   %gep1332.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
-  %own.i.2 = load i32, ptr %gep1332.i.2, align 4, !tbaa !5
+  %own.i.2 = load i32, ptr %gep1332.i.2, align 4, !tbaa !7
   %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
   %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
   %gep1332.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
-  %own.i.3 = load i32, ptr %gep1332.i.3, align 4, !tbaa !5
+  %own.i.3 = load i32, ptr %gep1332.i.3, align 4, !tbaa !7
   %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
   %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
   %gep1332.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
-  %own.i.4 = load i32, ptr %gep1332.i.4, align 4, !tbaa !5
+  %own.i.4 = load i32, ptr %gep1332.i.4, align 4, !tbaa !7
   %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
   %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
   %gep1332.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
-  %own.i.5 = load i32, ptr %gep1332.i.5, align 4, !tbaa !5
+  %own.i.5 = load i32, ptr %gep1332.i.5, align 4, !tbaa !7
   %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
   %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
   %gep1332.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
-  %own.i.6 = load i32, ptr %gep1332.i.6, align 4, !tbaa !5
+  %own.i.6 = load i32, ptr %gep1332.i.6, align 4, !tbaa !7
   %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
   %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
   %gep1332.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
-  %own.i.7 = load i32, ptr %gep1332.i.7, align 4, !tbaa !5
+  %own.i.7 = load i32, ptr %gep1332.i.7, align 4, !tbaa !7
   %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
   %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
   %gep1332.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
-  %own.i.8 = load i32, ptr %gep1332.i.8, align 4, !tbaa !5
+  %own.i.8 = load i32, ptr %gep1332.i.8, align 4, !tbaa !7
   %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
   %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
   %gep1332.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
-  %own.i.9 = load i32, ptr %gep1332.i.9, align 4, !tbaa !5
+  %own.i.9 = load i32, ptr %gep1332.i.9, align 4, !tbaa !7
   %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
   %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
   %gep1332.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
-  %own.i.10 = load i32, ptr %gep1332.i.10, align 4, !tbaa !5
+  %own.i.10 = load i32, ptr %gep1332.i.10, align 4, !tbaa !7
   %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
   %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
   %gep1332.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
-  %own.i.11 = load i32, ptr %gep1332.i.11, align 4, !tbaa !5
+  %own.i.11 = load i32, ptr %gep1332.i.11, align 4, !tbaa !7
   %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
   %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
   %gep1332.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
-  %own.i.12 = load i32, ptr %gep1332.i.12, align 4, !tbaa !5
+  %own.i.12 = load i32, ptr %gep1332.i.12, align 4, !tbaa !7
   %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
   %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
   %gep1332.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
-  %own.i.13 = load i32, ptr %gep1332.i.13, align 4, !tbaa !5
+  %own.i.13 = load i32, ptr %gep1332.i.13, align 4, !tbaa !7
   %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
   %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
   %gep1332.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
-  %own.i.14 = load i32, ptr %gep1332.i.14, align 4, !tbaa !5
+  %own.i.14 = load i32, ptr %gep1332.i.14, align 4, !tbaa !7
   %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
   %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
   %358 = shl i64 %indvars.iv985.i, 13
   %359 = and i64 %358, 17179860992
   %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
-  store i32 %356, ptr %322, align 16, !tbaa !17
-  store i32 %357, ptr %323, align 4, !tbaa !17
-  store i32 0, ptr %324, align 8, !tbaa !17
-  store i32 0, ptr %325, align 4, !tbaa !17
+  store i32 %356, ptr %322, align 16, !tbaa !11
+  store i32 %357, ptr %323, align 4, !tbaa !11
+  store i32 0, ptr %324, align 8, !tbaa !11
+  store i32 0, ptr %325, align 4, !tbaa !11
   %360 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %313
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %360, align 4, !tbaa !5
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %360, align 4, !tbaa !7
   %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
-  store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !5
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
+  store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !7
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !7
   %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
   %exitcond988.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count.i
-  br i1 %exitcond988.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+  br i1 %exitcond988.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !10
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
@@ -943,7 +1133,7 @@ for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_be
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
   %indvars.iv.next973.i = add nuw nsw i64 %indvars.iv972.i, 1
   %exitcond976.not.i = icmp eq i64 %indvars.iv.next973.i, 4
-  br i1 %exitcond976.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !28
+  br i1 %exitcond976.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !22
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %122
@@ -954,7 +1144,7 @@ if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %.idx1247.i = shl i64 %indvars.iv.i, 3
   %366 = getelementptr i8, ptr %228, i64 %.idx1247.i
   %367 = getelementptr i16, ptr %366, i64 %365
-  %368 = load <4 x i16>, ptr %367, align 2, !tbaa !5
+  %368 = load <4 x i16>, ptr %367, align 2, !tbaa !7
   %369 = zext <4 x i16> %368 to <4 x i32>
   %370 = shl nuw <4 x i32> %369, splat (i32 16)
   %371 = bitcast <4 x i32> %370 to <4 x float>
@@ -976,7 +1166,7 @@ if_then20.i:                                      ; preds = %if_end17.i
   %.idx1248.i = shl i64 %indvars.iv.i, 3
   %380 = getelementptr i8, ptr %228, i64 %.idx1248.i
   %381 = getelementptr i16, ptr %380, i64 %379
-  %382 = load <4 x i16>, ptr %381, align 2, !tbaa !5
+  %382 = load <4 x i16>, ptr %381, align 2, !tbaa !7
   %383 = zext <4 x i16> %382 to <4 x i32>
   %384 = shl nuw <4 x i32> %383, splat (i32 16)
   %385 = bitcast <4 x i32> %384 to <4 x float>
@@ -998,7 +1188,7 @@ if_then27.i:                                      ; preds = %if_end22.i
   %.idx1249.i = shl i64 %indvars.iv.i, 3
   %394 = getelementptr i8, ptr %228, i64 %.idx1249.i
   %395 = getelementptr i16, ptr %394, i64 %393
-  %396 = load <4 x i16>, ptr %395, align 2, !tbaa !5
+  %396 = load <4 x i16>, ptr %395, align 2, !tbaa !7
   %397 = zext <4 x i16> %396 to <4 x i32>
   %398 = shl nuw <4 x i32> %397, splat (i32 16)
   %399 = bitcast <4 x i32> %398 to <4 x float>
@@ -1019,7 +1209,7 @@ if_then34.i:                                      ; preds = %if_end29.i
   %.idx1250.i = shl i64 %indvars.iv.i, 3
   %408 = getelementptr i8, ptr %228, i64 %.idx1250.i
   %409 = getelementptr i16, ptr %408, i64 %407
-  %410 = load <4 x i16>, ptr %409, align 2, !tbaa !5
+  %410 = load <4 x i16>, ptr %409, align 2, !tbaa !7
   %411 = zext <4 x i16> %410 to <4 x i32>
   %412 = shl nuw <4 x i32> %411, splat (i32 16)
   %413 = bitcast <4 x i32> %412 to <4 x float>
@@ -1035,19 +1225,19 @@ if_end36.i:                                       ; preds = %if_then34.i, %if_en
   %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx1251.i = shl nuw nsw i64 %indvars.iv.i, 8
   %gep1330.i = getelementptr inbounds nuw i8, ptr %invariant.gep1329.i, i64 %.idx1251.i
-  store <4 x float> %420, ptr %gep1330.i, align 4, !tbaa !5
+  store <4 x float> %420, ptr %gep1330.i, align 4, !tbaa !7
   %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %422 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 64
-  store <4 x float> %421, ptr %422, align 4, !tbaa !5
+  store <4 x float> %421, ptr %422, align 4, !tbaa !7
   %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %424 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 128
-  store <4 x float> %423, ptr %424, align 4, !tbaa !5
+  store <4 x float> %423, ptr %424, align 4, !tbaa !7
   %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %426 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 192
-  store <4 x float> %425, ptr %426, align 4, !tbaa !5
+  store <4 x float> %425, ptr %426, align 4, !tbaa !7
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !28
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !22
 
 for_end_tile81.i:                                 ; preds = %if_end92.i, %for_begin_tile79.preheader.i, %if_end14.i
   %span557.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end92.i ]
@@ -1060,7 +1250,7 @@ for_end_tile81.i:                                 ; preds = %if_end92.i, %for_be
   %431 = add nuw nsw i32 %430, 4095
   %432 = lshr i32 %431, 12
   %.not919.i = icmp eq i32 %432, 0
-  br i1 %.not919.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+  br i1 %.not919.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !9
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
   %433 = mul nsw i64 %row_step, %141
@@ -1111,14 +1301,14 @@ if_end92.i:                                       ; preds = %if_end92.i, %if_end
   %.idx1253.i = shl nsw i64 %indvars.iv989.i, 4
   %465 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1253.i
   %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
-  %467 = load i32, ptr %466, align 8, !tbaa !17
+  %467 = load i32, ptr %466, align 8, !tbaa !11
   %468 = tail call i32 @llvm.smin.i32(i32 %span557.sroa.0.0687.i, i32 %467)
   %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
-  %470 = load i32, ptr %469, align 4, !tbaa !17
+  %470 = load i32, ptr %469, align 4, !tbaa !11
   %471 = tail call i32 @llvm.smax.i32(i32 %span557.sroa.3.0686.i, i32 %470)
   %indvars.iv.next990.i = add nuw nsw i64 %indvars.iv989.i, 1
   %exitcond993.not.i = icmp eq i64 %indvars.iv.next990.i, %wide.trip.count.i
-  br i1 %exitcond993.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !29, !llvm.loop !30
+  br i1 %exitcond993.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !23, !llvm.loop !24
 
 for_begin_number.i:                               ; preds = %if_end403.i
   %472 = add nuw nsw i32 %number899.i, 1
@@ -1126,10 +1316,10 @@ for_begin_number.i:                               ; preds = %if_end403.i
   %indvars.iv.next = add i32 %indvars.iv, -4096
   %indvars.iv.next240 = add i32 %indvars.iv239, -4096
   %indvars.iv.next248 = add i32 %indvars.iv247, -4096
-  br i1 %exitcond1153.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !13
+  br i1 %exitcond1153.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !10
 
 for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !16
+  br i1 %144, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !9
 
 for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
   %473 = and i64 %68, 2147483648
@@ -1154,19 +1344,19 @@ for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr
 
 for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
   %indvars.iv1205.i = phi i64 [ %indvars.iv.next1206.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
-  %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %481 = icmp eq ptr %ordered.us.i, null
-  br i1 %481, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !8
+  br i1 %481, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !6
 
 if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
   %482 = shl nsw i64 %indvars.iv1205.i, 4
   %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
-  %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !5
+  %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !7
   %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
-  store <16 x float> %486, ptr %factor537.i, align 16, !tbaa !31
+  store <16 x float> %486, ptr %factor537.i, align 16, !tbaa !25
   %487 = shl i64 %indvars.iv1205.i, 11
   %488 = and i64 %487, 4294965248
   %invariant.gep170 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
@@ -1183,37 +1373,37 @@ for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
   %493 = shl nsw i32 %492, 4
   %494 = sub nsw i32 %120, %493
   %495 = icmp sgt i32 %494, 0
-  br i1 %495, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !3
+  br i1 %495, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !32
 
 for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
-  %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
   %.not569.us.i = icmp eq i32 %497, 0
-  br i1 %.not569.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not569.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end414.us.i:                                   ; preds = %for_end_r470.us.i
   %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
   %exitcond1209.not.i = icmp eq i64 %indvars.iv.next1206.i, %wide.trip.count1208.i
-  br i1 %exitcond1209.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !13
+  br i1 %exitcond1209.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !10
 
 for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
   %indvars.iv1199.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1200.i.1, %if_end475.us.i.1 ]
   %498 = add nuw nsw i64 %indvars.iv1199.i, %672
   %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
-  %500 = load float, ptr %499, align 4, !tbaa !5
+  %500 = load float, ptr %499, align 4, !tbaa !7
   %501 = fcmp oeq float %500, 0.000000e+00
   br i1 %501, label %if_end475.us.i, label %if_else474.us.i
 
 if_else474.us.i:                                  ; preds = %for_body_r469.us.i
   %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
-  %503 = load i32, ptr %502, align 4, !tbaa !5
+  %503 = load i32, ptr %502, align 4, !tbaa !7
   %504 = shl i32 %503, 23
   %505 = add i32 %504, 1065353216
   %506 = bitcast i32 %505 to float
   %507 = fmul float %500, %506
   %508 = tail call float @llvm.log.f32(float %507)
   %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
-  %510 = load float, ptr %509, align 4, !tbaa !5
+  %510 = load float, ptr %509, align 4, !tbaa !7
   %511 = fadd float %510, %508
   br label %if_end475.us.i
 
@@ -1225,24 +1415,24 @@ if_end475.us.i:                                   ; preds = %if_else474.us.i, %f
   %516 = mul nsw i64 %515, %lse_batch
   %517 = getelementptr float, ptr %671, i64 %516
   %518 = getelementptr float, ptr %517, i64 %513
-  store float %512, ptr %518, align 4, !tbaa !5
+  store float %512, ptr %518, align 4, !tbaa !7
   %indvars.iv.next1200.i = or disjoint i64 %indvars.iv1199.i, 1
   %519 = add nuw nsw i64 %indvars.iv.next1200.i, %672
   %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
-  %521 = load float, ptr %520, align 4, !tbaa !5
+  %521 = load float, ptr %520, align 4, !tbaa !7
   %522 = fcmp oeq float %521, 0.000000e+00
   br i1 %522, label %if_end475.us.i.1, label %if_else474.us.i.1
 
 if_else474.us.i.1:                                ; preds = %if_end475.us.i
   %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
-  %524 = load i32, ptr %523, align 4, !tbaa !5
+  %524 = load i32, ptr %523, align 4, !tbaa !7
   %525 = shl i32 %524, 23
   %526 = add i32 %525, 1065353216
   %527 = bitcast i32 %526 to float
   %528 = fmul float %521, %527
   %529 = tail call float @llvm.log.f32(float %528)
   %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
-  %531 = load float, ptr %530, align 4, !tbaa !5
+  %531 = load float, ptr %530, align 4, !tbaa !7
   %532 = fadd float %531, %529
   br label %if_end475.us.i.1
 
@@ -1254,27 +1444,27 @@ if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, 
   %537 = mul nsw i64 %536, %lse_batch
   %538 = getelementptr float, ptr %671, i64 %537
   %539 = getelementptr float, ptr %538, i64 %534
-  store float %533, ptr %539, align 4, !tbaa !5
+  store float %533, ptr %539, align 4, !tbaa !7
   %indvars.iv.next1200.i.1 = add nuw nsw i64 %indvars.iv1199.i, 2
   %exitcond1204.not.i.1 = icmp eq i64 %indvars.iv.next1200.i.1, %wide.trip.count1197.i
-  br i1 %exitcond1204.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !13, !llvm.loop !39
+  br i1 %exitcond1204.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !10, !llvm.loop !34
 
 for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
   %indvars.iv.next1185.i = add nuw nsw i64 %indvars.iv1184.i, 1
   %exitcond1188.not.i = icmp eq i64 %indvars.iv.next1185.i, 4
-  br i1 %exitcond1188.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !28
+  br i1 %exitcond1188.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !22
 
 for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
   %indvars.iv1179.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1180.i, %for_begin_ax1_0424.preheader.us.i ]
   %.idx90 = shl nuw nsw i64 %indvars.iv1179.i, 10
   %gep173 = getelementptr inbounds nuw i8, ptr %invariant.gep172, i64 %.idx90
-  %v430.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !5
+  %v430.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !7
   %540 = getelementptr inbounds nuw i8, ptr %gep173, i64 64
-  %v432.us.i = load <4 x float>, ptr %540, align 4, !tbaa !5
+  %v432.us.i = load <4 x float>, ptr %540, align 4, !tbaa !7
   %541 = getelementptr inbounds nuw i8, ptr %gep173, i64 128
-  %v434.us.i = load <4 x float>, ptr %541, align 4, !tbaa !5
+  %v434.us.i = load <4 x float>, ptr %541, align 4, !tbaa !7
   %542 = getelementptr inbounds nuw i8, ptr %gep173, i64 192
-  %v436.us.i = load <4 x float>, ptr %542, align 4, !tbaa !5
+  %v436.us.i = load <4 x float>, ptr %542, align 4, !tbaa !7
   %543 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %544 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %545 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1284,13 +1474,13 @@ for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.pr
   %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %551 = getelementptr inbounds nuw i8, ptr %gep173, i64 256
-  %v430.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !5
+  %v430.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !7
   %552 = getelementptr inbounds nuw i8, ptr %gep173, i64 320
-  %v432.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !5
+  %v432.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !7
   %553 = getelementptr inbounds nuw i8, ptr %gep173, i64 384
-  %v434.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !5
+  %v434.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !7
   %554 = getelementptr inbounds nuw i8, ptr %gep173, i64 448
-  %v436.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !5
+  %v436.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !7
   %555 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %556 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %557 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1300,13 +1490,13 @@ for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.pr
   %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %563 = getelementptr inbounds nuw i8, ptr %gep173, i64 512
-  %v430.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !5
+  %v430.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !7
   %564 = getelementptr inbounds nuw i8, ptr %gep173, i64 576
-  %v432.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !5
+  %v432.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !7
   %565 = getelementptr inbounds nuw i8, ptr %gep173, i64 640
-  %v434.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !5
+  %v434.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !7
   %566 = getelementptr inbounds nuw i8, ptr %gep173, i64 704
-  %v436.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !5
+  %v436.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !7
   %567 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %568 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %569 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1316,13 +1506,13 @@ for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.pr
   %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %575 = getelementptr inbounds nuw i8, ptr %gep173, i64 768
-  %v430.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !5
+  %v430.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !7
   %576 = getelementptr inbounds nuw i8, ptr %gep173, i64 832
-  %v432.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !5
+  %v432.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !7
   %577 = getelementptr inbounds nuw i8, ptr %gep173, i64 896
-  %v434.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !5
+  %v434.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !7
   %578 = getelementptr inbounds nuw i8, ptr %gep173, i64 960
-  %v436.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !5
+  %v436.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !7
   %579 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %580 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %581 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1346,19 +1536,19 @@ for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.pr
   %599 = fmul <16 x float> %649, %586
   %.idx1262.i = shl nuw nsw i64 %indvars.iv1179.i, 6
   %gep1340.i = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 %.idx1262.i
-  store <16 x float> %599, ptr %gep1340.i, align 4, !tbaa !5
+  store <16 x float> %599, ptr %gep1340.i, align 4, !tbaa !7
   %600 = fmul <16 x float> %653, %590
   %601 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 512
-  store <16 x float> %600, ptr %601, align 4, !tbaa !5
+  store <16 x float> %600, ptr %601, align 4, !tbaa !7
   %602 = fmul <16 x float> %657, %594
   %603 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1024
-  store <16 x float> %602, ptr %603, align 4, !tbaa !5
+  store <16 x float> %602, ptr %603, align 4, !tbaa !7
   %604 = fmul <16 x float> %661, %598
   %605 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1536
-  store <16 x float> %604, ptr %605, align 4, !tbaa !5
+  store <16 x float> %604, ptr %605, align 4, !tbaa !7
   %indvars.iv.next1180.i = add nuw nsw i64 %indvars.iv1179.i, 1
   %exitcond1183.not.i = icmp eq i64 %indvars.iv.next1180.i, 8
-  br i1 %exitcond1183.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !28
+  br i1 %exitcond1183.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !22
 
 for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
   %indvars.iv1193.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1194.i, %for_begin_d_0459.preheader.us.i ]
@@ -1372,16 +1562,16 @@ for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.pr
   %invariant.gep911.us.i = getelementptr i16, ptr %612, i64 %608
   %.idx91 = shl nsw i64 %indvars.iv1193.i, 9
   %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx91
-  %614 = load <32 x i32>, ptr %613, align 4, !tbaa !5
+  %614 = load <32 x i32>, ptr %613, align 4, !tbaa !7
   %615 = lshr <32 x i32> %614, splat (i32 16)
   %616 = and <32 x i32> %615, splat (i32 1)
   %617 = add nuw <32 x i32> %614, splat (i32 32767)
   %618 = add nuw <32 x i32> %617, %616
   %619 = lshr <32 x i32> %618, splat (i32 16)
   %620 = trunc nuw <32 x i32> %619 to <32 x i16>
-  store <32 x i16> %620, ptr %invariant.gep911.us.i, align 2, !tbaa !5
+  store <32 x i16> %620, ptr %invariant.gep911.us.i, align 2, !tbaa !7
   %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
-  %622 = load <32 x i32>, ptr %621, align 4, !tbaa !5
+  %622 = load <32 x i32>, ptr %621, align 4, !tbaa !7
   %623 = lshr <32 x i32> %622, splat (i32 16)
   %624 = and <32 x i32> %623, splat (i32 1)
   %625 = add nuw <32 x i32> %622, splat (i32 32767)
@@ -1389,9 +1579,9 @@ for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.pr
   %627 = lshr <32 x i32> %626, splat (i32 16)
   %628 = trunc nuw <32 x i32> %627 to <32 x i16>
   %gep912.us.1.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 64
-  store <32 x i16> %628, ptr %gep912.us.1.i, align 2, !tbaa !5
+  store <32 x i16> %628, ptr %gep912.us.1.i, align 2, !tbaa !7
   %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
-  %630 = load <32 x i32>, ptr %629, align 4, !tbaa !5
+  %630 = load <32 x i32>, ptr %629, align 4, !tbaa !7
   %631 = lshr <32 x i32> %630, splat (i32 16)
   %632 = and <32 x i32> %631, splat (i32 1)
   %633 = add nuw <32 x i32> %630, splat (i32 32767)
@@ -1399,9 +1589,9 @@ for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.pr
   %635 = lshr <32 x i32> %634, splat (i32 16)
   %636 = trunc nuw <32 x i32> %635 to <32 x i16>
   %gep912.us.2.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 128
-  store <32 x i16> %636, ptr %gep912.us.2.i, align 2, !tbaa !5
+  store <32 x i16> %636, ptr %gep912.us.2.i, align 2, !tbaa !7
   %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
-  %638 = load <32 x i32>, ptr %637, align 4, !tbaa !5
+  %638 = load <32 x i32>, ptr %637, align 4, !tbaa !7
   %639 = lshr <32 x i32> %638, splat (i32 16)
   %640 = and <32 x i32> %639, splat (i32 1)
   %641 = add nuw <32 x i32> %638, splat (i32 32767)
@@ -1409,28 +1599,28 @@ for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.pr
   %643 = lshr <32 x i32> %642, splat (i32 16)
   %644 = trunc nuw <32 x i32> %643 to <32 x i16>
   %gep912.us.3.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 192
-  store <32 x i16> %644, ptr %gep912.us.3.i, align 2, !tbaa !5
+  store <32 x i16> %644, ptr %gep912.us.3.i, align 2, !tbaa !7
   %indvars.iv.next1194.i = add nuw nsw i64 %indvars.iv1193.i, 1
   %exitcond1198.not.i = icmp eq i64 %indvars.iv.next1194.i, %wide.trip.count1197.i
-  br i1 %exitcond1198.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !13
+  br i1 %exitcond1198.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !10
 
 for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
   %indvars.iv1184.i = phi i64 [ %indvars.iv.next1185.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
   %645 = shl nuw nsw i64 %indvars.iv1184.i, 2
   %646 = getelementptr inbounds nuw float, ptr %factor537.i, i64 %645
-  %647 = load float, ptr %646, align 16, !tbaa !41
+  %647 = load float, ptr %646, align 16, !tbaa !36
   %648 = insertelement <16 x float> poison, float %647, i64 0
   %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
   %650 = getelementptr inbounds nuw i8, ptr %646, i64 4
-  %651 = load float, ptr %650, align 4, !tbaa !41
+  %651 = load float, ptr %650, align 4, !tbaa !36
   %652 = insertelement <16 x float> poison, float %651, i64 0
   %653 = shufflevector <16 x float> %652, <16 x float> poison, <16 x i32> zeroinitializer
   %654 = getelementptr inbounds nuw i8, ptr %646, i64 8
-  %655 = load float, ptr %654, align 8, !tbaa !41
+  %655 = load float, ptr %654, align 8, !tbaa !36
   %656 = insertelement <16 x float> poison, float %655, i64 0
   %657 = shufflevector <16 x float> %656, <16 x float> poison, <16 x i32> zeroinitializer
   %658 = getelementptr inbounds nuw i8, ptr %646, i64 12
-  %659 = load float, ptr %658, align 4, !tbaa !41
+  %659 = load float, ptr %658, align 4, !tbaa !36
   %660 = insertelement <16 x float> poison, float %659, i64 0
   %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
   %.idx1263.i = shl nuw nsw i64 %indvars.iv1184.i, 11
@@ -1496,22 +1686,22 @@ for_body_number.i:                                ; preds = %for_begin_number.i,
   %694 = sub i32 %693, %smax
   %695 = add i32 %indvars.iv247, %689
   %696 = sub i32 %695, %smax
-  %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %698 = icmp eq ptr %row_max.i, null
-  br i1 %698, label %fused_attend_compute_.exit, label %if_end94.i, !prof !8
+  br i1 %698, label %fused_attend_compute_.exit, label %if_end94.i, !prof !6
 
 if_end94.i:                                       ; preds = %for_body_number.i
-  %699 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %699 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %row_sum.i = tail call ptr %699(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %700 = icmp eq ptr %row_sum.i, null
-  br i1 %700, label %fused_attend_compute_.exit, label %if_end97.i, !prof !8
+  br i1 %700, label %fused_attend_compute_.exit, label %if_end97.i, !prof !6
 
 if_end97.i:                                       ; preds = %if_end94.i
-  %701 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %701 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %701(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %702 = icmp eq ptr %acc.i, null
-  br i1 %702, label %fused_attend_compute_.exit, label %if_end100.i, !prof !8
+  br i1 %702, label %fused_attend_compute_.exit, label %if_end100.i, !prof !6
 
 if_end100.i:                                      ; preds = %if_end97.i
   %703 = shl nsw i32 %number899.i, 12
@@ -1530,7 +1720,7 @@ if_end100.i:                                      ; preds = %if_end97.i
   %714 = add nuw nsw i32 %713, 127
   %715 = lshr i32 %714, 7
   %.not920.i = icmp eq i32 %715, 0
-  br i1 %.not920.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+  br i1 %.not920.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !9
 
 for_body_step.lr.ph.i:                            ; preds = %if_end100.i
   %716 = add nsw i32 %710, -1
@@ -1548,11 +1738,11 @@ for_begin_step.i:                                 ; preds = %if_end334.i
   %indvars.iv.next242 = add i32 %indvars.iv241, -128
   %indvars.iv.next250 = add i32 %indvars.iv249, -128
   %indvars.iv.next252 = add i32 %indvars.iv251, -128
-  br i1 %exitcond1143.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !13
+  br i1 %exitcond1143.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !10
 
 for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end100.i
   %brmerge.i = or i1 %144, %712
-  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !42
+  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !37
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
   %indvars.iv251 = phi i32 [ %indvars.iv.next252, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
@@ -1600,16 +1790,16 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %smax444 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
   %748 = shl i32 %smax444, 4
   %smax255 = tail call i32 @llvm.smax.i32(i32 %indvars.iv241, i32 0)
-  %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %750 = icmp eq ptr %key_offsets.i, null
-  br i1 %750, label %fused_attend_compute_.exit, label %if_end103.i, !prof !8
+  br i1 %750, label %fused_attend_compute_.exit, label %if_end103.i, !prof !6
 
 if_end103.i:                                      ; preds = %for_body_step.i
-  %751 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %751 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %value_offsets.i = tail call ptr %751(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %752 = icmp eq ptr %value_offsets.i, null
-  br i1 %752, label %fused_attend_compute_.exit, label %if_end106.i, !prof !8
+  br i1 %752, label %fused_attend_compute_.exit, label %if_end106.i, !prof !6
 
 if_end106.i:                                      ; preds = %if_end103.i
   %753 = shl nsw i64 %indvars.iv1139.i, 7
@@ -1623,10 +1813,10 @@ if_end106.i:                                      ; preds = %if_end103.i
   %761 = icmp slt i64 %754, %invariant.op.i
   %762 = select i1 %761, i32 256, i32 %760
   %763 = icmp sgt i32 %762, 0
-  br i1 %763, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  br i1 %763, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !32
 
 for_body_t.lr.ph.i:                               ; preds = %if_end106.i
-  %row_start.i = load i32, ptr %434, align 4, !tbaa !5
+  %row_start.i = load i32, ptr %434, align 4, !tbaa !7
   %764 = sext i32 %row_start.i to i64
   %invariant.gep691.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
   %wide.trip.count998.i = zext nneg i32 %762 to i64
@@ -1640,14 +1830,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %768 = sext i32 %767 to i64
   %769 = ashr i64 %768, 4
   %gep692.i = getelementptr i32, ptr %invariant.gep691.i, i64 %769
-  %770 = load i32, ptr %gep692.i, align 4, !tbaa !5
+  %770 = load i32, ptr %gep692.i, align 4, !tbaa !7
   %block.i = sext i32 %770 to i64
   %771 = and i64 %768, 15
   %772 = mul nsw i64 %771, %k_row
   %773 = mul nsw i64 %k_block, %block.i
   %774 = add nsw i64 %772, %773
   %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv995.i
-  store i64 %774, ptr %775, align 8, !tbaa !5
+  store i64 %774, ptr %775, align 8, !tbaa !7
   %indvars.iv.next996.i = or disjoint i64 %indvars.iv995.i, 1
   %776 = add nsw i64 %indvars.iv.next996.i, %754
   %777 = trunc nsw i64 %776 to i32
@@ -1655,26 +1845,26 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %779 = sext i32 %778 to i64
   %780 = ashr i64 %779, 4
   %gep692.i.1 = getelementptr i32, ptr %invariant.gep691.i, i64 %780
-  %781 = load i32, ptr %gep692.i.1, align 4, !tbaa !5
+  %781 = load i32, ptr %gep692.i.1, align 4, !tbaa !7
   %block.i.1 = sext i32 %781 to i64
   %782 = and i64 %779, 15
   %783 = mul nsw i64 %782, %k_row
   %784 = mul nsw i64 %k_block, %block.i.1
   %785 = add nsw i64 %783, %784
   %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next996.i
-  store i64 %785, ptr %786, align 8, !tbaa !5
+  store i64 %785, ptr %786, align 8, !tbaa !7
   %indvars.iv.next996.i.1 = add nuw nsw i64 %indvars.iv995.i, 2
   %exitcond999.not.i.1 = icmp eq i64 %indvars.iv.next996.i.1, %wide.trip.count998.i
-  br i1 %exitcond999.not.i.1, label %for_body_t111.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !43
+  br i1 %exitcond999.not.i.1, label %for_body_t111.lr.ph.i, label %for_body_t.i, !prof !10, !llvm.loop !38
 
 for_body_t111.lr.ph.i:                            ; preds = %for_body_t.i
-  %row_start109.i = load i32, ptr %434, align 4, !tbaa !5
+  %row_start109.i = load i32, ptr %434, align 4, !tbaa !7
   %787 = sext i32 %row_start109.i to i64
   %invariant.gep695.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
   br label %for_body_t111.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t111.i, %if_end106.i
-  br i1 %436, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+  br i1 %436, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !32
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
   %788 = icmp sgt i32 %759, 0
@@ -1704,14 +1894,14 @@ for_body_t111.i:                                  ; preds = %for_body_t111.i, %f
   %801 = sext i32 %800 to i64
   %802 = ashr i64 %801, 4
   %gep696.i = getelementptr i32, ptr %invariant.gep695.i, i64 %802
-  %803 = load i32, ptr %gep696.i, align 4, !tbaa !5
+  %803 = load i32, ptr %gep696.i, align 4, !tbaa !7
   %block118.i = sext i32 %803 to i64
   %804 = and i64 %801, 15
   %805 = mul nsw i64 %804, %v_row
   %806 = mul nsw i64 %v_block, %block118.i
   %807 = add nsw i64 %805, %806
   %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1000.i
-  store i64 %807, ptr %808, align 8, !tbaa !5
+  store i64 %807, ptr %808, align 8, !tbaa !7
   %indvars.iv.next1001.i = or disjoint i64 %indvars.iv1000.i, 1
   %809 = add nsw i64 %indvars.iv.next1001.i, %754
   %810 = trunc nsw i64 %809 to i32
@@ -1719,45 +1909,45 @@ for_body_t111.i:                                  ; preds = %for_body_t111.i, %f
   %812 = sext i32 %811 to i64
   %813 = ashr i64 %812, 4
   %gep696.i.1 = getelementptr i32, ptr %invariant.gep695.i, i64 %813
-  %814 = load i32, ptr %gep696.i.1, align 4, !tbaa !5
+  %814 = load i32, ptr %gep696.i.1, align 4, !tbaa !7
   %block118.i.1 = sext i32 %814 to i64
   %815 = and i64 %812, 15
   %816 = mul nsw i64 %815, %v_row
   %817 = mul nsw i64 %v_block, %block118.i.1
   %818 = add nsw i64 %816, %817
   %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1001.i
-  store i64 %818, ptr %819, align 8, !tbaa !5
+  store i64 %818, ptr %819, align 8, !tbaa !7
   %indvars.iv.next1001.i.1 = add nuw nsw i64 %indvars.iv1000.i, 2
   %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1001.i.1, %wide.trip.count998.i
-  br i1 %exitcond1004.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t111.i, !prof !13, !llvm.loop !44
+  br i1 %exitcond1004.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t111.i, !prof !10, !llvm.loop !39
 
 for_begin_kv_head.i:                              ; preds = %if_end328.i
   %indvars.iv.next1135.i = add nuw nsw i64 %indvars.iv1134.i, 1
   %exitcond1138.not.i = icmp eq i64 %indvars.iv.next1135.i, %wide.trip.count1137.i
-  br i1 %exitcond1138.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+  br i1 %exitcond1138.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !10
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
   %indvars.iv1134.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1135.i, %for_begin_kv_head.i ]
-  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %821 = icmp eq ptr %k_tile.i, null
-  br i1 %821, label %fused_attend_compute_.exit, label %if_end122.i, !prof !8
+  br i1 %821, label %fused_attend_compute_.exit, label %if_end122.i, !prof !6
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not577.i = icmp eq i32 %823, 0
-  br i1 %.not577.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not577.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end122.i:                                      ; preds = %for_body_kv_head.i
-  %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %v_tile.i = tail call ptr %824(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %825 = icmp eq ptr %v_tile.i, null
-  br i1 %825, label %fused_attend_compute_.exit, label %if_end125.i, !prof !8
+  br i1 %825, label %fused_attend_compute_.exit, label %if_end125.i, !prof !6
 
 if_end125.i:                                      ; preds = %if_end122.i
   %826 = add nsw i64 %indvars.iv1134.i, %437
-  br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+  br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !32
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end125.i
   %827 = mul nsw i64 %826, %k_head
@@ -1773,454 +1963,454 @@ for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.prehea
   %indvars.iv1009.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1010.i, %for_begin_ti.preheader.i ]
   %.idx = shl nsw i64 %indvars.iv1009.i, 6
   %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %830 = load i64, ptr %829, align 8, !tbaa !5
+  %830 = load i64, ptr %829, align 8, !tbaa !7
   %gep.i = getelementptr i32, ptr %invariant.gep697.i, i64 %830
-  %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !5
+  %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
   %832 = shl <16 x i32> %831, splat (i32 16)
   %.idx79 = shl nsw i64 %indvars.iv1009.i, 12
   %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
-  store <16 x i32> %832, ptr %833, align 4, !tbaa !5
-  %834 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %832, ptr %833, align 4, !tbaa !7
+  %834 = load i64, ptr %829, align 8, !tbaa !7
   %gep699.i = getelementptr i32, ptr %invariant.gep697.i, i64 %834
-  %835 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !5
+  %835 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !7
   %836 = and <16 x i32> %835, %441
   %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
-  store <16 x i32> %836, ptr %837, align 4, !tbaa !5
-  %838 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !7
+  %838 = load i64, ptr %829, align 8, !tbaa !7
   %gep701.i = getelementptr i32, ptr %invariant.gep697.i, i64 %838
   %839 = getelementptr i8, ptr %gep701.i, i64 64
-  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !5
+  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !7
   %841 = shl <16 x i32> %840, splat (i32 16)
   %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
-  store <16 x i32> %841, ptr %842, align 4, !tbaa !5
-  %843 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %841, ptr %842, align 4, !tbaa !7
+  %843 = load i64, ptr %829, align 8, !tbaa !7
   %gep703.i = getelementptr i32, ptr %invariant.gep697.i, i64 %843
   %844 = getelementptr i8, ptr %gep703.i, i64 64
-  %845 = load <16 x i32>, ptr %844, align 4, !tbaa !5
+  %845 = load <16 x i32>, ptr %844, align 4, !tbaa !7
   %846 = and <16 x i32> %845, %441
   %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
-  store <16 x i32> %846, ptr %847, align 4, !tbaa !5
-  %848 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %846, ptr %847, align 4, !tbaa !7
+  %848 = load i64, ptr %829, align 8, !tbaa !7
   %gep705.i = getelementptr i32, ptr %invariant.gep697.i, i64 %848
   %849 = getelementptr i8, ptr %gep705.i, i64 128
-  %850 = load <16 x i32>, ptr %849, align 4, !tbaa !5
+  %850 = load <16 x i32>, ptr %849, align 4, !tbaa !7
   %851 = shl <16 x i32> %850, splat (i32 16)
   %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
-  store <16 x i32> %851, ptr %852, align 4, !tbaa !5
-  %853 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %851, ptr %852, align 4, !tbaa !7
+  %853 = load i64, ptr %829, align 8, !tbaa !7
   %gep707.i = getelementptr i32, ptr %invariant.gep697.i, i64 %853
   %854 = getelementptr i8, ptr %gep707.i, i64 128
-  %855 = load <16 x i32>, ptr %854, align 4, !tbaa !5
+  %855 = load <16 x i32>, ptr %854, align 4, !tbaa !7
   %856 = and <16 x i32> %855, %441
   %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
-  store <16 x i32> %856, ptr %857, align 4, !tbaa !5
-  %858 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %856, ptr %857, align 4, !tbaa !7
+  %858 = load i64, ptr %829, align 8, !tbaa !7
   %gep709.i = getelementptr i32, ptr %invariant.gep697.i, i64 %858
   %859 = getelementptr i8, ptr %gep709.i, i64 192
-  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
+  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !7
   %861 = shl <16 x i32> %860, splat (i32 16)
   %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
-  store <16 x i32> %861, ptr %862, align 4, !tbaa !5
-  %863 = load i64, ptr %829, align 8, !tbaa !5
+  store <16 x i32> %861, ptr %862, align 4, !tbaa !7
+  %863 = load i64, ptr %829, align 8, !tbaa !7
   %gep711.i = getelementptr i32, ptr %invariant.gep697.i, i64 %863
   %864 = getelementptr i8, ptr %gep711.i, i64 192
-  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
+  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !7
   %866 = and <16 x i32> %865, %441
   %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
-  store <16 x i32> %866, ptr %867, align 4, !tbaa !5
+  store <16 x i32> %866, ptr %867, align 4, !tbaa !7
   %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
-  %869 = load i64, ptr %868, align 8, !tbaa !5
+  %869 = load i64, ptr %868, align 8, !tbaa !7
   %gep.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %869
-  %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !5
+  %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
   %871 = shl <16 x i32> %870, splat (i32 16)
   %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
-  store <16 x i32> %871, ptr %872, align 4, !tbaa !5
-  %873 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %871, ptr %872, align 4, !tbaa !7
+  %873 = load i64, ptr %868, align 8, !tbaa !7
   %gep699.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %873
-  %874 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !5
+  %874 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !7
   %875 = and <16 x i32> %874, %441
   %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
-  store <16 x i32> %875, ptr %876, align 4, !tbaa !5
-  %877 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %875, ptr %876, align 4, !tbaa !7
+  %877 = load i64, ptr %868, align 8, !tbaa !7
   %gep701.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %877
   %878 = getelementptr i8, ptr %gep701.1.i, i64 64
-  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !5
+  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !7
   %880 = shl <16 x i32> %879, splat (i32 16)
   %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
-  store <16 x i32> %880, ptr %881, align 4, !tbaa !5
-  %882 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %880, ptr %881, align 4, !tbaa !7
+  %882 = load i64, ptr %868, align 8, !tbaa !7
   %gep703.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %882
   %883 = getelementptr i8, ptr %gep703.1.i, i64 64
-  %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
+  %884 = load <16 x i32>, ptr %883, align 4, !tbaa !7
   %885 = and <16 x i32> %884, %441
   %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
-  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
-  %887 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %885, ptr %886, align 4, !tbaa !7
+  %887 = load i64, ptr %868, align 8, !tbaa !7
   %gep705.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %887
   %888 = getelementptr i8, ptr %gep705.1.i, i64 128
-  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
+  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !7
   %890 = shl <16 x i32> %889, splat (i32 16)
   %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
-  store <16 x i32> %890, ptr %891, align 4, !tbaa !5
-  %892 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %890, ptr %891, align 4, !tbaa !7
+  %892 = load i64, ptr %868, align 8, !tbaa !7
   %gep707.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %892
   %893 = getelementptr i8, ptr %gep707.1.i, i64 128
-  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
+  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !7
   %895 = and <16 x i32> %894, %441
   %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
-  store <16 x i32> %895, ptr %896, align 4, !tbaa !5
-  %897 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %895, ptr %896, align 4, !tbaa !7
+  %897 = load i64, ptr %868, align 8, !tbaa !7
   %gep709.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %897
   %898 = getelementptr i8, ptr %gep709.1.i, i64 192
-  %899 = load <16 x i32>, ptr %898, align 4, !tbaa !5
+  %899 = load <16 x i32>, ptr %898, align 4, !tbaa !7
   %900 = shl <16 x i32> %899, splat (i32 16)
   %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
-  store <16 x i32> %900, ptr %901, align 4, !tbaa !5
-  %902 = load i64, ptr %868, align 8, !tbaa !5
+  store <16 x i32> %900, ptr %901, align 4, !tbaa !7
+  %902 = load i64, ptr %868, align 8, !tbaa !7
   %gep711.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %902
   %903 = getelementptr i8, ptr %gep711.1.i, i64 192
-  %904 = load <16 x i32>, ptr %903, align 4, !tbaa !5
+  %904 = load <16 x i32>, ptr %903, align 4, !tbaa !7
   %905 = and <16 x i32> %904, %441
   %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
-  store <16 x i32> %905, ptr %906, align 4, !tbaa !5
+  store <16 x i32> %905, ptr %906, align 4, !tbaa !7
   %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
-  %908 = load i64, ptr %907, align 8, !tbaa !5
+  %908 = load i64, ptr %907, align 8, !tbaa !7
   %gep.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %908
-  %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !5
+  %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
   %910 = shl <16 x i32> %909, splat (i32 16)
   %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
-  store <16 x i32> %910, ptr %911, align 4, !tbaa !5
-  %912 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %910, ptr %911, align 4, !tbaa !7
+  %912 = load i64, ptr %907, align 8, !tbaa !7
   %gep699.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %912
-  %913 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !5
+  %913 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !7
   %914 = and <16 x i32> %913, %441
   %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
-  store <16 x i32> %914, ptr %915, align 4, !tbaa !5
-  %916 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %914, ptr %915, align 4, !tbaa !7
+  %916 = load i64, ptr %907, align 8, !tbaa !7
   %gep701.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %916
   %917 = getelementptr i8, ptr %gep701.2.i, i64 64
-  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
+  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !7
   %919 = shl <16 x i32> %918, splat (i32 16)
   %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
-  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
-  %921 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %919, ptr %920, align 4, !tbaa !7
+  %921 = load i64, ptr %907, align 8, !tbaa !7
   %gep703.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %921
   %922 = getelementptr i8, ptr %gep703.2.i, i64 64
-  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !5
+  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !7
   %924 = and <16 x i32> %923, %441
   %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
-  store <16 x i32> %924, ptr %925, align 4, !tbaa !5
-  %926 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %924, ptr %925, align 4, !tbaa !7
+  %926 = load i64, ptr %907, align 8, !tbaa !7
   %gep705.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %926
   %927 = getelementptr i8, ptr %gep705.2.i, i64 128
-  %928 = load <16 x i32>, ptr %927, align 4, !tbaa !5
+  %928 = load <16 x i32>, ptr %927, align 4, !tbaa !7
   %929 = shl <16 x i32> %928, splat (i32 16)
   %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
-  store <16 x i32> %929, ptr %930, align 4, !tbaa !5
-  %931 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %929, ptr %930, align 4, !tbaa !7
+  %931 = load i64, ptr %907, align 8, !tbaa !7
   %gep707.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %931
   %932 = getelementptr i8, ptr %gep707.2.i, i64 128
-  %933 = load <16 x i32>, ptr %932, align 4, !tbaa !5
+  %933 = load <16 x i32>, ptr %932, align 4, !tbaa !7
   %934 = and <16 x i32> %933, %441
   %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
-  store <16 x i32> %934, ptr %935, align 4, !tbaa !5
-  %936 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %934, ptr %935, align 4, !tbaa !7
+  %936 = load i64, ptr %907, align 8, !tbaa !7
   %gep709.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %936
   %937 = getelementptr i8, ptr %gep709.2.i, i64 192
-  %938 = load <16 x i32>, ptr %937, align 4, !tbaa !5
+  %938 = load <16 x i32>, ptr %937, align 4, !tbaa !7
   %939 = shl <16 x i32> %938, splat (i32 16)
   %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
-  store <16 x i32> %939, ptr %940, align 4, !tbaa !5
-  %941 = load i64, ptr %907, align 8, !tbaa !5
+  store <16 x i32> %939, ptr %940, align 4, !tbaa !7
+  %941 = load i64, ptr %907, align 8, !tbaa !7
   %gep711.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %941
   %942 = getelementptr i8, ptr %gep711.2.i, i64 192
-  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !5
+  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !7
   %944 = and <16 x i32> %943, %441
   %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
-  store <16 x i32> %944, ptr %945, align 4, !tbaa !5
+  store <16 x i32> %944, ptr %945, align 4, !tbaa !7
   %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
-  %947 = load i64, ptr %946, align 8, !tbaa !5
+  %947 = load i64, ptr %946, align 8, !tbaa !7
   %gep.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %947
-  %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !5
+  %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
   %949 = shl <16 x i32> %948, splat (i32 16)
   %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
-  store <16 x i32> %949, ptr %950, align 4, !tbaa !5
-  %951 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %949, ptr %950, align 4, !tbaa !7
+  %951 = load i64, ptr %946, align 8, !tbaa !7
   %gep699.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !5
+  %952 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !7
   %953 = and <16 x i32> %952, %441
   %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
-  store <16 x i32> %953, ptr %954, align 4, !tbaa !5
-  %955 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %953, ptr %954, align 4, !tbaa !7
+  %955 = load i64, ptr %946, align 8, !tbaa !7
   %gep701.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %955
   %956 = getelementptr i8, ptr %gep701.3.i, i64 64
-  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !5
+  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !7
   %958 = shl <16 x i32> %957, splat (i32 16)
   %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
-  store <16 x i32> %958, ptr %959, align 4, !tbaa !5
-  %960 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %958, ptr %959, align 4, !tbaa !7
+  %960 = load i64, ptr %946, align 8, !tbaa !7
   %gep703.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %960
   %961 = getelementptr i8, ptr %gep703.3.i, i64 64
-  %962 = load <16 x i32>, ptr %961, align 4, !tbaa !5
+  %962 = load <16 x i32>, ptr %961, align 4, !tbaa !7
   %963 = and <16 x i32> %962, %441
   %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
-  store <16 x i32> %963, ptr %964, align 4, !tbaa !5
-  %965 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %963, ptr %964, align 4, !tbaa !7
+  %965 = load i64, ptr %946, align 8, !tbaa !7
   %gep705.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %965
   %966 = getelementptr i8, ptr %gep705.3.i, i64 128
-  %967 = load <16 x i32>, ptr %966, align 4, !tbaa !5
+  %967 = load <16 x i32>, ptr %966, align 4, !tbaa !7
   %968 = shl <16 x i32> %967, splat (i32 16)
   %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
-  store <16 x i32> %968, ptr %969, align 4, !tbaa !5
-  %970 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %968, ptr %969, align 4, !tbaa !7
+  %970 = load i64, ptr %946, align 8, !tbaa !7
   %gep707.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %970
   %971 = getelementptr i8, ptr %gep707.3.i, i64 128
-  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
+  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !7
   %973 = and <16 x i32> %972, %441
   %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
-  store <16 x i32> %973, ptr %974, align 4, !tbaa !5
-  %975 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %973, ptr %974, align 4, !tbaa !7
+  %975 = load i64, ptr %946, align 8, !tbaa !7
   %gep709.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %975
   %976 = getelementptr i8, ptr %gep709.3.i, i64 192
-  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
+  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !7
   %978 = shl <16 x i32> %977, splat (i32 16)
   %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
-  store <16 x i32> %978, ptr %979, align 4, !tbaa !5
-  %980 = load i64, ptr %946, align 8, !tbaa !5
+  store <16 x i32> %978, ptr %979, align 4, !tbaa !7
+  %980 = load i64, ptr %946, align 8, !tbaa !7
   %gep711.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %980
   %981 = getelementptr i8, ptr %gep711.3.i, i64 192
-  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !5
+  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !7
   %983 = and <16 x i32> %982, %441
   %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
-  store <16 x i32> %983, ptr %984, align 4, !tbaa !5
+  store <16 x i32> %983, ptr %984, align 4, !tbaa !7
   %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
-  %986 = load i64, ptr %985, align 8, !tbaa !5
+  %986 = load i64, ptr %985, align 8, !tbaa !7
   %gep.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %986
-  %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !5
+  %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
   %988 = shl <16 x i32> %987, splat (i32 16)
   %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
-  store <16 x i32> %988, ptr %989, align 4, !tbaa !5
-  %990 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %988, ptr %989, align 4, !tbaa !7
+  %990 = load i64, ptr %985, align 8, !tbaa !7
   %gep699.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %990
-  %991 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !5
+  %991 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !7
   %992 = and <16 x i32> %991, %441
   %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
-  store <16 x i32> %992, ptr %993, align 4, !tbaa !5
-  %994 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %992, ptr %993, align 4, !tbaa !7
+  %994 = load i64, ptr %985, align 8, !tbaa !7
   %gep701.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %994
   %995 = getelementptr i8, ptr %gep701.4.i, i64 64
-  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !5
+  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !7
   %997 = shl <16 x i32> %996, splat (i32 16)
   %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
-  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
-  %999 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %997, ptr %998, align 4, !tbaa !7
+  %999 = load i64, ptr %985, align 8, !tbaa !7
   %gep703.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %999
   %1000 = getelementptr i8, ptr %gep703.4.i, i64 64
-  %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
+  %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !7
   %1002 = and <16 x i32> %1001, %441
   %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
-  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
-  %1004 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !7
+  %1004 = load i64, ptr %985, align 8, !tbaa !7
   %gep705.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1004
   %1005 = getelementptr i8, ptr %gep705.4.i, i64 128
-  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
+  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !7
   %1007 = shl <16 x i32> %1006, splat (i32 16)
   %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
-  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
-  %1009 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !7
+  %1009 = load i64, ptr %985, align 8, !tbaa !7
   %gep707.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1009
   %1010 = getelementptr i8, ptr %gep707.4.i, i64 128
-  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !5
+  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !7
   %1012 = and <16 x i32> %1011, %441
   %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
-  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !5
-  %1014 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !7
+  %1014 = load i64, ptr %985, align 8, !tbaa !7
   %gep709.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1014
   %1015 = getelementptr i8, ptr %gep709.4.i, i64 192
-  %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !5
+  %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !7
   %1017 = shl <16 x i32> %1016, splat (i32 16)
   %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
-  store <16 x i32> %1017, ptr %1018, align 4, !tbaa !5
-  %1019 = load i64, ptr %985, align 8, !tbaa !5
+  store <16 x i32> %1017, ptr %1018, align 4, !tbaa !7
+  %1019 = load i64, ptr %985, align 8, !tbaa !7
   %gep711.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1019
   %1020 = getelementptr i8, ptr %gep711.4.i, i64 192
-  %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !5
+  %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !7
   %1022 = and <16 x i32> %1021, %441
   %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
-  store <16 x i32> %1022, ptr %1023, align 4, !tbaa !5
+  store <16 x i32> %1022, ptr %1023, align 4, !tbaa !7
   %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
-  %1025 = load i64, ptr %1024, align 8, !tbaa !5
+  %1025 = load i64, ptr %1024, align 8, !tbaa !7
   %gep.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1025
-  %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !5
+  %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
   %1027 = shl <16 x i32> %1026, splat (i32 16)
   %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
-  store <16 x i32> %1027, ptr %1028, align 4, !tbaa !5
-  %1029 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1027, ptr %1028, align 4, !tbaa !7
+  %1029 = load i64, ptr %1024, align 8, !tbaa !7
   %gep699.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1029
-  %1030 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !5
+  %1030 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !7
   %1031 = and <16 x i32> %1030, %441
   %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
-  %1033 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !7
+  %1033 = load i64, ptr %1024, align 8, !tbaa !7
   %gep701.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1033
   %1034 = getelementptr i8, ptr %gep701.5.i, i64 64
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
+  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !7
   %1036 = shl <16 x i32> %1035, splat (i32 16)
   %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
-  %1038 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !7
+  %1038 = load i64, ptr %1024, align 8, !tbaa !7
   %gep703.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1038
   %1039 = getelementptr i8, ptr %gep703.5.i, i64 64
-  %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !5
+  %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !7
   %1041 = and <16 x i32> %1040, %441
   %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
-  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !5
-  %1043 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !7
+  %1043 = load i64, ptr %1024, align 8, !tbaa !7
   %gep705.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1043
   %1044 = getelementptr i8, ptr %gep705.5.i, i64 128
-  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !5
+  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !7
   %1046 = shl <16 x i32> %1045, splat (i32 16)
   %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
-  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !5
-  %1048 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !7
+  %1048 = load i64, ptr %1024, align 8, !tbaa !7
   %gep707.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1048
   %1049 = getelementptr i8, ptr %gep707.5.i, i64 128
-  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !5
+  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !7
   %1051 = and <16 x i32> %1050, %441
   %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
-  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !5
-  %1053 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !7
+  %1053 = load i64, ptr %1024, align 8, !tbaa !7
   %gep709.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1053
   %1054 = getelementptr i8, ptr %gep709.5.i, i64 192
-  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !5
+  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !7
   %1056 = shl <16 x i32> %1055, splat (i32 16)
   %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
-  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !5
-  %1058 = load i64, ptr %1024, align 8, !tbaa !5
+  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !7
+  %1058 = load i64, ptr %1024, align 8, !tbaa !7
   %gep711.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1058
   %1059 = getelementptr i8, ptr %gep711.5.i, i64 192
-  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
+  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !7
   %1061 = and <16 x i32> %1060, %441
   %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
-  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
+  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !7
   %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
-  %1064 = load i64, ptr %1063, align 8, !tbaa !5
+  %1064 = load i64, ptr %1063, align 8, !tbaa !7
   %gep.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1064
-  %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !5
+  %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
   %1066 = shl <16 x i32> %1065, splat (i32 16)
   %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
-  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
-  %1068 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !7
+  %1068 = load i64, ptr %1063, align 8, !tbaa !7
   %gep699.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1068
-  %1069 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !5
+  %1069 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !7
   %1070 = and <16 x i32> %1069, %441
   %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
-  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
-  %1072 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !7
+  %1072 = load i64, ptr %1063, align 8, !tbaa !7
   %gep701.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1072
   %1073 = getelementptr i8, ptr %gep701.6.i, i64 64
-  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !5
+  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !7
   %1075 = shl <16 x i32> %1074, splat (i32 16)
   %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
-  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
-  %1077 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !7
+  %1077 = load i64, ptr %1063, align 8, !tbaa !7
   %gep703.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1077
   %1078 = getelementptr i8, ptr %gep703.6.i, i64 64
-  %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !5
+  %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !7
   %1080 = and <16 x i32> %1079, %441
   %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
-  store <16 x i32> %1080, ptr %1081, align 4, !tbaa !5
-  %1082 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1080, ptr %1081, align 4, !tbaa !7
+  %1082 = load i64, ptr %1063, align 8, !tbaa !7
   %gep705.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1082
   %1083 = getelementptr i8, ptr %gep705.6.i, i64 128
-  %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !5
+  %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !7
   %1085 = shl <16 x i32> %1084, splat (i32 16)
   %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
-  store <16 x i32> %1085, ptr %1086, align 4, !tbaa !5
-  %1087 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1085, ptr %1086, align 4, !tbaa !7
+  %1087 = load i64, ptr %1063, align 8, !tbaa !7
   %gep707.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1087
   %1088 = getelementptr i8, ptr %gep707.6.i, i64 128
-  %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
+  %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !7
   %1090 = and <16 x i32> %1089, %441
   %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
-  store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
-  %1092 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1090, ptr %1091, align 4, !tbaa !7
+  %1092 = load i64, ptr %1063, align 8, !tbaa !7
   %gep709.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1092
   %1093 = getelementptr i8, ptr %gep709.6.i, i64 192
-  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
+  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !7
   %1095 = shl <16 x i32> %1094, splat (i32 16)
   %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
-  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
-  %1097 = load i64, ptr %1063, align 8, !tbaa !5
+  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !7
+  %1097 = load i64, ptr %1063, align 8, !tbaa !7
   %gep711.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1097
   %1098 = getelementptr i8, ptr %gep711.6.i, i64 192
-  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !5
+  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !7
   %1100 = and <16 x i32> %1099, %441
   %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
-  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !5
+  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !7
   %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
-  %1103 = load i64, ptr %1102, align 8, !tbaa !5
+  %1103 = load i64, ptr %1102, align 8, !tbaa !7
   %gep.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1103
-  %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !5
+  %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
   %1105 = shl <16 x i32> %1104, splat (i32 16)
   %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
-  store <16 x i32> %1105, ptr %1106, align 4, !tbaa !5
-  %1107 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1105, ptr %1106, align 4, !tbaa !7
+  %1107 = load i64, ptr %1102, align 8, !tbaa !7
   %gep699.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1107
-  %1108 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !5
+  %1108 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !7
   %1109 = and <16 x i32> %1108, %441
   %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
-  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
-  %1111 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !7
+  %1111 = load i64, ptr %1102, align 8, !tbaa !7
   %gep701.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1111
   %1112 = getelementptr i8, ptr %gep701.7.i, i64 64
-  %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
+  %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !7
   %1114 = shl <16 x i32> %1113, splat (i32 16)
   %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
-  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
-  %1116 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !7
+  %1116 = load i64, ptr %1102, align 8, !tbaa !7
   %gep703.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1116
   %1117 = getelementptr i8, ptr %gep703.7.i, i64 64
-  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
+  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !7
   %1119 = and <16 x i32> %1118, %441
   %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
-  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
-  %1121 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !7
+  %1121 = load i64, ptr %1102, align 8, !tbaa !7
   %gep705.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1121
   %1122 = getelementptr i8, ptr %gep705.7.i, i64 128
-  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !5
+  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !7
   %1124 = shl <16 x i32> %1123, splat (i32 16)
   %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
-  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !5
-  %1126 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !7
+  %1126 = load i64, ptr %1102, align 8, !tbaa !7
   %gep707.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1126
   %1127 = getelementptr i8, ptr %gep707.7.i, i64 128
-  %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !5
+  %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !7
   %1129 = and <16 x i32> %1128, %441
   %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
-  store <16 x i32> %1129, ptr %1130, align 4, !tbaa !5
-  %1131 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1129, ptr %1130, align 4, !tbaa !7
+  %1131 = load i64, ptr %1102, align 8, !tbaa !7
   %gep709.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1131
   %1132 = getelementptr i8, ptr %gep709.7.i, i64 192
-  %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !5
+  %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !7
   %1134 = shl <16 x i32> %1133, splat (i32 16)
   %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
-  store <16 x i32> %1134, ptr %1135, align 4, !tbaa !5
-  %1136 = load i64, ptr %1102, align 8, !tbaa !5
+  store <16 x i32> %1134, ptr %1135, align 4, !tbaa !7
+  %1136 = load i64, ptr %1102, align 8, !tbaa !7
   %gep711.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1136
   %1137 = getelementptr i8, ptr %gep711.7.i, i64 192
-  %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !5
+  %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !7
   %1139 = and <16 x i32> %1138, %441
   %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
-  store <16 x i32> %1139, ptr %1140, align 4, !tbaa !5
+  store <16 x i32> %1139, ptr %1140, align 4, !tbaa !7
   %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
   %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count1012.i
-  br i1 %exitcond1013.not.i, label %for_begin_ti132.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+  br i1 %exitcond1013.not.i, label %for_begin_ti132.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !10
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti132.preheader.i, %if_end125.i
   %1141 = trunc nuw nsw i64 %indvars.iv1134.i to i32
   %factor.op.mul890.i = shl i32 %1141, 3
-  br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+  br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !32
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
   %1142 = mul nuw nsw i64 %indvars.iv1134.i, %453
@@ -2230,485 +2420,485 @@ for_begin_ti132.preheader.i:                      ; preds = %for_begin_ti132.pre
   %indvars.iv1018.i = phi i64 [ 0, %for_begin_ti132.preheader.lr.ph.i ], [ %indvars.iv.next1019.i, %for_begin_ti132.preheader.i ]
   %.idx80 = shl nsw i64 %indvars.iv1018.i, 6
   %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
-  %1144 = load i64, ptr %1143, align 8, !tbaa !5
+  %1144 = load i64, ptr %1143, align 8, !tbaa !7
   %gep715.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1144
-  %1145 = load <16 x i32>, ptr %gep715.i, align 4, !tbaa !5
+  %1145 = load <16 x i32>, ptr %gep715.i, align 4, !tbaa !7
   %1146 = shl <16 x i32> %1145, splat (i32 16)
   %.idx81 = shl nsw i64 %indvars.iv1018.i, 12
   %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
-  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
-  %1148 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !7
+  %1148 = load i64, ptr %1143, align 8, !tbaa !7
   %gep717.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1148
-  %1149 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !5
+  %1149 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !7
   %1150 = and <16 x i32> %1149, %441
   %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
-  store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
-  %1152 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1150, ptr %1151, align 4, !tbaa !7
+  %1152 = load i64, ptr %1143, align 8, !tbaa !7
   %gep719.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1152
   %1153 = getelementptr i8, ptr %gep719.i, i64 64
-  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
+  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !7
   %1155 = shl <16 x i32> %1154, splat (i32 16)
   %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
-  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
-  %1157 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !7
+  %1157 = load i64, ptr %1143, align 8, !tbaa !7
   %gep721.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1157
   %1158 = getelementptr i8, ptr %gep721.i, i64 64
-  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
+  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !7
   %1160 = and <16 x i32> %1159, %441
   %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
-  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
-  %1162 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !7
+  %1162 = load i64, ptr %1143, align 8, !tbaa !7
   %gep723.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1162
   %1163 = getelementptr i8, ptr %gep723.i, i64 128
-  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !7
   %1165 = shl <16 x i32> %1164, splat (i32 16)
   %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
-  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
-  %1167 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !7
+  %1167 = load i64, ptr %1143, align 8, !tbaa !7
   %gep725.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1167
   %1168 = getelementptr i8, ptr %gep725.i, i64 128
-  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
   %1170 = and <16 x i32> %1169, %441
   %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
-  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
-  %1172 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !7
+  %1172 = load i64, ptr %1143, align 8, !tbaa !7
   %gep727.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1172
   %1173 = getelementptr i8, ptr %gep727.i, i64 192
-  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
+  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !7
   %1175 = shl <16 x i32> %1174, splat (i32 16)
   %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
-  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
-  %1177 = load i64, ptr %1143, align 8, !tbaa !5
+  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !7
+  %1177 = load i64, ptr %1143, align 8, !tbaa !7
   %gep729.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1177
   %1178 = getelementptr i8, ptr %gep729.i, i64 192
-  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
+  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !7
   %1180 = and <16 x i32> %1179, %441
   %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
-  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !7
   %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
-  %1183 = load i64, ptr %1182, align 8, !tbaa !5
+  %1183 = load i64, ptr %1182, align 8, !tbaa !7
   %gep715.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1183
-  %1184 = load <16 x i32>, ptr %gep715.1.i, align 4, !tbaa !5
+  %1184 = load <16 x i32>, ptr %gep715.1.i, align 4, !tbaa !7
   %1185 = shl <16 x i32> %1184, splat (i32 16)
   %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
-  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !5
-  %1187 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !7
+  %1187 = load i64, ptr %1182, align 8, !tbaa !7
   %gep717.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1187
-  %1188 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !5
+  %1188 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !7
   %1189 = and <16 x i32> %1188, %441
   %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
-  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
-  %1191 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !7
+  %1191 = load i64, ptr %1182, align 8, !tbaa !7
   %gep719.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1191
   %1192 = getelementptr i8, ptr %gep719.1.i, i64 64
-  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !5
+  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !7
   %1194 = shl <16 x i32> %1193, splat (i32 16)
   %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
-  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !5
-  %1196 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !7
+  %1196 = load i64, ptr %1182, align 8, !tbaa !7
   %gep721.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1196
   %1197 = getelementptr i8, ptr %gep721.1.i, i64 64
-  %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !5
+  %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !7
   %1199 = and <16 x i32> %1198, %441
   %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
-  store <16 x i32> %1199, ptr %1200, align 4, !tbaa !5
-  %1201 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1199, ptr %1200, align 4, !tbaa !7
+  %1201 = load i64, ptr %1182, align 8, !tbaa !7
   %gep723.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1201
   %1202 = getelementptr i8, ptr %gep723.1.i, i64 128
-  %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !5
+  %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !7
   %1204 = shl <16 x i32> %1203, splat (i32 16)
   %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
-  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !5
-  %1206 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1204, ptr %1205, align 4, !tbaa !7
+  %1206 = load i64, ptr %1182, align 8, !tbaa !7
   %gep725.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1206
   %1207 = getelementptr i8, ptr %gep725.1.i, i64 128
-  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !5
+  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !7
   %1209 = and <16 x i32> %1208, %441
   %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
-  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !5
-  %1211 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !7
+  %1211 = load i64, ptr %1182, align 8, !tbaa !7
   %gep727.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1211
   %1212 = getelementptr i8, ptr %gep727.1.i, i64 192
-  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !5
+  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !7
   %1214 = shl <16 x i32> %1213, splat (i32 16)
   %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
-  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !5
-  %1216 = load i64, ptr %1182, align 8, !tbaa !5
+  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !7
+  %1216 = load i64, ptr %1182, align 8, !tbaa !7
   %gep729.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1216
   %1217 = getelementptr i8, ptr %gep729.1.i, i64 192
-  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
+  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !7
   %1219 = and <16 x i32> %1218, %441
   %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
-  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !7
   %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
-  %1222 = load i64, ptr %1221, align 8, !tbaa !5
+  %1222 = load i64, ptr %1221, align 8, !tbaa !7
   %gep715.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1222
-  %1223 = load <16 x i32>, ptr %gep715.2.i, align 4, !tbaa !5
+  %1223 = load <16 x i32>, ptr %gep715.2.i, align 4, !tbaa !7
   %1224 = shl <16 x i32> %1223, splat (i32 16)
   %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
-  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
-  %1226 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !7
+  %1226 = load i64, ptr %1221, align 8, !tbaa !7
   %gep717.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1226
-  %1227 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !5
+  %1227 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !7
   %1228 = and <16 x i32> %1227, %441
   %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
-  store <16 x i32> %1228, ptr %1229, align 4, !tbaa !5
-  %1230 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1228, ptr %1229, align 4, !tbaa !7
+  %1230 = load i64, ptr %1221, align 8, !tbaa !7
   %gep719.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1230
   %1231 = getelementptr i8, ptr %gep719.2.i, i64 64
-  %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !5
+  %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !7
   %1233 = shl <16 x i32> %1232, splat (i32 16)
   %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
-  store <16 x i32> %1233, ptr %1234, align 4, !tbaa !5
-  %1235 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1233, ptr %1234, align 4, !tbaa !7
+  %1235 = load i64, ptr %1221, align 8, !tbaa !7
   %gep721.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1235
   %1236 = getelementptr i8, ptr %gep721.2.i, i64 64
-  %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !5
+  %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !7
   %1238 = and <16 x i32> %1237, %441
   %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
-  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !5
-  %1240 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !7
+  %1240 = load i64, ptr %1221, align 8, !tbaa !7
   %gep723.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1240
   %1241 = getelementptr i8, ptr %gep723.2.i, i64 128
-  %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !5
+  %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !7
   %1243 = shl <16 x i32> %1242, splat (i32 16)
   %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
-  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !5
-  %1245 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !7
+  %1245 = load i64, ptr %1221, align 8, !tbaa !7
   %gep725.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1245
   %1246 = getelementptr i8, ptr %gep725.2.i, i64 128
-  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
+  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !7
   %1248 = and <16 x i32> %1247, %441
   %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
-  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
-  %1250 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !7
+  %1250 = load i64, ptr %1221, align 8, !tbaa !7
   %gep727.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1250
   %1251 = getelementptr i8, ptr %gep727.2.i, i64 192
-  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !5
+  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !7
   %1253 = shl <16 x i32> %1252, splat (i32 16)
   %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
-  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !5
-  %1255 = load i64, ptr %1221, align 8, !tbaa !5
+  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !7
+  %1255 = load i64, ptr %1221, align 8, !tbaa !7
   %gep729.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1255
   %1256 = getelementptr i8, ptr %gep729.2.i, i64 192
-  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !5
+  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !7
   %1258 = and <16 x i32> %1257, %441
   %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
-  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !5
+  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !7
   %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
-  %1261 = load i64, ptr %1260, align 8, !tbaa !5
+  %1261 = load i64, ptr %1260, align 8, !tbaa !7
   %gep715.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1261
-  %1262 = load <16 x i32>, ptr %gep715.3.i, align 4, !tbaa !5
+  %1262 = load <16 x i32>, ptr %gep715.3.i, align 4, !tbaa !7
   %1263 = shl <16 x i32> %1262, splat (i32 16)
   %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
-  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !5
-  %1265 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !7
+  %1265 = load i64, ptr %1260, align 8, !tbaa !7
   %gep717.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1265
-  %1266 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !5
+  %1266 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !7
   %1267 = and <16 x i32> %1266, %441
   %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
-  store <16 x i32> %1267, ptr %1268, align 4, !tbaa !5
-  %1269 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1267, ptr %1268, align 4, !tbaa !7
+  %1269 = load i64, ptr %1260, align 8, !tbaa !7
   %gep719.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1269
   %1270 = getelementptr i8, ptr %gep719.3.i, i64 64
-  %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !5
+  %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !7
   %1272 = shl <16 x i32> %1271, splat (i32 16)
   %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
-  store <16 x i32> %1272, ptr %1273, align 4, !tbaa !5
-  %1274 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1272, ptr %1273, align 4, !tbaa !7
+  %1274 = load i64, ptr %1260, align 8, !tbaa !7
   %gep721.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1274
   %1275 = getelementptr i8, ptr %gep721.3.i, i64 64
-  %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !5
+  %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !7
   %1277 = and <16 x i32> %1276, %441
   %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
-  store <16 x i32> %1277, ptr %1278, align 4, !tbaa !5
-  %1279 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1277, ptr %1278, align 4, !tbaa !7
+  %1279 = load i64, ptr %1260, align 8, !tbaa !7
   %gep723.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1279
   %1280 = getelementptr i8, ptr %gep723.3.i, i64 128
-  %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !5
+  %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !7
   %1282 = shl <16 x i32> %1281, splat (i32 16)
   %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
-  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !5
-  %1284 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !7
+  %1284 = load i64, ptr %1260, align 8, !tbaa !7
   %gep725.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1284
   %1285 = getelementptr i8, ptr %gep725.3.i, i64 128
-  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !5
+  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !7
   %1287 = and <16 x i32> %1286, %441
   %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
-  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !5
-  %1289 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !7
+  %1289 = load i64, ptr %1260, align 8, !tbaa !7
   %gep727.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1289
   %1290 = getelementptr i8, ptr %gep727.3.i, i64 192
-  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !5
+  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !7
   %1292 = shl <16 x i32> %1291, splat (i32 16)
   %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
-  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !5
-  %1294 = load i64, ptr %1260, align 8, !tbaa !5
+  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !7
+  %1294 = load i64, ptr %1260, align 8, !tbaa !7
   %gep729.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1294
   %1295 = getelementptr i8, ptr %gep729.3.i, i64 192
-  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !5
+  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !7
   %1297 = and <16 x i32> %1296, %441
   %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
-  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !5
+  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !7
   %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
-  %1300 = load i64, ptr %1299, align 8, !tbaa !5
+  %1300 = load i64, ptr %1299, align 8, !tbaa !7
   %gep715.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1300
-  %1301 = load <16 x i32>, ptr %gep715.4.i, align 4, !tbaa !5
+  %1301 = load <16 x i32>, ptr %gep715.4.i, align 4, !tbaa !7
   %1302 = shl <16 x i32> %1301, splat (i32 16)
   %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
-  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !5
-  %1304 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !7
+  %1304 = load i64, ptr %1299, align 8, !tbaa !7
   %gep717.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1304
-  %1305 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !5
+  %1305 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !7
   %1306 = and <16 x i32> %1305, %441
   %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
-  store <16 x i32> %1306, ptr %1307, align 4, !tbaa !5
-  %1308 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1306, ptr %1307, align 4, !tbaa !7
+  %1308 = load i64, ptr %1299, align 8, !tbaa !7
   %gep719.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1308
   %1309 = getelementptr i8, ptr %gep719.4.i, i64 64
-  %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !5
+  %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !7
   %1311 = shl <16 x i32> %1310, splat (i32 16)
   %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
-  store <16 x i32> %1311, ptr %1312, align 4, !tbaa !5
-  %1313 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1311, ptr %1312, align 4, !tbaa !7
+  %1313 = load i64, ptr %1299, align 8, !tbaa !7
   %gep721.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1313
   %1314 = getelementptr i8, ptr %gep721.4.i, i64 64
-  %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !5
+  %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !7
   %1316 = and <16 x i32> %1315, %441
   %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
-  store <16 x i32> %1316, ptr %1317, align 4, !tbaa !5
-  %1318 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1316, ptr %1317, align 4, !tbaa !7
+  %1318 = load i64, ptr %1299, align 8, !tbaa !7
   %gep723.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1318
   %1319 = getelementptr i8, ptr %gep723.4.i, i64 128
-  %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !5
+  %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !7
   %1321 = shl <16 x i32> %1320, splat (i32 16)
   %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
-  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !5
-  %1323 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !7
+  %1323 = load i64, ptr %1299, align 8, !tbaa !7
   %gep725.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1323
   %1324 = getelementptr i8, ptr %gep725.4.i, i64 128
-  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !5
+  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !7
   %1326 = and <16 x i32> %1325, %441
   %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
-  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !5
-  %1328 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !7
+  %1328 = load i64, ptr %1299, align 8, !tbaa !7
   %gep727.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1328
   %1329 = getelementptr i8, ptr %gep727.4.i, i64 192
-  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !5
+  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !7
   %1331 = shl <16 x i32> %1330, splat (i32 16)
   %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
-  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !5
-  %1333 = load i64, ptr %1299, align 8, !tbaa !5
+  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !7
+  %1333 = load i64, ptr %1299, align 8, !tbaa !7
   %gep729.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1333
   %1334 = getelementptr i8, ptr %gep729.4.i, i64 192
-  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !5
+  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !7
   %1336 = and <16 x i32> %1335, %441
   %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
-  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !5
+  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !7
   %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
-  %1339 = load i64, ptr %1338, align 8, !tbaa !5
+  %1339 = load i64, ptr %1338, align 8, !tbaa !7
   %gep715.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1339
-  %1340 = load <16 x i32>, ptr %gep715.5.i, align 4, !tbaa !5
+  %1340 = load <16 x i32>, ptr %gep715.5.i, align 4, !tbaa !7
   %1341 = shl <16 x i32> %1340, splat (i32 16)
   %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
-  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !5
-  %1343 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !7
+  %1343 = load i64, ptr %1338, align 8, !tbaa !7
   %gep717.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1343
-  %1344 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !5
+  %1344 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !7
   %1345 = and <16 x i32> %1344, %441
   %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
-  store <16 x i32> %1345, ptr %1346, align 4, !tbaa !5
-  %1347 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1345, ptr %1346, align 4, !tbaa !7
+  %1347 = load i64, ptr %1338, align 8, !tbaa !7
   %gep719.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1347
   %1348 = getelementptr i8, ptr %gep719.5.i, i64 64
-  %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !5
+  %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !7
   %1350 = shl <16 x i32> %1349, splat (i32 16)
   %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
-  store <16 x i32> %1350, ptr %1351, align 4, !tbaa !5
-  %1352 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1350, ptr %1351, align 4, !tbaa !7
+  %1352 = load i64, ptr %1338, align 8, !tbaa !7
   %gep721.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1352
   %1353 = getelementptr i8, ptr %gep721.5.i, i64 64
-  %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !5
+  %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !7
   %1355 = and <16 x i32> %1354, %441
   %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
-  store <16 x i32> %1355, ptr %1356, align 4, !tbaa !5
-  %1357 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1355, ptr %1356, align 4, !tbaa !7
+  %1357 = load i64, ptr %1338, align 8, !tbaa !7
   %gep723.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1357
   %1358 = getelementptr i8, ptr %gep723.5.i, i64 128
-  %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !5
+  %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !7
   %1360 = shl <16 x i32> %1359, splat (i32 16)
   %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
-  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !5
-  %1362 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !7
+  %1362 = load i64, ptr %1338, align 8, !tbaa !7
   %gep725.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1362
   %1363 = getelementptr i8, ptr %gep725.5.i, i64 128
-  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !5
+  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !7
   %1365 = and <16 x i32> %1364, %441
   %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
-  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !5
-  %1367 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !7
+  %1367 = load i64, ptr %1338, align 8, !tbaa !7
   %gep727.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1367
   %1368 = getelementptr i8, ptr %gep727.5.i, i64 192
-  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !5
+  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !7
   %1370 = shl <16 x i32> %1369, splat (i32 16)
   %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
-  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !5
-  %1372 = load i64, ptr %1338, align 8, !tbaa !5
+  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !7
+  %1372 = load i64, ptr %1338, align 8, !tbaa !7
   %gep729.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1372
   %1373 = getelementptr i8, ptr %gep729.5.i, i64 192
-  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !5
+  %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !7
   %1375 = and <16 x i32> %1374, %441
   %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
-  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !5
+  store <16 x i32> %1375, ptr %1376, align 4, !tbaa !7
   %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
-  %1378 = load i64, ptr %1377, align 8, !tbaa !5
+  %1378 = load i64, ptr %1377, align 8, !tbaa !7
   %gep715.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1378
-  %1379 = load <16 x i32>, ptr %gep715.6.i, align 4, !tbaa !5
+  %1379 = load <16 x i32>, ptr %gep715.6.i, align 4, !tbaa !7
   %1380 = shl <16 x i32> %1379, splat (i32 16)
   %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
-  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !5
-  %1382 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !7
+  %1382 = load i64, ptr %1377, align 8, !tbaa !7
   %gep717.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1382
-  %1383 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !5
+  %1383 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !7
   %1384 = and <16 x i32> %1383, %441
   %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
-  store <16 x i32> %1384, ptr %1385, align 4, !tbaa !5
-  %1386 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1384, ptr %1385, align 4, !tbaa !7
+  %1386 = load i64, ptr %1377, align 8, !tbaa !7
   %gep719.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1386
   %1387 = getelementptr i8, ptr %gep719.6.i, i64 64
-  %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !5
+  %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !7
   %1389 = shl <16 x i32> %1388, splat (i32 16)
   %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
-  store <16 x i32> %1389, ptr %1390, align 4, !tbaa !5
-  %1391 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1389, ptr %1390, align 4, !tbaa !7
+  %1391 = load i64, ptr %1377, align 8, !tbaa !7
   %gep721.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1391
   %1392 = getelementptr i8, ptr %gep721.6.i, i64 64
-  %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !5
+  %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !7
   %1394 = and <16 x i32> %1393, %441
   %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
-  store <16 x i32> %1394, ptr %1395, align 4, !tbaa !5
-  %1396 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1394, ptr %1395, align 4, !tbaa !7
+  %1396 = load i64, ptr %1377, align 8, !tbaa !7
   %gep723.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1396
   %1397 = getelementptr i8, ptr %gep723.6.i, i64 128
-  %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !5
+  %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !7
   %1399 = shl <16 x i32> %1398, splat (i32 16)
   %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
-  store <16 x i32> %1399, ptr %1400, align 4, !tbaa !5
-  %1401 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1399, ptr %1400, align 4, !tbaa !7
+  %1401 = load i64, ptr %1377, align 8, !tbaa !7
   %gep725.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1401
   %1402 = getelementptr i8, ptr %gep725.6.i, i64 128
-  %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !5
+  %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !7
   %1404 = and <16 x i32> %1403, %441
   %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
-  store <16 x i32> %1404, ptr %1405, align 4, !tbaa !5
-  %1406 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1404, ptr %1405, align 4, !tbaa !7
+  %1406 = load i64, ptr %1377, align 8, !tbaa !7
   %gep727.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1406
   %1407 = getelementptr i8, ptr %gep727.6.i, i64 192
-  %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !5
+  %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !7
   %1409 = shl <16 x i32> %1408, splat (i32 16)
   %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
-  store <16 x i32> %1409, ptr %1410, align 4, !tbaa !5
-  %1411 = load i64, ptr %1377, align 8, !tbaa !5
+  store <16 x i32> %1409, ptr %1410, align 4, !tbaa !7
+  %1411 = load i64, ptr %1377, align 8, !tbaa !7
   %gep729.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1411
   %1412 = getelementptr i8, ptr %gep729.6.i, i64 192
-  %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !5
+  %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !7
   %1414 = and <16 x i32> %1413, %441
   %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
-  store <16 x i32> %1414, ptr %1415, align 4, !tbaa !5
+  store <16 x i32> %1414, ptr %1415, align 4, !tbaa !7
   %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
-  %1417 = load i64, ptr %1416, align 8, !tbaa !5
+  %1417 = load i64, ptr %1416, align 8, !tbaa !7
   %gep715.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1417
-  %1418 = load <16 x i32>, ptr %gep715.7.i, align 4, !tbaa !5
+  %1418 = load <16 x i32>, ptr %gep715.7.i, align 4, !tbaa !7
   %1419 = shl <16 x i32> %1418, splat (i32 16)
   %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
-  store <16 x i32> %1419, ptr %1420, align 4, !tbaa !5
-  %1421 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1419, ptr %1420, align 4, !tbaa !7
+  %1421 = load i64, ptr %1416, align 8, !tbaa !7
   %gep717.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1421
-  %1422 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !5
+  %1422 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !7
   %1423 = and <16 x i32> %1422, %441
   %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
-  store <16 x i32> %1423, ptr %1424, align 4, !tbaa !5
-  %1425 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1423, ptr %1424, align 4, !tbaa !7
+  %1425 = load i64, ptr %1416, align 8, !tbaa !7
   %gep719.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1425
   %1426 = getelementptr i8, ptr %gep719.7.i, i64 64
-  %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !5
+  %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !7
   %1428 = shl <16 x i32> %1427, splat (i32 16)
   %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
-  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !5
-  %1430 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !7
+  %1430 = load i64, ptr %1416, align 8, !tbaa !7
   %gep721.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1430
   %1431 = getelementptr i8, ptr %gep721.7.i, i64 64
-  %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !5
+  %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !7
   %1433 = and <16 x i32> %1432, %441
   %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
-  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !5
-  %1435 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !7
+  %1435 = load i64, ptr %1416, align 8, !tbaa !7
   %gep723.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1435
   %1436 = getelementptr i8, ptr %gep723.7.i, i64 128
-  %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !5
+  %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !7
   %1438 = shl <16 x i32> %1437, splat (i32 16)
   %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
-  store <16 x i32> %1438, ptr %1439, align 4, !tbaa !5
-  %1440 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1438, ptr %1439, align 4, !tbaa !7
+  %1440 = load i64, ptr %1416, align 8, !tbaa !7
   %gep725.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1440
   %1441 = getelementptr i8, ptr %gep725.7.i, i64 128
-  %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !5
+  %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !7
   %1443 = and <16 x i32> %1442, %441
   %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
-  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !5
-  %1445 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !7
+  %1445 = load i64, ptr %1416, align 8, !tbaa !7
   %gep727.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1445
   %1446 = getelementptr i8, ptr %gep727.7.i, i64 192
-  %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !5
+  %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !7
   %1448 = shl <16 x i32> %1447, splat (i32 16)
   %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
-  store <16 x i32> %1448, ptr %1449, align 4, !tbaa !5
-  %1450 = load i64, ptr %1416, align 8, !tbaa !5
+  store <16 x i32> %1448, ptr %1449, align 4, !tbaa !7
+  %1450 = load i64, ptr %1416, align 8, !tbaa !7
   %gep729.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1450
   %1451 = getelementptr i8, ptr %gep729.7.i, i64 192
-  %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !5
+  %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !7
   %1453 = and <16 x i32> %1452, %441
   %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
-  store <16 x i32> %1453, ptr %1454, align 4, !tbaa !5
+  store <16 x i32> %1453, ptr %1454, align 4, !tbaa !7
   %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
   %exitcond1022.not.i = icmp eq i64 %indvars.iv.next1019.i, %wide.trip.count1012.i
-  br i1 %exitcond1022.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti132.preheader.i, !prof !13
+  br i1 %exitcond1022.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti132.preheader.i, !prof !10
 
 for_begin_row_tile.i:                             ; preds = %if_end322.i
   %indvars.iv.next1130.i = add nuw nsw i64 %indvars.iv1129.i, 1
   %exitcond1133.not.i = icmp eq i64 %indvars.iv.next1130.i, %wide.trip.count1132.i
-  br i1 %exitcond1133.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+  br i1 %exitcond1133.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !10
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
   %indvars.iv1129.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1130.i, %for_begin_row_tile.i ]
-  %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1456 = icmp eq ptr %scores.i, null
-  br i1 %1456, label %fused_attend_compute_.exit, label %if_end138.i, !prof !8
+  br i1 %1456, label %fused_attend_compute_.exit, label %if_end138.i, !prof !6
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
   %.not579.i = icmp eq i32 %1458, 0
-  br i1 %.not579.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not579.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end138.i:                                      ; preds = %for_body_row_tile.i
-  %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %probs.i = tail call ptr %1459(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1460 = icmp eq ptr %probs.i, null
-  br i1 %1460, label %fused_attend_compute_.exit, label %if_end141.i, !prof !8
+  br i1 %1460, label %fused_attend_compute_.exit, label %if_end141.i, !prof !6
 
 if_end141.i:                                      ; preds = %if_end138.i
-  %1461 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1461 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %edges.i = tail call ptr %1461(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %1462 = icmp eq ptr %edges.i, null
-  br i1 %1462, label %fused_attend_compute_.exit, label %if_end144.i, !prof !8
+  br i1 %1462, label %fused_attend_compute_.exit, label %if_end144.i, !prof !6
 
 if_end144.i:                                      ; preds = %if_end141.i
-  %1463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %1463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %scaled.i = tail call ptr %1463(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1464 = icmp eq ptr %scaled.i, null
-  br i1 %1464, label %fused_attend_compute_.exit, label %if_end147.i, !prof !8
+  br i1 %1464, label %fused_attend_compute_.exit, label %if_end147.i, !prof !6
 
 if_end147.i:                                      ; preds = %if_end144.i
   %1465 = icmp eq i64 %indvars.iv1129.i, %452
@@ -2716,10 +2906,10 @@ if_end147.i:                                      ; preds = %if_end144.i
   %.idx1254.i = shl i64 %1466, 4
   %1467 = getelementptr i8, ptr %reach558.i, i64 %.idx1254.i
   %1468 = getelementptr i8, ptr %1467, i64 4
-  %1469 = load i32, ptr %1468, align 4, !tbaa !17
+  %1469 = load i32, ptr %1468, align 4, !tbaa !11
   %1470 = sext i32 %1469 to i64
   %1471 = icmp slt i64 %754, %1470
-  br i1 %1471, label %if_then149.i, label %if_end150.i, !prof !8
+  br i1 %1471, label %if_then149.i, label %if_end150.i, !prof !6
 
 if_then149.i:                                     ; preds = %if_end147.i
   %1472 = sub nsw i32 %1469, %755
@@ -2728,7 +2918,7 @@ if_then149.i:                                     ; preds = %if_end147.i
   %1474 = urem i32 %1473, %122
   %1475 = shl i32 %1474, 4
   %1476 = sub i32 %120, %1475
-  %1477 = load i32, ptr %1467, align 16, !tbaa !17
+  %1477 = load i32, ptr %1467, align 16, !tbaa !11
   %1478 = sub nsw i32 %1477, %755
   %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %valid_len152.i)
   %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %790)
@@ -2738,13 +2928,13 @@ if_then149.i:                                     ; preds = %if_end147.i
   %1483 = add nsw i32 %valid_len152.i, 7
   %1484 = ashr i32 %1483, 3
   %1485 = icmp sgt i32 %1484, 0
-  br i1 %1485, label %for_body_to157.lr.ph.i, label %for_end_to158.i, !prof !3
+  br i1 %1485, label %for_body_to157.lr.ph.i, label %for_end_to158.i, !prof !32
 
 if_end150.i:                                      ; preds = %if_end314.i, %if_end147.i
-  %1486 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1486 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1487 = tail call i32 %1486(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not581.i = icmp eq i32 %1487, 0
-  br i1 %.not581.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not581.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !33
 
 for_body_to157.lr.ph.i:                           ; preds = %if_then149.i
   %1488 = and i1 %761, %1465
@@ -2756,7 +2946,7 @@ for_body_to157.lr.ph.i:                           ; preds = %if_then149.i
 
 for_body_to157.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to157.lr.ph.i
   %indvars.iv1037.i = phi i64 [ 0, %for_body_to157.lr.ph.i ], [ %indvars.iv.next1038.i, %for_end_d_1.3.i ]
-  br i1 %1488, label %for_begin_line.preheader.i, label %if_end162.i, !prof !8
+  br i1 %1488, label %for_begin_line.preheader.i, label %if_end162.i, !prof !6
 
 for_begin_line.preheader.i:                       ; preds = %for_body_to157.i
   %1490 = trunc i64 %indvars.iv1037.i to i32
@@ -2766,7 +2956,7 @@ for_begin_line.preheader.i:                       ; preds = %for_body_to157.i
 
 for_end_to158.i:                                  ; preds = %for_end_d_1.3.i, %if_then149.i
   %.not921.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not921.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti168.preheader.preheader.i, !prof !16
+  br i1 %.not921.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti168.preheader.preheader.i, !prof !9
 
 for_begin_ti168.preheader.preheader.i:            ; preds = %for_end_to158.i
   %wide.trip.count1052.i = zext nneg i32 %num_full.i to i64
@@ -2788,7 +2978,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1500 = sext i32 %1499 to i64
   %1501 = getelementptr i64, ptr %key_offsets.i, i64 %1500
   %1502 = getelementptr i8, ptr %1501, i64 1024
-  %1503 = load i64, ptr %1502, align 8, !tbaa !5
+  %1503 = load i64, ptr %1502, align 8, !tbaa !7
   %1504 = shl nuw nsw i32 %line732.i, 4
   %1505 = and i32 %1504, 32
   %1506 = zext nneg i32 %1505 to i64
@@ -2806,7 +2996,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   %1517 = sext i32 %1516 to i64
   %1518 = getelementptr i64, ptr %key_offsets.i, i64 %1517
   %1519 = getelementptr i8, ptr %1518, i64 1024
-  %1520 = load i64, ptr %1519, align 8, !tbaa !5
+  %1520 = load i64, ptr %1519, align 8, !tbaa !7
   %1521 = shl i32 %line732.i, 4
   %1522 = and i32 %1521, 32
   %1523 = getelementptr i32, ptr %key_cache, i64 %1520
@@ -2818,7 +3008,7 @@ for_body_line.i:                                  ; preds = %for_body_line.i, %f
   tail call void @llvm.prefetch.p0(ptr readonly %1528, i32 0, i32 2, i32 1)
   %1529 = add nuw nsw i32 %line732.i, 2
   %exitcond1023.not.i.1 = icmp eq i32 %1529, 32
-  br i1 %exitcond1023.not.i.1, label %if_end162.i, label %for_body_line.i, !prof !28, !llvm.loop !45
+  br i1 %exitcond1023.not.i.1, label %if_end162.i, label %for_body_line.i, !prof !22, !llvm.loop !40
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end162.i
   %indvars.iv1028.i = phi i64 [ 0, %if_end162.i ], [ %indvars.iv.next1029.i, %for_begin_d_2.preheader.i ]
@@ -2832,92 +3022,92 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %scores_global550.sroa.28.1744.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1612, %for_begin_d_2.preheader.i ]
   %.idx82 = shl nuw nsw i64 %indvars.iv1028.i, 7
   %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
-  %1530 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1530 = load <16 x float>, ptr %gep, align 4, !tbaa !7
   %1531 = getelementptr inbounds nuw float, ptr %1493, i64 %indvars.iv1028.i
-  %1532 = load float, ptr %1531, align 4, !tbaa !5
+  %1532 = load float, ptr %1531, align 4, !tbaa !7
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
   %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1534, <16 x float> %scores_global550.sroa.0.1751.i)
   %1536 = getelementptr inbounds nuw i8, ptr %1531, i64 512
-  %1537 = load float, ptr %1536, align 4, !tbaa !5
+  %1537 = load float, ptr %1536, align 4, !tbaa !7
   %1538 = insertelement <16 x float> poison, float %1537, i64 0
   %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
   %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1539, <16 x float> %scores_global550.sroa.4.1750.i)
   %1541 = getelementptr inbounds nuw i8, ptr %1531, i64 1024
-  %1542 = load float, ptr %1541, align 4, !tbaa !5
+  %1542 = load float, ptr %1541, align 4, !tbaa !7
   %1543 = insertelement <16 x float> poison, float %1542, i64 0
   %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
   %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1544, <16 x float> %scores_global550.sroa.8.1749.i)
   %1546 = getelementptr inbounds nuw i8, ptr %1531, i64 1536
-  %1547 = load float, ptr %1546, align 4, !tbaa !5
+  %1547 = load float, ptr %1546, align 4, !tbaa !7
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
   %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1549, <16 x float> %scores_global550.sroa.12.1748.i)
   %1551 = getelementptr inbounds nuw i8, ptr %1531, i64 2048
-  %1552 = load float, ptr %1551, align 4, !tbaa !5
+  %1552 = load float, ptr %1551, align 4, !tbaa !7
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
   %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1554, <16 x float> %scores_global550.sroa.16.1747.i)
   %1556 = getelementptr inbounds nuw i8, ptr %1531, i64 2560
-  %1557 = load float, ptr %1556, align 4, !tbaa !5
+  %1557 = load float, ptr %1556, align 4, !tbaa !7
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
   %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1559, <16 x float> %scores_global550.sroa.20.1746.i)
   %1561 = getelementptr inbounds nuw i8, ptr %1531, i64 3072
-  %1562 = load float, ptr %1561, align 4, !tbaa !5
+  %1562 = load float, ptr %1561, align 4, !tbaa !7
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
   %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1564, <16 x float> %scores_global550.sroa.24.1745.i)
   %1566 = getelementptr inbounds nuw i8, ptr %1531, i64 3584
-  %1567 = load float, ptr %1566, align 4, !tbaa !5
+  %1567 = load float, ptr %1566, align 4, !tbaa !7
   %1568 = insertelement <16 x float> poison, float %1567, i64 0
   %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
   %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1569, <16 x float> %scores_global550.sroa.28.1744.i)
   %1571 = getelementptr i8, ptr %gep, i64 64
-  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !5
+  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !7
   %1573 = getelementptr inbounds nuw i8, ptr %1531, i64 64
-  %1574 = load float, ptr %1573, align 4, !tbaa !5
+  %1574 = load float, ptr %1573, align 4, !tbaa !7
   %1575 = insertelement <16 x float> poison, float %1574, i64 0
   %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
   %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1576, <16 x float> %1535)
   %1578 = getelementptr inbounds nuw i8, ptr %1531, i64 576
-  %1579 = load float, ptr %1578, align 4, !tbaa !5
+  %1579 = load float, ptr %1578, align 4, !tbaa !7
   %1580 = insertelement <16 x float> poison, float %1579, i64 0
   %1581 = shufflevector <16 x float> %1580, <16 x float> poison, <16 x i32> zeroinitializer
   %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1581, <16 x float> %1540)
   %1583 = getelementptr inbounds nuw i8, ptr %1531, i64 1088
-  %1584 = load float, ptr %1583, align 4, !tbaa !5
+  %1584 = load float, ptr %1583, align 4, !tbaa !7
   %1585 = insertelement <16 x float> poison, float %1584, i64 0
   %1586 = shufflevector <16 x float> %1585, <16 x float> poison, <16 x i32> zeroinitializer
   %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1586, <16 x float> %1545)
   %1588 = getelementptr inbounds nuw i8, ptr %1531, i64 1600
-  %1589 = load float, ptr %1588, align 4, !tbaa !5
+  %1589 = load float, ptr %1588, align 4, !tbaa !7
   %1590 = insertelement <16 x float> poison, float %1589, i64 0
   %1591 = shufflevector <16 x float> %1590, <16 x float> poison, <16 x i32> zeroinitializer
   %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1591, <16 x float> %1550)
   %1593 = getelementptr inbounds nuw i8, ptr %1531, i64 2112
-  %1594 = load float, ptr %1593, align 4, !tbaa !5
+  %1594 = load float, ptr %1593, align 4, !tbaa !7
   %1595 = insertelement <16 x float> poison, float %1594, i64 0
   %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
   %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1596, <16 x float> %1555)
   %1598 = getelementptr inbounds nuw i8, ptr %1531, i64 2624
-  %1599 = load float, ptr %1598, align 4, !tbaa !5
+  %1599 = load float, ptr %1598, align 4, !tbaa !7
   %1600 = insertelement <16 x float> poison, float %1599, i64 0
   %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
   %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1601, <16 x float> %1560)
   %1603 = getelementptr inbounds nuw i8, ptr %1531, i64 3136
-  %1604 = load float, ptr %1603, align 4, !tbaa !5
+  %1604 = load float, ptr %1603, align 4, !tbaa !7
   %1605 = insertelement <16 x float> poison, float %1604, i64 0
   %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
   %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1606, <16 x float> %1565)
   %1608 = getelementptr inbounds nuw i8, ptr %1531, i64 3648
-  %1609 = load float, ptr %1608, align 4, !tbaa !5
+  %1609 = load float, ptr %1608, align 4, !tbaa !7
   %1610 = insertelement <16 x float> poison, float %1609, i64 0
   %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
   %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1611, <16 x float> %1570)
   %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
   %exitcond1032.not.i = icmp eq i64 %indvars.iv.next1029.i, 16
-  br i1 %exitcond1032.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !28
+  br i1 %exitcond1032.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !22
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1613 = getelementptr inbounds nuw i8, ptr %1493, i64 128
@@ -2936,92 +3126,92 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %.idx83 = shl i64 %indvars.iv1028.1.i, 7
   %gep161 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
   %1614 = getelementptr i8, ptr %gep161, i64 2048
-  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !5
+  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !7
   %1616 = getelementptr inbounds nuw float, ptr %1613, i64 %indvars.iv1028.1.i
-  %1617 = load float, ptr %1616, align 4, !tbaa !5
+  %1617 = load float, ptr %1616, align 4, !tbaa !7
   %1618 = insertelement <16 x float> poison, float %1617, i64 0
   %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
   %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1619, <16 x float> %scores_global550.sroa.0.1751.1.i)
   %1621 = getelementptr inbounds nuw i8, ptr %1616, i64 512
-  %1622 = load float, ptr %1621, align 4, !tbaa !5
+  %1622 = load float, ptr %1621, align 4, !tbaa !7
   %1623 = insertelement <16 x float> poison, float %1622, i64 0
   %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
   %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1624, <16 x float> %scores_global550.sroa.4.1750.1.i)
   %1626 = getelementptr inbounds nuw i8, ptr %1616, i64 1024
-  %1627 = load float, ptr %1626, align 4, !tbaa !5
+  %1627 = load float, ptr %1626, align 4, !tbaa !7
   %1628 = insertelement <16 x float> poison, float %1627, i64 0
   %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
   %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1629, <16 x float> %scores_global550.sroa.8.1749.1.i)
   %1631 = getelementptr inbounds nuw i8, ptr %1616, i64 1536
-  %1632 = load float, ptr %1631, align 4, !tbaa !5
+  %1632 = load float, ptr %1631, align 4, !tbaa !7
   %1633 = insertelement <16 x float> poison, float %1632, i64 0
   %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
   %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1634, <16 x float> %scores_global550.sroa.12.1748.1.i)
   %1636 = getelementptr inbounds nuw i8, ptr %1616, i64 2048
-  %1637 = load float, ptr %1636, align 4, !tbaa !5
+  %1637 = load float, ptr %1636, align 4, !tbaa !7
   %1638 = insertelement <16 x float> poison, float %1637, i64 0
   %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
   %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1639, <16 x float> %scores_global550.sroa.16.1747.1.i)
   %1641 = getelementptr inbounds nuw i8, ptr %1616, i64 2560
-  %1642 = load float, ptr %1641, align 4, !tbaa !5
+  %1642 = load float, ptr %1641, align 4, !tbaa !7
   %1643 = insertelement <16 x float> poison, float %1642, i64 0
   %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
   %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1644, <16 x float> %scores_global550.sroa.20.1746.1.i)
   %1646 = getelementptr inbounds nuw i8, ptr %1616, i64 3072
-  %1647 = load float, ptr %1646, align 4, !tbaa !5
+  %1647 = load float, ptr %1646, align 4, !tbaa !7
   %1648 = insertelement <16 x float> poison, float %1647, i64 0
   %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
   %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1649, <16 x float> %scores_global550.sroa.24.1745.1.i)
   %1651 = getelementptr inbounds nuw i8, ptr %1616, i64 3584
-  %1652 = load float, ptr %1651, align 4, !tbaa !5
+  %1652 = load float, ptr %1651, align 4, !tbaa !7
   %1653 = insertelement <16 x float> poison, float %1652, i64 0
   %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
   %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1654, <16 x float> %scores_global550.sroa.28.1744.1.i)
   %1656 = getelementptr i8, ptr %gep161, i64 2112
-  %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !5
+  %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !7
   %1658 = getelementptr inbounds nuw i8, ptr %1616, i64 64
-  %1659 = load float, ptr %1658, align 4, !tbaa !5
+  %1659 = load float, ptr %1658, align 4, !tbaa !7
   %1660 = insertelement <16 x float> poison, float %1659, i64 0
   %1661 = shufflevector <16 x float> %1660, <16 x float> poison, <16 x i32> zeroinitializer
   %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1661, <16 x float> %1620)
   %1663 = getelementptr inbounds nuw i8, ptr %1616, i64 576
-  %1664 = load float, ptr %1663, align 4, !tbaa !5
+  %1664 = load float, ptr %1663, align 4, !tbaa !7
   %1665 = insertelement <16 x float> poison, float %1664, i64 0
   %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
   %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1666, <16 x float> %1625)
   %1668 = getelementptr inbounds nuw i8, ptr %1616, i64 1088
-  %1669 = load float, ptr %1668, align 4, !tbaa !5
+  %1669 = load float, ptr %1668, align 4, !tbaa !7
   %1670 = insertelement <16 x float> poison, float %1669, i64 0
   %1671 = shufflevector <16 x float> %1670, <16 x float> poison, <16 x i32> zeroinitializer
   %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1671, <16 x float> %1630)
   %1673 = getelementptr inbounds nuw i8, ptr %1616, i64 1600
-  %1674 = load float, ptr %1673, align 4, !tbaa !5
+  %1674 = load float, ptr %1673, align 4, !tbaa !7
   %1675 = insertelement <16 x float> poison, float %1674, i64 0
   %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
   %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1676, <16 x float> %1635)
   %1678 = getelementptr inbounds nuw i8, ptr %1616, i64 2112
-  %1679 = load float, ptr %1678, align 4, !tbaa !5
+  %1679 = load float, ptr %1678, align 4, !tbaa !7
   %1680 = insertelement <16 x float> poison, float %1679, i64 0
   %1681 = shufflevector <16 x float> %1680, <16 x float> poison, <16 x i32> zeroinitializer
   %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1681, <16 x float> %1640)
   %1683 = getelementptr inbounds nuw i8, ptr %1616, i64 2624
-  %1684 = load float, ptr %1683, align 4, !tbaa !5
+  %1684 = load float, ptr %1683, align 4, !tbaa !7
   %1685 = insertelement <16 x float> poison, float %1684, i64 0
   %1686 = shufflevector <16 x float> %1685, <16 x float> poison, <16 x i32> zeroinitializer
   %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1686, <16 x float> %1645)
   %1688 = getelementptr inbounds nuw i8, ptr %1616, i64 3136
-  %1689 = load float, ptr %1688, align 4, !tbaa !5
+  %1689 = load float, ptr %1688, align 4, !tbaa !7
   %1690 = insertelement <16 x float> poison, float %1689, i64 0
   %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
   %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1691, <16 x float> %1650)
   %1693 = getelementptr inbounds nuw i8, ptr %1616, i64 3648
-  %1694 = load float, ptr %1693, align 4, !tbaa !5
+  %1694 = load float, ptr %1693, align 4, !tbaa !7
   %1695 = insertelement <16 x float> poison, float %1694, i64 0
   %1696 = shufflevector <16 x float> %1695, <16 x float> poison, <16 x i32> zeroinitializer
   %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1696, <16 x float> %1655)
   %indvars.iv.next1029.1.i = add nuw nsw i64 %indvars.iv1028.1.i, 1
   %exitcond1032.1.not.i = icmp eq i64 %indvars.iv.next1029.1.i, 16
-  br i1 %exitcond1032.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !28
+  br i1 %exitcond1032.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !22
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1698 = getelementptr inbounds nuw i8, ptr %1493, i64 256
@@ -3040,92 +3230,92 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %.idx84 = shl i64 %indvars.iv1028.2.i, 7
   %gep163 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
   %1699 = getelementptr i8, ptr %gep163, i64 4096
-  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !5
+  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !7
   %1701 = getelementptr inbounds nuw float, ptr %1698, i64 %indvars.iv1028.2.i
-  %1702 = load float, ptr %1701, align 4, !tbaa !5
+  %1702 = load float, ptr %1701, align 4, !tbaa !7
   %1703 = insertelement <16 x float> poison, float %1702, i64 0
   %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
   %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1704, <16 x float> %scores_global550.sroa.0.1751.2.i)
   %1706 = getelementptr inbounds nuw i8, ptr %1701, i64 512
-  %1707 = load float, ptr %1706, align 4, !tbaa !5
+  %1707 = load float, ptr %1706, align 4, !tbaa !7
   %1708 = insertelement <16 x float> poison, float %1707, i64 0
   %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
   %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1709, <16 x float> %scores_global550.sroa.4.1750.2.i)
   %1711 = getelementptr inbounds nuw i8, ptr %1701, i64 1024
-  %1712 = load float, ptr %1711, align 4, !tbaa !5
+  %1712 = load float, ptr %1711, align 4, !tbaa !7
   %1713 = insertelement <16 x float> poison, float %1712, i64 0
   %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
   %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1714, <16 x float> %scores_global550.sroa.8.1749.2.i)
   %1716 = getelementptr inbounds nuw i8, ptr %1701, i64 1536
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
+  %1717 = load float, ptr %1716, align 4, !tbaa !7
   %1718 = insertelement <16 x float> poison, float %1717, i64 0
   %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
   %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1719, <16 x float> %scores_global550.sroa.12.1748.2.i)
   %1721 = getelementptr inbounds nuw i8, ptr %1701, i64 2048
-  %1722 = load float, ptr %1721, align 4, !tbaa !5
+  %1722 = load float, ptr %1721, align 4, !tbaa !7
   %1723 = insertelement <16 x float> poison, float %1722, i64 0
   %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
   %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1724, <16 x float> %scores_global550.sroa.16.1747.2.i)
   %1726 = getelementptr inbounds nuw i8, ptr %1701, i64 2560
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
+  %1727 = load float, ptr %1726, align 4, !tbaa !7
   %1728 = insertelement <16 x float> poison, float %1727, i64 0
   %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
   %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1729, <16 x float> %scores_global550.sroa.20.1746.2.i)
   %1731 = getelementptr inbounds nuw i8, ptr %1701, i64 3072
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
+  %1732 = load float, ptr %1731, align 4, !tbaa !7
   %1733 = insertelement <16 x float> poison, float %1732, i64 0
   %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
   %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1734, <16 x float> %scores_global550.sroa.24.1745.2.i)
   %1736 = getelementptr inbounds nuw i8, ptr %1701, i64 3584
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
+  %1737 = load float, ptr %1736, align 4, !tbaa !7
   %1738 = insertelement <16 x float> poison, float %1737, i64 0
   %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
   %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1739, <16 x float> %scores_global550.sroa.28.1744.2.i)
   %1741 = getelementptr i8, ptr %gep163, i64 4160
-  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !5
+  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !7
   %1743 = getelementptr inbounds nuw i8, ptr %1701, i64 64
-  %1744 = load float, ptr %1743, align 4, !tbaa !5
+  %1744 = load float, ptr %1743, align 4, !tbaa !7
   %1745 = insertelement <16 x float> poison, float %1744, i64 0
   %1746 = shufflevector <16 x float> %1745, <16 x float> poison, <16 x i32> zeroinitializer
   %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1746, <16 x float> %1705)
   %1748 = getelementptr inbounds nuw i8, ptr %1701, i64 576
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
+  %1749 = load float, ptr %1748, align 4, !tbaa !7
   %1750 = insertelement <16 x float> poison, float %1749, i64 0
   %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
   %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1751, <16 x float> %1710)
   %1753 = getelementptr inbounds nuw i8, ptr %1701, i64 1088
-  %1754 = load float, ptr %1753, align 4, !tbaa !5
+  %1754 = load float, ptr %1753, align 4, !tbaa !7
   %1755 = insertelement <16 x float> poison, float %1754, i64 0
   %1756 = shufflevector <16 x float> %1755, <16 x float> poison, <16 x i32> zeroinitializer
   %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1756, <16 x float> %1715)
   %1758 = getelementptr inbounds nuw i8, ptr %1701, i64 1600
-  %1759 = load float, ptr %1758, align 4, !tbaa !5
+  %1759 = load float, ptr %1758, align 4, !tbaa !7
   %1760 = insertelement <16 x float> poison, float %1759, i64 0
   %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
   %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1761, <16 x float> %1720)
   %1763 = getelementptr inbounds nuw i8, ptr %1701, i64 2112
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
+  %1764 = load float, ptr %1763, align 4, !tbaa !7
   %1765 = insertelement <16 x float> poison, float %1764, i64 0
   %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
   %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1766, <16 x float> %1725)
   %1768 = getelementptr inbounds nuw i8, ptr %1701, i64 2624
-  %1769 = load float, ptr %1768, align 4, !tbaa !5
+  %1769 = load float, ptr %1768, align 4, !tbaa !7
   %1770 = insertelement <16 x float> poison, float %1769, i64 0
   %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
   %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1771, <16 x float> %1730)
   %1773 = getelementptr inbounds nuw i8, ptr %1701, i64 3136
-  %1774 = load float, ptr %1773, align 4, !tbaa !5
+  %1774 = load float, ptr %1773, align 4, !tbaa !7
   %1775 = insertelement <16 x float> poison, float %1774, i64 0
   %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
   %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1776, <16 x float> %1735)
   %1778 = getelementptr inbounds nuw i8, ptr %1701, i64 3648
-  %1779 = load float, ptr %1778, align 4, !tbaa !5
+  %1779 = load float, ptr %1778, align 4, !tbaa !7
   %1780 = insertelement <16 x float> poison, float %1779, i64 0
   %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
   %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1781, <16 x float> %1740)
   %indvars.iv.next1029.2.i = add nuw nsw i64 %indvars.iv1028.2.i, 1
   %exitcond1032.2.not.i = icmp eq i64 %indvars.iv.next1029.2.i, 16
-  br i1 %exitcond1032.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !28
+  br i1 %exitcond1032.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !22
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1783 = getelementptr inbounds nuw i8, ptr %1493, i64 384
@@ -3144,114 +3334,114 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %.idx85 = shl i64 %indvars.iv1028.3.i, 7
   %gep165 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
   %1784 = getelementptr i8, ptr %gep165, i64 6144
-  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !5
+  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !7
   %1786 = getelementptr inbounds nuw float, ptr %1783, i64 %indvars.iv1028.3.i
-  %1787 = load float, ptr %1786, align 4, !tbaa !5
+  %1787 = load float, ptr %1786, align 4, !tbaa !7
   %1788 = insertelement <16 x float> poison, float %1787, i64 0
   %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
   %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1789, <16 x float> %scores_global550.sroa.0.1751.3.i)
   %1791 = getelementptr inbounds nuw i8, ptr %1786, i64 512
-  %1792 = load float, ptr %1791, align 4, !tbaa !5
+  %1792 = load float, ptr %1791, align 4, !tbaa !7
   %1793 = insertelement <16 x float> poison, float %1792, i64 0
   %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
   %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1794, <16 x float> %scores_global550.sroa.4.1750.3.i)
   %1796 = getelementptr inbounds nuw i8, ptr %1786, i64 1024
-  %1797 = load float, ptr %1796, align 4, !tbaa !5
+  %1797 = load float, ptr %1796, align 4, !tbaa !7
   %1798 = insertelement <16 x float> poison, float %1797, i64 0
   %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
   %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1799, <16 x float> %scores_global550.sroa.8.1749.3.i)
   %1801 = getelementptr inbounds nuw i8, ptr %1786, i64 1536
-  %1802 = load float, ptr %1801, align 4, !tbaa !5
+  %1802 = load float, ptr %1801, align 4, !tbaa !7
   %1803 = insertelement <16 x float> poison, float %1802, i64 0
   %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
   %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1804, <16 x float> %scores_global550.sroa.12.1748.3.i)
   %1806 = getelementptr inbounds nuw i8, ptr %1786, i64 2048
-  %1807 = load float, ptr %1806, align 4, !tbaa !5
+  %1807 = load float, ptr %1806, align 4, !tbaa !7
   %1808 = insertelement <16 x float> poison, float %1807, i64 0
   %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
   %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1809, <16 x float> %scores_global550.sroa.16.1747.3.i)
   %1811 = getelementptr inbounds nuw i8, ptr %1786, i64 2560
-  %1812 = load float, ptr %1811, align 4, !tbaa !5
+  %1812 = load float, ptr %1811, align 4, !tbaa !7
   %1813 = insertelement <16 x float> poison, float %1812, i64 0
   %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
   %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1814, <16 x float> %scores_global550.sroa.20.1746.3.i)
   %1816 = getelementptr inbounds nuw i8, ptr %1786, i64 3072
-  %1817 = load float, ptr %1816, align 4, !tbaa !5
+  %1817 = load float, ptr %1816, align 4, !tbaa !7
   %1818 = insertelement <16 x float> poison, float %1817, i64 0
   %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
   %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1819, <16 x float> %scores_global550.sroa.24.1745.3.i)
   %1821 = getelementptr inbounds nuw i8, ptr %1786, i64 3584
-  %1822 = load float, ptr %1821, align 4, !tbaa !5
+  %1822 = load float, ptr %1821, align 4, !tbaa !7
   %1823 = insertelement <16 x float> poison, float %1822, i64 0
   %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
   %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1824, <16 x float> %scores_global550.sroa.28.1744.3.i)
   %1826 = getelementptr i8, ptr %gep165, i64 6208
-  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
+  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !7
   %1828 = getelementptr inbounds nuw i8, ptr %1786, i64 64
-  %1829 = load float, ptr %1828, align 4, !tbaa !5
+  %1829 = load float, ptr %1828, align 4, !tbaa !7
   %1830 = insertelement <16 x float> poison, float %1829, i64 0
   %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
   %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1831, <16 x float> %1790)
   %1833 = getelementptr inbounds nuw i8, ptr %1786, i64 576
-  %1834 = load float, ptr %1833, align 4, !tbaa !5
+  %1834 = load float, ptr %1833, align 4, !tbaa !7
   %1835 = insertelement <16 x float> poison, float %1834, i64 0
   %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
   %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1836, <16 x float> %1795)
   %1838 = getelementptr inbounds nuw i8, ptr %1786, i64 1088
-  %1839 = load float, ptr %1838, align 4, !tbaa !5
+  %1839 = load float, ptr %1838, align 4, !tbaa !7
   %1840 = insertelement <16 x float> poison, float %1839, i64 0
   %1841 = shufflevector <16 x float> %1840, <16 x float> poison, <16 x i32> zeroinitializer
   %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1841, <16 x float> %1800)
   %1843 = getelementptr inbounds nuw i8, ptr %1786, i64 1600
-  %1844 = load float, ptr %1843, align 4, !tbaa !5
+  %1844 = load float, ptr %1843, align 4, !tbaa !7
   %1845 = insertelement <16 x float> poison, float %1844, i64 0
   %1846 = shufflevector <16 x float> %1845, <16 x float> poison, <16 x i32> zeroinitializer
   %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1846, <16 x float> %1805)
   %1848 = getelementptr inbounds nuw i8, ptr %1786, i64 2112
-  %1849 = load float, ptr %1848, align 4, !tbaa !5
+  %1849 = load float, ptr %1848, align 4, !tbaa !7
   %1850 = insertelement <16 x float> poison, float %1849, i64 0
   %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
   %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1851, <16 x float> %1810)
   %1853 = getelementptr inbounds nuw i8, ptr %1786, i64 2624
-  %1854 = load float, ptr %1853, align 4, !tbaa !5
+  %1854 = load float, ptr %1853, align 4, !tbaa !7
   %1855 = insertelement <16 x float> poison, float %1854, i64 0
   %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
   %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1856, <16 x float> %1815)
   %1858 = getelementptr inbounds nuw i8, ptr %1786, i64 3136
-  %1859 = load float, ptr %1858, align 4, !tbaa !5
+  %1859 = load float, ptr %1858, align 4, !tbaa !7
   %1860 = insertelement <16 x float> poison, float %1859, i64 0
   %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
   %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1861, <16 x float> %1820)
   %1863 = getelementptr inbounds nuw i8, ptr %1786, i64 3648
-  %1864 = load float, ptr %1863, align 4, !tbaa !5
+  %1864 = load float, ptr %1863, align 4, !tbaa !7
   %1865 = insertelement <16 x float> poison, float %1864, i64 0
   %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
   %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1866, <16 x float> %1825)
   %indvars.iv.next1029.3.i = add nuw nsw i64 %indvars.iv1028.3.i, 1
   %exitcond1032.3.not.i = icmp eq i64 %indvars.iv.next1029.3.i, 16
-  br i1 %exitcond1032.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !28
+  br i1 %exitcond1032.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !22
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx1255.i = shl nsw i64 %indvars.iv1037.i, 9
   %1868 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1255.i
-  store <16 x float> %1832, ptr %1868, align 4, !tbaa !5
+  store <16 x float> %1832, ptr %1868, align 4, !tbaa !7
   %1869 = getelementptr inbounds nuw i8, ptr %1868, i64 64
-  store <16 x float> %1837, ptr %1869, align 4, !tbaa !5
+  store <16 x float> %1837, ptr %1869, align 4, !tbaa !7
   %1870 = getelementptr inbounds nuw i8, ptr %1868, i64 128
-  store <16 x float> %1842, ptr %1870, align 4, !tbaa !5
+  store <16 x float> %1842, ptr %1870, align 4, !tbaa !7
   %1871 = getelementptr inbounds nuw i8, ptr %1868, i64 192
-  store <16 x float> %1847, ptr %1871, align 4, !tbaa !5
+  store <16 x float> %1847, ptr %1871, align 4, !tbaa !7
   %1872 = getelementptr inbounds nuw i8, ptr %1868, i64 256
-  store <16 x float> %1852, ptr %1872, align 4, !tbaa !5
+  store <16 x float> %1852, ptr %1872, align 4, !tbaa !7
   %1873 = getelementptr inbounds nuw i8, ptr %1868, i64 320
-  store <16 x float> %1857, ptr %1873, align 4, !tbaa !5
+  store <16 x float> %1857, ptr %1873, align 4, !tbaa !7
   %1874 = getelementptr inbounds nuw i8, ptr %1868, i64 384
-  store <16 x float> %1862, ptr %1874, align 4, !tbaa !5
+  store <16 x float> %1862, ptr %1874, align 4, !tbaa !7
   %1875 = getelementptr inbounds nuw i8, ptr %1868, i64 448
-  store <16 x float> %1867, ptr %1875, align 4, !tbaa !5
+  store <16 x float> %1867, ptr %1875, align 4, !tbaa !7
   %indvars.iv.next1038.i = add nuw nsw i64 %indvars.iv1037.i, 1
   %exitcond1041.not.i = icmp eq i64 %indvars.iv.next1038.i, %wide.trip.count1040.i
-  br i1 %exitcond1041.not.i, label %for_end_to158.i, label %for_body_to157.i, !prof !13
+  br i1 %exitcond1041.not.i, label %for_end_to158.i, label %for_body_to157.i, !prof !10
 
 for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for_end_to158.i
   %.us-phi784.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1945, %for_end_ax2.i ]
@@ -3268,7 +3458,7 @@ for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for
   %1883 = select <16 x i1> %1882, <16 x float> %1881, <16 x float> %.us-phi784.lcssa.i
   %1884 = sub nsw i32 %1484, %num_full.i
   %1885 = icmp sgt i32 %1884, 0
-  br i1 %1885, label %for_begin_ti186.preheader.lr.ph.i, label %for_end_to183.i, !prof !3
+  br i1 %1885, label %for_begin_ti186.preheader.lr.ph.i, label %for_end_to183.i, !prof !32
 
 for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti168.preheader.preheader.i
   %indvars.iv1049.i = phi i64 [ 0, %for_begin_ti168.preheader.preheader.i ], [ %indvars.iv.next1050.i, %for_end_ax2.i ]
@@ -3278,52 +3468,52 @@ for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for
   %1889 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1945, %for_end_ax2.i ]
   %1890 = shl nsw i64 %indvars.iv1049.i, 7
   %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
-  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !5
+  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !7
   %1893 = fmul <16 x float> %446, %1892
   %1894 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
-  store <16 x float> %1893, ptr %1894, align 4, !tbaa !5
+  store <16 x float> %1893, ptr %1894, align 4, !tbaa !7
   %1895 = or disjoint i64 %1890, 16
   %1896 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1895
-  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !5
+  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !7
   %1898 = fmul <16 x float> %446, %1897
   %1899 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
-  store <16 x float> %1898, ptr %1899, align 4, !tbaa !5
+  store <16 x float> %1898, ptr %1899, align 4, !tbaa !7
   %1900 = or disjoint i64 %1890, 32
   %1901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1900
-  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !5
+  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !7
   %1903 = fmul <16 x float> %446, %1902
   %1904 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1900
-  store <16 x float> %1903, ptr %1904, align 4, !tbaa !5
+  store <16 x float> %1903, ptr %1904, align 4, !tbaa !7
   %1905 = or disjoint i64 %1890, 48
   %1906 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1905
-  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
+  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !7
   %1908 = fmul <16 x float> %446, %1907
   %1909 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1905
-  store <16 x float> %1908, ptr %1909, align 4, !tbaa !5
+  store <16 x float> %1908, ptr %1909, align 4, !tbaa !7
   %1910 = or disjoint i64 %1890, 64
   %1911 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1910
-  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !5
+  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !7
   %1913 = fmul <16 x float> %446, %1912
   %1914 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1910
-  store <16 x float> %1913, ptr %1914, align 4, !tbaa !5
+  store <16 x float> %1913, ptr %1914, align 4, !tbaa !7
   %1915 = or disjoint i64 %1890, 80
   %1916 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1915
-  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !5
+  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !7
   %1918 = fmul <16 x float> %446, %1917
   %1919 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1915
-  store <16 x float> %1918, ptr %1919, align 4, !tbaa !5
+  store <16 x float> %1918, ptr %1919, align 4, !tbaa !7
   %1920 = or disjoint i64 %1890, 96
   %1921 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1920
-  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !5
+  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !7
   %1923 = fmul <16 x float> %446, %1922
   %1924 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1920
-  store <16 x float> %1923, ptr %1924, align 4, !tbaa !5
+  store <16 x float> %1923, ptr %1924, align 4, !tbaa !7
   %1925 = or disjoint i64 %1890, 112
   %1926 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1925
-  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !5
+  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !7
   %1928 = fmul <16 x float> %446, %1927
   %1929 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1925
-  store <16 x float> %1928, ptr %1929, align 4, !tbaa !5
+  store <16 x float> %1928, ptr %1929, align 4, !tbaa !7
   %1930 = fcmp ogt <16 x float> %1886, %1893
   %1931 = select <16 x i1> %1930, <16 x float> %1886, <16 x float> %1893
   %1932 = fcmp ogt <16 x float> %1887, %1898
@@ -3342,7 +3532,7 @@ for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for
   %1945 = select <16 x i1> %1944, <16 x float> %1937, <16 x float> %1928
   %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
   %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1050.i, %wide.trip.count1052.i
-  br i1 %exitcond1053.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !13
+  br i1 %exitcond1053.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !10
 
 for_begin_ti186.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
   %.idx1256.i = shl nsw i64 %1466, 6
@@ -3361,116 +3551,116 @@ for_begin_ti186.preheader.i:                      ; preds = %for_begin_ti186.pre
   %1953 = add i32 %1948, %1952
   %1954 = sext i32 %1951 to i64
   %1955 = getelementptr inbounds float, ptr %scores.i, i64 %1954
-  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !5
+  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !7
   %1957 = fmul <16 x float> %446, %1956
-  %1958 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1958 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %1959 = insertelement <16 x i32> poison, i32 %1953, i64 0
   %1960 = shufflevector <16 x i32> %1959, <16 x i32> poison, <16 x i32> zeroinitializer
   %1961 = icmp slt <16 x i32> %1960, %1958
   %1962 = select <16 x i1> %1961, <16 x float> %1957, <16 x float> splat (float 0xFFF0000000000000)
   %1963 = getelementptr inbounds float, ptr %scaled.i, i64 %1954
-  store <16 x float> %1962, ptr %1963, align 4, !tbaa !5
+  store <16 x float> %1962, ptr %1963, align 4, !tbaa !7
   %1964 = or disjoint i64 %1954, 16
   %1965 = getelementptr inbounds float, ptr %scores.i, i64 %1964
-  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
+  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !7
   %1967 = fmul <16 x float> %446, %1966
-  %1968 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1968 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %1969 = add i32 %1953, 1
   %1970 = insertelement <16 x i32> poison, i32 %1969, i64 0
   %1971 = shufflevector <16 x i32> %1970, <16 x i32> poison, <16 x i32> zeroinitializer
   %1972 = icmp slt <16 x i32> %1971, %1968
   %1973 = select <16 x i1> %1972, <16 x float> %1967, <16 x float> splat (float 0xFFF0000000000000)
   %1974 = getelementptr inbounds float, ptr %scaled.i, i64 %1964
-  store <16 x float> %1973, ptr %1974, align 4, !tbaa !5
+  store <16 x float> %1973, ptr %1974, align 4, !tbaa !7
   %1975 = or disjoint i64 %1954, 32
   %1976 = getelementptr inbounds float, ptr %scores.i, i64 %1975
-  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !5
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !7
   %1978 = fmul <16 x float> %446, %1977
-  %1979 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1979 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %1980 = add i32 %1953, 2
   %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
   %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
   %1983 = icmp slt <16 x i32> %1982, %1979
   %1984 = select <16 x i1> %1983, <16 x float> %1978, <16 x float> splat (float 0xFFF0000000000000)
   %1985 = getelementptr inbounds float, ptr %scaled.i, i64 %1975
-  store <16 x float> %1984, ptr %1985, align 4, !tbaa !5
+  store <16 x float> %1984, ptr %1985, align 4, !tbaa !7
   %1986 = or disjoint i64 %1954, 48
   %1987 = getelementptr inbounds float, ptr %scores.i, i64 %1986
-  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !5
+  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !7
   %1989 = fmul <16 x float> %446, %1988
-  %1990 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %1990 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %1991 = add i32 %1953, 3
   %1992 = insertelement <16 x i32> poison, i32 %1991, i64 0
   %1993 = shufflevector <16 x i32> %1992, <16 x i32> poison, <16 x i32> zeroinitializer
   %1994 = icmp slt <16 x i32> %1993, %1990
   %1995 = select <16 x i1> %1994, <16 x float> %1989, <16 x float> splat (float 0xFFF0000000000000)
   %1996 = getelementptr inbounds float, ptr %scaled.i, i64 %1986
-  store <16 x float> %1995, ptr %1996, align 4, !tbaa !5
+  store <16 x float> %1995, ptr %1996, align 4, !tbaa !7
   %1997 = or disjoint i64 %1954, 64
   %1998 = getelementptr inbounds float, ptr %scores.i, i64 %1997
-  %1999 = load <16 x float>, ptr %1998, align 4, !tbaa !5
+  %1999 = load <16 x float>, ptr %1998, align 4, !tbaa !7
   %2000 = fmul <16 x float> %446, %1999
-  %2001 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2001 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %2002 = add i32 %1953, 4
   %2003 = insertelement <16 x i32> poison, i32 %2002, i64 0
   %2004 = shufflevector <16 x i32> %2003, <16 x i32> poison, <16 x i32> zeroinitializer
   %2005 = icmp slt <16 x i32> %2004, %2001
   %2006 = select <16 x i1> %2005, <16 x float> %2000, <16 x float> splat (float 0xFFF0000000000000)
   %2007 = getelementptr inbounds float, ptr %scaled.i, i64 %1997
-  store <16 x float> %2006, ptr %2007, align 4, !tbaa !5
+  store <16 x float> %2006, ptr %2007, align 4, !tbaa !7
   %2008 = or disjoint i64 %1954, 80
   %2009 = getelementptr inbounds float, ptr %scores.i, i64 %2008
-  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !5
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !7
   %2011 = fmul <16 x float> %446, %2010
-  %2012 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2012 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %2013 = add i32 %1953, 5
   %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
   %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
   %2016 = icmp slt <16 x i32> %2015, %2012
   %2017 = select <16 x i1> %2016, <16 x float> %2011, <16 x float> splat (float 0xFFF0000000000000)
   %2018 = getelementptr inbounds float, ptr %scaled.i, i64 %2008
-  store <16 x float> %2017, ptr %2018, align 4, !tbaa !5
+  store <16 x float> %2017, ptr %2018, align 4, !tbaa !7
   %2019 = or disjoint i64 %1954, 96
   %2020 = getelementptr inbounds float, ptr %scores.i, i64 %2019
-  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
+  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !7
   %2022 = fmul <16 x float> %446, %2021
-  %2023 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2023 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %2024 = add i32 %1953, 6
   %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
   %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
   %2027 = icmp slt <16 x i32> %2026, %2023
   %2028 = select <16 x i1> %2027, <16 x float> %2022, <16 x float> splat (float 0xFFF0000000000000)
   %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %2019
-  store <16 x float> %2028, ptr %2029, align 4, !tbaa !5
+  store <16 x float> %2028, ptr %2029, align 4, !tbaa !7
   %2030 = or disjoint i64 %1954, 112
   %2031 = getelementptr inbounds float, ptr %scores.i, i64 %2030
-  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !5
+  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !7
   %2033 = fmul <16 x float> %446, %2032
-  %2034 = load <16 x i32>, ptr %1946, align 4, !tbaa !5
+  %2034 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
   %2035 = add i32 %1953, 7
   %2036 = insertelement <16 x i32> poison, i32 %2035, i64 0
   %2037 = shufflevector <16 x i32> %2036, <16 x i32> poison, <16 x i32> zeroinitializer
   %2038 = icmp slt <16 x i32> %2037, %2034
   %2039 = select <16 x i1> %2038, <16 x float> %2033, <16 x float> splat (float 0xFFF0000000000000)
   %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %2030
-  store <16 x float> %2039, ptr %2040, align 4, !tbaa !5
+  store <16 x float> %2039, ptr %2040, align 4, !tbaa !7
   %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
   %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
-  br i1 %exitcond1066.not.i, label %for_end_to183.i, label %for_begin_ti186.preheader.i, !prof !13
+  br i1 %exitcond1066.not.i, label %for_end_to183.i, label %for_begin_ti186.preheader.i, !prof !10
 
 for_end_to183.i:                                  ; preds = %for_begin_ti186.preheader.i, %for_begin_ti_1.preheader.i
-  br i1 %143, label %if_then191.i, label %if_end192.i, !prof !8
+  br i1 %143, label %if_then191.i, label %if_end192.i, !prof !6
 
 if_then191.i:                                     ; preds = %for_end_to183.i
   %2041 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
   %2042 = icmp sgt i32 %1476, 0
-  br i1 %2042, label %for_body_r194.lr.ph.i, label %if_end192.i, !prof !3
+  br i1 %2042, label %for_body_r194.lr.ph.i, label %if_end192.i, !prof !32
 
 for_body_r194.lr.ph.i:                            ; preds = %if_then191.i
   %2043 = icmp sgt i32 %valid_len152.i, %791
   %2044 = zext nneg i32 %1474 to i64
   %2045 = shl nuw nsw i64 %2044, 2
-  br i1 %2043, label %for_body_r194.us.preheader.i, label %if_end192.i, !prof !3
+  br i1 %2043, label %for_body_r194.us.preheader.i, label %if_end192.i, !prof !32
 
 for_body_r194.us.preheader.i:                     ; preds = %for_body_r194.lr.ph.i
   %2046 = add i32 %indvars.iv251, %1469
@@ -3515,7 +3705,7 @@ for_body_r194.us.i:                               ; preds = %for_begin_c.for_end
   %2065 = add nuw nsw i64 %2045, %2064
   %2066 = mul nsw i64 %2065, %448
   %2067 = getelementptr i8, ptr %797, i64 %2066
-  br i1 %min.iters.check496, label %for_body_c.us.i.preheader, label %vector.scevcheck468, !prof !16
+  br i1 %min.iters.check496, label %for_body_c.us.i.preheader, label %vector.scevcheck468, !prof !9
 
 vector.scevcheck468:                              ; preds = %for_body_r194.us.i
   %2068 = add i64 %indvar, %736
@@ -3528,14 +3718,14 @@ vector.scevcheck468:                              ; preds = %for_body_r194.us.i
   %2074 = getelementptr i8, ptr %scevgep474, i64 %mul.result476
   %2075 = icmp ult ptr %2074, %scevgep474
   %2076 = or i1 %2075, %2073
-  br i1 %2076, label %for_body_c.us.i.preheader, label %vector.memcheck478, !prof !16
+  br i1 %2076, label %for_body_c.us.i.preheader, label %vector.memcheck478, !prof !9
 
 vector.memcheck478:                               ; preds = %vector.scevcheck468
   %scevgep484 = getelementptr i8, ptr %scevgep483, i64 %2066
   %bound0490 = icmp ult ptr %2067, %scevgep489
   %bound1491 = icmp ult ptr %scevgep485, %scevgep484
   %found.conflict492 = and i1 %bound0490, %bound1491
-  br i1 %found.conflict492, label %for_body_c.us.i.preheader, label %vector.ph497, !prof !16
+  br i1 %found.conflict492, label %for_body_c.us.i.preheader, label %vector.ph497, !prof !9
 
 vector.ph497:                                     ; preds = %vector.memcheck478
   %broadcast.splatinsert500 = insertelement <8 x i32> poison, i32 %r197799.us.i, i64 0
@@ -3546,33 +3736,33 @@ vector.body504:                                   ; preds = %vector.body504, %ve
   %index505 = phi i64 [ 0, %vector.ph497 ], [ %index.next509, %vector.body504 ]
   %vec.ind506 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph497 ], [ %vec.ind.next510, %vector.body504 ]
   %2077 = getelementptr i8, ptr %2067, i64 %index505
-  %wide.load507 = load <8 x i8>, ptr %2077, align 1, !tbaa !5, !alias.scope !47, !noalias !50
+  %wide.load507 = load <8 x i8>, ptr %2077, align 1, !tbaa !7, !alias.scope !42, !noalias !45
   %2078 = icmp ne <8 x i8> %wide.load507, zeroinitializer
   %2079 = add <8 x i32> %broadcast.splat503, %vec.ind506
   %2080 = shl <8 x i32> %2079, splat (i32 4)
   %2081 = add nsw <8 x i32> %2080, %broadcast.splat501
   %2082 = sext <8 x i32> %2081 to <8 x i64>
   %2083 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2082
-  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2083, <8 x i1> %2078, <8 x float> poison), !tbaa !5, !alias.scope !50
+  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2083, <8 x i1> %2078, <8 x float> poison), !tbaa !7, !alias.scope !45
   %predphi = select <8 x i1> %2078, <8 x float> %wide.masked.gather508, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2083, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !50
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2083, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !45
   %index.next509 = add nuw i64 %index505, 8
   %vec.ind.next510 = add <8 x i32> %vec.ind506, splat (i32 8)
   %2084 = icmp eq i64 %index.next509, %n.vec499
-  br i1 %2084, label %middle.block511, label %vector.body504, !prof !52, !llvm.loop !53
+  br i1 %2084, label %middle.block511, label %vector.body504, !prof !47, !llvm.loop !48
 
 middle.block511:                                  ; preds = %vector.body504
-  br i1 %cmp.n512, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !55
+  br i1 %cmp.n512, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !50
 
 for_body_c.us.i.preheader:                        ; preds = %middle.block511, %vector.memcheck478, %vector.scevcheck468, %for_body_r194.us.i
   %indvars.iv1067.i.ph = phi i64 [ 0, %vector.memcheck478 ], [ 0, %vector.scevcheck468 ], [ 0, %for_body_r194.us.i ], [ %n.vec499, %middle.block511 ]
-  br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+  br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !32
 
 for_body_c.us.i.prol:                             ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
   %indvars.iv1067.i.prol = phi i64 [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ], [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end200.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
   %2085 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i.prol
-  %2086 = load i8, ptr %2085, align 1, !tbaa !5
+  %2086 = load i8, ptr %2085, align 1, !tbaa !7
   %2087 = icmp eq i8 %2086, 0
   %2088 = trunc i64 %indvars.iv1067.i.prol to i32
   %.pre1216.i.prol = add i32 %791, %2088
@@ -3583,28 +3773,28 @@ for_body_c.us.i.prol:                             ; preds = %if_end200.us.i.prol
 
 if_else199.us.i.prol:                             ; preds = %for_body_c.us.i.prol
   %2089 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
-  %2090 = load float, ptr %2089, align 4, !tbaa !5
+  %2090 = load float, ptr %2089, align 4, !tbaa !7
   br label %if_end200.us.i.prol
 
 if_end200.us.i.prol:                              ; preds = %if_else199.us.i.prol, %for_body_c.us.i.prol
   %2091 = phi float [ %2090, %if_else199.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
   %2092 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
-  store float %2091, ptr %2092, align 4, !tbaa !5
+  store float %2091, ptr %2092, align 4, !tbaa !7
   %indvars.iv.next1068.i.prol = add nuw nsw i64 %indvars.iv1067.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !56, !llvm.loop !57
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !51, !llvm.loop !52
 
 for_body_c.us.i.prol.loopexit:                    ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
   %indvars.iv1067.i.unr = phi i64 [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ]
   %2093 = sub nsw i64 %indvars.iv1067.i.ph, %2056
   %2094 = icmp ugt i64 %2093, -4
-  br i1 %2094, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+  br i1 %2094, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !9
 
 for_body_c.us.i:                                  ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit
   %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i.3, %if_end200.us.i.3 ], [ %indvars.iv1067.i.unr, %for_body_c.us.i.prol.loopexit ]
   %2095 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i
-  %2096 = load i8, ptr %2095, align 1, !tbaa !5
+  %2096 = load i8, ptr %2095, align 1, !tbaa !7
   %2097 = icmp eq i8 %2096, 0
   %2098 = trunc i64 %indvars.iv1067.i to i32
   %.pre1216.i = add i32 %791, %2098
@@ -3615,16 +3805,16 @@ for_body_c.us.i:                                  ; preds = %if_end200.us.i.3, %
 
 if_else199.us.i:                                  ; preds = %for_body_c.us.i
   %2099 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
-  %2100 = load float, ptr %2099, align 4, !tbaa !5
+  %2100 = load float, ptr %2099, align 4, !tbaa !7
   br label %if_end200.us.i
 
 if_end200.us.i:                                   ; preds = %if_else199.us.i, %for_body_c.us.i
   %2101 = phi float [ %2100, %if_else199.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
   %2102 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
-  store float %2101, ptr %2102, align 4, !tbaa !5
+  store float %2101, ptr %2102, align 4, !tbaa !7
   %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
   %2103 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i
-  %2104 = load i8, ptr %2103, align 1, !tbaa !5
+  %2104 = load i8, ptr %2103, align 1, !tbaa !7
   %2105 = icmp eq i8 %2104, 0
   %2106 = trunc i64 %indvars.iv.next1068.i to i32
   %.pre1216.i.1 = add i32 %791, %2106
@@ -3635,16 +3825,16 @@ if_end200.us.i:                                   ; preds = %if_else199.us.i, %f
 
 if_else199.us.i.1:                                ; preds = %if_end200.us.i
   %2107 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
-  %2108 = load float, ptr %2107, align 4, !tbaa !5
+  %2108 = load float, ptr %2107, align 4, !tbaa !7
   br label %if_end200.us.i.1
 
 if_end200.us.i.1:                                 ; preds = %if_else199.us.i.1, %if_end200.us.i
   %2109 = phi float [ %2108, %if_else199.us.i.1 ], [ 0xFFF0000000000000, %if_end200.us.i ]
   %2110 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
-  store float %2109, ptr %2110, align 4, !tbaa !5
+  store float %2109, ptr %2110, align 4, !tbaa !7
   %indvars.iv.next1068.i.1 = add nuw nsw i64 %indvars.iv1067.i, 2
   %2111 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.1
-  %2112 = load i8, ptr %2111, align 1, !tbaa !5
+  %2112 = load i8, ptr %2111, align 1, !tbaa !7
   %2113 = icmp eq i8 %2112, 0
   %2114 = trunc i64 %indvars.iv.next1068.i.1 to i32
   %.pre1216.i.2 = add i32 %791, %2114
@@ -3655,16 +3845,16 @@ if_end200.us.i.1:                                 ; preds = %if_else199.us.i.1, 
 
 if_else199.us.i.2:                                ; preds = %if_end200.us.i.1
   %2115 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  %2116 = load float, ptr %2115, align 4, !tbaa !7
   br label %if_end200.us.i.2
 
 if_end200.us.i.2:                                 ; preds = %if_else199.us.i.2, %if_end200.us.i.1
   %2117 = phi float [ %2116, %if_else199.us.i.2 ], [ 0xFFF0000000000000, %if_end200.us.i.1 ]
   %2118 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
-  store float %2117, ptr %2118, align 4, !tbaa !5
+  store float %2117, ptr %2118, align 4, !tbaa !7
   %indvars.iv.next1068.i.2 = add nuw nsw i64 %indvars.iv1067.i, 3
   %2119 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.2
-  %2120 = load i8, ptr %2119, align 1, !tbaa !5
+  %2120 = load i8, ptr %2119, align 1, !tbaa !7
   %2121 = icmp eq i8 %2120, 0
   %2122 = trunc i64 %indvars.iv.next1068.i.2 to i32
   %.pre1216.i.3 = add i32 %791, %2122
@@ -3675,25 +3865,25 @@ if_end200.us.i.2:                                 ; preds = %if_else199.us.i.2, 
 
 if_else199.us.i.3:                                ; preds = %if_end200.us.i.2
   %2123 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
-  %2124 = load float, ptr %2123, align 4, !tbaa !5
+  %2124 = load float, ptr %2123, align 4, !tbaa !7
   br label %if_end200.us.i.3
 
 if_end200.us.i.3:                                 ; preds = %if_else199.us.i.3, %if_end200.us.i.2
   %2125 = phi float [ %2124, %if_else199.us.i.3 ], [ 0xFFF0000000000000, %if_end200.us.i.2 ]
   %2126 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
-  store float %2125, ptr %2126, align 4, !tbaa !5
+  store float %2125, ptr %2126, align 4, !tbaa !7
   %indvars.iv.next1068.i.3 = add nuw nsw i64 %indvars.iv1067.i, 4
   %exitcond.not.3 = icmp eq i64 %indvars.iv.next1068.i.3, %2048
-  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !59, !llvm.loop !60
+  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !54, !llvm.loop !55
 
 for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block511
   %2127 = add nuw nsw i32 %r197799.us.i, 1
   %2128 = icmp slt i32 %2127, %2041
   %indvar.next = add i64 %indvar, 1
-  br i1 %2128, label %for_body_r194.us.i, label %if_end192.i, !prof !61
+  br i1 %2128, label %for_body_r194.us.i, label %if_end192.i, !prof !56
 
 if_end192.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.lr.ph.i, %if_then191.i, %for_end_to183.i
-  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1206.preheader.i, !prof !3
+  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1206.preheader.i, !prof !32
 
 for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end192.i
   %wide.trip.count1076.i = zext nneg i32 %1884 to i64
@@ -3718,7 +3908,7 @@ for_begin_ti_1206.preheader.i:                    ; preds = %for_begin_ti_0.preh
   %2140 = insertelement <16 x i1> poison, i1 %2139, i64 0
   %2141 = shufflevector <16 x i1> %2140, <16 x i1> poison, <16 x i32> zeroinitializer
   %2142 = select <16 x i1> %2141, <16 x float> %2138, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %1485, label %for_begin_ti216.preheader.lr.ph.i, label %for_end_to213.i, !prof !3
+  br i1 %1485, label %for_begin_ti216.preheader.lr.ph.i, label %for_end_to213.i, !prof !32
 
 for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
   %indvars.iv1073.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1074.i, %for_begin_ti_0.preheader.i ]
@@ -3731,44 +3921,44 @@ for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preh
   %2149 = shl i32 %2148, 7
   %2150 = sext i32 %2149 to i64
   %2151 = getelementptr inbounds float, ptr %scaled.i, i64 %2150
-  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
+  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !7
   %2153 = fcmp ogt <16 x float> %2143, %2152
   %2154 = select <16 x i1> %2153, <16 x float> %2143, <16 x float> %2152
   %2155 = getelementptr i8, ptr %2151, i64 64
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
+  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !7
   %2157 = fcmp ogt <16 x float> %2144, %2156
   %2158 = select <16 x i1> %2157, <16 x float> %2144, <16 x float> %2156
   %2159 = getelementptr i8, ptr %2151, i64 128
-  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !5
+  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !7
   %2161 = fcmp ogt <16 x float> %2145, %2160
   %2162 = select <16 x i1> %2161, <16 x float> %2145, <16 x float> %2160
   %2163 = getelementptr i8, ptr %2151, i64 192
-  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !5
+  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !7
   %2165 = fcmp ogt <16 x float> %2146, %2164
   %2166 = select <16 x i1> %2165, <16 x float> %2146, <16 x float> %2164
   %2167 = getelementptr i8, ptr %2151, i64 256
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
+  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !7
   %2169 = fcmp ogt <16 x float> %2154, %2168
   %2170 = select <16 x i1> %2169, <16 x float> %2154, <16 x float> %2168
   %2171 = getelementptr i8, ptr %2151, i64 320
-  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !5
+  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !7
   %2173 = fcmp ogt <16 x float> %2158, %2172
   %2174 = select <16 x i1> %2173, <16 x float> %2158, <16 x float> %2172
   %2175 = getelementptr i8, ptr %2151, i64 384
-  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !5
+  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !7
   %2177 = fcmp ogt <16 x float> %2162, %2176
   %2178 = select <16 x i1> %2177, <16 x float> %2162, <16 x float> %2176
   %2179 = getelementptr i8, ptr %2151, i64 448
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
+  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !7
   %2181 = fcmp ogt <16 x float> %2166, %2180
   %2182 = select <16 x i1> %2181, <16 x float> %2166, <16 x float> %2180
   %indvars.iv.next1074.i = add nuw nsw i64 %indvars.iv1073.i, 1
   %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1074.i, %wide.trip.count1076.i
-  br i1 %exitcond1077.not.i, label %for_begin_ti_1206.preheader.i, label %for_begin_ti_0.preheader.i, !prof !13
+  br i1 %exitcond1077.not.i, label %for_begin_ti_1206.preheader.i, label %for_begin_ti_0.preheader.i, !prof !10
 
 for_begin_ti216.preheader.lr.ph.i:                ; preds = %for_begin_ti_1206.preheader.i
   %2183 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1254.i
-  %2184 = load <16 x i32>, ptr %2183, align 4, !tbaa !5
+  %2184 = load <16 x i32>, ptr %2183, align 4, !tbaa !7
   %2185 = sitofp <16 x i32> %2184 to <16 x float>
   %2186 = fsub <16 x float> splat (float 0x4168000FE0000000), %2185
   %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
@@ -3780,7 +3970,7 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %tile_sum554.sroa.0.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti216.preheader.lr.ph.i ], [ %.us-phi821.i, %for_end_ax0.i ]
   %2188 = shl nsw i64 %indvars.iv1090.i, 7
   %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
-  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !5
+  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !7
   %arg.i = fsub <16 x float> %2190, %2142
   %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.i = bitcast <16 x float> %2191 to <16 x i32>
@@ -3802,10 +3992,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2206 = fcmp olt <16 x float> %arg.i, %2187
   %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
   %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
+  store <16 x float> %2207, ptr %2208, align 4, !tbaa !7
   %2209 = or disjoint i64 %2188, 16
   %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !5
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !7
   %arg.1.i = fsub <16 x float> %2211, %2142
   %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.1.i = bitcast <16 x float> %2212 to <16 x i32>
@@ -3827,10 +4017,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2227 = fcmp olt <16 x float> %arg.1.i, %2187
   %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
   %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
+  store <16 x float> %2228, ptr %2229, align 4, !tbaa !7
   %2230 = or disjoint i64 %2188, 32
   %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
-  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
+  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !7
   %arg.2.i = fsub <16 x float> %2232, %2142
   %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.2.i = bitcast <16 x float> %2233 to <16 x i32>
@@ -3852,10 +4042,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2248 = fcmp olt <16 x float> %arg.2.i, %2187
   %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
   %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
-  store <16 x float> %2249, ptr %2250, align 4, !tbaa !5
+  store <16 x float> %2249, ptr %2250, align 4, !tbaa !7
   %2251 = or disjoint i64 %2188, 48
   %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
-  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
+  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !7
   %arg.3.i = fsub <16 x float> %2253, %2142
   %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.3.i = bitcast <16 x float> %2254 to <16 x i32>
@@ -3877,10 +4067,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2269 = fcmp olt <16 x float> %arg.3.i, %2187
   %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
   %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
-  store <16 x float> %2270, ptr %2271, align 4, !tbaa !5
+  store <16 x float> %2270, ptr %2271, align 4, !tbaa !7
   %2272 = or disjoint i64 %2188, 64
   %2273 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2272
-  %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !5
+  %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !7
   %arg.4.i = fsub <16 x float> %2274, %2142
   %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.4.i = bitcast <16 x float> %2275 to <16 x i32>
@@ -3902,10 +4092,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2290 = fcmp olt <16 x float> %arg.4.i, %2187
   %2291 = select <16 x i1> %2290, <16 x float> zeroinitializer, <16 x float> %2289
   %2292 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2272
-  store <16 x float> %2291, ptr %2292, align 4, !tbaa !5
+  store <16 x float> %2291, ptr %2292, align 4, !tbaa !7
   %2293 = or disjoint i64 %2188, 80
   %2294 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2293
-  %2295 = load <16 x float>, ptr %2294, align 4, !tbaa !5
+  %2295 = load <16 x float>, ptr %2294, align 4, !tbaa !7
   %arg.5.i = fsub <16 x float> %2295, %2142
   %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.5.i = bitcast <16 x float> %2296 to <16 x i32>
@@ -3927,10 +4117,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2311 = fcmp olt <16 x float> %arg.5.i, %2187
   %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
   %2313 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2293
-  store <16 x float> %2312, ptr %2313, align 4, !tbaa !5
+  store <16 x float> %2312, ptr %2313, align 4, !tbaa !7
   %2314 = or disjoint i64 %2188, 96
   %2315 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2314
-  %2316 = load <16 x float>, ptr %2315, align 4, !tbaa !5
+  %2316 = load <16 x float>, ptr %2315, align 4, !tbaa !7
   %arg.6.i = fsub <16 x float> %2316, %2142
   %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.6.i = bitcast <16 x float> %2317 to <16 x i32>
@@ -3952,10 +4142,10 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2332 = fcmp olt <16 x float> %arg.6.i, %2187
   %2333 = select <16 x i1> %2332, <16 x float> zeroinitializer, <16 x float> %2331
   %2334 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
-  store <16 x float> %2333, ptr %2334, align 4, !tbaa !5
+  store <16 x float> %2333, ptr %2334, align 4, !tbaa !7
   %2335 = or disjoint i64 %2188, 112
   %2336 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2335
-  %2337 = load <16 x float>, ptr %2336, align 4, !tbaa !5
+  %2337 = load <16 x float>, ptr %2336, align 4, !tbaa !7
   %arg.7.i = fsub <16 x float> %2337, %2142
   %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
   %bits.7.i = bitcast <16 x float> %2338 to <16 x i32>
@@ -3977,17 +4167,17 @@ for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for
   %2353 = fcmp olt <16 x float> %arg.7.i, %2187
   %2354 = select <16 x i1> %2353, <16 x float> zeroinitializer, <16 x float> %2352
   %2355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2335
-  store <16 x float> %2354, ptr %2355, align 4, !tbaa !5
+  store <16 x float> %2354, ptr %2355, align 4, !tbaa !7
   %2356 = icmp samesign ult i64 %indvars.iv1090.i, 16
-  br i1 %2356, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !8
+  br i1 %2356, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !6
 
 for_end_to213.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1206.preheader.i
   %tile_sum554.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1206.preheader.i ], [ %.us-phi821.i, %for_end_ax0.i ]
   %2357 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1254.i
-  %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !5
+  %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !7
   %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2358
   %2359 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1254.i
-  %2360 = load <16 x float>, ptr %2359, align 4, !tbaa !5
+  %2360 = load <16 x float>, ptr %2359, align 4, !tbaa !7
   %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2360
   %2361 = fcmp ogt <16 x float> %old_max.i, %2142
   %2362 = fcmp oeq <16 x float> %tile_sum554.sroa.0.0.lcssa.i, zeroinitializer
@@ -4041,9 +4231,9 @@ for_end_to213.i:                                  ; preds = %for_end_ax0.i, %for
   %2407 = select <16 x i1> %2406, <16 x float> %2405, <16 x float> zeroinitializer
   %2408 = fmul <16 x float> %old_sum.i, %2386
   %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_sum554.sroa.0.0.lcssa.i, <16 x float> %2408)
-  store <16 x float> %m.i, ptr %2357, align 4, !tbaa !5
-  store <16 x float> %2409, ptr %2359, align 4, !tbaa !5
-  br i1 %1885, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !3
+  store <16 x float> %m.i, ptr %2357, align 4, !tbaa !7
+  store <16 x float> %2409, ptr %2359, align 4, !tbaa !7
+  br i1 %1885, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !32
 
 for_begin_ti260.preheader.lr.ph.i:                ; preds = %for_end_to213.i
   %2410 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1254.i
@@ -4067,7 +4257,7 @@ for_end_ax0.i:                                    ; preds = %for_body_ax0.us.pre
   %.us-phi821.i = phi <16 x float> [ %2420, %for_body_ax0.us.preheader.i ], [ %tile_sum554.sroa.0.0822.i, %for_begin_ti216.preheader.i ]
   %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
   %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, %wide.trip.count1093.i
-  br i1 %exitcond1094.not.i, label %for_end_to213.i, label %for_begin_ti216.preheader.i, !prof !13
+  br i1 %exitcond1094.not.i, label %for_end_to213.i, label %for_begin_ti216.preheader.i, !prof !10
 
 for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.preheader.i, %for_begin_ti260.preheader.lr.ph.i
   %indvars.iv1099.i = phi i64 [ 0, %for_begin_ti260.preheader.lr.ph.i ], [ %indvars.iv.next1100.i, %for_begin_ti260.preheader.i ]
@@ -4077,86 +4267,86 @@ for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.pre
   %2423 = add i32 %num_full.i, %indvars.iv1099.tr.i
   %2424 = shl i32 %2423, 7
   %2425 = sext i32 %2424 to i64
-  %2426 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  %2426 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2427 = insertelement <16 x i32> poison, i32 %2422, i64 0
   %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
   %2429 = icmp slt <16 x i32> %2428, %2426
   %2430 = sext <16 x i1> %2429 to <16 x i32>
   %2431 = getelementptr inbounds i32, ptr %edges.i, i64 %2425
-  store <16 x i32> %2430, ptr %2431, align 4, !tbaa !5
-  %2432 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2430, ptr %2431, align 4, !tbaa !7
+  %2432 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2433 = add i32 %2422, 1
   %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
   %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
   %2436 = icmp slt <16 x i32> %2435, %2432
   %2437 = sext <16 x i1> %2436 to <16 x i32>
   %2438 = getelementptr i8, ptr %2431, i64 64
-  store <16 x i32> %2437, ptr %2438, align 4, !tbaa !5
-  %2439 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2437, ptr %2438, align 4, !tbaa !7
+  %2439 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2440 = add i32 %2422, 2
   %2441 = insertelement <16 x i32> poison, i32 %2440, i64 0
   %2442 = shufflevector <16 x i32> %2441, <16 x i32> poison, <16 x i32> zeroinitializer
   %2443 = icmp slt <16 x i32> %2442, %2439
   %2444 = sext <16 x i1> %2443 to <16 x i32>
   %2445 = getelementptr i8, ptr %2431, i64 128
-  store <16 x i32> %2444, ptr %2445, align 4, !tbaa !5
-  %2446 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2444, ptr %2445, align 4, !tbaa !7
+  %2446 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2447 = add i32 %2422, 3
   %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
   %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
   %2450 = icmp slt <16 x i32> %2449, %2446
   %2451 = sext <16 x i1> %2450 to <16 x i32>
   %2452 = getelementptr i8, ptr %2431, i64 192
-  store <16 x i32> %2451, ptr %2452, align 4, !tbaa !5
-  %2453 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2451, ptr %2452, align 4, !tbaa !7
+  %2453 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2454 = add i32 %2422, 4
   %2455 = insertelement <16 x i32> poison, i32 %2454, i64 0
   %2456 = shufflevector <16 x i32> %2455, <16 x i32> poison, <16 x i32> zeroinitializer
   %2457 = icmp slt <16 x i32> %2456, %2453
   %2458 = sext <16 x i1> %2457 to <16 x i32>
   %2459 = getelementptr i8, ptr %2431, i64 256
-  store <16 x i32> %2458, ptr %2459, align 4, !tbaa !5
-  %2460 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2458, ptr %2459, align 4, !tbaa !7
+  %2460 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2461 = add i32 %2422, 5
   %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
   %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
   %2464 = icmp slt <16 x i32> %2463, %2460
   %2465 = sext <16 x i1> %2464 to <16 x i32>
   %2466 = getelementptr i8, ptr %2431, i64 320
-  store <16 x i32> %2465, ptr %2466, align 4, !tbaa !5
-  %2467 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2465, ptr %2466, align 4, !tbaa !7
+  %2467 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2468 = add i32 %2422, 6
   %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
   %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
   %2471 = icmp slt <16 x i32> %2470, %2467
   %2472 = sext <16 x i1> %2471 to <16 x i32>
   %2473 = getelementptr i8, ptr %2431, i64 384
-  store <16 x i32> %2472, ptr %2473, align 4, !tbaa !5
-  %2474 = load <16 x i32>, ptr %2410, align 4, !tbaa !5
+  store <16 x i32> %2472, ptr %2473, align 4, !tbaa !7
+  %2474 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
   %2475 = add i32 %2422, 7
   %2476 = insertelement <16 x i32> poison, i32 %2475, i64 0
   %2477 = shufflevector <16 x i32> %2476, <16 x i32> poison, <16 x i32> zeroinitializer
   %2478 = icmp slt <16 x i32> %2477, %2474
   %2479 = sext <16 x i1> %2478 to <16 x i32>
   %2480 = getelementptr i8, ptr %2431, i64 448
-  store <16 x i32> %2479, ptr %2480, align 4, !tbaa !5
+  store <16 x i32> %2479, ptr %2480, align 4, !tbaa !7
   %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
   %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1100.i, %wide.trip.count1102.i
-  br i1 %exitcond1103.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !13
+  br i1 %exitcond1103.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !10
 
 for_end_to257.i:                                  ; preds = %for_begin_ti260.preheader.i, %for_end_to213.i
-  br i1 %143, label %if_then265.i, label %if_end266.i, !prof !8
+  br i1 %143, label %if_then265.i, label %if_end266.i, !prof !6
 
 if_then265.i:                                     ; preds = %for_end_to257.i
   %2481 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
   %2482 = icmp sgt i32 %1476, 0
-  br i1 %2482, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !3
+  br i1 %2482, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !32
 
 for_body_r268.lr.ph.i:                            ; preds = %if_then265.i
   %2483 = icmp sgt i32 %valid_len152.i, %791
   %2484 = zext nneg i32 %1474 to i64
   %2485 = shl nuw nsw i64 %2484, 2
-  br i1 %2483, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !3
+  br i1 %2483, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !32
 
 for_body_r268.us.preheader.i:                     ; preds = %for_body_r268.lr.ph.i
   %2486 = add i32 %indvars.iv251, %1469
@@ -4196,21 +4386,21 @@ for_body_r268.us.i:                               ; preds = %for_begin_c272.for_
   %2503 = add nuw nsw i64 %2485, %2502
   %2504 = mul nsw i64 %2503, %448
   %2505 = getelementptr i8, ptr %797, i64 %2504
-  br i1 %min.iters.check455, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !16
+  br i1 %min.iters.check455, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !9
 
 vector.scevcheck:                                 ; preds = %for_body_r268.us.i
   %2506 = add i32 %748, %r271828.us.i
   %2507 = add i32 %2495, %r271828.us.i
   %2508 = icmp slt i32 %2507, %2506
   %2509 = or i1 %2508, %2496
-  br i1 %2509, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !16
+  br i1 %2509, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !9
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
   %scevgep449 = getelementptr i8, ptr %scevgep448, i64 %2504
   %bound0 = icmp ult ptr %2505, %scevgep454
   %bound1 = icmp ult ptr %scevgep450, %scevgep449
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph456, !prof !16
+  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph456, !prof !9
 
 vector.ph456:                                     ; preds = %vector.memcheck
   %broadcast.splatinsert459 = insertelement <8 x i32> poison, i32 %r271828.us.i, i64 0
@@ -4221,33 +4411,33 @@ vector.body463:                                   ; preds = %vector.body463, %ve
   %index464 = phi i64 [ 0, %vector.ph456 ], [ %index.next465, %vector.body463 ]
   %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph456 ], [ %vec.ind.next, %vector.body463 ]
   %2510 = getelementptr i8, ptr %2505, i64 %index464
-  %wide.load = load <8 x i8>, ptr %2510, align 1, !tbaa !5, !alias.scope !62, !noalias !65
+  %wide.load = load <8 x i8>, ptr %2510, align 1, !tbaa !7, !alias.scope !57, !noalias !60
   %2511 = icmp eq <8 x i8> %wide.load, zeroinitializer
   %2512 = add <8 x i32> %broadcast.splat462, %vec.ind
   %2513 = shl <8 x i32> %2512, splat (i32 4)
   %2514 = add nsw <8 x i32> %2513, %broadcast.splat460
   %2515 = sext <8 x i32> %2514 to <8 x i64>
   %2516 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2515
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2516, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !65
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2516, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !7, !alias.scope !60
   %2517 = select <8 x i1> %2511, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2517, <8 x ptr> align 4 %2516, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !65
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2517, <8 x ptr> align 4 %2516, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !60
   %index.next465 = add nuw i64 %index464, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
   %2518 = icmp eq i64 %index.next465, %n.vec458
-  br i1 %2518, label %middle.block466, label %vector.body463, !prof !52, !llvm.loop !67
+  br i1 %2518, label %middle.block466, label %vector.body463, !prof !47, !llvm.loop !62
 
 middle.block466:                                  ; preds = %vector.body463
-  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !55
+  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !50
 
 for_body_c273.us.i.preheader:                     ; preds = %middle.block466, %vector.memcheck, %vector.scevcheck, %for_body_r268.us.i
   %indvars.iv1104.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r268.us.i ], [ %n.vec458, %middle.block466 ]
-  br i1 %lcmp.mod617.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !3
+  br i1 %lcmp.mod617.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !32
 
 for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
   %indvars.iv1104.i.prol = phi i64 [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ], [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ]
   %prol.iter618 = phi i64 [ %prol.iter618.next, %for_body_c273.us.i.prol ], [ 0, %for_body_c273.us.i.preheader ]
   %2519 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i.prol
-  %2520 = load i8, ptr %2519, align 1, !tbaa !5
+  %2520 = load i8, ptr %2519, align 1, !tbaa !7
   %.not585.us.i.prol = icmp eq i8 %2520, 0
   %2521 = trunc i64 %indvars.iv1104.i.prol to i32
   %2522 = add i32 %791, %2521
@@ -4255,24 +4445,24 @@ for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.
   %2524 = add nsw i32 %2523, %r271828.us.i
   %2525 = sext i32 %2524 to i64
   %2526 = getelementptr inbounds i32, ptr %edges.i, i64 %2525
-  %2527 = load i32, ptr %2526, align 4, !tbaa !5
+  %2527 = load i32, ptr %2526, align 4, !tbaa !7
   %2528 = select i1 %.not585.us.i.prol, i32 0, i32 %2527
-  store i32 %2528, ptr %2526, align 4, !tbaa !5
+  store i32 %2528, ptr %2526, align 4, !tbaa !7
   %indvars.iv.next1105.i.prol = add nuw nsw i64 %indvars.iv1104.i.prol, 1
   %prol.iter618.next = add i64 %prol.iter618, 1
   %prol.iter618.cmp.not = icmp eq i64 %prol.iter618.next, %xtraiter616
-  br i1 %prol.iter618.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !56, !llvm.loop !68
+  br i1 %prol.iter618.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !51, !llvm.loop !63
 
 for_body_c273.us.i.prol.loopexit:                 ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
   %indvars.iv1104.i.unr = phi i64 [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ], [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ]
   %2529 = sub nsw i64 %indvars.iv1104.i.ph, %2488
   %2530 = icmp ugt i64 %2529, -4
-  br i1 %2530, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !16
+  br i1 %2530, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !9
 
 for_body_c273.us.i:                               ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit
   %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i.3, %for_body_c273.us.i ], [ %indvars.iv1104.i.unr, %for_body_c273.us.i.prol.loopexit ]
   %2531 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i
-  %2532 = load i8, ptr %2531, align 1, !tbaa !5
+  %2532 = load i8, ptr %2531, align 1, !tbaa !7
   %.not585.us.i = icmp eq i8 %2532, 0
   %2533 = trunc i64 %indvars.iv1104.i to i32
   %2534 = add i32 %791, %2533
@@ -4280,12 +4470,12 @@ for_body_c273.us.i:                               ; preds = %for_body_c273.us.i,
   %2536 = add nsw i32 %2535, %r271828.us.i
   %2537 = sext i32 %2536 to i64
   %2538 = getelementptr inbounds i32, ptr %edges.i, i64 %2537
-  %2539 = load i32, ptr %2538, align 4, !tbaa !5
+  %2539 = load i32, ptr %2538, align 4, !tbaa !7
   %2540 = select i1 %.not585.us.i, i32 0, i32 %2539
-  store i32 %2540, ptr %2538, align 4, !tbaa !5
+  store i32 %2540, ptr %2538, align 4, !tbaa !7
   %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
   %2541 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i
-  %2542 = load i8, ptr %2541, align 1, !tbaa !5
+  %2542 = load i8, ptr %2541, align 1, !tbaa !7
   %.not585.us.i.1 = icmp eq i8 %2542, 0
   %2543 = trunc i64 %indvars.iv.next1105.i to i32
   %2544 = add i32 %791, %2543
@@ -4293,12 +4483,12 @@ for_body_c273.us.i:                               ; preds = %for_body_c273.us.i,
   %2546 = add nsw i32 %2545, %r271828.us.i
   %2547 = sext i32 %2546 to i64
   %2548 = getelementptr inbounds i32, ptr %edges.i, i64 %2547
-  %2549 = load i32, ptr %2548, align 4, !tbaa !5
+  %2549 = load i32, ptr %2548, align 4, !tbaa !7
   %2550 = select i1 %.not585.us.i.1, i32 0, i32 %2549
-  store i32 %2550, ptr %2548, align 4, !tbaa !5
+  store i32 %2550, ptr %2548, align 4, !tbaa !7
   %indvars.iv.next1105.i.1 = add nuw nsw i64 %indvars.iv1104.i, 2
   %2551 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.1
-  %2552 = load i8, ptr %2551, align 1, !tbaa !5
+  %2552 = load i8, ptr %2551, align 1, !tbaa !7
   %.not585.us.i.2 = icmp eq i8 %2552, 0
   %2553 = trunc i64 %indvars.iv.next1105.i.1 to i32
   %2554 = add i32 %791, %2553
@@ -4306,12 +4496,12 @@ for_body_c273.us.i:                               ; preds = %for_body_c273.us.i,
   %2556 = add nsw i32 %2555, %r271828.us.i
   %2557 = sext i32 %2556 to i64
   %2558 = getelementptr inbounds i32, ptr %edges.i, i64 %2557
-  %2559 = load i32, ptr %2558, align 4, !tbaa !5
+  %2559 = load i32, ptr %2558, align 4, !tbaa !7
   %2560 = select i1 %.not585.us.i.2, i32 0, i32 %2559
-  store i32 %2560, ptr %2558, align 4, !tbaa !5
+  store i32 %2560, ptr %2558, align 4, !tbaa !7
   %indvars.iv.next1105.i.2 = add nuw nsw i64 %indvars.iv1104.i, 3
   %2561 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.2
-  %2562 = load i8, ptr %2561, align 1, !tbaa !5
+  %2562 = load i8, ptr %2561, align 1, !tbaa !7
   %.not585.us.i.3 = icmp eq i8 %2562, 0
   %2563 = trunc i64 %indvars.iv.next1105.i.2 to i32
   %2564 = add i32 %791, %2563
@@ -4319,17 +4509,17 @@ for_body_c273.us.i:                               ; preds = %for_body_c273.us.i,
   %2566 = add nsw i32 %2565, %r271828.us.i
   %2567 = sext i32 %2566 to i64
   %2568 = getelementptr inbounds i32, ptr %edges.i, i64 %2567
-  %2569 = load i32, ptr %2568, align 4, !tbaa !5
+  %2569 = load i32, ptr %2568, align 4, !tbaa !7
   %2570 = select i1 %.not585.us.i.3, i32 0, i32 %2569
-  store i32 %2570, ptr %2568, align 4, !tbaa !5
+  store i32 %2570, ptr %2568, align 4, !tbaa !7
   %indvars.iv.next1105.i.3 = add nuw nsw i64 %indvars.iv1104.i, 4
   %exitcond258.not.3 = icmp eq i64 %indvars.iv.next1105.i.3, %2488
-  br i1 %exitcond258.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !59, !llvm.loop !69
+  br i1 %exitcond258.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !54, !llvm.loop !64
 
 for_begin_c272.for_end_c274_crit_edge.us.i:       ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit, %middle.block466
   %2571 = add nuw nsw i32 %r271828.us.i, 1
   %2572 = icmp slt i32 %2571, %2481
-  br i1 %2572, label %for_body_r268.us.i, label %if_end266.i, !prof !61
+  br i1 %2572, label %for_body_r268.us.i, label %if_end266.i, !prof !56
 
 if_end266.i:                                      ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.lr.ph.i, %if_then265.i, %for_end_to257.i
   %factor.op.mul.reass.i = mul i32 %factor.op.mul890.i, %num_full.i
@@ -4354,7 +4544,7 @@ if_end266.i:                                      ; preds = %for_begin_c272.for_
 
 for_begin_to277.preheader.i:                      ; preds = %if_end314.i, %if_end266.i
   %indvars.iv1125.i = phi i64 [ 0, %if_end266.i ], [ %indvars.iv.next1126.i, %if_end314.i ]
-  br i1 %.not921.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !16
+  br i1 %.not921.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !9
 
 for_body_to278.lr.ph.i:                           ; preds = %for_begin_to277.preheader.i
   %2588 = mul nuw nsw i64 %indvars.iv1125.i, %2582
@@ -4376,7 +4566,7 @@ for_body_to278.i:                                 ; preds = %if_end283.i, %for_b
   %full_acc542.sroa.8.0850.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2921, %if_end283.i ]
   %full_acc542.sroa.4.0849.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2916, %if_end283.i ]
   %full_acc542.sroa.0.0848.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2911, %if_end283.i ]
-  br i1 %2575, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !8
+  br i1 %2575, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !6
 
 for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
   %2593 = add nuw nsw i64 %indvars.iv1115.i, %2588
@@ -4390,7 +4580,7 @@ for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
   %2601 = sext i32 %2600 to i64
   %2602 = getelementptr i64, ptr %value_offsets.i, i64 %2601
   %2603 = getelementptr i8, ptr %2602, i64 1024
-  %2604 = load i64, ptr %2603, align 8, !tbaa !5
+  %2604 = load i64, ptr %2603, align 8, !tbaa !7
   %2605 = shl i64 %2593, 5
   %2606 = and i64 %2605, 32
   %gep866.i = getelementptr i32, ptr %invariant.gep865.i, i64 %2604
@@ -4410,7 +4600,7 @@ for_end_to279.i:                                  ; preds = %if_end283.i, %for_b
   %full_acc542.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2936, %if_end283.i ]
   %full_acc542.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2941, %if_end283.i ]
   %full_acc542.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2946, %if_end283.i ]
-  br i1 %2574, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !3
+  br i1 %2574, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !32
 
 for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
   %indvars.iv1125.tr.i = trunc i64 %indvars.iv1125.i to i32
@@ -4427,345 +4617,345 @@ for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
 if_end283.i:                                      ; preds = %for_begin_line284.preheader.i, %for_body_to278.i
   %.idx86 = shl nsw i64 %indvars.iv1115.i, 9
   %2612 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx86
-  %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !5
+  %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !7
   %.idx87 = shl nsw i64 %indvars.iv1115.i, 12
   %gep169 = getelementptr inbounds nuw i8, ptr %invariant.gep168, i64 %.idx87
-  %2614 = load float, ptr %gep169, align 4, !tbaa !5
+  %2614 = load float, ptr %gep169, align 4, !tbaa !7
   %2615 = insertelement <16 x float> poison, float %2614, i64 0
   %2616 = shufflevector <16 x float> %2615, <16 x float> poison, <16 x i32> zeroinitializer
   %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2616, <16 x float> %full_acc542.sroa.0.0848.i)
   %2618 = getelementptr inbounds nuw i8, ptr %gep169, i64 64
-  %2619 = load float, ptr %2618, align 4, !tbaa !5
+  %2619 = load float, ptr %2618, align 4, !tbaa !7
   %2620 = insertelement <16 x float> poison, float %2619, i64 0
   %2621 = shufflevector <16 x float> %2620, <16 x float> poison, <16 x i32> zeroinitializer
   %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2621, <16 x float> %full_acc542.sroa.4.0849.i)
   %2623 = getelementptr inbounds nuw i8, ptr %gep169, i64 4
-  %2624 = load float, ptr %2623, align 4, !tbaa !5
+  %2624 = load float, ptr %2623, align 4, !tbaa !7
   %2625 = insertelement <16 x float> poison, float %2624, i64 0
   %2626 = shufflevector <16 x float> %2625, <16 x float> poison, <16 x i32> zeroinitializer
   %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2626, <16 x float> %full_acc542.sroa.8.0850.i)
   %2628 = getelementptr inbounds nuw i8, ptr %gep169, i64 68
-  %2629 = load float, ptr %2628, align 4, !tbaa !5
+  %2629 = load float, ptr %2628, align 4, !tbaa !7
   %2630 = insertelement <16 x float> poison, float %2629, i64 0
   %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
   %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2631, <16 x float> %full_acc542.sroa.12.0851.i)
   %2633 = getelementptr inbounds nuw i8, ptr %gep169, i64 8
-  %2634 = load float, ptr %2633, align 4, !tbaa !5
+  %2634 = load float, ptr %2633, align 4, !tbaa !7
   %2635 = insertelement <16 x float> poison, float %2634, i64 0
   %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
   %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2636, <16 x float> %full_acc542.sroa.16.0852.i)
   %2638 = getelementptr inbounds nuw i8, ptr %gep169, i64 72
-  %2639 = load float, ptr %2638, align 4, !tbaa !5
+  %2639 = load float, ptr %2638, align 4, !tbaa !7
   %2640 = insertelement <16 x float> poison, float %2639, i64 0
   %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
   %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2641, <16 x float> %full_acc542.sroa.20.0853.i)
   %2643 = getelementptr inbounds nuw i8, ptr %gep169, i64 12
-  %2644 = load float, ptr %2643, align 4, !tbaa !5
+  %2644 = load float, ptr %2643, align 4, !tbaa !7
   %2645 = insertelement <16 x float> poison, float %2644, i64 0
   %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
   %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2646, <16 x float> %full_acc542.sroa.24.0854.i)
   %2648 = getelementptr inbounds nuw i8, ptr %gep169, i64 76
-  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2649 = load float, ptr %2648, align 4, !tbaa !7
   %2650 = insertelement <16 x float> poison, float %2649, i64 0
   %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
   %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2651, <16 x float> %full_acc542.sroa.28.0855.i)
   %2653 = getelementptr inbounds nuw i8, ptr %2612, i64 64
-  %2654 = load <16 x float>, ptr %2653, align 4, !tbaa !5
+  %2654 = load <16 x float>, ptr %2653, align 4, !tbaa !7
   %2655 = getelementptr inbounds nuw i8, ptr %gep169, i64 512
-  %2656 = load float, ptr %2655, align 4, !tbaa !5
+  %2656 = load float, ptr %2655, align 4, !tbaa !7
   %2657 = insertelement <16 x float> poison, float %2656, i64 0
   %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
   %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2658, <16 x float> %2617)
   %2660 = getelementptr inbounds nuw i8, ptr %gep169, i64 576
-  %2661 = load float, ptr %2660, align 4, !tbaa !5
+  %2661 = load float, ptr %2660, align 4, !tbaa !7
   %2662 = insertelement <16 x float> poison, float %2661, i64 0
   %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
   %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2663, <16 x float> %2622)
   %2665 = getelementptr inbounds nuw i8, ptr %gep169, i64 516
-  %2666 = load float, ptr %2665, align 4, !tbaa !5
+  %2666 = load float, ptr %2665, align 4, !tbaa !7
   %2667 = insertelement <16 x float> poison, float %2666, i64 0
   %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
   %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2668, <16 x float> %2627)
   %2670 = getelementptr inbounds nuw i8, ptr %gep169, i64 580
-  %2671 = load float, ptr %2670, align 4, !tbaa !5
+  %2671 = load float, ptr %2670, align 4, !tbaa !7
   %2672 = insertelement <16 x float> poison, float %2671, i64 0
   %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
   %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2673, <16 x float> %2632)
   %2675 = getelementptr inbounds nuw i8, ptr %gep169, i64 520
-  %2676 = load float, ptr %2675, align 4, !tbaa !5
+  %2676 = load float, ptr %2675, align 4, !tbaa !7
   %2677 = insertelement <16 x float> poison, float %2676, i64 0
   %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
   %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2678, <16 x float> %2637)
   %2680 = getelementptr inbounds nuw i8, ptr %gep169, i64 584
-  %2681 = load float, ptr %2680, align 4, !tbaa !5
+  %2681 = load float, ptr %2680, align 4, !tbaa !7
   %2682 = insertelement <16 x float> poison, float %2681, i64 0
   %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
   %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2683, <16 x float> %2642)
   %2685 = getelementptr inbounds nuw i8, ptr %gep169, i64 524
-  %2686 = load float, ptr %2685, align 4, !tbaa !5
+  %2686 = load float, ptr %2685, align 4, !tbaa !7
   %2687 = insertelement <16 x float> poison, float %2686, i64 0
   %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
   %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2688, <16 x float> %2647)
   %2690 = getelementptr inbounds nuw i8, ptr %gep169, i64 588
-  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2691 = load float, ptr %2690, align 4, !tbaa !7
   %2692 = insertelement <16 x float> poison, float %2691, i64 0
   %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
   %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2693, <16 x float> %2652)
   %2695 = getelementptr inbounds nuw i8, ptr %2612, i64 128
-  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !5
+  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !7
   %2697 = getelementptr inbounds nuw i8, ptr %gep169, i64 1024
-  %2698 = load float, ptr %2697, align 4, !tbaa !5
+  %2698 = load float, ptr %2697, align 4, !tbaa !7
   %2699 = insertelement <16 x float> poison, float %2698, i64 0
   %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
   %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2700, <16 x float> %2659)
   %2702 = getelementptr inbounds nuw i8, ptr %gep169, i64 1088
-  %2703 = load float, ptr %2702, align 4, !tbaa !5
+  %2703 = load float, ptr %2702, align 4, !tbaa !7
   %2704 = insertelement <16 x float> poison, float %2703, i64 0
   %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
   %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2705, <16 x float> %2664)
   %2707 = getelementptr inbounds nuw i8, ptr %gep169, i64 1028
-  %2708 = load float, ptr %2707, align 4, !tbaa !5
+  %2708 = load float, ptr %2707, align 4, !tbaa !7
   %2709 = insertelement <16 x float> poison, float %2708, i64 0
   %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
   %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2710, <16 x float> %2669)
   %2712 = getelementptr inbounds nuw i8, ptr %gep169, i64 1092
-  %2713 = load float, ptr %2712, align 4, !tbaa !5
+  %2713 = load float, ptr %2712, align 4, !tbaa !7
   %2714 = insertelement <16 x float> poison, float %2713, i64 0
   %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
   %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2715, <16 x float> %2674)
   %2717 = getelementptr inbounds nuw i8, ptr %gep169, i64 1032
-  %2718 = load float, ptr %2717, align 4, !tbaa !5
+  %2718 = load float, ptr %2717, align 4, !tbaa !7
   %2719 = insertelement <16 x float> poison, float %2718, i64 0
   %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
   %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2720, <16 x float> %2679)
   %2722 = getelementptr inbounds nuw i8, ptr %gep169, i64 1096
-  %2723 = load float, ptr %2722, align 4, !tbaa !5
+  %2723 = load float, ptr %2722, align 4, !tbaa !7
   %2724 = insertelement <16 x float> poison, float %2723, i64 0
   %2725 = shufflevector <16 x float> %2724, <16 x float> poison, <16 x i32> zeroinitializer
   %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2725, <16 x float> %2684)
   %2727 = getelementptr inbounds nuw i8, ptr %gep169, i64 1036
-  %2728 = load float, ptr %2727, align 4, !tbaa !5
+  %2728 = load float, ptr %2727, align 4, !tbaa !7
   %2729 = insertelement <16 x float> poison, float %2728, i64 0
   %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
   %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2730, <16 x float> %2689)
   %2732 = getelementptr inbounds nuw i8, ptr %gep169, i64 1100
-  %2733 = load float, ptr %2732, align 4, !tbaa !5
+  %2733 = load float, ptr %2732, align 4, !tbaa !7
   %2734 = insertelement <16 x float> poison, float %2733, i64 0
   %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
   %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2735, <16 x float> %2694)
   %2737 = getelementptr inbounds nuw i8, ptr %2612, i64 192
-  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !5
+  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !7
   %2739 = getelementptr inbounds nuw i8, ptr %gep169, i64 1536
-  %2740 = load float, ptr %2739, align 4, !tbaa !5
+  %2740 = load float, ptr %2739, align 4, !tbaa !7
   %2741 = insertelement <16 x float> poison, float %2740, i64 0
   %2742 = shufflevector <16 x float> %2741, <16 x float> poison, <16 x i32> zeroinitializer
   %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2742, <16 x float> %2701)
   %2744 = getelementptr inbounds nuw i8, ptr %gep169, i64 1600
-  %2745 = load float, ptr %2744, align 4, !tbaa !5
+  %2745 = load float, ptr %2744, align 4, !tbaa !7
   %2746 = insertelement <16 x float> poison, float %2745, i64 0
   %2747 = shufflevector <16 x float> %2746, <16 x float> poison, <16 x i32> zeroinitializer
   %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2747, <16 x float> %2706)
   %2749 = getelementptr inbounds nuw i8, ptr %gep169, i64 1540
-  %2750 = load float, ptr %2749, align 4, !tbaa !5
+  %2750 = load float, ptr %2749, align 4, !tbaa !7
   %2751 = insertelement <16 x float> poison, float %2750, i64 0
   %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
   %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2752, <16 x float> %2711)
   %2754 = getelementptr inbounds nuw i8, ptr %gep169, i64 1604
-  %2755 = load float, ptr %2754, align 4, !tbaa !5
+  %2755 = load float, ptr %2754, align 4, !tbaa !7
   %2756 = insertelement <16 x float> poison, float %2755, i64 0
   %2757 = shufflevector <16 x float> %2756, <16 x float> poison, <16 x i32> zeroinitializer
   %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2757, <16 x float> %2716)
   %2759 = getelementptr inbounds nuw i8, ptr %gep169, i64 1544
-  %2760 = load float, ptr %2759, align 4, !tbaa !5
+  %2760 = load float, ptr %2759, align 4, !tbaa !7
   %2761 = insertelement <16 x float> poison, float %2760, i64 0
   %2762 = shufflevector <16 x float> %2761, <16 x float> poison, <16 x i32> zeroinitializer
   %2763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2762, <16 x float> %2721)
   %2764 = getelementptr inbounds nuw i8, ptr %gep169, i64 1608
-  %2765 = load float, ptr %2764, align 4, !tbaa !5
+  %2765 = load float, ptr %2764, align 4, !tbaa !7
   %2766 = insertelement <16 x float> poison, float %2765, i64 0
   %2767 = shufflevector <16 x float> %2766, <16 x float> poison, <16 x i32> zeroinitializer
   %2768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2767, <16 x float> %2726)
   %2769 = getelementptr inbounds nuw i8, ptr %gep169, i64 1548
-  %2770 = load float, ptr %2769, align 4, !tbaa !5
+  %2770 = load float, ptr %2769, align 4, !tbaa !7
   %2771 = insertelement <16 x float> poison, float %2770, i64 0
   %2772 = shufflevector <16 x float> %2771, <16 x float> poison, <16 x i32> zeroinitializer
   %2773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2772, <16 x float> %2731)
   %2774 = getelementptr inbounds nuw i8, ptr %gep169, i64 1612
-  %2775 = load float, ptr %2774, align 4, !tbaa !5
+  %2775 = load float, ptr %2774, align 4, !tbaa !7
   %2776 = insertelement <16 x float> poison, float %2775, i64 0
   %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
   %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2777, <16 x float> %2736)
   %2779 = getelementptr inbounds nuw i8, ptr %2612, i64 256
-  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !5
+  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !7
   %2781 = getelementptr inbounds nuw i8, ptr %gep169, i64 2048
-  %2782 = load float, ptr %2781, align 4, !tbaa !5
+  %2782 = load float, ptr %2781, align 4, !tbaa !7
   %2783 = insertelement <16 x float> poison, float %2782, i64 0
   %2784 = shufflevector <16 x float> %2783, <16 x float> poison, <16 x i32> zeroinitializer
   %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2784, <16 x float> %2743)
   %2786 = getelementptr inbounds nuw i8, ptr %gep169, i64 2112
-  %2787 = load float, ptr %2786, align 4, !tbaa !5
+  %2787 = load float, ptr %2786, align 4, !tbaa !7
   %2788 = insertelement <16 x float> poison, float %2787, i64 0
   %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
   %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2789, <16 x float> %2748)
   %2791 = getelementptr inbounds nuw i8, ptr %gep169, i64 2052
-  %2792 = load float, ptr %2791, align 4, !tbaa !5
+  %2792 = load float, ptr %2791, align 4, !tbaa !7
   %2793 = insertelement <16 x float> poison, float %2792, i64 0
   %2794 = shufflevector <16 x float> %2793, <16 x float> poison, <16 x i32> zeroinitializer
   %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2794, <16 x float> %2753)
   %2796 = getelementptr inbounds nuw i8, ptr %gep169, i64 2116
-  %2797 = load float, ptr %2796, align 4, !tbaa !5
+  %2797 = load float, ptr %2796, align 4, !tbaa !7
   %2798 = insertelement <16 x float> poison, float %2797, i64 0
   %2799 = shufflevector <16 x float> %2798, <16 x float> poison, <16 x i32> zeroinitializer
   %2800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2799, <16 x float> %2758)
   %2801 = getelementptr inbounds nuw i8, ptr %gep169, i64 2056
-  %2802 = load float, ptr %2801, align 4, !tbaa !5
+  %2802 = load float, ptr %2801, align 4, !tbaa !7
   %2803 = insertelement <16 x float> poison, float %2802, i64 0
   %2804 = shufflevector <16 x float> %2803, <16 x float> poison, <16 x i32> zeroinitializer
   %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2804, <16 x float> %2763)
   %2806 = getelementptr inbounds nuw i8, ptr %gep169, i64 2120
-  %2807 = load float, ptr %2806, align 4, !tbaa !5
+  %2807 = load float, ptr %2806, align 4, !tbaa !7
   %2808 = insertelement <16 x float> poison, float %2807, i64 0
   %2809 = shufflevector <16 x float> %2808, <16 x float> poison, <16 x i32> zeroinitializer
   %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2809, <16 x float> %2768)
   %2811 = getelementptr inbounds nuw i8, ptr %gep169, i64 2060
-  %2812 = load float, ptr %2811, align 4, !tbaa !5
+  %2812 = load float, ptr %2811, align 4, !tbaa !7
   %2813 = insertelement <16 x float> poison, float %2812, i64 0
   %2814 = shufflevector <16 x float> %2813, <16 x float> poison, <16 x i32> zeroinitializer
   %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2814, <16 x float> %2773)
   %2816 = getelementptr inbounds nuw i8, ptr %gep169, i64 2124
-  %2817 = load float, ptr %2816, align 4, !tbaa !5
+  %2817 = load float, ptr %2816, align 4, !tbaa !7
   %2818 = insertelement <16 x float> poison, float %2817, i64 0
   %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
   %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2819, <16 x float> %2778)
   %2821 = getelementptr inbounds nuw i8, ptr %2612, i64 320
-  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !5
+  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !7
   %2823 = getelementptr inbounds nuw i8, ptr %gep169, i64 2560
-  %2824 = load float, ptr %2823, align 4, !tbaa !5
+  %2824 = load float, ptr %2823, align 4, !tbaa !7
   %2825 = insertelement <16 x float> poison, float %2824, i64 0
   %2826 = shufflevector <16 x float> %2825, <16 x float> poison, <16 x i32> zeroinitializer
   %2827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2826, <16 x float> %2785)
   %2828 = getelementptr inbounds nuw i8, ptr %gep169, i64 2624
-  %2829 = load float, ptr %2828, align 4, !tbaa !5
+  %2829 = load float, ptr %2828, align 4, !tbaa !7
   %2830 = insertelement <16 x float> poison, float %2829, i64 0
   %2831 = shufflevector <16 x float> %2830, <16 x float> poison, <16 x i32> zeroinitializer
   %2832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2831, <16 x float> %2790)
   %2833 = getelementptr inbounds nuw i8, ptr %gep169, i64 2564
-  %2834 = load float, ptr %2833, align 4, !tbaa !5
+  %2834 = load float, ptr %2833, align 4, !tbaa !7
   %2835 = insertelement <16 x float> poison, float %2834, i64 0
   %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
   %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2836, <16 x float> %2795)
   %2838 = getelementptr inbounds nuw i8, ptr %gep169, i64 2628
-  %2839 = load float, ptr %2838, align 4, !tbaa !5
+  %2839 = load float, ptr %2838, align 4, !tbaa !7
   %2840 = insertelement <16 x float> poison, float %2839, i64 0
   %2841 = shufflevector <16 x float> %2840, <16 x float> poison, <16 x i32> zeroinitializer
   %2842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2841, <16 x float> %2800)
   %2843 = getelementptr inbounds nuw i8, ptr %gep169, i64 2568
-  %2844 = load float, ptr %2843, align 4, !tbaa !5
+  %2844 = load float, ptr %2843, align 4, !tbaa !7
   %2845 = insertelement <16 x float> poison, float %2844, i64 0
   %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
   %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2846, <16 x float> %2805)
   %2848 = getelementptr inbounds nuw i8, ptr %gep169, i64 2632
-  %2849 = load float, ptr %2848, align 4, !tbaa !5
+  %2849 = load float, ptr %2848, align 4, !tbaa !7
   %2850 = insertelement <16 x float> poison, float %2849, i64 0
   %2851 = shufflevector <16 x float> %2850, <16 x float> poison, <16 x i32> zeroinitializer
   %2852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2851, <16 x float> %2810)
   %2853 = getelementptr inbounds nuw i8, ptr %gep169, i64 2572
-  %2854 = load float, ptr %2853, align 4, !tbaa !5
+  %2854 = load float, ptr %2853, align 4, !tbaa !7
   %2855 = insertelement <16 x float> poison, float %2854, i64 0
   %2856 = shufflevector <16 x float> %2855, <16 x float> poison, <16 x i32> zeroinitializer
   %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2856, <16 x float> %2815)
   %2858 = getelementptr inbounds nuw i8, ptr %gep169, i64 2636
-  %2859 = load float, ptr %2858, align 4, !tbaa !5
+  %2859 = load float, ptr %2858, align 4, !tbaa !7
   %2860 = insertelement <16 x float> poison, float %2859, i64 0
   %2861 = shufflevector <16 x float> %2860, <16 x float> poison, <16 x i32> zeroinitializer
   %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2861, <16 x float> %2820)
   %2863 = getelementptr inbounds nuw i8, ptr %2612, i64 384
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !5
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !7
   %2865 = getelementptr inbounds nuw i8, ptr %gep169, i64 3072
-  %2866 = load float, ptr %2865, align 4, !tbaa !5
+  %2866 = load float, ptr %2865, align 4, !tbaa !7
   %2867 = insertelement <16 x float> poison, float %2866, i64 0
   %2868 = shufflevector <16 x float> %2867, <16 x float> poison, <16 x i32> zeroinitializer
   %2869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2868, <16 x float> %2827)
   %2870 = getelementptr inbounds nuw i8, ptr %gep169, i64 3136
-  %2871 = load float, ptr %2870, align 4, !tbaa !5
+  %2871 = load float, ptr %2870, align 4, !tbaa !7
   %2872 = insertelement <16 x float> poison, float %2871, i64 0
   %2873 = shufflevector <16 x float> %2872, <16 x float> poison, <16 x i32> zeroinitializer
   %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2873, <16 x float> %2832)
   %2875 = getelementptr inbounds nuw i8, ptr %gep169, i64 3076
-  %2876 = load float, ptr %2875, align 4, !tbaa !5
+  %2876 = load float, ptr %2875, align 4, !tbaa !7
   %2877 = insertelement <16 x float> poison, float %2876, i64 0
   %2878 = shufflevector <16 x float> %2877, <16 x float> poison, <16 x i32> zeroinitializer
   %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %2837)
   %2880 = getelementptr inbounds nuw i8, ptr %gep169, i64 3140
-  %2881 = load float, ptr %2880, align 4, !tbaa !5
+  %2881 = load float, ptr %2880, align 4, !tbaa !7
   %2882 = insertelement <16 x float> poison, float %2881, i64 0
   %2883 = shufflevector <16 x float> %2882, <16 x float> poison, <16 x i32> zeroinitializer
   %2884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2883, <16 x float> %2842)
   %2885 = getelementptr inbounds nuw i8, ptr %gep169, i64 3080
-  %2886 = load float, ptr %2885, align 4, !tbaa !5
+  %2886 = load float, ptr %2885, align 4, !tbaa !7
   %2887 = insertelement <16 x float> poison, float %2886, i64 0
   %2888 = shufflevector <16 x float> %2887, <16 x float> poison, <16 x i32> zeroinitializer
   %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2888, <16 x float> %2847)
   %2890 = getelementptr inbounds nuw i8, ptr %gep169, i64 3144
-  %2891 = load float, ptr %2890, align 4, !tbaa !5
+  %2891 = load float, ptr %2890, align 4, !tbaa !7
   %2892 = insertelement <16 x float> poison, float %2891, i64 0
   %2893 = shufflevector <16 x float> %2892, <16 x float> poison, <16 x i32> zeroinitializer
   %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2893, <16 x float> %2852)
   %2895 = getelementptr inbounds nuw i8, ptr %gep169, i64 3084
-  %2896 = load float, ptr %2895, align 4, !tbaa !5
+  %2896 = load float, ptr %2895, align 4, !tbaa !7
   %2897 = insertelement <16 x float> poison, float %2896, i64 0
   %2898 = shufflevector <16 x float> %2897, <16 x float> poison, <16 x i32> zeroinitializer
   %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2898, <16 x float> %2857)
   %2900 = getelementptr inbounds nuw i8, ptr %gep169, i64 3148
-  %2901 = load float, ptr %2900, align 4, !tbaa !5
+  %2901 = load float, ptr %2900, align 4, !tbaa !7
   %2902 = insertelement <16 x float> poison, float %2901, i64 0
   %2903 = shufflevector <16 x float> %2902, <16 x float> poison, <16 x i32> zeroinitializer
   %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2903, <16 x float> %2862)
   %2905 = getelementptr inbounds nuw i8, ptr %2612, i64 448
-  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !5
+  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !7
   %2907 = getelementptr inbounds nuw i8, ptr %gep169, i64 3584
-  %2908 = load float, ptr %2907, align 4, !tbaa !5
+  %2908 = load float, ptr %2907, align 4, !tbaa !7
   %2909 = insertelement <16 x float> poison, float %2908, i64 0
   %2910 = shufflevector <16 x float> %2909, <16 x float> poison, <16 x i32> zeroinitializer
   %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2910, <16 x float> %2869)
   %2912 = getelementptr inbounds nuw i8, ptr %gep169, i64 3648
-  %2913 = load float, ptr %2912, align 4, !tbaa !5
+  %2913 = load float, ptr %2912, align 4, !tbaa !7
   %2914 = insertelement <16 x float> poison, float %2913, i64 0
   %2915 = shufflevector <16 x float> %2914, <16 x float> poison, <16 x i32> zeroinitializer
   %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2915, <16 x float> %2874)
   %2917 = getelementptr inbounds nuw i8, ptr %gep169, i64 3588
-  %2918 = load float, ptr %2917, align 4, !tbaa !5
+  %2918 = load float, ptr %2917, align 4, !tbaa !7
   %2919 = insertelement <16 x float> poison, float %2918, i64 0
   %2920 = shufflevector <16 x float> %2919, <16 x float> poison, <16 x i32> zeroinitializer
   %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2920, <16 x float> %2879)
   %2922 = getelementptr inbounds nuw i8, ptr %gep169, i64 3652
-  %2923 = load float, ptr %2922, align 4, !tbaa !5
+  %2923 = load float, ptr %2922, align 4, !tbaa !7
   %2924 = insertelement <16 x float> poison, float %2923, i64 0
   %2925 = shufflevector <16 x float> %2924, <16 x float> poison, <16 x i32> zeroinitializer
   %2926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2925, <16 x float> %2884)
   %2927 = getelementptr inbounds nuw i8, ptr %gep169, i64 3592
-  %2928 = load float, ptr %2927, align 4, !tbaa !5
+  %2928 = load float, ptr %2927, align 4, !tbaa !7
   %2929 = insertelement <16 x float> poison, float %2928, i64 0
   %2930 = shufflevector <16 x float> %2929, <16 x float> poison, <16 x i32> zeroinitializer
   %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2930, <16 x float> %2889)
   %2932 = getelementptr inbounds nuw i8, ptr %gep169, i64 3656
-  %2933 = load float, ptr %2932, align 4, !tbaa !5
+  %2933 = load float, ptr %2932, align 4, !tbaa !7
   %2934 = insertelement <16 x float> poison, float %2933, i64 0
   %2935 = shufflevector <16 x float> %2934, <16 x float> poison, <16 x i32> zeroinitializer
   %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2935, <16 x float> %2894)
   %2937 = getelementptr inbounds nuw i8, ptr %gep169, i64 3596
-  %2938 = load float, ptr %2937, align 4, !tbaa !5
+  %2938 = load float, ptr %2937, align 4, !tbaa !7
   %2939 = insertelement <16 x float> poison, float %2938, i64 0
   %2940 = shufflevector <16 x float> %2939, <16 x float> poison, <16 x i32> zeroinitializer
   %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2940, <16 x float> %2899)
   %2942 = getelementptr inbounds nuw i8, ptr %gep169, i64 3660
-  %2943 = load float, ptr %2942, align 4, !tbaa !5
+  %2943 = load float, ptr %2942, align 4, !tbaa !7
   %2944 = insertelement <16 x float> poison, float %2943, i64 0
   %2945 = shufflevector <16 x float> %2944, <16 x float> poison, <16 x i32> zeroinitializer
   %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2945, <16 x float> %2904)
   %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
   %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1116.i, %2582
-  br i1 %exitcond1120.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !13
+  br i1 %exitcond1120.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !10
 
 for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %for_body_ti295.lr.ph.i
   %indvars.iv1121.i = phi i64 [ 0, %for_body_ti295.lr.ph.i ], [ %indvars.iv.next1122.i, %for_body_ti295.i ]
@@ -4780,61 +4970,61 @@ for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %
   %2947 = shl nsw i64 %indvars.iv1121.i, 4
   %2948 = add nuw nsw i64 %2947, %2579
   %2949 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2948
-  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
+  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !7
   %2951 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2948
-  %2952 = load <16 x i32>, ptr %2951, align 4, !tbaa !5
+  %2952 = load <16 x i32>, ptr %2951, align 4, !tbaa !7
   %.idx1259.i = shl nsw i64 %indvars.iv1121.i, 9
   %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1259.i
-  %2953 = load i32, ptr %gep1336.i, align 4, !tbaa !5
+  %2953 = load i32, ptr %gep1336.i, align 4, !tbaa !7
   %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
   %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
   %2956 = and <16 x i32> %2955, %2952
   %2957 = bitcast <16 x i32> %2956 to <16 x float>
   %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2957, <16 x float> %tile_acc543.sroa.0.0874.i)
   %2959 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 64
-  %2960 = load i32, ptr %2959, align 4, !tbaa !5
+  %2960 = load i32, ptr %2959, align 4, !tbaa !7
   %2961 = insertelement <16 x i32> poison, i32 %2960, i64 0
   %2962 = shufflevector <16 x i32> %2961, <16 x i32> poison, <16 x i32> zeroinitializer
   %2963 = and <16 x i32> %2962, %2952
   %2964 = bitcast <16 x i32> %2963 to <16 x float>
   %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2964, <16 x float> %tile_acc543.sroa.4.0873.i)
   %2966 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 4
-  %2967 = load i32, ptr %2966, align 4, !tbaa !5
+  %2967 = load i32, ptr %2966, align 4, !tbaa !7
   %2968 = insertelement <16 x i32> poison, i32 %2967, i64 0
   %2969 = shufflevector <16 x i32> %2968, <16 x i32> poison, <16 x i32> zeroinitializer
   %2970 = and <16 x i32> %2969, %2952
   %2971 = bitcast <16 x i32> %2970 to <16 x float>
   %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2971, <16 x float> %tile_acc543.sroa.9.0872.i)
   %2973 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 68
-  %2974 = load i32, ptr %2973, align 4, !tbaa !5
+  %2974 = load i32, ptr %2973, align 4, !tbaa !7
   %2975 = insertelement <16 x i32> poison, i32 %2974, i64 0
   %2976 = shufflevector <16 x i32> %2975, <16 x i32> poison, <16 x i32> zeroinitializer
   %2977 = and <16 x i32> %2976, %2952
   %2978 = bitcast <16 x i32> %2977 to <16 x float>
   %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2978, <16 x float> %tile_acc543.sroa.13.0871.i)
   %2980 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 8
-  %2981 = load i32, ptr %2980, align 4, !tbaa !5
+  %2981 = load i32, ptr %2980, align 4, !tbaa !7
   %2982 = insertelement <16 x i32> poison, i32 %2981, i64 0
   %2983 = shufflevector <16 x i32> %2982, <16 x i32> poison, <16 x i32> zeroinitializer
   %2984 = and <16 x i32> %2983, %2952
   %2985 = bitcast <16 x i32> %2984 to <16 x float>
   %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2985, <16 x float> %tile_acc543.sroa.18.0870.i)
   %2987 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 72
-  %2988 = load i32, ptr %2987, align 4, !tbaa !5
+  %2988 = load i32, ptr %2987, align 4, !tbaa !7
   %2989 = insertelement <16 x i32> poison, i32 %2988, i64 0
   %2990 = shufflevector <16 x i32> %2989, <16 x i32> poison, <16 x i32> zeroinitializer
   %2991 = and <16 x i32> %2990, %2952
   %2992 = bitcast <16 x i32> %2991 to <16 x float>
   %2993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2992, <16 x float> %tile_acc543.sroa.22.0869.i)
   %2994 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 12
-  %2995 = load i32, ptr %2994, align 4, !tbaa !5
+  %2995 = load i32, ptr %2994, align 4, !tbaa !7
   %2996 = insertelement <16 x i32> poison, i32 %2995, i64 0
   %2997 = shufflevector <16 x i32> %2996, <16 x i32> poison, <16 x i32> zeroinitializer
   %2998 = and <16 x i32> %2997, %2952
   %2999 = bitcast <16 x i32> %2998 to <16 x float>
   %3000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2999, <16 x float> %tile_acc543.sroa.27.0868.i)
   %3001 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 76
-  %3002 = load i32, ptr %3001, align 4, !tbaa !5
+  %3002 = load i32, ptr %3001, align 4, !tbaa !7
   %3003 = insertelement <16 x i32> poison, i32 %3002, i64 0
   %3004 = shufflevector <16 x i32> %3003, <16 x i32> poison, <16 x i32> zeroinitializer
   %3005 = and <16 x i32> %3004, %2952
@@ -4842,7 +5032,7 @@ for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %
   %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %3006, <16 x float> %tile_acc543.sroa.31.0875.i)
   %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
   %exitcond262.not = icmp eq i64 %indvars.iv.next1122.i, %smax261
-  br i1 %exitcond262.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !13
+  br i1 %exitcond262.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !10
 
 for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %for_end_to279.i
   %tile_acc543.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.24.0.lcssa.i, %for_end_to279.i ], [ %3000, %for_body_ti295.i ]
@@ -4856,69 +5046,69 @@ for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %
   %3008 = shl nuw nsw i64 %indvars.iv1125.i, 7
   %3009 = add nuw nsw i64 %3008, %2581
   %3010 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
-  br i1 %793, label %if_then313.i, label %if_end312.i, !prof !8
+  br i1 %793, label %if_then313.i, label %if_end312.i, !prof !6
 
 if_end312.i:                                      ; preds = %for_end_ti296.i
-  %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !5
+  %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !7
   %3012 = fmul <16 x float> %2386, %3011
   %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %3012)
-  store <16 x float> %3013, ptr %3010, align 4, !tbaa !5
+  store <16 x float> %3013, ptr %3010, align 4, !tbaa !7
   %3014 = getelementptr i8, ptr %3010, i64 64
-  %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !5
+  %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !7
   %3016 = fmul <16 x float> %2386, %3015
   %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %3016)
-  store <16 x float> %3017, ptr %3014, align 4, !tbaa !5
+  store <16 x float> %3017, ptr %3014, align 4, !tbaa !7
   %3018 = getelementptr i8, ptr %3010, i64 128
-  %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !5
+  %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !7
   %3020 = fmul <16 x float> %2386, %3019
   %3021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %3020)
-  store <16 x float> %3021, ptr %3018, align 4, !tbaa !5
+  store <16 x float> %3021, ptr %3018, align 4, !tbaa !7
   %3022 = getelementptr i8, ptr %3010, i64 192
-  %3023 = load <16 x float>, ptr %3022, align 4, !tbaa !5
+  %3023 = load <16 x float>, ptr %3022, align 4, !tbaa !7
   %3024 = fmul <16 x float> %2386, %3023
   %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %3024)
-  store <16 x float> %3025, ptr %3022, align 4, !tbaa !5
+  store <16 x float> %3025, ptr %3022, align 4, !tbaa !7
   %3026 = getelementptr i8, ptr %3010, i64 256
-  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !5
+  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !7
   %3028 = fmul <16 x float> %2386, %3027
   %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %3028)
-  store <16 x float> %3029, ptr %3026, align 4, !tbaa !5
+  store <16 x float> %3029, ptr %3026, align 4, !tbaa !7
   %3030 = getelementptr i8, ptr %3010, i64 320
-  %3031 = load <16 x float>, ptr %3030, align 4, !tbaa !5
+  %3031 = load <16 x float>, ptr %3030, align 4, !tbaa !7
   %3032 = fmul <16 x float> %2386, %3031
   %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %3032)
-  store <16 x float> %3033, ptr %3030, align 4, !tbaa !5
+  store <16 x float> %3033, ptr %3030, align 4, !tbaa !7
   %3034 = getelementptr i8, ptr %3010, i64 384
-  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !5
+  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !7
   %3036 = fmul <16 x float> %2386, %3035
   %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %3036)
-  store <16 x float> %3037, ptr %3034, align 4, !tbaa !5
+  store <16 x float> %3037, ptr %3034, align 4, !tbaa !7
   %.phi.trans.insert.i = getelementptr i8, ptr %3010, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
   %.pre1213.i = fmul <16 x float> %2386, %.pre.i
   br label %if_end314.i
 
 if_then313.i:                                     ; preds = %for_end_ti296.i
   %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3038, ptr %3010, align 4, !tbaa !5
+  store <16 x float> %3038, ptr %3010, align 4, !tbaa !7
   %3039 = getelementptr i8, ptr %3010, i64 64
   %3040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3040, ptr %3039, align 4, !tbaa !5
+  store <16 x float> %3040, ptr %3039, align 4, !tbaa !7
   %3041 = getelementptr i8, ptr %3010, i64 128
   %3042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3042, ptr %3041, align 4, !tbaa !5
+  store <16 x float> %3042, ptr %3041, align 4, !tbaa !7
   %3043 = getelementptr i8, ptr %3010, i64 192
   %3044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3044, ptr %3043, align 4, !tbaa !5
+  store <16 x float> %3044, ptr %3043, align 4, !tbaa !7
   %3045 = getelementptr i8, ptr %3010, i64 256
   %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3046, ptr %3045, align 4, !tbaa !5
+  store <16 x float> %3046, ptr %3045, align 4, !tbaa !7
   %3047 = getelementptr i8, ptr %3010, i64 320
   %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3048, ptr %3047, align 4, !tbaa !5
+  store <16 x float> %3048, ptr %3047, align 4, !tbaa !7
   %3049 = getelementptr i8, ptr %3010, i64 384
   %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3050, ptr %3049, align 4, !tbaa !5
+  store <16 x float> %3050, ptr %3049, align 4, !tbaa !7
   br label %if_end314.i
 
 if_end314.i:                                      ; preds = %if_then313.i, %if_end312.i
@@ -4926,66 +5116,66 @@ if_end314.i:                                      ; preds = %if_then313.i, %if_e
   %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
   %3052 = getelementptr i8, ptr %3051, i64 448
   %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %3053, ptr %3052, align 4, !tbaa !5
+  store <16 x float> %3053, ptr %3052, align 4, !tbaa !7
   %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
   %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1126.i, 16
-  br i1 %exitcond1128.not.i, label %if_end150.i, label %for_begin_to277.preheader.i, !prof !28
+  br i1 %exitcond1128.not.i, label %if_end150.i, label %for_begin_to277.preheader.i, !prof !22
 
 if_end316.i:                                      ; preds = %if_end150.i
-  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %edges.i)
   %.not582.i = icmp eq i32 %3055, 0
-  br i1 %.not582.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not582.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end319.i:                                      ; preds = %if_end316.i
-  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not583.i = icmp eq i32 %3057, 0
-  br i1 %.not583.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not583.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end322.i:                                      ; preds = %if_end319.i
-  %3058 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3058 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3059 = tail call i32 %3058(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not584.i = icmp eq i32 %3059, 0
-  br i1 %.not584.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not584.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end328.i:                                      ; preds = %for_end_row_tile.i
-  %3060 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3060 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3061 = tail call i32 %3060(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
   %.not580.i = icmp eq i32 %3061, 0
-  br i1 %.not580.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not580.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end334.i:                                      ; preds = %for_end_kv_head.i
-  %3062 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3062 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3063 = tail call i32 %3062(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not578.i = icmp eq i32 %3063, 0
-  br i1 %.not578.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not578.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !33
 
 for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
   %indvars.iv1148.i = phi i64 [ %indvars.iv.next1149.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
   %.idx1260.i = shl nsw i64 %indvars.iv1148.i, 4
   %3064 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1260.i
   %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 4
-  %3066 = load i32, ptr %3065, align 4, !tbaa !17
+  %3066 = load i32, ptr %3065, align 4, !tbaa !11
   %3067 = icmp slt i32 %709, %3066
-  br i1 %3067, label %if_then344.i, label %if_end345.i, !prof !8
+  br i1 %3067, label %if_then344.i, label %if_end345.i, !prof !6
 
 for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
-  %3068 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3068 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3069 = tail call i32 %3068(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not574.i = icmp eq i32 %3069, 0
-  br i1 %.not574.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not574.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !33
 
 if_then344.i:                                     ; preds = %for_body_tile340.i
   %3070 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1260.i
-  %old_max351.i = load <16 x float>, ptr %3070, align 4, !tbaa !5
+  %old_max351.i = load <16 x float>, ptr %3070, align 4, !tbaa !7
   %3071 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1260.i
-  %old_sum353.i = load <16 x float>, ptr %3071, align 4, !tbaa !5
+  %old_sum353.i = load <16 x float>, ptr %3071, align 4, !tbaa !7
   %3072 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1260.i
-  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !5
+  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !7
   %3074 = fcmp ogt <16 x float> %old_max351.i, %3073
   %3075 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1260.i
-  %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !5
+  %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !7
   %3077 = fcmp oeq <16 x float> %3076, zeroinitializer
   %3078 = select <16 x i1> %3077, <16 x i1> splat (i1 true), <16 x i1> %3074
   %old_or_both357.i = select <16 x i1> %3078, <16 x float> %old_max351.i, <16 x float> %3073
@@ -5037,8 +5227,8 @@ if_then344.i:                                     ; preds = %for_body_tile340.i
   %3122 = select <16 x i1> %3121, <16 x float> %3120, <16 x float> zeroinitializer
   %3123 = fmul <16 x float> %old_sum353.i, %3101
   %3124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3076, <16 x float> %3123)
-  store <16 x float> %m359.i, ptr %3070, align 4, !tbaa !5
-  store <16 x float> %3124, ptr %3071, align 4, !tbaa !5
+  store <16 x float> %m359.i, ptr %3070, align 4, !tbaa !7
+  store <16 x float> %3124, ptr %3071, align 4, !tbaa !7
   %3125 = shl i64 %indvars.iv1148.i, 11
   %3126 = and i64 %3125, 4294965248
   br label %for_body_d395.i
@@ -5046,64 +5236,64 @@ if_then344.i:                                     ; preds = %for_body_tile340.i
 if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
   %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
   %exitcond1152.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1151.i
-  br i1 %exitcond1152.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !13
+  br i1 %exitcond1152.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !10
 
 for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
   %indvars.iv1144.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1145.i.3, %for_body_d395.i ]
   %3127 = shl nuw nsw i64 %indvars.iv1144.i, 4
   %3128 = add nuw nsw i64 %3127, %3126
   %3129 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3128
-  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !5
+  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !7
   %3131 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3128
-  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !5
+  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !7
   %3133 = fmul <16 x float> %3101, %3132
   %3134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3130, <16 x float> %3133)
-  store <16 x float> %3134, ptr %3131, align 4, !tbaa !5
+  store <16 x float> %3134, ptr %3131, align 4, !tbaa !7
   %indvars.iv.next1145.i = shl i64 %indvars.iv1144.i, 4
   %3135 = or disjoint i64 %indvars.iv.next1145.i, 16
   %3136 = add nuw nsw i64 %3135, %3126
   %3137 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3136
-  %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !5
+  %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !7
   %3139 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3136
-  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !5
+  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !7
   %3141 = fmul <16 x float> %3101, %3140
   %3142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3138, <16 x float> %3141)
-  store <16 x float> %3142, ptr %3139, align 4, !tbaa !5
+  store <16 x float> %3142, ptr %3139, align 4, !tbaa !7
   %indvars.iv.next1145.i.1 = shl i64 %indvars.iv1144.i, 4
   %3143 = or disjoint i64 %indvars.iv.next1145.i.1, 32
   %3144 = add nuw nsw i64 %3143, %3126
   %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3144
-  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !5
+  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !7
   %3147 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3144
-  %3148 = load <16 x float>, ptr %3147, align 4, !tbaa !5
+  %3148 = load <16 x float>, ptr %3147, align 4, !tbaa !7
   %3149 = fmul <16 x float> %3101, %3148
   %3150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3146, <16 x float> %3149)
-  store <16 x float> %3150, ptr %3147, align 4, !tbaa !5
+  store <16 x float> %3150, ptr %3147, align 4, !tbaa !7
   %indvars.iv.next1145.i.2 = shl i64 %indvars.iv1144.i, 4
   %3151 = or disjoint i64 %indvars.iv.next1145.i.2, 48
   %3152 = add nuw nsw i64 %3151, %3126
   %3153 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3152
-  %3154 = load <16 x float>, ptr %3153, align 4, !tbaa !5
+  %3154 = load <16 x float>, ptr %3153, align 4, !tbaa !7
   %3155 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3152
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !5
+  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !7
   %3157 = fmul <16 x float> %3101, %3156
   %3158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3154, <16 x float> %3157)
-  store <16 x float> %3158, ptr %3155, align 4, !tbaa !5
+  store <16 x float> %3158, ptr %3155, align 4, !tbaa !7
   %indvars.iv.next1145.i.3 = add nuw nsw i64 %indvars.iv1144.i, 4
   %exitcond1147.not.i.3 = icmp eq i64 %indvars.iv.next1145.i.3, 128
-  br i1 %exitcond1147.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !28, !llvm.loop !70
+  br i1 %exitcond1147.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !22, !llvm.loop !65
 
 if_end400.i:                                      ; preds = %for_end_tile341.i
-  %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3160 = tail call i32 %3159(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
   %.not575.i = icmp eq i32 %3160, 0
-  br i1 %.not575.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not575.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end403.i:                                      ; preds = %if_end400.i
-  %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3162 = tail call i32 %3161(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
   %.not576.i = icmp eq i32 %3162, 0
-  br i1 %.not576.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not576.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !33
 
 for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
   %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
@@ -5120,18 +5310,18 @@ for_body_tile409.i:                               ; preds = %if_end414.loopexit.
   %3169 = shl nsw i32 %3168, 4
   %3170 = sub nsw i32 %120, %3169
   %3171 = icmp sgt i32 %3170, 0
-  br i1 %3171, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !3
+  br i1 %3171, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !32
 
 for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
-  %3172 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3172 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3173 = tail call i32 %3172(i32 1, i32 %dev_id, ptr nonnull %places.i)
   %.not.i = icmp eq i32 %3173, 0
-  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
   %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
   %exitcond1173.not.i = icmp eq i64 %indvars.iv.next1170.i, %wide.trip.count1208.i
-  br i1 %exitcond1173.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !13
+  br i1 %exitcond1173.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !10
 
 for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
   %3174 = sext i1 %.not566.i to i32
@@ -5170,36 +5360,36 @@ for_body_r484.i:                                  ; preds = %for_body_r484.i, %f
   %indvars.iv1154.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1155.i.1, %for_body_r484.i ]
   %3193 = add nuw nsw i64 %indvars.iv1154.i, %3183
   %3194 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3193
-  %3195 = load float, ptr %3194, align 4, !tbaa !5
+  %3195 = load float, ptr %3194, align 4, !tbaa !7
   %3196 = and i64 %indvars.iv1154.i, 2
   %3197 = shl nuw nsw i64 %indvars.iv1154.i, 3
   %3198 = and i64 %3197, 17179869152
   %3199 = or disjoint i64 %3185, %3196
   %3200 = add nsw i64 %3199, %3198
   %3201 = getelementptr inbounds float, ptr %partial_max, i64 %3200
-  store float %3195, ptr %3201, align 4, !tbaa !5
+  store float %3195, ptr %3201, align 4, !tbaa !7
   %3202 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3193
-  %3203 = load float, ptr %3202, align 4, !tbaa !5
+  %3203 = load float, ptr %3202, align 4, !tbaa !7
   %3204 = getelementptr inbounds float, ptr %partial_sum, i64 %3200
-  store float %3203, ptr %3204, align 4, !tbaa !5
+  store float %3203, ptr %3204, align 4, !tbaa !7
   %indvars.iv.next1155.i = or disjoint i64 %indvars.iv1154.i, 1
   %3205 = add nuw nsw i64 %indvars.iv.next1155.i, %3183
   %3206 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3205
-  %3207 = load float, ptr %3206, align 4, !tbaa !5
+  %3207 = load float, ptr %3206, align 4, !tbaa !7
   %3208 = and i64 %indvars.iv.next1155.i, 3
   %3209 = shl nuw nsw i64 %indvars.iv1154.i, 3
   %3210 = and i64 %3209, 17179869152
   %3211 = or disjoint i64 %3185, %3208
   %3212 = add nsw i64 %3211, %3210
   %3213 = getelementptr inbounds float, ptr %partial_max, i64 %3212
-  store float %3207, ptr %3213, align 4, !tbaa !5
+  store float %3207, ptr %3213, align 4, !tbaa !7
   %3214 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3205
-  %3215 = load float, ptr %3214, align 4, !tbaa !5
+  %3215 = load float, ptr %3214, align 4, !tbaa !7
   %3216 = getelementptr inbounds float, ptr %partial_sum, i64 %3212
-  store float %3215, ptr %3216, align 4, !tbaa !5
+  store float %3215, ptr %3216, align 4, !tbaa !7
   %indvars.iv.next1155.i.1 = add nuw nsw i64 %indvars.iv1154.i, 2
   %exitcond1158.not.i.1 = icmp eq i64 %indvars.iv.next1155.i.1, %wide.trip.count1157.i
-  br i1 %exitcond1158.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !13, !llvm.loop !72
+  br i1 %exitcond1158.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !10, !llvm.loop !67
 
 for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
   %indvars.iv1163.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1164.i, %for_end_d502.i ]
@@ -5220,158 +5410,158 @@ for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %fo
   %bound0524 = icmp ult ptr %scevgep517, %scevgep523
   %bound1525 = icmp ult ptr %scevgep521, %scevgep520
   %found.conflict526 = and i1 %bound0524, %bound1525
-  br i1 %found.conflict526, label %for_body_d501.i, label %vector.body529, !prof !16
+  br i1 %found.conflict526, label %for_body_d501.i, label %vector.body529, !prof !9
 
 vector.body529:                                   ; preds = %for_begin_d500.preheader.i
   %3227 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %3228 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %3229 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %3230 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
   %3231 = getelementptr i8, ptr %3221, i64 32
   %3232 = getelementptr i8, ptr %3221, i64 64
   %3233 = getelementptr i8, ptr %3221, i64 96
-  store <8 x float> %wide.masked.gather532, ptr %3221, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather533, ptr %3231, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather534, ptr %3232, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535, ptr %3233, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather532, ptr %3221, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather533, ptr %3231, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather534, ptr %3232, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather535, ptr %3233, align 4, !tbaa !7, !alias.scope !71, !noalias !68
   %3234 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3235 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3236 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %3237 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3234, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3234, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
   %3238 = getelementptr i8, ptr %3221, i64 128
   %3239 = getelementptr i8, ptr %3221, i64 160
   %3240 = getelementptr i8, ptr %3221, i64 192
   %3241 = getelementptr i8, ptr %3221, i64 224
-  store <8 x float> %wide.masked.gather532.1, ptr %3238, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather533.1, ptr %3239, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather534.1, ptr %3240, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.1, ptr %3241, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather532.1, ptr %3238, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather533.1, ptr %3239, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather534.1, ptr %3240, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather535.1, ptr %3241, align 4, !tbaa !7, !alias.scope !71, !noalias !68
   %3242 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3243 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3244 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %3245 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3245, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3245, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
   %3246 = getelementptr i8, ptr %3221, i64 256
   %3247 = getelementptr i8, ptr %3221, i64 288
   %3248 = getelementptr i8, ptr %3221, i64 320
   %3249 = getelementptr i8, ptr %3221, i64 352
-  store <8 x float> %wide.masked.gather532.2, ptr %3246, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather533.2, ptr %3247, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather534.2, ptr %3248, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.2, ptr %3249, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather532.2, ptr %3246, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather533.2, ptr %3247, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather534.2, ptr %3248, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather535.2, ptr %3249, align 4, !tbaa !7, !alias.scope !71, !noalias !68
   %3250 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3251 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3252 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %3253 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
-  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !73
+  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
+  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
   %3254 = getelementptr i8, ptr %3221, i64 384
   %3255 = getelementptr i8, ptr %3221, i64 416
   %3256 = getelementptr i8, ptr %3221, i64 448
   %3257 = getelementptr i8, ptr %3221, i64 480
-  store <8 x float> %wide.masked.gather532.3, ptr %3254, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather533.3, ptr %3255, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather534.3, ptr %3256, align 4, !tbaa !5, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather535.3, ptr %3257, align 4, !tbaa !5, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather532.3, ptr %3254, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather533.3, ptr %3255, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather534.3, ptr %3256, align 4, !tbaa !7, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather535.3, ptr %3257, align 4, !tbaa !7, !alias.scope !71, !noalias !68
   br label %for_end_d502.i
 
 for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
   %indvars.iv1159.i = phi i64 [ %indvars.iv.next1160.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
   %.idx1261.i = shl nuw nsw i64 %indvars.iv1159.i, 6
   %3258 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i
-  %3259 = load float, ptr %3258, align 4, !tbaa !5
+  %3259 = load float, ptr %3258, align 4, !tbaa !7
   %3260 = getelementptr float, ptr %3221, i64 %indvars.iv1159.i
-  store float %3259, ptr %3260, align 4, !tbaa !5
+  store float %3259, ptr %3260, align 4, !tbaa !7
   %indvars.iv.next1160.i = or disjoint i64 %indvars.iv1159.i, 1
   %.idx1261.i.1 = shl nuw nsw i64 %indvars.iv.next1160.i, 6
   %3261 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.1
-  %3262 = load float, ptr %3261, align 4, !tbaa !5
+  %3262 = load float, ptr %3261, align 4, !tbaa !7
   %3263 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i
-  store float %3262, ptr %3263, align 4, !tbaa !5
+  store float %3262, ptr %3263, align 4, !tbaa !7
   %indvars.iv.next1160.i.1 = or disjoint i64 %indvars.iv1159.i, 2
   %.idx1261.i.2 = shl nuw nsw i64 %indvars.iv.next1160.i.1, 6
   %3264 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.2
-  %3265 = load float, ptr %3264, align 4, !tbaa !5
+  %3265 = load float, ptr %3264, align 4, !tbaa !7
   %3266 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.1
-  store float %3265, ptr %3266, align 4, !tbaa !5
+  store float %3265, ptr %3266, align 4, !tbaa !7
   %indvars.iv.next1160.i.2 = or disjoint i64 %indvars.iv1159.i, 3
   %.idx1261.i.3 = shl nuw nsw i64 %indvars.iv.next1160.i.2, 6
   %3267 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.3
-  %3268 = load float, ptr %3267, align 4, !tbaa !5
+  %3268 = load float, ptr %3267, align 4, !tbaa !7
   %3269 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.2
-  store float %3268, ptr %3269, align 4, !tbaa !5
+  store float %3268, ptr %3269, align 4, !tbaa !7
   %indvars.iv.next1160.i.3 = or disjoint i64 %indvars.iv1159.i, 4
   %.idx1261.i.4 = shl nuw nsw i64 %indvars.iv.next1160.i.3, 6
   %3270 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.4
-  %3271 = load float, ptr %3270, align 4, !tbaa !5
+  %3271 = load float, ptr %3270, align 4, !tbaa !7
   %3272 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.3
-  store float %3271, ptr %3272, align 4, !tbaa !5
+  store float %3271, ptr %3272, align 4, !tbaa !7
   %indvars.iv.next1160.i.4 = or disjoint i64 %indvars.iv1159.i, 5
   %.idx1261.i.5 = shl nuw nsw i64 %indvars.iv.next1160.i.4, 6
   %3273 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.5
-  %3274 = load float, ptr %3273, align 4, !tbaa !5
+  %3274 = load float, ptr %3273, align 4, !tbaa !7
   %3275 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.4
-  store float %3274, ptr %3275, align 4, !tbaa !5
+  store float %3274, ptr %3275, align 4, !tbaa !7
   %indvars.iv.next1160.i.5 = or disjoint i64 %indvars.iv1159.i, 6
   %.idx1261.i.6 = shl nuw nsw i64 %indvars.iv.next1160.i.5, 6
   %3276 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.6
-  %3277 = load float, ptr %3276, align 4, !tbaa !5
+  %3277 = load float, ptr %3276, align 4, !tbaa !7
   %3278 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.5
-  store float %3277, ptr %3278, align 4, !tbaa !5
+  store float %3277, ptr %3278, align 4, !tbaa !7
   %indvars.iv.next1160.i.6 = or disjoint i64 %indvars.iv1159.i, 7
   %.idx1261.i.7 = shl nuw nsw i64 %indvars.iv.next1160.i.6, 6
   %3279 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.7
-  %3280 = load float, ptr %3279, align 4, !tbaa !5
+  %3280 = load float, ptr %3279, align 4, !tbaa !7
   %3281 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.6
-  store float %3280, ptr %3281, align 4, !tbaa !5
+  store float %3280, ptr %3281, align 4, !tbaa !7
   %indvars.iv.next1160.i.7 = add nuw nsw i64 %indvars.iv1159.i, 8
   %exitcond1162.not.i.7 = icmp eq i64 %indvars.iv.next1160.i.7, 128
-  br i1 %exitcond1162.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !29, !llvm.loop !78
+  br i1 %exitcond1162.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !23, !llvm.loop !73
 
 for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body529
   %indvars.iv.next1164.i = add nuw nsw i64 %indvars.iv1163.i, 1
   %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1164.i, %wide.trip.count1157.i
-  br i1 %exitcond1168.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !13
+  br i1 %exitcond1168.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !10
 
 if_end509.i:                                      ; preds = %for_end_tile410.i
-  %3282 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3282 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3283 = tail call i32 %3282(i32 1, i32 %dev_id, ptr nonnull %limits.i)
   %.not559.i = icmp eq i32 %3283, 0
-  br i1 %.not559.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not559.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end512.i:                                      ; preds = %if_end509.i
-  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3285 = tail call i32 %3284(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
   %.not560.i = icmp eq i32 %3285, 0
-  br i1 %.not560.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not560.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end515.i:                                      ; preds = %if_end512.i
-  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
   %.not561.i = icmp eq i32 %3287, 0
-  br i1 %.not561.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not561.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end518.i:                                      ; preds = %if_end515.i
-  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3289 = tail call i32 %3288(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
   %.not562.i = icmp eq i32 %3289, 0
-  br i1 %.not562.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !38
+  br i1 %.not562.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !33
 
 if_end521.i:                                      ; preds = %if_end518.i
-  %3290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3291 = tail call i32 %3290(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not563.i = icmp ne i32 %3291, 0
   %..i = sext i1 %.not563.i to i32
@@ -5384,7 +5574,189 @@ fused_attend_compute_.exit:                       ; preds = %if_end521.i, %if_en
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #5
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #5
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #2
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #6
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #6
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #2
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #6
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #6
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #7
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #7
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #9
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #6 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!8, !8, i64 0}
+!8 = !{!"tvm-alias", !5}
+!9 = !{!"branch_weights", i32 1, i32 127}
+!10 = !{!"branch_weights", i32 127, i32 134217601}
+!11 = !{!12, !12, i64 0}
+!12 = !{!"buffer0", !5, i64 0}
+!13 = !{!"branch_weights", i32 127, i32 4194175}
+!14 = distinct !{!14, !15, !16, !17, !18}
+!15 = !{!"llvm.loop.peeled.count", i32 1}
+!16 = !{!"llvm.loop.isvectorized", i32 1}
+!17 = !{!"llvm.loop.unroll.runtime.disable"}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!19 = !{!"branch_weights", i32 4, i32 28}
+!20 = distinct !{!20, !15, !16, !21, !17}
+!21 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!22 = !{!"branch_weights", i32 1, i32 1048575}
+!23 = !{!"branch_weights", i32 1, i32 0}
+!24 = distinct !{!24, !15, !17, !16, !21}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer1.w64.b0", !27, i64 0}
+!27 = !{!"buffer1.w128.b0", !28, i64 0}
+!28 = !{!"buffer1.w256.b0", !29, i64 0}
+!29 = !{!"buffer1.w512.b0", !30, i64 0}
+!30 = !{!"buffer1.w1024.b0", !31, i64 0}
+!31 = !{!"buffer1", !5, i64 0}
+!32 = !{!"branch_weights", i32 127, i32 1}
+!33 = !{!"branch_weights", i32 1, i32 1048576}
+!34 = distinct !{!34, !35}
+!35 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!36 = !{!31, !31, i64 0}
+!37 = !{!"branch_weights", i32 1048704, i32 133169152}
+!38 = distinct !{!38, !35}
+!39 = distinct !{!39, !35}
+!40 = distinct !{!40, !41}
+!41 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!42 = !{!43}
+!43 = distinct !{!43, !44}
+!44 = distinct !{!44, !"LVerDomain"}
+!45 = !{!46}
+!46 = distinct !{!46, !44}
+!47 = !{!"branch_weights", i32 127, i32 16777081}
+!48 = distinct !{!48, !16, !17, !49}
+!49 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!50 = !{!"branch_weights", i32 1, i32 7}
+!51 = !{!"branch_weights", i32 1, i32 1}
+!52 = distinct !{!52, !53}
+!53 = !{!"llvm.loop.unroll.disable"}
+!54 = !{!"branch_weights", i32 127, i32 0}
+!55 = distinct !{!55, !16, !21}
+!56 = !{!"branch_weights", i32 134217601, i32 127}
+!57 = !{!58}
+!58 = distinct !{!58, !59}
+!59 = distinct !{!59, !"LVerDomain"}
+!60 = !{!61}
+!61 = distinct !{!61, !59}
+!62 = distinct !{!62, !16, !17, !49}
+!63 = distinct !{!63, !53}
+!64 = distinct !{!64, !16, !21}
+!65 = distinct !{!65, !66}
+!66 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!67 = distinct !{!67, !35}
+!68 = !{!69}
+!69 = distinct !{!69, !70}
+!70 = distinct !{!70, !"LVerDomain"}
+!71 = !{!72}
+!72 = distinct !{!72, !70}
+!73 = distinct !{!73, !16, !21}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %row_sum275.i = alloca [32 x float], align 16
   %row_max276.i = alloca [32 x float], align 16
@@ -5646,17 +6018,17 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
 for_begin_s.i:                                    ; preds = %if_end247.i
   %indvars.iv.next841.i = add nuw nsw i64 %indvars.iv840.i, 1
   %exitcond846.not.i = icmp eq i64 %indvars.iv.next841.i, %wide.trip.count845.i
-  br i1 %exitcond846.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+  br i1 %exitcond846.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv840.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next841.i, %for_begin_s.i ]
-  %114 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %114 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %114(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %115 = icmp eq ptr %q_tile.i, null
   br i1 %115, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %116 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %116 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc.i = tail call ptr %116(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %117 = icmp eq ptr %acc.i, null
   br i1 %117, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
@@ -5664,7 +6036,7 @@ if_end.i:                                         ; preds = %for_body_s.i
 if_end2.i:                                        ; preds = %if_end.i
   %118 = add nsw i64 %indvars.iv840.i, %104
   %119 = getelementptr inbounds i32, ptr %context_lens, i64 %118
-  %120 = load i32, ptr %119, align 4, !tbaa !5
+  %120 = load i32, ptr %119, align 4, !tbaa !9
   %121 = mul nsw i64 %118, %q_batch
   %122 = getelementptr i16, ptr %query, i64 %121
   br label %for_begin_ax1.preheader.i
@@ -5711,7 +6083,7 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   %146 = add nuw nsw i64 %indvars.iv.i, %123
   %147 = mul nsw i64 %146, %q_head
   %invariant.gep.i = getelementptr i16, ptr %122, i64 %147
-  %148 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %148 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
   %149 = zext <32 x i16> %148 to <32 x i32>
   %150 = shl nuw <32 x i32> %149, splat (i32 16)
   %151 = bitcast <32 x i32> %150 to <32 x float>
@@ -5719,126 +6091,126 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   %153 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  store <4 x float> %153, ptr %gep, align 4, !tbaa !5
+  store <4 x float> %153, ptr %gep, align 4, !tbaa !9
   %154 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %155 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <4 x float> %154, ptr %155, align 4, !tbaa !5
+  store <4 x float> %154, ptr %155, align 4, !tbaa !9
   %156 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %157 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  store <4 x float> %156, ptr %157, align 4, !tbaa !5
+  store <4 x float> %156, ptr %157, align 4, !tbaa !9
   %158 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %159 = getelementptr inbounds nuw i8, ptr %gep, i64 80
-  store <4 x float> %158, ptr %159, align 4, !tbaa !5
+  store <4 x float> %158, ptr %159, align 4, !tbaa !9
   %160 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %161 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  store <4 x float> %160, ptr %161, align 4, !tbaa !5
+  store <4 x float> %160, ptr %161, align 4, !tbaa !9
   %162 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %163 = getelementptr inbounds nuw i8, ptr %gep, i64 96
-  store <4 x float> %162, ptr %163, align 4, !tbaa !5
+  store <4 x float> %162, ptr %163, align 4, !tbaa !9
   %164 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %165 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  store <4 x float> %164, ptr %165, align 4, !tbaa !5
+  store <4 x float> %164, ptr %165, align 4, !tbaa !9
   %166 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %167 = getelementptr inbounds nuw i8, ptr %gep, i64 112
-  store <4 x float> %166, ptr %167, align 4, !tbaa !5
+  store <4 x float> %166, ptr %167, align 4, !tbaa !9
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %168 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %168 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !9
   %169 = zext <32 x i16> %168 to <32 x i32>
   %170 = shl nuw <32 x i32> %169, splat (i32 16)
   %171 = bitcast <32 x i32> %170 to <32 x float>
   %172 = fmul <32 x float> %103, %171
   %173 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %174 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <4 x float> %173, ptr %174, align 4, !tbaa !5
+  store <4 x float> %173, ptr %174, align 4, !tbaa !9
   %175 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %176 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <4 x float> %175, ptr %176, align 4, !tbaa !5
+  store <4 x float> %175, ptr %176, align 4, !tbaa !9
   %177 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %178 = getelementptr inbounds nuw i8, ptr %gep, i64 144
-  store <4 x float> %177, ptr %178, align 4, !tbaa !5
+  store <4 x float> %177, ptr %178, align 4, !tbaa !9
   %179 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %180 = getelementptr inbounds nuw i8, ptr %gep, i64 208
-  store <4 x float> %179, ptr %180, align 4, !tbaa !5
+  store <4 x float> %179, ptr %180, align 4, !tbaa !9
   %181 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %182 = getelementptr inbounds nuw i8, ptr %gep, i64 160
-  store <4 x float> %181, ptr %182, align 4, !tbaa !5
+  store <4 x float> %181, ptr %182, align 4, !tbaa !9
   %183 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %184 = getelementptr inbounds nuw i8, ptr %gep, i64 224
-  store <4 x float> %183, ptr %184, align 4, !tbaa !5
+  store <4 x float> %183, ptr %184, align 4, !tbaa !9
   %185 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %186 = getelementptr inbounds nuw i8, ptr %gep, i64 176
-  store <4 x float> %185, ptr %186, align 4, !tbaa !5
+  store <4 x float> %185, ptr %186, align 4, !tbaa !9
   %187 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %188 = getelementptr inbounds nuw i8, ptr %gep, i64 240
-  store <4 x float> %187, ptr %188, align 4, !tbaa !5
+  store <4 x float> %187, ptr %188, align 4, !tbaa !9
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %189 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %189 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !9
   %190 = zext <32 x i16> %189 to <32 x i32>
   %191 = shl nuw <32 x i32> %190, splat (i32 16)
   %192 = bitcast <32 x i32> %191 to <32 x float>
   %193 = fmul <32 x float> %103, %192
   %194 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %195 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <4 x float> %194, ptr %195, align 4, !tbaa !5
+  store <4 x float> %194, ptr %195, align 4, !tbaa !9
   %196 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %197 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <4 x float> %196, ptr %197, align 4, !tbaa !5
+  store <4 x float> %196, ptr %197, align 4, !tbaa !9
   %198 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %199 = getelementptr inbounds nuw i8, ptr %gep, i64 272
-  store <4 x float> %198, ptr %199, align 4, !tbaa !5
+  store <4 x float> %198, ptr %199, align 4, !tbaa !9
   %200 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %201 = getelementptr inbounds nuw i8, ptr %gep, i64 336
-  store <4 x float> %200, ptr %201, align 4, !tbaa !5
+  store <4 x float> %200, ptr %201, align 4, !tbaa !9
   %202 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %203 = getelementptr inbounds nuw i8, ptr %gep, i64 288
-  store <4 x float> %202, ptr %203, align 4, !tbaa !5
+  store <4 x float> %202, ptr %203, align 4, !tbaa !9
   %204 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %205 = getelementptr inbounds nuw i8, ptr %gep, i64 352
-  store <4 x float> %204, ptr %205, align 4, !tbaa !5
+  store <4 x float> %204, ptr %205, align 4, !tbaa !9
   %206 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %207 = getelementptr inbounds nuw i8, ptr %gep, i64 304
-  store <4 x float> %206, ptr %207, align 4, !tbaa !5
+  store <4 x float> %206, ptr %207, align 4, !tbaa !9
   %208 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %209 = getelementptr inbounds nuw i8, ptr %gep, i64 368
-  store <4 x float> %208, ptr %209, align 4, !tbaa !5
+  store <4 x float> %208, ptr %209, align 4, !tbaa !9
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %210 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %210 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !9
   %211 = zext <32 x i16> %210 to <32 x i32>
   %212 = shl nuw <32 x i32> %211, splat (i32 16)
   %213 = bitcast <32 x i32> %212 to <32 x float>
   %214 = fmul <32 x float> %103, %213
   %215 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %216 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <4 x float> %215, ptr %216, align 4, !tbaa !5
+  store <4 x float> %215, ptr %216, align 4, !tbaa !9
   %217 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %218 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <4 x float> %217, ptr %218, align 4, !tbaa !5
+  store <4 x float> %217, ptr %218, align 4, !tbaa !9
   %219 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %220 = getelementptr inbounds nuw i8, ptr %gep, i64 400
-  store <4 x float> %219, ptr %220, align 4, !tbaa !5
+  store <4 x float> %219, ptr %220, align 4, !tbaa !9
   %221 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %222 = getelementptr inbounds nuw i8, ptr %gep, i64 464
-  store <4 x float> %221, ptr %222, align 4, !tbaa !5
+  store <4 x float> %221, ptr %222, align 4, !tbaa !9
   %223 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %224 = getelementptr inbounds nuw i8, ptr %gep, i64 416
-  store <4 x float> %223, ptr %224, align 4, !tbaa !5
+  store <4 x float> %223, ptr %224, align 4, !tbaa !9
   %225 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %226 = getelementptr inbounds nuw i8, ptr %gep, i64 480
-  store <4 x float> %225, ptr %226, align 4, !tbaa !5
+  store <4 x float> %225, ptr %226, align 4, !tbaa !9
   %227 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %228 = getelementptr inbounds nuw i8, ptr %gep, i64 432
-  store <4 x float> %227, ptr %228, align 4, !tbaa !5
+  store <4 x float> %227, ptr %228, align 4, !tbaa !9
   %229 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %230 = getelementptr inbounds nuw i8, ptr %gep, i64 496
-  store <4 x float> %229, ptr %230, align 4, !tbaa !5
+  store <4 x float> %229, ptr %230, align 4, !tbaa !9
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !28
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !11
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
   %indvars.iv.next694.i = add nuw nsw i64 %indvars.iv693.i, 1
   %exitcond696.not.i = icmp eq i64 %indvars.iv.next694.i, 8
-  br i1 %exitcond696.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !28
+  br i1 %exitcond696.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
 
 for_begin_step.i:                                 ; preds = %if_end205.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end205.i ], [ %range_len.i, %for_end_tile.i ]
@@ -5847,7 +6219,7 @@ for_begin_step.i:                                 ; preds = %if_end205.i, %for_e
   %231 = and i32 %smin308, 15
   %232 = zext nneg i32 %231 to i64
   %exitcond804.not.i = icmp eq i64 %indvars.iv800.i, %wide.trip.count803.i
-  br i1 %exitcond804.not.i, label %for_begin_tile210.preheader.i, label %for_body_step.i, !prof !38
+  br i1 %exitcond804.not.i, label %for_begin_tile210.preheader.i, label %for_body_step.i, !prof !12
 
 for_begin_tile210.preheader.i:                    ; preds = %for_begin_step.i
   %233 = add nuw nsw i64 %indvars.iv840.i, %113
@@ -5867,7 +6239,7 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %indvars.iv836.i = phi i64 [ %indvars.iv.next837.i, %if_end230.us.3.i ], [ 0, %for_begin_tile210.preheader.i ]
   %243 = shl nuw nsw i64 %indvars.iv836.i, 2
   %244 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %243
-  %total.us.i = load <4 x float>, ptr %244, align 16, !tbaa !79
+  %total.us.i = load <4 x float>, ptr %244, align 16, !tbaa !13
   %245 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %246 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %247 = select <4 x i1> %246, <4 x float> zeroinitializer, <4 x float> %245
@@ -5876,7 +6248,7 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %invariant.gep636.us.i = getelementptr i16, ptr %237, i64 %249
   %.idx67 = shl nuw nsw i64 %indvars.iv836.i, 11
   %250 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx67
-  %251 = load <32 x float>, ptr %250, align 4, !tbaa !5
+  %251 = load <32 x float>, ptr %250, align 4, !tbaa !9
   %252 = fmul <32 x float> %251, %248
   %253 = bitcast <32 x float> %252 to <32 x i32>
   %254 = lshr <32 x i32> %253, splat (i32 16)
@@ -5885,9 +6257,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %257 = add nuw <32 x i32> %256, %255
   %258 = lshr <32 x i32> %257, splat (i32 16)
   %259 = trunc nuw <32 x i32> %258 to <32 x i16>
-  store <32 x i16> %259, ptr %invariant.gep636.us.i, align 2, !tbaa !5
+  store <32 x i16> %259, ptr %invariant.gep636.us.i, align 2, !tbaa !9
   %260 = getelementptr inbounds nuw i8, ptr %250, i64 128
-  %261 = load <32 x float>, ptr %260, align 4, !tbaa !5
+  %261 = load <32 x float>, ptr %260, align 4, !tbaa !9
   %262 = fmul <32 x float> %261, %248
   %263 = bitcast <32 x float> %262 to <32 x i32>
   %264 = lshr <32 x i32> %263, splat (i32 16)
@@ -5897,9 +6269,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %268 = lshr <32 x i32> %267, splat (i32 16)
   %269 = trunc nuw <32 x i32> %268 to <32 x i16>
   %gep637.us.1.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 64
-  store <32 x i16> %269, ptr %gep637.us.1.i, align 2, !tbaa !5
+  store <32 x i16> %269, ptr %gep637.us.1.i, align 2, !tbaa !9
   %270 = getelementptr inbounds nuw i8, ptr %250, i64 256
-  %271 = load <32 x float>, ptr %270, align 4, !tbaa !5
+  %271 = load <32 x float>, ptr %270, align 4, !tbaa !9
   %272 = fmul <32 x float> %248, %271
   %273 = bitcast <32 x float> %272 to <32 x i32>
   %274 = lshr <32 x i32> %273, splat (i32 16)
@@ -5909,9 +6281,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %278 = lshr <32 x i32> %277, splat (i32 16)
   %279 = trunc nuw <32 x i32> %278 to <32 x i16>
   %gep637.us.2.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 128
-  store <32 x i16> %279, ptr %gep637.us.2.i, align 2, !tbaa !5
+  store <32 x i16> %279, ptr %gep637.us.2.i, align 2, !tbaa !9
   %280 = getelementptr inbounds nuw i8, ptr %250, i64 384
-  %281 = load <32 x float>, ptr %280, align 4, !tbaa !5
+  %281 = load <32 x float>, ptr %280, align 4, !tbaa !9
   %282 = fmul <32 x float> %248, %281
   %283 = bitcast <32 x float> %282 to <32 x i32>
   %284 = lshr <32 x i32> %283, splat (i32 16)
@@ -5921,13 +6293,13 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %288 = lshr <32 x i32> %287, splat (i32 16)
   %289 = trunc nuw <32 x i32> %288 to <32 x i16>
   %gep637.us.3.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 192
-  store <32 x i16> %289, ptr %gep637.us.3.i, align 2, !tbaa !5
+  store <32 x i16> %289, ptr %gep637.us.3.i, align 2, !tbaa !9
   %290 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %291 = or disjoint i64 %243, 1
   %292 = mul nsw i64 %291, %out_head
   %invariant.gep636.us.1.i = getelementptr i16, ptr %237, i64 %292
   %293 = getelementptr inbounds nuw i8, ptr %250, i64 512
-  %294 = load <32 x float>, ptr %293, align 4, !tbaa !5
+  %294 = load <32 x float>, ptr %293, align 4, !tbaa !9
   %295 = fmul <32 x float> %290, %294
   %296 = bitcast <32 x float> %295 to <32 x i32>
   %297 = lshr <32 x i32> %296, splat (i32 16)
@@ -5936,9 +6308,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %300 = add nuw <32 x i32> %299, %298
   %301 = lshr <32 x i32> %300, splat (i32 16)
   %302 = trunc nuw <32 x i32> %301 to <32 x i16>
-  store <32 x i16> %302, ptr %invariant.gep636.us.1.i, align 2, !tbaa !5
+  store <32 x i16> %302, ptr %invariant.gep636.us.1.i, align 2, !tbaa !9
   %303 = getelementptr inbounds nuw i8, ptr %250, i64 640
-  %304 = load <32 x float>, ptr %303, align 4, !tbaa !5
+  %304 = load <32 x float>, ptr %303, align 4, !tbaa !9
   %305 = fmul <32 x float> %290, %304
   %306 = bitcast <32 x float> %305 to <32 x i32>
   %307 = lshr <32 x i32> %306, splat (i32 16)
@@ -5948,9 +6320,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %311 = lshr <32 x i32> %310, splat (i32 16)
   %312 = trunc nuw <32 x i32> %311 to <32 x i16>
   %gep637.us.1.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 64
-  store <32 x i16> %312, ptr %gep637.us.1.1.i, align 2, !tbaa !5
+  store <32 x i16> %312, ptr %gep637.us.1.1.i, align 2, !tbaa !9
   %313 = getelementptr inbounds nuw i8, ptr %250, i64 768
-  %314 = load <32 x float>, ptr %313, align 4, !tbaa !5
+  %314 = load <32 x float>, ptr %313, align 4, !tbaa !9
   %315 = fmul <32 x float> %290, %314
   %316 = bitcast <32 x float> %315 to <32 x i32>
   %317 = lshr <32 x i32> %316, splat (i32 16)
@@ -5960,9 +6332,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %321 = lshr <32 x i32> %320, splat (i32 16)
   %322 = trunc nuw <32 x i32> %321 to <32 x i16>
   %gep637.us.2.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 128
-  store <32 x i16> %322, ptr %gep637.us.2.1.i, align 2, !tbaa !5
+  store <32 x i16> %322, ptr %gep637.us.2.1.i, align 2, !tbaa !9
   %323 = getelementptr inbounds nuw i8, ptr %250, i64 896
-  %324 = load <32 x float>, ptr %323, align 4, !tbaa !5
+  %324 = load <32 x float>, ptr %323, align 4, !tbaa !9
   %325 = fmul <32 x float> %290, %324
   %326 = bitcast <32 x float> %325 to <32 x i32>
   %327 = lshr <32 x i32> %326, splat (i32 16)
@@ -5972,13 +6344,13 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %331 = lshr <32 x i32> %330, splat (i32 16)
   %332 = trunc nuw <32 x i32> %331 to <32 x i16>
   %gep637.us.3.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 192
-  store <32 x i16> %332, ptr %gep637.us.3.1.i, align 2, !tbaa !5
+  store <32 x i16> %332, ptr %gep637.us.3.1.i, align 2, !tbaa !9
   %333 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %334 = or disjoint i64 %243, 2
   %335 = mul nsw i64 %334, %out_head
   %invariant.gep636.us.2.i = getelementptr i16, ptr %237, i64 %335
   %336 = getelementptr inbounds nuw i8, ptr %250, i64 1024
-  %337 = load <32 x float>, ptr %336, align 4, !tbaa !5
+  %337 = load <32 x float>, ptr %336, align 4, !tbaa !9
   %338 = fmul <32 x float> %333, %337
   %339 = bitcast <32 x float> %338 to <32 x i32>
   %340 = lshr <32 x i32> %339, splat (i32 16)
@@ -5987,9 +6359,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %343 = add nuw <32 x i32> %342, %341
   %344 = lshr <32 x i32> %343, splat (i32 16)
   %345 = trunc nuw <32 x i32> %344 to <32 x i16>
-  store <32 x i16> %345, ptr %invariant.gep636.us.2.i, align 2, !tbaa !5
+  store <32 x i16> %345, ptr %invariant.gep636.us.2.i, align 2, !tbaa !9
   %346 = getelementptr inbounds nuw i8, ptr %250, i64 1152
-  %347 = load <32 x float>, ptr %346, align 4, !tbaa !5
+  %347 = load <32 x float>, ptr %346, align 4, !tbaa !9
   %348 = fmul <32 x float> %333, %347
   %349 = bitcast <32 x float> %348 to <32 x i32>
   %350 = lshr <32 x i32> %349, splat (i32 16)
@@ -5999,9 +6371,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %354 = lshr <32 x i32> %353, splat (i32 16)
   %355 = trunc nuw <32 x i32> %354 to <32 x i16>
   %gep637.us.1.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 64
-  store <32 x i16> %355, ptr %gep637.us.1.2.i, align 2, !tbaa !5
+  store <32 x i16> %355, ptr %gep637.us.1.2.i, align 2, !tbaa !9
   %356 = getelementptr inbounds nuw i8, ptr %250, i64 1280
-  %357 = load <32 x float>, ptr %356, align 4, !tbaa !5
+  %357 = load <32 x float>, ptr %356, align 4, !tbaa !9
   %358 = fmul <32 x float> %333, %357
   %359 = bitcast <32 x float> %358 to <32 x i32>
   %360 = lshr <32 x i32> %359, splat (i32 16)
@@ -6011,9 +6383,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %364 = lshr <32 x i32> %363, splat (i32 16)
   %365 = trunc nuw <32 x i32> %364 to <32 x i16>
   %gep637.us.2.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 128
-  store <32 x i16> %365, ptr %gep637.us.2.2.i, align 2, !tbaa !5
+  store <32 x i16> %365, ptr %gep637.us.2.2.i, align 2, !tbaa !9
   %366 = getelementptr inbounds nuw i8, ptr %250, i64 1408
-  %367 = load <32 x float>, ptr %366, align 4, !tbaa !5
+  %367 = load <32 x float>, ptr %366, align 4, !tbaa !9
   %368 = fmul <32 x float> %333, %367
   %369 = bitcast <32 x float> %368 to <32 x i32>
   %370 = lshr <32 x i32> %369, splat (i32 16)
@@ -6023,13 +6395,13 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %374 = lshr <32 x i32> %373, splat (i32 16)
   %375 = trunc nuw <32 x i32> %374 to <32 x i16>
   %gep637.us.3.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 192
-  store <32 x i16> %375, ptr %gep637.us.3.2.i, align 2, !tbaa !5
+  store <32 x i16> %375, ptr %gep637.us.3.2.i, align 2, !tbaa !9
   %376 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %377 = or disjoint i64 %243, 3
   %378 = mul nsw i64 %377, %out_head
   %invariant.gep636.us.3.i = getelementptr i16, ptr %237, i64 %378
   %379 = getelementptr inbounds nuw i8, ptr %250, i64 1536
-  %380 = load <32 x float>, ptr %379, align 4, !tbaa !5
+  %380 = load <32 x float>, ptr %379, align 4, !tbaa !9
   %381 = fmul <32 x float> %376, %380
   %382 = bitcast <32 x float> %381 to <32 x i32>
   %383 = lshr <32 x i32> %382, splat (i32 16)
@@ -6038,9 +6410,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %386 = add nuw <32 x i32> %385, %384
   %387 = lshr <32 x i32> %386, splat (i32 16)
   %388 = trunc nuw <32 x i32> %387 to <32 x i16>
-  store <32 x i16> %388, ptr %invariant.gep636.us.3.i, align 2, !tbaa !5
+  store <32 x i16> %388, ptr %invariant.gep636.us.3.i, align 2, !tbaa !9
   %389 = getelementptr inbounds nuw i8, ptr %250, i64 1664
-  %390 = load <32 x float>, ptr %389, align 4, !tbaa !5
+  %390 = load <32 x float>, ptr %389, align 4, !tbaa !9
   %391 = fmul <32 x float> %376, %390
   %392 = bitcast <32 x float> %391 to <32 x i32>
   %393 = lshr <32 x i32> %392, splat (i32 16)
@@ -6050,9 +6422,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %397 = lshr <32 x i32> %396, splat (i32 16)
   %398 = trunc nuw <32 x i32> %397 to <32 x i16>
   %gep637.us.1.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 64
-  store <32 x i16> %398, ptr %gep637.us.1.3.i, align 2, !tbaa !5
+  store <32 x i16> %398, ptr %gep637.us.1.3.i, align 2, !tbaa !9
   %399 = getelementptr inbounds nuw i8, ptr %250, i64 1792
-  %400 = load <32 x float>, ptr %399, align 4, !tbaa !5
+  %400 = load <32 x float>, ptr %399, align 4, !tbaa !9
   %401 = fmul <32 x float> %376, %400
   %402 = bitcast <32 x float> %401 to <32 x i32>
   %403 = lshr <32 x i32> %402, splat (i32 16)
@@ -6062,9 +6434,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %407 = lshr <32 x i32> %406, splat (i32 16)
   %408 = trunc nuw <32 x i32> %407 to <32 x i16>
   %gep637.us.2.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 128
-  store <32 x i16> %408, ptr %gep637.us.2.3.i, align 2, !tbaa !5
+  store <32 x i16> %408, ptr %gep637.us.2.3.i, align 2, !tbaa !9
   %409 = getelementptr inbounds nuw i8, ptr %250, i64 1920
-  %410 = load <32 x float>, ptr %409, align 4, !tbaa !5
+  %410 = load <32 x float>, ptr %409, align 4, !tbaa !9
   %411 = fmul <32 x float> %376, %410
   %412 = bitcast <32 x float> %411 to <32 x i32>
   %413 = lshr <32 x i32> %412, splat (i32 16)
@@ -6074,9 +6446,9 @@ for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %
   %417 = lshr <32 x i32> %416, splat (i32 16)
   %418 = trunc nuw <32 x i32> %417 to <32 x i16>
   %gep637.us.3.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 192
-  store <32 x i16> %418, ptr %gep637.us.3.3.i, align 2, !tbaa !5
+  store <32 x i16> %418, ptr %gep637.us.3.3.i, align 2, !tbaa !9
   %419 = getelementptr float, ptr %239, i64 %243
-  %420 = load float, ptr %244, align 16, !tbaa !79
+  %420 = load float, ptr %244, align 16, !tbaa !13
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end230.us.i, label %if_else229.us.i
 
@@ -6084,15 +6456,15 @@ if_else229.us.i:                                  ; preds = %for_body_tile211.us
   %422 = fmul float %420, %242
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %243
-  %425 = load float, ptr %424, align 16, !tbaa !81
+  %425 = load float, ptr %424, align 16, !tbaa !15
   %426 = fadd float %423, %425
   br label %if_end230.us.i
 
 if_end230.us.i:                                   ; preds = %if_else229.us.i, %for_body_tile211.us.i
   %427 = phi float [ %426, %if_else229.us.i ], [ 0xFFF0000000000000, %for_body_tile211.us.i ]
-  store float %427, ptr %419, align 4, !tbaa !5
+  store float %427, ptr %419, align 4, !tbaa !9
   %428 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %291
-  %429 = load float, ptr %428, align 4, !tbaa !79
+  %429 = load float, ptr %428, align 4, !tbaa !13
   %430 = fcmp oeq float %429, 0.000000e+00
   br i1 %430, label %if_end230.us.1.i, label %if_else229.us.1.i
 
@@ -6100,16 +6472,16 @@ if_else229.us.1.i:                                ; preds = %if_end230.us.i
   %431 = fmul float %429, %242
   %432 = tail call float @llvm.log.f32(float %431)
   %433 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %291
-  %434 = load float, ptr %433, align 4, !tbaa !81
+  %434 = load float, ptr %433, align 4, !tbaa !15
   %435 = fadd float %432, %434
   br label %if_end230.us.1.i
 
 if_end230.us.1.i:                                 ; preds = %if_else229.us.1.i, %if_end230.us.i
   %436 = phi float [ %435, %if_else229.us.1.i ], [ 0xFFF0000000000000, %if_end230.us.i ]
   %437 = getelementptr i8, ptr %419, i64 4
-  store float %436, ptr %437, align 4, !tbaa !5
+  store float %436, ptr %437, align 4, !tbaa !9
   %438 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %334
-  %439 = load float, ptr %438, align 8, !tbaa !79
+  %439 = load float, ptr %438, align 8, !tbaa !13
   %440 = fcmp oeq float %439, 0.000000e+00
   br i1 %440, label %if_end230.us.2.i, label %if_else229.us.2.i
 
@@ -6117,16 +6489,16 @@ if_else229.us.2.i:                                ; preds = %if_end230.us.1.i
   %441 = fmul float %439, %242
   %442 = tail call float @llvm.log.f32(float %441)
   %443 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %334
-  %444 = load float, ptr %443, align 8, !tbaa !81
+  %444 = load float, ptr %443, align 8, !tbaa !15
   %445 = fadd float %442, %444
   br label %if_end230.us.2.i
 
 if_end230.us.2.i:                                 ; preds = %if_else229.us.2.i, %if_end230.us.1.i
   %446 = phi float [ %445, %if_else229.us.2.i ], [ 0xFFF0000000000000, %if_end230.us.1.i ]
   %447 = getelementptr i8, ptr %419, i64 8
-  store float %446, ptr %447, align 4, !tbaa !5
+  store float %446, ptr %447, align 4, !tbaa !9
   %448 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %377
-  %449 = load float, ptr %448, align 4, !tbaa !79
+  %449 = load float, ptr %448, align 4, !tbaa !13
   %450 = fcmp oeq float %449, 0.000000e+00
   br i1 %450, label %if_end230.us.3.i, label %if_else229.us.3.i
 
@@ -6134,26 +6506,26 @@ if_else229.us.3.i:                                ; preds = %if_end230.us.2.i
   %451 = fmul float %449, %242
   %452 = tail call float @llvm.log.f32(float %451)
   %453 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %377
-  %454 = load float, ptr %453, align 4, !tbaa !81
+  %454 = load float, ptr %453, align 4, !tbaa !15
   %455 = fadd float %452, %454
   br label %if_end230.us.3.i
 
 if_end230.us.3.i:                                 ; preds = %if_else229.us.3.i, %if_end230.us.2.i
   %456 = phi float [ %455, %if_else229.us.3.i ], [ 0xFFF0000000000000, %if_end230.us.2.i ]
   %457 = getelementptr i8, ptr %419, i64 12
-  store float %456, ptr %457, align 4, !tbaa !5
+  store float %456, ptr %457, align 4, !tbaa !9
   %indvars.iv.next837.i = add nuw nsw i64 %indvars.iv836.i, 1
   %exitcond839.not.i = icmp eq i64 %indvars.iv.next837.i, 8
-  br i1 %exitcond839.not.i, label %for_end_tile212.i, label %for_body_tile211.us.i, !prof !28
+  br i1 %exitcond839.not.i, label %for_end_tile212.i, label %for_body_tile211.us.i, !prof !11
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %458 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %458 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %key_offsets.i = tail call ptr %458(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %459 = icmp eq ptr %key_offsets.i, null
   br i1 %459, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 if_end15.i:                                       ; preds = %for_body_step.i
-  %460 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %460 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %value_offsets.i = tail call ptr %460(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %461 = icmp eq ptr %value_offsets.i, null
   br i1 %461, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
@@ -6173,7 +6545,7 @@ if_end18.i:                                       ; preds = %if_end15.i
   br i1 %471, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end18.i
-  %row_start.i = load i32, ptr %135, align 4, !tbaa !5
+  %row_start.i = load i32, ptr %135, align 4, !tbaa !9
   %472 = add nuw nsw i64 %462, %112
   %473 = sext i32 %row_start.i to i64
   %invariant.gep443.i = getelementptr i32, ptr %invariant.gep441.i, i64 %473
@@ -6188,14 +6560,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %477 = sext i32 %476 to i64
   %478 = ashr i64 %477, 4
   %gep444.i = getelementptr i32, ptr %invariant.gep443.i, i64 %478
-  %479 = load i32, ptr %gep444.i, align 4, !tbaa !5
+  %479 = load i32, ptr %gep444.i, align 4, !tbaa !9
   %block.i = sext i32 %479 to i64
   %480 = and i64 %477, 15
   %481 = mul nsw i64 %480, %k_row
   %482 = mul nsw i64 %k_block, %block.i
   %483 = add nsw i64 %481, %482
   %484 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv697.i
-  store i64 %483, ptr %484, align 8, !tbaa !5
+  store i64 %483, ptr %484, align 8, !tbaa !9
   %indvars.iv.next698.i = or disjoint i64 %indvars.iv697.i, 1
   %485 = add nuw nsw i64 %indvars.iv.next698.i, %472
   %486 = trunc i64 %485 to i32
@@ -6203,20 +6575,20 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %488 = sext i32 %487 to i64
   %489 = ashr i64 %488, 4
   %gep444.i.1 = getelementptr i32, ptr %invariant.gep443.i, i64 %489
-  %490 = load i32, ptr %gep444.i.1, align 4, !tbaa !5
+  %490 = load i32, ptr %gep444.i.1, align 4, !tbaa !9
   %block.i.1 = sext i32 %490 to i64
   %491 = and i64 %488, 15
   %492 = mul nsw i64 %491, %k_row
   %493 = mul nsw i64 %k_block, %block.i.1
   %494 = add nsw i64 %492, %493
   %495 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next698.i
-  store i64 %494, ptr %495, align 8, !tbaa !5
+  store i64 %494, ptr %495, align 8, !tbaa !9
   %indvars.iv.next698.i.1 = add nuw nsw i64 %indvars.iv697.i, 2
   %exitcond700.not.i.1 = icmp eq i64 %indvars.iv.next698.i.1, %wide.trip.count.i
-  br i1 %exitcond700.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !13, !llvm.loop !83
+  br i1 %exitcond700.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !17
 
 for_body_t23.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start21.i = load i32, ptr %135, align 4, !tbaa !5
+  %row_start21.i = load i32, ptr %135, align 4, !tbaa !9
   %496 = sext i32 %row_start21.i to i64
   %invariant.gep448.i = getelementptr i32, ptr %invariant.gep441.i, i64 %496
   br label %for_body_t23.i
@@ -6331,14 +6703,14 @@ for_body_t23.i:                                   ; preds = %for_body_t23.i, %fo
   %529 = sext i32 %528 to i64
   %530 = ashr i64 %529, 4
   %gep449.i = getelementptr i32, ptr %invariant.gep448.i, i64 %530
-  %531 = load i32, ptr %gep449.i, align 4, !tbaa !5
+  %531 = load i32, ptr %gep449.i, align 4, !tbaa !9
   %block30.i = sext i32 %531 to i64
   %532 = and i64 %529, 15
   %533 = mul nsw i64 %532, %v_row
   %534 = mul nsw i64 %v_block, %block30.i
   %535 = add nsw i64 %533, %534
   %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv701.i
-  store i64 %535, ptr %536, align 8, !tbaa !5
+  store i64 %535, ptr %536, align 8, !tbaa !9
   %indvars.iv.next702.i = or disjoint i64 %indvars.iv701.i, 1
   %537 = add nuw nsw i64 %indvars.iv.next702.i, %472
   %538 = trunc i64 %537 to i32
@@ -6346,22 +6718,22 @@ for_body_t23.i:                                   ; preds = %for_body_t23.i, %fo
   %540 = sext i32 %539 to i64
   %541 = ashr i64 %540, 4
   %gep449.i.1 = getelementptr i32, ptr %invariant.gep448.i, i64 %541
-  %542 = load i32, ptr %gep449.i.1, align 4, !tbaa !5
+  %542 = load i32, ptr %gep449.i.1, align 4, !tbaa !9
   %block30.i.1 = sext i32 %542 to i64
   %543 = and i64 %540, 15
   %544 = mul nsw i64 %543, %v_row
   %545 = mul nsw i64 %v_block, %block30.i.1
   %546 = add nsw i64 %544, %545
   %547 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next702.i
-  store i64 %546, ptr %547, align 8, !tbaa !5
+  store i64 %546, ptr %547, align 8, !tbaa !9
   %indvars.iv.next702.i.1 = add nuw nsw i64 %indvars.iv701.i, 2
   %exitcond705.not.i.1 = icmp eq i64 %indvars.iv.next702.i.1, %wide.trip.count.i
-  br i1 %exitcond705.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t23.i, !prof !13, !llvm.loop !84
+  br i1 %exitcond705.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t23.i, !prof !4, !llvm.loop !19
 
 for_begin_kv_head.i:                              ; preds = %if_end199.i, %for_begin_kv_head.preheader.i
   %indvars.iv796.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next797.i, %if_end199.i ]
   %exitcond799.not.i = icmp eq i64 %indvars.iv796.i, 8
-  br i1 %exitcond799.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !38
+  br i1 %exitcond799.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !12
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %548 = icmp eq i64 %indvars.iv796.i, 7
@@ -6369,19 +6741,19 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %indvars.iv.next797.i = add nuw nsw i64 %indvars.iv796.i, 1
   %550 = trunc nuw nsw i64 %indvars.iv.next797.i to i32
   %551 = select i1 %548, i32 0, i32 %550
-  %552 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %552 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = tail call ptr %552(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %553 = icmp eq ptr %scores.i, null
   br i1 %553, label %fused_decode_compute_.exit, label %if_end34.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %555 = tail call i32 %554(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not279.i = icmp eq i32 %555, 0
-  br i1 %.not279.i, label %if_end205.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not279.i, label %if_end205.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end34.i:                                       ; preds = %for_body_kv_head.i
-  %556 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %556 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %probs.i = tail call ptr %556(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %557 = icmp eq ptr %probs.i, null
   br i1 %557, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
@@ -6434,11 +6806,11 @@ for_body_to.lr.ph.i:                              ; preds = %for_begin_to.prehea
 for_begin_to.i:                                   ; preds = %for_begin_r.preheader.i
   %indvars.iv.next720.i = add nuw nsw i64 %indvars.iv719.i, 1
   %exitcond723.not.i = icmp eq i64 %indvars.iv.next720.i, %wide.trip.count722.i
-  br i1 %exitcond723.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
+  br i1 %exitcond723.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
 for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
   %indvars.iv719.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next720.i, %for_begin_to.i ]
-  %594 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %594 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.rf.i = tail call ptr %594(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %595 = icmp eq ptr %scores.rf.i, null
   br i1 %595, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
@@ -6450,16 +6822,16 @@ for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
   br label %for_begin_line.preheader.i
 
 for_end_to.i:                                     ; preds = %for_begin_to.i
-  %597 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %597 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled.i = tail call ptr %597(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %598 = icmp eq ptr %scaled.i, null
   br i1 %598, label %fused_decode_compute_.exit, label %for_body_to54.us.i.preheader, !prof !8
 
 for_body_to54.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %509, label %for_body_to54.us.i.epil.preheader, label %for_body_to54.us.i, !prof !85
+  br i1 %509, label %for_body_to54.us.i.epil.preheader, label %for_body_to54.us.i, !prof !20
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
-  %599 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %599 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled928.i = tail call ptr %599(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %600 = icmp eq ptr %scaled928.i, null
   br i1 %600, label %fused_decode_compute_.exit, label %for_end_ax165.i, !prof !8
@@ -6469,7 +6841,7 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %niter = phi i64 [ %niter.next.3, %for_body_to54.us.i ], [ 0, %for_body_to54.us.i.preheader ]
   %601 = shl nsw i64 %indvars.iv724.i, 4
   %602 = getelementptr inbounds nuw float, ptr %scores.i, i64 %601
-  %603 = load <16 x float>, ptr %602, align 4, !tbaa !5
+  %603 = load <16 x float>, ptr %602, align 4, !tbaa !9
   %604 = fmul <16 x float> %110, %603
   %605 = trunc i64 %601 to i32
   %606 = sub i32 %465, %605
@@ -6478,11 +6850,11 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %609 = icmp sgt <16 x i32> %608, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %610 = select <16 x i1> %609, <16 x float> %604, <16 x float> splat (float 0xFFF0000000000000)
   %611 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %601
-  store <16 x float> %610, ptr %611, align 4, !tbaa !5
+  store <16 x float> %610, ptr %611, align 4, !tbaa !9
   %indvars.iv.next725.i = shl i64 %indvars.iv724.i, 4
   %612 = or disjoint i64 %indvars.iv.next725.i, 16
   %613 = getelementptr inbounds nuw float, ptr %scores.i, i64 %612
-  %614 = load <16 x float>, ptr %613, align 4, !tbaa !5
+  %614 = load <16 x float>, ptr %613, align 4, !tbaa !9
   %615 = fmul <16 x float> %110, %614
   %616 = trunc i64 %612 to i32
   %617 = sub i32 %465, %616
@@ -6491,11 +6863,11 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %620 = icmp sgt <16 x i32> %619, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %621 = select <16 x i1> %620, <16 x float> %615, <16 x float> splat (float 0xFFF0000000000000)
   %622 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %612
-  store <16 x float> %621, ptr %622, align 4, !tbaa !5
+  store <16 x float> %621, ptr %622, align 4, !tbaa !9
   %indvars.iv.next725.i.1 = shl i64 %indvars.iv724.i, 4
   %623 = or disjoint i64 %indvars.iv.next725.i.1, 32
   %624 = getelementptr inbounds nuw float, ptr %scores.i, i64 %623
-  %625 = load <16 x float>, ptr %624, align 4, !tbaa !5
+  %625 = load <16 x float>, ptr %624, align 4, !tbaa !9
   %626 = fmul <16 x float> %110, %625
   %627 = trunc i64 %623 to i32
   %628 = sub i32 %465, %627
@@ -6504,11 +6876,11 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %631 = icmp sgt <16 x i32> %630, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %632 = select <16 x i1> %631, <16 x float> %626, <16 x float> splat (float 0xFFF0000000000000)
   %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %623
-  store <16 x float> %632, ptr %633, align 4, !tbaa !5
+  store <16 x float> %632, ptr %633, align 4, !tbaa !9
   %indvars.iv.next725.i.2 = shl i64 %indvars.iv724.i, 4
   %634 = or disjoint i64 %indvars.iv.next725.i.2, 48
   %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
-  %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
+  %636 = load <16 x float>, ptr %635, align 4, !tbaa !9
   %637 = fmul <16 x float> %110, %636
   %638 = trunc i64 %634 to i32
   %639 = sub i32 %465, %638
@@ -6517,14 +6889,14 @@ for_body_to54.us.i:                               ; preds = %for_body_to54.us.i,
   %642 = icmp sgt <16 x i32> %641, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %643 = select <16 x i1> %642, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
   %644 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
-  store <16 x float> %643, ptr %644, align 4, !tbaa !5
+  store <16 x float> %643, ptr %644, align 4, !tbaa !9
   %indvars.iv.next725.i.3 = add nuw nsw i64 %indvars.iv724.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to54.us.1.i.preheader.unr-lcssa, label %for_body_to54.us.i, !prof !86, !llvm.loop !87
+  br i1 %niter.ncmp.3, label %for_body_to54.us.1.i.preheader.unr-lcssa, label %for_body_to54.us.i, !prof !21, !llvm.loop !22
 
 for_body_to54.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.i
-  br i1 %lcmp.mod.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil.preheader, !prof !89
+  br i1 %lcmp.mod.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil.preheader, !prof !24
 
 for_body_to54.us.i.epil.preheader:                ; preds = %for_body_to54.us.1.i.preheader.unr-lcssa, %for_body_to54.us.i.preheader
   %indvars.iv724.i.epil.init = phi i64 [ 0, %for_body_to54.us.i.preheader ], [ %indvars.iv.next725.i.3, %for_body_to54.us.1.i.preheader.unr-lcssa ]
@@ -6536,7 +6908,7 @@ for_body_to54.us.i.epil:                          ; preds = %for_body_to54.us.i.
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to54.us.i.epil ], [ 0, %for_body_to54.us.i.epil.preheader ]
   %645 = shl nsw i64 %indvars.iv724.i.epil, 4
   %646 = getelementptr inbounds nuw float, ptr %scores.i, i64 %645
-  %647 = load <16 x float>, ptr %646, align 4, !tbaa !5
+  %647 = load <16 x float>, ptr %646, align 4, !tbaa !9
   %648 = fmul <16 x float> %110, %647
   %649 = trunc i64 %645 to i32
   %650 = sub i32 %465, %649
@@ -6545,14 +6917,14 @@ for_body_to54.us.i.epil:                          ; preds = %for_body_to54.us.i.
   %653 = icmp sgt <16 x i32> %652, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %654 = select <16 x i1> %653, <16 x float> %648, <16 x float> splat (float 0xFFF0000000000000)
   %655 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %645
-  store <16 x float> %654, ptr %655, align 4, !tbaa !5
+  store <16 x float> %654, ptr %655, align 4, !tbaa !9
   %indvars.iv.next725.i.epil = add nuw nsw i64 %indvars.iv724.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil, !prof !12, !llvm.loop !90
+  br i1 %epil.iter.cmp.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil, !prof !25, !llvm.loop !26
 
 for_body_to54.us.1.i.preheader:                   ; preds = %for_body_to54.us.i.epil, %for_body_to54.us.1.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_to54.us.1.i.epil.preheader, label %for_body_to54.us.1.i, !prof !85
+  br i1 %510, label %for_body_to54.us.1.i.epil.preheader, label %for_body_to54.us.1.i, !prof !20
 
 for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.i, %for_body_to54.us.1.i.preheader
   %indvars.iv724.1.i = phi i64 [ %indvars.iv.next725.1.i.3, %for_body_to54.us.1.i ], [ 0, %for_body_to54.us.1.i.preheader ]
@@ -6560,7 +6932,7 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %656 = shl nsw i64 %indvars.iv724.1.i, 4
   %657 = add nuw nsw i64 %656, 128
   %658 = getelementptr inbounds nuw float, ptr %scores.i, i64 %657
-  %659 = load <16 x float>, ptr %658, align 4, !tbaa !5
+  %659 = load <16 x float>, ptr %658, align 4, !tbaa !9
   %660 = fmul <16 x float> %110, %659
   %661 = trunc i64 %656 to i32
   %662 = sub i32 %465, %661
@@ -6569,11 +6941,11 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %665 = icmp sgt <16 x i32> %664, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %666 = select <16 x i1> %665, <16 x float> %660, <16 x float> splat (float 0xFFF0000000000000)
   %667 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %657
-  store <16 x float> %666, ptr %667, align 4, !tbaa !5
+  store <16 x float> %666, ptr %667, align 4, !tbaa !9
   %indvars.iv.next725.1.i = shl i64 %indvars.iv724.1.i, 4
   %668 = add nuw nsw i64 %indvars.iv.next725.1.i, 144
   %669 = getelementptr inbounds nuw float, ptr %scores.i, i64 %668
-  %670 = load <16 x float>, ptr %669, align 4, !tbaa !5
+  %670 = load <16 x float>, ptr %669, align 4, !tbaa !9
   %671 = fmul <16 x float> %110, %670
   %672 = trunc i64 %indvars.iv.next725.1.i to i32
   %673 = or disjoint i32 %672, 16
@@ -6583,11 +6955,11 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %677 = icmp sgt <16 x i32> %676, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %678 = select <16 x i1> %677, <16 x float> %671, <16 x float> splat (float 0xFFF0000000000000)
   %679 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %668
-  store <16 x float> %678, ptr %679, align 4, !tbaa !5
+  store <16 x float> %678, ptr %679, align 4, !tbaa !9
   %indvars.iv.next725.1.i.1 = shl i64 %indvars.iv724.1.i, 4
   %680 = add nuw nsw i64 %indvars.iv.next725.1.i.1, 160
   %681 = getelementptr inbounds nuw float, ptr %scores.i, i64 %680
-  %682 = load <16 x float>, ptr %681, align 4, !tbaa !5
+  %682 = load <16 x float>, ptr %681, align 4, !tbaa !9
   %683 = fmul <16 x float> %110, %682
   %684 = trunc i64 %indvars.iv.next725.1.i.1 to i32
   %685 = or disjoint i32 %684, 32
@@ -6597,11 +6969,11 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %689 = icmp sgt <16 x i32> %688, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %690 = select <16 x i1> %689, <16 x float> %683, <16 x float> splat (float 0xFFF0000000000000)
   %691 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %680
-  store <16 x float> %690, ptr %691, align 4, !tbaa !5
+  store <16 x float> %690, ptr %691, align 4, !tbaa !9
   %indvars.iv.next725.1.i.2 = shl i64 %indvars.iv724.1.i, 4
   %692 = add nuw nsw i64 %indvars.iv.next725.1.i.2, 176
   %693 = getelementptr inbounds nuw float, ptr %scores.i, i64 %692
-  %694 = load <16 x float>, ptr %693, align 4, !tbaa !5
+  %694 = load <16 x float>, ptr %693, align 4, !tbaa !9
   %695 = fmul <16 x float> %110, %694
   %696 = trunc i64 %indvars.iv.next725.1.i.2 to i32
   %697 = or disjoint i32 %696, 48
@@ -6611,14 +6983,14 @@ for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.
   %701 = icmp sgt <16 x i32> %700, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %702 = select <16 x i1> %701, <16 x float> %695, <16 x float> splat (float 0xFFF0000000000000)
   %703 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %692
-  store <16 x float> %702, ptr %703, align 4, !tbaa !5
+  store <16 x float> %702, ptr %703, align 4, !tbaa !9
   %indvars.iv.next725.1.i.3 = add nuw nsw i64 %indvars.iv724.1.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to54.us.2.i.preheader.unr-lcssa, label %for_body_to54.us.1.i, !prof !86, !llvm.loop !92
+  br i1 %niter215.ncmp.3, label %for_body_to54.us.2.i.preheader.unr-lcssa, label %for_body_to54.us.1.i, !prof !21, !llvm.loop !29
 
 for_body_to54.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.1.i
-  br i1 %lcmp.mod212.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil.preheader, !prof !89
+  br i1 %lcmp.mod212.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil.preheader, !prof !24
 
 for_body_to54.us.1.i.epil.preheader:              ; preds = %for_body_to54.us.2.i.preheader.unr-lcssa, %for_body_to54.us.1.i.preheader
   %indvars.iv724.1.i.epil.init = phi i64 [ 0, %for_body_to54.us.1.i.preheader ], [ %indvars.iv.next725.1.i.3, %for_body_to54.us.2.i.preheader.unr-lcssa ]
@@ -6631,7 +7003,7 @@ for_body_to54.us.1.i.epil:                        ; preds = %for_body_to54.us.1.
   %704 = shl nsw i64 %indvars.iv724.1.i.epil, 4
   %705 = add nuw nsw i64 %704, 128
   %706 = getelementptr inbounds nuw float, ptr %scores.i, i64 %705
-  %707 = load <16 x float>, ptr %706, align 4, !tbaa !5
+  %707 = load <16 x float>, ptr %706, align 4, !tbaa !9
   %708 = fmul <16 x float> %110, %707
   %709 = trunc i64 %704 to i32
   %710 = sub i32 %465, %709
@@ -6640,14 +7012,14 @@ for_body_to54.us.1.i.epil:                        ; preds = %for_body_to54.us.1.
   %713 = icmp sgt <16 x i32> %712, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %714 = select <16 x i1> %713, <16 x float> %708, <16 x float> splat (float 0xFFF0000000000000)
   %715 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %705
-  store <16 x float> %714, ptr %715, align 4, !tbaa !5
+  store <16 x float> %714, ptr %715, align 4, !tbaa !9
   %indvars.iv.next725.1.i.epil = add nuw nsw i64 %indvars.iv724.1.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil, !prof !12, !llvm.loop !93
+  br i1 %epil.iter211.cmp.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil, !prof !25, !llvm.loop !30
 
 for_body_to54.us.2.i.preheader:                   ; preds = %for_body_to54.us.1.i.epil, %for_body_to54.us.2.i.preheader.unr-lcssa
-  br i1 %511, label %for_body_to54.us.2.i.epil.preheader, label %for_body_to54.us.2.i, !prof !85
+  br i1 %511, label %for_body_to54.us.2.i.epil.preheader, label %for_body_to54.us.2.i, !prof !20
 
 for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.i, %for_body_to54.us.2.i.preheader
   %indvars.iv724.2.i = phi i64 [ %indvars.iv.next725.2.i.3, %for_body_to54.us.2.i ], [ 0, %for_body_to54.us.2.i.preheader ]
@@ -6655,7 +7027,7 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %716 = shl nsw i64 %indvars.iv724.2.i, 4
   %717 = add nuw nsw i64 %716, 256
   %718 = getelementptr inbounds nuw float, ptr %scores.i, i64 %717
-  %719 = load <16 x float>, ptr %718, align 4, !tbaa !5
+  %719 = load <16 x float>, ptr %718, align 4, !tbaa !9
   %720 = fmul <16 x float> %110, %719
   %721 = trunc i64 %716 to i32
   %722 = sub i32 %465, %721
@@ -6664,11 +7036,11 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %725 = icmp sgt <16 x i32> %724, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %726 = select <16 x i1> %725, <16 x float> %720, <16 x float> splat (float 0xFFF0000000000000)
   %727 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %717
-  store <16 x float> %726, ptr %727, align 4, !tbaa !5
+  store <16 x float> %726, ptr %727, align 4, !tbaa !9
   %indvars.iv.next725.2.i = shl i64 %indvars.iv724.2.i, 4
   %728 = add nuw nsw i64 %indvars.iv.next725.2.i, 272
   %729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %728
-  %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
+  %730 = load <16 x float>, ptr %729, align 4, !tbaa !9
   %731 = fmul <16 x float> %110, %730
   %732 = trunc i64 %indvars.iv.next725.2.i to i32
   %733 = or disjoint i32 %732, 16
@@ -6678,11 +7050,11 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %737 = icmp sgt <16 x i32> %736, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %738 = select <16 x i1> %737, <16 x float> %731, <16 x float> splat (float 0xFFF0000000000000)
   %739 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %728
-  store <16 x float> %738, ptr %739, align 4, !tbaa !5
+  store <16 x float> %738, ptr %739, align 4, !tbaa !9
   %indvars.iv.next725.2.i.1 = shl i64 %indvars.iv724.2.i, 4
   %740 = add nuw nsw i64 %indvars.iv.next725.2.i.1, 288
   %741 = getelementptr inbounds nuw float, ptr %scores.i, i64 %740
-  %742 = load <16 x float>, ptr %741, align 4, !tbaa !5
+  %742 = load <16 x float>, ptr %741, align 4, !tbaa !9
   %743 = fmul <16 x float> %110, %742
   %744 = trunc i64 %indvars.iv.next725.2.i.1 to i32
   %745 = or disjoint i32 %744, 32
@@ -6692,11 +7064,11 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %749 = icmp sgt <16 x i32> %748, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %750 = select <16 x i1> %749, <16 x float> %743, <16 x float> splat (float 0xFFF0000000000000)
   %751 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %740
-  store <16 x float> %750, ptr %751, align 4, !tbaa !5
+  store <16 x float> %750, ptr %751, align 4, !tbaa !9
   %indvars.iv.next725.2.i.2 = shl i64 %indvars.iv724.2.i, 4
   %752 = add nuw nsw i64 %indvars.iv.next725.2.i.2, 304
   %753 = getelementptr inbounds nuw float, ptr %scores.i, i64 %752
-  %754 = load <16 x float>, ptr %753, align 4, !tbaa !5
+  %754 = load <16 x float>, ptr %753, align 4, !tbaa !9
   %755 = fmul <16 x float> %110, %754
   %756 = trunc i64 %indvars.iv.next725.2.i.2 to i32
   %757 = or disjoint i32 %756, 48
@@ -6706,14 +7078,14 @@ for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.
   %761 = icmp sgt <16 x i32> %760, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %762 = select <16 x i1> %761, <16 x float> %755, <16 x float> splat (float 0xFFF0000000000000)
   %763 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %752
-  store <16 x float> %762, ptr %763, align 4, !tbaa !5
+  store <16 x float> %762, ptr %763, align 4, !tbaa !9
   %indvars.iv.next725.2.i.3 = add nuw nsw i64 %indvars.iv724.2.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_to54.us.3.i.preheader.unr-lcssa, label %for_body_to54.us.2.i, !prof !86, !llvm.loop !94
+  br i1 %niter221.ncmp.3, label %for_body_to54.us.3.i.preheader.unr-lcssa, label %for_body_to54.us.2.i, !prof !21, !llvm.loop !31
 
 for_body_to54.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.2.i
-  br i1 %lcmp.mod218.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil.preheader, !prof !89
+  br i1 %lcmp.mod218.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil.preheader, !prof !24
 
 for_body_to54.us.2.i.epil.preheader:              ; preds = %for_body_to54.us.3.i.preheader.unr-lcssa, %for_body_to54.us.2.i.preheader
   %indvars.iv724.2.i.epil.init = phi i64 [ 0, %for_body_to54.us.2.i.preheader ], [ %indvars.iv.next725.2.i.3, %for_body_to54.us.3.i.preheader.unr-lcssa ]
@@ -6726,7 +7098,7 @@ for_body_to54.us.2.i.epil:                        ; preds = %for_body_to54.us.2.
   %764 = shl nsw i64 %indvars.iv724.2.i.epil, 4
   %765 = add nuw nsw i64 %764, 256
   %766 = getelementptr inbounds nuw float, ptr %scores.i, i64 %765
-  %767 = load <16 x float>, ptr %766, align 4, !tbaa !5
+  %767 = load <16 x float>, ptr %766, align 4, !tbaa !9
   %768 = fmul <16 x float> %110, %767
   %769 = trunc i64 %764 to i32
   %770 = sub i32 %465, %769
@@ -6735,14 +7107,14 @@ for_body_to54.us.2.i.epil:                        ; preds = %for_body_to54.us.2.
   %773 = icmp sgt <16 x i32> %772, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %774 = select <16 x i1> %773, <16 x float> %768, <16 x float> splat (float 0xFFF0000000000000)
   %775 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %765
-  store <16 x float> %774, ptr %775, align 4, !tbaa !5
+  store <16 x float> %774, ptr %775, align 4, !tbaa !9
   %indvars.iv.next725.2.i.epil = add nuw nsw i64 %indvars.iv724.2.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil, !prof !12, !llvm.loop !95
+  br i1 %epil.iter217.cmp.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil, !prof !25, !llvm.loop !32
 
 for_body_to54.us.3.i.preheader:                   ; preds = %for_body_to54.us.2.i.epil, %for_body_to54.us.3.i.preheader.unr-lcssa
-  br i1 %512, label %for_body_to54.us.3.i.epil.preheader, label %for_body_to54.us.3.i, !prof !85
+  br i1 %512, label %for_body_to54.us.3.i.epil.preheader, label %for_body_to54.us.3.i, !prof !20
 
 for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.i, %for_body_to54.us.3.i.preheader
   %indvars.iv724.3.i = phi i64 [ %indvars.iv.next725.3.i.3, %for_body_to54.us.3.i ], [ 0, %for_body_to54.us.3.i.preheader ]
@@ -6750,7 +7122,7 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %776 = shl nsw i64 %indvars.iv724.3.i, 4
   %777 = add nuw nsw i64 %776, 384
   %778 = getelementptr inbounds nuw float, ptr %scores.i, i64 %777
-  %779 = load <16 x float>, ptr %778, align 4, !tbaa !5
+  %779 = load <16 x float>, ptr %778, align 4, !tbaa !9
   %780 = fmul <16 x float> %110, %779
   %781 = trunc i64 %776 to i32
   %782 = sub i32 %465, %781
@@ -6759,11 +7131,11 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %785 = icmp sgt <16 x i32> %784, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %786 = select <16 x i1> %785, <16 x float> %780, <16 x float> splat (float 0xFFF0000000000000)
   %787 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %777
-  store <16 x float> %786, ptr %787, align 4, !tbaa !5
+  store <16 x float> %786, ptr %787, align 4, !tbaa !9
   %indvars.iv.next725.3.i = shl i64 %indvars.iv724.3.i, 4
   %788 = add nuw nsw i64 %indvars.iv.next725.3.i, 400
   %789 = getelementptr inbounds nuw float, ptr %scores.i, i64 %788
-  %790 = load <16 x float>, ptr %789, align 4, !tbaa !5
+  %790 = load <16 x float>, ptr %789, align 4, !tbaa !9
   %791 = fmul <16 x float> %110, %790
   %792 = trunc i64 %indvars.iv.next725.3.i to i32
   %793 = or disjoint i32 %792, 16
@@ -6773,11 +7145,11 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %797 = icmp sgt <16 x i32> %796, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %798 = select <16 x i1> %797, <16 x float> %791, <16 x float> splat (float 0xFFF0000000000000)
   %799 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %788
-  store <16 x float> %798, ptr %799, align 4, !tbaa !5
+  store <16 x float> %798, ptr %799, align 4, !tbaa !9
   %indvars.iv.next725.3.i.1 = shl i64 %indvars.iv724.3.i, 4
   %800 = add nuw nsw i64 %indvars.iv.next725.3.i.1, 416
   %801 = getelementptr inbounds nuw float, ptr %scores.i, i64 %800
-  %802 = load <16 x float>, ptr %801, align 4, !tbaa !5
+  %802 = load <16 x float>, ptr %801, align 4, !tbaa !9
   %803 = fmul <16 x float> %110, %802
   %804 = trunc i64 %indvars.iv.next725.3.i.1 to i32
   %805 = or disjoint i32 %804, 32
@@ -6787,11 +7159,11 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %809 = icmp sgt <16 x i32> %808, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %810 = select <16 x i1> %809, <16 x float> %803, <16 x float> splat (float 0xFFF0000000000000)
   %811 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %800
-  store <16 x float> %810, ptr %811, align 4, !tbaa !5
+  store <16 x float> %810, ptr %811, align 4, !tbaa !9
   %indvars.iv.next725.3.i.2 = shl i64 %indvars.iv724.3.i, 4
   %812 = add nuw nsw i64 %indvars.iv.next725.3.i.2, 432
   %813 = getelementptr inbounds nuw float, ptr %scores.i, i64 %812
-  %814 = load <16 x float>, ptr %813, align 4, !tbaa !5
+  %814 = load <16 x float>, ptr %813, align 4, !tbaa !9
   %815 = fmul <16 x float> %110, %814
   %816 = trunc i64 %indvars.iv.next725.3.i.2 to i32
   %817 = or disjoint i32 %816, 48
@@ -6801,14 +7173,14 @@ for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.
   %821 = icmp sgt <16 x i32> %820, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %822 = select <16 x i1> %821, <16 x float> %815, <16 x float> splat (float 0xFFF0000000000000)
   %823 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %812
-  store <16 x float> %822, ptr %823, align 4, !tbaa !5
+  store <16 x float> %822, ptr %823, align 4, !tbaa !9
   %indvars.iv.next725.3.i.3 = add nuw nsw i64 %indvars.iv724.3.i, 4
   %niter227.next.3 = add i64 %niter227, 4
   %niter227.ncmp.3 = icmp eq i64 %niter227.next.3, %unroll_iter226
-  br i1 %niter227.ncmp.3, label %for_body_ax164.i.preheader.unr-lcssa, label %for_body_to54.us.3.i, !prof !86, !llvm.loop !96
+  br i1 %niter227.ncmp.3, label %for_body_ax164.i.preheader.unr-lcssa, label %for_body_to54.us.3.i, !prof !21, !llvm.loop !33
 
 for_body_ax164.i.preheader.unr-lcssa:             ; preds = %for_body_to54.us.3.i
-  br i1 %lcmp.mod224.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil.preheader, !prof !89
+  br i1 %lcmp.mod224.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil.preheader, !prof !24
 
 for_body_to54.us.3.i.epil.preheader:              ; preds = %for_body_ax164.i.preheader.unr-lcssa, %for_body_to54.us.3.i.preheader
   %indvars.iv724.3.i.epil.init = phi i64 [ 0, %for_body_to54.us.3.i.preheader ], [ %indvars.iv.next725.3.i.3, %for_body_ax164.i.preheader.unr-lcssa ]
@@ -6821,7 +7193,7 @@ for_body_to54.us.3.i.epil:                        ; preds = %for_body_to54.us.3.
   %824 = shl nsw i64 %indvars.iv724.3.i.epil, 4
   %825 = add nuw nsw i64 %824, 384
   %826 = getelementptr inbounds nuw float, ptr %scores.i, i64 %825
-  %827 = load <16 x float>, ptr %826, align 4, !tbaa !5
+  %827 = load <16 x float>, ptr %826, align 4, !tbaa !9
   %828 = fmul <16 x float> %110, %827
   %829 = trunc i64 %824 to i32
   %830 = sub i32 %465, %829
@@ -6830,49 +7202,49 @@ for_body_to54.us.3.i.epil:                        ; preds = %for_body_to54.us.3.
   %833 = icmp sgt <16 x i32> %832, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %834 = select <16 x i1> %833, <16 x float> %828, <16 x float> splat (float 0xFFF0000000000000)
   %835 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %825
-  store <16 x float> %834, ptr %835, align 4, !tbaa !5
+  store <16 x float> %834, ptr %835, align 4, !tbaa !9
   %indvars.iv.next725.3.i.epil = add nuw nsw i64 %indvars.iv724.3.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil, !prof !12, !llvm.loop !97
+  br i1 %epil.iter223.cmp.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil, !prof !25, !llvm.loop !34
 
 for_body_ax164.i.preheader:                       ; preds = %for_body_to54.us.3.i.epil, %for_body_ax164.i.preheader.unr-lcssa
-  br i1 %513, label %for_body_ax164.i.epil.preheader, label %for_body_ax164.i, !prof !98
+  br i1 %513, label %for_body_ax164.i.epil.preheader, label %for_body_ax164.i, !prof !35
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %836 = getelementptr inbounds nuw float, ptr %scores.i, i64 %596
-  store <16 x float> zeroinitializer, ptr %836, align 4, !tbaa !5
-  %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %836, align 4, !tbaa !9
+  %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !9
   %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %837, align 4, !tbaa !5
+  %sum_1.i = load <16 x float>, ptr %837, align 4, !tbaa !9
   %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %838, align 4, !tbaa !5
+  %sum_2.i = load <16 x float>, ptr %838, align 4, !tbaa !9
   %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %sum_3.i = load <16 x float>, ptr %839, align 4, !tbaa !9
   %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %sum_4.i = load <16 x float>, ptr %840, align 4, !tbaa !9
   %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %841, align 4, !tbaa !5
+  %sum_5.i = load <16 x float>, ptr %841, align 4, !tbaa !9
   %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %842, align 4, !tbaa !5
+  %sum_6.i = load <16 x float>, ptr %842, align 4, !tbaa !9
   %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %843, align 4, !tbaa !5
+  %sum_7.i = load <16 x float>, ptr %843, align 4, !tbaa !9
   %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %sum_8.i = load <16 x float>, ptr %844, align 4, !tbaa !9
   %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %sum_9.i = load <16 x float>, ptr %845, align 4, !tbaa !9
   %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %846, align 4, !tbaa !5
+  %sum_10.i = load <16 x float>, ptr %846, align 4, !tbaa !9
   %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %847, align 4, !tbaa !5
+  %sum_11.i = load <16 x float>, ptr %847, align 4, !tbaa !9
   %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %848, align 4, !tbaa !5
+  %sum_12.i = load <16 x float>, ptr %848, align 4, !tbaa !9
   %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %849, align 4, !tbaa !5
+  %sum_13.i = load <16 x float>, ptr %849, align 4, !tbaa !9
   %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %850, align 4, !tbaa !5
+  %sum_14.i = load <16 x float>, ptr %850, align 4, !tbaa !9
   %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %851, align 4, !tbaa !5
+  %sum_15.i = load <16 x float>, ptr %851, align 4, !tbaa !9
   %852 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %853 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.i = fadd <16 x float> %853, %852
@@ -6919,41 +7291,41 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %881 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %882 = fadd <16 x float> %881, %880
   %883 = fadd <16 x float> %882, zeroinitializer
-  store <16 x float> %883, ptr %836, align 4, !tbaa !5
+  store <16 x float> %883, ptr %836, align 4, !tbaa !9
   %884 = getelementptr inbounds nuw i8, ptr %836, i64 512
-  store <16 x float> zeroinitializer, ptr %884, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %884, align 4, !tbaa !9
   %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %885, align 4, !tbaa !5
+  %sum_0.1.i = load <16 x float>, ptr %885, align 4, !tbaa !9
   %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %886, align 4, !tbaa !5
+  %sum_1.1.i = load <16 x float>, ptr %886, align 4, !tbaa !9
   %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %887, align 4, !tbaa !5
+  %sum_2.1.i = load <16 x float>, ptr %887, align 4, !tbaa !9
   %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %sum_3.1.i = load <16 x float>, ptr %888, align 4, !tbaa !9
   %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %sum_4.1.i = load <16 x float>, ptr %889, align 4, !tbaa !9
   %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %890, align 4, !tbaa !5
+  %sum_5.1.i = load <16 x float>, ptr %890, align 4, !tbaa !9
   %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %891, align 4, !tbaa !5
+  %sum_6.1.i = load <16 x float>, ptr %891, align 4, !tbaa !9
   %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %892, align 4, !tbaa !5
+  %sum_7.1.i = load <16 x float>, ptr %892, align 4, !tbaa !9
   %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %sum_8.1.i = load <16 x float>, ptr %893, align 4, !tbaa !9
   %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %sum_9.1.i = load <16 x float>, ptr %894, align 4, !tbaa !9
   %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %895, align 4, !tbaa !5
+  %sum_10.1.i = load <16 x float>, ptr %895, align 4, !tbaa !9
   %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %896, align 4, !tbaa !5
+  %sum_11.1.i = load <16 x float>, ptr %896, align 4, !tbaa !9
   %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %897, align 4, !tbaa !5
+  %sum_12.1.i = load <16 x float>, ptr %897, align 4, !tbaa !9
   %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %898, align 4, !tbaa !5
+  %sum_13.1.i = load <16 x float>, ptr %898, align 4, !tbaa !9
   %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %899, align 4, !tbaa !5
+  %sum_14.1.i = load <16 x float>, ptr %899, align 4, !tbaa !9
   %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %900, align 4, !tbaa !5
+  %sum_15.1.i = load <16 x float>, ptr %900, align 4, !tbaa !9
   %901 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %902 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.1.i = fadd <16 x float> %902, %901
@@ -7000,41 +7372,41 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %930 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %931 = fadd <16 x float> %930, %929
   %932 = fadd <16 x float> %931, zeroinitializer
-  store <16 x float> %932, ptr %884, align 4, !tbaa !5
+  store <16 x float> %932, ptr %884, align 4, !tbaa !9
   %933 = getelementptr inbounds nuw i8, ptr %836, i64 1024
-  store <16 x float> zeroinitializer, ptr %933, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %933, align 4, !tbaa !9
   %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %934, align 4, !tbaa !5
+  %sum_0.2.i = load <16 x float>, ptr %934, align 4, !tbaa !9
   %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %935, align 4, !tbaa !5
+  %sum_1.2.i = load <16 x float>, ptr %935, align 4, !tbaa !9
   %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %936, align 4, !tbaa !5
+  %sum_2.2.i = load <16 x float>, ptr %936, align 4, !tbaa !9
   %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %sum_3.2.i = load <16 x float>, ptr %937, align 4, !tbaa !9
   %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %sum_4.2.i = load <16 x float>, ptr %938, align 4, !tbaa !9
   %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %939, align 4, !tbaa !5
+  %sum_5.2.i = load <16 x float>, ptr %939, align 4, !tbaa !9
   %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %940, align 4, !tbaa !5
+  %sum_6.2.i = load <16 x float>, ptr %940, align 4, !tbaa !9
   %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %941, align 4, !tbaa !5
+  %sum_7.2.i = load <16 x float>, ptr %941, align 4, !tbaa !9
   %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %sum_8.2.i = load <16 x float>, ptr %942, align 4, !tbaa !9
   %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %sum_9.2.i = load <16 x float>, ptr %943, align 4, !tbaa !9
   %944 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %944, align 4, !tbaa !5
+  %sum_10.2.i = load <16 x float>, ptr %944, align 4, !tbaa !9
   %945 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %945, align 4, !tbaa !5
+  %sum_11.2.i = load <16 x float>, ptr %945, align 4, !tbaa !9
   %946 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %946, align 4, !tbaa !5
+  %sum_12.2.i = load <16 x float>, ptr %946, align 4, !tbaa !9
   %947 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %947, align 4, !tbaa !5
+  %sum_13.2.i = load <16 x float>, ptr %947, align 4, !tbaa !9
   %948 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %948, align 4, !tbaa !5
+  %sum_14.2.i = load <16 x float>, ptr %948, align 4, !tbaa !9
   %949 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %949, align 4, !tbaa !5
+  %sum_15.2.i = load <16 x float>, ptr %949, align 4, !tbaa !9
   %950 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %951 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.2.i = fadd <16 x float> %951, %950
@@ -7081,41 +7453,41 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %979 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %980 = fadd <16 x float> %979, %978
   %981 = fadd <16 x float> %980, zeroinitializer
-  store <16 x float> %981, ptr %933, align 4, !tbaa !5
+  store <16 x float> %981, ptr %933, align 4, !tbaa !9
   %982 = getelementptr inbounds nuw i8, ptr %836, i64 1536
-  store <16 x float> zeroinitializer, ptr %982, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %982, align 4, !tbaa !9
   %983 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %983, align 4, !tbaa !5
+  %sum_0.3.i = load <16 x float>, ptr %983, align 4, !tbaa !9
   %984 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %984, align 4, !tbaa !5
+  %sum_1.3.i = load <16 x float>, ptr %984, align 4, !tbaa !9
   %985 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %985, align 4, !tbaa !5
+  %sum_2.3.i = load <16 x float>, ptr %985, align 4, !tbaa !9
   %986 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %986, align 4, !tbaa !5
+  %sum_3.3.i = load <16 x float>, ptr %986, align 4, !tbaa !9
   %987 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %987, align 4, !tbaa !5
+  %sum_4.3.i = load <16 x float>, ptr %987, align 4, !tbaa !9
   %988 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %988, align 4, !tbaa !5
+  %sum_5.3.i = load <16 x float>, ptr %988, align 4, !tbaa !9
   %989 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %989, align 4, !tbaa !5
+  %sum_6.3.i = load <16 x float>, ptr %989, align 4, !tbaa !9
   %990 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %990, align 4, !tbaa !5
+  %sum_7.3.i = load <16 x float>, ptr %990, align 4, !tbaa !9
   %991 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %991, align 4, !tbaa !5
+  %sum_8.3.i = load <16 x float>, ptr %991, align 4, !tbaa !9
   %992 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %992, align 4, !tbaa !5
+  %sum_9.3.i = load <16 x float>, ptr %992, align 4, !tbaa !9
   %993 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %993, align 4, !tbaa !5
+  %sum_10.3.i = load <16 x float>, ptr %993, align 4, !tbaa !9
   %994 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %994, align 4, !tbaa !5
+  %sum_11.3.i = load <16 x float>, ptr %994, align 4, !tbaa !9
   %995 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %995, align 4, !tbaa !5
+  %sum_12.3.i = load <16 x float>, ptr %995, align 4, !tbaa !9
   %996 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %996, align 4, !tbaa !5
+  %sum_13.3.i = load <16 x float>, ptr %996, align 4, !tbaa !9
   %997 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %997, align 4, !tbaa !5
+  %sum_14.3.i = load <16 x float>, ptr %997, align 4, !tbaa !9
   %998 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %998, align 4, !tbaa !5
+  %sum_15.3.i = load <16 x float>, ptr %998, align 4, !tbaa !9
   %999 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %1000 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.3.i = fadd <16 x float> %1000, %999
@@ -7162,17 +7534,17 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %1028 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %1029 = fadd <16 x float> %1028, %1027
   %1030 = fadd <16 x float> %1029, zeroinitializer
-  store <16 x float> %1030, ptr %982, align 4, !tbaa !5
-  %1031 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  store <16 x float> %1030, ptr %982, align 4, !tbaa !9
+  %1031 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %1032 = tail call i32 %1031(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not284.i = icmp eq i32 %1032, 0
-  br i1 %.not284.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not284.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !12
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv711.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next712.i, %for_begin_line.preheader.i ]
   %1033 = shl nuw nsw i64 %indvars.iv711.i, 1
   %1034 = getelementptr inbounds nuw i64, ptr %gep154, i64 %1033
-  %1035 = load i64, ptr %1034, align 8, !tbaa !5
+  %1035 = load i64, ptr %1034, align 8, !tbaa !9
   %1036 = getelementptr i32, ptr %key_cache, i64 %1035
   %1037 = getelementptr i32, ptr %1036, i64 %559
   tail call void @llvm.prefetch.p0(ptr readonly %1037, i32 0, i32 2, i32 1)
@@ -7186,7 +7558,7 @@ for_begin_line.preheader.i:                       ; preds = %for_begin_line.preh
   %1043 = getelementptr i32, ptr %1042, i64 %559
   tail call void @llvm.prefetch.p0(ptr readonly %1043, i32 0, i32 2, i32 1)
   %1044 = getelementptr inbounds nuw i8, ptr %1034, i64 8
-  %1045 = load i64, ptr %1044, align 8, !tbaa !5
+  %1045 = load i64, ptr %1044, align 8, !tbaa !9
   %1046 = getelementptr i32, ptr %key_cache, i64 %1045
   %1047 = getelementptr i32, ptr %1046, i64 %559
   tail call void @llvm.prefetch.p0(ptr readonly %1047, i32 0, i32 2, i32 1)
@@ -7200,173 +7572,173 @@ for_begin_line.preheader.i:                       ; preds = %for_begin_line.preh
   %1053 = getelementptr i32, ptr %1052, i64 %559
   tail call void @llvm.prefetch.p0(ptr readonly %1053, i32 0, i32 2, i32 1)
   %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep963.i, i64 %1033
-  %1054 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %1054 = load i64, ptr %gep.i, align 8, !tbaa !9
   %gep465.i = getelementptr i32, ptr %invariant.gep464.i, i64 %1054
   %1055 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
-  %1056 = load i64, ptr %1055, align 8, !tbaa !5
+  %1056 = load i64, ptr %1055, align 8, !tbaa !9
   %gep467.i = getelementptr i32, ptr %invariant.gep464.i, i64 %1056
-  %1057 = load <16 x float>, ptr %562, align 4, !tbaa !5
-  %1058 = load <16 x i32>, ptr %gep465.i, align 4, !tbaa !5
+  %1057 = load <16 x float>, ptr %562, align 4, !tbaa !9
+  %1058 = load <16 x i32>, ptr %gep465.i, align 4, !tbaa !9
   %1059 = shl <16 x i32> %1058, splat (i32 16)
   %1060 = bitcast <16 x i32> %1059 to <16 x float>
   %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1060, <16 x float> zeroinitializer)
-  %1062 = load <16 x i32>, ptr %gep467.i, align 4, !tbaa !5
+  %1062 = load <16 x i32>, ptr %gep467.i, align 4, !tbaa !9
   %1063 = shl <16 x i32> %1062, splat (i32 16)
   %1064 = bitcast <16 x i32> %1063 to <16 x float>
   %1065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1066 = load <16 x float>, ptr %563, align 4, !tbaa !5
+  %1066 = load <16 x float>, ptr %563, align 4, !tbaa !9
   %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1060, <16 x float> zeroinitializer)
   %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1069 = load <16 x float>, ptr %564, align 4, !tbaa !5
+  %1069 = load <16 x float>, ptr %564, align 4, !tbaa !9
   %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1069, <16 x float> %1060, <16 x float> zeroinitializer)
   %1071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1069, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1072 = load <16 x float>, ptr %565, align 4, !tbaa !5
+  %1072 = load <16 x float>, ptr %565, align 4, !tbaa !9
   %1073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1060, <16 x float> zeroinitializer)
   %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1075 = load <16 x float>, ptr %566, align 4, !tbaa !5
+  %1075 = load <16 x float>, ptr %566, align 4, !tbaa !9
   %1076 = and <16 x i32> %1058, %108
   %1077 = bitcast <16 x i32> %1076 to <16 x float>
   %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1077, <16 x float> %1061)
   %1079 = and <16 x i32> %1062, %108
   %1080 = bitcast <16 x i32> %1079 to <16 x float>
   %1081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1080, <16 x float> %1065)
-  %1082 = load <16 x float>, ptr %567, align 4, !tbaa !5
+  %1082 = load <16 x float>, ptr %567, align 4, !tbaa !9
   %1083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1082, <16 x float> %1077, <16 x float> %1067)
   %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1082, <16 x float> %1080, <16 x float> %1068)
-  %1085 = load <16 x float>, ptr %568, align 4, !tbaa !5
+  %1085 = load <16 x float>, ptr %568, align 4, !tbaa !9
   %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1085, <16 x float> %1077, <16 x float> %1070)
   %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1085, <16 x float> %1080, <16 x float> %1071)
-  %1088 = load <16 x float>, ptr %569, align 4, !tbaa !5
+  %1088 = load <16 x float>, ptr %569, align 4, !tbaa !9
   %1089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1077, <16 x float> %1073)
   %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1080, <16 x float> %1074)
-  %1091 = load <16 x float>, ptr %570, align 4, !tbaa !5
+  %1091 = load <16 x float>, ptr %570, align 4, !tbaa !9
   %gep452.1.i = getelementptr i8, ptr %gep465.i, i64 64
-  %1092 = load <16 x i32>, ptr %gep452.1.i, align 4, !tbaa !5
+  %1092 = load <16 x i32>, ptr %gep452.1.i, align 4, !tbaa !9
   %1093 = shl <16 x i32> %1092, splat (i32 16)
   %1094 = bitcast <16 x i32> %1093 to <16 x float>
   %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1094, <16 x float> %1078)
   %gep454.1.i = getelementptr i8, ptr %gep467.i, i64 64
-  %1096 = load <16 x i32>, ptr %gep454.1.i, align 4, !tbaa !5
+  %1096 = load <16 x i32>, ptr %gep454.1.i, align 4, !tbaa !9
   %1097 = shl <16 x i32> %1096, splat (i32 16)
   %1098 = bitcast <16 x i32> %1097 to <16 x float>
   %1099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1098, <16 x float> %1081)
-  %1100 = load <16 x float>, ptr %571, align 4, !tbaa !5
+  %1100 = load <16 x float>, ptr %571, align 4, !tbaa !9
   %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1094, <16 x float> %1083)
   %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1098, <16 x float> %1084)
-  %1103 = load <16 x float>, ptr %572, align 4, !tbaa !5
+  %1103 = load <16 x float>, ptr %572, align 4, !tbaa !9
   %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1094, <16 x float> %1086)
   %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1098, <16 x float> %1087)
-  %1106 = load <16 x float>, ptr %573, align 4, !tbaa !5
+  %1106 = load <16 x float>, ptr %573, align 4, !tbaa !9
   %1107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %1094, <16 x float> %1089)
   %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %1098, <16 x float> %1090)
-  %1109 = load <16 x float>, ptr %574, align 4, !tbaa !5
+  %1109 = load <16 x float>, ptr %574, align 4, !tbaa !9
   %1110 = and <16 x i32> %1092, %108
   %1111 = bitcast <16 x i32> %1110 to <16 x float>
   %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1111, <16 x float> %1095)
   %1113 = and <16 x i32> %1096, %108
   %1114 = bitcast <16 x i32> %1113 to <16 x float>
   %1115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1114, <16 x float> %1099)
-  %1116 = load <16 x float>, ptr %575, align 4, !tbaa !5
+  %1116 = load <16 x float>, ptr %575, align 4, !tbaa !9
   %1117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1116, <16 x float> %1111, <16 x float> %1101)
   %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1116, <16 x float> %1114, <16 x float> %1102)
-  %1119 = load <16 x float>, ptr %576, align 4, !tbaa !5
+  %1119 = load <16 x float>, ptr %576, align 4, !tbaa !9
   %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1119, <16 x float> %1111, <16 x float> %1104)
   %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1119, <16 x float> %1114, <16 x float> %1105)
-  %1122 = load <16 x float>, ptr %577, align 4, !tbaa !5
+  %1122 = load <16 x float>, ptr %577, align 4, !tbaa !9
   %1123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1111, <16 x float> %1107)
   %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1114, <16 x float> %1108)
-  %1125 = load <16 x float>, ptr %578, align 4, !tbaa !5
+  %1125 = load <16 x float>, ptr %578, align 4, !tbaa !9
   %gep452.2.i = getelementptr i8, ptr %gep465.i, i64 128
-  %1126 = load <16 x i32>, ptr %gep452.2.i, align 4, !tbaa !5
+  %1126 = load <16 x i32>, ptr %gep452.2.i, align 4, !tbaa !9
   %1127 = shl <16 x i32> %1126, splat (i32 16)
   %1128 = bitcast <16 x i32> %1127 to <16 x float>
   %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1128, <16 x float> %1112)
   %gep454.2.i = getelementptr i8, ptr %gep467.i, i64 128
-  %1130 = load <16 x i32>, ptr %gep454.2.i, align 4, !tbaa !5
+  %1130 = load <16 x i32>, ptr %gep454.2.i, align 4, !tbaa !9
   %1131 = shl <16 x i32> %1130, splat (i32 16)
   %1132 = bitcast <16 x i32> %1131 to <16 x float>
   %1133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1132, <16 x float> %1115)
-  %1134 = load <16 x float>, ptr %579, align 4, !tbaa !5
+  %1134 = load <16 x float>, ptr %579, align 4, !tbaa !9
   %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1134, <16 x float> %1128, <16 x float> %1117)
   %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1134, <16 x float> %1132, <16 x float> %1118)
-  %1137 = load <16 x float>, ptr %580, align 4, !tbaa !5
+  %1137 = load <16 x float>, ptr %580, align 4, !tbaa !9
   %1138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1137, <16 x float> %1128, <16 x float> %1120)
   %1139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1137, <16 x float> %1132, <16 x float> %1121)
-  %1140 = load <16 x float>, ptr %581, align 4, !tbaa !5
+  %1140 = load <16 x float>, ptr %581, align 4, !tbaa !9
   %1141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1140, <16 x float> %1128, <16 x float> %1123)
   %1142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1140, <16 x float> %1132, <16 x float> %1124)
-  %1143 = load <16 x float>, ptr %582, align 4, !tbaa !5
+  %1143 = load <16 x float>, ptr %582, align 4, !tbaa !9
   %1144 = and <16 x i32> %1126, %108
   %1145 = bitcast <16 x i32> %1144 to <16 x float>
   %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1143, <16 x float> %1145, <16 x float> %1129)
   %1147 = and <16 x i32> %1130, %108
   %1148 = bitcast <16 x i32> %1147 to <16 x float>
   %1149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1143, <16 x float> %1148, <16 x float> %1133)
-  %1150 = load <16 x float>, ptr %583, align 4, !tbaa !5
+  %1150 = load <16 x float>, ptr %583, align 4, !tbaa !9
   %1151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1150, <16 x float> %1145, <16 x float> %1135)
   %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1150, <16 x float> %1148, <16 x float> %1136)
-  %1153 = load <16 x float>, ptr %584, align 4, !tbaa !5
+  %1153 = load <16 x float>, ptr %584, align 4, !tbaa !9
   %1154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1153, <16 x float> %1145, <16 x float> %1138)
   %1155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1153, <16 x float> %1148, <16 x float> %1139)
-  %1156 = load <16 x float>, ptr %585, align 4, !tbaa !5
+  %1156 = load <16 x float>, ptr %585, align 4, !tbaa !9
   %1157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1156, <16 x float> %1145, <16 x float> %1141)
   %1158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1156, <16 x float> %1148, <16 x float> %1142)
-  %1159 = load <16 x float>, ptr %586, align 4, !tbaa !5
+  %1159 = load <16 x float>, ptr %586, align 4, !tbaa !9
   %gep452.3.i = getelementptr i8, ptr %gep465.i, i64 192
-  %1160 = load <16 x i32>, ptr %gep452.3.i, align 4, !tbaa !5
+  %1160 = load <16 x i32>, ptr %gep452.3.i, align 4, !tbaa !9
   %1161 = shl <16 x i32> %1160, splat (i32 16)
   %1162 = bitcast <16 x i32> %1161 to <16 x float>
   %1163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1159, <16 x float> %1162, <16 x float> %1146)
   %gep454.3.i = getelementptr i8, ptr %gep467.i, i64 192
-  %1164 = load <16 x i32>, ptr %gep454.3.i, align 4, !tbaa !5
+  %1164 = load <16 x i32>, ptr %gep454.3.i, align 4, !tbaa !9
   %1165 = shl <16 x i32> %1164, splat (i32 16)
   %1166 = bitcast <16 x i32> %1165 to <16 x float>
   %1167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1159, <16 x float> %1166, <16 x float> %1149)
-  %1168 = load <16 x float>, ptr %587, align 4, !tbaa !5
+  %1168 = load <16 x float>, ptr %587, align 4, !tbaa !9
   %1169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1168, <16 x float> %1162, <16 x float> %1151)
   %1170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1168, <16 x float> %1166, <16 x float> %1152)
-  %1171 = load <16 x float>, ptr %588, align 4, !tbaa !5
+  %1171 = load <16 x float>, ptr %588, align 4, !tbaa !9
   %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1171, <16 x float> %1162, <16 x float> %1154)
   %1173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1171, <16 x float> %1166, <16 x float> %1155)
-  %1174 = load <16 x float>, ptr %589, align 4, !tbaa !5
+  %1174 = load <16 x float>, ptr %589, align 4, !tbaa !9
   %1175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1174, <16 x float> %1162, <16 x float> %1157)
   %1176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1174, <16 x float> %1166, <16 x float> %1158)
-  %1177 = load <16 x float>, ptr %590, align 4, !tbaa !5
+  %1177 = load <16 x float>, ptr %590, align 4, !tbaa !9
   %1178 = and <16 x i32> %1160, %108
   %1179 = bitcast <16 x i32> %1178 to <16 x float>
   %1180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1177, <16 x float> %1179, <16 x float> %1163)
   %1181 = and <16 x i32> %1164, %108
   %1182 = bitcast <16 x i32> %1181 to <16 x float>
   %1183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1177, <16 x float> %1182, <16 x float> %1167)
-  %1184 = load <16 x float>, ptr %591, align 4, !tbaa !5
+  %1184 = load <16 x float>, ptr %591, align 4, !tbaa !9
   %1185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1184, <16 x float> %1179, <16 x float> %1169)
   %1186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1184, <16 x float> %1182, <16 x float> %1170)
-  %1187 = load <16 x float>, ptr %592, align 4, !tbaa !5
+  %1187 = load <16 x float>, ptr %592, align 4, !tbaa !9
   %1188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1187, <16 x float> %1179, <16 x float> %1172)
   %1189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1187, <16 x float> %1182, <16 x float> %1173)
-  %1190 = load <16 x float>, ptr %593, align 4, !tbaa !5
+  %1190 = load <16 x float>, ptr %593, align 4, !tbaa !9
   %1191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1179, <16 x float> %1175)
   %1192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1182, <16 x float> %1176)
   %.idx919.i = shl nuw nsw i64 %indvars.iv711.i, 7
   %1193 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx919.i
-  store <16 x float> %1180, ptr %1193, align 4, !tbaa !5
+  store <16 x float> %1180, ptr %1193, align 4, !tbaa !9
   %1194 = getelementptr inbounds nuw i8, ptr %1193, i64 64
-  store <16 x float> %1183, ptr %1194, align 4, !tbaa !5
+  store <16 x float> %1183, ptr %1194, align 4, !tbaa !9
   %1195 = getelementptr inbounds nuw i8, ptr %1193, i64 1024
-  store <16 x float> %1185, ptr %1195, align 4, !tbaa !5
+  store <16 x float> %1185, ptr %1195, align 4, !tbaa !9
   %1196 = getelementptr inbounds nuw i8, ptr %1193, i64 1088
-  store <16 x float> %1186, ptr %1196, align 4, !tbaa !5
+  store <16 x float> %1186, ptr %1196, align 4, !tbaa !9
   %1197 = getelementptr inbounds nuw i8, ptr %1193, i64 2048
-  store <16 x float> %1188, ptr %1197, align 4, !tbaa !5
+  store <16 x float> %1188, ptr %1197, align 4, !tbaa !9
   %1198 = getelementptr inbounds nuw i8, ptr %1193, i64 2112
-  store <16 x float> %1189, ptr %1198, align 4, !tbaa !5
+  store <16 x float> %1189, ptr %1198, align 4, !tbaa !9
   %1199 = getelementptr inbounds nuw i8, ptr %1193, i64 3072
-  store <16 x float> %1191, ptr %1199, align 4, !tbaa !5
+  store <16 x float> %1191, ptr %1199, align 4, !tbaa !9
   %1200 = getelementptr inbounds nuw i8, ptr %1193, i64 3136
-  store <16 x float> %1192, ptr %1200, align 4, !tbaa !5
+  store <16 x float> %1192, ptr %1200, align 4, !tbaa !9
   %indvars.iv.next712.i = add nuw nsw i64 %indvars.iv711.i, 1
   %exitcond714.not.i = icmp eq i64 %indvars.iv.next712.i, 8
-  br i1 %exitcond714.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !28
+  br i1 %exitcond714.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !11
 
 for_body_r69.us.preheader.i:                      ; preds = %for_end_ax165.3.i
   %peak.rf267.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 0
@@ -7426,58 +7798,58 @@ for_body_ax164.i:                                 ; preds = %for_body_ax164.i, %
   %niter234 = phi i64 [ %niter234.next.7, %for_body_ax164.i ], [ 0, %for_body_ax164.i.preheader ]
   %.idx920.i = shl nsw i64 %indvars.iv733.i, 6
   %1233 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx920.i
-  %1234 = load <16 x float>, ptr %1233, align 4, !tbaa !5
+  %1234 = load <16 x float>, ptr %1233, align 4, !tbaa !9
   %1235 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.i, %1234
   %1236 = select <16 x i1> %1235, <16 x float> %peak.rf_global266.sroa.0.0473.i, <16 x float> %1234
   %indvars.iv.next734.i = shl i64 %indvars.iv733.i, 6
   %1237 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i
   %1238 = getelementptr inbounds nuw i8, ptr %1237, i64 64
-  %1239 = load <16 x float>, ptr %1238, align 4, !tbaa !5
+  %1239 = load <16 x float>, ptr %1238, align 4, !tbaa !9
   %1240 = fcmp ogt <16 x float> %1236, %1239
   %1241 = select <16 x i1> %1240, <16 x float> %1236, <16 x float> %1239
   %indvars.iv.next734.i.1 = shl i64 %indvars.iv733.i, 6
   %1242 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.1
   %1243 = getelementptr inbounds nuw i8, ptr %1242, i64 128
-  %1244 = load <16 x float>, ptr %1243, align 4, !tbaa !5
+  %1244 = load <16 x float>, ptr %1243, align 4, !tbaa !9
   %1245 = fcmp ogt <16 x float> %1241, %1244
   %1246 = select <16 x i1> %1245, <16 x float> %1241, <16 x float> %1244
   %indvars.iv.next734.i.2 = shl i64 %indvars.iv733.i, 6
   %1247 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.2
   %1248 = getelementptr inbounds nuw i8, ptr %1247, i64 192
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
+  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !9
   %1250 = fcmp ogt <16 x float> %1246, %1249
   %1251 = select <16 x i1> %1250, <16 x float> %1246, <16 x float> %1249
   %indvars.iv.next734.i.3 = shl i64 %indvars.iv733.i, 6
   %1252 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.3
   %1253 = getelementptr inbounds nuw i8, ptr %1252, i64 256
-  %1254 = load <16 x float>, ptr %1253, align 4, !tbaa !5
+  %1254 = load <16 x float>, ptr %1253, align 4, !tbaa !9
   %1255 = fcmp ogt <16 x float> %1251, %1254
   %1256 = select <16 x i1> %1255, <16 x float> %1251, <16 x float> %1254
   %indvars.iv.next734.i.4 = shl i64 %indvars.iv733.i, 6
   %1257 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.4
   %1258 = getelementptr inbounds nuw i8, ptr %1257, i64 320
-  %1259 = load <16 x float>, ptr %1258, align 4, !tbaa !5
+  %1259 = load <16 x float>, ptr %1258, align 4, !tbaa !9
   %1260 = fcmp ogt <16 x float> %1256, %1259
   %1261 = select <16 x i1> %1260, <16 x float> %1256, <16 x float> %1259
   %indvars.iv.next734.i.5 = shl i64 %indvars.iv733.i, 6
   %1262 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.5
   %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 384
-  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !5
+  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !9
   %1265 = fcmp ogt <16 x float> %1261, %1264
   %1266 = select <16 x i1> %1265, <16 x float> %1261, <16 x float> %1264
   %indvars.iv.next734.i.6 = shl i64 %indvars.iv733.i, 6
   %1267 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.6
   %1268 = getelementptr inbounds nuw i8, ptr %1267, i64 448
-  %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !5
+  %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !9
   %1270 = fcmp ogt <16 x float> %1266, %1269
   %1271 = select <16 x i1> %1270, <16 x float> %1266, <16 x float> %1269
   %indvars.iv.next734.i.7 = add nuw nsw i64 %indvars.iv733.i, 8
   %niter234.next.7 = add i64 %niter234, 8
   %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
-  br i1 %niter234.ncmp.7, label %for_end_ax165.i.loopexit.unr-lcssa, label %for_body_ax164.i, !prof !99, !llvm.loop !100
+  br i1 %niter234.ncmp.7, label %for_end_ax165.i.loopexit.unr-lcssa, label %for_body_ax164.i, !prof !36, !llvm.loop !37
 
 for_end_ax165.i.loopexit.unr-lcssa:               ; preds = %for_body_ax164.i
-  br i1 %lcmp.mod230.not, label %for_end_ax165.i, label %for_body_ax164.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod230.not, label %for_end_ax165.i, label %for_body_ax164.i.epil.preheader, !prof !39
 
 for_body_ax164.i.epil.preheader:                  ; preds = %for_end_ax165.i.loopexit.unr-lcssa, %for_body_ax164.i.preheader
   %indvars.iv733.i.epil.init = phi i64 [ 0, %for_body_ax164.i.preheader ], [ %indvars.iv.next734.i.7, %for_end_ax165.i.loopexit.unr-lcssa ]
@@ -7491,13 +7863,13 @@ for_body_ax164.i.epil:                            ; preds = %for_body_ax164.i.ep
   %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax164.i.epil ], [ 0, %for_body_ax164.i.epil.preheader ]
   %.idx920.i.epil = shl nsw i64 %indvars.iv733.i.epil, 6
   %1272 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx920.i.epil
-  %1273 = load <16 x float>, ptr %1272, align 4, !tbaa !5
+  %1273 = load <16 x float>, ptr %1272, align 4, !tbaa !9
   %1274 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.i.epil, %1273
   %1275 = select <16 x i1> %1274, <16 x float> %peak.rf_global266.sroa.0.0473.i.epil, <16 x float> %1273
   %indvars.iv.next734.i.epil = add nuw nsw i64 %indvars.iv733.i.epil, 1
   %epil.iter229.next = add i64 %epil.iter229, 1
   %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
-  br i1 %epil.iter229.cmp.not, label %for_end_ax165.i, label %for_body_ax164.i.epil, !prof !89, !llvm.loop !102
+  br i1 %epil.iter229.cmp.not, label %for_end_ax165.i, label %for_body_ax164.i.epil, !prof !24, !llvm.loop !40
 
 for_end_ax165.i:                                  ; preds = %for_body_ax164.i.epil, %for_end_ax165.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled929931934.i = phi ptr [ %scaled928.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax164.i.epil ], [ %scaled.i, %for_end_ax165.i.loopexit.unr-lcssa ]
@@ -7554,7 +7926,7 @@ for_end_ax165.i:                                  ; preds = %for_body_ax164.i.ep
   br i1 %497, label %for_body_ax164.1.i.preheader, label %for_end_ax165.1.i, !prof !3
 
 for_body_ax164.1.i.preheader:                     ; preds = %for_end_ax165.i
-  br i1 %514, label %for_body_ax164.1.i.epil.preheader, label %for_body_ax164.1.i, !prof !98
+  br i1 %514, label %for_body_ax164.1.i.epil.preheader, label %for_body_ax164.1.i, !prof !35
 
 for_body_ax164.1.i:                               ; preds = %for_body_ax164.1.i, %for_body_ax164.1.i.preheader
   %indvars.iv733.1.i = phi i64 [ %indvars.iv.next734.1.i.7, %for_body_ax164.1.i ], [ 0, %for_body_ax164.1.i.preheader ]
@@ -7563,58 +7935,58 @@ for_body_ax164.1.i:                               ; preds = %for_body_ax164.1.i,
   %.idx921.i = shl nsw i64 %indvars.iv733.1.i, 6
   %1308 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx921.i
   %1309 = getelementptr inbounds nuw i8, ptr %1308, i64 512
-  %1310 = load <16 x float>, ptr %1309, align 4, !tbaa !5
+  %1310 = load <16 x float>, ptr %1309, align 4, !tbaa !9
   %1311 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.1.i, %1310
   %1312 = select <16 x i1> %1311, <16 x float> %peak.rf_global266.sroa.0.0473.1.i, <16 x float> %1310
   %indvars.iv.next734.1.i = shl i64 %indvars.iv733.1.i, 6
   %1313 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i
   %1314 = getelementptr inbounds nuw i8, ptr %1313, i64 576
-  %1315 = load <16 x float>, ptr %1314, align 4, !tbaa !5
+  %1315 = load <16 x float>, ptr %1314, align 4, !tbaa !9
   %1316 = fcmp ogt <16 x float> %1312, %1315
   %1317 = select <16 x i1> %1316, <16 x float> %1312, <16 x float> %1315
   %indvars.iv.next734.1.i.1 = shl i64 %indvars.iv733.1.i, 6
   %1318 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.1
   %1319 = getelementptr inbounds nuw i8, ptr %1318, i64 640
-  %1320 = load <16 x float>, ptr %1319, align 4, !tbaa !5
+  %1320 = load <16 x float>, ptr %1319, align 4, !tbaa !9
   %1321 = fcmp ogt <16 x float> %1317, %1320
   %1322 = select <16 x i1> %1321, <16 x float> %1317, <16 x float> %1320
   %indvars.iv.next734.1.i.2 = shl i64 %indvars.iv733.1.i, 6
   %1323 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.2
   %1324 = getelementptr inbounds nuw i8, ptr %1323, i64 704
-  %1325 = load <16 x float>, ptr %1324, align 4, !tbaa !5
+  %1325 = load <16 x float>, ptr %1324, align 4, !tbaa !9
   %1326 = fcmp ogt <16 x float> %1322, %1325
   %1327 = select <16 x i1> %1326, <16 x float> %1322, <16 x float> %1325
   %indvars.iv.next734.1.i.3 = shl i64 %indvars.iv733.1.i, 6
   %1328 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.3
   %1329 = getelementptr inbounds nuw i8, ptr %1328, i64 768
-  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !5
+  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !9
   %1331 = fcmp ogt <16 x float> %1327, %1330
   %1332 = select <16 x i1> %1331, <16 x float> %1327, <16 x float> %1330
   %indvars.iv.next734.1.i.4 = shl i64 %indvars.iv733.1.i, 6
   %1333 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.4
   %1334 = getelementptr inbounds nuw i8, ptr %1333, i64 832
-  %1335 = load <16 x float>, ptr %1334, align 4, !tbaa !5
+  %1335 = load <16 x float>, ptr %1334, align 4, !tbaa !9
   %1336 = fcmp ogt <16 x float> %1332, %1335
   %1337 = select <16 x i1> %1336, <16 x float> %1332, <16 x float> %1335
   %indvars.iv.next734.1.i.5 = shl i64 %indvars.iv733.1.i, 6
   %1338 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.5
   %1339 = getelementptr inbounds nuw i8, ptr %1338, i64 896
-  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !5
+  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !9
   %1341 = fcmp ogt <16 x float> %1337, %1340
   %1342 = select <16 x i1> %1341, <16 x float> %1337, <16 x float> %1340
   %indvars.iv.next734.1.i.6 = shl i64 %indvars.iv733.1.i, 6
   %1343 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.6
   %1344 = getelementptr inbounds nuw i8, ptr %1343, i64 960
-  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !5
+  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !9
   %1346 = fcmp ogt <16 x float> %1342, %1345
   %1347 = select <16 x i1> %1346, <16 x float> %1342, <16 x float> %1345
   %indvars.iv.next734.1.i.7 = add nuw nsw i64 %indvars.iv733.1.i, 8
   %niter241.next.7 = add i64 %niter241, 8
   %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
-  br i1 %niter241.ncmp.7, label %for_end_ax165.1.i.loopexit.unr-lcssa, label %for_body_ax164.1.i, !prof !99, !llvm.loop !103
+  br i1 %niter241.ncmp.7, label %for_end_ax165.1.i.loopexit.unr-lcssa, label %for_body_ax164.1.i, !prof !36, !llvm.loop !41
 
 for_end_ax165.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.1.i
-  br i1 %lcmp.mod237.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod237.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil.preheader, !prof !39
 
 for_body_ax164.1.i.epil.preheader:                ; preds = %for_end_ax165.1.i.loopexit.unr-lcssa, %for_body_ax164.1.i.preheader
   %indvars.iv733.1.i.epil.init = phi i64 [ 0, %for_body_ax164.1.i.preheader ], [ %indvars.iv.next734.1.i.7, %for_end_ax165.1.i.loopexit.unr-lcssa ]
@@ -7629,13 +8001,13 @@ for_body_ax164.1.i.epil:                          ; preds = %for_body_ax164.1.i.
   %.idx921.i.epil = shl nsw i64 %indvars.iv733.1.i.epil, 6
   %1348 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx921.i.epil
   %1349 = getelementptr inbounds nuw i8, ptr %1348, i64 512
-  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !5
+  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !9
   %1351 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.1.i.epil, %1350
   %1352 = select <16 x i1> %1351, <16 x float> %peak.rf_global266.sroa.0.0473.1.i.epil, <16 x float> %1350
   %indvars.iv.next734.1.i.epil = add nuw nsw i64 %indvars.iv733.1.i.epil, 1
   %epil.iter236.next = add i64 %epil.iter236, 1
   %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
-  br i1 %epil.iter236.cmp.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil, !prof !89, !llvm.loop !104
+  br i1 %epil.iter236.cmp.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil, !prof !24, !llvm.loop !42
 
 for_end_ax165.1.i:                                ; preds = %for_body_ax164.1.i.epil, %for_end_ax165.1.i.loopexit.unr-lcssa, %for_end_ax165.i
   %peak.rf_global266.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.i ], [ %1347, %for_end_ax165.1.i.loopexit.unr-lcssa ], [ %1352, %for_body_ax164.1.i.epil ]
@@ -7691,7 +8063,7 @@ for_end_ax165.1.i:                                ; preds = %for_body_ax164.1.i.
   br i1 %497, label %for_body_ax164.2.i.preheader, label %for_end_ax165.2.i, !prof !3
 
 for_body_ax164.2.i.preheader:                     ; preds = %for_end_ax165.1.i
-  br i1 %515, label %for_body_ax164.2.i.epil.preheader, label %for_body_ax164.2.i, !prof !98
+  br i1 %515, label %for_body_ax164.2.i.epil.preheader, label %for_body_ax164.2.i, !prof !35
 
 for_body_ax164.2.i:                               ; preds = %for_body_ax164.2.i, %for_body_ax164.2.i.preheader
   %indvars.iv733.2.i = phi i64 [ %indvars.iv.next734.2.i.7, %for_body_ax164.2.i ], [ 0, %for_body_ax164.2.i.preheader ]
@@ -7700,58 +8072,58 @@ for_body_ax164.2.i:                               ; preds = %for_body_ax164.2.i,
   %.idx922.i = shl nsw i64 %indvars.iv733.2.i, 6
   %1385 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx922.i
   %1386 = getelementptr inbounds nuw i8, ptr %1385, i64 1024
-  %1387 = load <16 x float>, ptr %1386, align 4, !tbaa !5
+  %1387 = load <16 x float>, ptr %1386, align 4, !tbaa !9
   %1388 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.2.i, %1387
   %1389 = select <16 x i1> %1388, <16 x float> %peak.rf_global266.sroa.0.0473.2.i, <16 x float> %1387
   %indvars.iv.next734.2.i = shl i64 %indvars.iv733.2.i, 6
   %1390 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i
   %1391 = getelementptr inbounds nuw i8, ptr %1390, i64 1088
-  %1392 = load <16 x float>, ptr %1391, align 4, !tbaa !5
+  %1392 = load <16 x float>, ptr %1391, align 4, !tbaa !9
   %1393 = fcmp ogt <16 x float> %1389, %1392
   %1394 = select <16 x i1> %1393, <16 x float> %1389, <16 x float> %1392
   %indvars.iv.next734.2.i.1 = shl i64 %indvars.iv733.2.i, 6
   %1395 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.1
   %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 1152
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
+  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !9
   %1398 = fcmp ogt <16 x float> %1394, %1397
   %1399 = select <16 x i1> %1398, <16 x float> %1394, <16 x float> %1397
   %indvars.iv.next734.2.i.2 = shl i64 %indvars.iv733.2.i, 6
   %1400 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.2
   %1401 = getelementptr inbounds nuw i8, ptr %1400, i64 1216
-  %1402 = load <16 x float>, ptr %1401, align 4, !tbaa !5
+  %1402 = load <16 x float>, ptr %1401, align 4, !tbaa !9
   %1403 = fcmp ogt <16 x float> %1399, %1402
   %1404 = select <16 x i1> %1403, <16 x float> %1399, <16 x float> %1402
   %indvars.iv.next734.2.i.3 = shl i64 %indvars.iv733.2.i, 6
   %1405 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.3
   %1406 = getelementptr inbounds nuw i8, ptr %1405, i64 1280
-  %1407 = load <16 x float>, ptr %1406, align 4, !tbaa !5
+  %1407 = load <16 x float>, ptr %1406, align 4, !tbaa !9
   %1408 = fcmp ogt <16 x float> %1404, %1407
   %1409 = select <16 x i1> %1408, <16 x float> %1404, <16 x float> %1407
   %indvars.iv.next734.2.i.4 = shl i64 %indvars.iv733.2.i, 6
   %1410 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.4
   %1411 = getelementptr inbounds nuw i8, ptr %1410, i64 1344
-  %1412 = load <16 x float>, ptr %1411, align 4, !tbaa !5
+  %1412 = load <16 x float>, ptr %1411, align 4, !tbaa !9
   %1413 = fcmp ogt <16 x float> %1409, %1412
   %1414 = select <16 x i1> %1413, <16 x float> %1409, <16 x float> %1412
   %indvars.iv.next734.2.i.5 = shl i64 %indvars.iv733.2.i, 6
   %1415 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.5
   %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 1408
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
+  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !9
   %1418 = fcmp ogt <16 x float> %1414, %1417
   %1419 = select <16 x i1> %1418, <16 x float> %1414, <16 x float> %1417
   %indvars.iv.next734.2.i.6 = shl i64 %indvars.iv733.2.i, 6
   %1420 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.6
   %1421 = getelementptr inbounds nuw i8, ptr %1420, i64 1472
-  %1422 = load <16 x float>, ptr %1421, align 4, !tbaa !5
+  %1422 = load <16 x float>, ptr %1421, align 4, !tbaa !9
   %1423 = fcmp ogt <16 x float> %1419, %1422
   %1424 = select <16 x i1> %1423, <16 x float> %1419, <16 x float> %1422
   %indvars.iv.next734.2.i.7 = add nuw nsw i64 %indvars.iv733.2.i, 8
   %niter248.next.7 = add i64 %niter248, 8
   %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
-  br i1 %niter248.ncmp.7, label %for_end_ax165.2.i.loopexit.unr-lcssa, label %for_body_ax164.2.i, !prof !99, !llvm.loop !105
+  br i1 %niter248.ncmp.7, label %for_end_ax165.2.i.loopexit.unr-lcssa, label %for_body_ax164.2.i, !prof !36, !llvm.loop !43
 
 for_end_ax165.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.2.i
-  br i1 %lcmp.mod244.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod244.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil.preheader, !prof !39
 
 for_body_ax164.2.i.epil.preheader:                ; preds = %for_end_ax165.2.i.loopexit.unr-lcssa, %for_body_ax164.2.i.preheader
   %indvars.iv733.2.i.epil.init = phi i64 [ 0, %for_body_ax164.2.i.preheader ], [ %indvars.iv.next734.2.i.7, %for_end_ax165.2.i.loopexit.unr-lcssa ]
@@ -7766,13 +8138,13 @@ for_body_ax164.2.i.epil:                          ; preds = %for_body_ax164.2.i.
   %.idx922.i.epil = shl nsw i64 %indvars.iv733.2.i.epil, 6
   %1425 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx922.i.epil
   %1426 = getelementptr inbounds nuw i8, ptr %1425, i64 1024
-  %1427 = load <16 x float>, ptr %1426, align 4, !tbaa !5
+  %1427 = load <16 x float>, ptr %1426, align 4, !tbaa !9
   %1428 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.2.i.epil, %1427
   %1429 = select <16 x i1> %1428, <16 x float> %peak.rf_global266.sroa.0.0473.2.i.epil, <16 x float> %1427
   %indvars.iv.next734.2.i.epil = add nuw nsw i64 %indvars.iv733.2.i.epil, 1
   %epil.iter243.next = add i64 %epil.iter243, 1
   %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
-  br i1 %epil.iter243.cmp.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil, !prof !89, !llvm.loop !106
+  br i1 %epil.iter243.cmp.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil, !prof !24, !llvm.loop !44
 
 for_end_ax165.2.i:                                ; preds = %for_body_ax164.2.i.epil, %for_end_ax165.2.i.loopexit.unr-lcssa, %for_end_ax165.1.i
   %peak.rf_global266.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.1.i ], [ %1424, %for_end_ax165.2.i.loopexit.unr-lcssa ], [ %1429, %for_body_ax164.2.i.epil ]
@@ -7828,7 +8200,7 @@ for_end_ax165.2.i:                                ; preds = %for_body_ax164.2.i.
   br i1 %497, label %for_body_ax164.3.i.preheader, label %for_end_ax165.3.i, !prof !3
 
 for_body_ax164.3.i.preheader:                     ; preds = %for_end_ax165.2.i
-  br i1 %516, label %for_body_ax164.3.i.epil.preheader, label %for_body_ax164.3.i, !prof !98
+  br i1 %516, label %for_body_ax164.3.i.epil.preheader, label %for_body_ax164.3.i, !prof !35
 
 for_body_ax164.3.i:                               ; preds = %for_body_ax164.3.i, %for_body_ax164.3.i.preheader
   %indvars.iv733.3.i = phi i64 [ %indvars.iv.next734.3.i.7, %for_body_ax164.3.i ], [ 0, %for_body_ax164.3.i.preheader ]
@@ -7837,58 +8209,58 @@ for_body_ax164.3.i:                               ; preds = %for_body_ax164.3.i,
   %.idx923.i = shl nsw i64 %indvars.iv733.3.i, 6
   %1462 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx923.i
   %1463 = getelementptr inbounds nuw i8, ptr %1462, i64 1536
-  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !5
+  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !9
   %1465 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.3.i, %1464
   %1466 = select <16 x i1> %1465, <16 x float> %peak.rf_global266.sroa.0.0473.3.i, <16 x float> %1464
   %indvars.iv.next734.3.i = shl i64 %indvars.iv733.3.i, 6
   %1467 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i
   %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1600
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
+  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !9
   %1470 = fcmp ogt <16 x float> %1466, %1469
   %1471 = select <16 x i1> %1470, <16 x float> %1466, <16 x float> %1469
   %indvars.iv.next734.3.i.1 = shl i64 %indvars.iv733.3.i, 6
   %1472 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.1
   %1473 = getelementptr inbounds nuw i8, ptr %1472, i64 1664
-  %1474 = load <16 x float>, ptr %1473, align 4, !tbaa !5
+  %1474 = load <16 x float>, ptr %1473, align 4, !tbaa !9
   %1475 = fcmp ogt <16 x float> %1471, %1474
   %1476 = select <16 x i1> %1475, <16 x float> %1471, <16 x float> %1474
   %indvars.iv.next734.3.i.2 = shl i64 %indvars.iv733.3.i, 6
   %1477 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.2
   %1478 = getelementptr inbounds nuw i8, ptr %1477, i64 1728
-  %1479 = load <16 x float>, ptr %1478, align 4, !tbaa !5
+  %1479 = load <16 x float>, ptr %1478, align 4, !tbaa !9
   %1480 = fcmp ogt <16 x float> %1476, %1479
   %1481 = select <16 x i1> %1480, <16 x float> %1476, <16 x float> %1479
   %indvars.iv.next734.3.i.3 = shl i64 %indvars.iv733.3.i, 6
   %1482 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.3
   %1483 = getelementptr inbounds nuw i8, ptr %1482, i64 1792
-  %1484 = load <16 x float>, ptr %1483, align 4, !tbaa !5
+  %1484 = load <16 x float>, ptr %1483, align 4, !tbaa !9
   %1485 = fcmp ogt <16 x float> %1481, %1484
   %1486 = select <16 x i1> %1485, <16 x float> %1481, <16 x float> %1484
   %indvars.iv.next734.3.i.4 = shl i64 %indvars.iv733.3.i, 6
   %1487 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.4
   %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1856
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
+  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !9
   %1490 = fcmp ogt <16 x float> %1486, %1489
   %1491 = select <16 x i1> %1490, <16 x float> %1486, <16 x float> %1489
   %indvars.iv.next734.3.i.5 = shl i64 %indvars.iv733.3.i, 6
   %1492 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.5
   %1493 = getelementptr inbounds nuw i8, ptr %1492, i64 1920
-  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !5
+  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !9
   %1495 = fcmp ogt <16 x float> %1491, %1494
   %1496 = select <16 x i1> %1495, <16 x float> %1491, <16 x float> %1494
   %indvars.iv.next734.3.i.6 = shl i64 %indvars.iv733.3.i, 6
   %1497 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.6
   %1498 = getelementptr inbounds nuw i8, ptr %1497, i64 1984
-  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !5
+  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !9
   %1500 = fcmp ogt <16 x float> %1496, %1499
   %1501 = select <16 x i1> %1500, <16 x float> %1496, <16 x float> %1499
   %indvars.iv.next734.3.i.7 = add nuw nsw i64 %indvars.iv733.3.i, 8
   %niter255.next.7 = add i64 %niter255, 8
   %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax165.3.i.loopexit.unr-lcssa, label %for_body_ax164.3.i, !prof !99, !llvm.loop !107
+  br i1 %niter255.ncmp.7, label %for_end_ax165.3.i.loopexit.unr-lcssa, label %for_body_ax164.3.i, !prof !36, !llvm.loop !45
 
 for_end_ax165.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.3.i
-  br i1 %lcmp.mod251.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod251.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil.preheader, !prof !39
 
 for_body_ax164.3.i.epil.preheader:                ; preds = %for_end_ax165.3.i.loopexit.unr-lcssa, %for_body_ax164.3.i.preheader
   %indvars.iv733.3.i.epil.init = phi i64 [ 0, %for_body_ax164.3.i.preheader ], [ %indvars.iv.next734.3.i.7, %for_end_ax165.3.i.loopexit.unr-lcssa ]
@@ -7903,13 +8275,13 @@ for_body_ax164.3.i.epil:                          ; preds = %for_body_ax164.3.i.
   %.idx923.i.epil = shl nsw i64 %indvars.iv733.3.i.epil, 6
   %1502 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx923.i.epil
   %1503 = getelementptr inbounds nuw i8, ptr %1502, i64 1536
-  %1504 = load <16 x float>, ptr %1503, align 4, !tbaa !5
+  %1504 = load <16 x float>, ptr %1503, align 4, !tbaa !9
   %1505 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.3.i.epil, %1504
   %1506 = select <16 x i1> %1505, <16 x float> %peak.rf_global266.sroa.0.0473.3.i.epil, <16 x float> %1504
   %indvars.iv.next734.3.i.epil = add nuw nsw i64 %indvars.iv733.3.i.epil, 1
   %epil.iter250.next = add i64 %epil.iter250, 1
   %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil, !prof !89, !llvm.loop !108
+  br i1 %epil.iter250.cmp.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil, !prof !24, !llvm.loop !46
 
 for_end_ax165.3.i:                                ; preds = %for_body_ax164.3.i.epil, %for_end_ax165.3.i.loopexit.unr-lcssa, %for_end_ax165.2.i
   %peak.rf_global266.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.2.i ], [ %1501, %for_end_ax165.3.i.loopexit.unr-lcssa ], [ %1506, %for_body_ax164.3.i.epil ]
@@ -7921,14 +8293,14 @@ for_begin_r75.preheader.i:                        ; preds = %for_end_ax165.3.i, 
 
 for_begin_to80.preheader.us.preheader.i:          ; preds = %for_begin_r75.preheader.i
   %1507 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
-  br i1 %517, label %for_body_to81.us.i.epil.preheader, label %for_body_to81.us.i, !prof !4
+  br i1 %517, label %for_body_to81.us.i.epil.preheader, label %for_body_to81.us.i, !prof !47
 
 for_body_to81.us.i:                               ; preds = %for_body_to81.us.i, %for_begin_to80.preheader.us.preheader.i
   %indvars.iv749.i = phi i64 [ %indvars.iv.next750.i.1, %for_body_to81.us.i ], [ 0, %for_begin_to80.preheader.us.preheader.i ]
   %niter261 = phi i64 [ %niter261.next.1, %for_body_to81.us.i ], [ 0, %for_begin_to80.preheader.us.preheader.i ]
   %1508 = shl nsw i64 %indvars.iv749.i, 4
   %1509 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1508
-  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
+  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !9
   %arg.us.i = fsub <16 x float> %1510, %1507
   %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1512 = bitcast <16 x float> %1511 to <16 x i32>
@@ -7950,11 +8322,11 @@ for_body_to81.us.i:                               ; preds = %for_body_to81.us.i,
   %1528 = fcmp olt <16 x float> %arg.us.i, %143
   %1529 = select <16 x i1> %1528, <16 x float> zeroinitializer, <16 x float> %1527
   %1530 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1508
-  store <16 x float> %1529, ptr %1530, align 4, !tbaa !5
+  store <16 x float> %1529, ptr %1530, align 4, !tbaa !9
   %indvars.iv.next750.i = shl i64 %indvars.iv749.i, 4
   %1531 = or disjoint i64 %indvars.iv.next750.i, 16
   %1532 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1531
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
+  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !9
   %arg.us.i.1 = fsub <16 x float> %1533, %1507
   %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1535 = bitcast <16 x float> %1534 to <16 x i32>
@@ -7976,21 +8348,21 @@ for_body_to81.us.i:                               ; preds = %for_body_to81.us.i,
   %1551 = fcmp olt <16 x float> %arg.us.i.1, %143
   %1552 = select <16 x i1> %1551, <16 x float> zeroinitializer, <16 x float> %1550
   %1553 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1531
-  store <16 x float> %1552, ptr %1553, align 4, !tbaa !5
+  store <16 x float> %1552, ptr %1553, align 4, !tbaa !9
   %indvars.iv.next750.i.1 = add nuw nsw i64 %indvars.iv749.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, label %for_body_to81.us.i, !prof !9, !llvm.loop !109
+  br i1 %niter261.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, label %for_body_to81.us.i, !prof !48, !llvm.loop !49
 
 for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to81.us.i
-  br i1 %lcmp.mod258.not, label %for_begin_to80.for_end_to82_crit_edge.us.i, label %for_body_to81.us.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod258.not, label %for_begin_to80.for_end_to82_crit_edge.us.i, label %for_body_to81.us.i.epil.preheader, !prof !25
 
 for_body_to81.us.i.epil.preheader:                ; preds = %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, %for_begin_to80.preheader.us.preheader.i
   %indvars.iv749.i.epil.init = phi i64 [ 0, %for_begin_to80.preheader.us.preheader.i ], [ %indvars.iv.next750.i.1, %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod259)
   %1554 = shl nsw i64 %indvars.iv749.i.epil.init, 4
   %1555 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1554
-  %1556 = load <16 x float>, ptr %1555, align 4, !tbaa !5
+  %1556 = load <16 x float>, ptr %1555, align 4, !tbaa !9
   %arg.us.i.epil = fsub <16 x float> %1556, %1507
   %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1558 = bitcast <16 x float> %1557 to <16 x i32>
@@ -8012,12 +8384,12 @@ for_body_to81.us.i.epil.preheader:                ; preds = %for_begin_to80.for_
   %1574 = fcmp olt <16 x float> %arg.us.i.epil, %143
   %1575 = select <16 x i1> %1574, <16 x float> zeroinitializer, <16 x float> %1573
   %1576 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1554
-  store <16 x float> %1575, ptr %1576, align 4, !tbaa !5
+  store <16 x float> %1575, ptr %1576, align 4, !tbaa !9
   br label %for_begin_to80.for_end_to82_crit_edge.us.i
 
 for_begin_to80.for_end_to82_crit_edge.us.i:       ; preds = %for_body_to81.us.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa
   %1577 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br i1 %518, label %for_body_to81.us.1.i.epil.preheader, label %for_body_to81.us.1.i, !prof !4
+  br i1 %518, label %for_body_to81.us.1.i.epil.preheader, label %for_body_to81.us.1.i, !prof !47
 
 for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.i, %for_begin_to80.for_end_to82_crit_edge.us.i
   %indvars.iv749.1.i = phi i64 [ %indvars.iv.next750.1.i.1, %for_body_to81.us.1.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.i ]
@@ -8025,7 +8397,7 @@ for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.
   %1578 = shl nsw i64 %indvars.iv749.1.i, 4
   %1579 = add nuw nsw i64 %1578, 128
   %1580 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1579
-  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !5
+  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !9
   %arg.us.1.i = fsub <16 x float> %1581, %1577
   %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1583 = bitcast <16 x float> %1582 to <16 x i32>
@@ -8047,11 +8419,11 @@ for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.
   %1599 = fcmp olt <16 x float> %arg.us.1.i, %143
   %1600 = select <16 x i1> %1599, <16 x float> zeroinitializer, <16 x float> %1598
   %1601 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1579
-  store <16 x float> %1600, ptr %1601, align 4, !tbaa !5
+  store <16 x float> %1600, ptr %1601, align 4, !tbaa !9
   %indvars.iv.next750.1.i = shl i64 %indvars.iv749.1.i, 4
   %1602 = add nuw nsw i64 %indvars.iv.next750.1.i, 144
   %1603 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1602
-  %1604 = load <16 x float>, ptr %1603, align 4, !tbaa !5
+  %1604 = load <16 x float>, ptr %1603, align 4, !tbaa !9
   %arg.us.1.i.1 = fsub <16 x float> %1604, %1577
   %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1606 = bitcast <16 x float> %1605 to <16 x i32>
@@ -8073,14 +8445,14 @@ for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.
   %1622 = fcmp olt <16 x float> %arg.us.1.i.1, %143
   %1623 = select <16 x i1> %1622, <16 x float> zeroinitializer, <16 x float> %1621
   %1624 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1602
-  store <16 x float> %1623, ptr %1624, align 4, !tbaa !5
+  store <16 x float> %1623, ptr %1624, align 4, !tbaa !9
   %indvars.iv.next750.1.i.1 = add nuw nsw i64 %indvars.iv749.1.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, label %for_body_to81.us.1.i, !prof !9, !llvm.loop !110
+  br i1 %niter267.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, label %for_body_to81.us.1.i, !prof !48, !llvm.loop !51
 
 for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to81.us.1.i
-  br i1 %lcmp.mod264.not, label %for_begin_to80.for_end_to82_crit_edge.us.1.i, label %for_body_to81.us.1.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod264.not, label %for_begin_to80.for_end_to82_crit_edge.us.1.i, label %for_body_to81.us.1.i.epil.preheader, !prof !25
 
 for_body_to81.us.1.i.epil.preheader:              ; preds = %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.i
   %indvars.iv749.1.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.i ], [ %indvars.iv.next750.1.i.1, %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa ]
@@ -8088,7 +8460,7 @@ for_body_to81.us.1.i.epil.preheader:              ; preds = %for_begin_to80.for_
   %1625 = shl nsw i64 %indvars.iv749.1.i.epil.init, 4
   %1626 = add nuw nsw i64 %1625, 128
   %1627 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1626
-  %1628 = load <16 x float>, ptr %1627, align 4, !tbaa !5
+  %1628 = load <16 x float>, ptr %1627, align 4, !tbaa !9
   %arg.us.1.i.epil = fsub <16 x float> %1628, %1577
   %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1630 = bitcast <16 x float> %1629 to <16 x i32>
@@ -8110,12 +8482,12 @@ for_body_to81.us.1.i.epil.preheader:              ; preds = %for_begin_to80.for_
   %1646 = fcmp olt <16 x float> %arg.us.1.i.epil, %143
   %1647 = select <16 x i1> %1646, <16 x float> zeroinitializer, <16 x float> %1645
   %1648 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1626
-  store <16 x float> %1647, ptr %1648, align 4, !tbaa !5
+  store <16 x float> %1647, ptr %1648, align 4, !tbaa !9
   br label %for_begin_to80.for_end_to82_crit_edge.us.1.i
 
 for_begin_to80.for_end_to82_crit_edge.us.1.i:     ; preds = %for_body_to81.us.1.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa
   %1649 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %519, label %for_body_to81.us.2.i.epil.preheader, label %for_body_to81.us.2.i, !prof !4
+  br i1 %519, label %for_body_to81.us.2.i.epil.preheader, label %for_body_to81.us.2.i, !prof !47
 
 for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.i, %for_begin_to80.for_end_to82_crit_edge.us.1.i
   %indvars.iv749.2.i = phi i64 [ %indvars.iv.next750.2.i.1, %for_body_to81.us.2.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.1.i ]
@@ -8123,7 +8495,7 @@ for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.
   %1650 = shl nsw i64 %indvars.iv749.2.i, 4
   %1651 = add nuw nsw i64 %1650, 256
   %1652 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1651
-  %1653 = load <16 x float>, ptr %1652, align 4, !tbaa !5
+  %1653 = load <16 x float>, ptr %1652, align 4, !tbaa !9
   %arg.us.2.i = fsub <16 x float> %1653, %1649
   %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1655 = bitcast <16 x float> %1654 to <16 x i32>
@@ -8145,11 +8517,11 @@ for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.
   %1671 = fcmp olt <16 x float> %arg.us.2.i, %143
   %1672 = select <16 x i1> %1671, <16 x float> zeroinitializer, <16 x float> %1670
   %1673 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  store <16 x float> %1672, ptr %1673, align 4, !tbaa !5
+  store <16 x float> %1672, ptr %1673, align 4, !tbaa !9
   %indvars.iv.next750.2.i = shl i64 %indvars.iv749.2.i, 4
   %1674 = add nuw nsw i64 %indvars.iv.next750.2.i, 272
   %1675 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1674
-  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !5
+  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !9
   %arg.us.2.i.1 = fsub <16 x float> %1676, %1649
   %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1678 = bitcast <16 x float> %1677 to <16 x i32>
@@ -8171,14 +8543,14 @@ for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.
   %1694 = fcmp olt <16 x float> %arg.us.2.i.1, %143
   %1695 = select <16 x i1> %1694, <16 x float> zeroinitializer, <16 x float> %1693
   %1696 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1674
-  store <16 x float> %1695, ptr %1696, align 4, !tbaa !5
+  store <16 x float> %1695, ptr %1696, align 4, !tbaa !9
   %indvars.iv.next750.2.i.1 = add nuw nsw i64 %indvars.iv749.2.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, label %for_body_to81.us.2.i, !prof !9, !llvm.loop !111
+  br i1 %niter273.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, label %for_body_to81.us.2.i, !prof !48, !llvm.loop !52
 
 for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to81.us.2.i
-  br i1 %lcmp.mod270.not, label %for_begin_to80.for_end_to82_crit_edge.us.2.i, label %for_body_to81.us.2.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod270.not, label %for_begin_to80.for_end_to82_crit_edge.us.2.i, label %for_body_to81.us.2.i.epil.preheader, !prof !25
 
 for_body_to81.us.2.i.epil.preheader:              ; preds = %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.1.i
   %indvars.iv749.2.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.1.i ], [ %indvars.iv.next750.2.i.1, %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa ]
@@ -8186,7 +8558,7 @@ for_body_to81.us.2.i.epil.preheader:              ; preds = %for_begin_to80.for_
   %1697 = shl nsw i64 %indvars.iv749.2.i.epil.init, 4
   %1698 = add nuw nsw i64 %1697, 256
   %1699 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1698
-  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !5
+  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !9
   %arg.us.2.i.epil = fsub <16 x float> %1700, %1649
   %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1702 = bitcast <16 x float> %1701 to <16 x i32>
@@ -8208,12 +8580,12 @@ for_body_to81.us.2.i.epil.preheader:              ; preds = %for_begin_to80.for_
   %1718 = fcmp olt <16 x float> %arg.us.2.i.epil, %143
   %1719 = select <16 x i1> %1718, <16 x float> zeroinitializer, <16 x float> %1717
   %1720 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1698
-  store <16 x float> %1719, ptr %1720, align 4, !tbaa !5
+  store <16 x float> %1719, ptr %1720, align 4, !tbaa !9
   br label %for_begin_to80.for_end_to82_crit_edge.us.2.i
 
 for_begin_to80.for_end_to82_crit_edge.us.2.i:     ; preds = %for_body_to81.us.2.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa
   %1721 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br i1 %520, label %for_body_to81.us.3.i.epil.preheader, label %for_body_to81.us.3.i, !prof !4
+  br i1 %520, label %for_body_to81.us.3.i.epil.preheader, label %for_body_to81.us.3.i, !prof !47
 
 for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.i, %for_begin_to80.for_end_to82_crit_edge.us.2.i
   %indvars.iv749.3.i = phi i64 [ %indvars.iv.next750.3.i.1, %for_body_to81.us.3.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.2.i ]
@@ -8221,7 +8593,7 @@ for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.
   %1722 = shl nsw i64 %indvars.iv749.3.i, 4
   %1723 = add nuw nsw i64 %1722, 384
   %1724 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1723
-  %1725 = load <16 x float>, ptr %1724, align 4, !tbaa !5
+  %1725 = load <16 x float>, ptr %1724, align 4, !tbaa !9
   %arg.us.3.i = fsub <16 x float> %1725, %1721
   %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1727 = bitcast <16 x float> %1726 to <16 x i32>
@@ -8243,11 +8615,11 @@ for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.
   %1743 = fcmp olt <16 x float> %arg.us.3.i, %143
   %1744 = select <16 x i1> %1743, <16 x float> zeroinitializer, <16 x float> %1742
   %1745 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1723
-  store <16 x float> %1744, ptr %1745, align 4, !tbaa !5
+  store <16 x float> %1744, ptr %1745, align 4, !tbaa !9
   %indvars.iv.next750.3.i = shl i64 %indvars.iv749.3.i, 4
   %1746 = add nuw nsw i64 %indvars.iv.next750.3.i, 400
   %1747 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1746
-  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !5
+  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !9
   %arg.us.3.i.1 = fsub <16 x float> %1748, %1721
   %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1750 = bitcast <16 x float> %1749 to <16 x i32>
@@ -8269,14 +8641,14 @@ for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.
   %1766 = fcmp olt <16 x float> %arg.us.3.i.1, %143
   %1767 = select <16 x i1> %1766, <16 x float> zeroinitializer, <16 x float> %1765
   %1768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1746
-  store <16 x float> %1767, ptr %1768, align 4, !tbaa !5
+  store <16 x float> %1767, ptr %1768, align 4, !tbaa !9
   %indvars.iv.next750.3.i.1 = add nuw nsw i64 %indvars.iv749.3.i, 2
   %niter279.next.1 = add i64 %niter279, 2
   %niter279.ncmp.1 = icmp eq i64 %niter279.next.1, %unroll_iter278
-  br i1 %niter279.ncmp.1, label %for_body_ax191.i.preheader.unr-lcssa, label %for_body_to81.us.3.i, !prof !9, !llvm.loop !112
+  br i1 %niter279.ncmp.1, label %for_body_ax191.i.preheader.unr-lcssa, label %for_body_to81.us.3.i, !prof !48, !llvm.loop !53
 
 for_body_ax191.i.preheader.unr-lcssa:             ; preds = %for_body_to81.us.3.i
-  br i1 %lcmp.mod276.not, label %for_body_ax191.i.preheader, label %for_body_to81.us.3.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod276.not, label %for_body_ax191.i.preheader, label %for_body_to81.us.3.i.epil.preheader, !prof !25
 
 for_body_to81.us.3.i.epil.preheader:              ; preds = %for_body_ax191.i.preheader.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.2.i
   %indvars.iv749.3.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.2.i ], [ %indvars.iv.next750.3.i.1, %for_body_ax191.i.preheader.unr-lcssa ]
@@ -8284,7 +8656,7 @@ for_body_to81.us.3.i.epil.preheader:              ; preds = %for_body_ax191.i.pr
   %1769 = shl nsw i64 %indvars.iv749.3.i.epil.init, 4
   %1770 = add nuw nsw i64 %1769, 384
   %1771 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1770
-  %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !5
+  %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !9
   %arg.us.3.i.epil = fsub <16 x float> %1772, %1721
   %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
   %1774 = bitcast <16 x float> %1773 to <16 x i32>
@@ -8306,11 +8678,11 @@ for_body_to81.us.3.i.epil.preheader:              ; preds = %for_body_ax191.i.pr
   %1790 = fcmp olt <16 x float> %arg.us.3.i.epil, %143
   %1791 = select <16 x i1> %1790, <16 x float> zeroinitializer, <16 x float> %1789
   %1792 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1770
-  store <16 x float> %1791, ptr %1792, align 4, !tbaa !5
+  store <16 x float> %1791, ptr %1792, align 4, !tbaa !9
   br label %for_body_ax191.i.preheader
 
 for_body_ax191.i.preheader:                       ; preds = %for_body_to81.us.3.i.epil.preheader, %for_body_ax191.i.preheader.unr-lcssa
-  br i1 %521, label %for_body_ax191.i.epil.preheader, label %for_body_ax191.i, !prof !98
+  br i1 %521, label %for_body_ax191.i.epil.preheader, label %for_body_ax191.i, !prof !35
 
 for_body_ax191.i:                                 ; preds = %for_body_ax191.i, %for_body_ax191.i.preheader
   %indvars.iv758.i = phi i64 [ %indvars.iv.next759.i.7, %for_body_ax191.i ], [ 0, %for_body_ax191.i.preheader ]
@@ -8318,50 +8690,50 @@ for_body_ax191.i:                                 ; preds = %for_body_ax191.i, %
   %niter286 = phi i64 [ %niter286.next.7, %for_body_ax191.i ], [ 0, %for_body_ax191.i.preheader ]
   %.idx924.i = shl nsw i64 %indvars.iv758.i, 6
   %1793 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx924.i
-  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !5
+  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !9
   %1795 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.i, %1794
   %indvars.iv.next759.i = shl i64 %indvars.iv758.i, 6
   %1796 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i
   %1797 = getelementptr inbounds nuw i8, ptr %1796, i64 64
-  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !5
+  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !9
   %1799 = fadd <16 x float> %1795, %1798
   %indvars.iv.next759.i.1 = shl i64 %indvars.iv758.i, 6
   %1800 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.1
   %1801 = getelementptr inbounds nuw i8, ptr %1800, i64 128
-  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !5
+  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !9
   %1803 = fadd <16 x float> %1799, %1802
   %indvars.iv.next759.i.2 = shl i64 %indvars.iv758.i, 6
   %1804 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.2
   %1805 = getelementptr inbounds nuw i8, ptr %1804, i64 192
-  %1806 = load <16 x float>, ptr %1805, align 4, !tbaa !5
+  %1806 = load <16 x float>, ptr %1805, align 4, !tbaa !9
   %1807 = fadd <16 x float> %1803, %1806
   %indvars.iv.next759.i.3 = shl i64 %indvars.iv758.i, 6
   %1808 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.3
   %1809 = getelementptr inbounds nuw i8, ptr %1808, i64 256
-  %1810 = load <16 x float>, ptr %1809, align 4, !tbaa !5
+  %1810 = load <16 x float>, ptr %1809, align 4, !tbaa !9
   %1811 = fadd <16 x float> %1807, %1810
   %indvars.iv.next759.i.4 = shl i64 %indvars.iv758.i, 6
   %1812 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.4
   %1813 = getelementptr inbounds nuw i8, ptr %1812, i64 320
-  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !5
+  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !9
   %1815 = fadd <16 x float> %1811, %1814
   %indvars.iv.next759.i.5 = shl i64 %indvars.iv758.i, 6
   %1816 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.5
   %1817 = getelementptr inbounds nuw i8, ptr %1816, i64 384
-  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !5
+  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !9
   %1819 = fadd <16 x float> %1815, %1818
   %indvars.iv.next759.i.6 = shl i64 %indvars.iv758.i, 6
   %1820 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.6
   %1821 = getelementptr inbounds nuw i8, ptr %1820, i64 448
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !5
+  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !9
   %1823 = fadd <16 x float> %1819, %1822
   %indvars.iv.next759.i.7 = add nuw nsw i64 %indvars.iv758.i, 8
   %niter286.next.7 = add i64 %niter286, 8
   %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
-  br i1 %niter286.ncmp.7, label %for_end_ax192.i.loopexit.unr-lcssa, label %for_body_ax191.i, !prof !99, !llvm.loop !113
+  br i1 %niter286.ncmp.7, label %for_end_ax192.i.loopexit.unr-lcssa, label %for_body_ax191.i, !prof !36, !llvm.loop !54
 
 for_end_ax192.i.loopexit.unr-lcssa:               ; preds = %for_body_ax191.i
-  br i1 %lcmp.mod282.not, label %for_end_ax192.i, label %for_body_ax191.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod282.not, label %for_end_ax192.i, label %for_body_ax191.i.epil.preheader, !prof !39
 
 for_body_ax191.i.epil.preheader:                  ; preds = %for_end_ax192.i.loopexit.unr-lcssa, %for_body_ax191.i.preheader
   %indvars.iv758.i.epil.init = phi i64 [ 0, %for_body_ax191.i.preheader ], [ %indvars.iv.next759.i.7, %for_end_ax192.i.loopexit.unr-lcssa ]
@@ -8375,12 +8747,12 @@ for_body_ax191.i.epil:                            ; preds = %for_body_ax191.i.ep
   %epil.iter281 = phi i64 [ %epil.iter281.next, %for_body_ax191.i.epil ], [ 0, %for_body_ax191.i.epil.preheader ]
   %.idx924.i.epil = shl nsw i64 %indvars.iv758.i.epil, 6
   %1824 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx924.i.epil
-  %1825 = load <16 x float>, ptr %1824, align 4, !tbaa !5
+  %1825 = load <16 x float>, ptr %1824, align 4, !tbaa !9
   %1826 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.i.epil, %1825
   %indvars.iv.next759.i.epil = add nuw nsw i64 %indvars.iv758.i.epil, 1
   %epil.iter281.next = add i64 %epil.iter281, 1
   %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
-  br i1 %epil.iter281.cmp.not, label %for_end_ax192.i, label %for_body_ax191.i.epil, !prof !89, !llvm.loop !114
+  br i1 %epil.iter281.cmp.not, label %for_end_ax192.i, label %for_body_ax191.i.epil, !prof !24, !llvm.loop !55
 
 for_end_ax192.i:                                  ; preds = %for_body_ax191.i.epil, %for_end_ax192.i.loopexit.unr-lcssa, %for_begin_r75.preheader.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r75.preheader.i ], [ %1823, %for_end_ax192.i.loopexit.unr-lcssa ], [ %1826, %for_body_ax191.i.epil ]
@@ -8420,7 +8792,7 @@ for_end_ax192.i:                                  ; preds = %for_body_ax191.i.ep
   br i1 %497, label %for_body_ax191.1.i.preheader, label %for_end_ax192.1.i, !prof !3
 
 for_body_ax191.1.i.preheader:                     ; preds = %for_end_ax192.i
-  br i1 %522, label %for_body_ax191.1.i.epil.preheader, label %for_body_ax191.1.i, !prof !98
+  br i1 %522, label %for_body_ax191.1.i.epil.preheader, label %for_body_ax191.1.i, !prof !35
 
 for_body_ax191.1.i:                               ; preds = %for_body_ax191.1.i, %for_body_ax191.1.i.preheader
   %indvars.iv758.1.i = phi i64 [ %indvars.iv.next759.1.i.7, %for_body_ax191.1.i ], [ 0, %for_body_ax191.1.i.preheader ]
@@ -8429,50 +8801,50 @@ for_body_ax191.1.i:                               ; preds = %for_body_ax191.1.i,
   %.idx925.i = shl nsw i64 %indvars.iv758.1.i, 6
   %1843 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx925.i
   %1844 = getelementptr inbounds nuw i8, ptr %1843, i64 512
-  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !5
+  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !9
   %1846 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.1.i, %1845
   %indvars.iv.next759.1.i = shl i64 %indvars.iv758.1.i, 6
   %1847 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i
   %1848 = getelementptr inbounds nuw i8, ptr %1847, i64 576
-  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !5
+  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !9
   %1850 = fadd <16 x float> %1846, %1849
   %indvars.iv.next759.1.i.1 = shl i64 %indvars.iv758.1.i, 6
   %1851 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.1
   %1852 = getelementptr inbounds nuw i8, ptr %1851, i64 640
-  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !5
+  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !9
   %1854 = fadd <16 x float> %1850, %1853
   %indvars.iv.next759.1.i.2 = shl i64 %indvars.iv758.1.i, 6
   %1855 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.2
   %1856 = getelementptr inbounds nuw i8, ptr %1855, i64 704
-  %1857 = load <16 x float>, ptr %1856, align 4, !tbaa !5
+  %1857 = load <16 x float>, ptr %1856, align 4, !tbaa !9
   %1858 = fadd <16 x float> %1854, %1857
   %indvars.iv.next759.1.i.3 = shl i64 %indvars.iv758.1.i, 6
   %1859 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.3
   %1860 = getelementptr inbounds nuw i8, ptr %1859, i64 768
-  %1861 = load <16 x float>, ptr %1860, align 4, !tbaa !5
+  %1861 = load <16 x float>, ptr %1860, align 4, !tbaa !9
   %1862 = fadd <16 x float> %1858, %1861
   %indvars.iv.next759.1.i.4 = shl i64 %indvars.iv758.1.i, 6
   %1863 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.4
   %1864 = getelementptr inbounds nuw i8, ptr %1863, i64 832
-  %1865 = load <16 x float>, ptr %1864, align 4, !tbaa !5
+  %1865 = load <16 x float>, ptr %1864, align 4, !tbaa !9
   %1866 = fadd <16 x float> %1862, %1865
   %indvars.iv.next759.1.i.5 = shl i64 %indvars.iv758.1.i, 6
   %1867 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.5
   %1868 = getelementptr inbounds nuw i8, ptr %1867, i64 896
-  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !5
+  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !9
   %1870 = fadd <16 x float> %1866, %1869
   %indvars.iv.next759.1.i.6 = shl i64 %indvars.iv758.1.i, 6
   %1871 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.6
   %1872 = getelementptr inbounds nuw i8, ptr %1871, i64 960
-  %1873 = load <16 x float>, ptr %1872, align 4, !tbaa !5
+  %1873 = load <16 x float>, ptr %1872, align 4, !tbaa !9
   %1874 = fadd <16 x float> %1870, %1873
   %indvars.iv.next759.1.i.7 = add nuw nsw i64 %indvars.iv758.1.i, 8
   %niter293.next.7 = add i64 %niter293, 8
   %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
-  br i1 %niter293.ncmp.7, label %for_end_ax192.1.i.loopexit.unr-lcssa, label %for_body_ax191.1.i, !prof !99, !llvm.loop !115
+  br i1 %niter293.ncmp.7, label %for_end_ax192.1.i.loopexit.unr-lcssa, label %for_body_ax191.1.i, !prof !36, !llvm.loop !56
 
 for_end_ax192.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.1.i
-  br i1 %lcmp.mod289.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod289.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil.preheader, !prof !39
 
 for_body_ax191.1.i.epil.preheader:                ; preds = %for_end_ax192.1.i.loopexit.unr-lcssa, %for_body_ax191.1.i.preheader
   %indvars.iv758.1.i.epil.init = phi i64 [ 0, %for_body_ax191.1.i.preheader ], [ %indvars.iv.next759.1.i.7, %for_end_ax192.1.i.loopexit.unr-lcssa ]
@@ -8487,12 +8859,12 @@ for_body_ax191.1.i.epil:                          ; preds = %for_body_ax191.1.i.
   %.idx925.i.epil = shl nsw i64 %indvars.iv758.1.i.epil, 6
   %1875 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx925.i.epil
   %1876 = getelementptr inbounds nuw i8, ptr %1875, i64 512
-  %1877 = load <16 x float>, ptr %1876, align 4, !tbaa !5
+  %1877 = load <16 x float>, ptr %1876, align 4, !tbaa !9
   %1878 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.1.i.epil, %1877
   %indvars.iv.next759.1.i.epil = add nuw nsw i64 %indvars.iv758.1.i.epil, 1
   %epil.iter288.next = add i64 %epil.iter288, 1
   %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
-  br i1 %epil.iter288.cmp.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil, !prof !89, !llvm.loop !116
+  br i1 %epil.iter288.cmp.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil, !prof !24, !llvm.loop !57
 
 for_end_ax192.1.i:                                ; preds = %for_body_ax191.1.i.epil, %for_end_ax192.1.i.loopexit.unr-lcssa, %for_end_ax192.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.i ], [ %1874, %for_end_ax192.1.i.loopexit.unr-lcssa ], [ %1878, %for_body_ax191.1.i.epil ]
@@ -8532,7 +8904,7 @@ for_end_ax192.1.i:                                ; preds = %for_body_ax191.1.i.
   br i1 %497, label %for_body_ax191.2.i.preheader, label %for_end_ax192.2.i, !prof !3
 
 for_body_ax191.2.i.preheader:                     ; preds = %for_end_ax192.1.i
-  br i1 %523, label %for_body_ax191.2.i.epil.preheader, label %for_body_ax191.2.i, !prof !98
+  br i1 %523, label %for_body_ax191.2.i.epil.preheader, label %for_body_ax191.2.i, !prof !35
 
 for_body_ax191.2.i:                               ; preds = %for_body_ax191.2.i, %for_body_ax191.2.i.preheader
   %indvars.iv758.2.i = phi i64 [ %indvars.iv.next759.2.i.7, %for_body_ax191.2.i ], [ 0, %for_body_ax191.2.i.preheader ]
@@ -8541,50 +8913,50 @@ for_body_ax191.2.i:                               ; preds = %for_body_ax191.2.i,
   %.idx926.i = shl nsw i64 %indvars.iv758.2.i, 6
   %1895 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx926.i
   %1896 = getelementptr inbounds nuw i8, ptr %1895, i64 1024
-  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !5
+  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !9
   %1898 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.2.i, %1897
   %indvars.iv.next759.2.i = shl i64 %indvars.iv758.2.i, 6
   %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i
   %1900 = getelementptr inbounds nuw i8, ptr %1899, i64 1088
-  %1901 = load <16 x float>, ptr %1900, align 4, !tbaa !5
+  %1901 = load <16 x float>, ptr %1900, align 4, !tbaa !9
   %1902 = fadd <16 x float> %1898, %1901
   %indvars.iv.next759.2.i.1 = shl i64 %indvars.iv758.2.i, 6
   %1903 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.1
   %1904 = getelementptr inbounds nuw i8, ptr %1903, i64 1152
-  %1905 = load <16 x float>, ptr %1904, align 4, !tbaa !5
+  %1905 = load <16 x float>, ptr %1904, align 4, !tbaa !9
   %1906 = fadd <16 x float> %1902, %1905
   %indvars.iv.next759.2.i.2 = shl i64 %indvars.iv758.2.i, 6
   %1907 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.2
   %1908 = getelementptr inbounds nuw i8, ptr %1907, i64 1216
-  %1909 = load <16 x float>, ptr %1908, align 4, !tbaa !5
+  %1909 = load <16 x float>, ptr %1908, align 4, !tbaa !9
   %1910 = fadd <16 x float> %1906, %1909
   %indvars.iv.next759.2.i.3 = shl i64 %indvars.iv758.2.i, 6
   %1911 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.3
   %1912 = getelementptr inbounds nuw i8, ptr %1911, i64 1280
-  %1913 = load <16 x float>, ptr %1912, align 4, !tbaa !5
+  %1913 = load <16 x float>, ptr %1912, align 4, !tbaa !9
   %1914 = fadd <16 x float> %1910, %1913
   %indvars.iv.next759.2.i.4 = shl i64 %indvars.iv758.2.i, 6
   %1915 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.4
   %1916 = getelementptr inbounds nuw i8, ptr %1915, i64 1344
-  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !5
+  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !9
   %1918 = fadd <16 x float> %1914, %1917
   %indvars.iv.next759.2.i.5 = shl i64 %indvars.iv758.2.i, 6
   %1919 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.5
   %1920 = getelementptr inbounds nuw i8, ptr %1919, i64 1408
-  %1921 = load <16 x float>, ptr %1920, align 4, !tbaa !5
+  %1921 = load <16 x float>, ptr %1920, align 4, !tbaa !9
   %1922 = fadd <16 x float> %1918, %1921
   %indvars.iv.next759.2.i.6 = shl i64 %indvars.iv758.2.i, 6
   %1923 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.6
   %1924 = getelementptr inbounds nuw i8, ptr %1923, i64 1472
-  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !5
+  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !9
   %1926 = fadd <16 x float> %1922, %1925
   %indvars.iv.next759.2.i.7 = add nuw nsw i64 %indvars.iv758.2.i, 8
   %niter300.next.7 = add i64 %niter300, 8
   %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
-  br i1 %niter300.ncmp.7, label %for_end_ax192.2.i.loopexit.unr-lcssa, label %for_body_ax191.2.i, !prof !99, !llvm.loop !117
+  br i1 %niter300.ncmp.7, label %for_end_ax192.2.i.loopexit.unr-lcssa, label %for_body_ax191.2.i, !prof !36, !llvm.loop !58
 
 for_end_ax192.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.2.i
-  br i1 %lcmp.mod296.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod296.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil.preheader, !prof !39
 
 for_body_ax191.2.i.epil.preheader:                ; preds = %for_end_ax192.2.i.loopexit.unr-lcssa, %for_body_ax191.2.i.preheader
   %indvars.iv758.2.i.epil.init = phi i64 [ 0, %for_body_ax191.2.i.preheader ], [ %indvars.iv.next759.2.i.7, %for_end_ax192.2.i.loopexit.unr-lcssa ]
@@ -8599,12 +8971,12 @@ for_body_ax191.2.i.epil:                          ; preds = %for_body_ax191.2.i.
   %.idx926.i.epil = shl nsw i64 %indvars.iv758.2.i.epil, 6
   %1927 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx926.i.epil
   %1928 = getelementptr inbounds nuw i8, ptr %1927, i64 1024
-  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !5
+  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !9
   %1930 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.2.i.epil, %1929
   %indvars.iv.next759.2.i.epil = add nuw nsw i64 %indvars.iv758.2.i.epil, 1
   %epil.iter295.next = add i64 %epil.iter295, 1
   %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
-  br i1 %epil.iter295.cmp.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil, !prof !89, !llvm.loop !118
+  br i1 %epil.iter295.cmp.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil, !prof !24, !llvm.loop !59
 
 for_end_ax192.2.i:                                ; preds = %for_body_ax191.2.i.epil, %for_end_ax192.2.i.loopexit.unr-lcssa, %for_end_ax192.1.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.1.i ], [ %1926, %for_end_ax192.2.i.loopexit.unr-lcssa ], [ %1930, %for_body_ax191.2.i.epil ]
@@ -8644,7 +9016,7 @@ for_end_ax192.2.i:                                ; preds = %for_body_ax191.2.i.
   br i1 %497, label %for_body_ax191.3.i.preheader, label %for_end_ax192.3.i, !prof !3
 
 for_body_ax191.3.i.preheader:                     ; preds = %for_end_ax192.2.i
-  br i1 %524, label %for_body_ax191.3.i.epil.preheader, label %for_body_ax191.3.i, !prof !98
+  br i1 %524, label %for_body_ax191.3.i.epil.preheader, label %for_body_ax191.3.i, !prof !35
 
 for_body_ax191.3.i:                               ; preds = %for_body_ax191.3.i, %for_body_ax191.3.i.preheader
   %indvars.iv758.3.i = phi i64 [ %indvars.iv.next759.3.i.7, %for_body_ax191.3.i ], [ 0, %for_body_ax191.3.i.preheader ]
@@ -8653,50 +9025,50 @@ for_body_ax191.3.i:                               ; preds = %for_body_ax191.3.i,
   %.idx927.i = shl nsw i64 %indvars.iv758.3.i, 6
   %1947 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx927.i
   %1948 = getelementptr inbounds nuw i8, ptr %1947, i64 1536
-  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !5
+  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !9
   %1950 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.3.i, %1949
   %indvars.iv.next759.3.i = shl i64 %indvars.iv758.3.i, 6
   %1951 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i
   %1952 = getelementptr inbounds nuw i8, ptr %1951, i64 1600
-  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !5
+  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !9
   %1954 = fadd <16 x float> %1950, %1953
   %indvars.iv.next759.3.i.1 = shl i64 %indvars.iv758.3.i, 6
   %1955 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.1
   %1956 = getelementptr inbounds nuw i8, ptr %1955, i64 1664
-  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !5
+  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !9
   %1958 = fadd <16 x float> %1954, %1957
   %indvars.iv.next759.3.i.2 = shl i64 %indvars.iv758.3.i, 6
   %1959 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.2
   %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 1728
-  %1961 = load <16 x float>, ptr %1960, align 4, !tbaa !5
+  %1961 = load <16 x float>, ptr %1960, align 4, !tbaa !9
   %1962 = fadd <16 x float> %1958, %1961
   %indvars.iv.next759.3.i.3 = shl i64 %indvars.iv758.3.i, 6
   %1963 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.3
   %1964 = getelementptr inbounds nuw i8, ptr %1963, i64 1792
-  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !5
+  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !9
   %1966 = fadd <16 x float> %1962, %1965
   %indvars.iv.next759.3.i.4 = shl i64 %indvars.iv758.3.i, 6
   %1967 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.4
   %1968 = getelementptr inbounds nuw i8, ptr %1967, i64 1856
-  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !5
+  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !9
   %1970 = fadd <16 x float> %1966, %1969
   %indvars.iv.next759.3.i.5 = shl i64 %indvars.iv758.3.i, 6
   %1971 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.5
   %1972 = getelementptr inbounds nuw i8, ptr %1971, i64 1920
-  %1973 = load <16 x float>, ptr %1972, align 4, !tbaa !5
+  %1973 = load <16 x float>, ptr %1972, align 4, !tbaa !9
   %1974 = fadd <16 x float> %1970, %1973
   %indvars.iv.next759.3.i.6 = shl i64 %indvars.iv758.3.i, 6
   %1975 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.6
   %1976 = getelementptr inbounds nuw i8, ptr %1975, i64 1984
-  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !5
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !9
   %1978 = fadd <16 x float> %1974, %1977
   %indvars.iv.next759.3.i.7 = add nuw nsw i64 %indvars.iv758.3.i, 8
   %niter307.next.7 = add i64 %niter307, 8
   %niter307.ncmp.7 = icmp eq i64 %niter307.next.7, %unroll_iter306
-  br i1 %niter307.ncmp.7, label %for_end_ax192.3.i.loopexit.unr-lcssa, label %for_body_ax191.3.i, !prof !99, !llvm.loop !119
+  br i1 %niter307.ncmp.7, label %for_end_ax192.3.i.loopexit.unr-lcssa, label %for_body_ax191.3.i, !prof !36, !llvm.loop !60
 
 for_end_ax192.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.3.i
-  br i1 %lcmp.mod303.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil.preheader, !prof !101
+  br i1 %lcmp.mod303.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil.preheader, !prof !39
 
 for_body_ax191.3.i.epil.preheader:                ; preds = %for_end_ax192.3.i.loopexit.unr-lcssa, %for_body_ax191.3.i.preheader
   %indvars.iv758.3.i.epil.init = phi i64 [ 0, %for_body_ax191.3.i.preheader ], [ %indvars.iv.next759.3.i.7, %for_end_ax192.3.i.loopexit.unr-lcssa ]
@@ -8711,12 +9083,12 @@ for_body_ax191.3.i.epil:                          ; preds = %for_body_ax191.3.i.
   %.idx927.i.epil = shl nsw i64 %indvars.iv758.3.i.epil, 6
   %1979 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx927.i.epil
   %1980 = getelementptr inbounds nuw i8, ptr %1979, i64 1536
-  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !5
+  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !9
   %1982 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.3.i.epil, %1981
   %indvars.iv.next759.3.i.epil = add nuw nsw i64 %indvars.iv758.3.i.epil, 1
   %epil.iter302.next = add i64 %epil.iter302, 1
   %epil.iter302.cmp.not = icmp eq i64 %epil.iter302.next, %xtraiter301
-  br i1 %epil.iter302.cmp.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil, !prof !89, !llvm.loop !120
+  br i1 %epil.iter302.cmp.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil, !prof !24, !llvm.loop !61
 
 for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.epil, %for_end_ax192.3.i.loopexit.unr-lcssa, %for_end_ax192.2.i
   %tile_sum.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.2.i ], [ %1978, %for_end_ax192.3.i.loopexit.unr-lcssa ], [ %1982, %for_body_ax191.3.i.epil ]
@@ -8755,10 +9127,10 @@ for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.
   %tile_sum269.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum269.sroa.0.8.vec.insert.i, float %1998, i64 3
   %1999 = shl nuw nsw i64 %indvars.iv796.i, 2
   %2000 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %1999
-  %2001 = load <4 x float>, ptr %2000, align 16, !tbaa !81
+  %2001 = load <4 x float>, ptr %2000, align 16, !tbaa !15
   %old_max.i = select <4 x i1> %501, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2001
   %2002 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %1999
-  %2003 = load <4 x float>, ptr %2002, align 16, !tbaa !79
+  %2003 = load <4 x float>, ptr %2002, align 16, !tbaa !13
   %old_sum.i = select <4 x i1> %501, <4 x float> zeroinitializer, <4 x float> %2003
   %2004 = fcmp ogt <4 x float> %old_max.i, %tile_max270.sroa.0.3.i
   %2005 = fcmp oeq <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, zeroinitializer
@@ -8812,8 +9184,8 @@ for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.
   %2050 = select <4 x i1> %2049, <4 x float> %2048, <4 x float> zeroinitializer
   %2051 = fmul <4 x float> %old_sum.i, %2029
   %2052 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2050, <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, <4 x float> %2051)
-  store <4 x float> %m.i, ptr %2000, align 16, !tbaa !81
-  store <4 x float> %2052, ptr %2002, align 16, !tbaa !79
+  store <4 x float> %m.i, ptr %2000, align 16, !tbaa !15
+  store <4 x float> %2052, ptr %2002, align 16, !tbaa !13
   %2053 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> zeroinitializer
   %2054 = shl nuw nsw i64 %indvars.iv796.i, 9
   %2055 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> zeroinitializer
@@ -8841,10 +9213,10 @@ for_begin_line132.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
   br label %for_begin_line132.preheader.i
 
 for_end_d_0_m.i:                                  ; preds = %if_end194.i
-  %2067 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2067 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2068 = tail call i32 %2067(i32 1, i32 %dev_id, ptr nonnull %scaled929931934.i)
   %.not281.i = icmp eq i32 %2068, 0
-  br i1 %.not281.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not281.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !12
 
 for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.preheader.i, %for_begin_line132.preheader.lr.ph.i
   %indvars.iv768.i = phi i64 [ 0, %for_begin_line132.preheader.lr.ph.i ], [ %indvars.iv.next769.i, %for_begin_line132.preheader.i ]
@@ -8862,7 +9234,7 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2072 = add i32 %2071, %2064
   %2073 = sext i32 %2072 to i64
   %2074 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2073
-  %2075 = load i64, ptr %2074, align 8, !tbaa !5
+  %2075 = load i64, ptr %2074, align 8, !tbaa !9
   %2076 = getelementptr i32, ptr %value_cache, i64 %2075
   %2077 = getelementptr i32, ptr %2076, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2077, i32 0, i32 2, i32 1)
@@ -8876,7 +9248,7 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2083 = getelementptr i32, ptr %2082, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2083, i32 0, i32 2, i32 1)
   %2084 = getelementptr i8, ptr %2074, i64 8
-  %2085 = load i64, ptr %2084, align 8, !tbaa !5
+  %2085 = load i64, ptr %2084, align 8, !tbaa !9
   %2086 = getelementptr i32, ptr %value_cache, i64 %2085
   %2087 = getelementptr i32, ptr %2086, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2087, i32 0, i32 2, i32 1)
@@ -8890,7 +9262,7 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2093 = getelementptr i32, ptr %2092, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2093, i32 0, i32 2, i32 1)
   %2094 = getelementptr i8, ptr %2074, i64 16
-  %2095 = load i64, ptr %2094, align 8, !tbaa !5
+  %2095 = load i64, ptr %2094, align 8, !tbaa !9
   %2096 = getelementptr i32, ptr %value_cache, i64 %2095
   %2097 = getelementptr i32, ptr %2096, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2097, i32 0, i32 2, i32 1)
@@ -8904,7 +9276,7 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2103 = getelementptr i32, ptr %2102, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2103, i32 0, i32 2, i32 1)
   %2104 = getelementptr i8, ptr %2074, i64 24
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
+  %2105 = load i64, ptr %2104, align 8, !tbaa !9
   %2106 = getelementptr i32, ptr %value_cache, i64 %2105
   %2107 = getelementptr i32, ptr %2106, i64 %2063
   tail call void @llvm.prefetch.p0(ptr readonly %2107, i32 0, i32 2, i32 1)
@@ -8919,13 +9291,13 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   tail call void @llvm.prefetch.p0(ptr readonly %2113, i32 0, i32 2, i32 1)
   %2114 = shl nsw i64 %indvars.iv768.i, 4
   %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2114
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  %2116 = load float, ptr %2115, align 4, !tbaa !9
   %2117 = insertelement <16 x float> poison, float %2116, i64 0
   %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
   %2119 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2114
-  %2120 = load i64, ptr %2119, align 8, !tbaa !5
+  %2120 = load i64, ptr %2119, align 8, !tbaa !9
   %gep505.i = getelementptr i32, ptr %gep600.i, i64 %2120
-  %2121 = load <16 x i32>, ptr %gep505.i, align 4, !tbaa !5
+  %2121 = load <16 x i32>, ptr %gep505.i, align 4, !tbaa !9
   %2122 = shl <16 x i32> %2121, splat (i32 16)
   %2123 = bitcast <16 x i32> %2122 to <16 x float>
   %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2123, <16 x float> %full_acc260.sroa.0.0487.i)
@@ -8933,32 +9305,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2126 = bitcast <16 x i32> %2125 to <16 x float>
   %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %full_acc260.sroa.34.0486.i)
   %2128 = getelementptr inbounds nuw i8, ptr %2115, i64 512
-  %2129 = load float, ptr %2128, align 4, !tbaa !5
+  %2129 = load float, ptr %2128, align 4, !tbaa !9
   %2130 = insertelement <16 x float> poison, float %2129, i64 0
   %2131 = shufflevector <16 x float> %2130, <16 x float> poison, <16 x i32> zeroinitializer
   %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2123, <16 x float> %full_acc260.sroa.68.0485.i)
   %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2126, <16 x float> %full_acc260.sroa.102.0488.i)
   %2134 = getelementptr inbounds nuw i8, ptr %2115, i64 1024
-  %2135 = load float, ptr %2134, align 4, !tbaa !5
+  %2135 = load float, ptr %2134, align 4, !tbaa !9
   %2136 = insertelement <16 x float> poison, float %2135, i64 0
   %2137 = shufflevector <16 x float> %2136, <16 x float> poison, <16 x i32> zeroinitializer
   %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2123, <16 x float> %full_acc260.sroa.136.0489.i)
   %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2126, <16 x float> %full_acc260.sroa.170.0490.i)
   %2140 = getelementptr inbounds nuw i8, ptr %2115, i64 1536
-  %2141 = load float, ptr %2140, align 4, !tbaa !5
+  %2141 = load float, ptr %2140, align 4, !tbaa !9
   %2142 = insertelement <16 x float> poison, float %2141, i64 0
   %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
   %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2123, <16 x float> %full_acc260.sroa.204.0491.i)
   %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2126, <16 x float> %full_acc260.sroa.238.0492.i)
   %2146 = or disjoint i64 %2114, 1
   %2147 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
-  %2148 = load float, ptr %2147, align 4, !tbaa !5
+  %2148 = load float, ptr %2147, align 4, !tbaa !9
   %2149 = insertelement <16 x float> poison, float %2148, i64 0
   %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
   %2151 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2146
-  %2152 = load i64, ptr %2151, align 8, !tbaa !5
+  %2152 = load i64, ptr %2151, align 8, !tbaa !9
   %gep509.i = getelementptr i32, ptr %gep600.i, i64 %2152
-  %2153 = load <16 x i32>, ptr %gep509.i, align 4, !tbaa !5
+  %2153 = load <16 x i32>, ptr %gep509.i, align 4, !tbaa !9
   %2154 = shl <16 x i32> %2153, splat (i32 16)
   %2155 = bitcast <16 x i32> %2154 to <16 x float>
   %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2155, <16 x float> %2124)
@@ -8966,32 +9338,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2158 = bitcast <16 x i32> %2157 to <16 x float>
   %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2158, <16 x float> %2127)
   %2160 = getelementptr inbounds nuw i8, ptr %2115, i64 516
-  %2161 = load float, ptr %2160, align 4, !tbaa !5
+  %2161 = load float, ptr %2160, align 4, !tbaa !9
   %2162 = insertelement <16 x float> poison, float %2161, i64 0
   %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
   %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2155, <16 x float> %2132)
   %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2158, <16 x float> %2133)
   %2166 = getelementptr inbounds nuw i8, ptr %2115, i64 1028
-  %2167 = load float, ptr %2166, align 4, !tbaa !5
+  %2167 = load float, ptr %2166, align 4, !tbaa !9
   %2168 = insertelement <16 x float> poison, float %2167, i64 0
   %2169 = shufflevector <16 x float> %2168, <16 x float> poison, <16 x i32> zeroinitializer
   %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2155, <16 x float> %2138)
   %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2158, <16 x float> %2139)
   %2172 = getelementptr inbounds nuw i8, ptr %2115, i64 1540
-  %2173 = load float, ptr %2172, align 4, !tbaa !5
+  %2173 = load float, ptr %2172, align 4, !tbaa !9
   %2174 = insertelement <16 x float> poison, float %2173, i64 0
   %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
   %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2155, <16 x float> %2144)
   %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2158, <16 x float> %2145)
   %2178 = or disjoint i64 %2114, 2
   %2179 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
-  %2180 = load float, ptr %2179, align 4, !tbaa !5
+  %2180 = load float, ptr %2179, align 4, !tbaa !9
   %2181 = insertelement <16 x float> poison, float %2180, i64 0
   %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
   %2183 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2178
-  %2184 = load i64, ptr %2183, align 8, !tbaa !5
+  %2184 = load i64, ptr %2183, align 8, !tbaa !9
   %gep513.i = getelementptr i32, ptr %gep600.i, i64 %2184
-  %2185 = load <16 x i32>, ptr %gep513.i, align 4, !tbaa !5
+  %2185 = load <16 x i32>, ptr %gep513.i, align 4, !tbaa !9
   %2186 = shl <16 x i32> %2185, splat (i32 16)
   %2187 = bitcast <16 x i32> %2186 to <16 x float>
   %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2187, <16 x float> %2156)
@@ -8999,32 +9371,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2190 = bitcast <16 x i32> %2189 to <16 x float>
   %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2190, <16 x float> %2159)
   %2192 = getelementptr inbounds nuw i8, ptr %2115, i64 520
-  %2193 = load float, ptr %2192, align 4, !tbaa !5
+  %2193 = load float, ptr %2192, align 4, !tbaa !9
   %2194 = insertelement <16 x float> poison, float %2193, i64 0
   %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
   %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2187, <16 x float> %2164)
   %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2190, <16 x float> %2165)
   %2198 = getelementptr inbounds nuw i8, ptr %2115, i64 1032
-  %2199 = load float, ptr %2198, align 4, !tbaa !5
+  %2199 = load float, ptr %2198, align 4, !tbaa !9
   %2200 = insertelement <16 x float> poison, float %2199, i64 0
   %2201 = shufflevector <16 x float> %2200, <16 x float> poison, <16 x i32> zeroinitializer
   %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2187, <16 x float> %2170)
   %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2190, <16 x float> %2171)
   %2204 = getelementptr inbounds nuw i8, ptr %2115, i64 1544
-  %2205 = load float, ptr %2204, align 4, !tbaa !5
+  %2205 = load float, ptr %2204, align 4, !tbaa !9
   %2206 = insertelement <16 x float> poison, float %2205, i64 0
   %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
   %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2187, <16 x float> %2176)
   %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2190, <16 x float> %2177)
   %2210 = or disjoint i64 %2114, 3
   %2211 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
-  %2212 = load float, ptr %2211, align 4, !tbaa !5
+  %2212 = load float, ptr %2211, align 4, !tbaa !9
   %2213 = insertelement <16 x float> poison, float %2212, i64 0
   %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
   %2215 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2210
-  %2216 = load i64, ptr %2215, align 8, !tbaa !5
+  %2216 = load i64, ptr %2215, align 8, !tbaa !9
   %gep517.i = getelementptr i32, ptr %gep600.i, i64 %2216
-  %2217 = load <16 x i32>, ptr %gep517.i, align 4, !tbaa !5
+  %2217 = load <16 x i32>, ptr %gep517.i, align 4, !tbaa !9
   %2218 = shl <16 x i32> %2217, splat (i32 16)
   %2219 = bitcast <16 x i32> %2218 to <16 x float>
   %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2219, <16 x float> %2188)
@@ -9032,32 +9404,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2222 = bitcast <16 x i32> %2221 to <16 x float>
   %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2222, <16 x float> %2191)
   %2224 = getelementptr inbounds nuw i8, ptr %2115, i64 524
-  %2225 = load float, ptr %2224, align 4, !tbaa !5
+  %2225 = load float, ptr %2224, align 4, !tbaa !9
   %2226 = insertelement <16 x float> poison, float %2225, i64 0
   %2227 = shufflevector <16 x float> %2226, <16 x float> poison, <16 x i32> zeroinitializer
   %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2219, <16 x float> %2196)
   %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2222, <16 x float> %2197)
   %2230 = getelementptr inbounds nuw i8, ptr %2115, i64 1036
-  %2231 = load float, ptr %2230, align 4, !tbaa !5
+  %2231 = load float, ptr %2230, align 4, !tbaa !9
   %2232 = insertelement <16 x float> poison, float %2231, i64 0
   %2233 = shufflevector <16 x float> %2232, <16 x float> poison, <16 x i32> zeroinitializer
   %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2219, <16 x float> %2202)
   %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2222, <16 x float> %2203)
   %2236 = getelementptr inbounds nuw i8, ptr %2115, i64 1548
-  %2237 = load float, ptr %2236, align 4, !tbaa !5
+  %2237 = load float, ptr %2236, align 4, !tbaa !9
   %2238 = insertelement <16 x float> poison, float %2237, i64 0
   %2239 = shufflevector <16 x float> %2238, <16 x float> poison, <16 x i32> zeroinitializer
   %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2219, <16 x float> %2208)
   %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2222, <16 x float> %2209)
   %2242 = or disjoint i64 %2114, 4
   %2243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2242
-  %2244 = load float, ptr %2243, align 4, !tbaa !5
+  %2244 = load float, ptr %2243, align 4, !tbaa !9
   %2245 = insertelement <16 x float> poison, float %2244, i64 0
   %2246 = shufflevector <16 x float> %2245, <16 x float> poison, <16 x i32> zeroinitializer
   %2247 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2242
-  %2248 = load i64, ptr %2247, align 8, !tbaa !5
+  %2248 = load i64, ptr %2247, align 8, !tbaa !9
   %gep521.i = getelementptr i32, ptr %gep600.i, i64 %2248
-  %2249 = load <16 x i32>, ptr %gep521.i, align 4, !tbaa !5
+  %2249 = load <16 x i32>, ptr %gep521.i, align 4, !tbaa !9
   %2250 = shl <16 x i32> %2249, splat (i32 16)
   %2251 = bitcast <16 x i32> %2250 to <16 x float>
   %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2251, <16 x float> %2220)
@@ -9065,32 +9437,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2254 = bitcast <16 x i32> %2253 to <16 x float>
   %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2254, <16 x float> %2223)
   %2256 = getelementptr inbounds nuw i8, ptr %2115, i64 528
-  %2257 = load float, ptr %2256, align 4, !tbaa !5
+  %2257 = load float, ptr %2256, align 4, !tbaa !9
   %2258 = insertelement <16 x float> poison, float %2257, i64 0
   %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
   %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2251, <16 x float> %2228)
   %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2254, <16 x float> %2229)
   %2262 = getelementptr inbounds nuw i8, ptr %2115, i64 1040
-  %2263 = load float, ptr %2262, align 4, !tbaa !5
+  %2263 = load float, ptr %2262, align 4, !tbaa !9
   %2264 = insertelement <16 x float> poison, float %2263, i64 0
   %2265 = shufflevector <16 x float> %2264, <16 x float> poison, <16 x i32> zeroinitializer
   %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2251, <16 x float> %2234)
   %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2254, <16 x float> %2235)
   %2268 = getelementptr inbounds nuw i8, ptr %2115, i64 1552
-  %2269 = load float, ptr %2268, align 4, !tbaa !5
+  %2269 = load float, ptr %2268, align 4, !tbaa !9
   %2270 = insertelement <16 x float> poison, float %2269, i64 0
   %2271 = shufflevector <16 x float> %2270, <16 x float> poison, <16 x i32> zeroinitializer
   %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2251, <16 x float> %2240)
   %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2254, <16 x float> %2241)
   %2274 = or disjoint i64 %2114, 5
   %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
-  %2276 = load float, ptr %2275, align 4, !tbaa !5
+  %2276 = load float, ptr %2275, align 4, !tbaa !9
   %2277 = insertelement <16 x float> poison, float %2276, i64 0
   %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
   %2279 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2274
-  %2280 = load i64, ptr %2279, align 8, !tbaa !5
+  %2280 = load i64, ptr %2279, align 8, !tbaa !9
   %gep525.i = getelementptr i32, ptr %gep600.i, i64 %2280
-  %2281 = load <16 x i32>, ptr %gep525.i, align 4, !tbaa !5
+  %2281 = load <16 x i32>, ptr %gep525.i, align 4, !tbaa !9
   %2282 = shl <16 x i32> %2281, splat (i32 16)
   %2283 = bitcast <16 x i32> %2282 to <16 x float>
   %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2283, <16 x float> %2252)
@@ -9098,32 +9470,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2286 = bitcast <16 x i32> %2285 to <16 x float>
   %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2286, <16 x float> %2255)
   %2288 = getelementptr inbounds nuw i8, ptr %2115, i64 532
-  %2289 = load float, ptr %2288, align 4, !tbaa !5
+  %2289 = load float, ptr %2288, align 4, !tbaa !9
   %2290 = insertelement <16 x float> poison, float %2289, i64 0
   %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
   %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2283, <16 x float> %2260)
   %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2286, <16 x float> %2261)
   %2294 = getelementptr inbounds nuw i8, ptr %2115, i64 1044
-  %2295 = load float, ptr %2294, align 4, !tbaa !5
+  %2295 = load float, ptr %2294, align 4, !tbaa !9
   %2296 = insertelement <16 x float> poison, float %2295, i64 0
   %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
   %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2283, <16 x float> %2266)
   %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2286, <16 x float> %2267)
   %2300 = getelementptr inbounds nuw i8, ptr %2115, i64 1556
-  %2301 = load float, ptr %2300, align 4, !tbaa !5
+  %2301 = load float, ptr %2300, align 4, !tbaa !9
   %2302 = insertelement <16 x float> poison, float %2301, i64 0
   %2303 = shufflevector <16 x float> %2302, <16 x float> poison, <16 x i32> zeroinitializer
   %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2283, <16 x float> %2272)
   %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2286, <16 x float> %2273)
   %2306 = or disjoint i64 %2114, 6
   %2307 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2306
-  %2308 = load float, ptr %2307, align 4, !tbaa !5
+  %2308 = load float, ptr %2307, align 4, !tbaa !9
   %2309 = insertelement <16 x float> poison, float %2308, i64 0
   %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
   %2311 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2306
-  %2312 = load i64, ptr %2311, align 8, !tbaa !5
+  %2312 = load i64, ptr %2311, align 8, !tbaa !9
   %gep529.i = getelementptr i32, ptr %gep600.i, i64 %2312
-  %2313 = load <16 x i32>, ptr %gep529.i, align 4, !tbaa !5
+  %2313 = load <16 x i32>, ptr %gep529.i, align 4, !tbaa !9
   %2314 = shl <16 x i32> %2313, splat (i32 16)
   %2315 = bitcast <16 x i32> %2314 to <16 x float>
   %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2315, <16 x float> %2284)
@@ -9131,32 +9503,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2318 = bitcast <16 x i32> %2317 to <16 x float>
   %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2318, <16 x float> %2287)
   %2320 = getelementptr inbounds nuw i8, ptr %2115, i64 536
-  %2321 = load float, ptr %2320, align 4, !tbaa !5
+  %2321 = load float, ptr %2320, align 4, !tbaa !9
   %2322 = insertelement <16 x float> poison, float %2321, i64 0
   %2323 = shufflevector <16 x float> %2322, <16 x float> poison, <16 x i32> zeroinitializer
   %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2315, <16 x float> %2292)
   %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2318, <16 x float> %2293)
   %2326 = getelementptr inbounds nuw i8, ptr %2115, i64 1048
-  %2327 = load float, ptr %2326, align 4, !tbaa !5
+  %2327 = load float, ptr %2326, align 4, !tbaa !9
   %2328 = insertelement <16 x float> poison, float %2327, i64 0
   %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
   %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2315, <16 x float> %2298)
   %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2318, <16 x float> %2299)
   %2332 = getelementptr inbounds nuw i8, ptr %2115, i64 1560
-  %2333 = load float, ptr %2332, align 4, !tbaa !5
+  %2333 = load float, ptr %2332, align 4, !tbaa !9
   %2334 = insertelement <16 x float> poison, float %2333, i64 0
   %2335 = shufflevector <16 x float> %2334, <16 x float> poison, <16 x i32> zeroinitializer
   %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %2315, <16 x float> %2304)
   %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %2318, <16 x float> %2305)
   %2338 = or disjoint i64 %2114, 7
   %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
-  %2340 = load float, ptr %2339, align 4, !tbaa !5
+  %2340 = load float, ptr %2339, align 4, !tbaa !9
   %2341 = insertelement <16 x float> poison, float %2340, i64 0
   %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
   %2343 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2338
-  %2344 = load i64, ptr %2343, align 8, !tbaa !5
+  %2344 = load i64, ptr %2343, align 8, !tbaa !9
   %gep533.i = getelementptr i32, ptr %gep600.i, i64 %2344
-  %2345 = load <16 x i32>, ptr %gep533.i, align 4, !tbaa !5
+  %2345 = load <16 x i32>, ptr %gep533.i, align 4, !tbaa !9
   %2346 = shl <16 x i32> %2345, splat (i32 16)
   %2347 = bitcast <16 x i32> %2346 to <16 x float>
   %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2347, <16 x float> %2316)
@@ -9164,32 +9536,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2350 = bitcast <16 x i32> %2349 to <16 x float>
   %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2350, <16 x float> %2319)
   %2352 = getelementptr inbounds nuw i8, ptr %2115, i64 540
-  %2353 = load float, ptr %2352, align 4, !tbaa !5
+  %2353 = load float, ptr %2352, align 4, !tbaa !9
   %2354 = insertelement <16 x float> poison, float %2353, i64 0
   %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
   %2356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2347, <16 x float> %2324)
   %2357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2350, <16 x float> %2325)
   %2358 = getelementptr inbounds nuw i8, ptr %2115, i64 1052
-  %2359 = load float, ptr %2358, align 4, !tbaa !5
+  %2359 = load float, ptr %2358, align 4, !tbaa !9
   %2360 = insertelement <16 x float> poison, float %2359, i64 0
   %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
   %2362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2347, <16 x float> %2330)
   %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2350, <16 x float> %2331)
   %2364 = getelementptr inbounds nuw i8, ptr %2115, i64 1564
-  %2365 = load float, ptr %2364, align 4, !tbaa !5
+  %2365 = load float, ptr %2364, align 4, !tbaa !9
   %2366 = insertelement <16 x float> poison, float %2365, i64 0
   %2367 = shufflevector <16 x float> %2366, <16 x float> poison, <16 x i32> zeroinitializer
   %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2347, <16 x float> %2336)
   %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2350, <16 x float> %2337)
   %2370 = or disjoint i64 %2114, 8
   %2371 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2370
-  %2372 = load float, ptr %2371, align 4, !tbaa !5
+  %2372 = load float, ptr %2371, align 4, !tbaa !9
   %2373 = insertelement <16 x float> poison, float %2372, i64 0
   %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
   %2375 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2370
-  %2376 = load i64, ptr %2375, align 8, !tbaa !5
+  %2376 = load i64, ptr %2375, align 8, !tbaa !9
   %gep537.i = getelementptr i32, ptr %gep600.i, i64 %2376
-  %2377 = load <16 x i32>, ptr %gep537.i, align 4, !tbaa !5
+  %2377 = load <16 x i32>, ptr %gep537.i, align 4, !tbaa !9
   %2378 = shl <16 x i32> %2377, splat (i32 16)
   %2379 = bitcast <16 x i32> %2378 to <16 x float>
   %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2379, <16 x float> %2348)
@@ -9197,32 +9569,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2382 = bitcast <16 x i32> %2381 to <16 x float>
   %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2382, <16 x float> %2351)
   %2384 = getelementptr inbounds nuw i8, ptr %2115, i64 544
-  %2385 = load float, ptr %2384, align 4, !tbaa !5
+  %2385 = load float, ptr %2384, align 4, !tbaa !9
   %2386 = insertelement <16 x float> poison, float %2385, i64 0
   %2387 = shufflevector <16 x float> %2386, <16 x float> poison, <16 x i32> zeroinitializer
   %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2379, <16 x float> %2356)
   %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2382, <16 x float> %2357)
   %2390 = getelementptr inbounds nuw i8, ptr %2115, i64 1056
-  %2391 = load float, ptr %2390, align 4, !tbaa !5
+  %2391 = load float, ptr %2390, align 4, !tbaa !9
   %2392 = insertelement <16 x float> poison, float %2391, i64 0
   %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
   %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2379, <16 x float> %2362)
   %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2382, <16 x float> %2363)
   %2396 = getelementptr inbounds nuw i8, ptr %2115, i64 1568
-  %2397 = load float, ptr %2396, align 4, !tbaa !5
+  %2397 = load float, ptr %2396, align 4, !tbaa !9
   %2398 = insertelement <16 x float> poison, float %2397, i64 0
   %2399 = shufflevector <16 x float> %2398, <16 x float> poison, <16 x i32> zeroinitializer
   %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2379, <16 x float> %2368)
   %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2382, <16 x float> %2369)
   %2402 = or disjoint i64 %2114, 9
   %2403 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2402
-  %2404 = load float, ptr %2403, align 4, !tbaa !5
+  %2404 = load float, ptr %2403, align 4, !tbaa !9
   %2405 = insertelement <16 x float> poison, float %2404, i64 0
   %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
   %2407 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2402
-  %2408 = load i64, ptr %2407, align 8, !tbaa !5
+  %2408 = load i64, ptr %2407, align 8, !tbaa !9
   %gep541.i = getelementptr i32, ptr %gep600.i, i64 %2408
-  %2409 = load <16 x i32>, ptr %gep541.i, align 4, !tbaa !5
+  %2409 = load <16 x i32>, ptr %gep541.i, align 4, !tbaa !9
   %2410 = shl <16 x i32> %2409, splat (i32 16)
   %2411 = bitcast <16 x i32> %2410 to <16 x float>
   %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2411, <16 x float> %2380)
@@ -9230,32 +9602,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2414 = bitcast <16 x i32> %2413 to <16 x float>
   %2415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2414, <16 x float> %2383)
   %2416 = getelementptr inbounds nuw i8, ptr %2115, i64 548
-  %2417 = load float, ptr %2416, align 4, !tbaa !5
+  %2417 = load float, ptr %2416, align 4, !tbaa !9
   %2418 = insertelement <16 x float> poison, float %2417, i64 0
   %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
   %2420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2411, <16 x float> %2388)
   %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2414, <16 x float> %2389)
   %2422 = getelementptr inbounds nuw i8, ptr %2115, i64 1060
-  %2423 = load float, ptr %2422, align 4, !tbaa !5
+  %2423 = load float, ptr %2422, align 4, !tbaa !9
   %2424 = insertelement <16 x float> poison, float %2423, i64 0
   %2425 = shufflevector <16 x float> %2424, <16 x float> poison, <16 x i32> zeroinitializer
   %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2425, <16 x float> %2411, <16 x float> %2394)
   %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2425, <16 x float> %2414, <16 x float> %2395)
   %2428 = getelementptr inbounds nuw i8, ptr %2115, i64 1572
-  %2429 = load float, ptr %2428, align 4, !tbaa !5
+  %2429 = load float, ptr %2428, align 4, !tbaa !9
   %2430 = insertelement <16 x float> poison, float %2429, i64 0
   %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
   %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2411, <16 x float> %2400)
   %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2414, <16 x float> %2401)
   %2434 = or disjoint i64 %2114, 10
   %2435 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2434
-  %2436 = load float, ptr %2435, align 4, !tbaa !5
+  %2436 = load float, ptr %2435, align 4, !tbaa !9
   %2437 = insertelement <16 x float> poison, float %2436, i64 0
   %2438 = shufflevector <16 x float> %2437, <16 x float> poison, <16 x i32> zeroinitializer
   %2439 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2434
-  %2440 = load i64, ptr %2439, align 8, !tbaa !5
+  %2440 = load i64, ptr %2439, align 8, !tbaa !9
   %gep545.i = getelementptr i32, ptr %gep600.i, i64 %2440
-  %2441 = load <16 x i32>, ptr %gep545.i, align 4, !tbaa !5
+  %2441 = load <16 x i32>, ptr %gep545.i, align 4, !tbaa !9
   %2442 = shl <16 x i32> %2441, splat (i32 16)
   %2443 = bitcast <16 x i32> %2442 to <16 x float>
   %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2443, <16 x float> %2412)
@@ -9263,32 +9635,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2446 = bitcast <16 x i32> %2445 to <16 x float>
   %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2446, <16 x float> %2415)
   %2448 = getelementptr inbounds nuw i8, ptr %2115, i64 552
-  %2449 = load float, ptr %2448, align 4, !tbaa !5
+  %2449 = load float, ptr %2448, align 4, !tbaa !9
   %2450 = insertelement <16 x float> poison, float %2449, i64 0
   %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
   %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2443, <16 x float> %2420)
   %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2446, <16 x float> %2421)
   %2454 = getelementptr inbounds nuw i8, ptr %2115, i64 1064
-  %2455 = load float, ptr %2454, align 4, !tbaa !5
+  %2455 = load float, ptr %2454, align 4, !tbaa !9
   %2456 = insertelement <16 x float> poison, float %2455, i64 0
   %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
   %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2457, <16 x float> %2443, <16 x float> %2426)
   %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2457, <16 x float> %2446, <16 x float> %2427)
   %2460 = getelementptr inbounds nuw i8, ptr %2115, i64 1576
-  %2461 = load float, ptr %2460, align 4, !tbaa !5
+  %2461 = load float, ptr %2460, align 4, !tbaa !9
   %2462 = insertelement <16 x float> poison, float %2461, i64 0
   %2463 = shufflevector <16 x float> %2462, <16 x float> poison, <16 x i32> zeroinitializer
   %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2443, <16 x float> %2432)
   %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2446, <16 x float> %2433)
   %2466 = or disjoint i64 %2114, 11
   %2467 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2466
-  %2468 = load float, ptr %2467, align 4, !tbaa !5
+  %2468 = load float, ptr %2467, align 4, !tbaa !9
   %2469 = insertelement <16 x float> poison, float %2468, i64 0
   %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
   %2471 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2466
-  %2472 = load i64, ptr %2471, align 8, !tbaa !5
+  %2472 = load i64, ptr %2471, align 8, !tbaa !9
   %gep549.i = getelementptr i32, ptr %gep600.i, i64 %2472
-  %2473 = load <16 x i32>, ptr %gep549.i, align 4, !tbaa !5
+  %2473 = load <16 x i32>, ptr %gep549.i, align 4, !tbaa !9
   %2474 = shl <16 x i32> %2473, splat (i32 16)
   %2475 = bitcast <16 x i32> %2474 to <16 x float>
   %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2475, <16 x float> %2444)
@@ -9296,32 +9668,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2478 = bitcast <16 x i32> %2477 to <16 x float>
   %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2478, <16 x float> %2447)
   %2480 = getelementptr inbounds nuw i8, ptr %2115, i64 556
-  %2481 = load float, ptr %2480, align 4, !tbaa !5
+  %2481 = load float, ptr %2480, align 4, !tbaa !9
   %2482 = insertelement <16 x float> poison, float %2481, i64 0
   %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
   %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2475, <16 x float> %2452)
   %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2478, <16 x float> %2453)
   %2486 = getelementptr inbounds nuw i8, ptr %2115, i64 1068
-  %2487 = load float, ptr %2486, align 4, !tbaa !5
+  %2487 = load float, ptr %2486, align 4, !tbaa !9
   %2488 = insertelement <16 x float> poison, float %2487, i64 0
   %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
   %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2489, <16 x float> %2475, <16 x float> %2458)
   %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2489, <16 x float> %2478, <16 x float> %2459)
   %2492 = getelementptr inbounds nuw i8, ptr %2115, i64 1580
-  %2493 = load float, ptr %2492, align 4, !tbaa !5
+  %2493 = load float, ptr %2492, align 4, !tbaa !9
   %2494 = insertelement <16 x float> poison, float %2493, i64 0
   %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
   %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2475, <16 x float> %2464)
   %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2478, <16 x float> %2465)
   %2498 = or disjoint i64 %2114, 12
   %2499 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2498
-  %2500 = load float, ptr %2499, align 4, !tbaa !5
+  %2500 = load float, ptr %2499, align 4, !tbaa !9
   %2501 = insertelement <16 x float> poison, float %2500, i64 0
   %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
   %2503 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2498
-  %2504 = load i64, ptr %2503, align 8, !tbaa !5
+  %2504 = load i64, ptr %2503, align 8, !tbaa !9
   %gep553.i = getelementptr i32, ptr %gep600.i, i64 %2504
-  %2505 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !5
+  %2505 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !9
   %2506 = shl <16 x i32> %2505, splat (i32 16)
   %2507 = bitcast <16 x i32> %2506 to <16 x float>
   %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2507, <16 x float> %2476)
@@ -9329,32 +9701,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2510 = bitcast <16 x i32> %2509 to <16 x float>
   %2511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2510, <16 x float> %2479)
   %2512 = getelementptr inbounds nuw i8, ptr %2115, i64 560
-  %2513 = load float, ptr %2512, align 4, !tbaa !5
+  %2513 = load float, ptr %2512, align 4, !tbaa !9
   %2514 = insertelement <16 x float> poison, float %2513, i64 0
   %2515 = shufflevector <16 x float> %2514, <16 x float> poison, <16 x i32> zeroinitializer
   %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2507, <16 x float> %2484)
   %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2510, <16 x float> %2485)
   %2518 = getelementptr inbounds nuw i8, ptr %2115, i64 1072
-  %2519 = load float, ptr %2518, align 4, !tbaa !5
+  %2519 = load float, ptr %2518, align 4, !tbaa !9
   %2520 = insertelement <16 x float> poison, float %2519, i64 0
   %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
   %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2521, <16 x float> %2507, <16 x float> %2490)
   %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2521, <16 x float> %2510, <16 x float> %2491)
   %2524 = getelementptr inbounds nuw i8, ptr %2115, i64 1584
-  %2525 = load float, ptr %2524, align 4, !tbaa !5
+  %2525 = load float, ptr %2524, align 4, !tbaa !9
   %2526 = insertelement <16 x float> poison, float %2525, i64 0
   %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
   %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2507, <16 x float> %2496)
   %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2510, <16 x float> %2497)
   %2530 = or disjoint i64 %2114, 13
   %2531 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2530
-  %2532 = load float, ptr %2531, align 4, !tbaa !5
+  %2532 = load float, ptr %2531, align 4, !tbaa !9
   %2533 = insertelement <16 x float> poison, float %2532, i64 0
   %2534 = shufflevector <16 x float> %2533, <16 x float> poison, <16 x i32> zeroinitializer
   %2535 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2530
-  %2536 = load i64, ptr %2535, align 8, !tbaa !5
+  %2536 = load i64, ptr %2535, align 8, !tbaa !9
   %gep557.i = getelementptr i32, ptr %gep600.i, i64 %2536
-  %2537 = load <16 x i32>, ptr %gep557.i, align 4, !tbaa !5
+  %2537 = load <16 x i32>, ptr %gep557.i, align 4, !tbaa !9
   %2538 = shl <16 x i32> %2537, splat (i32 16)
   %2539 = bitcast <16 x i32> %2538 to <16 x float>
   %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2534, <16 x float> %2539, <16 x float> %2508)
@@ -9362,32 +9734,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2542 = bitcast <16 x i32> %2541 to <16 x float>
   %2543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2534, <16 x float> %2542, <16 x float> %2511)
   %2544 = getelementptr inbounds nuw i8, ptr %2115, i64 564
-  %2545 = load float, ptr %2544, align 4, !tbaa !5
+  %2545 = load float, ptr %2544, align 4, !tbaa !9
   %2546 = insertelement <16 x float> poison, float %2545, i64 0
   %2547 = shufflevector <16 x float> %2546, <16 x float> poison, <16 x i32> zeroinitializer
   %2548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2547, <16 x float> %2539, <16 x float> %2516)
   %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2547, <16 x float> %2542, <16 x float> %2517)
   %2550 = getelementptr inbounds nuw i8, ptr %2115, i64 1076
-  %2551 = load float, ptr %2550, align 4, !tbaa !5
+  %2551 = load float, ptr %2550, align 4, !tbaa !9
   %2552 = insertelement <16 x float> poison, float %2551, i64 0
   %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
   %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2539, <16 x float> %2522)
   %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2542, <16 x float> %2523)
   %2556 = getelementptr inbounds nuw i8, ptr %2115, i64 1588
-  %2557 = load float, ptr %2556, align 4, !tbaa !5
+  %2557 = load float, ptr %2556, align 4, !tbaa !9
   %2558 = insertelement <16 x float> poison, float %2557, i64 0
   %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
   %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2539, <16 x float> %2528)
   %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2542, <16 x float> %2529)
   %2562 = or disjoint i64 %2114, 14
   %2563 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2562
-  %2564 = load float, ptr %2563, align 4, !tbaa !5
+  %2564 = load float, ptr %2563, align 4, !tbaa !9
   %2565 = insertelement <16 x float> poison, float %2564, i64 0
   %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
   %2567 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2562
-  %2568 = load i64, ptr %2567, align 8, !tbaa !5
+  %2568 = load i64, ptr %2567, align 8, !tbaa !9
   %gep561.i = getelementptr i32, ptr %gep600.i, i64 %2568
-  %2569 = load <16 x i32>, ptr %gep561.i, align 4, !tbaa !5
+  %2569 = load <16 x i32>, ptr %gep561.i, align 4, !tbaa !9
   %2570 = shl <16 x i32> %2569, splat (i32 16)
   %2571 = bitcast <16 x i32> %2570 to <16 x float>
   %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2571, <16 x float> %2540)
@@ -9395,32 +9767,32 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2574 = bitcast <16 x i32> %2573 to <16 x float>
   %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2574, <16 x float> %2543)
   %2576 = getelementptr inbounds nuw i8, ptr %2115, i64 568
-  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2577 = load float, ptr %2576, align 4, !tbaa !9
   %2578 = insertelement <16 x float> poison, float %2577, i64 0
   %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
   %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2571, <16 x float> %2548)
   %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2574, <16 x float> %2549)
   %2582 = getelementptr inbounds nuw i8, ptr %2115, i64 1080
-  %2583 = load float, ptr %2582, align 4, !tbaa !5
+  %2583 = load float, ptr %2582, align 4, !tbaa !9
   %2584 = insertelement <16 x float> poison, float %2583, i64 0
   %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
   %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2585, <16 x float> %2571, <16 x float> %2554)
   %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2585, <16 x float> %2574, <16 x float> %2555)
   %2588 = getelementptr inbounds nuw i8, ptr %2115, i64 1592
-  %2589 = load float, ptr %2588, align 4, !tbaa !5
+  %2589 = load float, ptr %2588, align 4, !tbaa !9
   %2590 = insertelement <16 x float> poison, float %2589, i64 0
   %2591 = shufflevector <16 x float> %2590, <16 x float> poison, <16 x i32> zeroinitializer
   %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2571, <16 x float> %2560)
   %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2574, <16 x float> %2561)
   %2594 = or disjoint i64 %2114, 15
   %2595 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2594
-  %2596 = load float, ptr %2595, align 4, !tbaa !5
+  %2596 = load float, ptr %2595, align 4, !tbaa !9
   %2597 = insertelement <16 x float> poison, float %2596, i64 0
   %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
   %2599 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2594
-  %2600 = load i64, ptr %2599, align 8, !tbaa !5
+  %2600 = load i64, ptr %2599, align 8, !tbaa !9
   %gep565.i = getelementptr i32, ptr %gep600.i, i64 %2600
-  %2601 = load <16 x i32>, ptr %gep565.i, align 4, !tbaa !5
+  %2601 = load <16 x i32>, ptr %gep565.i, align 4, !tbaa !9
   %2602 = shl <16 x i32> %2601, splat (i32 16)
   %2603 = bitcast <16 x i32> %2602 to <16 x float>
   %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2598, <16 x float> %2603, <16 x float> %2572)
@@ -9428,26 +9800,26 @@ for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.p
   %2606 = bitcast <16 x i32> %2605 to <16 x float>
   %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2598, <16 x float> %2606, <16 x float> %2575)
   %2608 = getelementptr inbounds nuw i8, ptr %2115, i64 572
-  %2609 = load float, ptr %2608, align 4, !tbaa !5
+  %2609 = load float, ptr %2608, align 4, !tbaa !9
   %2610 = insertelement <16 x float> poison, float %2609, i64 0
   %2611 = shufflevector <16 x float> %2610, <16 x float> poison, <16 x i32> zeroinitializer
   %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2603, <16 x float> %2580)
   %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2606, <16 x float> %2581)
   %2614 = getelementptr inbounds nuw i8, ptr %2115, i64 1084
-  %2615 = load float, ptr %2614, align 4, !tbaa !5
+  %2615 = load float, ptr %2614, align 4, !tbaa !9
   %2616 = insertelement <16 x float> poison, float %2615, i64 0
   %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
   %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2603, <16 x float> %2586)
   %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2606, <16 x float> %2587)
   %2620 = getelementptr inbounds nuw i8, ptr %2115, i64 1596
-  %2621 = load float, ptr %2620, align 4, !tbaa !5
+  %2621 = load float, ptr %2620, align 4, !tbaa !9
   %2622 = insertelement <16 x float> poison, float %2621, i64 0
   %2623 = shufflevector <16 x float> %2622, <16 x float> poison, <16 x i32> zeroinitializer
   %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2603, <16 x float> %2592)
   %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2606, <16 x float> %2593)
   %indvars.iv.next769.i = add nuw nsw i64 %indvars.iv768.i, 1
   %exitcond772.not.i = icmp eq i64 %indvars.iv.next769.i, %507
-  br i1 %exitcond772.not.i, label %for_end_to129.i, label %for_begin_line132.preheader.i, !prof !13
+  br i1 %exitcond772.not.i, label %for_end_to129.i, label %for_begin_line132.preheader.i, !prof !4
 
 for_end_to129.i:                                  ; preds = %for_begin_line132.preheader.i, %for_body_d_0_m.i
   %full_acc260.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2612, %for_begin_line132.preheader.i ]
@@ -9458,15 +9830,15 @@ for_end_to129.i:                                  ; preds = %for_begin_line132.p
   %full_acc260.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2619, %for_begin_line132.preheader.i ]
   %full_acc260.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2624, %for_begin_line132.preheader.i ]
   %full_acc260.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2625, %for_begin_line132.preheader.i ]
-  br i1 %.not648.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !16
+  br i1 %.not648.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !62
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to129.i
   %gep632.idx.i = shl i64 %indvars.iv792.i, 6
   %gep632.i = getelementptr i8, ptr %invariant.gep599.i, i64 %gep632.idx.i
-  br i1 %525, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
+  br i1 %525, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !47
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod325.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod325.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !25
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv773.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next774.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
@@ -9481,13 +9853,13 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   tail call void @llvm.assume(i1 %lcmp.mod334)
   %2626 = add nuw nsw i64 %indvars.iv773.i.epil.init, %506
   %2627 = getelementptr inbounds float, ptr %probs.i, i64 %2626
-  %2628 = load float, ptr %2627, align 4, !tbaa !5
+  %2628 = load float, ptr %2627, align 4, !tbaa !9
   %2629 = insertelement <16 x float> poison, float %2628, i64 0
   %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
   %2631 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2626
-  %2632 = load i64, ptr %2631, align 8, !tbaa !5
+  %2632 = load i64, ptr %2631, align 8, !tbaa !9
   %gep591.i.epil = getelementptr i32, ptr %gep632.i, i64 %2632
-  %2633 = load <16 x i32>, ptr %gep591.i.epil, align 4, !tbaa !5
+  %2633 = load <16 x i32>, ptr %gep591.i.epil, align 4, !tbaa !9
   %2634 = shl <16 x i32> %2633, splat (i32 16)
   %2635 = bitcast <16 x i32> %2634 to <16 x float>
   %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2635, <16 x float> %.epil.init)
@@ -9495,19 +9867,19 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %2638 = bitcast <16 x i32> %2637 to <16 x float>
   %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2638, <16 x float> %.epil.init312)
   %2640 = getelementptr i8, ptr %2627, i64 512
-  %2641 = load float, ptr %2640, align 4, !tbaa !5
+  %2641 = load float, ptr %2640, align 4, !tbaa !9
   %2642 = insertelement <16 x float> poison, float %2641, i64 0
   %2643 = shufflevector <16 x float> %2642, <16 x float> poison, <16 x i32> zeroinitializer
   %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2643, <16 x float> %2635, <16 x float> %.epil.init314)
   %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2643, <16 x float> %2638, <16 x float> %.epil.init316)
   %2646 = getelementptr i8, ptr %2627, i64 1024
-  %2647 = load float, ptr %2646, align 4, !tbaa !5
+  %2647 = load float, ptr %2646, align 4, !tbaa !9
   %2648 = insertelement <16 x float> poison, float %2647, i64 0
   %2649 = shufflevector <16 x float> %2648, <16 x float> poison, <16 x i32> zeroinitializer
   %2650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2649, <16 x float> %2635, <16 x float> %.epil.init318)
   %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2649, <16 x float> %2638, <16 x float> %.epil.init320)
   %2652 = getelementptr i8, ptr %2627, i64 1536
-  %2653 = load float, ptr %2652, align 4, !tbaa !5
+  %2653 = load float, ptr %2652, align 4, !tbaa !9
   %2654 = insertelement <16 x float> poison, float %2653, i64 0
   %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
   %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2635, <16 x float> %.epil.init322)
@@ -9530,7 +9902,7 @@ for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.
 
 for_begin_ax4_0.preheader.i.if_end146.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
   %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2660
-  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
+  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !9
   br label %if_end146.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
@@ -9546,13 +9918,13 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %niter336 = phi i64 [ %niter336.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
   %2669 = add nuw nsw i64 %indvars.iv773.i, %506
   %2670 = getelementptr inbounds float, ptr %probs.i, i64 %2669
-  %2671 = load float, ptr %2670, align 4, !tbaa !5
+  %2671 = load float, ptr %2670, align 4, !tbaa !9
   %2672 = insertelement <16 x float> poison, float %2671, i64 0
   %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
   %2674 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2669
-  %2675 = load i64, ptr %2674, align 8, !tbaa !5
+  %2675 = load i64, ptr %2674, align 8, !tbaa !9
   %gep591.i = getelementptr i32, ptr %gep632.i, i64 %2675
-  %2676 = load <16 x i32>, ptr %gep591.i, align 4, !tbaa !5
+  %2676 = load <16 x i32>, ptr %gep591.i, align 4, !tbaa !9
   %2677 = shl <16 x i32> %2676, splat (i32 16)
   %2678 = bitcast <16 x i32> %2677 to <16 x float>
   %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2673, <16 x float> %2678, <16 x float> %2661)
@@ -9560,19 +9932,19 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2681 = bitcast <16 x i32> %2680 to <16 x float>
   %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2673, <16 x float> %2681, <16 x float> %2662)
   %2683 = getelementptr i8, ptr %2670, i64 512
-  %2684 = load float, ptr %2683, align 4, !tbaa !5
+  %2684 = load float, ptr %2683, align 4, !tbaa !9
   %2685 = insertelement <16 x float> poison, float %2684, i64 0
   %2686 = shufflevector <16 x float> %2685, <16 x float> poison, <16 x i32> zeroinitializer
   %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2678, <16 x float> %2663)
   %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2681, <16 x float> %2664)
   %2689 = getelementptr i8, ptr %2670, i64 1024
-  %2690 = load float, ptr %2689, align 4, !tbaa !5
+  %2690 = load float, ptr %2689, align 4, !tbaa !9
   %2691 = insertelement <16 x float> poison, float %2690, i64 0
   %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
   %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2678, <16 x float> %2665)
   %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2681, <16 x float> %2666)
   %2695 = getelementptr i8, ptr %2670, i64 1536
-  %2696 = load float, ptr %2695, align 4, !tbaa !5
+  %2696 = load float, ptr %2695, align 4, !tbaa !9
   %2697 = insertelement <16 x float> poison, float %2696, i64 0
   %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
   %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2698, <16 x float> %2678, <16 x float> %2667)
@@ -9580,13 +9952,13 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next774.i = or disjoint i64 %indvars.iv773.i, 1
   %2701 = add nuw nsw i64 %indvars.iv.next774.i, %506
   %2702 = getelementptr inbounds float, ptr %probs.i, i64 %2701
-  %2703 = load float, ptr %2702, align 4, !tbaa !5
+  %2703 = load float, ptr %2702, align 4, !tbaa !9
   %2704 = insertelement <16 x float> poison, float %2703, i64 0
   %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
   %2706 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2701
-  %2707 = load i64, ptr %2706, align 8, !tbaa !5
+  %2707 = load i64, ptr %2706, align 8, !tbaa !9
   %gep591.i.1 = getelementptr i32, ptr %gep632.i, i64 %2707
-  %2708 = load <16 x i32>, ptr %gep591.i.1, align 4, !tbaa !5
+  %2708 = load <16 x i32>, ptr %gep591.i.1, align 4, !tbaa !9
   %2709 = shl <16 x i32> %2708, splat (i32 16)
   %2710 = bitcast <16 x i32> %2709 to <16 x float>
   %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2710, <16 x float> %2679)
@@ -9594,19 +9966,19 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2713 = bitcast <16 x i32> %2712 to <16 x float>
   %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2713, <16 x float> %2682)
   %2715 = getelementptr i8, ptr %2702, i64 512
-  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2716 = load float, ptr %2715, align 4, !tbaa !9
   %2717 = insertelement <16 x float> poison, float %2716, i64 0
   %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
   %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2710, <16 x float> %2687)
   %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2713, <16 x float> %2688)
   %2721 = getelementptr i8, ptr %2702, i64 1024
-  %2722 = load float, ptr %2721, align 4, !tbaa !5
+  %2722 = load float, ptr %2721, align 4, !tbaa !9
   %2723 = insertelement <16 x float> poison, float %2722, i64 0
   %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
   %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2724, <16 x float> %2710, <16 x float> %2693)
   %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2724, <16 x float> %2713, <16 x float> %2694)
   %2727 = getelementptr i8, ptr %2702, i64 1536
-  %2728 = load float, ptr %2727, align 4, !tbaa !5
+  %2728 = load float, ptr %2727, align 4, !tbaa !9
   %2729 = insertelement <16 x float> poison, float %2728, i64 0
   %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
   %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2710, <16 x float> %2699)
@@ -9614,20 +9986,20 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next774.i.1 = add nuw nsw i64 %indvars.iv773.i, 2
   %niter336.next.1 = add i64 %niter336, 2
   %niter336.ncmp.1 = icmp eq i64 %niter336.next.1, %unroll_iter335
-  br i1 %niter336.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !121
+  br i1 %niter336.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !48, !llvm.loop !63
 
 if_end146.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2733 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
   %2734 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2660
   %2735 = fmul <32 x float> %2055, %2733
   %2736 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2053, <32 x float> %2658, <32 x float> %2735)
-  store <32 x float> %2736, ptr %2734, align 4, !tbaa !5
+  store <32 x float> %2736, ptr %2734, align 4, !tbaa !9
   %2737 = shufflevector <16 x float> %.lcssa568.i, <16 x float> %.lcssa570.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %499, label %if_end162.i, label %if_end146.if_end162_crit_edge.i, !prof !8
 
 if_end146.if_end162_crit_edge.i:                  ; preds = %if_end146.i
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2734, i64 512
-  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
   br label %if_end162.i
 
 if_end162.i:                                      ; preds = %if_end146.if_end162_crit_edge.i, %if_end146.i
@@ -9635,13 +10007,13 @@ if_end162.i:                                      ; preds = %if_end146.if_end162
   %2739 = getelementptr inbounds nuw i8, ptr %2734, i64 512
   %2740 = fmul <32 x float> %2057, %2738
   %2741 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2056, <32 x float> %2737, <32 x float> %2740)
-  store <32 x float> %2741, ptr %2739, align 4, !tbaa !5
+  store <32 x float> %2741, ptr %2739, align 4, !tbaa !9
   %2742 = shufflevector <16 x float> %.lcssa572.i, <16 x float> %.lcssa574.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %499, label %if_end178.i, label %if_end162.if_end178_crit_edge.i, !prof !8
 
 if_end162.if_end178_crit_edge.i:                  ; preds = %if_end162.i
   %.phi.trans.insert905.i = getelementptr inbounds nuw i8, ptr %2734, i64 1024
-  %.pre906.i = load <32 x float>, ptr %.phi.trans.insert905.i, align 4, !tbaa !5
+  %.pre906.i = load <32 x float>, ptr %.phi.trans.insert905.i, align 4, !tbaa !9
   br label %if_end178.i
 
 if_end178.i:                                      ; preds = %if_end162.if_end178_crit_edge.i, %if_end162.i
@@ -9649,13 +10021,13 @@ if_end178.i:                                      ; preds = %if_end162.if_end178
   %2744 = getelementptr inbounds nuw i8, ptr %2734, i64 1024
   %2745 = fmul <32 x float> %2059, %2743
   %2746 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2058, <32 x float> %2742, <32 x float> %2745)
-  store <32 x float> %2746, ptr %2744, align 4, !tbaa !5
+  store <32 x float> %2746, ptr %2744, align 4, !tbaa !9
   %2747 = shufflevector <16 x float> %.lcssa576.i, <16 x float> %.lcssa578.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %499, label %if_end194.i, label %if_end178.if_end194_crit_edge.i, !prof !8
 
 if_end178.if_end194_crit_edge.i:                  ; preds = %if_end178.i
   %.phi.trans.insert907.i = getelementptr inbounds nuw i8, ptr %2734, i64 1536
-  %.pre908.i = load <32 x float>, ptr %.phi.trans.insert907.i, align 4, !tbaa !5
+  %.pre908.i = load <32 x float>, ptr %.phi.trans.insert907.i, align 4, !tbaa !9
   br label %if_end194.i
 
 if_end194.i:                                      ; preds = %if_end178.if_end194_crit_edge.i, %if_end178.i
@@ -9663,152 +10035,152 @@ if_end194.i:                                      ; preds = %if_end178.if_end194
   %2749 = getelementptr inbounds nuw i8, ptr %2734, i64 1536
   %2750 = fmul <32 x float> %2061, %2748
   %2751 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2060, <32 x float> %2747, <32 x float> %2750)
-  store <32 x float> %2751, ptr %2749, align 4, !tbaa !5
+  store <32 x float> %2751, ptr %2749, align 4, !tbaa !9
   %indvars.iv.next793.i = add nuw nsw i64 %indvars.iv792.i, 1
   %exitcond795.not.i = icmp eq i64 %indvars.iv.next793.i, 4
-  br i1 %exitcond795.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !28
+  br i1 %exitcond795.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
 
 if_end196.i:                                      ; preds = %for_end_d_0_m.i
-  %2752 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2752 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2753 = tail call i32 %2752(i32 1, i32 %dev_id, ptr %probs.i)
   %.not282.i = icmp eq i32 %2753, 0
-  br i1 %.not282.i, label %if_end199.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not282.i, label %if_end199.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end199.i:                                      ; preds = %if_end196.i
-  %2754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2755 = tail call i32 %2754(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not283.i = icmp eq i32 %2755, 0
-  br i1 %.not283.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not283.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end205.i:                                      ; preds = %for_end_kv_head.i
-  %2756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2757 = tail call i32 %2756(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not280.i = icmp eq i32 %2757, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not280.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not280.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
 
 for_body_tile211.i:                               ; preds = %for_body_tile211.i, %for_begin_tile210.preheader.i
   %indvars.iv820.i = phi i64 [ %indvars.iv.next821.i, %for_body_tile211.i ], [ 0, %for_begin_tile210.preheader.i ]
   %2758 = shl nuw nsw i64 %indvars.iv820.i, 2
   %2759 = add nuw nsw i64 %2758, %234
   %2760 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2758
-  %2761 = load float, ptr %2760, align 16, !tbaa !81
+  %2761 = load float, ptr %2760, align 16, !tbaa !15
   %2762 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2759
-  store float %2761, ptr %2762, align 4, !tbaa !5
+  store float %2761, ptr %2762, align 4, !tbaa !9
   %2763 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2758
-  %2764 = load float, ptr %2763, align 16, !tbaa !79
+  %2764 = load float, ptr %2763, align 16, !tbaa !13
   %2765 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2759
-  store float %2764, ptr %2765, align 4, !tbaa !5
+  store float %2764, ptr %2765, align 4, !tbaa !9
   %2766 = or disjoint i64 %2758, 1
   %2767 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2766
-  %2768 = load float, ptr %2767, align 4, !tbaa !81
+  %2768 = load float, ptr %2767, align 4, !tbaa !15
   %2769 = or disjoint i64 %2759, 1
   %2770 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2769
-  store float %2768, ptr %2770, align 4, !tbaa !5
+  store float %2768, ptr %2770, align 4, !tbaa !9
   %2771 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2766
-  %2772 = load float, ptr %2771, align 4, !tbaa !79
+  %2772 = load float, ptr %2771, align 4, !tbaa !13
   %2773 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2769
-  store float %2772, ptr %2773, align 4, !tbaa !5
+  store float %2772, ptr %2773, align 4, !tbaa !9
   %2774 = or disjoint i64 %2758, 2
   %2775 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2774
-  %2776 = load float, ptr %2775, align 8, !tbaa !81
+  %2776 = load float, ptr %2775, align 8, !tbaa !15
   %2777 = or disjoint i64 %2759, 2
   %2778 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2777
-  store float %2776, ptr %2778, align 4, !tbaa !5
+  store float %2776, ptr %2778, align 4, !tbaa !9
   %2779 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2774
-  %2780 = load float, ptr %2779, align 8, !tbaa !79
+  %2780 = load float, ptr %2779, align 8, !tbaa !13
   %2781 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2777
-  store float %2780, ptr %2781, align 4, !tbaa !5
+  store float %2780, ptr %2781, align 4, !tbaa !9
   %2782 = or disjoint i64 %2758, 3
   %2783 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2782
-  %2784 = load float, ptr %2783, align 4, !tbaa !81
+  %2784 = load float, ptr %2783, align 4, !tbaa !15
   %2785 = or disjoint i64 %2759, 3
   %2786 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2785
-  store float %2784, ptr %2786, align 4, !tbaa !5
+  store float %2784, ptr %2786, align 4, !tbaa !9
   %2787 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2782
-  %2788 = load float, ptr %2787, align 4, !tbaa !79
+  %2788 = load float, ptr %2787, align 4, !tbaa !13
   %2789 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2785
-  store float %2788, ptr %2789, align 4, !tbaa !5
+  store float %2788, ptr %2789, align 4, !tbaa !9
   %2790 = shl nuw nsw i64 %indvars.iv820.i, 9
   %2791 = getelementptr inbounds nuw float, ptr %235, i64 %2790
   %2792 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2790
-  %2793 = load <32 x float>, ptr %2792, align 4, !tbaa !5
-  store <32 x float> %2793, ptr %2791, align 4, !tbaa !5
+  %2793 = load <32 x float>, ptr %2792, align 4, !tbaa !9
+  store <32 x float> %2793, ptr %2791, align 4, !tbaa !9
   %2794 = getelementptr inbounds nuw i8, ptr %2792, i64 128
-  %2795 = load <32 x float>, ptr %2794, align 4, !tbaa !5
+  %2795 = load <32 x float>, ptr %2794, align 4, !tbaa !9
   %2796 = getelementptr inbounds nuw i8, ptr %2791, i64 128
-  store <32 x float> %2795, ptr %2796, align 4, !tbaa !5
+  store <32 x float> %2795, ptr %2796, align 4, !tbaa !9
   %2797 = getelementptr inbounds nuw i8, ptr %2792, i64 256
-  %2798 = load <32 x float>, ptr %2797, align 4, !tbaa !5
+  %2798 = load <32 x float>, ptr %2797, align 4, !tbaa !9
   %2799 = getelementptr inbounds nuw i8, ptr %2791, i64 256
-  store <32 x float> %2798, ptr %2799, align 4, !tbaa !5
+  store <32 x float> %2798, ptr %2799, align 4, !tbaa !9
   %2800 = getelementptr inbounds nuw i8, ptr %2792, i64 384
-  %2801 = load <32 x float>, ptr %2800, align 4, !tbaa !5
+  %2801 = load <32 x float>, ptr %2800, align 4, !tbaa !9
   %2802 = getelementptr inbounds nuw i8, ptr %2791, i64 384
-  store <32 x float> %2801, ptr %2802, align 4, !tbaa !5
+  store <32 x float> %2801, ptr %2802, align 4, !tbaa !9
   %2803 = getelementptr inbounds nuw i8, ptr %2791, i64 512
   %2804 = getelementptr inbounds nuw i8, ptr %2792, i64 512
-  %2805 = load <32 x float>, ptr %2804, align 4, !tbaa !5
-  store <32 x float> %2805, ptr %2803, align 4, !tbaa !5
+  %2805 = load <32 x float>, ptr %2804, align 4, !tbaa !9
+  store <32 x float> %2805, ptr %2803, align 4, !tbaa !9
   %2806 = getelementptr inbounds nuw i8, ptr %2792, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
+  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !9
   %2808 = getelementptr inbounds nuw i8, ptr %2791, i64 640
-  store <32 x float> %2807, ptr %2808, align 4, !tbaa !5
+  store <32 x float> %2807, ptr %2808, align 4, !tbaa !9
   %2809 = getelementptr inbounds nuw i8, ptr %2792, i64 768
-  %2810 = load <32 x float>, ptr %2809, align 4, !tbaa !5
+  %2810 = load <32 x float>, ptr %2809, align 4, !tbaa !9
   %2811 = getelementptr inbounds nuw i8, ptr %2791, i64 768
-  store <32 x float> %2810, ptr %2811, align 4, !tbaa !5
+  store <32 x float> %2810, ptr %2811, align 4, !tbaa !9
   %2812 = getelementptr inbounds nuw i8, ptr %2792, i64 896
-  %2813 = load <32 x float>, ptr %2812, align 4, !tbaa !5
+  %2813 = load <32 x float>, ptr %2812, align 4, !tbaa !9
   %2814 = getelementptr inbounds nuw i8, ptr %2791, i64 896
-  store <32 x float> %2813, ptr %2814, align 4, !tbaa !5
+  store <32 x float> %2813, ptr %2814, align 4, !tbaa !9
   %2815 = getelementptr inbounds nuw i8, ptr %2791, i64 1024
   %2816 = getelementptr inbounds nuw i8, ptr %2792, i64 1024
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
-  store <32 x float> %2817, ptr %2815, align 4, !tbaa !5
+  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !9
+  store <32 x float> %2817, ptr %2815, align 4, !tbaa !9
   %2818 = getelementptr inbounds nuw i8, ptr %2792, i64 1152
-  %2819 = load <32 x float>, ptr %2818, align 4, !tbaa !5
+  %2819 = load <32 x float>, ptr %2818, align 4, !tbaa !9
   %2820 = getelementptr inbounds nuw i8, ptr %2791, i64 1152
-  store <32 x float> %2819, ptr %2820, align 4, !tbaa !5
+  store <32 x float> %2819, ptr %2820, align 4, !tbaa !9
   %2821 = getelementptr inbounds nuw i8, ptr %2792, i64 1280
-  %2822 = load <32 x float>, ptr %2821, align 4, !tbaa !5
+  %2822 = load <32 x float>, ptr %2821, align 4, !tbaa !9
   %2823 = getelementptr inbounds nuw i8, ptr %2791, i64 1280
-  store <32 x float> %2822, ptr %2823, align 4, !tbaa !5
+  store <32 x float> %2822, ptr %2823, align 4, !tbaa !9
   %2824 = getelementptr inbounds nuw i8, ptr %2792, i64 1408
-  %2825 = load <32 x float>, ptr %2824, align 4, !tbaa !5
+  %2825 = load <32 x float>, ptr %2824, align 4, !tbaa !9
   %2826 = getelementptr inbounds nuw i8, ptr %2791, i64 1408
-  store <32 x float> %2825, ptr %2826, align 4, !tbaa !5
+  store <32 x float> %2825, ptr %2826, align 4, !tbaa !9
   %2827 = getelementptr inbounds nuw i8, ptr %2791, i64 1536
   %2828 = getelementptr inbounds nuw i8, ptr %2792, i64 1536
-  %2829 = load <32 x float>, ptr %2828, align 4, !tbaa !5
-  store <32 x float> %2829, ptr %2827, align 4, !tbaa !5
+  %2829 = load <32 x float>, ptr %2828, align 4, !tbaa !9
+  store <32 x float> %2829, ptr %2827, align 4, !tbaa !9
   %2830 = getelementptr inbounds nuw i8, ptr %2792, i64 1664
-  %2831 = load <32 x float>, ptr %2830, align 4, !tbaa !5
+  %2831 = load <32 x float>, ptr %2830, align 4, !tbaa !9
   %2832 = getelementptr inbounds nuw i8, ptr %2791, i64 1664
-  store <32 x float> %2831, ptr %2832, align 4, !tbaa !5
+  store <32 x float> %2831, ptr %2832, align 4, !tbaa !9
   %2833 = getelementptr inbounds nuw i8, ptr %2792, i64 1792
-  %2834 = load <32 x float>, ptr %2833, align 4, !tbaa !5
+  %2834 = load <32 x float>, ptr %2833, align 4, !tbaa !9
   %2835 = getelementptr inbounds nuw i8, ptr %2791, i64 1792
-  store <32 x float> %2834, ptr %2835, align 4, !tbaa !5
+  store <32 x float> %2834, ptr %2835, align 4, !tbaa !9
   %2836 = getelementptr inbounds nuw i8, ptr %2792, i64 1920
-  %2837 = load <32 x float>, ptr %2836, align 4, !tbaa !5
+  %2837 = load <32 x float>, ptr %2836, align 4, !tbaa !9
   %2838 = getelementptr inbounds nuw i8, ptr %2791, i64 1920
-  store <32 x float> %2837, ptr %2838, align 4, !tbaa !5
+  store <32 x float> %2837, ptr %2838, align 4, !tbaa !9
   %indvars.iv.next821.i = add nuw nsw i64 %indvars.iv820.i, 1
   %exitcond823.not.i = icmp eq i64 %indvars.iv.next821.i, 8
-  br i1 %exitcond823.not.i, label %for_end_tile212.i, label %for_body_tile211.i, !prof !28
+  br i1 %exitcond823.not.i, label %for_end_tile212.i, label %for_body_tile211.i, !prof !11
 
 for_end_tile212.i:                                ; preds = %for_body_tile211.i, %if_end230.us.3.i
-  %2839 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2839 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2840 = tail call i32 %2839(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2840, 0
-  br i1 %.not.i, label %if_end247.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not.i, label %if_end247.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end247.i:                                      ; preds = %for_end_tile212.i
-  %2841 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2841 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2842 = tail call i32 %2841(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not277.i = icmp eq i32 %2842, 0
-  br i1 %.not277.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !38
+  br i1 %.not277.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
 
 fused_decode_compute_.exit:                       ; preds = %if_end247.i, %for_end_tile212.i, %if_end205.i, %if_end199.i, %if_end196.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end34.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end199.i ], [ -1, %if_end196.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end34.i ], [ -1, %if_end205.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile212.i ], [ -1, %if_end247.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
@@ -9817,7 +10189,136 @@ fused_decode_compute_.exit:                       ; preds = %if_end247.i, %for_e
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #5
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!"branch_weights", i32 1, i32 1048576}
+!13 = !{!14, !14, i64 0}
+!14 = !{!"buffer2", !7, i64 0}
+!15 = !{!16, !16, i64 0}
+!16 = !{!"buffer3", !7, i64 0}
+!17 = distinct !{!17, !18}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!19 = distinct !{!19, !18}
+!20 = !{!"branch_weights", i32 6096, i32 2147477552}
+!21 = !{!"branch_weights", i32 8128, i32 2147475520}
+!22 = distinct !{!22, !23}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!24 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!25 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!26 = distinct !{!26, !27, !28}
+!27 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!28 = !{!"llvm.loop.unroll.disable"}
+!29 = distinct !{!29, !23}
+!30 = distinct !{!30, !27, !28}
+!31 = distinct !{!31, !23}
+!32 = distinct !{!32, !27, !28}
+!33 = distinct !{!33, !23}
+!34 = distinct !{!34, !27, !28}
+!35 = !{!"branch_weights", i32 14224, i32 2147469424}
+!36 = !{!"branch_weights", i32 16256, i32 2147467392}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!39 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!40 = distinct !{!40, !27, !28}
+!41 = distinct !{!41, !38}
+!42 = distinct !{!42, !27, !28}
+!43 = distinct !{!43, !38}
+!44 = distinct !{!44, !27, !28}
+!45 = distinct !{!45, !38}
+!46 = distinct !{!46, !27, !28}
+!47 = !{!"branch_weights", i32 2032, i32 2147481616}
+!48 = !{!"branch_weights", i32 4064, i32 2147479584}
+!49 = distinct !{!49, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!51 = distinct !{!51, !50}
+!52 = distinct !{!52, !50}
+!53 = distinct !{!53, !50}
+!54 = distinct !{!54, !38}
+!55 = distinct !{!55, !27, !28}
+!56 = distinct !{!56, !38}
+!57 = distinct !{!57, !27, !28}
+!58 = distinct !{!58, !38}
+!59 = distinct !{!59, !27, !28}
+!60 = distinct !{!60, !38}
+!61 = distinct !{!61, !27, !28}
+!62 = !{!"branch_weights", i32 1, i32 127}
+!63 = distinct !{!63, !50}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [32 x float], align 16
   %beta37.i = alloca [32 x float], align 16
@@ -9941,14 +10442,14 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %51 = icmp eq ptr %acc.i, null
-  br i1 %51, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  br i1 %51, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end21
   %52 = icmp sgt i32 %num_partials, 0
-  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !3
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %step46.i = phi i32 [ %224, %for_end_r_0.i ], [ 0, %for_begin_step.preheader.i ]
@@ -9969,10 +10470,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %64 = sext i32 %63 to i64
   %65 = shl nsw i64 %64, 5
   %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
-  %67 = load <32 x float>, ptr %66, align 4, !tbaa !5
+  %67 = load <32 x float>, ptr %66, align 4, !tbaa !8
   %68 = fcmp ogt <32 x float> %old_max.i, %67
   %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
-  %70 = load <32 x float>, ptr %69, align 4, !tbaa !5
+  %70 = load <32 x float>, ptr %69, align 4, !tbaa !8
   %71 = fcmp oeq <32 x float> %70, zeroinitializer
   %72 = select <32 x i1> %71, <32 x i1> splat (i1 true), <32 x i1> %68
   %old_or_both.i = select <32 x i1> %72, <32 x float> %old_max.i, <32 x float> %67
@@ -10000,7 +10501,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %93 = select <32 x i1> %92, <32 x float> zeroinitializer, <32 x float> %91
   %94 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %95 = select <32 x i1> %94, <32 x float> %93, <32 x float> zeroinitializer
-  store <32 x float> %95, ptr %alpha38.i, align 16, !tbaa !122
+  store <32 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <32 x float> %67, %m.i
   %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %97 = bitcast <32 x float> %96 to <32 x i32>
@@ -10023,76 +10524,76 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %114 = select <32 x i1> %113, <32 x float> zeroinitializer, <32 x float> %112
   %115 = fcmp one <32 x float> %70, zeroinitializer
   %116 = select <32 x i1> %115, <32 x float> %114, <32 x float> zeroinitializer
-  store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !128
+  store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !16
   %117 = fmul <32 x float> %old_sum.i, %95
   %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
   %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %120 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %121 = load float, ptr %120, align 4, !tbaa !134
+  %121 = load float, ptr %120, align 4, !tbaa !22
   %122 = insertelement <16 x float> poison, float %121, i64 0
   %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
   %124 = shl nuw nsw i64 %indvars.iv60.i, 7
   %125 = getelementptr float, ptr %119, i64 %124
   %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %127 = load float, ptr %126, align 4, !tbaa !135
+  %127 = load float, ptr %126, align 4, !tbaa !23
   %128 = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
-  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !5
-  %129 = load <16 x float>, ptr %125, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !8
+  %129 = load <16 x float>, ptr %125, align 4, !tbaa !8
   %.scalar = fmul float %127, 0.000000e+00
   %130 = insertelement <16 x float> poison, float %.scalar, i64 0
   %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %131)
-  store <16 x float> %132, ptr %128, align 4, !tbaa !5
+  store <16 x float> %132, ptr %128, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %128, i64 64
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %125, i64 64
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %131)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !5
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %128, i64 128
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %125, i64 128
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %139, <16 x float> %131)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !5
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %128, i64 192
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %125, i64 192
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %143, <16 x float> %131)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %128, i64 256
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %125, i64 256
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %147, <16 x float> %131)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %149 = getelementptr inbounds nuw i8, ptr %128, i64 320
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
   %150 = getelementptr i8, ptr %125, i64 320
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !5
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
   %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %151, <16 x float> %131)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !5
+  store <16 x float> %152, ptr %149, align 4, !tbaa !8
   %153 = getelementptr inbounds nuw i8, ptr %128, i64 384
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
   %154 = getelementptr i8, ptr %125, i64 384
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !5
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
   %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %155, <16 x float> %131)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !5
+  store <16 x float> %156, ptr %153, align 4, !tbaa !8
   %157 = getelementptr inbounds nuw i8, ptr %128, i64 448
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
   %158 = getelementptr i8, ptr %125, i64 448
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !5
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
   %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %159, <16 x float> %131)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !5
+  store <16 x float> %160, ptr %157, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_r_0.i ]
@@ -10102,7 +10603,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %161 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %162 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %163 = select <32 x i1> %162, <32 x float> zeroinitializer, <32 x float> %161
-  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !136
+  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !25
   %sext = shl i64 %20, 32
   %164 = ashr exact i64 %sext, 32
   %165 = mul nsw i64 %out_batch, %164
@@ -10112,90 +10613,90 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %167 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %168 = load float, ptr %167, align 4, !tbaa !134
+  %168 = load float, ptr %167, align 4, !tbaa !22
   %169 = insertelement <16 x float> poison, float %168, i64 0
   %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
   %171 = shl nuw nsw i64 %indvars.iv.i, 7
   %172 = getelementptr float, ptr %119, i64 %171
   %173 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %174 = load float, ptr %173, align 4, !tbaa !135
+  %174 = load float, ptr %173, align 4, !tbaa !23
   %175 = insertelement <16 x float> poison, float %174, i64 0
   %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %177 = load <16 x float>, ptr %172, align 4, !tbaa !8
   %178 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = fmul <16 x float> %179, %176
   %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %177, <16 x float> %180)
-  store <16 x float> %181, ptr %178, align 4, !tbaa !5
+  store <16 x float> %181, ptr %178, align 4, !tbaa !8
   %182 = getelementptr i8, ptr %172, i64 64
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !8
   %184 = getelementptr inbounds nuw i8, ptr %178, i64 64
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
   %186 = fmul <16 x float> %176, %185
   %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %183, <16 x float> %186)
-  store <16 x float> %187, ptr %184, align 4, !tbaa !5
+  store <16 x float> %187, ptr %184, align 4, !tbaa !8
   %188 = getelementptr i8, ptr %172, i64 128
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !8
   %190 = getelementptr inbounds nuw i8, ptr %178, i64 128
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
   %192 = fmul <16 x float> %176, %191
   %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %189, <16 x float> %192)
-  store <16 x float> %193, ptr %190, align 4, !tbaa !5
+  store <16 x float> %193, ptr %190, align 4, !tbaa !8
   %194 = getelementptr i8, ptr %172, i64 192
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !8
   %196 = getelementptr inbounds nuw i8, ptr %178, i64 192
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
   %198 = fmul <16 x float> %176, %197
   %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %195, <16 x float> %198)
-  store <16 x float> %199, ptr %196, align 4, !tbaa !5
+  store <16 x float> %199, ptr %196, align 4, !tbaa !8
   %200 = getelementptr i8, ptr %172, i64 256
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
   %202 = getelementptr inbounds nuw i8, ptr %178, i64 256
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
   %204 = fmul <16 x float> %176, %203
   %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %201, <16 x float> %204)
-  store <16 x float> %205, ptr %202, align 4, !tbaa !5
+  store <16 x float> %205, ptr %202, align 4, !tbaa !8
   %206 = getelementptr i8, ptr %172, i64 320
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
   %208 = getelementptr inbounds nuw i8, ptr %178, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
   %210 = fmul <16 x float> %176, %209
   %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 4, !tbaa !5
+  store <16 x float> %211, ptr %208, align 4, !tbaa !8
   %212 = getelementptr i8, ptr %172, i64 384
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
   %214 = getelementptr inbounds nuw i8, ptr %178, i64 384
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !8
   %216 = fmul <16 x float> %176, %215
   %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %213, <16 x float> %216)
-  store <16 x float> %217, ptr %214, align 4, !tbaa !5
+  store <16 x float> %217, ptr %214, align 4, !tbaa !8
   %218 = getelementptr i8, ptr %172, i64 448
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
   %220 = getelementptr inbounds nuw i8, ptr %178, i64 448
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !8
   %222 = fmul <16 x float> %176, %221
   %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %219, <16 x float> %222)
-  store <16 x float> %223, ptr %220, align 4, !tbaa !5
+  store <16 x float> %223, ptr %220, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %224 = add nuw nsw i32 %step46.i, 1
   %exitcond64.not.i = icmp eq i32 %224, %num_partials
-  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv69.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next70.i, %for_begin_d_019.preheader.i ]
   %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv69.i
-  %226 = load float, ptr %225, align 4, !tbaa !142
+  %226 = load float, ptr %225, align 4, !tbaa !32
   %227 = insertelement <16 x float> poison, float %226, i64 0
   %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
   %229 = mul nsw i64 %indvars.iv69.i, %out_head
   %invariant.gep.i = getelementptr i16, ptr %166, i64 %229
   %.idx = shl nuw nsw i64 %indvars.iv69.i, 9
   %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
   %232 = fmul <16 x float> %231, %228
   %233 = bitcast <16 x float> %232 to <16 x i32>
   %234 = lshr <16 x i32> %233, splat (i32 16)
@@ -10204,9 +10705,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %237 = add nuw <16 x i32> %236, %235
   %238 = lshr <16 x i32> %237, splat (i32 16)
   %239 = trunc nuw <16 x i32> %238 to <16 x i16>
-  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !5
+  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !8
   %240 = getelementptr inbounds nuw i8, ptr %230, i64 64
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
   %242 = fmul <16 x float> %228, %241
   %243 = bitcast <16 x float> %242 to <16 x i32>
   %244 = lshr <16 x i32> %243, splat (i32 16)
@@ -10216,9 +10717,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %248 = lshr <16 x i32> %247, splat (i32 16)
   %249 = trunc nuw <16 x i32> %248 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !5
+  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !8
   %250 = getelementptr inbounds nuw i8, ptr %230, i64 128
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !5
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
   %252 = fmul <16 x float> %228, %251
   %253 = bitcast <16 x float> %252 to <16 x i32>
   %254 = lshr <16 x i32> %253, splat (i32 16)
@@ -10228,9 +10729,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %258 = lshr <16 x i32> %257, splat (i32 16)
   %259 = trunc nuw <16 x i32> %258 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !5
+  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !8
   %260 = getelementptr inbounds nuw i8, ptr %230, i64 192
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
   %262 = fmul <16 x float> %228, %261
   %263 = bitcast <16 x float> %262 to <16 x i32>
   %264 = lshr <16 x i32> %263, splat (i32 16)
@@ -10240,9 +10741,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %268 = lshr <16 x i32> %267, splat (i32 16)
   %269 = trunc nuw <16 x i32> %268 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !5
+  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !8
   %270 = getelementptr inbounds nuw i8, ptr %230, i64 256
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !5
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
   %272 = fmul <16 x float> %228, %271
   %273 = bitcast <16 x float> %272 to <16 x i32>
   %274 = lshr <16 x i32> %273, splat (i32 16)
@@ -10252,9 +10753,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %278 = lshr <16 x i32> %277, splat (i32 16)
   %279 = trunc nuw <16 x i32> %278 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !5
+  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !8
   %280 = getelementptr inbounds nuw i8, ptr %230, i64 320
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
   %282 = fmul <16 x float> %228, %281
   %283 = bitcast <16 x float> %282 to <16 x i32>
   %284 = lshr <16 x i32> %283, splat (i32 16)
@@ -10264,9 +10765,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %288 = lshr <16 x i32> %287, splat (i32 16)
   %289 = trunc nuw <16 x i32> %288 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !5
+  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !8
   %290 = getelementptr inbounds nuw i8, ptr %230, i64 384
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !5
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
   %292 = fmul <16 x float> %228, %291
   %293 = bitcast <16 x float> %292 to <16 x i32>
   %294 = lshr <16 x i32> %293, splat (i32 16)
@@ -10276,9 +10777,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %298 = lshr <16 x i32> %297, splat (i32 16)
   %299 = trunc nuw <16 x i32> %298 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !5
+  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !8
   %300 = getelementptr inbounds nuw i8, ptr %230, i64 448
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !5
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
   %302 = fmul <16 x float> %228, %301
   %303 = bitcast <16 x float> %302 to <16 x i32>
   %304 = lshr <16 x i32> %303, splat (i32 16)
@@ -10288,10 +10789,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %308 = lshr <16 x i32> %307, splat (i32 16)
   %309 = trunc nuw <16 x i32> %308 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !5
+  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !8
   %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
   %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 32
-  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
+  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %310 = add nsw i32 %num_keys, -1
@@ -10309,12 +10810,12 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv73.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next74.i.3, %if_end30.i.3 ]
   %320 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv73.i
-  %321 = load float, ptr %320, align 16, !tbaa !143
+  %321 = load float, ptr %320, align 16, !tbaa !33
   %322 = fcmp oeq float %321, 0.000000e+00
   br i1 %322, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %324 = tail call i32 %323(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %324, 0
   %..i = sext i1 %.not.i to i32
@@ -10324,17 +10825,17 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %325 = fmul float %321, %319
   %326 = tail call float @llvm.log.f32(float %325)
   %327 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv73.i
-  %328 = load float, ptr %327, align 16, !tbaa !145
+  %328 = load float, ptr %327, align 16, !tbaa !35
   %329 = fadd float %326, %328
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
   %330 = phi float [ %329, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
   %331 = getelementptr float, ptr %315, i64 %indvars.iv73.i
-  store float %330, ptr %331, align 4, !tbaa !5
+  store float %330, ptr %331, align 4, !tbaa !8
   %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1
   %332 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i
-  %333 = load float, ptr %332, align 4, !tbaa !143
+  %333 = load float, ptr %332, align 4, !tbaa !33
   %334 = fcmp oeq float %333, 0.000000e+00
   br i1 %334, label %if_end30.i.1, label %if_else.i.1
 
@@ -10342,17 +10843,17 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %335 = fmul float %333, %319
   %336 = tail call float @llvm.log.f32(float %335)
   %337 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i
-  %338 = load float, ptr %337, align 4, !tbaa !145
+  %338 = load float, ptr %337, align 4, !tbaa !35
   %339 = fadd float %336, %338
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
   %340 = phi float [ %339, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
   %341 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i
-  store float %340, ptr %341, align 4, !tbaa !5
+  store float %340, ptr %341, align 4, !tbaa !8
   %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2
   %342 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.1
-  %343 = load float, ptr %342, align 8, !tbaa !143
+  %343 = load float, ptr %342, align 8, !tbaa !33
   %344 = fcmp oeq float %343, 0.000000e+00
   br i1 %344, label %if_end30.i.2, label %if_else.i.2
 
@@ -10360,17 +10861,17 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %345 = fmul float %343, %319
   %346 = tail call float @llvm.log.f32(float %345)
   %347 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.1
-  %348 = load float, ptr %347, align 8, !tbaa !145
+  %348 = load float, ptr %347, align 8, !tbaa !35
   %349 = fadd float %346, %348
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
   %350 = phi float [ %349, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
   %351 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.1
-  store float %350, ptr %351, align 4, !tbaa !5
+  store float %350, ptr %351, align 4, !tbaa !8
   %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3
   %352 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.2
-  %353 = load float, ptr %352, align 4, !tbaa !143
+  %353 = load float, ptr %352, align 4, !tbaa !33
   %354 = fcmp oeq float %353, 0.000000e+00
   br i1 %354, label %if_end30.i.3, label %if_else.i.3
 
@@ -10378,17 +10879,17 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %355 = fmul float %353, %319
   %356 = tail call float @llvm.log.f32(float %355)
   %357 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.2
-  %358 = load float, ptr %357, align 4, !tbaa !145
+  %358 = load float, ptr %357, align 4, !tbaa !35
   %359 = fadd float %356, %358
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
   %360 = phi float [ %359, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
   %361 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.2
-  store float %360, ptr %361, align 4, !tbaa !5
+  store float %360, ptr %361, align 4, !tbaa !8
   %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
   %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
-  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !147
+  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -10400,7 +10901,88 @@ merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer4.w128.b0", !12, i64 0}
+!12 = !{!"buffer4.w256.b0", !13, i64 0}
+!13 = !{!"buffer4.w512.b0", !14, i64 0}
+!14 = !{!"buffer4.w1024.b0", !15, i64 0}
+!15 = !{!"buffer4", !5, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer5.w128.b0", !18, i64 0}
+!18 = !{!"buffer5.w256.b0", !19, i64 0}
+!19 = !{!"buffer5.w512.b0", !20, i64 0}
+!20 = !{!"buffer5.w1024.b0", !21, i64 0}
+!21 = !{!"buffer5", !5, i64 0}
+!22 = !{!21, !21, i64 0}
+!23 = !{!15, !15, i64 0}
+!24 = !{!"branch_weights", i32 1, i32 1048575}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer6.w128.b0", !27, i64 0}
+!27 = !{!"buffer6.w256.b0", !28, i64 0}
+!28 = !{!"buffer6.w512.b0", !29, i64 0}
+!29 = !{!"buffer6.w1024.b0", !30, i64 0}
+!30 = !{!"buffer6", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!30, !30, i64 0}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer7", !5, i64 0}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer8", !5, i64 0}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [32 x float], align 16
   %beta37.i = alloca [32 x float], align 16
@@ -10517,15 +11099,15 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end24
   %num_partials = trunc i64 %28 to i32
   %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %26, 32
@@ -10545,10 +11127,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %52 = add nsw i64 %indvars.iv64.i, %47
   %53 = shl nsw i64 %52, 5
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <32 x float>, ptr %54, align 4, !tbaa !5
+  %55 = load <32 x float>, ptr %54, align 4, !tbaa !8
   %56 = fcmp ogt <32 x float> %old_max.i, %55
   %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <32 x float>, ptr %57, align 4, !tbaa !5
+  %58 = load <32 x float>, ptr %57, align 4, !tbaa !8
   %59 = fcmp oeq <32 x float> %58, zeroinitializer
   %60 = select <32 x i1> %59, <32 x i1> splat (i1 true), <32 x i1> %56
   %old_or_both.i = select <32 x i1> %60, <32 x float> %old_max.i, <32 x float> %55
@@ -10576,7 +11158,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !148
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -10599,76 +11181,76 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !154
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !16
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !160
+  %109 = load float, ptr %108, align 4, !tbaa !22
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !161
+  %115 = load float, ptr %114, align 4, !tbaa !23
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
   %.scalar = fmul float %115, 0.000000e+00
   %118 = insertelement <16 x float> poison, float %.scalar, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
   %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !5
+  store <16 x float> %120, ptr %116, align 4, !tbaa !8
   %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
   %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !5
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
   %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !5
+  store <16 x float> %124, ptr %121, align 4, !tbaa !8
   %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
   %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !5
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
   %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !5
+  store <16 x float> %128, ptr %125, align 4, !tbaa !8
   %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
   %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !5
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !5
+  store <16 x float> %132, ptr %129, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !5
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !5
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !5
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -10678,11 +11260,11 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %sext33 = shl i64 %24, 32
   %149 = ashr exact i64 %sext33, 32
   %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !5
+  %151 = load i32, ptr %150, align 4, !tbaa !8
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !162
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !25
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -10690,90 +11272,90 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !160
+  %158 = load float, ptr %157, align 4, !tbaa !22
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !161
+  %164 = load float, ptr %163, align 4, !tbaa !23
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
   %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
   %170 = fmul <16 x float> %169, %166
   %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  store <16 x float> %171, ptr %168, align 4, !tbaa !8
   %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
   %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
   %176 = fmul <16 x float> %166, %175
   %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  store <16 x float> %177, ptr %174, align 4, !tbaa !8
   %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
   %182 = fmul <16 x float> %166, %181
   %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  store <16 x float> %183, ptr %180, align 4, !tbaa !8
   %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
   %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
   %188 = fmul <16 x float> %166, %187
   %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  store <16 x float> %189, ptr %186, align 4, !tbaa !8
   %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
   %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
   %194 = fmul <16 x float> %166, %193
   %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  store <16 x float> %195, ptr %192, align 4, !tbaa !8
   %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
   %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
   %200 = fmul <16 x float> %166, %199
   %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  store <16 x float> %201, ptr %198, align 4, !tbaa !8
   %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
   %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
   %206 = fmul <16 x float> %166, %205
   %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  store <16 x float> %207, ptr %204, align 4, !tbaa !8
   %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
   %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
   %212 = fmul <16 x float> %166, %211
   %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  store <16 x float> %213, ptr %210, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !168
+  %215 = load float, ptr %214, align 4, !tbaa !32
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
   %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
   %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
   %221 = fmul <16 x float> %220, %217
   %222 = bitcast <16 x float> %221 to <16 x i32>
   %223 = lshr <16 x i32> %222, splat (i32 16)
@@ -10782,9 +11364,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %226 = add nuw <16 x i32> %225, %224
   %227 = lshr <16 x i32> %226, splat (i32 16)
   %228 = trunc nuw <16 x i32> %227 to <16 x i16>
-  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !8
   %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !8
   %231 = fmul <16 x float> %217, %230
   %232 = bitcast <16 x float> %231 to <16 x i32>
   %233 = lshr <16 x i32> %232, splat (i32 16)
@@ -10794,9 +11376,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %237 = lshr <16 x i32> %236, splat (i32 16)
   %238 = trunc nuw <16 x i32> %237 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !8
   %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !8
   %241 = fmul <16 x float> %217, %240
   %242 = bitcast <16 x float> %241 to <16 x i32>
   %243 = lshr <16 x i32> %242, splat (i32 16)
@@ -10806,9 +11388,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %247 = lshr <16 x i32> %246, splat (i32 16)
   %248 = trunc nuw <16 x i32> %247 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !8
   %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !8
   %251 = fmul <16 x float> %217, %250
   %252 = bitcast <16 x float> %251 to <16 x i32>
   %253 = lshr <16 x i32> %252, splat (i32 16)
@@ -10818,9 +11400,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %257 = lshr <16 x i32> %256, splat (i32 16)
   %258 = trunc nuw <16 x i32> %257 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !8
   %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !8
   %261 = fmul <16 x float> %217, %260
   %262 = bitcast <16 x float> %261 to <16 x i32>
   %263 = lshr <16 x i32> %262, splat (i32 16)
@@ -10830,9 +11412,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %267 = lshr <16 x i32> %266, splat (i32 16)
   %268 = trunc nuw <16 x i32> %267 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !8
   %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !8
   %271 = fmul <16 x float> %217, %270
   %272 = bitcast <16 x float> %271 to <16 x i32>
   %273 = lshr <16 x i32> %272, splat (i32 16)
@@ -10842,9 +11424,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %277 = lshr <16 x i32> %276, splat (i32 16)
   %278 = trunc nuw <16 x i32> %277 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !8
   %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !8
   %281 = fmul <16 x float> %217, %280
   %282 = bitcast <16 x float> %281 to <16 x i32>
   %283 = lshr <16 x i32> %282, splat (i32 16)
@@ -10854,9 +11436,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %287 = lshr <16 x i32> %286, splat (i32 16)
   %288 = trunc nuw <16 x i32> %287 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !8
   %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !8
   %291 = fmul <16 x float> %217, %290
   %292 = bitcast <16 x float> %291 to <16 x i32>
   %293 = lshr <16 x i32> %292, splat (i32 16)
@@ -10866,10 +11448,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %297 = lshr <16 x i32> %296, splat (i32 16)
   %298 = trunc nuw <16 x i32> %297 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !8
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -10887,12 +11469,12 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !169
+  %310 = load float, ptr %309, align 16, !tbaa !33
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %313, 0
   %..i = sext i1 %.not.i to i32
@@ -10902,17 +11484,17 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !171
+  %317 = load float, ptr %316, align 16, !tbaa !35
   %318 = fadd float %315, %317
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
   %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
   %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
-  store float %319, ptr %320, align 4, !tbaa !5
+  store float %319, ptr %320, align 4, !tbaa !8
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !169
+  %322 = load float, ptr %321, align 4, !tbaa !33
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -10920,17 +11502,17 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !171
+  %327 = load float, ptr %326, align 4, !tbaa !35
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
   %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
   %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
-  store float %329, ptr %330, align 4, !tbaa !5
+  store float %329, ptr %330, align 4, !tbaa !8
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !169
+  %332 = load float, ptr %331, align 8, !tbaa !33
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -10938,17 +11520,17 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !171
+  %337 = load float, ptr %336, align 8, !tbaa !35
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
   %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
   %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
-  store float %339, ptr %340, align 4, !tbaa !5
+  store float %339, ptr %340, align 4, !tbaa !8
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !169
+  %342 = load float, ptr %341, align 4, !tbaa !33
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -10956,17 +11538,17 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !171
+  %347 = load float, ptr %346, align 4, !tbaa !35
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
   %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
   %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
-  store float %349, ptr %350, align 4, !tbaa !5
+  store float %349, ptr %350, align 4, !tbaa !8
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !173
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -10979,444 +11561,75 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #3
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
-
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
-attributes #1 = { "target-cpu"="x86-64-v4" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
 !0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
-!3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!"branch_weights", i32 2032, i32 2147481616}
-!5 = !{!6, !6, i64 0}
-!6 = !{!"tvm-alias", !7}
-!7 = !{!"tvm-tbaa"}
-!8 = !{!"branch_weights", i32 1048576, i32 1}
-!9 = !{!"branch_weights", i32 4064, i32 2147479584}
-!10 = distinct !{!10, !11}
-!11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = !{!15, !15, i64 0}
-!15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 127}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer0", !7, i64 0}
-!19 = !{!"branch_weights", i32 127, i32 4194175}
-!20 = distinct !{!20, !21, !22, !23, !24}
-!21 = !{!"llvm.loop.peeled.count", i32 1}
-!22 = !{!"llvm.loop.isvectorized", i32 1}
-!23 = !{!"llvm.loop.unroll.runtime.disable"}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!25 = !{!"branch_weights", i32 4, i32 28}
-!26 = distinct !{!26, !21, !22, !27, !23}
-!27 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!28 = !{!"branch_weights", i32 1, i32 1048575}
-!29 = !{!"branch_weights", i32 1, i32 0}
-!30 = distinct !{!30, !21, !23, !22, !27}
-!31 = !{!32, !32, i64 0}
-!32 = !{!"buffer1.w64.b0", !33, i64 0}
-!33 = !{!"buffer1.w128.b0", !34, i64 0}
-!34 = !{!"buffer1.w256.b0", !35, i64 0}
-!35 = !{!"buffer1.w512.b0", !36, i64 0}
-!36 = !{!"buffer1.w1024.b0", !37, i64 0}
-!37 = !{!"buffer1", !7, i64 0}
-!38 = !{!"branch_weights", i32 1, i32 1048576}
-!39 = distinct !{!39, !40}
-!40 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!41 = !{!37, !37, i64 0}
-!42 = !{!"branch_weights", i32 1048704, i32 133169152}
-!43 = distinct !{!43, !40}
-!44 = distinct !{!44, !40}
-!45 = distinct !{!45, !46}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!47 = !{!48}
-!48 = distinct !{!48, !49}
-!49 = distinct !{!49, !"LVerDomain"}
-!50 = !{!51}
-!51 = distinct !{!51, !49}
-!52 = !{!"branch_weights", i32 127, i32 16777081}
-!53 = distinct !{!53, !22, !23, !54}
-!54 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!55 = !{!"branch_weights", i32 1, i32 7}
-!56 = !{!"branch_weights", i32 1, i32 1}
-!57 = distinct !{!57, !58}
-!58 = !{!"llvm.loop.unroll.disable"}
-!59 = !{!"branch_weights", i32 127, i32 0}
-!60 = distinct !{!60, !22, !27}
-!61 = !{!"branch_weights", i32 134217601, i32 127}
-!62 = !{!63}
-!63 = distinct !{!63, !64}
-!64 = distinct !{!64, !"LVerDomain"}
-!65 = !{!66}
-!66 = distinct !{!66, !64}
-!67 = distinct !{!67, !22, !23, !54}
-!68 = distinct !{!68, !58}
-!69 = distinct !{!69, !22, !27}
-!70 = distinct !{!70, !71}
-!71 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!72 = distinct !{!72, !40}
-!73 = !{!74}
-!74 = distinct !{!74, !75}
-!75 = distinct !{!75, !"LVerDomain"}
-!76 = !{!77}
-!77 = distinct !{!77, !75}
-!78 = distinct !{!78, !22, !27}
-!79 = !{!80, !80, i64 0}
-!80 = !{!"buffer2", !7, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer3", !7, i64 0}
-!83 = distinct !{!83, !40}
-!84 = distinct !{!84, !40}
-!85 = !{!"branch_weights", i32 6096, i32 2147477552}
-!86 = !{!"branch_weights", i32 8128, i32 2147475520}
-!87 = distinct !{!87, !88}
-!88 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!89 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!90 = distinct !{!90, !91, !58}
-!91 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!92 = distinct !{!92, !88}
-!93 = distinct !{!93, !91, !58}
-!94 = distinct !{!94, !88}
-!95 = distinct !{!95, !91, !58}
-!96 = distinct !{!96, !88}
-!97 = distinct !{!97, !91, !58}
-!98 = !{!"branch_weights", i32 14224, i32 2147469424}
-!99 = !{!"branch_weights", i32 16256, i32 2147467392}
-!100 = distinct !{!100, !54}
-!101 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!102 = distinct !{!102, !91, !58}
-!103 = distinct !{!103, !54}
-!104 = distinct !{!104, !91, !58}
-!105 = distinct !{!105, !54}
-!106 = distinct !{!106, !91, !58}
-!107 = distinct !{!107, !54}
-!108 = distinct !{!108, !91, !58}
-!109 = distinct !{!109, !11}
-!110 = distinct !{!110, !11}
-!111 = distinct !{!111, !11}
-!112 = distinct !{!112, !11}
-!113 = distinct !{!113, !54}
-!114 = distinct !{!114, !91, !58}
-!115 = distinct !{!115, !54}
-!116 = distinct !{!116, !91, !58}
-!117 = distinct !{!117, !54}
-!118 = distinct !{!118, !91, !58}
-!119 = distinct !{!119, !54}
-!120 = distinct !{!120, !91, !58}
-!121 = distinct !{!121, !11}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer4.w128.b0", !124, i64 0}
-!124 = !{!"buffer4.w256.b0", !125, i64 0}
-!125 = !{!"buffer4.w512.b0", !126, i64 0}
-!126 = !{!"buffer4.w1024.b0", !127, i64 0}
-!127 = !{!"buffer4", !7, i64 0}
-!128 = !{!129, !129, i64 0}
-!129 = !{!"buffer5.w128.b0", !130, i64 0}
-!130 = !{!"buffer5.w256.b0", !131, i64 0}
-!131 = !{!"buffer5.w512.b0", !132, i64 0}
-!132 = !{!"buffer5.w1024.b0", !133, i64 0}
-!133 = !{!"buffer5", !7, i64 0}
-!134 = !{!133, !133, i64 0}
-!135 = !{!127, !127, i64 0}
-!136 = !{!137, !137, i64 0}
-!137 = !{!"buffer6.w128.b0", !138, i64 0}
-!138 = !{!"buffer6.w256.b0", !139, i64 0}
-!139 = !{!"buffer6.w512.b0", !140, i64 0}
-!140 = !{!"buffer6.w1024.b0", !141, i64 0}
-!141 = !{!"buffer6", !7, i64 0}
-!142 = !{!141, !141, i64 0}
-!143 = !{!144, !144, i64 0}
-!144 = !{!"buffer7", !7, i64 0}
-!145 = !{!146, !146, i64 0}
-!146 = !{!"buffer8", !7, i64 0}
-!147 = distinct !{!147, !71}
-!148 = !{!149, !149, i64 0}
-!149 = !{!"buffer9.w128.b0", !150, i64 0}
-!150 = !{!"buffer9.w256.b0", !151, i64 0}
-!151 = !{!"buffer9.w512.b0", !152, i64 0}
-!152 = !{!"buffer9.w1024.b0", !153, i64 0}
-!153 = !{!"buffer9", !7, i64 0}
-!154 = !{!155, !155, i64 0}
-!155 = !{!"buffer10.w128.b0", !156, i64 0}
-!156 = !{!"buffer10.w256.b0", !157, i64 0}
-!157 = !{!"buffer10.w512.b0", !158, i64 0}
-!158 = !{!"buffer10.w1024.b0", !159, i64 0}
-!159 = !{!"buffer10", !7, i64 0}
-!160 = !{!159, !159, i64 0}
-!161 = !{!153, !153, i64 0}
-!162 = !{!163, !163, i64 0}
-!163 = !{!"buffer11.w128.b0", !164, i64 0}
-!164 = !{!"buffer11.w256.b0", !165, i64 0}
-!165 = !{!"buffer11.w512.b0", !166, i64 0}
-!166 = !{!"buffer11.w1024.b0", !167, i64 0}
-!167 = !{!"buffer11", !7, i64 0}
-!168 = !{!167, !167, i64 0}
-!169 = !{!170, !170, i64 0}
-!170 = !{!"buffer12", !7, i64 0}
-!171 = !{!172, !172, i64 0}
-!172 = !{!"buffer13", !7, i64 0}
-!173 = distinct !{!173, !71}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer9.w128.b0", !12, i64 0}
+!12 = !{!"buffer9.w256.b0", !13, i64 0}
+!13 = !{!"buffer9.w512.b0", !14, i64 0}
+!14 = !{!"buffer9.w1024.b0", !15, i64 0}
+!15 = !{!"buffer9", !5, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer10.w128.b0", !18, i64 0}
+!18 = !{!"buffer10.w256.b0", !19, i64 0}
+!19 = !{!"buffer10.w512.b0", !20, i64 0}
+!20 = !{!"buffer10.w1024.b0", !21, i64 0}
+!21 = !{!"buffer10", !5, i64 0}
+!22 = !{!21, !21, i64 0}
+!23 = !{!15, !15, i64 0}
+!24 = !{!"branch_weights", i32 1, i32 1048575}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer11.w128.b0", !27, i64 0}
+!27 = !{!"buffer11.w256.b0", !28, i64 0}
+!28 = !{!"buffer11.w512.b0", !29, i64 0}
+!29 = !{!"buffer11.w1024.b0", !30, i64 0}
+!30 = !{!"buffer11", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!30, !30, i64 0}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer12", !5, i64 0}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer13", !5, i64 0}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}

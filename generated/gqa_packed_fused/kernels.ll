@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -473,6 +471,191 @@ for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_end.us.i
 append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 1048576, i32 1}
+!8 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
@@ -1133,7 +1316,39 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 1048576, i32 1}
+!8 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor826.i = alloca [16 x float], align 16
   %beta657829.i = alloca [16 x float], align 16
@@ -1411,10 +1626,10 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %118 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %118 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %q_tile.i = tail call ptr %118(i32 1, i32 %dev_id, i64 131072, i32 0, i32 32)
   %119 = icmp eq ptr %q_tile.i, null
-  br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
+  br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !6
 
 if_end.i:                                         ; preds = %if_end57
   %num_query = trunc i64 %58 to i32
@@ -1426,46 +1641,46 @@ if_end.i:                                         ; preds = %if_end57
   %125 = shl nsw i32 %124, 4
   %126 = sext i32 %125 to i64
   %127 = shl nuw nsw i64 %126, 2
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_max.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
   %129 = icmp eq ptr %total_max.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !7
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_sum.i = tail call ptr %130(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
   %131 = icmp eq ptr %total_sum.i, null
-  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !7
+  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
   %132 = shl nsw i32 %124, 11
   %133 = sext i32 %132 to i64
   %134 = shl nuw nsw i64 %133, 2
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %total_acc.i = tail call ptr %135(i32 1, i32 %dev_id, i64 %134, i32 2, i32 32)
   %136 = icmp eq ptr %total_acc.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !7
+  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %limits.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
   %138 = icmp eq ptr %limits.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !7
+  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %places.i = tail call ptr %139(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
   %140 = icmp eq ptr %places.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !7
+  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
 
 if_end14.i:                                       ; preds = %if_end11.i
   %sext = shl i64 %54, 32
   %141 = ashr exact i64 %sext, 32
   %142 = getelementptr inbounds i32, ptr %context_lens, i64 %141
-  %context_len.i = load i32, ptr %142, align 4, !tbaa !4
+  %context_len.i = load i32, ptr %142, align 4, !tbaa !7
   %143 = icmp sgt i64 %tree_start, -1
   %144 = icmp slt i32 %123, 1
-  br i1 %144, label %for_end_tile51.i, label %for_begin_r.preheader.lr.ph.i, !prof !11
+  br i1 %144, label %for_end_tile51.i, label %for_begin_r.preheader.lr.ph.i, !prof !9
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %if_end14.i
   %145 = and i64 %70, 4294967295
@@ -1525,16 +1740,16 @@ for_begin_tile49.preheader.i:                     ; preds = %for_body_r28.peel.n
   %exitcond1150.peel.not.i = icmp eq i32 %123, 1
   %178 = extractelement <2 x i32> %177, i64 0
   %179 = extractelement <2 x i32> %177, i64 1
-  br i1 %exitcond1150.peel.not.i, label %for_end_tile51.i, label %iter.check, !prof !8
+  br i1 %exitcond1150.peel.not.i, label %for_end_tile51.i, label %iter.check, !prof !10
 
 iter.check:                                       ; preds = %for_begin_tile49.preheader.i
   %180 = add nsw i64 %wide.trip.count.i, -1
   %min.iters.check = icmp ult i32 %123, 6
-  br i1 %min.iters.check, label %if_end62.i.preheader, label %vector.main.loop.iter.check, !prof !11
+  br i1 %min.iters.check, label %if_end62.i.preheader, label %vector.main.loop.iter.check, !prof !9
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
   %min.iters.check197 = icmp ult i32 %123, 34
-  br i1 %min.iters.check197, label %vec.epilog.ph, label %vector.ph198, !prof !11
+  br i1 %min.iters.check197, label %vec.epilog.ph, label %vector.ph198, !prof !9
 
 vector.ph198:                                     ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %180, 31
@@ -1567,16 +1782,16 @@ vector.body203:                                   ; preds = %vector.body203, %ve
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 148
   %193 = getelementptr inbounds nuw i8, ptr %189, i64 276
   %194 = getelementptr inbounds nuw i8, ptr %190, i64 404
-  %wide.vec212 = load <32 x i32>, ptr %191, align 4, !tbaa !12
+  %wide.vec212 = load <32 x i32>, ptr %191, align 4, !tbaa !11
   %strided.vec213 = shufflevector <32 x i32> %wide.vec212, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec214 = shufflevector <32 x i32> %wide.vec212, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec215 = load <32 x i32>, ptr %192, align 4, !tbaa !12
+  %wide.vec215 = load <32 x i32>, ptr %192, align 4, !tbaa !11
   %strided.vec216 = shufflevector <32 x i32> %wide.vec215, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec217 = shufflevector <32 x i32> %wide.vec215, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec218 = load <32 x i32>, ptr %193, align 4, !tbaa !12
+  %wide.vec218 = load <32 x i32>, ptr %193, align 4, !tbaa !11
   %strided.vec219 = shufflevector <32 x i32> %wide.vec218, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec220 = shufflevector <32 x i32> %wide.vec218, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec221 = load <32 x i32>, ptr %194, align 4, !tbaa !12
+  %wide.vec221 = load <32 x i32>, ptr %194, align 4, !tbaa !11
   %strided.vec222 = shufflevector <32 x i32> %wide.vec221, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec223 = shufflevector <32 x i32> %wide.vec221, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
   %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec214)
@@ -1589,7 +1804,7 @@ vector.body203:                                   ; preds = %vector.body203, %ve
   %202 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi211, <8 x i32> %strided.vec222)
   %index.next224 = add nuw i64 %index204, 32
   %203 = icmp eq i64 %index.next224, %n.vec
-  br i1 %203, label %vec.epilog.iter.check, label %vector.body203, !prof !14, !llvm.loop !15
+  br i1 %203, label %vec.epilog.iter.check, label %vector.body203, !prof !13, !llvm.loop !14
 
 vec.epilog.iter.check:                            ; preds = %vector.body203
   %rdx.minmax228 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %199, <8 x i32> %200)
@@ -1604,7 +1819,7 @@ vec.epilog.iter.check:                            ; preds = %vector.body203
   %min.epilog.iters.check = icmp samesign ult i64 %182, 5
   %206 = insertelement <2 x i32> poison, i32 %204, i64 0
   %207 = insertelement <2 x i32> %206, i32 %205, i64 1
-  br i1 %min.epilog.iters.check, label %if_end62.i.preheader, label %vec.epilog.ph, !prof !20
+  br i1 %min.epilog.iters.check, label %if_end62.i.preheader, label %vec.epilog.ph, !prof !19
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
@@ -1625,14 +1840,14 @@ vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.b
   %offset.idx = shl i64 %index238, 4
   %212 = getelementptr i8, ptr %reach848.i, i64 %offset.idx
   %213 = getelementptr i8, ptr %212, i64 20
-  %wide.vec241 = load <16 x i32>, ptr %213, align 4, !tbaa !12
+  %wide.vec241 = load <16 x i32>, ptr %213, align 4, !tbaa !11
   %strided.vec242 = shufflevector <16 x i32> %wide.vec241, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
   %strided.vec243 = shufflevector <16 x i32> %wide.vec241, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
   %214 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi239, <4 x i32> %strided.vec243)
   %215 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi240, <4 x i32> %strided.vec242)
   %index.next244 = add nuw i64 %index238, 4
   %216 = icmp eq i64 %index.next244, %n.vec233
-  br i1 %216, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !21
+  br i1 %216, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
   %217 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %214)
@@ -1653,7 +1868,7 @@ for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_b
 for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
   %220 = shl nuw nsw i64 %indvar.i, 8
   %scevgep.i = getelementptr i8, ptr %174, i64 %220
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !7
   br label %for_end_d.i
 
 for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
@@ -1680,22 +1895,22 @@ for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.prehead
   %bound0 = icmp ult ptr %scevgep, %scevgep184
   %bound1 = icmp ult ptr %invariant.gep.i, %scevgep182
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
+  br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !9
 
 vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
   %236 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %237 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %238 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !7, !alias.scope !22
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec186 = load <16 x i16>, ptr %236, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec186 = load <16 x i16>, ptr %236, align 2, !tbaa !7, !alias.scope !22
   %strided.vec187 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec188 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec189 = load <16 x i16>, ptr %237, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec189 = load <16 x i16>, ptr %237, align 2, !tbaa !7, !alias.scope !22
   %strided.vec190 = shufflevector <16 x i16> %wide.vec189, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec191 = shufflevector <16 x i16> %wide.vec189, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec192 = load <16 x i16>, ptr %238, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec192 = load <16 x i16>, ptr %238, align 2, !tbaa !7, !alias.scope !22
   %strided.vec193 = shufflevector <16 x i16> %wide.vec192, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec194 = shufflevector <16 x i16> %wide.vec192, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %239 = zext <8 x i16> %strided.vec185 to <8 x i32>
@@ -1749,24 +1964,24 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %287 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 32
   %288 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 64
   %289 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 96
-  store <8 x i32> %283, ptr %gep1560.i, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %284, ptr %287, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %285, ptr %288, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %286, ptr %289, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %283, ptr %gep1560.i, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %284, ptr %287, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %285, ptr %288, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %286, ptr %289, align 4, !tbaa !7, !alias.scope !25, !noalias !22
   %290 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %291 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %292 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %293 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %290, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec.1 = load <16 x i16>, ptr %290, align 2, !tbaa !7, !alias.scope !22
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec186.1 = load <16 x i16>, ptr %291, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec186.1 = load <16 x i16>, ptr %291, align 2, !tbaa !7, !alias.scope !22
   %strided.vec187.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec188.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec189.1 = load <16 x i16>, ptr %292, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec189.1 = load <16 x i16>, ptr %292, align 2, !tbaa !7, !alias.scope !22
   %strided.vec190.1 = shufflevector <16 x i16> %wide.vec189.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec191.1 = shufflevector <16 x i16> %wide.vec189.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec192.1 = load <16 x i16>, ptr %293, align 2, !tbaa !4, !alias.scope !23
+  %wide.vec192.1 = load <16 x i16>, ptr %293, align 2, !tbaa !7, !alias.scope !22
   %strided.vec193.1 = shufflevector <16 x i16> %wide.vec192.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec194.1 = shufflevector <16 x i16> %wide.vec192.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %294 = zext <8 x i16> %strided.vec185.1 to <8 x i32>
@@ -1821,10 +2036,10 @@ vector.body:                                      ; preds = %for_begin_d.prehead
   %343 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 160
   %344 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 192
   %345 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 224
-  store <8 x i32> %338, ptr %342, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %339, ptr %343, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %340, ptr %344, align 4, !tbaa !4, !alias.scope !26, !noalias !23
-  store <8 x i32> %341, ptr %345, align 4, !tbaa !4, !alias.scope !26, !noalias !23
+  store <8 x i32> %338, ptr %342, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %339, ptr %343, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %340, ptr %344, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %341, ptr %345, align 4, !tbaa !7, !alias.scope !25, !noalias !22
   br label %for_end_d.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
@@ -1832,13 +2047,13 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %346 = getelementptr i8, ptr %gep.i, i64 2
-  %347 = load i16, ptr %346, align 2, !tbaa !4
+  %347 = load i16, ptr %346, align 2, !tbaa !7
   %348 = zext i16 %347 to i32
   %349 = shl nuw i32 %348, 16
   %350 = bitcast i32 %349 to float
   %351 = fmul float %query_scale, %350
   %352 = bitcast float %351 to i32
-  %353 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %353 = load i16, ptr %gep.i, align 2, !tbaa !7
   %354 = zext i16 %353 to i32
   %355 = shl nuw i32 %354, 16
   %356 = bitcast i32 %355 to float
@@ -1847,18 +2062,18 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %359 = lshr i32 %358, 16
   %360 = or i32 %359, %352
   %gep1558.i = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.i
-  store i32 %360, ptr %gep1558.i, align 4, !tbaa !4
+  store i32 %360, ptr %gep1558.i, align 4, !tbaa !7
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %361 = getelementptr i8, ptr %gep.i.1, i64 2
-  %362 = load i16, ptr %361, align 2, !tbaa !4
+  %362 = load i16, ptr %361, align 2, !tbaa !7
   %363 = zext i16 %362 to i32
   %364 = shl nuw i32 %363, 16
   %365 = bitcast i32 %364 to float
   %366 = fmul float %query_scale, %365
   %367 = bitcast float %366 to i32
-  %368 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %368 = load i16, ptr %gep.i.1, align 2, !tbaa !7
   %369 = zext i16 %368 to i32
   %370 = shl nuw i32 %369, 16
   %371 = bitcast i32 %370 to float
@@ -1867,18 +2082,18 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %374 = lshr i32 %373, 16
   %375 = or i32 %374, %367
   %gep1558.i.1 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i
-  store i32 %375, ptr %gep1558.i.1, align 4, !tbaa !4
+  store i32 %375, ptr %gep1558.i.1, align 4, !tbaa !7
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %376 = getelementptr i8, ptr %gep.i.2, i64 2
-  %377 = load i16, ptr %376, align 2, !tbaa !4
+  %377 = load i16, ptr %376, align 2, !tbaa !7
   %378 = zext i16 %377 to i32
   %379 = shl nuw i32 %378, 16
   %380 = bitcast i32 %379 to float
   %381 = fmul float %query_scale, %380
   %382 = bitcast float %381 to i32
-  %383 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %383 = load i16, ptr %gep.i.2, align 2, !tbaa !7
   %384 = zext i16 %383 to i32
   %385 = shl nuw i32 %384, 16
   %386 = bitcast i32 %385 to float
@@ -1887,18 +2102,18 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %389 = lshr i32 %388, 16
   %390 = or i32 %389, %382
   %gep1558.i.2 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i.1
-  store i32 %390, ptr %gep1558.i.2, align 4, !tbaa !4
+  store i32 %390, ptr %gep1558.i.2, align 4, !tbaa !7
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %391 = getelementptr i8, ptr %gep.i.3, i64 2
-  %392 = load i16, ptr %391, align 2, !tbaa !4
+  %392 = load i16, ptr %391, align 2, !tbaa !7
   %393 = zext i16 %392 to i32
   %394 = shl nuw i32 %393, 16
   %395 = bitcast i32 %394 to float
   %396 = fmul float %query_scale, %395
   %397 = bitcast float %396 to i32
-  %398 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %398 = load i16, ptr %gep.i.3, align 2, !tbaa !7
   %399 = zext i16 %398 to i32
   %400 = shl nuw i32 %399, 16
   %401 = bitcast i32 %400 to float
@@ -1907,10 +2122,10 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %404 = lshr i32 %403, 16
   %405 = or i32 %404, %397
   %gep1558.i.3 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i.2
-  store i32 %405, ptr %gep1558.i.3, align 4, !tbaa !4
+  store i32 %405, ptr %gep1558.i.3, align 4, !tbaa !7
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !28, !llvm.loop !29
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !27, !llvm.loop !28
 
 for_body_r28.peel.next.i:                         ; preds = %for_end_d.i
   %406 = icmp eq i32 %rmod.i, 0
@@ -1934,52 +2149,52 @@ for_body_r28.peel.next.i:                         ; preds = %for_end_d.i
   %423 = add <16 x i64> %422, %418
   %424 = extractelement <16 x i64> %423, i64 0
   %425 = getelementptr inbounds i32, ptr %token_positions, i64 %424
-  %426 = load i32, ptr %425, align 4, !tbaa !4
+  %426 = load i32, ptr %425, align 4, !tbaa !7
   %427 = extractelement <16 x i64> %423, i64 1
   %428 = getelementptr inbounds i32, ptr %token_positions, i64 %427
-  %429 = load i32, ptr %428, align 4, !tbaa !4
+  %429 = load i32, ptr %428, align 4, !tbaa !7
   %430 = extractelement <16 x i64> %423, i64 2
   %431 = getelementptr inbounds i32, ptr %token_positions, i64 %430
-  %432 = load i32, ptr %431, align 4, !tbaa !4
+  %432 = load i32, ptr %431, align 4, !tbaa !7
   %433 = extractelement <16 x i64> %423, i64 3
   %434 = getelementptr inbounds i32, ptr %token_positions, i64 %433
-  %435 = load i32, ptr %434, align 4, !tbaa !4
+  %435 = load i32, ptr %434, align 4, !tbaa !7
   %436 = extractelement <16 x i64> %423, i64 4
   %437 = getelementptr inbounds i32, ptr %token_positions, i64 %436
-  %438 = load i32, ptr %437, align 4, !tbaa !4
+  %438 = load i32, ptr %437, align 4, !tbaa !7
   %439 = extractelement <16 x i64> %423, i64 5
   %440 = getelementptr inbounds i32, ptr %token_positions, i64 %439
-  %441 = load i32, ptr %440, align 4, !tbaa !4
+  %441 = load i32, ptr %440, align 4, !tbaa !7
   %442 = extractelement <16 x i64> %423, i64 6
   %443 = getelementptr inbounds i32, ptr %token_positions, i64 %442
-  %444 = load i32, ptr %443, align 4, !tbaa !4
+  %444 = load i32, ptr %443, align 4, !tbaa !7
   %445 = extractelement <16 x i64> %423, i64 7
   %446 = getelementptr inbounds i32, ptr %token_positions, i64 %445
-  %447 = load i32, ptr %446, align 4, !tbaa !4
+  %447 = load i32, ptr %446, align 4, !tbaa !7
   %448 = extractelement <16 x i64> %423, i64 8
   %449 = getelementptr inbounds i32, ptr %token_positions, i64 %448
-  %450 = load i32, ptr %449, align 4, !tbaa !4
+  %450 = load i32, ptr %449, align 4, !tbaa !7
   %451 = extractelement <16 x i64> %423, i64 9
   %452 = getelementptr inbounds i32, ptr %token_positions, i64 %451
-  %453 = load i32, ptr %452, align 4, !tbaa !4
+  %453 = load i32, ptr %452, align 4, !tbaa !7
   %454 = extractelement <16 x i64> %423, i64 10
   %455 = getelementptr inbounds i32, ptr %token_positions, i64 %454
-  %456 = load i32, ptr %455, align 4, !tbaa !4
+  %456 = load i32, ptr %455, align 4, !tbaa !7
   %457 = extractelement <16 x i64> %423, i64 11
   %458 = getelementptr inbounds i32, ptr %token_positions, i64 %457
-  %459 = load i32, ptr %458, align 4, !tbaa !4
+  %459 = load i32, ptr %458, align 4, !tbaa !7
   %460 = extractelement <16 x i64> %423, i64 12
   %461 = getelementptr inbounds i32, ptr %token_positions, i64 %460
-  %462 = load i32, ptr %461, align 4, !tbaa !4
+  %462 = load i32, ptr %461, align 4, !tbaa !7
   %463 = extractelement <16 x i64> %423, i64 13
   %464 = getelementptr inbounds i32, ptr %token_positions, i64 %463
-  %465 = load i32, ptr %464, align 4, !tbaa !4
+  %465 = load i32, ptr %464, align 4, !tbaa !7
   %466 = extractelement <16 x i64> %423, i64 14
   %467 = getelementptr inbounds i32, ptr %token_positions, i64 %466
-  %468 = load i32, ptr %467, align 4, !tbaa !4
+  %468 = load i32, ptr %467, align 4, !tbaa !7
   %469 = extractelement <16 x i64> %423, i64 15
   %470 = getelementptr inbounds i32, ptr %token_positions, i64 %469
-  %471 = load i32, ptr %470, align 4, !tbaa !4
+  %471 = load i32, ptr %470, align 4, !tbaa !7
   %472 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %426, i64 0
   %473 = insertelement <16 x i32> %472, i32 %429, i64 1
   %474 = insertelement <16 x i32> %473, i32 %432, i64 2
@@ -2001,7 +2216,7 @@ for_body_r28.peel.next.i:                         ; preds = %for_end_d.i
   %489 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %488, <16 x i32> %152)
   %490 = shl nsw i64 %indvars.iv1142.i, 4
   %491 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %490
-  store <16 x i32> %489, ptr %491, align 4, !tbaa !4
+  store <16 x i32> %489, ptr %491, align 4, !tbaa !7
   %492 = add nsw <16 x i32> %488, splat (i32 -1)
   %493 = sitofp <16 x i32> %492 to <16 x float>
   %494 = bitcast <16 x float> %493 to <16 x i32>
@@ -2009,94 +2224,94 @@ for_body_r28.peel.next.i:                         ; preds = %for_end_d.i
   %496 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %495, <16 x i32> splat (i32 125))
   %497 = add nsw <16 x i32> %496, splat (i32 -125)
   %498 = getelementptr inbounds nuw i32, ptr %places.i, i64 %490
-  store <16 x i32> %497, ptr %498, align 4, !tbaa !4
+  store <16 x i32> %497, ptr %498, align 4, !tbaa !7
   %499 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %490
   %500 = getelementptr inbounds nuw i8, ptr %499, i64 4
   %501 = getelementptr inbounds nuw i8, ptr %499, i64 8
   %502 = getelementptr inbounds nuw i8, ptr %499, i64 12
   %503 = and i64 %490, 4294967280
   %504 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %503
-  %own.peel.i = load i32, ptr %504, align 4, !tbaa !4
+  %own.peel.i = load i32, ptr %504, align 4, !tbaa !7
   %gep1562.i = getelementptr inbounds nuw i8, ptr %504, i64 4
-  %own.i = load i32, ptr %gep1562.i, align 4, !tbaa !4
+  %own.i = load i32, ptr %gep1562.i, align 4, !tbaa !7
   %505 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
   %506 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
   %gep1562.i.1 = getelementptr inbounds nuw i8, ptr %504, i64 8
-  %own.i.1 = load i32, ptr %gep1562.i.1, align 4, !tbaa !4
+  %own.i.1 = load i32, ptr %gep1562.i.1, align 4, !tbaa !7
   %507 = tail call i32 @llvm.smin.i32(i32 %505, i32 %own.i.1)
   %508 = tail call i32 @llvm.smax.i32(i32 %506, i32 %own.i.1)
   %gep1562.i.2 = getelementptr inbounds nuw i8, ptr %504, i64 12
-  %own.i.2 = load i32, ptr %gep1562.i.2, align 4, !tbaa !4
+  %own.i.2 = load i32, ptr %gep1562.i.2, align 4, !tbaa !7
   %509 = tail call i32 @llvm.smin.i32(i32 %507, i32 %own.i.2)
   %510 = tail call i32 @llvm.smax.i32(i32 %508, i32 %own.i.2)
   %gep1562.i.3 = getelementptr inbounds nuw i8, ptr %504, i64 16
-  %own.i.3 = load i32, ptr %gep1562.i.3, align 4, !tbaa !4
+  %own.i.3 = load i32, ptr %gep1562.i.3, align 4, !tbaa !7
   %511 = tail call i32 @llvm.smin.i32(i32 %509, i32 %own.i.3)
   %512 = tail call i32 @llvm.smax.i32(i32 %510, i32 %own.i.3)
   %gep1562.i.4 = getelementptr inbounds nuw i8, ptr %504, i64 20
-  %own.i.4 = load i32, ptr %gep1562.i.4, align 4, !tbaa !4
+  %own.i.4 = load i32, ptr %gep1562.i.4, align 4, !tbaa !7
   %513 = tail call i32 @llvm.smin.i32(i32 %511, i32 %own.i.4)
   %514 = tail call i32 @llvm.smax.i32(i32 %512, i32 %own.i.4)
   %gep1562.i.5 = getelementptr inbounds nuw i8, ptr %504, i64 24
-  %own.i.5 = load i32, ptr %gep1562.i.5, align 4, !tbaa !4
+  %own.i.5 = load i32, ptr %gep1562.i.5, align 4, !tbaa !7
   %515 = tail call i32 @llvm.smin.i32(i32 %513, i32 %own.i.5)
   %516 = tail call i32 @llvm.smax.i32(i32 %514, i32 %own.i.5)
   %gep1562.i.6 = getelementptr inbounds nuw i8, ptr %504, i64 28
-  %own.i.6 = load i32, ptr %gep1562.i.6, align 4, !tbaa !4
+  %own.i.6 = load i32, ptr %gep1562.i.6, align 4, !tbaa !7
   %517 = tail call i32 @llvm.smin.i32(i32 %515, i32 %own.i.6)
   %518 = tail call i32 @llvm.smax.i32(i32 %516, i32 %own.i.6)
   %gep1562.i.7 = getelementptr inbounds nuw i8, ptr %504, i64 32
-  %own.i.7 = load i32, ptr %gep1562.i.7, align 4, !tbaa !4
+  %own.i.7 = load i32, ptr %gep1562.i.7, align 4, !tbaa !7
   %519 = tail call i32 @llvm.smin.i32(i32 %517, i32 %own.i.7)
   %520 = tail call i32 @llvm.smax.i32(i32 %518, i32 %own.i.7)
   %gep1562.i.8 = getelementptr inbounds nuw i8, ptr %504, i64 36
-  %own.i.8 = load i32, ptr %gep1562.i.8, align 4, !tbaa !4
+  %own.i.8 = load i32, ptr %gep1562.i.8, align 4, !tbaa !7
   %521 = tail call i32 @llvm.smin.i32(i32 %519, i32 %own.i.8)
   %522 = tail call i32 @llvm.smax.i32(i32 %520, i32 %own.i.8)
   %gep1562.i.9 = getelementptr inbounds nuw i8, ptr %504, i64 40
-  %own.i.9 = load i32, ptr %gep1562.i.9, align 4, !tbaa !4
+  %own.i.9 = load i32, ptr %gep1562.i.9, align 4, !tbaa !7
   %523 = tail call i32 @llvm.smin.i32(i32 %521, i32 %own.i.9)
   %524 = tail call i32 @llvm.smax.i32(i32 %522, i32 %own.i.9)
   %gep1562.i.10 = getelementptr inbounds nuw i8, ptr %504, i64 44
-  %own.i.10 = load i32, ptr %gep1562.i.10, align 4, !tbaa !4
+  %own.i.10 = load i32, ptr %gep1562.i.10, align 4, !tbaa !7
   %525 = tail call i32 @llvm.smin.i32(i32 %523, i32 %own.i.10)
   %526 = tail call i32 @llvm.smax.i32(i32 %524, i32 %own.i.10)
   %gep1562.i.11 = getelementptr inbounds nuw i8, ptr %504, i64 48
-  %own.i.11 = load i32, ptr %gep1562.i.11, align 4, !tbaa !4
+  %own.i.11 = load i32, ptr %gep1562.i.11, align 4, !tbaa !7
   %527 = tail call i32 @llvm.smin.i32(i32 %525, i32 %own.i.11)
   %528 = tail call i32 @llvm.smax.i32(i32 %526, i32 %own.i.11)
   %gep1562.i.12 = getelementptr inbounds nuw i8, ptr %504, i64 52
-  %own.i.12 = load i32, ptr %gep1562.i.12, align 4, !tbaa !4
+  %own.i.12 = load i32, ptr %gep1562.i.12, align 4, !tbaa !7
   %529 = tail call i32 @llvm.smin.i32(i32 %527, i32 %own.i.12)
   %530 = tail call i32 @llvm.smax.i32(i32 %528, i32 %own.i.12)
   %gep1562.i.13 = getelementptr inbounds nuw i8, ptr %504, i64 56
-  %own.i.13 = load i32, ptr %gep1562.i.13, align 4, !tbaa !4
+  %own.i.13 = load i32, ptr %gep1562.i.13, align 4, !tbaa !7
   %531 = tail call i32 @llvm.smin.i32(i32 %529, i32 %own.i.13)
   %532 = tail call i32 @llvm.smax.i32(i32 %530, i32 %own.i.13)
   %gep1562.i.14 = getelementptr inbounds nuw i8, ptr %504, i64 60
-  %own.i.14 = load i32, ptr %gep1562.i.14, align 4, !tbaa !4
+  %own.i.14 = load i32, ptr %gep1562.i.14, align 4, !tbaa !7
   %533 = tail call i32 @llvm.smin.i32(i32 %531, i32 %own.i.14)
   %534 = tail call i32 @llvm.smax.i32(i32 %532, i32 %own.i.14)
   %535 = shl i64 %indvars.iv1142.i, 13
   %536 = and i64 %535, 17179860992
   %scevgep1140.i = getelementptr i8, ptr %total_acc.i, i64 %536
-  store i32 %533, ptr %499, align 16, !tbaa !12
-  store i32 %534, ptr %500, align 4, !tbaa !12
-  store i32 0, ptr %501, align 8, !tbaa !12
-  store i32 0, ptr %502, align 4, !tbaa !12
+  store i32 %533, ptr %499, align 16, !tbaa !11
+  store i32 %534, ptr %500, align 4, !tbaa !11
+  store i32 0, ptr %501, align 8, !tbaa !11
+  store i32 0, ptr %502, align 4, !tbaa !11
   %537 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %490
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %537, align 4, !tbaa !4
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %537, align 4, !tbaa !7
   %538 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %490
-  store <16 x float> zeroinitializer, ptr %538, align 4, !tbaa !4
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1140.i, i8 0, i64 8192, i1 false), !tbaa !4
+  store <16 x float> zeroinitializer, ptr %538, align 4, !tbaa !7
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1140.i, i8 0, i64 8192, i1 false), !tbaa !7
   %indvars.iv.next1143.i = add nuw nsw i64 %indvars.iv1142.i, 1
   %exitcond1145.not.i = icmp eq i64 %indvars.iv.next1143.i, %wide.trip.count.i
-  br i1 %exitcond1145.not.i, label %for_begin_tile49.preheader.i, label %for_begin_r.preheader.i, !prof !8
+  br i1 %exitcond1145.not.i, label %for_begin_tile49.preheader.i, label %for_begin_r.preheader.i, !prof !10
 
 for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond1128.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1128.not.i, label %for_body_r28.peel.next.i, label %for_begin_d.preheader.i, !prof !30
+  br i1 %exitcond1128.not.i, label %for_body_r28.peel.next.i, label %for_begin_d.preheader.i, !prof !29
 
 for_end_tile51.i:                                 ; preds = %if_end62.i, %for_begin_tile49.preheader.i, %if_end14.i
   %span847.sroa.3.0.lcssa.i = phi i32 [ %178, %for_begin_tile49.preheader.i ], [ undef, %if_end14.i ], [ %692, %if_end62.i ]
@@ -2109,7 +2324,7 @@ for_end_tile51.i:                                 ; preds = %if_end62.i, %for_be
   %543 = add nuw nsw i32 %542, 255
   %544 = lshr i32 %543, 8
   %.not1100.i = icmp eq i32 %544, 0
-  br i1 %.not1100.i, label %for_begin_tile723.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+  br i1 %.not1100.i, label %for_begin_tile723.preheader.i, label %for_body_number.lr.ph.i, !prof !9
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile51.i
   %545 = mul nsw i64 %row_step, %141
@@ -2271,24 +2486,24 @@ if_end62.i:                                       ; preds = %if_end62.i, %if_end
   %.idx1496.i = shl nsw i64 %indvars.iv1146.i, 4
   %686 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1496.i
   %687 = getelementptr inbounds nuw i8, ptr %686, i64 8
-  %688 = load i32, ptr %687, align 8, !tbaa !12
+  %688 = load i32, ptr %687, align 8, !tbaa !11
   %689 = tail call i32 @llvm.smin.i32(i32 %span847.sroa.0.0918.i, i32 %688)
   %690 = getelementptr inbounds nuw i8, ptr %686, i64 4
-  %691 = load i32, ptr %690, align 4, !tbaa !12
+  %691 = load i32, ptr %690, align 4, !tbaa !11
   %692 = tail call i32 @llvm.smax.i32(i32 %span847.sroa.3.0917.i, i32 %691)
   %indvars.iv.next1147.i = add nuw nsw i64 %indvars.iv1146.i, 1
   %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1147.i, %wide.trip.count.i
-  br i1 %exitcond1150.not.i, label %for_end_tile51.i, label %if_end62.i, !prof !28, !llvm.loop !31
+  br i1 %exitcond1150.not.i, label %for_end_tile51.i, label %if_end62.i, !prof !27, !llvm.loop !30
 
 for_begin_number.i:                               ; preds = %if_end718.i
   %693 = add nuw nsw i32 %number1085.i, 1
   %exitcond1410.not.i = icmp eq i32 %693, %544
   %indvars.iv.next = add i32 %indvars.iv, -256
   %indvars.iv.next119 = add i32 %indvars.iv118, -256
-  br i1 %exitcond1410.not.i, label %for_begin_tile723.preheader.i, label %for_body_number.i, !prof !8
+  br i1 %exitcond1410.not.i, label %for_begin_tile723.preheader.i, label %for_body_number.i, !prof !10
 
 for_begin_tile723.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile51.i
-  br i1 %144, label %for_end_tile725.i, label %for_body_tile724.lr.ph.i, !prof !11
+  br i1 %144, label %for_end_tile725.i, label %for_body_tile724.lr.ph.i, !prof !9
 
 for_body_tile724.lr.ph.i:                         ; preds = %for_begin_tile723.preheader.i
   %694 = and i64 %68, 2147483648
@@ -2306,19 +2521,19 @@ for_body_tile724.lr.ph.i:                         ; preds = %for_begin_tile723.p
 
 for_body_tile724.us.i:                            ; preds = %if_end729.us.i, %for_body_tile724.lr.ph.i
   %indvars.iv1461.i = phi i64 [ %indvars.iv.next1462.i, %if_end729.us.i ], [ 0, %for_body_tile724.lr.ph.i ]
-  %700 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %700 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %ordered.us.i = tail call ptr %700(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %701 = icmp eq ptr %ordered.us.i, null
-  br i1 %701, label %fused_attend_compute_.exit, label %if_end732.us.i, !prof !7
+  br i1 %701, label %fused_attend_compute_.exit, label %if_end732.us.i, !prof !6
 
 if_end732.us.i:                                   ; preds = %for_body_tile724.us.i
   %702 = shl nsw i64 %indvars.iv1461.i, 4
   %703 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %702
-  %total.us.i = load <16 x float>, ptr %703, align 4, !tbaa !4
+  %total.us.i = load <16 x float>, ptr %703, align 4, !tbaa !7
   %704 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %705 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %706 = select <16 x i1> %705, <16 x float> zeroinitializer, <16 x float> %704
-  store <16 x float> %706, ptr %factor826.i, align 16, !tbaa !32
+  store <16 x float> %706, ptr %factor826.i, align 16, !tbaa !31
   %707 = shl i64 %indvars.iv1461.i, 11
   %708 = and i64 %707, 4294965248
   %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %708
@@ -2335,10 +2550,10 @@ for_end_r736.us.i:                                ; preds = %for_begin_d_0739.pr
   %713 = shl nsw i32 %712, 4
   %714 = sub nsw i32 %120, %713
   %715 = icmp sgt i32 %714, 0
-  br i1 %715, label %for_begin_d_0750.preheader.lr.ph.us.i, label %for_end_r761.us.i, !prof !3
+  br i1 %715, label %for_begin_d_0750.preheader.lr.ph.us.i, label %for_end_r761.us.i, !prof !38
 
 for_end_r761.us.i:                                ; preds = %if_end766.us.i.1, %for_end_r736.us.i
-  %716 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %716 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %717 = tail call i32 %716(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
   %.not859.us.i = icmp eq i32 %717, 0
   br i1 %.not859.us.i, label %if_end729.us.i, label %fused_attend_compute_.exit, !prof !39
@@ -2346,26 +2561,26 @@ for_end_r761.us.i:                                ; preds = %if_end766.us.i.1, %
 if_end729.us.i:                                   ; preds = %for_end_r761.us.i
   %indvars.iv.next1462.i = add nuw nsw i64 %indvars.iv1461.i, 1
   %exitcond1465.not.i = icmp eq i64 %indvars.iv.next1462.i, %wide.trip.count1464.i
-  br i1 %exitcond1465.not.i, label %for_end_tile725.i, label %for_body_tile724.us.i, !prof !8
+  br i1 %exitcond1465.not.i, label %for_end_tile725.i, label %for_body_tile724.us.i, !prof !10
 
 for_body_r760.us.i:                               ; preds = %for_body_r760.lr.ph.us.i, %if_end766.us.i.1
   %indvars.iv1455.i = phi i64 [ 0, %for_body_r760.lr.ph.us.i ], [ %indvars.iv.next1456.i.1, %if_end766.us.i.1 ]
   %718 = add nuw nsw i64 %indvars.iv1455.i, %913
   %719 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %718
-  %720 = load float, ptr %719, align 4, !tbaa !4
+  %720 = load float, ptr %719, align 4, !tbaa !7
   %721 = fcmp oeq float %720, 0.000000e+00
   br i1 %721, label %if_end766.us.i, label %if_else765.us.i
 
 if_else765.us.i:                                  ; preds = %for_body_r760.us.i
   %722 = getelementptr inbounds nuw i32, ptr %places.i, i64 %718
-  %723 = load i32, ptr %722, align 4, !tbaa !4
+  %723 = load i32, ptr %722, align 4, !tbaa !7
   %724 = shl i32 %723, 23
   %725 = add i32 %724, 1065353216
   %726 = bitcast i32 %725 to float
   %727 = fmul float %720, %726
   %728 = tail call float @llvm.log.f32(float %727)
   %729 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %718
-  %730 = load float, ptr %729, align 4, !tbaa !4
+  %730 = load float, ptr %729, align 4, !tbaa !7
   %731 = fadd float %730, %728
   br label %if_end766.us.i
 
@@ -2377,24 +2592,24 @@ if_end766.us.i:                                   ; preds = %if_else765.us.i, %f
   %736 = mul nsw i64 %735, %lse_batch
   %737 = getelementptr float, ptr %912, i64 %736
   %738 = getelementptr float, ptr %737, i64 %733
-  store float %732, ptr %738, align 4, !tbaa !4
+  store float %732, ptr %738, align 4, !tbaa !7
   %indvars.iv.next1456.i = or disjoint i64 %indvars.iv1455.i, 1
   %739 = add nuw nsw i64 %indvars.iv.next1456.i, %913
   %740 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %739
-  %741 = load float, ptr %740, align 4, !tbaa !4
+  %741 = load float, ptr %740, align 4, !tbaa !7
   %742 = fcmp oeq float %741, 0.000000e+00
   br i1 %742, label %if_end766.us.i.1, label %if_else765.us.i.1
 
 if_else765.us.i.1:                                ; preds = %if_end766.us.i
   %743 = getelementptr inbounds nuw i32, ptr %places.i, i64 %739
-  %744 = load i32, ptr %743, align 4, !tbaa !4
+  %744 = load i32, ptr %743, align 4, !tbaa !7
   %745 = shl i32 %744, 23
   %746 = add i32 %745, 1065353216
   %747 = bitcast i32 %746 to float
   %748 = fmul float %741, %747
   %749 = tail call float @llvm.log.f32(float %748)
   %750 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %739
-  %751 = load float, ptr %750, align 4, !tbaa !4
+  %751 = load float, ptr %750, align 4, !tbaa !7
   %752 = fadd float %751, %749
   br label %if_end766.us.i.1
 
@@ -2406,10 +2621,10 @@ if_end766.us.i.1:                                 ; preds = %if_else765.us.i.1, 
   %757 = mul nsw i64 %756, %lse_batch
   %758 = getelementptr float, ptr %912, i64 %757
   %759 = getelementptr float, ptr %758, i64 %754
-  store float %753, ptr %759, align 4, !tbaa !4
+  store float %753, ptr %759, align 4, !tbaa !7
   %indvars.iv.next1456.i.1 = add nuw nsw i64 %indvars.iv1455.i, 2
   %exitcond1460.not.i.1 = icmp eq i64 %indvars.iv.next1456.i.1, %wide.trip.count1453.i
-  br i1 %exitcond1460.not.i.1, label %for_end_r761.us.i, label %for_body_r760.us.i, !prof !8, !llvm.loop !40
+  br i1 %exitcond1460.not.i.1, label %for_end_r761.us.i, label %for_body_r760.us.i, !prof !10, !llvm.loop !40
 
 for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.preheader.lr.ph.us.i, %for_begin_d_0750.preheader.us.i
   %indvars.iv1449.i = phi i64 [ 0, %for_begin_d_0750.preheader.lr.ph.us.i ], [ %indvars.iv.next1450.i, %for_begin_d_0750.preheader.us.i ]
@@ -2423,16 +2638,16 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %invariant.gep1093.us.i = getelementptr i16, ptr %766, i64 %762
   %.idx86 = shl nsw i64 %indvars.iv1449.i, 9
   %767 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx86
-  %768 = load <16 x i32>, ptr %767, align 4, !tbaa !4
+  %768 = load <16 x i32>, ptr %767, align 4, !tbaa !7
   %769 = lshr <16 x i32> %768, splat (i32 16)
   %770 = and <16 x i32> %769, splat (i32 1)
   %771 = add nuw <16 x i32> %768, splat (i32 32767)
   %772 = add nuw <16 x i32> %771, %770
   %773 = lshr <16 x i32> %772, splat (i32 16)
   %774 = trunc nuw <16 x i32> %773 to <16 x i16>
-  store <16 x i16> %774, ptr %invariant.gep1093.us.i, align 2, !tbaa !4
+  store <16 x i16> %774, ptr %invariant.gep1093.us.i, align 2, !tbaa !7
   %775 = getelementptr inbounds nuw i8, ptr %767, i64 64
-  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !4
+  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !7
   %777 = lshr <16 x i32> %776, splat (i32 16)
   %778 = and <16 x i32> %777, splat (i32 1)
   %779 = add nuw <16 x i32> %776, splat (i32 32767)
@@ -2440,9 +2655,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %781 = lshr <16 x i32> %780, splat (i32 16)
   %782 = trunc nuw <16 x i32> %781 to <16 x i16>
   %gep1094.us.1.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 32
-  store <16 x i16> %782, ptr %gep1094.us.1.i, align 2, !tbaa !4
+  store <16 x i16> %782, ptr %gep1094.us.1.i, align 2, !tbaa !7
   %783 = getelementptr inbounds nuw i8, ptr %767, i64 128
-  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !4
+  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !7
   %785 = lshr <16 x i32> %784, splat (i32 16)
   %786 = and <16 x i32> %785, splat (i32 1)
   %787 = add nuw <16 x i32> %784, splat (i32 32767)
@@ -2450,9 +2665,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %789 = lshr <16 x i32> %788, splat (i32 16)
   %790 = trunc nuw <16 x i32> %789 to <16 x i16>
   %gep1094.us.2.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 64
-  store <16 x i16> %790, ptr %gep1094.us.2.i, align 2, !tbaa !4
+  store <16 x i16> %790, ptr %gep1094.us.2.i, align 2, !tbaa !7
   %791 = getelementptr inbounds nuw i8, ptr %767, i64 192
-  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !4
+  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !7
   %793 = lshr <16 x i32> %792, splat (i32 16)
   %794 = and <16 x i32> %793, splat (i32 1)
   %795 = add nuw <16 x i32> %792, splat (i32 32767)
@@ -2460,9 +2675,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %797 = lshr <16 x i32> %796, splat (i32 16)
   %798 = trunc nuw <16 x i32> %797 to <16 x i16>
   %gep1094.us.3.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 96
-  store <16 x i16> %798, ptr %gep1094.us.3.i, align 2, !tbaa !4
+  store <16 x i16> %798, ptr %gep1094.us.3.i, align 2, !tbaa !7
   %799 = getelementptr inbounds nuw i8, ptr %767, i64 256
-  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !4
+  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !7
   %801 = lshr <16 x i32> %800, splat (i32 16)
   %802 = and <16 x i32> %801, splat (i32 1)
   %803 = add nuw <16 x i32> %800, splat (i32 32767)
@@ -2470,9 +2685,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %805 = lshr <16 x i32> %804, splat (i32 16)
   %806 = trunc nuw <16 x i32> %805 to <16 x i16>
   %gep1094.us.4.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 128
-  store <16 x i16> %806, ptr %gep1094.us.4.i, align 2, !tbaa !4
+  store <16 x i16> %806, ptr %gep1094.us.4.i, align 2, !tbaa !7
   %807 = getelementptr inbounds nuw i8, ptr %767, i64 320
-  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !4
+  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !7
   %809 = lshr <16 x i32> %808, splat (i32 16)
   %810 = and <16 x i32> %809, splat (i32 1)
   %811 = add nuw <16 x i32> %808, splat (i32 32767)
@@ -2480,9 +2695,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %813 = lshr <16 x i32> %812, splat (i32 16)
   %814 = trunc nuw <16 x i32> %813 to <16 x i16>
   %gep1094.us.5.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 160
-  store <16 x i16> %814, ptr %gep1094.us.5.i, align 2, !tbaa !4
+  store <16 x i16> %814, ptr %gep1094.us.5.i, align 2, !tbaa !7
   %815 = getelementptr inbounds nuw i8, ptr %767, i64 384
-  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !4
+  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !7
   %817 = lshr <16 x i32> %816, splat (i32 16)
   %818 = and <16 x i32> %817, splat (i32 1)
   %819 = add nuw <16 x i32> %816, splat (i32 32767)
@@ -2490,9 +2705,9 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %821 = lshr <16 x i32> %820, splat (i32 16)
   %822 = trunc nuw <16 x i32> %821 to <16 x i16>
   %gep1094.us.6.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 192
-  store <16 x i16> %822, ptr %gep1094.us.6.i, align 2, !tbaa !4
+  store <16 x i16> %822, ptr %gep1094.us.6.i, align 2, !tbaa !7
   %823 = getelementptr inbounds nuw i8, ptr %767, i64 448
-  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !4
+  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !7
   %825 = lshr <16 x i32> %824, splat (i32 16)
   %826 = and <16 x i32> %825, splat (i32 1)
   %827 = add nuw <16 x i32> %824, splat (i32 32767)
@@ -2500,10 +2715,10 @@ for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.pr
   %829 = lshr <16 x i32> %828, splat (i32 16)
   %830 = trunc nuw <16 x i32> %829 to <16 x i16>
   %gep1094.us.7.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 224
-  store <16 x i16> %830, ptr %gep1094.us.7.i, align 2, !tbaa !4
+  store <16 x i16> %830, ptr %gep1094.us.7.i, align 2, !tbaa !7
   %indvars.iv.next1450.i = add nuw nsw i64 %indvars.iv1449.i, 1
   %exitcond1454.not.i = icmp eq i64 %indvars.iv.next1450.i, %wide.trip.count1453.i
-  br i1 %exitcond1454.not.i, label %for_body_r760.lr.ph.us.i, label %for_begin_d_0750.preheader.us.i, !prof !8
+  br i1 %exitcond1454.not.i, label %for_body_r760.lr.ph.us.i, label %for_begin_d_0750.preheader.us.i, !prof !10
 
 for_begin_d_0739.preheader.us.i:                  ; preds = %for_begin_d_0739.preheader.us.i, %if_end732.us.i
   %indvars.iv1441.i = phi i64 [ 0, %if_end732.us.i ], [ %indvars.iv.next1442.i.1, %for_begin_d_0739.preheader.us.i ]
@@ -2513,45 +2728,45 @@ for_begin_d_0739.preheader.us.i:                  ; preds = %for_begin_d_0739.pr
   %834 = shufflevector <16 x float> %833, <16 x float> poison, <16 x i32> zeroinitializer
   %835 = shl nuw nsw i64 %indvars.iv1441.i, 7
   %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %835
-  %836 = load <16 x float>, ptr %gep, align 4, !tbaa !4
+  %836 = load <16 x float>, ptr %gep, align 4, !tbaa !7
   %837 = fmul <16 x float> %836, %834
   %838 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %835
-  store <16 x float> %837, ptr %838, align 4, !tbaa !4
+  store <16 x float> %837, ptr %838, align 4, !tbaa !7
   %839 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  %840 = load <16 x float>, ptr %839, align 4, !tbaa !4
+  %840 = load <16 x float>, ptr %839, align 4, !tbaa !7
   %841 = fmul <16 x float> %834, %840
   %842 = getelementptr inbounds nuw i8, ptr %838, i64 64
-  store <16 x float> %841, ptr %842, align 4, !tbaa !4
+  store <16 x float> %841, ptr %842, align 4, !tbaa !7
   %843 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  %844 = load <16 x float>, ptr %843, align 4, !tbaa !4
+  %844 = load <16 x float>, ptr %843, align 4, !tbaa !7
   %845 = fmul <16 x float> %834, %844
   %846 = getelementptr inbounds nuw i8, ptr %838, i64 128
-  store <16 x float> %845, ptr %846, align 4, !tbaa !4
+  store <16 x float> %845, ptr %846, align 4, !tbaa !7
   %847 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  %848 = load <16 x float>, ptr %847, align 4, !tbaa !4
+  %848 = load <16 x float>, ptr %847, align 4, !tbaa !7
   %849 = fmul <16 x float> %834, %848
   %850 = getelementptr inbounds nuw i8, ptr %838, i64 192
-  store <16 x float> %849, ptr %850, align 4, !tbaa !4
+  store <16 x float> %849, ptr %850, align 4, !tbaa !7
   %851 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %852 = load <16 x float>, ptr %851, align 4, !tbaa !4
+  %852 = load <16 x float>, ptr %851, align 4, !tbaa !7
   %853 = fmul <16 x float> %834, %852
   %854 = getelementptr inbounds nuw i8, ptr %838, i64 256
-  store <16 x float> %853, ptr %854, align 4, !tbaa !4
+  store <16 x float> %853, ptr %854, align 4, !tbaa !7
   %855 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  %856 = load <16 x float>, ptr %855, align 4, !tbaa !4
+  %856 = load <16 x float>, ptr %855, align 4, !tbaa !7
   %857 = fmul <16 x float> %834, %856
   %858 = getelementptr inbounds nuw i8, ptr %838, i64 320
-  store <16 x float> %857, ptr %858, align 4, !tbaa !4
+  store <16 x float> %857, ptr %858, align 4, !tbaa !7
   %859 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  %860 = load <16 x float>, ptr %859, align 4, !tbaa !4
+  %860 = load <16 x float>, ptr %859, align 4, !tbaa !7
   %861 = fmul <16 x float> %834, %860
   %862 = getelementptr inbounds nuw i8, ptr %838, i64 384
-  store <16 x float> %861, ptr %862, align 4, !tbaa !4
+  store <16 x float> %861, ptr %862, align 4, !tbaa !7
   %863 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  %864 = load <16 x float>, ptr %863, align 4, !tbaa !4
+  %864 = load <16 x float>, ptr %863, align 4, !tbaa !7
   %865 = fmul <16 x float> %834, %864
   %866 = getelementptr inbounds nuw i8, ptr %838, i64 448
-  store <16 x float> %865, ptr %866, align 4, !tbaa !4
+  store <16 x float> %865, ptr %866, align 4, !tbaa !7
   %indvars.iv.next1442.i = or disjoint i64 %indvars.iv1441.i, 1
   %867 = getelementptr inbounds nuw float, ptr %factor826.i, i64 %indvars.iv.next1442.i
   %868 = load float, ptr %867, align 4, !tbaa !42
@@ -2559,48 +2774,48 @@ for_begin_d_0739.preheader.us.i:                  ; preds = %for_begin_d_0739.pr
   %870 = shufflevector <16 x float> %869, <16 x float> poison, <16 x i32> zeroinitializer
   %871 = shl nuw nsw i64 %indvars.iv.next1442.i, 7
   %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %871
-  %872 = load <16 x float>, ptr %gep.1, align 4, !tbaa !4
+  %872 = load <16 x float>, ptr %gep.1, align 4, !tbaa !7
   %873 = fmul <16 x float> %872, %870
   %874 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %871
-  store <16 x float> %873, ptr %874, align 4, !tbaa !4
+  store <16 x float> %873, ptr %874, align 4, !tbaa !7
   %875 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  %876 = load <16 x float>, ptr %875, align 4, !tbaa !4
+  %876 = load <16 x float>, ptr %875, align 4, !tbaa !7
   %877 = fmul <16 x float> %870, %876
   %878 = getelementptr inbounds nuw i8, ptr %874, i64 64
-  store <16 x float> %877, ptr %878, align 4, !tbaa !4
+  store <16 x float> %877, ptr %878, align 4, !tbaa !7
   %879 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  %880 = load <16 x float>, ptr %879, align 4, !tbaa !4
+  %880 = load <16 x float>, ptr %879, align 4, !tbaa !7
   %881 = fmul <16 x float> %870, %880
   %882 = getelementptr inbounds nuw i8, ptr %874, i64 128
-  store <16 x float> %881, ptr %882, align 4, !tbaa !4
+  store <16 x float> %881, ptr %882, align 4, !tbaa !7
   %883 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  %884 = load <16 x float>, ptr %883, align 4, !tbaa !4
+  %884 = load <16 x float>, ptr %883, align 4, !tbaa !7
   %885 = fmul <16 x float> %870, %884
   %886 = getelementptr inbounds nuw i8, ptr %874, i64 192
-  store <16 x float> %885, ptr %886, align 4, !tbaa !4
+  store <16 x float> %885, ptr %886, align 4, !tbaa !7
   %887 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  %888 = load <16 x float>, ptr %887, align 4, !tbaa !4
+  %888 = load <16 x float>, ptr %887, align 4, !tbaa !7
   %889 = fmul <16 x float> %870, %888
   %890 = getelementptr inbounds nuw i8, ptr %874, i64 256
-  store <16 x float> %889, ptr %890, align 4, !tbaa !4
+  store <16 x float> %889, ptr %890, align 4, !tbaa !7
   %891 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  %892 = load <16 x float>, ptr %891, align 4, !tbaa !4
+  %892 = load <16 x float>, ptr %891, align 4, !tbaa !7
   %893 = fmul <16 x float> %870, %892
   %894 = getelementptr inbounds nuw i8, ptr %874, i64 320
-  store <16 x float> %893, ptr %894, align 4, !tbaa !4
+  store <16 x float> %893, ptr %894, align 4, !tbaa !7
   %895 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  %896 = load <16 x float>, ptr %895, align 4, !tbaa !4
+  %896 = load <16 x float>, ptr %895, align 4, !tbaa !7
   %897 = fmul <16 x float> %870, %896
   %898 = getelementptr inbounds nuw i8, ptr %874, i64 384
-  store <16 x float> %897, ptr %898, align 4, !tbaa !4
+  store <16 x float> %897, ptr %898, align 4, !tbaa !7
   %899 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  %900 = load <16 x float>, ptr %899, align 4, !tbaa !4
+  %900 = load <16 x float>, ptr %899, align 4, !tbaa !7
   %901 = fmul <16 x float> %870, %900
   %902 = getelementptr inbounds nuw i8, ptr %874, i64 448
-  store <16 x float> %901, ptr %902, align 4, !tbaa !4
+  store <16 x float> %901, ptr %902, align 4, !tbaa !7
   %indvars.iv.next1442.i.1 = add nuw nsw i64 %indvars.iv1441.i, 2
   %exitcond1444.not.i.1 = icmp eq i64 %indvars.iv.next1442.i.1, 16
-  br i1 %exitcond1444.not.i.1, label %for_end_r736.us.i, label %for_begin_d_0739.preheader.us.i, !prof !30, !llvm.loop !43
+  br i1 %exitcond1444.not.i.1, label %for_end_r736.us.i, label %for_begin_d_0739.preheader.us.i, !prof !29, !llvm.loop !43
 
 for_begin_d_0750.preheader.lr.ph.us.i:            ; preds = %for_end_r736.us.i
   %903 = sext i1 %.not862.us.i to i32
@@ -2649,22 +2864,22 @@ for_body_number.i:                                ; preds = %for_begin_number.i,
   %929 = and i32 %smax, 127
   %930 = add i32 %indvars.iv, %929
   %931 = sub i32 %930, %smax
-  %932 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %932 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %row_max.i = tail call ptr %932(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %933 = icmp eq ptr %row_max.i, null
-  br i1 %933, label %fused_attend_compute_.exit, label %if_end64.i, !prof !7
+  br i1 %933, label %fused_attend_compute_.exit, label %if_end64.i, !prof !6
 
 if_end64.i:                                       ; preds = %for_body_number.i
-  %934 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %934 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %row_sum.i = tail call ptr %934(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %935 = icmp eq ptr %row_sum.i, null
-  br i1 %935, label %fused_attend_compute_.exit, label %if_end67.i, !prof !7
+  br i1 %935, label %fused_attend_compute_.exit, label %if_end67.i, !prof !6
 
 if_end67.i:                                       ; preds = %if_end64.i
-  %936 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %936 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %936(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %937 = icmp eq ptr %acc.i, null
-  br i1 %937, label %fused_attend_compute_.exit, label %if_end70.i, !prof !7
+  br i1 %937, label %fused_attend_compute_.exit, label %if_end70.i, !prof !6
 
 if_end70.i:                                       ; preds = %if_end67.i
   %938 = shl nsw i32 %number1085.i, 8
@@ -2683,7 +2898,7 @@ if_end70.i:                                       ; preds = %if_end67.i
   %949 = add nuw nsw i32 %948, 127
   %950 = lshr i32 %949, 7
   %.not1101.i = icmp eq i32 %950, 0
-  br i1 %.not1101.i, label %for_begin_tile649.preheader.i, label %for_body_step.preheader.i, !prof !11
+  br i1 %.not1101.i, label %for_begin_tile649.preheader.i, label %for_body_step.preheader.i, !prof !9
 
 for_body_step.preheader.i:                        ; preds = %if_end70.i
   %951 = sext i32 %944 to i64
@@ -2695,7 +2910,7 @@ for_begin_step.i:                                 ; preds = %if_end644.i
   %indvars.iv.next1393.i = add nuw nsw i64 %indvars.iv1392.i, 1
   %exitcond1396.not.i = icmp eq i64 %indvars.iv.next1393.i, %wide.trip.count1395.i
   %indvars.iv.next121 = add i32 %indvars.iv120, -128
-  br i1 %exitcond1396.not.i, label %for_begin_tile649.preheader.i, label %for_body_step.i, !prof !8
+  br i1 %exitcond1396.not.i, label %for_begin_tile649.preheader.i, label %for_body_step.i, !prof !10
 
 for_begin_tile649.preheader.i:                    ; preds = %for_begin_step.i, %if_end70.i
   %brmerge.i = or i1 %144, %947
@@ -2740,16 +2955,16 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %scevgep267 = getelementptr i8, ptr %952, i64 %975
   %smax124 = tail call i32 @llvm.smax.i32(i32 %indvars.iv120, i32 0)
   %976 = zext nneg i32 %smax124 to i64
-  %977 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %977 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %key_offsets.i = tail call ptr %977(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %978 = icmp eq ptr %key_offsets.i, null
-  br i1 %978, label %fused_attend_compute_.exit, label %if_end73.i, !prof !7
+  br i1 %978, label %fused_attend_compute_.exit, label %if_end73.i, !prof !6
 
 if_end73.i:                                       ; preds = %for_body_step.i
-  %979 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %979 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %value_offsets.i = tail call ptr %979(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %980 = icmp eq ptr %value_offsets.i, null
-  br i1 %980, label %fused_attend_compute_.exit, label %if_end76.i, !prof !7
+  br i1 %980, label %fused_attend_compute_.exit, label %if_end76.i, !prof !6
 
 if_end76.i:                                       ; preds = %if_end73.i
   %981 = shl nsw i64 %indvars.iv1392.i, 7
@@ -2762,10 +2977,10 @@ if_end76.i:                                       ; preds = %if_end73.i
   %988 = icmp slt i64 %982, %invariant.op1743.i
   %989 = select i1 %988, i32 256, i32 %987
   %990 = icmp sgt i32 %989, 0
-  br i1 %990, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  br i1 %990, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !38
 
 for_body_t.lr.ph.i:                               ; preds = %if_end76.i
-  %row_start.i = load i32, ptr %546, align 4, !tbaa !4
+  %row_start.i = load i32, ptr %546, align 4, !tbaa !7
   %991 = sext i32 %row_start.i to i64
   %invariant.gep922.i = getelementptr i32, ptr %549, i64 %991
   %wide.trip.count1155.i = zext nneg i32 %989 to i64
@@ -2779,11 +2994,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %995 = ashr i32 %994, 4
   %996 = sext i32 %995 to i64
   %gep923.i = getelementptr i32, ptr %invariant.gep922.i, i64 %996
-  %997 = load i32, ptr %gep923.i, align 4, !tbaa !4
+  %997 = load i32, ptr %gep923.i, align 4, !tbaa !7
   %block.i = sext i32 %997 to i64
   %998 = mul nsw i64 %k_block, %block.i
   %999 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1152.i
-  store i64 %998, ptr %999, align 8, !tbaa !4
+  store i64 %998, ptr %999, align 8, !tbaa !7
   %indvars.iv.next1153.i = or disjoint i64 %indvars.iv1152.i, 1
   %1000 = add nsw i64 %indvars.iv.next1153.i, %982
   %1001 = trunc nsw i64 %1000 to i32
@@ -2791,11 +3006,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1003 = ashr i32 %1002, 4
   %1004 = sext i32 %1003 to i64
   %gep923.i.1 = getelementptr i32, ptr %invariant.gep922.i, i64 %1004
-  %1005 = load i32, ptr %gep923.i.1, align 4, !tbaa !4
+  %1005 = load i32, ptr %gep923.i.1, align 4, !tbaa !7
   %block.i.1 = sext i32 %1005 to i64
   %1006 = mul nsw i64 %k_block, %block.i.1
   %1007 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i
-  store i64 %1006, ptr %1007, align 8, !tbaa !4
+  store i64 %1006, ptr %1007, align 8, !tbaa !7
   %indvars.iv.next1153.i.1 = or disjoint i64 %indvars.iv1152.i, 2
   %1008 = add nsw i64 %indvars.iv.next1153.i.1, %982
   %1009 = trunc nsw i64 %1008 to i32
@@ -2803,11 +3018,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1011 = ashr i32 %1010, 4
   %1012 = sext i32 %1011 to i64
   %gep923.i.2 = getelementptr i32, ptr %invariant.gep922.i, i64 %1012
-  %1013 = load i32, ptr %gep923.i.2, align 4, !tbaa !4
+  %1013 = load i32, ptr %gep923.i.2, align 4, !tbaa !7
   %block.i.2 = sext i32 %1013 to i64
   %1014 = mul nsw i64 %k_block, %block.i.2
   %1015 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.1
-  store i64 %1014, ptr %1015, align 8, !tbaa !4
+  store i64 %1014, ptr %1015, align 8, !tbaa !7
   %indvars.iv.next1153.i.2 = or disjoint i64 %indvars.iv1152.i, 3
   %1016 = add nsw i64 %indvars.iv.next1153.i.2, %982
   %1017 = trunc nsw i64 %1016 to i32
@@ -2815,23 +3030,23 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1019 = ashr i32 %1018, 4
   %1020 = sext i32 %1019 to i64
   %gep923.i.3 = getelementptr i32, ptr %invariant.gep922.i, i64 %1020
-  %1021 = load i32, ptr %gep923.i.3, align 4, !tbaa !4
+  %1021 = load i32, ptr %gep923.i.3, align 4, !tbaa !7
   %block.i.3 = sext i32 %1021 to i64
   %1022 = mul nsw i64 %k_block, %block.i.3
   %1023 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.2
-  store i64 %1022, ptr %1023, align 8, !tbaa !4
+  store i64 %1022, ptr %1023, align 8, !tbaa !7
   %indvars.iv.next1153.i.3 = add nuw nsw i64 %indvars.iv1152.i, 4
   %exitcond1156.not.i.3 = icmp eq i64 %indvars.iv.next1153.i.3, %wide.trip.count1155.i
-  br i1 %exitcond1156.not.i.3, label %for_body_t81.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !46
+  br i1 %exitcond1156.not.i.3, label %for_body_t81.lr.ph.i, label %for_body_t.i, !prof !10, !llvm.loop !46
 
 for_body_t81.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start79.i = load i32, ptr %546, align 4, !tbaa !4
+  %row_start79.i = load i32, ptr %546, align 4, !tbaa !7
   %1024 = sext i32 %row_start79.i to i64
   %invariant.gep927.i = getelementptr i32, ptr %549, i64 %1024
   br label %for_body_t81.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t81.i, %if_end76.i
-  br i1 %550, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+  br i1 %550, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !38
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
   %1025 = add i32 %tree_size, %983
@@ -2840,7 +3055,7 @@ for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.p
   %1028 = icmp eq i64 %indvars.iv1392.i, 0
   %1029 = insertelement <16 x i1> poison, i1 %1028, i64 0
   %1030 = shufflevector <16 x i1> %1029, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %553, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+  br i1 %553, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !38
 
 for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
   %1031 = zext nneg i32 %1027 to i64
@@ -2893,7 +3108,7 @@ for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.
 for_begin_row_tile.us.i:                          ; preds = %if_end638.us.i
   %indvars.iv.next1383.i = add nuw nsw i64 %indvars.iv1382.i, 1
   %exitcond1386.not.i = icmp eq i64 %indvars.iv.next1383.i, %wide.trip.count1385.i
-  br i1 %exitcond1386.not.i, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+  br i1 %exitcond1386.not.i, label %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !10
 
 for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
   %indvars.iv1382.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1383.i, %for_begin_row_tile.us.i ]
@@ -2903,28 +3118,28 @@ for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.
   %1056 = zext i32 %1055 to i64
   %1057 = shl nuw nsw i64 %1056, 2
   %scevgep1239.i = getelementptr i8, ptr %places.i, i64 %1057
-  %1058 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1058 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %scores.us.i = tail call ptr %1058(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1059 = icmp eq ptr %scores.us.i, null
-  br i1 %1059, label %fused_attend_compute_.exit, label %if_end92.us.i, !prof !7
+  br i1 %1059, label %fused_attend_compute_.exit, label %if_end92.us.i, !prof !6
 
 if_end92.us.i:                                    ; preds = %for_body_row_tile.us.i
-  %1060 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1060 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %edges.us.i = tail call ptr %1060(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
   %1061 = icmp eq ptr %edges.us.i, null
-  br i1 %1061, label %fused_attend_compute_.exit, label %if_end95.us.i, !prof !7
+  br i1 %1061, label %fused_attend_compute_.exit, label %if_end95.us.i, !prof !6
 
 if_end95.us.i:                                    ; preds = %if_end92.us.i
-  %1062 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1062 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %prob_pairs.us.i = tail call ptr %1062(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
   %1063 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %1063, label %fused_attend_compute_.exit, label %if_end98.us.i, !prof !7
+  br i1 %1063, label %fused_attend_compute_.exit, label %if_end98.us.i, !prof !6
 
 if_end98.us.i:                                    ; preds = %if_end95.us.i
-  %1064 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1064 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %scaled.us.i = tail call ptr %1064(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1065 = icmp eq ptr %scaled.us.i, null
-  br i1 %1065, label %fused_attend_compute_.exit, label %if_end101.us.i, !prof !7
+  br i1 %1065, label %fused_attend_compute_.exit, label %if_end101.us.i, !prof !6
 
 if_end101.us.i:                                   ; preds = %if_end98.us.i
   %1066 = icmp eq i64 %indvars.iv1382.i, %602
@@ -2932,10 +3147,10 @@ if_end101.us.i:                                   ; preds = %if_end98.us.i
   %.idx1497.i = shl i64 %1067, 4
   %1068 = getelementptr i8, ptr %reach848.i, i64 %.idx1497.i
   %1069 = getelementptr i8, ptr %1068, i64 4
-  %1070 = load i32, ptr %1069, align 4, !tbaa !12
+  %1070 = load i32, ptr %1069, align 4, !tbaa !11
   %1071 = sext i32 %1070 to i64
   %1072 = icmp slt i64 %982, %1071
-  br i1 %1072, label %if_then103.us.i, label %if_end104.us.i, !prof !7
+  br i1 %1072, label %if_then103.us.i, label %if_end104.us.i, !prof !6
 
 if_then103.us.i:                                  ; preds = %if_end101.us.i
   %1073 = sub nsw i32 %1070, %983
@@ -2945,7 +3160,7 @@ if_then103.us.i:                                  ; preds = %if_end101.us.i
   %1075 = urem i32 %1074, %122
   %1076 = shl i32 %1075, 4
   %1077 = sub i32 %120, %1076
-  %1078 = load i32, ptr %1068, align 16, !tbaa !12
+  %1078 = load i32, ptr %1068, align 16, !tbaa !11
   %1079 = sub nsw i32 %1078, %983
   %1080 = tail call i32 @llvm.smin.i32(i32 %1079, i32 %valid_len106.us.fr.i)
   %1081 = tail call i32 @llvm.smin.i32(i32 %1080, i32 %1026)
@@ -2955,7 +3170,7 @@ if_then103.us.i:                                  ; preds = %if_end101.us.i
   %1084 = add i32 %valid_len106.us.fr.i, 63
   %1085 = ashr i32 %1084, 6
   %1086 = icmp sgt i32 %1085, 0
-  br i1 %1086, label %for_body_to.lr.ph.us.i, label %for_begin_r138.preheader.us.i, !prof !3
+  br i1 %1086, label %for_body_to.lr.ph.us.i, label %for_begin_r138.preheader.us.i, !prof !38
 
 for_end_r150.us.i:                                ; preds = %for_end_to155.us.i
   %v.us.i = load <16 x float>, ptr %full_peak.rf841.i, align 16, !tbaa !48
@@ -3051,10 +3266,10 @@ for_end_r220.us.i:                                ; preds = %for_end_to225.us.i
   br i1 %or.cond.i, label %for_body_r231.lr.ph.us.i, label %if_end229.us.i, !prof !96
 
 if_end229.us.i:                                   ; preds = %for_end_c.us.i, %for_end_r220.us.i
-  %1154 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1154 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %probs.us.i = tail call ptr %1154(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1155 = icmp eq ptr %probs.us.i, null
-  br i1 %1155, label %fused_attend_compute_.exit, label %for_begin_r241.preheader.us.i, !prof !7
+  br i1 %1155, label %fused_attend_compute_.exit, label %for_begin_r241.preheader.us.i, !prof !6
 
 for_end_r243.us.i:                                ; preds = %for_end_to248.us.i
   %1156 = icmp sgt i32 %valid_len106.us.fr.i, 0
@@ -3110,10 +3325,10 @@ for_end_r348.us.i:                                ; preds = %for_end_to353.us.i
   %1195 = fadd <16 x float> %1182, %1194
   %1196 = fadd <16 x float> %1181, %1195
   %1197 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1497.i
-  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !4
+  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !7
   %old_max.us.i = select <16 x i1> %1030, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1198
   %1199 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1497.i
-  %1200 = load <16 x float>, ptr %1199, align 4, !tbaa !4
+  %1200 = load <16 x float>, ptr %1199, align 4, !tbaa !7
   %old_sum.us.i = select <16 x i1> %1030, <16 x float> zeroinitializer, <16 x float> %1200
   %1201 = load <16 x float>, ptr %tile_max846.i, align 16, !tbaa !122
   %1202 = fcmp ogt <16 x float> %old_max.us.i, %1201
@@ -3170,42 +3385,42 @@ for_end_r348.us.i:                                ; preds = %for_end_to353.us.i
   store <16 x float> %1248, ptr %beta843.i, align 16, !tbaa !136
   %1249 = fmul <16 x float> %old_sum.us.i, %1227
   %1250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1248, <16 x float> %1196, <16 x float> %1249)
-  store <16 x float> %m.us.i, ptr %1197, align 4, !tbaa !4
-  store <16 x float> %1250, ptr %1199, align 4, !tbaa !4
+  store <16 x float> %m.us.i, ptr %1197, align 4, !tbaa !7
+  store <16 x float> %1250, ptr %1199, align 4, !tbaa !7
   br label %for_body_r465.us.i
 
 for_end_r466.us.i:                                ; preds = %for_end_to471.us.i
-  br i1 %143, label %if_then474.us.i, label %if_end475.us.i, !prof !7
+  br i1 %143, label %if_then474.us.i, label %if_end475.us.i, !prof !6
 
 if_then474.us.i:                                  ; preds = %for_end_r466.us.i
   %1251 = tail call i32 @llvm.smin.i32(i32 %1077, i32 16)
-  br i1 %1153, label %for_body_r477.lr.ph.us.i, label %if_end475.us.i, !prof !3
+  br i1 %1153, label %for_body_r477.lr.ph.us.i, label %if_end475.us.i, !prof !38
 
 if_end475.us.i:                                   ; preds = %for_end_c483.us.i, %if_then474.us.i, %for_end_r466.us.i
-  %1252 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1252 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %tile_acc.us.i = tail call ptr %1252(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %tile_acc.us.i248 = ptrtoint ptr %tile_acc.us.i to i64
   %1253 = icmp eq ptr %tile_acc.us.i, null
-  br i1 %1253, label %fused_attend_compute_.exit, label %if_end487.us.i, !prof !7
+  br i1 %1253, label %fused_attend_compute_.exit, label %if_end487.us.i, !prof !6
 
 if_end487.us.i:                                   ; preds = %if_end475.us.i
-  br i1 %1088, label %for_begin_ti.preheader.lr.ph.us.i, label %for_begin_p.preheader.us.i, !prof !3
+  br i1 %1088, label %for_begin_ti.preheader.lr.ph.us.i, label %for_begin_p.preheader.us.i, !prof !38
 
 for_begin_row.us.i:                               ; preds = %for_end_d603.us.i
   %indvars.iv.next1335.i = add nuw nsw i64 %indvars.iv1334.i, 1
   %exitcond1337.not.i = icmp eq i64 %indvars.iv.next1335.i, 16
-  br i1 %exitcond1337.not.i, label %if_end503.us.i, label %for_body_row.us.i, !prof !30
+  br i1 %exitcond1337.not.i, label %if_end503.us.i, label %for_body_row.us.i, !prof !29
 
 for_body_row.us.i:                                ; preds = %for_begin_lane.preheader.us.i.loopexit, %for_begin_row.us.i
   %indvars.iv1334.i = phi i64 [ %indvars.iv.next1335.i, %for_begin_row.us.i ], [ 0, %for_begin_lane.preheader.us.i.loopexit ]
-  %1254 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1254 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %row_acc.us.i = tail call ptr %1254(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %row_acc.us.i249 = ptrtoint ptr %row_acc.us.i to i64
   %1255 = icmp eq ptr %row_acc.us.i, null
-  br i1 %1255, label %fused_attend_compute_.exit, label %for_begin_p561.preheader.us.i, !prof !7
+  br i1 %1255, label %fused_attend_compute_.exit, label %for_begin_p561.preheader.us.i, !prof !6
 
 for_end_d603.us.i:                                ; preds = %vector.body252, %for_body_d602.us.i
-  %1256 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1256 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1257 = tail call i32 %1256(i32 1, i32 %dev_id, ptr nonnull %row_acc.us.i)
   %.not869.us.i = icmp eq i32 %1257, 0
   br i1 %.not869.us.i, label %for_begin_row.us.i, label %fused_attend_compute_.exit, !prof !39
@@ -3214,54 +3429,54 @@ for_body_d602.us.i:                               ; preds = %for_begin_d601.preh
   %indvars.iv1330.i = phi i64 [ %indvars.iv.next1331.i.7, %for_body_d602.us.i ], [ 0, %for_begin_d601.preheader.us.i ]
   %1258 = add nuw nsw i64 %indvars.iv1330.i, %3058
   %1259 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1258
-  %1260 = load float, ptr %1259, align 4, !tbaa !4
+  %1260 = load float, ptr %1259, align 4, !tbaa !7
   %1261 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1258
-  store float %1260, ptr %1261, align 4, !tbaa !4
+  store float %1260, ptr %1261, align 4, !tbaa !7
   %indvars.iv.next1331.i = or disjoint i64 %indvars.iv1330.i, 1
   %1262 = add nuw nsw i64 %indvars.iv.next1331.i, %3058
   %1263 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1262
-  %1264 = load float, ptr %1263, align 4, !tbaa !4
+  %1264 = load float, ptr %1263, align 4, !tbaa !7
   %1265 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1262
-  store float %1264, ptr %1265, align 4, !tbaa !4
+  store float %1264, ptr %1265, align 4, !tbaa !7
   %indvars.iv.next1331.i.1 = or disjoint i64 %indvars.iv1330.i, 2
   %1266 = add nuw nsw i64 %indvars.iv.next1331.i.1, %3058
   %1267 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1266
-  %1268 = load float, ptr %1267, align 4, !tbaa !4
+  %1268 = load float, ptr %1267, align 4, !tbaa !7
   %1269 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1266
-  store float %1268, ptr %1269, align 4, !tbaa !4
+  store float %1268, ptr %1269, align 4, !tbaa !7
   %indvars.iv.next1331.i.2 = or disjoint i64 %indvars.iv1330.i, 3
   %1270 = add nuw nsw i64 %indvars.iv.next1331.i.2, %3058
   %1271 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1270
-  %1272 = load float, ptr %1271, align 4, !tbaa !4
+  %1272 = load float, ptr %1271, align 4, !tbaa !7
   %1273 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1270
-  store float %1272, ptr %1273, align 4, !tbaa !4
+  store float %1272, ptr %1273, align 4, !tbaa !7
   %indvars.iv.next1331.i.3 = or disjoint i64 %indvars.iv1330.i, 4
   %1274 = add nuw nsw i64 %indvars.iv.next1331.i.3, %3058
   %1275 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1274
-  %1276 = load float, ptr %1275, align 4, !tbaa !4
+  %1276 = load float, ptr %1275, align 4, !tbaa !7
   %1277 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1274
-  store float %1276, ptr %1277, align 4, !tbaa !4
+  store float %1276, ptr %1277, align 4, !tbaa !7
   %indvars.iv.next1331.i.4 = or disjoint i64 %indvars.iv1330.i, 5
   %1278 = add nuw nsw i64 %indvars.iv.next1331.i.4, %3058
   %1279 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1278
-  %1280 = load float, ptr %1279, align 4, !tbaa !4
+  %1280 = load float, ptr %1279, align 4, !tbaa !7
   %1281 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1278
-  store float %1280, ptr %1281, align 4, !tbaa !4
+  store float %1280, ptr %1281, align 4, !tbaa !7
   %indvars.iv.next1331.i.5 = or disjoint i64 %indvars.iv1330.i, 6
   %1282 = add nuw nsw i64 %indvars.iv.next1331.i.5, %3058
   %1283 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1282
-  %1284 = load float, ptr %1283, align 4, !tbaa !4
+  %1284 = load float, ptr %1283, align 4, !tbaa !7
   %1285 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1282
-  store float %1284, ptr %1285, align 4, !tbaa !4
+  store float %1284, ptr %1285, align 4, !tbaa !7
   %indvars.iv.next1331.i.6 = or disjoint i64 %indvars.iv1330.i, 7
   %1286 = add nuw nsw i64 %indvars.iv.next1331.i.6, %3058
   %1287 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1286
-  %1288 = load float, ptr %1287, align 4, !tbaa !4
+  %1288 = load float, ptr %1287, align 4, !tbaa !7
   %1289 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1286
-  store float %1288, ptr %1289, align 4, !tbaa !4
+  store float %1288, ptr %1289, align 4, !tbaa !7
   %indvars.iv.next1331.i.7 = add nuw nsw i64 %indvars.iv1330.i, 8
   %exitcond1333.not.i.7 = icmp eq i64 %indvars.iv.next1331.i.7, 128
-  br i1 %exitcond1333.not.i.7, label %for_end_d603.us.i, label %for_body_d602.us.i, !prof !28, !llvm.loop !143
+  br i1 %exitcond1333.not.i.7, label %for_end_d603.us.i, label %for_body_d602.us.i, !prof !27, !llvm.loop !143
 
 if_end503.us.i:                                   ; preds = %for_end_to508.us.i, %for_begin_row.us.i
   %1290 = shl i64 %1067, 11
@@ -3269,37 +3484,37 @@ if_end503.us.i:                                   ; preds = %for_end_to508.us.i,
   br label %for_body_r_0.us.i
 
 for_end_r_0.us.i:                                 ; preds = %if_end624.us.i
-  %1292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1293 = tail call i32 %1292(i32 1, i32 %dev_id, ptr nonnull %tile_acc.us.i)
   %.not871.us.i = icmp eq i32 %1293, 0
   br i1 %.not871.us.i, label %if_end626.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end626.us.i:                                   ; preds = %for_end_r_0.us.i
-  %1294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1295 = tail call i32 %1294(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
   %.not872.us.i = icmp eq i32 %1295, 0
   br i1 %.not872.us.i, label %if_end104.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end104.us.i:                                   ; preds = %if_end626.us.i, %if_end101.us.i
-  %1296 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1296 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1297 = tail call i32 %1296(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
   %.not873.us.i = icmp eq i32 %1297, 0
   br i1 %.not873.us.i, label %if_end632.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end632.us.i:                                   ; preds = %if_end104.us.i
-  %1298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1299 = tail call i32 %1298(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
   %.not874.us.i = icmp eq i32 %1299, 0
   br i1 %.not874.us.i, label %if_end635.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end635.us.i:                                   ; preds = %if_end632.us.i
-  %1300 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1300 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1301 = tail call i32 %1300(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
   %.not875.us.i = icmp eq i32 %1301, 0
   br i1 %.not875.us.i, label %if_end638.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end638.us.i:                                   ; preds = %if_end635.us.i
-  %1302 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1302 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %1303 = tail call i32 %1302(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
   %.not876.us.i = icmp eq i32 %1303, 0
   br i1 %.not876.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !39
@@ -3309,14 +3524,14 @@ for_body_r_0.us.i:                                ; preds = %if_end624.us.i, %if
   %1304 = shl nuw nsw i64 %indvars.iv1378.i, 7
   %1305 = add nuw nsw i64 %1304, %1291
   %1306 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1305
-  br i1 %1028, label %if_then609.us.i, label %for_body_r_0.us.i.if_end610.us.i_crit_edge, !prof !7
+  br i1 %1028, label %if_then609.us.i, label %for_body_r_0.us.i.if_end610.us.i_crit_edge, !prof !6
 
 for_body_r_0.us.i.if_end610.us.i_crit_edge:       ; preds = %for_body_r_0.us.i
-  %.pre = load <16 x float>, ptr %1306, align 4, !tbaa !4
+  %.pre = load <16 x float>, ptr %1306, align 4, !tbaa !7
   br label %if_end610.us.i
 
 if_then609.us.i:                                  ; preds = %for_body_r_0.us.i
-  store <16 x float> zeroinitializer, ptr %1306, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1306, align 4, !tbaa !7
   br label %if_end610.us.i
 
 if_end610.us.i:                                   ; preds = %if_then609.us.i, %for_body_r_0.us.i.if_end610.us.i_crit_edge
@@ -3326,7 +3541,7 @@ if_end610.us.i:                                   ; preds = %if_then609.us.i, %f
   %1310 = insertelement <16 x float> poison, float %1309, i64 0
   %1311 = shufflevector <16 x float> %1310, <16 x float> poison, <16 x i32> zeroinitializer
   %1312 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1304
-  %1313 = load <16 x float>, ptr %1312, align 4, !tbaa !4
+  %1313 = load <16 x float>, ptr %1312, align 4, !tbaa !7
   %1314 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1305
   %1315 = getelementptr inbounds nuw float, ptr %alpha844.i, i64 %indvars.iv1378.i
   %1316 = load float, ptr %1315, align 4, !tbaa !145
@@ -3334,109 +3549,109 @@ if_end610.us.i:                                   ; preds = %if_then609.us.i, %f
   %1318 = shufflevector <16 x float> %1317, <16 x float> poison, <16 x i32> zeroinitializer
   %1319 = fmul <16 x float> %1307, %1318
   %1320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1313, <16 x float> %1319)
-  store <16 x float> %1320, ptr %1314, align 4, !tbaa !4
-  br i1 %1028, label %if_then623.us.i, label %if_end622.us.i, !prof !7
+  store <16 x float> %1320, ptr %1314, align 4, !tbaa !7
+  br i1 %1028, label %if_then623.us.i, label %if_end622.us.i, !prof !6
 
 if_end622.us.i:                                   ; preds = %if_end610.us.i
   %1321 = getelementptr inbounds nuw i8, ptr %1312, i64 64
-  %1322 = load <16 x float>, ptr %1321, align 4, !tbaa !4
+  %1322 = load <16 x float>, ptr %1321, align 4, !tbaa !7
   %1323 = getelementptr i8, ptr %1314, i64 64
-  %1324 = load <16 x float>, ptr %1323, align 4, !tbaa !4
+  %1324 = load <16 x float>, ptr %1323, align 4, !tbaa !7
   %1325 = fmul <16 x float> %1318, %1324
   %1326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1322, <16 x float> %1325)
-  store <16 x float> %1326, ptr %1323, align 4, !tbaa !4
+  store <16 x float> %1326, ptr %1323, align 4, !tbaa !7
   %1327 = getelementptr inbounds nuw i8, ptr %1312, i64 128
-  %1328 = load <16 x float>, ptr %1327, align 4, !tbaa !4
+  %1328 = load <16 x float>, ptr %1327, align 4, !tbaa !7
   %1329 = getelementptr i8, ptr %1314, i64 128
-  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !4
+  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !7
   %1331 = fmul <16 x float> %1318, %1330
   %1332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1328, <16 x float> %1331)
-  store <16 x float> %1332, ptr %1329, align 4, !tbaa !4
+  store <16 x float> %1332, ptr %1329, align 4, !tbaa !7
   %1333 = getelementptr inbounds nuw i8, ptr %1312, i64 192
-  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !4
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !7
   %1335 = getelementptr i8, ptr %1314, i64 192
-  %1336 = load <16 x float>, ptr %1335, align 4, !tbaa !4
+  %1336 = load <16 x float>, ptr %1335, align 4, !tbaa !7
   %1337 = fmul <16 x float> %1318, %1336
   %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1334, <16 x float> %1337)
-  store <16 x float> %1338, ptr %1335, align 4, !tbaa !4
+  store <16 x float> %1338, ptr %1335, align 4, !tbaa !7
   %1339 = getelementptr inbounds nuw i8, ptr %1312, i64 256
-  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !4
+  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !7
   %1341 = getelementptr i8, ptr %1314, i64 256
-  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !4
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !7
   %1343 = fmul <16 x float> %1318, %1342
   %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1340, <16 x float> %1343)
-  store <16 x float> %1344, ptr %1341, align 4, !tbaa !4
+  store <16 x float> %1344, ptr %1341, align 4, !tbaa !7
   %1345 = getelementptr inbounds nuw i8, ptr %1312, i64 320
-  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !4
+  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !7
   %1347 = getelementptr i8, ptr %1314, i64 320
-  %1348 = load <16 x float>, ptr %1347, align 4, !tbaa !4
+  %1348 = load <16 x float>, ptr %1347, align 4, !tbaa !7
   %1349 = fmul <16 x float> %1318, %1348
   %1350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1346, <16 x float> %1349)
-  store <16 x float> %1350, ptr %1347, align 4, !tbaa !4
+  store <16 x float> %1350, ptr %1347, align 4, !tbaa !7
   %1351 = getelementptr inbounds nuw i8, ptr %1312, i64 384
-  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !4
+  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !7
   %1353 = getelementptr i8, ptr %1314, i64 384
-  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !4
+  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !7
   %1355 = fmul <16 x float> %1318, %1354
   %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1352, <16 x float> %1355)
-  store <16 x float> %1356, ptr %1353, align 4, !tbaa !4
+  store <16 x float> %1356, ptr %1353, align 4, !tbaa !7
   %.phi.trans.insert.i = getelementptr i8, ptr %1314, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
   %.pre1466.i = fmul <16 x float> %1318, %.pre.i
   br label %if_end624.us.i
 
 if_then623.us.i:                                  ; preds = %if_end610.us.i
   %1357 = getelementptr i8, ptr %1314, i64 64
-  store <16 x float> zeroinitializer, ptr %1357, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1357, align 4, !tbaa !7
   %1358 = getelementptr inbounds nuw i8, ptr %1312, i64 64
-  %1359 = load <16 x float>, ptr %1358, align 4, !tbaa !4
+  %1359 = load <16 x float>, ptr %1358, align 4, !tbaa !7
   %1360 = fmul <16 x float> %1318, zeroinitializer
   %1361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1359, <16 x float> %1360)
-  store <16 x float> %1361, ptr %1357, align 4, !tbaa !4
+  store <16 x float> %1361, ptr %1357, align 4, !tbaa !7
   %1362 = getelementptr i8, ptr %1314, i64 128
-  store <16 x float> zeroinitializer, ptr %1362, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1362, align 4, !tbaa !7
   %1363 = getelementptr inbounds nuw i8, ptr %1312, i64 128
-  %1364 = load <16 x float>, ptr %1363, align 4, !tbaa !4
+  %1364 = load <16 x float>, ptr %1363, align 4, !tbaa !7
   %1365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1364, <16 x float> %1360)
-  store <16 x float> %1365, ptr %1362, align 4, !tbaa !4
+  store <16 x float> %1365, ptr %1362, align 4, !tbaa !7
   %1366 = getelementptr i8, ptr %1314, i64 192
-  store <16 x float> zeroinitializer, ptr %1366, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1366, align 4, !tbaa !7
   %1367 = getelementptr inbounds nuw i8, ptr %1312, i64 192
-  %1368 = load <16 x float>, ptr %1367, align 4, !tbaa !4
+  %1368 = load <16 x float>, ptr %1367, align 4, !tbaa !7
   %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1368, <16 x float> %1360)
-  store <16 x float> %1369, ptr %1366, align 4, !tbaa !4
+  store <16 x float> %1369, ptr %1366, align 4, !tbaa !7
   %1370 = getelementptr i8, ptr %1314, i64 256
-  store <16 x float> zeroinitializer, ptr %1370, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1370, align 4, !tbaa !7
   %1371 = getelementptr inbounds nuw i8, ptr %1312, i64 256
-  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !4
+  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !7
   %1373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1372, <16 x float> %1360)
-  store <16 x float> %1373, ptr %1370, align 4, !tbaa !4
+  store <16 x float> %1373, ptr %1370, align 4, !tbaa !7
   %1374 = getelementptr i8, ptr %1314, i64 320
-  store <16 x float> zeroinitializer, ptr %1374, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1374, align 4, !tbaa !7
   %1375 = getelementptr inbounds nuw i8, ptr %1312, i64 320
-  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !4
+  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !7
   %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1376, <16 x float> %1360)
-  store <16 x float> %1377, ptr %1374, align 4, !tbaa !4
+  store <16 x float> %1377, ptr %1374, align 4, !tbaa !7
   %1378 = getelementptr i8, ptr %1314, i64 384
-  store <16 x float> zeroinitializer, ptr %1378, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1378, align 4, !tbaa !7
   %1379 = getelementptr inbounds nuw i8, ptr %1312, i64 384
-  %1380 = load <16 x float>, ptr %1379, align 4, !tbaa !4
+  %1380 = load <16 x float>, ptr %1379, align 4, !tbaa !7
   %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1380, <16 x float> %1360)
-  store <16 x float> %1381, ptr %1378, align 4, !tbaa !4
+  store <16 x float> %1381, ptr %1378, align 4, !tbaa !7
   %1382 = getelementptr i8, ptr %1314, i64 448
-  store <16 x float> zeroinitializer, ptr %1382, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1382, align 4, !tbaa !7
   br label %if_end624.us.i
 
 if_end624.us.i:                                   ; preds = %if_then623.us.i, %if_end622.us.i
   %.pre-phi.i = phi <16 x float> [ %1360, %if_then623.us.i ], [ %.pre1466.i, %if_end622.us.i ]
   %1383 = getelementptr inbounds nuw i8, ptr %1312, i64 448
-  %1384 = load <16 x float>, ptr %1383, align 4, !tbaa !4
+  %1384 = load <16 x float>, ptr %1383, align 4, !tbaa !7
   %1385 = getelementptr i8, ptr %1314, i64 448
   %1386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1384, <16 x float> %.pre-phi.i)
-  store <16 x float> %1386, ptr %1385, align 4, !tbaa !4
+  store <16 x float> %1386, ptr %1385, align 4, !tbaa !7
   %indvars.iv.next1379.i = add nuw nsw i64 %indvars.iv1378.i, 1
   %exitcond1381.not.i = icmp eq i64 %indvars.iv.next1379.i, 16
-  br i1 %exitcond1381.not.i, label %for_end_r_0.us.i, label %for_body_r_0.us.i, !prof !30
+  br i1 %exitcond1381.not.i, label %for_end_r_0.us.i, label %for_body_r_0.us.i, !prof !29
 
 for_body_p.us.i:                                  ; preds = %for_begin_p.preheader.us.i, %for_end_to508.us.i
   %1387 = phi i1 [ true, %for_begin_p.preheader.us.i ], [ false, %for_end_to508.us.i ]
@@ -3446,7 +3661,7 @@ for_body_p.us.i:                                  ; preds = %for_begin_p.prehead
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
   %1388 = shl nuw nsw i64 %indvars.iv1375.i, 6
-  br i1 %1086, label %for_body_to507.lr.ph.us.i, label %for_end_to508.us.i, !prof !3
+  br i1 %1086, label %for_body_to507.lr.ph.us.i, label %for_end_to508.us.i, !prof !38
 
 for_end_to508.us.i:                               ; preds = %if_end512.us.i, %for_body_p.us.i
   %1389 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1388
@@ -3465,33 +3680,33 @@ for_body_to507.us.i:                              ; preds = %for_body_to507.lr.p
   br i1 %1393, label %for_begin_s.preheader.us.i, label %if_else513.us.i
 
 if_else513.us.i:                                  ; preds = %for_body_to507.us.i
-  %1394 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1394 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %edge.us.i = tail call ptr %1394(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %1395 = icmp eq ptr %edge.us.i, null
-  br i1 %1395, label %fused_attend_compute_.exit, label %for_begin_i.preheader.us.i, !prof !7
+  br i1 %1395, label %fused_attend_compute_.exit, label %for_begin_i.preheader.us.i, !prof !6
 
 if_end512.us.i:                                   ; preds = %for_begin_s550.preheader.us.i, %if_end536.us.i.3
   %indvars.iv.next1371.i = add nuw nsw i64 %indvars.iv1370.i, 1
   %exitcond1374.not.i = icmp eq i64 %indvars.iv.next1371.i, %wide.trip.count1246.i
-  br i1 %exitcond1374.not.i, label %for_end_to508.us.i, label %for_body_to507.us.i, !prof !8
+  br i1 %exitcond1374.not.i, label %for_end_to508.us.i, label %for_body_to507.us.i, !prof !10
 
 if_end536.us.i.critedge:                          ; preds = %for_begin_s.preheader.us.i
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %invariant.gep1689.i, i64 256)
-  %1396 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %1396 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1034.us.i.c = getelementptr i32, ptr %gep1058.us.i, i64 %1396
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.c, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %1397 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %1397 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1038.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1397
   %1398 = getelementptr i8, ptr %gep1038.us.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1398, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1399 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %1399 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1042.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1399
   %1400 = getelementptr i8, ptr %gep1042.us.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1400, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1401 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %1401 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1054.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1401
   %1402 = getelementptr i8, ptr %gep1054.us.i, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1402, i64 %600)
@@ -3502,24 +3717,24 @@ if_end515.us.i.1:                                 ; preds = %for_begin_line516.p
   %gep1690.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 32
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.1, i64 256)
   %gep1692.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 128
-  %1403 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1403 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1034.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1403
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.1, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line516.preheader.us.i.2, label %if_end536.us.i.1, !prof !7
+  br i1 %2964, label %for_begin_line516.preheader.us.i.2, label %if_end536.us.i.1, !prof !6
 
 if_end536.us.i.1:                                 ; preds = %if_end515.us.i.1
-  %1404 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1404 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1038.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1404
   %1405 = getelementptr i8, ptr %gep1038.us.i.1, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1405, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1406 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1406 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1042.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1406
   %1407 = getelementptr i8, ptr %gep1042.us.i.1, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1407, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1408 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1408 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1054.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1408
   %1409 = getelementptr i8, ptr %gep1054.us.i.1, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1409, i64 %600)
@@ -3530,7 +3745,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %1410 = sext i32 %2869 to i64
   %1411 = getelementptr i64, ptr %value_offsets.i, i64 %1410
   %1412 = getelementptr i8, ptr %1411, i64 80
-  %1413 = load i64, ptr %1412, align 8, !tbaa !4
+  %1413 = load i64, ptr %1412, align 8, !tbaa !7
   %gep1694.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1413
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.1, i32 0, i32 2, i32 1)
   %gep1696.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1413
@@ -3540,7 +3755,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %gep1700.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1413
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.1, i32 0, i32 2, i32 1)
   %1414 = getelementptr i8, ptr %1411, i64 88
-  %1415 = load i64, ptr %1414, align 8, !tbaa !4
+  %1415 = load i64, ptr %1414, align 8, !tbaa !7
   %gep1702.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1415
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.1, i32 0, i32 2, i32 1)
   %gep1704.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1415
@@ -3549,13 +3764,13 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.1, i32 0, i32 2, i32 1)
   %gep1708.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1415
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.1, i32 0, i32 2, i32 1)
-  %1416 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1416 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1046.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1416
   %1417 = getelementptr i8, ptr %gep1046.us.i.1, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1417, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %1418 = getelementptr i8, ptr %1411, i64 96
-  %1419 = load i64, ptr %1418, align 8, !tbaa !4
+  %1419 = load i64, ptr %1418, align 8, !tbaa !7
   %gep1710.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1419
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.1, i32 0, i32 2, i32 1)
   %gep1712.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1419
@@ -3565,7 +3780,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %gep1716.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1419
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.1, i32 0, i32 2, i32 1)
   %1420 = getelementptr i8, ptr %1411, i64 104
-  %1421 = load i64, ptr %1420, align 8, !tbaa !4
+  %1421 = load i64, ptr %1420, align 8, !tbaa !7
   %gep1718.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1421
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.1, i32 0, i32 2, i32 1)
   %gep1720.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1421
@@ -3574,13 +3789,13 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.1, i32 0, i32 2, i32 1)
   %gep1724.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1421
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.1, i32 0, i32 2, i32 1)
-  %1422 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1422 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1050.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1422
   %1423 = getelementptr i8, ptr %gep1050.us.i.1, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1423, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %1424 = getelementptr i8, ptr %1411, i64 112
-  %1425 = load i64, ptr %1424, align 8, !tbaa !4
+  %1425 = load i64, ptr %1424, align 8, !tbaa !7
   %gep1726.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1425
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.1, i32 0, i32 2, i32 1)
   %gep1728.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1425
@@ -3590,7 +3805,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %gep1732.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1425
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.1, i32 0, i32 2, i32 1)
   %1426 = getelementptr i8, ptr %1411, i64 120
-  %1427 = load i64, ptr %1426, align 8, !tbaa !4
+  %1427 = load i64, ptr %1426, align 8, !tbaa !7
   %gep1734.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1427
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.1, i32 0, i32 2, i32 1)
   %gep1736.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1427
@@ -3599,7 +3814,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   tail call void @llvm.prefetch.p0(ptr %gep1738.i.1, i32 0, i32 2, i32 1)
   %gep1740.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1427
   tail call void @llvm.prefetch.p0(ptr %gep1740.i.1, i32 0, i32 2, i32 1)
-  %1428 = load i64, ptr %gep1692.i.1, align 8, !tbaa !4
+  %1428 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
   %gep1054.us.i.1155 = getelementptr i32, ptr %gep1058.us.i, i64 %1428
   %1429 = getelementptr i8, ptr %gep1054.us.i.1155, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1429, i64 %600)
@@ -3607,7 +3822,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %1430 = sext i32 %2869 to i64
   %1431 = getelementptr i64, ptr %value_offsets.i, i64 %1430
   %1432 = getelementptr i8, ptr %1431, i64 128
-  %1433 = load i64, ptr %1432, align 8, !tbaa !4
+  %1433 = load i64, ptr %1432, align 8, !tbaa !7
   %gep1674.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1433
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.2, i32 0, i32 2, i32 1)
   %gep1676.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1433
@@ -3617,7 +3832,7 @@ for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
   %gep1680.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1433
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.2, i32 0, i32 2, i32 1)
   %1434 = getelementptr i8, ptr %1431, i64 136
-  %1435 = load i64, ptr %1434, align 8, !tbaa !4
+  %1435 = load i64, ptr %1434, align 8, !tbaa !7
   %gep1682.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1435
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.2, i32 0, i32 2, i32 1)
   %gep1684.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1435
@@ -3632,24 +3847,24 @@ if_end515.us.i.2:                                 ; preds = %for_begin_line516.p
   %gep1690.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.2, i64 256)
   %gep1692.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 256
-  %1436 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1436 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1034.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1436
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.2, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line516.preheader.us.i.3, label %if_end536.us.i.2, !prof !7
+  br i1 %2964, label %for_begin_line516.preheader.us.i.3, label %if_end536.us.i.2, !prof !6
 
 if_end536.us.i.2:                                 ; preds = %if_end515.us.i.2
-  %1437 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1437 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1038.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1437
   %1438 = getelementptr i8, ptr %gep1038.us.i.2, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1438, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1439 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1439 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1042.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1439
   %1440 = getelementptr i8, ptr %gep1042.us.i.2, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1440, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1441 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1441 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1054.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1441
   %1442 = getelementptr i8, ptr %gep1054.us.i.2, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1442, i64 %600)
@@ -3660,7 +3875,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %1443 = sext i32 %2869 to i64
   %1444 = getelementptr i64, ptr %value_offsets.i, i64 %1443
   %1445 = getelementptr i8, ptr %1444, i64 144
-  %1446 = load i64, ptr %1445, align 8, !tbaa !4
+  %1446 = load i64, ptr %1445, align 8, !tbaa !7
   %gep1694.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1446
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.2, i32 0, i32 2, i32 1)
   %gep1696.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1446
@@ -3670,7 +3885,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %gep1700.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1446
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.2, i32 0, i32 2, i32 1)
   %1447 = getelementptr i8, ptr %1444, i64 152
-  %1448 = load i64, ptr %1447, align 8, !tbaa !4
+  %1448 = load i64, ptr %1447, align 8, !tbaa !7
   %gep1702.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1448
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.2, i32 0, i32 2, i32 1)
   %gep1704.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1448
@@ -3679,13 +3894,13 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.2, i32 0, i32 2, i32 1)
   %gep1708.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1448
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.2, i32 0, i32 2, i32 1)
-  %1449 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1449 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1046.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1449
   %1450 = getelementptr i8, ptr %gep1046.us.i.2, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1450, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %1451 = getelementptr i8, ptr %1444, i64 160
-  %1452 = load i64, ptr %1451, align 8, !tbaa !4
+  %1452 = load i64, ptr %1451, align 8, !tbaa !7
   %gep1710.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1452
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.2, i32 0, i32 2, i32 1)
   %gep1712.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1452
@@ -3695,7 +3910,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %gep1716.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1452
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.2, i32 0, i32 2, i32 1)
   %1453 = getelementptr i8, ptr %1444, i64 168
-  %1454 = load i64, ptr %1453, align 8, !tbaa !4
+  %1454 = load i64, ptr %1453, align 8, !tbaa !7
   %gep1718.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1454
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.2, i32 0, i32 2, i32 1)
   %gep1720.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1454
@@ -3704,13 +3919,13 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.2, i32 0, i32 2, i32 1)
   %gep1724.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1454
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.2, i32 0, i32 2, i32 1)
-  %1455 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1455 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1050.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1455
   %1456 = getelementptr i8, ptr %gep1050.us.i.2, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1456, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %1457 = getelementptr i8, ptr %1444, i64 176
-  %1458 = load i64, ptr %1457, align 8, !tbaa !4
+  %1458 = load i64, ptr %1457, align 8, !tbaa !7
   %gep1726.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1458
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.2, i32 0, i32 2, i32 1)
   %gep1728.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1458
@@ -3720,7 +3935,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %gep1732.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1458
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.2, i32 0, i32 2, i32 1)
   %1459 = getelementptr i8, ptr %1444, i64 184
-  %1460 = load i64, ptr %1459, align 8, !tbaa !4
+  %1460 = load i64, ptr %1459, align 8, !tbaa !7
   %gep1734.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1460
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.2, i32 0, i32 2, i32 1)
   %gep1736.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1460
@@ -3729,7 +3944,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   tail call void @llvm.prefetch.p0(ptr %gep1738.i.2, i32 0, i32 2, i32 1)
   %gep1740.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1460
   tail call void @llvm.prefetch.p0(ptr %gep1740.i.2, i32 0, i32 2, i32 1)
-  %1461 = load i64, ptr %gep1692.i.2, align 8, !tbaa !4
+  %1461 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
   %gep1054.us.i.2156 = getelementptr i32, ptr %gep1058.us.i, i64 %1461
   %1462 = getelementptr i8, ptr %gep1054.us.i.2156, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1462, i64 %600)
@@ -3737,7 +3952,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %1463 = sext i32 %2869 to i64
   %1464 = getelementptr i64, ptr %value_offsets.i, i64 %1463
   %1465 = getelementptr i8, ptr %1464, i64 192
-  %1466 = load i64, ptr %1465, align 8, !tbaa !4
+  %1466 = load i64, ptr %1465, align 8, !tbaa !7
   %gep1674.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1466
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.3, i32 0, i32 2, i32 1)
   %gep1676.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1466
@@ -3747,7 +3962,7 @@ for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
   %gep1680.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1466
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.3, i32 0, i32 2, i32 1)
   %1467 = getelementptr i8, ptr %1464, i64 200
-  %1468 = load i64, ptr %1467, align 8, !tbaa !4
+  %1468 = load i64, ptr %1467, align 8, !tbaa !7
   %gep1682.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1468
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.3, i32 0, i32 2, i32 1)
   %gep1684.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1468
@@ -3762,19 +3977,19 @@ if_end515.us.i.3:                                 ; preds = %for_begin_line516.p
   %gep1690.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 96
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.3, i64 256)
   %gep1692.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 384
-  %1469 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1469 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1034.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1469
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.3, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line523.preheader.us.i.3, label %if_end529.thread.us.i.3, !prof !7
+  br i1 %2964, label %for_begin_line523.preheader.us.i.3, label %if_end529.thread.us.i.3, !prof !6
 
 if_end529.thread.us.i.3:                          ; preds = %if_end515.us.i.3
-  %1470 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1470 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1038.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1470
   %1471 = getelementptr i8, ptr %gep1038.us.i.3, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1471, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1472 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1472 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1042.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1472
   %1473 = getelementptr i8, ptr %gep1042.us.i.3, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1473, i64 %600)
@@ -3785,7 +4000,7 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   %1474 = sext i32 %2869 to i64
   %1475 = getelementptr i64, ptr %value_offsets.i, i64 %1474
   %1476 = getelementptr i8, ptr %1475, i64 208
-  %1477 = load i64, ptr %1476, align 8, !tbaa !4
+  %1477 = load i64, ptr %1476, align 8, !tbaa !7
   %gep1694.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1477
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.3, i32 0, i32 2, i32 1)
   %gep1696.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1477
@@ -3795,7 +4010,7 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   %gep1700.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1477
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.3, i32 0, i32 2, i32 1)
   %1478 = getelementptr i8, ptr %1475, i64 216
-  %1479 = load i64, ptr %1478, align 8, !tbaa !4
+  %1479 = load i64, ptr %1478, align 8, !tbaa !7
   %gep1702.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1479
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.3, i32 0, i32 2, i32 1)
   %gep1704.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1479
@@ -3804,13 +4019,13 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.3, i32 0, i32 2, i32 1)
   %gep1708.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1479
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.3, i32 0, i32 2, i32 1)
-  %1480 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1480 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1046.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1480
   %1481 = getelementptr i8, ptr %gep1046.us.i.3, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1481, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %1482 = getelementptr i8, ptr %1475, i64 224
-  %1483 = load i64, ptr %1482, align 8, !tbaa !4
+  %1483 = load i64, ptr %1482, align 8, !tbaa !7
   %gep1710.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1483
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.3, i32 0, i32 2, i32 1)
   %gep1712.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1483
@@ -3820,7 +4035,7 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   %gep1716.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1483
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.3, i32 0, i32 2, i32 1)
   %1484 = getelementptr i8, ptr %1475, i64 232
-  %1485 = load i64, ptr %1484, align 8, !tbaa !4
+  %1485 = load i64, ptr %1484, align 8, !tbaa !7
   %gep1718.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1485
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.3, i32 0, i32 2, i32 1)
   %gep1720.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1485
@@ -3829,13 +4044,13 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.3, i32 0, i32 2, i32 1)
   %gep1724.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1485
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.3, i32 0, i32 2, i32 1)
-  %1486 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1486 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1050.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1486
   %1487 = getelementptr i8, ptr %gep1050.us.i.3, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1487, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %1488 = getelementptr i8, ptr %1475, i64 240
-  %1489 = load i64, ptr %1488, align 8, !tbaa !4
+  %1489 = load i64, ptr %1488, align 8, !tbaa !7
   %gep1726.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1489
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.3, i32 0, i32 2, i32 1)
   %gep1728.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1489
@@ -3845,7 +4060,7 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   %gep1732.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1489
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.3, i32 0, i32 2, i32 1)
   %1490 = getelementptr i8, ptr %1475, i64 248
-  %1491 = load i64, ptr %1490, align 8, !tbaa !4
+  %1491 = load i64, ptr %1490, align 8, !tbaa !7
   %gep1734.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1491
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.3, i32 0, i32 2, i32 1)
   %gep1736.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1491
@@ -3857,7 +4072,7 @@ for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
   br label %if_end536.us.i.3
 
 if_end536.us.i.3:                                 ; preds = %for_begin_line523.preheader.us.i.3, %if_end529.thread.us.i.3
-  %1492 = load i64, ptr %gep1692.i.3, align 8, !tbaa !4
+  %1492 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
   %gep1054.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1492
   %1493 = getelementptr i8, ptr %gep1054.us.i.3, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %1493, i64 %600)
@@ -3867,11 +4082,11 @@ if_end536.us.i.3:                                 ; preds = %for_begin_line523.p
 for_end_ti.us.i:                                  ; preds = %for_begin_d494.preheader.us.i
   %indvars.iv.next1291.i = add nuw nsw i64 %indvars.iv1290.i, 1
   %exitcond1294.not.i = icmp eq i64 %indvars.iv.next1291.i, %wide.trip.count1213.i
-  br i1 %exitcond1294.not.i, label %for_begin_lane.preheader.us.i.loopexit, label %for_begin_ti.preheader.us.i, !prof !8
+  br i1 %exitcond1294.not.i, label %for_begin_lane.preheader.us.i.loopexit, label %for_begin_ti.preheader.us.i, !prof !10
 
 for_body_r477.us.i:                               ; preds = %for_body_r477.lr.ph.us.i, %for_end_c483.us.i
   %r480974.us.i = phi i32 [ 0, %for_body_r477.lr.ph.us.i ], [ %1509, %for_end_c483.us.i ]
-  br i1 %3051, label %for_body_c482.lr.ph.us.i, label %for_end_c483.us.i, !prof !3
+  br i1 %3051, label %for_body_c482.lr.ph.us.i, label %for_end_c483.us.i, !prof !38
 
 for_end_c483.us.i.loopexit.unr-lcssa:             ; preds = %for_body_c482.us.i
   br i1 %lcmp.mod469.not, label %for_end_c483.us.i, label %for_body_c482.us.i.epil.preheader, !prof !147
@@ -3890,16 +4105,16 @@ for_body_c482.us.i.epil:                          ; preds = %for_body_c482.us.i.
   %1497 = icmp eq i32 %1496, 0
   %1498 = select i1 %1497, i32 -65536, i32 65535
   %1499 = getelementptr i8, ptr %3050, i64 %indvars.iv1279.i.epil
-  %1500 = load i8, ptr %1499, align 1, !tbaa !4
+  %1500 = load i8, ptr %1499, align 1, !tbaa !7
   %1501 = icmp eq i8 %1500, 0
   %1502 = select i1 %1501, i32 %1498, i32 -1
   %1503 = lshr i32 %1495, 1
   %1504 = add nuw nsw i32 %1503, %3049
   %1505 = zext nneg i32 %1504 to i64
   %1506 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1505
-  %1507 = load i32, ptr %1506, align 4, !tbaa !4
+  %1507 = load i32, ptr %1506, align 4, !tbaa !7
   %1508 = and i32 %1502, %1507
-  store i32 %1508, ptr %1506, align 4, !tbaa !4
+  store i32 %1508, ptr %1506, align 4, !tbaa !7
   %indvars.iv.next1280.i.epil = add nuw nsw i64 %indvars.iv1279.i.epil, 1
   %epil.iter468.next = add i64 %epil.iter468, 1
   %epil.iter468.cmp.not = icmp eq i64 %epil.iter468.next, %xtraiter467
@@ -3916,58 +4131,58 @@ for_body_c482.us.i:                               ; preds = %for_body_c482.lr.ph
   %1511 = trunc i64 %indvars.iv1279.i to i32
   %1512 = add i32 %1027, %1511
   %1513 = getelementptr i8, ptr %3050, i64 %indvars.iv1279.i
-  %1514 = load i8, ptr %1513, align 1, !tbaa !4
+  %1514 = load i8, ptr %1513, align 1, !tbaa !7
   %1515 = icmp eq i8 %1514, 0
   %1516 = select i1 %1515, i32 %1035, i32 -1
   %1517 = lshr i32 %1512, 1
   %1518 = add nuw nsw i32 %1517, %3049
   %1519 = zext nneg i32 %1518 to i64
   %1520 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1519
-  %1521 = load i32, ptr %1520, align 4, !tbaa !4
+  %1521 = load i32, ptr %1520, align 4, !tbaa !7
   %1522 = and i32 %1516, %1521
-  store i32 %1522, ptr %1520, align 4, !tbaa !4
+  store i32 %1522, ptr %1520, align 4, !tbaa !7
   %indvars.iv.next1280.i = or disjoint i64 %indvars.iv1279.i, 1
   %1523 = trunc i64 %indvars.iv.next1280.i to i32
   %1524 = add i32 %1027, %1523
   %1525 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i
-  %1526 = load i8, ptr %1525, align 1, !tbaa !4
+  %1526 = load i8, ptr %1525, align 1, !tbaa !7
   %1527 = icmp eq i8 %1526, 0
   %1528 = select i1 %1527, i32 %1036, i32 -1
   %1529 = lshr i32 %1524, 1
   %1530 = add nuw nsw i32 %1529, %3049
   %1531 = zext nneg i32 %1530 to i64
   %1532 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1531
-  %1533 = load i32, ptr %1532, align 4, !tbaa !4
+  %1533 = load i32, ptr %1532, align 4, !tbaa !7
   %1534 = and i32 %1528, %1533
-  store i32 %1534, ptr %1532, align 4, !tbaa !4
+  store i32 %1534, ptr %1532, align 4, !tbaa !7
   %indvars.iv.next1280.i.1 = or disjoint i64 %indvars.iv1279.i, 2
   %1535 = trunc i64 %indvars.iv.next1280.i.1 to i32
   %1536 = add i32 %1027, %1535
   %1537 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i.1
-  %1538 = load i8, ptr %1537, align 1, !tbaa !4
+  %1538 = load i8, ptr %1537, align 1, !tbaa !7
   %1539 = icmp eq i8 %1538, 0
   %1540 = select i1 %1539, i32 %1038, i32 -1
   %1541 = lshr i32 %1536, 1
   %1542 = add nuw nsw i32 %1541, %3049
   %1543 = zext nneg i32 %1542 to i64
   %1544 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1543
-  %1545 = load i32, ptr %1544, align 4, !tbaa !4
+  %1545 = load i32, ptr %1544, align 4, !tbaa !7
   %1546 = and i32 %1540, %1545
-  store i32 %1546, ptr %1544, align 4, !tbaa !4
+  store i32 %1546, ptr %1544, align 4, !tbaa !7
   %indvars.iv.next1280.i.2 = or disjoint i64 %indvars.iv1279.i, 3
   %1547 = trunc i64 %indvars.iv.next1280.i.2 to i32
   %1548 = add i32 %1027, %1547
   %1549 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i.2
-  %1550 = load i8, ptr %1549, align 1, !tbaa !4
+  %1550 = load i8, ptr %1549, align 1, !tbaa !7
   %1551 = icmp eq i8 %1550, 0
   %1552 = select i1 %1551, i32 %1039, i32 -1
   %1553 = lshr i32 %1548, 1
   %1554 = add nuw nsw i32 %1553, %3049
   %1555 = zext nneg i32 %1554 to i64
   %1556 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1555
-  %1557 = load i32, ptr %1556, align 4, !tbaa !4
+  %1557 = load i32, ptr %1556, align 4, !tbaa !7
   %1558 = and i32 %1552, %1557
-  store i32 %1558, ptr %1556, align 4, !tbaa !4
+  store i32 %1558, ptr %1556, align 4, !tbaa !7
   %indvars.iv.next1280.i.3 = add nuw nsw i64 %indvars.iv1279.i, 4
   %niter472.next.3 = add i64 %niter472, 4
   %niter472.ncmp.3 = icmp eq i64 %niter472.next.3, %unroll_iter471
@@ -3975,16 +4190,16 @@ for_body_c482.us.i:                               ; preds = %for_body_c482.lr.ph
 
 for_body_r465.us.i:                               ; preds = %for_end_to471.us.i, %for_end_r348.us.i
   %indvars.iv1275.i = phi i64 [ %indvars.iv.next1276.i, %for_end_to471.us.i ], [ 0, %for_end_r348.us.i ]
-  br i1 %1088, label %for_body_to470.lr.ph.us.i, label %for_end_to471.us.i, !prof !3
+  br i1 %1088, label %for_body_to470.lr.ph.us.i, label %for_end_to471.us.i, !prof !38
 
 for_end_to471.us.i:                               ; preds = %for_body_to470.us.i, %for_body_r465.us.i
   %indvars.iv.next1276.i = add nuw nsw i64 %indvars.iv1275.i, 1
   %exitcond1278.not.i = icmp eq i64 %indvars.iv.next1276.i, 16
-  br i1 %exitcond1278.not.i, label %for_end_r466.us.i, label %for_body_r465.us.i, !prof !30
+  br i1 %exitcond1278.not.i, label %for_end_r466.us.i, label %for_body_r465.us.i, !prof !29
 
 for_body_to470.us.i:                              ; preds = %for_body_to470.lr.ph.us.i, %for_body_to470.us.i
   %indvars.iv1270.i = phi i64 [ 0, %for_body_to470.lr.ph.us.i ], [ %indvars.iv.next1271.i, %for_body_to470.us.i ]
-  %1559 = load i32, ptr %gep1642.i, align 4, !tbaa !4
+  %1559 = load i32, ptr %gep1642.i, align 4, !tbaa !7
   %1560 = insertelement <32 x i32> poison, i32 %1559, i64 0
   %1561 = shufflevector <32 x i32> %1560, <32 x i32> poison, <32 x i32> zeroinitializer
   %indvars.iv1270.tr.i = trunc i64 %indvars.iv1270.i to i32
@@ -4022,10 +4237,10 @@ for_body_to470.us.i:                              ; preds = %for_body_to470.lr.p
   %sext.i = add i64 %1592, %3044
   %1593 = ashr exact i64 %sext.i, 30
   %1594 = getelementptr inbounds i8, ptr %edges.us.i, i64 %1593
-  store <32 x i32> %1590, ptr %1594, align 4, !tbaa !4
+  store <32 x i32> %1590, ptr %1594, align 4, !tbaa !7
   %indvars.iv.next1271.i = add nuw nsw i64 %indvars.iv1270.i, 1
   %exitcond1274.not.i = icmp eq i64 %indvars.iv.next1271.i, %wide.trip.count1213.i
-  br i1 %exitcond1274.not.i, label %for_end_to471.us.i, label %for_body_to470.us.i, !prof !8
+  br i1 %exitcond1274.not.i, label %for_end_to471.us.i, label %for_body_to470.us.i, !prof !10
 
 for_end_to353.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to352.us.i
   br i1 %lcmp.mod459.not, label %for_end_to353.us.i, label %for_body_to352.us.i.epil.preheader, !prof !147
@@ -4042,16 +4257,16 @@ for_body_to352.us.i.epil:                         ; preds = %for_body_to352.us.i
   %epil.iter458 = phi i64 [ 0, %for_body_to352.us.i.epil.preheader ], [ %epil.iter458.next, %for_body_to352.us.i.epil ]
   %.idx1508.i.epil = shl nsw i64 %indvars.iv1261.i.epil, 7
   %gep1640.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %.idx1508.i.epil
-  %1595 = load <16 x bfloat>, ptr %gep1640.i.epil, align 4, !tbaa !4
+  %1595 = load <16 x bfloat>, ptr %gep1640.i.epil, align 4, !tbaa !7
   %r.i.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i.epil, <16 x bfloat> %1595, <16 x bfloat> splat (bfloat 0xR3F80))
   %1596 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 32
-  %1597 = load <16 x bfloat>, ptr %1596, align 4, !tbaa !4
+  %1597 = load <16 x bfloat>, ptr %1596, align 4, !tbaa !7
   %r.i885.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.epil, <16 x bfloat> %1597, <16 x bfloat> splat (bfloat 0xR3F80))
   %1598 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 64
-  %1599 = load <16 x bfloat>, ptr %1598, align 4, !tbaa !4
+  %1599 = load <16 x bfloat>, ptr %1598, align 4, !tbaa !7
   %r.i887.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.epil, <16 x bfloat> %1599, <16 x bfloat> splat (bfloat 0xR3F80))
   %1600 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 96
-  %1601 = load <16 x bfloat>, ptr %1600, align 4, !tbaa !4
+  %1601 = load <16 x bfloat>, ptr %1600, align 4, !tbaa !7
   %r.i889.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.epil, <16 x bfloat> %1601, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.epil = add nuw nsw i64 %indvars.iv1261.i.epil, 1
   %epil.iter458.next = add i64 %epil.iter458, 1
@@ -4065,7 +4280,7 @@ for_end_to353.us.i:                               ; preds = %for_begin_to351.pre
   store <8 x float> %tile_sum.rf_global834.sroa.0.0.lcssa.us.i, ptr %1602, align 16, !tbaa !157
   %indvars.iv.next1267.i = add nuw nsw i64 %indvars.iv1266.i, 1
   %exitcond1269.not.i = icmp eq i64 %indvars.iv.next1267.i, 16
-  br i1 %exitcond1269.not.i, label %for_end_r348.us.i, label %for_begin_to351.preheader.us.i, !prof !30
+  br i1 %exitcond1269.not.i, label %for_end_r348.us.i, label %for_begin_to351.preheader.us.i, !prof !29
 
 for_body_to352.us.i:                              ; preds = %for_body_to352.lr.ph.us.i, %for_body_to352.us.i
   %indvars.iv1261.i = phi i64 [ %indvars.iv.next1262.i.3, %for_body_to352.us.i ], [ 0, %for_body_to352.lr.ph.us.i ]
@@ -4073,58 +4288,58 @@ for_body_to352.us.i:                              ; preds = %for_body_to352.lr.p
   %niter463 = phi i64 [ %niter463.next.3, %for_body_to352.us.i ], [ 0, %for_body_to352.lr.ph.us.i ]
   %.idx1508.i = shl nsw i64 %indvars.iv1261.i, 7
   %gep1640.i = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %.idx1508.i
-  %1603 = load <16 x bfloat>, ptr %gep1640.i, align 4, !tbaa !4
+  %1603 = load <16 x bfloat>, ptr %gep1640.i, align 4, !tbaa !7
   %r.i.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i, <16 x bfloat> %1603, <16 x bfloat> splat (bfloat 0xR3F80))
   %1604 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 32
-  %1605 = load <16 x bfloat>, ptr %1604, align 4, !tbaa !4
+  %1605 = load <16 x bfloat>, ptr %1604, align 4, !tbaa !7
   %r.i885.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i, <16 x bfloat> %1605, <16 x bfloat> splat (bfloat 0xR3F80))
   %1606 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 64
-  %1607 = load <16 x bfloat>, ptr %1606, align 4, !tbaa !4
+  %1607 = load <16 x bfloat>, ptr %1606, align 4, !tbaa !7
   %r.i887.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i, <16 x bfloat> %1607, <16 x bfloat> splat (bfloat 0xR3F80))
   %1608 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 96
-  %1609 = load <16 x bfloat>, ptr %1608, align 4, !tbaa !4
+  %1609 = load <16 x bfloat>, ptr %1608, align 4, !tbaa !7
   %r.i889.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i, <16 x bfloat> %1609, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i = shl i64 %indvars.iv1261.i, 7
   %1610 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i
   %gep1640.i.1 = getelementptr inbounds nuw i8, ptr %1610, i64 128
-  %1611 = load <16 x bfloat>, ptr %gep1640.i.1, align 4, !tbaa !4
+  %1611 = load <16 x bfloat>, ptr %gep1640.i.1, align 4, !tbaa !7
   %r.i.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i, <16 x bfloat> %1611, <16 x bfloat> splat (bfloat 0xR3F80))
   %1612 = getelementptr inbounds nuw i8, ptr %1610, i64 160
-  %1613 = load <16 x bfloat>, ptr %1612, align 4, !tbaa !4
+  %1613 = load <16 x bfloat>, ptr %1612, align 4, !tbaa !7
   %r.i885.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.1, <16 x bfloat> %1613, <16 x bfloat> splat (bfloat 0xR3F80))
   %1614 = getelementptr inbounds nuw i8, ptr %1610, i64 192
-  %1615 = load <16 x bfloat>, ptr %1614, align 4, !tbaa !4
+  %1615 = load <16 x bfloat>, ptr %1614, align 4, !tbaa !7
   %r.i887.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.1, <16 x bfloat> %1615, <16 x bfloat> splat (bfloat 0xR3F80))
   %1616 = getelementptr inbounds nuw i8, ptr %1610, i64 224
-  %1617 = load <16 x bfloat>, ptr %1616, align 4, !tbaa !4
+  %1617 = load <16 x bfloat>, ptr %1616, align 4, !tbaa !7
   %r.i889.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.1, <16 x bfloat> %1617, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.1 = shl i64 %indvars.iv1261.i, 7
   %1618 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.1
   %gep1640.i.2 = getelementptr inbounds nuw i8, ptr %1618, i64 256
-  %1619 = load <16 x bfloat>, ptr %gep1640.i.2, align 4, !tbaa !4
+  %1619 = load <16 x bfloat>, ptr %gep1640.i.2, align 4, !tbaa !7
   %r.i.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.1, <16 x bfloat> %1619, <16 x bfloat> splat (bfloat 0xR3F80))
   %1620 = getelementptr inbounds nuw i8, ptr %1618, i64 288
-  %1621 = load <16 x bfloat>, ptr %1620, align 4, !tbaa !4
+  %1621 = load <16 x bfloat>, ptr %1620, align 4, !tbaa !7
   %r.i885.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.2, <16 x bfloat> %1621, <16 x bfloat> splat (bfloat 0xR3F80))
   %1622 = getelementptr inbounds nuw i8, ptr %1618, i64 320
-  %1623 = load <16 x bfloat>, ptr %1622, align 4, !tbaa !4
+  %1623 = load <16 x bfloat>, ptr %1622, align 4, !tbaa !7
   %r.i887.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.2, <16 x bfloat> %1623, <16 x bfloat> splat (bfloat 0xR3F80))
   %1624 = getelementptr inbounds nuw i8, ptr %1618, i64 352
-  %1625 = load <16 x bfloat>, ptr %1624, align 4, !tbaa !4
+  %1625 = load <16 x bfloat>, ptr %1624, align 4, !tbaa !7
   %r.i889.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.2, <16 x bfloat> %1625, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.2 = shl i64 %indvars.iv1261.i, 7
   %1626 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.2
   %gep1640.i.3 = getelementptr inbounds nuw i8, ptr %1626, i64 384
-  %1627 = load <16 x bfloat>, ptr %gep1640.i.3, align 4, !tbaa !4
+  %1627 = load <16 x bfloat>, ptr %gep1640.i.3, align 4, !tbaa !7
   %r.i.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.2, <16 x bfloat> %1627, <16 x bfloat> splat (bfloat 0xR3F80))
   %1628 = getelementptr inbounds nuw i8, ptr %1626, i64 416
-  %1629 = load <16 x bfloat>, ptr %1628, align 4, !tbaa !4
+  %1629 = load <16 x bfloat>, ptr %1628, align 4, !tbaa !7
   %r.i885.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.3, <16 x bfloat> %1629, <16 x bfloat> splat (bfloat 0xR3F80))
   %1630 = getelementptr inbounds nuw i8, ptr %1626, i64 448
-  %1631 = load <16 x bfloat>, ptr %1630, align 4, !tbaa !4
+  %1631 = load <16 x bfloat>, ptr %1630, align 4, !tbaa !7
   %r.i887.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.3, <16 x bfloat> %1631, <16 x bfloat> splat (bfloat 0xR3F80))
   %1632 = getelementptr inbounds nuw i8, ptr %1626, i64 480
-  %1633 = load <16 x bfloat>, ptr %1632, align 4, !tbaa !4
+  %1633 = load <16 x bfloat>, ptr %1632, align 4, !tbaa !7
   %r.i889.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.3, <16 x bfloat> %1633, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.3 = add nuw nsw i64 %indvars.iv1261.i, 4
   %niter463.next.3 = add i64 %niter463, 4
@@ -4139,34 +4354,34 @@ for_body_to342.us.i.epil.preheader:               ; preds = %for_body_to342.lr.p
   tail call void @llvm.assume(i1 %lcmp.mod454)
   %.idx1504.i.epil = shl nsw i64 %indvars.iv1252.i.epil.init, 8
   %gep1636.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i.epil
-  %1634 = load <16 x i32>, ptr %gep1636.i.epil, align 4, !tbaa !4
+  %1634 = load <16 x i32>, ptr %gep1636.i.epil, align 4, !tbaa !7
   %1635 = add nsw <16 x i32> %1634, splat (i32 32768)
   %1636 = bitcast <16 x i32> %1635 to <32 x i16>
   %1637 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 64
-  %1638 = load <16 x i32>, ptr %1637, align 4, !tbaa !4
+  %1638 = load <16 x i32>, ptr %1637, align 4, !tbaa !7
   %1639 = add nsw <16 x i32> %1638, splat (i32 32768)
   %1640 = bitcast <16 x i32> %1639 to <32 x i16>
   %1641 = shufflevector <32 x i16> %1636, <32 x i16> %1640, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i.epil = shl nsw i64 %indvars.iv1252.i.epil.init, 7
   %gep1638.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i.epil
-  store <32 x i16> %1641, ptr %gep1638.i.epil, align 4, !tbaa !4
+  store <32 x i16> %1641, ptr %gep1638.i.epil, align 4, !tbaa !7
   %1642 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 128
-  %1643 = load <16 x i32>, ptr %1642, align 4, !tbaa !4
+  %1643 = load <16 x i32>, ptr %1642, align 4, !tbaa !7
   %1644 = add nsw <16 x i32> %1643, splat (i32 32768)
   %1645 = bitcast <16 x i32> %1644 to <32 x i16>
   %1646 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 192
-  %1647 = load <16 x i32>, ptr %1646, align 4, !tbaa !4
+  %1647 = load <16 x i32>, ptr %1646, align 4, !tbaa !7
   %1648 = add nsw <16 x i32> %1647, splat (i32 32768)
   %1649 = bitcast <16 x i32> %1648 to <32 x i16>
   %1650 = shufflevector <32 x i16> %1645, <32 x i16> %1649, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %1651 = getelementptr inbounds nuw i8, ptr %gep1638.i.epil, i64 64
-  store <32 x i16> %1650, ptr %1651, align 4, !tbaa !4
+  store <32 x i16> %1650, ptr %1651, align 4, !tbaa !7
   br label %for_end_to343.us.i
 
 for_end_to343.us.i:                               ; preds = %for_begin_to341.preheader.us.i, %for_body_to342.us.i.epil.preheader, %for_end_to343.us.i.loopexit.unr-lcssa
   %indvars.iv.next1258.i = add nuw nsw i64 %indvars.iv1257.i, 1
   %exitcond1260.not.i = icmp eq i64 %indvars.iv.next1258.i, 16
-  br i1 %exitcond1260.not.i, label %for_begin_to351.preheader.us.i.preheader, label %for_begin_to341.preheader.us.i, !prof !30
+  br i1 %exitcond1260.not.i, label %for_begin_to351.preheader.us.i.preheader, label %for_begin_to341.preheader.us.i, !prof !29
 
 for_begin_to351.preheader.us.i.preheader:         ; preds = %for_end_to343.us.i
   %xtraiter457 = and i64 %wide.trip.count1246.i, 3
@@ -4181,53 +4396,53 @@ for_body_to342.us.i:                              ; preds = %for_body_to342.lr.p
   %niter456 = phi i64 [ %niter456.next.1, %for_body_to342.us.i ], [ 0, %for_body_to342.lr.ph.us.i ]
   %.idx1504.i = shl nsw i64 %indvars.iv1252.i, 8
   %gep1636.i = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i
-  %1653 = load <16 x i32>, ptr %gep1636.i, align 4, !tbaa !4
+  %1653 = load <16 x i32>, ptr %gep1636.i, align 4, !tbaa !7
   %1654 = add nsw <16 x i32> %1653, splat (i32 32768)
   %1655 = bitcast <16 x i32> %1654 to <32 x i16>
   %1656 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 64
-  %1657 = load <16 x i32>, ptr %1656, align 4, !tbaa !4
+  %1657 = load <16 x i32>, ptr %1656, align 4, !tbaa !7
   %1658 = add nsw <16 x i32> %1657, splat (i32 32768)
   %1659 = bitcast <16 x i32> %1658 to <32 x i16>
   %1660 = shufflevector <32 x i16> %1655, <32 x i16> %1659, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i = shl nsw i64 %indvars.iv1252.i, 7
   %gep1638.i = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i
-  store <32 x i16> %1660, ptr %gep1638.i, align 4, !tbaa !4
+  store <32 x i16> %1660, ptr %gep1638.i, align 4, !tbaa !7
   %1661 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 128
-  %1662 = load <16 x i32>, ptr %1661, align 4, !tbaa !4
+  %1662 = load <16 x i32>, ptr %1661, align 4, !tbaa !7
   %1663 = add nsw <16 x i32> %1662, splat (i32 32768)
   %1664 = bitcast <16 x i32> %1663 to <32 x i16>
   %1665 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 192
-  %1666 = load <16 x i32>, ptr %1665, align 4, !tbaa !4
+  %1666 = load <16 x i32>, ptr %1665, align 4, !tbaa !7
   %1667 = add nsw <16 x i32> %1666, splat (i32 32768)
   %1668 = bitcast <16 x i32> %1667 to <32 x i16>
   %1669 = shufflevector <32 x i16> %1664, <32 x i16> %1668, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %1670 = getelementptr inbounds nuw i8, ptr %gep1638.i, i64 64
-  store <32 x i16> %1669, ptr %1670, align 4, !tbaa !4
+  store <32 x i16> %1669, ptr %1670, align 4, !tbaa !7
   %indvars.iv.next1253.i = or disjoint i64 %indvars.iv1252.i, 1
   %.idx1504.i.1 = shl nsw i64 %indvars.iv.next1253.i, 8
   %gep1636.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i.1
-  %1671 = load <16 x i32>, ptr %gep1636.i.1, align 4, !tbaa !4
+  %1671 = load <16 x i32>, ptr %gep1636.i.1, align 4, !tbaa !7
   %1672 = add nsw <16 x i32> %1671, splat (i32 32768)
   %1673 = bitcast <16 x i32> %1672 to <32 x i16>
   %1674 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 64
-  %1675 = load <16 x i32>, ptr %1674, align 4, !tbaa !4
+  %1675 = load <16 x i32>, ptr %1674, align 4, !tbaa !7
   %1676 = add nsw <16 x i32> %1675, splat (i32 32768)
   %1677 = bitcast <16 x i32> %1676 to <32 x i16>
   %1678 = shufflevector <32 x i16> %1673, <32 x i16> %1677, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i.1 = shl nsw i64 %indvars.iv.next1253.i, 7
   %gep1638.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i.1
-  store <32 x i16> %1678, ptr %gep1638.i.1, align 4, !tbaa !4
+  store <32 x i16> %1678, ptr %gep1638.i.1, align 4, !tbaa !7
   %1679 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 128
-  %1680 = load <16 x i32>, ptr %1679, align 4, !tbaa !4
+  %1680 = load <16 x i32>, ptr %1679, align 4, !tbaa !7
   %1681 = add nsw <16 x i32> %1680, splat (i32 32768)
   %1682 = bitcast <16 x i32> %1681 to <32 x i16>
   %1683 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 192
-  %1684 = load <16 x i32>, ptr %1683, align 4, !tbaa !4
+  %1684 = load <16 x i32>, ptr %1683, align 4, !tbaa !7
   %1685 = add nsw <16 x i32> %1684, splat (i32 32768)
   %1686 = bitcast <16 x i32> %1685 to <32 x i16>
   %1687 = shufflevector <32 x i16> %1682, <32 x i16> %1686, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %1688 = getelementptr inbounds nuw i8, ptr %gep1638.i.1, i64 64
-  store <32 x i16> %1687, ptr %1688, align 4, !tbaa !4
+  store <32 x i16> %1687, ptr %1688, align 4, !tbaa !7
   %indvars.iv.next1253.i.1 = add nuw nsw i64 %indvars.iv1252.i, 2
   %niter456.next.1 = add i64 %niter456, 2
   %niter456.ncmp.1 = icmp eq i64 %niter456.next.1, %unroll_iter455
@@ -4236,7 +4451,7 @@ for_body_to342.us.i:                              ; preds = %for_body_to342.lr.p
 for_end_to333.us.i:                               ; preds = %for_begin_to331.preheader.us.i, %for_body_to332.us.i
   %indvars.iv.next1249.i = add nuw nsw i64 %indvars.iv1248.i, 1
   %exitcond1251.not.i = icmp eq i64 %indvars.iv.next1249.i, 16
-  br i1 %exitcond1251.not.i, label %for_begin_to341.preheader.us.i.preheader, label %for_begin_to331.preheader.us.i, !prof !30
+  br i1 %exitcond1251.not.i, label %for_begin_to341.preheader.us.i.preheader, label %for_begin_to331.preheader.us.i, !prof !29
 
 for_begin_to341.preheader.us.i.preheader:         ; preds = %for_end_to333.us.i
   %xtraiter451 = and i64 %wide.trip.count1246.i, 1
@@ -4251,7 +4466,7 @@ for_body_to332.us.i:                              ; preds = %for_body_to332.lr.p
   %1690 = shl nsw i64 %indvars.iv1243.i, 6
   %1691 = add nuw nsw i64 %1690, %3034
   %1692 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1691
-  %1693 = load <64 x float>, ptr %1692, align 4, !tbaa !4
+  %1693 = load <64 x float>, ptr %1692, align 4, !tbaa !7
   %arg.us.i = fsub <64 x float> %1693, %3033
   %1694 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.us.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %3040)
   %bits.us.i = bitcast <64 x float> %1694 to <64 x i32>
@@ -4268,10 +4483,10 @@ for_body_to332.us.i:                              ; preds = %for_body_to332.lr.p
   %1704 = fcmp olt <64 x float> %arg.us.i, %3043
   %1705 = select <64 x i1> %1704, <64 x float> zeroinitializer, <64 x float> %1703
   %1706 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1691
-  store <64 x float> %1705, ptr %1706, align 4, !tbaa !4
+  store <64 x float> %1705, ptr %1706, align 4, !tbaa !7
   %indvars.iv.next1244.i = add nuw nsw i64 %indvars.iv1243.i, 1
   %exitcond1247.not.i = icmp eq i64 %indvars.iv.next1244.i, %wide.trip.count1246.i
-  br i1 %exitcond1247.not.i, label %for_end_to333.us.i, label %for_body_to332.us.i, !prof !8
+  br i1 %exitcond1247.not.i, label %for_end_to333.us.i, label %for_body_to332.us.i, !prof !10
 
 if_then318.us.15.i:                               ; preds = %for_end_r243.us.i
   %v252.us.i = load <16 x float>, ptr %peak.rf837.i, align 16, !tbaa !162
@@ -4373,7 +4588,7 @@ if_end320.us.15.i:                                ; preds = %if_then318.us.15.i,
 
 for_body_r242.us.i:                               ; preds = %for_begin_r241.preheader.us.i, %for_end_to248.us.i
   %indvars.iv1231.i = phi i64 [ 0, %for_begin_r241.preheader.us.i ], [ %indvars.iv.next1232.i, %for_end_to248.us.i ]
-  br i1 %1088, label %for_body_to247.lr.ph.us.i, label %for_end_to248.us.i, !prof !3
+  br i1 %1088, label %for_body_to247.lr.ph.us.i, label %for_end_to248.us.i, !prof !38
 
 for_end_to248.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to247.us.i
   br i1 %lcmp.mod446.not, label %for_end_to248.us.i, label %for_body_to247.us.i.epil.preheader, !prof !147
@@ -4390,19 +4605,19 @@ for_body_to247.us.i.epil:                         ; preds = %for_body_to247.us.i
   %epil.iter445 = phi i64 [ 0, %for_body_to247.us.i.epil.preheader ], [ %epil.iter445.next, %for_body_to247.us.i.epil ]
   %.idx1502.i.epil = shl nsw i64 %indvars.iv1226.i.epil, 8
   %1779 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i.epil
-  %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !4
+  %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !7
   %1781 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, %1780
   %1782 = select <16 x i1> %1781, <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, <16 x float> %1780
   %1783 = getelementptr inbounds nuw i8, ptr %1779, i64 64
-  %1784 = load <16 x float>, ptr %1783, align 4, !tbaa !4
+  %1784 = load <16 x float>, ptr %1783, align 4, !tbaa !7
   %1785 = fcmp ogt <16 x float> %1782, %1784
   %1786 = select <16 x i1> %1785, <16 x float> %1782, <16 x float> %1784
   %1787 = getelementptr inbounds nuw i8, ptr %1779, i64 128
-  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !4
+  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !7
   %1789 = fcmp ogt <16 x float> %1786, %1788
   %1790 = select <16 x i1> %1789, <16 x float> %1786, <16 x float> %1788
   %1791 = getelementptr inbounds nuw i8, ptr %1779, i64 192
-  %1792 = load <16 x float>, ptr %1791, align 4, !tbaa !4
+  %1792 = load <16 x float>, ptr %1791, align 4, !tbaa !7
   %1793 = fcmp ogt <16 x float> %1790, %1792
   %1794 = select <16 x i1> %1793, <16 x float> %1790, <16 x float> %1792
   %indvars.iv.next1227.i.epil = add nuw nsw i64 %indvars.iv1226.i.epil, 1
@@ -4417,7 +4632,7 @@ for_end_to248.us.i:                               ; preds = %for_body_to247.us.i
   store <16 x float> %peak.rf_global835.sroa.0.0.lcssa.us.i, ptr %1795, align 16, !tbaa !212
   %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
   %exitcond1234.not.i = icmp eq i64 %indvars.iv.next1232.i, 16
-  br i1 %exitcond1234.not.i, label %for_end_r243.us.i, label %for_body_r242.us.i, !prof !30
+  br i1 %exitcond1234.not.i, label %for_end_r243.us.i, label %for_body_r242.us.i, !prof !29
 
 for_body_to247.us.i:                              ; preds = %for_body_to247.lr.ph.us.i, %for_body_to247.us.i
   %indvars.iv1226.i = phi i64 [ %indvars.iv.next1227.i.3, %for_body_to247.us.i ], [ 0, %for_body_to247.lr.ph.us.i ]
@@ -4425,73 +4640,73 @@ for_body_to247.us.i:                              ; preds = %for_body_to247.lr.p
   %niter450 = phi i64 [ %niter450.next.3, %for_body_to247.us.i ], [ 0, %for_body_to247.lr.ph.us.i ]
   %.idx1502.i = shl nsw i64 %indvars.iv1226.i, 8
   %1796 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i
-  %1797 = load <16 x float>, ptr %1796, align 4, !tbaa !4
+  %1797 = load <16 x float>, ptr %1796, align 4, !tbaa !7
   %1798 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i, %1797
   %1799 = select <16 x i1> %1798, <16 x float> %peak.rf_global835.sroa.0.0957.us.i, <16 x float> %1797
   %1800 = getelementptr inbounds nuw i8, ptr %1796, i64 64
-  %1801 = load <16 x float>, ptr %1800, align 4, !tbaa !4
+  %1801 = load <16 x float>, ptr %1800, align 4, !tbaa !7
   %1802 = fcmp ogt <16 x float> %1799, %1801
   %1803 = select <16 x i1> %1802, <16 x float> %1799, <16 x float> %1801
   %1804 = getelementptr inbounds nuw i8, ptr %1796, i64 128
-  %1805 = load <16 x float>, ptr %1804, align 4, !tbaa !4
+  %1805 = load <16 x float>, ptr %1804, align 4, !tbaa !7
   %1806 = fcmp ogt <16 x float> %1803, %1805
   %1807 = select <16 x i1> %1806, <16 x float> %1803, <16 x float> %1805
   %1808 = getelementptr inbounds nuw i8, ptr %1796, i64 192
-  %1809 = load <16 x float>, ptr %1808, align 4, !tbaa !4
+  %1809 = load <16 x float>, ptr %1808, align 4, !tbaa !7
   %1810 = fcmp ogt <16 x float> %1807, %1809
   %1811 = select <16 x i1> %1810, <16 x float> %1807, <16 x float> %1809
   %indvars.iv.next1227.i = shl i64 %indvars.iv1226.i, 8
   %1812 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i
   %1813 = getelementptr inbounds nuw i8, ptr %1812, i64 256
-  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !4
+  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !7
   %1815 = fcmp ogt <16 x float> %1811, %1814
   %1816 = select <16 x i1> %1815, <16 x float> %1811, <16 x float> %1814
   %1817 = getelementptr inbounds nuw i8, ptr %1812, i64 320
-  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !4
+  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !7
   %1819 = fcmp ogt <16 x float> %1816, %1818
   %1820 = select <16 x i1> %1819, <16 x float> %1816, <16 x float> %1818
   %1821 = getelementptr inbounds nuw i8, ptr %1812, i64 384
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !4
+  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !7
   %1823 = fcmp ogt <16 x float> %1820, %1822
   %1824 = select <16 x i1> %1823, <16 x float> %1820, <16 x float> %1822
   %1825 = getelementptr inbounds nuw i8, ptr %1812, i64 448
-  %1826 = load <16 x float>, ptr %1825, align 4, !tbaa !4
+  %1826 = load <16 x float>, ptr %1825, align 4, !tbaa !7
   %1827 = fcmp ogt <16 x float> %1824, %1826
   %1828 = select <16 x i1> %1827, <16 x float> %1824, <16 x float> %1826
   %indvars.iv.next1227.i.1 = shl i64 %indvars.iv1226.i, 8
   %1829 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.1
   %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 512
-  %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !4
+  %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !7
   %1832 = fcmp ogt <16 x float> %1828, %1831
   %1833 = select <16 x i1> %1832, <16 x float> %1828, <16 x float> %1831
   %1834 = getelementptr inbounds nuw i8, ptr %1829, i64 576
-  %1835 = load <16 x float>, ptr %1834, align 4, !tbaa !4
+  %1835 = load <16 x float>, ptr %1834, align 4, !tbaa !7
   %1836 = fcmp ogt <16 x float> %1833, %1835
   %1837 = select <16 x i1> %1836, <16 x float> %1833, <16 x float> %1835
   %1838 = getelementptr inbounds nuw i8, ptr %1829, i64 640
-  %1839 = load <16 x float>, ptr %1838, align 4, !tbaa !4
+  %1839 = load <16 x float>, ptr %1838, align 4, !tbaa !7
   %1840 = fcmp ogt <16 x float> %1837, %1839
   %1841 = select <16 x i1> %1840, <16 x float> %1837, <16 x float> %1839
   %1842 = getelementptr inbounds nuw i8, ptr %1829, i64 704
-  %1843 = load <16 x float>, ptr %1842, align 4, !tbaa !4
+  %1843 = load <16 x float>, ptr %1842, align 4, !tbaa !7
   %1844 = fcmp ogt <16 x float> %1841, %1843
   %1845 = select <16 x i1> %1844, <16 x float> %1841, <16 x float> %1843
   %indvars.iv.next1227.i.2 = shl i64 %indvars.iv1226.i, 8
   %1846 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.2
   %1847 = getelementptr inbounds nuw i8, ptr %1846, i64 768
-  %1848 = load <16 x float>, ptr %1847, align 4, !tbaa !4
+  %1848 = load <16 x float>, ptr %1847, align 4, !tbaa !7
   %1849 = fcmp ogt <16 x float> %1845, %1848
   %1850 = select <16 x i1> %1849, <16 x float> %1845, <16 x float> %1848
   %1851 = getelementptr inbounds nuw i8, ptr %1846, i64 832
-  %1852 = load <16 x float>, ptr %1851, align 4, !tbaa !4
+  %1852 = load <16 x float>, ptr %1851, align 4, !tbaa !7
   %1853 = fcmp ogt <16 x float> %1850, %1852
   %1854 = select <16 x i1> %1853, <16 x float> %1850, <16 x float> %1852
   %1855 = getelementptr inbounds nuw i8, ptr %1846, i64 896
-  %1856 = load <16 x float>, ptr %1855, align 4, !tbaa !4
+  %1856 = load <16 x float>, ptr %1855, align 4, !tbaa !7
   %1857 = fcmp ogt <16 x float> %1854, %1856
   %1858 = select <16 x i1> %1857, <16 x float> %1854, <16 x float> %1856
   %1859 = getelementptr inbounds nuw i8, ptr %1846, i64 960
-  %1860 = load <16 x float>, ptr %1859, align 4, !tbaa !4
+  %1860 = load <16 x float>, ptr %1859, align 4, !tbaa !7
   %1861 = fcmp ogt <16 x float> %1858, %1860
   %1862 = select <16 x i1> %1861, <16 x float> %1858, <16 x float> %1860
   %indvars.iv.next1227.i.3 = add nuw nsw i64 %indvars.iv1226.i, 4
@@ -4501,7 +4716,7 @@ for_body_to247.us.i:                              ; preds = %for_body_to247.lr.p
 
 for_body_r231.us.i:                               ; preds = %for_body_r231.lr.ph.us.i, %for_end_c.us.i
   %indvars.iv1223.i = phi i64 [ 0, %for_body_r231.lr.ph.us.i ], [ %indvars.iv.next1224.i, %for_end_c.us.i ]
-  br i1 %3018, label %iter.check280, label %for_end_c.us.i, !prof !3
+  br i1 %3018, label %iter.check280, label %for_end_c.us.i, !prof !38
 
 for_end_c.us.i:                                   ; preds = %for_body_c.us.i.prol.loopexit, %vec.epilog.middle.block313, %middle.block299, %if_end237.us.i.3, %for_body_r231.us.i
   %indvars.iv.next1224.i = add nuw nsw i64 %indvars.iv1223.i, 1
@@ -4511,89 +4726,89 @@ for_end_c.us.i:                                   ; preds = %for_body_c.us.i.pro
 for_body_c.us.i:                                  ; preds = %for_body_c.us.i.prol.loopexit, %if_end237.us.i.3
   %indvars.iv1220.i = phi i64 [ %indvars.iv.next1221.i.3, %if_end237.us.i.3 ], [ %indvars.iv1220.i.unr, %for_body_c.us.i.prol.loopexit ]
   %1864 = getelementptr i8, ptr %2992, i64 %indvars.iv1220.i
-  %1865 = load i8, ptr %1864, align 1, !tbaa !4
+  %1865 = load i8, ptr %1864, align 1, !tbaa !7
   %1866 = icmp eq i8 %1865, 0
   %.pre1467.i = add nuw nsw i64 %indvars.iv1220.i, %2991
   br i1 %1866, label %if_end237.us.i, label %if_else236.us.i
 
 if_else236.us.i:                                  ; preds = %for_body_c.us.i
   %1867 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
-  %1868 = load float, ptr %1867, align 4, !tbaa !4
+  %1868 = load float, ptr %1867, align 4, !tbaa !7
   br label %if_end237.us.i
 
 if_end237.us.i:                                   ; preds = %if_else236.us.i, %for_body_c.us.i
   %1869 = phi float [ %1868, %if_else236.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
   %1870 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
-  store float %1869, ptr %1870, align 4, !tbaa !4
+  store float %1869, ptr %1870, align 4, !tbaa !7
   %indvars.iv.next1221.i = add nuw nsw i64 %indvars.iv1220.i, 1
   %1871 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i
-  %1872 = load i8, ptr %1871, align 1, !tbaa !4
+  %1872 = load i8, ptr %1871, align 1, !tbaa !7
   %1873 = icmp eq i8 %1872, 0
   %.pre1467.i.1 = add nuw nsw i64 %indvars.iv.next1221.i, %2991
   br i1 %1873, label %if_end237.us.i.1, label %if_else236.us.i.1
 
 if_else236.us.i.1:                                ; preds = %if_end237.us.i
   %1874 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
-  %1875 = load float, ptr %1874, align 4, !tbaa !4
+  %1875 = load float, ptr %1874, align 4, !tbaa !7
   br label %if_end237.us.i.1
 
 if_end237.us.i.1:                                 ; preds = %if_else236.us.i.1, %if_end237.us.i
   %1876 = phi float [ %1875, %if_else236.us.i.1 ], [ 0xFFF0000000000000, %if_end237.us.i ]
   %1877 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
-  store float %1876, ptr %1877, align 4, !tbaa !4
+  store float %1876, ptr %1877, align 4, !tbaa !7
   %indvars.iv.next1221.i.1 = add nuw nsw i64 %indvars.iv1220.i, 2
   %1878 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i.1
-  %1879 = load i8, ptr %1878, align 1, !tbaa !4
+  %1879 = load i8, ptr %1878, align 1, !tbaa !7
   %1880 = icmp eq i8 %1879, 0
   %.pre1467.i.2 = add nuw nsw i64 %indvars.iv.next1221.i.1, %2991
   br i1 %1880, label %if_end237.us.i.2, label %if_else236.us.i.2
 
 if_else236.us.i.2:                                ; preds = %if_end237.us.i.1
   %1881 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
-  %1882 = load float, ptr %1881, align 4, !tbaa !4
+  %1882 = load float, ptr %1881, align 4, !tbaa !7
   br label %if_end237.us.i.2
 
 if_end237.us.i.2:                                 ; preds = %if_else236.us.i.2, %if_end237.us.i.1
   %1883 = phi float [ %1882, %if_else236.us.i.2 ], [ 0xFFF0000000000000, %if_end237.us.i.1 ]
   %1884 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
-  store float %1883, ptr %1884, align 4, !tbaa !4
+  store float %1883, ptr %1884, align 4, !tbaa !7
   %indvars.iv.next1221.i.2 = add nuw nsw i64 %indvars.iv1220.i, 3
   %1885 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i.2
-  %1886 = load i8, ptr %1885, align 1, !tbaa !4
+  %1886 = load i8, ptr %1885, align 1, !tbaa !7
   %1887 = icmp eq i8 %1886, 0
   %.pre1467.i.3 = add nuw nsw i64 %indvars.iv.next1221.i.2, %2991
   br i1 %1887, label %if_end237.us.i.3, label %if_else236.us.i.3
 
 if_else236.us.i.3:                                ; preds = %if_end237.us.i.2
   %1888 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
-  %1889 = load float, ptr %1888, align 4, !tbaa !4
+  %1889 = load float, ptr %1888, align 4, !tbaa !7
   br label %if_end237.us.i.3
 
 if_end237.us.i.3:                                 ; preds = %if_else236.us.i.3, %if_end237.us.i.2
   %1890 = phi float [ %1889, %if_else236.us.i.3 ], [ 0xFFF0000000000000, %if_end237.us.i.2 ]
   %1891 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
-  store float %1890, ptr %1891, align 4, !tbaa !4
+  store float %1890, ptr %1891, align 4, !tbaa !7
   %indvars.iv.next1221.i.3 = add nuw nsw i64 %indvars.iv1220.i, 4
   %exitcond.not.3 = icmp eq i64 %indvars.iv.next1221.i.3, %smax123
   br i1 %exitcond.not.3, label %for_end_c.us.i, label %for_body_c.us.i, !prof !214, !llvm.loop !215
 
 for_body_r219.us.i:                               ; preds = %for_end_to225.us.i, %for_end_r150.us.i
   %indvars.iv1215.i = phi i64 [ %indvars.iv.next1216.i, %for_end_to225.us.i ], [ 0, %for_end_r150.us.i ]
-  br i1 %1088, label %for_body_to224.lr.ph.us.i, label %for_end_to225.us.i, !prof !3
+  br i1 %1088, label %for_body_to224.lr.ph.us.i, label %for_end_to225.us.i, !prof !38
 
 for_end_to225.us.i:                               ; preds = %for_body_to224.us.i, %for_body_r219.us.i
   %indvars.iv.next1216.i = add nuw nsw i64 %indvars.iv1215.i, 1
   %exitcond1219.not.i = icmp eq i64 %indvars.iv.next1216.i, 16
-  br i1 %exitcond1219.not.i, label %for_end_r220.us.i, label %for_body_r219.us.i, !prof !30
+  br i1 %exitcond1219.not.i, label %for_end_r220.us.i, label %for_body_r219.us.i, !prof !29
 
 for_body_to224.us.i:                              ; preds = %for_body_to224.lr.ph.us.i, %for_body_to224.us.i
   %indvars.iv1209.i = phi i64 [ 0, %for_body_to224.lr.ph.us.i ], [ %indvars.iv.next1210.i, %for_body_to224.us.i ]
   %1892 = shl nsw i64 %indvars.iv1209.i, 6
   %1893 = add nuw nsw i64 %2984, %1892
   %1894 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1893
-  %1895 = load <64 x float>, ptr %1894, align 4, !tbaa !4
+  %1895 = load <64 x float>, ptr %1894, align 4, !tbaa !7
   %1896 = fmul <64 x float> %558, %1895
-  %1897 = load i32, ptr %gep1632.i, align 4, !tbaa !4
+  %1897 = load i32, ptr %gep1632.i, align 4, !tbaa !7
   %1898 = insertelement <64 x i32> poison, i32 %1897, i64 0
   %1899 = shufflevector <64 x i32> %1898, <64 x i32> poison, <64 x i32> zeroinitializer
   %1900 = trunc nuw nsw i64 %1892 to i32
@@ -4629,10 +4844,10 @@ for_body_to224.us.i:                              ; preds = %for_body_to224.lr.p
   %1929 = icmp slt <64 x i32> %1928, %1899
   %1930 = select <64 x i1> %1929, <64 x float> %1896, <64 x float> splat (float 0xFFF0000000000000)
   %1931 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1893
-  store <64 x float> %1930, ptr %1931, align 4, !tbaa !4
+  store <64 x float> %1930, ptr %1931, align 4, !tbaa !7
   %indvars.iv.next1210.i = add nuw nsw i64 %indvars.iv1209.i, 1
   %exitcond1214.not.i = icmp eq i64 %indvars.iv.next1210.i, %wide.trip.count1213.i
-  br i1 %exitcond1214.not.i, label %for_end_to225.us.i, label %for_body_to224.us.i, !prof !8
+  br i1 %exitcond1214.not.i, label %for_end_to225.us.i, label %for_body_to224.us.i, !prof !10
 
 for_end_to155.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to154.us.i
   br i1 %lcmp.mod434.not, label %for_end_to155.us.i, label %for_body_to154.us.i.epil.preheader, !prof !147
@@ -4649,19 +4864,19 @@ for_body_to154.us.i.epil:                         ; preds = %for_body_to154.us.i
   %epil.iter433 = phi i64 [ 0, %for_body_to154.us.i.epil.preheader ], [ %epil.iter433.next, %for_body_to154.us.i.epil ]
   %.idx1498.i.epil = shl nsw i64 %indvars.iv1200.i.epil, 8
   %gep1630.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %.idx1498.i.epil
-  %1932 = load <16 x float>, ptr %gep1630.i.epil, align 4, !tbaa !4
+  %1932 = load <16 x float>, ptr %gep1630.i.epil, align 4, !tbaa !7
   %1933 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, %1932
   %1934 = select <16 x i1> %1933, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, <16 x float> %1932
   %1935 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 64
-  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !4
+  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !7
   %1937 = fcmp ogt <16 x float> %1934, %1936
   %1938 = select <16 x i1> %1937, <16 x float> %1934, <16 x float> %1936
   %1939 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 128
-  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !4
+  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !7
   %1941 = fcmp ogt <16 x float> %1938, %1940
   %1942 = select <16 x i1> %1941, <16 x float> %1938, <16 x float> %1940
   %1943 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 192
-  %1944 = load <16 x float>, ptr %1943, align 4, !tbaa !4
+  %1944 = load <16 x float>, ptr %1943, align 4, !tbaa !7
   %1945 = fcmp ogt <16 x float> %1942, %1944
   %1946 = select <16 x i1> %1945, <16 x float> %1942, <16 x float> %1944
   %indvars.iv.next1201.i.epil = add nuw nsw i64 %indvars.iv1200.i.epil, 1
@@ -4676,7 +4891,7 @@ for_end_to155.us.i:                               ; preds = %for_begin_to153.pre
   store <16 x float> %full_peak.rf_global840.sroa.0.0.lcssa.us.i, ptr %1947, align 16, !tbaa !217
   %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
   %exitcond1208.not.i = icmp eq i64 %indvars.iv.next1206.i, 16
-  br i1 %exitcond1208.not.i, label %for_end_r150.us.i, label %for_begin_to153.preheader.us.i, !prof !30
+  br i1 %exitcond1208.not.i, label %for_end_r150.us.i, label %for_begin_to153.preheader.us.i, !prof !29
 
 for_body_to154.us.i:                              ; preds = %for_body_to154.lr.ph.us.i, %for_body_to154.us.i
   %indvars.iv1200.i = phi i64 [ %indvars.iv.next1201.i.3, %for_body_to154.us.i ], [ 0, %for_body_to154.lr.ph.us.i ]
@@ -4684,73 +4899,73 @@ for_body_to154.us.i:                              ; preds = %for_body_to154.lr.p
   %niter438 = phi i64 [ %niter438.next.3, %for_body_to154.us.i ], [ 0, %for_body_to154.lr.ph.us.i ]
   %.idx1498.i = shl nsw i64 %indvars.iv1200.i, 8
   %gep1630.i = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %.idx1498.i
-  %1948 = load <16 x float>, ptr %gep1630.i, align 4, !tbaa !4
+  %1948 = load <16 x float>, ptr %gep1630.i, align 4, !tbaa !7
   %1949 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, %1948
   %1950 = select <16 x i1> %1949, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, <16 x float> %1948
   %1951 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 64
-  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !4
+  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !7
   %1953 = fcmp ogt <16 x float> %1950, %1952
   %1954 = select <16 x i1> %1953, <16 x float> %1950, <16 x float> %1952
   %1955 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 128
-  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !4
+  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !7
   %1957 = fcmp ogt <16 x float> %1954, %1956
   %1958 = select <16 x i1> %1957, <16 x float> %1954, <16 x float> %1956
   %1959 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 192
-  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !4
+  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !7
   %1961 = fcmp ogt <16 x float> %1958, %1960
   %1962 = select <16 x i1> %1961, <16 x float> %1958, <16 x float> %1960
   %indvars.iv.next1201.i = shl i64 %indvars.iv1200.i, 8
   %1963 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i
   %gep1630.i.1 = getelementptr inbounds nuw i8, ptr %1963, i64 256
-  %1964 = load <16 x float>, ptr %gep1630.i.1, align 4, !tbaa !4
+  %1964 = load <16 x float>, ptr %gep1630.i.1, align 4, !tbaa !7
   %1965 = fcmp ogt <16 x float> %1962, %1964
   %1966 = select <16 x i1> %1965, <16 x float> %1962, <16 x float> %1964
   %1967 = getelementptr inbounds nuw i8, ptr %1963, i64 320
-  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !4
+  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !7
   %1969 = fcmp ogt <16 x float> %1966, %1968
   %1970 = select <16 x i1> %1969, <16 x float> %1966, <16 x float> %1968
   %1971 = getelementptr inbounds nuw i8, ptr %1963, i64 384
-  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !4
+  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !7
   %1973 = fcmp ogt <16 x float> %1970, %1972
   %1974 = select <16 x i1> %1973, <16 x float> %1970, <16 x float> %1972
   %1975 = getelementptr inbounds nuw i8, ptr %1963, i64 448
-  %1976 = load <16 x float>, ptr %1975, align 4, !tbaa !4
+  %1976 = load <16 x float>, ptr %1975, align 4, !tbaa !7
   %1977 = fcmp ogt <16 x float> %1974, %1976
   %1978 = select <16 x i1> %1977, <16 x float> %1974, <16 x float> %1976
   %indvars.iv.next1201.i.1 = shl i64 %indvars.iv1200.i, 8
   %1979 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.1
   %gep1630.i.2 = getelementptr inbounds nuw i8, ptr %1979, i64 512
-  %1980 = load <16 x float>, ptr %gep1630.i.2, align 4, !tbaa !4
+  %1980 = load <16 x float>, ptr %gep1630.i.2, align 4, !tbaa !7
   %1981 = fcmp ogt <16 x float> %1978, %1980
   %1982 = select <16 x i1> %1981, <16 x float> %1978, <16 x float> %1980
   %1983 = getelementptr inbounds nuw i8, ptr %1979, i64 576
-  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !4
+  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !7
   %1985 = fcmp ogt <16 x float> %1982, %1984
   %1986 = select <16 x i1> %1985, <16 x float> %1982, <16 x float> %1984
   %1987 = getelementptr inbounds nuw i8, ptr %1979, i64 640
-  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !4
+  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !7
   %1989 = fcmp ogt <16 x float> %1986, %1988
   %1990 = select <16 x i1> %1989, <16 x float> %1986, <16 x float> %1988
   %1991 = getelementptr inbounds nuw i8, ptr %1979, i64 704
-  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !4
+  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !7
   %1993 = fcmp ogt <16 x float> %1990, %1992
   %1994 = select <16 x i1> %1993, <16 x float> %1990, <16 x float> %1992
   %indvars.iv.next1201.i.2 = shl i64 %indvars.iv1200.i, 8
   %1995 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.2
   %gep1630.i.3 = getelementptr inbounds nuw i8, ptr %1995, i64 768
-  %1996 = load <16 x float>, ptr %gep1630.i.3, align 4, !tbaa !4
+  %1996 = load <16 x float>, ptr %gep1630.i.3, align 4, !tbaa !7
   %1997 = fcmp ogt <16 x float> %1994, %1996
   %1998 = select <16 x i1> %1997, <16 x float> %1994, <16 x float> %1996
   %1999 = getelementptr inbounds nuw i8, ptr %1995, i64 832
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !4
+  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !7
   %2001 = fcmp ogt <16 x float> %1998, %2000
   %2002 = select <16 x i1> %2001, <16 x float> %1998, <16 x float> %2000
   %2003 = getelementptr inbounds nuw i8, ptr %1995, i64 896
-  %2004 = load <16 x float>, ptr %2003, align 4, !tbaa !4
+  %2004 = load <16 x float>, ptr %2003, align 4, !tbaa !7
   %2005 = fcmp ogt <16 x float> %2002, %2004
   %2006 = select <16 x i1> %2005, <16 x float> %2002, <16 x float> %2004
   %2007 = getelementptr inbounds nuw i8, ptr %1995, i64 960
-  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !4
+  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !7
   %2009 = fcmp ogt <16 x float> %2006, %2008
   %2010 = select <16 x i1> %2009, <16 x float> %2006, <16 x float> %2008
   %indvars.iv.next1201.i.3 = add nuw nsw i64 %indvars.iv1200.i, 4
@@ -4764,31 +4979,31 @@ for_body_to144.us.1.i:                            ; preds = %for_body_to144.us.1
   %2011 = shl nsw i64 %indvars.iv1191.1.i, 6
   %2012 = or disjoint i64 %2011, 128
   %2013 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2012
-  %2014 = load <64 x float>, ptr %2013, align 4, !tbaa !4
+  %2014 = load <64 x float>, ptr %2013, align 4, !tbaa !7
   %2015 = fmul <64 x float> %558, %2014
   %2016 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2012
-  store <64 x float> %2015, ptr %2016, align 4, !tbaa !4
+  store <64 x float> %2015, ptr %2016, align 4, !tbaa !7
   %indvars.iv.next1192.1.i = shl i64 %indvars.iv1191.1.i, 6
   %2017 = or disjoint i64 %indvars.iv.next1192.1.i, 192
   %2018 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2017
-  %2019 = load <64 x float>, ptr %2018, align 4, !tbaa !4
+  %2019 = load <64 x float>, ptr %2018, align 4, !tbaa !7
   %2020 = fmul <64 x float> %558, %2019
   %2021 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2017
-  store <64 x float> %2020, ptr %2021, align 4, !tbaa !4
+  store <64 x float> %2020, ptr %2021, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.1 = shl i64 %indvars.iv1191.1.i, 6
   %2022 = add nuw nsw i64 %indvars.iv.next1192.1.i.1, 256
   %2023 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2022
-  %2024 = load <64 x float>, ptr %2023, align 4, !tbaa !4
+  %2024 = load <64 x float>, ptr %2023, align 4, !tbaa !7
   %2025 = fmul <64 x float> %558, %2024
   %2026 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2022
-  store <64 x float> %2025, ptr %2026, align 4, !tbaa !4
+  store <64 x float> %2025, ptr %2026, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.2 = shl i64 %indvars.iv1191.1.i, 6
   %2027 = add nuw nsw i64 %indvars.iv.next1192.1.i.2, 320
   %2028 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2027
-  %2029 = load <64 x float>, ptr %2028, align 4, !tbaa !4
+  %2029 = load <64 x float>, ptr %2028, align 4, !tbaa !7
   %2030 = fmul <64 x float> %558, %2029
   %2031 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2027
-  store <64 x float> %2030, ptr %2031, align 4, !tbaa !4
+  store <64 x float> %2030, ptr %2031, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.3 = add nuw nsw i64 %indvars.iv1191.1.i, 4
   %niter347.next.3 = add i64 %niter347, 4
   %niter347.ncmp.3 = icmp eq i64 %niter347.next.3, %unroll_iter346
@@ -4810,10 +5025,10 @@ for_body_to144.us.1.i.epil:                       ; preds = %for_body_to144.us.1
   %2032 = shl nsw i64 %indvars.iv1191.1.i.epil, 6
   %2033 = add nuw nsw i64 %2032, 128
   %2034 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2033
-  %2035 = load <64 x float>, ptr %2034, align 4, !tbaa !4
+  %2035 = load <64 x float>, ptr %2034, align 4, !tbaa !7
   %2036 = fmul <64 x float> %558, %2035
   %2037 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2033
-  store <64 x float> %2036, ptr %2037, align 4, !tbaa !4
+  store <64 x float> %2036, ptr %2037, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.epil = add nuw nsw i64 %indvars.iv1191.1.i.epil, 1
   %epil.iter343.next = add i64 %epil.iter343, 1
   %epil.iter343.cmp.not = icmp eq i64 %epil.iter343.next, %xtraiter342
@@ -4834,31 +5049,31 @@ for_body_to144.us.2.i:                            ; preds = %for_body_to144.us.2
   %2039 = shl nsw i64 %indvars.iv1191.2.i, 6
   %2040 = add nuw nsw i64 %2039, 256
   %2041 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2040
-  %2042 = load <64 x float>, ptr %2041, align 4, !tbaa !4
+  %2042 = load <64 x float>, ptr %2041, align 4, !tbaa !7
   %2043 = fmul <64 x float> %558, %2042
   %2044 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2040
-  store <64 x float> %2043, ptr %2044, align 4, !tbaa !4
+  store <64 x float> %2043, ptr %2044, align 4, !tbaa !7
   %indvars.iv.next1192.2.i = shl i64 %indvars.iv1191.2.i, 6
   %2045 = add nuw nsw i64 %indvars.iv.next1192.2.i, 320
   %2046 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2045
-  %2047 = load <64 x float>, ptr %2046, align 4, !tbaa !4
+  %2047 = load <64 x float>, ptr %2046, align 4, !tbaa !7
   %2048 = fmul <64 x float> %558, %2047
   %2049 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2045
-  store <64 x float> %2048, ptr %2049, align 4, !tbaa !4
+  store <64 x float> %2048, ptr %2049, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.1 = shl i64 %indvars.iv1191.2.i, 6
   %2050 = add nuw nsw i64 %indvars.iv.next1192.2.i.1, 384
   %2051 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2050
-  %2052 = load <64 x float>, ptr %2051, align 4, !tbaa !4
+  %2052 = load <64 x float>, ptr %2051, align 4, !tbaa !7
   %2053 = fmul <64 x float> %558, %2052
   %2054 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2050
-  store <64 x float> %2053, ptr %2054, align 4, !tbaa !4
+  store <64 x float> %2053, ptr %2054, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.2 = shl i64 %indvars.iv1191.2.i, 6
   %2055 = add nuw nsw i64 %indvars.iv.next1192.2.i.2, 448
   %2056 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2055
-  %2057 = load <64 x float>, ptr %2056, align 4, !tbaa !4
+  %2057 = load <64 x float>, ptr %2056, align 4, !tbaa !7
   %2058 = fmul <64 x float> %558, %2057
   %2059 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2055
-  store <64 x float> %2058, ptr %2059, align 4, !tbaa !4
+  store <64 x float> %2058, ptr %2059, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.3 = add nuw nsw i64 %indvars.iv1191.2.i, 4
   %niter353.next.3 = add i64 %niter353, 4
   %niter353.ncmp.3 = icmp eq i64 %niter353.next.3, %unroll_iter352
@@ -4880,10 +5095,10 @@ for_body_to144.us.2.i.epil:                       ; preds = %for_body_to144.us.2
   %2060 = shl nsw i64 %indvars.iv1191.2.i.epil, 6
   %2061 = add nuw nsw i64 %2060, 256
   %2062 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2061
-  %2063 = load <64 x float>, ptr %2062, align 4, !tbaa !4
+  %2063 = load <64 x float>, ptr %2062, align 4, !tbaa !7
   %2064 = fmul <64 x float> %558, %2063
   %2065 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2061
-  store <64 x float> %2064, ptr %2065, align 4, !tbaa !4
+  store <64 x float> %2064, ptr %2065, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.epil = add nuw nsw i64 %indvars.iv1191.2.i.epil, 1
   %epil.iter349.next = add i64 %epil.iter349, 1
   %epil.iter349.cmp.not = icmp eq i64 %epil.iter349.next, %xtraiter348
@@ -4904,31 +5119,31 @@ for_body_to144.us.3.i:                            ; preds = %for_body_to144.us.3
   %2067 = shl nsw i64 %indvars.iv1191.3.i, 6
   %2068 = add nuw nsw i64 %2067, 384
   %2069 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2068
-  %2070 = load <64 x float>, ptr %2069, align 4, !tbaa !4
+  %2070 = load <64 x float>, ptr %2069, align 4, !tbaa !7
   %2071 = fmul <64 x float> %558, %2070
   %2072 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2068
-  store <64 x float> %2071, ptr %2072, align 4, !tbaa !4
+  store <64 x float> %2071, ptr %2072, align 4, !tbaa !7
   %indvars.iv.next1192.3.i = shl i64 %indvars.iv1191.3.i, 6
   %2073 = add nuw nsw i64 %indvars.iv.next1192.3.i, 448
   %2074 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2073
-  %2075 = load <64 x float>, ptr %2074, align 4, !tbaa !4
+  %2075 = load <64 x float>, ptr %2074, align 4, !tbaa !7
   %2076 = fmul <64 x float> %558, %2075
   %2077 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2073
-  store <64 x float> %2076, ptr %2077, align 4, !tbaa !4
+  store <64 x float> %2076, ptr %2077, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.1 = shl i64 %indvars.iv1191.3.i, 6
   %2078 = add nuw nsw i64 %indvars.iv.next1192.3.i.1, 512
   %2079 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2078
-  %2080 = load <64 x float>, ptr %2079, align 4, !tbaa !4
+  %2080 = load <64 x float>, ptr %2079, align 4, !tbaa !7
   %2081 = fmul <64 x float> %558, %2080
   %2082 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2078
-  store <64 x float> %2081, ptr %2082, align 4, !tbaa !4
+  store <64 x float> %2081, ptr %2082, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.2 = shl i64 %indvars.iv1191.3.i, 6
   %2083 = add nuw nsw i64 %indvars.iv.next1192.3.i.2, 576
   %2084 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2083
-  %2085 = load <64 x float>, ptr %2084, align 4, !tbaa !4
+  %2085 = load <64 x float>, ptr %2084, align 4, !tbaa !7
   %2086 = fmul <64 x float> %558, %2085
   %2087 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2083
-  store <64 x float> %2086, ptr %2087, align 4, !tbaa !4
+  store <64 x float> %2086, ptr %2087, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.3 = add nuw nsw i64 %indvars.iv1191.3.i, 4
   %niter359.next.3 = add i64 %niter359, 4
   %niter359.ncmp.3 = icmp eq i64 %niter359.next.3, %unroll_iter358
@@ -4950,10 +5165,10 @@ for_body_to144.us.3.i.epil:                       ; preds = %for_body_to144.us.3
   %2088 = shl nsw i64 %indvars.iv1191.3.i.epil, 6
   %2089 = add nuw nsw i64 %2088, 384
   %2090 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2089
-  %2091 = load <64 x float>, ptr %2090, align 4, !tbaa !4
+  %2091 = load <64 x float>, ptr %2090, align 4, !tbaa !7
   %2092 = fmul <64 x float> %558, %2091
   %2093 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2089
-  store <64 x float> %2092, ptr %2093, align 4, !tbaa !4
+  store <64 x float> %2092, ptr %2093, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.epil = add nuw nsw i64 %indvars.iv1191.3.i.epil, 1
   %epil.iter355.next = add i64 %epil.iter355, 1
   %epil.iter355.cmp.not = icmp eq i64 %epil.iter355.next, %xtraiter354
@@ -4974,31 +5189,31 @@ for_body_to144.us.4.i:                            ; preds = %for_body_to144.us.4
   %2095 = shl nsw i64 %indvars.iv1191.4.i, 6
   %2096 = add nuw nsw i64 %2095, 512
   %2097 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2096
-  %2098 = load <64 x float>, ptr %2097, align 4, !tbaa !4
+  %2098 = load <64 x float>, ptr %2097, align 4, !tbaa !7
   %2099 = fmul <64 x float> %558, %2098
   %2100 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2096
-  store <64 x float> %2099, ptr %2100, align 4, !tbaa !4
+  store <64 x float> %2099, ptr %2100, align 4, !tbaa !7
   %indvars.iv.next1192.4.i = shl i64 %indvars.iv1191.4.i, 6
   %2101 = add nuw nsw i64 %indvars.iv.next1192.4.i, 576
   %2102 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2101
-  %2103 = load <64 x float>, ptr %2102, align 4, !tbaa !4
+  %2103 = load <64 x float>, ptr %2102, align 4, !tbaa !7
   %2104 = fmul <64 x float> %558, %2103
   %2105 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2101
-  store <64 x float> %2104, ptr %2105, align 4, !tbaa !4
+  store <64 x float> %2104, ptr %2105, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.1 = shl i64 %indvars.iv1191.4.i, 6
   %2106 = add nuw nsw i64 %indvars.iv.next1192.4.i.1, 640
   %2107 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2106
-  %2108 = load <64 x float>, ptr %2107, align 4, !tbaa !4
+  %2108 = load <64 x float>, ptr %2107, align 4, !tbaa !7
   %2109 = fmul <64 x float> %558, %2108
   %2110 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2106
-  store <64 x float> %2109, ptr %2110, align 4, !tbaa !4
+  store <64 x float> %2109, ptr %2110, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.2 = shl i64 %indvars.iv1191.4.i, 6
   %2111 = add nuw nsw i64 %indvars.iv.next1192.4.i.2, 704
   %2112 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2111
-  %2113 = load <64 x float>, ptr %2112, align 4, !tbaa !4
+  %2113 = load <64 x float>, ptr %2112, align 4, !tbaa !7
   %2114 = fmul <64 x float> %558, %2113
   %2115 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2111
-  store <64 x float> %2114, ptr %2115, align 4, !tbaa !4
+  store <64 x float> %2114, ptr %2115, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.3 = add nuw nsw i64 %indvars.iv1191.4.i, 4
   %niter365.next.3 = add i64 %niter365, 4
   %niter365.ncmp.3 = icmp eq i64 %niter365.next.3, %unroll_iter364
@@ -5020,10 +5235,10 @@ for_body_to144.us.4.i.epil:                       ; preds = %for_body_to144.us.4
   %2116 = shl nsw i64 %indvars.iv1191.4.i.epil, 6
   %2117 = add nuw nsw i64 %2116, 512
   %2118 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2117
-  %2119 = load <64 x float>, ptr %2118, align 4, !tbaa !4
+  %2119 = load <64 x float>, ptr %2118, align 4, !tbaa !7
   %2120 = fmul <64 x float> %558, %2119
   %2121 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2117
-  store <64 x float> %2120, ptr %2121, align 4, !tbaa !4
+  store <64 x float> %2120, ptr %2121, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.epil = add nuw nsw i64 %indvars.iv1191.4.i.epil, 1
   %epil.iter361.next = add i64 %epil.iter361, 1
   %epil.iter361.cmp.not = icmp eq i64 %epil.iter361.next, %xtraiter360
@@ -5044,31 +5259,31 @@ for_body_to144.us.5.i:                            ; preds = %for_body_to144.us.5
   %2123 = shl nsw i64 %indvars.iv1191.5.i, 6
   %2124 = add nuw nsw i64 %2123, 640
   %2125 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2124
-  %2126 = load <64 x float>, ptr %2125, align 4, !tbaa !4
+  %2126 = load <64 x float>, ptr %2125, align 4, !tbaa !7
   %2127 = fmul <64 x float> %558, %2126
   %2128 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2124
-  store <64 x float> %2127, ptr %2128, align 4, !tbaa !4
+  store <64 x float> %2127, ptr %2128, align 4, !tbaa !7
   %indvars.iv.next1192.5.i = shl i64 %indvars.iv1191.5.i, 6
   %2129 = add nuw nsw i64 %indvars.iv.next1192.5.i, 704
   %2130 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2129
-  %2131 = load <64 x float>, ptr %2130, align 4, !tbaa !4
+  %2131 = load <64 x float>, ptr %2130, align 4, !tbaa !7
   %2132 = fmul <64 x float> %558, %2131
   %2133 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2129
-  store <64 x float> %2132, ptr %2133, align 4, !tbaa !4
+  store <64 x float> %2132, ptr %2133, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.1 = shl i64 %indvars.iv1191.5.i, 6
   %2134 = add nuw nsw i64 %indvars.iv.next1192.5.i.1, 768
   %2135 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2134
-  %2136 = load <64 x float>, ptr %2135, align 4, !tbaa !4
+  %2136 = load <64 x float>, ptr %2135, align 4, !tbaa !7
   %2137 = fmul <64 x float> %558, %2136
   %2138 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2134
-  store <64 x float> %2137, ptr %2138, align 4, !tbaa !4
+  store <64 x float> %2137, ptr %2138, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.2 = shl i64 %indvars.iv1191.5.i, 6
   %2139 = add nuw nsw i64 %indvars.iv.next1192.5.i.2, 832
   %2140 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2139
-  %2141 = load <64 x float>, ptr %2140, align 4, !tbaa !4
+  %2141 = load <64 x float>, ptr %2140, align 4, !tbaa !7
   %2142 = fmul <64 x float> %558, %2141
   %2143 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2139
-  store <64 x float> %2142, ptr %2143, align 4, !tbaa !4
+  store <64 x float> %2142, ptr %2143, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.3 = add nuw nsw i64 %indvars.iv1191.5.i, 4
   %niter371.next.3 = add i64 %niter371, 4
   %niter371.ncmp.3 = icmp eq i64 %niter371.next.3, %unroll_iter370
@@ -5090,10 +5305,10 @@ for_body_to144.us.5.i.epil:                       ; preds = %for_body_to144.us.5
   %2144 = shl nsw i64 %indvars.iv1191.5.i.epil, 6
   %2145 = add nuw nsw i64 %2144, 640
   %2146 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2145
-  %2147 = load <64 x float>, ptr %2146, align 4, !tbaa !4
+  %2147 = load <64 x float>, ptr %2146, align 4, !tbaa !7
   %2148 = fmul <64 x float> %558, %2147
   %2149 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2145
-  store <64 x float> %2148, ptr %2149, align 4, !tbaa !4
+  store <64 x float> %2148, ptr %2149, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.epil = add nuw nsw i64 %indvars.iv1191.5.i.epil, 1
   %epil.iter367.next = add i64 %epil.iter367, 1
   %epil.iter367.cmp.not = icmp eq i64 %epil.iter367.next, %xtraiter366
@@ -5114,31 +5329,31 @@ for_body_to144.us.6.i:                            ; preds = %for_body_to144.us.6
   %2151 = shl nsw i64 %indvars.iv1191.6.i, 6
   %2152 = add nuw nsw i64 %2151, 768
   %2153 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2152
-  %2154 = load <64 x float>, ptr %2153, align 4, !tbaa !4
+  %2154 = load <64 x float>, ptr %2153, align 4, !tbaa !7
   %2155 = fmul <64 x float> %558, %2154
   %2156 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2152
-  store <64 x float> %2155, ptr %2156, align 4, !tbaa !4
+  store <64 x float> %2155, ptr %2156, align 4, !tbaa !7
   %indvars.iv.next1192.6.i = shl i64 %indvars.iv1191.6.i, 6
   %2157 = add nuw nsw i64 %indvars.iv.next1192.6.i, 832
   %2158 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2157
-  %2159 = load <64 x float>, ptr %2158, align 4, !tbaa !4
+  %2159 = load <64 x float>, ptr %2158, align 4, !tbaa !7
   %2160 = fmul <64 x float> %558, %2159
   %2161 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2157
-  store <64 x float> %2160, ptr %2161, align 4, !tbaa !4
+  store <64 x float> %2160, ptr %2161, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.1 = shl i64 %indvars.iv1191.6.i, 6
   %2162 = add nuw nsw i64 %indvars.iv.next1192.6.i.1, 896
   %2163 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2162
-  %2164 = load <64 x float>, ptr %2163, align 4, !tbaa !4
+  %2164 = load <64 x float>, ptr %2163, align 4, !tbaa !7
   %2165 = fmul <64 x float> %558, %2164
   %2166 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2162
-  store <64 x float> %2165, ptr %2166, align 4, !tbaa !4
+  store <64 x float> %2165, ptr %2166, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.2 = shl i64 %indvars.iv1191.6.i, 6
   %2167 = add nuw nsw i64 %indvars.iv.next1192.6.i.2, 960
   %2168 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2167
-  %2169 = load <64 x float>, ptr %2168, align 4, !tbaa !4
+  %2169 = load <64 x float>, ptr %2168, align 4, !tbaa !7
   %2170 = fmul <64 x float> %558, %2169
   %2171 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2167
-  store <64 x float> %2170, ptr %2171, align 4, !tbaa !4
+  store <64 x float> %2170, ptr %2171, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.3 = add nuw nsw i64 %indvars.iv1191.6.i, 4
   %niter377.next.3 = add i64 %niter377, 4
   %niter377.ncmp.3 = icmp eq i64 %niter377.next.3, %unroll_iter376
@@ -5160,10 +5375,10 @@ for_body_to144.us.6.i.epil:                       ; preds = %for_body_to144.us.6
   %2172 = shl nsw i64 %indvars.iv1191.6.i.epil, 6
   %2173 = add nuw nsw i64 %2172, 768
   %2174 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2173
-  %2175 = load <64 x float>, ptr %2174, align 4, !tbaa !4
+  %2175 = load <64 x float>, ptr %2174, align 4, !tbaa !7
   %2176 = fmul <64 x float> %558, %2175
   %2177 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2173
-  store <64 x float> %2176, ptr %2177, align 4, !tbaa !4
+  store <64 x float> %2176, ptr %2177, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.epil = add nuw nsw i64 %indvars.iv1191.6.i.epil, 1
   %epil.iter373.next = add i64 %epil.iter373, 1
   %epil.iter373.cmp.not = icmp eq i64 %epil.iter373.next, %xtraiter372
@@ -5184,31 +5399,31 @@ for_body_to144.us.7.i:                            ; preds = %for_body_to144.us.7
   %2179 = shl nsw i64 %indvars.iv1191.7.i, 6
   %2180 = add nuw nsw i64 %2179, 896
   %2181 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2180
-  %2182 = load <64 x float>, ptr %2181, align 4, !tbaa !4
+  %2182 = load <64 x float>, ptr %2181, align 4, !tbaa !7
   %2183 = fmul <64 x float> %558, %2182
   %2184 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2180
-  store <64 x float> %2183, ptr %2184, align 4, !tbaa !4
+  store <64 x float> %2183, ptr %2184, align 4, !tbaa !7
   %indvars.iv.next1192.7.i = shl i64 %indvars.iv1191.7.i, 6
   %2185 = add nuw nsw i64 %indvars.iv.next1192.7.i, 960
   %2186 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2185
-  %2187 = load <64 x float>, ptr %2186, align 4, !tbaa !4
+  %2187 = load <64 x float>, ptr %2186, align 4, !tbaa !7
   %2188 = fmul <64 x float> %558, %2187
   %2189 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2185
-  store <64 x float> %2188, ptr %2189, align 4, !tbaa !4
+  store <64 x float> %2188, ptr %2189, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.1 = shl i64 %indvars.iv1191.7.i, 6
   %2190 = add nuw nsw i64 %indvars.iv.next1192.7.i.1, 1024
   %2191 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2190
-  %2192 = load <64 x float>, ptr %2191, align 4, !tbaa !4
+  %2192 = load <64 x float>, ptr %2191, align 4, !tbaa !7
   %2193 = fmul <64 x float> %558, %2192
   %2194 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2190
-  store <64 x float> %2193, ptr %2194, align 4, !tbaa !4
+  store <64 x float> %2193, ptr %2194, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.2 = shl i64 %indvars.iv1191.7.i, 6
   %2195 = add nuw nsw i64 %indvars.iv.next1192.7.i.2, 1088
   %2196 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2195
-  %2197 = load <64 x float>, ptr %2196, align 4, !tbaa !4
+  %2197 = load <64 x float>, ptr %2196, align 4, !tbaa !7
   %2198 = fmul <64 x float> %558, %2197
   %2199 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2195
-  store <64 x float> %2198, ptr %2199, align 4, !tbaa !4
+  store <64 x float> %2198, ptr %2199, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.3 = add nuw nsw i64 %indvars.iv1191.7.i, 4
   %niter383.next.3 = add i64 %niter383, 4
   %niter383.ncmp.3 = icmp eq i64 %niter383.next.3, %unroll_iter382
@@ -5230,10 +5445,10 @@ for_body_to144.us.7.i.epil:                       ; preds = %for_body_to144.us.7
   %2200 = shl nsw i64 %indvars.iv1191.7.i.epil, 6
   %2201 = add nuw nsw i64 %2200, 896
   %2202 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2201
-  %2203 = load <64 x float>, ptr %2202, align 4, !tbaa !4
+  %2203 = load <64 x float>, ptr %2202, align 4, !tbaa !7
   %2204 = fmul <64 x float> %558, %2203
   %2205 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2201
-  store <64 x float> %2204, ptr %2205, align 4, !tbaa !4
+  store <64 x float> %2204, ptr %2205, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.epil = add nuw nsw i64 %indvars.iv1191.7.i.epil, 1
   %epil.iter379.next = add i64 %epil.iter379, 1
   %epil.iter379.cmp.not = icmp eq i64 %epil.iter379.next, %xtraiter378
@@ -5254,31 +5469,31 @@ for_body_to144.us.8.i:                            ; preds = %for_body_to144.us.8
   %2207 = shl nsw i64 %indvars.iv1191.8.i, 6
   %2208 = add nuw nsw i64 %2207, 1024
   %2209 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2208
-  %2210 = load <64 x float>, ptr %2209, align 4, !tbaa !4
+  %2210 = load <64 x float>, ptr %2209, align 4, !tbaa !7
   %2211 = fmul <64 x float> %558, %2210
   %2212 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2208
-  store <64 x float> %2211, ptr %2212, align 4, !tbaa !4
+  store <64 x float> %2211, ptr %2212, align 4, !tbaa !7
   %indvars.iv.next1192.8.i = shl i64 %indvars.iv1191.8.i, 6
   %2213 = add nuw nsw i64 %indvars.iv.next1192.8.i, 1088
   %2214 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2213
-  %2215 = load <64 x float>, ptr %2214, align 4, !tbaa !4
+  %2215 = load <64 x float>, ptr %2214, align 4, !tbaa !7
   %2216 = fmul <64 x float> %558, %2215
   %2217 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2213
-  store <64 x float> %2216, ptr %2217, align 4, !tbaa !4
+  store <64 x float> %2216, ptr %2217, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.1 = shl i64 %indvars.iv1191.8.i, 6
   %2218 = add nuw nsw i64 %indvars.iv.next1192.8.i.1, 1152
   %2219 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2218
-  %2220 = load <64 x float>, ptr %2219, align 4, !tbaa !4
+  %2220 = load <64 x float>, ptr %2219, align 4, !tbaa !7
   %2221 = fmul <64 x float> %558, %2220
   %2222 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2218
-  store <64 x float> %2221, ptr %2222, align 4, !tbaa !4
+  store <64 x float> %2221, ptr %2222, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.2 = shl i64 %indvars.iv1191.8.i, 6
   %2223 = add nuw nsw i64 %indvars.iv.next1192.8.i.2, 1216
   %2224 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2223
-  %2225 = load <64 x float>, ptr %2224, align 4, !tbaa !4
+  %2225 = load <64 x float>, ptr %2224, align 4, !tbaa !7
   %2226 = fmul <64 x float> %558, %2225
   %2227 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2223
-  store <64 x float> %2226, ptr %2227, align 4, !tbaa !4
+  store <64 x float> %2226, ptr %2227, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.3 = add nuw nsw i64 %indvars.iv1191.8.i, 4
   %niter389.next.3 = add i64 %niter389, 4
   %niter389.ncmp.3 = icmp eq i64 %niter389.next.3, %unroll_iter388
@@ -5300,10 +5515,10 @@ for_body_to144.us.8.i.epil:                       ; preds = %for_body_to144.us.8
   %2228 = shl nsw i64 %indvars.iv1191.8.i.epil, 6
   %2229 = add nuw nsw i64 %2228, 1024
   %2230 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2229
-  %2231 = load <64 x float>, ptr %2230, align 4, !tbaa !4
+  %2231 = load <64 x float>, ptr %2230, align 4, !tbaa !7
   %2232 = fmul <64 x float> %558, %2231
   %2233 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2229
-  store <64 x float> %2232, ptr %2233, align 4, !tbaa !4
+  store <64 x float> %2232, ptr %2233, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.epil = add nuw nsw i64 %indvars.iv1191.8.i.epil, 1
   %epil.iter385.next = add i64 %epil.iter385, 1
   %epil.iter385.cmp.not = icmp eq i64 %epil.iter385.next, %xtraiter384
@@ -5324,31 +5539,31 @@ for_body_to144.us.9.i:                            ; preds = %for_body_to144.us.9
   %2235 = shl nsw i64 %indvars.iv1191.9.i, 6
   %2236 = add nuw nsw i64 %2235, 1152
   %2237 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2236
-  %2238 = load <64 x float>, ptr %2237, align 4, !tbaa !4
+  %2238 = load <64 x float>, ptr %2237, align 4, !tbaa !7
   %2239 = fmul <64 x float> %558, %2238
   %2240 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2236
-  store <64 x float> %2239, ptr %2240, align 4, !tbaa !4
+  store <64 x float> %2239, ptr %2240, align 4, !tbaa !7
   %indvars.iv.next1192.9.i = shl i64 %indvars.iv1191.9.i, 6
   %2241 = add nuw nsw i64 %indvars.iv.next1192.9.i, 1216
   %2242 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2241
-  %2243 = load <64 x float>, ptr %2242, align 4, !tbaa !4
+  %2243 = load <64 x float>, ptr %2242, align 4, !tbaa !7
   %2244 = fmul <64 x float> %558, %2243
   %2245 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2241
-  store <64 x float> %2244, ptr %2245, align 4, !tbaa !4
+  store <64 x float> %2244, ptr %2245, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.1 = shl i64 %indvars.iv1191.9.i, 6
   %2246 = add nuw nsw i64 %indvars.iv.next1192.9.i.1, 1280
   %2247 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2246
-  %2248 = load <64 x float>, ptr %2247, align 4, !tbaa !4
+  %2248 = load <64 x float>, ptr %2247, align 4, !tbaa !7
   %2249 = fmul <64 x float> %558, %2248
   %2250 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2246
-  store <64 x float> %2249, ptr %2250, align 4, !tbaa !4
+  store <64 x float> %2249, ptr %2250, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.2 = shl i64 %indvars.iv1191.9.i, 6
   %2251 = add nuw nsw i64 %indvars.iv.next1192.9.i.2, 1344
   %2252 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2251
-  %2253 = load <64 x float>, ptr %2252, align 4, !tbaa !4
+  %2253 = load <64 x float>, ptr %2252, align 4, !tbaa !7
   %2254 = fmul <64 x float> %558, %2253
   %2255 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2251
-  store <64 x float> %2254, ptr %2255, align 4, !tbaa !4
+  store <64 x float> %2254, ptr %2255, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.3 = add nuw nsw i64 %indvars.iv1191.9.i, 4
   %niter395.next.3 = add i64 %niter395, 4
   %niter395.ncmp.3 = icmp eq i64 %niter395.next.3, %unroll_iter394
@@ -5370,10 +5585,10 @@ for_body_to144.us.9.i.epil:                       ; preds = %for_body_to144.us.9
   %2256 = shl nsw i64 %indvars.iv1191.9.i.epil, 6
   %2257 = add nuw nsw i64 %2256, 1152
   %2258 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2257
-  %2259 = load <64 x float>, ptr %2258, align 4, !tbaa !4
+  %2259 = load <64 x float>, ptr %2258, align 4, !tbaa !7
   %2260 = fmul <64 x float> %558, %2259
   %2261 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2257
-  store <64 x float> %2260, ptr %2261, align 4, !tbaa !4
+  store <64 x float> %2260, ptr %2261, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.epil = add nuw nsw i64 %indvars.iv1191.9.i.epil, 1
   %epil.iter391.next = add i64 %epil.iter391, 1
   %epil.iter391.cmp.not = icmp eq i64 %epil.iter391.next, %xtraiter390
@@ -5394,31 +5609,31 @@ for_body_to144.us.10.i:                           ; preds = %for_body_to144.us.1
   %2263 = shl nsw i64 %indvars.iv1191.10.i, 6
   %2264 = add nuw nsw i64 %2263, 1280
   %2265 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2264
-  %2266 = load <64 x float>, ptr %2265, align 4, !tbaa !4
+  %2266 = load <64 x float>, ptr %2265, align 4, !tbaa !7
   %2267 = fmul <64 x float> %558, %2266
   %2268 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2264
-  store <64 x float> %2267, ptr %2268, align 4, !tbaa !4
+  store <64 x float> %2267, ptr %2268, align 4, !tbaa !7
   %indvars.iv.next1192.10.i = shl i64 %indvars.iv1191.10.i, 6
   %2269 = add nuw nsw i64 %indvars.iv.next1192.10.i, 1344
   %2270 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2269
-  %2271 = load <64 x float>, ptr %2270, align 4, !tbaa !4
+  %2271 = load <64 x float>, ptr %2270, align 4, !tbaa !7
   %2272 = fmul <64 x float> %558, %2271
   %2273 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2269
-  store <64 x float> %2272, ptr %2273, align 4, !tbaa !4
+  store <64 x float> %2272, ptr %2273, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.1 = shl i64 %indvars.iv1191.10.i, 6
   %2274 = add nuw nsw i64 %indvars.iv.next1192.10.i.1, 1408
   %2275 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2274
-  %2276 = load <64 x float>, ptr %2275, align 4, !tbaa !4
+  %2276 = load <64 x float>, ptr %2275, align 4, !tbaa !7
   %2277 = fmul <64 x float> %558, %2276
   %2278 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2274
-  store <64 x float> %2277, ptr %2278, align 4, !tbaa !4
+  store <64 x float> %2277, ptr %2278, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.2 = shl i64 %indvars.iv1191.10.i, 6
   %2279 = add nuw nsw i64 %indvars.iv.next1192.10.i.2, 1472
   %2280 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2279
-  %2281 = load <64 x float>, ptr %2280, align 4, !tbaa !4
+  %2281 = load <64 x float>, ptr %2280, align 4, !tbaa !7
   %2282 = fmul <64 x float> %558, %2281
   %2283 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2279
-  store <64 x float> %2282, ptr %2283, align 4, !tbaa !4
+  store <64 x float> %2282, ptr %2283, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.3 = add nuw nsw i64 %indvars.iv1191.10.i, 4
   %niter401.next.3 = add i64 %niter401, 4
   %niter401.ncmp.3 = icmp eq i64 %niter401.next.3, %unroll_iter400
@@ -5440,10 +5655,10 @@ for_body_to144.us.10.i.epil:                      ; preds = %for_body_to144.us.1
   %2284 = shl nsw i64 %indvars.iv1191.10.i.epil, 6
   %2285 = add nuw nsw i64 %2284, 1280
   %2286 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2285
-  %2287 = load <64 x float>, ptr %2286, align 4, !tbaa !4
+  %2287 = load <64 x float>, ptr %2286, align 4, !tbaa !7
   %2288 = fmul <64 x float> %558, %2287
   %2289 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2285
-  store <64 x float> %2288, ptr %2289, align 4, !tbaa !4
+  store <64 x float> %2288, ptr %2289, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.epil = add nuw nsw i64 %indvars.iv1191.10.i.epil, 1
   %epil.iter397.next = add i64 %epil.iter397, 1
   %epil.iter397.cmp.not = icmp eq i64 %epil.iter397.next, %xtraiter396
@@ -5464,31 +5679,31 @@ for_body_to144.us.11.i:                           ; preds = %for_body_to144.us.1
   %2291 = shl nsw i64 %indvars.iv1191.11.i, 6
   %2292 = add nuw nsw i64 %2291, 1408
   %2293 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2292
-  %2294 = load <64 x float>, ptr %2293, align 4, !tbaa !4
+  %2294 = load <64 x float>, ptr %2293, align 4, !tbaa !7
   %2295 = fmul <64 x float> %558, %2294
   %2296 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2292
-  store <64 x float> %2295, ptr %2296, align 4, !tbaa !4
+  store <64 x float> %2295, ptr %2296, align 4, !tbaa !7
   %indvars.iv.next1192.11.i = shl i64 %indvars.iv1191.11.i, 6
   %2297 = add nuw nsw i64 %indvars.iv.next1192.11.i, 1472
   %2298 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2297
-  %2299 = load <64 x float>, ptr %2298, align 4, !tbaa !4
+  %2299 = load <64 x float>, ptr %2298, align 4, !tbaa !7
   %2300 = fmul <64 x float> %558, %2299
   %2301 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2297
-  store <64 x float> %2300, ptr %2301, align 4, !tbaa !4
+  store <64 x float> %2300, ptr %2301, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.1 = shl i64 %indvars.iv1191.11.i, 6
   %2302 = add nuw nsw i64 %indvars.iv.next1192.11.i.1, 1536
   %2303 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2302
-  %2304 = load <64 x float>, ptr %2303, align 4, !tbaa !4
+  %2304 = load <64 x float>, ptr %2303, align 4, !tbaa !7
   %2305 = fmul <64 x float> %558, %2304
   %2306 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2302
-  store <64 x float> %2305, ptr %2306, align 4, !tbaa !4
+  store <64 x float> %2305, ptr %2306, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.2 = shl i64 %indvars.iv1191.11.i, 6
   %2307 = add nuw nsw i64 %indvars.iv.next1192.11.i.2, 1600
   %2308 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2307
-  %2309 = load <64 x float>, ptr %2308, align 4, !tbaa !4
+  %2309 = load <64 x float>, ptr %2308, align 4, !tbaa !7
   %2310 = fmul <64 x float> %558, %2309
   %2311 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2307
-  store <64 x float> %2310, ptr %2311, align 4, !tbaa !4
+  store <64 x float> %2310, ptr %2311, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.3 = add nuw nsw i64 %indvars.iv1191.11.i, 4
   %niter407.next.3 = add i64 %niter407, 4
   %niter407.ncmp.3 = icmp eq i64 %niter407.next.3, %unroll_iter406
@@ -5510,10 +5725,10 @@ for_body_to144.us.11.i.epil:                      ; preds = %for_body_to144.us.1
   %2312 = shl nsw i64 %indvars.iv1191.11.i.epil, 6
   %2313 = add nuw nsw i64 %2312, 1408
   %2314 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2313
-  %2315 = load <64 x float>, ptr %2314, align 4, !tbaa !4
+  %2315 = load <64 x float>, ptr %2314, align 4, !tbaa !7
   %2316 = fmul <64 x float> %558, %2315
   %2317 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2313
-  store <64 x float> %2316, ptr %2317, align 4, !tbaa !4
+  store <64 x float> %2316, ptr %2317, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.epil = add nuw nsw i64 %indvars.iv1191.11.i.epil, 1
   %epil.iter403.next = add i64 %epil.iter403, 1
   %epil.iter403.cmp.not = icmp eq i64 %epil.iter403.next, %xtraiter402
@@ -5534,31 +5749,31 @@ for_body_to144.us.12.i:                           ; preds = %for_body_to144.us.1
   %2319 = shl nsw i64 %indvars.iv1191.12.i, 6
   %2320 = add nuw nsw i64 %2319, 1536
   %2321 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2320
-  %2322 = load <64 x float>, ptr %2321, align 4, !tbaa !4
+  %2322 = load <64 x float>, ptr %2321, align 4, !tbaa !7
   %2323 = fmul <64 x float> %558, %2322
   %2324 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2320
-  store <64 x float> %2323, ptr %2324, align 4, !tbaa !4
+  store <64 x float> %2323, ptr %2324, align 4, !tbaa !7
   %indvars.iv.next1192.12.i = shl i64 %indvars.iv1191.12.i, 6
   %2325 = add nuw nsw i64 %indvars.iv.next1192.12.i, 1600
   %2326 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2325
-  %2327 = load <64 x float>, ptr %2326, align 4, !tbaa !4
+  %2327 = load <64 x float>, ptr %2326, align 4, !tbaa !7
   %2328 = fmul <64 x float> %558, %2327
   %2329 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2325
-  store <64 x float> %2328, ptr %2329, align 4, !tbaa !4
+  store <64 x float> %2328, ptr %2329, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.1 = shl i64 %indvars.iv1191.12.i, 6
   %2330 = add nuw nsw i64 %indvars.iv.next1192.12.i.1, 1664
   %2331 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2330
-  %2332 = load <64 x float>, ptr %2331, align 4, !tbaa !4
+  %2332 = load <64 x float>, ptr %2331, align 4, !tbaa !7
   %2333 = fmul <64 x float> %558, %2332
   %2334 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2330
-  store <64 x float> %2333, ptr %2334, align 4, !tbaa !4
+  store <64 x float> %2333, ptr %2334, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.2 = shl i64 %indvars.iv1191.12.i, 6
   %2335 = add nuw nsw i64 %indvars.iv.next1192.12.i.2, 1728
   %2336 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2335
-  %2337 = load <64 x float>, ptr %2336, align 4, !tbaa !4
+  %2337 = load <64 x float>, ptr %2336, align 4, !tbaa !7
   %2338 = fmul <64 x float> %558, %2337
   %2339 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2335
-  store <64 x float> %2338, ptr %2339, align 4, !tbaa !4
+  store <64 x float> %2338, ptr %2339, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.3 = add nuw nsw i64 %indvars.iv1191.12.i, 4
   %niter413.next.3 = add i64 %niter413, 4
   %niter413.ncmp.3 = icmp eq i64 %niter413.next.3, %unroll_iter412
@@ -5580,10 +5795,10 @@ for_body_to144.us.12.i.epil:                      ; preds = %for_body_to144.us.1
   %2340 = shl nsw i64 %indvars.iv1191.12.i.epil, 6
   %2341 = add nuw nsw i64 %2340, 1536
   %2342 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2341
-  %2343 = load <64 x float>, ptr %2342, align 4, !tbaa !4
+  %2343 = load <64 x float>, ptr %2342, align 4, !tbaa !7
   %2344 = fmul <64 x float> %558, %2343
   %2345 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2341
-  store <64 x float> %2344, ptr %2345, align 4, !tbaa !4
+  store <64 x float> %2344, ptr %2345, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.epil = add nuw nsw i64 %indvars.iv1191.12.i.epil, 1
   %epil.iter409.next = add i64 %epil.iter409, 1
   %epil.iter409.cmp.not = icmp eq i64 %epil.iter409.next, %xtraiter408
@@ -5604,31 +5819,31 @@ for_body_to144.us.13.i:                           ; preds = %for_body_to144.us.1
   %2347 = shl nsw i64 %indvars.iv1191.13.i, 6
   %2348 = add nuw nsw i64 %2347, 1664
   %2349 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2348
-  %2350 = load <64 x float>, ptr %2349, align 4, !tbaa !4
+  %2350 = load <64 x float>, ptr %2349, align 4, !tbaa !7
   %2351 = fmul <64 x float> %558, %2350
   %2352 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2348
-  store <64 x float> %2351, ptr %2352, align 4, !tbaa !4
+  store <64 x float> %2351, ptr %2352, align 4, !tbaa !7
   %indvars.iv.next1192.13.i = shl i64 %indvars.iv1191.13.i, 6
   %2353 = add nuw nsw i64 %indvars.iv.next1192.13.i, 1728
   %2354 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2353
-  %2355 = load <64 x float>, ptr %2354, align 4, !tbaa !4
+  %2355 = load <64 x float>, ptr %2354, align 4, !tbaa !7
   %2356 = fmul <64 x float> %558, %2355
   %2357 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2353
-  store <64 x float> %2356, ptr %2357, align 4, !tbaa !4
+  store <64 x float> %2356, ptr %2357, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.1 = shl i64 %indvars.iv1191.13.i, 6
   %2358 = add nuw nsw i64 %indvars.iv.next1192.13.i.1, 1792
   %2359 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2358
-  %2360 = load <64 x float>, ptr %2359, align 4, !tbaa !4
+  %2360 = load <64 x float>, ptr %2359, align 4, !tbaa !7
   %2361 = fmul <64 x float> %558, %2360
   %2362 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2358
-  store <64 x float> %2361, ptr %2362, align 4, !tbaa !4
+  store <64 x float> %2361, ptr %2362, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.2 = shl i64 %indvars.iv1191.13.i, 6
   %2363 = add nuw nsw i64 %indvars.iv.next1192.13.i.2, 1856
   %2364 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2363
-  %2365 = load <64 x float>, ptr %2364, align 4, !tbaa !4
+  %2365 = load <64 x float>, ptr %2364, align 4, !tbaa !7
   %2366 = fmul <64 x float> %558, %2365
   %2367 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2363
-  store <64 x float> %2366, ptr %2367, align 4, !tbaa !4
+  store <64 x float> %2366, ptr %2367, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.3 = add nuw nsw i64 %indvars.iv1191.13.i, 4
   %niter419.next.3 = add i64 %niter419, 4
   %niter419.ncmp.3 = icmp eq i64 %niter419.next.3, %unroll_iter418
@@ -5650,10 +5865,10 @@ for_body_to144.us.13.i.epil:                      ; preds = %for_body_to144.us.1
   %2368 = shl nsw i64 %indvars.iv1191.13.i.epil, 6
   %2369 = add nuw nsw i64 %2368, 1664
   %2370 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2369
-  %2371 = load <64 x float>, ptr %2370, align 4, !tbaa !4
+  %2371 = load <64 x float>, ptr %2370, align 4, !tbaa !7
   %2372 = fmul <64 x float> %558, %2371
   %2373 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2369
-  store <64 x float> %2372, ptr %2373, align 4, !tbaa !4
+  store <64 x float> %2372, ptr %2373, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.epil = add nuw nsw i64 %indvars.iv1191.13.i.epil, 1
   %epil.iter415.next = add i64 %epil.iter415, 1
   %epil.iter415.cmp.not = icmp eq i64 %epil.iter415.next, %xtraiter414
@@ -5674,31 +5889,31 @@ for_body_to144.us.14.i:                           ; preds = %for_body_to144.us.1
   %2375 = shl nsw i64 %indvars.iv1191.14.i, 6
   %2376 = add nuw nsw i64 %2375, 1792
   %2377 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2376
-  %2378 = load <64 x float>, ptr %2377, align 4, !tbaa !4
+  %2378 = load <64 x float>, ptr %2377, align 4, !tbaa !7
   %2379 = fmul <64 x float> %558, %2378
   %2380 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2376
-  store <64 x float> %2379, ptr %2380, align 4, !tbaa !4
+  store <64 x float> %2379, ptr %2380, align 4, !tbaa !7
   %indvars.iv.next1192.14.i = shl i64 %indvars.iv1191.14.i, 6
   %2381 = add nuw nsw i64 %indvars.iv.next1192.14.i, 1856
   %2382 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2381
-  %2383 = load <64 x float>, ptr %2382, align 4, !tbaa !4
+  %2383 = load <64 x float>, ptr %2382, align 4, !tbaa !7
   %2384 = fmul <64 x float> %558, %2383
   %2385 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2381
-  store <64 x float> %2384, ptr %2385, align 4, !tbaa !4
+  store <64 x float> %2384, ptr %2385, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.1 = shl i64 %indvars.iv1191.14.i, 6
   %2386 = add nuw nsw i64 %indvars.iv.next1192.14.i.1, 1920
   %2387 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2386
-  %2388 = load <64 x float>, ptr %2387, align 4, !tbaa !4
+  %2388 = load <64 x float>, ptr %2387, align 4, !tbaa !7
   %2389 = fmul <64 x float> %558, %2388
   %2390 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2386
-  store <64 x float> %2389, ptr %2390, align 4, !tbaa !4
+  store <64 x float> %2389, ptr %2390, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.2 = shl i64 %indvars.iv1191.14.i, 6
   %2391 = add nuw nsw i64 %indvars.iv.next1192.14.i.2, 1984
   %2392 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2391
-  %2393 = load <64 x float>, ptr %2392, align 4, !tbaa !4
+  %2393 = load <64 x float>, ptr %2392, align 4, !tbaa !7
   %2394 = fmul <64 x float> %558, %2393
   %2395 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2391
-  store <64 x float> %2394, ptr %2395, align 4, !tbaa !4
+  store <64 x float> %2394, ptr %2395, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.3 = add nuw nsw i64 %indvars.iv1191.14.i, 4
   %niter425.next.3 = add i64 %niter425, 4
   %niter425.ncmp.3 = icmp eq i64 %niter425.next.3, %unroll_iter424
@@ -5720,10 +5935,10 @@ for_body_to144.us.14.i.epil:                      ; preds = %for_body_to144.us.1
   %2396 = shl nsw i64 %indvars.iv1191.14.i.epil, 6
   %2397 = add nuw nsw i64 %2396, 1792
   %2398 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2397
-  %2399 = load <64 x float>, ptr %2398, align 4, !tbaa !4
+  %2399 = load <64 x float>, ptr %2398, align 4, !tbaa !7
   %2400 = fmul <64 x float> %558, %2399
   %2401 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2397
-  store <64 x float> %2400, ptr %2401, align 4, !tbaa !4
+  store <64 x float> %2400, ptr %2401, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.epil = add nuw nsw i64 %indvars.iv1191.14.i.epil, 1
   %epil.iter421.next = add i64 %epil.iter421, 1
   %epil.iter421.cmp.not = icmp eq i64 %epil.iter421.next, %xtraiter420
@@ -5744,31 +5959,31 @@ for_body_to144.us.15.i:                           ; preds = %for_body_to144.us.1
   %2403 = shl nsw i64 %indvars.iv1191.15.i, 6
   %2404 = add nuw nsw i64 %2403, 1920
   %2405 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2404
-  %2406 = load <64 x float>, ptr %2405, align 4, !tbaa !4
+  %2406 = load <64 x float>, ptr %2405, align 4, !tbaa !7
   %2407 = fmul <64 x float> %558, %2406
   %2408 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2404
-  store <64 x float> %2407, ptr %2408, align 4, !tbaa !4
+  store <64 x float> %2407, ptr %2408, align 4, !tbaa !7
   %indvars.iv.next1192.15.i = shl i64 %indvars.iv1191.15.i, 6
   %2409 = add nuw nsw i64 %indvars.iv.next1192.15.i, 1984
   %2410 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2409
-  %2411 = load <64 x float>, ptr %2410, align 4, !tbaa !4
+  %2411 = load <64 x float>, ptr %2410, align 4, !tbaa !7
   %2412 = fmul <64 x float> %558, %2411
   %2413 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2409
-  store <64 x float> %2412, ptr %2413, align 4, !tbaa !4
+  store <64 x float> %2412, ptr %2413, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.1 = shl i64 %indvars.iv1191.15.i, 6
   %2414 = add nuw nsw i64 %indvars.iv.next1192.15.i.1, 2048
   %2415 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2414
-  %2416 = load <64 x float>, ptr %2415, align 4, !tbaa !4
+  %2416 = load <64 x float>, ptr %2415, align 4, !tbaa !7
   %2417 = fmul <64 x float> %558, %2416
   %2418 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2414
-  store <64 x float> %2417, ptr %2418, align 4, !tbaa !4
+  store <64 x float> %2417, ptr %2418, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.2 = shl i64 %indvars.iv1191.15.i, 6
   %2419 = add nuw nsw i64 %indvars.iv.next1192.15.i.2, 2112
   %2420 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2419
-  %2421 = load <64 x float>, ptr %2420, align 4, !tbaa !4
+  %2421 = load <64 x float>, ptr %2420, align 4, !tbaa !7
   %2422 = fmul <64 x float> %558, %2421
   %2423 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2419
-  store <64 x float> %2422, ptr %2423, align 4, !tbaa !4
+  store <64 x float> %2422, ptr %2423, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.3 = add nuw nsw i64 %indvars.iv1191.15.i, 4
   %niter431.next.3 = add i64 %niter431, 4
   %niter431.ncmp.3 = icmp eq i64 %niter431.next.3, %unroll_iter430
@@ -5790,10 +6005,10 @@ for_body_to144.us.15.i.epil:                      ; preds = %for_body_to144.us.1
   %2424 = shl nsw i64 %indvars.iv1191.15.i.epil, 6
   %2425 = add nuw nsw i64 %2424, 1920
   %2426 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2425
-  %2427 = load <64 x float>, ptr %2426, align 4, !tbaa !4
+  %2427 = load <64 x float>, ptr %2426, align 4, !tbaa !7
   %2428 = fmul <64 x float> %558, %2427
   %2429 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2425
-  store <64 x float> %2428, ptr %2429, align 4, !tbaa !4
+  store <64 x float> %2428, ptr %2429, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.epil = add nuw nsw i64 %indvars.iv1191.15.i.epil, 1
   %epil.iter427.next = add i64 %epil.iter427, 1
   %epil.iter427.cmp.not = icmp eq i64 %epil.iter427.next, %xtraiter426
@@ -5814,31 +6029,31 @@ for_body_to144.us.i:                              ; preds = %for_body_to144.lr.p
   %niter = phi i64 [ 0, %for_body_to144.lr.ph.us.i.new ], [ %niter.next.3, %for_body_to144.us.i ]
   %2432 = shl nsw i64 %indvars.iv1191.i, 6
   %2433 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2432
-  %2434 = load <64 x float>, ptr %2433, align 4, !tbaa !4
+  %2434 = load <64 x float>, ptr %2433, align 4, !tbaa !7
   %2435 = fmul <64 x float> %558, %2434
   %2436 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2432
-  store <64 x float> %2435, ptr %2436, align 4, !tbaa !4
+  store <64 x float> %2435, ptr %2436, align 4, !tbaa !7
   %indvars.iv.next1192.i = shl i64 %indvars.iv1191.i, 6
   %2437 = or disjoint i64 %indvars.iv.next1192.i, 64
   %2438 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2437
-  %2439 = load <64 x float>, ptr %2438, align 4, !tbaa !4
+  %2439 = load <64 x float>, ptr %2438, align 4, !tbaa !7
   %2440 = fmul <64 x float> %558, %2439
   %2441 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2437
-  store <64 x float> %2440, ptr %2441, align 4, !tbaa !4
+  store <64 x float> %2440, ptr %2441, align 4, !tbaa !7
   %indvars.iv.next1192.i.1 = shl i64 %indvars.iv1191.i, 6
   %2442 = or disjoint i64 %indvars.iv.next1192.i.1, 128
   %2443 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2442
-  %2444 = load <64 x float>, ptr %2443, align 4, !tbaa !4
+  %2444 = load <64 x float>, ptr %2443, align 4, !tbaa !7
   %2445 = fmul <64 x float> %558, %2444
   %2446 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2442
-  store <64 x float> %2445, ptr %2446, align 4, !tbaa !4
+  store <64 x float> %2445, ptr %2446, align 4, !tbaa !7
   %indvars.iv.next1192.i.2 = shl i64 %indvars.iv1191.i, 6
   %2447 = or disjoint i64 %indvars.iv.next1192.i.2, 192
   %2448 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2447
-  %2449 = load <64 x float>, ptr %2448, align 4, !tbaa !4
+  %2449 = load <64 x float>, ptr %2448, align 4, !tbaa !7
   %2450 = fmul <64 x float> %558, %2449
   %2451 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2447
-  store <64 x float> %2450, ptr %2451, align 4, !tbaa !4
+  store <64 x float> %2450, ptr %2451, align 4, !tbaa !7
   %indvars.iv.next1192.i.3 = add nuw nsw i64 %indvars.iv1191.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
@@ -5859,10 +6074,10 @@ for_body_to144.us.i.epil:                         ; preds = %for_body_to144.us.i
   %epil.iter = phi i64 [ 0, %for_body_to144.us.i.epil.preheader ], [ %epil.iter.next, %for_body_to144.us.i.epil ]
   %2452 = shl nsw i64 %indvars.iv1191.i.epil, 6
   %2453 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2452
-  %2454 = load <64 x float>, ptr %2453, align 4, !tbaa !4
+  %2454 = load <64 x float>, ptr %2453, align 4, !tbaa !7
   %2455 = fmul <64 x float> %558, %2454
   %2456 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2452
-  store <64 x float> %2455, ptr %2456, align 4, !tbaa !4
+  store <64 x float> %2455, ptr %2456, align 4, !tbaa !7
   %indvars.iv.next1192.i.epil = add nuw nsw i64 %indvars.iv1191.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
@@ -5888,70 +6103,70 @@ for_body_to.us.i:                                 ; preds = %for_body_to.lr.ph.u
   %2460 = getelementptr inbounds nuw i8, ptr %2459, i64 128
   %2461 = getelementptr inbounds nuw i8, ptr %2459, i64 256
   %2462 = getelementptr inbounds nuw i8, ptr %2459, i64 384
-  br i1 %.fr.us.i, label %for_body_d_0111.us.us.preheader.i, label %for_body_d_0111.us1075.preheader.i, !prof !7
+  br i1 %.fr.us.i, label %for_body_d_0111.us.us.preheader.i, label %for_body_d_0111.us1075.preheader.i, !prof !6
 
 for_body_d_0111.us1075.preheader.i:               ; preds = %for_body_to.us.i
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2978, i64 256)
-  %2463 = load i64, ptr %2459, align 8, !tbaa !4
+  %2463 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1566.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2463
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1566.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2464 = load i64, ptr %2460, align 8, !tbaa !4
+  %2464 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1568.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2464
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1568.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2465 = load i64, ptr %2461, align 8, !tbaa !4
+  %2465 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1570.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2465
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1570.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2466 = load i64, ptr %2462, align 8, !tbaa !4
+  %2466 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1572.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2466
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1572.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2979, i64 256)
-  %2467 = load i64, ptr %2459, align 8, !tbaa !4
+  %2467 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1574.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2467
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1574.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2468 = load i64, ptr %2460, align 8, !tbaa !4
+  %2468 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1576.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2468
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1576.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2469 = load i64, ptr %2461, align 8, !tbaa !4
+  %2469 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1578.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2469
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1578.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2470 = load i64, ptr %2462, align 8, !tbaa !4
+  %2470 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1580.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2470
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1580.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2980, i64 256)
-  %2471 = load i64, ptr %2459, align 8, !tbaa !4
+  %2471 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1582.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2471
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1582.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2472 = load i64, ptr %2460, align 8, !tbaa !4
+  %2472 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1584.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2472
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1584.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2473 = load i64, ptr %2461, align 8, !tbaa !4
+  %2473 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1586.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2473
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1586.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2474 = load i64, ptr %2462, align 8, !tbaa !4
+  %2474 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1588.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2474
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1588.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2981, i64 256)
-  %2475 = load i64, ptr %2459, align 8, !tbaa !4
+  %2475 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1590.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2475
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1590.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2476 = load i64, ptr %2460, align 8, !tbaa !4
+  %2476 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1592.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2476
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1592.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2477 = load i64, ptr %2461, align 8, !tbaa !4
+  %2477 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1594.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2477
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1594.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
@@ -5962,7 +6177,7 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   %2479 = add i32 %1050, %2478
   %2480 = zext i32 %2479 to i64
   %2481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2480
-  %2482 = load i64, ptr %2481, align 8, !tbaa !4
+  %2482 = load i64, ptr %2481, align 8, !tbaa !7
   %gep935.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2482
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.i, i32 0, i32 2, i32 1)
   %2483 = getelementptr i32, ptr %gep935.us.us.i, i64 %k_row
@@ -5996,11 +6211,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   %2497 = getelementptr i32, ptr %gep935.us.us.i, i64 %623
   tail call void @llvm.prefetch.p0(ptr %2497, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2978, i64 256)
-  %2498 = load i64, ptr %2459, align 8, !tbaa !4
+  %2498 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1598.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2498
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1598.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2499 = load i64, ptr %2481, align 8, !tbaa !4
+  %2499 = load i64, ptr %2481, align 8, !tbaa !7
   %gep937.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2499
   %2500 = getelementptr i32, ptr %gep937.us.us.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2500, i32 0, i32 2, i32 1)
@@ -6034,11 +6249,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2514, i32 0, i32 2, i32 1)
   %2515 = getelementptr i32, ptr %gep937.us.us.i, i64 %639
   tail call void @llvm.prefetch.p0(ptr %2515, i32 0, i32 2, i32 1)
-  %2516 = load i64, ptr %2460, align 8, !tbaa !4
+  %2516 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1600.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2516
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1600.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2517 = load i64, ptr %2481, align 8, !tbaa !4
+  %2517 = load i64, ptr %2481, align 8, !tbaa !7
   %gep939.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2517
   %2518 = getelementptr i32, ptr %gep939.us.us.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2518, i32 0, i32 2, i32 1)
@@ -6072,11 +6287,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2532, i32 0, i32 2, i32 1)
   %2533 = getelementptr i32, ptr %gep939.us.us.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2533, i32 0, i32 2, i32 1)
-  %2534 = load i64, ptr %2461, align 8, !tbaa !4
+  %2534 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1602.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2534
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1602.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2535 = load i64, ptr %2481, align 8, !tbaa !4
+  %2535 = load i64, ptr %2481, align 8, !tbaa !7
   %gep941.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2535
   %2536 = getelementptr i32, ptr %gep941.us.us.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2536, i32 0, i32 2, i32 1)
@@ -6110,12 +6325,12 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2550, i32 0, i32 2, i32 1)
   %2551 = getelementptr i32, ptr %gep941.us.us.i, i64 %670
   tail call void @llvm.prefetch.p0(ptr %2551, i32 0, i32 2, i32 1)
-  %2552 = load i64, ptr %2462, align 8, !tbaa !4
+  %2552 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1604.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2552
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1604.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %2553 = getelementptr inbounds nuw i8, ptr %2481, i64 128
-  %2554 = load i64, ptr %2553, align 8, !tbaa !4
+  %2554 = load i64, ptr %2553, align 8, !tbaa !7
   %gep935.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2554
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.1.i, i32 0, i32 2, i32 1)
   %2555 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %k_row
@@ -6149,11 +6364,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   %2569 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %623
   tail call void @llvm.prefetch.p0(ptr %2569, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2979, i64 256)
-  %2570 = load i64, ptr %2459, align 8, !tbaa !4
+  %2570 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1606.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2570
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1606.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2571 = load i64, ptr %2553, align 8, !tbaa !4
+  %2571 = load i64, ptr %2553, align 8, !tbaa !7
   %gep937.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2571
   %2572 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2572, i32 0, i32 2, i32 1)
@@ -6187,11 +6402,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2586, i32 0, i32 2, i32 1)
   %2587 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %639
   tail call void @llvm.prefetch.p0(ptr %2587, i32 0, i32 2, i32 1)
-  %2588 = load i64, ptr %2460, align 8, !tbaa !4
+  %2588 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1608.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2588
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1608.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2589 = load i64, ptr %2553, align 8, !tbaa !4
+  %2589 = load i64, ptr %2553, align 8, !tbaa !7
   %gep939.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2589
   %2590 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2590, i32 0, i32 2, i32 1)
@@ -6225,11 +6440,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2604, i32 0, i32 2, i32 1)
   %2605 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2605, i32 0, i32 2, i32 1)
-  %2606 = load i64, ptr %2461, align 8, !tbaa !4
+  %2606 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1610.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2606
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1610.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2607 = load i64, ptr %2553, align 8, !tbaa !4
+  %2607 = load i64, ptr %2553, align 8, !tbaa !7
   %gep941.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2607
   %2608 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2608, i32 0, i32 2, i32 1)
@@ -6263,12 +6478,12 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2622, i32 0, i32 2, i32 1)
   %2623 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %670
   tail call void @llvm.prefetch.p0(ptr %2623, i32 0, i32 2, i32 1)
-  %2624 = load i64, ptr %2462, align 8, !tbaa !4
+  %2624 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1612.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2624
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1612.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %2625 = getelementptr inbounds nuw i8, ptr %2481, i64 256
-  %2626 = load i64, ptr %2625, align 8, !tbaa !4
+  %2626 = load i64, ptr %2625, align 8, !tbaa !7
   %gep935.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2626
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.2.i, i32 0, i32 2, i32 1)
   %2627 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %k_row
@@ -6302,11 +6517,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   %2641 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %623
   tail call void @llvm.prefetch.p0(ptr %2641, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2980, i64 256)
-  %2642 = load i64, ptr %2459, align 8, !tbaa !4
+  %2642 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1614.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2642
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1614.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2643 = load i64, ptr %2625, align 8, !tbaa !4
+  %2643 = load i64, ptr %2625, align 8, !tbaa !7
   %gep937.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2643
   %2644 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2644, i32 0, i32 2, i32 1)
@@ -6340,11 +6555,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2658, i32 0, i32 2, i32 1)
   %2659 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %639
   tail call void @llvm.prefetch.p0(ptr %2659, i32 0, i32 2, i32 1)
-  %2660 = load i64, ptr %2460, align 8, !tbaa !4
+  %2660 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1616.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2660
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1616.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2661 = load i64, ptr %2625, align 8, !tbaa !4
+  %2661 = load i64, ptr %2625, align 8, !tbaa !7
   %gep939.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2661
   %2662 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2662, i32 0, i32 2, i32 1)
@@ -6378,11 +6593,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2676, i32 0, i32 2, i32 1)
   %2677 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2677, i32 0, i32 2, i32 1)
-  %2678 = load i64, ptr %2461, align 8, !tbaa !4
+  %2678 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1618.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2678
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1618.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2679 = load i64, ptr %2625, align 8, !tbaa !4
+  %2679 = load i64, ptr %2625, align 8, !tbaa !7
   %gep941.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2679
   %2680 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2680, i32 0, i32 2, i32 1)
@@ -6416,12 +6631,12 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2694, i32 0, i32 2, i32 1)
   %2695 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %670
   tail call void @llvm.prefetch.p0(ptr %2695, i32 0, i32 2, i32 1)
-  %2696 = load i64, ptr %2462, align 8, !tbaa !4
+  %2696 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1620.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2696
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1620.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %2697 = getelementptr inbounds nuw i8, ptr %2481, i64 384
-  %2698 = load i64, ptr %2697, align 8, !tbaa !4
+  %2698 = load i64, ptr %2697, align 8, !tbaa !7
   %gep935.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2698
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.3.i, i32 0, i32 2, i32 1)
   %2699 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %k_row
@@ -6455,11 +6670,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   %2713 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %623
   tail call void @llvm.prefetch.p0(ptr %2713, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2981, i64 256)
-  %2714 = load i64, ptr %2459, align 8, !tbaa !4
+  %2714 = load i64, ptr %2459, align 8, !tbaa !7
   %gep1622.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2714
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1622.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2715 = load i64, ptr %2697, align 8, !tbaa !4
+  %2715 = load i64, ptr %2697, align 8, !tbaa !7
   %gep937.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2715
   %2716 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2716, i32 0, i32 2, i32 1)
@@ -6493,11 +6708,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2730, i32 0, i32 2, i32 1)
   %2731 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %639
   tail call void @llvm.prefetch.p0(ptr %2731, i32 0, i32 2, i32 1)
-  %2732 = load i64, ptr %2460, align 8, !tbaa !4
+  %2732 = load i64, ptr %2460, align 8, !tbaa !7
   %gep1624.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2732
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1624.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2733 = load i64, ptr %2697, align 8, !tbaa !4
+  %2733 = load i64, ptr %2697, align 8, !tbaa !7
   %gep939.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2733
   %2734 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2734, i32 0, i32 2, i32 1)
@@ -6531,11 +6746,11 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2748, i32 0, i32 2, i32 1)
   %2749 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2749, i32 0, i32 2, i32 1)
-  %2750 = load i64, ptr %2461, align 8, !tbaa !4
+  %2750 = load i64, ptr %2461, align 8, !tbaa !7
   %gep1626.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2750
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1626.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2751 = load i64, ptr %2697, align 8, !tbaa !4
+  %2751 = load i64, ptr %2697, align 8, !tbaa !7
   %gep941.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2751
   %2752 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2752, i32 0, i32 2, i32 1)
@@ -6574,7 +6789,7 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
 for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.preheader.us.i
   %2768 = sext i32 %2869 to i64
   %2769 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2768
-  %2770 = load i64, ptr %2769, align 8, !tbaa !4
+  %2770 = load i64, ptr %2769, align 8, !tbaa !7
   %gep1674.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1674.i, i32 0, i32 2, i32 1)
   %gep1676.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2770
@@ -6584,7 +6799,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1680.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1680.i, i32 0, i32 2, i32 1)
   %2771 = getelementptr i8, ptr %2769, i64 8
-  %2772 = load i64, ptr %2771, align 8, !tbaa !4
+  %2772 = load i64, ptr %2771, align 8, !tbaa !7
   %gep1682.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1682.i, i32 0, i32 2, i32 1)
   %gep1684.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2772
@@ -6594,14 +6809,14 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1688.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1688.i, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %invariant.gep1689.i, i64 256)
-  %2773 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %2773 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1034.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2773
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
   %2774 = sext i32 %2869 to i64
   %2775 = getelementptr i64, ptr %value_offsets.i, i64 %2774
   %2776 = getelementptr i8, ptr %2775, i64 16
-  %2777 = load i64, ptr %2776, align 8, !tbaa !4
+  %2777 = load i64, ptr %2776, align 8, !tbaa !7
   %gep1694.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2777
   tail call void @llvm.prefetch.p0(ptr %gep1694.i, i32 0, i32 2, i32 1)
   %gep1696.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2777
@@ -6611,7 +6826,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1700.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2777
   tail call void @llvm.prefetch.p0(ptr %gep1700.i, i32 0, i32 2, i32 1)
   %2778 = getelementptr i8, ptr %2775, i64 24
-  %2779 = load i64, ptr %2778, align 8, !tbaa !4
+  %2779 = load i64, ptr %2778, align 8, !tbaa !7
   %gep1702.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2779
   tail call void @llvm.prefetch.p0(ptr %gep1702.i, i32 0, i32 2, i32 1)
   %gep1704.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2779
@@ -6620,13 +6835,13 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   tail call void @llvm.prefetch.p0(ptr %gep1706.i, i32 0, i32 2, i32 1)
   %gep1708.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2779
   tail call void @llvm.prefetch.p0(ptr %gep1708.i, i32 0, i32 2, i32 1)
-  %2780 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %2780 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1046.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2780
   %2781 = getelementptr i8, ptr %gep1046.us.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %2781, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %2782 = getelementptr i8, ptr %2775, i64 32
-  %2783 = load i64, ptr %2782, align 8, !tbaa !4
+  %2783 = load i64, ptr %2782, align 8, !tbaa !7
   %gep1710.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2783
   tail call void @llvm.prefetch.p0(ptr %gep1710.i, i32 0, i32 2, i32 1)
   %gep1712.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2783
@@ -6636,7 +6851,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1716.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2783
   tail call void @llvm.prefetch.p0(ptr %gep1716.i, i32 0, i32 2, i32 1)
   %2784 = getelementptr i8, ptr %2775, i64 40
-  %2785 = load i64, ptr %2784, align 8, !tbaa !4
+  %2785 = load i64, ptr %2784, align 8, !tbaa !7
   %gep1718.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2785
   tail call void @llvm.prefetch.p0(ptr %gep1718.i, i32 0, i32 2, i32 1)
   %gep1720.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2785
@@ -6645,13 +6860,13 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   tail call void @llvm.prefetch.p0(ptr %gep1722.i, i32 0, i32 2, i32 1)
   %gep1724.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2785
   tail call void @llvm.prefetch.p0(ptr %gep1724.i, i32 0, i32 2, i32 1)
-  %2786 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %2786 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1050.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2786
   %2787 = getelementptr i8, ptr %gep1050.us.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %2787, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %2788 = getelementptr i8, ptr %2775, i64 48
-  %2789 = load i64, ptr %2788, align 8, !tbaa !4
+  %2789 = load i64, ptr %2788, align 8, !tbaa !7
   %gep1726.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2789
   tail call void @llvm.prefetch.p0(ptr %gep1726.i, i32 0, i32 2, i32 1)
   %gep1728.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2789
@@ -6661,7 +6876,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1732.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2789
   tail call void @llvm.prefetch.p0(ptr %gep1732.i, i32 0, i32 2, i32 1)
   %2790 = getelementptr i8, ptr %2775, i64 56
-  %2791 = load i64, ptr %2790, align 8, !tbaa !4
+  %2791 = load i64, ptr %2790, align 8, !tbaa !7
   %gep1734.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2791
   tail call void @llvm.prefetch.p0(ptr %gep1734.i, i32 0, i32 2, i32 1)
   %gep1736.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2791
@@ -6670,7 +6885,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   tail call void @llvm.prefetch.p0(ptr %gep1738.i, i32 0, i32 2, i32 1)
   %gep1740.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2791
   tail call void @llvm.prefetch.p0(ptr %gep1740.i, i32 0, i32 2, i32 1)
-  %2792 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !4
+  %2792 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
   %gep1054.us.i154 = getelementptr i32, ptr %gep1058.us.i, i64 %2792
   %2793 = getelementptr i8, ptr %gep1054.us.i154, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %2793, i64 %600)
@@ -6678,7 +6893,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %2794 = sext i32 %2869 to i64
   %2795 = getelementptr i64, ptr %value_offsets.i, i64 %2794
   %2796 = getelementptr i8, ptr %2795, i64 64
-  %2797 = load i64, ptr %2796, align 8, !tbaa !4
+  %2797 = load i64, ptr %2796, align 8, !tbaa !7
   %gep1674.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %2797
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.1, i32 0, i32 2, i32 1)
   %gep1676.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %2797
@@ -6688,7 +6903,7 @@ for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.prehead
   %gep1680.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %2797
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.1, i32 0, i32 2, i32 1)
   %2798 = getelementptr i8, ptr %2795, i64 72
-  %2799 = load i64, ptr %2798, align 8, !tbaa !4
+  %2799 = load i64, ptr %2798, align 8, !tbaa !7
   %gep1682.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %2799
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.1, i32 0, i32 2, i32 1)
   %gep1684.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %2799
@@ -6712,37 +6927,37 @@ for_begin_d_0545.preheader.us.i:                  ; preds = %for_begin_i.prehead
   %2808 = insertelement <16 x i32> poison, i32 %2807, i64 0
   %2809 = shufflevector <16 x i32> %2808, <16 x i32> poison, <16 x i32> zeroinitializer
   %2810 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2801
-  %2811 = load i64, ptr %2810, align 8, !tbaa !4
+  %2811 = load i64, ptr %2810, align 8, !tbaa !7
   %gep1666.i = getelementptr i32, ptr %gep1058.us.i, i64 %2811
-  %2812 = load <16 x i32>, ptr %gep1666.i, align 4, !tbaa !4
+  %2812 = load <16 x i32>, ptr %gep1666.i, align 4, !tbaa !7
   %2813 = and <16 x i32> %2809, %2812
   %.idx82 = shl nuw nsw i64 %indvars.iv1342.i, 8
   %2814 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82
-  store <16 x i32> %2813, ptr %2814, align 4, !tbaa !4
-  %2815 = load i64, ptr %2810, align 8, !tbaa !4
+  store <16 x i32> %2813, ptr %2814, align 4, !tbaa !7
+  %2815 = load i64, ptr %2810, align 8, !tbaa !7
   %gep1668.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2815
   %2816 = getelementptr i8, ptr %gep1668.i, i64 64
   %2817 = getelementptr i32, ptr %2816, i64 %1052
-  %2818 = load <16 x i32>, ptr %2817, align 4, !tbaa !4
+  %2818 = load <16 x i32>, ptr %2817, align 4, !tbaa !7
   %2819 = and <16 x i32> %2809, %2818
   %2820 = getelementptr inbounds nuw i8, ptr %2814, i64 64
-  store <16 x i32> %2819, ptr %2820, align 4, !tbaa !4
-  %2821 = load i64, ptr %2810, align 8, !tbaa !4
+  store <16 x i32> %2819, ptr %2820, align 4, !tbaa !7
+  %2821 = load i64, ptr %2810, align 8, !tbaa !7
   %gep1670.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2821
   %2822 = getelementptr i8, ptr %gep1670.i, i64 128
   %2823 = getelementptr i32, ptr %2822, i64 %1052
-  %2824 = load <16 x i32>, ptr %2823, align 4, !tbaa !4
+  %2824 = load <16 x i32>, ptr %2823, align 4, !tbaa !7
   %2825 = and <16 x i32> %2824, %2809
   %2826 = getelementptr inbounds nuw i8, ptr %2814, i64 128
-  store <16 x i32> %2825, ptr %2826, align 4, !tbaa !4
-  %2827 = load i64, ptr %2810, align 8, !tbaa !4
+  store <16 x i32> %2825, ptr %2826, align 4, !tbaa !7
+  %2827 = load i64, ptr %2810, align 8, !tbaa !7
   %gep1672.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2827
   %2828 = getelementptr i8, ptr %gep1672.i, i64 192
   %2829 = getelementptr i32, ptr %2828, i64 %1052
-  %2830 = load <16 x i32>, ptr %2829, align 4, !tbaa !4
+  %2830 = load <16 x i32>, ptr %2829, align 4, !tbaa !7
   %2831 = and <16 x i32> %2830, %2809
   %2832 = getelementptr inbounds nuw i8, ptr %2814, i64 192
-  store <16 x i32> %2831, ptr %2832, align 4, !tbaa !4
+  store <16 x i32> %2831, ptr %2832, align 4, !tbaa !7
   %indvars.iv.next1343.i = or disjoint i64 %indvars.iv1342.i, 1
   %2833 = shl nuw nsw i64 %indvars.iv.next1343.i, 1
   %2834 = add nuw nsw i64 %2833, %2891
@@ -6755,40 +6970,40 @@ for_begin_d_0545.preheader.us.i:                  ; preds = %for_begin_i.prehead
   %2841 = insertelement <16 x i32> poison, i32 %2840, i64 0
   %2842 = shufflevector <16 x i32> %2841, <16 x i32> poison, <16 x i32> zeroinitializer
   %2843 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2834
-  %2844 = load i64, ptr %2843, align 8, !tbaa !4
+  %2844 = load i64, ptr %2843, align 8, !tbaa !7
   %gep1666.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %2844
-  %2845 = load <16 x i32>, ptr %gep1666.i.1, align 4, !tbaa !4
+  %2845 = load <16 x i32>, ptr %gep1666.i.1, align 4, !tbaa !7
   %2846 = and <16 x i32> %2842, %2845
   %.idx82.1 = shl nuw nsw i64 %indvars.iv.next1343.i, 8
   %2847 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82.1
-  store <16 x i32> %2846, ptr %2847, align 4, !tbaa !4
-  %2848 = load i64, ptr %2843, align 8, !tbaa !4
+  store <16 x i32> %2846, ptr %2847, align 4, !tbaa !7
+  %2848 = load i64, ptr %2843, align 8, !tbaa !7
   %gep1668.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2848
   %2849 = getelementptr i8, ptr %gep1668.i.1, i64 64
   %2850 = getelementptr i32, ptr %2849, i64 %1052
-  %2851 = load <16 x i32>, ptr %2850, align 4, !tbaa !4
+  %2851 = load <16 x i32>, ptr %2850, align 4, !tbaa !7
   %2852 = and <16 x i32> %2842, %2851
   %2853 = getelementptr inbounds nuw i8, ptr %2847, i64 64
-  store <16 x i32> %2852, ptr %2853, align 4, !tbaa !4
-  %2854 = load i64, ptr %2843, align 8, !tbaa !4
+  store <16 x i32> %2852, ptr %2853, align 4, !tbaa !7
+  %2854 = load i64, ptr %2843, align 8, !tbaa !7
   %gep1670.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2854
   %2855 = getelementptr i8, ptr %gep1670.i.1, i64 128
   %2856 = getelementptr i32, ptr %2855, i64 %1052
-  %2857 = load <16 x i32>, ptr %2856, align 4, !tbaa !4
+  %2857 = load <16 x i32>, ptr %2856, align 4, !tbaa !7
   %2858 = and <16 x i32> %2857, %2842
   %2859 = getelementptr inbounds nuw i8, ptr %2847, i64 128
-  store <16 x i32> %2858, ptr %2859, align 4, !tbaa !4
-  %2860 = load i64, ptr %2843, align 8, !tbaa !4
+  store <16 x i32> %2858, ptr %2859, align 4, !tbaa !7
+  %2860 = load i64, ptr %2843, align 8, !tbaa !7
   %gep1672.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2860
   %2861 = getelementptr i8, ptr %gep1672.i.1, i64 192
   %2862 = getelementptr i32, ptr %2861, i64 %1052
-  %2863 = load <16 x i32>, ptr %2862, align 4, !tbaa !4
+  %2863 = load <16 x i32>, ptr %2862, align 4, !tbaa !7
   %2864 = and <16 x i32> %2863, %2842
   %2865 = getelementptr inbounds nuw i8, ptr %2847, i64 192
-  store <16 x i32> %2864, ptr %2865, align 4, !tbaa !4
+  store <16 x i32> %2864, ptr %2865, align 4, !tbaa !7
   %indvars.iv.next1343.i.1 = add nuw nsw i64 %indvars.iv1342.i, 2
   %exitcond1345.not.i.1 = icmp eq i64 %indvars.iv.next1343.i.1, 32
-  br i1 %exitcond1345.not.i.1, label %for_begin_s550.preheader.us.i, label %for_begin_d_0545.preheader.us.i, !prof !30, !llvm.loop !252
+  br i1 %exitcond1345.not.i.1, label %for_begin_s550.preheader.us.i, label %for_begin_d_0545.preheader.us.i, !prof !29, !llvm.loop !252
 
 for_begin_s.preheader.us.i:                       ; preds = %for_body_to507.us.i
   %2866 = add nuw nsw i64 %indvars.iv1370.i, %3229
@@ -6799,7 +7014,7 @@ for_begin_s.preheader.us.i:                       ; preds = %for_body_to507.us.i
   %invariant.gep1689.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1539.i
   %.idx1541.i = shl nuw nsw i64 %indvars.iv1370.i, 9
   %invariant.gep1691.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1541.i
-  br i1 %2964, label %for_begin_line516.preheader.us.i, label %if_end536.us.i.critedge, !prof !7
+  br i1 %2964, label %for_begin_line516.preheader.us.i, label %if_end536.us.i.critedge, !prof !6
 
 for_begin_s550.preheader.us.i:                    ; preds = %for_begin_d_0545.preheader.us.i
   %.idx83 = shl nsw i64 %indvars.iv1370.i, 7
@@ -6858,7 +7073,7 @@ for_begin_s550.preheader.us.i:                    ; preds = %for_begin_d_0545.pr
   %2888 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6336
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2888, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2889 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2889 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %2890 = tail call i32 %2889(i32 1, i32 %dev_id, ptr nonnull %edge.us.i)
   %.not877.us.i = icmp eq i32 %2890, 0
   br i1 %.not877.us.i, label %if_end512.us.i, label %fused_attend_compute_.exit, !prof !39
@@ -6881,10 +7096,10 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2901 = insertelement <16 x i32> poison, i32 %2900, i64 0
   %2902 = shufflevector <16 x i32> %2901, <16 x i32> poison, <16 x i32> zeroinitializer
   %2903 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2894
-  %2904 = load i64, ptr %2903, align 8, !tbaa !4
+  %2904 = load i64, ptr %2903, align 8, !tbaa !7
   %gep982.us.i = getelementptr i32, ptr %invariant.gep981.us.i, i64 %2904
   %invariant.op977.us.i = and <16 x i32> %2902, splat (i32 2139095040)
-  %2905 = load <16 x i32>, ptr %gep982.us.i, align 4, !tbaa !4
+  %2905 = load <16 x i32>, ptr %gep982.us.i, align 4, !tbaa !7
   %2906 = and <16 x i32> %2902, %2905
   %2907 = shl <16 x i32> %2906, splat (i32 16)
   %2908 = and <16 x i32> %2907, splat (i32 2139095040)
@@ -6892,7 +7107,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2909 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2908, <16 x i32> %.reass978.us.i)
   %2910 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %2892, <16 x i32> %2909)
   %gep976.us.1.i = getelementptr i8, ptr %gep982.us.i, i64 64
-  %2911 = load <16 x i32>, ptr %gep976.us.1.i, align 4, !tbaa !4
+  %2911 = load <16 x i32>, ptr %gep976.us.1.i, align 4, !tbaa !7
   %2912 = and <16 x i32> %2902, %2911
   %2913 = shl <16 x i32> %2912, splat (i32 16)
   %2914 = and <16 x i32> %2913, splat (i32 2139095040)
@@ -6900,7 +7115,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2915 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2914, <16 x i32> %.reass978.us.1.i)
   %2916 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2910, <16 x i32> %2915)
   %gep976.us.2.i = getelementptr i8, ptr %gep982.us.i, i64 128
-  %2917 = load <16 x i32>, ptr %gep976.us.2.i, align 4, !tbaa !4
+  %2917 = load <16 x i32>, ptr %gep976.us.2.i, align 4, !tbaa !7
   %2918 = and <16 x i32> %2902, %2917
   %2919 = shl <16 x i32> %2918, splat (i32 16)
   %2920 = and <16 x i32> %2919, splat (i32 2139095040)
@@ -6908,7 +7123,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2921 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2920, <16 x i32> %.reass978.us.2.i)
   %2922 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2916, <16 x i32> %2921)
   %gep976.us.3.i = getelementptr i8, ptr %gep982.us.i, i64 192
-  %2923 = load <16 x i32>, ptr %gep976.us.3.i, align 4, !tbaa !4
+  %2923 = load <16 x i32>, ptr %gep976.us.3.i, align 4, !tbaa !7
   %2924 = and <16 x i32> %2902, %2923
   %2925 = shl <16 x i32> %2924, splat (i32 16)
   %2926 = and <16 x i32> %2925, splat (i32 2139095040)
@@ -6916,7 +7131,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2927 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2926, <16 x i32> %.reass978.us.3.i)
   %2928 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2922, <16 x i32> %2927)
   %gep976.us.4.i = getelementptr i8, ptr %gep982.us.i, i64 256
-  %2929 = load <16 x i32>, ptr %gep976.us.4.i, align 4, !tbaa !4
+  %2929 = load <16 x i32>, ptr %gep976.us.4.i, align 4, !tbaa !7
   %2930 = and <16 x i32> %2902, %2929
   %2931 = shl <16 x i32> %2930, splat (i32 16)
   %2932 = and <16 x i32> %2931, splat (i32 2139095040)
@@ -6924,7 +7139,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2933 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2932, <16 x i32> %.reass978.us.4.i)
   %2934 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2928, <16 x i32> %2933)
   %gep976.us.5.i = getelementptr i8, ptr %gep982.us.i, i64 320
-  %2935 = load <16 x i32>, ptr %gep976.us.5.i, align 4, !tbaa !4
+  %2935 = load <16 x i32>, ptr %gep976.us.5.i, align 4, !tbaa !7
   %2936 = and <16 x i32> %2935, %2902
   %2937 = shl <16 x i32> %2936, splat (i32 16)
   %2938 = and <16 x i32> %2937, splat (i32 2139095040)
@@ -6932,7 +7147,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2939 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2938, <16 x i32> %.reass978.us.5.i)
   %2940 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2934, <16 x i32> %2939)
   %gep976.us.6.i = getelementptr i8, ptr %gep982.us.i, i64 384
-  %2941 = load <16 x i32>, ptr %gep976.us.6.i, align 4, !tbaa !4
+  %2941 = load <16 x i32>, ptr %gep976.us.6.i, align 4, !tbaa !7
   %2942 = and <16 x i32> %2941, %2902
   %2943 = shl <16 x i32> %2942, splat (i32 16)
   %2944 = and <16 x i32> %2943, splat (i32 2139095040)
@@ -6940,7 +7155,7 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2945 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2944, <16 x i32> %.reass978.us.6.i)
   %2946 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2940, <16 x i32> %2945)
   %gep976.us.7.i = getelementptr i8, ptr %gep982.us.i, i64 448
-  %2947 = load <16 x i32>, ptr %gep976.us.7.i, align 4, !tbaa !4
+  %2947 = load <16 x i32>, ptr %gep976.us.7.i, align 4, !tbaa !7
   %2948 = and <16 x i32> %2947, %2902
   %2949 = shl <16 x i32> %2948, splat (i32 16)
   %2950 = and <16 x i32> %2949, splat (i32 2139095040)
@@ -6950,10 +7165,10 @@ for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.prehea
   %2953 = freeze <16 x i32> %2952
   %indvars.iv.next1287.i = add nuw nsw i64 %indvars.iv1286.i, 1
   %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1287.i, 32
-  br i1 %exitcond1289.not.i, label %for_end_ti.us.i, label %for_begin_d494.preheader.us.i, !prof !30
+  br i1 %exitcond1289.not.i, label %for_end_ti.us.i, label %for_begin_d494.preheader.us.i, !prof !29
 
 for_begin_p561.preheader.us.i:                    ; preds = %for_body_row.us.i
-  br i1 %1086, label %for_body_p562.us.us.preheader.i, label %for_body_p562.us1072.preheader.i, !prof !3
+  br i1 %1086, label %for_body_p562.us.us.preheader.i, label %for_body_p562.us1072.preheader.i, !prof !38
 
 for_body_p562.us1072.preheader.i:                 ; preds = %for_begin_p561.preheader.us.i
   tail call void @llvm.x86.tilezero(i8 0)
@@ -6995,19 +7210,19 @@ for_begin_ti.preheader.us.i:                      ; preds = %for_begin_ti.prehea
 
 for_begin_to351.preheader.us.i:                   ; preds = %for_begin_to351.preheader.us.i.preheader, %for_end_to353.us.i
   %indvars.iv1266.i = phi i64 [ %indvars.iv.next1267.i, %for_end_to353.us.i ], [ 0, %for_begin_to351.preheader.us.i.preheader ]
-  br i1 %1086, label %for_body_to352.lr.ph.us.i, label %for_end_to353.us.i, !prof !3
+  br i1 %1086, label %for_body_to352.lr.ph.us.i, label %for_end_to353.us.i, !prof !38
 
 for_begin_to341.preheader.us.i:                   ; preds = %for_begin_to341.preheader.us.i.preheader, %for_end_to343.us.i
   %indvars.iv1257.i = phi i64 [ %indvars.iv.next1258.i, %for_end_to343.us.i ], [ 0, %for_begin_to341.preheader.us.i.preheader ]
-  br i1 %1086, label %for_body_to342.lr.ph.us.i, label %for_end_to343.us.i, !prof !3
+  br i1 %1086, label %for_body_to342.lr.ph.us.i, label %for_end_to343.us.i, !prof !38
 
 for_begin_to331.preheader.us.i:                   ; preds = %if_end320.us.15.i, %for_end_to333.us.i
   %indvars.iv1248.i = phi i64 [ 0, %if_end320.us.15.i ], [ %indvars.iv.next1249.i, %for_end_to333.us.i ]
-  br i1 %1086, label %for_body_to332.lr.ph.us.i, label %for_end_to333.us.i, !prof !3
+  br i1 %1086, label %for_body_to332.lr.ph.us.i, label %for_end_to333.us.i, !prof !38
 
 for_begin_to153.preheader.us.i:                   ; preds = %for_end_to145.us.15.i, %for_end_to155.us.i
   %indvars.iv1205.i = phi i64 [ 0, %for_end_to145.us.15.i ], [ %indvars.iv.next1206.i, %for_end_to155.us.i ]
-  br i1 %.not1102.i, label %for_end_to155.us.i, label %for_body_to154.lr.ph.us.i, !prof !11
+  br i1 %.not1102.i, label %for_end_to155.us.i, label %for_body_to154.lr.ph.us.i, !prof !9
 
 for_begin_p.preheader.us.i:                       ; preds = %for_begin_lane.preheader.us.i.loopexit, %if_end487.us.i
   %2964 = and i1 %1047, %1066
@@ -7031,10 +7246,10 @@ for_begin_r241.preheader.us.i:                    ; preds = %if_end229.us.i
 
 for_begin_r138.preheader.us.i:                    ; preds = %for_end_d_0112.us.i, %if_then103.us.i
   %.not1102.i = icmp eq i32 %num_full.us.i, 0
-  br i1 %.not1102.i, label %for_end_to145.us.15.i, label %for_body_to144.lr.ph.us.i, !prof !11
+  br i1 %.not1102.i, label %for_end_to145.us.15.i, label %for_body_to144.lr.ph.us.i, !prof !9
 
 for_end_d_0112.us.i:                              ; preds = %for_body_d_0111.us.us.preheader.i, %for_body_d_0111.us1075.preheader.i
-  %2970 = load i64, ptr %2462, align 8, !tbaa !4
+  %2970 = load i64, ptr %2462, align 8, !tbaa !7
   %gep1596.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2970
   tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1596.i, i64 %556)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
@@ -7048,7 +7263,7 @@ for_end_d_0112.us.i:                              ; preds = %for_body_d_0111.us.
   tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2974, i64 512)
   %indvars.iv.next1187.i = add nuw nsw i64 %indvars.iv1186.i, 1
   %exitcond1190.not.i = icmp eq i64 %indvars.iv.next1187.i, %wide.trip.count1189.i
-  br i1 %exitcond1190.not.i, label %for_begin_r138.preheader.us.i, label %for_body_to.us.i, !prof !8
+  br i1 %exitcond1190.not.i, label %for_begin_r138.preheader.us.i, label %for_body_to.us.i, !prof !10
 
 for_body_to.lr.ph.us.i:                           ; preds = %if_then103.us.i
   %2975 = and i1 %1047, %1066
@@ -7093,17 +7308,17 @@ iter.check280:                                    ; preds = %for_body_r231.us.i
   %2990 = add i32 %2989, %1027
   %2991 = zext i32 %2990 to i64
   %2992 = getelementptr i8, ptr %1033, i64 %2988
-  br i1 %min.iters.check278, label %for_body_c.us.i.preheader, label %vector.memcheck259, !prof !11
+  br i1 %min.iters.check278, label %for_body_c.us.i.preheader, label %vector.memcheck259, !prof !9
 
 vector.memcheck259:                               ; preds = %iter.check280
   %scevgep270 = getelementptr i8, ptr %scevgep269, i64 %2988
   %bound0271 = icmp ult ptr %scevgep262, %scevgep270
   %bound1272 = icmp ult ptr %2992, %scevgep266
   %found.conflict273 = and i1 %bound0271, %bound1272
-  br i1 %found.conflict273, label %for_body_c.us.i.preheader, label %vector.main.loop.iter.check282, !prof !11
+  br i1 %found.conflict273, label %for_body_c.us.i.preheader, label %vector.main.loop.iter.check282, !prof !9
 
 vector.main.loop.iter.check282:                   ; preds = %vector.memcheck259
-  br i1 %min.iters.check281, label %vec.epilog.ph304, label %vector.ph283, !prof !11
+  br i1 %min.iters.check281, label %vec.epilog.ph304, label %vector.ph283, !prof !9
 
 vector.ph283:                                     ; preds = %vector.main.loop.iter.check282
   %invariant.gep497 = getelementptr float, ptr %scaled.us.i, i64 %2991
@@ -7115,10 +7330,10 @@ vector.body286:                                   ; preds = %vector.body286, %ve
   %2994 = getelementptr i8, ptr %2993, i64 8
   %2995 = getelementptr i8, ptr %2993, i64 16
   %2996 = getelementptr i8, ptr %2993, i64 24
-  %wide.load288 = load <8 x i8>, ptr %2993, align 1, !tbaa !4, !alias.scope !253
-  %wide.load289 = load <8 x i8>, ptr %2994, align 1, !tbaa !4, !alias.scope !253
-  %wide.load290 = load <8 x i8>, ptr %2995, align 1, !tbaa !4, !alias.scope !253
-  %wide.load291 = load <8 x i8>, ptr %2996, align 1, !tbaa !4, !alias.scope !253
+  %wide.load288 = load <8 x i8>, ptr %2993, align 1, !tbaa !7, !alias.scope !253
+  %wide.load289 = load <8 x i8>, ptr %2994, align 1, !tbaa !7, !alias.scope !253
+  %wide.load290 = load <8 x i8>, ptr %2995, align 1, !tbaa !7, !alias.scope !253
+  %wide.load291 = load <8 x i8>, ptr %2996, align 1, !tbaa !7, !alias.scope !253
   %2997 = icmp ne <8 x i8> %wide.load288, zeroinitializer
   %2998 = icmp ne <8 x i8> %wide.load289, zeroinitializer
   %2999 = icmp ne <8 x i8> %wide.load290, zeroinitializer
@@ -7131,13 +7346,13 @@ vector.body286:                                   ; preds = %vector.body286, %ve
   %predphi295 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3001, <8 x i1> %2998, <8 x float> splat (float 0xFFF0000000000000))
   %predphi296 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3002, <8 x i1> %2999, <8 x float> splat (float 0xFFF0000000000000))
   %predphi297 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3003, <8 x i1> %3000, <8 x float> splat (float 0xFFF0000000000000))
-  store <8 x float> %predphi, ptr %gep498, align 4, !tbaa !4, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi295, ptr %3001, align 4, !tbaa !4, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi296, ptr %3002, align 4, !tbaa !4, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi297, ptr %3003, align 4, !tbaa !4, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi, ptr %gep498, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi295, ptr %3001, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi296, ptr %3002, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi297, ptr %3003, align 4, !tbaa !7, !alias.scope !256, !noalias !253
   %index.next298 = add nuw i64 %index287, 32
   %3004 = icmp eq i64 %index.next298, %n.vec285
-  br i1 %3004, label %middle.block299, label %vector.body286, !prof !14, !llvm.loop !258
+  br i1 %3004, label %middle.block299, label %vector.body286, !prof !13, !llvm.loop !258
 
 middle.block299:                                  ; preds = %vector.body286
   br i1 %cmp.n, label %for_end_c.us.i, label %vec.epilog.iter.check302, !prof !259
@@ -7153,40 +7368,40 @@ vec.epilog.ph304:                                 ; preds = %vec.epilog.iter.che
 vec.epilog.vector.body307:                        ; preds = %vec.epilog.vector.body307, %vec.epilog.ph304
   %index308 = phi i64 [ %vec.epilog.resume.val300, %vec.epilog.ph304 ], [ %index.next312, %vec.epilog.vector.body307 ]
   %3005 = getelementptr i8, ptr %2992, i64 %index308
-  %wide.load309 = load <8 x i8>, ptr %3005, align 1, !tbaa !4, !alias.scope !253
+  %wide.load309 = load <8 x i8>, ptr %3005, align 1, !tbaa !7, !alias.scope !253
   %3006 = icmp ne <8 x i8> %wide.load309, zeroinitializer
   %gep500 = getelementptr float, ptr %invariant.gep499, i64 %index308
   %predphi311 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep500, <8 x i1> %3006, <8 x float> splat (float 0xFFF0000000000000))
-  store <8 x float> %predphi311, ptr %gep500, align 4, !tbaa !4, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi311, ptr %gep500, align 4, !tbaa !7, !alias.scope !256, !noalias !253
   %index.next312 = add nuw i64 %index308, 8
   %3007 = icmp eq i64 %index.next312, %n.vec306
-  br i1 %3007, label %vec.epilog.middle.block313, label %vec.epilog.vector.body307, !prof !28, !llvm.loop !261
+  br i1 %3007, label %vec.epilog.middle.block313, label %vec.epilog.vector.body307, !prof !27, !llvm.loop !261
 
 vec.epilog.middle.block313:                       ; preds = %vec.epilog.vector.body307
   br i1 %cmp.n314, label %for_end_c.us.i, label %for_body_c.us.i.preheader, !prof !262
 
 for_body_c.us.i.preheader:                        ; preds = %vec.epilog.middle.block313, %vec.epilog.iter.check302, %vector.memcheck259, %iter.check280
   %indvars.iv1220.i.ph = phi i64 [ 0, %iter.check280 ], [ 0, %vector.memcheck259 ], [ %n.vec285, %vec.epilog.iter.check302 ], [ %n.vec306, %vec.epilog.middle.block313 ]
-  br i1 %lcmp.mod443.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+  br i1 %lcmp.mod443.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !38
 
 for_body_c.us.i.prol:                             ; preds = %if_end237.us.i.prol, %for_body_c.us.i.preheader
   %indvars.iv1220.i.prol = phi i64 [ %indvars.iv.next1221.i.prol, %if_end237.us.i.prol ], [ %indvars.iv1220.i.ph, %for_body_c.us.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end237.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
   %3008 = getelementptr i8, ptr %2992, i64 %indvars.iv1220.i.prol
-  %3009 = load i8, ptr %3008, align 1, !tbaa !4
+  %3009 = load i8, ptr %3008, align 1, !tbaa !7
   %3010 = icmp eq i8 %3009, 0
   %.pre1467.i.prol = add nuw nsw i64 %indvars.iv1220.i.prol, %2991
   br i1 %3010, label %if_end237.us.i.prol, label %if_else236.us.i.prol
 
 if_else236.us.i.prol:                             ; preds = %for_body_c.us.i.prol
   %3011 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
-  %3012 = load float, ptr %3011, align 4, !tbaa !4
+  %3012 = load float, ptr %3011, align 4, !tbaa !7
   br label %if_end237.us.i.prol
 
 if_end237.us.i.prol:                              ; preds = %if_else236.us.i.prol, %for_body_c.us.i.prol
   %3013 = phi float [ %3012, %if_else236.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
   %3014 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
-  store float %3013, ptr %3014, align 4, !tbaa !4
+  store float %3013, ptr %3014, align 4, !tbaa !7
   %indvars.iv.next1221.i.prol = add nuw nsw i64 %indvars.iv1220.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter442
@@ -7196,7 +7411,7 @@ for_body_c.us.i.prol.loopexit:                    ; preds = %if_end237.us.i.prol
   %indvars.iv1220.i.unr = phi i64 [ %indvars.iv1220.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1221.i.prol, %if_end237.us.i.prol ]
   %3015 = sub nsw i64 %indvars.iv1220.i.ph, %smax441
   %3016 = icmp ugt i64 %3015, -4
-  br i1 %3016, label %for_end_c.us.i, label %for_body_c.us.i, !prof !11
+  br i1 %3016, label %for_end_c.us.i, label %for_body_c.us.i, !prof !9
 
 for_body_r231.lr.ph.us.i:                         ; preds = %for_end_r220.us.i
   %3017 = tail call i32 @llvm.umin.i32(i32 %1077, i32 16)
@@ -7303,76 +7518,76 @@ for_begin_d601.preheader.us.i:                    ; preds = %for_begin_to566.for
   %3058 = shl nuw nsw i64 %indvars.iv1334.i, 7
   %3059 = sub i64 %tile_acc.us.i248, %row_acc.us.i249
   %diff.check = icmp ult i64 %3059, 128
-  br i1 %diff.check, label %for_body_d602.us.i, label %vector.body252, !prof !11
+  br i1 %diff.check, label %for_body_d602.us.i, label %vector.body252, !prof !9
 
 vector.body252:                                   ; preds = %for_begin_d601.preheader.us.i
   %3060 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3058
   %3061 = getelementptr inbounds nuw i8, ptr %3060, i64 32
   %3062 = getelementptr inbounds nuw i8, ptr %3060, i64 64
   %3063 = getelementptr inbounds nuw i8, ptr %3060, i64 96
-  %wide.load = load <8 x float>, ptr %3060, align 4, !tbaa !4
-  %wide.load254 = load <8 x float>, ptr %3061, align 4, !tbaa !4
-  %wide.load255 = load <8 x float>, ptr %3062, align 4, !tbaa !4
-  %wide.load256 = load <8 x float>, ptr %3063, align 4, !tbaa !4
+  %wide.load = load <8 x float>, ptr %3060, align 4, !tbaa !7
+  %wide.load254 = load <8 x float>, ptr %3061, align 4, !tbaa !7
+  %wide.load255 = load <8 x float>, ptr %3062, align 4, !tbaa !7
+  %wide.load256 = load <8 x float>, ptr %3063, align 4, !tbaa !7
   %3064 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3058
   %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 32
   %3066 = getelementptr inbounds nuw i8, ptr %3064, i64 64
   %3067 = getelementptr inbounds nuw i8, ptr %3064, i64 96
-  store <8 x float> %wide.load, ptr %3064, align 4, !tbaa !4
-  store <8 x float> %wide.load254, ptr %3065, align 4, !tbaa !4
-  store <8 x float> %wide.load255, ptr %3066, align 4, !tbaa !4
-  store <8 x float> %wide.load256, ptr %3067, align 4, !tbaa !4
+  store <8 x float> %wide.load, ptr %3064, align 4, !tbaa !7
+  store <8 x float> %wide.load254, ptr %3065, align 4, !tbaa !7
+  store <8 x float> %wide.load255, ptr %3066, align 4, !tbaa !7
+  store <8 x float> %wide.load256, ptr %3067, align 4, !tbaa !7
   %3068 = or disjoint i64 %3058, 32
   %3069 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3068
   %3070 = getelementptr inbounds nuw i8, ptr %3069, i64 32
   %3071 = getelementptr inbounds nuw i8, ptr %3069, i64 64
   %3072 = getelementptr inbounds nuw i8, ptr %3069, i64 96
-  %wide.load.1 = load <8 x float>, ptr %3069, align 4, !tbaa !4
-  %wide.load254.1 = load <8 x float>, ptr %3070, align 4, !tbaa !4
-  %wide.load255.1 = load <8 x float>, ptr %3071, align 4, !tbaa !4
-  %wide.load256.1 = load <8 x float>, ptr %3072, align 4, !tbaa !4
+  %wide.load.1 = load <8 x float>, ptr %3069, align 4, !tbaa !7
+  %wide.load254.1 = load <8 x float>, ptr %3070, align 4, !tbaa !7
+  %wide.load255.1 = load <8 x float>, ptr %3071, align 4, !tbaa !7
+  %wide.load256.1 = load <8 x float>, ptr %3072, align 4, !tbaa !7
   %3073 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3068
   %3074 = getelementptr inbounds nuw i8, ptr %3073, i64 32
   %3075 = getelementptr inbounds nuw i8, ptr %3073, i64 64
   %3076 = getelementptr inbounds nuw i8, ptr %3073, i64 96
-  store <8 x float> %wide.load.1, ptr %3073, align 4, !tbaa !4
-  store <8 x float> %wide.load254.1, ptr %3074, align 4, !tbaa !4
-  store <8 x float> %wide.load255.1, ptr %3075, align 4, !tbaa !4
-  store <8 x float> %wide.load256.1, ptr %3076, align 4, !tbaa !4
+  store <8 x float> %wide.load.1, ptr %3073, align 4, !tbaa !7
+  store <8 x float> %wide.load254.1, ptr %3074, align 4, !tbaa !7
+  store <8 x float> %wide.load255.1, ptr %3075, align 4, !tbaa !7
+  store <8 x float> %wide.load256.1, ptr %3076, align 4, !tbaa !7
   %3077 = or disjoint i64 %3058, 64
   %3078 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3077
   %3079 = getelementptr inbounds nuw i8, ptr %3078, i64 32
   %3080 = getelementptr inbounds nuw i8, ptr %3078, i64 64
   %3081 = getelementptr inbounds nuw i8, ptr %3078, i64 96
-  %wide.load.2 = load <8 x float>, ptr %3078, align 4, !tbaa !4
-  %wide.load254.2 = load <8 x float>, ptr %3079, align 4, !tbaa !4
-  %wide.load255.2 = load <8 x float>, ptr %3080, align 4, !tbaa !4
-  %wide.load256.2 = load <8 x float>, ptr %3081, align 4, !tbaa !4
+  %wide.load.2 = load <8 x float>, ptr %3078, align 4, !tbaa !7
+  %wide.load254.2 = load <8 x float>, ptr %3079, align 4, !tbaa !7
+  %wide.load255.2 = load <8 x float>, ptr %3080, align 4, !tbaa !7
+  %wide.load256.2 = load <8 x float>, ptr %3081, align 4, !tbaa !7
   %3082 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3077
   %3083 = getelementptr inbounds nuw i8, ptr %3082, i64 32
   %3084 = getelementptr inbounds nuw i8, ptr %3082, i64 64
   %3085 = getelementptr inbounds nuw i8, ptr %3082, i64 96
-  store <8 x float> %wide.load.2, ptr %3082, align 4, !tbaa !4
-  store <8 x float> %wide.load254.2, ptr %3083, align 4, !tbaa !4
-  store <8 x float> %wide.load255.2, ptr %3084, align 4, !tbaa !4
-  store <8 x float> %wide.load256.2, ptr %3085, align 4, !tbaa !4
+  store <8 x float> %wide.load.2, ptr %3082, align 4, !tbaa !7
+  store <8 x float> %wide.load254.2, ptr %3083, align 4, !tbaa !7
+  store <8 x float> %wide.load255.2, ptr %3084, align 4, !tbaa !7
+  store <8 x float> %wide.load256.2, ptr %3085, align 4, !tbaa !7
   %3086 = or disjoint i64 %3058, 96
   %3087 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3086
   %3088 = getelementptr inbounds nuw i8, ptr %3087, i64 32
   %3089 = getelementptr inbounds nuw i8, ptr %3087, i64 64
   %3090 = getelementptr inbounds nuw i8, ptr %3087, i64 96
-  %wide.load.3 = load <8 x float>, ptr %3087, align 4, !tbaa !4
-  %wide.load254.3 = load <8 x float>, ptr %3088, align 4, !tbaa !4
-  %wide.load255.3 = load <8 x float>, ptr %3089, align 4, !tbaa !4
-  %wide.load256.3 = load <8 x float>, ptr %3090, align 4, !tbaa !4
+  %wide.load.3 = load <8 x float>, ptr %3087, align 4, !tbaa !7
+  %wide.load254.3 = load <8 x float>, ptr %3088, align 4, !tbaa !7
+  %wide.load255.3 = load <8 x float>, ptr %3089, align 4, !tbaa !7
+  %wide.load256.3 = load <8 x float>, ptr %3090, align 4, !tbaa !7
   %3091 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3086
   %3092 = getelementptr inbounds nuw i8, ptr %3091, i64 32
   %3093 = getelementptr inbounds nuw i8, ptr %3091, i64 64
   %3094 = getelementptr inbounds nuw i8, ptr %3091, i64 96
-  store <8 x float> %wide.load.3, ptr %3091, align 4, !tbaa !4
-  store <8 x float> %wide.load254.3, ptr %3092, align 4, !tbaa !4
-  store <8 x float> %wide.load255.3, ptr %3093, align 4, !tbaa !4
-  store <8 x float> %wide.load256.3, ptr %3094, align 4, !tbaa !4
+  store <8 x float> %wide.load.3, ptr %3091, align 4, !tbaa !7
+  store <8 x float> %wide.load254.3, ptr %3092, align 4, !tbaa !7
+  store <8 x float> %wide.load255.3, ptr %3093, align 4, !tbaa !7
+  store <8 x float> %wide.load256.3, ptr %3094, align 4, !tbaa !7
   br label %for_end_d603.us.i
 
 for_body_p562.us.us.i:                            ; preds = %for_begin_to566.for_end_to568_crit_edge.us.us.i, %for_body_p562.us.us.preheader.i
@@ -7392,114 +7607,114 @@ for_body_to567.us.us.i:                           ; preds = %if_end572.us.us.i, 
   br i1 %3096, label %for_begin_s574.preheader.us.us.i, label %if_else573.us.us.i
 
 if_else573.us.us.i:                               ; preds = %for_body_to567.us.us.i
-  %3097 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3097 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %edge579.us.us.i = tail call ptr %3097(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %3098 = icmp eq ptr %edge579.us.us.i, null
-  br i1 %3098, label %fused_attend_compute_.exit, label %for_begin_i583.preheader.us.us.i, !prof !7
+  br i1 %3098, label %fused_attend_compute_.exit, label %for_begin_i583.preheader.us.us.i, !prof !6
 
 if_end572.us.us.i:                                ; preds = %for_begin_s593.preheader.us.us.i, %for_begin_s574.preheader.us.us.i
   %indvars.iv.next1319.i = add nuw nsw i64 %indvars.iv1318.i, 1
   %exitcond1322.not.i = icmp eq i64 %indvars.iv.next1319.i, %wide.trip.count1246.i
-  br i1 %exitcond1322.not.i, label %for_begin_to566.for_end_to568_crit_edge.us.us.i, label %for_body_to567.us.us.i, !prof !8
+  br i1 %exitcond1322.not.i, label %for_begin_to566.for_end_to568_crit_edge.us.us.i, label %for_body_to567.us.us.i, !prof !10
 
 for_begin_d_0588.preheader.us.us.i:               ; preds = %for_begin_i583.preheader.us.us.i, %for_begin_d_0588.preheader.us.us.i
   %indvars.iv1306.i = phi i64 [ 0, %for_begin_i583.preheader.us.us.i ], [ %indvars.iv.next1307.i.1, %for_begin_d_0588.preheader.us.us.i ]
   %gep1646.i = getelementptr inbounds nuw i32, ptr %gep1660.i, i64 %indvars.iv1306.i
   %.idx1537.i = shl nuw nsw i64 %indvars.iv1306.i, 4
   %gep1648.i = getelementptr inbounds nuw i8, ptr %invariant.gep1647.i, i64 %.idx1537.i
-  %3099 = load i32, ptr %gep1646.i, align 4, !tbaa !4
+  %3099 = load i32, ptr %gep1646.i, align 4, !tbaa !7
   %3100 = insertelement <16 x i32> poison, i32 %3099, i64 0
   %3101 = shufflevector <16 x i32> %3100, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3102 = load i64, ptr %gep1648.i, align 8, !tbaa !4
+  %3102 = load i64, ptr %gep1648.i, align 8, !tbaa !7
   %gep1652.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3102
-  %3103 = load <16 x i32>, ptr %gep1652.i, align 4, !tbaa !4
+  %3103 = load <16 x i32>, ptr %gep1652.i, align 4, !tbaa !7
   %3104 = and <16 x i32> %3103, %3101
   %.idx = shl nuw nsw i64 %indvars.iv1306.i, 8
   %3105 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx
-  store <16 x i32> %3104, ptr %3105, align 4, !tbaa !4
-  %3106 = load i32, ptr %gep1646.i, align 4, !tbaa !4
+  store <16 x i32> %3104, ptr %3105, align 4, !tbaa !7
+  %3106 = load i32, ptr %gep1646.i, align 4, !tbaa !7
   %3107 = insertelement <16 x i32> poison, i32 %3106, i64 0
   %3108 = shufflevector <16 x i32> %3107, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3109 = load i64, ptr %gep1648.i, align 8, !tbaa !4
+  %3109 = load i64, ptr %gep1648.i, align 8, !tbaa !7
   %gep1654.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3109
   %3110 = getelementptr i8, ptr %gep1654.i, i64 64
   %3111 = getelementptr i32, ptr %3110, i64 %1052
-  %3112 = load <16 x i32>, ptr %3111, align 4, !tbaa !4
+  %3112 = load <16 x i32>, ptr %3111, align 4, !tbaa !7
   %3113 = and <16 x i32> %3112, %3108
   %3114 = getelementptr inbounds nuw i8, ptr %3105, i64 64
-  store <16 x i32> %3113, ptr %3114, align 4, !tbaa !4
-  %3115 = load i32, ptr %gep1646.i, align 4, !tbaa !4
+  store <16 x i32> %3113, ptr %3114, align 4, !tbaa !7
+  %3115 = load i32, ptr %gep1646.i, align 4, !tbaa !7
   %3116 = insertelement <16 x i32> poison, i32 %3115, i64 0
   %3117 = shufflevector <16 x i32> %3116, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3118 = load i64, ptr %gep1648.i, align 8, !tbaa !4
+  %3118 = load i64, ptr %gep1648.i, align 8, !tbaa !7
   %gep1656.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3118
   %3119 = getelementptr i8, ptr %gep1656.i, i64 128
   %3120 = getelementptr i32, ptr %3119, i64 %1052
-  %3121 = load <16 x i32>, ptr %3120, align 4, !tbaa !4
+  %3121 = load <16 x i32>, ptr %3120, align 4, !tbaa !7
   %3122 = and <16 x i32> %3121, %3117
   %3123 = getelementptr inbounds nuw i8, ptr %3105, i64 128
-  store <16 x i32> %3122, ptr %3123, align 4, !tbaa !4
-  %3124 = load i32, ptr %gep1646.i, align 4, !tbaa !4
+  store <16 x i32> %3122, ptr %3123, align 4, !tbaa !7
+  %3124 = load i32, ptr %gep1646.i, align 4, !tbaa !7
   %3125 = insertelement <16 x i32> poison, i32 %3124, i64 0
   %3126 = shufflevector <16 x i32> %3125, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3127 = load i64, ptr %gep1648.i, align 8, !tbaa !4
+  %3127 = load i64, ptr %gep1648.i, align 8, !tbaa !7
   %gep1658.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3127
   %3128 = getelementptr i8, ptr %gep1658.i, i64 192
   %3129 = getelementptr i32, ptr %3128, i64 %1052
-  %3130 = load <16 x i32>, ptr %3129, align 4, !tbaa !4
+  %3130 = load <16 x i32>, ptr %3129, align 4, !tbaa !7
   %3131 = and <16 x i32> %3130, %3126
   %3132 = getelementptr inbounds nuw i8, ptr %3105, i64 192
-  store <16 x i32> %3131, ptr %3132, align 4, !tbaa !4
+  store <16 x i32> %3131, ptr %3132, align 4, !tbaa !7
   %indvars.iv.next1307.i = or disjoint i64 %indvars.iv1306.i, 1
   %gep1646.i.1 = getelementptr inbounds nuw i32, ptr %gep1660.i, i64 %indvars.iv.next1307.i
   %.idx1537.i.1 = shl nuw nsw i64 %indvars.iv.next1307.i, 4
   %gep1648.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1647.i, i64 %.idx1537.i.1
-  %3133 = load i32, ptr %gep1646.i.1, align 4, !tbaa !4
+  %3133 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
   %3134 = insertelement <16 x i32> poison, i32 %3133, i64 0
   %3135 = shufflevector <16 x i32> %3134, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3136 = load i64, ptr %gep1648.i.1, align 8, !tbaa !4
+  %3136 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
   %gep1652.i.1 = getelementptr i32, ptr %gep1013.us.us.i, i64 %3136
-  %3137 = load <16 x i32>, ptr %gep1652.i.1, align 4, !tbaa !4
+  %3137 = load <16 x i32>, ptr %gep1652.i.1, align 4, !tbaa !7
   %3138 = and <16 x i32> %3137, %3135
   %.idx.1 = shl nuw nsw i64 %indvars.iv.next1307.i, 8
   %3139 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx.1
-  store <16 x i32> %3138, ptr %3139, align 4, !tbaa !4
-  %3140 = load i32, ptr %gep1646.i.1, align 4, !tbaa !4
+  store <16 x i32> %3138, ptr %3139, align 4, !tbaa !7
+  %3140 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
   %3141 = insertelement <16 x i32> poison, i32 %3140, i64 0
   %3142 = shufflevector <16 x i32> %3141, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3143 = load i64, ptr %gep1648.i.1, align 8, !tbaa !4
+  %3143 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
   %gep1654.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3143
   %3144 = getelementptr i8, ptr %gep1654.i.1, i64 64
   %3145 = getelementptr i32, ptr %3144, i64 %1052
-  %3146 = load <16 x i32>, ptr %3145, align 4, !tbaa !4
+  %3146 = load <16 x i32>, ptr %3145, align 4, !tbaa !7
   %3147 = and <16 x i32> %3146, %3142
   %3148 = getelementptr inbounds nuw i8, ptr %3139, i64 64
-  store <16 x i32> %3147, ptr %3148, align 4, !tbaa !4
-  %3149 = load i32, ptr %gep1646.i.1, align 4, !tbaa !4
+  store <16 x i32> %3147, ptr %3148, align 4, !tbaa !7
+  %3149 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
   %3150 = insertelement <16 x i32> poison, i32 %3149, i64 0
   %3151 = shufflevector <16 x i32> %3150, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3152 = load i64, ptr %gep1648.i.1, align 8, !tbaa !4
+  %3152 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
   %gep1656.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3152
   %3153 = getelementptr i8, ptr %gep1656.i.1, i64 128
   %3154 = getelementptr i32, ptr %3153, i64 %1052
-  %3155 = load <16 x i32>, ptr %3154, align 4, !tbaa !4
+  %3155 = load <16 x i32>, ptr %3154, align 4, !tbaa !7
   %3156 = and <16 x i32> %3155, %3151
   %3157 = getelementptr inbounds nuw i8, ptr %3139, i64 128
-  store <16 x i32> %3156, ptr %3157, align 4, !tbaa !4
-  %3158 = load i32, ptr %gep1646.i.1, align 4, !tbaa !4
+  store <16 x i32> %3156, ptr %3157, align 4, !tbaa !7
+  %3158 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
   %3159 = insertelement <16 x i32> poison, i32 %3158, i64 0
   %3160 = shufflevector <16 x i32> %3159, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3161 = load i64, ptr %gep1648.i.1, align 8, !tbaa !4
+  %3161 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
   %gep1658.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3161
   %3162 = getelementptr i8, ptr %gep1658.i.1, i64 192
   %3163 = getelementptr i32, ptr %3162, i64 %1052
-  %3164 = load <16 x i32>, ptr %3163, align 4, !tbaa !4
+  %3164 = load <16 x i32>, ptr %3163, align 4, !tbaa !7
   %3165 = and <16 x i32> %3164, %3160
   %3166 = getelementptr inbounds nuw i8, ptr %3139, i64 192
-  store <16 x i32> %3165, ptr %3166, align 4, !tbaa !4
+  store <16 x i32> %3165, ptr %3166, align 4, !tbaa !7
   %indvars.iv.next1307.i.1 = add nuw nsw i64 %indvars.iv1306.i, 2
   %exitcond1309.not.i.1 = icmp eq i64 %indvars.iv.next1307.i.1, 32
-  br i1 %exitcond1309.not.i.1, label %for_begin_s593.preheader.us.us.i, label %for_begin_d_0588.preheader.us.us.i, !prof !30, !llvm.loop !268
+  br i1 %exitcond1309.not.i.1, label %for_begin_s593.preheader.us.us.i, label %for_begin_d_0588.preheader.us.us.i, !prof !29, !llvm.loop !268
 
 for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.us.i
   %.idx80 = shl nuw nsw i64 %indvars.iv1318.i, 7
@@ -7507,21 +7722,21 @@ for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.u
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3167, i64 256)
   %.idx81 = shl nuw nsw i64 %indvars.iv1318.i, 9
   %3168 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx81
-  %3169 = load i64, ptr %3168, align 8, !tbaa !4
+  %3169 = load i64, ptr %3168, align 8, !tbaa !7
   %gep997.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3169
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.i, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3170 = load i64, ptr %3168, align 8, !tbaa !4
+  %3170 = load i64, ptr %3168, align 8, !tbaa !7
   %gep1001.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3170
   %3171 = getelementptr i8, ptr %gep1001.us.us.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3171, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3172 = load i64, ptr %3168, align 8, !tbaa !4
+  %3172 = load i64, ptr %3168, align 8, !tbaa !7
   %gep1005.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3172
   %3173 = getelementptr i8, ptr %gep1005.us.us.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3173, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3174 = load i64, ptr %3168, align 8, !tbaa !4
+  %3174 = load i64, ptr %3168, align 8, !tbaa !7
   %gep1009.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3174
   %3175 = getelementptr i8, ptr %gep1009.us.us.i, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3175, i64 %600)
@@ -7529,21 +7744,21 @@ for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.u
   %3176 = getelementptr inbounds nuw i8, ptr %3167, i64 32
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3176, i64 256)
   %3177 = getelementptr inbounds nuw i8, ptr %3168, i64 128
-  %3178 = load i64, ptr %3177, align 8, !tbaa !4
+  %3178 = load i64, ptr %3177, align 8, !tbaa !7
   %gep997.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3178
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.1.i, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3179 = load i64, ptr %3177, align 8, !tbaa !4
+  %3179 = load i64, ptr %3177, align 8, !tbaa !7
   %gep1001.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3179
   %3180 = getelementptr i8, ptr %gep1001.us.us.1.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3180, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3181 = load i64, ptr %3177, align 8, !tbaa !4
+  %3181 = load i64, ptr %3177, align 8, !tbaa !7
   %gep1005.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3181
   %3182 = getelementptr i8, ptr %gep1005.us.us.1.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3182, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3183 = load i64, ptr %3177, align 8, !tbaa !4
+  %3183 = load i64, ptr %3177, align 8, !tbaa !7
   %gep1009.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3183
   %3184 = getelementptr i8, ptr %gep1009.us.us.1.i, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3184, i64 %600)
@@ -7551,21 +7766,21 @@ for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.u
   %3185 = getelementptr inbounds nuw i8, ptr %3167, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3185, i64 256)
   %3186 = getelementptr inbounds nuw i8, ptr %3168, i64 256
-  %3187 = load i64, ptr %3186, align 8, !tbaa !4
+  %3187 = load i64, ptr %3186, align 8, !tbaa !7
   %gep997.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3187
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.2.i, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3188 = load i64, ptr %3186, align 8, !tbaa !4
+  %3188 = load i64, ptr %3186, align 8, !tbaa !7
   %gep1001.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3188
   %3189 = getelementptr i8, ptr %gep1001.us.us.2.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3189, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3190 = load i64, ptr %3186, align 8, !tbaa !4
+  %3190 = load i64, ptr %3186, align 8, !tbaa !7
   %gep1005.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3190
   %3191 = getelementptr i8, ptr %gep1005.us.us.2.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3191, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3192 = load i64, ptr %3186, align 8, !tbaa !4
+  %3192 = load i64, ptr %3186, align 8, !tbaa !7
   %gep1009.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3192
   %3193 = getelementptr i8, ptr %gep1009.us.us.2.i, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3193, i64 %600)
@@ -7573,21 +7788,21 @@ for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.u
   %3194 = getelementptr inbounds nuw i8, ptr %3167, i64 96
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3194, i64 256)
   %3195 = getelementptr inbounds nuw i8, ptr %3168, i64 384
-  %3196 = load i64, ptr %3195, align 8, !tbaa !4
+  %3196 = load i64, ptr %3195, align 8, !tbaa !7
   %gep997.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3196
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.3.i, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3197 = load i64, ptr %3195, align 8, !tbaa !4
+  %3197 = load i64, ptr %3195, align 8, !tbaa !7
   %gep1001.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3197
   %3198 = getelementptr i8, ptr %gep1001.us.us.3.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3198, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3199 = load i64, ptr %3195, align 8, !tbaa !4
+  %3199 = load i64, ptr %3195, align 8, !tbaa !7
   %gep1005.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3199
   %3200 = getelementptr i8, ptr %gep1005.us.us.3.i, i64 128
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3200, i64 %600)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3201 = load i64, ptr %3195, align 8, !tbaa !4
+  %3201 = load i64, ptr %3195, align 8, !tbaa !7
   %gep1009.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3201
   %3202 = getelementptr i8, ptr %gep1009.us.us.3.i, i64 192
   tail call void @llvm.x86.tileloadd64(i8 7, ptr %3202, i64 %600)
@@ -7650,7 +7865,7 @@ for_begin_s593.preheader.us.us.i:                 ; preds = %for_begin_d_0588.pr
   %3221 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6336
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3221, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3222 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3222 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3223 = tail call i32 %3222(i32 1, i32 %dev_id, ptr nonnull %edge579.us.us.i)
   %.not870.us.us.i = icmp eq i32 %3223, 0
   br i1 %.not870.us.us.i, label %if_end572.us.us.i, label %fused_attend_compute_.exit, !prof !39
@@ -7681,7 +7896,7 @@ for_body_to507.lr.ph.us.i:                        ; preds = %for_body_p.us.i
 
 for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
   %exitcond1391.not.i = icmp eq i64 %indvars.iv.next1388.i, %wide.trip.count1390.i
-  br i1 %exitcond1391.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+  br i1 %exitcond1391.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !10
 
 for_body_t81.i:                                   ; preds = %for_body_t81.i, %for_body_t81.lr.ph.i
   %indvars.iv1157.i = phi i64 [ 0, %for_body_t81.lr.ph.i ], [ %indvars.iv.next1158.i.3, %for_body_t81.i ]
@@ -7691,7 +7906,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3233 = sext i32 %3232 to i64
   %3234 = ashr i64 %3233, 4
   %gep928.i = getelementptr i32, ptr %invariant.gep927.i, i64 %3234
-  %3235 = load i32, ptr %gep928.i, align 4, !tbaa !4
+  %3235 = load i32, ptr %gep928.i, align 4, !tbaa !7
   %block88.i = sext i32 %3235 to i64
   %3236 = lshr i64 %3233, 1
   %3237 = and i64 %3236, 7
@@ -7699,7 +7914,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3239 = mul nsw i64 %v_block, %block88.i
   %3240 = add nsw i64 %3238, %3239
   %3241 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1157.i
-  store i64 %3240, ptr %3241, align 8, !tbaa !4
+  store i64 %3240, ptr %3241, align 8, !tbaa !7
   %indvars.iv.next1158.i = or disjoint i64 %indvars.iv1157.i, 1
   %3242 = add nsw i64 %indvars.iv.next1158.i, %982
   %3243 = trunc nsw i64 %3242 to i32
@@ -7707,7 +7922,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3245 = sext i32 %3244 to i64
   %3246 = ashr i64 %3245, 4
   %gep928.i.1 = getelementptr i32, ptr %invariant.gep927.i, i64 %3246
-  %3247 = load i32, ptr %gep928.i.1, align 4, !tbaa !4
+  %3247 = load i32, ptr %gep928.i.1, align 4, !tbaa !7
   %block88.i.1 = sext i32 %3247 to i64
   %3248 = lshr i64 %3245, 1
   %3249 = and i64 %3248, 7
@@ -7715,7 +7930,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3251 = mul nsw i64 %v_block, %block88.i.1
   %3252 = add nsw i64 %3250, %3251
   %3253 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i
-  store i64 %3252, ptr %3253, align 8, !tbaa !4
+  store i64 %3252, ptr %3253, align 8, !tbaa !7
   %indvars.iv.next1158.i.1 = or disjoint i64 %indvars.iv1157.i, 2
   %3254 = add nsw i64 %indvars.iv.next1158.i.1, %982
   %3255 = trunc nsw i64 %3254 to i32
@@ -7723,7 +7938,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3257 = sext i32 %3256 to i64
   %3258 = ashr i64 %3257, 4
   %gep928.i.2 = getelementptr i32, ptr %invariant.gep927.i, i64 %3258
-  %3259 = load i32, ptr %gep928.i.2, align 4, !tbaa !4
+  %3259 = load i32, ptr %gep928.i.2, align 4, !tbaa !7
   %block88.i.2 = sext i32 %3259 to i64
   %3260 = lshr i64 %3257, 1
   %3261 = and i64 %3260, 7
@@ -7731,7 +7946,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3263 = mul nsw i64 %v_block, %block88.i.2
   %3264 = add nsw i64 %3262, %3263
   %3265 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.1
-  store i64 %3264, ptr %3265, align 8, !tbaa !4
+  store i64 %3264, ptr %3265, align 8, !tbaa !7
   %indvars.iv.next1158.i.2 = or disjoint i64 %indvars.iv1157.i, 3
   %3266 = add nsw i64 %indvars.iv.next1158.i.2, %982
   %3267 = trunc nsw i64 %3266 to i32
@@ -7739,7 +7954,7 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3269 = sext i32 %3268 to i64
   %3270 = ashr i64 %3269, 4
   %gep928.i.3 = getelementptr i32, ptr %invariant.gep927.i, i64 %3270
-  %3271 = load i32, ptr %gep928.i.3, align 4, !tbaa !4
+  %3271 = load i32, ptr %gep928.i.3, align 4, !tbaa !7
   %block88.i.3 = sext i32 %3271 to i64
   %3272 = lshr i64 %3269, 1
   %3273 = and i64 %3272, 7
@@ -7747,19 +7962,19 @@ for_body_t81.i:                                   ; preds = %for_body_t81.i, %fo
   %3275 = mul nsw i64 %v_block, %block88.i.3
   %3276 = add nsw i64 %3274, %3275
   %3277 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.2
-  store i64 %3276, ptr %3277, align 8, !tbaa !4
+  store i64 %3276, ptr %3277, align 8, !tbaa !7
   %indvars.iv.next1158.i.3 = add nuw nsw i64 %indvars.iv1157.i, 4
   %exitcond1161.not.i.3 = icmp eq i64 %indvars.iv.next1158.i.3, %wide.trip.count1155.i
-  br i1 %exitcond1161.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t81.i, !prof !8, !llvm.loop !269
+  br i1 %exitcond1161.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t81.i, !prof !10, !llvm.loop !269
 
 for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %3278 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3278 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3279 = tail call i32 %3278(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not867.i = icmp eq i32 %3279, 0
   br i1 %.not867.i, label %if_end644.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end644.i:                                      ; preds = %for_end_kv_head.i
-  %3280 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3280 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3281 = tail call i32 %3280(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not868.i = icmp eq i32 %3281, 0
   br i1 %.not868.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !39
@@ -7769,26 +7984,26 @@ for_body_tile650.i:                               ; preds = %if_end655.i, %for_b
   %.idx1542.i = shl nsw i64 %indvars.iv1405.i, 4
   %3282 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1542.i
   %3283 = getelementptr inbounds nuw i8, ptr %3282, i64 4
-  %3284 = load i32, ptr %3283, align 4, !tbaa !12
+  %3284 = load i32, ptr %3283, align 4, !tbaa !11
   %3285 = icmp slt i32 %944, %3284
-  br i1 %3285, label %if_then654.i, label %if_end655.i, !prof !7
+  br i1 %3285, label %if_then654.i, label %if_end655.i, !prof !6
 
 for_end_tile651.i:                                ; preds = %if_end655.i, %for_begin_tile649.preheader.i
-  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not864.i = icmp eq i32 %3287, 0
   br i1 %.not864.i, label %if_end715.i, label %fused_attend_compute_.exit, !prof !39
 
 if_then654.i:                                     ; preds = %for_body_tile650.i
   %3288 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1542.i
-  %old_max661.i = load <16 x float>, ptr %3288, align 4, !tbaa !4
+  %old_max661.i = load <16 x float>, ptr %3288, align 4, !tbaa !7
   %3289 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1542.i
-  %old_sum663.i = load <16 x float>, ptr %3289, align 4, !tbaa !4
+  %old_sum663.i = load <16 x float>, ptr %3289, align 4, !tbaa !7
   %3290 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1542.i
-  %3291 = load <16 x float>, ptr %3290, align 4, !tbaa !4
+  %3291 = load <16 x float>, ptr %3290, align 4, !tbaa !7
   %3292 = fcmp ogt <16 x float> %old_max661.i, %3291
   %3293 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1542.i
-  %3294 = load <16 x float>, ptr %3293, align 4, !tbaa !4
+  %3294 = load <16 x float>, ptr %3293, align 4, !tbaa !7
   %3295 = fcmp oeq <16 x float> %3294, zeroinitializer
   %3296 = select <16 x i1> %3295, <16 x i1> splat (i1 true), <16 x i1> %3292
   %old_or_both667.i = select <16 x i1> %3296, <16 x float> %old_max661.i, <16 x float> %3291
@@ -7842,8 +8057,8 @@ if_then654.i:                                     ; preds = %for_body_tile650.i
   store <16 x float> %3340, ptr %beta657829.i, align 16, !tbaa !277
   %3341 = fmul <16 x float> %old_sum663.i, %3319
   %3342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3340, <16 x float> %3294, <16 x float> %3341)
-  store <16 x float> %m669.i, ptr %3288, align 4, !tbaa !4
-  store <16 x float> %3342, ptr %3289, align 4, !tbaa !4
+  store <16 x float> %m669.i, ptr %3288, align 4, !tbaa !7
+  store <16 x float> %3342, ptr %3289, align 4, !tbaa !7
   %3343 = shl i64 %indvars.iv1405.i, 11
   %3344 = and i64 %3343, 4294965248
   br label %for_begin_d_0709.preheader.i
@@ -7851,7 +8066,7 @@ if_then654.i:                                     ; preds = %for_body_tile650.i
 if_end655.i:                                      ; preds = %for_begin_d_0709.preheader.i, %for_body_tile650.i
   %indvars.iv.next1406.i = add nuw nsw i64 %indvars.iv1405.i, 1
   %exitcond1409.not.i = icmp eq i64 %indvars.iv.next1406.i, %wide.trip.count1408.i
-  br i1 %exitcond1409.not.i, label %for_end_tile651.i, label %for_body_tile650.i, !prof !8
+  br i1 %exitcond1409.not.i, label %for_end_tile651.i, label %for_body_tile650.i, !prof !10
 
 for_begin_d_0709.preheader.i:                     ; preds = %for_begin_d_0709.preheader.i, %if_then654.i
   %indvars.iv1401.i = phi i64 [ 0, %if_then654.i ], [ %indvars.iv.next1402.i, %for_begin_d_0709.preheader.i ]
@@ -7866,80 +8081,80 @@ for_begin_d_0709.preheader.i:                     ; preds = %for_begin_d_0709.pr
   %3353 = insertelement <16 x float> poison, float %3352, i64 0
   %3354 = shufflevector <16 x float> %3353, <16 x float> poison, <16 x i32> zeroinitializer
   %3355 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3350
-  %3356 = load <16 x float>, ptr %3355, align 4, !tbaa !4
+  %3356 = load <16 x float>, ptr %3355, align 4, !tbaa !7
   %3357 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3350
-  %3358 = load <16 x float>, ptr %3357, align 4, !tbaa !4
+  %3358 = load <16 x float>, ptr %3357, align 4, !tbaa !7
   %3359 = fmul <16 x float> %3358, %3354
   %3360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3356, <16 x float> %3359)
-  store <16 x float> %3360, ptr %3357, align 4, !tbaa !4
+  store <16 x float> %3360, ptr %3357, align 4, !tbaa !7
   %3361 = or disjoint i64 %3350, 16
   %3362 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3361
-  %3363 = load <16 x float>, ptr %3362, align 4, !tbaa !4
+  %3363 = load <16 x float>, ptr %3362, align 4, !tbaa !7
   %3364 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3361
-  %3365 = load <16 x float>, ptr %3364, align 4, !tbaa !4
+  %3365 = load <16 x float>, ptr %3364, align 4, !tbaa !7
   %3366 = fmul <16 x float> %3354, %3365
   %3367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3363, <16 x float> %3366)
-  store <16 x float> %3367, ptr %3364, align 4, !tbaa !4
+  store <16 x float> %3367, ptr %3364, align 4, !tbaa !7
   %3368 = or disjoint i64 %3350, 32
   %3369 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3368
-  %3370 = load <16 x float>, ptr %3369, align 4, !tbaa !4
+  %3370 = load <16 x float>, ptr %3369, align 4, !tbaa !7
   %3371 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3368
-  %3372 = load <16 x float>, ptr %3371, align 4, !tbaa !4
+  %3372 = load <16 x float>, ptr %3371, align 4, !tbaa !7
   %3373 = fmul <16 x float> %3354, %3372
   %3374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3370, <16 x float> %3373)
-  store <16 x float> %3374, ptr %3371, align 4, !tbaa !4
+  store <16 x float> %3374, ptr %3371, align 4, !tbaa !7
   %3375 = or disjoint i64 %3350, 48
   %3376 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3375
-  %3377 = load <16 x float>, ptr %3376, align 4, !tbaa !4
+  %3377 = load <16 x float>, ptr %3376, align 4, !tbaa !7
   %3378 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3375
-  %3379 = load <16 x float>, ptr %3378, align 4, !tbaa !4
+  %3379 = load <16 x float>, ptr %3378, align 4, !tbaa !7
   %3380 = fmul <16 x float> %3354, %3379
   %3381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3377, <16 x float> %3380)
-  store <16 x float> %3381, ptr %3378, align 4, !tbaa !4
+  store <16 x float> %3381, ptr %3378, align 4, !tbaa !7
   %3382 = or disjoint i64 %3350, 64
   %3383 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3382
-  %3384 = load <16 x float>, ptr %3383, align 4, !tbaa !4
+  %3384 = load <16 x float>, ptr %3383, align 4, !tbaa !7
   %3385 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3382
-  %3386 = load <16 x float>, ptr %3385, align 4, !tbaa !4
+  %3386 = load <16 x float>, ptr %3385, align 4, !tbaa !7
   %3387 = fmul <16 x float> %3354, %3386
   %3388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3384, <16 x float> %3387)
-  store <16 x float> %3388, ptr %3385, align 4, !tbaa !4
+  store <16 x float> %3388, ptr %3385, align 4, !tbaa !7
   %3389 = or disjoint i64 %3350, 80
   %3390 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3389
-  %3391 = load <16 x float>, ptr %3390, align 4, !tbaa !4
+  %3391 = load <16 x float>, ptr %3390, align 4, !tbaa !7
   %3392 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3389
-  %3393 = load <16 x float>, ptr %3392, align 4, !tbaa !4
+  %3393 = load <16 x float>, ptr %3392, align 4, !tbaa !7
   %3394 = fmul <16 x float> %3354, %3393
   %3395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3391, <16 x float> %3394)
-  store <16 x float> %3395, ptr %3392, align 4, !tbaa !4
+  store <16 x float> %3395, ptr %3392, align 4, !tbaa !7
   %3396 = or disjoint i64 %3350, 96
   %3397 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3396
-  %3398 = load <16 x float>, ptr %3397, align 4, !tbaa !4
+  %3398 = load <16 x float>, ptr %3397, align 4, !tbaa !7
   %3399 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3396
-  %3400 = load <16 x float>, ptr %3399, align 4, !tbaa !4
+  %3400 = load <16 x float>, ptr %3399, align 4, !tbaa !7
   %3401 = fmul <16 x float> %3354, %3400
   %3402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3398, <16 x float> %3401)
-  store <16 x float> %3402, ptr %3399, align 4, !tbaa !4
+  store <16 x float> %3402, ptr %3399, align 4, !tbaa !7
   %3403 = or disjoint i64 %3350, 112
   %3404 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3403
-  %3405 = load <16 x float>, ptr %3404, align 4, !tbaa !4
+  %3405 = load <16 x float>, ptr %3404, align 4, !tbaa !7
   %3406 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3403
-  %3407 = load <16 x float>, ptr %3406, align 4, !tbaa !4
+  %3407 = load <16 x float>, ptr %3406, align 4, !tbaa !7
   %3408 = fmul <16 x float> %3354, %3407
   %3409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3405, <16 x float> %3408)
-  store <16 x float> %3409, ptr %3406, align 4, !tbaa !4
+  store <16 x float> %3409, ptr %3406, align 4, !tbaa !7
   %indvars.iv.next1402.i = add nuw nsw i64 %indvars.iv1401.i, 1
   %exitcond1404.not.i = icmp eq i64 %indvars.iv.next1402.i, 16
-  br i1 %exitcond1404.not.i, label %if_end655.i, label %for_begin_d_0709.preheader.i, !prof !30
+  br i1 %exitcond1404.not.i, label %if_end655.i, label %for_begin_d_0709.preheader.i, !prof !29
 
 if_end715.i:                                      ; preds = %for_end_tile651.i
-  %3410 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3410 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3411 = tail call i32 %3410(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
   %.not865.i = icmp eq i32 %3411, 0
   br i1 %.not865.i, label %if_end718.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end718.i:                                      ; preds = %if_end715.i
-  %3412 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3412 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3413 = tail call i32 %3412(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
   %.not866.i = icmp eq i32 %3413, 0
   br i1 %.not866.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !39
@@ -7956,10 +8171,10 @@ for_body_tile724.i:                               ; preds = %if_end729.loopexit.
   %3418 = shl nsw i32 %3417, 4
   %3419 = sub nsw i32 %120, %3418
   %3420 = icmp sgt i32 %3419, 0
-  br i1 %3420, label %for_body_r775.lr.ph.i, label %if_end729.loopexit.i, !prof !3
+  br i1 %3420, label %for_body_r775.lr.ph.i, label %if_end729.loopexit.i, !prof !38
 
 for_end_tile725.i:                                ; preds = %if_end729.loopexit.i, %if_end729.us.i, %for_begin_tile723.preheader.i
-  %3421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3422 = tail call i32 %3421(i32 1, i32 %dev_id, ptr nonnull %places.i)
   %.not.i = icmp eq i32 %3422, 0
   br i1 %.not.i, label %if_end800.i, label %fused_attend_compute_.exit, !prof !39
@@ -7967,7 +8182,7 @@ for_end_tile725.i:                                ; preds = %if_end729.loopexit.
 if_end729.loopexit.i:                             ; preds = %for_begin_d_0791.preheader.i, %for_body_tile724.i
   %indvars.iv.next1433.i = add nuw nsw i64 %indvars.iv1432.i, 1
   %exitcond1436.not.i = icmp eq i64 %indvars.iv.next1433.i, %wide.trip.count1464.i
-  br i1 %exitcond1436.not.i, label %for_end_tile725.i, label %for_body_tile724.i, !prof !8
+  br i1 %exitcond1436.not.i, label %for_end_tile725.i, label %for_body_tile724.i, !prof !10
 
 for_body_r775.lr.ph.i:                            ; preds = %for_body_tile724.i
   %3423 = sext i1 %.not856.i to i32
@@ -8001,58 +8216,58 @@ for_body_r775.i:                                  ; preds = %for_body_r775.i, %f
   %indvars.iv1411.i = phi i64 [ 0, %for_body_r775.lr.ph.i ], [ %indvars.iv.next1412.i.3, %for_body_r775.i ]
   %3441 = add nuw nsw i64 %indvars.iv1411.i, %3432
   %3442 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3441
-  %3443 = load float, ptr %3442, align 4, !tbaa !4
+  %3443 = load float, ptr %3442, align 4, !tbaa !7
   %3444 = shl nuw nsw i64 %indvars.iv1411.i, 3
   %3445 = and i64 %3444, 17179869152
   %3446 = add nsw i64 %3434, %3445
   %3447 = getelementptr inbounds float, ptr %partial_max, i64 %3446
-  store float %3443, ptr %3447, align 4, !tbaa !4
+  store float %3443, ptr %3447, align 4, !tbaa !7
   %3448 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3441
-  %3449 = load float, ptr %3448, align 4, !tbaa !4
+  %3449 = load float, ptr %3448, align 4, !tbaa !7
   %3450 = getelementptr inbounds float, ptr %partial_sum, i64 %3446
-  store float %3449, ptr %3450, align 4, !tbaa !4
+  store float %3449, ptr %3450, align 4, !tbaa !7
   %indvars.iv.next1412.i = or disjoint i64 %indvars.iv1411.i, 1
   %3451 = add nuw nsw i64 %indvars.iv.next1412.i, %3432
   %3452 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3451
-  %3453 = load float, ptr %3452, align 4, !tbaa !4
+  %3453 = load float, ptr %3452, align 4, !tbaa !7
   %3454 = shl nuw nsw i64 %indvars.iv1411.i, 3
   %3455 = and i64 %3454, 17179869152
   %3456 = add nsw i64 %3435, %3455
   %3457 = getelementptr inbounds float, ptr %partial_max, i64 %3456
-  store float %3453, ptr %3457, align 4, !tbaa !4
+  store float %3453, ptr %3457, align 4, !tbaa !7
   %3458 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3451
-  %3459 = load float, ptr %3458, align 4, !tbaa !4
+  %3459 = load float, ptr %3458, align 4, !tbaa !7
   %3460 = getelementptr inbounds float, ptr %partial_sum, i64 %3456
-  store float %3459, ptr %3460, align 4, !tbaa !4
+  store float %3459, ptr %3460, align 4, !tbaa !7
   %indvars.iv.next1412.i.1 = or disjoint i64 %indvars.iv1411.i, 2
   %3461 = add nuw nsw i64 %indvars.iv.next1412.i.1, %3432
   %3462 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3461
-  %3463 = load float, ptr %3462, align 4, !tbaa !4
+  %3463 = load float, ptr %3462, align 4, !tbaa !7
   %3464 = shl nuw nsw i64 %indvars.iv1411.i, 3
   %3465 = and i64 %3464, 17179869152
   %3466 = add nsw i64 %3436, %3465
   %3467 = getelementptr inbounds float, ptr %partial_max, i64 %3466
-  store float %3463, ptr %3467, align 4, !tbaa !4
+  store float %3463, ptr %3467, align 4, !tbaa !7
   %3468 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3461
-  %3469 = load float, ptr %3468, align 4, !tbaa !4
+  %3469 = load float, ptr %3468, align 4, !tbaa !7
   %3470 = getelementptr inbounds float, ptr %partial_sum, i64 %3466
-  store float %3469, ptr %3470, align 4, !tbaa !4
+  store float %3469, ptr %3470, align 4, !tbaa !7
   %indvars.iv.next1412.i.2 = or disjoint i64 %indvars.iv1411.i, 3
   %3471 = add nuw nsw i64 %indvars.iv.next1412.i.2, %3432
   %3472 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3471
-  %3473 = load float, ptr %3472, align 4, !tbaa !4
+  %3473 = load float, ptr %3472, align 4, !tbaa !7
   %3474 = shl nuw nsw i64 %indvars.iv1411.i, 3
   %3475 = and i64 %3474, 17179869152
   %3476 = add nsw i64 %3437, %3475
   %3477 = getelementptr inbounds float, ptr %partial_max, i64 %3476
-  store float %3473, ptr %3477, align 4, !tbaa !4
+  store float %3473, ptr %3477, align 4, !tbaa !7
   %3478 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3471
-  %3479 = load float, ptr %3478, align 4, !tbaa !4
+  %3479 = load float, ptr %3478, align 4, !tbaa !7
   %3480 = getelementptr inbounds float, ptr %partial_sum, i64 %3476
-  store float %3479, ptr %3480, align 4, !tbaa !4
+  store float %3479, ptr %3480, align 4, !tbaa !7
   %indvars.iv.next1412.i.3 = add nuw nsw i64 %indvars.iv1411.i, 4
   %exitcond1415.not.i.3 = icmp eq i64 %indvars.iv.next1412.i.3, %wide.trip.count1414.i
-  br i1 %exitcond1415.not.i.3, label %for_begin_d_0791.preheader.lr.ph.i, label %for_body_r775.i, !prof !8, !llvm.loop !286
+  br i1 %exitcond1415.not.i.3, label %for_begin_d_0791.preheader.lr.ph.i, label %for_body_r775.i, !prof !10, !llvm.loop !286
 
 for_begin_d_0791.preheader.i:                     ; preds = %for_begin_d_0791.preheader.i, %for_begin_d_0791.preheader.lr.ph.i
   %indvars.iv1426.i = phi i64 [ 0, %for_begin_d_0791.preheader.lr.ph.i ], [ %indvars.iv.next1427.i.1, %for_begin_d_0791.preheader.i ]
@@ -8065,36 +8280,36 @@ for_begin_d_0791.preheader.i:                     ; preds = %for_begin_d_0791.pr
   %3486 = getelementptr float, ptr %gep1090.i, i64 %3483
   %3487 = and i64 %3482, 4294967040
   %3488 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3487
-  %3489 = load <16 x float>, ptr %3488, align 4, !tbaa !4
-  store <16 x float> %3489, ptr %3486, align 4, !tbaa !4
+  %3489 = load <16 x float>, ptr %3488, align 4, !tbaa !7
+  store <16 x float> %3489, ptr %3486, align 4, !tbaa !7
   %3490 = getelementptr inbounds nuw i8, ptr %3488, i64 64
-  %3491 = load <16 x float>, ptr %3490, align 4, !tbaa !4
+  %3491 = load <16 x float>, ptr %3490, align 4, !tbaa !7
   %3492 = getelementptr i8, ptr %3486, i64 64
-  store <16 x float> %3491, ptr %3492, align 4, !tbaa !4
+  store <16 x float> %3491, ptr %3492, align 4, !tbaa !7
   %3493 = getelementptr inbounds nuw i8, ptr %3488, i64 128
-  %3494 = load <16 x float>, ptr %3493, align 4, !tbaa !4
+  %3494 = load <16 x float>, ptr %3493, align 4, !tbaa !7
   %3495 = getelementptr i8, ptr %3486, i64 128
-  store <16 x float> %3494, ptr %3495, align 4, !tbaa !4
+  store <16 x float> %3494, ptr %3495, align 4, !tbaa !7
   %3496 = getelementptr inbounds nuw i8, ptr %3488, i64 192
-  %3497 = load <16 x float>, ptr %3496, align 4, !tbaa !4
+  %3497 = load <16 x float>, ptr %3496, align 4, !tbaa !7
   %3498 = getelementptr i8, ptr %3486, i64 192
-  store <16 x float> %3497, ptr %3498, align 4, !tbaa !4
+  store <16 x float> %3497, ptr %3498, align 4, !tbaa !7
   %3499 = getelementptr inbounds nuw i8, ptr %3488, i64 256
-  %3500 = load <16 x float>, ptr %3499, align 4, !tbaa !4
+  %3500 = load <16 x float>, ptr %3499, align 4, !tbaa !7
   %3501 = getelementptr i8, ptr %3486, i64 256
-  store <16 x float> %3500, ptr %3501, align 4, !tbaa !4
+  store <16 x float> %3500, ptr %3501, align 4, !tbaa !7
   %3502 = getelementptr inbounds nuw i8, ptr %3488, i64 320
-  %3503 = load <16 x float>, ptr %3502, align 4, !tbaa !4
+  %3503 = load <16 x float>, ptr %3502, align 4, !tbaa !7
   %3504 = getelementptr i8, ptr %3486, i64 320
-  store <16 x float> %3503, ptr %3504, align 4, !tbaa !4
+  store <16 x float> %3503, ptr %3504, align 4, !tbaa !7
   %3505 = getelementptr inbounds nuw i8, ptr %3488, i64 384
-  %3506 = load <16 x float>, ptr %3505, align 4, !tbaa !4
+  %3506 = load <16 x float>, ptr %3505, align 4, !tbaa !7
   %3507 = getelementptr i8, ptr %3486, i64 384
-  store <16 x float> %3506, ptr %3507, align 4, !tbaa !4
+  store <16 x float> %3506, ptr %3507, align 4, !tbaa !7
   %3508 = getelementptr inbounds nuw i8, ptr %3488, i64 448
-  %3509 = load <16 x float>, ptr %3508, align 4, !tbaa !4
+  %3509 = load <16 x float>, ptr %3508, align 4, !tbaa !7
   %3510 = getelementptr i8, ptr %3486, i64 448
-  store <16 x float> %3509, ptr %3510, align 4, !tbaa !4
+  store <16 x float> %3509, ptr %3510, align 4, !tbaa !7
   %indvars.iv.next1427.i = shl i64 %indvars.iv1426.i, 7
   %3511 = or disjoint i64 %indvars.iv.next1427.i, 128
   %3512 = add nuw nsw i64 %3511, %3438
@@ -8105,66 +8320,66 @@ for_begin_d_0791.preheader.i:                     ; preds = %for_begin_d_0791.pr
   %3516 = getelementptr float, ptr %gep1090.i.1, i64 %3513
   %3517 = and i64 %3512, 4294967168
   %3518 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3517
-  %3519 = load <16 x float>, ptr %3518, align 4, !tbaa !4
-  store <16 x float> %3519, ptr %3516, align 4, !tbaa !4
+  %3519 = load <16 x float>, ptr %3518, align 4, !tbaa !7
+  store <16 x float> %3519, ptr %3516, align 4, !tbaa !7
   %3520 = getelementptr inbounds nuw i8, ptr %3518, i64 64
-  %3521 = load <16 x float>, ptr %3520, align 4, !tbaa !4
+  %3521 = load <16 x float>, ptr %3520, align 4, !tbaa !7
   %3522 = getelementptr i8, ptr %3516, i64 64
-  store <16 x float> %3521, ptr %3522, align 4, !tbaa !4
+  store <16 x float> %3521, ptr %3522, align 4, !tbaa !7
   %3523 = getelementptr inbounds nuw i8, ptr %3518, i64 128
-  %3524 = load <16 x float>, ptr %3523, align 4, !tbaa !4
+  %3524 = load <16 x float>, ptr %3523, align 4, !tbaa !7
   %3525 = getelementptr i8, ptr %3516, i64 128
-  store <16 x float> %3524, ptr %3525, align 4, !tbaa !4
+  store <16 x float> %3524, ptr %3525, align 4, !tbaa !7
   %3526 = getelementptr inbounds nuw i8, ptr %3518, i64 192
-  %3527 = load <16 x float>, ptr %3526, align 4, !tbaa !4
+  %3527 = load <16 x float>, ptr %3526, align 4, !tbaa !7
   %3528 = getelementptr i8, ptr %3516, i64 192
-  store <16 x float> %3527, ptr %3528, align 4, !tbaa !4
+  store <16 x float> %3527, ptr %3528, align 4, !tbaa !7
   %3529 = getelementptr inbounds nuw i8, ptr %3518, i64 256
-  %3530 = load <16 x float>, ptr %3529, align 4, !tbaa !4
+  %3530 = load <16 x float>, ptr %3529, align 4, !tbaa !7
   %3531 = getelementptr i8, ptr %3516, i64 256
-  store <16 x float> %3530, ptr %3531, align 4, !tbaa !4
+  store <16 x float> %3530, ptr %3531, align 4, !tbaa !7
   %3532 = getelementptr inbounds nuw i8, ptr %3518, i64 320
-  %3533 = load <16 x float>, ptr %3532, align 4, !tbaa !4
+  %3533 = load <16 x float>, ptr %3532, align 4, !tbaa !7
   %3534 = getelementptr i8, ptr %3516, i64 320
-  store <16 x float> %3533, ptr %3534, align 4, !tbaa !4
+  store <16 x float> %3533, ptr %3534, align 4, !tbaa !7
   %3535 = getelementptr inbounds nuw i8, ptr %3518, i64 384
-  %3536 = load <16 x float>, ptr %3535, align 4, !tbaa !4
+  %3536 = load <16 x float>, ptr %3535, align 4, !tbaa !7
   %3537 = getelementptr i8, ptr %3516, i64 384
-  store <16 x float> %3536, ptr %3537, align 4, !tbaa !4
+  store <16 x float> %3536, ptr %3537, align 4, !tbaa !7
   %3538 = getelementptr inbounds nuw i8, ptr %3518, i64 448
-  %3539 = load <16 x float>, ptr %3538, align 4, !tbaa !4
+  %3539 = load <16 x float>, ptr %3538, align 4, !tbaa !7
   %3540 = getelementptr i8, ptr %3516, i64 448
-  store <16 x float> %3539, ptr %3540, align 4, !tbaa !4
+  store <16 x float> %3539, ptr %3540, align 4, !tbaa !7
   %indvars.iv.next1427.i.1 = add nuw nsw i64 %indvars.iv1426.i, 2
   %exitcond1431.not.i.1 = icmp eq i64 %indvars.iv.next1427.i.1, %wide.trip.count1414.i
-  br i1 %exitcond1431.not.i.1, label %if_end729.loopexit.i, label %for_begin_d_0791.preheader.i, !prof !8, !llvm.loop !287
+  br i1 %exitcond1431.not.i.1, label %if_end729.loopexit.i, label %for_begin_d_0791.preheader.i, !prof !10, !llvm.loop !287
 
 if_end800.i:                                      ; preds = %for_end_tile725.i
-  %3541 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3541 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3542 = tail call i32 %3541(i32 1, i32 %dev_id, ptr nonnull %limits.i)
   %.not849.i = icmp eq i32 %3542, 0
   br i1 %.not849.i, label %if_end803.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end803.i:                                      ; preds = %if_end800.i
-  %3543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3544 = tail call i32 %3543(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
   %.not850.i = icmp eq i32 %3544, 0
   br i1 %.not850.i, label %if_end806.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end806.i:                                      ; preds = %if_end803.i
-  %3545 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3545 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3546 = tail call i32 %3545(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
   %.not851.i = icmp eq i32 %3546, 0
   br i1 %.not851.i, label %if_end809.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end809.i:                                      ; preds = %if_end806.i
-  %3547 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3547 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3548 = tail call i32 %3547(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
   %.not852.i = icmp eq i32 %3548, 0
   br i1 %.not852.i, label %if_end812.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end812.i:                                      ; preds = %if_end809.i
-  %3549 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3549 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %3550 = tail call i32 %3549(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not853.i = icmp ne i32 %3550, 0
   %..i = sext i1 %.not853.i to i32
@@ -8186,7 +8401,419 @@ fused_attend_compute_.exit:                       ; preds = %if_end812.i, %if_en
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilezero(i8 immarg) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <64 x float> @llvm.fmuladd.v64f32(<64 x float>, <64 x float>, <64 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(none)
+declare <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float>, <16 x bfloat>, <16 x bfloat>) #5
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.umax.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #4
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #7
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #4
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #4
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <8 x float> @llvm.masked.load.v8f32.p0(ptr captures(none), <8 x i1>, <8 x float>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #10
+
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nounwind }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(none) }
+attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #9 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!8, !8, i64 0}
+!8 = !{!"tvm-alias", !5}
+!9 = !{!"branch_weights", i32 1, i32 127}
+!10 = !{!"branch_weights", i32 127, i32 134217601}
+!11 = !{!12, !12, i64 0}
+!12 = !{!"buffer0", !5, i64 0}
+!13 = !{!"branch_weights", i32 127, i32 4194175}
+!14 = distinct !{!14, !15, !16, !17, !18}
+!15 = !{!"llvm.loop.peeled.count", i32 1}
+!16 = !{!"llvm.loop.isvectorized", i32 1}
+!17 = !{!"llvm.loop.unroll.runtime.disable"}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!19 = !{!"branch_weights", i32 4, i32 28}
+!20 = distinct !{!20, !15, !16, !21, !17}
+!21 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!22 = !{!23}
+!23 = distinct !{!23, !24}
+!24 = distinct !{!24, !"LVerDomain"}
+!25 = !{!26}
+!26 = distinct !{!26, !24}
+!27 = !{!"branch_weights", i32 1, i32 0}
+!28 = distinct !{!28, !16, !21}
+!29 = !{!"branch_weights", i32 1, i32 1048575}
+!30 = distinct !{!30, !15, !17, !16, !21}
+!31 = !{!32, !32, i64 0}
+!32 = !{!"buffer1.w64.b0", !33, i64 0}
+!33 = !{!"buffer1.w128.b0", !34, i64 0}
+!34 = !{!"buffer1.w256.b0", !35, i64 0}
+!35 = !{!"buffer1.w512.b0", !36, i64 0}
+!36 = !{!"buffer1.w1024.b0", !37, i64 0}
+!37 = !{!"buffer1", !5, i64 0}
+!38 = !{!"branch_weights", i32 127, i32 1}
+!39 = !{!"branch_weights", i32 1, i32 1048576}
+!40 = distinct !{!40, !41}
+!41 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!42 = !{!37, !37, i64 0}
+!43 = distinct !{!43, !44}
+!44 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!45 = !{!"branch_weights", i32 1048704, i32 133169152}
+!46 = distinct !{!46, !47}
+!47 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!48 = !{!49, !49, i64 0}
+!49 = !{!"buffer2.w64.b0", !50, i64 0}
+!50 = !{!"buffer2.w128.b0", !51, i64 0}
+!51 = !{!"buffer2.w256.b0", !52, i64 0}
+!52 = !{!"buffer2.w512.b0", !53, i64 0}
+!53 = !{!"buffer2.w1024.b0", !54, i64 0}
+!54 = !{!"buffer2", !5, i64 0}
+!55 = !{!56, !56, i64 0}
+!56 = !{!"buffer2.w64.b64", !50, i64 0}
+!57 = !{!58, !58, i64 0}
+!58 = !{!"buffer2.w64.b128", !59, i64 0}
+!59 = !{!"buffer2.w128.b128", !51, i64 0}
+!60 = !{!61, !61, i64 0}
+!61 = !{!"buffer2.w64.b192", !59, i64 0}
+!62 = !{!63, !63, i64 0}
+!63 = !{!"buffer2.w64.b256", !64, i64 0}
+!64 = !{!"buffer2.w128.b256", !65, i64 0}
+!65 = !{!"buffer2.w256.b256", !52, i64 0}
+!66 = !{!67, !67, i64 0}
+!67 = !{!"buffer2.w64.b320", !64, i64 0}
+!68 = !{!69, !69, i64 0}
+!69 = !{!"buffer2.w64.b384", !70, i64 0}
+!70 = !{!"buffer2.w128.b384", !65, i64 0}
+!71 = !{!72, !72, i64 0}
+!72 = !{!"buffer2.w64.b448", !70, i64 0}
+!73 = !{!74, !74, i64 0}
+!74 = !{!"buffer2.w64.b512", !75, i64 0}
+!75 = !{!"buffer2.w128.b512", !76, i64 0}
+!76 = !{!"buffer2.w256.b512", !77, i64 0}
+!77 = !{!"buffer2.w512.b512", !53, i64 0}
+!78 = !{!79, !79, i64 0}
+!79 = !{!"buffer2.w64.b576", !75, i64 0}
+!80 = !{!81, !81, i64 0}
+!81 = !{!"buffer2.w64.b640", !82, i64 0}
+!82 = !{!"buffer2.w128.b640", !76, i64 0}
+!83 = !{!84, !84, i64 0}
+!84 = !{!"buffer2.w64.b704", !82, i64 0}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer2.w64.b768", !87, i64 0}
+!87 = !{!"buffer2.w128.b768", !88, i64 0}
+!88 = !{!"buffer2.w256.b768", !77, i64 0}
+!89 = !{!90, !90, i64 0}
+!90 = !{!"buffer2.w64.b832", !87, i64 0}
+!91 = !{!92, !92, i64 0}
+!92 = !{!"buffer2.w64.b896", !93, i64 0}
+!93 = !{!"buffer2.w128.b896", !88, i64 0}
+!94 = !{!95, !95, i64 0}
+!95 = !{!"buffer2.w64.b960", !93, i64 0}
+!96 = !{!"branch_weights", i32 133169152, i32 1048704}
+!97 = !{!98, !98, i64 0}
+!98 = !{!"buffer3.w64.b0", !99, i64 0}
+!99 = !{!"buffer3.w128.b0", !100, i64 0}
+!100 = !{!"buffer3.w256.b0", !101, i64 0}
+!101 = !{!"buffer3.w512.b0", !102, i64 0}
+!102 = !{!"buffer3.w1024.b0", !103, i64 0}
+!103 = !{!"buffer3", !5, i64 0}
+!104 = !{!105, !105, i64 0}
+!105 = !{!"buffer3.w64.b64", !99, i64 0}
+!106 = !{!107, !107, i64 0}
+!107 = !{!"buffer3.w64.b128", !108, i64 0}
+!108 = !{!"buffer3.w128.b128", !100, i64 0}
+!109 = !{!110, !110, i64 0}
+!110 = !{!"buffer3.w64.b192", !108, i64 0}
+!111 = !{!112, !112, i64 0}
+!112 = !{!"buffer3.w64.b256", !113, i64 0}
+!113 = !{!"buffer3.w128.b256", !114, i64 0}
+!114 = !{!"buffer3.w256.b256", !101, i64 0}
+!115 = !{!116, !116, i64 0}
+!116 = !{!"buffer3.w64.b320", !113, i64 0}
+!117 = !{!118, !118, i64 0}
+!118 = !{!"buffer3.w64.b384", !119, i64 0}
+!119 = !{!"buffer3.w128.b384", !114, i64 0}
+!120 = !{!121, !121, i64 0}
+!121 = !{!"buffer3.w64.b448", !119, i64 0}
+!122 = !{!123, !123, i64 0}
+!123 = !{!"buffer4.w64.b0", !124, i64 0}
+!124 = !{!"buffer4.w128.b0", !125, i64 0}
+!125 = !{!"buffer4.w256.b0", !126, i64 0}
+!126 = !{!"buffer4.w512.b0", !127, i64 0}
+!127 = !{!"buffer4.w1024.b0", !128, i64 0}
+!128 = !{!"buffer4", !5, i64 0}
+!129 = !{!130, !130, i64 0}
+!130 = !{!"buffer5.w64.b0", !131, i64 0}
+!131 = !{!"buffer5.w128.b0", !132, i64 0}
+!132 = !{!"buffer5.w256.b0", !133, i64 0}
+!133 = !{!"buffer5.w512.b0", !134, i64 0}
+!134 = !{!"buffer5.w1024.b0", !135, i64 0}
+!135 = !{!"buffer5", !5, i64 0}
+!136 = !{!137, !137, i64 0}
+!137 = !{!"buffer6.w64.b0", !138, i64 0}
+!138 = !{!"buffer6.w128.b0", !139, i64 0}
+!139 = !{!"buffer6.w256.b0", !140, i64 0}
+!140 = !{!"buffer6.w512.b0", !141, i64 0}
+!141 = !{!"buffer6.w1024.b0", !142, i64 0}
+!142 = !{!"buffer6", !5, i64 0}
+!143 = distinct !{!143, !16, !21}
+!144 = !{!142, !142, i64 0}
+!145 = !{!135, !135, i64 0}
+!146 = !{!"branch_weights", i32 1048575, i32 1}
+!147 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!148 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!149 = distinct !{!149, !150, !151}
+!150 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!151 = !{!"llvm.loop.unroll.disable"}
+!152 = !{!"branch_weights", i32 134217601, i32 127}
+!153 = !{!"branch_weights", i32 8128, i32 2147475520}
+!154 = distinct !{!154, !155}
+!155 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!156 = distinct !{!156, !150, !151}
+!157 = !{!103, !103, i64 0}
+!158 = distinct !{!158, !155}
+!159 = !{!"branch_weights", i32 4064, i32 2147479584}
+!160 = distinct !{!160, !161}
+!161 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!162 = !{!163, !163, i64 0}
+!163 = !{!"buffer7.w64.b0", !164, i64 0}
+!164 = !{!"buffer7.w128.b0", !165, i64 0}
+!165 = !{!"buffer7.w256.b0", !166, i64 0}
+!166 = !{!"buffer7.w512.b0", !167, i64 0}
+!167 = !{!"buffer7.w1024.b0", !168, i64 0}
+!168 = !{!"buffer7", !5, i64 0}
+!169 = !{!170, !170, i64 0}
+!170 = !{!"buffer7.w64.b64", !164, i64 0}
+!171 = !{!172, !172, i64 0}
+!172 = !{!"buffer7.w64.b128", !173, i64 0}
+!173 = !{!"buffer7.w128.b128", !165, i64 0}
+!174 = !{!175, !175, i64 0}
+!175 = !{!"buffer7.w64.b192", !173, i64 0}
+!176 = !{!177, !177, i64 0}
+!177 = !{!"buffer7.w64.b256", !178, i64 0}
+!178 = !{!"buffer7.w128.b256", !179, i64 0}
+!179 = !{!"buffer7.w256.b256", !166, i64 0}
+!180 = !{!181, !181, i64 0}
+!181 = !{!"buffer7.w64.b320", !178, i64 0}
+!182 = !{!183, !183, i64 0}
+!183 = !{!"buffer7.w64.b384", !184, i64 0}
+!184 = !{!"buffer7.w128.b384", !179, i64 0}
+!185 = !{!186, !186, i64 0}
+!186 = !{!"buffer7.w64.b448", !184, i64 0}
+!187 = !{!188, !188, i64 0}
+!188 = !{!"buffer7.w64.b512", !189, i64 0}
+!189 = !{!"buffer7.w128.b512", !190, i64 0}
+!190 = !{!"buffer7.w256.b512", !191, i64 0}
+!191 = !{!"buffer7.w512.b512", !167, i64 0}
+!192 = !{!193, !193, i64 0}
+!193 = !{!"buffer7.w64.b576", !189, i64 0}
+!194 = !{!195, !195, i64 0}
+!195 = !{!"buffer7.w64.b640", !196, i64 0}
+!196 = !{!"buffer7.w128.b640", !190, i64 0}
+!197 = !{!198, !198, i64 0}
+!198 = !{!"buffer7.w64.b704", !196, i64 0}
+!199 = !{!200, !200, i64 0}
+!200 = !{!"buffer7.w64.b768", !201, i64 0}
+!201 = !{!"buffer7.w128.b768", !202, i64 0}
+!202 = !{!"buffer7.w256.b768", !191, i64 0}
+!203 = !{!204, !204, i64 0}
+!204 = !{!"buffer7.w64.b832", !201, i64 0}
+!205 = !{!206, !206, i64 0}
+!206 = !{!"buffer7.w64.b896", !207, i64 0}
+!207 = !{!"buffer7.w128.b896", !202, i64 0}
+!208 = !{!209, !209, i64 0}
+!209 = !{!"buffer7.w64.b960", !207, i64 0}
+!210 = !{!128, !128, i64 0}
+!211 = distinct !{!211, !150, !151}
+!212 = !{!168, !168, i64 0}
+!213 = distinct !{!213, !155}
+!214 = !{!"branch_weights", i32 127, i32 0}
+!215 = distinct !{!215, !16, !21}
+!216 = distinct !{!216, !150, !151}
+!217 = !{!54, !54, i64 0}
+!218 = distinct !{!218, !155}
+!219 = distinct !{!219, !155}
+!220 = distinct !{!220, !150, !151}
+!221 = !{!"branch_weights", i32 6096, i32 2147477552}
+!222 = distinct !{!222, !155}
+!223 = distinct !{!223, !150, !151}
+!224 = distinct !{!224, !155}
+!225 = distinct !{!225, !150, !151}
+!226 = distinct !{!226, !155}
+!227 = distinct !{!227, !150, !151}
+!228 = distinct !{!228, !155}
+!229 = distinct !{!229, !150, !151}
+!230 = distinct !{!230, !155}
+!231 = distinct !{!231, !150, !151}
+!232 = distinct !{!232, !155}
+!233 = distinct !{!233, !150, !151}
+!234 = distinct !{!234, !155}
+!235 = distinct !{!235, !150, !151}
+!236 = distinct !{!236, !155}
+!237 = distinct !{!237, !150, !151}
+!238 = distinct !{!238, !155}
+!239 = distinct !{!239, !150, !151}
+!240 = distinct !{!240, !155}
+!241 = distinct !{!241, !150, !151}
+!242 = distinct !{!242, !155}
+!243 = distinct !{!243, !150, !151}
+!244 = distinct !{!244, !155}
+!245 = distinct !{!245, !150, !151}
+!246 = distinct !{!246, !155}
+!247 = distinct !{!247, !150, !151}
+!248 = distinct !{!248, !155}
+!249 = distinct !{!249, !150, !151}
+!250 = distinct !{!250, !155}
+!251 = distinct !{!251, !150, !151}
+!252 = distinct !{!252, !44}
+!253 = !{!254}
+!254 = distinct !{!254, !255}
+!255 = distinct !{!255, !"LVerDomain"}
+!256 = !{!257}
+!257 = distinct !{!257, !255}
+!258 = distinct !{!258, !16, !17, !18}
+!259 = !{!"branch_weights", i32 1, i32 31}
+!260 = !{!"branch_weights", i32 8, i32 24}
+!261 = distinct !{!261, !16, !17, !21}
+!262 = !{!"branch_weights", i32 1, i32 7}
+!263 = !{!"branch_weights", i32 1, i32 1}
+!264 = distinct !{!264, !151}
+!265 = !{!266, !266, i64 0}
+!266 = !{!"buffer8", !5, i64 0}
+!267 = !{!"branch_weights", i32 2032, i32 2147481616}
+!268 = distinct !{!268, !44}
+!269 = distinct !{!269, !47}
+!270 = !{!271, !271, i64 0}
+!271 = !{!"buffer9.w64.b0", !272, i64 0}
+!272 = !{!"buffer9.w128.b0", !273, i64 0}
+!273 = !{!"buffer9.w256.b0", !274, i64 0}
+!274 = !{!"buffer9.w512.b0", !275, i64 0}
+!275 = !{!"buffer9.w1024.b0", !276, i64 0}
+!276 = !{!"buffer9", !5, i64 0}
+!277 = !{!278, !278, i64 0}
+!278 = !{!"buffer10.w64.b0", !279, i64 0}
+!279 = !{!"buffer10.w128.b0", !280, i64 0}
+!280 = !{!"buffer10.w256.b0", !281, i64 0}
+!281 = !{!"buffer10.w512.b0", !282, i64 0}
+!282 = !{!"buffer10.w1024.b0", !283, i64 0}
+!283 = !{!"buffer10", !5, i64 0}
+!284 = !{!283, !283, i64 0}
+!285 = !{!276, !276, i64 0}
+!286 = distinct !{!286, !47}
+!287 = distinct !{!287, !41}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %tile_max305.i = alloca [4 x float], align 16
   %prob_pairs306.i = alloca [256 x i32], align 16
@@ -8580,7 +9207,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
 for_begin_s.i:                                    ; preds = %if_end288.i
   %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i, 1
   %exitcond632.not.i = icmp eq i64 %indvars.iv.next627.i, %wide.trip.count631.i
-  br i1 %exitcond632.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+  br i1 %exitcond632.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv626.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next627.i, %for_begin_s.i ]
@@ -8596,21 +9223,21 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %223 = mul i64 %185, %indvars.iv626.i
   %scevgep111 = getelementptr i8, ptr %216, i64 %223
   %scevgep112 = getelementptr i8, ptr %219, i64 %223
-  %224 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %224 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = call ptr %224(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %225 = icmp eq ptr %q_tile.i, null
-  br i1 %225, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  br i1 %225, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %226 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %226 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc.i = call ptr %226(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %227 = icmp eq ptr %acc.i, null
-  br i1 %227, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  br i1 %227, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
   %228 = add nsw i64 %indvars.iv626.i, %102
   %229 = getelementptr inbounds i32, ptr %context_lens, i64 %228
-  %230 = load i32, ptr %229, align 4, !tbaa !4
+  %230 = load i32, ptr %229, align 4, !tbaa !9
   %231 = mul nsw i64 %228, %q_batch
   %232 = getelementptr i16, ptr %query, i64 %231
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 768
@@ -8651,16 +9278,16 @@ vector.body193:                                   ; preds = %for_begin_r.prehead
   %239 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %240 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %241 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec195 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec195 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9, !alias.scope !12
   %strided.vec196 = shufflevector <16 x i16> %wide.vec195, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec197 = shufflevector <16 x i16> %wide.vec195, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec198 = load <16 x i16>, ptr %239, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec198 = load <16 x i16>, ptr %239, align 2, !tbaa !9, !alias.scope !12
   %strided.vec199 = shufflevector <16 x i16> %wide.vec198, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec200 = shufflevector <16 x i16> %wide.vec198, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec201 = load <16 x i16>, ptr %240, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec201 = load <16 x i16>, ptr %240, align 2, !tbaa !9, !alias.scope !12
   %strided.vec202 = shufflevector <16 x i16> %wide.vec201, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec203 = shufflevector <16 x i16> %wide.vec201, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec204 = load <16 x i16>, ptr %241, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec204 = load <16 x i16>, ptr %241, align 2, !tbaa !9, !alias.scope !12
   %strided.vec205 = shufflevector <16 x i16> %wide.vec204, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec206 = shufflevector <16 x i16> %wide.vec204, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %242 = zext <8 x i16> %strided.vec197 to <8 x i32>
@@ -8714,24 +9341,24 @@ vector.body193:                                   ; preds = %for_begin_r.prehead
   %290 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 32
   %291 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 64
   %292 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 96
-  store <8 x i32> %286, ptr %invariant.gep687.i, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %287, ptr %290, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %288, ptr %291, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %289, ptr %292, align 4, !tbaa !4, !alias.scope !291, !noalias !288
+  store <8 x i32> %286, ptr %invariant.gep687.i, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %287, ptr %290, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %288, ptr %291, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %289, ptr %292, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %293 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %294 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %295 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %296 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec195.1 = load <16 x i16>, ptr %293, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec195.1 = load <16 x i16>, ptr %293, align 2, !tbaa !9, !alias.scope !12
   %strided.vec196.1 = shufflevector <16 x i16> %wide.vec195.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec197.1 = shufflevector <16 x i16> %wide.vec195.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec198.1 = load <16 x i16>, ptr %294, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec198.1 = load <16 x i16>, ptr %294, align 2, !tbaa !9, !alias.scope !12
   %strided.vec199.1 = shufflevector <16 x i16> %wide.vec198.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec200.1 = shufflevector <16 x i16> %wide.vec198.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec201.1 = load <16 x i16>, ptr %295, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec201.1 = load <16 x i16>, ptr %295, align 2, !tbaa !9, !alias.scope !12
   %strided.vec202.1 = shufflevector <16 x i16> %wide.vec201.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec203.1 = shufflevector <16 x i16> %wide.vec201.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec204.1 = load <16 x i16>, ptr %296, align 2, !tbaa !4, !alias.scope !288
+  %wide.vec204.1 = load <16 x i16>, ptr %296, align 2, !tbaa !9, !alias.scope !12
   %strided.vec205.1 = shufflevector <16 x i16> %wide.vec204.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec206.1 = shufflevector <16 x i16> %wide.vec204.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %297 = zext <8 x i16> %strided.vec197.1 to <8 x i32>
@@ -8786,10 +9413,10 @@ vector.body193:                                   ; preds = %for_begin_r.prehead
   %346 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 160
   %347 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 192
   %348 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 224
-  store <8 x i32> %341, ptr %345, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %342, ptr %346, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %343, ptr %347, align 4, !tbaa !4, !alias.scope !291, !noalias !288
-  store <8 x i32> %344, ptr %348, align 4, !tbaa !4, !alias.scope !291, !noalias !288
+  store <8 x i32> %341, ptr %345, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %342, ptr %346, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %343, ptr %347, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %344, ptr %348, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -8827,13 +9454,13 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %372 = getelementptr i8, ptr %gep.i, i64 2
-  %373 = load i16, ptr %372, align 2, !tbaa !4
+  %373 = load i16, ptr %372, align 2, !tbaa !9
   %374 = zext i16 %373 to i32
   %375 = shl nuw i32 %374, 16
   %376 = bitcast i32 %375 to float
   %377 = fmul float %query_scale, %376
   %378 = bitcast float %377 to i32
-  %379 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %379 = load i16, ptr %gep.i, align 2, !tbaa !9
   %380 = zext i16 %379 to i32
   %381 = shl nuw i32 %380, 16
   %382 = bitcast i32 %381 to float
@@ -8842,18 +9469,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %385 = lshr i32 %384, 16
   %386 = or i32 %385, %378
   %gep688.i = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.i
-  store i32 %386, ptr %gep688.i, align 4, !tbaa !4
+  store i32 %386, ptr %gep688.i, align 4, !tbaa !9
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %387 = getelementptr i8, ptr %gep.i.1, i64 2
-  %388 = load i16, ptr %387, align 2, !tbaa !4
+  %388 = load i16, ptr %387, align 2, !tbaa !9
   %389 = zext i16 %388 to i32
   %390 = shl nuw i32 %389, 16
   %391 = bitcast i32 %390 to float
   %392 = fmul float %query_scale, %391
   %393 = bitcast float %392 to i32
-  %394 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %394 = load i16, ptr %gep.i.1, align 2, !tbaa !9
   %395 = zext i16 %394 to i32
   %396 = shl nuw i32 %395, 16
   %397 = bitcast i32 %396 to float
@@ -8862,18 +9489,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %400 = lshr i32 %399, 16
   %401 = or i32 %400, %393
   %gep688.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.i
-  store i32 %401, ptr %gep688.i.1, align 4, !tbaa !4
+  store i32 %401, ptr %gep688.i.1, align 4, !tbaa !9
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %402 = getelementptr i8, ptr %gep.i.2, i64 2
-  %403 = load i16, ptr %402, align 2, !tbaa !4
+  %403 = load i16, ptr %402, align 2, !tbaa !9
   %404 = zext i16 %403 to i32
   %405 = shl nuw i32 %404, 16
   %406 = bitcast i32 %405 to float
   %407 = fmul float %query_scale, %406
   %408 = bitcast float %407 to i32
-  %409 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %409 = load i16, ptr %gep.i.2, align 2, !tbaa !9
   %410 = zext i16 %409 to i32
   %411 = shl nuw i32 %410, 16
   %412 = bitcast i32 %411 to float
@@ -8882,18 +9509,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %415 = lshr i32 %414, 16
   %416 = or i32 %415, %408
   %gep688.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.i.1
-  store i32 %416, ptr %gep688.i.2, align 4, !tbaa !4
+  store i32 %416, ptr %gep688.i.2, align 4, !tbaa !9
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %417 = getelementptr i8, ptr %gep.i.3, i64 2
-  %418 = load i16, ptr %417, align 2, !tbaa !4
+  %418 = load i16, ptr %417, align 2, !tbaa !9
   %419 = zext i16 %418 to i32
   %420 = shl nuw i32 %419, 16
   %421 = bitcast i32 %420 to float
   %422 = fmul float %query_scale, %421
   %423 = bitcast float %422 to i32
-  %424 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %424 = load i16, ptr %gep.i.3, align 2, !tbaa !9
   %425 = zext i16 %424 to i32
   %426 = shl nuw i32 %425, 16
   %427 = bitcast i32 %426 to float
@@ -8902,10 +9529,10 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %430 = lshr i32 %429, 16
   %431 = or i32 %430, %423
   %gep688.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.i.2
-  store i32 %431, ptr %gep688.i.3, align 4, !tbaa !4
+  store i32 %431, ptr %gep688.i.3, align 4, !tbaa !9
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !293
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body193
   %432 = or disjoint i64 %237, 1
@@ -8917,16 +9544,16 @@ vector.body165:                                   ; preds = %for_end_d.i
   %434 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %435 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %436 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec167 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec167 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !9, !alias.scope !21
   %strided.vec168 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec169 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec170 = load <16 x i16>, ptr %434, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec170 = load <16 x i16>, ptr %434, align 2, !tbaa !9, !alias.scope !21
   %strided.vec171 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec172 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec173 = load <16 x i16>, ptr %435, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec173 = load <16 x i16>, ptr %435, align 2, !tbaa !9, !alias.scope !21
   %strided.vec174 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec175 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec176 = load <16 x i16>, ptr %436, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec176 = load <16 x i16>, ptr %436, align 2, !tbaa !9, !alias.scope !21
   %strided.vec177 = shufflevector <16 x i16> %wide.vec176, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec178 = shufflevector <16 x i16> %wide.vec176, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %437 = zext <8 x i16> %strided.vec169 to <8 x i32>
@@ -8981,24 +9608,24 @@ vector.body165:                                   ; preds = %for_end_d.i
   %486 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 288
   %487 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 320
   %488 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 352
-  store <8 x i32> %481, ptr %485, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %482, ptr %486, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %483, ptr %487, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %484, ptr %488, align 4, !tbaa !4, !alias.scope !297, !noalias !294
+  store <8 x i32> %481, ptr %485, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %482, ptr %486, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %483, ptr %487, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %484, ptr %488, align 4, !tbaa !9, !alias.scope !24, !noalias !21
   %489 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %490 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %491 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %492 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec167.1 = load <16 x i16>, ptr %489, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec167.1 = load <16 x i16>, ptr %489, align 2, !tbaa !9, !alias.scope !21
   %strided.vec168.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec170.1 = load <16 x i16>, ptr %490, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec170.1 = load <16 x i16>, ptr %490, align 2, !tbaa !9, !alias.scope !21
   %strided.vec171.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec172.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec173.1 = load <16 x i16>, ptr %491, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec173.1 = load <16 x i16>, ptr %491, align 2, !tbaa !9, !alias.scope !21
   %strided.vec174.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec176.1 = load <16 x i16>, ptr %492, align 2, !tbaa !4, !alias.scope !294
+  %wide.vec176.1 = load <16 x i16>, ptr %492, align 2, !tbaa !9, !alias.scope !21
   %strided.vec177.1 = shufflevector <16 x i16> %wide.vec176.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec176.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %493 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
@@ -9053,10 +9680,10 @@ vector.body165:                                   ; preds = %for_end_d.i
   %542 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 416
   %543 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 448
   %544 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 480
-  store <8 x i32> %537, ptr %541, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %538, ptr %542, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %539, ptr %543, align 4, !tbaa !4, !alias.scope !297, !noalias !294
-  store <8 x i32> %540, ptr %544, align 4, !tbaa !4, !alias.scope !297, !noalias !294
+  store <8 x i32> %537, ptr %541, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %538, ptr %542, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %539, ptr %543, align 4, !tbaa !9, !alias.scope !24, !noalias !21
+  store <8 x i32> %540, ptr %544, align 4, !tbaa !9, !alias.scope !24, !noalias !21
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -9064,13 +9691,13 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %gep.1.idx.i = shl i64 %indvars.iv.1.i, 2
   %gep.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i
   %545 = getelementptr i8, ptr %gep.1.i, i64 2
-  %546 = load i16, ptr %545, align 2, !tbaa !4
+  %546 = load i16, ptr %545, align 2, !tbaa !9
   %547 = zext i16 %546 to i32
   %548 = shl nuw i32 %547, 16
   %549 = bitcast i32 %548 to float
   %550 = fmul float %query_scale, %549
   %551 = bitcast float %550 to i32
-  %552 = load i16, ptr %gep.1.i, align 2, !tbaa !4
+  %552 = load i16, ptr %gep.1.i, align 2, !tbaa !9
   %553 = zext i16 %552 to i32
   %554 = shl nuw i32 %553, 16
   %555 = bitcast i32 %554 to float
@@ -9080,18 +9707,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %559 = or i32 %558, %551
   %gep690.i = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.1.i
   %560 = getelementptr inbounds nuw i8, ptr %gep690.i, i64 256
-  store i32 %559, ptr %560, align 4, !tbaa !4
+  store i32 %559, ptr %560, align 4, !tbaa !9
   %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
   %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.1
   %561 = getelementptr i8, ptr %gep.1.i.1, i64 2
-  %562 = load i16, ptr %561, align 2, !tbaa !4
+  %562 = load i16, ptr %561, align 2, !tbaa !9
   %563 = zext i16 %562 to i32
   %564 = shl nuw i32 %563, 16
   %565 = bitcast i32 %564 to float
   %566 = fmul float %query_scale, %565
   %567 = bitcast float %566 to i32
-  %568 = load i16, ptr %gep.1.i.1, align 2, !tbaa !4
+  %568 = load i16, ptr %gep.1.i.1, align 2, !tbaa !9
   %569 = zext i16 %568 to i32
   %570 = shl nuw i32 %569, 16
   %571 = bitcast i32 %570 to float
@@ -9101,18 +9728,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %575 = or i32 %574, %567
   %gep690.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.1.i
   %576 = getelementptr inbounds nuw i8, ptr %gep690.i.1, i64 256
-  store i32 %575, ptr %576, align 4, !tbaa !4
+  store i32 %575, ptr %576, align 4, !tbaa !9
   %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
   %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.2
   %577 = getelementptr i8, ptr %gep.1.i.2, i64 2
-  %578 = load i16, ptr %577, align 2, !tbaa !4
+  %578 = load i16, ptr %577, align 2, !tbaa !9
   %579 = zext i16 %578 to i32
   %580 = shl nuw i32 %579, 16
   %581 = bitcast i32 %580 to float
   %582 = fmul float %query_scale, %581
   %583 = bitcast float %582 to i32
-  %584 = load i16, ptr %gep.1.i.2, align 2, !tbaa !4
+  %584 = load i16, ptr %gep.1.i.2, align 2, !tbaa !9
   %585 = zext i16 %584 to i32
   %586 = shl nuw i32 %585, 16
   %587 = bitcast i32 %586 to float
@@ -9122,18 +9749,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %591 = or i32 %590, %583
   %gep690.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.1.i.1
   %592 = getelementptr inbounds nuw i8, ptr %gep690.i.2, i64 256
-  store i32 %591, ptr %592, align 4, !tbaa !4
+  store i32 %591, ptr %592, align 4, !tbaa !9
   %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
   %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.3
   %593 = getelementptr i8, ptr %gep.1.i.3, i64 2
-  %594 = load i16, ptr %593, align 2, !tbaa !4
+  %594 = load i16, ptr %593, align 2, !tbaa !9
   %595 = zext i16 %594 to i32
   %596 = shl nuw i32 %595, 16
   %597 = bitcast i32 %596 to float
   %598 = fmul float %query_scale, %597
   %599 = bitcast float %598 to i32
-  %600 = load i16, ptr %gep.1.i.3, align 2, !tbaa !4
+  %600 = load i16, ptr %gep.1.i.3, align 2, !tbaa !9
   %601 = zext i16 %600 to i32
   %602 = shl nuw i32 %601, 16
   %603 = bitcast i32 %602 to float
@@ -9143,10 +9770,10 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %607 = or i32 %606, %599
   %gep690.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.1.i.2
   %608 = getelementptr inbounds nuw i8, ptr %gep690.i.3, i64 256
-  store i32 %607, ptr %608, align 4, !tbaa !4
+  store i32 %607, ptr %608, align 4, !tbaa !9
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !299
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !26
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body165
   %609 = or disjoint i64 %237, 2
@@ -9158,16 +9785,16 @@ vector.body136:                                   ; preds = %for_end_d.1.i
   %611 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %612 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %613 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec138 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec138 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !9, !alias.scope !27
   %strided.vec139 = shufflevector <16 x i16> %wide.vec138, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec140 = shufflevector <16 x i16> %wide.vec138, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec141 = load <16 x i16>, ptr %611, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec141 = load <16 x i16>, ptr %611, align 2, !tbaa !9, !alias.scope !27
   %strided.vec142 = shufflevector <16 x i16> %wide.vec141, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec143 = shufflevector <16 x i16> %wide.vec141, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec144 = load <16 x i16>, ptr %612, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec144 = load <16 x i16>, ptr %612, align 2, !tbaa !9, !alias.scope !27
   %strided.vec145 = shufflevector <16 x i16> %wide.vec144, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec146 = shufflevector <16 x i16> %wide.vec144, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec147 = load <16 x i16>, ptr %613, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec147 = load <16 x i16>, ptr %613, align 2, !tbaa !9, !alias.scope !27
   %strided.vec148 = shufflevector <16 x i16> %wide.vec147, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec149 = shufflevector <16 x i16> %wide.vec147, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %614 = zext <8 x i16> %strided.vec140 to <8 x i32>
@@ -9222,24 +9849,24 @@ vector.body136:                                   ; preds = %for_end_d.1.i
   %663 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 544
   %664 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 576
   %665 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 608
-  store <8 x i32> %658, ptr %662, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %659, ptr %663, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %660, ptr %664, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %661, ptr %665, align 4, !tbaa !4, !alias.scope !303, !noalias !300
+  store <8 x i32> %658, ptr %662, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %659, ptr %663, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %660, ptr %664, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %661, ptr %665, align 4, !tbaa !9, !alias.scope !30, !noalias !27
   %666 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %667 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %668 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %669 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec138.1 = load <16 x i16>, ptr %666, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec138.1 = load <16 x i16>, ptr %666, align 2, !tbaa !9, !alias.scope !27
   %strided.vec139.1 = shufflevector <16 x i16> %wide.vec138.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec140.1 = shufflevector <16 x i16> %wide.vec138.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec141.1 = load <16 x i16>, ptr %667, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec141.1 = load <16 x i16>, ptr %667, align 2, !tbaa !9, !alias.scope !27
   %strided.vec142.1 = shufflevector <16 x i16> %wide.vec141.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec143.1 = shufflevector <16 x i16> %wide.vec141.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec144.1 = load <16 x i16>, ptr %668, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec144.1 = load <16 x i16>, ptr %668, align 2, !tbaa !9, !alias.scope !27
   %strided.vec145.1 = shufflevector <16 x i16> %wide.vec144.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec146.1 = shufflevector <16 x i16> %wide.vec144.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec147.1 = load <16 x i16>, ptr %669, align 2, !tbaa !4, !alias.scope !300
+  %wide.vec147.1 = load <16 x i16>, ptr %669, align 2, !tbaa !9, !alias.scope !27
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec147.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec149.1 = shufflevector <16 x i16> %wide.vec147.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %670 = zext <8 x i16> %strided.vec140.1 to <8 x i32>
@@ -9294,10 +9921,10 @@ vector.body136:                                   ; preds = %for_end_d.1.i
   %719 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 672
   %720 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 704
   %721 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 736
-  store <8 x i32> %714, ptr %718, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %715, ptr %719, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %716, ptr %720, align 4, !tbaa !4, !alias.scope !303, !noalias !300
-  store <8 x i32> %717, ptr %721, align 4, !tbaa !4, !alias.scope !303, !noalias !300
+  store <8 x i32> %714, ptr %718, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %715, ptr %719, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %716, ptr %720, align 4, !tbaa !9, !alias.scope !30, !noalias !27
+  store <8 x i32> %717, ptr %721, align 4, !tbaa !9, !alias.scope !30, !noalias !27
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -9305,13 +9932,13 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %gep.2.idx.i = shl i64 %indvars.iv.2.i, 2
   %gep.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i
   %722 = getelementptr i8, ptr %gep.2.i, i64 2
-  %723 = load i16, ptr %722, align 2, !tbaa !4
+  %723 = load i16, ptr %722, align 2, !tbaa !9
   %724 = zext i16 %723 to i32
   %725 = shl nuw i32 %724, 16
   %726 = bitcast i32 %725 to float
   %727 = fmul float %query_scale, %726
   %728 = bitcast float %727 to i32
-  %729 = load i16, ptr %gep.2.i, align 2, !tbaa !4
+  %729 = load i16, ptr %gep.2.i, align 2, !tbaa !9
   %730 = zext i16 %729 to i32
   %731 = shl nuw i32 %730, 16
   %732 = bitcast i32 %731 to float
@@ -9321,18 +9948,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %736 = or i32 %735, %728
   %gep692.i = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.2.i
   %737 = getelementptr inbounds nuw i8, ptr %gep692.i, i64 512
-  store i32 %736, ptr %737, align 4, !tbaa !4
+  store i32 %736, ptr %737, align 4, !tbaa !9
   %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
   %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.1
   %738 = getelementptr i8, ptr %gep.2.i.1, i64 2
-  %739 = load i16, ptr %738, align 2, !tbaa !4
+  %739 = load i16, ptr %738, align 2, !tbaa !9
   %740 = zext i16 %739 to i32
   %741 = shl nuw i32 %740, 16
   %742 = bitcast i32 %741 to float
   %743 = fmul float %query_scale, %742
   %744 = bitcast float %743 to i32
-  %745 = load i16, ptr %gep.2.i.1, align 2, !tbaa !4
+  %745 = load i16, ptr %gep.2.i.1, align 2, !tbaa !9
   %746 = zext i16 %745 to i32
   %747 = shl nuw i32 %746, 16
   %748 = bitcast i32 %747 to float
@@ -9342,18 +9969,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %752 = or i32 %751, %744
   %gep692.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.2.i
   %753 = getelementptr inbounds nuw i8, ptr %gep692.i.1, i64 512
-  store i32 %752, ptr %753, align 4, !tbaa !4
+  store i32 %752, ptr %753, align 4, !tbaa !9
   %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
   %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.2
   %754 = getelementptr i8, ptr %gep.2.i.2, i64 2
-  %755 = load i16, ptr %754, align 2, !tbaa !4
+  %755 = load i16, ptr %754, align 2, !tbaa !9
   %756 = zext i16 %755 to i32
   %757 = shl nuw i32 %756, 16
   %758 = bitcast i32 %757 to float
   %759 = fmul float %query_scale, %758
   %760 = bitcast float %759 to i32
-  %761 = load i16, ptr %gep.2.i.2, align 2, !tbaa !4
+  %761 = load i16, ptr %gep.2.i.2, align 2, !tbaa !9
   %762 = zext i16 %761 to i32
   %763 = shl nuw i32 %762, 16
   %764 = bitcast i32 %763 to float
@@ -9363,18 +9990,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %768 = or i32 %767, %760
   %gep692.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.2.i.1
   %769 = getelementptr inbounds nuw i8, ptr %gep692.i.2, i64 512
-  store i32 %768, ptr %769, align 4, !tbaa !4
+  store i32 %768, ptr %769, align 4, !tbaa !9
   %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
   %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.3
   %770 = getelementptr i8, ptr %gep.2.i.3, i64 2
-  %771 = load i16, ptr %770, align 2, !tbaa !4
+  %771 = load i16, ptr %770, align 2, !tbaa !9
   %772 = zext i16 %771 to i32
   %773 = shl nuw i32 %772, 16
   %774 = bitcast i32 %773 to float
   %775 = fmul float %query_scale, %774
   %776 = bitcast float %775 to i32
-  %777 = load i16, ptr %gep.2.i.3, align 2, !tbaa !4
+  %777 = load i16, ptr %gep.2.i.3, align 2, !tbaa !9
   %778 = zext i16 %777 to i32
   %779 = shl nuw i32 %778, 16
   %780 = bitcast i32 %779 to float
@@ -9384,10 +10011,10 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %784 = or i32 %783, %776
   %gep692.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.2.i.2
   %785 = getelementptr inbounds nuw i8, ptr %gep692.i.3, i64 512
-  store i32 %784, ptr %785, align 4, !tbaa !4
+  store i32 %784, ptr %785, align 4, !tbaa !9
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !305
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !32
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body136
   %786 = or disjoint i64 %237, 3
@@ -9399,16 +10026,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %788 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %789 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %790 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !9, !alias.scope !33
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114 = load <16 x i16>, ptr %788, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec114 = load <16 x i16>, ptr %788, align 2, !tbaa !9, !alias.scope !33
   %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117 = load <16 x i16>, ptr %789, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec117 = load <16 x i16>, ptr %789, align 2, !tbaa !9, !alias.scope !33
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %790, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec120 = load <16 x i16>, ptr %790, align 2, !tbaa !9, !alias.scope !33
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %791 = zext <8 x i16> %strided.vec113 to <8 x i32>
@@ -9463,24 +10090,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %840 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 800
   %841 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 832
   %842 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 864
-  store <8 x i32> %835, ptr %839, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %836, ptr %840, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %837, ptr %841, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %838, ptr %842, align 4, !tbaa !4, !alias.scope !309, !noalias !306
+  store <8 x i32> %835, ptr %839, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %836, ptr %840, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %837, ptr %841, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %838, ptr %842, align 4, !tbaa !9, !alias.scope !36, !noalias !33
   %843 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %844 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %845 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %846 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %843, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec.1 = load <16 x i16>, ptr %843, align 2, !tbaa !9, !alias.scope !33
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114.1 = load <16 x i16>, ptr %844, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec114.1 = load <16 x i16>, ptr %844, align 2, !tbaa !9, !alias.scope !33
   %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117.1 = load <16 x i16>, ptr %845, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec117.1 = load <16 x i16>, ptr %845, align 2, !tbaa !9, !alias.scope !33
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %846, align 2, !tbaa !4, !alias.scope !306
+  %wide.vec120.1 = load <16 x i16>, ptr %846, align 2, !tbaa !9, !alias.scope !33
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %847 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
@@ -9535,10 +10162,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %896 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 928
   %897 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 960
   %898 = getelementptr inbounds nuw i8, ptr %invariant.gep687.i, i64 992
-  store <8 x i32> %891, ptr %895, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %892, ptr %896, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %893, ptr %897, align 4, !tbaa !4, !alias.scope !309, !noalias !306
-  store <8 x i32> %894, ptr %898, align 4, !tbaa !4, !alias.scope !309, !noalias !306
+  store <8 x i32> %891, ptr %895, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %892, ptr %896, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %893, ptr %897, align 4, !tbaa !9, !alias.scope !36, !noalias !33
+  store <8 x i32> %894, ptr %898, align 4, !tbaa !9, !alias.scope !36, !noalias !33
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -9546,13 +10173,13 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %gep.3.idx.i = shl i64 %indvars.iv.3.i, 2
   %gep.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i
   %899 = getelementptr i8, ptr %gep.3.i, i64 2
-  %900 = load i16, ptr %899, align 2, !tbaa !4
+  %900 = load i16, ptr %899, align 2, !tbaa !9
   %901 = zext i16 %900 to i32
   %902 = shl nuw i32 %901, 16
   %903 = bitcast i32 %902 to float
   %904 = fmul float %query_scale, %903
   %905 = bitcast float %904 to i32
-  %906 = load i16, ptr %gep.3.i, align 2, !tbaa !4
+  %906 = load i16, ptr %gep.3.i, align 2, !tbaa !9
   %907 = zext i16 %906 to i32
   %908 = shl nuw i32 %907, 16
   %909 = bitcast i32 %908 to float
@@ -9562,18 +10189,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %913 = or i32 %912, %905
   %gep694.i = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.3.i
   %914 = getelementptr inbounds nuw i8, ptr %gep694.i, i64 768
-  store i32 %913, ptr %914, align 4, !tbaa !4
+  store i32 %913, ptr %914, align 4, !tbaa !9
   %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
   %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.1
   %915 = getelementptr i8, ptr %gep.3.i.1, i64 2
-  %916 = load i16, ptr %915, align 2, !tbaa !4
+  %916 = load i16, ptr %915, align 2, !tbaa !9
   %917 = zext i16 %916 to i32
   %918 = shl nuw i32 %917, 16
   %919 = bitcast i32 %918 to float
   %920 = fmul float %query_scale, %919
   %921 = bitcast float %920 to i32
-  %922 = load i16, ptr %gep.3.i.1, align 2, !tbaa !4
+  %922 = load i16, ptr %gep.3.i.1, align 2, !tbaa !9
   %923 = zext i16 %922 to i32
   %924 = shl nuw i32 %923, 16
   %925 = bitcast i32 %924 to float
@@ -9583,18 +10210,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %929 = or i32 %928, %921
   %gep694.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.3.i
   %930 = getelementptr inbounds nuw i8, ptr %gep694.i.1, i64 768
-  store i32 %929, ptr %930, align 4, !tbaa !4
+  store i32 %929, ptr %930, align 4, !tbaa !9
   %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
   %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.2
   %931 = getelementptr i8, ptr %gep.3.i.2, i64 2
-  %932 = load i16, ptr %931, align 2, !tbaa !4
+  %932 = load i16, ptr %931, align 2, !tbaa !9
   %933 = zext i16 %932 to i32
   %934 = shl nuw i32 %933, 16
   %935 = bitcast i32 %934 to float
   %936 = fmul float %query_scale, %935
   %937 = bitcast float %936 to i32
-  %938 = load i16, ptr %gep.3.i.2, align 2, !tbaa !4
+  %938 = load i16, ptr %gep.3.i.2, align 2, !tbaa !9
   %939 = zext i16 %938 to i32
   %940 = shl nuw i32 %939, 16
   %941 = bitcast i32 %940 to float
@@ -9604,18 +10231,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %945 = or i32 %944, %937
   %gep694.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.3.i.1
   %946 = getelementptr inbounds nuw i8, ptr %gep694.i.2, i64 768
-  store i32 %945, ptr %946, align 4, !tbaa !4
+  store i32 %945, ptr %946, align 4, !tbaa !9
   %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
   %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.3
   %947 = getelementptr i8, ptr %gep.3.i.3, i64 2
-  %948 = load i16, ptr %947, align 2, !tbaa !4
+  %948 = load i16, ptr %947, align 2, !tbaa !9
   %949 = zext i16 %948 to i32
   %950 = shl nuw i32 %949, 16
   %951 = bitcast i32 %950 to float
   %952 = fmul float %query_scale, %951
   %953 = bitcast float %952 to i32
-  %954 = load i16, ptr %gep.3.i.3, align 2, !tbaa !4
+  %954 = load i16, ptr %gep.3.i.3, align 2, !tbaa !9
   %955 = zext i16 %954 to i32
   %956 = shl nuw i32 %955, 16
   %957 = bitcast i32 %956 to float
@@ -9625,20 +10252,20 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %961 = or i32 %960, %953
   %gep694.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep687.i, i64 %indvars.iv.next.3.i.2
   %962 = getelementptr inbounds nuw i8, ptr %gep694.i.3, i64 768
-  store i32 %961, ptr %962, align 4, !tbaa !4
+  store i32 %961, ptr %962, align 4, !tbaa !9
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !311
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next436.i = add nuw nsw i64 %indvars.iv435.i, 1
   %exitcond438.not.i = icmp eq i64 %indvars.iv.next436.i, 8
-  br i1 %exitcond438.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !30
+  br i1 %exitcond438.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
 
 for_begin_step.i:                                 ; preds = %if_end241.i, %for_end_tile.i
   %indvars.iv586.i = phi i64 [ 0, %for_end_tile.i ], [ %indvars.iv.next587.i, %if_end241.i ]
   %exitcond590.not.i = icmp eq i64 %indvars.iv586.i, %wide.trip.count589.i
-  br i1 %exitcond590.not.i, label %for_begin_tile246.preheader.i, label %for_body_step.i, !prof !39
+  br i1 %exitcond590.not.i, label %for_begin_tile246.preheader.i, label %for_body_step.i, !prof !40
 
 for_begin_tile246.preheader.i:                    ; preds = %for_begin_step.i
   %963 = add nuw nsw i64 %indvars.iv626.i, %110
@@ -9658,7 +10285,7 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %indvars.iv622.i = phi i64 [ %indvars.iv.next623.i, %if_end271.us.3.i ], [ 0, %for_begin_tile246.preheader.i ]
   %973 = shl nuw nsw i64 %indvars.iv622.i, 2
   %974 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %973
-  %total.us.i = load <4 x float>, ptr %974, align 16, !tbaa !312
+  %total.us.i = load <4 x float>, ptr %974, align 16, !tbaa !41
   %975 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %976 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %977 = select <4 x i1> %976, <4 x float> zeroinitializer, <4 x float> %975
@@ -9667,7 +10294,7 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %978 = shufflevector <4 x float> %977, <4 x float> poison, <16 x i32> zeroinitializer
   %979 = mul nsw i64 %973, %out_head
   %invariant.gep411.us.i = getelementptr i16, ptr %967, i64 %979
-  %980 = load <16 x float>, ptr %invariant.gep, align 4, !tbaa !4
+  %980 = load <16 x float>, ptr %invariant.gep, align 4, !tbaa !9
   %981 = fmul <16 x float> %980, %978
   %982 = bitcast <16 x float> %981 to <16 x i32>
   %983 = lshr <16 x i32> %982, splat (i32 16)
@@ -9676,9 +10303,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %986 = add nuw <16 x i32> %985, %984
   %987 = lshr <16 x i32> %986, splat (i32 16)
   %988 = trunc nuw <16 x i32> %987 to <16 x i16>
-  store <16 x i16> %988, ptr %invariant.gep411.us.i, align 2, !tbaa !4
+  store <16 x i16> %988, ptr %invariant.gep411.us.i, align 2, !tbaa !9
   %989 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
-  %990 = load <16 x float>, ptr %989, align 4, !tbaa !4
+  %990 = load <16 x float>, ptr %989, align 4, !tbaa !9
   %991 = fmul <16 x float> %978, %990
   %992 = bitcast <16 x float> %991 to <16 x i32>
   %993 = lshr <16 x i32> %992, splat (i32 16)
@@ -9688,9 +10315,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %997 = lshr <16 x i32> %996, splat (i32 16)
   %998 = trunc nuw <16 x i32> %997 to <16 x i16>
   %gep412.us.1.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 32
-  store <16 x i16> %998, ptr %gep412.us.1.i, align 2, !tbaa !4
+  store <16 x i16> %998, ptr %gep412.us.1.i, align 2, !tbaa !9
   %999 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 128
-  %1000 = load <16 x float>, ptr %999, align 4, !tbaa !4
+  %1000 = load <16 x float>, ptr %999, align 4, !tbaa !9
   %1001 = fmul <16 x float> %978, %1000
   %1002 = bitcast <16 x float> %1001 to <16 x i32>
   %1003 = lshr <16 x i32> %1002, splat (i32 16)
@@ -9700,9 +10327,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1007 = lshr <16 x i32> %1006, splat (i32 16)
   %1008 = trunc nuw <16 x i32> %1007 to <16 x i16>
   %gep412.us.2.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 64
-  store <16 x i16> %1008, ptr %gep412.us.2.i, align 2, !tbaa !4
+  store <16 x i16> %1008, ptr %gep412.us.2.i, align 2, !tbaa !9
   %1009 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 192
-  %1010 = load <16 x float>, ptr %1009, align 4, !tbaa !4
+  %1010 = load <16 x float>, ptr %1009, align 4, !tbaa !9
   %1011 = fmul <16 x float> %978, %1010
   %1012 = bitcast <16 x float> %1011 to <16 x i32>
   %1013 = lshr <16 x i32> %1012, splat (i32 16)
@@ -9712,9 +10339,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1017 = lshr <16 x i32> %1016, splat (i32 16)
   %1018 = trunc nuw <16 x i32> %1017 to <16 x i16>
   %gep412.us.3.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 96
-  store <16 x i16> %1018, ptr %gep412.us.3.i, align 2, !tbaa !4
+  store <16 x i16> %1018, ptr %gep412.us.3.i, align 2, !tbaa !9
   %1019 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 256
-  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !4
+  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !9
   %1021 = fmul <16 x float> %978, %1020
   %1022 = bitcast <16 x float> %1021 to <16 x i32>
   %1023 = lshr <16 x i32> %1022, splat (i32 16)
@@ -9724,9 +10351,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1027 = lshr <16 x i32> %1026, splat (i32 16)
   %1028 = trunc nuw <16 x i32> %1027 to <16 x i16>
   %gep412.us.4.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 128
-  store <16 x i16> %1028, ptr %gep412.us.4.i, align 2, !tbaa !4
+  store <16 x i16> %1028, ptr %gep412.us.4.i, align 2, !tbaa !9
   %1029 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 320
-  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !4
+  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !9
   %1031 = fmul <16 x float> %978, %1030
   %1032 = bitcast <16 x float> %1031 to <16 x i32>
   %1033 = lshr <16 x i32> %1032, splat (i32 16)
@@ -9736,9 +10363,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1037 = lshr <16 x i32> %1036, splat (i32 16)
   %1038 = trunc nuw <16 x i32> %1037 to <16 x i16>
   %gep412.us.5.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 160
-  store <16 x i16> %1038, ptr %gep412.us.5.i, align 2, !tbaa !4
+  store <16 x i16> %1038, ptr %gep412.us.5.i, align 2, !tbaa !9
   %1039 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 384
-  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !4
+  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !9
   %1041 = fmul <16 x float> %978, %1040
   %1042 = bitcast <16 x float> %1041 to <16 x i32>
   %1043 = lshr <16 x i32> %1042, splat (i32 16)
@@ -9748,9 +10375,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1047 = lshr <16 x i32> %1046, splat (i32 16)
   %1048 = trunc nuw <16 x i32> %1047 to <16 x i16>
   %gep412.us.6.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 192
-  store <16 x i16> %1048, ptr %gep412.us.6.i, align 2, !tbaa !4
+  store <16 x i16> %1048, ptr %gep412.us.6.i, align 2, !tbaa !9
   %1049 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 448
-  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !4
+  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !9
   %1051 = fmul <16 x float> %978, %1050
   %1052 = bitcast <16 x float> %1051 to <16 x i32>
   %1053 = lshr <16 x i32> %1052, splat (i32 16)
@@ -9760,13 +10387,13 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1057 = lshr <16 x i32> %1056, splat (i32 16)
   %1058 = trunc nuw <16 x i32> %1057 to <16 x i16>
   %gep412.us.7.i = getelementptr i8, ptr %invariant.gep411.us.i, i64 224
-  store <16 x i16> %1058, ptr %gep412.us.7.i, align 2, !tbaa !4
+  store <16 x i16> %1058, ptr %gep412.us.7.i, align 2, !tbaa !9
   %1059 = shufflevector <4 x float> %977, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %1060 = or disjoint i64 %973, 1
   %1061 = mul nsw i64 %1060, %out_head
   %invariant.gep411.us.i.1 = getelementptr i16, ptr %967, i64 %1061
   %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 512
-  %1062 = load <16 x float>, ptr %gep.1, align 4, !tbaa !4
+  %1062 = load <16 x float>, ptr %gep.1, align 4, !tbaa !9
   %1063 = fmul <16 x float> %1062, %1059
   %1064 = bitcast <16 x float> %1063 to <16 x i32>
   %1065 = lshr <16 x i32> %1064, splat (i32 16)
@@ -9775,9 +10402,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1068 = add nuw <16 x i32> %1067, %1066
   %1069 = lshr <16 x i32> %1068, splat (i32 16)
   %1070 = trunc nuw <16 x i32> %1069 to <16 x i16>
-  store <16 x i16> %1070, ptr %invariant.gep411.us.i.1, align 2, !tbaa !4
+  store <16 x i16> %1070, ptr %invariant.gep411.us.i.1, align 2, !tbaa !9
   %1071 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 576
-  %1072 = load <16 x float>, ptr %1071, align 4, !tbaa !4
+  %1072 = load <16 x float>, ptr %1071, align 4, !tbaa !9
   %1073 = fmul <16 x float> %1059, %1072
   %1074 = bitcast <16 x float> %1073 to <16 x i32>
   %1075 = lshr <16 x i32> %1074, splat (i32 16)
@@ -9787,9 +10414,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1079 = lshr <16 x i32> %1078, splat (i32 16)
   %1080 = trunc nuw <16 x i32> %1079 to <16 x i16>
   %gep412.us.1.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 32
-  store <16 x i16> %1080, ptr %gep412.us.1.i.1, align 2, !tbaa !4
+  store <16 x i16> %1080, ptr %gep412.us.1.i.1, align 2, !tbaa !9
   %1081 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 640
-  %1082 = load <16 x float>, ptr %1081, align 4, !tbaa !4
+  %1082 = load <16 x float>, ptr %1081, align 4, !tbaa !9
   %1083 = fmul <16 x float> %1059, %1082
   %1084 = bitcast <16 x float> %1083 to <16 x i32>
   %1085 = lshr <16 x i32> %1084, splat (i32 16)
@@ -9799,9 +10426,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1089 = lshr <16 x i32> %1088, splat (i32 16)
   %1090 = trunc nuw <16 x i32> %1089 to <16 x i16>
   %gep412.us.2.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 64
-  store <16 x i16> %1090, ptr %gep412.us.2.i.1, align 2, !tbaa !4
+  store <16 x i16> %1090, ptr %gep412.us.2.i.1, align 2, !tbaa !9
   %1091 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 704
-  %1092 = load <16 x float>, ptr %1091, align 4, !tbaa !4
+  %1092 = load <16 x float>, ptr %1091, align 4, !tbaa !9
   %1093 = fmul <16 x float> %1059, %1092
   %1094 = bitcast <16 x float> %1093 to <16 x i32>
   %1095 = lshr <16 x i32> %1094, splat (i32 16)
@@ -9811,9 +10438,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1099 = lshr <16 x i32> %1098, splat (i32 16)
   %1100 = trunc nuw <16 x i32> %1099 to <16 x i16>
   %gep412.us.3.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 96
-  store <16 x i16> %1100, ptr %gep412.us.3.i.1, align 2, !tbaa !4
+  store <16 x i16> %1100, ptr %gep412.us.3.i.1, align 2, !tbaa !9
   %1101 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 768
-  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !4
+  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !9
   %1103 = fmul <16 x float> %1059, %1102
   %1104 = bitcast <16 x float> %1103 to <16 x i32>
   %1105 = lshr <16 x i32> %1104, splat (i32 16)
@@ -9823,9 +10450,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1109 = lshr <16 x i32> %1108, splat (i32 16)
   %1110 = trunc nuw <16 x i32> %1109 to <16 x i16>
   %gep412.us.4.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 128
-  store <16 x i16> %1110, ptr %gep412.us.4.i.1, align 2, !tbaa !4
+  store <16 x i16> %1110, ptr %gep412.us.4.i.1, align 2, !tbaa !9
   %1111 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 832
-  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !4
+  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !9
   %1113 = fmul <16 x float> %1059, %1112
   %1114 = bitcast <16 x float> %1113 to <16 x i32>
   %1115 = lshr <16 x i32> %1114, splat (i32 16)
@@ -9835,9 +10462,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1119 = lshr <16 x i32> %1118, splat (i32 16)
   %1120 = trunc nuw <16 x i32> %1119 to <16 x i16>
   %gep412.us.5.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 160
-  store <16 x i16> %1120, ptr %gep412.us.5.i.1, align 2, !tbaa !4
+  store <16 x i16> %1120, ptr %gep412.us.5.i.1, align 2, !tbaa !9
   %1121 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 896
-  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !4
+  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !9
   %1123 = fmul <16 x float> %1059, %1122
   %1124 = bitcast <16 x float> %1123 to <16 x i32>
   %1125 = lshr <16 x i32> %1124, splat (i32 16)
@@ -9847,9 +10474,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1129 = lshr <16 x i32> %1128, splat (i32 16)
   %1130 = trunc nuw <16 x i32> %1129 to <16 x i16>
   %gep412.us.6.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 192
-  store <16 x i16> %1130, ptr %gep412.us.6.i.1, align 2, !tbaa !4
+  store <16 x i16> %1130, ptr %gep412.us.6.i.1, align 2, !tbaa !9
   %1131 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 960
-  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !4
+  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !9
   %1133 = fmul <16 x float> %1059, %1132
   %1134 = bitcast <16 x float> %1133 to <16 x i32>
   %1135 = lshr <16 x i32> %1134, splat (i32 16)
@@ -9859,13 +10486,13 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1139 = lshr <16 x i32> %1138, splat (i32 16)
   %1140 = trunc nuw <16 x i32> %1139 to <16 x i16>
   %gep412.us.7.i.1 = getelementptr i8, ptr %invariant.gep411.us.i.1, i64 224
-  store <16 x i16> %1140, ptr %gep412.us.7.i.1, align 2, !tbaa !4
+  store <16 x i16> %1140, ptr %gep412.us.7.i.1, align 2, !tbaa !9
   %1141 = shufflevector <4 x float> %977, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %1142 = or disjoint i64 %973, 2
   %1143 = mul nsw i64 %1142, %out_head
   %invariant.gep411.us.i.2 = getelementptr i16, ptr %967, i64 %1143
   %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1024
-  %1144 = load <16 x float>, ptr %gep.2, align 4, !tbaa !4
+  %1144 = load <16 x float>, ptr %gep.2, align 4, !tbaa !9
   %1145 = fmul <16 x float> %1144, %1141
   %1146 = bitcast <16 x float> %1145 to <16 x i32>
   %1147 = lshr <16 x i32> %1146, splat (i32 16)
@@ -9874,9 +10501,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1150 = add nuw <16 x i32> %1149, %1148
   %1151 = lshr <16 x i32> %1150, splat (i32 16)
   %1152 = trunc nuw <16 x i32> %1151 to <16 x i16>
-  store <16 x i16> %1152, ptr %invariant.gep411.us.i.2, align 2, !tbaa !4
+  store <16 x i16> %1152, ptr %invariant.gep411.us.i.2, align 2, !tbaa !9
   %1153 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1088
-  %1154 = load <16 x float>, ptr %1153, align 4, !tbaa !4
+  %1154 = load <16 x float>, ptr %1153, align 4, !tbaa !9
   %1155 = fmul <16 x float> %1141, %1154
   %1156 = bitcast <16 x float> %1155 to <16 x i32>
   %1157 = lshr <16 x i32> %1156, splat (i32 16)
@@ -9886,9 +10513,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1161 = lshr <16 x i32> %1160, splat (i32 16)
   %1162 = trunc nuw <16 x i32> %1161 to <16 x i16>
   %gep412.us.1.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 32
-  store <16 x i16> %1162, ptr %gep412.us.1.i.2, align 2, !tbaa !4
+  store <16 x i16> %1162, ptr %gep412.us.1.i.2, align 2, !tbaa !9
   %1163 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1152
-  %1164 = load <16 x float>, ptr %1163, align 4, !tbaa !4
+  %1164 = load <16 x float>, ptr %1163, align 4, !tbaa !9
   %1165 = fmul <16 x float> %1141, %1164
   %1166 = bitcast <16 x float> %1165 to <16 x i32>
   %1167 = lshr <16 x i32> %1166, splat (i32 16)
@@ -9898,9 +10525,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1171 = lshr <16 x i32> %1170, splat (i32 16)
   %1172 = trunc nuw <16 x i32> %1171 to <16 x i16>
   %gep412.us.2.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 64
-  store <16 x i16> %1172, ptr %gep412.us.2.i.2, align 2, !tbaa !4
+  store <16 x i16> %1172, ptr %gep412.us.2.i.2, align 2, !tbaa !9
   %1173 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1216
-  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !4
+  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !9
   %1175 = fmul <16 x float> %1141, %1174
   %1176 = bitcast <16 x float> %1175 to <16 x i32>
   %1177 = lshr <16 x i32> %1176, splat (i32 16)
@@ -9910,9 +10537,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1181 = lshr <16 x i32> %1180, splat (i32 16)
   %1182 = trunc nuw <16 x i32> %1181 to <16 x i16>
   %gep412.us.3.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 96
-  store <16 x i16> %1182, ptr %gep412.us.3.i.2, align 2, !tbaa !4
+  store <16 x i16> %1182, ptr %gep412.us.3.i.2, align 2, !tbaa !9
   %1183 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1280
-  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !4
+  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !9
   %1185 = fmul <16 x float> %1141, %1184
   %1186 = bitcast <16 x float> %1185 to <16 x i32>
   %1187 = lshr <16 x i32> %1186, splat (i32 16)
@@ -9922,9 +10549,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1191 = lshr <16 x i32> %1190, splat (i32 16)
   %1192 = trunc nuw <16 x i32> %1191 to <16 x i16>
   %gep412.us.4.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 128
-  store <16 x i16> %1192, ptr %gep412.us.4.i.2, align 2, !tbaa !4
+  store <16 x i16> %1192, ptr %gep412.us.4.i.2, align 2, !tbaa !9
   %1193 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1344
-  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !4
+  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !9
   %1195 = fmul <16 x float> %1141, %1194
   %1196 = bitcast <16 x float> %1195 to <16 x i32>
   %1197 = lshr <16 x i32> %1196, splat (i32 16)
@@ -9934,9 +10561,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1201 = lshr <16 x i32> %1200, splat (i32 16)
   %1202 = trunc nuw <16 x i32> %1201 to <16 x i16>
   %gep412.us.5.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 160
-  store <16 x i16> %1202, ptr %gep412.us.5.i.2, align 2, !tbaa !4
+  store <16 x i16> %1202, ptr %gep412.us.5.i.2, align 2, !tbaa !9
   %1203 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1408
-  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !4
+  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !9
   %1205 = fmul <16 x float> %1141, %1204
   %1206 = bitcast <16 x float> %1205 to <16 x i32>
   %1207 = lshr <16 x i32> %1206, splat (i32 16)
@@ -9946,9 +10573,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1211 = lshr <16 x i32> %1210, splat (i32 16)
   %1212 = trunc nuw <16 x i32> %1211 to <16 x i16>
   %gep412.us.6.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 192
-  store <16 x i16> %1212, ptr %gep412.us.6.i.2, align 2, !tbaa !4
+  store <16 x i16> %1212, ptr %gep412.us.6.i.2, align 2, !tbaa !9
   %1213 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1472
-  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !4
+  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !9
   %1215 = fmul <16 x float> %1141, %1214
   %1216 = bitcast <16 x float> %1215 to <16 x i32>
   %1217 = lshr <16 x i32> %1216, splat (i32 16)
@@ -9958,13 +10585,13 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1221 = lshr <16 x i32> %1220, splat (i32 16)
   %1222 = trunc nuw <16 x i32> %1221 to <16 x i16>
   %gep412.us.7.i.2 = getelementptr i8, ptr %invariant.gep411.us.i.2, i64 224
-  store <16 x i16> %1222, ptr %gep412.us.7.i.2, align 2, !tbaa !4
+  store <16 x i16> %1222, ptr %gep412.us.7.i.2, align 2, !tbaa !9
   %1223 = shufflevector <4 x float> %977, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %1224 = or disjoint i64 %973, 3
   %1225 = mul nsw i64 %1224, %out_head
   %invariant.gep411.us.i.3 = getelementptr i16, ptr %967, i64 %1225
   %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1536
-  %1226 = load <16 x float>, ptr %gep.3, align 4, !tbaa !4
+  %1226 = load <16 x float>, ptr %gep.3, align 4, !tbaa !9
   %1227 = fmul <16 x float> %1226, %1223
   %1228 = bitcast <16 x float> %1227 to <16 x i32>
   %1229 = lshr <16 x i32> %1228, splat (i32 16)
@@ -9973,9 +10600,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1232 = add nuw <16 x i32> %1231, %1230
   %1233 = lshr <16 x i32> %1232, splat (i32 16)
   %1234 = trunc nuw <16 x i32> %1233 to <16 x i16>
-  store <16 x i16> %1234, ptr %invariant.gep411.us.i.3, align 2, !tbaa !4
+  store <16 x i16> %1234, ptr %invariant.gep411.us.i.3, align 2, !tbaa !9
   %1235 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1600
-  %1236 = load <16 x float>, ptr %1235, align 4, !tbaa !4
+  %1236 = load <16 x float>, ptr %1235, align 4, !tbaa !9
   %1237 = fmul <16 x float> %1223, %1236
   %1238 = bitcast <16 x float> %1237 to <16 x i32>
   %1239 = lshr <16 x i32> %1238, splat (i32 16)
@@ -9985,9 +10612,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1243 = lshr <16 x i32> %1242, splat (i32 16)
   %1244 = trunc nuw <16 x i32> %1243 to <16 x i16>
   %gep412.us.1.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 32
-  store <16 x i16> %1244, ptr %gep412.us.1.i.3, align 2, !tbaa !4
+  store <16 x i16> %1244, ptr %gep412.us.1.i.3, align 2, !tbaa !9
   %1245 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1664
-  %1246 = load <16 x float>, ptr %1245, align 4, !tbaa !4
+  %1246 = load <16 x float>, ptr %1245, align 4, !tbaa !9
   %1247 = fmul <16 x float> %1223, %1246
   %1248 = bitcast <16 x float> %1247 to <16 x i32>
   %1249 = lshr <16 x i32> %1248, splat (i32 16)
@@ -9997,9 +10624,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1253 = lshr <16 x i32> %1252, splat (i32 16)
   %1254 = trunc nuw <16 x i32> %1253 to <16 x i16>
   %gep412.us.2.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 64
-  store <16 x i16> %1254, ptr %gep412.us.2.i.3, align 2, !tbaa !4
+  store <16 x i16> %1254, ptr %gep412.us.2.i.3, align 2, !tbaa !9
   %1255 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1728
-  %1256 = load <16 x float>, ptr %1255, align 4, !tbaa !4
+  %1256 = load <16 x float>, ptr %1255, align 4, !tbaa !9
   %1257 = fmul <16 x float> %1223, %1256
   %1258 = bitcast <16 x float> %1257 to <16 x i32>
   %1259 = lshr <16 x i32> %1258, splat (i32 16)
@@ -10009,9 +10636,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1263 = lshr <16 x i32> %1262, splat (i32 16)
   %1264 = trunc nuw <16 x i32> %1263 to <16 x i16>
   %gep412.us.3.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 96
-  store <16 x i16> %1264, ptr %gep412.us.3.i.3, align 2, !tbaa !4
+  store <16 x i16> %1264, ptr %gep412.us.3.i.3, align 2, !tbaa !9
   %1265 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1792
-  %1266 = load <16 x float>, ptr %1265, align 4, !tbaa !4
+  %1266 = load <16 x float>, ptr %1265, align 4, !tbaa !9
   %1267 = fmul <16 x float> %1223, %1266
   %1268 = bitcast <16 x float> %1267 to <16 x i32>
   %1269 = lshr <16 x i32> %1268, splat (i32 16)
@@ -10021,9 +10648,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1273 = lshr <16 x i32> %1272, splat (i32 16)
   %1274 = trunc nuw <16 x i32> %1273 to <16 x i16>
   %gep412.us.4.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 128
-  store <16 x i16> %1274, ptr %gep412.us.4.i.3, align 2, !tbaa !4
+  store <16 x i16> %1274, ptr %gep412.us.4.i.3, align 2, !tbaa !9
   %1275 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1856
-  %1276 = load <16 x float>, ptr %1275, align 4, !tbaa !4
+  %1276 = load <16 x float>, ptr %1275, align 4, !tbaa !9
   %1277 = fmul <16 x float> %1223, %1276
   %1278 = bitcast <16 x float> %1277 to <16 x i32>
   %1279 = lshr <16 x i32> %1278, splat (i32 16)
@@ -10033,9 +10660,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1283 = lshr <16 x i32> %1282, splat (i32 16)
   %1284 = trunc nuw <16 x i32> %1283 to <16 x i16>
   %gep412.us.5.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 160
-  store <16 x i16> %1284, ptr %gep412.us.5.i.3, align 2, !tbaa !4
+  store <16 x i16> %1284, ptr %gep412.us.5.i.3, align 2, !tbaa !9
   %1285 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1920
-  %1286 = load <16 x float>, ptr %1285, align 4, !tbaa !4
+  %1286 = load <16 x float>, ptr %1285, align 4, !tbaa !9
   %1287 = fmul <16 x float> %1223, %1286
   %1288 = bitcast <16 x float> %1287 to <16 x i32>
   %1289 = lshr <16 x i32> %1288, splat (i32 16)
@@ -10045,9 +10672,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1293 = lshr <16 x i32> %1292, splat (i32 16)
   %1294 = trunc nuw <16 x i32> %1293 to <16 x i16>
   %gep412.us.6.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 192
-  store <16 x i16> %1294, ptr %gep412.us.6.i.3, align 2, !tbaa !4
+  store <16 x i16> %1294, ptr %gep412.us.6.i.3, align 2, !tbaa !9
   %1295 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 1984
-  %1296 = load <16 x float>, ptr %1295, align 4, !tbaa !4
+  %1296 = load <16 x float>, ptr %1295, align 4, !tbaa !9
   %1297 = fmul <16 x float> %1223, %1296
   %1298 = bitcast <16 x float> %1297 to <16 x i32>
   %1299 = lshr <16 x i32> %1298, splat (i32 16)
@@ -10057,9 +10684,9 @@ for_body_tile247.us.i:                            ; preds = %if_end271.us.3.i, %
   %1303 = lshr <16 x i32> %1302, splat (i32 16)
   %1304 = trunc nuw <16 x i32> %1303 to <16 x i16>
   %gep412.us.7.i.3 = getelementptr i8, ptr %invariant.gep411.us.i.3, i64 224
-  store <16 x i16> %1304, ptr %gep412.us.7.i.3, align 2, !tbaa !4
+  store <16 x i16> %1304, ptr %gep412.us.7.i.3, align 2, !tbaa !9
   %1305 = getelementptr float, ptr %969, i64 %973
-  %1306 = load float, ptr %974, align 16, !tbaa !312
+  %1306 = load float, ptr %974, align 16, !tbaa !41
   %1307 = fcmp oeq float %1306, 0.000000e+00
   br i1 %1307, label %if_end271.us.i, label %if_else270.us.i
 
@@ -10067,16 +10694,16 @@ if_else270.us.i:                                  ; preds = %for_body_tile247.us
   %1308 = fmul float %1306, %972
   %1309 = call float @llvm.log.f32(float %1308)
   %1310 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %973
-  %1311 = load float, ptr %1310, align 16, !tbaa !314
+  %1311 = load float, ptr %1310, align 16, !tbaa !43
   %1312 = fadd float %1309, %1311
   br label %if_end271.us.i
 
 if_end271.us.i:                                   ; preds = %if_else270.us.i, %for_body_tile247.us.i
   %1313 = phi float [ %1312, %if_else270.us.i ], [ 0xFFF0000000000000, %for_body_tile247.us.i ]
-  store float %1313, ptr %1305, align 4, !tbaa !4
+  store float %1313, ptr %1305, align 4, !tbaa !9
   %1314 = or disjoint i64 %973, 1
   %1315 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %1314
-  %1316 = load float, ptr %1315, align 4, !tbaa !312
+  %1316 = load float, ptr %1315, align 4, !tbaa !41
   %1317 = fcmp oeq float %1316, 0.000000e+00
   br i1 %1317, label %if_end271.us.1.i, label %if_else270.us.1.i
 
@@ -10084,17 +10711,17 @@ if_else270.us.1.i:                                ; preds = %if_end271.us.i
   %1318 = fmul float %1316, %972
   %1319 = call float @llvm.log.f32(float %1318)
   %1320 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %1314
-  %1321 = load float, ptr %1320, align 4, !tbaa !314
+  %1321 = load float, ptr %1320, align 4, !tbaa !43
   %1322 = fadd float %1319, %1321
   br label %if_end271.us.1.i
 
 if_end271.us.1.i:                                 ; preds = %if_else270.us.1.i, %if_end271.us.i
   %1323 = phi float [ %1322, %if_else270.us.1.i ], [ 0xFFF0000000000000, %if_end271.us.i ]
   %1324 = getelementptr i8, ptr %1305, i64 4
-  store float %1323, ptr %1324, align 4, !tbaa !4
+  store float %1323, ptr %1324, align 4, !tbaa !9
   %1325 = or disjoint i64 %973, 2
   %1326 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %1325
-  %1327 = load float, ptr %1326, align 8, !tbaa !312
+  %1327 = load float, ptr %1326, align 8, !tbaa !41
   %1328 = fcmp oeq float %1327, 0.000000e+00
   br i1 %1328, label %if_end271.us.2.i, label %if_else270.us.2.i
 
@@ -10102,17 +10729,17 @@ if_else270.us.2.i:                                ; preds = %if_end271.us.1.i
   %1329 = fmul float %1327, %972
   %1330 = call float @llvm.log.f32(float %1329)
   %1331 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %1325
-  %1332 = load float, ptr %1331, align 8, !tbaa !314
+  %1332 = load float, ptr %1331, align 8, !tbaa !43
   %1333 = fadd float %1330, %1332
   br label %if_end271.us.2.i
 
 if_end271.us.2.i:                                 ; preds = %if_else270.us.2.i, %if_end271.us.1.i
   %1334 = phi float [ %1333, %if_else270.us.2.i ], [ 0xFFF0000000000000, %if_end271.us.1.i ]
   %1335 = getelementptr i8, ptr %1305, i64 8
-  store float %1334, ptr %1335, align 4, !tbaa !4
+  store float %1334, ptr %1335, align 4, !tbaa !9
   %1336 = or disjoint i64 %973, 3
   %1337 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %1336
-  %1338 = load float, ptr %1337, align 4, !tbaa !312
+  %1338 = load float, ptr %1337, align 4, !tbaa !41
   %1339 = fcmp oeq float %1338, 0.000000e+00
   br i1 %1339, label %if_end271.us.3.i, label %if_else270.us.3.i
 
@@ -10120,29 +10747,29 @@ if_else270.us.3.i:                                ; preds = %if_end271.us.2.i
   %1340 = fmul float %1338, %972
   %1341 = call float @llvm.log.f32(float %1340)
   %1342 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %1336
-  %1343 = load float, ptr %1342, align 4, !tbaa !314
+  %1343 = load float, ptr %1342, align 4, !tbaa !43
   %1344 = fadd float %1341, %1343
   br label %if_end271.us.3.i
 
 if_end271.us.3.i:                                 ; preds = %if_else270.us.3.i, %if_end271.us.2.i
   %1345 = phi float [ %1344, %if_else270.us.3.i ], [ 0xFFF0000000000000, %if_end271.us.2.i ]
   %1346 = getelementptr i8, ptr %1305, i64 12
-  store float %1345, ptr %1346, align 4, !tbaa !4
+  store float %1345, ptr %1346, align 4, !tbaa !9
   %indvars.iv.next623.i = add nuw nsw i64 %indvars.iv622.i, 1
   %exitcond625.not.i = icmp eq i64 %indvars.iv.next623.i, 8
-  br i1 %exitcond625.not.i, label %for_end_tile248.i, label %for_body_tile247.us.i, !prof !30
+  br i1 %exitcond625.not.i, label %for_end_tile248.i, label %for_body_tile247.us.i, !prof !39
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %1347 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1347 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %key_offsets.i = call ptr %1347(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %1348 = icmp eq ptr %key_offsets.i, null
-  br i1 %1348, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+  br i1 %1348, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %1349 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1349 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %value_offsets.i = call ptr %1349(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %1350 = icmp eq ptr %value_offsets.i, null
-  br i1 %1350, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  br i1 %1350, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
   %1351 = shl nsw i64 %indvars.iv586.i, 7
@@ -10159,7 +10786,7 @@ if_end8.i:                                        ; preds = %if_end5.i
   br i1 %1360, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end8.i
-  %row_start.i = load i32, ptr %360, align 4, !tbaa !4
+  %row_start.i = load i32, ptr %360, align 4, !tbaa !9
   %1361 = add nuw nsw i64 %1351, %109
   %1362 = sext i32 %row_start.i to i64
   %invariant.gep333.i = getelementptr i32, ptr %362, i64 %1362
@@ -10174,11 +10801,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1366 = ashr i32 %1365, 4
   %1367 = sext i32 %1366 to i64
   %gep334.i = getelementptr i32, ptr %invariant.gep333.i, i64 %1367
-  %1368 = load i32, ptr %gep334.i, align 4, !tbaa !4
+  %1368 = load i32, ptr %gep334.i, align 4, !tbaa !9
   %block.i = sext i32 %1368 to i64
   %1369 = mul nsw i64 %k_block, %block.i
   %1370 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv439.i
-  store i64 %1369, ptr %1370, align 8, !tbaa !4
+  store i64 %1369, ptr %1370, align 8, !tbaa !9
   %indvars.iv.next440.i = or disjoint i64 %indvars.iv439.i, 1
   %1371 = add nuw nsw i64 %indvars.iv.next440.i, %1361
   %1372 = trunc i64 %1371 to i32
@@ -10186,11 +10813,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1374 = ashr i32 %1373, 4
   %1375 = sext i32 %1374 to i64
   %gep334.i.1 = getelementptr i32, ptr %invariant.gep333.i, i64 %1375
-  %1376 = load i32, ptr %gep334.i.1, align 4, !tbaa !4
+  %1376 = load i32, ptr %gep334.i.1, align 4, !tbaa !9
   %block.i.1 = sext i32 %1376 to i64
   %1377 = mul nsw i64 %k_block, %block.i.1
   %1378 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next440.i
-  store i64 %1377, ptr %1378, align 8, !tbaa !4
+  store i64 %1377, ptr %1378, align 8, !tbaa !9
   %indvars.iv.next440.i.1 = or disjoint i64 %indvars.iv439.i, 2
   %1379 = add nuw nsw i64 %indvars.iv.next440.i.1, %1361
   %1380 = trunc i64 %1379 to i32
@@ -10198,11 +10825,11 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1382 = ashr i32 %1381, 4
   %1383 = sext i32 %1382 to i64
   %gep334.i.2 = getelementptr i32, ptr %invariant.gep333.i, i64 %1383
-  %1384 = load i32, ptr %gep334.i.2, align 4, !tbaa !4
+  %1384 = load i32, ptr %gep334.i.2, align 4, !tbaa !9
   %block.i.2 = sext i32 %1384 to i64
   %1385 = mul nsw i64 %k_block, %block.i.2
   %1386 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next440.i.1
-  store i64 %1385, ptr %1386, align 8, !tbaa !4
+  store i64 %1385, ptr %1386, align 8, !tbaa !9
   %indvars.iv.next440.i.2 = or disjoint i64 %indvars.iv439.i, 3
   %1387 = add nuw nsw i64 %indvars.iv.next440.i.2, %1361
   %1388 = trunc i64 %1387 to i32
@@ -10210,17 +10837,17 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1390 = ashr i32 %1389, 4
   %1391 = sext i32 %1390 to i64
   %gep334.i.3 = getelementptr i32, ptr %invariant.gep333.i, i64 %1391
-  %1392 = load i32, ptr %gep334.i.3, align 4, !tbaa !4
+  %1392 = load i32, ptr %gep334.i.3, align 4, !tbaa !9
   %block.i.3 = sext i32 %1392 to i64
   %1393 = mul nsw i64 %k_block, %block.i.3
   %1394 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next440.i.2
-  store i64 %1393, ptr %1394, align 8, !tbaa !4
+  store i64 %1393, ptr %1394, align 8, !tbaa !9
   %indvars.iv.next440.i.3 = add nuw nsw i64 %indvars.iv439.i, 4
   %exitcond442.not.i.3 = icmp eq i64 %indvars.iv.next440.i.3, %wide.trip.count.i
-  br i1 %exitcond442.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !8, !llvm.loop !316
+  br i1 %exitcond442.not.i.3, label %for_body_t13.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !45
 
 for_body_t13.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start11.i = load i32, ptr %360, align 4, !tbaa !4
+  %row_start11.i = load i32, ptr %360, align 4, !tbaa !9
   %1395 = sext i32 %row_start11.i to i64
   %invariant.gep338.i = getelementptr i32, ptr %362, i64 %1395
   br label %for_body_t13.i
@@ -10343,7 +10970,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1426 = sext i32 %1425 to i64
   %1427 = ashr i64 %1426, 4
   %gep339.i = getelementptr i32, ptr %invariant.gep338.i, i64 %1427
-  %1428 = load i32, ptr %gep339.i, align 4, !tbaa !4
+  %1428 = load i32, ptr %gep339.i, align 4, !tbaa !9
   %block20.i = sext i32 %1428 to i64
   %1429 = lshr i64 %1426, 1
   %1430 = and i64 %1429, 7
@@ -10351,7 +10978,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1432 = mul nsw i64 %v_block, %block20.i
   %1433 = add nsw i64 %1431, %1432
   %1434 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv443.i
-  store i64 %1433, ptr %1434, align 8, !tbaa !4
+  store i64 %1433, ptr %1434, align 8, !tbaa !9
   %indvars.iv.next444.i = or disjoint i64 %indvars.iv443.i, 1
   %1435 = add nuw nsw i64 %indvars.iv.next444.i, %1361
   %1436 = trunc i64 %1435 to i32
@@ -10359,7 +10986,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1438 = sext i32 %1437 to i64
   %1439 = ashr i64 %1438, 4
   %gep339.i.1 = getelementptr i32, ptr %invariant.gep338.i, i64 %1439
-  %1440 = load i32, ptr %gep339.i.1, align 4, !tbaa !4
+  %1440 = load i32, ptr %gep339.i.1, align 4, !tbaa !9
   %block20.i.1 = sext i32 %1440 to i64
   %1441 = lshr i64 %1438, 1
   %1442 = and i64 %1441, 7
@@ -10367,7 +10994,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1444 = mul nsw i64 %v_block, %block20.i.1
   %1445 = add nsw i64 %1443, %1444
   %1446 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next444.i
-  store i64 %1445, ptr %1446, align 8, !tbaa !4
+  store i64 %1445, ptr %1446, align 8, !tbaa !9
   %indvars.iv.next444.i.1 = or disjoint i64 %indvars.iv443.i, 2
   %1447 = add nuw nsw i64 %indvars.iv.next444.i.1, %1361
   %1448 = trunc i64 %1447 to i32
@@ -10375,7 +11002,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1450 = sext i32 %1449 to i64
   %1451 = ashr i64 %1450, 4
   %gep339.i.2 = getelementptr i32, ptr %invariant.gep338.i, i64 %1451
-  %1452 = load i32, ptr %gep339.i.2, align 4, !tbaa !4
+  %1452 = load i32, ptr %gep339.i.2, align 4, !tbaa !9
   %block20.i.2 = sext i32 %1452 to i64
   %1453 = lshr i64 %1450, 1
   %1454 = and i64 %1453, 7
@@ -10383,7 +11010,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1456 = mul nsw i64 %v_block, %block20.i.2
   %1457 = add nsw i64 %1455, %1456
   %1458 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next444.i.1
-  store i64 %1457, ptr %1458, align 8, !tbaa !4
+  store i64 %1457, ptr %1458, align 8, !tbaa !9
   %indvars.iv.next444.i.2 = or disjoint i64 %indvars.iv443.i, 3
   %1459 = add nuw nsw i64 %indvars.iv.next444.i.2, %1361
   %1460 = trunc i64 %1459 to i32
@@ -10391,7 +11018,7 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1462 = sext i32 %1461 to i64
   %1463 = ashr i64 %1462, 4
   %gep339.i.3 = getelementptr i32, ptr %invariant.gep338.i, i64 %1463
-  %1464 = load i32, ptr %gep339.i.3, align 4, !tbaa !4
+  %1464 = load i32, ptr %gep339.i.3, align 4, !tbaa !9
   %block20.i.3 = sext i32 %1464 to i64
   %1465 = lshr i64 %1462, 1
   %1466 = and i64 %1465, 7
@@ -10399,15 +11026,15 @@ for_body_t13.i:                                   ; preds = %for_body_t13.i, %fo
   %1468 = mul nsw i64 %v_block, %block20.i.3
   %1469 = add nsw i64 %1467, %1468
   %1470 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next444.i.2
-  store i64 %1469, ptr %1470, align 8, !tbaa !4
+  store i64 %1469, ptr %1470, align 8, !tbaa !9
   %indvars.iv.next444.i.3 = add nuw nsw i64 %indvars.iv443.i, 4
   %exitcond447.not.i.3 = icmp eq i64 %indvars.iv.next444.i.3, %wide.trip.count.i
-  br i1 %exitcond447.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !8, !llvm.loop !317
+  br i1 %exitcond447.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t13.i, !prof !4, !llvm.loop !47
 
 for_begin_kv_head.i:                              ; preds = %if_end235.i, %for_begin_kv_head.preheader.i
   %indvars.iv582.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next583.i, %if_end235.i ]
   %exitcond585.not.i = icmp eq i64 %indvars.iv582.i, 8
-  br i1 %exitcond585.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !39
+  br i1 %exitcond585.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %1471 = icmp eq i64 %indvars.iv582.i, 7
@@ -10415,10 +11042,10 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %indvars.iv.next583.i = add nuw nsw i64 %indvars.iv582.i, 1
   %1473 = trunc nuw nsw i64 %indvars.iv.next583.i to i32
   %1474 = select i1 %1471, i32 0, i32 %1473
-  %1475 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1475 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = call ptr %1475(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1476 = icmp eq ptr %scores.i, null
-  br i1 %1476, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
+  br i1 %1476, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
 for_begin_to.preheader.i:                         ; preds = %for_body_kv_head.i
   br i1 %1396, label %for_body_to.lr.ph.i, label %for_end_to.i, !prof !3
@@ -10442,10 +11069,10 @@ for_body_to.lr.ph.i:                              ; preds = %for_begin_to.prehea
   br label %for_body_to.i
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %1485 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1485 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %1486 = call i32 %1485(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not313.i = icmp eq i32 %1486, 0
-  br i1 %.not313.i, label %if_end241.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not313.i, label %if_end241.i, label %fused_decode_compute_.exit, !prof !40
 
 for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.lr.ph.i
   %indvars.iv468.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next469.i, %for_body_to.i ]
@@ -10459,7 +11086,7 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %1490 = getelementptr inbounds nuw i8, ptr %1488, i64 256
   %1491 = getelementptr inbounds nuw i8, ptr %1488, i64 384
   %gep = getelementptr inbounds nuw i64, ptr %invariant.gep102, i64 %1487
-  %1492 = load i64, ptr %gep, align 8, !tbaa !4
+  %1492 = load i64, ptr %gep, align 8, !tbaa !9
   %gep345.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1492
   call void @llvm.prefetch.p0(ptr %gep345.i, i32 0, i32 2, i32 1)
   %1493 = getelementptr i32, ptr %gep345.i, i64 %k_row
@@ -10493,11 +11120,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %1507 = getelementptr i32, ptr %gep345.i, i64 %124
   call void @llvm.prefetch.p0(ptr %1507, i32 0, i32 2, i32 1)
   call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %1481, i64 256)
-  %1508 = load i64, ptr %1488, align 8, !tbaa !4
+  %1508 = load i64, ptr %1488, align 8, !tbaa !9
   %gep696.i = getelementptr i32, ptr %invariant.gep695.i, i64 %1508
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep696.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %1509 = load i64, ptr %gep, align 8, !tbaa !4
+  %1509 = load i64, ptr %gep, align 8, !tbaa !9
   %gep348.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1509
   %1510 = getelementptr i32, ptr %gep348.i, i64 %125
   call void @llvm.prefetch.p0(ptr %1510, i32 0, i32 2, i32 1)
@@ -10531,11 +11158,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1524, i32 0, i32 2, i32 1)
   %1525 = getelementptr i32, ptr %gep348.i, i64 %140
   call void @llvm.prefetch.p0(ptr %1525, i32 0, i32 2, i32 1)
-  %1526 = load i64, ptr %1489, align 8, !tbaa !4
+  %1526 = load i64, ptr %1489, align 8, !tbaa !9
   %gep698.i = getelementptr i32, ptr %invariant.gep695.i, i64 %1526
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep698.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %1527 = load i64, ptr %gep, align 8, !tbaa !4
+  %1527 = load i64, ptr %gep, align 8, !tbaa !9
   %gep350.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1527
   %1528 = getelementptr i32, ptr %gep350.i, i64 %141
   call void @llvm.prefetch.p0(ptr %1528, i32 0, i32 2, i32 1)
@@ -10569,11 +11196,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1542, i32 0, i32 2, i32 1)
   %1543 = getelementptr i32, ptr %gep350.i, i64 %156
   call void @llvm.prefetch.p0(ptr %1543, i32 0, i32 2, i32 1)
-  %1544 = load i64, ptr %1490, align 8, !tbaa !4
+  %1544 = load i64, ptr %1490, align 8, !tbaa !9
   %gep700.i = getelementptr i32, ptr %invariant.gep695.i, i64 %1544
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep700.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %1545 = load i64, ptr %gep, align 8, !tbaa !4
+  %1545 = load i64, ptr %gep, align 8, !tbaa !9
   %gep352.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1545
   %1546 = getelementptr i32, ptr %gep352.i, i64 %111
   call void @llvm.prefetch.p0(ptr %1546, i32 0, i32 2, i32 1)
@@ -10607,12 +11234,12 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1560, i32 0, i32 2, i32 1)
   %1561 = getelementptr i32, ptr %gep352.i, i64 %171
   call void @llvm.prefetch.p0(ptr %1561, i32 0, i32 2, i32 1)
-  %1562 = load i64, ptr %1491, align 8, !tbaa !4
+  %1562 = load i64, ptr %1491, align 8, !tbaa !9
   %gep702.i = getelementptr i32, ptr %invariant.gep695.i, i64 %1562
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep702.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %1563 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  %1564 = load i64, ptr %1563, align 8, !tbaa !4
+  %1564 = load i64, ptr %1563, align 8, !tbaa !9
   %gep345.1.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1564
   call void @llvm.prefetch.p0(ptr %gep345.1.i, i32 0, i32 2, i32 1)
   %1565 = getelementptr i32, ptr %gep345.1.i, i64 %k_row
@@ -10646,11 +11273,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %1579 = getelementptr i32, ptr %gep345.1.i, i64 %124
   call void @llvm.prefetch.p0(ptr %1579, i32 0, i32 2, i32 1)
   call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %1482, i64 256)
-  %1580 = load i64, ptr %1488, align 8, !tbaa !4
+  %1580 = load i64, ptr %1488, align 8, !tbaa !9
   %gep704.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1580
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep704.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %1581 = load i64, ptr %1563, align 8, !tbaa !4
+  %1581 = load i64, ptr %1563, align 8, !tbaa !9
   %gep348.1.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1581
   %1582 = getelementptr i32, ptr %gep348.1.i, i64 %125
   call void @llvm.prefetch.p0(ptr %1582, i32 0, i32 2, i32 1)
@@ -10684,11 +11311,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1596, i32 0, i32 2, i32 1)
   %1597 = getelementptr i32, ptr %gep348.1.i, i64 %140
   call void @llvm.prefetch.p0(ptr %1597, i32 0, i32 2, i32 1)
-  %1598 = load i64, ptr %1489, align 8, !tbaa !4
+  %1598 = load i64, ptr %1489, align 8, !tbaa !9
   %gep706.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1598
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep706.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %1599 = load i64, ptr %1563, align 8, !tbaa !4
+  %1599 = load i64, ptr %1563, align 8, !tbaa !9
   %gep350.1.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1599
   %1600 = getelementptr i32, ptr %gep350.1.i, i64 %141
   call void @llvm.prefetch.p0(ptr %1600, i32 0, i32 2, i32 1)
@@ -10722,11 +11349,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1614, i32 0, i32 2, i32 1)
   %1615 = getelementptr i32, ptr %gep350.1.i, i64 %156
   call void @llvm.prefetch.p0(ptr %1615, i32 0, i32 2, i32 1)
-  %1616 = load i64, ptr %1490, align 8, !tbaa !4
+  %1616 = load i64, ptr %1490, align 8, !tbaa !9
   %gep708.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1616
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep708.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %1617 = load i64, ptr %1563, align 8, !tbaa !4
+  %1617 = load i64, ptr %1563, align 8, !tbaa !9
   %gep352.1.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1617
   %1618 = getelementptr i32, ptr %gep352.1.i, i64 %111
   call void @llvm.prefetch.p0(ptr %1618, i32 0, i32 2, i32 1)
@@ -10760,12 +11387,12 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1632, i32 0, i32 2, i32 1)
   %1633 = getelementptr i32, ptr %gep352.1.i, i64 %171
   call void @llvm.prefetch.p0(ptr %1633, i32 0, i32 2, i32 1)
-  %1634 = load i64, ptr %1491, align 8, !tbaa !4
+  %1634 = load i64, ptr %1491, align 8, !tbaa !9
   %gep710.i = getelementptr i32, ptr %invariant.gep703.i, i64 %1634
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep710.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %1635 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %1636 = load i64, ptr %1635, align 8, !tbaa !4
+  %1636 = load i64, ptr %1635, align 8, !tbaa !9
   %gep345.2.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1636
   call void @llvm.prefetch.p0(ptr %gep345.2.i, i32 0, i32 2, i32 1)
   %1637 = getelementptr i32, ptr %gep345.2.i, i64 %k_row
@@ -10799,11 +11426,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %1651 = getelementptr i32, ptr %gep345.2.i, i64 %124
   call void @llvm.prefetch.p0(ptr %1651, i32 0, i32 2, i32 1)
   call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %1483, i64 256)
-  %1652 = load i64, ptr %1488, align 8, !tbaa !4
+  %1652 = load i64, ptr %1488, align 8, !tbaa !9
   %gep712.i = getelementptr i32, ptr %invariant.gep711.i, i64 %1652
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep712.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %1653 = load i64, ptr %1635, align 8, !tbaa !4
+  %1653 = load i64, ptr %1635, align 8, !tbaa !9
   %gep348.2.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1653
   %1654 = getelementptr i32, ptr %gep348.2.i, i64 %125
   call void @llvm.prefetch.p0(ptr %1654, i32 0, i32 2, i32 1)
@@ -10837,11 +11464,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1668, i32 0, i32 2, i32 1)
   %1669 = getelementptr i32, ptr %gep348.2.i, i64 %140
   call void @llvm.prefetch.p0(ptr %1669, i32 0, i32 2, i32 1)
-  %1670 = load i64, ptr %1489, align 8, !tbaa !4
+  %1670 = load i64, ptr %1489, align 8, !tbaa !9
   %gep714.i = getelementptr i32, ptr %invariant.gep711.i, i64 %1670
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep714.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %1671 = load i64, ptr %1635, align 8, !tbaa !4
+  %1671 = load i64, ptr %1635, align 8, !tbaa !9
   %gep350.2.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1671
   %1672 = getelementptr i32, ptr %gep350.2.i, i64 %141
   call void @llvm.prefetch.p0(ptr %1672, i32 0, i32 2, i32 1)
@@ -10875,11 +11502,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1686, i32 0, i32 2, i32 1)
   %1687 = getelementptr i32, ptr %gep350.2.i, i64 %156
   call void @llvm.prefetch.p0(ptr %1687, i32 0, i32 2, i32 1)
-  %1688 = load i64, ptr %1490, align 8, !tbaa !4
+  %1688 = load i64, ptr %1490, align 8, !tbaa !9
   %gep716.i = getelementptr i32, ptr %invariant.gep711.i, i64 %1688
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep716.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %1689 = load i64, ptr %1635, align 8, !tbaa !4
+  %1689 = load i64, ptr %1635, align 8, !tbaa !9
   %gep352.2.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1689
   %1690 = getelementptr i32, ptr %gep352.2.i, i64 %111
   call void @llvm.prefetch.p0(ptr %1690, i32 0, i32 2, i32 1)
@@ -10913,12 +11540,12 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1704, i32 0, i32 2, i32 1)
   %1705 = getelementptr i32, ptr %gep352.2.i, i64 %171
   call void @llvm.prefetch.p0(ptr %1705, i32 0, i32 2, i32 1)
-  %1706 = load i64, ptr %1491, align 8, !tbaa !4
+  %1706 = load i64, ptr %1491, align 8, !tbaa !9
   %gep718.i = getelementptr i32, ptr %invariant.gep711.i, i64 %1706
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep718.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
   %1707 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  %1708 = load i64, ptr %1707, align 8, !tbaa !4
+  %1708 = load i64, ptr %1707, align 8, !tbaa !9
   %gep345.3.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1708
   call void @llvm.prefetch.p0(ptr %gep345.3.i, i32 0, i32 2, i32 1)
   %1709 = getelementptr i32, ptr %gep345.3.i, i64 %k_row
@@ -10952,11 +11579,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   %1723 = getelementptr i32, ptr %gep345.3.i, i64 %124
   call void @llvm.prefetch.p0(ptr %1723, i32 0, i32 2, i32 1)
   call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %1484, i64 256)
-  %1724 = load i64, ptr %1488, align 8, !tbaa !4
+  %1724 = load i64, ptr %1488, align 8, !tbaa !9
   %gep720.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1724
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep720.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %1725 = load i64, ptr %1707, align 8, !tbaa !4
+  %1725 = load i64, ptr %1707, align 8, !tbaa !9
   %gep348.3.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1725
   %1726 = getelementptr i32, ptr %gep348.3.i, i64 %125
   call void @llvm.prefetch.p0(ptr %1726, i32 0, i32 2, i32 1)
@@ -10990,11 +11617,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1740, i32 0, i32 2, i32 1)
   %1741 = getelementptr i32, ptr %gep348.3.i, i64 %140
   call void @llvm.prefetch.p0(ptr %1741, i32 0, i32 2, i32 1)
-  %1742 = load i64, ptr %1489, align 8, !tbaa !4
+  %1742 = load i64, ptr %1489, align 8, !tbaa !9
   %gep722.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1742
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep722.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %1743 = load i64, ptr %1707, align 8, !tbaa !4
+  %1743 = load i64, ptr %1707, align 8, !tbaa !9
   %gep350.3.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1743
   %1744 = getelementptr i32, ptr %gep350.3.i, i64 %141
   call void @llvm.prefetch.p0(ptr %1744, i32 0, i32 2, i32 1)
@@ -11028,11 +11655,11 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1758, i32 0, i32 2, i32 1)
   %1759 = getelementptr i32, ptr %gep350.3.i, i64 %156
   call void @llvm.prefetch.p0(ptr %1759, i32 0, i32 2, i32 1)
-  %1760 = load i64, ptr %1490, align 8, !tbaa !4
+  %1760 = load i64, ptr %1490, align 8, !tbaa !9
   %gep724.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1760
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep724.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %1761 = load i64, ptr %1707, align 8, !tbaa !4
+  %1761 = load i64, ptr %1707, align 8, !tbaa !9
   %gep352.3.i = getelementptr i32, ptr %invariant.gep344.i, i64 %1761
   %1762 = getelementptr i32, ptr %gep352.3.i, i64 %111
   call void @llvm.prefetch.p0(ptr %1762, i32 0, i32 2, i32 1)
@@ -11066,7 +11693,7 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.prefetch.p0(ptr %1776, i32 0, i32 2, i32 1)
   %1777 = getelementptr i32, ptr %gep352.3.i, i64 %171
   call void @llvm.prefetch.p0(ptr %1777, i32 0, i32 2, i32 1)
-  %1778 = load i64, ptr %1491, align 8, !tbaa !4
+  %1778 = load i64, ptr %1491, align 8, !tbaa !9
   %gep726.i = getelementptr i32, ptr %invariant.gep719.i, i64 %1778
   call void @llvm.x86.tileloadd64(i8 5, ptr %gep726.i, i64 %104)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
@@ -11080,38 +11707,38 @@ for_body_to.i:                                    ; preds = %for_body_to.i, %for
   call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1782, i64 512)
   %indvars.iv.next469.i = add nuw nsw i64 %indvars.iv468.i, 1
   %exitcond472.not.i = icmp eq i64 %indvars.iv.next469.i, %1401
-  br i1 %exitcond472.not.i, label %for_end_to.i, label %for_body_to.i, !prof !8
+  br i1 %exitcond472.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
 for_end_to.i:                                     ; preds = %for_body_to.i, %for_begin_to.preheader.i
-  %1783 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1783 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %probs.i = call ptr %1783(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1784 = icmp eq ptr %probs.i, null
-  br i1 %1784, label %fused_decode_compute_.exit, label %if_end42.i, !prof !7
+  br i1 %1784, label %fused_decode_compute_.exit, label %if_end42.i, !prof !8
 
 if_end42.i:                                       ; preds = %for_end_to.i
-  %1785 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1785 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled.i = call ptr %1785(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1786 = icmp eq ptr %scaled.i, null
-  br i1 %1786, label %fused_decode_compute_.exit, label %if_end45.i, !prof !7
+  br i1 %1786, label %fused_decode_compute_.exit, label %if_end45.i, !prof !8
 
 if_end45.i:                                       ; preds = %if_end42.i
-  %1787 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1787 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %exact.i = call ptr %1787(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1788 = icmp eq ptr %exact.i, null
-  br i1 %1788, label %fused_decode_compute_.exit, label %for_begin_r50.preheader.i, !prof !7
+  br i1 %1788, label %fused_decode_compute_.exit, label %for_begin_r50.preheader.i, !prof !8
 
 for_begin_r50.preheader.i:                        ; preds = %if_end45.i
   br i1 %1396, label %for_body_to56.us.i.preheader, label %for_end_to67.3.i, !prof !3
 
 for_body_to56.us.i.preheader:                     ; preds = %for_begin_r50.preheader.i
-  br i1 %1403, label %for_body_to56.us.i.epil.preheader, label %for_body_to56.us.i, !prof !267
+  br i1 %1403, label %for_body_to56.us.i.epil.preheader, label %for_body_to56.us.i, !prof !48
 
 for_body_to56.us.i:                               ; preds = %for_body_to56.us.i, %for_body_to56.us.i.preheader
   %indvars.iv473.i = phi i64 [ %indvars.iv.next474.i.1, %for_body_to56.us.i ], [ 0, %for_body_to56.us.i.preheader ]
   %niter = phi i64 [ %niter.next.1, %for_body_to56.us.i ], [ 0, %for_body_to56.us.i.preheader ]
   %1789 = shl nsw i64 %indvars.iv473.i, 6
   %1790 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1789
-  %1791 = load <64 x float>, ptr %1790, align 4, !tbaa !4
+  %1791 = load <64 x float>, ptr %1790, align 4, !tbaa !9
   %1792 = fmul <64 x float> %106, %1791
   %1793 = trunc i64 %1789 to i32
   %1794 = sub i32 %1354, %1793
@@ -11120,11 +11747,11 @@ for_body_to56.us.i:                               ; preds = %for_body_to56.us.i,
   %1797 = icmp sgt <64 x i32> %1796, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1798 = select <64 x i1> %1797, <64 x float> %1792, <64 x float> splat (float 0xFFF0000000000000)
   %1799 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1789
-  store <64 x float> %1798, ptr %1799, align 4, !tbaa !4
+  store <64 x float> %1798, ptr %1799, align 4, !tbaa !9
   %indvars.iv.next474.i = shl i64 %indvars.iv473.i, 6
   %1800 = or disjoint i64 %indvars.iv.next474.i, 64
   %1801 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1800
-  %1802 = load <64 x float>, ptr %1801, align 4, !tbaa !4
+  %1802 = load <64 x float>, ptr %1801, align 4, !tbaa !9
   %1803 = fmul <64 x float> %106, %1802
   %1804 = trunc i64 %1800 to i32
   %1805 = sub i32 %1354, %1804
@@ -11133,21 +11760,21 @@ for_body_to56.us.i:                               ; preds = %for_body_to56.us.i,
   %1808 = icmp sgt <64 x i32> %1807, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1809 = select <64 x i1> %1808, <64 x float> %1803, <64 x float> splat (float 0xFFF0000000000000)
   %1810 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1800
-  store <64 x float> %1809, ptr %1810, align 4, !tbaa !4
+  store <64 x float> %1809, ptr %1810, align 4, !tbaa !9
   %indvars.iv.next474.i.1 = add nuw nsw i64 %indvars.iv473.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_body_to56.us.1.i.preheader.unr-lcssa, label %for_body_to56.us.i, !prof !159, !llvm.loop !318
+  br i1 %niter.ncmp.1, label %for_body_to56.us.1.i.preheader.unr-lcssa, label %for_body_to56.us.i, !prof !49, !llvm.loop !50
 
 for_body_to56.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to56.us.i
-  br i1 %lcmp.mod.not, label %for_body_to56.us.1.i.preheader, label %for_body_to56.us.i.epil.preheader, !prof !148
+  br i1 %lcmp.mod.not, label %for_body_to56.us.1.i.preheader, label %for_body_to56.us.i.epil.preheader, !prof !52
 
 for_body_to56.us.i.epil.preheader:                ; preds = %for_body_to56.us.1.i.preheader.unr-lcssa, %for_body_to56.us.i.preheader
   %indvars.iv473.i.epil.init = phi i64 [ 0, %for_body_to56.us.i.preheader ], [ %indvars.iv.next474.i.1, %for_body_to56.us.1.i.preheader.unr-lcssa ]
   call void @llvm.assume(i1 %lcmp.mod223)
   %1811 = shl nsw i64 %indvars.iv473.i.epil.init, 6
   %1812 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1811
-  %1813 = load <64 x float>, ptr %1812, align 4, !tbaa !4
+  %1813 = load <64 x float>, ptr %1812, align 4, !tbaa !9
   %1814 = fmul <64 x float> %106, %1813
   %1815 = trunc i64 %1811 to i32
   %1816 = sub i32 %1354, %1815
@@ -11156,11 +11783,11 @@ for_body_to56.us.i.epil.preheader:                ; preds = %for_body_to56.us.1.
   %1819 = icmp sgt <64 x i32> %1818, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1820 = select <64 x i1> %1819, <64 x float> %1814, <64 x float> splat (float 0xFFF0000000000000)
   %1821 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1811
-  store <64 x float> %1820, ptr %1821, align 4, !tbaa !4
+  store <64 x float> %1820, ptr %1821, align 4, !tbaa !9
   br label %for_body_to56.us.1.i.preheader
 
 for_body_to56.us.1.i.preheader:                   ; preds = %for_body_to56.us.i.epil.preheader, %for_body_to56.us.1.i.preheader.unr-lcssa
-  br i1 %1404, label %for_body_to56.us.1.i.epil.preheader, label %for_body_to56.us.1.i, !prof !267
+  br i1 %1404, label %for_body_to56.us.1.i.epil.preheader, label %for_body_to56.us.1.i, !prof !48
 
 for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.i, %for_body_to56.us.1.i.preheader
   %indvars.iv473.1.i = phi i64 [ %indvars.iv.next474.1.i.1, %for_body_to56.us.1.i ], [ 0, %for_body_to56.us.1.i.preheader ]
@@ -11168,7 +11795,7 @@ for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.
   %1822 = shl nsw i64 %indvars.iv473.1.i, 6
   %1823 = add nuw nsw i64 %1822, 128
   %1824 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1823
-  %1825 = load <64 x float>, ptr %1824, align 4, !tbaa !4
+  %1825 = load <64 x float>, ptr %1824, align 4, !tbaa !9
   %1826 = fmul <64 x float> %106, %1825
   %1827 = trunc i64 %1822 to i32
   %1828 = sub i32 %1354, %1827
@@ -11177,11 +11804,11 @@ for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.
   %1831 = icmp sgt <64 x i32> %1830, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1832 = select <64 x i1> %1831, <64 x float> %1826, <64 x float> splat (float 0xFFF0000000000000)
   %1833 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1823
-  store <64 x float> %1832, ptr %1833, align 4, !tbaa !4
+  store <64 x float> %1832, ptr %1833, align 4, !tbaa !9
   %indvars.iv.next474.1.i = shl i64 %indvars.iv473.1.i, 6
   %1834 = add nuw nsw i64 %indvars.iv.next474.1.i, 192
   %1835 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1834
-  %1836 = load <64 x float>, ptr %1835, align 4, !tbaa !4
+  %1836 = load <64 x float>, ptr %1835, align 4, !tbaa !9
   %1837 = fmul <64 x float> %106, %1836
   %1838 = trunc i64 %indvars.iv.next474.1.i to i32
   %1839 = or disjoint i32 %1838, 64
@@ -11191,14 +11818,14 @@ for_body_to56.us.1.i:                             ; preds = %for_body_to56.us.1.
   %1843 = icmp sgt <64 x i32> %1842, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1844 = select <64 x i1> %1843, <64 x float> %1837, <64 x float> splat (float 0xFFF0000000000000)
   %1845 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1834
-  store <64 x float> %1844, ptr %1845, align 4, !tbaa !4
+  store <64 x float> %1844, ptr %1845, align 4, !tbaa !9
   %indvars.iv.next474.1.i.1 = add nuw nsw i64 %indvars.iv473.1.i, 2
   %niter228.next.1 = add i64 %niter228, 2
   %niter228.ncmp.1 = icmp eq i64 %niter228.next.1, %unroll_iter227
-  br i1 %niter228.ncmp.1, label %for_body_to56.us.2.i.preheader.unr-lcssa, label %for_body_to56.us.1.i, !prof !159, !llvm.loop !319
+  br i1 %niter228.ncmp.1, label %for_body_to56.us.2.i.preheader.unr-lcssa, label %for_body_to56.us.1.i, !prof !49, !llvm.loop !53
 
 for_body_to56.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to56.us.1.i
-  br i1 %lcmp.mod225.not, label %for_body_to56.us.2.i.preheader, label %for_body_to56.us.1.i.epil.preheader, !prof !148
+  br i1 %lcmp.mod225.not, label %for_body_to56.us.2.i.preheader, label %for_body_to56.us.1.i.epil.preheader, !prof !52
 
 for_body_to56.us.1.i.epil.preheader:              ; preds = %for_body_to56.us.2.i.preheader.unr-lcssa, %for_body_to56.us.1.i.preheader
   %indvars.iv473.1.i.epil.init = phi i64 [ 0, %for_body_to56.us.1.i.preheader ], [ %indvars.iv.next474.1.i.1, %for_body_to56.us.2.i.preheader.unr-lcssa ]
@@ -11206,7 +11833,7 @@ for_body_to56.us.1.i.epil.preheader:              ; preds = %for_body_to56.us.2.
   %1846 = shl nsw i64 %indvars.iv473.1.i.epil.init, 6
   %1847 = add nuw nsw i64 %1846, 128
   %1848 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1847
-  %1849 = load <64 x float>, ptr %1848, align 4, !tbaa !4
+  %1849 = load <64 x float>, ptr %1848, align 4, !tbaa !9
   %1850 = fmul <64 x float> %106, %1849
   %1851 = trunc i64 %1846 to i32
   %1852 = sub i32 %1354, %1851
@@ -11215,11 +11842,11 @@ for_body_to56.us.1.i.epil.preheader:              ; preds = %for_body_to56.us.2.
   %1855 = icmp sgt <64 x i32> %1854, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1856 = select <64 x i1> %1855, <64 x float> %1850, <64 x float> splat (float 0xFFF0000000000000)
   %1857 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1847
-  store <64 x float> %1856, ptr %1857, align 4, !tbaa !4
+  store <64 x float> %1856, ptr %1857, align 4, !tbaa !9
   br label %for_body_to56.us.2.i.preheader
 
 for_body_to56.us.2.i.preheader:                   ; preds = %for_body_to56.us.1.i.epil.preheader, %for_body_to56.us.2.i.preheader.unr-lcssa
-  br i1 %1405, label %for_body_to56.us.2.i.epil.preheader, label %for_body_to56.us.2.i, !prof !267
+  br i1 %1405, label %for_body_to56.us.2.i.epil.preheader, label %for_body_to56.us.2.i, !prof !48
 
 for_body_to56.us.2.i:                             ; preds = %for_body_to56.us.2.i, %for_body_to56.us.2.i.preheader
   %indvars.iv473.2.i = phi i64 [ %indvars.iv.next474.2.i.1, %for_body_to56.us.2.i ], [ 0, %for_body_to56.us.2.i.preheader ]
@@ -11227,7 +11854,7 @@ for_body_to56.us.2.i:                             ; preds = %for_body_to56.us.2.
   %1858 = shl nsw i64 %indvars.iv473.2.i, 6
   %1859 = add nuw nsw i64 %1858, 256
   %1860 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1859
-  %1861 = load <64 x float>, ptr %1860, align 4, !tbaa !4
+  %1861 = load <64 x float>, ptr %1860, align 4, !tbaa !9
   %1862 = fmul <64 x float> %106, %1861
   %1863 = trunc i64 %1858 to i32
   %1864 = sub i32 %1354, %1863
@@ -11236,11 +11863,11 @@ for_body_to56.us.2.i:                             ; preds = %for_body_to56.us.2.
   %1867 = icmp sgt <64 x i32> %1866, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1868 = select <64 x i1> %1867, <64 x float> %1862, <64 x float> splat (float 0xFFF0000000000000)
   %1869 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1859
-  store <64 x float> %1868, ptr %1869, align 4, !tbaa !4
+  store <64 x float> %1868, ptr %1869, align 4, !tbaa !9
   %indvars.iv.next474.2.i = shl i64 %indvars.iv473.2.i, 6
   %1870 = add nuw nsw i64 %indvars.iv.next474.2.i, 320
   %1871 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1870
-  %1872 = load <64 x float>, ptr %1871, align 4, !tbaa !4
+  %1872 = load <64 x float>, ptr %1871, align 4, !tbaa !9
   %1873 = fmul <64 x float> %106, %1872
   %1874 = trunc i64 %indvars.iv.next474.2.i to i32
   %1875 = or disjoint i32 %1874, 64
@@ -11250,14 +11877,14 @@ for_body_to56.us.2.i:                             ; preds = %for_body_to56.us.2.
   %1879 = icmp sgt <64 x i32> %1878, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1880 = select <64 x i1> %1879, <64 x float> %1873, <64 x float> splat (float 0xFFF0000000000000)
   %1881 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1870
-  store <64 x float> %1880, ptr %1881, align 4, !tbaa !4
+  store <64 x float> %1880, ptr %1881, align 4, !tbaa !9
   %indvars.iv.next474.2.i.1 = add nuw nsw i64 %indvars.iv473.2.i, 2
   %niter233.next.1 = add i64 %niter233, 2
   %niter233.ncmp.1 = icmp eq i64 %niter233.next.1, %unroll_iter232
-  br i1 %niter233.ncmp.1, label %for_body_to56.us.3.i.preheader.unr-lcssa, label %for_body_to56.us.2.i, !prof !159, !llvm.loop !320
+  br i1 %niter233.ncmp.1, label %for_body_to56.us.3.i.preheader.unr-lcssa, label %for_body_to56.us.2.i, !prof !49, !llvm.loop !54
 
 for_body_to56.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to56.us.2.i
-  br i1 %lcmp.mod230.not, label %for_body_to56.us.3.i.preheader, label %for_body_to56.us.2.i.epil.preheader, !prof !148
+  br i1 %lcmp.mod230.not, label %for_body_to56.us.3.i.preheader, label %for_body_to56.us.2.i.epil.preheader, !prof !52
 
 for_body_to56.us.2.i.epil.preheader:              ; preds = %for_body_to56.us.3.i.preheader.unr-lcssa, %for_body_to56.us.2.i.preheader
   %indvars.iv473.2.i.epil.init = phi i64 [ 0, %for_body_to56.us.2.i.preheader ], [ %indvars.iv.next474.2.i.1, %for_body_to56.us.3.i.preheader.unr-lcssa ]
@@ -11265,7 +11892,7 @@ for_body_to56.us.2.i.epil.preheader:              ; preds = %for_body_to56.us.3.
   %1882 = shl nsw i64 %indvars.iv473.2.i.epil.init, 6
   %1883 = add nuw nsw i64 %1882, 256
   %1884 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1883
-  %1885 = load <64 x float>, ptr %1884, align 4, !tbaa !4
+  %1885 = load <64 x float>, ptr %1884, align 4, !tbaa !9
   %1886 = fmul <64 x float> %106, %1885
   %1887 = trunc i64 %1882 to i32
   %1888 = sub i32 %1354, %1887
@@ -11274,11 +11901,11 @@ for_body_to56.us.2.i.epil.preheader:              ; preds = %for_body_to56.us.3.
   %1891 = icmp sgt <64 x i32> %1890, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1892 = select <64 x i1> %1891, <64 x float> %1886, <64 x float> splat (float 0xFFF0000000000000)
   %1893 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1883
-  store <64 x float> %1892, ptr %1893, align 4, !tbaa !4
+  store <64 x float> %1892, ptr %1893, align 4, !tbaa !9
   br label %for_body_to56.us.3.i.preheader
 
 for_body_to56.us.3.i.preheader:                   ; preds = %for_body_to56.us.2.i.epil.preheader, %for_body_to56.us.3.i.preheader.unr-lcssa
-  br i1 %1406, label %for_body_to56.us.3.i.epil.preheader, label %for_body_to56.us.3.i, !prof !267
+  br i1 %1406, label %for_body_to56.us.3.i.epil.preheader, label %for_body_to56.us.3.i, !prof !48
 
 for_body_to56.us.3.i:                             ; preds = %for_body_to56.us.3.i, %for_body_to56.us.3.i.preheader
   %indvars.iv473.3.i = phi i64 [ %indvars.iv.next474.3.i.1, %for_body_to56.us.3.i ], [ 0, %for_body_to56.us.3.i.preheader ]
@@ -11286,7 +11913,7 @@ for_body_to56.us.3.i:                             ; preds = %for_body_to56.us.3.
   %1894 = shl nsw i64 %indvars.iv473.3.i, 6
   %1895 = add nuw nsw i64 %1894, 384
   %1896 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1895
-  %1897 = load <64 x float>, ptr %1896, align 4, !tbaa !4
+  %1897 = load <64 x float>, ptr %1896, align 4, !tbaa !9
   %1898 = fmul <64 x float> %106, %1897
   %1899 = trunc i64 %1894 to i32
   %1900 = sub i32 %1354, %1899
@@ -11295,11 +11922,11 @@ for_body_to56.us.3.i:                             ; preds = %for_body_to56.us.3.
   %1903 = icmp sgt <64 x i32> %1902, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1904 = select <64 x i1> %1903, <64 x float> %1898, <64 x float> splat (float 0xFFF0000000000000)
   %1905 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
-  store <64 x float> %1904, ptr %1905, align 4, !tbaa !4
+  store <64 x float> %1904, ptr %1905, align 4, !tbaa !9
   %indvars.iv.next474.3.i = shl i64 %indvars.iv473.3.i, 6
   %1906 = add nuw nsw i64 %indvars.iv.next474.3.i, 448
   %1907 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1906
-  %1908 = load <64 x float>, ptr %1907, align 4, !tbaa !4
+  %1908 = load <64 x float>, ptr %1907, align 4, !tbaa !9
   %1909 = fmul <64 x float> %106, %1908
   %1910 = trunc i64 %indvars.iv.next474.3.i to i32
   %1911 = or disjoint i32 %1910, 64
@@ -11309,14 +11936,14 @@ for_body_to56.us.3.i:                             ; preds = %for_body_to56.us.3.
   %1915 = icmp sgt <64 x i32> %1914, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1916 = select <64 x i1> %1915, <64 x float> %1909, <64 x float> splat (float 0xFFF0000000000000)
   %1917 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1906
-  store <64 x float> %1916, ptr %1917, align 4, !tbaa !4
+  store <64 x float> %1916, ptr %1917, align 4, !tbaa !9
   %indvars.iv.next474.3.i.1 = add nuw nsw i64 %indvars.iv473.3.i, 2
   %niter238.next.1 = add i64 %niter238, 2
   %niter238.ncmp.1 = icmp eq i64 %niter238.next.1, %unroll_iter237
-  br i1 %niter238.ncmp.1, label %for_body_to66.i.preheader.unr-lcssa, label %for_body_to56.us.3.i, !prof !159, !llvm.loop !321
+  br i1 %niter238.ncmp.1, label %for_body_to66.i.preheader.unr-lcssa, label %for_body_to56.us.3.i, !prof !49, !llvm.loop !55
 
 for_body_to66.i.preheader.unr-lcssa:              ; preds = %for_body_to56.us.3.i
-  br i1 %lcmp.mod235.not, label %for_body_to66.i.preheader, label %for_body_to56.us.3.i.epil.preheader, !prof !148
+  br i1 %lcmp.mod235.not, label %for_body_to66.i.preheader, label %for_body_to56.us.3.i.epil.preheader, !prof !52
 
 for_body_to56.us.3.i.epil.preheader:              ; preds = %for_body_to66.i.preheader.unr-lcssa, %for_body_to56.us.3.i.preheader
   %indvars.iv473.3.i.epil.init = phi i64 [ 0, %for_body_to56.us.3.i.preheader ], [ %indvars.iv.next474.3.i.1, %for_body_to66.i.preheader.unr-lcssa ]
@@ -11324,7 +11951,7 @@ for_body_to56.us.3.i.epil.preheader:              ; preds = %for_body_to66.i.pre
   %1918 = shl nsw i64 %indvars.iv473.3.i.epil.init, 6
   %1919 = add nuw nsw i64 %1918, 384
   %1920 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1919
-  %1921 = load <64 x float>, ptr %1920, align 4, !tbaa !4
+  %1921 = load <64 x float>, ptr %1920, align 4, !tbaa !9
   %1922 = fmul <64 x float> %106, %1921
   %1923 = trunc i64 %1918 to i32
   %1924 = sub i32 %1354, %1923
@@ -11333,11 +11960,11 @@ for_body_to56.us.3.i.epil.preheader:              ; preds = %for_body_to66.i.pre
   %1927 = icmp sgt <64 x i32> %1926, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1928 = select <64 x i1> %1927, <64 x float> %1922, <64 x float> splat (float 0xFFF0000000000000)
   %1929 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1919
-  store <64 x float> %1928, ptr %1929, align 4, !tbaa !4
+  store <64 x float> %1928, ptr %1929, align 4, !tbaa !9
   br label %for_body_to66.i.preheader
 
 for_body_to66.i.preheader:                        ; preds = %for_body_to56.us.3.i.epil.preheader, %for_body_to66.i.preheader.unr-lcssa
-  br i1 %1407, label %for_body_to66.i.epil.preheader, label %for_body_to66.i, !prof !221
+  br i1 %1407, label %for_body_to66.i.epil.preheader, label %for_body_to66.i, !prof !56
 
 for_body_to66.i:                                  ; preds = %for_body_to66.i, %for_body_to66.i.preheader
   %indvars.iv482.i = phi i64 [ %indvars.iv.next483.i.3, %for_body_to66.i ], [ 0, %for_body_to66.i.preheader ]
@@ -11345,82 +11972,82 @@ for_body_to66.i:                                  ; preds = %for_body_to66.i, %f
   %niter244 = phi i64 [ %niter244.next.3, %for_body_to66.i ], [ 0, %for_body_to66.i.preheader ]
   %.idx648.i = shl nsw i64 %indvars.iv482.i, 8
   %1930 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx648.i
-  %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !4
+  %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !9
   %1932 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.i, %1931
   %1933 = select <16 x i1> %1932, <16 x float> %peak.rf_global301.sroa.0.0356.i, <16 x float> %1931
   %1934 = getelementptr inbounds nuw i8, ptr %1930, i64 64
-  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !4
+  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !9
   %1936 = fcmp ogt <16 x float> %1933, %1935
   %1937 = select <16 x i1> %1936, <16 x float> %1933, <16 x float> %1935
   %1938 = getelementptr inbounds nuw i8, ptr %1930, i64 128
-  %1939 = load <16 x float>, ptr %1938, align 4, !tbaa !4
+  %1939 = load <16 x float>, ptr %1938, align 4, !tbaa !9
   %1940 = fcmp ogt <16 x float> %1937, %1939
   %1941 = select <16 x i1> %1940, <16 x float> %1937, <16 x float> %1939
   %1942 = getelementptr inbounds nuw i8, ptr %1930, i64 192
-  %1943 = load <16 x float>, ptr %1942, align 4, !tbaa !4
+  %1943 = load <16 x float>, ptr %1942, align 4, !tbaa !9
   %1944 = fcmp ogt <16 x float> %1941, %1943
   %1945 = select <16 x i1> %1944, <16 x float> %1941, <16 x float> %1943
   %indvars.iv.next483.i = shl i64 %indvars.iv482.i, 8
   %1946 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.i
   %1947 = getelementptr inbounds nuw i8, ptr %1946, i64 256
-  %1948 = load <16 x float>, ptr %1947, align 4, !tbaa !4
+  %1948 = load <16 x float>, ptr %1947, align 4, !tbaa !9
   %1949 = fcmp ogt <16 x float> %1945, %1948
   %1950 = select <16 x i1> %1949, <16 x float> %1945, <16 x float> %1948
   %1951 = getelementptr inbounds nuw i8, ptr %1946, i64 320
-  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !4
+  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !9
   %1953 = fcmp ogt <16 x float> %1950, %1952
   %1954 = select <16 x i1> %1953, <16 x float> %1950, <16 x float> %1952
   %1955 = getelementptr inbounds nuw i8, ptr %1946, i64 384
-  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !4
+  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !9
   %1957 = fcmp ogt <16 x float> %1954, %1956
   %1958 = select <16 x i1> %1957, <16 x float> %1954, <16 x float> %1956
   %1959 = getelementptr inbounds nuw i8, ptr %1946, i64 448
-  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !4
+  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !9
   %1961 = fcmp ogt <16 x float> %1958, %1960
   %1962 = select <16 x i1> %1961, <16 x float> %1958, <16 x float> %1960
   %indvars.iv.next483.i.1 = shl i64 %indvars.iv482.i, 8
   %1963 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.i.1
   %1964 = getelementptr inbounds nuw i8, ptr %1963, i64 512
-  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !4
+  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !9
   %1966 = fcmp ogt <16 x float> %1962, %1965
   %1967 = select <16 x i1> %1966, <16 x float> %1962, <16 x float> %1965
   %1968 = getelementptr inbounds nuw i8, ptr %1963, i64 576
-  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !4
+  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !9
   %1970 = fcmp ogt <16 x float> %1967, %1969
   %1971 = select <16 x i1> %1970, <16 x float> %1967, <16 x float> %1969
   %1972 = getelementptr inbounds nuw i8, ptr %1963, i64 640
-  %1973 = load <16 x float>, ptr %1972, align 4, !tbaa !4
+  %1973 = load <16 x float>, ptr %1972, align 4, !tbaa !9
   %1974 = fcmp ogt <16 x float> %1971, %1973
   %1975 = select <16 x i1> %1974, <16 x float> %1971, <16 x float> %1973
   %1976 = getelementptr inbounds nuw i8, ptr %1963, i64 704
-  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !4
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !9
   %1978 = fcmp ogt <16 x float> %1975, %1977
   %1979 = select <16 x i1> %1978, <16 x float> %1975, <16 x float> %1977
   %indvars.iv.next483.i.2 = shl i64 %indvars.iv482.i, 8
   %1980 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.i.2
   %1981 = getelementptr inbounds nuw i8, ptr %1980, i64 768
-  %1982 = load <16 x float>, ptr %1981, align 4, !tbaa !4
+  %1982 = load <16 x float>, ptr %1981, align 4, !tbaa !9
   %1983 = fcmp ogt <16 x float> %1979, %1982
   %1984 = select <16 x i1> %1983, <16 x float> %1979, <16 x float> %1982
   %1985 = getelementptr inbounds nuw i8, ptr %1980, i64 832
-  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !4
+  %1986 = load <16 x float>, ptr %1985, align 4, !tbaa !9
   %1987 = fcmp ogt <16 x float> %1984, %1986
   %1988 = select <16 x i1> %1987, <16 x float> %1984, <16 x float> %1986
   %1989 = getelementptr inbounds nuw i8, ptr %1980, i64 896
-  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !4
+  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !9
   %1991 = fcmp ogt <16 x float> %1988, %1990
   %1992 = select <16 x i1> %1991, <16 x float> %1988, <16 x float> %1990
   %1993 = getelementptr inbounds nuw i8, ptr %1980, i64 960
-  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !4
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !9
   %1995 = fcmp ogt <16 x float> %1992, %1994
   %1996 = select <16 x i1> %1995, <16 x float> %1992, <16 x float> %1994
   %indvars.iv.next483.i.3 = add nuw nsw i64 %indvars.iv482.i, 4
   %niter244.next.3 = add i64 %niter244, 4
   %niter244.ncmp.3 = icmp eq i64 %niter244.next.3, %unroll_iter243
-  br i1 %niter244.ncmp.3, label %for_body_to66.1.i.preheader.unr-lcssa, label %for_body_to66.i, !prof !153, !llvm.loop !322
+  br i1 %niter244.ncmp.3, label %for_body_to66.1.i.preheader.unr-lcssa, label %for_body_to66.i, !prof !57, !llvm.loop !58
 
 for_body_to66.1.i.preheader.unr-lcssa:            ; preds = %for_body_to66.i
-  br i1 %lcmp.mod240.not, label %for_body_to66.1.i.preheader, label %for_body_to66.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod240.not, label %for_body_to66.1.i.preheader, label %for_body_to66.i.epil.preheader, !prof !60
 
 for_body_to66.i.epil.preheader:                   ; preds = %for_body_to66.1.i.preheader.unr-lcssa, %for_body_to66.i.preheader
   %indvars.iv482.i.epil.init = phi i64 [ 0, %for_body_to66.i.preheader ], [ %indvars.iv.next483.i.3, %for_body_to66.1.i.preheader.unr-lcssa ]
@@ -11434,29 +12061,29 @@ for_body_to66.i.epil:                             ; preds = %for_body_to66.i.epi
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to66.i.epil ], [ 0, %for_body_to66.i.epil.preheader ]
   %.idx648.i.epil = shl nsw i64 %indvars.iv482.i.epil, 8
   %1997 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx648.i.epil
-  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !4
+  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !9
   %1999 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.i.epil, %1998
   %2000 = select <16 x i1> %1999, <16 x float> %peak.rf_global301.sroa.0.0356.i.epil, <16 x float> %1998
   %2001 = getelementptr inbounds nuw i8, ptr %1997, i64 64
-  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !4
+  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !9
   %2003 = fcmp ogt <16 x float> %2000, %2002
   %2004 = select <16 x i1> %2003, <16 x float> %2000, <16 x float> %2002
   %2005 = getelementptr inbounds nuw i8, ptr %1997, i64 128
-  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !4
+  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !9
   %2007 = fcmp ogt <16 x float> %2004, %2006
   %2008 = select <16 x i1> %2007, <16 x float> %2004, <16 x float> %2006
   %2009 = getelementptr inbounds nuw i8, ptr %1997, i64 192
-  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !4
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !9
   %2011 = fcmp ogt <16 x float> %2008, %2010
   %2012 = select <16 x i1> %2011, <16 x float> %2008, <16 x float> %2010
   %indvars.iv.next483.i.epil = add nuw nsw i64 %indvars.iv482.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter239
-  br i1 %epil.iter.cmp.not, label %for_body_to66.1.i.preheader, label %for_body_to66.i.epil, !prof !148, !llvm.loop !323
+  br i1 %epil.iter.cmp.not, label %for_body_to66.1.i.preheader, label %for_body_to66.i.epil, !prof !52, !llvm.loop !61
 
 for_body_to66.1.i.preheader:                      ; preds = %for_body_to66.i.epil, %for_body_to66.1.i.preheader.unr-lcssa
   %.lcssa = phi <16 x float> [ %1996, %for_body_to66.1.i.preheader.unr-lcssa ], [ %2012, %for_body_to66.i.epil ]
-  br i1 %1408, label %for_body_to66.1.i.epil.preheader, label %for_body_to66.1.i, !prof !221
+  br i1 %1408, label %for_body_to66.1.i.epil.preheader, label %for_body_to66.1.i, !prof !56
 
 for_body_to66.1.i:                                ; preds = %for_body_to66.1.i, %for_body_to66.1.i.preheader
   %indvars.iv482.1.i = phi i64 [ %indvars.iv.next483.1.i.3, %for_body_to66.1.i ], [ 0, %for_body_to66.1.i.preheader ]
@@ -11465,82 +12092,82 @@ for_body_to66.1.i:                                ; preds = %for_body_to66.1.i, 
   %.idx649.i = shl nsw i64 %indvars.iv482.1.i, 8
   %2013 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx649.i
   %2014 = getelementptr inbounds nuw i8, ptr %2013, i64 512
-  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !4
+  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !9
   %2016 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.1.i, %2015
   %2017 = select <16 x i1> %2016, <16 x float> %peak.rf_global301.sroa.0.0356.1.i, <16 x float> %2015
   %2018 = getelementptr inbounds nuw i8, ptr %2013, i64 576
-  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !4
+  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !9
   %2020 = fcmp ogt <16 x float> %2017, %2019
   %2021 = select <16 x i1> %2020, <16 x float> %2017, <16 x float> %2019
   %2022 = getelementptr inbounds nuw i8, ptr %2013, i64 640
-  %2023 = load <16 x float>, ptr %2022, align 4, !tbaa !4
+  %2023 = load <16 x float>, ptr %2022, align 4, !tbaa !9
   %2024 = fcmp ogt <16 x float> %2021, %2023
   %2025 = select <16 x i1> %2024, <16 x float> %2021, <16 x float> %2023
   %2026 = getelementptr inbounds nuw i8, ptr %2013, i64 704
-  %2027 = load <16 x float>, ptr %2026, align 4, !tbaa !4
+  %2027 = load <16 x float>, ptr %2026, align 4, !tbaa !9
   %2028 = fcmp ogt <16 x float> %2025, %2027
   %2029 = select <16 x i1> %2028, <16 x float> %2025, <16 x float> %2027
   %indvars.iv.next483.1.i = shl i64 %indvars.iv482.1.i, 8
   %2030 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.1.i
   %2031 = getelementptr inbounds nuw i8, ptr %2030, i64 768
-  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !4
+  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !9
   %2033 = fcmp ogt <16 x float> %2029, %2032
   %2034 = select <16 x i1> %2033, <16 x float> %2029, <16 x float> %2032
   %2035 = getelementptr inbounds nuw i8, ptr %2030, i64 832
-  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !4
+  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !9
   %2037 = fcmp ogt <16 x float> %2034, %2036
   %2038 = select <16 x i1> %2037, <16 x float> %2034, <16 x float> %2036
   %2039 = getelementptr inbounds nuw i8, ptr %2030, i64 896
-  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !4
+  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !9
   %2041 = fcmp ogt <16 x float> %2038, %2040
   %2042 = select <16 x i1> %2041, <16 x float> %2038, <16 x float> %2040
   %2043 = getelementptr inbounds nuw i8, ptr %2030, i64 960
-  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !4
+  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !9
   %2045 = fcmp ogt <16 x float> %2042, %2044
   %2046 = select <16 x i1> %2045, <16 x float> %2042, <16 x float> %2044
   %indvars.iv.next483.1.i.1 = shl i64 %indvars.iv482.1.i, 8
   %2047 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.1.i.1
   %2048 = getelementptr inbounds nuw i8, ptr %2047, i64 1024
-  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !4
+  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !9
   %2050 = fcmp ogt <16 x float> %2046, %2049
   %2051 = select <16 x i1> %2050, <16 x float> %2046, <16 x float> %2049
   %2052 = getelementptr inbounds nuw i8, ptr %2047, i64 1088
-  %2053 = load <16 x float>, ptr %2052, align 4, !tbaa !4
+  %2053 = load <16 x float>, ptr %2052, align 4, !tbaa !9
   %2054 = fcmp ogt <16 x float> %2051, %2053
   %2055 = select <16 x i1> %2054, <16 x float> %2051, <16 x float> %2053
   %2056 = getelementptr inbounds nuw i8, ptr %2047, i64 1152
-  %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !4
+  %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !9
   %2058 = fcmp ogt <16 x float> %2055, %2057
   %2059 = select <16 x i1> %2058, <16 x float> %2055, <16 x float> %2057
   %2060 = getelementptr inbounds nuw i8, ptr %2047, i64 1216
-  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !4
+  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !9
   %2062 = fcmp ogt <16 x float> %2059, %2061
   %2063 = select <16 x i1> %2062, <16 x float> %2059, <16 x float> %2061
   %indvars.iv.next483.1.i.2 = shl i64 %indvars.iv482.1.i, 8
   %2064 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.1.i.2
   %2065 = getelementptr inbounds nuw i8, ptr %2064, i64 1280
-  %2066 = load <16 x float>, ptr %2065, align 4, !tbaa !4
+  %2066 = load <16 x float>, ptr %2065, align 4, !tbaa !9
   %2067 = fcmp ogt <16 x float> %2063, %2066
   %2068 = select <16 x i1> %2067, <16 x float> %2063, <16 x float> %2066
   %2069 = getelementptr inbounds nuw i8, ptr %2064, i64 1344
-  %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !4
+  %2070 = load <16 x float>, ptr %2069, align 4, !tbaa !9
   %2071 = fcmp ogt <16 x float> %2068, %2070
   %2072 = select <16 x i1> %2071, <16 x float> %2068, <16 x float> %2070
   %2073 = getelementptr inbounds nuw i8, ptr %2064, i64 1408
-  %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !4
+  %2074 = load <16 x float>, ptr %2073, align 4, !tbaa !9
   %2075 = fcmp ogt <16 x float> %2072, %2074
   %2076 = select <16 x i1> %2075, <16 x float> %2072, <16 x float> %2074
   %2077 = getelementptr inbounds nuw i8, ptr %2064, i64 1472
-  %2078 = load <16 x float>, ptr %2077, align 4, !tbaa !4
+  %2078 = load <16 x float>, ptr %2077, align 4, !tbaa !9
   %2079 = fcmp ogt <16 x float> %2076, %2078
   %2080 = select <16 x i1> %2079, <16 x float> %2076, <16 x float> %2078
   %indvars.iv.next483.1.i.3 = add nuw nsw i64 %indvars.iv482.1.i, 4
   %niter251.next.3 = add i64 %niter251, 4
   %niter251.ncmp.3 = icmp eq i64 %niter251.next.3, %unroll_iter250
-  br i1 %niter251.ncmp.3, label %for_body_to66.2.i.preheader.unr-lcssa, label %for_body_to66.1.i, !prof !153, !llvm.loop !324
+  br i1 %niter251.ncmp.3, label %for_body_to66.2.i.preheader.unr-lcssa, label %for_body_to66.1.i, !prof !57, !llvm.loop !64
 
 for_body_to66.2.i.preheader.unr-lcssa:            ; preds = %for_body_to66.1.i
-  br i1 %lcmp.mod247.not, label %for_body_to66.2.i.preheader, label %for_body_to66.1.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod247.not, label %for_body_to66.2.i.preheader, label %for_body_to66.1.i.epil.preheader, !prof !60
 
 for_body_to66.1.i.epil.preheader:                 ; preds = %for_body_to66.2.i.preheader.unr-lcssa, %for_body_to66.1.i.preheader
   %indvars.iv482.1.i.epil.init = phi i64 [ 0, %for_body_to66.1.i.preheader ], [ %indvars.iv.next483.1.i.3, %for_body_to66.2.i.preheader.unr-lcssa ]
@@ -11555,29 +12182,29 @@ for_body_to66.1.i.epil:                           ; preds = %for_body_to66.1.i.e
   %.idx649.i.epil = shl nsw i64 %indvars.iv482.1.i.epil, 8
   %2081 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx649.i.epil
   %2082 = getelementptr inbounds nuw i8, ptr %2081, i64 512
-  %2083 = load <16 x float>, ptr %2082, align 4, !tbaa !4
+  %2083 = load <16 x float>, ptr %2082, align 4, !tbaa !9
   %2084 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.1.i.epil, %2083
   %2085 = select <16 x i1> %2084, <16 x float> %peak.rf_global301.sroa.0.0356.1.i.epil, <16 x float> %2083
   %2086 = getelementptr inbounds nuw i8, ptr %2081, i64 576
-  %2087 = load <16 x float>, ptr %2086, align 4, !tbaa !4
+  %2087 = load <16 x float>, ptr %2086, align 4, !tbaa !9
   %2088 = fcmp ogt <16 x float> %2085, %2087
   %2089 = select <16 x i1> %2088, <16 x float> %2085, <16 x float> %2087
   %2090 = getelementptr inbounds nuw i8, ptr %2081, i64 640
-  %2091 = load <16 x float>, ptr %2090, align 4, !tbaa !4
+  %2091 = load <16 x float>, ptr %2090, align 4, !tbaa !9
   %2092 = fcmp ogt <16 x float> %2089, %2091
   %2093 = select <16 x i1> %2092, <16 x float> %2089, <16 x float> %2091
   %2094 = getelementptr inbounds nuw i8, ptr %2081, i64 704
-  %2095 = load <16 x float>, ptr %2094, align 4, !tbaa !4
+  %2095 = load <16 x float>, ptr %2094, align 4, !tbaa !9
   %2096 = fcmp ogt <16 x float> %2093, %2095
   %2097 = select <16 x i1> %2096, <16 x float> %2093, <16 x float> %2095
   %indvars.iv.next483.1.i.epil = add nuw nsw i64 %indvars.iv482.1.i.epil, 1
   %epil.iter246.next = add i64 %epil.iter246, 1
   %epil.iter246.cmp.not = icmp eq i64 %epil.iter246.next, %xtraiter245
-  br i1 %epil.iter246.cmp.not, label %for_body_to66.2.i.preheader, label %for_body_to66.1.i.epil, !prof !148, !llvm.loop !325
+  br i1 %epil.iter246.cmp.not, label %for_body_to66.2.i.preheader, label %for_body_to66.1.i.epil, !prof !52, !llvm.loop !65
 
 for_body_to66.2.i.preheader:                      ; preds = %for_body_to66.1.i.epil, %for_body_to66.2.i.preheader.unr-lcssa
   %.lcssa220 = phi <16 x float> [ %2080, %for_body_to66.2.i.preheader.unr-lcssa ], [ %2097, %for_body_to66.1.i.epil ]
-  br i1 %1409, label %for_body_to66.2.i.epil.preheader, label %for_body_to66.2.i, !prof !221
+  br i1 %1409, label %for_body_to66.2.i.epil.preheader, label %for_body_to66.2.i, !prof !56
 
 for_body_to66.2.i:                                ; preds = %for_body_to66.2.i, %for_body_to66.2.i.preheader
   %indvars.iv482.2.i = phi i64 [ %indvars.iv.next483.2.i.3, %for_body_to66.2.i ], [ 0, %for_body_to66.2.i.preheader ]
@@ -11586,82 +12213,82 @@ for_body_to66.2.i:                                ; preds = %for_body_to66.2.i, 
   %.idx650.i = shl nsw i64 %indvars.iv482.2.i, 8
   %2098 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx650.i
   %2099 = getelementptr inbounds nuw i8, ptr %2098, i64 1024
-  %2100 = load <16 x float>, ptr %2099, align 4, !tbaa !4
+  %2100 = load <16 x float>, ptr %2099, align 4, !tbaa !9
   %2101 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.2.i, %2100
   %2102 = select <16 x i1> %2101, <16 x float> %peak.rf_global301.sroa.0.0356.2.i, <16 x float> %2100
   %2103 = getelementptr inbounds nuw i8, ptr %2098, i64 1088
-  %2104 = load <16 x float>, ptr %2103, align 4, !tbaa !4
+  %2104 = load <16 x float>, ptr %2103, align 4, !tbaa !9
   %2105 = fcmp ogt <16 x float> %2102, %2104
   %2106 = select <16 x i1> %2105, <16 x float> %2102, <16 x float> %2104
   %2107 = getelementptr inbounds nuw i8, ptr %2098, i64 1152
-  %2108 = load <16 x float>, ptr %2107, align 4, !tbaa !4
+  %2108 = load <16 x float>, ptr %2107, align 4, !tbaa !9
   %2109 = fcmp ogt <16 x float> %2106, %2108
   %2110 = select <16 x i1> %2109, <16 x float> %2106, <16 x float> %2108
   %2111 = getelementptr inbounds nuw i8, ptr %2098, i64 1216
-  %2112 = load <16 x float>, ptr %2111, align 4, !tbaa !4
+  %2112 = load <16 x float>, ptr %2111, align 4, !tbaa !9
   %2113 = fcmp ogt <16 x float> %2110, %2112
   %2114 = select <16 x i1> %2113, <16 x float> %2110, <16 x float> %2112
   %indvars.iv.next483.2.i = shl i64 %indvars.iv482.2.i, 8
   %2115 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.2.i
   %2116 = getelementptr inbounds nuw i8, ptr %2115, i64 1280
-  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !4
+  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !9
   %2118 = fcmp ogt <16 x float> %2114, %2117
   %2119 = select <16 x i1> %2118, <16 x float> %2114, <16 x float> %2117
   %2120 = getelementptr inbounds nuw i8, ptr %2115, i64 1344
-  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !4
+  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !9
   %2122 = fcmp ogt <16 x float> %2119, %2121
   %2123 = select <16 x i1> %2122, <16 x float> %2119, <16 x float> %2121
   %2124 = getelementptr inbounds nuw i8, ptr %2115, i64 1408
-  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !4
+  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !9
   %2126 = fcmp ogt <16 x float> %2123, %2125
   %2127 = select <16 x i1> %2126, <16 x float> %2123, <16 x float> %2125
   %2128 = getelementptr inbounds nuw i8, ptr %2115, i64 1472
-  %2129 = load <16 x float>, ptr %2128, align 4, !tbaa !4
+  %2129 = load <16 x float>, ptr %2128, align 4, !tbaa !9
   %2130 = fcmp ogt <16 x float> %2127, %2129
   %2131 = select <16 x i1> %2130, <16 x float> %2127, <16 x float> %2129
   %indvars.iv.next483.2.i.1 = shl i64 %indvars.iv482.2.i, 8
   %2132 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.2.i.1
   %2133 = getelementptr inbounds nuw i8, ptr %2132, i64 1536
-  %2134 = load <16 x float>, ptr %2133, align 4, !tbaa !4
+  %2134 = load <16 x float>, ptr %2133, align 4, !tbaa !9
   %2135 = fcmp ogt <16 x float> %2131, %2134
   %2136 = select <16 x i1> %2135, <16 x float> %2131, <16 x float> %2134
   %2137 = getelementptr inbounds nuw i8, ptr %2132, i64 1600
-  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !4
+  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !9
   %2139 = fcmp ogt <16 x float> %2136, %2138
   %2140 = select <16 x i1> %2139, <16 x float> %2136, <16 x float> %2138
   %2141 = getelementptr inbounds nuw i8, ptr %2132, i64 1664
-  %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !4
+  %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !9
   %2143 = fcmp ogt <16 x float> %2140, %2142
   %2144 = select <16 x i1> %2143, <16 x float> %2140, <16 x float> %2142
   %2145 = getelementptr inbounds nuw i8, ptr %2132, i64 1728
-  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !4
+  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !9
   %2147 = fcmp ogt <16 x float> %2144, %2146
   %2148 = select <16 x i1> %2147, <16 x float> %2144, <16 x float> %2146
   %indvars.iv.next483.2.i.2 = shl i64 %indvars.iv482.2.i, 8
   %2149 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.2.i.2
   %2150 = getelementptr inbounds nuw i8, ptr %2149, i64 1792
-  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
+  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !9
   %2152 = fcmp ogt <16 x float> %2148, %2151
   %2153 = select <16 x i1> %2152, <16 x float> %2148, <16 x float> %2151
   %2154 = getelementptr inbounds nuw i8, ptr %2149, i64 1856
-  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !4
+  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !9
   %2156 = fcmp ogt <16 x float> %2153, %2155
   %2157 = select <16 x i1> %2156, <16 x float> %2153, <16 x float> %2155
   %2158 = getelementptr inbounds nuw i8, ptr %2149, i64 1920
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !4
+  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !9
   %2160 = fcmp ogt <16 x float> %2157, %2159
   %2161 = select <16 x i1> %2160, <16 x float> %2157, <16 x float> %2159
   %2162 = getelementptr inbounds nuw i8, ptr %2149, i64 1984
-  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
+  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !9
   %2164 = fcmp ogt <16 x float> %2161, %2163
   %2165 = select <16 x i1> %2164, <16 x float> %2161, <16 x float> %2163
   %indvars.iv.next483.2.i.3 = add nuw nsw i64 %indvars.iv482.2.i, 4
   %niter258.next.3 = add i64 %niter258, 4
   %niter258.ncmp.3 = icmp eq i64 %niter258.next.3, %unroll_iter257
-  br i1 %niter258.ncmp.3, label %for_body_to66.3.i.preheader.unr-lcssa, label %for_body_to66.2.i, !prof !153, !llvm.loop !326
+  br i1 %niter258.ncmp.3, label %for_body_to66.3.i.preheader.unr-lcssa, label %for_body_to66.2.i, !prof !57, !llvm.loop !66
 
 for_body_to66.3.i.preheader.unr-lcssa:            ; preds = %for_body_to66.2.i
-  br i1 %lcmp.mod254.not, label %for_body_to66.3.i.preheader, label %for_body_to66.2.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod254.not, label %for_body_to66.3.i.preheader, label %for_body_to66.2.i.epil.preheader, !prof !60
 
 for_body_to66.2.i.epil.preheader:                 ; preds = %for_body_to66.3.i.preheader.unr-lcssa, %for_body_to66.2.i.preheader
   %indvars.iv482.2.i.epil.init = phi i64 [ 0, %for_body_to66.2.i.preheader ], [ %indvars.iv.next483.2.i.3, %for_body_to66.3.i.preheader.unr-lcssa ]
@@ -11676,29 +12303,29 @@ for_body_to66.2.i.epil:                           ; preds = %for_body_to66.2.i.e
   %.idx650.i.epil = shl nsw i64 %indvars.iv482.2.i.epil, 8
   %2166 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx650.i.epil
   %2167 = getelementptr inbounds nuw i8, ptr %2166, i64 1024
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !4
+  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !9
   %2169 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.2.i.epil, %2168
   %2170 = select <16 x i1> %2169, <16 x float> %peak.rf_global301.sroa.0.0356.2.i.epil, <16 x float> %2168
   %2171 = getelementptr inbounds nuw i8, ptr %2166, i64 1088
-  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !4
+  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !9
   %2173 = fcmp ogt <16 x float> %2170, %2172
   %2174 = select <16 x i1> %2173, <16 x float> %2170, <16 x float> %2172
   %2175 = getelementptr inbounds nuw i8, ptr %2166, i64 1152
-  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !4
+  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !9
   %2177 = fcmp ogt <16 x float> %2174, %2176
   %2178 = select <16 x i1> %2177, <16 x float> %2174, <16 x float> %2176
   %2179 = getelementptr inbounds nuw i8, ptr %2166, i64 1216
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !4
+  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !9
   %2181 = fcmp ogt <16 x float> %2178, %2180
   %2182 = select <16 x i1> %2181, <16 x float> %2178, <16 x float> %2180
   %indvars.iv.next483.2.i.epil = add nuw nsw i64 %indvars.iv482.2.i.epil, 1
   %epil.iter253.next = add i64 %epil.iter253, 1
   %epil.iter253.cmp.not = icmp eq i64 %epil.iter253.next, %xtraiter252
-  br i1 %epil.iter253.cmp.not, label %for_body_to66.3.i.preheader, label %for_body_to66.2.i.epil, !prof !148, !llvm.loop !327
+  br i1 %epil.iter253.cmp.not, label %for_body_to66.3.i.preheader, label %for_body_to66.2.i.epil, !prof !52, !llvm.loop !67
 
 for_body_to66.3.i.preheader:                      ; preds = %for_body_to66.2.i.epil, %for_body_to66.3.i.preheader.unr-lcssa
   %.lcssa221 = phi <16 x float> [ %2165, %for_body_to66.3.i.preheader.unr-lcssa ], [ %2182, %for_body_to66.2.i.epil ]
-  br i1 %1410, label %for_body_to66.3.i.epil.preheader, label %for_body_to66.3.i, !prof !221
+  br i1 %1410, label %for_body_to66.3.i.epil.preheader, label %for_body_to66.3.i, !prof !56
 
 for_body_to66.3.i:                                ; preds = %for_body_to66.3.i, %for_body_to66.3.i.preheader
   %indvars.iv482.3.i = phi i64 [ %indvars.iv.next483.3.i.3, %for_body_to66.3.i ], [ 0, %for_body_to66.3.i.preheader ]
@@ -11707,82 +12334,82 @@ for_body_to66.3.i:                                ; preds = %for_body_to66.3.i, 
   %.idx651.i = shl nsw i64 %indvars.iv482.3.i, 8
   %2183 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx651.i
   %2184 = getelementptr inbounds nuw i8, ptr %2183, i64 1536
-  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !4
+  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !9
   %2186 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.3.i, %2185
   %2187 = select <16 x i1> %2186, <16 x float> %peak.rf_global301.sroa.0.0356.3.i, <16 x float> %2185
   %2188 = getelementptr inbounds nuw i8, ptr %2183, i64 1600
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !4
+  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !9
   %2190 = fcmp ogt <16 x float> %2187, %2189
   %2191 = select <16 x i1> %2190, <16 x float> %2187, <16 x float> %2189
   %2192 = getelementptr inbounds nuw i8, ptr %2183, i64 1664
-  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
+  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !9
   %2194 = fcmp ogt <16 x float> %2191, %2193
   %2195 = select <16 x i1> %2194, <16 x float> %2191, <16 x float> %2193
   %2196 = getelementptr inbounds nuw i8, ptr %2183, i64 1728
-  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !4
+  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !9
   %2198 = fcmp ogt <16 x float> %2195, %2197
   %2199 = select <16 x i1> %2198, <16 x float> %2195, <16 x float> %2197
   %indvars.iv.next483.3.i = shl i64 %indvars.iv482.3.i, 8
   %2200 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.3.i
   %2201 = getelementptr inbounds nuw i8, ptr %2200, i64 1792
-  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
+  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !9
   %2203 = fcmp ogt <16 x float> %2199, %2202
   %2204 = select <16 x i1> %2203, <16 x float> %2199, <16 x float> %2202
   %2205 = getelementptr inbounds nuw i8, ptr %2200, i64 1856
-  %2206 = load <16 x float>, ptr %2205, align 4, !tbaa !4
+  %2206 = load <16 x float>, ptr %2205, align 4, !tbaa !9
   %2207 = fcmp ogt <16 x float> %2204, %2206
   %2208 = select <16 x i1> %2207, <16 x float> %2204, <16 x float> %2206
   %2209 = getelementptr inbounds nuw i8, ptr %2200, i64 1920
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !4
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !9
   %2211 = fcmp ogt <16 x float> %2208, %2210
   %2212 = select <16 x i1> %2211, <16 x float> %2208, <16 x float> %2210
   %2213 = getelementptr inbounds nuw i8, ptr %2200, i64 1984
-  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
+  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !9
   %2215 = fcmp ogt <16 x float> %2212, %2214
   %2216 = select <16 x i1> %2215, <16 x float> %2212, <16 x float> %2214
   %indvars.iv.next483.3.i.1 = shl i64 %indvars.iv482.3.i, 8
   %2217 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.3.i.1
   %2218 = getelementptr inbounds nuw i8, ptr %2217, i64 2048
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !4
+  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !9
   %2220 = fcmp ogt <16 x float> %2216, %2219
   %2221 = select <16 x i1> %2220, <16 x float> %2216, <16 x float> %2219
   %2222 = getelementptr inbounds nuw i8, ptr %2217, i64 2112
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
+  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !9
   %2224 = fcmp ogt <16 x float> %2221, %2223
   %2225 = select <16 x i1> %2224, <16 x float> %2221, <16 x float> %2223
   %2226 = getelementptr inbounds nuw i8, ptr %2217, i64 2176
-  %2227 = load <16 x float>, ptr %2226, align 4, !tbaa !4
+  %2227 = load <16 x float>, ptr %2226, align 4, !tbaa !9
   %2228 = fcmp ogt <16 x float> %2225, %2227
   %2229 = select <16 x i1> %2228, <16 x float> %2225, <16 x float> %2227
   %2230 = getelementptr inbounds nuw i8, ptr %2217, i64 2240
-  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !4
+  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !9
   %2232 = fcmp ogt <16 x float> %2229, %2231
   %2233 = select <16 x i1> %2232, <16 x float> %2229, <16 x float> %2231
   %indvars.iv.next483.3.i.2 = shl i64 %indvars.iv482.3.i, 8
   %2234 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next483.3.i.2
   %2235 = getelementptr inbounds nuw i8, ptr %2234, i64 2304
-  %2236 = load <16 x float>, ptr %2235, align 4, !tbaa !4
+  %2236 = load <16 x float>, ptr %2235, align 4, !tbaa !9
   %2237 = fcmp ogt <16 x float> %2233, %2236
   %2238 = select <16 x i1> %2237, <16 x float> %2233, <16 x float> %2236
   %2239 = getelementptr inbounds nuw i8, ptr %2234, i64 2368
-  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !4
+  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !9
   %2241 = fcmp ogt <16 x float> %2238, %2240
   %2242 = select <16 x i1> %2241, <16 x float> %2238, <16 x float> %2240
   %2243 = getelementptr inbounds nuw i8, ptr %2234, i64 2432
-  %2244 = load <16 x float>, ptr %2243, align 4, !tbaa !4
+  %2244 = load <16 x float>, ptr %2243, align 4, !tbaa !9
   %2245 = fcmp ogt <16 x float> %2242, %2244
   %2246 = select <16 x i1> %2245, <16 x float> %2242, <16 x float> %2244
   %2247 = getelementptr inbounds nuw i8, ptr %2234, i64 2496
-  %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !4
+  %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !9
   %2249 = fcmp ogt <16 x float> %2246, %2248
   %2250 = select <16 x i1> %2249, <16 x float> %2246, <16 x float> %2248
   %indvars.iv.next483.3.i.3 = add nuw nsw i64 %indvars.iv482.3.i, 4
   %niter265.next.3 = add i64 %niter265, 4
   %niter265.ncmp.3 = icmp eq i64 %niter265.next.3, %unroll_iter264
-  br i1 %niter265.ncmp.3, label %for_end_to67.3.i.loopexit.unr-lcssa, label %for_body_to66.3.i, !prof !153, !llvm.loop !328
+  br i1 %niter265.ncmp.3, label %for_end_to67.3.i.loopexit.unr-lcssa, label %for_body_to66.3.i, !prof !57, !llvm.loop !68
 
 for_end_to67.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to66.3.i
-  br i1 %lcmp.mod261.not, label %for_end_to67.3.i, label %for_body_to66.3.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod261.not, label %for_end_to67.3.i, label %for_body_to66.3.i.epil.preheader, !prof !60
 
 for_body_to66.3.i.epil.preheader:                 ; preds = %for_end_to67.3.i.loopexit.unr-lcssa, %for_body_to66.3.i.preheader
   %indvars.iv482.3.i.epil.init = phi i64 [ 0, %for_body_to66.3.i.preheader ], [ %indvars.iv.next483.3.i.3, %for_end_to67.3.i.loopexit.unr-lcssa ]
@@ -11797,25 +12424,25 @@ for_body_to66.3.i.epil:                           ; preds = %for_body_to66.3.i.e
   %.idx651.i.epil = shl nsw i64 %indvars.iv482.3.i.epil, 8
   %2251 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx651.i.epil
   %2252 = getelementptr inbounds nuw i8, ptr %2251, i64 1536
-  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !4
+  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !9
   %2254 = fcmp ogt <16 x float> %peak.rf_global301.sroa.0.0356.3.i.epil, %2253
   %2255 = select <16 x i1> %2254, <16 x float> %peak.rf_global301.sroa.0.0356.3.i.epil, <16 x float> %2253
   %2256 = getelementptr inbounds nuw i8, ptr %2251, i64 1600
-  %2257 = load <16 x float>, ptr %2256, align 4, !tbaa !4
+  %2257 = load <16 x float>, ptr %2256, align 4, !tbaa !9
   %2258 = fcmp ogt <16 x float> %2255, %2257
   %2259 = select <16 x i1> %2258, <16 x float> %2255, <16 x float> %2257
   %2260 = getelementptr inbounds nuw i8, ptr %2251, i64 1664
-  %2261 = load <16 x float>, ptr %2260, align 4, !tbaa !4
+  %2261 = load <16 x float>, ptr %2260, align 4, !tbaa !9
   %2262 = fcmp ogt <16 x float> %2259, %2261
   %2263 = select <16 x i1> %2262, <16 x float> %2259, <16 x float> %2261
   %2264 = getelementptr inbounds nuw i8, ptr %2251, i64 1728
-  %2265 = load <16 x float>, ptr %2264, align 4, !tbaa !4
+  %2265 = load <16 x float>, ptr %2264, align 4, !tbaa !9
   %2266 = fcmp ogt <16 x float> %2263, %2265
   %2267 = select <16 x i1> %2266, <16 x float> %2263, <16 x float> %2265
   %indvars.iv.next483.3.i.epil = add nuw nsw i64 %indvars.iv482.3.i.epil, 1
   %epil.iter260.next = add i64 %epil.iter260, 1
   %epil.iter260.cmp.not = icmp eq i64 %epil.iter260.next, %xtraiter259
-  br i1 %epil.iter260.cmp.not, label %for_end_to67.3.i, label %for_body_to66.3.i.epil, !prof !148, !llvm.loop !329
+  br i1 %epil.iter260.cmp.not, label %for_end_to67.3.i, label %for_body_to66.3.i.epil, !prof !52, !llvm.loop !69
 
 for_end_to67.3.i:                                 ; preds = %for_body_to66.3.i.epil, %for_end_to67.3.i.loopexit.unr-lcssa, %for_begin_r50.preheader.i
   %peak.rf_global301.sroa.0.0.lcssa.2678.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_r50.preheader.i ], [ %.lcssa221, %for_body_to66.3.i.epil ], [ %.lcssa221, %for_end_to67.3.i.loopexit.unr-lcssa ]
@@ -11827,7 +12454,7 @@ for_end_to67.3.i:                                 ; preds = %for_body_to66.3.i.e
 for_begin_to98.preheader.us.i:                    ; preds = %if_end92.3.i, %for_begin_to98.for_end_to100_crit_edge.us.i
   %indvars.iv500.i = phi i64 [ %indvars.iv.next501.i, %for_begin_to98.for_end_to100_crit_edge.us.i ], [ 0, %if_end92.3.i ]
   %2268 = getelementptr inbounds nuw float, ptr %tile_max305.i, i64 %indvars.iv500.i
-  %2269 = load float, ptr %2268, align 4, !tbaa !330
+  %2269 = load float, ptr %2268, align 4, !tbaa !70
   %2270 = insertelement <64 x float> poison, float %2269, i64 0
   %2271 = shufflevector <64 x float> %2270, <64 x float> poison, <64 x i32> zeroinitializer
   %2272 = shl nuw nsw i64 %indvars.iv500.i, 7
@@ -11838,7 +12465,7 @@ for_body_to99.us.i:                               ; preds = %for_body_to99.us.i,
   %2273 = shl nsw i64 %indvars.iv495.i, 6
   %2274 = add nuw nsw i64 %2273, %2272
   %2275 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2274
-  %2276 = load <64 x float>, ptr %2275, align 4, !tbaa !4
+  %2276 = load <64 x float>, ptr %2275, align 4, !tbaa !9
   %arg.us.i = fsub <64 x float> %2276, %2271
   %2277 = call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.us.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %366)
   %2278 = bitcast <64 x float> %2277 to <64 x i32>
@@ -11855,18 +12482,18 @@ for_body_to99.us.i:                               ; preds = %for_body_to99.us.i,
   %2289 = fcmp olt <64 x float> %arg.us.i, %369
   %2290 = select <64 x i1> %2289, <64 x float> zeroinitializer, <64 x float> %2288
   %2291 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2274
-  store <64 x float> %2290, ptr %2291, align 4, !tbaa !4
+  store <64 x float> %2290, ptr %2291, align 4, !tbaa !9
   %indvars.iv.next496.i = add nuw nsw i64 %indvars.iv495.i, 1
   %exitcond499.not.i = icmp eq i64 %indvars.iv.next496.i, %1401
-  br i1 %exitcond499.not.i, label %for_begin_to98.for_end_to100_crit_edge.us.i, label %for_body_to99.us.i, !prof !8
+  br i1 %exitcond499.not.i, label %for_begin_to98.for_end_to100_crit_edge.us.i, label %for_body_to99.us.i, !prof !4
 
 for_begin_to98.for_end_to100_crit_edge.us.i:      ; preds = %for_body_to99.us.i
   %indvars.iv.next501.i = add nuw nsw i64 %indvars.iv500.i, 1
   %exitcond503.not.i = icmp eq i64 %indvars.iv.next501.i, 4
-  br i1 %exitcond503.not.i, label %for_body_to109.us.i.preheader, label %for_begin_to98.preheader.us.i, !prof !30
+  br i1 %exitcond503.not.i, label %for_body_to109.us.i.preheader, label %for_begin_to98.preheader.us.i, !prof !39
 
 for_body_to109.us.i.preheader:                    ; preds = %for_begin_to98.for_end_to100_crit_edge.us.i
-  br i1 %1411, label %for_body_to109.us.i.epil.preheader, label %for_body_to109.us.i, !prof !221
+  br i1 %1411, label %for_body_to109.us.i.epil.preheader, label %for_body_to109.us.i, !prof !56
 
 if_then91.3.i:                                    ; preds = %for_end_to67.3.i
   %2292 = shufflevector <16 x float> %peak.rf_global301.sroa.0.0.lcssa663667676.i, <16 x float> %peak.rf_global301.sroa.0.0.lcssa.1669674.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
@@ -11896,7 +12523,7 @@ if_then91.3.i:                                    ; preds = %for_end_to67.3.i
 
 if_end92.3.i:                                     ; preds = %if_then91.3.i, %for_end_to67.3.i
   %2315 = phi <4 x float> [ %2314, %if_then91.3.i ], [ splat (float 0xC6293E5940000000), %for_end_to67.3.i ]
-  store <4 x float> %2315, ptr %tile_max305.i, align 16, !tbaa !330
+  store <4 x float> %2315, ptr %tile_max305.i, align 16, !tbaa !70
   br i1 %1396, label %for_begin_to98.preheader.us.i, label %for_end_ax1.i, !prof !3
 
 for_body_to109.us.i:                              ; preds = %for_body_to109.us.i, %for_body_to109.us.i.preheader
@@ -11904,42 +12531,42 @@ for_body_to109.us.i:                              ; preds = %for_body_to109.us.i
   %niter271 = phi i64 [ %niter271.next.3, %for_body_to109.us.i ], [ 0, %for_body_to109.us.i.preheader ]
   %2316 = shl nsw i64 %indvars.iv504.i, 6
   %2317 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2316
-  %2318 = load <64 x i32>, ptr %2317, align 4, !tbaa !4
+  %2318 = load <64 x i32>, ptr %2317, align 4, !tbaa !9
   %2319 = add nsw <64 x i32> %2318, splat (i32 32768)
   %2320 = and <64 x i32> %2319, splat (i32 -65536)
   %2321 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2316
-  store <64 x i32> %2320, ptr %2321, align 4, !tbaa !4
+  store <64 x i32> %2320, ptr %2321, align 4, !tbaa !9
   %indvars.iv.next505.i = shl i64 %indvars.iv504.i, 6
   %2322 = or disjoint i64 %indvars.iv.next505.i, 64
   %2323 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2322
-  %2324 = load <64 x i32>, ptr %2323, align 4, !tbaa !4
+  %2324 = load <64 x i32>, ptr %2323, align 4, !tbaa !9
   %2325 = add nsw <64 x i32> %2324, splat (i32 32768)
   %2326 = and <64 x i32> %2325, splat (i32 -65536)
   %2327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2322
-  store <64 x i32> %2326, ptr %2327, align 4, !tbaa !4
+  store <64 x i32> %2326, ptr %2327, align 4, !tbaa !9
   %indvars.iv.next505.i.1 = shl i64 %indvars.iv504.i, 6
   %2328 = or disjoint i64 %indvars.iv.next505.i.1, 128
   %2329 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2328
-  %2330 = load <64 x i32>, ptr %2329, align 4, !tbaa !4
+  %2330 = load <64 x i32>, ptr %2329, align 4, !tbaa !9
   %2331 = add nsw <64 x i32> %2330, splat (i32 32768)
   %2332 = and <64 x i32> %2331, splat (i32 -65536)
   %2333 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2328
-  store <64 x i32> %2332, ptr %2333, align 4, !tbaa !4
+  store <64 x i32> %2332, ptr %2333, align 4, !tbaa !9
   %indvars.iv.next505.i.2 = shl i64 %indvars.iv504.i, 6
   %2334 = or disjoint i64 %indvars.iv.next505.i.2, 192
   %2335 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2334
-  %2336 = load <64 x i32>, ptr %2335, align 4, !tbaa !4
+  %2336 = load <64 x i32>, ptr %2335, align 4, !tbaa !9
   %2337 = add nsw <64 x i32> %2336, splat (i32 32768)
   %2338 = and <64 x i32> %2337, splat (i32 -65536)
   %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2334
-  store <64 x i32> %2338, ptr %2339, align 4, !tbaa !4
+  store <64 x i32> %2338, ptr %2339, align 4, !tbaa !9
   %indvars.iv.next505.i.3 = add nuw nsw i64 %indvars.iv504.i, 4
   %niter271.next.3 = add i64 %niter271, 4
   %niter271.ncmp.3 = icmp eq i64 %niter271.next.3, %unroll_iter270
-  br i1 %niter271.ncmp.3, label %for_body_to109.us.1.i.preheader.unr-lcssa, label %for_body_to109.us.i, !prof !153, !llvm.loop !332
+  br i1 %niter271.ncmp.3, label %for_body_to109.us.1.i.preheader.unr-lcssa, label %for_body_to109.us.i, !prof !57, !llvm.loop !72
 
 for_body_to109.us.1.i.preheader.unr-lcssa:        ; preds = %for_body_to109.us.i
-  br i1 %lcmp.mod268.not, label %for_body_to109.us.1.i.preheader, label %for_body_to109.us.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod268.not, label %for_body_to109.us.1.i.preheader, label %for_body_to109.us.i.epil.preheader, !prof !60
 
 for_body_to109.us.i.epil.preheader:               ; preds = %for_body_to109.us.1.i.preheader.unr-lcssa, %for_body_to109.us.i.preheader
   %indvars.iv504.i.epil.init = phi i64 [ 0, %for_body_to109.us.i.preheader ], [ %indvars.iv.next505.i.3, %for_body_to109.us.1.i.preheader.unr-lcssa ]
@@ -11951,18 +12578,18 @@ for_body_to109.us.i.epil:                         ; preds = %for_body_to109.us.i
   %epil.iter267 = phi i64 [ %epil.iter267.next, %for_body_to109.us.i.epil ], [ 0, %for_body_to109.us.i.epil.preheader ]
   %2340 = shl nsw i64 %indvars.iv504.i.epil, 6
   %2341 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2340
-  %2342 = load <64 x i32>, ptr %2341, align 4, !tbaa !4
+  %2342 = load <64 x i32>, ptr %2341, align 4, !tbaa !9
   %2343 = add nsw <64 x i32> %2342, splat (i32 32768)
   %2344 = and <64 x i32> %2343, splat (i32 -65536)
   %2345 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2340
-  store <64 x i32> %2344, ptr %2345, align 4, !tbaa !4
+  store <64 x i32> %2344, ptr %2345, align 4, !tbaa !9
   %indvars.iv.next505.i.epil = add nuw nsw i64 %indvars.iv504.i.epil, 1
   %epil.iter267.next = add i64 %epil.iter267, 1
   %epil.iter267.cmp.not = icmp eq i64 %epil.iter267.next, %xtraiter266
-  br i1 %epil.iter267.cmp.not, label %for_body_to109.us.1.i.preheader, label %for_body_to109.us.i.epil, !prof !148, !llvm.loop !333
+  br i1 %epil.iter267.cmp.not, label %for_body_to109.us.1.i.preheader, label %for_body_to109.us.i.epil, !prof !52, !llvm.loop !73
 
 for_body_to109.us.1.i.preheader:                  ; preds = %for_body_to109.us.i.epil, %for_body_to109.us.1.i.preheader.unr-lcssa
-  br i1 %1412, label %for_body_to109.us.1.i.epil.preheader, label %for_body_to109.us.1.i, !prof !221
+  br i1 %1412, label %for_body_to109.us.1.i.epil.preheader, label %for_body_to109.us.1.i, !prof !56
 
 for_body_to109.us.1.i:                            ; preds = %for_body_to109.us.1.i, %for_body_to109.us.1.i.preheader
   %indvars.iv504.1.i = phi i64 [ %indvars.iv.next505.1.i.3, %for_body_to109.us.1.i ], [ 0, %for_body_to109.us.1.i.preheader ]
@@ -11970,42 +12597,42 @@ for_body_to109.us.1.i:                            ; preds = %for_body_to109.us.1
   %2346 = shl nsw i64 %indvars.iv504.1.i, 6
   %2347 = or disjoint i64 %2346, 128
   %2348 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2347
-  %2349 = load <64 x i32>, ptr %2348, align 4, !tbaa !4
+  %2349 = load <64 x i32>, ptr %2348, align 4, !tbaa !9
   %2350 = add nsw <64 x i32> %2349, splat (i32 32768)
   %2351 = and <64 x i32> %2350, splat (i32 -65536)
   %2352 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2347
-  store <64 x i32> %2351, ptr %2352, align 4, !tbaa !4
+  store <64 x i32> %2351, ptr %2352, align 4, !tbaa !9
   %indvars.iv.next505.1.i = shl i64 %indvars.iv504.1.i, 6
   %2353 = or disjoint i64 %indvars.iv.next505.1.i, 192
   %2354 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2353
-  %2355 = load <64 x i32>, ptr %2354, align 4, !tbaa !4
+  %2355 = load <64 x i32>, ptr %2354, align 4, !tbaa !9
   %2356 = add nsw <64 x i32> %2355, splat (i32 32768)
   %2357 = and <64 x i32> %2356, splat (i32 -65536)
   %2358 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2353
-  store <64 x i32> %2357, ptr %2358, align 4, !tbaa !4
+  store <64 x i32> %2357, ptr %2358, align 4, !tbaa !9
   %indvars.iv.next505.1.i.1 = shl i64 %indvars.iv504.1.i, 6
   %2359 = add nuw nsw i64 %indvars.iv.next505.1.i.1, 256
   %2360 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2359
-  %2361 = load <64 x i32>, ptr %2360, align 4, !tbaa !4
+  %2361 = load <64 x i32>, ptr %2360, align 4, !tbaa !9
   %2362 = add nsw <64 x i32> %2361, splat (i32 32768)
   %2363 = and <64 x i32> %2362, splat (i32 -65536)
   %2364 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2359
-  store <64 x i32> %2363, ptr %2364, align 4, !tbaa !4
+  store <64 x i32> %2363, ptr %2364, align 4, !tbaa !9
   %indvars.iv.next505.1.i.2 = shl i64 %indvars.iv504.1.i, 6
   %2365 = add nuw nsw i64 %indvars.iv.next505.1.i.2, 320
   %2366 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2365
-  %2367 = load <64 x i32>, ptr %2366, align 4, !tbaa !4
+  %2367 = load <64 x i32>, ptr %2366, align 4, !tbaa !9
   %2368 = add nsw <64 x i32> %2367, splat (i32 32768)
   %2369 = and <64 x i32> %2368, splat (i32 -65536)
   %2370 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2365
-  store <64 x i32> %2369, ptr %2370, align 4, !tbaa !4
+  store <64 x i32> %2369, ptr %2370, align 4, !tbaa !9
   %indvars.iv.next505.1.i.3 = add nuw nsw i64 %indvars.iv504.1.i, 4
   %niter277.next.3 = add i64 %niter277, 4
   %niter277.ncmp.3 = icmp eq i64 %niter277.next.3, %unroll_iter276
-  br i1 %niter277.ncmp.3, label %for_body_to109.us.2.i.preheader.unr-lcssa, label %for_body_to109.us.1.i, !prof !153, !llvm.loop !334
+  br i1 %niter277.ncmp.3, label %for_body_to109.us.2.i.preheader.unr-lcssa, label %for_body_to109.us.1.i, !prof !57, !llvm.loop !74
 
 for_body_to109.us.2.i.preheader.unr-lcssa:        ; preds = %for_body_to109.us.1.i
-  br i1 %lcmp.mod274.not, label %for_body_to109.us.2.i.preheader, label %for_body_to109.us.1.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod274.not, label %for_body_to109.us.2.i.preheader, label %for_body_to109.us.1.i.epil.preheader, !prof !60
 
 for_body_to109.us.1.i.epil.preheader:             ; preds = %for_body_to109.us.2.i.preheader.unr-lcssa, %for_body_to109.us.1.i.preheader
   %indvars.iv504.1.i.epil.init = phi i64 [ 0, %for_body_to109.us.1.i.preheader ], [ %indvars.iv.next505.1.i.3, %for_body_to109.us.2.i.preheader.unr-lcssa ]
@@ -12018,18 +12645,18 @@ for_body_to109.us.1.i.epil:                       ; preds = %for_body_to109.us.1
   %2371 = shl nsw i64 %indvars.iv504.1.i.epil, 6
   %2372 = add nuw nsw i64 %2371, 128
   %2373 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2372
-  %2374 = load <64 x i32>, ptr %2373, align 4, !tbaa !4
+  %2374 = load <64 x i32>, ptr %2373, align 4, !tbaa !9
   %2375 = add nsw <64 x i32> %2374, splat (i32 32768)
   %2376 = and <64 x i32> %2375, splat (i32 -65536)
   %2377 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2372
-  store <64 x i32> %2376, ptr %2377, align 4, !tbaa !4
+  store <64 x i32> %2376, ptr %2377, align 4, !tbaa !9
   %indvars.iv.next505.1.i.epil = add nuw nsw i64 %indvars.iv504.1.i.epil, 1
   %epil.iter273.next = add i64 %epil.iter273, 1
   %epil.iter273.cmp.not = icmp eq i64 %epil.iter273.next, %xtraiter272
-  br i1 %epil.iter273.cmp.not, label %for_body_to109.us.2.i.preheader, label %for_body_to109.us.1.i.epil, !prof !148, !llvm.loop !335
+  br i1 %epil.iter273.cmp.not, label %for_body_to109.us.2.i.preheader, label %for_body_to109.us.1.i.epil, !prof !52, !llvm.loop !75
 
 for_body_to109.us.2.i.preheader:                  ; preds = %for_body_to109.us.1.i.epil, %for_body_to109.us.2.i.preheader.unr-lcssa
-  br i1 %1413, label %for_body_to109.us.2.i.epil.preheader, label %for_body_to109.us.2.i, !prof !221
+  br i1 %1413, label %for_body_to109.us.2.i.epil.preheader, label %for_body_to109.us.2.i, !prof !56
 
 for_body_to109.us.2.i:                            ; preds = %for_body_to109.us.2.i, %for_body_to109.us.2.i.preheader
   %indvars.iv504.2.i = phi i64 [ %indvars.iv.next505.2.i.3, %for_body_to109.us.2.i ], [ 0, %for_body_to109.us.2.i.preheader ]
@@ -12037,42 +12664,42 @@ for_body_to109.us.2.i:                            ; preds = %for_body_to109.us.2
   %2378 = shl nsw i64 %indvars.iv504.2.i, 6
   %2379 = add nuw nsw i64 %2378, 256
   %2380 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2379
-  %2381 = load <64 x i32>, ptr %2380, align 4, !tbaa !4
+  %2381 = load <64 x i32>, ptr %2380, align 4, !tbaa !9
   %2382 = add nsw <64 x i32> %2381, splat (i32 32768)
   %2383 = and <64 x i32> %2382, splat (i32 -65536)
   %2384 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2379
-  store <64 x i32> %2383, ptr %2384, align 4, !tbaa !4
+  store <64 x i32> %2383, ptr %2384, align 4, !tbaa !9
   %indvars.iv.next505.2.i = shl i64 %indvars.iv504.2.i, 6
   %2385 = add nuw nsw i64 %indvars.iv.next505.2.i, 320
   %2386 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2385
-  %2387 = load <64 x i32>, ptr %2386, align 4, !tbaa !4
+  %2387 = load <64 x i32>, ptr %2386, align 4, !tbaa !9
   %2388 = add nsw <64 x i32> %2387, splat (i32 32768)
   %2389 = and <64 x i32> %2388, splat (i32 -65536)
   %2390 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2385
-  store <64 x i32> %2389, ptr %2390, align 4, !tbaa !4
+  store <64 x i32> %2389, ptr %2390, align 4, !tbaa !9
   %indvars.iv.next505.2.i.1 = shl i64 %indvars.iv504.2.i, 6
   %2391 = add nuw nsw i64 %indvars.iv.next505.2.i.1, 384
   %2392 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2391
-  %2393 = load <64 x i32>, ptr %2392, align 4, !tbaa !4
+  %2393 = load <64 x i32>, ptr %2392, align 4, !tbaa !9
   %2394 = add nsw <64 x i32> %2393, splat (i32 32768)
   %2395 = and <64 x i32> %2394, splat (i32 -65536)
   %2396 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2391
-  store <64 x i32> %2395, ptr %2396, align 4, !tbaa !4
+  store <64 x i32> %2395, ptr %2396, align 4, !tbaa !9
   %indvars.iv.next505.2.i.2 = shl i64 %indvars.iv504.2.i, 6
   %2397 = add nuw nsw i64 %indvars.iv.next505.2.i.2, 448
   %2398 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2397
-  %2399 = load <64 x i32>, ptr %2398, align 4, !tbaa !4
+  %2399 = load <64 x i32>, ptr %2398, align 4, !tbaa !9
   %2400 = add nsw <64 x i32> %2399, splat (i32 32768)
   %2401 = and <64 x i32> %2400, splat (i32 -65536)
   %2402 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2397
-  store <64 x i32> %2401, ptr %2402, align 4, !tbaa !4
+  store <64 x i32> %2401, ptr %2402, align 4, !tbaa !9
   %indvars.iv.next505.2.i.3 = add nuw nsw i64 %indvars.iv504.2.i, 4
   %niter283.next.3 = add i64 %niter283, 4
   %niter283.ncmp.3 = icmp eq i64 %niter283.next.3, %unroll_iter282
-  br i1 %niter283.ncmp.3, label %for_body_to109.us.3.i.preheader.unr-lcssa, label %for_body_to109.us.2.i, !prof !153, !llvm.loop !336
+  br i1 %niter283.ncmp.3, label %for_body_to109.us.3.i.preheader.unr-lcssa, label %for_body_to109.us.2.i, !prof !57, !llvm.loop !76
 
 for_body_to109.us.3.i.preheader.unr-lcssa:        ; preds = %for_body_to109.us.2.i
-  br i1 %lcmp.mod280.not, label %for_body_to109.us.3.i.preheader, label %for_body_to109.us.2.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod280.not, label %for_body_to109.us.3.i.preheader, label %for_body_to109.us.2.i.epil.preheader, !prof !60
 
 for_body_to109.us.2.i.epil.preheader:             ; preds = %for_body_to109.us.3.i.preheader.unr-lcssa, %for_body_to109.us.2.i.preheader
   %indvars.iv504.2.i.epil.init = phi i64 [ 0, %for_body_to109.us.2.i.preheader ], [ %indvars.iv.next505.2.i.3, %for_body_to109.us.3.i.preheader.unr-lcssa ]
@@ -12085,18 +12712,18 @@ for_body_to109.us.2.i.epil:                       ; preds = %for_body_to109.us.2
   %2403 = shl nsw i64 %indvars.iv504.2.i.epil, 6
   %2404 = add nuw nsw i64 %2403, 256
   %2405 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2404
-  %2406 = load <64 x i32>, ptr %2405, align 4, !tbaa !4
+  %2406 = load <64 x i32>, ptr %2405, align 4, !tbaa !9
   %2407 = add nsw <64 x i32> %2406, splat (i32 32768)
   %2408 = and <64 x i32> %2407, splat (i32 -65536)
   %2409 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2404
-  store <64 x i32> %2408, ptr %2409, align 4, !tbaa !4
+  store <64 x i32> %2408, ptr %2409, align 4, !tbaa !9
   %indvars.iv.next505.2.i.epil = add nuw nsw i64 %indvars.iv504.2.i.epil, 1
   %epil.iter279.next = add i64 %epil.iter279, 1
   %epil.iter279.cmp.not = icmp eq i64 %epil.iter279.next, %xtraiter278
-  br i1 %epil.iter279.cmp.not, label %for_body_to109.us.3.i.preheader, label %for_body_to109.us.2.i.epil, !prof !148, !llvm.loop !337
+  br i1 %epil.iter279.cmp.not, label %for_body_to109.us.3.i.preheader, label %for_body_to109.us.2.i.epil, !prof !52, !llvm.loop !77
 
 for_body_to109.us.3.i.preheader:                  ; preds = %for_body_to109.us.2.i.epil, %for_body_to109.us.3.i.preheader.unr-lcssa
-  br i1 %1414, label %for_body_to109.us.3.i.epil.preheader, label %for_body_to109.us.3.i, !prof !221
+  br i1 %1414, label %for_body_to109.us.3.i.epil.preheader, label %for_body_to109.us.3.i, !prof !56
 
 for_body_to109.us.3.i:                            ; preds = %for_body_to109.us.3.i, %for_body_to109.us.3.i.preheader
   %indvars.iv504.3.i = phi i64 [ %indvars.iv.next505.3.i.3, %for_body_to109.us.3.i ], [ 0, %for_body_to109.us.3.i.preheader ]
@@ -12104,42 +12731,42 @@ for_body_to109.us.3.i:                            ; preds = %for_body_to109.us.3
   %2410 = shl nsw i64 %indvars.iv504.3.i, 6
   %2411 = add nuw nsw i64 %2410, 384
   %2412 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2411
-  %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !4
+  %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !9
   %2414 = add nsw <64 x i32> %2413, splat (i32 32768)
   %2415 = and <64 x i32> %2414, splat (i32 -65536)
   %2416 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2411
-  store <64 x i32> %2415, ptr %2416, align 4, !tbaa !4
+  store <64 x i32> %2415, ptr %2416, align 4, !tbaa !9
   %indvars.iv.next505.3.i = shl i64 %indvars.iv504.3.i, 6
   %2417 = add nuw nsw i64 %indvars.iv.next505.3.i, 448
   %2418 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2417
-  %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !4
+  %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !9
   %2420 = add nsw <64 x i32> %2419, splat (i32 32768)
   %2421 = and <64 x i32> %2420, splat (i32 -65536)
   %2422 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2417
-  store <64 x i32> %2421, ptr %2422, align 4, !tbaa !4
+  store <64 x i32> %2421, ptr %2422, align 4, !tbaa !9
   %indvars.iv.next505.3.i.1 = shl i64 %indvars.iv504.3.i, 6
   %2423 = add nuw nsw i64 %indvars.iv.next505.3.i.1, 512
   %2424 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2423
-  %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !4
+  %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !9
   %2426 = add nsw <64 x i32> %2425, splat (i32 32768)
   %2427 = and <64 x i32> %2426, splat (i32 -65536)
   %2428 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2423
-  store <64 x i32> %2427, ptr %2428, align 4, !tbaa !4
+  store <64 x i32> %2427, ptr %2428, align 4, !tbaa !9
   %indvars.iv.next505.3.i.2 = shl i64 %indvars.iv504.3.i, 6
   %2429 = add nuw nsw i64 %indvars.iv.next505.3.i.2, 576
   %2430 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2429
-  %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !4
+  %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !9
   %2432 = add nsw <64 x i32> %2431, splat (i32 32768)
   %2433 = and <64 x i32> %2432, splat (i32 -65536)
   %2434 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2429
-  store <64 x i32> %2433, ptr %2434, align 4, !tbaa !4
+  store <64 x i32> %2433, ptr %2434, align 4, !tbaa !9
   %indvars.iv.next505.3.i.3 = add nuw nsw i64 %indvars.iv504.3.i, 4
   %niter289.next.3 = add i64 %niter289, 4
   %niter289.ncmp.3 = icmp eq i64 %niter289.next.3, %unroll_iter288
-  br i1 %niter289.ncmp.3, label %for_body_to119.i.preheader.unr-lcssa, label %for_body_to109.us.3.i, !prof !153, !llvm.loop !338
+  br i1 %niter289.ncmp.3, label %for_body_to119.i.preheader.unr-lcssa, label %for_body_to109.us.3.i, !prof !57, !llvm.loop !78
 
 for_body_to119.i.preheader.unr-lcssa:             ; preds = %for_body_to109.us.3.i
-  br i1 %lcmp.mod286.not, label %for_body_to119.i.preheader, label %for_body_to109.us.3.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod286.not, label %for_body_to119.i.preheader, label %for_body_to109.us.3.i.epil.preheader, !prof !60
 
 for_body_to109.us.3.i.epil.preheader:             ; preds = %for_body_to119.i.preheader.unr-lcssa, %for_body_to109.us.3.i.preheader
   %indvars.iv504.3.i.epil.init = phi i64 [ 0, %for_body_to109.us.3.i.preheader ], [ %indvars.iv.next505.3.i.3, %for_body_to119.i.preheader.unr-lcssa ]
@@ -12152,25 +12779,25 @@ for_body_to109.us.3.i.epil:                       ; preds = %for_body_to109.us.3
   %2435 = shl nsw i64 %indvars.iv504.3.i.epil, 6
   %2436 = add nuw nsw i64 %2435, 384
   %2437 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2436
-  %2438 = load <64 x i32>, ptr %2437, align 4, !tbaa !4
+  %2438 = load <64 x i32>, ptr %2437, align 4, !tbaa !9
   %2439 = add nsw <64 x i32> %2438, splat (i32 32768)
   %2440 = and <64 x i32> %2439, splat (i32 -65536)
   %2441 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2436
-  store <64 x i32> %2440, ptr %2441, align 4, !tbaa !4
+  store <64 x i32> %2440, ptr %2441, align 4, !tbaa !9
   %indvars.iv.next505.3.i.epil = add nuw nsw i64 %indvars.iv504.3.i.epil, 1
   %epil.iter285.next = add i64 %epil.iter285, 1
   %epil.iter285.cmp.not = icmp eq i64 %epil.iter285.next, %xtraiter284
-  br i1 %epil.iter285.cmp.not, label %for_body_to119.i.preheader, label %for_body_to109.us.3.i.epil, !prof !148, !llvm.loop !339
+  br i1 %epil.iter285.cmp.not, label %for_body_to119.i.preheader, label %for_body_to109.us.3.i.epil, !prof !52, !llvm.loop !79
 
 for_body_to119.i.preheader:                       ; preds = %for_body_to109.us.3.i.epil, %for_body_to119.i.preheader.unr-lcssa
-  br i1 %1415, label %for_body_to119.i.epil.preheader, label %for_body_to119.i, !prof !221
+  br i1 %1415, label %for_body_to119.i.epil.preheader, label %for_body_to119.i, !prof !56
 
 for_body_to119.i:                                 ; preds = %for_body_to119.i, %for_body_to119.i.preheader
   %indvars.iv513.i = phi i64 [ %indvars.iv.next514.i.3, %for_body_to119.i ], [ 0, %for_body_to119.i.preheader ]
   %niter295 = phi i64 [ %niter295.next.3, %for_body_to119.i ], [ 0, %for_body_to119.i.preheader ]
   %.idx652.i = shl nsw i64 %indvars.iv513.i, 8
   %2442 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx652.i
-  %2443 = load <64 x float>, ptr %2442, align 4, !tbaa !4
+  %2443 = load <64 x float>, ptr %2442, align 4, !tbaa !9
   %2444 = bitcast <64 x float> %2443 to <64 x i32>
   %2445 = shufflevector <64 x i32> %2444, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2446 = lshr <32 x i32> %2445, splat (i32 16)
@@ -12179,11 +12806,11 @@ for_body_to119.i:                                 ; preds = %for_body_to119.i, %
   %2449 = or <32 x i32> %2446, %2448
   %.idx653.i = shl nsw i64 %indvars.iv513.i, 7
   %2450 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx653.i
-  store <32 x i32> %2449, ptr %2450, align 16, !tbaa !340
+  store <32 x i32> %2449, ptr %2450, align 16, !tbaa !80
   %indvars.iv.next514.i = or disjoint i64 %indvars.iv513.i, 1
   %.idx652.i.1 = shl nsw i64 %indvars.iv.next514.i, 8
   %2451 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx652.i.1
-  %2452 = load <64 x float>, ptr %2451, align 4, !tbaa !4
+  %2452 = load <64 x float>, ptr %2451, align 4, !tbaa !9
   %2453 = bitcast <64 x float> %2452 to <64 x i32>
   %2454 = shufflevector <64 x i32> %2453, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2455 = lshr <32 x i32> %2454, splat (i32 16)
@@ -12192,11 +12819,11 @@ for_body_to119.i:                                 ; preds = %for_body_to119.i, %
   %2458 = or <32 x i32> %2455, %2457
   %.idx653.i.1 = shl nsw i64 %indvars.iv.next514.i, 7
   %2459 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx653.i.1
-  store <32 x i32> %2458, ptr %2459, align 16, !tbaa !340
+  store <32 x i32> %2458, ptr %2459, align 16, !tbaa !80
   %indvars.iv.next514.i.1 = or disjoint i64 %indvars.iv513.i, 2
   %.idx652.i.2 = shl nsw i64 %indvars.iv.next514.i.1, 8
   %2460 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx652.i.2
-  %2461 = load <64 x float>, ptr %2460, align 4, !tbaa !4
+  %2461 = load <64 x float>, ptr %2460, align 4, !tbaa !9
   %2462 = bitcast <64 x float> %2461 to <64 x i32>
   %2463 = shufflevector <64 x i32> %2462, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2464 = lshr <32 x i32> %2463, splat (i32 16)
@@ -12205,11 +12832,11 @@ for_body_to119.i:                                 ; preds = %for_body_to119.i, %
   %2467 = or <32 x i32> %2464, %2466
   %.idx653.i.2 = shl nsw i64 %indvars.iv.next514.i.1, 7
   %2468 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx653.i.2
-  store <32 x i32> %2467, ptr %2468, align 16, !tbaa !340
+  store <32 x i32> %2467, ptr %2468, align 16, !tbaa !80
   %indvars.iv.next514.i.2 = or disjoint i64 %indvars.iv513.i, 3
   %.idx652.i.3 = shl nsw i64 %indvars.iv.next514.i.2, 8
   %2469 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx652.i.3
-  %2470 = load <64 x float>, ptr %2469, align 4, !tbaa !4
+  %2470 = load <64 x float>, ptr %2469, align 4, !tbaa !9
   %2471 = bitcast <64 x float> %2470 to <64 x i32>
   %2472 = shufflevector <64 x i32> %2471, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2473 = lshr <32 x i32> %2472, splat (i32 16)
@@ -12218,14 +12845,14 @@ for_body_to119.i:                                 ; preds = %for_body_to119.i, %
   %2476 = or <32 x i32> %2473, %2475
   %.idx653.i.3 = shl nsw i64 %indvars.iv.next514.i.2, 7
   %2477 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx653.i.3
-  store <32 x i32> %2476, ptr %2477, align 16, !tbaa !340
+  store <32 x i32> %2476, ptr %2477, align 16, !tbaa !80
   %indvars.iv.next514.i.3 = add nuw nsw i64 %indvars.iv513.i, 4
   %niter295.next.3 = add i64 %niter295, 4
   %niter295.ncmp.3 = icmp eq i64 %niter295.next.3, %unroll_iter294
-  br i1 %niter295.ncmp.3, label %for_body_to119.1.i.preheader.unr-lcssa, label %for_body_to119.i, !prof !153, !llvm.loop !342
+  br i1 %niter295.ncmp.3, label %for_body_to119.1.i.preheader.unr-lcssa, label %for_body_to119.i, !prof !57, !llvm.loop !82
 
 for_body_to119.1.i.preheader.unr-lcssa:           ; preds = %for_body_to119.i
-  br i1 %lcmp.mod292.not, label %for_body_to119.1.i.preheader, label %for_body_to119.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod292.not, label %for_body_to119.1.i.preheader, label %for_body_to119.i.epil.preheader, !prof !60
 
 for_body_to119.i.epil.preheader:                  ; preds = %for_body_to119.1.i.preheader.unr-lcssa, %for_body_to119.i.preheader
   %indvars.iv513.i.epil.init = phi i64 [ 0, %for_body_to119.i.preheader ], [ %indvars.iv.next514.i.3, %for_body_to119.1.i.preheader.unr-lcssa ]
@@ -12237,7 +12864,7 @@ for_body_to119.i.epil:                            ; preds = %for_body_to119.i.ep
   %epil.iter291 = phi i64 [ %epil.iter291.next, %for_body_to119.i.epil ], [ 0, %for_body_to119.i.epil.preheader ]
   %.idx652.i.epil = shl nsw i64 %indvars.iv513.i.epil, 8
   %2478 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx652.i.epil
-  %2479 = load <64 x float>, ptr %2478, align 4, !tbaa !4
+  %2479 = load <64 x float>, ptr %2478, align 4, !tbaa !9
   %2480 = bitcast <64 x float> %2479 to <64 x i32>
   %2481 = shufflevector <64 x i32> %2480, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2482 = lshr <32 x i32> %2481, splat (i32 16)
@@ -12246,14 +12873,14 @@ for_body_to119.i.epil:                            ; preds = %for_body_to119.i.ep
   %2485 = or <32 x i32> %2482, %2484
   %.idx653.i.epil = shl nsw i64 %indvars.iv513.i.epil, 7
   %2486 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx653.i.epil
-  store <32 x i32> %2485, ptr %2486, align 16, !tbaa !340
+  store <32 x i32> %2485, ptr %2486, align 16, !tbaa !80
   %indvars.iv.next514.i.epil = add nuw nsw i64 %indvars.iv513.i.epil, 1
   %epil.iter291.next = add i64 %epil.iter291, 1
   %epil.iter291.cmp.not = icmp eq i64 %epil.iter291.next, %xtraiter290
-  br i1 %epil.iter291.cmp.not, label %for_body_to119.1.i.preheader, label %for_body_to119.i.epil, !prof !148, !llvm.loop !343
+  br i1 %epil.iter291.cmp.not, label %for_body_to119.1.i.preheader, label %for_body_to119.i.epil, !prof !52, !llvm.loop !83
 
 for_body_to119.1.i.preheader:                     ; preds = %for_body_to119.i.epil, %for_body_to119.1.i.preheader.unr-lcssa
-  br i1 %1416, label %for_body_to119.1.i.epil.preheader, label %for_body_to119.1.i, !prof !221
+  br i1 %1416, label %for_body_to119.1.i.epil.preheader, label %for_body_to119.1.i, !prof !56
 
 for_body_to119.1.i:                               ; preds = %for_body_to119.1.i, %for_body_to119.1.i.preheader
   %indvars.iv513.1.i = phi i64 [ %indvars.iv.next514.1.i.3, %for_body_to119.1.i ], [ 0, %for_body_to119.1.i.preheader ]
@@ -12261,7 +12888,7 @@ for_body_to119.1.i:                               ; preds = %for_body_to119.1.i,
   %.idx654.i = shl nsw i64 %indvars.iv513.1.i, 8
   %2487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx654.i
   %2488 = getelementptr inbounds nuw i8, ptr %2487, i64 512
-  %2489 = load <64 x float>, ptr %2488, align 4, !tbaa !4
+  %2489 = load <64 x float>, ptr %2488, align 4, !tbaa !9
   %2490 = bitcast <64 x float> %2489 to <64 x i32>
   %2491 = shufflevector <64 x i32> %2490, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2492 = lshr <32 x i32> %2491, splat (i32 16)
@@ -12271,12 +12898,12 @@ for_body_to119.1.i:                               ; preds = %for_body_to119.1.i,
   %.idx655.i = shl nsw i64 %indvars.iv513.1.i, 7
   %2496 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx655.i
   %2497 = getelementptr inbounds nuw i8, ptr %2496, i64 256
-  store <32 x i32> %2495, ptr %2497, align 16, !tbaa !340
+  store <32 x i32> %2495, ptr %2497, align 16, !tbaa !80
   %indvars.iv.next514.1.i = or disjoint i64 %indvars.iv513.1.i, 1
   %.idx654.i.1 = shl nsw i64 %indvars.iv.next514.1.i, 8
   %2498 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx654.i.1
   %2499 = getelementptr inbounds nuw i8, ptr %2498, i64 512
-  %2500 = load <64 x float>, ptr %2499, align 4, !tbaa !4
+  %2500 = load <64 x float>, ptr %2499, align 4, !tbaa !9
   %2501 = bitcast <64 x float> %2500 to <64 x i32>
   %2502 = shufflevector <64 x i32> %2501, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2503 = lshr <32 x i32> %2502, splat (i32 16)
@@ -12286,12 +12913,12 @@ for_body_to119.1.i:                               ; preds = %for_body_to119.1.i,
   %.idx655.i.1 = shl nsw i64 %indvars.iv.next514.1.i, 7
   %2507 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx655.i.1
   %2508 = getelementptr inbounds nuw i8, ptr %2507, i64 256
-  store <32 x i32> %2506, ptr %2508, align 16, !tbaa !340
+  store <32 x i32> %2506, ptr %2508, align 16, !tbaa !80
   %indvars.iv.next514.1.i.1 = or disjoint i64 %indvars.iv513.1.i, 2
   %.idx654.i.2 = shl nsw i64 %indvars.iv.next514.1.i.1, 8
   %2509 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx654.i.2
   %2510 = getelementptr inbounds nuw i8, ptr %2509, i64 512
-  %2511 = load <64 x float>, ptr %2510, align 4, !tbaa !4
+  %2511 = load <64 x float>, ptr %2510, align 4, !tbaa !9
   %2512 = bitcast <64 x float> %2511 to <64 x i32>
   %2513 = shufflevector <64 x i32> %2512, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2514 = lshr <32 x i32> %2513, splat (i32 16)
@@ -12301,12 +12928,12 @@ for_body_to119.1.i:                               ; preds = %for_body_to119.1.i,
   %.idx655.i.2 = shl nsw i64 %indvars.iv.next514.1.i.1, 7
   %2518 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx655.i.2
   %2519 = getelementptr inbounds nuw i8, ptr %2518, i64 256
-  store <32 x i32> %2517, ptr %2519, align 16, !tbaa !340
+  store <32 x i32> %2517, ptr %2519, align 16, !tbaa !80
   %indvars.iv.next514.1.i.2 = or disjoint i64 %indvars.iv513.1.i, 3
   %.idx654.i.3 = shl nsw i64 %indvars.iv.next514.1.i.2, 8
   %2520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx654.i.3
   %2521 = getelementptr inbounds nuw i8, ptr %2520, i64 512
-  %2522 = load <64 x float>, ptr %2521, align 4, !tbaa !4
+  %2522 = load <64 x float>, ptr %2521, align 4, !tbaa !9
   %2523 = bitcast <64 x float> %2522 to <64 x i32>
   %2524 = shufflevector <64 x i32> %2523, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2525 = lshr <32 x i32> %2524, splat (i32 16)
@@ -12316,14 +12943,14 @@ for_body_to119.1.i:                               ; preds = %for_body_to119.1.i,
   %.idx655.i.3 = shl nsw i64 %indvars.iv.next514.1.i.2, 7
   %2529 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx655.i.3
   %2530 = getelementptr inbounds nuw i8, ptr %2529, i64 256
-  store <32 x i32> %2528, ptr %2530, align 16, !tbaa !340
+  store <32 x i32> %2528, ptr %2530, align 16, !tbaa !80
   %indvars.iv.next514.1.i.3 = add nuw nsw i64 %indvars.iv513.1.i, 4
   %niter301.next.3 = add i64 %niter301, 4
   %niter301.ncmp.3 = icmp eq i64 %niter301.next.3, %unroll_iter300
-  br i1 %niter301.ncmp.3, label %for_body_to119.2.i.preheader.unr-lcssa, label %for_body_to119.1.i, !prof !153, !llvm.loop !344
+  br i1 %niter301.ncmp.3, label %for_body_to119.2.i.preheader.unr-lcssa, label %for_body_to119.1.i, !prof !57, !llvm.loop !84
 
 for_body_to119.2.i.preheader.unr-lcssa:           ; preds = %for_body_to119.1.i
-  br i1 %lcmp.mod298.not, label %for_body_to119.2.i.preheader, label %for_body_to119.1.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod298.not, label %for_body_to119.2.i.preheader, label %for_body_to119.1.i.epil.preheader, !prof !60
 
 for_body_to119.1.i.epil.preheader:                ; preds = %for_body_to119.2.i.preheader.unr-lcssa, %for_body_to119.1.i.preheader
   %indvars.iv513.1.i.epil.init = phi i64 [ 0, %for_body_to119.1.i.preheader ], [ %indvars.iv.next514.1.i.3, %for_body_to119.2.i.preheader.unr-lcssa ]
@@ -12336,7 +12963,7 @@ for_body_to119.1.i.epil:                          ; preds = %for_body_to119.1.i.
   %.idx654.i.epil = shl nsw i64 %indvars.iv513.1.i.epil, 8
   %2531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx654.i.epil
   %2532 = getelementptr inbounds nuw i8, ptr %2531, i64 512
-  %2533 = load <64 x float>, ptr %2532, align 4, !tbaa !4
+  %2533 = load <64 x float>, ptr %2532, align 4, !tbaa !9
   %2534 = bitcast <64 x float> %2533 to <64 x i32>
   %2535 = shufflevector <64 x i32> %2534, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2536 = lshr <32 x i32> %2535, splat (i32 16)
@@ -12346,14 +12973,14 @@ for_body_to119.1.i.epil:                          ; preds = %for_body_to119.1.i.
   %.idx655.i.epil = shl nsw i64 %indvars.iv513.1.i.epil, 7
   %2540 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx655.i.epil
   %2541 = getelementptr inbounds nuw i8, ptr %2540, i64 256
-  store <32 x i32> %2539, ptr %2541, align 16, !tbaa !340
+  store <32 x i32> %2539, ptr %2541, align 16, !tbaa !80
   %indvars.iv.next514.1.i.epil = add nuw nsw i64 %indvars.iv513.1.i.epil, 1
   %epil.iter297.next = add i64 %epil.iter297, 1
   %epil.iter297.cmp.not = icmp eq i64 %epil.iter297.next, %xtraiter296
-  br i1 %epil.iter297.cmp.not, label %for_body_to119.2.i.preheader, label %for_body_to119.1.i.epil, !prof !148, !llvm.loop !345
+  br i1 %epil.iter297.cmp.not, label %for_body_to119.2.i.preheader, label %for_body_to119.1.i.epil, !prof !52, !llvm.loop !85
 
 for_body_to119.2.i.preheader:                     ; preds = %for_body_to119.1.i.epil, %for_body_to119.2.i.preheader.unr-lcssa
-  br i1 %1417, label %for_body_to119.2.i.epil.preheader, label %for_body_to119.2.i, !prof !221
+  br i1 %1417, label %for_body_to119.2.i.epil.preheader, label %for_body_to119.2.i, !prof !56
 
 for_body_to119.2.i:                               ; preds = %for_body_to119.2.i, %for_body_to119.2.i.preheader
   %indvars.iv513.2.i = phi i64 [ %indvars.iv.next514.2.i.3, %for_body_to119.2.i ], [ 0, %for_body_to119.2.i.preheader ]
@@ -12361,7 +12988,7 @@ for_body_to119.2.i:                               ; preds = %for_body_to119.2.i,
   %.idx656.i = shl nsw i64 %indvars.iv513.2.i, 8
   %2542 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx656.i
   %2543 = getelementptr inbounds nuw i8, ptr %2542, i64 1024
-  %2544 = load <64 x float>, ptr %2543, align 4, !tbaa !4
+  %2544 = load <64 x float>, ptr %2543, align 4, !tbaa !9
   %2545 = bitcast <64 x float> %2544 to <64 x i32>
   %2546 = shufflevector <64 x i32> %2545, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2547 = lshr <32 x i32> %2546, splat (i32 16)
@@ -12371,12 +12998,12 @@ for_body_to119.2.i:                               ; preds = %for_body_to119.2.i,
   %.idx657.i = shl nsw i64 %indvars.iv513.2.i, 7
   %2551 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx657.i
   %2552 = getelementptr inbounds nuw i8, ptr %2551, i64 512
-  store <32 x i32> %2550, ptr %2552, align 16, !tbaa !340
+  store <32 x i32> %2550, ptr %2552, align 16, !tbaa !80
   %indvars.iv.next514.2.i = or disjoint i64 %indvars.iv513.2.i, 1
   %.idx656.i.1 = shl nsw i64 %indvars.iv.next514.2.i, 8
   %2553 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx656.i.1
   %2554 = getelementptr inbounds nuw i8, ptr %2553, i64 1024
-  %2555 = load <64 x float>, ptr %2554, align 4, !tbaa !4
+  %2555 = load <64 x float>, ptr %2554, align 4, !tbaa !9
   %2556 = bitcast <64 x float> %2555 to <64 x i32>
   %2557 = shufflevector <64 x i32> %2556, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2558 = lshr <32 x i32> %2557, splat (i32 16)
@@ -12386,12 +13013,12 @@ for_body_to119.2.i:                               ; preds = %for_body_to119.2.i,
   %.idx657.i.1 = shl nsw i64 %indvars.iv.next514.2.i, 7
   %2562 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx657.i.1
   %2563 = getelementptr inbounds nuw i8, ptr %2562, i64 512
-  store <32 x i32> %2561, ptr %2563, align 16, !tbaa !340
+  store <32 x i32> %2561, ptr %2563, align 16, !tbaa !80
   %indvars.iv.next514.2.i.1 = or disjoint i64 %indvars.iv513.2.i, 2
   %.idx656.i.2 = shl nsw i64 %indvars.iv.next514.2.i.1, 8
   %2564 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx656.i.2
   %2565 = getelementptr inbounds nuw i8, ptr %2564, i64 1024
-  %2566 = load <64 x float>, ptr %2565, align 4, !tbaa !4
+  %2566 = load <64 x float>, ptr %2565, align 4, !tbaa !9
   %2567 = bitcast <64 x float> %2566 to <64 x i32>
   %2568 = shufflevector <64 x i32> %2567, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2569 = lshr <32 x i32> %2568, splat (i32 16)
@@ -12401,12 +13028,12 @@ for_body_to119.2.i:                               ; preds = %for_body_to119.2.i,
   %.idx657.i.2 = shl nsw i64 %indvars.iv.next514.2.i.1, 7
   %2573 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx657.i.2
   %2574 = getelementptr inbounds nuw i8, ptr %2573, i64 512
-  store <32 x i32> %2572, ptr %2574, align 16, !tbaa !340
+  store <32 x i32> %2572, ptr %2574, align 16, !tbaa !80
   %indvars.iv.next514.2.i.2 = or disjoint i64 %indvars.iv513.2.i, 3
   %.idx656.i.3 = shl nsw i64 %indvars.iv.next514.2.i.2, 8
   %2575 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx656.i.3
   %2576 = getelementptr inbounds nuw i8, ptr %2575, i64 1024
-  %2577 = load <64 x float>, ptr %2576, align 4, !tbaa !4
+  %2577 = load <64 x float>, ptr %2576, align 4, !tbaa !9
   %2578 = bitcast <64 x float> %2577 to <64 x i32>
   %2579 = shufflevector <64 x i32> %2578, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2580 = lshr <32 x i32> %2579, splat (i32 16)
@@ -12416,14 +13043,14 @@ for_body_to119.2.i:                               ; preds = %for_body_to119.2.i,
   %.idx657.i.3 = shl nsw i64 %indvars.iv.next514.2.i.2, 7
   %2584 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx657.i.3
   %2585 = getelementptr inbounds nuw i8, ptr %2584, i64 512
-  store <32 x i32> %2583, ptr %2585, align 16, !tbaa !340
+  store <32 x i32> %2583, ptr %2585, align 16, !tbaa !80
   %indvars.iv.next514.2.i.3 = add nuw nsw i64 %indvars.iv513.2.i, 4
   %niter307.next.3 = add i64 %niter307, 4
   %niter307.ncmp.3 = icmp eq i64 %niter307.next.3, %unroll_iter306
-  br i1 %niter307.ncmp.3, label %for_body_to119.3.i.preheader.unr-lcssa, label %for_body_to119.2.i, !prof !153, !llvm.loop !346
+  br i1 %niter307.ncmp.3, label %for_body_to119.3.i.preheader.unr-lcssa, label %for_body_to119.2.i, !prof !57, !llvm.loop !86
 
 for_body_to119.3.i.preheader.unr-lcssa:           ; preds = %for_body_to119.2.i
-  br i1 %lcmp.mod304.not, label %for_body_to119.3.i.preheader, label %for_body_to119.2.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod304.not, label %for_body_to119.3.i.preheader, label %for_body_to119.2.i.epil.preheader, !prof !60
 
 for_body_to119.2.i.epil.preheader:                ; preds = %for_body_to119.3.i.preheader.unr-lcssa, %for_body_to119.2.i.preheader
   %indvars.iv513.2.i.epil.init = phi i64 [ 0, %for_body_to119.2.i.preheader ], [ %indvars.iv.next514.2.i.3, %for_body_to119.3.i.preheader.unr-lcssa ]
@@ -12436,7 +13063,7 @@ for_body_to119.2.i.epil:                          ; preds = %for_body_to119.2.i.
   %.idx656.i.epil = shl nsw i64 %indvars.iv513.2.i.epil, 8
   %2586 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx656.i.epil
   %2587 = getelementptr inbounds nuw i8, ptr %2586, i64 1024
-  %2588 = load <64 x float>, ptr %2587, align 4, !tbaa !4
+  %2588 = load <64 x float>, ptr %2587, align 4, !tbaa !9
   %2589 = bitcast <64 x float> %2588 to <64 x i32>
   %2590 = shufflevector <64 x i32> %2589, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2591 = lshr <32 x i32> %2590, splat (i32 16)
@@ -12446,14 +13073,14 @@ for_body_to119.2.i.epil:                          ; preds = %for_body_to119.2.i.
   %.idx657.i.epil = shl nsw i64 %indvars.iv513.2.i.epil, 7
   %2595 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx657.i.epil
   %2596 = getelementptr inbounds nuw i8, ptr %2595, i64 512
-  store <32 x i32> %2594, ptr %2596, align 16, !tbaa !340
+  store <32 x i32> %2594, ptr %2596, align 16, !tbaa !80
   %indvars.iv.next514.2.i.epil = add nuw nsw i64 %indvars.iv513.2.i.epil, 1
   %epil.iter303.next = add i64 %epil.iter303, 1
   %epil.iter303.cmp.not = icmp eq i64 %epil.iter303.next, %xtraiter302
-  br i1 %epil.iter303.cmp.not, label %for_body_to119.3.i.preheader, label %for_body_to119.2.i.epil, !prof !148, !llvm.loop !347
+  br i1 %epil.iter303.cmp.not, label %for_body_to119.3.i.preheader, label %for_body_to119.2.i.epil, !prof !52, !llvm.loop !87
 
 for_body_to119.3.i.preheader:                     ; preds = %for_body_to119.2.i.epil, %for_body_to119.3.i.preheader.unr-lcssa
-  br i1 %1418, label %for_body_to119.3.i.epil.preheader, label %for_body_to119.3.i, !prof !221
+  br i1 %1418, label %for_body_to119.3.i.epil.preheader, label %for_body_to119.3.i, !prof !56
 
 for_body_to119.3.i:                               ; preds = %for_body_to119.3.i, %for_body_to119.3.i.preheader
   %indvars.iv513.3.i = phi i64 [ %indvars.iv.next514.3.i.3, %for_body_to119.3.i ], [ 0, %for_body_to119.3.i.preheader ]
@@ -12461,7 +13088,7 @@ for_body_to119.3.i:                               ; preds = %for_body_to119.3.i,
   %.idx658.i = shl nsw i64 %indvars.iv513.3.i, 8
   %2597 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx658.i
   %2598 = getelementptr inbounds nuw i8, ptr %2597, i64 1536
-  %2599 = load <64 x float>, ptr %2598, align 4, !tbaa !4
+  %2599 = load <64 x float>, ptr %2598, align 4, !tbaa !9
   %2600 = bitcast <64 x float> %2599 to <64 x i32>
   %2601 = shufflevector <64 x i32> %2600, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2602 = lshr <32 x i32> %2601, splat (i32 16)
@@ -12471,12 +13098,12 @@ for_body_to119.3.i:                               ; preds = %for_body_to119.3.i,
   %.idx659.i = shl nsw i64 %indvars.iv513.3.i, 7
   %2606 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx659.i
   %2607 = getelementptr inbounds nuw i8, ptr %2606, i64 768
-  store <32 x i32> %2605, ptr %2607, align 16, !tbaa !340
+  store <32 x i32> %2605, ptr %2607, align 16, !tbaa !80
   %indvars.iv.next514.3.i = or disjoint i64 %indvars.iv513.3.i, 1
   %.idx658.i.1 = shl nsw i64 %indvars.iv.next514.3.i, 8
   %2608 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx658.i.1
   %2609 = getelementptr inbounds nuw i8, ptr %2608, i64 1536
-  %2610 = load <64 x float>, ptr %2609, align 4, !tbaa !4
+  %2610 = load <64 x float>, ptr %2609, align 4, !tbaa !9
   %2611 = bitcast <64 x float> %2610 to <64 x i32>
   %2612 = shufflevector <64 x i32> %2611, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2613 = lshr <32 x i32> %2612, splat (i32 16)
@@ -12486,12 +13113,12 @@ for_body_to119.3.i:                               ; preds = %for_body_to119.3.i,
   %.idx659.i.1 = shl nsw i64 %indvars.iv.next514.3.i, 7
   %2617 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx659.i.1
   %2618 = getelementptr inbounds nuw i8, ptr %2617, i64 768
-  store <32 x i32> %2616, ptr %2618, align 16, !tbaa !340
+  store <32 x i32> %2616, ptr %2618, align 16, !tbaa !80
   %indvars.iv.next514.3.i.1 = or disjoint i64 %indvars.iv513.3.i, 2
   %.idx658.i.2 = shl nsw i64 %indvars.iv.next514.3.i.1, 8
   %2619 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx658.i.2
   %2620 = getelementptr inbounds nuw i8, ptr %2619, i64 1536
-  %2621 = load <64 x float>, ptr %2620, align 4, !tbaa !4
+  %2621 = load <64 x float>, ptr %2620, align 4, !tbaa !9
   %2622 = bitcast <64 x float> %2621 to <64 x i32>
   %2623 = shufflevector <64 x i32> %2622, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2624 = lshr <32 x i32> %2623, splat (i32 16)
@@ -12501,12 +13128,12 @@ for_body_to119.3.i:                               ; preds = %for_body_to119.3.i,
   %.idx659.i.2 = shl nsw i64 %indvars.iv.next514.3.i.1, 7
   %2628 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx659.i.2
   %2629 = getelementptr inbounds nuw i8, ptr %2628, i64 768
-  store <32 x i32> %2627, ptr %2629, align 16, !tbaa !340
+  store <32 x i32> %2627, ptr %2629, align 16, !tbaa !80
   %indvars.iv.next514.3.i.2 = or disjoint i64 %indvars.iv513.3.i, 3
   %.idx658.i.3 = shl nsw i64 %indvars.iv.next514.3.i.2, 8
   %2630 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx658.i.3
   %2631 = getelementptr inbounds nuw i8, ptr %2630, i64 1536
-  %2632 = load <64 x float>, ptr %2631, align 4, !tbaa !4
+  %2632 = load <64 x float>, ptr %2631, align 4, !tbaa !9
   %2633 = bitcast <64 x float> %2632 to <64 x i32>
   %2634 = shufflevector <64 x i32> %2633, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2635 = lshr <32 x i32> %2634, splat (i32 16)
@@ -12516,14 +13143,14 @@ for_body_to119.3.i:                               ; preds = %for_body_to119.3.i,
   %.idx659.i.3 = shl nsw i64 %indvars.iv.next514.3.i.2, 7
   %2639 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx659.i.3
   %2640 = getelementptr inbounds nuw i8, ptr %2639, i64 768
-  store <32 x i32> %2638, ptr %2640, align 16, !tbaa !340
+  store <32 x i32> %2638, ptr %2640, align 16, !tbaa !80
   %indvars.iv.next514.3.i.3 = add nuw nsw i64 %indvars.iv513.3.i, 4
   %niter313.next.3 = add i64 %niter313, 4
   %niter313.ncmp.3 = icmp eq i64 %niter313.next.3, %unroll_iter312
-  br i1 %niter313.ncmp.3, label %for_begin_ax2.preheader.i.preheader.unr-lcssa, label %for_body_to119.3.i, !prof !153, !llvm.loop !348
+  br i1 %niter313.ncmp.3, label %for_begin_ax2.preheader.i.preheader.unr-lcssa, label %for_body_to119.3.i, !prof !57, !llvm.loop !88
 
 for_begin_ax2.preheader.i.preheader.unr-lcssa:    ; preds = %for_body_to119.3.i
-  br i1 %lcmp.mod310.not, label %for_begin_ax2.preheader.i.preheader, label %for_body_to119.3.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod310.not, label %for_begin_ax2.preheader.i.preheader, label %for_body_to119.3.i.epil.preheader, !prof !60
 
 for_body_to119.3.i.epil.preheader:                ; preds = %for_begin_ax2.preheader.i.preheader.unr-lcssa, %for_body_to119.3.i.preheader
   %indvars.iv513.3.i.epil.init = phi i64 [ 0, %for_body_to119.3.i.preheader ], [ %indvars.iv.next514.3.i.3, %for_begin_ax2.preheader.i.preheader.unr-lcssa ]
@@ -12536,7 +13163,7 @@ for_body_to119.3.i.epil:                          ; preds = %for_body_to119.3.i.
   %.idx658.i.epil = shl nsw i64 %indvars.iv513.3.i.epil, 8
   %2641 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx658.i.epil
   %2642 = getelementptr inbounds nuw i8, ptr %2641, i64 1536
-  %2643 = load <64 x float>, ptr %2642, align 4, !tbaa !4
+  %2643 = load <64 x float>, ptr %2642, align 4, !tbaa !9
   %2644 = bitcast <64 x float> %2643 to <64 x i32>
   %2645 = shufflevector <64 x i32> %2644, <64 x i32> poison, <32 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 50, i32 52, i32 54, i32 56, i32 58, i32 60, i32 62>
   %2646 = lshr <32 x i32> %2645, splat (i32 16)
@@ -12546,14 +13173,14 @@ for_body_to119.3.i.epil:                          ; preds = %for_body_to119.3.i.
   %.idx659.i.epil = shl nsw i64 %indvars.iv513.3.i.epil, 7
   %2650 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx659.i.epil
   %2651 = getelementptr inbounds nuw i8, ptr %2650, i64 768
-  store <32 x i32> %2649, ptr %2651, align 16, !tbaa !340
+  store <32 x i32> %2649, ptr %2651, align 16, !tbaa !80
   %indvars.iv.next514.3.i.epil = add nuw nsw i64 %indvars.iv513.3.i.epil, 1
   %epil.iter309.next = add i64 %epil.iter309, 1
   %epil.iter309.cmp.not = icmp eq i64 %epil.iter309.next, %xtraiter308
-  br i1 %epil.iter309.cmp.not, label %for_begin_ax2.preheader.i.preheader, label %for_body_to119.3.i.epil, !prof !148, !llvm.loop !349
+  br i1 %epil.iter309.cmp.not, label %for_begin_ax2.preheader.i.preheader, label %for_body_to119.3.i.epil, !prof !52, !llvm.loop !89
 
 for_begin_ax2.preheader.i.preheader:              ; preds = %for_body_to119.3.i.epil, %for_begin_ax2.preheader.i.preheader.unr-lcssa
-  br i1 %1419, label %for_begin_ax2.preheader.i.epil.preheader, label %for_begin_ax2.preheader.i, !prof !221
+  br i1 %1419, label %for_begin_ax2.preheader.i.epil.preheader, label %for_begin_ax2.preheader.i, !prof !56
 
 for_begin_p.preheader.i:                          ; preds = %for_end_ax1.3.i
   %2652 = zext nneg i32 %1474 to i64
@@ -12577,66 +13204,66 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   %niter320 = phi i64 [ %niter320.next.3, %for_begin_ax2.preheader.i ], [ 0, %for_begin_ax2.preheader.i.preheader ]
   %.idx65 = shl nsw i64 %indvars.iv526.i, 7
   %2656 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx65
-  %2657 = load <16 x bfloat>, ptr %2656, align 16, !tbaa !340
+  %2657 = load <16 x bfloat>, ptr %2656, align 16, !tbaa !80
   %r.i.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.i, <16 x bfloat> %2657, <16 x bfloat> splat (bfloat 0xR3F80))
   %2658 = getelementptr inbounds nuw i8, ptr %2656, i64 32
-  %2659 = load <16 x bfloat>, ptr %2658, align 16, !tbaa !340
+  %2659 = load <16 x bfloat>, ptr %2658, align 16, !tbaa !80
   %r.i.1.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.i, <16 x bfloat> %2659, <16 x bfloat> splat (bfloat 0xR3F80))
   %2660 = getelementptr inbounds nuw i8, ptr %2656, i64 64
-  %2661 = load <16 x bfloat>, ptr %2660, align 16, !tbaa !340
+  %2661 = load <16 x bfloat>, ptr %2660, align 16, !tbaa !80
   %r.i.2.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.i, <16 x bfloat> %2661, <16 x bfloat> splat (bfloat 0xR3F80))
   %2662 = getelementptr inbounds nuw i8, ptr %2656, i64 96
-  %2663 = load <16 x bfloat>, ptr %2662, align 16, !tbaa !340
+  %2663 = load <16 x bfloat>, ptr %2662, align 16, !tbaa !80
   %r.i.3.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.i, <16 x bfloat> %2663, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.i = shl i64 %indvars.iv526.i, 7
   %2664 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.i
   %2665 = getelementptr inbounds nuw i8, ptr %2664, i64 128
-  %2666 = load <16 x bfloat>, ptr %2665, align 16, !tbaa !340
+  %2666 = load <16 x bfloat>, ptr %2665, align 16, !tbaa !80
   %r.i.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.i, <16 x bfloat> %2666, <16 x bfloat> splat (bfloat 0xR3F80))
   %2667 = getelementptr inbounds nuw i8, ptr %2664, i64 160
-  %2668 = load <16 x bfloat>, ptr %2667, align 16, !tbaa !340
+  %2668 = load <16 x bfloat>, ptr %2667, align 16, !tbaa !80
   %r.i.1.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.i.1, <16 x bfloat> %2668, <16 x bfloat> splat (bfloat 0xR3F80))
   %2669 = getelementptr inbounds nuw i8, ptr %2664, i64 192
-  %2670 = load <16 x bfloat>, ptr %2669, align 16, !tbaa !340
+  %2670 = load <16 x bfloat>, ptr %2669, align 16, !tbaa !80
   %r.i.2.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.i.1, <16 x bfloat> %2670, <16 x bfloat> splat (bfloat 0xR3F80))
   %2671 = getelementptr inbounds nuw i8, ptr %2664, i64 224
-  %2672 = load <16 x bfloat>, ptr %2671, align 16, !tbaa !340
+  %2672 = load <16 x bfloat>, ptr %2671, align 16, !tbaa !80
   %r.i.3.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.i.1, <16 x bfloat> %2672, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.i.1 = shl i64 %indvars.iv526.i, 7
   %2673 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.i.1
   %2674 = getelementptr inbounds nuw i8, ptr %2673, i64 256
-  %2675 = load <16 x bfloat>, ptr %2674, align 16, !tbaa !340
+  %2675 = load <16 x bfloat>, ptr %2674, align 16, !tbaa !80
   %r.i.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.i.1, <16 x bfloat> %2675, <16 x bfloat> splat (bfloat 0xR3F80))
   %2676 = getelementptr inbounds nuw i8, ptr %2673, i64 288
-  %2677 = load <16 x bfloat>, ptr %2676, align 16, !tbaa !340
+  %2677 = load <16 x bfloat>, ptr %2676, align 16, !tbaa !80
   %r.i.1.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.i.2, <16 x bfloat> %2677, <16 x bfloat> splat (bfloat 0xR3F80))
   %2678 = getelementptr inbounds nuw i8, ptr %2673, i64 320
-  %2679 = load <16 x bfloat>, ptr %2678, align 16, !tbaa !340
+  %2679 = load <16 x bfloat>, ptr %2678, align 16, !tbaa !80
   %r.i.2.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.i.2, <16 x bfloat> %2679, <16 x bfloat> splat (bfloat 0xR3F80))
   %2680 = getelementptr inbounds nuw i8, ptr %2673, i64 352
-  %2681 = load <16 x bfloat>, ptr %2680, align 16, !tbaa !340
+  %2681 = load <16 x bfloat>, ptr %2680, align 16, !tbaa !80
   %r.i.3.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.i.2, <16 x bfloat> %2681, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.i.2 = shl i64 %indvars.iv526.i, 7
   %2682 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.i.2
   %2683 = getelementptr inbounds nuw i8, ptr %2682, i64 384
-  %2684 = load <16 x bfloat>, ptr %2683, align 16, !tbaa !340
+  %2684 = load <16 x bfloat>, ptr %2683, align 16, !tbaa !80
   %r.i.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.i.2, <16 x bfloat> %2684, <16 x bfloat> splat (bfloat 0xR3F80))
   %2685 = getelementptr inbounds nuw i8, ptr %2682, i64 416
-  %2686 = load <16 x bfloat>, ptr %2685, align 16, !tbaa !340
+  %2686 = load <16 x bfloat>, ptr %2685, align 16, !tbaa !80
   %r.i.1.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.i.3, <16 x bfloat> %2686, <16 x bfloat> splat (bfloat 0xR3F80))
   %2687 = getelementptr inbounds nuw i8, ptr %2682, i64 448
-  %2688 = load <16 x bfloat>, ptr %2687, align 16, !tbaa !340
+  %2688 = load <16 x bfloat>, ptr %2687, align 16, !tbaa !80
   %r.i.2.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.i.3, <16 x bfloat> %2688, <16 x bfloat> splat (bfloat 0xR3F80))
   %2689 = getelementptr inbounds nuw i8, ptr %2682, i64 480
-  %2690 = load <16 x bfloat>, ptr %2689, align 16, !tbaa !340
+  %2690 = load <16 x bfloat>, ptr %2689, align 16, !tbaa !80
   %r.i.3.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.i.3, <16 x bfloat> %2690, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.i.3 = add nuw nsw i64 %indvars.iv526.i, 4
   %niter320.next.3 = add i64 %niter320, 4
   %niter320.ncmp.3 = icmp eq i64 %niter320.next.3, %unroll_iter319
-  br i1 %niter320.ncmp.3, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.i, !prof !153, !llvm.loop !350
+  br i1 %niter320.ncmp.3, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.i, !prof !57, !llvm.loop !90
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_begin_ax2.preheader.i
-  br i1 %lcmp.mod316.not, label %for_end_ax1.i, label %for_begin_ax2.preheader.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod316.not, label %for_end_ax1.i, label %for_begin_ax2.preheader.i.epil.preheader, !prof !60
 
 for_begin_ax2.preheader.i.epil.preheader:         ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax2.preheader.i.preheader
   %indvars.iv526.i.epil.init = phi i64 [ 0, %for_begin_ax2.preheader.i.preheader ], [ %indvars.iv.next527.i.3, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -12650,21 +13277,21 @@ for_begin_ax2.preheader.i.epil:                   ; preds = %for_begin_ax2.prehe
   %epil.iter315 = phi i64 [ %epil.iter315.next, %for_begin_ax2.preheader.i.epil ], [ 0, %for_begin_ax2.preheader.i.epil.preheader ]
   %.idx65.epil = shl nsw i64 %indvars.iv526.i.epil, 7
   %2691 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx65.epil
-  %2692 = load <16 x bfloat>, ptr %2691, align 16, !tbaa !340
+  %2692 = load <16 x bfloat>, ptr %2691, align 16, !tbaa !80
   %r.i.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.i.epil, <16 x bfloat> %2692, <16 x bfloat> splat (bfloat 0xR3F80))
   %2693 = getelementptr inbounds nuw i8, ptr %2691, i64 32
-  %2694 = load <16 x bfloat>, ptr %2693, align 16, !tbaa !340
+  %2694 = load <16 x bfloat>, ptr %2693, align 16, !tbaa !80
   %r.i.1.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.i.epil, <16 x bfloat> %2694, <16 x bfloat> splat (bfloat 0xR3F80))
   %2695 = getelementptr inbounds nuw i8, ptr %2691, i64 64
-  %2696 = load <16 x bfloat>, ptr %2695, align 16, !tbaa !340
+  %2696 = load <16 x bfloat>, ptr %2695, align 16, !tbaa !80
   %r.i.2.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.i.epil, <16 x bfloat> %2696, <16 x bfloat> splat (bfloat 0xR3F80))
   %2697 = getelementptr inbounds nuw i8, ptr %2691, i64 96
-  %2698 = load <16 x bfloat>, ptr %2697, align 16, !tbaa !340
+  %2698 = load <16 x bfloat>, ptr %2697, align 16, !tbaa !80
   %r.i.3.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.i.epil, <16 x bfloat> %2698, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.i.epil = add nuw nsw i64 %indvars.iv526.i.epil, 1
   %epil.iter315.next = add i64 %epil.iter315, 1
   %epil.iter315.cmp.not = icmp eq i64 %epil.iter315.next, %xtraiter314
-  br i1 %epil.iter315.cmp.not, label %for_end_ax1.i, label %for_begin_ax2.preheader.i.epil, !prof !148, !llvm.loop !351
+  br i1 %epil.iter315.cmp.not, label %for_end_ax1.i, label %for_begin_ax2.preheader.i.epil, !prof !52, !llvm.loop !91
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %if_end92.3.i
   %tile_sum.rf_global299.sroa.0.0.lcssa.i = phi <8 x float> [ zeroinitializer, %if_end92.3.i ], [ %r.i.3.i.3, %for_end_ax1.i.loopexit.unr-lcssa ], [ %r.i.3.i.epil, %for_begin_ax2.preheader.i.epil ]
@@ -12688,7 +13315,7 @@ for_end_ax1.i:                                    ; preds = %for_begin_ax2.prehe
   br i1 %1396, label %for_begin_ax2.preheader.1.i.preheader, label %for_end_ax1.1.i, !prof !3
 
 for_begin_ax2.preheader.1.i.preheader:            ; preds = %for_end_ax1.i
-  br i1 %1420, label %for_begin_ax2.preheader.1.i.epil.preheader, label %for_begin_ax2.preheader.1.i, !prof !221
+  br i1 %1420, label %for_begin_ax2.preheader.1.i.epil.preheader, label %for_begin_ax2.preheader.1.i, !prof !56
 
 for_begin_ax2.preheader.1.i:                      ; preds = %for_begin_ax2.preheader.1.i, %for_begin_ax2.preheader.1.i.preheader
   %indvars.iv526.1.i = phi i64 [ %indvars.iv.next527.1.i.3, %for_begin_ax2.preheader.1.i ], [ 0, %for_begin_ax2.preheader.1.i.preheader ]
@@ -12697,66 +13324,66 @@ for_begin_ax2.preheader.1.i:                      ; preds = %for_begin_ax2.prehe
   %.idx66 = shl nsw i64 %indvars.iv526.1.i, 7
   %2707 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx66
   %2708 = getelementptr inbounds nuw i8, ptr %2707, i64 256
-  %2709 = load <16 x bfloat>, ptr %2708, align 16, !tbaa !340
+  %2709 = load <16 x bfloat>, ptr %2708, align 16, !tbaa !80
   %r.i.1535.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.1.i, <16 x bfloat> %2709, <16 x bfloat> splat (bfloat 0xR3F80))
   %2710 = getelementptr inbounds nuw i8, ptr %2707, i64 288
-  %2711 = load <16 x bfloat>, ptr %2710, align 16, !tbaa !340
+  %2711 = load <16 x bfloat>, ptr %2710, align 16, !tbaa !80
   %r.i.1.1.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1535.i, <16 x bfloat> %2711, <16 x bfloat> splat (bfloat 0xR3F80))
   %2712 = getelementptr inbounds nuw i8, ptr %2707, i64 320
-  %2713 = load <16 x bfloat>, ptr %2712, align 16, !tbaa !340
+  %2713 = load <16 x bfloat>, ptr %2712, align 16, !tbaa !80
   %r.i.2.1.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.1.i, <16 x bfloat> %2713, <16 x bfloat> splat (bfloat 0xR3F80))
   %2714 = getelementptr inbounds nuw i8, ptr %2707, i64 352
-  %2715 = load <16 x bfloat>, ptr %2714, align 16, !tbaa !340
+  %2715 = load <16 x bfloat>, ptr %2714, align 16, !tbaa !80
   %r.i.3.1.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.1.i, <16 x bfloat> %2715, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.1.i = shl i64 %indvars.iv526.1.i, 7
   %2716 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.1.i
   %2717 = getelementptr inbounds nuw i8, ptr %2716, i64 384
-  %2718 = load <16 x bfloat>, ptr %2717, align 16, !tbaa !340
+  %2718 = load <16 x bfloat>, ptr %2717, align 16, !tbaa !80
   %r.i.1535.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.1.i, <16 x bfloat> %2718, <16 x bfloat> splat (bfloat 0xR3F80))
   %2719 = getelementptr inbounds nuw i8, ptr %2716, i64 416
-  %2720 = load <16 x bfloat>, ptr %2719, align 16, !tbaa !340
+  %2720 = load <16 x bfloat>, ptr %2719, align 16, !tbaa !80
   %r.i.1.1.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1535.i.1, <16 x bfloat> %2720, <16 x bfloat> splat (bfloat 0xR3F80))
   %2721 = getelementptr inbounds nuw i8, ptr %2716, i64 448
-  %2722 = load <16 x bfloat>, ptr %2721, align 16, !tbaa !340
+  %2722 = load <16 x bfloat>, ptr %2721, align 16, !tbaa !80
   %r.i.2.1.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.1.i.1, <16 x bfloat> %2722, <16 x bfloat> splat (bfloat 0xR3F80))
   %2723 = getelementptr inbounds nuw i8, ptr %2716, i64 480
-  %2724 = load <16 x bfloat>, ptr %2723, align 16, !tbaa !340
+  %2724 = load <16 x bfloat>, ptr %2723, align 16, !tbaa !80
   %r.i.3.1.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.1.i.1, <16 x bfloat> %2724, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.1.i.1 = shl i64 %indvars.iv526.1.i, 7
   %2725 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.1.i.1
   %2726 = getelementptr inbounds nuw i8, ptr %2725, i64 512
-  %2727 = load <16 x bfloat>, ptr %2726, align 16, !tbaa !340
+  %2727 = load <16 x bfloat>, ptr %2726, align 16, !tbaa !80
   %r.i.1535.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.1.i.1, <16 x bfloat> %2727, <16 x bfloat> splat (bfloat 0xR3F80))
   %2728 = getelementptr inbounds nuw i8, ptr %2725, i64 544
-  %2729 = load <16 x bfloat>, ptr %2728, align 16, !tbaa !340
+  %2729 = load <16 x bfloat>, ptr %2728, align 16, !tbaa !80
   %r.i.1.1.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1535.i.2, <16 x bfloat> %2729, <16 x bfloat> splat (bfloat 0xR3F80))
   %2730 = getelementptr inbounds nuw i8, ptr %2725, i64 576
-  %2731 = load <16 x bfloat>, ptr %2730, align 16, !tbaa !340
+  %2731 = load <16 x bfloat>, ptr %2730, align 16, !tbaa !80
   %r.i.2.1.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.1.i.2, <16 x bfloat> %2731, <16 x bfloat> splat (bfloat 0xR3F80))
   %2732 = getelementptr inbounds nuw i8, ptr %2725, i64 608
-  %2733 = load <16 x bfloat>, ptr %2732, align 16, !tbaa !340
+  %2733 = load <16 x bfloat>, ptr %2732, align 16, !tbaa !80
   %r.i.3.1.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.1.i.2, <16 x bfloat> %2733, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.1.i.2 = shl i64 %indvars.iv526.1.i, 7
   %2734 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.1.i.2
   %2735 = getelementptr inbounds nuw i8, ptr %2734, i64 640
-  %2736 = load <16 x bfloat>, ptr %2735, align 16, !tbaa !340
+  %2736 = load <16 x bfloat>, ptr %2735, align 16, !tbaa !80
   %r.i.1535.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.1.i.2, <16 x bfloat> %2736, <16 x bfloat> splat (bfloat 0xR3F80))
   %2737 = getelementptr inbounds nuw i8, ptr %2734, i64 672
-  %2738 = load <16 x bfloat>, ptr %2737, align 16, !tbaa !340
+  %2738 = load <16 x bfloat>, ptr %2737, align 16, !tbaa !80
   %r.i.1.1.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1535.i.3, <16 x bfloat> %2738, <16 x bfloat> splat (bfloat 0xR3F80))
   %2739 = getelementptr inbounds nuw i8, ptr %2734, i64 704
-  %2740 = load <16 x bfloat>, ptr %2739, align 16, !tbaa !340
+  %2740 = load <16 x bfloat>, ptr %2739, align 16, !tbaa !80
   %r.i.2.1.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.1.i.3, <16 x bfloat> %2740, <16 x bfloat> splat (bfloat 0xR3F80))
   %2741 = getelementptr inbounds nuw i8, ptr %2734, i64 736
-  %2742 = load <16 x bfloat>, ptr %2741, align 16, !tbaa !340
+  %2742 = load <16 x bfloat>, ptr %2741, align 16, !tbaa !80
   %r.i.3.1.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.1.i.3, <16 x bfloat> %2742, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.1.i.3 = add nuw nsw i64 %indvars.iv526.1.i, 4
   %niter327.next.3 = add i64 %niter327, 4
   %niter327.ncmp.3 = icmp eq i64 %niter327.next.3, %unroll_iter326
-  br i1 %niter327.ncmp.3, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.1.i, !prof !153, !llvm.loop !352
+  br i1 %niter327.ncmp.3, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.1.i, !prof !57, !llvm.loop !92
 
 for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_begin_ax2.preheader.1.i
-  br i1 %lcmp.mod323.not, label %for_end_ax1.1.i, label %for_begin_ax2.preheader.1.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod323.not, label %for_end_ax1.1.i, label %for_begin_ax2.preheader.1.i.epil.preheader, !prof !60
 
 for_begin_ax2.preheader.1.i.epil.preheader:       ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_begin_ax2.preheader.1.i.preheader
   %indvars.iv526.1.i.epil.init = phi i64 [ 0, %for_begin_ax2.preheader.1.i.preheader ], [ %indvars.iv.next527.1.i.3, %for_end_ax1.1.i.loopexit.unr-lcssa ]
@@ -12771,21 +13398,21 @@ for_begin_ax2.preheader.1.i.epil:                 ; preds = %for_begin_ax2.prehe
   %.idx66.epil = shl nsw i64 %indvars.iv526.1.i.epil, 7
   %2743 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx66.epil
   %2744 = getelementptr inbounds nuw i8, ptr %2743, i64 256
-  %2745 = load <16 x bfloat>, ptr %2744, align 16, !tbaa !340
+  %2745 = load <16 x bfloat>, ptr %2744, align 16, !tbaa !80
   %r.i.1535.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.1.i.epil, <16 x bfloat> %2745, <16 x bfloat> splat (bfloat 0xR3F80))
   %2746 = getelementptr inbounds nuw i8, ptr %2743, i64 288
-  %2747 = load <16 x bfloat>, ptr %2746, align 16, !tbaa !340
+  %2747 = load <16 x bfloat>, ptr %2746, align 16, !tbaa !80
   %r.i.1.1.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1535.i.epil, <16 x bfloat> %2747, <16 x bfloat> splat (bfloat 0xR3F80))
   %2748 = getelementptr inbounds nuw i8, ptr %2743, i64 320
-  %2749 = load <16 x bfloat>, ptr %2748, align 16, !tbaa !340
+  %2749 = load <16 x bfloat>, ptr %2748, align 16, !tbaa !80
   %r.i.2.1.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.1.i.epil, <16 x bfloat> %2749, <16 x bfloat> splat (bfloat 0xR3F80))
   %2750 = getelementptr inbounds nuw i8, ptr %2743, i64 352
-  %2751 = load <16 x bfloat>, ptr %2750, align 16, !tbaa !340
+  %2751 = load <16 x bfloat>, ptr %2750, align 16, !tbaa !80
   %r.i.3.1.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.1.i.epil, <16 x bfloat> %2751, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.1.i.epil = add nuw nsw i64 %indvars.iv526.1.i.epil, 1
   %epil.iter322.next = add i64 %epil.iter322, 1
   %epil.iter322.cmp.not = icmp eq i64 %epil.iter322.next, %xtraiter321
-  br i1 %epil.iter322.cmp.not, label %for_end_ax1.1.i, label %for_begin_ax2.preheader.1.i.epil, !prof !148, !llvm.loop !353
+  br i1 %epil.iter322.cmp.not, label %for_end_ax1.1.i, label %for_begin_ax2.preheader.1.i.epil, !prof !52, !llvm.loop !93
 
 for_end_ax1.1.i:                                  ; preds = %for_begin_ax2.preheader.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
   %tile_sum.rf_global299.sroa.0.0.lcssa.1.i = phi <8 x float> [ zeroinitializer, %for_end_ax1.i ], [ %r.i.3.1.i.3, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %r.i.3.1.i.epil, %for_begin_ax2.preheader.1.i.epil ]
@@ -12809,7 +13436,7 @@ for_end_ax1.1.i:                                  ; preds = %for_begin_ax2.prehe
   br i1 %1396, label %for_begin_ax2.preheader.2.i.preheader, label %for_end_ax1.2.i, !prof !3
 
 for_begin_ax2.preheader.2.i.preheader:            ; preds = %for_end_ax1.1.i
-  br i1 %1421, label %for_begin_ax2.preheader.2.i.epil.preheader, label %for_begin_ax2.preheader.2.i, !prof !221
+  br i1 %1421, label %for_begin_ax2.preheader.2.i.epil.preheader, label %for_begin_ax2.preheader.2.i, !prof !56
 
 for_begin_ax2.preheader.2.i:                      ; preds = %for_begin_ax2.preheader.2.i, %for_begin_ax2.preheader.2.i.preheader
   %indvars.iv526.2.i = phi i64 [ %indvars.iv.next527.2.i.3, %for_begin_ax2.preheader.2.i ], [ 0, %for_begin_ax2.preheader.2.i.preheader ]
@@ -12818,66 +13445,66 @@ for_begin_ax2.preheader.2.i:                      ; preds = %for_begin_ax2.prehe
   %.idx67 = shl nsw i64 %indvars.iv526.2.i, 7
   %2760 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx67
   %2761 = getelementptr inbounds nuw i8, ptr %2760, i64 512
-  %2762 = load <16 x bfloat>, ptr %2761, align 16, !tbaa !340
+  %2762 = load <16 x bfloat>, ptr %2761, align 16, !tbaa !80
   %r.i.2536.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.2.i, <16 x bfloat> %2762, <16 x bfloat> splat (bfloat 0xR3F80))
   %2763 = getelementptr inbounds nuw i8, ptr %2760, i64 544
-  %2764 = load <16 x bfloat>, ptr %2763, align 16, !tbaa !340
+  %2764 = load <16 x bfloat>, ptr %2763, align 16, !tbaa !80
   %r.i.1.2.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2536.i, <16 x bfloat> %2764, <16 x bfloat> splat (bfloat 0xR3F80))
   %2765 = getelementptr inbounds nuw i8, ptr %2760, i64 576
-  %2766 = load <16 x bfloat>, ptr %2765, align 16, !tbaa !340
+  %2766 = load <16 x bfloat>, ptr %2765, align 16, !tbaa !80
   %r.i.2.2.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.2.i, <16 x bfloat> %2766, <16 x bfloat> splat (bfloat 0xR3F80))
   %2767 = getelementptr inbounds nuw i8, ptr %2760, i64 608
-  %2768 = load <16 x bfloat>, ptr %2767, align 16, !tbaa !340
+  %2768 = load <16 x bfloat>, ptr %2767, align 16, !tbaa !80
   %r.i.3.2.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.2.i, <16 x bfloat> %2768, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.2.i = shl i64 %indvars.iv526.2.i, 7
   %2769 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.2.i
   %2770 = getelementptr inbounds nuw i8, ptr %2769, i64 640
-  %2771 = load <16 x bfloat>, ptr %2770, align 16, !tbaa !340
+  %2771 = load <16 x bfloat>, ptr %2770, align 16, !tbaa !80
   %r.i.2536.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.2.i, <16 x bfloat> %2771, <16 x bfloat> splat (bfloat 0xR3F80))
   %2772 = getelementptr inbounds nuw i8, ptr %2769, i64 672
-  %2773 = load <16 x bfloat>, ptr %2772, align 16, !tbaa !340
+  %2773 = load <16 x bfloat>, ptr %2772, align 16, !tbaa !80
   %r.i.1.2.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2536.i.1, <16 x bfloat> %2773, <16 x bfloat> splat (bfloat 0xR3F80))
   %2774 = getelementptr inbounds nuw i8, ptr %2769, i64 704
-  %2775 = load <16 x bfloat>, ptr %2774, align 16, !tbaa !340
+  %2775 = load <16 x bfloat>, ptr %2774, align 16, !tbaa !80
   %r.i.2.2.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.2.i.1, <16 x bfloat> %2775, <16 x bfloat> splat (bfloat 0xR3F80))
   %2776 = getelementptr inbounds nuw i8, ptr %2769, i64 736
-  %2777 = load <16 x bfloat>, ptr %2776, align 16, !tbaa !340
+  %2777 = load <16 x bfloat>, ptr %2776, align 16, !tbaa !80
   %r.i.3.2.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.2.i.1, <16 x bfloat> %2777, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.2.i.1 = shl i64 %indvars.iv526.2.i, 7
   %2778 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.2.i.1
   %2779 = getelementptr inbounds nuw i8, ptr %2778, i64 768
-  %2780 = load <16 x bfloat>, ptr %2779, align 16, !tbaa !340
+  %2780 = load <16 x bfloat>, ptr %2779, align 16, !tbaa !80
   %r.i.2536.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.2.i.1, <16 x bfloat> %2780, <16 x bfloat> splat (bfloat 0xR3F80))
   %2781 = getelementptr inbounds nuw i8, ptr %2778, i64 800
-  %2782 = load <16 x bfloat>, ptr %2781, align 16, !tbaa !340
+  %2782 = load <16 x bfloat>, ptr %2781, align 16, !tbaa !80
   %r.i.1.2.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2536.i.2, <16 x bfloat> %2782, <16 x bfloat> splat (bfloat 0xR3F80))
   %2783 = getelementptr inbounds nuw i8, ptr %2778, i64 832
-  %2784 = load <16 x bfloat>, ptr %2783, align 16, !tbaa !340
+  %2784 = load <16 x bfloat>, ptr %2783, align 16, !tbaa !80
   %r.i.2.2.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.2.i.2, <16 x bfloat> %2784, <16 x bfloat> splat (bfloat 0xR3F80))
   %2785 = getelementptr inbounds nuw i8, ptr %2778, i64 864
-  %2786 = load <16 x bfloat>, ptr %2785, align 16, !tbaa !340
+  %2786 = load <16 x bfloat>, ptr %2785, align 16, !tbaa !80
   %r.i.3.2.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.2.i.2, <16 x bfloat> %2786, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.2.i.2 = shl i64 %indvars.iv526.2.i, 7
   %2787 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.2.i.2
   %2788 = getelementptr inbounds nuw i8, ptr %2787, i64 896
-  %2789 = load <16 x bfloat>, ptr %2788, align 16, !tbaa !340
+  %2789 = load <16 x bfloat>, ptr %2788, align 16, !tbaa !80
   %r.i.2536.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.2.i.2, <16 x bfloat> %2789, <16 x bfloat> splat (bfloat 0xR3F80))
   %2790 = getelementptr inbounds nuw i8, ptr %2787, i64 928
-  %2791 = load <16 x bfloat>, ptr %2790, align 16, !tbaa !340
+  %2791 = load <16 x bfloat>, ptr %2790, align 16, !tbaa !80
   %r.i.1.2.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2536.i.3, <16 x bfloat> %2791, <16 x bfloat> splat (bfloat 0xR3F80))
   %2792 = getelementptr inbounds nuw i8, ptr %2787, i64 960
-  %2793 = load <16 x bfloat>, ptr %2792, align 16, !tbaa !340
+  %2793 = load <16 x bfloat>, ptr %2792, align 16, !tbaa !80
   %r.i.2.2.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.2.i.3, <16 x bfloat> %2793, <16 x bfloat> splat (bfloat 0xR3F80))
   %2794 = getelementptr inbounds nuw i8, ptr %2787, i64 992
-  %2795 = load <16 x bfloat>, ptr %2794, align 16, !tbaa !340
+  %2795 = load <16 x bfloat>, ptr %2794, align 16, !tbaa !80
   %r.i.3.2.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.2.i.3, <16 x bfloat> %2795, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.2.i.3 = add nuw nsw i64 %indvars.iv526.2.i, 4
   %niter334.next.3 = add i64 %niter334, 4
   %niter334.ncmp.3 = icmp eq i64 %niter334.next.3, %unroll_iter333
-  br i1 %niter334.ncmp.3, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.2.i, !prof !153, !llvm.loop !354
+  br i1 %niter334.ncmp.3, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.2.i, !prof !57, !llvm.loop !94
 
 for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_begin_ax2.preheader.2.i
-  br i1 %lcmp.mod330.not, label %for_end_ax1.2.i, label %for_begin_ax2.preheader.2.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod330.not, label %for_end_ax1.2.i, label %for_begin_ax2.preheader.2.i.epil.preheader, !prof !60
 
 for_begin_ax2.preheader.2.i.epil.preheader:       ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_begin_ax2.preheader.2.i.preheader
   %indvars.iv526.2.i.epil.init = phi i64 [ 0, %for_begin_ax2.preheader.2.i.preheader ], [ %indvars.iv.next527.2.i.3, %for_end_ax1.2.i.loopexit.unr-lcssa ]
@@ -12892,21 +13519,21 @@ for_begin_ax2.preheader.2.i.epil:                 ; preds = %for_begin_ax2.prehe
   %.idx67.epil = shl nsw i64 %indvars.iv526.2.i.epil, 7
   %2796 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx67.epil
   %2797 = getelementptr inbounds nuw i8, ptr %2796, i64 512
-  %2798 = load <16 x bfloat>, ptr %2797, align 16, !tbaa !340
+  %2798 = load <16 x bfloat>, ptr %2797, align 16, !tbaa !80
   %r.i.2536.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.2.i.epil, <16 x bfloat> %2798, <16 x bfloat> splat (bfloat 0xR3F80))
   %2799 = getelementptr inbounds nuw i8, ptr %2796, i64 544
-  %2800 = load <16 x bfloat>, ptr %2799, align 16, !tbaa !340
+  %2800 = load <16 x bfloat>, ptr %2799, align 16, !tbaa !80
   %r.i.1.2.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2536.i.epil, <16 x bfloat> %2800, <16 x bfloat> splat (bfloat 0xR3F80))
   %2801 = getelementptr inbounds nuw i8, ptr %2796, i64 576
-  %2802 = load <16 x bfloat>, ptr %2801, align 16, !tbaa !340
+  %2802 = load <16 x bfloat>, ptr %2801, align 16, !tbaa !80
   %r.i.2.2.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.2.i.epil, <16 x bfloat> %2802, <16 x bfloat> splat (bfloat 0xR3F80))
   %2803 = getelementptr inbounds nuw i8, ptr %2796, i64 608
-  %2804 = load <16 x bfloat>, ptr %2803, align 16, !tbaa !340
+  %2804 = load <16 x bfloat>, ptr %2803, align 16, !tbaa !80
   %r.i.3.2.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.2.i.epil, <16 x bfloat> %2804, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.2.i.epil = add nuw nsw i64 %indvars.iv526.2.i.epil, 1
   %epil.iter329.next = add i64 %epil.iter329, 1
   %epil.iter329.cmp.not = icmp eq i64 %epil.iter329.next, %xtraiter328
-  br i1 %epil.iter329.cmp.not, label %for_end_ax1.2.i, label %for_begin_ax2.preheader.2.i.epil, !prof !148, !llvm.loop !355
+  br i1 %epil.iter329.cmp.not, label %for_end_ax1.2.i, label %for_begin_ax2.preheader.2.i.epil, !prof !52, !llvm.loop !95
 
 for_end_ax1.2.i:                                  ; preds = %for_begin_ax2.preheader.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
   %tile_sum.rf_global299.sroa.0.0.lcssa.2.i = phi <8 x float> [ zeroinitializer, %for_end_ax1.1.i ], [ %r.i.3.2.i.3, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %r.i.3.2.i.epil, %for_begin_ax2.preheader.2.i.epil ]
@@ -12930,7 +13557,7 @@ for_end_ax1.2.i:                                  ; preds = %for_begin_ax2.prehe
   br i1 %1396, label %for_begin_ax2.preheader.3.i.preheader, label %for_end_ax1.3.i, !prof !3
 
 for_begin_ax2.preheader.3.i.preheader:            ; preds = %for_end_ax1.2.i
-  br i1 %1422, label %for_begin_ax2.preheader.3.i.epil.preheader, label %for_begin_ax2.preheader.3.i, !prof !221
+  br i1 %1422, label %for_begin_ax2.preheader.3.i.epil.preheader, label %for_begin_ax2.preheader.3.i, !prof !56
 
 for_begin_ax2.preheader.3.i:                      ; preds = %for_begin_ax2.preheader.3.i, %for_begin_ax2.preheader.3.i.preheader
   %indvars.iv526.3.i = phi i64 [ %indvars.iv.next527.3.i.3, %for_begin_ax2.preheader.3.i ], [ 0, %for_begin_ax2.preheader.3.i.preheader ]
@@ -12939,66 +13566,66 @@ for_begin_ax2.preheader.3.i:                      ; preds = %for_begin_ax2.prehe
   %.idx68 = shl nsw i64 %indvars.iv526.3.i, 7
   %2813 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx68
   %2814 = getelementptr inbounds nuw i8, ptr %2813, i64 768
-  %2815 = load <16 x bfloat>, ptr %2814, align 16, !tbaa !340
+  %2815 = load <16 x bfloat>, ptr %2814, align 16, !tbaa !80
   %r.i.3537.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.3.i, <16 x bfloat> %2815, <16 x bfloat> splat (bfloat 0xR3F80))
   %2816 = getelementptr inbounds nuw i8, ptr %2813, i64 800
-  %2817 = load <16 x bfloat>, ptr %2816, align 16, !tbaa !340
+  %2817 = load <16 x bfloat>, ptr %2816, align 16, !tbaa !80
   %r.i.1.3.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3537.i, <16 x bfloat> %2817, <16 x bfloat> splat (bfloat 0xR3F80))
   %2818 = getelementptr inbounds nuw i8, ptr %2813, i64 832
-  %2819 = load <16 x bfloat>, ptr %2818, align 16, !tbaa !340
+  %2819 = load <16 x bfloat>, ptr %2818, align 16, !tbaa !80
   %r.i.2.3.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.3.i, <16 x bfloat> %2819, <16 x bfloat> splat (bfloat 0xR3F80))
   %2820 = getelementptr inbounds nuw i8, ptr %2813, i64 864
-  %2821 = load <16 x bfloat>, ptr %2820, align 16, !tbaa !340
+  %2821 = load <16 x bfloat>, ptr %2820, align 16, !tbaa !80
   %r.i.3.3.i = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.3.i, <16 x bfloat> %2821, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.3.i = shl i64 %indvars.iv526.3.i, 7
   %2822 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.3.i
   %2823 = getelementptr inbounds nuw i8, ptr %2822, i64 896
-  %2824 = load <16 x bfloat>, ptr %2823, align 16, !tbaa !340
+  %2824 = load <16 x bfloat>, ptr %2823, align 16, !tbaa !80
   %r.i.3537.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.3.i, <16 x bfloat> %2824, <16 x bfloat> splat (bfloat 0xR3F80))
   %2825 = getelementptr inbounds nuw i8, ptr %2822, i64 928
-  %2826 = load <16 x bfloat>, ptr %2825, align 16, !tbaa !340
+  %2826 = load <16 x bfloat>, ptr %2825, align 16, !tbaa !80
   %r.i.1.3.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3537.i.1, <16 x bfloat> %2826, <16 x bfloat> splat (bfloat 0xR3F80))
   %2827 = getelementptr inbounds nuw i8, ptr %2822, i64 960
-  %2828 = load <16 x bfloat>, ptr %2827, align 16, !tbaa !340
+  %2828 = load <16 x bfloat>, ptr %2827, align 16, !tbaa !80
   %r.i.2.3.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.3.i.1, <16 x bfloat> %2828, <16 x bfloat> splat (bfloat 0xR3F80))
   %2829 = getelementptr inbounds nuw i8, ptr %2822, i64 992
-  %2830 = load <16 x bfloat>, ptr %2829, align 16, !tbaa !340
+  %2830 = load <16 x bfloat>, ptr %2829, align 16, !tbaa !80
   %r.i.3.3.i.1 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.3.i.1, <16 x bfloat> %2830, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.3.i.1 = shl i64 %indvars.iv526.3.i, 7
   %2831 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.3.i.1
   %2832 = getelementptr inbounds nuw i8, ptr %2831, i64 1024
-  %2833 = load <16 x bfloat>, ptr %2832, align 16, !tbaa !340
+  %2833 = load <16 x bfloat>, ptr %2832, align 16, !tbaa !80
   %r.i.3537.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.3.i.1, <16 x bfloat> %2833, <16 x bfloat> splat (bfloat 0xR3F80))
   %2834 = getelementptr inbounds nuw i8, ptr %2831, i64 1056
-  %2835 = load <16 x bfloat>, ptr %2834, align 16, !tbaa !340
+  %2835 = load <16 x bfloat>, ptr %2834, align 16, !tbaa !80
   %r.i.1.3.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3537.i.2, <16 x bfloat> %2835, <16 x bfloat> splat (bfloat 0xR3F80))
   %2836 = getelementptr inbounds nuw i8, ptr %2831, i64 1088
-  %2837 = load <16 x bfloat>, ptr %2836, align 16, !tbaa !340
+  %2837 = load <16 x bfloat>, ptr %2836, align 16, !tbaa !80
   %r.i.2.3.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.3.i.2, <16 x bfloat> %2837, <16 x bfloat> splat (bfloat 0xR3F80))
   %2838 = getelementptr inbounds nuw i8, ptr %2831, i64 1120
-  %2839 = load <16 x bfloat>, ptr %2838, align 16, !tbaa !340
+  %2839 = load <16 x bfloat>, ptr %2838, align 16, !tbaa !80
   %r.i.3.3.i.2 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.3.i.2, <16 x bfloat> %2839, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.3.i.2 = shl i64 %indvars.iv526.3.i, 7
   %2840 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %indvars.iv.next527.3.i.2
   %2841 = getelementptr inbounds nuw i8, ptr %2840, i64 1152
-  %2842 = load <16 x bfloat>, ptr %2841, align 16, !tbaa !340
+  %2842 = load <16 x bfloat>, ptr %2841, align 16, !tbaa !80
   %r.i.3537.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3.3.i.2, <16 x bfloat> %2842, <16 x bfloat> splat (bfloat 0xR3F80))
   %2843 = getelementptr inbounds nuw i8, ptr %2840, i64 1184
-  %2844 = load <16 x bfloat>, ptr %2843, align 16, !tbaa !340
+  %2844 = load <16 x bfloat>, ptr %2843, align 16, !tbaa !80
   %r.i.1.3.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3537.i.3, <16 x bfloat> %2844, <16 x bfloat> splat (bfloat 0xR3F80))
   %2845 = getelementptr inbounds nuw i8, ptr %2840, i64 1216
-  %2846 = load <16 x bfloat>, ptr %2845, align 16, !tbaa !340
+  %2846 = load <16 x bfloat>, ptr %2845, align 16, !tbaa !80
   %r.i.2.3.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.3.i.3, <16 x bfloat> %2846, <16 x bfloat> splat (bfloat 0xR3F80))
   %2847 = getelementptr inbounds nuw i8, ptr %2840, i64 1248
-  %2848 = load <16 x bfloat>, ptr %2847, align 16, !tbaa !340
+  %2848 = load <16 x bfloat>, ptr %2847, align 16, !tbaa !80
   %r.i.3.3.i.3 = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.3.i.3, <16 x bfloat> %2848, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.3.i.3 = add nuw nsw i64 %indvars.iv526.3.i, 4
   %niter341.next.3 = add i64 %niter341, 4
   %niter341.ncmp.3 = icmp eq i64 %niter341.next.3, %unroll_iter340
-  br i1 %niter341.ncmp.3, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.3.i, !prof !153, !llvm.loop !356
+  br i1 %niter341.ncmp.3, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_begin_ax2.preheader.3.i, !prof !57, !llvm.loop !96
 
 for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_begin_ax2.preheader.3.i
-  br i1 %lcmp.mod337.not, label %for_end_ax1.3.i, label %for_begin_ax2.preheader.3.i.epil.preheader, !prof !147
+  br i1 %lcmp.mod337.not, label %for_end_ax1.3.i, label %for_begin_ax2.preheader.3.i.epil.preheader, !prof !60
 
 for_begin_ax2.preheader.3.i.epil.preheader:       ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_begin_ax2.preheader.3.i.preheader
   %indvars.iv526.3.i.epil.init = phi i64 [ 0, %for_begin_ax2.preheader.3.i.preheader ], [ %indvars.iv.next527.3.i.3, %for_end_ax1.3.i.loopexit.unr-lcssa ]
@@ -13013,21 +13640,21 @@ for_begin_ax2.preheader.3.i.epil:                 ; preds = %for_begin_ax2.prehe
   %.idx68.epil = shl nsw i64 %indvars.iv526.3.i.epil, 7
   %2849 = getelementptr inbounds nuw i8, ptr %prob_pairs306.i, i64 %.idx68.epil
   %2850 = getelementptr inbounds nuw i8, ptr %2849, i64 768
-  %2851 = load <16 x bfloat>, ptr %2850, align 16, !tbaa !340
+  %2851 = load <16 x bfloat>, ptr %2850, align 16, !tbaa !80
   %r.i.3537.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global299.sroa.0.0369.3.i.epil, <16 x bfloat> %2851, <16 x bfloat> splat (bfloat 0xR3F80))
   %2852 = getelementptr inbounds nuw i8, ptr %2849, i64 800
-  %2853 = load <16 x bfloat>, ptr %2852, align 16, !tbaa !340
+  %2853 = load <16 x bfloat>, ptr %2852, align 16, !tbaa !80
   %r.i.1.3.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.3537.i.epil, <16 x bfloat> %2853, <16 x bfloat> splat (bfloat 0xR3F80))
   %2854 = getelementptr inbounds nuw i8, ptr %2849, i64 832
-  %2855 = load <16 x bfloat>, ptr %2854, align 16, !tbaa !340
+  %2855 = load <16 x bfloat>, ptr %2854, align 16, !tbaa !80
   %r.i.2.3.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.1.3.i.epil, <16 x bfloat> %2855, <16 x bfloat> splat (bfloat 0xR3F80))
   %2856 = getelementptr inbounds nuw i8, ptr %2849, i64 864
-  %2857 = load <16 x bfloat>, ptr %2856, align 16, !tbaa !340
+  %2857 = load <16 x bfloat>, ptr %2856, align 16, !tbaa !80
   %r.i.3.3.i.epil = call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.2.3.i.epil, <16 x bfloat> %2857, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next527.3.i.epil = add nuw nsw i64 %indvars.iv526.3.i.epil, 1
   %epil.iter336.next = add i64 %epil.iter336, 1
   %epil.iter336.cmp.not = icmp eq i64 %epil.iter336.next, %xtraiter335
-  br i1 %epil.iter336.cmp.not, label %for_end_ax1.3.i, label %for_begin_ax2.preheader.3.i.epil, !prof !148, !llvm.loop !357
+  br i1 %epil.iter336.cmp.not, label %for_end_ax1.3.i, label %for_begin_ax2.preheader.3.i.epil, !prof !52, !llvm.loop !97
 
 for_end_ax1.3.i:                                  ; preds = %for_begin_ax2.preheader.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
   %tile_sum.rf_global299.sroa.0.0.lcssa.3.i = phi <8 x float> [ zeroinitializer, %for_end_ax1.2.i ], [ %r.i.3.3.i.3, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %r.i.3.3.i.epil, %for_begin_ax2.preheader.3.i.epil ]
@@ -13050,10 +13677,10 @@ for_end_ax1.3.i:                                  ; preds = %for_begin_ax2.prehe
   %tile_sum304.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum304.sroa.0.8.vec.insert.i, float %2865, i64 3
   %2866 = shl nuw nsw i64 %indvars.iv582.i, 2
   %2867 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %2866
-  %2868 = load <4 x float>, ptr %2867, align 16, !tbaa !314
+  %2868 = load <4 x float>, ptr %2867, align 16, !tbaa !43
   %old_max.i = select <4 x i1> %1400, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2868
   %2869 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %2866
-  %2870 = load <4 x float>, ptr %2869, align 16, !tbaa !312
+  %2870 = load <4 x float>, ptr %2869, align 16, !tbaa !41
   %old_sum.i = select <4 x i1> %1400, <4 x float> zeroinitializer, <4 x float> %2870
   %2871 = fcmp ogt <4 x float> %old_max.i, %2315
   %2872 = fcmp oeq <4 x float> %tile_sum304.sroa.0.12.vec.insert.i, zeroinitializer
@@ -13083,7 +13710,7 @@ for_end_ax1.3.i:                                  ; preds = %for_begin_ax2.prehe
   %2894 = select <4 x i1> %2893, <4 x float> zeroinitializer, <4 x float> %2892
   %2895 = fcmp one <4 x float> %old_sum.i, zeroinitializer
   %2896 = select <4 x i1> %2895, <4 x float> %2894, <4 x float> zeroinitializer
-  store <4 x float> %2896, ptr %alpha308.i, align 16, !tbaa !358
+  store <4 x float> %2896, ptr %alpha308.i, align 16, !tbaa !98
   %arg141.i = fsub <4 x float> %2315, %m.i
   %2897 = call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg141.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %2898 = bitcast <4 x float> %2897 to <4 x i32>
@@ -13106,15 +13733,15 @@ for_end_ax1.3.i:                                  ; preds = %for_begin_ax2.prehe
   %2915 = select <4 x i1> %2914, <4 x float> zeroinitializer, <4 x float> %2913
   %2916 = fcmp one <4 x float> %tile_sum304.sroa.0.12.vec.insert.i, zeroinitializer
   %2917 = select <4 x i1> %2916, <4 x float> %2915, <4 x float> zeroinitializer
-  store <4 x float> %2917, ptr %beta307.i, align 16, !tbaa !367
+  store <4 x float> %2917, ptr %beta307.i, align 16, !tbaa !107
   %2918 = fmul <4 x float> %old_sum.i, %2896
   %2919 = call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2917, <4 x float> %tile_sum304.sroa.0.12.vec.insert.i, <4 x float> %2918)
-  store <4 x float> %m.i, ptr %2867, align 16, !tbaa !314
-  store <4 x float> %2919, ptr %2869, align 16, !tbaa !312
-  %2920 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  store <4 x float> %m.i, ptr %2867, align 16, !tbaa !43
+  store <4 x float> %2919, ptr %2869, align 16, !tbaa !41
+  %2920 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %tile_acc.i = call ptr %2920(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %2921 = icmp eq ptr %tile_acc.i, null
-  br i1 %2921, label %fused_decode_compute_.exit, label %for_begin_p.preheader.i, !prof !7
+  br i1 %2921, label %fused_decode_compute_.exit, label %for_begin_p.preheader.i, !prof !8
 
 for_begin_r_0.preheader.i:                        ; preds = %for_end_to162.i
   %2922 = shl nuw nsw i64 %indvars.iv582.i, 9
@@ -13157,7 +13784,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %invariant.gep745.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2926
   %2932 = sext i32 %2931 to i64
   %2933 = getelementptr i64, ptr %value_offsets.i, i64 %2932
-  %2934 = load i64, ptr %2933, align 8, !tbaa !4
+  %2934 = load i64, ptr %2933, align 8, !tbaa !9
   %gep728.i = getelementptr i32, ptr %invariant.gep727.i, i64 %2934
   call void @llvm.prefetch.p0(ptr %gep728.i, i32 0, i32 2, i32 1)
   %gep730.i = getelementptr i32, ptr %invariant.gep729.i, i64 %2934
@@ -13167,7 +13794,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep734.i = getelementptr i32, ptr %invariant.gep733.i, i64 %2934
   call void @llvm.prefetch.p0(ptr %gep734.i, i32 0, i32 2, i32 1)
   %2935 = getelementptr i8, ptr %2933, i64 8
-  %2936 = load i64, ptr %2935, align 8, !tbaa !4
+  %2936 = load i64, ptr %2935, align 8, !tbaa !9
   %gep736.i = getelementptr i32, ptr %invariant.gep735.i, i64 %2936
   call void @llvm.prefetch.p0(ptr %gep736.i, i32 0, i32 2, i32 1)
   %gep738.i = getelementptr i32, ptr %invariant.gep737.i, i64 %2936
@@ -13177,12 +13804,12 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep742.i = getelementptr i32, ptr %invariant.gep741.i, i64 %2936
   call void @llvm.prefetch.p0(ptr %gep742.i, i32 0, i32 2, i32 1)
   call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %invariant.gep743.i, i64 256)
-  %2937 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !4
+  %2937 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !9
   %gep381.i = getelementptr i32, ptr %gep400.i, i64 %2937
   call void @llvm.x86.tileloadd64(i8 7, ptr %gep381.i, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
   %2938 = getelementptr i8, ptr %2933, i64 16
-  %2939 = load i64, ptr %2938, align 8, !tbaa !4
+  %2939 = load i64, ptr %2938, align 8, !tbaa !9
   %gep748.i = getelementptr i32, ptr %invariant.gep727.i, i64 %2939
   call void @llvm.prefetch.p0(ptr %gep748.i, i32 0, i32 2, i32 1)
   %gep750.i = getelementptr i32, ptr %invariant.gep729.i, i64 %2939
@@ -13192,7 +13819,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep754.i = getelementptr i32, ptr %invariant.gep733.i, i64 %2939
   call void @llvm.prefetch.p0(ptr %gep754.i, i32 0, i32 2, i32 1)
   %2940 = getelementptr i8, ptr %2933, i64 24
-  %2941 = load i64, ptr %2940, align 8, !tbaa !4
+  %2941 = load i64, ptr %2940, align 8, !tbaa !9
   %gep756.i = getelementptr i32, ptr %invariant.gep735.i, i64 %2941
   call void @llvm.prefetch.p0(ptr %gep756.i, i32 0, i32 2, i32 1)
   %gep758.i = getelementptr i32, ptr %invariant.gep737.i, i64 %2941
@@ -13201,13 +13828,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep760.i, i32 0, i32 2, i32 1)
   %gep762.i = getelementptr i32, ptr %invariant.gep741.i, i64 %2941
   call void @llvm.prefetch.p0(ptr %gep762.i, i32 0, i32 2, i32 1)
-  %2942 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !4
+  %2942 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !9
   %gep385.i = getelementptr i32, ptr %gep400.i, i64 %2942
   %2943 = getelementptr i8, ptr %gep385.i, i64 64
   call void @llvm.x86.tileloadd64(i8 7, ptr %2943, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %2944 = getelementptr i8, ptr %2933, i64 32
-  %2945 = load i64, ptr %2944, align 8, !tbaa !4
+  %2945 = load i64, ptr %2944, align 8, !tbaa !9
   %gep764.i = getelementptr i32, ptr %invariant.gep727.i, i64 %2945
   call void @llvm.prefetch.p0(ptr %gep764.i, i32 0, i32 2, i32 1)
   %gep766.i = getelementptr i32, ptr %invariant.gep729.i, i64 %2945
@@ -13217,7 +13844,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep770.i = getelementptr i32, ptr %invariant.gep733.i, i64 %2945
   call void @llvm.prefetch.p0(ptr %gep770.i, i32 0, i32 2, i32 1)
   %2946 = getelementptr i8, ptr %2933, i64 40
-  %2947 = load i64, ptr %2946, align 8, !tbaa !4
+  %2947 = load i64, ptr %2946, align 8, !tbaa !9
   %gep772.i = getelementptr i32, ptr %invariant.gep735.i, i64 %2947
   call void @llvm.prefetch.p0(ptr %gep772.i, i32 0, i32 2, i32 1)
   %gep774.i = getelementptr i32, ptr %invariant.gep737.i, i64 %2947
@@ -13226,13 +13853,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep776.i, i32 0, i32 2, i32 1)
   %gep778.i = getelementptr i32, ptr %invariant.gep741.i, i64 %2947
   call void @llvm.prefetch.p0(ptr %gep778.i, i32 0, i32 2, i32 1)
-  %2948 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !4
+  %2948 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !9
   %gep389.i = getelementptr i32, ptr %gep400.i, i64 %2948
   %2949 = getelementptr i8, ptr %gep389.i, i64 128
   call void @llvm.x86.tileloadd64(i8 7, ptr %2949, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %2950 = getelementptr i8, ptr %2933, i64 48
-  %2951 = load i64, ptr %2950, align 8, !tbaa !4
+  %2951 = load i64, ptr %2950, align 8, !tbaa !9
   %gep780.i = getelementptr i32, ptr %invariant.gep727.i, i64 %2951
   call void @llvm.prefetch.p0(ptr %gep780.i, i32 0, i32 2, i32 1)
   %gep782.i = getelementptr i32, ptr %invariant.gep729.i, i64 %2951
@@ -13242,7 +13869,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep786.i = getelementptr i32, ptr %invariant.gep733.i, i64 %2951
   call void @llvm.prefetch.p0(ptr %gep786.i, i32 0, i32 2, i32 1)
   %2952 = getelementptr i8, ptr %2933, i64 56
-  %2953 = load i64, ptr %2952, align 8, !tbaa !4
+  %2953 = load i64, ptr %2952, align 8, !tbaa !9
   %gep788.i = getelementptr i32, ptr %invariant.gep735.i, i64 %2953
   call void @llvm.prefetch.p0(ptr %gep788.i, i32 0, i32 2, i32 1)
   %gep790.i = getelementptr i32, ptr %invariant.gep737.i, i64 %2953
@@ -13251,7 +13878,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep792.i, i32 0, i32 2, i32 1)
   %gep794.i = getelementptr i32, ptr %invariant.gep741.i, i64 %2953
   call void @llvm.prefetch.p0(ptr %gep794.i, i32 0, i32 2, i32 1)
-  %2954 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !4
+  %2954 = load i64, ptr %invariant.gep745.i, align 8, !tbaa !9
   %gep393.i = getelementptr i32, ptr %gep400.i, i64 %2954
   %2955 = getelementptr i8, ptr %gep393.i, i64 192
   call void @llvm.x86.tileloadd64(i8 7, ptr %2955, i64 %107)
@@ -13259,7 +13886,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %2956 = sext i32 %2931 to i64
   %2957 = getelementptr i64, ptr %value_offsets.i, i64 %2956
   %2958 = getelementptr i8, ptr %2957, i64 64
-  %2959 = load i64, ptr %2958, align 8, !tbaa !4
+  %2959 = load i64, ptr %2958, align 8, !tbaa !9
   %gep728.i.1 = getelementptr i32, ptr %invariant.gep727.i, i64 %2959
   call void @llvm.prefetch.p0(ptr %gep728.i.1, i32 0, i32 2, i32 1)
   %gep730.i.1 = getelementptr i32, ptr %invariant.gep729.i, i64 %2959
@@ -13269,7 +13896,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep734.i.1 = getelementptr i32, ptr %invariant.gep733.i, i64 %2959
   call void @llvm.prefetch.p0(ptr %gep734.i.1, i32 0, i32 2, i32 1)
   %2960 = getelementptr i8, ptr %2957, i64 72
-  %2961 = load i64, ptr %2960, align 8, !tbaa !4
+  %2961 = load i64, ptr %2960, align 8, !tbaa !9
   %gep736.i.1 = getelementptr i32, ptr %invariant.gep735.i, i64 %2961
   call void @llvm.prefetch.p0(ptr %gep736.i.1, i32 0, i32 2, i32 1)
   %gep738.i.1 = getelementptr i32, ptr %invariant.gep737.i, i64 %2961
@@ -13281,12 +13908,12 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep744.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep743.i, i64 32
   call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep744.i.1, i64 256)
   %gep746.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep745.i, i64 128
-  %2962 = load i64, ptr %gep746.i.1, align 8, !tbaa !4
+  %2962 = load i64, ptr %gep746.i.1, align 8, !tbaa !9
   %gep381.i.1 = getelementptr i32, ptr %gep400.i, i64 %2962
   call void @llvm.x86.tileloadd64(i8 7, ptr %gep381.i.1, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
   %2963 = getelementptr i8, ptr %2957, i64 80
-  %2964 = load i64, ptr %2963, align 8, !tbaa !4
+  %2964 = load i64, ptr %2963, align 8, !tbaa !9
   %gep748.i.1 = getelementptr i32, ptr %invariant.gep727.i, i64 %2964
   call void @llvm.prefetch.p0(ptr %gep748.i.1, i32 0, i32 2, i32 1)
   %gep750.i.1 = getelementptr i32, ptr %invariant.gep729.i, i64 %2964
@@ -13296,7 +13923,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep754.i.1 = getelementptr i32, ptr %invariant.gep733.i, i64 %2964
   call void @llvm.prefetch.p0(ptr %gep754.i.1, i32 0, i32 2, i32 1)
   %2965 = getelementptr i8, ptr %2957, i64 88
-  %2966 = load i64, ptr %2965, align 8, !tbaa !4
+  %2966 = load i64, ptr %2965, align 8, !tbaa !9
   %gep756.i.1 = getelementptr i32, ptr %invariant.gep735.i, i64 %2966
   call void @llvm.prefetch.p0(ptr %gep756.i.1, i32 0, i32 2, i32 1)
   %gep758.i.1 = getelementptr i32, ptr %invariant.gep737.i, i64 %2966
@@ -13305,13 +13932,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep760.i.1, i32 0, i32 2, i32 1)
   %gep762.i.1 = getelementptr i32, ptr %invariant.gep741.i, i64 %2966
   call void @llvm.prefetch.p0(ptr %gep762.i.1, i32 0, i32 2, i32 1)
-  %2967 = load i64, ptr %gep746.i.1, align 8, !tbaa !4
+  %2967 = load i64, ptr %gep746.i.1, align 8, !tbaa !9
   %gep385.i.1 = getelementptr i32, ptr %gep400.i, i64 %2967
   %2968 = getelementptr i8, ptr %gep385.i.1, i64 64
   call void @llvm.x86.tileloadd64(i8 7, ptr %2968, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %2969 = getelementptr i8, ptr %2957, i64 96
-  %2970 = load i64, ptr %2969, align 8, !tbaa !4
+  %2970 = load i64, ptr %2969, align 8, !tbaa !9
   %gep764.i.1 = getelementptr i32, ptr %invariant.gep727.i, i64 %2970
   call void @llvm.prefetch.p0(ptr %gep764.i.1, i32 0, i32 2, i32 1)
   %gep766.i.1 = getelementptr i32, ptr %invariant.gep729.i, i64 %2970
@@ -13321,7 +13948,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep770.i.1 = getelementptr i32, ptr %invariant.gep733.i, i64 %2970
   call void @llvm.prefetch.p0(ptr %gep770.i.1, i32 0, i32 2, i32 1)
   %2971 = getelementptr i8, ptr %2957, i64 104
-  %2972 = load i64, ptr %2971, align 8, !tbaa !4
+  %2972 = load i64, ptr %2971, align 8, !tbaa !9
   %gep772.i.1 = getelementptr i32, ptr %invariant.gep735.i, i64 %2972
   call void @llvm.prefetch.p0(ptr %gep772.i.1, i32 0, i32 2, i32 1)
   %gep774.i.1 = getelementptr i32, ptr %invariant.gep737.i, i64 %2972
@@ -13330,13 +13957,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep776.i.1, i32 0, i32 2, i32 1)
   %gep778.i.1 = getelementptr i32, ptr %invariant.gep741.i, i64 %2972
   call void @llvm.prefetch.p0(ptr %gep778.i.1, i32 0, i32 2, i32 1)
-  %2973 = load i64, ptr %gep746.i.1, align 8, !tbaa !4
+  %2973 = load i64, ptr %gep746.i.1, align 8, !tbaa !9
   %gep389.i.1 = getelementptr i32, ptr %gep400.i, i64 %2973
   %2974 = getelementptr i8, ptr %gep389.i.1, i64 128
   call void @llvm.x86.tileloadd64(i8 7, ptr %2974, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %2975 = getelementptr i8, ptr %2957, i64 112
-  %2976 = load i64, ptr %2975, align 8, !tbaa !4
+  %2976 = load i64, ptr %2975, align 8, !tbaa !9
   %gep780.i.1 = getelementptr i32, ptr %invariant.gep727.i, i64 %2976
   call void @llvm.prefetch.p0(ptr %gep780.i.1, i32 0, i32 2, i32 1)
   %gep782.i.1 = getelementptr i32, ptr %invariant.gep729.i, i64 %2976
@@ -13346,7 +13973,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep786.i.1 = getelementptr i32, ptr %invariant.gep733.i, i64 %2976
   call void @llvm.prefetch.p0(ptr %gep786.i.1, i32 0, i32 2, i32 1)
   %2977 = getelementptr i8, ptr %2957, i64 120
-  %2978 = load i64, ptr %2977, align 8, !tbaa !4
+  %2978 = load i64, ptr %2977, align 8, !tbaa !9
   %gep788.i.1 = getelementptr i32, ptr %invariant.gep735.i, i64 %2978
   call void @llvm.prefetch.p0(ptr %gep788.i.1, i32 0, i32 2, i32 1)
   %gep790.i.1 = getelementptr i32, ptr %invariant.gep737.i, i64 %2978
@@ -13355,7 +13982,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep792.i.1, i32 0, i32 2, i32 1)
   %gep794.i.1 = getelementptr i32, ptr %invariant.gep741.i, i64 %2978
   call void @llvm.prefetch.p0(ptr %gep794.i.1, i32 0, i32 2, i32 1)
-  %2979 = load i64, ptr %gep746.i.1, align 8, !tbaa !4
+  %2979 = load i64, ptr %gep746.i.1, align 8, !tbaa !9
   %gep393.i.1 = getelementptr i32, ptr %gep400.i, i64 %2979
   %2980 = getelementptr i8, ptr %gep393.i.1, i64 192
   call void @llvm.x86.tileloadd64(i8 7, ptr %2980, i64 %107)
@@ -13363,7 +13990,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %2981 = sext i32 %2931 to i64
   %2982 = getelementptr i64, ptr %value_offsets.i, i64 %2981
   %2983 = getelementptr i8, ptr %2982, i64 128
-  %2984 = load i64, ptr %2983, align 8, !tbaa !4
+  %2984 = load i64, ptr %2983, align 8, !tbaa !9
   %gep728.i.2 = getelementptr i32, ptr %invariant.gep727.i, i64 %2984
   call void @llvm.prefetch.p0(ptr %gep728.i.2, i32 0, i32 2, i32 1)
   %gep730.i.2 = getelementptr i32, ptr %invariant.gep729.i, i64 %2984
@@ -13373,7 +14000,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep734.i.2 = getelementptr i32, ptr %invariant.gep733.i, i64 %2984
   call void @llvm.prefetch.p0(ptr %gep734.i.2, i32 0, i32 2, i32 1)
   %2985 = getelementptr i8, ptr %2982, i64 136
-  %2986 = load i64, ptr %2985, align 8, !tbaa !4
+  %2986 = load i64, ptr %2985, align 8, !tbaa !9
   %gep736.i.2 = getelementptr i32, ptr %invariant.gep735.i, i64 %2986
   call void @llvm.prefetch.p0(ptr %gep736.i.2, i32 0, i32 2, i32 1)
   %gep738.i.2 = getelementptr i32, ptr %invariant.gep737.i, i64 %2986
@@ -13385,12 +14012,12 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep744.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep743.i, i64 64
   call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep744.i.2, i64 256)
   %gep746.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep745.i, i64 256
-  %2987 = load i64, ptr %gep746.i.2, align 8, !tbaa !4
+  %2987 = load i64, ptr %gep746.i.2, align 8, !tbaa !9
   %gep381.i.2 = getelementptr i32, ptr %gep400.i, i64 %2987
   call void @llvm.x86.tileloadd64(i8 7, ptr %gep381.i.2, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
   %2988 = getelementptr i8, ptr %2982, i64 144
-  %2989 = load i64, ptr %2988, align 8, !tbaa !4
+  %2989 = load i64, ptr %2988, align 8, !tbaa !9
   %gep748.i.2 = getelementptr i32, ptr %invariant.gep727.i, i64 %2989
   call void @llvm.prefetch.p0(ptr %gep748.i.2, i32 0, i32 2, i32 1)
   %gep750.i.2 = getelementptr i32, ptr %invariant.gep729.i, i64 %2989
@@ -13400,7 +14027,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep754.i.2 = getelementptr i32, ptr %invariant.gep733.i, i64 %2989
   call void @llvm.prefetch.p0(ptr %gep754.i.2, i32 0, i32 2, i32 1)
   %2990 = getelementptr i8, ptr %2982, i64 152
-  %2991 = load i64, ptr %2990, align 8, !tbaa !4
+  %2991 = load i64, ptr %2990, align 8, !tbaa !9
   %gep756.i.2 = getelementptr i32, ptr %invariant.gep735.i, i64 %2991
   call void @llvm.prefetch.p0(ptr %gep756.i.2, i32 0, i32 2, i32 1)
   %gep758.i.2 = getelementptr i32, ptr %invariant.gep737.i, i64 %2991
@@ -13409,13 +14036,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep760.i.2, i32 0, i32 2, i32 1)
   %gep762.i.2 = getelementptr i32, ptr %invariant.gep741.i, i64 %2991
   call void @llvm.prefetch.p0(ptr %gep762.i.2, i32 0, i32 2, i32 1)
-  %2992 = load i64, ptr %gep746.i.2, align 8, !tbaa !4
+  %2992 = load i64, ptr %gep746.i.2, align 8, !tbaa !9
   %gep385.i.2 = getelementptr i32, ptr %gep400.i, i64 %2992
   %2993 = getelementptr i8, ptr %gep385.i.2, i64 64
   call void @llvm.x86.tileloadd64(i8 7, ptr %2993, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %2994 = getelementptr i8, ptr %2982, i64 160
-  %2995 = load i64, ptr %2994, align 8, !tbaa !4
+  %2995 = load i64, ptr %2994, align 8, !tbaa !9
   %gep764.i.2 = getelementptr i32, ptr %invariant.gep727.i, i64 %2995
   call void @llvm.prefetch.p0(ptr %gep764.i.2, i32 0, i32 2, i32 1)
   %gep766.i.2 = getelementptr i32, ptr %invariant.gep729.i, i64 %2995
@@ -13425,7 +14052,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep770.i.2 = getelementptr i32, ptr %invariant.gep733.i, i64 %2995
   call void @llvm.prefetch.p0(ptr %gep770.i.2, i32 0, i32 2, i32 1)
   %2996 = getelementptr i8, ptr %2982, i64 168
-  %2997 = load i64, ptr %2996, align 8, !tbaa !4
+  %2997 = load i64, ptr %2996, align 8, !tbaa !9
   %gep772.i.2 = getelementptr i32, ptr %invariant.gep735.i, i64 %2997
   call void @llvm.prefetch.p0(ptr %gep772.i.2, i32 0, i32 2, i32 1)
   %gep774.i.2 = getelementptr i32, ptr %invariant.gep737.i, i64 %2997
@@ -13434,13 +14061,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep776.i.2, i32 0, i32 2, i32 1)
   %gep778.i.2 = getelementptr i32, ptr %invariant.gep741.i, i64 %2997
   call void @llvm.prefetch.p0(ptr %gep778.i.2, i32 0, i32 2, i32 1)
-  %2998 = load i64, ptr %gep746.i.2, align 8, !tbaa !4
+  %2998 = load i64, ptr %gep746.i.2, align 8, !tbaa !9
   %gep389.i.2 = getelementptr i32, ptr %gep400.i, i64 %2998
   %2999 = getelementptr i8, ptr %gep389.i.2, i64 128
   call void @llvm.x86.tileloadd64(i8 7, ptr %2999, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %3000 = getelementptr i8, ptr %2982, i64 176
-  %3001 = load i64, ptr %3000, align 8, !tbaa !4
+  %3001 = load i64, ptr %3000, align 8, !tbaa !9
   %gep780.i.2 = getelementptr i32, ptr %invariant.gep727.i, i64 %3001
   call void @llvm.prefetch.p0(ptr %gep780.i.2, i32 0, i32 2, i32 1)
   %gep782.i.2 = getelementptr i32, ptr %invariant.gep729.i, i64 %3001
@@ -13450,7 +14077,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep786.i.2 = getelementptr i32, ptr %invariant.gep733.i, i64 %3001
   call void @llvm.prefetch.p0(ptr %gep786.i.2, i32 0, i32 2, i32 1)
   %3002 = getelementptr i8, ptr %2982, i64 184
-  %3003 = load i64, ptr %3002, align 8, !tbaa !4
+  %3003 = load i64, ptr %3002, align 8, !tbaa !9
   %gep788.i.2 = getelementptr i32, ptr %invariant.gep735.i, i64 %3003
   call void @llvm.prefetch.p0(ptr %gep788.i.2, i32 0, i32 2, i32 1)
   %gep790.i.2 = getelementptr i32, ptr %invariant.gep737.i, i64 %3003
@@ -13459,7 +14086,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep792.i.2, i32 0, i32 2, i32 1)
   %gep794.i.2 = getelementptr i32, ptr %invariant.gep741.i, i64 %3003
   call void @llvm.prefetch.p0(ptr %gep794.i.2, i32 0, i32 2, i32 1)
-  %3004 = load i64, ptr %gep746.i.2, align 8, !tbaa !4
+  %3004 = load i64, ptr %gep746.i.2, align 8, !tbaa !9
   %gep393.i.2 = getelementptr i32, ptr %gep400.i, i64 %3004
   %3005 = getelementptr i8, ptr %gep393.i.2, i64 192
   call void @llvm.x86.tileloadd64(i8 7, ptr %3005, i64 %107)
@@ -13467,7 +14094,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %3006 = sext i32 %2931 to i64
   %3007 = getelementptr i64, ptr %value_offsets.i, i64 %3006
   %3008 = getelementptr i8, ptr %3007, i64 192
-  %3009 = load i64, ptr %3008, align 8, !tbaa !4
+  %3009 = load i64, ptr %3008, align 8, !tbaa !9
   %gep728.i.3 = getelementptr i32, ptr %invariant.gep727.i, i64 %3009
   call void @llvm.prefetch.p0(ptr %gep728.i.3, i32 0, i32 2, i32 1)
   %gep730.i.3 = getelementptr i32, ptr %invariant.gep729.i, i64 %3009
@@ -13477,7 +14104,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep734.i.3 = getelementptr i32, ptr %invariant.gep733.i, i64 %3009
   call void @llvm.prefetch.p0(ptr %gep734.i.3, i32 0, i32 2, i32 1)
   %3010 = getelementptr i8, ptr %3007, i64 200
-  %3011 = load i64, ptr %3010, align 8, !tbaa !4
+  %3011 = load i64, ptr %3010, align 8, !tbaa !9
   %gep736.i.3 = getelementptr i32, ptr %invariant.gep735.i, i64 %3011
   call void @llvm.prefetch.p0(ptr %gep736.i.3, i32 0, i32 2, i32 1)
   %gep738.i.3 = getelementptr i32, ptr %invariant.gep737.i, i64 %3011
@@ -13489,12 +14116,12 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep744.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep743.i, i64 96
   call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep744.i.3, i64 256)
   %gep746.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep745.i, i64 384
-  %3012 = load i64, ptr %gep746.i.3, align 8, !tbaa !4
+  %3012 = load i64, ptr %gep746.i.3, align 8, !tbaa !9
   %gep381.i.3 = getelementptr i32, ptr %gep400.i, i64 %3012
   call void @llvm.x86.tileloadd64(i8 7, ptr %gep381.i.3, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
   %3013 = getelementptr i8, ptr %3007, i64 208
-  %3014 = load i64, ptr %3013, align 8, !tbaa !4
+  %3014 = load i64, ptr %3013, align 8, !tbaa !9
   %gep748.i.3 = getelementptr i32, ptr %invariant.gep727.i, i64 %3014
   call void @llvm.prefetch.p0(ptr %gep748.i.3, i32 0, i32 2, i32 1)
   %gep750.i.3 = getelementptr i32, ptr %invariant.gep729.i, i64 %3014
@@ -13504,7 +14131,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep754.i.3 = getelementptr i32, ptr %invariant.gep733.i, i64 %3014
   call void @llvm.prefetch.p0(ptr %gep754.i.3, i32 0, i32 2, i32 1)
   %3015 = getelementptr i8, ptr %3007, i64 216
-  %3016 = load i64, ptr %3015, align 8, !tbaa !4
+  %3016 = load i64, ptr %3015, align 8, !tbaa !9
   %gep756.i.3 = getelementptr i32, ptr %invariant.gep735.i, i64 %3016
   call void @llvm.prefetch.p0(ptr %gep756.i.3, i32 0, i32 2, i32 1)
   %gep758.i.3 = getelementptr i32, ptr %invariant.gep737.i, i64 %3016
@@ -13513,13 +14140,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep760.i.3, i32 0, i32 2, i32 1)
   %gep762.i.3 = getelementptr i32, ptr %invariant.gep741.i, i64 %3016
   call void @llvm.prefetch.p0(ptr %gep762.i.3, i32 0, i32 2, i32 1)
-  %3017 = load i64, ptr %gep746.i.3, align 8, !tbaa !4
+  %3017 = load i64, ptr %gep746.i.3, align 8, !tbaa !9
   %gep385.i.3 = getelementptr i32, ptr %gep400.i, i64 %3017
   %3018 = getelementptr i8, ptr %gep385.i.3, i64 64
   call void @llvm.x86.tileloadd64(i8 7, ptr %3018, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
   %3019 = getelementptr i8, ptr %3007, i64 224
-  %3020 = load i64, ptr %3019, align 8, !tbaa !4
+  %3020 = load i64, ptr %3019, align 8, !tbaa !9
   %gep764.i.3 = getelementptr i32, ptr %invariant.gep727.i, i64 %3020
   call void @llvm.prefetch.p0(ptr %gep764.i.3, i32 0, i32 2, i32 1)
   %gep766.i.3 = getelementptr i32, ptr %invariant.gep729.i, i64 %3020
@@ -13529,7 +14156,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep770.i.3 = getelementptr i32, ptr %invariant.gep733.i, i64 %3020
   call void @llvm.prefetch.p0(ptr %gep770.i.3, i32 0, i32 2, i32 1)
   %3021 = getelementptr i8, ptr %3007, i64 232
-  %3022 = load i64, ptr %3021, align 8, !tbaa !4
+  %3022 = load i64, ptr %3021, align 8, !tbaa !9
   %gep772.i.3 = getelementptr i32, ptr %invariant.gep735.i, i64 %3022
   call void @llvm.prefetch.p0(ptr %gep772.i.3, i32 0, i32 2, i32 1)
   %gep774.i.3 = getelementptr i32, ptr %invariant.gep737.i, i64 %3022
@@ -13538,13 +14165,13 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep776.i.3, i32 0, i32 2, i32 1)
   %gep778.i.3 = getelementptr i32, ptr %invariant.gep741.i, i64 %3022
   call void @llvm.prefetch.p0(ptr %gep778.i.3, i32 0, i32 2, i32 1)
-  %3023 = load i64, ptr %gep746.i.3, align 8, !tbaa !4
+  %3023 = load i64, ptr %gep746.i.3, align 8, !tbaa !9
   %gep389.i.3 = getelementptr i32, ptr %gep400.i, i64 %3023
   %3024 = getelementptr i8, ptr %gep389.i.3, i64 128
   call void @llvm.x86.tileloadd64(i8 7, ptr %3024, i64 %107)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   %3025 = getelementptr i8, ptr %3007, i64 240
-  %3026 = load i64, ptr %3025, align 8, !tbaa !4
+  %3026 = load i64, ptr %3025, align 8, !tbaa !9
   %gep780.i.3 = getelementptr i32, ptr %invariant.gep727.i, i64 %3026
   call void @llvm.prefetch.p0(ptr %gep780.i.3, i32 0, i32 2, i32 1)
   %gep782.i.3 = getelementptr i32, ptr %invariant.gep729.i, i64 %3026
@@ -13554,7 +14181,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   %gep786.i.3 = getelementptr i32, ptr %invariant.gep733.i, i64 %3026
   call void @llvm.prefetch.p0(ptr %gep786.i.3, i32 0, i32 2, i32 1)
   %3027 = getelementptr i8, ptr %3007, i64 248
-  %3028 = load i64, ptr %3027, align 8, !tbaa !4
+  %3028 = load i64, ptr %3027, align 8, !tbaa !9
   %gep788.i.3 = getelementptr i32, ptr %invariant.gep735.i, i64 %3028
   call void @llvm.prefetch.p0(ptr %gep788.i.3, i32 0, i32 2, i32 1)
   %gep790.i.3 = getelementptr i32, ptr %invariant.gep737.i, i64 %3028
@@ -13563,7 +14190,7 @@ for_begin_s168.preheader.i:                       ; preds = %for_body_to161.i
   call void @llvm.prefetch.p0(ptr %gep792.i.3, i32 0, i32 2, i32 1)
   %gep794.i.3 = getelementptr i32, ptr %invariant.gep741.i, i64 %3028
   call void @llvm.prefetch.p0(ptr %gep794.i.3, i32 0, i32 2, i32 1)
-  %3029 = load i64, ptr %gep746.i.3, align 8, !tbaa !4
+  %3029 = load i64, ptr %gep746.i.3, align 8, !tbaa !9
   %gep393.i.3 = getelementptr i32, ptr %gep400.i, i64 %3029
   %3030 = getelementptr i8, ptr %gep393.i.3, i64 192
   call void @llvm.x86.tileloadd64(i8 7, ptr %3030, i64 %107)
@@ -13580,18 +14207,18 @@ for_end_to162.i:                                  ; preds = %if_end166.i, %for_b
   call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3033, i64 512)
   %3034 = getelementptr inbounds nuw i8, ptr %3031, i64 192
   call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3034, i64 512)
-  br i1 %2923, label %for_body_p.i, label %for_begin_r_0.preheader.i, !prof !146
+  br i1 %2923, label %for_body_p.i, label %for_begin_r_0.preheader.i, !prof !116
 
 if_end166.i:                                      ; preds = %for_begin_s201.preheader.i, %for_begin_s168.preheader.i
   %indvars.iv.next571.i = add nuw nsw i64 %indvars.iv570.i, 1
   %exitcond574.not.i = icmp eq i64 %indvars.iv.next571.i, %1401
-  br i1 %exitcond574.not.i, label %for_end_to162.i, label %for_body_to161.i, !prof !8
+  br i1 %exitcond574.not.i, label %for_end_to162.i, label %for_body_to161.i, !prof !4
 
 if_else167.i:                                     ; preds = %for_body_to161.i
-  %3035 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3035 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %edge.i = call ptr %3035(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %3036 = icmp eq ptr %edge.i, null
-  br i1 %3036, label %fused_decode_compute_.exit, label %for_begin_d_0196.preheader.i, !prof !7
+  br i1 %3036, label %fused_decode_compute_.exit, label %for_begin_d_0196.preheader.i, !prof !8
 
 for_begin_s201.preheader.i:                       ; preds = %for_begin_d_0196.preheader.i
   %.idx70 = shl nsw i64 %indvars.iv570.i, 7
@@ -13650,10 +14277,10 @@ for_begin_s201.preheader.i:                       ; preds = %for_begin_d_0196.pr
   %3055 = getelementptr inbounds nuw i8, ptr %edge.i, i64 6336
   call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3055, i64 256)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3057 = call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %edge.i)
   %.not321.i = icmp eq i32 %3057, 0
-  br i1 %.not321.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not321.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !40
 
 for_begin_d_0196.preheader.i:                     ; preds = %for_begin_d_0196.preheader.i, %if_else167.i
   %indvars.iv562.i = phi i64 [ %indvars.iv.next563.i.1, %for_begin_d_0196.preheader.i ], [ 0, %if_else167.i ]
@@ -13668,37 +14295,37 @@ for_begin_d_0196.preheader.i:                     ; preds = %for_begin_d_0196.pr
   %3066 = insertelement <16 x i32> poison, i32 %3065, i64 0
   %3067 = shufflevector <16 x i32> %3066, <16 x i32> poison, <16 x i32> zeroinitializer
   %3068 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %3059
-  %3069 = load i64, ptr %3068, align 8, !tbaa !4
+  %3069 = load i64, ptr %3068, align 8, !tbaa !9
   %gep798.i = getelementptr i32, ptr %gep400.i, i64 %3069
-  %3070 = load <16 x i32>, ptr %gep798.i, align 4, !tbaa !4
+  %3070 = load <16 x i32>, ptr %gep798.i, align 4, !tbaa !9
   %3071 = and <16 x i32> %3067, %3070
   %.idx69 = shl nuw nsw i64 %indvars.iv562.i, 8
   %3072 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx69
-  store <16 x i32> %3071, ptr %3072, align 4, !tbaa !4
-  %3073 = load i64, ptr %3068, align 8, !tbaa !4
+  store <16 x i32> %3071, ptr %3072, align 4, !tbaa !9
+  %3073 = load i64, ptr %3068, align 8, !tbaa !9
   %gep800.i = getelementptr i32, ptr %invariant.gep799.i, i64 %3073
   %3074 = getelementptr i8, ptr %gep800.i, i64 64
   %3075 = getelementptr i32, ptr %3074, i64 %2655
-  %3076 = load <16 x i32>, ptr %3075, align 4, !tbaa !4
+  %3076 = load <16 x i32>, ptr %3075, align 4, !tbaa !9
   %3077 = and <16 x i32> %3067, %3076
   %3078 = getelementptr inbounds nuw i8, ptr %3072, i64 64
-  store <16 x i32> %3077, ptr %3078, align 4, !tbaa !4
-  %3079 = load i64, ptr %3068, align 8, !tbaa !4
+  store <16 x i32> %3077, ptr %3078, align 4, !tbaa !9
+  %3079 = load i64, ptr %3068, align 8, !tbaa !9
   %gep802.i = getelementptr i32, ptr %invariant.gep799.i, i64 %3079
   %3080 = getelementptr i8, ptr %gep802.i, i64 128
   %3081 = getelementptr i32, ptr %3080, i64 %2655
-  %3082 = load <16 x i32>, ptr %3081, align 4, !tbaa !4
+  %3082 = load <16 x i32>, ptr %3081, align 4, !tbaa !9
   %3083 = and <16 x i32> %3082, %3067
   %3084 = getelementptr inbounds nuw i8, ptr %3072, i64 128
-  store <16 x i32> %3083, ptr %3084, align 4, !tbaa !4
-  %3085 = load i64, ptr %3068, align 8, !tbaa !4
+  store <16 x i32> %3083, ptr %3084, align 4, !tbaa !9
+  %3085 = load i64, ptr %3068, align 8, !tbaa !9
   %gep804.i = getelementptr i32, ptr %invariant.gep799.i, i64 %3085
   %3086 = getelementptr i8, ptr %gep804.i, i64 192
   %3087 = getelementptr i32, ptr %3086, i64 %2655
-  %3088 = load <16 x i32>, ptr %3087, align 4, !tbaa !4
+  %3088 = load <16 x i32>, ptr %3087, align 4, !tbaa !9
   %3089 = and <16 x i32> %3088, %3067
   %3090 = getelementptr inbounds nuw i8, ptr %3072, i64 192
-  store <16 x i32> %3089, ptr %3090, align 4, !tbaa !4
+  store <16 x i32> %3089, ptr %3090, align 4, !tbaa !9
   %indvars.iv.next563.i = or disjoint i64 %indvars.iv562.i, 1
   %3091 = shl nuw nsw i64 %indvars.iv.next563.i, 1
   %3092 = add nuw nsw i64 %3091, %2926
@@ -13711,397 +14338,397 @@ for_begin_d_0196.preheader.i:                     ; preds = %for_begin_d_0196.pr
   %3099 = insertelement <16 x i32> poison, i32 %3098, i64 0
   %3100 = shufflevector <16 x i32> %3099, <16 x i32> poison, <16 x i32> zeroinitializer
   %3101 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %3092
-  %3102 = load i64, ptr %3101, align 8, !tbaa !4
+  %3102 = load i64, ptr %3101, align 8, !tbaa !9
   %gep798.i.1 = getelementptr i32, ptr %gep400.i, i64 %3102
-  %3103 = load <16 x i32>, ptr %gep798.i.1, align 4, !tbaa !4
+  %3103 = load <16 x i32>, ptr %gep798.i.1, align 4, !tbaa !9
   %3104 = and <16 x i32> %3100, %3103
   %.idx69.1 = shl nuw nsw i64 %indvars.iv.next563.i, 8
   %3105 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx69.1
-  store <16 x i32> %3104, ptr %3105, align 4, !tbaa !4
-  %3106 = load i64, ptr %3101, align 8, !tbaa !4
+  store <16 x i32> %3104, ptr %3105, align 4, !tbaa !9
+  %3106 = load i64, ptr %3101, align 8, !tbaa !9
   %gep800.i.1 = getelementptr i32, ptr %invariant.gep799.i, i64 %3106
   %3107 = getelementptr i8, ptr %gep800.i.1, i64 64
   %3108 = getelementptr i32, ptr %3107, i64 %2655
-  %3109 = load <16 x i32>, ptr %3108, align 4, !tbaa !4
+  %3109 = load <16 x i32>, ptr %3108, align 4, !tbaa !9
   %3110 = and <16 x i32> %3100, %3109
   %3111 = getelementptr inbounds nuw i8, ptr %3105, i64 64
-  store <16 x i32> %3110, ptr %3111, align 4, !tbaa !4
-  %3112 = load i64, ptr %3101, align 8, !tbaa !4
+  store <16 x i32> %3110, ptr %3111, align 4, !tbaa !9
+  %3112 = load i64, ptr %3101, align 8, !tbaa !9
   %gep802.i.1 = getelementptr i32, ptr %invariant.gep799.i, i64 %3112
   %3113 = getelementptr i8, ptr %gep802.i.1, i64 128
   %3114 = getelementptr i32, ptr %3113, i64 %2655
-  %3115 = load <16 x i32>, ptr %3114, align 4, !tbaa !4
+  %3115 = load <16 x i32>, ptr %3114, align 4, !tbaa !9
   %3116 = and <16 x i32> %3115, %3100
   %3117 = getelementptr inbounds nuw i8, ptr %3105, i64 128
-  store <16 x i32> %3116, ptr %3117, align 4, !tbaa !4
-  %3118 = load i64, ptr %3101, align 8, !tbaa !4
+  store <16 x i32> %3116, ptr %3117, align 4, !tbaa !9
+  %3118 = load i64, ptr %3101, align 8, !tbaa !9
   %gep804.i.1 = getelementptr i32, ptr %invariant.gep799.i, i64 %3118
   %3119 = getelementptr i8, ptr %gep804.i.1, i64 192
   %3120 = getelementptr i32, ptr %3119, i64 %2655
-  %3121 = load <16 x i32>, ptr %3120, align 4, !tbaa !4
+  %3121 = load <16 x i32>, ptr %3120, align 4, !tbaa !9
   %3122 = and <16 x i32> %3121, %3100
   %3123 = getelementptr inbounds nuw i8, ptr %3105, i64 192
-  store <16 x i32> %3122, ptr %3123, align 4, !tbaa !4
+  store <16 x i32> %3122, ptr %3123, align 4, !tbaa !9
   %indvars.iv.next563.i.1 = add nuw nsw i64 %indvars.iv562.i, 2
   %exitcond565.not.i.1 = icmp eq i64 %indvars.iv.next563.i.1, 32
-  br i1 %exitcond565.not.i.1, label %for_begin_s201.preheader.i, label %for_begin_d_0196.preheader.i, !prof !30, !llvm.loop !376
+  br i1 %exitcond565.not.i.1, label %for_begin_s201.preheader.i, label %for_begin_d_0196.preheader.i, !prof !39, !llvm.loop !117
 
 for_body_r_0.i:                                   ; preds = %if_end224.i, %for_begin_r_0.preheader.i
   %indvars.iv578.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next579.i, %if_end224.i ]
   %3124 = shl nuw nsw i64 %indvars.iv578.i, 7
   %3125 = add nuw nsw i64 %3124, %2922
   %3126 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3125
-  br i1 %1398, label %if_then209.i, label %for_body_r_0.i.if_end210.i_crit_edge, !prof !7
+  br i1 %1398, label %if_then209.i, label %for_body_r_0.i.if_end210.i_crit_edge, !prof !8
 
 for_body_r_0.i.if_end210.i_crit_edge:             ; preds = %for_body_r_0.i
-  %.pre = load <16 x float>, ptr %3126, align 4, !tbaa !4
+  %.pre = load <16 x float>, ptr %3126, align 4, !tbaa !9
   br label %if_end210.i
 
 for_end_r_0.i:                                    ; preds = %if_end224.i
-  %3127 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3127 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3128 = call i32 %3127(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
   %.not315.i = icmp eq i32 %3128, 0
-  br i1 %.not315.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not315.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !40
 
 if_then209.i:                                     ; preds = %for_body_r_0.i
-  store <16 x float> zeroinitializer, ptr %3126, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3126, align 4, !tbaa !9
   br label %if_end210.i
 
 if_end210.i:                                      ; preds = %if_then209.i, %for_body_r_0.i.if_end210.i_crit_edge
   %3129 = phi <16 x float> [ %.pre, %for_body_r_0.i.if_end210.i_crit_edge ], [ zeroinitializer, %if_then209.i ]
   %3130 = getelementptr inbounds nuw float, ptr %beta307.i, i64 %indvars.iv578.i
-  %3131 = load float, ptr %3130, align 4, !tbaa !377
+  %3131 = load float, ptr %3130, align 4, !tbaa !119
   %3132 = insertelement <16 x float> poison, float %3131, i64 0
   %3133 = shufflevector <16 x float> %3132, <16 x float> poison, <16 x i32> zeroinitializer
   %3134 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3124
-  %3135 = load <16 x float>, ptr %3134, align 4, !tbaa !4
+  %3135 = load <16 x float>, ptr %3134, align 4, !tbaa !9
   %3136 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3125
   %3137 = getelementptr inbounds nuw float, ptr %alpha308.i, i64 %indvars.iv578.i
-  %3138 = load float, ptr %3137, align 4, !tbaa !378
+  %3138 = load float, ptr %3137, align 4, !tbaa !120
   %3139 = insertelement <16 x float> poison, float %3138, i64 0
   %3140 = shufflevector <16 x float> %3139, <16 x float> poison, <16 x i32> zeroinitializer
   %3141 = fmul <16 x float> %3129, %3140
   %3142 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3135, <16 x float> %3141)
-  store <16 x float> %3142, ptr %3136, align 4, !tbaa !4
-  br i1 %1398, label %if_then223.i, label %if_end222.i, !prof !7
+  store <16 x float> %3142, ptr %3136, align 4, !tbaa !9
+  br i1 %1398, label %if_then223.i, label %if_end222.i, !prof !8
 
 if_end222.i:                                      ; preds = %if_end210.i
   %3143 = getelementptr inbounds nuw i8, ptr %3134, i64 64
-  %3144 = load <16 x float>, ptr %3143, align 4, !tbaa !4
+  %3144 = load <16 x float>, ptr %3143, align 4, !tbaa !9
   %3145 = getelementptr inbounds nuw i8, ptr %3136, i64 64
-  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !4
+  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !9
   %3147 = fmul <16 x float> %3140, %3146
   %3148 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3144, <16 x float> %3147)
-  store <16 x float> %3148, ptr %3145, align 4, !tbaa !4
+  store <16 x float> %3148, ptr %3145, align 4, !tbaa !9
   %3149 = getelementptr inbounds nuw i8, ptr %3134, i64 128
-  %3150 = load <16 x float>, ptr %3149, align 4, !tbaa !4
+  %3150 = load <16 x float>, ptr %3149, align 4, !tbaa !9
   %3151 = getelementptr inbounds nuw i8, ptr %3136, i64 128
-  %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !4
+  %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !9
   %3153 = fmul <16 x float> %3140, %3152
   %3154 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3150, <16 x float> %3153)
-  store <16 x float> %3154, ptr %3151, align 4, !tbaa !4
+  store <16 x float> %3154, ptr %3151, align 4, !tbaa !9
   %3155 = getelementptr inbounds nuw i8, ptr %3134, i64 192
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !4
+  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !9
   %3157 = getelementptr inbounds nuw i8, ptr %3136, i64 192
-  %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !4
+  %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !9
   %3159 = fmul <16 x float> %3140, %3158
   %3160 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3156, <16 x float> %3159)
-  store <16 x float> %3160, ptr %3157, align 4, !tbaa !4
+  store <16 x float> %3160, ptr %3157, align 4, !tbaa !9
   %3161 = getelementptr inbounds nuw i8, ptr %3134, i64 256
-  %3162 = load <16 x float>, ptr %3161, align 4, !tbaa !4
+  %3162 = load <16 x float>, ptr %3161, align 4, !tbaa !9
   %3163 = getelementptr inbounds nuw i8, ptr %3136, i64 256
-  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !4
+  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !9
   %3165 = fmul <16 x float> %3140, %3164
   %3166 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3162, <16 x float> %3165)
-  store <16 x float> %3166, ptr %3163, align 4, !tbaa !4
+  store <16 x float> %3166, ptr %3163, align 4, !tbaa !9
   %3167 = getelementptr inbounds nuw i8, ptr %3134, i64 320
-  %3168 = load <16 x float>, ptr %3167, align 4, !tbaa !4
+  %3168 = load <16 x float>, ptr %3167, align 4, !tbaa !9
   %3169 = getelementptr inbounds nuw i8, ptr %3136, i64 320
-  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !4
+  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !9
   %3171 = fmul <16 x float> %3140, %3170
   %3172 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3168, <16 x float> %3171)
-  store <16 x float> %3172, ptr %3169, align 4, !tbaa !4
+  store <16 x float> %3172, ptr %3169, align 4, !tbaa !9
   %3173 = getelementptr inbounds nuw i8, ptr %3134, i64 384
-  %3174 = load <16 x float>, ptr %3173, align 4, !tbaa !4
+  %3174 = load <16 x float>, ptr %3173, align 4, !tbaa !9
   %3175 = getelementptr inbounds nuw i8, ptr %3136, i64 384
-  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !4
+  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !9
   %3177 = fmul <16 x float> %3140, %3176
   %3178 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3174, <16 x float> %3177)
-  store <16 x float> %3178, ptr %3175, align 4, !tbaa !4
+  store <16 x float> %3178, ptr %3175, align 4, !tbaa !9
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %3136, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
   %.pre634.i = fmul <16 x float> %3140, %.pre.i
   br label %if_end224.i
 
 if_then223.i:                                     ; preds = %if_end210.i
   %3179 = getelementptr inbounds nuw i8, ptr %3136, i64 64
-  store <16 x float> zeroinitializer, ptr %3179, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3179, align 4, !tbaa !9
   %3180 = getelementptr inbounds nuw i8, ptr %3134, i64 64
-  %3181 = load <16 x float>, ptr %3180, align 4, !tbaa !4
+  %3181 = load <16 x float>, ptr %3180, align 4, !tbaa !9
   %3182 = fmul <16 x float> %3140, zeroinitializer
   %3183 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3181, <16 x float> %3182)
-  store <16 x float> %3183, ptr %3179, align 4, !tbaa !4
+  store <16 x float> %3183, ptr %3179, align 4, !tbaa !9
   %3184 = getelementptr inbounds nuw i8, ptr %3136, i64 128
-  store <16 x float> zeroinitializer, ptr %3184, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3184, align 4, !tbaa !9
   %3185 = getelementptr inbounds nuw i8, ptr %3134, i64 128
-  %3186 = load <16 x float>, ptr %3185, align 4, !tbaa !4
+  %3186 = load <16 x float>, ptr %3185, align 4, !tbaa !9
   %3187 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3186, <16 x float> %3182)
-  store <16 x float> %3187, ptr %3184, align 4, !tbaa !4
+  store <16 x float> %3187, ptr %3184, align 4, !tbaa !9
   %3188 = getelementptr inbounds nuw i8, ptr %3136, i64 192
-  store <16 x float> zeroinitializer, ptr %3188, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3188, align 4, !tbaa !9
   %3189 = getelementptr inbounds nuw i8, ptr %3134, i64 192
-  %3190 = load <16 x float>, ptr %3189, align 4, !tbaa !4
+  %3190 = load <16 x float>, ptr %3189, align 4, !tbaa !9
   %3191 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3190, <16 x float> %3182)
-  store <16 x float> %3191, ptr %3188, align 4, !tbaa !4
+  store <16 x float> %3191, ptr %3188, align 4, !tbaa !9
   %3192 = getelementptr inbounds nuw i8, ptr %3136, i64 256
-  store <16 x float> zeroinitializer, ptr %3192, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3192, align 4, !tbaa !9
   %3193 = getelementptr inbounds nuw i8, ptr %3134, i64 256
-  %3194 = load <16 x float>, ptr %3193, align 4, !tbaa !4
+  %3194 = load <16 x float>, ptr %3193, align 4, !tbaa !9
   %3195 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3194, <16 x float> %3182)
-  store <16 x float> %3195, ptr %3192, align 4, !tbaa !4
+  store <16 x float> %3195, ptr %3192, align 4, !tbaa !9
   %3196 = getelementptr inbounds nuw i8, ptr %3136, i64 320
-  store <16 x float> zeroinitializer, ptr %3196, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3196, align 4, !tbaa !9
   %3197 = getelementptr inbounds nuw i8, ptr %3134, i64 320
-  %3198 = load <16 x float>, ptr %3197, align 4, !tbaa !4
+  %3198 = load <16 x float>, ptr %3197, align 4, !tbaa !9
   %3199 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3198, <16 x float> %3182)
-  store <16 x float> %3199, ptr %3196, align 4, !tbaa !4
+  store <16 x float> %3199, ptr %3196, align 4, !tbaa !9
   %3200 = getelementptr inbounds nuw i8, ptr %3136, i64 384
-  store <16 x float> zeroinitializer, ptr %3200, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3200, align 4, !tbaa !9
   %3201 = getelementptr inbounds nuw i8, ptr %3134, i64 384
-  %3202 = load <16 x float>, ptr %3201, align 4, !tbaa !4
+  %3202 = load <16 x float>, ptr %3201, align 4, !tbaa !9
   %3203 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3202, <16 x float> %3182)
-  store <16 x float> %3203, ptr %3200, align 4, !tbaa !4
+  store <16 x float> %3203, ptr %3200, align 4, !tbaa !9
   %3204 = getelementptr inbounds nuw i8, ptr %3136, i64 448
-  store <16 x float> zeroinitializer, ptr %3204, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %3204, align 4, !tbaa !9
   br label %if_end224.i
 
 if_end224.i:                                      ; preds = %if_then223.i, %if_end222.i
   %.pre-phi.i = phi <16 x float> [ %.pre634.i, %if_end222.i ], [ %3182, %if_then223.i ]
   %3205 = getelementptr inbounds nuw i8, ptr %3134, i64 448
-  %3206 = load <16 x float>, ptr %3205, align 4, !tbaa !4
+  %3206 = load <16 x float>, ptr %3205, align 4, !tbaa !9
   %3207 = getelementptr inbounds nuw i8, ptr %3136, i64 448
   %3208 = call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3133, <16 x float> %3206, <16 x float> %.pre-phi.i)
-  store <16 x float> %3208, ptr %3207, align 4, !tbaa !4
+  store <16 x float> %3208, ptr %3207, align 4, !tbaa !9
   %indvars.iv.next579.i = add nuw nsw i64 %indvars.iv578.i, 1
   %exitcond581.not.i = icmp eq i64 %indvars.iv.next579.i, 4
-  br i1 %exitcond581.not.i, label %for_end_r_0.i, label %for_body_r_0.i, !prof !30
+  br i1 %exitcond581.not.i, label %for_end_r_0.i, label %for_body_r_0.i, !prof !39
 
 if_end226.i:                                      ; preds = %for_end_r_0.i
-  %3209 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3209 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3210 = call i32 %3209(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not316.i = icmp eq i32 %3210, 0
-  br i1 %.not316.i, label %if_end229.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not316.i, label %if_end229.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end229.i:                                      ; preds = %if_end226.i
-  %3211 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3211 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3212 = call i32 %3211(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not317.i = icmp eq i32 %3212, 0
-  br i1 %.not317.i, label %if_end232.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not317.i, label %if_end232.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end232.i:                                      ; preds = %if_end229.i
-  %3213 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3213 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3214 = call i32 %3213(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not318.i = icmp eq i32 %3214, 0
-  br i1 %.not318.i, label %if_end235.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not318.i, label %if_end235.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end235.i:                                      ; preds = %if_end232.i
-  %3215 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3215 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3216 = call i32 %3215(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not319.i = icmp eq i32 %3216, 0
-  br i1 %.not319.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not319.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end241.i:                                      ; preds = %for_end_kv_head.i
-  %3217 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3217 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3218 = call i32 %3217(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not314.i = icmp eq i32 %3218, 0
-  br i1 %.not314.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not314.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
 
 for_body_tile247.i:                               ; preds = %for_body_tile247.i, %for_begin_tile246.preheader.i
   %indvars.iv606.i = phi i64 [ %indvars.iv.next607.i, %for_body_tile247.i ], [ 0, %for_begin_tile246.preheader.i ]
   %3219 = shl nuw nsw i64 %indvars.iv606.i, 2
   %3220 = add nuw nsw i64 %3219, %964
   %3221 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %3219
-  %3222 = load float, ptr %3221, align 16, !tbaa !314
+  %3222 = load float, ptr %3221, align 16, !tbaa !43
   %3223 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3220
-  store float %3222, ptr %3223, align 4, !tbaa !4
+  store float %3222, ptr %3223, align 4, !tbaa !9
   %3224 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %3219
-  %3225 = load float, ptr %3224, align 16, !tbaa !312
+  %3225 = load float, ptr %3224, align 16, !tbaa !41
   %3226 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3220
-  store float %3225, ptr %3226, align 4, !tbaa !4
+  store float %3225, ptr %3226, align 4, !tbaa !9
   %3227 = or disjoint i64 %3219, 1
   %3228 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %3227
-  %3229 = load float, ptr %3228, align 4, !tbaa !314
+  %3229 = load float, ptr %3228, align 4, !tbaa !43
   %3230 = or disjoint i64 %3220, 1
   %3231 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3230
-  store float %3229, ptr %3231, align 4, !tbaa !4
+  store float %3229, ptr %3231, align 4, !tbaa !9
   %3232 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %3227
-  %3233 = load float, ptr %3232, align 4, !tbaa !312
+  %3233 = load float, ptr %3232, align 4, !tbaa !41
   %3234 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3230
-  store float %3233, ptr %3234, align 4, !tbaa !4
+  store float %3233, ptr %3234, align 4, !tbaa !9
   %3235 = or disjoint i64 %3219, 2
   %3236 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %3235
-  %3237 = load float, ptr %3236, align 8, !tbaa !314
+  %3237 = load float, ptr %3236, align 8, !tbaa !43
   %3238 = or disjoint i64 %3220, 2
   %3239 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3238
-  store float %3237, ptr %3239, align 4, !tbaa !4
+  store float %3237, ptr %3239, align 4, !tbaa !9
   %3240 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %3235
-  %3241 = load float, ptr %3240, align 8, !tbaa !312
+  %3241 = load float, ptr %3240, align 8, !tbaa !41
   %3242 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3238
-  store float %3241, ptr %3242, align 4, !tbaa !4
+  store float %3241, ptr %3242, align 4, !tbaa !9
   %3243 = or disjoint i64 %3219, 3
   %3244 = getelementptr inbounds nuw float, ptr %row_max310.i, i64 %3243
-  %3245 = load float, ptr %3244, align 4, !tbaa !314
+  %3245 = load float, ptr %3244, align 4, !tbaa !43
   %3246 = or disjoint i64 %3220, 3
   %3247 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3246
-  store float %3245, ptr %3247, align 4, !tbaa !4
+  store float %3245, ptr %3247, align 4, !tbaa !9
   %3248 = getelementptr inbounds nuw float, ptr %row_sum309.i, i64 %3243
-  %3249 = load float, ptr %3248, align 4, !tbaa !312
+  %3249 = load float, ptr %3248, align 4, !tbaa !41
   %3250 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3246
-  store float %3249, ptr %3250, align 4, !tbaa !4
+  store float %3249, ptr %3250, align 4, !tbaa !9
   %3251 = shl nuw nsw i64 %indvars.iv606.i, 9
   %3252 = getelementptr inbounds nuw float, ptr %965, i64 %3251
   %3253 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3251
-  %3254 = load <16 x float>, ptr %3253, align 4, !tbaa !4
-  store <16 x float> %3254, ptr %3252, align 4, !tbaa !4
+  %3254 = load <16 x float>, ptr %3253, align 4, !tbaa !9
+  store <16 x float> %3254, ptr %3252, align 4, !tbaa !9
   %3255 = getelementptr inbounds nuw i8, ptr %3253, i64 64
-  %3256 = load <16 x float>, ptr %3255, align 4, !tbaa !4
+  %3256 = load <16 x float>, ptr %3255, align 4, !tbaa !9
   %3257 = getelementptr inbounds nuw i8, ptr %3252, i64 64
-  store <16 x float> %3256, ptr %3257, align 4, !tbaa !4
+  store <16 x float> %3256, ptr %3257, align 4, !tbaa !9
   %3258 = getelementptr inbounds nuw i8, ptr %3253, i64 128
-  %3259 = load <16 x float>, ptr %3258, align 4, !tbaa !4
+  %3259 = load <16 x float>, ptr %3258, align 4, !tbaa !9
   %3260 = getelementptr inbounds nuw i8, ptr %3252, i64 128
-  store <16 x float> %3259, ptr %3260, align 4, !tbaa !4
+  store <16 x float> %3259, ptr %3260, align 4, !tbaa !9
   %3261 = getelementptr inbounds nuw i8, ptr %3253, i64 192
-  %3262 = load <16 x float>, ptr %3261, align 4, !tbaa !4
+  %3262 = load <16 x float>, ptr %3261, align 4, !tbaa !9
   %3263 = getelementptr inbounds nuw i8, ptr %3252, i64 192
-  store <16 x float> %3262, ptr %3263, align 4, !tbaa !4
+  store <16 x float> %3262, ptr %3263, align 4, !tbaa !9
   %3264 = getelementptr inbounds nuw i8, ptr %3253, i64 256
-  %3265 = load <16 x float>, ptr %3264, align 4, !tbaa !4
+  %3265 = load <16 x float>, ptr %3264, align 4, !tbaa !9
   %3266 = getelementptr inbounds nuw i8, ptr %3252, i64 256
-  store <16 x float> %3265, ptr %3266, align 4, !tbaa !4
+  store <16 x float> %3265, ptr %3266, align 4, !tbaa !9
   %3267 = getelementptr inbounds nuw i8, ptr %3253, i64 320
-  %3268 = load <16 x float>, ptr %3267, align 4, !tbaa !4
+  %3268 = load <16 x float>, ptr %3267, align 4, !tbaa !9
   %3269 = getelementptr inbounds nuw i8, ptr %3252, i64 320
-  store <16 x float> %3268, ptr %3269, align 4, !tbaa !4
+  store <16 x float> %3268, ptr %3269, align 4, !tbaa !9
   %3270 = getelementptr inbounds nuw i8, ptr %3253, i64 384
-  %3271 = load <16 x float>, ptr %3270, align 4, !tbaa !4
+  %3271 = load <16 x float>, ptr %3270, align 4, !tbaa !9
   %3272 = getelementptr inbounds nuw i8, ptr %3252, i64 384
-  store <16 x float> %3271, ptr %3272, align 4, !tbaa !4
+  store <16 x float> %3271, ptr %3272, align 4, !tbaa !9
   %3273 = getelementptr inbounds nuw i8, ptr %3253, i64 448
-  %3274 = load <16 x float>, ptr %3273, align 4, !tbaa !4
+  %3274 = load <16 x float>, ptr %3273, align 4, !tbaa !9
   %3275 = getelementptr inbounds nuw i8, ptr %3252, i64 448
-  store <16 x float> %3274, ptr %3275, align 4, !tbaa !4
+  store <16 x float> %3274, ptr %3275, align 4, !tbaa !9
   %3276 = getelementptr inbounds nuw i8, ptr %3252, i64 512
   %3277 = getelementptr inbounds nuw i8, ptr %3253, i64 512
-  %3278 = load <16 x float>, ptr %3277, align 4, !tbaa !4
-  store <16 x float> %3278, ptr %3276, align 4, !tbaa !4
+  %3278 = load <16 x float>, ptr %3277, align 4, !tbaa !9
+  store <16 x float> %3278, ptr %3276, align 4, !tbaa !9
   %3279 = getelementptr inbounds nuw i8, ptr %3253, i64 576
-  %3280 = load <16 x float>, ptr %3279, align 4, !tbaa !4
+  %3280 = load <16 x float>, ptr %3279, align 4, !tbaa !9
   %3281 = getelementptr inbounds nuw i8, ptr %3252, i64 576
-  store <16 x float> %3280, ptr %3281, align 4, !tbaa !4
+  store <16 x float> %3280, ptr %3281, align 4, !tbaa !9
   %3282 = getelementptr inbounds nuw i8, ptr %3253, i64 640
-  %3283 = load <16 x float>, ptr %3282, align 4, !tbaa !4
+  %3283 = load <16 x float>, ptr %3282, align 4, !tbaa !9
   %3284 = getelementptr inbounds nuw i8, ptr %3252, i64 640
-  store <16 x float> %3283, ptr %3284, align 4, !tbaa !4
+  store <16 x float> %3283, ptr %3284, align 4, !tbaa !9
   %3285 = getelementptr inbounds nuw i8, ptr %3253, i64 704
-  %3286 = load <16 x float>, ptr %3285, align 4, !tbaa !4
+  %3286 = load <16 x float>, ptr %3285, align 4, !tbaa !9
   %3287 = getelementptr inbounds nuw i8, ptr %3252, i64 704
-  store <16 x float> %3286, ptr %3287, align 4, !tbaa !4
+  store <16 x float> %3286, ptr %3287, align 4, !tbaa !9
   %3288 = getelementptr inbounds nuw i8, ptr %3253, i64 768
-  %3289 = load <16 x float>, ptr %3288, align 4, !tbaa !4
+  %3289 = load <16 x float>, ptr %3288, align 4, !tbaa !9
   %3290 = getelementptr inbounds nuw i8, ptr %3252, i64 768
-  store <16 x float> %3289, ptr %3290, align 4, !tbaa !4
+  store <16 x float> %3289, ptr %3290, align 4, !tbaa !9
   %3291 = getelementptr inbounds nuw i8, ptr %3253, i64 832
-  %3292 = load <16 x float>, ptr %3291, align 4, !tbaa !4
+  %3292 = load <16 x float>, ptr %3291, align 4, !tbaa !9
   %3293 = getelementptr inbounds nuw i8, ptr %3252, i64 832
-  store <16 x float> %3292, ptr %3293, align 4, !tbaa !4
+  store <16 x float> %3292, ptr %3293, align 4, !tbaa !9
   %3294 = getelementptr inbounds nuw i8, ptr %3253, i64 896
-  %3295 = load <16 x float>, ptr %3294, align 4, !tbaa !4
+  %3295 = load <16 x float>, ptr %3294, align 4, !tbaa !9
   %3296 = getelementptr inbounds nuw i8, ptr %3252, i64 896
-  store <16 x float> %3295, ptr %3296, align 4, !tbaa !4
+  store <16 x float> %3295, ptr %3296, align 4, !tbaa !9
   %3297 = getelementptr inbounds nuw i8, ptr %3253, i64 960
-  %3298 = load <16 x float>, ptr %3297, align 4, !tbaa !4
+  %3298 = load <16 x float>, ptr %3297, align 4, !tbaa !9
   %3299 = getelementptr inbounds nuw i8, ptr %3252, i64 960
-  store <16 x float> %3298, ptr %3299, align 4, !tbaa !4
+  store <16 x float> %3298, ptr %3299, align 4, !tbaa !9
   %3300 = getelementptr inbounds nuw i8, ptr %3252, i64 1024
   %3301 = getelementptr inbounds nuw i8, ptr %3253, i64 1024
-  %3302 = load <16 x float>, ptr %3301, align 4, !tbaa !4
-  store <16 x float> %3302, ptr %3300, align 4, !tbaa !4
+  %3302 = load <16 x float>, ptr %3301, align 4, !tbaa !9
+  store <16 x float> %3302, ptr %3300, align 4, !tbaa !9
   %3303 = getelementptr inbounds nuw i8, ptr %3253, i64 1088
-  %3304 = load <16 x float>, ptr %3303, align 4, !tbaa !4
+  %3304 = load <16 x float>, ptr %3303, align 4, !tbaa !9
   %3305 = getelementptr inbounds nuw i8, ptr %3252, i64 1088
-  store <16 x float> %3304, ptr %3305, align 4, !tbaa !4
+  store <16 x float> %3304, ptr %3305, align 4, !tbaa !9
   %3306 = getelementptr inbounds nuw i8, ptr %3253, i64 1152
-  %3307 = load <16 x float>, ptr %3306, align 4, !tbaa !4
+  %3307 = load <16 x float>, ptr %3306, align 4, !tbaa !9
   %3308 = getelementptr inbounds nuw i8, ptr %3252, i64 1152
-  store <16 x float> %3307, ptr %3308, align 4, !tbaa !4
+  store <16 x float> %3307, ptr %3308, align 4, !tbaa !9
   %3309 = getelementptr inbounds nuw i8, ptr %3253, i64 1216
-  %3310 = load <16 x float>, ptr %3309, align 4, !tbaa !4
+  %3310 = load <16 x float>, ptr %3309, align 4, !tbaa !9
   %3311 = getelementptr inbounds nuw i8, ptr %3252, i64 1216
-  store <16 x float> %3310, ptr %3311, align 4, !tbaa !4
+  store <16 x float> %3310, ptr %3311, align 4, !tbaa !9
   %3312 = getelementptr inbounds nuw i8, ptr %3253, i64 1280
-  %3313 = load <16 x float>, ptr %3312, align 4, !tbaa !4
+  %3313 = load <16 x float>, ptr %3312, align 4, !tbaa !9
   %3314 = getelementptr inbounds nuw i8, ptr %3252, i64 1280
-  store <16 x float> %3313, ptr %3314, align 4, !tbaa !4
+  store <16 x float> %3313, ptr %3314, align 4, !tbaa !9
   %3315 = getelementptr inbounds nuw i8, ptr %3253, i64 1344
-  %3316 = load <16 x float>, ptr %3315, align 4, !tbaa !4
+  %3316 = load <16 x float>, ptr %3315, align 4, !tbaa !9
   %3317 = getelementptr inbounds nuw i8, ptr %3252, i64 1344
-  store <16 x float> %3316, ptr %3317, align 4, !tbaa !4
+  store <16 x float> %3316, ptr %3317, align 4, !tbaa !9
   %3318 = getelementptr inbounds nuw i8, ptr %3253, i64 1408
-  %3319 = load <16 x float>, ptr %3318, align 4, !tbaa !4
+  %3319 = load <16 x float>, ptr %3318, align 4, !tbaa !9
   %3320 = getelementptr inbounds nuw i8, ptr %3252, i64 1408
-  store <16 x float> %3319, ptr %3320, align 4, !tbaa !4
+  store <16 x float> %3319, ptr %3320, align 4, !tbaa !9
   %3321 = getelementptr inbounds nuw i8, ptr %3253, i64 1472
-  %3322 = load <16 x float>, ptr %3321, align 4, !tbaa !4
+  %3322 = load <16 x float>, ptr %3321, align 4, !tbaa !9
   %3323 = getelementptr inbounds nuw i8, ptr %3252, i64 1472
-  store <16 x float> %3322, ptr %3323, align 4, !tbaa !4
+  store <16 x float> %3322, ptr %3323, align 4, !tbaa !9
   %3324 = getelementptr inbounds nuw i8, ptr %3252, i64 1536
   %3325 = getelementptr inbounds nuw i8, ptr %3253, i64 1536
-  %3326 = load <16 x float>, ptr %3325, align 4, !tbaa !4
-  store <16 x float> %3326, ptr %3324, align 4, !tbaa !4
+  %3326 = load <16 x float>, ptr %3325, align 4, !tbaa !9
+  store <16 x float> %3326, ptr %3324, align 4, !tbaa !9
   %3327 = getelementptr inbounds nuw i8, ptr %3253, i64 1600
-  %3328 = load <16 x float>, ptr %3327, align 4, !tbaa !4
+  %3328 = load <16 x float>, ptr %3327, align 4, !tbaa !9
   %3329 = getelementptr inbounds nuw i8, ptr %3252, i64 1600
-  store <16 x float> %3328, ptr %3329, align 4, !tbaa !4
+  store <16 x float> %3328, ptr %3329, align 4, !tbaa !9
   %3330 = getelementptr inbounds nuw i8, ptr %3253, i64 1664
-  %3331 = load <16 x float>, ptr %3330, align 4, !tbaa !4
+  %3331 = load <16 x float>, ptr %3330, align 4, !tbaa !9
   %3332 = getelementptr inbounds nuw i8, ptr %3252, i64 1664
-  store <16 x float> %3331, ptr %3332, align 4, !tbaa !4
+  store <16 x float> %3331, ptr %3332, align 4, !tbaa !9
   %3333 = getelementptr inbounds nuw i8, ptr %3253, i64 1728
-  %3334 = load <16 x float>, ptr %3333, align 4, !tbaa !4
+  %3334 = load <16 x float>, ptr %3333, align 4, !tbaa !9
   %3335 = getelementptr inbounds nuw i8, ptr %3252, i64 1728
-  store <16 x float> %3334, ptr %3335, align 4, !tbaa !4
+  store <16 x float> %3334, ptr %3335, align 4, !tbaa !9
   %3336 = getelementptr inbounds nuw i8, ptr %3253, i64 1792
-  %3337 = load <16 x float>, ptr %3336, align 4, !tbaa !4
+  %3337 = load <16 x float>, ptr %3336, align 4, !tbaa !9
   %3338 = getelementptr inbounds nuw i8, ptr %3252, i64 1792
-  store <16 x float> %3337, ptr %3338, align 4, !tbaa !4
+  store <16 x float> %3337, ptr %3338, align 4, !tbaa !9
   %3339 = getelementptr inbounds nuw i8, ptr %3253, i64 1856
-  %3340 = load <16 x float>, ptr %3339, align 4, !tbaa !4
+  %3340 = load <16 x float>, ptr %3339, align 4, !tbaa !9
   %3341 = getelementptr inbounds nuw i8, ptr %3252, i64 1856
-  store <16 x float> %3340, ptr %3341, align 4, !tbaa !4
+  store <16 x float> %3340, ptr %3341, align 4, !tbaa !9
   %3342 = getelementptr inbounds nuw i8, ptr %3253, i64 1920
-  %3343 = load <16 x float>, ptr %3342, align 4, !tbaa !4
+  %3343 = load <16 x float>, ptr %3342, align 4, !tbaa !9
   %3344 = getelementptr inbounds nuw i8, ptr %3252, i64 1920
-  store <16 x float> %3343, ptr %3344, align 4, !tbaa !4
+  store <16 x float> %3343, ptr %3344, align 4, !tbaa !9
   %3345 = getelementptr inbounds nuw i8, ptr %3253, i64 1984
-  %3346 = load <16 x float>, ptr %3345, align 4, !tbaa !4
+  %3346 = load <16 x float>, ptr %3345, align 4, !tbaa !9
   %3347 = getelementptr inbounds nuw i8, ptr %3252, i64 1984
-  store <16 x float> %3346, ptr %3347, align 4, !tbaa !4
+  store <16 x float> %3346, ptr %3347, align 4, !tbaa !9
   %indvars.iv.next607.i = add nuw nsw i64 %indvars.iv606.i, 1
   %exitcond609.not.i = icmp eq i64 %indvars.iv.next607.i, 8
-  br i1 %exitcond609.not.i, label %for_end_tile248.i, label %for_body_tile247.i, !prof !30
+  br i1 %exitcond609.not.i, label %for_end_tile248.i, label %for_body_tile247.i, !prof !39
 
 for_end_tile248.i:                                ; preds = %for_body_tile247.i, %if_end271.us.3.i
-  %3348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3349 = call i32 %3348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3349, 0
-  br i1 %.not.i, label %if_end288.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not.i, label %if_end288.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end288.i:                                      ; preds = %for_end_tile248.i
-  %3350 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3350 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3351 = call i32 %3350(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not311.i = icmp eq i32 %3351, 0
-  br i1 %.not311.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !39
+  br i1 %.not311.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
 
 fused_decode_compute_.exit:                       ; preds = %if_end288.i, %for_end_tile248.i, %if_end241.i, %if_end235.i, %if_end232.i, %if_end229.i, %if_end226.i, %for_end_r_0.i, %for_begin_s201.preheader.i, %if_else167.i, %for_end_ax1.3.i, %if_end45.i, %if_end42.i, %for_end_to.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
   %common.ret.op.i = phi i32 [ -1, %if_else167.i ], [ -1, %for_body_kv_head.i ], [ 0, %if_end51 ], [ -1, %for_body_step.i ], [ -1, %for_begin_s201.preheader.i ], [ -1, %if_end235.i ], [ -1, %if_end232.i ], [ -1, %if_end229.i ], [ -1, %if_end226.i ], [ -1, %for_end_r_0.i ], [ -1, %for_end_ax1.3.i ], [ -1, %if_end45.i ], [ -1, %if_end42.i ], [ -1, %for_end_to.i ], [ -1, %if_end241.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ], [ -1, %if_end288.i ], [ 0, %for_begin_s.i ], [ -1, %for_end_tile248.i ]
@@ -14114,7 +14741,207 @@ fused_decode_compute_.exit:                       ; preds = %if_end288.i, %for_e
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilezero(i8 immarg) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <64 x float> @llvm.fmuladd.v64f32(<64 x float>, <64 x float>, <64 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(none)
+declare <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float>, <16 x bfloat>, <16 x bfloat>) #5
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umax.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #7
+
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nounwind }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(none) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 127}
+!12 = !{!13}
+!13 = distinct !{!13, !14}
+!14 = distinct !{!14, !"LVerDomain"}
+!15 = !{!16}
+!16 = distinct !{!16, !14}
+!17 = !{!"branch_weights", i32 1, i32 0}
+!18 = distinct !{!18, !19, !20}
+!19 = !{!"llvm.loop.isvectorized", i32 1}
+!20 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!21 = !{!22}
+!22 = distinct !{!22, !23}
+!23 = distinct !{!23, !"LVerDomain"}
+!24 = !{!25}
+!25 = distinct !{!25, !23}
+!26 = distinct !{!26, !19, !20}
+!27 = !{!28}
+!28 = distinct !{!28, !29}
+!29 = distinct !{!29, !"LVerDomain"}
+!30 = !{!31}
+!31 = distinct !{!31, !29}
+!32 = distinct !{!32, !19, !20}
+!33 = !{!34}
+!34 = distinct !{!34, !35}
+!35 = distinct !{!35, !"LVerDomain"}
+!36 = !{!37}
+!37 = distinct !{!37, !35}
+!38 = distinct !{!38, !19, !20}
+!39 = !{!"branch_weights", i32 1, i32 1048575}
+!40 = !{!"branch_weights", i32 1, i32 1048576}
+!41 = !{!42, !42, i64 0}
+!42 = !{!"buffer11", !7, i64 0}
+!43 = !{!44, !44, i64 0}
+!44 = !{!"buffer12", !7, i64 0}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!47 = distinct !{!47, !46}
+!48 = !{!"branch_weights", i32 2032, i32 2147481616}
+!49 = !{!"branch_weights", i32 4064, i32 2147479584}
+!50 = distinct !{!50, !51}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!52 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!53 = distinct !{!53, !51}
+!54 = distinct !{!54, !51}
+!55 = distinct !{!55, !51}
+!56 = !{!"branch_weights", i32 6096, i32 2147477552}
+!57 = !{!"branch_weights", i32 8128, i32 2147475520}
+!58 = distinct !{!58, !59}
+!59 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!60 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!61 = distinct !{!61, !62, !63}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!63 = !{!"llvm.loop.unroll.disable"}
+!64 = distinct !{!64, !59}
+!65 = distinct !{!65, !62, !63}
+!66 = distinct !{!66, !59}
+!67 = distinct !{!67, !62, !63}
+!68 = distinct !{!68, !59}
+!69 = distinct !{!69, !62, !63}
+!70 = !{!71, !71, i64 0}
+!71 = !{!"buffer13", !7, i64 0}
+!72 = distinct !{!72, !59}
+!73 = distinct !{!73, !62, !63}
+!74 = distinct !{!74, !59}
+!75 = distinct !{!75, !62, !63}
+!76 = distinct !{!76, !59}
+!77 = distinct !{!77, !62, !63}
+!78 = distinct !{!78, !59}
+!79 = distinct !{!79, !62, !63}
+!80 = !{!81, !81, i64 0}
+!81 = !{!"buffer14", !7, i64 0}
+!82 = distinct !{!82, !59}
+!83 = distinct !{!83, !62, !63}
+!84 = distinct !{!84, !59}
+!85 = distinct !{!85, !62, !63}
+!86 = distinct !{!86, !59}
+!87 = distinct !{!87, !62, !63}
+!88 = distinct !{!88, !59}
+!89 = distinct !{!89, !62, !63}
+!90 = distinct !{!90, !59}
+!91 = distinct !{!91, !62, !63}
+!92 = distinct !{!92, !59}
+!93 = distinct !{!93, !62, !63}
+!94 = distinct !{!94, !59}
+!95 = distinct !{!95, !62, !63}
+!96 = distinct !{!96, !59}
+!97 = distinct !{!97, !62, !63}
+!98 = !{!99, !99, i64 0}
+!99 = !{!"buffer15.w16.b0", !100, i64 0}
+!100 = !{!"buffer15.w32.b0", !101, i64 0}
+!101 = !{!"buffer15.w64.b0", !102, i64 0}
+!102 = !{!"buffer15.w128.b0", !103, i64 0}
+!103 = !{!"buffer15.w256.b0", !104, i64 0}
+!104 = !{!"buffer15.w512.b0", !105, i64 0}
+!105 = !{!"buffer15.w1024.b0", !106, i64 0}
+!106 = !{!"buffer15", !7, i64 0}
+!107 = !{!108, !108, i64 0}
+!108 = !{!"buffer16.w16.b0", !109, i64 0}
+!109 = !{!"buffer16.w32.b0", !110, i64 0}
+!110 = !{!"buffer16.w64.b0", !111, i64 0}
+!111 = !{!"buffer16.w128.b0", !112, i64 0}
+!112 = !{!"buffer16.w256.b0", !113, i64 0}
+!113 = !{!"buffer16.w512.b0", !114, i64 0}
+!114 = !{!"buffer16.w1024.b0", !115, i64 0}
+!115 = !{!"buffer16", !7, i64 0}
+!116 = !{!"branch_weights", i32 1048575, i32 1}
+!117 = distinct !{!117, !118}
+!118 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!119 = !{!115, !115, i64 0}
+!120 = !{!106, !106, i64 0}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [32 x float], align 16
   %beta37.i = alloca [32 x float], align 16
@@ -14238,14 +15065,14 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %50 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %50(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %51 = icmp eq ptr %acc.i, null
-  br i1 %51, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+  br i1 %51, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end21
   %52 = icmp sgt i32 %num_partials, 0
-  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !3
+  br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %step46.i = phi i32 [ %224, %for_end_r_0.i ], [ 0, %for_begin_step.preheader.i ]
@@ -14266,10 +15093,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %64 = sext i32 %63 to i64
   %65 = shl nsw i64 %64, 5
   %66 = getelementptr inbounds float, ptr %partial_max, i64 %65
-  %67 = load <32 x float>, ptr %66, align 4, !tbaa !4
+  %67 = load <32 x float>, ptr %66, align 4, !tbaa !8
   %68 = fcmp ogt <32 x float> %old_max.i, %67
   %69 = getelementptr inbounds float, ptr %partial_sum, i64 %65
-  %70 = load <32 x float>, ptr %69, align 4, !tbaa !4
+  %70 = load <32 x float>, ptr %69, align 4, !tbaa !8
   %71 = fcmp oeq <32 x float> %70, zeroinitializer
   %72 = select <32 x i1> %71, <32 x i1> splat (i1 true), <32 x i1> %68
   %old_or_both.i = select <32 x i1> %72, <32 x float> %old_max.i, <32 x float> %67
@@ -14297,7 +15124,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %93 = select <32 x i1> %92, <32 x float> zeroinitializer, <32 x float> %91
   %94 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %95 = select <32 x i1> %94, <32 x float> %93, <32 x float> zeroinitializer
-  store <32 x float> %95, ptr %alpha38.i, align 16, !tbaa !379
+  store <32 x float> %95, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <32 x float> %67, %m.i
   %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %97 = bitcast <32 x float> %96 to <32 x i32>
@@ -14320,76 +15147,76 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %114 = select <32 x i1> %113, <32 x float> zeroinitializer, <32 x float> %112
   %115 = fcmp one <32 x float> %70, zeroinitializer
   %116 = select <32 x i1> %115, <32 x float> %114, <32 x float> zeroinitializer
-  store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !385
+  store <32 x float> %116, ptr %beta37.i, align 16, !tbaa !16
   %117 = fmul <32 x float> %old_sum.i, %95
   %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
   %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %120 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %121 = load float, ptr %120, align 4, !tbaa !391
+  %121 = load float, ptr %120, align 4, !tbaa !22
   %122 = insertelement <16 x float> poison, float %121, i64 0
   %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
   %124 = shl nuw nsw i64 %indvars.iv60.i, 7
   %125 = getelementptr float, ptr %119, i64 %124
   %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %127 = load float, ptr %126, align 4, !tbaa !392
+  %127 = load float, ptr %126, align 4, !tbaa !23
   %128 = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
-  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !4
-  %129 = load <16 x float>, ptr %125, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !8
+  %129 = load <16 x float>, ptr %125, align 4, !tbaa !8
   %.scalar = fmul float %127, 0.000000e+00
   %130 = insertelement <16 x float> poison, float %.scalar, i64 0
   %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %131)
-  store <16 x float> %132, ptr %128, align 4, !tbaa !4
+  store <16 x float> %132, ptr %128, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %128, i64 64
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %125, i64 64
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !4
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %131)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !4
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %128, i64 128
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %125, i64 128
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %139, <16 x float> %131)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !4
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %128, i64 192
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %125, i64 192
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %143, <16 x float> %131)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !4
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %128, i64 256
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %125, i64 256
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %147, <16 x float> %131)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !4
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %149 = getelementptr inbounds nuw i8, ptr %128, i64 320
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
   %150 = getelementptr i8, ptr %125, i64 320
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !4
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
   %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %151, <16 x float> %131)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !4
+  store <16 x float> %152, ptr %149, align 4, !tbaa !8
   %153 = getelementptr inbounds nuw i8, ptr %128, i64 384
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
   %154 = getelementptr i8, ptr %125, i64 384
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !4
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
   %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %155, <16 x float> %131)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !4
+  store <16 x float> %156, ptr %153, align 4, !tbaa !8
   %157 = getelementptr inbounds nuw i8, ptr %128, i64 448
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
   %158 = getelementptr i8, ptr %125, i64 448
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !4
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
   %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %159, <16 x float> %131)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !4
+  store <16 x float> %160, ptr %157, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_r_0.i ]
@@ -14399,7 +15226,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %161 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %162 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %163 = select <32 x i1> %162, <32 x float> zeroinitializer, <32 x float> %161
-  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !393
+  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !25
   %sext = shl i64 %20, 32
   %164 = ashr exact i64 %sext, 32
   %165 = mul nsw i64 %out_batch, %164
@@ -14409,90 +15236,90 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %167 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %168 = load float, ptr %167, align 4, !tbaa !391
+  %168 = load float, ptr %167, align 4, !tbaa !22
   %169 = insertelement <16 x float> poison, float %168, i64 0
   %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
   %171 = shl nuw nsw i64 %indvars.iv.i, 7
   %172 = getelementptr float, ptr %119, i64 %171
   %173 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %174 = load float, ptr %173, align 4, !tbaa !392
+  %174 = load float, ptr %173, align 4, !tbaa !23
   %175 = insertelement <16 x float> poison, float %174, i64 0
   %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %177 = load <16 x float>, ptr %172, align 4, !tbaa !8
   %178 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = fmul <16 x float> %179, %176
   %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %177, <16 x float> %180)
-  store <16 x float> %181, ptr %178, align 4, !tbaa !4
+  store <16 x float> %181, ptr %178, align 4, !tbaa !8
   %182 = getelementptr i8, ptr %172, i64 64
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !4
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !8
   %184 = getelementptr inbounds nuw i8, ptr %178, i64 64
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
   %186 = fmul <16 x float> %176, %185
   %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %183, <16 x float> %186)
-  store <16 x float> %187, ptr %184, align 4, !tbaa !4
+  store <16 x float> %187, ptr %184, align 4, !tbaa !8
   %188 = getelementptr i8, ptr %172, i64 128
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !4
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !8
   %190 = getelementptr inbounds nuw i8, ptr %178, i64 128
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
   %192 = fmul <16 x float> %176, %191
   %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %189, <16 x float> %192)
-  store <16 x float> %193, ptr %190, align 4, !tbaa !4
+  store <16 x float> %193, ptr %190, align 4, !tbaa !8
   %194 = getelementptr i8, ptr %172, i64 192
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !4
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !8
   %196 = getelementptr inbounds nuw i8, ptr %178, i64 192
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
   %198 = fmul <16 x float> %176, %197
   %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %195, <16 x float> %198)
-  store <16 x float> %199, ptr %196, align 4, !tbaa !4
+  store <16 x float> %199, ptr %196, align 4, !tbaa !8
   %200 = getelementptr i8, ptr %172, i64 256
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !4
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
   %202 = getelementptr inbounds nuw i8, ptr %178, i64 256
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
   %204 = fmul <16 x float> %176, %203
   %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %201, <16 x float> %204)
-  store <16 x float> %205, ptr %202, align 4, !tbaa !4
+  store <16 x float> %205, ptr %202, align 4, !tbaa !8
   %206 = getelementptr i8, ptr %172, i64 320
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
   %208 = getelementptr inbounds nuw i8, ptr %178, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
   %210 = fmul <16 x float> %176, %209
   %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 4, !tbaa !4
+  store <16 x float> %211, ptr %208, align 4, !tbaa !8
   %212 = getelementptr i8, ptr %172, i64 384
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
   %214 = getelementptr inbounds nuw i8, ptr %178, i64 384
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !4
+  %215 = load <16 x float>, ptr %214, align 4, !tbaa !8
   %216 = fmul <16 x float> %176, %215
   %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %213, <16 x float> %216)
-  store <16 x float> %217, ptr %214, align 4, !tbaa !4
+  store <16 x float> %217, ptr %214, align 4, !tbaa !8
   %218 = getelementptr i8, ptr %172, i64 448
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !4
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
   %220 = getelementptr inbounds nuw i8, ptr %178, i64 448
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !4
+  %221 = load <16 x float>, ptr %220, align 4, !tbaa !8
   %222 = fmul <16 x float> %176, %221
   %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %219, <16 x float> %222)
-  store <16 x float> %223, ptr %220, align 4, !tbaa !4
+  store <16 x float> %223, ptr %220, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %224 = add nuw nsw i32 %step46.i, 1
   %exitcond64.not.i = icmp eq i32 %224, %num_partials
-  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv69.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next70.i, %for_begin_d_019.preheader.i ]
   %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv69.i
-  %226 = load float, ptr %225, align 4, !tbaa !399
+  %226 = load float, ptr %225, align 4, !tbaa !32
   %227 = insertelement <16 x float> poison, float %226, i64 0
   %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
   %229 = mul nsw i64 %indvars.iv69.i, %out_head
   %invariant.gep.i = getelementptr i16, ptr %166, i64 %229
   %.idx = shl nuw nsw i64 %indvars.iv69.i, 9
   %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !4
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
   %232 = fmul <16 x float> %231, %228
   %233 = bitcast <16 x float> %232 to <16 x i32>
   %234 = lshr <16 x i32> %233, splat (i32 16)
@@ -14501,9 +15328,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %237 = add nuw <16 x i32> %236, %235
   %238 = lshr <16 x i32> %237, splat (i32 16)
   %239 = trunc nuw <16 x i32> %238 to <16 x i16>
-  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !4
+  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !8
   %240 = getelementptr inbounds nuw i8, ptr %230, i64 64
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !4
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
   %242 = fmul <16 x float> %228, %241
   %243 = bitcast <16 x float> %242 to <16 x i32>
   %244 = lshr <16 x i32> %243, splat (i32 16)
@@ -14513,9 +15340,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %248 = lshr <16 x i32> %247, splat (i32 16)
   %249 = trunc nuw <16 x i32> %248 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !4
+  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !8
   %250 = getelementptr inbounds nuw i8, ptr %230, i64 128
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !4
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
   %252 = fmul <16 x float> %228, %251
   %253 = bitcast <16 x float> %252 to <16 x i32>
   %254 = lshr <16 x i32> %253, splat (i32 16)
@@ -14525,9 +15352,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %258 = lshr <16 x i32> %257, splat (i32 16)
   %259 = trunc nuw <16 x i32> %258 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !4
+  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !8
   %260 = getelementptr inbounds nuw i8, ptr %230, i64 192
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
   %262 = fmul <16 x float> %228, %261
   %263 = bitcast <16 x float> %262 to <16 x i32>
   %264 = lshr <16 x i32> %263, splat (i32 16)
@@ -14537,9 +15364,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %268 = lshr <16 x i32> %267, splat (i32 16)
   %269 = trunc nuw <16 x i32> %268 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !4
+  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !8
   %270 = getelementptr inbounds nuw i8, ptr %230, i64 256
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !4
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
   %272 = fmul <16 x float> %228, %271
   %273 = bitcast <16 x float> %272 to <16 x i32>
   %274 = lshr <16 x i32> %273, splat (i32 16)
@@ -14549,9 +15376,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %278 = lshr <16 x i32> %277, splat (i32 16)
   %279 = trunc nuw <16 x i32> %278 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !4
+  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !8
   %280 = getelementptr inbounds nuw i8, ptr %230, i64 320
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !4
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
   %282 = fmul <16 x float> %228, %281
   %283 = bitcast <16 x float> %282 to <16 x i32>
   %284 = lshr <16 x i32> %283, splat (i32 16)
@@ -14561,9 +15388,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %288 = lshr <16 x i32> %287, splat (i32 16)
   %289 = trunc nuw <16 x i32> %288 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !4
+  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !8
   %290 = getelementptr inbounds nuw i8, ptr %230, i64 384
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !4
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
   %292 = fmul <16 x float> %228, %291
   %293 = bitcast <16 x float> %292 to <16 x i32>
   %294 = lshr <16 x i32> %293, splat (i32 16)
@@ -14573,9 +15400,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %298 = lshr <16 x i32> %297, splat (i32 16)
   %299 = trunc nuw <16 x i32> %298 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !4
+  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !8
   %300 = getelementptr inbounds nuw i8, ptr %230, i64 448
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !4
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
   %302 = fmul <16 x float> %228, %301
   %303 = bitcast <16 x float> %302 to <16 x i32>
   %304 = lshr <16 x i32> %303, splat (i32 16)
@@ -14585,10 +15412,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %308 = lshr <16 x i32> %307, splat (i32 16)
   %309 = trunc nuw <16 x i32> %308 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !4
+  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !8
   %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
   %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 32
-  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
+  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %310 = add nsw i32 %num_keys, -1
@@ -14606,12 +15433,12 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv73.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next74.i.3, %if_end30.i.3 ]
   %320 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv73.i
-  %321 = load float, ptr %320, align 16, !tbaa !400
+  %321 = load float, ptr %320, align 16, !tbaa !33
   %322 = fcmp oeq float %321, 0.000000e+00
   br i1 %322, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %324 = tail call i32 %323(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %324, 0
   %..i = sext i1 %.not.i to i32
@@ -14621,17 +15448,17 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %325 = fmul float %321, %319
   %326 = tail call float @llvm.log.f32(float %325)
   %327 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv73.i
-  %328 = load float, ptr %327, align 16, !tbaa !402
+  %328 = load float, ptr %327, align 16, !tbaa !35
   %329 = fadd float %326, %328
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
   %330 = phi float [ %329, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
   %331 = getelementptr float, ptr %315, i64 %indvars.iv73.i
-  store float %330, ptr %331, align 4, !tbaa !4
+  store float %330, ptr %331, align 4, !tbaa !8
   %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1
   %332 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i
-  %333 = load float, ptr %332, align 4, !tbaa !400
+  %333 = load float, ptr %332, align 4, !tbaa !33
   %334 = fcmp oeq float %333, 0.000000e+00
   br i1 %334, label %if_end30.i.1, label %if_else.i.1
 
@@ -14639,17 +15466,17 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %335 = fmul float %333, %319
   %336 = tail call float @llvm.log.f32(float %335)
   %337 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i
-  %338 = load float, ptr %337, align 4, !tbaa !402
+  %338 = load float, ptr %337, align 4, !tbaa !35
   %339 = fadd float %336, %338
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
   %340 = phi float [ %339, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
   %341 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i
-  store float %340, ptr %341, align 4, !tbaa !4
+  store float %340, ptr %341, align 4, !tbaa !8
   %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2
   %342 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.1
-  %343 = load float, ptr %342, align 8, !tbaa !400
+  %343 = load float, ptr %342, align 8, !tbaa !33
   %344 = fcmp oeq float %343, 0.000000e+00
   br i1 %344, label %if_end30.i.2, label %if_else.i.2
 
@@ -14657,17 +15484,17 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %345 = fmul float %343, %319
   %346 = tail call float @llvm.log.f32(float %345)
   %347 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.1
-  %348 = load float, ptr %347, align 8, !tbaa !402
+  %348 = load float, ptr %347, align 8, !tbaa !35
   %349 = fadd float %346, %348
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
   %350 = phi float [ %349, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
   %351 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.1
-  store float %350, ptr %351, align 4, !tbaa !4
+  store float %350, ptr %351, align 4, !tbaa !8
   %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3
   %352 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.2
-  %353 = load float, ptr %352, align 4, !tbaa !400
+  %353 = load float, ptr %352, align 4, !tbaa !33
   %354 = fcmp oeq float %353, 0.000000e+00
   br i1 %354, label %if_end30.i.3, label %if_else.i.3
 
@@ -14675,17 +15502,17 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %355 = fmul float %353, %319
   %356 = tail call float @llvm.log.f32(float %355)
   %357 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.2
-  %358 = load float, ptr %357, align 4, !tbaa !402
+  %358 = load float, ptr %357, align 4, !tbaa !35
   %359 = fadd float %356, %358
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
   %360 = phi float [ %359, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
   %361 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.2
-  store float %360, ptr %361, align 4, !tbaa !4
+  store float %360, ptr %361, align 4, !tbaa !8
   %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
   %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
-  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !404
+  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -14697,7 +15524,88 @@ merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
+
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer17.w128.b0", !12, i64 0}
+!12 = !{!"buffer17.w256.b0", !13, i64 0}
+!13 = !{!"buffer17.w512.b0", !14, i64 0}
+!14 = !{!"buffer17.w1024.b0", !15, i64 0}
+!15 = !{!"buffer17", !5, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer18.w128.b0", !18, i64 0}
+!18 = !{!"buffer18.w256.b0", !19, i64 0}
+!19 = !{!"buffer18.w512.b0", !20, i64 0}
+!20 = !{!"buffer18.w1024.b0", !21, i64 0}
+!21 = !{!"buffer18", !5, i64 0}
+!22 = !{!21, !21, i64 0}
+!23 = !{!15, !15, i64 0}
+!24 = !{!"branch_weights", i32 1, i32 1048575}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer19.w128.b0", !27, i64 0}
+!27 = !{!"buffer19.w256.b0", !28, i64 0}
+!28 = !{!"buffer19.w512.b0", !29, i64 0}
+!29 = !{!"buffer19.w1024.b0", !30, i64 0}
+!30 = !{!"buffer19", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!30, !30, i64 0}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer20", !5, i64 0}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer21", !5, i64 0}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [32 x float], align 16
   %beta37.i = alloca [32 x float], align 16
@@ -14814,15 +15722,15 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end24
   %num_partials = trunc i64 %28 to i32
   %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %26, 32
@@ -14842,10 +15750,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %52 = add nsw i64 %indvars.iv64.i, %47
   %53 = shl nsw i64 %52, 5
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <32 x float>, ptr %54, align 4, !tbaa !4
+  %55 = load <32 x float>, ptr %54, align 4, !tbaa !8
   %56 = fcmp ogt <32 x float> %old_max.i, %55
   %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <32 x float>, ptr %57, align 4, !tbaa !4
+  %58 = load <32 x float>, ptr %57, align 4, !tbaa !8
   %59 = fcmp oeq <32 x float> %58, zeroinitializer
   %60 = select <32 x i1> %59, <32 x i1> splat (i1 true), <32 x i1> %56
   %old_or_both.i = select <32 x i1> %60, <32 x float> %old_max.i, <32 x float> %55
@@ -14873,7 +15781,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !406
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -14896,76 +15804,76 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !412
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !16
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !418
+  %109 = load float, ptr %108, align 4, !tbaa !22
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !419
+  %115 = load float, ptr %114, align 4, !tbaa !23
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
   %.scalar = fmul float %115, 0.000000e+00
   %118 = insertelement <16 x float> poison, float %.scalar, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
   %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !4
+  store <16 x float> %120, ptr %116, align 4, !tbaa !8
   %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
   %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !4
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
   %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !4
+  store <16 x float> %124, ptr %121, align 4, !tbaa !8
   %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
   %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !4
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
   %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !4
+  store <16 x float> %128, ptr %125, align 4, !tbaa !8
   %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
   %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !4
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !4
+  store <16 x float> %132, ptr %129, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !4
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !4
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !4
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !4
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !4
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !30
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -14975,11 +15883,11 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %sext33 = shl i64 %24, 32
   %149 = ashr exact i64 %sext33, 32
   %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !4
+  %151 = load i32, ptr %150, align 4, !tbaa !8
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !420
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !25
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -14987,90 +15895,90 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !418
+  %158 = load float, ptr %157, align 4, !tbaa !22
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !419
+  %164 = load float, ptr %163, align 4, !tbaa !23
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
   %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
   %170 = fmul <16 x float> %169, %166
   %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !4
+  store <16 x float> %171, ptr %168, align 4, !tbaa !8
   %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
   %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
   %176 = fmul <16 x float> %166, %175
   %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !4
+  store <16 x float> %177, ptr %174, align 4, !tbaa !8
   %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
   %182 = fmul <16 x float> %166, %181
   %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !4
+  store <16 x float> %183, ptr %180, align 4, !tbaa !8
   %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
   %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
   %188 = fmul <16 x float> %166, %187
   %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !4
+  store <16 x float> %189, ptr %186, align 4, !tbaa !8
   %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
   %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
   %194 = fmul <16 x float> %166, %193
   %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !4
+  store <16 x float> %195, ptr %192, align 4, !tbaa !8
   %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
   %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
   %200 = fmul <16 x float> %166, %199
   %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !4
+  store <16 x float> %201, ptr %198, align 4, !tbaa !8
   %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
   %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
   %206 = fmul <16 x float> %166, %205
   %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !4
+  store <16 x float> %207, ptr %204, align 4, !tbaa !8
   %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
   %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
   %212 = fmul <16 x float> %166, %211
   %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !4
+  store <16 x float> %213, ptr %210, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !30
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !426
+  %215 = load float, ptr %214, align 4, !tbaa !32
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
   %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
   %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !4
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
   %221 = fmul <16 x float> %220, %217
   %222 = bitcast <16 x float> %221 to <16 x i32>
   %223 = lshr <16 x i32> %222, splat (i32 16)
@@ -15079,9 +15987,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %226 = add nuw <16 x i32> %225, %224
   %227 = lshr <16 x i32> %226, splat (i32 16)
   %228 = trunc nuw <16 x i32> %227 to <16 x i16>
-  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !4
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !8
   %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !4
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !8
   %231 = fmul <16 x float> %217, %230
   %232 = bitcast <16 x float> %231 to <16 x i32>
   %233 = lshr <16 x i32> %232, splat (i32 16)
@@ -15091,9 +15999,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %237 = lshr <16 x i32> %236, splat (i32 16)
   %238 = trunc nuw <16 x i32> %237 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !4
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !8
   %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !4
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !8
   %241 = fmul <16 x float> %217, %240
   %242 = bitcast <16 x float> %241 to <16 x i32>
   %243 = lshr <16 x i32> %242, splat (i32 16)
@@ -15103,9 +16011,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %247 = lshr <16 x i32> %246, splat (i32 16)
   %248 = trunc nuw <16 x i32> %247 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !4
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !8
   %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !4
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !8
   %251 = fmul <16 x float> %217, %250
   %252 = bitcast <16 x float> %251 to <16 x i32>
   %253 = lshr <16 x i32> %252, splat (i32 16)
@@ -15115,9 +16023,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %257 = lshr <16 x i32> %256, splat (i32 16)
   %258 = trunc nuw <16 x i32> %257 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !4
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !8
   %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !4
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !8
   %261 = fmul <16 x float> %217, %260
   %262 = bitcast <16 x float> %261 to <16 x i32>
   %263 = lshr <16 x i32> %262, splat (i32 16)
@@ -15127,9 +16035,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %267 = lshr <16 x i32> %266, splat (i32 16)
   %268 = trunc nuw <16 x i32> %267 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !4
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !8
   %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !4
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !8
   %271 = fmul <16 x float> %217, %270
   %272 = bitcast <16 x float> %271 to <16 x i32>
   %273 = lshr <16 x i32> %272, splat (i32 16)
@@ -15139,9 +16047,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %277 = lshr <16 x i32> %276, splat (i32 16)
   %278 = trunc nuw <16 x i32> %277 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !4
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !8
   %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %280 = load <16 x float>, ptr %279, align 4, !tbaa !4
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !8
   %281 = fmul <16 x float> %217, %280
   %282 = bitcast <16 x float> %281 to <16 x i32>
   %283 = lshr <16 x i32> %282, splat (i32 16)
@@ -15151,9 +16059,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %287 = lshr <16 x i32> %286, splat (i32 16)
   %288 = trunc nuw <16 x i32> %287 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !4
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !8
   %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !4
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !8
   %291 = fmul <16 x float> %217, %290
   %292 = bitcast <16 x float> %291 to <16 x i32>
   %293 = lshr <16 x i32> %292, splat (i32 16)
@@ -15163,10 +16071,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %297 = lshr <16 x i32> %296, splat (i32 16)
   %298 = trunc nuw <16 x i32> %297 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !8
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !30
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -15184,12 +16092,12 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !427
+  %310 = load float, ptr %309, align 16, !tbaa !33
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %313, 0
   %..i = sext i1 %.not.i to i32
@@ -15199,17 +16107,17 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !429
+  %317 = load float, ptr %316, align 16, !tbaa !35
   %318 = fadd float %315, %317
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
   %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
   %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
-  store float %319, ptr %320, align 4, !tbaa !4
+  store float %319, ptr %320, align 4, !tbaa !8
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !427
+  %322 = load float, ptr %321, align 4, !tbaa !33
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -15217,17 +16125,17 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !429
+  %327 = load float, ptr %326, align 4, !tbaa !35
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
   %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
   %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
-  store float %329, ptr %330, align 4, !tbaa !4
+  store float %329, ptr %330, align 4, !tbaa !8
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !427
+  %332 = load float, ptr %331, align 8, !tbaa !33
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -15235,17 +16143,17 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !429
+  %337 = load float, ptr %336, align 8, !tbaa !35
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
   %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
   %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
-  store float %339, ptr %340, align 4, !tbaa !4
+  store float %339, ptr %340, align 4, !tbaa !8
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !427
+  %342 = load float, ptr %341, align 4, !tbaa !33
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -15253,17 +16161,17 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !429
+  %347 = load float, ptr %346, align 4, !tbaa !35
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
   %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
   %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
-  store float %349, ptr %350, align 4, !tbaa !4
+  store float %349, ptr %350, align 4, !tbaa !8
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !30, !llvm.loop !431
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -15276,715 +16184,75 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tilezero(i8 immarg) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64) #3
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg) #3
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64) #3
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <64 x float> @llvm.fmuladd.v64f32(<64 x float>, <64 x float>, <64 x float>) #5
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #5
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #5
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #5
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #5
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #5
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #6 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #6 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(none)
-declare <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float>, <16 x bfloat>, <16 x bfloat>) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.umax.v16i32(<16 x i32>, <16 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #5
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #8
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #9
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #5
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #10
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #10
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #5
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #11
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #11
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #5
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #11
-
-; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #11
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <8 x float> @llvm.masked.load.v8f32.p0(ptr captures(none), <8 x i1>, <8 x float>) #12
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #12
-
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
-attributes #1 = { "target-cpu"="sapphirerapids" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nounwind }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #6 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(none) }
-attributes #8 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #9 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #11 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #12 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
 !0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
-!3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!5, !5, i64 0}
-!5 = !{!"tvm-alias", !6}
-!6 = !{!"tvm-tbaa"}
-!7 = !{!"branch_weights", i32 1048576, i32 1}
-!8 = !{!"branch_weights", i32 127, i32 134217601}
-!9 = !{!10, !10, i64 0}
-!10 = !{!"ctx_ptr", !6, i64 0}
-!11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!13, !13, i64 0}
-!13 = !{!"buffer0", !6, i64 0}
-!14 = !{!"branch_weights", i32 127, i32 4194175}
-!15 = distinct !{!15, !16, !17, !18, !19}
-!16 = !{!"llvm.loop.peeled.count", i32 1}
-!17 = !{!"llvm.loop.isvectorized", i32 1}
-!18 = !{!"llvm.loop.unroll.runtime.disable"}
-!19 = !{!"llvm.loop.estimated_trip_count", i32 33026}
-!20 = !{!"branch_weights", i32 4, i32 28}
-!21 = distinct !{!21, !16, !17, !22, !18}
-!22 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!23 = !{!24}
-!24 = distinct !{!24, !25}
-!25 = distinct !{!25, !"LVerDomain"}
-!26 = !{!27}
-!27 = distinct !{!27, !25}
-!28 = !{!"branch_weights", i32 1, i32 0}
-!29 = distinct !{!29, !17, !22}
-!30 = !{!"branch_weights", i32 1, i32 1048575}
-!31 = distinct !{!31, !16, !18, !17, !22}
-!32 = !{!33, !33, i64 0}
-!33 = !{!"buffer1.w64.b0", !34, i64 0}
-!34 = !{!"buffer1.w128.b0", !35, i64 0}
-!35 = !{!"buffer1.w256.b0", !36, i64 0}
-!36 = !{!"buffer1.w512.b0", !37, i64 0}
-!37 = !{!"buffer1.w1024.b0", !38, i64 0}
-!38 = !{!"buffer1", !6, i64 0}
-!39 = !{!"branch_weights", i32 1, i32 1048576}
-!40 = distinct !{!40, !41}
-!41 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!42 = !{!38, !38, i64 0}
-!43 = distinct !{!43, !44}
-!44 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!45 = !{!"branch_weights", i32 1048704, i32 133169152}
-!46 = distinct !{!46, !47}
-!47 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!48 = !{!49, !49, i64 0}
-!49 = !{!"buffer2.w64.b0", !50, i64 0}
-!50 = !{!"buffer2.w128.b0", !51, i64 0}
-!51 = !{!"buffer2.w256.b0", !52, i64 0}
-!52 = !{!"buffer2.w512.b0", !53, i64 0}
-!53 = !{!"buffer2.w1024.b0", !54, i64 0}
-!54 = !{!"buffer2", !6, i64 0}
-!55 = !{!56, !56, i64 0}
-!56 = !{!"buffer2.w64.b64", !50, i64 0}
-!57 = !{!58, !58, i64 0}
-!58 = !{!"buffer2.w64.b128", !59, i64 0}
-!59 = !{!"buffer2.w128.b128", !51, i64 0}
-!60 = !{!61, !61, i64 0}
-!61 = !{!"buffer2.w64.b192", !59, i64 0}
-!62 = !{!63, !63, i64 0}
-!63 = !{!"buffer2.w64.b256", !64, i64 0}
-!64 = !{!"buffer2.w128.b256", !65, i64 0}
-!65 = !{!"buffer2.w256.b256", !52, i64 0}
-!66 = !{!67, !67, i64 0}
-!67 = !{!"buffer2.w64.b320", !64, i64 0}
-!68 = !{!69, !69, i64 0}
-!69 = !{!"buffer2.w64.b384", !70, i64 0}
-!70 = !{!"buffer2.w128.b384", !65, i64 0}
-!71 = !{!72, !72, i64 0}
-!72 = !{!"buffer2.w64.b448", !70, i64 0}
-!73 = !{!74, !74, i64 0}
-!74 = !{!"buffer2.w64.b512", !75, i64 0}
-!75 = !{!"buffer2.w128.b512", !76, i64 0}
-!76 = !{!"buffer2.w256.b512", !77, i64 0}
-!77 = !{!"buffer2.w512.b512", !53, i64 0}
-!78 = !{!79, !79, i64 0}
-!79 = !{!"buffer2.w64.b576", !75, i64 0}
-!80 = !{!81, !81, i64 0}
-!81 = !{!"buffer2.w64.b640", !82, i64 0}
-!82 = !{!"buffer2.w128.b640", !76, i64 0}
-!83 = !{!84, !84, i64 0}
-!84 = !{!"buffer2.w64.b704", !82, i64 0}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer2.w64.b768", !87, i64 0}
-!87 = !{!"buffer2.w128.b768", !88, i64 0}
-!88 = !{!"buffer2.w256.b768", !77, i64 0}
-!89 = !{!90, !90, i64 0}
-!90 = !{!"buffer2.w64.b832", !87, i64 0}
-!91 = !{!92, !92, i64 0}
-!92 = !{!"buffer2.w64.b896", !93, i64 0}
-!93 = !{!"buffer2.w128.b896", !88, i64 0}
-!94 = !{!95, !95, i64 0}
-!95 = !{!"buffer2.w64.b960", !93, i64 0}
-!96 = !{!"branch_weights", i32 133169152, i32 1048704}
-!97 = !{!98, !98, i64 0}
-!98 = !{!"buffer3.w64.b0", !99, i64 0}
-!99 = !{!"buffer3.w128.b0", !100, i64 0}
-!100 = !{!"buffer3.w256.b0", !101, i64 0}
-!101 = !{!"buffer3.w512.b0", !102, i64 0}
-!102 = !{!"buffer3.w1024.b0", !103, i64 0}
-!103 = !{!"buffer3", !6, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer3.w64.b64", !99, i64 0}
-!106 = !{!107, !107, i64 0}
-!107 = !{!"buffer3.w64.b128", !108, i64 0}
-!108 = !{!"buffer3.w128.b128", !100, i64 0}
-!109 = !{!110, !110, i64 0}
-!110 = !{!"buffer3.w64.b192", !108, i64 0}
-!111 = !{!112, !112, i64 0}
-!112 = !{!"buffer3.w64.b256", !113, i64 0}
-!113 = !{!"buffer3.w128.b256", !114, i64 0}
-!114 = !{!"buffer3.w256.b256", !101, i64 0}
-!115 = !{!116, !116, i64 0}
-!116 = !{!"buffer3.w64.b320", !113, i64 0}
-!117 = !{!118, !118, i64 0}
-!118 = !{!"buffer3.w64.b384", !119, i64 0}
-!119 = !{!"buffer3.w128.b384", !114, i64 0}
-!120 = !{!121, !121, i64 0}
-!121 = !{!"buffer3.w64.b448", !119, i64 0}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer4.w64.b0", !124, i64 0}
-!124 = !{!"buffer4.w128.b0", !125, i64 0}
-!125 = !{!"buffer4.w256.b0", !126, i64 0}
-!126 = !{!"buffer4.w512.b0", !127, i64 0}
-!127 = !{!"buffer4.w1024.b0", !128, i64 0}
-!128 = !{!"buffer4", !6, i64 0}
-!129 = !{!130, !130, i64 0}
-!130 = !{!"buffer5.w64.b0", !131, i64 0}
-!131 = !{!"buffer5.w128.b0", !132, i64 0}
-!132 = !{!"buffer5.w256.b0", !133, i64 0}
-!133 = !{!"buffer5.w512.b0", !134, i64 0}
-!134 = !{!"buffer5.w1024.b0", !135, i64 0}
-!135 = !{!"buffer5", !6, i64 0}
-!136 = !{!137, !137, i64 0}
-!137 = !{!"buffer6.w64.b0", !138, i64 0}
-!138 = !{!"buffer6.w128.b0", !139, i64 0}
-!139 = !{!"buffer6.w256.b0", !140, i64 0}
-!140 = !{!"buffer6.w512.b0", !141, i64 0}
-!141 = !{!"buffer6.w1024.b0", !142, i64 0}
-!142 = !{!"buffer6", !6, i64 0}
-!143 = distinct !{!143, !17, !22}
-!144 = !{!142, !142, i64 0}
-!145 = !{!135, !135, i64 0}
-!146 = !{!"branch_weights", i32 1048575, i32 1}
-!147 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!148 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!149 = distinct !{!149, !150, !151}
-!150 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!151 = !{!"llvm.loop.unroll.disable"}
-!152 = !{!"branch_weights", i32 134217601, i32 127}
-!153 = !{!"branch_weights", i32 8128, i32 2147475520}
-!154 = distinct !{!154, !155}
-!155 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!156 = distinct !{!156, !150, !151}
-!157 = !{!103, !103, i64 0}
-!158 = distinct !{!158, !155}
-!159 = !{!"branch_weights", i32 4064, i32 2147479584}
-!160 = distinct !{!160, !161}
-!161 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!162 = !{!163, !163, i64 0}
-!163 = !{!"buffer7.w64.b0", !164, i64 0}
-!164 = !{!"buffer7.w128.b0", !165, i64 0}
-!165 = !{!"buffer7.w256.b0", !166, i64 0}
-!166 = !{!"buffer7.w512.b0", !167, i64 0}
-!167 = !{!"buffer7.w1024.b0", !168, i64 0}
-!168 = !{!"buffer7", !6, i64 0}
-!169 = !{!170, !170, i64 0}
-!170 = !{!"buffer7.w64.b64", !164, i64 0}
-!171 = !{!172, !172, i64 0}
-!172 = !{!"buffer7.w64.b128", !173, i64 0}
-!173 = !{!"buffer7.w128.b128", !165, i64 0}
-!174 = !{!175, !175, i64 0}
-!175 = !{!"buffer7.w64.b192", !173, i64 0}
-!176 = !{!177, !177, i64 0}
-!177 = !{!"buffer7.w64.b256", !178, i64 0}
-!178 = !{!"buffer7.w128.b256", !179, i64 0}
-!179 = !{!"buffer7.w256.b256", !166, i64 0}
-!180 = !{!181, !181, i64 0}
-!181 = !{!"buffer7.w64.b320", !178, i64 0}
-!182 = !{!183, !183, i64 0}
-!183 = !{!"buffer7.w64.b384", !184, i64 0}
-!184 = !{!"buffer7.w128.b384", !179, i64 0}
-!185 = !{!186, !186, i64 0}
-!186 = !{!"buffer7.w64.b448", !184, i64 0}
-!187 = !{!188, !188, i64 0}
-!188 = !{!"buffer7.w64.b512", !189, i64 0}
-!189 = !{!"buffer7.w128.b512", !190, i64 0}
-!190 = !{!"buffer7.w256.b512", !191, i64 0}
-!191 = !{!"buffer7.w512.b512", !167, i64 0}
-!192 = !{!193, !193, i64 0}
-!193 = !{!"buffer7.w64.b576", !189, i64 0}
-!194 = !{!195, !195, i64 0}
-!195 = !{!"buffer7.w64.b640", !196, i64 0}
-!196 = !{!"buffer7.w128.b640", !190, i64 0}
-!197 = !{!198, !198, i64 0}
-!198 = !{!"buffer7.w64.b704", !196, i64 0}
-!199 = !{!200, !200, i64 0}
-!200 = !{!"buffer7.w64.b768", !201, i64 0}
-!201 = !{!"buffer7.w128.b768", !202, i64 0}
-!202 = !{!"buffer7.w256.b768", !191, i64 0}
-!203 = !{!204, !204, i64 0}
-!204 = !{!"buffer7.w64.b832", !201, i64 0}
-!205 = !{!206, !206, i64 0}
-!206 = !{!"buffer7.w64.b896", !207, i64 0}
-!207 = !{!"buffer7.w128.b896", !202, i64 0}
-!208 = !{!209, !209, i64 0}
-!209 = !{!"buffer7.w64.b960", !207, i64 0}
-!210 = !{!128, !128, i64 0}
-!211 = distinct !{!211, !150, !151}
-!212 = !{!168, !168, i64 0}
-!213 = distinct !{!213, !155}
-!214 = !{!"branch_weights", i32 127, i32 0}
-!215 = distinct !{!215, !17, !22}
-!216 = distinct !{!216, !150, !151}
-!217 = !{!54, !54, i64 0}
-!218 = distinct !{!218, !155}
-!219 = distinct !{!219, !155}
-!220 = distinct !{!220, !150, !151}
-!221 = !{!"branch_weights", i32 6096, i32 2147477552}
-!222 = distinct !{!222, !155}
-!223 = distinct !{!223, !150, !151}
-!224 = distinct !{!224, !155}
-!225 = distinct !{!225, !150, !151}
-!226 = distinct !{!226, !155}
-!227 = distinct !{!227, !150, !151}
-!228 = distinct !{!228, !155}
-!229 = distinct !{!229, !150, !151}
-!230 = distinct !{!230, !155}
-!231 = distinct !{!231, !150, !151}
-!232 = distinct !{!232, !155}
-!233 = distinct !{!233, !150, !151}
-!234 = distinct !{!234, !155}
-!235 = distinct !{!235, !150, !151}
-!236 = distinct !{!236, !155}
-!237 = distinct !{!237, !150, !151}
-!238 = distinct !{!238, !155}
-!239 = distinct !{!239, !150, !151}
-!240 = distinct !{!240, !155}
-!241 = distinct !{!241, !150, !151}
-!242 = distinct !{!242, !155}
-!243 = distinct !{!243, !150, !151}
-!244 = distinct !{!244, !155}
-!245 = distinct !{!245, !150, !151}
-!246 = distinct !{!246, !155}
-!247 = distinct !{!247, !150, !151}
-!248 = distinct !{!248, !155}
-!249 = distinct !{!249, !150, !151}
-!250 = distinct !{!250, !155}
-!251 = distinct !{!251, !150, !151}
-!252 = distinct !{!252, !44}
-!253 = !{!254}
-!254 = distinct !{!254, !255}
-!255 = distinct !{!255, !"LVerDomain"}
-!256 = !{!257}
-!257 = distinct !{!257, !255}
-!258 = distinct !{!258, !17, !18, !19}
-!259 = !{!"branch_weights", i32 1, i32 31}
-!260 = !{!"branch_weights", i32 8, i32 24}
-!261 = distinct !{!261, !17, !18, !22}
-!262 = !{!"branch_weights", i32 1, i32 7}
-!263 = !{!"branch_weights", i32 1, i32 1}
-!264 = distinct !{!264, !151}
-!265 = !{!266, !266, i64 0}
-!266 = !{!"buffer8", !6, i64 0}
-!267 = !{!"branch_weights", i32 2032, i32 2147481616}
-!268 = distinct !{!268, !44}
-!269 = distinct !{!269, !47}
-!270 = !{!271, !271, i64 0}
-!271 = !{!"buffer9.w64.b0", !272, i64 0}
-!272 = !{!"buffer9.w128.b0", !273, i64 0}
-!273 = !{!"buffer9.w256.b0", !274, i64 0}
-!274 = !{!"buffer9.w512.b0", !275, i64 0}
-!275 = !{!"buffer9.w1024.b0", !276, i64 0}
-!276 = !{!"buffer9", !6, i64 0}
-!277 = !{!278, !278, i64 0}
-!278 = !{!"buffer10.w64.b0", !279, i64 0}
-!279 = !{!"buffer10.w128.b0", !280, i64 0}
-!280 = !{!"buffer10.w256.b0", !281, i64 0}
-!281 = !{!"buffer10.w512.b0", !282, i64 0}
-!282 = !{!"buffer10.w1024.b0", !283, i64 0}
-!283 = !{!"buffer10", !6, i64 0}
-!284 = !{!283, !283, i64 0}
-!285 = !{!276, !276, i64 0}
-!286 = distinct !{!286, !47}
-!287 = distinct !{!287, !41}
-!288 = !{!289}
-!289 = distinct !{!289, !290}
-!290 = distinct !{!290, !"LVerDomain"}
-!291 = !{!292}
-!292 = distinct !{!292, !290}
-!293 = distinct !{!293, !17, !22}
-!294 = !{!295}
-!295 = distinct !{!295, !296}
-!296 = distinct !{!296, !"LVerDomain"}
-!297 = !{!298}
-!298 = distinct !{!298, !296}
-!299 = distinct !{!299, !17, !22}
-!300 = !{!301}
-!301 = distinct !{!301, !302}
-!302 = distinct !{!302, !"LVerDomain"}
-!303 = !{!304}
-!304 = distinct !{!304, !302}
-!305 = distinct !{!305, !17, !22}
-!306 = !{!307}
-!307 = distinct !{!307, !308}
-!308 = distinct !{!308, !"LVerDomain"}
-!309 = !{!310}
-!310 = distinct !{!310, !308}
-!311 = distinct !{!311, !17, !22}
-!312 = !{!313, !313, i64 0}
-!313 = !{!"buffer11", !6, i64 0}
-!314 = !{!315, !315, i64 0}
-!315 = !{!"buffer12", !6, i64 0}
-!316 = distinct !{!316, !47}
-!317 = distinct !{!317, !47}
-!318 = distinct !{!318, !161}
-!319 = distinct !{!319, !161}
-!320 = distinct !{!320, !161}
-!321 = distinct !{!321, !161}
-!322 = distinct !{!322, !155}
-!323 = distinct !{!323, !150, !151}
-!324 = distinct !{!324, !155}
-!325 = distinct !{!325, !150, !151}
-!326 = distinct !{!326, !155}
-!327 = distinct !{!327, !150, !151}
-!328 = distinct !{!328, !155}
-!329 = distinct !{!329, !150, !151}
-!330 = !{!331, !331, i64 0}
-!331 = !{!"buffer13", !6, i64 0}
-!332 = distinct !{!332, !155}
-!333 = distinct !{!333, !150, !151}
-!334 = distinct !{!334, !155}
-!335 = distinct !{!335, !150, !151}
-!336 = distinct !{!336, !155}
-!337 = distinct !{!337, !150, !151}
-!338 = distinct !{!338, !155}
-!339 = distinct !{!339, !150, !151}
-!340 = !{!341, !341, i64 0}
-!341 = !{!"buffer14", !6, i64 0}
-!342 = distinct !{!342, !155}
-!343 = distinct !{!343, !150, !151}
-!344 = distinct !{!344, !155}
-!345 = distinct !{!345, !150, !151}
-!346 = distinct !{!346, !155}
-!347 = distinct !{!347, !150, !151}
-!348 = distinct !{!348, !155}
-!349 = distinct !{!349, !150, !151}
-!350 = distinct !{!350, !155}
-!351 = distinct !{!351, !150, !151}
-!352 = distinct !{!352, !155}
-!353 = distinct !{!353, !150, !151}
-!354 = distinct !{!354, !155}
-!355 = distinct !{!355, !150, !151}
-!356 = distinct !{!356, !155}
-!357 = distinct !{!357, !150, !151}
-!358 = !{!359, !359, i64 0}
-!359 = !{!"buffer15.w16.b0", !360, i64 0}
-!360 = !{!"buffer15.w32.b0", !361, i64 0}
-!361 = !{!"buffer15.w64.b0", !362, i64 0}
-!362 = !{!"buffer15.w128.b0", !363, i64 0}
-!363 = !{!"buffer15.w256.b0", !364, i64 0}
-!364 = !{!"buffer15.w512.b0", !365, i64 0}
-!365 = !{!"buffer15.w1024.b0", !366, i64 0}
-!366 = !{!"buffer15", !6, i64 0}
-!367 = !{!368, !368, i64 0}
-!368 = !{!"buffer16.w16.b0", !369, i64 0}
-!369 = !{!"buffer16.w32.b0", !370, i64 0}
-!370 = !{!"buffer16.w64.b0", !371, i64 0}
-!371 = !{!"buffer16.w128.b0", !372, i64 0}
-!372 = !{!"buffer16.w256.b0", !373, i64 0}
-!373 = !{!"buffer16.w512.b0", !374, i64 0}
-!374 = !{!"buffer16.w1024.b0", !375, i64 0}
-!375 = !{!"buffer16", !6, i64 0}
-!376 = distinct !{!376, !44}
-!377 = !{!375, !375, i64 0}
-!378 = !{!366, !366, i64 0}
-!379 = !{!380, !380, i64 0}
-!380 = !{!"buffer17.w128.b0", !381, i64 0}
-!381 = !{!"buffer17.w256.b0", !382, i64 0}
-!382 = !{!"buffer17.w512.b0", !383, i64 0}
-!383 = !{!"buffer17.w1024.b0", !384, i64 0}
-!384 = !{!"buffer17", !6, i64 0}
-!385 = !{!386, !386, i64 0}
-!386 = !{!"buffer18.w128.b0", !387, i64 0}
-!387 = !{!"buffer18.w256.b0", !388, i64 0}
-!388 = !{!"buffer18.w512.b0", !389, i64 0}
-!389 = !{!"buffer18.w1024.b0", !390, i64 0}
-!390 = !{!"buffer18", !6, i64 0}
-!391 = !{!390, !390, i64 0}
-!392 = !{!384, !384, i64 0}
-!393 = !{!394, !394, i64 0}
-!394 = !{!"buffer19.w128.b0", !395, i64 0}
-!395 = !{!"buffer19.w256.b0", !396, i64 0}
-!396 = !{!"buffer19.w512.b0", !397, i64 0}
-!397 = !{!"buffer19.w1024.b0", !398, i64 0}
-!398 = !{!"buffer19", !6, i64 0}
-!399 = !{!398, !398, i64 0}
-!400 = !{!401, !401, i64 0}
-!401 = !{!"buffer20", !6, i64 0}
-!402 = !{!403, !403, i64 0}
-!403 = !{!"buffer21", !6, i64 0}
-!404 = distinct !{!404, !405}
-!405 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!406 = !{!407, !407, i64 0}
-!407 = !{!"buffer22.w128.b0", !408, i64 0}
-!408 = !{!"buffer22.w256.b0", !409, i64 0}
-!409 = !{!"buffer22.w512.b0", !410, i64 0}
-!410 = !{!"buffer22.w1024.b0", !411, i64 0}
-!411 = !{!"buffer22", !6, i64 0}
-!412 = !{!413, !413, i64 0}
-!413 = !{!"buffer23.w128.b0", !414, i64 0}
-!414 = !{!"buffer23.w256.b0", !415, i64 0}
-!415 = !{!"buffer23.w512.b0", !416, i64 0}
-!416 = !{!"buffer23.w1024.b0", !417, i64 0}
-!417 = !{!"buffer23", !6, i64 0}
-!418 = !{!417, !417, i64 0}
-!419 = !{!411, !411, i64 0}
-!420 = !{!421, !421, i64 0}
-!421 = !{!"buffer24.w128.b0", !422, i64 0}
-!422 = !{!"buffer24.w256.b0", !423, i64 0}
-!423 = !{!"buffer24.w512.b0", !424, i64 0}
-!424 = !{!"buffer24.w1024.b0", !425, i64 0}
-!425 = !{!"buffer24", !6, i64 0}
-!426 = !{!425, !425, i64 0}
-!427 = !{!428, !428, i64 0}
-!428 = !{!"buffer25", !6, i64 0}
-!429 = !{!430, !430, i64 0}
-!430 = !{!"buffer26", !6, i64 0}
-!431 = distinct !{!431, !405}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer22.w128.b0", !12, i64 0}
+!12 = !{!"buffer22.w256.b0", !13, i64 0}
+!13 = !{!"buffer22.w512.b0", !14, i64 0}
+!14 = !{!"buffer22.w1024.b0", !15, i64 0}
+!15 = !{!"buffer22", !5, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer23.w128.b0", !18, i64 0}
+!18 = !{!"buffer23.w256.b0", !19, i64 0}
+!19 = !{!"buffer23.w512.b0", !20, i64 0}
+!20 = !{!"buffer23.w1024.b0", !21, i64 0}
+!21 = !{!"buffer23", !5, i64 0}
+!22 = !{!21, !21, i64 0}
+!23 = !{!15, !15, i64 0}
+!24 = !{!"branch_weights", i32 1, i32 1048575}
+!25 = !{!26, !26, i64 0}
+!26 = !{!"buffer24.w128.b0", !27, i64 0}
+!27 = !{!"buffer24.w256.b0", !28, i64 0}
+!28 = !{!"buffer24.w512.b0", !29, i64 0}
+!29 = !{!"buffer24.w1024.b0", !30, i64 0}
+!30 = !{!"buffer24", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 134217601}
+!32 = !{!30, !30, i64 0}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer25", !5, i64 0}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer26", !5, i64 0}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}

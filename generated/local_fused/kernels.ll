@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -188,7 +186,194 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 1048576, i32 1}
+!8 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %scaled275.i = alloca [128 x float], align 16
   %beta279.i = alloca [16 x float], align 16
@@ -498,25 +683,25 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
 for_begin_s.i:                                    ; preds = %if_end253.i
   %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
   %exitcond792.not.i = icmp eq i64 %indvars.iv.next787.i, %wide.trip.count791.i
-  br i1 %exitcond792.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+  br i1 %exitcond792.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv786.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next787.i, %for_begin_s.i ]
-  %143 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %143 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %143(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %144 = icmp eq ptr %q_tile.i, null
-  br i1 %144, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  br i1 %144, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %145 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %145 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc.i = tail call ptr %145(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %146 = icmp eq ptr %acc.i, null
-  br i1 %146, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  br i1 %146, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
   %147 = add nsw i64 %indvars.iv786.i, %104
   %148 = getelementptr inbounds i32, ptr %context_lens, i64 %147
-  %149 = load i32, ptr %148, align 4, !tbaa !4
+  %149 = load i32, ptr %148, align 4, !tbaa !9
   %150 = mul nsw i64 %147, %q_batch
   %151 = getelementptr i16, ptr %query, i64 %150
   br label %for_begin_ax1.preheader.i
@@ -528,486 +713,486 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %invariant.gep.i = getelementptr i16, ptr %151, i64 %153
   %.idx97 = shl nuw nsw i64 %indvars.iv623.i, 11
   %154 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx97
-  %155 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4
+  %155 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
   %156 = zext <32 x i16> %155 to <32 x i32>
   %157 = shl nuw <32 x i32> %156, splat (i32 16)
   %158 = bitcast <32 x i32> %157 to <32 x float>
   %159 = fmul <32 x float> %103, %158
   %160 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  store <4 x float> %160, ptr %154, align 4, !tbaa !4
+  store <4 x float> %160, ptr %154, align 4, !tbaa !9
   %161 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %162 = getelementptr inbounds nuw i8, ptr %154, i64 64
-  store <4 x float> %161, ptr %162, align 4, !tbaa !4
+  store <4 x float> %161, ptr %162, align 4, !tbaa !9
   %163 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %164 = getelementptr inbounds nuw i8, ptr %154, i64 16
-  store <4 x float> %163, ptr %164, align 4, !tbaa !4
+  store <4 x float> %163, ptr %164, align 4, !tbaa !9
   %165 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %166 = getelementptr inbounds nuw i8, ptr %154, i64 80
-  store <4 x float> %165, ptr %166, align 4, !tbaa !4
+  store <4 x float> %165, ptr %166, align 4, !tbaa !9
   %167 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %168 = getelementptr inbounds nuw i8, ptr %154, i64 32
-  store <4 x float> %167, ptr %168, align 4, !tbaa !4
+  store <4 x float> %167, ptr %168, align 4, !tbaa !9
   %169 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %170 = getelementptr inbounds nuw i8, ptr %154, i64 96
-  store <4 x float> %169, ptr %170, align 4, !tbaa !4
+  store <4 x float> %169, ptr %170, align 4, !tbaa !9
   %171 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %172 = getelementptr inbounds nuw i8, ptr %154, i64 48
-  store <4 x float> %171, ptr %172, align 4, !tbaa !4
+  store <4 x float> %171, ptr %172, align 4, !tbaa !9
   %173 = shufflevector <32 x float> %159, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %174 = getelementptr inbounds nuw i8, ptr %154, i64 112
-  store <4 x float> %173, ptr %174, align 4, !tbaa !4
+  store <4 x float> %173, ptr %174, align 4, !tbaa !9
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %175 = load <32 x i16>, ptr %gep.i.1, align 2, !tbaa !4
+  %175 = load <32 x i16>, ptr %gep.i.1, align 2, !tbaa !9
   %176 = zext <32 x i16> %175 to <32 x i32>
   %177 = shl nuw <32 x i32> %176, splat (i32 16)
   %178 = bitcast <32 x i32> %177 to <32 x float>
   %179 = fmul <32 x float> %103, %178
   %180 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %181 = getelementptr inbounds nuw i8, ptr %154, i64 128
-  store <4 x float> %180, ptr %181, align 4, !tbaa !4
+  store <4 x float> %180, ptr %181, align 4, !tbaa !9
   %182 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %183 = getelementptr inbounds nuw i8, ptr %154, i64 192
-  store <4 x float> %182, ptr %183, align 4, !tbaa !4
+  store <4 x float> %182, ptr %183, align 4, !tbaa !9
   %184 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %185 = getelementptr inbounds nuw i8, ptr %154, i64 144
-  store <4 x float> %184, ptr %185, align 4, !tbaa !4
+  store <4 x float> %184, ptr %185, align 4, !tbaa !9
   %186 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %187 = getelementptr inbounds nuw i8, ptr %154, i64 208
-  store <4 x float> %186, ptr %187, align 4, !tbaa !4
+  store <4 x float> %186, ptr %187, align 4, !tbaa !9
   %188 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %189 = getelementptr inbounds nuw i8, ptr %154, i64 160
-  store <4 x float> %188, ptr %189, align 4, !tbaa !4
+  store <4 x float> %188, ptr %189, align 4, !tbaa !9
   %190 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %191 = getelementptr inbounds nuw i8, ptr %154, i64 224
-  store <4 x float> %190, ptr %191, align 4, !tbaa !4
+  store <4 x float> %190, ptr %191, align 4, !tbaa !9
   %192 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %193 = getelementptr inbounds nuw i8, ptr %154, i64 176
-  store <4 x float> %192, ptr %193, align 4, !tbaa !4
+  store <4 x float> %192, ptr %193, align 4, !tbaa !9
   %194 = shufflevector <32 x float> %179, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %195 = getelementptr inbounds nuw i8, ptr %154, i64 240
-  store <4 x float> %194, ptr %195, align 4, !tbaa !4
+  store <4 x float> %194, ptr %195, align 4, !tbaa !9
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %196 = load <32 x i16>, ptr %gep.i.2, align 2, !tbaa !4
+  %196 = load <32 x i16>, ptr %gep.i.2, align 2, !tbaa !9
   %197 = zext <32 x i16> %196 to <32 x i32>
   %198 = shl nuw <32 x i32> %197, splat (i32 16)
   %199 = bitcast <32 x i32> %198 to <32 x float>
   %200 = fmul <32 x float> %103, %199
   %201 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %202 = getelementptr inbounds nuw i8, ptr %154, i64 256
-  store <4 x float> %201, ptr %202, align 4, !tbaa !4
+  store <4 x float> %201, ptr %202, align 4, !tbaa !9
   %203 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %204 = getelementptr inbounds nuw i8, ptr %154, i64 320
-  store <4 x float> %203, ptr %204, align 4, !tbaa !4
+  store <4 x float> %203, ptr %204, align 4, !tbaa !9
   %205 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %206 = getelementptr inbounds nuw i8, ptr %154, i64 272
-  store <4 x float> %205, ptr %206, align 4, !tbaa !4
+  store <4 x float> %205, ptr %206, align 4, !tbaa !9
   %207 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %208 = getelementptr inbounds nuw i8, ptr %154, i64 336
-  store <4 x float> %207, ptr %208, align 4, !tbaa !4
+  store <4 x float> %207, ptr %208, align 4, !tbaa !9
   %209 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %210 = getelementptr inbounds nuw i8, ptr %154, i64 288
-  store <4 x float> %209, ptr %210, align 4, !tbaa !4
+  store <4 x float> %209, ptr %210, align 4, !tbaa !9
   %211 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %212 = getelementptr inbounds nuw i8, ptr %154, i64 352
-  store <4 x float> %211, ptr %212, align 4, !tbaa !4
+  store <4 x float> %211, ptr %212, align 4, !tbaa !9
   %213 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %214 = getelementptr inbounds nuw i8, ptr %154, i64 304
-  store <4 x float> %213, ptr %214, align 4, !tbaa !4
+  store <4 x float> %213, ptr %214, align 4, !tbaa !9
   %215 = shufflevector <32 x float> %200, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %216 = getelementptr inbounds nuw i8, ptr %154, i64 368
-  store <4 x float> %215, ptr %216, align 4, !tbaa !4
+  store <4 x float> %215, ptr %216, align 4, !tbaa !9
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %217 = load <32 x i16>, ptr %gep.i.3, align 2, !tbaa !4
+  %217 = load <32 x i16>, ptr %gep.i.3, align 2, !tbaa !9
   %218 = zext <32 x i16> %217 to <32 x i32>
   %219 = shl nuw <32 x i32> %218, splat (i32 16)
   %220 = bitcast <32 x i32> %219 to <32 x float>
   %221 = fmul <32 x float> %103, %220
   %222 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %223 = getelementptr inbounds nuw i8, ptr %154, i64 384
-  store <4 x float> %222, ptr %223, align 4, !tbaa !4
+  store <4 x float> %222, ptr %223, align 4, !tbaa !9
   %224 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %225 = getelementptr inbounds nuw i8, ptr %154, i64 448
-  store <4 x float> %224, ptr %225, align 4, !tbaa !4
+  store <4 x float> %224, ptr %225, align 4, !tbaa !9
   %226 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %227 = getelementptr inbounds nuw i8, ptr %154, i64 400
-  store <4 x float> %226, ptr %227, align 4, !tbaa !4
+  store <4 x float> %226, ptr %227, align 4, !tbaa !9
   %228 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %229 = getelementptr inbounds nuw i8, ptr %154, i64 464
-  store <4 x float> %228, ptr %229, align 4, !tbaa !4
+  store <4 x float> %228, ptr %229, align 4, !tbaa !9
   %230 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %231 = getelementptr inbounds nuw i8, ptr %154, i64 416
-  store <4 x float> %230, ptr %231, align 4, !tbaa !4
+  store <4 x float> %230, ptr %231, align 4, !tbaa !9
   %232 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %233 = getelementptr inbounds nuw i8, ptr %154, i64 480
-  store <4 x float> %232, ptr %233, align 4, !tbaa !4
+  store <4 x float> %232, ptr %233, align 4, !tbaa !9
   %234 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %235 = getelementptr inbounds nuw i8, ptr %154, i64 432
-  store <4 x float> %234, ptr %235, align 4, !tbaa !4
+  store <4 x float> %234, ptr %235, align 4, !tbaa !9
   %236 = shufflevector <32 x float> %221, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %237 = getelementptr inbounds nuw i8, ptr %154, i64 496
-  store <4 x float> %236, ptr %237, align 4, !tbaa !4
+  store <4 x float> %236, ptr %237, align 4, !tbaa !9
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 256
-  %238 = load <32 x i16>, ptr %gep.i.4, align 2, !tbaa !4
+  %238 = load <32 x i16>, ptr %gep.i.4, align 2, !tbaa !9
   %239 = zext <32 x i16> %238 to <32 x i32>
   %240 = shl nuw <32 x i32> %239, splat (i32 16)
   %241 = bitcast <32 x i32> %240 to <32 x float>
   %242 = fmul <32 x float> %103, %241
   %243 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %244 = getelementptr inbounds nuw i8, ptr %154, i64 512
-  store <4 x float> %243, ptr %244, align 4, !tbaa !4
+  store <4 x float> %243, ptr %244, align 4, !tbaa !9
   %245 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %246 = getelementptr inbounds nuw i8, ptr %154, i64 576
-  store <4 x float> %245, ptr %246, align 4, !tbaa !4
+  store <4 x float> %245, ptr %246, align 4, !tbaa !9
   %247 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %248 = getelementptr inbounds nuw i8, ptr %154, i64 528
-  store <4 x float> %247, ptr %248, align 4, !tbaa !4
+  store <4 x float> %247, ptr %248, align 4, !tbaa !9
   %249 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %250 = getelementptr inbounds nuw i8, ptr %154, i64 592
-  store <4 x float> %249, ptr %250, align 4, !tbaa !4
+  store <4 x float> %249, ptr %250, align 4, !tbaa !9
   %251 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %252 = getelementptr inbounds nuw i8, ptr %154, i64 544
-  store <4 x float> %251, ptr %252, align 4, !tbaa !4
+  store <4 x float> %251, ptr %252, align 4, !tbaa !9
   %253 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %254 = getelementptr inbounds nuw i8, ptr %154, i64 608
-  store <4 x float> %253, ptr %254, align 4, !tbaa !4
+  store <4 x float> %253, ptr %254, align 4, !tbaa !9
   %255 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %256 = getelementptr inbounds nuw i8, ptr %154, i64 560
-  store <4 x float> %255, ptr %256, align 4, !tbaa !4
+  store <4 x float> %255, ptr %256, align 4, !tbaa !9
   %257 = shufflevector <32 x float> %242, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %258 = getelementptr inbounds nuw i8, ptr %154, i64 624
-  store <4 x float> %257, ptr %258, align 4, !tbaa !4
+  store <4 x float> %257, ptr %258, align 4, !tbaa !9
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 320
-  %259 = load <32 x i16>, ptr %gep.i.5, align 2, !tbaa !4
+  %259 = load <32 x i16>, ptr %gep.i.5, align 2, !tbaa !9
   %260 = zext <32 x i16> %259 to <32 x i32>
   %261 = shl nuw <32 x i32> %260, splat (i32 16)
   %262 = bitcast <32 x i32> %261 to <32 x float>
   %263 = fmul <32 x float> %103, %262
   %264 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %265 = getelementptr inbounds nuw i8, ptr %154, i64 640
-  store <4 x float> %264, ptr %265, align 4, !tbaa !4
+  store <4 x float> %264, ptr %265, align 4, !tbaa !9
   %266 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %267 = getelementptr inbounds nuw i8, ptr %154, i64 704
-  store <4 x float> %266, ptr %267, align 4, !tbaa !4
+  store <4 x float> %266, ptr %267, align 4, !tbaa !9
   %268 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %269 = getelementptr inbounds nuw i8, ptr %154, i64 656
-  store <4 x float> %268, ptr %269, align 4, !tbaa !4
+  store <4 x float> %268, ptr %269, align 4, !tbaa !9
   %270 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %271 = getelementptr inbounds nuw i8, ptr %154, i64 720
-  store <4 x float> %270, ptr %271, align 4, !tbaa !4
+  store <4 x float> %270, ptr %271, align 4, !tbaa !9
   %272 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %273 = getelementptr inbounds nuw i8, ptr %154, i64 672
-  store <4 x float> %272, ptr %273, align 4, !tbaa !4
+  store <4 x float> %272, ptr %273, align 4, !tbaa !9
   %274 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %275 = getelementptr inbounds nuw i8, ptr %154, i64 736
-  store <4 x float> %274, ptr %275, align 4, !tbaa !4
+  store <4 x float> %274, ptr %275, align 4, !tbaa !9
   %276 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %277 = getelementptr inbounds nuw i8, ptr %154, i64 688
-  store <4 x float> %276, ptr %277, align 4, !tbaa !4
+  store <4 x float> %276, ptr %277, align 4, !tbaa !9
   %278 = shufflevector <32 x float> %263, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %279 = getelementptr inbounds nuw i8, ptr %154, i64 752
-  store <4 x float> %278, ptr %279, align 4, !tbaa !4
+  store <4 x float> %278, ptr %279, align 4, !tbaa !9
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 384
-  %280 = load <32 x i16>, ptr %gep.i.6, align 2, !tbaa !4
+  %280 = load <32 x i16>, ptr %gep.i.6, align 2, !tbaa !9
   %281 = zext <32 x i16> %280 to <32 x i32>
   %282 = shl nuw <32 x i32> %281, splat (i32 16)
   %283 = bitcast <32 x i32> %282 to <32 x float>
   %284 = fmul <32 x float> %103, %283
   %285 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %286 = getelementptr inbounds nuw i8, ptr %154, i64 768
-  store <4 x float> %285, ptr %286, align 4, !tbaa !4
+  store <4 x float> %285, ptr %286, align 4, !tbaa !9
   %287 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %288 = getelementptr inbounds nuw i8, ptr %154, i64 832
-  store <4 x float> %287, ptr %288, align 4, !tbaa !4
+  store <4 x float> %287, ptr %288, align 4, !tbaa !9
   %289 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %290 = getelementptr inbounds nuw i8, ptr %154, i64 784
-  store <4 x float> %289, ptr %290, align 4, !tbaa !4
+  store <4 x float> %289, ptr %290, align 4, !tbaa !9
   %291 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %292 = getelementptr inbounds nuw i8, ptr %154, i64 848
-  store <4 x float> %291, ptr %292, align 4, !tbaa !4
+  store <4 x float> %291, ptr %292, align 4, !tbaa !9
   %293 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %294 = getelementptr inbounds nuw i8, ptr %154, i64 800
-  store <4 x float> %293, ptr %294, align 4, !tbaa !4
+  store <4 x float> %293, ptr %294, align 4, !tbaa !9
   %295 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %296 = getelementptr inbounds nuw i8, ptr %154, i64 864
-  store <4 x float> %295, ptr %296, align 4, !tbaa !4
+  store <4 x float> %295, ptr %296, align 4, !tbaa !9
   %297 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %298 = getelementptr inbounds nuw i8, ptr %154, i64 816
-  store <4 x float> %297, ptr %298, align 4, !tbaa !4
+  store <4 x float> %297, ptr %298, align 4, !tbaa !9
   %299 = shufflevector <32 x float> %284, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %300 = getelementptr inbounds nuw i8, ptr %154, i64 880
-  store <4 x float> %299, ptr %300, align 4, !tbaa !4
+  store <4 x float> %299, ptr %300, align 4, !tbaa !9
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 448
-  %301 = load <32 x i16>, ptr %gep.i.7, align 2, !tbaa !4
+  %301 = load <32 x i16>, ptr %gep.i.7, align 2, !tbaa !9
   %302 = zext <32 x i16> %301 to <32 x i32>
   %303 = shl nuw <32 x i32> %302, splat (i32 16)
   %304 = bitcast <32 x i32> %303 to <32 x float>
   %305 = fmul <32 x float> %103, %304
   %306 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %307 = getelementptr inbounds nuw i8, ptr %154, i64 896
-  store <4 x float> %306, ptr %307, align 4, !tbaa !4
+  store <4 x float> %306, ptr %307, align 4, !tbaa !9
   %308 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %309 = getelementptr inbounds nuw i8, ptr %154, i64 960
-  store <4 x float> %308, ptr %309, align 4, !tbaa !4
+  store <4 x float> %308, ptr %309, align 4, !tbaa !9
   %310 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %311 = getelementptr inbounds nuw i8, ptr %154, i64 912
-  store <4 x float> %310, ptr %311, align 4, !tbaa !4
+  store <4 x float> %310, ptr %311, align 4, !tbaa !9
   %312 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %313 = getelementptr inbounds nuw i8, ptr %154, i64 976
-  store <4 x float> %312, ptr %313, align 4, !tbaa !4
+  store <4 x float> %312, ptr %313, align 4, !tbaa !9
   %314 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %315 = getelementptr inbounds nuw i8, ptr %154, i64 928
-  store <4 x float> %314, ptr %315, align 4, !tbaa !4
+  store <4 x float> %314, ptr %315, align 4, !tbaa !9
   %316 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %317 = getelementptr inbounds nuw i8, ptr %154, i64 992
-  store <4 x float> %316, ptr %317, align 4, !tbaa !4
+  store <4 x float> %316, ptr %317, align 4, !tbaa !9
   %318 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %319 = getelementptr inbounds nuw i8, ptr %154, i64 944
-  store <4 x float> %318, ptr %319, align 4, !tbaa !4
+  store <4 x float> %318, ptr %319, align 4, !tbaa !9
   %320 = shufflevector <32 x float> %305, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %321 = getelementptr inbounds nuw i8, ptr %154, i64 1008
-  store <4 x float> %320, ptr %321, align 4, !tbaa !4
+  store <4 x float> %320, ptr %321, align 4, !tbaa !9
   %322 = or disjoint i64 %152, 1
   %323 = mul nsw i64 %322, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %151, i64 %323
   %324 = getelementptr inbounds nuw i8, ptr %154, i64 1024
-  %325 = load <32 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4
+  %325 = load <32 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !9
   %326 = zext <32 x i16> %325 to <32 x i32>
   %327 = shl nuw <32 x i32> %326, splat (i32 16)
   %328 = bitcast <32 x i32> %327 to <32 x float>
   %329 = fmul <32 x float> %103, %328
   %330 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  store <4 x float> %330, ptr %324, align 4, !tbaa !4
+  store <4 x float> %330, ptr %324, align 4, !tbaa !9
   %331 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %332 = getelementptr inbounds nuw i8, ptr %154, i64 1088
-  store <4 x float> %331, ptr %332, align 4, !tbaa !4
+  store <4 x float> %331, ptr %332, align 4, !tbaa !9
   %333 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %334 = getelementptr inbounds nuw i8, ptr %154, i64 1040
-  store <4 x float> %333, ptr %334, align 4, !tbaa !4
+  store <4 x float> %333, ptr %334, align 4, !tbaa !9
   %335 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %336 = getelementptr inbounds nuw i8, ptr %154, i64 1104
-  store <4 x float> %335, ptr %336, align 4, !tbaa !4
+  store <4 x float> %335, ptr %336, align 4, !tbaa !9
   %337 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %338 = getelementptr inbounds nuw i8, ptr %154, i64 1056
-  store <4 x float> %337, ptr %338, align 4, !tbaa !4
+  store <4 x float> %337, ptr %338, align 4, !tbaa !9
   %339 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %340 = getelementptr inbounds nuw i8, ptr %154, i64 1120
-  store <4 x float> %339, ptr %340, align 4, !tbaa !4
+  store <4 x float> %339, ptr %340, align 4, !tbaa !9
   %341 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %342 = getelementptr inbounds nuw i8, ptr %154, i64 1072
-  store <4 x float> %341, ptr %342, align 4, !tbaa !4
+  store <4 x float> %341, ptr %342, align 4, !tbaa !9
   %343 = shufflevector <32 x float> %329, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %344 = getelementptr inbounds nuw i8, ptr %154, i64 1136
-  store <4 x float> %343, ptr %344, align 4, !tbaa !4
+  store <4 x float> %343, ptr %344, align 4, !tbaa !9
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %345 = load <32 x i16>, ptr %gep.1.i.1, align 2, !tbaa !4
+  %345 = load <32 x i16>, ptr %gep.1.i.1, align 2, !tbaa !9
   %346 = zext <32 x i16> %345 to <32 x i32>
   %347 = shl nuw <32 x i32> %346, splat (i32 16)
   %348 = bitcast <32 x i32> %347 to <32 x float>
   %349 = fmul <32 x float> %103, %348
   %350 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %351 = getelementptr inbounds nuw i8, ptr %154, i64 1152
-  store <4 x float> %350, ptr %351, align 4, !tbaa !4
+  store <4 x float> %350, ptr %351, align 4, !tbaa !9
   %352 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %353 = getelementptr inbounds nuw i8, ptr %154, i64 1216
-  store <4 x float> %352, ptr %353, align 4, !tbaa !4
+  store <4 x float> %352, ptr %353, align 4, !tbaa !9
   %354 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %355 = getelementptr inbounds nuw i8, ptr %154, i64 1168
-  store <4 x float> %354, ptr %355, align 4, !tbaa !4
+  store <4 x float> %354, ptr %355, align 4, !tbaa !9
   %356 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %357 = getelementptr inbounds nuw i8, ptr %154, i64 1232
-  store <4 x float> %356, ptr %357, align 4, !tbaa !4
+  store <4 x float> %356, ptr %357, align 4, !tbaa !9
   %358 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %359 = getelementptr inbounds nuw i8, ptr %154, i64 1184
-  store <4 x float> %358, ptr %359, align 4, !tbaa !4
+  store <4 x float> %358, ptr %359, align 4, !tbaa !9
   %360 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %361 = getelementptr inbounds nuw i8, ptr %154, i64 1248
-  store <4 x float> %360, ptr %361, align 4, !tbaa !4
+  store <4 x float> %360, ptr %361, align 4, !tbaa !9
   %362 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %363 = getelementptr inbounds nuw i8, ptr %154, i64 1200
-  store <4 x float> %362, ptr %363, align 4, !tbaa !4
+  store <4 x float> %362, ptr %363, align 4, !tbaa !9
   %364 = shufflevector <32 x float> %349, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %365 = getelementptr inbounds nuw i8, ptr %154, i64 1264
-  store <4 x float> %364, ptr %365, align 4, !tbaa !4
+  store <4 x float> %364, ptr %365, align 4, !tbaa !9
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %366 = load <32 x i16>, ptr %gep.1.i.2, align 2, !tbaa !4
+  %366 = load <32 x i16>, ptr %gep.1.i.2, align 2, !tbaa !9
   %367 = zext <32 x i16> %366 to <32 x i32>
   %368 = shl nuw <32 x i32> %367, splat (i32 16)
   %369 = bitcast <32 x i32> %368 to <32 x float>
   %370 = fmul <32 x float> %103, %369
   %371 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %372 = getelementptr inbounds nuw i8, ptr %154, i64 1280
-  store <4 x float> %371, ptr %372, align 4, !tbaa !4
+  store <4 x float> %371, ptr %372, align 4, !tbaa !9
   %373 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %374 = getelementptr inbounds nuw i8, ptr %154, i64 1344
-  store <4 x float> %373, ptr %374, align 4, !tbaa !4
+  store <4 x float> %373, ptr %374, align 4, !tbaa !9
   %375 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %376 = getelementptr inbounds nuw i8, ptr %154, i64 1296
-  store <4 x float> %375, ptr %376, align 4, !tbaa !4
+  store <4 x float> %375, ptr %376, align 4, !tbaa !9
   %377 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %378 = getelementptr inbounds nuw i8, ptr %154, i64 1360
-  store <4 x float> %377, ptr %378, align 4, !tbaa !4
+  store <4 x float> %377, ptr %378, align 4, !tbaa !9
   %379 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %380 = getelementptr inbounds nuw i8, ptr %154, i64 1312
-  store <4 x float> %379, ptr %380, align 4, !tbaa !4
+  store <4 x float> %379, ptr %380, align 4, !tbaa !9
   %381 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %382 = getelementptr inbounds nuw i8, ptr %154, i64 1376
-  store <4 x float> %381, ptr %382, align 4, !tbaa !4
+  store <4 x float> %381, ptr %382, align 4, !tbaa !9
   %383 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %384 = getelementptr inbounds nuw i8, ptr %154, i64 1328
-  store <4 x float> %383, ptr %384, align 4, !tbaa !4
+  store <4 x float> %383, ptr %384, align 4, !tbaa !9
   %385 = shufflevector <32 x float> %370, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %386 = getelementptr inbounds nuw i8, ptr %154, i64 1392
-  store <4 x float> %385, ptr %386, align 4, !tbaa !4
+  store <4 x float> %385, ptr %386, align 4, !tbaa !9
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %387 = load <32 x i16>, ptr %gep.1.i.3, align 2, !tbaa !4
+  %387 = load <32 x i16>, ptr %gep.1.i.3, align 2, !tbaa !9
   %388 = zext <32 x i16> %387 to <32 x i32>
   %389 = shl nuw <32 x i32> %388, splat (i32 16)
   %390 = bitcast <32 x i32> %389 to <32 x float>
   %391 = fmul <32 x float> %103, %390
   %392 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %393 = getelementptr inbounds nuw i8, ptr %154, i64 1408
-  store <4 x float> %392, ptr %393, align 4, !tbaa !4
+  store <4 x float> %392, ptr %393, align 4, !tbaa !9
   %394 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %395 = getelementptr inbounds nuw i8, ptr %154, i64 1472
-  store <4 x float> %394, ptr %395, align 4, !tbaa !4
+  store <4 x float> %394, ptr %395, align 4, !tbaa !9
   %396 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %397 = getelementptr inbounds nuw i8, ptr %154, i64 1424
-  store <4 x float> %396, ptr %397, align 4, !tbaa !4
+  store <4 x float> %396, ptr %397, align 4, !tbaa !9
   %398 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %399 = getelementptr inbounds nuw i8, ptr %154, i64 1488
-  store <4 x float> %398, ptr %399, align 4, !tbaa !4
+  store <4 x float> %398, ptr %399, align 4, !tbaa !9
   %400 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %401 = getelementptr inbounds nuw i8, ptr %154, i64 1440
-  store <4 x float> %400, ptr %401, align 4, !tbaa !4
+  store <4 x float> %400, ptr %401, align 4, !tbaa !9
   %402 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %403 = getelementptr inbounds nuw i8, ptr %154, i64 1504
-  store <4 x float> %402, ptr %403, align 4, !tbaa !4
+  store <4 x float> %402, ptr %403, align 4, !tbaa !9
   %404 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %405 = getelementptr inbounds nuw i8, ptr %154, i64 1456
-  store <4 x float> %404, ptr %405, align 4, !tbaa !4
+  store <4 x float> %404, ptr %405, align 4, !tbaa !9
   %406 = shufflevector <32 x float> %391, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %407 = getelementptr inbounds nuw i8, ptr %154, i64 1520
-  store <4 x float> %406, ptr %407, align 4, !tbaa !4
+  store <4 x float> %406, ptr %407, align 4, !tbaa !9
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 256
-  %408 = load <32 x i16>, ptr %gep.1.i.4, align 2, !tbaa !4
+  %408 = load <32 x i16>, ptr %gep.1.i.4, align 2, !tbaa !9
   %409 = zext <32 x i16> %408 to <32 x i32>
   %410 = shl nuw <32 x i32> %409, splat (i32 16)
   %411 = bitcast <32 x i32> %410 to <32 x float>
   %412 = fmul <32 x float> %103, %411
   %413 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %414 = getelementptr inbounds nuw i8, ptr %154, i64 1536
-  store <4 x float> %413, ptr %414, align 4, !tbaa !4
+  store <4 x float> %413, ptr %414, align 4, !tbaa !9
   %415 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %416 = getelementptr inbounds nuw i8, ptr %154, i64 1600
-  store <4 x float> %415, ptr %416, align 4, !tbaa !4
+  store <4 x float> %415, ptr %416, align 4, !tbaa !9
   %417 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %418 = getelementptr inbounds nuw i8, ptr %154, i64 1552
-  store <4 x float> %417, ptr %418, align 4, !tbaa !4
+  store <4 x float> %417, ptr %418, align 4, !tbaa !9
   %419 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %420 = getelementptr inbounds nuw i8, ptr %154, i64 1616
-  store <4 x float> %419, ptr %420, align 4, !tbaa !4
+  store <4 x float> %419, ptr %420, align 4, !tbaa !9
   %421 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %422 = getelementptr inbounds nuw i8, ptr %154, i64 1568
-  store <4 x float> %421, ptr %422, align 4, !tbaa !4
+  store <4 x float> %421, ptr %422, align 4, !tbaa !9
   %423 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %424 = getelementptr inbounds nuw i8, ptr %154, i64 1632
-  store <4 x float> %423, ptr %424, align 4, !tbaa !4
+  store <4 x float> %423, ptr %424, align 4, !tbaa !9
   %425 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %426 = getelementptr inbounds nuw i8, ptr %154, i64 1584
-  store <4 x float> %425, ptr %426, align 4, !tbaa !4
+  store <4 x float> %425, ptr %426, align 4, !tbaa !9
   %427 = shufflevector <32 x float> %412, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %428 = getelementptr inbounds nuw i8, ptr %154, i64 1648
-  store <4 x float> %427, ptr %428, align 4, !tbaa !4
+  store <4 x float> %427, ptr %428, align 4, !tbaa !9
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 320
-  %429 = load <32 x i16>, ptr %gep.1.i.5, align 2, !tbaa !4
+  %429 = load <32 x i16>, ptr %gep.1.i.5, align 2, !tbaa !9
   %430 = zext <32 x i16> %429 to <32 x i32>
   %431 = shl nuw <32 x i32> %430, splat (i32 16)
   %432 = bitcast <32 x i32> %431 to <32 x float>
   %433 = fmul <32 x float> %103, %432
   %434 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %435 = getelementptr inbounds nuw i8, ptr %154, i64 1664
-  store <4 x float> %434, ptr %435, align 4, !tbaa !4
+  store <4 x float> %434, ptr %435, align 4, !tbaa !9
   %436 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %437 = getelementptr inbounds nuw i8, ptr %154, i64 1728
-  store <4 x float> %436, ptr %437, align 4, !tbaa !4
+  store <4 x float> %436, ptr %437, align 4, !tbaa !9
   %438 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %439 = getelementptr inbounds nuw i8, ptr %154, i64 1680
-  store <4 x float> %438, ptr %439, align 4, !tbaa !4
+  store <4 x float> %438, ptr %439, align 4, !tbaa !9
   %440 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %441 = getelementptr inbounds nuw i8, ptr %154, i64 1744
-  store <4 x float> %440, ptr %441, align 4, !tbaa !4
+  store <4 x float> %440, ptr %441, align 4, !tbaa !9
   %442 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %443 = getelementptr inbounds nuw i8, ptr %154, i64 1696
-  store <4 x float> %442, ptr %443, align 4, !tbaa !4
+  store <4 x float> %442, ptr %443, align 4, !tbaa !9
   %444 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %445 = getelementptr inbounds nuw i8, ptr %154, i64 1760
-  store <4 x float> %444, ptr %445, align 4, !tbaa !4
+  store <4 x float> %444, ptr %445, align 4, !tbaa !9
   %446 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %447 = getelementptr inbounds nuw i8, ptr %154, i64 1712
-  store <4 x float> %446, ptr %447, align 4, !tbaa !4
+  store <4 x float> %446, ptr %447, align 4, !tbaa !9
   %448 = shufflevector <32 x float> %433, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %449 = getelementptr inbounds nuw i8, ptr %154, i64 1776
-  store <4 x float> %448, ptr %449, align 4, !tbaa !4
+  store <4 x float> %448, ptr %449, align 4, !tbaa !9
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 384
-  %450 = load <32 x i16>, ptr %gep.1.i.6, align 2, !tbaa !4
+  %450 = load <32 x i16>, ptr %gep.1.i.6, align 2, !tbaa !9
   %451 = zext <32 x i16> %450 to <32 x i32>
   %452 = shl nuw <32 x i32> %451, splat (i32 16)
   %453 = bitcast <32 x i32> %452 to <32 x float>
   %454 = fmul <32 x float> %103, %453
   %455 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %456 = getelementptr inbounds nuw i8, ptr %154, i64 1792
-  store <4 x float> %455, ptr %456, align 4, !tbaa !4
+  store <4 x float> %455, ptr %456, align 4, !tbaa !9
   %457 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %458 = getelementptr inbounds nuw i8, ptr %154, i64 1856
-  store <4 x float> %457, ptr %458, align 4, !tbaa !4
+  store <4 x float> %457, ptr %458, align 4, !tbaa !9
   %459 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %460 = getelementptr inbounds nuw i8, ptr %154, i64 1808
-  store <4 x float> %459, ptr %460, align 4, !tbaa !4
+  store <4 x float> %459, ptr %460, align 4, !tbaa !9
   %461 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %462 = getelementptr inbounds nuw i8, ptr %154, i64 1872
-  store <4 x float> %461, ptr %462, align 4, !tbaa !4
+  store <4 x float> %461, ptr %462, align 4, !tbaa !9
   %463 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %464 = getelementptr inbounds nuw i8, ptr %154, i64 1824
-  store <4 x float> %463, ptr %464, align 4, !tbaa !4
+  store <4 x float> %463, ptr %464, align 4, !tbaa !9
   %465 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %466 = getelementptr inbounds nuw i8, ptr %154, i64 1888
-  store <4 x float> %465, ptr %466, align 4, !tbaa !4
+  store <4 x float> %465, ptr %466, align 4, !tbaa !9
   %467 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %468 = getelementptr inbounds nuw i8, ptr %154, i64 1840
-  store <4 x float> %467, ptr %468, align 4, !tbaa !4
+  store <4 x float> %467, ptr %468, align 4, !tbaa !9
   %469 = shufflevector <32 x float> %454, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %470 = getelementptr inbounds nuw i8, ptr %154, i64 1904
-  store <4 x float> %469, ptr %470, align 4, !tbaa !4
+  store <4 x float> %469, ptr %470, align 4, !tbaa !9
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 448
-  %471 = load <32 x i16>, ptr %gep.1.i.7, align 2, !tbaa !4
+  %471 = load <32 x i16>, ptr %gep.1.i.7, align 2, !tbaa !9
   %472 = zext <32 x i16> %471 to <32 x i32>
   %473 = shl nuw <32 x i32> %472, splat (i32 16)
   %474 = bitcast <32 x i32> %473 to <32 x float>
   %475 = fmul <32 x float> %103, %474
   %476 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %477 = getelementptr inbounds nuw i8, ptr %154, i64 1920
-  store <4 x float> %476, ptr %477, align 4, !tbaa !4
+  store <4 x float> %476, ptr %477, align 4, !tbaa !9
   %478 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
   %479 = getelementptr inbounds nuw i8, ptr %154, i64 1984
-  store <4 x float> %478, ptr %479, align 4, !tbaa !4
+  store <4 x float> %478, ptr %479, align 4, !tbaa !9
   %480 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
   %481 = getelementptr inbounds nuw i8, ptr %154, i64 1936
-  store <4 x float> %480, ptr %481, align 4, !tbaa !4
+  store <4 x float> %480, ptr %481, align 4, !tbaa !9
   %482 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
   %483 = getelementptr inbounds nuw i8, ptr %154, i64 2000
-  store <4 x float> %482, ptr %483, align 4, !tbaa !4
+  store <4 x float> %482, ptr %483, align 4, !tbaa !9
   %484 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
   %485 = getelementptr inbounds nuw i8, ptr %154, i64 1952
-  store <4 x float> %484, ptr %485, align 4, !tbaa !4
+  store <4 x float> %484, ptr %485, align 4, !tbaa !9
   %486 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
   %487 = getelementptr inbounds nuw i8, ptr %154, i64 2016
-  store <4 x float> %486, ptr %487, align 4, !tbaa !4
+  store <4 x float> %486, ptr %487, align 4, !tbaa !9
   %488 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
   %489 = getelementptr inbounds nuw i8, ptr %154, i64 1968
-  store <4 x float> %488, ptr %489, align 4, !tbaa !4
+  store <4 x float> %488, ptr %489, align 4, !tbaa !9
   %490 = shufflevector <32 x float> %475, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
   %491 = getelementptr inbounds nuw i8, ptr %154, i64 2032
-  store <4 x float> %490, ptr %491, align 4, !tbaa !4
+  store <4 x float> %490, ptr %491, align 4, !tbaa !9
   %indvars.iv.next624.i = add nuw nsw i64 %indvars.iv623.i, 1
   %exitcond626.not.i = icmp eq i64 %indvars.iv.next624.i, 8
   br i1 %exitcond626.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
@@ -1073,625 +1258,625 @@ for_body_tile212.preheader.i:                     ; preds = %for_begin_tile211.p
   %527 = shl nuw nsw i64 %525, 4
   %528 = load float, ptr %row_max286.i, align 16, !tbaa !13
   %529 = getelementptr inbounds nuw float, ptr %partial_max, i64 %527
-  store float %528, ptr %529, align 4, !tbaa !4
+  store float %528, ptr %529, align 4, !tbaa !9
   %530 = load float, ptr %row_sum285.i, align 16, !tbaa !15
   %531 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %527
-  store float %530, ptr %531, align 4, !tbaa !4
+  store float %530, ptr %531, align 4, !tbaa !9
   %532 = load float, ptr %113, align 4, !tbaa !13
   %533 = or disjoint i64 %527, 1
   %534 = getelementptr inbounds nuw float, ptr %partial_max, i64 %533
-  store float %532, ptr %534, align 4, !tbaa !4
+  store float %532, ptr %534, align 4, !tbaa !9
   %535 = load float, ptr %114, align 4, !tbaa !15
   %536 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %533
-  store float %535, ptr %536, align 4, !tbaa !4
-  %537 = load <32 x float>, ptr %acc.i, align 4, !tbaa !4
-  store <32 x float> %537, ptr %526, align 4, !tbaa !4
+  store float %535, ptr %536, align 4, !tbaa !9
+  %537 = load <32 x float>, ptr %acc.i, align 4, !tbaa !9
+  store <32 x float> %537, ptr %526, align 4, !tbaa !9
   %538 = getelementptr inbounds nuw i8, ptr %acc.i, i64 128
-  %539 = load <32 x float>, ptr %538, align 4, !tbaa !4
+  %539 = load <32 x float>, ptr %538, align 4, !tbaa !9
   %540 = getelementptr inbounds nuw i8, ptr %526, i64 128
-  store <32 x float> %539, ptr %540, align 4, !tbaa !4
+  store <32 x float> %539, ptr %540, align 4, !tbaa !9
   %541 = getelementptr inbounds nuw i8, ptr %acc.i, i64 256
-  %542 = load <32 x float>, ptr %541, align 4, !tbaa !4
+  %542 = load <32 x float>, ptr %541, align 4, !tbaa !9
   %543 = getelementptr inbounds nuw i8, ptr %526, i64 256
-  store <32 x float> %542, ptr %543, align 4, !tbaa !4
+  store <32 x float> %542, ptr %543, align 4, !tbaa !9
   %544 = getelementptr inbounds nuw i8, ptr %acc.i, i64 384
-  %545 = load <32 x float>, ptr %544, align 4, !tbaa !4
+  %545 = load <32 x float>, ptr %544, align 4, !tbaa !9
   %546 = getelementptr inbounds nuw i8, ptr %526, i64 384
-  store <32 x float> %545, ptr %546, align 4, !tbaa !4
+  store <32 x float> %545, ptr %546, align 4, !tbaa !9
   %547 = getelementptr inbounds nuw i8, ptr %acc.i, i64 512
-  %548 = load <32 x float>, ptr %547, align 4, !tbaa !4
+  %548 = load <32 x float>, ptr %547, align 4, !tbaa !9
   %549 = getelementptr inbounds nuw i8, ptr %526, i64 512
-  store <32 x float> %548, ptr %549, align 4, !tbaa !4
+  store <32 x float> %548, ptr %549, align 4, !tbaa !9
   %550 = getelementptr inbounds nuw i8, ptr %acc.i, i64 640
-  %551 = load <32 x float>, ptr %550, align 4, !tbaa !4
+  %551 = load <32 x float>, ptr %550, align 4, !tbaa !9
   %552 = getelementptr inbounds nuw i8, ptr %526, i64 640
-  store <32 x float> %551, ptr %552, align 4, !tbaa !4
+  store <32 x float> %551, ptr %552, align 4, !tbaa !9
   %553 = getelementptr inbounds nuw i8, ptr %acc.i, i64 768
-  %554 = load <32 x float>, ptr %553, align 4, !tbaa !4
+  %554 = load <32 x float>, ptr %553, align 4, !tbaa !9
   %555 = getelementptr inbounds nuw i8, ptr %526, i64 768
-  store <32 x float> %554, ptr %555, align 4, !tbaa !4
+  store <32 x float> %554, ptr %555, align 4, !tbaa !9
   %556 = getelementptr inbounds nuw i8, ptr %acc.i, i64 896
-  %557 = load <32 x float>, ptr %556, align 4, !tbaa !4
+  %557 = load <32 x float>, ptr %556, align 4, !tbaa !9
   %558 = getelementptr inbounds nuw i8, ptr %526, i64 896
-  store <32 x float> %557, ptr %558, align 4, !tbaa !4
+  store <32 x float> %557, ptr %558, align 4, !tbaa !9
   %559 = getelementptr inbounds nuw i8, ptr %526, i64 1024
   %560 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1024
-  %561 = load <32 x float>, ptr %560, align 4, !tbaa !4
-  store <32 x float> %561, ptr %559, align 4, !tbaa !4
+  %561 = load <32 x float>, ptr %560, align 4, !tbaa !9
+  store <32 x float> %561, ptr %559, align 4, !tbaa !9
   %562 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1152
-  %563 = load <32 x float>, ptr %562, align 4, !tbaa !4
+  %563 = load <32 x float>, ptr %562, align 4, !tbaa !9
   %564 = getelementptr inbounds nuw i8, ptr %526, i64 1152
-  store <32 x float> %563, ptr %564, align 4, !tbaa !4
+  store <32 x float> %563, ptr %564, align 4, !tbaa !9
   %565 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1280
-  %566 = load <32 x float>, ptr %565, align 4, !tbaa !4
+  %566 = load <32 x float>, ptr %565, align 4, !tbaa !9
   %567 = getelementptr inbounds nuw i8, ptr %526, i64 1280
-  store <32 x float> %566, ptr %567, align 4, !tbaa !4
+  store <32 x float> %566, ptr %567, align 4, !tbaa !9
   %568 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1408
-  %569 = load <32 x float>, ptr %568, align 4, !tbaa !4
+  %569 = load <32 x float>, ptr %568, align 4, !tbaa !9
   %570 = getelementptr inbounds nuw i8, ptr %526, i64 1408
-  store <32 x float> %569, ptr %570, align 4, !tbaa !4
+  store <32 x float> %569, ptr %570, align 4, !tbaa !9
   %571 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1536
-  %572 = load <32 x float>, ptr %571, align 4, !tbaa !4
+  %572 = load <32 x float>, ptr %571, align 4, !tbaa !9
   %573 = getelementptr inbounds nuw i8, ptr %526, i64 1536
-  store <32 x float> %572, ptr %573, align 4, !tbaa !4
+  store <32 x float> %572, ptr %573, align 4, !tbaa !9
   %574 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1664
-  %575 = load <32 x float>, ptr %574, align 4, !tbaa !4
+  %575 = load <32 x float>, ptr %574, align 4, !tbaa !9
   %576 = getelementptr inbounds nuw i8, ptr %526, i64 1664
-  store <32 x float> %575, ptr %576, align 4, !tbaa !4
+  store <32 x float> %575, ptr %576, align 4, !tbaa !9
   %577 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1792
-  %578 = load <32 x float>, ptr %577, align 4, !tbaa !4
+  %578 = load <32 x float>, ptr %577, align 4, !tbaa !9
   %579 = getelementptr inbounds nuw i8, ptr %526, i64 1792
-  store <32 x float> %578, ptr %579, align 4, !tbaa !4
+  store <32 x float> %578, ptr %579, align 4, !tbaa !9
   %580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1920
-  %581 = load <32 x float>, ptr %580, align 4, !tbaa !4
+  %581 = load <32 x float>, ptr %580, align 4, !tbaa !9
   %582 = getelementptr inbounds nuw i8, ptr %526, i64 1920
-  store <32 x float> %581, ptr %582, align 4, !tbaa !4
+  store <32 x float> %581, ptr %582, align 4, !tbaa !9
   %583 = or disjoint i64 %527, 2
   %584 = load float, ptr %115, align 8, !tbaa !13
   %585 = getelementptr inbounds nuw float, ptr %partial_max, i64 %583
-  store float %584, ptr %585, align 4, !tbaa !4
+  store float %584, ptr %585, align 4, !tbaa !9
   %586 = load float, ptr %116, align 8, !tbaa !15
   %587 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %583
-  store float %586, ptr %587, align 4, !tbaa !4
+  store float %586, ptr %587, align 4, !tbaa !9
   %588 = load float, ptr %117, align 4, !tbaa !13
   %589 = or disjoint i64 %527, 3
   %590 = getelementptr inbounds nuw float, ptr %partial_max, i64 %589
-  store float %588, ptr %590, align 4, !tbaa !4
+  store float %588, ptr %590, align 4, !tbaa !9
   %591 = load float, ptr %118, align 4, !tbaa !15
   %592 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %589
-  store float %591, ptr %592, align 4, !tbaa !4
+  store float %591, ptr %592, align 4, !tbaa !9
   %593 = getelementptr inbounds nuw i8, ptr %526, i64 2048
   %594 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2048
-  %595 = load <32 x float>, ptr %594, align 4, !tbaa !4
-  store <32 x float> %595, ptr %593, align 4, !tbaa !4
+  %595 = load <32 x float>, ptr %594, align 4, !tbaa !9
+  store <32 x float> %595, ptr %593, align 4, !tbaa !9
   %596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2176
-  %597 = load <32 x float>, ptr %596, align 4, !tbaa !4
+  %597 = load <32 x float>, ptr %596, align 4, !tbaa !9
   %598 = getelementptr inbounds nuw i8, ptr %526, i64 2176
-  store <32 x float> %597, ptr %598, align 4, !tbaa !4
+  store <32 x float> %597, ptr %598, align 4, !tbaa !9
   %599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2304
-  %600 = load <32 x float>, ptr %599, align 4, !tbaa !4
+  %600 = load <32 x float>, ptr %599, align 4, !tbaa !9
   %601 = getelementptr inbounds nuw i8, ptr %526, i64 2304
-  store <32 x float> %600, ptr %601, align 4, !tbaa !4
+  store <32 x float> %600, ptr %601, align 4, !tbaa !9
   %602 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2432
-  %603 = load <32 x float>, ptr %602, align 4, !tbaa !4
+  %603 = load <32 x float>, ptr %602, align 4, !tbaa !9
   %604 = getelementptr inbounds nuw i8, ptr %526, i64 2432
-  store <32 x float> %603, ptr %604, align 4, !tbaa !4
+  store <32 x float> %603, ptr %604, align 4, !tbaa !9
   %605 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2560
-  %606 = load <32 x float>, ptr %605, align 4, !tbaa !4
+  %606 = load <32 x float>, ptr %605, align 4, !tbaa !9
   %607 = getelementptr inbounds nuw i8, ptr %526, i64 2560
-  store <32 x float> %606, ptr %607, align 4, !tbaa !4
+  store <32 x float> %606, ptr %607, align 4, !tbaa !9
   %608 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2688
-  %609 = load <32 x float>, ptr %608, align 4, !tbaa !4
+  %609 = load <32 x float>, ptr %608, align 4, !tbaa !9
   %610 = getelementptr inbounds nuw i8, ptr %526, i64 2688
-  store <32 x float> %609, ptr %610, align 4, !tbaa !4
+  store <32 x float> %609, ptr %610, align 4, !tbaa !9
   %611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2816
-  %612 = load <32 x float>, ptr %611, align 4, !tbaa !4
+  %612 = load <32 x float>, ptr %611, align 4, !tbaa !9
   %613 = getelementptr inbounds nuw i8, ptr %526, i64 2816
-  store <32 x float> %612, ptr %613, align 4, !tbaa !4
+  store <32 x float> %612, ptr %613, align 4, !tbaa !9
   %614 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2944
-  %615 = load <32 x float>, ptr %614, align 4, !tbaa !4
+  %615 = load <32 x float>, ptr %614, align 4, !tbaa !9
   %616 = getelementptr inbounds nuw i8, ptr %526, i64 2944
-  store <32 x float> %615, ptr %616, align 4, !tbaa !4
+  store <32 x float> %615, ptr %616, align 4, !tbaa !9
   %617 = getelementptr inbounds nuw i8, ptr %526, i64 3072
   %618 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3072
-  %619 = load <32 x float>, ptr %618, align 4, !tbaa !4
-  store <32 x float> %619, ptr %617, align 4, !tbaa !4
+  %619 = load <32 x float>, ptr %618, align 4, !tbaa !9
+  store <32 x float> %619, ptr %617, align 4, !tbaa !9
   %620 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3200
-  %621 = load <32 x float>, ptr %620, align 4, !tbaa !4
+  %621 = load <32 x float>, ptr %620, align 4, !tbaa !9
   %622 = getelementptr inbounds nuw i8, ptr %526, i64 3200
-  store <32 x float> %621, ptr %622, align 4, !tbaa !4
+  store <32 x float> %621, ptr %622, align 4, !tbaa !9
   %623 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3328
-  %624 = load <32 x float>, ptr %623, align 4, !tbaa !4
+  %624 = load <32 x float>, ptr %623, align 4, !tbaa !9
   %625 = getelementptr inbounds nuw i8, ptr %526, i64 3328
-  store <32 x float> %624, ptr %625, align 4, !tbaa !4
+  store <32 x float> %624, ptr %625, align 4, !tbaa !9
   %626 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3456
-  %627 = load <32 x float>, ptr %626, align 4, !tbaa !4
+  %627 = load <32 x float>, ptr %626, align 4, !tbaa !9
   %628 = getelementptr inbounds nuw i8, ptr %526, i64 3456
-  store <32 x float> %627, ptr %628, align 4, !tbaa !4
+  store <32 x float> %627, ptr %628, align 4, !tbaa !9
   %629 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3584
-  %630 = load <32 x float>, ptr %629, align 4, !tbaa !4
+  %630 = load <32 x float>, ptr %629, align 4, !tbaa !9
   %631 = getelementptr inbounds nuw i8, ptr %526, i64 3584
-  store <32 x float> %630, ptr %631, align 4, !tbaa !4
+  store <32 x float> %630, ptr %631, align 4, !tbaa !9
   %632 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3712
-  %633 = load <32 x float>, ptr %632, align 4, !tbaa !4
+  %633 = load <32 x float>, ptr %632, align 4, !tbaa !9
   %634 = getelementptr inbounds nuw i8, ptr %526, i64 3712
-  store <32 x float> %633, ptr %634, align 4, !tbaa !4
+  store <32 x float> %633, ptr %634, align 4, !tbaa !9
   %635 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3840
-  %636 = load <32 x float>, ptr %635, align 4, !tbaa !4
+  %636 = load <32 x float>, ptr %635, align 4, !tbaa !9
   %637 = getelementptr inbounds nuw i8, ptr %526, i64 3840
-  store <32 x float> %636, ptr %637, align 4, !tbaa !4
+  store <32 x float> %636, ptr %637, align 4, !tbaa !9
   %638 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3968
-  %639 = load <32 x float>, ptr %638, align 4, !tbaa !4
+  %639 = load <32 x float>, ptr %638, align 4, !tbaa !9
   %640 = getelementptr inbounds nuw i8, ptr %526, i64 3968
-  store <32 x float> %639, ptr %640, align 4, !tbaa !4
+  store <32 x float> %639, ptr %640, align 4, !tbaa !9
   %641 = or disjoint i64 %527, 4
   %642 = load float, ptr %119, align 16, !tbaa !13
   %643 = getelementptr inbounds nuw float, ptr %partial_max, i64 %641
-  store float %642, ptr %643, align 4, !tbaa !4
+  store float %642, ptr %643, align 4, !tbaa !9
   %644 = load float, ptr %120, align 16, !tbaa !15
   %645 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %641
-  store float %644, ptr %645, align 4, !tbaa !4
+  store float %644, ptr %645, align 4, !tbaa !9
   %646 = load float, ptr %121, align 4, !tbaa !13
   %647 = or disjoint i64 %527, 5
   %648 = getelementptr inbounds nuw float, ptr %partial_max, i64 %647
-  store float %646, ptr %648, align 4, !tbaa !4
+  store float %646, ptr %648, align 4, !tbaa !9
   %649 = load float, ptr %122, align 4, !tbaa !15
   %650 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %647
-  store float %649, ptr %650, align 4, !tbaa !4
+  store float %649, ptr %650, align 4, !tbaa !9
   %651 = getelementptr inbounds nuw i8, ptr %526, i64 4096
   %652 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4096
-  %653 = load <32 x float>, ptr %652, align 4, !tbaa !4
-  store <32 x float> %653, ptr %651, align 4, !tbaa !4
+  %653 = load <32 x float>, ptr %652, align 4, !tbaa !9
+  store <32 x float> %653, ptr %651, align 4, !tbaa !9
   %654 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4224
-  %655 = load <32 x float>, ptr %654, align 4, !tbaa !4
+  %655 = load <32 x float>, ptr %654, align 4, !tbaa !9
   %656 = getelementptr inbounds nuw i8, ptr %526, i64 4224
-  store <32 x float> %655, ptr %656, align 4, !tbaa !4
+  store <32 x float> %655, ptr %656, align 4, !tbaa !9
   %657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4352
-  %658 = load <32 x float>, ptr %657, align 4, !tbaa !4
+  %658 = load <32 x float>, ptr %657, align 4, !tbaa !9
   %659 = getelementptr inbounds nuw i8, ptr %526, i64 4352
-  store <32 x float> %658, ptr %659, align 4, !tbaa !4
+  store <32 x float> %658, ptr %659, align 4, !tbaa !9
   %660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4480
-  %661 = load <32 x float>, ptr %660, align 4, !tbaa !4
+  %661 = load <32 x float>, ptr %660, align 4, !tbaa !9
   %662 = getelementptr inbounds nuw i8, ptr %526, i64 4480
-  store <32 x float> %661, ptr %662, align 4, !tbaa !4
+  store <32 x float> %661, ptr %662, align 4, !tbaa !9
   %663 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4608
-  %664 = load <32 x float>, ptr %663, align 4, !tbaa !4
+  %664 = load <32 x float>, ptr %663, align 4, !tbaa !9
   %665 = getelementptr inbounds nuw i8, ptr %526, i64 4608
-  store <32 x float> %664, ptr %665, align 4, !tbaa !4
+  store <32 x float> %664, ptr %665, align 4, !tbaa !9
   %666 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4736
-  %667 = load <32 x float>, ptr %666, align 4, !tbaa !4
+  %667 = load <32 x float>, ptr %666, align 4, !tbaa !9
   %668 = getelementptr inbounds nuw i8, ptr %526, i64 4736
-  store <32 x float> %667, ptr %668, align 4, !tbaa !4
+  store <32 x float> %667, ptr %668, align 4, !tbaa !9
   %669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4864
-  %670 = load <32 x float>, ptr %669, align 4, !tbaa !4
+  %670 = load <32 x float>, ptr %669, align 4, !tbaa !9
   %671 = getelementptr inbounds nuw i8, ptr %526, i64 4864
-  store <32 x float> %670, ptr %671, align 4, !tbaa !4
+  store <32 x float> %670, ptr %671, align 4, !tbaa !9
   %672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4992
-  %673 = load <32 x float>, ptr %672, align 4, !tbaa !4
+  %673 = load <32 x float>, ptr %672, align 4, !tbaa !9
   %674 = getelementptr inbounds nuw i8, ptr %526, i64 4992
-  store <32 x float> %673, ptr %674, align 4, !tbaa !4
+  store <32 x float> %673, ptr %674, align 4, !tbaa !9
   %675 = getelementptr inbounds nuw i8, ptr %526, i64 5120
   %676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5120
-  %677 = load <32 x float>, ptr %676, align 4, !tbaa !4
-  store <32 x float> %677, ptr %675, align 4, !tbaa !4
+  %677 = load <32 x float>, ptr %676, align 4, !tbaa !9
+  store <32 x float> %677, ptr %675, align 4, !tbaa !9
   %678 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5248
-  %679 = load <32 x float>, ptr %678, align 4, !tbaa !4
+  %679 = load <32 x float>, ptr %678, align 4, !tbaa !9
   %680 = getelementptr inbounds nuw i8, ptr %526, i64 5248
-  store <32 x float> %679, ptr %680, align 4, !tbaa !4
+  store <32 x float> %679, ptr %680, align 4, !tbaa !9
   %681 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5376
-  %682 = load <32 x float>, ptr %681, align 4, !tbaa !4
+  %682 = load <32 x float>, ptr %681, align 4, !tbaa !9
   %683 = getelementptr inbounds nuw i8, ptr %526, i64 5376
-  store <32 x float> %682, ptr %683, align 4, !tbaa !4
+  store <32 x float> %682, ptr %683, align 4, !tbaa !9
   %684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5504
-  %685 = load <32 x float>, ptr %684, align 4, !tbaa !4
+  %685 = load <32 x float>, ptr %684, align 4, !tbaa !9
   %686 = getelementptr inbounds nuw i8, ptr %526, i64 5504
-  store <32 x float> %685, ptr %686, align 4, !tbaa !4
+  store <32 x float> %685, ptr %686, align 4, !tbaa !9
   %687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5632
-  %688 = load <32 x float>, ptr %687, align 4, !tbaa !4
+  %688 = load <32 x float>, ptr %687, align 4, !tbaa !9
   %689 = getelementptr inbounds nuw i8, ptr %526, i64 5632
-  store <32 x float> %688, ptr %689, align 4, !tbaa !4
+  store <32 x float> %688, ptr %689, align 4, !tbaa !9
   %690 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5760
-  %691 = load <32 x float>, ptr %690, align 4, !tbaa !4
+  %691 = load <32 x float>, ptr %690, align 4, !tbaa !9
   %692 = getelementptr inbounds nuw i8, ptr %526, i64 5760
-  store <32 x float> %691, ptr %692, align 4, !tbaa !4
+  store <32 x float> %691, ptr %692, align 4, !tbaa !9
   %693 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5888
-  %694 = load <32 x float>, ptr %693, align 4, !tbaa !4
+  %694 = load <32 x float>, ptr %693, align 4, !tbaa !9
   %695 = getelementptr inbounds nuw i8, ptr %526, i64 5888
-  store <32 x float> %694, ptr %695, align 4, !tbaa !4
+  store <32 x float> %694, ptr %695, align 4, !tbaa !9
   %696 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6016
-  %697 = load <32 x float>, ptr %696, align 4, !tbaa !4
+  %697 = load <32 x float>, ptr %696, align 4, !tbaa !9
   %698 = getelementptr inbounds nuw i8, ptr %526, i64 6016
-  store <32 x float> %697, ptr %698, align 4, !tbaa !4
+  store <32 x float> %697, ptr %698, align 4, !tbaa !9
   %699 = or disjoint i64 %527, 6
   %700 = load float, ptr %123, align 8, !tbaa !13
   %701 = getelementptr inbounds nuw float, ptr %partial_max, i64 %699
-  store float %700, ptr %701, align 4, !tbaa !4
+  store float %700, ptr %701, align 4, !tbaa !9
   %702 = load float, ptr %124, align 8, !tbaa !15
   %703 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %699
-  store float %702, ptr %703, align 4, !tbaa !4
+  store float %702, ptr %703, align 4, !tbaa !9
   %704 = load float, ptr %125, align 4, !tbaa !13
   %705 = or disjoint i64 %527, 7
   %706 = getelementptr inbounds nuw float, ptr %partial_max, i64 %705
-  store float %704, ptr %706, align 4, !tbaa !4
+  store float %704, ptr %706, align 4, !tbaa !9
   %707 = load float, ptr %126, align 4, !tbaa !15
   %708 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %705
-  store float %707, ptr %708, align 4, !tbaa !4
+  store float %707, ptr %708, align 4, !tbaa !9
   %709 = getelementptr inbounds nuw i8, ptr %526, i64 6144
   %710 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6144
-  %711 = load <32 x float>, ptr %710, align 4, !tbaa !4
-  store <32 x float> %711, ptr %709, align 4, !tbaa !4
+  %711 = load <32 x float>, ptr %710, align 4, !tbaa !9
+  store <32 x float> %711, ptr %709, align 4, !tbaa !9
   %712 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6272
-  %713 = load <32 x float>, ptr %712, align 4, !tbaa !4
+  %713 = load <32 x float>, ptr %712, align 4, !tbaa !9
   %714 = getelementptr inbounds nuw i8, ptr %526, i64 6272
-  store <32 x float> %713, ptr %714, align 4, !tbaa !4
+  store <32 x float> %713, ptr %714, align 4, !tbaa !9
   %715 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6400
-  %716 = load <32 x float>, ptr %715, align 4, !tbaa !4
+  %716 = load <32 x float>, ptr %715, align 4, !tbaa !9
   %717 = getelementptr inbounds nuw i8, ptr %526, i64 6400
-  store <32 x float> %716, ptr %717, align 4, !tbaa !4
+  store <32 x float> %716, ptr %717, align 4, !tbaa !9
   %718 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6528
-  %719 = load <32 x float>, ptr %718, align 4, !tbaa !4
+  %719 = load <32 x float>, ptr %718, align 4, !tbaa !9
   %720 = getelementptr inbounds nuw i8, ptr %526, i64 6528
-  store <32 x float> %719, ptr %720, align 4, !tbaa !4
+  store <32 x float> %719, ptr %720, align 4, !tbaa !9
   %721 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6656
-  %722 = load <32 x float>, ptr %721, align 4, !tbaa !4
+  %722 = load <32 x float>, ptr %721, align 4, !tbaa !9
   %723 = getelementptr inbounds nuw i8, ptr %526, i64 6656
-  store <32 x float> %722, ptr %723, align 4, !tbaa !4
+  store <32 x float> %722, ptr %723, align 4, !tbaa !9
   %724 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6784
-  %725 = load <32 x float>, ptr %724, align 4, !tbaa !4
+  %725 = load <32 x float>, ptr %724, align 4, !tbaa !9
   %726 = getelementptr inbounds nuw i8, ptr %526, i64 6784
-  store <32 x float> %725, ptr %726, align 4, !tbaa !4
+  store <32 x float> %725, ptr %726, align 4, !tbaa !9
   %727 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6912
-  %728 = load <32 x float>, ptr %727, align 4, !tbaa !4
+  %728 = load <32 x float>, ptr %727, align 4, !tbaa !9
   %729 = getelementptr inbounds nuw i8, ptr %526, i64 6912
-  store <32 x float> %728, ptr %729, align 4, !tbaa !4
+  store <32 x float> %728, ptr %729, align 4, !tbaa !9
   %730 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7040
-  %731 = load <32 x float>, ptr %730, align 4, !tbaa !4
+  %731 = load <32 x float>, ptr %730, align 4, !tbaa !9
   %732 = getelementptr inbounds nuw i8, ptr %526, i64 7040
-  store <32 x float> %731, ptr %732, align 4, !tbaa !4
+  store <32 x float> %731, ptr %732, align 4, !tbaa !9
   %733 = getelementptr inbounds nuw i8, ptr %526, i64 7168
   %734 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7168
-  %735 = load <32 x float>, ptr %734, align 4, !tbaa !4
-  store <32 x float> %735, ptr %733, align 4, !tbaa !4
+  %735 = load <32 x float>, ptr %734, align 4, !tbaa !9
+  store <32 x float> %735, ptr %733, align 4, !tbaa !9
   %736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7296
-  %737 = load <32 x float>, ptr %736, align 4, !tbaa !4
+  %737 = load <32 x float>, ptr %736, align 4, !tbaa !9
   %738 = getelementptr inbounds nuw i8, ptr %526, i64 7296
-  store <32 x float> %737, ptr %738, align 4, !tbaa !4
+  store <32 x float> %737, ptr %738, align 4, !tbaa !9
   %739 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7424
-  %740 = load <32 x float>, ptr %739, align 4, !tbaa !4
+  %740 = load <32 x float>, ptr %739, align 4, !tbaa !9
   %741 = getelementptr inbounds nuw i8, ptr %526, i64 7424
-  store <32 x float> %740, ptr %741, align 4, !tbaa !4
+  store <32 x float> %740, ptr %741, align 4, !tbaa !9
   %742 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7552
-  %743 = load <32 x float>, ptr %742, align 4, !tbaa !4
+  %743 = load <32 x float>, ptr %742, align 4, !tbaa !9
   %744 = getelementptr inbounds nuw i8, ptr %526, i64 7552
-  store <32 x float> %743, ptr %744, align 4, !tbaa !4
+  store <32 x float> %743, ptr %744, align 4, !tbaa !9
   %745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7680
-  %746 = load <32 x float>, ptr %745, align 4, !tbaa !4
+  %746 = load <32 x float>, ptr %745, align 4, !tbaa !9
   %747 = getelementptr inbounds nuw i8, ptr %526, i64 7680
-  store <32 x float> %746, ptr %747, align 4, !tbaa !4
+  store <32 x float> %746, ptr %747, align 4, !tbaa !9
   %748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7808
-  %749 = load <32 x float>, ptr %748, align 4, !tbaa !4
+  %749 = load <32 x float>, ptr %748, align 4, !tbaa !9
   %750 = getelementptr inbounds nuw i8, ptr %526, i64 7808
-  store <32 x float> %749, ptr %750, align 4, !tbaa !4
+  store <32 x float> %749, ptr %750, align 4, !tbaa !9
   %751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7936
-  %752 = load <32 x float>, ptr %751, align 4, !tbaa !4
+  %752 = load <32 x float>, ptr %751, align 4, !tbaa !9
   %753 = getelementptr inbounds nuw i8, ptr %526, i64 7936
-  store <32 x float> %752, ptr %753, align 4, !tbaa !4
+  store <32 x float> %752, ptr %753, align 4, !tbaa !9
   %754 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8064
-  %755 = load <32 x float>, ptr %754, align 4, !tbaa !4
+  %755 = load <32 x float>, ptr %754, align 4, !tbaa !9
   %756 = getelementptr inbounds nuw i8, ptr %526, i64 8064
-  store <32 x float> %755, ptr %756, align 4, !tbaa !4
+  store <32 x float> %755, ptr %756, align 4, !tbaa !9
   %757 = or disjoint i64 %527, 8
   %758 = load float, ptr %127, align 16, !tbaa !13
   %759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %757
-  store float %758, ptr %759, align 4, !tbaa !4
+  store float %758, ptr %759, align 4, !tbaa !9
   %760 = load float, ptr %128, align 16, !tbaa !15
   %761 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %757
-  store float %760, ptr %761, align 4, !tbaa !4
+  store float %760, ptr %761, align 4, !tbaa !9
   %762 = load float, ptr %129, align 4, !tbaa !13
   %763 = or disjoint i64 %527, 9
   %764 = getelementptr inbounds nuw float, ptr %partial_max, i64 %763
-  store float %762, ptr %764, align 4, !tbaa !4
+  store float %762, ptr %764, align 4, !tbaa !9
   %765 = load float, ptr %130, align 4, !tbaa !15
   %766 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %763
-  store float %765, ptr %766, align 4, !tbaa !4
+  store float %765, ptr %766, align 4, !tbaa !9
   %767 = getelementptr inbounds nuw i8, ptr %526, i64 8192
   %768 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8192
-  %769 = load <32 x float>, ptr %768, align 4, !tbaa !4
-  store <32 x float> %769, ptr %767, align 4, !tbaa !4
+  %769 = load <32 x float>, ptr %768, align 4, !tbaa !9
+  store <32 x float> %769, ptr %767, align 4, !tbaa !9
   %770 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8320
-  %771 = load <32 x float>, ptr %770, align 4, !tbaa !4
+  %771 = load <32 x float>, ptr %770, align 4, !tbaa !9
   %772 = getelementptr inbounds nuw i8, ptr %526, i64 8320
-  store <32 x float> %771, ptr %772, align 4, !tbaa !4
+  store <32 x float> %771, ptr %772, align 4, !tbaa !9
   %773 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8448
-  %774 = load <32 x float>, ptr %773, align 4, !tbaa !4
+  %774 = load <32 x float>, ptr %773, align 4, !tbaa !9
   %775 = getelementptr inbounds nuw i8, ptr %526, i64 8448
-  store <32 x float> %774, ptr %775, align 4, !tbaa !4
+  store <32 x float> %774, ptr %775, align 4, !tbaa !9
   %776 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8576
-  %777 = load <32 x float>, ptr %776, align 4, !tbaa !4
+  %777 = load <32 x float>, ptr %776, align 4, !tbaa !9
   %778 = getelementptr inbounds nuw i8, ptr %526, i64 8576
-  store <32 x float> %777, ptr %778, align 4, !tbaa !4
+  store <32 x float> %777, ptr %778, align 4, !tbaa !9
   %779 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8704
-  %780 = load <32 x float>, ptr %779, align 4, !tbaa !4
+  %780 = load <32 x float>, ptr %779, align 4, !tbaa !9
   %781 = getelementptr inbounds nuw i8, ptr %526, i64 8704
-  store <32 x float> %780, ptr %781, align 4, !tbaa !4
+  store <32 x float> %780, ptr %781, align 4, !tbaa !9
   %782 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8832
-  %783 = load <32 x float>, ptr %782, align 4, !tbaa !4
+  %783 = load <32 x float>, ptr %782, align 4, !tbaa !9
   %784 = getelementptr inbounds nuw i8, ptr %526, i64 8832
-  store <32 x float> %783, ptr %784, align 4, !tbaa !4
+  store <32 x float> %783, ptr %784, align 4, !tbaa !9
   %785 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8960
-  %786 = load <32 x float>, ptr %785, align 4, !tbaa !4
+  %786 = load <32 x float>, ptr %785, align 4, !tbaa !9
   %787 = getelementptr inbounds nuw i8, ptr %526, i64 8960
-  store <32 x float> %786, ptr %787, align 4, !tbaa !4
+  store <32 x float> %786, ptr %787, align 4, !tbaa !9
   %788 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9088
-  %789 = load <32 x float>, ptr %788, align 4, !tbaa !4
+  %789 = load <32 x float>, ptr %788, align 4, !tbaa !9
   %790 = getelementptr inbounds nuw i8, ptr %526, i64 9088
-  store <32 x float> %789, ptr %790, align 4, !tbaa !4
+  store <32 x float> %789, ptr %790, align 4, !tbaa !9
   %791 = getelementptr inbounds nuw i8, ptr %526, i64 9216
   %792 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9216
-  %793 = load <32 x float>, ptr %792, align 4, !tbaa !4
-  store <32 x float> %793, ptr %791, align 4, !tbaa !4
+  %793 = load <32 x float>, ptr %792, align 4, !tbaa !9
+  store <32 x float> %793, ptr %791, align 4, !tbaa !9
   %794 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9344
-  %795 = load <32 x float>, ptr %794, align 4, !tbaa !4
+  %795 = load <32 x float>, ptr %794, align 4, !tbaa !9
   %796 = getelementptr inbounds nuw i8, ptr %526, i64 9344
-  store <32 x float> %795, ptr %796, align 4, !tbaa !4
+  store <32 x float> %795, ptr %796, align 4, !tbaa !9
   %797 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9472
-  %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
+  %798 = load <32 x float>, ptr %797, align 4, !tbaa !9
   %799 = getelementptr inbounds nuw i8, ptr %526, i64 9472
-  store <32 x float> %798, ptr %799, align 4, !tbaa !4
+  store <32 x float> %798, ptr %799, align 4, !tbaa !9
   %800 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9600
-  %801 = load <32 x float>, ptr %800, align 4, !tbaa !4
+  %801 = load <32 x float>, ptr %800, align 4, !tbaa !9
   %802 = getelementptr inbounds nuw i8, ptr %526, i64 9600
-  store <32 x float> %801, ptr %802, align 4, !tbaa !4
+  store <32 x float> %801, ptr %802, align 4, !tbaa !9
   %803 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9728
-  %804 = load <32 x float>, ptr %803, align 4, !tbaa !4
+  %804 = load <32 x float>, ptr %803, align 4, !tbaa !9
   %805 = getelementptr inbounds nuw i8, ptr %526, i64 9728
-  store <32 x float> %804, ptr %805, align 4, !tbaa !4
+  store <32 x float> %804, ptr %805, align 4, !tbaa !9
   %806 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9856
-  %807 = load <32 x float>, ptr %806, align 4, !tbaa !4
+  %807 = load <32 x float>, ptr %806, align 4, !tbaa !9
   %808 = getelementptr inbounds nuw i8, ptr %526, i64 9856
-  store <32 x float> %807, ptr %808, align 4, !tbaa !4
+  store <32 x float> %807, ptr %808, align 4, !tbaa !9
   %809 = getelementptr inbounds nuw i8, ptr %acc.i, i64 9984
-  %810 = load <32 x float>, ptr %809, align 4, !tbaa !4
+  %810 = load <32 x float>, ptr %809, align 4, !tbaa !9
   %811 = getelementptr inbounds nuw i8, ptr %526, i64 9984
-  store <32 x float> %810, ptr %811, align 4, !tbaa !4
+  store <32 x float> %810, ptr %811, align 4, !tbaa !9
   %812 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10112
-  %813 = load <32 x float>, ptr %812, align 4, !tbaa !4
+  %813 = load <32 x float>, ptr %812, align 4, !tbaa !9
   %814 = getelementptr inbounds nuw i8, ptr %526, i64 10112
-  store <32 x float> %813, ptr %814, align 4, !tbaa !4
+  store <32 x float> %813, ptr %814, align 4, !tbaa !9
   %815 = or disjoint i64 %527, 10
   %816 = load float, ptr %131, align 8, !tbaa !13
   %817 = getelementptr inbounds nuw float, ptr %partial_max, i64 %815
-  store float %816, ptr %817, align 4, !tbaa !4
+  store float %816, ptr %817, align 4, !tbaa !9
   %818 = load float, ptr %132, align 8, !tbaa !15
   %819 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %815
-  store float %818, ptr %819, align 4, !tbaa !4
+  store float %818, ptr %819, align 4, !tbaa !9
   %820 = load float, ptr %133, align 4, !tbaa !13
   %821 = or disjoint i64 %527, 11
   %822 = getelementptr inbounds nuw float, ptr %partial_max, i64 %821
-  store float %820, ptr %822, align 4, !tbaa !4
+  store float %820, ptr %822, align 4, !tbaa !9
   %823 = load float, ptr %134, align 4, !tbaa !15
   %824 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %821
-  store float %823, ptr %824, align 4, !tbaa !4
+  store float %823, ptr %824, align 4, !tbaa !9
   %825 = getelementptr inbounds nuw i8, ptr %526, i64 10240
   %826 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10240
-  %827 = load <32 x float>, ptr %826, align 4, !tbaa !4
-  store <32 x float> %827, ptr %825, align 4, !tbaa !4
+  %827 = load <32 x float>, ptr %826, align 4, !tbaa !9
+  store <32 x float> %827, ptr %825, align 4, !tbaa !9
   %828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10368
-  %829 = load <32 x float>, ptr %828, align 4, !tbaa !4
+  %829 = load <32 x float>, ptr %828, align 4, !tbaa !9
   %830 = getelementptr inbounds nuw i8, ptr %526, i64 10368
-  store <32 x float> %829, ptr %830, align 4, !tbaa !4
+  store <32 x float> %829, ptr %830, align 4, !tbaa !9
   %831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10496
-  %832 = load <32 x float>, ptr %831, align 4, !tbaa !4
+  %832 = load <32 x float>, ptr %831, align 4, !tbaa !9
   %833 = getelementptr inbounds nuw i8, ptr %526, i64 10496
-  store <32 x float> %832, ptr %833, align 4, !tbaa !4
+  store <32 x float> %832, ptr %833, align 4, !tbaa !9
   %834 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10624
-  %835 = load <32 x float>, ptr %834, align 4, !tbaa !4
+  %835 = load <32 x float>, ptr %834, align 4, !tbaa !9
   %836 = getelementptr inbounds nuw i8, ptr %526, i64 10624
-  store <32 x float> %835, ptr %836, align 4, !tbaa !4
+  store <32 x float> %835, ptr %836, align 4, !tbaa !9
   %837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10752
-  %838 = load <32 x float>, ptr %837, align 4, !tbaa !4
+  %838 = load <32 x float>, ptr %837, align 4, !tbaa !9
   %839 = getelementptr inbounds nuw i8, ptr %526, i64 10752
-  store <32 x float> %838, ptr %839, align 4, !tbaa !4
+  store <32 x float> %838, ptr %839, align 4, !tbaa !9
   %840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 10880
-  %841 = load <32 x float>, ptr %840, align 4, !tbaa !4
+  %841 = load <32 x float>, ptr %840, align 4, !tbaa !9
   %842 = getelementptr inbounds nuw i8, ptr %526, i64 10880
-  store <32 x float> %841, ptr %842, align 4, !tbaa !4
+  store <32 x float> %841, ptr %842, align 4, !tbaa !9
   %843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11008
-  %844 = load <32 x float>, ptr %843, align 4, !tbaa !4
+  %844 = load <32 x float>, ptr %843, align 4, !tbaa !9
   %845 = getelementptr inbounds nuw i8, ptr %526, i64 11008
-  store <32 x float> %844, ptr %845, align 4, !tbaa !4
+  store <32 x float> %844, ptr %845, align 4, !tbaa !9
   %846 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11136
-  %847 = load <32 x float>, ptr %846, align 4, !tbaa !4
+  %847 = load <32 x float>, ptr %846, align 4, !tbaa !9
   %848 = getelementptr inbounds nuw i8, ptr %526, i64 11136
-  store <32 x float> %847, ptr %848, align 4, !tbaa !4
+  store <32 x float> %847, ptr %848, align 4, !tbaa !9
   %849 = getelementptr inbounds nuw i8, ptr %526, i64 11264
   %850 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11264
-  %851 = load <32 x float>, ptr %850, align 4, !tbaa !4
-  store <32 x float> %851, ptr %849, align 4, !tbaa !4
+  %851 = load <32 x float>, ptr %850, align 4, !tbaa !9
+  store <32 x float> %851, ptr %849, align 4, !tbaa !9
   %852 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11392
-  %853 = load <32 x float>, ptr %852, align 4, !tbaa !4
+  %853 = load <32 x float>, ptr %852, align 4, !tbaa !9
   %854 = getelementptr inbounds nuw i8, ptr %526, i64 11392
-  store <32 x float> %853, ptr %854, align 4, !tbaa !4
+  store <32 x float> %853, ptr %854, align 4, !tbaa !9
   %855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11520
-  %856 = load <32 x float>, ptr %855, align 4, !tbaa !4
+  %856 = load <32 x float>, ptr %855, align 4, !tbaa !9
   %857 = getelementptr inbounds nuw i8, ptr %526, i64 11520
-  store <32 x float> %856, ptr %857, align 4, !tbaa !4
+  store <32 x float> %856, ptr %857, align 4, !tbaa !9
   %858 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11648
-  %859 = load <32 x float>, ptr %858, align 4, !tbaa !4
+  %859 = load <32 x float>, ptr %858, align 4, !tbaa !9
   %860 = getelementptr inbounds nuw i8, ptr %526, i64 11648
-  store <32 x float> %859, ptr %860, align 4, !tbaa !4
+  store <32 x float> %859, ptr %860, align 4, !tbaa !9
   %861 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11776
-  %862 = load <32 x float>, ptr %861, align 4, !tbaa !4
+  %862 = load <32 x float>, ptr %861, align 4, !tbaa !9
   %863 = getelementptr inbounds nuw i8, ptr %526, i64 11776
-  store <32 x float> %862, ptr %863, align 4, !tbaa !4
+  store <32 x float> %862, ptr %863, align 4, !tbaa !9
   %864 = getelementptr inbounds nuw i8, ptr %acc.i, i64 11904
-  %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
+  %865 = load <32 x float>, ptr %864, align 4, !tbaa !9
   %866 = getelementptr inbounds nuw i8, ptr %526, i64 11904
-  store <32 x float> %865, ptr %866, align 4, !tbaa !4
+  store <32 x float> %865, ptr %866, align 4, !tbaa !9
   %867 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12032
-  %868 = load <32 x float>, ptr %867, align 4, !tbaa !4
+  %868 = load <32 x float>, ptr %867, align 4, !tbaa !9
   %869 = getelementptr inbounds nuw i8, ptr %526, i64 12032
-  store <32 x float> %868, ptr %869, align 4, !tbaa !4
+  store <32 x float> %868, ptr %869, align 4, !tbaa !9
   %870 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12160
-  %871 = load <32 x float>, ptr %870, align 4, !tbaa !4
+  %871 = load <32 x float>, ptr %870, align 4, !tbaa !9
   %872 = getelementptr inbounds nuw i8, ptr %526, i64 12160
-  store <32 x float> %871, ptr %872, align 4, !tbaa !4
+  store <32 x float> %871, ptr %872, align 4, !tbaa !9
   %873 = or disjoint i64 %527, 12
   %874 = load float, ptr %135, align 16, !tbaa !13
   %875 = getelementptr inbounds nuw float, ptr %partial_max, i64 %873
-  store float %874, ptr %875, align 4, !tbaa !4
+  store float %874, ptr %875, align 4, !tbaa !9
   %876 = load float, ptr %136, align 16, !tbaa !15
   %877 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %873
-  store float %876, ptr %877, align 4, !tbaa !4
+  store float %876, ptr %877, align 4, !tbaa !9
   %878 = load float, ptr %137, align 4, !tbaa !13
   %879 = or disjoint i64 %527, 13
   %880 = getelementptr inbounds nuw float, ptr %partial_max, i64 %879
-  store float %878, ptr %880, align 4, !tbaa !4
+  store float %878, ptr %880, align 4, !tbaa !9
   %881 = load float, ptr %138, align 4, !tbaa !15
   %882 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %879
-  store float %881, ptr %882, align 4, !tbaa !4
+  store float %881, ptr %882, align 4, !tbaa !9
   %883 = getelementptr inbounds nuw i8, ptr %526, i64 12288
   %884 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12288
-  %885 = load <32 x float>, ptr %884, align 4, !tbaa !4
-  store <32 x float> %885, ptr %883, align 4, !tbaa !4
+  %885 = load <32 x float>, ptr %884, align 4, !tbaa !9
+  store <32 x float> %885, ptr %883, align 4, !tbaa !9
   %886 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12416
-  %887 = load <32 x float>, ptr %886, align 4, !tbaa !4
+  %887 = load <32 x float>, ptr %886, align 4, !tbaa !9
   %888 = getelementptr inbounds nuw i8, ptr %526, i64 12416
-  store <32 x float> %887, ptr %888, align 4, !tbaa !4
+  store <32 x float> %887, ptr %888, align 4, !tbaa !9
   %889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12544
-  %890 = load <32 x float>, ptr %889, align 4, !tbaa !4
+  %890 = load <32 x float>, ptr %889, align 4, !tbaa !9
   %891 = getelementptr inbounds nuw i8, ptr %526, i64 12544
-  store <32 x float> %890, ptr %891, align 4, !tbaa !4
+  store <32 x float> %890, ptr %891, align 4, !tbaa !9
   %892 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12672
-  %893 = load <32 x float>, ptr %892, align 4, !tbaa !4
+  %893 = load <32 x float>, ptr %892, align 4, !tbaa !9
   %894 = getelementptr inbounds nuw i8, ptr %526, i64 12672
-  store <32 x float> %893, ptr %894, align 4, !tbaa !4
+  store <32 x float> %893, ptr %894, align 4, !tbaa !9
   %895 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12800
-  %896 = load <32 x float>, ptr %895, align 4, !tbaa !4
+  %896 = load <32 x float>, ptr %895, align 4, !tbaa !9
   %897 = getelementptr inbounds nuw i8, ptr %526, i64 12800
-  store <32 x float> %896, ptr %897, align 4, !tbaa !4
+  store <32 x float> %896, ptr %897, align 4, !tbaa !9
   %898 = getelementptr inbounds nuw i8, ptr %acc.i, i64 12928
-  %899 = load <32 x float>, ptr %898, align 4, !tbaa !4
+  %899 = load <32 x float>, ptr %898, align 4, !tbaa !9
   %900 = getelementptr inbounds nuw i8, ptr %526, i64 12928
-  store <32 x float> %899, ptr %900, align 4, !tbaa !4
+  store <32 x float> %899, ptr %900, align 4, !tbaa !9
   %901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13056
-  %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
+  %902 = load <32 x float>, ptr %901, align 4, !tbaa !9
   %903 = getelementptr inbounds nuw i8, ptr %526, i64 13056
-  store <32 x float> %902, ptr %903, align 4, !tbaa !4
+  store <32 x float> %902, ptr %903, align 4, !tbaa !9
   %904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13184
-  %905 = load <32 x float>, ptr %904, align 4, !tbaa !4
+  %905 = load <32 x float>, ptr %904, align 4, !tbaa !9
   %906 = getelementptr inbounds nuw i8, ptr %526, i64 13184
-  store <32 x float> %905, ptr %906, align 4, !tbaa !4
+  store <32 x float> %905, ptr %906, align 4, !tbaa !9
   %907 = getelementptr inbounds nuw i8, ptr %526, i64 13312
   %908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13312
-  %909 = load <32 x float>, ptr %908, align 4, !tbaa !4
-  store <32 x float> %909, ptr %907, align 4, !tbaa !4
+  %909 = load <32 x float>, ptr %908, align 4, !tbaa !9
+  store <32 x float> %909, ptr %907, align 4, !tbaa !9
   %910 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13440
-  %911 = load <32 x float>, ptr %910, align 4, !tbaa !4
+  %911 = load <32 x float>, ptr %910, align 4, !tbaa !9
   %912 = getelementptr inbounds nuw i8, ptr %526, i64 13440
-  store <32 x float> %911, ptr %912, align 4, !tbaa !4
+  store <32 x float> %911, ptr %912, align 4, !tbaa !9
   %913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13568
-  %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
+  %914 = load <32 x float>, ptr %913, align 4, !tbaa !9
   %915 = getelementptr inbounds nuw i8, ptr %526, i64 13568
-  store <32 x float> %914, ptr %915, align 4, !tbaa !4
+  store <32 x float> %914, ptr %915, align 4, !tbaa !9
   %916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13696
-  %917 = load <32 x float>, ptr %916, align 4, !tbaa !4
+  %917 = load <32 x float>, ptr %916, align 4, !tbaa !9
   %918 = getelementptr inbounds nuw i8, ptr %526, i64 13696
-  store <32 x float> %917, ptr %918, align 4, !tbaa !4
+  store <32 x float> %917, ptr %918, align 4, !tbaa !9
   %919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13824
-  %920 = load <32 x float>, ptr %919, align 4, !tbaa !4
+  %920 = load <32 x float>, ptr %919, align 4, !tbaa !9
   %921 = getelementptr inbounds nuw i8, ptr %526, i64 13824
-  store <32 x float> %920, ptr %921, align 4, !tbaa !4
+  store <32 x float> %920, ptr %921, align 4, !tbaa !9
   %922 = getelementptr inbounds nuw i8, ptr %acc.i, i64 13952
-  %923 = load <32 x float>, ptr %922, align 4, !tbaa !4
+  %923 = load <32 x float>, ptr %922, align 4, !tbaa !9
   %924 = getelementptr inbounds nuw i8, ptr %526, i64 13952
-  store <32 x float> %923, ptr %924, align 4, !tbaa !4
+  store <32 x float> %923, ptr %924, align 4, !tbaa !9
   %925 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14080
-  %926 = load <32 x float>, ptr %925, align 4, !tbaa !4
+  %926 = load <32 x float>, ptr %925, align 4, !tbaa !9
   %927 = getelementptr inbounds nuw i8, ptr %526, i64 14080
-  store <32 x float> %926, ptr %927, align 4, !tbaa !4
+  store <32 x float> %926, ptr %927, align 4, !tbaa !9
   %928 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14208
-  %929 = load <32 x float>, ptr %928, align 4, !tbaa !4
+  %929 = load <32 x float>, ptr %928, align 4, !tbaa !9
   %930 = getelementptr inbounds nuw i8, ptr %526, i64 14208
-  store <32 x float> %929, ptr %930, align 4, !tbaa !4
+  store <32 x float> %929, ptr %930, align 4, !tbaa !9
   %931 = or disjoint i64 %527, 14
   %932 = load float, ptr %139, align 8, !tbaa !13
   %933 = getelementptr inbounds nuw float, ptr %partial_max, i64 %931
-  store float %932, ptr %933, align 4, !tbaa !4
+  store float %932, ptr %933, align 4, !tbaa !9
   %934 = load float, ptr %140, align 8, !tbaa !15
   %935 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %931
-  store float %934, ptr %935, align 4, !tbaa !4
+  store float %934, ptr %935, align 4, !tbaa !9
   %936 = load float, ptr %141, align 4, !tbaa !13
   %937 = or disjoint i64 %527, 15
   %938 = getelementptr inbounds nuw float, ptr %partial_max, i64 %937
-  store float %936, ptr %938, align 4, !tbaa !4
+  store float %936, ptr %938, align 4, !tbaa !9
   %939 = load float, ptr %142, align 4, !tbaa !15
   %940 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %937
-  store float %939, ptr %940, align 4, !tbaa !4
+  store float %939, ptr %940, align 4, !tbaa !9
   %941 = getelementptr inbounds nuw i8, ptr %526, i64 14336
   %942 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14336
-  %943 = load <32 x float>, ptr %942, align 4, !tbaa !4
-  store <32 x float> %943, ptr %941, align 4, !tbaa !4
+  %943 = load <32 x float>, ptr %942, align 4, !tbaa !9
+  store <32 x float> %943, ptr %941, align 4, !tbaa !9
   %944 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14464
-  %945 = load <32 x float>, ptr %944, align 4, !tbaa !4
+  %945 = load <32 x float>, ptr %944, align 4, !tbaa !9
   %946 = getelementptr inbounds nuw i8, ptr %526, i64 14464
-  store <32 x float> %945, ptr %946, align 4, !tbaa !4
+  store <32 x float> %945, ptr %946, align 4, !tbaa !9
   %947 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14592
-  %948 = load <32 x float>, ptr %947, align 4, !tbaa !4
+  %948 = load <32 x float>, ptr %947, align 4, !tbaa !9
   %949 = getelementptr inbounds nuw i8, ptr %526, i64 14592
-  store <32 x float> %948, ptr %949, align 4, !tbaa !4
+  store <32 x float> %948, ptr %949, align 4, !tbaa !9
   %950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14720
-  %951 = load <32 x float>, ptr %950, align 4, !tbaa !4
+  %951 = load <32 x float>, ptr %950, align 4, !tbaa !9
   %952 = getelementptr inbounds nuw i8, ptr %526, i64 14720
-  store <32 x float> %951, ptr %952, align 4, !tbaa !4
+  store <32 x float> %951, ptr %952, align 4, !tbaa !9
   %953 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14848
-  %954 = load <32 x float>, ptr %953, align 4, !tbaa !4
+  %954 = load <32 x float>, ptr %953, align 4, !tbaa !9
   %955 = getelementptr inbounds nuw i8, ptr %526, i64 14848
-  store <32 x float> %954, ptr %955, align 4, !tbaa !4
+  store <32 x float> %954, ptr %955, align 4, !tbaa !9
   %956 = getelementptr inbounds nuw i8, ptr %acc.i, i64 14976
-  %957 = load <32 x float>, ptr %956, align 4, !tbaa !4
+  %957 = load <32 x float>, ptr %956, align 4, !tbaa !9
   %958 = getelementptr inbounds nuw i8, ptr %526, i64 14976
-  store <32 x float> %957, ptr %958, align 4, !tbaa !4
+  store <32 x float> %957, ptr %958, align 4, !tbaa !9
   %959 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15104
-  %960 = load <32 x float>, ptr %959, align 4, !tbaa !4
+  %960 = load <32 x float>, ptr %959, align 4, !tbaa !9
   %961 = getelementptr inbounds nuw i8, ptr %526, i64 15104
-  store <32 x float> %960, ptr %961, align 4, !tbaa !4
+  store <32 x float> %960, ptr %961, align 4, !tbaa !9
   %962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15232
-  %963 = load <32 x float>, ptr %962, align 4, !tbaa !4
+  %963 = load <32 x float>, ptr %962, align 4, !tbaa !9
   %964 = getelementptr inbounds nuw i8, ptr %526, i64 15232
-  store <32 x float> %963, ptr %964, align 4, !tbaa !4
+  store <32 x float> %963, ptr %964, align 4, !tbaa !9
   %965 = getelementptr inbounds nuw i8, ptr %526, i64 15360
   %966 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15360
-  %967 = load <32 x float>, ptr %966, align 4, !tbaa !4
-  store <32 x float> %967, ptr %965, align 4, !tbaa !4
+  %967 = load <32 x float>, ptr %966, align 4, !tbaa !9
+  store <32 x float> %967, ptr %965, align 4, !tbaa !9
   %968 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15488
-  %969 = load <32 x float>, ptr %968, align 4, !tbaa !4
+  %969 = load <32 x float>, ptr %968, align 4, !tbaa !9
   %970 = getelementptr inbounds nuw i8, ptr %526, i64 15488
-  store <32 x float> %969, ptr %970, align 4, !tbaa !4
+  store <32 x float> %969, ptr %970, align 4, !tbaa !9
   %971 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15616
-  %972 = load <32 x float>, ptr %971, align 4, !tbaa !4
+  %972 = load <32 x float>, ptr %971, align 4, !tbaa !9
   %973 = getelementptr inbounds nuw i8, ptr %526, i64 15616
-  store <32 x float> %972, ptr %973, align 4, !tbaa !4
+  store <32 x float> %972, ptr %973, align 4, !tbaa !9
   %974 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15744
-  %975 = load <32 x float>, ptr %974, align 4, !tbaa !4
+  %975 = load <32 x float>, ptr %974, align 4, !tbaa !9
   %976 = getelementptr inbounds nuw i8, ptr %526, i64 15744
-  store <32 x float> %975, ptr %976, align 4, !tbaa !4
+  store <32 x float> %975, ptr %976, align 4, !tbaa !9
   %977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 15872
-  %978 = load <32 x float>, ptr %977, align 4, !tbaa !4
+  %978 = load <32 x float>, ptr %977, align 4, !tbaa !9
   %979 = getelementptr inbounds nuw i8, ptr %526, i64 15872
-  store <32 x float> %978, ptr %979, align 4, !tbaa !4
+  store <32 x float> %978, ptr %979, align 4, !tbaa !9
   %980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16000
-  %981 = load <32 x float>, ptr %980, align 4, !tbaa !4
+  %981 = load <32 x float>, ptr %980, align 4, !tbaa !9
   %982 = getelementptr inbounds nuw i8, ptr %526, i64 16000
-  store <32 x float> %981, ptr %982, align 4, !tbaa !4
+  store <32 x float> %981, ptr %982, align 4, !tbaa !9
   %983 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16128
-  %984 = load <32 x float>, ptr %983, align 4, !tbaa !4
+  %984 = load <32 x float>, ptr %983, align 4, !tbaa !9
   %985 = getelementptr inbounds nuw i8, ptr %526, i64 16128
-  store <32 x float> %984, ptr %985, align 4, !tbaa !4
+  store <32 x float> %984, ptr %985, align 4, !tbaa !9
   %986 = getelementptr inbounds nuw i8, ptr %acc.i, i64 16256
-  %987 = load <32 x float>, ptr %986, align 4, !tbaa !4
+  %987 = load <32 x float>, ptr %986, align 4, !tbaa !9
   %988 = getelementptr inbounds nuw i8, ptr %526, i64 16256
-  store <32 x float> %987, ptr %988, align 4, !tbaa !4
+  store <32 x float> %987, ptr %988, align 4, !tbaa !9
   br label %for_end_tile213.i
 
 for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %for_begin_tile211.preheader.i
@@ -1707,7 +1892,7 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %invariant.gep577.us.i = getelementptr i16, ptr %519, i64 %995
   %.idx66 = shl nuw nsw i64 %indvars.iv782.i, 11
   %996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66
-  %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
+  %997 = load <32 x float>, ptr %996, align 4, !tbaa !9
   %998 = fmul <32 x float> %997, %994
   %999 = bitcast <32 x float> %998 to <32 x i32>
   %1000 = lshr <32 x i32> %999, splat (i32 16)
@@ -1716,9 +1901,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1003 = add nuw <32 x i32> %1002, %1001
   %1004 = lshr <32 x i32> %1003, splat (i32 16)
   %1005 = trunc nuw <32 x i32> %1004 to <32 x i16>
-  store <32 x i16> %1005, ptr %invariant.gep577.us.i, align 2, !tbaa !4
+  store <32 x i16> %1005, ptr %invariant.gep577.us.i, align 2, !tbaa !9
   %1006 = getelementptr inbounds nuw i8, ptr %996, i64 128
-  %1007 = load <32 x float>, ptr %1006, align 4, !tbaa !4
+  %1007 = load <32 x float>, ptr %1006, align 4, !tbaa !9
   %1008 = fmul <32 x float> %1007, %994
   %1009 = bitcast <32 x float> %1008 to <32 x i32>
   %1010 = lshr <32 x i32> %1009, splat (i32 16)
@@ -1728,9 +1913,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1014 = lshr <32 x i32> %1013, splat (i32 16)
   %1015 = trunc nuw <32 x i32> %1014 to <32 x i16>
   %gep578.us.1.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 64
-  store <32 x i16> %1015, ptr %gep578.us.1.i, align 2, !tbaa !4
+  store <32 x i16> %1015, ptr %gep578.us.1.i, align 2, !tbaa !9
   %1016 = getelementptr inbounds nuw i8, ptr %996, i64 256
-  %1017 = load <32 x float>, ptr %1016, align 4, !tbaa !4
+  %1017 = load <32 x float>, ptr %1016, align 4, !tbaa !9
   %1018 = fmul <32 x float> %994, %1017
   %1019 = bitcast <32 x float> %1018 to <32 x i32>
   %1020 = lshr <32 x i32> %1019, splat (i32 16)
@@ -1740,9 +1925,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1024 = lshr <32 x i32> %1023, splat (i32 16)
   %1025 = trunc nuw <32 x i32> %1024 to <32 x i16>
   %gep578.us.2.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 128
-  store <32 x i16> %1025, ptr %gep578.us.2.i, align 2, !tbaa !4
+  store <32 x i16> %1025, ptr %gep578.us.2.i, align 2, !tbaa !9
   %1026 = getelementptr inbounds nuw i8, ptr %996, i64 384
-  %1027 = load <32 x float>, ptr %1026, align 4, !tbaa !4
+  %1027 = load <32 x float>, ptr %1026, align 4, !tbaa !9
   %1028 = fmul <32 x float> %994, %1027
   %1029 = bitcast <32 x float> %1028 to <32 x i32>
   %1030 = lshr <32 x i32> %1029, splat (i32 16)
@@ -1752,9 +1937,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1034 = lshr <32 x i32> %1033, splat (i32 16)
   %1035 = trunc nuw <32 x i32> %1034 to <32 x i16>
   %gep578.us.3.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 192
-  store <32 x i16> %1035, ptr %gep578.us.3.i, align 2, !tbaa !4
+  store <32 x i16> %1035, ptr %gep578.us.3.i, align 2, !tbaa !9
   %1036 = getelementptr inbounds nuw i8, ptr %996, i64 512
-  %1037 = load <32 x float>, ptr %1036, align 4, !tbaa !4
+  %1037 = load <32 x float>, ptr %1036, align 4, !tbaa !9
   %1038 = fmul <32 x float> %994, %1037
   %1039 = bitcast <32 x float> %1038 to <32 x i32>
   %1040 = lshr <32 x i32> %1039, splat (i32 16)
@@ -1764,9 +1949,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1044 = lshr <32 x i32> %1043, splat (i32 16)
   %1045 = trunc nuw <32 x i32> %1044 to <32 x i16>
   %gep578.us.4.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 256
-  store <32 x i16> %1045, ptr %gep578.us.4.i, align 2, !tbaa !4
+  store <32 x i16> %1045, ptr %gep578.us.4.i, align 2, !tbaa !9
   %1046 = getelementptr inbounds nuw i8, ptr %996, i64 640
-  %1047 = load <32 x float>, ptr %1046, align 4, !tbaa !4
+  %1047 = load <32 x float>, ptr %1046, align 4, !tbaa !9
   %1048 = fmul <32 x float> %994, %1047
   %1049 = bitcast <32 x float> %1048 to <32 x i32>
   %1050 = lshr <32 x i32> %1049, splat (i32 16)
@@ -1776,9 +1961,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1054 = lshr <32 x i32> %1053, splat (i32 16)
   %1055 = trunc nuw <32 x i32> %1054 to <32 x i16>
   %gep578.us.5.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 320
-  store <32 x i16> %1055, ptr %gep578.us.5.i, align 2, !tbaa !4
+  store <32 x i16> %1055, ptr %gep578.us.5.i, align 2, !tbaa !9
   %1056 = getelementptr inbounds nuw i8, ptr %996, i64 768
-  %1057 = load <32 x float>, ptr %1056, align 4, !tbaa !4
+  %1057 = load <32 x float>, ptr %1056, align 4, !tbaa !9
   %1058 = fmul <32 x float> %994, %1057
   %1059 = bitcast <32 x float> %1058 to <32 x i32>
   %1060 = lshr <32 x i32> %1059, splat (i32 16)
@@ -1788,9 +1973,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1064 = lshr <32 x i32> %1063, splat (i32 16)
   %1065 = trunc nuw <32 x i32> %1064 to <32 x i16>
   %gep578.us.6.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 384
-  store <32 x i16> %1065, ptr %gep578.us.6.i, align 2, !tbaa !4
+  store <32 x i16> %1065, ptr %gep578.us.6.i, align 2, !tbaa !9
   %1066 = getelementptr inbounds nuw i8, ptr %996, i64 896
-  %1067 = load <32 x float>, ptr %1066, align 4, !tbaa !4
+  %1067 = load <32 x float>, ptr %1066, align 4, !tbaa !9
   %1068 = fmul <32 x float> %994, %1067
   %1069 = bitcast <32 x float> %1068 to <32 x i32>
   %1070 = lshr <32 x i32> %1069, splat (i32 16)
@@ -1800,13 +1985,13 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1074 = lshr <32 x i32> %1073, splat (i32 16)
   %1075 = trunc nuw <32 x i32> %1074 to <32 x i16>
   %gep578.us.7.i = getelementptr i8, ptr %invariant.gep577.us.i, i64 448
-  store <32 x i16> %1075, ptr %gep578.us.7.i, align 2, !tbaa !4
+  store <32 x i16> %1075, ptr %gep578.us.7.i, align 2, !tbaa !9
   %1076 = shufflevector <2 x float> %993, <2 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %1077 = or disjoint i64 %989, 1
   %1078 = mul nsw i64 %1077, %out_head
   %invariant.gep577.us.1.i = getelementptr i16, ptr %519, i64 %1078
   %1079 = getelementptr inbounds nuw i8, ptr %996, i64 1024
-  %1080 = load <32 x float>, ptr %1079, align 4, !tbaa !4
+  %1080 = load <32 x float>, ptr %1079, align 4, !tbaa !9
   %1081 = fmul <32 x float> %1076, %1080
   %1082 = bitcast <32 x float> %1081 to <32 x i32>
   %1083 = lshr <32 x i32> %1082, splat (i32 16)
@@ -1815,9 +2000,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1086 = add nuw <32 x i32> %1085, %1084
   %1087 = lshr <32 x i32> %1086, splat (i32 16)
   %1088 = trunc nuw <32 x i32> %1087 to <32 x i16>
-  store <32 x i16> %1088, ptr %invariant.gep577.us.1.i, align 2, !tbaa !4
+  store <32 x i16> %1088, ptr %invariant.gep577.us.1.i, align 2, !tbaa !9
   %1089 = getelementptr inbounds nuw i8, ptr %996, i64 1152
-  %1090 = load <32 x float>, ptr %1089, align 4, !tbaa !4
+  %1090 = load <32 x float>, ptr %1089, align 4, !tbaa !9
   %1091 = fmul <32 x float> %1076, %1090
   %1092 = bitcast <32 x float> %1091 to <32 x i32>
   %1093 = lshr <32 x i32> %1092, splat (i32 16)
@@ -1827,9 +2012,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1097 = lshr <32 x i32> %1096, splat (i32 16)
   %1098 = trunc nuw <32 x i32> %1097 to <32 x i16>
   %gep578.us.1.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 64
-  store <32 x i16> %1098, ptr %gep578.us.1.1.i, align 2, !tbaa !4
+  store <32 x i16> %1098, ptr %gep578.us.1.1.i, align 2, !tbaa !9
   %1099 = getelementptr inbounds nuw i8, ptr %996, i64 1280
-  %1100 = load <32 x float>, ptr %1099, align 4, !tbaa !4
+  %1100 = load <32 x float>, ptr %1099, align 4, !tbaa !9
   %1101 = fmul <32 x float> %1076, %1100
   %1102 = bitcast <32 x float> %1101 to <32 x i32>
   %1103 = lshr <32 x i32> %1102, splat (i32 16)
@@ -1839,9 +2024,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1107 = lshr <32 x i32> %1106, splat (i32 16)
   %1108 = trunc nuw <32 x i32> %1107 to <32 x i16>
   %gep578.us.2.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 128
-  store <32 x i16> %1108, ptr %gep578.us.2.1.i, align 2, !tbaa !4
+  store <32 x i16> %1108, ptr %gep578.us.2.1.i, align 2, !tbaa !9
   %1109 = getelementptr inbounds nuw i8, ptr %996, i64 1408
-  %1110 = load <32 x float>, ptr %1109, align 4, !tbaa !4
+  %1110 = load <32 x float>, ptr %1109, align 4, !tbaa !9
   %1111 = fmul <32 x float> %1076, %1110
   %1112 = bitcast <32 x float> %1111 to <32 x i32>
   %1113 = lshr <32 x i32> %1112, splat (i32 16)
@@ -1851,9 +2036,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1117 = lshr <32 x i32> %1116, splat (i32 16)
   %1118 = trunc nuw <32 x i32> %1117 to <32 x i16>
   %gep578.us.3.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 192
-  store <32 x i16> %1118, ptr %gep578.us.3.1.i, align 2, !tbaa !4
+  store <32 x i16> %1118, ptr %gep578.us.3.1.i, align 2, !tbaa !9
   %1119 = getelementptr inbounds nuw i8, ptr %996, i64 1536
-  %1120 = load <32 x float>, ptr %1119, align 4, !tbaa !4
+  %1120 = load <32 x float>, ptr %1119, align 4, !tbaa !9
   %1121 = fmul <32 x float> %1076, %1120
   %1122 = bitcast <32 x float> %1121 to <32 x i32>
   %1123 = lshr <32 x i32> %1122, splat (i32 16)
@@ -1863,9 +2048,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1127 = lshr <32 x i32> %1126, splat (i32 16)
   %1128 = trunc nuw <32 x i32> %1127 to <32 x i16>
   %gep578.us.4.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 256
-  store <32 x i16> %1128, ptr %gep578.us.4.1.i, align 2, !tbaa !4
+  store <32 x i16> %1128, ptr %gep578.us.4.1.i, align 2, !tbaa !9
   %1129 = getelementptr inbounds nuw i8, ptr %996, i64 1664
-  %1130 = load <32 x float>, ptr %1129, align 4, !tbaa !4
+  %1130 = load <32 x float>, ptr %1129, align 4, !tbaa !9
   %1131 = fmul <32 x float> %1076, %1130
   %1132 = bitcast <32 x float> %1131 to <32 x i32>
   %1133 = lshr <32 x i32> %1132, splat (i32 16)
@@ -1875,9 +2060,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1137 = lshr <32 x i32> %1136, splat (i32 16)
   %1138 = trunc nuw <32 x i32> %1137 to <32 x i16>
   %gep578.us.5.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 320
-  store <32 x i16> %1138, ptr %gep578.us.5.1.i, align 2, !tbaa !4
+  store <32 x i16> %1138, ptr %gep578.us.5.1.i, align 2, !tbaa !9
   %1139 = getelementptr inbounds nuw i8, ptr %996, i64 1792
-  %1140 = load <32 x float>, ptr %1139, align 4, !tbaa !4
+  %1140 = load <32 x float>, ptr %1139, align 4, !tbaa !9
   %1141 = fmul <32 x float> %1076, %1140
   %1142 = bitcast <32 x float> %1141 to <32 x i32>
   %1143 = lshr <32 x i32> %1142, splat (i32 16)
@@ -1887,9 +2072,9 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1147 = lshr <32 x i32> %1146, splat (i32 16)
   %1148 = trunc nuw <32 x i32> %1147 to <32 x i16>
   %gep578.us.6.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 384
-  store <32 x i16> %1148, ptr %gep578.us.6.1.i, align 2, !tbaa !4
+  store <32 x i16> %1148, ptr %gep578.us.6.1.i, align 2, !tbaa !9
   %1149 = getelementptr inbounds nuw i8, ptr %996, i64 1920
-  %1150 = load <32 x float>, ptr %1149, align 4, !tbaa !4
+  %1150 = load <32 x float>, ptr %1149, align 4, !tbaa !9
   %1151 = fmul <32 x float> %1076, %1150
   %1152 = bitcast <32 x float> %1151 to <32 x i32>
   %1153 = lshr <32 x i32> %1152, splat (i32 16)
@@ -1899,7 +2084,7 @@ for_body_tile212.us.i:                            ; preds = %if_end236.us.1.i, %
   %1157 = lshr <32 x i32> %1156, splat (i32 16)
   %1158 = trunc nuw <32 x i32> %1157 to <32 x i16>
   %gep578.us.7.1.i = getelementptr i8, ptr %invariant.gep577.us.1.i, i64 448
-  store <32 x i16> %1158, ptr %gep578.us.7.1.i, align 2, !tbaa !4
+  store <32 x i16> %1158, ptr %gep578.us.7.1.i, align 2, !tbaa !9
   %1159 = getelementptr float, ptr %521, i64 %989
   %1160 = load float, ptr %990, align 8, !tbaa !15
   %1161 = fcmp oeq float %1160, 0.000000e+00
@@ -1915,7 +2100,7 @@ if_else235.us.i:                                  ; preds = %for_body_tile212.us
 
 if_end236.us.i:                                   ; preds = %if_else235.us.i, %for_body_tile212.us.i
   %1167 = phi float [ %1166, %if_else235.us.i ], [ 0xFFF0000000000000, %for_body_tile212.us.i ]
-  store float %1167, ptr %1159, align 4, !tbaa !4
+  store float %1167, ptr %1159, align 4, !tbaa !9
   %1168 = getelementptr inbounds nuw float, ptr %row_sum285.i, i64 %1077
   %1169 = load float, ptr %1168, align 4, !tbaa !15
   %1170 = fcmp oeq float %1169, 0.000000e+00
@@ -1932,7 +2117,7 @@ if_else235.us.1.i:                                ; preds = %if_end236.us.i
 if_end236.us.1.i:                                 ; preds = %if_else235.us.1.i, %if_end236.us.i
   %1176 = phi float [ %1175, %if_else235.us.1.i ], [ 0xFFF0000000000000, %if_end236.us.i ]
   %1177 = getelementptr i8, ptr %1159, i64 4
-  store float %1176, ptr %1177, align 4, !tbaa !4
+  store float %1176, ptr %1177, align 4, !tbaa !9
   %indvars.iv.next783.i = add nuw nsw i64 %indvars.iv782.i, 1
   %exitcond785.not.i = icmp eq i64 %indvars.iv.next783.i, 8
   br i1 %exitcond785.not.i, label %for_end_tile213.i, label %for_body_tile212.us.i, !prof !11
@@ -1951,7 +2136,7 @@ for_body_step.i:                                  ; preds = %for_begin_step.i
   br i1 %1187, label %for_body_t.lr.ph.i, label %for_end_t18.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %for_body_step.i
-  %row_start.i = load i32, ptr %505, align 4, !tbaa !4
+  %row_start.i = load i32, ptr %505, align 4, !tbaa !9
   %1188 = icmp sgt i32 %1179, 63
   %1189 = add nuw nsw i32 %1178, %498
   %1190 = sext i32 %row_start.i to i64
@@ -1974,7 +2159,7 @@ vector.body142:                                   ; preds = %vector.body142, %fo
   %1198 = sext <4 x i32> %1197 to <4 x i64>
   %1199 = ashr <4 x i64> %1198, splat (i64 4)
   %1200 = getelementptr i32, ptr %invariant.gep449.i, <4 x i64> %1199
-  %wide.masked.gather145 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1200, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
+  %wide.masked.gather145 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1200, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !9
   %1201 = sext <4 x i32> %wide.masked.gather145 to <4 x i64>
   %1202 = and <4 x i64> %1198, splat (i64 15)
   %1203 = mul nsw <4 x i64> %1202, %broadcast.splat139
@@ -2005,7 +2190,7 @@ vector.body:                                      ; preds = %vector.body, %vecto
   %1215 = sext <4 x i32> %1214 to <4 x i64>
   %1216 = ashr <4 x i64> %1215, splat (i64 4)
   %1217 = getelementptr i32, ptr %invariant.gep449.i, <4 x i64> %1216
-  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1217, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !4
+  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %1217, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !9
   %1218 = sext <4 x i32> %wide.masked.gather to <4 x i64>
   %1219 = and <4 x i64> %1215, splat (i64 15)
   %1220 = mul nsw <4 x i64> %1219, %broadcast.splat127
@@ -2023,7 +2208,7 @@ for_end_t18.i:                                    ; preds = %vector.body, %for_b
   br i1 %1225, label %for_body_v.lr.ph.i, label %for_end_v.i, !prof !3
 
 for_body_v.lr.ph.i:                               ; preds = %for_end_t18.i
-  %1226 = load i32, ptr %148, align 4, !tbaa !4
+  %1226 = load i32, ptr %148, align 4, !tbaa !9
   %1227 = tail call i32 @llvm.smax.i32(i32 %1226, i32 1)
   %v28.i = add nsw i32 %1227, -1
   %1228 = icmp sgt i32 %1179, 63
@@ -2108,16 +2293,16 @@ for_body_v.i.epil.preheader:                      ; preds = %for_end_v.i.loopexi
   br label %for_end_v.i
 
 for_end_v.i:                                      ; preds = %for_body_v.i.epil.preheader, %for_end_v.i.loopexit.unr-lcssa, %for_end_t18.i
-  %1279 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1279 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = tail call ptr %1279(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %1280 = icmp eq ptr %scores.i, null
-  br i1 %1280, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
+  br i1 %1280, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
 
 if_end31.i:                                       ; preds = %for_end_v.i
-  %1281 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1281 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %probs.i = tail call ptr %1281(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %1282 = icmp eq ptr %probs.i, null
-  br i1 %1282, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
+  br i1 %1282, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
 for_begin_to.preheader.i:                         ; preds = %if_end31.i
   %wide.trip.count659.i = zext i32 %1183 to i64
@@ -2175,10 +2360,10 @@ for_begin_i.i:                                    ; preds = %for_begin_r.prehead
 
 for_body_i.i:                                     ; preds = %for_begin_i.i, %for_begin_i.preheader.i
   %indvars.iv652.i = phi i64 [ 0, %for_begin_i.preheader.i ], [ %indvars.iv.next653.i, %for_begin_i.i ]
-  %1295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.rf.i = tail call ptr %1295(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1296 = icmp eq ptr %scores.rf.i, null
-  br i1 %1296, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !7
+  br i1 %1296, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_i.i
   %1297 = mul nsw i64 %indvars.iv652.i, %k_head
@@ -2221,43 +2406,43 @@ for_begin_ax1_0.preheader.i:                      ; preds = %for_body_i.i
 for_end_i.i:                                      ; preds = %for_begin_i.i
   %indvars.iv.next657.i = add nuw nsw i64 %indvars.iv656.i, 1
   %exitcond660.not.i = icmp eq i64 %indvars.iv.next657.i, %wide.trip.count659.i
-  br i1 %exitcond660.not.i, label %for_begin_i42.preheader.i, label %for_begin_i.preheader.i, !prof !8
+  br i1 %exitcond660.not.i, label %for_begin_i42.preheader.i, label %for_begin_i.preheader.i, !prof !4
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_ax4.preheader.i
   %.idx65 = shl nuw nsw i64 %indvars.iv652.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx65
-  store <16 x float> zeroinitializer, ptr %gep, align 4, !tbaa !4
-  %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep, align 4, !tbaa !9
+  %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !9
   %1330 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %1330, align 4, !tbaa !4
+  %sum_1.i = load <16 x float>, ptr %1330, align 4, !tbaa !9
   %1331 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %1331, align 4, !tbaa !4
+  %sum_2.i = load <16 x float>, ptr %1331, align 4, !tbaa !9
   %1332 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %1332, align 4, !tbaa !4
+  %sum_3.i = load <16 x float>, ptr %1332, align 4, !tbaa !9
   %1333 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %1333, align 4, !tbaa !4
+  %sum_4.i = load <16 x float>, ptr %1333, align 4, !tbaa !9
   %1334 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %1334, align 4, !tbaa !4
+  %sum_5.i = load <16 x float>, ptr %1334, align 4, !tbaa !9
   %1335 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %1335, align 4, !tbaa !4
+  %sum_6.i = load <16 x float>, ptr %1335, align 4, !tbaa !9
   %1336 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %1336, align 4, !tbaa !4
+  %sum_7.i = load <16 x float>, ptr %1336, align 4, !tbaa !9
   %1337 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %1337, align 4, !tbaa !4
+  %sum_8.i = load <16 x float>, ptr %1337, align 4, !tbaa !9
   %1338 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %1338, align 4, !tbaa !4
+  %sum_9.i = load <16 x float>, ptr %1338, align 4, !tbaa !9
   %1339 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %1339, align 4, !tbaa !4
+  %sum_10.i = load <16 x float>, ptr %1339, align 4, !tbaa !9
   %1340 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %1340, align 4, !tbaa !4
+  %sum_11.i = load <16 x float>, ptr %1340, align 4, !tbaa !9
   %1341 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %1341, align 4, !tbaa !4
+  %sum_12.i = load <16 x float>, ptr %1341, align 4, !tbaa !9
   %1342 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %1342, align 4, !tbaa !4
+  %sum_13.i = load <16 x float>, ptr %1342, align 4, !tbaa !9
   %1343 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %1343, align 4, !tbaa !4
+  %sum_14.i = load <16 x float>, ptr %1343, align 4, !tbaa !9
   %1344 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %1344, align 4, !tbaa !4
+  %sum_15.i = load <16 x float>, ptr %1344, align 4, !tbaa !9
   %1345 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %1346 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.i = fadd <16 x float> %1346, %1345
@@ -2304,41 +2489,41 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_ax4.prehe
   %1374 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %1375 = fadd <16 x float> %1374, %1373
   %1376 = fadd <16 x float> %1375, zeroinitializer
-  store <16 x float> %1376, ptr %gep, align 4, !tbaa !4
+  store <16 x float> %1376, ptr %gep, align 4, !tbaa !9
   %1377 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> zeroinitializer, ptr %1377, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %1377, align 4, !tbaa !9
   %1378 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %1378, align 4, !tbaa !4
+  %sum_0.1.i = load <16 x float>, ptr %1378, align 4, !tbaa !9
   %1379 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %1379, align 4, !tbaa !4
+  %sum_1.1.i = load <16 x float>, ptr %1379, align 4, !tbaa !9
   %1380 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %1380, align 4, !tbaa !4
+  %sum_2.1.i = load <16 x float>, ptr %1380, align 4, !tbaa !9
   %1381 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %1381, align 4, !tbaa !4
+  %sum_3.1.i = load <16 x float>, ptr %1381, align 4, !tbaa !9
   %1382 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %1382, align 4, !tbaa !4
+  %sum_4.1.i = load <16 x float>, ptr %1382, align 4, !tbaa !9
   %1383 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %1383, align 4, !tbaa !4
+  %sum_5.1.i = load <16 x float>, ptr %1383, align 4, !tbaa !9
   %1384 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %1384, align 4, !tbaa !4
+  %sum_6.1.i = load <16 x float>, ptr %1384, align 4, !tbaa !9
   %1385 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %1385, align 4, !tbaa !4
+  %sum_7.1.i = load <16 x float>, ptr %1385, align 4, !tbaa !9
   %1386 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %1386, align 4, !tbaa !4
+  %sum_8.1.i = load <16 x float>, ptr %1386, align 4, !tbaa !9
   %1387 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %1387, align 4, !tbaa !4
+  %sum_9.1.i = load <16 x float>, ptr %1387, align 4, !tbaa !9
   %1388 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %1388, align 4, !tbaa !4
+  %sum_10.1.i = load <16 x float>, ptr %1388, align 4, !tbaa !9
   %1389 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %1389, align 4, !tbaa !4
+  %sum_11.1.i = load <16 x float>, ptr %1389, align 4, !tbaa !9
   %1390 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %1390, align 4, !tbaa !4
+  %sum_12.1.i = load <16 x float>, ptr %1390, align 4, !tbaa !9
   %1391 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %1391, align 4, !tbaa !4
+  %sum_13.1.i = load <16 x float>, ptr %1391, align 4, !tbaa !9
   %1392 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %1392, align 4, !tbaa !4
+  %sum_14.1.i = load <16 x float>, ptr %1392, align 4, !tbaa !9
   %1393 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %1393, align 4, !tbaa !4
+  %sum_15.1.i = load <16 x float>, ptr %1393, align 4, !tbaa !9
   %1394 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
   %1395 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
   %sum_16.1.i = fadd <16 x float> %1395, %1394
@@ -2385,8 +2570,8 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_ax4.prehe
   %1423 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %1424 = fadd <16 x float> %1423, %1422
   %1425 = fadd <16 x float> %1424, zeroinitializer
-  store <16 x float> %1425, ptr %1377, align 4, !tbaa !4
-  %1426 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  store <16 x float> %1425, ptr %1377, align 4, !tbaa !9
+  %1426 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %1427 = tail call i32 %1426(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not292.i = icmp eq i32 %1427, 0
   br i1 %.not292.i, label %for_begin_i.i, label %fused_decode_compute_.exit, !prof !12
@@ -2406,29 +2591,29 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1433 = getelementptr inbounds nuw i8, ptr %gep853.i, i64 24
   %1434 = load i64, ptr %1433, align 8, !tbaa !17
   %gep481.i = getelementptr i32, ptr %invariant.gep474.i, i64 %1434
-  %1435 = load <16 x float>, ptr %1298, align 4, !tbaa !4
-  %1436 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !4
+  %1435 = load <16 x float>, ptr %1298, align 4, !tbaa !9
+  %1436 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !9
   %1437 = shl <16 x i32> %1436, splat (i32 16)
   %1438 = bitcast <16 x i32> %1437 to <16 x float>
   %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1438, <16 x float> zeroinitializer)
-  %1440 = load <16 x i32>, ptr %gep477.i, align 4, !tbaa !4
+  %1440 = load <16 x i32>, ptr %gep477.i, align 4, !tbaa !9
   %1441 = shl <16 x i32> %1440, splat (i32 16)
   %1442 = bitcast <16 x i32> %1441 to <16 x float>
   %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1442, <16 x float> zeroinitializer)
-  %1444 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !4
+  %1444 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !9
   %1445 = shl <16 x i32> %1444, splat (i32 16)
   %1446 = bitcast <16 x i32> %1445 to <16 x float>
   %1447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1446, <16 x float> zeroinitializer)
-  %1448 = load <16 x i32>, ptr %gep481.i, align 4, !tbaa !4
+  %1448 = load <16 x i32>, ptr %gep481.i, align 4, !tbaa !9
   %1449 = shl <16 x i32> %1448, splat (i32 16)
   %1450 = bitcast <16 x i32> %1449 to <16 x float>
   %1451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1450, <16 x float> zeroinitializer)
-  %1452 = load <16 x float>, ptr %1299, align 4, !tbaa !4
+  %1452 = load <16 x float>, ptr %1299, align 4, !tbaa !9
   %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1438, <16 x float> zeroinitializer)
   %1454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1442, <16 x float> zeroinitializer)
   %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1446, <16 x float> zeroinitializer)
   %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1452, <16 x float> %1450, <16 x float> zeroinitializer)
-  %1457 = load <16 x float>, ptr %1300, align 4, !tbaa !4
+  %1457 = load <16 x float>, ptr %1300, align 4, !tbaa !9
   %1458 = and <16 x i32> %1436, %108
   %1459 = bitcast <16 x i32> %1458 to <16 x float>
   %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1459, <16 x float> %1439)
@@ -2441,38 +2626,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1467 = and <16 x i32> %1448, %108
   %1468 = bitcast <16 x i32> %1467 to <16 x float>
   %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1457, <16 x float> %1468, <16 x float> %1451)
-  %1470 = load <16 x float>, ptr %1301, align 4, !tbaa !4
+  %1470 = load <16 x float>, ptr %1301, align 4, !tbaa !9
   %1471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1459, <16 x float> %1453)
   %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1462, <16 x float> %1454)
   %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1465, <16 x float> %1455)
   %1474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1470, <16 x float> %1468, <16 x float> %1456)
-  %1475 = load <16 x float>, ptr %1302, align 4, !tbaa !4
+  %1475 = load <16 x float>, ptr %1302, align 4, !tbaa !9
   %gep458.1.i = getelementptr i8, ptr %gep475.i, i64 64
-  %1476 = load <16 x i32>, ptr %gep458.1.i, align 4, !tbaa !4
+  %1476 = load <16 x i32>, ptr %gep458.1.i, align 4, !tbaa !9
   %1477 = shl <16 x i32> %1476, splat (i32 16)
   %1478 = bitcast <16 x i32> %1477 to <16 x float>
   %1479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1478, <16 x float> %1460)
   %gep460.1.i = getelementptr i8, ptr %gep477.i, i64 64
-  %1480 = load <16 x i32>, ptr %gep460.1.i, align 4, !tbaa !4
+  %1480 = load <16 x i32>, ptr %gep460.1.i, align 4, !tbaa !9
   %1481 = shl <16 x i32> %1480, splat (i32 16)
   %1482 = bitcast <16 x i32> %1481 to <16 x float>
   %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1482, <16 x float> %1463)
   %gep462.1.i = getelementptr i8, ptr %gep479.i, i64 64
-  %1484 = load <16 x i32>, ptr %gep462.1.i, align 4, !tbaa !4
+  %1484 = load <16 x i32>, ptr %gep462.1.i, align 4, !tbaa !9
   %1485 = shl <16 x i32> %1484, splat (i32 16)
   %1486 = bitcast <16 x i32> %1485 to <16 x float>
   %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1486, <16 x float> %1466)
   %gep464.1.i = getelementptr i8, ptr %gep481.i, i64 64
-  %1488 = load <16 x i32>, ptr %gep464.1.i, align 4, !tbaa !4
+  %1488 = load <16 x i32>, ptr %gep464.1.i, align 4, !tbaa !9
   %1489 = shl <16 x i32> %1488, splat (i32 16)
   %1490 = bitcast <16 x i32> %1489 to <16 x float>
   %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1490, <16 x float> %1469)
-  %1492 = load <16 x float>, ptr %1303, align 4, !tbaa !4
+  %1492 = load <16 x float>, ptr %1303, align 4, !tbaa !9
   %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1478, <16 x float> %1471)
   %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1482, <16 x float> %1472)
   %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1486, <16 x float> %1473)
   %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1490, <16 x float> %1474)
-  %1497 = load <16 x float>, ptr %1304, align 4, !tbaa !4
+  %1497 = load <16 x float>, ptr %1304, align 4, !tbaa !9
   %1498 = and <16 x i32> %1476, %108
   %1499 = bitcast <16 x i32> %1498 to <16 x float>
   %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1499, <16 x float> %1479)
@@ -2485,38 +2670,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1507 = and <16 x i32> %1488, %108
   %1508 = bitcast <16 x i32> %1507 to <16 x float>
   %1509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1508, <16 x float> %1491)
-  %1510 = load <16 x float>, ptr %1305, align 4, !tbaa !4
+  %1510 = load <16 x float>, ptr %1305, align 4, !tbaa !9
   %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1499, <16 x float> %1493)
   %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1502, <16 x float> %1494)
   %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1505, <16 x float> %1495)
   %1514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1508, <16 x float> %1496)
-  %1515 = load <16 x float>, ptr %1306, align 4, !tbaa !4
+  %1515 = load <16 x float>, ptr %1306, align 4, !tbaa !9
   %gep458.2.i = getelementptr i8, ptr %gep475.i, i64 128
-  %1516 = load <16 x i32>, ptr %gep458.2.i, align 4, !tbaa !4
+  %1516 = load <16 x i32>, ptr %gep458.2.i, align 4, !tbaa !9
   %1517 = shl <16 x i32> %1516, splat (i32 16)
   %1518 = bitcast <16 x i32> %1517 to <16 x float>
   %1519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1518, <16 x float> %1500)
   %gep460.2.i = getelementptr i8, ptr %gep477.i, i64 128
-  %1520 = load <16 x i32>, ptr %gep460.2.i, align 4, !tbaa !4
+  %1520 = load <16 x i32>, ptr %gep460.2.i, align 4, !tbaa !9
   %1521 = shl <16 x i32> %1520, splat (i32 16)
   %1522 = bitcast <16 x i32> %1521 to <16 x float>
   %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1522, <16 x float> %1503)
   %gep462.2.i = getelementptr i8, ptr %gep479.i, i64 128
-  %1524 = load <16 x i32>, ptr %gep462.2.i, align 4, !tbaa !4
+  %1524 = load <16 x i32>, ptr %gep462.2.i, align 4, !tbaa !9
   %1525 = shl <16 x i32> %1524, splat (i32 16)
   %1526 = bitcast <16 x i32> %1525 to <16 x float>
   %1527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1526, <16 x float> %1506)
   %gep464.2.i = getelementptr i8, ptr %gep481.i, i64 128
-  %1528 = load <16 x i32>, ptr %gep464.2.i, align 4, !tbaa !4
+  %1528 = load <16 x i32>, ptr %gep464.2.i, align 4, !tbaa !9
   %1529 = shl <16 x i32> %1528, splat (i32 16)
   %1530 = bitcast <16 x i32> %1529 to <16 x float>
   %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1515, <16 x float> %1530, <16 x float> %1509)
-  %1532 = load <16 x float>, ptr %1307, align 4, !tbaa !4
+  %1532 = load <16 x float>, ptr %1307, align 4, !tbaa !9
   %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1518, <16 x float> %1511)
   %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1522, <16 x float> %1512)
   %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1526, <16 x float> %1513)
   %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1530, <16 x float> %1514)
-  %1537 = load <16 x float>, ptr %1308, align 4, !tbaa !4
+  %1537 = load <16 x float>, ptr %1308, align 4, !tbaa !9
   %1538 = and <16 x i32> %1516, %108
   %1539 = bitcast <16 x i32> %1538 to <16 x float>
   %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1539, <16 x float> %1519)
@@ -2529,38 +2714,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1547 = and <16 x i32> %1528, %108
   %1548 = bitcast <16 x i32> %1547 to <16 x float>
   %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1548, <16 x float> %1531)
-  %1550 = load <16 x float>, ptr %1309, align 4, !tbaa !4
+  %1550 = load <16 x float>, ptr %1309, align 4, !tbaa !9
   %1551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1539, <16 x float> %1533)
   %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1542, <16 x float> %1534)
   %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1545, <16 x float> %1535)
   %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1548, <16 x float> %1536)
-  %1555 = load <16 x float>, ptr %1310, align 4, !tbaa !4
+  %1555 = load <16 x float>, ptr %1310, align 4, !tbaa !9
   %gep458.3.i = getelementptr i8, ptr %gep475.i, i64 192
-  %1556 = load <16 x i32>, ptr %gep458.3.i, align 4, !tbaa !4
+  %1556 = load <16 x i32>, ptr %gep458.3.i, align 4, !tbaa !9
   %1557 = shl <16 x i32> %1556, splat (i32 16)
   %1558 = bitcast <16 x i32> %1557 to <16 x float>
   %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1558, <16 x float> %1540)
   %gep460.3.i = getelementptr i8, ptr %gep477.i, i64 192
-  %1560 = load <16 x i32>, ptr %gep460.3.i, align 4, !tbaa !4
+  %1560 = load <16 x i32>, ptr %gep460.3.i, align 4, !tbaa !9
   %1561 = shl <16 x i32> %1560, splat (i32 16)
   %1562 = bitcast <16 x i32> %1561 to <16 x float>
   %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1562, <16 x float> %1543)
   %gep462.3.i = getelementptr i8, ptr %gep479.i, i64 192
-  %1564 = load <16 x i32>, ptr %gep462.3.i, align 4, !tbaa !4
+  %1564 = load <16 x i32>, ptr %gep462.3.i, align 4, !tbaa !9
   %1565 = shl <16 x i32> %1564, splat (i32 16)
   %1566 = bitcast <16 x i32> %1565 to <16 x float>
   %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1566, <16 x float> %1546)
   %gep464.3.i = getelementptr i8, ptr %gep481.i, i64 192
-  %1568 = load <16 x i32>, ptr %gep464.3.i, align 4, !tbaa !4
+  %1568 = load <16 x i32>, ptr %gep464.3.i, align 4, !tbaa !9
   %1569 = shl <16 x i32> %1568, splat (i32 16)
   %1570 = bitcast <16 x i32> %1569 to <16 x float>
   %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1570, <16 x float> %1549)
-  %1572 = load <16 x float>, ptr %1311, align 4, !tbaa !4
+  %1572 = load <16 x float>, ptr %1311, align 4, !tbaa !9
   %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1558, <16 x float> %1551)
   %1574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1562, <16 x float> %1552)
   %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1566, <16 x float> %1553)
   %1576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1570, <16 x float> %1554)
-  %1577 = load <16 x float>, ptr %1312, align 4, !tbaa !4
+  %1577 = load <16 x float>, ptr %1312, align 4, !tbaa !9
   %1578 = and <16 x i32> %1556, %108
   %1579 = bitcast <16 x i32> %1578 to <16 x float>
   %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1579, <16 x float> %1559)
@@ -2573,38 +2758,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1587 = and <16 x i32> %1568, %108
   %1588 = bitcast <16 x i32> %1587 to <16 x float>
   %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> %1588, <16 x float> %1571)
-  %1590 = load <16 x float>, ptr %1313, align 4, !tbaa !4
+  %1590 = load <16 x float>, ptr %1313, align 4, !tbaa !9
   %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1579, <16 x float> %1573)
   %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1582, <16 x float> %1574)
   %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1585, <16 x float> %1575)
   %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1588, <16 x float> %1576)
-  %1595 = load <16 x float>, ptr %1314, align 4, !tbaa !4
+  %1595 = load <16 x float>, ptr %1314, align 4, !tbaa !9
   %gep458.4.i = getelementptr i8, ptr %gep475.i, i64 256
-  %1596 = load <16 x i32>, ptr %gep458.4.i, align 4, !tbaa !4
+  %1596 = load <16 x i32>, ptr %gep458.4.i, align 4, !tbaa !9
   %1597 = shl <16 x i32> %1596, splat (i32 16)
   %1598 = bitcast <16 x i32> %1597 to <16 x float>
   %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1598, <16 x float> %1580)
   %gep460.4.i = getelementptr i8, ptr %gep477.i, i64 256
-  %1600 = load <16 x i32>, ptr %gep460.4.i, align 4, !tbaa !4
+  %1600 = load <16 x i32>, ptr %gep460.4.i, align 4, !tbaa !9
   %1601 = shl <16 x i32> %1600, splat (i32 16)
   %1602 = bitcast <16 x i32> %1601 to <16 x float>
   %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1602, <16 x float> %1583)
   %gep462.4.i = getelementptr i8, ptr %gep479.i, i64 256
-  %1604 = load <16 x i32>, ptr %gep462.4.i, align 4, !tbaa !4
+  %1604 = load <16 x i32>, ptr %gep462.4.i, align 4, !tbaa !9
   %1605 = shl <16 x i32> %1604, splat (i32 16)
   %1606 = bitcast <16 x i32> %1605 to <16 x float>
   %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1606, <16 x float> %1586)
   %gep464.4.i = getelementptr i8, ptr %gep481.i, i64 256
-  %1608 = load <16 x i32>, ptr %gep464.4.i, align 4, !tbaa !4
+  %1608 = load <16 x i32>, ptr %gep464.4.i, align 4, !tbaa !9
   %1609 = shl <16 x i32> %1608, splat (i32 16)
   %1610 = bitcast <16 x i32> %1609 to <16 x float>
   %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1595, <16 x float> %1610, <16 x float> %1589)
-  %1612 = load <16 x float>, ptr %1315, align 4, !tbaa !4
+  %1612 = load <16 x float>, ptr %1315, align 4, !tbaa !9
   %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1598, <16 x float> %1591)
   %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1602, <16 x float> %1592)
   %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1606, <16 x float> %1593)
   %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1610, <16 x float> %1594)
-  %1617 = load <16 x float>, ptr %1316, align 4, !tbaa !4
+  %1617 = load <16 x float>, ptr %1316, align 4, !tbaa !9
   %1618 = and <16 x i32> %1596, %108
   %1619 = bitcast <16 x i32> %1618 to <16 x float>
   %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1619, <16 x float> %1599)
@@ -2617,38 +2802,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1627 = and <16 x i32> %1608, %108
   %1628 = bitcast <16 x i32> %1627 to <16 x float>
   %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1628, <16 x float> %1611)
-  %1630 = load <16 x float>, ptr %1317, align 4, !tbaa !4
+  %1630 = load <16 x float>, ptr %1317, align 4, !tbaa !9
   %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1619, <16 x float> %1613)
   %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1622, <16 x float> %1614)
   %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1625, <16 x float> %1615)
   %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1628, <16 x float> %1616)
-  %1635 = load <16 x float>, ptr %1318, align 4, !tbaa !4
+  %1635 = load <16 x float>, ptr %1318, align 4, !tbaa !9
   %gep458.5.i = getelementptr i8, ptr %gep475.i, i64 320
-  %1636 = load <16 x i32>, ptr %gep458.5.i, align 4, !tbaa !4
+  %1636 = load <16 x i32>, ptr %gep458.5.i, align 4, !tbaa !9
   %1637 = shl <16 x i32> %1636, splat (i32 16)
   %1638 = bitcast <16 x i32> %1637 to <16 x float>
   %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1638, <16 x float> %1620)
   %gep460.5.i = getelementptr i8, ptr %gep477.i, i64 320
-  %1640 = load <16 x i32>, ptr %gep460.5.i, align 4, !tbaa !4
+  %1640 = load <16 x i32>, ptr %gep460.5.i, align 4, !tbaa !9
   %1641 = shl <16 x i32> %1640, splat (i32 16)
   %1642 = bitcast <16 x i32> %1641 to <16 x float>
   %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1642, <16 x float> %1623)
   %gep462.5.i = getelementptr i8, ptr %gep479.i, i64 320
-  %1644 = load <16 x i32>, ptr %gep462.5.i, align 4, !tbaa !4
+  %1644 = load <16 x i32>, ptr %gep462.5.i, align 4, !tbaa !9
   %1645 = shl <16 x i32> %1644, splat (i32 16)
   %1646 = bitcast <16 x i32> %1645 to <16 x float>
   %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1646, <16 x float> %1626)
   %gep464.5.i = getelementptr i8, ptr %gep481.i, i64 320
-  %1648 = load <16 x i32>, ptr %gep464.5.i, align 4, !tbaa !4
+  %1648 = load <16 x i32>, ptr %gep464.5.i, align 4, !tbaa !9
   %1649 = shl <16 x i32> %1648, splat (i32 16)
   %1650 = bitcast <16 x i32> %1649 to <16 x float>
   %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1650, <16 x float> %1629)
-  %1652 = load <16 x float>, ptr %1319, align 4, !tbaa !4
+  %1652 = load <16 x float>, ptr %1319, align 4, !tbaa !9
   %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1638, <16 x float> %1631)
   %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1642, <16 x float> %1632)
   %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1646, <16 x float> %1633)
   %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1650, <16 x float> %1634)
-  %1657 = load <16 x float>, ptr %1320, align 4, !tbaa !4
+  %1657 = load <16 x float>, ptr %1320, align 4, !tbaa !9
   %1658 = and <16 x i32> %1636, %108
   %1659 = bitcast <16 x i32> %1658 to <16 x float>
   %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1659, <16 x float> %1639)
@@ -2661,38 +2846,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1667 = and <16 x i32> %1648, %108
   %1668 = bitcast <16 x i32> %1667 to <16 x float>
   %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1668, <16 x float> %1651)
-  %1670 = load <16 x float>, ptr %1321, align 4, !tbaa !4
+  %1670 = load <16 x float>, ptr %1321, align 4, !tbaa !9
   %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1659, <16 x float> %1653)
   %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1662, <16 x float> %1654)
   %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1665, <16 x float> %1655)
   %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1668, <16 x float> %1656)
-  %1675 = load <16 x float>, ptr %1322, align 4, !tbaa !4
+  %1675 = load <16 x float>, ptr %1322, align 4, !tbaa !9
   %gep458.6.i = getelementptr i8, ptr %gep475.i, i64 384
-  %1676 = load <16 x i32>, ptr %gep458.6.i, align 4, !tbaa !4
+  %1676 = load <16 x i32>, ptr %gep458.6.i, align 4, !tbaa !9
   %1677 = shl <16 x i32> %1676, splat (i32 16)
   %1678 = bitcast <16 x i32> %1677 to <16 x float>
   %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1660)
   %gep460.6.i = getelementptr i8, ptr %gep477.i, i64 384
-  %1680 = load <16 x i32>, ptr %gep460.6.i, align 4, !tbaa !4
+  %1680 = load <16 x i32>, ptr %gep460.6.i, align 4, !tbaa !9
   %1681 = shl <16 x i32> %1680, splat (i32 16)
   %1682 = bitcast <16 x i32> %1681 to <16 x float>
   %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1682, <16 x float> %1663)
   %gep462.6.i = getelementptr i8, ptr %gep479.i, i64 384
-  %1684 = load <16 x i32>, ptr %gep462.6.i, align 4, !tbaa !4
+  %1684 = load <16 x i32>, ptr %gep462.6.i, align 4, !tbaa !9
   %1685 = shl <16 x i32> %1684, splat (i32 16)
   %1686 = bitcast <16 x i32> %1685 to <16 x float>
   %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1686, <16 x float> %1666)
   %gep464.6.i = getelementptr i8, ptr %gep481.i, i64 384
-  %1688 = load <16 x i32>, ptr %gep464.6.i, align 4, !tbaa !4
+  %1688 = load <16 x i32>, ptr %gep464.6.i, align 4, !tbaa !9
   %1689 = shl <16 x i32> %1688, splat (i32 16)
   %1690 = bitcast <16 x i32> %1689 to <16 x float>
   %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1690, <16 x float> %1669)
-  %1692 = load <16 x float>, ptr %1323, align 4, !tbaa !4
+  %1692 = load <16 x float>, ptr %1323, align 4, !tbaa !9
   %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1678, <16 x float> %1671)
   %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1682, <16 x float> %1672)
   %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1686, <16 x float> %1673)
   %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1690, <16 x float> %1674)
-  %1697 = load <16 x float>, ptr %1324, align 4, !tbaa !4
+  %1697 = load <16 x float>, ptr %1324, align 4, !tbaa !9
   %1698 = and <16 x i32> %1676, %108
   %1699 = bitcast <16 x i32> %1698 to <16 x float>
   %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1699, <16 x float> %1679)
@@ -2705,38 +2890,38 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1707 = and <16 x i32> %1688, %108
   %1708 = bitcast <16 x i32> %1707 to <16 x float>
   %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1708, <16 x float> %1691)
-  %1710 = load <16 x float>, ptr %1325, align 4, !tbaa !4
+  %1710 = load <16 x float>, ptr %1325, align 4, !tbaa !9
   %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1699, <16 x float> %1693)
   %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1702, <16 x float> %1694)
   %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1705, <16 x float> %1695)
   %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1708, <16 x float> %1696)
-  %1715 = load <16 x float>, ptr %1326, align 4, !tbaa !4
+  %1715 = load <16 x float>, ptr %1326, align 4, !tbaa !9
   %gep458.7.i = getelementptr i8, ptr %gep475.i, i64 448
-  %1716 = load <16 x i32>, ptr %gep458.7.i, align 4, !tbaa !4
+  %1716 = load <16 x i32>, ptr %gep458.7.i, align 4, !tbaa !9
   %1717 = shl <16 x i32> %1716, splat (i32 16)
   %1718 = bitcast <16 x i32> %1717 to <16 x float>
   %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1718, <16 x float> %1700)
   %gep460.7.i = getelementptr i8, ptr %gep477.i, i64 448
-  %1720 = load <16 x i32>, ptr %gep460.7.i, align 4, !tbaa !4
+  %1720 = load <16 x i32>, ptr %gep460.7.i, align 4, !tbaa !9
   %1721 = shl <16 x i32> %1720, splat (i32 16)
   %1722 = bitcast <16 x i32> %1721 to <16 x float>
   %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1722, <16 x float> %1703)
   %gep462.7.i = getelementptr i8, ptr %gep479.i, i64 448
-  %1724 = load <16 x i32>, ptr %gep462.7.i, align 4, !tbaa !4
+  %1724 = load <16 x i32>, ptr %gep462.7.i, align 4, !tbaa !9
   %1725 = shl <16 x i32> %1724, splat (i32 16)
   %1726 = bitcast <16 x i32> %1725 to <16 x float>
   %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1726, <16 x float> %1706)
   %gep464.7.i = getelementptr i8, ptr %gep481.i, i64 448
-  %1728 = load <16 x i32>, ptr %gep464.7.i, align 4, !tbaa !4
+  %1728 = load <16 x i32>, ptr %gep464.7.i, align 4, !tbaa !9
   %1729 = shl <16 x i32> %1728, splat (i32 16)
   %1730 = bitcast <16 x i32> %1729 to <16 x float>
   %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1715, <16 x float> %1730, <16 x float> %1709)
-  %1732 = load <16 x float>, ptr %1327, align 4, !tbaa !4
+  %1732 = load <16 x float>, ptr %1327, align 4, !tbaa !9
   %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1718, <16 x float> %1711)
   %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1722, <16 x float> %1712)
   %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1726, <16 x float> %1713)
   %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1730, <16 x float> %1714)
-  %1737 = load <16 x float>, ptr %1328, align 4, !tbaa !4
+  %1737 = load <16 x float>, ptr %1328, align 4, !tbaa !9
   %1738 = and <16 x i32> %1716, %108
   %1739 = bitcast <16 x i32> %1738 to <16 x float>
   %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1739, <16 x float> %1719)
@@ -2749,28 +2934,28 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1747 = and <16 x i32> %1728, %108
   %1748 = bitcast <16 x i32> %1747 to <16 x float>
   %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1748, <16 x float> %1731)
-  %1750 = load <16 x float>, ptr %1329, align 4, !tbaa !4
+  %1750 = load <16 x float>, ptr %1329, align 4, !tbaa !9
   %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1739, <16 x float> %1733)
   %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1742, <16 x float> %1734)
   %1753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1745, <16 x float> %1735)
   %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1748, <16 x float> %1736)
   %.idx829.i = shl nuw nsw i64 %indvars.iv645.i, 8
   %1755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx829.i
-  store <16 x float> %1740, ptr %1755, align 4, !tbaa !4
+  store <16 x float> %1740, ptr %1755, align 4, !tbaa !9
   %1756 = getelementptr inbounds nuw i8, ptr %1755, i64 64
-  store <16 x float> %1743, ptr %1756, align 4, !tbaa !4
+  store <16 x float> %1743, ptr %1756, align 4, !tbaa !9
   %1757 = getelementptr inbounds nuw i8, ptr %1755, i64 128
-  store <16 x float> %1746, ptr %1757, align 4, !tbaa !4
+  store <16 x float> %1746, ptr %1757, align 4, !tbaa !9
   %1758 = getelementptr inbounds nuw i8, ptr %1755, i64 192
-  store <16 x float> %1749, ptr %1758, align 4, !tbaa !4
+  store <16 x float> %1749, ptr %1758, align 4, !tbaa !9
   %1759 = getelementptr inbounds nuw i8, ptr %1755, i64 1024
-  store <16 x float> %1751, ptr %1759, align 4, !tbaa !4
+  store <16 x float> %1751, ptr %1759, align 4, !tbaa !9
   %1760 = getelementptr inbounds nuw i8, ptr %1755, i64 1088
-  store <16 x float> %1752, ptr %1760, align 4, !tbaa !4
+  store <16 x float> %1752, ptr %1760, align 4, !tbaa !9
   %1761 = getelementptr inbounds nuw i8, ptr %1755, i64 1152
-  store <16 x float> %1753, ptr %1761, align 4, !tbaa !4
+  store <16 x float> %1753, ptr %1761, align 4, !tbaa !9
   %1762 = getelementptr inbounds nuw i8, ptr %1755, i64 1216
-  store <16 x float> %1754, ptr %1762, align 4, !tbaa !4
+  store <16 x float> %1754, ptr %1762, align 4, !tbaa !9
   %indvars.iv.next646.i = add nuw nsw i64 %indvars.iv645.i, 1
   %exitcond648.not.i = icmp eq i64 %indvars.iv.next646.i, 4
   br i1 %exitcond648.not.i, label %for_begin_r.preheader.i, label %for_begin_ax4.preheader.i, !prof !11
@@ -2786,13 +2971,13 @@ for_begin_v47.preheader.i:                        ; preds = %for_end_ax196.1.i, 
   br i1 %1225, label %for_begin_to57.preheader.us.preheader.i, label %for_end_ax169.i, !prof !3
 
 for_end_i44.i:                                    ; preds = %for_end_ax196.1.i
-  %1769 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1769 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %full_acc.i = tail call ptr %1769(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %1770 = icmp eq ptr %full_acc.i, null
-  br i1 %1770, label %fused_decode_compute_.exit, label %for_begin_d_0_init.preheader.preheader.i, !prof !7
+  br i1 %1770, label %fused_decode_compute_.exit, label %for_begin_d_0_init.preheader.preheader.i, !prof !8
 
 for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_i44.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %full_acc.i, i8 0, i64 16384, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %full_acc.i, i8 0, i64 16384, i1 false), !tbaa !9
   %1771 = ashr i32 %1181, 4
   %1772 = icmp sgt i32 %1771, 0
   br i1 %1772, label %for_begin_i139.preheader.preheader.i, label %for_begin_i_m.preheader.i, !prof !3
@@ -2814,7 +2999,7 @@ for_body_to58.us.i:                               ; preds = %for_body_to58.us.i,
   %1782 = fmul <16 x float> %1777, %1781
   %1783 = fmul <16 x float> %1782, splat (float 7.812500e-03)
   %1784 = getelementptr inbounds nuw float, ptr %1778, i64 %1779
-  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !4
+  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !9
   %1786 = fmul <16 x float> %110, %1785
   %1787 = fmul <16 x float> %1786, splat (float 0x3F947AE140000000)
   %1788 = fcmp olt <16 x float> %1787, splat (float -9.000000e+00)
@@ -2844,7 +3029,7 @@ for_body_to58.us.i:                               ; preds = %for_body_to58.us.i,
   store <16 x float> %1808, ptr %1809, align 16, !tbaa !34
   %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
   %exitcond668.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count659.i
-  br i1 %exitcond668.not.i, label %for_begin_to57.for_end_to59_crit_edge.us.i, label %for_body_to58.us.i, !prof !8
+  br i1 %exitcond668.not.i, label %for_begin_to57.for_end_to59_crit_edge.us.i, label %for_body_to58.us.i, !prof !4
 
 for_begin_to57.for_end_to59_crit_edge.us.i:       ; preds = %for_body_to58.us.i
   %1810 = insertelement <16 x float> poison, float %1767, i64 0
@@ -2860,7 +3045,7 @@ for_body_to58.us.1.i:                             ; preds = %for_body_to58.us.1.
   %1816 = fmul <16 x float> %1811, %1815
   %1817 = fmul <16 x float> %1816, splat (float 7.812500e-03)
   %1818 = getelementptr inbounds nuw float, ptr %1812, i64 %1813
-  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !4
+  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !9
   %1820 = fmul <16 x float> %110, %1819
   %1821 = fmul <16 x float> %1820, splat (float 0x3F947AE140000000)
   %1822 = fcmp olt <16 x float> %1821, splat (float -9.000000e+00)
@@ -2891,7 +3076,7 @@ for_body_to58.us.1.i:                             ; preds = %for_body_to58.us.1.
   store <16 x float> %1842, ptr %1844, align 16, !tbaa !34
   %indvars.iv.next665.1.i = add nuw nsw i64 %indvars.iv664.1.i, 1
   %exitcond668.1.not.i = icmp eq i64 %indvars.iv.next665.1.i, %wide.trip.count659.i
-  br i1 %exitcond668.1.not.i, label %for_body_ax168.i.preheader, label %for_body_to58.us.1.i, !prof !8
+  br i1 %exitcond668.1.not.i, label %for_body_ax168.i.preheader, label %for_body_to58.us.1.i, !prof !4
 
 for_body_ax168.i.preheader:                       ; preds = %for_body_to58.us.1.i
   br i1 %1288, label %for_body_ax168.i.epil.preheader, label %for_body_ax168.i, !prof !36
@@ -3204,7 +3389,7 @@ for_body_to85.us.i:                               ; preds = %for_body_to85.us.i,
   %2019 = fcmp olt <16 x float> %arg.us.i, %515
   %2020 = select <16 x i1> %2019, <16 x float> zeroinitializer, <16 x float> %2018
   %2021 = getelementptr inbounds nuw float, ptr %1998, i64 %1999
-  store <16 x float> %2020, ptr %2021, align 4, !tbaa !4
+  store <16 x float> %2020, ptr %2021, align 4, !tbaa !9
   %indvars.iv.next687.i = shl i64 %indvars.iv686.i, 4
   %2022 = or disjoint i64 %indvars.iv.next687.i, 16
   %2023 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2022
@@ -3230,7 +3415,7 @@ for_body_to85.us.i:                               ; preds = %for_body_to85.us.i,
   %2042 = fcmp olt <16 x float> %arg.us.i.1, %515
   %2043 = select <16 x i1> %2042, <16 x float> zeroinitializer, <16 x float> %2041
   %2044 = getelementptr inbounds nuw float, ptr %1998, i64 %2022
-  store <16 x float> %2043, ptr %2044, align 4, !tbaa !4
+  store <16 x float> %2043, ptr %2044, align 4, !tbaa !9
   %indvars.iv.next687.i.1 = add nuw nsw i64 %indvars.iv686.i, 2
   %niter182.next.1 = add i64 %niter182, 2
   %niter182.ncmp.1 = icmp eq i64 %niter182.next.1, %unroll_iter181
@@ -3266,7 +3451,7 @@ for_body_to85.us.i.epil.preheader:                ; preds = %for_begin_to84.for_
   %2065 = fcmp olt <16 x float> %arg.us.i.epil, %515
   %2066 = select <16 x i1> %2065, <16 x float> zeroinitializer, <16 x float> %2064
   %2067 = getelementptr inbounds nuw float, ptr %1998, i64 %2045
-  store <16 x float> %2066, ptr %2067, align 4, !tbaa !4
+  store <16 x float> %2066, ptr %2067, align 4, !tbaa !9
   br label %for_begin_to84.for_end_to86_crit_edge.us.i
 
 for_begin_to84.for_end_to86_crit_edge.us.i:       ; preds = %for_body_to85.us.i.epil.preheader, %for_begin_to84.for_end_to86_crit_edge.us.i.unr-lcssa
@@ -3302,7 +3487,7 @@ for_body_to85.us.1.i:                             ; preds = %for_body_to85.us.1.
   %2091 = fcmp olt <16 x float> %arg.us.1.i, %515
   %2092 = select <16 x i1> %2091, <16 x float> zeroinitializer, <16 x float> %2090
   %2093 = getelementptr inbounds nuw float, ptr %2069, i64 %2070
-  store <16 x float> %2092, ptr %2093, align 4, !tbaa !4
+  store <16 x float> %2092, ptr %2093, align 4, !tbaa !9
   %indvars.iv.next687.1.i = shl i64 %indvars.iv686.1.i, 4
   %2094 = or disjoint i64 %indvars.iv.next687.1.i, 16
   %2095 = getelementptr inbounds nuw float, ptr %scaled275.i, i64 %2094
@@ -3329,7 +3514,7 @@ for_body_to85.us.1.i:                             ; preds = %for_body_to85.us.1.
   %2115 = fcmp olt <16 x float> %arg.us.1.i.1, %515
   %2116 = select <16 x i1> %2115, <16 x float> zeroinitializer, <16 x float> %2114
   %2117 = getelementptr inbounds nuw float, ptr %2069, i64 %2094
-  store <16 x float> %2116, ptr %2117, align 4, !tbaa !4
+  store <16 x float> %2116, ptr %2117, align 4, !tbaa !9
   %indvars.iv.next687.1.i.1 = add nuw nsw i64 %indvars.iv686.1.i, 2
   %niter188.next.1 = add i64 %niter188, 2
   %niter188.ncmp.1 = icmp eq i64 %niter188.next.1, %unroll_iter187
@@ -3366,7 +3551,7 @@ for_body_to85.us.1.i.epil.preheader:              ; preds = %for_body_ax195.i.pr
   %2139 = fcmp olt <16 x float> %arg.us.1.i.epil, %515
   %2140 = select <16 x i1> %2139, <16 x float> zeroinitializer, <16 x float> %2138
   %2141 = getelementptr inbounds nuw float, ptr %2069, i64 %2118
-  store <16 x float> %2140, ptr %2141, align 4, !tbaa !4
+  store <16 x float> %2140, ptr %2141, align 4, !tbaa !9
   br label %for_body_ax195.i.preheader
 
 for_body_ax195.i.preheader:                       ; preds = %for_body_to85.us.1.i.epil.preheader, %for_body_ax195.i.preheader.unr-lcssa
@@ -3378,42 +3563,42 @@ for_body_ax195.i:                                 ; preds = %for_body_ax195.i, %
   %niter195 = phi i64 [ %niter195.next.7, %for_body_ax195.i ], [ 0, %for_body_ax195.i.preheader ]
   %.idx832.i = shl nsw i64 %indvars.iv694.i, 6
   %2142 = getelementptr inbounds nuw i8, ptr %1998, i64 %.idx832.i
-  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !4
+  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !9
   %2144 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.i, %2143
   %indvars.iv.next695.i = shl i64 %indvars.iv694.i, 6
   %2145 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i
   %2146 = getelementptr inbounds nuw i8, ptr %2145, i64 64
-  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !4
+  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !9
   %2148 = fadd <16 x float> %2144, %2147
   %indvars.iv.next695.i.1 = shl i64 %indvars.iv694.i, 6
   %2149 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.1
   %2150 = getelementptr inbounds nuw i8, ptr %2149, i64 128
-  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
+  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !9
   %2152 = fadd <16 x float> %2148, %2151
   %indvars.iv.next695.i.2 = shl i64 %indvars.iv694.i, 6
   %2153 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.2
   %2154 = getelementptr inbounds nuw i8, ptr %2153, i64 192
-  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !4
+  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !9
   %2156 = fadd <16 x float> %2152, %2155
   %indvars.iv.next695.i.3 = shl i64 %indvars.iv694.i, 6
   %2157 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.3
   %2158 = getelementptr inbounds nuw i8, ptr %2157, i64 256
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !4
+  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !9
   %2160 = fadd <16 x float> %2156, %2159
   %indvars.iv.next695.i.4 = shl i64 %indvars.iv694.i, 6
   %2161 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.4
   %2162 = getelementptr inbounds nuw i8, ptr %2161, i64 320
-  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
+  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !9
   %2164 = fadd <16 x float> %2160, %2163
   %indvars.iv.next695.i.5 = shl i64 %indvars.iv694.i, 6
   %2165 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.5
   %2166 = getelementptr inbounds nuw i8, ptr %2165, i64 384
-  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !4
+  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !9
   %2168 = fadd <16 x float> %2164, %2167
   %indvars.iv.next695.i.6 = shl i64 %indvars.iv694.i, 6
   %2169 = getelementptr inbounds nuw i8, ptr %1998, i64 %indvars.iv.next695.i.6
   %2170 = getelementptr inbounds nuw i8, ptr %2169, i64 448
-  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !4
+  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !9
   %2172 = fadd <16 x float> %2168, %2171
   %indvars.iv.next695.i.7 = add nuw nsw i64 %indvars.iv694.i, 8
   %niter195.next.7 = add i64 %niter195, 8
@@ -3435,7 +3620,7 @@ for_body_ax195.i.epil:                            ; preds = %for_body_ax195.i.ep
   %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax195.i.epil ], [ 0, %for_body_ax195.i.epil.preheader ]
   %.idx832.i.epil = shl nsw i64 %indvars.iv694.i.epil, 6
   %2173 = getelementptr inbounds nuw i8, ptr %1998, i64 %.idx832.i.epil
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !4
+  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !9
   %2175 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.i.epil, %2174
   %indvars.iv.next695.i.epil = add nuw nsw i64 %indvars.iv694.i.epil, 1
   %epil.iter190.next = add i64 %epil.iter190, 1
@@ -3490,42 +3675,42 @@ for_body_ax195.1.i:                               ; preds = %for_body_ax195.1.i,
   %niter202 = phi i64 [ %niter202.next.7, %for_body_ax195.1.i ], [ 0, %for_body_ax195.lr.ph.1.i ]
   %.idx833.i = shl nsw i64 %indvars.iv694.1.i, 6
   %2194 = getelementptr inbounds nuw i8, ptr %2193, i64 %.idx833.i
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !4
+  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !9
   %2196 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.1.i, %2195
   %indvars.iv.next695.1.i = shl i64 %indvars.iv694.1.i, 6
   %2197 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i
   %2198 = getelementptr inbounds nuw i8, ptr %2197, i64 64
-  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
+  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !9
   %2200 = fadd <16 x float> %2196, %2199
   %indvars.iv.next695.1.i.1 = shl i64 %indvars.iv694.1.i, 6
   %2201 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.1
   %2202 = getelementptr inbounds nuw i8, ptr %2201, i64 128
-  %2203 = load <16 x float>, ptr %2202, align 4, !tbaa !4
+  %2203 = load <16 x float>, ptr %2202, align 4, !tbaa !9
   %2204 = fadd <16 x float> %2200, %2203
   %indvars.iv.next695.1.i.2 = shl i64 %indvars.iv694.1.i, 6
   %2205 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.2
   %2206 = getelementptr inbounds nuw i8, ptr %2205, i64 192
-  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !4
+  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !9
   %2208 = fadd <16 x float> %2204, %2207
   %indvars.iv.next695.1.i.3 = shl i64 %indvars.iv694.1.i, 6
   %2209 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.3
   %2210 = getelementptr inbounds nuw i8, ptr %2209, i64 256
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !9
   %2212 = fadd <16 x float> %2208, %2211
   %indvars.iv.next695.1.i.4 = shl i64 %indvars.iv694.1.i, 6
   %2213 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.4
   %2214 = getelementptr inbounds nuw i8, ptr %2213, i64 320
-  %2215 = load <16 x float>, ptr %2214, align 4, !tbaa !4
+  %2215 = load <16 x float>, ptr %2214, align 4, !tbaa !9
   %2216 = fadd <16 x float> %2212, %2215
   %indvars.iv.next695.1.i.5 = shl i64 %indvars.iv694.1.i, 6
   %2217 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.5
   %2218 = getelementptr inbounds nuw i8, ptr %2217, i64 384
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !4
+  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !9
   %2220 = fadd <16 x float> %2216, %2219
   %indvars.iv.next695.1.i.6 = shl i64 %indvars.iv694.1.i, 6
   %2221 = getelementptr inbounds nuw i8, ptr %2193, i64 %indvars.iv.next695.1.i.6
   %2222 = getelementptr inbounds nuw i8, ptr %2221, i64 448
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
+  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !9
   %2224 = fadd <16 x float> %2220, %2223
   %indvars.iv.next695.1.i.7 = add nuw nsw i64 %indvars.iv694.1.i, 8
   %niter202.next.7 = add i64 %niter202, 8
@@ -3547,7 +3732,7 @@ for_body_ax195.1.i.epil:                          ; preds = %for_body_ax195.1.i.
   %epil.iter197 = phi i64 [ 0, %for_body_ax195.1.i.epil.preheader ], [ %epil.iter197.next, %for_body_ax195.1.i.epil ]
   %.idx833.i.epil = shl nsw i64 %indvars.iv694.1.i.epil, 6
   %2225 = getelementptr inbounds nuw i8, ptr %2193, i64 %.idx833.i.epil
-  %2226 = load <16 x float>, ptr %2225, align 4, !tbaa !4
+  %2226 = load <16 x float>, ptr %2225, align 4, !tbaa !9
   %2227 = fadd <16 x float> %tile_sum.rf_global269.sroa.0.0496.1.i.epil, %2226
   %indvars.iv.next695.1.i.epil = add nuw nsw i64 %indvars.iv694.1.i.epil, 1
   %epil.iter197.next = add i64 %epil.iter197, 1
@@ -3788,16 +3973,16 @@ for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for
 for_end_i141.i:                                   ; preds = %for_end_d_0.i
   %indvars.iv.next722.i = add nuw nsw i64 %indvars.iv721.i, 1
   %exitcond725.not.i = icmp eq i64 %indvars.iv.next722.i, %wide.trip.count724.i
-  br i1 %exitcond725.not.i, label %for_begin_i_m.preheader.i, label %for_begin_i139.preheader.i, !prof !8
+  br i1 %exitcond725.not.i, label %for_begin_i_m.preheader.i, label %for_begin_i139.preheader.i, !prof !4
 
 for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %for_begin_d_0.preheader.i
   %indvars.iv713.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next714.i, %for_body_d_0.i ]
-  %2384 = load float, ptr %gep857.i, align 4, !tbaa !4
+  %2384 = load float, ptr %gep857.i, align 4, !tbaa !9
   %2385 = insertelement <16 x float> poison, float %2384, i64 0
   %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
   %2387 = shl nuw nsw i64 %indvars.iv713.i, 5
   %gep504.i = getelementptr i32, ptr %invariant.gep503.i, i64 %2387
-  %2388 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !4
+  %2388 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !9
   %2389 = shl <16 x i32> %2388, splat (i32 16)
   %2390 = bitcast <16 x i32> %2389 to <16 x float>
   %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2390, <16 x float> zeroinitializer)
@@ -3805,25 +3990,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2393 = bitcast <16 x i32> %2392 to <16 x float>
   %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2393, <16 x float> zeroinitializer)
   %2395 = getelementptr i8, ptr %gep504.i, i64 64
-  %2396 = load <16 x i32>, ptr %2395, align 4, !tbaa !4
+  %2396 = load <16 x i32>, ptr %2395, align 4, !tbaa !9
   %2397 = shl <16 x i32> %2396, splat (i32 16)
   %2398 = bitcast <16 x i32> %2397 to <16 x float>
   %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2398, <16 x float> zeroinitializer)
   %2400 = and <16 x i32> %2396, %108
   %2401 = bitcast <16 x i32> %2400 to <16 x float>
   %2402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2401, <16 x float> zeroinitializer)
-  %2403 = load float, ptr %2353, align 4, !tbaa !4
+  %2403 = load float, ptr %2353, align 4, !tbaa !9
   %2404 = insertelement <16 x float> poison, float %2403, i64 0
   %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
   %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2390, <16 x float> zeroinitializer)
   %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2393, <16 x float> zeroinitializer)
   %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2398, <16 x float> zeroinitializer)
   %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2401, <16 x float> zeroinitializer)
-  %2410 = load float, ptr %2354, align 4, !tbaa !4
+  %2410 = load float, ptr %2354, align 4, !tbaa !9
   %2411 = insertelement <16 x float> poison, float %2410, i64 0
   %2412 = shufflevector <16 x float> %2411, <16 x float> poison, <16 x i32> zeroinitializer
   %gep506.i = getelementptr i32, ptr %invariant.gep505.i, i64 %2387
-  %2413 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !4
+  %2413 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !9
   %2414 = shl <16 x i32> %2413, splat (i32 16)
   %2415 = bitcast <16 x i32> %2414 to <16 x float>
   %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2415, <16 x float> %2391)
@@ -3831,25 +4016,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2418 = bitcast <16 x i32> %2417 to <16 x float>
   %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2418, <16 x float> %2394)
   %2420 = getelementptr i8, ptr %gep506.i, i64 64
-  %2421 = load <16 x i32>, ptr %2420, align 4, !tbaa !4
+  %2421 = load <16 x i32>, ptr %2420, align 4, !tbaa !9
   %2422 = shl <16 x i32> %2421, splat (i32 16)
   %2423 = bitcast <16 x i32> %2422 to <16 x float>
   %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2423, <16 x float> %2399)
   %2425 = and <16 x i32> %2421, %108
   %2426 = bitcast <16 x i32> %2425 to <16 x float>
   %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2426, <16 x float> %2402)
-  %2428 = load float, ptr %2355, align 4, !tbaa !4
+  %2428 = load float, ptr %2355, align 4, !tbaa !9
   %2429 = insertelement <16 x float> poison, float %2428, i64 0
   %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
   %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2415, <16 x float> %2406)
   %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2418, <16 x float> %2407)
   %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2423, <16 x float> %2408)
   %2434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2426, <16 x float> %2409)
-  %2435 = load float, ptr %2356, align 4, !tbaa !4
+  %2435 = load float, ptr %2356, align 4, !tbaa !9
   %2436 = insertelement <16 x float> poison, float %2435, i64 0
   %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
   %gep508.i = getelementptr i32, ptr %invariant.gep507.i, i64 %2387
-  %2438 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !4
+  %2438 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !9
   %2439 = shl <16 x i32> %2438, splat (i32 16)
   %2440 = bitcast <16 x i32> %2439 to <16 x float>
   %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2440, <16 x float> %2416)
@@ -3857,25 +4042,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2443 = bitcast <16 x i32> %2442 to <16 x float>
   %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2443, <16 x float> %2419)
   %2445 = getelementptr i8, ptr %gep508.i, i64 64
-  %2446 = load <16 x i32>, ptr %2445, align 4, !tbaa !4
+  %2446 = load <16 x i32>, ptr %2445, align 4, !tbaa !9
   %2447 = shl <16 x i32> %2446, splat (i32 16)
   %2448 = bitcast <16 x i32> %2447 to <16 x float>
   %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2448, <16 x float> %2424)
   %2450 = and <16 x i32> %2446, %108
   %2451 = bitcast <16 x i32> %2450 to <16 x float>
   %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2451, <16 x float> %2427)
-  %2453 = load float, ptr %2357, align 4, !tbaa !4
+  %2453 = load float, ptr %2357, align 4, !tbaa !9
   %2454 = insertelement <16 x float> poison, float %2453, i64 0
   %2455 = shufflevector <16 x float> %2454, <16 x float> poison, <16 x i32> zeroinitializer
   %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2440, <16 x float> %2431)
   %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2443, <16 x float> %2432)
   %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2448, <16 x float> %2433)
   %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2455, <16 x float> %2451, <16 x float> %2434)
-  %2460 = load float, ptr %2358, align 4, !tbaa !4
+  %2460 = load float, ptr %2358, align 4, !tbaa !9
   %2461 = insertelement <16 x float> poison, float %2460, i64 0
   %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
   %gep510.i = getelementptr i32, ptr %invariant.gep509.i, i64 %2387
-  %2463 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !4
+  %2463 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !9
   %2464 = shl <16 x i32> %2463, splat (i32 16)
   %2465 = bitcast <16 x i32> %2464 to <16 x float>
   %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2465, <16 x float> %2441)
@@ -3883,25 +4068,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2468 = bitcast <16 x i32> %2467 to <16 x float>
   %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2468, <16 x float> %2444)
   %2470 = getelementptr i8, ptr %gep510.i, i64 64
-  %2471 = load <16 x i32>, ptr %2470, align 4, !tbaa !4
+  %2471 = load <16 x i32>, ptr %2470, align 4, !tbaa !9
   %2472 = shl <16 x i32> %2471, splat (i32 16)
   %2473 = bitcast <16 x i32> %2472 to <16 x float>
   %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2473, <16 x float> %2449)
   %2475 = and <16 x i32> %2471, %108
   %2476 = bitcast <16 x i32> %2475 to <16 x float>
   %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2476, <16 x float> %2452)
-  %2478 = load float, ptr %2359, align 4, !tbaa !4
+  %2478 = load float, ptr %2359, align 4, !tbaa !9
   %2479 = insertelement <16 x float> poison, float %2478, i64 0
   %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
   %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2465, <16 x float> %2456)
   %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2468, <16 x float> %2457)
   %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2473, <16 x float> %2458)
   %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2476, <16 x float> %2459)
-  %2485 = load float, ptr %2360, align 4, !tbaa !4
+  %2485 = load float, ptr %2360, align 4, !tbaa !9
   %2486 = insertelement <16 x float> poison, float %2485, i64 0
   %2487 = shufflevector <16 x float> %2486, <16 x float> poison, <16 x i32> zeroinitializer
   %gep512.i = getelementptr i32, ptr %invariant.gep511.i, i64 %2387
-  %2488 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !4
+  %2488 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !9
   %2489 = shl <16 x i32> %2488, splat (i32 16)
   %2490 = bitcast <16 x i32> %2489 to <16 x float>
   %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2490, <16 x float> %2466)
@@ -3909,25 +4094,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2493 = bitcast <16 x i32> %2492 to <16 x float>
   %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2493, <16 x float> %2469)
   %2495 = getelementptr i8, ptr %gep512.i, i64 64
-  %2496 = load <16 x i32>, ptr %2495, align 4, !tbaa !4
+  %2496 = load <16 x i32>, ptr %2495, align 4, !tbaa !9
   %2497 = shl <16 x i32> %2496, splat (i32 16)
   %2498 = bitcast <16 x i32> %2497 to <16 x float>
   %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2498, <16 x float> %2474)
   %2500 = and <16 x i32> %2496, %108
   %2501 = bitcast <16 x i32> %2500 to <16 x float>
   %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2501, <16 x float> %2477)
-  %2503 = load float, ptr %2361, align 4, !tbaa !4
+  %2503 = load float, ptr %2361, align 4, !tbaa !9
   %2504 = insertelement <16 x float> poison, float %2503, i64 0
   %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
   %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2490, <16 x float> %2481)
   %2507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2493, <16 x float> %2482)
   %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2498, <16 x float> %2483)
   %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2501, <16 x float> %2484)
-  %2510 = load float, ptr %2362, align 4, !tbaa !4
+  %2510 = load float, ptr %2362, align 4, !tbaa !9
   %2511 = insertelement <16 x float> poison, float %2510, i64 0
   %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
   %gep514.i = getelementptr i32, ptr %invariant.gep513.i, i64 %2387
-  %2513 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !4
+  %2513 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !9
   %2514 = shl <16 x i32> %2513, splat (i32 16)
   %2515 = bitcast <16 x i32> %2514 to <16 x float>
   %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2515, <16 x float> %2491)
@@ -3935,25 +4120,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2518 = bitcast <16 x i32> %2517 to <16 x float>
   %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2518, <16 x float> %2494)
   %2520 = getelementptr i8, ptr %gep514.i, i64 64
-  %2521 = load <16 x i32>, ptr %2520, align 4, !tbaa !4
+  %2521 = load <16 x i32>, ptr %2520, align 4, !tbaa !9
   %2522 = shl <16 x i32> %2521, splat (i32 16)
   %2523 = bitcast <16 x i32> %2522 to <16 x float>
   %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2523, <16 x float> %2499)
   %2525 = and <16 x i32> %2521, %108
   %2526 = bitcast <16 x i32> %2525 to <16 x float>
   %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2526, <16 x float> %2502)
-  %2528 = load float, ptr %2363, align 4, !tbaa !4
+  %2528 = load float, ptr %2363, align 4, !tbaa !9
   %2529 = insertelement <16 x float> poison, float %2528, i64 0
   %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
   %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2515, <16 x float> %2506)
   %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2518, <16 x float> %2507)
   %2533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2523, <16 x float> %2508)
   %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2530, <16 x float> %2526, <16 x float> %2509)
-  %2535 = load float, ptr %2364, align 4, !tbaa !4
+  %2535 = load float, ptr %2364, align 4, !tbaa !9
   %2536 = insertelement <16 x float> poison, float %2535, i64 0
   %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
   %gep516.i = getelementptr i32, ptr %invariant.gep515.i, i64 %2387
-  %2538 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !4
+  %2538 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !9
   %2539 = shl <16 x i32> %2538, splat (i32 16)
   %2540 = bitcast <16 x i32> %2539 to <16 x float>
   %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2540, <16 x float> %2516)
@@ -3961,25 +4146,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2543 = bitcast <16 x i32> %2542 to <16 x float>
   %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2543, <16 x float> %2519)
   %2545 = getelementptr i8, ptr %gep516.i, i64 64
-  %2546 = load <16 x i32>, ptr %2545, align 4, !tbaa !4
+  %2546 = load <16 x i32>, ptr %2545, align 4, !tbaa !9
   %2547 = shl <16 x i32> %2546, splat (i32 16)
   %2548 = bitcast <16 x i32> %2547 to <16 x float>
   %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2548, <16 x float> %2524)
   %2550 = and <16 x i32> %2546, %108
   %2551 = bitcast <16 x i32> %2550 to <16 x float>
   %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2551, <16 x float> %2527)
-  %2553 = load float, ptr %2365, align 4, !tbaa !4
+  %2553 = load float, ptr %2365, align 4, !tbaa !9
   %2554 = insertelement <16 x float> poison, float %2553, i64 0
   %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
   %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2540, <16 x float> %2531)
   %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2543, <16 x float> %2532)
   %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2548, <16 x float> %2533)
   %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2551, <16 x float> %2534)
-  %2560 = load float, ptr %2366, align 4, !tbaa !4
+  %2560 = load float, ptr %2366, align 4, !tbaa !9
   %2561 = insertelement <16 x float> poison, float %2560, i64 0
   %2562 = shufflevector <16 x float> %2561, <16 x float> poison, <16 x i32> zeroinitializer
   %gep518.i = getelementptr i32, ptr %invariant.gep517.i, i64 %2387
-  %2563 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !4
+  %2563 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !9
   %2564 = shl <16 x i32> %2563, splat (i32 16)
   %2565 = bitcast <16 x i32> %2564 to <16 x float>
   %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2565, <16 x float> %2541)
@@ -3987,25 +4172,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2568 = bitcast <16 x i32> %2567 to <16 x float>
   %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2568, <16 x float> %2544)
   %2570 = getelementptr i8, ptr %gep518.i, i64 64
-  %2571 = load <16 x i32>, ptr %2570, align 4, !tbaa !4
+  %2571 = load <16 x i32>, ptr %2570, align 4, !tbaa !9
   %2572 = shl <16 x i32> %2571, splat (i32 16)
   %2573 = bitcast <16 x i32> %2572 to <16 x float>
   %2574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2573, <16 x float> %2549)
   %2575 = and <16 x i32> %2571, %108
   %2576 = bitcast <16 x i32> %2575 to <16 x float>
   %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2576, <16 x float> %2552)
-  %2578 = load float, ptr %2367, align 4, !tbaa !4
+  %2578 = load float, ptr %2367, align 4, !tbaa !9
   %2579 = insertelement <16 x float> poison, float %2578, i64 0
   %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
   %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2565, <16 x float> %2556)
   %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2568, <16 x float> %2557)
   %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2573, <16 x float> %2558)
   %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2576, <16 x float> %2559)
-  %2585 = load float, ptr %2368, align 4, !tbaa !4
+  %2585 = load float, ptr %2368, align 4, !tbaa !9
   %2586 = insertelement <16 x float> poison, float %2585, i64 0
   %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
   %gep520.i = getelementptr i32, ptr %invariant.gep519.i, i64 %2387
-  %2588 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !4
+  %2588 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !9
   %2589 = shl <16 x i32> %2588, splat (i32 16)
   %2590 = bitcast <16 x i32> %2589 to <16 x float>
   %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2590, <16 x float> %2566)
@@ -4013,25 +4198,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2593 = bitcast <16 x i32> %2592 to <16 x float>
   %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2593, <16 x float> %2569)
   %2595 = getelementptr i8, ptr %gep520.i, i64 64
-  %2596 = load <16 x i32>, ptr %2595, align 4, !tbaa !4
+  %2596 = load <16 x i32>, ptr %2595, align 4, !tbaa !9
   %2597 = shl <16 x i32> %2596, splat (i32 16)
   %2598 = bitcast <16 x i32> %2597 to <16 x float>
   %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2598, <16 x float> %2574)
   %2600 = and <16 x i32> %2596, %108
   %2601 = bitcast <16 x i32> %2600 to <16 x float>
   %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2601, <16 x float> %2577)
-  %2603 = load float, ptr %2369, align 4, !tbaa !4
+  %2603 = load float, ptr %2369, align 4, !tbaa !9
   %2604 = insertelement <16 x float> poison, float %2603, i64 0
   %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
   %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2590, <16 x float> %2581)
   %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2593, <16 x float> %2582)
   %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2598, <16 x float> %2583)
   %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2605, <16 x float> %2601, <16 x float> %2584)
-  %2610 = load float, ptr %2370, align 4, !tbaa !4
+  %2610 = load float, ptr %2370, align 4, !tbaa !9
   %2611 = insertelement <16 x float> poison, float %2610, i64 0
   %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
   %gep522.i = getelementptr i32, ptr %invariant.gep521.i, i64 %2387
-  %2613 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !4
+  %2613 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !9
   %2614 = shl <16 x i32> %2613, splat (i32 16)
   %2615 = bitcast <16 x i32> %2614 to <16 x float>
   %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2615, <16 x float> %2591)
@@ -4039,25 +4224,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2618 = bitcast <16 x i32> %2617 to <16 x float>
   %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2618, <16 x float> %2594)
   %2620 = getelementptr i8, ptr %gep522.i, i64 64
-  %2621 = load <16 x i32>, ptr %2620, align 4, !tbaa !4
+  %2621 = load <16 x i32>, ptr %2620, align 4, !tbaa !9
   %2622 = shl <16 x i32> %2621, splat (i32 16)
   %2623 = bitcast <16 x i32> %2622 to <16 x float>
   %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2623, <16 x float> %2599)
   %2625 = and <16 x i32> %2621, %108
   %2626 = bitcast <16 x i32> %2625 to <16 x float>
   %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2626, <16 x float> %2602)
-  %2628 = load float, ptr %2371, align 4, !tbaa !4
+  %2628 = load float, ptr %2371, align 4, !tbaa !9
   %2629 = insertelement <16 x float> poison, float %2628, i64 0
   %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
   %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2615, <16 x float> %2606)
   %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2618, <16 x float> %2607)
   %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2623, <16 x float> %2608)
   %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2626, <16 x float> %2609)
-  %2635 = load float, ptr %2372, align 4, !tbaa !4
+  %2635 = load float, ptr %2372, align 4, !tbaa !9
   %2636 = insertelement <16 x float> poison, float %2635, i64 0
   %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
   %gep524.i = getelementptr i32, ptr %invariant.gep523.i, i64 %2387
-  %2638 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !4
+  %2638 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !9
   %2639 = shl <16 x i32> %2638, splat (i32 16)
   %2640 = bitcast <16 x i32> %2639 to <16 x float>
   %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2640, <16 x float> %2616)
@@ -4065,25 +4250,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2643 = bitcast <16 x i32> %2642 to <16 x float>
   %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2643, <16 x float> %2619)
   %2645 = getelementptr i8, ptr %gep524.i, i64 64
-  %2646 = load <16 x i32>, ptr %2645, align 4, !tbaa !4
+  %2646 = load <16 x i32>, ptr %2645, align 4, !tbaa !9
   %2647 = shl <16 x i32> %2646, splat (i32 16)
   %2648 = bitcast <16 x i32> %2647 to <16 x float>
   %2649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2648, <16 x float> %2624)
   %2650 = and <16 x i32> %2646, %108
   %2651 = bitcast <16 x i32> %2650 to <16 x float>
   %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2651, <16 x float> %2627)
-  %2653 = load float, ptr %2373, align 4, !tbaa !4
+  %2653 = load float, ptr %2373, align 4, !tbaa !9
   %2654 = insertelement <16 x float> poison, float %2653, i64 0
   %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
   %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2640, <16 x float> %2631)
   %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2643, <16 x float> %2632)
   %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2648, <16 x float> %2633)
   %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2651, <16 x float> %2634)
-  %2660 = load float, ptr %2374, align 4, !tbaa !4
+  %2660 = load float, ptr %2374, align 4, !tbaa !9
   %2661 = insertelement <16 x float> poison, float %2660, i64 0
   %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
   %gep526.i = getelementptr i32, ptr %invariant.gep525.i, i64 %2387
-  %2663 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !4
+  %2663 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !9
   %2664 = shl <16 x i32> %2663, splat (i32 16)
   %2665 = bitcast <16 x i32> %2664 to <16 x float>
   %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2665, <16 x float> %2641)
@@ -4091,25 +4276,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2668 = bitcast <16 x i32> %2667 to <16 x float>
   %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2668, <16 x float> %2644)
   %2670 = getelementptr i8, ptr %gep526.i, i64 64
-  %2671 = load <16 x i32>, ptr %2670, align 4, !tbaa !4
+  %2671 = load <16 x i32>, ptr %2670, align 4, !tbaa !9
   %2672 = shl <16 x i32> %2671, splat (i32 16)
   %2673 = bitcast <16 x i32> %2672 to <16 x float>
   %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2673, <16 x float> %2649)
   %2675 = and <16 x i32> %2671, %108
   %2676 = bitcast <16 x i32> %2675 to <16 x float>
   %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2676, <16 x float> %2652)
-  %2678 = load float, ptr %2375, align 4, !tbaa !4
+  %2678 = load float, ptr %2375, align 4, !tbaa !9
   %2679 = insertelement <16 x float> poison, float %2678, i64 0
   %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
   %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2665, <16 x float> %2656)
   %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2668, <16 x float> %2657)
   %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2673, <16 x float> %2658)
   %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2680, <16 x float> %2676, <16 x float> %2659)
-  %2685 = load float, ptr %2376, align 4, !tbaa !4
+  %2685 = load float, ptr %2376, align 4, !tbaa !9
   %2686 = insertelement <16 x float> poison, float %2685, i64 0
   %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
   %gep528.i = getelementptr i32, ptr %invariant.gep527.i, i64 %2387
-  %2688 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !4
+  %2688 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !9
   %2689 = shl <16 x i32> %2688, splat (i32 16)
   %2690 = bitcast <16 x i32> %2689 to <16 x float>
   %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2690, <16 x float> %2666)
@@ -4117,25 +4302,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2693 = bitcast <16 x i32> %2692 to <16 x float>
   %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2693, <16 x float> %2669)
   %2695 = getelementptr i8, ptr %gep528.i, i64 64
-  %2696 = load <16 x i32>, ptr %2695, align 4, !tbaa !4
+  %2696 = load <16 x i32>, ptr %2695, align 4, !tbaa !9
   %2697 = shl <16 x i32> %2696, splat (i32 16)
   %2698 = bitcast <16 x i32> %2697 to <16 x float>
   %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2698, <16 x float> %2674)
   %2700 = and <16 x i32> %2696, %108
   %2701 = bitcast <16 x i32> %2700 to <16 x float>
   %2702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2701, <16 x float> %2677)
-  %2703 = load float, ptr %2377, align 4, !tbaa !4
+  %2703 = load float, ptr %2377, align 4, !tbaa !9
   %2704 = insertelement <16 x float> poison, float %2703, i64 0
   %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
   %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2690, <16 x float> %2681)
   %2707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2693, <16 x float> %2682)
   %2708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2698, <16 x float> %2683)
   %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2701, <16 x float> %2684)
-  %2710 = load float, ptr %2378, align 4, !tbaa !4
+  %2710 = load float, ptr %2378, align 4, !tbaa !9
   %2711 = insertelement <16 x float> poison, float %2710, i64 0
   %2712 = shufflevector <16 x float> %2711, <16 x float> poison, <16 x i32> zeroinitializer
   %gep530.i = getelementptr i32, ptr %invariant.gep529.i, i64 %2387
-  %2713 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !4
+  %2713 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !9
   %2714 = shl <16 x i32> %2713, splat (i32 16)
   %2715 = bitcast <16 x i32> %2714 to <16 x float>
   %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2715, <16 x float> %2691)
@@ -4143,25 +4328,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2718 = bitcast <16 x i32> %2717 to <16 x float>
   %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2718, <16 x float> %2694)
   %2720 = getelementptr i8, ptr %gep530.i, i64 64
-  %2721 = load <16 x i32>, ptr %2720, align 4, !tbaa !4
+  %2721 = load <16 x i32>, ptr %2720, align 4, !tbaa !9
   %2722 = shl <16 x i32> %2721, splat (i32 16)
   %2723 = bitcast <16 x i32> %2722 to <16 x float>
   %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2723, <16 x float> %2699)
   %2725 = and <16 x i32> %2721, %108
   %2726 = bitcast <16 x i32> %2725 to <16 x float>
   %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2712, <16 x float> %2726, <16 x float> %2702)
-  %2728 = load float, ptr %2379, align 4, !tbaa !4
+  %2728 = load float, ptr %2379, align 4, !tbaa !9
   %2729 = insertelement <16 x float> poison, float %2728, i64 0
   %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
   %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2715, <16 x float> %2706)
   %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2718, <16 x float> %2707)
   %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2723, <16 x float> %2708)
   %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2726, <16 x float> %2709)
-  %2735 = load float, ptr %2380, align 4, !tbaa !4
+  %2735 = load float, ptr %2380, align 4, !tbaa !9
   %2736 = insertelement <16 x float> poison, float %2735, i64 0
   %2737 = shufflevector <16 x float> %2736, <16 x float> poison, <16 x i32> zeroinitializer
   %gep532.i = getelementptr i32, ptr %invariant.gep531.i, i64 %2387
-  %2738 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !4
+  %2738 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !9
   %2739 = shl <16 x i32> %2738, splat (i32 16)
   %2740 = bitcast <16 x i32> %2739 to <16 x float>
   %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2740, <16 x float> %2716)
@@ -4169,25 +4354,25 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2743 = bitcast <16 x i32> %2742 to <16 x float>
   %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2743, <16 x float> %2719)
   %2745 = getelementptr i8, ptr %gep532.i, i64 64
-  %2746 = load <16 x i32>, ptr %2745, align 4, !tbaa !4
+  %2746 = load <16 x i32>, ptr %2745, align 4, !tbaa !9
   %2747 = shl <16 x i32> %2746, splat (i32 16)
   %2748 = bitcast <16 x i32> %2747 to <16 x float>
   %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2748, <16 x float> %2724)
   %2750 = and <16 x i32> %2746, %108
   %2751 = bitcast <16 x i32> %2750 to <16 x float>
   %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2737, <16 x float> %2751, <16 x float> %2727)
-  %2753 = load float, ptr %2381, align 4, !tbaa !4
+  %2753 = load float, ptr %2381, align 4, !tbaa !9
   %2754 = insertelement <16 x float> poison, float %2753, i64 0
   %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
   %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2740, <16 x float> %2731)
   %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2743, <16 x float> %2732)
   %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2748, <16 x float> %2733)
   %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2755, <16 x float> %2751, <16 x float> %2734)
-  %2760 = load float, ptr %2382, align 4, !tbaa !4
+  %2760 = load float, ptr %2382, align 4, !tbaa !9
   %2761 = insertelement <16 x float> poison, float %2760, i64 0
   %2762 = shufflevector <16 x float> %2761, <16 x float> poison, <16 x i32> zeroinitializer
   %gep534.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2387
-  %2763 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !4
+  %2763 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !9
   %2764 = shl <16 x i32> %2763, splat (i32 16)
   %2765 = bitcast <16 x i32> %2764 to <16 x float>
   %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2765, <16 x float> %2741)
@@ -4195,14 +4380,14 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2768 = bitcast <16 x i32> %2767 to <16 x float>
   %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2768, <16 x float> %2744)
   %2770 = getelementptr i8, ptr %gep534.i, i64 64
-  %2771 = load <16 x i32>, ptr %2770, align 4, !tbaa !4
+  %2771 = load <16 x i32>, ptr %2770, align 4, !tbaa !9
   %2772 = shl <16 x i32> %2771, splat (i32 16)
   %2773 = bitcast <16 x i32> %2772 to <16 x float>
   %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2773, <16 x float> %2749)
   %2775 = and <16 x i32> %2771, %108
   %2776 = bitcast <16 x i32> %2775 to <16 x float>
   %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2776, <16 x float> %2752)
-  %2778 = load float, ptr %2383, align 4, !tbaa !4
+  %2778 = load float, ptr %2383, align 4, !tbaa !9
   %2779 = insertelement <16 x float> poison, float %2778, i64 0
   %2780 = shufflevector <16 x float> %2779, <16 x float> poison, <16 x i32> zeroinitializer
   %2781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2765, <16 x float> %2756)
@@ -4211,37 +4396,37 @@ for_body_d_0.i:                                   ; preds = %for_body_d_0.i, %fo
   %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2776, <16 x float> %2759)
   %.idx835.i = shl nuw nsw i64 %indvars.iv713.i, 8
   %gep855.i = getelementptr inbounds nuw i8, ptr %invariant.gep854.i, i64 %.idx835.i
-  %2785 = load <16 x float>, ptr %gep855.i, align 4, !tbaa !4
+  %2785 = load <16 x float>, ptr %gep855.i, align 4, !tbaa !9
   %2786 = fadd <16 x float> %2785, %2766
-  store <16 x float> %2786, ptr %gep855.i, align 4, !tbaa !4
+  store <16 x float> %2786, ptr %gep855.i, align 4, !tbaa !9
   %2787 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 64
-  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !9
   %2789 = fadd <16 x float> %2769, %2788
-  store <16 x float> %2789, ptr %2787, align 4, !tbaa !4
+  store <16 x float> %2789, ptr %2787, align 4, !tbaa !9
   %2790 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 128
-  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !9
   %2792 = fadd <16 x float> %2774, %2791
-  store <16 x float> %2792, ptr %2790, align 4, !tbaa !4
+  store <16 x float> %2792, ptr %2790, align 4, !tbaa !9
   %2793 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 192
-  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
+  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !9
   %2795 = fadd <16 x float> %2777, %2794
-  store <16 x float> %2795, ptr %2793, align 4, !tbaa !4
+  store <16 x float> %2795, ptr %2793, align 4, !tbaa !9
   %2796 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1024
-  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !4
+  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !9
   %2798 = fadd <16 x float> %2781, %2797
-  store <16 x float> %2798, ptr %2796, align 4, !tbaa !4
+  store <16 x float> %2798, ptr %2796, align 4, !tbaa !9
   %2799 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1088
-  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !9
   %2801 = fadd <16 x float> %2782, %2800
-  store <16 x float> %2801, ptr %2799, align 4, !tbaa !4
+  store <16 x float> %2801, ptr %2799, align 4, !tbaa !9
   %2802 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1152
-  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !4
+  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !9
   %2804 = fadd <16 x float> %2783, %2803
-  store <16 x float> %2804, ptr %2802, align 4, !tbaa !4
+  store <16 x float> %2804, ptr %2802, align 4, !tbaa !9
   %2805 = getelementptr inbounds nuw i8, ptr %gep855.i, i64 1216
-  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
+  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !9
   %2807 = fadd <16 x float> %2784, %2806
-  store <16 x float> %2807, ptr %2805, align 4, !tbaa !4
+  store <16 x float> %2807, ptr %2805, align 4, !tbaa !9
   %indvars.iv.next714.i = add nuw nsw i64 %indvars.iv713.i, 1
   %exitcond716.not.i = icmp eq i64 %indvars.iv.next714.i, 4
   br i1 %exitcond716.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !11
@@ -4278,7 +4463,7 @@ for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %f
   br label %for_body_d_0_m.i
 
 for_end_i_m.i:                                    ; preds = %for_end_d_0_m.i
-  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
   %.not289.i = icmp eq i32 %2829, 0
   br i1 %.not289.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !12
@@ -4288,24 +4473,24 @@ for_body_d_0_m.i:                                 ; preds = %if_end201.i, %for_b
   %2830 = shl nuw nsw i64 %indvars.iv745.i, 6
   %2831 = add nuw nsw i64 %2830, %2808
   %2832 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2831
-  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
+  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !9
   %2834 = getelementptr inbounds nuw i8, ptr %2832, i64 64
-  %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !4
+  %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !9
   %2836 = or disjoint i64 %2831, 32
   %2837 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2836
-  %2838 = load <16 x float>, ptr %2837, align 4, !tbaa !4
+  %2838 = load <16 x float>, ptr %2837, align 4, !tbaa !9
   %2839 = getelementptr inbounds nuw i8, ptr %2832, i64 192
-  %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !4
+  %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !9
   %2841 = or disjoint i64 %2831, 256
   %2842 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2841
-  %2843 = load <16 x float>, ptr %2842, align 4, !tbaa !4
+  %2843 = load <16 x float>, ptr %2842, align 4, !tbaa !9
   %2844 = getelementptr inbounds nuw i8, ptr %2832, i64 1088
-  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !4
+  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !9
   %2846 = or disjoint i64 %2831, 288
   %2847 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2846
-  %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !4
+  %2848 = load <16 x float>, ptr %2847, align 4, !tbaa !9
   %2849 = getelementptr inbounds nuw i8, ptr %2832, i64 1216
-  %2850 = load <16 x float>, ptr %2849, align 4, !tbaa !4
+  %2850 = load <16 x float>, ptr %2849, align 4, !tbaa !9
   br i1 %.not589.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !57
 
 for_body_ti.lr.ph.i:                              ; preds = %for_body_d_0_m.i
@@ -4333,13 +4518,13 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %.epil.init219 = phi <16 x float> [ %2850, %for_body_ti.lr.ph.i ], [ %2943, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod229)
   %2851 = getelementptr float, ptr %gep861.i, i64 %indvars.iv726.i.epil.init
-  %2852 = load float, ptr %2851, align 4, !tbaa !4
+  %2852 = load float, ptr %2851, align 4, !tbaa !9
   %2853 = insertelement <16 x float> poison, float %2852, i64 0
   %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
   %gep859.i.epil = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv726.i.epil.init
   %2855 = load i64, ptr %gep859.i.epil, align 8, !tbaa !24
   %gep563.i.epil = getelementptr i32, ptr %gep572.i, i64 %2855
-  %2856 = load <16 x i32>, ptr %gep563.i.epil, align 4, !tbaa !4
+  %2856 = load <16 x i32>, ptr %gep563.i.epil, align 4, !tbaa !9
   %2857 = shl <16 x i32> %2856, splat (i32 16)
   %2858 = bitcast <16 x i32> %2857 to <16 x float>
   %2859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2858, <16 x float> %.epil.init)
@@ -4347,7 +4532,7 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %2861 = bitcast <16 x i32> %2860 to <16 x float>
   %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2861, <16 x float> %.epil.init207)
   %2863 = getelementptr i8, ptr %gep563.i.epil, i64 64
-  %2864 = load <16 x i32>, ptr %2863, align 4, !tbaa !4
+  %2864 = load <16 x i32>, ptr %2863, align 4, !tbaa !9
   %2865 = shl <16 x i32> %2864, splat (i32 16)
   %2866 = bitcast <16 x i32> %2865 to <16 x float>
   %2867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2866, <16 x float> %.epil.init209)
@@ -4355,7 +4540,7 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %2869 = bitcast <16 x i32> %2868 to <16 x float>
   %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2854, <16 x float> %2869, <16 x float> %.epil.init211)
   %2871 = getelementptr i8, ptr %2851, i64 256
-  %2872 = load float, ptr %2871, align 4, !tbaa !4
+  %2872 = load float, ptr %2871, align 4, !tbaa !9
   %2873 = insertelement <16 x float> poison, float %2872, i64 0
   %2874 = shufflevector <16 x float> %2873, <16 x float> poison, <16 x i32> zeroinitializer
   %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2874, <16 x float> %2858, <16 x float> %.epil.init213)
@@ -4374,11 +4559,11 @@ for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.
   %.lcssa538.i = phi <16 x float> [ %2835, %for_body_d_0_m.i ], [ %2927, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2862, %for_body_ti.i.epil.preheader ]
   %.lcssa.i = phi <16 x float> [ %2833, %for_body_d_0_m.i ], [ %2924, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2859, %for_body_ti.i.epil.preheader ]
   %2879 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa538.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1284, label %if_end153.i, label %for_begin_ax4_0.preheader.if_end153_crit_edge.i, !prof !7
+  br i1 %1284, label %if_end153.i, label %for_begin_ax4_0.preheader.if_end153_crit_edge.i, !prof !8
 
 for_begin_ax4_0.preheader.if_end153_crit_edge.i:  ; preds = %for_begin_ax4_0.preheader.i
   %.phi.trans.insert.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2831
-  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
   br label %if_end153.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
@@ -4393,13 +4578,13 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2887 = phi <16 x float> [ %2943, %for_body_ti.i ], [ %2850, %for_body_ti.lr.ph.i ]
   %niter231 = phi i64 [ %niter231.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
   %2888 = getelementptr float, ptr %gep861.i, i64 %indvars.iv726.i
-  %2889 = load float, ptr %2888, align 4, !tbaa !4
+  %2889 = load float, ptr %2888, align 4, !tbaa !9
   %2890 = insertelement <16 x float> poison, float %2889, i64 0
   %2891 = shufflevector <16 x float> %2890, <16 x float> poison, <16 x i32> zeroinitializer
   %gep859.i = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv726.i
   %2892 = load i64, ptr %gep859.i, align 16, !tbaa !24
   %gep563.i = getelementptr i32, ptr %gep572.i, i64 %2892
-  %2893 = load <16 x i32>, ptr %gep563.i, align 4, !tbaa !4
+  %2893 = load <16 x i32>, ptr %gep563.i, align 4, !tbaa !9
   %2894 = shl <16 x i32> %2893, splat (i32 16)
   %2895 = bitcast <16 x i32> %2894 to <16 x float>
   %2896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2895, <16 x float> %2880)
@@ -4407,7 +4592,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2898 = bitcast <16 x i32> %2897 to <16 x float>
   %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2898, <16 x float> %2881)
   %2900 = getelementptr i8, ptr %gep563.i, i64 64
-  %2901 = load <16 x i32>, ptr %2900, align 4, !tbaa !4
+  %2901 = load <16 x i32>, ptr %2900, align 4, !tbaa !9
   %2902 = shl <16 x i32> %2901, splat (i32 16)
   %2903 = bitcast <16 x i32> %2902 to <16 x float>
   %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2903, <16 x float> %2882)
@@ -4415,7 +4600,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2906 = bitcast <16 x i32> %2905 to <16 x float>
   %2907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2891, <16 x float> %2906, <16 x float> %2883)
   %2908 = getelementptr i8, ptr %2888, i64 256
-  %2909 = load float, ptr %2908, align 4, !tbaa !4
+  %2909 = load float, ptr %2908, align 4, !tbaa !9
   %2910 = insertelement <16 x float> poison, float %2909, i64 0
   %2911 = shufflevector <16 x float> %2910, <16 x float> poison, <16 x i32> zeroinitializer
   %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2895, <16 x float> %2884)
@@ -4424,13 +4609,13 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2906, <16 x float> %2887)
   %indvars.iv.next727.i = or disjoint i64 %indvars.iv726.i, 1
   %2916 = getelementptr float, ptr %gep861.i, i64 %indvars.iv.next727.i
-  %2917 = load float, ptr %2916, align 4, !tbaa !4
+  %2917 = load float, ptr %2916, align 4, !tbaa !9
   %2918 = insertelement <16 x float> poison, float %2917, i64 0
   %2919 = shufflevector <16 x float> %2918, <16 x float> poison, <16 x i32> zeroinitializer
   %gep859.i.1 = getelementptr i64, ptr %invariant.gep858.i, i64 %indvars.iv.next727.i
   %2920 = load i64, ptr %gep859.i.1, align 8, !tbaa !24
   %gep563.i.1 = getelementptr i32, ptr %gep572.i, i64 %2920
-  %2921 = load <16 x i32>, ptr %gep563.i.1, align 4, !tbaa !4
+  %2921 = load <16 x i32>, ptr %gep563.i.1, align 4, !tbaa !9
   %2922 = shl <16 x i32> %2921, splat (i32 16)
   %2923 = bitcast <16 x i32> %2922 to <16 x float>
   %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2923, <16 x float> %2896)
@@ -4438,7 +4623,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2926 = bitcast <16 x i32> %2925 to <16 x float>
   %2927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2926, <16 x float> %2899)
   %2928 = getelementptr i8, ptr %gep563.i.1, i64 64
-  %2929 = load <16 x i32>, ptr %2928, align 4, !tbaa !4
+  %2929 = load <16 x i32>, ptr %2928, align 4, !tbaa !9
   %2930 = shl <16 x i32> %2929, splat (i32 16)
   %2931 = bitcast <16 x i32> %2930 to <16 x float>
   %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2931, <16 x float> %2904)
@@ -4446,7 +4631,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2934 = bitcast <16 x i32> %2933 to <16 x float>
   %2935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2919, <16 x float> %2934, <16 x float> %2907)
   %2936 = getelementptr i8, ptr %2916, i64 256
-  %2937 = load float, ptr %2936, align 4, !tbaa !4
+  %2937 = load float, ptr %2936, align 4, !tbaa !9
   %2938 = insertelement <16 x float> poison, float %2937, i64 0
   %2939 = shufflevector <16 x float> %2938, <16 x float> poison, <16 x i32> zeroinitializer
   %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2939, <16 x float> %2923, <16 x float> %2912)
@@ -4463,13 +4648,13 @@ if_end153.i:                                      ; preds = %for_begin_ax4_0.pre
   %2945 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2831
   %2946 = fmul <32 x float> %2817, %2944
   %2947 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2813, <32 x float> %2879, <32 x float> %2946)
-  store <32 x float> %2947, ptr %2945, align 4, !tbaa !4
+  store <32 x float> %2947, ptr %2945, align 4, !tbaa !9
   %2948 = shufflevector <16 x float> %.lcssa540.i, <16 x float> %.lcssa542.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1284, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !7
+  br i1 %1284, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
 
 if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
   %.phi.trans.insert817.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2836
-  %.pre818.i = load <32 x float>, ptr %.phi.trans.insert817.i, align 4, !tbaa !4
+  %.pre818.i = load <32 x float>, ptr %.phi.trans.insert817.i, align 4, !tbaa !9
   br label %if_end169.i
 
 if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
@@ -4477,13 +4662,13 @@ if_end169.i:                                      ; preds = %if_end153.if_end169
   %2950 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2836
   %2951 = fmul <32 x float> %2817, %2949
   %2952 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2813, <32 x float> %2948, <32 x float> %2951)
-  store <32 x float> %2952, ptr %2950, align 4, !tbaa !4
+  store <32 x float> %2952, ptr %2950, align 4, !tbaa !9
   %2953 = shufflevector <16 x float> %.lcssa544.i, <16 x float> %.lcssa546.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1284, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !7
+  br i1 %1284, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
 
 if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
   %.phi.trans.insert819.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2841
-  %.pre820.i = load <32 x float>, ptr %.phi.trans.insert819.i, align 4, !tbaa !4
+  %.pre820.i = load <32 x float>, ptr %.phi.trans.insert819.i, align 4, !tbaa !9
   br label %if_end185.i
 
 if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
@@ -4491,13 +4676,13 @@ if_end185.i:                                      ; preds = %if_end169.if_end185
   %2955 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2841
   %2956 = fmul <32 x float> %2826, %2954
   %2957 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2822, <32 x float> %2953, <32 x float> %2956)
-  store <32 x float> %2957, ptr %2955, align 4, !tbaa !4
+  store <32 x float> %2957, ptr %2955, align 4, !tbaa !9
   %2958 = shufflevector <16 x float> %.lcssa548.i, <16 x float> %.lcssa550.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %1284, label %if_end201.i, label %if_end185.if_end201_crit_edge.i, !prof !7
+  br i1 %1284, label %if_end201.i, label %if_end185.if_end201_crit_edge.i, !prof !8
 
 if_end185.if_end201_crit_edge.i:                  ; preds = %if_end185.i
   %.phi.trans.insert821.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2846
-  %.pre822.i = load <32 x float>, ptr %.phi.trans.insert821.i, align 4, !tbaa !4
+  %.pre822.i = load <32 x float>, ptr %.phi.trans.insert821.i, align 4, !tbaa !9
   br label %if_end201.i
 
 if_end201.i:                                      ; preds = %if_end185.if_end201_crit_edge.i, %if_end185.i
@@ -4505,32 +4690,32 @@ if_end201.i:                                      ; preds = %if_end185.if_end201
   %2960 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2846
   %2961 = fmul <32 x float> %2826, %2959
   %2962 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2822, <32 x float> %2958, <32 x float> %2961)
-  store <32 x float> %2962, ptr %2960, align 4, !tbaa !4
+  store <32 x float> %2962, ptr %2960, align 4, !tbaa !9
   %indvars.iv.next746.i = add nuw nsw i64 %indvars.iv745.i, 1
   %exitcond748.not.i = icmp eq i64 %indvars.iv.next746.i, 4
   br i1 %exitcond748.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
 
 if_end203.i:                                      ; preds = %for_end_i_m.i
-  %2963 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2963 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2964 = tail call i32 %2963(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not290.i = icmp eq i32 %2964, 0
   br i1 %.not290.i, label %if_end206.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end206.i:                                      ; preds = %if_end203.i
-  %2965 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2965 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2966 = tail call i32 %2965(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not291.i = icmp eq i32 %2966, 0
   %indvars.iv.next = add i32 %indvars.iv, -64
   br i1 %.not291.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
 
 for_end_tile213.i:                                ; preds = %if_end236.us.1.i, %for_body_tile212.preheader.i
-  %2967 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2967 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2968 = tail call i32 %2967(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2968, 0
   br i1 %.not.i, label %if_end253.i, label %fused_decode_compute_.exit, !prof !12
 
 if_end253.i:                                      ; preds = %for_end_tile213.i
-  %2969 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2969 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %2970 = tail call i32 %2969(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not287.i = icmp eq i32 %2970, 0
   br i1 %.not287.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
@@ -4548,7 +4733,144 @@ fused_decode_compute_.exit:                       ; preds = %if_end253.i, %for_e
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <2 x float> @llvm.fmuladd.v2f32(<2 x float>, <2 x float>, <2 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umax.i32(i32, i32) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #2
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #5
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #6
+
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!"branch_weights", i32 1, i32 1048576}
+!13 = !{!14, !14, i64 0}
+!14 = !{!"buffer0", !7, i64 0}
+!15 = !{!16, !16, i64 0}
+!16 = !{!"buffer1", !7, i64 0}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer2", !7, i64 0}
+!19 = !{!"branch_weights", i32 127, i32 33554289}
+!20 = distinct !{!20, !21, !22, !23}
+!21 = !{!"llvm.loop.isvectorized", i32 1}
+!22 = !{!"llvm.loop.unroll.runtime.disable"}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!24 = !{!25, !25, i64 0}
+!25 = !{!"buffer3", !7, i64 0}
+!26 = distinct !{!26, !21, !22, !23}
+!27 = !{!"branch_weights", i32 2032, i32 2147481616}
+!28 = !{!29, !29, i64 0}
+!29 = !{!"buffer4", !7, i64 0}
+!30 = !{!"branch_weights", i32 4064, i32 2147479584}
+!31 = distinct !{!31, !32}
+!32 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!33 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!34 = !{!35, !35, i64 0}
+!35 = !{!"buffer5", !7, i64 0}
+!36 = !{!"branch_weights", i32 14224, i32 2147469424}
+!37 = !{!"branch_weights", i32 16256, i32 2147467392}
+!38 = distinct !{!38, !39}
+!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!41 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!42 = distinct !{!42, !43, !44}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!44 = !{!"llvm.loop.unroll.disable"}
+!45 = distinct !{!45, !39}
+!46 = distinct !{!46, !43, !44}
+!47 = distinct !{!47, !32}
+!48 = distinct !{!48, !32}
+!49 = distinct !{!49, !39}
+!50 = distinct !{!50, !43, !44}
+!51 = distinct !{!51, !39}
+!52 = distinct !{!52, !43, !44}
+!53 = !{!54, !54, i64 0}
+!54 = !{!"buffer6", !7, i64 0}
+!55 = !{!56, !56, i64 0}
+!56 = !{!"buffer7", !7, i64 0}
+!57 = !{!"branch_weights", i32 1, i32 127}
+!58 = distinct !{!58, !32}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 16
   %beta37.i = alloca [16 x float], align 16
@@ -4661,15 +4983,15 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end24
   %num_partials = trunc i64 %28 to i32
   %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %26, 32
@@ -4689,10 +5011,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %52 = add nsw i64 %indvars.iv64.i, %47
   %53 = shl nsw i64 %52, 4
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <16 x float>, ptr %54, align 4, !tbaa !4
+  %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
   %56 = fcmp ogt <16 x float> %old_max.i, %55
   %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <16 x float>, ptr %57, align 4, !tbaa !4
+  %58 = load <16 x float>, ptr %57, align 4, !tbaa !8
   %59 = fcmp oeq <16 x float> %58, zeroinitializer
   %60 = select <16 x i1> %59, <16 x i1> splat (i1 true), <16 x i1> %56
   %old_or_both.i = select <16 x i1> %60, <16 x float> %old_max.i, <16 x float> %55
@@ -4720,7 +5042,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !59
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -4743,124 +5065,124 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !66
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !17
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !73
+  %109 = load float, ptr %108, align 4, !tbaa !24
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 8
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !74
+  %115 = load float, ptr %114, align 4, !tbaa !25
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
   %.scalar = fmul float %115, 0.000000e+00
   %118 = insertelement <16 x float> poison, float %.scalar, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
   %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !4
+  store <16 x float> %120, ptr %116, align 4, !tbaa !8
   %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
   %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !4
+  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
   %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !4
+  store <16 x float> %124, ptr %121, align 4, !tbaa !8
   %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
   %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !4
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
   %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !4
+  store <16 x float> %128, ptr %125, align 4, !tbaa !8
   %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
   %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !4
+  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
   %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !4
+  store <16 x float> %132, ptr %129, align 4, !tbaa !8
   %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
   %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !4
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
   %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !4
+  store <16 x float> %136, ptr %133, align 4, !tbaa !8
   %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !4
+  store <16 x float> %140, ptr %137, align 4, !tbaa !8
   %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
   %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
+  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
   %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !4
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
   %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
   %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
   %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !4
+  store <16 x float> %148, ptr %145, align 4, !tbaa !8
   %149 = getelementptr inbounds nuw i8, ptr %116, i64 512
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
   %150 = getelementptr i8, ptr %113, i64 512
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !4
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
   %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %151, <16 x float> %119)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !4
+  store <16 x float> %152, ptr %149, align 4, !tbaa !8
   %153 = getelementptr inbounds nuw i8, ptr %116, i64 576
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
   %154 = getelementptr i8, ptr %113, i64 576
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !4
+  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
   %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %155, <16 x float> %119)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !4
+  store <16 x float> %156, ptr %153, align 4, !tbaa !8
   %157 = getelementptr inbounds nuw i8, ptr %116, i64 640
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
   %158 = getelementptr i8, ptr %113, i64 640
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !4
+  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
   %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %159, <16 x float> %119)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !4
+  store <16 x float> %160, ptr %157, align 4, !tbaa !8
   %161 = getelementptr inbounds nuw i8, ptr %116, i64 704
-  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !8
   %162 = getelementptr i8, ptr %113, i64 704
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !8
   %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %163, <16 x float> %119)
-  store <16 x float> %164, ptr %161, align 4, !tbaa !4
+  store <16 x float> %164, ptr %161, align 4, !tbaa !8
   %165 = getelementptr inbounds nuw i8, ptr %116, i64 768
-  store <16 x float> zeroinitializer, ptr %165, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %165, align 4, !tbaa !8
   %166 = getelementptr i8, ptr %113, i64 768
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !8
   %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %167, <16 x float> %119)
-  store <16 x float> %168, ptr %165, align 4, !tbaa !4
+  store <16 x float> %168, ptr %165, align 4, !tbaa !8
   %169 = getelementptr inbounds nuw i8, ptr %116, i64 832
-  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !8
   %170 = getelementptr i8, ptr %113, i64 832
-  %171 = load <16 x float>, ptr %170, align 4, !tbaa !4
+  %171 = load <16 x float>, ptr %170, align 4, !tbaa !8
   %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %171, <16 x float> %119)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !4
+  store <16 x float> %172, ptr %169, align 4, !tbaa !8
   %173 = getelementptr inbounds nuw i8, ptr %116, i64 896
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !8
   %174 = getelementptr i8, ptr %113, i64 896
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
   %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %175, <16 x float> %119)
-  store <16 x float> %176, ptr %173, align 4, !tbaa !4
+  store <16 x float> %176, ptr %173, align 4, !tbaa !8
   %177 = getelementptr inbounds nuw i8, ptr %116, i64 960
-  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !8
   %178 = getelementptr i8, ptr %113, i64 960
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
   %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %179, <16 x float> %119)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !4
+  store <16 x float> %180, ptr %177, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !11
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -4868,11 +5190,11 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %sext33 = shl i64 %24, 32
   %181 = ashr exact i64 %sext33, 32
   %182 = getelementptr inbounds i32, ptr %context_lens, i64 %181
-  %183 = load i32, ptr %182, align 4, !tbaa !4
+  %183 = load i32, ptr %182, align 4, !tbaa !8
   %184 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %185 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %186 = select <16 x i1> %185, <16 x float> zeroinitializer, <16 x float> %184
-  store <16 x float> %186, ptr %factor34.i, align 16, !tbaa !75
+  store <16 x float> %186, ptr %factor34.i, align 16, !tbaa !27
   %187 = mul nsw i64 %out_batch, %181
   %188 = getelementptr i16, ptr %out, i64 %187
   br label %for_begin_d_019.preheader.i
@@ -4880,146 +5202,146 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %189 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %190 = load float, ptr %189, align 4, !tbaa !73
+  %190 = load float, ptr %189, align 4, !tbaa !24
   %191 = insertelement <16 x float> poison, float %190, i64 0
   %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
   %193 = shl nuw nsw i64 %indvars.iv.i, 8
   %194 = getelementptr float, ptr %107, i64 %193
   %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %196 = load float, ptr %195, align 4, !tbaa !74
+  %196 = load float, ptr %195, align 4, !tbaa !25
   %197 = insertelement <16 x float> poison, float %196, i64 0
   %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
-  %199 = load <16 x float>, ptr %194, align 4, !tbaa !4
+  %199 = load <16 x float>, ptr %194, align 4, !tbaa !8
   %200 = getelementptr inbounds nuw float, ptr %acc.i, i64 %193
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !4
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
   %202 = fmul <16 x float> %201, %198
   %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %199, <16 x float> %202)
-  store <16 x float> %203, ptr %200, align 4, !tbaa !4
+  store <16 x float> %203, ptr %200, align 4, !tbaa !8
   %204 = getelementptr i8, ptr %194, i64 64
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
   %206 = getelementptr inbounds nuw i8, ptr %200, i64 64
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
   %208 = fmul <16 x float> %198, %207
   %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %205, <16 x float> %208)
-  store <16 x float> %209, ptr %206, align 4, !tbaa !4
+  store <16 x float> %209, ptr %206, align 4, !tbaa !8
   %210 = getelementptr i8, ptr %194, i64 128
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
   %212 = getelementptr inbounds nuw i8, ptr %200, i64 128
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
   %214 = fmul <16 x float> %198, %213
   %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %211, <16 x float> %214)
-  store <16 x float> %215, ptr %212, align 4, !tbaa !4
+  store <16 x float> %215, ptr %212, align 4, !tbaa !8
   %216 = getelementptr i8, ptr %194, i64 192
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !4
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !8
   %218 = getelementptr inbounds nuw i8, ptr %200, i64 192
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !4
+  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
   %220 = fmul <16 x float> %198, %219
   %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %217, <16 x float> %220)
-  store <16 x float> %221, ptr %218, align 4, !tbaa !4
+  store <16 x float> %221, ptr %218, align 4, !tbaa !8
   %222 = getelementptr i8, ptr %194, i64 256
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !4
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !8
   %224 = getelementptr inbounds nuw i8, ptr %200, i64 256
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !4
+  %225 = load <16 x float>, ptr %224, align 4, !tbaa !8
   %226 = fmul <16 x float> %198, %225
   %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %223, <16 x float> %226)
-  store <16 x float> %227, ptr %224, align 4, !tbaa !4
+  store <16 x float> %227, ptr %224, align 4, !tbaa !8
   %228 = getelementptr i8, ptr %194, i64 320
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !4
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !8
   %230 = getelementptr inbounds nuw i8, ptr %200, i64 320
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !4
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
   %232 = fmul <16 x float> %198, %231
   %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %229, <16 x float> %232)
-  store <16 x float> %233, ptr %230, align 4, !tbaa !4
+  store <16 x float> %233, ptr %230, align 4, !tbaa !8
   %234 = getelementptr i8, ptr %194, i64 384
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !4
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !8
   %236 = getelementptr inbounds nuw i8, ptr %200, i64 384
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !4
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !8
   %238 = fmul <16 x float> %198, %237
   %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 4, !tbaa !4
+  store <16 x float> %239, ptr %236, align 4, !tbaa !8
   %240 = getelementptr i8, ptr %194, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !4
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
   %242 = getelementptr inbounds nuw i8, ptr %200, i64 448
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !4
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !8
   %244 = fmul <16 x float> %198, %243
   %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %241, <16 x float> %244)
-  store <16 x float> %245, ptr %242, align 4, !tbaa !4
+  store <16 x float> %245, ptr %242, align 4, !tbaa !8
   %246 = getelementptr i8, ptr %194, i64 512
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !4
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !8
   %248 = getelementptr inbounds nuw i8, ptr %200, i64 512
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !4
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !8
   %250 = fmul <16 x float> %198, %249
   %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %247, <16 x float> %250)
-  store <16 x float> %251, ptr %248, align 4, !tbaa !4
+  store <16 x float> %251, ptr %248, align 4, !tbaa !8
   %252 = getelementptr i8, ptr %194, i64 576
-  %253 = load <16 x float>, ptr %252, align 4, !tbaa !4
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !8
   %254 = getelementptr inbounds nuw i8, ptr %200, i64 576
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !8
   %256 = fmul <16 x float> %198, %255
   %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %253, <16 x float> %256)
-  store <16 x float> %257, ptr %254, align 4, !tbaa !4
+  store <16 x float> %257, ptr %254, align 4, !tbaa !8
   %258 = getelementptr i8, ptr %194, i64 640
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !4
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !8
   %260 = getelementptr inbounds nuw i8, ptr %200, i64 640
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
   %262 = fmul <16 x float> %198, %261
   %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %259, <16 x float> %262)
-  store <16 x float> %263, ptr %260, align 4, !tbaa !4
+  store <16 x float> %263, ptr %260, align 4, !tbaa !8
   %264 = getelementptr i8, ptr %194, i64 704
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !4
+  %265 = load <16 x float>, ptr %264, align 4, !tbaa !8
   %266 = getelementptr inbounds nuw i8, ptr %200, i64 704
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !4
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !8
   %268 = fmul <16 x float> %198, %267
   %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %265, <16 x float> %268)
-  store <16 x float> %269, ptr %266, align 4, !tbaa !4
+  store <16 x float> %269, ptr %266, align 4, !tbaa !8
   %270 = getelementptr i8, ptr %194, i64 768
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !4
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
   %272 = getelementptr inbounds nuw i8, ptr %200, i64 768
-  %273 = load <16 x float>, ptr %272, align 4, !tbaa !4
+  %273 = load <16 x float>, ptr %272, align 4, !tbaa !8
   %274 = fmul <16 x float> %198, %273
   %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %271, <16 x float> %274)
-  store <16 x float> %275, ptr %272, align 4, !tbaa !4
+  store <16 x float> %275, ptr %272, align 4, !tbaa !8
   %276 = getelementptr i8, ptr %194, i64 832
-  %277 = load <16 x float>, ptr %276, align 4, !tbaa !4
+  %277 = load <16 x float>, ptr %276, align 4, !tbaa !8
   %278 = getelementptr inbounds nuw i8, ptr %200, i64 832
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !4
+  %279 = load <16 x float>, ptr %278, align 4, !tbaa !8
   %280 = fmul <16 x float> %198, %279
   %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %277, <16 x float> %280)
-  store <16 x float> %281, ptr %278, align 4, !tbaa !4
+  store <16 x float> %281, ptr %278, align 4, !tbaa !8
   %282 = getelementptr i8, ptr %194, i64 896
-  %283 = load <16 x float>, ptr %282, align 4, !tbaa !4
+  %283 = load <16 x float>, ptr %282, align 4, !tbaa !8
   %284 = getelementptr inbounds nuw i8, ptr %200, i64 896
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !4
+  %285 = load <16 x float>, ptr %284, align 4, !tbaa !8
   %286 = fmul <16 x float> %198, %285
   %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %283, <16 x float> %286)
-  store <16 x float> %287, ptr %284, align 4, !tbaa !4
+  store <16 x float> %287, ptr %284, align 4, !tbaa !8
   %288 = getelementptr i8, ptr %194, i64 960
-  %289 = load <16 x float>, ptr %288, align 4, !tbaa !4
+  %289 = load <16 x float>, ptr %288, align 4, !tbaa !8
   %290 = getelementptr inbounds nuw i8, ptr %200, i64 960
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !4
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
   %292 = fmul <16 x float> %198, %291
   %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %289, <16 x float> %292)
-  store <16 x float> %293, ptr %290, align 4, !tbaa !4
+  store <16 x float> %293, ptr %290, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !11
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !34
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %294 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %295 = load float, ptr %294, align 4, !tbaa !82
+  %295 = load float, ptr %294, align 4, !tbaa !35
   %296 = insertelement <16 x float> poison, float %295, i64 0
   %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
   %298 = mul nsw i64 %indvars.iv72.i, %out_head
   %invariant.gep.i = getelementptr i16, ptr %188, i64 %298
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 10
   %299 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %300 = load <16 x float>, ptr %299, align 4, !tbaa !4
+  %300 = load <16 x float>, ptr %299, align 4, !tbaa !8
   %301 = fmul <16 x float> %300, %297
   %302 = bitcast <16 x float> %301 to <16 x i32>
   %303 = lshr <16 x i32> %302, splat (i32 16)
@@ -5028,9 +5350,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %306 = add nuw <16 x i32> %305, %304
   %307 = lshr <16 x i32> %306, splat (i32 16)
   %308 = trunc nuw <16 x i32> %307 to <16 x i16>
-  store <16 x i16> %308, ptr %invariant.gep.i, align 2, !tbaa !4
+  store <16 x i16> %308, ptr %invariant.gep.i, align 2, !tbaa !8
   %309 = getelementptr inbounds nuw i8, ptr %299, i64 64
-  %310 = load <16 x float>, ptr %309, align 4, !tbaa !4
+  %310 = load <16 x float>, ptr %309, align 4, !tbaa !8
   %311 = fmul <16 x float> %297, %310
   %312 = bitcast <16 x float> %311 to <16 x i32>
   %313 = lshr <16 x i32> %312, splat (i32 16)
@@ -5040,9 +5362,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %317 = lshr <16 x i32> %316, splat (i32 16)
   %318 = trunc nuw <16 x i32> %317 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %318, ptr %gep.1.i, align 2, !tbaa !4
+  store <16 x i16> %318, ptr %gep.1.i, align 2, !tbaa !8
   %319 = getelementptr inbounds nuw i8, ptr %299, i64 128
-  %320 = load <16 x float>, ptr %319, align 4, !tbaa !4
+  %320 = load <16 x float>, ptr %319, align 4, !tbaa !8
   %321 = fmul <16 x float> %297, %320
   %322 = bitcast <16 x float> %321 to <16 x i32>
   %323 = lshr <16 x i32> %322, splat (i32 16)
@@ -5052,9 +5374,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %327 = lshr <16 x i32> %326, splat (i32 16)
   %328 = trunc nuw <16 x i32> %327 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %328, ptr %gep.2.i, align 2, !tbaa !4
+  store <16 x i16> %328, ptr %gep.2.i, align 2, !tbaa !8
   %329 = getelementptr inbounds nuw i8, ptr %299, i64 192
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !4
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !8
   %331 = fmul <16 x float> %297, %330
   %332 = bitcast <16 x float> %331 to <16 x i32>
   %333 = lshr <16 x i32> %332, splat (i32 16)
@@ -5064,9 +5386,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %337 = lshr <16 x i32> %336, splat (i32 16)
   %338 = trunc nuw <16 x i32> %337 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %338, ptr %gep.3.i, align 2, !tbaa !4
+  store <16 x i16> %338, ptr %gep.3.i, align 2, !tbaa !8
   %339 = getelementptr inbounds nuw i8, ptr %299, i64 256
-  %340 = load <16 x float>, ptr %339, align 4, !tbaa !4
+  %340 = load <16 x float>, ptr %339, align 4, !tbaa !8
   %341 = fmul <16 x float> %297, %340
   %342 = bitcast <16 x float> %341 to <16 x i32>
   %343 = lshr <16 x i32> %342, splat (i32 16)
@@ -5076,9 +5398,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %347 = lshr <16 x i32> %346, splat (i32 16)
   %348 = trunc nuw <16 x i32> %347 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %348, ptr %gep.4.i, align 2, !tbaa !4
+  store <16 x i16> %348, ptr %gep.4.i, align 2, !tbaa !8
   %349 = getelementptr inbounds nuw i8, ptr %299, i64 320
-  %350 = load <16 x float>, ptr %349, align 4, !tbaa !4
+  %350 = load <16 x float>, ptr %349, align 4, !tbaa !8
   %351 = fmul <16 x float> %297, %350
   %352 = bitcast <16 x float> %351 to <16 x i32>
   %353 = lshr <16 x i32> %352, splat (i32 16)
@@ -5088,9 +5410,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %357 = lshr <16 x i32> %356, splat (i32 16)
   %358 = trunc nuw <16 x i32> %357 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %358, ptr %gep.5.i, align 2, !tbaa !4
+  store <16 x i16> %358, ptr %gep.5.i, align 2, !tbaa !8
   %359 = getelementptr inbounds nuw i8, ptr %299, i64 384
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !4
+  %360 = load <16 x float>, ptr %359, align 4, !tbaa !8
   %361 = fmul <16 x float> %297, %360
   %362 = bitcast <16 x float> %361 to <16 x i32>
   %363 = lshr <16 x i32> %362, splat (i32 16)
@@ -5100,9 +5422,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %367 = lshr <16 x i32> %366, splat (i32 16)
   %368 = trunc nuw <16 x i32> %367 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %368, ptr %gep.6.i, align 2, !tbaa !4
+  store <16 x i16> %368, ptr %gep.6.i, align 2, !tbaa !8
   %369 = getelementptr inbounds nuw i8, ptr %299, i64 448
-  %370 = load <16 x float>, ptr %369, align 4, !tbaa !4
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !8
   %371 = fmul <16 x float> %297, %370
   %372 = bitcast <16 x float> %371 to <16 x i32>
   %373 = lshr <16 x i32> %372, splat (i32 16)
@@ -5112,9 +5434,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %377 = lshr <16 x i32> %376, splat (i32 16)
   %378 = trunc nuw <16 x i32> %377 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %378, ptr %gep.7.i, align 2, !tbaa !4
+  store <16 x i16> %378, ptr %gep.7.i, align 2, !tbaa !8
   %379 = getelementptr inbounds nuw i8, ptr %299, i64 512
-  %380 = load <16 x float>, ptr %379, align 4, !tbaa !4
+  %380 = load <16 x float>, ptr %379, align 4, !tbaa !8
   %381 = fmul <16 x float> %297, %380
   %382 = bitcast <16 x float> %381 to <16 x i32>
   %383 = lshr <16 x i32> %382, splat (i32 16)
@@ -5124,9 +5446,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %387 = lshr <16 x i32> %386, splat (i32 16)
   %388 = trunc nuw <16 x i32> %387 to <16 x i16>
   %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x i16> %388, ptr %gep.8.i, align 2, !tbaa !4
+  store <16 x i16> %388, ptr %gep.8.i, align 2, !tbaa !8
   %389 = getelementptr inbounds nuw i8, ptr %299, i64 576
-  %390 = load <16 x float>, ptr %389, align 4, !tbaa !4
+  %390 = load <16 x float>, ptr %389, align 4, !tbaa !8
   %391 = fmul <16 x float> %297, %390
   %392 = bitcast <16 x float> %391 to <16 x i32>
   %393 = lshr <16 x i32> %392, splat (i32 16)
@@ -5136,9 +5458,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %397 = lshr <16 x i32> %396, splat (i32 16)
   %398 = trunc nuw <16 x i32> %397 to <16 x i16>
   %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 288
-  store <16 x i16> %398, ptr %gep.9.i, align 2, !tbaa !4
+  store <16 x i16> %398, ptr %gep.9.i, align 2, !tbaa !8
   %399 = getelementptr inbounds nuw i8, ptr %299, i64 640
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !4
+  %400 = load <16 x float>, ptr %399, align 4, !tbaa !8
   %401 = fmul <16 x float> %297, %400
   %402 = bitcast <16 x float> %401 to <16 x i32>
   %403 = lshr <16 x i32> %402, splat (i32 16)
@@ -5148,9 +5470,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %407 = lshr <16 x i32> %406, splat (i32 16)
   %408 = trunc nuw <16 x i32> %407 to <16 x i16>
   %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x i16> %408, ptr %gep.10.i, align 2, !tbaa !4
+  store <16 x i16> %408, ptr %gep.10.i, align 2, !tbaa !8
   %409 = getelementptr inbounds nuw i8, ptr %299, i64 704
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !4
+  %410 = load <16 x float>, ptr %409, align 4, !tbaa !8
   %411 = fmul <16 x float> %297, %410
   %412 = bitcast <16 x float> %411 to <16 x i32>
   %413 = lshr <16 x i32> %412, splat (i32 16)
@@ -5160,9 +5482,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %417 = lshr <16 x i32> %416, splat (i32 16)
   %418 = trunc nuw <16 x i32> %417 to <16 x i16>
   %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 352
-  store <16 x i16> %418, ptr %gep.11.i, align 2, !tbaa !4
+  store <16 x i16> %418, ptr %gep.11.i, align 2, !tbaa !8
   %419 = getelementptr inbounds nuw i8, ptr %299, i64 768
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !4
+  %420 = load <16 x float>, ptr %419, align 4, !tbaa !8
   %421 = fmul <16 x float> %297, %420
   %422 = bitcast <16 x float> %421 to <16 x i32>
   %423 = lshr <16 x i32> %422, splat (i32 16)
@@ -5172,9 +5494,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %427 = lshr <16 x i32> %426, splat (i32 16)
   %428 = trunc nuw <16 x i32> %427 to <16 x i16>
   %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x i16> %428, ptr %gep.12.i, align 2, !tbaa !4
+  store <16 x i16> %428, ptr %gep.12.i, align 2, !tbaa !8
   %429 = getelementptr inbounds nuw i8, ptr %299, i64 832
-  %430 = load <16 x float>, ptr %429, align 4, !tbaa !4
+  %430 = load <16 x float>, ptr %429, align 4, !tbaa !8
   %431 = fmul <16 x float> %297, %430
   %432 = bitcast <16 x float> %431 to <16 x i32>
   %433 = lshr <16 x i32> %432, splat (i32 16)
@@ -5184,9 +5506,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %437 = lshr <16 x i32> %436, splat (i32 16)
   %438 = trunc nuw <16 x i32> %437 to <16 x i16>
   %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 416
-  store <16 x i16> %438, ptr %gep.13.i, align 2, !tbaa !4
+  store <16 x i16> %438, ptr %gep.13.i, align 2, !tbaa !8
   %439 = getelementptr inbounds nuw i8, ptr %299, i64 896
-  %440 = load <16 x float>, ptr %439, align 4, !tbaa !4
+  %440 = load <16 x float>, ptr %439, align 4, !tbaa !8
   %441 = fmul <16 x float> %297, %440
   %442 = bitcast <16 x float> %441 to <16 x i32>
   %443 = lshr <16 x i32> %442, splat (i32 16)
@@ -5196,9 +5518,9 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %447 = lshr <16 x i32> %446, splat (i32 16)
   %448 = trunc nuw <16 x i32> %447 to <16 x i16>
   %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x i16> %448, ptr %gep.14.i, align 2, !tbaa !4
+  store <16 x i16> %448, ptr %gep.14.i, align 2, !tbaa !8
   %449 = getelementptr inbounds nuw i8, ptr %299, i64 960
-  %450 = load <16 x float>, ptr %449, align 4, !tbaa !4
+  %450 = load <16 x float>, ptr %449, align 4, !tbaa !8
   %451 = fmul <16 x float> %297, %450
   %452 = bitcast <16 x float> %451 to <16 x i32>
   %453 = lshr <16 x i32> %452, splat (i32 16)
@@ -5208,10 +5530,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %457 = lshr <16 x i32> %456, splat (i32 16)
   %458 = trunc nuw <16 x i32> %457 to <16 x i16>
   %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 480
-  store <16 x i16> %458, ptr %gep.15.i, align 2, !tbaa !4
+  store <16 x i16> %458, ptr %gep.15.i, align 2, !tbaa !8
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !11
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %459 = add nsw i32 %183, -1
@@ -5237,7 +5559,7 @@ if_else.i:                                        ; preds = %for_begin_r24.prehe
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
   %473 = phi float [ %472, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %473, ptr %465, align 4, !tbaa !4
+  store float %473, ptr %465, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
   %474 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
   br i1 %474, label %if_end30.1.i, label %if_else.1.i
@@ -5252,7 +5574,7 @@ if_else.1.i:                                      ; preds = %if_end30.i
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
   %478 = phi float [ %477, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
   %479 = getelementptr i8, ptr %465, i64 4
-  store float %478, ptr %479, align 4, !tbaa !4
+  store float %478, ptr %479, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
   %480 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
   br i1 %480, label %if_end30.2.i, label %if_else.2.i
@@ -5267,7 +5589,7 @@ if_else.2.i:                                      ; preds = %if_end30.1.i
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
   %484 = phi float [ %483, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
   %485 = getelementptr i8, ptr %465, i64 8
-  store float %484, ptr %485, align 4, !tbaa !4
+  store float %484, ptr %485, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
   %486 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
   br i1 %486, label %if_end30.3.i, label %if_else.3.i
@@ -5282,7 +5604,7 @@ if_else.3.i:                                      ; preds = %if_end30.2.i
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
   %490 = phi float [ %489, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
   %491 = getelementptr i8, ptr %465, i64 12
-  store float %490, ptr %491, align 4, !tbaa !4
+  store float %490, ptr %491, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
   %492 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
   br i1 %492, label %if_end30.4.i, label %if_else.4.i
@@ -5297,7 +5619,7 @@ if_else.4.i:                                      ; preds = %if_end30.3.i
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
   %496 = phi float [ %495, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
   %497 = getelementptr i8, ptr %465, i64 16
-  store float %496, ptr %497, align 4, !tbaa !4
+  store float %496, ptr %497, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
   %498 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
   br i1 %498, label %if_end30.5.i, label %if_else.5.i
@@ -5312,7 +5634,7 @@ if_else.5.i:                                      ; preds = %if_end30.4.i
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
   %502 = phi float [ %501, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
   %503 = getelementptr i8, ptr %465, i64 20
-  store float %502, ptr %503, align 4, !tbaa !4
+  store float %502, ptr %503, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
   %504 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
   br i1 %504, label %if_end30.6.i, label %if_else.6.i
@@ -5327,7 +5649,7 @@ if_else.6.i:                                      ; preds = %if_end30.5.i
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
   %508 = phi float [ %507, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
   %509 = getelementptr i8, ptr %465, i64 24
-  store float %508, ptr %509, align 4, !tbaa !4
+  store float %508, ptr %509, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
   %510 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
   br i1 %510, label %if_end30.7.i, label %if_else.7.i
@@ -5342,7 +5664,7 @@ if_else.7.i:                                      ; preds = %if_end30.6.i
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
   %514 = phi float [ %513, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
   %515 = getelementptr i8, ptr %465, i64 28
-  store float %514, ptr %515, align 4, !tbaa !4
+  store float %514, ptr %515, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
   %516 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
   br i1 %516, label %if_end30.8.i, label %if_else.8.i
@@ -5357,7 +5679,7 @@ if_else.8.i:                                      ; preds = %if_end30.7.i
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
   %520 = phi float [ %519, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
   %521 = getelementptr i8, ptr %465, i64 32
-  store float %520, ptr %521, align 4, !tbaa !4
+  store float %520, ptr %521, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
   %522 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
   br i1 %522, label %if_end30.9.i, label %if_else.9.i
@@ -5372,7 +5694,7 @@ if_else.9.i:                                      ; preds = %if_end30.8.i
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
   %526 = phi float [ %525, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
   %527 = getelementptr i8, ptr %465, i64 36
-  store float %526, ptr %527, align 4, !tbaa !4
+  store float %526, ptr %527, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
   %528 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
   br i1 %528, label %if_end30.10.i, label %if_else.10.i
@@ -5387,7 +5709,7 @@ if_else.10.i:                                     ; preds = %if_end30.9.i
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
   %532 = phi float [ %531, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
   %533 = getelementptr i8, ptr %465, i64 40
-  store float %532, ptr %533, align 4, !tbaa !4
+  store float %532, ptr %533, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
   %534 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
   br i1 %534, label %if_end30.11.i, label %if_else.11.i
@@ -5402,7 +5724,7 @@ if_else.11.i:                                     ; preds = %if_end30.10.i
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
   %538 = phi float [ %537, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
   %539 = getelementptr i8, ptr %465, i64 44
-  store float %538, ptr %539, align 4, !tbaa !4
+  store float %538, ptr %539, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
   %540 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
   br i1 %540, label %if_end30.12.i, label %if_else.12.i
@@ -5417,7 +5739,7 @@ if_else.12.i:                                     ; preds = %if_end30.11.i
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
   %544 = phi float [ %543, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
   %545 = getelementptr i8, ptr %465, i64 48
-  store float %544, ptr %545, align 4, !tbaa !4
+  store float %544, ptr %545, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
   %546 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
   br i1 %546, label %if_end30.13.i, label %if_else.13.i
@@ -5432,7 +5754,7 @@ if_else.13.i:                                     ; preds = %if_end30.12.i
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
   %550 = phi float [ %549, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
   %551 = getelementptr i8, ptr %465, i64 52
-  store float %550, ptr %551, align 4, !tbaa !4
+  store float %550, ptr %551, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
   %552 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
   br i1 %552, label %if_end30.14.i, label %if_else.14.i
@@ -5447,7 +5769,7 @@ if_else.14.i:                                     ; preds = %if_end30.13.i
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
   %556 = phi float [ %555, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
   %557 = getelementptr i8, ptr %465, i64 56
-  store float %556, ptr %557, align 4, !tbaa !4
+  store float %556, ptr %557, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
   %558 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
   br i1 %558, label %if_end30.15.i, label %if_else.15.i
@@ -5462,8 +5784,8 @@ if_else.15.i:                                     ; preds = %if_end30.14.i
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
   %562 = phi float [ %561, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
   %563 = getelementptr i8, ptr %465, i64 60
-  store float %562, ptr %563, align 4, !tbaa !4
-  %564 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  store float %562, ptr %563, align 4, !tbaa !8
+  %564 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %565 = tail call i32 %564(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %565, 0
   %..i = sext i1 %.not.i to i32
@@ -5478,311 +5800,69 @@ merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #3
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <2 x float> @llvm.fmuladd.v2f32(<2 x float>, <2 x float>, <2 x float>) #3
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #3
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #3
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #5
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #7
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
-
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
-attributes #1 = { "target-cpu"="x86-64-v4" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #5 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #0 = { "target-cpu"="x86-64-v4" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
 !0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
-!3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!5, !5, i64 0}
-!5 = !{!"tvm-alias", !6}
-!6 = !{!"tvm-tbaa"}
-!7 = !{!"branch_weights", i32 1048576, i32 1}
-!8 = !{!"branch_weights", i32 127, i32 134217601}
-!9 = !{!10, !10, i64 0}
-!10 = !{!"ctx_ptr", !6, i64 0}
-!11 = !{!"branch_weights", i32 1, i32 1048575}
-!12 = !{!"branch_weights", i32 1, i32 1048576}
-!13 = !{!14, !14, i64 0}
-!14 = !{!"buffer0", !6, i64 0}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"buffer1", !6, i64 0}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer8.w64.b0", !12, i64 0}
+!12 = !{!"buffer8.w128.b0", !13, i64 0}
+!13 = !{!"buffer8.w256.b0", !14, i64 0}
+!14 = !{!"buffer8.w512.b0", !15, i64 0}
+!15 = !{!"buffer8.w1024.b0", !16, i64 0}
+!16 = !{!"buffer8", !5, i64 0}
 !17 = !{!18, !18, i64 0}
-!18 = !{!"buffer2", !6, i64 0}
-!19 = !{!"branch_weights", i32 127, i32 33554289}
-!20 = distinct !{!20, !21, !22, !23}
-!21 = !{!"llvm.loop.isvectorized", i32 1}
-!22 = !{!"llvm.loop.unroll.runtime.disable"}
-!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!24 = !{!25, !25, i64 0}
-!25 = !{!"buffer3", !6, i64 0}
-!26 = distinct !{!26, !21, !22, !23}
-!27 = !{!"branch_weights", i32 2032, i32 2147481616}
-!28 = !{!29, !29, i64 0}
-!29 = !{!"buffer4", !6, i64 0}
-!30 = !{!"branch_weights", i32 4064, i32 2147479584}
-!31 = distinct !{!31, !32}
-!32 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!33 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer5", !6, i64 0}
-!36 = !{!"branch_weights", i32 14224, i32 2147469424}
-!37 = !{!"branch_weights", i32 16256, i32 2147467392}
-!38 = distinct !{!38, !39}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!41 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!42 = distinct !{!42, !43, !44}
-!43 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!44 = !{!"llvm.loop.unroll.disable"}
-!45 = distinct !{!45, !39}
-!46 = distinct !{!46, !43, !44}
-!47 = distinct !{!47, !32}
-!48 = distinct !{!48, !32}
-!49 = distinct !{!49, !39}
-!50 = distinct !{!50, !43, !44}
-!51 = distinct !{!51, !39}
-!52 = distinct !{!52, !43, !44}
-!53 = !{!54, !54, i64 0}
-!54 = !{!"buffer6", !6, i64 0}
-!55 = !{!56, !56, i64 0}
-!56 = !{!"buffer7", !6, i64 0}
-!57 = !{!"branch_weights", i32 1, i32 127}
-!58 = distinct !{!58, !32}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer8.w64.b0", !61, i64 0}
-!61 = !{!"buffer8.w128.b0", !62, i64 0}
-!62 = !{!"buffer8.w256.b0", !63, i64 0}
-!63 = !{!"buffer8.w512.b0", !64, i64 0}
-!64 = !{!"buffer8.w1024.b0", !65, i64 0}
-!65 = !{!"buffer8", !6, i64 0}
-!66 = !{!67, !67, i64 0}
-!67 = !{!"buffer9.w64.b0", !68, i64 0}
-!68 = !{!"buffer9.w128.b0", !69, i64 0}
-!69 = !{!"buffer9.w256.b0", !70, i64 0}
-!70 = !{!"buffer9.w512.b0", !71, i64 0}
-!71 = !{!"buffer9.w1024.b0", !72, i64 0}
-!72 = !{!"buffer9", !6, i64 0}
-!73 = !{!72, !72, i64 0}
-!74 = !{!65, !65, i64 0}
-!75 = !{!76, !76, i64 0}
-!76 = !{!"buffer10.w64.b0", !77, i64 0}
-!77 = !{!"buffer10.w128.b0", !78, i64 0}
-!78 = !{!"buffer10.w256.b0", !79, i64 0}
-!79 = !{!"buffer10.w512.b0", !80, i64 0}
-!80 = !{!"buffer10.w1024.b0", !81, i64 0}
-!81 = !{!"buffer10", !6, i64 0}
-!82 = !{!81, !81, i64 0}
+!18 = !{!"buffer9.w64.b0", !19, i64 0}
+!19 = !{!"buffer9.w128.b0", !20, i64 0}
+!20 = !{!"buffer9.w256.b0", !21, i64 0}
+!21 = !{!"buffer9.w512.b0", !22, i64 0}
+!22 = !{!"buffer9.w1024.b0", !23, i64 0}
+!23 = !{!"buffer9", !5, i64 0}
+!24 = !{!23, !23, i64 0}
+!25 = !{!16, !16, i64 0}
+!26 = !{!"branch_weights", i32 1, i32 1048575}
+!27 = !{!28, !28, i64 0}
+!28 = !{!"buffer10.w64.b0", !29, i64 0}
+!29 = !{!"buffer10.w128.b0", !30, i64 0}
+!30 = !{!"buffer10.w256.b0", !31, i64 0}
+!31 = !{!"buffer10.w512.b0", !32, i64 0}
+!32 = !{!"buffer10.w1024.b0", !33, i64 0}
+!33 = !{!"buffer10", !5, i64 0}
+!34 = !{!"branch_weights", i32 127, i32 134217601}
+!35 = !{!33, !33, i64 0}

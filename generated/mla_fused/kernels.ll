@@ -8,8 +8,6 @@ source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
@@ -228,7 +226,194 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %v0 = bitcast float %a0 to i32
+  %0 = tail call float @llvm.fabs.f32(float %a0)
+  %v1 = bitcast float %0 to i32
+  %v2 = add nsw i32 %v1, -947912704
+  %v3 = add nsw i32 %v1, -1199570944
+  %v4 = icmp ult i32 %v2, %v3
+  br i1 %v4, label %b1, label %b5
+
+b1:                                               ; preds = %b0
+  %v5 = lshr i32 %v0, 13
+  %v7 = add nsw i32 %v5, -114688
+  %v8 = and i32 %v0, 8191
+  %v9 = icmp samesign ugt i32 %v8, 4096
+  br i1 %v9, label %b2, label %b3
+
+b2:                                               ; preds = %b1
+  %v10 = add nsw i32 %v5, -114687
+  br label %b13
+
+b3:                                               ; preds = %b1
+  %v11 = icmp eq i32 %v8, 4096
+  br i1 %v11, label %b4, label %b13
+
+b4:                                               ; preds = %b3
+  %v13 = and i32 %v5, 1
+  %v14 = add nsw i32 %v7, %v13
+  br label %b13
+
+b5:                                               ; preds = %b0
+  %v15 = icmp samesign ugt i32 %v1, 2139095040
+  br i1 %v15, label %b6, label %b7
+
+b6:                                               ; preds = %b5
+  %v16 = lshr i32 %v0, 13
+  %v17 = and i32 %v16, 511
+  %v18 = or disjoint i32 %v17, 32256
+  br label %b13
+
+b7:                                               ; preds = %b5
+  %v19 = icmp samesign ugt i32 %v1, 1199570943
+  br i1 %v19, label %b13, label %b8
+
+b8:                                               ; preds = %b7
+  %v20 = icmp samesign ult i32 %v1, 754974720
+  br i1 %v20, label %b13, label %b9
+
+b9:                                               ; preds = %b8
+  %v21 = lshr i32 %v1, 23
+  %v22 = sub nsw i32 113, %v21
+  %v23 = and i32 %v0, 8388607
+  %v24 = or disjoint i32 %v23, 8388608
+  %v25 = add nsw i32 %v21, -81
+  %v26 = shl i32 %v24, %v25
+  %v27 = icmp ne i32 %v26, 0
+  %v28 = lshr i32 %v24, %v22
+  %v29 = zext i1 %v27 to i32
+  %v30 = lshr i32 %v28, 13
+  %v31 = and i32 %v28, 8191
+  %v32 = or i32 %v31, %v29
+  %v33 = icmp samesign ugt i32 %v32, 4096
+  br i1 %v33, label %b10, label %b11
+
+b10:                                              ; preds = %b9
+  %v34 = add nuw nsw i32 %v30, 1
+  br label %b13
+
+b11:                                              ; preds = %b9
+  %v35 = icmp eq i32 %v32, 4096
+  br i1 %v35, label %b12, label %b13
+
+b12:                                              ; preds = %b11
+  %v36 = and i32 %v30, 1
+  %v37 = add nuw nsw i32 %v36, %v30
+  br label %b13
+
+b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
+  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
+  %v39 = lshr i32 %v0, 16
+  %v40 = and i32 %v39, 32768
+  %v41 = or i32 %v38, %v40
+  %vlast = trunc i32 %v41 to i16
+  %vres = bitcast i16 %vlast to half
+  ret half %vres
+}
+
+; Function Attrs: nofree nosync nounwind memory(none)
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #2 section ".text.tvm.fp16.conv" {
+b0:
+  %0 = tail call half @llvm.fabs.f16(half %a0)
+  %v1 = bitcast half %0 to i16
+  %v2 = zext nneg i16 %v1 to i32
+  %v3 = add nsw i16 %v1, -1024
+  %v4 = icmp ult i16 %v3, 30720
+  br i1 %v4, label %b1, label %b2
+
+b1:                                               ; preds = %b0
+  %v5 = shl nuw nsw i32 %v2, 13
+  %v6 = add nuw nsw i32 %v5, 939524096
+  br label %b6
+
+b2:                                               ; preds = %b0
+  %v7 = icmp samesign ugt i16 %v1, 31743
+  br i1 %v7, label %b3, label %b4
+
+b3:                                               ; preds = %b2
+  %v8 = shl nuw nsw i32 %v2, 13
+  %v9 = or i32 %v8, 2139095040
+  br label %b6
+
+b4:                                               ; preds = %b2
+  %v10 = icmp eq i16 %v1, 0
+  br i1 %v10, label %b6, label %b5
+
+b5:                                               ; preds = %b4
+  %v11 = icmp samesign ult i16 %v1, 256
+  %v12 = lshr i32 %v2, 8
+  %v13 = select i1 %v11, i32 %v2, i32 %v12
+  %v14 = select i1 %v11, i32 32, i32 24
+  %v15 = icmp samesign ult i32 %v13, 16
+  %v16 = lshr i32 %v13, 4
+  %v17 = add nsw i32 %v14, -4
+  %v18 = select i1 %v15, i32 %v13, i32 %v16
+  %v19 = select i1 %v15, i32 %v14, i32 %v17
+  %v20 = icmp samesign ult i32 %v18, 4
+  %v21 = lshr i32 %v18, 2
+  %v22 = add nsw i32 %v19, -2
+  %v23 = select i1 %v20, i32 %v18, i32 %v21
+  %v24 = select i1 %v20, i32 %v19, i32 %v22
+  %v25 = icmp samesign ult i32 %v23, 2
+  %v26 = sub nsw i32 0, %v23
+  %v27 = select i1 %v25, i32 %v26, i32 -2
+  %v28 = add nsw i32 %v27, %v24
+  %v29 = add nsw i32 %v28, -8
+  %v30 = shl i32 %v2, %v29
+  %v31 = xor i32 %v30, 8388608
+  %v32 = shl i32 %v28, 23
+  %v33 = sub i32 1124073472, %v32
+  %v34 = or i32 %v31, %v33
+  br label %b6
+
+b6:                                               ; preds = %b5, %b4, %b3, %b1
+  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
+  %vinp = bitcast half %a0 to i16
+  %v36 = and i16 %vinp, -32768
+  %v37 = zext i16 %v36 to i32
+  %v38 = shl nuw i32 %v37, 16
+  %v39 = or i32 %v35, %v38
+  %v40 = bitcast i32 %v39 to float
+  ret float %v40
+}
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!5, !5, i64 0}
+!5 = !{!"tvm-alias", !6}
+!6 = !{!"tvm-tbaa"}
+!7 = !{!"branch_weights", i32 1048576, i32 1}
+!8 = !{!"branch_weights", i32 127, i32 134217601}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor724.i = alloca [16 x float], align 16
   %tile_sum.rf730.i = alloca [256 x float], align 16
@@ -624,7 +809,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
 for_begin_s.i:                                    ; preds = %if_end716.i
   %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
   %exitcond1154.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1153.i
-  br i1 %exitcond1154.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+  br i1 %exitcond1154.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv1148.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1149.i, %for_begin_s.i ]
@@ -652,21 +837,21 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %222 = mul i64 %140, %indvars.iv1148.i
   %scevgep149 = getelementptr i8, ptr %211, i64 %222
   %scevgep150 = getelementptr i8, ptr %214, i64 %222
-  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %223(i32 1, i32 %dev_id, i64 147456, i32 0, i32 32)
   %224 = icmp eq ptr %q_tile.i, null
-  br i1 %224, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  br i1 %224, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %225 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %225 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc.i = tail call ptr %225(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %226 = icmp eq ptr %acc.i, null
-  br i1 %226, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  br i1 %226, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
   %227 = add nsw i64 %indvars.iv1148.i, %94
   %228 = getelementptr inbounds i32, ptr %context_lens, i64 %227
-  %229 = load i32, ptr %228, align 4, !tbaa !4
+  %229 = load i32, ptr %228, align 4, !tbaa !9
   %230 = mul nsw i64 %227, %q_batch
   %231 = getelementptr i16, ptr %query, i64 %230
   %scevgep285 = getelementptr i8, ptr %q_tile.i, i64 18432
@@ -688,7 +873,7 @@ vector.body296:                                   ; preds = %vector.body296, %fo
   %vec.ind298 = phi <8 x i64> [ %vec.ind.next303.2, %vector.body296 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.i ]
   %234 = shl i64 %index297, 2
   %235 = getelementptr i8, ptr %invariant.gep.i, i64 %234
-  %wide.vec299 = load <16 x i16>, ptr %235, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec299 = load <16 x i16>, ptr %235, align 2, !tbaa !9, !alias.scope !12
   %strided.vec300 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec301 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %236 = zext <8 x i16> %strided.vec301 to <8 x i32>
@@ -705,11 +890,11 @@ vector.body296:                                   ; preds = %vector.body296, %fo
   %247 = or <8 x i32> %246, %240
   %248 = shl nuw nsw <8 x i64> %vec.ind298, splat (i64 6)
   %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %248
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %247, <8 x ptr> align 4 %249, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %247, <8 x ptr> align 4 %249, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
   %index.next302 = shl i64 %index297, 2
   %250 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302
   %251 = getelementptr i8, ptr %250, i64 32
-  %wide.vec299.1 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec299.1 = load <16 x i16>, ptr %251, align 2, !tbaa !9, !alias.scope !12
   %strided.vec300.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec301.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %252 = zext <8 x i16> %strided.vec301.1 to <8 x i32>
@@ -727,11 +912,11 @@ vector.body296:                                   ; preds = %vector.body296, %fo
   %vec.ind.next303 = shl <8 x i64> %vec.ind298, splat (i64 6)
   %264 = add <8 x i64> %vec.ind.next303, splat (i64 512)
   %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %264
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %263, <8 x ptr> align 4 %265, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %263, <8 x ptr> align 4 %265, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
   %index.next302.1 = shl i64 %index297, 2
   %266 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302.1
   %267 = getelementptr i8, ptr %266, i64 64
-  %wide.vec299.2 = load <16 x i16>, ptr %267, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec299.2 = load <16 x i16>, ptr %267, align 2, !tbaa !9, !alias.scope !12
   %strided.vec300.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec301.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %268 = zext <8 x i16> %strided.vec301.2 to <8 x i32>
@@ -749,7 +934,7 @@ vector.body296:                                   ; preds = %vector.body296, %fo
   %vec.ind.next303.1 = shl <8 x i64> %vec.ind298, splat (i64 6)
   %280 = add <8 x i64> %vec.ind.next303.1, splat (i64 1024)
   %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %280
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %279, <8 x ptr> align 4 %281, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !15, !noalias !12
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %279, <8 x ptr> align 4 %281, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
   %index.next302.2 = add nuw nsw i64 %index297, 24
   %vec.ind.next303.2 = add nuw nsw <8 x i64> %vec.ind298, splat (i64 24)
   %282 = icmp eq i64 %index.next302.2, 288
@@ -768,7 +953,7 @@ vector.body275:                                   ; preds = %vector.body275, %fo
   %vec.ind277 = phi <8 x i64> [ %vec.ind.next282.2, %vector.body275 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.1.i ]
   %285 = shl i64 %index276, 2
   %286 = getelementptr i8, ptr %invariant.gep.1.i, i64 %285
-  %wide.vec278 = load <16 x i16>, ptr %286, align 2, !tbaa !4, !alias.scope !22
+  %wide.vec278 = load <16 x i16>, ptr %286, align 2, !tbaa !9, !alias.scope !22
   %strided.vec279 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec280 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %287 = zext <8 x i16> %strided.vec280 to <8 x i32>
@@ -786,11 +971,11 @@ vector.body275:                                   ; preds = %vector.body275, %fo
   %299 = shl nuw nsw <8 x i64> %vec.ind277, splat (i64 6)
   %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %299
   %301 = getelementptr inbounds nuw i8, <8 x ptr> %300, i64 18432
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %298, <8 x ptr> align 4 %301, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %298, <8 x ptr> align 4 %301, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
   %index.next281 = shl i64 %index276, 2
   %302 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281
   %303 = getelementptr i8, ptr %302, i64 32
-  %wide.vec278.1 = load <16 x i16>, ptr %303, align 2, !tbaa !4, !alias.scope !22
+  %wide.vec278.1 = load <16 x i16>, ptr %303, align 2, !tbaa !9, !alias.scope !22
   %strided.vec279.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec280.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %304 = zext <8 x i16> %strided.vec280.1 to <8 x i32>
@@ -809,11 +994,11 @@ vector.body275:                                   ; preds = %vector.body275, %fo
   %316 = add <8 x i64> %vec.ind.next282, splat (i64 512)
   %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %316
   %318 = getelementptr inbounds nuw i8, <8 x ptr> %317, i64 18432
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %315, <8 x ptr> align 4 %318, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %315, <8 x ptr> align 4 %318, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
   %index.next281.1 = shl i64 %index276, 2
   %319 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281.1
   %320 = getelementptr i8, ptr %319, i64 64
-  %wide.vec278.2 = load <16 x i16>, ptr %320, align 2, !tbaa !4, !alias.scope !22
+  %wide.vec278.2 = load <16 x i16>, ptr %320, align 2, !tbaa !9, !alias.scope !22
   %strided.vec279.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec280.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %321 = zext <8 x i16> %strided.vec280.2 to <8 x i32>
@@ -832,7 +1017,7 @@ vector.body275:                                   ; preds = %vector.body275, %fo
   %333 = add <8 x i64> %vec.ind.next282.1, splat (i64 1024)
   %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %333
   %335 = getelementptr inbounds nuw i8, <8 x ptr> %334, i64 18432
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %332, <8 x ptr> align 4 %335, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !25, !noalias !22
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %332, <8 x ptr> align 4 %335, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
   %index.next281.2 = add nuw nsw i64 %index276, 24
   %vec.ind.next282.2 = add nuw nsw <8 x i64> %vec.ind277, splat (i64 24)
   %336 = icmp eq i64 %index.next281.2, 288
@@ -843,13 +1028,13 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %gep.1.idx.i = shl i64 %indvars.iv.1.i, 2
   %gep.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i
   %337 = getelementptr i8, ptr %gep.1.i, i64 2
-  %338 = load i16, ptr %337, align 2, !tbaa !4
+  %338 = load i16, ptr %337, align 2, !tbaa !9
   %339 = zext i16 %338 to i32
   %340 = shl nuw i32 %339, 16
   %341 = bitcast i32 %340 to float
   %342 = fmul float %query_scale, %341
   %343 = bitcast float %342 to i32
-  %344 = load i16, ptr %gep.1.i, align 2, !tbaa !4
+  %344 = load i16, ptr %gep.1.i, align 2, !tbaa !9
   %345 = zext i16 %344 to i32
   %346 = shl nuw i32 %345, 16
   %347 = bitcast i32 %346 to float
@@ -860,18 +1045,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %.idx1174.i = shl nuw nsw i64 %indvars.iv.1.i, 6
   %gep1236.i = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i
   %352 = getelementptr inbounds nuw i8, ptr %gep1236.i, i64 18432
-  store i32 %351, ptr %352, align 4, !tbaa !4
+  store i32 %351, ptr %352, align 4, !tbaa !9
   %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
   %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.1
   %353 = getelementptr i8, ptr %gep.1.i.1, i64 2
-  %354 = load i16, ptr %353, align 2, !tbaa !4
+  %354 = load i16, ptr %353, align 2, !tbaa !9
   %355 = zext i16 %354 to i32
   %356 = shl nuw i32 %355, 16
   %357 = bitcast i32 %356 to float
   %358 = fmul float %query_scale, %357
   %359 = bitcast float %358 to i32
-  %360 = load i16, ptr %gep.1.i.1, align 2, !tbaa !4
+  %360 = load i16, ptr %gep.1.i.1, align 2, !tbaa !9
   %361 = zext i16 %360 to i32
   %362 = shl nuw i32 %361, 16
   %363 = bitcast i32 %362 to float
@@ -882,18 +1067,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %.idx1174.i.1 = shl nuw nsw i64 %indvars.iv.next.1.i, 6
   %gep1236.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.1
   %368 = getelementptr inbounds nuw i8, ptr %gep1236.i.1, i64 18432
-  store i32 %367, ptr %368, align 4, !tbaa !4
+  store i32 %367, ptr %368, align 4, !tbaa !9
   %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
   %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.2
   %369 = getelementptr i8, ptr %gep.1.i.2, i64 2
-  %370 = load i16, ptr %369, align 2, !tbaa !4
+  %370 = load i16, ptr %369, align 2, !tbaa !9
   %371 = zext i16 %370 to i32
   %372 = shl nuw i32 %371, 16
   %373 = bitcast i32 %372 to float
   %374 = fmul float %query_scale, %373
   %375 = bitcast float %374 to i32
-  %376 = load i16, ptr %gep.1.i.2, align 2, !tbaa !4
+  %376 = load i16, ptr %gep.1.i.2, align 2, !tbaa !9
   %377 = zext i16 %376 to i32
   %378 = shl nuw i32 %377, 16
   %379 = bitcast i32 %378 to float
@@ -904,18 +1089,18 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %.idx1174.i.2 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 6
   %gep1236.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.2
   %384 = getelementptr inbounds nuw i8, ptr %gep1236.i.2, i64 18432
-  store i32 %383, ptr %384, align 4, !tbaa !4
+  store i32 %383, ptr %384, align 4, !tbaa !9
   %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
   %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.3
   %385 = getelementptr i8, ptr %gep.1.i.3, i64 2
-  %386 = load i16, ptr %385, align 2, !tbaa !4
+  %386 = load i16, ptr %385, align 2, !tbaa !9
   %387 = zext i16 %386 to i32
   %388 = shl nuw i32 %387, 16
   %389 = bitcast i32 %388 to float
   %390 = fmul float %query_scale, %389
   %391 = bitcast float %390 to i32
-  %392 = load i16, ptr %gep.1.i.3, align 2, !tbaa !4
+  %392 = load i16, ptr %gep.1.i.3, align 2, !tbaa !9
   %393 = zext i16 %392 to i32
   %394 = shl nuw i32 %393, 16
   %395 = bitcast i32 %394 to float
@@ -926,7 +1111,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %.idx1174.i.3 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 6
   %gep1236.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.3
   %400 = getelementptr inbounds nuw i8, ptr %gep1236.i.3, i64 18432
-  store i32 %399, ptr %400, align 4, !tbaa !4
+  store i32 %399, ptr %400, align 4, !tbaa !9
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 288
   br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !29
@@ -958,7 +1143,7 @@ vector.body253:                                   ; preds = %vector.body253, %fo
   %vec.ind255 = phi <8 x i64> [ %vec.ind.next260.2, %vector.body253 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.2.i ]
   %404 = shl i64 %index254, 2
   %405 = getelementptr i8, ptr %invariant.gep.2.i, i64 %404
-  %wide.vec256 = load <16 x i16>, ptr %405, align 2, !tbaa !4, !alias.scope !32
+  %wide.vec256 = load <16 x i16>, ptr %405, align 2, !tbaa !9, !alias.scope !32
   %strided.vec257 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec258 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %406 = zext <8 x i16> %strided.vec258 to <8 x i32>
@@ -976,11 +1161,11 @@ vector.body253:                                   ; preds = %vector.body253, %fo
   %418 = shl nuw nsw <8 x i64> %vec.ind255, splat (i64 6)
   %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %418
   %420 = getelementptr inbounds nuw i8, <8 x ptr> %419, i64 36864
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %417, <8 x ptr> align 4 %420, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %417, <8 x ptr> align 4 %420, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
   %index.next259 = shl i64 %index254, 2
   %421 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259
   %422 = getelementptr i8, ptr %421, i64 32
-  %wide.vec256.1 = load <16 x i16>, ptr %422, align 2, !tbaa !4, !alias.scope !32
+  %wide.vec256.1 = load <16 x i16>, ptr %422, align 2, !tbaa !9, !alias.scope !32
   %strided.vec257.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec258.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %423 = zext <8 x i16> %strided.vec258.1 to <8 x i32>
@@ -999,11 +1184,11 @@ vector.body253:                                   ; preds = %vector.body253, %fo
   %435 = add <8 x i64> %vec.ind.next260, splat (i64 512)
   %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %435
   %437 = getelementptr inbounds nuw i8, <8 x ptr> %436, i64 36864
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %434, <8 x ptr> align 4 %437, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %434, <8 x ptr> align 4 %437, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
   %index.next259.1 = shl i64 %index254, 2
   %438 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259.1
   %439 = getelementptr i8, ptr %438, i64 64
-  %wide.vec256.2 = load <16 x i16>, ptr %439, align 2, !tbaa !4, !alias.scope !32
+  %wide.vec256.2 = load <16 x i16>, ptr %439, align 2, !tbaa !9, !alias.scope !32
   %strided.vec257.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec258.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %440 = zext <8 x i16> %strided.vec258.2 to <8 x i32>
@@ -1022,7 +1207,7 @@ vector.body253:                                   ; preds = %vector.body253, %fo
   %452 = add <8 x i64> %vec.ind.next260.1, splat (i64 1024)
   %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %452
   %454 = getelementptr inbounds nuw i8, <8 x ptr> %453, i64 36864
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %451, <8 x ptr> align 4 %454, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !35, !noalias !32
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %451, <8 x ptr> align 4 %454, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
   %index.next259.2 = add nuw nsw i64 %index254, 24
   %vec.ind.next260.2 = add nuw nsw <8 x i64> %vec.ind255, splat (i64 24)
   %455 = icmp eq i64 %index.next259.2, 288
@@ -1033,13 +1218,13 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %gep.2.idx.i = shl i64 %indvars.iv.2.i, 2
   %gep.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i
   %456 = getelementptr i8, ptr %gep.2.i, i64 2
-  %457 = load i16, ptr %456, align 2, !tbaa !4
+  %457 = load i16, ptr %456, align 2, !tbaa !9
   %458 = zext i16 %457 to i32
   %459 = shl nuw i32 %458, 16
   %460 = bitcast i32 %459 to float
   %461 = fmul float %query_scale, %460
   %462 = bitcast float %461 to i32
-  %463 = load i16, ptr %gep.2.i, align 2, !tbaa !4
+  %463 = load i16, ptr %gep.2.i, align 2, !tbaa !9
   %464 = zext i16 %463 to i32
   %465 = shl nuw i32 %464, 16
   %466 = bitcast i32 %465 to float
@@ -1050,18 +1235,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %.idx1175.i = shl nuw nsw i64 %indvars.iv.2.i, 6
   %gep1238.i = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i
   %471 = getelementptr inbounds nuw i8, ptr %gep1238.i, i64 36864
-  store i32 %470, ptr %471, align 4, !tbaa !4
+  store i32 %470, ptr %471, align 4, !tbaa !9
   %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
   %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.1
   %472 = getelementptr i8, ptr %gep.2.i.1, i64 2
-  %473 = load i16, ptr %472, align 2, !tbaa !4
+  %473 = load i16, ptr %472, align 2, !tbaa !9
   %474 = zext i16 %473 to i32
   %475 = shl nuw i32 %474, 16
   %476 = bitcast i32 %475 to float
   %477 = fmul float %query_scale, %476
   %478 = bitcast float %477 to i32
-  %479 = load i16, ptr %gep.2.i.1, align 2, !tbaa !4
+  %479 = load i16, ptr %gep.2.i.1, align 2, !tbaa !9
   %480 = zext i16 %479 to i32
   %481 = shl nuw i32 %480, 16
   %482 = bitcast i32 %481 to float
@@ -1072,18 +1257,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %.idx1175.i.1 = shl nuw nsw i64 %indvars.iv.next.2.i, 6
   %gep1238.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.1
   %487 = getelementptr inbounds nuw i8, ptr %gep1238.i.1, i64 36864
-  store i32 %486, ptr %487, align 4, !tbaa !4
+  store i32 %486, ptr %487, align 4, !tbaa !9
   %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
   %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.2
   %488 = getelementptr i8, ptr %gep.2.i.2, i64 2
-  %489 = load i16, ptr %488, align 2, !tbaa !4
+  %489 = load i16, ptr %488, align 2, !tbaa !9
   %490 = zext i16 %489 to i32
   %491 = shl nuw i32 %490, 16
   %492 = bitcast i32 %491 to float
   %493 = fmul float %query_scale, %492
   %494 = bitcast float %493 to i32
-  %495 = load i16, ptr %gep.2.i.2, align 2, !tbaa !4
+  %495 = load i16, ptr %gep.2.i.2, align 2, !tbaa !9
   %496 = zext i16 %495 to i32
   %497 = shl nuw i32 %496, 16
   %498 = bitcast i32 %497 to float
@@ -1094,18 +1279,18 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %.idx1175.i.2 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 6
   %gep1238.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.2
   %503 = getelementptr inbounds nuw i8, ptr %gep1238.i.2, i64 36864
-  store i32 %502, ptr %503, align 4, !tbaa !4
+  store i32 %502, ptr %503, align 4, !tbaa !9
   %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
   %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.3
   %504 = getelementptr i8, ptr %gep.2.i.3, i64 2
-  %505 = load i16, ptr %504, align 2, !tbaa !4
+  %505 = load i16, ptr %504, align 2, !tbaa !9
   %506 = zext i16 %505 to i32
   %507 = shl nuw i32 %506, 16
   %508 = bitcast i32 %507 to float
   %509 = fmul float %query_scale, %508
   %510 = bitcast float %509 to i32
-  %511 = load i16, ptr %gep.2.i.3, align 2, !tbaa !4
+  %511 = load i16, ptr %gep.2.i.3, align 2, !tbaa !9
   %512 = zext i16 %511 to i32
   %513 = shl nuw i32 %512, 16
   %514 = bitcast i32 %513 to float
@@ -1116,7 +1301,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %.idx1175.i.3 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 6
   %gep1238.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.3
   %519 = getelementptr inbounds nuw i8, ptr %gep1238.i.3, i64 36864
-  store i32 %518, ptr %519, align 4, !tbaa !4
+  store i32 %518, ptr %519, align 4, !tbaa !9
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 288
   br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !38
@@ -1148,7 +1333,7 @@ vector.body231:                                   ; preds = %vector.body231, %fo
   %vec.ind233 = phi <8 x i64> [ %vec.ind.next238.2, %vector.body231 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.3.i ]
   %523 = shl i64 %index232, 2
   %524 = getelementptr i8, ptr %invariant.gep.3.i, i64 %523
-  %wide.vec234 = load <16 x i16>, ptr %524, align 2, !tbaa !4, !alias.scope !39
+  %wide.vec234 = load <16 x i16>, ptr %524, align 2, !tbaa !9, !alias.scope !39
   %strided.vec235 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec236 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %525 = zext <8 x i16> %strided.vec236 to <8 x i32>
@@ -1166,11 +1351,11 @@ vector.body231:                                   ; preds = %vector.body231, %fo
   %537 = shl nuw nsw <8 x i64> %vec.ind233, splat (i64 6)
   %538 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %537
   %539 = getelementptr inbounds nuw i8, <8 x ptr> %538, i64 55296
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %536, <8 x ptr> align 4 %539, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %536, <8 x ptr> align 4 %539, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
   %index.next237 = shl i64 %index232, 2
   %540 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237
   %541 = getelementptr i8, ptr %540, i64 32
-  %wide.vec234.1 = load <16 x i16>, ptr %541, align 2, !tbaa !4, !alias.scope !39
+  %wide.vec234.1 = load <16 x i16>, ptr %541, align 2, !tbaa !9, !alias.scope !39
   %strided.vec235.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec236.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %542 = zext <8 x i16> %strided.vec236.1 to <8 x i32>
@@ -1189,11 +1374,11 @@ vector.body231:                                   ; preds = %vector.body231, %fo
   %554 = add <8 x i64> %vec.ind.next238, splat (i64 512)
   %555 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %554
   %556 = getelementptr inbounds nuw i8, <8 x ptr> %555, i64 55296
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %553, <8 x ptr> align 4 %556, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %553, <8 x ptr> align 4 %556, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
   %index.next237.1 = shl i64 %index232, 2
   %557 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237.1
   %558 = getelementptr i8, ptr %557, i64 64
-  %wide.vec234.2 = load <16 x i16>, ptr %558, align 2, !tbaa !4, !alias.scope !39
+  %wide.vec234.2 = load <16 x i16>, ptr %558, align 2, !tbaa !9, !alias.scope !39
   %strided.vec235.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec236.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %559 = zext <8 x i16> %strided.vec236.2 to <8 x i32>
@@ -1212,7 +1397,7 @@ vector.body231:                                   ; preds = %vector.body231, %fo
   %571 = add <8 x i64> %vec.ind.next238.1, splat (i64 1024)
   %572 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %571
   %573 = getelementptr inbounds nuw i8, <8 x ptr> %572, i64 55296
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %570, <8 x ptr> align 4 %573, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !42, !noalias !39
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %570, <8 x ptr> align 4 %573, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
   %index.next237.2 = add nuw nsw i64 %index232, 24
   %vec.ind.next238.2 = add nuw nsw <8 x i64> %vec.ind233, splat (i64 24)
   %574 = icmp eq i64 %index.next237.2, 288
@@ -1223,13 +1408,13 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %gep.3.idx.i = shl i64 %indvars.iv.3.i, 2
   %gep.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i
   %575 = getelementptr i8, ptr %gep.3.i, i64 2
-  %576 = load i16, ptr %575, align 2, !tbaa !4
+  %576 = load i16, ptr %575, align 2, !tbaa !9
   %577 = zext i16 %576 to i32
   %578 = shl nuw i32 %577, 16
   %579 = bitcast i32 %578 to float
   %580 = fmul float %query_scale, %579
   %581 = bitcast float %580 to i32
-  %582 = load i16, ptr %gep.3.i, align 2, !tbaa !4
+  %582 = load i16, ptr %gep.3.i, align 2, !tbaa !9
   %583 = zext i16 %582 to i32
   %584 = shl nuw i32 %583, 16
   %585 = bitcast i32 %584 to float
@@ -1240,18 +1425,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %.idx1176.i = shl nuw nsw i64 %indvars.iv.3.i, 6
   %gep1240.i = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i
   %590 = getelementptr inbounds nuw i8, ptr %gep1240.i, i64 55296
-  store i32 %589, ptr %590, align 4, !tbaa !4
+  store i32 %589, ptr %590, align 4, !tbaa !9
   %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
   %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.1
   %591 = getelementptr i8, ptr %gep.3.i.1, i64 2
-  %592 = load i16, ptr %591, align 2, !tbaa !4
+  %592 = load i16, ptr %591, align 2, !tbaa !9
   %593 = zext i16 %592 to i32
   %594 = shl nuw i32 %593, 16
   %595 = bitcast i32 %594 to float
   %596 = fmul float %query_scale, %595
   %597 = bitcast float %596 to i32
-  %598 = load i16, ptr %gep.3.i.1, align 2, !tbaa !4
+  %598 = load i16, ptr %gep.3.i.1, align 2, !tbaa !9
   %599 = zext i16 %598 to i32
   %600 = shl nuw i32 %599, 16
   %601 = bitcast i32 %600 to float
@@ -1262,18 +1447,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %.idx1176.i.1 = shl nuw nsw i64 %indvars.iv.next.3.i, 6
   %gep1240.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.1
   %606 = getelementptr inbounds nuw i8, ptr %gep1240.i.1, i64 55296
-  store i32 %605, ptr %606, align 4, !tbaa !4
+  store i32 %605, ptr %606, align 4, !tbaa !9
   %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
   %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.2
   %607 = getelementptr i8, ptr %gep.3.i.2, i64 2
-  %608 = load i16, ptr %607, align 2, !tbaa !4
+  %608 = load i16, ptr %607, align 2, !tbaa !9
   %609 = zext i16 %608 to i32
   %610 = shl nuw i32 %609, 16
   %611 = bitcast i32 %610 to float
   %612 = fmul float %query_scale, %611
   %613 = bitcast float %612 to i32
-  %614 = load i16, ptr %gep.3.i.2, align 2, !tbaa !4
+  %614 = load i16, ptr %gep.3.i.2, align 2, !tbaa !9
   %615 = zext i16 %614 to i32
   %616 = shl nuw i32 %615, 16
   %617 = bitcast i32 %616 to float
@@ -1284,18 +1469,18 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %.idx1176.i.2 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 6
   %gep1240.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.2
   %622 = getelementptr inbounds nuw i8, ptr %gep1240.i.2, i64 55296
-  store i32 %621, ptr %622, align 4, !tbaa !4
+  store i32 %621, ptr %622, align 4, !tbaa !9
   %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
   %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.3
   %623 = getelementptr i8, ptr %gep.3.i.3, i64 2
-  %624 = load i16, ptr %623, align 2, !tbaa !4
+  %624 = load i16, ptr %623, align 2, !tbaa !9
   %625 = zext i16 %624 to i32
   %626 = shl nuw i32 %625, 16
   %627 = bitcast i32 %626 to float
   %628 = fmul float %query_scale, %627
   %629 = bitcast float %628 to i32
-  %630 = load i16, ptr %gep.3.i.3, align 2, !tbaa !4
+  %630 = load i16, ptr %gep.3.i.3, align 2, !tbaa !9
   %631 = zext i16 %630 to i32
   %632 = shl nuw i32 %631, 16
   %633 = bitcast i32 %632 to float
@@ -1306,7 +1491,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %.idx1176.i.3 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 6
   %gep1240.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.3
   %638 = getelementptr inbounds nuw i8, ptr %gep1240.i.3, i64 55296
-  store i32 %637, ptr %638, align 4, !tbaa !4
+  store i32 %637, ptr %638, align 4, !tbaa !9
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 288
   br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !45
@@ -1338,7 +1523,7 @@ vector.body209:                                   ; preds = %vector.body209, %fo
   %vec.ind211 = phi <8 x i64> [ %vec.ind.next216.2, %vector.body209 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.4.i ]
   %642 = shl i64 %index210, 2
   %643 = getelementptr i8, ptr %invariant.gep.4.i, i64 %642
-  %wide.vec212 = load <16 x i16>, ptr %643, align 2, !tbaa !4, !alias.scope !46
+  %wide.vec212 = load <16 x i16>, ptr %643, align 2, !tbaa !9, !alias.scope !46
   %strided.vec213 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec214 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %644 = zext <8 x i16> %strided.vec214 to <8 x i32>
@@ -1356,11 +1541,11 @@ vector.body209:                                   ; preds = %vector.body209, %fo
   %656 = shl nuw nsw <8 x i64> %vec.ind211, splat (i64 6)
   %657 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %656
   %658 = getelementptr inbounds nuw i8, <8 x ptr> %657, i64 73728
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %655, <8 x ptr> align 4 %658, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %655, <8 x ptr> align 4 %658, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
   %index.next215 = shl i64 %index210, 2
   %659 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215
   %660 = getelementptr i8, ptr %659, i64 32
-  %wide.vec212.1 = load <16 x i16>, ptr %660, align 2, !tbaa !4, !alias.scope !46
+  %wide.vec212.1 = load <16 x i16>, ptr %660, align 2, !tbaa !9, !alias.scope !46
   %strided.vec213.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec214.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %661 = zext <8 x i16> %strided.vec214.1 to <8 x i32>
@@ -1379,11 +1564,11 @@ vector.body209:                                   ; preds = %vector.body209, %fo
   %673 = add <8 x i64> %vec.ind.next216, splat (i64 512)
   %674 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %673
   %675 = getelementptr inbounds nuw i8, <8 x ptr> %674, i64 73728
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %672, <8 x ptr> align 4 %675, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %672, <8 x ptr> align 4 %675, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
   %index.next215.1 = shl i64 %index210, 2
   %676 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215.1
   %677 = getelementptr i8, ptr %676, i64 64
-  %wide.vec212.2 = load <16 x i16>, ptr %677, align 2, !tbaa !4, !alias.scope !46
+  %wide.vec212.2 = load <16 x i16>, ptr %677, align 2, !tbaa !9, !alias.scope !46
   %strided.vec213.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec214.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %678 = zext <8 x i16> %strided.vec214.2 to <8 x i32>
@@ -1402,7 +1587,7 @@ vector.body209:                                   ; preds = %vector.body209, %fo
   %690 = add <8 x i64> %vec.ind.next216.1, splat (i64 1024)
   %691 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %690
   %692 = getelementptr inbounds nuw i8, <8 x ptr> %691, i64 73728
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %689, <8 x ptr> align 4 %692, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !49, !noalias !46
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %689, <8 x ptr> align 4 %692, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
   %index.next215.2 = add nuw nsw i64 %index210, 24
   %vec.ind.next216.2 = add nuw nsw <8 x i64> %vec.ind211, splat (i64 24)
   %693 = icmp eq i64 %index.next215.2, 288
@@ -1413,13 +1598,13 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %gep.4.idx.i = shl i64 %indvars.iv.4.i, 2
   %gep.4.i = getelementptr i8, ptr %invariant.gep.4.i, i64 %gep.4.idx.i
   %694 = getelementptr i8, ptr %gep.4.i, i64 2
-  %695 = load i16, ptr %694, align 2, !tbaa !4
+  %695 = load i16, ptr %694, align 2, !tbaa !9
   %696 = zext i16 %695 to i32
   %697 = shl nuw i32 %696, 16
   %698 = bitcast i32 %697 to float
   %699 = fmul float %query_scale, %698
   %700 = bitcast float %699 to i32
-  %701 = load i16, ptr %gep.4.i, align 2, !tbaa !4
+  %701 = load i16, ptr %gep.4.i, align 2, !tbaa !9
   %702 = zext i16 %701 to i32
   %703 = shl nuw i32 %702, 16
   %704 = bitcast i32 %703 to float
@@ -1430,18 +1615,18 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %.idx1177.i = shl nuw nsw i64 %indvars.iv.4.i, 6
   %gep1242.i = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i
   %709 = getelementptr inbounds nuw i8, ptr %gep1242.i, i64 73728
-  store i32 %708, ptr %709, align 4, !tbaa !4
+  store i32 %708, ptr %709, align 4, !tbaa !9
   %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
   %gep.4.idx.i.1 = shl i64 %indvars.iv.next.4.i, 2
   %gep.4.i.1 = getelementptr i8, ptr %invariant.gep.4.i, i64 %gep.4.idx.i.1
   %710 = getelementptr i8, ptr %gep.4.i.1, i64 2
-  %711 = load i16, ptr %710, align 2, !tbaa !4
+  %711 = load i16, ptr %710, align 2, !tbaa !9
   %712 = zext i16 %711 to i32
   %713 = shl nuw i32 %712, 16
   %714 = bitcast i32 %713 to float
   %715 = fmul float %query_scale, %714
   %716 = bitcast float %715 to i32
-  %717 = load i16, ptr %gep.4.i.1, align 2, !tbaa !4
+  %717 = load i16, ptr %gep.4.i.1, align 2, !tbaa !9
   %718 = zext i16 %717 to i32
   %719 = shl nuw i32 %718, 16
   %720 = bitcast i32 %719 to float
@@ -1452,18 +1637,18 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %.idx1177.i.1 = shl nuw nsw i64 %indvars.iv.next.4.i, 6
   %gep1242.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.1
   %725 = getelementptr inbounds nuw i8, ptr %gep1242.i.1, i64 73728
-  store i32 %724, ptr %725, align 4, !tbaa !4
+  store i32 %724, ptr %725, align 4, !tbaa !9
   %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
   %gep.4.idx.i.2 = shl i64 %indvars.iv.next.4.i.1, 2
   %gep.4.i.2 = getelementptr i8, ptr %invariant.gep.4.i, i64 %gep.4.idx.i.2
   %726 = getelementptr i8, ptr %gep.4.i.2, i64 2
-  %727 = load i16, ptr %726, align 2, !tbaa !4
+  %727 = load i16, ptr %726, align 2, !tbaa !9
   %728 = zext i16 %727 to i32
   %729 = shl nuw i32 %728, 16
   %730 = bitcast i32 %729 to float
   %731 = fmul float %query_scale, %730
   %732 = bitcast float %731 to i32
-  %733 = load i16, ptr %gep.4.i.2, align 2, !tbaa !4
+  %733 = load i16, ptr %gep.4.i.2, align 2, !tbaa !9
   %734 = zext i16 %733 to i32
   %735 = shl nuw i32 %734, 16
   %736 = bitcast i32 %735 to float
@@ -1474,18 +1659,18 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %.idx1177.i.2 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 6
   %gep1242.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.2
   %741 = getelementptr inbounds nuw i8, ptr %gep1242.i.2, i64 73728
-  store i32 %740, ptr %741, align 4, !tbaa !4
+  store i32 %740, ptr %741, align 4, !tbaa !9
   %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
   %gep.4.idx.i.3 = shl i64 %indvars.iv.next.4.i.2, 2
   %gep.4.i.3 = getelementptr i8, ptr %invariant.gep.4.i, i64 %gep.4.idx.i.3
   %742 = getelementptr i8, ptr %gep.4.i.3, i64 2
-  %743 = load i16, ptr %742, align 2, !tbaa !4
+  %743 = load i16, ptr %742, align 2, !tbaa !9
   %744 = zext i16 %743 to i32
   %745 = shl nuw i32 %744, 16
   %746 = bitcast i32 %745 to float
   %747 = fmul float %query_scale, %746
   %748 = bitcast float %747 to i32
-  %749 = load i16, ptr %gep.4.i.3, align 2, !tbaa !4
+  %749 = load i16, ptr %gep.4.i.3, align 2, !tbaa !9
   %750 = zext i16 %749 to i32
   %751 = shl nuw i32 %750, 16
   %752 = bitcast i32 %751 to float
@@ -1496,7 +1681,7 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %.idx1177.i.3 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 6
   %gep1242.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.3
   %757 = getelementptr inbounds nuw i8, ptr %gep1242.i.3, i64 73728
-  store i32 %756, ptr %757, align 4, !tbaa !4
+  store i32 %756, ptr %757, align 4, !tbaa !9
   %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
   %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 288
   br i1 %exitcond.4.not.i.3, label %for_end_d.4.i, label %for_body_d.4.i, !prof !28, !llvm.loop !52
@@ -1528,7 +1713,7 @@ vector.body187:                                   ; preds = %vector.body187, %fo
   %vec.ind189 = phi <8 x i64> [ %vec.ind.next194.2, %vector.body187 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.5.i ]
   %761 = shl i64 %index188, 2
   %762 = getelementptr i8, ptr %invariant.gep.5.i, i64 %761
-  %wide.vec190 = load <16 x i16>, ptr %762, align 2, !tbaa !4, !alias.scope !53
+  %wide.vec190 = load <16 x i16>, ptr %762, align 2, !tbaa !9, !alias.scope !53
   %strided.vec191 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec192 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %763 = zext <8 x i16> %strided.vec192 to <8 x i32>
@@ -1546,11 +1731,11 @@ vector.body187:                                   ; preds = %vector.body187, %fo
   %775 = shl nuw nsw <8 x i64> %vec.ind189, splat (i64 6)
   %776 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %775
   %777 = getelementptr inbounds nuw i8, <8 x ptr> %776, i64 92160
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %774, <8 x ptr> align 4 %777, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %774, <8 x ptr> align 4 %777, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
   %index.next193 = shl i64 %index188, 2
   %778 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193
   %779 = getelementptr i8, ptr %778, i64 32
-  %wide.vec190.1 = load <16 x i16>, ptr %779, align 2, !tbaa !4, !alias.scope !53
+  %wide.vec190.1 = load <16 x i16>, ptr %779, align 2, !tbaa !9, !alias.scope !53
   %strided.vec191.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec192.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %780 = zext <8 x i16> %strided.vec192.1 to <8 x i32>
@@ -1569,11 +1754,11 @@ vector.body187:                                   ; preds = %vector.body187, %fo
   %792 = add <8 x i64> %vec.ind.next194, splat (i64 512)
   %793 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %792
   %794 = getelementptr inbounds nuw i8, <8 x ptr> %793, i64 92160
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %791, <8 x ptr> align 4 %794, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %791, <8 x ptr> align 4 %794, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
   %index.next193.1 = shl i64 %index188, 2
   %795 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193.1
   %796 = getelementptr i8, ptr %795, i64 64
-  %wide.vec190.2 = load <16 x i16>, ptr %796, align 2, !tbaa !4, !alias.scope !53
+  %wide.vec190.2 = load <16 x i16>, ptr %796, align 2, !tbaa !9, !alias.scope !53
   %strided.vec191.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec192.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %797 = zext <8 x i16> %strided.vec192.2 to <8 x i32>
@@ -1592,7 +1777,7 @@ vector.body187:                                   ; preds = %vector.body187, %fo
   %809 = add <8 x i64> %vec.ind.next194.1, splat (i64 1024)
   %810 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %809
   %811 = getelementptr inbounds nuw i8, <8 x ptr> %810, i64 92160
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %808, <8 x ptr> align 4 %811, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !56, !noalias !53
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %808, <8 x ptr> align 4 %811, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
   %index.next193.2 = add nuw nsw i64 %index188, 24
   %vec.ind.next194.2 = add nuw nsw <8 x i64> %vec.ind189, splat (i64 24)
   %812 = icmp eq i64 %index.next193.2, 288
@@ -1603,13 +1788,13 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %gep.5.idx.i = shl i64 %indvars.iv.5.i, 2
   %gep.5.i = getelementptr i8, ptr %invariant.gep.5.i, i64 %gep.5.idx.i
   %813 = getelementptr i8, ptr %gep.5.i, i64 2
-  %814 = load i16, ptr %813, align 2, !tbaa !4
+  %814 = load i16, ptr %813, align 2, !tbaa !9
   %815 = zext i16 %814 to i32
   %816 = shl nuw i32 %815, 16
   %817 = bitcast i32 %816 to float
   %818 = fmul float %query_scale, %817
   %819 = bitcast float %818 to i32
-  %820 = load i16, ptr %gep.5.i, align 2, !tbaa !4
+  %820 = load i16, ptr %gep.5.i, align 2, !tbaa !9
   %821 = zext i16 %820 to i32
   %822 = shl nuw i32 %821, 16
   %823 = bitcast i32 %822 to float
@@ -1620,18 +1805,18 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %.idx1178.i = shl nuw nsw i64 %indvars.iv.5.i, 6
   %gep1244.i = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i
   %828 = getelementptr inbounds nuw i8, ptr %gep1244.i, i64 92160
-  store i32 %827, ptr %828, align 4, !tbaa !4
+  store i32 %827, ptr %828, align 4, !tbaa !9
   %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
   %gep.5.idx.i.1 = shl i64 %indvars.iv.next.5.i, 2
   %gep.5.i.1 = getelementptr i8, ptr %invariant.gep.5.i, i64 %gep.5.idx.i.1
   %829 = getelementptr i8, ptr %gep.5.i.1, i64 2
-  %830 = load i16, ptr %829, align 2, !tbaa !4
+  %830 = load i16, ptr %829, align 2, !tbaa !9
   %831 = zext i16 %830 to i32
   %832 = shl nuw i32 %831, 16
   %833 = bitcast i32 %832 to float
   %834 = fmul float %query_scale, %833
   %835 = bitcast float %834 to i32
-  %836 = load i16, ptr %gep.5.i.1, align 2, !tbaa !4
+  %836 = load i16, ptr %gep.5.i.1, align 2, !tbaa !9
   %837 = zext i16 %836 to i32
   %838 = shl nuw i32 %837, 16
   %839 = bitcast i32 %838 to float
@@ -1642,18 +1827,18 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %.idx1178.i.1 = shl nuw nsw i64 %indvars.iv.next.5.i, 6
   %gep1244.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.1
   %844 = getelementptr inbounds nuw i8, ptr %gep1244.i.1, i64 92160
-  store i32 %843, ptr %844, align 4, !tbaa !4
+  store i32 %843, ptr %844, align 4, !tbaa !9
   %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
   %gep.5.idx.i.2 = shl i64 %indvars.iv.next.5.i.1, 2
   %gep.5.i.2 = getelementptr i8, ptr %invariant.gep.5.i, i64 %gep.5.idx.i.2
   %845 = getelementptr i8, ptr %gep.5.i.2, i64 2
-  %846 = load i16, ptr %845, align 2, !tbaa !4
+  %846 = load i16, ptr %845, align 2, !tbaa !9
   %847 = zext i16 %846 to i32
   %848 = shl nuw i32 %847, 16
   %849 = bitcast i32 %848 to float
   %850 = fmul float %query_scale, %849
   %851 = bitcast float %850 to i32
-  %852 = load i16, ptr %gep.5.i.2, align 2, !tbaa !4
+  %852 = load i16, ptr %gep.5.i.2, align 2, !tbaa !9
   %853 = zext i16 %852 to i32
   %854 = shl nuw i32 %853, 16
   %855 = bitcast i32 %854 to float
@@ -1664,18 +1849,18 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %.idx1178.i.2 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 6
   %gep1244.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.2
   %860 = getelementptr inbounds nuw i8, ptr %gep1244.i.2, i64 92160
-  store i32 %859, ptr %860, align 4, !tbaa !4
+  store i32 %859, ptr %860, align 4, !tbaa !9
   %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
   %gep.5.idx.i.3 = shl i64 %indvars.iv.next.5.i.2, 2
   %gep.5.i.3 = getelementptr i8, ptr %invariant.gep.5.i, i64 %gep.5.idx.i.3
   %861 = getelementptr i8, ptr %gep.5.i.3, i64 2
-  %862 = load i16, ptr %861, align 2, !tbaa !4
+  %862 = load i16, ptr %861, align 2, !tbaa !9
   %863 = zext i16 %862 to i32
   %864 = shl nuw i32 %863, 16
   %865 = bitcast i32 %864 to float
   %866 = fmul float %query_scale, %865
   %867 = bitcast float %866 to i32
-  %868 = load i16, ptr %gep.5.i.3, align 2, !tbaa !4
+  %868 = load i16, ptr %gep.5.i.3, align 2, !tbaa !9
   %869 = zext i16 %868 to i32
   %870 = shl nuw i32 %869, 16
   %871 = bitcast i32 %870 to float
@@ -1686,7 +1871,7 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %.idx1178.i.3 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 6
   %gep1244.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.3
   %876 = getelementptr inbounds nuw i8, ptr %gep1244.i.3, i64 92160
-  store i32 %875, ptr %876, align 4, !tbaa !4
+  store i32 %875, ptr %876, align 4, !tbaa !9
   %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
   %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 288
   br i1 %exitcond.5.not.i.3, label %for_end_d.5.i, label %for_body_d.5.i, !prof !28, !llvm.loop !59
@@ -1718,7 +1903,7 @@ vector.body165:                                   ; preds = %vector.body165, %fo
   %vec.ind167 = phi <8 x i64> [ %vec.ind.next172.2, %vector.body165 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.6.i ]
   %880 = shl i64 %index166, 2
   %881 = getelementptr i8, ptr %invariant.gep.6.i, i64 %880
-  %wide.vec168 = load <16 x i16>, ptr %881, align 2, !tbaa !4, !alias.scope !60
+  %wide.vec168 = load <16 x i16>, ptr %881, align 2, !tbaa !9, !alias.scope !60
   %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %882 = zext <8 x i16> %strided.vec170 to <8 x i32>
@@ -1736,11 +1921,11 @@ vector.body165:                                   ; preds = %vector.body165, %fo
   %894 = shl nuw nsw <8 x i64> %vec.ind167, splat (i64 6)
   %895 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %894
   %896 = getelementptr inbounds nuw i8, <8 x ptr> %895, i64 110592
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %893, <8 x ptr> align 4 %896, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %893, <8 x ptr> align 4 %896, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
   %index.next171 = shl i64 %index166, 2
   %897 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171
   %898 = getelementptr i8, ptr %897, i64 32
-  %wide.vec168.1 = load <16 x i16>, ptr %898, align 2, !tbaa !4, !alias.scope !60
+  %wide.vec168.1 = load <16 x i16>, ptr %898, align 2, !tbaa !9, !alias.scope !60
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %899 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
@@ -1759,11 +1944,11 @@ vector.body165:                                   ; preds = %vector.body165, %fo
   %911 = add <8 x i64> %vec.ind.next172, splat (i64 512)
   %912 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %911
   %913 = getelementptr inbounds nuw i8, <8 x ptr> %912, i64 110592
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %910, <8 x ptr> align 4 %913, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %910, <8 x ptr> align 4 %913, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
   %index.next171.1 = shl i64 %index166, 2
   %914 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171.1
   %915 = getelementptr i8, ptr %914, i64 64
-  %wide.vec168.2 = load <16 x i16>, ptr %915, align 2, !tbaa !4, !alias.scope !60
+  %wide.vec168.2 = load <16 x i16>, ptr %915, align 2, !tbaa !9, !alias.scope !60
   %strided.vec169.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %916 = zext <8 x i16> %strided.vec170.2 to <8 x i32>
@@ -1782,7 +1967,7 @@ vector.body165:                                   ; preds = %vector.body165, %fo
   %928 = add <8 x i64> %vec.ind.next172.1, splat (i64 1024)
   %929 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %928
   %930 = getelementptr inbounds nuw i8, <8 x ptr> %929, i64 110592
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %927, <8 x ptr> align 4 %930, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !63, !noalias !60
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %927, <8 x ptr> align 4 %930, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
   %index.next171.2 = add nuw nsw i64 %index166, 24
   %vec.ind.next172.2 = add nuw nsw <8 x i64> %vec.ind167, splat (i64 24)
   %931 = icmp eq i64 %index.next171.2, 288
@@ -1793,13 +1978,13 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %gep.6.idx.i = shl i64 %indvars.iv.6.i, 2
   %gep.6.i = getelementptr i8, ptr %invariant.gep.6.i, i64 %gep.6.idx.i
   %932 = getelementptr i8, ptr %gep.6.i, i64 2
-  %933 = load i16, ptr %932, align 2, !tbaa !4
+  %933 = load i16, ptr %932, align 2, !tbaa !9
   %934 = zext i16 %933 to i32
   %935 = shl nuw i32 %934, 16
   %936 = bitcast i32 %935 to float
   %937 = fmul float %query_scale, %936
   %938 = bitcast float %937 to i32
-  %939 = load i16, ptr %gep.6.i, align 2, !tbaa !4
+  %939 = load i16, ptr %gep.6.i, align 2, !tbaa !9
   %940 = zext i16 %939 to i32
   %941 = shl nuw i32 %940, 16
   %942 = bitcast i32 %941 to float
@@ -1810,18 +1995,18 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %.idx1179.i = shl nuw nsw i64 %indvars.iv.6.i, 6
   %gep1246.i = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i
   %947 = getelementptr inbounds nuw i8, ptr %gep1246.i, i64 110592
-  store i32 %946, ptr %947, align 4, !tbaa !4
+  store i32 %946, ptr %947, align 4, !tbaa !9
   %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
   %gep.6.idx.i.1 = shl i64 %indvars.iv.next.6.i, 2
   %gep.6.i.1 = getelementptr i8, ptr %invariant.gep.6.i, i64 %gep.6.idx.i.1
   %948 = getelementptr i8, ptr %gep.6.i.1, i64 2
-  %949 = load i16, ptr %948, align 2, !tbaa !4
+  %949 = load i16, ptr %948, align 2, !tbaa !9
   %950 = zext i16 %949 to i32
   %951 = shl nuw i32 %950, 16
   %952 = bitcast i32 %951 to float
   %953 = fmul float %query_scale, %952
   %954 = bitcast float %953 to i32
-  %955 = load i16, ptr %gep.6.i.1, align 2, !tbaa !4
+  %955 = load i16, ptr %gep.6.i.1, align 2, !tbaa !9
   %956 = zext i16 %955 to i32
   %957 = shl nuw i32 %956, 16
   %958 = bitcast i32 %957 to float
@@ -1832,18 +2017,18 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %.idx1179.i.1 = shl nuw nsw i64 %indvars.iv.next.6.i, 6
   %gep1246.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.1
   %963 = getelementptr inbounds nuw i8, ptr %gep1246.i.1, i64 110592
-  store i32 %962, ptr %963, align 4, !tbaa !4
+  store i32 %962, ptr %963, align 4, !tbaa !9
   %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
   %gep.6.idx.i.2 = shl i64 %indvars.iv.next.6.i.1, 2
   %gep.6.i.2 = getelementptr i8, ptr %invariant.gep.6.i, i64 %gep.6.idx.i.2
   %964 = getelementptr i8, ptr %gep.6.i.2, i64 2
-  %965 = load i16, ptr %964, align 2, !tbaa !4
+  %965 = load i16, ptr %964, align 2, !tbaa !9
   %966 = zext i16 %965 to i32
   %967 = shl nuw i32 %966, 16
   %968 = bitcast i32 %967 to float
   %969 = fmul float %query_scale, %968
   %970 = bitcast float %969 to i32
-  %971 = load i16, ptr %gep.6.i.2, align 2, !tbaa !4
+  %971 = load i16, ptr %gep.6.i.2, align 2, !tbaa !9
   %972 = zext i16 %971 to i32
   %973 = shl nuw i32 %972, 16
   %974 = bitcast i32 %973 to float
@@ -1854,18 +2039,18 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %.idx1179.i.2 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 6
   %gep1246.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.2
   %979 = getelementptr inbounds nuw i8, ptr %gep1246.i.2, i64 110592
-  store i32 %978, ptr %979, align 4, !tbaa !4
+  store i32 %978, ptr %979, align 4, !tbaa !9
   %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
   %gep.6.idx.i.3 = shl i64 %indvars.iv.next.6.i.2, 2
   %gep.6.i.3 = getelementptr i8, ptr %invariant.gep.6.i, i64 %gep.6.idx.i.3
   %980 = getelementptr i8, ptr %gep.6.i.3, i64 2
-  %981 = load i16, ptr %980, align 2, !tbaa !4
+  %981 = load i16, ptr %980, align 2, !tbaa !9
   %982 = zext i16 %981 to i32
   %983 = shl nuw i32 %982, 16
   %984 = bitcast i32 %983 to float
   %985 = fmul float %query_scale, %984
   %986 = bitcast float %985 to i32
-  %987 = load i16, ptr %gep.6.i.3, align 2, !tbaa !4
+  %987 = load i16, ptr %gep.6.i.3, align 2, !tbaa !9
   %988 = zext i16 %987 to i32
   %989 = shl nuw i32 %988, 16
   %990 = bitcast i32 %989 to float
@@ -1876,7 +2061,7 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %.idx1179.i.3 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 6
   %gep1246.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.3
   %995 = getelementptr inbounds nuw i8, ptr %gep1246.i.3, i64 110592
-  store i32 %994, ptr %995, align 4, !tbaa !4
+  store i32 %994, ptr %995, align 4, !tbaa !9
   %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
   %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 288
   br i1 %exitcond.6.not.i.3, label %for_end_d.6.i, label %for_body_d.6.i, !prof !28, !llvm.loop !66
@@ -1908,7 +2093,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %vec.ind = phi <8 x i64> [ %vec.ind.next.2, %vector.body ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.7.i ]
   %999 = shl i64 %index, 2
   %1000 = getelementptr i8, ptr %invariant.gep.7.i, i64 %999
-  %wide.vec = load <16 x i16>, ptr %1000, align 2, !tbaa !4, !alias.scope !67
+  %wide.vec = load <16 x i16>, ptr %1000, align 2, !tbaa !9, !alias.scope !67
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %1001 = zext <8 x i16> %strided.vec151 to <8 x i32>
@@ -1926,11 +2111,11 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1013 = shl nuw nsw <8 x i64> %vec.ind, splat (i64 6)
   %1014 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1013
   %1015 = getelementptr inbounds nuw i8, <8 x ptr> %1014, i64 129024
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1012, <8 x ptr> align 4 %1015, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1012, <8 x ptr> align 4 %1015, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next = shl i64 %index, 2
   %1016 = getelementptr i8, ptr %invariant.gep.7.i, i64 %index.next
   %1017 = getelementptr i8, ptr %1016, i64 32
-  %wide.vec.1 = load <16 x i16>, ptr %1017, align 2, !tbaa !4, !alias.scope !67
+  %wide.vec.1 = load <16 x i16>, ptr %1017, align 2, !tbaa !9, !alias.scope !67
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %1018 = zext <8 x i16> %strided.vec151.1 to <8 x i32>
@@ -1949,11 +2134,11 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1030 = add <8 x i64> %vec.ind.next, splat (i64 512)
   %1031 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1030
   %1032 = getelementptr inbounds nuw i8, <8 x ptr> %1031, i64 129024
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1029, <8 x ptr> align 4 %1032, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1029, <8 x ptr> align 4 %1032, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next.1 = shl i64 %index, 2
   %1033 = getelementptr i8, ptr %invariant.gep.7.i, i64 %index.next.1
   %1034 = getelementptr i8, ptr %1033, i64 64
-  %wide.vec.2 = load <16 x i16>, ptr %1034, align 2, !tbaa !4, !alias.scope !67
+  %wide.vec.2 = load <16 x i16>, ptr %1034, align 2, !tbaa !9, !alias.scope !67
   %strided.vec.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %1035 = zext <8 x i16> %strided.vec151.2 to <8 x i32>
@@ -1972,7 +2157,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1047 = add <8 x i64> %vec.ind.next.1, splat (i64 1024)
   %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1047
   %1049 = getelementptr inbounds nuw i8, <8 x ptr> %1048, i64 129024
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1046, <8 x ptr> align 4 %1049, <8 x i1> splat (i1 true)), !tbaa !4, !alias.scope !70, !noalias !67
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1046, <8 x ptr> align 4 %1049, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next.2 = add nuw nsw i64 %index, 24
   %vec.ind.next.2 = add nuw nsw <8 x i64> %vec.ind, splat (i64 24)
   %1050 = icmp eq i64 %index.next.2, 288
@@ -1983,13 +2168,13 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %gep.7.idx.i = shl i64 %indvars.iv.7.i, 2
   %gep.7.i = getelementptr i8, ptr %invariant.gep.7.i, i64 %gep.7.idx.i
   %1051 = getelementptr i8, ptr %gep.7.i, i64 2
-  %1052 = load i16, ptr %1051, align 2, !tbaa !4
+  %1052 = load i16, ptr %1051, align 2, !tbaa !9
   %1053 = zext i16 %1052 to i32
   %1054 = shl nuw i32 %1053, 16
   %1055 = bitcast i32 %1054 to float
   %1056 = fmul float %query_scale, %1055
   %1057 = bitcast float %1056 to i32
-  %1058 = load i16, ptr %gep.7.i, align 2, !tbaa !4
+  %1058 = load i16, ptr %gep.7.i, align 2, !tbaa !9
   %1059 = zext i16 %1058 to i32
   %1060 = shl nuw i32 %1059, 16
   %1061 = bitcast i32 %1060 to float
@@ -2000,18 +2185,18 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %.idx1180.i = shl nuw nsw i64 %indvars.iv.7.i, 6
   %gep1248.i = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i
   %1066 = getelementptr inbounds nuw i8, ptr %gep1248.i, i64 129024
-  store i32 %1065, ptr %1066, align 4, !tbaa !4
+  store i32 %1065, ptr %1066, align 4, !tbaa !9
   %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
   %gep.7.idx.i.1 = shl i64 %indvars.iv.next.7.i, 2
   %gep.7.i.1 = getelementptr i8, ptr %invariant.gep.7.i, i64 %gep.7.idx.i.1
   %1067 = getelementptr i8, ptr %gep.7.i.1, i64 2
-  %1068 = load i16, ptr %1067, align 2, !tbaa !4
+  %1068 = load i16, ptr %1067, align 2, !tbaa !9
   %1069 = zext i16 %1068 to i32
   %1070 = shl nuw i32 %1069, 16
   %1071 = bitcast i32 %1070 to float
   %1072 = fmul float %query_scale, %1071
   %1073 = bitcast float %1072 to i32
-  %1074 = load i16, ptr %gep.7.i.1, align 2, !tbaa !4
+  %1074 = load i16, ptr %gep.7.i.1, align 2, !tbaa !9
   %1075 = zext i16 %1074 to i32
   %1076 = shl nuw i32 %1075, 16
   %1077 = bitcast i32 %1076 to float
@@ -2022,18 +2207,18 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %.idx1180.i.1 = shl nuw nsw i64 %indvars.iv.next.7.i, 6
   %gep1248.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.1
   %1082 = getelementptr inbounds nuw i8, ptr %gep1248.i.1, i64 129024
-  store i32 %1081, ptr %1082, align 4, !tbaa !4
+  store i32 %1081, ptr %1082, align 4, !tbaa !9
   %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
   %gep.7.idx.i.2 = shl i64 %indvars.iv.next.7.i.1, 2
   %gep.7.i.2 = getelementptr i8, ptr %invariant.gep.7.i, i64 %gep.7.idx.i.2
   %1083 = getelementptr i8, ptr %gep.7.i.2, i64 2
-  %1084 = load i16, ptr %1083, align 2, !tbaa !4
+  %1084 = load i16, ptr %1083, align 2, !tbaa !9
   %1085 = zext i16 %1084 to i32
   %1086 = shl nuw i32 %1085, 16
   %1087 = bitcast i32 %1086 to float
   %1088 = fmul float %query_scale, %1087
   %1089 = bitcast float %1088 to i32
-  %1090 = load i16, ptr %gep.7.i.2, align 2, !tbaa !4
+  %1090 = load i16, ptr %gep.7.i.2, align 2, !tbaa !9
   %1091 = zext i16 %1090 to i32
   %1092 = shl nuw i32 %1091, 16
   %1093 = bitcast i32 %1092 to float
@@ -2044,18 +2229,18 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %.idx1180.i.2 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 6
   %gep1248.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.2
   %1098 = getelementptr inbounds nuw i8, ptr %gep1248.i.2, i64 129024
-  store i32 %1097, ptr %1098, align 4, !tbaa !4
+  store i32 %1097, ptr %1098, align 4, !tbaa !9
   %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
   %gep.7.idx.i.3 = shl i64 %indvars.iv.next.7.i.2, 2
   %gep.7.i.3 = getelementptr i8, ptr %invariant.gep.7.i, i64 %gep.7.idx.i.3
   %1099 = getelementptr i8, ptr %gep.7.i.3, i64 2
-  %1100 = load i16, ptr %1099, align 2, !tbaa !4
+  %1100 = load i16, ptr %1099, align 2, !tbaa !9
   %1101 = zext i16 %1100 to i32
   %1102 = shl nuw i32 %1101, 16
   %1103 = bitcast i32 %1102 to float
   %1104 = fmul float %query_scale, %1103
   %1105 = bitcast float %1104 to i32
-  %1106 = load i16, ptr %gep.7.i.3, align 2, !tbaa !4
+  %1106 = load i16, ptr %gep.7.i.3, align 2, !tbaa !9
   %1107 = zext i16 %1106 to i32
   %1108 = shl nuw i32 %1107, 16
   %1109 = bitcast i32 %1108 to float
@@ -2066,7 +2251,7 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %.idx1180.i.3 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 6
   %gep1248.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.3
   %1114 = getelementptr inbounds nuw i8, ptr %gep1248.i.3, i64 129024
-  store i32 %1113, ptr %1114, align 4, !tbaa !4
+  store i32 %1113, ptr %1114, align 4, !tbaa !9
   %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
   %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 288
   br i1 %exitcond.7.not.i.3, label %for_end_d.7.i, label %for_body_d.7.i, !prof !28, !llvm.loop !73
@@ -2111,13 +2296,13 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %1138 = getelementptr i8, ptr %gep.i, i64 2
-  %1139 = load i16, ptr %1138, align 2, !tbaa !4
+  %1139 = load i16, ptr %1138, align 2, !tbaa !9
   %1140 = zext i16 %1139 to i32
   %1141 = shl nuw i32 %1140, 16
   %1142 = bitcast i32 %1141 to float
   %1143 = fmul float %query_scale, %1142
   %1144 = bitcast float %1143 to i32
-  %1145 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %1145 = load i16, ptr %gep.i, align 2, !tbaa !9
   %1146 = zext i16 %1145 to i32
   %1147 = shl nuw i32 %1146, 16
   %1148 = bitcast i32 %1147 to float
@@ -2127,18 +2312,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1152 = or i32 %1151, %1144
   %.idx1173.i = shl nuw nsw i64 %indvars.iv.i, 6
   %gep1234.i = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i
-  store i32 %1152, ptr %gep1234.i, align 4, !tbaa !4
+  store i32 %1152, ptr %gep1234.i, align 4, !tbaa !9
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %1153 = getelementptr i8, ptr %gep.i.1, i64 2
-  %1154 = load i16, ptr %1153, align 2, !tbaa !4
+  %1154 = load i16, ptr %1153, align 2, !tbaa !9
   %1155 = zext i16 %1154 to i32
   %1156 = shl nuw i32 %1155, 16
   %1157 = bitcast i32 %1156 to float
   %1158 = fmul float %query_scale, %1157
   %1159 = bitcast float %1158 to i32
-  %1160 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %1160 = load i16, ptr %gep.i.1, align 2, !tbaa !9
   %1161 = zext i16 %1160 to i32
   %1162 = shl nuw i32 %1161, 16
   %1163 = bitcast i32 %1162 to float
@@ -2148,18 +2333,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1167 = or i32 %1166, %1159
   %.idx1173.i.1 = shl nuw nsw i64 %indvars.iv.next.i, 6
   %gep1234.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.1
-  store i32 %1167, ptr %gep1234.i.1, align 4, !tbaa !4
+  store i32 %1167, ptr %gep1234.i.1, align 4, !tbaa !9
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %1168 = getelementptr i8, ptr %gep.i.2, i64 2
-  %1169 = load i16, ptr %1168, align 2, !tbaa !4
+  %1169 = load i16, ptr %1168, align 2, !tbaa !9
   %1170 = zext i16 %1169 to i32
   %1171 = shl nuw i32 %1170, 16
   %1172 = bitcast i32 %1171 to float
   %1173 = fmul float %query_scale, %1172
   %1174 = bitcast float %1173 to i32
-  %1175 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %1175 = load i16, ptr %gep.i.2, align 2, !tbaa !9
   %1176 = zext i16 %1175 to i32
   %1177 = shl nuw i32 %1176, 16
   %1178 = bitcast i32 %1177 to float
@@ -2169,18 +2354,18 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1182 = or i32 %1181, %1174
   %.idx1173.i.2 = shl nuw nsw i64 %indvars.iv.next.i.1, 6
   %gep1234.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.2
-  store i32 %1182, ptr %gep1234.i.2, align 4, !tbaa !4
+  store i32 %1182, ptr %gep1234.i.2, align 4, !tbaa !9
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %1183 = getelementptr i8, ptr %gep.i.3, i64 2
-  %1184 = load i16, ptr %1183, align 2, !tbaa !4
+  %1184 = load i16, ptr %1183, align 2, !tbaa !9
   %1185 = zext i16 %1184 to i32
   %1186 = shl nuw i32 %1185, 16
   %1187 = bitcast i32 %1186 to float
   %1188 = fmul float %query_scale, %1187
   %1189 = bitcast float %1188 to i32
-  %1190 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %1190 = load i16, ptr %gep.i.3, align 2, !tbaa !9
   %1191 = zext i16 %1190 to i32
   %1192 = shl nuw i32 %1191, 16
   %1193 = bitcast i32 %1192 to float
@@ -2190,7 +2375,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1197 = or i32 %1196, %1189
   %.idx1173.i.3 = shl nuw nsw i64 %indvars.iv.next.i.2, 6
   %gep1234.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.3
-  store i32 %1197, ptr %gep1234.i.3, align 4, !tbaa !4
+  store i32 %1197, ptr %gep1234.i.3, align 4, !tbaa !9
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 288
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !74
@@ -2254,7 +2439,7 @@ if_else698.us.i:                                  ; preds = %for_begin_r692.preh
 
 if_end699.us.i:                                   ; preds = %for_begin_r692.preheader.us.i, %if_else698.us.i
   %1221 = phi float [ %1220, %if_else698.us.i ], [ 0xFFF0000000000000, %for_begin_r692.preheader.us.i ]
-  store float %1221, ptr %1434, align 4, !tbaa !4
+  store float %1221, ptr %1434, align 4, !tbaa !9
   %1222 = or disjoint i64 %1211, 1
   %1223 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1222
   %1224 = load float, ptr %1223, align 4, !tbaa !85
@@ -2272,7 +2457,7 @@ if_else698.us.1.i:                                ; preds = %if_end699.us.i
 if_end699.us.1.i:                                 ; preds = %if_else698.us.1.i, %if_end699.us.i
   %1231 = phi float [ %1230, %if_else698.us.1.i ], [ 0xFFF0000000000000, %if_end699.us.i ]
   %1232 = getelementptr i8, ptr %1434, i64 4
-  store float %1231, ptr %1232, align 4, !tbaa !4
+  store float %1231, ptr %1232, align 4, !tbaa !9
   %1233 = or disjoint i64 %1211, 2
   %1234 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1233
   %1235 = load float, ptr %1234, align 8, !tbaa !85
@@ -2290,7 +2475,7 @@ if_else698.us.2.i:                                ; preds = %if_end699.us.1.i
 if_end699.us.2.i:                                 ; preds = %if_else698.us.2.i, %if_end699.us.1.i
   %1242 = phi float [ %1241, %if_else698.us.2.i ], [ 0xFFF0000000000000, %if_end699.us.1.i ]
   %1243 = getelementptr i8, ptr %1434, i64 8
-  store float %1242, ptr %1243, align 4, !tbaa !4
+  store float %1242, ptr %1243, align 4, !tbaa !9
   %1244 = or disjoint i64 %1211, 3
   %1245 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1244
   %1246 = load float, ptr %1245, align 4, !tbaa !85
@@ -2308,7 +2493,7 @@ if_else698.us.3.i:                                ; preds = %if_end699.us.2.i
 if_end699.us.3.i:                                 ; preds = %if_else698.us.3.i, %if_end699.us.2.i
   %1253 = phi float [ %1252, %if_else698.us.3.i ], [ 0xFFF0000000000000, %if_end699.us.2.i ]
   %1254 = getelementptr i8, ptr %1434, i64 12
-  store float %1253, ptr %1254, align 4, !tbaa !4
+  store float %1253, ptr %1254, align 4, !tbaa !9
   %1255 = or disjoint i64 %1211, 4
   %1256 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1255
   %1257 = load float, ptr %1256, align 16, !tbaa !85
@@ -2326,7 +2511,7 @@ if_else698.us.4.i:                                ; preds = %if_end699.us.3.i
 if_end699.us.4.i:                                 ; preds = %if_else698.us.4.i, %if_end699.us.3.i
   %1264 = phi float [ %1263, %if_else698.us.4.i ], [ 0xFFF0000000000000, %if_end699.us.3.i ]
   %1265 = getelementptr i8, ptr %1434, i64 16
-  store float %1264, ptr %1265, align 4, !tbaa !4
+  store float %1264, ptr %1265, align 4, !tbaa !9
   %1266 = or disjoint i64 %1211, 5
   %1267 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1266
   %1268 = load float, ptr %1267, align 4, !tbaa !85
@@ -2344,7 +2529,7 @@ if_else698.us.5.i:                                ; preds = %if_end699.us.4.i
 if_end699.us.5.i:                                 ; preds = %if_else698.us.5.i, %if_end699.us.4.i
   %1275 = phi float [ %1274, %if_else698.us.5.i ], [ 0xFFF0000000000000, %if_end699.us.4.i ]
   %1276 = getelementptr i8, ptr %1434, i64 20
-  store float %1275, ptr %1276, align 4, !tbaa !4
+  store float %1275, ptr %1276, align 4, !tbaa !9
   %1277 = or disjoint i64 %1211, 6
   %1278 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1277
   %1279 = load float, ptr %1278, align 8, !tbaa !85
@@ -2362,7 +2547,7 @@ if_else698.us.6.i:                                ; preds = %if_end699.us.5.i
 if_end699.us.6.i:                                 ; preds = %if_else698.us.6.i, %if_end699.us.5.i
   %1286 = phi float [ %1285, %if_else698.us.6.i ], [ 0xFFF0000000000000, %if_end699.us.5.i ]
   %1287 = getelementptr i8, ptr %1434, i64 24
-  store float %1286, ptr %1287, align 4, !tbaa !4
+  store float %1286, ptr %1287, align 4, !tbaa !9
   %1288 = or disjoint i64 %1211, 7
   %1289 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1288
   %1290 = load float, ptr %1289, align 4, !tbaa !85
@@ -2380,7 +2565,7 @@ if_else698.us.7.i:                                ; preds = %if_end699.us.6.i
 if_end699.us.7.i:                                 ; preds = %if_else698.us.7.i, %if_end699.us.6.i
   %1297 = phi float [ %1296, %if_else698.us.7.i ], [ 0xFFF0000000000000, %if_end699.us.6.i ]
   %1298 = getelementptr i8, ptr %1434, i64 28
-  store float %1297, ptr %1298, align 4, !tbaa !4
+  store float %1297, ptr %1298, align 4, !tbaa !9
   %1299 = or disjoint i64 %1211, 8
   %1300 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1299
   %1301 = load float, ptr %1300, align 16, !tbaa !85
@@ -2398,7 +2583,7 @@ if_else698.us.8.i:                                ; preds = %if_end699.us.7.i
 if_end699.us.8.i:                                 ; preds = %if_else698.us.8.i, %if_end699.us.7.i
   %1308 = phi float [ %1307, %if_else698.us.8.i ], [ 0xFFF0000000000000, %if_end699.us.7.i ]
   %1309 = getelementptr i8, ptr %1434, i64 32
-  store float %1308, ptr %1309, align 4, !tbaa !4
+  store float %1308, ptr %1309, align 4, !tbaa !9
   %1310 = or disjoint i64 %1211, 9
   %1311 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1310
   %1312 = load float, ptr %1311, align 4, !tbaa !85
@@ -2416,7 +2601,7 @@ if_else698.us.9.i:                                ; preds = %if_end699.us.8.i
 if_end699.us.9.i:                                 ; preds = %if_else698.us.9.i, %if_end699.us.8.i
   %1319 = phi float [ %1318, %if_else698.us.9.i ], [ 0xFFF0000000000000, %if_end699.us.8.i ]
   %1320 = getelementptr i8, ptr %1434, i64 36
-  store float %1319, ptr %1320, align 4, !tbaa !4
+  store float %1319, ptr %1320, align 4, !tbaa !9
   %1321 = or disjoint i64 %1211, 10
   %1322 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1321
   %1323 = load float, ptr %1322, align 8, !tbaa !85
@@ -2434,7 +2619,7 @@ if_else698.us.10.i:                               ; preds = %if_end699.us.9.i
 if_end699.us.10.i:                                ; preds = %if_else698.us.10.i, %if_end699.us.9.i
   %1330 = phi float [ %1329, %if_else698.us.10.i ], [ 0xFFF0000000000000, %if_end699.us.9.i ]
   %1331 = getelementptr i8, ptr %1434, i64 40
-  store float %1330, ptr %1331, align 4, !tbaa !4
+  store float %1330, ptr %1331, align 4, !tbaa !9
   %1332 = or disjoint i64 %1211, 11
   %1333 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1332
   %1334 = load float, ptr %1333, align 4, !tbaa !85
@@ -2452,7 +2637,7 @@ if_else698.us.11.i:                               ; preds = %if_end699.us.10.i
 if_end699.us.11.i:                                ; preds = %if_else698.us.11.i, %if_end699.us.10.i
   %1341 = phi float [ %1340, %if_else698.us.11.i ], [ 0xFFF0000000000000, %if_end699.us.10.i ]
   %1342 = getelementptr i8, ptr %1434, i64 44
-  store float %1341, ptr %1342, align 4, !tbaa !4
+  store float %1341, ptr %1342, align 4, !tbaa !9
   %1343 = or disjoint i64 %1211, 12
   %1344 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1343
   %1345 = load float, ptr %1344, align 16, !tbaa !85
@@ -2470,7 +2655,7 @@ if_else698.us.12.i:                               ; preds = %if_end699.us.11.i
 if_end699.us.12.i:                                ; preds = %if_else698.us.12.i, %if_end699.us.11.i
   %1352 = phi float [ %1351, %if_else698.us.12.i ], [ 0xFFF0000000000000, %if_end699.us.11.i ]
   %1353 = getelementptr i8, ptr %1434, i64 48
-  store float %1352, ptr %1353, align 4, !tbaa !4
+  store float %1352, ptr %1353, align 4, !tbaa !9
   %1354 = or disjoint i64 %1211, 13
   %1355 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1354
   %1356 = load float, ptr %1355, align 4, !tbaa !85
@@ -2488,7 +2673,7 @@ if_else698.us.13.i:                               ; preds = %if_end699.us.12.i
 if_end699.us.13.i:                                ; preds = %if_else698.us.13.i, %if_end699.us.12.i
   %1363 = phi float [ %1362, %if_else698.us.13.i ], [ 0xFFF0000000000000, %if_end699.us.12.i ]
   %1364 = getelementptr i8, ptr %1434, i64 52
-  store float %1363, ptr %1364, align 4, !tbaa !4
+  store float %1363, ptr %1364, align 4, !tbaa !9
   %1365 = or disjoint i64 %1211, 14
   %1366 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1365
   %1367 = load float, ptr %1366, align 8, !tbaa !85
@@ -2506,7 +2691,7 @@ if_else698.us.14.i:                               ; preds = %if_end699.us.13.i
 if_end699.us.14.i:                                ; preds = %if_else698.us.14.i, %if_end699.us.13.i
   %1374 = phi float [ %1373, %if_else698.us.14.i ], [ 0xFFF0000000000000, %if_end699.us.13.i ]
   %1375 = getelementptr i8, ptr %1434, i64 56
-  store float %1374, ptr %1375, align 4, !tbaa !4
+  store float %1374, ptr %1375, align 4, !tbaa !9
   %1376 = or disjoint i64 %1211, 15
   %1377 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1376
   %1378 = load float, ptr %1377, align 4, !tbaa !85
@@ -2524,7 +2709,7 @@ if_else698.us.15.i:                               ; preds = %if_end699.us.14.i
 if_end699.us.15.i:                                ; preds = %if_else698.us.15.i, %if_end699.us.14.i
   %1385 = phi float [ %1384, %if_else698.us.15.i ], [ 0xFFF0000000000000, %if_end699.us.14.i ]
   %1386 = getelementptr i8, ptr %1434, i64 60
-  store float %1385, ptr %1386, align 4, !tbaa !4
+  store float %1385, ptr %1386, align 4, !tbaa !9
   %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
   %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 8
   br i1 %exitcond1147.not.i, label %for_end_tile676.i, label %for_body_tile675.us.i, !prof !31
@@ -2538,7 +2723,7 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %indvars.iv1132.i = phi i64 [ 0, %for_begin_d_0687.preheader.us.i ], [ %indvars.iv.next1133.i.3, %for_body_d_0688.us.i ]
   %1387 = shl nuw nsw i64 %indvars.iv1132.i, 4
   %gep1285.i = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1387
-  %1388 = load <16 x float>, ptr %gep1285.i, align 4, !tbaa !4
+  %1388 = load <16 x float>, ptr %gep1285.i, align 4, !tbaa !9
   %1389 = fmul <16 x float> %1430, %1388
   %1390 = bitcast <16 x float> %1389 to <16 x i32>
   %1391 = lshr <16 x i32> %1390, splat (i32 16)
@@ -2548,11 +2733,11 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1395 = lshr <16 x i32> %1394, splat (i32 16)
   %1396 = trunc nuw <16 x i32> %1395 to <16 x i16>
   %gep843.us.i = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1387
-  store <16 x i16> %1396, ptr %gep843.us.i, align 2, !tbaa !4
+  store <16 x i16> %1396, ptr %gep843.us.i, align 2, !tbaa !9
   %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 4
   %1397 = or disjoint i64 %indvars.iv.next1133.i, 16
   %gep1285.i.1 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1397
-  %1398 = load <16 x float>, ptr %gep1285.i.1, align 4, !tbaa !4
+  %1398 = load <16 x float>, ptr %gep1285.i.1, align 4, !tbaa !9
   %1399 = fmul <16 x float> %1430, %1398
   %1400 = bitcast <16 x float> %1399 to <16 x i32>
   %1401 = lshr <16 x i32> %1400, splat (i32 16)
@@ -2562,11 +2747,11 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1405 = lshr <16 x i32> %1404, splat (i32 16)
   %1406 = trunc nuw <16 x i32> %1405 to <16 x i16>
   %gep843.us.i.1 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1397
-  store <16 x i16> %1406, ptr %gep843.us.i.1, align 2, !tbaa !4
+  store <16 x i16> %1406, ptr %gep843.us.i.1, align 2, !tbaa !9
   %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 4
   %1407 = or disjoint i64 %indvars.iv.next1133.i.1, 32
   %gep1285.i.2 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1407
-  %1408 = load <16 x float>, ptr %gep1285.i.2, align 4, !tbaa !4
+  %1408 = load <16 x float>, ptr %gep1285.i.2, align 4, !tbaa !9
   %1409 = fmul <16 x float> %1430, %1408
   %1410 = bitcast <16 x float> %1409 to <16 x i32>
   %1411 = lshr <16 x i32> %1410, splat (i32 16)
@@ -2576,11 +2761,11 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1415 = lshr <16 x i32> %1414, splat (i32 16)
   %1416 = trunc nuw <16 x i32> %1415 to <16 x i16>
   %gep843.us.i.2 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1407
-  store <16 x i16> %1416, ptr %gep843.us.i.2, align 2, !tbaa !4
+  store <16 x i16> %1416, ptr %gep843.us.i.2, align 2, !tbaa !9
   %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 4
   %1417 = or disjoint i64 %indvars.iv.next1133.i.2, 48
   %gep1285.i.3 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1417
-  %1418 = load <16 x float>, ptr %gep1285.i.3, align 4, !tbaa !4
+  %1418 = load <16 x float>, ptr %gep1285.i.3, align 4, !tbaa !9
   %1419 = fmul <16 x float> %1430, %1418
   %1420 = bitcast <16 x float> %1419 to <16 x i32>
   %1421 = lshr <16 x i32> %1420, splat (i32 16)
@@ -2590,7 +2775,7 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1425 = lshr <16 x i32> %1424, splat (i32 16)
   %1426 = trunc nuw <16 x i32> %1425 to <16 x i16>
   %gep843.us.i.3 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1417
-  store <16 x i16> %1426, ptr %gep843.us.i.3, align 2, !tbaa !4
+  store <16 x i16> %1426, ptr %gep843.us.i.3, align 2, !tbaa !9
   %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
   %exitcond1135.not.i.3 = icmp eq i64 %indvars.iv.next1133.i.3, 32
   br i1 %exitcond1135.not.i.3, label %for_end_d_0689.us.i, label %for_body_d_0688.us.i, !prof !31, !llvm.loop !87
@@ -2615,10 +2800,10 @@ for_begin_r692.preheader.us.i:                    ; preds = %for_end_d_0689.us.i
   br i1 %1435, label %if_end699.us.i, label %if_else698.us.i
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1436 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %key_offsets.i = tail call ptr %1436(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %1437 = icmp eq ptr %key_offsets.i, null
-  br i1 %1437, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+  br i1 %1437, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
   %1438 = shl nsw i64 %indvars.iv1099.i, 7
@@ -2635,7 +2820,7 @@ if_end5.i:                                        ; preds = %for_body_step.i
   br i1 %1447, label %for_body_t.lr.ph.i, label %for_begin_group_tile.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end5.i
-  %row_start.i = load i32, ptr %1126, align 4, !tbaa !4
+  %row_start.i = load i32, ptr %1126, align 4, !tbaa !9
   %1448 = add nuw nsw i64 %1438, %134
   %1449 = sext i32 %row_start.i to i64
   %invariant.gep775.i = getelementptr i32, ptr %invariant.gep773.i, i64 %1449
@@ -2766,14 +2951,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1481 = sext i32 %1480 to i64
   %1482 = ashr i64 %1481, 6
   %gep776.i = getelementptr i32, ptr %invariant.gep775.i, i64 %1482
-  %1483 = load i32, ptr %gep776.i, align 4, !tbaa !4
+  %1483 = load i32, ptr %gep776.i, align 4, !tbaa !9
   %block.i = sext i32 %1483 to i64
   %1484 = and i64 %1481, 48
   %1485 = mul nsw i64 %1484, %k_row
   %1486 = mul nsw i64 %k_block, %block.i
   %1487 = add nsw i64 %1485, %1486
   %1488 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv875.i
-  store i64 %1487, ptr %1488, align 8, !tbaa !4
+  store i64 %1487, ptr %1488, align 8, !tbaa !9
   %indvars.iv.next876.i = or disjoint i64 %indvars.iv875.i, 1
   %1489 = add nuw nsw i64 %1448, %indvars.iv.next876.i
   %1490 = trunc i64 %1489 to i32
@@ -2781,14 +2966,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1492 = sext i32 %1491 to i64
   %1493 = ashr i64 %1492, 6
   %gep776.i.1 = getelementptr i32, ptr %invariant.gep775.i, i64 %1493
-  %1494 = load i32, ptr %gep776.i.1, align 4, !tbaa !4
+  %1494 = load i32, ptr %gep776.i.1, align 4, !tbaa !9
   %block.i.1 = sext i32 %1494 to i64
   %1495 = and i64 %1492, 48
   %1496 = mul nsw i64 %1495, %k_row
   %1497 = mul nsw i64 %k_block, %block.i.1
   %1498 = add nsw i64 %1496, %1497
   %1499 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i
-  store i64 %1498, ptr %1499, align 8, !tbaa !4
+  store i64 %1498, ptr %1499, align 8, !tbaa !9
   %indvars.iv.next876.i.1 = or disjoint i64 %indvars.iv875.i, 2
   %1500 = add nuw nsw i64 %1448, %indvars.iv.next876.i.1
   %1501 = trunc i64 %1500 to i32
@@ -2796,14 +2981,14 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1503 = sext i32 %1502 to i64
   %1504 = ashr i64 %1503, 6
   %gep776.i.2 = getelementptr i32, ptr %invariant.gep775.i, i64 %1504
-  %1505 = load i32, ptr %gep776.i.2, align 4, !tbaa !4
+  %1505 = load i32, ptr %gep776.i.2, align 4, !tbaa !9
   %block.i.2 = sext i32 %1505 to i64
   %1506 = and i64 %1503, 48
   %1507 = mul nsw i64 %1506, %k_row
   %1508 = mul nsw i64 %k_block, %block.i.2
   %1509 = add nsw i64 %1507, %1508
   %1510 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.1
-  store i64 %1509, ptr %1510, align 8, !tbaa !4
+  store i64 %1509, ptr %1510, align 8, !tbaa !9
   %indvars.iv.next876.i.2 = or disjoint i64 %indvars.iv875.i, 3
   %1511 = add nuw nsw i64 %1448, %indvars.iv.next876.i.2
   %1512 = trunc i64 %1511 to i32
@@ -2811,17 +2996,17 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1514 = sext i32 %1513 to i64
   %1515 = ashr i64 %1514, 6
   %gep776.i.3 = getelementptr i32, ptr %invariant.gep775.i, i64 %1515
-  %1516 = load i32, ptr %gep776.i.3, align 4, !tbaa !4
+  %1516 = load i32, ptr %gep776.i.3, align 4, !tbaa !9
   %block.i.3 = sext i32 %1516 to i64
   %1517 = and i64 %1514, 48
   %1518 = mul nsw i64 %1517, %k_row
   %1519 = mul nsw i64 %k_block, %block.i.3
   %1520 = add nsw i64 %1518, %1519
   %1521 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.2
-  store i64 %1520, ptr %1521, align 8, !tbaa !4
+  store i64 %1520, ptr %1521, align 8, !tbaa !9
   %indvars.iv.next876.i.3 = add nuw nsw i64 %indvars.iv875.i, 4
   %exitcond878.not.i.3 = icmp eq i64 %indvars.iv.next876.i.3, %wide.trip.count.i
-  br i1 %exitcond878.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !8, !llvm.loop !90
+  br i1 %exitcond878.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !4, !llvm.loop !90
 
 for_begin_group_tile.i:                           ; preds = %if_end666.i
   %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
@@ -2830,23 +3015,23 @@ for_begin_group_tile.i:                           ; preds = %if_end666.i
 
 for_body_group_tile.i:                            ; preds = %for_begin_group_tile.i, %for_begin_group_tile.preheader.i
   %indvars.iv1095.i = phi i64 [ 0, %for_begin_group_tile.preheader.i ], [ %indvars.iv.next1096.i, %for_begin_group_tile.i ]
-  %1522 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1522 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = tail call ptr %1522(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1523 = icmp eq ptr %scores.i, null
-  br i1 %1523, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  br i1 %1523, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 for_end_group_tile.i:                             ; preds = %for_begin_group_tile.i
-  %1524 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1524 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %1525 = tail call i32 %1524(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not741.i = icmp eq i32 %1525, 0
   %indvars.iv.next = add nsw i64 %indvars.iv, -128
   br i1 %.not741.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end8.i:                                        ; preds = %for_body_group_tile.i
-  %1526 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1526 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %prob_pairs.i = tail call ptr %1526(i32 1, i32 %dev_id, i64 16384, i32 0, i32 32)
   %1527 = icmp eq ptr %prob_pairs.i, null
-  br i1 %1527, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !7
+  br i1 %1527, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
 for_begin_to.preheader.i:                         ; preds = %if_end8.i
   br i1 %1450, label %for_body_to.lr.ph.i, label %for_end_to.i, !prof !3
@@ -2859,20 +3044,20 @@ for_body_to.lr.ph.i:                              ; preds = %for_begin_to.prehea
 for_begin_to.i:                                   ; preds = %for_end_ax0.i
   %indvars.iv.next907.i = add nuw nsw i64 %indvars.iv906.i, 1
   %exitcond910.not.i = icmp eq i64 %indvars.iv.next907.i, %wide.trip.count909.i
-  br i1 %exitcond910.not.i, label %for_end_to.i, label %for_body_to.i, !prof !8
+  br i1 %exitcond910.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
 for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
   %indvars.iv906.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next907.i, %for_begin_to.i ]
-  %1528 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1528 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %by_token.i = tail call ptr %1528(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %1529 = icmp eq ptr %by_token.i, null
-  br i1 %1529, label %fused_decode_compute_.exit, label %if_end14.i, !prof !7
+  br i1 %1529, label %fused_decode_compute_.exit, label %if_end14.i, !prof !8
 
 for_end_to.i:                                     ; preds = %for_begin_to.i, %for_begin_to.preheader.i
-  %1530 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1530 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %probs.i = tail call ptr %1530(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1531 = icmp eq ptr %probs.i, null
-  br i1 %1531, label %fused_decode_compute_.exit, label %if_end193.i, !prof !7
+  br i1 %1531, label %fused_decode_compute_.exit, label %if_end193.i, !prof !8
 
 if_end14.i:                                       ; preds = %for_body_to.i
   tail call void @llvm.x86.tilezero(i8 0)
@@ -2899,7 +3084,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1545 = add nuw nsw i32 %1541, %1538
   %1546 = zext nneg i32 %1545 to i64
   %1547 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1546
-  %1548 = load i64, ptr %1547, align 8, !tbaa !4
+  %1548 = load i64, ptr %1547, align 8, !tbaa !9
   %1549 = urem i32 %1540, 18
   %1550 = shl nuw nsw i32 %1549, 6
   %.idx757.i = zext nneg i32 %1550 to i64
@@ -2915,7 +3100,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1559 = add nuw nsw i32 %1555, %1538
   %1560 = zext nneg i32 %1559 to i64
   %1561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1560
-  %1562 = load i64, ptr %1561, align 8, !tbaa !4
+  %1562 = load i64, ptr %1561, align 8, !tbaa !9
   %1563 = urem i32 %1554, 18
   %1564 = shl nuw nsw i32 %1563, 6
   %.idx757.i.1 = zext nneg i32 %1564 to i64
@@ -2931,7 +3116,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1573 = add nuw nsw i32 %1569, %1538
   %1574 = zext nneg i32 %1573 to i64
   %1575 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1574
-  %1576 = load i64, ptr %1575, align 8, !tbaa !4
+  %1576 = load i64, ptr %1575, align 8, !tbaa !9
   %1577 = urem i32 %1568, 18
   %1578 = shl nuw nsw i32 %1577, 6
   %.idx757.i.2 = zext nneg i32 %1578 to i64
@@ -2947,7 +3132,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1587 = add nuw nsw i32 %1583, %1538
   %1588 = zext nneg i32 %1587 to i64
   %1589 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1588
-  %1590 = load i64, ptr %1589, align 8, !tbaa !4
+  %1590 = load i64, ptr %1589, align 8, !tbaa !9
   %1591 = urem i32 %1582, 18
   %1592 = shl nuw nsw i32 %1591, 6
   %.idx757.i.3 = zext nneg i32 %1592 to i64
@@ -2963,7 +3148,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1601 = add nuw nsw i32 %1597, %1538
   %1602 = zext nneg i32 %1601 to i64
   %1603 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1602
-  %1604 = load i64, ptr %1603, align 8, !tbaa !4
+  %1604 = load i64, ptr %1603, align 8, !tbaa !9
   %1605 = urem i32 %1596, 18
   %1606 = shl nuw nsw i32 %1605, 6
   %.idx757.i.4 = zext nneg i32 %1606 to i64
@@ -2979,7 +3164,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1615 = add nuw nsw i32 %1611, %1538
   %1616 = zext nneg i32 %1615 to i64
   %1617 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1616
-  %1618 = load i64, ptr %1617, align 8, !tbaa !4
+  %1618 = load i64, ptr %1617, align 8, !tbaa !9
   %1619 = urem i32 %1610, 18
   %1620 = shl nuw nsw i32 %1619, 6
   %.idx757.i.5 = zext nneg i32 %1620 to i64
@@ -2995,7 +3180,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1629 = add nuw nsw i32 %1625, %1538
   %1630 = zext nneg i32 %1629 to i64
   %1631 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1630
-  %1632 = load i64, ptr %1631, align 8, !tbaa !4
+  %1632 = load i64, ptr %1631, align 8, !tbaa !9
   %1633 = urem i32 %1624, 18
   %1634 = shl nuw nsw i32 %1633, 6
   %.idx757.i.6 = zext nneg i32 %1634 to i64
@@ -3011,7 +3196,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1643 = add nuw nsw i32 %1639, %1538
   %1644 = zext nneg i32 %1643 to i64
   %1645 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1644
-  %1646 = load i64, ptr %1645, align 8, !tbaa !4
+  %1646 = load i64, ptr %1645, align 8, !tbaa !9
   %1647 = urem i32 %1638, 18
   %1648 = shl nuw nsw i32 %1647, 6
   %.idx757.i.7 = zext nneg i32 %1648 to i64
@@ -3027,7 +3212,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1657 = add nuw nsw i32 %1653, %1538
   %1658 = zext nneg i32 %1657 to i64
   %1659 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1658
-  %1660 = load i64, ptr %1659, align 8, !tbaa !4
+  %1660 = load i64, ptr %1659, align 8, !tbaa !9
   %1661 = urem i32 %1652, 18
   %1662 = shl nuw nsw i32 %1661, 6
   %.idx757.i.8 = zext nneg i32 %1662 to i64
@@ -3043,7 +3228,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1671 = add nuw nsw i32 %1667, %1538
   %1672 = zext nneg i32 %1671 to i64
   %1673 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1672
-  %1674 = load i64, ptr %1673, align 8, !tbaa !4
+  %1674 = load i64, ptr %1673, align 8, !tbaa !9
   %1675 = urem i32 %1666, 18
   %1676 = shl nuw nsw i32 %1675, 6
   %.idx757.i.9 = zext nneg i32 %1676 to i64
@@ -3059,7 +3244,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1685 = add nuw nsw i32 %1681, %1538
   %1686 = zext nneg i32 %1685 to i64
   %1687 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1686
-  %1688 = load i64, ptr %1687, align 8, !tbaa !4
+  %1688 = load i64, ptr %1687, align 8, !tbaa !9
   %1689 = urem i32 %1680, 18
   %1690 = shl nuw nsw i32 %1689, 6
   %.idx757.i.10 = zext nneg i32 %1690 to i64
@@ -3075,7 +3260,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1699 = add nuw nsw i32 %1695, %1538
   %1700 = zext nneg i32 %1699 to i64
   %1701 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1700
-  %1702 = load i64, ptr %1701, align 8, !tbaa !4
+  %1702 = load i64, ptr %1701, align 8, !tbaa !9
   %1703 = urem i32 %1694, 18
   %1704 = shl nuw nsw i32 %1703, 6
   %.idx757.i.11 = zext nneg i32 %1704 to i64
@@ -3091,7 +3276,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1713 = add nuw nsw i32 %1709, %1538
   %1714 = zext nneg i32 %1713 to i64
   %1715 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1714
-  %1716 = load i64, ptr %1715, align 8, !tbaa !4
+  %1716 = load i64, ptr %1715, align 8, !tbaa !9
   %1717 = urem i32 %1708, 18
   %1718 = shl nuw nsw i32 %1717, 6
   %.idx757.i.12 = zext nneg i32 %1718 to i64
@@ -3107,7 +3292,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1727 = add nuw nsw i32 %1723, %1538
   %1728 = zext nneg i32 %1727 to i64
   %1729 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1728
-  %1730 = load i64, ptr %1729, align 8, !tbaa !4
+  %1730 = load i64, ptr %1729, align 8, !tbaa !9
   %1731 = urem i32 %1722, 18
   %1732 = shl nuw nsw i32 %1731, 6
   %.idx757.i.13 = zext nneg i32 %1732 to i64
@@ -3123,7 +3308,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1741 = add nuw nsw i32 %1737, %1538
   %1742 = zext nneg i32 %1741 to i64
   %1743 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1742
-  %1744 = load i64, ptr %1743, align 8, !tbaa !4
+  %1744 = load i64, ptr %1743, align 8, !tbaa !9
   %1745 = urem i32 %1736, 18
   %1746 = shl nuw nsw i32 %1745, 6
   %.idx757.i.14 = zext nneg i32 %1746 to i64
@@ -3139,7 +3324,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1755 = add nuw nsw i32 %1751, %1538
   %1756 = zext nneg i32 %1755 to i64
   %1757 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1756
-  %1758 = load i64, ptr %1757, align 8, !tbaa !4
+  %1758 = load i64, ptr %1757, align 8, !tbaa !9
   %1759 = urem i32 %1750, 18
   %1760 = shl nuw nsw i32 %1759, 6
   %.idx757.i.15 = zext nneg i32 %1760 to i64
@@ -3147,7 +3332,7 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1762 = getelementptr i32, ptr %1761, i64 %1758
   %1763 = getelementptr i32, ptr %1762, i64 %1754
   tail call void @llvm.prefetch.p0(ptr %1763, i32 0, i32 2, i32 1)
-  %1764 = load i64, ptr %1534, align 8, !tbaa !4
+  %1764 = load i64, ptr %1534, align 8, !tbaa !9
   %1765 = getelementptr i8, ptr %key_cache, i64 %1539
   %1766 = getelementptr i32, ptr %1765, i64 %1764
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1766, i64 %96)
@@ -3180,7 +3365,7 @@ for_body_line17.i:                                ; preds = %for_body_line17.i, 
   %1775 = add nuw nsw i32 %1774, %1538
   %1776 = zext nneg i32 %1775 to i64
   %1777 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1776
-  %1778 = load i64, ptr %1777, align 8, !tbaa !4
+  %1778 = load i64, ptr %1777, align 8, !tbaa !9
   %1779 = urem i64 %.reass779.i, 18
   %.idx756.i = shl nuw nsw i64 %1779, 6
   %1780 = getelementptr i8, ptr %key_cache, i64 %.idx756.i
@@ -3203,7 +3388,7 @@ for_body_line17.i:                                ; preds = %for_body_line17.i, 
   br i1 %exitcond884.not.i.1, label %for_end_line18.i, label %for_body_line17.i, !prof !31, !llvm.loop !92
 
 for_end_line18.i:                                 ; preds = %for_body_line17.i
-  %1790 = load i64, ptr %1535, align 8, !tbaa !4
+  %1790 = load i64, ptr %1535, align 8, !tbaa !9
   %1791 = getelementptr i32, ptr %1765, i64 %1790
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1791, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
@@ -3223,7 +3408,7 @@ for_body_line22.i:                                ; preds = %for_body_line22.i, 
   %1801 = add nuw nsw i32 %1800, %1538
   %1802 = zext nneg i32 %1801 to i64
   %1803 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1802
-  %1804 = load i64, ptr %1803, align 8, !tbaa !4
+  %1804 = load i64, ptr %1803, align 8, !tbaa !9
   %1805 = add nuw nsw i64 %1793, 14
   %1806 = urem i64 %1805, 18
   %.idx755.i = shl nuw nsw i64 %1806, 6
@@ -3249,7 +3434,7 @@ for_body_line22.i:                                ; preds = %for_body_line22.i, 
   br i1 %exitcond889.not.i.1, label %for_end_line23.i, label %for_body_line22.i, !prof !31, !llvm.loop !94
 
 for_end_line23.i:                                 ; preds = %for_body_line22.i
-  %1820 = load i64, ptr %1536, align 8, !tbaa !4
+  %1820 = load i64, ptr %1536, align 8, !tbaa !9
   %1821 = getelementptr i32, ptr %1765, i64 %1820
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1821, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
@@ -3269,7 +3454,7 @@ for_body_line27.i:                                ; preds = %for_body_line27.i, 
   %1831 = add nuw nsw i32 %1830, %1538
   %1832 = zext nneg i32 %1831 to i64
   %1833 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1832
-  %1834 = load i64, ptr %1833, align 8, !tbaa !4
+  %1834 = load i64, ptr %1833, align 8, !tbaa !9
   %1835 = add nuw nsw i64 %1823, 12
   %1836 = urem i64 %1835, 18
   %.idx754.i = shl nuw nsw i64 %1836, 6
@@ -3295,7 +3480,7 @@ for_body_line27.i:                                ; preds = %for_body_line27.i, 
   br i1 %exitcond894.not.i.1, label %for_end_line28.i, label %for_body_line27.i, !prof !31, !llvm.loop !95
 
 for_end_line28.i:                                 ; preds = %for_body_line27.i
-  %1850 = load i64, ptr %1537, align 8, !tbaa !4
+  %1850 = load i64, ptr %1537, align 8, !tbaa !9
   %1851 = getelementptr i32, ptr %1765, i64 %1850
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1851, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
@@ -3307,37 +3492,37 @@ for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %fo
   %indvars.iv902.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next903.i, %for_body_ax0.i ]
   %.idx1186.i = shl nuw nsw i64 %indvars.iv902.i, 10
   %1852 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1186.i
-  %v.i = load <16 x float>, ptr %1852, align 4, !tbaa !4
+  %v.i = load <16 x float>, ptr %1852, align 4, !tbaa !9
   %1853 = getelementptr inbounds nuw i8, ptr %1852, i64 64
-  %v32.i = load <16 x float>, ptr %1853, align 4, !tbaa !4
+  %v32.i = load <16 x float>, ptr %1853, align 4, !tbaa !9
   %1854 = getelementptr inbounds nuw i8, ptr %1852, i64 128
-  %v34.i = load <16 x float>, ptr %1854, align 4, !tbaa !4
+  %v34.i = load <16 x float>, ptr %1854, align 4, !tbaa !9
   %1855 = getelementptr inbounds nuw i8, ptr %1852, i64 192
-  %v36.i = load <16 x float>, ptr %1855, align 4, !tbaa !4
+  %v36.i = load <16 x float>, ptr %1855, align 4, !tbaa !9
   %1856 = getelementptr inbounds nuw i8, ptr %1852, i64 256
-  %v38.i = load <16 x float>, ptr %1856, align 4, !tbaa !4
+  %v38.i = load <16 x float>, ptr %1856, align 4, !tbaa !9
   %1857 = getelementptr inbounds nuw i8, ptr %1852, i64 320
-  %v40.i = load <16 x float>, ptr %1857, align 4, !tbaa !4
+  %v40.i = load <16 x float>, ptr %1857, align 4, !tbaa !9
   %1858 = getelementptr inbounds nuw i8, ptr %1852, i64 384
-  %v42.i = load <16 x float>, ptr %1858, align 4, !tbaa !4
+  %v42.i = load <16 x float>, ptr %1858, align 4, !tbaa !9
   %1859 = getelementptr inbounds nuw i8, ptr %1852, i64 448
-  %v44.i = load <16 x float>, ptr %1859, align 4, !tbaa !4
+  %v44.i = load <16 x float>, ptr %1859, align 4, !tbaa !9
   %1860 = getelementptr inbounds nuw i8, ptr %1852, i64 512
-  %v46.i = load <16 x float>, ptr %1860, align 4, !tbaa !4
+  %v46.i = load <16 x float>, ptr %1860, align 4, !tbaa !9
   %1861 = getelementptr inbounds nuw i8, ptr %1852, i64 576
-  %v48.i = load <16 x float>, ptr %1861, align 4, !tbaa !4
+  %v48.i = load <16 x float>, ptr %1861, align 4, !tbaa !9
   %1862 = getelementptr inbounds nuw i8, ptr %1852, i64 640
-  %v50.i = load <16 x float>, ptr %1862, align 4, !tbaa !4
+  %v50.i = load <16 x float>, ptr %1862, align 4, !tbaa !9
   %1863 = getelementptr inbounds nuw i8, ptr %1852, i64 704
-  %v52.i = load <16 x float>, ptr %1863, align 4, !tbaa !4
+  %v52.i = load <16 x float>, ptr %1863, align 4, !tbaa !9
   %1864 = getelementptr inbounds nuw i8, ptr %1852, i64 768
-  %v54.i = load <16 x float>, ptr %1864, align 4, !tbaa !4
+  %v54.i = load <16 x float>, ptr %1864, align 4, !tbaa !9
   %1865 = getelementptr inbounds nuw i8, ptr %1852, i64 832
-  %v56.i = load <16 x float>, ptr %1865, align 4, !tbaa !4
+  %v56.i = load <16 x float>, ptr %1865, align 4, !tbaa !9
   %1866 = getelementptr inbounds nuw i8, ptr %1852, i64 896
-  %v58.i = load <16 x float>, ptr %1866, align 4, !tbaa !4
+  %v58.i = load <16 x float>, ptr %1866, align 4, !tbaa !9
   %1867 = getelementptr inbounds nuw i8, ptr %1852, i64 960
-  %v60.i = load <16 x float>, ptr %1867, align 4, !tbaa !4
+  %v60.i = load <16 x float>, ptr %1867, align 4, !tbaa !9
   %1868 = shufflevector <16 x float> %v.i, <16 x float> %v46.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1869 = shufflevector <16 x float> %v38.i, <16 x float> %v54.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1870 = shufflevector <16 x float> %v.i, <16 x float> %v46.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
@@ -3389,73 +3574,73 @@ for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %fo
   %1916 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %.idx1187.i = shl nuw nsw i64 %indvars.iv902.i, 6
   %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1187.i
-  store <16 x float> %1916, ptr %gep1252.i, align 4, !tbaa !4
+  store <16 x float> %1916, ptr %gep1252.i, align 4, !tbaa !9
   %1917 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1918 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 512
-  store <16 x float> %1917, ptr %1918, align 4, !tbaa !4
+  store <16 x float> %1917, ptr %1918, align 4, !tbaa !9
   %1919 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1920 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1024
-  store <16 x float> %1919, ptr %1920, align 4, !tbaa !4
+  store <16 x float> %1919, ptr %1920, align 4, !tbaa !9
   %1921 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1922 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1536
-  store <16 x float> %1921, ptr %1922, align 4, !tbaa !4
+  store <16 x float> %1921, ptr %1922, align 4, !tbaa !9
   %1923 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1924 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2048
-  store <16 x float> %1923, ptr %1924, align 4, !tbaa !4
+  store <16 x float> %1923, ptr %1924, align 4, !tbaa !9
   %1925 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1926 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2560
-  store <16 x float> %1925, ptr %1926, align 4, !tbaa !4
+  store <16 x float> %1925, ptr %1926, align 4, !tbaa !9
   %1927 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1928 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3072
-  store <16 x float> %1927, ptr %1928, align 4, !tbaa !4
+  store <16 x float> %1927, ptr %1928, align 4, !tbaa !9
   %1929 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1930 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3584
-  store <16 x float> %1929, ptr %1930, align 4, !tbaa !4
+  store <16 x float> %1929, ptr %1930, align 4, !tbaa !9
   %1931 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1932 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4096
-  store <16 x float> %1931, ptr %1932, align 4, !tbaa !4
+  store <16 x float> %1931, ptr %1932, align 4, !tbaa !9
   %1933 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1934 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4608
-  store <16 x float> %1933, ptr %1934, align 4, !tbaa !4
+  store <16 x float> %1933, ptr %1934, align 4, !tbaa !9
   %1935 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1936 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5120
-  store <16 x float> %1935, ptr %1936, align 4, !tbaa !4
+  store <16 x float> %1935, ptr %1936, align 4, !tbaa !9
   %1937 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1938 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5632
-  store <16 x float> %1937, ptr %1938, align 4, !tbaa !4
+  store <16 x float> %1937, ptr %1938, align 4, !tbaa !9
   %1939 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1940 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6144
-  store <16 x float> %1939, ptr %1940, align 4, !tbaa !4
+  store <16 x float> %1939, ptr %1940, align 4, !tbaa !9
   %1941 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1942 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6656
-  store <16 x float> %1941, ptr %1942, align 4, !tbaa !4
+  store <16 x float> %1941, ptr %1942, align 4, !tbaa !9
   %1943 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %1944 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7168
-  store <16 x float> %1943, ptr %1944, align 4, !tbaa !4
+  store <16 x float> %1943, ptr %1944, align 4, !tbaa !9
   %1945 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1946 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7680
-  store <16 x float> %1945, ptr %1946, align 4, !tbaa !4
+  store <16 x float> %1945, ptr %1946, align 4, !tbaa !9
   %indvars.iv.next903.i = add nuw nsw i64 %indvars.iv902.i, 1
   %exitcond905.not.i = icmp eq i64 %indvars.iv.next903.i, 4
   br i1 %exitcond905.not.i, label %for_end_ax0.i, label %for_body_ax0.i, !prof !31
 
 for_end_ax0.i:                                    ; preds = %for_body_ax0.i
-  %1947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %1948 = tail call i32 %1947(i32 1, i32 %dev_id, ptr nonnull %by_token.i)
   %.not753.i = icmp eq i32 %1948, 0
   br i1 %.not753.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end193.i:                                      ; preds = %for_end_to.i
-  %1949 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1949 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scaled.i = tail call ptr %1949(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1950 = icmp eq ptr %scaled.i, null
-  br i1 %1950, label %fused_decode_compute_.exit, label %if_end196.i, !prof !7
+  br i1 %1950, label %fused_decode_compute_.exit, label %if_end196.i, !prof !8
 
 if_end196.i:                                      ; preds = %if_end193.i
-  %1951 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %1951 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %exact.i = tail call ptr %1951(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1952 = icmp eq ptr %exact.i, null
-  br i1 %1952, label %fused_decode_compute_.exit, label %for_begin_to206.preheader.i, !prof !7
+  br i1 %1952, label %fused_decode_compute_.exit, label %for_begin_to206.preheader.i, !prof !8
 
 for_begin_to206.preheader.i:                      ; preds = %for_end_to208.i, %if_end196.i
   %indvars.iv916.i = phi i64 [ %indvars.iv.next917.i, %for_end_to208.i ], [ 0, %if_end196.i ]
@@ -3471,7 +3656,7 @@ for_body_to207.i:                                 ; preds = %for_body_to207.i, %
   %1954 = shl nsw i64 %indvars.iv911.i, 6
   %1955 = add nuw nsw i64 %1954, %1953
   %1956 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1955
-  %1957 = load <64 x float>, ptr %1956, align 4, !tbaa !4
+  %1957 = load <64 x float>, ptr %1956, align 4, !tbaa !9
   %1958 = fmul <64 x float> %98, %1957
   %1959 = trunc i64 %1954 to i32
   %1960 = sub i32 %1441, %1959
@@ -3480,12 +3665,12 @@ for_body_to207.i:                                 ; preds = %for_body_to207.i, %
   %1963 = icmp sgt <64 x i32> %1962, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1964 = select <64 x i1> %1963, <64 x float> %1958, <64 x float> splat (float 0xFFF0000000000000)
   %1965 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1955
-  store <64 x float> %1964, ptr %1965, align 4, !tbaa !4
+  store <64 x float> %1964, ptr %1965, align 4, !tbaa !9
   %indvars.iv.next912.i = shl i64 %indvars.iv911.i, 6
   %1966 = or disjoint i64 %indvars.iv.next912.i, 64
   %1967 = add nuw nsw i64 %1966, %1953
   %1968 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1967
-  %1969 = load <64 x float>, ptr %1968, align 4, !tbaa !4
+  %1969 = load <64 x float>, ptr %1968, align 4, !tbaa !9
   %1970 = fmul <64 x float> %98, %1969
   %1971 = trunc i64 %1966 to i32
   %1972 = sub i32 %1441, %1971
@@ -3494,7 +3679,7 @@ for_body_to207.i:                                 ; preds = %for_body_to207.i, %
   %1975 = icmp sgt <64 x i32> %1974, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1976 = select <64 x i1> %1975, <64 x float> %1970, <64 x float> splat (float 0xFFF0000000000000)
   %1977 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1967
-  store <64 x float> %1976, ptr %1977, align 4, !tbaa !4
+  store <64 x float> %1976, ptr %1977, align 4, !tbaa !9
   %indvars.iv.next912.i.1 = add nuw nsw i64 %indvars.iv911.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
@@ -3509,7 +3694,7 @@ for_body_to207.i.epil.preheader:                  ; preds = %for_end_to208.i.loo
   %1978 = shl nsw i64 %indvars.iv911.i.epil.init, 6
   %1979 = add nuw nsw i64 %1978, %1953
   %1980 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1979
-  %1981 = load <64 x float>, ptr %1980, align 4, !tbaa !4
+  %1981 = load <64 x float>, ptr %1980, align 4, !tbaa !9
   %1982 = fmul <64 x float> %98, %1981
   %1983 = trunc i64 %1978 to i32
   %1984 = sub i32 %1441, %1983
@@ -3518,7 +3703,7 @@ for_body_to207.i.epil.preheader:                  ; preds = %for_end_to208.i.loo
   %1987 = icmp sgt <64 x i32> %1986, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 62, i32 63>
   %1988 = select <64 x i1> %1987, <64 x float> %1982, <64 x float> splat (float 0xFFF0000000000000)
   %1989 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1979
-  store <64 x float> %1988, ptr %1989, align 4, !tbaa !4
+  store <64 x float> %1988, ptr %1989, align 4, !tbaa !9
   br label %for_end_to208.i
 
 for_end_to208.i:                                  ; preds = %for_body_to207.i.epil.preheader, %for_end_to208.i.loopexit.unr-lcssa, %for_begin_to206.preheader.i
@@ -3544,73 +3729,73 @@ for_body_to217.i:                                 ; preds = %for_body_to217.i, %
   %niter333 = phi i64 [ %niter333.next.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
   %.idx1188.i = shl nsw i64 %indvars.iv920.i, 8
   %gep1254.i = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i
-  %1990 = load <16 x float>, ptr %gep1254.i, align 4, !tbaa !4
+  %1990 = load <16 x float>, ptr %gep1254.i, align 4, !tbaa !9
   %1991 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i, %1990
   %1992 = select <16 x i1> %1991, <16 x float> %peak.rf_global729.sroa.0.0794.i, <16 x float> %1990
   %1993 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 64
-  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !4
+  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !9
   %1995 = fcmp ogt <16 x float> %1992, %1994
   %1996 = select <16 x i1> %1995, <16 x float> %1992, <16 x float> %1994
   %1997 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 128
-  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !4
+  %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !9
   %1999 = fcmp ogt <16 x float> %1996, %1998
   %2000 = select <16 x i1> %1999, <16 x float> %1996, <16 x float> %1998
   %2001 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 192
-  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !4
+  %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !9
   %2003 = fcmp ogt <16 x float> %2000, %2002
   %2004 = select <16 x i1> %2003, <16 x float> %2000, <16 x float> %2002
   %indvars.iv.next921.i = shl i64 %indvars.iv920.i, 8
   %2005 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i
   %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %2005, i64 256
-  %2006 = load <16 x float>, ptr %gep1254.i.1, align 4, !tbaa !4
+  %2006 = load <16 x float>, ptr %gep1254.i.1, align 4, !tbaa !9
   %2007 = fcmp ogt <16 x float> %2004, %2006
   %2008 = select <16 x i1> %2007, <16 x float> %2004, <16 x float> %2006
   %2009 = getelementptr inbounds nuw i8, ptr %2005, i64 320
-  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !4
+  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !9
   %2011 = fcmp ogt <16 x float> %2008, %2010
   %2012 = select <16 x i1> %2011, <16 x float> %2008, <16 x float> %2010
   %2013 = getelementptr inbounds nuw i8, ptr %2005, i64 384
-  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !4
+  %2014 = load <16 x float>, ptr %2013, align 4, !tbaa !9
   %2015 = fcmp ogt <16 x float> %2012, %2014
   %2016 = select <16 x i1> %2015, <16 x float> %2012, <16 x float> %2014
   %2017 = getelementptr inbounds nuw i8, ptr %2005, i64 448
-  %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !4
+  %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !9
   %2019 = fcmp ogt <16 x float> %2016, %2018
   %2020 = select <16 x i1> %2019, <16 x float> %2016, <16 x float> %2018
   %indvars.iv.next921.i.1 = shl i64 %indvars.iv920.i, 8
   %2021 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.1
   %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %2021, i64 512
-  %2022 = load <16 x float>, ptr %gep1254.i.2, align 4, !tbaa !4
+  %2022 = load <16 x float>, ptr %gep1254.i.2, align 4, !tbaa !9
   %2023 = fcmp ogt <16 x float> %2020, %2022
   %2024 = select <16 x i1> %2023, <16 x float> %2020, <16 x float> %2022
   %2025 = getelementptr inbounds nuw i8, ptr %2021, i64 576
-  %2026 = load <16 x float>, ptr %2025, align 4, !tbaa !4
+  %2026 = load <16 x float>, ptr %2025, align 4, !tbaa !9
   %2027 = fcmp ogt <16 x float> %2024, %2026
   %2028 = select <16 x i1> %2027, <16 x float> %2024, <16 x float> %2026
   %2029 = getelementptr inbounds nuw i8, ptr %2021, i64 640
-  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !4
+  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !9
   %2031 = fcmp ogt <16 x float> %2028, %2030
   %2032 = select <16 x i1> %2031, <16 x float> %2028, <16 x float> %2030
   %2033 = getelementptr inbounds nuw i8, ptr %2021, i64 704
-  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !4
+  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !9
   %2035 = fcmp ogt <16 x float> %2032, %2034
   %2036 = select <16 x i1> %2035, <16 x float> %2032, <16 x float> %2034
   %indvars.iv.next921.i.2 = shl i64 %indvars.iv920.i, 8
   %2037 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.2
   %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %2037, i64 768
-  %2038 = load <16 x float>, ptr %gep1254.i.3, align 4, !tbaa !4
+  %2038 = load <16 x float>, ptr %gep1254.i.3, align 4, !tbaa !9
   %2039 = fcmp ogt <16 x float> %2036, %2038
   %2040 = select <16 x i1> %2039, <16 x float> %2036, <16 x float> %2038
   %2041 = getelementptr inbounds nuw i8, ptr %2037, i64 832
-  %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !4
+  %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !9
   %2043 = fcmp ogt <16 x float> %2040, %2042
   %2044 = select <16 x i1> %2043, <16 x float> %2040, <16 x float> %2042
   %2045 = getelementptr inbounds nuw i8, ptr %2037, i64 896
-  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !4
+  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !9
   %2047 = fcmp ogt <16 x float> %2044, %2046
   %2048 = select <16 x i1> %2047, <16 x float> %2044, <16 x float> %2046
   %2049 = getelementptr inbounds nuw i8, ptr %2037, i64 960
-  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !4
+  %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !9
   %2051 = fcmp ogt <16 x float> %2048, %2050
   %2052 = select <16 x i1> %2051, <16 x float> %2048, <16 x float> %2050
   %indvars.iv.next921.i.3 = add nuw nsw i64 %indvars.iv920.i, 4
@@ -3633,19 +3818,19 @@ for_body_to217.i.epil:                            ; preds = %for_body_to217.i.ep
   %epil.iter = phi i64 [ 0, %for_body_to217.i.epil.preheader ], [ %epil.iter.next, %for_body_to217.i.epil ]
   %.idx1188.i.epil = shl nsw i64 %indvars.iv920.i.epil, 8
   %gep1254.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i.epil
-  %2053 = load <16 x float>, ptr %gep1254.i.epil, align 4, !tbaa !4
+  %2053 = load <16 x float>, ptr %gep1254.i.epil, align 4, !tbaa !9
   %2054 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, %2053
   %2055 = select <16 x i1> %2054, <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, <16 x float> %2053
   %2056 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 64
-  %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !4
+  %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !9
   %2058 = fcmp ogt <16 x float> %2055, %2057
   %2059 = select <16 x i1> %2058, <16 x float> %2055, <16 x float> %2057
   %2060 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 128
-  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !4
+  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !9
   %2062 = fcmp ogt <16 x float> %2059, %2061
   %2063 = select <16 x i1> %2062, <16 x float> %2059, <16 x float> %2061
   %2064 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 192
-  %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !4
+  %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !9
   %2066 = fcmp ogt <16 x float> %2063, %2065
   %2067 = select <16 x i1> %2066, <16 x float> %2063, <16 x float> %2065
   %indvars.iv.next921.i.epil = add nuw nsw i64 %indvars.iv920.i.epil, 1
@@ -3769,7 +3954,7 @@ for_body_to296.i:                                 ; preds = %for_body_to296.i, %
   %2140 = shl nsw i64 %indvars.iv933.i, 6
   %2141 = add nuw nsw i64 %2140, %2139
   %2142 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2141
-  %2143 = load <64 x float>, ptr %2142, align 4, !tbaa !4
+  %2143 = load <64 x float>, ptr %2142, align 4, !tbaa !9
   %arg.i = fsub <64 x float> %2143, %2138
   %2144 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %1132)
   %2145 = bitcast <64 x float> %2144 to <64 x i32>
@@ -3791,10 +3976,10 @@ for_body_to296.i:                                 ; preds = %for_body_to296.i, %
   %2161 = fcmp olt <64 x float> %arg.i, %1135
   %2162 = select <64 x i1> %2161, <64 x float> zeroinitializer, <64 x float> %2160
   %2163 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2141
-  store <64 x float> %2162, ptr %2163, align 4, !tbaa !4
+  store <64 x float> %2162, ptr %2163, align 4, !tbaa !9
   %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
   %exitcond937.not.i = icmp eq i64 %indvars.iv.next934.i, %wide.trip.count909.i
-  br i1 %exitcond937.not.i, label %for_end_to297.i, label %for_body_to296.i, !prof !8
+  br i1 %exitcond937.not.i, label %for_end_to297.i, label %for_body_to296.i, !prof !4
 
 for_end_to297.i:                                  ; preds = %for_body_to296.i, %for_begin_to295.preheader.i
   %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
@@ -3815,26 +4000,26 @@ for_body_to306.i:                                 ; preds = %for_body_to306.i, %
   %2165 = shl nsw i64 %indvars.iv942.i, 6
   %2166 = add nuw nsw i64 %2165, %2164
   %2167 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2166
-  %2168 = load <64 x i32>, ptr %2167, align 4, !tbaa !4
+  %2168 = load <64 x i32>, ptr %2167, align 4, !tbaa !9
   %2169 = lshr <64 x i32> %2168, splat (i32 16)
   %2170 = and <64 x i32> %2169, splat (i32 1)
   %2171 = add nsw <64 x i32> %2168, splat (i32 32767)
   %2172 = add nsw <64 x i32> %2171, %2170
   %2173 = and <64 x i32> %2172, splat (i32 -65536)
   %2174 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2166
-  store <64 x i32> %2173, ptr %2174, align 4, !tbaa !4
+  store <64 x i32> %2173, ptr %2174, align 4, !tbaa !9
   %indvars.iv.next943.i = shl i64 %indvars.iv942.i, 6
   %2175 = or disjoint i64 %indvars.iv.next943.i, 64
   %2176 = add nuw nsw i64 %2175, %2164
   %2177 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2176
-  %2178 = load <64 x i32>, ptr %2177, align 4, !tbaa !4
+  %2178 = load <64 x i32>, ptr %2177, align 4, !tbaa !9
   %2179 = lshr <64 x i32> %2178, splat (i32 16)
   %2180 = and <64 x i32> %2179, splat (i32 1)
   %2181 = add nsw <64 x i32> %2178, splat (i32 32767)
   %2182 = add nsw <64 x i32> %2181, %2180
   %2183 = and <64 x i32> %2182, splat (i32 -65536)
   %2184 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2176
-  store <64 x i32> %2183, ptr %2184, align 4, !tbaa !4
+  store <64 x i32> %2183, ptr %2184, align 4, !tbaa !9
   %indvars.iv.next943.i.1 = add nuw nsw i64 %indvars.iv942.i, 2
   %niter339.next.1 = add i64 %niter339, 2
   %niter339.ncmp.1 = icmp eq i64 %niter339.next.1, %unroll_iter338
@@ -3849,14 +4034,14 @@ for_body_to306.i.epil.preheader:                  ; preds = %for_end_to307.i.loo
   %2185 = shl nsw i64 %indvars.iv942.i.epil.init, 6
   %2186 = add nuw nsw i64 %2185, %2164
   %2187 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2186
-  %2188 = load <64 x i32>, ptr %2187, align 4, !tbaa !4
+  %2188 = load <64 x i32>, ptr %2187, align 4, !tbaa !9
   %2189 = lshr <64 x i32> %2188, splat (i32 16)
   %2190 = and <64 x i32> %2189, splat (i32 1)
   %2191 = add nsw <64 x i32> %2188, splat (i32 32767)
   %2192 = add nsw <64 x i32> %2191, %2190
   %2193 = and <64 x i32> %2192, splat (i32 -65536)
   %2194 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2186
-  store <64 x i32> %2193, ptr %2194, align 4, !tbaa !4
+  store <64 x i32> %2193, ptr %2194, align 4, !tbaa !9
   br label %for_end_to307.i
 
 for_end_to307.i:                                  ; preds = %for_body_to306.i.epil.preheader, %for_end_to307.i.loopexit.unr-lcssa, %for_begin_to305.preheader.i
@@ -3898,58 +4083,58 @@ for_body_to316.i:                                 ; preds = %for_body_to316.i, %
   %niter346 = phi i64 [ %niter346.next.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
   %.idx1191.i = shl nsw i64 %indvars.iv951.i, 8
   %gep1256.i = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i
-  %2195 = load <16 x float>, ptr %gep1256.i, align 4, !tbaa !4
+  %2195 = load <16 x float>, ptr %gep1256.i, align 4, !tbaa !9
   %2196 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i, %2195
   %2197 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 64
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !4
+  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !9
   %2199 = fadd <16 x float> %2196, %2198
   %2200 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 128
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !4
+  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !9
   %2202 = fadd <16 x float> %2199, %2201
   %2203 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 192
-  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !4
+  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !9
   %2205 = fadd <16 x float> %2202, %2204
   %indvars.iv.next952.i = shl i64 %indvars.iv951.i, 8
   %2206 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i
   %gep1256.i.1 = getelementptr inbounds nuw i8, ptr %2206, i64 256
-  %2207 = load <16 x float>, ptr %gep1256.i.1, align 4, !tbaa !4
+  %2207 = load <16 x float>, ptr %gep1256.i.1, align 4, !tbaa !9
   %2208 = fadd <16 x float> %2205, %2207
   %2209 = getelementptr inbounds nuw i8, ptr %2206, i64 320
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !4
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !9
   %2211 = fadd <16 x float> %2208, %2210
   %2212 = getelementptr inbounds nuw i8, ptr %2206, i64 384
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !4
+  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !9
   %2214 = fadd <16 x float> %2211, %2213
   %2215 = getelementptr inbounds nuw i8, ptr %2206, i64 448
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !4
+  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !9
   %2217 = fadd <16 x float> %2214, %2216
   %indvars.iv.next952.i.1 = shl i64 %indvars.iv951.i, 8
   %2218 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.1
   %gep1256.i.2 = getelementptr inbounds nuw i8, ptr %2218, i64 512
-  %2219 = load <16 x float>, ptr %gep1256.i.2, align 4, !tbaa !4
+  %2219 = load <16 x float>, ptr %gep1256.i.2, align 4, !tbaa !9
   %2220 = fadd <16 x float> %2217, %2219
   %2221 = getelementptr inbounds nuw i8, ptr %2218, i64 576
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !4
+  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !9
   %2223 = fadd <16 x float> %2220, %2222
   %2224 = getelementptr inbounds nuw i8, ptr %2218, i64 640
-  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !4
+  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !9
   %2226 = fadd <16 x float> %2223, %2225
   %2227 = getelementptr inbounds nuw i8, ptr %2218, i64 704
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !4
+  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !9
   %2229 = fadd <16 x float> %2226, %2228
   %indvars.iv.next952.i.2 = shl i64 %indvars.iv951.i, 8
   %2230 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.2
   %gep1256.i.3 = getelementptr inbounds nuw i8, ptr %2230, i64 768
-  %2231 = load <16 x float>, ptr %gep1256.i.3, align 4, !tbaa !4
+  %2231 = load <16 x float>, ptr %gep1256.i.3, align 4, !tbaa !9
   %2232 = fadd <16 x float> %2229, %2231
   %2233 = getelementptr inbounds nuw i8, ptr %2230, i64 832
-  %2234 = load <16 x float>, ptr %2233, align 4, !tbaa !4
+  %2234 = load <16 x float>, ptr %2233, align 4, !tbaa !9
   %2235 = fadd <16 x float> %2232, %2234
   %2236 = getelementptr inbounds nuw i8, ptr %2230, i64 896
-  %2237 = load <16 x float>, ptr %2236, align 4, !tbaa !4
+  %2237 = load <16 x float>, ptr %2236, align 4, !tbaa !9
   %2238 = fadd <16 x float> %2235, %2237
   %2239 = getelementptr inbounds nuw i8, ptr %2230, i64 960
-  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !4
+  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !9
   %2241 = fadd <16 x float> %2238, %2240
   %indvars.iv.next952.i.3 = add nuw nsw i64 %indvars.iv951.i, 4
   %niter346.next.3 = add i64 %niter346, 4
@@ -3971,16 +4156,16 @@ for_body_to316.i.epil:                            ; preds = %for_body_to316.i.ep
   %epil.iter341 = phi i64 [ 0, %for_body_to316.i.epil.preheader ], [ %epil.iter341.next, %for_body_to316.i.epil ]
   %.idx1191.i.epil = shl nsw i64 %indvars.iv951.i.epil, 8
   %gep1256.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i.epil
-  %2242 = load <16 x float>, ptr %gep1256.i.epil, align 4, !tbaa !4
+  %2242 = load <16 x float>, ptr %gep1256.i.epil, align 4, !tbaa !9
   %2243 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i.epil, %2242
   %2244 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 64
-  %2245 = load <16 x float>, ptr %2244, align 4, !tbaa !4
+  %2245 = load <16 x float>, ptr %2244, align 4, !tbaa !9
   %2246 = fadd <16 x float> %2243, %2245
   %2247 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 128
-  %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !4
+  %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !9
   %2249 = fadd <16 x float> %2246, %2248
   %2250 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 192
-  %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !4
+  %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !9
   %2252 = fadd <16 x float> %2249, %2251
   %indvars.iv.next952.i.epil = add nuw nsw i64 %indvars.iv951.i.epil, 1
   %epil.iter341.next = add i64 %epil.iter341, 1
@@ -4012,31 +4197,31 @@ for_body_to486.i:                                 ; preds = %for_body_to486.i, %
   %niter352 = phi i64 [ %niter352.next.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
   %2254 = shl nsw i64 %indvars.iv960.i, 6
   %gep1258.i = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2254
-  %2255 = load <64 x i32>, ptr %gep1258.i, align 4, !tbaa !4
+  %2255 = load <64 x i32>, ptr %gep1258.i, align 4, !tbaa !9
   %2256 = lshr <64 x i32> %2255, splat (i32 16)
   %gep1260.i = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2254
-  store <64 x i32> %2256, ptr %gep1260.i, align 4, !tbaa !4
+  store <64 x i32> %2256, ptr %gep1260.i, align 4, !tbaa !9
   %indvars.iv.next961.i = shl i64 %indvars.iv960.i, 6
   %2257 = or disjoint i64 %indvars.iv.next961.i, 64
   %gep1258.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2257
-  %2258 = load <64 x i32>, ptr %gep1258.i.1, align 4, !tbaa !4
+  %2258 = load <64 x i32>, ptr %gep1258.i.1, align 4, !tbaa !9
   %2259 = lshr <64 x i32> %2258, splat (i32 16)
   %gep1260.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2257
-  store <64 x i32> %2259, ptr %gep1260.i.1, align 4, !tbaa !4
+  store <64 x i32> %2259, ptr %gep1260.i.1, align 4, !tbaa !9
   %indvars.iv.next961.i.1 = shl i64 %indvars.iv960.i, 6
   %2260 = or disjoint i64 %indvars.iv.next961.i.1, 128
   %gep1258.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2260
-  %2261 = load <64 x i32>, ptr %gep1258.i.2, align 4, !tbaa !4
+  %2261 = load <64 x i32>, ptr %gep1258.i.2, align 4, !tbaa !9
   %2262 = lshr <64 x i32> %2261, splat (i32 16)
   %gep1260.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2260
-  store <64 x i32> %2262, ptr %gep1260.i.2, align 4, !tbaa !4
+  store <64 x i32> %2262, ptr %gep1260.i.2, align 4, !tbaa !9
   %indvars.iv.next961.i.2 = shl i64 %indvars.iv960.i, 6
   %2263 = or disjoint i64 %indvars.iv.next961.i.2, 192
   %gep1258.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2263
-  %2264 = load <64 x i32>, ptr %gep1258.i.3, align 4, !tbaa !4
+  %2264 = load <64 x i32>, ptr %gep1258.i.3, align 4, !tbaa !9
   %2265 = lshr <64 x i32> %2264, splat (i32 16)
   %gep1260.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2263
-  store <64 x i32> %2265, ptr %gep1260.i.3, align 4, !tbaa !4
+  store <64 x i32> %2265, ptr %gep1260.i.3, align 4, !tbaa !9
   %indvars.iv.next961.i.3 = add nuw nsw i64 %indvars.iv960.i, 4
   %niter352.next.3 = add i64 %niter352, 4
   %niter352.ncmp.3 = icmp eq i64 %niter352.next.3, %unroll_iter351
@@ -4055,10 +4240,10 @@ for_body_to486.i.epil:                            ; preds = %for_body_to486.i.ep
   %epil.iter348 = phi i64 [ 0, %for_body_to486.i.epil.preheader ], [ %epil.iter348.next, %for_body_to486.i.epil ]
   %2266 = shl nsw i64 %indvars.iv960.i.epil, 6
   %gep1258.i.epil = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2266
-  %2267 = load <64 x i32>, ptr %gep1258.i.epil, align 4, !tbaa !4
+  %2267 = load <64 x i32>, ptr %gep1258.i.epil, align 4, !tbaa !9
   %2268 = lshr <64 x i32> %2267, splat (i32 16)
   %gep1260.i.epil = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2266
-  store <64 x i32> %2268, ptr %gep1260.i.epil, align 4, !tbaa !4
+  store <64 x i32> %2268, ptr %gep1260.i.epil, align 4, !tbaa !9
   %indvars.iv.next961.i.epil = add nuw nsw i64 %indvars.iv960.i.epil, 1
   %epil.iter348.next = add i64 %epil.iter348, 1
   %epil.iter348.cmp.not = icmp eq i64 %epil.iter348.next, %xtraiter347
@@ -4086,59 +4271,59 @@ for_body_to496.i:                                 ; preds = %for_body_to496.i, %
   %niter358 = phi i64 [ %niter358.next.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
   %2269 = shl nsw i64 %indvars.iv970.i, 6
   %2270 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2269
-  %2271 = load <64 x i32>, ptr %2270, align 4, !tbaa !4
+  %2271 = load <64 x i32>, ptr %2270, align 4, !tbaa !9
   %2272 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2269
   %2273 = getelementptr inbounds nuw i8, ptr %2272, i64 512
-  store <64 x i32> %2271, ptr %2273, align 4, !tbaa !4
+  store <64 x i32> %2271, ptr %2273, align 4, !tbaa !9
   %indvars.iv.next971.i = shl i64 %indvars.iv970.i, 6
   %2274 = or disjoint i64 %indvars.iv.next971.i, 64
   %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
-  %2276 = load <64 x i32>, ptr %2275, align 4, !tbaa !4
+  %2276 = load <64 x i32>, ptr %2275, align 4, !tbaa !9
   %2277 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2274
   %2278 = getelementptr inbounds nuw i8, ptr %2277, i64 512
-  store <64 x i32> %2276, ptr %2278, align 4, !tbaa !4
+  store <64 x i32> %2276, ptr %2278, align 4, !tbaa !9
   %indvars.iv.next971.i.1 = shl i64 %indvars.iv970.i, 6
   %2279 = or disjoint i64 %indvars.iv.next971.i.1, 128
   %2280 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2279
-  %2281 = load <64 x i32>, ptr %2280, align 4, !tbaa !4
+  %2281 = load <64 x i32>, ptr %2280, align 4, !tbaa !9
   %2282 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2279
   %2283 = getelementptr inbounds nuw i8, ptr %2282, i64 512
-  store <64 x i32> %2281, ptr %2283, align 4, !tbaa !4
+  store <64 x i32> %2281, ptr %2283, align 4, !tbaa !9
   %indvars.iv.next971.i.2 = shl i64 %indvars.iv970.i, 6
   %2284 = or disjoint i64 %indvars.iv.next971.i.2, 192
   %2285 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2284
-  %2286 = load <64 x i32>, ptr %2285, align 4, !tbaa !4
+  %2286 = load <64 x i32>, ptr %2285, align 4, !tbaa !9
   %2287 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2284
   %2288 = getelementptr inbounds nuw i8, ptr %2287, i64 512
-  store <64 x i32> %2286, ptr %2288, align 4, !tbaa !4
+  store <64 x i32> %2286, ptr %2288, align 4, !tbaa !9
   %indvars.iv.next971.i.3 = shl i64 %indvars.iv970.i, 6
   %2289 = or disjoint i64 %indvars.iv.next971.i.3, 256
   %2290 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2289
-  %2291 = load <64 x i32>, ptr %2290, align 4, !tbaa !4
+  %2291 = load <64 x i32>, ptr %2290, align 4, !tbaa !9
   %2292 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2289
   %2293 = getelementptr inbounds nuw i8, ptr %2292, i64 512
-  store <64 x i32> %2291, ptr %2293, align 4, !tbaa !4
+  store <64 x i32> %2291, ptr %2293, align 4, !tbaa !9
   %indvars.iv.next971.i.4 = shl i64 %indvars.iv970.i, 6
   %2294 = or disjoint i64 %indvars.iv.next971.i.4, 320
   %2295 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2294
-  %2296 = load <64 x i32>, ptr %2295, align 4, !tbaa !4
+  %2296 = load <64 x i32>, ptr %2295, align 4, !tbaa !9
   %2297 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2294
   %2298 = getelementptr inbounds nuw i8, ptr %2297, i64 512
-  store <64 x i32> %2296, ptr %2298, align 4, !tbaa !4
+  store <64 x i32> %2296, ptr %2298, align 4, !tbaa !9
   %indvars.iv.next971.i.5 = shl i64 %indvars.iv970.i, 6
   %2299 = or disjoint i64 %indvars.iv.next971.i.5, 384
   %2300 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2299
-  %2301 = load <64 x i32>, ptr %2300, align 4, !tbaa !4
+  %2301 = load <64 x i32>, ptr %2300, align 4, !tbaa !9
   %2302 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2299
   %2303 = getelementptr inbounds nuw i8, ptr %2302, i64 512
-  store <64 x i32> %2301, ptr %2303, align 4, !tbaa !4
+  store <64 x i32> %2301, ptr %2303, align 4, !tbaa !9
   %indvars.iv.next971.i.6 = shl i64 %indvars.iv970.i, 6
   %2304 = or disjoint i64 %indvars.iv.next971.i.6, 448
   %2305 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2304
-  %2306 = load <64 x i32>, ptr %2305, align 4, !tbaa !4
+  %2306 = load <64 x i32>, ptr %2305, align 4, !tbaa !9
   %2307 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2304
   %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 512
-  store <64 x i32> %2306, ptr %2308, align 4, !tbaa !4
+  store <64 x i32> %2306, ptr %2308, align 4, !tbaa !9
   %indvars.iv.next971.i.7 = add nuw nsw i64 %indvars.iv970.i, 8
   %niter358.next.7 = add i64 %niter358, 8
   %niter358.ncmp.7 = icmp eq i64 %niter358.next.7, %unroll_iter357
@@ -4157,10 +4342,10 @@ for_body_to496.i.epil:                            ; preds = %for_body_to496.i.ep
   %epil.iter354 = phi i64 [ %epil.iter354.next, %for_body_to496.i.epil ], [ 0, %for_body_to496.i.epil.preheader ]
   %2309 = shl nsw i64 %indvars.iv970.i.epil, 6
   %2310 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2309
-  %2311 = load <64 x i32>, ptr %2310, align 4, !tbaa !4
+  %2311 = load <64 x i32>, ptr %2310, align 4, !tbaa !9
   %2312 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2309
   %2313 = getelementptr inbounds nuw i8, ptr %2312, i64 512
-  store <64 x i32> %2311, ptr %2313, align 4, !tbaa !4
+  store <64 x i32> %2311, ptr %2313, align 4, !tbaa !9
   %indvars.iv.next971.i.epil = add nuw nsw i64 %indvars.iv970.i.epil, 1
   %epil.iter354.next = add i64 %epil.iter354, 1
   %epil.iter354.cmp.not = icmp eq i64 %epil.iter354.next, %xtraiter353
@@ -4175,66 +4360,66 @@ for_body_to496.1.i:                               ; preds = %for_body_to496.1.i,
   %2314 = shl nsw i64 %indvars.iv970.1.i, 6
   %2315 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
   %2316 = getelementptr inbounds nuw i8, ptr %2315, i64 512
-  %2317 = load <64 x i32>, ptr %2316, align 4, !tbaa !4
+  %2317 = load <64 x i32>, ptr %2316, align 4, !tbaa !9
   %2318 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2314
   %2319 = getelementptr inbounds nuw i8, ptr %2318, i64 1536
-  store <64 x i32> %2317, ptr %2319, align 4, !tbaa !4
+  store <64 x i32> %2317, ptr %2319, align 4, !tbaa !9
   %indvars.iv.next971.1.i = shl i64 %indvars.iv970.1.i, 6
   %2320 = or disjoint i64 %indvars.iv.next971.1.i, 64
   %2321 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2320
   %2322 = getelementptr inbounds nuw i8, ptr %2321, i64 512
-  %2323 = load <64 x i32>, ptr %2322, align 4, !tbaa !4
+  %2323 = load <64 x i32>, ptr %2322, align 4, !tbaa !9
   %2324 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2320
   %2325 = getelementptr inbounds nuw i8, ptr %2324, i64 1536
-  store <64 x i32> %2323, ptr %2325, align 4, !tbaa !4
+  store <64 x i32> %2323, ptr %2325, align 4, !tbaa !9
   %indvars.iv.next971.1.i.1 = shl i64 %indvars.iv970.1.i, 6
   %2326 = or disjoint i64 %indvars.iv.next971.1.i.1, 128
   %2327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2326
   %2328 = getelementptr inbounds nuw i8, ptr %2327, i64 512
-  %2329 = load <64 x i32>, ptr %2328, align 4, !tbaa !4
+  %2329 = load <64 x i32>, ptr %2328, align 4, !tbaa !9
   %2330 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2326
   %2331 = getelementptr inbounds nuw i8, ptr %2330, i64 1536
-  store <64 x i32> %2329, ptr %2331, align 4, !tbaa !4
+  store <64 x i32> %2329, ptr %2331, align 4, !tbaa !9
   %indvars.iv.next971.1.i.2 = shl i64 %indvars.iv970.1.i, 6
   %2332 = or disjoint i64 %indvars.iv.next971.1.i.2, 192
   %2333 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2332
   %2334 = getelementptr inbounds nuw i8, ptr %2333, i64 512
-  %2335 = load <64 x i32>, ptr %2334, align 4, !tbaa !4
+  %2335 = load <64 x i32>, ptr %2334, align 4, !tbaa !9
   %2336 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2332
   %2337 = getelementptr inbounds nuw i8, ptr %2336, i64 1536
-  store <64 x i32> %2335, ptr %2337, align 4, !tbaa !4
+  store <64 x i32> %2335, ptr %2337, align 4, !tbaa !9
   %indvars.iv.next971.1.i.3 = shl i64 %indvars.iv970.1.i, 6
   %2338 = or disjoint i64 %indvars.iv.next971.1.i.3, 256
   %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
   %2340 = getelementptr inbounds nuw i8, ptr %2339, i64 512
-  %2341 = load <64 x i32>, ptr %2340, align 4, !tbaa !4
+  %2341 = load <64 x i32>, ptr %2340, align 4, !tbaa !9
   %2342 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2338
   %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 1536
-  store <64 x i32> %2341, ptr %2343, align 4, !tbaa !4
+  store <64 x i32> %2341, ptr %2343, align 4, !tbaa !9
   %indvars.iv.next971.1.i.4 = shl i64 %indvars.iv970.1.i, 6
   %2344 = or disjoint i64 %indvars.iv.next971.1.i.4, 320
   %2345 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2344
   %2346 = getelementptr inbounds nuw i8, ptr %2345, i64 512
-  %2347 = load <64 x i32>, ptr %2346, align 4, !tbaa !4
+  %2347 = load <64 x i32>, ptr %2346, align 4, !tbaa !9
   %2348 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2344
   %2349 = getelementptr inbounds nuw i8, ptr %2348, i64 1536
-  store <64 x i32> %2347, ptr %2349, align 4, !tbaa !4
+  store <64 x i32> %2347, ptr %2349, align 4, !tbaa !9
   %indvars.iv.next971.1.i.5 = shl i64 %indvars.iv970.1.i, 6
   %2350 = or disjoint i64 %indvars.iv.next971.1.i.5, 384
   %2351 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2350
   %2352 = getelementptr inbounds nuw i8, ptr %2351, i64 512
-  %2353 = load <64 x i32>, ptr %2352, align 4, !tbaa !4
+  %2353 = load <64 x i32>, ptr %2352, align 4, !tbaa !9
   %2354 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2350
   %2355 = getelementptr inbounds nuw i8, ptr %2354, i64 1536
-  store <64 x i32> %2353, ptr %2355, align 4, !tbaa !4
+  store <64 x i32> %2353, ptr %2355, align 4, !tbaa !9
   %indvars.iv.next971.1.i.6 = shl i64 %indvars.iv970.1.i, 6
   %2356 = or disjoint i64 %indvars.iv.next971.1.i.6, 448
   %2357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2356
   %2358 = getelementptr inbounds nuw i8, ptr %2357, i64 512
-  %2359 = load <64 x i32>, ptr %2358, align 4, !tbaa !4
+  %2359 = load <64 x i32>, ptr %2358, align 4, !tbaa !9
   %2360 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2356
   %2361 = getelementptr inbounds nuw i8, ptr %2360, i64 1536
-  store <64 x i32> %2359, ptr %2361, align 4, !tbaa !4
+  store <64 x i32> %2359, ptr %2361, align 4, !tbaa !9
   %indvars.iv.next971.1.i.7 = add nuw nsw i64 %indvars.iv970.1.i, 8
   %niter364.next.7 = add i64 %niter364, 8
   %niter364.ncmp.7 = icmp eq i64 %niter364.next.7, %unroll_iter363
@@ -4254,10 +4439,10 @@ for_body_to496.1.i.epil:                          ; preds = %for_body_to496.1.i.
   %2362 = shl nsw i64 %indvars.iv970.1.i.epil, 6
   %2363 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2362
   %2364 = getelementptr inbounds nuw i8, ptr %2363, i64 512
-  %2365 = load <64 x i32>, ptr %2364, align 4, !tbaa !4
+  %2365 = load <64 x i32>, ptr %2364, align 4, !tbaa !9
   %2366 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2362
   %2367 = getelementptr inbounds nuw i8, ptr %2366, i64 1536
-  store <64 x i32> %2365, ptr %2367, align 4, !tbaa !4
+  store <64 x i32> %2365, ptr %2367, align 4, !tbaa !9
   %indvars.iv.next971.1.i.epil = add nuw nsw i64 %indvars.iv970.1.i.epil, 1
   %epil.iter360.next = add i64 %epil.iter360, 1
   %epil.iter360.cmp.not = icmp eq i64 %epil.iter360.next, %xtraiter359
@@ -4272,66 +4457,66 @@ for_body_to496.2.i:                               ; preds = %for_body_to496.2.i,
   %2368 = shl nsw i64 %indvars.iv970.2.i, 6
   %2369 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2368
   %2370 = getelementptr inbounds nuw i8, ptr %2369, i64 1024
-  %2371 = load <64 x i32>, ptr %2370, align 4, !tbaa !4
+  %2371 = load <64 x i32>, ptr %2370, align 4, !tbaa !9
   %2372 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2368
   %2373 = getelementptr inbounds nuw i8, ptr %2372, i64 2560
-  store <64 x i32> %2371, ptr %2373, align 4, !tbaa !4
+  store <64 x i32> %2371, ptr %2373, align 4, !tbaa !9
   %indvars.iv.next971.2.i = shl i64 %indvars.iv970.2.i, 6
   %2374 = or disjoint i64 %indvars.iv.next971.2.i, 64
   %2375 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2374
   %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 1024
-  %2377 = load <64 x i32>, ptr %2376, align 4, !tbaa !4
+  %2377 = load <64 x i32>, ptr %2376, align 4, !tbaa !9
   %2378 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2374
   %2379 = getelementptr inbounds nuw i8, ptr %2378, i64 2560
-  store <64 x i32> %2377, ptr %2379, align 4, !tbaa !4
+  store <64 x i32> %2377, ptr %2379, align 4, !tbaa !9
   %indvars.iv.next971.2.i.1 = shl i64 %indvars.iv970.2.i, 6
   %2380 = or disjoint i64 %indvars.iv.next971.2.i.1, 128
   %2381 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2380
   %2382 = getelementptr inbounds nuw i8, ptr %2381, i64 1024
-  %2383 = load <64 x i32>, ptr %2382, align 4, !tbaa !4
+  %2383 = load <64 x i32>, ptr %2382, align 4, !tbaa !9
   %2384 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2380
   %2385 = getelementptr inbounds nuw i8, ptr %2384, i64 2560
-  store <64 x i32> %2383, ptr %2385, align 4, !tbaa !4
+  store <64 x i32> %2383, ptr %2385, align 4, !tbaa !9
   %indvars.iv.next971.2.i.2 = shl i64 %indvars.iv970.2.i, 6
   %2386 = or disjoint i64 %indvars.iv.next971.2.i.2, 192
   %2387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2386
   %2388 = getelementptr inbounds nuw i8, ptr %2387, i64 1024
-  %2389 = load <64 x i32>, ptr %2388, align 4, !tbaa !4
+  %2389 = load <64 x i32>, ptr %2388, align 4, !tbaa !9
   %2390 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2386
   %2391 = getelementptr inbounds nuw i8, ptr %2390, i64 2560
-  store <64 x i32> %2389, ptr %2391, align 4, !tbaa !4
+  store <64 x i32> %2389, ptr %2391, align 4, !tbaa !9
   %indvars.iv.next971.2.i.3 = shl i64 %indvars.iv970.2.i, 6
   %2392 = or disjoint i64 %indvars.iv.next971.2.i.3, 256
   %2393 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2392
   %2394 = getelementptr inbounds nuw i8, ptr %2393, i64 1024
-  %2395 = load <64 x i32>, ptr %2394, align 4, !tbaa !4
+  %2395 = load <64 x i32>, ptr %2394, align 4, !tbaa !9
   %2396 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2392
   %2397 = getelementptr inbounds nuw i8, ptr %2396, i64 2560
-  store <64 x i32> %2395, ptr %2397, align 4, !tbaa !4
+  store <64 x i32> %2395, ptr %2397, align 4, !tbaa !9
   %indvars.iv.next971.2.i.4 = shl i64 %indvars.iv970.2.i, 6
   %2398 = or disjoint i64 %indvars.iv.next971.2.i.4, 320
   %2399 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2398
   %2400 = getelementptr inbounds nuw i8, ptr %2399, i64 1024
-  %2401 = load <64 x i32>, ptr %2400, align 4, !tbaa !4
+  %2401 = load <64 x i32>, ptr %2400, align 4, !tbaa !9
   %2402 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2398
   %2403 = getelementptr inbounds nuw i8, ptr %2402, i64 2560
-  store <64 x i32> %2401, ptr %2403, align 4, !tbaa !4
+  store <64 x i32> %2401, ptr %2403, align 4, !tbaa !9
   %indvars.iv.next971.2.i.5 = shl i64 %indvars.iv970.2.i, 6
   %2404 = or disjoint i64 %indvars.iv.next971.2.i.5, 384
   %2405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2404
   %2406 = getelementptr inbounds nuw i8, ptr %2405, i64 1024
-  %2407 = load <64 x i32>, ptr %2406, align 4, !tbaa !4
+  %2407 = load <64 x i32>, ptr %2406, align 4, !tbaa !9
   %2408 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2404
   %2409 = getelementptr inbounds nuw i8, ptr %2408, i64 2560
-  store <64 x i32> %2407, ptr %2409, align 4, !tbaa !4
+  store <64 x i32> %2407, ptr %2409, align 4, !tbaa !9
   %indvars.iv.next971.2.i.6 = shl i64 %indvars.iv970.2.i, 6
   %2410 = or disjoint i64 %indvars.iv.next971.2.i.6, 448
   %2411 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2410
   %2412 = getelementptr inbounds nuw i8, ptr %2411, i64 1024
-  %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !4
+  %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !9
   %2414 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2410
   %2415 = getelementptr inbounds nuw i8, ptr %2414, i64 2560
-  store <64 x i32> %2413, ptr %2415, align 4, !tbaa !4
+  store <64 x i32> %2413, ptr %2415, align 4, !tbaa !9
   %indvars.iv.next971.2.i.7 = add nuw nsw i64 %indvars.iv970.2.i, 8
   %niter370.next.7 = add i64 %niter370, 8
   %niter370.ncmp.7 = icmp eq i64 %niter370.next.7, %unroll_iter369
@@ -4351,10 +4536,10 @@ for_body_to496.2.i.epil:                          ; preds = %for_body_to496.2.i.
   %2416 = shl nsw i64 %indvars.iv970.2.i.epil, 6
   %2417 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2416
   %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 1024
-  %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !4
+  %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !9
   %2420 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2416
   %2421 = getelementptr inbounds nuw i8, ptr %2420, i64 2560
-  store <64 x i32> %2419, ptr %2421, align 4, !tbaa !4
+  store <64 x i32> %2419, ptr %2421, align 4, !tbaa !9
   %indvars.iv.next971.2.i.epil = add nuw nsw i64 %indvars.iv970.2.i.epil, 1
   %epil.iter366.next = add i64 %epil.iter366, 1
   %epil.iter366.cmp.not = icmp eq i64 %epil.iter366.next, %xtraiter365
@@ -4369,66 +4554,66 @@ for_body_to496.3.i:                               ; preds = %for_body_to496.3.i,
   %2422 = shl nsw i64 %indvars.iv970.3.i, 6
   %2423 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2422
   %2424 = getelementptr inbounds nuw i8, ptr %2423, i64 1536
-  %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !4
+  %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !9
   %2426 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2422
   %2427 = getelementptr inbounds nuw i8, ptr %2426, i64 3584
-  store <64 x i32> %2425, ptr %2427, align 4, !tbaa !4
+  store <64 x i32> %2425, ptr %2427, align 4, !tbaa !9
   %indvars.iv.next971.3.i = shl i64 %indvars.iv970.3.i, 6
   %2428 = or disjoint i64 %indvars.iv.next971.3.i, 64
   %2429 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2428
   %2430 = getelementptr inbounds nuw i8, ptr %2429, i64 1536
-  %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !4
+  %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !9
   %2432 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2428
   %2433 = getelementptr inbounds nuw i8, ptr %2432, i64 3584
-  store <64 x i32> %2431, ptr %2433, align 4, !tbaa !4
+  store <64 x i32> %2431, ptr %2433, align 4, !tbaa !9
   %indvars.iv.next971.3.i.1 = shl i64 %indvars.iv970.3.i, 6
   %2434 = or disjoint i64 %indvars.iv.next971.3.i.1, 128
   %2435 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2434
   %2436 = getelementptr inbounds nuw i8, ptr %2435, i64 1536
-  %2437 = load <64 x i32>, ptr %2436, align 4, !tbaa !4
+  %2437 = load <64 x i32>, ptr %2436, align 4, !tbaa !9
   %2438 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2434
   %2439 = getelementptr inbounds nuw i8, ptr %2438, i64 3584
-  store <64 x i32> %2437, ptr %2439, align 4, !tbaa !4
+  store <64 x i32> %2437, ptr %2439, align 4, !tbaa !9
   %indvars.iv.next971.3.i.2 = shl i64 %indvars.iv970.3.i, 6
   %2440 = or disjoint i64 %indvars.iv.next971.3.i.2, 192
   %2441 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2440
   %2442 = getelementptr inbounds nuw i8, ptr %2441, i64 1536
-  %2443 = load <64 x i32>, ptr %2442, align 4, !tbaa !4
+  %2443 = load <64 x i32>, ptr %2442, align 4, !tbaa !9
   %2444 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2440
   %2445 = getelementptr inbounds nuw i8, ptr %2444, i64 3584
-  store <64 x i32> %2443, ptr %2445, align 4, !tbaa !4
+  store <64 x i32> %2443, ptr %2445, align 4, !tbaa !9
   %indvars.iv.next971.3.i.3 = shl i64 %indvars.iv970.3.i, 6
   %2446 = or disjoint i64 %indvars.iv.next971.3.i.3, 256
   %2447 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2446
   %2448 = getelementptr inbounds nuw i8, ptr %2447, i64 1536
-  %2449 = load <64 x i32>, ptr %2448, align 4, !tbaa !4
+  %2449 = load <64 x i32>, ptr %2448, align 4, !tbaa !9
   %2450 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2446
   %2451 = getelementptr inbounds nuw i8, ptr %2450, i64 3584
-  store <64 x i32> %2449, ptr %2451, align 4, !tbaa !4
+  store <64 x i32> %2449, ptr %2451, align 4, !tbaa !9
   %indvars.iv.next971.3.i.4 = shl i64 %indvars.iv970.3.i, 6
   %2452 = or disjoint i64 %indvars.iv.next971.3.i.4, 320
   %2453 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
   %2454 = getelementptr inbounds nuw i8, ptr %2453, i64 1536
-  %2455 = load <64 x i32>, ptr %2454, align 4, !tbaa !4
+  %2455 = load <64 x i32>, ptr %2454, align 4, !tbaa !9
   %2456 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2452
   %2457 = getelementptr inbounds nuw i8, ptr %2456, i64 3584
-  store <64 x i32> %2455, ptr %2457, align 4, !tbaa !4
+  store <64 x i32> %2455, ptr %2457, align 4, !tbaa !9
   %indvars.iv.next971.3.i.5 = shl i64 %indvars.iv970.3.i, 6
   %2458 = or disjoint i64 %indvars.iv.next971.3.i.5, 384
   %2459 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2458
   %2460 = getelementptr inbounds nuw i8, ptr %2459, i64 1536
-  %2461 = load <64 x i32>, ptr %2460, align 4, !tbaa !4
+  %2461 = load <64 x i32>, ptr %2460, align 4, !tbaa !9
   %2462 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2458
   %2463 = getelementptr inbounds nuw i8, ptr %2462, i64 3584
-  store <64 x i32> %2461, ptr %2463, align 4, !tbaa !4
+  store <64 x i32> %2461, ptr %2463, align 4, !tbaa !9
   %indvars.iv.next971.3.i.6 = shl i64 %indvars.iv970.3.i, 6
   %2464 = or disjoint i64 %indvars.iv.next971.3.i.6, 448
   %2465 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2464
   %2466 = getelementptr inbounds nuw i8, ptr %2465, i64 1536
-  %2467 = load <64 x i32>, ptr %2466, align 4, !tbaa !4
+  %2467 = load <64 x i32>, ptr %2466, align 4, !tbaa !9
   %2468 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2464
   %2469 = getelementptr inbounds nuw i8, ptr %2468, i64 3584
-  store <64 x i32> %2467, ptr %2469, align 4, !tbaa !4
+  store <64 x i32> %2467, ptr %2469, align 4, !tbaa !9
   %indvars.iv.next971.3.i.7 = add nuw nsw i64 %indvars.iv970.3.i, 8
   %niter376.next.7 = add i64 %niter376, 8
   %niter376.ncmp.7 = icmp eq i64 %niter376.next.7, %unroll_iter375
@@ -4448,10 +4633,10 @@ for_body_to496.3.i.epil:                          ; preds = %for_body_to496.3.i.
   %2470 = shl nsw i64 %indvars.iv970.3.i.epil, 6
   %2471 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2470
   %2472 = getelementptr inbounds nuw i8, ptr %2471, i64 1536
-  %2473 = load <64 x i32>, ptr %2472, align 4, !tbaa !4
+  %2473 = load <64 x i32>, ptr %2472, align 4, !tbaa !9
   %2474 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2470
   %2475 = getelementptr inbounds nuw i8, ptr %2474, i64 3584
-  store <64 x i32> %2473, ptr %2475, align 4, !tbaa !4
+  store <64 x i32> %2473, ptr %2475, align 4, !tbaa !9
   %indvars.iv.next971.3.i.epil = add nuw nsw i64 %indvars.iv970.3.i.epil, 1
   %epil.iter372.next = add i64 %epil.iter372, 1
   %epil.iter372.cmp.not = icmp eq i64 %epil.iter372.next, %xtraiter371
@@ -4466,66 +4651,66 @@ for_body_to496.4.i:                               ; preds = %for_body_to496.4.i,
   %2476 = shl nsw i64 %indvars.iv970.4.i, 6
   %2477 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2476
   %2478 = getelementptr inbounds nuw i8, ptr %2477, i64 2048
-  %2479 = load <64 x i32>, ptr %2478, align 4, !tbaa !4
+  %2479 = load <64 x i32>, ptr %2478, align 4, !tbaa !9
   %2480 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2476
   %2481 = getelementptr inbounds nuw i8, ptr %2480, i64 4608
-  store <64 x i32> %2479, ptr %2481, align 4, !tbaa !4
+  store <64 x i32> %2479, ptr %2481, align 4, !tbaa !9
   %indvars.iv.next971.4.i = shl i64 %indvars.iv970.4.i, 6
   %2482 = or disjoint i64 %indvars.iv.next971.4.i, 64
   %2483 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2482
   %2484 = getelementptr inbounds nuw i8, ptr %2483, i64 2048
-  %2485 = load <64 x i32>, ptr %2484, align 4, !tbaa !4
+  %2485 = load <64 x i32>, ptr %2484, align 4, !tbaa !9
   %2486 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2482
   %2487 = getelementptr inbounds nuw i8, ptr %2486, i64 4608
-  store <64 x i32> %2485, ptr %2487, align 4, !tbaa !4
+  store <64 x i32> %2485, ptr %2487, align 4, !tbaa !9
   %indvars.iv.next971.4.i.1 = shl i64 %indvars.iv970.4.i, 6
   %2488 = or disjoint i64 %indvars.iv.next971.4.i.1, 128
   %2489 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2488
   %2490 = getelementptr inbounds nuw i8, ptr %2489, i64 2048
-  %2491 = load <64 x i32>, ptr %2490, align 4, !tbaa !4
+  %2491 = load <64 x i32>, ptr %2490, align 4, !tbaa !9
   %2492 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2488
   %2493 = getelementptr inbounds nuw i8, ptr %2492, i64 4608
-  store <64 x i32> %2491, ptr %2493, align 4, !tbaa !4
+  store <64 x i32> %2491, ptr %2493, align 4, !tbaa !9
   %indvars.iv.next971.4.i.2 = shl i64 %indvars.iv970.4.i, 6
   %2494 = or disjoint i64 %indvars.iv.next971.4.i.2, 192
   %2495 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2494
   %2496 = getelementptr inbounds nuw i8, ptr %2495, i64 2048
-  %2497 = load <64 x i32>, ptr %2496, align 4, !tbaa !4
+  %2497 = load <64 x i32>, ptr %2496, align 4, !tbaa !9
   %2498 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2494
   %2499 = getelementptr inbounds nuw i8, ptr %2498, i64 4608
-  store <64 x i32> %2497, ptr %2499, align 4, !tbaa !4
+  store <64 x i32> %2497, ptr %2499, align 4, !tbaa !9
   %indvars.iv.next971.4.i.3 = shl i64 %indvars.iv970.4.i, 6
   %2500 = or disjoint i64 %indvars.iv.next971.4.i.3, 256
   %2501 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2500
   %2502 = getelementptr inbounds nuw i8, ptr %2501, i64 2048
-  %2503 = load <64 x i32>, ptr %2502, align 4, !tbaa !4
+  %2503 = load <64 x i32>, ptr %2502, align 4, !tbaa !9
   %2504 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2500
   %2505 = getelementptr inbounds nuw i8, ptr %2504, i64 4608
-  store <64 x i32> %2503, ptr %2505, align 4, !tbaa !4
+  store <64 x i32> %2503, ptr %2505, align 4, !tbaa !9
   %indvars.iv.next971.4.i.4 = shl i64 %indvars.iv970.4.i, 6
   %2506 = or disjoint i64 %indvars.iv.next971.4.i.4, 320
   %2507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2506
   %2508 = getelementptr inbounds nuw i8, ptr %2507, i64 2048
-  %2509 = load <64 x i32>, ptr %2508, align 4, !tbaa !4
+  %2509 = load <64 x i32>, ptr %2508, align 4, !tbaa !9
   %2510 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2506
   %2511 = getelementptr inbounds nuw i8, ptr %2510, i64 4608
-  store <64 x i32> %2509, ptr %2511, align 4, !tbaa !4
+  store <64 x i32> %2509, ptr %2511, align 4, !tbaa !9
   %indvars.iv.next971.4.i.5 = shl i64 %indvars.iv970.4.i, 6
   %2512 = or disjoint i64 %indvars.iv.next971.4.i.5, 384
   %2513 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2512
   %2514 = getelementptr inbounds nuw i8, ptr %2513, i64 2048
-  %2515 = load <64 x i32>, ptr %2514, align 4, !tbaa !4
+  %2515 = load <64 x i32>, ptr %2514, align 4, !tbaa !9
   %2516 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2512
   %2517 = getelementptr inbounds nuw i8, ptr %2516, i64 4608
-  store <64 x i32> %2515, ptr %2517, align 4, !tbaa !4
+  store <64 x i32> %2515, ptr %2517, align 4, !tbaa !9
   %indvars.iv.next971.4.i.6 = shl i64 %indvars.iv970.4.i, 6
   %2518 = or disjoint i64 %indvars.iv.next971.4.i.6, 448
   %2519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2518
   %2520 = getelementptr inbounds nuw i8, ptr %2519, i64 2048
-  %2521 = load <64 x i32>, ptr %2520, align 4, !tbaa !4
+  %2521 = load <64 x i32>, ptr %2520, align 4, !tbaa !9
   %2522 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2518
   %2523 = getelementptr inbounds nuw i8, ptr %2522, i64 4608
-  store <64 x i32> %2521, ptr %2523, align 4, !tbaa !4
+  store <64 x i32> %2521, ptr %2523, align 4, !tbaa !9
   %indvars.iv.next971.4.i.7 = add nuw nsw i64 %indvars.iv970.4.i, 8
   %niter382.next.7 = add i64 %niter382, 8
   %niter382.ncmp.7 = icmp eq i64 %niter382.next.7, %unroll_iter381
@@ -4545,10 +4730,10 @@ for_body_to496.4.i.epil:                          ; preds = %for_body_to496.4.i.
   %2524 = shl nsw i64 %indvars.iv970.4.i.epil, 6
   %2525 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2524
   %2526 = getelementptr inbounds nuw i8, ptr %2525, i64 2048
-  %2527 = load <64 x i32>, ptr %2526, align 4, !tbaa !4
+  %2527 = load <64 x i32>, ptr %2526, align 4, !tbaa !9
   %2528 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2524
   %2529 = getelementptr inbounds nuw i8, ptr %2528, i64 4608
-  store <64 x i32> %2527, ptr %2529, align 4, !tbaa !4
+  store <64 x i32> %2527, ptr %2529, align 4, !tbaa !9
   %indvars.iv.next971.4.i.epil = add nuw nsw i64 %indvars.iv970.4.i.epil, 1
   %epil.iter378.next = add i64 %epil.iter378, 1
   %epil.iter378.cmp.not = icmp eq i64 %epil.iter378.next, %xtraiter377
@@ -4563,66 +4748,66 @@ for_body_to496.5.i:                               ; preds = %for_body_to496.5.i,
   %2530 = shl nsw i64 %indvars.iv970.5.i, 6
   %2531 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2530
   %2532 = getelementptr inbounds nuw i8, ptr %2531, i64 2560
-  %2533 = load <64 x i32>, ptr %2532, align 4, !tbaa !4
+  %2533 = load <64 x i32>, ptr %2532, align 4, !tbaa !9
   %2534 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2530
   %2535 = getelementptr inbounds nuw i8, ptr %2534, i64 5632
-  store <64 x i32> %2533, ptr %2535, align 4, !tbaa !4
+  store <64 x i32> %2533, ptr %2535, align 4, !tbaa !9
   %indvars.iv.next971.5.i = shl i64 %indvars.iv970.5.i, 6
   %2536 = or disjoint i64 %indvars.iv.next971.5.i, 64
   %2537 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2536
   %2538 = getelementptr inbounds nuw i8, ptr %2537, i64 2560
-  %2539 = load <64 x i32>, ptr %2538, align 4, !tbaa !4
+  %2539 = load <64 x i32>, ptr %2538, align 4, !tbaa !9
   %2540 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2536
   %2541 = getelementptr inbounds nuw i8, ptr %2540, i64 5632
-  store <64 x i32> %2539, ptr %2541, align 4, !tbaa !4
+  store <64 x i32> %2539, ptr %2541, align 4, !tbaa !9
   %indvars.iv.next971.5.i.1 = shl i64 %indvars.iv970.5.i, 6
   %2542 = or disjoint i64 %indvars.iv.next971.5.i.1, 128
   %2543 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2542
   %2544 = getelementptr inbounds nuw i8, ptr %2543, i64 2560
-  %2545 = load <64 x i32>, ptr %2544, align 4, !tbaa !4
+  %2545 = load <64 x i32>, ptr %2544, align 4, !tbaa !9
   %2546 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2542
   %2547 = getelementptr inbounds nuw i8, ptr %2546, i64 5632
-  store <64 x i32> %2545, ptr %2547, align 4, !tbaa !4
+  store <64 x i32> %2545, ptr %2547, align 4, !tbaa !9
   %indvars.iv.next971.5.i.2 = shl i64 %indvars.iv970.5.i, 6
   %2548 = or disjoint i64 %indvars.iv.next971.5.i.2, 192
   %2549 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2548
   %2550 = getelementptr inbounds nuw i8, ptr %2549, i64 2560
-  %2551 = load <64 x i32>, ptr %2550, align 4, !tbaa !4
+  %2551 = load <64 x i32>, ptr %2550, align 4, !tbaa !9
   %2552 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2548
   %2553 = getelementptr inbounds nuw i8, ptr %2552, i64 5632
-  store <64 x i32> %2551, ptr %2553, align 4, !tbaa !4
+  store <64 x i32> %2551, ptr %2553, align 4, !tbaa !9
   %indvars.iv.next971.5.i.3 = shl i64 %indvars.iv970.5.i, 6
   %2554 = or disjoint i64 %indvars.iv.next971.5.i.3, 256
   %2555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2554
   %2556 = getelementptr inbounds nuw i8, ptr %2555, i64 2560
-  %2557 = load <64 x i32>, ptr %2556, align 4, !tbaa !4
+  %2557 = load <64 x i32>, ptr %2556, align 4, !tbaa !9
   %2558 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2554
   %2559 = getelementptr inbounds nuw i8, ptr %2558, i64 5632
-  store <64 x i32> %2557, ptr %2559, align 4, !tbaa !4
+  store <64 x i32> %2557, ptr %2559, align 4, !tbaa !9
   %indvars.iv.next971.5.i.4 = shl i64 %indvars.iv970.5.i, 6
   %2560 = or disjoint i64 %indvars.iv.next971.5.i.4, 320
   %2561 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2560
   %2562 = getelementptr inbounds nuw i8, ptr %2561, i64 2560
-  %2563 = load <64 x i32>, ptr %2562, align 4, !tbaa !4
+  %2563 = load <64 x i32>, ptr %2562, align 4, !tbaa !9
   %2564 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2560
   %2565 = getelementptr inbounds nuw i8, ptr %2564, i64 5632
-  store <64 x i32> %2563, ptr %2565, align 4, !tbaa !4
+  store <64 x i32> %2563, ptr %2565, align 4, !tbaa !9
   %indvars.iv.next971.5.i.5 = shl i64 %indvars.iv970.5.i, 6
   %2566 = or disjoint i64 %indvars.iv.next971.5.i.5, 384
   %2567 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2566
   %2568 = getelementptr inbounds nuw i8, ptr %2567, i64 2560
-  %2569 = load <64 x i32>, ptr %2568, align 4, !tbaa !4
+  %2569 = load <64 x i32>, ptr %2568, align 4, !tbaa !9
   %2570 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2566
   %2571 = getelementptr inbounds nuw i8, ptr %2570, i64 5632
-  store <64 x i32> %2569, ptr %2571, align 4, !tbaa !4
+  store <64 x i32> %2569, ptr %2571, align 4, !tbaa !9
   %indvars.iv.next971.5.i.6 = shl i64 %indvars.iv970.5.i, 6
   %2572 = or disjoint i64 %indvars.iv.next971.5.i.6, 448
   %2573 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2572
   %2574 = getelementptr inbounds nuw i8, ptr %2573, i64 2560
-  %2575 = load <64 x i32>, ptr %2574, align 4, !tbaa !4
+  %2575 = load <64 x i32>, ptr %2574, align 4, !tbaa !9
   %2576 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2572
   %2577 = getelementptr inbounds nuw i8, ptr %2576, i64 5632
-  store <64 x i32> %2575, ptr %2577, align 4, !tbaa !4
+  store <64 x i32> %2575, ptr %2577, align 4, !tbaa !9
   %indvars.iv.next971.5.i.7 = add nuw nsw i64 %indvars.iv970.5.i, 8
   %niter388.next.7 = add i64 %niter388, 8
   %niter388.ncmp.7 = icmp eq i64 %niter388.next.7, %unroll_iter387
@@ -4642,10 +4827,10 @@ for_body_to496.5.i.epil:                          ; preds = %for_body_to496.5.i.
   %2578 = shl nsw i64 %indvars.iv970.5.i.epil, 6
   %2579 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2578
   %2580 = getelementptr inbounds nuw i8, ptr %2579, i64 2560
-  %2581 = load <64 x i32>, ptr %2580, align 4, !tbaa !4
+  %2581 = load <64 x i32>, ptr %2580, align 4, !tbaa !9
   %2582 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2578
   %2583 = getelementptr inbounds nuw i8, ptr %2582, i64 5632
-  store <64 x i32> %2581, ptr %2583, align 4, !tbaa !4
+  store <64 x i32> %2581, ptr %2583, align 4, !tbaa !9
   %indvars.iv.next971.5.i.epil = add nuw nsw i64 %indvars.iv970.5.i.epil, 1
   %epil.iter384.next = add i64 %epil.iter384, 1
   %epil.iter384.cmp.not = icmp eq i64 %epil.iter384.next, %xtraiter383
@@ -4660,66 +4845,66 @@ for_body_to496.6.i:                               ; preds = %for_body_to496.6.i,
   %2584 = shl nsw i64 %indvars.iv970.6.i, 6
   %2585 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2584
   %2586 = getelementptr inbounds nuw i8, ptr %2585, i64 3072
-  %2587 = load <64 x i32>, ptr %2586, align 4, !tbaa !4
+  %2587 = load <64 x i32>, ptr %2586, align 4, !tbaa !9
   %2588 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2584
   %2589 = getelementptr inbounds nuw i8, ptr %2588, i64 6656
-  store <64 x i32> %2587, ptr %2589, align 4, !tbaa !4
+  store <64 x i32> %2587, ptr %2589, align 4, !tbaa !9
   %indvars.iv.next971.6.i = shl i64 %indvars.iv970.6.i, 6
   %2590 = or disjoint i64 %indvars.iv.next971.6.i, 64
   %2591 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2590
   %2592 = getelementptr inbounds nuw i8, ptr %2591, i64 3072
-  %2593 = load <64 x i32>, ptr %2592, align 4, !tbaa !4
+  %2593 = load <64 x i32>, ptr %2592, align 4, !tbaa !9
   %2594 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2590
   %2595 = getelementptr inbounds nuw i8, ptr %2594, i64 6656
-  store <64 x i32> %2593, ptr %2595, align 4, !tbaa !4
+  store <64 x i32> %2593, ptr %2595, align 4, !tbaa !9
   %indvars.iv.next971.6.i.1 = shl i64 %indvars.iv970.6.i, 6
   %2596 = or disjoint i64 %indvars.iv.next971.6.i.1, 128
   %2597 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2596
   %2598 = getelementptr inbounds nuw i8, ptr %2597, i64 3072
-  %2599 = load <64 x i32>, ptr %2598, align 4, !tbaa !4
+  %2599 = load <64 x i32>, ptr %2598, align 4, !tbaa !9
   %2600 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2596
   %2601 = getelementptr inbounds nuw i8, ptr %2600, i64 6656
-  store <64 x i32> %2599, ptr %2601, align 4, !tbaa !4
+  store <64 x i32> %2599, ptr %2601, align 4, !tbaa !9
   %indvars.iv.next971.6.i.2 = shl i64 %indvars.iv970.6.i, 6
   %2602 = or disjoint i64 %indvars.iv.next971.6.i.2, 192
   %2603 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2602
   %2604 = getelementptr inbounds nuw i8, ptr %2603, i64 3072
-  %2605 = load <64 x i32>, ptr %2604, align 4, !tbaa !4
+  %2605 = load <64 x i32>, ptr %2604, align 4, !tbaa !9
   %2606 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2602
   %2607 = getelementptr inbounds nuw i8, ptr %2606, i64 6656
-  store <64 x i32> %2605, ptr %2607, align 4, !tbaa !4
+  store <64 x i32> %2605, ptr %2607, align 4, !tbaa !9
   %indvars.iv.next971.6.i.3 = shl i64 %indvars.iv970.6.i, 6
   %2608 = or disjoint i64 %indvars.iv.next971.6.i.3, 256
   %2609 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2608
   %2610 = getelementptr inbounds nuw i8, ptr %2609, i64 3072
-  %2611 = load <64 x i32>, ptr %2610, align 4, !tbaa !4
+  %2611 = load <64 x i32>, ptr %2610, align 4, !tbaa !9
   %2612 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2608
   %2613 = getelementptr inbounds nuw i8, ptr %2612, i64 6656
-  store <64 x i32> %2611, ptr %2613, align 4, !tbaa !4
+  store <64 x i32> %2611, ptr %2613, align 4, !tbaa !9
   %indvars.iv.next971.6.i.4 = shl i64 %indvars.iv970.6.i, 6
   %2614 = or disjoint i64 %indvars.iv.next971.6.i.4, 320
   %2615 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2614
   %2616 = getelementptr inbounds nuw i8, ptr %2615, i64 3072
-  %2617 = load <64 x i32>, ptr %2616, align 4, !tbaa !4
+  %2617 = load <64 x i32>, ptr %2616, align 4, !tbaa !9
   %2618 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2614
   %2619 = getelementptr inbounds nuw i8, ptr %2618, i64 6656
-  store <64 x i32> %2617, ptr %2619, align 4, !tbaa !4
+  store <64 x i32> %2617, ptr %2619, align 4, !tbaa !9
   %indvars.iv.next971.6.i.5 = shl i64 %indvars.iv970.6.i, 6
   %2620 = or disjoint i64 %indvars.iv.next971.6.i.5, 384
   %2621 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2620
   %2622 = getelementptr inbounds nuw i8, ptr %2621, i64 3072
-  %2623 = load <64 x i32>, ptr %2622, align 4, !tbaa !4
+  %2623 = load <64 x i32>, ptr %2622, align 4, !tbaa !9
   %2624 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2620
   %2625 = getelementptr inbounds nuw i8, ptr %2624, i64 6656
-  store <64 x i32> %2623, ptr %2625, align 4, !tbaa !4
+  store <64 x i32> %2623, ptr %2625, align 4, !tbaa !9
   %indvars.iv.next971.6.i.6 = shl i64 %indvars.iv970.6.i, 6
   %2626 = or disjoint i64 %indvars.iv.next971.6.i.6, 448
   %2627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2626
   %2628 = getelementptr inbounds nuw i8, ptr %2627, i64 3072
-  %2629 = load <64 x i32>, ptr %2628, align 4, !tbaa !4
+  %2629 = load <64 x i32>, ptr %2628, align 4, !tbaa !9
   %2630 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2626
   %2631 = getelementptr inbounds nuw i8, ptr %2630, i64 6656
-  store <64 x i32> %2629, ptr %2631, align 4, !tbaa !4
+  store <64 x i32> %2629, ptr %2631, align 4, !tbaa !9
   %indvars.iv.next971.6.i.7 = add nuw nsw i64 %indvars.iv970.6.i, 8
   %niter394.next.7 = add i64 %niter394, 8
   %niter394.ncmp.7 = icmp eq i64 %niter394.next.7, %unroll_iter393
@@ -4739,10 +4924,10 @@ for_body_to496.6.i.epil:                          ; preds = %for_body_to496.6.i.
   %2632 = shl nsw i64 %indvars.iv970.6.i.epil, 6
   %2633 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2632
   %2634 = getelementptr inbounds nuw i8, ptr %2633, i64 3072
-  %2635 = load <64 x i32>, ptr %2634, align 4, !tbaa !4
+  %2635 = load <64 x i32>, ptr %2634, align 4, !tbaa !9
   %2636 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2632
   %2637 = getelementptr inbounds nuw i8, ptr %2636, i64 6656
-  store <64 x i32> %2635, ptr %2637, align 4, !tbaa !4
+  store <64 x i32> %2635, ptr %2637, align 4, !tbaa !9
   %indvars.iv.next971.6.i.epil = add nuw nsw i64 %indvars.iv970.6.i.epil, 1
   %epil.iter390.next = add i64 %epil.iter390, 1
   %epil.iter390.cmp.not = icmp eq i64 %epil.iter390.next, %xtraiter389
@@ -4757,66 +4942,66 @@ for_body_to496.7.i:                               ; preds = %for_body_to496.7.i,
   %2638 = shl nsw i64 %indvars.iv970.7.i, 6
   %2639 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2638
   %2640 = getelementptr inbounds nuw i8, ptr %2639, i64 3584
-  %2641 = load <64 x i32>, ptr %2640, align 4, !tbaa !4
+  %2641 = load <64 x i32>, ptr %2640, align 4, !tbaa !9
   %2642 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2638
   %2643 = getelementptr inbounds nuw i8, ptr %2642, i64 7680
-  store <64 x i32> %2641, ptr %2643, align 4, !tbaa !4
+  store <64 x i32> %2641, ptr %2643, align 4, !tbaa !9
   %indvars.iv.next971.7.i = shl i64 %indvars.iv970.7.i, 6
   %2644 = or disjoint i64 %indvars.iv.next971.7.i, 64
   %2645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2644
   %2646 = getelementptr inbounds nuw i8, ptr %2645, i64 3584
-  %2647 = load <64 x i32>, ptr %2646, align 4, !tbaa !4
+  %2647 = load <64 x i32>, ptr %2646, align 4, !tbaa !9
   %2648 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2644
   %2649 = getelementptr inbounds nuw i8, ptr %2648, i64 7680
-  store <64 x i32> %2647, ptr %2649, align 4, !tbaa !4
+  store <64 x i32> %2647, ptr %2649, align 4, !tbaa !9
   %indvars.iv.next971.7.i.1 = shl i64 %indvars.iv970.7.i, 6
   %2650 = or disjoint i64 %indvars.iv.next971.7.i.1, 128
   %2651 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2650
   %2652 = getelementptr inbounds nuw i8, ptr %2651, i64 3584
-  %2653 = load <64 x i32>, ptr %2652, align 4, !tbaa !4
+  %2653 = load <64 x i32>, ptr %2652, align 4, !tbaa !9
   %2654 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2650
   %2655 = getelementptr inbounds nuw i8, ptr %2654, i64 7680
-  store <64 x i32> %2653, ptr %2655, align 4, !tbaa !4
+  store <64 x i32> %2653, ptr %2655, align 4, !tbaa !9
   %indvars.iv.next971.7.i.2 = shl i64 %indvars.iv970.7.i, 6
   %2656 = or disjoint i64 %indvars.iv.next971.7.i.2, 192
   %2657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2656
   %2658 = getelementptr inbounds nuw i8, ptr %2657, i64 3584
-  %2659 = load <64 x i32>, ptr %2658, align 4, !tbaa !4
+  %2659 = load <64 x i32>, ptr %2658, align 4, !tbaa !9
   %2660 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2656
   %2661 = getelementptr inbounds nuw i8, ptr %2660, i64 7680
-  store <64 x i32> %2659, ptr %2661, align 4, !tbaa !4
+  store <64 x i32> %2659, ptr %2661, align 4, !tbaa !9
   %indvars.iv.next971.7.i.3 = shl i64 %indvars.iv970.7.i, 6
   %2662 = or disjoint i64 %indvars.iv.next971.7.i.3, 256
   %2663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2662
   %2664 = getelementptr inbounds nuw i8, ptr %2663, i64 3584
-  %2665 = load <64 x i32>, ptr %2664, align 4, !tbaa !4
+  %2665 = load <64 x i32>, ptr %2664, align 4, !tbaa !9
   %2666 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2662
   %2667 = getelementptr inbounds nuw i8, ptr %2666, i64 7680
-  store <64 x i32> %2665, ptr %2667, align 4, !tbaa !4
+  store <64 x i32> %2665, ptr %2667, align 4, !tbaa !9
   %indvars.iv.next971.7.i.4 = shl i64 %indvars.iv970.7.i, 6
   %2668 = or disjoint i64 %indvars.iv.next971.7.i.4, 320
   %2669 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2668
   %2670 = getelementptr inbounds nuw i8, ptr %2669, i64 3584
-  %2671 = load <64 x i32>, ptr %2670, align 4, !tbaa !4
+  %2671 = load <64 x i32>, ptr %2670, align 4, !tbaa !9
   %2672 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2668
   %2673 = getelementptr inbounds nuw i8, ptr %2672, i64 7680
-  store <64 x i32> %2671, ptr %2673, align 4, !tbaa !4
+  store <64 x i32> %2671, ptr %2673, align 4, !tbaa !9
   %indvars.iv.next971.7.i.5 = shl i64 %indvars.iv970.7.i, 6
   %2674 = or disjoint i64 %indvars.iv.next971.7.i.5, 384
   %2675 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2674
   %2676 = getelementptr inbounds nuw i8, ptr %2675, i64 3584
-  %2677 = load <64 x i32>, ptr %2676, align 4, !tbaa !4
+  %2677 = load <64 x i32>, ptr %2676, align 4, !tbaa !9
   %2678 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2674
   %2679 = getelementptr inbounds nuw i8, ptr %2678, i64 7680
-  store <64 x i32> %2677, ptr %2679, align 4, !tbaa !4
+  store <64 x i32> %2677, ptr %2679, align 4, !tbaa !9
   %indvars.iv.next971.7.i.6 = shl i64 %indvars.iv970.7.i, 6
   %2680 = or disjoint i64 %indvars.iv.next971.7.i.6, 448
   %2681 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2680
   %2682 = getelementptr inbounds nuw i8, ptr %2681, i64 3584
-  %2683 = load <64 x i32>, ptr %2682, align 4, !tbaa !4
+  %2683 = load <64 x i32>, ptr %2682, align 4, !tbaa !9
   %2684 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2680
   %2685 = getelementptr inbounds nuw i8, ptr %2684, i64 7680
-  store <64 x i32> %2683, ptr %2685, align 4, !tbaa !4
+  store <64 x i32> %2683, ptr %2685, align 4, !tbaa !9
   %indvars.iv.next971.7.i.7 = add nuw nsw i64 %indvars.iv970.7.i, 8
   %niter400.next.7 = add i64 %niter400, 8
   %niter400.ncmp.7 = icmp eq i64 %niter400.next.7, %unroll_iter399
@@ -4836,10 +5021,10 @@ for_body_to496.7.i.epil:                          ; preds = %for_body_to496.7.i.
   %2686 = shl nsw i64 %indvars.iv970.7.i.epil, 6
   %2687 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2686
   %2688 = getelementptr inbounds nuw i8, ptr %2687, i64 3584
-  %2689 = load <64 x i32>, ptr %2688, align 4, !tbaa !4
+  %2689 = load <64 x i32>, ptr %2688, align 4, !tbaa !9
   %2690 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2686
   %2691 = getelementptr inbounds nuw i8, ptr %2690, i64 7680
-  store <64 x i32> %2689, ptr %2691, align 4, !tbaa !4
+  store <64 x i32> %2689, ptr %2691, align 4, !tbaa !9
   %indvars.iv.next971.7.i.epil = add nuw nsw i64 %indvars.iv970.7.i.epil, 1
   %epil.iter396.next = add i64 %epil.iter396, 1
   %epil.iter396.cmp.not = icmp eq i64 %epil.iter396.next, %xtraiter395
@@ -4854,66 +5039,66 @@ for_body_to496.8.i:                               ; preds = %for_body_to496.8.i,
   %2692 = shl nsw i64 %indvars.iv970.8.i, 6
   %2693 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2692
   %2694 = getelementptr inbounds nuw i8, ptr %2693, i64 4096
-  %2695 = load <64 x i32>, ptr %2694, align 4, !tbaa !4
+  %2695 = load <64 x i32>, ptr %2694, align 4, !tbaa !9
   %2696 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2692
   %2697 = getelementptr inbounds nuw i8, ptr %2696, i64 8704
-  store <64 x i32> %2695, ptr %2697, align 4, !tbaa !4
+  store <64 x i32> %2695, ptr %2697, align 4, !tbaa !9
   %indvars.iv.next971.8.i = shl i64 %indvars.iv970.8.i, 6
   %2698 = or disjoint i64 %indvars.iv.next971.8.i, 64
   %2699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2698
   %2700 = getelementptr inbounds nuw i8, ptr %2699, i64 4096
-  %2701 = load <64 x i32>, ptr %2700, align 4, !tbaa !4
+  %2701 = load <64 x i32>, ptr %2700, align 4, !tbaa !9
   %2702 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2698
   %2703 = getelementptr inbounds nuw i8, ptr %2702, i64 8704
-  store <64 x i32> %2701, ptr %2703, align 4, !tbaa !4
+  store <64 x i32> %2701, ptr %2703, align 4, !tbaa !9
   %indvars.iv.next971.8.i.1 = shl i64 %indvars.iv970.8.i, 6
   %2704 = or disjoint i64 %indvars.iv.next971.8.i.1, 128
   %2705 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2704
   %2706 = getelementptr inbounds nuw i8, ptr %2705, i64 4096
-  %2707 = load <64 x i32>, ptr %2706, align 4, !tbaa !4
+  %2707 = load <64 x i32>, ptr %2706, align 4, !tbaa !9
   %2708 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2704
   %2709 = getelementptr inbounds nuw i8, ptr %2708, i64 8704
-  store <64 x i32> %2707, ptr %2709, align 4, !tbaa !4
+  store <64 x i32> %2707, ptr %2709, align 4, !tbaa !9
   %indvars.iv.next971.8.i.2 = shl i64 %indvars.iv970.8.i, 6
   %2710 = or disjoint i64 %indvars.iv.next971.8.i.2, 192
   %2711 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2710
   %2712 = getelementptr inbounds nuw i8, ptr %2711, i64 4096
-  %2713 = load <64 x i32>, ptr %2712, align 4, !tbaa !4
+  %2713 = load <64 x i32>, ptr %2712, align 4, !tbaa !9
   %2714 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2710
   %2715 = getelementptr inbounds nuw i8, ptr %2714, i64 8704
-  store <64 x i32> %2713, ptr %2715, align 4, !tbaa !4
+  store <64 x i32> %2713, ptr %2715, align 4, !tbaa !9
   %indvars.iv.next971.8.i.3 = shl i64 %indvars.iv970.8.i, 6
   %2716 = or disjoint i64 %indvars.iv.next971.8.i.3, 256
   %2717 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2716
   %2718 = getelementptr inbounds nuw i8, ptr %2717, i64 4096
-  %2719 = load <64 x i32>, ptr %2718, align 4, !tbaa !4
+  %2719 = load <64 x i32>, ptr %2718, align 4, !tbaa !9
   %2720 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2716
   %2721 = getelementptr inbounds nuw i8, ptr %2720, i64 8704
-  store <64 x i32> %2719, ptr %2721, align 4, !tbaa !4
+  store <64 x i32> %2719, ptr %2721, align 4, !tbaa !9
   %indvars.iv.next971.8.i.4 = shl i64 %indvars.iv970.8.i, 6
   %2722 = or disjoint i64 %indvars.iv.next971.8.i.4, 320
   %2723 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2722
   %2724 = getelementptr inbounds nuw i8, ptr %2723, i64 4096
-  %2725 = load <64 x i32>, ptr %2724, align 4, !tbaa !4
+  %2725 = load <64 x i32>, ptr %2724, align 4, !tbaa !9
   %2726 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2722
   %2727 = getelementptr inbounds nuw i8, ptr %2726, i64 8704
-  store <64 x i32> %2725, ptr %2727, align 4, !tbaa !4
+  store <64 x i32> %2725, ptr %2727, align 4, !tbaa !9
   %indvars.iv.next971.8.i.5 = shl i64 %indvars.iv970.8.i, 6
   %2728 = or disjoint i64 %indvars.iv.next971.8.i.5, 384
   %2729 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2728
   %2730 = getelementptr inbounds nuw i8, ptr %2729, i64 4096
-  %2731 = load <64 x i32>, ptr %2730, align 4, !tbaa !4
+  %2731 = load <64 x i32>, ptr %2730, align 4, !tbaa !9
   %2732 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2728
   %2733 = getelementptr inbounds nuw i8, ptr %2732, i64 8704
-  store <64 x i32> %2731, ptr %2733, align 4, !tbaa !4
+  store <64 x i32> %2731, ptr %2733, align 4, !tbaa !9
   %indvars.iv.next971.8.i.6 = shl i64 %indvars.iv970.8.i, 6
   %2734 = or disjoint i64 %indvars.iv.next971.8.i.6, 448
   %2735 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2734
   %2736 = getelementptr inbounds nuw i8, ptr %2735, i64 4096
-  %2737 = load <64 x i32>, ptr %2736, align 4, !tbaa !4
+  %2737 = load <64 x i32>, ptr %2736, align 4, !tbaa !9
   %2738 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2734
   %2739 = getelementptr inbounds nuw i8, ptr %2738, i64 8704
-  store <64 x i32> %2737, ptr %2739, align 4, !tbaa !4
+  store <64 x i32> %2737, ptr %2739, align 4, !tbaa !9
   %indvars.iv.next971.8.i.7 = add nuw nsw i64 %indvars.iv970.8.i, 8
   %niter406.next.7 = add i64 %niter406, 8
   %niter406.ncmp.7 = icmp eq i64 %niter406.next.7, %unroll_iter405
@@ -4933,10 +5118,10 @@ for_body_to496.8.i.epil:                          ; preds = %for_body_to496.8.i.
   %2740 = shl nsw i64 %indvars.iv970.8.i.epil, 6
   %2741 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2740
   %2742 = getelementptr inbounds nuw i8, ptr %2741, i64 4096
-  %2743 = load <64 x i32>, ptr %2742, align 4, !tbaa !4
+  %2743 = load <64 x i32>, ptr %2742, align 4, !tbaa !9
   %2744 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2740
   %2745 = getelementptr inbounds nuw i8, ptr %2744, i64 8704
-  store <64 x i32> %2743, ptr %2745, align 4, !tbaa !4
+  store <64 x i32> %2743, ptr %2745, align 4, !tbaa !9
   %indvars.iv.next971.8.i.epil = add nuw nsw i64 %indvars.iv970.8.i.epil, 1
   %epil.iter402.next = add i64 %epil.iter402, 1
   %epil.iter402.cmp.not = icmp eq i64 %epil.iter402.next, %xtraiter401
@@ -4951,66 +5136,66 @@ for_body_to496.9.i:                               ; preds = %for_body_to496.9.i,
   %2746 = shl nsw i64 %indvars.iv970.9.i, 6
   %2747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2746
   %2748 = getelementptr inbounds nuw i8, ptr %2747, i64 4608
-  %2749 = load <64 x i32>, ptr %2748, align 4, !tbaa !4
+  %2749 = load <64 x i32>, ptr %2748, align 4, !tbaa !9
   %2750 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2746
   %2751 = getelementptr inbounds nuw i8, ptr %2750, i64 9728
-  store <64 x i32> %2749, ptr %2751, align 4, !tbaa !4
+  store <64 x i32> %2749, ptr %2751, align 4, !tbaa !9
   %indvars.iv.next971.9.i = shl i64 %indvars.iv970.9.i, 6
   %2752 = or disjoint i64 %indvars.iv.next971.9.i, 64
   %2753 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2752
   %2754 = getelementptr inbounds nuw i8, ptr %2753, i64 4608
-  %2755 = load <64 x i32>, ptr %2754, align 4, !tbaa !4
+  %2755 = load <64 x i32>, ptr %2754, align 4, !tbaa !9
   %2756 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2752
   %2757 = getelementptr inbounds nuw i8, ptr %2756, i64 9728
-  store <64 x i32> %2755, ptr %2757, align 4, !tbaa !4
+  store <64 x i32> %2755, ptr %2757, align 4, !tbaa !9
   %indvars.iv.next971.9.i.1 = shl i64 %indvars.iv970.9.i, 6
   %2758 = or disjoint i64 %indvars.iv.next971.9.i.1, 128
   %2759 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2758
   %2760 = getelementptr inbounds nuw i8, ptr %2759, i64 4608
-  %2761 = load <64 x i32>, ptr %2760, align 4, !tbaa !4
+  %2761 = load <64 x i32>, ptr %2760, align 4, !tbaa !9
   %2762 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2758
   %2763 = getelementptr inbounds nuw i8, ptr %2762, i64 9728
-  store <64 x i32> %2761, ptr %2763, align 4, !tbaa !4
+  store <64 x i32> %2761, ptr %2763, align 4, !tbaa !9
   %indvars.iv.next971.9.i.2 = shl i64 %indvars.iv970.9.i, 6
   %2764 = or disjoint i64 %indvars.iv.next971.9.i.2, 192
   %2765 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2764
   %2766 = getelementptr inbounds nuw i8, ptr %2765, i64 4608
-  %2767 = load <64 x i32>, ptr %2766, align 4, !tbaa !4
+  %2767 = load <64 x i32>, ptr %2766, align 4, !tbaa !9
   %2768 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2764
   %2769 = getelementptr inbounds nuw i8, ptr %2768, i64 9728
-  store <64 x i32> %2767, ptr %2769, align 4, !tbaa !4
+  store <64 x i32> %2767, ptr %2769, align 4, !tbaa !9
   %indvars.iv.next971.9.i.3 = shl i64 %indvars.iv970.9.i, 6
   %2770 = or disjoint i64 %indvars.iv.next971.9.i.3, 256
   %2771 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2770
   %2772 = getelementptr inbounds nuw i8, ptr %2771, i64 4608
-  %2773 = load <64 x i32>, ptr %2772, align 4, !tbaa !4
+  %2773 = load <64 x i32>, ptr %2772, align 4, !tbaa !9
   %2774 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2770
   %2775 = getelementptr inbounds nuw i8, ptr %2774, i64 9728
-  store <64 x i32> %2773, ptr %2775, align 4, !tbaa !4
+  store <64 x i32> %2773, ptr %2775, align 4, !tbaa !9
   %indvars.iv.next971.9.i.4 = shl i64 %indvars.iv970.9.i, 6
   %2776 = or disjoint i64 %indvars.iv.next971.9.i.4, 320
   %2777 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2776
   %2778 = getelementptr inbounds nuw i8, ptr %2777, i64 4608
-  %2779 = load <64 x i32>, ptr %2778, align 4, !tbaa !4
+  %2779 = load <64 x i32>, ptr %2778, align 4, !tbaa !9
   %2780 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2776
   %2781 = getelementptr inbounds nuw i8, ptr %2780, i64 9728
-  store <64 x i32> %2779, ptr %2781, align 4, !tbaa !4
+  store <64 x i32> %2779, ptr %2781, align 4, !tbaa !9
   %indvars.iv.next971.9.i.5 = shl i64 %indvars.iv970.9.i, 6
   %2782 = or disjoint i64 %indvars.iv.next971.9.i.5, 384
   %2783 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2782
   %2784 = getelementptr inbounds nuw i8, ptr %2783, i64 4608
-  %2785 = load <64 x i32>, ptr %2784, align 4, !tbaa !4
+  %2785 = load <64 x i32>, ptr %2784, align 4, !tbaa !9
   %2786 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2782
   %2787 = getelementptr inbounds nuw i8, ptr %2786, i64 9728
-  store <64 x i32> %2785, ptr %2787, align 4, !tbaa !4
+  store <64 x i32> %2785, ptr %2787, align 4, !tbaa !9
   %indvars.iv.next971.9.i.6 = shl i64 %indvars.iv970.9.i, 6
   %2788 = or disjoint i64 %indvars.iv.next971.9.i.6, 448
   %2789 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2788
   %2790 = getelementptr inbounds nuw i8, ptr %2789, i64 4608
-  %2791 = load <64 x i32>, ptr %2790, align 4, !tbaa !4
+  %2791 = load <64 x i32>, ptr %2790, align 4, !tbaa !9
   %2792 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2788
   %2793 = getelementptr inbounds nuw i8, ptr %2792, i64 9728
-  store <64 x i32> %2791, ptr %2793, align 4, !tbaa !4
+  store <64 x i32> %2791, ptr %2793, align 4, !tbaa !9
   %indvars.iv.next971.9.i.7 = add nuw nsw i64 %indvars.iv970.9.i, 8
   %niter412.next.7 = add i64 %niter412, 8
   %niter412.ncmp.7 = icmp eq i64 %niter412.next.7, %unroll_iter411
@@ -5030,10 +5215,10 @@ for_body_to496.9.i.epil:                          ; preds = %for_body_to496.9.i.
   %2794 = shl nsw i64 %indvars.iv970.9.i.epil, 6
   %2795 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2794
   %2796 = getelementptr inbounds nuw i8, ptr %2795, i64 4608
-  %2797 = load <64 x i32>, ptr %2796, align 4, !tbaa !4
+  %2797 = load <64 x i32>, ptr %2796, align 4, !tbaa !9
   %2798 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2794
   %2799 = getelementptr inbounds nuw i8, ptr %2798, i64 9728
-  store <64 x i32> %2797, ptr %2799, align 4, !tbaa !4
+  store <64 x i32> %2797, ptr %2799, align 4, !tbaa !9
   %indvars.iv.next971.9.i.epil = add nuw nsw i64 %indvars.iv970.9.i.epil, 1
   %epil.iter408.next = add i64 %epil.iter408, 1
   %epil.iter408.cmp.not = icmp eq i64 %epil.iter408.next, %xtraiter407
@@ -5048,66 +5233,66 @@ for_body_to496.10.i:                              ; preds = %for_body_to496.10.i
   %2800 = shl nsw i64 %indvars.iv970.10.i, 6
   %2801 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2800
   %2802 = getelementptr inbounds nuw i8, ptr %2801, i64 5120
-  %2803 = load <64 x i32>, ptr %2802, align 4, !tbaa !4
+  %2803 = load <64 x i32>, ptr %2802, align 4, !tbaa !9
   %2804 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2800
   %2805 = getelementptr inbounds nuw i8, ptr %2804, i64 10752
-  store <64 x i32> %2803, ptr %2805, align 4, !tbaa !4
+  store <64 x i32> %2803, ptr %2805, align 4, !tbaa !9
   %indvars.iv.next971.10.i = shl i64 %indvars.iv970.10.i, 6
   %2806 = or disjoint i64 %indvars.iv.next971.10.i, 64
   %2807 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2806
   %2808 = getelementptr inbounds nuw i8, ptr %2807, i64 5120
-  %2809 = load <64 x i32>, ptr %2808, align 4, !tbaa !4
+  %2809 = load <64 x i32>, ptr %2808, align 4, !tbaa !9
   %2810 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2806
   %2811 = getelementptr inbounds nuw i8, ptr %2810, i64 10752
-  store <64 x i32> %2809, ptr %2811, align 4, !tbaa !4
+  store <64 x i32> %2809, ptr %2811, align 4, !tbaa !9
   %indvars.iv.next971.10.i.1 = shl i64 %indvars.iv970.10.i, 6
   %2812 = or disjoint i64 %indvars.iv.next971.10.i.1, 128
   %2813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2812
   %2814 = getelementptr inbounds nuw i8, ptr %2813, i64 5120
-  %2815 = load <64 x i32>, ptr %2814, align 4, !tbaa !4
+  %2815 = load <64 x i32>, ptr %2814, align 4, !tbaa !9
   %2816 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2812
   %2817 = getelementptr inbounds nuw i8, ptr %2816, i64 10752
-  store <64 x i32> %2815, ptr %2817, align 4, !tbaa !4
+  store <64 x i32> %2815, ptr %2817, align 4, !tbaa !9
   %indvars.iv.next971.10.i.2 = shl i64 %indvars.iv970.10.i, 6
   %2818 = or disjoint i64 %indvars.iv.next971.10.i.2, 192
   %2819 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2818
   %2820 = getelementptr inbounds nuw i8, ptr %2819, i64 5120
-  %2821 = load <64 x i32>, ptr %2820, align 4, !tbaa !4
+  %2821 = load <64 x i32>, ptr %2820, align 4, !tbaa !9
   %2822 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2818
   %2823 = getelementptr inbounds nuw i8, ptr %2822, i64 10752
-  store <64 x i32> %2821, ptr %2823, align 4, !tbaa !4
+  store <64 x i32> %2821, ptr %2823, align 4, !tbaa !9
   %indvars.iv.next971.10.i.3 = shl i64 %indvars.iv970.10.i, 6
   %2824 = or disjoint i64 %indvars.iv.next971.10.i.3, 256
   %2825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2824
   %2826 = getelementptr inbounds nuw i8, ptr %2825, i64 5120
-  %2827 = load <64 x i32>, ptr %2826, align 4, !tbaa !4
+  %2827 = load <64 x i32>, ptr %2826, align 4, !tbaa !9
   %2828 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2824
   %2829 = getelementptr inbounds nuw i8, ptr %2828, i64 10752
-  store <64 x i32> %2827, ptr %2829, align 4, !tbaa !4
+  store <64 x i32> %2827, ptr %2829, align 4, !tbaa !9
   %indvars.iv.next971.10.i.4 = shl i64 %indvars.iv970.10.i, 6
   %2830 = or disjoint i64 %indvars.iv.next971.10.i.4, 320
   %2831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2830
   %2832 = getelementptr inbounds nuw i8, ptr %2831, i64 5120
-  %2833 = load <64 x i32>, ptr %2832, align 4, !tbaa !4
+  %2833 = load <64 x i32>, ptr %2832, align 4, !tbaa !9
   %2834 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2830
   %2835 = getelementptr inbounds nuw i8, ptr %2834, i64 10752
-  store <64 x i32> %2833, ptr %2835, align 4, !tbaa !4
+  store <64 x i32> %2833, ptr %2835, align 4, !tbaa !9
   %indvars.iv.next971.10.i.5 = shl i64 %indvars.iv970.10.i, 6
   %2836 = or disjoint i64 %indvars.iv.next971.10.i.5, 384
   %2837 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2836
   %2838 = getelementptr inbounds nuw i8, ptr %2837, i64 5120
-  %2839 = load <64 x i32>, ptr %2838, align 4, !tbaa !4
+  %2839 = load <64 x i32>, ptr %2838, align 4, !tbaa !9
   %2840 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2836
   %2841 = getelementptr inbounds nuw i8, ptr %2840, i64 10752
-  store <64 x i32> %2839, ptr %2841, align 4, !tbaa !4
+  store <64 x i32> %2839, ptr %2841, align 4, !tbaa !9
   %indvars.iv.next971.10.i.6 = shl i64 %indvars.iv970.10.i, 6
   %2842 = or disjoint i64 %indvars.iv.next971.10.i.6, 448
   %2843 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2842
   %2844 = getelementptr inbounds nuw i8, ptr %2843, i64 5120
-  %2845 = load <64 x i32>, ptr %2844, align 4, !tbaa !4
+  %2845 = load <64 x i32>, ptr %2844, align 4, !tbaa !9
   %2846 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2842
   %2847 = getelementptr inbounds nuw i8, ptr %2846, i64 10752
-  store <64 x i32> %2845, ptr %2847, align 4, !tbaa !4
+  store <64 x i32> %2845, ptr %2847, align 4, !tbaa !9
   %indvars.iv.next971.10.i.7 = add nuw nsw i64 %indvars.iv970.10.i, 8
   %niter418.next.7 = add i64 %niter418, 8
   %niter418.ncmp.7 = icmp eq i64 %niter418.next.7, %unroll_iter417
@@ -5127,10 +5312,10 @@ for_body_to496.10.i.epil:                         ; preds = %for_body_to496.10.i
   %2848 = shl nsw i64 %indvars.iv970.10.i.epil, 6
   %2849 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2848
   %2850 = getelementptr inbounds nuw i8, ptr %2849, i64 5120
-  %2851 = load <64 x i32>, ptr %2850, align 4, !tbaa !4
+  %2851 = load <64 x i32>, ptr %2850, align 4, !tbaa !9
   %2852 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2848
   %2853 = getelementptr inbounds nuw i8, ptr %2852, i64 10752
-  store <64 x i32> %2851, ptr %2853, align 4, !tbaa !4
+  store <64 x i32> %2851, ptr %2853, align 4, !tbaa !9
   %indvars.iv.next971.10.i.epil = add nuw nsw i64 %indvars.iv970.10.i.epil, 1
   %epil.iter414.next = add i64 %epil.iter414, 1
   %epil.iter414.cmp.not = icmp eq i64 %epil.iter414.next, %xtraiter413
@@ -5145,66 +5330,66 @@ for_body_to496.11.i:                              ; preds = %for_body_to496.11.i
   %2854 = shl nsw i64 %indvars.iv970.11.i, 6
   %2855 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2854
   %2856 = getelementptr inbounds nuw i8, ptr %2855, i64 5632
-  %2857 = load <64 x i32>, ptr %2856, align 4, !tbaa !4
+  %2857 = load <64 x i32>, ptr %2856, align 4, !tbaa !9
   %2858 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2854
   %2859 = getelementptr inbounds nuw i8, ptr %2858, i64 11776
-  store <64 x i32> %2857, ptr %2859, align 4, !tbaa !4
+  store <64 x i32> %2857, ptr %2859, align 4, !tbaa !9
   %indvars.iv.next971.11.i = shl i64 %indvars.iv970.11.i, 6
   %2860 = or disjoint i64 %indvars.iv.next971.11.i, 64
   %2861 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2860
   %2862 = getelementptr inbounds nuw i8, ptr %2861, i64 5632
-  %2863 = load <64 x i32>, ptr %2862, align 4, !tbaa !4
+  %2863 = load <64 x i32>, ptr %2862, align 4, !tbaa !9
   %2864 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2860
   %2865 = getelementptr inbounds nuw i8, ptr %2864, i64 11776
-  store <64 x i32> %2863, ptr %2865, align 4, !tbaa !4
+  store <64 x i32> %2863, ptr %2865, align 4, !tbaa !9
   %indvars.iv.next971.11.i.1 = shl i64 %indvars.iv970.11.i, 6
   %2866 = or disjoint i64 %indvars.iv.next971.11.i.1, 128
   %2867 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2866
   %2868 = getelementptr inbounds nuw i8, ptr %2867, i64 5632
-  %2869 = load <64 x i32>, ptr %2868, align 4, !tbaa !4
+  %2869 = load <64 x i32>, ptr %2868, align 4, !tbaa !9
   %2870 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2866
   %2871 = getelementptr inbounds nuw i8, ptr %2870, i64 11776
-  store <64 x i32> %2869, ptr %2871, align 4, !tbaa !4
+  store <64 x i32> %2869, ptr %2871, align 4, !tbaa !9
   %indvars.iv.next971.11.i.2 = shl i64 %indvars.iv970.11.i, 6
   %2872 = or disjoint i64 %indvars.iv.next971.11.i.2, 192
   %2873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2872
   %2874 = getelementptr inbounds nuw i8, ptr %2873, i64 5632
-  %2875 = load <64 x i32>, ptr %2874, align 4, !tbaa !4
+  %2875 = load <64 x i32>, ptr %2874, align 4, !tbaa !9
   %2876 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2872
   %2877 = getelementptr inbounds nuw i8, ptr %2876, i64 11776
-  store <64 x i32> %2875, ptr %2877, align 4, !tbaa !4
+  store <64 x i32> %2875, ptr %2877, align 4, !tbaa !9
   %indvars.iv.next971.11.i.3 = shl i64 %indvars.iv970.11.i, 6
   %2878 = or disjoint i64 %indvars.iv.next971.11.i.3, 256
   %2879 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2878
   %2880 = getelementptr inbounds nuw i8, ptr %2879, i64 5632
-  %2881 = load <64 x i32>, ptr %2880, align 4, !tbaa !4
+  %2881 = load <64 x i32>, ptr %2880, align 4, !tbaa !9
   %2882 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2878
   %2883 = getelementptr inbounds nuw i8, ptr %2882, i64 11776
-  store <64 x i32> %2881, ptr %2883, align 4, !tbaa !4
+  store <64 x i32> %2881, ptr %2883, align 4, !tbaa !9
   %indvars.iv.next971.11.i.4 = shl i64 %indvars.iv970.11.i, 6
   %2884 = or disjoint i64 %indvars.iv.next971.11.i.4, 320
   %2885 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2884
   %2886 = getelementptr inbounds nuw i8, ptr %2885, i64 5632
-  %2887 = load <64 x i32>, ptr %2886, align 4, !tbaa !4
+  %2887 = load <64 x i32>, ptr %2886, align 4, !tbaa !9
   %2888 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2884
   %2889 = getelementptr inbounds nuw i8, ptr %2888, i64 11776
-  store <64 x i32> %2887, ptr %2889, align 4, !tbaa !4
+  store <64 x i32> %2887, ptr %2889, align 4, !tbaa !9
   %indvars.iv.next971.11.i.5 = shl i64 %indvars.iv970.11.i, 6
   %2890 = or disjoint i64 %indvars.iv.next971.11.i.5, 384
   %2891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2890
   %2892 = getelementptr inbounds nuw i8, ptr %2891, i64 5632
-  %2893 = load <64 x i32>, ptr %2892, align 4, !tbaa !4
+  %2893 = load <64 x i32>, ptr %2892, align 4, !tbaa !9
   %2894 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2890
   %2895 = getelementptr inbounds nuw i8, ptr %2894, i64 11776
-  store <64 x i32> %2893, ptr %2895, align 4, !tbaa !4
+  store <64 x i32> %2893, ptr %2895, align 4, !tbaa !9
   %indvars.iv.next971.11.i.6 = shl i64 %indvars.iv970.11.i, 6
   %2896 = or disjoint i64 %indvars.iv.next971.11.i.6, 448
   %2897 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2896
   %2898 = getelementptr inbounds nuw i8, ptr %2897, i64 5632
-  %2899 = load <64 x i32>, ptr %2898, align 4, !tbaa !4
+  %2899 = load <64 x i32>, ptr %2898, align 4, !tbaa !9
   %2900 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2896
   %2901 = getelementptr inbounds nuw i8, ptr %2900, i64 11776
-  store <64 x i32> %2899, ptr %2901, align 4, !tbaa !4
+  store <64 x i32> %2899, ptr %2901, align 4, !tbaa !9
   %indvars.iv.next971.11.i.7 = add nuw nsw i64 %indvars.iv970.11.i, 8
   %niter424.next.7 = add i64 %niter424, 8
   %niter424.ncmp.7 = icmp eq i64 %niter424.next.7, %unroll_iter423
@@ -5224,10 +5409,10 @@ for_body_to496.11.i.epil:                         ; preds = %for_body_to496.11.i
   %2902 = shl nsw i64 %indvars.iv970.11.i.epil, 6
   %2903 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2902
   %2904 = getelementptr inbounds nuw i8, ptr %2903, i64 5632
-  %2905 = load <64 x i32>, ptr %2904, align 4, !tbaa !4
+  %2905 = load <64 x i32>, ptr %2904, align 4, !tbaa !9
   %2906 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2902
   %2907 = getelementptr inbounds nuw i8, ptr %2906, i64 11776
-  store <64 x i32> %2905, ptr %2907, align 4, !tbaa !4
+  store <64 x i32> %2905, ptr %2907, align 4, !tbaa !9
   %indvars.iv.next971.11.i.epil = add nuw nsw i64 %indvars.iv970.11.i.epil, 1
   %epil.iter420.next = add i64 %epil.iter420, 1
   %epil.iter420.cmp.not = icmp eq i64 %epil.iter420.next, %xtraiter419
@@ -5242,66 +5427,66 @@ for_body_to496.12.i:                              ; preds = %for_body_to496.12.i
   %2908 = shl nsw i64 %indvars.iv970.12.i, 6
   %2909 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2908
   %2910 = getelementptr inbounds nuw i8, ptr %2909, i64 6144
-  %2911 = load <64 x i32>, ptr %2910, align 4, !tbaa !4
+  %2911 = load <64 x i32>, ptr %2910, align 4, !tbaa !9
   %2912 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2908
   %2913 = getelementptr inbounds nuw i8, ptr %2912, i64 12800
-  store <64 x i32> %2911, ptr %2913, align 4, !tbaa !4
+  store <64 x i32> %2911, ptr %2913, align 4, !tbaa !9
   %indvars.iv.next971.12.i = shl i64 %indvars.iv970.12.i, 6
   %2914 = or disjoint i64 %indvars.iv.next971.12.i, 64
   %2915 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2914
   %2916 = getelementptr inbounds nuw i8, ptr %2915, i64 6144
-  %2917 = load <64 x i32>, ptr %2916, align 4, !tbaa !4
+  %2917 = load <64 x i32>, ptr %2916, align 4, !tbaa !9
   %2918 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2914
   %2919 = getelementptr inbounds nuw i8, ptr %2918, i64 12800
-  store <64 x i32> %2917, ptr %2919, align 4, !tbaa !4
+  store <64 x i32> %2917, ptr %2919, align 4, !tbaa !9
   %indvars.iv.next971.12.i.1 = shl i64 %indvars.iv970.12.i, 6
   %2920 = or disjoint i64 %indvars.iv.next971.12.i.1, 128
   %2921 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2920
   %2922 = getelementptr inbounds nuw i8, ptr %2921, i64 6144
-  %2923 = load <64 x i32>, ptr %2922, align 4, !tbaa !4
+  %2923 = load <64 x i32>, ptr %2922, align 4, !tbaa !9
   %2924 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2920
   %2925 = getelementptr inbounds nuw i8, ptr %2924, i64 12800
-  store <64 x i32> %2923, ptr %2925, align 4, !tbaa !4
+  store <64 x i32> %2923, ptr %2925, align 4, !tbaa !9
   %indvars.iv.next971.12.i.2 = shl i64 %indvars.iv970.12.i, 6
   %2926 = or disjoint i64 %indvars.iv.next971.12.i.2, 192
   %2927 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2926
   %2928 = getelementptr inbounds nuw i8, ptr %2927, i64 6144
-  %2929 = load <64 x i32>, ptr %2928, align 4, !tbaa !4
+  %2929 = load <64 x i32>, ptr %2928, align 4, !tbaa !9
   %2930 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2926
   %2931 = getelementptr inbounds nuw i8, ptr %2930, i64 12800
-  store <64 x i32> %2929, ptr %2931, align 4, !tbaa !4
+  store <64 x i32> %2929, ptr %2931, align 4, !tbaa !9
   %indvars.iv.next971.12.i.3 = shl i64 %indvars.iv970.12.i, 6
   %2932 = or disjoint i64 %indvars.iv.next971.12.i.3, 256
   %2933 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2932
   %2934 = getelementptr inbounds nuw i8, ptr %2933, i64 6144
-  %2935 = load <64 x i32>, ptr %2934, align 4, !tbaa !4
+  %2935 = load <64 x i32>, ptr %2934, align 4, !tbaa !9
   %2936 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2932
   %2937 = getelementptr inbounds nuw i8, ptr %2936, i64 12800
-  store <64 x i32> %2935, ptr %2937, align 4, !tbaa !4
+  store <64 x i32> %2935, ptr %2937, align 4, !tbaa !9
   %indvars.iv.next971.12.i.4 = shl i64 %indvars.iv970.12.i, 6
   %2938 = or disjoint i64 %indvars.iv.next971.12.i.4, 320
   %2939 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2938
   %2940 = getelementptr inbounds nuw i8, ptr %2939, i64 6144
-  %2941 = load <64 x i32>, ptr %2940, align 4, !tbaa !4
+  %2941 = load <64 x i32>, ptr %2940, align 4, !tbaa !9
   %2942 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2938
   %2943 = getelementptr inbounds nuw i8, ptr %2942, i64 12800
-  store <64 x i32> %2941, ptr %2943, align 4, !tbaa !4
+  store <64 x i32> %2941, ptr %2943, align 4, !tbaa !9
   %indvars.iv.next971.12.i.5 = shl i64 %indvars.iv970.12.i, 6
   %2944 = or disjoint i64 %indvars.iv.next971.12.i.5, 384
   %2945 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2944
   %2946 = getelementptr inbounds nuw i8, ptr %2945, i64 6144
-  %2947 = load <64 x i32>, ptr %2946, align 4, !tbaa !4
+  %2947 = load <64 x i32>, ptr %2946, align 4, !tbaa !9
   %2948 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2944
   %2949 = getelementptr inbounds nuw i8, ptr %2948, i64 12800
-  store <64 x i32> %2947, ptr %2949, align 4, !tbaa !4
+  store <64 x i32> %2947, ptr %2949, align 4, !tbaa !9
   %indvars.iv.next971.12.i.6 = shl i64 %indvars.iv970.12.i, 6
   %2950 = or disjoint i64 %indvars.iv.next971.12.i.6, 448
   %2951 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2950
   %2952 = getelementptr inbounds nuw i8, ptr %2951, i64 6144
-  %2953 = load <64 x i32>, ptr %2952, align 4, !tbaa !4
+  %2953 = load <64 x i32>, ptr %2952, align 4, !tbaa !9
   %2954 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2950
   %2955 = getelementptr inbounds nuw i8, ptr %2954, i64 12800
-  store <64 x i32> %2953, ptr %2955, align 4, !tbaa !4
+  store <64 x i32> %2953, ptr %2955, align 4, !tbaa !9
   %indvars.iv.next971.12.i.7 = add nuw nsw i64 %indvars.iv970.12.i, 8
   %niter430.next.7 = add i64 %niter430, 8
   %niter430.ncmp.7 = icmp eq i64 %niter430.next.7, %unroll_iter429
@@ -5321,10 +5506,10 @@ for_body_to496.12.i.epil:                         ; preds = %for_body_to496.12.i
   %2956 = shl nsw i64 %indvars.iv970.12.i.epil, 6
   %2957 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2956
   %2958 = getelementptr inbounds nuw i8, ptr %2957, i64 6144
-  %2959 = load <64 x i32>, ptr %2958, align 4, !tbaa !4
+  %2959 = load <64 x i32>, ptr %2958, align 4, !tbaa !9
   %2960 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2956
   %2961 = getelementptr inbounds nuw i8, ptr %2960, i64 12800
-  store <64 x i32> %2959, ptr %2961, align 4, !tbaa !4
+  store <64 x i32> %2959, ptr %2961, align 4, !tbaa !9
   %indvars.iv.next971.12.i.epil = add nuw nsw i64 %indvars.iv970.12.i.epil, 1
   %epil.iter426.next = add i64 %epil.iter426, 1
   %epil.iter426.cmp.not = icmp eq i64 %epil.iter426.next, %xtraiter425
@@ -5339,66 +5524,66 @@ for_body_to496.13.i:                              ; preds = %for_body_to496.13.i
   %2962 = shl nsw i64 %indvars.iv970.13.i, 6
   %2963 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2962
   %2964 = getelementptr inbounds nuw i8, ptr %2963, i64 6656
-  %2965 = load <64 x i32>, ptr %2964, align 4, !tbaa !4
+  %2965 = load <64 x i32>, ptr %2964, align 4, !tbaa !9
   %2966 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2962
   %2967 = getelementptr inbounds nuw i8, ptr %2966, i64 13824
-  store <64 x i32> %2965, ptr %2967, align 4, !tbaa !4
+  store <64 x i32> %2965, ptr %2967, align 4, !tbaa !9
   %indvars.iv.next971.13.i = shl i64 %indvars.iv970.13.i, 6
   %2968 = or disjoint i64 %indvars.iv.next971.13.i, 64
   %2969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2968
   %2970 = getelementptr inbounds nuw i8, ptr %2969, i64 6656
-  %2971 = load <64 x i32>, ptr %2970, align 4, !tbaa !4
+  %2971 = load <64 x i32>, ptr %2970, align 4, !tbaa !9
   %2972 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2968
   %2973 = getelementptr inbounds nuw i8, ptr %2972, i64 13824
-  store <64 x i32> %2971, ptr %2973, align 4, !tbaa !4
+  store <64 x i32> %2971, ptr %2973, align 4, !tbaa !9
   %indvars.iv.next971.13.i.1 = shl i64 %indvars.iv970.13.i, 6
   %2974 = or disjoint i64 %indvars.iv.next971.13.i.1, 128
   %2975 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2974
   %2976 = getelementptr inbounds nuw i8, ptr %2975, i64 6656
-  %2977 = load <64 x i32>, ptr %2976, align 4, !tbaa !4
+  %2977 = load <64 x i32>, ptr %2976, align 4, !tbaa !9
   %2978 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2974
   %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 13824
-  store <64 x i32> %2977, ptr %2979, align 4, !tbaa !4
+  store <64 x i32> %2977, ptr %2979, align 4, !tbaa !9
   %indvars.iv.next971.13.i.2 = shl i64 %indvars.iv970.13.i, 6
   %2980 = or disjoint i64 %indvars.iv.next971.13.i.2, 192
   %2981 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2980
   %2982 = getelementptr inbounds nuw i8, ptr %2981, i64 6656
-  %2983 = load <64 x i32>, ptr %2982, align 4, !tbaa !4
+  %2983 = load <64 x i32>, ptr %2982, align 4, !tbaa !9
   %2984 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2980
   %2985 = getelementptr inbounds nuw i8, ptr %2984, i64 13824
-  store <64 x i32> %2983, ptr %2985, align 4, !tbaa !4
+  store <64 x i32> %2983, ptr %2985, align 4, !tbaa !9
   %indvars.iv.next971.13.i.3 = shl i64 %indvars.iv970.13.i, 6
   %2986 = or disjoint i64 %indvars.iv.next971.13.i.3, 256
   %2987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2986
   %2988 = getelementptr inbounds nuw i8, ptr %2987, i64 6656
-  %2989 = load <64 x i32>, ptr %2988, align 4, !tbaa !4
+  %2989 = load <64 x i32>, ptr %2988, align 4, !tbaa !9
   %2990 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2986
   %2991 = getelementptr inbounds nuw i8, ptr %2990, i64 13824
-  store <64 x i32> %2989, ptr %2991, align 4, !tbaa !4
+  store <64 x i32> %2989, ptr %2991, align 4, !tbaa !9
   %indvars.iv.next971.13.i.4 = shl i64 %indvars.iv970.13.i, 6
   %2992 = or disjoint i64 %indvars.iv.next971.13.i.4, 320
   %2993 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2992
   %2994 = getelementptr inbounds nuw i8, ptr %2993, i64 6656
-  %2995 = load <64 x i32>, ptr %2994, align 4, !tbaa !4
+  %2995 = load <64 x i32>, ptr %2994, align 4, !tbaa !9
   %2996 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2992
   %2997 = getelementptr inbounds nuw i8, ptr %2996, i64 13824
-  store <64 x i32> %2995, ptr %2997, align 4, !tbaa !4
+  store <64 x i32> %2995, ptr %2997, align 4, !tbaa !9
   %indvars.iv.next971.13.i.5 = shl i64 %indvars.iv970.13.i, 6
   %2998 = or disjoint i64 %indvars.iv.next971.13.i.5, 384
   %2999 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2998
   %3000 = getelementptr inbounds nuw i8, ptr %2999, i64 6656
-  %3001 = load <64 x i32>, ptr %3000, align 4, !tbaa !4
+  %3001 = load <64 x i32>, ptr %3000, align 4, !tbaa !9
   %3002 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2998
   %3003 = getelementptr inbounds nuw i8, ptr %3002, i64 13824
-  store <64 x i32> %3001, ptr %3003, align 4, !tbaa !4
+  store <64 x i32> %3001, ptr %3003, align 4, !tbaa !9
   %indvars.iv.next971.13.i.6 = shl i64 %indvars.iv970.13.i, 6
   %3004 = or disjoint i64 %indvars.iv.next971.13.i.6, 448
   %3005 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3004
   %3006 = getelementptr inbounds nuw i8, ptr %3005, i64 6656
-  %3007 = load <64 x i32>, ptr %3006, align 4, !tbaa !4
+  %3007 = load <64 x i32>, ptr %3006, align 4, !tbaa !9
   %3008 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3004
   %3009 = getelementptr inbounds nuw i8, ptr %3008, i64 13824
-  store <64 x i32> %3007, ptr %3009, align 4, !tbaa !4
+  store <64 x i32> %3007, ptr %3009, align 4, !tbaa !9
   %indvars.iv.next971.13.i.7 = add nuw nsw i64 %indvars.iv970.13.i, 8
   %niter436.next.7 = add i64 %niter436, 8
   %niter436.ncmp.7 = icmp eq i64 %niter436.next.7, %unroll_iter435
@@ -5418,10 +5603,10 @@ for_body_to496.13.i.epil:                         ; preds = %for_body_to496.13.i
   %3010 = shl nsw i64 %indvars.iv970.13.i.epil, 6
   %3011 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3010
   %3012 = getelementptr inbounds nuw i8, ptr %3011, i64 6656
-  %3013 = load <64 x i32>, ptr %3012, align 4, !tbaa !4
+  %3013 = load <64 x i32>, ptr %3012, align 4, !tbaa !9
   %3014 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3010
   %3015 = getelementptr inbounds nuw i8, ptr %3014, i64 13824
-  store <64 x i32> %3013, ptr %3015, align 4, !tbaa !4
+  store <64 x i32> %3013, ptr %3015, align 4, !tbaa !9
   %indvars.iv.next971.13.i.epil = add nuw nsw i64 %indvars.iv970.13.i.epil, 1
   %epil.iter432.next = add i64 %epil.iter432, 1
   %epil.iter432.cmp.not = icmp eq i64 %epil.iter432.next, %xtraiter431
@@ -5436,66 +5621,66 @@ for_body_to496.14.i:                              ; preds = %for_body_to496.14.i
   %3016 = shl nsw i64 %indvars.iv970.14.i, 6
   %3017 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3016
   %3018 = getelementptr inbounds nuw i8, ptr %3017, i64 7168
-  %3019 = load <64 x i32>, ptr %3018, align 4, !tbaa !4
+  %3019 = load <64 x i32>, ptr %3018, align 4, !tbaa !9
   %3020 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3016
   %3021 = getelementptr inbounds nuw i8, ptr %3020, i64 14848
-  store <64 x i32> %3019, ptr %3021, align 4, !tbaa !4
+  store <64 x i32> %3019, ptr %3021, align 4, !tbaa !9
   %indvars.iv.next971.14.i = shl i64 %indvars.iv970.14.i, 6
   %3022 = or disjoint i64 %indvars.iv.next971.14.i, 64
   %3023 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3022
   %3024 = getelementptr inbounds nuw i8, ptr %3023, i64 7168
-  %3025 = load <64 x i32>, ptr %3024, align 4, !tbaa !4
+  %3025 = load <64 x i32>, ptr %3024, align 4, !tbaa !9
   %3026 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3022
   %3027 = getelementptr inbounds nuw i8, ptr %3026, i64 14848
-  store <64 x i32> %3025, ptr %3027, align 4, !tbaa !4
+  store <64 x i32> %3025, ptr %3027, align 4, !tbaa !9
   %indvars.iv.next971.14.i.1 = shl i64 %indvars.iv970.14.i, 6
   %3028 = or disjoint i64 %indvars.iv.next971.14.i.1, 128
   %3029 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3028
   %3030 = getelementptr inbounds nuw i8, ptr %3029, i64 7168
-  %3031 = load <64 x i32>, ptr %3030, align 4, !tbaa !4
+  %3031 = load <64 x i32>, ptr %3030, align 4, !tbaa !9
   %3032 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3028
   %3033 = getelementptr inbounds nuw i8, ptr %3032, i64 14848
-  store <64 x i32> %3031, ptr %3033, align 4, !tbaa !4
+  store <64 x i32> %3031, ptr %3033, align 4, !tbaa !9
   %indvars.iv.next971.14.i.2 = shl i64 %indvars.iv970.14.i, 6
   %3034 = or disjoint i64 %indvars.iv.next971.14.i.2, 192
   %3035 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3034
   %3036 = getelementptr inbounds nuw i8, ptr %3035, i64 7168
-  %3037 = load <64 x i32>, ptr %3036, align 4, !tbaa !4
+  %3037 = load <64 x i32>, ptr %3036, align 4, !tbaa !9
   %3038 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3034
   %3039 = getelementptr inbounds nuw i8, ptr %3038, i64 14848
-  store <64 x i32> %3037, ptr %3039, align 4, !tbaa !4
+  store <64 x i32> %3037, ptr %3039, align 4, !tbaa !9
   %indvars.iv.next971.14.i.3 = shl i64 %indvars.iv970.14.i, 6
   %3040 = or disjoint i64 %indvars.iv.next971.14.i.3, 256
   %3041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3040
   %3042 = getelementptr inbounds nuw i8, ptr %3041, i64 7168
-  %3043 = load <64 x i32>, ptr %3042, align 4, !tbaa !4
+  %3043 = load <64 x i32>, ptr %3042, align 4, !tbaa !9
   %3044 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3040
   %3045 = getelementptr inbounds nuw i8, ptr %3044, i64 14848
-  store <64 x i32> %3043, ptr %3045, align 4, !tbaa !4
+  store <64 x i32> %3043, ptr %3045, align 4, !tbaa !9
   %indvars.iv.next971.14.i.4 = shl i64 %indvars.iv970.14.i, 6
   %3046 = or disjoint i64 %indvars.iv.next971.14.i.4, 320
   %3047 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3046
   %3048 = getelementptr inbounds nuw i8, ptr %3047, i64 7168
-  %3049 = load <64 x i32>, ptr %3048, align 4, !tbaa !4
+  %3049 = load <64 x i32>, ptr %3048, align 4, !tbaa !9
   %3050 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3046
   %3051 = getelementptr inbounds nuw i8, ptr %3050, i64 14848
-  store <64 x i32> %3049, ptr %3051, align 4, !tbaa !4
+  store <64 x i32> %3049, ptr %3051, align 4, !tbaa !9
   %indvars.iv.next971.14.i.5 = shl i64 %indvars.iv970.14.i, 6
   %3052 = or disjoint i64 %indvars.iv.next971.14.i.5, 384
   %3053 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3052
   %3054 = getelementptr inbounds nuw i8, ptr %3053, i64 7168
-  %3055 = load <64 x i32>, ptr %3054, align 4, !tbaa !4
+  %3055 = load <64 x i32>, ptr %3054, align 4, !tbaa !9
   %3056 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3052
   %3057 = getelementptr inbounds nuw i8, ptr %3056, i64 14848
-  store <64 x i32> %3055, ptr %3057, align 4, !tbaa !4
+  store <64 x i32> %3055, ptr %3057, align 4, !tbaa !9
   %indvars.iv.next971.14.i.6 = shl i64 %indvars.iv970.14.i, 6
   %3058 = or disjoint i64 %indvars.iv.next971.14.i.6, 448
   %3059 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3058
   %3060 = getelementptr inbounds nuw i8, ptr %3059, i64 7168
-  %3061 = load <64 x i32>, ptr %3060, align 4, !tbaa !4
+  %3061 = load <64 x i32>, ptr %3060, align 4, !tbaa !9
   %3062 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3058
   %3063 = getelementptr inbounds nuw i8, ptr %3062, i64 14848
-  store <64 x i32> %3061, ptr %3063, align 4, !tbaa !4
+  store <64 x i32> %3061, ptr %3063, align 4, !tbaa !9
   %indvars.iv.next971.14.i.7 = add nuw nsw i64 %indvars.iv970.14.i, 8
   %niter442.next.7 = add i64 %niter442, 8
   %niter442.ncmp.7 = icmp eq i64 %niter442.next.7, %unroll_iter441
@@ -5515,10 +5700,10 @@ for_body_to496.14.i.epil:                         ; preds = %for_body_to496.14.i
   %3064 = shl nsw i64 %indvars.iv970.14.i.epil, 6
   %3065 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3064
   %3066 = getelementptr inbounds nuw i8, ptr %3065, i64 7168
-  %3067 = load <64 x i32>, ptr %3066, align 4, !tbaa !4
+  %3067 = load <64 x i32>, ptr %3066, align 4, !tbaa !9
   %3068 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3064
   %3069 = getelementptr inbounds nuw i8, ptr %3068, i64 14848
-  store <64 x i32> %3067, ptr %3069, align 4, !tbaa !4
+  store <64 x i32> %3067, ptr %3069, align 4, !tbaa !9
   %indvars.iv.next971.14.i.epil = add nuw nsw i64 %indvars.iv970.14.i.epil, 1
   %epil.iter438.next = add i64 %epil.iter438, 1
   %epil.iter438.cmp.not = icmp eq i64 %epil.iter438.next, %xtraiter437
@@ -5533,66 +5718,66 @@ for_body_to496.15.i:                              ; preds = %for_body_to496.15.i
   %3070 = shl nsw i64 %indvars.iv970.15.i, 6
   %3071 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3070
   %3072 = getelementptr inbounds nuw i8, ptr %3071, i64 7680
-  %3073 = load <64 x i32>, ptr %3072, align 4, !tbaa !4
+  %3073 = load <64 x i32>, ptr %3072, align 4, !tbaa !9
   %3074 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3070
   %3075 = getelementptr inbounds nuw i8, ptr %3074, i64 15872
-  store <64 x i32> %3073, ptr %3075, align 4, !tbaa !4
+  store <64 x i32> %3073, ptr %3075, align 4, !tbaa !9
   %indvars.iv.next971.15.i = shl i64 %indvars.iv970.15.i, 6
   %3076 = or disjoint i64 %indvars.iv.next971.15.i, 64
   %3077 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3076
   %3078 = getelementptr inbounds nuw i8, ptr %3077, i64 7680
-  %3079 = load <64 x i32>, ptr %3078, align 4, !tbaa !4
+  %3079 = load <64 x i32>, ptr %3078, align 4, !tbaa !9
   %3080 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3076
   %3081 = getelementptr inbounds nuw i8, ptr %3080, i64 15872
-  store <64 x i32> %3079, ptr %3081, align 4, !tbaa !4
+  store <64 x i32> %3079, ptr %3081, align 4, !tbaa !9
   %indvars.iv.next971.15.i.1 = shl i64 %indvars.iv970.15.i, 6
   %3082 = or disjoint i64 %indvars.iv.next971.15.i.1, 128
   %3083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3082
   %3084 = getelementptr inbounds nuw i8, ptr %3083, i64 7680
-  %3085 = load <64 x i32>, ptr %3084, align 4, !tbaa !4
+  %3085 = load <64 x i32>, ptr %3084, align 4, !tbaa !9
   %3086 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3082
   %3087 = getelementptr inbounds nuw i8, ptr %3086, i64 15872
-  store <64 x i32> %3085, ptr %3087, align 4, !tbaa !4
+  store <64 x i32> %3085, ptr %3087, align 4, !tbaa !9
   %indvars.iv.next971.15.i.2 = shl i64 %indvars.iv970.15.i, 6
   %3088 = or disjoint i64 %indvars.iv.next971.15.i.2, 192
   %3089 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3088
   %3090 = getelementptr inbounds nuw i8, ptr %3089, i64 7680
-  %3091 = load <64 x i32>, ptr %3090, align 4, !tbaa !4
+  %3091 = load <64 x i32>, ptr %3090, align 4, !tbaa !9
   %3092 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3088
   %3093 = getelementptr inbounds nuw i8, ptr %3092, i64 15872
-  store <64 x i32> %3091, ptr %3093, align 4, !tbaa !4
+  store <64 x i32> %3091, ptr %3093, align 4, !tbaa !9
   %indvars.iv.next971.15.i.3 = shl i64 %indvars.iv970.15.i, 6
   %3094 = or disjoint i64 %indvars.iv.next971.15.i.3, 256
   %3095 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3094
   %3096 = getelementptr inbounds nuw i8, ptr %3095, i64 7680
-  %3097 = load <64 x i32>, ptr %3096, align 4, !tbaa !4
+  %3097 = load <64 x i32>, ptr %3096, align 4, !tbaa !9
   %3098 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3094
   %3099 = getelementptr inbounds nuw i8, ptr %3098, i64 15872
-  store <64 x i32> %3097, ptr %3099, align 4, !tbaa !4
+  store <64 x i32> %3097, ptr %3099, align 4, !tbaa !9
   %indvars.iv.next971.15.i.4 = shl i64 %indvars.iv970.15.i, 6
   %3100 = or disjoint i64 %indvars.iv.next971.15.i.4, 320
   %3101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3100
   %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 7680
-  %3103 = load <64 x i32>, ptr %3102, align 4, !tbaa !4
+  %3103 = load <64 x i32>, ptr %3102, align 4, !tbaa !9
   %3104 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3100
   %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 15872
-  store <64 x i32> %3103, ptr %3105, align 4, !tbaa !4
+  store <64 x i32> %3103, ptr %3105, align 4, !tbaa !9
   %indvars.iv.next971.15.i.5 = shl i64 %indvars.iv970.15.i, 6
   %3106 = or disjoint i64 %indvars.iv.next971.15.i.5, 384
   %3107 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3106
   %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 7680
-  %3109 = load <64 x i32>, ptr %3108, align 4, !tbaa !4
+  %3109 = load <64 x i32>, ptr %3108, align 4, !tbaa !9
   %3110 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3106
   %3111 = getelementptr inbounds nuw i8, ptr %3110, i64 15872
-  store <64 x i32> %3109, ptr %3111, align 4, !tbaa !4
+  store <64 x i32> %3109, ptr %3111, align 4, !tbaa !9
   %indvars.iv.next971.15.i.6 = shl i64 %indvars.iv970.15.i, 6
   %3112 = or disjoint i64 %indvars.iv.next971.15.i.6, 448
   %3113 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3112
   %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 7680
-  %3115 = load <64 x i32>, ptr %3114, align 4, !tbaa !4
+  %3115 = load <64 x i32>, ptr %3114, align 4, !tbaa !9
   %3116 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3112
   %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 15872
-  store <64 x i32> %3115, ptr %3117, align 4, !tbaa !4
+  store <64 x i32> %3115, ptr %3117, align 4, !tbaa !9
   %indvars.iv.next971.15.i.7 = add nuw nsw i64 %indvars.iv970.15.i, 8
   %niter448.next.7 = add i64 %niter448, 8
   %niter448.ncmp.7 = icmp eq i64 %niter448.next.7, %unroll_iter447
@@ -5612,10 +5797,10 @@ for_body_to496.15.i.epil:                         ; preds = %for_body_to496.15.i
   %3118 = shl nsw i64 %indvars.iv970.15.i.epil, 6
   %3119 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3118
   %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 7680
-  %3121 = load <64 x i32>, ptr %3120, align 4, !tbaa !4
+  %3121 = load <64 x i32>, ptr %3120, align 4, !tbaa !9
   %3122 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3118
   %3123 = getelementptr inbounds nuw i8, ptr %3122, i64 15872
-  store <64 x i32> %3121, ptr %3123, align 4, !tbaa !4
+  store <64 x i32> %3121, ptr %3123, align 4, !tbaa !9
   %indvars.iv.next971.15.i.epil = add nuw nsw i64 %indvars.iv970.15.i.epil, 1
   %epil.iter444.next = add i64 %epil.iter444, 1
   %epil.iter444.cmp.not = icmp eq i64 %epil.iter444.next, %xtraiter443
@@ -5766,10 +5951,10 @@ for_end_to497.15.i:                               ; preds = %for_body_to496.15.i
   %3258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3256, <16 x float> %3203, <16 x float> %3257)
   store <16 x float> %m.i, ptr %3205, align 16, !tbaa !83
   store <16 x float> %3258, ptr %3207, align 16, !tbaa !85
-  %3259 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3259 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %acc532.i = tail call ptr %3259(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
   %3260 = icmp eq ptr %acc532.i, null
-  br i1 %3260, label %fused_decode_compute_.exit, label %for_body_p.i, !prof !7
+  br i1 %3260, label %fused_decode_compute_.exit, label %for_body_p.i, !prof !8
 
 for_body_p.i:                                     ; preds = %for_end_to539.i, %for_end_to497.15.i
   %indvars.iv1014.i = phi i64 [ %indvars.iv.next1015.i, %for_end_to539.i ], [ 0, %for_end_to497.15.i ]
@@ -5795,14 +5980,14 @@ for_body_s546.preheader.i:                        ; preds = %for_body_to538.i
   %3264 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3262
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3264, i64 512)
   %3265 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3262
-  %3266 = load i64, ptr %3265, align 8, !tbaa !4
+  %3266 = load i64, ptr %3265, align 8, !tbaa !9
   %gep812.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3266
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
   %3267 = getelementptr inbounds nuw i8, ptr %3264, i64 8192
   tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3267, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3268 = load i64, ptr %3265, align 8, !tbaa !4
+  %3268 = load i64, ptr %3265, align 8, !tbaa !9
   %gep814.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3268
   %3269 = getelementptr i8, ptr %gep814.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %3269, i64 %96)
@@ -5812,14 +5997,14 @@ for_body_s546.preheader.i:                        ; preds = %for_body_to538.i
   %3271 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3270
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3271, i64 512)
   %3272 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3270
-  %3273 = load i64, ptr %3272, align 8, !tbaa !4
+  %3273 = load i64, ptr %3272, align 8, !tbaa !9
   %gep812.1.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3273
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.1.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
   %3274 = getelementptr inbounds nuw i8, ptr %3271, i64 8192
   tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3274, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3275 = load i64, ptr %3272, align 8, !tbaa !4
+  %3275 = load i64, ptr %3272, align 8, !tbaa !9
   %gep814.1.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3275
   %3276 = getelementptr i8, ptr %gep814.1.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %3276, i64 %96)
@@ -5829,14 +6014,14 @@ for_body_s546.preheader.i:                        ; preds = %for_body_to538.i
   %3278 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3277
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3278, i64 512)
   %3279 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3277
-  %3280 = load i64, ptr %3279, align 8, !tbaa !4
+  %3280 = load i64, ptr %3279, align 8, !tbaa !9
   %gep812.2.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3280
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.2.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
   %3281 = getelementptr inbounds nuw i8, ptr %3278, i64 8192
   tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3281, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3282 = load i64, ptr %3279, align 8, !tbaa !4
+  %3282 = load i64, ptr %3279, align 8, !tbaa !9
   %gep814.2.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3282
   %3283 = getelementptr i8, ptr %gep814.2.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %3283, i64 %96)
@@ -5846,14 +6031,14 @@ for_body_s546.preheader.i:                        ; preds = %for_body_to538.i
   %3285 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3284
   tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %3285, i64 512)
   %3286 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3284
-  %3287 = load i64, ptr %3286, align 8, !tbaa !4
+  %3287 = load i64, ptr %3286, align 8, !tbaa !9
   %gep812.3.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3287
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %gep812.3.i, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
   %3288 = getelementptr inbounds nuw i8, ptr %3285, i64 8192
   tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %3288, i64 512)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 5, i8 6)
-  %3289 = load i64, ptr %3286, align 8, !tbaa !4
+  %3289 = load i64, ptr %3286, align 8, !tbaa !9
   %gep814.3.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3289
   %3290 = getelementptr i8, ptr %gep814.3.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr %3290, i64 %96)
@@ -5877,13 +6062,13 @@ for_end_to539.i:                                  ; preds = %if_end543.i, %for_b
 if_end543.i:                                      ; preds = %for_body_s554.preheader.i, %for_body_s546.preheader.i
   %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
   %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count909.i
-  br i1 %exitcond1013.not.i, label %for_end_to539.i, label %for_body_to538.i, !prof !8
+  br i1 %exitcond1013.not.i, label %for_end_to539.i, label %for_body_to538.i, !prof !4
 
 if_else544.i:                                     ; preds = %for_body_to538.i
-  %3295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %edge.i = tail call ptr %3295(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %3296 = icmp eq ptr %edge.i, null
-  br i1 %3296, label %fused_decode_compute_.exit, label %for_begin_w_0.preheader.i, !prof !7
+  br i1 %3296, label %fused_decode_compute_.exit, label %for_begin_w_0.preheader.i, !prof !8
 
 for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.preheader.i, %if_else544.i
   %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.1, %for_begin_w_0.preheader.i ], [ 0, %if_else544.i ]
@@ -5894,22 +6079,22 @@ for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.prehe
   %3301 = icmp slt i64 %3299, %1439
   %3302 = insertelement <16 x i1> poison, i1 %3301, i64 0
   %3303 = shufflevector <16 x i1> %3302, <16 x i1> poison, <16 x i32> zeroinitializer
-  %3304 = load i64, ptr %3300, align 8, !tbaa !4
+  %3304 = load i64, ptr %3300, align 8, !tbaa !9
   %gep1262.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3304
   %3305 = getelementptr i32, ptr %gep1262.i, i64 %3298
-  %3306 = load <16 x i32>, ptr %3305, align 4, !tbaa !4
+  %3306 = load <16 x i32>, ptr %3305, align 4, !tbaa !9
   %3307 = select <16 x i1> %3303, <16 x i32> %3306, <16 x i32> zeroinitializer
   %.idx = shl nuw nsw i64 %indvars.iv1001.i, 7
   %3308 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx
-  store <16 x i32> %3307, ptr %3308, align 4, !tbaa !4
-  %3309 = load i64, ptr %3300, align 8, !tbaa !4
+  store <16 x i32> %3307, ptr %3308, align 4, !tbaa !9
+  %3309 = load i64, ptr %3300, align 8, !tbaa !9
   %gep1264.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3309
   %3310 = getelementptr i8, ptr %gep1264.i, i64 64
   %3311 = getelementptr i32, ptr %3310, i64 %3298
-  %3312 = load <16 x i32>, ptr %3311, align 4, !tbaa !4
+  %3312 = load <16 x i32>, ptr %3311, align 4, !tbaa !9
   %3313 = select <16 x i1> %3303, <16 x i32> %3312, <16 x i32> zeroinitializer
   %3314 = getelementptr inbounds nuw i8, ptr %3308, i64 64
-  store <16 x i32> %3313, ptr %3314, align 4, !tbaa !4
+  store <16 x i32> %3313, ptr %3314, align 4, !tbaa !9
   %indvars.iv.next1002.i = or disjoint i64 %indvars.iv1001.i, 1
   %3315 = and i64 %indvars.iv.next1002.i, 15
   %3316 = mul nsw i64 %3315, %k_row
@@ -5918,22 +6103,22 @@ for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.prehe
   %3319 = icmp slt i64 %3317, %1439
   %3320 = insertelement <16 x i1> poison, i1 %3319, i64 0
   %3321 = shufflevector <16 x i1> %3320, <16 x i1> poison, <16 x i32> zeroinitializer
-  %3322 = load i64, ptr %3318, align 8, !tbaa !4
+  %3322 = load i64, ptr %3318, align 8, !tbaa !9
   %gep1262.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3322
   %3323 = getelementptr i32, ptr %gep1262.i.1, i64 %3316
-  %3324 = load <16 x i32>, ptr %3323, align 4, !tbaa !4
+  %3324 = load <16 x i32>, ptr %3323, align 4, !tbaa !9
   %3325 = select <16 x i1> %3321, <16 x i32> %3324, <16 x i32> zeroinitializer
   %.idx.1 = shl nuw nsw i64 %indvars.iv.next1002.i, 7
   %3326 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx.1
-  store <16 x i32> %3325, ptr %3326, align 4, !tbaa !4
-  %3327 = load i64, ptr %3318, align 8, !tbaa !4
+  store <16 x i32> %3325, ptr %3326, align 4, !tbaa !9
+  %3327 = load i64, ptr %3318, align 8, !tbaa !9
   %gep1264.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3327
   %3328 = getelementptr i8, ptr %gep1264.i.1, i64 64
   %3329 = getelementptr i32, ptr %3328, i64 %3316
-  %3330 = load <16 x i32>, ptr %3329, align 4, !tbaa !4
+  %3330 = load <16 x i32>, ptr %3329, align 4, !tbaa !9
   %3331 = select <16 x i1> %3321, <16 x i32> %3330, <16 x i32> zeroinitializer
   %3332 = getelementptr inbounds nuw i8, ptr %3326, i64 64
-  store <16 x i32> %3331, ptr %3332, align 4, !tbaa !4
+  store <16 x i32> %3331, ptr %3332, align 4, !tbaa !9
   %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
   %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1002.i.1, 64
   br i1 %exitcond1004.not.i.1, label %for_body_s554.preheader.i, label %for_begin_w_0.preheader.i, !prof !31, !llvm.loop !270
@@ -5986,7 +6171,7 @@ for_body_s554.preheader.i:                        ; preds = %for_begin_w_0.prehe
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3347, i64 128)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 6)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 6)
-  %3348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3349 = tail call i32 %3348(i32 1, i32 %dev_id, ptr nonnull %edge.i)
   %.not752.i = icmp eq i32 %3349, 0
   br i1 %.not752.i, label %if_end543.i, label %fused_decode_compute_.exit, !prof !75
@@ -6002,67 +6187,67 @@ for_begin_w.preheader.i:                          ; preds = %for_begin_w.prehead
   %3353 = phi <16 x i32> [ %.fr, %for_begin_w.preheader.i ], [ zeroinitializer, %for_end_to539.i ]
   %.idx65 = shl nuw nsw i64 %indvars.iv1022.i, 10
   %3354 = getelementptr inbounds nuw i8, ptr %acc532.i, i64 %.idx65
-  %3355 = load <16 x i32>, ptr %3354, align 4, !tbaa !4
+  %3355 = load <16 x i32>, ptr %3354, align 4, !tbaa !9
   %3356 = and <16 x i32> %3355, splat (i32 2139095040)
   %3357 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %3353, <16 x i32> %3356)
   %3358 = getelementptr inbounds nuw i8, ptr %3354, i64 64
-  %3359 = load <16 x i32>, ptr %3358, align 4, !tbaa !4
+  %3359 = load <16 x i32>, ptr %3358, align 4, !tbaa !9
   %3360 = and <16 x i32> %3359, splat (i32 2139095040)
   %3361 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3357, <16 x i32> %3360)
   %3362 = getelementptr inbounds nuw i8, ptr %3354, i64 128
-  %3363 = load <16 x i32>, ptr %3362, align 4, !tbaa !4
+  %3363 = load <16 x i32>, ptr %3362, align 4, !tbaa !9
   %3364 = and <16 x i32> %3363, splat (i32 2139095040)
   %3365 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3361, <16 x i32> %3364)
   %3366 = getelementptr inbounds nuw i8, ptr %3354, i64 192
-  %3367 = load <16 x i32>, ptr %3366, align 4, !tbaa !4
+  %3367 = load <16 x i32>, ptr %3366, align 4, !tbaa !9
   %3368 = and <16 x i32> %3367, splat (i32 2139095040)
   %3369 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3365, <16 x i32> %3368)
   %3370 = getelementptr inbounds nuw i8, ptr %3354, i64 256
-  %3371 = load <16 x i32>, ptr %3370, align 4, !tbaa !4
+  %3371 = load <16 x i32>, ptr %3370, align 4, !tbaa !9
   %3372 = and <16 x i32> %3371, splat (i32 2139095040)
   %3373 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3369, <16 x i32> %3372)
   %3374 = getelementptr inbounds nuw i8, ptr %3354, i64 320
-  %3375 = load <16 x i32>, ptr %3374, align 4, !tbaa !4
+  %3375 = load <16 x i32>, ptr %3374, align 4, !tbaa !9
   %3376 = and <16 x i32> %3375, splat (i32 2139095040)
   %3377 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3373, <16 x i32> %3376)
   %3378 = getelementptr inbounds nuw i8, ptr %3354, i64 384
-  %3379 = load <16 x i32>, ptr %3378, align 4, !tbaa !4
+  %3379 = load <16 x i32>, ptr %3378, align 4, !tbaa !9
   %3380 = and <16 x i32> %3379, splat (i32 2139095040)
   %3381 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3377, <16 x i32> %3380)
   %3382 = getelementptr inbounds nuw i8, ptr %3354, i64 448
-  %3383 = load <16 x i32>, ptr %3382, align 4, !tbaa !4
+  %3383 = load <16 x i32>, ptr %3382, align 4, !tbaa !9
   %3384 = and <16 x i32> %3383, splat (i32 2139095040)
   %3385 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3381, <16 x i32> %3384)
   %3386 = getelementptr inbounds nuw i8, ptr %3354, i64 512
-  %3387 = load <16 x i32>, ptr %3386, align 4, !tbaa !4
+  %3387 = load <16 x i32>, ptr %3386, align 4, !tbaa !9
   %3388 = and <16 x i32> %3387, splat (i32 2139095040)
   %3389 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3385, <16 x i32> %3388)
   %3390 = getelementptr inbounds nuw i8, ptr %3354, i64 576
-  %3391 = load <16 x i32>, ptr %3390, align 4, !tbaa !4
+  %3391 = load <16 x i32>, ptr %3390, align 4, !tbaa !9
   %3392 = and <16 x i32> %3391, splat (i32 2139095040)
   %3393 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3389, <16 x i32> %3392)
   %3394 = getelementptr inbounds nuw i8, ptr %3354, i64 640
-  %3395 = load <16 x i32>, ptr %3394, align 4, !tbaa !4
+  %3395 = load <16 x i32>, ptr %3394, align 4, !tbaa !9
   %3396 = and <16 x i32> %3395, splat (i32 2139095040)
   %3397 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3393, <16 x i32> %3396)
   %3398 = getelementptr inbounds nuw i8, ptr %3354, i64 704
-  %3399 = load <16 x i32>, ptr %3398, align 4, !tbaa !4
+  %3399 = load <16 x i32>, ptr %3398, align 4, !tbaa !9
   %3400 = and <16 x i32> %3399, splat (i32 2139095040)
   %3401 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3397, <16 x i32> %3400)
   %3402 = getelementptr inbounds nuw i8, ptr %3354, i64 768
-  %3403 = load <16 x i32>, ptr %3402, align 4, !tbaa !4
+  %3403 = load <16 x i32>, ptr %3402, align 4, !tbaa !9
   %3404 = and <16 x i32> %3403, splat (i32 2139095040)
   %3405 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3401, <16 x i32> %3404)
   %3406 = getelementptr inbounds nuw i8, ptr %3354, i64 832
-  %3407 = load <16 x i32>, ptr %3406, align 4, !tbaa !4
+  %3407 = load <16 x i32>, ptr %3406, align 4, !tbaa !9
   %3408 = and <16 x i32> %3407, splat (i32 2139095040)
   %3409 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3405, <16 x i32> %3408)
   %3410 = getelementptr inbounds nuw i8, ptr %3354, i64 896
-  %3411 = load <16 x i32>, ptr %3410, align 4, !tbaa !4
+  %3411 = load <16 x i32>, ptr %3410, align 4, !tbaa !9
   %3412 = and <16 x i32> %3411, splat (i32 2139095040)
   %3413 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3409, <16 x i32> %3412)
   %3414 = getelementptr inbounds nuw i8, ptr %3354, i64 960
-  %3415 = load <16 x i32>, ptr %3414, align 4, !tbaa !4
+  %3415 = load <16 x i32>, ptr %3414, align 4, !tbaa !9
   %3416 = and <16 x i32> %3415, splat (i32 2139095040)
   %3417 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3413, <16 x i32> %3416)
   %.fr = freeze <16 x i32> %3417
@@ -6071,16 +6256,16 @@ for_begin_w.preheader.i:                          ; preds = %for_begin_w.prehead
   br i1 %exitcond1025.not.i, label %for_begin_lane.preheader.i, label %for_begin_w.preheader.i, !prof !31
 
 if_then565.i:                                     ; preds = %for_begin_lane.preheader.i
-  %3418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %element_acc.i = tail call ptr %3418(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
   %3419 = icmp eq ptr %element_acc.i, null
-  br i1 %3419, label %fused_decode_compute_.exit, label %for_begin_p575.preheader.i, !prof !7
+  br i1 %3419, label %fused_decode_compute_.exit, label %for_begin_p575.preheader.i, !prof !8
 
 if_end566.i:                                      ; preds = %for_end_r592.i, %for_begin_lane.preheader.i
-  %3420 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %3420 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %tile_acc.i = tail call ptr %3420(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
   %3421 = icmp eq ptr %tile_acc.i, null
-  br i1 %3421, label %fused_decode_compute_.exit, label %for_begin_w_0616.preheader.i, !prof !7
+  br i1 %3421, label %fused_decode_compute_.exit, label %for_begin_w_0616.preheader.i, !prof !8
 
 for_begin_p575.preheader.i:                       ; preds = %for_end_p577.i, %if_then565.i
   %indvar.i = phi i64 [ %indvar.next.i, %for_end_p577.i ], [ 0, %if_then565.i ]
@@ -6089,7 +6274,7 @@ for_begin_p575.preheader.i:                       ; preds = %for_end_p577.i, %if
   br i1 %1451, label %for_begin_w_0_init.preheader.us.preheader.i, label %for_begin_w_0_init.preheader.preheader.i, !prof !3
 
 for_begin_w_0_init.preheader.preheader.i:         ; preds = %for_begin_p575.preheader.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %3423, i8 0, i64 2048, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %3423, i8 0, i64 2048, i1 false), !tbaa !9
   br label %for_end_p577.i
 
 for_begin_w_0_init.preheader.us.preheader.i:      ; preds = %for_begin_p575.preheader.i
@@ -6101,7 +6286,7 @@ for_begin_w_0_init.preheader.us.i:                ; preds = %for_begin_t580.for_
   %3424 = phi i1 [ true, %for_begin_w_0_init.preheader.us.preheader.i ], [ false, %for_begin_t580.for_end_t582_crit_edge.us.i ]
   %indvar1037.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.preheader.i ], [ 1024, %for_begin_t580.for_end_t582_crit_edge.us.i ]
   %scevgep.i = getelementptr nuw i8, ptr %3423, i64 %indvar1037.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(1024) %scevgep.i, i8 0, i64 1024, i1 false), !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(1024) %scevgep.i, i8 0, i64 1024, i1 false), !tbaa !9
   %3425 = insertelement <16 x i1> poison, i1 %3424, i64 0
   %3426 = shufflevector <16 x i1> %3425, <16 x i1> poison, <16 x i32> zeroinitializer
   %3427 = getelementptr inbounds nuw i8, ptr %scevgep.i, i64 64
@@ -6144,232 +6329,232 @@ for_begin_w_0585.preheader.us.i:                  ; preds = %for_begin_w_0585.pr
   %3459 = and i64 %indvars.iv1046.i, 15
   %3460 = mul nsw i64 %3459, %k_row
   %3461 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1046.i
-  %3462 = load float, ptr %3458, align 4, !tbaa !4
+  %3462 = load float, ptr %3458, align 4, !tbaa !9
   %3463 = insertelement <16 x float> poison, float %3462, i64 0
   %3464 = shufflevector <16 x float> %3463, <16 x float> poison, <16 x i32> zeroinitializer
-  %3465 = load i64, ptr %3461, align 8, !tbaa !4
+  %3465 = load i64, ptr %3461, align 8, !tbaa !9
   %3466 = getelementptr i32, ptr %key_cache, i64 %3465
   %3467 = getelementptr i32, ptr %3466, i64 %3460
-  %3468 = load <16 x i32>, ptr %3467, align 4, !tbaa !4
+  %3468 = load <16 x i32>, ptr %3467, align 4, !tbaa !9
   %3469 = and <16 x i32> %3468, %132
   %3470 = shl <16 x i32> %3468, splat (i32 16)
   %3471 = select <16 x i1> %3426, <16 x i32> %3470, <16 x i32> %3469
   %3472 = bitcast <16 x i32> %3471 to <16 x float>
   %3473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3464, <16 x float> %3472, <16 x float> %3457)
-  store <16 x float> %3473, ptr %scevgep.i, align 4, !tbaa !4
-  %3474 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3473, ptr %scevgep.i, align 4, !tbaa !9
+  %3474 = load float, ptr %3458, align 4, !tbaa !9
   %3475 = insertelement <16 x float> poison, float %3474, i64 0
   %3476 = shufflevector <16 x float> %3475, <16 x float> poison, <16 x i32> zeroinitializer
-  %3477 = load i64, ptr %3461, align 8, !tbaa !4
+  %3477 = load i64, ptr %3461, align 8, !tbaa !9
   %3478 = getelementptr i32, ptr %key_cache, i64 %3477
   %3479 = getelementptr i8, ptr %3478, i64 64
   %3480 = getelementptr i32, ptr %3479, i64 %3460
-  %3481 = load <16 x i32>, ptr %3480, align 4, !tbaa !4
+  %3481 = load <16 x i32>, ptr %3480, align 4, !tbaa !9
   %3482 = and <16 x i32> %3481, %132
   %3483 = shl <16 x i32> %3481, splat (i32 16)
   %3484 = select <16 x i1> %3426, <16 x i32> %3483, <16 x i32> %3482
   %3485 = bitcast <16 x i32> %3484 to <16 x float>
   %3486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3476, <16 x float> %3485, <16 x float> %3456)
-  store <16 x float> %3486, ptr %3427, align 4, !tbaa !4
-  %3487 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3486, ptr %3427, align 4, !tbaa !9
+  %3487 = load float, ptr %3458, align 4, !tbaa !9
   %3488 = insertelement <16 x float> poison, float %3487, i64 0
   %3489 = shufflevector <16 x float> %3488, <16 x float> poison, <16 x i32> zeroinitializer
-  %3490 = load i64, ptr %3461, align 8, !tbaa !4
+  %3490 = load i64, ptr %3461, align 8, !tbaa !9
   %3491 = getelementptr i32, ptr %key_cache, i64 %3490
   %3492 = getelementptr i8, ptr %3491, i64 128
   %3493 = getelementptr i32, ptr %3492, i64 %3460
-  %3494 = load <16 x i32>, ptr %3493, align 4, !tbaa !4
+  %3494 = load <16 x i32>, ptr %3493, align 4, !tbaa !9
   %3495 = and <16 x i32> %3494, %132
   %3496 = shl <16 x i32> %3494, splat (i32 16)
   %3497 = select <16 x i1> %3426, <16 x i32> %3496, <16 x i32> %3495
   %3498 = bitcast <16 x i32> %3497 to <16 x float>
   %3499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3489, <16 x float> %3498, <16 x float> %3455)
-  store <16 x float> %3499, ptr %3428, align 4, !tbaa !4
-  %3500 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3499, ptr %3428, align 4, !tbaa !9
+  %3500 = load float, ptr %3458, align 4, !tbaa !9
   %3501 = insertelement <16 x float> poison, float %3500, i64 0
   %3502 = shufflevector <16 x float> %3501, <16 x float> poison, <16 x i32> zeroinitializer
-  %3503 = load i64, ptr %3461, align 8, !tbaa !4
+  %3503 = load i64, ptr %3461, align 8, !tbaa !9
   %3504 = getelementptr i32, ptr %key_cache, i64 %3503
   %3505 = getelementptr i8, ptr %3504, i64 192
   %3506 = getelementptr i32, ptr %3505, i64 %3460
-  %3507 = load <16 x i32>, ptr %3506, align 4, !tbaa !4
+  %3507 = load <16 x i32>, ptr %3506, align 4, !tbaa !9
   %3508 = and <16 x i32> %3507, %132
   %3509 = shl <16 x i32> %3507, splat (i32 16)
   %3510 = select <16 x i1> %3426, <16 x i32> %3509, <16 x i32> %3508
   %3511 = bitcast <16 x i32> %3510 to <16 x float>
   %3512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3502, <16 x float> %3511, <16 x float> %3454)
-  store <16 x float> %3512, ptr %3429, align 4, !tbaa !4
-  %3513 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3512, ptr %3429, align 4, !tbaa !9
+  %3513 = load float, ptr %3458, align 4, !tbaa !9
   %3514 = insertelement <16 x float> poison, float %3513, i64 0
   %3515 = shufflevector <16 x float> %3514, <16 x float> poison, <16 x i32> zeroinitializer
-  %3516 = load i64, ptr %3461, align 8, !tbaa !4
+  %3516 = load i64, ptr %3461, align 8, !tbaa !9
   %3517 = getelementptr i32, ptr %key_cache, i64 %3516
   %3518 = getelementptr i8, ptr %3517, i64 256
   %3519 = getelementptr i32, ptr %3518, i64 %3460
-  %3520 = load <16 x i32>, ptr %3519, align 4, !tbaa !4
+  %3520 = load <16 x i32>, ptr %3519, align 4, !tbaa !9
   %3521 = and <16 x i32> %3520, %132
   %3522 = shl <16 x i32> %3520, splat (i32 16)
   %3523 = select <16 x i1> %3426, <16 x i32> %3522, <16 x i32> %3521
   %3524 = bitcast <16 x i32> %3523 to <16 x float>
   %3525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3515, <16 x float> %3524, <16 x float> %3453)
-  store <16 x float> %3525, ptr %3430, align 4, !tbaa !4
-  %3526 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3525, ptr %3430, align 4, !tbaa !9
+  %3526 = load float, ptr %3458, align 4, !tbaa !9
   %3527 = insertelement <16 x float> poison, float %3526, i64 0
   %3528 = shufflevector <16 x float> %3527, <16 x float> poison, <16 x i32> zeroinitializer
-  %3529 = load i64, ptr %3461, align 8, !tbaa !4
+  %3529 = load i64, ptr %3461, align 8, !tbaa !9
   %3530 = getelementptr i32, ptr %key_cache, i64 %3529
   %3531 = getelementptr i8, ptr %3530, i64 320
   %3532 = getelementptr i32, ptr %3531, i64 %3460
-  %3533 = load <16 x i32>, ptr %3532, align 4, !tbaa !4
+  %3533 = load <16 x i32>, ptr %3532, align 4, !tbaa !9
   %3534 = and <16 x i32> %3533, %132
   %3535 = shl <16 x i32> %3533, splat (i32 16)
   %3536 = select <16 x i1> %3426, <16 x i32> %3535, <16 x i32> %3534
   %3537 = bitcast <16 x i32> %3536 to <16 x float>
   %3538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3528, <16 x float> %3537, <16 x float> %3452)
-  store <16 x float> %3538, ptr %3431, align 4, !tbaa !4
-  %3539 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3538, ptr %3431, align 4, !tbaa !9
+  %3539 = load float, ptr %3458, align 4, !tbaa !9
   %3540 = insertelement <16 x float> poison, float %3539, i64 0
   %3541 = shufflevector <16 x float> %3540, <16 x float> poison, <16 x i32> zeroinitializer
-  %3542 = load i64, ptr %3461, align 8, !tbaa !4
+  %3542 = load i64, ptr %3461, align 8, !tbaa !9
   %3543 = getelementptr i32, ptr %key_cache, i64 %3542
   %3544 = getelementptr i8, ptr %3543, i64 384
   %3545 = getelementptr i32, ptr %3544, i64 %3460
-  %3546 = load <16 x i32>, ptr %3545, align 4, !tbaa !4
+  %3546 = load <16 x i32>, ptr %3545, align 4, !tbaa !9
   %3547 = and <16 x i32> %3546, %132
   %3548 = shl <16 x i32> %3546, splat (i32 16)
   %3549 = select <16 x i1> %3426, <16 x i32> %3548, <16 x i32> %3547
   %3550 = bitcast <16 x i32> %3549 to <16 x float>
   %3551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3541, <16 x float> %3550, <16 x float> %3451)
-  store <16 x float> %3551, ptr %3432, align 4, !tbaa !4
-  %3552 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3551, ptr %3432, align 4, !tbaa !9
+  %3552 = load float, ptr %3458, align 4, !tbaa !9
   %3553 = insertelement <16 x float> poison, float %3552, i64 0
   %3554 = shufflevector <16 x float> %3553, <16 x float> poison, <16 x i32> zeroinitializer
-  %3555 = load i64, ptr %3461, align 8, !tbaa !4
+  %3555 = load i64, ptr %3461, align 8, !tbaa !9
   %3556 = getelementptr i32, ptr %key_cache, i64 %3555
   %3557 = getelementptr i8, ptr %3556, i64 448
   %3558 = getelementptr i32, ptr %3557, i64 %3460
-  %3559 = load <16 x i32>, ptr %3558, align 4, !tbaa !4
+  %3559 = load <16 x i32>, ptr %3558, align 4, !tbaa !9
   %3560 = and <16 x i32> %3559, %132
   %3561 = shl <16 x i32> %3559, splat (i32 16)
   %3562 = select <16 x i1> %3426, <16 x i32> %3561, <16 x i32> %3560
   %3563 = bitcast <16 x i32> %3562 to <16 x float>
   %3564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3554, <16 x float> %3563, <16 x float> %3450)
-  store <16 x float> %3564, ptr %3433, align 4, !tbaa !4
-  %3565 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3564, ptr %3433, align 4, !tbaa !9
+  %3565 = load float, ptr %3458, align 4, !tbaa !9
   %3566 = insertelement <16 x float> poison, float %3565, i64 0
   %3567 = shufflevector <16 x float> %3566, <16 x float> poison, <16 x i32> zeroinitializer
-  %3568 = load i64, ptr %3461, align 8, !tbaa !4
+  %3568 = load i64, ptr %3461, align 8, !tbaa !9
   %3569 = getelementptr i32, ptr %key_cache, i64 %3568
   %3570 = getelementptr i8, ptr %3569, i64 512
   %3571 = getelementptr i32, ptr %3570, i64 %3460
-  %3572 = load <16 x i32>, ptr %3571, align 4, !tbaa !4
+  %3572 = load <16 x i32>, ptr %3571, align 4, !tbaa !9
   %3573 = and <16 x i32> %3572, %132
   %3574 = shl <16 x i32> %3572, splat (i32 16)
   %3575 = select <16 x i1> %3426, <16 x i32> %3574, <16 x i32> %3573
   %3576 = bitcast <16 x i32> %3575 to <16 x float>
   %3577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3567, <16 x float> %3576, <16 x float> %3449)
-  store <16 x float> %3577, ptr %3434, align 4, !tbaa !4
-  %3578 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3577, ptr %3434, align 4, !tbaa !9
+  %3578 = load float, ptr %3458, align 4, !tbaa !9
   %3579 = insertelement <16 x float> poison, float %3578, i64 0
   %3580 = shufflevector <16 x float> %3579, <16 x float> poison, <16 x i32> zeroinitializer
-  %3581 = load i64, ptr %3461, align 8, !tbaa !4
+  %3581 = load i64, ptr %3461, align 8, !tbaa !9
   %3582 = getelementptr i32, ptr %key_cache, i64 %3581
   %3583 = getelementptr i8, ptr %3582, i64 576
   %3584 = getelementptr i32, ptr %3583, i64 %3460
-  %3585 = load <16 x i32>, ptr %3584, align 4, !tbaa !4
+  %3585 = load <16 x i32>, ptr %3584, align 4, !tbaa !9
   %3586 = and <16 x i32> %3585, %132
   %3587 = shl <16 x i32> %3585, splat (i32 16)
   %3588 = select <16 x i1> %3426, <16 x i32> %3587, <16 x i32> %3586
   %3589 = bitcast <16 x i32> %3588 to <16 x float>
   %3590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3580, <16 x float> %3589, <16 x float> %3448)
-  store <16 x float> %3590, ptr %3435, align 4, !tbaa !4
-  %3591 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3590, ptr %3435, align 4, !tbaa !9
+  %3591 = load float, ptr %3458, align 4, !tbaa !9
   %3592 = insertelement <16 x float> poison, float %3591, i64 0
   %3593 = shufflevector <16 x float> %3592, <16 x float> poison, <16 x i32> zeroinitializer
-  %3594 = load i64, ptr %3461, align 8, !tbaa !4
+  %3594 = load i64, ptr %3461, align 8, !tbaa !9
   %3595 = getelementptr i32, ptr %key_cache, i64 %3594
   %3596 = getelementptr i8, ptr %3595, i64 640
   %3597 = getelementptr i32, ptr %3596, i64 %3460
-  %3598 = load <16 x i32>, ptr %3597, align 4, !tbaa !4
+  %3598 = load <16 x i32>, ptr %3597, align 4, !tbaa !9
   %3599 = and <16 x i32> %3598, %132
   %3600 = shl <16 x i32> %3598, splat (i32 16)
   %3601 = select <16 x i1> %3426, <16 x i32> %3600, <16 x i32> %3599
   %3602 = bitcast <16 x i32> %3601 to <16 x float>
   %3603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3593, <16 x float> %3602, <16 x float> %3447)
-  store <16 x float> %3603, ptr %3436, align 4, !tbaa !4
-  %3604 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3603, ptr %3436, align 4, !tbaa !9
+  %3604 = load float, ptr %3458, align 4, !tbaa !9
   %3605 = insertelement <16 x float> poison, float %3604, i64 0
   %3606 = shufflevector <16 x float> %3605, <16 x float> poison, <16 x i32> zeroinitializer
-  %3607 = load i64, ptr %3461, align 8, !tbaa !4
+  %3607 = load i64, ptr %3461, align 8, !tbaa !9
   %3608 = getelementptr i32, ptr %key_cache, i64 %3607
   %3609 = getelementptr i8, ptr %3608, i64 704
   %3610 = getelementptr i32, ptr %3609, i64 %3460
-  %3611 = load <16 x i32>, ptr %3610, align 4, !tbaa !4
+  %3611 = load <16 x i32>, ptr %3610, align 4, !tbaa !9
   %3612 = and <16 x i32> %3611, %132
   %3613 = shl <16 x i32> %3611, splat (i32 16)
   %3614 = select <16 x i1> %3426, <16 x i32> %3613, <16 x i32> %3612
   %3615 = bitcast <16 x i32> %3614 to <16 x float>
   %3616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3606, <16 x float> %3615, <16 x float> %3446)
-  store <16 x float> %3616, ptr %3437, align 4, !tbaa !4
-  %3617 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3616, ptr %3437, align 4, !tbaa !9
+  %3617 = load float, ptr %3458, align 4, !tbaa !9
   %3618 = insertelement <16 x float> poison, float %3617, i64 0
   %3619 = shufflevector <16 x float> %3618, <16 x float> poison, <16 x i32> zeroinitializer
-  %3620 = load i64, ptr %3461, align 8, !tbaa !4
+  %3620 = load i64, ptr %3461, align 8, !tbaa !9
   %3621 = getelementptr i32, ptr %key_cache, i64 %3620
   %3622 = getelementptr i8, ptr %3621, i64 768
   %3623 = getelementptr i32, ptr %3622, i64 %3460
-  %3624 = load <16 x i32>, ptr %3623, align 4, !tbaa !4
+  %3624 = load <16 x i32>, ptr %3623, align 4, !tbaa !9
   %3625 = and <16 x i32> %3624, %132
   %3626 = shl <16 x i32> %3624, splat (i32 16)
   %3627 = select <16 x i1> %3426, <16 x i32> %3626, <16 x i32> %3625
   %3628 = bitcast <16 x i32> %3627 to <16 x float>
   %3629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3619, <16 x float> %3628, <16 x float> %3445)
-  store <16 x float> %3629, ptr %3438, align 4, !tbaa !4
-  %3630 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3629, ptr %3438, align 4, !tbaa !9
+  %3630 = load float, ptr %3458, align 4, !tbaa !9
   %3631 = insertelement <16 x float> poison, float %3630, i64 0
   %3632 = shufflevector <16 x float> %3631, <16 x float> poison, <16 x i32> zeroinitializer
-  %3633 = load i64, ptr %3461, align 8, !tbaa !4
+  %3633 = load i64, ptr %3461, align 8, !tbaa !9
   %3634 = getelementptr i32, ptr %key_cache, i64 %3633
   %3635 = getelementptr i8, ptr %3634, i64 832
   %3636 = getelementptr i32, ptr %3635, i64 %3460
-  %3637 = load <16 x i32>, ptr %3636, align 4, !tbaa !4
+  %3637 = load <16 x i32>, ptr %3636, align 4, !tbaa !9
   %3638 = and <16 x i32> %3637, %132
   %3639 = shl <16 x i32> %3637, splat (i32 16)
   %3640 = select <16 x i1> %3426, <16 x i32> %3639, <16 x i32> %3638
   %3641 = bitcast <16 x i32> %3640 to <16 x float>
   %3642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3632, <16 x float> %3641, <16 x float> %3444)
-  store <16 x float> %3642, ptr %3439, align 4, !tbaa !4
-  %3643 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3642, ptr %3439, align 4, !tbaa !9
+  %3643 = load float, ptr %3458, align 4, !tbaa !9
   %3644 = insertelement <16 x float> poison, float %3643, i64 0
   %3645 = shufflevector <16 x float> %3644, <16 x float> poison, <16 x i32> zeroinitializer
-  %3646 = load i64, ptr %3461, align 8, !tbaa !4
+  %3646 = load i64, ptr %3461, align 8, !tbaa !9
   %3647 = getelementptr i32, ptr %key_cache, i64 %3646
   %3648 = getelementptr i8, ptr %3647, i64 896
   %3649 = getelementptr i32, ptr %3648, i64 %3460
-  %3650 = load <16 x i32>, ptr %3649, align 4, !tbaa !4
+  %3650 = load <16 x i32>, ptr %3649, align 4, !tbaa !9
   %3651 = and <16 x i32> %3650, %132
   %3652 = shl <16 x i32> %3650, splat (i32 16)
   %3653 = select <16 x i1> %3426, <16 x i32> %3652, <16 x i32> %3651
   %3654 = bitcast <16 x i32> %3653 to <16 x float>
   %3655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3645, <16 x float> %3654, <16 x float> %3443)
-  store <16 x float> %3655, ptr %3440, align 4, !tbaa !4
-  %3656 = load float, ptr %3458, align 4, !tbaa !4
+  store <16 x float> %3655, ptr %3440, align 4, !tbaa !9
+  %3656 = load float, ptr %3458, align 4, !tbaa !9
   %3657 = insertelement <16 x float> poison, float %3656, i64 0
   %3658 = shufflevector <16 x float> %3657, <16 x float> poison, <16 x i32> zeroinitializer
-  %3659 = load i64, ptr %3461, align 8, !tbaa !4
+  %3659 = load i64, ptr %3461, align 8, !tbaa !9
   %3660 = getelementptr i32, ptr %key_cache, i64 %3659
   %3661 = getelementptr i8, ptr %3660, i64 960
   %3662 = getelementptr i32, ptr %3661, i64 %3460
-  %3663 = load <16 x i32>, ptr %3662, align 4, !tbaa !4
+  %3663 = load <16 x i32>, ptr %3662, align 4, !tbaa !9
   %3664 = and <16 x i32> %3663, %132
   %3665 = shl <16 x i32> %3663, splat (i32 16)
   %3666 = select <16 x i1> %3426, <16 x i32> %3665, <16 x i32> %3664
   %3667 = bitcast <16 x i32> %3666 to <16 x float>
   %3668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3658, <16 x float> %3667, <16 x float> %3442)
-  store <16 x float> %3668, ptr %3441, align 4, !tbaa !4
+  store <16 x float> %3668, ptr %3441, align 4, !tbaa !9
   %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
   %exitcond.not = icmp eq i64 %indvars.iv.next1047.i, %1200
-  br i1 %exitcond.not, label %for_begin_t580.for_end_t582_crit_edge.us.i, label %for_begin_w_0585.preheader.us.i, !prof !8
+  br i1 %exitcond.not, label %for_begin_t580.for_end_t582_crit_edge.us.i, label %for_begin_w_0585.preheader.us.i, !prof !4
 
 for_begin_t580.for_end_t582_crit_edge.us.i:       ; preds = %for_begin_w_0585.preheader.us.i
   br i1 %3424, label %for_begin_w_0_init.preheader.us.i, label %for_end_p577.i, !prof !271
@@ -6383,170 +6568,170 @@ for_begin_p595.preheader.i:                       ; preds = %for_begin_p595.preh
   %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i, %for_begin_p595.preheader.i ], [ 0, %for_end_p577.i ]
   %3669 = shl nuw nsw i64 %indvars.iv1066.i, 9
   %3670 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3669
-  %3671 = load <16 x float>, ptr %3670, align 4, !tbaa !4
+  %3671 = load <16 x float>, ptr %3670, align 4, !tbaa !9
   %3672 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3669
-  store <16 x float> %3671, ptr %3672, align 4, !tbaa !4
+  store <16 x float> %3671, ptr %3672, align 4, !tbaa !9
   %3673 = or disjoint i64 %3669, 16
   %3674 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3673
-  %3675 = load <16 x float>, ptr %3674, align 4, !tbaa !4
+  %3675 = load <16 x float>, ptr %3674, align 4, !tbaa !9
   %3676 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3673
-  store <16 x float> %3675, ptr %3676, align 4, !tbaa !4
+  store <16 x float> %3675, ptr %3676, align 4, !tbaa !9
   %3677 = or disjoint i64 %3669, 32
   %3678 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3677
-  %3679 = load <16 x float>, ptr %3678, align 4, !tbaa !4
+  %3679 = load <16 x float>, ptr %3678, align 4, !tbaa !9
   %3680 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3677
-  store <16 x float> %3679, ptr %3680, align 4, !tbaa !4
+  store <16 x float> %3679, ptr %3680, align 4, !tbaa !9
   %3681 = or disjoint i64 %3669, 48
   %3682 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3681
-  %3683 = load <16 x float>, ptr %3682, align 4, !tbaa !4
+  %3683 = load <16 x float>, ptr %3682, align 4, !tbaa !9
   %3684 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3681
-  store <16 x float> %3683, ptr %3684, align 4, !tbaa !4
+  store <16 x float> %3683, ptr %3684, align 4, !tbaa !9
   %3685 = or disjoint i64 %3669, 64
   %3686 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3685
-  %3687 = load <16 x float>, ptr %3686, align 4, !tbaa !4
+  %3687 = load <16 x float>, ptr %3686, align 4, !tbaa !9
   %3688 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3685
-  store <16 x float> %3687, ptr %3688, align 4, !tbaa !4
+  store <16 x float> %3687, ptr %3688, align 4, !tbaa !9
   %3689 = or disjoint i64 %3669, 80
   %3690 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3689
-  %3691 = load <16 x float>, ptr %3690, align 4, !tbaa !4
+  %3691 = load <16 x float>, ptr %3690, align 4, !tbaa !9
   %3692 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3689
-  store <16 x float> %3691, ptr %3692, align 4, !tbaa !4
+  store <16 x float> %3691, ptr %3692, align 4, !tbaa !9
   %3693 = or disjoint i64 %3669, 96
   %3694 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3693
-  %3695 = load <16 x float>, ptr %3694, align 4, !tbaa !4
+  %3695 = load <16 x float>, ptr %3694, align 4, !tbaa !9
   %3696 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3693
-  store <16 x float> %3695, ptr %3696, align 4, !tbaa !4
+  store <16 x float> %3695, ptr %3696, align 4, !tbaa !9
   %3697 = or disjoint i64 %3669, 112
   %3698 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3697
-  %3699 = load <16 x float>, ptr %3698, align 4, !tbaa !4
+  %3699 = load <16 x float>, ptr %3698, align 4, !tbaa !9
   %3700 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3697
-  store <16 x float> %3699, ptr %3700, align 4, !tbaa !4
+  store <16 x float> %3699, ptr %3700, align 4, !tbaa !9
   %3701 = or disjoint i64 %3669, 128
   %3702 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3701
-  %3703 = load <16 x float>, ptr %3702, align 4, !tbaa !4
+  %3703 = load <16 x float>, ptr %3702, align 4, !tbaa !9
   %3704 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3701
-  store <16 x float> %3703, ptr %3704, align 4, !tbaa !4
+  store <16 x float> %3703, ptr %3704, align 4, !tbaa !9
   %3705 = or disjoint i64 %3669, 144
   %3706 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3705
-  %3707 = load <16 x float>, ptr %3706, align 4, !tbaa !4
+  %3707 = load <16 x float>, ptr %3706, align 4, !tbaa !9
   %3708 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3705
-  store <16 x float> %3707, ptr %3708, align 4, !tbaa !4
+  store <16 x float> %3707, ptr %3708, align 4, !tbaa !9
   %3709 = or disjoint i64 %3669, 160
   %3710 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3709
-  %3711 = load <16 x float>, ptr %3710, align 4, !tbaa !4
+  %3711 = load <16 x float>, ptr %3710, align 4, !tbaa !9
   %3712 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3709
-  store <16 x float> %3711, ptr %3712, align 4, !tbaa !4
+  store <16 x float> %3711, ptr %3712, align 4, !tbaa !9
   %3713 = or disjoint i64 %3669, 176
   %3714 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3713
-  %3715 = load <16 x float>, ptr %3714, align 4, !tbaa !4
+  %3715 = load <16 x float>, ptr %3714, align 4, !tbaa !9
   %3716 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3713
-  store <16 x float> %3715, ptr %3716, align 4, !tbaa !4
+  store <16 x float> %3715, ptr %3716, align 4, !tbaa !9
   %3717 = or disjoint i64 %3669, 192
   %3718 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3717
-  %3719 = load <16 x float>, ptr %3718, align 4, !tbaa !4
+  %3719 = load <16 x float>, ptr %3718, align 4, !tbaa !9
   %3720 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3717
-  store <16 x float> %3719, ptr %3720, align 4, !tbaa !4
+  store <16 x float> %3719, ptr %3720, align 4, !tbaa !9
   %3721 = or disjoint i64 %3669, 208
   %3722 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3721
-  %3723 = load <16 x float>, ptr %3722, align 4, !tbaa !4
+  %3723 = load <16 x float>, ptr %3722, align 4, !tbaa !9
   %3724 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3721
-  store <16 x float> %3723, ptr %3724, align 4, !tbaa !4
+  store <16 x float> %3723, ptr %3724, align 4, !tbaa !9
   %3725 = or disjoint i64 %3669, 224
   %3726 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3725
-  %3727 = load <16 x float>, ptr %3726, align 4, !tbaa !4
+  %3727 = load <16 x float>, ptr %3726, align 4, !tbaa !9
   %3728 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3725
-  store <16 x float> %3727, ptr %3728, align 4, !tbaa !4
+  store <16 x float> %3727, ptr %3728, align 4, !tbaa !9
   %3729 = or disjoint i64 %3669, 240
   %3730 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3729
-  %3731 = load <16 x float>, ptr %3730, align 4, !tbaa !4
+  %3731 = load <16 x float>, ptr %3730, align 4, !tbaa !9
   %3732 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3729
-  store <16 x float> %3731, ptr %3732, align 4, !tbaa !4
+  store <16 x float> %3731, ptr %3732, align 4, !tbaa !9
   %3733 = or disjoint i64 %3669, 256
   %3734 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3733
-  %3735 = load <16 x float>, ptr %3734, align 4, !tbaa !4
+  %3735 = load <16 x float>, ptr %3734, align 4, !tbaa !9
   %3736 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3733
-  store <16 x float> %3735, ptr %3736, align 4, !tbaa !4
+  store <16 x float> %3735, ptr %3736, align 4, !tbaa !9
   %3737 = or disjoint i64 %3669, 272
   %3738 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3737
-  %3739 = load <16 x float>, ptr %3738, align 4, !tbaa !4
+  %3739 = load <16 x float>, ptr %3738, align 4, !tbaa !9
   %3740 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3737
-  store <16 x float> %3739, ptr %3740, align 4, !tbaa !4
+  store <16 x float> %3739, ptr %3740, align 4, !tbaa !9
   %3741 = or disjoint i64 %3669, 288
   %3742 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3741
-  %3743 = load <16 x float>, ptr %3742, align 4, !tbaa !4
+  %3743 = load <16 x float>, ptr %3742, align 4, !tbaa !9
   %3744 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3741
-  store <16 x float> %3743, ptr %3744, align 4, !tbaa !4
+  store <16 x float> %3743, ptr %3744, align 4, !tbaa !9
   %3745 = or disjoint i64 %3669, 304
   %3746 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3745
-  %3747 = load <16 x float>, ptr %3746, align 4, !tbaa !4
+  %3747 = load <16 x float>, ptr %3746, align 4, !tbaa !9
   %3748 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3745
-  store <16 x float> %3747, ptr %3748, align 4, !tbaa !4
+  store <16 x float> %3747, ptr %3748, align 4, !tbaa !9
   %3749 = or disjoint i64 %3669, 320
   %3750 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3749
-  %3751 = load <16 x float>, ptr %3750, align 4, !tbaa !4
+  %3751 = load <16 x float>, ptr %3750, align 4, !tbaa !9
   %3752 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3749
-  store <16 x float> %3751, ptr %3752, align 4, !tbaa !4
+  store <16 x float> %3751, ptr %3752, align 4, !tbaa !9
   %3753 = or disjoint i64 %3669, 336
   %3754 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3753
-  %3755 = load <16 x float>, ptr %3754, align 4, !tbaa !4
+  %3755 = load <16 x float>, ptr %3754, align 4, !tbaa !9
   %3756 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3753
-  store <16 x float> %3755, ptr %3756, align 4, !tbaa !4
+  store <16 x float> %3755, ptr %3756, align 4, !tbaa !9
   %3757 = or disjoint i64 %3669, 352
   %3758 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3757
-  %3759 = load <16 x float>, ptr %3758, align 4, !tbaa !4
+  %3759 = load <16 x float>, ptr %3758, align 4, !tbaa !9
   %3760 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3757
-  store <16 x float> %3759, ptr %3760, align 4, !tbaa !4
+  store <16 x float> %3759, ptr %3760, align 4, !tbaa !9
   %3761 = or disjoint i64 %3669, 368
   %3762 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3761
-  %3763 = load <16 x float>, ptr %3762, align 4, !tbaa !4
+  %3763 = load <16 x float>, ptr %3762, align 4, !tbaa !9
   %3764 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3761
-  store <16 x float> %3763, ptr %3764, align 4, !tbaa !4
+  store <16 x float> %3763, ptr %3764, align 4, !tbaa !9
   %3765 = or disjoint i64 %3669, 384
   %3766 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3765
-  %3767 = load <16 x float>, ptr %3766, align 4, !tbaa !4
+  %3767 = load <16 x float>, ptr %3766, align 4, !tbaa !9
   %3768 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3765
-  store <16 x float> %3767, ptr %3768, align 4, !tbaa !4
+  store <16 x float> %3767, ptr %3768, align 4, !tbaa !9
   %3769 = or disjoint i64 %3669, 400
   %3770 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3769
-  %3771 = load <16 x float>, ptr %3770, align 4, !tbaa !4
+  %3771 = load <16 x float>, ptr %3770, align 4, !tbaa !9
   %3772 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3769
-  store <16 x float> %3771, ptr %3772, align 4, !tbaa !4
+  store <16 x float> %3771, ptr %3772, align 4, !tbaa !9
   %3773 = or disjoint i64 %3669, 416
   %3774 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3773
-  %3775 = load <16 x float>, ptr %3774, align 4, !tbaa !4
+  %3775 = load <16 x float>, ptr %3774, align 4, !tbaa !9
   %3776 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3773
-  store <16 x float> %3775, ptr %3776, align 4, !tbaa !4
+  store <16 x float> %3775, ptr %3776, align 4, !tbaa !9
   %3777 = or disjoint i64 %3669, 432
   %3778 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3777
-  %3779 = load <16 x float>, ptr %3778, align 4, !tbaa !4
+  %3779 = load <16 x float>, ptr %3778, align 4, !tbaa !9
   %3780 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3777
-  store <16 x float> %3779, ptr %3780, align 4, !tbaa !4
+  store <16 x float> %3779, ptr %3780, align 4, !tbaa !9
   %3781 = or disjoint i64 %3669, 448
   %3782 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3781
-  %3783 = load <16 x float>, ptr %3782, align 4, !tbaa !4
+  %3783 = load <16 x float>, ptr %3782, align 4, !tbaa !9
   %3784 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3781
-  store <16 x float> %3783, ptr %3784, align 4, !tbaa !4
+  store <16 x float> %3783, ptr %3784, align 4, !tbaa !9
   %3785 = or disjoint i64 %3669, 464
   %3786 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3785
-  %3787 = load <16 x float>, ptr %3786, align 4, !tbaa !4
+  %3787 = load <16 x float>, ptr %3786, align 4, !tbaa !9
   %3788 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3785
-  store <16 x float> %3787, ptr %3788, align 4, !tbaa !4
+  store <16 x float> %3787, ptr %3788, align 4, !tbaa !9
   %3789 = or disjoint i64 %3669, 480
   %3790 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3789
-  %3791 = load <16 x float>, ptr %3790, align 4, !tbaa !4
+  %3791 = load <16 x float>, ptr %3790, align 4, !tbaa !9
   %3792 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3789
-  store <16 x float> %3791, ptr %3792, align 4, !tbaa !4
+  store <16 x float> %3791, ptr %3792, align 4, !tbaa !9
   %3793 = or disjoint i64 %3669, 496
   %3794 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3793
-  %3795 = load <16 x float>, ptr %3794, align 4, !tbaa !4
+  %3795 = load <16 x float>, ptr %3794, align 4, !tbaa !9
   %3796 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3793
-  store <16 x float> %3795, ptr %3796, align 4, !tbaa !4
+  store <16 x float> %3795, ptr %3796, align 4, !tbaa !9
   %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
   %exitcond1069.not.i = icmp eq i64 %indvars.iv.next1067.i, 16
   br i1 %exitcond1069.not.i, label %for_end_r592.i, label %for_begin_p595.preheader.i, !prof !31
 
 for_end_r592.i:                                   ; preds = %for_begin_p595.preheader.i
-  %3797 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3797 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %3798 = tail call i32 %3797(i32 1, i32 %dev_id, ptr nonnull %element_acc.i)
   %.not743.i = icmp eq i32 %3798, 0
   br i1 %.not743.i, label %if_end566.i, label %fused_decode_compute_.exit, !prof !75
@@ -6559,172 +6744,172 @@ for_begin_w_0616.preheader.i:                     ; preds = %for_begin_w_0616.pr
   %indvars.iv1074.i = phi i64 [ %indvars.iv.next1075.i, %for_begin_w_0616.preheader.i ], [ 0, %if_end566.i ]
   %3800 = shl nuw nsw i64 %indvars.iv1074.i, 9
   %3801 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3800
-  %v622.i = load <16 x float>, ptr %3801, align 4, !tbaa !4
+  %v622.i = load <16 x float>, ptr %3801, align 4, !tbaa !9
   %3802 = getelementptr inbounds nuw i8, ptr %3801, i64 1024
-  %v624.i = load <16 x float>, ptr %3802, align 4, !tbaa !4
+  %v624.i = load <16 x float>, ptr %3802, align 4, !tbaa !9
   %3803 = shufflevector <16 x float> %v622.i, <16 x float> %v624.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3804 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3800
-  store <16 x float> %3803, ptr %3804, align 4, !tbaa !4
+  store <16 x float> %3803, ptr %3804, align 4, !tbaa !9
   %3805 = shufflevector <16 x float> %v622.i, <16 x float> %v624.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3806 = getelementptr inbounds nuw i8, ptr %3804, i64 64
-  store <16 x float> %3805, ptr %3806, align 4, !tbaa !4
+  store <16 x float> %3805, ptr %3806, align 4, !tbaa !9
   %3807 = getelementptr inbounds nuw i8, ptr %3801, i64 64
-  %v622.1.i = load <16 x float>, ptr %3807, align 4, !tbaa !4
+  %v622.1.i = load <16 x float>, ptr %3807, align 4, !tbaa !9
   %3808 = getelementptr inbounds nuw i8, ptr %3801, i64 1088
-  %v624.1.i = load <16 x float>, ptr %3808, align 4, !tbaa !4
+  %v624.1.i = load <16 x float>, ptr %3808, align 4, !tbaa !9
   %3809 = shufflevector <16 x float> %v622.1.i, <16 x float> %v624.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3810 = or disjoint i64 %3800, 32
   %3811 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3810
-  store <16 x float> %3809, ptr %3811, align 4, !tbaa !4
+  store <16 x float> %3809, ptr %3811, align 4, !tbaa !9
   %3812 = shufflevector <16 x float> %v622.1.i, <16 x float> %v624.1.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3813 = getelementptr inbounds nuw i8, ptr %3811, i64 64
-  store <16 x float> %3812, ptr %3813, align 4, !tbaa !4
+  store <16 x float> %3812, ptr %3813, align 4, !tbaa !9
   %3814 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3810
-  %v622.2.i = load <16 x float>, ptr %3814, align 4, !tbaa !4
+  %v622.2.i = load <16 x float>, ptr %3814, align 4, !tbaa !9
   %3815 = getelementptr inbounds nuw i8, ptr %3814, i64 1024
-  %v624.2.i = load <16 x float>, ptr %3815, align 4, !tbaa !4
+  %v624.2.i = load <16 x float>, ptr %3815, align 4, !tbaa !9
   %3816 = shufflevector <16 x float> %v622.2.i, <16 x float> %v624.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3817 = or disjoint i64 %3800, 64
   %3818 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3817
-  store <16 x float> %3816, ptr %3818, align 4, !tbaa !4
+  store <16 x float> %3816, ptr %3818, align 4, !tbaa !9
   %3819 = shufflevector <16 x float> %v622.2.i, <16 x float> %v624.2.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3820 = getelementptr inbounds nuw i8, ptr %3818, i64 64
-  store <16 x float> %3819, ptr %3820, align 4, !tbaa !4
+  store <16 x float> %3819, ptr %3820, align 4, !tbaa !9
   %3821 = getelementptr inbounds nuw i8, ptr %3801, i64 192
-  %v622.3.i = load <16 x float>, ptr %3821, align 4, !tbaa !4
+  %v622.3.i = load <16 x float>, ptr %3821, align 4, !tbaa !9
   %3822 = getelementptr inbounds nuw i8, ptr %3801, i64 1216
-  %v624.3.i = load <16 x float>, ptr %3822, align 4, !tbaa !4
+  %v624.3.i = load <16 x float>, ptr %3822, align 4, !tbaa !9
   %3823 = shufflevector <16 x float> %v622.3.i, <16 x float> %v624.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3824 = or disjoint i64 %3800, 96
   %3825 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3824
-  store <16 x float> %3823, ptr %3825, align 4, !tbaa !4
+  store <16 x float> %3823, ptr %3825, align 4, !tbaa !9
   %3826 = shufflevector <16 x float> %v622.3.i, <16 x float> %v624.3.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3827 = getelementptr inbounds nuw i8, ptr %3825, i64 64
-  store <16 x float> %3826, ptr %3827, align 4, !tbaa !4
+  store <16 x float> %3826, ptr %3827, align 4, !tbaa !9
   %3828 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3817
-  %v622.4.i = load <16 x float>, ptr %3828, align 4, !tbaa !4
+  %v622.4.i = load <16 x float>, ptr %3828, align 4, !tbaa !9
   %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 1024
-  %v624.4.i = load <16 x float>, ptr %3829, align 4, !tbaa !4
+  %v624.4.i = load <16 x float>, ptr %3829, align 4, !tbaa !9
   %3830 = shufflevector <16 x float> %v622.4.i, <16 x float> %v624.4.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3831 = or disjoint i64 %3800, 128
   %3832 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3831
-  store <16 x float> %3830, ptr %3832, align 4, !tbaa !4
+  store <16 x float> %3830, ptr %3832, align 4, !tbaa !9
   %3833 = shufflevector <16 x float> %v622.4.i, <16 x float> %v624.4.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3834 = getelementptr inbounds nuw i8, ptr %3832, i64 64
-  store <16 x float> %3833, ptr %3834, align 4, !tbaa !4
+  store <16 x float> %3833, ptr %3834, align 4, !tbaa !9
   %3835 = getelementptr inbounds nuw i8, ptr %3801, i64 320
-  %v622.5.i = load <16 x float>, ptr %3835, align 4, !tbaa !4
+  %v622.5.i = load <16 x float>, ptr %3835, align 4, !tbaa !9
   %3836 = getelementptr inbounds nuw i8, ptr %3801, i64 1344
-  %v624.5.i = load <16 x float>, ptr %3836, align 4, !tbaa !4
+  %v624.5.i = load <16 x float>, ptr %3836, align 4, !tbaa !9
   %3837 = shufflevector <16 x float> %v622.5.i, <16 x float> %v624.5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3838 = or disjoint i64 %3800, 160
   %3839 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3838
-  store <16 x float> %3837, ptr %3839, align 4, !tbaa !4
+  store <16 x float> %3837, ptr %3839, align 4, !tbaa !9
   %3840 = shufflevector <16 x float> %v622.5.i, <16 x float> %v624.5.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3841 = getelementptr inbounds nuw i8, ptr %3839, i64 64
-  store <16 x float> %3840, ptr %3841, align 4, !tbaa !4
+  store <16 x float> %3840, ptr %3841, align 4, !tbaa !9
   %3842 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3824
-  %v622.6.i = load <16 x float>, ptr %3842, align 4, !tbaa !4
+  %v622.6.i = load <16 x float>, ptr %3842, align 4, !tbaa !9
   %3843 = getelementptr inbounds nuw i8, ptr %3842, i64 1024
-  %v624.6.i = load <16 x float>, ptr %3843, align 4, !tbaa !4
+  %v624.6.i = load <16 x float>, ptr %3843, align 4, !tbaa !9
   %3844 = shufflevector <16 x float> %v622.6.i, <16 x float> %v624.6.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3845 = or disjoint i64 %3800, 192
   %3846 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3845
-  store <16 x float> %3844, ptr %3846, align 4, !tbaa !4
+  store <16 x float> %3844, ptr %3846, align 4, !tbaa !9
   %3847 = shufflevector <16 x float> %v622.6.i, <16 x float> %v624.6.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3848 = getelementptr inbounds nuw i8, ptr %3846, i64 64
-  store <16 x float> %3847, ptr %3848, align 4, !tbaa !4
+  store <16 x float> %3847, ptr %3848, align 4, !tbaa !9
   %3849 = getelementptr inbounds nuw i8, ptr %3801, i64 448
-  %v622.7.i = load <16 x float>, ptr %3849, align 4, !tbaa !4
+  %v622.7.i = load <16 x float>, ptr %3849, align 4, !tbaa !9
   %3850 = getelementptr inbounds nuw i8, ptr %3801, i64 1472
-  %v624.7.i = load <16 x float>, ptr %3850, align 4, !tbaa !4
+  %v624.7.i = load <16 x float>, ptr %3850, align 4, !tbaa !9
   %3851 = shufflevector <16 x float> %v622.7.i, <16 x float> %v624.7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3852 = or disjoint i64 %3800, 224
   %3853 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3852
-  store <16 x float> %3851, ptr %3853, align 4, !tbaa !4
+  store <16 x float> %3851, ptr %3853, align 4, !tbaa !9
   %3854 = shufflevector <16 x float> %v622.7.i, <16 x float> %v624.7.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3855 = getelementptr inbounds nuw i8, ptr %3853, i64 64
-  store <16 x float> %3854, ptr %3855, align 4, !tbaa !4
+  store <16 x float> %3854, ptr %3855, align 4, !tbaa !9
   %3856 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3831
-  %v622.8.i = load <16 x float>, ptr %3856, align 4, !tbaa !4
+  %v622.8.i = load <16 x float>, ptr %3856, align 4, !tbaa !9
   %3857 = getelementptr inbounds nuw i8, ptr %3856, i64 1024
-  %v624.8.i = load <16 x float>, ptr %3857, align 4, !tbaa !4
+  %v624.8.i = load <16 x float>, ptr %3857, align 4, !tbaa !9
   %3858 = shufflevector <16 x float> %v622.8.i, <16 x float> %v624.8.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3859 = getelementptr inbounds nuw i8, ptr %3804, i64 1024
-  store <16 x float> %3858, ptr %3859, align 4, !tbaa !4
+  store <16 x float> %3858, ptr %3859, align 4, !tbaa !9
   %3860 = shufflevector <16 x float> %v622.8.i, <16 x float> %v624.8.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3861 = getelementptr inbounds nuw i8, ptr %3804, i64 1088
-  store <16 x float> %3860, ptr %3861, align 4, !tbaa !4
+  store <16 x float> %3860, ptr %3861, align 4, !tbaa !9
   %3862 = getelementptr inbounds nuw i8, ptr %3801, i64 576
-  %v622.9.i = load <16 x float>, ptr %3862, align 4, !tbaa !4
+  %v622.9.i = load <16 x float>, ptr %3862, align 4, !tbaa !9
   %3863 = getelementptr inbounds nuw i8, ptr %3801, i64 1600
-  %v624.9.i = load <16 x float>, ptr %3863, align 4, !tbaa !4
+  %v624.9.i = load <16 x float>, ptr %3863, align 4, !tbaa !9
   %3864 = shufflevector <16 x float> %v622.9.i, <16 x float> %v624.9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3865 = getelementptr inbounds nuw i8, ptr %3804, i64 1152
-  store <16 x float> %3864, ptr %3865, align 4, !tbaa !4
+  store <16 x float> %3864, ptr %3865, align 4, !tbaa !9
   %3866 = shufflevector <16 x float> %v622.9.i, <16 x float> %v624.9.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3867 = getelementptr inbounds nuw i8, ptr %3804, i64 1216
-  store <16 x float> %3866, ptr %3867, align 4, !tbaa !4
+  store <16 x float> %3866, ptr %3867, align 4, !tbaa !9
   %3868 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3838
-  %v622.10.i = load <16 x float>, ptr %3868, align 4, !tbaa !4
+  %v622.10.i = load <16 x float>, ptr %3868, align 4, !tbaa !9
   %3869 = getelementptr inbounds nuw i8, ptr %3868, i64 1024
-  %v624.10.i = load <16 x float>, ptr %3869, align 4, !tbaa !4
+  %v624.10.i = load <16 x float>, ptr %3869, align 4, !tbaa !9
   %3870 = shufflevector <16 x float> %v622.10.i, <16 x float> %v624.10.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3871 = getelementptr inbounds nuw i8, ptr %3804, i64 1280
-  store <16 x float> %3870, ptr %3871, align 4, !tbaa !4
+  store <16 x float> %3870, ptr %3871, align 4, !tbaa !9
   %3872 = shufflevector <16 x float> %v622.10.i, <16 x float> %v624.10.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3873 = getelementptr inbounds nuw i8, ptr %3804, i64 1344
-  store <16 x float> %3872, ptr %3873, align 4, !tbaa !4
+  store <16 x float> %3872, ptr %3873, align 4, !tbaa !9
   %3874 = getelementptr inbounds nuw i8, ptr %3801, i64 704
-  %v622.11.i = load <16 x float>, ptr %3874, align 4, !tbaa !4
+  %v622.11.i = load <16 x float>, ptr %3874, align 4, !tbaa !9
   %3875 = getelementptr inbounds nuw i8, ptr %3801, i64 1728
-  %v624.11.i = load <16 x float>, ptr %3875, align 4, !tbaa !4
+  %v624.11.i = load <16 x float>, ptr %3875, align 4, !tbaa !9
   %3876 = shufflevector <16 x float> %v622.11.i, <16 x float> %v624.11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3877 = getelementptr inbounds nuw i8, ptr %3804, i64 1408
-  store <16 x float> %3876, ptr %3877, align 4, !tbaa !4
+  store <16 x float> %3876, ptr %3877, align 4, !tbaa !9
   %3878 = shufflevector <16 x float> %v622.11.i, <16 x float> %v624.11.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3879 = getelementptr inbounds nuw i8, ptr %3804, i64 1472
-  store <16 x float> %3878, ptr %3879, align 4, !tbaa !4
+  store <16 x float> %3878, ptr %3879, align 4, !tbaa !9
   %3880 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3845
-  %v622.12.i = load <16 x float>, ptr %3880, align 4, !tbaa !4
+  %v622.12.i = load <16 x float>, ptr %3880, align 4, !tbaa !9
   %3881 = getelementptr inbounds nuw i8, ptr %3880, i64 1024
-  %v624.12.i = load <16 x float>, ptr %3881, align 4, !tbaa !4
+  %v624.12.i = load <16 x float>, ptr %3881, align 4, !tbaa !9
   %3882 = shufflevector <16 x float> %v622.12.i, <16 x float> %v624.12.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3883 = getelementptr inbounds nuw i8, ptr %3804, i64 1536
-  store <16 x float> %3882, ptr %3883, align 4, !tbaa !4
+  store <16 x float> %3882, ptr %3883, align 4, !tbaa !9
   %3884 = shufflevector <16 x float> %v622.12.i, <16 x float> %v624.12.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3885 = getelementptr inbounds nuw i8, ptr %3804, i64 1600
-  store <16 x float> %3884, ptr %3885, align 4, !tbaa !4
+  store <16 x float> %3884, ptr %3885, align 4, !tbaa !9
   %3886 = getelementptr inbounds nuw i8, ptr %3801, i64 832
-  %v622.13.i = load <16 x float>, ptr %3886, align 4, !tbaa !4
+  %v622.13.i = load <16 x float>, ptr %3886, align 4, !tbaa !9
   %3887 = getelementptr inbounds nuw i8, ptr %3801, i64 1856
-  %v624.13.i = load <16 x float>, ptr %3887, align 4, !tbaa !4
+  %v624.13.i = load <16 x float>, ptr %3887, align 4, !tbaa !9
   %3888 = shufflevector <16 x float> %v622.13.i, <16 x float> %v624.13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3889 = getelementptr inbounds nuw i8, ptr %3804, i64 1664
-  store <16 x float> %3888, ptr %3889, align 4, !tbaa !4
+  store <16 x float> %3888, ptr %3889, align 4, !tbaa !9
   %3890 = shufflevector <16 x float> %v622.13.i, <16 x float> %v624.13.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3891 = getelementptr inbounds nuw i8, ptr %3804, i64 1728
-  store <16 x float> %3890, ptr %3891, align 4, !tbaa !4
+  store <16 x float> %3890, ptr %3891, align 4, !tbaa !9
   %3892 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3852
-  %v622.14.i = load <16 x float>, ptr %3892, align 4, !tbaa !4
+  %v622.14.i = load <16 x float>, ptr %3892, align 4, !tbaa !9
   %3893 = getelementptr inbounds nuw i8, ptr %3892, i64 1024
-  %v624.14.i = load <16 x float>, ptr %3893, align 4, !tbaa !4
+  %v624.14.i = load <16 x float>, ptr %3893, align 4, !tbaa !9
   %3894 = shufflevector <16 x float> %v622.14.i, <16 x float> %v624.14.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3895 = getelementptr inbounds nuw i8, ptr %3804, i64 1792
-  store <16 x float> %3894, ptr %3895, align 4, !tbaa !4
+  store <16 x float> %3894, ptr %3895, align 4, !tbaa !9
   %3896 = shufflevector <16 x float> %v622.14.i, <16 x float> %v624.14.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3897 = getelementptr inbounds nuw i8, ptr %3804, i64 1856
-  store <16 x float> %3896, ptr %3897, align 4, !tbaa !4
+  store <16 x float> %3896, ptr %3897, align 4, !tbaa !9
   %3898 = getelementptr inbounds nuw i8, ptr %3801, i64 960
-  %v622.15.i = load <16 x float>, ptr %3898, align 4, !tbaa !4
+  %v622.15.i = load <16 x float>, ptr %3898, align 4, !tbaa !9
   %3899 = getelementptr inbounds nuw i8, ptr %3801, i64 1984
-  %v624.15.i = load <16 x float>, ptr %3899, align 4, !tbaa !4
+  %v624.15.i = load <16 x float>, ptr %3899, align 4, !tbaa !9
   %3900 = shufflevector <16 x float> %v622.15.i, <16 x float> %v624.15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
   %3901 = getelementptr inbounds nuw i8, ptr %3804, i64 1920
-  store <16 x float> %3900, ptr %3901, align 4, !tbaa !4
+  store <16 x float> %3900, ptr %3901, align 4, !tbaa !9
   %3902 = shufflevector <16 x float> %v622.15.i, <16 x float> %v624.15.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3903 = getelementptr inbounds nuw i8, ptr %3804, i64 1984
-  store <16 x float> %3902, ptr %3903, align 4, !tbaa !4
+  store <16 x float> %3902, ptr %3903, align 4, !tbaa !9
   %indvars.iv.next1075.i = add nuw nsw i64 %indvars.iv1074.i, 1
   %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1075.i, 16
   br i1 %exitcond1077.not.i, label %for_begin_r_0.preheader.i, label %for_begin_w_0616.preheader.i, !prof !31
@@ -6741,433 +6926,433 @@ for_begin_d_0629.preheader.i:                     ; preds = %for_end_d_0631.i, %
   %3911 = load float, ptr %3910, align 4, !tbaa !273
   %3912 = insertelement <16 x float> poison, float %3911, i64 0
   %3913 = shufflevector <16 x float> %3912, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %1452, label %for_body_d_0630.us.preheader.i, label %for_body_d_0630.preheader.i, !prof !7
+  br i1 %1452, label %for_body_d_0630.us.preheader.i, label %for_body_d_0630.preheader.i, !prof !8
 
 for_body_d_0630.preheader.i:                      ; preds = %for_begin_d_0629.preheader.i
   %3914 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
-  %3915 = load <16 x float>, ptr %3914, align 4, !tbaa !4
+  %3915 = load <16 x float>, ptr %3914, align 4, !tbaa !9
   %3916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
-  %3917 = load <16 x float>, ptr %3916, align 4, !tbaa !4
+  %3917 = load <16 x float>, ptr %3916, align 4, !tbaa !9
   %3918 = fmul <16 x float> %3913, %3917
   %3919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3915, <16 x float> %3918)
-  store <16 x float> %3919, ptr %3916, align 4, !tbaa !4
+  store <16 x float> %3919, ptr %3916, align 4, !tbaa !9
   %3920 = getelementptr inbounds nuw i8, ptr %3914, i64 64
-  %3921 = load <16 x float>, ptr %3920, align 4, !tbaa !4
+  %3921 = load <16 x float>, ptr %3920, align 4, !tbaa !9
   %3922 = getelementptr inbounds nuw i8, ptr %3916, i64 64
-  %3923 = load <16 x float>, ptr %3922, align 4, !tbaa !4
+  %3923 = load <16 x float>, ptr %3922, align 4, !tbaa !9
   %3924 = fmul <16 x float> %3913, %3923
   %3925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3921, <16 x float> %3924)
-  store <16 x float> %3925, ptr %3922, align 4, !tbaa !4
+  store <16 x float> %3925, ptr %3922, align 4, !tbaa !9
   %3926 = getelementptr inbounds nuw i8, ptr %3914, i64 128
-  %3927 = load <16 x float>, ptr %3926, align 4, !tbaa !4
+  %3927 = load <16 x float>, ptr %3926, align 4, !tbaa !9
   %3928 = getelementptr inbounds nuw i8, ptr %3916, i64 128
-  %3929 = load <16 x float>, ptr %3928, align 4, !tbaa !4
+  %3929 = load <16 x float>, ptr %3928, align 4, !tbaa !9
   %3930 = fmul <16 x float> %3913, %3929
   %3931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3927, <16 x float> %3930)
-  store <16 x float> %3931, ptr %3928, align 4, !tbaa !4
+  store <16 x float> %3931, ptr %3928, align 4, !tbaa !9
   %3932 = getelementptr inbounds nuw i8, ptr %3914, i64 192
-  %3933 = load <16 x float>, ptr %3932, align 4, !tbaa !4
+  %3933 = load <16 x float>, ptr %3932, align 4, !tbaa !9
   %3934 = getelementptr inbounds nuw i8, ptr %3916, i64 192
-  %3935 = load <16 x float>, ptr %3934, align 4, !tbaa !4
+  %3935 = load <16 x float>, ptr %3934, align 4, !tbaa !9
   %3936 = fmul <16 x float> %3913, %3935
   %3937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3933, <16 x float> %3936)
-  store <16 x float> %3937, ptr %3934, align 4, !tbaa !4
+  store <16 x float> %3937, ptr %3934, align 4, !tbaa !9
   %3938 = getelementptr inbounds nuw i8, ptr %3914, i64 256
-  %3939 = load <16 x float>, ptr %3938, align 4, !tbaa !4
+  %3939 = load <16 x float>, ptr %3938, align 4, !tbaa !9
   %3940 = getelementptr inbounds nuw i8, ptr %3916, i64 256
-  %3941 = load <16 x float>, ptr %3940, align 4, !tbaa !4
+  %3941 = load <16 x float>, ptr %3940, align 4, !tbaa !9
   %3942 = fmul <16 x float> %3913, %3941
   %3943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3939, <16 x float> %3942)
-  store <16 x float> %3943, ptr %3940, align 4, !tbaa !4
+  store <16 x float> %3943, ptr %3940, align 4, !tbaa !9
   %3944 = getelementptr inbounds nuw i8, ptr %3914, i64 320
-  %3945 = load <16 x float>, ptr %3944, align 4, !tbaa !4
+  %3945 = load <16 x float>, ptr %3944, align 4, !tbaa !9
   %3946 = getelementptr inbounds nuw i8, ptr %3916, i64 320
-  %3947 = load <16 x float>, ptr %3946, align 4, !tbaa !4
+  %3947 = load <16 x float>, ptr %3946, align 4, !tbaa !9
   %3948 = fmul <16 x float> %3913, %3947
   %3949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3945, <16 x float> %3948)
-  store <16 x float> %3949, ptr %3946, align 4, !tbaa !4
+  store <16 x float> %3949, ptr %3946, align 4, !tbaa !9
   %3950 = getelementptr inbounds nuw i8, ptr %3914, i64 384
-  %3951 = load <16 x float>, ptr %3950, align 4, !tbaa !4
+  %3951 = load <16 x float>, ptr %3950, align 4, !tbaa !9
   %3952 = getelementptr inbounds nuw i8, ptr %3916, i64 384
-  %3953 = load <16 x float>, ptr %3952, align 4, !tbaa !4
+  %3953 = load <16 x float>, ptr %3952, align 4, !tbaa !9
   %3954 = fmul <16 x float> %3913, %3953
   %3955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3951, <16 x float> %3954)
-  store <16 x float> %3955, ptr %3952, align 4, !tbaa !4
+  store <16 x float> %3955, ptr %3952, align 4, !tbaa !9
   %3956 = getelementptr inbounds nuw i8, ptr %3914, i64 448
-  %3957 = load <16 x float>, ptr %3956, align 4, !tbaa !4
+  %3957 = load <16 x float>, ptr %3956, align 4, !tbaa !9
   %3958 = getelementptr inbounds nuw i8, ptr %3916, i64 448
-  %3959 = load <16 x float>, ptr %3958, align 4, !tbaa !4
+  %3959 = load <16 x float>, ptr %3958, align 4, !tbaa !9
   %3960 = fmul <16 x float> %3913, %3959
   %3961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3957, <16 x float> %3960)
-  store <16 x float> %3961, ptr %3958, align 4, !tbaa !4
+  store <16 x float> %3961, ptr %3958, align 4, !tbaa !9
   %3962 = getelementptr inbounds nuw i8, ptr %3914, i64 512
-  %3963 = load <16 x float>, ptr %3962, align 4, !tbaa !4
+  %3963 = load <16 x float>, ptr %3962, align 4, !tbaa !9
   %3964 = getelementptr inbounds nuw i8, ptr %3916, i64 512
-  %3965 = load <16 x float>, ptr %3964, align 4, !tbaa !4
+  %3965 = load <16 x float>, ptr %3964, align 4, !tbaa !9
   %3966 = fmul <16 x float> %3913, %3965
   %3967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3963, <16 x float> %3966)
-  store <16 x float> %3967, ptr %3964, align 4, !tbaa !4
+  store <16 x float> %3967, ptr %3964, align 4, !tbaa !9
   %3968 = getelementptr inbounds nuw i8, ptr %3914, i64 576
-  %3969 = load <16 x float>, ptr %3968, align 4, !tbaa !4
+  %3969 = load <16 x float>, ptr %3968, align 4, !tbaa !9
   %3970 = getelementptr inbounds nuw i8, ptr %3916, i64 576
-  %3971 = load <16 x float>, ptr %3970, align 4, !tbaa !4
+  %3971 = load <16 x float>, ptr %3970, align 4, !tbaa !9
   %3972 = fmul <16 x float> %3913, %3971
   %3973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3969, <16 x float> %3972)
-  store <16 x float> %3973, ptr %3970, align 4, !tbaa !4
+  store <16 x float> %3973, ptr %3970, align 4, !tbaa !9
   %3974 = getelementptr inbounds nuw i8, ptr %3914, i64 640
-  %3975 = load <16 x float>, ptr %3974, align 4, !tbaa !4
+  %3975 = load <16 x float>, ptr %3974, align 4, !tbaa !9
   %3976 = getelementptr inbounds nuw i8, ptr %3916, i64 640
-  %3977 = load <16 x float>, ptr %3976, align 4, !tbaa !4
+  %3977 = load <16 x float>, ptr %3976, align 4, !tbaa !9
   %3978 = fmul <16 x float> %3913, %3977
   %3979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3975, <16 x float> %3978)
-  store <16 x float> %3979, ptr %3976, align 4, !tbaa !4
+  store <16 x float> %3979, ptr %3976, align 4, !tbaa !9
   %3980 = getelementptr inbounds nuw i8, ptr %3914, i64 704
-  %3981 = load <16 x float>, ptr %3980, align 4, !tbaa !4
+  %3981 = load <16 x float>, ptr %3980, align 4, !tbaa !9
   %3982 = getelementptr inbounds nuw i8, ptr %3916, i64 704
-  %3983 = load <16 x float>, ptr %3982, align 4, !tbaa !4
+  %3983 = load <16 x float>, ptr %3982, align 4, !tbaa !9
   %3984 = fmul <16 x float> %3913, %3983
   %3985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3981, <16 x float> %3984)
-  store <16 x float> %3985, ptr %3982, align 4, !tbaa !4
+  store <16 x float> %3985, ptr %3982, align 4, !tbaa !9
   %3986 = getelementptr inbounds nuw i8, ptr %3914, i64 768
-  %3987 = load <16 x float>, ptr %3986, align 4, !tbaa !4
+  %3987 = load <16 x float>, ptr %3986, align 4, !tbaa !9
   %3988 = getelementptr inbounds nuw i8, ptr %3916, i64 768
-  %3989 = load <16 x float>, ptr %3988, align 4, !tbaa !4
+  %3989 = load <16 x float>, ptr %3988, align 4, !tbaa !9
   %3990 = fmul <16 x float> %3913, %3989
   %3991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3987, <16 x float> %3990)
-  store <16 x float> %3991, ptr %3988, align 4, !tbaa !4
+  store <16 x float> %3991, ptr %3988, align 4, !tbaa !9
   %3992 = getelementptr inbounds nuw i8, ptr %3914, i64 832
-  %3993 = load <16 x float>, ptr %3992, align 4, !tbaa !4
+  %3993 = load <16 x float>, ptr %3992, align 4, !tbaa !9
   %3994 = getelementptr inbounds nuw i8, ptr %3916, i64 832
-  %3995 = load <16 x float>, ptr %3994, align 4, !tbaa !4
+  %3995 = load <16 x float>, ptr %3994, align 4, !tbaa !9
   %3996 = fmul <16 x float> %3913, %3995
   %3997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3993, <16 x float> %3996)
-  store <16 x float> %3997, ptr %3994, align 4, !tbaa !4
+  store <16 x float> %3997, ptr %3994, align 4, !tbaa !9
   %3998 = getelementptr inbounds nuw i8, ptr %3914, i64 896
-  %3999 = load <16 x float>, ptr %3998, align 4, !tbaa !4
+  %3999 = load <16 x float>, ptr %3998, align 4, !tbaa !9
   %4000 = getelementptr inbounds nuw i8, ptr %3916, i64 896
-  %4001 = load <16 x float>, ptr %4000, align 4, !tbaa !4
+  %4001 = load <16 x float>, ptr %4000, align 4, !tbaa !9
   %4002 = fmul <16 x float> %3913, %4001
   %4003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3999, <16 x float> %4002)
-  store <16 x float> %4003, ptr %4000, align 4, !tbaa !4
+  store <16 x float> %4003, ptr %4000, align 4, !tbaa !9
   %4004 = getelementptr inbounds nuw i8, ptr %3914, i64 960
-  %4005 = load <16 x float>, ptr %4004, align 4, !tbaa !4
+  %4005 = load <16 x float>, ptr %4004, align 4, !tbaa !9
   %4006 = getelementptr inbounds nuw i8, ptr %3916, i64 960
-  %4007 = load <16 x float>, ptr %4006, align 4, !tbaa !4
+  %4007 = load <16 x float>, ptr %4006, align 4, !tbaa !9
   %4008 = fmul <16 x float> %3913, %4007
   %4009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4005, <16 x float> %4008)
-  store <16 x float> %4009, ptr %4006, align 4, !tbaa !4
+  store <16 x float> %4009, ptr %4006, align 4, !tbaa !9
   %4010 = getelementptr inbounds nuw i8, ptr %3914, i64 1024
-  %4011 = load <16 x float>, ptr %4010, align 4, !tbaa !4
+  %4011 = load <16 x float>, ptr %4010, align 4, !tbaa !9
   %4012 = getelementptr inbounds nuw i8, ptr %3916, i64 1024
-  %4013 = load <16 x float>, ptr %4012, align 4, !tbaa !4
+  %4013 = load <16 x float>, ptr %4012, align 4, !tbaa !9
   %4014 = fmul <16 x float> %3913, %4013
   %4015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4011, <16 x float> %4014)
-  store <16 x float> %4015, ptr %4012, align 4, !tbaa !4
+  store <16 x float> %4015, ptr %4012, align 4, !tbaa !9
   %4016 = getelementptr inbounds nuw i8, ptr %3914, i64 1088
-  %4017 = load <16 x float>, ptr %4016, align 4, !tbaa !4
+  %4017 = load <16 x float>, ptr %4016, align 4, !tbaa !9
   %4018 = getelementptr inbounds nuw i8, ptr %3916, i64 1088
-  %4019 = load <16 x float>, ptr %4018, align 4, !tbaa !4
+  %4019 = load <16 x float>, ptr %4018, align 4, !tbaa !9
   %4020 = fmul <16 x float> %3913, %4019
   %4021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4017, <16 x float> %4020)
-  store <16 x float> %4021, ptr %4018, align 4, !tbaa !4
+  store <16 x float> %4021, ptr %4018, align 4, !tbaa !9
   %4022 = getelementptr inbounds nuw i8, ptr %3914, i64 1152
-  %4023 = load <16 x float>, ptr %4022, align 4, !tbaa !4
+  %4023 = load <16 x float>, ptr %4022, align 4, !tbaa !9
   %4024 = getelementptr inbounds nuw i8, ptr %3916, i64 1152
-  %4025 = load <16 x float>, ptr %4024, align 4, !tbaa !4
+  %4025 = load <16 x float>, ptr %4024, align 4, !tbaa !9
   %4026 = fmul <16 x float> %3913, %4025
   %4027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4023, <16 x float> %4026)
-  store <16 x float> %4027, ptr %4024, align 4, !tbaa !4
+  store <16 x float> %4027, ptr %4024, align 4, !tbaa !9
   %4028 = getelementptr inbounds nuw i8, ptr %3914, i64 1216
-  %4029 = load <16 x float>, ptr %4028, align 4, !tbaa !4
+  %4029 = load <16 x float>, ptr %4028, align 4, !tbaa !9
   %4030 = getelementptr inbounds nuw i8, ptr %3916, i64 1216
-  %4031 = load <16 x float>, ptr %4030, align 4, !tbaa !4
+  %4031 = load <16 x float>, ptr %4030, align 4, !tbaa !9
   %4032 = fmul <16 x float> %3913, %4031
   %4033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4029, <16 x float> %4032)
-  store <16 x float> %4033, ptr %4030, align 4, !tbaa !4
+  store <16 x float> %4033, ptr %4030, align 4, !tbaa !9
   %4034 = getelementptr inbounds nuw i8, ptr %3914, i64 1280
-  %4035 = load <16 x float>, ptr %4034, align 4, !tbaa !4
+  %4035 = load <16 x float>, ptr %4034, align 4, !tbaa !9
   %4036 = getelementptr inbounds nuw i8, ptr %3916, i64 1280
-  %4037 = load <16 x float>, ptr %4036, align 4, !tbaa !4
+  %4037 = load <16 x float>, ptr %4036, align 4, !tbaa !9
   %4038 = fmul <16 x float> %3913, %4037
   %4039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4035, <16 x float> %4038)
-  store <16 x float> %4039, ptr %4036, align 4, !tbaa !4
+  store <16 x float> %4039, ptr %4036, align 4, !tbaa !9
   %4040 = getelementptr inbounds nuw i8, ptr %3914, i64 1344
-  %4041 = load <16 x float>, ptr %4040, align 4, !tbaa !4
+  %4041 = load <16 x float>, ptr %4040, align 4, !tbaa !9
   %4042 = getelementptr inbounds nuw i8, ptr %3916, i64 1344
-  %4043 = load <16 x float>, ptr %4042, align 4, !tbaa !4
+  %4043 = load <16 x float>, ptr %4042, align 4, !tbaa !9
   %4044 = fmul <16 x float> %3913, %4043
   %4045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4041, <16 x float> %4044)
-  store <16 x float> %4045, ptr %4042, align 4, !tbaa !4
+  store <16 x float> %4045, ptr %4042, align 4, !tbaa !9
   %4046 = getelementptr inbounds nuw i8, ptr %3914, i64 1408
-  %4047 = load <16 x float>, ptr %4046, align 4, !tbaa !4
+  %4047 = load <16 x float>, ptr %4046, align 4, !tbaa !9
   %4048 = getelementptr inbounds nuw i8, ptr %3916, i64 1408
-  %4049 = load <16 x float>, ptr %4048, align 4, !tbaa !4
+  %4049 = load <16 x float>, ptr %4048, align 4, !tbaa !9
   %4050 = fmul <16 x float> %3913, %4049
   %4051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4047, <16 x float> %4050)
-  store <16 x float> %4051, ptr %4048, align 4, !tbaa !4
+  store <16 x float> %4051, ptr %4048, align 4, !tbaa !9
   %4052 = getelementptr inbounds nuw i8, ptr %3914, i64 1472
-  %4053 = load <16 x float>, ptr %4052, align 4, !tbaa !4
+  %4053 = load <16 x float>, ptr %4052, align 4, !tbaa !9
   %4054 = getelementptr inbounds nuw i8, ptr %3916, i64 1472
-  %4055 = load <16 x float>, ptr %4054, align 4, !tbaa !4
+  %4055 = load <16 x float>, ptr %4054, align 4, !tbaa !9
   %4056 = fmul <16 x float> %3913, %4055
   %4057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4053, <16 x float> %4056)
-  store <16 x float> %4057, ptr %4054, align 4, !tbaa !4
+  store <16 x float> %4057, ptr %4054, align 4, !tbaa !9
   %4058 = getelementptr inbounds nuw i8, ptr %3914, i64 1536
-  %4059 = load <16 x float>, ptr %4058, align 4, !tbaa !4
+  %4059 = load <16 x float>, ptr %4058, align 4, !tbaa !9
   %4060 = getelementptr inbounds nuw i8, ptr %3916, i64 1536
-  %4061 = load <16 x float>, ptr %4060, align 4, !tbaa !4
+  %4061 = load <16 x float>, ptr %4060, align 4, !tbaa !9
   %4062 = fmul <16 x float> %3913, %4061
   %4063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4059, <16 x float> %4062)
-  store <16 x float> %4063, ptr %4060, align 4, !tbaa !4
+  store <16 x float> %4063, ptr %4060, align 4, !tbaa !9
   %4064 = getelementptr inbounds nuw i8, ptr %3914, i64 1600
-  %4065 = load <16 x float>, ptr %4064, align 4, !tbaa !4
+  %4065 = load <16 x float>, ptr %4064, align 4, !tbaa !9
   %4066 = getelementptr inbounds nuw i8, ptr %3916, i64 1600
-  %4067 = load <16 x float>, ptr %4066, align 4, !tbaa !4
+  %4067 = load <16 x float>, ptr %4066, align 4, !tbaa !9
   %4068 = fmul <16 x float> %3913, %4067
   %4069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4065, <16 x float> %4068)
-  store <16 x float> %4069, ptr %4066, align 4, !tbaa !4
+  store <16 x float> %4069, ptr %4066, align 4, !tbaa !9
   %4070 = getelementptr inbounds nuw i8, ptr %3914, i64 1664
-  %4071 = load <16 x float>, ptr %4070, align 4, !tbaa !4
+  %4071 = load <16 x float>, ptr %4070, align 4, !tbaa !9
   %4072 = getelementptr inbounds nuw i8, ptr %3916, i64 1664
-  %4073 = load <16 x float>, ptr %4072, align 4, !tbaa !4
+  %4073 = load <16 x float>, ptr %4072, align 4, !tbaa !9
   %4074 = fmul <16 x float> %3913, %4073
   %4075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4071, <16 x float> %4074)
-  store <16 x float> %4075, ptr %4072, align 4, !tbaa !4
+  store <16 x float> %4075, ptr %4072, align 4, !tbaa !9
   %4076 = getelementptr inbounds nuw i8, ptr %3914, i64 1728
-  %4077 = load <16 x float>, ptr %4076, align 4, !tbaa !4
+  %4077 = load <16 x float>, ptr %4076, align 4, !tbaa !9
   %4078 = getelementptr inbounds nuw i8, ptr %3916, i64 1728
-  %4079 = load <16 x float>, ptr %4078, align 4, !tbaa !4
+  %4079 = load <16 x float>, ptr %4078, align 4, !tbaa !9
   %4080 = fmul <16 x float> %3913, %4079
   %4081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4077, <16 x float> %4080)
-  store <16 x float> %4081, ptr %4078, align 4, !tbaa !4
+  store <16 x float> %4081, ptr %4078, align 4, !tbaa !9
   %4082 = getelementptr inbounds nuw i8, ptr %3914, i64 1792
-  %4083 = load <16 x float>, ptr %4082, align 4, !tbaa !4
+  %4083 = load <16 x float>, ptr %4082, align 4, !tbaa !9
   %4084 = getelementptr inbounds nuw i8, ptr %3916, i64 1792
-  %4085 = load <16 x float>, ptr %4084, align 4, !tbaa !4
+  %4085 = load <16 x float>, ptr %4084, align 4, !tbaa !9
   %4086 = fmul <16 x float> %3913, %4085
   %4087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4083, <16 x float> %4086)
-  store <16 x float> %4087, ptr %4084, align 4, !tbaa !4
+  store <16 x float> %4087, ptr %4084, align 4, !tbaa !9
   %4088 = getelementptr inbounds nuw i8, ptr %3914, i64 1856
-  %4089 = load <16 x float>, ptr %4088, align 4, !tbaa !4
+  %4089 = load <16 x float>, ptr %4088, align 4, !tbaa !9
   %4090 = getelementptr inbounds nuw i8, ptr %3916, i64 1856
-  %4091 = load <16 x float>, ptr %4090, align 4, !tbaa !4
+  %4091 = load <16 x float>, ptr %4090, align 4, !tbaa !9
   %4092 = fmul <16 x float> %3913, %4091
   %4093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4089, <16 x float> %4092)
-  store <16 x float> %4093, ptr %4090, align 4, !tbaa !4
+  store <16 x float> %4093, ptr %4090, align 4, !tbaa !9
   %4094 = getelementptr inbounds nuw i8, ptr %3914, i64 1920
-  %4095 = load <16 x float>, ptr %4094, align 4, !tbaa !4
+  %4095 = load <16 x float>, ptr %4094, align 4, !tbaa !9
   %4096 = getelementptr inbounds nuw i8, ptr %3916, i64 1920
-  %4097 = load <16 x float>, ptr %4096, align 4, !tbaa !4
+  %4097 = load <16 x float>, ptr %4096, align 4, !tbaa !9
   %4098 = fmul <16 x float> %3913, %4097
   %4099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4095, <16 x float> %4098)
-  store <16 x float> %4099, ptr %4096, align 4, !tbaa !4
+  store <16 x float> %4099, ptr %4096, align 4, !tbaa !9
   %4100 = getelementptr inbounds nuw i8, ptr %3914, i64 1984
-  %4101 = load <16 x float>, ptr %4100, align 4, !tbaa !4
+  %4101 = load <16 x float>, ptr %4100, align 4, !tbaa !9
   %4102 = getelementptr inbounds nuw i8, ptr %3916, i64 1984
-  %4103 = load <16 x float>, ptr %4102, align 4, !tbaa !4
+  %4103 = load <16 x float>, ptr %4102, align 4, !tbaa !9
   %4104 = fmul <16 x float> %3913, %4103
   %4105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4101, <16 x float> %4104)
-  store <16 x float> %4105, ptr %4102, align 4, !tbaa !4
+  store <16 x float> %4105, ptr %4102, align 4, !tbaa !9
   br label %for_end_d_0631.i
 
 for_body_d_0630.us.preheader.i:                   ; preds = %for_begin_d_0629.preheader.i
   %4106 = fmul <16 x float> %3913, zeroinitializer
   %4107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
-  store <16 x float> zeroinitializer, ptr %4107, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4107, align 4, !tbaa !9
   %4108 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
-  %4109 = load <16 x float>, ptr %4108, align 4, !tbaa !4
+  %4109 = load <16 x float>, ptr %4108, align 4, !tbaa !9
   %4110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4109, <16 x float> %4106)
-  store <16 x float> %4110, ptr %4107, align 4, !tbaa !4
+  store <16 x float> %4110, ptr %4107, align 4, !tbaa !9
   %4111 = getelementptr inbounds nuw i8, ptr %4107, i64 64
-  store <16 x float> zeroinitializer, ptr %4111, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4111, align 4, !tbaa !9
   %4112 = getelementptr inbounds nuw i8, ptr %4108, i64 64
-  %4113 = load <16 x float>, ptr %4112, align 4, !tbaa !4
+  %4113 = load <16 x float>, ptr %4112, align 4, !tbaa !9
   %4114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4113, <16 x float> %4106)
-  store <16 x float> %4114, ptr %4111, align 4, !tbaa !4
+  store <16 x float> %4114, ptr %4111, align 4, !tbaa !9
   %4115 = getelementptr inbounds nuw i8, ptr %4107, i64 128
-  store <16 x float> zeroinitializer, ptr %4115, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4115, align 4, !tbaa !9
   %4116 = getelementptr inbounds nuw i8, ptr %4108, i64 128
-  %4117 = load <16 x float>, ptr %4116, align 4, !tbaa !4
+  %4117 = load <16 x float>, ptr %4116, align 4, !tbaa !9
   %4118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4117, <16 x float> %4106)
-  store <16 x float> %4118, ptr %4115, align 4, !tbaa !4
+  store <16 x float> %4118, ptr %4115, align 4, !tbaa !9
   %4119 = getelementptr inbounds nuw i8, ptr %4107, i64 192
-  store <16 x float> zeroinitializer, ptr %4119, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4119, align 4, !tbaa !9
   %4120 = getelementptr inbounds nuw i8, ptr %4108, i64 192
-  %4121 = load <16 x float>, ptr %4120, align 4, !tbaa !4
+  %4121 = load <16 x float>, ptr %4120, align 4, !tbaa !9
   %4122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4121, <16 x float> %4106)
-  store <16 x float> %4122, ptr %4119, align 4, !tbaa !4
+  store <16 x float> %4122, ptr %4119, align 4, !tbaa !9
   %4123 = getelementptr inbounds nuw i8, ptr %4107, i64 256
-  store <16 x float> zeroinitializer, ptr %4123, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4123, align 4, !tbaa !9
   %4124 = getelementptr inbounds nuw i8, ptr %4108, i64 256
-  %4125 = load <16 x float>, ptr %4124, align 4, !tbaa !4
+  %4125 = load <16 x float>, ptr %4124, align 4, !tbaa !9
   %4126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4125, <16 x float> %4106)
-  store <16 x float> %4126, ptr %4123, align 4, !tbaa !4
+  store <16 x float> %4126, ptr %4123, align 4, !tbaa !9
   %4127 = getelementptr inbounds nuw i8, ptr %4107, i64 320
-  store <16 x float> zeroinitializer, ptr %4127, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4127, align 4, !tbaa !9
   %4128 = getelementptr inbounds nuw i8, ptr %4108, i64 320
-  %4129 = load <16 x float>, ptr %4128, align 4, !tbaa !4
+  %4129 = load <16 x float>, ptr %4128, align 4, !tbaa !9
   %4130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4129, <16 x float> %4106)
-  store <16 x float> %4130, ptr %4127, align 4, !tbaa !4
+  store <16 x float> %4130, ptr %4127, align 4, !tbaa !9
   %4131 = getelementptr inbounds nuw i8, ptr %4107, i64 384
-  store <16 x float> zeroinitializer, ptr %4131, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4131, align 4, !tbaa !9
   %4132 = getelementptr inbounds nuw i8, ptr %4108, i64 384
-  %4133 = load <16 x float>, ptr %4132, align 4, !tbaa !4
+  %4133 = load <16 x float>, ptr %4132, align 4, !tbaa !9
   %4134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4133, <16 x float> %4106)
-  store <16 x float> %4134, ptr %4131, align 4, !tbaa !4
+  store <16 x float> %4134, ptr %4131, align 4, !tbaa !9
   %4135 = getelementptr inbounds nuw i8, ptr %4107, i64 448
-  store <16 x float> zeroinitializer, ptr %4135, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4135, align 4, !tbaa !9
   %4136 = getelementptr inbounds nuw i8, ptr %4108, i64 448
-  %4137 = load <16 x float>, ptr %4136, align 4, !tbaa !4
+  %4137 = load <16 x float>, ptr %4136, align 4, !tbaa !9
   %4138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4137, <16 x float> %4106)
-  store <16 x float> %4138, ptr %4135, align 4, !tbaa !4
+  store <16 x float> %4138, ptr %4135, align 4, !tbaa !9
   %4139 = getelementptr inbounds nuw i8, ptr %4107, i64 512
-  store <16 x float> zeroinitializer, ptr %4139, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4139, align 4, !tbaa !9
   %4140 = getelementptr inbounds nuw i8, ptr %4108, i64 512
-  %4141 = load <16 x float>, ptr %4140, align 4, !tbaa !4
+  %4141 = load <16 x float>, ptr %4140, align 4, !tbaa !9
   %4142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4141, <16 x float> %4106)
-  store <16 x float> %4142, ptr %4139, align 4, !tbaa !4
+  store <16 x float> %4142, ptr %4139, align 4, !tbaa !9
   %4143 = getelementptr inbounds nuw i8, ptr %4107, i64 576
-  store <16 x float> zeroinitializer, ptr %4143, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4143, align 4, !tbaa !9
   %4144 = getelementptr inbounds nuw i8, ptr %4108, i64 576
-  %4145 = load <16 x float>, ptr %4144, align 4, !tbaa !4
+  %4145 = load <16 x float>, ptr %4144, align 4, !tbaa !9
   %4146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4145, <16 x float> %4106)
-  store <16 x float> %4146, ptr %4143, align 4, !tbaa !4
+  store <16 x float> %4146, ptr %4143, align 4, !tbaa !9
   %4147 = getelementptr inbounds nuw i8, ptr %4107, i64 640
-  store <16 x float> zeroinitializer, ptr %4147, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4147, align 4, !tbaa !9
   %4148 = getelementptr inbounds nuw i8, ptr %4108, i64 640
-  %4149 = load <16 x float>, ptr %4148, align 4, !tbaa !4
+  %4149 = load <16 x float>, ptr %4148, align 4, !tbaa !9
   %4150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4149, <16 x float> %4106)
-  store <16 x float> %4150, ptr %4147, align 4, !tbaa !4
+  store <16 x float> %4150, ptr %4147, align 4, !tbaa !9
   %4151 = getelementptr inbounds nuw i8, ptr %4107, i64 704
-  store <16 x float> zeroinitializer, ptr %4151, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4151, align 4, !tbaa !9
   %4152 = getelementptr inbounds nuw i8, ptr %4108, i64 704
-  %4153 = load <16 x float>, ptr %4152, align 4, !tbaa !4
+  %4153 = load <16 x float>, ptr %4152, align 4, !tbaa !9
   %4154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4153, <16 x float> %4106)
-  store <16 x float> %4154, ptr %4151, align 4, !tbaa !4
+  store <16 x float> %4154, ptr %4151, align 4, !tbaa !9
   %4155 = getelementptr inbounds nuw i8, ptr %4107, i64 768
-  store <16 x float> zeroinitializer, ptr %4155, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4155, align 4, !tbaa !9
   %4156 = getelementptr inbounds nuw i8, ptr %4108, i64 768
-  %4157 = load <16 x float>, ptr %4156, align 4, !tbaa !4
+  %4157 = load <16 x float>, ptr %4156, align 4, !tbaa !9
   %4158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4157, <16 x float> %4106)
-  store <16 x float> %4158, ptr %4155, align 4, !tbaa !4
+  store <16 x float> %4158, ptr %4155, align 4, !tbaa !9
   %4159 = getelementptr inbounds nuw i8, ptr %4107, i64 832
-  store <16 x float> zeroinitializer, ptr %4159, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4159, align 4, !tbaa !9
   %4160 = getelementptr inbounds nuw i8, ptr %4108, i64 832
-  %4161 = load <16 x float>, ptr %4160, align 4, !tbaa !4
+  %4161 = load <16 x float>, ptr %4160, align 4, !tbaa !9
   %4162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4161, <16 x float> %4106)
-  store <16 x float> %4162, ptr %4159, align 4, !tbaa !4
+  store <16 x float> %4162, ptr %4159, align 4, !tbaa !9
   %4163 = getelementptr inbounds nuw i8, ptr %4107, i64 896
-  store <16 x float> zeroinitializer, ptr %4163, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4163, align 4, !tbaa !9
   %4164 = getelementptr inbounds nuw i8, ptr %4108, i64 896
-  %4165 = load <16 x float>, ptr %4164, align 4, !tbaa !4
+  %4165 = load <16 x float>, ptr %4164, align 4, !tbaa !9
   %4166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4165, <16 x float> %4106)
-  store <16 x float> %4166, ptr %4163, align 4, !tbaa !4
+  store <16 x float> %4166, ptr %4163, align 4, !tbaa !9
   %4167 = getelementptr inbounds nuw i8, ptr %4107, i64 960
-  store <16 x float> zeroinitializer, ptr %4167, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4167, align 4, !tbaa !9
   %4168 = getelementptr inbounds nuw i8, ptr %4108, i64 960
-  %4169 = load <16 x float>, ptr %4168, align 4, !tbaa !4
+  %4169 = load <16 x float>, ptr %4168, align 4, !tbaa !9
   %4170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4169, <16 x float> %4106)
-  store <16 x float> %4170, ptr %4167, align 4, !tbaa !4
+  store <16 x float> %4170, ptr %4167, align 4, !tbaa !9
   %4171 = getelementptr inbounds nuw i8, ptr %4107, i64 1024
-  store <16 x float> zeroinitializer, ptr %4171, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4171, align 4, !tbaa !9
   %4172 = getelementptr inbounds nuw i8, ptr %4108, i64 1024
-  %4173 = load <16 x float>, ptr %4172, align 4, !tbaa !4
+  %4173 = load <16 x float>, ptr %4172, align 4, !tbaa !9
   %4174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4173, <16 x float> %4106)
-  store <16 x float> %4174, ptr %4171, align 4, !tbaa !4
+  store <16 x float> %4174, ptr %4171, align 4, !tbaa !9
   %4175 = getelementptr inbounds nuw i8, ptr %4107, i64 1088
-  store <16 x float> zeroinitializer, ptr %4175, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4175, align 4, !tbaa !9
   %4176 = getelementptr inbounds nuw i8, ptr %4108, i64 1088
-  %4177 = load <16 x float>, ptr %4176, align 4, !tbaa !4
+  %4177 = load <16 x float>, ptr %4176, align 4, !tbaa !9
   %4178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4177, <16 x float> %4106)
-  store <16 x float> %4178, ptr %4175, align 4, !tbaa !4
+  store <16 x float> %4178, ptr %4175, align 4, !tbaa !9
   %4179 = getelementptr inbounds nuw i8, ptr %4107, i64 1152
-  store <16 x float> zeroinitializer, ptr %4179, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4179, align 4, !tbaa !9
   %4180 = getelementptr inbounds nuw i8, ptr %4108, i64 1152
-  %4181 = load <16 x float>, ptr %4180, align 4, !tbaa !4
+  %4181 = load <16 x float>, ptr %4180, align 4, !tbaa !9
   %4182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4181, <16 x float> %4106)
-  store <16 x float> %4182, ptr %4179, align 4, !tbaa !4
+  store <16 x float> %4182, ptr %4179, align 4, !tbaa !9
   %4183 = getelementptr inbounds nuw i8, ptr %4107, i64 1216
-  store <16 x float> zeroinitializer, ptr %4183, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4183, align 4, !tbaa !9
   %4184 = getelementptr inbounds nuw i8, ptr %4108, i64 1216
-  %4185 = load <16 x float>, ptr %4184, align 4, !tbaa !4
+  %4185 = load <16 x float>, ptr %4184, align 4, !tbaa !9
   %4186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4185, <16 x float> %4106)
-  store <16 x float> %4186, ptr %4183, align 4, !tbaa !4
+  store <16 x float> %4186, ptr %4183, align 4, !tbaa !9
   %4187 = getelementptr inbounds nuw i8, ptr %4107, i64 1280
-  store <16 x float> zeroinitializer, ptr %4187, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4187, align 4, !tbaa !9
   %4188 = getelementptr inbounds nuw i8, ptr %4108, i64 1280
-  %4189 = load <16 x float>, ptr %4188, align 4, !tbaa !4
+  %4189 = load <16 x float>, ptr %4188, align 4, !tbaa !9
   %4190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4189, <16 x float> %4106)
-  store <16 x float> %4190, ptr %4187, align 4, !tbaa !4
+  store <16 x float> %4190, ptr %4187, align 4, !tbaa !9
   %4191 = getelementptr inbounds nuw i8, ptr %4107, i64 1344
-  store <16 x float> zeroinitializer, ptr %4191, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4191, align 4, !tbaa !9
   %4192 = getelementptr inbounds nuw i8, ptr %4108, i64 1344
-  %4193 = load <16 x float>, ptr %4192, align 4, !tbaa !4
+  %4193 = load <16 x float>, ptr %4192, align 4, !tbaa !9
   %4194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4193, <16 x float> %4106)
-  store <16 x float> %4194, ptr %4191, align 4, !tbaa !4
+  store <16 x float> %4194, ptr %4191, align 4, !tbaa !9
   %4195 = getelementptr inbounds nuw i8, ptr %4107, i64 1408
-  store <16 x float> zeroinitializer, ptr %4195, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4195, align 4, !tbaa !9
   %4196 = getelementptr inbounds nuw i8, ptr %4108, i64 1408
-  %4197 = load <16 x float>, ptr %4196, align 4, !tbaa !4
+  %4197 = load <16 x float>, ptr %4196, align 4, !tbaa !9
   %4198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4197, <16 x float> %4106)
-  store <16 x float> %4198, ptr %4195, align 4, !tbaa !4
+  store <16 x float> %4198, ptr %4195, align 4, !tbaa !9
   %4199 = getelementptr inbounds nuw i8, ptr %4107, i64 1472
-  store <16 x float> zeroinitializer, ptr %4199, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4199, align 4, !tbaa !9
   %4200 = getelementptr inbounds nuw i8, ptr %4108, i64 1472
-  %4201 = load <16 x float>, ptr %4200, align 4, !tbaa !4
+  %4201 = load <16 x float>, ptr %4200, align 4, !tbaa !9
   %4202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4201, <16 x float> %4106)
-  store <16 x float> %4202, ptr %4199, align 4, !tbaa !4
+  store <16 x float> %4202, ptr %4199, align 4, !tbaa !9
   %4203 = getelementptr inbounds nuw i8, ptr %4107, i64 1536
-  store <16 x float> zeroinitializer, ptr %4203, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4203, align 4, !tbaa !9
   %4204 = getelementptr inbounds nuw i8, ptr %4108, i64 1536
-  %4205 = load <16 x float>, ptr %4204, align 4, !tbaa !4
+  %4205 = load <16 x float>, ptr %4204, align 4, !tbaa !9
   %4206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4205, <16 x float> %4106)
-  store <16 x float> %4206, ptr %4203, align 4, !tbaa !4
+  store <16 x float> %4206, ptr %4203, align 4, !tbaa !9
   %4207 = getelementptr inbounds nuw i8, ptr %4107, i64 1600
-  store <16 x float> zeroinitializer, ptr %4207, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4207, align 4, !tbaa !9
   %4208 = getelementptr inbounds nuw i8, ptr %4108, i64 1600
-  %4209 = load <16 x float>, ptr %4208, align 4, !tbaa !4
+  %4209 = load <16 x float>, ptr %4208, align 4, !tbaa !9
   %4210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4209, <16 x float> %4106)
-  store <16 x float> %4210, ptr %4207, align 4, !tbaa !4
+  store <16 x float> %4210, ptr %4207, align 4, !tbaa !9
   %4211 = getelementptr inbounds nuw i8, ptr %4107, i64 1664
-  store <16 x float> zeroinitializer, ptr %4211, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4211, align 4, !tbaa !9
   %4212 = getelementptr inbounds nuw i8, ptr %4108, i64 1664
-  %4213 = load <16 x float>, ptr %4212, align 4, !tbaa !4
+  %4213 = load <16 x float>, ptr %4212, align 4, !tbaa !9
   %4214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4213, <16 x float> %4106)
-  store <16 x float> %4214, ptr %4211, align 4, !tbaa !4
+  store <16 x float> %4214, ptr %4211, align 4, !tbaa !9
   %4215 = getelementptr inbounds nuw i8, ptr %4107, i64 1728
-  store <16 x float> zeroinitializer, ptr %4215, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4215, align 4, !tbaa !9
   %4216 = getelementptr inbounds nuw i8, ptr %4108, i64 1728
-  %4217 = load <16 x float>, ptr %4216, align 4, !tbaa !4
+  %4217 = load <16 x float>, ptr %4216, align 4, !tbaa !9
   %4218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4217, <16 x float> %4106)
-  store <16 x float> %4218, ptr %4215, align 4, !tbaa !4
+  store <16 x float> %4218, ptr %4215, align 4, !tbaa !9
   %4219 = getelementptr inbounds nuw i8, ptr %4107, i64 1792
-  store <16 x float> zeroinitializer, ptr %4219, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4219, align 4, !tbaa !9
   %4220 = getelementptr inbounds nuw i8, ptr %4108, i64 1792
-  %4221 = load <16 x float>, ptr %4220, align 4, !tbaa !4
+  %4221 = load <16 x float>, ptr %4220, align 4, !tbaa !9
   %4222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4221, <16 x float> %4106)
-  store <16 x float> %4222, ptr %4219, align 4, !tbaa !4
+  store <16 x float> %4222, ptr %4219, align 4, !tbaa !9
   %4223 = getelementptr inbounds nuw i8, ptr %4107, i64 1856
-  store <16 x float> zeroinitializer, ptr %4223, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4223, align 4, !tbaa !9
   %4224 = getelementptr inbounds nuw i8, ptr %4108, i64 1856
-  %4225 = load <16 x float>, ptr %4224, align 4, !tbaa !4
+  %4225 = load <16 x float>, ptr %4224, align 4, !tbaa !9
   %4226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4225, <16 x float> %4106)
-  store <16 x float> %4226, ptr %4223, align 4, !tbaa !4
+  store <16 x float> %4226, ptr %4223, align 4, !tbaa !9
   %4227 = getelementptr inbounds nuw i8, ptr %4107, i64 1920
-  store <16 x float> zeroinitializer, ptr %4227, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4227, align 4, !tbaa !9
   %4228 = getelementptr inbounds nuw i8, ptr %4108, i64 1920
-  %4229 = load <16 x float>, ptr %4228, align 4, !tbaa !4
+  %4229 = load <16 x float>, ptr %4228, align 4, !tbaa !9
   %4230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4229, <16 x float> %4106)
-  store <16 x float> %4230, ptr %4227, align 4, !tbaa !4
+  store <16 x float> %4230, ptr %4227, align 4, !tbaa !9
   %4231 = getelementptr inbounds nuw i8, ptr %4107, i64 1984
-  store <16 x float> zeroinitializer, ptr %4231, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %4231, align 4, !tbaa !9
   %4232 = getelementptr inbounds nuw i8, ptr %4108, i64 1984
-  %4233 = load <16 x float>, ptr %4232, align 4, !tbaa !4
+  %4233 = load <16 x float>, ptr %4232, align 4, !tbaa !9
   %4234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4233, <16 x float> %4106)
-  store <16 x float> %4234, ptr %4231, align 4, !tbaa !4
+  store <16 x float> %4234, ptr %4231, align 4, !tbaa !9
   br label %for_end_d_0631.i
 
 for_end_r_0.i:                                    ; preds = %for_end_d_0631.i
-  %4235 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4235 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4236 = tail call i32 %4235(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
   %.not744.i = icmp eq i32 %4236, 0
   br i1 %.not744.i, label %if_end651.i, label %fused_decode_compute_.exit, !prof !75
@@ -7178,37 +7363,37 @@ for_end_d_0631.i:                                 ; preds = %for_body_d_0630.us.
   br i1 %exitcond1094.not.i, label %for_end_r_0.i, label %for_begin_d_0629.preheader.i, !prof !31
 
 if_end651.i:                                      ; preds = %for_end_r_0.i
-  %4237 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4237 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4238 = tail call i32 %4237(i32 1, i32 %dev_id, ptr nonnull %acc532.i)
   %.not745.i = icmp eq i32 %4238, 0
   br i1 %.not745.i, label %if_end654.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end654.i:                                      ; preds = %if_end651.i
-  %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not746.i = icmp eq i32 %4240, 0
   br i1 %.not746.i, label %if_end657.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end657.i:                                      ; preds = %if_end654.i
-  %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not747.i = icmp eq i32 %4242, 0
   br i1 %.not747.i, label %if_end660.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end660.i:                                      ; preds = %if_end657.i
-  %4243 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4243 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4244 = tail call i32 %4243(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not748.i = icmp eq i32 %4244, 0
   br i1 %.not748.i, label %if_end663.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end663.i:                                      ; preds = %if_end660.i
-  %4245 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4245 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4246 = tail call i32 %4245(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
   %.not749.i = icmp eq i32 %4246, 0
   br i1 %.not749.i, label %if_end666.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end666.i:                                      ; preds = %if_end663.i
-  %4247 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4247 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4248 = tail call i32 %4247(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not750.i = icmp eq i32 %4248, 0
   br i1 %.not750.i, label %for_begin_group_tile.i, label %fused_decode_compute_.exit, !prof !75
@@ -7220,168 +7405,168 @@ for_body_tile675.i:                               ; preds = %if_end680.loopexit7
   %4251 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4249
   %4252 = load float, ptr %4251, align 16, !tbaa !83
   %4253 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4250
-  store float %4252, ptr %4253, align 4, !tbaa !4
+  store float %4252, ptr %4253, align 4, !tbaa !9
   %4254 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4249
   %4255 = load float, ptr %4254, align 16, !tbaa !85
   %4256 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4250
-  store float %4255, ptr %4256, align 4, !tbaa !4
+  store float %4255, ptr %4256, align 4, !tbaa !9
   %4257 = or disjoint i64 %4249, 1
   %4258 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4257
   %4259 = load float, ptr %4258, align 4, !tbaa !83
   %4260 = or disjoint i64 %4250, 1
   %4261 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4260
-  store float %4259, ptr %4261, align 4, !tbaa !4
+  store float %4259, ptr %4261, align 4, !tbaa !9
   %4262 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4257
   %4263 = load float, ptr %4262, align 4, !tbaa !85
   %4264 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4260
-  store float %4263, ptr %4264, align 4, !tbaa !4
+  store float %4263, ptr %4264, align 4, !tbaa !9
   %4265 = or disjoint i64 %4249, 2
   %4266 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4265
   %4267 = load float, ptr %4266, align 8, !tbaa !83
   %4268 = or disjoint i64 %4250, 2
   %4269 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4268
-  store float %4267, ptr %4269, align 4, !tbaa !4
+  store float %4267, ptr %4269, align 4, !tbaa !9
   %4270 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4265
   %4271 = load float, ptr %4270, align 8, !tbaa !85
   %4272 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4268
-  store float %4271, ptr %4272, align 4, !tbaa !4
+  store float %4271, ptr %4272, align 4, !tbaa !9
   %4273 = or disjoint i64 %4249, 3
   %4274 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4273
   %4275 = load float, ptr %4274, align 4, !tbaa !83
   %4276 = or disjoint i64 %4250, 3
   %4277 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4276
-  store float %4275, ptr %4277, align 4, !tbaa !4
+  store float %4275, ptr %4277, align 4, !tbaa !9
   %4278 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4273
   %4279 = load float, ptr %4278, align 4, !tbaa !85
   %4280 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4276
-  store float %4279, ptr %4280, align 4, !tbaa !4
+  store float %4279, ptr %4280, align 4, !tbaa !9
   %4281 = or disjoint i64 %4249, 4
   %4282 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4281
   %4283 = load float, ptr %4282, align 16, !tbaa !83
   %4284 = or disjoint i64 %4250, 4
   %4285 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4284
-  store float %4283, ptr %4285, align 4, !tbaa !4
+  store float %4283, ptr %4285, align 4, !tbaa !9
   %4286 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4281
   %4287 = load float, ptr %4286, align 16, !tbaa !85
   %4288 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4284
-  store float %4287, ptr %4288, align 4, !tbaa !4
+  store float %4287, ptr %4288, align 4, !tbaa !9
   %4289 = or disjoint i64 %4249, 5
   %4290 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4289
   %4291 = load float, ptr %4290, align 4, !tbaa !83
   %4292 = or disjoint i64 %4250, 5
   %4293 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4292
-  store float %4291, ptr %4293, align 4, !tbaa !4
+  store float %4291, ptr %4293, align 4, !tbaa !9
   %4294 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4289
   %4295 = load float, ptr %4294, align 4, !tbaa !85
   %4296 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4292
-  store float %4295, ptr %4296, align 4, !tbaa !4
+  store float %4295, ptr %4296, align 4, !tbaa !9
   %4297 = or disjoint i64 %4249, 6
   %4298 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4297
   %4299 = load float, ptr %4298, align 8, !tbaa !83
   %4300 = or disjoint i64 %4250, 6
   %4301 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4300
-  store float %4299, ptr %4301, align 4, !tbaa !4
+  store float %4299, ptr %4301, align 4, !tbaa !9
   %4302 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4297
   %4303 = load float, ptr %4302, align 8, !tbaa !85
   %4304 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4300
-  store float %4303, ptr %4304, align 4, !tbaa !4
+  store float %4303, ptr %4304, align 4, !tbaa !9
   %4305 = or disjoint i64 %4249, 7
   %4306 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4305
   %4307 = load float, ptr %4306, align 4, !tbaa !83
   %4308 = or disjoint i64 %4250, 7
   %4309 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4308
-  store float %4307, ptr %4309, align 4, !tbaa !4
+  store float %4307, ptr %4309, align 4, !tbaa !9
   %4310 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4305
   %4311 = load float, ptr %4310, align 4, !tbaa !85
   %4312 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4308
-  store float %4311, ptr %4312, align 4, !tbaa !4
+  store float %4311, ptr %4312, align 4, !tbaa !9
   %4313 = or disjoint i64 %4249, 8
   %4314 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4313
   %4315 = load float, ptr %4314, align 16, !tbaa !83
   %4316 = or disjoint i64 %4250, 8
   %4317 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4316
-  store float %4315, ptr %4317, align 4, !tbaa !4
+  store float %4315, ptr %4317, align 4, !tbaa !9
   %4318 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4313
   %4319 = load float, ptr %4318, align 16, !tbaa !85
   %4320 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4316
-  store float %4319, ptr %4320, align 4, !tbaa !4
+  store float %4319, ptr %4320, align 4, !tbaa !9
   %4321 = or disjoint i64 %4249, 9
   %4322 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4321
   %4323 = load float, ptr %4322, align 4, !tbaa !83
   %4324 = or disjoint i64 %4250, 9
   %4325 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4324
-  store float %4323, ptr %4325, align 4, !tbaa !4
+  store float %4323, ptr %4325, align 4, !tbaa !9
   %4326 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4321
   %4327 = load float, ptr %4326, align 4, !tbaa !85
   %4328 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4324
-  store float %4327, ptr %4328, align 4, !tbaa !4
+  store float %4327, ptr %4328, align 4, !tbaa !9
   %4329 = or disjoint i64 %4249, 10
   %4330 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4329
   %4331 = load float, ptr %4330, align 8, !tbaa !83
   %4332 = or disjoint i64 %4250, 10
   %4333 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4332
-  store float %4331, ptr %4333, align 4, !tbaa !4
+  store float %4331, ptr %4333, align 4, !tbaa !9
   %4334 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4329
   %4335 = load float, ptr %4334, align 8, !tbaa !85
   %4336 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4332
-  store float %4335, ptr %4336, align 4, !tbaa !4
+  store float %4335, ptr %4336, align 4, !tbaa !9
   %4337 = or disjoint i64 %4249, 11
   %4338 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4337
   %4339 = load float, ptr %4338, align 4, !tbaa !83
   %4340 = or disjoint i64 %4250, 11
   %4341 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4340
-  store float %4339, ptr %4341, align 4, !tbaa !4
+  store float %4339, ptr %4341, align 4, !tbaa !9
   %4342 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4337
   %4343 = load float, ptr %4342, align 4, !tbaa !85
   %4344 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4340
-  store float %4343, ptr %4344, align 4, !tbaa !4
+  store float %4343, ptr %4344, align 4, !tbaa !9
   %4345 = or disjoint i64 %4249, 12
   %4346 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4345
   %4347 = load float, ptr %4346, align 16, !tbaa !83
   %4348 = or disjoint i64 %4250, 12
   %4349 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4348
-  store float %4347, ptr %4349, align 4, !tbaa !4
+  store float %4347, ptr %4349, align 4, !tbaa !9
   %4350 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4345
   %4351 = load float, ptr %4350, align 16, !tbaa !85
   %4352 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4348
-  store float %4351, ptr %4352, align 4, !tbaa !4
+  store float %4351, ptr %4352, align 4, !tbaa !9
   %4353 = or disjoint i64 %4249, 13
   %4354 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4353
   %4355 = load float, ptr %4354, align 4, !tbaa !83
   %4356 = or disjoint i64 %4250, 13
   %4357 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4356
-  store float %4355, ptr %4357, align 4, !tbaa !4
+  store float %4355, ptr %4357, align 4, !tbaa !9
   %4358 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4353
   %4359 = load float, ptr %4358, align 4, !tbaa !85
   %4360 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4356
-  store float %4359, ptr %4360, align 4, !tbaa !4
+  store float %4359, ptr %4360, align 4, !tbaa !9
   %4361 = or disjoint i64 %4249, 14
   %4362 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4361
   %4363 = load float, ptr %4362, align 8, !tbaa !83
   %4364 = or disjoint i64 %4250, 14
   %4365 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4364
-  store float %4363, ptr %4365, align 4, !tbaa !4
+  store float %4363, ptr %4365, align 4, !tbaa !9
   %4366 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4361
   %4367 = load float, ptr %4366, align 8, !tbaa !85
   %4368 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4364
-  store float %4367, ptr %4368, align 4, !tbaa !4
+  store float %4367, ptr %4368, align 4, !tbaa !9
   %4369 = or disjoint i64 %4249, 15
   %4370 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4369
   %4371 = load float, ptr %4370, align 4, !tbaa !83
   %4372 = or disjoint i64 %4250, 15
   %4373 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4372
-  store float %4371, ptr %4373, align 4, !tbaa !4
+  store float %4371, ptr %4373, align 4, !tbaa !9
   %4374 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4369
   %4375 = load float, ptr %4374, align 4, !tbaa !85
   %4376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4372
-  store float %4375, ptr %4376, align 4, !tbaa !4
+  store float %4375, ptr %4376, align 4, !tbaa !9
   %4377 = shl nuw nsw i64 %indvars.iv1128.i, 13
   %4378 = getelementptr inbounds nuw float, ptr %1203, i64 %4377
   %invariant.gep76 = getelementptr inbounds nuw float, ptr %acc.i, i64 %4377
   br label %for_begin_d_0710.preheader.i
 
 for_end_tile676.i:                                ; preds = %if_end680.loopexit765.i, %if_end699.us.15.i
-  %4379 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4379 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4380 = tail call i32 %4379(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %4380, 0
   br i1 %.not.i, label %if_end716.i, label %fused_decode_compute_.exit, !prof !75
@@ -7396,138 +7581,138 @@ for_begin_d_0710.preheader.i:                     ; preds = %for_begin_d_0710.pr
   %4381 = shl nuw nsw i64 %indvars.iv1124.i, 9
   %4382 = getelementptr inbounds nuw float, ptr %4378, i64 %4381
   %gep77 = getelementptr inbounds nuw float, ptr %invariant.gep76, i64 %4381
-  %4383 = load <16 x float>, ptr %gep77, align 4, !tbaa !4
-  store <16 x float> %4383, ptr %4382, align 4, !tbaa !4
+  %4383 = load <16 x float>, ptr %gep77, align 4, !tbaa !9
+  store <16 x float> %4383, ptr %4382, align 4, !tbaa !9
   %4384 = getelementptr inbounds nuw i8, ptr %gep77, i64 64
-  %4385 = load <16 x float>, ptr %4384, align 4, !tbaa !4
+  %4385 = load <16 x float>, ptr %4384, align 4, !tbaa !9
   %4386 = getelementptr inbounds nuw i8, ptr %4382, i64 64
-  store <16 x float> %4385, ptr %4386, align 4, !tbaa !4
+  store <16 x float> %4385, ptr %4386, align 4, !tbaa !9
   %4387 = getelementptr inbounds nuw i8, ptr %gep77, i64 128
-  %4388 = load <16 x float>, ptr %4387, align 4, !tbaa !4
+  %4388 = load <16 x float>, ptr %4387, align 4, !tbaa !9
   %4389 = getelementptr inbounds nuw i8, ptr %4382, i64 128
-  store <16 x float> %4388, ptr %4389, align 4, !tbaa !4
+  store <16 x float> %4388, ptr %4389, align 4, !tbaa !9
   %4390 = getelementptr inbounds nuw i8, ptr %gep77, i64 192
-  %4391 = load <16 x float>, ptr %4390, align 4, !tbaa !4
+  %4391 = load <16 x float>, ptr %4390, align 4, !tbaa !9
   %4392 = getelementptr inbounds nuw i8, ptr %4382, i64 192
-  store <16 x float> %4391, ptr %4392, align 4, !tbaa !4
+  store <16 x float> %4391, ptr %4392, align 4, !tbaa !9
   %4393 = getelementptr inbounds nuw i8, ptr %gep77, i64 256
-  %4394 = load <16 x float>, ptr %4393, align 4, !tbaa !4
+  %4394 = load <16 x float>, ptr %4393, align 4, !tbaa !9
   %4395 = getelementptr inbounds nuw i8, ptr %4382, i64 256
-  store <16 x float> %4394, ptr %4395, align 4, !tbaa !4
+  store <16 x float> %4394, ptr %4395, align 4, !tbaa !9
   %4396 = getelementptr inbounds nuw i8, ptr %gep77, i64 320
-  %4397 = load <16 x float>, ptr %4396, align 4, !tbaa !4
+  %4397 = load <16 x float>, ptr %4396, align 4, !tbaa !9
   %4398 = getelementptr inbounds nuw i8, ptr %4382, i64 320
-  store <16 x float> %4397, ptr %4398, align 4, !tbaa !4
+  store <16 x float> %4397, ptr %4398, align 4, !tbaa !9
   %4399 = getelementptr inbounds nuw i8, ptr %gep77, i64 384
-  %4400 = load <16 x float>, ptr %4399, align 4, !tbaa !4
+  %4400 = load <16 x float>, ptr %4399, align 4, !tbaa !9
   %4401 = getelementptr inbounds nuw i8, ptr %4382, i64 384
-  store <16 x float> %4400, ptr %4401, align 4, !tbaa !4
+  store <16 x float> %4400, ptr %4401, align 4, !tbaa !9
   %4402 = getelementptr inbounds nuw i8, ptr %gep77, i64 448
-  %4403 = load <16 x float>, ptr %4402, align 4, !tbaa !4
+  %4403 = load <16 x float>, ptr %4402, align 4, !tbaa !9
   %4404 = getelementptr inbounds nuw i8, ptr %4382, i64 448
-  store <16 x float> %4403, ptr %4404, align 4, !tbaa !4
+  store <16 x float> %4403, ptr %4404, align 4, !tbaa !9
   %4405 = getelementptr inbounds nuw i8, ptr %gep77, i64 512
-  %4406 = load <16 x float>, ptr %4405, align 4, !tbaa !4
+  %4406 = load <16 x float>, ptr %4405, align 4, !tbaa !9
   %4407 = getelementptr inbounds nuw i8, ptr %4382, i64 512
-  store <16 x float> %4406, ptr %4407, align 4, !tbaa !4
+  store <16 x float> %4406, ptr %4407, align 4, !tbaa !9
   %4408 = getelementptr inbounds nuw i8, ptr %gep77, i64 576
-  %4409 = load <16 x float>, ptr %4408, align 4, !tbaa !4
+  %4409 = load <16 x float>, ptr %4408, align 4, !tbaa !9
   %4410 = getelementptr inbounds nuw i8, ptr %4382, i64 576
-  store <16 x float> %4409, ptr %4410, align 4, !tbaa !4
+  store <16 x float> %4409, ptr %4410, align 4, !tbaa !9
   %4411 = getelementptr inbounds nuw i8, ptr %gep77, i64 640
-  %4412 = load <16 x float>, ptr %4411, align 4, !tbaa !4
+  %4412 = load <16 x float>, ptr %4411, align 4, !tbaa !9
   %4413 = getelementptr inbounds nuw i8, ptr %4382, i64 640
-  store <16 x float> %4412, ptr %4413, align 4, !tbaa !4
+  store <16 x float> %4412, ptr %4413, align 4, !tbaa !9
   %4414 = getelementptr inbounds nuw i8, ptr %gep77, i64 704
-  %4415 = load <16 x float>, ptr %4414, align 4, !tbaa !4
+  %4415 = load <16 x float>, ptr %4414, align 4, !tbaa !9
   %4416 = getelementptr inbounds nuw i8, ptr %4382, i64 704
-  store <16 x float> %4415, ptr %4416, align 4, !tbaa !4
+  store <16 x float> %4415, ptr %4416, align 4, !tbaa !9
   %4417 = getelementptr inbounds nuw i8, ptr %gep77, i64 768
-  %4418 = load <16 x float>, ptr %4417, align 4, !tbaa !4
+  %4418 = load <16 x float>, ptr %4417, align 4, !tbaa !9
   %4419 = getelementptr inbounds nuw i8, ptr %4382, i64 768
-  store <16 x float> %4418, ptr %4419, align 4, !tbaa !4
+  store <16 x float> %4418, ptr %4419, align 4, !tbaa !9
   %4420 = getelementptr inbounds nuw i8, ptr %gep77, i64 832
-  %4421 = load <16 x float>, ptr %4420, align 4, !tbaa !4
+  %4421 = load <16 x float>, ptr %4420, align 4, !tbaa !9
   %4422 = getelementptr inbounds nuw i8, ptr %4382, i64 832
-  store <16 x float> %4421, ptr %4422, align 4, !tbaa !4
+  store <16 x float> %4421, ptr %4422, align 4, !tbaa !9
   %4423 = getelementptr inbounds nuw i8, ptr %gep77, i64 896
-  %4424 = load <16 x float>, ptr %4423, align 4, !tbaa !4
+  %4424 = load <16 x float>, ptr %4423, align 4, !tbaa !9
   %4425 = getelementptr inbounds nuw i8, ptr %4382, i64 896
-  store <16 x float> %4424, ptr %4425, align 4, !tbaa !4
+  store <16 x float> %4424, ptr %4425, align 4, !tbaa !9
   %4426 = getelementptr inbounds nuw i8, ptr %gep77, i64 960
-  %4427 = load <16 x float>, ptr %4426, align 4, !tbaa !4
+  %4427 = load <16 x float>, ptr %4426, align 4, !tbaa !9
   %4428 = getelementptr inbounds nuw i8, ptr %4382, i64 960
-  store <16 x float> %4427, ptr %4428, align 4, !tbaa !4
+  store <16 x float> %4427, ptr %4428, align 4, !tbaa !9
   %4429 = getelementptr inbounds nuw i8, ptr %gep77, i64 1024
-  %4430 = load <16 x float>, ptr %4429, align 4, !tbaa !4
+  %4430 = load <16 x float>, ptr %4429, align 4, !tbaa !9
   %4431 = getelementptr inbounds nuw i8, ptr %4382, i64 1024
-  store <16 x float> %4430, ptr %4431, align 4, !tbaa !4
+  store <16 x float> %4430, ptr %4431, align 4, !tbaa !9
   %4432 = getelementptr inbounds nuw i8, ptr %gep77, i64 1088
-  %4433 = load <16 x float>, ptr %4432, align 4, !tbaa !4
+  %4433 = load <16 x float>, ptr %4432, align 4, !tbaa !9
   %4434 = getelementptr inbounds nuw i8, ptr %4382, i64 1088
-  store <16 x float> %4433, ptr %4434, align 4, !tbaa !4
+  store <16 x float> %4433, ptr %4434, align 4, !tbaa !9
   %4435 = getelementptr inbounds nuw i8, ptr %gep77, i64 1152
-  %4436 = load <16 x float>, ptr %4435, align 4, !tbaa !4
+  %4436 = load <16 x float>, ptr %4435, align 4, !tbaa !9
   %4437 = getelementptr inbounds nuw i8, ptr %4382, i64 1152
-  store <16 x float> %4436, ptr %4437, align 4, !tbaa !4
+  store <16 x float> %4436, ptr %4437, align 4, !tbaa !9
   %4438 = getelementptr inbounds nuw i8, ptr %gep77, i64 1216
-  %4439 = load <16 x float>, ptr %4438, align 4, !tbaa !4
+  %4439 = load <16 x float>, ptr %4438, align 4, !tbaa !9
   %4440 = getelementptr inbounds nuw i8, ptr %4382, i64 1216
-  store <16 x float> %4439, ptr %4440, align 4, !tbaa !4
+  store <16 x float> %4439, ptr %4440, align 4, !tbaa !9
   %4441 = getelementptr inbounds nuw i8, ptr %gep77, i64 1280
-  %4442 = load <16 x float>, ptr %4441, align 4, !tbaa !4
+  %4442 = load <16 x float>, ptr %4441, align 4, !tbaa !9
   %4443 = getelementptr inbounds nuw i8, ptr %4382, i64 1280
-  store <16 x float> %4442, ptr %4443, align 4, !tbaa !4
+  store <16 x float> %4442, ptr %4443, align 4, !tbaa !9
   %4444 = getelementptr inbounds nuw i8, ptr %gep77, i64 1344
-  %4445 = load <16 x float>, ptr %4444, align 4, !tbaa !4
+  %4445 = load <16 x float>, ptr %4444, align 4, !tbaa !9
   %4446 = getelementptr inbounds nuw i8, ptr %4382, i64 1344
-  store <16 x float> %4445, ptr %4446, align 4, !tbaa !4
+  store <16 x float> %4445, ptr %4446, align 4, !tbaa !9
   %4447 = getelementptr inbounds nuw i8, ptr %gep77, i64 1408
-  %4448 = load <16 x float>, ptr %4447, align 4, !tbaa !4
+  %4448 = load <16 x float>, ptr %4447, align 4, !tbaa !9
   %4449 = getelementptr inbounds nuw i8, ptr %4382, i64 1408
-  store <16 x float> %4448, ptr %4449, align 4, !tbaa !4
+  store <16 x float> %4448, ptr %4449, align 4, !tbaa !9
   %4450 = getelementptr inbounds nuw i8, ptr %gep77, i64 1472
-  %4451 = load <16 x float>, ptr %4450, align 4, !tbaa !4
+  %4451 = load <16 x float>, ptr %4450, align 4, !tbaa !9
   %4452 = getelementptr inbounds nuw i8, ptr %4382, i64 1472
-  store <16 x float> %4451, ptr %4452, align 4, !tbaa !4
+  store <16 x float> %4451, ptr %4452, align 4, !tbaa !9
   %4453 = getelementptr inbounds nuw i8, ptr %gep77, i64 1536
-  %4454 = load <16 x float>, ptr %4453, align 4, !tbaa !4
+  %4454 = load <16 x float>, ptr %4453, align 4, !tbaa !9
   %4455 = getelementptr inbounds nuw i8, ptr %4382, i64 1536
-  store <16 x float> %4454, ptr %4455, align 4, !tbaa !4
+  store <16 x float> %4454, ptr %4455, align 4, !tbaa !9
   %4456 = getelementptr inbounds nuw i8, ptr %gep77, i64 1600
-  %4457 = load <16 x float>, ptr %4456, align 4, !tbaa !4
+  %4457 = load <16 x float>, ptr %4456, align 4, !tbaa !9
   %4458 = getelementptr inbounds nuw i8, ptr %4382, i64 1600
-  store <16 x float> %4457, ptr %4458, align 4, !tbaa !4
+  store <16 x float> %4457, ptr %4458, align 4, !tbaa !9
   %4459 = getelementptr inbounds nuw i8, ptr %gep77, i64 1664
-  %4460 = load <16 x float>, ptr %4459, align 4, !tbaa !4
+  %4460 = load <16 x float>, ptr %4459, align 4, !tbaa !9
   %4461 = getelementptr inbounds nuw i8, ptr %4382, i64 1664
-  store <16 x float> %4460, ptr %4461, align 4, !tbaa !4
+  store <16 x float> %4460, ptr %4461, align 4, !tbaa !9
   %4462 = getelementptr inbounds nuw i8, ptr %gep77, i64 1728
-  %4463 = load <16 x float>, ptr %4462, align 4, !tbaa !4
+  %4463 = load <16 x float>, ptr %4462, align 4, !tbaa !9
   %4464 = getelementptr inbounds nuw i8, ptr %4382, i64 1728
-  store <16 x float> %4463, ptr %4464, align 4, !tbaa !4
+  store <16 x float> %4463, ptr %4464, align 4, !tbaa !9
   %4465 = getelementptr inbounds nuw i8, ptr %gep77, i64 1792
-  %4466 = load <16 x float>, ptr %4465, align 4, !tbaa !4
+  %4466 = load <16 x float>, ptr %4465, align 4, !tbaa !9
   %4467 = getelementptr inbounds nuw i8, ptr %4382, i64 1792
-  store <16 x float> %4466, ptr %4467, align 4, !tbaa !4
+  store <16 x float> %4466, ptr %4467, align 4, !tbaa !9
   %4468 = getelementptr inbounds nuw i8, ptr %gep77, i64 1856
-  %4469 = load <16 x float>, ptr %4468, align 4, !tbaa !4
+  %4469 = load <16 x float>, ptr %4468, align 4, !tbaa !9
   %4470 = getelementptr inbounds nuw i8, ptr %4382, i64 1856
-  store <16 x float> %4469, ptr %4470, align 4, !tbaa !4
+  store <16 x float> %4469, ptr %4470, align 4, !tbaa !9
   %4471 = getelementptr inbounds nuw i8, ptr %gep77, i64 1920
-  %4472 = load <16 x float>, ptr %4471, align 4, !tbaa !4
+  %4472 = load <16 x float>, ptr %4471, align 4, !tbaa !9
   %4473 = getelementptr inbounds nuw i8, ptr %4382, i64 1920
-  store <16 x float> %4472, ptr %4473, align 4, !tbaa !4
+  store <16 x float> %4472, ptr %4473, align 4, !tbaa !9
   %4474 = getelementptr inbounds nuw i8, ptr %gep77, i64 1984
-  %4475 = load <16 x float>, ptr %4474, align 4, !tbaa !4
+  %4475 = load <16 x float>, ptr %4474, align 4, !tbaa !9
   %4476 = getelementptr inbounds nuw i8, ptr %4382, i64 1984
-  store <16 x float> %4475, ptr %4476, align 4, !tbaa !4
+  store <16 x float> %4475, ptr %4476, align 4, !tbaa !9
   %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
   %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1125.i, 16
   br i1 %exitcond1127.not.i, label %if_end680.loopexit765.i, label %for_begin_d_0710.preheader.i, !prof !31
 
 if_end716.i:                                      ; preds = %for_end_tile676.i
-  %4477 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %4477 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
   %4478 = tail call i32 %4477(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not739.i = icmp eq i32 %4478, 0
   br i1 %.not739.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !75
@@ -7545,7 +7730,376 @@ fused_decode_compute_.exit:                       ; preds = %if_end716.i, %for_e
   ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilezero(i8 immarg) #2
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg) #2
+
+; Function Attrs: nounwind
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <64 x float> @llvm.fmuladd.v64f32(<64 x float>, <64 x float>, <64 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smax.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umax.i32(i32, i32) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #4
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #5
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.umax.v16i32(<16 x i32>, <16 x i32>) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.umin.i64(i64, i64) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #7
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
+
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nounwind }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #5 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+
+!llvm.module.flags = !{!0, !1, !2}
+
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!"branch_weights", i32 127, i32 1}
+!4 = !{!"branch_weights", i32 127, i32 134217601}
+!5 = !{!6, !6, i64 0}
+!6 = !{!"ctx_ptr", !7, i64 0}
+!7 = !{!"tvm-tbaa"}
+!8 = !{!"branch_weights", i32 1048576, i32 1}
+!9 = !{!10, !10, i64 0}
+!10 = !{!"tvm-alias", !7}
+!11 = !{!"branch_weights", i32 1, i32 127}
+!12 = !{!13}
+!13 = distinct !{!13, !14}
+!14 = distinct !{!14, !"LVerDomain"}
+!15 = !{!16}
+!16 = distinct !{!16, !14}
+!17 = !{!"branch_weights", i32 1, i32 131071}
+!18 = distinct !{!18, !19, !20, !21}
+!19 = !{!"llvm.loop.isvectorized", i32 1}
+!20 = !{!"llvm.loop.unroll.runtime.disable"}
+!21 = !{!"llvm.loop.estimated_trip_count", i32 43691}
+!22 = !{!23}
+!23 = distinct !{!23, !24}
+!24 = distinct !{!24, !"LVerDomain"}
+!25 = !{!26}
+!26 = distinct !{!26, !24}
+!27 = distinct !{!27, !19, !20, !21}
+!28 = !{!"branch_weights", i32 1, i32 0}
+!29 = distinct !{!29, !19, !30}
+!30 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!31 = !{!"branch_weights", i32 1, i32 1048575}
+!32 = !{!33}
+!33 = distinct !{!33, !34}
+!34 = distinct !{!34, !"LVerDomain"}
+!35 = !{!36}
+!36 = distinct !{!36, !34}
+!37 = distinct !{!37, !19, !20, !21}
+!38 = distinct !{!38, !19, !30}
+!39 = !{!40}
+!40 = distinct !{!40, !41}
+!41 = distinct !{!41, !"LVerDomain"}
+!42 = !{!43}
+!43 = distinct !{!43, !41}
+!44 = distinct !{!44, !19, !20, !21}
+!45 = distinct !{!45, !19, !30}
+!46 = !{!47}
+!47 = distinct !{!47, !48}
+!48 = distinct !{!48, !"LVerDomain"}
+!49 = !{!50}
+!50 = distinct !{!50, !48}
+!51 = distinct !{!51, !19, !20, !21}
+!52 = distinct !{!52, !19, !30}
+!53 = !{!54}
+!54 = distinct !{!54, !55}
+!55 = distinct !{!55, !"LVerDomain"}
+!56 = !{!57}
+!57 = distinct !{!57, !55}
+!58 = distinct !{!58, !19, !20, !21}
+!59 = distinct !{!59, !19, !30}
+!60 = !{!61}
+!61 = distinct !{!61, !62}
+!62 = distinct !{!62, !"LVerDomain"}
+!63 = !{!64}
+!64 = distinct !{!64, !62}
+!65 = distinct !{!65, !19, !20, !21}
+!66 = distinct !{!66, !19, !30}
+!67 = !{!68}
+!68 = distinct !{!68, !69}
+!69 = distinct !{!69, !"LVerDomain"}
+!70 = !{!71}
+!71 = distinct !{!71, !69}
+!72 = distinct !{!72, !19, !20, !21}
+!73 = distinct !{!73, !19, !30}
+!74 = distinct !{!74, !19, !30}
+!75 = !{!"branch_weights", i32 1, i32 1048576}
+!76 = !{!77, !77, i64 0}
+!77 = !{!"buffer0.w64.b0", !78, i64 0}
+!78 = !{!"buffer0.w128.b0", !79, i64 0}
+!79 = !{!"buffer0.w256.b0", !80, i64 0}
+!80 = !{!"buffer0.w512.b0", !81, i64 0}
+!81 = !{!"buffer0.w1024.b0", !82, i64 0}
+!82 = !{!"buffer0", !7, i64 0}
+!83 = !{!84, !84, i64 0}
+!84 = !{!"buffer1", !7, i64 0}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer2", !7, i64 0}
+!87 = distinct !{!87, !88}
+!88 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!89 = !{!82, !82, i64 0}
+!90 = distinct !{!90, !91}
+!91 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!92 = distinct !{!92, !93}
+!93 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!94 = distinct !{!94, !93}
+!95 = distinct !{!95, !93}
+!96 = !{!"branch_weights", i32 2032, i32 2147481616}
+!97 = !{!"branch_weights", i32 4064, i32 2147479584}
+!98 = distinct !{!98, !99}
+!99 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!100 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!101 = !{!"branch_weights", i32 6096, i32 2147477552}
+!102 = !{!"branch_weights", i32 8128, i32 2147475520}
+!103 = distinct !{!103, !104}
+!104 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!105 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!106 = distinct !{!106, !107, !108}
+!107 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!108 = !{!"llvm.loop.unroll.disable"}
+!109 = !{!110, !110, i64 0}
+!110 = !{!"buffer3", !7, i64 0}
+!111 = !{!112, !112, i64 0}
+!112 = !{!"buffer3.w64.b0", !113, i64 0}
+!113 = !{!"buffer3.w128.b0", !114, i64 0}
+!114 = !{!"buffer3.w256.b0", !115, i64 0}
+!115 = !{!"buffer3.w512.b0", !116, i64 0}
+!116 = !{!"buffer3.w1024.b0", !110, i64 0}
+!117 = !{!118, !118, i64 0}
+!118 = !{!"buffer3.w64.b64", !113, i64 0}
+!119 = !{!120, !120, i64 0}
+!120 = !{!"buffer3.w64.b128", !121, i64 0}
+!121 = !{!"buffer3.w128.b128", !114, i64 0}
+!122 = !{!123, !123, i64 0}
+!123 = !{!"buffer3.w64.b192", !121, i64 0}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer3.w64.b256", !126, i64 0}
+!126 = !{!"buffer3.w128.b256", !127, i64 0}
+!127 = !{!"buffer3.w256.b256", !115, i64 0}
+!128 = !{!129, !129, i64 0}
+!129 = !{!"buffer3.w64.b320", !126, i64 0}
+!130 = !{!131, !131, i64 0}
+!131 = !{!"buffer3.w64.b384", !132, i64 0}
+!132 = !{!"buffer3.w128.b384", !127, i64 0}
+!133 = !{!134, !134, i64 0}
+!134 = !{!"buffer3.w64.b448", !132, i64 0}
+!135 = !{!136, !136, i64 0}
+!136 = !{!"buffer3.w64.b512", !137, i64 0}
+!137 = !{!"buffer3.w128.b512", !138, i64 0}
+!138 = !{!"buffer3.w256.b512", !139, i64 0}
+!139 = !{!"buffer3.w512.b512", !116, i64 0}
+!140 = !{!141, !141, i64 0}
+!141 = !{!"buffer3.w64.b576", !137, i64 0}
+!142 = !{!143, !143, i64 0}
+!143 = !{!"buffer3.w64.b640", !144, i64 0}
+!144 = !{!"buffer3.w128.b640", !138, i64 0}
+!145 = !{!146, !146, i64 0}
+!146 = !{!"buffer3.w64.b704", !144, i64 0}
+!147 = !{!148, !148, i64 0}
+!148 = !{!"buffer3.w64.b768", !149, i64 0}
+!149 = !{!"buffer3.w128.b768", !150, i64 0}
+!150 = !{!"buffer3.w256.b768", !139, i64 0}
+!151 = !{!152, !152, i64 0}
+!152 = !{!"buffer3.w64.b832", !149, i64 0}
+!153 = !{!154, !154, i64 0}
+!154 = !{!"buffer3.w64.b896", !155, i64 0}
+!155 = !{!"buffer3.w128.b896", !150, i64 0}
+!156 = !{!157, !157, i64 0}
+!157 = !{!"buffer3.w64.b960", !155, i64 0}
+!158 = !{!159, !159, i64 0}
+!159 = !{!"buffer4", !7, i64 0}
+!160 = distinct !{!160, !99}
+!161 = !{!162, !162, i64 0}
+!162 = !{!"buffer5.w64.b0", !163, i64 0}
+!163 = !{!"buffer5.w128.b0", !164, i64 0}
+!164 = !{!"buffer5.w256.b0", !165, i64 0}
+!165 = !{!"buffer5.w512.b0", !166, i64 0}
+!166 = !{!"buffer5.w1024.b0", !167, i64 0}
+!167 = !{!"buffer5", !7, i64 0}
+!168 = !{!169, !169, i64 0}
+!169 = !{!"buffer5.w64.b64", !163, i64 0}
+!170 = !{!171, !171, i64 0}
+!171 = !{!"buffer5.w64.b128", !172, i64 0}
+!172 = !{!"buffer5.w128.b128", !164, i64 0}
+!173 = !{!174, !174, i64 0}
+!174 = !{!"buffer5.w64.b192", !172, i64 0}
+!175 = !{!176, !176, i64 0}
+!176 = !{!"buffer5.w64.b256", !177, i64 0}
+!177 = !{!"buffer5.w128.b256", !178, i64 0}
+!178 = !{!"buffer5.w256.b256", !165, i64 0}
+!179 = !{!180, !180, i64 0}
+!180 = !{!"buffer5.w64.b320", !177, i64 0}
+!181 = !{!182, !182, i64 0}
+!182 = !{!"buffer5.w64.b384", !183, i64 0}
+!183 = !{!"buffer5.w128.b384", !178, i64 0}
+!184 = !{!185, !185, i64 0}
+!185 = !{!"buffer5.w64.b448", !183, i64 0}
+!186 = !{!187, !187, i64 0}
+!187 = !{!"buffer5.w64.b512", !188, i64 0}
+!188 = !{!"buffer5.w128.b512", !189, i64 0}
+!189 = !{!"buffer5.w256.b512", !190, i64 0}
+!190 = !{!"buffer5.w512.b512", !166, i64 0}
+!191 = !{!192, !192, i64 0}
+!192 = !{!"buffer5.w64.b576", !188, i64 0}
+!193 = !{!194, !194, i64 0}
+!194 = !{!"buffer5.w64.b640", !195, i64 0}
+!195 = !{!"buffer5.w128.b640", !189, i64 0}
+!196 = !{!197, !197, i64 0}
+!197 = !{!"buffer5.w64.b704", !195, i64 0}
+!198 = !{!199, !199, i64 0}
+!199 = !{!"buffer5.w64.b768", !200, i64 0}
+!200 = !{!"buffer5.w128.b768", !201, i64 0}
+!201 = !{!"buffer5.w256.b768", !190, i64 0}
+!202 = !{!203, !203, i64 0}
+!203 = !{!"buffer5.w64.b832", !200, i64 0}
+!204 = !{!205, !205, i64 0}
+!205 = !{!"buffer5.w64.b896", !206, i64 0}
+!206 = !{!"buffer5.w128.b896", !201, i64 0}
+!207 = !{!208, !208, i64 0}
+!208 = !{!"buffer5.w64.b960", !206, i64 0}
+!209 = distinct !{!209, !104}
+!210 = distinct !{!210, !107, !108}
+!211 = !{!167, !167, i64 0}
+!212 = distinct !{!212, !104}
+!213 = distinct !{!213, !107, !108}
+!214 = !{!"branch_weights", i32 14224, i32 2147469424}
+!215 = !{!"branch_weights", i32 16256, i32 2147467392}
+!216 = distinct !{!216, !217}
+!217 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!218 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!219 = distinct !{!219, !107, !108}
+!220 = distinct !{!220, !217}
+!221 = distinct !{!221, !107, !108}
+!222 = distinct !{!222, !217}
+!223 = distinct !{!223, !107, !108}
+!224 = distinct !{!224, !217}
+!225 = distinct !{!225, !107, !108}
+!226 = distinct !{!226, !217}
+!227 = distinct !{!227, !107, !108}
+!228 = distinct !{!228, !217}
+!229 = distinct !{!229, !107, !108}
+!230 = distinct !{!230, !217}
+!231 = distinct !{!231, !107, !108}
+!232 = distinct !{!232, !217}
+!233 = distinct !{!233, !107, !108}
+!234 = distinct !{!234, !217}
+!235 = distinct !{!235, !107, !108}
+!236 = distinct !{!236, !217}
+!237 = distinct !{!237, !107, !108}
+!238 = distinct !{!238, !217}
+!239 = distinct !{!239, !107, !108}
+!240 = distinct !{!240, !217}
+!241 = distinct !{!241, !107, !108}
+!242 = distinct !{!242, !217}
+!243 = distinct !{!243, !107, !108}
+!244 = distinct !{!244, !217}
+!245 = distinct !{!245, !107, !108}
+!246 = distinct !{!246, !217}
+!247 = distinct !{!247, !107, !108}
+!248 = distinct !{!248, !217}
+!249 = distinct !{!249, !107, !108}
+!250 = !{!251, !251, i64 0}
+!251 = !{!"buffer4.w64.b0", !252, i64 0}
+!252 = !{!"buffer4.w128.b0", !253, i64 0}
+!253 = !{!"buffer4.w256.b0", !254, i64 0}
+!254 = !{!"buffer4.w512.b0", !255, i64 0}
+!255 = !{!"buffer4.w1024.b0", !159, i64 0}
+!256 = !{!257, !257, i64 0}
+!257 = !{!"buffer6.w64.b0", !258, i64 0}
+!258 = !{!"buffer6.w128.b0", !259, i64 0}
+!259 = !{!"buffer6.w256.b0", !260, i64 0}
+!260 = !{!"buffer6.w512.b0", !261, i64 0}
+!261 = !{!"buffer6.w1024.b0", !262, i64 0}
+!262 = !{!"buffer6", !7, i64 0}
+!263 = !{!264, !264, i64 0}
+!264 = !{!"buffer7.w64.b0", !265, i64 0}
+!265 = !{!"buffer7.w128.b0", !266, i64 0}
+!266 = !{!"buffer7.w256.b0", !267, i64 0}
+!267 = !{!"buffer7.w512.b0", !268, i64 0}
+!268 = !{!"buffer7.w1024.b0", !269, i64 0}
+!269 = !{!"buffer7", !7, i64 0}
+!270 = distinct !{!270, !93}
+!271 = !{!"branch_weights", i32 1048575, i32 1}
+!272 = !{!269, !269, i64 0}
+!273 = !{!262, !262, i64 0}
+source_filename = "TVMMod"
+target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
+target triple = "x86_64-conda-linux-gnu"
+
+@__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
+@llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [128 x float], align 16
   %beta37.i = alloca [128 x float], align 16
@@ -7662,15 +8216,15 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
   %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
   %45 = icmp eq ptr %acc.i, null
-  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !6
 
 for_begin_step.preheader.i:                       ; preds = %if_end24
   %num_partials = trunc i64 %28 to i32
   %46 = icmp sgt i32 %num_partials, 0
-  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %26, 32
@@ -7690,10 +8244,10 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %52 = add nsw i64 %indvars.iv64.i, %47
   %53 = shl nsw i64 %52, 7
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
-  %55 = load <128 x float>, ptr %54, align 4, !tbaa !4
+  %55 = load <128 x float>, ptr %54, align 4, !tbaa !8
   %56 = fcmp ogt <128 x float> %old_max.i, %55
   %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
-  %58 = load <128 x float>, ptr %57, align 4, !tbaa !4
+  %58 = load <128 x float>, ptr %57, align 4, !tbaa !8
   %59 = fcmp oeq <128 x float> %58, zeroinitializer
   %60 = select <128 x i1> %59, <128 x i1> splat (i1 true), <128 x i1> %56
   %old_or_both.i = select <128 x i1> %60, <128 x float> %old_max.i, <128 x float> %55
@@ -7721,7 +8275,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <128 x i1> %80, <128 x float> zeroinitializer, <128 x float> %79
   %82 = fcmp one <128 x float> %old_sum.i, zeroinitializer
   %83 = select <128 x i1> %82, <128 x float> %81, <128 x float> zeroinitializer
-  store <128 x float> %83, ptr %alpha38.i, align 16, !tbaa !274
+  store <128 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <128 x float> %55, %m.i
   %84 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %arg2.i, <128 x float> splat (float 0x3FF7154760000000), <128 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <128 x float> %84 to <128 x i32>
@@ -7744,220 +8298,220 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <128 x i1> %101, <128 x float> zeroinitializer, <128 x float> %100
   %103 = fcmp one <128 x float> %58, zeroinitializer
   %104 = select <128 x i1> %103, <128 x float> %102, <128 x float> zeroinitializer
-  store <128 x float> %104, ptr %beta37.i, align 16, !tbaa !278
+  store <128 x float> %104, ptr %beta37.i, align 16, !tbaa !14
   %105 = fmul <128 x float> %old_sum.i, %83
   %106 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %104, <128 x float> %58, <128 x float> %105)
   %.idx.i = shl nsw i64 %52, 18
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !282
+  %109 = load float, ptr %108, align 4, !tbaa !18
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 9
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !283
+  %115 = load float, ptr %114, align 4, !tbaa !19
   %invariant.gep83.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   %.scalar = fmul float %115, 0.000000e+00
   %116 = insertelement <16 x float> poison, float %.scalar, i64 0
   %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %invariant.gep83.i, align 4, !tbaa !4
-  %118 = load <16 x float>, ptr %113, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %invariant.gep83.i, align 4, !tbaa !8
+  %118 = load <16 x float>, ptr %113, align 4, !tbaa !8
   %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %118, <16 x float> %117)
-  store <16 x float> %119, ptr %invariant.gep83.i, align 4, !tbaa !4
+  store <16 x float> %119, ptr %invariant.gep83.i, align 4, !tbaa !8
   %gep84.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 64
-  store <16 x float> zeroinitializer, ptr %gep84.i.1, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.1, align 4, !tbaa !8
   %120 = getelementptr i8, ptr %113, i64 64
-  %121 = load <16 x float>, ptr %120, align 4, !tbaa !4
+  %121 = load <16 x float>, ptr %120, align 4, !tbaa !8
   %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %121, <16 x float> %117)
-  store <16 x float> %122, ptr %gep84.i.1, align 4, !tbaa !4
+  store <16 x float> %122, ptr %gep84.i.1, align 4, !tbaa !8
   %gep84.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 128
-  store <16 x float> zeroinitializer, ptr %gep84.i.2, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.2, align 4, !tbaa !8
   %123 = getelementptr i8, ptr %113, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !4
+  %124 = load <16 x float>, ptr %123, align 4, !tbaa !8
   %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %124, <16 x float> %117)
-  store <16 x float> %125, ptr %gep84.i.2, align 4, !tbaa !4
+  store <16 x float> %125, ptr %gep84.i.2, align 4, !tbaa !8
   %gep84.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 192
-  store <16 x float> zeroinitializer, ptr %gep84.i.3, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.3, align 4, !tbaa !8
   %126 = getelementptr i8, ptr %113, i64 192
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !4
+  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
   %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %117)
-  store <16 x float> %128, ptr %gep84.i.3, align 4, !tbaa !4
+  store <16 x float> %128, ptr %gep84.i.3, align 4, !tbaa !8
   %gep84.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 256
-  store <16 x float> zeroinitializer, ptr %gep84.i.4, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.4, align 4, !tbaa !8
   %129 = getelementptr i8, ptr %113, i64 256
-  %130 = load <16 x float>, ptr %129, align 4, !tbaa !4
+  %130 = load <16 x float>, ptr %129, align 4, !tbaa !8
   %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %130, <16 x float> %117)
-  store <16 x float> %131, ptr %gep84.i.4, align 4, !tbaa !4
+  store <16 x float> %131, ptr %gep84.i.4, align 4, !tbaa !8
   %gep84.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 320
-  store <16 x float> zeroinitializer, ptr %gep84.i.5, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.5, align 4, !tbaa !8
   %132 = getelementptr i8, ptr %113, i64 320
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !4
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !8
   %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %133, <16 x float> %117)
-  store <16 x float> %134, ptr %gep84.i.5, align 4, !tbaa !4
+  store <16 x float> %134, ptr %gep84.i.5, align 4, !tbaa !8
   %gep84.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 384
-  store <16 x float> zeroinitializer, ptr %gep84.i.6, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.6, align 4, !tbaa !8
   %135 = getelementptr i8, ptr %113, i64 384
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !4
+  %136 = load <16 x float>, ptr %135, align 4, !tbaa !8
   %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %136, <16 x float> %117)
-  store <16 x float> %137, ptr %gep84.i.6, align 4, !tbaa !4
+  store <16 x float> %137, ptr %gep84.i.6, align 4, !tbaa !8
   %gep84.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 448
-  store <16 x float> zeroinitializer, ptr %gep84.i.7, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.7, align 4, !tbaa !8
   %138 = getelementptr i8, ptr %113, i64 448
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
+  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
   %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %117)
-  store <16 x float> %140, ptr %gep84.i.7, align 4, !tbaa !4
+  store <16 x float> %140, ptr %gep84.i.7, align 4, !tbaa !8
   %gep84.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 512
-  store <16 x float> zeroinitializer, ptr %gep84.i.8, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.8, align 4, !tbaa !8
   %141 = getelementptr i8, ptr %113, i64 512
-  %142 = load <16 x float>, ptr %141, align 4, !tbaa !4
+  %142 = load <16 x float>, ptr %141, align 4, !tbaa !8
   %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %142, <16 x float> %117)
-  store <16 x float> %143, ptr %gep84.i.8, align 4, !tbaa !4
+  store <16 x float> %143, ptr %gep84.i.8, align 4, !tbaa !8
   %gep84.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 576
-  store <16 x float> zeroinitializer, ptr %gep84.i.9, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.9, align 4, !tbaa !8
   %144 = getelementptr i8, ptr %113, i64 576
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !4
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !8
   %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %145, <16 x float> %117)
-  store <16 x float> %146, ptr %gep84.i.9, align 4, !tbaa !4
+  store <16 x float> %146, ptr %gep84.i.9, align 4, !tbaa !8
   %gep84.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 640
-  store <16 x float> zeroinitializer, ptr %gep84.i.10, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.10, align 4, !tbaa !8
   %147 = getelementptr i8, ptr %113, i64 640
-  %148 = load <16 x float>, ptr %147, align 4, !tbaa !4
+  %148 = load <16 x float>, ptr %147, align 4, !tbaa !8
   %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %148, <16 x float> %117)
-  store <16 x float> %149, ptr %gep84.i.10, align 4, !tbaa !4
+  store <16 x float> %149, ptr %gep84.i.10, align 4, !tbaa !8
   %gep84.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 704
-  store <16 x float> zeroinitializer, ptr %gep84.i.11, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.11, align 4, !tbaa !8
   %150 = getelementptr i8, ptr %113, i64 704
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !4
+  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
   %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %151, <16 x float> %117)
-  store <16 x float> %152, ptr %gep84.i.11, align 4, !tbaa !4
+  store <16 x float> %152, ptr %gep84.i.11, align 4, !tbaa !8
   %gep84.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 768
-  store <16 x float> zeroinitializer, ptr %gep84.i.12, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.12, align 4, !tbaa !8
   %153 = getelementptr i8, ptr %113, i64 768
-  %154 = load <16 x float>, ptr %153, align 4, !tbaa !4
+  %154 = load <16 x float>, ptr %153, align 4, !tbaa !8
   %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %154, <16 x float> %117)
-  store <16 x float> %155, ptr %gep84.i.12, align 4, !tbaa !4
+  store <16 x float> %155, ptr %gep84.i.12, align 4, !tbaa !8
   %gep84.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 832
-  store <16 x float> zeroinitializer, ptr %gep84.i.13, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.13, align 4, !tbaa !8
   %156 = getelementptr i8, ptr %113, i64 832
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !8
   %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %157, <16 x float> %117)
-  store <16 x float> %158, ptr %gep84.i.13, align 4, !tbaa !4
+  store <16 x float> %158, ptr %gep84.i.13, align 4, !tbaa !8
   %gep84.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 896
-  store <16 x float> zeroinitializer, ptr %gep84.i.14, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.14, align 4, !tbaa !8
   %159 = getelementptr i8, ptr %113, i64 896
-  %160 = load <16 x float>, ptr %159, align 4, !tbaa !4
+  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
   %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %160, <16 x float> %117)
-  store <16 x float> %161, ptr %gep84.i.14, align 4, !tbaa !4
+  store <16 x float> %161, ptr %gep84.i.14, align 4, !tbaa !8
   %gep84.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 960
-  store <16 x float> zeroinitializer, ptr %gep84.i.15, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.15, align 4, !tbaa !8
   %162 = getelementptr i8, ptr %113, i64 960
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !8
   %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %163, <16 x float> %117)
-  store <16 x float> %164, ptr %gep84.i.15, align 4, !tbaa !4
+  store <16 x float> %164, ptr %gep84.i.15, align 4, !tbaa !8
   %gep84.i.16 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1024
-  store <16 x float> zeroinitializer, ptr %gep84.i.16, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.16, align 4, !tbaa !8
   %165 = getelementptr i8, ptr %113, i64 1024
-  %166 = load <16 x float>, ptr %165, align 4, !tbaa !4
+  %166 = load <16 x float>, ptr %165, align 4, !tbaa !8
   %167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %166, <16 x float> %117)
-  store <16 x float> %167, ptr %gep84.i.16, align 4, !tbaa !4
+  store <16 x float> %167, ptr %gep84.i.16, align 4, !tbaa !8
   %gep84.i.17 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1088
-  store <16 x float> zeroinitializer, ptr %gep84.i.17, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.17, align 4, !tbaa !8
   %168 = getelementptr i8, ptr %113, i64 1088
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
   %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %169, <16 x float> %117)
-  store <16 x float> %170, ptr %gep84.i.17, align 4, !tbaa !4
+  store <16 x float> %170, ptr %gep84.i.17, align 4, !tbaa !8
   %gep84.i.18 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1152
-  store <16 x float> zeroinitializer, ptr %gep84.i.18, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.18, align 4, !tbaa !8
   %171 = getelementptr i8, ptr %113, i64 1152
-  %172 = load <16 x float>, ptr %171, align 4, !tbaa !4
+  %172 = load <16 x float>, ptr %171, align 4, !tbaa !8
   %173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %172, <16 x float> %117)
-  store <16 x float> %173, ptr %gep84.i.18, align 4, !tbaa !4
+  store <16 x float> %173, ptr %gep84.i.18, align 4, !tbaa !8
   %gep84.i.19 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1216
-  store <16 x float> zeroinitializer, ptr %gep84.i.19, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.19, align 4, !tbaa !8
   %174 = getelementptr i8, ptr %113, i64 1216
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
   %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %175, <16 x float> %117)
-  store <16 x float> %176, ptr %gep84.i.19, align 4, !tbaa !4
+  store <16 x float> %176, ptr %gep84.i.19, align 4, !tbaa !8
   %gep84.i.20 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1280
-  store <16 x float> zeroinitializer, ptr %gep84.i.20, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.20, align 4, !tbaa !8
   %177 = getelementptr i8, ptr %113, i64 1280
-  %178 = load <16 x float>, ptr %177, align 4, !tbaa !4
+  %178 = load <16 x float>, ptr %177, align 4, !tbaa !8
   %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %178, <16 x float> %117)
-  store <16 x float> %179, ptr %gep84.i.20, align 4, !tbaa !4
+  store <16 x float> %179, ptr %gep84.i.20, align 4, !tbaa !8
   %gep84.i.21 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1344
-  store <16 x float> zeroinitializer, ptr %gep84.i.21, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.21, align 4, !tbaa !8
   %180 = getelementptr i8, ptr %113, i64 1344
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
   %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %181, <16 x float> %117)
-  store <16 x float> %182, ptr %gep84.i.21, align 4, !tbaa !4
+  store <16 x float> %182, ptr %gep84.i.21, align 4, !tbaa !8
   %gep84.i.22 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1408
-  store <16 x float> zeroinitializer, ptr %gep84.i.22, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.22, align 4, !tbaa !8
   %183 = getelementptr i8, ptr %113, i64 1408
-  %184 = load <16 x float>, ptr %183, align 4, !tbaa !4
+  %184 = load <16 x float>, ptr %183, align 4, !tbaa !8
   %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %184, <16 x float> %117)
-  store <16 x float> %185, ptr %gep84.i.22, align 4, !tbaa !4
+  store <16 x float> %185, ptr %gep84.i.22, align 4, !tbaa !8
   %gep84.i.23 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1472
-  store <16 x float> zeroinitializer, ptr %gep84.i.23, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.23, align 4, !tbaa !8
   %186 = getelementptr i8, ptr %113, i64 1472
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
   %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %187, <16 x float> %117)
-  store <16 x float> %188, ptr %gep84.i.23, align 4, !tbaa !4
+  store <16 x float> %188, ptr %gep84.i.23, align 4, !tbaa !8
   %gep84.i.24 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1536
-  store <16 x float> zeroinitializer, ptr %gep84.i.24, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.24, align 4, !tbaa !8
   %189 = getelementptr i8, ptr %113, i64 1536
-  %190 = load <16 x float>, ptr %189, align 4, !tbaa !4
+  %190 = load <16 x float>, ptr %189, align 4, !tbaa !8
   %191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %190, <16 x float> %117)
-  store <16 x float> %191, ptr %gep84.i.24, align 4, !tbaa !4
+  store <16 x float> %191, ptr %gep84.i.24, align 4, !tbaa !8
   %gep84.i.25 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1600
-  store <16 x float> zeroinitializer, ptr %gep84.i.25, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.25, align 4, !tbaa !8
   %192 = getelementptr i8, ptr %113, i64 1600
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
   %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %193, <16 x float> %117)
-  store <16 x float> %194, ptr %gep84.i.25, align 4, !tbaa !4
+  store <16 x float> %194, ptr %gep84.i.25, align 4, !tbaa !8
   %gep84.i.26 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1664
-  store <16 x float> zeroinitializer, ptr %gep84.i.26, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.26, align 4, !tbaa !8
   %195 = getelementptr i8, ptr %113, i64 1664
-  %196 = load <16 x float>, ptr %195, align 4, !tbaa !4
+  %196 = load <16 x float>, ptr %195, align 4, !tbaa !8
   %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %196, <16 x float> %117)
-  store <16 x float> %197, ptr %gep84.i.26, align 4, !tbaa !4
+  store <16 x float> %197, ptr %gep84.i.26, align 4, !tbaa !8
   %gep84.i.27 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1728
-  store <16 x float> zeroinitializer, ptr %gep84.i.27, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.27, align 4, !tbaa !8
   %198 = getelementptr i8, ptr %113, i64 1728
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
   %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %199, <16 x float> %117)
-  store <16 x float> %200, ptr %gep84.i.27, align 4, !tbaa !4
+  store <16 x float> %200, ptr %gep84.i.27, align 4, !tbaa !8
   %gep84.i.28 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1792
-  store <16 x float> zeroinitializer, ptr %gep84.i.28, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.28, align 4, !tbaa !8
   %201 = getelementptr i8, ptr %113, i64 1792
-  %202 = load <16 x float>, ptr %201, align 4, !tbaa !4
+  %202 = load <16 x float>, ptr %201, align 4, !tbaa !8
   %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %202, <16 x float> %117)
-  store <16 x float> %203, ptr %gep84.i.28, align 4, !tbaa !4
+  store <16 x float> %203, ptr %gep84.i.28, align 4, !tbaa !8
   %gep84.i.29 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1856
-  store <16 x float> zeroinitializer, ptr %gep84.i.29, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.29, align 4, !tbaa !8
   %204 = getelementptr i8, ptr %113, i64 1856
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
   %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %205, <16 x float> %117)
-  store <16 x float> %206, ptr %gep84.i.29, align 4, !tbaa !4
+  store <16 x float> %206, ptr %gep84.i.29, align 4, !tbaa !8
   %gep84.i.30 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1920
-  store <16 x float> zeroinitializer, ptr %gep84.i.30, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.30, align 4, !tbaa !8
   %207 = getelementptr i8, ptr %113, i64 1920
-  %208 = load <16 x float>, ptr %207, align 4, !tbaa !4
+  %208 = load <16 x float>, ptr %207, align 4, !tbaa !8
   %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %208, <16 x float> %117)
-  store <16 x float> %209, ptr %gep84.i.30, align 4, !tbaa !4
+  store <16 x float> %209, ptr %gep84.i.30, align 4, !tbaa !8
   %gep84.i.31 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1984
-  store <16 x float> zeroinitializer, ptr %gep84.i.31, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %gep84.i.31, align 4, !tbaa !8
   %210 = getelementptr i8, ptr %113, i64 1984
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
   %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %211, <16 x float> %117)
-  store <16 x float> %212, ptr %gep84.i.31, align 4, !tbaa !4
+  store <16 x float> %212, ptr %gep84.i.31, align 4, !tbaa !8
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 128
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !31
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !20
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -7967,11 +8521,11 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %sext33 = shl i64 %24, 32
   %213 = ashr exact i64 %sext33, 32
   %214 = getelementptr inbounds i32, ptr %context_lens, i64 %213
-  %215 = load i32, ptr %214, align 4, !tbaa !4
+  %215 = load i32, ptr %214, align 4, !tbaa !8
   %216 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
   %217 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
   %218 = select <128 x i1> %217, <128 x float> zeroinitializer, <128 x float> %216
-  store <128 x float> %218, ptr %factor34.i, align 16, !tbaa !284
+  store <128 x float> %218, ptr %factor34.i, align 16, !tbaa !21
   %219 = mul nsw i64 %out_batch, %213
   %220 = getelementptr i16, ptr %out, i64 %219
   br label %for_begin_d_019.preheader.i
@@ -7979,251 +8533,251 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %221 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %222 = load float, ptr %221, align 4, !tbaa !282
+  %222 = load float, ptr %221, align 4, !tbaa !18
   %223 = insertelement <16 x float> poison, float %222, i64 0
   %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
   %225 = shl nuw nsw i64 %indvars.iv.i, 9
   %226 = getelementptr float, ptr %107, i64 %225
   %227 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %228 = load float, ptr %227, align 4, !tbaa !283
+  %228 = load float, ptr %227, align 4, !tbaa !19
   %229 = insertelement <16 x float> poison, float %228, i64 0
   %230 = shufflevector <16 x float> %229, <16 x float> poison, <16 x i32> zeroinitializer
-  %231 = load <16 x float>, ptr %226, align 4, !tbaa !4
+  %231 = load <16 x float>, ptr %226, align 4, !tbaa !8
   %232 = getelementptr inbounds nuw float, ptr %acc.i, i64 %225
-  %233 = load <16 x float>, ptr %232, align 4, !tbaa !4
+  %233 = load <16 x float>, ptr %232, align 4, !tbaa !8
   %234 = fmul <16 x float> %233, %230
   %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %231, <16 x float> %234)
-  store <16 x float> %235, ptr %232, align 4, !tbaa !4
+  store <16 x float> %235, ptr %232, align 4, !tbaa !8
   %236 = getelementptr i8, ptr %226, i64 64
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !4
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !8
   %238 = getelementptr inbounds nuw i8, ptr %232, i64 64
-  %239 = load <16 x float>, ptr %238, align 4, !tbaa !4
+  %239 = load <16 x float>, ptr %238, align 4, !tbaa !8
   %240 = fmul <16 x float> %230, %239
   %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %237, <16 x float> %240)
-  store <16 x float> %241, ptr %238, align 4, !tbaa !4
+  store <16 x float> %241, ptr %238, align 4, !tbaa !8
   %242 = getelementptr i8, ptr %226, i64 128
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !4
+  %243 = load <16 x float>, ptr %242, align 4, !tbaa !8
   %244 = getelementptr inbounds nuw i8, ptr %232, i64 128
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !4
+  %245 = load <16 x float>, ptr %244, align 4, !tbaa !8
   %246 = fmul <16 x float> %230, %245
   %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %243, <16 x float> %246)
-  store <16 x float> %247, ptr %244, align 4, !tbaa !4
+  store <16 x float> %247, ptr %244, align 4, !tbaa !8
   %248 = getelementptr i8, ptr %226, i64 192
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !4
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !8
   %250 = getelementptr inbounds nuw i8, ptr %232, i64 192
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !4
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
   %252 = fmul <16 x float> %230, %251
   %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %249, <16 x float> %252)
-  store <16 x float> %253, ptr %250, align 4, !tbaa !4
+  store <16 x float> %253, ptr %250, align 4, !tbaa !8
   %254 = getelementptr i8, ptr %226, i64 256
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
+  %255 = load <16 x float>, ptr %254, align 4, !tbaa !8
   %256 = getelementptr inbounds nuw i8, ptr %232, i64 256
-  %257 = load <16 x float>, ptr %256, align 4, !tbaa !4
+  %257 = load <16 x float>, ptr %256, align 4, !tbaa !8
   %258 = fmul <16 x float> %230, %257
   %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %255, <16 x float> %258)
-  store <16 x float> %259, ptr %256, align 4, !tbaa !4
+  store <16 x float> %259, ptr %256, align 4, !tbaa !8
   %260 = getelementptr i8, ptr %226, i64 320
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !4
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
   %262 = getelementptr inbounds nuw i8, ptr %232, i64 320
-  %263 = load <16 x float>, ptr %262, align 4, !tbaa !4
+  %263 = load <16 x float>, ptr %262, align 4, !tbaa !8
   %264 = fmul <16 x float> %230, %263
   %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %261, <16 x float> %264)
-  store <16 x float> %265, ptr %262, align 4, !tbaa !4
+  store <16 x float> %265, ptr %262, align 4, !tbaa !8
   %266 = getelementptr i8, ptr %226, i64 384
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !4
+  %267 = load <16 x float>, ptr %266, align 4, !tbaa !8
   %268 = getelementptr inbounds nuw i8, ptr %232, i64 384
-  %269 = load <16 x float>, ptr %268, align 4, !tbaa !4
+  %269 = load <16 x float>, ptr %268, align 4, !tbaa !8
   %270 = fmul <16 x float> %230, %269
   %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %267, <16 x float> %270)
-  store <16 x float> %271, ptr %268, align 4, !tbaa !4
+  store <16 x float> %271, ptr %268, align 4, !tbaa !8
   %272 = getelementptr i8, ptr %226, i64 448
-  %273 = load <16 x float>, ptr %272, align 4, !tbaa !4
+  %273 = load <16 x float>, ptr %272, align 4, !tbaa !8
   %274 = getelementptr inbounds nuw i8, ptr %232, i64 448
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !4
+  %275 = load <16 x float>, ptr %274, align 4, !tbaa !8
   %276 = fmul <16 x float> %230, %275
   %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %273, <16 x float> %276)
-  store <16 x float> %277, ptr %274, align 4, !tbaa !4
+  store <16 x float> %277, ptr %274, align 4, !tbaa !8
   %278 = getelementptr i8, ptr %226, i64 512
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !4
+  %279 = load <16 x float>, ptr %278, align 4, !tbaa !8
   %280 = getelementptr inbounds nuw i8, ptr %232, i64 512
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !4
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
   %282 = fmul <16 x float> %230, %281
   %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %279, <16 x float> %282)
-  store <16 x float> %283, ptr %280, align 4, !tbaa !4
+  store <16 x float> %283, ptr %280, align 4, !tbaa !8
   %284 = getelementptr i8, ptr %226, i64 576
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !4
+  %285 = load <16 x float>, ptr %284, align 4, !tbaa !8
   %286 = getelementptr inbounds nuw i8, ptr %232, i64 576
-  %287 = load <16 x float>, ptr %286, align 4, !tbaa !4
+  %287 = load <16 x float>, ptr %286, align 4, !tbaa !8
   %288 = fmul <16 x float> %230, %287
   %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %285, <16 x float> %288)
-  store <16 x float> %289, ptr %286, align 4, !tbaa !4
+  store <16 x float> %289, ptr %286, align 4, !tbaa !8
   %290 = getelementptr i8, ptr %226, i64 640
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !4
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
   %292 = getelementptr inbounds nuw i8, ptr %232, i64 640
-  %293 = load <16 x float>, ptr %292, align 4, !tbaa !4
+  %293 = load <16 x float>, ptr %292, align 4, !tbaa !8
   %294 = fmul <16 x float> %230, %293
   %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %291, <16 x float> %294)
-  store <16 x float> %295, ptr %292, align 4, !tbaa !4
+  store <16 x float> %295, ptr %292, align 4, !tbaa !8
   %296 = getelementptr i8, ptr %226, i64 704
-  %297 = load <16 x float>, ptr %296, align 4, !tbaa !4
+  %297 = load <16 x float>, ptr %296, align 4, !tbaa !8
   %298 = getelementptr inbounds nuw i8, ptr %232, i64 704
-  %299 = load <16 x float>, ptr %298, align 4, !tbaa !4
+  %299 = load <16 x float>, ptr %298, align 4, !tbaa !8
   %300 = fmul <16 x float> %230, %299
   %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %297, <16 x float> %300)
-  store <16 x float> %301, ptr %298, align 4, !tbaa !4
+  store <16 x float> %301, ptr %298, align 4, !tbaa !8
   %302 = getelementptr i8, ptr %226, i64 768
-  %303 = load <16 x float>, ptr %302, align 4, !tbaa !4
+  %303 = load <16 x float>, ptr %302, align 4, !tbaa !8
   %304 = getelementptr inbounds nuw i8, ptr %232, i64 768
-  %305 = load <16 x float>, ptr %304, align 4, !tbaa !4
+  %305 = load <16 x float>, ptr %304, align 4, !tbaa !8
   %306 = fmul <16 x float> %230, %305
   %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %303, <16 x float> %306)
-  store <16 x float> %307, ptr %304, align 4, !tbaa !4
+  store <16 x float> %307, ptr %304, align 4, !tbaa !8
   %308 = getelementptr i8, ptr %226, i64 832
-  %309 = load <16 x float>, ptr %308, align 4, !tbaa !4
+  %309 = load <16 x float>, ptr %308, align 4, !tbaa !8
   %310 = getelementptr inbounds nuw i8, ptr %232, i64 832
-  %311 = load <16 x float>, ptr %310, align 4, !tbaa !4
+  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
   %312 = fmul <16 x float> %230, %311
   %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %309, <16 x float> %312)
-  store <16 x float> %313, ptr %310, align 4, !tbaa !4
+  store <16 x float> %313, ptr %310, align 4, !tbaa !8
   %314 = getelementptr i8, ptr %226, i64 896
-  %315 = load <16 x float>, ptr %314, align 4, !tbaa !4
+  %315 = load <16 x float>, ptr %314, align 4, !tbaa !8
   %316 = getelementptr inbounds nuw i8, ptr %232, i64 896
-  %317 = load <16 x float>, ptr %316, align 4, !tbaa !4
+  %317 = load <16 x float>, ptr %316, align 4, !tbaa !8
   %318 = fmul <16 x float> %230, %317
   %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %315, <16 x float> %318)
-  store <16 x float> %319, ptr %316, align 4, !tbaa !4
+  store <16 x float> %319, ptr %316, align 4, !tbaa !8
   %320 = getelementptr i8, ptr %226, i64 960
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !4
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
   %322 = getelementptr inbounds nuw i8, ptr %232, i64 960
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !4
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !8
   %324 = fmul <16 x float> %230, %323
   %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %321, <16 x float> %324)
-  store <16 x float> %325, ptr %322, align 4, !tbaa !4
+  store <16 x float> %325, ptr %322, align 4, !tbaa !8
   %326 = getelementptr i8, ptr %226, i64 1024
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !4
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !8
   %328 = getelementptr inbounds nuw i8, ptr %232, i64 1024
-  %329 = load <16 x float>, ptr %328, align 4, !tbaa !4
+  %329 = load <16 x float>, ptr %328, align 4, !tbaa !8
   %330 = fmul <16 x float> %230, %329
   %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %327, <16 x float> %330)
-  store <16 x float> %331, ptr %328, align 4, !tbaa !4
+  store <16 x float> %331, ptr %328, align 4, !tbaa !8
   %332 = getelementptr i8, ptr %226, i64 1088
-  %333 = load <16 x float>, ptr %332, align 4, !tbaa !4
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !8
   %334 = getelementptr inbounds nuw i8, ptr %232, i64 1088
-  %335 = load <16 x float>, ptr %334, align 4, !tbaa !4
+  %335 = load <16 x float>, ptr %334, align 4, !tbaa !8
   %336 = fmul <16 x float> %230, %335
   %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %333, <16 x float> %336)
-  store <16 x float> %337, ptr %334, align 4, !tbaa !4
+  store <16 x float> %337, ptr %334, align 4, !tbaa !8
   %338 = getelementptr i8, ptr %226, i64 1152
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !4
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !8
   %340 = getelementptr inbounds nuw i8, ptr %232, i64 1152
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !4
+  %341 = load <16 x float>, ptr %340, align 4, !tbaa !8
   %342 = fmul <16 x float> %230, %341
   %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 4, !tbaa !4
+  store <16 x float> %343, ptr %340, align 4, !tbaa !8
   %344 = getelementptr i8, ptr %226, i64 1216
-  %345 = load <16 x float>, ptr %344, align 4, !tbaa !4
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !8
   %346 = getelementptr inbounds nuw i8, ptr %232, i64 1216
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !4
+  %347 = load <16 x float>, ptr %346, align 4, !tbaa !8
   %348 = fmul <16 x float> %230, %347
   %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %345, <16 x float> %348)
-  store <16 x float> %349, ptr %346, align 4, !tbaa !4
+  store <16 x float> %349, ptr %346, align 4, !tbaa !8
   %350 = getelementptr i8, ptr %226, i64 1280
-  %351 = load <16 x float>, ptr %350, align 4, !tbaa !4
+  %351 = load <16 x float>, ptr %350, align 4, !tbaa !8
   %352 = getelementptr inbounds nuw i8, ptr %232, i64 1280
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !4
+  %353 = load <16 x float>, ptr %352, align 4, !tbaa !8
   %354 = fmul <16 x float> %230, %353
   %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %351, <16 x float> %354)
-  store <16 x float> %355, ptr %352, align 4, !tbaa !4
+  store <16 x float> %355, ptr %352, align 4, !tbaa !8
   %356 = getelementptr i8, ptr %226, i64 1344
-  %357 = load <16 x float>, ptr %356, align 4, !tbaa !4
+  %357 = load <16 x float>, ptr %356, align 4, !tbaa !8
   %358 = getelementptr inbounds nuw i8, ptr %232, i64 1344
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !4
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !8
   %360 = fmul <16 x float> %230, %359
   %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %357, <16 x float> %360)
-  store <16 x float> %361, ptr %358, align 4, !tbaa !4
+  store <16 x float> %361, ptr %358, align 4, !tbaa !8
   %362 = getelementptr i8, ptr %226, i64 1408
-  %363 = load <16 x float>, ptr %362, align 4, !tbaa !4
+  %363 = load <16 x float>, ptr %362, align 4, !tbaa !8
   %364 = getelementptr inbounds nuw i8, ptr %232, i64 1408
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !4
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !8
   %366 = fmul <16 x float> %230, %365
   %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %363, <16 x float> %366)
-  store <16 x float> %367, ptr %364, align 4, !tbaa !4
+  store <16 x float> %367, ptr %364, align 4, !tbaa !8
   %368 = getelementptr i8, ptr %226, i64 1472
-  %369 = load <16 x float>, ptr %368, align 4, !tbaa !4
+  %369 = load <16 x float>, ptr %368, align 4, !tbaa !8
   %370 = getelementptr inbounds nuw i8, ptr %232, i64 1472
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !4
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !8
   %372 = fmul <16 x float> %230, %371
   %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %369, <16 x float> %372)
-  store <16 x float> %373, ptr %370, align 4, !tbaa !4
+  store <16 x float> %373, ptr %370, align 4, !tbaa !8
   %374 = getelementptr i8, ptr %226, i64 1536
-  %375 = load <16 x float>, ptr %374, align 4, !tbaa !4
+  %375 = load <16 x float>, ptr %374, align 4, !tbaa !8
   %376 = getelementptr inbounds nuw i8, ptr %232, i64 1536
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !4
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !8
   %378 = fmul <16 x float> %230, %377
   %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %375, <16 x float> %378)
-  store <16 x float> %379, ptr %376, align 4, !tbaa !4
+  store <16 x float> %379, ptr %376, align 4, !tbaa !8
   %380 = getelementptr i8, ptr %226, i64 1600
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !4
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !8
   %382 = getelementptr inbounds nuw i8, ptr %232, i64 1600
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !4
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !8
   %384 = fmul <16 x float> %230, %383
   %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %381, <16 x float> %384)
-  store <16 x float> %385, ptr %382, align 4, !tbaa !4
+  store <16 x float> %385, ptr %382, align 4, !tbaa !8
   %386 = getelementptr i8, ptr %226, i64 1664
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !4
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !8
   %388 = getelementptr inbounds nuw i8, ptr %232, i64 1664
-  %389 = load <16 x float>, ptr %388, align 4, !tbaa !4
+  %389 = load <16 x float>, ptr %388, align 4, !tbaa !8
   %390 = fmul <16 x float> %230, %389
   %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %387, <16 x float> %390)
-  store <16 x float> %391, ptr %388, align 4, !tbaa !4
+  store <16 x float> %391, ptr %388, align 4, !tbaa !8
   %392 = getelementptr i8, ptr %226, i64 1728
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !4
+  %393 = load <16 x float>, ptr %392, align 4, !tbaa !8
   %394 = getelementptr inbounds nuw i8, ptr %232, i64 1728
-  %395 = load <16 x float>, ptr %394, align 4, !tbaa !4
+  %395 = load <16 x float>, ptr %394, align 4, !tbaa !8
   %396 = fmul <16 x float> %230, %395
   %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %393, <16 x float> %396)
-  store <16 x float> %397, ptr %394, align 4, !tbaa !4
+  store <16 x float> %397, ptr %394, align 4, !tbaa !8
   %398 = getelementptr i8, ptr %226, i64 1792
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !4
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !8
   %400 = getelementptr inbounds nuw i8, ptr %232, i64 1792
-  %401 = load <16 x float>, ptr %400, align 4, !tbaa !4
+  %401 = load <16 x float>, ptr %400, align 4, !tbaa !8
   %402 = fmul <16 x float> %230, %401
   %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %399, <16 x float> %402)
-  store <16 x float> %403, ptr %400, align 4, !tbaa !4
+  store <16 x float> %403, ptr %400, align 4, !tbaa !8
   %404 = getelementptr i8, ptr %226, i64 1856
-  %405 = load <16 x float>, ptr %404, align 4, !tbaa !4
+  %405 = load <16 x float>, ptr %404, align 4, !tbaa !8
   %406 = getelementptr inbounds nuw i8, ptr %232, i64 1856
-  %407 = load <16 x float>, ptr %406, align 4, !tbaa !4
+  %407 = load <16 x float>, ptr %406, align 4, !tbaa !8
   %408 = fmul <16 x float> %230, %407
   %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %405, <16 x float> %408)
-  store <16 x float> %409, ptr %406, align 4, !tbaa !4
+  store <16 x float> %409, ptr %406, align 4, !tbaa !8
   %410 = getelementptr i8, ptr %226, i64 1920
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !4
+  %411 = load <16 x float>, ptr %410, align 4, !tbaa !8
   %412 = getelementptr inbounds nuw i8, ptr %232, i64 1920
-  %413 = load <16 x float>, ptr %412, align 4, !tbaa !4
+  %413 = load <16 x float>, ptr %412, align 4, !tbaa !8
   %414 = fmul <16 x float> %230, %413
   %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %411, <16 x float> %414)
-  store <16 x float> %415, ptr %412, align 4, !tbaa !4
+  store <16 x float> %415, ptr %412, align 4, !tbaa !8
   %416 = getelementptr i8, ptr %226, i64 1984
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !4
+  %417 = load <16 x float>, ptr %416, align 4, !tbaa !8
   %418 = getelementptr inbounds nuw i8, ptr %232, i64 1984
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !4
+  %419 = load <16 x float>, ptr %418, align 4, !tbaa !8
   %420 = fmul <16 x float> %230, %419
   %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %417, <16 x float> %420)
-  store <16 x float> %421, ptr %418, align 4, !tbaa !4
+  store <16 x float> %421, ptr %418, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !31
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !20
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !25
 
 for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_end_d_021.i ]
   %422 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %423 = load float, ptr %422, align 4, !tbaa !288
+  %423 = load float, ptr %422, align 4, !tbaa !26
   %424 = insertelement <16 x float> poison, float %423, i64 0
   %425 = shufflevector <16 x float> %424, <16 x float> poison, <16 x i32> zeroinitializer
   %426 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -8249,7 +8803,7 @@ for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %
   %indvars.iv68.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d_020.i ]
   %437 = shl nuw nsw i64 %indvars.iv68.i, 4
   %gep88.i = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %437
-  %438 = load <16 x float>, ptr %gep88.i, align 4, !tbaa !4
+  %438 = load <16 x float>, ptr %gep88.i, align 4, !tbaa !8
   %439 = fmul <16 x float> %425, %438
   %440 = bitcast <16 x float> %439 to <16 x i32>
   %441 = lshr <16 x i32> %440, splat (i32 16)
@@ -8259,11 +8813,11 @@ for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %
   %445 = lshr <16 x i32> %444, splat (i32 16)
   %446 = trunc nuw <16 x i32> %445 to <16 x i16>
   %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %437
-  store <16 x i16> %446, ptr %gep.i, align 2, !tbaa !4
+  store <16 x i16> %446, ptr %gep.i, align 2, !tbaa !8
   %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 4
   %447 = or disjoint i64 %indvars.iv.next69.i, 16
   %gep88.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %447
-  %448 = load <16 x float>, ptr %gep88.i.1, align 4, !tbaa !4
+  %448 = load <16 x float>, ptr %gep88.i.1, align 4, !tbaa !8
   %449 = fmul <16 x float> %425, %448
   %450 = bitcast <16 x float> %449 to <16 x i32>
   %451 = lshr <16 x i32> %450, splat (i32 16)
@@ -8273,11 +8827,11 @@ for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %
   %455 = lshr <16 x i32> %454, splat (i32 16)
   %456 = trunc nuw <16 x i32> %455 to <16 x i16>
   %gep.i.1 = getelementptr i16, ptr %invariant.gep.i, i64 %447
-  store <16 x i16> %456, ptr %gep.i.1, align 2, !tbaa !4
+  store <16 x i16> %456, ptr %gep.i.1, align 2, !tbaa !8
   %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 4
   %457 = or disjoint i64 %indvars.iv.next69.i.1, 32
   %gep88.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %457
-  %458 = load <16 x float>, ptr %gep88.i.2, align 4, !tbaa !4
+  %458 = load <16 x float>, ptr %gep88.i.2, align 4, !tbaa !8
   %459 = fmul <16 x float> %425, %458
   %460 = bitcast <16 x float> %459 to <16 x i32>
   %461 = lshr <16 x i32> %460, splat (i32 16)
@@ -8287,11 +8841,11 @@ for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %
   %465 = lshr <16 x i32> %464, splat (i32 16)
   %466 = trunc nuw <16 x i32> %465 to <16 x i16>
   %gep.i.2 = getelementptr i16, ptr %invariant.gep.i, i64 %457
-  store <16 x i16> %466, ptr %gep.i.2, align 2, !tbaa !4
+  store <16 x i16> %466, ptr %gep.i.2, align 2, !tbaa !8
   %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 4
   %467 = or disjoint i64 %indvars.iv.next69.i.2, 48
   %gep88.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %467
-  %468 = load <16 x float>, ptr %gep88.i.3, align 4, !tbaa !4
+  %468 = load <16 x float>, ptr %gep88.i.3, align 4, !tbaa !8
   %469 = fmul <16 x float> %425, %468
   %470 = bitcast <16 x float> %469 to <16 x i32>
   %471 = lshr <16 x i32> %470, splat (i32 16)
@@ -8301,25 +8855,25 @@ for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %
   %475 = lshr <16 x i32> %474, splat (i32 16)
   %476 = trunc nuw <16 x i32> %475 to <16 x i16>
   %gep.i.3 = getelementptr i16, ptr %invariant.gep.i, i64 %467
-  store <16 x i16> %476, ptr %gep.i.3, align 2, !tbaa !4
+  store <16 x i16> %476, ptr %gep.i.3, align 2, !tbaa !8
   %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4
   %exitcond71.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 32
-  br i1 %exitcond71.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !31, !llvm.loop !289
+  br i1 %exitcond71.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !27
 
 for_end_d_021.i:                                  ; preds = %for_body_d_020.i
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 128
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !31
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %477 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %478 = load float, ptr %477, align 16, !tbaa !290
+  %478 = load float, ptr %477, align 16, !tbaa !29
   %479 = fcmp oeq float %478, 0.000000e+00
   br i1 %479, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %480 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %480 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
   %481 = tail call i32 %480(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %481, 0
   %..i = sext i1 %.not.i to i32
@@ -8329,17 +8883,17 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %482 = fmul float %478, %436
   %483 = tail call float @llvm.log.f32(float %482)
   %484 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %485 = load float, ptr %484, align 16, !tbaa !292
+  %485 = load float, ptr %484, align 16, !tbaa !31
   %486 = fadd float %483, %485
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
   %487 = phi float [ %486, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
   %488 = getelementptr float, ptr %433, i64 %indvars.iv76.i
-  store float %487, ptr %488, align 4, !tbaa !4
+  store float %487, ptr %488, align 4, !tbaa !8
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %489 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %490 = load float, ptr %489, align 4, !tbaa !290
+  %490 = load float, ptr %489, align 4, !tbaa !29
   %491 = fcmp oeq float %490, 0.000000e+00
   br i1 %491, label %if_end30.i.1, label %if_else.i.1
 
@@ -8347,17 +8901,17 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %492 = fmul float %490, %436
   %493 = tail call float @llvm.log.f32(float %492)
   %494 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %495 = load float, ptr %494, align 4, !tbaa !292
+  %495 = load float, ptr %494, align 4, !tbaa !31
   %496 = fadd float %493, %495
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
   %497 = phi float [ %496, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
   %498 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i
-  store float %497, ptr %498, align 4, !tbaa !4
+  store float %497, ptr %498, align 4, !tbaa !8
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %499 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %500 = load float, ptr %499, align 8, !tbaa !290
+  %500 = load float, ptr %499, align 8, !tbaa !29
   %501 = fcmp oeq float %500, 0.000000e+00
   br i1 %501, label %if_end30.i.2, label %if_else.i.2
 
@@ -8365,17 +8919,17 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %502 = fmul float %500, %436
   %503 = tail call float @llvm.log.f32(float %502)
   %504 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %505 = load float, ptr %504, align 8, !tbaa !292
+  %505 = load float, ptr %504, align 8, !tbaa !31
   %506 = fadd float %503, %505
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
   %507 = phi float [ %506, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
   %508 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i.1
-  store float %507, ptr %508, align 4, !tbaa !4
+  store float %507, ptr %508, align 4, !tbaa !8
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %509 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %510 = load float, ptr %509, align 4, !tbaa !290
+  %510 = load float, ptr %509, align 4, !tbaa !29
   %511 = fcmp oeq float %510, 0.000000e+00
   br i1 %511, label %if_end30.i.3, label %if_else.i.3
 
@@ -8383,17 +8937,17 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %512 = fmul float %510, %436
   %513 = tail call float @llvm.log.f32(float %512)
   %514 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %515 = load float, ptr %514, align 4, !tbaa !292
+  %515 = load float, ptr %514, align 4, !tbaa !31
   %516 = fadd float %513, %515
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
   %517 = phi float [ %516, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
   %518 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i.2
-  store float %517, ptr %518, align 4, !tbaa !4
+  store float %517, ptr %518, align 4, !tbaa !8
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 128
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !31, !llvm.loop !294
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !33
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -8406,543 +8960,70 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tilezero(i8 immarg) #3
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64) #3
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg) #3
-
-; Function Attrs: nounwind
-declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64) #3
+declare void @llvm.assume(i1 noundef) #1
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <64 x float> @llvm.fmuladd.v64f32(<64 x float>, <64 x float>, <64 x float>) #5
+declare <128 x float> @llvm.fmuladd.v128f32(<128 x float>, <128 x float>, <128 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #5
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #5
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #5
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #5
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <128 x float> @llvm.fmuladd.v128f32(<128 x float>, <128 x float>, <128 x float>) #5
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #6 section ".text.tvm.fp16.conv" {
-b0:
-  %v0 = bitcast float %a0 to i32
-  %0 = tail call float @llvm.fabs.f32(float %a0)
-  %v1 = bitcast float %0 to i32
-  %v2 = add nsw i32 %v1, -947912704
-  %v3 = add nsw i32 %v1, -1199570944
-  %v4 = icmp ult i32 %v2, %v3
-  br i1 %v4, label %b1, label %b5
-
-b1:                                               ; preds = %b0
-  %v5 = lshr i32 %v0, 13
-  %v7 = add nsw i32 %v5, -114688
-  %v8 = and i32 %v0, 8191
-  %v9 = icmp samesign ugt i32 %v8, 4096
-  br i1 %v9, label %b2, label %b3
-
-b2:                                               ; preds = %b1
-  %v10 = add nsw i32 %v5, -114687
-  br label %b13
-
-b3:                                               ; preds = %b1
-  %v11 = icmp eq i32 %v8, 4096
-  br i1 %v11, label %b4, label %b13
-
-b4:                                               ; preds = %b3
-  %v13 = and i32 %v5, 1
-  %v14 = add nsw i32 %v7, %v13
-  br label %b13
-
-b5:                                               ; preds = %b0
-  %v15 = icmp samesign ugt i32 %v1, 2139095040
-  br i1 %v15, label %b6, label %b7
-
-b6:                                               ; preds = %b5
-  %v16 = lshr i32 %v0, 13
-  %v17 = and i32 %v16, 511
-  %v18 = or disjoint i32 %v17, 32256
-  br label %b13
-
-b7:                                               ; preds = %b5
-  %v19 = icmp samesign ugt i32 %v1, 1199570943
-  br i1 %v19, label %b13, label %b8
-
-b8:                                               ; preds = %b7
-  %v20 = icmp samesign ult i32 %v1, 754974720
-  br i1 %v20, label %b13, label %b9
-
-b9:                                               ; preds = %b8
-  %v21 = lshr i32 %v1, 23
-  %v22 = sub nsw i32 113, %v21
-  %v23 = and i32 %v0, 8388607
-  %v24 = or disjoint i32 %v23, 8388608
-  %v25 = add nsw i32 %v21, -81
-  %v26 = shl i32 %v24, %v25
-  %v27 = icmp ne i32 %v26, 0
-  %v28 = lshr i32 %v24, %v22
-  %v29 = zext i1 %v27 to i32
-  %v30 = lshr i32 %v28, 13
-  %v31 = and i32 %v28, 8191
-  %v32 = or i32 %v31, %v29
-  %v33 = icmp samesign ugt i32 %v32, 4096
-  br i1 %v33, label %b10, label %b11
-
-b10:                                              ; preds = %b9
-  %v34 = add nuw nsw i32 %v30, 1
-  br label %b13
-
-b11:                                              ; preds = %b9
-  %v35 = icmp eq i32 %v32, 4096
-  br i1 %v35, label %b12, label %b13
-
-b12:                                              ; preds = %b11
-  %v36 = and i32 %v30, 1
-  %v37 = add nuw nsw i32 %v36, %v30
-  br label %b13
-
-b13:                                              ; preds = %b12, %b11, %b10, %b8, %b7, %b6, %b4, %b3, %b2
-  %v38 = phi i32 [ %v18, %b6 ], [ %v10, %b2 ], [ %v14, %b4 ], [ %v7, %b3 ], [ 31744, %b7 ], [ 0, %b8 ], [ %v34, %b10 ], [ %v37, %b12 ], [ %v30, %b11 ]
-  %v39 = lshr i32 %v0, 16
-  %v40 = and i32 %v39, 32768
-  %v41 = or i32 %v38, %v40
-  %vlast = trunc i32 %v41 to i16
-  %vres = bitcast i16 %vlast to half
-  ret half %vres
-}
-
-; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #6 section ".text.tvm.fp16.conv" {
-b0:
-  %0 = tail call half @llvm.fabs.f16(half %a0)
-  %v1 = bitcast half %0 to i16
-  %v2 = zext nneg i16 %v1 to i32
-  %v3 = add nsw i16 %v1, -1024
-  %v4 = icmp ult i16 %v3, 30720
-  br i1 %v4, label %b1, label %b2
-
-b1:                                               ; preds = %b0
-  %v5 = shl nuw nsw i32 %v2, 13
-  %v6 = add nuw nsw i32 %v5, 939524096
-  br label %b6
-
-b2:                                               ; preds = %b0
-  %v7 = icmp samesign ugt i16 %v1, 31743
-  br i1 %v7, label %b3, label %b4
-
-b3:                                               ; preds = %b2
-  %v8 = shl nuw nsw i32 %v2, 13
-  %v9 = or i32 %v8, 2139095040
-  br label %b6
-
-b4:                                               ; preds = %b2
-  %v10 = icmp eq i16 %v1, 0
-  br i1 %v10, label %b6, label %b5
-
-b5:                                               ; preds = %b4
-  %v11 = icmp samesign ult i16 %v1, 256
-  %v12 = lshr i32 %v2, 8
-  %v13 = select i1 %v11, i32 %v2, i32 %v12
-  %v14 = select i1 %v11, i32 32, i32 24
-  %v15 = icmp samesign ult i32 %v13, 16
-  %v16 = lshr i32 %v13, 4
-  %v17 = add nsw i32 %v14, -4
-  %v18 = select i1 %v15, i32 %v13, i32 %v16
-  %v19 = select i1 %v15, i32 %v14, i32 %v17
-  %v20 = icmp samesign ult i32 %v18, 4
-  %v21 = lshr i32 %v18, 2
-  %v22 = add nsw i32 %v19, -2
-  %v23 = select i1 %v20, i32 %v18, i32 %v21
-  %v24 = select i1 %v20, i32 %v19, i32 %v22
-  %v25 = icmp samesign ult i32 %v23, 2
-  %v26 = sub nsw i32 0, %v23
-  %v27 = select i1 %v25, i32 %v26, i32 -2
-  %v28 = add nsw i32 %v27, %v24
-  %v29 = add nsw i32 %v28, -8
-  %v30 = shl i32 %v2, %v29
-  %v31 = xor i32 %v30, 8388608
-  %v32 = shl i32 %v28, 23
-  %v33 = sub i32 1124073472, %v32
-  %v34 = or i32 %v31, %v33
-  br label %b6
-
-b6:                                               ; preds = %b5, %b4, %b3, %b1
-  %v35 = phi i32 [ %v6, %b1 ], [ %v9, %b3 ], [ %v34, %b5 ], [ 0, %b4 ]
-  %vinp = bitcast half %a0 to i16
-  %v36 = and i16 %vinp, -32768
-  %v37 = zext i16 %v36 to i32
-  %v38 = shl nuw i32 %v37, 16
-  %v39 = or i32 %v35, %v38
-  %v40 = bitcast i32 %v39 to float
-  ret float %v40
-}
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #5
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.umax.v16i32(<16 x i32>, <16 x i32>) #5
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #3
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #5
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.umin.i64(i64, i64) #5
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #9
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #10
-
-attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
-attributes #1 = { "target-cpu"="sapphirerapids" }
-attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nounwind }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #6 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
-attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #0 = { "target-cpu"="sapphirerapids" }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
 !0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22sapphirerapids\22}"}
 !1 = !{i32 4, !"Debug Info Version", i32 3}
 !2 = !{i32 4, !"Dwarf Version", i32 4}
-!3 = !{!"branch_weights", i32 127, i32 1}
-!4 = !{!5, !5, i64 0}
-!5 = !{!"tvm-alias", !6}
-!6 = !{!"tvm-tbaa"}
-!7 = !{!"branch_weights", i32 1048576, i32 1}
-!8 = !{!"branch_weights", i32 127, i32 134217601}
-!9 = !{!10, !10, i64 0}
-!10 = !{!"ctx_ptr", !6, i64 0}
-!11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!13}
-!13 = distinct !{!13, !14}
-!14 = distinct !{!14, !"LVerDomain"}
-!15 = !{!16}
-!16 = distinct !{!16, !14}
-!17 = !{!"branch_weights", i32 1, i32 131071}
-!18 = distinct !{!18, !19, !20, !21}
-!19 = !{!"llvm.loop.isvectorized", i32 1}
-!20 = !{!"llvm.loop.unroll.runtime.disable"}
-!21 = !{!"llvm.loop.estimated_trip_count", i32 43691}
-!22 = !{!23}
-!23 = distinct !{!23, !24}
-!24 = distinct !{!24, !"LVerDomain"}
-!25 = !{!26}
-!26 = distinct !{!26, !24}
-!27 = distinct !{!27, !19, !20, !21}
-!28 = !{!"branch_weights", i32 1, i32 0}
-!29 = distinct !{!29, !19, !30}
-!30 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!31 = !{!"branch_weights", i32 1, i32 1048575}
-!32 = !{!33}
-!33 = distinct !{!33, !34}
-!34 = distinct !{!34, !"LVerDomain"}
-!35 = !{!36}
-!36 = distinct !{!36, !34}
-!37 = distinct !{!37, !19, !20, !21}
-!38 = distinct !{!38, !19, !30}
-!39 = !{!40}
-!40 = distinct !{!40, !41}
-!41 = distinct !{!41, !"LVerDomain"}
-!42 = !{!43}
-!43 = distinct !{!43, !41}
-!44 = distinct !{!44, !19, !20, !21}
-!45 = distinct !{!45, !19, !30}
-!46 = !{!47}
-!47 = distinct !{!47, !48}
-!48 = distinct !{!48, !"LVerDomain"}
-!49 = !{!50}
-!50 = distinct !{!50, !48}
-!51 = distinct !{!51, !19, !20, !21}
-!52 = distinct !{!52, !19, !30}
-!53 = !{!54}
-!54 = distinct !{!54, !55}
-!55 = distinct !{!55, !"LVerDomain"}
-!56 = !{!57}
-!57 = distinct !{!57, !55}
-!58 = distinct !{!58, !19, !20, !21}
-!59 = distinct !{!59, !19, !30}
-!60 = !{!61}
-!61 = distinct !{!61, !62}
-!62 = distinct !{!62, !"LVerDomain"}
-!63 = !{!64}
-!64 = distinct !{!64, !62}
-!65 = distinct !{!65, !19, !20, !21}
-!66 = distinct !{!66, !19, !30}
-!67 = !{!68}
-!68 = distinct !{!68, !69}
-!69 = distinct !{!69, !"LVerDomain"}
-!70 = !{!71}
-!71 = distinct !{!71, !69}
-!72 = distinct !{!72, !19, !20, !21}
-!73 = distinct !{!73, !19, !30}
-!74 = distinct !{!74, !19, !30}
-!75 = !{!"branch_weights", i32 1, i32 1048576}
-!76 = !{!77, !77, i64 0}
-!77 = !{!"buffer0.w64.b0", !78, i64 0}
-!78 = !{!"buffer0.w128.b0", !79, i64 0}
-!79 = !{!"buffer0.w256.b0", !80, i64 0}
-!80 = !{!"buffer0.w512.b0", !81, i64 0}
-!81 = !{!"buffer0.w1024.b0", !82, i64 0}
-!82 = !{!"buffer0", !6, i64 0}
-!83 = !{!84, !84, i64 0}
-!84 = !{!"buffer1", !6, i64 0}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer2", !6, i64 0}
-!87 = distinct !{!87, !88}
-!88 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!89 = !{!82, !82, i64 0}
-!90 = distinct !{!90, !91}
-!91 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!92 = distinct !{!92, !93}
-!93 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!94 = distinct !{!94, !93}
-!95 = distinct !{!95, !93}
-!96 = !{!"branch_weights", i32 2032, i32 2147481616}
-!97 = !{!"branch_weights", i32 4064, i32 2147479584}
-!98 = distinct !{!98, !99}
-!99 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!100 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!101 = !{!"branch_weights", i32 6096, i32 2147477552}
-!102 = !{!"branch_weights", i32 8128, i32 2147475520}
-!103 = distinct !{!103, !104}
-!104 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!105 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!106 = distinct !{!106, !107, !108}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!108 = !{!"llvm.loop.unroll.disable"}
-!109 = !{!110, !110, i64 0}
-!110 = !{!"buffer3", !6, i64 0}
-!111 = !{!112, !112, i64 0}
-!112 = !{!"buffer3.w64.b0", !113, i64 0}
-!113 = !{!"buffer3.w128.b0", !114, i64 0}
-!114 = !{!"buffer3.w256.b0", !115, i64 0}
-!115 = !{!"buffer3.w512.b0", !116, i64 0}
-!116 = !{!"buffer3.w1024.b0", !110, i64 0}
-!117 = !{!118, !118, i64 0}
-!118 = !{!"buffer3.w64.b64", !113, i64 0}
-!119 = !{!120, !120, i64 0}
-!120 = !{!"buffer3.w64.b128", !121, i64 0}
-!121 = !{!"buffer3.w128.b128", !114, i64 0}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer3.w64.b192", !121, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer3.w64.b256", !126, i64 0}
-!126 = !{!"buffer3.w128.b256", !127, i64 0}
-!127 = !{!"buffer3.w256.b256", !115, i64 0}
-!128 = !{!129, !129, i64 0}
-!129 = !{!"buffer3.w64.b320", !126, i64 0}
-!130 = !{!131, !131, i64 0}
-!131 = !{!"buffer3.w64.b384", !132, i64 0}
-!132 = !{!"buffer3.w128.b384", !127, i64 0}
-!133 = !{!134, !134, i64 0}
-!134 = !{!"buffer3.w64.b448", !132, i64 0}
-!135 = !{!136, !136, i64 0}
-!136 = !{!"buffer3.w64.b512", !137, i64 0}
-!137 = !{!"buffer3.w128.b512", !138, i64 0}
-!138 = !{!"buffer3.w256.b512", !139, i64 0}
-!139 = !{!"buffer3.w512.b512", !116, i64 0}
-!140 = !{!141, !141, i64 0}
-!141 = !{!"buffer3.w64.b576", !137, i64 0}
-!142 = !{!143, !143, i64 0}
-!143 = !{!"buffer3.w64.b640", !144, i64 0}
-!144 = !{!"buffer3.w128.b640", !138, i64 0}
-!145 = !{!146, !146, i64 0}
-!146 = !{!"buffer3.w64.b704", !144, i64 0}
-!147 = !{!148, !148, i64 0}
-!148 = !{!"buffer3.w64.b768", !149, i64 0}
-!149 = !{!"buffer3.w128.b768", !150, i64 0}
-!150 = !{!"buffer3.w256.b768", !139, i64 0}
-!151 = !{!152, !152, i64 0}
-!152 = !{!"buffer3.w64.b832", !149, i64 0}
-!153 = !{!154, !154, i64 0}
-!154 = !{!"buffer3.w64.b896", !155, i64 0}
-!155 = !{!"buffer3.w128.b896", !150, i64 0}
-!156 = !{!157, !157, i64 0}
-!157 = !{!"buffer3.w64.b960", !155, i64 0}
-!158 = !{!159, !159, i64 0}
-!159 = !{!"buffer4", !6, i64 0}
-!160 = distinct !{!160, !99}
-!161 = !{!162, !162, i64 0}
-!162 = !{!"buffer5.w64.b0", !163, i64 0}
-!163 = !{!"buffer5.w128.b0", !164, i64 0}
-!164 = !{!"buffer5.w256.b0", !165, i64 0}
-!165 = !{!"buffer5.w512.b0", !166, i64 0}
-!166 = !{!"buffer5.w1024.b0", !167, i64 0}
-!167 = !{!"buffer5", !6, i64 0}
-!168 = !{!169, !169, i64 0}
-!169 = !{!"buffer5.w64.b64", !163, i64 0}
-!170 = !{!171, !171, i64 0}
-!171 = !{!"buffer5.w64.b128", !172, i64 0}
-!172 = !{!"buffer5.w128.b128", !164, i64 0}
-!173 = !{!174, !174, i64 0}
-!174 = !{!"buffer5.w64.b192", !172, i64 0}
-!175 = !{!176, !176, i64 0}
-!176 = !{!"buffer5.w64.b256", !177, i64 0}
-!177 = !{!"buffer5.w128.b256", !178, i64 0}
-!178 = !{!"buffer5.w256.b256", !165, i64 0}
-!179 = !{!180, !180, i64 0}
-!180 = !{!"buffer5.w64.b320", !177, i64 0}
-!181 = !{!182, !182, i64 0}
-!182 = !{!"buffer5.w64.b384", !183, i64 0}
-!183 = !{!"buffer5.w128.b384", !178, i64 0}
-!184 = !{!185, !185, i64 0}
-!185 = !{!"buffer5.w64.b448", !183, i64 0}
-!186 = !{!187, !187, i64 0}
-!187 = !{!"buffer5.w64.b512", !188, i64 0}
-!188 = !{!"buffer5.w128.b512", !189, i64 0}
-!189 = !{!"buffer5.w256.b512", !190, i64 0}
-!190 = !{!"buffer5.w512.b512", !166, i64 0}
-!191 = !{!192, !192, i64 0}
-!192 = !{!"buffer5.w64.b576", !188, i64 0}
-!193 = !{!194, !194, i64 0}
-!194 = !{!"buffer5.w64.b640", !195, i64 0}
-!195 = !{!"buffer5.w128.b640", !189, i64 0}
-!196 = !{!197, !197, i64 0}
-!197 = !{!"buffer5.w64.b704", !195, i64 0}
-!198 = !{!199, !199, i64 0}
-!199 = !{!"buffer5.w64.b768", !200, i64 0}
-!200 = !{!"buffer5.w128.b768", !201, i64 0}
-!201 = !{!"buffer5.w256.b768", !190, i64 0}
-!202 = !{!203, !203, i64 0}
-!203 = !{!"buffer5.w64.b832", !200, i64 0}
-!204 = !{!205, !205, i64 0}
-!205 = !{!"buffer5.w64.b896", !206, i64 0}
-!206 = !{!"buffer5.w128.b896", !201, i64 0}
-!207 = !{!208, !208, i64 0}
-!208 = !{!"buffer5.w64.b960", !206, i64 0}
-!209 = distinct !{!209, !104}
-!210 = distinct !{!210, !107, !108}
-!211 = !{!167, !167, i64 0}
-!212 = distinct !{!212, !104}
-!213 = distinct !{!213, !107, !108}
-!214 = !{!"branch_weights", i32 14224, i32 2147469424}
-!215 = !{!"branch_weights", i32 16256, i32 2147467392}
-!216 = distinct !{!216, !217}
-!217 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!218 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!219 = distinct !{!219, !107, !108}
-!220 = distinct !{!220, !217}
-!221 = distinct !{!221, !107, !108}
-!222 = distinct !{!222, !217}
-!223 = distinct !{!223, !107, !108}
-!224 = distinct !{!224, !217}
-!225 = distinct !{!225, !107, !108}
-!226 = distinct !{!226, !217}
-!227 = distinct !{!227, !107, !108}
-!228 = distinct !{!228, !217}
-!229 = distinct !{!229, !107, !108}
-!230 = distinct !{!230, !217}
-!231 = distinct !{!231, !107, !108}
-!232 = distinct !{!232, !217}
-!233 = distinct !{!233, !107, !108}
-!234 = distinct !{!234, !217}
-!235 = distinct !{!235, !107, !108}
-!236 = distinct !{!236, !217}
-!237 = distinct !{!237, !107, !108}
-!238 = distinct !{!238, !217}
-!239 = distinct !{!239, !107, !108}
-!240 = distinct !{!240, !217}
-!241 = distinct !{!241, !107, !108}
-!242 = distinct !{!242, !217}
-!243 = distinct !{!243, !107, !108}
-!244 = distinct !{!244, !217}
-!245 = distinct !{!245, !107, !108}
-!246 = distinct !{!246, !217}
-!247 = distinct !{!247, !107, !108}
-!248 = distinct !{!248, !217}
-!249 = distinct !{!249, !107, !108}
-!250 = !{!251, !251, i64 0}
-!251 = !{!"buffer4.w64.b0", !252, i64 0}
-!252 = !{!"buffer4.w128.b0", !253, i64 0}
-!253 = !{!"buffer4.w256.b0", !254, i64 0}
-!254 = !{!"buffer4.w512.b0", !255, i64 0}
-!255 = !{!"buffer4.w1024.b0", !159, i64 0}
-!256 = !{!257, !257, i64 0}
-!257 = !{!"buffer6.w64.b0", !258, i64 0}
-!258 = !{!"buffer6.w128.b0", !259, i64 0}
-!259 = !{!"buffer6.w256.b0", !260, i64 0}
-!260 = !{!"buffer6.w512.b0", !261, i64 0}
-!261 = !{!"buffer6.w1024.b0", !262, i64 0}
-!262 = !{!"buffer6", !6, i64 0}
-!263 = !{!264, !264, i64 0}
-!264 = !{!"buffer7.w64.b0", !265, i64 0}
-!265 = !{!"buffer7.w128.b0", !266, i64 0}
-!266 = !{!"buffer7.w256.b0", !267, i64 0}
-!267 = !{!"buffer7.w512.b0", !268, i64 0}
-!268 = !{!"buffer7.w1024.b0", !269, i64 0}
-!269 = !{!"buffer7", !6, i64 0}
-!270 = distinct !{!270, !93}
-!271 = !{!"branch_weights", i32 1048575, i32 1}
-!272 = !{!269, !269, i64 0}
-!273 = !{!262, !262, i64 0}
-!274 = !{!275, !275, i64 0}
-!275 = !{!"buffer8.w512.b0", !276, i64 0}
-!276 = !{!"buffer8.w1024.b0", !277, i64 0}
-!277 = !{!"buffer8", !6, i64 0}
-!278 = !{!279, !279, i64 0}
-!279 = !{!"buffer9.w512.b0", !280, i64 0}
-!280 = !{!"buffer9.w1024.b0", !281, i64 0}
-!281 = !{!"buffer9", !6, i64 0}
-!282 = !{!281, !281, i64 0}
-!283 = !{!277, !277, i64 0}
-!284 = !{!285, !285, i64 0}
-!285 = !{!"buffer10.w512.b0", !286, i64 0}
-!286 = !{!"buffer10.w1024.b0", !287, i64 0}
-!287 = !{!"buffer10", !6, i64 0}
-!288 = !{!287, !287, i64 0}
-!289 = distinct !{!289, !88}
-!290 = !{!291, !291, i64 0}
-!291 = !{!"buffer11", !6, i64 0}
-!292 = !{!293, !293, i64 0}
-!293 = !{!"buffer12", !6, i64 0}
-!294 = distinct !{!294, !88}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!11, !11, i64 0}
+!11 = !{!"buffer8.w512.b0", !12, i64 0}
+!12 = !{!"buffer8.w1024.b0", !13, i64 0}
+!13 = !{!"buffer8", !5, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"buffer9.w512.b0", !16, i64 0}
+!16 = !{!"buffer9.w1024.b0", !17, i64 0}
+!17 = !{!"buffer9", !5, i64 0}
+!18 = !{!17, !17, i64 0}
+!19 = !{!13, !13, i64 0}
+!20 = !{!"branch_weights", i32 1, i32 1048575}
+!21 = !{!22, !22, i64 0}
+!22 = !{!"buffer10.w512.b0", !23, i64 0}
+!23 = !{!"buffer10.w1024.b0", !24, i64 0}
+!24 = !{!"buffer10", !5, i64 0}
+!25 = !{!"branch_weights", i32 127, i32 134217601}
+!26 = !{!24, !24, i64 0}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!29 = !{!30, !30, i64 0}
+!30 = !{!"buffer11", !5, i64 0}
+!31 = !{!32, !32, i64 0}
+!32 = !{!"buffer12", !5, i64 0}
+!33 = distinct !{!33, !28}

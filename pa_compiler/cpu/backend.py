@@ -172,7 +172,8 @@ def build_with_tiles(
         tables = {constant.name: constant.data for constant in spec.constants}
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
-    return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm, compiled.links)
+    texts = _texts(lowered, text, compiled)
+    return Built(library, texts, config, features, texts["asm"], compiled.links)
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
@@ -180,6 +181,6 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
         "tensorir": lowered.tensorir,
         "scheduled": lowered.scheduled,
         "host": host_text,
-        "llvm": compiled.llvm,
-        "asm": compiled.asm,
+        "llvm": "".join(compiled.llvm),
+        "asm": "".join(compiled.asm),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,30 +22,62 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Compiled kernels: LLVM's text, the assembly that is linked, and which sblock each line of them comes from."""
+    """Compiled kernels, each a module of LLVM's, in the order of their names.
 
-    llvm: str
-    asm: str
+    Attributes:
+        llvm: LLVM's texts.
+        asm: The assembly of each, which is linked.
+        links: Which sblock each line of the texts comes from, where one follows the other.
+    """
+
+    llvm: tuple[str, ...]
+    asm: tuple[str, ...]
     links: Links
 
 
 def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
-    """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate file.
+    """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate files.
 
-    LLVM generates machine code once, as text: what a reader of Kernels.asm sees is what runs.
+    LLVM generates machine code once, as text: what a reader of Kernels.asm sees is what runs. It has each kernel as a
+    module of its own, so that several are compiled at once; no kernel calls another.
 
     Raises:
-        OSError: the intermediate file cannot be written.
+        OSError: an intermediate file cannot be written.
         RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
     marked, known = places.mark(mod)
-    emitted = translate(marked, target).mod.inspect_source("ll")
-    interrupts.check()
-    text = directory / "kernels.ll"
-    llvm = _read(_without_debug_info(emitted), text).inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
-    interrupts.check()
-    asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
-    return Kernels(llvm, asm, places.links(known, places.of_llvm(emitted, llvm), of_asm))
+    stack.pipeline()  # registers it, before there are threads
+
+    def compiled(number: int, function: IRModule) -> tuple[str, str, list[int], list[int]]:
+        emitted = emit(function, target, number)
+        interrupts.check()
+        text = directory / f"kernel{number}.ll"
+        llvm = _read(_without_debug_info(emitted), text).inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+        interrupts.check()
+        asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
+        return llvm, asm, places.of_llvm(emitted, llvm), of_asm
+
+    llvm, asm, of_llvm, of_asm = zip(*interrupts.in_threads(compiled, apart(marked)), strict=True)
+    chained = itertools.chain.from_iterable
+    return Kernels(llvm, asm, places.links(known, chained(of_llvm), chained(of_asm)))
+
+
+def apart(mod: IRModule) -> dict[int, IRModule]:
+    """The kernels of a module, in the order of their names, each with its number."""
+    from tvm import IRModule
+
+    functions = sorted((variable.name_hint, function) for variable, function in mod.functions.items())
+    return {number: IRModule(dict([named])) for number, named in enumerate(functions)}
+
+
+def emit(kernel: IRModule, target: CpuTarget, number: int) -> str:
+    """LLVM's text of a kernel, as TVM emits it; that of kernel 0 has what a library needs once."""
+    emitted = translate(kernel, target).mod.inspect_source("ll")
+    return _CONVERSION.sub("", emitted) if number else emitted
+
+
+_CONVERSION = re.compile(r"^(; Function Attrs: .*\n)?define weak .*\n(.*\n)*?}\n\n?", re.MULTILINE)
+"""Functions that TVM adds to every module: conversions of float16 for CPUs without them."""
 
 
 def _read(llvm: str, text: Path) -> Module:
@@ -76,13 +109,14 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
     # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
     # Nor do these leave less to LLVM, which simplifies indices, hoists what is invariant and drops empty loops itself.
-    # Virtual threads and permuted layouts are of GPUs.
+    # Virtual threads and permuted layouts are of GPUs. An entry function would be one more name for a lone kernel.
     needless = [
         "s_tir.HoistIfThenElse",
         "s_tir.InjectPermutedLayout",
         "s_tir.InjectVirtualThread",
         "s_tir.RenormalizeSplitPattern",
         "s_tir.StmtSimplify",
+        "tirx.AnnotateEntryFunc",
         "tirx.CommonSubexprElim",
         "tirx.RemoveNoOp",
     ]

@@ -128,7 +128,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
         image = cuda_build.fatbin(cubin, target.arch, directory)
         tables = {"pa_kernels_image": image} | {constant.name: constant.data for constant in spec.constants}
         entry_points = [name for name in CUDA_ENTRY_POINTS if getattr(extras, name, True)]
-        library = native.link(compiling, "", directory, entry_points, tables)
+        library = native.link(compiling, (), directory, entry_points, tables)
     texts = lowered.texts | _machine_texts(cubin, directory)
     return Built(library, texts, target.config, (), texts["ptx"])
 

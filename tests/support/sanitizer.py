@@ -51,7 +51,7 @@ def build_library(spec, pipeline: str, target_like, directory: Path) -> Path:
 
     def instrumented(mod, cpu, scratch):
         compiled = compile_kernels(mod, cpu, scratch)
-        return build.Kernels(llvm=compiled.llvm, asm=_instrument(compiled.llvm, scratch))
+        return build.Kernels(compiled.llvm, tuple(_instrument(llvm, scratch) for llvm in compiled.llvm), compiled.links)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(gxx))
