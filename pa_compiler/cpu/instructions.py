@@ -1,4 +1,4 @@
-"""Instructions that LLVM does not find by itself: the dot product of pairs of AVX512_BF16, vdpbf16ps.
+"""Instructions that LLVM does not find by itself: the dot product of pairs of bfloat16, vdpbf16ps or bfdot.
 
 The kernels say what it computes in plain operations (kernels/elements.py), and on any other target those are compiled.
 Here sums of that form become calls of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pa_compiler.cpu.sblocks import replace_body, sblocks
@@ -22,17 +22,14 @@ if TYPE_CHECKING:
     from tvm.s_tir.schedule import SBlockRV
 
 _OP = "pa_compiler.dot_pairs"
-_BITS = {4: 128, 8: 256, 16: 512}
-"""Lanes of float32 -> bits of the vectors that there is an instruction for."""
 
 
 def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
-    """The scheduled module with vdpbf16ps wherever a dot product of pairs is added to a sum, if the target has it.
+    """The scheduled module with the instruction where a dot product of pairs is added to a sum, if the target has it.
 
     The tiling is decode's or attend's: both multiply pairs, or none does.
 
-    The module given may be changed: use it no more. The instruction adds the two products one after the other, each
-    with one rounding, and takes subnormal numbers for 0.
+    The module given may be changed: use it no more.
     """
     if not target.dot_pairs or tiling.keys.terms == 1:
         return mod
@@ -44,8 +41,8 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
         sch.work_on(variable.name_hint)
         sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
-            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
+            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target.dots))
     return sch.mod
 
 
@@ -106,29 +103,29 @@ def _lower(call: Expr) -> Expr:
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions(lanes: Iterable[int]) -> str:
+def _definitions(lanes: Iterable[int], dots: Mapping[int, str]) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
-    return " ".join([_instructions(), *map(_in_parts, sorted(set(lanes) - _BITS.keys()))])
+    longer = sorted(set(lanes) - dots.keys())
+    return " ".join([_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)])
 
 
-def _instructions() -> str:
+def _instructions(dots: Mapping[int, str]) -> str:
     return " ".join(
-        f"declare <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"declare <{lanes} x float> @{intrinsic}"
         f"(<{lanes} x float>, <{2 * lanes} x bfloat>, <{2 * lanes} x bfloat>) "
         f"define <{lanes} x float> @{_name(lanes)}(<{lanes} x float> %sum, <{lanes} x i32> %a, <{lanes} x i32> %b) "
         "alwaysinline nounwind { "
         f"%x = bitcast <{lanes} x i32> %a to <{2 * lanes} x bfloat> "
         f"%y = bitcast <{lanes} x i32> %b to <{2 * lanes} x bfloat> "
-        f"%r = call <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"%r = call <{lanes} x float> @{intrinsic}"
         f"(<{lanes} x float> %sum, <{2 * lanes} x bfloat> %x, <{2 * lanes} x bfloat> %y) "
         f"ret <{lanes} x float> %r }}"
-        for lanes, bits in _BITS.items()
+        for lanes, intrinsic in dots.items()
     )
 
 
-def _in_parts(lanes: int) -> str:
-    """The function for longer vectors, which takes them apart into the longest that there is an instruction for."""
-    part = math.gcd(lanes, max(_BITS))
+def _in_parts(lanes: int, part: int) -> str:
+    """The function for longer vectors, which takes them apart into parts that there is an instruction for."""
     floats, words = f"<{lanes} x float>", f"<{lanes} x i32>"
     of_floats, of_words = f"<{part} x float>", f"<{part} x i32>"
     insert = f"@llvm.vector.insert.v{lanes}f32.v{part}f32"

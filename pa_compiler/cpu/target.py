@@ -38,7 +38,19 @@ _VECTORS = {
 """By LLVM's names of instruction sets, the widest first.
 
 With 16 sums of AVX-512, keys in NHD were read up to 1.12 times as fast from a cache on Zen 4, and packed ones from
-memory took 1.25 times as long. NEON's are not measured: four units of four cycles, as in Neoverse V2, need 16 sums at least.
+memory took 1.25 times as long. NEON's are not measured: four units of four cycles, as in Neoverse V2, need 16 at least.
+"""
+
+_DOTS = {
+    frozenset({"avx512bf16", "avx512vl"}): {
+        lanes: f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}" for lanes in (4, 8, 16)
+    },
+    frozenset({"neon", "bf16"}): {4: "llvm.aarch64.neon.bfdot.v4f32.v8bf16"},
+}
+"""By instruction sets, LLVM's intrinsics of the dot product of pairs of bfloat16 by the float32 lanes of their vectors.
+
+vdpbf16ps adds the two products one after the other, each with one rounding. bfdot adds their sum, and rounds to the odd
+one of two neighbours. Both take subnormal numbers for 0.
 """
 
 
@@ -80,9 +92,14 @@ class CpuTarget:
         return self._vectors.sums
 
     @property
+    def dots(self) -> Mapping[int, str]:
+        """LLVM's intrinsics of the dot product of pairs of bfloat16, by the float32 lanes of their vectors; or none."""
+        return next((intrinsics for sets, intrinsics in _DOTS.items() if sets <= self.features), {})
+
+    @property
     def dot_pairs(self) -> bool:
         """Whether there is a dot product of pairs of bfloat16 for vectors of every size: vdpbf16ps or bfdot."""
-        return {"avx512bf16", "avx512vl"} <= self.features or "bf16" in self.features
+        return bool(self.dots)
 
     @property
     def tile_registers(self) -> bool:
