@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import LANES, Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tvm.s_tir.schedule import SBlockRV
 
 _OP = "pa_compiler.dot_pairs"
+_LANES = "pa_compiler.lanes"
 
 
 def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
@@ -43,6 +44,8 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
         if sums:
             lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
             sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target.dots))
+        for sblock in sblocks(sch):
+            _keep_lanes(sch, sblock)
     return sch.mod
 
 
@@ -76,6 +79,17 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
     return True
 
 
+def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> None:
+    """Let an sblock that reads words for their lanes call the operation that says of which type they are."""
+    from tvm.ir import Call
+    from tvm.tirx import BufferStore
+
+    old = sch.get(sblock)
+    if LANES in old.annotations:
+        call = Call(_LANES, [old.body.value], ret_ty="int32")
+        replace_body(sch, sch.get_sref(sblock), BufferStore(old.body.buffer, call, old.body.indices))
+
+
 @functools.cache
 def _register() -> None:
     """Tell TVM of the operation: (sum, a, b) -> sum + dot_pairs(a, b), lane by lane."""
@@ -84,10 +98,20 @@ def _register() -> None:
     from tvm.tirx.op import register_intrin_lowering
 
     pure = 1
-    tvm_ffi.get_global_func("ir.RegisterOp")(_OP, "sum + dot_pairs(a, b)")
-    register_op_attr(_OP, "TVectorizable", True)
-    register_op_attr(_OP, "TCallEffectKind", pure)
-    register_intrin_lowering(_OP, "llvm", f=_lower)
+    for name, what, lower in ((_OP, "sum + dot_pairs(a, b)", _lower), (_LANES, "words", _lower_lanes)):
+        tvm_ffi.get_global_func("ir.RegisterOp")(name, what)
+        register_op_attr(name, "TVectorizable", True)
+        register_op_attr(name, "TCallEffectKind", pure)
+        register_intrin_lowering(name, "llvm", f=lower)
+
+
+def _lower_lanes(call: Expr) -> Expr:
+    """Words of vectors that are loaded as they are, but for LLVM, which takes lanes only of what is bfloat16."""
+    from tvm.tirx import call_pure_extern
+
+    (words,) = call.args
+    lanes = words.ty.dtype.lanes
+    return words if lanes == 1 else call_pure_extern(f"int32x{lanes}", f"pa_lanes_{lanes}", words)
 
 
 def _lower(call: Expr) -> Expr:
@@ -106,7 +130,20 @@ def _lower(call: Expr) -> Expr:
 def _definitions(lanes: Iterable[int], dots: Mapping[int, str]) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
     longer = sorted(set(lanes) - dots.keys())
-    return " ".join([_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)])
+    texts = [_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)]
+    return " ".join(texts + [_lanes(each) for each in dots])
+
+
+def _lanes(lanes: int) -> str:
+    """The function of words that are loaded for their lanes: a fence, which is no instruction, for a type's sake."""
+    words, pairs = f"<{lanes} x i32>", f"<{2 * lanes} x bfloat>"
+    fence = f"@llvm.arithmetic.fence.v{2 * lanes}bf16"
+    return (
+        f"declare {pairs} {fence}({pairs}) "
+        f"define {words} @pa_lanes_{lanes}({words} %a) alwaysinline nounwind {{ "
+        f"%x = bitcast {words} %a to {pairs} %y = call {pairs} {fence}({pairs} %x) "
+        f"%r = bitcast {pairs} %y to {words} ret {words} %r }}"
+    )
 
 
 def _instructions(dots: Mapping[int, str]) -> str:

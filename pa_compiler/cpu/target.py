@@ -23,17 +23,19 @@ class Vectors(NamedTuple):
         lanes: float32 lanes of the widest one.
         registers: Those that there are.
         sums: Those that a register tile of any shape may use for its sums; the rest hold the operands.
+        by_element: Whether a product takes a lane of a register as the one number for all lanes of the other operand.
     """
 
     lanes: int
     registers: int
     sums: int
+    by_element: bool = False
 
 
 _VECTORS = {
     "avx512f": Vectors(16, 32, 15),
     "avx": Vectors(8, 16, 14),
-    "neon": Vectors(4, 32, 24),
+    "neon": Vectors(4, 32, 24, by_element=True),
 }
 """By LLVM's names of instruction sets, the widest first.
 
@@ -90,6 +92,11 @@ class CpuTarget:
     def vector_sums(self) -> int:
         """Vectors.sums."""
         return self._vectors.sums
+
+    @property
+    def by_element(self) -> bool:
+        """Vectors.by_element."""
+        return self._vectors.by_element
 
     @property
     def dots(self) -> Mapping[int, str]:
