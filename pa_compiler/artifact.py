@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ def build_into(directory: Path, spec: PagedAttentionSpec, pipeline: str, build: 
             spec=spec,
             pipeline=pipeline,
             target=built.target,
-            machine=platform.machine(),
+            machine=built.machine,
             features=built.features,
             kernels=hashlib.sha256(built.kernels.encode()).hexdigest(),
             versions=dependencies.versions(),

@@ -62,6 +62,7 @@ class Built(NamedTuple):
         target: The TVM target dict that the code was made for, with all that was found out about it.
         features: LLVM's names of the instruction sets that a CPU must have to run it, sorted.
         kernels: The machine code of the kernels, as text.
+        machine: The architecture that the host is for, as platform.machine() names it.
         links: Which sblock the lines of the texts come from, where the target knows it.
     """
 
@@ -70,6 +71,7 @@ class Built(NamedTuple):
     target: dict[str, Any]
     features: tuple[str, ...]
     kernels: str
+    machine: str
     links: Links = Links()
 
 
@@ -185,6 +187,7 @@ class Backend(NamedTuple):
         normalize: (target dict of this kind) -> config, checked, without importing TVM.
         check: (spec, pipeline): refuses by ValueError what the target has no kernel for.
         fingerprint: (config) -> what tells two targets apart in a cache key.
+        machine: (config) -> the architecture that the host is for, as platform.machine() names it.
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
         attends: (pipeline) -> whether its libraries can have attend.
@@ -201,6 +204,7 @@ class Backend(NamedTuple):
     normalize: Callable[[Mapping[str, Any]], dict[str, Any]]
     check: Callable[[PagedAttentionSpec, str], None]
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
+    machine: Callable[[dict[str, Any]], str]
     tools: Callable[[], dict[str, object]]
     attends: Callable[[str], bool]
     without_prefix: Callable[[PagedAttentionSpec, str], str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ def _llvm() -> Backend:
         normalize=target.normalize,
         check=tiles.check,
         fingerprint=target.fingerprint,
+        machine=target.machine_of,
         tools=dict,
         attends=backend.attends,
         without_prefix=backend.without_prefix,
@@ -40,6 +42,7 @@ def _cuda() -> Backend:
         normalize=target.normalize,
         check=tiling.check,
         fingerprint=backend.fingerprint,
+        machine=lambda config: platform.machine(),
         tools=backend.tools,
         attends=backend.attends,
         without_prefix=lambda spec, pipeline: "target cuda",
@@ -61,8 +64,8 @@ def normalize(target: TargetLike) -> dict[str, Any]:
     """Check a target as a user gives it, without importing TVM.
 
     Args:
-        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}; "cuda", or {"kind":
-            "cuda", "arch": ...}.
+        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mtriple": ..., "mcpu": ..., "mattr": [...]};
+            "cuda", or {"kind": "cuda", "arch": ...}.
 
     Returns:
         The target's config, whose "kind" is a key of BACKENDS.

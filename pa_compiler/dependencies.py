@@ -42,7 +42,7 @@ def tools(config: dict[str, Any]) -> dict[str, object]:
         RuntimeError: one of them is missing.
     """
     return {
-        "compiler": commands.identity(native.cxx()),
+        "compiler": commands.identity(native.cxx(backends.of(config).machine(config))),
         "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
         **backends.of(config).tools(),
     }

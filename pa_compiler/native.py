@@ -1,9 +1,13 @@
-"""Host C++ + the kernels' assembly -> one shared library that needs tvm-ffi alone, for every target."""
+"""Host C++ + the kernels' assembly -> one shared library that needs tvm-ffi alone, for every target.
+
+For another architecture than this machine's, by a compiler for that one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -32,12 +36,12 @@ _EMBEDDED = """\
 
 @contextlib.contextmanager
 def compiling_host(
-    host: str, directory: Path, headers: Mapping[str, str] | None = None
+    host: str, directory: Path, headers: Mapping[str, str] | None = None, machine: str = ""
 ) -> Iterator[subprocess.Popen[str]]:
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
-    Its headers, texts by their places, are written to directory/include. Yields the compiler's process, which link()
-    waits for; it ends with the context.
+    Its headers, texts by their places, are written to directory/include; machine is as cxx takes it. Yields the
+    compiler's process, which link() waits for; it ends with the context.
 
     Raises:
         RuntimeError: there is no compiler, or the system cannot run it.
@@ -47,7 +51,7 @@ def compiling_host(
     write_headers(headers or {}, directory / "include")
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
-        *cxx(),
+        *cxx(machine),
         *_COMPILE_FLAGS,
         *("-I", str(directory / "include")),
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
@@ -73,17 +77,18 @@ def link(
     directory: Path,
     entry_points: Sequence[str],
     tables: Mapping[str, bytes] | None = None,
+    machine: str = "",
 ) -> Path:
     """Wait for the host's object file, assemble the kernels' texts, and link all of it into directory/pa.so.
 
-    Tables are bytes by the names of symbols at which the host finds them.
+    Tables are bytes by the names of symbols at which the host finds them; machine is as cxx takes it.
 
     Only the entry points leave the library: two of them in one process do not see each other's kernels.
 
     Raises:
         RuntimeError: the compiler refuses the code.
     """
-    what = f"the C++ compiler {shlex.join(cxx())}"
+    what = f"the C++ compiler {shlex.join(cxx(machine))}"
     commands.finish(compiling, what, directory / "host.o")
     exports, library = directory / "exports.map", directory / "pa.so"
     data = [embedded(name, table, directory) for name, table in (tables or {}).items()]
@@ -92,7 +97,7 @@ def link(
         path.write_text(text)
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
-        *cxx(),
+        *cxx(machine),
         str(directory / "host.o"),
         *map(str, assembly),
         "-shared",
@@ -101,7 +106,7 @@ def link(
         "-Wl,--no-undefined",
         "-Wl,-z,now",  # a function that another libtvm_ffi lacks is an error of load(), not the end of the process
         "-Wl,-z,nodelete",  # its threads outlive the module that loaded it, and so does what a driver keeps for it
-        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}",
+        f"-L{_tvm_ffi(machine, directory)}",
         "-ltvm_ffi",
         "-lm",
         "-ldl",
@@ -130,17 +135,57 @@ def _temporaries(directory: Path) -> dict[str, str]:
     return {"TMPDIR": str(directory)}
 
 
-def cxx() -> list[str]:
-    """The command of the C++ compiler: what CXX names, or else g++.
+def _tvm_ffi(machine: str, directory: Path) -> Path:
+    """The directory of the libtvm_ffi.so to link with.
+
+    For another architecture it is one without code: the linker reads names alone, and the functions that the two have
+    in common are those of one version.
+    """
+    library = Path(tvm_ffi.libinfo.find_libtvm_ffi())
+    if _is_here(machine):
+        return library.parent
+    folder = directory / "stub"
+    folder.mkdir(exist_ok=True)
+    listed = [*commands.words("NM", "nm"), "-D", "--defined-only", "--format=posix", str(library)]
+    with commands.start(listed) as process:
+        printed = commands.finish(process, shlex.join(listed), library)
+    names = sorted({line.split(" ", 1)[0] for line in printed.splitlines() if line.startswith("TVMFFI")})
+    stub, made = folder / "stub.s", folder / "libtvm_ffi.so"
+    stub.write_text("".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in names))
+    command = [*cxx(machine), str(stub), "-shared", "-nostdlib", "-Wl,-soname,libtvm_ffi.so", "-o", str(made)]
+    with commands.start(command, environment=_temporaries(directory)) as process:
+        commands.finish(process, shlex.join(command), made)
+    return folder
+
+
+def _is_here(machine: str) -> bool:
+    return machine in ("", platform.machine())
+
+
+def cxx(machine: str = "") -> list[str]:
+    """The command of the C++ compiler for an architecture, by its name in platform.machine(), or "" for this machine's.
+
+    What CXX names, or else g++; for another architecture, of which Debian's compilers begin with the name, what the
+    variable with its name names, such as CXX_aarch64, or else aarch64-linux-gnu-g++.
 
     Raises:
         RuntimeError: there is none.
     """
-    program, *words = commands.words("CXX", "g++")
+    variable, default = "CXX", "g++"
+    if not _is_here(machine):
+        variable, default = f"CXX_{machine}", f"{machine.replace('_', '-')}-linux-gnu-g++"
+    program, *words = commands.words(variable, default)
     path = shutil.which(program)
     if path is None:
         raise RuntimeError(
-            f"the C++ compiler {program!r} is not on PATH; pa_compiler needs g++ to build the host code "
-            "(Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or another by the variable CXX"
+            f"the C++ compiler {program!r} is not on PATH; pa_compiler needs {default} to build the host code "
+            f"({_install(machine)}), or another by the variable {variable}"
         )
     return [path, *words]
+
+
+def _install(machine: str) -> str:
+    if _is_here(machine):
+        return "Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++"
+    name = machine.replace("_", "-")
+    return f"Debian and Ubuntu: apt-get install g++-{name}-linux-gnu"

@@ -17,6 +17,9 @@ columns, of a tile of sums."""
 FEW_ROWS = "fused_attend_few"
 """The PrimFunc of attend that has the tiles of Tiling.few."""
 
+LANES = "pa.lanes"
+"""The mark of an sblock that reads words in vectors, of whose lanes each is an operand of a product."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Element:
@@ -189,6 +192,7 @@ class VectorTiling(Tiling):
         pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides value_dim.
         group_places: Places of a token group that a sweep reads values from in turn, where the table of offsets cannot
             say it.
+        by_element: Whether an operand that is one number for all lanes is taken from a lane of a register.
         scores_in_lanes: Whether a vector of qk_matmul's sums is one of scores, and not of parts of one score.
     """
 
@@ -201,6 +205,7 @@ class VectorTiling(Tiling):
     pv_rows: int
     pv_dims: int
     group_places: int = 1
+    by_element: bool = False
 
     def qk_sums(self, vector_lanes: int) -> int:
         """Vector registers that the sums of qk_matmul take."""

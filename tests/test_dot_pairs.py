@@ -101,8 +101,8 @@ def emulated(lanes):
 @pytest.mark.parametrize("name", ["group_4", "packed_group_8", "group_48"])
 def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, name):
     """Selected, vectorized and called as for AVX512_BF16, on this CPU's vectors, with what it calls written out."""
-    monkeypatch.setattr(target.CpuTarget, "dot_pairs", True)
-    monkeypatch.setattr(instructions, "_instructions", lambda: "".join(map(emulated, (4, 8, 16))))
+    monkeypatch.setattr(target.CpuTarget, "dots", dict.fromkeys((4, 8, 16), "an intrinsic"))
+    monkeypatch.setattr(instructions, "_instructions", lambda dots: "".join(map(emulated, dots)))
     tiles = tiling.choose(SPECS[name], cpu, "fused")
     build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
     lanes = 16 if name == "group_48" else tiles.qk_lanes

@@ -166,14 +166,14 @@ def build_with_tiles(
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled, of_attend, extras.shared_prefix)
     interrupts.check()
-    with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
+    with native.compiling_host(text, directory, host.headers(text), cpu.machine) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)
         compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}
-        library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
+        library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables, cpu.machine)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     texts = _texts(lowered, text, compiled)
-    return Built(library, texts, config, features, texts["asm"], compiled.links)
+    return Built(library, texts, config, features, texts["asm"], cpu.machine, compiled.links)
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:

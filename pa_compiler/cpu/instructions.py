@@ -1,4 +1,4 @@
-"""Instructions that LLVM does not find by itself: the dot product of pairs of AVX512_BF16, vdpbf16ps.
+"""Instructions that LLVM does not find by itself: the dot product of pairs of bfloat16, vdpbf16ps or bfdot.
 
 The kernels say what it computes in plain operations (kernels/elements.py), and on any other target those are compiled.
 Here sums of that form become calls of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import LANES, Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -22,17 +22,15 @@ if TYPE_CHECKING:
     from tvm.s_tir.schedule import SBlockRV
 
 _OP = "pa_compiler.dot_pairs"
-_BITS = {4: 128, 8: 256, 16: 512}
-"""Lanes of float32 -> bits of the vectors that there is an instruction for."""
+_LANES = "pa_compiler.lanes"
 
 
 def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
-    """The scheduled module with vdpbf16ps wherever a dot product of pairs is added to a sum, if the target has it.
+    """The scheduled module with the instruction where a dot product of pairs is added to a sum, if the target has it.
 
     The tiling is decode's or attend's: both multiply pairs, or none does.
 
-    The module given may be changed: use it no more. The instruction adds the two products one after the other, each
-    with one rounding, and takes subnormal numbers for 0.
+    The module given may be changed: use it no more.
     """
     if not target.dot_pairs or tiling.keys.terms == 1:
         return mod
@@ -44,8 +42,10 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
         sch.work_on(variable.name_hint)
         sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
-            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
+            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target.dots))
+        for sblock in sblocks(sch):
+            _keep_lanes(sch, sblock)
     return sch.mod
 
 
@@ -79,6 +79,17 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
     return True
 
 
+def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> None:
+    """Let an sblock that reads words for their lanes call the operation that says of which type they are."""
+    from tvm.ir import Call
+    from tvm.tirx import BufferStore
+
+    old = sch.get(sblock)
+    if LANES in old.annotations:
+        call = Call(_LANES, [old.body.value], ret_ty="int32")
+        replace_body(sch, sch.get_sref(sblock), BufferStore(old.body.buffer, call, old.body.indices))
+
+
 @functools.cache
 def _register() -> None:
     """Tell TVM of the operation: (sum, a, b) -> sum + dot_pairs(a, b), lane by lane."""
@@ -87,10 +98,20 @@ def _register() -> None:
     from tvm.tirx.op import register_intrin_lowering
 
     pure = 1
-    tvm_ffi.get_global_func("ir.RegisterOp")(_OP, "sum + dot_pairs(a, b)")
-    register_op_attr(_OP, "TVectorizable", True)
-    register_op_attr(_OP, "TCallEffectKind", pure)
-    register_intrin_lowering(_OP, "llvm", f=_lower)
+    for name, what, lower in ((_OP, "sum + dot_pairs(a, b)", _lower), (_LANES, "words", _lower_lanes)):
+        tvm_ffi.get_global_func("ir.RegisterOp")(name, what)
+        register_op_attr(name, "TVectorizable", True)
+        register_op_attr(name, "TCallEffectKind", pure)
+        register_intrin_lowering(name, "llvm", f=lower)
+
+
+def _lower_lanes(call: Expr) -> Expr:
+    """Words of vectors that are loaded as they are, but for LLVM, which takes lanes only of what is bfloat16."""
+    from tvm.tirx import call_pure_extern
+
+    (words,) = call.args
+    lanes = words.ty.dtype.lanes
+    return words if lanes == 1 else call_pure_extern(f"int32x{lanes}", f"pa_lanes_{lanes}", words)
 
 
 def _lower(call: Expr) -> Expr:
@@ -106,29 +127,42 @@ def _lower(call: Expr) -> Expr:
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions(lanes: Iterable[int]) -> str:
+def _definitions(lanes: Iterable[int], dots: Mapping[int, str]) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
-    return " ".join([_instructions(), *map(_in_parts, sorted(set(lanes) - _BITS.keys()))])
+    longer = sorted(set(lanes) - dots.keys())
+    texts = [_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)]
+    return " ".join(texts + [_lanes(each) for each in dots])
 
 
-def _instructions() -> str:
+def _lanes(lanes: int) -> str:
+    """The function of words that are loaded for their lanes: a fence, which is no instruction, for a type's sake."""
+    words, pairs = f"<{lanes} x i32>", f"<{2 * lanes} x bfloat>"
+    fence = f"@llvm.arithmetic.fence.v{2 * lanes}bf16"
+    return (
+        f"declare {pairs} {fence}({pairs}) "
+        f"define {words} @pa_lanes_{lanes}({words} %a) alwaysinline nounwind {{ "
+        f"%x = bitcast {words} %a to {pairs} %y = call {pairs} {fence}({pairs} %x) "
+        f"%r = bitcast {pairs} %y to {words} ret {words} %r }}"
+    )
+
+
+def _instructions(dots: Mapping[int, str]) -> str:
     return " ".join(
-        f"declare <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"declare <{lanes} x float> @{intrinsic}"
         f"(<{lanes} x float>, <{2 * lanes} x bfloat>, <{2 * lanes} x bfloat>) "
         f"define <{lanes} x float> @{_name(lanes)}(<{lanes} x float> %sum, <{lanes} x i32> %a, <{lanes} x i32> %b) "
         "alwaysinline nounwind { "
         f"%x = bitcast <{lanes} x i32> %a to <{2 * lanes} x bfloat> "
         f"%y = bitcast <{lanes} x i32> %b to <{2 * lanes} x bfloat> "
-        f"%r = call <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"%r = call <{lanes} x float> @{intrinsic}"
         f"(<{lanes} x float> %sum, <{2 * lanes} x bfloat> %x, <{2 * lanes} x bfloat> %y) "
         f"ret <{lanes} x float> %r }}"
-        for lanes, bits in _BITS.items()
+        for lanes, intrinsic in dots.items()
     )
 
 
-def _in_parts(lanes: int) -> str:
-    """The function for longer vectors, which takes them apart into the longest that there is an instruction for."""
-    part = math.gcd(lanes, max(_BITS))
+def _in_parts(lanes: int, part: int) -> str:
+    """The function for longer vectors, which takes them apart into parts that there is an instruction for."""
     floats, words = f"<{lanes} x float>", f"<{lanes} x i32>"
     of_floats, of_words = f"<{part} x float>", f"<{part} x i32>"
     insert = f"@llvm.vector.insert.v{lanes}f32.v{part}f32"

@@ -7,11 +7,53 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from pa_compiler.cpu import architectures
+from pa_compiler.cpu.architectures import ARCHITECTURES
 from pa_compiler.runtime import cpu_features, versions
 
-_KEYS = {"kind", "mcpu", "mattr"}
+_KEYS = {"kind", "mtriple", "mcpu", "mattr"}
+
+
+class Vectors(NamedTuple):
+    """The vector registers of an instruction set.
+
+    Attributes:
+        lanes: float32 lanes of the widest one.
+        registers: Those that there are.
+        sums: Those that a register tile of any shape may use for its sums; the rest hold the operands.
+        by_element: Whether a product takes a lane of a register as the one number for all lanes of the other operand.
+    """
+
+    lanes: int
+    registers: int
+    sums: int
+    by_element: bool = False
+
+
+_VECTORS = {
+    "avx512f": Vectors(16, 32, 15),
+    "avx": Vectors(8, 16, 14),
+    "neon": Vectors(4, 32, 24, by_element=True),
+}
+"""By LLVM's names of instruction sets, the widest first.
+
+With 16 sums of AVX-512, keys in NHD were read up to 1.12 times as fast from a cache on Zen 4, and packed ones from
+memory took 1.25 times as long. NEON's are not measured: four units of four cycles, as in Neoverse V2, need 16 at least.
+"""
+
+_DOTS = {
+    frozenset({"avx512bf16", "avx512vl"}): {
+        lanes: f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}" for lanes in (4, 8, 16)
+    },
+    frozenset({"neon", "bf16"}): {4: "llvm.aarch64.neon.bfdot.v4f32.v8bf16"},
+}
+"""By instruction sets, LLVM's intrinsics of the dot product of pairs of bfloat16 by the float32 lanes of their vectors.
+
+vdpbf16ps adds the two products one after the other, each with one rounding. bfdot adds their sum, and rounds to the odd
+one of two neighbours. Both take subnormal numbers for 0.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +69,44 @@ class CpuTarget:
     features: frozenset[str]
 
     @property
+    def machine(self) -> str:
+        """The name of its architecture, as platform.machine() has it."""
+        return machine_of(json.loads(self.config))
+
+    @property
+    def _vectors(self) -> Vectors:
+        found = (vectors for name, vectors in _VECTORS.items() if name in self.features)
+        return next(found, Vectors(4, 16, 14))
+
+    @property
     def vector_lanes(self) -> int:
-        """float32 lanes of the widest vector register."""
-        if "avx512f" in self.features:
-            return 16
-        return 8 if "avx" in self.features else 4
+        """Vectors.lanes."""
+        return self._vectors.lanes
 
     @property
     def vector_registers(self) -> int:
-        """Vector registers that there are."""
-        return 32 if self.vector_lanes == 16 else 16
+        """Vectors.registers."""
+        return self._vectors.registers
 
     @property
     def vector_sums(self) -> int:
-        """Vector registers that a register tile of any shape may use for its sums.
+        """Vectors.sums."""
+        return self._vectors.sums
 
-        AVX-512 has 32 registers, the others 16; the rest hold the operands. With 16 sums keys in NHD were read up to
-        1.12 times as fast from a cache on Zen 4, and packed ones from memory took 1.25 times as long.
-        """
-        return 15 if self.vector_lanes == 16 else 14
+    @property
+    def by_element(self) -> bool:
+        """Vectors.by_element."""
+        return self._vectors.by_element
+
+    @property
+    def dots(self) -> Mapping[int, str]:
+        """LLVM's intrinsics of the dot product of pairs of bfloat16, by the float32 lanes of their vectors; or none."""
+        return next((intrinsics for sets, intrinsics in _DOTS.items() if sets <= self.features), {})
 
     @property
     def dot_pairs(self) -> bool:
-        """Whether there is vdpbf16ps, the dot product of pairs of bfloat16, for vectors of every size."""
-        return {"avx512bf16", "avx512vl"} <= self.features
+        """Whether there is a dot product of pairs of bfloat16 for vectors of every size: vdpbf16ps or bfdot."""
+        return bool(self.dots)
 
     @property
     def tile_registers(self) -> bool:
@@ -68,21 +124,34 @@ def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": "llvm"}
     if unknown := set(target) - _KEYS:
         raise ValueError(f"target: expected the keys {sorted(_KEYS)}, got also {sorted(unknown)}")
-    if not isinstance(target.get("mcpu", "x86-64"), str):
-        raise TypeError(f"target: expected mcpu to be a string, got {target['mcpu']!r}")
+    for name in ("mtriple", "mcpu"):
+        if not isinstance(target.get(name, ""), str):
+            raise TypeError(f"target: expected {name} to be a string, got {target[name]!r}")
     mattr = target.get("mattr", [])
     if isinstance(mattr, str) or not all(isinstance(a, str) and re.fullmatch(r"[+-][A-Za-z0-9._-]+", a) for a in mattr):
         raise ValueError(f"target: expected mattr to be a list of '+feature' or '-feature', got {mattr!r}")
-    normalized = {"kind": "llvm", "mcpu": target.get("mcpu", _baseline())}
+    if "mtriple" in target:
+        machine = architectures.of_triple(target["mtriple"])
+    else:
+        machine = architectures.of_cpu(target.get("mcpu", ""))
+    architecture = ARCHITECTURES.get(machine)
+    normalized = {"kind": "llvm", "mcpu": target.get("mcpu", architecture.baseline if architecture else "generic")}
+    if architecture is not None and machine != platform.machine():
+        normalized["mtriple"] = architecture.triple
     if mattr:
         normalized["mattr"] = list(mattr)
     return normalized
 
 
+def machine_of(normalized: Mapping[str, Any]) -> str:
+    """The architecture of a normalized target, which names another one than this machine's by its triple."""
+    return architectures.of_triple(normalized["mtriple"]) if "mtriple" in normalized else platform.machine()
+
+
 def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
     """What tells two targets apart in a cache key: the dict and, without an mcpu, this CPU with all its features."""
     if "mcpu" in normalized:
-        return {**normalized, "machine": platform.machine()}
+        return {**normalized, "machine": machine_of(normalized)}
     identity = cpu_features.cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
     return {**normalized, "machine": platform.machine(), **{k: identity[k] for k in keep if k in identity}}
@@ -104,20 +173,27 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     import tvm_ffi
     from tvm.target import Target, codegen
 
+    architecture = ARCHITECTURES.get(machine_of(normalized))
     if "mcpu" in normalized:
-        known = list(codegen.llvm_get_cpu_archlist(Target({"kind": "llvm"})))
+        of_triple = {key: value for key, value in normalized.items() if key in ("kind", "mtriple")}
+        known = list(codegen.llvm_get_cpu_archlist(Target(of_triple)))
         if normalized["mcpu"] not in known:
-            raise ValueError(f"target: expected an mcpu that LLVM knows, such as x86-64-v3, got {normalized['mcpu']!r}")
-        config = normalized
+            example = architecture.example if architecture else "generic"
+            raise ValueError(f"target: expected an mcpu that LLVM knows, such as {example}, got {normalized['mcpu']!r}")
+        config = dict(normalized)
     else:
         host = tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
         mattr = sorted(f"{'+' if present else '-'}{name}" for name, present in host.items())
         config = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), "mattr": mattr}
-    features = set(codegen.llvm_get_cpu_features(Target(config)))
+    if architecture is not None and architecture.without:
+        config["mattr"] = _without(architecture.without, config.get("mattr", []), normalized.get("mattr", []))
+    features = {str(name) for name in codegen.llvm_get_cpu_features(Target(config))}
     for attribute in config.get("mattr", []):
         (features.add if attribute[0] == "+" else features.discard)(attribute[1:])
-    return CpuTarget(json.dumps(config, sort_keys=True), frozenset(str(name) for name in features))
+    return CpuTarget(json.dumps(config, sort_keys=True), frozenset(features))
 
 
-def _baseline() -> str:
-    return {"x86_64": "x86-64", "AMD64": "x86-64"}.get(platform.machine(), "generic")
+def _without(names: tuple[str, ...], mattr: list[str], wanted: list[str]) -> list[str]:
+    """The attributes of a target without features, and all that begin with their names, but for those wanted."""
+    left = [each for each in mattr if each in wanted or not each[1:].startswith(names)]
+    return left + [f"-{name}" for name in names if f"+{name}" not in wanted]

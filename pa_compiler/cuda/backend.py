@@ -130,7 +130,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
         entry_points = [name for name in CUDA_ENTRY_POINTS if getattr(extras, name, True)]
         library = native.link(compiling, (), directory, entry_points, tables)
     texts = lowered.texts | _machine_texts(cubin, directory)
-    return Built(library, texts, target.config, (), texts["ptx"])
+    return Built(library, texts, target.config, (), texts["ptx"], platform.machine())
 
 
 def tools() -> dict[str, object]:

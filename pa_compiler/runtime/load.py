@@ -6,10 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import tvm_ffi
-
 from pa_compiler.runtime import manifest
 from pa_compiler.runtime.cuda_module import CudaModule
+from pa_compiler.runtime.elsewhere import Functions
 from pa_compiler.runtime.loader import open_library
 from pa_compiler.runtime.module import Module
 
@@ -17,7 +16,7 @@ from pa_compiler.runtime.module import Module
 def make(
     library: bytes,
     about: manifest.Manifest,
-    functions: tvm_ffi.Module,
+    functions: Functions,
     sources: Mapping[str, str] | None = None,
     links: str = "",
 ) -> Module:

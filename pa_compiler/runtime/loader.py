@@ -11,6 +11,7 @@ from pathlib import Path
 import tvm_ffi
 
 from pa_compiler.runtime import manifest, versions
+from pa_compiler.runtime.elsewhere import Elsewhere, Functions
 
 _LOADED: dict[str, tvm_ffi.Module] = {}
 """By checksum: a library that is loaded again is still one in this process, with one pool of threads."""
@@ -21,8 +22,8 @@ _PATHS: set[str] = set()
 """Those of files in memory that were loaded: the system's loader takes a path that it knows for what it has."""
 
 
-def open_library(library: bytes, name: str) -> tvm_ffi.Module:
-    """Give a library's bytes to the system's loader, as a file of its own.
+def open_library(library: bytes, name: str) -> Functions:
+    """Give a library's bytes to the system's loader, as a file of its own; not one for another architecture.
 
     So what runs is what was checked, whatever becomes of the user's file; and a file that was replaced is not taken
     for the one that was first loaded under its name, as the system's loader would. The file is in TMPDIR; or, where
@@ -36,6 +37,9 @@ def open_library(library: bytes, name: str) -> tvm_ffi.Module:
         RuntimeError: libraries are not tested with this tvm-ffi; or the loader takes neither of them.
     """
     versions.check_runtime()
+    about = manifest.read(library, name)
+    if about.is_foreign:
+        return Elsewhere(about.unfit())
     checksum = manifest.checksum(library)
     if checksum not in _LOADED:
         _LOADED.setdefault(checksum, _opened(library, name))

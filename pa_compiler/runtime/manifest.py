@@ -70,9 +70,14 @@ class Manifest:
     def __post_init__(self) -> None:
         object.__setattr__(self, "empty_rows", self.empty_rows or _empty_rows(self.spec))
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the library is for another architecture than this machine's."""
+        return self.machine != platform.machine()
+
     def unfit(self) -> str:
         """Why this machine cannot run the library, or ""."""
-        if self.machine != platform.machine():
+        if self.is_foreign:
             return f"expected a library for this machine, {platform.machine()}, got one for {self.machine}"
         if missing := missing_features(self.features):
             return f"expected a library for this CPU, got one that uses what it lacks: {' '.join(missing)}"

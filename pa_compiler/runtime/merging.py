@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import tvm_ffi
-
 from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, with_inputs
 from pa_compiler.runtime import results
+from pa_compiler.runtime.elsewhere import Functions
 from pa_compiler.runtime.entry_points import EntryPoint
 from pa_compiler.runtime.thread_settings import ThreadSettings
 from pa_compiler.spec import PagedAttentionSpec
@@ -19,7 +18,7 @@ class Merging(ThreadSettings):
 
     spec: PagedAttentionSpec
     pipeline: str
-    _functions: tvm_ffi.Module
+    _functions: Functions
     _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
     _on_gpu = False
     _merge_states: EntryPoint | None

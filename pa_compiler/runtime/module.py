@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import tvm_ffi
 
 from pa_compiler.interface import AttendItem, PrefixItem, WorkItem
 from pa_compiler.key_ranges import decodes_by_attend
@@ -18,6 +17,7 @@ from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, whole_number
 from pa_compiler.runtime.calls import Calls
 from pa_compiler.runtime.dlpack import as_tensor
+from pa_compiler.runtime.elsewhere import Functions
 from pa_compiler.runtime.loader import open_library
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Module(Calls):
         self,
         library: bytes,
         about: manifest.Manifest,
-        functions: tvm_ffi.Module,
+        functions: Functions,
         sources: Mapping[str, str] | None = None,
         links: str = "",
     ) -> None:

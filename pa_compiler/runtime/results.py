@@ -10,9 +10,10 @@ import tvm_ffi
 from pa_compiler.runtime import torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES
 from pa_compiler.runtime.dlpack import as_tensor
+from pa_compiler.runtime.elsewhere import Functions
 
 
-def new_like(given: Any, dtype: str, extents: tuple[int, ...], functions: tvm_ffi.Module, axis: int = 0) -> Any:
+def new_like(given: Any, dtype: str, extents: tuple[int, ...], functions: Functions, axis: int = 0) -> Any:
     """A new array [as many as an axis of given has, *extents] of given's kind.
 
     Of a library's functions it may need view_as_bfloat16.

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 
 from pa_compiler.runtime import threads
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.runtime.dlpack import as_tensor
+from pa_compiler.runtime.elsewhere import Functions
 
 
 class ThreadSettings:
     """The part of a Module that has them."""
 
-    _functions: tvm_ffi.Module
+    _functions: Functions
     _threads: threads.Threads
     _thread_numbers: tuple[int, ...]
     """What a call hands over of them: num_threads, threading and cpus in the numbers of the library."""

@@ -18,10 +18,13 @@ from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, scales
+from pa_compiler.schedules.cpu.by_element import read_vectors
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import Element, VectorTiling, largest_divisor
+
+_LINE_WORDS = 16
 
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
@@ -69,14 +72,26 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
     scores = sch.get_sblock(name)
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
-    dim, step, half = sch.split(dim, [None, tiling.qk_lanes, tiling.keys.halves])  # as the key lies in scratch
+    lanes, halves, pairs = tiling.qk_lanes, tiling.keys.halves, tiling.keys.terms == 2
+    steps = max(lanes, math.gcd(int(sch.get(dim).extent), _LINE_WORDS)) if pairs else lanes
+    dim, step, half = sch.split(dim, [None, steps, halves])  # as the key lies in scratch
     sch.reorder(group, dim, step, half, token, row)
     parts = [dim]
-    if tiling.keys.terms == 2:
+    if pairs:
         part, step = sch.split(step, [2, None])
         parts.append(part)
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
+    if tiling.by_element:
+        read = dim
+        if pairs:
+            read, step = sch.split(step, [None, min(lanes, steps // 2)])
+            sch.unroll(read)
+        sch.unroll(step)
+        sch.unroll(half)
+        read_vectors(
+            sch, scores, 1, read, lambda t, i, r, d: (i, t, d // halves // lanes, d % halves, d // halves % lanes)
+        )
     sch.decompose_reduction(scores, dim)
     return group, parts
 

@@ -117,6 +117,7 @@ class Basis(NamedTuple):
             "qk_lanes": self.qk_lanes,
             "pv_lanes": self.pv_lanes,
             "weighs_values": self.spec.token_scales,
+            "by_element": self.target.by_element,
         }
 
 
