@@ -1,7 +1,7 @@
 """pa_compiler: compiles paged attention for the exact shape of a model.
 
-Importing it imports what loading and running a library needs, and nothing of the compiler: compile is imported when it
-is first asked for.
+Importing it imports what loading and running a library needs, and nothing of the compiler: compile and tune are
+imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
     from pa_compiler.compiler import compile  # noqa: A004  (the public name)
+    from pa_compiler.tuning import tune
 
 __all__ = [
     "AttendItem",
@@ -30,16 +31,17 @@ __all__ = [
     "convert_cache",
     "load",
     "reference",
+    "tune",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "compile":
+    if name not in ("compile", "tune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pa_compiler import compiler
+    from pa_compiler import compiler, tuning
 
-    globals()[name] = compiler.compile
-    return compiler.compile
+    globals().update(compile=compiler.compile, tune=tuning.tune)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

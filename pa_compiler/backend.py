@@ -188,6 +188,7 @@ class Backend(NamedTuple):
         check: (spec, pipeline): refuses by ValueError what the target has no kernel for.
         fingerprint: (config) -> what tells two targets apart in a cache key.
         machine: (config) -> the architecture that the host is for, as platform.machine() names it.
+        names_no_cpu: (config) -> whether it is this machine's CPU, so that a record of tuning is taken up.
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
         attends: (pipeline) -> whether its libraries can have attend.
@@ -205,6 +206,7 @@ class Backend(NamedTuple):
     check: Callable[[PagedAttentionSpec, str], None]
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
     machine: Callable[[dict[str, Any]], str]
+    names_no_cpu: Callable[[dict[str, Any]], bool]
     tools: Callable[[], dict[str, object]]
     attends: Callable[[str], bool]
     without_prefix: Callable[[PagedAttentionSpec, str], str]

@@ -21,6 +21,7 @@ def _llvm() -> Backend:
         check=tiles.check,
         fingerprint=target.fingerprint,
         machine=target.machine_of,
+        names_no_cpu=target.names_no_cpu,
         tools=dict,
         attends=backend.attends,
         without_prefix=backend.without_prefix,
@@ -43,6 +44,7 @@ def _cuda() -> Backend:
         check=tiling.check,
         fingerprint=backend.fingerprint,
         machine=lambda config: platform.machine(),
+        names_no_cpu=lambda config: False,
         tools=backend.tools,
         attends=backend.attends,
         without_prefix=lambda spec, pipeline: "target cuda",
@@ -64,8 +66,8 @@ def normalize(target: TargetLike) -> dict[str, Any]:
     """Check a target as a user gives it, without importing TVM.
 
     Args:
-        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mtriple": ..., "mcpu": ..., "mattr": [...]};
-            "cuda", or {"kind": "cuda", "arch": ...}.
+        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mtriple": ..., "mcpu": ..., "mattr": [...],
+            "tuned": {...}}; "cuda", or {"kind": "cuda", "arch": ...}.
 
     Returns:
         The target's config, whose "kind" is a key of BACKENDS.

@@ -10,7 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, score_checks, turns
+from pa_compiler import (
+    artifact,
+    backends,
+    dependencies,
+    host,
+    installation,
+    interrupts,
+    native,
+    records,
+    score_checks,
+    turns,
+)
 from pa_compiler import store as _cache
 from pa_compiler.backend import Explanation, Extras, Limits
 from pa_compiler.runtime import files, versions
@@ -101,7 +112,7 @@ def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: st
             raise TypeError(f"{name}: expected a function, got the text of one, read from a library: {function.text}")
     config = backends.normalize(target)
     backends.of(config).check(spec, pipeline)
-    return config
+    return records.taken_up(config, spec)
 
 
 def _checked_extras(extras: Extras, spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> Extras:

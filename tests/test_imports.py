@@ -63,8 +63,10 @@ ARROWS = {
     "backends": {"backend", "cpu", "cuda"},
     "dependencies": {"spec", "backend", "backends", "commands", "installation", "native"},
     "artifact": {"spec", "backend", "dependencies", "runtime"},
+    "records": {"spec", "backends", "store", "runtime"},
+    "tuning": {"spec", "backends", "compiler", "records", "turns", "cpu", "runtime", "verification"},
     "compiler": {
-        *("spec", "score_checks", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
+        *("spec", "score_checks", "records", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
         *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {
@@ -77,17 +79,18 @@ ARROWS = {
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
         *("artifact", "backend", "backends", "compiler", "generate", "report", "store"),
+        *("records", "tuning"),
         "cuda",  # the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
-    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
+    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler", "tuning"},
     "__main__": {"runtime", "cli"},
 }
 """What each room may import. A room is a folder, such as kernels, or a file beside them."""
 
 RUNTIME = {"__init__", "__main__"}
 """What a program that runs libraries imports, and with it all that these import but for what compiles."""
-COMPILER = {"compiler", "cli.main", "report.making"}
+COMPILER = {"compiler", "tuning", "cli.main", "report.making"}
 BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
 OTHERS = {
     "runtime.torch_tensors": {"torch"},  # of callers with its tensors

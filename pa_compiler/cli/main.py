@@ -28,6 +28,7 @@ from pa_compiler.cli.options import (
     usage_errors,
 )
 from pa_compiler.cli.progress import step
+from pa_compiler.cli.tuning import tune_command
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -142,6 +143,7 @@ for _name, _run in library_cli.COMMANDS.items():
 main.add_command(cache_command)
 main.add_command(pages.report_command)
 main.add_command(pages.diff_command)
+main.add_command(tune_command)
 
 
 @main.command()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 from pathlib import Path
@@ -121,7 +120,7 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
         "tirx.RemoveNoOp",
     ]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        return tvm.compile(mod, target=Target(json.loads(target.config)), tir_pipeline=stack.pipeline())
+        return tvm.compile(mod, target=Target(target.of_tvm), tir_pipeline=stack.pipeline())
 
 
 def _without_debug_info(llvm: str) -> str:

@@ -96,6 +96,7 @@ def decisions(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str, limits: L
         ("threads", threads.from_environment().description),
         ("strategy", f"{strategy}. {reason}"),
         *_tile_rows(spec, tiles, cpu),
+        *([("tuned", _tuned(cpu))] if cpu.tuned else []),
         *([] if spec.mask_mod is None else [("keys", bounds.in_words(spec))]),
         *_work_rows(spec, tiles.keys.terms, limits),
     ]
@@ -139,6 +140,11 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
         ("PV sums", f"{rows} rows x {dims} elements of a value, {of_all(pv)}"),
     ]
+
+
+def _tuned(cpu: CpuTarget) -> str:
+    said = (f"{name} {value} of {kernel}" for kernel, fields in cpu.tuned.items() for name, value in fields.items())
+    return f"{', '.join(said)}. As the target says, or the record of pa-compiler tune, which PA_TUNE=0 ignores"
 
 
 def _in_turn(tiles: CpuTiling) -> str:

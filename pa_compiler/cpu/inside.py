@@ -12,7 +12,6 @@ from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, inner_loops
 from pa_compiler.cpu.explain import COLUMNS, LEGEND, alike, decisions
-from pa_compiler.cpu.machines import AMX, AVX2, machine_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import Basis, basis
@@ -38,7 +37,6 @@ class Core(NamedTuple):
     tile_cycles: int = 16
 
 
-_CORES = {AVX2: Core(instructions=5)}
 _MIX = tuple(name for name in COLUMNS if name != "instructions")
 
 
@@ -58,7 +56,7 @@ def inside(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected a module for a GPU with it, got one for {target['kind']!r}")
     cpu = CpuTarget(json.dumps(target, sort_keys=True), frozenset(features))
-    core = _CORES.get(machine_of(cpu), Core())
+    core = Core() if cpu.vector_lanes == 16 else Core(instructions=5)
     of_cycles = (
         f"{core.instructions} instructions, {core.arithmetic} of them on vectors, and {core.loads} loads in a cycle"
     )
@@ -68,7 +66,7 @@ def inside(
         options(spec, cpu, pipeline),
         loops(sources.get("asm", ""), core),
         {COLUMNS[name]: LEGEND[COLUMNS[name]] for name in _MIX},
-        of_cycles + (f"; {core.tile_cycles} for a product of tiles" if machine_of(cpu) == AMX else ""),
+        of_cycles + (f"; {core.tile_cycles} for a product of tiles" if cpu.tile_registers else ""),
         None if limits.flops is None else limits.flops * terms,
     )
 

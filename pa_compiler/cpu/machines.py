@@ -1,12 +1,14 @@
-"""What was measured of machines, by the instruction sets that tell them apart. The tiles are chosen by it.
+"""What was measured of machines: by core where LLVM names it, else by instruction sets. The tiles are chosen by it.
 
 What a row does not give is as it was measured on Zen 1, and has not been measured again. How figures were found is in
-docs/measurements.md.
+docs/measurements.md. For a spec on the CPU of this machine, `pa-compiler tune` measures what is best, and a target says
+it: {"kind": "llvm", "tuned": {"decode": {"kv_tile": 256}}}.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from pa_compiler.cpu.target import CpuTarget
 
@@ -17,6 +19,7 @@ class Machine(NamedTuple):
     Attributes:
         second_level: Bytes of the second-level cache for one head's tile of keys and values; the next tile, which is
             fetched meanwhile, takes as many again. Half of it with several kv heads, whose lines share sets.
+        attend_bytes: Bytes of a tile of keys and values of a head in attend, as they are multiplied.
         kv_tile: Tokens whose scores are held at once in the fused kernel, at most: long enough to amortise the rescale
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
         heads_in_lanes: Rows from which on heads lie in the lanes.
@@ -36,6 +39,7 @@ class Machine(NamedTuple):
     """
 
     second_level: int
+    attend_bytes: int = 1 << 17
     kv_tile: int = 128
     heads_in_lanes: int = 16
     sweep_intensity: float = 2
@@ -59,10 +63,30 @@ AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pai
 """Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
 
-def machine_of(target: CpuTarget) -> Machine:
-    """The row of a target, by its instruction sets; without AVX-512 it is AVX2's."""
+CORES: Mapping[str, dict[str, Any]] = {
+    "znver3": {"sweep_intensity": 8, "second_level": 1 << 18, "attend_bytes": 1 << 16},
+}
+"""What cores have otherwise than the row of their instruction sets, by LLVM's names of them.
+
+Zen 3 (EPYC 7003) was measured by `pa-compiler tune`, whose figures are in docs/measurements.md. Its own prefetchers are
+worth more than prefetches in the order of heads.
+"""
+
+
+def machine_of(target: CpuTarget, kernel: str = "decode") -> Machine:
+    """The row of a target, with what it says is tuned in a kernel of choices.CHOICES."""
+    tuned = dict(target.tuned.get(kernel, {}))
+    if "load_costs" in tuned:
+        tuned["load_costs"] = tuple(tuned["load_costs"])
+    return row_of(target)._replace(**tuned)
+
+
+def row_of(target: CpuTarget) -> Machine:
+    """The row of a target as it is in the table, with what is known of its core."""
     if target.vector_lanes < 16:
-        return AVX2
-    if target.tile_registers:
-        return AMX
-    return AVX512_BF16 if target.dot_pairs else AVX512
+        row = AVX2
+    elif target.tile_registers:
+        row = AMX
+    else:
+        row = AVX512_BF16 if target.dot_pairs else AVX512
+    return row._replace(**CORES.get(target.of_tvm.get("mcpu", ""), {}))

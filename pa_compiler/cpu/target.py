@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pa_compiler.cpu import architectures
+from pa_compiler.cpu import architectures, choices
 from pa_compiler.cpu.architectures import ARCHITECTURES
 from pa_compiler.runtime import cpu_features, versions
 
-_KEYS = {"kind", "mtriple", "mcpu", "mattr"}
+_KEYS = {"kind", "mtriple", "mcpu", "mattr", "tuned"}
 
 
 class Vectors(NamedTuple):
@@ -61,7 +61,7 @@ class CpuTarget:
     """A resolved LLVM CPU target.
 
     Attributes:
-        config: The TVM target dict as canonical JSON text.
+        config: The target dict as canonical JSON text: TVM's, and what is tuned.
         features: LLVM's names of all features that code may use.
     """
 
@@ -72,6 +72,16 @@ class CpuTarget:
     def machine(self) -> str:
         """The name of its architecture, as platform.machine() has it."""
         return machine_of(json.loads(self.config))
+
+    @property
+    def of_tvm(self) -> dict[str, Any]:
+        """The TVM target dict."""
+        return {key: value for key, value in json.loads(self.config).items() if key != "tuned"}
+
+    @property
+    def tuned(self) -> dict[str, dict[str, Any]]:
+        """Fields of machines.Machine that the target says itself, by kernels."""
+        return dict(json.loads(self.config).get("tuned", {}))
 
     @property
     def _vectors(self) -> Vectors:
@@ -120,8 +130,9 @@ def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: it has other keys, or other values than TVM takes.
     """
-    if set(target) == {"kind"}:
-        return {"kind": "llvm"}
+    said = {"tuned": choices.checked(target["tuned"])} if "tuned" in target else {}
+    if not set(target) - {"kind", "tuned"}:
+        return {"kind": "llvm"} | said
     if unknown := set(target) - _KEYS:
         raise ValueError(f"target: expected the keys {sorted(_KEYS)}, got also {sorted(unknown)}")
     for name in ("mtriple", "mcpu"):
@@ -140,7 +151,12 @@ def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
         normalized["mtriple"] = architecture.triple
     if mattr:
         normalized["mattr"] = list(mattr)
-    return normalized
+    return normalized | said
+
+
+def names_no_cpu(normalized: Mapping[str, Any]) -> bool:
+    """Whether a normalized target is this machine's CPU and says no more, so that a record of it is taken up."""
+    return set(normalized) == {"kind"}
 
 
 def machine_of(normalized: Mapping[str, Any]) -> str:
@@ -180,7 +196,7 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
         if normalized["mcpu"] not in known:
             example = architecture.example if architecture else "generic"
             raise ValueError(f"target: expected an mcpu that LLVM knows, such as {example}, got {normalized['mcpu']!r}")
-        config = dict(normalized)
+        config = {key: value for key, value in normalized.items() if key != "tuned"}
     else:
         host = tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
         mattr = sorted(f"{'+' if present else '-'}{name}" for name, present in host.items())
@@ -188,6 +204,8 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     if architecture is not None and architecture.without:
         config["mattr"] = _without(architecture.without, config.get("mattr", []), normalized.get("mattr", []))
     features = {str(name) for name in codegen.llvm_get_cpu_features(Target(config))}
+    if "tuned" in normalized:
+        config["tuned"] = normalized["tuned"]
     for attribute in config.get("mattr", []):
         (features.add if attribute[0] == "+" else features.discard)(attribute[1:])
     return CpuTarget(json.dumps(config, sort_keys=True), frozenset(features))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def hwcaps() -> int:
     getauxval = ctypes.CDLL(None).getauxval
     getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
     return int(getauxval(_AT_HWCAP)) | int(getauxval(_AT_HWCAP2)) << _SECOND
+
+
+def name() -> str:
+    """Of this CPU, for files: its maker, family, model and stepping, as Linux numbers them."""
+    info = cpuinfo()
+    fields = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+    return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(info[each] for each in fields if each in info)) or "cpu"
 
 
 def cpuinfo() -> dict[str, str]:

@@ -82,7 +82,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     """
     if pipeline == "staged":
         return dataclasses.replace(choose(spec, target, pipeline), attends=True)
-    known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
+    known = basis(spec, target, "fused", "attend")._replace(rows=ATTEND_ROWS)
     if TokensInTiles.takes(known)[0]:
         in_place = TokensInTiles.choose_attend(known)
         copies = InTileRegisters.takes(known)[0] and InTileRegisters.adds_as(in_place)
@@ -94,7 +94,7 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if strategy is HeadsInLanes and not known.dot_pairs:
         known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-    most = known.machine.second_level // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
+    most = known.machine.attend_bytes // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
     tiles = strategy.choose(known)
     least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
     kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))

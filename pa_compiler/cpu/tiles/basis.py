@@ -121,10 +121,11 @@ class Basis(NamedTuple):
         }
 
 
-def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
-    """What is known of a spec on a target before a strategy is chosen."""
+def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: str = "decode") -> Basis:
+    """What is known of a spec on a target before a strategy is chosen, for decode or for attend."""
+    machine = machine_of(target, kernel)
     if spec.kv_dtype is not None:
-        return _of_codes(spec, target, pipeline)
+        return _of_codes(spec, target, pipeline, machine)
     packed = spec.kv_layout == "packed"
     pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
     in_pairs = spec.dtype == "bfloat16" and pairs
@@ -133,13 +134,13 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
     dot_pairs = in_pairs and pipeline == "fused" and target.dot_pairs and whole_words
     halves, terms = 1 if packed else word, 2 if dot_pairs else 1
     keys = Element(spec.dtype, word, 1 if dot_pairs else halves, terms)
-    return Basis(spec, target, pipeline, machine_of(target), rows(spec), keys, Element(spec.dtype, word, halves, terms))
+    values = Element(spec.dtype, word, halves, terms)
+    return Basis(spec, target, pipeline, machine, rows(spec), keys, values)
 
 
-def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
+def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32."""
     whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
-    machine = machine_of(target)
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs else 1)

@@ -45,7 +45,7 @@ class InTileRegisters(CpuTiling):
         """Copies of keys and values of a tile that fit in the second-level cache, in whole blocks of sums."""
         spec, rows = basis.spec, 2 * basis.rows
         bytes_of_token = 2 * (spec.head_dim + spec.result_dim)
-        most = max(basis.machine.second_level // bytes_of_token, _SUMS)
+        most = max(basis.machine.attend_bytes // bytes_of_token, _SUMS)
         kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
         return cls(
             **{**basis.common(_SUMS, None), "row_tile": rows, "kv_tile": kv_tile, "prefetches": True},

@@ -60,6 +60,6 @@ class TokensInTiles(CpuTiling):
     def choose_attend(cls, basis: Basis) -> TokensInTiles:
         """The same of rows that are pairs of a query token and a head, in steps that the second-level cache holds."""
         spec, group = basis.spec, TILES * _COLUMNS
-        most = max(basis.machine.second_level // (2 * (spec.head_dim + spec.result_dim)), group)
+        most = max(basis.machine.attend_bytes // (2 * (spec.head_dim + spec.result_dim)), group)
         kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= most)
         return dataclasses.replace(cls.choose(basis), kv_tile=kv_tile, prefetches=True, attends=True, many_tokens=True)

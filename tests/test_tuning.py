@@ -1,0 +1,165 @@
+"""tune(): what it keeps is the best of what it timed, compile takes it up on this CPU alone, and results stay right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import pa_compiler
+from pa_compiler import backends, compiler, records, tuning
+from pa_compiler.cli.main import main
+from pa_compiler.cpu import choices, target, tiles
+from pa_compiler.spec import PagedAttentionSpec
+
+SPEC = PagedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+HALF, DOUBLE = ({"kv_tile": tokens, "second_level": 1 << 22} for tokens in (64, 256))
+OPTIONS = "--num-heads 4 --num-kv-heads 2 --head-dim 16 --block-size 16 --dtype float32 --out-dtype float32".split()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache directory of its own, and small work: two tiles of decode, and one of attend."""
+    monkeypatch.setenv("PA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("PA_TUNE", raising=False)
+    monkeypatch.setattr(tuning, "CONTEXT", 300)
+    monkeypatch.setattr(tuning, "PROMPT", 20)
+    monkeypatch.setattr(tuning, "LEAST_BYTES", 1 << 16)
+    monkeypatch.setattr(tuning, "MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(choices, "CHOICES", {"decode": {"tile": (HALF, DOUBLE)}, "attend": {}})
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def found(cache, monkeypatch):
+    """What is kept where the larger tile is 1.5 times as fast in all turns but one."""
+    ratios = [[0.9] * 9, [1.5] * 8 + [0.5]]
+    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: ratios if rivals else [])
+    return tuning.tune(SPEC)
+
+
+def test_what_is_fastest_is_kept_and_taken_up(found, monkeypatch):
+    assert found.tuned == {"decode": DOUBLE}
+    assert [(each.fields, each.ratio, each.taken) for each in found.trials] == [(HALF, 0.9, False), (DOUBLE, 1.5, True)]
+    assert found.finished
+    assert json.loads(found.path.read_text())["tuned"] == found.tuned
+    module = pa_compiler.compile(SPEC, attend=False)
+    assert module.manifest.target["tuned"] == found.tuned
+    module.verify(seconds=1)
+    explained = compiler.explain(SPEC)
+    assert dict(explained.facts)["tokens"].startswith("kv_tile 256")
+    assert dict(explained.facts)["tuned"].startswith("kv_tile 256 of decode, second_level 4194304 of decode. As")
+
+    monkeypatch.setenv("PA_TUNE", "0")
+    assert "tuned" not in pa_compiler.compile(SPEC, attend=False).manifest.target
+    monkeypatch.setenv("PA_TUNE", "no")
+    with pytest.raises(ValueError, match="PA_TUNE: expected 0 or 1, got 'no'"):
+        pa_compiler.compile(SPEC, attend=False)
+
+
+def test_a_record_is_of_its_spec_and_of_this_cpu(found):
+    config = backends.normalize("llvm")
+    assert records.taken_up(config, SPEC) == {"kind": "llvm", "tuned": found.tuned}
+    for other in ({"kind": "llvm", "mcpu": "x86-64-v3"}, {"kind": "llvm", "tuned": {}}, {"kind": "cuda"}):
+        normalized = backends.normalize(other)
+        assert records.taken_up(normalized, SPEC) == normalized
+    other_spec = PagedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, block_size=32, dtype="float32")
+    assert records.taken_up(config, other_spec) == config
+    assert records.forget(SPEC)
+    assert not records.forget(SPEC)
+    assert records.taken_up(config, SPEC) == config
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"tuned": {"decode": {"kv_tile": 7}}}', '{"spec": 1}'])
+def test_a_record_that_cannot_be_read_is_left_out_with_a_warning(found, text):
+    found.path.write_text(text)
+    with pytest.warns(RuntimeWarning, match=rf"{found.path}: expected a record of pa-compiler tune, which is left out"):
+        assert records.taken_up(backends.normalize("llvm"), SPEC) == {"kind": "llvm"}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "why"),
+    [([1.01] * 9, "less than the margin"), ([1.5] * 6 + [0.9] * 3, "a quarter of the turns was slower")],
+)
+def test_what_may_be_noise_takes_no_place(cache, monkeypatch, ratios, why):
+    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: [ratios] * len(rivals))
+    assert tuning.tune(SPEC).tuned == {}
+
+
+def test_timed_calls_are_those_of_the_libraries(cache):
+    said = []
+    found = tuning.tune(SPEC, threads=1, progress=said.append)
+    assert [each.fields for each in found.trials] == [HALF, DOUBLE]
+    assert all(each.spread[0] <= each.ratio <= each.spread[1] for each in found.trials)
+    assert said[0] == "decode: the tiles of the table"
+    assert said[1] == "decode: tile, kv_tile 64, second_level 4194304"
+
+
+def test_no_library_is_built_after_the_time_is_over(cache):
+    found = tuning.tune(SPEC, seconds=0)
+    assert (found.tuned, found.trials, found.finished) == ({}, (), False)
+
+
+def test_a_wrong_result_is_never_timed(cache, monkeypatch):
+    monkeypatch.setattr(tuning.cases, "call", lambda *args, **heads: args[2].query * 0)
+    with pytest.raises(AssertionError, match=r"tuned \{\}: expected results within the tolerance, got"):
+        tuning.tune(SPEC)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "error", "message"),
+    [
+        (3, TypeError, "target: expected tuned to be a dict of dicts by kernels, got 3"),
+        ({"decode": 3}, TypeError, "target: expected tuned to be a dict of dicts by kernels, got"),
+        ({"append": {}}, ValueError, r"target: expected tuned to have the kernels \['attend', 'decode'\], got also"),
+        ({"decode": {"attend_bytes": 1}}, ValueError, "target: expected tuned decode to have some of .*'attend_bytes'"),
+        ({"decode": {"kv_tile": 100}}, ValueError, "target: expected tuned decode kv_tile to be one of .* got 100"),
+        ({"attend": {"attend_vectors": True}}, ValueError, "target: expected tuned attend attend_vectors .* got True"),
+    ],
+)
+def test_a_target_says_what_is_tuned_or_is_refused(tuned, error, message):
+    with pytest.raises(error, match=message):
+        backends.normalize({"kind": "llvm", "mcpu": "x86-64-v3", "tuned": tuned})
+
+
+@pytest.mark.parametrize("kernel", choices.CHOICES)
+@pytest.mark.parametrize("mcpu", ["x86-64-v3", "x86-64-v4", "znver4", "sapphirerapids"])
+def test_every_choice_makes_tiles(kernel, mcpu):
+    """Those that tune() may build, of specs with each of the strategies."""
+    choose, made = tiles.choose if kernel == "decode" else tiles.choose_attend, set()
+    for heads, kv_heads, dtype, layout in (
+        (32, 8, "bfloat16", "NHD"),
+        (16, 1, "float16", "HND"),
+        (32, 8, "bfloat16", "packed"),
+        (8, 8, "float32", "packed"),
+    ):
+        spec = PagedAttentionSpec(heads, kv_heads, 128, 32, dtype, kv_layout=layout)
+        for fields in (fields for options in choices.CHOICES[kernel].values() for fields in options):
+            config = backends.normalize({"kind": "llvm", "mcpu": mcpu, "tuned": {kernel: fields}})
+            made.add(choose(spec, target.resolve(config), "fused"))
+    assert len(made) > 8
+
+
+def test_a_core_has_a_row_of_its_own():
+    zen3, any_avx2 = (target.resolve({"kind": "llvm", "mcpu": mcpu}) for mcpu in ("znver3", "x86-64-v3"))
+    spec = PagedAttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+    assert tiles.choose(spec, zen3, "fused").sweep == "tokens"
+    assert tiles.choose(spec, any_avx2, "fused").sweep is None
+
+
+def test_the_command(cache, monkeypatch):
+    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: [[1.5] * 9, [0.9] * 9] if rivals else [])
+    result = CliRunner().invoke(main, ["tune", *OPTIONS])
+    assert result.exit_code == 0, result.output
+    assert "kv_tile 64" in result.output
+    assert "taken" in result.output
+    assert "PA_TUNE=0 ignores it" in result.output
+    spec = PagedAttentionSpec(4, 2, 16, 16, "float32")
+    assert records.taken_up({"kind": "llvm"}, spec)["tuned"] == {"decode": HALF}
+    assert "removed" in CliRunner().invoke(main, ["tune", "--forget", *OPTIONS]).output
+    assert "there is none" in CliRunner().invoke(main, ["tune", "--forget", *OPTIONS]).output
+    refused = CliRunner().invoke(main, ["tune", "--target", "znver4"])
+    assert refused.exit_code == 2
+    assert "expected llvm, the CPU of this machine, for tune, got" in refused.output
+    assert "expected fused for tune" in CliRunner().invoke(main, ["tune", "--pipeline", "staged"]).output
