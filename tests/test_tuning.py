@@ -15,27 +15,43 @@ from pa_compiler.spec import PagedAttentionSpec
 
 SPEC = PagedAttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 HALF, DOUBLE = ({"kv_tile": tokens, "second_level": 1 << 22} for tokens in (64, 256))
+ALL = choices.CHOICES
 OPTIONS = "--num-heads 4 --num-kv-heads 2 --head-dim 16 --block-size 16 --dtype float32 --out-dtype float32".split()
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def patch(tmp_path_factory):
     """A cache directory of its own, and small work: two tiles of decode, and one of attend."""
-    monkeypatch.setenv("PA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("PA_TUNE", raising=False)
-    monkeypatch.setattr(tuning, "CONTEXT", 300)
-    monkeypatch.setattr(tuning, "PROMPT", 20)
-    monkeypatch.setattr(tuning, "LEAST_BYTES", 1 << 16)
-    monkeypatch.setattr(tuning, "MOST_BYTES", 1 << 16)
-    monkeypatch.setattr(choices, "CHOICES", {"decode": {"tile": (HALF, DOUBLE)}, "attend": {}})
-    return tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PA_CACHE_DIR", str(tmp_path_factory.mktemp("records") / "cache"))
+        patch.delenv("PA_TUNE", raising=False)
+        for name, value in {"CONTEXT": 300, "PROMPT": 20, "LEAST_BYTES": 1 << 16, "MOST_BYTES": 1 << 16}.items():
+            patch.setattr(tuning, name, value)
+        patch.setattr(choices, "CHOICES", {"decode": {"tile": (HALF, DOUBLE)}, "attend": {}})
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def library():
+    """One library in place of all that would be timed."""
+    return pa_compiler.compile(SPEC, {"kind": "llvm", "tuned": {}})
 
 
 @pytest.fixture
-def found(cache, monkeypatch):
+def ratios(monkeypatch, library):
+    """ratios(of each rival in each turn): what was measured, with nothing built."""
+
+    def make(found):
+        monkeypatch.setattr(tuning._Timed, "built", lambda self, fields: library)
+        monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: found if rivals else [])
+
+    return make
+
+
+@pytest.fixture
+def found(ratios):
     """What is kept where the larger tile is 1.5 times as fast in all turns but one."""
-    ratios = [[0.9] * 9, [1.5] * 8 + [0.5]]
-    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: ratios if rivals else [])
+    ratios([[0.9] * 9, [1.5] * 8 + [0.5]])
     return tuning.tune(SPEC)
 
 
@@ -79,15 +95,15 @@ def test_a_record_that_cannot_be_read_is_left_out_with_a_warning(found, text):
 
 
 @pytest.mark.parametrize(
-    ("ratios", "why"),
+    ("turns", "why"),
     [([1.01] * 9, "less than the margin"), ([1.5] * 6 + [0.9] * 3, "a quarter of the turns was slower")],
 )
-def test_what_may_be_noise_takes_no_place(cache, monkeypatch, ratios, why):
-    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: [ratios] * len(rivals))
+def test_what_may_be_noise_takes_no_place(ratios, turns, why):
+    ratios([turns, turns])
     assert tuning.tune(SPEC).tuned == {}
 
 
-def test_timed_calls_are_those_of_the_libraries(cache):
+def test_timed_calls_are_those_of_the_libraries():
     said = []
     found = tuning.tune(SPEC, threads=1, progress=said.append)
     assert [each.fields for each in found.trials] == [HALF, DOUBLE]
@@ -96,12 +112,12 @@ def test_timed_calls_are_those_of_the_libraries(cache):
     assert said[1] == "decode: tile, kv_tile 64, second_level 4194304"
 
 
-def test_no_library_is_built_after_the_time_is_over(cache):
+def test_no_library_is_built_after_the_time_is_over():
     found = tuning.tune(SPEC, seconds=0)
     assert (found.tuned, found.trials, found.finished) == ({}, (), False)
 
 
-def test_a_wrong_result_is_never_timed(cache, monkeypatch):
+def test_a_wrong_result_is_never_timed(monkeypatch):
     monkeypatch.setattr(tuning.cases, "call", lambda *args, **heads: args[2].query * 0)
     with pytest.raises(AssertionError, match=r"tuned \{\}: expected results within the tolerance, got"):
         tuning.tune(SPEC)
@@ -118,15 +134,17 @@ def test_a_wrong_result_is_never_timed(cache, monkeypatch):
         ({"attend": {"attend_vectors": True}}, ValueError, "target: expected tuned attend attend_vectors .* got True"),
     ],
 )
-def test_a_target_says_what_is_tuned_or_is_refused(tuned, error, message):
+def test_a_target_says_what_is_tuned_or_is_refused(tuned, error, message, monkeypatch):
+    monkeypatch.setattr(choices, "CHOICES", ALL)
     with pytest.raises(error, match=message):
         backends.normalize({"kind": "llvm", "mcpu": "x86-64-v3", "tuned": tuned})
 
 
-@pytest.mark.parametrize("kernel", choices.CHOICES)
+@pytest.mark.parametrize("kernel", ALL)
 @pytest.mark.parametrize("mcpu", ["x86-64-v3", "x86-64-v4", "znver4", "sapphirerapids"])
-def test_every_choice_makes_tiles(kernel, mcpu):
+def test_every_choice_makes_tiles(kernel, mcpu, monkeypatch):
     """Those that tune() may build, of specs with each of the strategies."""
+    monkeypatch.setattr(choices, "CHOICES", ALL)
     choose, made = tiles.choose if kernel == "decode" else tiles.choose_attend, set()
     for heads, kv_heads, dtype, layout in (
         (32, 8, "bfloat16", "NHD"),
@@ -135,7 +153,7 @@ def test_every_choice_makes_tiles(kernel, mcpu):
         (8, 8, "float32", "packed"),
     ):
         spec = PagedAttentionSpec(heads, kv_heads, 128, 32, dtype, kv_layout=layout)
-        for fields in (fields for options in choices.CHOICES[kernel].values() for fields in options):
+        for fields in (fields for options in ALL[kernel].values() for fields in options):
             config = backends.normalize({"kind": "llvm", "mcpu": mcpu, "tuned": {kernel: fields}})
             made.add(choose(spec, target.resolve(config), "fused"))
     assert len(made) > 8
@@ -148,8 +166,8 @@ def test_a_core_has_a_row_of_its_own():
     assert tiles.choose(spec, any_avx2, "fused").sweep is None
 
 
-def test_the_command(cache, monkeypatch):
-    monkeypatch.setattr(tuning._Timed, "ratios", lambda self, best, rivals: [[1.5] * 9, [0.9] * 9] if rivals else [])
+def test_the_command(ratios):
+    ratios([[1.5] * 9, [0.9] * 9])
     result = CliRunner().invoke(main, ["tune", *OPTIONS])
     assert result.exit_code == 0, result.output
     assert "kv_tile 64" in result.output
