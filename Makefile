@@ -6,9 +6,9 @@ JOBS   ?= 2
 RUN    ?=
 PROMPT ?= Explain in a few sentences how a cache makes a computer faster.
 export PROMPT
-BENCH_CUDA ?= --json benchmarks/cuda_results.json
-BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
-BENCH_ATTEND ?= --json benchmarks/attend_results.json
+BENCH_CUDA ?= --json benchmarks/results/cuda.json
+BENCH  ?= --save --plot docs/roofline.svg
+BENCH_ATTEND ?= --save
 BENCH_ENGINES ?=
 RELAX  ?=
 BENCH_VLLM ?=

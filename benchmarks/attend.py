@@ -45,6 +45,7 @@ _SECONDS = {False: 40.0, True: 8.0}  # of the rounds of cases that are measured 
 @click.option("--contender", "chosen", multiple=True, type=click.Choice(_RAGGED), help="Only these.")
 @click.option("--rounds", type=click.IntRange(1), default=_ROUNDS, help="Turns for each contender, at most.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Add the results to that file.")
+@click.option("--save", is_flag=True, help="Add them to the file in benchmarks/results that is of such cores.")
 @click.option("--table", "tabulates", is_flag=True, help="Print the table of that file, and measure nothing.")
 def main(
     patterns: tuple[str, ...],
@@ -54,9 +55,11 @@ def main(
     chosen: tuple[str, ...],
     rounds: int,
     path: Path | None,
+    save: bool,
     tabulates: bool,
 ) -> None:
     """Time attend beside other libraries, and print a table in Markdown."""
+    path = machine.results("attend") if save else path
     console = Console(highlight=False)
     console.width = max(console.width, 180)  # of the table in Markdown
     names = [name for name in GROUPS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -74,6 +77,7 @@ def main(
     for found in _measured(console, names, thread_counts, chosen or _RAGGED, rounds, _SECONDS[quick]):
         results += found
         if path is not None:  # after each: a run of hours may be interrupted
+            path.parent.mkdir(exist_ok=True)
             files.write(path, f"{json.dumps(_added(path, report.as_json(found, True, rounds)))}\n".encode())
     _print_table(console, report.as_json(results, True, rounds)["cases"])
     wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if is_wrong(row)]

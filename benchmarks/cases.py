@@ -76,6 +76,6 @@ def sized(name: str, cache_bytes: int) -> Case:
 
 
 def beyond_cache(case: Case, cache_bytes: int) -> Case:
-    """The case with its batch multiplied until its keys and values are at least twice as large as the cache."""
-    factor = -(-2 * cache_bytes // case.kv_bytes)
+    """The case with its batch multiplied until its keys and values are at least four times as large as the cache."""
+    factor = -(-4 * cache_bytes // case.kv_bytes)
     return dataclasses.replace(case, batch=case.batch * max(1, factor))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import engines_continuous
+from benchmarks import engines_continuous, machine
 from benchmarks.engines_models import (
     CONTENDERS,
     MODELS,
@@ -40,7 +40,6 @@ LONG = {"smollm2": 2048, "llama-1b": 512}
 ERRORS = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}
 """The rms error of logits against the first contender's that is allowed, over their standard deviation: it finds
 nonsense. StaticCache had 0.14 in bfloat16. Tests compare in float32."""
-RESULTS = Path(__file__).with_name("engines_results.json")
 
 Turns = dict[str, list[Seconds]]
 Logits = dict[str, list[torch.Tensor]]
@@ -57,9 +56,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences that decode together")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", default="bfloat16", choices=list(ERRORS))
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the file")
+    parser.add_argument("--json", type=Path, help="the file; by default the one in benchmarks/results of such cores")
     parser.add_argument("--print", action="store_true", help="print the tables, and measure nothing")
     options = parser.parse_args()
+    options.json = options.json or machine.results("engines")
     cases = [] if options.print else [parsed(each) for each in options.cases] if options.cases else list(_all(options))
     for (name, dtype), group in itertools.groupby(cases, lambda case: (case.model, case.dtype)):
         with demo.progress(f"loading {name} in {dtype}"):

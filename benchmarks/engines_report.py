@@ -51,6 +51,7 @@ def save(path: Path, case: Case, rates: dict[str, dict[str, list[float]]]) -> No
         "pa_compiler": importlib.metadata.version("pa-compiler"),
     }
     kept["rows"][str(case)] = rates
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 

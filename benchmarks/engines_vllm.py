@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 from benchmarks import engines_checkpoints, machine
 
-RESULTS = Path(__file__).with_name("engines_vllm_results.json")
 CONTENDERS = ("vllm", "pa_compiler")
 ROUNDS, STEPS, MOST = 7, 3, 4096
 """Turns, steps of each in decode, and tokens of the longest context."""
@@ -74,10 +73,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--mode", default="eager", choices=["eager", "compiled"])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="the file")
+    parser.add_argument("--json", type=Path, help="the file; by default the one in benchmarks/results of such cores")
     parser.add_argument("--print", action="store_true", help="print the table, and measure nothing")
     parser.add_argument("--here", action="store_true", help="measure in this process, whose threads are bound already")
     options = parser.parse_args()
+    options.json = options.json or machine.results("engines_vllm")
     cases = [parsed(each) for each in options.cases] if options.cases else _all(options)
     for engine in dict.fromkeys(map(_engine_of, cases) if not options.print else ()):
         group = [case for case in cases if _engine_of(case) == engine]
@@ -243,6 +243,7 @@ def save(path: Path, case: Case, found: dict[str, list[Seconds]]) -> None:
         contender: {kind: [round(1e3 * getattr(each, kind), 3) for each in steps] for kind in Seconds._fields}
         for contender, steps in found.items()
     }
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 

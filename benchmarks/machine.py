@@ -14,6 +14,13 @@ def cpu_name() -> str:
     return _cpuinfo("model name")
 
 
+def results(what: str) -> Path:
+    """The file that keeps what was measured on such a core: in a folder by LLVM's name of it."""
+    from tvm.target import codegen
+
+    return Path(__file__).with_name("results") / codegen.llvm_get_system_cpu() / f"{what}.json"
+
+
 def cpu_flags() -> frozenset[str]:
     """The instruction-set extensions that the kernel reports, such as "avx2"."""
     return frozenset(_cpuinfo("flags").split())

@@ -39,6 +39,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--pages", type=click.Choice(["huge", "4k"]), default="huge", help="What keys and values lie on.")
 @click.option("--rounds", type=click.IntRange(1), help=f"Turns for each contender [{_ROUNDS}, quick {_QUICK_ROUNDS}].")
 @click.option("--json", "json_path", type=_FILE, help="Write the results there.")
+@click.option("--save", is_flag=True, help="Write them to the file in benchmarks/results that is of such cores.")
 @click.option("--plot", "plot_path", type=_FILE, help="Draw the roofline there, as SVG; needs matplotlib.")
 def main(
     names: tuple[str, ...],
@@ -51,6 +52,7 @@ def main(
     pages: str,
     rounds: int | None,
     json_path: Path | None,
+    save: bool,
     plot_path: Path | None,
 ) -> None:
     """Time decode against the machine's limits and against other libraries."""
@@ -83,7 +85,8 @@ def main(
                 results += measure({name: case}, workers, probe, cpus, rounds=rounds, tell=status.update)
                 report.print_case(console, results[-1])
         report.print_roofline(console, results[-1].roofline, num_threads)
-    _write(report.as_json(results, pages == "huge", rounds), json_path, plot_path)
+    path = machine.results("decode") if save else json_path
+    _write(report.as_json(results, pages == "huge", rounds), path, plot_path)
     wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if is_wrong(row)]
     if wrong:
         raise click.ClickException("; ".join(wrong))
@@ -91,6 +94,7 @@ def main(
 
 def _write(measured: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:
     if json_path is not None:
+        json_path.parent.mkdir(exist_ok=True)
         files.write(json_path, f"{json.dumps(measured)}\n".encode())
     if plot_path is not None:
         from benchmarks.plot import plot  # matplotlib is not needed otherwise

@@ -108,7 +108,9 @@ def commit() -> str:
     head = git("rev-parse", "--short", "HEAD")
     if head is None:
         return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!*_results.json")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":!tests/*_results.json", ":!benchmarks/results"
+    )
     return f"{head} and changes" if changed else head
 
 
