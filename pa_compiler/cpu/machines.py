@@ -58,9 +58,17 @@ AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)
 """Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
+NEON = Machine(second_level=1 << 17, sweep_intensity=1, broadcast_registers=0)
+"""Of AArch64 no core was measured. What is not Zen 1's follows from instructions: a group of a sweep is of as many tokens as
+a vector has lanes, four, after which sums are added to memory, so what is not bound to be memory's is not swept; a lane
+of a register is an operand by itself. 1 MB of second-level cache, as Neoverse N1 and V2 have at least, has room for
+second_level as Zen 4's does."""
+
 
 def machine_of(target: CpuTarget) -> Machine:
-    """The row of a target, by its instruction sets; without AVX-512 it is AVX2's."""
+    """The row of a target, by its instruction sets; without AVX-512 and NEON it is AVX2's."""
+    if target.by_element:
+        return NEON
     if target.vector_lanes < 16:
         return AVX2
     if target.tile_registers:

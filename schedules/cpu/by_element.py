@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.s_tir import SBlockRealize, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
-from tvm.tirx import For, IntImm, Var
+from tvm.tirx import For, IntImm
 
 from pa_compiler.tiles import LANES
 
 
 def read_vectors(
-    sch: Schedule, sblock: SBlockRV, operand: int, loop: LoopRV, place: Callable[..., tuple[Var, ...]]
+    sch: Schedule, sblock: SBlockRV, operand: int, loop: LoopRV, place: Callable[..., tuple[Expr, ...]]
 ) -> None:
     """Read an operand of an sblock in vectors at the beginning of a loop's body.
 

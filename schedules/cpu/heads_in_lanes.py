@@ -12,6 +12,7 @@ Every intermediate is laid out with its rows last. The query is turned once, and
 import math
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import IntImm
@@ -25,6 +26,7 @@ from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import Element, VectorTiling, largest_divisor
 
 _LINE_WORDS = 16
+"""Words of a line of the memory system: as many, and no fewer, are the work beside which its next one is fetched."""
 
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
@@ -83,17 +85,21 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     if tiling.by_element:
-        read = dim
-        if pairs:
-            read, step = sch.split(step, [None, min(lanes, steps // 2)])
-            sch.unroll(read)
-        sch.unroll(step)
-        sch.unroll(half)
-        read_vectors(
-            sch, scores, 1, read, lambda t, i, r, d: (i, t, d // halves // lanes, d % halves, d // halves % lanes)
-        )
+        vector, step = sch.split(step, [None, min(lanes, int(sch.get(step).extent))])
+        for each in (vector, step, half):
+            sch.unroll(each)
+        read_vectors(sch, scores, 1, vector, _of_key(lanes, halves, tiling.copy_keys))
     sch.decompose_reduction(scores, dim)
     return group, parts
+
+
+def _of_key(lanes: int, halves: int, copied: bool) -> Callable[..., tuple[Expr, ...]]:
+    """Where read_vectors has an element of a key: in a vector of its half. Copies are of one tile of heads."""
+
+    def place(t: Expr, i: Expr, r: Expr, d: Expr) -> tuple[Expr, ...]:
+        return (*([] if copied else [i]), t, d // halves // lanes, d % halves, d // halves % lanes)
+
+    return place
 
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
