@@ -43,7 +43,7 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
         sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
             lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target.dots))
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target))
         for sblock in sblocks(sch):
             _keep_lanes(sch, sblock)
     return sch.mod
@@ -127,11 +127,12 @@ def _lower(call: Expr) -> Expr:
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions(lanes: Iterable[int], dots: Mapping[int, str]) -> str:
+def _definitions(lanes: Iterable[int], target: CpuTarget) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
-    longer = sorted(set(lanes) - dots.keys())
-    texts = [_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)]
-    return " ".join(texts + [_lanes(each) for each in dots])
+    dots = target.dots
+    texts = [_instructions(dots)]
+    texts += [_in_parts(longer, math.gcd(longer, max(dots))) for longer in sorted(set(lanes) - dots.keys())]
+    return " ".join(texts + [_lanes(each) for each in dots if target.by_element])
 
 
 def _lanes(lanes: int) -> str:

@@ -59,10 +59,10 @@ AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pai
 """Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
 NEON = Machine(second_level=1 << 17, sweep_intensity=1, broadcast_registers=0)
-"""Of AArch64 no core was measured. What is not Zen 1's follows from instructions: a group of a sweep is of as many tokens as
-a vector has lanes, four, after which sums are added to memory, so what is not bound to be memory's is not swept; a lane
-of a register is an operand by itself. 1 MB of second-level cache, as Neoverse N1 and V2 have at least, has room for
-second_level as Zen 4's does."""
+"""Of AArch64 no core was measured. What is not Zen 1's follows from what its instructions do: a lane of a register is
+an operand by itself; and a group of a sweep is of as many tokens as a vector has lanes, four, and then sums are added to
+memory, so that only what a core has time for is swept. Neoverse N1 and V2 have a second-level cache of 1 MB or more.
+"""
 
 
 def machine_of(target: CpuTarget) -> Machine:

@@ -6,18 +6,56 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 #include "shared/errors.h"
 
 namespace pa {
 
+#if defined(__aarch64__)
+
+// An instruction set that kernels may use: LLVM's name, and its bit of AT_HWCAP, or, from 64 on, of AT_HWCAP2.
+struct InstructionSet {
+  const char* name;
+  int bit;
+
+  constexpr InstructionSet(const char* name, int bit) : name(name), bit(bit) {}
+  constexpr InstructionSet(std::nullptr_t) : name(nullptr), bit(0) {}
+};
+
+// What the system says of this CPU in the auxiliary vector of the process.
+class CpuFlags {
+ public:
+  static constexpr const char* kPlace = "the auxiliary vector";
+  bool is_known() const { return words_[0] != 0; }
+  bool Has(const InstructionSet& set) const { return (words_[set.bit / 64] >> (set.bit % 64) & 1) != 0; }
+
+ private:
+  uint64_t words_[2] = {getauxval(AT_HWCAP), getauxval(AT_HWCAP2)};
+};
+
+#else
+
+// An instruction set that kernels may use: LLVM's name, and Linux's where that is another.
+struct InstructionSet {
+  const char *name, *flag;
+
+  constexpr InstructionSet(const char* name) : name(name), flag(name) {}
+  constexpr InstructionSet(const char* name, const char* flag) : name(name), flag(flag) {}
+};
+
 // The line of /proc/cpuinfo that names the instruction sets of this CPU, with spaces around each. What the system does
 // not save, or a virtual machine hides, it does not name.
 class CpuFlags {
  public:
+  static constexpr const char* kPlace = "/proc/cpuinfo";
   CpuFlags() {
     FILE* const file = std::fopen("/proc/cpuinfo", "re");
     size_t room = 0;
@@ -33,9 +71,9 @@ class CpuFlags {
   ~CpuFlags() { std::free(line_); }
 
   bool is_known() const { return is_known_; }
-  bool Has(const char* flag) const {
+  bool Has(const InstructionSet& set) const {
     char word[32];
-    std::snprintf(word, sizeof word, " %s ", flag);
+    std::snprintf(word, sizeof word, " %s ", set.flag);
     return std::strstr(line_, word) != nullptr;
   }
 
@@ -44,13 +82,7 @@ class CpuFlags {
   bool is_known_ = false;
 };
 
-// An instruction set that kernels may use: LLVM's name, and Linux's where that is another.
-struct InstructionSet {
-  const char *name, *flag;
-
-  constexpr InstructionSet(const char* name) : name(name), flag(name) {}
-  constexpr InstructionSet(const char* name, const char* flag) : name(name), flag(flag) {}
-};
+#endif
 
 // Those of a list, which ends with nullptr, that this CPU does not have, with a space before each.
 template <size_t count>
@@ -58,10 +90,10 @@ const char* MissingFeatures(const InstructionSet (&needed)[count]) {
   static char names[32 * count] = "";  // all of them
   const CpuFlags flags;
   if (!flags.is_known())
-    Raise("RuntimeError", "target: expected to read in /proc/cpuinfo what this CPU has, and could not");
+    Raise("RuntimeError", "target: expected to read in %s what this CPU has, and could not", CpuFlags::kPlace);
   char* end = names;
   for (const InstructionSet* each = needed; each->name != nullptr; ++each) {
-    if (!flags.Has(each->flag)) end += std::snprintf(end, names + sizeof names - end, " %s", each->name);
+    if (!flags.Has(*each)) end += std::snprintf(end, names + sizeof names - end, " %s", each->name);
   }
   return names;
 }
