@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -91,6 +92,11 @@ def kernels(mod: IRModule) -> list[Kernel]:
     return [_kernel(name.name_hint, function) for name, function in mod.functions.items()]
 
 
+def kernel_names(mod: IRModule) -> list[str]:
+    """The names of the PrimFuncs of a module."""
+    return [name.name_hint for name in mod.functions]
+
+
 def _kernel(name: str, function: PrimFunc) -> Kernel:
     parameters = ((each.name.removesuffix("_handle"), str(each.ty)) for each in function.params)
     return Kernel(
@@ -150,6 +156,20 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
     )
 
 
+def render_door(**values: Any) -> str:
+    """The text of a bundle's C interface. values: specs, isas, variants, manifest and tile_registers."""
+    isas = [
+        isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]
+    ]
+    values |= {"banner": BANNER, "entry_points": CPU_ENTRY_POINTS, "isas": isas}
+    return render_text("bundle/door.cc.j2", values)
+
+
+def render_text(name: str, values: Mapping[str, Any]) -> str:
+    """A template with values."""
+    return _environment().get_template(name).render(values)
+
+
 def headers(text: str) -> dict[str, str]:
     """The headers that C++ includes of those beside the templates, and that these include: texts by their places."""
     texts = installation.templates()
@@ -195,7 +215,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
-    filters += [_initializers, _members, _arguments, _address, _fill]
+    filters += [_c_string, _initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -287,6 +307,11 @@ def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]
     """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
+
+
+def _c_string(text: str) -> str:
+    """A literal of C."""
+    return json.dumps(text)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -17,6 +17,9 @@ from pa_compiler import commands
 
 _COMPILE_FLAGS = ("-std=c++17", "-Og", "-fPIC", "-pthread", "-fvisibility=hidden")
 
+IN_BUNDLE = ("-DPA_WITHOUT_OBJECTS", "-fno-gnu-unique")
+"""Further flags for a host that becomes a part of a bundle."""
+
 _EMBEDDED = """\
     .section .rodata
     .balign 64
@@ -32,12 +35,12 @@ _EMBEDDED = """\
 
 @contextlib.contextmanager
 def compiling_host(
-    host: str, directory: Path, headers: Mapping[str, str] | None = None
+    host: str, directory: Path, headers: Mapping[str, str] | None = None, flags: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[str]]:
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
     Its headers, texts by their places, are written to directory/include. Yields the compiler's process, which link()
-    waits for; it ends with the context.
+    waits for; it ends with the context. flags are further ones for it.
 
     Raises:
         RuntimeError: there is no compiler, or the system cannot run it.
@@ -49,6 +52,7 @@ def compiling_host(
     command = [
         *cxx(),
         *_COMPILE_FLAGS,
+        *flags,
         *("-I", str(directory / "include")),
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
         "-c",
@@ -83,11 +87,9 @@ def link(
     Raises:
         RuntimeError: the compiler refuses the code.
     """
-    what = f"the C++ compiler {shlex.join(cxx())}"
-    commands.finish(compiling, what, directory / "host.o")
-    assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
-    data = (embedded(name, table, directory) for name, table in (tables or {}).items())
-    assembly.write_text("".join([kernels, *data]))
+    finish_host(compiling, directory)
+    exports, library = directory / "exports.map", directory / "pa.so"
+    assembly = _write_assembly(kernels, directory, tables or {})
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
         *cxx(),
@@ -106,9 +108,45 @@ def link(
         "-o",
         str(library),
     ]
-    with commands.start(command, environment=_temporaries(directory)) as process:
-        commands.finish(process, what, library)
+    run(command, library)
     return library
+
+
+def finish_host(compiling: subprocess.Popen[str], directory: Path) -> None:
+    """Wait for directory/host.o.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    commands.finish(compiling, f"the C++ compiler {shlex.join(cxx())}", directory / "host.o")
+
+
+def assemble(kernels: str, directory: Path, tables: Mapping[str, bytes]) -> None:
+    """Assemble kernels, and tables as for link(), to directory/kernels.o.
+
+    Raises:
+        RuntimeError: the compiler refuses them.
+    """
+    made = directory / "kernels.o"
+    run([*cxx(), "-c", str(_write_assembly(kernels, directory, tables)), "-o", str(made)], made)
+
+
+def run(command: Sequence[str], made: Path) -> None:
+    """Run a compiler, a linker or the like, which leaves a file. Files of its own are beside that.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    with commands.start(command, environment=_temporaries(made.parent)) as process:
+        what = f"the C++ compiler {shlex.join(cxx())}" if command[: len(cxx())] == cxx() else shlex.join(command[:1])
+        commands.finish(process, what, made)
+
+
+def _write_assembly(kernels: str, directory: Path, tables: Mapping[str, bytes]) -> Path:
+    assembly = directory / "kernels.s"
+    data = (embedded(name, table, directory) for name, table in tables.items())
+    assembly.write_text("".join([kernels, *data]))
+    return assembly
 
 
 def embedded(name: str, data: bytes, directory: Path) -> str:

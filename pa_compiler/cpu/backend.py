@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from pa_compiler import host, interrupts, native
 from pa_compiler.backend import NO_EXTRAS, Built, Extras
 from pa_compiler.bounds import bounds
 from pa_compiler.cpu import build as _build
-from pa_compiler.cpu import instructions, prefetch
+from pa_compiler.cpu import instructions, prefetch, workspace
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
@@ -33,6 +35,20 @@ ORIGINS = {
 """What the text of each stage comes from."""
 
 # TVM is imported inside the functions that compile: looking a module up in the cache does without.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What build_part has made beside its object files: tiles, texts of the stages, symbols of the kernels.
+
+    scratch is what the kernels of a thread take at most, in bytes.
+    """
+
+    tiles: Tiling
+    of_attend: Tiling
+    texts: Mapping[str, str]
+    kernels: Sequence[str]
+    scratch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +189,37 @@ def build_with_tiles(
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm, compiled.links)
+
+
+def build_part(
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, directory: Path, renamed: Callable[[str, Tiling], str]
+) -> Part:
+    """What a bundle has of a spec on a target, fused and with attend: host.o and kernels.o in directory.
+
+    renamed(name, tiles) says what a function is called in place of the name that it would have in a library of its own:
+    kernels, each with the tiles that it has, and entry points and tables, with those of decode.
+    """
+    tiles, of_attend = tiling.choose(spec, cpu, "fused"), tiling.choose_attend(spec, cpu, "fused")
+    unscheduled = build_kernels(spec, tiles, "fused", of_attend)
+    text = host_text(spec, cpu, tiles, "fused", unscheduled, of_attend)
+    attend = {name for name in host.kernel_names(unscheduled) if "attend" in name}
+    names = {name: renamed(name, of_attend if name in attend else tiles) for name in host.kernel_names(unscheduled)}
+    symbols = {f"__tvm_ffi_{name}": new for name, new in names.items()}
+    symbols |= {f"__tvm_ffi_{name}": renamed(name, tiles) for name in CPU_ENTRY_POINTS}
+    tables = {each.name: (renamed(each.name, tiles), each.data) for each in spec.constants}
+    symbols |= {name: new for name, (new, _) in tables.items()}
+    defined = [f"-D{name}={new}" for name, new in symbols.items()]
+    interrupts.check()
+    with native.compiling_host(text, directory, host.headers(text), [*native.IN_BUNDLE, *defined]) as compiling:
+        lowered = lower(unscheduled, spec, tiles, of_attend)
+        mod = instructions.select(lowered.mod, cpu, tiles)
+        compiled = _build.compile_kernels(mod, cpu, directory)
+        asm = re.sub(r"\b__tvm_ffi_\w+", lambda found: symbols.get(found[0], found[0]), compiled.asm)
+        native.assemble(asm, directory, dict(tables.values()))
+        native.finish_host(compiling, directory)
+    scratch = workspace.scratch_bytes(lowered.mod, tiles, of_attend)
+    texts = _texts(lowered, text, compiled) | {"asm": asm}
+    return Part(tiles, of_attend, texts, sorted(names.values()), scratch)
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:

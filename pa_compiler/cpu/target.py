@@ -119,5 +119,10 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     return CpuTarget(json.dumps(config, sort_keys=True), frozenset(str(name) for name in features))
 
 
+def architecture(normalized: Mapping[str, Any]) -> str:
+    """The architecture that a normalized target is of, such as "x86_64"."""
+    return str(normalized.get("mtriple", platform.machine())).partition("-")[0]
+
+
 def _baseline() -> str:
     return {"x86_64": "x86-64", "AMD64": "x86-64"}.get(platform.machine(), "generic")
