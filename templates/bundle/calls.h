@@ -7,8 +7,11 @@
 #include <cstdio>
 #include <cstring>
 
-#include "bundle/choice.h"
+#pragma GCC visibility push(default)
 #include "bundle/pa.h"
+#pragma GCC visibility pop
+
+#include "bundle/choice.h"
 #include "cpu/cpu_set.h"
 #include "cpu/directions.h"
 #include "cpu/kernel_call.h"
