@@ -112,8 +112,11 @@ def render(
     kernels: Sequence[Kernel],
     **has: Any,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, attend_rows, tile_shapes."""
-    has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, **has}
+    """The text of host.cc; kernels are the pipeline's and append_kv's.
+
+    has: shares_prefix, attend_rows, tile_shapes, and asks, whether it asks what instruction sets the CPU has.
+    """
+    has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, "asks": True, **has}
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -137,7 +140,7 @@ def render(
         attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
+        instruction_sets=[_instruction_set(name) for name in instruction_sets(target) if has["asks"]],
     )
 
 

@@ -17,8 +17,8 @@ from pa_compiler import commands
 
 _COMPILE_FLAGS = ("-std=c++17", "-Og", "-fPIC", "-pthread", "-fvisibility=hidden")
 
-IN_BUNDLE = ("-DPA_WITHOUT_OBJECTS", "-fno-gnu-unique")
-"""Further flags for a host that becomes a part of a bundle."""
+_IN_BUNDLE = ("-DPA_WITHOUT_OBJECTS", "-fno-gnu-unique")
+"""Further flags for what becomes a part of a bundle."""
 
 _EMBEDDED = """\
     .section .rodata
@@ -62,6 +62,47 @@ def compiling_host(
     ]
     with commands.start(command, environment=_temporaries(directory)) as process:
         yield process
+
+
+@contextlib.contextmanager
+def compiling_part(text: str, directory: Path, headers: Mapping[str, str]) -> Iterator[None]:
+    """As compiling_host, for a part of a bundle. At the end of the context there is directory/host.o.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    with compiling_host(text, directory, headers, _IN_BUNDLE) as process:
+        yield
+        finish_host(process, directory)
+
+
+def rename_symbols(source: Path, names: Mapping[str, str], made: Path) -> None:
+    """Copy an object file with other names for some of its symbols.
+
+    Raises:
+        RuntimeError: there is no objcopy, or it failed.
+    """
+    renames = made.with_suffix(".names")
+    renames.write_text("".join(f"{old} {new}\n" for old, new in names.items()))
+    run([*tool("OBJCOPY"), f"--redefine-syms={renames}", str(source), str(made)], made)
+
+
+_TOOLS = {"OBJCOPY": "objcopy", "AR": "ar"}
+
+
+def tool(variable: str) -> list[str]:
+    """The command of a tool of binutils: what a variable of its name names, or else the one that make would take.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    program, *words = commands.words(variable, _TOOLS[variable])
+    if (path := shutil.which(program)) is None:
+        raise RuntimeError(
+            f"{program!r} is not on PATH; a bundle needs it, from binutils, where the linker is, or another by the "
+            f"variable {variable}"
+        )
+    return [path, *words]
 
 
 def write_headers(headers: Mapping[str, str], directory: Path) -> None:

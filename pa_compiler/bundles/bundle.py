@@ -164,14 +164,15 @@ def _fill(made: Path, specs: Sequence[PagedAttentionSpec], configs: Sequence[dic
 
 
 def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, scratch: Path) -> None:
-    """Do the tasks in so many processes. The first that fails ends all of them, and is what is raised."""
+    """Do the tasks in so many processes, those of a spec in one where that is even. The first that fails ends all of them, and is what is raised."""
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     try:
         for number in range(processes):
             folder = scratch / f"process.{number}"
             folder.mkdir()
             work = folder / "work"
-            work.write_bytes(pickle.dumps(Work(list(todo[number::processes]), configs, folder)))
+            share = todo[number * len(todo) // processes : (number + 1) * len(todo) // processes]
+            work.write_bytes(pickle.dumps(Work(list(share), configs, folder)))
             running.append((_start(work, folder), folder))
         while running:
             interrupts.check()

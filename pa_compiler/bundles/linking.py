@@ -6,12 +6,11 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pa_compiler import commands, dependencies, host, installation, native
+from pa_compiler import dependencies, host, installation, native
 from pa_compiler.bundles.tasks import About, Task
 from pa_compiler.cpu import target as _target
 from pa_compiler.naming import target_name
@@ -20,7 +19,6 @@ from pa_compiler.spec import PagedAttentionSpec
 FORMAT = 1
 """Of manifest.json."""
 
-_TOOLS = {"OBJCOPY": "objcopy", "AR": "ar"}
 _EXPORTED = re.compile(r"\b(pa_\w+)\(")
 
 
@@ -30,15 +28,8 @@ def check_tools() -> None:
     Raises:
         RuntimeError: it is not there.
     """
-    for variable in _TOOLS:
-        _tool(variable)
-
-
-def _tool(variable: str) -> list[str]:
-    program, *words = commands.words(variable, _TOOLS[variable])
-    if (path := shutil.which(program)) is None:
-        raise RuntimeError(f"{program!r} is not on PATH; it is of binutils, as the linker is, and {variable} names another")
-    return [path, *words]
+    native.tool("OBJCOPY")
+    native.tool("AR")
 
 
 def link(
@@ -66,7 +57,7 @@ def link(
     header = installation.templates()["bundle/pa.h"]
     (made / "include").mkdir()
     (made / "include" / "pa.h").write_text(header)
-    objects = [task.objects / name for task in todo for name in ("host.o", "kernels.o")]
+    objects = [task.objects / name for task in todo for name in ("renamed.o", "kernels.o")]
     _link(made / "lib", scratch, door, objects, _exported(header), manifest)
     _write_packages(made / "lib", names, _soname(manifest))
 
@@ -171,15 +162,15 @@ def _link(
     lib.mkdir()
     folder = scratch / "door"
     folder.mkdir()
-    with native.compiling_host(door, folder, host.headers(door), native.IN_BUNDLE) as compiling:
-        native.finish_host(compiling, folder)
+    with native.compiling_part(door, folder, host.headers(door)):
+        pass
     whole, kept, exports = scratch / "pa.o", scratch / "kept", scratch / "exports.map"
     cxx, parts = native.cxx(), [str(folder / "host.o"), *map(str, objects)]
     runtime = ["-Wl,--start-group", "-l:libsupc++.a", "-l:libgcc_eh.a", "-Wl,--end-group"]
     native.run([*cxx, "-r", "-nostdlib", "-Wl,--force-group-allocation", *parts, *runtime, "-o", str(whole)], whole)
     kept.write_text("".join(f"{name}\n" for name in exported))
-    native.run([*_tool("OBJCOPY"), f"--keep-global-symbols={kept}", str(whole)], whole)
-    native.run([*_tool("AR"), "rcsD", str(lib / "libpa.a"), str(whole)], lib / "libpa.a")
+    native.run([*native.tool("OBJCOPY"), f"--keep-global-symbols={kept}", str(whole)], whole)
+    native.run([*native.tool("AR"), "rcsD", str(lib / "libpa.a"), str(whole)], lib / "libpa.a")
     soname = _soname(manifest)
     node = re.sub(r"\W", "_", soname.removesuffix(".so"))
     exports.write_text(f"{node} {{ global: {' '.join(f'{name};' for name in exported)} local: *; }};\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import pickle
 import sys
@@ -91,7 +92,7 @@ def error(folder: Path) -> Exception | None:
     return _KINDS[kind](message)
 
 
-def _do(task: Task) -> None:
+def _do(task: Task, hosts: dict[str, Path]) -> None:
     cpu = _target.resolve(task.config)
     spec, target = naming.spec_name(task.spec), naming.target_name(json.loads(cpu.config), task.config)
     task.objects.mkdir(parents=True)
@@ -101,7 +102,7 @@ def _do(task: Task) -> None:
         return naming.kernel_name(spec, tiles, target, name)
 
     with turns.using_tvm():
-        part = backend.build_part(task.spec, cpu, task.objects, renamed)
+        part = backend.build_part(task.spec, cpu, task.objects, renamed, hosts)
     for stage, text in part.texts.items():
         (task.stages / artifact.STAGE_FILES[stage]).write_text(text, encoding="utf-8")
     tile_registers = any(tiles.tile_shape for tiles in (part.tiles, part.of_attend))
@@ -122,11 +123,13 @@ def _do(task: Task) -> None:
 def main(path: str) -> None:
     """Do the work of a file."""
     work: Work = pickle.loads(Path(path).read_bytes())  # of our own making, in a folder of our own
+    gc.disable()  # it would walk through what TVM makes, which ends with the process
+    hosts: dict[str, Path] = {}
     try:
         for config in work.targets:
             _target.resolve(config)
         for task in work.tasks:
-            _do(task)
+            _do(task, hosts)
     except tuple(_KINDS.values()) as raised:
         kind = next(name for name, each in _KINDS.items() if isinstance(raised, each))
         (work.folder / ERROR).write_text(json.dumps([kind, str(raised)]))
