@@ -47,6 +47,17 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     return Kernels(llvm, asm, places.links(known, places.of_llvm(emitted, llvm), of_asm))
 
 
+def compile_unlinked(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
+    """As compile_kernels, with the same text and the same code, in less time: without links to sblocks."""
+    emitted = translate(mod, target).mod.inspect_source("ll")
+    interrupts.check()
+    text = directory / "kernels.ll"
+    read = _read(_without_debug_info(emitted), text)
+    llvm = read.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+    interrupts.check()
+    return Kernels(llvm, read.inspect_source("asm"), Links())
+
+
 def _read(llvm: str, text: Path) -> Module:
     """What LLVM reads from a text, which is written to a file for it."""
     import tvm

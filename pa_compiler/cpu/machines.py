@@ -60,8 +60,9 @@ AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pai
 
 NEON = Machine(second_level=1 << 17, sweep_intensity=1, broadcast_registers=0)
 """Of AArch64 no core was measured. What is not Zen 1's follows from what its instructions do: a lane of a register is
-an operand by itself; and a group of a sweep is of as many tokens as a vector has lanes, four, and then sums are added to
-memory, so that only what a core has time for is swept. Neoverse N1 and V2 have a second-level cache of 1 MB or more.
+an operand by itself; and a group of a sweep is of as many tokens as a vector has lanes, four, and its sums are added to
+memory after it, so that only what a core has time for is swept. Neoverse N1 and V2 have 1 MB of second-level cache or
+more.
 """
 
 
