@@ -184,7 +184,9 @@ def build_with_tiles(
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled, of_attend, extras.shared_prefix)
     interrupts.check()
-    with native.compiling_host(text, directory, host.headers(text), cpu.machine) as compiling:  # while TVM works
+    with native.compiling_host(
+        text, directory, host.headers(text), machine=cpu.machine
+    ) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)
         compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}

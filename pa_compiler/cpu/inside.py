@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.cpu.assembly import Counts, Loop, inner_loops
+from pa_compiler.cpu.assembly import Counts, Loop, inner_loops, syntax_of
 from pa_compiler.cpu.explain import COLUMNS, LEGEND, alike, decisions
-from pa_compiler.cpu.machines import AMX, AVX2, machine_of
+from pa_compiler.cpu.machines import AMX, AVX2, NEON, machine_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import Basis, basis
@@ -30,15 +30,20 @@ class Core(NamedTuple):
         arithmetic: Instructions on vectors.
         loads: Of a vector each.
         tile_cycles: Cycles of a product of two tiles.
+        embedded_loads: Whether broadcasts that are operands of other instructions are loads: lanes are not.
     """
 
     instructions: int = 6
     arithmetic: int = 2
     loads: int = 2
     tile_cycles: int = 16
+    embedded_loads: bool = True
 
 
-_CORES = {AVX2: Core(instructions=5)}
+_CORES = {AVX2: Core(instructions=5), NEON: Core(instructions=4, embedded_loads=False)}
+"""By kinds of cores. NEON's is Neoverse N1 (Arm's Software Optimization Guide); others are in _NAMED."""
+_NAMED = dict.fromkeys(("neoverse-v1", "neoverse-v2", "grace"), Core(8, 4, 3, embedded_loads=False))
+"""By LLVM's names of CPUs."""
 _MIX = tuple(name for name in COLUMNS if name != "instructions")
 
 
@@ -58,7 +63,7 @@ def inside(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected a module for a GPU with it, got one for {target['kind']!r}")
     cpu = CpuTarget(json.dumps(target, sort_keys=True), frozenset(features))
-    core = _CORES.get(machine_of(cpu), Core())
+    core = _NAMED.get(str(target.get("mcpu")), _CORES.get(machine_of(cpu), Core()))
     of_cycles = (
         f"{core.instructions} instructions, {core.arithmetic} of them on vectors, and {core.loads} loads in a cycle"
     )
@@ -124,7 +129,7 @@ def _loop(loop: Loop, function: str, counts: Counts, lines: Sequence[int], core:
     vectors = counts.fmas + counts.dots - tiles + counts.arithmetic + counts.conversions
     cycles = {
         "arithmetic": max(vectors / core.arithmetic, tiles * core.tile_cycles),
-        "loads": (counts.loads + counts.broadcasts + counts.embedded) / core.loads,
+        "loads": (counts.loads + counts.broadcasts + core.embedded_loads * counts.embedded) / core.loads,
         "instructions": counts.instructions / core.instructions,
     }
     bound = max(cycles, key=lambda name: cycles[name])
@@ -136,7 +141,7 @@ def _loop(loop: Loop, function: str, counts: Counts, lines: Sequence[int], core:
 
 def _registers(loop: Loop, counts: Counts) -> str:
     """Registers of vectors that a loop uses, and its stores to the stack."""
-    vectors = {number for line in loop.code for number in re.findall(r"%[xyz]mm(\d+)", line)}
+    vectors = {number for line in loop.code for number in syntax_of(loop.code).register.findall(line)}
     tiles = {number for line in loop.code for number in re.findall(r"%tmm(\d)", line)}
     said = counted(len(vectors), "register") + (f", {counted(len(tiles), 'tile')}" if tiles else "")
     stores = counts.stack_stores
