@@ -63,7 +63,7 @@ def inside(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected a module for a GPU with it, got one for {target['kind']!r}")
     cpu = CpuTarget(json.dumps(target, sort_keys=True), frozenset(features))
-    core = _NAMED.get(str(target.get("mcpu")), _CORES.get(machine_of(cpu), Core()))
+    core = core_of(target, cpu)
     of_cycles = (
         f"{core.instructions} instructions, {core.arithmetic} of them on vectors, and {core.loads} loads in a cycle"
     )
@@ -76,6 +76,11 @@ def inside(
         of_cycles + (f"; {core.tile_cycles} for a product of tiles" if machine_of(cpu) == AMX else ""),
         None if limits.flops is None else limits.flops * terms,
     )
+
+
+def core_of(target: Mapping[str, Any], cpu: CpuTarget) -> Core:
+    """What a core of a target does in a cycle."""
+    return _NAMED.get(str(target.get("mcpu")), _CORES.get(machine_of(cpu), Core()))
 
 
 def options(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str) -> list[Option]:
