@@ -33,7 +33,7 @@ ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_ben
 
 VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
 
-.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools browser-tools runtime-envs docs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools browser-tools aarch64-tools test-aarch64 runtime-envs docs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -122,6 +122,20 @@ browser-tools: $(VENV)/.installed-browser
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get install --yes --quiet chromium chromium-driver >/dev/null; } || \
 	  echo 'There is no chromedriver: tests of pages in a browser are skipped.' \
 	       'To install it: apt-get install chromium chromium-driver (Debian), dnf install chromium chromedriver (Fedora)' >&2
+
+# What `make test` needs to build and run code for aarch64; without it, those tests are skipped. Compiler and emulator are the
+# system's: they are installed where that is Debian and nothing has to be asked, and otherwise this says how.
+aarch64-tools:
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get install --yes --quiet g++-aarch64-linux-gnu qemu-user-static >/dev/null; } || \
+	  echo 'There is no aarch64-linux-gnu-g++, or no qemu-aarch64-static: tests of aarch64 are skipped.' \
+	       'To install them: apt-get install g++-aarch64-linux-gnu qemu-user-static (Debian, Ubuntu)' >&2
+
+# The Python package on aarch64: libraries are compiled here, and loaded and verified by an aarch64 Python under qemu, which
+# is fetched from Debian and PyPI into build/aarch64. Ten minutes.
+test-aarch64: $(STAMP) aarch64-tools
+	$(BIN)/python tests/support/aarch64_python.py build/aarch64
 
 # What `make test` needs to run libraries where nothing is installed but what they need; without it, those tests are skipped.
 runtime-envs: $(RUNTIME)/.installed

@@ -20,7 +20,7 @@ def _llvm() -> Backend:
         normalize=target.normalize,
         check=tiles.check,
         fingerprint=target.fingerprint,
-        machine=target.machine_of,
+        machine=target.architecture,
         names_no_cpu=target.names_no_cpu,
         tools=dict,
         attends=backend.attends,

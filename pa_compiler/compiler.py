@@ -99,7 +99,8 @@ def compile_to_save(
     return _compiled(spec, target, pipeline, extras, cache=True, needs_cache=False)
 
 
-def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
+def check(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
+    """The normalized target of a build whose arguments are right. Errors as of compile."""
     versions.check_compiler()
     installation.check()
     if not isinstance(spec, PagedAttentionSpec):
@@ -136,7 +137,7 @@ def _compiled(
     cache: bool,
     needs_cache: bool,
 ) -> Module:
-    config = _checked(spec, target, pipeline)
+    config = check(spec, target, pipeline)
     extras = _checked_extras(extras, spec, config, pipeline)
 
     def build(directory: Path) -> None:
@@ -199,7 +200,7 @@ def emit(
     shared_prefix: bool = False,
 ) -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
-    config = _checked(spec, target, pipeline)
+    config = check(spec, target, pipeline)
     extras = _checked_extras(Extras(attend, merge_states, shared_prefix), spec, config, pipeline)
     emit = backends.of(config).emit
     return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
@@ -209,7 +210,7 @@ def emit_portable(
     spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, extras: Extras
 ) -> dict[str, str]:
     """As emit, without the stages that programs of this machine make."""
-    config = _checked(spec, target, pipeline)
+    config = check(spec, target, pipeline)
     emit, extras = backends.of(config).emit_portable, _checked_extras(extras, spec, config, pipeline)
     return artifact.in_order(_with_tvm(lambda directory: emit(spec, config, pipeline, extras, directory)))
 
@@ -228,7 +229,7 @@ def explain(
         pipeline: "fused" or "staged"; "fused" alone for "cuda".
         limits: Of the machine that a time is predicted for; by default none is.
     """
-    config = _checked(spec, target, pipeline)
+    config = check(spec, target, pipeline)
     backend = backends.of(config)
     return _with_tvm(lambda directory: backend.explain(spec, config, pipeline, limits or Limits(), directory))
 

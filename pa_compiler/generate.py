@@ -43,6 +43,7 @@ class _Entry(NamedTuple):
 
 ENTRIES = {
     "case1_fused": _Entry(_CASE1, "fused", "x86-64-v4"),
+    "case1_neon": _Entry(_CASE1, "fused", "neoverse-v2"),  # with bfdot
     "case1_staged": _Entry(_CASE1, "staged", "x86-64-v4"),
     "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4", Extras(attend=True, shared_prefix=True)),
     "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids", Extras(attend=True)),  # with AVX512_BF16

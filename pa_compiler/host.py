@@ -91,6 +91,11 @@ def kernels(mod: IRModule) -> list[Kernel]:
     return [_kernel(name.name_hint, function) for name, function in mod.functions.items()]
 
 
+def kernel_names(mod: IRModule) -> list[str]:
+    """The names of the PrimFuncs of a module."""
+    return [name.name_hint for name in mod.functions]
+
+
 def _kernel(name: str, function: PrimFunc) -> Kernel:
     parameters = ((each.name.removesuffix("_handle"), str(each.ty)) for each in function.params)
     return Kernel(
@@ -106,8 +111,11 @@ def render(
     kernels: Sequence[Kernel],
     **has: Any,
 ) -> str:
-    """The text of host.cc; kernels are the pipeline's and append_kv's. has: shares_prefix, attend_rows, tile_shapes."""
-    has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, **has}
+    """The text of host.cc; kernels are the pipeline's and append_kv's.
+
+    has: shares_prefix, attend_rows, tile_shapes, and asks, whether it asks what instruction sets the CPU has.
+    """
+    has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, "asks": True, **has}
     fused = pipeline == "fused"
     arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
@@ -131,7 +139,7 @@ def render(
         attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
+        instruction_sets=[_instruction_set(name) for name in instruction_sets(target) if has["asks"]],
     )
 
 
@@ -148,6 +156,18 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
             **values,
         )
     )
+
+
+def render_door(**values: Any) -> str:
+    """The text of a bundle's C interface. values: specs, isas, variants, manifest and tile_registers."""
+    isas = [isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]]
+    values |= {"banner": BANNER, "entry_points": CPU_ENTRY_POINTS, "isas": isas}
+    return render_text("bundle/door.cc.j2", values)
+
+
+def render_text(name: str, values: Mapping[str, Any]) -> str:
+    """A template with values."""
+    return _environment().get_template(name).render(values)
 
 
 def headers(text: str) -> dict[str, str]:
@@ -195,7 +215,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
-    filters += [_initializers, _members, _arguments, _address, _fill]
+    filters += [_c_string, _initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -287,6 +307,11 @@ def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]
     """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
+
+
+def _c_string(text: str) -> str:
+    """A literal of C."""
+    return json.dumps(text)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -21,6 +21,9 @@ from pa_compiler import commands
 
 _COMPILE_FLAGS = ("-std=c++17", "-Og", "-fPIC", "-pthread", "-fvisibility=hidden")
 
+_IN_BUNDLE = ("-DPA_WITHOUT_OBJECTS", "-fno-gnu-unique")
+"""Further flags for what becomes a part of a bundle."""
+
 _EMBEDDED = """\
     .section .rodata
     .balign 64
@@ -36,12 +39,16 @@ _EMBEDDED = """\
 
 @contextlib.contextmanager
 def compiling_host(
-    host: str, directory: Path, headers: Mapping[str, str] | None = None, machine: str = ""
+    host: str,
+    directory: Path,
+    headers: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+    machine: str = "",
 ) -> Iterator[subprocess.Popen[str]]:
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
-    Its headers, texts by their places, are written to directory/include; machine is as cxx takes it. Yields the
-    compiler's process, which link() waits for; it ends with the context.
+    Its headers, texts by their places, are written to directory/include. Yields the compiler's process, which link()
+    waits for; it ends with the context. flags are further ones for it; machine is as cxx takes it.
 
     Raises:
         RuntimeError: there is no compiler, or the system cannot run it.
@@ -53,6 +60,7 @@ def compiling_host(
     command = [
         *cxx(machine),
         *_COMPILE_FLAGS,
+        *flags,
         *("-I", str(directory / "include")),
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
         "-c",
@@ -62,6 +70,52 @@ def compiling_host(
     ]
     with commands.start(command, environment=_temporaries(directory)) as process:
         yield process
+
+
+@contextlib.contextmanager
+def compiling_part(text: str, directory: Path, headers: Mapping[str, str], machine: str = "") -> Iterator[None]:
+    """As compiling_host, for a part of a bundle. At the end of the context there is directory/host.o.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    with compiling_host(text, directory, headers, _IN_BUNDLE, machine) as process:
+        yield
+        finish_host(process, directory, machine)
+
+
+def rename_symbols(source: Path, names: Mapping[str, str], made: Path, machine: str = "") -> None:
+    """Copy an object file with other names for some of its symbols.
+
+    Raises:
+        RuntimeError: there is no objcopy, or it failed.
+    """
+    renames = made.with_suffix(".names")
+    renames.write_text("".join(f"{old} {new}\n" for old, new in names.items()))
+    run([*tool("OBJCOPY", machine), f"--redefine-syms={renames}", str(source), str(made)], made)
+
+
+_TOOLS = {"OBJCOPY": "objcopy", "AR": "ar"}
+_ASSEMBLER = {"aarch64": "\t.arch armv8.6-a+fp16\n"}
+"""What an assembler is told, by the architecture, to take all instructions that kernels for it may have."""
+
+
+def tool(variable: str, machine: str = "") -> list[str]:
+    """The command of a tool of binutils: what a variable of its name names, or else the one that make would take.
+
+    For another architecture as cxx has it: OBJCOPY_aarch64, aarch64-linux-gnu-objcopy.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    variable, default = _for(machine, variable, _TOOLS[variable])
+    program, *words = commands.words(variable, default)
+    if (path := shutil.which(program)) is None:
+        raise RuntimeError(
+            f"{program!r} is not on PATH; a bundle needs it, from binutils, where the linker is, or another by the "
+            f"variable {variable}"
+        )
+    return [path, *words]
 
 
 def write_headers(headers: Mapping[str, str], directory: Path) -> None:
@@ -88,13 +142,9 @@ def link(
     Raises:
         RuntimeError: the compiler refuses the code.
     """
-    what = f"the C++ compiler {shlex.join(cxx(machine))}"
-    commands.finish(compiling, what, directory / "host.o")
+    finish_host(compiling, directory, machine)
     exports, library = directory / "exports.map", directory / "pa.so"
-    data = [embedded(name, table, directory) for name, table in (tables or {}).items()]
-    assembly = {directory / f"kernels{number}.s": text for number, text in enumerate([*kernels, *data])}
-    for path, text in assembly.items():
-        path.write_text(text)
+    assembly = _write_assembly(kernels, directory, tables or {}, machine)
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
         *cxx(machine),
@@ -113,9 +163,48 @@ def link(
         "-o",
         str(library),
     ]
-    with commands.start(command, environment=_temporaries(directory)) as process:
-        commands.finish(process, what, library)
+    run(command, library)
     return library
+
+
+def finish_host(compiling: subprocess.Popen[str], directory: Path, machine: str = "") -> None:
+    """Wait for directory/host.o.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    commands.finish(compiling, f"the C++ compiler {shlex.join(cxx(machine))}", directory / "host.o")
+
+
+def assemble(kernels: Sequence[str], directory: Path, tables: Mapping[str, bytes], machine: str = "") -> None:
+    """Assemble the kernels' texts, and tables as for link(), to directory/kernels.o.
+
+    Raises:
+        RuntimeError: the compiler refuses them.
+    """
+    made = directory / "kernels.o"
+    sources = _write_assembly(kernels, directory, tables, machine)
+    run([*cxx(machine), "-r", "-nostdlib", *map(str, sources), "-o", str(made)], made)
+
+
+def run(command: Sequence[str], made: Path) -> None:
+    """Run a compiler, a linker or the like, which leaves a file. Files of its own are beside that.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    with commands.start(command, environment=_temporaries(made.parent)) as process:
+        what = "" if Path(command[0]).name.endswith(tuple(_TOOLS.values())) else "the C++ compiler "
+        commands.finish(process, f"{what}{shlex.join(command[:1])}", made)
+
+
+def _write_assembly(kernels: Sequence[str], directory: Path, tables: Mapping[str, bytes], machine: str) -> list[Path]:
+    begin = _ASSEMBLER.get(machine or platform.machine(), "")
+    data = [embedded(name, table, directory) for name, table in tables.items()]
+    assembly = {directory / f"kernels{number}.s": text for number, text in enumerate([*kernels, *data])}
+    for path, text in assembly.items():
+        path.write_text(begin + text)
+    return list(assembly)
 
 
 def embedded(name: str, data: bytes, directory: Path) -> str:
@@ -171,9 +260,7 @@ def cxx(machine: str = "") -> list[str]:
     Raises:
         RuntimeError: there is none.
     """
-    variable, default = "CXX", "g++"
-    if not _is_here(machine):
-        variable, default = f"CXX_{machine}", f"{machine.replace('_', '-')}-linux-gnu-g++"
+    variable, default = _for(machine, "CXX", "g++")
     program, *words = commands.words(variable, default)
     path = shutil.which(program)
     if path is None:
@@ -182,6 +269,13 @@ def cxx(machine: str = "") -> list[str]:
             f"({_install(machine)}), or another by the variable {variable}"
         )
     return [path, *words]
+
+
+def _for(machine: str, variable: str, program: str) -> tuple[str, str]:
+    """The variable and the program for an architecture, of those for this machine's."""
+    if _is_here(machine):
+        return variable, program
+    return f"{variable}_{machine}", f"{machine.replace('_', '-')}-linux-gnu-{program}"
 
 
 def _install(machine: str) -> str:

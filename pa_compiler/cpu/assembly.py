@@ -1,10 +1,10 @@
-"""What x86 assembly text, in the syntax of AT&T, says about its inner loops."""
+"""What assembly text says about its inner loops: of x86 in the syntax of AT&T, and of AArch64."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -22,12 +22,12 @@ class Counts(NamedTuple):
     Attributes:
         instructions: All of them.
         fmas: Fused multiply-adds, of vectors and of scalars.
-        dots: Dot products of pairs of bfloat16, vdpbf16ps: of two fused multiply-adds each; and products of tiles of
-            them, tdpbf16ps.
+        dots: Dot products of pairs of bfloat16, vdpbf16ps and bfdot: of two fused multiply-adds each; and products of
+            tiles of them, tdpbf16ps.
         arithmetic: Other float32 additions, products, divisions, minima and maxima.
         loads: Vector registers and operands that are read from memory as they lie there, from the stack too.
         broadcasts: Instructions that do nothing but copy one element to all lanes.
-        embedded: Broadcasts that are an operand of another instruction.
+        embedded: Broadcasts that are an operand of another instruction: of an element in memory, or of a register.
         conversions: From float16 or bfloat16 to float32; of bfloat16, shifts of 16 bits, masks of the upper half,
             and permutations of 16-bit elements, which pair those of two tokens.
         prefetches: Fetches into a cache.
@@ -46,15 +46,53 @@ class Counts(NamedTuple):
     stack_stores: int
 
 
-_FMA = re.compile(r"vfn?m(add|sub)\d+[ps]s\s")
-_DOT = re.compile(r"v?t?dpbf16ps\s")
-_ARITHMETIC = re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s")
-_LOAD = re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$")
-_BROADCAST = re.compile(r"v?p?broadcast\w+\s")
-_EMBEDDED = re.compile(r".*\{1to\d+\}")
-_CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)")
-_PREFETCH = re.compile("prefetch")
-_STACK_STORE = re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$")
+class Syntax(NamedTuple):
+    """How instructions are written: what matches those that Counts has, a jump's label, and numbers of registers."""
+
+    jump: re.Pattern[str]
+    fma: re.Pattern[str]
+    dot: re.Pattern[str]
+    arithmetic: re.Pattern[str]
+    load: re.Pattern[str]
+    broadcast: re.Pattern[str]
+    embedded: re.Pattern[str]
+    conversion: re.Pattern[str]
+    prefetch: re.Pattern[str]
+    stack_store: re.Pattern[str]
+    register: re.Pattern[str]
+
+
+X86 = Syntax(
+    jump=re.compile(r"j\w+\s+(\.LBB\w+)"),
+    fma=re.compile(r"vfn?m(add|sub)\d+[ps]s\s"),
+    dot=re.compile(r"v?t?dpbf16ps\s"),
+    arithmetic=re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s"),
+    load=re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$"),
+    broadcast=re.compile(r"v?p?broadcast\w+\s"),
+    embedded=re.compile(r".*\{1to\d+\}"),
+    conversion=re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)"),
+    prefetch=re.compile("prefetch"),
+    stack_store=re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$"),
+    register=re.compile(r"%[xyz]mm(\d+)"),
+)
+AARCH64 = Syntax(
+    jump=re.compile(r"(?:b(?:\.\w+)?|cbn?z|tbn?z)\s.*?(\.LBB\w+)"),
+    fma=re.compile(r"(fml[as]|fn?m(add|sub))\s"),
+    dot=re.compile(r"bf(dot|mmla)\s"),
+    arithmetic=re.compile(r"f(add|sub|n?mul|div|min|max)(nm)?[pv]?\s"),
+    load=re.compile(r"ldu?[rp]\s+[qds]\d+,\s*([qds]\d+,)?|ld1\s"),
+    broadcast=re.compile(r"(ld1r|dup)\s"),
+    embedded=re.compile(r"(fml[as]|f?mul|bfdot)\s.*\.\w+\[\d+\]$"),
+    conversion=re.compile(r"(fcvtl2?|fcvt|and|bic|zip[12]|uzp[12]|trn[12])\s+[vs]\d|u?shll?2?\s+v\d.*#16$"),
+    prefetch=re.compile("prfm"),
+    stack_store=re.compile(r"stu?[rp]\s.*\[sp\b"),
+    register=re.compile(r"\b[vqsd](\d+)\b"),
+)
+
+
+def syntax_of(code: Iterable[str]) -> Syntax:
+    """The syntax of instructions or of a text's lines: AT&T's has a sign before each register."""
+    return X86 if any("%" in line for line in code if not line.lstrip().startswith((".", "//"))) else AARCH64
 
 
 def inner_loops(asm: str) -> list[Loop]:
@@ -68,12 +106,13 @@ def inner_loops(asm: str) -> list[Loop]:
             labels[label[1]] = len(code)
         elif name := re.match(r"([A-Za-z_]\w*):", line):
             function = name[1]
-        elif line and not line.startswith((".", "#")) and not line.endswith(":"):
+        elif line and not line.startswith((".", "#", "//")) and not line.endswith(":"):
             code.append((function, line))
             lines.append(number)
     jumps = []
+    syntax = syntax_of(line for _, line in code)
     for end, (_, line) in enumerate(code):
-        if jump := re.match(r"j\w+\s+(\.LBB\w+)", line):
+        if jump := syntax.jump.match(line):
             jumps.append((labels.get(jump[1], math.inf), end))
     loops = [(int(begin), end) for begin, end in jumps if begin <= end]
     return [
@@ -85,19 +124,26 @@ def inner_loops(asm: str) -> list[Loop]:
 
 def count(code: Sequence[str]) -> Counts:
     """Count what the instructions do."""
+    syntax = syntax_of(code)
 
     def matching(pattern: re.Pattern[str]) -> int:
         return sum(bool(pattern.match(line)) for line in code)
 
+    def loads(line: str) -> int:
+        found = syntax.load.match(line)
+        if not found or syntax.broadcast.match(line) or (syntax is X86 and syntax.embedded.match(line)):
+            return 0
+        return 2 if line.startswith("ldp") else 1
+
     return Counts(
         instructions=len(code),
-        fmas=matching(_FMA),
-        dots=matching(_DOT),
-        arithmetic=matching(_ARITHMETIC),
-        loads=sum(bool(_LOAD.match(line)) and not (_BROADCAST.match(line) or _EMBEDDED.match(line)) for line in code),
-        broadcasts=matching(_BROADCAST),
-        embedded=matching(_EMBEDDED),
-        conversions=matching(_CONVERSION),
-        prefetches=matching(_PREFETCH),
-        stack_stores=matching(_STACK_STORE),
+        fmas=matching(syntax.fma),
+        dots=matching(syntax.dot),
+        arithmetic=matching(syntax.arithmetic),
+        loads=sum(map(loads, code)),
+        broadcasts=matching(syntax.broadcast),
+        embedded=matching(syntax.embedded),
+        conversions=matching(syntax.conversion),
+        prefetches=matching(syntax.prefetch),
+        stack_stores=matching(syntax.stack_store),
     )

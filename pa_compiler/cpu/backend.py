@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,7 @@ from pa_compiler import host, interrupts, native
 from pa_compiler.backend import NO_EXTRAS, Built, Extras
 from pa_compiler.bounds import bounds
 from pa_compiler.cpu import build as _build
-from pa_compiler.cpu import instructions, prefetch
+from pa_compiler.cpu import instructions, prefetch, workspace
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
@@ -33,6 +36,20 @@ ORIGINS = {
 """What the text of each stage comes from."""
 
 # TVM is imported inside the functions that compile: looking a module up in the cache does without.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What build_part has made beside its object files: tiles, texts of the stages, symbols of the kernels.
+
+    scratch is what the kernels of a thread take at most, in bytes.
+    """
+
+    tiles: Tiling
+    of_attend: Tiling
+    texts: Mapping[str, str]
+    kernels: Sequence[str]
+    scratch: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +108,14 @@ def host_text(
     unscheduled: IRModule,
     of_attend: Tiling | None,
     shares_prefix: bool = False,
+    asks: bool = True,
 ) -> str:
-    """spec, and the parameters of its kernels -> host."""
+    """spec, and the parameters of its kernels -> host, which asks what the CPU has, or leaves that to who loads it."""
     kernels = host.kernels(unscheduled)
     attends = of_attend or tiles
     tilings = {"fused_decode": tiles, **{name: attends.of_kernel(name) for name in ("fused_attend", FEW_ROWS)}}
     shapes = {each.name: shape for each in kernels if (of := tilings.get(each.name)) and (shape := of.tile_shape)}
-    has = {"shares_prefix": shares_prefix, "tile_shapes": shapes, "attend_rows": attends.row_tile}
+    has = {"shares_prefix": shares_prefix, "tile_shapes": shapes, "attend_rows": attends.row_tile, "asks": asks}
     return host.render(spec, tiles, cpu, pipeline, kernels, **has)
 
 
@@ -166,7 +184,9 @@ def build_with_tiles(
     unscheduled = build_kernels(spec, tiles, pipeline, of_attend, extras.merge_states)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled, of_attend, extras.shared_prefix)
     interrupts.check()
-    with native.compiling_host(text, directory, host.headers(text), cpu.machine) as compiling:  # while TVM works
+    with native.compiling_host(
+        text, directory, host.headers(text), machine=cpu.machine
+    ) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles, of_attend)
         compiled = _build.compile_kernels(instructions.select(lowered.mod, cpu, tiles), cpu, directory)
         tables = {constant.name: constant.data for constant in spec.constants}
@@ -174,6 +194,42 @@ def build_with_tiles(
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     texts = _texts(lowered, text, compiled)
     return Built(library, texts, config, features, texts["asm"], cpu.machine, compiled.links)
+
+
+def build_part(
+    spec: PagedAttentionSpec,
+    cpu: _target.CpuTarget,
+    directory: Path,
+    renamed: Callable[[str, Tiling], str],
+    hosts: dict[str, Path],
+) -> Part:
+    """What a bundle has of a spec on a target, fused and with attend: renamed.o and kernels.o in directory.
+
+    renamed(name, tiles) says what a function is called in place of the name that it would have in a library of its own:
+    kernels, each with the tiles that it has, and entry points and tables, with those of decode. hosts are those that
+    were compiled before, by their texts: targets may have one in common, for it is the bundle that asks what a CPU has.
+    """
+    tiles, of_attend = tiling.choose(spec, cpu, "fused"), tiling.choose_attend(spec, cpu, "fused")
+    unscheduled = build_kernels(spec, tiles, "fused", of_attend)
+    text = host_text(spec, cpu, tiles, "fused", unscheduled, of_attend, asks=False)
+    kernels = {name: renamed(name, of_attend if "attend" in name else tiles) for name in host.kernel_names(unscheduled)}
+    symbols = {name: renamed(name, tiles) for name in CPU_ENTRY_POINTS} | kernels
+    symbols = {f"__tvm_ffi_{name}": new for name, new in symbols.items()}
+    symbols |= {each.name: renamed(each.name, tiles) for each in spec.constants}
+    tables = {symbols[each.name]: each.data for each in spec.constants}
+    interrupts.check()
+    with contextlib.ExitStack() as stack:
+        if text not in hosts:  # while TVM works
+            stack.enter_context(native.compiling_part(text, directory, host.headers(text), cpu.machine))
+        lowered = lower(unscheduled, spec, tiles, of_attend)
+        mod = instructions.select(lowered.mod, cpu, tiles)
+        compiled = _build.compile_kernels(mod, cpu, directory, linked=False)
+        asm = [re.sub(r"\b__tvm_ffi_\w+", lambda found: symbols.get(found[0], found[0]), each) for each in compiled.asm]
+        native.assemble(asm, directory, tables, cpu.machine)
+    hosts.setdefault(text, directory / "host.o")
+    native.rename_symbols(hosts[text], symbols, directory / "renamed.o", cpu.machine)
+    scratch = workspace.scratch_bytes(lowered.mod, tiles, of_attend)
+    return Part(tiles, of_attend, _texts(lowered, text, compiled) | {"asm": "".join(asm)}, sorted(kernels.values()), scratch)
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:

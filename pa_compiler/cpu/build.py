@@ -34,25 +34,29 @@ class Kernels:
     links: Links
 
 
-def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
+def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path, *, linked: bool = True) -> Kernels:
     """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate files.
 
     LLVM generates machine code once, as text: what a reader of Kernels.asm sees is what runs. It has each kernel as a
-    module of its own, so that several are compiled at once; no kernel calls another.
+    module of its own, so that several are compiled at once; no kernel calls another. Where its lines need not be linked
+    to sblocks, the same code takes less time.
 
     Raises:
         OSError: an intermediate file cannot be written.
         RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
-    marked, known = places.mark(mod)
+    marked, known = places.mark(mod) if linked else (mod, ())
     stack.pipeline()  # registers it, before there are threads
 
     def compiled(number: int, function: IRModule) -> tuple[str, str, list[int], list[int]]:
         emitted = emit(function, target, number)
         interrupts.check()
         text = directory / f"kernel{number}.ll"
-        llvm = _read(_without_debug_info(emitted), text).inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+        read = _read(_without_debug_info(emitted), text)
+        llvm = read.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
         interrupts.check()
+        if not linked:
+            return llvm, read.inspect_source("asm"), [], []
         asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
         return llvm, asm, places.of_llvm(emitted, llvm), of_asm
 

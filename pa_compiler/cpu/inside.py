@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.cpu.assembly import Counts, Loop, inner_loops
+from pa_compiler.cpu.assembly import Counts, Loop, inner_loops, syntax_of
 from pa_compiler.cpu.explain import COLUMNS, LEGEND, alike, decisions
+from pa_compiler.cpu.machines import AVX2, NEON, kind_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import Basis, basis
@@ -29,14 +30,20 @@ class Core(NamedTuple):
         arithmetic: Instructions on vectors.
         loads: Of a vector each.
         tile_cycles: Cycles of a product of two tiles.
+        embedded_loads: Whether broadcasts that are operands of other instructions are loads: lanes are not.
     """
 
     instructions: int = 6
     arithmetic: int = 2
     loads: int = 2
     tile_cycles: int = 16
+    embedded_loads: bool = True
 
 
+_CORES = {AVX2: Core(instructions=5), NEON: Core(instructions=4, embedded_loads=False)}
+"""By kinds of cores. NEON's is Neoverse N1 (Arm's Software Optimization Guide); others are in _NAMED."""
+_NAMED = dict.fromkeys(("neoverse-v1", "neoverse-v2", "grace"), Core(8, 4, 3, embedded_loads=False))
+"""By LLVM's names of CPUs."""
 _MIX = tuple(name for name in COLUMNS if name != "instructions")
 
 
@@ -56,7 +63,7 @@ def inside(
     if limits.gpu is not None:
         raise ValueError(f"gpu: expected a module for a GPU with it, got one for {target['kind']!r}")
     cpu = CpuTarget(json.dumps(target, sort_keys=True), frozenset(features))
-    core = Core() if cpu.vector_lanes == 16 else Core(instructions=5)
+    core = core_of(target, cpu)
     of_cycles = (
         f"{core.instructions} instructions, {core.arithmetic} of them on vectors, and {core.loads} loads in a cycle"
     )
@@ -69,6 +76,11 @@ def inside(
         of_cycles + (f"; {core.tile_cycles} for a product of tiles" if cpu.tile_registers else ""),
         None if limits.flops is None else limits.flops * terms,
     )
+
+
+def core_of(target: Mapping[str, Any], cpu: CpuTarget) -> Core:
+    """What a core of a target does in a cycle."""
+    return _NAMED.get(str(target.get("mcpu")), _CORES.get(kind_of(cpu), Core()))
 
 
 def options(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str) -> list[Option]:
@@ -122,7 +134,7 @@ def _loop(loop: Loop, function: str, counts: Counts, lines: Sequence[int], core:
     vectors = counts.fmas + counts.dots - tiles + counts.arithmetic + counts.conversions
     cycles = {
         "arithmetic": max(vectors / core.arithmetic, tiles * core.tile_cycles),
-        "loads": (counts.loads + counts.broadcasts + counts.embedded) / core.loads,
+        "loads": (counts.loads + counts.broadcasts + core.embedded_loads * counts.embedded) / core.loads,
         "instructions": counts.instructions / core.instructions,
     }
     bound = max(cycles, key=lambda name: cycles[name])
@@ -134,7 +146,7 @@ def _loop(loop: Loop, function: str, counts: Counts, lines: Sequence[int], core:
 
 def _registers(loop: Loop, counts: Counts) -> str:
     """Registers of vectors that a loop uses, and its stores to the stack."""
-    vectors = {number for line in loop.code for number in re.findall(r"%[xyz]mm(\d+)", line)}
+    vectors = {number for line in loop.code for number in syntax_of(loop.code).register.findall(line)}
     tiles = {number for line in loop.code for number in re.findall(r"%tmm(\d)", line)}
     said = counted(len(vectors), "register") + (f", {counted(len(tiles), 'tile')}" if tiles else "")
     stores = counts.stack_stores

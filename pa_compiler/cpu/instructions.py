@@ -43,7 +43,7 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
         sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
             lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target.dots))
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target))
         for sblock in sblocks(sch):
             _keep_lanes(sch, sblock)
     return sch.mod
@@ -127,11 +127,14 @@ def _lower(call: Expr) -> Expr:
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions(lanes: Iterable[int], dots: Mapping[int, str]) -> str:
+def _definitions(lanes: Iterable[int], target: CpuTarget) -> str:
     """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
-    longer = sorted(set(lanes) - dots.keys())
-    texts = [_instructions(dots), *(_in_parts(each, math.gcd(each, max(dots))) for each in longer)]
-    return " ".join(texts + [_lanes(each) for each in dots])
+    dots = target.dots
+    parts = {each: math.gcd(each, max(dots)) for each in sorted(set(lanes) - dots.keys())}
+    texts = [_instructions(dots)]
+    texts += [_widened(part, min(dots)) for part in sorted(set(parts.values()) - dots.keys())]
+    texts += [_in_parts(each, part) for each, part in parts.items() if each != part]
+    return " ".join(texts + [_lanes(each) for each in dots if target.by_element])
 
 
 def _lanes(lanes: int) -> str:
@@ -158,6 +161,27 @@ def _instructions(dots: Mapping[int, str]) -> str:
         f"(<{lanes} x float> %sum, <{2 * lanes} x bfloat> %x, <{2 * lanes} x bfloat> %y) "
         f"ret <{lanes} x float> %r }}"
         for lanes, intrinsic in dots.items()
+    )
+
+
+def _widened(lanes: int, whole: int) -> str:
+    """The function for vectors that are shorter than any that there is an instruction for."""
+    of = {"f32": "float", "i32": "i32"}
+    insert = {name: f"@llvm.vector.insert.v{whole}{name}.v{lanes}{name}" for name in of}
+    extract = f"@llvm.vector.extract.v{lanes}f32.v{whole}f32"
+    short, long = ({name: f"<{count} x {kind}>" for name, kind in of.items()} for count in (lanes, whole))
+    declared = f"declare {short['f32']} {extract}({long['f32']}, i64) " + "".join(
+        f"declare {long[name]} {insert[name]}({long[name]}, {short[name]}, i64) " for name in of
+    )
+    steps = "".join(
+        f"%{name}0 = call {long[kind]} {insert[kind]}({long[kind]} zeroinitializer, {short[kind]} %{name}, i64 0) "
+        for name, kind in (("sum", "f32"), ("a", "i32"), ("b", "i32"))
+    )
+    return (
+        f"{declared}define {short['f32']} @{_name(lanes)}({short['f32']} %sum, {short['i32']} %a, {short['i32']} %b) "
+        f"alwaysinline nounwind {{ {steps}"
+        f"%r = call {long['f32']} @{_name(whole)}({long['f32']} %sum0, {long['i32']} %a0, {long['i32']} %b0) "
+        f"%s = call {short['f32']} {extract}({long['f32']} %r, i64 0) ret {short['f32']} %s }}"
     )
 
 

@@ -62,6 +62,13 @@ AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)
 """Emerald Rapids, with 2 MB of second-level cache, of which no more has been tried."""
 
+NEON = Machine(second_level=1 << 17, sweep_intensity=1, broadcast_registers=0)
+"""Of AArch64 no core was measured. What is not Zen 1's follows from what its instructions do: a lane of a register is
+an operand by itself; and a group of a sweep is of as many tokens as a vector has lanes, four, and its sums are added to
+memory after it, so that only what a core has time for is swept. Neoverse N1 and V2 have 1 MB of second-level cache or
+more.
+"""
+
 
 CORES: Mapping[str, dict[str, Any]] = {
     "znver3": {"sweep_intensity": 8, "second_level": 1 << 18, "attend_bytes": 1 << 16},
@@ -83,10 +90,15 @@ def machine_of(target: CpuTarget, kernel: str = "decode") -> Machine:
 
 def row_of(target: CpuTarget) -> Machine:
     """The row of a target as it is in the table, with what is known of its core."""
+    return kind_of(target)._replace(**CORES.get(target.of_tvm.get("mcpu", ""), {}))
+
+
+def kind_of(target: CpuTarget) -> Machine:
+    """The row of its instruction sets; without AVX-512 and NEON it is AVX2's."""
+    if target.by_element:
+        return NEON
     if target.vector_lanes < 16:
-        row = AVX2
-    elif target.tile_registers:
-        row = AMX
-    else:
-        row = AVX512_BF16 if target.dot_pairs else AVX512
-    return row._replace(**CORES.get(target.of_tvm.get("mcpu", ""), {}))
+        return AVX2
+    if target.tile_registers:
+        return AMX
+    return AVX512_BF16 if target.dot_pairs else AVX512

@@ -71,7 +71,7 @@ class CpuTarget:
     @property
     def machine(self) -> str:
         """The name of its architecture, as platform.machine() has it."""
-        return machine_of(json.loads(self.config))
+        return architecture(json.loads(self.config))
 
     @property
     def of_tvm(self) -> dict[str, Any]:
@@ -145,10 +145,10 @@ def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
         machine = architectures.of_triple(target["mtriple"])
     else:
         machine = architectures.of_cpu(target.get("mcpu", ""))
-    architecture = ARCHITECTURES.get(machine)
-    normalized = {"kind": "llvm", "mcpu": target.get("mcpu", architecture.baseline if architecture else "generic")}
-    if architecture is not None and machine != platform.machine():
-        normalized["mtriple"] = architecture.triple
+    known = ARCHITECTURES.get(machine)
+    normalized = {"kind": "llvm", "mcpu": target.get("mcpu", known.baseline if known else "generic")}
+    if known is not None and machine != platform.machine():
+        normalized["mtriple"] = known.triple
     if mattr:
         normalized["mattr"] = list(mattr)
     return normalized | said
@@ -159,15 +159,15 @@ def names_no_cpu(normalized: Mapping[str, Any]) -> bool:
     return set(normalized) == {"kind"}
 
 
-def machine_of(normalized: Mapping[str, Any]) -> str:
-    """The architecture of a normalized target, which names another one than this machine's by its triple."""
+def architecture(normalized: Mapping[str, Any]) -> str:
+    """The architecture that a normalized target is of, such as "x86_64": its triple's, or this machine's."""
     return architectures.of_triple(normalized["mtriple"]) if "mtriple" in normalized else platform.machine()
 
 
 def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
     """What tells two targets apart in a cache key: the dict and, without an mcpu, this CPU with all its features."""
     if "mcpu" in normalized:
-        return {**normalized, "machine": machine_of(normalized)}
+        return {**normalized, "machine": architecture(normalized)}
     identity = cpu_features.cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
     return {**normalized, "machine": platform.machine(), **{k: identity[k] for k in keep if k in identity}}
@@ -189,20 +189,20 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     import tvm_ffi
     from tvm.target import Target, codegen
 
-    architecture = ARCHITECTURES.get(machine_of(normalized))
+    made_for = ARCHITECTURES.get(architecture(normalized))
     if "mcpu" in normalized:
         of_triple = {key: value for key, value in normalized.items() if key in ("kind", "mtriple")}
         known = list(codegen.llvm_get_cpu_archlist(Target(of_triple)))
         if normalized["mcpu"] not in known:
-            example = architecture.example if architecture else "generic"
+            example = made_for.example if made_for else "generic"
             raise ValueError(f"target: expected an mcpu that LLVM knows, such as {example}, got {normalized['mcpu']!r}")
         config = {key: value for key, value in normalized.items() if key != "tuned"}
     else:
         host = tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")()
         mattr = sorted(f"{'+' if present else '-'}{name}" for name, present in host.items())
         config = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), "mattr": mattr}
-    if architecture is not None and architecture.without:
-        config["mattr"] = _without(architecture.without, config.get("mattr", []), normalized.get("mattr", []))
+    if made_for is not None and made_for.without:
+        config["mattr"] = _without(made_for.without, config.get("mattr", []), normalized.get("mattr", []))
     features = {str(name) for name in codegen.llvm_get_cpu_features(Target(config))}
     if "tuned" in normalized:
         config["tuned"] = normalized["tuned"]

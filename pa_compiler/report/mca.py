@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,9 +12,11 @@ from pa_compiler.backend import InnerLoop
 
 PASSES = 20
 _SECONDS = 10
+_JUMP = re.compile(r"(j\w+|b(\.\w+)?|cbn?z|tbn?z)\s")
+"""Of x86 and of AArch64."""
 
 
-def cycles(loops: Sequence[InnerLoop], mcpu: str) -> list[float] | None:
+def cycles(loops: Sequence[InnerLoop], mcpu: str, triple: str = "x86_64") -> list[float] | None:
     """The cycles of a pass through each loop, of some passes; None where llvm-mca is not there or knows not all of it.
 
     It has models of the cores that LLVM names, not of x86-64-v4 and the like.
@@ -26,7 +29,7 @@ def cycles(loops: Sequence[InnerLoop], mcpu: str) -> list[float] | None:
         for at, loop in enumerate(loops)
         for line in (f"# LLVM-MCA-BEGIN l{at}", *_straight(loop), "# LLVM-MCA-END")
     )
-    command = [program, "-mtriple=x86_64", f"-mcpu={mcpu}", f"-iterations={PASSES}", "-json", "-"]
+    command = [program, f"-mtriple={triple}", f"-mcpu={mcpu}", f"-iterations={PASSES}", "-json", "-"]
     try:
         run = subprocess.run(command, input=f"{text}\n", capture_output=True, text=True, timeout=_SECONDS, check=True)
         regions = json.loads(run.stdout)["CodeRegions"]
@@ -38,4 +41,4 @@ def cycles(loops: Sequence[InnerLoop], mcpu: str) -> list[float] | None:
 
 def _straight(loop: InnerLoop) -> list[str]:
     """The instructions without jumps out, whose labels are elsewhere."""
-    return [line for line in loop.code if not line.startswith("j")]
+    return [line for line in loop.code if not _JUMP.match(line)]

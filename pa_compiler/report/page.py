@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def _first_function(units: Units, pipeline: str) -> str:
 
 def _loops(inside: Inside, units: Units, target: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is said of each inner loop."""
-    analysed = mca.cycles(inside.loops, str(target.get("mcpu", "")))
+    analysed = mca.cycles(inside.loops, str(target.get("mcpu", "")), str(target.get("mtriple", platform.machine())))
     of_lines = units.of_lines.get("asm", [])
     rows = []
     for at, loop in enumerate(inside.loops):

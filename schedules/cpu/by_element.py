@@ -7,30 +7,34 @@ own a vector stays in its register, and LLVM finds the lane.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from tvm.ir import Expr
 from tvm.s_tir import SBlockRealize, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
-from tvm.tirx import For, IntImm, Var
+from tvm.tirx import For, IntImm
 
 from pa_compiler.tiles import LANES
 
 
-def read_vectors(
-    sch: Schedule, sblock: SBlockRV, operand: int, loop: LoopRV, place: Callable[..., tuple[Var, ...]]
-) -> None:
-    """Read an operand of an sblock in vectors at the beginning of a loop's body.
+def read_vectors(sch: Schedule, scores: SBlockRV, step: LoopRV, lanes: int, copied: bool) -> None:
+    """Read elements of keys, the second operand of scores, in vectors.
 
     Args:
         sch: The schedule.
-        sblock: Which multiplies the numbers.
-        operand: Which of what it reads they are.
-        loop: In each iteration of which whole vectors are read.
-        place: Of the sblock's axes, an element's place in a buffer whose last axis is of a vector's lanes.
+        scores: Whose axes are token, tile of heads, row and element.
+        step: The loop over elements that lie side by side, from which on all loops are unrolled.
+        lanes: Elements of a vector, at most.
+        copied: Whether keys are read from a copy, which is of one tile of heads.
     """
-    depth = [sch.get(each).loop_var for each in sch.get_loops(sblock)].index(sch.get(loop).loop_var) + 1
-    read = sch.reindex_cache_read(sblock, operand, "global", place)
-    sch.compute_at(read, loop, preserve_unit_loops=True)
+
+    def place(t: Expr, i: Expr, r: Expr, d: Expr) -> tuple[Expr, ...]:
+        return (*([] if copied else [i]), t, d // lanes, d % lanes)
+
+    vector, step = sch.split(step, [None, min(lanes, int(sch.get(step).extent))])
+    depth = [sch.get(each).loop_var for each in sch.get_loops(scores)].index(sch.get(vector).loop_var) + 1
+    for each in (vector, step):
+        sch.unroll(each)
+    read = sch.reindex_cache_read(scores, 1, "global", place)
+    sch.compute_at(read, vector, preserve_unit_loops=True)
     *unrolled, lane = sch.get_loops(read)[depth:]
     for each in unrolled:
         sch.unroll(each)

@@ -13,18 +13,20 @@ import math
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.s_tir.schedule import LoopRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, scales
 from pa_compiler.schedules.cpu.by_element import read_vectors
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
+from pa_compiler.schedules.cpu.vertical import four_maxima, rows_last, sum_by_token, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import Element, VectorTiling, largest_divisor
 
 _LINE_WORDS = 16
+"""Words of a line of the memory system: as many, and no fewer, are the work beside which its next one is fetched."""
 
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
@@ -82,16 +84,8 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
         parts.append(part)
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
-    if tiling.by_element:
-        read = dim
-        if pairs:
-            read, step = sch.split(step, [None, min(lanes, steps // 2)])
-            sch.unroll(read)
-        sch.unroll(step)
-        sch.unroll(half)
-        read_vectors(
-            sch, scores, 1, read, lambda t, i, r, d: (i, t, d // halves // lanes, d % halves, d // halves % lanes)
-        )
+    if tiling.by_element and halves == 1:
+        read_vectors(sch, scores, step, lanes, tiling.copy_keys)
     sch.decompose_reduction(scores, dim)
     return group, parts
 
@@ -116,7 +110,7 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
         if name == "tile_sum" and tiling.weight_sums:
-            _sum_by_token(sch)
+            sum_by_token(sch)
             continue
         if name in (*pairs, "tile_sum") and tiling.many_tokens:  # beside the exponentials of the next group
             group = sch.get_loops("probs")[-3]
@@ -134,47 +128,6 @@ def full_scores(sch: Schedule, tiling: VectorTiling) -> None:
     sch.reorder(group, token, row)
     sch.vectorize(row)
     four_maxima(sch, "full_peak", group)
-
-
-def four_maxima(sch: Schedule, name: str, beside: LoopRV | None = None) -> None:
-    """The maximum as that of four, of which none waits for another: a maximum takes two cycles or more.
-
-    beside: The loop over token groups in whose body it is taken; None: one of its own.
-    """
-    peak = sch.get_sblock(name)
-    token = sch.get_loops(peak)[-1]
-    _, part = sch.split(token, [None, math.gcd(int(sch.get(token).extent), 4)])
-    parts = sch.rfactor(part, factor_axis=0)
-    if beside is not None:
-        sch.reverse_compute_at(parts, beside, preserve_unit_loops=True)
-        part, _, token, row = sch.get_loops(parts)[-4:]
-        sch.reorder(token, part)
-    else:
-        row, beside, token, part = sch.get_loops(parts)[-4:]
-        sch.reorder(beside, token, part, row)
-    sch.unroll(part)
-    sch.vectorize(row)
-    sch.decompose_reduction(parts, beside)
-    row, part = sch.get_loops(peak)[-2:]
-    sch.reorder(part, row)
-    sch.vectorize(row)
-    sch.decompose_reduction(peak, part)
-
-
-def _sum_by_token(sch: Schedule) -> None:
-    """A sum for each token of a group, beside the exponentials of the next one, and at last the sum of these."""
-    total = sch.get_sblock("tile_sum")
-    parts = sch.rfactor(sch.get_loops(total)[-2], factor_axis=2)
-    rows_last(sch, parts)
-    sch.reverse_compute_at(parts, sch.get_loops("probs")[-3], preserve_unit_loops=True)
-    group, token, *_, row = sch.get_loops(parts)[-4:]
-    sch.unroll(token)
-    sch.vectorize(row)
-    sch.decompose_reduction(parts, group)
-    token, row = sch.get_loops(total)[-2:]
-    sch.unroll(token)
-    sch.vectorize(row)
-    sch.decompose_reduction(total, token)
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
@@ -283,22 +236,9 @@ SCALAR |= {"store_partial": "acc is turned back element by element, once for a r
 """The sblocks that run as they are written, and why."""
 
 
-def rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
-    """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
-    for name in sblocks:
-        sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
-
-
 def _names(sch: Schedule) -> set[str]:
     """What is in the softmax."""
     return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
-
-
-def vertical(sch: Schedule, sblock: str) -> None:
-    """Rows in lanes, where the last two loops are over rows and value_dim."""
-    row, dim = sch.get_loops(sblock)[-2:]
-    sch.reorder(dim, row)
-    sch.vectorize(row)
 
 
 def _load_rows(sch: Schedule, element: Element, lanes: int, sblock: str) -> None:

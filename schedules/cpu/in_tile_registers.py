@@ -16,7 +16,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from pa_compiler.kernels.ahead import EARLY_KEYS, KEYS, VALUES
 from pa_compiler.schedules.cpu import functions, heads_in_lanes, scales
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
-from pa_compiler.schedules.cpu.heads_in_lanes import four_maxima, rows_last, vertical
+from pa_compiler.schedules.cpu.vertical import four_maxima, rows_last, vertical
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.tile_products import SCOPE, TILE, TILES, add_tiles, clear_tiles, store_tiles
 from pa_compiler.schedules.intrinsics.transpose import transpose

@@ -199,20 +199,31 @@ void TestThreads() {
 }
 
 void TestFloatingPoint() {
-  const unsigned callers = __builtin_ia32_stmxcsr();
-  __builtin_ia32_ldmxcsr(callers | 0x8040);  // flush to zero, denormals are zero
+#if defined(__aarch64__)
+  constexpr uint64_t kFlushes = 1 << 24;  // subnormal numbers are zero
+#else
+  constexpr uint32_t kFlushes = 0x8040;  // flush to zero, denormals are zero
+#endif
+  const auto callers = FloatingPointState();
+  SetFloatingPointState(callers | kFlushes);
   volatile float tiny = 1e-38f;
   {
     const DefaultFloatingPoint state;
     EXPECT(tiny / 16 != 0);
   }
-  EXPECT(__builtin_ia32_stmxcsr() == (callers | 0x8040));
-  __builtin_ia32_ldmxcsr(callers);
+  EXPECT(FloatingPointState() == (callers | kFlushes));
+  EXPECT(tiny / 16 == 0);
+  SetFloatingPointState(callers);
 }
 
 void TestFeatures() {
+#if defined(__aarch64__)
+  static constexpr InstructionSet kThere[] = {{"neon", 1}, {"bf16", 64 + 14}, nullptr};
+  static constexpr InstructionSet kNotThere[] = {{"neon", 1}, {"x", 63}, {"y", 64 + 63}, {"z", 62}, nullptr};
+#else
   static constexpr InstructionSet kThere[] = {"sse2", {"lzcnt", "abm"}, nullptr};
   static constexpr InstructionSet kNotThere[] = {"sse2", {"x", "none"}, "y", "sse", {"z", "sse2 "}, nullptr};
+#endif
   CheckCpuFeatures(kThere);
   EXPECT_RAISES("RuntimeError: target: this module is built for a CPU with features that this one lacks: x y z",
                 CheckCpuFeatures(kNotThere));

@@ -1,0 +1,1 @@
+"""Bundles: one library with a C interface, for several specs and CPUs."""
