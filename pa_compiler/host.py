@@ -161,9 +161,7 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
 
 def render_door(**values: Any) -> str:
     """The text of a bundle's C interface. values: specs, isas, variants, manifest and tile_registers."""
-    isas = [
-        isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]
-    ]
+    isas = [isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]]
     values |= {"banner": BANNER, "entry_points": CPU_ENTRY_POINTS, "isas": isas}
     return render_text("bundle/door.cc.j2", values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pa_compiler import backends, commands, dependencies, interrupts, naming
+from pa_compiler import backends, dependencies, interrupts, naming
 from pa_compiler import compiler as _compiler
 from pa_compiler.bundles import linking, tasks
 from pa_compiler.bundles.tasks import Task, Work

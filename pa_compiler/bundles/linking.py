@@ -152,9 +152,7 @@ def _soname(manifest: str) -> str:
     return f"libpa-{hashlib.sha256(manifest.encode()).hexdigest()[:12]}.so"
 
 
-def _link(
-    lib: Path, scratch: Path, door: str, objects: Sequence[Path], exported: Sequence[str], manifest: str
-) -> None:
+def _link(lib: Path, scratch: Path, door: str, objects: Sequence[Path], exported: Sequence[str], manifest: str) -> None:
     """libpa.a and libpa.so of one object, in which the functions of the C interface alone are global.
 
     It has what it needs of the C++ runtime in it, for itself alone: a program may have another one, or none.
@@ -176,7 +174,18 @@ def _link(
     exports.write_text(f"{node} {{ global: {' '.join(f'{name};' for name in exported)} local: *; }};\n")
     native.run(
         [
-            *(*cxx, "-shared", "-nodefaultlibs", str(whole), "-Wl,--as-needed", "-lm", "-lpthread", "-ldl", "-lc", "-lgcc"),
+            *(
+                *cxx,
+                "-shared",
+                "-nodefaultlibs",
+                str(whole),
+                "-Wl,--as-needed",
+                "-lm",
+                "-lpthread",
+                "-ldl",
+                "-lc",
+                "-lgcc",
+            ),
             *("-Xlinker", f"--version-script={exports}", "-Wl,--no-undefined", "-Wl,-Bsymbolic", "-Wl,-z,now"),
             *(f"-Wl,-soname,{soname}", "-o", str(lib / soname)),
         ],
@@ -188,6 +197,10 @@ def _link(
 def _write_packages(lib: Path, names: Sequence[str], soname: str) -> None:
     """What pkg-config and CMake find the library by."""
     values = {"version": dependencies.versions()["pa-compiler"], "specs": names, "soname": soname}
-    for name, folder in (("pa.pc", "pkgconfig"), ("pa-config.cmake", "cmake/pa"), ("pa-config-version.cmake", "cmake/pa")):
+    for name, folder in (
+        ("pa.pc", "pkgconfig"),
+        ("pa-config.cmake", "cmake/pa"),
+        ("pa-config-version.cmake", "cmake/pa"),
+    ):
         (lib / folder).mkdir(parents=True, exist_ok=True)
         (lib / folder / name).write_text(host.render_text(f"bundle/{name}.j2", values))

@@ -89,7 +89,7 @@ def error(folder: Path) -> Exception | None:
     if not (folder / ERROR).exists():
         return None
     kind, message = json.loads((folder / ERROR).read_text())
-    return _KINDS[kind](message)
+    return _KINDS[kind](message.replace("target: ", "targets: ", 1) if message.startswith("target: ") else message)
 
 
 def _do(task: Task, hosts: dict[str, Path]) -> None:

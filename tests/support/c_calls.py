@@ -66,7 +66,7 @@ class Item(ctypes.Structure):
 
 
 def tensor(array):
-    """pa_tensor of an array or None, with its strides, whatever they are in elements. It must be kept with the array."""
+    """pa_tensor of an array or None, with its strides in elements. It keeps what it points to."""
     if array is None:
         return Tensor()
     rank, size = array.ndim, array.itemsize
@@ -210,7 +210,7 @@ def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, th
 
 
 def read_result(path, written):
-    """(status, message, arrays) of a result; written are arrays whose shapes and dtypes those that were written have."""
+    """(status, message, arrays) of a result; written are arrays of the shapes and dtypes of those in it."""
     line, _, data = path.read_bytes().partition(b"\n")
     status, _, message = line.decode().partition(" ")
     arrays, start = [], 0
