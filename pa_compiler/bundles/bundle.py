@@ -163,7 +163,7 @@ def _fill(made: Path, specs: Sequence[PagedAttentionSpec], configs: Sequence[dic
 
 
 def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, scratch: Path) -> None:
-    """Do the tasks in so many processes, those of a spec in one where that is even. The first that fails ends all of them, and is what is raised."""
+    """Do the tasks in so many processes, those of a spec in one where it can be. The first failure ends all."""
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     try:
         for number in range(processes):

@@ -68,8 +68,7 @@ class Targets(click.ParamType):
     type=Targets(),
     multiple=True,
     required=True,
-    help="Names of CPUs with commas between them, such as x86-64-v3,x86-64-v4,znver4; or a TVM target as JSON, once for "
-    "each.",
+    help="Names of CPUs with commas between them, such as x86-64-v3,x86-64-v4; or a TVM target as JSON, once for each.",
 )
 @click.option(
     "--processes", type=click.IntRange(min=1), show_default="the CPUs, up to 8", help="That compile at a time."
@@ -85,8 +84,8 @@ def bundle_command(
 ) -> None:
     """Compile specs for several CPUs into one library for C and C++, which chooses when it is loaded.
 
-    It needs libc, libm and pthread to run. The directory gets lib/libpa.so and libpa.a, include/pa.h, a pkg-config file, a
-    CMake package, manifest.json, and the text of every stage.
+    It needs libc, libm and pthread to run. The directory gets lib/libpa.so and libpa.a, include/pa.h, files for CMake and
+    pkg-config, manifest.json, and the text of every stage.
     """
     with step("Compiling"), usage_errors():
         pa_compiler.bundle(specs, [each for some in targets for each in some], directory, processes=processes)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from dlpack import CPU, Exported
 
 I64 = ctypes.c_int64
 DTYPES = {  # pa_dtype
@@ -65,10 +66,24 @@ class Item(ctypes.Structure):
     _fields_ = (("kind", I64), ("numbers", I64 * 9))
 
 
+def of_dlpack(array):
+    """The pa_dtype of an array that is Exported; None where C has no such array."""
+    said = array._versioned.tensor
+    names = {(10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2", (4, 16): "bfloat16", (6, 8): "bool"}
+    kind = {0: "int", 1: "uint", 2: "float"}.get(said.code)
+    name = names.get((said.code, said.bits), f"{kind}{said.bits}")
+    return DTYPES.get(name) if said.device_type == CPU else None
+
+
 def tensor(array):
     """pa_tensor of an array or None, with its strides in elements. It keeps what it points to."""
     if array is None:
         return Tensor()
+    if isinstance(array, Exported):
+        said = array._versioned.tensor
+        made = Tensor(said.data, said.shape, said.strides, said.ndim, of_dlpack(array))
+        made.kept = array
+        return made
     rank, size = array.ndim, array.itemsize
     shape = (I64 * rank)(*array.shape)
     strides = (I64 * rank)(*(stride // size for stride in array.strides))
