@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -92,11 +91,6 @@ def kernels(mod: IRModule) -> list[Kernel]:
     return [_kernel(name.name_hint, function) for name, function in mod.functions.items()]
 
 
-def kernel_names(mod: IRModule) -> list[str]:
-    """The names of the PrimFuncs of a module."""
-    return [name.name_hint for name in mod.functions]
-
-
 def _kernel(name: str, function: PrimFunc) -> Kernel:
     parameters = ((each.name.removesuffix("_handle"), str(each.ty)) for each in function.params)
     return Kernel(
@@ -140,7 +134,7 @@ def render(
         attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[_instruction_set(name) for name in instruction_sets(target) if has["asks"]],
+        instruction_sets=[instruction_set(name) for name in instruction_sets(target) if has["asks"]],
     )
 
 
@@ -157,13 +151,6 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
             **values,
         )
     )
-
-
-def render_door(**values: Any) -> str:
-    """The text of a bundle's C interface. values: specs, isas, variants, manifest and tile_registers."""
-    isas = [isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]]
-    values |= {"banner": BANNER, "entry_points": CPU_ENTRY_POINTS, "isas": isas}
-    return render_text("bundle/door.cc.j2", values)
 
 
 def render_text(name: str, values: Mapping[str, Any]) -> str:
@@ -216,7 +203,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
-    filters += [_c_string, _initializers, _members, _arguments, _address, _fill]
+    filters += [_initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -231,7 +218,7 @@ def _function(kernel: str) -> str:
     return f"__tvm_ffi_{_identifier(kernel)}"
 
 
-def _instruction_set(name: str) -> str:
+def instruction_set(name: str) -> str:
     """An initializer of an InstructionSet: LLVM's name, and Linux's where that is another."""
     flag = INSTRUCTION_SETS[name]
     return f'"{name}"' if flag == name else f'{{"{name}", "{flag}"}}'
@@ -308,11 +295,6 @@ def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]
     """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
-
-
-def _c_string(text: str) -> str:
-    """A literal of C."""
-    return json.dumps(text)
 
 
 def _product(shape: Sequence[int]) -> int:

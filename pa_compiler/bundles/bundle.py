@@ -103,7 +103,7 @@ def _checked_targets(targets: Iterable[backends.TargetLike]) -> list[dict[str, A
     configs = []
     for target in targets:
         config = backends.normalize(backends.named(target) if isinstance(target, str) else target)
-        if config["kind"] != "llvm":
+        if not backends.of(config).takes_numpy:
             raise ValueError(f"targets: expected CPUs, got {target!r}")
         configs.append(config)
     if not configs:

@@ -84,8 +84,8 @@ def bundle_command(
 ) -> None:
     """Compile specs for several CPUs into one library for C and C++, which chooses when it is loaded.
 
-    It needs libc, libm and pthread to run. The directory gets lib/libpa.so and libpa.a, include/pa.h, files for CMake and
-    pkg-config, manifest.json, and the text of every stage.
+    It needs libc, libm and pthread to run. The directory gets lib/libpa.so and libpa.a, include/pa.h, files for CMake
+    and pkg-config, manifest.json, and the text of every stage.
     """
     with step("Compiling"), usage_errors():
         pa_compiler.bundle(specs, [each for some in targets for each in some], directory, processes=processes)

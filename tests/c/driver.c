@@ -10,6 +10,7 @@
  *   manner default                     or workspace, or caller: threads of this program's own, and a workspace
  *   scale 0x1.6a09e6p-4                if there is one
  *   not_causal 1                       likewise
+ *   beside key_cache                   an array that is to lie one element further than its memory
  *   array query 1 3 4 6 24             name, dtype, rank, extents
  *   end
  *
@@ -42,7 +43,7 @@ typedef struct Array {
 } Array;
 
 typedef struct Case {
-  char call[16], spec[128], manner[16];
+  char call[16], spec[128], manner[16], beside[32];
   int64_t num_threads;
   int threading, not_causal, has_scale, num_arrays;
   double scale;
@@ -114,6 +115,7 @@ static void read_case(Case *of, const char *path, int at_begin) {
     sscanf(line, "call %15s", of->call);
     sscanf(line, "spec %127s", of->spec);
     sscanf(line, "manner %15s", of->manner);
+    sscanf(line, "beside %31s", of->beside);
     sscanf(line, "threads %" SCNd64, &of->num_threads);
     sscanf(line, "threading %d", &of->threading);
     sscanf(line, "not_causal %d", &of->not_causal);
@@ -123,6 +125,9 @@ static void read_case(Case *of, const char *path, int at_begin) {
     Array *const array = &of->arrays[i];
     place(array, at_begin);
     if (fread(array->tensor.data, 1, array->bytes, file) != array->bytes) fail("too short", path);
+    if (strcmp(of->beside, array->name) != 0) continue;
+    const size_t element = size_of(array->tensor.dtype);
+    array->tensor.data = at_begin ? (char *)array->tensor.data - element : (char *)array->tensor.data + element;
   }
   fclose(file);
 }

@@ -208,8 +208,13 @@ def numpy_dtype(name):
     return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
-def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True):
-    """Write a file for driver.c. Arrays by their names in pa.h; None is left out, a pair of tables is two."""
+def write_case(
+    path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True, beside=None
+):
+    """Write a file for driver.c. Arrays by their names in pa.h; None is left out, a pair of tables is two.
+
+    beside: The name of an array that is to lie one element further than its memory.
+    """
     table = arrays.get("block_table")
     if isinstance(table, tuple):
         arrays = arrays | {"block_table": None, "block_indptr": table[0], "block_indices": table[1]}
@@ -218,6 +223,7 @@ def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, th
     lines += [f"manner {manner}"]
     lines += [] if scale is None else [f"scale {float(scale).hex()}"]
     lines += [] if causal else ["not_causal 1"]
+    lines += [] if beside is None else [f"beside {beside}"]
     for name, array in arrays.items():
         lines.append(" ".join(map(str, ("array", name, DTYPES[str(array.dtype)], array.ndim, *array.shape))))
     text = "\n".join([*lines, "end", ""]).encode()
