@@ -108,7 +108,7 @@ def render(
 ) -> str:
     """The text of host.cc; kernels are the pipeline's and append_kv's.
 
-    has: shares_prefix, attend_rows, tile_shapes, and asks, whether it asks what instruction sets the CPU has.
+    has: shares_prefix, attend_rows, tile_shapes, and asks: whether it asks what the CPU has.
     """
     has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, "asks": True, **has}
     fused = pipeline == "fused"
@@ -140,17 +140,8 @@ def render(
 
 def render_template(name: str, spec: PagedAttentionSpec, description: str, **values: object) -> str:
     """A host's text: a template with what all targets' hosts say of a spec, and with values of its own."""
-    return (
-        _environment()
-        .get_template(name)
-        .render(
-            banner=BANNER,
-            description=description,
-            spec=spec,
-            dtypes=_DTYPES,
-            **values,
-        )
-    )
+    values |= {"banner": BANNER, "description": description, "spec": spec, "dtypes": _DTYPES}
+    return render_text(name, values)
 
 
 def render_text(name: str, values: Mapping[str, Any]) -> str:

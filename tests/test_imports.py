@@ -55,7 +55,7 @@ ARROWS = {
     "backend": {"spec"},
     "cpu": {
         *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "words", "score", "key_ranges"),
+        *("backend", "native", "interrupts", "words", "score", "key_ranges", "naming"),
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
