@@ -12,10 +12,10 @@ static float query[kBatch][kHeads][kHeadDim], out[kBatch][kHeads][kHeadDim];
 static float keys[kBlocks][kBlockSize][kKvHeads][kHeadDim], values[kBlocks][kBlockSize][kKvHeads][kHeadDim];
 static int32_t table[kBatch][kMaxBlocks], lens[kBatch];
 
-static void read_file(const char *directory, const char *name, void *to, size_t size) {
+static void read_file(const char* directory, const char* name, void* to, size_t size) {
   char path[4096];
   snprintf(path, sizeof path, "%s/%s.bin", directory, name);
-  FILE *const file = fopen(path, "rb");
+  FILE* const file = fopen(path, "rb");
   if (file == NULL || fread(to, 1, size, file) != size) {
     fprintf(stderr, "%s: expected a file of %zu bytes\n", path, size);
     exit(1);
@@ -23,7 +23,7 @@ static void read_file(const char *directory, const char *name, void *to, size_t 
   fclose(file);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   if (argc != 2) {
     fprintf(stderr, "usage: decode DIRECTORY\n");
     return 1;
@@ -44,10 +44,9 @@ int main(int argc, char **argv) {
       .context_lens = {.data = lens, .shape = of_lens, .rank = 1, .dtype = PA_INT32},
       .out = {.data = out, .shape = of_query, .rank = 3, .dtype = PA_FLOAT32},
   };
-  const pa_kernels *kernels;
+  const pa_kernels* kernels;
   pa_error error;
-  if (pa_find("f32_nhd_h8x2_d64_b16", &kernels, &error) != PA_OK ||
-      pa_decode(kernels, &args, NULL, &error) != PA_OK) {
+  if (pa_find("f32_nhd_h8x2_d64_b16", &kernels, &error) != PA_OK || pa_decode(kernels, &args, NULL, &error) != PA_OK) {
     fprintf(stderr, "%s\n", error.message);
     return 1;
   }

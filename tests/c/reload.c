@@ -1,5 +1,5 @@
-/* Load a bundle, call it on threads of its own, and unload it, many times: reload LIBRARY SPEC COUNT. Prints how many more
- * bytes of the heap, mappings and threads there are in the end than after the first ten times. */
+/* Load a bundle, call it on threads of its own, and unload it, many times: reload LIBRARY SPEC COUNT. Prints how many
+ * more bytes of the heap, mappings and threads there are in the end than after the first ten times. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <malloc.h>
@@ -19,7 +19,7 @@ typedef struct Held {
 static Held held(void) {
   Held found = {(long)mallinfo2().uordblks, 0, 0};
   char line[512];
-  FILE *file = fopen("/proc/self/maps", "r");
+  FILE* file = fopen("/proc/self/maps", "r");
   while (fgets(line, sizeof line, file) != NULL) ++found.mappings;
   fclose(file);
   file = fopen("/proc/self/status", "r");
@@ -29,8 +29,8 @@ static Held held(void) {
 }
 
 /* Functions of a library by their names, of any type. */
-static void find(void *library, const char *name, void *function) {
-  void *const found = dlsym(library, name);
+static void find(void* library, const char* name, void* function) {
+  void* const found = dlsym(library, name);
   if (found == NULL) {
     fprintf(stderr, "%s\n", dlerror());
     exit(1);
@@ -41,14 +41,14 @@ static void find(void *library, const char *name, void *function) {
 static float query[kBatch][6][24], out[kBatch][6][24], keys[kTokens / 5][5][2][24], values[kTokens / 5][5][2][24];
 static int32_t table[kBatch][kTokens / 5], lens[kBatch];
 
-static void use(const char *path, const char *spec) {
-  void *const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+static void use(const char* path, const char* spec) {
+  void* const library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == NULL) {
     fprintf(stderr, "%s\n", dlerror());
     exit(1);
   }
-  pa_status (*found)(const char *, const pa_kernels **, pa_error *);
-  pa_status (*decode)(const pa_kernels *, const pa_decode_args *, const pa_options *, pa_error *);
+  pa_status (*found)(const char*, const pa_kernels**, pa_error*);
+  pa_status (*decode)(const pa_kernels*, const pa_decode_args*, const pa_options*, pa_error*);
   find(library, "pa_find", &found), find(library, "pa_decode", &decode);
   const int64_t of_query[] = {kBatch, 6, 24}, of_cache[] = {kTokens / 5, 5, 2, 24}, of_lens[] = {kBatch};
   const int64_t of_table[] = {kBatch, kTokens / 5};
@@ -61,7 +61,7 @@ static void use(const char *path, const char *spec) {
       .out = {.data = out, .shape = of_query, .rank = 3, .dtype = PA_FLOAT32},
   };
   const pa_options options = {.num_threads = 4, .threading = PA_OWN};
-  const pa_kernels *kernels;
+  const pa_kernels* kernels;
   pa_error error;
   if (found(spec, &kernels, &error) != PA_OK || decode(kernels, &args, &options, &error) != PA_OK) {
     fprintf(stderr, "%s\n", error.message);
@@ -79,7 +79,7 @@ static void use(const char *path, const char *spec) {
   }
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   const int count = argc == 4 ? atoi(argv[3]) : 0;
   Held before = {0, 0, 0};
   for (int seq = 0; seq < kBatch; ++seq) lens[seq] = kTokens;
