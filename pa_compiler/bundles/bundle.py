@@ -163,15 +163,19 @@ def _fill(made: Path, specs: Sequence[PagedAttentionSpec], configs: Sequence[dic
 
 
 def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, scratch: Path) -> None:
-    """Do the tasks in so many processes, those of a spec in one where it can be. The first failure ends all."""
+    """Do the tasks in so many processes, those of a spec in one where it can be. The first failure ends all.
+
+    Each process has a share, and when that is done takes what others have not begun, from their ends.
+    """
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     try:
         for number in range(processes):
             folder = scratch / f"process.{number}"
             folder.mkdir()
             work = folder / "work"
-            share = todo[number * len(todo) // processes : (number + 1) * len(todo) // processes]
-            work.write_bytes(pickle.dumps(Work(list(share), configs, folder)))
+            begin, end = (each * len(todo) // processes for each in (number, number + 1))
+            order = [*todo[begin:end], *reversed([*todo[:begin], *todo[end:]])]
+            work.write_bytes(pickle.dumps(Work(order, configs, folder)))
             running.append((_start(work, folder), folder))
         while running:
             interrupts.check()

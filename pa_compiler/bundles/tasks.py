@@ -35,7 +35,10 @@ class Task(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The tasks of one process, which begins with a look at all targets of the bundle."""
+    """The tasks of a bundle in the order in which one process takes them, but for those that another has begun.
+
+    It begins with a look at all targets.
+    """
 
     tasks: list[Task]
     targets: list[dict[str, Any]]
@@ -93,9 +96,12 @@ def error(folder: Path) -> Exception | None:
 
 
 def _do(task: Task, hosts: dict[str, Path]) -> None:
+    try:
+        task.objects.mkdir()  # whoever makes it has begun the task
+    except FileExistsError:
+        return
     cpu = _target.resolve(task.config)
     spec, target = naming.spec_name(task.spec), naming.target_name(json.loads(cpu.config), task.config)
-    task.objects.mkdir(parents=True)
     task.stages.mkdir(parents=True)
 
     def renamed(name: str, tiles: Any) -> str:
