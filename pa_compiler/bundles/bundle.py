@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pa_compiler import backends, commands, dependencies, interrupts, naming
+from pa_compiler import backends, dependencies, interrupts, naming
 from pa_compiler import compiler as _compiler
 from pa_compiler.bundles import linking, tasks
 from pa_compiler.bundles.tasks import Task, Work
@@ -104,7 +103,7 @@ def _checked_targets(targets: Iterable[backends.TargetLike]) -> list[dict[str, A
     configs = []
     for target in targets:
         config = backends.normalize(backends.named(target) if isinstance(target, str) else target)
-        if config["kind"] != "llvm":
+        if not backends.of(config).takes_numpy:
             raise ValueError(f"targets: expected CPUs, got {target!r}")
         configs.append(config)
     if not configs:
@@ -164,15 +163,19 @@ def _fill(made: Path, specs: Sequence[PagedAttentionSpec], configs: Sequence[dic
 
 
 def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, scratch: Path) -> None:
-    """Do the tasks in so many processes, those of a spec in one where that is even. The first that fails ends all of them, and is what is raised."""
+    """Do the tasks in so many processes, those of a spec in one where it can be. The first failure ends all.
+
+    Each process has a share, and when that is done takes what others have not begun, from their ends.
+    """
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     try:
         for number in range(processes):
             folder = scratch / f"process.{number}"
             folder.mkdir()
             work = folder / "work"
-            share = todo[number * len(todo) // processes : (number + 1) * len(todo) // processes]
-            work.write_bytes(pickle.dumps(Work(list(share), configs, folder)))
+            begin, end = (each * len(todo) // processes for each in (number, number + 1))
+            order = [*todo[begin:end], *reversed([*todo[:begin], *todo[end:]])]
+            work.write_bytes(pickle.dumps(Work(order, configs, folder)))
             running.append((_start(work, folder), folder))
         while running:
             interrupts.check()

@@ -1,7 +1,7 @@
 """What is built for a bundle, a spec on a target at a time, in processes of their own, since TVM takes one thread.
 
 A process is given a pickle of Work, and leaves for each task its object files in a folder, and beside it what is to be
-known of them. What it raises, of the errors that compile() documents, it leaves as text: nothing of TVM is carried over.
+known of them. What it raises, of the errors that compile() documents, it leaves as text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Task(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The tasks of one process, which begins with a look at all targets of the bundle."""
+    """The tasks of a bundle in the order in which one process takes them, but for those that another has begun.
+
+    It begins with a look at all targets.
+    """
 
     tasks: list[Task]
     targets: list[dict[str, Any]]
@@ -89,13 +92,16 @@ def error(folder: Path) -> Exception | None:
     if not (folder / ERROR).exists():
         return None
     kind, message = json.loads((folder / ERROR).read_text())
-    return _KINDS[kind](message)
+    return _KINDS[kind](message.replace("target: ", "targets: ", 1) if message.startswith("target: ") else message)
 
 
 def _do(task: Task, hosts: dict[str, Path]) -> None:
+    try:
+        task.objects.mkdir()  # whoever makes it has begun the task
+    except FileExistsError:
+        return
     cpu = _target.resolve(task.config)
     spec, target = naming.spec_name(task.spec), naming.target_name(json.loads(cpu.config), task.config)
-    task.objects.mkdir(parents=True)
     task.stages.mkdir(parents=True)
 
     def renamed(name: str, tiles: Any) -> str:
