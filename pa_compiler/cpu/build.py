@@ -44,7 +44,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     llvm = _read(_without_debug_info(emitted), text).inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
     interrupts.check()
     asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
-    return Kernels(llvm, asm, places.links(known, places.of_llvm(emitted, llvm), of_asm))
+    return Kernels(llvm, asm, Links.made(known, {"llvm": places.of_llvm(emitted, llvm), "asm": of_asm}))
 
 
 def _read(llvm: str, text: Path) -> Module:
