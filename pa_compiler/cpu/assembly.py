@@ -54,11 +54,16 @@ _BROADCAST = re.compile(r"v?p?broadcast\w+\s")
 _EMBEDDED = re.compile(r".*\{1to\d+\}")
 _CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)")
 _PREFETCH = re.compile("prefetch")
+_DOES_MORE = re.compile(r"%[xyzt]mm|^call|^mov\w*\s.*\)$")
 _STACK_STORE = re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$")
 
 
 def inner_loops(asm: str) -> list[Loop]:
-    """The innermost loops, in order: code between a label and a jump back to it, with no such code inside."""
+    """The innermost loops, in order: code between a label and a jump back to it, with no such code inside.
+
+    A loop of fetches does not count, which stands between the products of a loop around it: it is a part of that one,
+    as if it ran once.
+    """
     code: list[tuple[str, str]] = []  # function, instruction
     lines: list[int] = []
     labels: dict[str, int] = {}
@@ -76,11 +81,29 @@ def inner_loops(asm: str) -> list[Loop]:
         if jump := re.match(r"j\w+\s+(\.LBB\w+)", line):
             jumps.append((labels.get(jump[1], math.inf), end))
     loops = [(int(begin), end) for begin, end in jumps if begin <= end]
+    innermost = _without_others(loops)
+    fetches = {(begin, end) for begin, end in innermost if _fetches([line for _, line in code[begin : end + 1]])}
+    around = _without_others([loop for loop in loops if loop not in fetches])
+    alone = [loop for loop in fetches if not any(_within(loop, other) for other in around)]
     return [
         Loop(code[begin][0], lines[begin], tuple(line for _, line in code[begin : end + 1]))
         for begin, end in loops
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        if (begin, end) in {*around, *alone}
     ]
+
+
+def _within(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= loop[0] and loop[1] <= other[1] and loop != other
+
+
+def _without_others(loops: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The loops that no other is within."""
+    return [loop for loop in loops if not any(_within(other, loop) for other in loops)]
+
+
+def _fetches(code: Sequence[str]) -> bool:
+    """Whether code does nothing but fetch into a cache: no vector or tile register, and nothing written."""
+    return any(_PREFETCH.match(line) for line in code) and not any(_DOES_MORE.search(line) for line in code)
 
 
 def count(code: Sequence[str]) -> Counts:
