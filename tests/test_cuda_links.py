@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 
 import pytest
@@ -13,8 +16,8 @@ from linked import units
 import pa_compiler
 from pa_compiler import generate
 from pa_compiler.backend import links
-from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import backend, lines, places, tiling
+from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda.kernels import launches
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.report.units import Units
@@ -128,6 +131,19 @@ def test_the_texts_are_the_same_without_places(module, tmp_path):
     command = [*cuda_build.nvcc(), *plain, "-arch=compute_90", "-ptx", "kernels.cu", "-o", "kernels.ptx"]
     cuda_build._run(command, tmp_path / "kernels.ptx")
     assert (tmp_path / "kernels.ptx").read_text().strip() == module.sources["ptx"].strip()
+
+
+def test_its_page(module, tmp_path):
+    """Made of what the cache has, with links in all columns but the host's."""
+    module.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert len(page.encode()) < 2_000_000
+    data = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page)[1]
+    columns = json.loads(zlib.decompress(base64.b64decode(data)))["columns"]
+    assert {column["stage"]: column["linked"] for column in columns} == {
+        "tensorir": True, "cuda": True, "ptx": True, "sass": True, "host": False,
+    }  # fmt: skip
+    assert "nvcc's line numbers" in html.unescape(page)
 
 
 def test_places_of_a_text_are_those_of_its_lines():
