@@ -1,4 +1,4 @@
-"""pa-compiler explain: its sections, its JSON, and that it fits terminals of 80 and 120 columns, for all of generated/."""
+"""pa-compiler explain: its sections, its JSON, and that it fits 80 and 120 columns, for all of generated/."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS = "--num-heads 32 --num-kv-heads 8 --block-size 16 --out-dtype bfloat16 
 
 @pytest.fixture
 def explained(compiled, monkeypatch):
-    """explained(name) -> (the spec of an entry of generated/, what is said of it), of machine code that is compiled once.
+    """explained(name) -> (the spec of an entry of generated/, what is said of it), its machine code compiled once.
 
     Of a GPU's kernels the resources are made up, as many digits as they may have.
     """

@@ -1,4 +1,4 @@
-"""Predicted times: what a call has executed is written down as it was, and a core takes as long as its pipes and its order."""
+"""Predicted times: a call is written down as it was executed, and a core takes as long as its pipes and its order."""
 
 from __future__ import annotations
 
