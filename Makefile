@@ -140,7 +140,7 @@ test-aarch64: $(STAMP) aarch64-tools
 # What `make test` needs to run libraries where nothing is installed but what they need; without it, those tests are skipped.
 runtime-envs: $(RUNTIME)/.installed
 
-# Pages of three named specs of generated/, in build/docs.
+# Pages of named specs of generated/, in build/docs: three of CPUs, and one of a GPU where NVIDIA's compiler is.
 docs: $(STAMP)
 	@mkdir -p build/docs
 	$(BIN)/pa-compiler report -o build/docs/case1_fused.html --target x86-64-v4 --no-attend
@@ -148,6 +148,10 @@ docs: $(STAMP)
 	  --out-dtype bfloat16 --kv-layout packed --target sapphirerapids
 	$(BIN)/pa-compiler report -o build/docs/mla_fused.html --num-heads 128 --head-dim 576 --value-dim 512 --shared-kv \
 	  --block-size 64 --out-dtype bfloat16 --target sapphirerapids --no-attend
+	@if $(BIN)/python -c 'from pa_compiler.cuda.build import nvcc; nvcc()' 2>/dev/null; then \
+	  $(BIN)/pa-compiler report -o build/docs/gqa_cuda.html --num-heads 32 --num-kv-heads 8 --block-size 16 \
+	    --out-dtype bfloat16 --target sm_90; \
+	else echo 'The page of gqa_cuda is left out: make cuda-tools installs the compiler that it needs.' >&2; fi
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,14 @@ from pa_compiler.spec import PagedAttentionSpec
 
 
 class Place(NamedTuple):
-    """An sblock of a scheduled function, or a prefetch in one: what instructions come from.
+    """What instructions come from: an sblock of a scheduled function, or a prefetch in one.
+
+    In a function with threads it is a function that the script inlines.
 
     Attributes:
         function: The PrimFunc.
-        name: Of the sblock.
-        parent: The number of the sblock around it, -1 where there is none.
+        name: Of the sblock, or the inlined function.
+        parent: The number of the place around it, -1 where there is none.
     """
 
     function: str
@@ -25,15 +28,27 @@ class Place(NamedTuple):
 
 
 class Links(NamedTuple):
-    """Which sblock each line of a text comes from.
+    """Which place each line of a text comes from.
 
     Attributes:
-        places: The sblocks, in the order of the scheduled text of their function.
+        places: Sblocks are in the order of the scheduled text of their function.
         lines: By stage, for the lines of its text in order: (number of a place, how many lines). -1 is no place.
     """
 
     places: tuple[Place, ...] = ()
     lines: Mapping[str, tuple[tuple[int, int], ...]] = {}
+
+    @classmethod
+    def made(cls, places: Iterable[Place], lines: Mapping[str, Iterable[int]]) -> Links:
+        """Of places, and by stage the number of each line's, with equal neighbours in one entry."""
+        return cls(tuple(places)).with_lines(lines)
+
+    def with_lines(self, lines: Mapping[str, Iterable[int]]) -> Links:
+        """With the places of the lines of more stages."""
+        runs = {
+            stage: tuple((place, len(list(run))) for place, run in itertools.groupby(of)) for stage, of in lines.items()
+        }
+        return self._replace(lines={**self.lines, **runs})
 
     def as_json(self) -> str:
         """As a text, which links() reads."""
@@ -63,7 +78,7 @@ class Built(NamedTuple):
         features: LLVM's names of the instruction sets that a CPU must have to run it, sorted.
         kernels: The machine code of the kernels, as text.
         machine: The architecture that the host is for, as platform.machine() names it.
-        links: Which sblock the lines of the texts come from, where the target knows it.
+        links: Which place the lines of the texts come from.
     """
 
     library: Path

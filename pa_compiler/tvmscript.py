@@ -13,7 +13,7 @@ import ast
 import functools
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -206,6 +206,27 @@ class _Parser(Parser):
         return {target.id: source}
 
 
+def functions_of(span: Any) -> tuple[str, ...]:
+    """The functions that a statement of a script lies in: the PrimFunc's, then inlines from the outermost on.
+
+    span is its location as TVM's parser has made it, or None.
+    """
+    names: list[str] = []
+    for each in getattr(span, "spans", [span] if span else []):
+        first = max((line for line in _outermost(each.source_name.name) if line <= each.line), default=0)
+        name = _outermost(each.source_name.name).get(first, "")
+        if name and names[-1:] != [name]:
+            names.append(name)
+    return tuple(names)
+
+
+@functools.cache
+def _outermost(file: str) -> dict[int, str]:
+    """The functions and classes of a file that are in no other, by their first lines."""
+    body = ast.parse("".join(linecache.getlines(file)), file).body
+    return {each.lineno: each.name for each in body if isinstance(each, (ast.FunctionDef, ast.ClassDef))}
+
+
 def opaque(value: Expr) -> Expr:
     """The same int32, of which TVM's passes know nothing; no instruction.
 
@@ -215,6 +236,9 @@ def opaque(value: Expr) -> Expr:
     return tirx.call_intrin("int32", "tirx.reinterpret", value)
 
 
-def text(mod: IRModule) -> str:
-    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way."""
-    return str(mod.script(extra_config={"relax.use_pep695": False})) + "\n"
+def text(mod: IRModule, remarks: Mapping[tirx.Stmt, str] | None = None) -> str:
+    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way.
+
+    A statement with a remark has it as a comment, behind it or in the line above.
+    """
+    return str(mod.script(obj_to_annotate=dict(remarks or {}), extra_config={"relax.use_pep695": False})) + "\n"

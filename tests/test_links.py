@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from linked import coverage, stages_of_lines, units, wrong
 
-from pa_compiler import backends, generate, turns
+from pa_compiler import backends, generate, locations, turns
 from pa_compiler.backend import Links, Place, links
 from pa_compiler.cpu import backend, build, instructions, places
 from pa_compiler.cpu import target as cpu_target
@@ -96,7 +96,7 @@ def test_sblocks_of_a_text(module, name, stage):
     assert [section.function for section in found] == re.findall(r"^    def (\w+)\(", text, re.MULTILINE)
     named = [place.name for section in found for place in sblocks(text, section)[0]]
     said = re.findall(r'with T\.sblock\("([\w.]+)"\)', text)
-    assert [name for name in named if not name.startswith(places.FETCH)] == said
+    assert [name for name in named if not name.startswith(locations.FETCH)] == said
 
 
 @every_entry

@@ -47,7 +47,10 @@ class Counts(NamedTuple):
 
 
 class Syntax(NamedTuple):
-    """How instructions are written: what matches those that Counts has, a jump's label, and numbers of registers."""
+    """How instructions are written.
+
+    What matches those that Counts has, a jump's label, numbers of registers, and what does more than fetch into a cache.
+    """
 
     jump: re.Pattern[str]
     fma: re.Pattern[str]
@@ -60,6 +63,7 @@ class Syntax(NamedTuple):
     prefetch: re.Pattern[str]
     stack_store: re.Pattern[str]
     register: re.Pattern[str]
+    does_more: re.Pattern[str]
 
 
 X86 = Syntax(
@@ -74,6 +78,7 @@ X86 = Syntax(
     prefetch=re.compile("prefetch"),
     stack_store=re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$"),
     register=re.compile(r"%[xyz]mm(\d+)"),
+    does_more=re.compile(r"%[xyzt]mm|^call|^mov\w*\s.*\)$"),
 )
 AARCH64 = Syntax(
     jump=re.compile(r"(?:b(?:\.\w+)?|cbn?z|tbn?z)\s.*?(\.LBB\w+)"),
@@ -87,6 +92,7 @@ AARCH64 = Syntax(
     prefetch=re.compile("prfm"),
     stack_store=re.compile(r"stu?[rp]\s.*\[sp\b"),
     register=re.compile(r"\b[vqsd](\d+)\b"),
+    does_more=re.compile(r"\b[vqsd]\d+\b|^bl\s|^st"),
 )
 
 
@@ -96,7 +102,11 @@ def syntax_of(code: Iterable[str]) -> Syntax:
 
 
 def inner_loops(asm: str) -> list[Loop]:
-    """The innermost loops, in order: code between a label and a jump back to it, with no such code inside."""
+    """The innermost loops, in order: code between a label and a jump back to it, with no such code inside.
+
+    A loop of fetches does not count, which stands between the products of a loop around it: it is a part of that one,
+    as if it ran once.
+    """
     code: list[tuple[str, str]] = []  # function, instruction
     lines: list[int] = []
     labels: dict[str, int] = {}
@@ -115,11 +125,30 @@ def inner_loops(asm: str) -> list[Loop]:
         if jump := syntax.jump.match(line):
             jumps.append((labels.get(jump[1], math.inf), end))
     loops = [(int(begin), end) for begin, end in jumps if begin <= end]
+    innermost = _without_others(loops)
+    fetches = {(begin, end) for begin, end in innermost if _fetches([line for _, line in code[begin : end + 1]])}
+    around = _without_others([loop for loop in loops if loop not in fetches])
+    alone = [loop for loop in fetches if not any(_within(loop, other) for other in around)]
     return [
         Loop(code[begin][0], lines[begin], tuple(line for _, line in code[begin : end + 1]))
         for begin, end in loops
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        if (begin, end) in {*around, *alone}
     ]
+
+
+def _within(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= loop[0] and loop[1] <= other[1] and loop != other
+
+
+def _without_others(loops: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The loops that no other is within."""
+    return [loop for loop in loops if not any(_within(other, loop) for other in loops)]
+
+
+def _fetches(code: Sequence[str]) -> bool:
+    """Whether code does nothing but fetch into a cache: no vector or tile register, and nothing written."""
+    syntax = syntax_of(code)
+    return any(map(syntax.prefetch.match, code)) and not any(map(syntax.does_more.search, code))
 
 
 def count(code: Sequence[str]) -> Counts:

@@ -62,7 +62,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path, *, linked
 
     llvm, asm, of_llvm, of_asm = zip(*interrupts.in_threads(compiled, apart(marked)), strict=True)
     chained = itertools.chain.from_iterable
-    return Kernels(llvm, asm, places.links(known, chained(of_llvm), chained(of_asm)))
+    return Kernels(llvm, asm, Links.made(known, {"llvm": chained(of_llvm), "asm": chained(of_asm)}))
 
 
 def apart(mod: IRModule) -> dict[int, IRModule]:

@@ -1,27 +1,19 @@
 """Which sblock each instruction comes from: the places of a scheduled module, carried through LLVM as debug locations.
 
-Each statement that computes is marked with its place before TVM lowers it. The marks are statements of their own, since
-TVM's passes lose the locations of those that they rebuild. When all is lowered, they become the locations that TVM's
-code generator gives to LLVM (stack.py), and LLVM carries these to the lines of the assembly. No instruction depends on
-them, and they are taken out of the texts.
+locations.py carries them through TVM's passes (stack.py). TVM's code generator gives them to LLVM, and LLVM carries
+them to the lines of the assembly. No instruction depends on them, and they are taken out of the texts.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from pa_compiler.backend import Links, Place
+from pa_compiler import locations
+from pa_compiler.backend import Place
 
 if TYPE_CHECKING:
     from tvm import IRModule
-    from tvm.ir import Expr, Span
-    from tvm.tirx import Stmt
-
-MARK = "pa_compiler.place"
-"""The key of the statements that mark."""
 
 
 def mark(mod: IRModule) -> tuple[IRModule, tuple[Place, ...]]:
@@ -30,83 +22,10 @@ def mark(mod: IRModule) -> tuple[IRModule, tuple[Place, ...]]:
 
     places: list[Place] = []
     functions = {
-        variable: function.with_body(_marked(function.body, places, Place(variable.name_hint, "", -1)))
+        variable: locations.mark_sblocks(function, variable.name_hint, places)
         for variable, function in mod.functions.items()
     }
     return IRModule(functions, attrs=mod.attrs), tuple(places)
-
-
-def _marked(statement: Stmt, places: list[Place], around: Place) -> Stmt:
-    """A statement with marks around what computes; its places are put behind the others, in the order of the text.
-
-    around: the sblock that it lies in, with its own number for its parent's.
-    """
-    from tvm import s_tir, tirx
-
-    match statement:
-        case s_tir.SBlockRealize(iter_values=values, predicate=predicate, block=sblock):
-            return s_tir.SBlockRealize(values, predicate, _marked(sblock, places, around))
-        case s_tir.SBlock(name_hint=name, body=body, init=init):
-            within = around._replace(parent=len(places))
-            places.append(around._replace(name=name))
-            init = init and _marked(init, places, within)
-            return s_tir.SBlock(
-                statement.iter_vars, statement.reads, statement.writes, name, _marked(body, places, within), init,
-                statement.alloc_buffers, statement.match_buffers, statement.annotations,
-            )  # fmt: skip
-        case tirx.SeqStmt():
-            return tirx.SeqStmt([_marked(each, places, around) for each in statement.seq])
-        case tirx.For(loop_var=var, min=least, extent=extent, kind=kind, body=body):
-            body = _marked(body, places, around)
-            return tirx.For(var, least, extent, kind, body, statement.thread_binding, statement.annotations)
-        case tirx.AttrStmt(node=node, attr_key=key, value=value, body=body):
-            return tirx.AttrStmt(node, key, value, _marked(body, places, around))
-        case tirx.IfThenElse(condition=condition, then_case=then, else_case=otherwise):
-            then = _marked(then, places, around)
-            return tirx.IfThenElse(condition, then, otherwise and _marked(otherwise, places, around))
-        case tirx.While(condition=condition, body=body):
-            return tirx.While(condition, _marked(body, places, around))
-        case tirx.BufferStore():
-            return _mark(statement, around.parent)
-        case tirx.Evaluate(value=value):
-            if cache := _fetched(value):
-                places.append(around._replace(name=f"{FETCH}{cache}"))
-                return _mark(statement, len(places) - 1)
-            return _mark(statement, around.parent)
-        case tirx.Bind(var=var, value=value):
-            return tirx.Bind(var, value)  # without the location in the kernel's file, which TVM's parser gives it
-        case _:
-            return statement
-
-
-FETCH = "fetch of "
-"""What the name of a place begins with that is no sblock: a prefetch, which is no part of what is computed around it.
-The name of a cache follows."""
-
-
-def _fetched(value: Expr) -> str:
-    """The cache that an expression asks a line of; "" for any other expression."""
-    from tvm.ir import Call
-
-    match value:
-        case Call(args=[_, Call(args=[load]), *_]) if "llvm.prefetch" in str(value):
-            return str(load.source.name)
-        case _:
-            return ""
-
-
-def _mark(statement: Stmt, place: int) -> Stmt:
-    from tvm import tirx
-
-    none = tirx.IntImm("int32", 0)
-    return tirx.AttrStmt(none, MARK, tirx.IntImm("int32", place), statement)
-
-
-def span(place: int) -> Span:
-    """The location that stands for a place: lines are counted from 1, and 0 is none."""
-    from tvm.ir import SourceName, Span
-
-    return Span(SourceName("places"), place + 1, place + 1, 1, 1)
 
 
 _LOCATION = re.compile(r"^!(\d+) = !?(?:distinct )?!DILocation\(line: (\d+)", re.MULTILINE)
@@ -175,12 +94,3 @@ def of_llvm(emitted: str, shown: str) -> list[int]:
 def _place(line: str, lines: dict[str, int]) -> int:
     _, found, number = line.rpartition("!dbg !")
     return lines.get(number.partition(",")[0], -1) if found else -1
-
-
-def links(places: Sequence[Place], llvm: Iterable[int], asm: Iterable[int]) -> Links:
-    """What was found, with equal neighbours in one entry."""
-    return Links(tuple(places), {"llvm": _runs(llvm), "asm": _runs(asm)})
-
-
-def _runs(places: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((place, len(list(run))) for place, run in itertools.groupby(places))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pa_compiler import commands, interrupts, native
-from pa_compiler.backend import NO_EXTRAS, Built, Extras
+from pa_compiler.backend import NO_EXTRAS, Built, Extras, Links
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
+from pa_compiler.cuda import lines
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.host import headers
@@ -29,14 +31,23 @@ ORIGINS = {
 _VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 """The environment variables that change what nvcc makes of its arguments."""
 
+if TYPE_CHECKING:
+    from tvm import IRModule
+
 # TVM is imported inside the functions that compile, as in compiler.py.
 
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """What is known without nvcc: the text of each stage by its name, the kernels in CUDA C and the host among them."""
+    """What is known without nvcc.
+
+    Attributes:
+        texts: Of each stage by its name, the kernels in CUDA C and the host among them.
+        links: Which place each line of these texts comes from.
+    """
 
     texts: dict[str, str]
+    links: Links
 
     @property
     def cuda(self) -> str:
@@ -48,6 +59,10 @@ class Lowered:
         """The host, C++."""
         return self.texts["host"]
 
+    def with_host(self, text: str) -> Lowered:
+        """With the host of these kernels."""
+        return Lowered({**self.texts, "host": text}, self.links)
+
 
 def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused", extras: Extras = NO_EXTRAS) -> Lowered:
     """spec -> kernels -> CUDA C -> host; in the staged pipeline, with schedules before the CUDA C.
@@ -57,7 +72,6 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused",
         ImportError, RuntimeError: there is no TVM, or one of another version.
     """
     versions.check_compiler()
-    from pa_compiler import tvmscript
     from pa_compiler.cuda.kernels import launches as cuda
 
     if pipeline == "staged":
@@ -65,32 +79,43 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused",
     tiles = cuda_tiling.choose(spec, target.arch)
     of_attend = cuda_tiling.choose_attend(spec, target.arch) if extras.attend else None
     mod = cuda.build(spec, tiles, of_attend, extras.merge_states)
-    texts = {"tensorir": tvmscript.text(mod)}  # now: what follows may change the PrimFuncs that it is given
-    texts["cuda"] = cuda_build.emit(mod, target.arch)
-    texts["host"] = cuda_host.render_fused(
-        spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles, of_attend, extras.merge_states)
-    )
-    return Lowered(texts)
+    lowered = _lowered(target, {"tensorir": lambda: mod})
+    launches = cuda.launches(spec, tiles, of_attend, extras.merge_states)
+    return lowered.with_host(cuda_host.render_fused(spec, tiles, target, lowered.cuda, launches))
 
 
 def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget, extras: Extras) -> Lowered:
     from tvm import IRModule
 
-    from pa_compiler import tvmscript
     from pa_compiler.cuda.kernels import launches as cuda
     from pa_compiler.schedules import schedule
 
     tiles = cuda_tiling.staged(spec)
     stages, others = cuda.build_staged(spec, tiles, extras.merge_states)
-    mod = IRModule({**stages.functions, **others.functions})
-    texts = {"tensorir": tvmscript.text(mod)}
-    mod = IRModule({**schedule(stages, tiles).functions, **others.functions})
-    texts["scheduled"] = tvmscript.text(mod)
-    texts["cuda"] = cuda_build.emit(mod, target.arch)
-    texts["host"] = cuda_host.render_staged(
-        spec, tiles, target, texts["cuda"], cuda.staged_launches(spec, extras.merge_states)
+    lowered = _lowered(
+        target,
+        {
+            "tensorir": lambda: IRModule({**stages.functions, **others.functions}),
+            "scheduled": lambda: IRModule({**schedule(stages, tiles).functions, **others.functions}),
+        },
     )
-    return Lowered(texts)
+    launches = cuda.staged_launches(spec, extras.merge_states)
+    return lowered.with_host(cuda_host.render_staged(spec, tiles, target, lowered.cuda, launches))
+
+
+def _lowered(target: CudaTarget, stages: Mapping[str, Callable[[], IRModule]]) -> Lowered:
+    """The texts of the stages up to CUDA C, which is made of the last of them, and the places of their lines.
+
+    A stage is made when the text of the one before is: it may change the PrimFuncs that it is given.
+    """
+    from pa_compiler.cuda import places
+
+    known, texts, of_lines = places.Places(), {}, {}
+    for name, make in stages.items():
+        texts[name], of_lines[name] = known.text(mod := make())
+    said = cuda_build.emit(known.mark(mod), target.arch, places.with_calls)
+    texts["cuda"], of_lines["cuda"] = places.apart(said)
+    return Lowered(texts, Links.made(known.all, of_lines))
 
 
 def attends(pipeline: str) -> bool:
@@ -111,7 +136,8 @@ def emit(
     """The text of every stage; directory is for intermediate files."""
     target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline, extras)
-    return lowered.texts | _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
+    cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
+    return lowered.texts | _machine_texts(cubin, target, lowered.links, directory)[0]
 
 
 def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extras: Extras, directory: Path) -> Built:
@@ -129,8 +155,8 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, extra
         tables = {"pa_kernels_image": image} | {constant.name: constant.data for constant in spec.constants}
         entry_points = [name for name in CUDA_ENTRY_POINTS if getattr(extras, name, True)]
         library = native.link(compiling, (), directory, entry_points, tables)
-    texts = lowered.texts | _machine_texts(cubin, directory)
-    return Built(library, texts, target.config, (), texts["ptx"], platform.machine())
+    texts, links = _machine_texts(cubin, target, lowered.links, directory)
+    return Built(library, lowered.texts | texts, target.config, (), texts["ptx"], platform.machine(), links)
 
 
 def tools() -> dict[str, object]:
@@ -147,11 +173,18 @@ def tools() -> dict[str, object]:
     }
 
 
-def _machine_texts(cubin: cuda_build.Cubin, directory: Path) -> dict[str, str]:
-    texts = {"ptx": cubin.ptx}
+def _machine_texts(
+    cubin: cuda_build.Cubin, target: CudaTarget, links: Links, directory: Path
+) -> tuple[dict[str, str], Links]:
+    """PTX, and SASS where there is a disassembler; and links of these lines too, by the lines of CUDA C."""
+    texts, found = {"ptx": cubin.ptx}, {"ptx": lines.of_ptx(cubin.located)[1]}
     if cuda_build.find_tool("nvdisasm"):
         texts["sass"] = cuda_build.disassembly(cubin, directory)
-    return texts
+        located, of_sass = lines.of_sass(cuda_build.located_disassembly(cubin, target.arch, directory))
+        if located == texts["sass"]:  # else ptxas makes another code of the same text with lines
+            found["sass"] = of_sass
+    of_cuda = [-1, *links.of_lines("cuda")]  # line 0 is none
+    return texts, links.with_lines({stage: [of_cuda[line] for line in numbers] for stage, numbers in found.items()})
 
 
 def fingerprint(config: dict[str, Any]) -> dict[str, Any]:

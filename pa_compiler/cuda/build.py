@@ -8,15 +8,17 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pa_compiler import commands
+from pa_compiler.cuda import lines
 
 if TYPE_CHECKING:
     from tvm import IRModule
 
-_FLAGS = ("-std=c++17", "-O3", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
+_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
 
 _REPORT = re.compile(
     r"Compiling entry function '(\w+)_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -50,11 +52,13 @@ class Cubin:
         ptx: The text that it was assembled from.
         image: The ELF file.
         resources: Of each kernel, by its name.
+        located: The text with the lines of CUDA C that it comes from.
     """
 
     ptx: str
     image: bytes
     resources: dict[str, Resources]
+    located: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,11 @@ class Parameter:
     type: str
 
 
-def emit(mod: IRModule, arch: str) -> str:
+def emit(mod: IRModule, arch: str, last: Callable[[IRModule], IRModule] = lambda mod: mod) -> str:
     """CUDA C of all kernels of a module, extern "C" under their names with "_kernel" after them.
 
-    PrimFuncs with explicit threads and scheduled ones are lowered apart, and printed as one text.
+    PrimFuncs with explicit threads and scheduled ones are lowered apart, and printed as one text. What is printed is
+    what `last` makes of them.
     """
     from tvm import IRModule, tirx
     from tvm.target import Target
@@ -91,7 +96,7 @@ def emit(mod: IRModule, arch: str) -> str:
             lowered = lower(tirx.transform.BindTarget(target)(IRModule(functions)))
             (on_device,) = split_host_device_mods(lowered)[1].values()
             kernels |= finish()(on_device).functions
-    return str(codegen_build(IRModule(kernels), target).inspect_source())
+    return str(codegen_build(last(IRModule(kernels)), target).inspect_source())
 
 
 def parameters(source: str, kernel: str) -> tuple[Parameter, ...]:
@@ -117,12 +122,14 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
     text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
     text.write_text(source)
     _run([*nvcc(), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", text.name, "-o", ptx.name], ptx)
+    located = lines.outermost(ptx.read_text())
+    ptx.write_text(lines.of_ptx(located)[0])
     report = _run([*nvcc(), "-Xptxas=-v", f"-arch={arch}", "-cubin", ptx.name, "-o", image.name], image)
     resources = {
         name: Resources(int(registers), int(stack), int(stores) + int(loads))
         for name, stack, stores, loads, registers in _REPORT.findall(report)
     }
-    return Cubin(ptx.read_text(), image.read_bytes(), resources)
+    return Cubin(ptx.read_text(), image.read_bytes(), resources, located)
 
 
 def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
@@ -149,6 +156,17 @@ def disassembly(cubin: Cubin, directory: Path) -> str:
     image = directory / "disassembled.cubin"
     image.write_bytes(cubin.image)
     return _run([tool("nvdisasm"), "-c", image.name], image)
+
+
+def located_disassembly(cubin: Cubin, arch: str, directory: Path) -> str:
+    """SASS of all kernels with the lines of CUDA C that it comes from. Errors as of disassembly.
+
+    It is assembled once more: what says the lines is twice as large as what runs, and is in no library.
+    """
+    ptx, image = directory / "located.ptx", directory / "located.cubin"
+    ptx.write_text(cubin.located)
+    _run([*nvcc(), "-lineinfo", f"-arch={arch}", "-cubin", ptx.name, "-o", image.name], image)
+    return _run([tool("nvdisasm"), "-c", "-g", image.name], image)
 
 
 def disassemble(cubin: Cubin, directory: Path) -> dict[str, str]:

@@ -110,6 +110,7 @@ def page(subject: Subject) -> str:
         data=columns.packed({"columns": columns.columns(subject.sources, units), "units": units.all}),
         names=[columns.TITLES[stage][0] for stage in columns.TITLES if stage in subject.sources],
         function=_first_function(units, subject.pipeline),
+        links_of=_LINKS_OF["sass" if "ptx" in subject.sources else "asm"],
         roofline=_roofline(subject, inside),
         plan=_plan(subject),
         measured=_measured(subject, inside),
@@ -125,13 +126,21 @@ CONVENTIONS = (
     ("packed", "keys of 16 tokens lie element by element beside each other; docs/reference.md has the layout"),
     ("plan", "a thread takes the next work item when it is free; time goes by FLOPs in the picture"),
     ("merge", "the thread that computes the last partial result of a sequence merges all of them"),
-    ("links", "an instruction is of the sblock that LLVM's debug locations name; loops are of what is in them"),
+    ("links", "an instruction is of the sblock that LLVM's debug locations name, on a GPU of nvcc's line numbers"),
+    ("loops", "are of the stage that most of their instructions are of"),
     (
         "cycles",
         f"the least for one pass; llvm-mca's are of {mca.PASSES} passes, with all data in the first-level cache",
     ),
 )
 """What a reader of a page has to know, each with its label."""
+
+
+_LINKS_OF = {
+    "asm": "The links are LLVM's debug locations.",
+    "sass": "The links are the places in the kernels' scripts, and nvcc's line numbers from CUDA C on.",
+}
+"""What links are made of, by the stage of the machine code."""
 
 
 def _title(spec: PagedAttentionSpec) -> str:
@@ -155,7 +164,7 @@ def _first_function(units: Units, pipeline: str) -> str:
 def _loops(inside: Inside, units: Units, target: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is said of each inner loop."""
     analysed = mca.cycles(inside.loops, str(target.get("mcpu", "")), str(target.get("mtriple", platform.machine())))
-    of_lines = units.of_lines.get("asm", [])
+    of_lines = units.of_lines.get("asm", [])  # a GPU's kernels are of no one stage
     rows = []
     for at, loop in enumerate(inside.loops):
         found = (

@@ -1,6 +1,7 @@
 """What is linked on a page: the sblocks of TensorIR, in which stage of the algorithm each is, and their lines.
 
 A text of TensorIR says where its sblocks are. What scheduling makes of one keeps its name, with endings that TVM adds.
+Kernels with threads have no sblocks: what is linked are the functions that their scripts inline, which links say.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import NamedTuple
 from pa_compiler.backend import Links, Place
 
 STAGES = {
-    "append_kv": ("token",),
+    "append_kv": ("token", "cuda_append_kv"),
     "load_query": ("load_query",),
-    "fetches": ("next_keys", "next_values", "early_keys"),
-    "load_kv": ("load_keys", "load_values", "token_offsets", "pairs"),
+    "fetches": ("next_keys", "next_values", "early_keys", "copy_tile"),
+    "load_kv": ("load_keys", "load_values", "token_offsets", "pairs", "look_up"),
     "qk_matmul": ("qk_matmul",),
-    "scores": ("scaled", "full_scores", "full_scaled", "seen_scores", "hidden_scores"),
+    "scores": ("scaled", "full_scores", "full_scaled", "seen_scores", "hidden_scores", "load_slopes"),
     "softmax": ("softmax", "softmax_prepare", "pair_probs"),
     "pv_matmul": ("pv_matmul", "pv_update"),
-    "online_update": ("rescale", "online_update", "range_rescale", "range_state", "find_infinite"),
+    "online_update": ("rescale", "online_update", "range_rescale", "range_state", "find_infinite", "start"),
     "normalize": ("normalize", "result"),
-    "partials": ("store_partial", "partial"),
+    "partials": ("store_partial", "partial", "store_warp", "join_warps", "merge_ranges", "_merge"),
 }
 """The stages of the algorithm, in its order, and the sblocks that each of them begins with."""
 
@@ -35,11 +36,11 @@ _FETCHES = {"fetch of key_cache": ("next_keys", "early_keys"), "fetch of value_c
 
 
 class Unit(NamedTuple):
-    """An sblock of a function before scheduling.
+    """An sblock of a function before scheduling, or what a script inlines.
 
     Attributes:
         function: The PrimFunc.
-        name: Of the sblock.
+        name: Of the sblock, or the function that is inlined.
         parent: The number of the unit around it; -1 where there is none.
         stage: The stage of the algorithm that it is in; "" of what is around stages.
     """
@@ -104,9 +105,13 @@ class Units:
         self.of_lines: dict[str, list[int]] = {}
         self.sections = {stage: sections(sources[stage]) for stage in ("tensorir", "scheduled") if stage in sources}
         self._add_tensorir(sources.get("tensorir", ""))
-        of_places: dict[int, int] = self._add_scheduled(sources["scheduled"], links) if "scheduled" in sources else {}
+        of_places = self._add_inlines(links)
+        if "scheduled" in sources:
+            of_places |= self._add_scheduled(sources["scheduled"], links)
         for stage in links.lines:
-            self.of_lines[stage] = [of_places.get(place, -1) for place in links.of_lines(stage)]
+            of_lines = [of_places.get(place, -1) for place in links.of_lines(stage)]
+            before = self.of_lines.get(stage, [-1] * len(of_lines))
+            self.of_lines[stage] = [max(of_sblock, of) for of_sblock, of in zip(before, of_lines, strict=True)]
 
     def _add_tensorir(self, text: str) -> None:
         of_lines = [-1] * len(text.splitlines())
@@ -114,18 +119,32 @@ class Units:
             places, lines = sblocks(text, section)
             first = len(self.all)
             for place in places:
-                parent = place.parent + first if place.parent >= 0 else -1
-                around = self.all[parent].stage if parent >= 0 else ""
-                self.all.append(Unit(place.function, place.name, parent, _STAGE_OF.get(place.name, around)))
+                self._add(place, place.parent + first if place.parent >= 0 else -1)
             of_lines[section.begin : section.end] = [at + first if at >= 0 else -1 for at in lines]
         self.of_lines["tensorir"] = of_lines
 
+    def _add_inlines(self, links: Links) -> dict[int, int]:
+        """The units of places in functions that have no sblocks, by the numbers of the places."""
+        scheduled = {unit.function for unit in self.all}
+        of_places: dict[int, int] = {}
+        for number, place in enumerate(links.places):
+            if place.function not in scheduled:
+                of_places[number] = self._add(place, of_places.get(place.parent, -1))
+        return of_places
+
+    def _add(self, place: Place, parent: int) -> int:
+        around = self.all[parent].stage if parent >= 0 else ""
+        self.all.append(Unit(place.function, place.name, parent, _STAGE_OF.get(place.name, around)))
+        return len(self.all) - 1
+
     def _add_scheduled(self, text: str, links: Links) -> dict[int, int]:
-        """The units of the scheduled text's lines, and of the places of links, by their numbers."""
+        """The units of the scheduled text's lines, and of the places of its sblocks, by their numbers."""
         of_lines = [-1] * len(text.splitlines())
         of_places: dict[int, int] = {}
         for section in self.sections["scheduled"]:
             places, lines = sblocks(text, section)
+            if not places:
+                continue
             units: list[int] = []
             for place in places:
                 units.append(self._unit(place, units[place.parent] if place.parent >= 0 else -1))

@@ -1,0 +1,113 @@
+"""Predict how long calls of decode take on one thread, and measure it: python -m benchmarks.prediction.
+
+A call is predicted to take the cycles of its machine code on a model of the core, at the clock that the FMA probe
+shows, and then what memory needs for its keys and values in the order in which the call reads them. Nothing is fitted:
+the probes are measured between the calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+from rich.console import Console
+
+import pa_compiler
+from benchmarks import inputs, machine
+from benchmarks.cases import ALL_CASES, CASES, sized
+from benchmarks.prediction.core import cycles
+from benchmarks.prediction.order import Reader, lines
+from benchmarks.prediction.trace import Recorder
+from benchmarks.roofline import FMA, Probe
+from pa_compiler.verification import cases
+from pa_compiler.verification.cases import Case
+
+_OPERATIONS = 32  # of float32 in a cycle of Zen 3, two vectors of 8 multiplied and added
+_ROUNDS, _TURN = 4, 0.08
+
+
+class Row(NamedTuple):
+    """A call that is predicted: its case, its module and arrays, and what is known of it before it is timed."""
+
+    name: str
+    case: Case
+    module: Any
+    arrays: cases.Inputs
+    cycles: float
+    lines: np.ndarray
+    size: int
+
+
+def predicted(name: str, case: Case, seed: int = 0) -> Row:
+    """A call whose machine code has been run by the model; no time is measured."""
+    spec = case.spec
+    module = pa_compiler.compile(spec, attend=False)
+    module.num_threads = 1
+    dtype = np.dtype(spec.dtype)
+    caches = [
+        inputs.empty((case.num_blocks, *shape[1:]), dtype, True)
+        for shape in (spec.key_cache_shape, spec.value_cache_shape)
+    ]
+    arrays = cases.make_inputs(case, seed, caches=(caches[0], None if spec.shared_kv else caches[1]))
+    arrays = arrays._replace(block_table=cases.distinct_blocks(case, seed))
+    with tempfile.TemporaryDirectory() as directory:
+        recorder = Recorder(module, Path(directory))
+        cases.call(recorder.module, case, arrays)
+        trace = recorder.trace()
+    return Row(
+        name, case, module, arrays, cycles(trace), *lines(trace, [each for each in arrays[1:3] if each is not None])
+    )
+
+
+def measured(row: Row, probe: Probe, reader: Reader, cpu: int) -> tuple[float, float, float]:
+    """Seconds of a call, cycles a second, and bytes a second in the call's order: medians of rounds of all three."""
+    out = cases.call(row.module, row.case, row.arrays)
+    rounds = []
+    for _ in range(_ROUNDS):
+        clock = probe.measure([cpu])[FMA] / _OPERATIONS
+        bandwidth = reader.bandwidth(row.lines, row.size)
+        seconds: list[float] = []
+        while sum(seconds) < _TURN or len(seconds) < 2:
+            start = time.perf_counter()
+            cases.call(row.module, row.case, row.arrays, out)
+            seconds.append(time.perf_counter() - start)
+        rounds.append((statistics.median(seconds), clock, bandwidth))
+    call, clock, bandwidth = (statistics.median(each) for each in zip(*rounds, strict=True))
+    return call, clock, bandwidth
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--case", "names", multiple=True, type=click.Choice(list(ALL_CASES)), help="Default: the common ones.")
+def main(names: tuple[str, ...]) -> None:
+    """Predict calls of decode on one thread of a core like Zen 3's, and measure them."""
+    cpu, cache = machine.cores()[0], machine.last_level_cache()
+    os.sched_setaffinity(0, {cpu})
+    console = Console(highlight=False)
+    console.print(f"{machine.cpu_name()}; the model is of Zen 3; one thread, times in ms")
+    console.print(f"{'':28}  cycles/clock  memory  predicted  measured  ratio")
+    rows = []
+    for name in names or CASES:
+        for layout in ("NHD", "packed"):
+            case = sized(name, cache)
+            case = dataclasses.replace(case, spec=dataclasses.replace(case.spec, kv_layout=layout))
+            with console.status(f"{name} {layout}: runs by the model"):
+                rows.append(predicted(f"{name} {layout}", case))
+    probe, reader = Probe(cache), Reader(cache)
+    for row in rows:
+        call, clock, bandwidth = measured(row, probe, reader, cpu)
+        core, memory = row.cycles / clock, row.case.kv_bytes / bandwidth
+        console.print(
+            f"{row.name:28}  {1e3 * core:12.2f}  {1e3 * memory:6.2f}  {1e3 * (core + memory):9.2f}  "
+            f"{1e3 * call:8.2f}  {(core + memory) / call:5.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
