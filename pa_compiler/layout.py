@@ -9,7 +9,8 @@ A cache holds element d of one head's key or value for the token in some slot of
 In the values d goes up to value_dim. p is 2 for bfloat16: pairs along the axis that a dot product sums over, d for
 scores and tokens for outputs, since the instruction for it takes them in pairs. For float32 and float16 p is 1: packed
 keys are transposed in their block, and packed values lie as in HND. Every kernel that reads or writes packed caches
-relies on this.
+relies on this. Of int4, whose p is 2, an array has bytes of two elements each: the one with the even place in the last
+axis is in the lower half of its byte.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def convert_cache(
 
     Args:
         key_cache: NumPy array in from_layout, float32, float16 or ml_dtypes.bfloat16, with any strides; or of codes,
-            int8, ml_dtypes.float8_e4m3fn or float8_e5m2, whose scales are the same in every layout.
+            int8, ml_dtypes.float8_e4m3fn, float8_e5m2 or uint8 for int4, whose scales are the same in every layout.
         value_cache: NumPy array in from_layout, of the same dtype; its value_dim may be another than key_cache's
             head_dim. None for shared_kv, where key_cache alone is converted.
         from_layout: "NHD", "HND" or "packed".
@@ -65,8 +66,8 @@ def convert_cache(
             converted.append(None)
             continue
         new = np.empty((len(cache), *shape[1:]), cache.dtype)
-        view(new, target, pair)[...] = view(cache, spec, pair)
-        converted.append(new)
+        view(new, target, pair)[...] = view(_elements(cache), spec, pair)
+        converted.append(new[..., 0::2] | new[..., 1::2] << np.uint8(4) if cache.dtype == np.uint8 else new)
     keys, values = converted
     assert keys is not None
     return keys, values
@@ -83,23 +84,27 @@ def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpe
             continue
         if not isinstance(cache, np.ndarray):
             raise TypeError(f"{name}: expected a NumPy array, got {type(cache).__name__}")
-        if cache.dtype.name not in (*DTYPES, *KV_TYPES):
-            raise TypeError(f"{name}: expected dtype {', '.join((*DTYPES, *KV_TYPES))}, got {cache.dtype}")
+        known = (*DTYPES, *(of for of in KV_TYPES if of != "int4"), "uint8")
+        if cache.dtype.name not in known:
+            raise TypeError(f"{name}: expected dtype {', '.join(known)}, got {cache.dtype}")
         if cache.ndim != 4 or 0 in cache.shape[1:]:
             raise ValueError(f"{name}: expected 4 axes of at least 1 element a block, got shape {list(cache.shape)}")
     values = key_cache if shared else value_cache
     if key_cache.dtype != values.dtype:
         raise TypeError(f"value_cache: expected key_cache's dtype, {key_cache.dtype}, got {values.dtype}")
-    dtype = "float32" if key_cache.dtype.name in KV_TYPES else key_cache.dtype.name  # which a spec may have
+    # a type that a spec may have, whose elements are in pairs where these are
+    dtype = {"uint8": "bfloat16"}.get(key_cache.dtype.name, "float32")
+    dtype = key_cache.dtype.name if key_cache.dtype.name in DTYPES else dtype
+    key_shape, value_shape = ((*each.shape[:3], each.shape[3] * (1 + (each.dtype == np.uint8))) for each in (key_cache, values))
     pair = 2 if layout == "packed" and dtype == "bfloat16" else 1
-    num_blocks, *extents = values.shape
+    num_blocks, *extents = value_shape
     num_kv_heads, block_size, value_dim = (extents[i] for i in ((1, 0, 2) if layout == "NHD" else (0, 1, 2)))
     if value_dim % pair:
         raise ValueError(f"value_cache: expected a last axis of 2 * value_dim, got shape {list(values.shape)}")
     spec = PagedAttentionSpec(
         num_kv_heads,
         num_kv_heads,
-        head_dim=pair * key_cache.shape[2] if layout == "packed" else key_cache.shape[3],
+        head_dim=pair * key_shape[2] if layout == "packed" else key_shape[3],
         block_size=pair * block_size,
         dtype=dtype,
         kv_layout=layout,
@@ -107,12 +112,19 @@ def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpe
         shared_kv=shared,
     )
     expected = [num_blocks, *spec.key_cache_shape[1:]]
-    if list(key_cache.shape) != expected:
+    if list(key_shape) != expected:
         raise ValueError(
             f"key_cache: expected shape {expected} beside a value_cache of shape {list(values.shape)} in layout "
             f"{layout}, got {list(key_cache.shape)}"
         )
     return spec
+
+
+def _elements(cache: np.ndarray) -> np.ndarray:
+    """A cache with an element for each of its own: of bytes that hold two, both."""
+    if cache.dtype != np.uint8:
+        return cache
+    return np.stack([cache & np.uint8(15), cache >> np.uint8(4)], axis=-1).reshape(*cache.shape[:3], -1)
 
 
 def _keys(cache: np.ndarray, spec: PagedAttentionSpec, p: int) -> np.ndarray:

@@ -149,7 +149,10 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
-            start(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span)
+            if spec.has_zeros:
+                query_sums = T.sblock_alloc_buffer((tiles, rows), "float32")
+            sums = T.meta_var(query_sums if spec.has_zeros else None)
+            start(query, q_tile, sums, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span)
             runs = T.meta_var(runs_stage(token_begin, num_query, token_positions, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])
@@ -177,8 +180,8 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                             )
                             attend(
-                                q_tile, keys, values, scales if spec.has_scales else None, table, of_functions, item,
-                                running, vstep, num_steps, read_begin + vstep * kv_tile, range_end,
+                                q_tile, keys, values, scales._replace(sums=sums) if spec.has_scales else None, table,
+                                of_functions, item, running, vstep, num_steps, read_begin + vstep * kv_tile, range_end,
                                 key_end if looks_beyond else range_end, span[0] if late else None, runs, context_len,
                                 span[2],
                             )  # fmt: skip

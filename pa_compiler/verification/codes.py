@@ -1,6 +1,6 @@
 """Caches of codes in NumPy: what append_kv has to make of keys and values, and codes and scales for calls.
 
-It shares no code with the kernels: int8 is rounded by np.rint, float8 by ml_dtypes.
+It shares no code with the kernels: int8 and int4 are rounded by np.rint, float8 by ml_dtypes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ CODE_DTYPES = {
     "int8": np.dtype(np.int8),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "int4": np.dtype(np.uint8),
 }
-"""The types of codes, by their names in a spec."""
+"""The types of codes, or of the bytes that hold two, by their names in a spec."""
 
 GARBAGE_SCALES = np.array([np.nan, np.inf, -np.inf, 3e38, 0.0, -1.0], np.float32)
 """What scales of slots hold that no token is in: some of them spoil whatever they multiply."""
@@ -29,33 +30,69 @@ class Codes(NamedTuple):
     """Codes, and what each of them counts.
 
     Attributes:
-        codes: Of the numbers' shape.
-        scale: float32, of that shape without its last axis where each row has a scale; otherwise as it was given.
+        codes: Of the numbers' shape; of int4 its last axis has half of that, in bytes.
+        scale: float32, of that shape without its last axis where each row has a scale, and of int4 with one of 2: the
+            scale and the zero point; otherwise as it was given.
     """
 
     codes: np.ndarray
     scale: np.ndarray
 
 
-def quantised(numbers: np.ndarray, kv_dtype: str, scale: np.ndarray | None = None) -> Codes:
+def quantised(
+    numbers: np.ndarray, kv_dtype: str, scale: np.ndarray | None = None, *, rotates: bool = False
+) -> Codes:
     """The codes nearest to numbers / scale, ties to even, and beyond the largest number of the type that one.
 
     Args:
         numbers: [..., dim], any floating dtype.
         kv_dtype: The type of the codes.
-        scale: For float8, float32, that broadcasts to numbers. int8 has max |number| / 127 for each row.
+        scale: For float8, float32, that broadcasts to numbers. int8 has max |number| / 127 for each row, int4
+            (max - min) / 15, with min for the zero point.
+        rotates: Whether each row is multiplied by H / sqrt(dim) first: by H, and its scale by 1 / sqrt(dim) then.
     """
     numbers, largest = numbers.astype(np.float32), np.float32(LARGEST[kv_dtype])
+    factor = np.float32(1)
     with np.errstate(all="ignore"):
+        if rotates:
+            numbers, factor = hadamard(numbers), np.float32(1 / np.sqrt(numbers.shape[-1]))
+        if kv_dtype == "int4":
+            return _nibbles(numbers, largest, factor)
         if kv_dtype == "int8":
             scales = (np.abs(numbers).max(axis=-1, initial=0) / largest).astype(np.float32)
             nearest = np.rint(np.clip(numbers / scales[..., None], -largest, largest))
             is_ordinary = (scales > 0) & (scales < np.inf)
-            return Codes(np.where(is_ordinary[..., None], nearest, 0).astype(np.int8), scales)
+            return Codes(np.where(is_ordinary[..., None], nearest, 0).astype(np.int8), scales * factor)
         assert scale is not None
         quotient = (numbers / scale).astype(np.float32)
         held = np.where(np.isnan(quotient), quotient, np.clip(quotient, -largest, largest))
         return Codes(held.astype(CODE_DTYPES[kv_dtype]), scale)
+
+
+def _nibbles(numbers: np.ndarray, largest: np.float32, factor: np.float32) -> Codes:
+    least = numbers.min(axis=-1)
+    scales = ((numbers.max(axis=-1) - least) / largest).astype(np.float32)
+    nearest = np.rint(np.clip((numbers - least[..., None]) / scales[..., None], 0, largest))
+    is_ordinary = (scales > 0) & (scales < np.inf)
+    codes = np.where(is_ordinary[..., None], nearest, 0).astype(np.uint8)
+    zeros = np.where(np.isfinite(scales), least, scales)
+    return Codes(in_bytes(codes), np.stack([scales * factor, zeros * factor], axis=-1))
+
+
+def hadamard(numbers: np.ndarray) -> np.ndarray:
+    """numbers [..., dim] times Sylvester's matrix of 1 and -1: sums and differences, of neighbours first."""
+    dim, apart = numbers.shape[-1], 1
+    while apart < dim:
+        pairs = numbers.reshape(*numbers.shape[:-1], dim // (2 * apart), 2, apart)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        numbers = np.stack([first + second, first - second], axis=-2).reshape(numbers.shape)
+        apart *= 2
+    return numbers
+
+
+def in_bytes(codes: np.ndarray) -> np.ndarray:
+    """Codes of 4 bits [..., n] as bytes [..., n / 2], of two the first in the lower half."""
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
 
 
 def random_codes(
@@ -63,6 +100,12 @@ def random_codes(
 ) -> np.ndarray:
     """Fill a cache with codes that times 1 / LARGEST of int8, or 1 of float8, are numbers uniform in [-half, half)."""
     flat, piece = cache.reshape(-1), 1 << 22
+    if cache.dtype == np.uint8:  # two codes each
+        for start in range(0, flat.size, piece):
+            part = flat[start : start + piece]
+            part[:] = rng.integers(0, 256, part.size, np.uint8)
+            advance(part.size)
+        return cache
     of = LARGEST["int8"] * half if cache.dtype == np.int8 else half
     for start in range(0, flat.size, piece):
         part = flat[start : start + piece]
@@ -73,10 +116,17 @@ def random_codes(
 
 
 def scale_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, num_blocks: int) -> dict[str, np.ndarray]:
-    """key_scale and value_scale of a spec with a kv_dtype, by keyword: from 0.5 to 1, and of int8 a 127th of that."""
+    """key_scale and value_scale of a spec with a kv_dtype, by keyword: from 0.5 to 1, and of int8 a 127th of that.
+
+    Of int4 a 15th, with zero points that lay its codes around 0.
+    """
     if not spec.has_scales:
         return {}
     shape = [num_blocks if isinstance(extent, str) else extent for extent in spec.scale_shape]
+    if spec.has_zeros:
+        scales = [((1 + rng.random(shape[:-1])) / (2 * LARGEST["int4"])).astype(np.float32) for _ in range(2)]
+        both = [np.stack([scale, scale * np.float32(-7.5)], axis=-1) for scale in scales]
+        return dict(zip(("key_scale", "value_scale"), both, strict=True))
     unit = LARGEST["int8"] if spec.kv_dtype == "int8" else 1.0
     return {name: ((1 + rng.random(shape)) / (2 * unit)).astype(np.float32) for name in ("key_scale", "value_scale")}
 
@@ -84,8 +134,11 @@ def scale_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, num_blocks:
 def poison_codes(rng: np.random.Generator, cache: np.ndarray) -> None:
     """Fill a cache with bytes that spoil any sum: NaN and infinities of float8, and -128 of int8.
 
-    append_kv writes no such code.
+    append_kv writes no such code. int4 has none, but scales and zero points that do.
     """
+    if cache.dtype == np.uint8:
+        cache[...] = rng.integers(0, 256, cache.shape, np.uint8)
+        return
     bytes_of = {"int8": [0x80], "float8_e4m3fn": [0x7F, 0xFF], "float8_e5m2": [0x7C, 0xFC, 0x7D, 0x7F, 0xFE, 0xFF]}
     cache.view(np.uint8)[...] = rng.choice(np.array(bytes_of[cache.dtype.name], np.uint8), cache.shape)
 
@@ -119,12 +172,14 @@ def coded(
             largest = magnitudes[np.isfinite(magnitudes)].max(initial=0) or 1.0
             shape = (spec.num_kv_heads,) if spec.scales_of == "head" else (1,)
             given = (largest / LARGEST[spec.kv_dtype] * rng.uniform(0.5, 2, shape)).astype(np.float32)
-        codes, scale = quantised(numbers, spec.kv_dtype, None if given is None else given[:, None])
+        of_scale = None if given is None else given[:, None]
+        codes, scale = quantised(numbers, spec.kv_dtype, of_scale, rotates=spec.rotates)
         poison = np.empty_like(codes)
         poison_codes(rng, poison)
         caches.append(np.where(is_used[..., None, None], codes.view(np.uint8), poison.view(np.uint8)).view(codes.dtype))
         if given is None:
             garbage = rng.choice(GARBAGE_SCALES, scale.shape)
-            given = np.ascontiguousarray(np.where(is_used[..., None], scale, garbage).swapaxes(1, 2))
+            of_slots = np.expand_dims(is_used, tuple(range(2, scale.ndim)))
+            given = np.ascontiguousarray(np.where(of_slots, scale, garbage).swapaxes(1, 2))
         scales[name] = given
     return Coded(caches[0], caches[1], scales, keys, values)
