@@ -124,7 +124,7 @@ def _elements(cache: np.ndarray) -> np.ndarray:
     """A cache with an element for each of its own: of bytes that hold two, both."""
     if cache.dtype != np.uint8:
         return cache
-    return np.stack([cache & np.uint8(15), cache >> np.uint8(4)], axis=-1).reshape(*cache.shape[:3], -1)
+    return np.stack([cache & np.uint8(15), cache >> np.uint8(4)], axis=-1).reshape(*cache.shape[:3], 2 * cache.shape[3])
 
 
 def _keys(cache: np.ndarray, spec: PagedAttentionSpec, p: int) -> np.ndarray:

@@ -265,4 +265,4 @@ def _whole_rows(rows: np.ndarray) -> np.ndarray:
     """Rows whose last axis has elements: of bytes with two, both."""
     if rows.dtype != np.uint8:
         return rows
-    return np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:-1], -1)
+    return np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:-1], 2 * rows.shape[-1])

@@ -166,7 +166,7 @@ def _scales_inside(scale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """inside; of scales with zero points the slots of a block stay side by side."""
     if scale.ndim < 4:
         return inside(scale, np.nan, rng)[0]
-    return inside(scale.reshape(*scale.shape[:2], -1), np.nan, rng)[0].reshape(scale.shape)
+    return inside(scale.reshape(*scale.shape[:2], 2 * scale.shape[2]), np.nan, rng)[0].reshape(scale.shape)
 
 
 def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: int) -> np.ndarray:
