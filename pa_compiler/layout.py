@@ -18,16 +18,29 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from pa_compiler.kv_types import KV_TYPES
+from pa_compiler import codes
+from pa_compiler.kv_types import KV_ROTATIONS, KV_TYPES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS, PagedAttentionSpec
 
 
+NUMPY_FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
 def convert_cache(
-    key_cache: Any, value_cache: Any, from_layout: str, to_layout: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Copy a pair of caches into another layout, bit for bit; there and back gives the same bytes.
+    key_cache: Any,
+    value_cache: Any,
+    from_layout: str,
+    to_layout: str,
+    *,
+    dtype: str | None = None,
+    key_scale: np.ndarray | None = None,
+    value_scale: np.ndarray | None = None,
+    kv_rotation: str | None = None,
+) -> tuple[Any, ...]:
+    """Copy a pair of caches into another layout, bit for bit; there and back gives the same bytes. Or to another type.
 
     It is for loading and saving caches: it goes through memory with large strides.
 
@@ -35,19 +48,30 @@ def convert_cache(
         key_cache: NumPy array in from_layout, float32, float16 or ml_dtypes.bfloat16, with any strides; or of codes,
             int8, ml_dtypes.float8_e4m3fn, float8_e5m2 or uint8 for int4, whose scales are the same in every layout.
         value_cache: NumPy array in from_layout, of the same dtype; its value_dim may be another than key_cache's
-            head_dim. None for shared_kv, where key_cache alone is converted.
+            head_dim. None for shared_kv, where key_cache alone is converted, and to no other type.
         from_layout: "NHD", "HND" or "packed".
         to_layout: The same; "packed" needs a block_size that is a multiple of 16, for bfloat16 an even head_dim, and a
             value_cache.
+        dtype: Type of the new caches: of a spec's dtype, or of its kv_dtype. None leaves the type, and the bits.
+        key_scale: Where dtype is given, what elements of key_cache count if it holds codes; what those of the new one
+            are to count if these are float8, else 1. Shapes are those of decode.
+        value_scale: The same of value_cache.
+        kv_rotation: Of the codes that there are, or that are made: "hadamard" or "none", or None for what a spec has.
 
     Returns:
         key_cache and value_cache in to_layout: new contiguous arrays, even where the layouts are the same; None for
-        a value_cache that is None.
+        a value_cache that is None. Where codes are made, key_scale and value_scale after these. From codes to codes
+        rotation and scales are those of the old ones; the new ones are made with 1, or rotated as a spec has it.
 
     Raises:
         TypeError: an array is not a NumPy array of such a dtype.
-        ValueError: an unknown layout, shapes that do not fit the layout or each other, or sizes that to_layout refuses.
+        ValueError: an unknown layout or type, shapes that do not fit the layout or each other, sizes that to_layout or
+            a rotation refuses, or scales of codes that are not given.
     """
+    if dtype is not None:
+        return _converted_type(
+            (key_cache, value_cache), (from_layout, to_layout), dtype, (key_scale, value_scale), kv_rotation
+        )
     for name, layout in (("from_layout", from_layout), ("to_layout", to_layout)):
         if layout not in KV_LAYOUTS:
             raise ValueError(f"{name}: expected one of {', '.join(KV_LAYOUTS)}, got {layout!r}")
@@ -66,11 +90,56 @@ def convert_cache(
             converted.append(None)
             continue
         new = np.empty((len(cache), *shape[1:]), cache.dtype)
-        view(new, target, pair)[...] = view(_elements(cache), spec, pair)
-        converted.append(new[..., 0::2] | new[..., 1::2] << np.uint8(4) if cache.dtype == np.uint8 else new)
+        view(new, target, pair)[...] = view(codes.elements(cache), spec, pair)
+        converted.append(codes.in_bytes(new) if cache.dtype == np.uint8 else new)
     keys, values = converted
     assert keys is not None
     return keys, values
+
+
+def _converted_type(
+    caches: tuple[Any, Any], layouts: tuple[str, str], dtype: str, scales: tuple[Any, Any], kv_rotation: str | None
+) -> tuple[Any, ...]:
+    """convert_cache to another type, by way of NHD and float32."""
+    if dtype not in (*DTYPES, *KV_TYPES):
+        raise ValueError(f"dtype: expected one of {', '.join((*DTYPES, *KV_TYPES))}, got {dtype!r}")
+    if kv_rotation not in (None, *KV_ROTATIONS):
+        raise ValueError(f"kv_rotation: expected one of {', '.join(KV_ROTATIONS)}, got {kv_rotation!r}")
+    if caches[1] is None:
+        raise ValueError("value_cache: expected an array for another dtype, got None")
+    in_order = convert_cache(*caches, layouts[0], "NHD")
+    held = {np.dtype(of).name: name for name, of in codes.CODE_DTYPES.items()}.get(in_order[0].dtype.name)
+    found, made = [], []
+    for name, cache, scale in zip(("key", "value"), in_order, scales, strict=True):
+        numbers = cache
+        if held is not None:
+            if scale is None:
+                raise ValueError(f"{name}_scale: expected an array beside a {name}_cache of {held}, got None")
+            numbers = codes.numbers(cache, _by_row(scale), rotates=_rotates(held, kv_rotation))
+            scale = None
+        if dtype in DTYPES:
+            found.append(numbers.astype(NUMPY_FLOATS[dtype]))
+            continue
+        rotation = kv_rotation if held is None else None
+        if _rotates(dtype, rotation) and numbers.shape[-1] & (numbers.shape[-1] - 1):
+            raise ValueError(f"{name}_cache: expected a power of two to rotate, got {numbers.shape[-1]} elements")
+        given = None if "token_head" in KV_TYPES[dtype] else np.ones(1, np.float32) if scale is None else scale
+        new = codes.quantised(
+            numbers, dtype, None if given is None else _by_row(given), rotates=_rotates(dtype, rotation)
+        )
+        found.append(new.codes)
+        made.append(given if given is not None else np.ascontiguousarray(new.scale.swapaxes(1, 2)))
+    return (*convert_cache(*found, "NHD", layouts[1]), *made)
+
+
+def _rotates(kv_dtype: str, kv_rotation: str | None) -> bool:
+    """CachesOfCodes.rotates."""
+    return kv_rotation == "hadamard" or (kv_rotation is None and kv_dtype == "int4")
+
+
+def _by_row(scale: np.ndarray) -> np.ndarray:
+    """Scales as decode takes them, for caches in NHD: of tokens [block, slot, head], of heads and caches [head, 1]."""
+    return scale.swapaxes(1, 2) if scale.ndim >= 3 else scale[:, None]
 
 
 def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpec:
@@ -118,13 +187,6 @@ def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpe
             f"{layout}, got {list(key_cache.shape)}"
         )
     return spec
-
-
-def _elements(cache: np.ndarray) -> np.ndarray:
-    """A cache with an element for each of its own: of bytes that hold two, both."""
-    if cache.dtype != np.uint8:
-        return cache
-    return np.stack([cache & np.uint8(15), cache >> np.uint8(4)], axis=-1).reshape(*cache.shape[:3], 2 * cache.shape[3])
 
 
 def _keys(cache: np.ndarray, spec: PagedAttentionSpec, p: int) -> np.ndarray:

@@ -203,8 +203,9 @@ def numbers_of(
             numbers = of_tokens[..., None] * codes
             added = np.abs(numbers)
         if kv_rotation not in (None, "none"):
-            matrix = _sylvester(numbers.shape[-1])
-            numbers, added = numbers @ matrix, added @ np.abs(matrix)
+            numbers = numbers @ _sylvester(numbers.shape[-1])
+            # errors of either sign, of elements that are added up with either, are as large as they were on average
+            added = np.maximum(np.abs(numbers), np.sqrt((added**2).mean(axis=-1, keepdims=True)))
     return numbers, added
 
 

@@ -216,3 +216,53 @@ def test_convert_cache_takes_codes(kv_dtype):
     assert packed[0].tobytes() == np.ascontiguousarray(cache.transpose(0, 2, 3, 1)).tobytes()
     assert packed[1].tobytes() == values.tobytes()
     assert pa_compiler.convert_cache(*packed, "packed", "NHD")[0].tobytes() == cache.tobytes()
+
+
+TYPES = [
+    ("int8", None, "token_head"),
+    ("int8", "hadamard", "token_head"),
+    ("int4", None, "token_head"),
+    ("int4", "none", "token_head"),
+    ("float8_e4m3fn", None, "head"),
+    ("float8_e5m2", None, "tensor"),
+]
+
+
+@pytest.mark.parametrize("layout", ["HND", "packed"])
+@pytest.mark.parametrize(("kv_dtype", "kv_rotation", "kv_scale"), TYPES)
+def test_convert_cache_makes_codes_as_append_kv_does(compiled, kv_dtype, kv_rotation, kv_scale, layout):
+    """And back from them, numbers that are as near as codes are."""
+    fields = {"kv_dtype": kv_dtype, "kv_rotation": kv_rotation, "kv_scale": kv_scale, "kv_layout": layout}
+    module, rng = compiled(dataclasses.replace(PLAIN, **fields)), np.random.default_rng(4)
+    new = [rng.standard_normal((32, 2, 32)).astype(DTYPES["bfloat16"]) for _ in range(2)]
+    caches, scales = module.empty_cache(2), module.empty_scales(2)
+    given = {}
+    if kv_scale != "token_head":
+        scales = [np.linspace(0.01, 0.02, scale.size, dtype=np.float32) for scale in scales]
+        given = dict(zip(("key_scale", "value_scale"), scales, strict=True))
+    module.append_kv(*new, *caches, np.arange(32), key_scale=scales[0], value_scale=scales[1])
+    natural = [each.reshape(2, 16, 2, 32) for each in new]
+    found = pa_compiler.convert_cache(*natural, "NHD", layout, dtype=kv_dtype, kv_rotation=kv_rotation, **given)
+    for one, other in zip(found, (*caches, *scales), strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+    back = {"key_scale": scales[0], "value_scale": scales[1], "kv_rotation": kv_rotation}
+    numbers = pa_compiler.convert_cache(*caches, layout, "NHD", dtype="float32", **back)
+    for one, other in zip(numbers, natural, strict=True):
+        error = np.linalg.norm(one - other.astype(np.float32)) / np.linalg.norm(other.astype(np.float32))
+        assert one.dtype == np.float32
+        assert error < {"int8": 0.01, "int4": 0.12, "float8_e4m3fn": 0.04, "float8_e5m2": 0.08}[kv_dtype]
+
+
+def test_convert_cache_between_types_is_refused():
+    cache = np.zeros((1, 16, 2, 24), np.int8)
+    numbers = np.zeros((1, 16, 2, 24), np.float32)
+    with pytest.raises(ValueError, match="dtype: expected one of float32, float16, bfloat16, int8, .*, got 'int2'"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int2")
+    with pytest.raises(ValueError, match="key_scale: expected an array beside a key_cache of int8, got None"):
+        pa_compiler.convert_cache(cache, cache, "NHD", "NHD", dtype="float32")
+    with pytest.raises(ValueError, match="key_cache: expected a power of two to rotate, got 24 elements"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int4")
+    with pytest.raises(ValueError, match="kv_rotation: expected one of hadamard, none, got 'random'"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int4", kv_rotation="random")
+    with pytest.raises(ValueError, match="value_cache: expected an array for another dtype, got None"):
+        pa_compiler.convert_cache(numbers, None, "NHD", "NHD", dtype="int8")
