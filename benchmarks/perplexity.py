@@ -1,13 +1,14 @@
 """python -m benchmarks.perplexity TEXT: perplexity of a text for SmolLM2 and Gemma 3 with each type of cache.
 
-In float32, through enable(): every token of a window is appended to the caches and attends to what these hold of it and
-of those before. Beside it are stock attention and our own on caches of float32. It writes benchmarks/perplexity_results.json
-and, with benchmarks/accuracy_results.json, docs/accuracy.md. The models are in the environment of `make test-engines`.
+In float32, through enable(): every token of a window is appended to the caches, and attends to what these hold of it
+and of those before. Beside it are stock attention and our own on caches of float32. It writes perplexity_results.json,
+of which `python -m benchmarks.accuracy` makes docs/accuracy.md. The models are in the environment of `make test-engines`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import sys
@@ -61,9 +62,7 @@ def load(name: str) -> tuple[Any, Any]:
     if name == "smollm2":
         return demo.load(torch.float32)
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-    import gemma3
-
-    return gemma3.load(torch.float32)
+    return importlib.import_module("gemma3").load(torch.float32)
 
 
 def measure(name: str, model: Any, windows: torch.Tensor) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CODE_DTYPES = {
 }
 """The types of codes, or of the bytes that hold two, by their names in a spec."""
 
+
 class Codes(NamedTuple):
     """Codes, and what each of them counts.
 
@@ -33,9 +34,7 @@ class Codes(NamedTuple):
     scale: np.ndarray
 
 
-def quantised(
-    numbers: np.ndarray, kv_dtype: str, scale: np.ndarray | None = None, *, rotates: bool = False
-) -> Codes:
+def quantised(numbers: np.ndarray, kv_dtype: str, scale: np.ndarray | None = None, *, rotates: bool = False) -> Codes:
     """The codes nearest to numbers / scale, ties to even, and beyond the largest number of the type that one.
 
     Args:
@@ -93,7 +92,9 @@ def elements(codes: np.ndarray) -> np.ndarray:
     """Codes with an element for each of their own: of bytes [..., n] that hold two, [..., 2 * n]."""
     if codes.dtype != np.uint8:
         return codes
-    return np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+    return np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1).reshape(
+        *codes.shape[:-1], 2 * codes.shape[-1]
+    )
 
 
 def numbers(codes: np.ndarray, scale: np.ndarray, *, rotates: bool = False) -> np.ndarray:

@@ -25,7 +25,6 @@ from pa_compiler import codes
 from pa_compiler.kv_types import KV_ROTATIONS, KV_TYPES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS, PagedAttentionSpec
 
-
 NUMPY_FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -129,7 +128,8 @@ def _converted_type(
         )
         found.append(new.codes)
         made.append(given if given is not None else np.ascontiguousarray(new.scale.swapaxes(1, 2)))
-    return (*convert_cache(*found, "NHD", layouts[1]), *made)
+    new_keys, new_values = found
+    return (*convert_cache(new_keys, new_values, "NHD", layouts[1]), *made)
 
 
 def _rotates(kv_dtype: str, kv_rotation: str | None) -> bool:
@@ -164,7 +164,9 @@ def _spec_of(key_cache: Any, value_cache: Any, layout: str) -> PagedAttentionSpe
     # a type that a spec may have, whose elements are in pairs where these are
     dtype = {"uint8": "bfloat16"}.get(key_cache.dtype.name, "float32")
     dtype = key_cache.dtype.name if key_cache.dtype.name in DTYPES else dtype
-    key_shape, value_shape = ((*each.shape[:3], each.shape[3] * (1 + (each.dtype == np.uint8))) for each in (key_cache, values))
+    key_shape, value_shape = (
+        (*each.shape[:3], each.shape[3] * (1 + (each.dtype == np.uint8))) for each in (key_cache, values)
+    )
     pair = 2 if layout == "packed" and dtype == "bfloat16" else 1
     num_blocks, *extents = value_shape
     num_kv_heads, block_size, value_dim = (extents[i] for i in ((1, 0, 2) if layout == "NHD" else (0, 1, 2)))

@@ -240,8 +240,8 @@ def gathered(
         pair = 2 if key_cache.dtype.name in ("bfloat16", "uint8") else 1
         block, slot = blocks[position // block_size][:, None], (position % block_size)[:, None]
         dim, out = np.arange(pair * key_cache.shape[2]), np.arange(out_dim)
-        keys = _element(key_cache, (block, slice(None), dim // pair), pair * slot + dim % pair).swapaxes(1, 2)
-        values = _element(value_cache, (block, slice(None), slot // pair), pair * out + slot % pair).swapaxes(1, 2)
+        keys = _element(key_cache, block, dim // pair, pair * slot + dim % pair).swapaxes(1, 2)
+        values = _element(value_cache, block, slot // pair, pair * out + slot % pair).swapaxes(1, 2)
     else:
         if kv_layout == "HND":
             key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
@@ -254,11 +254,10 @@ def gathered(
     )
 
 
-def _element(cache: np.ndarray, place: tuple[Any, ...], last: np.ndarray) -> np.ndarray:
-    """Elements of a cache, whose place in the last axis is last: of a byte with two, half of it."""
+def _element(cache: np.ndarray, block: np.ndarray, row: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Elements of a packed cache, whose place in the last axis is last: of a byte with two, half of it."""
     if cache.dtype != np.uint8:
-        return np.asarray(cache[(*place, last)])
-    block, _, row = place
+        return np.asarray(cache[block, :, row, last])
     return np.asarray(cache[block, :, row, last // 2] >> (4 * (last % 2))[..., None] & 15)
 
 

@@ -274,8 +274,7 @@ class PagedAttentionSpec(CachesOfCodes):
 
     @property
     def packed_pair(self) -> int:
-        """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, and of
-        int4, which are a byte; else 1."""
+        """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as dots take them, and int4; else 1."""
         return 2 if self.cache_dtype in ("bfloat16", "int4") else 1
 
     @property

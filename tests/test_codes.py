@@ -132,7 +132,9 @@ def test_every_byte_of_two_codes(compiled, fields):
     codes = np.zeros((1, 16, 1, 256), np.uint8)
     codes[0, 0, 0] = np.random.default_rng(0).permutation(256)
     caches = pa_compiler.convert_cache(codes, codes, "NHD", spec.kv_layout)
-    scales = {name: np.broadcast_to(np.float32([0.5, -3]), (1, 1, 16, 2)).copy() for name in ("key_scale", "value_scale")}
+    scales = {
+        name: np.broadcast_to(np.float32([0.5, -3]), (1, 1, 16, 2)).copy() for name in ("key_scale", "value_scale")
+    }
     arrays = (query, *caches, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
     out, lse = module.decode(*arrays, 1.0, return_lse=True, **scales)
     numbers = np.stack([codes[0, 0, 0] & 15, codes[0, 0, 0] >> 4], axis=-1).ravel().astype(np.float32) / 2 - 3

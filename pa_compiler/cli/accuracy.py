@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def load(name: str, path: str) -> np.ndarray:
         if not tensor:
             return np.asarray(np.load(path, allow_pickle=False))
         try:
-            from safetensors import numpy as safetensors
+            safetensors = importlib.import_module("safetensors.numpy")
         except ImportError as error:
             raise ValueError(f"{name}: expected safetensors to be installed for {path}") from error
         arrays = safetensors.load_file(f"{file}.safetensors")
@@ -93,7 +94,10 @@ def load(name: str, path: str) -> np.ndarray:
 
 
 def _print(console: Console, found: accuracy.Accuracy) -> None:
-    rows = [(str(head), f"{out:.2e}", f"{lse:.2e}") for head, (out, lse) in enumerate(zip(found.out, found.lse))]
+    rows = [
+        (str(head), f"{out:.2e}", f"{lse:.2e}")
+        for head, (out, lse) in enumerate(zip(found.out, found.lse, strict=True))
+    ]
     rows.append(("all", f"{found.out_of_all:.2e}", f"{found.lse_of_all:.2e}"))
     lines = ["", *printing.text.table(("head", "out", "lse"), rows, gap=2).splitlines()]
     if found.worst:

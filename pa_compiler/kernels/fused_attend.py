@@ -152,7 +152,9 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             if spec.has_zeros:
                 query_sums = T.sblock_alloc_buffer((tiles, rows), "float32")
             sums = T.meta_var(query_sums if spec.has_zeros else None)
-            start(query, q_tile, sums, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span)
+            start(
+                query, q_tile, sums, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span
+            )
             runs = T.meta_var(runs_stage(token_begin, num_query, token_positions, context_len, sees_all))
             first_key: T.let = block_begin * spec.block_size
             key_end: T.let = T.min(block_end * spec.block_size, span[1])

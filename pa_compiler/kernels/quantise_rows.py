@@ -3,11 +3,11 @@
 A number becomes the code that is nearest to it, ties to even, by one division in float32. Where the spec rotates them,
 the numbers are those of H @ row (rotation.py), and scale and zero point are multiplied by 1 / sqrt(dim) at the end.
 
-int8: scale = max |x| / 127, codes x / scale from -127 to 127. int4: scale = (max - min) / 15, the zero point is min, and
-codes (x - min) / scale from 0 to 15; two lie in a byte, the even one low. Where a scale is 0, of a row of equal numbers,
-of 0 or of nearly the smallest, all codes are 0: the row reads as min, or as 0. With an infinity or a NaN among the
-numbers, or where max - min is beyond float32, the scale is infinite or NaN, the zero point the same, and all codes are
-0: the row reads as NaN.
+int8: scale = max |x| / 127, codes x / scale from -127 to 127. int4: scale = (max - min) / 15, the zero point is min,
+codes (x - min) / scale from 0 to 15; two lie in a byte, the even one low. Where a scale is 0, of a row of equal
+numbers, of 0 or of nearly the smallest, all codes are 0: the row reads as min, or as 0. With an infinity or a NaN among
+the numbers, or where max - min is beyond float32, the scale is infinite or NaN, the zero point the same, and all codes
+are 0: the row reads as NaN.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def quantise_rows(
     store_codes = store(place, dim)
     factor = unit(dim) if rotates else 1.0
 
+    def element_of(new, token, head):
+        return lambda _, d: (T.Cast("float32", new[token, head, d]), [new[token, head, d]])
+
     @script.prim_func(s_tir=True)
     def append(
         new_handle: T.handle,
@@ -96,8 +99,7 @@ def quantise_rows(
                     slot: T.let = T.truncmod(target, block_size)
                     at: T.let = block * s_block + slot * s_row + head * s_head
                     if rotates:
-                        numbers = T.meta_var(lambda r, d: (T.Cast("float32", new[vt, head, d]), [new[vt, head, d]]))
-                        rotated = T.meta_var(rotate("new", numbers, 1, dim))
+                        rotated = T.meta_var(rotate("new", element_of(new, vt, head), 1, dim))
                     else:
                         for d in range(dim):
                             with T.sblock("row"):

@@ -101,7 +101,7 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
             offsets = allocate(name, (tiling.num_offsets,), "int64")
             found.append(cache._replace(offsets=offsets))
             offsets_stage(table, found[-1], tile, seq, last, tile.num_groups * tiling.token_group, *held)
-        return Scales(*found, scales.sums)
+        return Scales(found[0], found[1], scales.sums)
 
     return stage
 
@@ -156,7 +156,8 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
                     return Value(found if factor is None else found * factor, reads)
 
                 fill(name, target, value, tile.num_groups, group)
-        return OfHead(scale, found[0], None, *found[1:], *([] if spec.has_zeros else [None] * 2), scales.sums)
+        of_zeros = found[2:] or [None, None]
+        return OfHead(scale, found[0], None, found[1], of_zeros[0], of_zeros[1], scales.sums)
 
     return stage
 

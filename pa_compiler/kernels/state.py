@@ -166,10 +166,9 @@ def fold(num_tiles: int, rows: int, dim: int, of: str = "") -> Callable[..., Non
                 vstep = T.axis.reduce(num_steps, step)
                 with T.init():
                     acc[slot + vi, vr, vd] = T.float32(0)
-                acc[slot + vi, vr, vd] = (
-                    factors.running[vi, vr] * acc[slot + vi, vr, vd]
-                    + factors.added[vi, vr] * factors.completed(tile_acc[tile_slot + vi, vr, vd], vi, vr)
-                )
+                acc[slot + vi, vr, vd] = factors.running[vi, vr] * acc[slot + vi, vr, vd] + factors.added[
+                    vi, vr
+                ] * factors.completed(tile_acc[tile_slot + vi, vr, vd], vi, vr)
 
     return stage
 

@@ -1,7 +1,7 @@
 """How far results on a cache are from those on the keys and values that it was made of: what a type of cache costs.
 
 verify() asks whether a library computes what the codes in a cache say. Here the codes are what is in question: the
-library's append_kv makes them and its decode reads them, and beside both is float64 on the keys and values as they were.
+library's append_kv makes them and its decode reads them, and beside both is float64 on keys and values as they were.
 """
 
 from __future__ import annotations
@@ -77,12 +77,14 @@ class Data(NamedTuple):
 
 def variants(spec: PagedAttentionSpec) -> list[PagedAttentionSpec]:
     """A spec with every type of cache that it may have, and with none of its own first."""
-    rows = [(kv_dtype, kv_scale, None) for kv_dtype, scales in KV_TYPES.items() for kv_scale in scales]
+    rows: list[tuple[str, str, str | None]] = [
+        (kv_dtype, kv_scale, None) for kv_dtype, scales in KV_TYPES.items() for kv_scale in scales
+    ]
     rows += [("int8", "token_head", "hadamard"), ("int4", "token_head", "none")]
     found = [dataclasses.replace(spec, kv_dtype=None, kv_scale=None, kv_rotation=None)]
     for kv_dtype, kv_scale, kv_rotation in rows:
         try:
-            fields = {"kv_dtype": kv_dtype, "kv_scale": kv_scale, "kv_rotation": kv_rotation}
+            fields: dict[str, Any] = {"kv_dtype": kv_dtype, "kv_scale": kv_scale, "kv_rotation": kv_rotation}
             found.append(dataclasses.replace(spec, **fields))
         except ValueError:  # as of a head_dim that no rotation takes
             continue
@@ -141,23 +143,23 @@ def measure(
     data = _checked(spec, data)
     num_tokens, queries = len(data.keys), len(data.query)
     blocks = -(-num_tokens // spec.block_size)
-    caches = module.empty_cache(blocks)
+    key_cache, value_cache = module.empty_cache(blocks)
     scales = _scales(module, data, key_scale, value_scale, blocks)
     slots = np.arange(num_tokens)
-    module.append_kv(data.keys, data.values, *caches, slots, **scales)
+    module.append_kv(data.keys, data.values, key_cache, value_cache, slots, **scales)
     table = np.tile(np.arange(blocks, dtype=np.int32), (queries, 1))
     lens = np.full(queries, num_tokens, np.int32)
-    out, lse = module.decode(data.query, *caches, table, lens, scale, return_lse=True, **scales, **heads)
+    out, lse = module.decode(data.query, key_cache, value_cache, table, lens, scale, return_lse=True, **scales, **heads)
 
     fields = {"window": spec.window, "softcap": spec.softcap, **heads}
     of_codes = fields | scales | {"kv_layout": spec.kv_layout, "kv_rotation": spec.rotation}
-    in_blocks = [_in_blocks(each, blocks, spec.block_size) for each in (data.keys, data.values)]
+    keys_of, values_of = (_in_blocks(each, blocks, spec.block_size) for each in (data.keys, data.values))
     seen = Seen(num_tokens - 1, slots)
     errors, sizes, of_lse = [], [], []
     shares = np.zeros((spec.num_kv_heads, num_tokens))
     for number, query in enumerate(data.query):
-        exact = weigh(query, *in_blocks, table[0], seen, scale, **fields)
-        coded = weigh(query, *caches, table[0], seen, scale, **of_codes)
+        exact = weigh(query, keys_of, values_of, table[0], seen, scale, **fields)
+        coded = weigh(query, key_cache, value_cache, table[0], seen, scale, **of_codes)
         expected = exact.out()
         errors.append(((out[number].astype(np.float64) - expected) ** 2).mean(axis=-1))
         sizes.append((expected**2).mean(axis=-1))
@@ -167,7 +169,9 @@ def measure(
     of_out = size.reshape(spec.num_kv_heads, -1).sum(axis=-1, keepdims=True) * spec.result_dim * queries
     keys, values = (
         _lengths(of, each)
-        for of, each in zip(_numbers(spec, caches, scales, table[0], seen), (data.keys, data.values), strict=True)
+        for of, each in zip(
+            _numbers(spec, (key_cache, value_cache), scales, table[0], seen), (data.keys, data.values), strict=True
+        )
     )
     share = np.sqrt(shares / of_out)
     order = np.argsort(share, axis=None)[::-1][:num_worst]
@@ -250,7 +254,11 @@ def _shares(exact: Weighed, coded: Weighed) -> np.ndarray:
 
 
 def _numbers(
-    spec: PagedAttentionSpec, caches: Any, scales: dict[str, np.ndarray], blocks: np.ndarray, seen: Seen
+    spec: PagedAttentionSpec,
+    caches: tuple[np.ndarray, np.ndarray],
+    scales: dict[str, np.ndarray],
+    blocks: np.ndarray,
+    seen: Seen,
 ) -> list[np.ndarray]:
     """What a cache says of keys and values: [num_kv_heads, tokens, dim], float64."""
     keys, values = gathered(*caches, blocks, seen.position, spec.kv_layout)

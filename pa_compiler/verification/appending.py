@@ -45,11 +45,10 @@ def _append_codes(
 ) -> list[str]:
     """The same into caches of codes, whose slots that are written are cleared, and so are scales that are made."""
     is_used, spec = call.is_used, module.spec
-    cleared = convert_cache(key_cache, value_cache, spec.kv_layout, "NHD")
-    for cache in cleared:
-        assert cache is not None
+    keys, values = convert_cache(key_cache, value_cache, spec.kv_layout, "NHD")
+    for cache in (keys, values):
         cache.view(np.uint8)[is_used] = 0x55
-    for cache, new in zip((key_cache, value_cache), convert_cache(*cleared, "NHD", spec.kv_layout), strict=True):
+    for cache, new in zip((key_cache, value_cache), convert_cache(keys, values, "NHD", spec.kv_layout), strict=True):
         assert cache is not None
         cache[...] = new
     given = {name: call.heads[name] for name in ("key_scale", "value_scale")}

@@ -14,7 +14,17 @@ from pa_compiler.codes import CODE_DTYPES, Codes, hadamard, in_bytes, quantised
 from pa_compiler.kv_types import LARGEST
 from pa_compiler.spec import PagedAttentionSpec
 
-__all__ = ["CODE_DTYPES", "Codes", "coded", "hadamard", "in_bytes", "poison_codes", "quantised", "random_codes", "scale_arrays"]
+__all__ = [
+    "CODE_DTYPES",
+    "Codes",
+    "coded",
+    "hadamard",
+    "in_bytes",
+    "poison_codes",
+    "quantised",
+    "random_codes",
+    "scale_arrays",
+]
 
 GARBAGE_SCALES = np.array([np.nan, np.inf, -np.inf, 3e38, 0.0, -1.0], np.float32)
 """What scales of slots hold that no token is in: some of them spoil whatever they multiply."""

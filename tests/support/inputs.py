@@ -107,7 +107,10 @@ def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray
     if spec.kv_layout == "HND":
         return tuple(cache if cache is None else np.ascontiguousarray(cache.swapaxes(1, 2)) for cache in (key, value))
     if key.dtype == np.uint8:  # bytes of two elements, which are in pairs as those of bfloat16
-        both = (np.stack([each & 15, each >> 4], axis=-1).reshape(*each.shape[:3], 2 * each.shape[3]) for each in (key, value))
+        both = (
+            np.stack([each & 15, each >> 4], axis=-1).reshape(*each.shape[:3], 2 * each.shape[3])
+            for each in (key, value)
+        )
         return tuple(each[..., 0::2] | each[..., 1::2] << np.uint8(4) for each in _packed(spec, *both))
     return _packed(spec, key, value)
 

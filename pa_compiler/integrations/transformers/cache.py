@@ -114,7 +114,10 @@ class PagedLayer(CacheLayerMixin):
         caches = [self.keys, self.values]
         if not module.spec.has_scales:
             return caches
-        return [*(cache.view(torch.uint8) for cache in caches), *(self.scales.values() if module.spec.token_scales else ())]
+        return [
+            *(cache.view(torch.uint8) for cache in caches),
+            *(self.scales.values() if module.spec.token_scales else ()),
+        ]
 
     def get_seq_length(self) -> int:
         """Columns so far."""
