@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ RESULTS = Path(__file__).with_name("perplexity_results.json")
 CACHES = {
     "float32": Codes(),
     "int8, token_head": Codes("int8"),
-    "int8, token_head, rotated": Codes("int8", None, "hadamard"),
-    "float8_e4m3fn, scale 1": Codes("float8_e4m3fn"),
-    "float8_e5m2, scale 1": Codes("float8_e5m2"),
     "int4, token_head, rotated": Codes("int4"),
+    "float8_e4m3fn, scale 1": Codes("float8_e4m3fn"),
     "int4, token_head, not rotated": Codes("int4", None, "none"),
+    "float8_e5m2, scale 1": Codes("float8_e5m2"),
+    "int8, token_head, rotated": Codes("int8", None, "hadamard"),
 }
 """By what they are called in tables; the first is what the others are compared with."""
 
@@ -53,8 +54,9 @@ def main() -> None:
         tokenizer, model = load(name)
         ids = tokenizer(text)["input_ids"][: options.windows * options.tokens]
         windows = torch.tensor(ids).view(options.windows, options.tokens)
-        results["models"][name] = measure(name, model, windows)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        for found in measure(name, model, windows):
+            results["models"][name] = found
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -65,25 +67,25 @@ def load(name: str) -> tuple[Any, Any]:
     return importlib.import_module("gemma3").load(torch.float32)
 
 
-def measure(name: str, model: Any, windows: torch.Tensor) -> dict[str, Any]:
-    """The mean of the negative logarithms of probabilities, in nats a token, with each cache."""
+def measure(name: str, model: Any, windows: torch.Tensor) -> Iterator[dict[str, Any]]:
+    """What is known after each cache: by cache, of -log of probabilities the mean, and how they differ from float32."""
     found = {"stock attention, float32": likelihoods(model, windows, None)}
     enable(model)
     for cache, codes in CACHES.items():
         began = time.perf_counter()
         found[cache] = likelihoods(model, windows, codes)
         print(f"{name}, {cache}: {math.exp(found[cache].mean()):.4f}, {time.perf_counter() - began:.0f} s", flush=True)
-    disable(model)
-    exact = found["float32"]
-    return {
-        cache: {
-            "nats": float(each.mean()),
-            "perplexity": math.exp(each.mean()),
-            "ratio": math.exp((each - exact).mean()),
-            "moved": float((each - exact).abs().mean()),
+        exact = found["float32"]
+        yield {
+            known: {
+                "nats": float(each.mean()),
+                "perplexity": math.exp(each.mean()),
+                "ratio": math.exp((each - exact).mean()),
+                "moved": float((each - exact).abs().mean()),
+            }
+            for known, each in found.items()
         }
-        for cache, each in found.items()
-    }
+    disable(model)
 
 
 def likelihoods(model: Any, windows: torch.Tensor, codes: Codes | None) -> torch.Tensor:

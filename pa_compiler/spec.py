@@ -268,16 +268,6 @@ class PagedAttentionSpec(CachesOfCodes):
         return elements * ITEMSIZES[self.cache_dtype] // self.codes_of_byte
 
     @property
-    def wide_range(self) -> bool:
-        """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
-        return self.dtype != "float16" or self.kv_dtype is not None
-
-    @property
-    def packed_pair(self) -> int:
-        """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as dots take them, and int4; else 1."""
-        return 2 if self.cache_dtype in ("bfloat16", "int4") else 1
-
-    @property
     def key_cache_shape(self) -> tuple[str, int, int, int]:
         """Shape of key_cache in kv_layout, with the run-time extent by name.
 

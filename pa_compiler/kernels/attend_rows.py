@@ -24,7 +24,7 @@ from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Si
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.softmax_whole import softmax_whole
 from pa_compiler.kernels.state import Factors, State
-from pa_compiler.kernels.zero_points import sum_zeros
+from pa_compiler.kernels.zero_points import allocate_sums, sum_zeros
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -124,9 +124,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
             weighted = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         if of_heads:
             weighted_beta = T.sblock_alloc_buffer((1, rows), "float32")
-        if spec.has_zeros:
-            zero_sums = T.sblock_alloc_buffer((1, rows), "float32")
-        zeros = T.meta_var(zero_sums if spec.has_zeros else None)
+        zeros = T.meta_var(allocate_sums(spec, "zero_sums", 1, rows))
         if not in_whole:
             exact = T.meta_var(weighted if of_tokens else probs)
         weights = T.meta_var(prob_pairs if in_pairs else exact)

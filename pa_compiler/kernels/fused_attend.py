@@ -21,6 +21,7 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.sight import LIMIT, Bounds, Tree, find_runs
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.kernels.zero_points import allocate_sums
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -149,9 +150,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
             running = T.meta_var(State(row_max, row_sum, acc, 0))
-            if spec.has_zeros:
-                query_sums = T.sblock_alloc_buffer((tiles, rows), "float32")
-            sums = T.meta_var(query_sums if spec.has_zeros else None)
+            sums = T.meta_var(allocate_sums(spec, "query_sums", tiles, rows))
             start(
                 query, q_tile, sums, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span
             )

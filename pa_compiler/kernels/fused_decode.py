@@ -25,7 +25,7 @@ from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
-from pa_compiler.kernels.zero_points import sum_zeros
+from pa_compiler.kernels.zero_points import allocate_sums, sum_zeros
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -120,9 +120,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
-                if spec.has_zeros:
-                    query_sums = T.sblock_alloc_buffer((tiles, rows), "float32")
-                sums = T.meta_var(query_sums if spec.has_zeros else None)
+                sums = T.meta_var(allocate_sums(spec, "query_sums", tiles, rows))
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
                 end = T.meta_var(limit(spec, context_lens[seq]))
@@ -269,9 +267,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             weighted = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         if of_heads:
             weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
-        if spec.has_zeros:
-            zero_sums = T.sblock_alloc_buffer((num_tiles, rows), "float32")
-        zeros = T.meta_var(zero_sums if spec.has_zeros else None)
+        zeros = T.meta_var(allocate_sums(spec, "zero_sums", num_tiles, rows))
         exact = T.meta_var(weighted if of_tokens else probs)
         weights = T.meta_var(prob_pairs if in_pairs else exact)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))

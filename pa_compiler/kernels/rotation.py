@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from pa_compiler.kernels.kept import allocate
+from pa_compiler.spec import PagedAttentionSpec
 
 
 def unit(dim: int) -> float:
@@ -40,6 +41,15 @@ def rotate(of: str, element: Element, rows: int, dim: int) -> Buffer:
         _step(f"{of}_apart_{1 << places}", element, target, rows, dim, 1 << places)
         element = _of_buffer(target)
     return target if dim > 1 else _copy(of, element, rows)
+
+
+def rotated_back(spec: PagedAttentionSpec, acc: Buffer, slot: Expr, rows: int) -> Callable[[Expr, Expr], Expr]:
+    """(row, d) -> acc[slot, row, d], rotated where values were."""
+    if not spec.rotates:
+        return lambda row, d: acc[slot, row, d]
+    dim = spec.result_dim
+    rotated = rotate("out", lambda row, d: (acc[slot, row, d], [acc[slot, row, d]]), rows, dim)
+    return lambda row, d: rotated[row, d] * T.float32(unit(dim))
 
 
 def _of_buffer(buffer: Buffer) -> Element:

@@ -15,7 +15,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.headroom import lifted
-from pa_compiler.kernels.rotation import rotate, unit
+from pa_compiler.kernels.rotation import rotated_back
 from pa_compiler.kernels.rows import of_row
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -212,12 +212,6 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
     no value; a sink of -inf is none. Where values are rotated before they become codes, acc is rotated back.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
-    rotates = spec.rotates
-
-    def averaged(state, rotated, slot, factor, row, d):
-        if rotated is None:
-            return state.acc[slot, row, d] * factor[row]
-        return rotated[row, d] * (factor[row] * T.float32(unit(dim)))
 
     @inline
     def stage(state, out, lse, rows, headroom, sinks):
@@ -241,10 +235,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                         vr = T.axis.spatial(capacity, r)
                         total: T.let = state.row_sum[slot, vr]
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
-            if rotates:
-                numbers = T.meta_var(lambda row, d: (state.acc[slot, row, d], [state.acc[slot, row, d]]))
-                rotated = T.meta_var(rotate("out", numbers, capacity, dim))
-            back = T.meta_var(rotated if rotates else None)
+            total_of = T.meta_var(rotated_back(spec, state.acc, slot, capacity))
             maxima = T.meta_var(state.row_max if sinks is None else peak)
             sums = T.meta_var(state.row_sum if sinks is None else total_sum)
             if many_tokens:
@@ -252,14 +243,14 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                 for r, d in T.grid(capacity, dim):
                     with T.sblock("ordered"):
                         vr, vd = T.axis.remap("SS", [r, d])
-                        ordered[vr, vd] = averaged(state, back, slot, factor, vr, vd)
+                        ordered[vr, vd] = total_of(vr, vd) * factor[vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
                     out[rows.at(vr, vd)] = T.Cast(
                         out_dtype,
-                        ordered[vr, vd] if many_tokens else averaged(state, back, slot, factor, vr, vd),
+                        ordered[vr, vd] if many_tokens else total_of(vr, vd) * factor[vr],
                     )
             for r in range(rows.num):
                 with T.sblock("lse"):

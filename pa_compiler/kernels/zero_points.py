@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 
 from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.kept import allocate
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
+
+
+def allocate_sums(spec: PagedAttentionSpec, name: str, slots: int, rows: int) -> Buffer | None:
+    """A buffer [slots, rows] of what is added up for zero points; None where there are none."""
+    return allocate(name, (slots, rows), "float32") if spec.has_zeros else None
 
 
 def sum_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:

@@ -160,25 +160,15 @@ def measure(
     for number, query in enumerate(data.query):
         exact = weigh(query, keys_of, values_of, table[0], seen, scale, **fields)
         coded = weigh(query, key_cache, value_cache, table[0], seen, scale, **of_codes)
-        expected = exact.out()
-        errors.append(((out[number].astype(np.float64) - expected) ** 2).mean(axis=-1))
-        sizes.append((expected**2).mean(axis=-1))
+        errors.append(((out[number].astype(np.float64) - exact.out()) ** 2).mean(axis=-1))
+        sizes.append((exact.out() ** 2).mean(axis=-1))
         of_lse.append(lse[number].astype(np.float64) - exact.lse)
         shares[:, exact.position] += _shares(exact, coded)
     wrong, size = np.mean(errors, axis=0), np.mean(sizes, axis=0)
+    lengths = _numbers(spec, (key_cache, value_cache), scales, table[0], seen)
+    keys, values = map(_lengths, lengths, (data.keys, data.values))
     of_out = size.reshape(spec.num_kv_heads, -1).sum(axis=-1, keepdims=True) * spec.result_dim * queries
-    keys, values = (
-        _lengths(of, each)
-        for of, each in zip(
-            _numbers(spec, (key_cache, value_cache), scales, table[0], seen), (data.keys, data.values), strict=True
-        )
-    )
-    share = np.sqrt(shares / of_out)
-    order = np.argsort(share, axis=None)[::-1][:num_worst]
-    places = zip(*np.unravel_index(order, share.shape), strict=True)
-    worst = tuple(
-        TokenError(int(t), int(h), float(share[h, t]), float(keys[h, t]), float(values[h, t])) for h, t in places
-    )
+    worst = _worst(np.sqrt(shares / of_out), keys, values, num_worst)
     return Accuracy(
         spec,
         num_tokens,
@@ -190,6 +180,13 @@ def measure(
         np.sqrt((values**2).mean(axis=-1)),
         worst,
     )
+
+
+def _worst(share: np.ndarray, keys: np.ndarray, values: np.ndarray, count: int) -> tuple[TokenError, ...]:
+    """The tokens [num_kv_heads, tokens] with the largest shares, the largest first."""
+    order = np.argsort(share, axis=None)[::-1][:count]
+    places = [tuple(map(int, place)) for place in zip(*np.unravel_index(order, share.shape), strict=True)]
+    return tuple(TokenError(t, h, float(share[h, t]), float(keys[h, t]), float(values[h, t])) for h, t in places)
 
 
 def _checked(spec: PagedAttentionSpec, data: Data) -> Data:
