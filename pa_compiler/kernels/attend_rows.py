@@ -42,6 +42,7 @@ class Item(NamedTuple):
     bounds: Bounds
     tree: Tree
     slopes: Buffer | None
+    sums: Buffer | None = None
 
 
 def rows_of_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Item, Expr], TokenRows]:

@@ -23,7 +23,7 @@ def start_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     sum_stage = sum_queries(spec, tiling)
 
     @script.inline
-    def stage(query, q_tile, sums, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span):
+    def stage(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span):
         for tile in range(num_tiles):
             with T.sblock("query_tile"):
                 vtile = T.axis.spatial(num_tiles, tile)
@@ -31,7 +31,7 @@ def start_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes()
                 of = T.meta_var(rows_of(item, vtile))
                 load_query_stage(query, q_tile, vtile, of, query_scale)
-                sum_stage(q_tile, sums, vtile)
+                sum_stage(q_tile, item.sums, vtile)
                 bounds_stage(item.bounds, vtile, of, token_positions, context_len, sees_all)
                 with T.sblock("empty_state"):
                     T.reads()
