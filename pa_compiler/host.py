@@ -43,6 +43,7 @@ _DTYPES = {
     "float8_e4m3fn": "{kDLFloat8_e4m3fn, 8, 1}",
     "float8_e5m2": "{kDLFloat8_e5m2, 8, 1}",
     "int8": "{kDLInt, 8, 1}",
+    "int4": "{kDLUInt, 8, 1}",
     "int32": "{kDLInt, 32, 1}",
     "int64": "{kDLInt, 64, 1}",
     "bool": "{kDLBool, 8, 1}",
@@ -132,7 +133,7 @@ def render(
         range_blocks=attend_range_blocks(spec),
         attend_tiles=attend_tiles(spec, has["attend_rows"]),
         attend_heads=attend_heads(spec),
-        word_elements=tiling.keys.word,
+        word_elements=tiling.keys.word // spec.codes_of_byte,
         thread_tokens=thread_tokens,
         instruction_sets=[instruction_set(name) for name in instruction_sets(target) if has["asks"]],
     )

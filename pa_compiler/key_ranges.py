@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import PagedAttentionSpec
 
 SPLIT_TOKENS = 2048
 """Tokens of one kv head after which a sequence is split into block ranges; with more kv heads ranges are shorter. A
@@ -47,7 +47,7 @@ def attend_tiles(spec: PagedAttentionSpec, row_tile: int) -> int:
 def attend_heads(spec: PagedAttentionSpec) -> int:
     """kv heads that a work item of attend has at most."""
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-    most = ATTEND_STEP_BYTES // (ATTEND_KV_TILE * elements * ITEMSIZES[spec.cache_dtype])
+    most = ATTEND_STEP_BYTES // (ATTEND_KV_TILE * spec.cache_bytes(elements))
     return spec.num_kv_heads if spec.kv_layout != "NHD" else min(max(most, 1), spec.num_kv_heads)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pa_compiler.reference_weights import Functions, tokens_of, weigh
+from pa_compiler.reference_weights import Functions, extents, tokens_of, weigh
 
 
 def decode(
@@ -30,6 +30,7 @@ def decode(
     sinks: np.ndarray | None = None,
     key_scale: np.ndarray | None = None,
     value_scale: np.ndarray | None = None,
+    kv_rotation: str | None = None,
     score_mod: Functions | None = None,
     mask_mod: Functions | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -52,7 +53,9 @@ def decode(
         key_cache: [num_blocks, block_size, num_kv_heads, head_dim], or for "HND"
             [num_blocks, num_kv_heads, block_size, head_dim], any floating dtype. For "packed"
             [num_blocks, num_kv_heads, head_dim, block_size]; if the dtype is bfloat16
-            [num_blocks, num_kv_heads, head_dim / 2, 2 * block_size], pairs along head_dim.
+            [num_blocks, num_kv_heads, head_dim / 2, 2 * block_size], pairs along head_dim. A cache of uint8 holds two
+            codes of 4 bits in a byte, of which the first is low: its last axis has half of the elements, and packed
+            they are in pairs as those of bfloat16.
         value_cache: The same shape as key_cache, but for value_dim in the place of head_dim; for "packed"
             [num_blocks, num_kv_heads, block_size, value_dim], and if the dtype is bfloat16
             [num_blocks, num_kv_heads, block_size / 2, 2 * value_dim], pairs along tokens. Where values are the first
@@ -67,8 +70,11 @@ def decode(
         softcap: A scaled score becomes softcap * tanh(score / softcap); None leaves it.
         alibi_slopes: [num_heads]: slope * (token - (context_len - 1)) is added to the score of a token.
         sinks: [num_heads]: one more score of each head's softmax, which has no value. -inf is no sink.
-        key_scale: What elements of key_cache count: [1], [num_kv_heads], or [num_blocks, num_kv_heads, block_size].
+        key_scale: What elements of key_cache count: [1], [num_kv_heads], or [num_blocks, num_kv_heads, block_size],
+            which with an axis of 2 has zero points too: number = scale * code + zero point.
         value_scale: The same of value_cache.
+        kv_rotation: "hadamard" where the caches hold keys and values times H / sqrt(dim), with Sylvester's H of 1 and
+            -1: they are multiplied by it again. None and "none" leave them.
         score_mod: score_mod(score, batch, head, query_pos, key_pos), called with arrays in float64 and int64: of NumPy,
             or of torch where it is the score_mod of a spec that calls functions of torch.
         mask_mod: mask_mod(batch, head, query_pos, key_pos), called likewise: whether a key is seen.
@@ -92,6 +98,7 @@ def decode(
         "sinks": sinks,
         "key_scale": key_scale,
         "value_scale": value_scale,
+        "kv_rotation": kv_rotation,
     }
     fields |= {"score_mod": score_mod, "mask_mod": mask_mod, "inputs": inputs}
     found, found_lse = attend(query[used], *arrays, scale, return_lse=True, **fields)
@@ -136,8 +143,8 @@ def attend(
         causal: Whether a query token sees nothing after itself.
         tree_mask: [sum of n * n], bool or uint8: for each sequence [n, n] row after row, which of its query tokens
             (columns) each of them (rows) sees.
-        **fields: window, softcap, alibi_slopes, sinks, key_scale, value_scale, score_mod, mask_mod and inputs, as for
-            decode. A window is of keys from query_pos - window + 1 on.
+        **fields: window, softcap, alibi_slopes, sinks, key_scale, value_scale, kv_rotation, score_mod, mask_mod and
+            inputs, as for decode. A window is of keys from query_pos - window + 1 on.
 
     Returns:
         out: [num_tokens, num_heads, value_dim], float64; 0 where a token sees no key, or no score but -inf.
@@ -145,8 +152,7 @@ def attend(
     """
     if kv_layout not in ("NHD", "HND", "packed"):
         raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
-    pair = 2 if kv_layout == "packed" and key_cache.dtype.name == "bfloat16" else 1
-    out = np.zeros((*query.shape[:2], value_cache.shape[3] // pair))
+    out = np.zeros((*query.shape[:2], extents(value_cache, kv_layout)[1]))
     lse = np.full(query.shape[:2], -np.inf)
     for batch, token, seen in tokens_of(context_lens, query_start_loc, causal=causal, tree_mask=tree_mask):
         of = (query[token], key_cache, value_cache, blocks_of(block_table, batch), seen, scale)
@@ -227,9 +233,7 @@ def attend_shared_prefix(
     starts = np.arange(batch + 1) if query_start_loc is None else query_start_loc
     groups = np.array([0, batch]) if prefix_start_loc is None else prefix_start_loc
     lens, tables = np.atleast_1d(prefix_len), np.atleast_2d(prefix_table)
-    block_size = value_cache.shape[1 if kv_layout == "NHD" else 2]
-    if kv_layout == "packed" and value_cache.dtype.name == "bfloat16":
-        block_size *= 2
+    block_size = extents(value_cache, kv_layout)[0]
     rows = [blocks_of(block_table, sequence).copy() for sequence in range(batch)]
     for prefix in range(len(groups) - 1):
         shared = int(lens[prefix]) // block_size

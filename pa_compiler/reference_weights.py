@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -55,6 +56,8 @@ class Weighed(NamedTuple):
         given: As scores: what score_mod was given.
         magnitude: As scores: sum(abs(query) * abs(key)) with the scale, of the products that a score is summed of; 0
             without score_mod.
+        added: As values: the magnitudes of what is added up to be an element, where values are rotated or have zero
+            points; else those of the values.
         visible: bool, as scores: what mask_mod leaves. None without one.
         position: [tokens], of the keys.
     """
@@ -65,6 +68,7 @@ class Weighed(NamedTuple):
     lse: np.ndarray
     given: np.ndarray
     magnitude: np.ndarray
+    added: np.ndarray
     visible: np.ndarray | None
     position: np.ndarray
 
@@ -96,6 +100,7 @@ def weigh(
     sinks: np.ndarray | None = None,
     key_scale: np.ndarray | None = None,
     value_scale: np.ndarray | None = None,
+    kv_rotation: str | None = None,
     score_mod: Functions | None = None,
     mask_mod: Functions | None = None,
     inputs: Mapping[str, np.ndarray] | None = None,
@@ -117,6 +122,7 @@ def weigh(
         sinks: As for decode.
         key_scale: As for decode.
         value_scale: As for decode.
+        kv_rotation: As for decode.
         score_mod: As for decode.
         mask_mod: As for decode.
         inputs: As for decode.
@@ -133,22 +139,19 @@ def weigh(
         position, visible, is_nan = position[is_read], visible[..., is_read], is_nan[..., is_read]
         places = places._replace(key_pos=position)
     key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
-    for numbers, scale_of, axis in ((key, key_scale, 2), (values, value_scale, 1)):
-        if scale_of is not None:
-            tokens = scales_of(
-                scale_of, blocks, position, len(numbers), value_cache.shape[1 if kv_layout == "NHD" else 2]
-            )
-            with np.errstate(invalid="ignore"):  # NaN and infinite codes, and scales
-                numbers *= np.expand_dims(tokens, 3 - axis)
+    block_size = extents(value_cache, kv_layout)[0]
+    key, of_key = numbers_of(key.swapaxes(1, 2), key_scale, blocks, position, block_size, kv_rotation)
+    key, of_key = key.swapaxes(1, 2), of_key.swapaxes(1, 2)
+    values, added = numbers_of(values, value_scale, blocks, position, block_size, kv_rotation)
     by_kv_head = (num_kv_heads, num_heads // num_kv_heads, 1)
     grouped = query.astype(np.float64).reshape(num_kv_heads, -1, head_dim)
     if visible is not None:
         key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
-        values[~visible.any(axis=1)] = 0
+        values[~visible.any(axis=1)] = added[~visible.any(axis=1)] = 0
     factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
         scores = factor * (grouped @ key)
-        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ np.abs(key))
+        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ of_key)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     given = scores
@@ -165,16 +168,66 @@ def weigh(
     row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
     row_sum = np.where(has_weight, row_sum, 1)
     lse = (peak + np.log(row_sum)).reshape(num_heads)
-    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible, position)
+    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, added, visible, position)
+
+
+def extents(value_cache: np.ndarray, kv_layout: str) -> tuple[int, int]:
+    """block_size and value_dim of a cache."""
+    slots, dim = value_cache.shape[1 if kv_layout == "NHD" else 2], value_cache.shape[3]
+    if value_cache.dtype == np.uint8:
+        dim *= 2
+    if kv_layout == "packed" and value_cache.dtype.name in ("bfloat16", "uint8"):
+        slots, dim = 2 * slots, dim // 2
+    return slots, dim
+
+
+def numbers_of(
+    codes: np.ndarray,
+    scale: np.ndarray | None,
+    blocks: np.ndarray,
+    position: np.ndarray,
+    block_size: int,
+    kv_rotation: str | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What elements of a cache [num_kv_heads, tokens, dim] count, and the magnitudes that are added up for each."""
+    if scale is None:
+        return codes, np.abs(codes)
+    of_tokens = scales_of(scale, blocks, position, len(codes), block_size)
+    with np.errstate(invalid="ignore"):  # NaN and infinite codes, and scales
+        if np.ndim(scale) == 4:
+            # the code in the middle is as near to 0 as any is for certain
+            middle = of_tokens[..., 1:] + 8 * of_tokens[..., :1]
+            numbers = of_tokens[..., :1] * codes + of_tokens[..., 1:]
+            added = np.abs(of_tokens[..., :1] * (codes - 8)) + np.abs(middle)
+        else:
+            numbers = of_tokens[..., None] * codes
+            added = np.abs(numbers)
+        if kv_rotation not in (None, "none"):
+            numbers = numbers @ _sylvester(numbers.shape[-1])
+            # errors of either sign, of elements that are added up with either, are as large as they were on average
+            added = np.maximum(np.abs(numbers), np.sqrt((added**2).mean(axis=-1, keepdims=True)))
+    return numbers, added
+
+
+@functools.cache
+def _sylvester(dim: int) -> np.ndarray:
+    """H / sqrt(dim): an element is negative where its row and its column have an odd number of ones in common."""
+    places = np.arange(dim)
+    common = places[:, None] & places
+    ones = sum((common >> place) & 1 for place in range(dim.bit_length()))
+    return (1 - 2 * (ones % 2)) / np.sqrt(dim)
 
 
 def scales_of(
     scale: np.ndarray, blocks: np.ndarray, position: np.ndarray, num_kv_heads: int, block_size: int
 ) -> np.ndarray:
-    """What each code of some tokens counts, float64 [num_kv_heads, tokens]: of a cache, of a head, or of each token."""
+    """What each code of some tokens counts, float64 [num_kv_heads, tokens]: of a cache, of a head, or of each token.
+
+    With zero points [num_kv_heads, tokens, 2].
+    """
     scale = np.asarray(scale, np.float64)
-    if scale.ndim == 3:
-        return scale[blocks[position // block_size], :, position % block_size].T
+    if scale.ndim >= 3:
+        return scale[blocks[position // block_size], :, position % block_size].swapaxes(0, 1)
     return np.broadcast_to(np.broadcast_to(scale, num_kv_heads)[:, None], (num_kv_heads, len(position)))
 
 
@@ -182,21 +235,34 @@ def gathered(
     key_cache: np.ndarray, value_cache: np.ndarray, blocks: np.ndarray, position: np.ndarray, kv_layout: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64."""
+    block_size, out_dim = extents(value_cache, kv_layout)
     if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
-        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
-        block_size = pair * value_cache.shape[2]
+        pair = 2 if key_cache.dtype.name in ("bfloat16", "uint8") else 1
         block, slot = blocks[position // block_size][:, None], (position % block_size)[:, None]
-        dim, out_dim = np.arange(pair * key_cache.shape[2]), np.arange(value_cache.shape[3] // pair)
-        keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
-        values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
+        dim, out = np.arange(pair * key_cache.shape[2]), np.arange(out_dim)
+        keys = _element(key_cache, block, dim // pair, pair * slot + dim % pair).swapaxes(1, 2)
+        values = _element(value_cache, block, slot // pair, pair * out + slot % pair).swapaxes(1, 2)
     else:
         if kv_layout == "HND":
             key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
-        block_size = value_cache.shape[1]
         block, slot = blocks[position // block_size], position % block_size
-        keys, values = key_cache[block, slot], value_cache[block, slot]
+        keys, values = (_whole_rows(cache[block, slot]) for cache in (key_cache, value_cache))
     # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
     return (
         keys.astype(np.float64, order="C").transpose(1, 2, 0),
         values.astype(np.float64, order="C").transpose(1, 0, 2),
     )
+
+
+def _element(cache: np.ndarray, block: np.ndarray, row: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Elements of a packed cache, whose place in the last axis is last: of a byte with two, half of it."""
+    if cache.dtype != np.uint8:
+        return np.asarray(cache[block, :, row, last])
+    return np.asarray(cache[block, :, row, last // 2] >> (4 * (last % 2))[..., None] & 15)
+
+
+def _whole_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows whose last axis has elements: of bytes with two, both."""
+    if rows.dtype != np.uint8:
+        return rows
+    return np.stack([rows & 15, rows >> 4], axis=-1).reshape(*rows.shape[:-1], 2 * rows.shape[-1])

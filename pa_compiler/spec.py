@@ -13,7 +13,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 """The types of queries and out, and of caches that hold what they are given."""
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2} | dict.fromkeys(KV_TYPES, 1)
-"""The element types, with their bytes."""
+"""The element types, with their bytes; of two codes in a byte it is one."""
 
 KV_LAYOUTS = ("NHD", "HND", "packed")
 
@@ -75,11 +75,15 @@ class PagedAttentionSpec(CachesOfCodes):
             "batch" in a shape is the call's. Kept as a tuple of Input.
         invariant: Whether a query token's out and lse are the same in every bit whether it is decoded, or attended to
             with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
-        kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn" or "float8_e5m2".
-            Each element then counts as often as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused",
-            not with shared_kv.
+        kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn", "float8_e5m2", or
+            "int4", two elements in a byte, of which the even one is in its low half. Each element then counts as often
+            as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused", not with shared_kv.
         kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
-            "token_head", each head of each token, of int8. None: the first of these that kv_dtype has.
+            "token_head", each head of each token, of int8, and of int4, which has a zero point besides. None: the first
+            of these that kv_dtype has.
+        kv_rotation: "hadamard" multiplies keys and values by a Hadamard matrix before they become codes, which spreads
+            what a few elements have: of int4, where it is the default, and int8, with a power of two for head_dim and
+            value_dim. "none" does not.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -107,6 +111,7 @@ class PagedAttentionSpec(CachesOfCodes):
     invariant: bool = dataclasses.field(default=False, kw_only=True)
     kv_dtype: str | None = dataclasses.field(default=None, kw_only=True)
     kv_scale: str | None = dataclasses.field(default=None, kw_only=True)
+    kv_rotation: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -225,7 +230,8 @@ class PagedAttentionSpec(CachesOfCodes):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {name: fields[name] and fields[name].text for name in score_checks.FIELDS}
         fields["inputs"] = tuple(map(tuple, self.inputs))
-        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim, "kv_scale": self.scales_of}
+        fields |= {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        return fields | {"kv_scale": self.scales_of, "kv_rotation": self.rotation}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -254,29 +260,24 @@ class PagedAttentionSpec(CachesOfCodes):
     def token_bytes(self) -> int:
         """Bytes that the caches hold of a token: its keys, its values where they are no part of these, its scales."""
         elements = self.head_dim + (0 if self.shared_kv else self.result_dim)
-        scales = 2 * ITEMSIZES["float32"] if self.token_scales else 0
-        return self.num_kv_heads * (elements * ITEMSIZES[self.cache_dtype] + scales)
+        scales = 2 * (1 + self.has_zeros) * ITEMSIZES["float32"] if self.token_scales else 0
+        return self.num_kv_heads * (self.cache_bytes(elements) + scales)
 
-    @property
-    def wide_range(self) -> bool:
-        """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
-        return self.dtype != "float16" or self.kv_dtype is not None
-
-    @property
-    def packed_pair(self) -> int:
-        """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
-        return 2 if self.cache_dtype == "bfloat16" else 1
+    def cache_bytes(self, elements: int) -> int:
+        """The bytes of so many elements of a cache."""
+        return elements * ITEMSIZES[self.cache_dtype] // self.codes_of_byte
 
     @property
     def key_cache_shape(self) -> tuple[str, int, int, int]:
         """Shape of key_cache in kv_layout, with the run-time extent by name.
 
         Packed, the keys of a block are transposed: with p = packed_pair, element [b, h, d // p, p * slot + d % p] of
-        [num_blocks, num_kv_heads, head_dim / p, p * block_size] is element d of the key in that slot.
+        [num_blocks, num_kv_heads, head_dim / p, p * block_size] is element d of the key in that slot. Of int4 the last
+        axis has half of that, in bytes of two elements, in this layout as in others.
         """
         if self.kv_layout == "packed":
-            pair = self.packed_pair
-            return ("num_blocks", self.num_kv_heads, self.head_dim // pair, pair * self.block_size)
+            pair, of_byte = self.packed_pair, self.codes_of_byte
+            return ("num_blocks", self.num_kv_heads, self.head_dim // pair, pair * self.block_size // of_byte)
         return self._natural_cache_shape(self.head_dim)
 
     @property
@@ -288,11 +289,12 @@ class PagedAttentionSpec(CachesOfCodes):
         shared_kv it is the shape of the view of key_cache that the values are.
         """
         if self.kv_layout == "packed":
-            pair = self.packed_pair
-            return ("num_blocks", self.num_kv_heads, self.block_size // pair, pair * self.result_dim)
+            pair, of_byte = self.packed_pair, self.codes_of_byte
+            return ("num_blocks", self.num_kv_heads, self.block_size // pair, pair * self.result_dim // of_byte)
         return self._natural_cache_shape(self.result_dim)
 
     def _natural_cache_shape(self, dim: int) -> tuple[str, int, int, int]:
+        dim //= self.codes_of_byte
         if self.kv_layout == "NHD":
             return ("num_blocks", self.block_size, self.num_kv_heads, dim)
         return ("num_blocks", self.num_kv_heads, self.block_size, dim)

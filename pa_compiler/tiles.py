@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from pa_compiler.kv_types import CODES_OF_BYTE
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 
 LINE_BYTES = 64
@@ -27,7 +28,7 @@ class Element:
 
     Attributes:
         dtype: Type of an element in the cache.
-        word: Elements of a word: 2 of bfloat16, wherever they come in pairs, else 1.
+        word: Elements of a word: 2 of bfloat16, wherever they come in pairs, and of int4, else 1.
         halves: Elements of head_dim that a word is taken apart into, each for a vector of its own: 2 where a word holds
             two elements of one row, and is not multiplied as it is.
         terms: Products that one step of a matmul adds up: 2 where a pair of bfloat16 numbers is an operand.
@@ -40,7 +41,7 @@ class Element:
 
     @property
     def word_dtype(self) -> str:
-        """The type of a word: dtype itself, or an integer for a pair, or for a code of 8 bits."""
+        """The type of a word: dtype itself, or an integer for a pair, or for the codes of a byte."""
         if ITEMSIZES[self.dtype] == 1:
             return "int8"
         return self.dtype if self.word == 1 else "int32"
@@ -58,7 +59,7 @@ class Element:
     @property
     def line_elements(self) -> int:
         """Elements of one line of the memory system."""
-        return LINE_BYTES // ITEMSIZES[self.dtype]
+        return LINE_BYTES // ITEMSIZES[self.dtype] * CODES_OF_BYTE.get(self.dtype, 1)
 
     @property
     def line_words(self) -> int:

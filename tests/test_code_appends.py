@@ -65,12 +65,16 @@ def _assert_same_codes(found, expected):
     assert_same_bits(np.where(is_nan, 0, found.view(np.uint8)), np.where(is_nan, 0, expected.view(np.uint8)))
 
 
-@every_dtype
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND", "packed"])
+OF_ROWS = [("int8", "none"), ("int8", "hadamard"), ("int4", "none"), ("int4", "hadamard")]
+
+
+@pytest.mark.parametrize(("dtype", "kv_layout"), [*((dtype, "NHD") for dtype in DTYPES), ("bfloat16", "packed")])
+@pytest.mark.parametrize(("kv_dtype", "kv_rotation"), OF_ROWS)
 @pytest.mark.parametrize("order", ["by magnitude", "any"])
-def test_every_number_as_int8(compiled, order, kv_layout, dtype):
+def test_every_number_in_rows_with_a_scale(compiled, order, kv_dtype, kv_rotation, kv_layout, dtype):
     """In rows of numbers of about one size, and in rows of any, most of which have an infinity or a NaN."""
-    spec = PagedAttentionSpec(2, 2, DIM, 16, dtype, kv_layout=kv_layout, kv_dtype="int8")
+    fields = {"kv_layout": kv_layout, "kv_dtype": kv_dtype, "kv_rotation": kv_rotation}
+    spec = PagedAttentionSpec(2, 2, DIM, 16, dtype, **fields)
     numbers = every_number(dtype)
     rng = np.random.default_rng(1)
     with np.errstate(invalid="ignore"):  # signalling NaN
@@ -79,9 +83,9 @@ def test_every_number_as_int8(compiled, order, kv_layout, dtype):
     rows = np.resize(numbers[places], 2 * (len(numbers) // DIM) * DIM).reshape(-1, 2, DIM)
     (keys, values), scales = append(compiled(spec), rows, rows[::-1], None)
     for cache, scale, new in ((keys, scales[0], rows), (values, scales[1], rows[::-1])):
-        expected = quantised(new, "int8")
+        expected = quantised(new, kv_dtype, rotates=spec.rotates)
         assert_same_bits(cache, expected.codes)
-        made = scale.swapaxes(1, 2).reshape(-1, 2)[: len(rows)]
+        made = scale.swapaxes(1, 2).reshape(-1, *expected.scale.shape[1:])[: len(rows)]
         np.testing.assert_array_equal(made, expected.scale)
 
 
@@ -103,6 +107,47 @@ def test_defined_rows_of_int8(compiled, row, codes, scale):
     (keys, _), (key_scale, _) = append(compiled(spec), new, new, None)
     assert keys.ravel().tolist() == codes
     np.testing.assert_array_equal(key_scale.ravel(), np.float32(scale))
+
+
+ROWS_OF_INT4 = {
+    "zeros": ([0.0, -0.0, 0.0, 0.0], [0, 0, 0, 0], (0.0, 0.0)),
+    "equal numbers": ([3.0, 3.0, 3.0, 3.0], [0, 0, 0, 0], (0.0, 3.0)),
+    "0 to 15": ([0.0, 15.0, 7.0, 1.0], [0, 15, 7, 1], (1.0, 0.0)),
+    "ties": ([-1.0, 14.0, 1.5, 0.5], [0, 15, 2, 2], (1.0, -1.0)),  # 2.5 and 1.5 of a scale: to the even
+    "a scale of 0": ([2.0**-149, 0.0, 0.0, 0.0], [0, 0, 0, 0], (0.0, 0.0)),
+    "subnormal": ([15 * 2.0**-149, 0.0, 2.0**-149, 0.0], [15, 0, 1, 0], (2.0**-149, 0.0)),
+    "an infinity": ([np.inf, 1.0, 2.0, 3.0], [0, 0, 0, 0], (np.inf, np.inf)),
+    "two infinities": ([np.inf, np.inf, np.inf, np.inf], [0, 0, 0, 0], (np.nan, np.nan)),
+    "NaN": ([np.nan, 1.0, np.inf, 2.0], [0, 0, 0, 0], (np.nan, np.nan)),
+    "a range beyond float32": ([3.4e38, -3.4e38, 1.0, 1.0], [0, 0, 0, 0], (np.inf, np.inf)),
+}
+
+
+@pytest.mark.parametrize(("row", "codes", "scale"), ROWS_OF_INT4.values(), ids=ROWS_OF_INT4)
+def test_defined_rows_of_int4(compiled, row, codes, scale):
+    spec = PagedAttentionSpec(1, 1, 4, 1, "float32", kv_dtype="int4", kv_rotation="none")
+    new = np.array(row, np.float32).reshape(1, 1, 4)
+    (keys, _), (key_scale, _) = append(compiled(spec), new, new, None)
+    assert keys.ravel().tolist() == [codes[0] | codes[1] << 4, codes[2] | codes[3] << 4]
+    np.testing.assert_array_equal(key_scale.ravel(), np.float32(scale))
+
+
+def test_a_packed_value_leaves_the_other_half_of_its_bytes(compiled):
+    """Two slots side by side share bytes of values, whichever of them is written last."""
+    spec = PagedAttentionSpec(2, 2, 32, 16, "float32", kv_layout="packed", kv_dtype="int4")
+    module, rng = compiled(spec), np.random.default_rng(3)
+    new = rng.standard_normal((16, 2, 32)).astype(np.float32)
+    found = []
+    for order in (np.arange(16), np.arange(16)[::-1]):
+        caches, scales = module.empty_cache(1), module.empty_scales(1)
+        for slot in order:
+            one = new[slot : slot + 1]
+            module.append_kv(one, one, *caches, np.array([slot]), key_scale=scales[0], value_scale=scales[1])
+        found.append(caches)
+    for one, other in zip(*found, strict=True):
+        assert_same_bits(one, other)
+    values = pa_compiler.convert_cache(*found[0], "packed", "NHD")[1][0]
+    assert_same_bits(values, quantised(new, "int4", rotates=True).codes)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])

@@ -14,13 +14,37 @@ from pa_compiler import PagedAttentionSpec
 
 PLAIN = PagedAttentionSpec(4, 2, 32, 16, "bfloat16")
 INT8 = dataclasses.replace(PLAIN, kv_dtype="int8")
+INT4 = dataclasses.replace(PLAIN, kv_dtype="int4")
 E4M3 = dataclasses.replace(PLAIN, kv_dtype="float8_e4m3fn", kv_scale="head")
 
 
 @pytest.mark.parametrize(
     ("fields", "error", "says"),
     [
-        ({"kv_dtype": "int4"}, ValueError, "kv_dtype: expected one of bfloat16, int8, float8_e4m3fn, float8_e5m2"),
+        (
+            {"kv_dtype": "int3"},
+            ValueError,
+            "kv_dtype: expected one of bfloat16, int8, float8_e4m3fn, float8_e5m2, int4",
+        ),
+        ({"kv_dtype": "int4", "kv_rotation": "random"}, ValueError, "kv_rotation: expected one of hadamard, none"),
+        (
+            {"kv_dtype": "int4", "head_dim": 48},
+            ValueError,
+            "head_dim: expected a power of two for kv_rotation hadamard unless kv_rotation is none",
+        ),
+        ({"kv_dtype": "int4", "value_dim": 24}, ValueError, "value_dim: expected a power of two for kv_rotation"),
+        (
+            {"kv_dtype": "int4", "kv_rotation": "none", "head_dim": 7},
+            ValueError,
+            "head_dim: expected a multiple of 2 with kv_dtype int4, got 7",
+        ),
+        ({"kv_rotation": "hadamard"}, ValueError, "kv_rotation: expected None without a kv_dtype other than dtype"),
+        (
+            {"kv_dtype": "float8_e5m2", "kv_rotation": "hadamard"},
+            ValueError,
+            "kv_rotation: expected None or none with kv_dtype float8_e5m2",
+        ),
+        ({"kv_dtype": "int4", "kv_scale": "head"}, ValueError, "kv_scale: expected token_head with kv_dtype int4"),
         ({"kv_dtype": "float16"}, ValueError, "kv_dtype: expected one of"),
         ({"kv_dtype": 8}, TypeError, "kv_dtype: expected a string, got 8"),
         ({"kv_scale": "tensor"}, ValueError, "kv_scale: expected None without a kv_dtype other than dtype"),
@@ -52,7 +76,19 @@ def test_the_first_scale_is_the_default():
     assert hash(dataclasses.replace(INT8, kv_scale="token_head")) == hash(INT8)
 
 
-@pytest.mark.parametrize(("spec", "expected"), [(PLAIN, 256), (E4M3, 128), (INT8, 144)])
+def test_int4_is_rotated_unless_it_is_not_asked_for():
+    assert INT4.stated()["kv_rotation"] == "hadamard"
+    assert hash(dataclasses.replace(INT4, kv_rotation="hadamard")) == hash(INT4)
+    plain = dataclasses.replace(INT4, kv_rotation="none")
+    assert (plain.rotates, plain.stated()["kv_rotation"]) == (False, "none")
+    assert INT8.stated()["kv_rotation"] is None
+    assert dataclasses.replace(INT8, kv_rotation="none") == INT8
+    assert (INT4.key_cache_shape, INT4.scale_shape) == (("num_blocks", 16, 2, 16), ("num_blocks", 2, 16, 2))
+    packed = dataclasses.replace(INT4, kv_layout="packed")
+    assert (packed.key_cache_shape, packed.value_cache_shape) == (("num_blocks", 2, 16, 16), ("num_blocks", 2, 8, 32))
+
+
+@pytest.mark.parametrize(("spec", "expected"), [(PLAIN, 256), (E4M3, 128), (INT8, 144), (INT4, 96)])
 def test_bytes_of_a_token(spec, expected):
     assert spec.token_bytes == expected
 
@@ -138,11 +174,39 @@ def test_scales_that_are_read_may_be_one_array_and_read_only(compiled):
     assert (caches[1][1, 1].astype(np.float32) == 3).all()
 
 
-def test_a_module_with_codes_is_saved_and_loaded(compiled, tmp_path):
-    compiled(INT8).save(tmp_path / "codes.so")
+@pytest.mark.parametrize("spec", [INT8, dataclasses.replace(INT4, kv_rotation="none")], ids=["int8", "int4"])
+def test_a_module_with_codes_is_saved_and_loaded(compiled, tmp_path, spec):
+    compiled(spec).save(tmp_path / "codes.so")
     loaded = pa_compiler.load(tmp_path / "codes.so")
-    assert loaded.spec == INT8
+    assert loaded.spec == spec
     assert loaded.verify(0.5, seed=1).passed
+
+
+def test_scales_with_zero_points(compiled):
+    """They are side by side, and so are the slots of a block."""
+    module, inputs = compiled(INT4), make_inputs(INT4, [33, 5])
+    assert module.empty_cache(3)[0].shape == (3, 16, 2, 16)
+    assert [scale.shape for scale in module.empty_scales(3)] == [(3, 2, 16, 2)] * 2
+    apart = np.repeat(inputs.heads["key_scale"], 2, axis=2)[:, :, ::2]
+    with pytest.raises(ValueError, match=r"key_scale: expected the slots of a block side by side \(stride 2\), got"):
+        module.decode(*inputs.arguments, **inputs.heads | {"key_scale": apart})
+    with pytest.raises(ValueError, match=r"value_scale: expected shape \[\d+, 2, 16, 2\], got"):
+        module.decode(*inputs.arguments, **inputs.heads | {"value_scale": inputs.heads["value_scale"][..., 0].copy()})
+
+
+def test_convert_cache_takes_bytes_of_two_codes():
+    rng = np.random.default_rng(0)
+    keys, values = (rng.integers(0, 256, (2, 16, 3, dim), np.uint8) for dim in (4, 5))
+    packed = pa_compiler.convert_cache(keys, values, "NHD", "packed")
+    assert [cache.shape for cache in packed] == [(2, 3, 4, 16), (2, 3, 8, 10)]
+    of_keys, of_values = (np.stack([each & 15, each >> 4], axis=-1).reshape(2, 16, 3, -1) for each in (keys, values))
+    for slot, head, d in [(0, 0, 0), (5, 2, 7), (15, 1, 4)]:
+        assert (packed[0][1, head, d // 2, slot] >> 4 * (d % 2)) & 15 == of_keys[1, slot, head, d]
+        assert (packed[1][1, head, slot // 2, d] >> 4 * (slot % 2)) & 15 == of_values[1, slot, head, d]
+    for one, other in zip(pa_compiler.convert_cache(*packed, "packed", "NHD"), (keys, values), strict=True):
+        np.testing.assert_array_equal(one, other)
+    hnd = pa_compiler.convert_cache(keys, values, "NHD", "HND")
+    np.testing.assert_array_equal(hnd[1], values.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
@@ -156,3 +220,53 @@ def test_convert_cache_takes_codes(kv_dtype):
     assert packed[0].tobytes() == np.ascontiguousarray(cache.transpose(0, 2, 3, 1)).tobytes()
     assert packed[1].tobytes() == values.tobytes()
     assert pa_compiler.convert_cache(*packed, "packed", "NHD")[0].tobytes() == cache.tobytes()
+
+
+TYPES = [
+    ("int8", None, "token_head"),
+    ("int8", "hadamard", "token_head"),
+    ("int4", None, "token_head"),
+    ("int4", "none", "token_head"),
+    ("float8_e4m3fn", None, "head"),
+    ("float8_e5m2", None, "tensor"),
+]
+
+
+@pytest.mark.parametrize("layout", ["HND", "packed"])
+@pytest.mark.parametrize(("kv_dtype", "kv_rotation", "kv_scale"), TYPES)
+def test_convert_cache_makes_codes_as_append_kv_does(compiled, kv_dtype, kv_rotation, kv_scale, layout):
+    """And back from them, numbers that are as near as codes are."""
+    fields = {"kv_dtype": kv_dtype, "kv_rotation": kv_rotation, "kv_scale": kv_scale, "kv_layout": layout}
+    module, rng = compiled(dataclasses.replace(PLAIN, **fields)), np.random.default_rng(4)
+    new = [rng.standard_normal((32, 2, 32)).astype(DTYPES["bfloat16"]) for _ in range(2)]
+    caches, scales = module.empty_cache(2), module.empty_scales(2)
+    given = {}
+    if kv_scale != "token_head":
+        scales = [np.linspace(0.01, 0.02, scale.size, dtype=np.float32) for scale in scales]
+        given = dict(zip(("key_scale", "value_scale"), scales, strict=True))
+    module.append_kv(*new, *caches, np.arange(32), key_scale=scales[0], value_scale=scales[1])
+    natural = [each.reshape(2, 16, 2, 32) for each in new]
+    found = pa_compiler.convert_cache(*natural, "NHD", layout, dtype=kv_dtype, kv_rotation=kv_rotation, **given)
+    for one, other in zip(found, (*caches, *scales), strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+    back = {"key_scale": scales[0], "value_scale": scales[1], "kv_rotation": kv_rotation}
+    numbers = pa_compiler.convert_cache(*caches, layout, "NHD", dtype="float32", **back)
+    for one, other in zip(numbers, natural, strict=True):
+        error = np.linalg.norm(one - other.astype(np.float32)) / np.linalg.norm(other.astype(np.float32))
+        assert one.dtype == np.float32
+        assert error < {"int8": 0.01, "int4": 0.12, "float8_e4m3fn": 0.04, "float8_e5m2": 0.08}[kv_dtype]
+
+
+def test_convert_cache_between_types_is_refused():
+    cache = np.zeros((1, 16, 2, 24), np.int8)
+    numbers = np.zeros((1, 16, 2, 24), np.float32)
+    with pytest.raises(ValueError, match=r"dtype: expected one of float32, .*, int4, got 'int2'"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int2")
+    with pytest.raises(ValueError, match="key_scale: expected an array beside a key_cache of int8, got None"):
+        pa_compiler.convert_cache(cache, cache, "NHD", "NHD", dtype="float32")
+    with pytest.raises(ValueError, match="key_cache: expected a power of two to rotate, got 24 elements"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int4")
+    with pytest.raises(ValueError, match="kv_rotation: expected one of hadamard, none, got 'random'"):
+        pa_compiler.convert_cache(numbers, numbers, "NHD", "NHD", dtype="int4", kv_rotation="random")
+    with pytest.raises(ValueError, match="value_cache: expected an array for another dtype, got None"):
+        pa_compiler.convert_cache(numbers, None, "NHD", "NHD", dtype="int8")

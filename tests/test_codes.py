@@ -1,4 +1,4 @@
-"""Caches of codes, int8 and float8 with scales beside them, in decode and attend: against the reference, bit by bit."""
+"""Caches of codes, int8, float8 and int4 with scales beside them, in decode and attend: against the reference."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from inputs import make_inputs
 from ragged_inputs import assert_near_float64, make_ragged
 from tolerances import assert_close_to_oracle, assert_same_bits
 
+import pa_compiler
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.runtime.cpu_features import missing_features
 from pa_compiler.verification.codes import CODE_DTYPES
 
-INT8, E4M3, E5M2 = ({"kv_dtype": name} for name in CODE_DTYPES)
+INT8, E4M3, E5M2, INT4 = ({"kv_dtype": name} for name in CODE_DTYPES)
+NOT_ROTATED = INT4 | {"kv_rotation": "none"}
+OF_8_BITS = [name for name in CODE_DTYPES if name != "int4"]
 
 SPECS = {
     "int8": PagedAttentionSpec(8, 2, 64, 16, "bfloat16", **INT8),
@@ -29,6 +32,15 @@ SPECS = {
     "int8_packed": PagedAttentionSpec(10, 2, 64, 16, "bfloat16", kv_layout="packed", **INT8),
     "int8_packed_window": PagedAttentionSpec(3, 3, 24, 32, "float32", kv_layout="packed", window=70, **INT8),
     "e4m3_packed": PagedAttentionSpec(32, 2, 32, 64, "bfloat16", kv_layout="packed", kv_scale="head", **E4M3),
+    "int4": PagedAttentionSpec(8, 2, 64, 16, "bfloat16", **INT4),
+    "int4_HND_float32": PagedAttentionSpec(6, 2, 32, 5, "float32", kv_layout="HND", **INT4),
+    "int4_MQA": PagedAttentionSpec(16, 1, 32, 1, "bfloat16", "float32", **INT4),  # heads in lanes
+    "int4_no_power_float16": PagedAttentionSpec(5, 5, 6, 3, "float16", value_dim=10, **NOT_ROTATED),
+    "int4_group_of_17": PagedAttentionSpec(34, 2, 48, 8, "bfloat16", kv_layout="HND", **NOT_ROTATED),
+    "int4_packed": PagedAttentionSpec(10, 2, 64, 16, "bfloat16", kv_layout="packed", value_dim=32, **INT4),
+    "int4_packed_window": PagedAttentionSpec(3, 3, 24, 32, "float32", kv_layout="packed", window=70, **NOT_ROTATED),
+    "int4_scores": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, softcap=20.0, alibi=True, sinks=True, **INT4),
+    "int8_rotated": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", kv_rotation="hadamard", **INT8),
     "int8_window": PagedAttentionSpec(6, 2, 32, 8, "bfloat16", window=70, alibi=True, sinks=True, **INT8),
 }
 LENS = (1, 0, 33, 700, 128, 16, 129)
@@ -78,7 +90,7 @@ CODES = np.arange(256, dtype=np.uint8)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kv_dtype", CODE_DTYPES)
+@pytest.mark.parametrize("kv_dtype", OF_8_BITS)
 def test_every_code_as_a_key(compiled, kv_dtype, dtype):
     """Head h has a query of 1 in element h: its score, and lse of the one token, is the number of code h."""
     spec = code_spec(kv_dtype, dtype)
@@ -95,7 +107,7 @@ def test_every_code_as_a_key(compiled, kv_dtype, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("kv_dtype", CODE_DTYPES)
+@pytest.mark.parametrize("kv_dtype", OF_8_BITS)
 def test_every_code_as_a_value(compiled, kv_dtype, dtype):
     """out of one token is its value: NaN and infinities of float8 too, each in its own element alone."""
     spec = code_spec(kv_dtype, dtype)
@@ -107,6 +119,27 @@ def test_every_code_as_a_value(compiled, kv_dtype, dtype):
     out = module.decode(query, *arrays, **scales)
     np.testing.assert_array_equal(out[0, 0], codes.ravel().astype(np.float32) / 2)
     np.testing.assert_array_equal(out[0], np.broadcast_to(out[0, 0], out[0].shape))
+
+
+@pytest.mark.parametrize("fields", [{}, {"kv_layout": "packed"}, {"head_tile": 1}], ids=["NHD", "packed", "by head"])
+def test_every_byte_of_two_codes(compiled, fields):
+    """Of one token: lse is a key's number for each head that asks for one element, and out is its value."""
+    spec = PagedAttentionSpec(64, 1, 512, 16, "float32", **NOT_ROTATED, **fields)
+    module = compiled(spec)
+    elements = np.arange(512)[:: 512 // 64] + np.arange(64) % 2
+    query = np.zeros((1, 64, 512), np.float32)
+    query[0, np.arange(64), elements] = 1
+    codes = np.zeros((1, 16, 1, 256), np.uint8)
+    codes[0, 0, 0] = np.random.default_rng(0).permutation(256)
+    caches = pa_compiler.convert_cache(codes, codes, "NHD", spec.kv_layout)
+    scales = {
+        name: np.broadcast_to(np.float32([0.5, -3]), (1, 1, 16, 2)).copy() for name in ("key_scale", "value_scale")
+    }
+    arrays = (query, *caches, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+    out, lse = module.decode(*arrays, 1.0, return_lse=True, **scales)
+    numbers = np.stack([codes[0, 0, 0] & 15, codes[0, 0, 0] >> 4], axis=-1).ravel().astype(np.float32) / 2 - 3
+    np.testing.assert_array_equal(out[0], np.broadcast_to(numbers, (64, 512)))
+    np.testing.assert_array_equal(lse[0], numbers[elements])
 
 
 def _scales(module):

@@ -22,8 +22,9 @@ ARROWS = {
     "reference": {"reference_weights"},
     "reference_weights": {"score", "reference_functions"},
     "reference_functions": {"score"},
-    "layout": {"spec", "kv_types"},
-    "tiles": {"spec"},
+    "codes": {"kv_types"},
+    "layout": {"spec", "kv_types", "codes"},
+    "tiles": {"spec", "kv_types"},
     "runtime": {
         "spec",
         "score",
@@ -34,7 +35,7 @@ ARROWS = {
     },  # a module verifies itself, by what compares it with the reference, and makes a page of itself
     "verification": {
         *("spec", "interface", "layout", "reference", "reference_weights", "reference_functions", "runtime"),
-        *("score", "bounds", "tracing", "key_ranges", "kv_types"),
+        *("score", "bounds", "tracing", "key_ranges", "kv_types", "codes"),
     },
     "score": set(),
     "score_text": {"score"},

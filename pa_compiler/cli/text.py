@@ -64,7 +64,10 @@ def _codes(spec: PagedAttentionSpec) -> str:
     of = {"tensor": "each cache", "head": "each kv head", "token_head": "each kv head of each token"}
     if not spec.has_scales:
         return ""
-    return f", {spec.kv_dtype} with a scale for {of[str(spec.scales_of)]}: {counted(spec.token_bytes, 'byte')} a token"
+    rotated = ", of rotated keys and values" if spec.rotates else ""
+    scale = "a scale and a zero point" if spec.has_zeros else "a scale"
+    numbers = f"{spec.kv_dtype} with {scale} for {of[str(spec.scales_of)]}{rotated}"
+    return f", {numbers}: {counted(spec.token_bytes, 'byte')} a token"
 
 
 def _score_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:

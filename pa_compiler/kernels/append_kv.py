@@ -12,6 +12,7 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels.quantise import quantise
+from pa_compiler.kernels.quantise_rows import quantise_rows
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 # (block, slot, head, d) -> where element d of a head's key or value lies in its cache
@@ -28,7 +29,7 @@ def append_key(spec: PagedAttentionSpec) -> PrimFunc:
     pair = spec.packed_pair
 
     def place(block, slot, head, d):
-        return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
+        return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)  # of int4 the last in elements
 
     packed, dim = spec.kv_layout == "packed", spec.head_dim
     adjacent = pair if packed else dim
@@ -72,6 +73,8 @@ def _append(
         place: Where an element lies in the cache; block and slot are int64 and not negative.
         adjacent: Of the dim elements, how many lie side by side in the cache.
     """
+    if spec.token_scales:
+        return quantise_rows(spec, name, dim, extents, place, in_rows=adjacent > 1)
     if spec.has_scales:
         return quantise(spec, name, dim, extents, place)
     kv_heads, block_size = T.int64(spec.num_kv_heads), T.int64(spec.block_size)

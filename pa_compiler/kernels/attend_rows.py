@@ -24,6 +24,7 @@ from pa_compiler.kernels.sight import LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Si
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.softmax_whole import softmax_whole
 from pa_compiler.kernels.state import Factors, State
+from pa_compiler.kernels.zero_points import allocate_sums, sum_zeros
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -41,6 +42,7 @@ class Item(NamedTuple):
     bounds: Bounds
     tree: Tree
     slopes: Buffer | None
+    sums: Buffer | None = None
 
 
 def rows_of_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Item, Expr], TokenRows]:
@@ -73,7 +75,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     functions = ScoreFunctions(spec, many_tokens=True)
     of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
     weigh_stage, factors_stage, pairs_stage = weigh_values(tiling), weigh_factors(rows), pair_probs(tiling)
-    visible_stage, edges_stage = compute_visible(functions, tiling), find_edges(tiling)
+    zeros_stage, visible_stage, edges_stage = sum_zeros(tiling), compute_visible(functions, tiling), find_edges(tiling)
 
     def full_groups(tile):
         """Token groups that all rows see whole, but for what a tree or a mask hides."""
@@ -123,13 +125,14 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
             weighted = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         if of_heads:
             weighted_beta = T.sblock_alloc_buffer((1, rows), "float32")
+        zeros = T.meta_var(allocate_sums(spec, "zero_sums", 1, rows))
         if not in_whole:
             exact = T.meta_var(weighted if of_tokens else probs)
         weights = T.meta_var(prob_pairs if in_pairs else exact)
         query_pos = T.meta_var(OfRows(item.bounds.positions, first))
         computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
-        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, of_head.scores))
+        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, of_head.scores, of_head.zeros(first)))
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
             scores, *([] if in_whole else [probs]), added, of_head.score, item.bounds.headroom(first), tile,
@@ -137,6 +140,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
             *([num_rows] if in_whole else []),
         )  # fmt: skip
         weigh_stage(probs if of_tokens else None, weighted if of_tokens else None, of_head, 0, tile.num_groups)
+        zeros_stage(None if in_whole else probs, zeros, of_head, 0, tile.num_groups)
         if of_tokens and in_pairs:
             pairs_stage(exact, weights, tile_sum, 0, tile.num_groups)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
@@ -145,7 +149,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
             edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges,
-            Factors(alpha, weighted_beta if of_heads else beta, 0),
+            Factors(alpha, weighted_beta if of_heads else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
         )  # fmt: skip
 

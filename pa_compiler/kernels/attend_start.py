@@ -11,6 +11,7 @@ from pa_compiler.kernels.attend_rows import rows_of_item
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.sight import BEGIN, LEAST_LIMIT, LIMIT, find_bounds
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
+from pa_compiler.kernels.zero_points import sum_queries
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -19,6 +20,7 @@ def start_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The query rows of all tiles, what they see, and empty states; and from where up to where one of them sees."""
     rows, dim, rows_of = tiling.row_tile, spec.result_dim, rows_of_item(spec, tiling)
     load_query_stage, bounds_stage = load_query(spec, tiling), find_bounds(spec, tiling)
+    sum_stage = sum_queries(spec, tiling)
 
     @script.inline
     def stage(query, q_tile, item, num_tiles, token_positions, context_len, sees_all, query_scale, total, span):
@@ -29,6 +31,7 @@ def start_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes()
                 of = T.meta_var(rows_of(item, vtile))
                 load_query_stage(query, q_tile, vtile, of, query_scale)
+                sum_stage(q_tile, item.sums, vtile)
                 bounds_stage(item.bounds, vtile, of, token_positions, context_len, sees_all)
                 with T.sblock("empty_state"):
                     T.reads()

@@ -10,23 +10,25 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.rows import rows_of_tiles
+from pa_compiler.kernels.zero_points import sum_queries
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
 def load_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The query rows of all head tiles of a sequence."""
+    """The query rows of all head tiles of a sequence, and their sums, where there is room for these."""
     tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
-    load_query_stage = load_query(spec, tiling)
+    load_query_stage, sum_stage = load_query(spec, tiling), sum_queries(spec, tiling)
 
     @script.inline
-    def stage(query, q_tile, seq, query_scale):
+    def stage(query, q_tile, sums, seq, query_scale):
         for tile in range(tiles):
             with T.sblock("query_tile"):
                 vtile = T.axis.spatial(tiles, tile)
                 T.reads()
                 T.writes()
                 load_query_stage(query, q_tile, vtile, rows_of(seq, vtile), query_scale)
+                sum_stage(q_tile, sums, vtile)
 
     return stage
 

@@ -28,6 +28,8 @@ def number(element: Element, word: Expr, index: Expr) -> Expr:
 
     Of a code its number in units of UNITS.
     """
+    if element.dtype == "int4":
+        return nibble(word, index)
     if element.word == 2:
         return half(word, index)
     return _OF_CODES[element.dtype](word) if element.dtype in _OF_CODES else T.Cast("float32", word)
@@ -54,6 +56,23 @@ def _of_float8_e5m2(code: Expr) -> Expr:
     """The number of a code, an int8: the upper half of float16."""
     return T.Cast("float32", T.reinterpret("float16", T.shift_left(T.Cast("int16", code), T.int16(8))))
 
+
+MIDDLE = {"int4": 8.0}
+"""The code that counts as 0 in matmuls, by their type, where it is another; zero points take it in (scales.py)."""
+
+
+def nibble(word: Expr, index: Expr) -> Expr:
+    """The code of 4 bits that index % 2 says of a byte, less MIDDLE, as float32: the even one is the lower.
+
+    It is laid into the last bits of a float32 whose last bit counts 1.
+    """
+    byte = T.Cast("int32", T.reinterpret("uint8", word))
+    code = T.Select(T.floormod(index, 2) == 0, T.bitwise_and(byte, 15), T.shift_right(byte, 4))
+    return T.reinterpret("float32", T.bitwise_or(code, _ONES)) - T.float32(2.0**23 + MIDDLE["int4"])
+
+
+_ONES = 0x4B000000
+"""The bits of 2**23."""
 
 UNITS = {"float8_e4m3fn": 256.0}
 """What the numbers of codes count, by their type, where it is not 1: scales take it in (kernels/scales.py)."""

@@ -21,6 +21,7 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.sight import LIMIT, Bounds, Tree, find_runs
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.kernels.zero_points import allocate_sums
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -145,6 +146,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
                 Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
                 Tree(tree_mask, tree_start, tree_size, context_len - tree_size), alibi_slopes if spec.alibi else None,
+                allocate_sums(spec, "query_sums", tiles, rows),
             ))  # fmt: skip
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
@@ -179,8 +181,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             attend(
                                 q_tile, keys, values, scales if spec.has_scales else None, table, of_functions, item,
                                 running, vstep, num_steps, read_begin + vstep * kv_tile, range_end,
-                                key_end if looks_beyond else range_end, span[0] if late else None, runs, context_len,
-                                span[2],
+                                key_end if looks_beyond else range_end, runs, context_len, span,
                             )  # fmt: skip
                     merge_stage(running, total, num_tiles, num_steps, read_begin, reach)
             finish(
@@ -225,10 +226,11 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     @script.inline
     def stage(
         q_tile, key_cache, value_cache, scales, table, of_functions, item, running, step, num_steps, start, range_end,
-        key_end, first_token, runs, context_len, seen_by_all,
+        key_end, runs, context_len, span,
     ):  # fmt: skip
         tile_start: T.let = script.opaque(start)
         valid_len: T.let = script.opaque(T.min(range_end - tile_start, tiling.kv_tile))
+        first_token = T.meta_var(span[0] if begins_late(spec, many_tokens=True) else None)
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
         has_next: T.let = tile_start + tiling.kv_tile < key_end
         at_once = T.meta_var(tiling.few_groups * tiling.token_group)
@@ -236,7 +238,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         key_offsets_stage(table, key_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
         if not spec.shared_kv:
             value_offsets_stage(table, value_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
-        scales_of_tile = T.meta_var(scales_stage(scales, table, tile, item.seq, key_end - 1, first_token, runs))
+        given = T.meta_var(scales and scales._replace(sums=item.sums))
+        scales_of_tile = T.meta_var(scales_stage(given, table, tile, item.seq, key_end - 1, first_token, runs))
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):
             with T.sblock("kv_head"):
@@ -261,7 +264,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
                     if tiling.in_tile_registers:
                         infinite = T.sblock_alloc_buffer((1,), "int32")
-                        load_all(value_cache, v_tile, infinite, value_head, tile, seen_by_all, item.tree)
+                        load_all(value_cache, v_tile, infinite, value_head, tile, span[2], item.tree)
                     else:
                         load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)

@@ -25,6 +25,7 @@ from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.kernels.zero_points import allocate_sums, sum_zeros
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -119,6 +120,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
+                sums = T.meta_var(allocate_sums(spec, "query_sums", tiles, rows))
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
                 end = T.meta_var(limit(spec, context_lens[seq]))
@@ -130,7 +132,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 range_len: T.let = T.max(T.min(block_end * spec.block_size, end) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
-                load_stage(query, q_tile, seq, query_scale)
+                load_stage(query, q_tile, sums, seq, query_scale)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -150,7 +152,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         first_token = T.meta_var(seen if begins_late(spec) and tiling.weight_sums else None)
                         look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next, first_token)
                         last = T.meta_var(range_begin + range_len - 1)
-                        given = T.meta_var(scales if spec.has_scales else None)
+                        given = T.meta_var(scales._replace(sums=sums) if spec.has_scales else None)
                         scales_of_tile = T.meta_var(scales_stage(given, table, tile, seq, last, first_token))
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
@@ -247,6 +249,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     functions, row_tiles = ScoreFunctions(spec), tiling.row_tiles(spec)
     visible_stage, head_stage = compute_visible(functions, tiling), scales_of_head(spec, tiling)
     weigh_stage, factors_stage = weigh_values(tiling), weigh_factors(rows)
+    zeros_stage = sum_zeros(tiling)
     of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
 
     @script.inline
@@ -264,6 +267,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             weighted = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         if of_heads:
             weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
+        zeros = T.meta_var(allocate_sums(spec, "zero_sums", num_tiles, rows))
         exact = T.meta_var(weighted if of_tokens else probs)
         weights = T.meta_var(prob_pairs if in_pairs else exact)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
@@ -276,16 +280,18 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 of = T.meta_var(rows_of(sequence.seq, first + vslot))
                 kv_head = T.meta_var(T.floordiv(first + vslot, row_tiles))
                 of_head = T.meta_var(head_stage(sequence.scales, kv_head, tile, sequence.scale))
-                scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed, of_head.scores))
+                of_keys = T.meta_var((of_head.scores, of_head.zeros(first + vslot)))
+                scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed, *of_keys))
                 visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, of_head.score, sequence.headroom, tile, tile.num_groups, scoring)
                 weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
+                zeros_stage(probs, zeros, of_head, vslot, tile.num_groups)
                 if in_pairs:
                     pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
                 factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_heads else None, of_head)
         update_stage(
-            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_heads else beta, 0),
+            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_heads else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, computed,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.elements import pair_floats
 from pa_compiler.kernels.headroom import scaled
+from pa_compiler.kernels.rotation import rotate, unit
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_ROWS, Tiling
 from pa_compiler.tvmscript import inline
@@ -22,7 +23,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
     In float32, and of float16 without query_scale (headroom.scaled). Where pairs are multiplied, q_tile[tile, r, d] is
     the word of the two elements that are a pair of a key, CacheAccess.pair, instead; with Tiling.rows_in_place it is
-    q_tile[tile, d, r].
+    q_tile[tile, d, r]. Where keys are rotated before they become codes, the queries are too, which are float32 then.
     """
     capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
     turned = tiling.rows_in_place
@@ -33,11 +34,18 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     def element(x, query_scale):
         return scaled(spec, T.Cast("float32", x), query_scale)
 
+    def of_row(query, rows, row, d, query_scale):
+        return T.if_then_else(row < rows.num, element(query[rows.at(row, d)], query_scale), T.float32(0))
+
     @inline
     def stage(query, q_tile, tile, rows, query_scale):
         with T.sblock("load_query"):
             T.reads(query[rows.all(slice(0, head_dim))])
             T.writes(q_tile[tile, 0:depth, 0:capacity] if turned else q_tile[tile, 0:capacity, 0:depth])
+            if spec.rotates:
+                given = T.meta_var([query[rows.all(slice(0, head_dim))]])
+                numbers = T.meta_var(lambda row, d: (of_row(query, rows, row, d, query_scale), given))
+                rotated = T.meta_var(rotate("query", numbers, capacity, head_dim))
             if tiling.keys.terms == 2:
                 for r, d in T.grid(capacity, depth):
                     with T.sblock("q_tile"):
@@ -54,8 +62,10 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 for r, d in T.grid(capacity, head_dim):
                     with T.sblock("q_tile"):
                         vr, vd = T.axis.remap("SS", [r, d])
-                        q_tile[tile, vr, vd] = T.if_then_else(
-                            vr < rows.num, element(query[rows.at(vr, vd)], query_scale), T.float32(0)
+                        q_tile[tile, vr, vd] = (
+                            of_row(query, rows, vr, vd, query_scale)
+                            if not spec.rotates
+                            else rotated[vr, vd] * T.float32(unit(head_dim))
                         )
 
     return stage

@@ -5,6 +5,8 @@ FlashDecoding and in section 2.2 of Cascade inference (FlashInfer). All lse are 
 this is no online softmax: every part is weighed against the largest lse.
 """
 
+import dataclasses
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -38,7 +40,8 @@ def _merge(spec: PagedAttentionSpec, tiling: Tiling, name: str, dtype: str) -> P
     or several, those alone. NaN in another part comes out as NaN. Sinks are in the lse of the part that was given them.
     """
     arrays, heads, dim = Arrays(spec, tiling), spec.num_heads, spec.result_dim
-    normalize_stage = state.normalize(spec, heads)
+    rotation = "none" if spec.has_scales else None  # of the parts, which are results
+    normalize_stage = state.normalize(dataclasses.replace(spec, kv_rotation=rotation), heads)
 
     @script.prim_func(s_tir=True)
     def merge(

@@ -1,19 +1,12 @@
-"""append_kv into caches of codes: each element of a key or a value as a code of 8 bits, to the nearest, ties to even.
+"""append_kv into caches of float8: each element of a key or a value as a code of 8 bits, to the nearest, ties to even.
 
 A number x of a head becomes the code that is nearest to x / scale, one division in float32, among those that there are:
-what lies beyond the largest becomes the largest, infinities too.
-
-int8 has a scale for each head of each token, which is made here: max |x| / 127, in float32, and codes from -127 to 127.
-Where that is 0 (a row of 0, or of the smallest subnormal numbers) all codes are 0. With an infinity or a NaN among the
-elements the scale is infinite or NaN, and all codes are 0: the row reads as NaN.
-
-float8 is given its scales. A NaN becomes NaN with its sign, as does 0 / 0; what a scale of 0 divides otherwise is
-infinite.
+what lies beyond the largest becomes the largest, infinities too. A NaN becomes NaN with its sign, as does 0 / 0; what a
+scale of 0 divides otherwise is infinite. Codes with a scale for each token are in quantise_rows.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from tvm.ir import Expr
@@ -21,16 +14,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.kv_types import LARGEST
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 _MAGNITUDE = 0x7FFFFFFF
 """The bits of float32 without its sign."""
 _INFINITE = 0x7F800000
-_WHOLE = 12582912.0
-"""1.5 * 2**23: added to a float32 below 2**22, it leaves the nearest whole number in the low bits."""
-_PEAKS = 16
-"""Maxima of a row that are taken side by side, at most, before that of these."""
 _FLOAT8 = {"float8_e4m3fn": (3, 7, 0x7E, 0x7F), "float8_e5m2": (2, 15, 0x7B, 0x7E)}
 """Bits of the significand, the bias of the exponent, the largest finite code and NaN."""
 
@@ -41,13 +29,11 @@ def quantise(
     """The PrimFunc name(new, cache, slot_mapping, scale, s_block, s_row, s_head, head_begin, num_heads).
 
     As append_kv's, with new in dtype and cache as bytes. scale: [s_span], float32, where the scale of a head in a slot
-    is the one at block * s_block + slot * s_row + head * s_head; written where tokens have scales, otherwise read.
+    is the one at block * s_block + slot * s_row + head * s_head.
     """
     kv_heads, block_size = T.int64(spec.num_kv_heads), T.int64(spec.block_size)
     first, second, third = (T.int64(extent) for extent in extents)
-    code = _int8 if spec.token_scales else _float8(*_FLOAT8[spec.cache_dtype])
-    lanes = math.gcd(dim, _PEAKS)
-    itemsize, of_tokens = ITEMSIZES[spec.dtype], spec.token_scales
+    code, itemsize = _float8(*_FLOAT8[spec.cache_dtype]), ITEMSIZES[spec.dtype]
 
     @script.prim_func(s_tir=True)
     def append(
@@ -80,9 +66,6 @@ def quantise(
                 vt = T.axis.opaque(num_tokens, t)
                 T.reads()
                 T.writes()
-                if of_tokens:
-                    peaks = T.sblock_alloc_buffer((lanes,), "int32")
-                    peak = T.sblock_alloc_buffer((1,), "int32")
                 factor = T.sblock_alloc_buffer((1,), "float32")
                 target: T.let = slot_mapping[vt]
                 if target >= T.int64(0):
@@ -90,34 +73,10 @@ def quantise(
                     block: T.let = T.truncdiv(target, block_size)
                     slot: T.let = T.truncmod(target, block_size)
                     at: T.let = block * s_block + slot * s_row + head * s_head
-                    if of_tokens:
-                        for step, lane in T.grid(dim // lanes, lanes):
-                            with T.sblock("peaks"):
-                                vs = T.axis.reduce(dim // lanes, step)
-                                vl = T.axis.spatial(lanes, lane)
-                                T.reads(new[vt, head, vs * lanes + vl])
-                                T.writes(peaks[vl])
-                                with T.init():
-                                    peaks[vl] = 0
-                                x = T.meta_var(T.Cast("float32", new[vt, head, vs * lanes + vl]))
-                                bits = T.meta_var(T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE))
-                                peaks[vl] = T.max(peaks[vl], bits)
-                        for lane in range(lanes):
-                            with T.sblock("peak"):
-                                vl = T.axis.reduce(lanes, lane)
-                                with T.init():
-                                    peak[0] = 0
-                                peak[0] = T.max(peak[0], peaks[vl])
-                        with T.sblock("row_scale"):
-                            T.reads(peak[0])
-                            T.writes(factor[0], scale[0:s_span])
-                            factor[0] = T.reinterpret("float32", peak[0]) / T.float32(LARGEST["int8"])
-                            scale[at] = factor[0]
-                    else:
-                        with T.sblock("row_scale"):
-                            T.reads(scale[0:s_span])
-                            T.writes(factor[0])
-                            factor[0] = scale[at]
+                    with T.sblock("row_scale"):
+                        T.reads(scale[0:s_span])
+                        T.writes(factor[0])
+                        factor[0] = scale[at]
                     for d in range(dim):
                         with T.sblock("code"):
                             vd = T.axis.spatial(dim, d)
@@ -129,15 +88,6 @@ def quantise(
                             )
 
     return append.with_attr("global_symbol", name)
-
-
-def _int8(x: Expr, scale: Expr) -> Expr:
-    """The code of x as a byte; 0 where the scale is 0, infinite or NaN."""
-    largest = T.float32(LARGEST["int8"])
-    held = T.max(T.min(x / scale, largest), -largest)
-    code = T.reinterpret("int32", held + T.float32(_WHOLE))  # its low byte is that of the whole number
-    ordinary = T.And(scale > T.float32(0), scale < T.float32("inf"))
-    return T.Cast("uint8", T.bitwise_and(T.Select(ordinary, code, 0), 0xFF))
 
 
 def _float8(digits: int, bias: int, largest: int, nan: int) -> Callable[[Expr, Expr], Expr]:

@@ -3,7 +3,7 @@
 A key's scale multiplies its score, and a value's scale its weight, once for all elements of a head. Where a cache or a
 head has one scale, the key's is a factor of the scale of scores, and the value's one of what a tile adds to acc. Where
 each token has one, both are gathered for the tokens of a tile. A weight of 0 stays 0, whatever the scale is: that of a
-token which is not seen may be anything.
+token which is not seen may be anything. Where zero points lie beside the scales, zero_points.py has what they add.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, CacheAccess, whole
-from pa_compiler.kernels.elements import UNITS, round_up_to_bfloat16
+from pa_compiler.kernels.elements import MIDDLE, UNITS, round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
 from pa_compiler.kernels.rows import begins_late
+from pa_compiler.kernels.scores import Zeros
 from pa_compiler.kernels.state import Factors
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
@@ -37,11 +38,13 @@ OFFSETS = ("key_scale_offsets", "value_scale_offsets")
 class Scales(NamedTuple):
     """The scales of both caches, each in a span of memory whose rows are tokens; 0 where a stride has no axis.
 
-    Their offsets are those of a tile's tokens, as of a cache, where tokens have scales.
+    Their offsets are those of a tile's tokens, as of a cache, where tokens have scales. sums: [slots, rows], of each
+    row of queries the sum of its elements, where there are zero points.
     """
 
     keys: Cache
     values: Cache
+    sums: Buffer | None = None
 
 
 class OfHead(NamedTuple):
@@ -52,12 +55,24 @@ class OfHead(NamedTuple):
         scores: [tokens], the same for each token of a tile, in place of it; None where tokens have no scales.
         value: The value's scale.
         values: [tokens], the same for each token, in place of it.
+        score_zeros, value_zeros: [tokens], the zero points of each, where there are any: with the scale of scores, and
+            less what codes lack that count as 0 in matmuls.
+        sums: Scales.sums.
     """
 
     score: Expr
     scores: Buffer | None = None
     value: Expr | None = None
     values: Buffer | None = None
+    score_zeros: Buffer | None = None
+    value_zeros: Buffer | None = None
+    sums: Buffer | None = None
+
+    def zeros(self, slot: Expr) -> Zeros | None:
+        """What zero points add to the scores of a slot of rows."""
+        if self.score_zeros is None:
+            return None
+        return Zeros(self.score_zeros, self.sums, slot)
 
 
 def unused(spec: PagedAttentionSpec) -> tuple[str, ...]:
@@ -82,11 +97,11 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
         if scales is None or not spec.token_scales:
             return scales
         found = []
-        for name, offsets_stage, cache in zip(OFFSETS, stages, scales, strict=True):
+        for name, offsets_stage, cache in zip(OFFSETS, stages, scales[:2], strict=True):
             offsets = allocate(name, (tiling.num_offsets,), "int64")
             found.append(cache._replace(offsets=offsets))
             offsets_stage(table, found[-1], tile, seq, last, tile.num_groups * tiling.token_group, *held)
-        return Scales(*found)
+        return Scales(found[0], found[1], scales.sums)
 
     return stage
 
@@ -102,36 +117,47 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
     """
     unit = T.float32(UNITS.get(spec.cache_dtype, 1.0))
     tokens, group, in_row = tiling.padded_kv_tile, tiling.token_group, side_by_side(spec, tiling)
+    numbers = 2 if spec.has_zeros else 1  # of a token, side by side
 
     def place(cache: Cache, head: Expr, t: Expr) -> Expr:
         if in_row == 1:
             return cache.offsets[t] + head
         first = T.floordiv(t, in_row) * in_row
-        return cache.offsets[first] + head + T.Cast("int64", t - first)
+        return cache.offsets[first] + head + T.Cast("int64", (t - first) * numbers)
 
     def stage(scales: Scales | None, kv_head: Expr, tile: Tile, scale: Expr) -> OfHead:
         if scales is None:
             return OfHead(scale)
-        keys, values = scales
-        heads = [T.Cast("int64", kv_head) * cache.head for cache in scales]
+        caches = keys, values = scales.keys, scales.values
+        heads = [T.Cast("int64", kv_head) * cache.head for cache in caches]
         if not spec.token_scales:
             of_keys = T.bind(scale * (keys.memory[heads[0]] * unit))
             return OfHead(of_keys, value=T.bind(values.memory[heads[1]] * unit))
-        found = [allocate(f"{name}_scales", (tokens,), "float32") for name in ("key", "value")]
+        names = [f"{of}_{what}" for what in ("scale", "zero")[:numbers] for of in ("key", "value")]
+        found = [allocate(f"{name}s", (tokens,), "float32") for name in names]
         with stage_block(
-            "head_scales", [whole(part) for each in scales for part in (each.memory, each.offsets)], found
+            "head_scales", [whole(part) for each in caches for part in (each.memory, each.offsets)], found
         ):
-            for name, cache, head, target, factor in zip(
-                ("key", "value"), scales, heads, found, (scale, None), strict=True
-            ):
+            for number, (name, target) in enumerate(zip(names, found, strict=True)):
+                cache, head, factor = caches[number % 2], heads[number % 2], (scale, None)[number % 2]
 
-                def value(t: Expr, cache: Cache = cache, head: Expr = head, factor: Expr | None = factor) -> Value:
-                    scale = cache.memory[place(cache, head, t)]
+                def value(
+                    t: Expr,
+                    cache: Cache = cache,
+                    head: Expr = head,
+                    factor: Expr | None = factor,
+                    is_zero: bool = number >= 2,
+                ) -> Value:
+                    found = cache.memory[place(cache, head, t)]
+                    if is_zero:  # of the code that counts as 0
+                        middle = T.float32(MIDDLE[spec.cache_dtype])
+                        found = cache.memory[place(cache, head, t) + T.int64(1)] + middle * found
                     reads = [whole(cache.memory), whole(cache.offsets)]
-                    return Value(scale if factor is None else scale * factor, reads)
+                    return Value(found if factor is None else found * factor, reads)
 
-                fill(f"{name}_scale", target, value, tile.num_groups, group)
-        return OfHead(scale, found[0], None, found[1])
+                fill(name, target, value, tile.num_groups, group)
+        of_zeros = found[2:] or [None, None]
+        return OfHead(scale, found[0], None, found[1], of_zeros[0], of_zeros[1], scales.sums)
 
     return stage
 

@@ -26,6 +26,20 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
+class Zeros(NamedTuple):
+    """What zero points of keys add to scores: that of the token times the sum of the row's query.
+
+    Attributes:
+        tokens: [tokens], with the scale of scores in them.
+        sums: [slots, rows].
+        slot: Which of the slots.
+    """
+
+    tokens: Buffer
+    sums: Buffer
+    slot: Expr
+
+
 class Scoring(NamedTuple):
     """What scores depend on besides queries and keys.
 
@@ -35,6 +49,7 @@ class Scoring(NamedTuple):
         slopes: alibi_slopes, float32 [num_heads]; None where the spec has none.
         computed: What its functions take; None where it has none.
         factors: [tokens], what products are multiplied by where that is the token's; None: the scale of scores.
+        zeros: What is added to the products of tokens then; None: nothing.
     """
 
     rows: AnyRows
@@ -42,18 +57,24 @@ class Scoring(NamedTuple):
     slopes: Any
     computed: Computed | None = None
     factors: Buffer | None = None
+    zeros: Zeros | None = None
 
-    def product(self, score: Expr, scale: Expr, column: Expr) -> Value:
-        """A score of a column, scaled."""
+    def product(self, score: Expr, scale: Expr, row: Expr, column: Expr) -> Value:
+        """A score of a row and a column, scaled."""
         if self.factors is None:
             return Value(score * scale, [score])
-        return Value(score * self.factors[column], [score, self.factors[column]])
+        found = Value(score * self.factors[column], [score, self.factors[column]])
+        if self.zeros is None:
+            return found
+        total, of_token = self.zeros.sums[self.zeros.slot, row], self.zeros.tokens[column]
+        return Value(found.expression + total * of_token, [*found.reads, total, of_token])
 
     @property
     def regions(self) -> list[BufferRegion]:
         """The arrays that are read besides scores, for T.reads."""
         slopes = [] if self.slopes is None else [whole(self.slopes)]
         slopes += [] if self.factors is None else [whole(self.factors)]
+        slopes += [] if self.zeros is None else [whole(self.zeros.sums), whole(self.zeros.tokens)]
         return slopes + ([] if self.computed is None else self.computed.regions)
 
 

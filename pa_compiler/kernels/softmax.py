@@ -154,7 +154,7 @@ def _scale_full(tiling: Tiling) -> Callable[..., None]:
                 with T.sblock("full_scaled"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    scaled[vr, vt] = scoring.product(scores[slot, vr, vt], scale, vt).expression
+                    scaled[vr, vt] = scoring.product(scores[slot, vr, vt], scale, vr, vt).expression
             for r, to, ti in T.grid(rows, num_full, group):
                 with T.sblock("full_peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -182,7 +182,7 @@ def scale_scores(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None
                 with T.sblock("slope"):
                     vr = T.axis.spatial(rows, r)
                     slope[vr] = slope_of(scoring, vr)
-        product = T.meta_var(lambda r, t: scoring.product(scores[slot, r, t], scale, t))
+        product = T.meta_var(lambda r, t: scoring.product(scores[slot, r, t], scale, r, t))
         kept = T.meta_var(functions.keep(product, scoring, end))
         for r, to, ti in T.grid(rows, end - begin, group):
             with T.sblock("scaled"):

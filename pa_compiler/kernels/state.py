@@ -15,6 +15,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.headroom import lifted
+from pa_compiler.kernels.rotation import rotated_back
 from pa_compiler.kernels.rows import of_row
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -50,11 +51,19 @@ class State(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What two states are multiplied by when they are merged: [slots, rows], float32, of which one slot."""
+    """What two states are multiplied by when they are merged: [slots, rows], float32, of which one slot.
+
+    zeros: What every element of what is added lacks, of each row; None: nothing.
+    """
 
     running: Buffer
     added: Buffer
     slot: Expr
+    zeros: Buffer | None = None
+
+    def completed(self, number: Expr, tile: Expr, row: Expr) -> Expr:
+        """An element of what is added, with what it lacks."""
+        return number if self.zeros is None else number + self.zeros[tile, row]
 
 
 def merge(rows: int, dim: int, of: str = "") -> Callable[..., None]:
@@ -157,10 +166,9 @@ def fold(num_tiles: int, rows: int, dim: int, of: str = "") -> Callable[..., Non
                 vstep = T.axis.reduce(num_steps, step)
                 with T.init():
                     acc[slot + vi, vr, vd] = T.float32(0)
-                acc[slot + vi, vr, vd] = (
-                    factors.running[vi, vr] * acc[slot + vi, vr, vd]
-                    + factors.added[vi, vr] * tile_acc[tile_slot + vi, vr, vd]
-                )
+                acc[slot + vi, vr, vd] = factors.running[vi, vr] * acc[slot + vi, vr, vd] + factors.added[
+                    vi, vr
+                ] * factors.completed(tile_acc[tile_slot + vi, vr, vd], vi, vr)
 
     return stage
 
@@ -201,7 +209,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
     lse = -inf. With many_tokens all rows are normalized, those that pad the tile too, before those that there are are
     copied: in vectors whatever their number. Where sinks are given, the sum has exp(sink - row_max) besides, which has
-    no value; a sink of -inf is none.
+    no value; a sink of -inf is none. Where values are rotated before they become codes, acc is rotated back.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 
@@ -227,6 +235,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                         vr = T.axis.spatial(capacity, r)
                         total: T.let = state.row_sum[slot, vr]
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+            total_of = T.meta_var(rotated_back(spec, state.acc, slot, capacity))
             maxima = T.meta_var(state.row_max if sinks is None else peak)
             sums = T.meta_var(state.row_sum if sinks is None else total_sum)
             if many_tokens:
@@ -234,13 +243,14 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                 for r, d in T.grid(capacity, dim):
                     with T.sblock("ordered"):
                         vr, vd = T.axis.remap("SS", [r, d])
-                        ordered[vr, vd] = state.acc[slot, vr, vd] * factor[vr]
+                        ordered[vr, vd] = total_of(vr, vd) * factor[vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
                     out[rows.at(vr, vd)] = T.Cast(
-                        out_dtype, ordered[vr, vd] if many_tokens else state.acc[slot, vr, vd] * factor[vr]
+                        out_dtype,
+                        ordered[vr, vd] if many_tokens else total_of(vr, vd) * factor[vr],
                     )
             for r in range(rows.num):
                 with T.sblock("lse"):

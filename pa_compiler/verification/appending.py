@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pa_compiler.layout import convert_cache
 from pa_compiler.verification.draws import Draw, inside
 
 
@@ -44,18 +45,21 @@ def _append_codes(
 ) -> list[str]:
     """The same into caches of codes, whose slots that are written are cleared, and so are scales that are made."""
     is_used, spec = call.is_used, module.spec
-    of_slots = {"NHD": [(0, 1, 2, 3)] * 2, "HND": [(0, 2, 1, 3)] * 2, "packed": [(0, 3, 1, 2), (0, 2, 1, 3)]}
-    for cache, axes in zip((key_cache, value_cache), of_slots[spec.kv_layout], strict=True):
+    keys, values = convert_cache(key_cache, value_cache, spec.kv_layout, "NHD")
+    for cache in (keys, values):
+        cache.view(np.uint8)[is_used] = 0x55
+    for cache, new in zip((key_cache, value_cache), convert_cache(keys, values, "NHD", spec.kv_layout), strict=True):
         assert cache is not None
-        cache.view(np.uint8).transpose(axes)[is_used] = 0x55
+        cache[...] = new
     given = {name: call.heads[name] for name in ("key_scale", "value_scale")}
-    made = {name: np.full_like(scale, 7) if spec.token_scales else scale for name, scale in given.items()}
+    made = {name: np.full(scale.shape, np.float32(7)) if spec.token_scales else scale for name, scale in given.items()}
     module.append_kv(key, value, key_cache, value_cache, slots, **made)
     if not spec.token_scales:
         return []
     wrong = []
     for name, scale in made.items():
-        expected = np.where(is_used[:, None], given[name], np.float32(7))
+        of_slots = np.expand_dims(is_used, (1, *range(3, scale.ndim)))
+        expected = np.where(of_slots, given[name], np.float32(7))
         if not np.array_equal(scale, expected, equal_nan=True):
             wrong.append(f"{name}: its scales are not as expected after append_kv")
     return wrong

@@ -82,6 +82,7 @@ def oracle(
         value_cache = key_cache[..., : spec.result_dim]
     fields: dict[str, Any] = {"kv_layout": kv_layout, "window": spec.window, "softcap": spec.softcap}
     fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "key_scale": key_scale, "value_scale": value_scale}
+    fields["kv_rotation"] = spec.rotation
     fields |= {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod, "inputs": inputs}
     arrays = {**(inputs or {}), **constant_arrays(spec)}
     num_keys, done = np.zeros(len(query), np.int64), 0
@@ -90,7 +91,8 @@ def oracle(
         found = weigh(*of, **fields, batch=sequence)
         out[row], lse[row], num_keys[row] = found.out(), found.lse, len(found.position)
         values = np.where(np.isfinite(found.values), found.values, 0)  # others come out, or this head does not see them
-        magnitude[row] = (found.weights @ np.abs(values)).reshape(out[row].shape)
+        added = np.where(np.isfinite(found.added), found.added, 0)
+        magnitude[row] = (found.weights @ added).reshape(out[row].shape)
         bias = _bias(alibi_slopes, found, seen.query_pos)
         of_scores = score_bound(spec, found.scores, bias)
         if spec.score_mod is not None:

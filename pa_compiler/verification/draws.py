@@ -121,7 +121,7 @@ def draw(
     if spec.has_scales:
         codes = coded(rng, spec, keys, values, is_used)
         keys, values, new = codes.keys, codes.values, (codes.new_keys, codes.new_values)
-        scales = {name: inside(scale, np.nan, rng)[0] for name, scale in codes.scales.items()}
+        scales = {name: _scales_inside(scale, rng) for name, scale in codes.scales.items()}
     return Draw(
         query=inside(query, poison, rng)[0],
         keys=keys,
@@ -160,6 +160,13 @@ def inside(array: np.ndarray, filler: float, rng: np.random.Generator) -> tuple[
     view = whole[tuple(slice(start, start + extent) for start, extent in zip(low, array.shape, strict=True))]
     view[...] = array
     return view, whole
+
+
+def _scales_inside(scale: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """inside; of scales with zero points the slots of a block stay side by side."""
+    if scale.ndim < 4:
+        return inside(scale, np.nan, rng)[0]
+    return inside(scale.reshape(*scale.shape[:2], 2 * scale.shape[2]), np.nan, rng)[0].reshape(scale.shape)
 
 
 def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: int) -> np.ndarray:

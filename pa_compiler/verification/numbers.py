@@ -67,6 +67,8 @@ def ends(
         keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), unseen] = -np.inf
     if rng.random() < 0.5:
         size = min(LARGEST[name] for name in types) / (2 if spec.has_scales else 1)  # a code may be larger by an eighth
+        if spec.rotates:  # sums of all elements
+            size /= spec.result_dim
         values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
     else:
         size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))

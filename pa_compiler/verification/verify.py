@@ -160,7 +160,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     module.num_threads = call.num_threads
     values = None if spec.shared_kv else call.values
     converted = convert_cache(call.keys, values, "NHD", spec.kv_layout)
-    back = convert_cache(*converted, spec.kv_layout, "NHD")
+    back = convert_cache(converted[0], converted[1], spec.kv_layout, "NHD")
     wrong = _differences("of convert_cache there and back", back, (call.keys, values))
     key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else _copies(converted)
     rows = call.query.shape[:2]

@@ -27,10 +27,15 @@ def token(sch: Schedule, tiling: Tiling) -> None:
 def quantised_token(sch: Schedule, tiling: Tiling) -> None:
     """One token in one head: its largest magnitude lane by lane, then its codes in vectors."""
     inside = {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("quantised_token"))}
-    if "peaks" in inside:
-        step, lane = sch.get_loops("peaks")[-2:]
-        sch.vectorize(lane)
-        sch.vectorize(sch.get_loops(sch.decompose_reduction("peaks", step))[-1])
+    for name in ("peaks", "bottoms"):
+        if name in inside:
+            step, lane = sch.get_loops(name)[-2:]
+            sch.vectorize(lane)
+            sch.vectorize(sch.get_loops(sch.decompose_reduction(name, step))[-1])
+    if "row" in inside:
+        sch.vectorize(sch.split(sch.get_loops("row")[-1], [None, _factor(sch, sch.get_loops("row")[-1], 32)])[1])
+    if "code" not in inside:  # halves of bytes are read, changed and written one by one
+        return
     loop = sch.get_loops("code")[-1]
     _, lane = sch.split(loop, [None, _factor(sch, loop, _VECTOR_ELEMENTS)])
     sch.vectorize(lane)

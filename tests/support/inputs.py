@@ -106,6 +106,16 @@ def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray
         return key, value
     if spec.kv_layout == "HND":
         return tuple(cache if cache is None else np.ascontiguousarray(cache.swapaxes(1, 2)) for cache in (key, value))
+    if key.dtype == np.uint8:  # bytes of two elements, which are in pairs as those of bfloat16
+        both = (
+            np.stack([each & 15, each >> 4], axis=-1).reshape(*each.shape[:3], 2 * each.shape[3])
+            for each in (key, value)
+        )
+        return tuple(each[..., 0::2] | each[..., 1::2] << np.uint8(4) for each in _packed(spec, *both))
+    return _packed(spec, key, value)
+
+
+def _packed(spec, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     num_blocks, block_size, num_kv_heads, head_dim = key.shape
     pair = spec.packed_pair
     key_cache = np.empty((num_blocks, num_kv_heads, head_dim // pair, pair * block_size), key.dtype)

@@ -20,12 +20,27 @@ _MASKS = "test_mask_bounds.py"
 
 FAULTS = {
     "a key's scale is another token's": Fault(
-        f"{_KERNELS}scales.py", 'head + T.Cast("int64", t - first)', "head", "test_codes.py"
+        f"{_KERNELS}scales.py", 'head + T.Cast("int64", (t - first) * numbers)', "head", "test_codes.py"
+    ),
+    "a zero point is that of code 0 where code 8 counts as 0": Fault(
+        f"{_KERNELS}scales.py", "T.int64(1)] + middle * found", "T.int64(1)]", "test_codes.py"
+    ),
+    "nibbles are the other way round": Fault(
+        f"{_KERNELS}elements.py",
+        "T.floormod(index, 2) == 0, T.bitwise_and(byte, 15)",
+        "T.floormod(index, 2) == 1, T.bitwise_and(byte, 15)",
+        "test_codes.py",
+    ),
+    "out is not rotated back": Fault(
+        f"{_KERNELS}rotation.py",
+        "    if not spec.rotates:\n        return lambda row, d: acc[slot, row, d]",
+        "    if True:\n        return lambda row, d: acc[slot, row, d]",
+        "test_codes.py",
     ),
     "codes of int8 are rounded down": Fault(
-        f"{_KERNELS}quantise.py",
-        "held + T.float32(_WHOLE))",
-        "held - T.float32(0.5) + T.float32(_WHOLE))",
+        f"{_KERNELS}quantise_rows.py",
+        '"int32", held + T.float32(_WHOLE))',
+        '"int32", held - T.float32(0.5) + T.float32(_WHOLE))',
         "test_code_appends.py",
     ),
     "a NaN of float8 is a number": Fault(f"{_KERNELS}elements.py", "T.bitwise_or(bits, nan)", "bits", "test_codes.py"),

@@ -81,14 +81,14 @@ class Basis(NamedTuple):
             return spec.block_size
         share = self.machine.second_level // (1 if spec.num_kv_heads == 1 else 2)
         elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        tokens = min(self.machine.kv_tile, share // (elements * ITEMSIZES[spec.cache_dtype]))
+        tokens = min(self.machine.kv_tile, share // spec.cache_bytes(elements))
         return max(1, tokens // token_group) * token_group
 
     def sweep(self, most_rows: int | None = None) -> str | None:
         """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
         spec = self.spec
         read = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / (read * ITEMSIZES[spec.cache_dtype])
+        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / spec.cache_bytes(read)
         scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
         if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
             return None
@@ -139,11 +139,16 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
 
 
 def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
-    """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32."""
+    """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32.
+
+    Two to a byte they become float32, and where queries are rotated, which are no numbers of bfloat16 then.
+    """
     whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
-    element = Element(spec.cache_dtype, terms=2 if dot_pairs else 1)
+    element = Element(spec.cache_dtype, terms=2 if dot_pairs and not spec.rotates else 1)
+    if spec.codes_of_byte == 2:
+        element = Element(spec.cache_dtype, word=2, halves=1 if spec.kv_layout == "packed" else 2)
     return Basis(spec, target, pipeline, machine, rows(spec), element, element)
 
 

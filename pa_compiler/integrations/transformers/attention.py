@@ -74,16 +74,17 @@ def attend(
     if not isinstance(attention_mask, Mask):
         got = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else attention_mask
         raise ValueError(f"attention_mask: expected None or one of [batch, columns], got {got}")
-    module = attention_mask.modules.get(shape)
+    codes = caches.PLAIN if paged_layer is None else paged_layer.codes
+    module = attention_mask.modules.get((shape, codes))
     if module is None:
         layouts = caches.layouts(query.dtype, key.shape[3])
-        module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE, layouts)
-        attention_mask.modules[shape] = module
+        module = _module(*shape, window_of(attention_mask.function), caches.BLOCK_SIZE, layouts, codes)
+        attention_mask.modules[shape, codes] = module
     if paged_layer is None:
         step, (keys, values) = _without_cache(module, query, key, value, attention_mask)
     else:
         step = paged_layer.append(module, key, value, attention_mask.padding)
-        keys, values = paged_layer.keys, paged_layer.values
+        keys, values, heads = paged_layer.keys, paged_layer.values, heads | paged_layer.scales
     return _attend(module, query, keys, values, step, scaling, heads), None
 
 
@@ -111,10 +112,12 @@ def _module(
     window: int | None,
     block_size: int,
     layouts: tuple[str, ...] = ("NHD",),
+    codes: caches.Codes = caches.PLAIN,
 ) -> Module:
     shape, name = (num_heads, num_kv_heads, head_dim, block_size), str(dtype).removeprefix("torch.")
-    scores: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
-    first = PagedAttentionSpec(*shape, name, kv_layout=layouts[0], value_dim=value_dim, **scores)
+    fields: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
+    fields |= codes._asdict()
+    first = PagedAttentionSpec(*shape, name, kv_layout=layouts[0], value_dim=value_dim, **fields)
     return modules.of(first, *(dataclasses.replace(first, kv_layout=layout) for layout in layouts[1:]))
 
 
@@ -133,7 +136,7 @@ def _without_cache(
     padding = None if mask.padding is None else mask.padding[:, mask.first_key :]
     step = make_step(batch, blocks, caches.BLOCK_SIZE, total, total, queries, padding)
     pair = caches.empty_caches(module, batch * blocks)
-    caches.append(module, key, value, *pair, step)
+    caches.append(module, key, value, *pair, step, {})
     return step, pair
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -21,6 +21,18 @@ BLOCK_SIZE = 32
 
 HUGE_PAGE = 2 << 20
 """Bytes."""
+
+
+class Codes(NamedTuple):
+    """The fields of a spec of these names: what caches hold in place of the model's type."""
+
+    kv_dtype: str | None = None
+    kv_scale: str | None = None
+    kv_rotation: str | None = None
+
+
+PLAIN = Codes()
+"""The model's type itself."""
 
 
 class PagedLayer(CacheLayerMixin):
@@ -40,6 +52,7 @@ class PagedLayer(CacheLayerMixin):
         self.values: torch.Tensor | None = None
         self.is_initialized: bool = False
         self.module: Any = None  # which the caches are of
+        self.scales: dict[str, torch.Tensor] = {}  # of codes, by keyword of the module's calls
         self._cache, self._batch, self._blocks, self.columns = cache, 0, 0, 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -59,8 +72,13 @@ class PagedLayer(CacheLayerMixin):
         batch, appended = key.shape[0], key.shape[2]
         self._make_room(module, batch, self.columns)
         step = self._cache.step(batch, self._blocks, self.columns, appended, mask)
-        append(module, key, value, self.keys, self.values, step)
+        append(module, key, value, self.keys, self.values, step, self.scales)
         return step
+
+    @property
+    def codes(self) -> Codes:
+        """What its caches hold in place of the model's type."""
+        return self._cache.codes
 
     def _make_room(self, module: Module, batch: int, columns: int) -> None:
         """Have blocks for so many columns of each sequence; what is there is copied."""
@@ -70,22 +88,36 @@ class PagedLayer(CacheLayerMixin):
         if needed <= self._blocks:
             return
         blocks = max(needed, -(-self._cache.capacity // BLOCK_SIZE), 2 * self._blocks)
-        caches = empty_caches(module, batch * blocks)
-        if self.is_initialized:
-            for new, old in zip(caches, (self.keys, self.values), strict=True):
-                _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
-        self.keys, self.values = caches
+        before = self._arrays()
+        self.keys, self.values = empty_caches(module, batch * blocks)
+        self.scales = empty_scales(module, batch * blocks)
+        for new, old in zip(self._arrays(module) if before else [], before, strict=True):
+            _by_sequence(new, batch)[:, : self._blocks] = _by_sequence(old, batch)
         self.module, self._batch, self._blocks, self.is_initialized = module, batch, blocks, True
 
     def _choose(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sequences anew from those that there are."""
         if self.is_initialized:
-            before, batch = (self.keys, self.values), self._batch
+            before, batch = self._arrays(), self._batch
             index = chosen(torch.arange(batch))
             self._batch = len(index)
             self.keys, self.values = empty_caches(self.module, self._batch * self._blocks)
-            for new, old in zip((self.keys, self.values), before, strict=True):
+            self.scales = empty_scales(self.module, self._batch * self._blocks)
+            for new, old in zip(self._arrays(), before, strict=True):
                 torch.index_select(_by_sequence(old, batch), 0, index, out=_by_sequence(new, self._batch))
+
+    def _arrays(self, module: Module | None = None) -> list[torch.Tensor]:
+        """What there is of each block: caches as bytes where they hold codes, and scales of tokens."""
+        module = module or self.module
+        if module is None or self.keys is None or self.values is None:
+            return []
+        caches = [self.keys, self.values]
+        if not module.spec.has_scales:
+            return caches
+        return [
+            *(cache.view(torch.uint8) for cache in caches),
+            *(self.scales.values() if module.spec.token_scales else ()),
+        ]
 
     def get_seq_length(self) -> int:
         """Columns so far."""
@@ -128,11 +160,12 @@ class PagedCache(Cache):
     Args:
         num_layers: Of the model.
         capacity: Columns (prompt and new tokens) that there is room for at first. It grows, by copying.
+        codes: What it holds in place of the model's type.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 256) -> None:
+    def __init__(self, num_layers: int, capacity: int = 256, codes: Codes = PLAIN) -> None:
         super().__init__(layers=[PagedLayer(self) for _ in range(num_layers)])
-        self.capacity = capacity
+        self.capacity, self.codes = capacity, codes
         self._sizes: tuple[int, ...] = ()
         self._steps: list[tuple[torch.Tensor | None, Step]] = []
 
@@ -162,20 +195,30 @@ def empty_caches(module: Module, blocks: int) -> tuple[Any, Any]:
     A page of 2 MB is cleared when it is first written: two in each layer would take longer than a short prompt.
     """
     shapes = [(blocks, *shape[1:]) for shape in (module.spec.key_cache_shape, module.spec.value_cache_shape)]
-    dtype = getattr(torch, module.spec.dtype)
+    dtype = torch.uint8 if module.spec.cache_dtype == "int4" else getattr(torch, module.spec.cache_dtype)
     if min(math.prod(shape) for shape in shapes) * dtype.itemsize >= HUGE_PAGE // 2:
         return module.empty_cache(blocks, like="torch")
     keys, values = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     return keys, values
 
 
-def append(module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step) -> None:
+def empty_scales(module: Module, blocks: int) -> dict[str, torch.Tensor]:
+    """Scales of caches of so many blocks, by keyword; of float8 each is 1."""
+    if not module.spec.has_scales:
+        return {}
+    key_scale, value_scale = module.empty_scales(blocks, like="torch")
+    return {"key_scale": key_scale, "value_scale": value_scale}
+
+
+def append(
+    module: Module, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, step: Step, scales: dict[str, Any]
+) -> None:
     """append_kv of [batch, num_kv_heads, columns, dim]."""
     if key.shape[2] == 1:  # each of torch's calls takes some us, in each layer of each step
         key, value = key.squeeze(2), value.squeeze(2)
     else:
         key, value = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
-    module.append_kv(key, value, keys, values, step.slots)
+    module.append_kv(key, value, keys, values, step.slots, **scales)
 
 
 def _by_sequence(cache: torch.Tensor, batch: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pa_compiler.integrations import modules
 from pa_compiler.integrations.transformers import own_attention, private
 from pa_compiler.integrations.transformers.attention import attend, make_mask
-from pa_compiler.integrations.transformers.cache import PagedCache
+from pa_compiler.integrations.transformers.cache import Codes, PagedCache
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import DTYPES
 
@@ -21,7 +21,13 @@ _before: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Any]] = weakref.W
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def enable(model: PreTrainedModel, *modules_to_use: Module) -> None:
+def enable(
+    model: PreTrainedModel,
+    *modules_to_use: Module,
+    kv_dtype: str | None = None,
+    kv_scale: str | None = None,
+    kv_rotation: str | None = None,
+) -> None:
     """Put a model's attention on these kernels: prefill, chunks of it, and decode.
 
     After it generate() needs nothing else, and makes a PagedCache for itself; calls of the model without a cache, and
@@ -33,6 +39,10 @@ def enable(model: PreTrainedModel, *modules_to_use: Module) -> None:
         *modules_to_use: Modules with attend to take for their specs from now on, for all models: so nothing is compiled
             for these, or they are for another target. Their blocks have 32 tokens, packed for bfloat16 or NHD, and
             generate_batch's, NHD, as many as its pages.
+        kv_dtype: What the caches of generate() hold in place of the model's type: codes, as PagedAttentionSpec has it.
+            Each of float8 counts as it is, with a scale of 1. Calls without a cache, and generate_batch, keep the type.
+        kv_scale: Likewise.
+        kv_rotation: Likewise.
 
     Raises:
         RuntimeError: transformers is of a version that is not known.
@@ -50,7 +60,8 @@ def enable(model: PreTrainedModel, *modules_to_use: Module) -> None:
     config = model.config.get_text_config(decoder=True)
     private.register(attend, make_mask)
     _before[model] = private.use_attention(model), own_attention.use(own_attention.find(model), attend)
-    private.use_cache(model, lambda columns: PagedCache(config.num_hidden_layers, columns))
+    codes = Codes(kv_dtype, kv_scale, kv_rotation)
+    private.use_cache(model, lambda columns: PagedCache(config.num_hidden_layers, columns, codes))
 
 
 def disable(model: PreTrainedModel) -> None:
