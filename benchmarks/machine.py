@@ -15,10 +15,10 @@ def cpu_name() -> str:
 
 
 def results(what: str) -> Path:
-    """The file that keeps what was measured on such a core: in a folder by LLVM's name of it."""
+    """The file that keeps what was measured on such a core, by LLVM's name of it."""
     from tvm.target import codegen
 
-    return Path(__file__).with_name("results") / codegen.llvm_get_system_cpu() / f"{what}.json"
+    return Path(__file__).with_name("results") / f"{codegen.llvm_get_system_cpu()}-{what}.json"
 
 
 def cpu_flags() -> frozenset[str]:

@@ -1,6 +1,6 @@
 """The roofline plot.
 
-python -m benchmarks.plot benchmarks/results/znver3/decode.json docs/roofline.svg
+python -m benchmarks.plot benchmarks/results/znver3-decode.json docs/roofline.svg
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Counts(NamedTuple):
 class Syntax(NamedTuple):
     """How instructions are written.
 
-    What matches those that Counts has, a jump's label, numbers of registers, and what does more than fetch into a cache.
+    What matches those that Counts has, a jump's label, numbers of registers, and what does more than fetch.
     """
 
     jump: re.Pattern[str]
