@@ -25,7 +25,7 @@ CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
 # C++ that is C++: the headers of the hosts, and the programs that test them.
-HEADERS := $(wildcard templates/*/*.h tests/headers/*)
+HEADERS := $(wildcard templates/*/*.h tests/headers/* tests/c/* examples/bundle/*.c*)
 
 # The tests that need torch or onnx, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors dense_calls flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)

@@ -1,11 +1,12 @@
 """pa_compiler: compiles paged attention for the exact shape of a model.
 
-Importing it imports what loading and running a library needs, and nothing of the compiler: compile is imported when it
-is first asked for.
+Importing it imports what loading and running a library needs, and nothing of the compiler: compile and bundle are
+imported when they are first asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import reference
@@ -17,6 +18,7 @@ from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
+    from pa_compiler.bundles.bundle import bundle
     from pa_compiler.compiler import compile  # noqa: A004  (the public name)
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "PagedAttentionSpec",
     "PrefixItem",
     "WorkItem",
+    "bundle",
     "compile",
     "convert_cache",
     "load",
@@ -33,13 +36,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "compile":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pa_compiler import compiler
+_COMPILES = {"bundle": "pa_compiler.bundles.bundle", "compile": "pa_compiler.compiler"}
+"""What is imported when it is asked for, and where it is."""
 
-    globals()[name] = compiler.compile
-    return compiler.compile
+
+def __getattr__(name: str) -> Any:
+    if name not in _COMPILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_COMPILES[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

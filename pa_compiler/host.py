@@ -91,11 +91,6 @@ def kernels(mod: IRModule) -> list[Kernel]:
     return [_kernel(name.name_hint, function) for name, function in mod.functions.items()]
 
 
-def kernel_names(mod: IRModule) -> list[str]:
-    """The names of the PrimFuncs of a module."""
-    return [name.name_hint for name in mod.functions]
-
-
 def _kernel(name: str, function: PrimFunc) -> Kernel:
     parameters = ((each.name.removesuffix("_handle"), str(each.ty)) for each in function.params)
     return Kernel(
@@ -113,7 +108,7 @@ def render(
 ) -> str:
     """The text of host.cc; kernels are the pipeline's and append_kv's.
 
-    has: shares_prefix, attend_rows, tile_shapes, and asks, whether it asks what instruction sets the CPU has.
+    has: shares_prefix, attend_rows, tile_shapes, and asks: whether it asks what the CPU has.
     """
     has = {"shares_prefix": False, "attend_rows": 16, "tile_shapes": {}, "asks": True, **has}
     fused = pipeline == "fused"
@@ -139,30 +134,14 @@ def render(
         attend_heads=attend_heads(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[_instruction_set(name) for name in instruction_sets(target) if has["asks"]],
+        instruction_sets=[instruction_set(name) for name in instruction_sets(target) if has["asks"]],
     )
 
 
 def render_template(name: str, spec: PagedAttentionSpec, description: str, **values: object) -> str:
     """A host's text: a template with what all targets' hosts say of a spec, and with values of its own."""
-    return (
-        _environment()
-        .get_template(name)
-        .render(
-            banner=BANNER,
-            description=description,
-            spec=spec,
-            dtypes=_DTYPES,
-            **values,
-        )
-    )
-
-
-def render_door(**values: Any) -> str:
-    """The text of a bundle's C interface. values: specs, isas, variants, manifest and tile_registers."""
-    isas = [isa | {"instruction_sets": [_instruction_set(name) for name in isa["features"]]} for isa in values["isas"]]
-    values |= {"banner": BANNER, "entry_points": CPU_ENTRY_POINTS, "isas": isas}
-    return render_text("bundle/door.cc.j2", values)
+    values |= {"banner": BANNER, "description": description, "spec": spec, "dtypes": _DTYPES}
+    return render_text(name, values)
 
 
 def render_text(name: str, values: Mapping[str, Any]) -> str:
@@ -215,7 +194,7 @@ def _environment() -> jinja2.Environment:
         autoescape=False,
     )
     filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
-    filters += [_c_string, _initializers, _members, _arguments, _address, _fill]
+    filters += [_initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -230,7 +209,7 @@ def _function(kernel: str) -> str:
     return f"__tvm_ffi_{_identifier(kernel)}"
 
 
-def _instruction_set(name: str) -> str:
+def instruction_set(name: str) -> str:
     """An initializer of an InstructionSet: LLVM's name, and Linux's where that is another, or the bit that says so."""
     flag = INSTRUCTION_SETS[name]
     return f'"{name}"' if flag == name else f'{{"{name}", {json.dumps(flag)}}}'
@@ -307,11 +286,6 @@ def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]
     """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
-
-
-def _c_string(text: str) -> str:
-    """A literal of C."""
-    return json.dumps(text)
 
 
 def _product(shape: Sequence[int]) -> int:

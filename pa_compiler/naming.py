@@ -1,4 +1,4 @@
-"""The names of specs, targets and kernels, by one grammar: in explain, in a bundle's symbols, its manifest and its C calls.
+"""The names of specs, targets and kernels, by one grammar: in explain, and in a bundle's symbols, manifest and calls.
 
     spec     DTYPE[_out_DTYPE]_LAYOUT_hHEADSxKV_HEADS_dHEAD_DIM[vVALUE_DIM]_bBLOCK_SIZE[_FIELD...]
     kernel   pa_SPEC__STRATEGY_rROW_TILE_tKV_TILE__TARGET__FUNCTION

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 
+import bundles
 import cuda_driver
 import cuda_emulator
 import gpu_memory
@@ -113,6 +114,18 @@ def compiled(build_cache):
         return module
 
     return compile_module
+
+
+@pytest.fixture(scope="session")
+def bundle(build_cache):
+    """The folder of a bundle of bundles.SPECS, the same for all of this run's processes."""
+    return bundles.built(build_cache.with_name("bundle"), bundles.SPECS.values(), bundles.TARGETS)
+
+
+@pytest.fixture(scope="session")
+def other_bundle(build_cache):
+    """The folder of another one, with one of these specs, which needs more of a CPU, or less."""
+    return bundles.built(build_cache.with_name("other-bundle"), [bundles.SPECS["float32"]], bundles.OTHER_TARGETS)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def gxx(*arguments, include):
 
 def test_there_are_headers():
     rooms = {place.partition("/")[0] for place in HEADERS}
-    assert rooms == {name.partition("_")[0] for name in PROGRAMS} == {"shared", "cpu", "cuda"}
+    assert rooms == {name.partition("_")[0] for name in PROGRAMS} == {"shared", "cpu", "cuda", "bundle"}
 
 
 @pytest.mark.parametrize("room", PROGRAMS)

@@ -47,6 +47,7 @@ ARROWS = {
     "commands": {"interrupts"},
     "store": {"interrupts"},
     "native": {"commands"},
+    "naming": {"spec", "tiles"},
     "tvmscript": set(),
     "kernels": {"spec", "score", "ranges", "bounds", "interface", "key_ranges", "kv_types", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
@@ -54,7 +55,7 @@ ARROWS = {
     "backend": {"spec"},
     "cpu": {
         *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "words", "score", "key_ranges"),
+        *("backend", "native", "interrupts", "words", "score", "key_ranges", "naming"),
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
@@ -67,6 +68,10 @@ ARROWS = {
         *("spec", "score_checks", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
         *("host", "native", "installation", "interrupts", "turns"),
     },
+    "bundles": {
+        *("spec", "key_ranges", "artifact", "backends", "compiler", "cpu", "dependencies", "host", "native", "naming"),
+        *("interface", "commands", "installation", "interrupts", "turns"),
+    },
     "generate": {
         *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
@@ -76,18 +81,18 @@ ARROWS = {
     },
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
-        *("artifact", "backend", "backends", "compiler", "generate", "report", "store"),
+        *("artifact", "backend", "backends", "compiler", "generate", "naming", "report", "store"),
         "cuda",  # the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
-    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
+    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler", "bundles"},
     "__main__": {"runtime", "cli"},
 }
 """What each room may import. A room is a folder, such as kernels, or a file beside them."""
 
 RUNTIME = {"__init__", "__main__"}
 """What a program that runs libraries imports, and with it all that these import but for what compiles."""
-COMPILER = {"compiler", "cli.main", "report.making"}
+COMPILER = {"compiler", "bundles.bundle", "cli.main", "report.making"}
 BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
 OTHERS = {
     "runtime.torch_tensors": {"torch"},  # of callers with its tensors

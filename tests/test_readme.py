@@ -30,6 +30,7 @@ DOCUMENTS = (
     "DESIGN.md",
     "CONTRIBUTING.md",
     "docs/reference.md",
+    "docs/bundle.md",
     "docs/engines.md",
     "docs/measurements.md",
     "docs/cuda.md",

@@ -218,4 +218,6 @@ PA_EXPORT(attend_plan, pa::AttendPlanParameters, pa::AttendPlanText<pa::Spec>)
 PA_EXPORT(shared_prefix_plan, pa::SharedPrefixPlanParameters, pa::SharedPrefixPlanText<pa::Spec>)
 PA_EXPORT(cpu_set, pa::CpuSetParameters, pa::MakeCpuSet<pa::Spec>)
 PA_EXPORT(openmp, pa::OpenmpParameters, pa::OpenMPText)
+#ifndef PA_WITHOUT_OBJECTS  // of tvm-ffi, as in a bundle
 PA_EXPORT(view_as_bfloat16, pa::ViewAsBfloat16Parameters, pa::ViewAsBFloat16)
+#endif

@@ -132,4 +132,6 @@ PA_EXPORT(append_kv, pa::AppendKvParameters, pa::AppendKV)
 PA_EXPORT(plan, pa::PlanParameters, pa::PlanText<pa::Spec>)
 PA_EXPORT(cpu_set, pa::CpuSetParameters, pa::MakeCpuSet<pa::Spec>)
 PA_EXPORT(openmp, pa::OpenmpParameters, pa::OpenMPText)
+#ifndef PA_WITHOUT_OBJECTS  // of tvm-ffi, as in a bundle
 PA_EXPORT(view_as_bfloat16, pa::ViewAsBfloat16Parameters, pa::ViewAsBFloat16)
+#endif

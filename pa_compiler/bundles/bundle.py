@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pa_compiler import backends, commands, dependencies, interrupts, naming
+from pa_compiler import backends, dependencies, interrupts, naming
 from pa_compiler import compiler as _compiler
 from pa_compiler.bundles import linking, tasks
 from pa_compiler.bundles.tasks import Task, Work
@@ -104,7 +103,7 @@ def _checked_targets(targets: Iterable[backends.TargetLike]) -> list[dict[str, A
     configs = []
     for target in targets:
         config = backends.normalize(backends.named(target) if isinstance(target, str) else target)
-        if config["kind"] != "llvm":
+        if not backends.of(config).takes_numpy:
             raise ValueError(f"targets: expected CPUs, got {target!r}")
         configs.append(config)
     if not configs:
@@ -164,7 +163,7 @@ def _fill(made: Path, specs: Sequence[PagedAttentionSpec], configs: Sequence[dic
 
 
 def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, scratch: Path) -> None:
-    """Do the tasks in so many processes, those of a spec in one where that is even. The first that fails ends all of them, and is what is raised."""
+    """Do the tasks in so many processes, those of a spec in one where it can be. The first failure ends all."""
     running: list[tuple[subprocess.Popen[bytes], Path]] = []
     try:
         for number in range(processes):

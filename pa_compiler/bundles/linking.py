@@ -13,6 +13,7 @@ from typing import Any
 from pa_compiler import dependencies, host, installation, native
 from pa_compiler.bundles.tasks import About, Task
 from pa_compiler.cpu import target as _target
+from pa_compiler.interface import CPU_ENTRY_POINTS
 from pa_compiler.naming import target_name
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -109,10 +110,14 @@ def _render_door(
     variants: Sequence[About],
     manifest: str,
 ) -> str:
-    return host.render_door(
-        specs=names,
-        isas=isas,
-        variants=[
+    values: dict[str, Any] = {
+        "banner": host.BANNER,
+        "entry_points": CPU_ENTRY_POINTS,
+        "specs": names,
+        "isas": [isa | {"instruction_sets": [*map(host.instruction_set, isa["features"])]} for isa in isas],
+        "tile_registers": any(isa["tile_registers"] for isa in isas),
+        "manifest": [json.dumps(line) for line in manifest.splitlines(keepends=True)],  # literals of C too
+        "variants": [
             {
                 "name": each.name,
                 "scale": repr(1.0 / math.sqrt(spec.head_dim)),
@@ -122,9 +127,8 @@ def _render_door(
             }
             for spec, each in zip((spec for spec in specs for _ in isas), variants, strict=True)
         ],
-        manifest=manifest,
-        tile_registers=any(isa["tile_registers"] for isa in isas),
-    )
+    }
+    return host.render_text("bundle/door.cc.j2", values)
 
 
 def _write_stages(

@@ -1,7 +1,7 @@
 """What is built for a bundle, a spec on a target at a time, in processes of their own, since TVM takes one thread.
 
 A process is given a pickle of Work, and leaves for each task its object files in a folder, and beside it what is to be
-known of them. What it raises, of the errors that compile() documents, it leaves as text: nothing of TVM is carried over.
+known of them. What it raises, of the errors that compile() documents, it leaves as text.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def error(folder: Path) -> Exception | None:
     if not (folder / ERROR).exists():
         return None
     kind, message = json.loads((folder / ERROR).read_text())
-    return _KINDS[kind](message)
+    return _KINDS[kind](message.replace("target: ", "targets: ", 1) if message.startswith("target: ") else message)
 
 
 def _do(task: Task, hosts: dict[str, Path]) -> None:

@@ -17,6 +17,7 @@ from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import pages
 from pa_compiler.cli import printing as report
+from pa_compiler.cli.bundles import bundle_command
 from pa_compiler.cli.kept import cache_command
 from pa_compiler.cli.options import (
     call_options,
@@ -139,6 +140,7 @@ for _name, _run in library_cli.COMMANDS.items():
     main.add_command(_OfALibrary(_name, help=_run.__doc__, add_help_option=False))
 
 
+main.add_command(bundle_command)
 main.add_command(cache_command)
 main.add_command(pages.report_command)
 main.add_command(pages.diff_command)

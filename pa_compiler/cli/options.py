@@ -108,8 +108,8 @@ def _score_options(option: Callable[..., Callable[[Any], Any]]) -> list[Callable
     ]
 
 
-def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each field of the spec, and --target and --pipeline."""
+def spec_fields(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the spec."""
     integers = {
         "num_heads": "Query heads, a multiple of --num-kv-heads.",
         "num_kv_heads": "Heads of the caches.",
@@ -137,7 +137,15 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option("invariant", "A token's bits are the same decoded and prefilled.", is_flag=True),
     ]
     decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
-    decorators += [
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the spec, and --target and --pipeline."""
+    decorators = [
+        spec_fields,
         click.option(
             "--target",
             type=Target(),

@@ -212,7 +212,10 @@ def build_part(
     tiles, of_attend = tiling.choose(spec, cpu, "fused"), tiling.choose_attend(spec, cpu, "fused")
     unscheduled = build_kernels(spec, tiles, "fused", of_attend)
     text = host_text(spec, cpu, tiles, "fused", unscheduled, of_attend, asks=False)
-    kernels = {name: renamed(name, of_attend if "attend" in name else tiles) for name in host.kernel_names(unscheduled)}
+    kernels = {
+        name: renamed(name, of_attend if "attend" in name else tiles)
+        for name in (each.name for each in host.kernels(unscheduled))
+    }
     symbols = {name: renamed(name, tiles) for name in CPU_ENTRY_POINTS} | kernels
     symbols = {f"__tvm_ffi_{name}": new for name, new in symbols.items()}
     symbols |= {each.name: renamed(each.name, tiles) for each in spec.constants}

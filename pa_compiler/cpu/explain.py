@@ -18,6 +18,7 @@ from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import TILES
 from pa_compiler.key_ranges import decodes_by_attend
+from pa_compiler.naming import spec_name, variant_name
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import TILE_ROWS, TILE_TOKENS
@@ -95,6 +96,7 @@ def decisions(spec: PagedAttentionSpec, cpu: CpuTarget, pipeline: str, limits: L
         ("pipeline", pipeline),
         ("threads", threads.from_environment().description),
         ("strategy", f"{strategy}. {reason}"),
+        ("kernels", f"{variant_name(spec_name(spec), tiles, json.loads(cpu.config)['mcpu'])} in a bundle"),
         *_tile_rows(spec, tiles, cpu),
         *([] if spec.mask_mod is None else [("keys", bounds.in_words(spec))]),
         *_work_rows(spec, tiles.keys.terms, limits),

@@ -47,8 +47,13 @@ class Arguments {
         Raise("ValueError", "%s: expected extents from 0 on, got %s", name, ListText(given.shape, given.rank).c_str());
       }
     }
-    tensors_[count_] = {given.data, {kDLCPU, 0}, given.rank, DTypeOf(name, given), const_cast<int64_t*>(given.shape),
-                        const_cast<int64_t*>(given.strides), 0};
+    tensors_[count_] = {given.data,
+                        {kDLCPU, 0},
+                        given.rank,
+                        DTypeOf(name, given),
+                        const_cast<int64_t*>(given.shape),
+                        const_cast<int64_t*>(given.strides),
+                        0};
     TVMFFIAny any{};
     any.type_index = kTVMFFIDLTensorPtr;
     any.v_ptr = &tensors_[count_];
@@ -183,7 +188,8 @@ inline void AddThreads(Arguments& arguments, const pa_options& options, const De
     for (int64_t i = 0; i < count; ++i) {
       const bool ascends = options.cpus[i] > (i == 0 ? -1 : options.cpus[i - 1]);
       if (!ascends || options.cpus[i] >= 1 << 16) {
-        Raise("ValueError", "cpus: expected numbers from 0 on, ascending, got %d at position %" PRId64, options.cpus[i], i);
+        Raise("ValueError", "cpus: expected numbers from 0 on, ascending, got %d at position %" PRId64, options.cpus[i],
+              i);
       }
     }
     number = CpuSet::NumberOf(options.cpus, count);

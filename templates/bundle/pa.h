@@ -33,8 +33,8 @@ typedef enum pa_status {
   PA_MEMORY_ERROR = 5   /* the system gives no memory */
 } pa_status;
 
-/* What went wrong, in words: "name: expected X, got Y". Empty after PA_OK. It is the caller's; wherever a function takes
- * one, NULL may stand for it. */
+/* What went wrong, in words: "name: expected X, got Y". Empty after PA_OK. It is the caller's; wherever a function
+ * takes one, NULL may stand for it. */
 typedef struct pa_error {
   char message[512];
 } pa_error;
@@ -61,9 +61,9 @@ typedef enum pa_dtype {
 /* An array in memory of the CPU. The last axis is contiguous; the others may have any strides, but in what is written
  * no two elements share memory. The arrays behind shape and strides are read during the call alone. */
 typedef struct pa_tensor {
-  void *data;             /* aligned to its elements */
-  const int64_t *shape;   /* [rank] */
-  const int64_t *strides; /* [rank], in elements; NULL: side by side, in C's order */
+  void* data;             /* aligned to its elements */
+  const int64_t* shape;   /* [rank] */
+  const int64_t* strides; /* [rank], in elements; NULL: side by side, in C's order */
   int32_t rank;
   int32_t dtype; /* a pa_dtype; PA_NONE: there is no array */
 } pa_tensor;
@@ -80,19 +80,20 @@ typedef enum pa_threading {
 
 /* Runs task(work, i) for each i from 0 to count - 1 once, on up to num_threads threads, and returns when all are done.
  * In any order; a task may be slow or fast. num_threads is 2 or more. */
-typedef void (*pa_parallel_for)(void *context, int64_t count, int64_t num_threads,
-                                void (*task)(void *work, int64_t index), void *work);
+typedef void (*pa_parallel_for)(void* context, int64_t count, int64_t num_threads,
+                                void (*task)(void* work, int64_t index), void* work);
 
 /* What a call runs on. Results are the same in every bit whatever stands here. */
 typedef struct pa_options {
-  int64_t num_threads; /* at most, the caller's own among them; 0: as many as there are CPUs for the library, see cpus */
-  int32_t threading;   /* a pa_threading */
-  int32_t num_cpus;    /* of cpus */
-  const int32_t *cpus; /* [num_cpus], ascending: where threads of the library's pool run. NULL: on those CPUs that the
+  int64_t
+      num_threads;   /* at most, the caller's own among them; 0: as many as there are CPUs for the library, see cpus */
+  int32_t threading; /* a pa_threading */
+  int32_t num_cpus;  /* of cpus */
+  const int32_t* cpus; /* [num_cpus], ascending: where threads of the library's pool run. NULL: on those CPUs that the
                           thread could use that loaded the library */
   pa_parallel_for parallel_for; /* threads of the caller's own in place of these; NULL: there are none */
-  void *parallel_context;       /* handed to it */
-  void *workspace; /* memory for all that the call needs beside its arguments, at a multiple of 64 bytes; NULL: its own.
+  void* parallel_context;       /* handed to it */
+  void* workspace; /* memory for all that the call needs beside its arguments, at a multiple of 64 bytes; NULL: its own.
                       With it, and with parallel_for or one thread, a call allocates nothing */
   size_t workspace_size; /* its bytes: at least what pa_decode_workspace and its like say of this call */
 } pa_options;
@@ -121,9 +122,9 @@ typedef struct pa_decode_args {
   pa_tensor key_scale;     /* [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32, where the spec has
                               a kv_dtype, as its kv_scale says; otherwise none */
   pa_tensor value_scale;   /* the same */
-  const pa_tensor *inputs; /* [num_inputs]: what the spec's functions read, in the order of the spec's inputs */
+  const pa_tensor* inputs; /* [num_inputs]: what the spec's functions read, in the order of the spec's inputs */
   int64_t num_inputs;
-  const double *scale; /* factor of the scores; NULL: 1 / sqrt(head_dim) */
+  const double* scale; /* factor of the scores; NULL: 1 / sqrt(head_dim) */
 } pa_decode_args;
 
 /* Any number of query tokens for each of batch sequences, its last ones. Their keys and values are in the caches
@@ -145,9 +146,9 @@ typedef struct pa_attend_args {
   pa_tensor value_scale;
   pa_tensor tree_mask; /* [sum of n * n], bool or uint8: which of its n query tokens (columns) each of them (rows) of a
                           sequence sees, be it itself; or none */
-  const pa_tensor *inputs;
+  const pa_tensor* inputs;
   int64_t num_inputs;
-  const double *scale;
+  const double* scale;
   int32_t not_causal; /* 0: a query token sees nothing after its own position. Otherwise all of its sequence */
 } pa_attend_args;
 
@@ -206,54 +207,55 @@ typedef struct pa_item {
 int32_t pa_api_version(void);
 
 /* What the bundle says of itself, as JSON: versions, specs, targets and kernels. It belongs to the library. */
-const char *pa_manifest(void);
+const char* pa_manifest(void);
 
 /* The names of the bundle's specs: pa_name(0) to pa_name(pa_count() - 1), NULL beyond. */
 int64_t pa_count(void);
-const char *pa_name(int64_t number);
+const char* pa_name(int64_t number);
 
 /* The target whose kernels were chosen, such as "x86-64-v4"; NULL where none fits this CPU and system. The variable
  * PA_ISA of the environment, when the library is loaded, chooses another one of the bundle's, for tests. */
-const char *pa_isa(void);
+const char* pa_isa(void);
 
 /* The kernels of the spec of a name.
  *
  * PA_VALUE_ERROR: the bundle has no spec of that name; the message lists those it has. Or PA_ISA names no target of it.
- * PA_RUNTIME_ERROR: no target of the bundle fits this CPU and system, or not the one that PA_ISA names; the message says
- * what each of them lacks. */
-pa_status pa_find(const char *name, const pa_kernels **kernels, pa_error *error);
+ * PA_RUNTIME_ERROR: no target of the bundle fits this CPU and system, or not the one that PA_ISA names; the message
+ * says what each of them lacks. */
+pa_status pa_find(const char* name, const pa_kernels** kernels, pa_error* error);
 
 /* Their name, by which profilers show them and manifest.json lists them: spec, strategy and tiles, and target. */
-const char *pa_kernels_name(const pa_kernels *kernels);
+const char* pa_kernels_name(const pa_kernels* kernels);
 
 /* Attention of one query token per sequence. A sequence of length 0, and a head all of whose scores are -inf, gives out
  * 0 and lse -inf, or with sinks the sink. options may be NULL: all are 0.
  *
  * Errors as of pa_status; then neither out nor lse is written. */
-pa_status pa_decode(const pa_kernels *kernels, const pa_decode_args *args, const pa_options *options, pa_error *error);
+pa_status pa_decode(const pa_kernels* kernels, const pa_decode_args* args, const pa_options* options, pa_error* error);
 
-/* Attention of any number of query tokens per sequence. A query token gets what it gets in any other batch, at any number
- * of threads and however a prompt is cut into chunks of two tokens or more; a single one gets what pa_decode gives. */
-pa_status pa_attend(const pa_kernels *kernels, const pa_attend_args *args, const pa_options *options, pa_error *error);
+/* Attention of any number of query tokens per sequence. A query token gets what it gets in any other batch, at any
+ * number of threads and however a prompt is cut into chunks of two tokens or more; a single one gets what pa_decode
+ * gives. */
+pa_status pa_attend(const pa_kernels* kernels, const pa_attend_args* args, const pa_options* options, pa_error* error);
 
 /* Write the keys and values of new tokens into the caches. */
-pa_status pa_append_kv(const pa_kernels *kernels, const pa_append_kv_args *args, const pa_options *options,
-                       pa_error *error);
+pa_status pa_append_kv(const pa_kernels* kernels, const pa_append_kv_args* args, const pa_options* options,
+                       pa_error* error);
 
 /* The bytes of pa_options.workspace that the call of these arguments needs, on so many threads as options say. They are
  * checked, and nothing is written. For another call with the same shapes and lengths it is the same number. The plan of
  * the call is made in memory of the library's own. */
-pa_status pa_decode_workspace(const pa_kernels *kernels, const pa_decode_args *args, const pa_options *options,
-                              size_t *size, pa_error *error);
-pa_status pa_attend_workspace(const pa_kernels *kernels, const pa_attend_args *args, const pa_options *options,
-                              size_t *size, pa_error *error);
-pa_status pa_append_kv_workspace(const pa_kernels *kernels, const pa_append_kv_args *args, const pa_options *options,
-                                 size_t *size, pa_error *error);
+pa_status pa_decode_workspace(const pa_kernels* kernels, const pa_decode_args* args, const pa_options* options,
+                              size_t* size, pa_error* error);
+pa_status pa_attend_workspace(const pa_kernels* kernels, const pa_attend_args* args, const pa_options* options,
+                              size_t* size, pa_error* error);
+pa_status pa_append_kv_workspace(const pa_kernels* kernels, const pa_append_kv_args* args, const pa_options* options,
+                                 size_t* size, pa_error* error);
 
 /* The work items of a call with these lengths, in the order in which threads take them: the first capacity of them are
  * written to items, which may be NULL with capacity 0, and how many there are to count. */
-pa_status pa_plan(const pa_kernels *kernels, const pa_plan_args *args, pa_item *items, int64_t capacity, int64_t *count,
-                  pa_error *error);
+pa_status pa_plan(const pa_kernels* kernels, const pa_plan_args* args, pa_item* items, int64_t capacity, int64_t* count,
+                  pa_error* error);
 
 #ifdef __cplusplus
 }

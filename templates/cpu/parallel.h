@@ -35,8 +35,8 @@ Threads CheckThreads(const Inputs& in) {
   return {limit, static_cast<Threading>(threading), CpuSet::Numbered(cpus)};
 }
 
-// Run body(0) ... body(count - 1), each once: on this thread alone, on the caller's threads, on OpenMP's team, or on the
-// pool's threads and this.
+// Run body(0) ... body(count - 1), each once: on this thread alone, on the caller's threads, on OpenMP's team, or on
+// the pool's threads and this.
 template <typename Body>
 void Spread(int64_t count, const Threads& threads, int64_t num_threads, const Body& body) {
   if (num_threads > 1) {

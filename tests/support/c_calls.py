@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from dlpack import CPU, Exported
 
 I64 = ctypes.c_int64
 DTYPES = {  # pa_dtype
@@ -65,10 +66,24 @@ class Item(ctypes.Structure):
     _fields_ = (("kind", I64), ("numbers", I64 * 9))
 
 
+def of_dlpack(array):
+    """The pa_dtype of an array that is Exported; None where C has no such array."""
+    said = array._versioned.tensor
+    names = {(10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2", (4, 16): "bfloat16", (6, 8): "bool"}
+    kind = {0: "int", 1: "uint", 2: "float"}.get(said.code)
+    name = names.get((said.code, said.bits), f"{kind}{said.bits}")
+    return DTYPES.get(name) if said.device_type == CPU else None
+
+
 def tensor(array):
-    """pa_tensor of an array or None, with its strides, whatever they are in elements. It must be kept with the array."""
+    """pa_tensor of an array or None, with its strides in elements. It keeps what it points to."""
     if array is None:
         return Tensor()
+    if isinstance(array, Exported):
+        said = array._versioned.tensor
+        made = Tensor(said.data, said.shape, said.strides, said.ndim, of_dlpack(array))
+        made.kept = array
+        return made
     rank, size = array.ndim, array.itemsize
     shape = (I64 * rank)(*array.shape)
     strides = (I64 * rank)(*(stride // size for stride in array.strides))
@@ -193,8 +208,13 @@ def numpy_dtype(name):
     return np.dtype(getattr(ml_dtypes, name, None) or name)
 
 
-def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True):
-    """Write a file for driver.c. Arrays by their names in pa.h; None is left out, a pair of tables is two."""
+def write_case(
+    path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True, beside=None
+):
+    """Write a file for driver.c. Arrays by their names in pa.h; None is left out, a pair of tables is two.
+
+    beside: The name of an array that is to lie one element further than its memory.
+    """
     table = arrays.get("block_table")
     if isinstance(table, tuple):
         arrays = arrays | {"block_table": None, "block_indptr": table[0], "block_indices": table[1]}
@@ -203,6 +223,7 @@ def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, th
     lines += [f"manner {manner}"]
     lines += [] if scale is None else [f"scale {float(scale).hex()}"]
     lines += [] if causal else ["not_causal 1"]
+    lines += [] if beside is None else [f"beside {beside}"]
     for name, array in arrays.items():
         lines.append(" ".join(map(str, ("array", name, DTYPES[str(array.dtype)], array.ndim, *array.shape))))
     text = "\n".join([*lines, "end", ""]).encode()
@@ -210,7 +231,7 @@ def write_case(path, call, spec_name, arrays, *, manner="default", threads=2, th
 
 
 def read_result(path, written):
-    """(status, message, arrays) of a result; written are arrays whose shapes and dtypes those that were written have."""
+    """(status, message, arrays) of a result; written are arrays of the shapes and dtypes of those in it."""
     line, _, data = path.read_bytes().partition(b"\n")
     status, _, message = line.decode().partition(" ")
     arrays, start = [], 0

@@ -33,10 +33,17 @@ EXIT_STATUS = 99
 
 def missing() -> str | None:
     """What of the tools is not there, as the reason of a skipped test."""
-    if shutil.which("g++") is None or _runtime() is None:
-        return "libraries are not run under AddressSanitizer: g++ with its libasan is not installed"
+    if reason := missing_runtime():
+        return reason
     if importlib.util.find_spec("ziglang") is None:
         return "libraries are not run under AddressSanitizer: its clang is not installed (pip install '.[soak]')"
+    return None
+
+
+def missing_runtime() -> str | None:
+    """The same of what C and C++ need."""
+    if shutil.which("g++") is None or _runtime() is None:
+        return "libraries are not run under AddressSanitizer: g++ with its libasan is not installed"
     return None
 
 

@@ -37,8 +37,7 @@ class CpuSet {
     do {
       for (const CpuSet* set = made->next_; set != nullptr; set = set->next_) {
         if (set->bytes_ != made->bytes_ || !CPU_EQUAL_S(set->bytes_, set->mask_, made->mask_)) continue;
-        CPU_FREE(made->mask_);
-        delete made;
+        Delete(made);
         return set->number_;
       }
       made->number_ = made->next_ == nullptr ? 1 : made->next_->number_ + 1;
@@ -55,10 +54,23 @@ class CpuSet {
     return set;
   }
 
+  // For a library that is unloaded: forget all sets.
+  static void Release() {
+    while (CpuSet* const set = newest_.load()) {
+      newest_ = set->next_;
+      Delete(set);
+    }
+  }
+
   // Bind the calling thread. It stays where it is if the system has taken all of these CPUs away since.
   void Bind() const { sched_setaffinity(0, bytes_, mask_); }
 
  private:
+  static void Delete(CpuSet* set) {
+    CPU_FREE(set->mask_);
+    delete set;
+  }
+
   inline static std::atomic<CpuSet*> newest_{nullptr};
 
   size_t bytes_;

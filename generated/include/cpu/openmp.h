@@ -29,6 +29,7 @@ struct OpenMP {
   int (*in_parallel)();
   int (*max_threads)();
   const char* path;
+  void* library;
   const OpenMP* older;
 };
 
@@ -47,6 +48,16 @@ class OpenMPFinder {
       pthread_mutex_unlock(&mutex_);
     }
     return found_.load(std::memory_order_relaxed);
+  }
+  // For a library that is unloaded: forget what was found.
+  void Release() {
+    seen_loads_ = 0, found_ = nullptr;
+    while (newest_ != nullptr) {
+      const OpenMP* const seen = newest_;
+      newest_ = seen->older;
+      dlclose(seen->library);
+      delete seen;
+    }
   }
 
  private:
@@ -77,17 +88,20 @@ class OpenMPFinder {
     } else {
       dl_iterate_phdr(ReadName, &path);
     }
-    void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);  // and it stays loaded
+    void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);  // it stays loaded
     if (library == nullptr) return nullptr;
     OpenMP runtime{};
     const bool complete = Get(library, "GOMP_parallel", &runtime.parallel) &&
                           Get(library, "omp_in_parallel", &runtime.in_parallel) &&
                           Get(library, "omp_get_max_threads", &runtime.max_threads);
-    if (!complete) return nullptr;
-    for (const OpenMP* seen = newest_; seen != nullptr; seen = seen->older) {
-      if (seen->parallel == runtime.parallel) return seen;
+    const OpenMP* seen = newest_;
+    while (complete && seen != nullptr && seen->parallel != runtime.parallel) seen = seen->older;
+    if (!complete || seen != nullptr) {
+      dlclose(library);  // it is held once
+      return complete ? seen : nullptr;
     }
     runtime.path = path;
+    runtime.library = library;
     runtime.older = newest_;
     return newest_ = new OpenMP(runtime);
   }

@@ -13,6 +13,7 @@
 
 #include "cpu/cpu_set.h"
 #include "cpu/floating_point.h"
+#include "cpu/scratch.h"
 
 namespace pa {
 
@@ -35,7 +36,7 @@ class ThreadPool {
     job->helpers = num_threads - 1, job->users = 1;
     job->next = 0, job->done = 0;
     job->failed = false;
-    while (num_workers_ < job->helpers && AddWorker()) ++num_workers_;
+    while (num_workers_ < job->helpers && !stopping_ && AddWorker()) ++num_workers_;
     jobs_.Append(job);
     pthread_mutex_unlock(&mutex_);
     for (int64_t i = 1; i < num_threads; ++i) pthread_cond_signal(&wake_);
@@ -49,7 +50,33 @@ class ThreadPool {
     if (failed) throw std::bad_alloc();
   }
 
+  // End the workers, for a library that is unloaded: they finish what they have begun. Calls then run without.
+  void Stop() {
+    pthread_mutex_lock(&mutex_);
+    stopping_ = true;
+    pthread_cond_broadcast(&wake_);
+    pthread_mutex_unlock(&mutex_);
+    while (newest_ != nullptr) {
+      Worker* const ended = newest_;
+      newest_ = ended->older;
+      pthread_join(ended->thread, nullptr);
+      delete ended;
+    }
+    pthread_mutex_lock(&mutex_);
+    while (unused_.first != nullptr) {
+      Job* const job = unused_.first;
+      unused_.Remove(job);
+      delete job;
+    }
+    pthread_mutex_unlock(&mutex_);
+  }
+
  private:
+  struct Worker {
+    pthread_t thread;
+    Worker* older;
+  };
+
   struct Job {
     void (*body)(const void*, int64_t);
     const void* context;
@@ -108,17 +135,27 @@ class ThreadPool {
 
   // Start a worker; where the system refuses, the threads there are do the work.
   bool AddWorker() {
-    pthread_t thread;
-    auto serve = [](void* self) -> void* { static_cast<ThreadPool*>(self)->Serve(); };
-    return pthread_create(&thread, nullptr, serve, this) == 0 && pthread_detach(thread) == 0;
+    auto* const worker = new (std::nothrow) Worker{{}, newest_};
+    if (worker == nullptr) return false;
+    auto serve = [](void* self) -> void* {
+      static_cast<ThreadPool*>(self)->Serve();
+      return nullptr;
+    };
+    if (pthread_create(&worker->thread, nullptr, serve, this) != 0) {
+      delete worker;
+      return false;
+    }
+    newest_ = worker;
+    return true;
   }
 
-  [[noreturn]] void Serve() {
+  void Serve() {
     const DefaultFloatingPoint state;
     const CpuSet* bound = nullptr;
     pthread_mutex_lock(&mutex_);
     for (;;) {
-      while (jobs_.first == nullptr) pthread_cond_wait(&wake_, &mutex_);
+      while (jobs_.first == nullptr && !stopping_) pthread_cond_wait(&wake_, &mutex_);
+      if (jobs_.first == nullptr) break;
       Job* job = jobs_.first;
       ++job->users;
       if (--job->helpers == 0) jobs_.Remove(job);
@@ -128,26 +165,32 @@ class ThreadPool {
       pthread_mutex_lock(&mutex_);
       Release(job);
     }
+    pthread_mutex_unlock(&mutex_);
   }
 
   pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
   pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER, finished_ = PTHREAD_COND_INITIALIZER;
   Queue jobs_;    // those that want helpers
   Queue unused_;  // kept, so that a call allocates nothing
+  Worker* newest_ = nullptr;
   int64_t num_workers_ = 0;
+  bool stopping_ = false;
 };
 
 // Whether this process is a child of fork() since it loaded the library.
 inline bool forked = false;
 
-// Never destroyed, as its threads are not: the library is linked so that it stays loaded. A child of fork() has none of
-// the threads, and starts a pool of its own.
-inline ThreadPool* pool = [] {
+// Never destroyed, as its threads are not, but where a library is unloaded: that calls Stop, and any other is linked so
+// that it stays loaded. A child of fork() has none of the threads, and starts a pool of its own.
+inline ThreadPool pool;
+
+inline const bool is_forked_right = [] {
   pthread_atfork(nullptr, nullptr, [] {
     forked = true;
-    pool = new ThreadPool;
+    new (&pool) ThreadPool;
+    scratch_owners.KeepThisThread();
   });
-  return new ThreadPool;
+  return true;
 }();
 
 }  // namespace pa

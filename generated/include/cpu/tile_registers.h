@@ -16,11 +16,16 @@
 
 namespace pa {
 
-// Linux saves the tile registers of a process that asks for them, since they take 8 KB of every thread's state.
-inline void CheckTileRegisters() {
+// Linux saves the tile registers of a process that asks for them, since they take 8 KB of every thread's state. 0, or
+// the errno with which it refuses.
+inline int AskForTileRegisters() {
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const int error = syscall(SYS_arch_prctl, kRequest, kTileData) == 0 ? 0 : errno;
-  if (error != 0) {
+  return error;
+}
+
+inline void CheckTileRegisters() {
+  if (const int error = AskForTileRegisters()) {
     Raise("RuntimeError", "target: expected leave to use the tile registers of AMX, and Linux refused: %s",
           std::strerror(error));
   }

@@ -31,6 +31,7 @@ class Inputs {
     const TVMFFIAny& given = args_[of.position];
     if (given.type_index == kTVMFFIDLTensorPtr) return *static_cast<const DLTensor*>(given.v_ptr);
     if (given.type_index == kTVMFFITensor) return *TVMFFITensorGetDLTensorPtr(given.v_obj);
+    if (given.type_index == kTVMFFINone) Raise("TypeError", "%s: expected an array, got none", of.name);
     Raise("TypeError", "%s: expected an array, got tvm-ffi type index %d", of.name, given.type_index);
   }
   // The tensor object of an argument, which owns its memory.
