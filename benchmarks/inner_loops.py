@@ -2,8 +2,8 @@
 
 For each loop of decode and attend whose work is products, those among its instructions, its cycles by llvm-mca, where
 that is on PATH and knows the core, and the share of the slots of the units that multiply, in these cycles, that
-products take. llvm-mca has all data in the first-level cache. Where it lets more products into a cycle than the core's makers
-say, as of bfdot in LLVM 19's model of Neoverse V2, the cycles are those of the products.
+products take. llvm-mca has all data in the first-level cache. Where it lets more products into a cycle than the makers
+of the core say, as of bfdot in the model of Neoverse V2 in LLVM 19, the cycles are those of the products.
 """
 
 from __future__ import annotations
