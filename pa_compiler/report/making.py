@@ -41,11 +41,11 @@ def made(
     spec = module.spec
     if query_lens is not None and context_lens is None:
         raise ValueError("query_lens: expected context_lens beside them, got None")
-    takes_numpy = backends.of(dict(module.target)).takes_numpy
-    if not takes_numpy and (measure or context_lens is not None):
-        raise ValueError("context_lens: expected None, and no measuring, of a module for a GPU")
+    runs = backends.of(dict(module.target)).takes_numpy and not module.manifest.is_foreign
+    if not runs and (measure or context_lens is not None):
+        raise ValueError("context_lens: expected None, and no measuring, of a module for a GPU or another architecture")
     case = None
-    if takes_numpy:
+    if runs:
         lens = tuple(int(each) for each in (DEFAULT_LENS if context_lens is None else context_lens))
         queries = None if query_lens is None else tuple(int(each) for each in query_lens)
         if queries is not None and len(queries) != len(lens):
