@@ -177,8 +177,17 @@ void CheckCaches(const ArgumentCheck<Spec>& check, Array* key_cache, Array* valu
 template <typename Of, typename Spec>
 Cache<Of> CheckScales(const ArgumentCheck<Spec>& check, const Parameter& of, [[maybe_unused]] int64_t num_blocks) {
   if constexpr (kTokenScales<Spec>) {
-    const Array scales = check(of, kFloat32, {num_blocks, Spec::kNumKVHeads, Spec::kBlockSize});
-    return {scales, {scales.strides[0]}, {scales.strides[2]}, {scales.strides[1]}};
+    if constexpr (Spec::kScaleShape.count == 4) {  // with a zero point beside each
+      const Array scales = check(of, kFloat32, {num_blocks, Spec::kNumKVHeads, Spec::kBlockSize, 2});
+      if (Spec::kBlockSize > 1 && scales.strides[2] != 2 && !scales.empty()) {
+        Raise("ValueError", "%s: expected the slots of a block side by side (stride 2), got stride %" PRId64, of.name,
+              scales.strides[2]);
+      }
+      return {scales, {scales.strides[0]}, {2}, {scales.strides[1]}};
+    } else {
+      const Array scales = check(of, kFloat32, {num_blocks, Spec::kNumKVHeads, Spec::kBlockSize});
+      return {scales, {scales.strides[0]}, {scales.strides[2]}, {scales.strides[1]}};
+    }
   } else if constexpr (kHasScales<Spec>) {
     const Array scales = check(of, kFloat32, Spec::kScaleShape);
     return {scales, {0}, {0}, {scales.shape[0] == 1 ? 0 : scales.strides[0]}};
