@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,20 @@ def page(rows: list[dict[str, Any]], models: dict[str, Any] | None) -> str:
     columns = ("out, plain", "out, outliers", "lse, plain", "lse, outliers")
     of_types = [(each["cache"], f"{each['bytes']:,}", *(f"{each[name]:.1e}" for name in columns)) for each in rows]
     parts = [
-        "# What a type of cache costs\n\nWritten by `python -m benchmarks.accuracy`, and the part on models from the "
-        "results of\n`python -m benchmarks.perplexity TEXT`. `pa-compiler accuracy` measures the same on keys and values "
-        "of your own.\n\n## Drawn keys and values\n",
-        f"{SPEC.num_heads} query heads on {SPEC.num_kv_heads} kv heads of {SPEC.head_dim}, {SPEC.dtype}, {TOKENS:,} "
-        f"tokens and {QUERIES} queries after them, normal numbers of variance 1; with outliers,\n"
-        f"{accuracy.OUTLIERS} elements of each head of the keys and of the values are {accuracy.OUTLIER_SIZE:g} times "
-        "as large. `out` is the root mean square of the error of out as a\nfraction of that of out, beside float64 on "
-        "the keys and values as they were; `lse` that of the error of lse, in nats. Scales\nare counted in the bytes, of "
-        "all kv heads. Those of float8 are the largest magnitude of the data over that of the type.\n",
+        "# What a type of cache costs\n",
+        _paragraph(
+            "Written by `python -m benchmarks.accuracy`, and the part on models from the results of `python -m "
+            "benchmarks.perplexity TEXT`. `pa-compiler accuracy` measures the same on keys and values of your own."
+        ),
+        "## Drawn keys and values\n",
+        _paragraph(
+            f"{SPEC.num_heads} query heads on {SPEC.num_kv_heads} kv heads of {SPEC.head_dim}, {SPEC.dtype}, "
+            f"{TOKENS:,} tokens and {QUERIES} queries after them, normal numbers of variance 1; with outliers, "
+            f"{accuracy.OUTLIERS} elements of each head of the keys and of the values are {accuracy.OUTLIER_SIZE:g} "
+            "times as large. `out` is the root mean square of the error of out as a fraction of that of out, beside "
+            "float64 on the keys and values as they were; `lse` that of the error of lse, in nats. Scales are counted "
+            "in the bytes, of all kv heads. Those of float8 are the largest magnitude of the data over the type's."
+        ),
         _table(heads, of_types),
     ]
     if models:
@@ -85,16 +91,23 @@ def _of_models(models: dict[str, Any]) -> list[str]:
             each = found.get(cache)
             row += ["", "", ""] if each is None else [f"{each['perplexity']:.3f}", _percent(each["ratio"]), _nats(each)]
         rows.append(row)
+    count = f"{models['windows']} windows" if models["windows"] > 1 else "one window"
     return [
-        f"\n## Models\n\nPerplexity of the first {models['windows'] * models['tokens']:,} tokens of {models['text']}, "
-        f"in {models['windows']} windows of {models['tokens']:,} tokens, through the adapter of\ntransformers "
-        f"{models['transformers']} on torch {models['torch']}, in float32: `enable(model, kv_dtype=...)`. Every token "
-        "attends to what the caches hold of it and\nof those before it in its window. *Beside float32* is the perplexity "
-        "over that of our own caches of float32, and *moved* the mean\nmagnitude of what the negative logarithm of a "
-        "token's probability changes by, in nats: the first may be good by luck, the second\nmay not. Scales of float8 "
-        "are 1.\n",
+        "## Models\n",
+        _paragraph(
+            f"Perplexity of the first {models['windows'] * models['tokens']:,} tokens of {models['text']}, in {count} "
+            f"of {models['tokens']:,} tokens, through the adapter of transformers {models['transformers']} on torch "
+            f"{models['torch']}, in float32: `enable(model, kv_dtype=...)`. Every token attends to what the caches "
+            "hold of it and of those before it in its window. *Beside float32* is the perplexity over that of our own "
+            "caches of float32, and *moved* the mean magnitude of what the negative logarithm of a token's probability "
+            "changes by, in nats: the first may be good by luck, the second may not. Scales of float8 are 1."
+        ),
         _table(heads, rows),
     ]
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 130, break_on_hyphens=False) + "\n"
 
 
 def _percent(ratio: float) -> str:
