@@ -20,7 +20,7 @@ from benchmarks.prediction.trace import Trace
 from pa_compiler import native
 from pa_compiler.runtime import memory
 
-_TIMES = 5
+_TIMES = 9
 _SOURCE = r"""
 #include <chrono>
 #include <cstdint>
@@ -53,6 +53,17 @@ def lines(trace: Trace, caches: list[np.ndarray]) -> tuple[np.ndarray, int]:
         if step >= 0 and not second.has(step // LINE):
             found += [step + shift for begin, end, shift in begins if begin <= step < end]
     return np.array(found, np.int64) // LINE * LINE, size
+
+
+def readers(trace: Trace, caches: list[np.ndarray]) -> set[int]:
+    """The numbers of the blocks that access a call's caches."""
+    found, block = set(), -1
+    for step in trace.steps:
+        if step < 0:
+            block = -1 - step
+        elif any(each.ctypes.data <= step < each.ctypes.data + each.nbytes for each in caches):
+            found.add(block)
+    return found
 
 
 class Reader:

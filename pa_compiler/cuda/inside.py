@@ -12,6 +12,7 @@ from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.explain import COLUMNS, LEGEND, decisions
 from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, WARP
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
 
@@ -41,7 +42,22 @@ def inside(
     if decode is not None:
         facts = decisions(spec, chip, _registers(decode.code), limits.gpu)
     legend = {name: LEGEND.get(name, name) for name in COLUMNS}
-    return Inside(facts, [Option(strategy, True, reason, "")], kernels, legend, "", None)
+    return Inside(facts, options(spec), kernels, legend, "", None)
+
+
+def options(spec: PagedAttentionSpec) -> list[Option]:
+    """The two strategies, and what instructions each would have for a token."""
+    chosen, reason = cuda_tiling.choose_strategy(spec)
+    dims, rows = spec.head_dim + spec.result_dim, min(spec.group, cuda_tiling.MAX_ROW_TILE)
+    products = -(-rows // MMA_HEADS) * dims / 16 / MMA_TOKENS
+    costs = {
+        "tensor_cores": f"products of fragments of a warp for a token of a kv head: {products:g}, of whose columns "
+        f"{rows} of {-(-rows // MMA_HEADS) * MMA_HEADS} are heads",
+        "fma": f"multiply-adds of a warp for a token of a kv head: {rows * dims / WARP:g}",
+    }
+    if spec.dtype == "float32":
+        costs["tensor_cores"] = ""
+    return [Option(name, name == chosen, reason, cost) for name, cost in costs.items()]
 
 
 def _kernels(sass: str) -> list[tuple[str, int, str]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pa_compiler.report.schedule import Merge, Run
 
 _WIDTH = 900
-_LEFT = 76
+_LEFT = 96
 _ROW = 22
 _COLOURS = 8
 """Colours of sequences and threads, the classes s0 to s7 of the page."""
