@@ -20,7 +20,7 @@ from benchmarks.prediction.trace import Trace
 from pa_compiler import native
 from pa_compiler.runtime import memory
 
-_TIMES = 5
+_TIMES = 9
 _SOURCE = r"""
 #include <chrono>
 #include <cstdint>

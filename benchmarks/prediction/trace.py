@@ -75,6 +75,14 @@ def accesses(instruction: str) -> str:
     return "" if found is None or gathers or instruction.startswith(_NO_ACCESS) or "%rip" in instruction else found[1]
 
 
+def fetched(trace: Trace) -> int:
+    """How many lines instructions have fetched."""
+    return sum(
+        count * sum(instruction.startswith("prefetch") for instruction in block)
+        for count, block in zip(trace.counts, trace.blocks, strict=True)
+    )
+
+
 def recording(assembly: str) -> tuple[str, list[tuple[str, ...]]]:
     """Assembly that writes down what it does, and its blocks."""
     lines: list[str] = []
