@@ -181,8 +181,8 @@ def _crosses(what: Operation, address: int) -> bool:
     return what.wide and address % LINE > LINE // 2
 
 
-def cycles(trace: Trace, sizes: Sizes = Sizes()) -> float:  # noqa: B008  # a frozen value
-    """The cycles of a call: of each block the mean of those in the trace's steps, times how often it was executed."""
+def cycles(trace: Trace, sizes: Sizes = Sizes()) -> list[float]:  # noqa: B008  # a frozen value
+    """The cycles of a call by its blocks: the mean of those in the trace's steps, times how often one was executed."""
     core, steps = Core(sizes), trace.steps
     spent: dict[int, list[float]] = defaultdict(list)
     operations = [[operation(instruction) for instruction in block] for block in trace.blocks]
@@ -205,7 +205,7 @@ def cycles(trace: Trace, sizes: Sizes = Sizes()) -> float:  # noqa: B008  # a fr
         before = number
         if at == len(steps):
             break
-    return sum(
+    return [
         count * (sum(found) / len(found) if len(found := spent[number]) >= _LEAST else len(block) / 4)
         for number, (count, block) in enumerate(zip(trace.counts, trace.blocks, strict=True))
-    )
+    ]

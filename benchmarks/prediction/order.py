@@ -55,6 +55,17 @@ def lines(trace: Trace, caches: list[np.ndarray]) -> tuple[np.ndarray, int]:
     return np.array(found, np.int64) // LINE * LINE, size
 
 
+def readers(trace: Trace, caches: list[np.ndarray]) -> set[int]:
+    """The numbers of the blocks that access a call's caches."""
+    found, block = set(), -1
+    for step in trace.steps:
+        if step < 0:
+            block = -1 - step
+        elif any(each.ctypes.data <= step < each.ctypes.data + each.nbytes for each in caches):
+            found.add(block)
+    return found
+
+
 class Reader:
     """Reads lines in some order, of memory of its own that is in no cache before."""
 

@@ -51,9 +51,9 @@ def options(spec: PagedAttentionSpec) -> list[Option]:
     dims, rows = spec.head_dim + spec.result_dim, min(spec.group, cuda_tiling.MAX_ROW_TILE)
     products = -(-rows // MMA_HEADS) * dims / 16 / MMA_TOKENS
     costs = {
-        "tensor_cores": f"{products:g} products of fragments of a warp for a token of a kv head, whose columns are "
-        f"{-(-rows // MMA_HEADS) * MMA_HEADS} heads, of which there are {rows}",
-        "fma": f"{rows * dims / WARP:g} multiply-adds of a warp for a token of a kv head",
+        "tensor_cores": f"products of fragments of a warp for a token of a kv head: {products:g}, of whose columns "
+        f"{rows} of {-(-rows // MMA_HEADS) * MMA_HEADS} are heads",
+        "fma": f"multiply-adds of a warp for a token of a kv head: {rows * dims / WARP:g}",
     }
     if spec.dtype == "float32":
         costs["tensor_cores"] = ""
