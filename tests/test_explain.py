@@ -168,6 +168,20 @@ def test_only_innermost_loops_are_found():
     ]
 
 
+def test_a_loop_of_fetches_is_a_part_of_the_loop_of_products_around_it():
+    """As products of tiles are made, with a few lines fetched after each; alone it is a loop of its own."""
+    fetches = ".LBB0_2:\n\tprefetcht1\t(%rax,%rcx)\n\taddq\t$64, %rcx\n\tjne\t.LBB0_2\n"
+    asm = f"f:\n.LBB0_1:\n\ttdpbf16ps\t%tmm4, %tmm5, %tmm0\n{fetches}\tdecq\t%rbx\n\tjne\t.LBB0_1\n\tretq\n"
+    (loop,) = assembly.inner_loops(asm)
+    assert (loop.line, len(loop.code)) == (3, 6)
+    counts = assembly.count(loop.code)
+    assert (counts.dots, counts.prefetches) == (1, 1)
+    (alone,) = assembly.inner_loops(f"f:\n{fetches}\tretq\n")
+    assert alone.code[0] == "prefetcht1\t(%rax,%rcx)"
+    stores = asm.replace("\taddq\t$64, %rcx\n", "\tvmovups\t%ymm0, (%rdi,%rcx)\n\taddq\t$64, %rcx\n")
+    assert [loop.line for loop in assembly.inner_loops(stores)] == [5]  # what writes is a loop of its own
+
+
 def test_the_roofline_is_the_lower_of_two(monkeypatch):
     monkeypatch.setattr(backend, "emit", lambda *_: {"asm": ""})
     words = ["explain", *OPTIONS["heads_in_lanes"].split()]
