@@ -75,7 +75,7 @@ def _sum_scores(sch: Schedule, tiling: VectorTiling, name: str) -> tuple[LoopRV,
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
     lanes, halves, pairs = tiling.qk_lanes, tiling.keys.halves, tiling.keys.terms == 2
-    steps = max(lanes, math.gcd(int(sch.get(dim).extent), _LINE_WORDS)) if pairs else lanes
+    steps = max(lanes, math.gcd(int(sch.get(dim).extent), _LINE_WORDS)) if pairs and tiling.by_element else lanes
     dim, step, half = sch.split(dim, [None, steps, halves])  # as the key lies in scratch
     sch.reorder(group, dim, step, half, token, row)
     parts = [dim]
