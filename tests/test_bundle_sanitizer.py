@@ -46,7 +46,7 @@ def test_calls_are_clean(tmp_path, monkeypatch):
     spoilt = {
         "query": inputs.query[..., :5],
         "value_cache": None,
-        "block_table": np.full_like(inputs.block_table, 99),
+        "block_table": np.full_like(inputs.block_table, 9999),
         "context_lens": inputs.context_lens.astype(np.int64) * -1,
         "out": inputs.out.astype(np.float16),
         "lse": np.zeros((3, 3, 3), np.float32),

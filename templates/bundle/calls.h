@@ -210,15 +210,16 @@ class Directed {
     if (given_.is_given && reinterpret_cast<uintptr_t>(options.workspace) % 64 != 0) {
       Raise("ValueError", "workspace: expected an address that is a multiple of 64, got %p", options.workspace);
     }
-    call_workspace.Use(given_.is_given ? static_cast<char*>(options.workspace) : nullptr, options.workspace_size);
-    if (given_.parallel_for != nullptr || given_.is_given || given_.measures) directions = &given_;
+    char* const memory = given_.is_given ? static_cast<char*>(options.workspace) : nullptr;
+    before_ = call_workspace.Use(memory, options.workspace_size);
+    directions = given_.parallel_for != nullptr || given_.is_given || given_.measures ? &given_ : nullptr;
   }
   Directed(const Directed&) = delete;
   Directed& operator=(const Directed&) = delete;
   ~Directed() {
     if (measured_ != nullptr) *measured_ = call_workspace.most();
-    call_workspace.Use(nullptr, 0);
-    directions = nullptr;
+    call_workspace.UseAgain(before_);
+    directions = outer_;
   }
   // Run an entry point.
   int Call(Arguments& arguments, TVMFFISafeCallType function, const pa_options& options) const {
@@ -233,6 +234,8 @@ class Directed {
  private:
   const Directions given_;
   size_t* const measured_;
+  const Directions* const outer_ = directions;  // of a call that this thread is within, in a caller's parallel_for
+  ScratchStack::Given before_;
 };
 
 }  // namespace pa

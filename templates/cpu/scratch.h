@@ -24,7 +24,7 @@ class ScratchStack {
  public:
   void* Push(size_t num_bytes) {
     num_bytes = Whole(num_bytes);
-    if (given_ != nullptr) return PushGiven(num_bytes);
+    if (given_.memory != nullptr) return PushGiven(num_bytes);
     if (depth_ == size_) Grow();
     Buffer& buffer = buffers_[depth_];
     if (buffer.capacity < num_bytes) {
@@ -42,8 +42,8 @@ class ScratchStack {
     return buffer.data;
   }
   void Pop() {
-    if (given_ != nullptr) return PopGiven();
-    held_ -= buffers_[--depth_].size + kHead;
+    if (given_.memory != nullptr) return PopGiven();
+    given_.held -= buffers_[--depth_].size + kHead;
   }
   void Release() {
     for (size_t i = 0; i < size_; ++i) std::free(buffers_[i].data);
@@ -51,18 +51,28 @@ class ScratchStack {
     *this = ScratchStack();
   }
 
-  // Of an empty stack: from here on buffers lie in these bytes, which begin at a multiple of 64; with nullptr in memory
-  // of the stack's own again.
-  void Use(char* memory, size_t num_bytes) {
-    given_ = memory, end_ = num_bytes;
-    top_ = last_ = held_ = most_ = 0;
+  // Memory of a caller: its bytes, where the next buffer begins in it, and the last; and the bytes of buffers, what
+  // lies before each among them. Without it buffers are in memory of the stack's own, and counted likewise.
+  struct Given {
+    char* memory;
+    size_t end, top, last;
+    size_t held, most;
+  };
+
+  // From here on buffers lie in these bytes, which begin at a multiple of 64; with nullptr in memory of the stack's
+  // own. Those that it has stay where they are: what was used before, which this returns, is to be used again for them.
+  Given Use(char* memory, size_t num_bytes) { return UseAgain({memory, num_bytes, 0, 0, 0, 0}); }
+  Given UseAgain(const Given& given) {
+    const Given before = given_;
+    given_ = given;
+    return before;
   }
   // The bytes of such memory that were needed since then, be it used or not.
-  size_t most() const { return most_; }
+  size_t most() const { return given_.most; }
   // As if so many bytes had been taken and given back.
   void CountOnce(size_t num_bytes) {
     Count(Whole(num_bytes));
-    held_ -= Whole(num_bytes) + kHead;
+    given_.held -= Whole(num_bytes) + kHead;
   }
   // What buffers of so many bytes need.
   static constexpr size_t Needed(size_t num_bytes) { return Whole(num_bytes) + kHead; }
@@ -79,28 +89,26 @@ class ScratchStack {
   static constexpr size_t Whole(size_t num_bytes) { return (std::max<size_t>(num_bytes, 1) + 63) / 64 * 64; }
 
   void Count(size_t num_bytes) {
-    held_ += num_bytes + kHead;
-    most_ = std::max(most_, held_);
+    given_.held += num_bytes + kHead;
+    given_.most = std::max(given_.most, given_.held);
   }
   void* PushGiven(size_t num_bytes) {
-    if (end_ - top_ < num_bytes + kHead) throw std::bad_alloc();
-    new (given_ + top_) size_t{last_};
-    last_ = top_, top_ += num_bytes + kHead;
+    if (given_.end - given_.top < num_bytes + kHead) throw std::bad_alloc();
+    new (given_.memory + given_.top) size_t{given_.last};
+    given_.last = given_.top, given_.top += num_bytes + kHead;
     Count(num_bytes);
-    return given_ + last_ + kHead;
+    return given_.memory + given_.last + kHead;
   }
   void PopGiven() {
-    held_ -= top_ - last_;
-    top_ = last_;
-    last_ = *reinterpret_cast<const size_t*>(given_ + top_);
+    given_.held -= given_.top - given_.last;
+    given_.top = given_.last;
+    given_.last = *reinterpret_cast<const size_t*>(given_.memory + given_.top);
   }
   void Grow();
 
   Buffer* buffers_ = nullptr;
   size_t size_ = 0, depth_ = 0;
-  char* given_ = nullptr;
-  size_t end_ = 0, top_ = 0, last_ = 0;  // of what was given: its bytes, and where the next buffer begins, and the last
-  size_t held_ = 0, most_ = 0;           // bytes, those before the buffers among them
+  Given given_{};
 };
 
 // Without constructor or destructor, so that each access is one to memory and no look whether they have run.

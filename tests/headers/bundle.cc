@@ -134,6 +134,28 @@ void TestDirections() {
   call_workspace.Use(nullptr, 0);
 }
 
+// A call within another one's parallel_for, on the same thread, leaves what that has.
+void TestACallWithinACall() {
+  alignas(64) static char outer[1024], inner[1024];
+  pa_options options{};
+  options.workspace = outer, options.workspace_size = sizeof outer;
+  const Directed first(options, 64, nullptr);
+  const Borrowed<char> held(call_workspace, 10);
+  {
+    options.workspace = inner;
+    const Directed second(options, 64, nullptr);
+    const Borrowed<char> other(call_workspace, 10);
+    EXPECT(other.data() >= inner && other.data() < inner + sizeof inner);
+    options.workspace = nullptr;
+    const Directed third(options, 64, nullptr);
+    EXPECT(directions == nullptr);
+    const Borrowed<char> own(call_workspace, 10);
+    EXPECT(own.data() < inner || own.data() >= inner + sizeof inner);
+  }
+  const Borrowed<char> next(call_workspace, 10);
+  EXPECT(next.data() == held.data() + 128 && directions != nullptr);
+}
+
 void TestThePoolStops() {
   std::atomic<int> ran{0};
   ThreadPool own;
@@ -154,6 +176,7 @@ int main() {
   pa::TestChoice();
   pa::TestMemoryThatWasGiven();
   pa::TestDirections();
+  pa::TestACallWithinACall();
   pa::TestThePoolStops();
   return failures;
 }

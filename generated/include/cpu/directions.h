@@ -70,18 +70,19 @@ class KernelSlots {
    public:
     explicit Taken(const KernelSlots& slots) : slots_(slots) {
       while (slots.taken_.data()[slot_].exchange(true)) slot_ = (slot_ + 1) % slots.count_;
-      kernel_scratch.Use(slots.memory_.data() + slot_ * slots.bytes_, slots.bytes_);
+      before_ = kernel_scratch.Use(slots.memory_.data() + slot_ * slots.bytes_, slots.bytes_);
     }
     Taken(const Taken&) = delete;
     Taken& operator=(const Taken&) = delete;
     ~Taken() {
-      kernel_scratch.Use(nullptr, 0);
+      kernel_scratch.UseAgain(before_);
       slots_.taken_.data()[slot_].store(false);
     }
 
    private:
     const KernelSlots& slots_;
     int64_t slot_ = 0;
+    ScratchStack::Given before_;
   };
 
  private:
