@@ -15,6 +15,7 @@ from pa_compiler.runtime.cuda_module import CudaModule
 from pa_compiler.runtime.load import load
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import accuracy
 
 if TYPE_CHECKING:
     from pa_compiler.compiler import compile  # noqa: A004  (the public name)
@@ -26,6 +27,7 @@ __all__ = [
     "PagedAttentionSpec",
     "PrefixItem",
     "WorkItem",
+    "accuracy",
     "compile",
     "convert_cache",
     "load",
