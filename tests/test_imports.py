@@ -81,7 +81,7 @@ ARROWS = {
         "cuda",  # the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
-    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
+    "__init__": {"spec", "interface", "reference", "layout", "runtime", "verification", "compiler"},
     "__main__": {"runtime", "cli"},
 }
 """What each room may import. A room is a folder, such as kernels, or a file beside them."""
