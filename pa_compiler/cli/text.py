@@ -19,9 +19,15 @@ def flag(name: str) -> str:
 
 
 def facts(rows: Sequence[tuple[str, str]], width: int) -> str:
-    """Labels, and beside each its text, wrapped to width columns in all."""
+    """Labels, and beside each its text, wrapped to width columns in all; below it where a first word has no room."""
     indent = 2 + max(_LABEL_WIDTH, *(len(label) for label, _ in rows))
-    return "\n".join(f"{label:{indent}}{wrapped(said, width, indent)}" for label, said in rows)
+
+    def row(label: str, said: str) -> str:
+        text = wrapped(said, width, indent)
+        has_room = len(text.partition("\n")[0]) <= width - indent
+        return f"{label:{indent}}{text}" if has_room else f"{label}\n  {text}"
+
+    return "\n".join(row(label, said) for label, said in rows)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str] | str], gap: int = 1) -> str:
