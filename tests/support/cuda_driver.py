@@ -128,7 +128,7 @@ def emulate(patch, directory: Path) -> None:
     """From now on the kernels of CUDA modules are compiled for the emulator; nvcc is not asked."""
 
     def assemble(source, arch, scratch):
-        return cuda_build.Cubin(ptx=source, image=b"", resources={})
+        return cuda_build.Cubin(ptx=source, image=b"", resources={}, located="")
 
     def image(cubin, arch, scratch):
         library, _ = cuda_emulator.build(cubin.ptx, directory)
