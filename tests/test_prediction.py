@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks.prediction.core import Cache, Sizes, cycles
-from benchmarks.prediction.instructions import FMA, operation
-from benchmarks.prediction.order import lines, readers
-from benchmarks.prediction.trace import Recorder, Trace
+from pa_compiler.prediction.core import Cache, Sizes, cycles
+from pa_compiler.prediction.instructions import FMA, operation
+from pa_compiler.prediction.order import lines, readers
+from pa_compiler.prediction.trace import Recorder, Trace
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case
