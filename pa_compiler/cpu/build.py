@@ -56,9 +56,9 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path, *, linked
         llvm = read.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
         interrupts.check()
         if not linked:
-            return llvm, read.inspect_source("asm"), [], []
+            return llvm, numbered(read.inspect_source("asm"), number), [], []
         asm, of_asm = places.apart(_read(places.with_locations(emitted), text).inspect_source("asm"), llvm)
-        return llvm, asm, places.of_llvm(emitted, llvm), of_asm
+        return llvm, numbered(asm, number), places.of_llvm(emitted, llvm), of_asm
 
     llvm, asm, of_llvm, of_asm = zip(*interrupts.in_threads(compiled, apart(marked)), strict=True)
     chained = itertools.chain.from_iterable
@@ -78,6 +78,15 @@ def emit(kernel: IRModule, target: CpuTarget, number: int) -> str:
     emitted = translate(kernel, target).mod.inspect_source("ll")
     return _CONVERSION.sub("", emitted) if number else emitted
 
+
+def numbered(asm: str, number: int) -> str:
+    """The assembly of a kernel with labels that those of others do not have: .LBB20_3 is of kernel 2."""
+    return _LABEL.sub(lambda label: f"{label[1]}{int(label[2]) + 10 * number}", asm) if number else asm
+
+
+_LABEL = re.compile(r"(\.L[A-Za-z]+(?:_[a-z]+)?)(\d+)")
+"""LLVM's labels, which count the functions of a module: .LBB0_3, .LCPI0_1, .Lfunc_end0. A kernel's is the first; the
+module of kernel 0 has a few more."""
 
 _CONVERSION = re.compile(r"^(; Function Attrs: .*\n)?define weak .*\n(.*\n)*?}\n\n?", re.MULTILINE)
 """Functions that TVM adds to every module: conversions of float16 for CPUs without them."""
