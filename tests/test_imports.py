@@ -79,8 +79,9 @@ ARROWS = {
     "generate": {
         *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
+    "prediction": {"host", "native", "interface", "runtime", "verification"},
     "report": {
-        *("spec", "interface", "verification", "words", "backend", "backends", "installation"),
+        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction"),
         "cli",  # what is said of specs and targets
     },
     "cli": {

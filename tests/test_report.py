@@ -21,6 +21,7 @@ from pa_compiler.backend import InnerLoop, Limits
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import explain, inside
 from pa_compiler.cpu import target as cpu_target
+from pa_compiler.prediction import calls, rates
 from pa_compiler.report import columns, mca, pictures, schedule
 
 _ENTRY = generate.ENTRIES["case1_fused"]
@@ -82,7 +83,8 @@ def test_what_a_page_says(module, made):
         f"library SHA-256 {module.checksum}",
         "pa-compiler report --target",
         "natural logarithm",
-        "predicted, at most: 90 GFLOP/s",
+        "the bound: 90 GFLOP/s",
+        "not a prediction: --measure predicts a call of decode on a CPU that the model knows, AMD Zen 3.",
     ):
         assert part in said, part
 
@@ -118,11 +120,55 @@ def test_a_loaded_module_has_no_texts_but_all_else(compiled, made, tmp_path):
     assert f"library SHA-256 {module.checksum}" in said
 
 
-def test_a_measured_call(compiled, made):
-    spec = PagedAttentionSpec(3, 1, 4, 2, "float32")
-    said = words(made(compiled(spec), context_lens=[9, 4], flops=10, bandwidth=10, measure=True))
-    assert re.search(r"time [\d.,]+ us, median of \d+ calls on one thread", said)
-    assert re.search(r"predicted [\d.,]+ us at the least, of which it took [\d.]+ times", said)
+@pytest.fixture
+def small_cache(monkeypatch):
+    """A machine whose last-level cache has 1 MB, so that what is measured is small."""
+    for room in (calls, rates):
+        monkeypatch.setattr(room, "last_level_cache", lambda: 1 << 20)
+
+
+def figures(said, label, unit):
+    """The numbers with a unit in what a page says of a label."""
+    found = re.search(rf" {label} ([\d.,]+ us.*?) (bound|predicted|measured|rate) ", said)
+    return [float(number.replace(",", "")) for number in re.findall(rf"([\d.,]+) {unit}", found[1])]
+
+
+def test_a_measured_call_and_what_was_predicted(compiled, made, small_cache, monkeypatch):
+    monkeypatch.setattr(calls, "unknown", lambda module, case: "")
+    of = compiled(PagedAttentionSpec(3, 1, 16, 4, "float32"), target={"kind": "llvm", "mcpu": "x86-64-v3"})
+    page = made(of, context_lens=[300, 4], measure=True)
+    said = words(page)
+    bound, whole, took = (figures(said, label, "us") for label in ("bound", "predicted", "measured"))
+    assert whole[0] == pytest.approx(whole[1] + whole[2] - whole[3], abs=0.3)
+    ratio, of_bound = re.search(r"predicted is ([\d.]+) of measured; the bound is ([\d.]+) of it", said).groups()
+    assert float(ratio) == pytest.approx(whole[0] / took[0], rel=0.1, abs=0.01)
+    assert float(of_bound) == pytest.approx(bound[0] / took[0], rel=0.1, abs=0.01)
+    points = re.findall(r"(the bound|predicted|measured): ([\d.,]+) GFLOP/s</title>", page)
+    assert [label for label, _ in points] == ["the bound", "predicted", "measured"]
+    flops = 304 * of.spec.token_flops
+    for (_, rate), seconds in zip(points, (bound[0], whole[0], took[0]), strict=True):
+        assert float(rate.replace(",", "")) == pytest.approx(flops / seconds / 1e3, rel=0.05)
+    assert "--measure" in html.unescape(re.search(r'<pre class="command"[^>]*>(.*?)</pre>', page)[1])
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "no model"])
+def test_what_is_not_predicted_is_said_by_name(compiled, made, small_cache, monkeypatch, reason):
+    of = compiled(PagedAttentionSpec(3, 1, 4, 2, "float32"))
+    if reason == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        monkeypatch.setattr(calls, "unknown", lambda module, case: "")
+    else:
+        monkeypatch.setattr(calls, "unknown", lambda module, case: "the model knows AMD Zen 3, and not this")
+    page = made(of, context_lens=[9, 4], flops=10, measure=True)
+    said = words(page)
+    assert re.search(r"measured [\d.,]+ us, median of \d+ calls on one thread", said)
+    if reason == "no compiler":
+        assert "predicted no: the C++ compiler 'no-such-compiler' is not on PATH" in said
+        assert "Roofline of one core" not in said
+    else:
+        assert "predicted no: the model knows AMD Zen 3, and not this" in said
+        assert "and not a prediction: the model knows AMD Zen 3, and not this." in said
+        assert "the bound: " in said
 
 
 @pytest.mark.parametrize(
@@ -131,6 +177,7 @@ def test_a_measured_call(compiled, made):
         ({"query_lens": [1]}, r"^query_lens: expected context_lens beside them, got None"),
         ({"context_lens": [4, 5], "query_lens": [1]}, r"^query_lens: expected 2 numbers, one for each sequence, got 1"),
         ({"context_lens": [4], "query_lens": [5]}, r"^query_lens: expected at most the 4 tokens of sequence 0, got 5"),
+        ({"context_lens": [0], "measure": True}, r"^context_lens: expected tokens that can be measured, got none"),
         ({"flops": 0.0}, r"^flops: expected a number above 0, got 0.0"),
         ({"bandwidth": float("nan")}, r"^bandwidth: expected a number above 0, got nan"),
     ],
@@ -232,7 +279,7 @@ def test_items_of_several_query_tokens():
 def test_pictures_are_pictures():
     items = [WorkItem(at, 1, 0, 4, 64) for at in range(9)]
     runs, merges = schedule.schedule(items, 3, PagedAttentionSpec(4, 2, 16, 16, "float32"))
-    points = [pictures.Point("predicted <at least>", 48, False), pictures.Point("measured", 20, True)]
+    points = [pictures.Point("the <bound>", 48, "bound"), pictures.Point("measured", 20, "measured")]
     for picture in (
         pictures.gantt(runs, merges, 3),
         pictures.gantt([], [], 2),

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 from pa_compiler.backend import links
-from pa_compiler.cpu.assembly import inner_loops
+from pa_compiler.cpu.assembly import loops
 from pa_compiler.report.units import Units
 
 ARITHMETIC = re.compile(r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s")
@@ -34,13 +34,13 @@ def stages_of_lines(module):
 
 
 def coverage(module):
-    """How many arithmetic instructions inner loops have, and how many of those are linked to a stage."""
+    """How many arithmetic instructions loops have, and how many of those are linked to a stage."""
     stages = stages_of_lines(module)
     found = Counter()
-    for loop in inner_loops(module.sources["asm"]):
-        code = iter(stages[loop.line - 1 :])
-        for instruction in loop.code:
-            stage = next(stage for line, stage in code if line.strip() == instruction)
+    for loop in loops(module.sources["asm"]):
+        for line, instruction in zip(loop.lines, loop.code, strict=True):
+            text, stage = stages[line - 1]
+            assert text.strip() == instruction
             if ARITHMETIC.match(instruction):
                 found["all"] += 1
                 found["linked"] += stage != ""
