@@ -14,6 +14,7 @@ from pa_compiler.backend import Links, Place, links
 from pa_compiler.cpu import backend, build, instructions, places
 from pa_compiler.cpu import target as cpu_target
 from pa_compiler.cpu import tiles as tiling
+from pa_compiler.cpu.assembly import loops
 from pa_compiler.report.units import STAGES, Units, sblocks, sections
 
 ENTRIES = {name: entry for name, entry in generate.ENTRIES.items() if backends.of(entry.config).takes_numpy}
@@ -29,10 +30,19 @@ def module(compiled):
 
 
 @every_entry
-def test_arithmetic_of_inner_loops_is_linked(module, name):
+def test_arithmetic_of_loops_is_linked(module, name):
     arithmetic, linked = coverage(module(name))
     assert arithmetic > 100
     assert linked >= 0.9 * arithmetic
+
+
+@every_entry
+def test_every_product_is_of_one_row(module, name):
+    """Also those between loops, as MLA's products of values are."""
+    code = [line.strip() for line in module(name).sources["asm"].splitlines()]
+    rows = [line for loop in loops(module(name).sources["asm"]) for line in loop.code]
+    products = re.compile(r"v?(fn?madd\w+|t?dpbf16)ps\s")
+    assert Counter(filter(products.match, rows)) == Counter(filter(products.match, code))
 
 
 @every_entry
