@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from pages import words
 
 import pa_compiler
 from pa_compiler import AttendItem, PagedAttentionSpec, WorkItem, generate
@@ -21,7 +22,6 @@ from pa_compiler.backend import InnerLoop, Limits
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import explain, inside
 from pa_compiler.cpu import target as cpu_target
-from pa_compiler.prediction import calls, rates
 from pa_compiler.report import columns, mca, pictures, schedule
 
 _ENTRY = generate.ENTRIES["case1_fused"]
@@ -46,12 +46,6 @@ def made(module, tmp_path):
 def unpacked(page):
     data = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page)[1]
     return json.loads(zlib.decompress(base64.b64decode(data)))
-
-
-def words(page):
-    """What a page says, without its scripts."""
-    text = re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
-    return " ".join(html.unescape(text).split())
 
 
 def test_the_texts_are_in_the_page_as_they_are(module, made):
@@ -118,57 +112,6 @@ def test_a_loaded_module_has_no_texts_but_all_else(compiled, made, tmp_path):
     assert "This module was loaded from a library, which holds no texts of stages." in said
     assert re.search("(heads_in_lanes|rows_in_tiles) yes", said)
     assert f"library SHA-256 {module.checksum}" in said
-
-
-@pytest.fixture
-def small_cache(monkeypatch):
-    """A machine whose last-level cache has 1 MB, so that what is measured is small."""
-    for room in (calls, rates):
-        monkeypatch.setattr(room, "last_level_cache", lambda: 1 << 20)
-
-
-def figures(said, label, unit):
-    """The numbers with a unit in what a page says of a label."""
-    found = re.search(rf" {label} ([\d.,]+ us.*?) (bound|predicted|measured|rate) ", said)
-    return [float(number.replace(",", "")) for number in re.findall(rf"([\d.,]+) {unit}", found[1])]
-
-
-def test_a_measured_call_and_what_was_predicted(compiled, made, small_cache, monkeypatch):
-    monkeypatch.setattr(calls, "unknown", lambda module, case: "")
-    of = compiled(PagedAttentionSpec(3, 1, 16, 4, "float32"), target={"kind": "llvm", "mcpu": "x86-64-v3"})
-    page = made(of, context_lens=[300, 4], measure=True)
-    said = words(page)
-    bound, whole, took = (figures(said, label, "us") for label in ("bound", "predicted", "measured"))
-    assert whole[0] == pytest.approx(whole[1] + whole[2] - whole[3], abs=0.3)
-    ratio, of_bound = re.search(r"predicted is ([\d.]+) of measured; the bound is ([\d.]+) of it", said).groups()
-    assert float(ratio) == pytest.approx(whole[0] / took[0], rel=0.1, abs=0.01)
-    assert float(of_bound) == pytest.approx(bound[0] / took[0], rel=0.1, abs=0.01)
-    points = re.findall(r"(the bound|predicted|measured): ([\d.,]+) GFLOP/s</title>", page)
-    assert [label for label, _ in points] == ["the bound", "predicted", "measured"]
-    flops = 304 * of.spec.token_flops
-    for (_, rate), seconds in zip(points, (bound[0], whole[0], took[0]), strict=True):
-        assert float(rate.replace(",", "")) == pytest.approx(flops / seconds / 1e3, rel=0.05)
-    assert "--measure" in html.unescape(re.search(r'<pre class="command"[^>]*>(.*?)</pre>', page)[1])
-
-
-@pytest.mark.parametrize("reason", ["no compiler", "no model"])
-def test_what_is_not_predicted_is_said_by_name(compiled, made, small_cache, monkeypatch, reason):
-    of = compiled(PagedAttentionSpec(3, 1, 4, 2, "float32"))
-    if reason == "no compiler":
-        monkeypatch.setenv("CXX", "no-such-compiler")
-        monkeypatch.setattr(calls, "unknown", lambda module, case: "")
-    else:
-        monkeypatch.setattr(calls, "unknown", lambda module, case: "the model knows AMD Zen 3, and not this")
-    page = made(of, context_lens=[9, 4], flops=10, measure=True)
-    said = words(page)
-    assert re.search(r"measured [\d.,]+ us, median of \d+ calls on one thread", said)
-    if reason == "no compiler":
-        assert "predicted no: the C++ compiler 'no-such-compiler' is not on PATH" in said
-        assert "Roofline of one core" not in said
-    else:
-        assert "predicted no: the model knows AMD Zen 3, and not this" in said
-        assert "and not a prediction: the model knows AMD Zen 3, and not this." in said
-        assert "the bound: " in said
 
 
 @pytest.mark.parametrize(

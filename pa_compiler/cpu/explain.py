@@ -165,7 +165,7 @@ def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> l
     of = "of context" if spec.window is None else "in the window"
     rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte")]
     if limits.flops is None or limits.bandwidth is None:
-        return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+        return [*rows, ("roofline", "--flops and --bandwidth of one core give the least time")]
     flops = limits.flops * dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
     limit = min(flops, limits.bandwidth * intensity)
     bound = "arithmetic" if flops <= limits.bandwidth * intensity else "memory"
