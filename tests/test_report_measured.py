@@ -1,4 +1,4 @@
-"""Pages of calls that are measured: the bound, what is predicted, what is measured, and what is said of no prediction."""
+"""Pages of calls that are measured: the bound, the prediction and the time, or why there is no prediction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def figures(said, label, unit):
 def test_a_measured_call_and_what_was_predicted(compiled, tmp_path, small_cache, monkeypatch):
     monkeypatch.setattr(calls, "unknown", lambda module, case: "")
     of = compiled(PagedAttentionSpec(3, 1, 16, 4, "float32"), target={"kind": "llvm", "mcpu": "x86-64-v3"})
-    of.report(tmp_path / "report.html", context_lens=[300, 4], measure=True)
+    of.report(tmp_path / "report.html", context_lens=[1500, 40], measure=True)
     page = (tmp_path / "report.html").read_text()
     said = words(page)
     bound, whole, took = (figures(said, label, "us") for label in ("bound", "predicted", "measured"))
@@ -38,7 +38,7 @@ def test_a_measured_call_and_what_was_predicted(compiled, tmp_path, small_cache,
     assert float(of_bound) == pytest.approx(bound[0] / took[0], rel=0.1, abs=0.01)
     points = re.findall(r"(the bound|predicted|measured): ([\d.,]+) GFLOP/s</title>", page)
     assert [label for label, _ in points] == ["the bound", "predicted", "measured"]
-    flops = 304 * of.spec.token_flops
+    flops = 1540 * of.spec.token_flops
     for (_, rate), seconds in zip(points, (bound[0], whole[0], took[0]), strict=True):
         assert float(rate.replace(",", "")) == pytest.approx(flops / seconds / 1e3, rel=0.05)
     assert "--measure" in html.unescape(re.search(r'<pre class="command"[^>]*>(.*?)</pre>', page)[1])

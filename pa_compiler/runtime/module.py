@@ -213,8 +213,8 @@ class Module(Calls):
             query_lens: Query tokens of each, of a call of attend; None for one of decode.
             flops: GFLOP/s of float32 of one core, for the roofline and its bound.
             bandwidth: GB/s that one core reads, likewise.
-            measure: Whether to time that call on one thread, on random inputs in memory, and to predict it on a CPU that
-                the model knows; also to measure flops and bandwidth where they are not given.
+            measure: Whether to time that call on one thread, on random inputs in memory, and to predict it where the
+                model knows the CPU; also to measure flops and bandwidth where they are not given.
 
         Raises:
             TypeError, ValueError: a bad argument, lengths or measuring for a module of a GPU, or measuring no tokens.
