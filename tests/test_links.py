@@ -7,7 +7,7 @@ import re
 from collections import Counter
 
 import pytest
-from linked import coverage, stages_of_lines, units, wrong
+from linked import FETCH, PRODUCTS, coverage, stages_of_lines, units, wrong
 
 from pa_compiler import backends, generate, locations, turns
 from pa_compiler.backend import Links, Place, links
@@ -41,8 +41,7 @@ def test_every_product_is_of_one_row(module, name):
     """Also those between loops, as MLA's products of values are."""
     code = [line.strip() for line in module(name).sources["asm"].splitlines()]
     rows = [line for loop in loops(module(name).sources["asm"]) for line in loop.code]
-    products = re.compile(r"v?(fn?madd\w+|t?dpbf16)ps\s")
-    assert Counter(filter(products.match, rows)) == Counter(filter(products.match, code))
+    assert Counter(filter(PRODUCTS.match, rows)) == Counter(filter(PRODUCTS.match, code)) != Counter()
 
 
 @every_entry
@@ -51,7 +50,7 @@ def test_no_link_is_wrong(module, name):
     assert wrong(stages) == []
     there = {stage for _, stage in stages}
     assert {"append_kv", "load_query", "qk_matmul", "scores", "softmax", "pv_matmul", "online_update"} <= there
-    assert ("fetches" in there) == any("prefetch" in line for line, _ in stages)
+    assert ("fetches" in there) == any(FETCH.match(line) for line, _ in stages)
 
 
 def test_stages_have_the_instructions_of_their_work(module):

@@ -9,11 +9,15 @@ from pa_compiler.backend import links
 from pa_compiler.cpu.assembly import loops
 from pa_compiler.report.units import Units
 
-ARITHMETIC = re.compile(r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s")
+_OF_X86 = r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s"
+_OF_AARCH64 = r"f(ml[as]|n?m(add|sub)|add|sub|mul|div|min|max)(nm)?[pv]?\s|bf(dot|mmla)\s"
+ARITHMETIC = re.compile(f"{_OF_X86}|{_OF_AARCH64}")
+PRODUCTS = re.compile(r"v?(fn?madd\w+|t?dpbf16)ps\s|f(mla|madd)\s|bf(dot|mmla)\s")
+FETCH = re.compile(r"\t(prefetch|prfm)")
 _STAGES = {
-    r"prefetch": {"fetches"},
+    r"(prefetch|prfm)": {"fetches"},
     r"v?t?dpbf16ps": {"qk_matmul", "pv_matmul", "softmax"},  # the last sums pairs of probabilities
-    r"v?div[ps]s": {"normalize", "scores"},
+    r"(v?div[ps]s|fdiv)": {"normalize", "scores"},
     r"v?maxps": {"scores", "softmax"},
 }
 """Instructions that few stages have, and which those are."""
