@@ -29,7 +29,7 @@ HEADERS := $(wildcard templates/*/*.h tests/headers/* tests/c/* examples/bundle/
 
 # The tests that need torch or onnx, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors dense_calls flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
-ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_continuous transformers_generate transformers_models)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_codes transformers_continuous transformers_generate transformers_models)
 
 VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
 

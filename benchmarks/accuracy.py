@@ -20,7 +20,7 @@ from pa_compiler.verification import accuracy
 RESULTS = Path(__file__).with_name("accuracy_results.json")
 PERPLEXITY = Path(__file__).with_name("perplexity_results.json")
 PAGE = Path(__file__).parents[1] / "docs" / "accuracy.md"
-SPEC = PagedAttentionSpec(32, 8, 128, 32, "bfloat16", "float32")
+SPEC = PagedAttentionSpec(8, 2, 128, 32, "bfloat16", "float32")
 TOKENS, QUERIES = 4096, 8
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma 3 270M"}
 

@@ -16,6 +16,7 @@ from pa_compiler.runtime.cuda_module import CudaModule
 from pa_compiler.runtime.load import load
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import accuracy
 
 if TYPE_CHECKING:
     from pa_compiler.bundles.bundle import bundle
@@ -29,6 +30,7 @@ __all__ = [
     "PagedAttentionSpec",
     "PrefixItem",
     "WorkItem",
+    "accuracy",
     "bundle",
     "compile",
     "convert_cache",

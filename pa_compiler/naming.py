@@ -1,6 +1,7 @@
 """The names of specs, targets and kernels, by one grammar: in explain, and in a bundle's symbols, manifest and calls.
 
-    spec     DTYPE[_out_DTYPE]_LAYOUT_hHEADSxKV_HEADS_dHEAD_DIM[vVALUE_DIM]_bBLOCK_SIZE[_FIELD...]
+    spec     DTYPE[_kv_CODES][_out_DTYPE]_LAYOUT_hHEADSxKV_HEADS_dHEAD_DIM[vVALUE_DIM]_bBLOCK_SIZE[_FIELD...]
+    codes    KV_DTYPE_KV_SCALE[_rotated]
     kernel   pa_SPEC__STRATEGY_rROW_TILE_tKV_TILE__TARGET__FUNCTION
 
 such as pa_f32_nhd_h16x1_d128_b16__heads_in_lanes_r16_t128__x86_64_v3__fused_decode. Fields of a spec that are not used
@@ -23,6 +24,7 @@ _SHORT = {
     "float16": "f16",
     "bfloat16": "bf16",
     "int8": "i8",
+    "int4": "i4",
     "float8_e4m3fn": "e4m3",
     "float8_e5m2": "e5m2",
 }
@@ -37,7 +39,7 @@ def spec_name(spec: PagedAttentionSpec) -> str:
 def _parts(spec: PagedAttentionSpec) -> Iterator[str]:
     yield _SHORT[spec.dtype]
     if spec.has_scales:
-        yield f"kv_{_SHORT[spec.cache_dtype]}_{spec.scales_of}"
+        yield f"kv_{_SHORT[spec.cache_dtype]}_{spec.scales_of}" + ("_rotated" if spec.rotates else "")
     if spec.result_dtype != spec.dtype:
         yield f"out_{_SHORT[spec.result_dtype]}"
     yield spec.kv_layout.lower()

@@ -139,9 +139,13 @@ def test_names_tell_specs_apart():
     }  # fmt: skip
     import dataclasses
 
-    assert fields.keys() | {"inputs", "kv_scale"} == {field.name for field in dataclasses.fields(BASE)}
+    assert fields.keys() | {"inputs", "kv_scale", "kv_rotation"} == {field.name for field in dataclasses.fields(BASE)}
     specs = [BASE, *(dataclasses.replace(BASE, **{name: value}) for name, value in fields.items())]
     specs += [dataclasses.replace(BASE, kv_dtype="float8_e5m2", kv_scale=scale) for scale in ("tensor", "head")]
+    specs += [
+        dataclasses.replace(BASE, head_dim=32, kv_dtype=dtype, kv_rotation=rotation)
+        for dtype, rotation in (("int8", "hadamard"), ("int4", "hadamard"), ("int4", "none"))
+    ]
     names = [naming.spec_name(spec) for spec in specs]
     assert len(set(names)) == len(names)
     assert all(name.isidentifier() for name in names)

@@ -91,7 +91,17 @@ ARROWS = {
         "cuda",  # the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
-    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler", "tuning", "bundles"},
+    "__init__": {
+        "spec",
+        "interface",
+        "reference",
+        "layout",
+        "runtime",
+        "verification",
+        "compiler",
+        "tuning",
+        "bundles",
+    },
     "__main__": {"runtime", "cli"},
 }
 """What each room may import. A room is a folder, such as kernels, or a file beside them."""

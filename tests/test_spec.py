@@ -115,6 +115,7 @@ def test_positional_order():
         "invariant": False,
         "kv_dtype": None,
         "kv_scale": None,
+        "kv_rotation": None,
     }
 
 
