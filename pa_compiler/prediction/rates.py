@@ -98,19 +98,23 @@ class Rates:
         return max(float(self._multiply(ctypes.c_long(_STEPS), ctypes.byref(sink))) for _ in range(_TRIES))
 
     def bandwidth(self, at: np.ndarray, size: int) -> float:
-        """Bytes a second of lines that begin at some bytes, int64, of so many."""
+        """Bytes a second of lines that begin at some bytes, int64, of so many: the median of some times."""
+        return len(at) * LINE / statistics.median(self._seconds(at, size))
+
+    def stream(self) -> float:
+        """Bytes a second of lines that follow each other, four times as many as the last-level cache has: the best."""
+        size = 4 * last_level_cache()
+        at = np.arange(0, size, LINE, dtype=np.int64)
+        return size / min(self._seconds(at, size))
+
+    def _seconds(self, at: np.ndarray, size: int) -> list[float]:
         data, sink = _memory(size + LINE), ctypes.c_float()
         seconds = []
         for _ in range(_TIMES):
             self._others[::LINE].sum()
             arguments = (ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(at.ctypes.data), ctypes.c_long(len(at)))
             seconds.append(self._read(*arguments, ctypes.byref(sink)))
-        return len(at) * LINE / statistics.median(seconds)
-
-    def stream(self) -> float:
-        """Bytes a second of lines that follow each other, four times as many as the last-level cache has."""
-        size = 4 * last_level_cache()
-        return self.bandwidth(np.arange(0, size, LINE, dtype=np.int64), size)
+        return seconds
 
 
 def _memory(size: int) -> np.ndarray:
