@@ -77,11 +77,11 @@ ARROWS = {
         *("interface", "commands", "installation", "interrupts", "turns"),
     },
     "generate": {
-        *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts")
+        *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
     "prediction": {"host", "native", "interface", "runtime", "verification"},
     "report": {
-        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction", "cli")
+        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction", "cli"),
     },
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
