@@ -26,11 +26,7 @@ ARROWS = {
     "layout": {"spec", "kv_types", "codes"},
     "tiles": {"spec", "kv_types"},
     "runtime": {
-        "spec",
-        "score",
-        "score_checks",
-        "interface",
-        "key_ranges",
+        *("spec", "score", "score_checks", "interface", "key_ranges"),
         *("verification", "report"),
     },  # a module verifies itself, by what compares it with the reference, and makes a page of itself
     "verification": {
@@ -81,7 +77,8 @@ ARROWS = {
     },
     "prediction": {"host", "native", "interface", "runtime", "verification"},
     "report": {
-        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction", "cli"),
+        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction"),
+        "cli",  # what is said of specs and targets
     },
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
