@@ -77,8 +77,8 @@ ARROWS = {
     },
     "prediction": {"host", "native", "interface", "runtime", "verification"},
     "report": {
-        *("spec", "interface", "verification", "words", "backend", "backends", "installation", "prediction"),
-        "cli",  # what is said of specs and targets
+        *("spec", "interface", "verification", "words", "backend", "backends", "installation"),
+        *("prediction", "cli"),  # whose words are of specs and targets
     },
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
