@@ -27,9 +27,9 @@ import pa_compiler
 from benchmarks.cases import CASES, beyond_cache
 from benchmarks.contender import preloaded
 from benchmarks.inputs import Call, make_call
-from benchmarks.machine import last_level_cache
 from benchmarks.peers import Unsupported
 from benchmarks.worker import as_float32
+from pa_compiler.prediction.rates import last_level_cache
 from pa_compiler.verification.comparison import compare, oracle
 
 RUNTIMES = {"libgomp": None, "libiomp5": "libiomp5.so"}

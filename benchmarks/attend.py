@@ -30,6 +30,7 @@ from benchmarks.measure import CaseResult, measure
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Probe
 from benchmarks.run import is_wrong
+from pa_compiler.prediction.rates import last_level_cache
 from pa_compiler.runtime import files
 
 _RAGGED = [name for name, peer in PEERS.items() if peer.ragged]
@@ -94,7 +95,7 @@ def _measured(
     seconds: float,
 ) -> Iterator[list[CaseResult]]:
     """Measure groups of cases, by their names, and print each."""
-    cache_bytes, cores = machine.last_level_cache(), machine.cores()
+    cache_bytes, cores = last_level_cache(), machine.cores()
     left_out = ", ".join(peer.title for peer in PEERS.values() if not peer.ragged)
     console.print(f"{machine.cpu_name()}, last-level cache {cache_bytes / 2**20:.0f} MB; without {left_out}")
     probe = Probe(cache_bytes)

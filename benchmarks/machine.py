@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def cpu_name() -> str:
@@ -24,12 +23,6 @@ def results(what: str) -> Path:
 def cpu_flags() -> frozenset[str]:
     """The instruction-set extensions that the kernel reports, such as "avx2"."""
     return frozenset(_cpuinfo("flags").split())
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that CPU 0 can use."""
-    sizes = [path.read_text().strip() for path in (_CPUS / "cpu0/cache").glob("index*/size")]
-    return max(int(size[:-1]) * _UNITS[size[-1]] for size in sizes)
 
 
 def cores() -> list[int]:

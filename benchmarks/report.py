@@ -12,6 +12,7 @@ from benchmarks import machine
 from benchmarks.measure import CaseResult, Result, Spread
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Roofline
+from pa_compiler.prediction.rates import last_level_cache
 
 _OWN = 0.95  # of a CPU's time: below it the machine is not idle
 
@@ -65,7 +66,7 @@ def as_json(results: list[CaseResult], huge_pages: bool, rounds: int) -> dict[st
     """Everything that was measured; rates in 1/s, times in seconds, spreads as [median, 10th, 90th percentile]."""
     return {
         "cpu": machine.cpu_name(),
-        "last_level_cache": machine.last_level_cache(),
+        "last_level_cache": last_level_cache(),
         "huge_pages": huge_pages,
         "rounds": rounds,
         "contenders": {name: peer.title for name, peer in PEERS.items()},

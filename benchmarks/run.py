@@ -17,6 +17,7 @@ from benchmarks.contender import Contender
 from benchmarks.measure import CaseResult, measure
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Probe
+from pa_compiler.prediction.rates import last_level_cache
 from pa_compiler.runtime import files
 
 _QUICK_CASES = ("16/1-bf16", "16/1-f32", "32/8-bf16", "32/32-f32")
@@ -67,7 +68,7 @@ def main(
     contenders = chosen or tuple(name for name, peer in PEERS.items() if peers or peer.ours)
     console = Console(highlight=False)
     console.width = max(console.width, 100)
-    cache_bytes, cores = machine.last_level_cache(), machine.cores()
+    cache_bytes, cores = last_level_cache(), machine.cores()
     if max(thread_counts) > len(cores):
         console.print(f"{max(thread_counts)} threads: left out, this process may use {len(cores)} core(s)")
     about = f"last-level cache {cache_bytes / 2**20:.0f} MB, KV beyond it"

@@ -24,7 +24,7 @@ from rich.table import Table
 import pa_compiler
 from benchmarks.cases import CASES, beyond_cache
 from benchmarks.inputs import Call, make_call
-from benchmarks.machine import last_level_cache
+from pa_compiler.prediction.rates import last_level_cache
 from pa_compiler.verification import cases
 from pa_compiler.verification.comparison import compare, oracle
 

@@ -141,7 +141,9 @@ class Option(NamedTuple):
 
 
 class InnerLoop(NamedTuple):
-    """Inner loops of machine code that consist of the same instructions; of a GPU, a kernel as a whole.
+    """Loops of machine code that consist of the same instructions, without what loops inside of them have.
+
+    Of a GPU, a kernel as a whole.
 
     Attributes:
         function: The PrimFunc that they are in.
@@ -152,6 +154,7 @@ class InnerLoop(NamedTuple):
         bound: What takes as many: "arithmetic", "loads" or "instructions"; "" of a GPU.
         registers: Registers that they use, in words.
         code: The instructions of the first.
+        at: The lines of these in the text, counted from 1; none of a GPU.
     """
 
     function: str
@@ -162,6 +165,7 @@ class InnerLoop(NamedTuple):
     bound: str
     registers: str
     code: tuple[str, ...]
+    at: tuple[int, ...] = ()
 
 
 class Inside(NamedTuple):

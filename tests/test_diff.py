@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu.assembly import count, inner_loops
+from pa_compiler.cpu.assembly import count, loops
 
 SPEC = PagedAttentionSpec(4, 2, 16, 8, "float32")
 COMMON = "--num-heads 4 --num-kv-heads 2 --head-dim 16 --block-size 8 --dtype float32 --no-attend".split()
@@ -39,7 +39,7 @@ def test_targets(diff, compiled):
     assert "target    A: llvm, x86-64-v3\ntarget    B: llvm, x86-64-v4\n" in text
     sides = [compiled(SPEC, target={"kind": "llvm", "mcpu": f"x86-64-{version}"}) for version in ("v3", "v4")]
     assert numbers(text, "asm")[:2] == [len(side.sources["asm"].splitlines()) for side in sides]
-    fmas = [sum(count(loop.code).fmas for loop in inner_loops(side.sources["asm"])) for side in sides]
+    fmas = [sum(count(loop.code).fmas for loop in loops(side.sources["asm"])) for side in sides]
     assert numbers(text, "FMA") == [*fmas, fmas[1] - fmas[0]]
     assert text.index("stage  lines A") < text.index("--- A/scheduled.py\n+++ B/scheduled.py\n@@")
     assert max(map(len, text.partition("--- A/")[0].splitlines())) <= 80

@@ -66,7 +66,8 @@ def test_explain_counts_what_is_in_the_assembly(emitted, strategy, where):
         assert told <= set(accumulators(emitted["asm"]))
     loops = printed_loops(text)
     assert len(loops) >= 5
-    line = max(loops, key=lambda at: loops[at][2] + loops[at][3])  # the most FMAs, or dot products of pairs
+    innermost = loops.keys() & {loop.line for loop in assembly.inner_loops(emitted["asm"])}
+    line = max(innermost, key=lambda at: loops[at][2] + loops[at][3])  # the most FMAs, or dot products of pairs
     lines = emitted["asm"].splitlines()
     label = next(name for name in map(str.strip, reversed(lines[: line - 1])) if name.startswith(".LBB"))
     label = label.partition(":")[0]
@@ -148,7 +149,7 @@ def test_what_an_instruction_counts_as(line, field):
     assert counts == {name: int(name == "instructions" or name in field.split()) for name in counts}
 
 
-def test_only_innermost_loops_are_found():
+def test_loops_around_others_are_found_where_they_compute_and_counted_by_their_own():
     asm = """f:
 .LBB0_1:
 \tmovq %rax, %rbx
@@ -163,9 +164,13 @@ def test_only_innermost_loops_are_found():
 .LBB0_4:
 \tretq
 """
-    assert assembly.inner_loops(asm) == [
-        assembly.Loop("f", 5, ("addq $1, %rax", "je .LBB0_3", "subq $1, %rbx", "jne .LBB0_2"))
-    ]
+    code = ("addq $1, %rax", "je .LBB0_3", "subq $1, %rbx", "jne .LBB0_2")
+    inner = assembly.Loop("f", (5, 6, 7, 9), code, innermost=True)
+    assert assembly.inner_loops(asm) == assembly.loops(asm) == [inner]
+    products = asm.replace("\tmovq %rax, %rbx\n", "\ttdpbf16ps %tmm4, %tmm5, %tmm0\n")
+    own = ("tdpbf16ps %tmm4, %tmm5, %tmm0", "jmp .LBB0_1")
+    assert assembly.loops(products) == [inner, assembly.Loop("f", (3, 10), own, innermost=False)]
+    assert assembly.inner_loops(products) == [inner]
 
 
 def test_a_loop_of_fetches_is_a_part_of_the_loop_of_products_around_it():

@@ -26,11 +26,7 @@ ARROWS = {
     "layout": {"spec", "kv_types", "codes"},
     "tiles": {"spec", "kv_types"},
     "runtime": {
-        "spec",
-        "score",
-        "score_checks",
-        "interface",
-        "key_ranges",
+        *("spec", "score", "score_checks", "interface", "key_ranges"),
         *("verification", "report"),
     },  # a module verifies itself, by what compares it with the reference, and makes a page of itself
     "verification": {
@@ -79,15 +75,15 @@ ARROWS = {
     "generate": {
         *("spec", "runtime", "artifact", "backend", "backends", "compiler", "host", "installation", "interrupts"),
     },
+    "prediction": {"host", "native", "interface", "runtime", "verification"},
     "report": {
         *("spec", "interface", "verification", "words", "backend", "backends", "installation"),
-        "cli",  # what is said of specs and targets
+        *("prediction", "cli"),  # whose words are of specs and targets
     },
     "cli": {
         *("__init__", "spec", "kv_types", "bounds", "interface", "runtime", "verification", "words"),
         *("artifact", "backend", "backends", "compiler", "generate", "naming", "report", "store"),
-        *("records", "tuning"),
-        "cuda",  # the names of GPUs
+        *("records", "tuning", "cuda"),  # the last for the names of GPUs
     },
     "integrations": {"__init__", "spec", "runtime"},  # compile() is the package's own
     "__init__": {

@@ -224,10 +224,12 @@ def test_a_stage_outside_of_a_prim_func_says_so():
         store_exp(None, (0,), 0.0, True)
 
 
-@pytest.mark.parametrize(("dtype", "streams"), [("float32", 8), ("bfloat16", 1)], ids=["sweep", "prefetches"])
-def test_the_token_of_each_column_of_a_tile(cpu, dtype, streams):
+@pytest.mark.parametrize(
+    ("heads", "dtype", "streams"), [(8, "float32", 8), (24, "bfloat16", 1)], ids=["sweep", "prefetches"]
+)
+def test_the_token_of_each_column_of_a_tile(cpu, heads, dtype, streams):
     """As token_offsets has it in its docstring: in turn from several places in the whole tiles of a sweep alone."""
-    spec = pa_compiler.PagedAttentionSpec(8, 2, 32, 16, dtype)
+    spec = pa_compiler.PagedAttentionSpec(heads, 2, 32, 16, dtype)
     tiles = tiling.choose(spec, cpu, "fused")
     assert tiles.streams == streams
     stage = token_offsets(spec, tiles, key_access(spec, tiles))

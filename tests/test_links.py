@@ -7,13 +7,14 @@ import re
 from collections import Counter
 
 import pytest
-from linked import coverage, stages_of_lines, units, wrong
+from linked import FETCH, PRODUCTS, coverage, stages_of_lines, units, wrong
 
 from pa_compiler import backends, generate, locations, turns
 from pa_compiler.backend import Links, Place, links
 from pa_compiler.cpu import backend, build, instructions, places
 from pa_compiler.cpu import target as cpu_target
 from pa_compiler.cpu import tiles as tiling
+from pa_compiler.cpu.assembly import loops
 from pa_compiler.report.units import STAGES, Units, sblocks, sections
 
 ENTRIES = {name: entry for name, entry in generate.ENTRIES.items() if backends.of(entry.config).takes_numpy}
@@ -29,10 +30,18 @@ def module(compiled):
 
 
 @every_entry
-def test_arithmetic_of_inner_loops_is_linked(module, name):
+def test_arithmetic_of_loops_is_linked(module, name):
     arithmetic, linked = coverage(module(name))
     assert arithmetic > 100
     assert linked >= 0.9 * arithmetic
+
+
+@every_entry
+def test_every_product_is_of_one_row(module, name):
+    """Also those between loops, as MLA's products of values are."""
+    code = [line.strip() for line in module(name).sources["asm"].splitlines()]
+    rows = [line for loop in loops(module(name).sources["asm"]) for line in loop.code]
+    assert Counter(filter(PRODUCTS.match, rows)) == Counter(filter(PRODUCTS.match, code)) != Counter()
 
 
 @every_entry
@@ -41,7 +50,7 @@ def test_no_link_is_wrong(module, name):
     assert wrong(stages) == []
     there = {stage for _, stage in stages}
     assert {"append_kv", "load_query", "qk_matmul", "scores", "softmax", "pv_matmul", "online_update"} <= there
-    assert ("fetches" in there) == any("prefetch" in line for line, _ in stages)
+    assert ("fetches" in there) == any(FETCH.match(line) for line, _ in stages)
 
 
 def test_stages_have_the_instructions_of_their_work(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the roofline.")
 @click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the roofline.")
-@click.option("--measure", is_flag=True, help="Time the call of the plan on one thread.")
+@click.option("--measure", is_flag=True, help="Predict and time the call of the plan on one thread.")
 def report_command(
     output: Path,
     target: Any,
@@ -80,7 +81,7 @@ def report_command(
             module.num_threads = threads
     lens = seq_lens or (making.DEFAULT_LENS if batch or query_lens else None)
     count = batch or (len(lens) if lens else 0)
-    with step("Making the page"), usage_errors():
+    with contextlib.nullcontext() if measure else step("Making the page"), usage_errors():
         made = making.made(
             module,
             _repeated(lens, count),
@@ -88,6 +89,7 @@ def report_command(
             Limits(flops, bandwidth),
             measure,
             again=_again(),
+            step=step,
         )
     try:
         files.write(output, made.encode())

@@ -21,13 +21,8 @@ def flag(name: str) -> str:
 def facts(rows: Sequence[tuple[str, str]], width: int) -> str:
     """Labels, and beside each its text, wrapped to width columns in all; below it where a first word has no room."""
     indent = 2 + max(_LABEL_WIDTH, *(len(label) for label, _ in rows))
-
-    def row(label: str, said: str) -> str:
-        text = wrapped(said, width, indent)
-        has_room = len(text.partition("\n")[0]) <= width - indent
-        return f"{label:{indent}}{text}" if has_room else f"{label}\n  {text}"
-
-    return "\n".join(row(label, said) for label, said in rows)
+    said = "\n".join(f"{label:{indent}}{wrapped(said, width, indent)}" for label, said in rows)
+    return "\n".join(map(str.rstrip, said.split("\n")))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str] | str], gap: int = 1) -> str:
@@ -46,8 +41,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str] | str], gap: int = 
 
 
 def wrapped(said: str, width: int, indent: int) -> str:
-    """A paragraph that begins at a column, its further lines below that. Words are never broken, however long."""
-    lines = textwrap.wrap(said, max(width - indent, 1), break_long_words=False, break_on_hyphens=False)
+    """A paragraph that begins at a column, its further lines below that.
+
+    Words are never broken: one that is too long for a line has it alone, below what stands before the paragraph.
+    """
+    room = max(width - indent, 1)
+    lines = textwrap.wrap(said, room, break_long_words=False, break_on_hyphens=False)
+    if lines and indent and len(lines[0]) > room:
+        lines = ["", *lines]
     return f"\n{' ' * indent}".join(lines)
 
 

@@ -9,11 +9,24 @@ from typing import NamedTuple
 
 
 class Loop(NamedTuple):
-    """An innermost loop: its function, the line of the text that it begins at (from 1), and its instructions."""
+    """A loop, without what loops inside of it have.
+
+    Attributes:
+        function: That it is in.
+        lines: Of the text, counted from 1, at which its instructions are.
+        code: These instructions.
+        innermost: Whether there is no loop inside of it but one of fetches.
+    """
 
     function: str
-    line: int
+    lines: tuple[int, ...]
     code: tuple[str, ...]
+    innermost: bool
+
+    @property
+    def line(self) -> int:
+        """The line at which it begins."""
+        return self.lines[0]
 
 
 class Counts(NamedTuple):
@@ -107,8 +120,15 @@ def inner_loops(asm: str) -> list[Loop]:
     A loop of fetches does not count, which stands between the products of a loop around it: it is a part of that one,
     as if it ran once.
     """
-    code: list[tuple[str, str]] = []  # function, instruction
-    lines: list[int] = []
+    return [loop for loop in loops(asm) if loop.innermost]
+
+
+def loops(asm: str) -> list[Loop]:
+    """The innermost loops, and those around them that have float32 arithmetic of their own, in the order of their ends.
+
+    An instruction is of one of them at most: what is inside of two is of the inner one.
+    """
+    code: list[tuple[str, int, str]] = []  # function, line, instruction
     labels: dict[str, int] = {}
     function = ""
     for number, line in enumerate(map(str.strip, asm.splitlines()), start=1):
@@ -117,23 +137,32 @@ def inner_loops(asm: str) -> list[Loop]:
         elif name := re.match(r"([A-Za-z_]\w*):", line):
             function = name[1]
         elif line and not line.startswith((".", "#", "//")) and not line.endswith(":"):
-            code.append((function, line))
-            lines.append(number)
-    jumps = []
-    syntax = syntax_of(line for _, line in code)
-    for end, (_, line) in enumerate(code):
-        if jump := syntax.jump.match(line):
-            jumps.append((labels.get(jump[1], math.inf), end))
-    loops = [(int(begin), end) for begin, end in jumps if begin <= end]
-    innermost = _without_others(loops)
-    fetches = {(begin, end) for begin, end in innermost if _fetches([line for _, line in code[begin : end + 1]])}
-    around = _without_others([loop for loop in loops if loop not in fetches])
-    alone = [loop for loop in fetches if not any(_within(loop, other) for other in around)]
-    return [
-        Loop(code[begin][0], lines[begin], tuple(line for _, line in code[begin : end + 1]))
-        for begin, end in loops
-        if (begin, end) in {*around, *alone}
+            code.append((function, number, line))
+    syntax = syntax_of(line for _, _, line in code)
+    jumps = [
+        (labels.get(jump[1], math.inf), end) for end, each in enumerate(code) if (jump := syntax.jump.match(each[2]))
     ]
+    spans = [(int(begin), end) for begin, end in jumps if begin <= end]
+    innermost = _without_others(spans)
+    fetches = {(begin, end) for begin, end in innermost if _fetches([line for _, _, line in code[begin : end + 1]])}
+    around = _without_others([span for span in spans if span not in fetches])
+    alone = [span for span in fetches if not any(_within(span, other) for other in around)]
+    found, taken = [], set()
+    for begin, end in sorted(set(spans) - fetches | set(alone), key=lambda span: (span[1] - span[0], span)):
+        own = [at for at in range(begin, end + 1) if at not in taken]
+        if not own:
+            continue
+        taken.update(own)
+        functions, lines, instructions = zip(*(code[at] for at in own), strict=True)
+        loop = Loop(functions[0], lines, instructions, (begin, end) in {*around, *alone})
+        if loop.innermost or _computes(instructions):
+            found.append((end, loop))
+    return [loop for _, loop in sorted(found, key=lambda each: each[0])]
+
+
+def _computes(code: Sequence[str]) -> bool:
+    syntax = syntax_of(code)
+    return any(pattern.match(line) for line in code for pattern in (syntax.fma, syntax.dot, syntax.arithmetic))
 
 
 def _within(loop: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -10,10 +10,10 @@ from typing import Any
 
 from pa_compiler import bounds
 from pa_compiler.backend import Explanation, Extras, Limits
-from pa_compiler.cpu import backend
+from pa_compiler.cpu import assembly, backend
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
+from pa_compiler.cpu.assembly import Counts, Loop, count
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.cpu.tiles.basis import TILES
@@ -76,8 +76,7 @@ def explain(
         raise ValueError(f"gpu: expected --target cuda with it, got {config['kind']!r}")
     cpu = _target.resolve(config)
     extras = Extras(attend=decodes_by_attend(spec, pipeline))
-    loops = inner_loops(backend.emit(spec, config, pipeline, extras, directory)["asm"])
-    rows, others = _loop_rows(loops)
+    rows, others = _loop_rows(assembly.loops(backend.emit(spec, config, pipeline, extras, directory)["asm"]))
     remark = f"... and {counted(others, 'inner loop')} without float32 arithmetic."
     heads = ("line", "n", *COLUMNS.values())
     facts = decisions(spec, cpu, pipeline, limits)
@@ -166,7 +165,7 @@ def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> l
     of = "of context" if spec.window is None else "in the window"
     rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte")]
     if limits.flops is None or limits.bandwidth is None:
-        return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+        return [*rows, ("roofline", "--flops and --bandwidth of one core give the least time")]
     flops = limits.flops * dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
     limit = min(flops, limits.bandwidth * intensity)
     bound = "arithmetic" if flops <= limits.bandwidth * intensity else "memory"

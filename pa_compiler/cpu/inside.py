@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pa_compiler.backend import InnerLoop, Inside, Limits, Option
+from pa_compiler.cpu import assembly
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.cpu.assembly import Counts, Loop, inner_loops, syntax_of
+from pa_compiler.cpu.assembly import Counts, Loop, syntax_of
 from pa_compiler.cpu.explain import COLUMNS, LEGEND, alike, decisions
 from pa_compiler.cpu.machines import AVX2, NEON, kind_of
 from pa_compiler.cpu.target import CpuTarget
@@ -119,9 +120,9 @@ def _cost(tiles: CpuTiling, known: Basis) -> str:
 
 
 def loops(asm: str, core: Core) -> list[InnerLoop]:
-    """The inner loops of an assembly that compute, those of a function that are alike as one."""
+    """The loops of an assembly that compute, those of a function that are alike as one."""
     found = []
-    for function, run in itertools.groupby(inner_loops(asm), lambda loop: loop.function):
+    for function, run in itertools.groupby(assembly.loops(asm), lambda loop: loop.function):
         of_function = list(run)
         first = {loop.line: loop for loop in of_function}
         found += [_loop(first[lines[0]], function, counts, lines, core) for counts, lines in alike(of_function).items()]
@@ -139,8 +140,9 @@ def _loop(loop: Loop, function: str, counts: Counts, lines: Sequence[int], core:
     }
     bound = max(cycles, key=lambda name: cycles[name])
     name = function.removeprefix("__tvm_ffi_").removesuffix("_compute_")
+    registers = _registers(loop, counts)
     return InnerLoop(
-        name, tuple(lines), mix, counts.instructions, cycles[bound], bound, _registers(loop, counts), loop.code
+        name, tuple(lines), mix, counts.instructions, cycles[bound], bound, registers, loop.code, loop.lines
     )
 
 

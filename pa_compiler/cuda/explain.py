@@ -142,7 +142,7 @@ def _work_rows(
     of = "of context" if spec.window is None else "in the window"
     rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte"), ("ranges", cut)]
     if gpu is None:
-        return [*rows, ("roofline", "--gpu gives the time that is predicted")]
+        return [*rows, ("roofline", "--gpu gives the least time")]
     chip = gpus.GPUS[gpu]
     flops = chip.tensor_flops if tiles.strategy == "tensor_cores" else chip.flops
     limit = min(flops, chip.bandwidth * intensity)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
-
-import numpy as np
 
 from pa_compiler import backends
 from pa_compiler.backend import Limits
 from pa_compiler.cli.text import flag
+from pa_compiler.prediction import calls
+from pa_compiler.prediction.rates import Rates
 from pa_compiler.report import page
 from pa_compiler.report.page import Call, Measured, Subject
 from pa_compiler.spec import PagedAttentionSpec
@@ -22,8 +22,8 @@ from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case
 
 DEFAULT_LENS = (4096, 33, 1024, 515)
-_SECONDS = 1.0
-_LEAST, _MOST = 5, 200
+Step = Callable[[str], AbstractContextManager[Any]]
+"""Shows that something is going on, which its label names."""
 
 
 def made(
@@ -33,10 +33,11 @@ def made(
     limits: Limits,
     measure: bool,
     again: str | None = None,
+    step: Step = contextlib.nullcontext,
 ) -> str:
     """The HTML of a module's page. Arguments and errors as of Module.report; again is the command that makes it again.
 
-    Where it is not given, it is made of what the module says of itself.
+    Where it is not given, it is made of what the module says of itself. What takes longer than a second is a step.
     """
     spec = module.spec
     if query_lens is not None and context_lens is None:
@@ -55,6 +56,10 @@ def made(
     if case is not None:
         items = module.plan(case.context_lens, case.query_start_loc)
         call = Call(tuple(case.context_lens.tolist()), case.query_lens, items, module.num_threads)
+    command = again or _command(module, None if context_lens is None else case, limits, measure)
+    measured = None
+    if measure and case is not None:
+        measured, limits = _measured(module, case, limits, step)
     return page.page(
         Subject(
             spec=spec,
@@ -66,8 +71,8 @@ def made(
             links=module._links,
             call=call,
             limits=limits,
-            measured=_measured(module, case) if measure and case else None,
-            command=again or _command(module, None if context_lens is None else case, limits, measure),
+            measured=measured,
+            command=command,
         )
     )
 
@@ -84,29 +89,29 @@ def checked_limits(flops: float | None, bandwidth: float | None) -> Limits:
     return Limits(flops, bandwidth)
 
 
-def _measured(module: Any, case: Case) -> Measured:
-    """Time a call on one thread, with caches of which it reads each block once."""
+def _measured(module: Any, case: Case, limits: Limits, step: Step) -> tuple[Measured, Limits]:
+    """Predict and time a call on one thread; with the limits of this core where they are not given."""
     if case.spec.score_mod is not None and case.spec.score_mod.result is None:
         raise ValueError("measure: expected a module that was compiled here, got one that has the text of functions")
-    caches = module.empty_cache(case.num_blocks)
-    arrays = cases.make_inputs(case, 0, caches=caches)._replace(block_table=cases.distinct_blocks(case))
-    heads = cases.head_arrays(case)
-    before = module.num_threads
-    module.num_threads = 1
+    if not case.num_tokens:
+        raise ValueError("context_lens: expected tokens that can be measured, got none")
+    call, reason, model, rates = calls.prepared(module, case), calls.unknown(module, case), None, None
     try:
-        out = cases.call(module, case, arrays, **heads)
-        seconds = [_timed(module, case, arrays, out, heads)]
-        while len(seconds) < _LEAST or (sum(seconds) < _SECONDS and len(seconds) < _MOST):
-            seconds.append(_timed(module, case, arrays, out, heads))
-    finally:
-        module.num_threads = before
-    return Measured(statistics.median(seconds), len(seconds), case.flops, case.kv_bytes)
-
-
-def _timed(module: Any, case: Case, arrays: Any, out: np.ndarray, heads: dict[str, Any]) -> float:
-    start = time.perf_counter()
-    cases.call(module, case, arrays, out, **heads)
-    return time.perf_counter() - start
+        if not reason:
+            with step("Running the call on the model"):
+                model = calls.modelled(call)
+        with step("Measuring what the machine gives"):
+            rates = Rates()
+            stream = rates.stream()
+    except RuntimeError as error:  # no compiler
+        model, reason, stream = None, str(error), 0.0
+    with step("Measuring the call"):
+        found = calls.measured(call, rates, model)
+    if rates is not None:
+        limits = limits._replace(
+            flops=limits.flops or (found.operations or 0) / 1e9 or None, bandwidth=limits.bandwidth or stream / 1e9
+        )
+    return Measured(found, case.flops, case.kv_bytes, reason), limits
 
 
 def _command(module: Any, case: Case | None, limits: Limits, measure: bool) -> str:

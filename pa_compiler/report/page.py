@@ -11,6 +11,7 @@ from pa_compiler import backend, backends, installation
 from pa_compiler.backend import Inside, Limits
 from pa_compiler.cli import text
 from pa_compiler.interface import AttendItem, WorkItem
+from pa_compiler.prediction import calls
 from pa_compiler.report import columns, mca, pictures
 from pa_compiler.report.pictures import Point
 from pa_compiler.report.schedule import schedule
@@ -41,12 +42,19 @@ class Call(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a call took on one thread: the median of so many, its FLOPs, and the bytes of the caches that it reads."""
+    """What a call took on one thread, and what was predicted.
 
-    seconds: float
-    times: int
+    Attributes:
+        found: The times and the rates.
+        flops: Of the call.
+        kv_bytes: Bytes of keys and values that it reads.
+        reason: Why it is not predicted; "" where it is.
+    """
+
+    found: calls.Measured
     flops: int
     kv_bytes: int
+    reason: str
 
 
 class Subject(NamedTuple):
@@ -113,6 +121,7 @@ def page(subject: Subject) -> str:
         links_of=_LINKS_OF["sass" if "ptx" in subject.sources else "asm"],
         roofline=_roofline(subject, inside),
         plan=_plan(subject),
+        unpredicted=_unpredicted(subject),
         measured=_measured(subject, inside),
         conventions=CONVENTIONS,
     )
@@ -167,9 +176,7 @@ def _loops(inside: Inside, units: Units, target: Mapping[str, Any]) -> list[dict
     of_lines = units.of_lines.get("asm", [])  # a GPU's kernels are of no one stage
     rows = []
     for at, loop in enumerate(inside.loops):
-        found = (
-            [of_lines[line - 1] for line in range(loop.lines[0], loop.lines[0] + loop.instructions)] if of_lines else []
-        )
+        found = [of_lines[line - 1] for line in loop.at] if of_lines else []
         stage, unit = _most(found, units)
         rows.append(
             {
@@ -204,27 +211,48 @@ def _roofline(subject: Subject, inside: Inside) -> str:
     if inside.flops is None or limits.bandwidth is None:
         return ""
     intensity = spec.token_flops / spec.token_bytes
-    points = [Point("predicted, at most", min(inside.flops, limits.bandwidth * intensity), False)]
-    if subject.measured:
-        points.append(Point("measured on one thread", subject.measured.flops / subject.measured.seconds / 1e9, True))
+    points = [Point("the bound", min(inside.flops, limits.bandwidth * intensity), "bound")]
+    if (measured := subject.measured) is not None:
+        if measured.found.predicted is not None:
+            points.append(Point("predicted", measured.flops / measured.found.predicted.whole / 1e9, "predicted"))
+        points.append(Point("measured", measured.flops / measured.found.seconds / 1e9, "measured"))
     return pictures.roofline(intensity, inside.flops, limits.bandwidth, points)
 
 
+def _unpredicted(subject: Subject) -> str:
+    """What is said of a picture whose only point that is not measured is the bound."""
+    bound = "The bound is what the limits of the core allow at most, and not a prediction"
+    if subject.measured is None:
+        return f"{bound}: --measure predicts a call of decode on a CPU that the model knows, {calls.KNOWN}."
+    return f"{bound}: {subject.measured.reason}." if subject.measured.reason else ""
+
+
 def _measured(subject: Subject, inside: Inside) -> list[tuple[str, str]]:
-    """What the measured call took, beside what was predicted."""
-    found = subject.measured
-    if found is None:
+    """The bound of a call, what was predicted, what it took, and their ratios."""
+    if subject.measured is None:
         return []
-    rows = [
-        ("time", f"{found.seconds * 1e6:,.1f} us, median of {found.times} calls on one thread"),
-        ("rate", f"{found.flops / found.seconds / 1e9:.1f} GFLOP/s, {found.kv_bytes / found.seconds / 1e9:.2f} GB/s"),
-    ]
-    if inside.flops is not None and subject.limits.bandwidth is not None:
-        least = max(found.flops / inside.flops, found.kv_bytes / subject.limits.bandwidth) / 1e9
-        rows.append(
-            ("predicted", f"{least * 1e6:,.1f} us at the least, of which it took {found.seconds / least:.2f} times")
-        )
-    return rows
+    found, flops, kv_bytes, reason = subject.measured
+    rows, ratios = [], []
+    if inside.flops is not None and (bandwidth := subject.limits.bandwidth) is not None:
+        least = max(flops / inside.flops, kv_bytes / bandwidth) / 1e9
+        rows.append(("bound", f"{_us(least)} at the least, by {inside.flops:.4g} GFLOP/s and {bandwidth:.4g} GB/s"))
+        ratios.append(f"the bound is {least / found.seconds:.2f} of it")
+    if found.predicted is not None and found.bandwidth is not None:
+        core, memory, whole = found.predicted
+        parts = f"{_us(core)} of the core and {_us(memory)} of memory, of which {_us(core + memory - whole)} overlap"
+        order = f"{found.bandwidth / 1e9:.4g} GB/s in the order in which the call reads"
+        rows.append(("predicted", f"{_us(whole)}: {parts}; memory gives {order}"))
+        ratios.insert(0, f"predicted is {found.predicted.whole / found.seconds:.2f} of measured")
+    else:
+        rows.append(("predicted", f"no: {reason}"))
+    of = f"median of {found.times} calls on one thread that read keys and values from memory"
+    rate = f"{flops / found.seconds / 1e9:.1f} GFLOP/s, {kv_bytes / found.seconds / 1e9:.2f} GB/s"
+    rows += [("measured", f"{_us(found.seconds)}, {of}"), ("rate", rate)]
+    return [*rows, ("ratio", "; ".join(ratios))] if ratios else rows
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f} us"
 
 
 def _plan(subject: Subject) -> dict[str, Any] | None:

@@ -16,12 +16,17 @@ _COLOURS = 8
 """Colours of sequences and threads, the classes s0 to s7 of the page."""
 
 
+_LABELS = {"bound": (-10, -9, "end"), "predicted": (-10, 14, "end"), "measured": (11, 5, "start")}
+"""Where the label of a point is, so that those of points which lie close together are apart: the roof rises to the
+right."""
+
+
 class Point(NamedTuple):
-    """A point of a roofline plot: what it is, its GFLOP/s, and whether it was measured."""
+    """A point of a roofline plot: what it is, its GFLOP/s, and its kind, a word of _LABELS."""
 
     label: str
     rate: float
-    measured: bool
+    kind: str
 
 
 def bar(mix: Mapping[str, int], instructions: int, legend: Mapping[str, str]) -> str:
@@ -109,13 +114,11 @@ def roofline(intensity: float, flops: float, bandwidth: float, points: Sequence[
     parts.append(_text(x(high_x) + 6, y(flops) + 4, f"{flops:,.4g} GFLOP/s", "start"))
     parts.append(_text((_LEFT + _WIDTH - 150) / 2, top + height + 34, "FLOPs a byte of the caches"))
     for point in points:
-        shape = f'<circle class="{"measured" if point.measured else "predicted"}" r="6" '
         said = f"{point.label}: {point.rate:,.4g} GFLOP/s"
-        parts.append(f'{shape}cx="{x(intensity):.1f}" cy="{y(point.rate):.1f}"><title>{_safe(said)}</title></circle>')
-        if point.measured:
-            parts.append(_text(x(intensity) + 11, y(point.rate) + 5, said, "start"))
-        else:  # on the roof, which rises to the right
-            parts.append(_text(x(intensity) - 10, y(point.rate) - 9, said, "end"))
+        place = f'cx="{x(intensity):.1f}" cy="{y(point.rate):.1f}"'
+        parts.append(f'<circle class="{point.kind}" r="6" {place}><title>{_safe(said)}</title></circle>')
+        right, down, anchor = _LABELS[point.kind]
+        parts.append(_text(x(intensity) + right, y(point.rate) + down, said, anchor))
     return _picture(top + height + 40, "GFLOP/s over FLOPs a byte: the limits of a core, and this spec", parts)
 
 

@@ -204,18 +204,20 @@ class Module(Calls):
 
         Its stages side by side, linked by what LLVM's debug locations say; what bounds its inner loops; the plan of a
         call; why it is compiled so; and its manifest. A module that was loaded has no texts of stages to show. It
-        needs the packages of the extra `compiler`, and neither TVM nor a compiler.
+        needs the packages of the extra `compiler`, and neither TVM nor a compiler, but for limits that are measured and
+        predictions.
 
         Args:
             path: The file, written as by save.
             context_lens: Tokens of each sequence of the call whose plan is shown; by default those of four.
             query_lens: Query tokens of each, of a call of attend; None for one of decode.
-            flops: GFLOP/s of float32 of one core, for the roofline and the predicted time.
+            flops: GFLOP/s of float32 of one core, for the roofline and its bound.
             bandwidth: GB/s that one core reads, likewise.
-            measure: Whether to time that call on one thread, on random inputs.
+            measure: Whether to time that call on one thread, on random inputs in memory, and to predict it where the
+                model knows the CPU; also to measure flops and bandwidth where they are not given.
 
         Raises:
-            TypeError, ValueError: a bad argument, or lengths or measuring for a module of a GPU.
+            TypeError, ValueError: a bad argument, lengths or measuring for a module of a GPU, or measuring no tokens.
             NotImplementedError: query_lens for a module that has no attend.
             ImportError: a package of the extra `compiler` is missing.
             OSError: as save.

@@ -6,14 +6,18 @@ import re
 from collections import Counter
 
 from pa_compiler.backend import links
-from pa_compiler.cpu.assembly import inner_loops
+from pa_compiler.cpu.assembly import loops
 from pa_compiler.report.units import Units
 
-ARITHMETIC = re.compile(r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s")
+_OF_X86 = r"v?(fn?m(add|sub)\w*|add|sub|mul|div|min|max)[ps]s\s|v?t?dpbf16ps\s"
+_OF_AARCH64 = r"f(ml[as]|n?m(add|sub)|add|sub|mul|div|min|max)(nm)?[pv]?\s|bf(dot|mmla)\s"
+ARITHMETIC = re.compile(f"{_OF_X86}|{_OF_AARCH64}")
+PRODUCTS = re.compile(r"v?(fn?madd\w+|t?dpbf16)ps\s|f(mla|madd)\s|bf(dot|mmla)\s")
+FETCH = re.compile(r"\t(prefetch|prfm)")
 _STAGES = {
-    r"prefetch": {"fetches"},
+    r"(prefetch|prfm)": {"fetches"},
     r"v?t?dpbf16ps": {"qk_matmul", "pv_matmul", "softmax"},  # the last sums pairs of probabilities
-    r"v?div[ps]s": {"normalize", "scores"},
+    r"(v?div[ps]s|fdiv)": {"normalize", "scores"},
     r"v?maxps": {"scores", "softmax"},
 }
 """Instructions that few stages have, and which those are."""
@@ -34,13 +38,13 @@ def stages_of_lines(module):
 
 
 def coverage(module):
-    """How many arithmetic instructions inner loops have, and how many of those are linked to a stage."""
+    """How many arithmetic instructions loops have, and how many of those are linked to a stage."""
     stages = stages_of_lines(module)
     found = Counter()
-    for loop in inner_loops(module.sources["asm"]):
-        code = iter(stages[loop.line - 1 :])
-        for instruction in loop.code:
-            stage = next(stage for line, stage in code if line.strip() == instruction)
+    for loop in loops(module.sources["asm"]):
+        for line, instruction in zip(loop.lines, loop.code, strict=True):
+            text, stage = stages[line - 1]
+            assert text.strip() == instruction
             if ARITHMETIC.match(instruction):
                 found["all"] += 1
                 found["linked"] += stage != ""

@@ -18,7 +18,6 @@ import tvm_ffi
 
 from pa_compiler import host, native
 from pa_compiler.interface import CPU_ENTRY_POINTS
-from pa_compiler.runtime import load
 
 _BITS = 19
 _RING = 1 << _BITS
@@ -27,6 +26,8 @@ _SYMBOL = f"__tvm_ffi_{_NAME}"
 
 _LABEL = re.compile(r"[.\w]+:")
 _ADDRESS = re.compile(r"(?<![\w*])(-?[\w.]*\((?:%\w+)?(?:,\s*%\w+)?(?:,\s*\d)?\))")
+_END = '\t.section\t".note.GNU-stack","",@progbits'
+"""The last line of a file of LLVM's; labels are those of a file."""
 _NO_ACCESS = ("lea", "nop", "call", "j")
 
 
@@ -51,8 +52,9 @@ class Recorder:
         assembly, self.blocks = recording(module.sources["asm"])
         text = module.sources["host"]
         with native.compiling_host(text, directory, host.headers(text)) as compiling:
-            library = native.link(compiling, assembly, directory, (*CPU_ENTRY_POINTS, _NAME))
-        self.module = load.make(library.read_bytes(), module.manifest, tvm_ffi.load_module(str(library)))
+            tables = {constant.name: constant.data for constant in module.spec.constants}
+            library = native.link(compiling, assembly, directory, (*CPU_ENTRY_POINTS, _NAME), tables)
+        self.module = type(module)(library.read_bytes(), module.manifest, tvm_ffi.load_module(str(library)))
         self.module.num_threads = 1
         size = len(self.blocks) + 1 + _RING
         words = (ctypes.c_int64 * size).in_dll(ctypes.CDLL(str(library)), _SYMBOL)
@@ -83,8 +85,8 @@ def fetched(trace: Trace) -> int:
     )
 
 
-def recording(assembly: str) -> tuple[str, list[tuple[str, ...]]]:
-    """Assembly that writes down what it does, and its blocks."""
+def recording(assembly: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Assembly that writes down what it does, file by file, of which the last has what is written; and its blocks."""
     lines: list[str] = []
     blocks: list[list[str]] = []
     begins = True
@@ -102,23 +104,21 @@ def recording(assembly: str) -> tuple[str, list[tuple[str, ...]]]:
         lines.append(line)
         blocks[-1].append(instruction)
         begins = instruction.startswith(("j", "ret"))
-    data = f"""\
-    .data
-    .balign 64
-    .globl {_SYMBOL}
-    .type {_SYMBOL}, @object
-{_SYMBOL}:
-trace_counts: .zero {8 * len(blocks)}
-trace_end: .zero 8
-trace_ring: .zero {8 * _RING}
-    .size {_SYMBOL}, {8 * (len(blocks) + 1 + _RING)}
-trace_rax: .zero 8
-trace_rcx: .zero 8
-trace_value: .zero 8
-trace_high: .byte {", ".join(str(high % (_RING >> 16)) for high in range(256))}
-    .section .note.GNU-stack, "", @progbits
-"""
-    return "\n".join([*lines, data]), [tuple(block) for block in blocks]
+    sizes = {"counts": 8 * len(blocks), "end": 8, "ring": 8 * _RING, "rax": 8, "rcx": 8, "value": 8}
+    symbols = [_SYMBOL, *(f"trace_{name}" for name in (*sizes, "high"))]
+    data = [
+        "    .data",
+        *(f"    .globl {name}" for name in symbols),
+        *(f"    .hidden {name}" for name in symbols[1:]),
+        f"    .type {_SYMBOL}, @object",
+        f"    .size {_SYMBOL}, {sum(list(sizes.values())[:3])}",
+        f"    .balign 64\n{_SYMBOL}:",
+        *(f"trace_{name}: .zero {size}" for name, size in sizes.items()),
+        f"trace_high: .byte {', '.join(str(high % (_RING >> 16)) for high in range(256))}",
+        _END,
+    ]
+    files = "\n".join([*lines, *data]).split(_END)[:-1]
+    return [f"{file}{_END}\n" for file in files], [tuple(block) for block in blocks]
 
 
 def _noting(value: str, counting: int | None = None) -> list[str]:

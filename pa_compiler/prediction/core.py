@@ -11,8 +11,8 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.prediction.instructions import PIPES, Operation, operation
-from benchmarks.prediction.trace import Trace
+from pa_compiler.prediction.instructions import PIPES, Operation, operation
+from pa_compiler.prediction.trace import Trace
 
 LINE = 64
 _WARM = 0.4

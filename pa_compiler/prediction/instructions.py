@@ -9,7 +9,7 @@ import functools
 import re
 from typing import NamedTuple
 
-from benchmarks.prediction.trace import accesses
+from pa_compiler.prediction.trace import accesses
 
 FMA, ADD, SHUFFLE, ANY, INTEGER = (0, 1), (2, 3), (1, 2), (0, 1, 2, 3), (0, 1, 3)
 """The pipes of vectors that take products, sums, moves between lanes, logic, and integer sums."""
@@ -119,7 +119,8 @@ def _work(name: str, on_vectors: bool, touches: bool) -> tuple[tuple[tuple[int, 
     ):
         return (), 0
     if on_vectors:
-        return next((pipes, latency) for begins, pipes, latency in _VECTORS if re.match(begins, name))
+        named = f"v{name.removeprefix('v')}"  # SSE's names are AVX's without it
+        return next((pipes, latency) for begins, pipes, latency in _VECTORS if re.match(begins, named))
     if name.startswith(("imul", "mul", "div", "idiv")):
         return (ALU1,), 3 if "mul" in name else 12
     return ((BRANCH,) if name.startswith(("j", "ret", "call")) else (ALU,)), 1
