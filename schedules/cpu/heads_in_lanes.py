@@ -153,28 +153,29 @@ def few_pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def _sum_outputs(sch: Schedule, tiling: VectorTiling, of: str, dims: int) -> None:
     """With the sums of some elements of value_dim at a time in registers.
 
-    Where pairs are multiplied by a lane of a register, these are elements that lie side by side in a copy.
+    Where pairs are multiplied by a lane of a register, these are elements that lie side by side in a copy: a vector of
+    even ones or of odd ones.
     """
     full, passes = sch.get_sblock(f"{of}full_groups"), []
-    lanes, halves = tiling.pv_lanes, tiling.values.halves
-    whole = dims % lanes == 0 == int(sch.get(sch.get_loops(full)[-1]).extent) % (dims * halves)
-    by_element = tiling.by_element and tiling.values.terms == 2 and tiling.copy_values and whole
+    lanes, halves, extent = tiling.pv_lanes, tiling.values.halves, int(sch.get(sch.get_loops(full)[-1]).extent)
+    by_element = tiling.by_element and tiling.copy_values and tiling.values.terms == halves == 2
+    by_element = by_element and dims % lanes == extent % (dims * halves) == 0
     rows_last(sch, full, f"{of}tile_acc")
     for name in (f"{of}full_groups", f"{of}tile_acc", f"{of}acc"):
         _, *tokens, row, dim = sch.get_loops(name)
-        dim_outer, dim, half = sch.split(dim, [None, dims, halves if by_element else 1])
-        sch.reorder(dim_outer, half, *tokens, dim, row)
+        outer, dim, *half = sch.split(dim, [None, dims, *([halves] if by_element else [])])
+        sch.reorder(outer, *half, *tokens, dim, row)
         sch.unroll(dim)
         sch.vectorize(row)
         if by_element and name == f"{of}full_groups":
-            read_vectors(sch, full, dim, lanes, True, half if halves > 1 else None)
+            read_vectors(sch, full, dim, lanes, True, *half)
         if tokens:
             sch.decompose_reduction(name, tokens[0])
-        passes.append((dim_outer, half))
+        passes.append((outer, *half))
     for loops in zip(*passes, strict=True):
         sch.merge(*loops)
-    _, dim_outer, half, group = sch.get_loops(full)[:4]
-    fetch(sch, VALUES, group, passes=[dim_outer, half])
+    _, *around, group = sch.get_loops(full)[: 2 + len(passes[0])]
+    fetch(sch, VALUES, group, passes=around)
 
 
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
