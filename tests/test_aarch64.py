@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tvm_ffi.libinfo
 from attend_calls import assert_close, make_call
+from c_calls import KINDS
 from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
@@ -101,6 +102,47 @@ def test_calls_under_emulation(driver, name, isa):
         for other in (*range(first + 1, first + count), again[first]):
             for actual, expected in zip(arrays[other], arrays[first], strict=True):
                 assert_same_bits(actual, expected)
+
+
+def spoiled(inputs):
+    """Arguments of decode by name, each in place of what was right."""
+    table, lengths = inputs.block_table.copy(), inputs.context_lens.copy()
+    table[1, 0], lengths[0] = 99, -1
+    return [
+        {"query": inputs.query.astype(np.float16)},
+        {"query": inputs.query[:, :5]},
+        {"key_cache": inputs.key_cache.view(np.int32)},
+        {"value_cache": inputs.value_cache[:-1]},
+        {"block_table": inputs.block_table.astype(np.float32)},
+        {"block_table": inputs.block_table[:, :1]},
+        {"block_table": table},
+        {"context_lens": lengths},
+        {"context_lens": inputs.context_lens[:-1]},
+        {"out": inputs.out[..., :23]},
+        {"lse": inputs.lse.astype(np.float64)},
+        {"scale": float("nan")},
+        {"out": inputs.query},
+    ]
+
+
+@aarch64.needs_tools
+@pytest.mark.parametrize("driver", ["float32"], indirect=True)
+def test_bad_arguments_have_the_words_of_the_module(driver, compiled):
+    """The errors of this machine's module, of the same kind, from a library for another architecture."""
+    spec = PLAIN["float32"]
+    module, inputs = compiled(spec), make_inputs(spec, [7, 23, 5])
+    expected = []
+    for change in spoiled(inputs):
+        call = decode_arrays(inputs) | {
+            name: value if np.isscalar(value) else np.ascontiguousarray(value) for name, value in change.items()
+        }
+        with pytest.raises((TypeError, ValueError, IndexError)) as caught:
+            module.decode(**call)
+        expected.append((type(caught.value), str(caught.value)))
+        over = ("out", "query") if call["out"] is inputs.query else None
+        driver.add("decode", spec_name(spec), call, scale=call.pop("scale", None), over=over)
+    found = [(KINDS.get(status), message) for status, message, _ in driver.results()]
+    assert found == expected
 
 
 @aarch64.needs_tools

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,40 @@ def test_a_cpu_that_llvm_does_not_know(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_architectures_are_refused_together(tmp_path, monkeypatch):
-    from pa_compiler.cpu import target
+@pytest.mark.parametrize(
+    ("targets", "machines"),
+    [
+        ([V3, "neoverse-n1"], "x86_64, aarch64"),
+        (["neoverse-v2", {"kind": "llvm", "mcpu": "znver4"}, "neoverse-n1"], "aarch64, x86_64"),
+    ],
+)
+def test_other_architectures_are_refused_together(tmp_path, targets, machines):
+    with pytest.raises(ValueError, match=rf"^targets: expected CPUs of one architecture, got {machines}$"):
+        pa_compiler.bundle([BASE], targets, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(target, "architecture", lambda config: {"a": "aarch64"}.get(config["mcpu"], "x86_64"))
-    with pytest.raises(ValueError, match=r"^targets: expected CPUs of one architecture, got x86_64, aarch64"):
-        pa_compiler.bundle([BASE], [V3, "a"], tmp_path / "made")
+
+@pytest.mark.parametrize("begun", ["*/.scratch/0.0", "*/.scratch/0.0/host.cc"], ids=["a_task", "a_host"])
+def test_ctrl_c_leaves_nothing(tmp_path, begun):
+    """Neither files nor processes that compile, as soon as there is what shows that one of them has begun."""
+    root = tmp_path / "root"
+    root.mkdir()
+    script = (
+        "import signal, sys, pa_compiler\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which the shell may have had ignored
+        "specs = [pa_compiler.PagedAttentionSpec(heads, 2, 24, 5, 'float32') for heads in (6, 8)]\n"
+        "try:\n    pa_compiler.bundle(specs, ['x86-64-v3'], sys.argv[1], processes=2)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    command = [sys.executable, "-c", script, str(root / "made")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not [*root.glob(begun)] and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=120)[0] == "interrupted\n"
+    assert list(root.iterdir()) == []
+    of_others = (path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists())
+    assert not [words for words in of_others if os.fsencode(root) in words]
 
 
 def test_what_is_there_stays(tmp_path):

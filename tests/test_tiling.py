@@ -82,6 +82,18 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
         assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= key_ranges.SPLIT_TOKENS, spec
 
 
+@pytest.mark.parametrize("features", ["avx", "avx512f", "avx512f avx512vl avx512bf16", "neon", "neon bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_of_many_rows(features, dtype):
+    """Groups of tokens are of whole products, of which pairs are two, and their sums fit in registers."""
+    cpu = CpuTarget("{}", frozenset(features.split()))
+    for rows in range(1, 520):
+        tiles = tiling.choose(PagedAttentionSpec(rows, 1, 64, 16, dtype, head_tile=1024), cpu, "fused")
+        assert tiles.token_group >= 1, rows
+        assert tiles.token_group % tiles.values.terms == 0, rows
+        assert max(vectors_of_sums(tiles, cpu)) <= max(cpu.vector_sums, cpu.vector_registers // 2), rows
+
+
 @pytest.mark.parametrize(
     ("group", "layout", "pipeline", "strategies"),
     [  # with 16, 8 and 4 lanes

@@ -605,131 +605,131 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %108 = shl i64 %out_head, 4
   %109 = zext i32 %102 to i64
   %110 = and i64 %56, 4294967295
-  %wide.trip.count1870.i = and i64 %50, 2147483647
-  %invariant.op2031.i = add i32 %102, -1
-  %.idx1966.i = shl i64 %out_head, 3
-  %.idx1967.i = mul i64 %out_head, 12
-  %.idx1969.i = mul i64 %out_head, 20
-  %.idx1970.i = mul i64 %out_head, 24
-  %.idx1971.i = mul i64 %out_head, 28
-  %.idx294.2.i = shl i64 %out_head, 5
-  %.idx1973.i = mul i64 %out_head, 36
-  %.idx1974.i = mul i64 %out_head, 40
-  %.idx1975.i = mul i64 %out_head, 44
-  %.idx294.3.i = mul i64 %out_head, 48
-  %.idx1977.i = mul i64 %out_head, 52
-  %.idx1978.i = mul i64 %out_head, 56
-  %.idx1979.i = mul i64 %out_head, 60
+  %wide.trip.count1882.i = and i64 %50, 2147483647
+  %invariant.op.i = add i32 %102, -1
+  %.idx1982.i = shl i64 %out_head, 3
+  %.idx1983.i = mul i64 %out_head, 12
+  %.idx1985.i = mul i64 %out_head, 20
+  %.idx1986.i = mul i64 %out_head, 24
+  %.idx1987.i = mul i64 %out_head, 28
+  %.idx295.2.i = shl i64 %out_head, 5
+  %.idx1989.i = mul i64 %out_head, 36
+  %.idx1990.i = mul i64 %out_head, 40
+  %.idx1991.i = mul i64 %out_head, 44
+  %.idx295.3.i = mul i64 %out_head, 48
+  %.idx1993.i = mul i64 %out_head, 52
+  %.idx1994.i = mul i64 %out_head, 56
+  %.idx1995.i = mul i64 %out_head, 60
   %111 = shl nuw nsw i64 %110, 13
   %112 = getelementptr i8, ptr %partial_acc, i64 %111
   %scevgep = getelementptr i8, ptr %112, i64 7680
-  %113 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %113 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %114 = shl nuw nsw i64 %113, 13
-  %scevgep101 = getelementptr i8, ptr %partial_acc, i64 %114
+  %scevgep99 = getelementptr i8, ptr %partial_acc, i64 %114
   %115 = shl nuw nsw i64 %110, 13
   %116 = getelementptr i8, ptr %partial_acc, i64 %115
-  %scevgep105 = getelementptr i8, ptr %116, i64 7168
-  %117 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep103 = getelementptr i8, ptr %116, i64 7168
+  %117 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %118 = shl nuw nsw i64 %117, 13
   %119 = getelementptr i8, ptr %partial_acc, i64 %118
-  %scevgep106 = getelementptr i8, ptr %119, i64 -512
+  %scevgep104 = getelementptr i8, ptr %119, i64 -512
   %120 = shl nuw nsw i64 %110, 13
   %121 = getelementptr i8, ptr %partial_acc, i64 %120
-  %scevgep119 = getelementptr i8, ptr %121, i64 6656
-  %122 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep117 = getelementptr i8, ptr %121, i64 6656
+  %122 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %123 = shl nuw nsw i64 %122, 13
   %124 = getelementptr i8, ptr %partial_acc, i64 %123
-  %scevgep120 = getelementptr i8, ptr %124, i64 -1024
+  %scevgep118 = getelementptr i8, ptr %124, i64 -1024
   %125 = shl nuw nsw i64 %110, 13
   %126 = getelementptr i8, ptr %partial_acc, i64 %125
-  %scevgep133 = getelementptr i8, ptr %126, i64 6144
-  %127 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep131 = getelementptr i8, ptr %126, i64 6144
+  %127 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %128 = shl nuw nsw i64 %127, 13
   %129 = getelementptr i8, ptr %partial_acc, i64 %128
-  %scevgep134 = getelementptr i8, ptr %129, i64 -1536
+  %scevgep132 = getelementptr i8, ptr %129, i64 -1536
   %130 = shl nuw nsw i64 %110, 13
   %131 = getelementptr i8, ptr %partial_acc, i64 %130
-  %scevgep147 = getelementptr i8, ptr %131, i64 5632
-  %132 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep145 = getelementptr i8, ptr %131, i64 5632
+  %132 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %133 = shl nuw nsw i64 %132, 13
   %134 = getelementptr i8, ptr %partial_acc, i64 %133
-  %scevgep148 = getelementptr i8, ptr %134, i64 -2048
+  %scevgep146 = getelementptr i8, ptr %134, i64 -2048
   %135 = shl nuw nsw i64 %110, 13
   %136 = getelementptr i8, ptr %partial_acc, i64 %135
-  %scevgep161 = getelementptr i8, ptr %136, i64 5120
-  %137 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep159 = getelementptr i8, ptr %136, i64 5120
+  %137 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %138 = shl nuw nsw i64 %137, 13
   %139 = getelementptr i8, ptr %partial_acc, i64 %138
-  %scevgep162 = getelementptr i8, ptr %139, i64 -2560
+  %scevgep160 = getelementptr i8, ptr %139, i64 -2560
   %140 = shl nuw nsw i64 %110, 13
   %141 = getelementptr i8, ptr %partial_acc, i64 %140
-  %scevgep175 = getelementptr i8, ptr %141, i64 4608
-  %142 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep173 = getelementptr i8, ptr %141, i64 4608
+  %142 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %143 = shl nuw nsw i64 %142, 13
   %144 = getelementptr i8, ptr %partial_acc, i64 %143
-  %scevgep176 = getelementptr i8, ptr %144, i64 -3072
+  %scevgep174 = getelementptr i8, ptr %144, i64 -3072
   %145 = shl nuw nsw i64 %110, 13
   %146 = getelementptr i8, ptr %partial_acc, i64 %145
-  %scevgep189 = getelementptr i8, ptr %146, i64 4096
-  %147 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep187 = getelementptr i8, ptr %146, i64 4096
+  %147 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %148 = shl nuw nsw i64 %147, 13
   %149 = getelementptr i8, ptr %partial_acc, i64 %148
-  %scevgep190 = getelementptr i8, ptr %149, i64 -3584
+  %scevgep188 = getelementptr i8, ptr %149, i64 -3584
   %150 = shl nuw nsw i64 %110, 13
   %151 = getelementptr i8, ptr %partial_acc, i64 %150
-  %scevgep203 = getelementptr i8, ptr %151, i64 3584
-  %152 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep201 = getelementptr i8, ptr %151, i64 3584
+  %152 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %153 = shl nuw nsw i64 %152, 13
   %154 = getelementptr i8, ptr %partial_acc, i64 %153
-  %scevgep204 = getelementptr i8, ptr %154, i64 -4096
+  %scevgep202 = getelementptr i8, ptr %154, i64 -4096
   %155 = shl nuw nsw i64 %110, 13
   %156 = getelementptr i8, ptr %partial_acc, i64 %155
-  %scevgep217 = getelementptr i8, ptr %156, i64 3072
-  %157 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep215 = getelementptr i8, ptr %156, i64 3072
+  %157 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %158 = shl nuw nsw i64 %157, 13
   %159 = getelementptr i8, ptr %partial_acc, i64 %158
-  %scevgep218 = getelementptr i8, ptr %159, i64 -4608
+  %scevgep216 = getelementptr i8, ptr %159, i64 -4608
   %160 = shl nuw nsw i64 %110, 13
   %161 = getelementptr i8, ptr %partial_acc, i64 %160
-  %scevgep231 = getelementptr i8, ptr %161, i64 2560
-  %162 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep229 = getelementptr i8, ptr %161, i64 2560
+  %162 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %163 = shl nuw nsw i64 %162, 13
   %164 = getelementptr i8, ptr %partial_acc, i64 %163
-  %scevgep232 = getelementptr i8, ptr %164, i64 -5120
+  %scevgep230 = getelementptr i8, ptr %164, i64 -5120
   %165 = shl nuw nsw i64 %110, 13
   %166 = getelementptr i8, ptr %partial_acc, i64 %165
-  %scevgep245 = getelementptr i8, ptr %166, i64 2048
-  %167 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep243 = getelementptr i8, ptr %166, i64 2048
+  %167 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %168 = shl nuw nsw i64 %167, 13
   %169 = getelementptr i8, ptr %partial_acc, i64 %168
-  %scevgep246 = getelementptr i8, ptr %169, i64 -5632
+  %scevgep244 = getelementptr i8, ptr %169, i64 -5632
   %170 = shl nuw nsw i64 %110, 13
   %171 = getelementptr i8, ptr %partial_acc, i64 %170
-  %scevgep259 = getelementptr i8, ptr %171, i64 1536
-  %172 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep257 = getelementptr i8, ptr %171, i64 1536
+  %172 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %173 = shl nuw nsw i64 %172, 13
   %174 = getelementptr i8, ptr %partial_acc, i64 %173
-  %scevgep260 = getelementptr i8, ptr %174, i64 -6144
+  %scevgep258 = getelementptr i8, ptr %174, i64 -6144
   %175 = shl nuw nsw i64 %110, 13
   %176 = getelementptr i8, ptr %partial_acc, i64 %175
-  %scevgep273 = getelementptr i8, ptr %176, i64 1024
-  %177 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep271 = getelementptr i8, ptr %176, i64 1024
+  %177 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %178 = shl nuw nsw i64 %177, 13
   %179 = getelementptr i8, ptr %partial_acc, i64 %178
-  %scevgep274 = getelementptr i8, ptr %179, i64 -6656
+  %scevgep272 = getelementptr i8, ptr %179, i64 -6656
   %180 = shl nuw nsw i64 %110, 13
   %181 = getelementptr i8, ptr %partial_acc, i64 %180
-  %scevgep287 = getelementptr i8, ptr %181, i64 512
-  %182 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep285 = getelementptr i8, ptr %181, i64 512
+  %182 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %183 = shl nuw nsw i64 %182, 13
   %184 = getelementptr i8, ptr %partial_acc, i64 %183
-  %scevgep288 = getelementptr i8, ptr %184, i64 -7168
+  %scevgep286 = getelementptr i8, ptr %184, i64 -7168
   %185 = shl nuw nsw i64 %110, 13
-  %scevgep301 = getelementptr i8, ptr %partial_acc, i64 %185
-  %186 = add nuw nsw i64 %wide.trip.count1870.i, %110
+  %scevgep299 = getelementptr i8, ptr %partial_acc, i64 %185
+  %186 = add nuw nsw i64 %wide.trip.count1882.i, %110
   %187 = shl nuw nsw i64 %186, 13
   %188 = getelementptr i8, ptr %partial_acc, i64 %187
-  %scevgep302 = getelementptr i8, ptr %188, i64 -7680
+  %scevgep300 = getelementptr i8, ptr %188, i64 -7680
   %189 = mul i64 %q_batch, %104
   %190 = shl i64 %189, 1
   %191 = shl i64 %q_batch, 1
@@ -745,17 +745,17 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end266.i
-  %indvars.iv.next1866.i = add nuw nsw i64 %indvars.iv1865.i, 1
-  %exitcond1871.not.i = icmp eq i64 %indvars.iv.next1866.i, %wide.trip.count1870.i
-  br i1 %exitcond1871.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
+  %indvars.iv.next1878.i = add nuw nsw i64 %indvars.iv1877.i, 1
+  %exitcond1883.not.i = icmp eq i64 %indvars.iv.next1878.i, %wide.trip.count1882.i
+  br i1 %exitcond1883.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1865.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1866.i, %for_begin_s.i ]
+  %indvars.iv1877.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1878.i, %for_begin_s.i ]
   %197 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total15461699.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %1364, %for_begin_s.i ]
-  %198 = mul i64 %191, %indvars.iv1865.i
-  %scevgep315 = getelementptr i8, ptr %193, i64 %198
-  %scevgep316 = getelementptr i8, ptr %196, i64 %198
+  %total15501704.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %1360, %for_begin_s.i ]
+  %198 = mul i64 %191, %indvars.iv1877.i
+  %scevgep313 = getelementptr i8, ptr %193, i64 %198
+  %scevgep314 = getelementptr i8, ptr %196, i64 %198
   %199 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %199(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
   %200 = icmp eq ptr %q_tile.i, null
@@ -768,7 +768,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %202, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %203 = add nsw i64 %indvars.iv1865.i, %104
+  %203 = add nsw i64 %indvars.iv1877.i, %104
   %204 = getelementptr inbounds i32, ptr %context_lens, i64 %203
   %205 = load i32, ptr %204, align 4, !tbaa !9
   %206 = add nsw i32 %205, -1
@@ -790,26 +790,26 @@ if_end2.i:                                        ; preds = %if_end.i
 for_begin_r.preheader.i:                          ; preds = %if_end2.i
   %217 = mul nsw i64 %203, %q_batch
   %218 = getelementptr i16, ptr %query, i64 %217
-  %scevgep314 = getelementptr i8, ptr %q_tile_global.i, i64 4096
-  %bound0317 = icmp ult ptr %q_tile_global.i, %scevgep316
-  %bound1318 = icmp ult ptr %scevgep315, %scevgep314
-  %found.conflict319 = and i1 %bound0317, %bound1318
-  %219 = or i1 %found.conflict319, %stride.check
+  %scevgep312 = getelementptr i8, ptr %q_tile_global.i, i64 4096
+  %bound0315 = icmp ult ptr %q_tile_global.i, %scevgep314
+  %bound1316 = icmp ult ptr %scevgep313, %scevgep312
+  %found.conflict317 = and i1 %bound0315, %bound1316
+  %219 = or i1 %found.conflict317, %stride.check
   br label %for_begin_d.preheader.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
-  %indvars.iv1721.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next1722.i, %for_end_d.i ]
-  %220 = mul nsw i64 %indvars.iv1721.i, %q_head
+  %indvars.iv1726.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next1727.i, %for_end_d.i ]
+  %220 = mul nsw i64 %indvars.iv1726.i, %q_head
   %invariant.gep.i = getelementptr i16, ptr %218, i64 %220
-  %.idx1940.i = shl nuw nsw i64 %indvars.iv1721.i, 8
-  %invariant.gep2007.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1940.i
-  br i1 %219, label %for_body_d.i, label %vector.body322, !prof !11
+  %.idx1956.i = shl nuw nsw i64 %indvars.iv1726.i, 8
+  %invariant.gep2026.i = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1956.i
+  br i1 %219, label %for_body_d.i, label %vector.body320, !prof !11
 
-vector.body322:                                   ; preds = %for_begin_d.preheader.i
+vector.body320:                                   ; preds = %for_begin_d.preheader.i
   %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9, !alias.scope !12
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %221 = zext <8 x i16> %strided.vec324 to <8 x i32>
+  %strided.vec322 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %221 = zext <8 x i16> %strided.vec322 to <8 x i32>
   %222 = shl nuw <8 x i32> %221, splat (i32 16)
   %223 = bitcast <8 x i32> %222 to <8 x float>
   %224 = fmul <8 x float> %broadcast.splat, %223
@@ -821,12 +821,12 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %230 = bitcast <8 x float> %229 to <8 x i32>
   %231 = lshr <8 x i32> %230, splat (i32 16)
   %232 = or <8 x i32> %231, %225
-  store <8 x i32> %232, ptr %invariant.gep2007.i, align 4, !tbaa !9, !alias.scope !15, !noalias !12
+  store <8 x i32> %232, ptr %invariant.gep2026.i, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %233 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %wide.vec.1 = load <16 x i16>, ptr %233, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %234 = zext <8 x i16> %strided.vec324.1 to <8 x i32>
+  %strided.vec322.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %234 = zext <8 x i16> %strided.vec322.1 to <8 x i32>
   %235 = shl nuw <8 x i32> %234, splat (i32 16)
   %236 = bitcast <8 x i32> %235 to <8 x float>
   %237 = fmul <8 x float> %broadcast.splat, %236
@@ -838,13 +838,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %243 = bitcast <8 x float> %242 to <8 x i32>
   %244 = lshr <8 x i32> %243, splat (i32 16)
   %245 = or <8 x i32> %244, %238
-  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 32
+  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 32
   store <8 x i32> %245, ptr %246, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %247 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %wide.vec.2 = load <16 x i16>, ptr %247, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %248 = zext <8 x i16> %strided.vec324.2 to <8 x i32>
+  %strided.vec322.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %248 = zext <8 x i16> %strided.vec322.2 to <8 x i32>
   %249 = shl nuw <8 x i32> %248, splat (i32 16)
   %250 = bitcast <8 x i32> %249 to <8 x float>
   %251 = fmul <8 x float> %broadcast.splat, %250
@@ -856,13 +856,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %257 = bitcast <8 x float> %256 to <8 x i32>
   %258 = lshr <8 x i32> %257, splat (i32 16)
   %259 = or <8 x i32> %258, %252
-  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 64
+  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 64
   store <8 x i32> %259, ptr %260, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %261 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.vec.3 = load <16 x i16>, ptr %261, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.3 = shufflevector <16 x i16> %wide.vec.3, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.3 = shufflevector <16 x i16> %wide.vec.3, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %262 = zext <8 x i16> %strided.vec324.3 to <8 x i32>
+  %strided.vec322.3 = shufflevector <16 x i16> %wide.vec.3, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %262 = zext <8 x i16> %strided.vec322.3 to <8 x i32>
   %263 = shl nuw <8 x i32> %262, splat (i32 16)
   %264 = bitcast <8 x i32> %263 to <8 x float>
   %265 = fmul <8 x float> %broadcast.splat, %264
@@ -874,13 +874,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %271 = bitcast <8 x float> %270 to <8 x i32>
   %272 = lshr <8 x i32> %271, splat (i32 16)
   %273 = or <8 x i32> %272, %266
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 96
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 96
   store <8 x i32> %273, ptr %274, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %275 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %wide.vec.4 = load <16 x i16>, ptr %275, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.4 = shufflevector <16 x i16> %wide.vec.4, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.4 = shufflevector <16 x i16> %wide.vec.4, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %276 = zext <8 x i16> %strided.vec324.4 to <8 x i32>
+  %strided.vec322.4 = shufflevector <16 x i16> %wide.vec.4, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %276 = zext <8 x i16> %strided.vec322.4 to <8 x i32>
   %277 = shl nuw <8 x i32> %276, splat (i32 16)
   %278 = bitcast <8 x i32> %277 to <8 x float>
   %279 = fmul <8 x float> %broadcast.splat, %278
@@ -892,13 +892,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %285 = bitcast <8 x float> %284 to <8 x i32>
   %286 = lshr <8 x i32> %285, splat (i32 16)
   %287 = or <8 x i32> %286, %280
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 128
+  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 128
   store <8 x i32> %287, ptr %288, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %289 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %wide.vec.5 = load <16 x i16>, ptr %289, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.5 = shufflevector <16 x i16> %wide.vec.5, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.5 = shufflevector <16 x i16> %wide.vec.5, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %290 = zext <8 x i16> %strided.vec324.5 to <8 x i32>
+  %strided.vec322.5 = shufflevector <16 x i16> %wide.vec.5, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %290 = zext <8 x i16> %strided.vec322.5 to <8 x i32>
   %291 = shl nuw <8 x i32> %290, splat (i32 16)
   %292 = bitcast <8 x i32> %291 to <8 x float>
   %293 = fmul <8 x float> %broadcast.splat, %292
@@ -910,13 +910,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %299 = bitcast <8 x float> %298 to <8 x i32>
   %300 = lshr <8 x i32> %299, splat (i32 16)
   %301 = or <8 x i32> %300, %294
-  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 160
+  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 160
   store <8 x i32> %301, ptr %302, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %303 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %wide.vec.6 = load <16 x i16>, ptr %303, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.6 = shufflevector <16 x i16> %wide.vec.6, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.6 = shufflevector <16 x i16> %wide.vec.6, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %304 = zext <8 x i16> %strided.vec324.6 to <8 x i32>
+  %strided.vec322.6 = shufflevector <16 x i16> %wide.vec.6, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %304 = zext <8 x i16> %strided.vec322.6 to <8 x i32>
   %305 = shl nuw <8 x i32> %304, splat (i32 16)
   %306 = bitcast <8 x i32> %305 to <8 x float>
   %307 = fmul <8 x float> %broadcast.splat, %306
@@ -928,13 +928,13 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %313 = bitcast <8 x float> %312 to <8 x i32>
   %314 = lshr <8 x i32> %313, splat (i32 16)
   %315 = or <8 x i32> %314, %308
-  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 192
+  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 192
   store <8 x i32> %315, ptr %316, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   %317 = getelementptr i8, ptr %invariant.gep.i, i64 224
   %wide.vec.7 = load <16 x i16>, ptr %317, align 2, !tbaa !9, !alias.scope !12
   %strided.vec.7 = shufflevector <16 x i16> %wide.vec.7, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec324.7 = shufflevector <16 x i16> %wide.vec.7, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %318 = zext <8 x i16> %strided.vec324.7 to <8 x i32>
+  %strided.vec322.7 = shufflevector <16 x i16> %wide.vec.7, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %318 = zext <8 x i16> %strided.vec322.7 to <8 x i32>
   %319 = shl nuw <8 x i32> %318, splat (i32 16)
   %320 = bitcast <8 x i32> %319 to <8 x float>
   %321 = fmul <8 x float> %broadcast.splat, %320
@@ -946,7 +946,7 @@ vector.body322:                                   ; preds = %for_begin_d.prehead
   %327 = bitcast <8 x float> %326 to <8 x i32>
   %328 = lshr <8 x i32> %327, splat (i32 16)
   %329 = or <8 x i32> %328, %322
-  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep2007.i, i64 224
+  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep2026.i, i64 224
   store <8 x i32> %329, ptr %330, align 4, !tbaa !9, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
@@ -969,8 +969,8 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %343 = bitcast float %342 to i32
   %344 = lshr i32 %343, 16
   %345 = or i32 %344, %337
-  %gep2008.i = getelementptr inbounds nuw i32, ptr %invariant.gep2007.i, i64 %indvars.iv.i
-  store i32 %345, ptr %gep2008.i, align 4, !tbaa !9
+  %gep2027.i = getelementptr inbounds nuw i32, ptr %invariant.gep2026.i, i64 %indvars.iv.i
+  store i32 %345, ptr %gep2027.i, align 4, !tbaa !9
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -989,21 +989,21 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %358 = bitcast float %357 to i32
   %359 = lshr i32 %358, 16
   %360 = or i32 %359, %352
-  %gep2008.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep2007.i, i64 %indvars.iv.next.i
-  store i32 %360, ptr %gep2008.i.1, align 4, !tbaa !9
+  %gep2027.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep2026.i, i64 %indvars.iv.next.i
+  store i32 %360, ptr %gep2027.i.1, align 4, !tbaa !9
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 64
   br i1 %exitcond.not.i.1, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body322
-  %indvars.iv.next1722.i = add nuw nsw i64 %indvars.iv1721.i, 1
-  %exitcond1724.not.i = icmp eq i64 %indvars.iv.next1722.i, 16
-  br i1 %exitcond1724.not.i, label %for_body_ax2_0.i, label %for_begin_d.preheader.i, !prof !21
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body320
+  %indvars.iv.next1727.i = add nuw nsw i64 %indvars.iv1726.i, 1
+  %exitcond1729.not.i = icmp eq i64 %indvars.iv.next1727.i, 16
+  br i1 %exitcond1729.not.i, label %for_body_ax2_0.i, label %for_begin_d.preheader.i, !prof !21
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_end_d.i
-  %indvars.iv1725.i = phi i64 [ %indvars.iv.next1726.i, %for_body_ax2_0.i ], [ 0, %for_end_d.i ]
-  %.idx1941.i = shl nuw nsw i64 %indvars.iv1725.i, 4
-  %361 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1941.i
+  %indvars.iv1730.i = phi i64 [ %indvars.iv.next1731.i, %for_body_ax2_0.i ], [ 0, %for_end_d.i ]
+  %.idx1957.i = shl nuw nsw i64 %indvars.iv1730.i, 4
+  %361 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1957.i
   %v.i = load <4 x i32>, ptr %361, align 4, !tbaa !9
   %362 = getelementptr inbounds nuw i8, ptr %361, i64 256
   %v8.i = load <4 x i32>, ptr %362, align 4, !tbaa !9
@@ -1016,8 +1016,8 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %367 = shufflevector <4 x i32> %v.i, <4 x i32> %v10.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %368 = shufflevector <4 x i32> %v8.i, <4 x i32> %v12.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %369 = shufflevector <4 x i32> %365, <4 x i32> %366, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1942.i = shl nuw nsw i64 %indvars.iv1725.i, 8
-  %370 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1942.i
+  %.idx1958.i = shl nuw nsw i64 %indvars.iv1730.i, 8
+  %370 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1958.i
   store <4 x i32> %369, ptr %370, align 4, !tbaa !9
   %371 = shufflevector <4 x i32> %365, <4 x i32> %366, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %372 = getelementptr inbounds nuw i8, ptr %370, i64 64
@@ -1028,14 +1028,14 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %375 = shufflevector <4 x i32> %367, <4 x i32> %368, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %376 = getelementptr inbounds nuw i8, ptr %370, i64 192
   store <4 x i32> %375, ptr %376, align 4, !tbaa !9
-  %indvars.iv.next1726.i = add nuw nsw i64 %indvars.iv1725.i, 1
-  %exitcond1728.not.i = icmp eq i64 %indvars.iv.next1726.i, 16
-  br i1 %exitcond1728.not.i, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !21
+  %indvars.iv.next1731.i = add nuw nsw i64 %indvars.iv1730.i, 1
+  %exitcond1733.not.i = icmp eq i64 %indvars.iv.next1731.i, 16
+  br i1 %exitcond1733.not.i, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !21
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
-  %indvars.iv1725.1.i = phi i64 [ %indvars.iv.next1726.1.i, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
-  %.idx1943.i = shl nuw nsw i64 %indvars.iv1725.1.i, 4
-  %377 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1943.i
+  %indvars.iv1730.1.i = phi i64 [ %indvars.iv.next1731.1.i, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
+  %.idx1959.i = shl nuw nsw i64 %indvars.iv1730.1.i, 4
+  %377 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1959.i
   %378 = getelementptr inbounds nuw i8, ptr %377, i64 1024
   %v.1.i = load <4 x i32>, ptr %378, align 4, !tbaa !9
   %379 = getelementptr inbounds nuw i8, ptr %377, i64 1280
@@ -1049,8 +1049,8 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %384 = shufflevector <4 x i32> %v.1.i, <4 x i32> %v10.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %385 = shufflevector <4 x i32> %v8.1.i, <4 x i32> %v12.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %386 = shufflevector <4 x i32> %382, <4 x i32> %383, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1944.i = shl nuw nsw i64 %indvars.iv1725.1.i, 8
-  %387 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1944.i
+  %.idx1960.i = shl nuw nsw i64 %indvars.iv1730.1.i, 8
+  %387 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1960.i
   %388 = getelementptr inbounds nuw i8, ptr %387, i64 16
   store <4 x i32> %386, ptr %388, align 4, !tbaa !9
   %389 = shufflevector <4 x i32> %382, <4 x i32> %383, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1062,14 +1062,14 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %393 = shufflevector <4 x i32> %384, <4 x i32> %385, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %394 = getelementptr inbounds nuw i8, ptr %387, i64 208
   store <4 x i32> %393, ptr %394, align 4, !tbaa !9
-  %indvars.iv.next1726.1.i = add nuw nsw i64 %indvars.iv1725.1.i, 1
-  %exitcond1728.1.not.i = icmp eq i64 %indvars.iv.next1726.1.i, 16
-  br i1 %exitcond1728.1.not.i, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !21
+  %indvars.iv.next1731.1.i = add nuw nsw i64 %indvars.iv1730.1.i, 1
+  %exitcond1733.1.not.i = icmp eq i64 %indvars.iv.next1731.1.i, 16
+  br i1 %exitcond1733.1.not.i, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !21
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
-  %indvars.iv1725.2.i = phi i64 [ %indvars.iv.next1726.2.i, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
-  %.idx1945.i = shl nuw nsw i64 %indvars.iv1725.2.i, 4
-  %395 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1945.i
+  %indvars.iv1730.2.i = phi i64 [ %indvars.iv.next1731.2.i, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
+  %.idx1961.i = shl nuw nsw i64 %indvars.iv1730.2.i, 4
+  %395 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1961.i
   %396 = getelementptr inbounds nuw i8, ptr %395, i64 2048
   %v.2.i = load <4 x i32>, ptr %396, align 4, !tbaa !9
   %397 = getelementptr inbounds nuw i8, ptr %395, i64 2304
@@ -1083,8 +1083,8 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %402 = shufflevector <4 x i32> %v.2.i, <4 x i32> %v10.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %403 = shufflevector <4 x i32> %v8.2.i, <4 x i32> %v12.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %404 = shufflevector <4 x i32> %400, <4 x i32> %401, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1946.i = shl nuw nsw i64 %indvars.iv1725.2.i, 8
-  %405 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1946.i
+  %.idx1962.i = shl nuw nsw i64 %indvars.iv1730.2.i, 8
+  %405 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1962.i
   %406 = getelementptr inbounds nuw i8, ptr %405, i64 32
   store <4 x i32> %404, ptr %406, align 4, !tbaa !9
   %407 = shufflevector <4 x i32> %400, <4 x i32> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1096,14 +1096,14 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %411 = shufflevector <4 x i32> %402, <4 x i32> %403, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %412 = getelementptr inbounds nuw i8, ptr %405, i64 224
   store <4 x i32> %411, ptr %412, align 4, !tbaa !9
-  %indvars.iv.next1726.2.i = add nuw nsw i64 %indvars.iv1725.2.i, 1
-  %exitcond1728.2.not.i = icmp eq i64 %indvars.iv.next1726.2.i, 16
-  br i1 %exitcond1728.2.not.i, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !21
+  %indvars.iv.next1731.2.i = add nuw nsw i64 %indvars.iv1730.2.i, 1
+  %exitcond1733.2.not.i = icmp eq i64 %indvars.iv.next1731.2.i, 16
+  br i1 %exitcond1733.2.not.i, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !21
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
-  %indvars.iv1725.3.i = phi i64 [ %indvars.iv.next1726.3.i, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
-  %.idx1947.i = shl nuw nsw i64 %indvars.iv1725.3.i, 4
-  %413 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1947.i
+  %indvars.iv1730.3.i = phi i64 [ %indvars.iv.next1731.3.i, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
+  %.idx1963.i = shl nuw nsw i64 %indvars.iv1730.3.i, 4
+  %413 = getelementptr inbounds nuw i8, ptr %q_tile_global.i, i64 %.idx1963.i
   %414 = getelementptr inbounds nuw i8, ptr %413, i64 3072
   %v.3.i = load <4 x i32>, ptr %414, align 4, !tbaa !9
   %415 = getelementptr inbounds nuw i8, ptr %413, i64 3328
@@ -1117,8 +1117,8 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %420 = shufflevector <4 x i32> %v.3.i, <4 x i32> %v10.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %421 = shufflevector <4 x i32> %v8.3.i, <4 x i32> %v12.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %422 = shufflevector <4 x i32> %418, <4 x i32> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1948.i = shl nuw nsw i64 %indvars.iv1725.3.i, 8
-  %423 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1948.i
+  %.idx1964.i = shl nuw nsw i64 %indvars.iv1730.3.i, 8
+  %423 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1964.i
   %424 = getelementptr inbounds nuw i8, ptr %423, i64 48
   store <4 x i32> %422, ptr %424, align 4, !tbaa !9
   %425 = shufflevector <4 x i32> %418, <4 x i32> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -1130,17 +1130,17 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %429 = shufflevector <4 x i32> %420, <4 x i32> %421, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %430 = getelementptr inbounds nuw i8, ptr %423, i64 240
   store <4 x i32> %429, ptr %430, align 4, !tbaa !9
-  %indvars.iv.next1726.3.i = add nuw nsw i64 %indvars.iv1725.3.i, 1
-  %exitcond1728.3.not.i = icmp eq i64 %indvars.iv.next1726.3.i, 16
-  br i1 %exitcond1728.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !21
+  %indvars.iv.next1731.3.i = add nuw nsw i64 %indvars.iv1730.3.i, 1
+  %exitcond1733.3.not.i = icmp eq i64 %indvars.iv.next1731.3.i, 16
+  br i1 %exitcond1733.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !21
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %431 = tail call i32 @llvm.umax.i32(i32 %214, i32 1)
   %432 = mul nsw i64 %203, %row_step
   %433 = getelementptr inbounds i32, ptr %row_starts, i64 %432
-  %.reass.i = add i32 %invariant.op2031.i, %range_len.i
+  %.reass.i = add i32 %invariant.op.i, %range_len.i
   %434 = mul nsw i64 %203, %table_seq
-  %invariant.gep1612.i = getelementptr i32, ptr %block_table, i64 %434
+  %invariant.gep1616.i = getelementptr i32, ptr %block_table, i64 %434
   %435 = uitofp nneg i32 %places.i to float
   %436 = fsub float 0x4168000FE0000000, %435
   %437 = insertelement <16 x float> poison, float %436, i64 0
@@ -1150,19 +1150,19 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %441 = shufflevector <16 x float> %440, <16 x float> poison, <16 x i32> zeroinitializer
   %442 = zext nneg i32 %214 to i64
   %443 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1839.i = zext nneg i32 %431 to i64
+  %wide.trip.count1851.i = zext nneg i32 %431 to i64
   br label %for_body_step.i
 
 for_begin_step.i:                                 ; preds = %if_end203.i
-  %exitcond1840.not.i = icmp eq i64 %indvars.iv.next1837.i, %wide.trip.count1839.i
+  %exitcond1852.not.i = icmp eq i64 %indvars.iv.next1849.i, %wide.trip.count1851.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond1840.not.i, label %for_end_step.i, label %for_body_step.i, !prof !21
+  br i1 %exitcond1852.not.i, label %for_end_step.i, label %for_body_step.i, !prof !21
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
   %444 = phi <16 x float> [ %197, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total1547.i80 = phi <16 x float> [ %total15461699.i, %for_end_ax2_0.3.i ], [ %1364, %for_begin_step.i ]
-  %indvars.iv1836.i79 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next1837.i, %for_begin_step.i ]
+  %total1551.i79 = phi <16 x float> [ %total15501704.i, %for_end_ax2_0.3.i ], [ %1360, %for_begin_step.i ]
+  %indvars.iv1848.i78 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next1849.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %445 = and i32 %smin, 3
   %narrow = add nuw nsw i32 %445, 1
@@ -1177,133 +1177,133 @@ for_end_step.i:                                   ; preds = %for_begin_step.i
   br i1 %.not, label %for_begin_r247.preheader.i, label %if_then208.i
 
 for_begin_r247.preheader.i:                       ; preds = %for_end_step.i
-  %450 = add nuw nsw i64 %indvars.iv1865.i, %110
+  %450 = add nuw nsw i64 %indvars.iv1877.i, %110
   %451 = shl nuw nsw i64 %450, 4
-  %row_max290.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
+  %row_max291.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %452 = getelementptr inbounds nuw float, ptr %partial_max, i64 %451
-  store float %row_max290.sroa.0.0.vec.extract.i, ptr %452, align 4, !tbaa !9
-  %row_sum289.sroa.0.0.vec.extract.i = extractelement <16 x float> %1364, i64 0
+  store float %row_max291.sroa.0.0.vec.extract.i, ptr %452, align 4, !tbaa !9
+  %row_sum290.sroa.0.0.vec.extract.i = extractelement <16 x float> %1360, i64 0
   %453 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %451
-  store float %row_sum289.sroa.0.0.vec.extract.i, ptr %453, align 4, !tbaa !9
-  %row_max290.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  store float %row_sum290.sroa.0.0.vec.extract.i, ptr %453, align 4, !tbaa !9
+  %row_max291.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %454 = or disjoint i64 %451, 1
   %455 = getelementptr inbounds nuw float, ptr %partial_max, i64 %454
-  store float %row_max290.sroa.0.4.vec.extract.i, ptr %455, align 4, !tbaa !9
-  %row_sum289.sroa.0.4.vec.extract.i = extractelement <16 x float> %1364, i64 1
+  store float %row_max291.sroa.0.4.vec.extract.i, ptr %455, align 4, !tbaa !9
+  %row_sum290.sroa.0.4.vec.extract.i = extractelement <16 x float> %1360, i64 1
   %456 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %454
-  store float %row_sum289.sroa.0.4.vec.extract.i, ptr %456, align 4, !tbaa !9
-  %row_max290.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  store float %row_sum290.sroa.0.4.vec.extract.i, ptr %456, align 4, !tbaa !9
+  %row_max291.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %457 = or disjoint i64 %451, 2
   %458 = getelementptr inbounds nuw float, ptr %partial_max, i64 %457
-  store float %row_max290.sroa.0.8.vec.extract.i, ptr %458, align 4, !tbaa !9
-  %row_sum289.sroa.0.8.vec.extract.i = extractelement <16 x float> %1364, i64 2
+  store float %row_max291.sroa.0.8.vec.extract.i, ptr %458, align 4, !tbaa !9
+  %row_sum290.sroa.0.8.vec.extract.i = extractelement <16 x float> %1360, i64 2
   %459 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %457
-  store float %row_sum289.sroa.0.8.vec.extract.i, ptr %459, align 4, !tbaa !9
-  %row_max290.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  store float %row_sum290.sroa.0.8.vec.extract.i, ptr %459, align 4, !tbaa !9
+  %row_max291.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %460 = or disjoint i64 %451, 3
   %461 = getelementptr inbounds nuw float, ptr %partial_max, i64 %460
-  store float %row_max290.sroa.0.12.vec.extract.i, ptr %461, align 4, !tbaa !9
-  %row_sum289.sroa.0.12.vec.extract.i = extractelement <16 x float> %1364, i64 3
+  store float %row_max291.sroa.0.12.vec.extract.i, ptr %461, align 4, !tbaa !9
+  %row_sum290.sroa.0.12.vec.extract.i = extractelement <16 x float> %1360, i64 3
   %462 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %460
-  store float %row_sum289.sroa.0.12.vec.extract.i, ptr %462, align 4, !tbaa !9
-  %row_max290.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  store float %row_sum290.sroa.0.12.vec.extract.i, ptr %462, align 4, !tbaa !9
+  %row_max291.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %463 = or disjoint i64 %451, 4
   %464 = getelementptr inbounds nuw float, ptr %partial_max, i64 %463
-  store float %row_max290.sroa.0.16.vec.extract.i, ptr %464, align 4, !tbaa !9
-  %row_sum289.sroa.0.16.vec.extract.i = extractelement <16 x float> %1364, i64 4
+  store float %row_max291.sroa.0.16.vec.extract.i, ptr %464, align 4, !tbaa !9
+  %row_sum290.sroa.0.16.vec.extract.i = extractelement <16 x float> %1360, i64 4
   %465 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %463
-  store float %row_sum289.sroa.0.16.vec.extract.i, ptr %465, align 4, !tbaa !9
-  %row_max290.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  store float %row_sum290.sroa.0.16.vec.extract.i, ptr %465, align 4, !tbaa !9
+  %row_max291.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %466 = or disjoint i64 %451, 5
   %467 = getelementptr inbounds nuw float, ptr %partial_max, i64 %466
-  store float %row_max290.sroa.0.20.vec.extract.i, ptr %467, align 4, !tbaa !9
-  %row_sum289.sroa.0.20.vec.extract.i = extractelement <16 x float> %1364, i64 5
+  store float %row_max291.sroa.0.20.vec.extract.i, ptr %467, align 4, !tbaa !9
+  %row_sum290.sroa.0.20.vec.extract.i = extractelement <16 x float> %1360, i64 5
   %468 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %466
-  store float %row_sum289.sroa.0.20.vec.extract.i, ptr %468, align 4, !tbaa !9
-  %row_max290.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  store float %row_sum290.sroa.0.20.vec.extract.i, ptr %468, align 4, !tbaa !9
+  %row_max291.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %469 = or disjoint i64 %451, 6
   %470 = getelementptr inbounds nuw float, ptr %partial_max, i64 %469
-  store float %row_max290.sroa.0.24.vec.extract.i, ptr %470, align 4, !tbaa !9
-  %row_sum289.sroa.0.24.vec.extract.i = extractelement <16 x float> %1364, i64 6
+  store float %row_max291.sroa.0.24.vec.extract.i, ptr %470, align 4, !tbaa !9
+  %row_sum290.sroa.0.24.vec.extract.i = extractelement <16 x float> %1360, i64 6
   %471 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %469
-  store float %row_sum289.sroa.0.24.vec.extract.i, ptr %471, align 4, !tbaa !9
-  %row_max290.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  store float %row_sum290.sroa.0.24.vec.extract.i, ptr %471, align 4, !tbaa !9
+  %row_max291.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %472 = or disjoint i64 %451, 7
   %473 = getelementptr inbounds nuw float, ptr %partial_max, i64 %472
-  store float %row_max290.sroa.0.28.vec.extract.i, ptr %473, align 4, !tbaa !9
-  %row_sum289.sroa.0.28.vec.extract.i = extractelement <16 x float> %1364, i64 7
+  store float %row_max291.sroa.0.28.vec.extract.i, ptr %473, align 4, !tbaa !9
+  %row_sum290.sroa.0.28.vec.extract.i = extractelement <16 x float> %1360, i64 7
   %474 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %472
-  store float %row_sum289.sroa.0.28.vec.extract.i, ptr %474, align 4, !tbaa !9
-  %row_max290.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  store float %row_sum290.sroa.0.28.vec.extract.i, ptr %474, align 4, !tbaa !9
+  %row_max291.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %475 = or disjoint i64 %451, 8
   %476 = getelementptr inbounds nuw float, ptr %partial_max, i64 %475
-  store float %row_max290.sroa.0.32.vec.extract.i, ptr %476, align 4, !tbaa !9
-  %row_sum289.sroa.0.32.vec.extract.i = extractelement <16 x float> %1364, i64 8
+  store float %row_max291.sroa.0.32.vec.extract.i, ptr %476, align 4, !tbaa !9
+  %row_sum290.sroa.0.32.vec.extract.i = extractelement <16 x float> %1360, i64 8
   %477 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %475
-  store float %row_sum289.sroa.0.32.vec.extract.i, ptr %477, align 4, !tbaa !9
-  %row_max290.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  store float %row_sum290.sroa.0.32.vec.extract.i, ptr %477, align 4, !tbaa !9
+  %row_max291.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %478 = or disjoint i64 %451, 9
   %479 = getelementptr inbounds nuw float, ptr %partial_max, i64 %478
-  store float %row_max290.sroa.0.36.vec.extract.i, ptr %479, align 4, !tbaa !9
-  %row_sum289.sroa.0.36.vec.extract.i = extractelement <16 x float> %1364, i64 9
+  store float %row_max291.sroa.0.36.vec.extract.i, ptr %479, align 4, !tbaa !9
+  %row_sum290.sroa.0.36.vec.extract.i = extractelement <16 x float> %1360, i64 9
   %480 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %478
-  store float %row_sum289.sroa.0.36.vec.extract.i, ptr %480, align 4, !tbaa !9
-  %row_max290.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  store float %row_sum290.sroa.0.36.vec.extract.i, ptr %480, align 4, !tbaa !9
+  %row_max291.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %481 = or disjoint i64 %451, 10
   %482 = getelementptr inbounds nuw float, ptr %partial_max, i64 %481
-  store float %row_max290.sroa.0.40.vec.extract.i, ptr %482, align 4, !tbaa !9
-  %row_sum289.sroa.0.40.vec.extract.i = extractelement <16 x float> %1364, i64 10
+  store float %row_max291.sroa.0.40.vec.extract.i, ptr %482, align 4, !tbaa !9
+  %row_sum290.sroa.0.40.vec.extract.i = extractelement <16 x float> %1360, i64 10
   %483 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %481
-  store float %row_sum289.sroa.0.40.vec.extract.i, ptr %483, align 4, !tbaa !9
-  %row_max290.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  store float %row_sum290.sroa.0.40.vec.extract.i, ptr %483, align 4, !tbaa !9
+  %row_max291.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %484 = or disjoint i64 %451, 11
   %485 = getelementptr inbounds nuw float, ptr %partial_max, i64 %484
-  store float %row_max290.sroa.0.44.vec.extract.i, ptr %485, align 4, !tbaa !9
-  %row_sum289.sroa.0.44.vec.extract.i = extractelement <16 x float> %1364, i64 11
+  store float %row_max291.sroa.0.44.vec.extract.i, ptr %485, align 4, !tbaa !9
+  %row_sum290.sroa.0.44.vec.extract.i = extractelement <16 x float> %1360, i64 11
   %486 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %484
-  store float %row_sum289.sroa.0.44.vec.extract.i, ptr %486, align 4, !tbaa !9
-  %row_max290.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  store float %row_sum290.sroa.0.44.vec.extract.i, ptr %486, align 4, !tbaa !9
+  %row_max291.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %487 = or disjoint i64 %451, 12
   %488 = getelementptr inbounds nuw float, ptr %partial_max, i64 %487
-  store float %row_max290.sroa.0.48.vec.extract.i, ptr %488, align 4, !tbaa !9
-  %row_sum289.sroa.0.48.vec.extract.i = extractelement <16 x float> %1364, i64 12
+  store float %row_max291.sroa.0.48.vec.extract.i, ptr %488, align 4, !tbaa !9
+  %row_sum290.sroa.0.48.vec.extract.i = extractelement <16 x float> %1360, i64 12
   %489 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %487
-  store float %row_sum289.sroa.0.48.vec.extract.i, ptr %489, align 4, !tbaa !9
-  %row_max290.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  store float %row_sum290.sroa.0.48.vec.extract.i, ptr %489, align 4, !tbaa !9
+  %row_max291.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %490 = or disjoint i64 %451, 13
   %491 = getelementptr inbounds nuw float, ptr %partial_max, i64 %490
-  store float %row_max290.sroa.0.52.vec.extract.i, ptr %491, align 4, !tbaa !9
-  %row_sum289.sroa.0.52.vec.extract.i = extractelement <16 x float> %1364, i64 13
+  store float %row_max291.sroa.0.52.vec.extract.i, ptr %491, align 4, !tbaa !9
+  %row_sum290.sroa.0.52.vec.extract.i = extractelement <16 x float> %1360, i64 13
   %492 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %490
-  store float %row_sum289.sroa.0.52.vec.extract.i, ptr %492, align 4, !tbaa !9
-  %row_max290.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  store float %row_sum290.sroa.0.52.vec.extract.i, ptr %492, align 4, !tbaa !9
+  %row_max291.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %493 = or disjoint i64 %451, 14
   %494 = getelementptr inbounds nuw float, ptr %partial_max, i64 %493
-  store float %row_max290.sroa.0.56.vec.extract.i, ptr %494, align 4, !tbaa !9
-  %row_sum289.sroa.0.56.vec.extract.i = extractelement <16 x float> %1364, i64 14
+  store float %row_max291.sroa.0.56.vec.extract.i, ptr %494, align 4, !tbaa !9
+  %row_sum290.sroa.0.56.vec.extract.i = extractelement <16 x float> %1360, i64 14
   %495 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %493
-  store float %row_sum289.sroa.0.56.vec.extract.i, ptr %495, align 4, !tbaa !9
-  %row_max290.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  store float %row_sum290.sroa.0.56.vec.extract.i, ptr %495, align 4, !tbaa !9
+  %row_max291.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %496 = or disjoint i64 %451, 15
   %497 = getelementptr inbounds nuw float, ptr %partial_max, i64 %496
-  store float %row_max290.sroa.0.60.vec.extract.i, ptr %497, align 4, !tbaa !9
-  %row_sum289.sroa.0.60.vec.extract.i = extractelement <16 x float> %1364, i64 15
+  store float %row_max291.sroa.0.60.vec.extract.i, ptr %497, align 4, !tbaa !9
+  %row_sum290.sroa.0.60.vec.extract.i = extractelement <16 x float> %1360, i64 15
   %498 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %496
-  store float %row_sum289.sroa.0.60.vec.extract.i, ptr %498, align 4, !tbaa !9
+  store float %row_sum290.sroa.0.60.vec.extract.i, ptr %498, align 4, !tbaa !9
   %.idx.i = shl nuw nsw i64 %450, 13
   %499 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %scevgep303 = getelementptr i8, ptr %acc.i, i64 8132
-  %bound0304 = icmp ult ptr %scevgep301, %scevgep303
-  %bound1305 = icmp ult ptr %acc.i, %scevgep302
-  %found.conflict306 = and i1 %bound0304, %bound1305
-  br i1 %found.conflict306, label %for_body_d258.i, label %vector.body309, !prof !11
+  %scevgep301 = getelementptr i8, ptr %acc.i, i64 8132
+  %bound0302 = icmp ult ptr %scevgep299, %scevgep301
+  %bound1303 = icmp ult ptr %acc.i, %scevgep300
+  %found.conflict304 = and i1 %bound0302, %bound1303
+  br i1 %found.conflict304, label %for_body_d258.i, label %vector.body307, !prof !11
 
-vector.body309:                                   ; preds = %vector.body309, %for_begin_r247.preheader.i
-  %index310 = phi i64 [ %index.next311.1, %vector.body309 ], [ 0, %for_begin_r247.preheader.i ]
-  %500 = shl nuw nsw i64 %index310, 6
-  %501 = shl i64 %index310, 6
-  %502 = shl i64 %index310, 6
-  %503 = shl i64 %index310, 6
+vector.body307:                                   ; preds = %vector.body307, %for_begin_r247.preheader.i
+  %index308 = phi i64 [ %index.next309.1, %vector.body307 ], [ 0, %for_begin_r247.preheader.i ]
+  %500 = shl nuw nsw i64 %index308, 6
+  %501 = shl i64 %index308, 6
+  %502 = shl i64 %index308, 6
+  %503 = shl i64 %index308, 6
   %504 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %500
   %505 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %501
   %506 = getelementptr inbounds nuw i8, ptr %505, i64 64
@@ -1319,13 +1319,13 @@ vector.body309:                                   ; preds = %vector.body309, %fo
   %516 = insertelement <4 x float> %515, float %512, i64 1
   %517 = insertelement <4 x float> %516, float %513, i64 2
   %518 = insertelement <4 x float> %517, float %514, i64 3
-  %519 = getelementptr inbounds nuw float, ptr %499, i64 %index310
+  %519 = getelementptr inbounds nuw float, ptr %499, i64 %index308
   store <4 x float> %518, ptr %519, align 4, !tbaa !9, !alias.scope !25, !noalias !22
-  %index.next311 = or disjoint i64 %index310, 4
-  %520 = shl nuw nsw i64 %index.next311, 6
-  %521 = shl i64 %index.next311, 6
-  %522 = shl i64 %index.next311, 6
-  %523 = shl i64 %index.next311, 6
+  %index.next309 = or disjoint i64 %index308, 4
+  %520 = shl nuw nsw i64 %index.next309, 6
+  %521 = shl i64 %index.next309, 6
+  %522 = shl i64 %index.next309, 6
+  %523 = shl i64 %index.next309, 6
   %524 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %520
   %525 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %521
   %526 = getelementptr inbounds nuw i8, ptr %525, i64 64
@@ -1341,11 +1341,11 @@ vector.body309:                                   ; preds = %vector.body309, %fo
   %536 = insertelement <4 x float> %535, float %532, i64 1
   %537 = insertelement <4 x float> %536, float %533, i64 2
   %538 = insertelement <4 x float> %537, float %534, i64 3
-  %539 = getelementptr inbounds nuw float, ptr %499, i64 %index.next311
+  %539 = getelementptr inbounds nuw float, ptr %499, i64 %index.next309
   store <4 x float> %538, ptr %539, align 4, !tbaa !9, !alias.scope !25, !noalias !22
-  %index.next311.1 = add nuw nsw i64 %index310, 8
-  %540 = icmp eq i64 %index.next311.1, 128
-  br i1 %540, label %for_end_d259.i, label %vector.body309, !prof !27, !llvm.loop !28
+  %index.next309.1 = add nuw nsw i64 %index308, 8
+  %540 = icmp eq i64 %index.next309.1, 128
+  br i1 %540, label %for_end_d259.i, label %vector.body307, !prof !27, !llvm.loop !28
 
 if_end30.i:                                       ; preds = %for_body_step.i
   %541 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
@@ -1354,15 +1354,15 @@ if_end30.i:                                       ; preds = %for_body_step.i
   br i1 %542, label %fused_decode_compute_.exit, label %if_end33.i, !prof !8
 
 if_end33.i:                                       ; preds = %if_end30.i
-  %543 = shl nsw i64 %indvars.iv1836.i79, 7
+  %543 = shl nsw i64 %indvars.iv1848.i78, 7
   %544 = sub nsw i64 %443, %543
-  %indvars.iv.next1837.i = add nuw nsw i64 %indvars.iv1836.i79, 1
+  %indvars.iv.next1849.i = add nuw nsw i64 %indvars.iv1848.i78, 1
   %545 = trunc nsw i64 %544 to i32
   %546 = tail call i32 @llvm.smin.i32(i32 %545, i32 128)
   %547 = add nsw i32 %546, 3
   %548 = ashr i32 %547, 2
   %549 = and i32 %547, -4
-  %550 = icmp samesign ult i64 %indvars.iv.next1837.i, %442
+  %550 = icmp samesign ult i64 %indvars.iv.next1849.i, %442
   %551 = select i1 %550, i32 256, i32 %549
   %552 = icmp sgt i32 %551, 0
   br i1 %552, label %for_body_t.lr.ph.i, label %for_end_t39.i, !prof !3
@@ -1371,85 +1371,85 @@ for_body_t.lr.ph.i:                               ; preds = %if_end33.i
   %row_start.i = load i32, ptr %433, align 4, !tbaa !9
   %553 = add nuw nsw i64 %543, %109
   %554 = sext i32 %row_start.i to i64
-  %invariant.gep1614.i = getelementptr i32, ptr %invariant.gep1612.i, i64 %554
+  %invariant.gep1618.i = getelementptr i32, ptr %invariant.gep1616.i, i64 %554
   %wide.trip.count.i = zext nneg i32 %551 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1733.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1734.i.1, %for_body_t.i ]
-  %555 = add nuw nsw i64 %indvars.iv1733.i, %553
+  %indvars.iv1738.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1739.i.1, %for_body_t.i ]
+  %555 = add nuw nsw i64 %indvars.iv1738.i, %553
   %556 = trunc i64 %555 to i32
   %557 = tail call i32 @llvm.smin.i32(i32 %556, i32 %.reass.i)
   %558 = sext i32 %557 to i64
   %559 = ashr i64 %558, 7
-  %gep1615.i = getelementptr i32, ptr %invariant.gep1614.i, i64 %559
-  %560 = load i32, ptr %gep1615.i, align 4, !tbaa !9
+  %gep1619.i = getelementptr i32, ptr %invariant.gep1618.i, i64 %559
+  %560 = load i32, ptr %gep1619.i, align 4, !tbaa !9
   %block.i = sext i32 %560 to i64
   %561 = and i64 %558, 127
   %562 = mul nsw i64 %561, %k_row
   %563 = mul nsw i64 %k_block, %block.i
   %564 = add nsw i64 %562, %563
-  %565 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1733.i
+  %565 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1738.i
   store i64 %564, ptr %565, align 8, !tbaa !9
-  %indvars.iv.next1734.i = or disjoint i64 %indvars.iv1733.i, 1
-  %566 = add nuw nsw i64 %indvars.iv.next1734.i, %553
+  %indvars.iv.next1739.i = or disjoint i64 %indvars.iv1738.i, 1
+  %566 = add nuw nsw i64 %indvars.iv.next1739.i, %553
   %567 = trunc i64 %566 to i32
   %568 = tail call i32 @llvm.smin.i32(i32 %567, i32 %.reass.i)
   %569 = sext i32 %568 to i64
   %570 = ashr i64 %569, 7
-  %gep1615.i.1 = getelementptr i32, ptr %invariant.gep1614.i, i64 %570
-  %571 = load i32, ptr %gep1615.i.1, align 4, !tbaa !9
+  %gep1619.i.1 = getelementptr i32, ptr %invariant.gep1618.i, i64 %570
+  %571 = load i32, ptr %gep1619.i.1, align 4, !tbaa !9
   %block.i.1 = sext i32 %571 to i64
   %572 = and i64 %569, 127
   %573 = mul nsw i64 %572, %k_row
   %574 = mul nsw i64 %k_block, %block.i.1
   %575 = add nsw i64 %573, %574
-  %576 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1734.i
+  %576 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1739.i
   store i64 %575, ptr %576, align 8, !tbaa !9
-  %indvars.iv.next1734.i.1 = add nuw nsw i64 %indvars.iv1733.i, 2
-  %exitcond1736.not.i.1 = icmp eq i64 %indvars.iv.next1734.i.1, %wide.trip.count.i
-  br i1 %exitcond1736.not.i.1, label %for_body_t38.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !31
+  %indvars.iv.next1739.i.1 = add nuw nsw i64 %indvars.iv1738.i, 2
+  %exitcond1741.not.i.1 = icmp eq i64 %indvars.iv.next1739.i.1, %wide.trip.count.i
+  br i1 %exitcond1741.not.i.1, label %for_body_t38.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !31
 
 for_body_t38.lr.ph.i:                             ; preds = %for_body_t.i
   %row_start36.i = load i32, ptr %433, align 4, !tbaa !9
   %577 = sext i32 %row_start36.i to i64
-  %invariant.gep1619.i = getelementptr i32, ptr %invariant.gep1612.i, i64 %577
+  %invariant.gep1623.i = getelementptr i32, ptr %invariant.gep1616.i, i64 %577
   br label %for_body_t38.i
 
 for_body_t38.i:                                   ; preds = %for_body_t38.i, %for_body_t38.lr.ph.i
-  %indvars.iv1737.i = phi i64 [ 0, %for_body_t38.lr.ph.i ], [ %indvars.iv.next1738.i.1, %for_body_t38.i ]
-  %578 = add nuw nsw i64 %indvars.iv1737.i, %553
+  %indvars.iv1742.i = phi i64 [ 0, %for_body_t38.lr.ph.i ], [ %indvars.iv.next1743.i.1, %for_body_t38.i ]
+  %578 = add nuw nsw i64 %indvars.iv1742.i, %553
   %579 = trunc i64 %578 to i32
   %580 = tail call i32 @llvm.smin.i32(i32 %579, i32 %.reass.i)
   %581 = sext i32 %580 to i64
   %582 = ashr i64 %581, 7
-  %gep1620.i = getelementptr i32, ptr %invariant.gep1619.i, i64 %582
-  %583 = load i32, ptr %gep1620.i, align 4, !tbaa !9
+  %gep1624.i = getelementptr i32, ptr %invariant.gep1623.i, i64 %582
+  %583 = load i32, ptr %gep1624.i, align 4, !tbaa !9
   %block45.i = sext i32 %583 to i64
   %584 = and i64 %581, 127
   %585 = mul nsw i64 %584, %v_row
   %586 = mul nsw i64 %v_block, %block45.i
   %587 = add nsw i64 %585, %586
-  %588 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1737.i
+  %588 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1742.i
   store i64 %587, ptr %588, align 8, !tbaa !9
-  %indvars.iv.next1738.i = or disjoint i64 %indvars.iv1737.i, 1
-  %589 = add nuw nsw i64 %indvars.iv.next1738.i, %553
+  %indvars.iv.next1743.i = or disjoint i64 %indvars.iv1742.i, 1
+  %589 = add nuw nsw i64 %indvars.iv.next1743.i, %553
   %590 = trunc i64 %589 to i32
   %591 = tail call i32 @llvm.smin.i32(i32 %590, i32 %.reass.i)
   %592 = sext i32 %591 to i64
   %593 = ashr i64 %592, 7
-  %gep1620.i.1 = getelementptr i32, ptr %invariant.gep1619.i, i64 %593
-  %594 = load i32, ptr %gep1620.i.1, align 4, !tbaa !9
+  %gep1624.i.1 = getelementptr i32, ptr %invariant.gep1623.i, i64 %593
+  %594 = load i32, ptr %gep1624.i.1, align 4, !tbaa !9
   %block45.i.1 = sext i32 %594 to i64
   %595 = and i64 %592, 127
   %596 = mul nsw i64 %595, %v_row
   %597 = mul nsw i64 %v_block, %block45.i.1
   %598 = add nsw i64 %596, %597
-  %599 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1738.i
+  %599 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1743.i
   store i64 %598, ptr %599, align 8, !tbaa !9
-  %indvars.iv.next1738.i.1 = add nuw nsw i64 %indvars.iv1737.i, 2
-  %exitcond1741.not.i.1 = icmp eq i64 %indvars.iv.next1738.i.1, %wide.trip.count.i
-  br i1 %exitcond1741.not.i.1, label %for_end_t39.i, label %for_body_t38.i, !prof !4, !llvm.loop !33
+  %indvars.iv.next1743.i.1 = add nuw nsw i64 %indvars.iv1742.i, 2
+  %exitcond1746.not.i.1 = icmp eq i64 %indvars.iv.next1743.i.1, %wide.trip.count.i
+  br i1 %exitcond1746.not.i.1, label %for_end_t39.i, label %for_body_t38.i, !prof !4, !llvm.loop !33
 
 for_end_t39.i:                                    ; preds = %for_body_t38.i, %if_end33.i
   %600 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
@@ -1462,15 +1462,15 @@ for_begin_to.preheader.i:                         ; preds = %for_end_t39.i
   br i1 %602, label %for_begin_ti.preheader.preheader.i, label %for_end_to.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count1748.i = zext nneg i32 %548 to i64
+  %wide.trip.count1753.i = zext nneg i32 %548 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv1745.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next1746.i, %for_end_ti.i ]
-  %.idx1981.i = shl nsw i64 %indvars.iv1745.i, 5
-  %invariant.gep2009.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1981.i
-  %.idx1983.i = shl nsw i64 %indvars.iv1745.i, 10
-  %invariant.gep2011.i = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx1983.i
+  %indvars.iv1750.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next1751.i, %for_end_ti.i ]
+  %.idx1997.i = shl nsw i64 %indvars.iv1750.i, 5
+  %invariant.gep2028.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1997.i
+  %.idx1999.i = shl nsw i64 %indvars.iv1750.i, 10
+  %invariant.gep2030.i = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx1999.i
   br label %for_body_ti.i
 
 for_end_to.i:                                     ; preds = %for_end_ti.i, %for_begin_to.preheader.i
@@ -1481,429 +1481,429 @@ for_end_to.i:                                     ; preds = %for_end_ti.i, %for_
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
   %605 = phi i1 [ true, %for_begin_ti.preheader.i ], [ false, %for_body_ti.i ]
-  %indvars.iv1742.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ 1, %for_body_ti.i ]
-  %.idx1980.i = shl nuw nsw i64 %indvars.iv1742.i, 4
-  %gep2010.i = getelementptr inbounds nuw i8, ptr %invariant.gep2009.i, i64 %.idx1980.i
-  %606 = getelementptr inbounds nuw i8, ptr %gep2010.i, i64 8
+  %indvars.iv1747.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ 1, %for_body_ti.i ]
+  %.idx1996.i = shl nuw nsw i64 %indvars.iv1747.i, 4
+  %gep2029.i = getelementptr inbounds nuw i8, ptr %invariant.gep2028.i, i64 %.idx1996.i
+  %606 = getelementptr inbounds nuw i8, ptr %gep2029.i, i64 8
   %607 = load i64, ptr %606, align 8, !tbaa !9
   %608 = getelementptr inbounds i32, ptr %value_cache, i64 %607
   %609 = load <4 x i32>, ptr %608, align 4, !tbaa !9
-  %610 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %610 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %611 = getelementptr inbounds i32, ptr %value_cache, i64 %610
   %612 = load <4 x i32>, ptr %611, align 4, !tbaa !9
   %613 = shl <4 x i32> %609, splat (i32 16)
   %614 = and <4 x i32> %612, splat (i32 65535)
   %615 = or disjoint <4 x i32> %614, %613
-  %.idx1982.i = shl nuw nsw i64 %indvars.iv1742.i, 9
-  %gep2012.i = getelementptr inbounds nuw i8, ptr %invariant.gep2011.i, i64 %.idx1982.i
-  store <4 x i32> %615, ptr %gep2012.i, align 4, !tbaa !9
+  %.idx1998.i = shl nuw nsw i64 %indvars.iv1747.i, 9
+  %gep2031.i = getelementptr inbounds nuw i8, ptr %invariant.gep2030.i, i64 %.idx1998.i
+  store <4 x i32> %615, ptr %gep2031.i, align 4, !tbaa !9
   %616 = load i64, ptr %606, align 8, !tbaa !9
   %617 = getelementptr inbounds i32, ptr %value_cache, i64 %616
   %618 = load <4 x i32>, ptr %617, align 4, !tbaa !9
   %619 = and <4 x i32> %618, splat (i32 -65536)
-  %620 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %620 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %621 = getelementptr inbounds i32, ptr %value_cache, i64 %620
   %622 = load <4 x i32>, ptr %621, align 4, !tbaa !9
   %623 = lshr <4 x i32> %622, splat (i32 16)
   %624 = or disjoint <4 x i32> %623, %619
-  %625 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 16
+  %625 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 16
   store <4 x i32> %624, ptr %625, align 4, !tbaa !9
   %626 = load i64, ptr %606, align 8, !tbaa !9
   %627 = getelementptr i32, ptr %value_cache, i64 %626
   %628 = getelementptr i8, ptr %627, i64 16
   %629 = load <4 x i32>, ptr %628, align 4, !tbaa !9
-  %630 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %630 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %631 = getelementptr i32, ptr %value_cache, i64 %630
   %632 = getelementptr i8, ptr %631, i64 16
   %633 = load <4 x i32>, ptr %632, align 4, !tbaa !9
   %634 = shl <4 x i32> %629, splat (i32 16)
   %635 = and <4 x i32> %633, splat (i32 65535)
   %636 = or disjoint <4 x i32> %635, %634
-  %637 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 32
+  %637 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 32
   store <4 x i32> %636, ptr %637, align 4, !tbaa !9
   %638 = load i64, ptr %606, align 8, !tbaa !9
   %639 = getelementptr i32, ptr %value_cache, i64 %638
   %640 = getelementptr i8, ptr %639, i64 16
   %641 = load <4 x i32>, ptr %640, align 4, !tbaa !9
   %642 = and <4 x i32> %641, splat (i32 -65536)
-  %643 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %643 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %644 = getelementptr i32, ptr %value_cache, i64 %643
   %645 = getelementptr i8, ptr %644, i64 16
   %646 = load <4 x i32>, ptr %645, align 4, !tbaa !9
   %647 = lshr <4 x i32> %646, splat (i32 16)
   %648 = or disjoint <4 x i32> %647, %642
-  %649 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 48
+  %649 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 48
   store <4 x i32> %648, ptr %649, align 4, !tbaa !9
   %650 = load i64, ptr %606, align 8, !tbaa !9
   %651 = getelementptr i32, ptr %value_cache, i64 %650
   %652 = getelementptr i8, ptr %651, i64 32
   %653 = load <4 x i32>, ptr %652, align 4, !tbaa !9
-  %654 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %654 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %655 = getelementptr i32, ptr %value_cache, i64 %654
   %656 = getelementptr i8, ptr %655, i64 32
   %657 = load <4 x i32>, ptr %656, align 4, !tbaa !9
   %658 = shl <4 x i32> %653, splat (i32 16)
   %659 = and <4 x i32> %657, splat (i32 65535)
   %660 = or disjoint <4 x i32> %659, %658
-  %661 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 64
+  %661 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 64
   store <4 x i32> %660, ptr %661, align 4, !tbaa !9
   %662 = load i64, ptr %606, align 8, !tbaa !9
   %663 = getelementptr i32, ptr %value_cache, i64 %662
   %664 = getelementptr i8, ptr %663, i64 32
   %665 = load <4 x i32>, ptr %664, align 4, !tbaa !9
   %666 = and <4 x i32> %665, splat (i32 -65536)
-  %667 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %667 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %668 = getelementptr i32, ptr %value_cache, i64 %667
   %669 = getelementptr i8, ptr %668, i64 32
   %670 = load <4 x i32>, ptr %669, align 4, !tbaa !9
   %671 = lshr <4 x i32> %670, splat (i32 16)
   %672 = or disjoint <4 x i32> %671, %666
-  %673 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 80
+  %673 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 80
   store <4 x i32> %672, ptr %673, align 4, !tbaa !9
   %674 = load i64, ptr %606, align 8, !tbaa !9
   %675 = getelementptr i32, ptr %value_cache, i64 %674
   %676 = getelementptr i8, ptr %675, i64 48
   %677 = load <4 x i32>, ptr %676, align 4, !tbaa !9
-  %678 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %678 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %679 = getelementptr i32, ptr %value_cache, i64 %678
   %680 = getelementptr i8, ptr %679, i64 48
   %681 = load <4 x i32>, ptr %680, align 4, !tbaa !9
   %682 = shl <4 x i32> %677, splat (i32 16)
   %683 = and <4 x i32> %681, splat (i32 65535)
   %684 = or disjoint <4 x i32> %683, %682
-  %685 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 96
+  %685 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 96
   store <4 x i32> %684, ptr %685, align 4, !tbaa !9
   %686 = load i64, ptr %606, align 8, !tbaa !9
   %687 = getelementptr i32, ptr %value_cache, i64 %686
   %688 = getelementptr i8, ptr %687, i64 48
   %689 = load <4 x i32>, ptr %688, align 4, !tbaa !9
   %690 = and <4 x i32> %689, splat (i32 -65536)
-  %691 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %691 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %692 = getelementptr i32, ptr %value_cache, i64 %691
   %693 = getelementptr i8, ptr %692, i64 48
   %694 = load <4 x i32>, ptr %693, align 4, !tbaa !9
   %695 = lshr <4 x i32> %694, splat (i32 16)
   %696 = or disjoint <4 x i32> %695, %690
-  %697 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 112
+  %697 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 112
   store <4 x i32> %696, ptr %697, align 4, !tbaa !9
   %698 = load i64, ptr %606, align 8, !tbaa !9
   %699 = getelementptr i32, ptr %value_cache, i64 %698
   %700 = getelementptr i8, ptr %699, i64 64
   %701 = load <4 x i32>, ptr %700, align 4, !tbaa !9
-  %702 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %702 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %703 = getelementptr i32, ptr %value_cache, i64 %702
   %704 = getelementptr i8, ptr %703, i64 64
   %705 = load <4 x i32>, ptr %704, align 4, !tbaa !9
   %706 = shl <4 x i32> %701, splat (i32 16)
   %707 = and <4 x i32> %705, splat (i32 65535)
   %708 = or disjoint <4 x i32> %707, %706
-  %709 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 128
+  %709 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 128
   store <4 x i32> %708, ptr %709, align 4, !tbaa !9
   %710 = load i64, ptr %606, align 8, !tbaa !9
   %711 = getelementptr i32, ptr %value_cache, i64 %710
   %712 = getelementptr i8, ptr %711, i64 64
   %713 = load <4 x i32>, ptr %712, align 4, !tbaa !9
   %714 = and <4 x i32> %713, splat (i32 -65536)
-  %715 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %715 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %716 = getelementptr i32, ptr %value_cache, i64 %715
   %717 = getelementptr i8, ptr %716, i64 64
   %718 = load <4 x i32>, ptr %717, align 4, !tbaa !9
   %719 = lshr <4 x i32> %718, splat (i32 16)
   %720 = or disjoint <4 x i32> %719, %714
-  %721 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 144
+  %721 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 144
   store <4 x i32> %720, ptr %721, align 4, !tbaa !9
   %722 = load i64, ptr %606, align 8, !tbaa !9
   %723 = getelementptr i32, ptr %value_cache, i64 %722
   %724 = getelementptr i8, ptr %723, i64 80
   %725 = load <4 x i32>, ptr %724, align 4, !tbaa !9
-  %726 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %726 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %727 = getelementptr i32, ptr %value_cache, i64 %726
   %728 = getelementptr i8, ptr %727, i64 80
   %729 = load <4 x i32>, ptr %728, align 4, !tbaa !9
   %730 = shl <4 x i32> %725, splat (i32 16)
   %731 = and <4 x i32> %729, splat (i32 65535)
   %732 = or disjoint <4 x i32> %731, %730
-  %733 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 160
+  %733 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 160
   store <4 x i32> %732, ptr %733, align 4, !tbaa !9
   %734 = load i64, ptr %606, align 8, !tbaa !9
   %735 = getelementptr i32, ptr %value_cache, i64 %734
   %736 = getelementptr i8, ptr %735, i64 80
   %737 = load <4 x i32>, ptr %736, align 4, !tbaa !9
   %738 = and <4 x i32> %737, splat (i32 -65536)
-  %739 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %739 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %740 = getelementptr i32, ptr %value_cache, i64 %739
   %741 = getelementptr i8, ptr %740, i64 80
   %742 = load <4 x i32>, ptr %741, align 4, !tbaa !9
   %743 = lshr <4 x i32> %742, splat (i32 16)
   %744 = or disjoint <4 x i32> %743, %738
-  %745 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 176
+  %745 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 176
   store <4 x i32> %744, ptr %745, align 4, !tbaa !9
   %746 = load i64, ptr %606, align 8, !tbaa !9
   %747 = getelementptr i32, ptr %value_cache, i64 %746
   %748 = getelementptr i8, ptr %747, i64 96
   %749 = load <4 x i32>, ptr %748, align 4, !tbaa !9
-  %750 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %750 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %751 = getelementptr i32, ptr %value_cache, i64 %750
   %752 = getelementptr i8, ptr %751, i64 96
   %753 = load <4 x i32>, ptr %752, align 4, !tbaa !9
   %754 = shl <4 x i32> %749, splat (i32 16)
   %755 = and <4 x i32> %753, splat (i32 65535)
   %756 = or disjoint <4 x i32> %755, %754
-  %757 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 192
+  %757 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 192
   store <4 x i32> %756, ptr %757, align 4, !tbaa !9
   %758 = load i64, ptr %606, align 8, !tbaa !9
   %759 = getelementptr i32, ptr %value_cache, i64 %758
   %760 = getelementptr i8, ptr %759, i64 96
   %761 = load <4 x i32>, ptr %760, align 4, !tbaa !9
   %762 = and <4 x i32> %761, splat (i32 -65536)
-  %763 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %763 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %764 = getelementptr i32, ptr %value_cache, i64 %763
   %765 = getelementptr i8, ptr %764, i64 96
   %766 = load <4 x i32>, ptr %765, align 4, !tbaa !9
   %767 = lshr <4 x i32> %766, splat (i32 16)
   %768 = or disjoint <4 x i32> %767, %762
-  %769 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 208
+  %769 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 208
   store <4 x i32> %768, ptr %769, align 4, !tbaa !9
   %770 = load i64, ptr %606, align 8, !tbaa !9
   %771 = getelementptr i32, ptr %value_cache, i64 %770
   %772 = getelementptr i8, ptr %771, i64 112
   %773 = load <4 x i32>, ptr %772, align 4, !tbaa !9
-  %774 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %774 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %775 = getelementptr i32, ptr %value_cache, i64 %774
   %776 = getelementptr i8, ptr %775, i64 112
   %777 = load <4 x i32>, ptr %776, align 4, !tbaa !9
   %778 = shl <4 x i32> %773, splat (i32 16)
   %779 = and <4 x i32> %777, splat (i32 65535)
   %780 = or disjoint <4 x i32> %779, %778
-  %781 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 224
+  %781 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 224
   store <4 x i32> %780, ptr %781, align 4, !tbaa !9
   %782 = load i64, ptr %606, align 8, !tbaa !9
   %783 = getelementptr i32, ptr %value_cache, i64 %782
   %784 = getelementptr i8, ptr %783, i64 112
   %785 = load <4 x i32>, ptr %784, align 4, !tbaa !9
   %786 = and <4 x i32> %785, splat (i32 -65536)
-  %787 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %787 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %788 = getelementptr i32, ptr %value_cache, i64 %787
   %789 = getelementptr i8, ptr %788, i64 112
   %790 = load <4 x i32>, ptr %789, align 4, !tbaa !9
   %791 = lshr <4 x i32> %790, splat (i32 16)
   %792 = or disjoint <4 x i32> %791, %786
-  %793 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 240
+  %793 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 240
   store <4 x i32> %792, ptr %793, align 4, !tbaa !9
   %794 = load i64, ptr %606, align 8, !tbaa !9
   %795 = getelementptr i32, ptr %value_cache, i64 %794
   %796 = getelementptr i8, ptr %795, i64 128
   %797 = load <4 x i32>, ptr %796, align 4, !tbaa !9
-  %798 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %798 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %799 = getelementptr i32, ptr %value_cache, i64 %798
   %800 = getelementptr i8, ptr %799, i64 128
   %801 = load <4 x i32>, ptr %800, align 4, !tbaa !9
   %802 = shl <4 x i32> %797, splat (i32 16)
   %803 = and <4 x i32> %801, splat (i32 65535)
   %804 = or disjoint <4 x i32> %803, %802
-  %805 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 256
+  %805 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 256
   store <4 x i32> %804, ptr %805, align 4, !tbaa !9
   %806 = load i64, ptr %606, align 8, !tbaa !9
   %807 = getelementptr i32, ptr %value_cache, i64 %806
   %808 = getelementptr i8, ptr %807, i64 128
   %809 = load <4 x i32>, ptr %808, align 4, !tbaa !9
   %810 = and <4 x i32> %809, splat (i32 -65536)
-  %811 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %811 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %812 = getelementptr i32, ptr %value_cache, i64 %811
   %813 = getelementptr i8, ptr %812, i64 128
   %814 = load <4 x i32>, ptr %813, align 4, !tbaa !9
   %815 = lshr <4 x i32> %814, splat (i32 16)
   %816 = or disjoint <4 x i32> %815, %810
-  %817 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 272
+  %817 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 272
   store <4 x i32> %816, ptr %817, align 4, !tbaa !9
   %818 = load i64, ptr %606, align 8, !tbaa !9
   %819 = getelementptr i32, ptr %value_cache, i64 %818
   %820 = getelementptr i8, ptr %819, i64 144
   %821 = load <4 x i32>, ptr %820, align 4, !tbaa !9
-  %822 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %822 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %823 = getelementptr i32, ptr %value_cache, i64 %822
   %824 = getelementptr i8, ptr %823, i64 144
   %825 = load <4 x i32>, ptr %824, align 4, !tbaa !9
   %826 = shl <4 x i32> %821, splat (i32 16)
   %827 = and <4 x i32> %825, splat (i32 65535)
   %828 = or disjoint <4 x i32> %827, %826
-  %829 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 288
+  %829 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 288
   store <4 x i32> %828, ptr %829, align 4, !tbaa !9
   %830 = load i64, ptr %606, align 8, !tbaa !9
   %831 = getelementptr i32, ptr %value_cache, i64 %830
   %832 = getelementptr i8, ptr %831, i64 144
   %833 = load <4 x i32>, ptr %832, align 4, !tbaa !9
   %834 = and <4 x i32> %833, splat (i32 -65536)
-  %835 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %835 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %836 = getelementptr i32, ptr %value_cache, i64 %835
   %837 = getelementptr i8, ptr %836, i64 144
   %838 = load <4 x i32>, ptr %837, align 4, !tbaa !9
   %839 = lshr <4 x i32> %838, splat (i32 16)
   %840 = or disjoint <4 x i32> %839, %834
-  %841 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 304
+  %841 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 304
   store <4 x i32> %840, ptr %841, align 4, !tbaa !9
   %842 = load i64, ptr %606, align 8, !tbaa !9
   %843 = getelementptr i32, ptr %value_cache, i64 %842
   %844 = getelementptr i8, ptr %843, i64 160
   %845 = load <4 x i32>, ptr %844, align 4, !tbaa !9
-  %846 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %846 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %847 = getelementptr i32, ptr %value_cache, i64 %846
   %848 = getelementptr i8, ptr %847, i64 160
   %849 = load <4 x i32>, ptr %848, align 4, !tbaa !9
   %850 = shl <4 x i32> %845, splat (i32 16)
   %851 = and <4 x i32> %849, splat (i32 65535)
   %852 = or disjoint <4 x i32> %851, %850
-  %853 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 320
+  %853 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 320
   store <4 x i32> %852, ptr %853, align 4, !tbaa !9
   %854 = load i64, ptr %606, align 8, !tbaa !9
   %855 = getelementptr i32, ptr %value_cache, i64 %854
   %856 = getelementptr i8, ptr %855, i64 160
   %857 = load <4 x i32>, ptr %856, align 4, !tbaa !9
   %858 = and <4 x i32> %857, splat (i32 -65536)
-  %859 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %859 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %860 = getelementptr i32, ptr %value_cache, i64 %859
   %861 = getelementptr i8, ptr %860, i64 160
   %862 = load <4 x i32>, ptr %861, align 4, !tbaa !9
   %863 = lshr <4 x i32> %862, splat (i32 16)
   %864 = or disjoint <4 x i32> %863, %858
-  %865 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 336
+  %865 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 336
   store <4 x i32> %864, ptr %865, align 4, !tbaa !9
   %866 = load i64, ptr %606, align 8, !tbaa !9
   %867 = getelementptr i32, ptr %value_cache, i64 %866
   %868 = getelementptr i8, ptr %867, i64 176
   %869 = load <4 x i32>, ptr %868, align 4, !tbaa !9
-  %870 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %870 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %871 = getelementptr i32, ptr %value_cache, i64 %870
   %872 = getelementptr i8, ptr %871, i64 176
   %873 = load <4 x i32>, ptr %872, align 4, !tbaa !9
   %874 = shl <4 x i32> %869, splat (i32 16)
   %875 = and <4 x i32> %873, splat (i32 65535)
   %876 = or disjoint <4 x i32> %875, %874
-  %877 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 352
+  %877 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 352
   store <4 x i32> %876, ptr %877, align 4, !tbaa !9
   %878 = load i64, ptr %606, align 8, !tbaa !9
   %879 = getelementptr i32, ptr %value_cache, i64 %878
   %880 = getelementptr i8, ptr %879, i64 176
   %881 = load <4 x i32>, ptr %880, align 4, !tbaa !9
   %882 = and <4 x i32> %881, splat (i32 -65536)
-  %883 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %883 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %884 = getelementptr i32, ptr %value_cache, i64 %883
   %885 = getelementptr i8, ptr %884, i64 176
   %886 = load <4 x i32>, ptr %885, align 4, !tbaa !9
   %887 = lshr <4 x i32> %886, splat (i32 16)
   %888 = or disjoint <4 x i32> %887, %882
-  %889 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 368
+  %889 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 368
   store <4 x i32> %888, ptr %889, align 4, !tbaa !9
   %890 = load i64, ptr %606, align 8, !tbaa !9
   %891 = getelementptr i32, ptr %value_cache, i64 %890
   %892 = getelementptr i8, ptr %891, i64 192
   %893 = load <4 x i32>, ptr %892, align 4, !tbaa !9
-  %894 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %894 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %895 = getelementptr i32, ptr %value_cache, i64 %894
   %896 = getelementptr i8, ptr %895, i64 192
   %897 = load <4 x i32>, ptr %896, align 4, !tbaa !9
   %898 = shl <4 x i32> %893, splat (i32 16)
   %899 = and <4 x i32> %897, splat (i32 65535)
   %900 = or disjoint <4 x i32> %899, %898
-  %901 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 384
+  %901 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 384
   store <4 x i32> %900, ptr %901, align 4, !tbaa !9
   %902 = load i64, ptr %606, align 8, !tbaa !9
   %903 = getelementptr i32, ptr %value_cache, i64 %902
   %904 = getelementptr i8, ptr %903, i64 192
   %905 = load <4 x i32>, ptr %904, align 4, !tbaa !9
   %906 = and <4 x i32> %905, splat (i32 -65536)
-  %907 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %907 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %908 = getelementptr i32, ptr %value_cache, i64 %907
   %909 = getelementptr i8, ptr %908, i64 192
   %910 = load <4 x i32>, ptr %909, align 4, !tbaa !9
   %911 = lshr <4 x i32> %910, splat (i32 16)
   %912 = or disjoint <4 x i32> %911, %906
-  %913 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 400
+  %913 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 400
   store <4 x i32> %912, ptr %913, align 4, !tbaa !9
   %914 = load i64, ptr %606, align 8, !tbaa !9
   %915 = getelementptr i32, ptr %value_cache, i64 %914
   %916 = getelementptr i8, ptr %915, i64 208
   %917 = load <4 x i32>, ptr %916, align 4, !tbaa !9
-  %918 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %918 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %919 = getelementptr i32, ptr %value_cache, i64 %918
   %920 = getelementptr i8, ptr %919, i64 208
   %921 = load <4 x i32>, ptr %920, align 4, !tbaa !9
   %922 = shl <4 x i32> %917, splat (i32 16)
   %923 = and <4 x i32> %921, splat (i32 65535)
   %924 = or disjoint <4 x i32> %923, %922
-  %925 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 416
+  %925 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 416
   store <4 x i32> %924, ptr %925, align 4, !tbaa !9
   %926 = load i64, ptr %606, align 8, !tbaa !9
   %927 = getelementptr i32, ptr %value_cache, i64 %926
   %928 = getelementptr i8, ptr %927, i64 208
   %929 = load <4 x i32>, ptr %928, align 4, !tbaa !9
   %930 = and <4 x i32> %929, splat (i32 -65536)
-  %931 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %931 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %932 = getelementptr i32, ptr %value_cache, i64 %931
   %933 = getelementptr i8, ptr %932, i64 208
   %934 = load <4 x i32>, ptr %933, align 4, !tbaa !9
   %935 = lshr <4 x i32> %934, splat (i32 16)
   %936 = or disjoint <4 x i32> %935, %930
-  %937 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 432
+  %937 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 432
   store <4 x i32> %936, ptr %937, align 4, !tbaa !9
   %938 = load i64, ptr %606, align 8, !tbaa !9
   %939 = getelementptr i32, ptr %value_cache, i64 %938
   %940 = getelementptr i8, ptr %939, i64 224
   %941 = load <4 x i32>, ptr %940, align 4, !tbaa !9
-  %942 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %942 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %943 = getelementptr i32, ptr %value_cache, i64 %942
   %944 = getelementptr i8, ptr %943, i64 224
   %945 = load <4 x i32>, ptr %944, align 4, !tbaa !9
   %946 = shl <4 x i32> %941, splat (i32 16)
   %947 = and <4 x i32> %945, splat (i32 65535)
   %948 = or disjoint <4 x i32> %947, %946
-  %949 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 448
+  %949 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 448
   store <4 x i32> %948, ptr %949, align 4, !tbaa !9
   %950 = load i64, ptr %606, align 8, !tbaa !9
   %951 = getelementptr i32, ptr %value_cache, i64 %950
   %952 = getelementptr i8, ptr %951, i64 224
   %953 = load <4 x i32>, ptr %952, align 4, !tbaa !9
   %954 = and <4 x i32> %953, splat (i32 -65536)
-  %955 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %955 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %956 = getelementptr i32, ptr %value_cache, i64 %955
   %957 = getelementptr i8, ptr %956, i64 224
   %958 = load <4 x i32>, ptr %957, align 4, !tbaa !9
   %959 = lshr <4 x i32> %958, splat (i32 16)
   %960 = or disjoint <4 x i32> %959, %954
-  %961 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 464
+  %961 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 464
   store <4 x i32> %960, ptr %961, align 4, !tbaa !9
   %962 = load i64, ptr %606, align 8, !tbaa !9
   %963 = getelementptr i32, ptr %value_cache, i64 %962
   %964 = getelementptr i8, ptr %963, i64 240
   %965 = load <4 x i32>, ptr %964, align 4, !tbaa !9
-  %966 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %966 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %967 = getelementptr i32, ptr %value_cache, i64 %966
   %968 = getelementptr i8, ptr %967, i64 240
   %969 = load <4 x i32>, ptr %968, align 4, !tbaa !9
   %970 = shl <4 x i32> %965, splat (i32 16)
   %971 = and <4 x i32> %969, splat (i32 65535)
   %972 = or disjoint <4 x i32> %971, %970
-  %973 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 480
+  %973 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 480
   store <4 x i32> %972, ptr %973, align 4, !tbaa !9
   %974 = load i64, ptr %606, align 8, !tbaa !9
   %975 = getelementptr i32, ptr %value_cache, i64 %974
   %976 = getelementptr i8, ptr %975, i64 240
   %977 = load <4 x i32>, ptr %976, align 4, !tbaa !9
   %978 = and <4 x i32> %977, splat (i32 -65536)
-  %979 = load i64, ptr %gep2010.i, align 8, !tbaa !9
+  %979 = load i64, ptr %gep2029.i, align 8, !tbaa !9
   %980 = getelementptr i32, ptr %value_cache, i64 %979
   %981 = getelementptr i8, ptr %980, i64 240
   %982 = load <4 x i32>, ptr %981, align 4, !tbaa !9
   %983 = lshr <4 x i32> %982, splat (i32 16)
   %984 = or disjoint <4 x i32> %983, %978
-  %985 = getelementptr inbounds nuw i8, ptr %gep2012.i, i64 496
+  %985 = getelementptr inbounds nuw i8, ptr %gep2031.i, i64 496
   store <4 x i32> %984, ptr %985, align 4, !tbaa !9
   br i1 %605, label %for_body_ti.i, label %for_end_ti.i, !prof !34
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next1746.i = add nuw nsw i64 %indvars.iv1745.i, 1
-  %exitcond1749.not.i = icmp eq i64 %indvars.iv.next1746.i, %wide.trip.count1748.i
-  br i1 %exitcond1749.not.i, label %for_end_to.i, label %for_begin_ti.preheader.i, !prof !4
+  %indvars.iv.next1751.i = add nuw nsw i64 %indvars.iv1750.i, 1
+  %exitcond1754.not.i = icmp eq i64 %indvars.iv.next1751.i, %wide.trip.count1753.i
+  br i1 %exitcond1754.not.i, label %for_end_to.i, label %for_begin_ti.preheader.i, !prof !4
 
 if_end52.i:                                       ; preds = %for_end_to.i
   %986 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
@@ -1917,403 +1917,403 @@ for_begin_i.preheader.i:                          ; preds = %if_end52.i
 
 for_begin_d_0.preheader.us.preheader.i:           ; preds = %for_begin_i.preheader.i
   %989 = zext nneg i32 %988 to i64
-  %wide.trip.count1763.i = zext nneg i32 %548 to i64
-  %invariant.gep2015.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %989
+  %wide.trip.count1768.i = zext nneg i32 %548 to i64
+  %invariant.gep2034.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %989
   br label %for_begin_d_0.preheader.us.i
 
 for_end_d_0.us.i:                                 ; preds = %for_end_d_1_0.us.i
-  %.idx1986.i = shl nsw i64 %indvars.iv1760.i, 8
-  %990 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1986.i
-  store <16 x float> %r12.i835.us.i, ptr %990, align 4, !tbaa !9
+  %.idx2002.i = shl nsw i64 %indvars.iv1765.i, 8
+  %990 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx2002.i
+  store <16 x float> %r12.i836.us.i, ptr %990, align 4, !tbaa !9
   %991 = getelementptr inbounds nuw i8, ptr %990, i64 64
-  store <16 x float> %r12.i854.us.i, ptr %991, align 4, !tbaa !9
+  store <16 x float> %r12.i855.us.i, ptr %991, align 4, !tbaa !9
   %992 = getelementptr inbounds nuw i8, ptr %990, i64 128
-  store <16 x float> %r12.i873.us.i, ptr %992, align 4, !tbaa !9
+  store <16 x float> %r12.i874.us.i, ptr %992, align 4, !tbaa !9
   %993 = getelementptr inbounds nuw i8, ptr %990, i64 192
-  store <16 x float> %r12.i892.us.i, ptr %993, align 4, !tbaa !9
-  %indvars.iv.next1761.i = add nuw nsw i64 %indvars.iv1760.i, 1
-  %exitcond1764.not.i = icmp eq i64 %indvars.iv.next1761.i, %wide.trip.count1763.i
-  br i1 %exitcond1764.not.i, label %for_end_i.i, label %for_begin_d_0.preheader.us.i, !prof !4
+  store <16 x float> %r12.i893.us.i, ptr %993, align 4, !tbaa !9
+  %indvars.iv.next1766.i = add nuw nsw i64 %indvars.iv1765.i, 1
+  %exitcond1769.not.i = icmp eq i64 %indvars.iv.next1766.i, %wide.trip.count1768.i
+  br i1 %exitcond1769.not.i, label %for_end_i.i, label %for_begin_d_0.preheader.us.i, !prof !4
 
 for_end_d_1_0.us.i:                               ; preds = %for_begin_line.preheader.us.i
-  %indvars.iv.next1757.i = add nuw nsw i64 %indvars.iv1756.i, 1
-  %exitcond1759.not.i = icmp eq i64 %indvars.iv.next1757.i, 4
-  br i1 %exitcond1759.not.i, label %for_end_d_0.us.i, label %for_begin_d_1_0.preheader.us.i, !prof !21
+  %indvars.iv.next1762.i = add nuw nsw i64 %indvars.iv1761.i, 1
+  %exitcond1764.not.i = icmp eq i64 %indvars.iv.next1762.i, 4
+  br i1 %exitcond1764.not.i, label %for_end_d_0.us.i, label %for_begin_d_1_0.preheader.us.i, !prof !21
 
 for_begin_line.preheader.us.i:                    ; preds = %for_begin_d_1_0.preheader.us.i, %for_begin_line.preheader.us.i
   %994 = phi i1 [ true, %for_begin_d_1_0.preheader.us.i ], [ false, %for_begin_line.preheader.us.i ]
-  %indvars.iv1753.i = phi i64 [ 0, %for_begin_d_1_0.preheader.us.i ], [ 1, %for_begin_line.preheader.us.i ]
-  %scores_global286.sroa.0.11627.us.i = phi <16 x float> [ %scores_global286.sroa.0.01632.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i835.us.i, %for_begin_line.preheader.us.i ]
-  %scores_global286.sroa.18.11626.us.i = phi <16 x float> [ %scores_global286.sroa.18.01631.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i854.us.i, %for_begin_line.preheader.us.i ]
-  %scores_global286.sroa.36.11625.us.i = phi <16 x float> [ %scores_global286.sroa.36.01630.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i873.us.i, %for_begin_line.preheader.us.i ]
-  %scores_global286.sroa.54.11624.us.i = phi <16 x float> [ %scores_global286.sroa.54.01629.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i892.us.i, %for_begin_line.preheader.us.i ]
-  %.idx = shl nuw nsw i64 %indvars.iv1753.i, 7
+  %indvars.iv1758.i = phi i64 [ 0, %for_begin_d_1_0.preheader.us.i ], [ 1, %for_begin_line.preheader.us.i ]
+  %scores_global287.sroa.0.11631.us.i = phi <16 x float> [ %scores_global287.sroa.0.01636.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i836.us.i, %for_begin_line.preheader.us.i ]
+  %scores_global287.sroa.18.11630.us.i = phi <16 x float> [ %scores_global287.sroa.18.01635.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i855.us.i, %for_begin_line.preheader.us.i ]
+  %scores_global287.sroa.36.11629.us.i = phi <16 x float> [ %scores_global287.sroa.36.01634.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i874.us.i, %for_begin_line.preheader.us.i ]
+  %scores_global287.sroa.54.11628.us.i = phi <16 x float> [ %scores_global287.sroa.54.01633.us.i, %for_begin_d_1_0.preheader.us.i ], [ %r12.i893.us.i, %for_begin_line.preheader.us.i ]
+  %.idx = shl nuw nsw i64 %indvars.iv1758.i, 7
   %995 = getelementptr i8, ptr %1048, i64 %.idx
   tail call void @llvm.prefetch.p0(ptr readonly %995, i32 0, i32 2, i32 1)
   %996 = getelementptr i8, ptr %995, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %996, i32 0, i32 2, i32 1)
-  %997 = shl nuw nsw i64 %indvars.iv1753.i, 3
+  %997 = shl nuw nsw i64 %indvars.iv1758.i, 3
   %998 = or disjoint i64 %997, %1049
   %999 = getelementptr i32, ptr %1053, i64 %998
   %1000 = load <8 x bfloat>, ptr %999, align 4, !tbaa !9
-  %y.i1523.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1000)
-  %r.i1524.us.i = bitcast <8 x bfloat> %y.i1523.us.i to <4 x i32>
+  %y.i1524.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1000)
+  %r.i1525.us.i = bitcast <8 x bfloat> %y.i1524.us.i to <4 x i32>
   %1001 = getelementptr i32, ptr %1056, i64 %998
   %1002 = load <8 x bfloat>, ptr %1001, align 4, !tbaa !9
-  %y.i1526.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1002)
-  %r.i1527.us.i = bitcast <8 x bfloat> %y.i1526.us.i to <4 x i32>
+  %y.i1527.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1002)
+  %r.i1528.us.i = bitcast <8 x bfloat> %y.i1527.us.i to <4 x i32>
   %1003 = getelementptr i32, ptr %1059, i64 %998
   %1004 = load <8 x bfloat>, ptr %1003, align 4, !tbaa !9
-  %y.i1529.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1004)
-  %r.i1530.us.i = bitcast <8 x bfloat> %y.i1529.us.i to <4 x i32>
+  %y.i1530.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1004)
+  %r.i1531.us.i = bitcast <8 x bfloat> %y.i1530.us.i to <4 x i32>
   %1005 = getelementptr i32, ptr %1062, i64 %998
   %1006 = load <8 x bfloat>, ptr %1005, align 4, !tbaa !9
-  %y.i1532.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1006)
-  %r.i1533.us.i = bitcast <8 x bfloat> %y.i1532.us.i to <4 x i32>
-  %.idx1984.i = shl nuw nsw i64 %indvars.iv1753.i, 9
-  %gep2014.i = getelementptr inbounds nuw i8, ptr %invariant.gep2013.i, i64 %.idx1984.i
-  %1007 = load <16 x i32>, ptr %gep2014.i, align 4, !tbaa !9
-  %s0.i.us.i = shufflevector <16 x float> %scores_global286.sroa.0.11627.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i.us.i = shufflevector <4 x i32> %r.i1524.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1533.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1006)
+  %r.i1534.us.i = bitcast <8 x bfloat> %y.i1533.us.i to <4 x i32>
+  %.idx2000.i = shl nuw nsw i64 %indvars.iv1758.i, 9
+  %gep2033.i = getelementptr inbounds nuw i8, ptr %invariant.gep2032.i, i64 %.idx2000.i
+  %1007 = load <16 x i32>, ptr %gep2033.i, align 4, !tbaa !9
+  %s0.i.us.i = shufflevector <16 x float> %scores_global287.sroa.0.11631.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i.us.i = shufflevector <4 x i32> %r.i1525.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
   %1008 = bitcast <16 x i32> %1007 to <32 x bfloat>
-  %x.i1519.us.i = shufflevector <32 x bfloat> %1008, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1520.us.i = bitcast <4 x i32> %b0.i.us.i to <8 x bfloat>
-  %r.i1521.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i.us.i, <8 x bfloat> %x.i1519.us.i, <8 x bfloat> %y.i1520.us.i)
-  %s4.i.us.i = shufflevector <16 x float> %scores_global286.sroa.0.11627.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1520.us.i = shufflevector <32 x bfloat> %1008, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1521.us.i = bitcast <4 x i32> %b0.i.us.i to <8 x bfloat>
+  %r.i1522.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i.us.i, <8 x bfloat> %x.i1520.us.i, <8 x bfloat> %y.i1521.us.i)
+  %s4.i.us.i = shufflevector <16 x float> %scores_global287.sroa.0.11631.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
   %a4.i.us.i = shufflevector <16 x i32> %1007, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1516.us.i = bitcast <4 x i32> %a4.i.us.i to <8 x bfloat>
-  %r.i1518.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i.us.i, <8 x bfloat> %x.i1516.us.i, <8 x bfloat> %y.i1520.us.i)
-  %s8.i.us.i = shufflevector <16 x float> %scores_global286.sroa.0.11627.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1517.us.i = bitcast <4 x i32> %a4.i.us.i to <8 x bfloat>
+  %r.i1519.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i.us.i, <8 x bfloat> %x.i1517.us.i, <8 x bfloat> %y.i1521.us.i)
+  %s8.i.us.i = shufflevector <16 x float> %scores_global287.sroa.0.11631.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
   %a8.i.us.i = shufflevector <16 x i32> %1007, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1513.us.i = bitcast <4 x i32> %a8.i.us.i to <8 x bfloat>
-  %r.i1515.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i.us.i, <8 x bfloat> %x.i1513.us.i, <8 x bfloat> %y.i1520.us.i)
-  %s12.i.us.i = shufflevector <16 x float> %scores_global286.sroa.0.11627.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1514.us.i = bitcast <4 x i32> %a8.i.us.i to <8 x bfloat>
+  %r.i1516.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i.us.i, <8 x bfloat> %x.i1514.us.i, <8 x bfloat> %y.i1521.us.i)
+  %s12.i.us.i = shufflevector <16 x float> %scores_global287.sroa.0.11631.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
   %a12.i.us.i = shufflevector <16 x i32> %1007, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1510.us.i = bitcast <4 x i32> %a12.i.us.i to <8 x bfloat>
-  %r.i1512.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i.us.i, <8 x bfloat> %x.i1510.us.i, <8 x bfloat> %y.i1520.us.i)
-  %s0.i304.us.i = shufflevector <16 x float> %scores_global286.sroa.18.11626.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i306.us.i = shufflevector <4 x i32> %r.i1527.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1508.us.i = bitcast <4 x i32> %b0.i306.us.i to <8 x bfloat>
-  %r.i1509.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i304.us.i, <8 x bfloat> %x.i1519.us.i, <8 x bfloat> %y.i1508.us.i)
-  %s4.i308.us.i = shufflevector <16 x float> %scores_global286.sroa.18.11626.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1506.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i308.us.i, <8 x bfloat> %x.i1516.us.i, <8 x bfloat> %y.i1508.us.i)
-  %s8.i313.us.i = shufflevector <16 x float> %scores_global286.sroa.18.11626.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1503.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i313.us.i, <8 x bfloat> %x.i1513.us.i, <8 x bfloat> %y.i1508.us.i)
-  %s12.i318.us.i = shufflevector <16 x float> %scores_global286.sroa.18.11626.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1500.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i318.us.i, <8 x bfloat> %x.i1510.us.i, <8 x bfloat> %y.i1508.us.i)
-  %s0.i323.us.i = shufflevector <16 x float> %scores_global286.sroa.36.11625.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i325.us.i = shufflevector <4 x i32> %r.i1530.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1496.us.i = bitcast <4 x i32> %b0.i325.us.i to <8 x bfloat>
-  %r.i1497.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i323.us.i, <8 x bfloat> %x.i1519.us.i, <8 x bfloat> %y.i1496.us.i)
-  %s4.i327.us.i = shufflevector <16 x float> %scores_global286.sroa.36.11625.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1494.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i327.us.i, <8 x bfloat> %x.i1516.us.i, <8 x bfloat> %y.i1496.us.i)
-  %s8.i332.us.i = shufflevector <16 x float> %scores_global286.sroa.36.11625.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1491.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i332.us.i, <8 x bfloat> %x.i1513.us.i, <8 x bfloat> %y.i1496.us.i)
-  %s12.i337.us.i = shufflevector <16 x float> %scores_global286.sroa.36.11625.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1488.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i337.us.i, <8 x bfloat> %x.i1510.us.i, <8 x bfloat> %y.i1496.us.i)
-  %s0.i342.us.i = shufflevector <16 x float> %scores_global286.sroa.54.11624.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i344.us.i = shufflevector <4 x i32> %r.i1533.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1484.us.i = bitcast <4 x i32> %b0.i344.us.i to <8 x bfloat>
-  %r.i1485.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i342.us.i, <8 x bfloat> %x.i1519.us.i, <8 x bfloat> %y.i1484.us.i)
-  %s4.i346.us.i = shufflevector <16 x float> %scores_global286.sroa.54.11624.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1482.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i346.us.i, <8 x bfloat> %x.i1516.us.i, <8 x bfloat> %y.i1484.us.i)
-  %s8.i351.us.i = shufflevector <16 x float> %scores_global286.sroa.54.11624.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1479.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i351.us.i, <8 x bfloat> %x.i1513.us.i, <8 x bfloat> %y.i1484.us.i)
-  %s12.i356.us.i = shufflevector <16 x float> %scores_global286.sroa.54.11624.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1476.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i356.us.i, <8 x bfloat> %x.i1510.us.i, <8 x bfloat> %y.i1484.us.i)
-  %1009 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 64
+  %x.i1511.us.i = bitcast <4 x i32> %a12.i.us.i to <8 x bfloat>
+  %r.i1513.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i.us.i, <8 x bfloat> %x.i1511.us.i, <8 x bfloat> %y.i1521.us.i)
+  %s0.i305.us.i = shufflevector <16 x float> %scores_global287.sroa.18.11630.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i307.us.i = shufflevector <4 x i32> %r.i1528.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1509.us.i = bitcast <4 x i32> %b0.i307.us.i to <8 x bfloat>
+  %r.i1510.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i305.us.i, <8 x bfloat> %x.i1520.us.i, <8 x bfloat> %y.i1509.us.i)
+  %s4.i309.us.i = shufflevector <16 x float> %scores_global287.sroa.18.11630.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1507.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i309.us.i, <8 x bfloat> %x.i1517.us.i, <8 x bfloat> %y.i1509.us.i)
+  %s8.i314.us.i = shufflevector <16 x float> %scores_global287.sroa.18.11630.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1504.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i314.us.i, <8 x bfloat> %x.i1514.us.i, <8 x bfloat> %y.i1509.us.i)
+  %s12.i319.us.i = shufflevector <16 x float> %scores_global287.sroa.18.11630.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1501.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i319.us.i, <8 x bfloat> %x.i1511.us.i, <8 x bfloat> %y.i1509.us.i)
+  %s0.i324.us.i = shufflevector <16 x float> %scores_global287.sroa.36.11629.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i326.us.i = shufflevector <4 x i32> %r.i1531.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1497.us.i = bitcast <4 x i32> %b0.i326.us.i to <8 x bfloat>
+  %r.i1498.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i324.us.i, <8 x bfloat> %x.i1520.us.i, <8 x bfloat> %y.i1497.us.i)
+  %s4.i328.us.i = shufflevector <16 x float> %scores_global287.sroa.36.11629.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1495.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i328.us.i, <8 x bfloat> %x.i1517.us.i, <8 x bfloat> %y.i1497.us.i)
+  %s8.i333.us.i = shufflevector <16 x float> %scores_global287.sroa.36.11629.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1492.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i333.us.i, <8 x bfloat> %x.i1514.us.i, <8 x bfloat> %y.i1497.us.i)
+  %s12.i338.us.i = shufflevector <16 x float> %scores_global287.sroa.36.11629.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1489.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i338.us.i, <8 x bfloat> %x.i1511.us.i, <8 x bfloat> %y.i1497.us.i)
+  %s0.i343.us.i = shufflevector <16 x float> %scores_global287.sroa.54.11628.us.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i345.us.i = shufflevector <4 x i32> %r.i1534.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1485.us.i = bitcast <4 x i32> %b0.i345.us.i to <8 x bfloat>
+  %r.i1486.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i343.us.i, <8 x bfloat> %x.i1520.us.i, <8 x bfloat> %y.i1485.us.i)
+  %s4.i347.us.i = shufflevector <16 x float> %scores_global287.sroa.54.11628.us.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1483.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i347.us.i, <8 x bfloat> %x.i1517.us.i, <8 x bfloat> %y.i1485.us.i)
+  %s8.i352.us.i = shufflevector <16 x float> %scores_global287.sroa.54.11628.us.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1480.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i352.us.i, <8 x bfloat> %x.i1514.us.i, <8 x bfloat> %y.i1485.us.i)
+  %s12.i357.us.i = shufflevector <16 x float> %scores_global287.sroa.54.11628.us.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1477.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i357.us.i, <8 x bfloat> %x.i1511.us.i, <8 x bfloat> %y.i1485.us.i)
+  %1009 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 64
   %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !9
-  %b0.i363.us.i = shufflevector <4 x i32> %r.i1524.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %b0.i364.us.i = shufflevector <4 x i32> %r.i1525.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
   %1011 = bitcast <16 x i32> %1010 to <32 x bfloat>
-  %x.i1471.us.i = shufflevector <32 x bfloat> %1011, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1472.us.i = bitcast <4 x i32> %b0.i363.us.i to <8 x bfloat>
-  %r.i1473.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1521.us.i, <8 x bfloat> %x.i1471.us.i, <8 x bfloat> %y.i1472.us.i)
-  %a4.i366.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1468.us.i = bitcast <4 x i32> %a4.i366.us.i to <8 x bfloat>
-  %r.i1470.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1518.us.i, <8 x bfloat> %x.i1468.us.i, <8 x bfloat> %y.i1472.us.i)
-  %a8.i371.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1465.us.i = bitcast <4 x i32> %a8.i371.us.i to <8 x bfloat>
-  %r.i1467.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1515.us.i, <8 x bfloat> %x.i1465.us.i, <8 x bfloat> %y.i1472.us.i)
-  %a12.i376.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1462.us.i = bitcast <4 x i32> %a12.i376.us.i to <8 x bfloat>
-  %r.i1464.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1512.us.i, <8 x bfloat> %x.i1462.us.i, <8 x bfloat> %y.i1472.us.i)
-  %b0.i382.us.i = shufflevector <4 x i32> %r.i1527.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1460.us.i = bitcast <4 x i32> %b0.i382.us.i to <8 x bfloat>
-  %r.i1461.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1509.us.i, <8 x bfloat> %x.i1471.us.i, <8 x bfloat> %y.i1460.us.i)
-  %r.i1458.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1506.us.i, <8 x bfloat> %x.i1468.us.i, <8 x bfloat> %y.i1460.us.i)
-  %r.i1455.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1503.us.i, <8 x bfloat> %x.i1465.us.i, <8 x bfloat> %y.i1460.us.i)
-  %r.i1452.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1500.us.i, <8 x bfloat> %x.i1462.us.i, <8 x bfloat> %y.i1460.us.i)
-  %b0.i401.us.i = shufflevector <4 x i32> %r.i1530.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1448.us.i = bitcast <4 x i32> %b0.i401.us.i to <8 x bfloat>
-  %r.i1449.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1497.us.i, <8 x bfloat> %x.i1471.us.i, <8 x bfloat> %y.i1448.us.i)
-  %r.i1446.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1494.us.i, <8 x bfloat> %x.i1468.us.i, <8 x bfloat> %y.i1448.us.i)
-  %r.i1443.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1491.us.i, <8 x bfloat> %x.i1465.us.i, <8 x bfloat> %y.i1448.us.i)
-  %r.i1440.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1488.us.i, <8 x bfloat> %x.i1462.us.i, <8 x bfloat> %y.i1448.us.i)
-  %b0.i420.us.i = shufflevector <4 x i32> %r.i1533.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1436.us.i = bitcast <4 x i32> %b0.i420.us.i to <8 x bfloat>
-  %r.i1437.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1485.us.i, <8 x bfloat> %x.i1471.us.i, <8 x bfloat> %y.i1436.us.i)
-  %r.i1434.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1482.us.i, <8 x bfloat> %x.i1468.us.i, <8 x bfloat> %y.i1436.us.i)
-  %r.i1431.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1479.us.i, <8 x bfloat> %x.i1465.us.i, <8 x bfloat> %y.i1436.us.i)
-  %r.i1428.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1476.us.i, <8 x bfloat> %x.i1462.us.i, <8 x bfloat> %y.i1436.us.i)
-  %1012 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 128
+  %x.i1472.us.i = shufflevector <32 x bfloat> %1011, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1473.us.i = bitcast <4 x i32> %b0.i364.us.i to <8 x bfloat>
+  %r.i1474.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1522.us.i, <8 x bfloat> %x.i1472.us.i, <8 x bfloat> %y.i1473.us.i)
+  %a4.i367.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1469.us.i = bitcast <4 x i32> %a4.i367.us.i to <8 x bfloat>
+  %r.i1471.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1519.us.i, <8 x bfloat> %x.i1469.us.i, <8 x bfloat> %y.i1473.us.i)
+  %a8.i372.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1466.us.i = bitcast <4 x i32> %a8.i372.us.i to <8 x bfloat>
+  %r.i1468.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1516.us.i, <8 x bfloat> %x.i1466.us.i, <8 x bfloat> %y.i1473.us.i)
+  %a12.i377.us.i = shufflevector <16 x i32> %1010, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1463.us.i = bitcast <4 x i32> %a12.i377.us.i to <8 x bfloat>
+  %r.i1465.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1513.us.i, <8 x bfloat> %x.i1463.us.i, <8 x bfloat> %y.i1473.us.i)
+  %b0.i383.us.i = shufflevector <4 x i32> %r.i1528.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1461.us.i = bitcast <4 x i32> %b0.i383.us.i to <8 x bfloat>
+  %r.i1462.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1510.us.i, <8 x bfloat> %x.i1472.us.i, <8 x bfloat> %y.i1461.us.i)
+  %r.i1459.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1507.us.i, <8 x bfloat> %x.i1469.us.i, <8 x bfloat> %y.i1461.us.i)
+  %r.i1456.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1504.us.i, <8 x bfloat> %x.i1466.us.i, <8 x bfloat> %y.i1461.us.i)
+  %r.i1453.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1501.us.i, <8 x bfloat> %x.i1463.us.i, <8 x bfloat> %y.i1461.us.i)
+  %b0.i402.us.i = shufflevector <4 x i32> %r.i1531.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1449.us.i = bitcast <4 x i32> %b0.i402.us.i to <8 x bfloat>
+  %r.i1450.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1498.us.i, <8 x bfloat> %x.i1472.us.i, <8 x bfloat> %y.i1449.us.i)
+  %r.i1447.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1495.us.i, <8 x bfloat> %x.i1469.us.i, <8 x bfloat> %y.i1449.us.i)
+  %r.i1444.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1492.us.i, <8 x bfloat> %x.i1466.us.i, <8 x bfloat> %y.i1449.us.i)
+  %r.i1441.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1489.us.i, <8 x bfloat> %x.i1463.us.i, <8 x bfloat> %y.i1449.us.i)
+  %b0.i421.us.i = shufflevector <4 x i32> %r.i1534.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1437.us.i = bitcast <4 x i32> %b0.i421.us.i to <8 x bfloat>
+  %r.i1438.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1486.us.i, <8 x bfloat> %x.i1472.us.i, <8 x bfloat> %y.i1437.us.i)
+  %r.i1435.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1483.us.i, <8 x bfloat> %x.i1469.us.i, <8 x bfloat> %y.i1437.us.i)
+  %r.i1432.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1480.us.i, <8 x bfloat> %x.i1466.us.i, <8 x bfloat> %y.i1437.us.i)
+  %r.i1429.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1477.us.i, <8 x bfloat> %x.i1463.us.i, <8 x bfloat> %y.i1437.us.i)
+  %1012 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 128
   %1013 = load <16 x i32>, ptr %1012, align 4, !tbaa !9
-  %b0.i439.us.i = shufflevector <4 x i32> %r.i1524.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %b0.i440.us.i = shufflevector <4 x i32> %r.i1525.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
   %1014 = bitcast <16 x i32> %1013 to <32 x bfloat>
-  %x.i1423.us.i = shufflevector <32 x bfloat> %1014, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1424.us.i = bitcast <4 x i32> %b0.i439.us.i to <8 x bfloat>
-  %r.i1425.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1473.us.i, <8 x bfloat> %x.i1423.us.i, <8 x bfloat> %y.i1424.us.i)
-  %a4.i442.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1420.us.i = bitcast <4 x i32> %a4.i442.us.i to <8 x bfloat>
-  %r.i1422.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1470.us.i, <8 x bfloat> %x.i1420.us.i, <8 x bfloat> %y.i1424.us.i)
-  %a8.i447.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1417.us.i = bitcast <4 x i32> %a8.i447.us.i to <8 x bfloat>
-  %r.i1419.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1467.us.i, <8 x bfloat> %x.i1417.us.i, <8 x bfloat> %y.i1424.us.i)
-  %a12.i452.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1414.us.i = bitcast <4 x i32> %a12.i452.us.i to <8 x bfloat>
-  %r.i1416.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1464.us.i, <8 x bfloat> %x.i1414.us.i, <8 x bfloat> %y.i1424.us.i)
-  %b0.i458.us.i = shufflevector <4 x i32> %r.i1527.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1412.us.i = bitcast <4 x i32> %b0.i458.us.i to <8 x bfloat>
-  %r.i1413.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1461.us.i, <8 x bfloat> %x.i1423.us.i, <8 x bfloat> %y.i1412.us.i)
-  %r.i1410.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1458.us.i, <8 x bfloat> %x.i1420.us.i, <8 x bfloat> %y.i1412.us.i)
-  %r.i1407.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1455.us.i, <8 x bfloat> %x.i1417.us.i, <8 x bfloat> %y.i1412.us.i)
-  %r.i1404.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1452.us.i, <8 x bfloat> %x.i1414.us.i, <8 x bfloat> %y.i1412.us.i)
-  %b0.i477.us.i = shufflevector <4 x i32> %r.i1530.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1400.us.i = bitcast <4 x i32> %b0.i477.us.i to <8 x bfloat>
-  %r.i1401.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1449.us.i, <8 x bfloat> %x.i1423.us.i, <8 x bfloat> %y.i1400.us.i)
-  %r.i1398.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1446.us.i, <8 x bfloat> %x.i1420.us.i, <8 x bfloat> %y.i1400.us.i)
-  %r.i1395.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1443.us.i, <8 x bfloat> %x.i1417.us.i, <8 x bfloat> %y.i1400.us.i)
-  %r.i1392.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1440.us.i, <8 x bfloat> %x.i1414.us.i, <8 x bfloat> %y.i1400.us.i)
-  %b0.i496.us.i = shufflevector <4 x i32> %r.i1533.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1388.us.i = bitcast <4 x i32> %b0.i496.us.i to <8 x bfloat>
-  %r.i1389.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1437.us.i, <8 x bfloat> %x.i1423.us.i, <8 x bfloat> %y.i1388.us.i)
-  %r.i1386.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1434.us.i, <8 x bfloat> %x.i1420.us.i, <8 x bfloat> %y.i1388.us.i)
-  %r.i1383.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1431.us.i, <8 x bfloat> %x.i1417.us.i, <8 x bfloat> %y.i1388.us.i)
-  %r.i1380.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1428.us.i, <8 x bfloat> %x.i1414.us.i, <8 x bfloat> %y.i1388.us.i)
-  %1015 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 192
+  %x.i1424.us.i = shufflevector <32 x bfloat> %1014, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1425.us.i = bitcast <4 x i32> %b0.i440.us.i to <8 x bfloat>
+  %r.i1426.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1474.us.i, <8 x bfloat> %x.i1424.us.i, <8 x bfloat> %y.i1425.us.i)
+  %a4.i443.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1421.us.i = bitcast <4 x i32> %a4.i443.us.i to <8 x bfloat>
+  %r.i1423.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1471.us.i, <8 x bfloat> %x.i1421.us.i, <8 x bfloat> %y.i1425.us.i)
+  %a8.i448.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1418.us.i = bitcast <4 x i32> %a8.i448.us.i to <8 x bfloat>
+  %r.i1420.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1468.us.i, <8 x bfloat> %x.i1418.us.i, <8 x bfloat> %y.i1425.us.i)
+  %a12.i453.us.i = shufflevector <16 x i32> %1013, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1415.us.i = bitcast <4 x i32> %a12.i453.us.i to <8 x bfloat>
+  %r.i1417.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1465.us.i, <8 x bfloat> %x.i1415.us.i, <8 x bfloat> %y.i1425.us.i)
+  %b0.i459.us.i = shufflevector <4 x i32> %r.i1528.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1413.us.i = bitcast <4 x i32> %b0.i459.us.i to <8 x bfloat>
+  %r.i1414.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1462.us.i, <8 x bfloat> %x.i1424.us.i, <8 x bfloat> %y.i1413.us.i)
+  %r.i1411.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1459.us.i, <8 x bfloat> %x.i1421.us.i, <8 x bfloat> %y.i1413.us.i)
+  %r.i1408.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1456.us.i, <8 x bfloat> %x.i1418.us.i, <8 x bfloat> %y.i1413.us.i)
+  %r.i1405.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1453.us.i, <8 x bfloat> %x.i1415.us.i, <8 x bfloat> %y.i1413.us.i)
+  %b0.i478.us.i = shufflevector <4 x i32> %r.i1531.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1401.us.i = bitcast <4 x i32> %b0.i478.us.i to <8 x bfloat>
+  %r.i1402.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1450.us.i, <8 x bfloat> %x.i1424.us.i, <8 x bfloat> %y.i1401.us.i)
+  %r.i1399.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1447.us.i, <8 x bfloat> %x.i1421.us.i, <8 x bfloat> %y.i1401.us.i)
+  %r.i1396.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1444.us.i, <8 x bfloat> %x.i1418.us.i, <8 x bfloat> %y.i1401.us.i)
+  %r.i1393.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1441.us.i, <8 x bfloat> %x.i1415.us.i, <8 x bfloat> %y.i1401.us.i)
+  %b0.i497.us.i = shufflevector <4 x i32> %r.i1534.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1389.us.i = bitcast <4 x i32> %b0.i497.us.i to <8 x bfloat>
+  %r.i1390.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1438.us.i, <8 x bfloat> %x.i1424.us.i, <8 x bfloat> %y.i1389.us.i)
+  %r.i1387.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1435.us.i, <8 x bfloat> %x.i1421.us.i, <8 x bfloat> %y.i1389.us.i)
+  %r.i1384.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1432.us.i, <8 x bfloat> %x.i1418.us.i, <8 x bfloat> %y.i1389.us.i)
+  %r.i1381.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1429.us.i, <8 x bfloat> %x.i1415.us.i, <8 x bfloat> %y.i1389.us.i)
+  %1015 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 192
   %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !9
-  %b0.i515.us.i = shufflevector <4 x i32> %r.i1524.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %b0.i516.us.i = shufflevector <4 x i32> %r.i1525.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
   %1017 = bitcast <16 x i32> %1016 to <32 x bfloat>
-  %x.i1375.us.i = shufflevector <32 x bfloat> %1017, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1376.us.i = bitcast <4 x i32> %b0.i515.us.i to <8 x bfloat>
-  %r.i1377.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1425.us.i, <8 x bfloat> %x.i1375.us.i, <8 x bfloat> %y.i1376.us.i)
-  %a4.i518.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1372.us.i = bitcast <4 x i32> %a4.i518.us.i to <8 x bfloat>
-  %r.i1374.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1422.us.i, <8 x bfloat> %x.i1372.us.i, <8 x bfloat> %y.i1376.us.i)
-  %a8.i523.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1369.us.i = bitcast <4 x i32> %a8.i523.us.i to <8 x bfloat>
-  %r.i1371.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1419.us.i, <8 x bfloat> %x.i1369.us.i, <8 x bfloat> %y.i1376.us.i)
-  %a12.i528.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1366.us.i = bitcast <4 x i32> %a12.i528.us.i to <8 x bfloat>
-  %r.i1368.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1416.us.i, <8 x bfloat> %x.i1366.us.i, <8 x bfloat> %y.i1376.us.i)
-  %b0.i534.us.i = shufflevector <4 x i32> %r.i1527.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1364.us.i = bitcast <4 x i32> %b0.i534.us.i to <8 x bfloat>
-  %r.i1365.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1413.us.i, <8 x bfloat> %x.i1375.us.i, <8 x bfloat> %y.i1364.us.i)
-  %r.i1362.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1410.us.i, <8 x bfloat> %x.i1372.us.i, <8 x bfloat> %y.i1364.us.i)
-  %r.i1359.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1407.us.i, <8 x bfloat> %x.i1369.us.i, <8 x bfloat> %y.i1364.us.i)
-  %r.i1356.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1404.us.i, <8 x bfloat> %x.i1366.us.i, <8 x bfloat> %y.i1364.us.i)
-  %b0.i553.us.i = shufflevector <4 x i32> %r.i1530.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1352.us.i = bitcast <4 x i32> %b0.i553.us.i to <8 x bfloat>
-  %r.i1353.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1401.us.i, <8 x bfloat> %x.i1375.us.i, <8 x bfloat> %y.i1352.us.i)
-  %r.i1350.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1398.us.i, <8 x bfloat> %x.i1372.us.i, <8 x bfloat> %y.i1352.us.i)
-  %r.i1347.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1395.us.i, <8 x bfloat> %x.i1369.us.i, <8 x bfloat> %y.i1352.us.i)
-  %r.i1344.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1392.us.i, <8 x bfloat> %x.i1366.us.i, <8 x bfloat> %y.i1352.us.i)
-  %b0.i572.us.i = shufflevector <4 x i32> %r.i1533.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1340.us.i = bitcast <4 x i32> %b0.i572.us.i to <8 x bfloat>
-  %r.i1341.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1389.us.i, <8 x bfloat> %x.i1375.us.i, <8 x bfloat> %y.i1340.us.i)
-  %r.i1338.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1386.us.i, <8 x bfloat> %x.i1372.us.i, <8 x bfloat> %y.i1340.us.i)
-  %r.i1335.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1383.us.i, <8 x bfloat> %x.i1369.us.i, <8 x bfloat> %y.i1340.us.i)
-  %r.i1332.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1380.us.i, <8 x bfloat> %x.i1366.us.i, <8 x bfloat> %y.i1340.us.i)
+  %x.i1376.us.i = shufflevector <32 x bfloat> %1017, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1377.us.i = bitcast <4 x i32> %b0.i516.us.i to <8 x bfloat>
+  %r.i1378.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1426.us.i, <8 x bfloat> %x.i1376.us.i, <8 x bfloat> %y.i1377.us.i)
+  %a4.i519.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1373.us.i = bitcast <4 x i32> %a4.i519.us.i to <8 x bfloat>
+  %r.i1375.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1423.us.i, <8 x bfloat> %x.i1373.us.i, <8 x bfloat> %y.i1377.us.i)
+  %a8.i524.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1370.us.i = bitcast <4 x i32> %a8.i524.us.i to <8 x bfloat>
+  %r.i1372.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1420.us.i, <8 x bfloat> %x.i1370.us.i, <8 x bfloat> %y.i1377.us.i)
+  %a12.i529.us.i = shufflevector <16 x i32> %1016, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1367.us.i = bitcast <4 x i32> %a12.i529.us.i to <8 x bfloat>
+  %r.i1369.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1417.us.i, <8 x bfloat> %x.i1367.us.i, <8 x bfloat> %y.i1377.us.i)
+  %b0.i535.us.i = shufflevector <4 x i32> %r.i1528.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1365.us.i = bitcast <4 x i32> %b0.i535.us.i to <8 x bfloat>
+  %r.i1366.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1414.us.i, <8 x bfloat> %x.i1376.us.i, <8 x bfloat> %y.i1365.us.i)
+  %r.i1363.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1411.us.i, <8 x bfloat> %x.i1373.us.i, <8 x bfloat> %y.i1365.us.i)
+  %r.i1360.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1408.us.i, <8 x bfloat> %x.i1370.us.i, <8 x bfloat> %y.i1365.us.i)
+  %r.i1357.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1405.us.i, <8 x bfloat> %x.i1367.us.i, <8 x bfloat> %y.i1365.us.i)
+  %b0.i554.us.i = shufflevector <4 x i32> %r.i1531.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1353.us.i = bitcast <4 x i32> %b0.i554.us.i to <8 x bfloat>
+  %r.i1354.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1402.us.i, <8 x bfloat> %x.i1376.us.i, <8 x bfloat> %y.i1353.us.i)
+  %r.i1351.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1399.us.i, <8 x bfloat> %x.i1373.us.i, <8 x bfloat> %y.i1353.us.i)
+  %r.i1348.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1396.us.i, <8 x bfloat> %x.i1370.us.i, <8 x bfloat> %y.i1353.us.i)
+  %r.i1345.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1393.us.i, <8 x bfloat> %x.i1367.us.i, <8 x bfloat> %y.i1353.us.i)
+  %b0.i573.us.i = shufflevector <4 x i32> %r.i1534.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1341.us.i = bitcast <4 x i32> %b0.i573.us.i to <8 x bfloat>
+  %r.i1342.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1390.us.i, <8 x bfloat> %x.i1376.us.i, <8 x bfloat> %y.i1341.us.i)
+  %r.i1339.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1387.us.i, <8 x bfloat> %x.i1373.us.i, <8 x bfloat> %y.i1341.us.i)
+  %r.i1336.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1384.us.i, <8 x bfloat> %x.i1370.us.i, <8 x bfloat> %y.i1341.us.i)
+  %r.i1333.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1381.us.i, <8 x bfloat> %x.i1367.us.i, <8 x bfloat> %y.i1341.us.i)
   %1018 = getelementptr i8, ptr %999, i64 16
   %1019 = load <8 x bfloat>, ptr %1018, align 4, !tbaa !9
-  %y.i1535.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1019)
-  %r.i1536.us.i = bitcast <8 x bfloat> %y.i1535.us.i to <4 x i32>
+  %y.i1536.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1019)
+  %r.i1537.us.i = bitcast <8 x bfloat> %y.i1536.us.i to <4 x i32>
   %1020 = getelementptr i8, ptr %1001, i64 16
   %1021 = load <8 x bfloat>, ptr %1020, align 4, !tbaa !9
-  %y.i1538.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1021)
-  %r.i1539.us.i = bitcast <8 x bfloat> %y.i1538.us.i to <4 x i32>
+  %y.i1539.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1021)
+  %r.i1540.us.i = bitcast <8 x bfloat> %y.i1539.us.i to <4 x i32>
   %1022 = getelementptr i8, ptr %1003, i64 16
   %1023 = load <8 x bfloat>, ptr %1022, align 4, !tbaa !9
-  %y.i1541.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1023)
-  %r.i1542.us.i = bitcast <8 x bfloat> %y.i1541.us.i to <4 x i32>
+  %y.i1542.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1023)
+  %r.i1543.us.i = bitcast <8 x bfloat> %y.i1542.us.i to <4 x i32>
   %1024 = getelementptr i8, ptr %1005, i64 16
   %1025 = load <8 x bfloat>, ptr %1024, align 4, !tbaa !9
-  %y.i1544.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1025)
-  %r.i1545.us.i = bitcast <8 x bfloat> %y.i1544.us.i to <4 x i32>
-  %1026 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 256
+  %y.i1545.us.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1025)
+  %r.i1546.us.i = bitcast <8 x bfloat> %y.i1545.us.i to <4 x i32>
+  %1026 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 256
   %1027 = load <16 x i32>, ptr %1026, align 4, !tbaa !9
-  %b0.i591.us.i = shufflevector <4 x i32> %r.i1536.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %b0.i592.us.i = shufflevector <4 x i32> %r.i1537.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
   %1028 = bitcast <16 x i32> %1027 to <32 x bfloat>
-  %x.i1327.us.i = shufflevector <32 x bfloat> %1028, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1328.us.i = bitcast <4 x i32> %b0.i591.us.i to <8 x bfloat>
-  %r.i1329.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1377.us.i, <8 x bfloat> %x.i1327.us.i, <8 x bfloat> %y.i1328.us.i)
-  %a4.i594.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1324.us.i = bitcast <4 x i32> %a4.i594.us.i to <8 x bfloat>
-  %r.i1326.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1374.us.i, <8 x bfloat> %x.i1324.us.i, <8 x bfloat> %y.i1328.us.i)
-  %a8.i599.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1321.us.i = bitcast <4 x i32> %a8.i599.us.i to <8 x bfloat>
-  %r.i1323.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1371.us.i, <8 x bfloat> %x.i1321.us.i, <8 x bfloat> %y.i1328.us.i)
-  %a12.i604.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1318.us.i = bitcast <4 x i32> %a12.i604.us.i to <8 x bfloat>
-  %r.i1320.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1368.us.i, <8 x bfloat> %x.i1318.us.i, <8 x bfloat> %y.i1328.us.i)
-  %b0.i610.us.i = shufflevector <4 x i32> %r.i1539.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1316.us.i = bitcast <4 x i32> %b0.i610.us.i to <8 x bfloat>
-  %r.i1317.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1365.us.i, <8 x bfloat> %x.i1327.us.i, <8 x bfloat> %y.i1316.us.i)
-  %r.i1314.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1362.us.i, <8 x bfloat> %x.i1324.us.i, <8 x bfloat> %y.i1316.us.i)
-  %r.i1311.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1359.us.i, <8 x bfloat> %x.i1321.us.i, <8 x bfloat> %y.i1316.us.i)
-  %r.i1308.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1356.us.i, <8 x bfloat> %x.i1318.us.i, <8 x bfloat> %y.i1316.us.i)
-  %b0.i629.us.i = shufflevector <4 x i32> %r.i1542.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1304.us.i = bitcast <4 x i32> %b0.i629.us.i to <8 x bfloat>
-  %r.i1305.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1353.us.i, <8 x bfloat> %x.i1327.us.i, <8 x bfloat> %y.i1304.us.i)
-  %r.i1302.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1350.us.i, <8 x bfloat> %x.i1324.us.i, <8 x bfloat> %y.i1304.us.i)
-  %r.i1299.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1347.us.i, <8 x bfloat> %x.i1321.us.i, <8 x bfloat> %y.i1304.us.i)
-  %r.i1296.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1344.us.i, <8 x bfloat> %x.i1318.us.i, <8 x bfloat> %y.i1304.us.i)
-  %b0.i648.us.i = shufflevector <4 x i32> %r.i1545.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1292.us.i = bitcast <4 x i32> %b0.i648.us.i to <8 x bfloat>
-  %r.i1293.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1341.us.i, <8 x bfloat> %x.i1327.us.i, <8 x bfloat> %y.i1292.us.i)
-  %r.i1290.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1338.us.i, <8 x bfloat> %x.i1324.us.i, <8 x bfloat> %y.i1292.us.i)
-  %r.i1287.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1335.us.i, <8 x bfloat> %x.i1321.us.i, <8 x bfloat> %y.i1292.us.i)
-  %r.i1284.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1332.us.i, <8 x bfloat> %x.i1318.us.i, <8 x bfloat> %y.i1292.us.i)
-  %1029 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 320
+  %x.i1328.us.i = shufflevector <32 x bfloat> %1028, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1329.us.i = bitcast <4 x i32> %b0.i592.us.i to <8 x bfloat>
+  %r.i1330.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1378.us.i, <8 x bfloat> %x.i1328.us.i, <8 x bfloat> %y.i1329.us.i)
+  %a4.i595.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1325.us.i = bitcast <4 x i32> %a4.i595.us.i to <8 x bfloat>
+  %r.i1327.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1375.us.i, <8 x bfloat> %x.i1325.us.i, <8 x bfloat> %y.i1329.us.i)
+  %a8.i600.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1322.us.i = bitcast <4 x i32> %a8.i600.us.i to <8 x bfloat>
+  %r.i1324.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1372.us.i, <8 x bfloat> %x.i1322.us.i, <8 x bfloat> %y.i1329.us.i)
+  %a12.i605.us.i = shufflevector <16 x i32> %1027, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1319.us.i = bitcast <4 x i32> %a12.i605.us.i to <8 x bfloat>
+  %r.i1321.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1369.us.i, <8 x bfloat> %x.i1319.us.i, <8 x bfloat> %y.i1329.us.i)
+  %b0.i611.us.i = shufflevector <4 x i32> %r.i1540.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1317.us.i = bitcast <4 x i32> %b0.i611.us.i to <8 x bfloat>
+  %r.i1318.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1366.us.i, <8 x bfloat> %x.i1328.us.i, <8 x bfloat> %y.i1317.us.i)
+  %r.i1315.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1363.us.i, <8 x bfloat> %x.i1325.us.i, <8 x bfloat> %y.i1317.us.i)
+  %r.i1312.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1360.us.i, <8 x bfloat> %x.i1322.us.i, <8 x bfloat> %y.i1317.us.i)
+  %r.i1309.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1357.us.i, <8 x bfloat> %x.i1319.us.i, <8 x bfloat> %y.i1317.us.i)
+  %b0.i630.us.i = shufflevector <4 x i32> %r.i1543.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1305.us.i = bitcast <4 x i32> %b0.i630.us.i to <8 x bfloat>
+  %r.i1306.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1354.us.i, <8 x bfloat> %x.i1328.us.i, <8 x bfloat> %y.i1305.us.i)
+  %r.i1303.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1351.us.i, <8 x bfloat> %x.i1325.us.i, <8 x bfloat> %y.i1305.us.i)
+  %r.i1300.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1348.us.i, <8 x bfloat> %x.i1322.us.i, <8 x bfloat> %y.i1305.us.i)
+  %r.i1297.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1345.us.i, <8 x bfloat> %x.i1319.us.i, <8 x bfloat> %y.i1305.us.i)
+  %b0.i649.us.i = shufflevector <4 x i32> %r.i1546.us.i, <4 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1293.us.i = bitcast <4 x i32> %b0.i649.us.i to <8 x bfloat>
+  %r.i1294.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1342.us.i, <8 x bfloat> %x.i1328.us.i, <8 x bfloat> %y.i1293.us.i)
+  %r.i1291.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1339.us.i, <8 x bfloat> %x.i1325.us.i, <8 x bfloat> %y.i1293.us.i)
+  %r.i1288.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1336.us.i, <8 x bfloat> %x.i1322.us.i, <8 x bfloat> %y.i1293.us.i)
+  %r.i1285.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1333.us.i, <8 x bfloat> %x.i1319.us.i, <8 x bfloat> %y.i1293.us.i)
+  %1029 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 320
   %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !9
-  %b0.i667.us.i = shufflevector <4 x i32> %r.i1536.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %b0.i668.us.i = shufflevector <4 x i32> %r.i1537.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
   %1031 = bitcast <16 x i32> %1030 to <32 x bfloat>
-  %x.i1279.us.i = shufflevector <32 x bfloat> %1031, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1280.us.i = bitcast <4 x i32> %b0.i667.us.i to <8 x bfloat>
-  %r.i1281.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1329.us.i, <8 x bfloat> %x.i1279.us.i, <8 x bfloat> %y.i1280.us.i)
-  %a4.i670.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1276.us.i = bitcast <4 x i32> %a4.i670.us.i to <8 x bfloat>
-  %r.i1278.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1326.us.i, <8 x bfloat> %x.i1276.us.i, <8 x bfloat> %y.i1280.us.i)
-  %a8.i675.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1273.us.i = bitcast <4 x i32> %a8.i675.us.i to <8 x bfloat>
-  %r.i1275.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1323.us.i, <8 x bfloat> %x.i1273.us.i, <8 x bfloat> %y.i1280.us.i)
-  %a12.i680.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1270.us.i = bitcast <4 x i32> %a12.i680.us.i to <8 x bfloat>
-  %r.i1272.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1320.us.i, <8 x bfloat> %x.i1270.us.i, <8 x bfloat> %y.i1280.us.i)
-  %b0.i686.us.i = shufflevector <4 x i32> %r.i1539.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1268.us.i = bitcast <4 x i32> %b0.i686.us.i to <8 x bfloat>
-  %r.i1269.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1317.us.i, <8 x bfloat> %x.i1279.us.i, <8 x bfloat> %y.i1268.us.i)
-  %r.i1266.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1314.us.i, <8 x bfloat> %x.i1276.us.i, <8 x bfloat> %y.i1268.us.i)
-  %r.i1263.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1311.us.i, <8 x bfloat> %x.i1273.us.i, <8 x bfloat> %y.i1268.us.i)
-  %r.i1260.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1308.us.i, <8 x bfloat> %x.i1270.us.i, <8 x bfloat> %y.i1268.us.i)
-  %b0.i705.us.i = shufflevector <4 x i32> %r.i1542.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1256.us.i = bitcast <4 x i32> %b0.i705.us.i to <8 x bfloat>
-  %r.i1257.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1305.us.i, <8 x bfloat> %x.i1279.us.i, <8 x bfloat> %y.i1256.us.i)
-  %r.i1254.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1302.us.i, <8 x bfloat> %x.i1276.us.i, <8 x bfloat> %y.i1256.us.i)
-  %r.i1251.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1299.us.i, <8 x bfloat> %x.i1273.us.i, <8 x bfloat> %y.i1256.us.i)
-  %r.i1248.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1296.us.i, <8 x bfloat> %x.i1270.us.i, <8 x bfloat> %y.i1256.us.i)
-  %b0.i724.us.i = shufflevector <4 x i32> %r.i1545.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %y.i1244.us.i = bitcast <4 x i32> %b0.i724.us.i to <8 x bfloat>
-  %r.i1245.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1293.us.i, <8 x bfloat> %x.i1279.us.i, <8 x bfloat> %y.i1244.us.i)
-  %r.i1242.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1290.us.i, <8 x bfloat> %x.i1276.us.i, <8 x bfloat> %y.i1244.us.i)
-  %r.i1239.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1287.us.i, <8 x bfloat> %x.i1273.us.i, <8 x bfloat> %y.i1244.us.i)
-  %r.i1236.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1284.us.i, <8 x bfloat> %x.i1270.us.i, <8 x bfloat> %y.i1244.us.i)
-  %1032 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 384
+  %x.i1280.us.i = shufflevector <32 x bfloat> %1031, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1281.us.i = bitcast <4 x i32> %b0.i668.us.i to <8 x bfloat>
+  %r.i1282.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1330.us.i, <8 x bfloat> %x.i1280.us.i, <8 x bfloat> %y.i1281.us.i)
+  %a4.i671.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1277.us.i = bitcast <4 x i32> %a4.i671.us.i to <8 x bfloat>
+  %r.i1279.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1327.us.i, <8 x bfloat> %x.i1277.us.i, <8 x bfloat> %y.i1281.us.i)
+  %a8.i676.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1274.us.i = bitcast <4 x i32> %a8.i676.us.i to <8 x bfloat>
+  %r.i1276.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1324.us.i, <8 x bfloat> %x.i1274.us.i, <8 x bfloat> %y.i1281.us.i)
+  %a12.i681.us.i = shufflevector <16 x i32> %1030, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1271.us.i = bitcast <4 x i32> %a12.i681.us.i to <8 x bfloat>
+  %r.i1273.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1321.us.i, <8 x bfloat> %x.i1271.us.i, <8 x bfloat> %y.i1281.us.i)
+  %b0.i687.us.i = shufflevector <4 x i32> %r.i1540.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1269.us.i = bitcast <4 x i32> %b0.i687.us.i to <8 x bfloat>
+  %r.i1270.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1318.us.i, <8 x bfloat> %x.i1280.us.i, <8 x bfloat> %y.i1269.us.i)
+  %r.i1267.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1315.us.i, <8 x bfloat> %x.i1277.us.i, <8 x bfloat> %y.i1269.us.i)
+  %r.i1264.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1312.us.i, <8 x bfloat> %x.i1274.us.i, <8 x bfloat> %y.i1269.us.i)
+  %r.i1261.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1309.us.i, <8 x bfloat> %x.i1271.us.i, <8 x bfloat> %y.i1269.us.i)
+  %b0.i706.us.i = shufflevector <4 x i32> %r.i1543.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1257.us.i = bitcast <4 x i32> %b0.i706.us.i to <8 x bfloat>
+  %r.i1258.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1306.us.i, <8 x bfloat> %x.i1280.us.i, <8 x bfloat> %y.i1257.us.i)
+  %r.i1255.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1303.us.i, <8 x bfloat> %x.i1277.us.i, <8 x bfloat> %y.i1257.us.i)
+  %r.i1252.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1300.us.i, <8 x bfloat> %x.i1274.us.i, <8 x bfloat> %y.i1257.us.i)
+  %r.i1249.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1297.us.i, <8 x bfloat> %x.i1271.us.i, <8 x bfloat> %y.i1257.us.i)
+  %b0.i725.us.i = shufflevector <4 x i32> %r.i1546.us.i, <4 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1245.us.i = bitcast <4 x i32> %b0.i725.us.i to <8 x bfloat>
+  %r.i1246.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1294.us.i, <8 x bfloat> %x.i1280.us.i, <8 x bfloat> %y.i1245.us.i)
+  %r.i1243.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1291.us.i, <8 x bfloat> %x.i1277.us.i, <8 x bfloat> %y.i1245.us.i)
+  %r.i1240.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1288.us.i, <8 x bfloat> %x.i1274.us.i, <8 x bfloat> %y.i1245.us.i)
+  %r.i1237.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1285.us.i, <8 x bfloat> %x.i1271.us.i, <8 x bfloat> %y.i1245.us.i)
+  %1032 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 384
   %1033 = load <16 x i32>, ptr %1032, align 4, !tbaa !9
-  %b0.i743.us.i = shufflevector <4 x i32> %r.i1536.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %b0.i744.us.i = shufflevector <4 x i32> %r.i1537.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
   %1034 = bitcast <16 x i32> %1033 to <32 x bfloat>
-  %x.i1231.us.i = shufflevector <32 x bfloat> %1034, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1232.us.i = bitcast <4 x i32> %b0.i743.us.i to <8 x bfloat>
-  %r.i1233.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1281.us.i, <8 x bfloat> %x.i1231.us.i, <8 x bfloat> %y.i1232.us.i)
-  %a4.i746.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1228.us.i = bitcast <4 x i32> %a4.i746.us.i to <8 x bfloat>
-  %r.i1230.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1278.us.i, <8 x bfloat> %x.i1228.us.i, <8 x bfloat> %y.i1232.us.i)
-  %a8.i751.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1225.us.i = bitcast <4 x i32> %a8.i751.us.i to <8 x bfloat>
-  %r.i1227.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1275.us.i, <8 x bfloat> %x.i1225.us.i, <8 x bfloat> %y.i1232.us.i)
-  %a12.i756.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1222.us.i = bitcast <4 x i32> %a12.i756.us.i to <8 x bfloat>
-  %r.i1224.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1272.us.i, <8 x bfloat> %x.i1222.us.i, <8 x bfloat> %y.i1232.us.i)
-  %b0.i762.us.i = shufflevector <4 x i32> %r.i1539.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1220.us.i = bitcast <4 x i32> %b0.i762.us.i to <8 x bfloat>
-  %r.i1221.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1269.us.i, <8 x bfloat> %x.i1231.us.i, <8 x bfloat> %y.i1220.us.i)
-  %r.i1218.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1266.us.i, <8 x bfloat> %x.i1228.us.i, <8 x bfloat> %y.i1220.us.i)
-  %r.i1215.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1263.us.i, <8 x bfloat> %x.i1225.us.i, <8 x bfloat> %y.i1220.us.i)
-  %r.i1212.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1260.us.i, <8 x bfloat> %x.i1222.us.i, <8 x bfloat> %y.i1220.us.i)
-  %b0.i781.us.i = shufflevector <4 x i32> %r.i1542.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1208.us.i = bitcast <4 x i32> %b0.i781.us.i to <8 x bfloat>
-  %r.i1209.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1257.us.i, <8 x bfloat> %x.i1231.us.i, <8 x bfloat> %y.i1208.us.i)
-  %r.i1206.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1254.us.i, <8 x bfloat> %x.i1228.us.i, <8 x bfloat> %y.i1208.us.i)
-  %r.i1203.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1251.us.i, <8 x bfloat> %x.i1225.us.i, <8 x bfloat> %y.i1208.us.i)
-  %r.i1200.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1248.us.i, <8 x bfloat> %x.i1222.us.i, <8 x bfloat> %y.i1208.us.i)
-  %b0.i800.us.i = shufflevector <4 x i32> %r.i1545.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %y.i1196.us.i = bitcast <4 x i32> %b0.i800.us.i to <8 x bfloat>
-  %r.i1197.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1245.us.i, <8 x bfloat> %x.i1231.us.i, <8 x bfloat> %y.i1196.us.i)
-  %r.i1194.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1242.us.i, <8 x bfloat> %x.i1228.us.i, <8 x bfloat> %y.i1196.us.i)
-  %r.i1191.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1239.us.i, <8 x bfloat> %x.i1225.us.i, <8 x bfloat> %y.i1196.us.i)
-  %r.i1188.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1236.us.i, <8 x bfloat> %x.i1222.us.i, <8 x bfloat> %y.i1196.us.i)
-  %1035 = getelementptr inbounds nuw i8, ptr %gep2014.i, i64 448
+  %x.i1232.us.i = shufflevector <32 x bfloat> %1034, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1233.us.i = bitcast <4 x i32> %b0.i744.us.i to <8 x bfloat>
+  %r.i1234.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1282.us.i, <8 x bfloat> %x.i1232.us.i, <8 x bfloat> %y.i1233.us.i)
+  %a4.i747.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1229.us.i = bitcast <4 x i32> %a4.i747.us.i to <8 x bfloat>
+  %r.i1231.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1279.us.i, <8 x bfloat> %x.i1229.us.i, <8 x bfloat> %y.i1233.us.i)
+  %a8.i752.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1226.us.i = bitcast <4 x i32> %a8.i752.us.i to <8 x bfloat>
+  %r.i1228.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1276.us.i, <8 x bfloat> %x.i1226.us.i, <8 x bfloat> %y.i1233.us.i)
+  %a12.i757.us.i = shufflevector <16 x i32> %1033, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1223.us.i = bitcast <4 x i32> %a12.i757.us.i to <8 x bfloat>
+  %r.i1225.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1273.us.i, <8 x bfloat> %x.i1223.us.i, <8 x bfloat> %y.i1233.us.i)
+  %b0.i763.us.i = shufflevector <4 x i32> %r.i1540.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1221.us.i = bitcast <4 x i32> %b0.i763.us.i to <8 x bfloat>
+  %r.i1222.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1270.us.i, <8 x bfloat> %x.i1232.us.i, <8 x bfloat> %y.i1221.us.i)
+  %r.i1219.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1267.us.i, <8 x bfloat> %x.i1229.us.i, <8 x bfloat> %y.i1221.us.i)
+  %r.i1216.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1264.us.i, <8 x bfloat> %x.i1226.us.i, <8 x bfloat> %y.i1221.us.i)
+  %r.i1213.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1261.us.i, <8 x bfloat> %x.i1223.us.i, <8 x bfloat> %y.i1221.us.i)
+  %b0.i782.us.i = shufflevector <4 x i32> %r.i1543.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1209.us.i = bitcast <4 x i32> %b0.i782.us.i to <8 x bfloat>
+  %r.i1210.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1258.us.i, <8 x bfloat> %x.i1232.us.i, <8 x bfloat> %y.i1209.us.i)
+  %r.i1207.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1255.us.i, <8 x bfloat> %x.i1229.us.i, <8 x bfloat> %y.i1209.us.i)
+  %r.i1204.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1252.us.i, <8 x bfloat> %x.i1226.us.i, <8 x bfloat> %y.i1209.us.i)
+  %r.i1201.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1249.us.i, <8 x bfloat> %x.i1223.us.i, <8 x bfloat> %y.i1209.us.i)
+  %b0.i801.us.i = shufflevector <4 x i32> %r.i1546.us.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1197.us.i = bitcast <4 x i32> %b0.i801.us.i to <8 x bfloat>
+  %r.i1198.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1246.us.i, <8 x bfloat> %x.i1232.us.i, <8 x bfloat> %y.i1197.us.i)
+  %r.i1195.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1243.us.i, <8 x bfloat> %x.i1229.us.i, <8 x bfloat> %y.i1197.us.i)
+  %r.i1192.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1240.us.i, <8 x bfloat> %x.i1226.us.i, <8 x bfloat> %y.i1197.us.i)
+  %r.i1189.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1237.us.i, <8 x bfloat> %x.i1223.us.i, <8 x bfloat> %y.i1197.us.i)
+  %1035 = getelementptr inbounds nuw i8, ptr %gep2033.i, i64 448
   %1036 = load <16 x i32>, ptr %1035, align 4, !tbaa !9
-  %b0.i819.us.i = shufflevector <4 x i32> %r.i1536.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %b0.i820.us.i = shufflevector <4 x i32> %r.i1537.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
   %1037 = bitcast <16 x i32> %1036 to <32 x bfloat>
-  %x.i1183.us.i = shufflevector <32 x bfloat> %1037, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1184.us.i = bitcast <4 x i32> %b0.i819.us.i to <8 x bfloat>
-  %r.i1185.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1233.us.i, <8 x bfloat> %x.i1183.us.i, <8 x bfloat> %y.i1184.us.i)
-  %a4.i822.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1180.us.i = bitcast <4 x i32> %a4.i822.us.i to <8 x bfloat>
-  %r.i1182.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1230.us.i, <8 x bfloat> %x.i1180.us.i, <8 x bfloat> %y.i1184.us.i)
-  %r4.i825.us.i = shufflevector <4 x float> %r.i1185.us.i, <4 x float> %r.i1182.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %a8.i827.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1177.us.i = bitcast <4 x i32> %a8.i827.us.i to <8 x bfloat>
-  %r.i1179.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1227.us.i, <8 x bfloat> %x.i1177.us.i, <8 x bfloat> %y.i1184.us.i)
-  %1038 = shufflevector <4 x float> %r.i1179.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i830.us.i = shufflevector <16 x float> %r4.i825.us.i, <16 x float> %1038, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %a12.i832.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1174.us.i = bitcast <4 x i32> %a12.i832.us.i to <8 x bfloat>
-  %r.i1176.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1224.us.i, <8 x bfloat> %x.i1174.us.i, <8 x bfloat> %y.i1184.us.i)
-  %1039 = shufflevector <4 x float> %r.i1176.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i835.us.i = shufflevector <16 x float> %r8.i830.us.i, <16 x float> %1039, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %b0.i838.us.i = shufflevector <4 x i32> %r.i1539.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1172.us.i = bitcast <4 x i32> %b0.i838.us.i to <8 x bfloat>
-  %r.i1173.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1221.us.i, <8 x bfloat> %x.i1183.us.i, <8 x bfloat> %y.i1172.us.i)
-  %r.i1170.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1218.us.i, <8 x bfloat> %x.i1180.us.i, <8 x bfloat> %y.i1172.us.i)
-  %r4.i844.us.i = shufflevector <4 x float> %r.i1173.us.i, <4 x float> %r.i1170.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1167.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1215.us.i, <8 x bfloat> %x.i1177.us.i, <8 x bfloat> %y.i1172.us.i)
-  %1040 = shufflevector <4 x float> %r.i1167.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i849.us.i = shufflevector <16 x float> %r4.i844.us.i, <16 x float> %1040, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1164.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1212.us.i, <8 x bfloat> %x.i1174.us.i, <8 x bfloat> %y.i1172.us.i)
-  %1041 = shufflevector <4 x float> %r.i1164.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i854.us.i = shufflevector <16 x float> %r8.i849.us.i, <16 x float> %1041, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %b0.i857.us.i = shufflevector <4 x i32> %r.i1542.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1160.us.i = bitcast <4 x i32> %b0.i857.us.i to <8 x bfloat>
-  %r.i1161.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1209.us.i, <8 x bfloat> %x.i1183.us.i, <8 x bfloat> %y.i1160.us.i)
-  %r.i1158.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1206.us.i, <8 x bfloat> %x.i1180.us.i, <8 x bfloat> %y.i1160.us.i)
-  %r4.i863.us.i = shufflevector <4 x float> %r.i1161.us.i, <4 x float> %r.i1158.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1155.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1203.us.i, <8 x bfloat> %x.i1177.us.i, <8 x bfloat> %y.i1160.us.i)
-  %1042 = shufflevector <4 x float> %r.i1155.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i868.us.i = shufflevector <16 x float> %r4.i863.us.i, <16 x float> %1042, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1152.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1200.us.i, <8 x bfloat> %x.i1174.us.i, <8 x bfloat> %y.i1160.us.i)
-  %1043 = shufflevector <4 x float> %r.i1152.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i873.us.i = shufflevector <16 x float> %r8.i868.us.i, <16 x float> %1043, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %b0.i876.us.i = shufflevector <4 x i32> %r.i1545.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
-  %y.i1148.us.i = bitcast <4 x i32> %b0.i876.us.i to <8 x bfloat>
-  %r.i1149.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1197.us.i, <8 x bfloat> %x.i1183.us.i, <8 x bfloat> %y.i1148.us.i)
-  %r.i1146.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1194.us.i, <8 x bfloat> %x.i1180.us.i, <8 x bfloat> %y.i1148.us.i)
-  %r4.i882.us.i = shufflevector <4 x float> %r.i1149.us.i, <4 x float> %r.i1146.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1143.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1191.us.i, <8 x bfloat> %x.i1177.us.i, <8 x bfloat> %y.i1148.us.i)
-  %1044 = shufflevector <4 x float> %r.i1143.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i887.us.i = shufflevector <16 x float> %r4.i882.us.i, <16 x float> %1044, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r.i1140.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1188.us.i, <8 x bfloat> %x.i1174.us.i, <8 x bfloat> %y.i1148.us.i)
-  %1045 = shufflevector <4 x float> %r.i1140.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i892.us.i = shufflevector <16 x float> %r8.i887.us.i, <16 x float> %1045, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %x.i1184.us.i = shufflevector <32 x bfloat> %1037, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1185.us.i = bitcast <4 x i32> %b0.i820.us.i to <8 x bfloat>
+  %r.i1186.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1234.us.i, <8 x bfloat> %x.i1184.us.i, <8 x bfloat> %y.i1185.us.i)
+  %a4.i823.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1181.us.i = bitcast <4 x i32> %a4.i823.us.i to <8 x bfloat>
+  %r.i1183.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1231.us.i, <8 x bfloat> %x.i1181.us.i, <8 x bfloat> %y.i1185.us.i)
+  %r4.i826.us.i = shufflevector <4 x float> %r.i1186.us.i, <4 x float> %r.i1183.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %a8.i828.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1178.us.i = bitcast <4 x i32> %a8.i828.us.i to <8 x bfloat>
+  %r.i1180.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1228.us.i, <8 x bfloat> %x.i1178.us.i, <8 x bfloat> %y.i1185.us.i)
+  %1038 = shufflevector <4 x float> %r.i1180.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i831.us.i = shufflevector <16 x float> %r4.i826.us.i, <16 x float> %1038, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %a12.i833.us.i = shufflevector <16 x i32> %1036, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1175.us.i = bitcast <4 x i32> %a12.i833.us.i to <8 x bfloat>
+  %r.i1177.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1225.us.i, <8 x bfloat> %x.i1175.us.i, <8 x bfloat> %y.i1185.us.i)
+  %1039 = shufflevector <4 x float> %r.i1177.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i836.us.i = shufflevector <16 x float> %r8.i831.us.i, <16 x float> %1039, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %b0.i839.us.i = shufflevector <4 x i32> %r.i1540.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1173.us.i = bitcast <4 x i32> %b0.i839.us.i to <8 x bfloat>
+  %r.i1174.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1222.us.i, <8 x bfloat> %x.i1184.us.i, <8 x bfloat> %y.i1173.us.i)
+  %r.i1171.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1219.us.i, <8 x bfloat> %x.i1181.us.i, <8 x bfloat> %y.i1173.us.i)
+  %r4.i845.us.i = shufflevector <4 x float> %r.i1174.us.i, <4 x float> %r.i1171.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1168.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1216.us.i, <8 x bfloat> %x.i1178.us.i, <8 x bfloat> %y.i1173.us.i)
+  %1040 = shufflevector <4 x float> %r.i1168.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i850.us.i = shufflevector <16 x float> %r4.i845.us.i, <16 x float> %1040, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1165.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1213.us.i, <8 x bfloat> %x.i1175.us.i, <8 x bfloat> %y.i1173.us.i)
+  %1041 = shufflevector <4 x float> %r.i1165.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i855.us.i = shufflevector <16 x float> %r8.i850.us.i, <16 x float> %1041, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %b0.i858.us.i = shufflevector <4 x i32> %r.i1543.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1161.us.i = bitcast <4 x i32> %b0.i858.us.i to <8 x bfloat>
+  %r.i1162.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1210.us.i, <8 x bfloat> %x.i1184.us.i, <8 x bfloat> %y.i1161.us.i)
+  %r.i1159.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1207.us.i, <8 x bfloat> %x.i1181.us.i, <8 x bfloat> %y.i1161.us.i)
+  %r4.i864.us.i = shufflevector <4 x float> %r.i1162.us.i, <4 x float> %r.i1159.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1156.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1204.us.i, <8 x bfloat> %x.i1178.us.i, <8 x bfloat> %y.i1161.us.i)
+  %1042 = shufflevector <4 x float> %r.i1156.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i869.us.i = shufflevector <16 x float> %r4.i864.us.i, <16 x float> %1042, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1153.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1201.us.i, <8 x bfloat> %x.i1175.us.i, <8 x bfloat> %y.i1161.us.i)
+  %1043 = shufflevector <4 x float> %r.i1153.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i874.us.i = shufflevector <16 x float> %r8.i869.us.i, <16 x float> %1043, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %b0.i877.us.i = shufflevector <4 x i32> %r.i1546.us.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1149.us.i = bitcast <4 x i32> %b0.i877.us.i to <8 x bfloat>
+  %r.i1150.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1198.us.i, <8 x bfloat> %x.i1184.us.i, <8 x bfloat> %y.i1149.us.i)
+  %r.i1147.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1195.us.i, <8 x bfloat> %x.i1181.us.i, <8 x bfloat> %y.i1149.us.i)
+  %r4.i883.us.i = shufflevector <4 x float> %r.i1150.us.i, <4 x float> %r.i1147.us.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1144.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1192.us.i, <8 x bfloat> %x.i1178.us.i, <8 x bfloat> %y.i1149.us.i)
+  %1044 = shufflevector <4 x float> %r.i1144.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i888.us.i = shufflevector <16 x float> %r4.i883.us.i, <16 x float> %1044, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r.i1141.us.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %r.i1189.us.i, <8 x bfloat> %x.i1175.us.i, <8 x bfloat> %y.i1149.us.i)
+  %1045 = shufflevector <4 x float> %r.i1141.us.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i893.us.i = shufflevector <16 x float> %r8.i888.us.i, <16 x float> %1045, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
   br i1 %994, label %for_begin_line.preheader.us.i, label %for_end_d_1_0.us.i, !prof !34
 
 for_begin_d_1_0.preheader.us.i:                   ; preds = %for_begin_d_0.preheader.us.i, %for_end_d_1_0.us.i
-  %indvars.iv1756.i = phi i64 [ 0, %for_begin_d_0.preheader.us.i ], [ %indvars.iv.next1757.i, %for_end_d_1_0.us.i ]
-  %scores_global286.sroa.0.01632.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i835.us.i, %for_end_d_1_0.us.i ]
-  %scores_global286.sroa.18.01631.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i854.us.i, %for_end_d_1_0.us.i ]
-  %scores_global286.sroa.36.01630.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i873.us.i, %for_end_d_1_0.us.i ]
-  %scores_global286.sroa.54.01629.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i892.us.i, %for_end_d_1_0.us.i ]
-  %1046 = getelementptr inbounds nuw i64, ptr %gep2016.i, i64 %indvars.iv1756.i
+  %indvars.iv1761.i = phi i64 [ 0, %for_begin_d_0.preheader.us.i ], [ %indvars.iv.next1762.i, %for_end_d_1_0.us.i ]
+  %scores_global287.sroa.0.01636.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i836.us.i, %for_end_d_1_0.us.i ]
+  %scores_global287.sroa.18.01635.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i855.us.i, %for_end_d_1_0.us.i ]
+  %scores_global287.sroa.36.01634.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i874.us.i, %for_end_d_1_0.us.i ]
+  %scores_global287.sroa.54.01633.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r12.i893.us.i, %for_end_d_1_0.us.i ]
+  %1046 = getelementptr inbounds nuw i64, ptr %gep2035.i, i64 %indvars.iv1761.i
   %1047 = load i64, ptr %1046, align 8, !tbaa !9
   %1048 = getelementptr i32, ptr %key_cache, i64 %1047
-  %1049 = shl nuw nsw i64 %indvars.iv1756.i, 4
-  %.idx1985.i = shl nuw nsw i64 %indvars.iv1756.i, 10
-  %invariant.gep2013.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1985.i
+  %1049 = shl nuw nsw i64 %indvars.iv1761.i, 4
+  %.idx2001.i = shl nuw nsw i64 %indvars.iv1761.i, 10
+  %invariant.gep2032.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx2001.i
   br label %for_begin_line.preheader.us.i
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %indvars.iv1760.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next1761.i, %for_end_d_0.us.i ]
-  %1050 = shl nsw i64 %indvars.iv1760.i, 2
+  %indvars.iv1765.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next1766.i, %for_end_d_0.us.i ]
+  %1050 = shl nsw i64 %indvars.iv1765.i, 2
   %1051 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1050
   %1052 = load i64, ptr %1051, align 8, !tbaa !9
   %1053 = getelementptr i32, ptr %key_cache, i64 %1052
@@ -2326,7 +2326,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %
   %1060 = getelementptr inbounds nuw i8, ptr %1051, i64 24
   %1061 = load i64, ptr %1060, align 8, !tbaa !9
   %1062 = getelementptr i32, ptr %key_cache, i64 %1061
-  %gep2016.i = getelementptr inbounds nuw i64, ptr %invariant.gep2015.i, i64 %1050
+  %gep2035.i = getelementptr inbounds nuw i64, ptr %invariant.gep2034.i, i64 %1050
   br label %for_begin_d_1_0.preheader.us.i
 
 for_end_i.i:                                      ; preds = %for_end_d_0.us.i, %for_begin_i.preheader.i
@@ -2352,13 +2352,13 @@ for_begin_to72.preheader.i:                       ; preds = %if_end67.i
 
 for_begin_ti77.preheader.preheader.i:             ; preds = %for_begin_to72.preheader.i
   %1069 = sext i32 %546 to i64
-  %wide.trip.count1772.i = zext nneg i32 %548 to i64
+  %wide.trip.count1777.i = zext nneg i32 %548 to i64
   br label %for_begin_ti77.preheader.i
 
 for_begin_ti77.preheader.i:                       ; preds = %for_begin_ti77.preheader.i, %for_begin_ti77.preheader.preheader.i
-  %indvars.iv1769.i = phi i64 [ 0, %for_begin_ti77.preheader.preheader.i ], [ %indvars.iv.next1770.i, %for_begin_ti77.preheader.i ]
-  %1070 = shl nsw i64 %indvars.iv1769.i, 6
-  %1071 = shl nsw i64 %indvars.iv1769.i, 2
+  %indvars.iv1774.i = phi i64 [ 0, %for_begin_ti77.preheader.preheader.i ], [ %indvars.iv.next1775.i, %for_begin_ti77.preheader.i ]
+  %1070 = shl nsw i64 %indvars.iv1774.i, 6
+  %1071 = shl nsw i64 %indvars.iv1774.i, 2
   %1072 = sub nsw i64 %1069, %1071
   %1073 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1070
   %1074 = load <16 x float>, ptr %1073, align 4, !tbaa !9
@@ -2399,23 +2399,23 @@ for_begin_ti77.preheader.i:                       ; preds = %for_begin_ti77.preh
   %1106 = select <16 x i1> %1105, <16 x float> %1102, <16 x float> splat (float 0xFFF0000000000000)
   %1107 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1099
   store <16 x float> %1106, ptr %1107, align 4, !tbaa !9
-  %indvars.iv.next1770.i = add nuw nsw i64 %indvars.iv1769.i, 1
-  %exitcond1773.not.i = icmp eq i64 %indvars.iv.next1770.i, %wide.trip.count1772.i
-  br i1 %exitcond1773.not.i, label %for_body_to83.i, label %for_begin_ti77.preheader.i, !prof !4
+  %indvars.iv.next1775.i = add nuw nsw i64 %indvars.iv1774.i, 1
+  %exitcond1778.not.i = icmp eq i64 %indvars.iv.next1775.i, %wide.trip.count1777.i
+  br i1 %exitcond1778.not.i, label %for_body_to83.i, label %for_begin_ti77.preheader.i, !prof !4
 
 for_begin_ti_1.preheader.i:                       ; preds = %for_body_to83.i, %for_begin_to72.preheader.i
-  %.lcssa1642.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1139, %for_body_to83.i ]
-  %.lcssa1640.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1135, %for_body_to83.i ]
-  %.lcssa1638.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1131, %for_body_to83.i ]
-  %.lcssa1637.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1127, %for_body_to83.i ]
-  %1108 = fcmp olt <16 x float> %.lcssa1637.i, splat (float 0xC7EFFFFFE0000000)
-  %1109 = select <16 x i1> %1108, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa1637.i
-  %1110 = fcmp ogt <16 x float> %1109, %.lcssa1638.i
-  %1111 = select <16 x i1> %1110, <16 x float> %1109, <16 x float> %.lcssa1638.i
-  %1112 = fcmp ogt <16 x float> %1111, %.lcssa1640.i
-  %1113 = select <16 x i1> %1112, <16 x float> %1111, <16 x float> %.lcssa1640.i
-  %1114 = fcmp ogt <16 x float> %1113, %.lcssa1642.i
-  %1115 = select <16 x i1> %1114, <16 x float> %1113, <16 x float> %.lcssa1642.i
+  %.lcssa1646.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1139, %for_body_to83.i ]
+  %.lcssa1644.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1135, %for_body_to83.i ]
+  %.lcssa1642.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1131, %for_body_to83.i ]
+  %.lcssa1641.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to72.preheader.i ], [ %1127, %for_body_to83.i ]
+  %1108 = fcmp olt <16 x float> %.lcssa1641.i, splat (float 0xC7EFFFFFE0000000)
+  %1109 = select <16 x i1> %1108, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa1641.i
+  %1110 = fcmp ogt <16 x float> %1109, %.lcssa1642.i
+  %1111 = select <16 x i1> %1110, <16 x float> %1109, <16 x float> %.lcssa1642.i
+  %1112 = fcmp ogt <16 x float> %1111, %.lcssa1644.i
+  %1113 = select <16 x i1> %1112, <16 x float> %1111, <16 x float> %.lcssa1644.i
+  %1114 = fcmp ogt <16 x float> %1113, %.lcssa1646.i
+  %1115 = select <16 x i1> %1114, <16 x float> %1113, <16 x float> %.lcssa1646.i
   %1116 = icmp sgt i64 %544, 0
   %1117 = insertelement <16 x i1> poison, i1 %1116, i64 0
   %1118 = shufflevector <16 x i1> %1117, <16 x i1> poison, <16 x i32> zeroinitializer
@@ -2423,13 +2423,13 @@ for_begin_ti_1.preheader.i:                       ; preds = %for_body_to83.i, %f
   br i1 %602, label %for_begin_ti92.preheader.preheader.i, label %for_end_to119.i, !prof !3
 
 for_body_to83.i:                                  ; preds = %for_body_to83.i, %for_begin_ti77.preheader.i
-  %indvars.iv1774.i = phi i64 [ %indvars.iv.next1775.i, %for_body_to83.i ], [ 0, %for_begin_ti77.preheader.i ]
+  %indvars.iv1779.i = phi i64 [ %indvars.iv.next1780.i, %for_body_to83.i ], [ 0, %for_begin_ti77.preheader.i ]
   %1120 = phi <16 x float> [ %1127, %for_body_to83.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti77.preheader.i ]
   %1121 = phi <16 x float> [ %1131, %for_body_to83.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti77.preheader.i ]
   %1122 = phi <16 x float> [ %1135, %for_body_to83.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti77.preheader.i ]
   %1123 = phi <16 x float> [ %1139, %for_body_to83.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti77.preheader.i ]
-  %.idx1987.i = shl nsw i64 %indvars.iv1774.i, 8
-  %1124 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1987.i
+  %.idx2003.i = shl nsw i64 %indvars.iv1779.i, 8
+  %1124 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx2003.i
   %1125 = load <16 x float>, ptr %1124, align 4, !tbaa !9
   %1126 = fcmp ogt <16 x float> %1120, %1125
   %1127 = select <16 x i1> %1126, <16 x float> %1120, <16 x float> %1125
@@ -2445,17 +2445,17 @@ for_body_to83.i:                                  ; preds = %for_body_to83.i, %f
   %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !9
   %1138 = fcmp ogt <16 x float> %1123, %1137
   %1139 = select <16 x i1> %1138, <16 x float> %1123, <16 x float> %1137
-  %indvars.iv.next1775.i = add nuw nsw i64 %indvars.iv1774.i, 1
-  %exitcond1778.not.i = icmp eq i64 %indvars.iv.next1775.i, %wide.trip.count1772.i
-  br i1 %exitcond1778.not.i, label %for_begin_ti_1.preheader.i, label %for_body_to83.i, !prof !4
+  %indvars.iv.next1780.i = add nuw nsw i64 %indvars.iv1779.i, 1
+  %exitcond1783.not.i = icmp eq i64 %indvars.iv.next1780.i, %wide.trip.count1777.i
+  br i1 %exitcond1783.not.i, label %for_begin_ti_1.preheader.i, label %for_body_to83.i, !prof !4
 
 for_begin_ti92.preheader.preheader.i:             ; preds = %for_begin_ti_1.preheader.i
-  %wide.trip.count1790.i = zext nneg i32 %548 to i64
+  %wide.trip.count1795.i = zext nneg i32 %548 to i64
   br label %for_begin_ti92.preheader.i
 
 for_begin_ti92.preheader.i:                       ; preds = %for_begin_ti92.preheader.i, %for_begin_ti92.preheader.preheader.i
-  %indvars.iv1787.i = phi i64 [ 0, %for_begin_ti92.preheader.preheader.i ], [ %indvars.iv.next1788.i, %for_begin_ti92.preheader.i ]
-  %1140 = shl nsw i64 %indvars.iv1787.i, 6
+  %indvars.iv1792.i = phi i64 [ 0, %for_begin_ti92.preheader.preheader.i ], [ %indvars.iv.next1793.i, %for_begin_ti92.preheader.i ]
+  %1140 = shl nsw i64 %indvars.iv1792.i, 6
   %1141 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1140
   %1142 = load <16 x float>, ptr %1141, align 4, !tbaa !9
   %arg.i = fsub <16 x float> %1142, %1119
@@ -2555,13 +2555,13 @@ for_begin_ti92.preheader.i:                       ; preds = %for_begin_ti92.preh
   %1230 = select <16 x i1> %1229, <16 x float> zeroinitializer, <16 x float> %1228
   %1231 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1209
   store <16 x float> %1230, ptr %1231, align 4, !tbaa !9
-  %indvars.iv.next1788.i = add nuw nsw i64 %indvars.iv1787.i, 1
-  %exitcond1791.not.i = icmp eq i64 %indvars.iv.next1788.i, %wide.trip.count1790.i
-  br i1 %exitcond1791.not.i, label %for_begin_ti102.preheader.i, label %for_begin_ti92.preheader.i, !prof !4
+  %indvars.iv.next1793.i = add nuw nsw i64 %indvars.iv1792.i, 1
+  %exitcond1796.not.i = icmp eq i64 %indvars.iv.next1793.i, %wide.trip.count1795.i
+  br i1 %exitcond1796.not.i, label %for_begin_ti102.preheader.i, label %for_begin_ti92.preheader.i, !prof !4
 
 for_begin_ti102.preheader.i:                      ; preds = %for_begin_ti102.preheader.i, %for_begin_ti92.preheader.i
-  %indvars.iv1796.i = phi i64 [ %indvars.iv.next1797.i, %for_begin_ti102.preheader.i ], [ 0, %for_begin_ti92.preheader.i ]
-  %1232 = shl nsw i64 %indvars.iv1796.i, 6
+  %indvars.iv1801.i = phi i64 [ %indvars.iv.next1802.i, %for_begin_ti102.preheader.i ], [ 0, %for_begin_ti92.preheader.i ]
+  %1232 = shl nsw i64 %indvars.iv1801.i, 6
   %1233 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1232
   %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !9
   %1235 = lshr <16 x i32> %1234, splat (i32 16)
@@ -2601,17 +2601,17 @@ for_begin_ti102.preheader.i:                      ; preds = %for_begin_ti102.pre
   %1266 = and <16 x i32> %1265, splat (i32 -65536)
   %1267 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1259
   store <16 x i32> %1266, ptr %1267, align 4, !tbaa !9
-  %indvars.iv.next1797.i = add nuw nsw i64 %indvars.iv1796.i, 1
-  %exitcond1800.not.i = icmp eq i64 %indvars.iv.next1797.i, %wide.trip.count1790.i
-  br i1 %exitcond1800.not.i, label %for_begin_ti112.preheader.i, label %for_begin_ti102.preheader.i, !prof !4
+  %indvars.iv.next1802.i = add nuw nsw i64 %indvars.iv1801.i, 1
+  %exitcond1805.not.i = icmp eq i64 %indvars.iv.next1802.i, %wide.trip.count1795.i
+  br i1 %exitcond1805.not.i, label %for_begin_ti112.preheader.i, label %for_begin_ti102.preheader.i, !prof !4
 
 for_begin_ti112.preheader.i:                      ; preds = %for_begin_ti112.preheader.i, %for_begin_ti102.preheader.i
-  %indvars.iv1805.i = phi i64 [ %indvars.iv.next1806.i, %for_begin_ti112.preheader.i ], [ 0, %for_begin_ti102.preheader.i ]
-  %tile_sum282.sroa.0.01655.i = phi <16 x float> [ %1279, %for_begin_ti112.preheader.i ], [ zeroinitializer, %for_begin_ti102.preheader.i ]
-  %.idx65 = shl nsw i64 %indvars.iv1805.i, 8
+  %indvars.iv1810.i = phi i64 [ %indvars.iv.next1811.i, %for_begin_ti112.preheader.i ], [ 0, %for_begin_ti102.preheader.i ]
+  %tile_sum283.sroa.0.01659.i = phi <16 x float> [ %1279, %for_begin_ti112.preheader.i ], [ zeroinitializer, %for_begin_ti102.preheader.i ]
+  %.idx65 = shl nsw i64 %indvars.iv1810.i, 8
   %1268 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx65
   %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !9
-  %1270 = fadd <16 x float> %tile_sum282.sroa.0.01655.i, %1269
+  %1270 = fadd <16 x float> %tile_sum283.sroa.0.01659.i, %1269
   %1271 = getelementptr inbounds nuw i8, ptr %1268, i64 64
   %1272 = load <16 x float>, ptr %1271, align 4, !tbaa !9
   %1273 = fadd <16 x float> %1270, %1272
@@ -2621,20 +2621,20 @@ for_begin_ti112.preheader.i:                      ; preds = %for_begin_ti112.pre
   %1277 = getelementptr inbounds nuw i8, ptr %1268, i64 192
   %1278 = load <16 x float>, ptr %1277, align 4, !tbaa !9
   %1279 = fadd <16 x float> %1276, %1278
-  %indvars.iv.next1806.i = add nuw nsw i64 %indvars.iv1805.i, 1
-  %exitcond1809.not.i = icmp eq i64 %indvars.iv.next1806.i, %wide.trip.count1790.i
-  br i1 %exitcond1809.not.i, label %for_begin_ti122.preheader.i, label %for_begin_ti112.preheader.i, !prof !4
+  %indvars.iv.next1811.i = add nuw nsw i64 %indvars.iv1810.i, 1
+  %exitcond1814.not.i = icmp eq i64 %indvars.iv.next1811.i, %wide.trip.count1795.i
+  br i1 %exitcond1814.not.i, label %for_begin_ti122.preheader.i, label %for_begin_ti112.preheader.i, !prof !4
 
 for_begin_ti122.preheader.i:                      ; preds = %for_begin_ti122.preheader.i, %for_begin_ti112.preheader.i
-  %indvars.iv1813.i = phi i64 [ %indvars.iv.next1814.i, %for_begin_ti122.preheader.i ], [ 0, %for_begin_ti112.preheader.i ]
-  %.idx66 = shl nsw i64 %indvars.iv1813.i, 8
+  %indvars.iv1818.i = phi i64 [ %indvars.iv.next1819.i, %for_begin_ti122.preheader.i ], [ 0, %for_begin_ti112.preheader.i ]
+  %.idx66 = shl nsw i64 %indvars.iv1818.i, 8
   %1280 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx66
   %1281 = getelementptr inbounds nuw i8, ptr %1280, i64 64
   %1282 = load <16 x i32>, ptr %1281, align 4, !tbaa !9
   %1283 = load <16 x i32>, ptr %1280, align 4, !tbaa !9
   %1284 = lshr <16 x i32> %1283, splat (i32 16)
   %1285 = or <16 x i32> %1284, %1282
-  %.idx67 = shl nsw i64 %indvars.iv1813.i, 7
+  %.idx67 = shl nsw i64 %indvars.iv1818.i, 7
   %1286 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx67
   store <16 x i32> %1285, ptr %1286, align 4, !tbaa !9
   %1287 = getelementptr inbounds nuw i8, ptr %1280, i64 128
@@ -2645,19 +2645,19 @@ for_begin_ti122.preheader.i:                      ; preds = %for_begin_ti122.pre
   %1292 = or <16 x i32> %1291, %1289
   %1293 = getelementptr inbounds nuw i8, ptr %1286, i64 64
   store <16 x i32> %1292, ptr %1293, align 4, !tbaa !9
-  %indvars.iv.next1814.i = add nuw nsw i64 %indvars.iv1813.i, 1
-  %exitcond1817.not.i = icmp eq i64 %indvars.iv.next1814.i, %wide.trip.count1790.i
-  br i1 %exitcond1817.not.i, label %for_end_to119.i, label %for_begin_ti122.preheader.i, !prof !4
+  %indvars.iv.next1819.i = add nuw nsw i64 %indvars.iv1818.i, 1
+  %exitcond1822.not.i = icmp eq i64 %indvars.iv.next1819.i, %wide.trip.count1795.i
+  br i1 %exitcond1822.not.i, label %for_end_to119.i, label %for_begin_ti122.preheader.i, !prof !4
 
 for_end_to119.i:                                  ; preds = %for_begin_ti122.preheader.i, %for_begin_ti_1.preheader.i
-  %tile_sum282.sroa.0.0.lcssa1994.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %1279, %for_begin_ti122.preheader.i ]
-  %1294 = icmp eq i64 %indvars.iv1836.i79, 0
+  %tile_sum283.sroa.0.0.lcssa2012.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %1279, %for_begin_ti122.preheader.i ]
+  %1294 = icmp eq i64 %indvars.iv1848.i78, 0
   %1295 = insertelement <16 x i1> poison, i1 %1294, i64 0
   %1296 = shufflevector <16 x i1> %1295, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %1296, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %444
-  %old_sum.i = select <16 x i1> %1296, <16 x float> zeroinitializer, <16 x float> %total1547.i80
+  %old_sum.i = select <16 x i1> %1296, <16 x float> zeroinitializer, <16 x float> %total1551.i79
   %1297 = fcmp ogt <16 x float> %old_max.i, %1119
-  %1298 = fcmp oeq <16 x float> %tile_sum282.sroa.0.0.lcssa1994.i, zeroinitializer
+  %1298 = fcmp oeq <16 x float> %tile_sum283.sroa.0.0.lcssa2012.i, zeroinitializer
   %1299 = select <16 x i1> %1298, <16 x i1> splat (i1 true), <16 x i1> %1297
   %old_or_both.i = select <16 x i1> %1299, <16 x float> %old_max.i, <16 x float> %1119
   %1300 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
@@ -2704,2269 +2704,2264 @@ for_end_to119.i:                                  ; preds = %for_begin_ti122.pre
   %1339 = fmul <16 x float> %1338, %1337
   %1340 = fcmp olt <16 x float> %arg144.i, splat (float -8.700000e+01)
   %1341 = select <16 x i1> %1340, <16 x float> zeroinitializer, <16 x float> %1339
-  %1342 = fcmp one <16 x float> %tile_sum282.sroa.0.0.lcssa1994.i, zeroinitializer
+  %1342 = fcmp one <16 x float> %tile_sum283.sroa.0.0.lcssa2012.i, zeroinitializer
   %1343 = select <16 x i1> %1342, <16 x float> %1341, <16 x float> zeroinitializer
   %1344 = ashr i32 %546, 2
   %1345 = icmp sgt i32 %1344, 0
   %1346 = and i32 %546, 3
-  %.not1708.i = icmp eq i32 %1346, 0
+  %.not1713.i = icmp eq i32 %1346, 0
   %1347 = shl nsw i32 %1344, 5
   %1348 = and i32 %546, -4
   %1349 = shl nsw i32 %1344, 8
   %1350 = fmul <16 x float> %1322, zeroinitializer
   %1351 = sext i32 %1348 to i64
   %1352 = sext i32 %1347 to i64
-  %wide.trip.count1827.i = zext nneg i32 %1344 to i64
-  %invariant.gep2029.i = getelementptr i32, ptr %prob_pairs.i, i64 %1352
-  br label %for_body_d_0_m.i
+  %1353 = sext i32 %1349 to i64
+  %wide.trip.count1832.i = zext nneg i32 %1344 to i64
+  %invariant.gep2040.i = getelementptr i32, ptr %prob_pairs.i, i64 %1352
+  %invariant.gep2048.i = getelementptr i32, ptr %v_tile.i, i64 %1353
+  br label %for_begin_d_2_m.preheader.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end183.i, %for_end_to119.i
-  %indvars.iv1832.i = phi i64 [ 0, %for_end_to119.i ], [ %indvars.iv.next1833.i, %if_end183.i ]
+for_begin_d_2_m.preheader.i:                      ; preds = %for_end_d_2_m.i, %for_end_to119.i
+  %indvars.iv1843.i = phi i64 [ 0, %for_end_to119.i ], [ %indvars.iv.next1844.i, %for_end_d_2_m.i ]
+  %1354 = shl nuw nsw i64 %indvars.iv1843.i, 7
+  %1355 = shl nuw nsw i64 %indvars.iv1843.i, 3
+  %1356 = trunc i64 %indvars.iv1843.i to i32
+  %1357 = mul i32 %1344, %1356
+  %1358 = zext i32 %1357 to i64
+  %gep2049.i = getelementptr i32, ptr %invariant.gep2048.i, i64 %1355
+  br label %for_body_d_2_m.i
+
+for_end_d_0_m.i:                                  ; preds = %for_end_d_2_m.i
+  %1359 = fmul <16 x float> %old_sum.i, %1322
+  %1360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_sum283.sroa.0.0.lcssa2012.i, <16 x float> %1359)
+  %1361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1362 = tail call i32 %1361(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not296.i = icmp eq i32 %1362, 0
+  br i1 %.not296.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !35
+
+for_body_d_2_m.i:                                 ; preds = %if_end183.i, %for_begin_d_2_m.preheader.i
+  %1363 = phi i1 [ true, %for_begin_d_2_m.preheader.i ], [ false, %if_end183.i ]
+  %indvars.iv1838.i = phi i64 [ 0, %for_begin_d_2_m.preheader.i ], [ 1, %if_end183.i ]
   br i1 %1345, label %for_body_to160.lr.ph.i, label %for_end_to161.i, !prof !3
 
-for_body_to160.lr.ph.i:                           ; preds = %for_body_d_0_m.i
-  %1353 = trunc nuw nsw i64 %indvars.iv1832.i to i32
-  %1354 = and i32 %1353, 1
-  %1355 = icmp eq i32 %1354, 0
-  %1356 = lshr exact i32 %1353, 1
-  %1357 = mul nuw nsw i32 %1356, %1344
-  %1358 = shl nuw i64 %indvars.iv1832.i, 1
-  %1359 = and i64 %1358, 2
-  %1360 = shl i64 %indvars.iv1832.i, 2
-  %1361 = and i64 %1360, 120
-  %1362 = zext nneg i32 %1357 to i64
-  %invariant.gep2025.i = getelementptr inbounds nuw i32, ptr %v_tile.i, i64 %1361
-  %invariant.gep2027.i = getelementptr inbounds nuw i32, ptr %invariant.gep2025.i, i64 %1359
+for_body_to160.lr.ph.i:                           ; preds = %for_body_d_2_m.i
+  %1364 = shl nuw nsw i64 %indvars.iv1838.i, 2
+  %1365 = or disjoint i64 %1364, %1355
   br label %for_body_to160.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end183.i
-  %1363 = fmul <16 x float> %old_sum.i, %1322
-  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_sum282.sroa.0.0.lcssa1994.i, <16 x float> %1363)
-  %1365 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1366 = tail call i32 %1365(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not295.i = icmp eq i32 %1366, 0
-  br i1 %.not295.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !35
+for_end_d_2_m.i:                                  ; preds = %if_end183.i
+  %indvars.iv.next1844.i = add nuw nsw i64 %indvars.iv1843.i, 1
+  %exitcond1847.not.i = icmp eq i64 %indvars.iv.next1844.i, 16
+  br i1 %exitcond1847.not.i, label %for_end_d_0_m.i, label %for_begin_d_2_m.preheader.i, !prof !21
 
 for_body_to160.i:                                 ; preds = %for_end_ti168.i, %for_body_to160.lr.ph.i
-  %indvars.iv1822.i = phi i64 [ 0, %for_body_to160.lr.ph.i ], [ %indvars.iv.next1823.i, %for_end_ti168.i ]
-  %full_acc276.sroa.12.01670.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i968.i, %for_end_ti168.i ]
-  %full_acc276.sroa.8.01669.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i949.i, %for_end_ti168.i ]
-  %full_acc276.sroa.4.01668.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i930.i, %for_end_ti168.i ]
-  %full_acc276.sroa.0.01667.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i911.i, %for_end_ti168.i ]
-  br i1 %1355, label %if_then164.i, label %if_end165.i, !prof !8
+  %indvars.iv1827.i = phi i64 [ 0, %for_body_to160.lr.ph.i ], [ %indvars.iv.next1828.i, %for_end_ti168.i ]
+  %full_acc277.sroa.12.01674.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i969.i, %for_end_ti168.i ]
+  %full_acc277.sroa.8.01673.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i950.i, %for_end_ti168.i ]
+  %full_acc277.sroa.4.01672.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i931.i, %for_end_ti168.i ]
+  %full_acc277.sroa.0.01671.i = phi <16 x float> [ zeroinitializer, %for_body_to160.lr.ph.i ], [ %r12.i912.i, %for_end_ti168.i ]
+  br i1 %1363, label %if_then164.i, label %if_end165.i, !prof !8
 
-for_end_to161.i:                                  ; preds = %for_end_ti168.i, %for_body_d_0_m.i
-  %full_acc276.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r12.i911.i, %for_end_ti168.i ]
-  %full_acc276.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r12.i930.i, %for_end_ti168.i ]
-  %full_acc276.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r12.i949.i, %for_end_ti168.i ]
-  %full_acc276.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r12.i968.i, %for_end_ti168.i ]
-  br i1 %.not1708.i, label %for_end_ti173.i, label %for_body_ti172.lr.ph.i, !prof !11
+for_end_to161.i:                                  ; preds = %for_end_ti168.i, %for_body_d_2_m.i
+  %full_acc277.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_2_m.i ], [ %r12.i912.i, %for_end_ti168.i ]
+  %full_acc277.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_2_m.i ], [ %r12.i931.i, %for_end_ti168.i ]
+  %full_acc277.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_2_m.i ], [ %r12.i950.i, %for_end_ti168.i ]
+  %full_acc277.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_2_m.i ], [ %r12.i969.i, %for_end_ti168.i ]
+  %.pre = shl nuw nsw i64 %indvars.iv1838.i, 4
+  br i1 %.not1713.i, label %for_end_ti173.i, label %for_body_ti172.lr.ph.i, !prof !11
 
 for_body_ti172.lr.ph.i:                           ; preds = %for_end_to161.i
-  %indvars.iv1832.tr.i = trunc i64 %indvars.iv1832.i to i32
-  %1367 = shl i32 %indvars.iv1832.tr.i, 1
-  %1368 = and i32 %1367, 2
-  %1369 = shl i32 %indvars.iv1832.tr.i, 2
-  %1370 = and i32 %1369, 120
-  %invariant.op.i = or disjoint i32 %1370, %1349
-  %invariant.op1686.i = or disjoint i32 %invariant.op.i, %1368
+  %invariant.gep2046.i = getelementptr i8, ptr %gep2049.i, i64 %.pre
   br label %for_body_ti172.i
 
 if_then164.i:                                     ; preds = %for_body_to160.i
-  %1371 = add nuw nsw i64 %indvars.iv1822.i, %1362
-  %1372 = trunc nuw i64 %1371 to i32
-  %1373 = lshr i32 %1372, 2
-  %1374 = add nuw nsw i32 %1373, %988
-  %1375 = zext nneg i32 %1374 to i64
-  %1376 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1375
-  %1377 = load i64, ptr %1376, align 8, !tbaa !9
-  %1378 = shl nuw nsw i64 %1371, 4
-  %1379 = and i64 %1378, 48
-  %1380 = getelementptr i32, ptr %value_cache, i64 %1379
-  %1381 = getelementptr i32, ptr %1380, i64 %1377
-  tail call void @llvm.prefetch.p0(ptr readonly %1381, i32 0, i32 2, i32 1)
+  %1366 = add nuw nsw i64 %indvars.iv1827.i, %1358
+  %1367 = trunc nuw i64 %1366 to i32
+  %1368 = lshr i32 %1367, 2
+  %1369 = add nuw nsw i32 %1368, %988
+  %1370 = zext nneg i32 %1369 to i64
+  %1371 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1370
+  %1372 = load i64, ptr %1371, align 8, !tbaa !9
+  %1373 = shl nuw nsw i64 %1366, 4
+  %1374 = and i64 %1373, 48
+  %1375 = getelementptr i32, ptr %value_cache, i64 %1374
+  %1376 = getelementptr i32, ptr %1375, i64 %1372
+  tail call void @llvm.prefetch.p0(ptr readonly %1376, i32 0, i32 2, i32 1)
   br label %if_end165.i
 
 if_end165.i:                                      ; preds = %if_then164.i, %for_body_to160.i
-  %1382 = shl nsw i64 %indvars.iv1822.i, 8
-  %.masked.i = and i64 %1382, 4294967040
-  %1383 = shl i64 %indvars.iv1822.i, 5
-  %1384 = and i64 %1383, 4294967264
-  %invariant.gep2017.i = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %1384
-  %gep2028.i = getelementptr inbounds nuw i32, ptr %invariant.gep2027.i, i64 %.masked.i
+  %1377 = shl nsw i64 %indvars.iv1827.i, 8
+  %1378 = add nuw nsw i64 %1365, %1377
+  %1379 = shl i64 %indvars.iv1827.i, 5
+  %1380 = and i64 %1379, 4294967264
+  %1381 = and i64 %1378, 4294967292
+  %invariant.gep2036.i = getelementptr inbounds nuw i32, ptr %v_tile.i, i64 %1381
+  %invariant.gep2038.i = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %1380
   br label %for_body_ti167.i
 
 for_body_ti167.i:                                 ; preds = %for_body_ti167.i, %if_end165.i
-  %1385 = phi i1 [ true, %if_end165.i ], [ false, %for_body_ti167.i ]
-  %indvars.iv1818.i = phi i64 [ 0, %if_end165.i ], [ 1, %for_body_ti167.i ]
-  %full_acc276.sroa.12.11665.i = phi <16 x float> [ %full_acc276.sroa.12.01670.i, %if_end165.i ], [ %r12.i968.i, %for_body_ti167.i ]
-  %full_acc276.sroa.8.11664.i = phi <16 x float> [ %full_acc276.sroa.8.01669.i, %if_end165.i ], [ %r12.i949.i, %for_body_ti167.i ]
-  %full_acc276.sroa.4.11663.i = phi <16 x float> [ %full_acc276.sroa.4.01668.i, %if_end165.i ], [ %r12.i930.i, %for_body_ti167.i ]
-  %full_acc276.sroa.0.11662.i = phi <16 x float> [ %full_acc276.sroa.0.01667.i, %if_end165.i ], [ %r12.i911.i, %for_body_ti167.i ]
-  %.idx1989.i = shl nuw nsw i64 %indvars.iv1818.i, 6
-  %gep2018.i = getelementptr inbounds nuw i8, ptr %invariant.gep2017.i, i64 %.idx1989.i
-  %1386 = load <16 x i32>, ptr %gep2018.i, align 4, !tbaa !9
-  %.idx1990.i = shl nuw nsw i64 %indvars.iv1818.i, 9
-  %gep2024.i = getelementptr inbounds nuw i8, ptr %gep2028.i, i64 %.idx1990.i
-  %1387 = load i32, ptr %gep2024.i, align 4, !tbaa !9
-  %1388 = insertelement <16 x i32> poison, i32 %1387, i64 0
-  %s0.i893.i = shufflevector <16 x float> %full_acc276.sroa.0.11662.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i895.i = shufflevector <16 x i32> %1388, <16 x i32> poison, <4 x i32> zeroinitializer
-  %1389 = bitcast <16 x i32> %1386 to <32 x bfloat>
-  %x.i1135.i = shufflevector <32 x bfloat> %1389, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1136.i = bitcast <4 x i32> %b0.i895.i to <8 x bfloat>
-  %r.i1137.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i893.i, <8 x bfloat> %x.i1135.i, <8 x bfloat> %y.i1136.i)
-  %s4.i897.i = shufflevector <16 x float> %full_acc276.sroa.0.11662.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %a4.i898.i = shufflevector <16 x i32> %1386, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1132.i = bitcast <4 x i32> %a4.i898.i to <8 x bfloat>
-  %r.i1134.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i897.i, <8 x bfloat> %x.i1132.i, <8 x bfloat> %y.i1136.i)
-  %r4.i901.i = shufflevector <4 x float> %r.i1137.i, <4 x float> %r.i1134.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i902.i = shufflevector <16 x float> %full_acc276.sroa.0.11662.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %a8.i903.i = shufflevector <16 x i32> %1386, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1129.i = bitcast <4 x i32> %a8.i903.i to <8 x bfloat>
-  %r.i1131.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i902.i, <8 x bfloat> %x.i1129.i, <8 x bfloat> %y.i1136.i)
-  %1390 = shufflevector <4 x float> %r.i1131.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i906.i = shufflevector <16 x float> %r4.i901.i, <16 x float> %1390, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i907.i = shufflevector <16 x float> %full_acc276.sroa.0.11662.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %a12.i908.i = shufflevector <16 x i32> %1386, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1126.i = bitcast <4 x i32> %a12.i908.i to <8 x bfloat>
-  %r.i1128.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i907.i, <8 x bfloat> %x.i1126.i, <8 x bfloat> %y.i1136.i)
-  %1391 = shufflevector <4 x float> %r.i1128.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i911.i = shufflevector <16 x float> %r8.i906.i, <16 x float> %1391, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1392 = getelementptr inbounds nuw i8, ptr %gep2024.i, i64 16
-  %1393 = load i32, ptr %1392, align 4, !tbaa !9
-  %1394 = insertelement <16 x i32> poison, i32 %1393, i64 0
-  %s0.i912.i = shufflevector <16 x float> %full_acc276.sroa.4.11663.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i914.i = shufflevector <16 x i32> %1394, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1124.i = bitcast <4 x i32> %b0.i914.i to <8 x bfloat>
-  %r.i1125.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i912.i, <8 x bfloat> %x.i1135.i, <8 x bfloat> %y.i1124.i)
-  %s4.i916.i = shufflevector <16 x float> %full_acc276.sroa.4.11663.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1122.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i916.i, <8 x bfloat> %x.i1132.i, <8 x bfloat> %y.i1124.i)
-  %r4.i920.i = shufflevector <4 x float> %r.i1125.i, <4 x float> %r.i1122.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i921.i = shufflevector <16 x float> %full_acc276.sroa.4.11663.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1119.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i921.i, <8 x bfloat> %x.i1129.i, <8 x bfloat> %y.i1124.i)
-  %1395 = shufflevector <4 x float> %r.i1119.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i925.i = shufflevector <16 x float> %r4.i920.i, <16 x float> %1395, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i926.i = shufflevector <16 x float> %full_acc276.sroa.4.11663.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1116.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i926.i, <8 x bfloat> %x.i1126.i, <8 x bfloat> %y.i1124.i)
-  %1396 = shufflevector <4 x float> %r.i1116.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i930.i = shufflevector <16 x float> %r8.i925.i, <16 x float> %1396, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1397 = getelementptr inbounds nuw i8, ptr %gep2024.i, i64 4
-  %1398 = load i32, ptr %1397, align 4, !tbaa !9
-  %1399 = insertelement <16 x i32> poison, i32 %1398, i64 0
-  %s0.i931.i = shufflevector <16 x float> %full_acc276.sroa.8.11664.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i933.i = shufflevector <16 x i32> %1399, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1112.i = bitcast <4 x i32> %b0.i933.i to <8 x bfloat>
-  %r.i1113.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i931.i, <8 x bfloat> %x.i1135.i, <8 x bfloat> %y.i1112.i)
-  %s4.i935.i = shufflevector <16 x float> %full_acc276.sroa.8.11664.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1110.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i935.i, <8 x bfloat> %x.i1132.i, <8 x bfloat> %y.i1112.i)
-  %r4.i939.i = shufflevector <4 x float> %r.i1113.i, <4 x float> %r.i1110.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i940.i = shufflevector <16 x float> %full_acc276.sroa.8.11664.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1107.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i940.i, <8 x bfloat> %x.i1129.i, <8 x bfloat> %y.i1112.i)
-  %1400 = shufflevector <4 x float> %r.i1107.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i944.i = shufflevector <16 x float> %r4.i939.i, <16 x float> %1400, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i945.i = shufflevector <16 x float> %full_acc276.sroa.8.11664.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1104.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i945.i, <8 x bfloat> %x.i1126.i, <8 x bfloat> %y.i1112.i)
-  %1401 = shufflevector <4 x float> %r.i1104.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i949.i = shufflevector <16 x float> %r8.i944.i, <16 x float> %1401, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1402 = getelementptr inbounds nuw i8, ptr %gep2024.i, i64 20
-  %1403 = load i32, ptr %1402, align 4, !tbaa !9
-  %1404 = insertelement <16 x i32> poison, i32 %1403, i64 0
-  %s0.i950.i = shufflevector <16 x float> %full_acc276.sroa.12.11665.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i952.i = shufflevector <16 x i32> %1404, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1100.i = bitcast <4 x i32> %b0.i952.i to <8 x bfloat>
-  %r.i1101.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i950.i, <8 x bfloat> %x.i1135.i, <8 x bfloat> %y.i1100.i)
-  %s4.i954.i = shufflevector <16 x float> %full_acc276.sroa.12.11665.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1098.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i954.i, <8 x bfloat> %x.i1132.i, <8 x bfloat> %y.i1100.i)
-  %r4.i958.i = shufflevector <4 x float> %r.i1101.i, <4 x float> %r.i1098.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i959.i = shufflevector <16 x float> %full_acc276.sroa.12.11665.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1095.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i959.i, <8 x bfloat> %x.i1129.i, <8 x bfloat> %y.i1100.i)
-  %1405 = shufflevector <4 x float> %r.i1095.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i963.i = shufflevector <16 x float> %r4.i958.i, <16 x float> %1405, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i964.i = shufflevector <16 x float> %full_acc276.sroa.12.11665.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1092.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i964.i, <8 x bfloat> %x.i1126.i, <8 x bfloat> %y.i1100.i)
-  %1406 = shufflevector <4 x float> %r.i1092.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i968.i = shufflevector <16 x float> %r8.i963.i, <16 x float> %1406, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  br i1 %1385, label %for_body_ti167.i, label %for_end_ti168.i, !prof !34
+  %1382 = phi i1 [ true, %if_end165.i ], [ false, %for_body_ti167.i ]
+  %indvars.iv1823.i = phi i64 [ 0, %if_end165.i ], [ 1, %for_body_ti167.i ]
+  %full_acc277.sroa.12.11669.i = phi <16 x float> [ %full_acc277.sroa.12.01674.i, %if_end165.i ], [ %r12.i969.i, %for_body_ti167.i ]
+  %full_acc277.sroa.8.11668.i = phi <16 x float> [ %full_acc277.sroa.8.01673.i, %if_end165.i ], [ %r12.i950.i, %for_body_ti167.i ]
+  %full_acc277.sroa.4.11667.i = phi <16 x float> [ %full_acc277.sroa.4.01672.i, %if_end165.i ], [ %r12.i931.i, %for_body_ti167.i ]
+  %full_acc277.sroa.0.11666.i = phi <16 x float> [ %full_acc277.sroa.0.01671.i, %if_end165.i ], [ %r12.i912.i, %for_body_ti167.i ]
+  %.idx2004.i = shl nuw nsw i64 %indvars.iv1823.i, 9
+  %gep2037.i = getelementptr inbounds nuw i8, ptr %invariant.gep2036.i, i64 %.idx2004.i
+  %1383 = load <8 x bfloat>, ptr %gep2037.i, align 4, !tbaa !9
+  %y.i1548.i = tail call <8 x bfloat> @llvm.arithmetic.fence.v8bf16(<8 x bfloat> %1383)
+  %.idx2005.i = shl nuw nsw i64 %indvars.iv1823.i, 6
+  %gep2039.i = getelementptr inbounds nuw i8, ptr %invariant.gep2038.i, i64 %.idx2005.i
+  %1384 = load <16 x i32>, ptr %gep2039.i, align 4, !tbaa !9
+  %bc2007.i = bitcast <8 x bfloat> %y.i1548.i to <2 x i64>
+  %1385 = extractelement <2 x i64> %bc2007.i, i64 0
+  %1386 = bitcast i64 %1385 to <2 x i32>
+  %s0.i894.i = shufflevector <16 x float> %full_acc277.sroa.0.11666.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i896.i = shufflevector <2 x i32> %1386, <2 x i32> poison, <4 x i32> zeroinitializer
+  %1387 = bitcast <16 x i32> %1384 to <32 x bfloat>
+  %x.i1136.i = shufflevector <32 x bfloat> %1387, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1137.i = bitcast <4 x i32> %b0.i896.i to <8 x bfloat>
+  %r.i1138.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i894.i, <8 x bfloat> %x.i1136.i, <8 x bfloat> %y.i1137.i)
+  %s4.i898.i = shufflevector <16 x float> %full_acc277.sroa.0.11666.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %a4.i899.i = shufflevector <16 x i32> %1384, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1133.i = bitcast <4 x i32> %a4.i899.i to <8 x bfloat>
+  %r.i1135.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i898.i, <8 x bfloat> %x.i1133.i, <8 x bfloat> %y.i1137.i)
+  %r4.i902.i = shufflevector <4 x float> %r.i1138.i, <4 x float> %r.i1135.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i903.i = shufflevector <16 x float> %full_acc277.sroa.0.11666.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %a8.i904.i = shufflevector <16 x i32> %1384, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1130.i = bitcast <4 x i32> %a8.i904.i to <8 x bfloat>
+  %r.i1132.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i903.i, <8 x bfloat> %x.i1130.i, <8 x bfloat> %y.i1137.i)
+  %1388 = shufflevector <4 x float> %r.i1132.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i907.i = shufflevector <16 x float> %r4.i902.i, <16 x float> %1388, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i908.i = shufflevector <16 x float> %full_acc277.sroa.0.11666.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %a12.i909.i = shufflevector <16 x i32> %1384, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1127.i = bitcast <4 x i32> %a12.i909.i to <8 x bfloat>
+  %r.i1129.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i908.i, <8 x bfloat> %x.i1127.i, <8 x bfloat> %y.i1137.i)
+  %1389 = shufflevector <4 x float> %r.i1129.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i912.i = shufflevector <16 x float> %r8.i907.i, <16 x float> %1389, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %s0.i913.i = shufflevector <16 x float> %full_acc277.sroa.4.11667.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i915.i = shufflevector <2 x i32> %1386, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %y.i1125.i = bitcast <4 x i32> %b0.i915.i to <8 x bfloat>
+  %r.i1126.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i913.i, <8 x bfloat> %x.i1136.i, <8 x bfloat> %y.i1125.i)
+  %s4.i917.i = shufflevector <16 x float> %full_acc277.sroa.4.11667.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1123.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i917.i, <8 x bfloat> %x.i1133.i, <8 x bfloat> %y.i1125.i)
+  %r4.i921.i = shufflevector <4 x float> %r.i1126.i, <4 x float> %r.i1123.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i922.i = shufflevector <16 x float> %full_acc277.sroa.4.11667.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1120.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i922.i, <8 x bfloat> %x.i1130.i, <8 x bfloat> %y.i1125.i)
+  %1390 = shufflevector <4 x float> %r.i1120.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i926.i = shufflevector <16 x float> %r4.i921.i, <16 x float> %1390, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i927.i = shufflevector <16 x float> %full_acc277.sroa.4.11667.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1117.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i927.i, <8 x bfloat> %x.i1127.i, <8 x bfloat> %y.i1125.i)
+  %1391 = shufflevector <4 x float> %r.i1117.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i931.i = shufflevector <16 x float> %r8.i926.i, <16 x float> %1391, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %bc.i = bitcast <8 x bfloat> %y.i1548.i to <4 x i32>
+  %s0.i932.i = shufflevector <16 x float> %full_acc277.sroa.8.11668.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i934.i = shufflevector <4 x i32> %bc.i, <4 x i32> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %y.i1113.i = bitcast <4 x i32> %b0.i934.i to <8 x bfloat>
+  %r.i1114.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i932.i, <8 x bfloat> %x.i1136.i, <8 x bfloat> %y.i1113.i)
+  %s4.i936.i = shufflevector <16 x float> %full_acc277.sroa.8.11668.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1111.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i936.i, <8 x bfloat> %x.i1133.i, <8 x bfloat> %y.i1113.i)
+  %r4.i940.i = shufflevector <4 x float> %r.i1114.i, <4 x float> %r.i1111.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i941.i = shufflevector <16 x float> %full_acc277.sroa.8.11668.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1108.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i941.i, <8 x bfloat> %x.i1130.i, <8 x bfloat> %y.i1113.i)
+  %1392 = shufflevector <4 x float> %r.i1108.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i945.i = shufflevector <16 x float> %r4.i940.i, <16 x float> %1392, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i946.i = shufflevector <16 x float> %full_acc277.sroa.8.11668.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1105.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i946.i, <8 x bfloat> %x.i1127.i, <8 x bfloat> %y.i1113.i)
+  %1393 = shufflevector <4 x float> %r.i1105.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i950.i = shufflevector <16 x float> %r8.i945.i, <16 x float> %1393, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %s0.i951.i = shufflevector <16 x float> %full_acc277.sroa.12.11669.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i953.i = shufflevector <4 x i32> %bc.i, <4 x i32> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %y.i1101.i = bitcast <4 x i32> %b0.i953.i to <8 x bfloat>
+  %r.i1102.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i951.i, <8 x bfloat> %x.i1136.i, <8 x bfloat> %y.i1101.i)
+  %s4.i955.i = shufflevector <16 x float> %full_acc277.sroa.12.11669.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1099.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i955.i, <8 x bfloat> %x.i1133.i, <8 x bfloat> %y.i1101.i)
+  %r4.i959.i = shufflevector <4 x float> %r.i1102.i, <4 x float> %r.i1099.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i960.i = shufflevector <16 x float> %full_acc277.sroa.12.11669.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1096.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i960.i, <8 x bfloat> %x.i1130.i, <8 x bfloat> %y.i1101.i)
+  %1394 = shufflevector <4 x float> %r.i1096.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i964.i = shufflevector <16 x float> %r4.i959.i, <16 x float> %1394, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i965.i = shufflevector <16 x float> %full_acc277.sroa.12.11669.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1093.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i965.i, <8 x bfloat> %x.i1127.i, <8 x bfloat> %y.i1101.i)
+  %1395 = shufflevector <4 x float> %r.i1093.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i969.i = shufflevector <16 x float> %r8.i964.i, <16 x float> %1395, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  br i1 %1382, label %for_body_ti167.i, label %for_end_ti168.i, !prof !34
 
 for_end_ti168.i:                                  ; preds = %for_body_ti167.i
-  %indvars.iv.next1823.i = add nuw nsw i64 %indvars.iv1822.i, 1
-  %exitcond1828.not.i = icmp eq i64 %indvars.iv.next1823.i, %wide.trip.count1827.i
-  br i1 %exitcond1828.not.i, label %for_end_to161.i, label %for_body_to160.i, !prof !4
+  %indvars.iv.next1828.i = add nuw nsw i64 %indvars.iv1827.i, 1
+  %exitcond1833.not.i = icmp eq i64 %indvars.iv.next1828.i, %wide.trip.count1832.i
+  br i1 %exitcond1833.not.i, label %for_end_to161.i, label %for_body_to160.i, !prof !4
 
 for_body_ti172.i:                                 ; preds = %for_body_ti172.i, %for_body_ti172.lr.ph.i
-  %indvars.iv1829.i = phi i64 [ 0, %for_body_ti172.lr.ph.i ], [ %indvars.iv.next1830.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.13.01680.i = phi <16 x float> [ %full_acc276.sroa.12.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1044.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.9.01679.i = phi <16 x float> [ %full_acc276.sroa.8.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1025.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.4.01678.i = phi <16 x float> [ %full_acc276.sroa.4.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1006.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.0.01677.i = phi <16 x float> [ %full_acc276.sroa.0.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i987.i, %for_body_ti172.i ]
-  %.idx1992.i = shl nuw nsw i64 %indvars.iv1829.i, 6
-  %gep2030.i = getelementptr i8, ptr %invariant.gep2029.i, i64 %.idx1992.i
-  %1407 = load <16 x i32>, ptr %gep2030.i, align 4, !tbaa !9
-  %1408 = shl nuw nsw i64 %indvars.iv1829.i, 1
-  %1409 = add nuw nsw i64 %1408, %1351
-  %1410 = icmp slt i64 %1409, 127
-  %1411 = or disjoint i64 %1409, 1
-  %1412 = icmp slt i64 %1411, %544
-  %1413 = and i1 %1410, %1412
-  %1414 = select i1 %1413, i32 -1, i32 65535
-  %indvars.iv1829.tr.i = trunc nuw i64 %indvars.iv1829.i to i32
-  %1415 = shl i32 %indvars.iv1829.tr.i, 7
-  %.reass1687.i = add i32 %invariant.op1686.i, %1415
-  %1416 = sext i32 %.reass1687.i to i64
-  %1417 = getelementptr inbounds i32, ptr %v_tile.i, i64 %1416
-  %1418 = load i32, ptr %1417, align 4, !tbaa !9
-  %1419 = and i32 %1418, %1414
-  %1420 = insertelement <16 x i32> poison, i32 %1419, i64 0
-  %s0.i969.i = shufflevector <16 x float> %tile_acc277.sroa.0.01677.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i971.i = shufflevector <16 x i32> %1420, <16 x i32> poison, <4 x i32> zeroinitializer
-  %1421 = bitcast <16 x i32> %1407 to <32 x bfloat>
-  %x.i1087.i = shufflevector <32 x bfloat> %1421, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %y.i1088.i = bitcast <4 x i32> %b0.i971.i to <8 x bfloat>
-  %r.i1089.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i969.i, <8 x bfloat> %x.i1087.i, <8 x bfloat> %y.i1088.i)
-  %s4.i973.i = shufflevector <16 x float> %tile_acc277.sroa.0.01677.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %a4.i974.i = shufflevector <16 x i32> %1407, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %x.i1084.i = bitcast <4 x i32> %a4.i974.i to <8 x bfloat>
-  %r.i1086.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i973.i, <8 x bfloat> %x.i1084.i, <8 x bfloat> %y.i1088.i)
-  %r4.i977.i = shufflevector <4 x float> %r.i1089.i, <4 x float> %r.i1086.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i978.i = shufflevector <16 x float> %tile_acc277.sroa.0.01677.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %a8.i979.i = shufflevector <16 x i32> %1407, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %x.i1081.i = bitcast <4 x i32> %a8.i979.i to <8 x bfloat>
-  %r.i1083.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i978.i, <8 x bfloat> %x.i1081.i, <8 x bfloat> %y.i1088.i)
-  %1422 = shufflevector <4 x float> %r.i1083.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i982.i = shufflevector <16 x float> %r4.i977.i, <16 x float> %1422, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i983.i = shufflevector <16 x float> %tile_acc277.sroa.0.01677.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %a12.i984.i = shufflevector <16 x i32> %1407, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %x.i1078.i = bitcast <4 x i32> %a12.i984.i to <8 x bfloat>
-  %r.i1080.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i983.i, <8 x bfloat> %x.i1078.i, <8 x bfloat> %y.i1088.i)
-  %1423 = shufflevector <4 x float> %r.i1080.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i987.i = shufflevector <16 x float> %r8.i982.i, <16 x float> %1423, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1424 = getelementptr i8, ptr %1417, i64 16
-  %1425 = load i32, ptr %1424, align 4, !tbaa !9
-  %1426 = and i32 %1425, %1414
-  %1427 = insertelement <16 x i32> poison, i32 %1426, i64 0
-  %s0.i988.i = shufflevector <16 x float> %tile_acc277.sroa.4.01678.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i990.i = shufflevector <16 x i32> %1427, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1076.i = bitcast <4 x i32> %b0.i990.i to <8 x bfloat>
-  %r.i1077.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i988.i, <8 x bfloat> %x.i1087.i, <8 x bfloat> %y.i1076.i)
-  %s4.i992.i = shufflevector <16 x float> %tile_acc277.sroa.4.01678.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1074.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i992.i, <8 x bfloat> %x.i1084.i, <8 x bfloat> %y.i1076.i)
-  %r4.i996.i = shufflevector <4 x float> %r.i1077.i, <4 x float> %r.i1074.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i997.i = shufflevector <16 x float> %tile_acc277.sroa.4.01678.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1071.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i997.i, <8 x bfloat> %x.i1081.i, <8 x bfloat> %y.i1076.i)
-  %1428 = shufflevector <4 x float> %r.i1071.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i1001.i = shufflevector <16 x float> %r4.i996.i, <16 x float> %1428, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i1002.i = shufflevector <16 x float> %tile_acc277.sroa.4.01678.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1068.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1002.i, <8 x bfloat> %x.i1078.i, <8 x bfloat> %y.i1076.i)
-  %1429 = shufflevector <4 x float> %r.i1068.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i1006.i = shufflevector <16 x float> %r8.i1001.i, <16 x float> %1429, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1430 = getelementptr i8, ptr %1417, i64 4
-  %1431 = load i32, ptr %1430, align 4, !tbaa !9
-  %1432 = and i32 %1431, %1414
-  %1433 = insertelement <16 x i32> poison, i32 %1432, i64 0
-  %s0.i1007.i = shufflevector <16 x float> %tile_acc277.sroa.9.01679.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i1009.i = shufflevector <16 x i32> %1433, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1064.i = bitcast <4 x i32> %b0.i1009.i to <8 x bfloat>
-  %r.i1065.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i1007.i, <8 x bfloat> %x.i1087.i, <8 x bfloat> %y.i1064.i)
-  %s4.i1011.i = shufflevector <16 x float> %tile_acc277.sroa.9.01679.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1062.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i1011.i, <8 x bfloat> %x.i1084.i, <8 x bfloat> %y.i1064.i)
-  %r4.i1015.i = shufflevector <4 x float> %r.i1065.i, <4 x float> %r.i1062.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i1016.i = shufflevector <16 x float> %tile_acc277.sroa.9.01679.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1059.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i1016.i, <8 x bfloat> %x.i1081.i, <8 x bfloat> %y.i1064.i)
-  %1434 = shufflevector <4 x float> %r.i1059.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i1020.i = shufflevector <16 x float> %r4.i1015.i, <16 x float> %1434, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i1021.i = shufflevector <16 x float> %tile_acc277.sroa.9.01679.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i1056.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1021.i, <8 x bfloat> %x.i1078.i, <8 x bfloat> %y.i1064.i)
-  %1435 = shufflevector <4 x float> %r.i1056.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i1025.i = shufflevector <16 x float> %r8.i1020.i, <16 x float> %1435, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %1436 = getelementptr i8, ptr %1417, i64 20
-  %1437 = load i32, ptr %1436, align 4, !tbaa !9
-  %1438 = and i32 %1437, %1414
-  %1439 = insertelement <16 x i32> poison, i32 %1438, i64 0
-  %s0.i1026.i = shufflevector <16 x float> %tile_acc277.sroa.13.01680.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
-  %b0.i1028.i = shufflevector <16 x i32> %1439, <16 x i32> poison, <4 x i32> zeroinitializer
-  %y.i1052.i = bitcast <4 x i32> %b0.i1028.i to <8 x bfloat>
-  %r.i1053.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i1026.i, <8 x bfloat> %x.i1087.i, <8 x bfloat> %y.i1052.i)
-  %s4.i1030.i = shufflevector <16 x float> %tile_acc277.sroa.13.01680.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
-  %r.i1050.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i1030.i, <8 x bfloat> %x.i1084.i, <8 x bfloat> %y.i1052.i)
-  %r4.i1034.i = shufflevector <4 x float> %r.i1053.i, <4 x float> %r.i1050.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s8.i1035.i = shufflevector <16 x float> %tile_acc277.sroa.13.01680.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
-  %r.i1047.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i1035.i, <8 x bfloat> %x.i1081.i, <8 x bfloat> %y.i1052.i)
-  %1440 = shufflevector <4 x float> %r.i1047.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r8.i1039.i = shufflevector <16 x float> %r4.i1034.i, <16 x float> %1440, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
-  %s12.i1040.i = shufflevector <16 x float> %tile_acc277.sroa.13.01680.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
-  %r.i.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1040.i, <8 x bfloat> %x.i1078.i, <8 x bfloat> %y.i1052.i)
-  %1441 = shufflevector <4 x float> %r.i.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %r12.i1044.i = shufflevector <16 x float> %r8.i1039.i, <16 x float> %1441, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
-  %indvars.iv.next1830.i = add nuw nsw i64 %indvars.iv1829.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1830.i, %447
+  %indvars.iv1834.i = phi i64 [ 0, %for_body_ti172.lr.ph.i ], [ %indvars.iv.next1835.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.13.01684.i = phi <16 x float> [ %full_acc277.sroa.12.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1045.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.9.01683.i = phi <16 x float> [ %full_acc277.sroa.8.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1026.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.4.01682.i = phi <16 x float> [ %full_acc277.sroa.4.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i1007.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.0.01681.i = phi <16 x float> [ %full_acc277.sroa.0.0.lcssa.i, %for_body_ti172.lr.ph.i ], [ %r12.i988.i, %for_body_ti172.i ]
+  %.idx2008.i = shl nuw nsw i64 %indvars.iv1834.i, 6
+  %gep2041.i = getelementptr i8, ptr %invariant.gep2040.i, i64 %.idx2008.i
+  %1396 = load <16 x i32>, ptr %gep2041.i, align 4, !tbaa !9
+  %1397 = shl nuw nsw i64 %indvars.iv1834.i, 1
+  %1398 = add nuw nsw i64 %1397, %1351
+  %1399 = icmp slt i64 %1398, 127
+  %1400 = or disjoint i64 %1398, 1
+  %1401 = icmp slt i64 %1400, %544
+  %1402 = and i1 %1399, %1401
+  %1403 = select i1 %1402, i32 -1, i32 65535
+  %.idx2009.i = shl nuw nsw i64 %indvars.iv1834.i, 9
+  %gep2047.i = getelementptr i8, ptr %invariant.gep2046.i, i64 %.idx2009.i
+  %1404 = load i32, ptr %gep2047.i, align 4, !tbaa !9
+  %1405 = and i32 %1404, %1403
+  %1406 = insertelement <16 x i32> poison, i32 %1405, i64 0
+  %s0.i970.i = shufflevector <16 x float> %tile_acc278.sroa.0.01681.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i972.i = shufflevector <16 x i32> %1406, <16 x i32> poison, <4 x i32> zeroinitializer
+  %1407 = bitcast <16 x i32> %1396 to <32 x bfloat>
+  %x.i1088.i = shufflevector <32 x bfloat> %1407, <32 x bfloat> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %y.i1089.i = bitcast <4 x i32> %b0.i972.i to <8 x bfloat>
+  %r.i1090.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i970.i, <8 x bfloat> %x.i1088.i, <8 x bfloat> %y.i1089.i)
+  %s4.i974.i = shufflevector <16 x float> %tile_acc278.sroa.0.01681.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %a4.i975.i = shufflevector <16 x i32> %1396, <16 x i32> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %x.i1085.i = bitcast <4 x i32> %a4.i975.i to <8 x bfloat>
+  %r.i1087.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i974.i, <8 x bfloat> %x.i1085.i, <8 x bfloat> %y.i1089.i)
+  %r4.i978.i = shufflevector <4 x float> %r.i1090.i, <4 x float> %r.i1087.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i979.i = shufflevector <16 x float> %tile_acc278.sroa.0.01681.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %a8.i980.i = shufflevector <16 x i32> %1396, <16 x i32> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %x.i1082.i = bitcast <4 x i32> %a8.i980.i to <8 x bfloat>
+  %r.i1084.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i979.i, <8 x bfloat> %x.i1082.i, <8 x bfloat> %y.i1089.i)
+  %1408 = shufflevector <4 x float> %r.i1084.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i983.i = shufflevector <16 x float> %r4.i978.i, <16 x float> %1408, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i984.i = shufflevector <16 x float> %tile_acc278.sroa.0.01681.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %a12.i985.i = shufflevector <16 x i32> %1396, <16 x i32> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %x.i1079.i = bitcast <4 x i32> %a12.i985.i to <8 x bfloat>
+  %r.i1081.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i984.i, <8 x bfloat> %x.i1079.i, <8 x bfloat> %y.i1089.i)
+  %1409 = shufflevector <4 x float> %r.i1081.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i988.i = shufflevector <16 x float> %r8.i983.i, <16 x float> %1409, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %1410 = getelementptr i8, ptr %gep2047.i, i64 4
+  %1411 = load i32, ptr %1410, align 4, !tbaa !9
+  %1412 = and i32 %1411, %1403
+  %1413 = insertelement <16 x i32> poison, i32 %1412, i64 0
+  %s0.i989.i = shufflevector <16 x float> %tile_acc278.sroa.4.01682.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i991.i = shufflevector <16 x i32> %1413, <16 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1077.i = bitcast <4 x i32> %b0.i991.i to <8 x bfloat>
+  %r.i1078.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i989.i, <8 x bfloat> %x.i1088.i, <8 x bfloat> %y.i1077.i)
+  %s4.i993.i = shufflevector <16 x float> %tile_acc278.sroa.4.01682.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1075.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i993.i, <8 x bfloat> %x.i1085.i, <8 x bfloat> %y.i1077.i)
+  %r4.i997.i = shufflevector <4 x float> %r.i1078.i, <4 x float> %r.i1075.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i998.i = shufflevector <16 x float> %tile_acc278.sroa.4.01682.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1072.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i998.i, <8 x bfloat> %x.i1082.i, <8 x bfloat> %y.i1077.i)
+  %1414 = shufflevector <4 x float> %r.i1072.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i1002.i = shufflevector <16 x float> %r4.i997.i, <16 x float> %1414, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i1003.i = shufflevector <16 x float> %tile_acc278.sroa.4.01682.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1069.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1003.i, <8 x bfloat> %x.i1079.i, <8 x bfloat> %y.i1077.i)
+  %1415 = shufflevector <4 x float> %r.i1069.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i1007.i = shufflevector <16 x float> %r8.i1002.i, <16 x float> %1415, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %1416 = getelementptr i8, ptr %gep2047.i, i64 8
+  %1417 = load i32, ptr %1416, align 4, !tbaa !9
+  %1418 = and i32 %1417, %1403
+  %1419 = insertelement <16 x i32> poison, i32 %1418, i64 0
+  %s0.i1008.i = shufflevector <16 x float> %tile_acc278.sroa.9.01683.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i1010.i = shufflevector <16 x i32> %1419, <16 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1065.i = bitcast <4 x i32> %b0.i1010.i to <8 x bfloat>
+  %r.i1066.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i1008.i, <8 x bfloat> %x.i1088.i, <8 x bfloat> %y.i1065.i)
+  %s4.i1012.i = shufflevector <16 x float> %tile_acc278.sroa.9.01683.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1063.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i1012.i, <8 x bfloat> %x.i1085.i, <8 x bfloat> %y.i1065.i)
+  %r4.i1016.i = shufflevector <4 x float> %r.i1066.i, <4 x float> %r.i1063.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i1017.i = shufflevector <16 x float> %tile_acc278.sroa.9.01683.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1060.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i1017.i, <8 x bfloat> %x.i1082.i, <8 x bfloat> %y.i1065.i)
+  %1420 = shufflevector <4 x float> %r.i1060.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i1021.i = shufflevector <16 x float> %r4.i1016.i, <16 x float> %1420, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i1022.i = shufflevector <16 x float> %tile_acc278.sroa.9.01683.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i1057.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1022.i, <8 x bfloat> %x.i1079.i, <8 x bfloat> %y.i1065.i)
+  %1421 = shufflevector <4 x float> %r.i1057.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i1026.i = shufflevector <16 x float> %r8.i1021.i, <16 x float> %1421, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %1422 = getelementptr i8, ptr %gep2047.i, i64 12
+  %1423 = load i32, ptr %1422, align 4, !tbaa !9
+  %1424 = and i32 %1423, %1403
+  %1425 = insertelement <16 x i32> poison, i32 %1424, i64 0
+  %s0.i1027.i = shufflevector <16 x float> %tile_acc278.sroa.13.01684.i, <16 x float> poison, <4 x i32> <i32 0, i32 1, i32 2, i32 3>
+  %b0.i1029.i = shufflevector <16 x i32> %1425, <16 x i32> poison, <4 x i32> zeroinitializer
+  %y.i1053.i = bitcast <4 x i32> %b0.i1029.i to <8 x bfloat>
+  %r.i1054.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s0.i1027.i, <8 x bfloat> %x.i1088.i, <8 x bfloat> %y.i1053.i)
+  %s4.i1031.i = shufflevector <16 x float> %tile_acc278.sroa.13.01684.i, <16 x float> poison, <4 x i32> <i32 4, i32 5, i32 6, i32 7>
+  %r.i1051.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s4.i1031.i, <8 x bfloat> %x.i1085.i, <8 x bfloat> %y.i1053.i)
+  %r4.i1035.i = shufflevector <4 x float> %r.i1054.i, <4 x float> %r.i1051.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s8.i1036.i = shufflevector <16 x float> %tile_acc278.sroa.13.01684.i, <16 x float> poison, <4 x i32> <i32 8, i32 9, i32 10, i32 11>
+  %r.i1048.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s8.i1036.i, <8 x bfloat> %x.i1082.i, <8 x bfloat> %y.i1053.i)
+  %1426 = shufflevector <4 x float> %r.i1048.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r8.i1040.i = shufflevector <16 x float> %r4.i1035.i, <16 x float> %1426, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison, i32 poison>
+  %s12.i1041.i = shufflevector <16 x float> %tile_acc278.sroa.13.01684.i, <16 x float> poison, <4 x i32> <i32 12, i32 13, i32 14, i32 15>
+  %r.i.i = tail call <4 x float> @llvm.aarch64.neon.bfdot.v4f32.v8bf16(<4 x float> %s12.i1041.i, <8 x bfloat> %x.i1079.i, <8 x bfloat> %y.i1053.i)
+  %1427 = shufflevector <4 x float> %r.i.i, <4 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %r12.i1045.i = shufflevector <16 x float> %r8.i1040.i, <16 x float> %1427, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19>
+  %indvars.iv.next1835.i = add nuw nsw i64 %indvars.iv1834.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next1835.i, %447
   br i1 %exitcond.not, label %for_end_ti173.i, label %for_body_ti172.i, !prof !4
 
 for_end_ti173.i:                                  ; preds = %for_body_ti172.i, %for_end_to161.i
-  %tile_acc277.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc276.sroa.0.0.lcssa.i, %for_end_to161.i ], [ %r12.i987.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc276.sroa.4.0.lcssa.i, %for_end_to161.i ], [ %r12.i1006.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc276.sroa.8.0.lcssa.i, %for_end_to161.i ], [ %r12.i1025.i, %for_body_ti172.i ]
-  %tile_acc277.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc276.sroa.12.0.lcssa.i, %for_end_to161.i ], [ %r12.i1044.i, %for_body_ti172.i ]
-  %.idx68 = shl nuw nsw i64 %indvars.iv1832.i, 8
-  %1442 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx68
+  %tile_acc278.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc277.sroa.0.0.lcssa.i, %for_end_to161.i ], [ %r12.i988.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc277.sroa.4.0.lcssa.i, %for_end_to161.i ], [ %r12.i1007.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc277.sroa.8.0.lcssa.i, %for_end_to161.i ], [ %r12.i1026.i, %for_body_ti172.i ]
+  %tile_acc278.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc277.sroa.12.0.lcssa.i, %for_end_to161.i ], [ %r12.i1045.i, %for_body_ti172.i ]
+  %1428 = or disjoint i64 %.pre, %1354
+  %1429 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1428
   br i1 %1294, label %if_then182.i, label %if_end181.i, !prof !8
 
 if_end181.i:                                      ; preds = %for_end_ti173.i
-  %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !9
-  %1444 = fmul <16 x float> %1322, %1443
-  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.0.0.lcssa.i, <16 x float> %1444)
-  store <16 x float> %1445, ptr %1442, align 4, !tbaa !9
-  %1446 = getelementptr inbounds nuw i8, ptr %1442, i64 64
-  %1447 = load <16 x float>, ptr %1446, align 4, !tbaa !9
-  %1448 = fmul <16 x float> %1322, %1447
-  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.4.0.lcssa.i, <16 x float> %1448)
-  store <16 x float> %1449, ptr %1446, align 4, !tbaa !9
-  %1450 = getelementptr inbounds nuw i8, ptr %1442, i64 128
-  %1451 = load <16 x float>, ptr %1450, align 4, !tbaa !9
-  %1452 = fmul <16 x float> %1322, %1451
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.9.0.lcssa.i, <16 x float> %1452)
-  store <16 x float> %1453, ptr %1450, align 4, !tbaa !9
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %1442, i64 192
+  %1430 = load <16 x float>, ptr %1429, align 4, !tbaa !9
+  %1431 = fmul <16 x float> %1322, %1430
+  %1432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.0.0.lcssa.i, <16 x float> %1431)
+  store <16 x float> %1432, ptr %1429, align 4, !tbaa !9
+  %1433 = getelementptr inbounds nuw i8, ptr %1429, i64 128
+  %1434 = load <16 x float>, ptr %1433, align 4, !tbaa !9
+  %1435 = fmul <16 x float> %1322, %1434
+  %1436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.4.0.lcssa.i, <16 x float> %1435)
+  store <16 x float> %1436, ptr %1433, align 4, !tbaa !9
+  %1437 = getelementptr inbounds nuw i8, ptr %1429, i64 256
+  %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !9
+  %1439 = fmul <16 x float> %1322, %1438
+  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.9.0.lcssa.i, <16 x float> %1439)
+  store <16 x float> %1440, ptr %1437, align 4, !tbaa !9
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %1429, i64 384
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
-  %.pre1936.i = fmul <16 x float> %1322, %.pre.i
+  %.pre1948.i = fmul <16 x float> %1322, %.pre.i
   br label %if_end183.i
 
 if_then182.i:                                     ; preds = %for_end_ti173.i
-  %1454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.0.0.lcssa.i, <16 x float> %1350)
-  store <16 x float> %1454, ptr %1442, align 4, !tbaa !9
-  %1455 = getelementptr inbounds nuw i8, ptr %1442, i64 64
-  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.4.0.lcssa.i, <16 x float> %1350)
-  store <16 x float> %1456, ptr %1455, align 4, !tbaa !9
-  %1457 = getelementptr inbounds nuw i8, ptr %1442, i64 128
-  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.9.0.lcssa.i, <16 x float> %1350)
-  store <16 x float> %1458, ptr %1457, align 4, !tbaa !9
+  %1441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.0.0.lcssa.i, <16 x float> %1350)
+  store <16 x float> %1441, ptr %1429, align 4, !tbaa !9
+  %1442 = getelementptr inbounds nuw i8, ptr %1429, i64 128
+  %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.4.0.lcssa.i, <16 x float> %1350)
+  store <16 x float> %1443, ptr %1442, align 4, !tbaa !9
+  %1444 = getelementptr inbounds nuw i8, ptr %1429, i64 256
+  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.9.0.lcssa.i, <16 x float> %1350)
+  store <16 x float> %1445, ptr %1444, align 4, !tbaa !9
   br label %if_end183.i
 
 if_end183.i:                                      ; preds = %if_then182.i, %if_end181.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1936.i, %if_end181.i ], [ %1350, %if_then182.i ]
-  %1459 = getelementptr inbounds nuw i8, ptr %1442, i64 192
-  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc277.sroa.13.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %1460, ptr %1459, align 4, !tbaa !9
-  %indvars.iv.next1833.i = add nuw nsw i64 %indvars.iv1832.i, 1
-  %exitcond1835.not.i = icmp eq i64 %indvars.iv.next1833.i, 32
-  br i1 %exitcond1835.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
+  %.pre-phi.i = phi <16 x float> [ %.pre1948.i, %if_end181.i ], [ %1350, %if_then182.i ]
+  %1446 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1428
+  %1447 = getelementptr inbounds nuw i8, ptr %1446, i64 384
+  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1343, <16 x float> %tile_acc278.sroa.13.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %1448, ptr %1447, align 4, !tbaa !9
+  br i1 %1363, label %for_body_d_2_m.i, label %for_end_d_2_m.i, !prof !34
 
 if_end185.i:                                      ; preds = %for_end_d_0_m.i
-  %1461 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1462 = tail call i32 %1461(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not296.i = icmp eq i32 %1462, 0
-  br i1 %.not296.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !35
+  %1449 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1450 = tail call i32 %1449(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not297.i = icmp eq i32 %1450, 0
+  br i1 %.not297.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end188.i:                                      ; preds = %if_end185.i
-  %1463 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1464 = tail call i32 %1463(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not297.i = icmp eq i32 %1464, 0
-  br i1 %.not297.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !35
+  %1451 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1452 = tail call i32 %1451(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not298.i = icmp eq i32 %1452, 0
+  br i1 %.not298.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end191.i:                                      ; preds = %if_end188.i
-  %1465 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1466 = tail call i32 %1465(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not298.i = icmp eq i32 %1466, 0
-  br i1 %.not298.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !35
+  %1453 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1454 = tail call i32 %1453(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not299.i = icmp eq i32 %1454, 0
+  br i1 %.not299.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end194.i:                                      ; preds = %if_end191.i
-  %1467 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1468 = tail call i32 %1467(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not299.i = icmp eq i32 %1468, 0
-  br i1 %.not299.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !35
+  %1455 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1456 = tail call i32 %1455(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not300.i = icmp eq i32 %1456, 0
+  br i1 %.not300.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end197.i:                                      ; preds = %if_end194.i
-  %1469 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1470 = tail call i32 %1469(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not300.i = icmp eq i32 %1470, 0
-  br i1 %.not300.i, label %if_end200.i, label %fused_decode_compute_.exit, !prof !35
+  %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not301.i = icmp eq i32 %1458, 0
+  br i1 %.not301.i, label %if_end200.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end200.i:                                      ; preds = %if_end197.i
-  %1471 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1472 = tail call i32 %1471(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not301.i = icmp eq i32 %1472, 0
-  br i1 %.not301.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !35
+  %1459 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1460 = tail call i32 %1459(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not302.i = icmp eq i32 %1460, 0
+  br i1 %.not302.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end203.i:                                      ; preds = %if_end200.i
-  %1473 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1474 = tail call i32 %1473(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not302.i = icmp eq i32 %1474, 0
-  br i1 %.not302.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !35
+  %1461 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1462 = tail call i32 %1461(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not303.i = icmp eq i32 %1462, 0
+  br i1 %.not303.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !35
 
 if_then208.i:                                     ; preds = %for_end_step.i
-  %1475 = fdiv <16 x float> splat (float 1.000000e+00), %1364
-  %1476 = fcmp oeq <16 x float> %1364, zeroinitializer
-  %1477 = select <16 x i1> %1476, <16 x float> zeroinitializer, <16 x float> %1475
-  %1478 = mul nsw i64 %203, %out_batch
-  %invariant.gep1695.i = getelementptr float, ptr %out, i64 %1478
-  %1479 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> zeroinitializer
-  %1480 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %1481 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
-  %1482 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %1463 = fdiv <16 x float> splat (float 1.000000e+00), %1360
+  %1464 = fcmp oeq <16 x float> %1360, zeroinitializer
+  %1465 = select <16 x i1> %1464, <16 x float> zeroinitializer, <16 x float> %1463
+  %1466 = mul nsw i64 %203, %out_batch
+  %invariant.gep1700.i = getelementptr float, ptr %out, i64 %1466
+  %1467 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> zeroinitializer
+  %1468 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %1469 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %1470 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
   br label %for_body_d_0211.i
 
 if_end209.i:                                      ; preds = %for_body_d258.15.i, %vector.body, %if_end246.15.i
-  %1483 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1484 = tail call i32 %1483(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
-  %.not.i = icmp eq i32 %1484, 0
+  %1471 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1472 = tail call i32 %1471(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
+  %.not.i = icmp eq i32 %1472, 0
   br i1 %.not.i, label %if_end263.i, label %fused_decode_compute_.exit, !prof !35
 
 for_body_d_0211.i:                                ; preds = %for_body_d_0211.i, %if_then208.i
-  %indvars.iv1853.i = phi i64 [ 0, %if_then208.i ], [ %indvars.iv.next1854.i, %for_body_d_0211.i ]
-  %.idx1965.i = shl nuw nsw i64 %indvars.iv1853.i, 8
-  %1485 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1965.i
-  %v216.i = load <4 x float>, ptr %1485, align 4, !tbaa !9
-  %1486 = getelementptr inbounds nuw i8, ptr %1485, i64 64
-  %v218.i = load <4 x float>, ptr %1486, align 4, !tbaa !9
-  %1487 = getelementptr inbounds nuw i8, ptr %1485, i64 128
-  %v220.i = load <4 x float>, ptr %1487, align 4, !tbaa !9
-  %1488 = getelementptr inbounds nuw i8, ptr %1485, i64 192
-  %v222.i = load <4 x float>, ptr %1488, align 4, !tbaa !9
-  %1489 = shufflevector <4 x float> %v216.i, <4 x float> %v220.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1490 = shufflevector <4 x float> %v218.i, <4 x float> %v222.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1491 = shufflevector <4 x float> %v216.i, <4 x float> %v220.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1492 = shufflevector <4 x float> %v218.i, <4 x float> %v222.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1493 = shufflevector <4 x float> %1489, <4 x float> %1490, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1494 = shufflevector <4 x float> %1489, <4 x float> %1490, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1495 = shufflevector <4 x float> %1491, <4 x float> %1492, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1496 = shufflevector <4 x float> %1491, <4 x float> %1492, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1497 = fmul <4 x float> %1479, %1493
-  %gep1693.idx.i = shl i64 %indvars.iv1853.i, 4
-  %gep1693.i = getelementptr i8, ptr %invariant.gep1695.i, i64 %gep1693.idx.i
-  store <4 x float> %1497, ptr %gep1693.i, align 4, !tbaa !9
-  %1498 = fmul <4 x float> %1480, %1494
-  %1499 = getelementptr float, ptr %gep1693.i, i64 %out_head
-  store <4 x float> %1498, ptr %1499, align 4, !tbaa !9
-  %1500 = fmul <4 x float> %1481, %1495
-  %1501 = getelementptr i8, ptr %gep1693.i, i64 %.idx1966.i
-  store <4 x float> %1500, ptr %1501, align 4, !tbaa !9
-  %1502 = fmul <4 x float> %1482, %1496
-  %1503 = getelementptr i8, ptr %gep1693.i, i64 %.idx1967.i
-  store <4 x float> %1502, ptr %1503, align 4, !tbaa !9
-  %indvars.iv.next1854.i = add nuw nsw i64 %indvars.iv1853.i, 1
-  %exitcond1856.not.i = icmp eq i64 %indvars.iv.next1854.i, 32
-  br i1 %exitcond1856.not.i, label %for_end_d_0212.i, label %for_body_d_0211.i, !prof !21
+  %indvars.iv1865.i = phi i64 [ 0, %if_then208.i ], [ %indvars.iv.next1866.i, %for_body_d_0211.i ]
+  %.idx1981.i = shl nuw nsw i64 %indvars.iv1865.i, 8
+  %1473 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1981.i
+  %v216.i = load <4 x float>, ptr %1473, align 4, !tbaa !9
+  %1474 = getelementptr inbounds nuw i8, ptr %1473, i64 64
+  %v218.i = load <4 x float>, ptr %1474, align 4, !tbaa !9
+  %1475 = getelementptr inbounds nuw i8, ptr %1473, i64 128
+  %v220.i = load <4 x float>, ptr %1475, align 4, !tbaa !9
+  %1476 = getelementptr inbounds nuw i8, ptr %1473, i64 192
+  %v222.i = load <4 x float>, ptr %1476, align 4, !tbaa !9
+  %1477 = shufflevector <4 x float> %v216.i, <4 x float> %v220.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1478 = shufflevector <4 x float> %v218.i, <4 x float> %v222.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1479 = shufflevector <4 x float> %v216.i, <4 x float> %v220.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1480 = shufflevector <4 x float> %v218.i, <4 x float> %v222.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1481 = shufflevector <4 x float> %1477, <4 x float> %1478, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1482 = shufflevector <4 x float> %1477, <4 x float> %1478, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1483 = shufflevector <4 x float> %1479, <4 x float> %1480, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1484 = shufflevector <4 x float> %1479, <4 x float> %1480, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1485 = fmul <4 x float> %1467, %1481
+  %gep1698.idx.i = shl i64 %indvars.iv1865.i, 4
+  %gep1698.i = getelementptr i8, ptr %invariant.gep1700.i, i64 %gep1698.idx.i
+  store <4 x float> %1485, ptr %gep1698.i, align 4, !tbaa !9
+  %1486 = fmul <4 x float> %1468, %1482
+  %1487 = getelementptr float, ptr %gep1698.i, i64 %out_head
+  store <4 x float> %1486, ptr %1487, align 4, !tbaa !9
+  %1488 = fmul <4 x float> %1469, %1483
+  %1489 = getelementptr i8, ptr %gep1698.i, i64 %.idx1982.i
+  store <4 x float> %1488, ptr %1489, align 4, !tbaa !9
+  %1490 = fmul <4 x float> %1470, %1484
+  %1491 = getelementptr i8, ptr %gep1698.i, i64 %.idx1983.i
+  store <4 x float> %1490, ptr %1491, align 4, !tbaa !9
+  %indvars.iv.next1866.i = add nuw nsw i64 %indvars.iv1865.i, 1
+  %exitcond1868.not.i = icmp eq i64 %indvars.iv.next1866.i, 32
+  br i1 %exitcond1868.not.i, label %for_end_d_0212.i, label %for_body_d_0211.i, !prof !21
 
 for_end_d_0212.i:                                 ; preds = %for_body_d_0211.i
-  %1504 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
-  %gep1696.1.i = getelementptr i8, ptr %invariant.gep1695.i, i64 %108
-  %1505 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
-  %1506 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
-  %1507 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %1492 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %gep1701.1.i = getelementptr i8, ptr %invariant.gep1700.i, i64 %108
+  %1493 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %1494 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %1495 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
   br label %for_body_d_0211.1.i
 
 for_body_d_0211.1.i:                              ; preds = %for_body_d_0211.1.i, %for_end_d_0212.i
-  %indvars.iv1853.1.i = phi i64 [ 0, %for_end_d_0212.i ], [ %indvars.iv.next1854.1.i, %for_body_d_0211.1.i ]
-  %.idx1968.i = shl nuw nsw i64 %indvars.iv1853.1.i, 8
-  %1508 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1968.i
-  %1509 = getelementptr inbounds nuw i8, ptr %1508, i64 16
-  %v216.1.i = load <4 x float>, ptr %1509, align 4, !tbaa !9
-  %1510 = getelementptr inbounds nuw i8, ptr %1508, i64 80
-  %v218.1.i = load <4 x float>, ptr %1510, align 4, !tbaa !9
-  %1511 = getelementptr inbounds nuw i8, ptr %1508, i64 144
-  %v220.1.i = load <4 x float>, ptr %1511, align 4, !tbaa !9
-  %1512 = getelementptr inbounds nuw i8, ptr %1508, i64 208
-  %v222.1.i = load <4 x float>, ptr %1512, align 4, !tbaa !9
-  %1513 = shufflevector <4 x float> %v216.1.i, <4 x float> %v220.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1514 = shufflevector <4 x float> %v218.1.i, <4 x float> %v222.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1515 = shufflevector <4 x float> %v216.1.i, <4 x float> %v220.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1516 = shufflevector <4 x float> %v218.1.i, <4 x float> %v222.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1517 = shufflevector <4 x float> %1513, <4 x float> %1514, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1518 = shufflevector <4 x float> %1513, <4 x float> %1514, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1519 = shufflevector <4 x float> %1515, <4 x float> %1516, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1520 = shufflevector <4 x float> %1515, <4 x float> %1516, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1521 = fmul <4 x float> %1504, %1517
-  %1522 = shl nuw nsw i64 %indvars.iv1853.1.i, 2
-  %gep1693.1.i = getelementptr float, ptr %gep1696.1.i, i64 %1522
-  store <4 x float> %1521, ptr %gep1693.1.i, align 4, !tbaa !9
-  %1523 = fmul <4 x float> %1505, %1518
-  %1524 = getelementptr float, ptr %invariant.gep1695.i, i64 %1522
-  %1525 = getelementptr i8, ptr %1524, i64 %.idx1969.i
-  store <4 x float> %1523, ptr %1525, align 4, !tbaa !9
-  %1526 = fmul <4 x float> %1506, %1519
-  %1527 = getelementptr i8, ptr %1524, i64 %.idx1970.i
-  store <4 x float> %1526, ptr %1527, align 4, !tbaa !9
-  %1528 = fmul <4 x float> %1507, %1520
-  %1529 = getelementptr i8, ptr %1524, i64 %.idx1971.i
-  store <4 x float> %1528, ptr %1529, align 4, !tbaa !9
-  %indvars.iv.next1854.1.i = add nuw nsw i64 %indvars.iv1853.1.i, 1
-  %exitcond1856.1.not.i = icmp eq i64 %indvars.iv.next1854.1.i, 32
-  br i1 %exitcond1856.1.not.i, label %for_end_d_0212.1.i, label %for_body_d_0211.1.i, !prof !21
+  %indvars.iv1865.1.i = phi i64 [ 0, %for_end_d_0212.i ], [ %indvars.iv.next1866.1.i, %for_body_d_0211.1.i ]
+  %.idx1984.i = shl nuw nsw i64 %indvars.iv1865.1.i, 8
+  %1496 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1984.i
+  %1497 = getelementptr inbounds nuw i8, ptr %1496, i64 16
+  %v216.1.i = load <4 x float>, ptr %1497, align 4, !tbaa !9
+  %1498 = getelementptr inbounds nuw i8, ptr %1496, i64 80
+  %v218.1.i = load <4 x float>, ptr %1498, align 4, !tbaa !9
+  %1499 = getelementptr inbounds nuw i8, ptr %1496, i64 144
+  %v220.1.i = load <4 x float>, ptr %1499, align 4, !tbaa !9
+  %1500 = getelementptr inbounds nuw i8, ptr %1496, i64 208
+  %v222.1.i = load <4 x float>, ptr %1500, align 4, !tbaa !9
+  %1501 = shufflevector <4 x float> %v216.1.i, <4 x float> %v220.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1502 = shufflevector <4 x float> %v218.1.i, <4 x float> %v222.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1503 = shufflevector <4 x float> %v216.1.i, <4 x float> %v220.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1504 = shufflevector <4 x float> %v218.1.i, <4 x float> %v222.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1505 = shufflevector <4 x float> %1501, <4 x float> %1502, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1506 = shufflevector <4 x float> %1501, <4 x float> %1502, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1507 = shufflevector <4 x float> %1503, <4 x float> %1504, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1508 = shufflevector <4 x float> %1503, <4 x float> %1504, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1509 = fmul <4 x float> %1492, %1505
+  %1510 = shl nuw nsw i64 %indvars.iv1865.1.i, 2
+  %gep1698.1.i = getelementptr float, ptr %gep1701.1.i, i64 %1510
+  store <4 x float> %1509, ptr %gep1698.1.i, align 4, !tbaa !9
+  %1511 = fmul <4 x float> %1493, %1506
+  %1512 = getelementptr float, ptr %invariant.gep1700.i, i64 %1510
+  %1513 = getelementptr i8, ptr %1512, i64 %.idx1985.i
+  store <4 x float> %1511, ptr %1513, align 4, !tbaa !9
+  %1514 = fmul <4 x float> %1494, %1507
+  %1515 = getelementptr i8, ptr %1512, i64 %.idx1986.i
+  store <4 x float> %1514, ptr %1515, align 4, !tbaa !9
+  %1516 = fmul <4 x float> %1495, %1508
+  %1517 = getelementptr i8, ptr %1512, i64 %.idx1987.i
+  store <4 x float> %1516, ptr %1517, align 4, !tbaa !9
+  %indvars.iv.next1866.1.i = add nuw nsw i64 %indvars.iv1865.1.i, 1
+  %exitcond1868.1.not.i = icmp eq i64 %indvars.iv.next1866.1.i, 32
+  br i1 %exitcond1868.1.not.i, label %for_end_d_0212.1.i, label %for_body_d_0211.1.i, !prof !21
 
 for_end_d_0212.1.i:                               ; preds = %for_body_d_0211.1.i
-  %1530 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
-  %gep1696.2.i = getelementptr i8, ptr %invariant.gep1695.i, i64 %.idx294.2.i
-  %1531 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
-  %1532 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
-  %1533 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %1518 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %gep1701.2.i = getelementptr i8, ptr %invariant.gep1700.i, i64 %.idx295.2.i
+  %1519 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %1520 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %1521 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
   br label %for_body_d_0211.2.i
 
 for_body_d_0211.2.i:                              ; preds = %for_body_d_0211.2.i, %for_end_d_0212.1.i
-  %indvars.iv1853.2.i = phi i64 [ 0, %for_end_d_0212.1.i ], [ %indvars.iv.next1854.2.i, %for_body_d_0211.2.i ]
-  %.idx1972.i = shl nuw nsw i64 %indvars.iv1853.2.i, 8
-  %1534 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1972.i
-  %1535 = getelementptr inbounds nuw i8, ptr %1534, i64 32
-  %v216.2.i = load <4 x float>, ptr %1535, align 4, !tbaa !9
-  %1536 = getelementptr inbounds nuw i8, ptr %1534, i64 96
-  %v218.2.i = load <4 x float>, ptr %1536, align 4, !tbaa !9
-  %1537 = getelementptr inbounds nuw i8, ptr %1534, i64 160
-  %v220.2.i = load <4 x float>, ptr %1537, align 4, !tbaa !9
-  %1538 = getelementptr inbounds nuw i8, ptr %1534, i64 224
-  %v222.2.i = load <4 x float>, ptr %1538, align 4, !tbaa !9
-  %1539 = shufflevector <4 x float> %v216.2.i, <4 x float> %v220.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1540 = shufflevector <4 x float> %v218.2.i, <4 x float> %v222.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1541 = shufflevector <4 x float> %v216.2.i, <4 x float> %v220.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1542 = shufflevector <4 x float> %v218.2.i, <4 x float> %v222.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1543 = shufflevector <4 x float> %1539, <4 x float> %1540, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1544 = shufflevector <4 x float> %1539, <4 x float> %1540, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1545 = shufflevector <4 x float> %1541, <4 x float> %1542, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1546 = shufflevector <4 x float> %1541, <4 x float> %1542, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1547 = fmul <4 x float> %1530, %1543
-  %1548 = shl nuw nsw i64 %indvars.iv1853.2.i, 2
-  %gep1693.2.i = getelementptr float, ptr %gep1696.2.i, i64 %1548
-  store <4 x float> %1547, ptr %gep1693.2.i, align 4, !tbaa !9
-  %1549 = fmul <4 x float> %1531, %1544
-  %1550 = getelementptr float, ptr %invariant.gep1695.i, i64 %1548
-  %1551 = getelementptr i8, ptr %1550, i64 %.idx1973.i
-  store <4 x float> %1549, ptr %1551, align 4, !tbaa !9
-  %1552 = fmul <4 x float> %1532, %1545
-  %1553 = getelementptr i8, ptr %1550, i64 %.idx1974.i
-  store <4 x float> %1552, ptr %1553, align 4, !tbaa !9
-  %1554 = fmul <4 x float> %1533, %1546
-  %1555 = getelementptr i8, ptr %1550, i64 %.idx1975.i
-  store <4 x float> %1554, ptr %1555, align 4, !tbaa !9
-  %indvars.iv.next1854.2.i = add nuw nsw i64 %indvars.iv1853.2.i, 1
-  %exitcond1856.2.not.i = icmp eq i64 %indvars.iv.next1854.2.i, 32
-  br i1 %exitcond1856.2.not.i, label %for_end_d_0212.2.i, label %for_body_d_0211.2.i, !prof !21
+  %indvars.iv1865.2.i = phi i64 [ 0, %for_end_d_0212.1.i ], [ %indvars.iv.next1866.2.i, %for_body_d_0211.2.i ]
+  %.idx1988.i = shl nuw nsw i64 %indvars.iv1865.2.i, 8
+  %1522 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1988.i
+  %1523 = getelementptr inbounds nuw i8, ptr %1522, i64 32
+  %v216.2.i = load <4 x float>, ptr %1523, align 4, !tbaa !9
+  %1524 = getelementptr inbounds nuw i8, ptr %1522, i64 96
+  %v218.2.i = load <4 x float>, ptr %1524, align 4, !tbaa !9
+  %1525 = getelementptr inbounds nuw i8, ptr %1522, i64 160
+  %v220.2.i = load <4 x float>, ptr %1525, align 4, !tbaa !9
+  %1526 = getelementptr inbounds nuw i8, ptr %1522, i64 224
+  %v222.2.i = load <4 x float>, ptr %1526, align 4, !tbaa !9
+  %1527 = shufflevector <4 x float> %v216.2.i, <4 x float> %v220.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1528 = shufflevector <4 x float> %v218.2.i, <4 x float> %v222.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1529 = shufflevector <4 x float> %v216.2.i, <4 x float> %v220.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1530 = shufflevector <4 x float> %v218.2.i, <4 x float> %v222.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1531 = shufflevector <4 x float> %1527, <4 x float> %1528, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1532 = shufflevector <4 x float> %1527, <4 x float> %1528, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1533 = shufflevector <4 x float> %1529, <4 x float> %1530, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1534 = shufflevector <4 x float> %1529, <4 x float> %1530, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1535 = fmul <4 x float> %1518, %1531
+  %1536 = shl nuw nsw i64 %indvars.iv1865.2.i, 2
+  %gep1698.2.i = getelementptr float, ptr %gep1701.2.i, i64 %1536
+  store <4 x float> %1535, ptr %gep1698.2.i, align 4, !tbaa !9
+  %1537 = fmul <4 x float> %1519, %1532
+  %1538 = getelementptr float, ptr %invariant.gep1700.i, i64 %1536
+  %1539 = getelementptr i8, ptr %1538, i64 %.idx1989.i
+  store <4 x float> %1537, ptr %1539, align 4, !tbaa !9
+  %1540 = fmul <4 x float> %1520, %1533
+  %1541 = getelementptr i8, ptr %1538, i64 %.idx1990.i
+  store <4 x float> %1540, ptr %1541, align 4, !tbaa !9
+  %1542 = fmul <4 x float> %1521, %1534
+  %1543 = getelementptr i8, ptr %1538, i64 %.idx1991.i
+  store <4 x float> %1542, ptr %1543, align 4, !tbaa !9
+  %indvars.iv.next1866.2.i = add nuw nsw i64 %indvars.iv1865.2.i, 1
+  %exitcond1868.2.not.i = icmp eq i64 %indvars.iv.next1866.2.i, 32
+  br i1 %exitcond1868.2.not.i, label %for_end_d_0212.2.i, label %for_body_d_0211.2.i, !prof !21
 
 for_end_d_0212.2.i:                               ; preds = %for_body_d_0211.2.i
-  %1556 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
-  %gep1696.3.i = getelementptr i8, ptr %invariant.gep1695.i, i64 %.idx294.3.i
-  %1557 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
-  %1558 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
-  %1559 = shufflevector <16 x float> %1477, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %1544 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %gep1701.3.i = getelementptr i8, ptr %invariant.gep1700.i, i64 %.idx295.3.i
+  %1545 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %1546 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %1547 = shufflevector <16 x float> %1465, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
   br label %for_body_d_0211.3.i
 
 for_body_d_0211.3.i:                              ; preds = %for_body_d_0211.3.i, %for_end_d_0212.2.i
-  %indvars.iv1853.3.i = phi i64 [ 0, %for_end_d_0212.2.i ], [ %indvars.iv.next1854.3.i, %for_body_d_0211.3.i ]
-  %.idx1976.i = shl nuw nsw i64 %indvars.iv1853.3.i, 8
-  %1560 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1976.i
-  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 48
-  %v216.3.i = load <4 x float>, ptr %1561, align 4, !tbaa !9
-  %1562 = getelementptr inbounds nuw i8, ptr %1560, i64 112
-  %v218.3.i = load <4 x float>, ptr %1562, align 4, !tbaa !9
-  %1563 = getelementptr inbounds nuw i8, ptr %1560, i64 176
-  %v220.3.i = load <4 x float>, ptr %1563, align 4, !tbaa !9
-  %1564 = getelementptr inbounds nuw i8, ptr %1560, i64 240
-  %v222.3.i = load <4 x float>, ptr %1564, align 4, !tbaa !9
-  %1565 = shufflevector <4 x float> %v216.3.i, <4 x float> %v220.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1566 = shufflevector <4 x float> %v218.3.i, <4 x float> %v222.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1567 = shufflevector <4 x float> %v216.3.i, <4 x float> %v220.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1568 = shufflevector <4 x float> %v218.3.i, <4 x float> %v222.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1569 = shufflevector <4 x float> %1565, <4 x float> %1566, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1570 = shufflevector <4 x float> %1565, <4 x float> %1566, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1571 = shufflevector <4 x float> %1567, <4 x float> %1568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %1572 = shufflevector <4 x float> %1567, <4 x float> %1568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %1573 = fmul <4 x float> %1556, %1569
-  %1574 = shl nuw nsw i64 %indvars.iv1853.3.i, 2
-  %gep1693.3.i = getelementptr float, ptr %gep1696.3.i, i64 %1574
-  store <4 x float> %1573, ptr %gep1693.3.i, align 4, !tbaa !9
-  %1575 = fmul <4 x float> %1557, %1570
-  %1576 = getelementptr float, ptr %invariant.gep1695.i, i64 %1574
-  %1577 = getelementptr i8, ptr %1576, i64 %.idx1977.i
-  store <4 x float> %1575, ptr %1577, align 4, !tbaa !9
-  %1578 = fmul <4 x float> %1558, %1571
-  %1579 = getelementptr i8, ptr %1576, i64 %.idx1978.i
-  store <4 x float> %1578, ptr %1579, align 4, !tbaa !9
-  %1580 = fmul <4 x float> %1559, %1572
-  %1581 = getelementptr i8, ptr %1576, i64 %.idx1979.i
-  store <4 x float> %1580, ptr %1581, align 4, !tbaa !9
-  %indvars.iv.next1854.3.i = add nuw nsw i64 %indvars.iv1853.3.i, 1
-  %exitcond1856.3.not.i = icmp eq i64 %indvars.iv.next1854.3.i, 32
-  br i1 %exitcond1856.3.not.i, label %for_end_d_0212.3.i, label %for_body_d_0211.3.i, !prof !21
+  %indvars.iv1865.3.i = phi i64 [ 0, %for_end_d_0212.2.i ], [ %indvars.iv.next1866.3.i, %for_body_d_0211.3.i ]
+  %.idx1992.i = shl nuw nsw i64 %indvars.iv1865.3.i, 8
+  %1548 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1992.i
+  %1549 = getelementptr inbounds nuw i8, ptr %1548, i64 48
+  %v216.3.i = load <4 x float>, ptr %1549, align 4, !tbaa !9
+  %1550 = getelementptr inbounds nuw i8, ptr %1548, i64 112
+  %v218.3.i = load <4 x float>, ptr %1550, align 4, !tbaa !9
+  %1551 = getelementptr inbounds nuw i8, ptr %1548, i64 176
+  %v220.3.i = load <4 x float>, ptr %1551, align 4, !tbaa !9
+  %1552 = getelementptr inbounds nuw i8, ptr %1548, i64 240
+  %v222.3.i = load <4 x float>, ptr %1552, align 4, !tbaa !9
+  %1553 = shufflevector <4 x float> %v216.3.i, <4 x float> %v220.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1554 = shufflevector <4 x float> %v218.3.i, <4 x float> %v222.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1555 = shufflevector <4 x float> %v216.3.i, <4 x float> %v220.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1556 = shufflevector <4 x float> %v218.3.i, <4 x float> %v222.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1557 = shufflevector <4 x float> %1553, <4 x float> %1554, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1558 = shufflevector <4 x float> %1553, <4 x float> %1554, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1559 = shufflevector <4 x float> %1555, <4 x float> %1556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %1560 = shufflevector <4 x float> %1555, <4 x float> %1556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %1561 = fmul <4 x float> %1544, %1557
+  %1562 = shl nuw nsw i64 %indvars.iv1865.3.i, 2
+  %gep1698.3.i = getelementptr float, ptr %gep1701.3.i, i64 %1562
+  store <4 x float> %1561, ptr %gep1698.3.i, align 4, !tbaa !9
+  %1563 = fmul <4 x float> %1545, %1558
+  %1564 = getelementptr float, ptr %invariant.gep1700.i, i64 %1562
+  %1565 = getelementptr i8, ptr %1564, i64 %.idx1993.i
+  store <4 x float> %1563, ptr %1565, align 4, !tbaa !9
+  %1566 = fmul <4 x float> %1546, %1559
+  %1567 = getelementptr i8, ptr %1564, i64 %.idx1994.i
+  store <4 x float> %1566, ptr %1567, align 4, !tbaa !9
+  %1568 = fmul <4 x float> %1547, %1560
+  %1569 = getelementptr i8, ptr %1564, i64 %.idx1995.i
+  store <4 x float> %1568, ptr %1569, align 4, !tbaa !9
+  %indvars.iv.next1866.3.i = add nuw nsw i64 %indvars.iv1865.3.i, 1
+  %exitcond1868.3.not.i = icmp eq i64 %indvars.iv.next1866.3.i, 32
+  br i1 %exitcond1868.3.not.i, label %for_end_d_0212.3.i, label %for_body_d_0211.3.i, !prof !21
 
 for_end_d_0212.3.i:                               ; preds = %for_body_d_0211.3.i
-  %1582 = mul nsw i64 %203, %lse_batch
-  %1583 = getelementptr float, ptr %lse, i64 %1582
-  %1584 = shl nuw nsw i32 %210, 23
-  %1585 = add nuw i32 %1584, 16777216
-  %1586 = bitcast i32 %1585 to float
-  %row_sum289.sroa.0.0.vec.extract1905.i = extractelement <16 x float> %1364, i64 0
-  %1587 = fcmp oeq float %row_sum289.sroa.0.0.vec.extract1905.i, 0.000000e+00
-  br i1 %1587, label %if_end246.i, label %if_else245.i
+  %1570 = mul nsw i64 %203, %lse_batch
+  %1571 = getelementptr float, ptr %lse, i64 %1570
+  %1572 = shl nuw nsw i32 %210, 23
+  %1573 = add nuw i32 %1572, 16777216
+  %1574 = bitcast i32 %1573 to float
+  %row_sum290.sroa.0.0.vec.extract1917.i = extractelement <16 x float> %1360, i64 0
+  %1575 = fcmp oeq float %row_sum290.sroa.0.0.vec.extract1917.i, 0.000000e+00
+  br i1 %1575, label %if_end246.i, label %if_else245.i
 
 if_else245.i:                                     ; preds = %for_end_d_0212.3.i
-  %1588 = fmul float %row_sum289.sroa.0.0.vec.extract1905.i, %1586
-  %1589 = tail call float @llvm.log.f32(float %1588)
-  %row_max290.sroa.0.0.vec.extract1873.i = extractelement <16 x float> %m.i, i64 0
-  %1590 = fadd float %row_max290.sroa.0.0.vec.extract1873.i, %1589
+  %1576 = fmul float %row_sum290.sroa.0.0.vec.extract1917.i, %1574
+  %1577 = tail call float @llvm.log.f32(float %1576)
+  %row_max291.sroa.0.0.vec.extract1885.i = extractelement <16 x float> %m.i, i64 0
+  %1578 = fadd float %row_max291.sroa.0.0.vec.extract1885.i, %1577
   br label %if_end246.i
 
 if_end246.i:                                      ; preds = %if_else245.i, %for_end_d_0212.3.i
-  %1591 = phi float [ %1590, %if_else245.i ], [ 0xFFF0000000000000, %for_end_d_0212.3.i ]
-  store float %1591, ptr %1583, align 4, !tbaa !9
-  %row_sum289.sroa.0.4.vec.extract1907.i = extractelement <16 x float> %1364, i64 1
-  %1592 = fcmp oeq float %row_sum289.sroa.0.4.vec.extract1907.i, 0.000000e+00
-  br i1 %1592, label %if_end246.1.i, label %if_else245.1.i
+  %1579 = phi float [ %1578, %if_else245.i ], [ 0xFFF0000000000000, %for_end_d_0212.3.i ]
+  store float %1579, ptr %1571, align 4, !tbaa !9
+  %row_sum290.sroa.0.4.vec.extract1919.i = extractelement <16 x float> %1360, i64 1
+  %1580 = fcmp oeq float %row_sum290.sroa.0.4.vec.extract1919.i, 0.000000e+00
+  br i1 %1580, label %if_end246.1.i, label %if_else245.1.i
 
 if_else245.1.i:                                   ; preds = %if_end246.i
-  %1593 = fmul float %row_sum289.sroa.0.4.vec.extract1907.i, %1586
-  %1594 = tail call float @llvm.log.f32(float %1593)
-  %row_max290.sroa.0.4.vec.extract1875.i = extractelement <16 x float> %m.i, i64 1
-  %1595 = fadd float %row_max290.sroa.0.4.vec.extract1875.i, %1594
+  %1581 = fmul float %row_sum290.sroa.0.4.vec.extract1919.i, %1574
+  %1582 = tail call float @llvm.log.f32(float %1581)
+  %row_max291.sroa.0.4.vec.extract1887.i = extractelement <16 x float> %m.i, i64 1
+  %1583 = fadd float %row_max291.sroa.0.4.vec.extract1887.i, %1582
   br label %if_end246.1.i
 
 if_end246.1.i:                                    ; preds = %if_else245.1.i, %if_end246.i
-  %1596 = phi float [ %1595, %if_else245.1.i ], [ 0xFFF0000000000000, %if_end246.i ]
-  %1597 = getelementptr i8, ptr %1583, i64 4
-  store float %1596, ptr %1597, align 4, !tbaa !9
-  %row_sum289.sroa.0.8.vec.extract1909.i = extractelement <16 x float> %1364, i64 2
-  %1598 = fcmp oeq float %row_sum289.sroa.0.8.vec.extract1909.i, 0.000000e+00
-  br i1 %1598, label %if_end246.2.i, label %if_else245.2.i
+  %1584 = phi float [ %1583, %if_else245.1.i ], [ 0xFFF0000000000000, %if_end246.i ]
+  %1585 = getelementptr i8, ptr %1571, i64 4
+  store float %1584, ptr %1585, align 4, !tbaa !9
+  %row_sum290.sroa.0.8.vec.extract1921.i = extractelement <16 x float> %1360, i64 2
+  %1586 = fcmp oeq float %row_sum290.sroa.0.8.vec.extract1921.i, 0.000000e+00
+  br i1 %1586, label %if_end246.2.i, label %if_else245.2.i
 
 if_else245.2.i:                                   ; preds = %if_end246.1.i
-  %1599 = fmul float %row_sum289.sroa.0.8.vec.extract1909.i, %1586
-  %1600 = tail call float @llvm.log.f32(float %1599)
-  %row_max290.sroa.0.8.vec.extract1877.i = extractelement <16 x float> %m.i, i64 2
-  %1601 = fadd float %row_max290.sroa.0.8.vec.extract1877.i, %1600
+  %1587 = fmul float %row_sum290.sroa.0.8.vec.extract1921.i, %1574
+  %1588 = tail call float @llvm.log.f32(float %1587)
+  %row_max291.sroa.0.8.vec.extract1889.i = extractelement <16 x float> %m.i, i64 2
+  %1589 = fadd float %row_max291.sroa.0.8.vec.extract1889.i, %1588
   br label %if_end246.2.i
 
 if_end246.2.i:                                    ; preds = %if_else245.2.i, %if_end246.1.i
-  %1602 = phi float [ %1601, %if_else245.2.i ], [ 0xFFF0000000000000, %if_end246.1.i ]
-  %1603 = getelementptr i8, ptr %1583, i64 8
-  store float %1602, ptr %1603, align 4, !tbaa !9
-  %row_sum289.sroa.0.12.vec.extract1911.i = extractelement <16 x float> %1364, i64 3
-  %1604 = fcmp oeq float %row_sum289.sroa.0.12.vec.extract1911.i, 0.000000e+00
-  br i1 %1604, label %if_end246.3.i, label %if_else245.3.i
+  %1590 = phi float [ %1589, %if_else245.2.i ], [ 0xFFF0000000000000, %if_end246.1.i ]
+  %1591 = getelementptr i8, ptr %1571, i64 8
+  store float %1590, ptr %1591, align 4, !tbaa !9
+  %row_sum290.sroa.0.12.vec.extract1923.i = extractelement <16 x float> %1360, i64 3
+  %1592 = fcmp oeq float %row_sum290.sroa.0.12.vec.extract1923.i, 0.000000e+00
+  br i1 %1592, label %if_end246.3.i, label %if_else245.3.i
 
 if_else245.3.i:                                   ; preds = %if_end246.2.i
-  %1605 = fmul float %row_sum289.sroa.0.12.vec.extract1911.i, %1586
-  %1606 = tail call float @llvm.log.f32(float %1605)
-  %row_max290.sroa.0.12.vec.extract1879.i = extractelement <16 x float> %m.i, i64 3
-  %1607 = fadd float %row_max290.sroa.0.12.vec.extract1879.i, %1606
+  %1593 = fmul float %row_sum290.sroa.0.12.vec.extract1923.i, %1574
+  %1594 = tail call float @llvm.log.f32(float %1593)
+  %row_max291.sroa.0.12.vec.extract1891.i = extractelement <16 x float> %m.i, i64 3
+  %1595 = fadd float %row_max291.sroa.0.12.vec.extract1891.i, %1594
   br label %if_end246.3.i
 
 if_end246.3.i:                                    ; preds = %if_else245.3.i, %if_end246.2.i
-  %1608 = phi float [ %1607, %if_else245.3.i ], [ 0xFFF0000000000000, %if_end246.2.i ]
-  %1609 = getelementptr i8, ptr %1583, i64 12
-  store float %1608, ptr %1609, align 4, !tbaa !9
-  %row_sum289.sroa.0.16.vec.extract1913.i = extractelement <16 x float> %1364, i64 4
-  %1610 = fcmp oeq float %row_sum289.sroa.0.16.vec.extract1913.i, 0.000000e+00
-  br i1 %1610, label %if_end246.4.i, label %if_else245.4.i
+  %1596 = phi float [ %1595, %if_else245.3.i ], [ 0xFFF0000000000000, %if_end246.2.i ]
+  %1597 = getelementptr i8, ptr %1571, i64 12
+  store float %1596, ptr %1597, align 4, !tbaa !9
+  %row_sum290.sroa.0.16.vec.extract1925.i = extractelement <16 x float> %1360, i64 4
+  %1598 = fcmp oeq float %row_sum290.sroa.0.16.vec.extract1925.i, 0.000000e+00
+  br i1 %1598, label %if_end246.4.i, label %if_else245.4.i
 
 if_else245.4.i:                                   ; preds = %if_end246.3.i
-  %1611 = fmul float %row_sum289.sroa.0.16.vec.extract1913.i, %1586
-  %1612 = tail call float @llvm.log.f32(float %1611)
-  %row_max290.sroa.0.16.vec.extract1881.i = extractelement <16 x float> %m.i, i64 4
-  %1613 = fadd float %row_max290.sroa.0.16.vec.extract1881.i, %1612
+  %1599 = fmul float %row_sum290.sroa.0.16.vec.extract1925.i, %1574
+  %1600 = tail call float @llvm.log.f32(float %1599)
+  %row_max291.sroa.0.16.vec.extract1893.i = extractelement <16 x float> %m.i, i64 4
+  %1601 = fadd float %row_max291.sroa.0.16.vec.extract1893.i, %1600
   br label %if_end246.4.i
 
 if_end246.4.i:                                    ; preds = %if_else245.4.i, %if_end246.3.i
-  %1614 = phi float [ %1613, %if_else245.4.i ], [ 0xFFF0000000000000, %if_end246.3.i ]
-  %1615 = getelementptr i8, ptr %1583, i64 16
-  store float %1614, ptr %1615, align 4, !tbaa !9
-  %row_sum289.sroa.0.20.vec.extract1915.i = extractelement <16 x float> %1364, i64 5
-  %1616 = fcmp oeq float %row_sum289.sroa.0.20.vec.extract1915.i, 0.000000e+00
-  br i1 %1616, label %if_end246.5.i, label %if_else245.5.i
+  %1602 = phi float [ %1601, %if_else245.4.i ], [ 0xFFF0000000000000, %if_end246.3.i ]
+  %1603 = getelementptr i8, ptr %1571, i64 16
+  store float %1602, ptr %1603, align 4, !tbaa !9
+  %row_sum290.sroa.0.20.vec.extract1927.i = extractelement <16 x float> %1360, i64 5
+  %1604 = fcmp oeq float %row_sum290.sroa.0.20.vec.extract1927.i, 0.000000e+00
+  br i1 %1604, label %if_end246.5.i, label %if_else245.5.i
 
 if_else245.5.i:                                   ; preds = %if_end246.4.i
-  %1617 = fmul float %row_sum289.sroa.0.20.vec.extract1915.i, %1586
-  %1618 = tail call float @llvm.log.f32(float %1617)
-  %row_max290.sroa.0.20.vec.extract1883.i = extractelement <16 x float> %m.i, i64 5
-  %1619 = fadd float %row_max290.sroa.0.20.vec.extract1883.i, %1618
+  %1605 = fmul float %row_sum290.sroa.0.20.vec.extract1927.i, %1574
+  %1606 = tail call float @llvm.log.f32(float %1605)
+  %row_max291.sroa.0.20.vec.extract1895.i = extractelement <16 x float> %m.i, i64 5
+  %1607 = fadd float %row_max291.sroa.0.20.vec.extract1895.i, %1606
   br label %if_end246.5.i
 
 if_end246.5.i:                                    ; preds = %if_else245.5.i, %if_end246.4.i
-  %1620 = phi float [ %1619, %if_else245.5.i ], [ 0xFFF0000000000000, %if_end246.4.i ]
-  %1621 = getelementptr i8, ptr %1583, i64 20
-  store float %1620, ptr %1621, align 4, !tbaa !9
-  %row_sum289.sroa.0.24.vec.extract1917.i = extractelement <16 x float> %1364, i64 6
-  %1622 = fcmp oeq float %row_sum289.sroa.0.24.vec.extract1917.i, 0.000000e+00
-  br i1 %1622, label %if_end246.6.i, label %if_else245.6.i
+  %1608 = phi float [ %1607, %if_else245.5.i ], [ 0xFFF0000000000000, %if_end246.4.i ]
+  %1609 = getelementptr i8, ptr %1571, i64 20
+  store float %1608, ptr %1609, align 4, !tbaa !9
+  %row_sum290.sroa.0.24.vec.extract1929.i = extractelement <16 x float> %1360, i64 6
+  %1610 = fcmp oeq float %row_sum290.sroa.0.24.vec.extract1929.i, 0.000000e+00
+  br i1 %1610, label %if_end246.6.i, label %if_else245.6.i
 
 if_else245.6.i:                                   ; preds = %if_end246.5.i
-  %1623 = fmul float %row_sum289.sroa.0.24.vec.extract1917.i, %1586
-  %1624 = tail call float @llvm.log.f32(float %1623)
-  %row_max290.sroa.0.24.vec.extract1885.i = extractelement <16 x float> %m.i, i64 6
-  %1625 = fadd float %row_max290.sroa.0.24.vec.extract1885.i, %1624
+  %1611 = fmul float %row_sum290.sroa.0.24.vec.extract1929.i, %1574
+  %1612 = tail call float @llvm.log.f32(float %1611)
+  %row_max291.sroa.0.24.vec.extract1897.i = extractelement <16 x float> %m.i, i64 6
+  %1613 = fadd float %row_max291.sroa.0.24.vec.extract1897.i, %1612
   br label %if_end246.6.i
 
 if_end246.6.i:                                    ; preds = %if_else245.6.i, %if_end246.5.i
-  %1626 = phi float [ %1625, %if_else245.6.i ], [ 0xFFF0000000000000, %if_end246.5.i ]
-  %1627 = getelementptr i8, ptr %1583, i64 24
-  store float %1626, ptr %1627, align 4, !tbaa !9
-  %row_sum289.sroa.0.28.vec.extract1919.i = extractelement <16 x float> %1364, i64 7
-  %1628 = fcmp oeq float %row_sum289.sroa.0.28.vec.extract1919.i, 0.000000e+00
-  br i1 %1628, label %if_end246.7.i, label %if_else245.7.i
+  %1614 = phi float [ %1613, %if_else245.6.i ], [ 0xFFF0000000000000, %if_end246.5.i ]
+  %1615 = getelementptr i8, ptr %1571, i64 24
+  store float %1614, ptr %1615, align 4, !tbaa !9
+  %row_sum290.sroa.0.28.vec.extract1931.i = extractelement <16 x float> %1360, i64 7
+  %1616 = fcmp oeq float %row_sum290.sroa.0.28.vec.extract1931.i, 0.000000e+00
+  br i1 %1616, label %if_end246.7.i, label %if_else245.7.i
 
 if_else245.7.i:                                   ; preds = %if_end246.6.i
-  %1629 = fmul float %row_sum289.sroa.0.28.vec.extract1919.i, %1586
-  %1630 = tail call float @llvm.log.f32(float %1629)
-  %row_max290.sroa.0.28.vec.extract1887.i = extractelement <16 x float> %m.i, i64 7
-  %1631 = fadd float %row_max290.sroa.0.28.vec.extract1887.i, %1630
+  %1617 = fmul float %row_sum290.sroa.0.28.vec.extract1931.i, %1574
+  %1618 = tail call float @llvm.log.f32(float %1617)
+  %row_max291.sroa.0.28.vec.extract1899.i = extractelement <16 x float> %m.i, i64 7
+  %1619 = fadd float %row_max291.sroa.0.28.vec.extract1899.i, %1618
   br label %if_end246.7.i
 
 if_end246.7.i:                                    ; preds = %if_else245.7.i, %if_end246.6.i
-  %1632 = phi float [ %1631, %if_else245.7.i ], [ 0xFFF0000000000000, %if_end246.6.i ]
-  %1633 = getelementptr i8, ptr %1583, i64 28
-  store float %1632, ptr %1633, align 4, !tbaa !9
-  %row_sum289.sroa.0.32.vec.extract1921.i = extractelement <16 x float> %1364, i64 8
-  %1634 = fcmp oeq float %row_sum289.sroa.0.32.vec.extract1921.i, 0.000000e+00
-  br i1 %1634, label %if_end246.8.i, label %if_else245.8.i
+  %1620 = phi float [ %1619, %if_else245.7.i ], [ 0xFFF0000000000000, %if_end246.6.i ]
+  %1621 = getelementptr i8, ptr %1571, i64 28
+  store float %1620, ptr %1621, align 4, !tbaa !9
+  %row_sum290.sroa.0.32.vec.extract1933.i = extractelement <16 x float> %1360, i64 8
+  %1622 = fcmp oeq float %row_sum290.sroa.0.32.vec.extract1933.i, 0.000000e+00
+  br i1 %1622, label %if_end246.8.i, label %if_else245.8.i
 
 if_else245.8.i:                                   ; preds = %if_end246.7.i
-  %1635 = fmul float %row_sum289.sroa.0.32.vec.extract1921.i, %1586
-  %1636 = tail call float @llvm.log.f32(float %1635)
-  %row_max290.sroa.0.32.vec.extract1889.i = extractelement <16 x float> %m.i, i64 8
-  %1637 = fadd float %row_max290.sroa.0.32.vec.extract1889.i, %1636
+  %1623 = fmul float %row_sum290.sroa.0.32.vec.extract1933.i, %1574
+  %1624 = tail call float @llvm.log.f32(float %1623)
+  %row_max291.sroa.0.32.vec.extract1901.i = extractelement <16 x float> %m.i, i64 8
+  %1625 = fadd float %row_max291.sroa.0.32.vec.extract1901.i, %1624
   br label %if_end246.8.i
 
 if_end246.8.i:                                    ; preds = %if_else245.8.i, %if_end246.7.i
-  %1638 = phi float [ %1637, %if_else245.8.i ], [ 0xFFF0000000000000, %if_end246.7.i ]
-  %1639 = getelementptr i8, ptr %1583, i64 32
-  store float %1638, ptr %1639, align 4, !tbaa !9
-  %row_sum289.sroa.0.36.vec.extract1923.i = extractelement <16 x float> %1364, i64 9
-  %1640 = fcmp oeq float %row_sum289.sroa.0.36.vec.extract1923.i, 0.000000e+00
-  br i1 %1640, label %if_end246.9.i, label %if_else245.9.i
+  %1626 = phi float [ %1625, %if_else245.8.i ], [ 0xFFF0000000000000, %if_end246.7.i ]
+  %1627 = getelementptr i8, ptr %1571, i64 32
+  store float %1626, ptr %1627, align 4, !tbaa !9
+  %row_sum290.sroa.0.36.vec.extract1935.i = extractelement <16 x float> %1360, i64 9
+  %1628 = fcmp oeq float %row_sum290.sroa.0.36.vec.extract1935.i, 0.000000e+00
+  br i1 %1628, label %if_end246.9.i, label %if_else245.9.i
 
 if_else245.9.i:                                   ; preds = %if_end246.8.i
-  %1641 = fmul float %row_sum289.sroa.0.36.vec.extract1923.i, %1586
-  %1642 = tail call float @llvm.log.f32(float %1641)
-  %row_max290.sroa.0.36.vec.extract1891.i = extractelement <16 x float> %m.i, i64 9
-  %1643 = fadd float %row_max290.sroa.0.36.vec.extract1891.i, %1642
+  %1629 = fmul float %row_sum290.sroa.0.36.vec.extract1935.i, %1574
+  %1630 = tail call float @llvm.log.f32(float %1629)
+  %row_max291.sroa.0.36.vec.extract1903.i = extractelement <16 x float> %m.i, i64 9
+  %1631 = fadd float %row_max291.sroa.0.36.vec.extract1903.i, %1630
   br label %if_end246.9.i
 
 if_end246.9.i:                                    ; preds = %if_else245.9.i, %if_end246.8.i
-  %1644 = phi float [ %1643, %if_else245.9.i ], [ 0xFFF0000000000000, %if_end246.8.i ]
-  %1645 = getelementptr i8, ptr %1583, i64 36
-  store float %1644, ptr %1645, align 4, !tbaa !9
-  %row_sum289.sroa.0.40.vec.extract1925.i = extractelement <16 x float> %1364, i64 10
-  %1646 = fcmp oeq float %row_sum289.sroa.0.40.vec.extract1925.i, 0.000000e+00
-  br i1 %1646, label %if_end246.10.i, label %if_else245.10.i
+  %1632 = phi float [ %1631, %if_else245.9.i ], [ 0xFFF0000000000000, %if_end246.8.i ]
+  %1633 = getelementptr i8, ptr %1571, i64 36
+  store float %1632, ptr %1633, align 4, !tbaa !9
+  %row_sum290.sroa.0.40.vec.extract1937.i = extractelement <16 x float> %1360, i64 10
+  %1634 = fcmp oeq float %row_sum290.sroa.0.40.vec.extract1937.i, 0.000000e+00
+  br i1 %1634, label %if_end246.10.i, label %if_else245.10.i
 
 if_else245.10.i:                                  ; preds = %if_end246.9.i
-  %1647 = fmul float %row_sum289.sroa.0.40.vec.extract1925.i, %1586
-  %1648 = tail call float @llvm.log.f32(float %1647)
-  %row_max290.sroa.0.40.vec.extract1893.i = extractelement <16 x float> %m.i, i64 10
-  %1649 = fadd float %row_max290.sroa.0.40.vec.extract1893.i, %1648
+  %1635 = fmul float %row_sum290.sroa.0.40.vec.extract1937.i, %1574
+  %1636 = tail call float @llvm.log.f32(float %1635)
+  %row_max291.sroa.0.40.vec.extract1905.i = extractelement <16 x float> %m.i, i64 10
+  %1637 = fadd float %row_max291.sroa.0.40.vec.extract1905.i, %1636
   br label %if_end246.10.i
 
 if_end246.10.i:                                   ; preds = %if_else245.10.i, %if_end246.9.i
-  %1650 = phi float [ %1649, %if_else245.10.i ], [ 0xFFF0000000000000, %if_end246.9.i ]
-  %1651 = getelementptr i8, ptr %1583, i64 40
-  store float %1650, ptr %1651, align 4, !tbaa !9
-  %row_sum289.sroa.0.44.vec.extract1927.i = extractelement <16 x float> %1364, i64 11
-  %1652 = fcmp oeq float %row_sum289.sroa.0.44.vec.extract1927.i, 0.000000e+00
-  br i1 %1652, label %if_end246.11.i, label %if_else245.11.i
+  %1638 = phi float [ %1637, %if_else245.10.i ], [ 0xFFF0000000000000, %if_end246.9.i ]
+  %1639 = getelementptr i8, ptr %1571, i64 40
+  store float %1638, ptr %1639, align 4, !tbaa !9
+  %row_sum290.sroa.0.44.vec.extract1939.i = extractelement <16 x float> %1360, i64 11
+  %1640 = fcmp oeq float %row_sum290.sroa.0.44.vec.extract1939.i, 0.000000e+00
+  br i1 %1640, label %if_end246.11.i, label %if_else245.11.i
 
 if_else245.11.i:                                  ; preds = %if_end246.10.i
-  %1653 = fmul float %row_sum289.sroa.0.44.vec.extract1927.i, %1586
-  %1654 = tail call float @llvm.log.f32(float %1653)
-  %row_max290.sroa.0.44.vec.extract1895.i = extractelement <16 x float> %m.i, i64 11
-  %1655 = fadd float %row_max290.sroa.0.44.vec.extract1895.i, %1654
+  %1641 = fmul float %row_sum290.sroa.0.44.vec.extract1939.i, %1574
+  %1642 = tail call float @llvm.log.f32(float %1641)
+  %row_max291.sroa.0.44.vec.extract1907.i = extractelement <16 x float> %m.i, i64 11
+  %1643 = fadd float %row_max291.sroa.0.44.vec.extract1907.i, %1642
   br label %if_end246.11.i
 
 if_end246.11.i:                                   ; preds = %if_else245.11.i, %if_end246.10.i
-  %1656 = phi float [ %1655, %if_else245.11.i ], [ 0xFFF0000000000000, %if_end246.10.i ]
-  %1657 = getelementptr i8, ptr %1583, i64 44
-  store float %1656, ptr %1657, align 4, !tbaa !9
-  %row_sum289.sroa.0.48.vec.extract1929.i = extractelement <16 x float> %1364, i64 12
-  %1658 = fcmp oeq float %row_sum289.sroa.0.48.vec.extract1929.i, 0.000000e+00
-  br i1 %1658, label %if_end246.12.i, label %if_else245.12.i
+  %1644 = phi float [ %1643, %if_else245.11.i ], [ 0xFFF0000000000000, %if_end246.10.i ]
+  %1645 = getelementptr i8, ptr %1571, i64 44
+  store float %1644, ptr %1645, align 4, !tbaa !9
+  %row_sum290.sroa.0.48.vec.extract1941.i = extractelement <16 x float> %1360, i64 12
+  %1646 = fcmp oeq float %row_sum290.sroa.0.48.vec.extract1941.i, 0.000000e+00
+  br i1 %1646, label %if_end246.12.i, label %if_else245.12.i
 
 if_else245.12.i:                                  ; preds = %if_end246.11.i
-  %1659 = fmul float %row_sum289.sroa.0.48.vec.extract1929.i, %1586
-  %1660 = tail call float @llvm.log.f32(float %1659)
-  %row_max290.sroa.0.48.vec.extract1897.i = extractelement <16 x float> %m.i, i64 12
-  %1661 = fadd float %row_max290.sroa.0.48.vec.extract1897.i, %1660
+  %1647 = fmul float %row_sum290.sroa.0.48.vec.extract1941.i, %1574
+  %1648 = tail call float @llvm.log.f32(float %1647)
+  %row_max291.sroa.0.48.vec.extract1909.i = extractelement <16 x float> %m.i, i64 12
+  %1649 = fadd float %row_max291.sroa.0.48.vec.extract1909.i, %1648
   br label %if_end246.12.i
 
 if_end246.12.i:                                   ; preds = %if_else245.12.i, %if_end246.11.i
-  %1662 = phi float [ %1661, %if_else245.12.i ], [ 0xFFF0000000000000, %if_end246.11.i ]
-  %1663 = getelementptr i8, ptr %1583, i64 48
-  store float %1662, ptr %1663, align 4, !tbaa !9
-  %row_sum289.sroa.0.52.vec.extract1931.i = extractelement <16 x float> %1364, i64 13
-  %1664 = fcmp oeq float %row_sum289.sroa.0.52.vec.extract1931.i, 0.000000e+00
-  br i1 %1664, label %if_end246.13.i, label %if_else245.13.i
+  %1650 = phi float [ %1649, %if_else245.12.i ], [ 0xFFF0000000000000, %if_end246.11.i ]
+  %1651 = getelementptr i8, ptr %1571, i64 48
+  store float %1650, ptr %1651, align 4, !tbaa !9
+  %row_sum290.sroa.0.52.vec.extract1943.i = extractelement <16 x float> %1360, i64 13
+  %1652 = fcmp oeq float %row_sum290.sroa.0.52.vec.extract1943.i, 0.000000e+00
+  br i1 %1652, label %if_end246.13.i, label %if_else245.13.i
 
 if_else245.13.i:                                  ; preds = %if_end246.12.i
-  %1665 = fmul float %row_sum289.sroa.0.52.vec.extract1931.i, %1586
-  %1666 = tail call float @llvm.log.f32(float %1665)
-  %row_max290.sroa.0.52.vec.extract1899.i = extractelement <16 x float> %m.i, i64 13
-  %1667 = fadd float %row_max290.sroa.0.52.vec.extract1899.i, %1666
+  %1653 = fmul float %row_sum290.sroa.0.52.vec.extract1943.i, %1574
+  %1654 = tail call float @llvm.log.f32(float %1653)
+  %row_max291.sroa.0.52.vec.extract1911.i = extractelement <16 x float> %m.i, i64 13
+  %1655 = fadd float %row_max291.sroa.0.52.vec.extract1911.i, %1654
   br label %if_end246.13.i
 
 if_end246.13.i:                                   ; preds = %if_else245.13.i, %if_end246.12.i
-  %1668 = phi float [ %1667, %if_else245.13.i ], [ 0xFFF0000000000000, %if_end246.12.i ]
-  %1669 = getelementptr i8, ptr %1583, i64 52
-  store float %1668, ptr %1669, align 4, !tbaa !9
-  %row_sum289.sroa.0.56.vec.extract1933.i = extractelement <16 x float> %1364, i64 14
-  %1670 = fcmp oeq float %row_sum289.sroa.0.56.vec.extract1933.i, 0.000000e+00
-  br i1 %1670, label %if_end246.14.i, label %if_else245.14.i
+  %1656 = phi float [ %1655, %if_else245.13.i ], [ 0xFFF0000000000000, %if_end246.12.i ]
+  %1657 = getelementptr i8, ptr %1571, i64 52
+  store float %1656, ptr %1657, align 4, !tbaa !9
+  %row_sum290.sroa.0.56.vec.extract1945.i = extractelement <16 x float> %1360, i64 14
+  %1658 = fcmp oeq float %row_sum290.sroa.0.56.vec.extract1945.i, 0.000000e+00
+  br i1 %1658, label %if_end246.14.i, label %if_else245.14.i
 
 if_else245.14.i:                                  ; preds = %if_end246.13.i
-  %1671 = fmul float %row_sum289.sroa.0.56.vec.extract1933.i, %1586
-  %1672 = tail call float @llvm.log.f32(float %1671)
-  %row_max290.sroa.0.56.vec.extract1901.i = extractelement <16 x float> %m.i, i64 14
-  %1673 = fadd float %row_max290.sroa.0.56.vec.extract1901.i, %1672
+  %1659 = fmul float %row_sum290.sroa.0.56.vec.extract1945.i, %1574
+  %1660 = tail call float @llvm.log.f32(float %1659)
+  %row_max291.sroa.0.56.vec.extract1913.i = extractelement <16 x float> %m.i, i64 14
+  %1661 = fadd float %row_max291.sroa.0.56.vec.extract1913.i, %1660
   br label %if_end246.14.i
 
 if_end246.14.i:                                   ; preds = %if_else245.14.i, %if_end246.13.i
-  %1674 = phi float [ %1673, %if_else245.14.i ], [ 0xFFF0000000000000, %if_end246.13.i ]
-  %1675 = getelementptr i8, ptr %1583, i64 56
-  store float %1674, ptr %1675, align 4, !tbaa !9
-  %row_sum289.sroa.0.60.vec.extract1935.i = extractelement <16 x float> %1364, i64 15
-  %1676 = fcmp oeq float %row_sum289.sroa.0.60.vec.extract1935.i, 0.000000e+00
-  br i1 %1676, label %if_end246.15.i, label %if_else245.15.i
+  %1662 = phi float [ %1661, %if_else245.14.i ], [ 0xFFF0000000000000, %if_end246.13.i ]
+  %1663 = getelementptr i8, ptr %1571, i64 56
+  store float %1662, ptr %1663, align 4, !tbaa !9
+  %row_sum290.sroa.0.60.vec.extract1947.i = extractelement <16 x float> %1360, i64 15
+  %1664 = fcmp oeq float %row_sum290.sroa.0.60.vec.extract1947.i, 0.000000e+00
+  br i1 %1664, label %if_end246.15.i, label %if_else245.15.i
 
 if_else245.15.i:                                  ; preds = %if_end246.14.i
-  %1677 = fmul float %row_sum289.sroa.0.60.vec.extract1935.i, %1586
-  %1678 = tail call float @llvm.log.f32(float %1677)
-  %row_max290.sroa.0.60.vec.extract1903.i = extractelement <16 x float> %m.i, i64 15
-  %1679 = fadd float %row_max290.sroa.0.60.vec.extract1903.i, %1678
+  %1665 = fmul float %row_sum290.sroa.0.60.vec.extract1947.i, %1574
+  %1666 = tail call float @llvm.log.f32(float %1665)
+  %row_max291.sroa.0.60.vec.extract1915.i = extractelement <16 x float> %m.i, i64 15
+  %1667 = fadd float %row_max291.sroa.0.60.vec.extract1915.i, %1666
   br label %if_end246.15.i
 
 if_end246.15.i:                                   ; preds = %if_else245.15.i, %if_end246.14.i
-  %1680 = phi float [ %1679, %if_else245.15.i ], [ 0xFFF0000000000000, %if_end246.14.i ]
-  %1681 = getelementptr i8, ptr %1583, i64 60
-  store float %1680, ptr %1681, align 4, !tbaa !9
+  %1668 = phi float [ %1667, %if_else245.15.i ], [ 0xFFF0000000000000, %if_end246.14.i ]
+  %1669 = getelementptr i8, ptr %1571, i64 60
+  store float %1668, ptr %1669, align 4, !tbaa !9
   br label %if_end209.i
 
 for_body_d258.i:                                  ; preds = %for_body_d258.i, %for_begin_r247.preheader.i
-  %indvars.iv1845.i = phi i64 [ %indvars.iv.next1846.i.3, %for_body_d258.i ], [ 0, %for_begin_r247.preheader.i ]
-  %.idx1949.i = shl nuw nsw i64 %indvars.iv1845.i, 6
-  %1682 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1949.i
-  %1683 = load float, ptr %1682, align 4, !tbaa !9
-  %1684 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv1845.i
-  store float %1683, ptr %1684, align 4, !tbaa !9
-  %indvars.iv.next1846.i = or disjoint i64 %indvars.iv1845.i, 1
-  %.idx1949.i.1 = shl nuw nsw i64 %indvars.iv.next1846.i, 6
-  %1685 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1949.i.1
-  %1686 = load float, ptr %1685, align 4, !tbaa !9
-  %1687 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1846.i
-  store float %1686, ptr %1687, align 4, !tbaa !9
-  %indvars.iv.next1846.i.1 = or disjoint i64 %indvars.iv1845.i, 2
-  %.idx1949.i.2 = shl nuw nsw i64 %indvars.iv.next1846.i.1, 6
-  %1688 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1949.i.2
-  %1689 = load float, ptr %1688, align 4, !tbaa !9
-  %1690 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1846.i.1
-  store float %1689, ptr %1690, align 4, !tbaa !9
-  %indvars.iv.next1846.i.2 = or disjoint i64 %indvars.iv1845.i, 3
-  %.idx1949.i.3 = shl nuw nsw i64 %indvars.iv.next1846.i.2, 6
-  %1691 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1949.i.3
-  %1692 = load float, ptr %1691, align 4, !tbaa !9
-  %1693 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1846.i.2
-  store float %1692, ptr %1693, align 4, !tbaa !9
-  %indvars.iv.next1846.i.3 = add nuw nsw i64 %indvars.iv1845.i, 4
-  %exitcond1848.not.i.3 = icmp eq i64 %indvars.iv.next1846.i.3, 128
-  br i1 %exitcond1848.not.i.3, label %for_end_d259.i, label %for_body_d258.i, !prof !17, !llvm.loop !36
+  %indvars.iv1857.i = phi i64 [ %indvars.iv.next1858.i.3, %for_body_d258.i ], [ 0, %for_begin_r247.preheader.i ]
+  %.idx1965.i = shl nuw nsw i64 %indvars.iv1857.i, 6
+  %1670 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1965.i
+  %1671 = load float, ptr %1670, align 4, !tbaa !9
+  %1672 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv1857.i
+  store float %1671, ptr %1672, align 4, !tbaa !9
+  %indvars.iv.next1858.i = or disjoint i64 %indvars.iv1857.i, 1
+  %.idx1965.i.1 = shl nuw nsw i64 %indvars.iv.next1858.i, 6
+  %1673 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1965.i.1
+  %1674 = load float, ptr %1673, align 4, !tbaa !9
+  %1675 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1858.i
+  store float %1674, ptr %1675, align 4, !tbaa !9
+  %indvars.iv.next1858.i.1 = or disjoint i64 %indvars.iv1857.i, 2
+  %.idx1965.i.2 = shl nuw nsw i64 %indvars.iv.next1858.i.1, 6
+  %1676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1965.i.2
+  %1677 = load float, ptr %1676, align 4, !tbaa !9
+  %1678 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1858.i.1
+  store float %1677, ptr %1678, align 4, !tbaa !9
+  %indvars.iv.next1858.i.2 = or disjoint i64 %indvars.iv1857.i, 3
+  %.idx1965.i.3 = shl nuw nsw i64 %indvars.iv.next1858.i.2, 6
+  %1679 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1965.i.3
+  %1680 = load float, ptr %1679, align 4, !tbaa !9
+  %1681 = getelementptr inbounds nuw float, ptr %499, i64 %indvars.iv.next1858.i.2
+  store float %1680, ptr %1681, align 4, !tbaa !9
+  %indvars.iv.next1858.i.3 = add nuw nsw i64 %indvars.iv1857.i, 4
+  %exitcond1860.not.i.3 = icmp eq i64 %indvars.iv.next1858.i.3, 128
+  br i1 %exitcond1860.not.i.3, label %for_end_d259.i, label %for_body_d258.i, !prof !17, !llvm.loop !36
 
-for_end_d259.i:                                   ; preds = %for_body_d258.i, %vector.body309
-  %1694 = getelementptr inbounds nuw i8, ptr %499, i64 512
-  %scevgep289 = getelementptr i8, ptr %acc.i, i64 4
-  %scevgep290 = getelementptr i8, ptr %acc.i, i64 8136
-  %bound0291 = icmp ult ptr %scevgep287, %scevgep290
-  %bound1292 = icmp ult ptr %scevgep289, %scevgep288
-  %found.conflict293 = and i1 %bound0291, %bound1292
-  br i1 %found.conflict293, label %for_body_d258.1.i, label %vector.body296, !prof !11
+for_end_d259.i:                                   ; preds = %for_body_d258.i, %vector.body307
+  %1682 = getelementptr inbounds nuw i8, ptr %499, i64 512
+  %scevgep287 = getelementptr i8, ptr %acc.i, i64 4
+  %scevgep288 = getelementptr i8, ptr %acc.i, i64 8136
+  %bound0289 = icmp ult ptr %scevgep285, %scevgep288
+  %bound1290 = icmp ult ptr %scevgep287, %scevgep286
+  %found.conflict291 = and i1 %bound0289, %bound1290
+  br i1 %found.conflict291, label %for_body_d258.1.i, label %vector.body294, !prof !11
 
-vector.body296:                                   ; preds = %vector.body296, %for_end_d259.i
-  %index297 = phi i64 [ %index.next298.1, %vector.body296 ], [ 0, %for_end_d259.i ]
-  %1695 = shl nuw nsw i64 %index297, 6
-  %1696 = shl i64 %index297, 6
-  %1697 = shl i64 %index297, 6
-  %1698 = shl i64 %index297, 6
-  %1699 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1695
-  %1700 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1696
-  %1701 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1697
-  %1702 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1698
-  %1703 = getelementptr inbounds nuw i8, ptr %1699, i64 4
-  %1704 = getelementptr inbounds nuw i8, ptr %1700, i64 68
-  %1705 = getelementptr inbounds nuw i8, ptr %1701, i64 132
-  %1706 = getelementptr inbounds nuw i8, ptr %1702, i64 196
-  %1707 = load float, ptr %1703, align 4, !tbaa !9, !alias.scope !37
-  %1708 = load float, ptr %1704, align 4, !tbaa !9, !alias.scope !37
-  %1709 = load float, ptr %1705, align 4, !tbaa !9, !alias.scope !37
-  %1710 = load float, ptr %1706, align 4, !tbaa !9, !alias.scope !37
-  %1711 = insertelement <4 x float> poison, float %1707, i64 0
-  %1712 = insertelement <4 x float> %1711, float %1708, i64 1
-  %1713 = insertelement <4 x float> %1712, float %1709, i64 2
-  %1714 = insertelement <4 x float> %1713, float %1710, i64 3
-  %1715 = getelementptr inbounds nuw float, ptr %1694, i64 %index297
-  store <4 x float> %1714, ptr %1715, align 4, !tbaa !9, !alias.scope !40, !noalias !37
-  %index.next298 = or disjoint i64 %index297, 4
-  %1716 = shl nuw nsw i64 %index.next298, 6
-  %1717 = shl i64 %index.next298, 6
-  %1718 = shl i64 %index.next298, 6
-  %1719 = shl i64 %index.next298, 6
-  %1720 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1716
-  %1721 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1717
-  %1722 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1718
-  %1723 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1719
-  %1724 = getelementptr inbounds nuw i8, ptr %1720, i64 4
-  %1725 = getelementptr inbounds nuw i8, ptr %1721, i64 68
-  %1726 = getelementptr inbounds nuw i8, ptr %1722, i64 132
-  %1727 = getelementptr inbounds nuw i8, ptr %1723, i64 196
-  %1728 = load float, ptr %1724, align 4, !tbaa !9, !alias.scope !37
-  %1729 = load float, ptr %1725, align 4, !tbaa !9, !alias.scope !37
-  %1730 = load float, ptr %1726, align 4, !tbaa !9, !alias.scope !37
-  %1731 = load float, ptr %1727, align 4, !tbaa !9, !alias.scope !37
-  %1732 = insertelement <4 x float> poison, float %1728, i64 0
-  %1733 = insertelement <4 x float> %1732, float %1729, i64 1
-  %1734 = insertelement <4 x float> %1733, float %1730, i64 2
-  %1735 = insertelement <4 x float> %1734, float %1731, i64 3
-  %1736 = getelementptr inbounds nuw float, ptr %1694, i64 %index.next298
-  store <4 x float> %1735, ptr %1736, align 4, !tbaa !9, !alias.scope !40, !noalias !37
-  %index.next298.1 = add nuw nsw i64 %index297, 8
-  %1737 = icmp eq i64 %index.next298.1, 128
-  br i1 %1737, label %for_end_d259.1.i, label %vector.body296, !prof !27, !llvm.loop !42
+vector.body294:                                   ; preds = %vector.body294, %for_end_d259.i
+  %index295 = phi i64 [ %index.next296.1, %vector.body294 ], [ 0, %for_end_d259.i ]
+  %1683 = shl nuw nsw i64 %index295, 6
+  %1684 = shl i64 %index295, 6
+  %1685 = shl i64 %index295, 6
+  %1686 = shl i64 %index295, 6
+  %1687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1683
+  %1688 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1684
+  %1689 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1685
+  %1690 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1686
+  %1691 = getelementptr inbounds nuw i8, ptr %1687, i64 4
+  %1692 = getelementptr inbounds nuw i8, ptr %1688, i64 68
+  %1693 = getelementptr inbounds nuw i8, ptr %1689, i64 132
+  %1694 = getelementptr inbounds nuw i8, ptr %1690, i64 196
+  %1695 = load float, ptr %1691, align 4, !tbaa !9, !alias.scope !37
+  %1696 = load float, ptr %1692, align 4, !tbaa !9, !alias.scope !37
+  %1697 = load float, ptr %1693, align 4, !tbaa !9, !alias.scope !37
+  %1698 = load float, ptr %1694, align 4, !tbaa !9, !alias.scope !37
+  %1699 = insertelement <4 x float> poison, float %1695, i64 0
+  %1700 = insertelement <4 x float> %1699, float %1696, i64 1
+  %1701 = insertelement <4 x float> %1700, float %1697, i64 2
+  %1702 = insertelement <4 x float> %1701, float %1698, i64 3
+  %1703 = getelementptr inbounds nuw float, ptr %1682, i64 %index295
+  store <4 x float> %1702, ptr %1703, align 4, !tbaa !9, !alias.scope !40, !noalias !37
+  %index.next296 = or disjoint i64 %index295, 4
+  %1704 = shl nuw nsw i64 %index.next296, 6
+  %1705 = shl i64 %index.next296, 6
+  %1706 = shl i64 %index.next296, 6
+  %1707 = shl i64 %index.next296, 6
+  %1708 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1704
+  %1709 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1705
+  %1710 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1706
+  %1711 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1707
+  %1712 = getelementptr inbounds nuw i8, ptr %1708, i64 4
+  %1713 = getelementptr inbounds nuw i8, ptr %1709, i64 68
+  %1714 = getelementptr inbounds nuw i8, ptr %1710, i64 132
+  %1715 = getelementptr inbounds nuw i8, ptr %1711, i64 196
+  %1716 = load float, ptr %1712, align 4, !tbaa !9, !alias.scope !37
+  %1717 = load float, ptr %1713, align 4, !tbaa !9, !alias.scope !37
+  %1718 = load float, ptr %1714, align 4, !tbaa !9, !alias.scope !37
+  %1719 = load float, ptr %1715, align 4, !tbaa !9, !alias.scope !37
+  %1720 = insertelement <4 x float> poison, float %1716, i64 0
+  %1721 = insertelement <4 x float> %1720, float %1717, i64 1
+  %1722 = insertelement <4 x float> %1721, float %1718, i64 2
+  %1723 = insertelement <4 x float> %1722, float %1719, i64 3
+  %1724 = getelementptr inbounds nuw float, ptr %1682, i64 %index.next296
+  store <4 x float> %1723, ptr %1724, align 4, !tbaa !9, !alias.scope !40, !noalias !37
+  %index.next296.1 = add nuw nsw i64 %index295, 8
+  %1725 = icmp eq i64 %index.next296.1, 128
+  br i1 %1725, label %for_end_d259.1.i, label %vector.body294, !prof !27, !llvm.loop !42
 
 for_body_d258.1.i:                                ; preds = %for_body_d258.1.i, %for_end_d259.i
-  %indvars.iv1845.1.i = phi i64 [ %indvars.iv.next1846.1.i.3, %for_body_d258.1.i ], [ 0, %for_end_d259.i ]
-  %.idx1950.i = shl nuw nsw i64 %indvars.iv1845.1.i, 6
-  %1738 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1950.i
+  %indvars.iv1857.1.i = phi i64 [ %indvars.iv.next1858.1.i.3, %for_body_d258.1.i ], [ 0, %for_end_d259.i ]
+  %.idx1966.i = shl nuw nsw i64 %indvars.iv1857.1.i, 6
+  %1726 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1966.i
+  %1727 = getelementptr inbounds nuw i8, ptr %1726, i64 4
+  %1728 = load float, ptr %1727, align 4, !tbaa !9
+  %1729 = getelementptr inbounds nuw float, ptr %1682, i64 %indvars.iv1857.1.i
+  store float %1728, ptr %1729, align 4, !tbaa !9
+  %indvars.iv.next1858.1.i = or disjoint i64 %indvars.iv1857.1.i, 1
+  %.idx1966.i.1 = shl nuw nsw i64 %indvars.iv.next1858.1.i, 6
+  %1730 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1966.i.1
+  %1731 = getelementptr inbounds nuw i8, ptr %1730, i64 4
+  %1732 = load float, ptr %1731, align 4, !tbaa !9
+  %1733 = getelementptr inbounds nuw float, ptr %1682, i64 %indvars.iv.next1858.1.i
+  store float %1732, ptr %1733, align 4, !tbaa !9
+  %indvars.iv.next1858.1.i.1 = or disjoint i64 %indvars.iv1857.1.i, 2
+  %.idx1966.i.2 = shl nuw nsw i64 %indvars.iv.next1858.1.i.1, 6
+  %1734 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1966.i.2
+  %1735 = getelementptr inbounds nuw i8, ptr %1734, i64 4
+  %1736 = load float, ptr %1735, align 4, !tbaa !9
+  %1737 = getelementptr inbounds nuw float, ptr %1682, i64 %indvars.iv.next1858.1.i.1
+  store float %1736, ptr %1737, align 4, !tbaa !9
+  %indvars.iv.next1858.1.i.2 = or disjoint i64 %indvars.iv1857.1.i, 3
+  %.idx1966.i.3 = shl nuw nsw i64 %indvars.iv.next1858.1.i.2, 6
+  %1738 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1966.i.3
   %1739 = getelementptr inbounds nuw i8, ptr %1738, i64 4
   %1740 = load float, ptr %1739, align 4, !tbaa !9
-  %1741 = getelementptr inbounds nuw float, ptr %1694, i64 %indvars.iv1845.1.i
+  %1741 = getelementptr inbounds nuw float, ptr %1682, i64 %indvars.iv.next1858.1.i.2
   store float %1740, ptr %1741, align 4, !tbaa !9
-  %indvars.iv.next1846.1.i = or disjoint i64 %indvars.iv1845.1.i, 1
-  %.idx1950.i.1 = shl nuw nsw i64 %indvars.iv.next1846.1.i, 6
-  %1742 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1950.i.1
-  %1743 = getelementptr inbounds nuw i8, ptr %1742, i64 4
-  %1744 = load float, ptr %1743, align 4, !tbaa !9
-  %1745 = getelementptr inbounds nuw float, ptr %1694, i64 %indvars.iv.next1846.1.i
-  store float %1744, ptr %1745, align 4, !tbaa !9
-  %indvars.iv.next1846.1.i.1 = or disjoint i64 %indvars.iv1845.1.i, 2
-  %.idx1950.i.2 = shl nuw nsw i64 %indvars.iv.next1846.1.i.1, 6
-  %1746 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1950.i.2
-  %1747 = getelementptr inbounds nuw i8, ptr %1746, i64 4
-  %1748 = load float, ptr %1747, align 4, !tbaa !9
-  %1749 = getelementptr inbounds nuw float, ptr %1694, i64 %indvars.iv.next1846.1.i.1
-  store float %1748, ptr %1749, align 4, !tbaa !9
-  %indvars.iv.next1846.1.i.2 = or disjoint i64 %indvars.iv1845.1.i, 3
-  %.idx1950.i.3 = shl nuw nsw i64 %indvars.iv.next1846.1.i.2, 6
-  %1750 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1950.i.3
-  %1751 = getelementptr inbounds nuw i8, ptr %1750, i64 4
-  %1752 = load float, ptr %1751, align 4, !tbaa !9
-  %1753 = getelementptr inbounds nuw float, ptr %1694, i64 %indvars.iv.next1846.1.i.2
-  store float %1752, ptr %1753, align 4, !tbaa !9
-  %indvars.iv.next1846.1.i.3 = add nuw nsw i64 %indvars.iv1845.1.i, 4
-  %exitcond1848.1.not.i.3 = icmp eq i64 %indvars.iv.next1846.1.i.3, 128
-  br i1 %exitcond1848.1.not.i.3, label %for_end_d259.1.i, label %for_body_d258.1.i, !prof !17, !llvm.loop !43
+  %indvars.iv.next1858.1.i.3 = add nuw nsw i64 %indvars.iv1857.1.i, 4
+  %exitcond1860.1.not.i.3 = icmp eq i64 %indvars.iv.next1858.1.i.3, 128
+  br i1 %exitcond1860.1.not.i.3, label %for_end_d259.1.i, label %for_body_d258.1.i, !prof !17, !llvm.loop !43
 
-for_end_d259.1.i:                                 ; preds = %for_body_d258.1.i, %vector.body296
-  %1754 = getelementptr inbounds nuw i8, ptr %499, i64 1024
-  %scevgep275 = getelementptr i8, ptr %acc.i, i64 8
-  %scevgep276 = getelementptr i8, ptr %acc.i, i64 8140
-  %bound0277 = icmp ult ptr %scevgep273, %scevgep276
-  %bound1278 = icmp ult ptr %scevgep275, %scevgep274
-  %found.conflict279 = and i1 %bound0277, %bound1278
-  br i1 %found.conflict279, label %for_body_d258.2.i, label %vector.body282, !prof !11
+for_end_d259.1.i:                                 ; preds = %for_body_d258.1.i, %vector.body294
+  %1742 = getelementptr inbounds nuw i8, ptr %499, i64 1024
+  %scevgep273 = getelementptr i8, ptr %acc.i, i64 8
+  %scevgep274 = getelementptr i8, ptr %acc.i, i64 8140
+  %bound0275 = icmp ult ptr %scevgep271, %scevgep274
+  %bound1276 = icmp ult ptr %scevgep273, %scevgep272
+  %found.conflict277 = and i1 %bound0275, %bound1276
+  br i1 %found.conflict277, label %for_body_d258.2.i, label %vector.body280, !prof !11
 
-vector.body282:                                   ; preds = %vector.body282, %for_end_d259.1.i
-  %index283 = phi i64 [ %index.next284.1, %vector.body282 ], [ 0, %for_end_d259.1.i ]
-  %1755 = shl nuw nsw i64 %index283, 6
-  %1756 = shl i64 %index283, 6
-  %1757 = shl i64 %index283, 6
-  %1758 = shl i64 %index283, 6
-  %1759 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1755
-  %1760 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1756
-  %1761 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1757
-  %1762 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1758
-  %1763 = getelementptr inbounds nuw i8, ptr %1759, i64 8
-  %1764 = getelementptr inbounds nuw i8, ptr %1760, i64 72
-  %1765 = getelementptr inbounds nuw i8, ptr %1761, i64 136
-  %1766 = getelementptr inbounds nuw i8, ptr %1762, i64 200
-  %1767 = load float, ptr %1763, align 4, !tbaa !9, !alias.scope !44
-  %1768 = load float, ptr %1764, align 4, !tbaa !9, !alias.scope !44
-  %1769 = load float, ptr %1765, align 4, !tbaa !9, !alias.scope !44
-  %1770 = load float, ptr %1766, align 4, !tbaa !9, !alias.scope !44
-  %1771 = insertelement <4 x float> poison, float %1767, i64 0
-  %1772 = insertelement <4 x float> %1771, float %1768, i64 1
-  %1773 = insertelement <4 x float> %1772, float %1769, i64 2
-  %1774 = insertelement <4 x float> %1773, float %1770, i64 3
-  %1775 = getelementptr inbounds nuw float, ptr %1754, i64 %index283
-  store <4 x float> %1774, ptr %1775, align 4, !tbaa !9, !alias.scope !47, !noalias !44
-  %index.next284 = or disjoint i64 %index283, 4
-  %1776 = shl nuw nsw i64 %index.next284, 6
-  %1777 = shl i64 %index.next284, 6
-  %1778 = shl i64 %index.next284, 6
-  %1779 = shl i64 %index.next284, 6
-  %1780 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1776
-  %1781 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1777
-  %1782 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1778
-  %1783 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1779
-  %1784 = getelementptr inbounds nuw i8, ptr %1780, i64 8
-  %1785 = getelementptr inbounds nuw i8, ptr %1781, i64 72
-  %1786 = getelementptr inbounds nuw i8, ptr %1782, i64 136
-  %1787 = getelementptr inbounds nuw i8, ptr %1783, i64 200
-  %1788 = load float, ptr %1784, align 4, !tbaa !9, !alias.scope !44
-  %1789 = load float, ptr %1785, align 4, !tbaa !9, !alias.scope !44
-  %1790 = load float, ptr %1786, align 4, !tbaa !9, !alias.scope !44
-  %1791 = load float, ptr %1787, align 4, !tbaa !9, !alias.scope !44
-  %1792 = insertelement <4 x float> poison, float %1788, i64 0
-  %1793 = insertelement <4 x float> %1792, float %1789, i64 1
-  %1794 = insertelement <4 x float> %1793, float %1790, i64 2
-  %1795 = insertelement <4 x float> %1794, float %1791, i64 3
-  %1796 = getelementptr inbounds nuw float, ptr %1754, i64 %index.next284
-  store <4 x float> %1795, ptr %1796, align 4, !tbaa !9, !alias.scope !47, !noalias !44
-  %index.next284.1 = add nuw nsw i64 %index283, 8
-  %1797 = icmp eq i64 %index.next284.1, 128
-  br i1 %1797, label %for_end_d259.2.i, label %vector.body282, !prof !27, !llvm.loop !49
+vector.body280:                                   ; preds = %vector.body280, %for_end_d259.1.i
+  %index281 = phi i64 [ %index.next282.1, %vector.body280 ], [ 0, %for_end_d259.1.i ]
+  %1743 = shl nuw nsw i64 %index281, 6
+  %1744 = shl i64 %index281, 6
+  %1745 = shl i64 %index281, 6
+  %1746 = shl i64 %index281, 6
+  %1747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1743
+  %1748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1744
+  %1749 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1745
+  %1750 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1746
+  %1751 = getelementptr inbounds nuw i8, ptr %1747, i64 8
+  %1752 = getelementptr inbounds nuw i8, ptr %1748, i64 72
+  %1753 = getelementptr inbounds nuw i8, ptr %1749, i64 136
+  %1754 = getelementptr inbounds nuw i8, ptr %1750, i64 200
+  %1755 = load float, ptr %1751, align 4, !tbaa !9, !alias.scope !44
+  %1756 = load float, ptr %1752, align 4, !tbaa !9, !alias.scope !44
+  %1757 = load float, ptr %1753, align 4, !tbaa !9, !alias.scope !44
+  %1758 = load float, ptr %1754, align 4, !tbaa !9, !alias.scope !44
+  %1759 = insertelement <4 x float> poison, float %1755, i64 0
+  %1760 = insertelement <4 x float> %1759, float %1756, i64 1
+  %1761 = insertelement <4 x float> %1760, float %1757, i64 2
+  %1762 = insertelement <4 x float> %1761, float %1758, i64 3
+  %1763 = getelementptr inbounds nuw float, ptr %1742, i64 %index281
+  store <4 x float> %1762, ptr %1763, align 4, !tbaa !9, !alias.scope !47, !noalias !44
+  %index.next282 = or disjoint i64 %index281, 4
+  %1764 = shl nuw nsw i64 %index.next282, 6
+  %1765 = shl i64 %index.next282, 6
+  %1766 = shl i64 %index.next282, 6
+  %1767 = shl i64 %index.next282, 6
+  %1768 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1764
+  %1769 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1765
+  %1770 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1766
+  %1771 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1767
+  %1772 = getelementptr inbounds nuw i8, ptr %1768, i64 8
+  %1773 = getelementptr inbounds nuw i8, ptr %1769, i64 72
+  %1774 = getelementptr inbounds nuw i8, ptr %1770, i64 136
+  %1775 = getelementptr inbounds nuw i8, ptr %1771, i64 200
+  %1776 = load float, ptr %1772, align 4, !tbaa !9, !alias.scope !44
+  %1777 = load float, ptr %1773, align 4, !tbaa !9, !alias.scope !44
+  %1778 = load float, ptr %1774, align 4, !tbaa !9, !alias.scope !44
+  %1779 = load float, ptr %1775, align 4, !tbaa !9, !alias.scope !44
+  %1780 = insertelement <4 x float> poison, float %1776, i64 0
+  %1781 = insertelement <4 x float> %1780, float %1777, i64 1
+  %1782 = insertelement <4 x float> %1781, float %1778, i64 2
+  %1783 = insertelement <4 x float> %1782, float %1779, i64 3
+  %1784 = getelementptr inbounds nuw float, ptr %1742, i64 %index.next282
+  store <4 x float> %1783, ptr %1784, align 4, !tbaa !9, !alias.scope !47, !noalias !44
+  %index.next282.1 = add nuw nsw i64 %index281, 8
+  %1785 = icmp eq i64 %index.next282.1, 128
+  br i1 %1785, label %for_end_d259.2.i, label %vector.body280, !prof !27, !llvm.loop !49
 
 for_body_d258.2.i:                                ; preds = %for_body_d258.2.i, %for_end_d259.1.i
-  %indvars.iv1845.2.i = phi i64 [ %indvars.iv.next1846.2.i.3, %for_body_d258.2.i ], [ 0, %for_end_d259.1.i ]
-  %.idx1951.i = shl nuw nsw i64 %indvars.iv1845.2.i, 6
-  %1798 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1951.i
+  %indvars.iv1857.2.i = phi i64 [ %indvars.iv.next1858.2.i.3, %for_body_d258.2.i ], [ 0, %for_end_d259.1.i ]
+  %.idx1967.i = shl nuw nsw i64 %indvars.iv1857.2.i, 6
+  %1786 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1967.i
+  %1787 = getelementptr inbounds nuw i8, ptr %1786, i64 8
+  %1788 = load float, ptr %1787, align 4, !tbaa !9
+  %1789 = getelementptr inbounds nuw float, ptr %1742, i64 %indvars.iv1857.2.i
+  store float %1788, ptr %1789, align 4, !tbaa !9
+  %indvars.iv.next1858.2.i = or disjoint i64 %indvars.iv1857.2.i, 1
+  %.idx1967.i.1 = shl nuw nsw i64 %indvars.iv.next1858.2.i, 6
+  %1790 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1967.i.1
+  %1791 = getelementptr inbounds nuw i8, ptr %1790, i64 8
+  %1792 = load float, ptr %1791, align 4, !tbaa !9
+  %1793 = getelementptr inbounds nuw float, ptr %1742, i64 %indvars.iv.next1858.2.i
+  store float %1792, ptr %1793, align 4, !tbaa !9
+  %indvars.iv.next1858.2.i.1 = or disjoint i64 %indvars.iv1857.2.i, 2
+  %.idx1967.i.2 = shl nuw nsw i64 %indvars.iv.next1858.2.i.1, 6
+  %1794 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1967.i.2
+  %1795 = getelementptr inbounds nuw i8, ptr %1794, i64 8
+  %1796 = load float, ptr %1795, align 4, !tbaa !9
+  %1797 = getelementptr inbounds nuw float, ptr %1742, i64 %indvars.iv.next1858.2.i.1
+  store float %1796, ptr %1797, align 4, !tbaa !9
+  %indvars.iv.next1858.2.i.2 = or disjoint i64 %indvars.iv1857.2.i, 3
+  %.idx1967.i.3 = shl nuw nsw i64 %indvars.iv.next1858.2.i.2, 6
+  %1798 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1967.i.3
   %1799 = getelementptr inbounds nuw i8, ptr %1798, i64 8
   %1800 = load float, ptr %1799, align 4, !tbaa !9
-  %1801 = getelementptr inbounds nuw float, ptr %1754, i64 %indvars.iv1845.2.i
+  %1801 = getelementptr inbounds nuw float, ptr %1742, i64 %indvars.iv.next1858.2.i.2
   store float %1800, ptr %1801, align 4, !tbaa !9
-  %indvars.iv.next1846.2.i = or disjoint i64 %indvars.iv1845.2.i, 1
-  %.idx1951.i.1 = shl nuw nsw i64 %indvars.iv.next1846.2.i, 6
-  %1802 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1951.i.1
-  %1803 = getelementptr inbounds nuw i8, ptr %1802, i64 8
-  %1804 = load float, ptr %1803, align 4, !tbaa !9
-  %1805 = getelementptr inbounds nuw float, ptr %1754, i64 %indvars.iv.next1846.2.i
-  store float %1804, ptr %1805, align 4, !tbaa !9
-  %indvars.iv.next1846.2.i.1 = or disjoint i64 %indvars.iv1845.2.i, 2
-  %.idx1951.i.2 = shl nuw nsw i64 %indvars.iv.next1846.2.i.1, 6
-  %1806 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1951.i.2
-  %1807 = getelementptr inbounds nuw i8, ptr %1806, i64 8
-  %1808 = load float, ptr %1807, align 4, !tbaa !9
-  %1809 = getelementptr inbounds nuw float, ptr %1754, i64 %indvars.iv.next1846.2.i.1
-  store float %1808, ptr %1809, align 4, !tbaa !9
-  %indvars.iv.next1846.2.i.2 = or disjoint i64 %indvars.iv1845.2.i, 3
-  %.idx1951.i.3 = shl nuw nsw i64 %indvars.iv.next1846.2.i.2, 6
-  %1810 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1951.i.3
-  %1811 = getelementptr inbounds nuw i8, ptr %1810, i64 8
-  %1812 = load float, ptr %1811, align 4, !tbaa !9
-  %1813 = getelementptr inbounds nuw float, ptr %1754, i64 %indvars.iv.next1846.2.i.2
-  store float %1812, ptr %1813, align 4, !tbaa !9
-  %indvars.iv.next1846.2.i.3 = add nuw nsw i64 %indvars.iv1845.2.i, 4
-  %exitcond1848.2.not.i.3 = icmp eq i64 %indvars.iv.next1846.2.i.3, 128
-  br i1 %exitcond1848.2.not.i.3, label %for_end_d259.2.i, label %for_body_d258.2.i, !prof !17, !llvm.loop !50
+  %indvars.iv.next1858.2.i.3 = add nuw nsw i64 %indvars.iv1857.2.i, 4
+  %exitcond1860.2.not.i.3 = icmp eq i64 %indvars.iv.next1858.2.i.3, 128
+  br i1 %exitcond1860.2.not.i.3, label %for_end_d259.2.i, label %for_body_d258.2.i, !prof !17, !llvm.loop !50
 
-for_end_d259.2.i:                                 ; preds = %for_body_d258.2.i, %vector.body282
-  %1814 = getelementptr inbounds nuw i8, ptr %499, i64 1536
-  %scevgep261 = getelementptr i8, ptr %acc.i, i64 12
-  %scevgep262 = getelementptr i8, ptr %acc.i, i64 8144
-  %bound0263 = icmp ult ptr %scevgep259, %scevgep262
-  %bound1264 = icmp ult ptr %scevgep261, %scevgep260
-  %found.conflict265 = and i1 %bound0263, %bound1264
-  br i1 %found.conflict265, label %for_body_d258.3.i, label %vector.body268, !prof !11
+for_end_d259.2.i:                                 ; preds = %for_body_d258.2.i, %vector.body280
+  %1802 = getelementptr inbounds nuw i8, ptr %499, i64 1536
+  %scevgep259 = getelementptr i8, ptr %acc.i, i64 12
+  %scevgep260 = getelementptr i8, ptr %acc.i, i64 8144
+  %bound0261 = icmp ult ptr %scevgep257, %scevgep260
+  %bound1262 = icmp ult ptr %scevgep259, %scevgep258
+  %found.conflict263 = and i1 %bound0261, %bound1262
+  br i1 %found.conflict263, label %for_body_d258.3.i, label %vector.body266, !prof !11
 
-vector.body268:                                   ; preds = %vector.body268, %for_end_d259.2.i
-  %index269 = phi i64 [ %index.next270.1, %vector.body268 ], [ 0, %for_end_d259.2.i ]
-  %1815 = shl nuw nsw i64 %index269, 6
-  %1816 = shl i64 %index269, 6
-  %1817 = shl i64 %index269, 6
-  %1818 = shl i64 %index269, 6
-  %1819 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1815
-  %1820 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1816
-  %1821 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1817
-  %1822 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1818
-  %1823 = getelementptr inbounds nuw i8, ptr %1819, i64 12
-  %1824 = getelementptr inbounds nuw i8, ptr %1820, i64 76
-  %1825 = getelementptr inbounds nuw i8, ptr %1821, i64 140
-  %1826 = getelementptr inbounds nuw i8, ptr %1822, i64 204
-  %1827 = load float, ptr %1823, align 4, !tbaa !9, !alias.scope !51
-  %1828 = load float, ptr %1824, align 4, !tbaa !9, !alias.scope !51
-  %1829 = load float, ptr %1825, align 4, !tbaa !9, !alias.scope !51
-  %1830 = load float, ptr %1826, align 4, !tbaa !9, !alias.scope !51
-  %1831 = insertelement <4 x float> poison, float %1827, i64 0
-  %1832 = insertelement <4 x float> %1831, float %1828, i64 1
-  %1833 = insertelement <4 x float> %1832, float %1829, i64 2
-  %1834 = insertelement <4 x float> %1833, float %1830, i64 3
-  %1835 = getelementptr inbounds nuw float, ptr %1814, i64 %index269
-  store <4 x float> %1834, ptr %1835, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  %index.next270 = or disjoint i64 %index269, 4
-  %1836 = shl nuw nsw i64 %index.next270, 6
-  %1837 = shl i64 %index.next270, 6
-  %1838 = shl i64 %index.next270, 6
-  %1839 = shl i64 %index.next270, 6
-  %1840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1836
-  %1841 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1837
-  %1842 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1838
-  %1843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1839
-  %1844 = getelementptr inbounds nuw i8, ptr %1840, i64 12
-  %1845 = getelementptr inbounds nuw i8, ptr %1841, i64 76
-  %1846 = getelementptr inbounds nuw i8, ptr %1842, i64 140
-  %1847 = getelementptr inbounds nuw i8, ptr %1843, i64 204
-  %1848 = load float, ptr %1844, align 4, !tbaa !9, !alias.scope !51
-  %1849 = load float, ptr %1845, align 4, !tbaa !9, !alias.scope !51
-  %1850 = load float, ptr %1846, align 4, !tbaa !9, !alias.scope !51
-  %1851 = load float, ptr %1847, align 4, !tbaa !9, !alias.scope !51
-  %1852 = insertelement <4 x float> poison, float %1848, i64 0
-  %1853 = insertelement <4 x float> %1852, float %1849, i64 1
-  %1854 = insertelement <4 x float> %1853, float %1850, i64 2
-  %1855 = insertelement <4 x float> %1854, float %1851, i64 3
-  %1856 = getelementptr inbounds nuw float, ptr %1814, i64 %index.next270
-  store <4 x float> %1855, ptr %1856, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  %index.next270.1 = add nuw nsw i64 %index269, 8
-  %1857 = icmp eq i64 %index.next270.1, 128
-  br i1 %1857, label %for_end_d259.3.i, label %vector.body268, !prof !27, !llvm.loop !56
+vector.body266:                                   ; preds = %vector.body266, %for_end_d259.2.i
+  %index267 = phi i64 [ %index.next268.1, %vector.body266 ], [ 0, %for_end_d259.2.i ]
+  %1803 = shl nuw nsw i64 %index267, 6
+  %1804 = shl i64 %index267, 6
+  %1805 = shl i64 %index267, 6
+  %1806 = shl i64 %index267, 6
+  %1807 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1803
+  %1808 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1804
+  %1809 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1805
+  %1810 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1806
+  %1811 = getelementptr inbounds nuw i8, ptr %1807, i64 12
+  %1812 = getelementptr inbounds nuw i8, ptr %1808, i64 76
+  %1813 = getelementptr inbounds nuw i8, ptr %1809, i64 140
+  %1814 = getelementptr inbounds nuw i8, ptr %1810, i64 204
+  %1815 = load float, ptr %1811, align 4, !tbaa !9, !alias.scope !51
+  %1816 = load float, ptr %1812, align 4, !tbaa !9, !alias.scope !51
+  %1817 = load float, ptr %1813, align 4, !tbaa !9, !alias.scope !51
+  %1818 = load float, ptr %1814, align 4, !tbaa !9, !alias.scope !51
+  %1819 = insertelement <4 x float> poison, float %1815, i64 0
+  %1820 = insertelement <4 x float> %1819, float %1816, i64 1
+  %1821 = insertelement <4 x float> %1820, float %1817, i64 2
+  %1822 = insertelement <4 x float> %1821, float %1818, i64 3
+  %1823 = getelementptr inbounds nuw float, ptr %1802, i64 %index267
+  store <4 x float> %1822, ptr %1823, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  %index.next268 = or disjoint i64 %index267, 4
+  %1824 = shl nuw nsw i64 %index.next268, 6
+  %1825 = shl i64 %index.next268, 6
+  %1826 = shl i64 %index.next268, 6
+  %1827 = shl i64 %index.next268, 6
+  %1828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1824
+  %1829 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1825
+  %1830 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1826
+  %1831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1827
+  %1832 = getelementptr inbounds nuw i8, ptr %1828, i64 12
+  %1833 = getelementptr inbounds nuw i8, ptr %1829, i64 76
+  %1834 = getelementptr inbounds nuw i8, ptr %1830, i64 140
+  %1835 = getelementptr inbounds nuw i8, ptr %1831, i64 204
+  %1836 = load float, ptr %1832, align 4, !tbaa !9, !alias.scope !51
+  %1837 = load float, ptr %1833, align 4, !tbaa !9, !alias.scope !51
+  %1838 = load float, ptr %1834, align 4, !tbaa !9, !alias.scope !51
+  %1839 = load float, ptr %1835, align 4, !tbaa !9, !alias.scope !51
+  %1840 = insertelement <4 x float> poison, float %1836, i64 0
+  %1841 = insertelement <4 x float> %1840, float %1837, i64 1
+  %1842 = insertelement <4 x float> %1841, float %1838, i64 2
+  %1843 = insertelement <4 x float> %1842, float %1839, i64 3
+  %1844 = getelementptr inbounds nuw float, ptr %1802, i64 %index.next268
+  store <4 x float> %1843, ptr %1844, align 4, !tbaa !9, !alias.scope !54, !noalias !51
+  %index.next268.1 = add nuw nsw i64 %index267, 8
+  %1845 = icmp eq i64 %index.next268.1, 128
+  br i1 %1845, label %for_end_d259.3.i, label %vector.body266, !prof !27, !llvm.loop !56
 
 for_body_d258.3.i:                                ; preds = %for_body_d258.3.i, %for_end_d259.2.i
-  %indvars.iv1845.3.i = phi i64 [ %indvars.iv.next1846.3.i.3, %for_body_d258.3.i ], [ 0, %for_end_d259.2.i ]
-  %.idx1952.i = shl nuw nsw i64 %indvars.iv1845.3.i, 6
-  %1858 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1952.i
+  %indvars.iv1857.3.i = phi i64 [ %indvars.iv.next1858.3.i.3, %for_body_d258.3.i ], [ 0, %for_end_d259.2.i ]
+  %.idx1968.i = shl nuw nsw i64 %indvars.iv1857.3.i, 6
+  %1846 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1968.i
+  %1847 = getelementptr inbounds nuw i8, ptr %1846, i64 12
+  %1848 = load float, ptr %1847, align 4, !tbaa !9
+  %1849 = getelementptr inbounds nuw float, ptr %1802, i64 %indvars.iv1857.3.i
+  store float %1848, ptr %1849, align 4, !tbaa !9
+  %indvars.iv.next1858.3.i = or disjoint i64 %indvars.iv1857.3.i, 1
+  %.idx1968.i.1 = shl nuw nsw i64 %indvars.iv.next1858.3.i, 6
+  %1850 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1968.i.1
+  %1851 = getelementptr inbounds nuw i8, ptr %1850, i64 12
+  %1852 = load float, ptr %1851, align 4, !tbaa !9
+  %1853 = getelementptr inbounds nuw float, ptr %1802, i64 %indvars.iv.next1858.3.i
+  store float %1852, ptr %1853, align 4, !tbaa !9
+  %indvars.iv.next1858.3.i.1 = or disjoint i64 %indvars.iv1857.3.i, 2
+  %.idx1968.i.2 = shl nuw nsw i64 %indvars.iv.next1858.3.i.1, 6
+  %1854 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1968.i.2
+  %1855 = getelementptr inbounds nuw i8, ptr %1854, i64 12
+  %1856 = load float, ptr %1855, align 4, !tbaa !9
+  %1857 = getelementptr inbounds nuw float, ptr %1802, i64 %indvars.iv.next1858.3.i.1
+  store float %1856, ptr %1857, align 4, !tbaa !9
+  %indvars.iv.next1858.3.i.2 = or disjoint i64 %indvars.iv1857.3.i, 3
+  %.idx1968.i.3 = shl nuw nsw i64 %indvars.iv.next1858.3.i.2, 6
+  %1858 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1968.i.3
   %1859 = getelementptr inbounds nuw i8, ptr %1858, i64 12
   %1860 = load float, ptr %1859, align 4, !tbaa !9
-  %1861 = getelementptr inbounds nuw float, ptr %1814, i64 %indvars.iv1845.3.i
+  %1861 = getelementptr inbounds nuw float, ptr %1802, i64 %indvars.iv.next1858.3.i.2
   store float %1860, ptr %1861, align 4, !tbaa !9
-  %indvars.iv.next1846.3.i = or disjoint i64 %indvars.iv1845.3.i, 1
-  %.idx1952.i.1 = shl nuw nsw i64 %indvars.iv.next1846.3.i, 6
-  %1862 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1952.i.1
-  %1863 = getelementptr inbounds nuw i8, ptr %1862, i64 12
-  %1864 = load float, ptr %1863, align 4, !tbaa !9
-  %1865 = getelementptr inbounds nuw float, ptr %1814, i64 %indvars.iv.next1846.3.i
-  store float %1864, ptr %1865, align 4, !tbaa !9
-  %indvars.iv.next1846.3.i.1 = or disjoint i64 %indvars.iv1845.3.i, 2
-  %.idx1952.i.2 = shl nuw nsw i64 %indvars.iv.next1846.3.i.1, 6
-  %1866 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1952.i.2
-  %1867 = getelementptr inbounds nuw i8, ptr %1866, i64 12
-  %1868 = load float, ptr %1867, align 4, !tbaa !9
-  %1869 = getelementptr inbounds nuw float, ptr %1814, i64 %indvars.iv.next1846.3.i.1
-  store float %1868, ptr %1869, align 4, !tbaa !9
-  %indvars.iv.next1846.3.i.2 = or disjoint i64 %indvars.iv1845.3.i, 3
-  %.idx1952.i.3 = shl nuw nsw i64 %indvars.iv.next1846.3.i.2, 6
-  %1870 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1952.i.3
-  %1871 = getelementptr inbounds nuw i8, ptr %1870, i64 12
-  %1872 = load float, ptr %1871, align 4, !tbaa !9
-  %1873 = getelementptr inbounds nuw float, ptr %1814, i64 %indvars.iv.next1846.3.i.2
-  store float %1872, ptr %1873, align 4, !tbaa !9
-  %indvars.iv.next1846.3.i.3 = add nuw nsw i64 %indvars.iv1845.3.i, 4
-  %exitcond1848.3.not.i.3 = icmp eq i64 %indvars.iv.next1846.3.i.3, 128
-  br i1 %exitcond1848.3.not.i.3, label %for_end_d259.3.i, label %for_body_d258.3.i, !prof !17, !llvm.loop !57
+  %indvars.iv.next1858.3.i.3 = add nuw nsw i64 %indvars.iv1857.3.i, 4
+  %exitcond1860.3.not.i.3 = icmp eq i64 %indvars.iv.next1858.3.i.3, 128
+  br i1 %exitcond1860.3.not.i.3, label %for_end_d259.3.i, label %for_body_d258.3.i, !prof !17, !llvm.loop !57
 
-for_end_d259.3.i:                                 ; preds = %for_body_d258.3.i, %vector.body268
-  %1874 = getelementptr inbounds nuw i8, ptr %499, i64 2048
-  %scevgep247 = getelementptr i8, ptr %acc.i, i64 16
-  %scevgep248 = getelementptr i8, ptr %acc.i, i64 8148
-  %bound0249 = icmp ult ptr %scevgep245, %scevgep248
-  %bound1250 = icmp ult ptr %scevgep247, %scevgep246
-  %found.conflict251 = and i1 %bound0249, %bound1250
-  br i1 %found.conflict251, label %for_body_d258.4.i, label %vector.body254, !prof !11
+for_end_d259.3.i:                                 ; preds = %for_body_d258.3.i, %vector.body266
+  %1862 = getelementptr inbounds nuw i8, ptr %499, i64 2048
+  %scevgep245 = getelementptr i8, ptr %acc.i, i64 16
+  %scevgep246 = getelementptr i8, ptr %acc.i, i64 8148
+  %bound0247 = icmp ult ptr %scevgep243, %scevgep246
+  %bound1248 = icmp ult ptr %scevgep245, %scevgep244
+  %found.conflict249 = and i1 %bound0247, %bound1248
+  br i1 %found.conflict249, label %for_body_d258.4.i, label %vector.body252, !prof !11
 
-vector.body254:                                   ; preds = %vector.body254, %for_end_d259.3.i
-  %index255 = phi i64 [ %index.next256.1, %vector.body254 ], [ 0, %for_end_d259.3.i ]
-  %1875 = shl nuw nsw i64 %index255, 6
-  %1876 = shl i64 %index255, 6
-  %1877 = shl i64 %index255, 6
-  %1878 = shl i64 %index255, 6
-  %1879 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1875
-  %1880 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1876
-  %1881 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1877
-  %1882 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1878
-  %1883 = getelementptr inbounds nuw i8, ptr %1879, i64 16
-  %1884 = getelementptr inbounds nuw i8, ptr %1880, i64 80
-  %1885 = getelementptr inbounds nuw i8, ptr %1881, i64 144
-  %1886 = getelementptr inbounds nuw i8, ptr %1882, i64 208
-  %1887 = load float, ptr %1883, align 4, !tbaa !9, !alias.scope !58
-  %1888 = load float, ptr %1884, align 4, !tbaa !9, !alias.scope !58
-  %1889 = load float, ptr %1885, align 4, !tbaa !9, !alias.scope !58
-  %1890 = load float, ptr %1886, align 4, !tbaa !9, !alias.scope !58
-  %1891 = insertelement <4 x float> poison, float %1887, i64 0
-  %1892 = insertelement <4 x float> %1891, float %1888, i64 1
-  %1893 = insertelement <4 x float> %1892, float %1889, i64 2
-  %1894 = insertelement <4 x float> %1893, float %1890, i64 3
-  %1895 = getelementptr inbounds nuw float, ptr %1874, i64 %index255
-  store <4 x float> %1894, ptr %1895, align 4, !tbaa !9, !alias.scope !61, !noalias !58
-  %index.next256 = or disjoint i64 %index255, 4
-  %1896 = shl nuw nsw i64 %index.next256, 6
-  %1897 = shl i64 %index.next256, 6
-  %1898 = shl i64 %index.next256, 6
-  %1899 = shl i64 %index.next256, 6
-  %1900 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1896
-  %1901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1897
-  %1902 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1898
-  %1903 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1899
-  %1904 = getelementptr inbounds nuw i8, ptr %1900, i64 16
-  %1905 = getelementptr inbounds nuw i8, ptr %1901, i64 80
-  %1906 = getelementptr inbounds nuw i8, ptr %1902, i64 144
-  %1907 = getelementptr inbounds nuw i8, ptr %1903, i64 208
-  %1908 = load float, ptr %1904, align 4, !tbaa !9, !alias.scope !58
-  %1909 = load float, ptr %1905, align 4, !tbaa !9, !alias.scope !58
-  %1910 = load float, ptr %1906, align 4, !tbaa !9, !alias.scope !58
-  %1911 = load float, ptr %1907, align 4, !tbaa !9, !alias.scope !58
-  %1912 = insertelement <4 x float> poison, float %1908, i64 0
-  %1913 = insertelement <4 x float> %1912, float %1909, i64 1
-  %1914 = insertelement <4 x float> %1913, float %1910, i64 2
-  %1915 = insertelement <4 x float> %1914, float %1911, i64 3
-  %1916 = getelementptr inbounds nuw float, ptr %1874, i64 %index.next256
-  store <4 x float> %1915, ptr %1916, align 4, !tbaa !9, !alias.scope !61, !noalias !58
-  %index.next256.1 = add nuw nsw i64 %index255, 8
-  %1917 = icmp eq i64 %index.next256.1, 128
-  br i1 %1917, label %for_end_d259.4.i, label %vector.body254, !prof !27, !llvm.loop !63
+vector.body252:                                   ; preds = %vector.body252, %for_end_d259.3.i
+  %index253 = phi i64 [ %index.next254.1, %vector.body252 ], [ 0, %for_end_d259.3.i ]
+  %1863 = shl nuw nsw i64 %index253, 6
+  %1864 = shl i64 %index253, 6
+  %1865 = shl i64 %index253, 6
+  %1866 = shl i64 %index253, 6
+  %1867 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1863
+  %1868 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1864
+  %1869 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1865
+  %1870 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1866
+  %1871 = getelementptr inbounds nuw i8, ptr %1867, i64 16
+  %1872 = getelementptr inbounds nuw i8, ptr %1868, i64 80
+  %1873 = getelementptr inbounds nuw i8, ptr %1869, i64 144
+  %1874 = getelementptr inbounds nuw i8, ptr %1870, i64 208
+  %1875 = load float, ptr %1871, align 4, !tbaa !9, !alias.scope !58
+  %1876 = load float, ptr %1872, align 4, !tbaa !9, !alias.scope !58
+  %1877 = load float, ptr %1873, align 4, !tbaa !9, !alias.scope !58
+  %1878 = load float, ptr %1874, align 4, !tbaa !9, !alias.scope !58
+  %1879 = insertelement <4 x float> poison, float %1875, i64 0
+  %1880 = insertelement <4 x float> %1879, float %1876, i64 1
+  %1881 = insertelement <4 x float> %1880, float %1877, i64 2
+  %1882 = insertelement <4 x float> %1881, float %1878, i64 3
+  %1883 = getelementptr inbounds nuw float, ptr %1862, i64 %index253
+  store <4 x float> %1882, ptr %1883, align 4, !tbaa !9, !alias.scope !61, !noalias !58
+  %index.next254 = or disjoint i64 %index253, 4
+  %1884 = shl nuw nsw i64 %index.next254, 6
+  %1885 = shl i64 %index.next254, 6
+  %1886 = shl i64 %index.next254, 6
+  %1887 = shl i64 %index.next254, 6
+  %1888 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1884
+  %1889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1885
+  %1890 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1886
+  %1891 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1887
+  %1892 = getelementptr inbounds nuw i8, ptr %1888, i64 16
+  %1893 = getelementptr inbounds nuw i8, ptr %1889, i64 80
+  %1894 = getelementptr inbounds nuw i8, ptr %1890, i64 144
+  %1895 = getelementptr inbounds nuw i8, ptr %1891, i64 208
+  %1896 = load float, ptr %1892, align 4, !tbaa !9, !alias.scope !58
+  %1897 = load float, ptr %1893, align 4, !tbaa !9, !alias.scope !58
+  %1898 = load float, ptr %1894, align 4, !tbaa !9, !alias.scope !58
+  %1899 = load float, ptr %1895, align 4, !tbaa !9, !alias.scope !58
+  %1900 = insertelement <4 x float> poison, float %1896, i64 0
+  %1901 = insertelement <4 x float> %1900, float %1897, i64 1
+  %1902 = insertelement <4 x float> %1901, float %1898, i64 2
+  %1903 = insertelement <4 x float> %1902, float %1899, i64 3
+  %1904 = getelementptr inbounds nuw float, ptr %1862, i64 %index.next254
+  store <4 x float> %1903, ptr %1904, align 4, !tbaa !9, !alias.scope !61, !noalias !58
+  %index.next254.1 = add nuw nsw i64 %index253, 8
+  %1905 = icmp eq i64 %index.next254.1, 128
+  br i1 %1905, label %for_end_d259.4.i, label %vector.body252, !prof !27, !llvm.loop !63
 
 for_body_d258.4.i:                                ; preds = %for_body_d258.4.i, %for_end_d259.3.i
-  %indvars.iv1845.4.i = phi i64 [ %indvars.iv.next1846.4.i.3, %for_body_d258.4.i ], [ 0, %for_end_d259.3.i ]
-  %.idx1953.i = shl nuw nsw i64 %indvars.iv1845.4.i, 6
-  %1918 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1953.i
+  %indvars.iv1857.4.i = phi i64 [ %indvars.iv.next1858.4.i.3, %for_body_d258.4.i ], [ 0, %for_end_d259.3.i ]
+  %.idx1969.i = shl nuw nsw i64 %indvars.iv1857.4.i, 6
+  %1906 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1969.i
+  %1907 = getelementptr inbounds nuw i8, ptr %1906, i64 16
+  %1908 = load float, ptr %1907, align 4, !tbaa !9
+  %1909 = getelementptr inbounds nuw float, ptr %1862, i64 %indvars.iv1857.4.i
+  store float %1908, ptr %1909, align 4, !tbaa !9
+  %indvars.iv.next1858.4.i = or disjoint i64 %indvars.iv1857.4.i, 1
+  %.idx1969.i.1 = shl nuw nsw i64 %indvars.iv.next1858.4.i, 6
+  %1910 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1969.i.1
+  %1911 = getelementptr inbounds nuw i8, ptr %1910, i64 16
+  %1912 = load float, ptr %1911, align 4, !tbaa !9
+  %1913 = getelementptr inbounds nuw float, ptr %1862, i64 %indvars.iv.next1858.4.i
+  store float %1912, ptr %1913, align 4, !tbaa !9
+  %indvars.iv.next1858.4.i.1 = or disjoint i64 %indvars.iv1857.4.i, 2
+  %.idx1969.i.2 = shl nuw nsw i64 %indvars.iv.next1858.4.i.1, 6
+  %1914 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1969.i.2
+  %1915 = getelementptr inbounds nuw i8, ptr %1914, i64 16
+  %1916 = load float, ptr %1915, align 4, !tbaa !9
+  %1917 = getelementptr inbounds nuw float, ptr %1862, i64 %indvars.iv.next1858.4.i.1
+  store float %1916, ptr %1917, align 4, !tbaa !9
+  %indvars.iv.next1858.4.i.2 = or disjoint i64 %indvars.iv1857.4.i, 3
+  %.idx1969.i.3 = shl nuw nsw i64 %indvars.iv.next1858.4.i.2, 6
+  %1918 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1969.i.3
   %1919 = getelementptr inbounds nuw i8, ptr %1918, i64 16
   %1920 = load float, ptr %1919, align 4, !tbaa !9
-  %1921 = getelementptr inbounds nuw float, ptr %1874, i64 %indvars.iv1845.4.i
+  %1921 = getelementptr inbounds nuw float, ptr %1862, i64 %indvars.iv.next1858.4.i.2
   store float %1920, ptr %1921, align 4, !tbaa !9
-  %indvars.iv.next1846.4.i = or disjoint i64 %indvars.iv1845.4.i, 1
-  %.idx1953.i.1 = shl nuw nsw i64 %indvars.iv.next1846.4.i, 6
-  %1922 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1953.i.1
-  %1923 = getelementptr inbounds nuw i8, ptr %1922, i64 16
-  %1924 = load float, ptr %1923, align 4, !tbaa !9
-  %1925 = getelementptr inbounds nuw float, ptr %1874, i64 %indvars.iv.next1846.4.i
-  store float %1924, ptr %1925, align 4, !tbaa !9
-  %indvars.iv.next1846.4.i.1 = or disjoint i64 %indvars.iv1845.4.i, 2
-  %.idx1953.i.2 = shl nuw nsw i64 %indvars.iv.next1846.4.i.1, 6
-  %1926 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1953.i.2
-  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 16
-  %1928 = load float, ptr %1927, align 4, !tbaa !9
-  %1929 = getelementptr inbounds nuw float, ptr %1874, i64 %indvars.iv.next1846.4.i.1
-  store float %1928, ptr %1929, align 4, !tbaa !9
-  %indvars.iv.next1846.4.i.2 = or disjoint i64 %indvars.iv1845.4.i, 3
-  %.idx1953.i.3 = shl nuw nsw i64 %indvars.iv.next1846.4.i.2, 6
-  %1930 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1953.i.3
-  %1931 = getelementptr inbounds nuw i8, ptr %1930, i64 16
-  %1932 = load float, ptr %1931, align 4, !tbaa !9
-  %1933 = getelementptr inbounds nuw float, ptr %1874, i64 %indvars.iv.next1846.4.i.2
-  store float %1932, ptr %1933, align 4, !tbaa !9
-  %indvars.iv.next1846.4.i.3 = add nuw nsw i64 %indvars.iv1845.4.i, 4
-  %exitcond1848.4.not.i.3 = icmp eq i64 %indvars.iv.next1846.4.i.3, 128
-  br i1 %exitcond1848.4.not.i.3, label %for_end_d259.4.i, label %for_body_d258.4.i, !prof !17, !llvm.loop !64
+  %indvars.iv.next1858.4.i.3 = add nuw nsw i64 %indvars.iv1857.4.i, 4
+  %exitcond1860.4.not.i.3 = icmp eq i64 %indvars.iv.next1858.4.i.3, 128
+  br i1 %exitcond1860.4.not.i.3, label %for_end_d259.4.i, label %for_body_d258.4.i, !prof !17, !llvm.loop !64
 
-for_end_d259.4.i:                                 ; preds = %for_body_d258.4.i, %vector.body254
-  %1934 = getelementptr inbounds nuw i8, ptr %499, i64 2560
-  %scevgep233 = getelementptr i8, ptr %acc.i, i64 20
-  %scevgep234 = getelementptr i8, ptr %acc.i, i64 8152
-  %bound0235 = icmp ult ptr %scevgep231, %scevgep234
-  %bound1236 = icmp ult ptr %scevgep233, %scevgep232
-  %found.conflict237 = and i1 %bound0235, %bound1236
-  br i1 %found.conflict237, label %for_body_d258.5.i, label %vector.body240, !prof !11
+for_end_d259.4.i:                                 ; preds = %for_body_d258.4.i, %vector.body252
+  %1922 = getelementptr inbounds nuw i8, ptr %499, i64 2560
+  %scevgep231 = getelementptr i8, ptr %acc.i, i64 20
+  %scevgep232 = getelementptr i8, ptr %acc.i, i64 8152
+  %bound0233 = icmp ult ptr %scevgep229, %scevgep232
+  %bound1234 = icmp ult ptr %scevgep231, %scevgep230
+  %found.conflict235 = and i1 %bound0233, %bound1234
+  br i1 %found.conflict235, label %for_body_d258.5.i, label %vector.body238, !prof !11
 
-vector.body240:                                   ; preds = %vector.body240, %for_end_d259.4.i
-  %index241 = phi i64 [ %index.next242.1, %vector.body240 ], [ 0, %for_end_d259.4.i ]
-  %1935 = shl nuw nsw i64 %index241, 6
-  %1936 = shl i64 %index241, 6
-  %1937 = shl i64 %index241, 6
-  %1938 = shl i64 %index241, 6
-  %1939 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1935
-  %1940 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1936
-  %1941 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1937
-  %1942 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1938
-  %1943 = getelementptr inbounds nuw i8, ptr %1939, i64 20
-  %1944 = getelementptr inbounds nuw i8, ptr %1940, i64 84
-  %1945 = getelementptr inbounds nuw i8, ptr %1941, i64 148
-  %1946 = getelementptr inbounds nuw i8, ptr %1942, i64 212
-  %1947 = load float, ptr %1943, align 4, !tbaa !9, !alias.scope !65
-  %1948 = load float, ptr %1944, align 4, !tbaa !9, !alias.scope !65
-  %1949 = load float, ptr %1945, align 4, !tbaa !9, !alias.scope !65
-  %1950 = load float, ptr %1946, align 4, !tbaa !9, !alias.scope !65
-  %1951 = insertelement <4 x float> poison, float %1947, i64 0
-  %1952 = insertelement <4 x float> %1951, float %1948, i64 1
-  %1953 = insertelement <4 x float> %1952, float %1949, i64 2
-  %1954 = insertelement <4 x float> %1953, float %1950, i64 3
-  %1955 = getelementptr inbounds nuw float, ptr %1934, i64 %index241
-  store <4 x float> %1954, ptr %1955, align 4, !tbaa !9, !alias.scope !68, !noalias !65
-  %index.next242 = or disjoint i64 %index241, 4
-  %1956 = shl nuw nsw i64 %index.next242, 6
-  %1957 = shl i64 %index.next242, 6
-  %1958 = shl i64 %index.next242, 6
-  %1959 = shl i64 %index.next242, 6
-  %1960 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1956
-  %1961 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1957
-  %1962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1958
-  %1963 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1959
-  %1964 = getelementptr inbounds nuw i8, ptr %1960, i64 20
-  %1965 = getelementptr inbounds nuw i8, ptr %1961, i64 84
-  %1966 = getelementptr inbounds nuw i8, ptr %1962, i64 148
-  %1967 = getelementptr inbounds nuw i8, ptr %1963, i64 212
-  %1968 = load float, ptr %1964, align 4, !tbaa !9, !alias.scope !65
-  %1969 = load float, ptr %1965, align 4, !tbaa !9, !alias.scope !65
-  %1970 = load float, ptr %1966, align 4, !tbaa !9, !alias.scope !65
-  %1971 = load float, ptr %1967, align 4, !tbaa !9, !alias.scope !65
-  %1972 = insertelement <4 x float> poison, float %1968, i64 0
-  %1973 = insertelement <4 x float> %1972, float %1969, i64 1
-  %1974 = insertelement <4 x float> %1973, float %1970, i64 2
-  %1975 = insertelement <4 x float> %1974, float %1971, i64 3
-  %1976 = getelementptr inbounds nuw float, ptr %1934, i64 %index.next242
-  store <4 x float> %1975, ptr %1976, align 4, !tbaa !9, !alias.scope !68, !noalias !65
-  %index.next242.1 = add nuw nsw i64 %index241, 8
-  %1977 = icmp eq i64 %index.next242.1, 128
-  br i1 %1977, label %for_end_d259.5.i, label %vector.body240, !prof !27, !llvm.loop !70
+vector.body238:                                   ; preds = %vector.body238, %for_end_d259.4.i
+  %index239 = phi i64 [ %index.next240.1, %vector.body238 ], [ 0, %for_end_d259.4.i ]
+  %1923 = shl nuw nsw i64 %index239, 6
+  %1924 = shl i64 %index239, 6
+  %1925 = shl i64 %index239, 6
+  %1926 = shl i64 %index239, 6
+  %1927 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1923
+  %1928 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1924
+  %1929 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1925
+  %1930 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1926
+  %1931 = getelementptr inbounds nuw i8, ptr %1927, i64 20
+  %1932 = getelementptr inbounds nuw i8, ptr %1928, i64 84
+  %1933 = getelementptr inbounds nuw i8, ptr %1929, i64 148
+  %1934 = getelementptr inbounds nuw i8, ptr %1930, i64 212
+  %1935 = load float, ptr %1931, align 4, !tbaa !9, !alias.scope !65
+  %1936 = load float, ptr %1932, align 4, !tbaa !9, !alias.scope !65
+  %1937 = load float, ptr %1933, align 4, !tbaa !9, !alias.scope !65
+  %1938 = load float, ptr %1934, align 4, !tbaa !9, !alias.scope !65
+  %1939 = insertelement <4 x float> poison, float %1935, i64 0
+  %1940 = insertelement <4 x float> %1939, float %1936, i64 1
+  %1941 = insertelement <4 x float> %1940, float %1937, i64 2
+  %1942 = insertelement <4 x float> %1941, float %1938, i64 3
+  %1943 = getelementptr inbounds nuw float, ptr %1922, i64 %index239
+  store <4 x float> %1942, ptr %1943, align 4, !tbaa !9, !alias.scope !68, !noalias !65
+  %index.next240 = or disjoint i64 %index239, 4
+  %1944 = shl nuw nsw i64 %index.next240, 6
+  %1945 = shl i64 %index.next240, 6
+  %1946 = shl i64 %index.next240, 6
+  %1947 = shl i64 %index.next240, 6
+  %1948 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1944
+  %1949 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1945
+  %1950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1946
+  %1951 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1947
+  %1952 = getelementptr inbounds nuw i8, ptr %1948, i64 20
+  %1953 = getelementptr inbounds nuw i8, ptr %1949, i64 84
+  %1954 = getelementptr inbounds nuw i8, ptr %1950, i64 148
+  %1955 = getelementptr inbounds nuw i8, ptr %1951, i64 212
+  %1956 = load float, ptr %1952, align 4, !tbaa !9, !alias.scope !65
+  %1957 = load float, ptr %1953, align 4, !tbaa !9, !alias.scope !65
+  %1958 = load float, ptr %1954, align 4, !tbaa !9, !alias.scope !65
+  %1959 = load float, ptr %1955, align 4, !tbaa !9, !alias.scope !65
+  %1960 = insertelement <4 x float> poison, float %1956, i64 0
+  %1961 = insertelement <4 x float> %1960, float %1957, i64 1
+  %1962 = insertelement <4 x float> %1961, float %1958, i64 2
+  %1963 = insertelement <4 x float> %1962, float %1959, i64 3
+  %1964 = getelementptr inbounds nuw float, ptr %1922, i64 %index.next240
+  store <4 x float> %1963, ptr %1964, align 4, !tbaa !9, !alias.scope !68, !noalias !65
+  %index.next240.1 = add nuw nsw i64 %index239, 8
+  %1965 = icmp eq i64 %index.next240.1, 128
+  br i1 %1965, label %for_end_d259.5.i, label %vector.body238, !prof !27, !llvm.loop !70
 
 for_body_d258.5.i:                                ; preds = %for_body_d258.5.i, %for_end_d259.4.i
-  %indvars.iv1845.5.i = phi i64 [ %indvars.iv.next1846.5.i.3, %for_body_d258.5.i ], [ 0, %for_end_d259.4.i ]
-  %.idx1954.i = shl nuw nsw i64 %indvars.iv1845.5.i, 6
-  %1978 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1954.i
+  %indvars.iv1857.5.i = phi i64 [ %indvars.iv.next1858.5.i.3, %for_body_d258.5.i ], [ 0, %for_end_d259.4.i ]
+  %.idx1970.i = shl nuw nsw i64 %indvars.iv1857.5.i, 6
+  %1966 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1970.i
+  %1967 = getelementptr inbounds nuw i8, ptr %1966, i64 20
+  %1968 = load float, ptr %1967, align 4, !tbaa !9
+  %1969 = getelementptr inbounds nuw float, ptr %1922, i64 %indvars.iv1857.5.i
+  store float %1968, ptr %1969, align 4, !tbaa !9
+  %indvars.iv.next1858.5.i = or disjoint i64 %indvars.iv1857.5.i, 1
+  %.idx1970.i.1 = shl nuw nsw i64 %indvars.iv.next1858.5.i, 6
+  %1970 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1970.i.1
+  %1971 = getelementptr inbounds nuw i8, ptr %1970, i64 20
+  %1972 = load float, ptr %1971, align 4, !tbaa !9
+  %1973 = getelementptr inbounds nuw float, ptr %1922, i64 %indvars.iv.next1858.5.i
+  store float %1972, ptr %1973, align 4, !tbaa !9
+  %indvars.iv.next1858.5.i.1 = or disjoint i64 %indvars.iv1857.5.i, 2
+  %.idx1970.i.2 = shl nuw nsw i64 %indvars.iv.next1858.5.i.1, 6
+  %1974 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1970.i.2
+  %1975 = getelementptr inbounds nuw i8, ptr %1974, i64 20
+  %1976 = load float, ptr %1975, align 4, !tbaa !9
+  %1977 = getelementptr inbounds nuw float, ptr %1922, i64 %indvars.iv.next1858.5.i.1
+  store float %1976, ptr %1977, align 4, !tbaa !9
+  %indvars.iv.next1858.5.i.2 = or disjoint i64 %indvars.iv1857.5.i, 3
+  %.idx1970.i.3 = shl nuw nsw i64 %indvars.iv.next1858.5.i.2, 6
+  %1978 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1970.i.3
   %1979 = getelementptr inbounds nuw i8, ptr %1978, i64 20
   %1980 = load float, ptr %1979, align 4, !tbaa !9
-  %1981 = getelementptr inbounds nuw float, ptr %1934, i64 %indvars.iv1845.5.i
+  %1981 = getelementptr inbounds nuw float, ptr %1922, i64 %indvars.iv.next1858.5.i.2
   store float %1980, ptr %1981, align 4, !tbaa !9
-  %indvars.iv.next1846.5.i = or disjoint i64 %indvars.iv1845.5.i, 1
-  %.idx1954.i.1 = shl nuw nsw i64 %indvars.iv.next1846.5.i, 6
-  %1982 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1954.i.1
-  %1983 = getelementptr inbounds nuw i8, ptr %1982, i64 20
-  %1984 = load float, ptr %1983, align 4, !tbaa !9
-  %1985 = getelementptr inbounds nuw float, ptr %1934, i64 %indvars.iv.next1846.5.i
-  store float %1984, ptr %1985, align 4, !tbaa !9
-  %indvars.iv.next1846.5.i.1 = or disjoint i64 %indvars.iv1845.5.i, 2
-  %.idx1954.i.2 = shl nuw nsw i64 %indvars.iv.next1846.5.i.1, 6
-  %1986 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1954.i.2
-  %1987 = getelementptr inbounds nuw i8, ptr %1986, i64 20
-  %1988 = load float, ptr %1987, align 4, !tbaa !9
-  %1989 = getelementptr inbounds nuw float, ptr %1934, i64 %indvars.iv.next1846.5.i.1
-  store float %1988, ptr %1989, align 4, !tbaa !9
-  %indvars.iv.next1846.5.i.2 = or disjoint i64 %indvars.iv1845.5.i, 3
-  %.idx1954.i.3 = shl nuw nsw i64 %indvars.iv.next1846.5.i.2, 6
-  %1990 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1954.i.3
-  %1991 = getelementptr inbounds nuw i8, ptr %1990, i64 20
-  %1992 = load float, ptr %1991, align 4, !tbaa !9
-  %1993 = getelementptr inbounds nuw float, ptr %1934, i64 %indvars.iv.next1846.5.i.2
-  store float %1992, ptr %1993, align 4, !tbaa !9
-  %indvars.iv.next1846.5.i.3 = add nuw nsw i64 %indvars.iv1845.5.i, 4
-  %exitcond1848.5.not.i.3 = icmp eq i64 %indvars.iv.next1846.5.i.3, 128
-  br i1 %exitcond1848.5.not.i.3, label %for_end_d259.5.i, label %for_body_d258.5.i, !prof !17, !llvm.loop !71
+  %indvars.iv.next1858.5.i.3 = add nuw nsw i64 %indvars.iv1857.5.i, 4
+  %exitcond1860.5.not.i.3 = icmp eq i64 %indvars.iv.next1858.5.i.3, 128
+  br i1 %exitcond1860.5.not.i.3, label %for_end_d259.5.i, label %for_body_d258.5.i, !prof !17, !llvm.loop !71
 
-for_end_d259.5.i:                                 ; preds = %for_body_d258.5.i, %vector.body240
-  %1994 = getelementptr inbounds nuw i8, ptr %499, i64 3072
-  %scevgep219 = getelementptr i8, ptr %acc.i, i64 24
-  %scevgep220 = getelementptr i8, ptr %acc.i, i64 8156
-  %bound0221 = icmp ult ptr %scevgep217, %scevgep220
-  %bound1222 = icmp ult ptr %scevgep219, %scevgep218
-  %found.conflict223 = and i1 %bound0221, %bound1222
-  br i1 %found.conflict223, label %for_body_d258.6.i, label %vector.body226, !prof !11
+for_end_d259.5.i:                                 ; preds = %for_body_d258.5.i, %vector.body238
+  %1982 = getelementptr inbounds nuw i8, ptr %499, i64 3072
+  %scevgep217 = getelementptr i8, ptr %acc.i, i64 24
+  %scevgep218 = getelementptr i8, ptr %acc.i, i64 8156
+  %bound0219 = icmp ult ptr %scevgep215, %scevgep218
+  %bound1220 = icmp ult ptr %scevgep217, %scevgep216
+  %found.conflict221 = and i1 %bound0219, %bound1220
+  br i1 %found.conflict221, label %for_body_d258.6.i, label %vector.body224, !prof !11
 
-vector.body226:                                   ; preds = %vector.body226, %for_end_d259.5.i
-  %index227 = phi i64 [ %index.next228.1, %vector.body226 ], [ 0, %for_end_d259.5.i ]
-  %1995 = shl nuw nsw i64 %index227, 6
-  %1996 = shl i64 %index227, 6
-  %1997 = shl i64 %index227, 6
-  %1998 = shl i64 %index227, 6
-  %1999 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1995
-  %2000 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1996
-  %2001 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1997
-  %2002 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1998
-  %2003 = getelementptr inbounds nuw i8, ptr %1999, i64 24
-  %2004 = getelementptr inbounds nuw i8, ptr %2000, i64 88
-  %2005 = getelementptr inbounds nuw i8, ptr %2001, i64 152
-  %2006 = getelementptr inbounds nuw i8, ptr %2002, i64 216
-  %2007 = load float, ptr %2003, align 4, !tbaa !9, !alias.scope !72
-  %2008 = load float, ptr %2004, align 4, !tbaa !9, !alias.scope !72
-  %2009 = load float, ptr %2005, align 4, !tbaa !9, !alias.scope !72
-  %2010 = load float, ptr %2006, align 4, !tbaa !9, !alias.scope !72
-  %2011 = insertelement <4 x float> poison, float %2007, i64 0
-  %2012 = insertelement <4 x float> %2011, float %2008, i64 1
-  %2013 = insertelement <4 x float> %2012, float %2009, i64 2
-  %2014 = insertelement <4 x float> %2013, float %2010, i64 3
-  %2015 = getelementptr inbounds nuw float, ptr %1994, i64 %index227
-  store <4 x float> %2014, ptr %2015, align 4, !tbaa !9, !alias.scope !75, !noalias !72
-  %index.next228 = or disjoint i64 %index227, 4
-  %2016 = shl nuw nsw i64 %index.next228, 6
-  %2017 = shl i64 %index.next228, 6
-  %2018 = shl i64 %index.next228, 6
-  %2019 = shl i64 %index.next228, 6
-  %2020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2016
-  %2021 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2017
-  %2022 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2018
-  %2023 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2019
-  %2024 = getelementptr inbounds nuw i8, ptr %2020, i64 24
-  %2025 = getelementptr inbounds nuw i8, ptr %2021, i64 88
-  %2026 = getelementptr inbounds nuw i8, ptr %2022, i64 152
-  %2027 = getelementptr inbounds nuw i8, ptr %2023, i64 216
-  %2028 = load float, ptr %2024, align 4, !tbaa !9, !alias.scope !72
-  %2029 = load float, ptr %2025, align 4, !tbaa !9, !alias.scope !72
-  %2030 = load float, ptr %2026, align 4, !tbaa !9, !alias.scope !72
-  %2031 = load float, ptr %2027, align 4, !tbaa !9, !alias.scope !72
-  %2032 = insertelement <4 x float> poison, float %2028, i64 0
-  %2033 = insertelement <4 x float> %2032, float %2029, i64 1
-  %2034 = insertelement <4 x float> %2033, float %2030, i64 2
-  %2035 = insertelement <4 x float> %2034, float %2031, i64 3
-  %2036 = getelementptr inbounds nuw float, ptr %1994, i64 %index.next228
-  store <4 x float> %2035, ptr %2036, align 4, !tbaa !9, !alias.scope !75, !noalias !72
-  %index.next228.1 = add nuw nsw i64 %index227, 8
-  %2037 = icmp eq i64 %index.next228.1, 128
-  br i1 %2037, label %for_end_d259.6.i, label %vector.body226, !prof !27, !llvm.loop !77
+vector.body224:                                   ; preds = %vector.body224, %for_end_d259.5.i
+  %index225 = phi i64 [ %index.next226.1, %vector.body224 ], [ 0, %for_end_d259.5.i ]
+  %1983 = shl nuw nsw i64 %index225, 6
+  %1984 = shl i64 %index225, 6
+  %1985 = shl i64 %index225, 6
+  %1986 = shl i64 %index225, 6
+  %1987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1983
+  %1988 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1984
+  %1989 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1985
+  %1990 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %1986
+  %1991 = getelementptr inbounds nuw i8, ptr %1987, i64 24
+  %1992 = getelementptr inbounds nuw i8, ptr %1988, i64 88
+  %1993 = getelementptr inbounds nuw i8, ptr %1989, i64 152
+  %1994 = getelementptr inbounds nuw i8, ptr %1990, i64 216
+  %1995 = load float, ptr %1991, align 4, !tbaa !9, !alias.scope !72
+  %1996 = load float, ptr %1992, align 4, !tbaa !9, !alias.scope !72
+  %1997 = load float, ptr %1993, align 4, !tbaa !9, !alias.scope !72
+  %1998 = load float, ptr %1994, align 4, !tbaa !9, !alias.scope !72
+  %1999 = insertelement <4 x float> poison, float %1995, i64 0
+  %2000 = insertelement <4 x float> %1999, float %1996, i64 1
+  %2001 = insertelement <4 x float> %2000, float %1997, i64 2
+  %2002 = insertelement <4 x float> %2001, float %1998, i64 3
+  %2003 = getelementptr inbounds nuw float, ptr %1982, i64 %index225
+  store <4 x float> %2002, ptr %2003, align 4, !tbaa !9, !alias.scope !75, !noalias !72
+  %index.next226 = or disjoint i64 %index225, 4
+  %2004 = shl nuw nsw i64 %index.next226, 6
+  %2005 = shl i64 %index.next226, 6
+  %2006 = shl i64 %index.next226, 6
+  %2007 = shl i64 %index.next226, 6
+  %2008 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2004
+  %2009 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2005
+  %2010 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2006
+  %2011 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2007
+  %2012 = getelementptr inbounds nuw i8, ptr %2008, i64 24
+  %2013 = getelementptr inbounds nuw i8, ptr %2009, i64 88
+  %2014 = getelementptr inbounds nuw i8, ptr %2010, i64 152
+  %2015 = getelementptr inbounds nuw i8, ptr %2011, i64 216
+  %2016 = load float, ptr %2012, align 4, !tbaa !9, !alias.scope !72
+  %2017 = load float, ptr %2013, align 4, !tbaa !9, !alias.scope !72
+  %2018 = load float, ptr %2014, align 4, !tbaa !9, !alias.scope !72
+  %2019 = load float, ptr %2015, align 4, !tbaa !9, !alias.scope !72
+  %2020 = insertelement <4 x float> poison, float %2016, i64 0
+  %2021 = insertelement <4 x float> %2020, float %2017, i64 1
+  %2022 = insertelement <4 x float> %2021, float %2018, i64 2
+  %2023 = insertelement <4 x float> %2022, float %2019, i64 3
+  %2024 = getelementptr inbounds nuw float, ptr %1982, i64 %index.next226
+  store <4 x float> %2023, ptr %2024, align 4, !tbaa !9, !alias.scope !75, !noalias !72
+  %index.next226.1 = add nuw nsw i64 %index225, 8
+  %2025 = icmp eq i64 %index.next226.1, 128
+  br i1 %2025, label %for_end_d259.6.i, label %vector.body224, !prof !27, !llvm.loop !77
 
 for_body_d258.6.i:                                ; preds = %for_body_d258.6.i, %for_end_d259.5.i
-  %indvars.iv1845.6.i = phi i64 [ %indvars.iv.next1846.6.i.3, %for_body_d258.6.i ], [ 0, %for_end_d259.5.i ]
-  %.idx1955.i = shl nuw nsw i64 %indvars.iv1845.6.i, 6
-  %2038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1955.i
+  %indvars.iv1857.6.i = phi i64 [ %indvars.iv.next1858.6.i.3, %for_body_d258.6.i ], [ 0, %for_end_d259.5.i ]
+  %.idx1971.i = shl nuw nsw i64 %indvars.iv1857.6.i, 6
+  %2026 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1971.i
+  %2027 = getelementptr inbounds nuw i8, ptr %2026, i64 24
+  %2028 = load float, ptr %2027, align 4, !tbaa !9
+  %2029 = getelementptr inbounds nuw float, ptr %1982, i64 %indvars.iv1857.6.i
+  store float %2028, ptr %2029, align 4, !tbaa !9
+  %indvars.iv.next1858.6.i = or disjoint i64 %indvars.iv1857.6.i, 1
+  %.idx1971.i.1 = shl nuw nsw i64 %indvars.iv.next1858.6.i, 6
+  %2030 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1971.i.1
+  %2031 = getelementptr inbounds nuw i8, ptr %2030, i64 24
+  %2032 = load float, ptr %2031, align 4, !tbaa !9
+  %2033 = getelementptr inbounds nuw float, ptr %1982, i64 %indvars.iv.next1858.6.i
+  store float %2032, ptr %2033, align 4, !tbaa !9
+  %indvars.iv.next1858.6.i.1 = or disjoint i64 %indvars.iv1857.6.i, 2
+  %.idx1971.i.2 = shl nuw nsw i64 %indvars.iv.next1858.6.i.1, 6
+  %2034 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1971.i.2
+  %2035 = getelementptr inbounds nuw i8, ptr %2034, i64 24
+  %2036 = load float, ptr %2035, align 4, !tbaa !9
+  %2037 = getelementptr inbounds nuw float, ptr %1982, i64 %indvars.iv.next1858.6.i.1
+  store float %2036, ptr %2037, align 4, !tbaa !9
+  %indvars.iv.next1858.6.i.2 = or disjoint i64 %indvars.iv1857.6.i, 3
+  %.idx1971.i.3 = shl nuw nsw i64 %indvars.iv.next1858.6.i.2, 6
+  %2038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1971.i.3
   %2039 = getelementptr inbounds nuw i8, ptr %2038, i64 24
   %2040 = load float, ptr %2039, align 4, !tbaa !9
-  %2041 = getelementptr inbounds nuw float, ptr %1994, i64 %indvars.iv1845.6.i
+  %2041 = getelementptr inbounds nuw float, ptr %1982, i64 %indvars.iv.next1858.6.i.2
   store float %2040, ptr %2041, align 4, !tbaa !9
-  %indvars.iv.next1846.6.i = or disjoint i64 %indvars.iv1845.6.i, 1
-  %.idx1955.i.1 = shl nuw nsw i64 %indvars.iv.next1846.6.i, 6
-  %2042 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1955.i.1
-  %2043 = getelementptr inbounds nuw i8, ptr %2042, i64 24
-  %2044 = load float, ptr %2043, align 4, !tbaa !9
-  %2045 = getelementptr inbounds nuw float, ptr %1994, i64 %indvars.iv.next1846.6.i
-  store float %2044, ptr %2045, align 4, !tbaa !9
-  %indvars.iv.next1846.6.i.1 = or disjoint i64 %indvars.iv1845.6.i, 2
-  %.idx1955.i.2 = shl nuw nsw i64 %indvars.iv.next1846.6.i.1, 6
-  %2046 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1955.i.2
-  %2047 = getelementptr inbounds nuw i8, ptr %2046, i64 24
-  %2048 = load float, ptr %2047, align 4, !tbaa !9
-  %2049 = getelementptr inbounds nuw float, ptr %1994, i64 %indvars.iv.next1846.6.i.1
-  store float %2048, ptr %2049, align 4, !tbaa !9
-  %indvars.iv.next1846.6.i.2 = or disjoint i64 %indvars.iv1845.6.i, 3
-  %.idx1955.i.3 = shl nuw nsw i64 %indvars.iv.next1846.6.i.2, 6
-  %2050 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1955.i.3
-  %2051 = getelementptr inbounds nuw i8, ptr %2050, i64 24
-  %2052 = load float, ptr %2051, align 4, !tbaa !9
-  %2053 = getelementptr inbounds nuw float, ptr %1994, i64 %indvars.iv.next1846.6.i.2
-  store float %2052, ptr %2053, align 4, !tbaa !9
-  %indvars.iv.next1846.6.i.3 = add nuw nsw i64 %indvars.iv1845.6.i, 4
-  %exitcond1848.6.not.i.3 = icmp eq i64 %indvars.iv.next1846.6.i.3, 128
-  br i1 %exitcond1848.6.not.i.3, label %for_end_d259.6.i, label %for_body_d258.6.i, !prof !17, !llvm.loop !78
+  %indvars.iv.next1858.6.i.3 = add nuw nsw i64 %indvars.iv1857.6.i, 4
+  %exitcond1860.6.not.i.3 = icmp eq i64 %indvars.iv.next1858.6.i.3, 128
+  br i1 %exitcond1860.6.not.i.3, label %for_end_d259.6.i, label %for_body_d258.6.i, !prof !17, !llvm.loop !78
 
-for_end_d259.6.i:                                 ; preds = %for_body_d258.6.i, %vector.body226
-  %2054 = getelementptr inbounds nuw i8, ptr %499, i64 3584
-  %scevgep205 = getelementptr i8, ptr %acc.i, i64 28
-  %scevgep206 = getelementptr i8, ptr %acc.i, i64 8160
-  %bound0207 = icmp ult ptr %scevgep203, %scevgep206
-  %bound1208 = icmp ult ptr %scevgep205, %scevgep204
-  %found.conflict209 = and i1 %bound0207, %bound1208
-  br i1 %found.conflict209, label %for_body_d258.7.i, label %vector.body212, !prof !11
+for_end_d259.6.i:                                 ; preds = %for_body_d258.6.i, %vector.body224
+  %2042 = getelementptr inbounds nuw i8, ptr %499, i64 3584
+  %scevgep203 = getelementptr i8, ptr %acc.i, i64 28
+  %scevgep204 = getelementptr i8, ptr %acc.i, i64 8160
+  %bound0205 = icmp ult ptr %scevgep201, %scevgep204
+  %bound1206 = icmp ult ptr %scevgep203, %scevgep202
+  %found.conflict207 = and i1 %bound0205, %bound1206
+  br i1 %found.conflict207, label %for_body_d258.7.i, label %vector.body210, !prof !11
 
-vector.body212:                                   ; preds = %vector.body212, %for_end_d259.6.i
-  %index213 = phi i64 [ %index.next214.1, %vector.body212 ], [ 0, %for_end_d259.6.i ]
-  %2055 = shl nuw nsw i64 %index213, 6
-  %2056 = shl i64 %index213, 6
-  %2057 = shl i64 %index213, 6
-  %2058 = shl i64 %index213, 6
-  %2059 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2055
-  %2060 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2056
-  %2061 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2057
-  %2062 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2058
-  %2063 = getelementptr inbounds nuw i8, ptr %2059, i64 28
-  %2064 = getelementptr inbounds nuw i8, ptr %2060, i64 92
-  %2065 = getelementptr inbounds nuw i8, ptr %2061, i64 156
-  %2066 = getelementptr inbounds nuw i8, ptr %2062, i64 220
-  %2067 = load float, ptr %2063, align 4, !tbaa !9, !alias.scope !79
-  %2068 = load float, ptr %2064, align 4, !tbaa !9, !alias.scope !79
-  %2069 = load float, ptr %2065, align 4, !tbaa !9, !alias.scope !79
-  %2070 = load float, ptr %2066, align 4, !tbaa !9, !alias.scope !79
-  %2071 = insertelement <4 x float> poison, float %2067, i64 0
-  %2072 = insertelement <4 x float> %2071, float %2068, i64 1
-  %2073 = insertelement <4 x float> %2072, float %2069, i64 2
-  %2074 = insertelement <4 x float> %2073, float %2070, i64 3
-  %2075 = getelementptr inbounds nuw float, ptr %2054, i64 %index213
-  store <4 x float> %2074, ptr %2075, align 4, !tbaa !9, !alias.scope !82, !noalias !79
-  %index.next214 = or disjoint i64 %index213, 4
-  %2076 = shl nuw nsw i64 %index.next214, 6
-  %2077 = shl i64 %index.next214, 6
-  %2078 = shl i64 %index.next214, 6
-  %2079 = shl i64 %index.next214, 6
-  %2080 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2076
-  %2081 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2077
-  %2082 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2078
-  %2083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2079
-  %2084 = getelementptr inbounds nuw i8, ptr %2080, i64 28
-  %2085 = getelementptr inbounds nuw i8, ptr %2081, i64 92
-  %2086 = getelementptr inbounds nuw i8, ptr %2082, i64 156
-  %2087 = getelementptr inbounds nuw i8, ptr %2083, i64 220
-  %2088 = load float, ptr %2084, align 4, !tbaa !9, !alias.scope !79
-  %2089 = load float, ptr %2085, align 4, !tbaa !9, !alias.scope !79
-  %2090 = load float, ptr %2086, align 4, !tbaa !9, !alias.scope !79
-  %2091 = load float, ptr %2087, align 4, !tbaa !9, !alias.scope !79
-  %2092 = insertelement <4 x float> poison, float %2088, i64 0
-  %2093 = insertelement <4 x float> %2092, float %2089, i64 1
-  %2094 = insertelement <4 x float> %2093, float %2090, i64 2
-  %2095 = insertelement <4 x float> %2094, float %2091, i64 3
-  %2096 = getelementptr inbounds nuw float, ptr %2054, i64 %index.next214
-  store <4 x float> %2095, ptr %2096, align 4, !tbaa !9, !alias.scope !82, !noalias !79
-  %index.next214.1 = add nuw nsw i64 %index213, 8
-  %2097 = icmp eq i64 %index.next214.1, 128
-  br i1 %2097, label %for_end_d259.7.i, label %vector.body212, !prof !27, !llvm.loop !84
+vector.body210:                                   ; preds = %vector.body210, %for_end_d259.6.i
+  %index211 = phi i64 [ %index.next212.1, %vector.body210 ], [ 0, %for_end_d259.6.i ]
+  %2043 = shl nuw nsw i64 %index211, 6
+  %2044 = shl i64 %index211, 6
+  %2045 = shl i64 %index211, 6
+  %2046 = shl i64 %index211, 6
+  %2047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2043
+  %2048 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2044
+  %2049 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2045
+  %2050 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2046
+  %2051 = getelementptr inbounds nuw i8, ptr %2047, i64 28
+  %2052 = getelementptr inbounds nuw i8, ptr %2048, i64 92
+  %2053 = getelementptr inbounds nuw i8, ptr %2049, i64 156
+  %2054 = getelementptr inbounds nuw i8, ptr %2050, i64 220
+  %2055 = load float, ptr %2051, align 4, !tbaa !9, !alias.scope !79
+  %2056 = load float, ptr %2052, align 4, !tbaa !9, !alias.scope !79
+  %2057 = load float, ptr %2053, align 4, !tbaa !9, !alias.scope !79
+  %2058 = load float, ptr %2054, align 4, !tbaa !9, !alias.scope !79
+  %2059 = insertelement <4 x float> poison, float %2055, i64 0
+  %2060 = insertelement <4 x float> %2059, float %2056, i64 1
+  %2061 = insertelement <4 x float> %2060, float %2057, i64 2
+  %2062 = insertelement <4 x float> %2061, float %2058, i64 3
+  %2063 = getelementptr inbounds nuw float, ptr %2042, i64 %index211
+  store <4 x float> %2062, ptr %2063, align 4, !tbaa !9, !alias.scope !82, !noalias !79
+  %index.next212 = or disjoint i64 %index211, 4
+  %2064 = shl nuw nsw i64 %index.next212, 6
+  %2065 = shl i64 %index.next212, 6
+  %2066 = shl i64 %index.next212, 6
+  %2067 = shl i64 %index.next212, 6
+  %2068 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2064
+  %2069 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2065
+  %2070 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2066
+  %2071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2067
+  %2072 = getelementptr inbounds nuw i8, ptr %2068, i64 28
+  %2073 = getelementptr inbounds nuw i8, ptr %2069, i64 92
+  %2074 = getelementptr inbounds nuw i8, ptr %2070, i64 156
+  %2075 = getelementptr inbounds nuw i8, ptr %2071, i64 220
+  %2076 = load float, ptr %2072, align 4, !tbaa !9, !alias.scope !79
+  %2077 = load float, ptr %2073, align 4, !tbaa !9, !alias.scope !79
+  %2078 = load float, ptr %2074, align 4, !tbaa !9, !alias.scope !79
+  %2079 = load float, ptr %2075, align 4, !tbaa !9, !alias.scope !79
+  %2080 = insertelement <4 x float> poison, float %2076, i64 0
+  %2081 = insertelement <4 x float> %2080, float %2077, i64 1
+  %2082 = insertelement <4 x float> %2081, float %2078, i64 2
+  %2083 = insertelement <4 x float> %2082, float %2079, i64 3
+  %2084 = getelementptr inbounds nuw float, ptr %2042, i64 %index.next212
+  store <4 x float> %2083, ptr %2084, align 4, !tbaa !9, !alias.scope !82, !noalias !79
+  %index.next212.1 = add nuw nsw i64 %index211, 8
+  %2085 = icmp eq i64 %index.next212.1, 128
+  br i1 %2085, label %for_end_d259.7.i, label %vector.body210, !prof !27, !llvm.loop !84
 
 for_body_d258.7.i:                                ; preds = %for_body_d258.7.i, %for_end_d259.6.i
-  %indvars.iv1845.7.i = phi i64 [ %indvars.iv.next1846.7.i.3, %for_body_d258.7.i ], [ 0, %for_end_d259.6.i ]
-  %.idx1956.i = shl nuw nsw i64 %indvars.iv1845.7.i, 6
-  %2098 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1956.i
+  %indvars.iv1857.7.i = phi i64 [ %indvars.iv.next1858.7.i.3, %for_body_d258.7.i ], [ 0, %for_end_d259.6.i ]
+  %.idx1972.i = shl nuw nsw i64 %indvars.iv1857.7.i, 6
+  %2086 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1972.i
+  %2087 = getelementptr inbounds nuw i8, ptr %2086, i64 28
+  %2088 = load float, ptr %2087, align 4, !tbaa !9
+  %2089 = getelementptr inbounds nuw float, ptr %2042, i64 %indvars.iv1857.7.i
+  store float %2088, ptr %2089, align 4, !tbaa !9
+  %indvars.iv.next1858.7.i = or disjoint i64 %indvars.iv1857.7.i, 1
+  %.idx1972.i.1 = shl nuw nsw i64 %indvars.iv.next1858.7.i, 6
+  %2090 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1972.i.1
+  %2091 = getelementptr inbounds nuw i8, ptr %2090, i64 28
+  %2092 = load float, ptr %2091, align 4, !tbaa !9
+  %2093 = getelementptr inbounds nuw float, ptr %2042, i64 %indvars.iv.next1858.7.i
+  store float %2092, ptr %2093, align 4, !tbaa !9
+  %indvars.iv.next1858.7.i.1 = or disjoint i64 %indvars.iv1857.7.i, 2
+  %.idx1972.i.2 = shl nuw nsw i64 %indvars.iv.next1858.7.i.1, 6
+  %2094 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1972.i.2
+  %2095 = getelementptr inbounds nuw i8, ptr %2094, i64 28
+  %2096 = load float, ptr %2095, align 4, !tbaa !9
+  %2097 = getelementptr inbounds nuw float, ptr %2042, i64 %indvars.iv.next1858.7.i.1
+  store float %2096, ptr %2097, align 4, !tbaa !9
+  %indvars.iv.next1858.7.i.2 = or disjoint i64 %indvars.iv1857.7.i, 3
+  %.idx1972.i.3 = shl nuw nsw i64 %indvars.iv.next1858.7.i.2, 6
+  %2098 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1972.i.3
   %2099 = getelementptr inbounds nuw i8, ptr %2098, i64 28
   %2100 = load float, ptr %2099, align 4, !tbaa !9
-  %2101 = getelementptr inbounds nuw float, ptr %2054, i64 %indvars.iv1845.7.i
+  %2101 = getelementptr inbounds nuw float, ptr %2042, i64 %indvars.iv.next1858.7.i.2
   store float %2100, ptr %2101, align 4, !tbaa !9
-  %indvars.iv.next1846.7.i = or disjoint i64 %indvars.iv1845.7.i, 1
-  %.idx1956.i.1 = shl nuw nsw i64 %indvars.iv.next1846.7.i, 6
-  %2102 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1956.i.1
-  %2103 = getelementptr inbounds nuw i8, ptr %2102, i64 28
-  %2104 = load float, ptr %2103, align 4, !tbaa !9
-  %2105 = getelementptr inbounds nuw float, ptr %2054, i64 %indvars.iv.next1846.7.i
-  store float %2104, ptr %2105, align 4, !tbaa !9
-  %indvars.iv.next1846.7.i.1 = or disjoint i64 %indvars.iv1845.7.i, 2
-  %.idx1956.i.2 = shl nuw nsw i64 %indvars.iv.next1846.7.i.1, 6
-  %2106 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1956.i.2
-  %2107 = getelementptr inbounds nuw i8, ptr %2106, i64 28
-  %2108 = load float, ptr %2107, align 4, !tbaa !9
-  %2109 = getelementptr inbounds nuw float, ptr %2054, i64 %indvars.iv.next1846.7.i.1
-  store float %2108, ptr %2109, align 4, !tbaa !9
-  %indvars.iv.next1846.7.i.2 = or disjoint i64 %indvars.iv1845.7.i, 3
-  %.idx1956.i.3 = shl nuw nsw i64 %indvars.iv.next1846.7.i.2, 6
-  %2110 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1956.i.3
-  %2111 = getelementptr inbounds nuw i8, ptr %2110, i64 28
-  %2112 = load float, ptr %2111, align 4, !tbaa !9
-  %2113 = getelementptr inbounds nuw float, ptr %2054, i64 %indvars.iv.next1846.7.i.2
-  store float %2112, ptr %2113, align 4, !tbaa !9
-  %indvars.iv.next1846.7.i.3 = add nuw nsw i64 %indvars.iv1845.7.i, 4
-  %exitcond1848.7.not.i.3 = icmp eq i64 %indvars.iv.next1846.7.i.3, 128
-  br i1 %exitcond1848.7.not.i.3, label %for_end_d259.7.i, label %for_body_d258.7.i, !prof !17, !llvm.loop !85
+  %indvars.iv.next1858.7.i.3 = add nuw nsw i64 %indvars.iv1857.7.i, 4
+  %exitcond1860.7.not.i.3 = icmp eq i64 %indvars.iv.next1858.7.i.3, 128
+  br i1 %exitcond1860.7.not.i.3, label %for_end_d259.7.i, label %for_body_d258.7.i, !prof !17, !llvm.loop !85
 
-for_end_d259.7.i:                                 ; preds = %for_body_d258.7.i, %vector.body212
-  %2114 = getelementptr inbounds nuw i8, ptr %499, i64 4096
-  %scevgep191 = getelementptr i8, ptr %acc.i, i64 32
-  %scevgep192 = getelementptr i8, ptr %acc.i, i64 8164
-  %bound0193 = icmp ult ptr %scevgep189, %scevgep192
-  %bound1194 = icmp ult ptr %scevgep191, %scevgep190
-  %found.conflict195 = and i1 %bound0193, %bound1194
-  br i1 %found.conflict195, label %for_body_d258.8.i, label %vector.body198, !prof !11
+for_end_d259.7.i:                                 ; preds = %for_body_d258.7.i, %vector.body210
+  %2102 = getelementptr inbounds nuw i8, ptr %499, i64 4096
+  %scevgep189 = getelementptr i8, ptr %acc.i, i64 32
+  %scevgep190 = getelementptr i8, ptr %acc.i, i64 8164
+  %bound0191 = icmp ult ptr %scevgep187, %scevgep190
+  %bound1192 = icmp ult ptr %scevgep189, %scevgep188
+  %found.conflict193 = and i1 %bound0191, %bound1192
+  br i1 %found.conflict193, label %for_body_d258.8.i, label %vector.body196, !prof !11
 
-vector.body198:                                   ; preds = %vector.body198, %for_end_d259.7.i
-  %index199 = phi i64 [ %index.next200.1, %vector.body198 ], [ 0, %for_end_d259.7.i ]
-  %2115 = shl nuw nsw i64 %index199, 6
-  %2116 = shl i64 %index199, 6
-  %2117 = shl i64 %index199, 6
-  %2118 = shl i64 %index199, 6
-  %2119 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2115
-  %2120 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2116
-  %2121 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2117
-  %2122 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2118
-  %2123 = getelementptr inbounds nuw i8, ptr %2119, i64 32
-  %2124 = getelementptr inbounds nuw i8, ptr %2120, i64 96
-  %2125 = getelementptr inbounds nuw i8, ptr %2121, i64 160
-  %2126 = getelementptr inbounds nuw i8, ptr %2122, i64 224
-  %2127 = load float, ptr %2123, align 4, !tbaa !9, !alias.scope !86
-  %2128 = load float, ptr %2124, align 4, !tbaa !9, !alias.scope !86
-  %2129 = load float, ptr %2125, align 4, !tbaa !9, !alias.scope !86
-  %2130 = load float, ptr %2126, align 4, !tbaa !9, !alias.scope !86
-  %2131 = insertelement <4 x float> poison, float %2127, i64 0
-  %2132 = insertelement <4 x float> %2131, float %2128, i64 1
-  %2133 = insertelement <4 x float> %2132, float %2129, i64 2
-  %2134 = insertelement <4 x float> %2133, float %2130, i64 3
-  %2135 = getelementptr inbounds nuw float, ptr %2114, i64 %index199
-  store <4 x float> %2134, ptr %2135, align 4, !tbaa !9, !alias.scope !89, !noalias !86
-  %index.next200 = or disjoint i64 %index199, 4
-  %2136 = shl nuw nsw i64 %index.next200, 6
-  %2137 = shl i64 %index.next200, 6
-  %2138 = shl i64 %index.next200, 6
-  %2139 = shl i64 %index.next200, 6
-  %2140 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2136
-  %2141 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2137
-  %2142 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2138
-  %2143 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2139
-  %2144 = getelementptr inbounds nuw i8, ptr %2140, i64 32
-  %2145 = getelementptr inbounds nuw i8, ptr %2141, i64 96
-  %2146 = getelementptr inbounds nuw i8, ptr %2142, i64 160
-  %2147 = getelementptr inbounds nuw i8, ptr %2143, i64 224
-  %2148 = load float, ptr %2144, align 4, !tbaa !9, !alias.scope !86
-  %2149 = load float, ptr %2145, align 4, !tbaa !9, !alias.scope !86
-  %2150 = load float, ptr %2146, align 4, !tbaa !9, !alias.scope !86
-  %2151 = load float, ptr %2147, align 4, !tbaa !9, !alias.scope !86
-  %2152 = insertelement <4 x float> poison, float %2148, i64 0
-  %2153 = insertelement <4 x float> %2152, float %2149, i64 1
-  %2154 = insertelement <4 x float> %2153, float %2150, i64 2
-  %2155 = insertelement <4 x float> %2154, float %2151, i64 3
-  %2156 = getelementptr inbounds nuw float, ptr %2114, i64 %index.next200
-  store <4 x float> %2155, ptr %2156, align 4, !tbaa !9, !alias.scope !89, !noalias !86
-  %index.next200.1 = add nuw nsw i64 %index199, 8
-  %2157 = icmp eq i64 %index.next200.1, 128
-  br i1 %2157, label %for_end_d259.8.i, label %vector.body198, !prof !27, !llvm.loop !91
+vector.body196:                                   ; preds = %vector.body196, %for_end_d259.7.i
+  %index197 = phi i64 [ %index.next198.1, %vector.body196 ], [ 0, %for_end_d259.7.i ]
+  %2103 = shl nuw nsw i64 %index197, 6
+  %2104 = shl i64 %index197, 6
+  %2105 = shl i64 %index197, 6
+  %2106 = shl i64 %index197, 6
+  %2107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2103
+  %2108 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2104
+  %2109 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2105
+  %2110 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2106
+  %2111 = getelementptr inbounds nuw i8, ptr %2107, i64 32
+  %2112 = getelementptr inbounds nuw i8, ptr %2108, i64 96
+  %2113 = getelementptr inbounds nuw i8, ptr %2109, i64 160
+  %2114 = getelementptr inbounds nuw i8, ptr %2110, i64 224
+  %2115 = load float, ptr %2111, align 4, !tbaa !9, !alias.scope !86
+  %2116 = load float, ptr %2112, align 4, !tbaa !9, !alias.scope !86
+  %2117 = load float, ptr %2113, align 4, !tbaa !9, !alias.scope !86
+  %2118 = load float, ptr %2114, align 4, !tbaa !9, !alias.scope !86
+  %2119 = insertelement <4 x float> poison, float %2115, i64 0
+  %2120 = insertelement <4 x float> %2119, float %2116, i64 1
+  %2121 = insertelement <4 x float> %2120, float %2117, i64 2
+  %2122 = insertelement <4 x float> %2121, float %2118, i64 3
+  %2123 = getelementptr inbounds nuw float, ptr %2102, i64 %index197
+  store <4 x float> %2122, ptr %2123, align 4, !tbaa !9, !alias.scope !89, !noalias !86
+  %index.next198 = or disjoint i64 %index197, 4
+  %2124 = shl nuw nsw i64 %index.next198, 6
+  %2125 = shl i64 %index.next198, 6
+  %2126 = shl i64 %index.next198, 6
+  %2127 = shl i64 %index.next198, 6
+  %2128 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2124
+  %2129 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2125
+  %2130 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2126
+  %2131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2127
+  %2132 = getelementptr inbounds nuw i8, ptr %2128, i64 32
+  %2133 = getelementptr inbounds nuw i8, ptr %2129, i64 96
+  %2134 = getelementptr inbounds nuw i8, ptr %2130, i64 160
+  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 224
+  %2136 = load float, ptr %2132, align 4, !tbaa !9, !alias.scope !86
+  %2137 = load float, ptr %2133, align 4, !tbaa !9, !alias.scope !86
+  %2138 = load float, ptr %2134, align 4, !tbaa !9, !alias.scope !86
+  %2139 = load float, ptr %2135, align 4, !tbaa !9, !alias.scope !86
+  %2140 = insertelement <4 x float> poison, float %2136, i64 0
+  %2141 = insertelement <4 x float> %2140, float %2137, i64 1
+  %2142 = insertelement <4 x float> %2141, float %2138, i64 2
+  %2143 = insertelement <4 x float> %2142, float %2139, i64 3
+  %2144 = getelementptr inbounds nuw float, ptr %2102, i64 %index.next198
+  store <4 x float> %2143, ptr %2144, align 4, !tbaa !9, !alias.scope !89, !noalias !86
+  %index.next198.1 = add nuw nsw i64 %index197, 8
+  %2145 = icmp eq i64 %index.next198.1, 128
+  br i1 %2145, label %for_end_d259.8.i, label %vector.body196, !prof !27, !llvm.loop !91
 
 for_body_d258.8.i:                                ; preds = %for_body_d258.8.i, %for_end_d259.7.i
-  %indvars.iv1845.8.i = phi i64 [ %indvars.iv.next1846.8.i.3, %for_body_d258.8.i ], [ 0, %for_end_d259.7.i ]
-  %.idx1957.i = shl nuw nsw i64 %indvars.iv1845.8.i, 6
-  %2158 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1957.i
+  %indvars.iv1857.8.i = phi i64 [ %indvars.iv.next1858.8.i.3, %for_body_d258.8.i ], [ 0, %for_end_d259.7.i ]
+  %.idx1973.i = shl nuw nsw i64 %indvars.iv1857.8.i, 6
+  %2146 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1973.i
+  %2147 = getelementptr inbounds nuw i8, ptr %2146, i64 32
+  %2148 = load float, ptr %2147, align 4, !tbaa !9
+  %2149 = getelementptr inbounds nuw float, ptr %2102, i64 %indvars.iv1857.8.i
+  store float %2148, ptr %2149, align 4, !tbaa !9
+  %indvars.iv.next1858.8.i = or disjoint i64 %indvars.iv1857.8.i, 1
+  %.idx1973.i.1 = shl nuw nsw i64 %indvars.iv.next1858.8.i, 6
+  %2150 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1973.i.1
+  %2151 = getelementptr inbounds nuw i8, ptr %2150, i64 32
+  %2152 = load float, ptr %2151, align 4, !tbaa !9
+  %2153 = getelementptr inbounds nuw float, ptr %2102, i64 %indvars.iv.next1858.8.i
+  store float %2152, ptr %2153, align 4, !tbaa !9
+  %indvars.iv.next1858.8.i.1 = or disjoint i64 %indvars.iv1857.8.i, 2
+  %.idx1973.i.2 = shl nuw nsw i64 %indvars.iv.next1858.8.i.1, 6
+  %2154 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1973.i.2
+  %2155 = getelementptr inbounds nuw i8, ptr %2154, i64 32
+  %2156 = load float, ptr %2155, align 4, !tbaa !9
+  %2157 = getelementptr inbounds nuw float, ptr %2102, i64 %indvars.iv.next1858.8.i.1
+  store float %2156, ptr %2157, align 4, !tbaa !9
+  %indvars.iv.next1858.8.i.2 = or disjoint i64 %indvars.iv1857.8.i, 3
+  %.idx1973.i.3 = shl nuw nsw i64 %indvars.iv.next1858.8.i.2, 6
+  %2158 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1973.i.3
   %2159 = getelementptr inbounds nuw i8, ptr %2158, i64 32
   %2160 = load float, ptr %2159, align 4, !tbaa !9
-  %2161 = getelementptr inbounds nuw float, ptr %2114, i64 %indvars.iv1845.8.i
+  %2161 = getelementptr inbounds nuw float, ptr %2102, i64 %indvars.iv.next1858.8.i.2
   store float %2160, ptr %2161, align 4, !tbaa !9
-  %indvars.iv.next1846.8.i = or disjoint i64 %indvars.iv1845.8.i, 1
-  %.idx1957.i.1 = shl nuw nsw i64 %indvars.iv.next1846.8.i, 6
-  %2162 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1957.i.1
-  %2163 = getelementptr inbounds nuw i8, ptr %2162, i64 32
-  %2164 = load float, ptr %2163, align 4, !tbaa !9
-  %2165 = getelementptr inbounds nuw float, ptr %2114, i64 %indvars.iv.next1846.8.i
-  store float %2164, ptr %2165, align 4, !tbaa !9
-  %indvars.iv.next1846.8.i.1 = or disjoint i64 %indvars.iv1845.8.i, 2
-  %.idx1957.i.2 = shl nuw nsw i64 %indvars.iv.next1846.8.i.1, 6
-  %2166 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1957.i.2
-  %2167 = getelementptr inbounds nuw i8, ptr %2166, i64 32
-  %2168 = load float, ptr %2167, align 4, !tbaa !9
-  %2169 = getelementptr inbounds nuw float, ptr %2114, i64 %indvars.iv.next1846.8.i.1
-  store float %2168, ptr %2169, align 4, !tbaa !9
-  %indvars.iv.next1846.8.i.2 = or disjoint i64 %indvars.iv1845.8.i, 3
-  %.idx1957.i.3 = shl nuw nsw i64 %indvars.iv.next1846.8.i.2, 6
-  %2170 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1957.i.3
-  %2171 = getelementptr inbounds nuw i8, ptr %2170, i64 32
-  %2172 = load float, ptr %2171, align 4, !tbaa !9
-  %2173 = getelementptr inbounds nuw float, ptr %2114, i64 %indvars.iv.next1846.8.i.2
-  store float %2172, ptr %2173, align 4, !tbaa !9
-  %indvars.iv.next1846.8.i.3 = add nuw nsw i64 %indvars.iv1845.8.i, 4
-  %exitcond1848.8.not.i.3 = icmp eq i64 %indvars.iv.next1846.8.i.3, 128
-  br i1 %exitcond1848.8.not.i.3, label %for_end_d259.8.i, label %for_body_d258.8.i, !prof !17, !llvm.loop !92
+  %indvars.iv.next1858.8.i.3 = add nuw nsw i64 %indvars.iv1857.8.i, 4
+  %exitcond1860.8.not.i.3 = icmp eq i64 %indvars.iv.next1858.8.i.3, 128
+  br i1 %exitcond1860.8.not.i.3, label %for_end_d259.8.i, label %for_body_d258.8.i, !prof !17, !llvm.loop !92
 
-for_end_d259.8.i:                                 ; preds = %for_body_d258.8.i, %vector.body198
-  %2174 = getelementptr inbounds nuw i8, ptr %499, i64 4608
-  %scevgep177 = getelementptr i8, ptr %acc.i, i64 36
-  %scevgep178 = getelementptr i8, ptr %acc.i, i64 8168
-  %bound0179 = icmp ult ptr %scevgep175, %scevgep178
-  %bound1180 = icmp ult ptr %scevgep177, %scevgep176
-  %found.conflict181 = and i1 %bound0179, %bound1180
-  br i1 %found.conflict181, label %for_body_d258.9.i, label %vector.body184, !prof !11
+for_end_d259.8.i:                                 ; preds = %for_body_d258.8.i, %vector.body196
+  %2162 = getelementptr inbounds nuw i8, ptr %499, i64 4608
+  %scevgep175 = getelementptr i8, ptr %acc.i, i64 36
+  %scevgep176 = getelementptr i8, ptr %acc.i, i64 8168
+  %bound0177 = icmp ult ptr %scevgep173, %scevgep176
+  %bound1178 = icmp ult ptr %scevgep175, %scevgep174
+  %found.conflict179 = and i1 %bound0177, %bound1178
+  br i1 %found.conflict179, label %for_body_d258.9.i, label %vector.body182, !prof !11
 
-vector.body184:                                   ; preds = %vector.body184, %for_end_d259.8.i
-  %index185 = phi i64 [ %index.next186.1, %vector.body184 ], [ 0, %for_end_d259.8.i ]
-  %2175 = shl nuw nsw i64 %index185, 6
-  %2176 = shl i64 %index185, 6
-  %2177 = shl i64 %index185, 6
-  %2178 = shl i64 %index185, 6
-  %2179 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2175
-  %2180 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2176
-  %2181 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2177
-  %2182 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2178
-  %2183 = getelementptr inbounds nuw i8, ptr %2179, i64 36
-  %2184 = getelementptr inbounds nuw i8, ptr %2180, i64 100
-  %2185 = getelementptr inbounds nuw i8, ptr %2181, i64 164
-  %2186 = getelementptr inbounds nuw i8, ptr %2182, i64 228
-  %2187 = load float, ptr %2183, align 4, !tbaa !9, !alias.scope !93
-  %2188 = load float, ptr %2184, align 4, !tbaa !9, !alias.scope !93
-  %2189 = load float, ptr %2185, align 4, !tbaa !9, !alias.scope !93
-  %2190 = load float, ptr %2186, align 4, !tbaa !9, !alias.scope !93
-  %2191 = insertelement <4 x float> poison, float %2187, i64 0
-  %2192 = insertelement <4 x float> %2191, float %2188, i64 1
-  %2193 = insertelement <4 x float> %2192, float %2189, i64 2
-  %2194 = insertelement <4 x float> %2193, float %2190, i64 3
-  %2195 = getelementptr inbounds nuw float, ptr %2174, i64 %index185
-  store <4 x float> %2194, ptr %2195, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  %index.next186 = or disjoint i64 %index185, 4
-  %2196 = shl nuw nsw i64 %index.next186, 6
-  %2197 = shl i64 %index.next186, 6
-  %2198 = shl i64 %index.next186, 6
-  %2199 = shl i64 %index.next186, 6
-  %2200 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2196
-  %2201 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2197
-  %2202 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2198
-  %2203 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2199
-  %2204 = getelementptr inbounds nuw i8, ptr %2200, i64 36
-  %2205 = getelementptr inbounds nuw i8, ptr %2201, i64 100
-  %2206 = getelementptr inbounds nuw i8, ptr %2202, i64 164
-  %2207 = getelementptr inbounds nuw i8, ptr %2203, i64 228
-  %2208 = load float, ptr %2204, align 4, !tbaa !9, !alias.scope !93
-  %2209 = load float, ptr %2205, align 4, !tbaa !9, !alias.scope !93
-  %2210 = load float, ptr %2206, align 4, !tbaa !9, !alias.scope !93
-  %2211 = load float, ptr %2207, align 4, !tbaa !9, !alias.scope !93
-  %2212 = insertelement <4 x float> poison, float %2208, i64 0
-  %2213 = insertelement <4 x float> %2212, float %2209, i64 1
-  %2214 = insertelement <4 x float> %2213, float %2210, i64 2
-  %2215 = insertelement <4 x float> %2214, float %2211, i64 3
-  %2216 = getelementptr inbounds nuw float, ptr %2174, i64 %index.next186
-  store <4 x float> %2215, ptr %2216, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  %index.next186.1 = add nuw nsw i64 %index185, 8
-  %2217 = icmp eq i64 %index.next186.1, 128
-  br i1 %2217, label %for_end_d259.9.i, label %vector.body184, !prof !27, !llvm.loop !98
+vector.body182:                                   ; preds = %vector.body182, %for_end_d259.8.i
+  %index183 = phi i64 [ %index.next184.1, %vector.body182 ], [ 0, %for_end_d259.8.i ]
+  %2163 = shl nuw nsw i64 %index183, 6
+  %2164 = shl i64 %index183, 6
+  %2165 = shl i64 %index183, 6
+  %2166 = shl i64 %index183, 6
+  %2167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2163
+  %2168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2164
+  %2169 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2165
+  %2170 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2166
+  %2171 = getelementptr inbounds nuw i8, ptr %2167, i64 36
+  %2172 = getelementptr inbounds nuw i8, ptr %2168, i64 100
+  %2173 = getelementptr inbounds nuw i8, ptr %2169, i64 164
+  %2174 = getelementptr inbounds nuw i8, ptr %2170, i64 228
+  %2175 = load float, ptr %2171, align 4, !tbaa !9, !alias.scope !93
+  %2176 = load float, ptr %2172, align 4, !tbaa !9, !alias.scope !93
+  %2177 = load float, ptr %2173, align 4, !tbaa !9, !alias.scope !93
+  %2178 = load float, ptr %2174, align 4, !tbaa !9, !alias.scope !93
+  %2179 = insertelement <4 x float> poison, float %2175, i64 0
+  %2180 = insertelement <4 x float> %2179, float %2176, i64 1
+  %2181 = insertelement <4 x float> %2180, float %2177, i64 2
+  %2182 = insertelement <4 x float> %2181, float %2178, i64 3
+  %2183 = getelementptr inbounds nuw float, ptr %2162, i64 %index183
+  store <4 x float> %2182, ptr %2183, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  %index.next184 = or disjoint i64 %index183, 4
+  %2184 = shl nuw nsw i64 %index.next184, 6
+  %2185 = shl i64 %index.next184, 6
+  %2186 = shl i64 %index.next184, 6
+  %2187 = shl i64 %index.next184, 6
+  %2188 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2184
+  %2189 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2185
+  %2190 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2186
+  %2191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2187
+  %2192 = getelementptr inbounds nuw i8, ptr %2188, i64 36
+  %2193 = getelementptr inbounds nuw i8, ptr %2189, i64 100
+  %2194 = getelementptr inbounds nuw i8, ptr %2190, i64 164
+  %2195 = getelementptr inbounds nuw i8, ptr %2191, i64 228
+  %2196 = load float, ptr %2192, align 4, !tbaa !9, !alias.scope !93
+  %2197 = load float, ptr %2193, align 4, !tbaa !9, !alias.scope !93
+  %2198 = load float, ptr %2194, align 4, !tbaa !9, !alias.scope !93
+  %2199 = load float, ptr %2195, align 4, !tbaa !9, !alias.scope !93
+  %2200 = insertelement <4 x float> poison, float %2196, i64 0
+  %2201 = insertelement <4 x float> %2200, float %2197, i64 1
+  %2202 = insertelement <4 x float> %2201, float %2198, i64 2
+  %2203 = insertelement <4 x float> %2202, float %2199, i64 3
+  %2204 = getelementptr inbounds nuw float, ptr %2162, i64 %index.next184
+  store <4 x float> %2203, ptr %2204, align 4, !tbaa !9, !alias.scope !96, !noalias !93
+  %index.next184.1 = add nuw nsw i64 %index183, 8
+  %2205 = icmp eq i64 %index.next184.1, 128
+  br i1 %2205, label %for_end_d259.9.i, label %vector.body182, !prof !27, !llvm.loop !98
 
 for_body_d258.9.i:                                ; preds = %for_body_d258.9.i, %for_end_d259.8.i
-  %indvars.iv1845.9.i = phi i64 [ %indvars.iv.next1846.9.i.3, %for_body_d258.9.i ], [ 0, %for_end_d259.8.i ]
-  %.idx1958.i = shl nuw nsw i64 %indvars.iv1845.9.i, 6
-  %2218 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1958.i
+  %indvars.iv1857.9.i = phi i64 [ %indvars.iv.next1858.9.i.3, %for_body_d258.9.i ], [ 0, %for_end_d259.8.i ]
+  %.idx1974.i = shl nuw nsw i64 %indvars.iv1857.9.i, 6
+  %2206 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1974.i
+  %2207 = getelementptr inbounds nuw i8, ptr %2206, i64 36
+  %2208 = load float, ptr %2207, align 4, !tbaa !9
+  %2209 = getelementptr inbounds nuw float, ptr %2162, i64 %indvars.iv1857.9.i
+  store float %2208, ptr %2209, align 4, !tbaa !9
+  %indvars.iv.next1858.9.i = or disjoint i64 %indvars.iv1857.9.i, 1
+  %.idx1974.i.1 = shl nuw nsw i64 %indvars.iv.next1858.9.i, 6
+  %2210 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1974.i.1
+  %2211 = getelementptr inbounds nuw i8, ptr %2210, i64 36
+  %2212 = load float, ptr %2211, align 4, !tbaa !9
+  %2213 = getelementptr inbounds nuw float, ptr %2162, i64 %indvars.iv.next1858.9.i
+  store float %2212, ptr %2213, align 4, !tbaa !9
+  %indvars.iv.next1858.9.i.1 = or disjoint i64 %indvars.iv1857.9.i, 2
+  %.idx1974.i.2 = shl nuw nsw i64 %indvars.iv.next1858.9.i.1, 6
+  %2214 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1974.i.2
+  %2215 = getelementptr inbounds nuw i8, ptr %2214, i64 36
+  %2216 = load float, ptr %2215, align 4, !tbaa !9
+  %2217 = getelementptr inbounds nuw float, ptr %2162, i64 %indvars.iv.next1858.9.i.1
+  store float %2216, ptr %2217, align 4, !tbaa !9
+  %indvars.iv.next1858.9.i.2 = or disjoint i64 %indvars.iv1857.9.i, 3
+  %.idx1974.i.3 = shl nuw nsw i64 %indvars.iv.next1858.9.i.2, 6
+  %2218 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1974.i.3
   %2219 = getelementptr inbounds nuw i8, ptr %2218, i64 36
   %2220 = load float, ptr %2219, align 4, !tbaa !9
-  %2221 = getelementptr inbounds nuw float, ptr %2174, i64 %indvars.iv1845.9.i
+  %2221 = getelementptr inbounds nuw float, ptr %2162, i64 %indvars.iv.next1858.9.i.2
   store float %2220, ptr %2221, align 4, !tbaa !9
-  %indvars.iv.next1846.9.i = or disjoint i64 %indvars.iv1845.9.i, 1
-  %.idx1958.i.1 = shl nuw nsw i64 %indvars.iv.next1846.9.i, 6
-  %2222 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1958.i.1
-  %2223 = getelementptr inbounds nuw i8, ptr %2222, i64 36
-  %2224 = load float, ptr %2223, align 4, !tbaa !9
-  %2225 = getelementptr inbounds nuw float, ptr %2174, i64 %indvars.iv.next1846.9.i
-  store float %2224, ptr %2225, align 4, !tbaa !9
-  %indvars.iv.next1846.9.i.1 = or disjoint i64 %indvars.iv1845.9.i, 2
-  %.idx1958.i.2 = shl nuw nsw i64 %indvars.iv.next1846.9.i.1, 6
-  %2226 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1958.i.2
-  %2227 = getelementptr inbounds nuw i8, ptr %2226, i64 36
-  %2228 = load float, ptr %2227, align 4, !tbaa !9
-  %2229 = getelementptr inbounds nuw float, ptr %2174, i64 %indvars.iv.next1846.9.i.1
-  store float %2228, ptr %2229, align 4, !tbaa !9
-  %indvars.iv.next1846.9.i.2 = or disjoint i64 %indvars.iv1845.9.i, 3
-  %.idx1958.i.3 = shl nuw nsw i64 %indvars.iv.next1846.9.i.2, 6
-  %2230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1958.i.3
-  %2231 = getelementptr inbounds nuw i8, ptr %2230, i64 36
-  %2232 = load float, ptr %2231, align 4, !tbaa !9
-  %2233 = getelementptr inbounds nuw float, ptr %2174, i64 %indvars.iv.next1846.9.i.2
-  store float %2232, ptr %2233, align 4, !tbaa !9
-  %indvars.iv.next1846.9.i.3 = add nuw nsw i64 %indvars.iv1845.9.i, 4
-  %exitcond1848.9.not.i.3 = icmp eq i64 %indvars.iv.next1846.9.i.3, 128
-  br i1 %exitcond1848.9.not.i.3, label %for_end_d259.9.i, label %for_body_d258.9.i, !prof !17, !llvm.loop !99
+  %indvars.iv.next1858.9.i.3 = add nuw nsw i64 %indvars.iv1857.9.i, 4
+  %exitcond1860.9.not.i.3 = icmp eq i64 %indvars.iv.next1858.9.i.3, 128
+  br i1 %exitcond1860.9.not.i.3, label %for_end_d259.9.i, label %for_body_d258.9.i, !prof !17, !llvm.loop !99
 
-for_end_d259.9.i:                                 ; preds = %for_body_d258.9.i, %vector.body184
-  %2234 = getelementptr inbounds nuw i8, ptr %499, i64 5120
-  %scevgep163 = getelementptr i8, ptr %acc.i, i64 40
-  %scevgep164 = getelementptr i8, ptr %acc.i, i64 8172
-  %bound0165 = icmp ult ptr %scevgep161, %scevgep164
-  %bound1166 = icmp ult ptr %scevgep163, %scevgep162
-  %found.conflict167 = and i1 %bound0165, %bound1166
-  br i1 %found.conflict167, label %for_body_d258.10.i, label %vector.body170, !prof !11
+for_end_d259.9.i:                                 ; preds = %for_body_d258.9.i, %vector.body182
+  %2222 = getelementptr inbounds nuw i8, ptr %499, i64 5120
+  %scevgep161 = getelementptr i8, ptr %acc.i, i64 40
+  %scevgep162 = getelementptr i8, ptr %acc.i, i64 8172
+  %bound0163 = icmp ult ptr %scevgep159, %scevgep162
+  %bound1164 = icmp ult ptr %scevgep161, %scevgep160
+  %found.conflict165 = and i1 %bound0163, %bound1164
+  br i1 %found.conflict165, label %for_body_d258.10.i, label %vector.body168, !prof !11
 
-vector.body170:                                   ; preds = %vector.body170, %for_end_d259.9.i
-  %index171 = phi i64 [ %index.next172.1, %vector.body170 ], [ 0, %for_end_d259.9.i ]
-  %2235 = shl nuw nsw i64 %index171, 6
-  %2236 = shl i64 %index171, 6
-  %2237 = shl i64 %index171, 6
-  %2238 = shl i64 %index171, 6
-  %2239 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2235
-  %2240 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2236
-  %2241 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2237
-  %2242 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2238
-  %2243 = getelementptr inbounds nuw i8, ptr %2239, i64 40
-  %2244 = getelementptr inbounds nuw i8, ptr %2240, i64 104
-  %2245 = getelementptr inbounds nuw i8, ptr %2241, i64 168
-  %2246 = getelementptr inbounds nuw i8, ptr %2242, i64 232
-  %2247 = load float, ptr %2243, align 4, !tbaa !9, !alias.scope !100
-  %2248 = load float, ptr %2244, align 4, !tbaa !9, !alias.scope !100
-  %2249 = load float, ptr %2245, align 4, !tbaa !9, !alias.scope !100
-  %2250 = load float, ptr %2246, align 4, !tbaa !9, !alias.scope !100
-  %2251 = insertelement <4 x float> poison, float %2247, i64 0
-  %2252 = insertelement <4 x float> %2251, float %2248, i64 1
-  %2253 = insertelement <4 x float> %2252, float %2249, i64 2
-  %2254 = insertelement <4 x float> %2253, float %2250, i64 3
-  %2255 = getelementptr inbounds nuw float, ptr %2234, i64 %index171
-  store <4 x float> %2254, ptr %2255, align 4, !tbaa !9, !alias.scope !103, !noalias !100
-  %index.next172 = or disjoint i64 %index171, 4
-  %2256 = shl nuw nsw i64 %index.next172, 6
-  %2257 = shl i64 %index.next172, 6
-  %2258 = shl i64 %index.next172, 6
-  %2259 = shl i64 %index.next172, 6
-  %2260 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2256
-  %2261 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2257
-  %2262 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2258
-  %2263 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2259
-  %2264 = getelementptr inbounds nuw i8, ptr %2260, i64 40
-  %2265 = getelementptr inbounds nuw i8, ptr %2261, i64 104
-  %2266 = getelementptr inbounds nuw i8, ptr %2262, i64 168
-  %2267 = getelementptr inbounds nuw i8, ptr %2263, i64 232
-  %2268 = load float, ptr %2264, align 4, !tbaa !9, !alias.scope !100
-  %2269 = load float, ptr %2265, align 4, !tbaa !9, !alias.scope !100
-  %2270 = load float, ptr %2266, align 4, !tbaa !9, !alias.scope !100
-  %2271 = load float, ptr %2267, align 4, !tbaa !9, !alias.scope !100
-  %2272 = insertelement <4 x float> poison, float %2268, i64 0
-  %2273 = insertelement <4 x float> %2272, float %2269, i64 1
-  %2274 = insertelement <4 x float> %2273, float %2270, i64 2
-  %2275 = insertelement <4 x float> %2274, float %2271, i64 3
-  %2276 = getelementptr inbounds nuw float, ptr %2234, i64 %index.next172
-  store <4 x float> %2275, ptr %2276, align 4, !tbaa !9, !alias.scope !103, !noalias !100
-  %index.next172.1 = add nuw nsw i64 %index171, 8
-  %2277 = icmp eq i64 %index.next172.1, 128
-  br i1 %2277, label %for_end_d259.10.i, label %vector.body170, !prof !27, !llvm.loop !105
+vector.body168:                                   ; preds = %vector.body168, %for_end_d259.9.i
+  %index169 = phi i64 [ %index.next170.1, %vector.body168 ], [ 0, %for_end_d259.9.i ]
+  %2223 = shl nuw nsw i64 %index169, 6
+  %2224 = shl i64 %index169, 6
+  %2225 = shl i64 %index169, 6
+  %2226 = shl i64 %index169, 6
+  %2227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2223
+  %2228 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2224
+  %2229 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2225
+  %2230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2226
+  %2231 = getelementptr inbounds nuw i8, ptr %2227, i64 40
+  %2232 = getelementptr inbounds nuw i8, ptr %2228, i64 104
+  %2233 = getelementptr inbounds nuw i8, ptr %2229, i64 168
+  %2234 = getelementptr inbounds nuw i8, ptr %2230, i64 232
+  %2235 = load float, ptr %2231, align 4, !tbaa !9, !alias.scope !100
+  %2236 = load float, ptr %2232, align 4, !tbaa !9, !alias.scope !100
+  %2237 = load float, ptr %2233, align 4, !tbaa !9, !alias.scope !100
+  %2238 = load float, ptr %2234, align 4, !tbaa !9, !alias.scope !100
+  %2239 = insertelement <4 x float> poison, float %2235, i64 0
+  %2240 = insertelement <4 x float> %2239, float %2236, i64 1
+  %2241 = insertelement <4 x float> %2240, float %2237, i64 2
+  %2242 = insertelement <4 x float> %2241, float %2238, i64 3
+  %2243 = getelementptr inbounds nuw float, ptr %2222, i64 %index169
+  store <4 x float> %2242, ptr %2243, align 4, !tbaa !9, !alias.scope !103, !noalias !100
+  %index.next170 = or disjoint i64 %index169, 4
+  %2244 = shl nuw nsw i64 %index.next170, 6
+  %2245 = shl i64 %index.next170, 6
+  %2246 = shl i64 %index.next170, 6
+  %2247 = shl i64 %index.next170, 6
+  %2248 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2244
+  %2249 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2245
+  %2250 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2246
+  %2251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2247
+  %2252 = getelementptr inbounds nuw i8, ptr %2248, i64 40
+  %2253 = getelementptr inbounds nuw i8, ptr %2249, i64 104
+  %2254 = getelementptr inbounds nuw i8, ptr %2250, i64 168
+  %2255 = getelementptr inbounds nuw i8, ptr %2251, i64 232
+  %2256 = load float, ptr %2252, align 4, !tbaa !9, !alias.scope !100
+  %2257 = load float, ptr %2253, align 4, !tbaa !9, !alias.scope !100
+  %2258 = load float, ptr %2254, align 4, !tbaa !9, !alias.scope !100
+  %2259 = load float, ptr %2255, align 4, !tbaa !9, !alias.scope !100
+  %2260 = insertelement <4 x float> poison, float %2256, i64 0
+  %2261 = insertelement <4 x float> %2260, float %2257, i64 1
+  %2262 = insertelement <4 x float> %2261, float %2258, i64 2
+  %2263 = insertelement <4 x float> %2262, float %2259, i64 3
+  %2264 = getelementptr inbounds nuw float, ptr %2222, i64 %index.next170
+  store <4 x float> %2263, ptr %2264, align 4, !tbaa !9, !alias.scope !103, !noalias !100
+  %index.next170.1 = add nuw nsw i64 %index169, 8
+  %2265 = icmp eq i64 %index.next170.1, 128
+  br i1 %2265, label %for_end_d259.10.i, label %vector.body168, !prof !27, !llvm.loop !105
 
 for_body_d258.10.i:                               ; preds = %for_body_d258.10.i, %for_end_d259.9.i
-  %indvars.iv1845.10.i = phi i64 [ %indvars.iv.next1846.10.i.3, %for_body_d258.10.i ], [ 0, %for_end_d259.9.i ]
-  %.idx1959.i = shl nuw nsw i64 %indvars.iv1845.10.i, 6
-  %2278 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1959.i
+  %indvars.iv1857.10.i = phi i64 [ %indvars.iv.next1858.10.i.3, %for_body_d258.10.i ], [ 0, %for_end_d259.9.i ]
+  %.idx1975.i = shl nuw nsw i64 %indvars.iv1857.10.i, 6
+  %2266 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1975.i
+  %2267 = getelementptr inbounds nuw i8, ptr %2266, i64 40
+  %2268 = load float, ptr %2267, align 4, !tbaa !9
+  %2269 = getelementptr inbounds nuw float, ptr %2222, i64 %indvars.iv1857.10.i
+  store float %2268, ptr %2269, align 4, !tbaa !9
+  %indvars.iv.next1858.10.i = or disjoint i64 %indvars.iv1857.10.i, 1
+  %.idx1975.i.1 = shl nuw nsw i64 %indvars.iv.next1858.10.i, 6
+  %2270 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1975.i.1
+  %2271 = getelementptr inbounds nuw i8, ptr %2270, i64 40
+  %2272 = load float, ptr %2271, align 4, !tbaa !9
+  %2273 = getelementptr inbounds nuw float, ptr %2222, i64 %indvars.iv.next1858.10.i
+  store float %2272, ptr %2273, align 4, !tbaa !9
+  %indvars.iv.next1858.10.i.1 = or disjoint i64 %indvars.iv1857.10.i, 2
+  %.idx1975.i.2 = shl nuw nsw i64 %indvars.iv.next1858.10.i.1, 6
+  %2274 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1975.i.2
+  %2275 = getelementptr inbounds nuw i8, ptr %2274, i64 40
+  %2276 = load float, ptr %2275, align 4, !tbaa !9
+  %2277 = getelementptr inbounds nuw float, ptr %2222, i64 %indvars.iv.next1858.10.i.1
+  store float %2276, ptr %2277, align 4, !tbaa !9
+  %indvars.iv.next1858.10.i.2 = or disjoint i64 %indvars.iv1857.10.i, 3
+  %.idx1975.i.3 = shl nuw nsw i64 %indvars.iv.next1858.10.i.2, 6
+  %2278 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1975.i.3
   %2279 = getelementptr inbounds nuw i8, ptr %2278, i64 40
   %2280 = load float, ptr %2279, align 4, !tbaa !9
-  %2281 = getelementptr inbounds nuw float, ptr %2234, i64 %indvars.iv1845.10.i
+  %2281 = getelementptr inbounds nuw float, ptr %2222, i64 %indvars.iv.next1858.10.i.2
   store float %2280, ptr %2281, align 4, !tbaa !9
-  %indvars.iv.next1846.10.i = or disjoint i64 %indvars.iv1845.10.i, 1
-  %.idx1959.i.1 = shl nuw nsw i64 %indvars.iv.next1846.10.i, 6
-  %2282 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1959.i.1
-  %2283 = getelementptr inbounds nuw i8, ptr %2282, i64 40
-  %2284 = load float, ptr %2283, align 4, !tbaa !9
-  %2285 = getelementptr inbounds nuw float, ptr %2234, i64 %indvars.iv.next1846.10.i
-  store float %2284, ptr %2285, align 4, !tbaa !9
-  %indvars.iv.next1846.10.i.1 = or disjoint i64 %indvars.iv1845.10.i, 2
-  %.idx1959.i.2 = shl nuw nsw i64 %indvars.iv.next1846.10.i.1, 6
-  %2286 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1959.i.2
-  %2287 = getelementptr inbounds nuw i8, ptr %2286, i64 40
-  %2288 = load float, ptr %2287, align 4, !tbaa !9
-  %2289 = getelementptr inbounds nuw float, ptr %2234, i64 %indvars.iv.next1846.10.i.1
-  store float %2288, ptr %2289, align 4, !tbaa !9
-  %indvars.iv.next1846.10.i.2 = or disjoint i64 %indvars.iv1845.10.i, 3
-  %.idx1959.i.3 = shl nuw nsw i64 %indvars.iv.next1846.10.i.2, 6
-  %2290 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1959.i.3
-  %2291 = getelementptr inbounds nuw i8, ptr %2290, i64 40
-  %2292 = load float, ptr %2291, align 4, !tbaa !9
-  %2293 = getelementptr inbounds nuw float, ptr %2234, i64 %indvars.iv.next1846.10.i.2
-  store float %2292, ptr %2293, align 4, !tbaa !9
-  %indvars.iv.next1846.10.i.3 = add nuw nsw i64 %indvars.iv1845.10.i, 4
-  %exitcond1848.10.not.i.3 = icmp eq i64 %indvars.iv.next1846.10.i.3, 128
-  br i1 %exitcond1848.10.not.i.3, label %for_end_d259.10.i, label %for_body_d258.10.i, !prof !17, !llvm.loop !106
+  %indvars.iv.next1858.10.i.3 = add nuw nsw i64 %indvars.iv1857.10.i, 4
+  %exitcond1860.10.not.i.3 = icmp eq i64 %indvars.iv.next1858.10.i.3, 128
+  br i1 %exitcond1860.10.not.i.3, label %for_end_d259.10.i, label %for_body_d258.10.i, !prof !17, !llvm.loop !106
 
-for_end_d259.10.i:                                ; preds = %for_body_d258.10.i, %vector.body170
-  %2294 = getelementptr inbounds nuw i8, ptr %499, i64 5632
-  %scevgep149 = getelementptr i8, ptr %acc.i, i64 44
-  %scevgep150 = getelementptr i8, ptr %acc.i, i64 8176
-  %bound0151 = icmp ult ptr %scevgep147, %scevgep150
-  %bound1152 = icmp ult ptr %scevgep149, %scevgep148
-  %found.conflict153 = and i1 %bound0151, %bound1152
-  br i1 %found.conflict153, label %for_body_d258.11.i, label %vector.body156, !prof !11
+for_end_d259.10.i:                                ; preds = %for_body_d258.10.i, %vector.body168
+  %2282 = getelementptr inbounds nuw i8, ptr %499, i64 5632
+  %scevgep147 = getelementptr i8, ptr %acc.i, i64 44
+  %scevgep148 = getelementptr i8, ptr %acc.i, i64 8176
+  %bound0149 = icmp ult ptr %scevgep145, %scevgep148
+  %bound1150 = icmp ult ptr %scevgep147, %scevgep146
+  %found.conflict151 = and i1 %bound0149, %bound1150
+  br i1 %found.conflict151, label %for_body_d258.11.i, label %vector.body154, !prof !11
 
-vector.body156:                                   ; preds = %vector.body156, %for_end_d259.10.i
-  %index157 = phi i64 [ %index.next158.1, %vector.body156 ], [ 0, %for_end_d259.10.i ]
-  %2295 = shl nuw nsw i64 %index157, 6
-  %2296 = shl i64 %index157, 6
-  %2297 = shl i64 %index157, 6
-  %2298 = shl i64 %index157, 6
-  %2299 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2295
-  %2300 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2296
-  %2301 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2297
-  %2302 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2298
-  %2303 = getelementptr inbounds nuw i8, ptr %2299, i64 44
-  %2304 = getelementptr inbounds nuw i8, ptr %2300, i64 108
-  %2305 = getelementptr inbounds nuw i8, ptr %2301, i64 172
-  %2306 = getelementptr inbounds nuw i8, ptr %2302, i64 236
-  %2307 = load float, ptr %2303, align 4, !tbaa !9, !alias.scope !107
-  %2308 = load float, ptr %2304, align 4, !tbaa !9, !alias.scope !107
-  %2309 = load float, ptr %2305, align 4, !tbaa !9, !alias.scope !107
-  %2310 = load float, ptr %2306, align 4, !tbaa !9, !alias.scope !107
-  %2311 = insertelement <4 x float> poison, float %2307, i64 0
-  %2312 = insertelement <4 x float> %2311, float %2308, i64 1
-  %2313 = insertelement <4 x float> %2312, float %2309, i64 2
-  %2314 = insertelement <4 x float> %2313, float %2310, i64 3
-  %2315 = getelementptr inbounds nuw float, ptr %2294, i64 %index157
-  store <4 x float> %2314, ptr %2315, align 4, !tbaa !9, !alias.scope !110, !noalias !107
-  %index.next158 = or disjoint i64 %index157, 4
-  %2316 = shl nuw nsw i64 %index.next158, 6
-  %2317 = shl i64 %index.next158, 6
-  %2318 = shl i64 %index.next158, 6
-  %2319 = shl i64 %index.next158, 6
-  %2320 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2316
-  %2321 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2317
-  %2322 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2318
-  %2323 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2319
-  %2324 = getelementptr inbounds nuw i8, ptr %2320, i64 44
-  %2325 = getelementptr inbounds nuw i8, ptr %2321, i64 108
-  %2326 = getelementptr inbounds nuw i8, ptr %2322, i64 172
-  %2327 = getelementptr inbounds nuw i8, ptr %2323, i64 236
-  %2328 = load float, ptr %2324, align 4, !tbaa !9, !alias.scope !107
-  %2329 = load float, ptr %2325, align 4, !tbaa !9, !alias.scope !107
-  %2330 = load float, ptr %2326, align 4, !tbaa !9, !alias.scope !107
-  %2331 = load float, ptr %2327, align 4, !tbaa !9, !alias.scope !107
-  %2332 = insertelement <4 x float> poison, float %2328, i64 0
-  %2333 = insertelement <4 x float> %2332, float %2329, i64 1
-  %2334 = insertelement <4 x float> %2333, float %2330, i64 2
-  %2335 = insertelement <4 x float> %2334, float %2331, i64 3
-  %2336 = getelementptr inbounds nuw float, ptr %2294, i64 %index.next158
-  store <4 x float> %2335, ptr %2336, align 4, !tbaa !9, !alias.scope !110, !noalias !107
-  %index.next158.1 = add nuw nsw i64 %index157, 8
-  %2337 = icmp eq i64 %index.next158.1, 128
-  br i1 %2337, label %for_end_d259.11.i, label %vector.body156, !prof !27, !llvm.loop !112
+vector.body154:                                   ; preds = %vector.body154, %for_end_d259.10.i
+  %index155 = phi i64 [ %index.next156.1, %vector.body154 ], [ 0, %for_end_d259.10.i ]
+  %2283 = shl nuw nsw i64 %index155, 6
+  %2284 = shl i64 %index155, 6
+  %2285 = shl i64 %index155, 6
+  %2286 = shl i64 %index155, 6
+  %2287 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2283
+  %2288 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2284
+  %2289 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2285
+  %2290 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2286
+  %2291 = getelementptr inbounds nuw i8, ptr %2287, i64 44
+  %2292 = getelementptr inbounds nuw i8, ptr %2288, i64 108
+  %2293 = getelementptr inbounds nuw i8, ptr %2289, i64 172
+  %2294 = getelementptr inbounds nuw i8, ptr %2290, i64 236
+  %2295 = load float, ptr %2291, align 4, !tbaa !9, !alias.scope !107
+  %2296 = load float, ptr %2292, align 4, !tbaa !9, !alias.scope !107
+  %2297 = load float, ptr %2293, align 4, !tbaa !9, !alias.scope !107
+  %2298 = load float, ptr %2294, align 4, !tbaa !9, !alias.scope !107
+  %2299 = insertelement <4 x float> poison, float %2295, i64 0
+  %2300 = insertelement <4 x float> %2299, float %2296, i64 1
+  %2301 = insertelement <4 x float> %2300, float %2297, i64 2
+  %2302 = insertelement <4 x float> %2301, float %2298, i64 3
+  %2303 = getelementptr inbounds nuw float, ptr %2282, i64 %index155
+  store <4 x float> %2302, ptr %2303, align 4, !tbaa !9, !alias.scope !110, !noalias !107
+  %index.next156 = or disjoint i64 %index155, 4
+  %2304 = shl nuw nsw i64 %index.next156, 6
+  %2305 = shl i64 %index.next156, 6
+  %2306 = shl i64 %index.next156, 6
+  %2307 = shl i64 %index.next156, 6
+  %2308 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2304
+  %2309 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2305
+  %2310 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2306
+  %2311 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2307
+  %2312 = getelementptr inbounds nuw i8, ptr %2308, i64 44
+  %2313 = getelementptr inbounds nuw i8, ptr %2309, i64 108
+  %2314 = getelementptr inbounds nuw i8, ptr %2310, i64 172
+  %2315 = getelementptr inbounds nuw i8, ptr %2311, i64 236
+  %2316 = load float, ptr %2312, align 4, !tbaa !9, !alias.scope !107
+  %2317 = load float, ptr %2313, align 4, !tbaa !9, !alias.scope !107
+  %2318 = load float, ptr %2314, align 4, !tbaa !9, !alias.scope !107
+  %2319 = load float, ptr %2315, align 4, !tbaa !9, !alias.scope !107
+  %2320 = insertelement <4 x float> poison, float %2316, i64 0
+  %2321 = insertelement <4 x float> %2320, float %2317, i64 1
+  %2322 = insertelement <4 x float> %2321, float %2318, i64 2
+  %2323 = insertelement <4 x float> %2322, float %2319, i64 3
+  %2324 = getelementptr inbounds nuw float, ptr %2282, i64 %index.next156
+  store <4 x float> %2323, ptr %2324, align 4, !tbaa !9, !alias.scope !110, !noalias !107
+  %index.next156.1 = add nuw nsw i64 %index155, 8
+  %2325 = icmp eq i64 %index.next156.1, 128
+  br i1 %2325, label %for_end_d259.11.i, label %vector.body154, !prof !27, !llvm.loop !112
 
 for_body_d258.11.i:                               ; preds = %for_body_d258.11.i, %for_end_d259.10.i
-  %indvars.iv1845.11.i = phi i64 [ %indvars.iv.next1846.11.i.3, %for_body_d258.11.i ], [ 0, %for_end_d259.10.i ]
-  %.idx1960.i = shl nuw nsw i64 %indvars.iv1845.11.i, 6
-  %2338 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1960.i
+  %indvars.iv1857.11.i = phi i64 [ %indvars.iv.next1858.11.i.3, %for_body_d258.11.i ], [ 0, %for_end_d259.10.i ]
+  %.idx1976.i = shl nuw nsw i64 %indvars.iv1857.11.i, 6
+  %2326 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1976.i
+  %2327 = getelementptr inbounds nuw i8, ptr %2326, i64 44
+  %2328 = load float, ptr %2327, align 4, !tbaa !9
+  %2329 = getelementptr inbounds nuw float, ptr %2282, i64 %indvars.iv1857.11.i
+  store float %2328, ptr %2329, align 4, !tbaa !9
+  %indvars.iv.next1858.11.i = or disjoint i64 %indvars.iv1857.11.i, 1
+  %.idx1976.i.1 = shl nuw nsw i64 %indvars.iv.next1858.11.i, 6
+  %2330 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1976.i.1
+  %2331 = getelementptr inbounds nuw i8, ptr %2330, i64 44
+  %2332 = load float, ptr %2331, align 4, !tbaa !9
+  %2333 = getelementptr inbounds nuw float, ptr %2282, i64 %indvars.iv.next1858.11.i
+  store float %2332, ptr %2333, align 4, !tbaa !9
+  %indvars.iv.next1858.11.i.1 = or disjoint i64 %indvars.iv1857.11.i, 2
+  %.idx1976.i.2 = shl nuw nsw i64 %indvars.iv.next1858.11.i.1, 6
+  %2334 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1976.i.2
+  %2335 = getelementptr inbounds nuw i8, ptr %2334, i64 44
+  %2336 = load float, ptr %2335, align 4, !tbaa !9
+  %2337 = getelementptr inbounds nuw float, ptr %2282, i64 %indvars.iv.next1858.11.i.1
+  store float %2336, ptr %2337, align 4, !tbaa !9
+  %indvars.iv.next1858.11.i.2 = or disjoint i64 %indvars.iv1857.11.i, 3
+  %.idx1976.i.3 = shl nuw nsw i64 %indvars.iv.next1858.11.i.2, 6
+  %2338 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1976.i.3
   %2339 = getelementptr inbounds nuw i8, ptr %2338, i64 44
   %2340 = load float, ptr %2339, align 4, !tbaa !9
-  %2341 = getelementptr inbounds nuw float, ptr %2294, i64 %indvars.iv1845.11.i
+  %2341 = getelementptr inbounds nuw float, ptr %2282, i64 %indvars.iv.next1858.11.i.2
   store float %2340, ptr %2341, align 4, !tbaa !9
-  %indvars.iv.next1846.11.i = or disjoint i64 %indvars.iv1845.11.i, 1
-  %.idx1960.i.1 = shl nuw nsw i64 %indvars.iv.next1846.11.i, 6
-  %2342 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1960.i.1
-  %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 44
-  %2344 = load float, ptr %2343, align 4, !tbaa !9
-  %2345 = getelementptr inbounds nuw float, ptr %2294, i64 %indvars.iv.next1846.11.i
-  store float %2344, ptr %2345, align 4, !tbaa !9
-  %indvars.iv.next1846.11.i.1 = or disjoint i64 %indvars.iv1845.11.i, 2
-  %.idx1960.i.2 = shl nuw nsw i64 %indvars.iv.next1846.11.i.1, 6
-  %2346 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1960.i.2
-  %2347 = getelementptr inbounds nuw i8, ptr %2346, i64 44
-  %2348 = load float, ptr %2347, align 4, !tbaa !9
-  %2349 = getelementptr inbounds nuw float, ptr %2294, i64 %indvars.iv.next1846.11.i.1
-  store float %2348, ptr %2349, align 4, !tbaa !9
-  %indvars.iv.next1846.11.i.2 = or disjoint i64 %indvars.iv1845.11.i, 3
-  %.idx1960.i.3 = shl nuw nsw i64 %indvars.iv.next1846.11.i.2, 6
-  %2350 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1960.i.3
-  %2351 = getelementptr inbounds nuw i8, ptr %2350, i64 44
-  %2352 = load float, ptr %2351, align 4, !tbaa !9
-  %2353 = getelementptr inbounds nuw float, ptr %2294, i64 %indvars.iv.next1846.11.i.2
-  store float %2352, ptr %2353, align 4, !tbaa !9
-  %indvars.iv.next1846.11.i.3 = add nuw nsw i64 %indvars.iv1845.11.i, 4
-  %exitcond1848.11.not.i.3 = icmp eq i64 %indvars.iv.next1846.11.i.3, 128
-  br i1 %exitcond1848.11.not.i.3, label %for_end_d259.11.i, label %for_body_d258.11.i, !prof !17, !llvm.loop !113
+  %indvars.iv.next1858.11.i.3 = add nuw nsw i64 %indvars.iv1857.11.i, 4
+  %exitcond1860.11.not.i.3 = icmp eq i64 %indvars.iv.next1858.11.i.3, 128
+  br i1 %exitcond1860.11.not.i.3, label %for_end_d259.11.i, label %for_body_d258.11.i, !prof !17, !llvm.loop !113
 
-for_end_d259.11.i:                                ; preds = %for_body_d258.11.i, %vector.body156
-  %2354 = getelementptr inbounds nuw i8, ptr %499, i64 6144
-  %scevgep135 = getelementptr i8, ptr %acc.i, i64 48
-  %scevgep136 = getelementptr i8, ptr %acc.i, i64 8180
-  %bound0137 = icmp ult ptr %scevgep133, %scevgep136
-  %bound1138 = icmp ult ptr %scevgep135, %scevgep134
-  %found.conflict139 = and i1 %bound0137, %bound1138
-  br i1 %found.conflict139, label %for_body_d258.12.i, label %vector.body142, !prof !11
+for_end_d259.11.i:                                ; preds = %for_body_d258.11.i, %vector.body154
+  %2342 = getelementptr inbounds nuw i8, ptr %499, i64 6144
+  %scevgep133 = getelementptr i8, ptr %acc.i, i64 48
+  %scevgep134 = getelementptr i8, ptr %acc.i, i64 8180
+  %bound0135 = icmp ult ptr %scevgep131, %scevgep134
+  %bound1136 = icmp ult ptr %scevgep133, %scevgep132
+  %found.conflict137 = and i1 %bound0135, %bound1136
+  br i1 %found.conflict137, label %for_body_d258.12.i, label %vector.body140, !prof !11
 
-vector.body142:                                   ; preds = %vector.body142, %for_end_d259.11.i
-  %index143 = phi i64 [ %index.next144.1, %vector.body142 ], [ 0, %for_end_d259.11.i ]
-  %2355 = shl nuw nsw i64 %index143, 6
-  %2356 = shl i64 %index143, 6
-  %2357 = shl i64 %index143, 6
-  %2358 = shl i64 %index143, 6
-  %2359 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2355
-  %2360 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2356
-  %2361 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2357
-  %2362 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2358
-  %2363 = getelementptr inbounds nuw i8, ptr %2359, i64 48
-  %2364 = getelementptr inbounds nuw i8, ptr %2360, i64 112
-  %2365 = getelementptr inbounds nuw i8, ptr %2361, i64 176
-  %2366 = getelementptr inbounds nuw i8, ptr %2362, i64 240
-  %2367 = load float, ptr %2363, align 4, !tbaa !9, !alias.scope !114
-  %2368 = load float, ptr %2364, align 4, !tbaa !9, !alias.scope !114
-  %2369 = load float, ptr %2365, align 4, !tbaa !9, !alias.scope !114
-  %2370 = load float, ptr %2366, align 4, !tbaa !9, !alias.scope !114
-  %2371 = insertelement <4 x float> poison, float %2367, i64 0
-  %2372 = insertelement <4 x float> %2371, float %2368, i64 1
-  %2373 = insertelement <4 x float> %2372, float %2369, i64 2
-  %2374 = insertelement <4 x float> %2373, float %2370, i64 3
-  %2375 = getelementptr inbounds nuw float, ptr %2354, i64 %index143
-  store <4 x float> %2374, ptr %2375, align 4, !tbaa !9, !alias.scope !117, !noalias !114
-  %index.next144 = or disjoint i64 %index143, 4
-  %2376 = shl nuw nsw i64 %index.next144, 6
-  %2377 = shl i64 %index.next144, 6
-  %2378 = shl i64 %index.next144, 6
-  %2379 = shl i64 %index.next144, 6
-  %2380 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2376
-  %2381 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2377
-  %2382 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2378
-  %2383 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2379
-  %2384 = getelementptr inbounds nuw i8, ptr %2380, i64 48
-  %2385 = getelementptr inbounds nuw i8, ptr %2381, i64 112
-  %2386 = getelementptr inbounds nuw i8, ptr %2382, i64 176
-  %2387 = getelementptr inbounds nuw i8, ptr %2383, i64 240
-  %2388 = load float, ptr %2384, align 4, !tbaa !9, !alias.scope !114
-  %2389 = load float, ptr %2385, align 4, !tbaa !9, !alias.scope !114
-  %2390 = load float, ptr %2386, align 4, !tbaa !9, !alias.scope !114
-  %2391 = load float, ptr %2387, align 4, !tbaa !9, !alias.scope !114
-  %2392 = insertelement <4 x float> poison, float %2388, i64 0
-  %2393 = insertelement <4 x float> %2392, float %2389, i64 1
-  %2394 = insertelement <4 x float> %2393, float %2390, i64 2
-  %2395 = insertelement <4 x float> %2394, float %2391, i64 3
-  %2396 = getelementptr inbounds nuw float, ptr %2354, i64 %index.next144
-  store <4 x float> %2395, ptr %2396, align 4, !tbaa !9, !alias.scope !117, !noalias !114
-  %index.next144.1 = add nuw nsw i64 %index143, 8
-  %2397 = icmp eq i64 %index.next144.1, 128
-  br i1 %2397, label %for_end_d259.12.i, label %vector.body142, !prof !27, !llvm.loop !119
+vector.body140:                                   ; preds = %vector.body140, %for_end_d259.11.i
+  %index141 = phi i64 [ %index.next142.1, %vector.body140 ], [ 0, %for_end_d259.11.i ]
+  %2343 = shl nuw nsw i64 %index141, 6
+  %2344 = shl i64 %index141, 6
+  %2345 = shl i64 %index141, 6
+  %2346 = shl i64 %index141, 6
+  %2347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2343
+  %2348 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2344
+  %2349 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2345
+  %2350 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2346
+  %2351 = getelementptr inbounds nuw i8, ptr %2347, i64 48
+  %2352 = getelementptr inbounds nuw i8, ptr %2348, i64 112
+  %2353 = getelementptr inbounds nuw i8, ptr %2349, i64 176
+  %2354 = getelementptr inbounds nuw i8, ptr %2350, i64 240
+  %2355 = load float, ptr %2351, align 4, !tbaa !9, !alias.scope !114
+  %2356 = load float, ptr %2352, align 4, !tbaa !9, !alias.scope !114
+  %2357 = load float, ptr %2353, align 4, !tbaa !9, !alias.scope !114
+  %2358 = load float, ptr %2354, align 4, !tbaa !9, !alias.scope !114
+  %2359 = insertelement <4 x float> poison, float %2355, i64 0
+  %2360 = insertelement <4 x float> %2359, float %2356, i64 1
+  %2361 = insertelement <4 x float> %2360, float %2357, i64 2
+  %2362 = insertelement <4 x float> %2361, float %2358, i64 3
+  %2363 = getelementptr inbounds nuw float, ptr %2342, i64 %index141
+  store <4 x float> %2362, ptr %2363, align 4, !tbaa !9, !alias.scope !117, !noalias !114
+  %index.next142 = or disjoint i64 %index141, 4
+  %2364 = shl nuw nsw i64 %index.next142, 6
+  %2365 = shl i64 %index.next142, 6
+  %2366 = shl i64 %index.next142, 6
+  %2367 = shl i64 %index.next142, 6
+  %2368 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2364
+  %2369 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2365
+  %2370 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2366
+  %2371 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2367
+  %2372 = getelementptr inbounds nuw i8, ptr %2368, i64 48
+  %2373 = getelementptr inbounds nuw i8, ptr %2369, i64 112
+  %2374 = getelementptr inbounds nuw i8, ptr %2370, i64 176
+  %2375 = getelementptr inbounds nuw i8, ptr %2371, i64 240
+  %2376 = load float, ptr %2372, align 4, !tbaa !9, !alias.scope !114
+  %2377 = load float, ptr %2373, align 4, !tbaa !9, !alias.scope !114
+  %2378 = load float, ptr %2374, align 4, !tbaa !9, !alias.scope !114
+  %2379 = load float, ptr %2375, align 4, !tbaa !9, !alias.scope !114
+  %2380 = insertelement <4 x float> poison, float %2376, i64 0
+  %2381 = insertelement <4 x float> %2380, float %2377, i64 1
+  %2382 = insertelement <4 x float> %2381, float %2378, i64 2
+  %2383 = insertelement <4 x float> %2382, float %2379, i64 3
+  %2384 = getelementptr inbounds nuw float, ptr %2342, i64 %index.next142
+  store <4 x float> %2383, ptr %2384, align 4, !tbaa !9, !alias.scope !117, !noalias !114
+  %index.next142.1 = add nuw nsw i64 %index141, 8
+  %2385 = icmp eq i64 %index.next142.1, 128
+  br i1 %2385, label %for_end_d259.12.i, label %vector.body140, !prof !27, !llvm.loop !119
 
 for_body_d258.12.i:                               ; preds = %for_body_d258.12.i, %for_end_d259.11.i
-  %indvars.iv1845.12.i = phi i64 [ %indvars.iv.next1846.12.i.3, %for_body_d258.12.i ], [ 0, %for_end_d259.11.i ]
-  %.idx1961.i = shl nuw nsw i64 %indvars.iv1845.12.i, 6
-  %2398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1961.i
+  %indvars.iv1857.12.i = phi i64 [ %indvars.iv.next1858.12.i.3, %for_body_d258.12.i ], [ 0, %for_end_d259.11.i ]
+  %.idx1977.i = shl nuw nsw i64 %indvars.iv1857.12.i, 6
+  %2386 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1977.i
+  %2387 = getelementptr inbounds nuw i8, ptr %2386, i64 48
+  %2388 = load float, ptr %2387, align 4, !tbaa !9
+  %2389 = getelementptr inbounds nuw float, ptr %2342, i64 %indvars.iv1857.12.i
+  store float %2388, ptr %2389, align 4, !tbaa !9
+  %indvars.iv.next1858.12.i = or disjoint i64 %indvars.iv1857.12.i, 1
+  %.idx1977.i.1 = shl nuw nsw i64 %indvars.iv.next1858.12.i, 6
+  %2390 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1977.i.1
+  %2391 = getelementptr inbounds nuw i8, ptr %2390, i64 48
+  %2392 = load float, ptr %2391, align 4, !tbaa !9
+  %2393 = getelementptr inbounds nuw float, ptr %2342, i64 %indvars.iv.next1858.12.i
+  store float %2392, ptr %2393, align 4, !tbaa !9
+  %indvars.iv.next1858.12.i.1 = or disjoint i64 %indvars.iv1857.12.i, 2
+  %.idx1977.i.2 = shl nuw nsw i64 %indvars.iv.next1858.12.i.1, 6
+  %2394 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1977.i.2
+  %2395 = getelementptr inbounds nuw i8, ptr %2394, i64 48
+  %2396 = load float, ptr %2395, align 4, !tbaa !9
+  %2397 = getelementptr inbounds nuw float, ptr %2342, i64 %indvars.iv.next1858.12.i.1
+  store float %2396, ptr %2397, align 4, !tbaa !9
+  %indvars.iv.next1858.12.i.2 = or disjoint i64 %indvars.iv1857.12.i, 3
+  %.idx1977.i.3 = shl nuw nsw i64 %indvars.iv.next1858.12.i.2, 6
+  %2398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1977.i.3
   %2399 = getelementptr inbounds nuw i8, ptr %2398, i64 48
   %2400 = load float, ptr %2399, align 4, !tbaa !9
-  %2401 = getelementptr inbounds nuw float, ptr %2354, i64 %indvars.iv1845.12.i
+  %2401 = getelementptr inbounds nuw float, ptr %2342, i64 %indvars.iv.next1858.12.i.2
   store float %2400, ptr %2401, align 4, !tbaa !9
-  %indvars.iv.next1846.12.i = or disjoint i64 %indvars.iv1845.12.i, 1
-  %.idx1961.i.1 = shl nuw nsw i64 %indvars.iv.next1846.12.i, 6
-  %2402 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1961.i.1
-  %2403 = getelementptr inbounds nuw i8, ptr %2402, i64 48
-  %2404 = load float, ptr %2403, align 4, !tbaa !9
-  %2405 = getelementptr inbounds nuw float, ptr %2354, i64 %indvars.iv.next1846.12.i
-  store float %2404, ptr %2405, align 4, !tbaa !9
-  %indvars.iv.next1846.12.i.1 = or disjoint i64 %indvars.iv1845.12.i, 2
-  %.idx1961.i.2 = shl nuw nsw i64 %indvars.iv.next1846.12.i.1, 6
-  %2406 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1961.i.2
-  %2407 = getelementptr inbounds nuw i8, ptr %2406, i64 48
-  %2408 = load float, ptr %2407, align 4, !tbaa !9
-  %2409 = getelementptr inbounds nuw float, ptr %2354, i64 %indvars.iv.next1846.12.i.1
-  store float %2408, ptr %2409, align 4, !tbaa !9
-  %indvars.iv.next1846.12.i.2 = or disjoint i64 %indvars.iv1845.12.i, 3
-  %.idx1961.i.3 = shl nuw nsw i64 %indvars.iv.next1846.12.i.2, 6
-  %2410 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1961.i.3
-  %2411 = getelementptr inbounds nuw i8, ptr %2410, i64 48
-  %2412 = load float, ptr %2411, align 4, !tbaa !9
-  %2413 = getelementptr inbounds nuw float, ptr %2354, i64 %indvars.iv.next1846.12.i.2
-  store float %2412, ptr %2413, align 4, !tbaa !9
-  %indvars.iv.next1846.12.i.3 = add nuw nsw i64 %indvars.iv1845.12.i, 4
-  %exitcond1848.12.not.i.3 = icmp eq i64 %indvars.iv.next1846.12.i.3, 128
-  br i1 %exitcond1848.12.not.i.3, label %for_end_d259.12.i, label %for_body_d258.12.i, !prof !17, !llvm.loop !120
+  %indvars.iv.next1858.12.i.3 = add nuw nsw i64 %indvars.iv1857.12.i, 4
+  %exitcond1860.12.not.i.3 = icmp eq i64 %indvars.iv.next1858.12.i.3, 128
+  br i1 %exitcond1860.12.not.i.3, label %for_end_d259.12.i, label %for_body_d258.12.i, !prof !17, !llvm.loop !120
 
-for_end_d259.12.i:                                ; preds = %for_body_d258.12.i, %vector.body142
-  %2414 = getelementptr inbounds nuw i8, ptr %499, i64 6656
-  %scevgep121 = getelementptr i8, ptr %acc.i, i64 52
-  %scevgep122 = getelementptr i8, ptr %acc.i, i64 8184
-  %bound0123 = icmp ult ptr %scevgep119, %scevgep122
-  %bound1124 = icmp ult ptr %scevgep121, %scevgep120
-  %found.conflict125 = and i1 %bound0123, %bound1124
-  br i1 %found.conflict125, label %for_body_d258.13.i, label %vector.body128, !prof !11
+for_end_d259.12.i:                                ; preds = %for_body_d258.12.i, %vector.body140
+  %2402 = getelementptr inbounds nuw i8, ptr %499, i64 6656
+  %scevgep119 = getelementptr i8, ptr %acc.i, i64 52
+  %scevgep120 = getelementptr i8, ptr %acc.i, i64 8184
+  %bound0121 = icmp ult ptr %scevgep117, %scevgep120
+  %bound1122 = icmp ult ptr %scevgep119, %scevgep118
+  %found.conflict123 = and i1 %bound0121, %bound1122
+  br i1 %found.conflict123, label %for_body_d258.13.i, label %vector.body126, !prof !11
 
-vector.body128:                                   ; preds = %vector.body128, %for_end_d259.12.i
-  %index129 = phi i64 [ %index.next130.1, %vector.body128 ], [ 0, %for_end_d259.12.i ]
-  %2415 = shl nuw nsw i64 %index129, 6
-  %2416 = shl i64 %index129, 6
-  %2417 = shl i64 %index129, 6
-  %2418 = shl i64 %index129, 6
-  %2419 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2415
-  %2420 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2416
-  %2421 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2417
-  %2422 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2418
-  %2423 = getelementptr inbounds nuw i8, ptr %2419, i64 52
-  %2424 = getelementptr inbounds nuw i8, ptr %2420, i64 116
-  %2425 = getelementptr inbounds nuw i8, ptr %2421, i64 180
-  %2426 = getelementptr inbounds nuw i8, ptr %2422, i64 244
-  %2427 = load float, ptr %2423, align 4, !tbaa !9, !alias.scope !121
-  %2428 = load float, ptr %2424, align 4, !tbaa !9, !alias.scope !121
-  %2429 = load float, ptr %2425, align 4, !tbaa !9, !alias.scope !121
-  %2430 = load float, ptr %2426, align 4, !tbaa !9, !alias.scope !121
-  %2431 = insertelement <4 x float> poison, float %2427, i64 0
-  %2432 = insertelement <4 x float> %2431, float %2428, i64 1
-  %2433 = insertelement <4 x float> %2432, float %2429, i64 2
-  %2434 = insertelement <4 x float> %2433, float %2430, i64 3
-  %2435 = getelementptr inbounds nuw float, ptr %2414, i64 %index129
-  store <4 x float> %2434, ptr %2435, align 4, !tbaa !9, !alias.scope !124, !noalias !121
-  %index.next130 = or disjoint i64 %index129, 4
-  %2436 = shl nuw nsw i64 %index.next130, 6
-  %2437 = shl i64 %index.next130, 6
-  %2438 = shl i64 %index.next130, 6
-  %2439 = shl i64 %index.next130, 6
-  %2440 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2436
-  %2441 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2437
-  %2442 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2438
-  %2443 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2439
-  %2444 = getelementptr inbounds nuw i8, ptr %2440, i64 52
-  %2445 = getelementptr inbounds nuw i8, ptr %2441, i64 116
-  %2446 = getelementptr inbounds nuw i8, ptr %2442, i64 180
-  %2447 = getelementptr inbounds nuw i8, ptr %2443, i64 244
-  %2448 = load float, ptr %2444, align 4, !tbaa !9, !alias.scope !121
-  %2449 = load float, ptr %2445, align 4, !tbaa !9, !alias.scope !121
-  %2450 = load float, ptr %2446, align 4, !tbaa !9, !alias.scope !121
-  %2451 = load float, ptr %2447, align 4, !tbaa !9, !alias.scope !121
-  %2452 = insertelement <4 x float> poison, float %2448, i64 0
-  %2453 = insertelement <4 x float> %2452, float %2449, i64 1
-  %2454 = insertelement <4 x float> %2453, float %2450, i64 2
-  %2455 = insertelement <4 x float> %2454, float %2451, i64 3
-  %2456 = getelementptr inbounds nuw float, ptr %2414, i64 %index.next130
-  store <4 x float> %2455, ptr %2456, align 4, !tbaa !9, !alias.scope !124, !noalias !121
-  %index.next130.1 = add nuw nsw i64 %index129, 8
-  %2457 = icmp eq i64 %index.next130.1, 128
-  br i1 %2457, label %for_end_d259.13.i, label %vector.body128, !prof !27, !llvm.loop !126
+vector.body126:                                   ; preds = %vector.body126, %for_end_d259.12.i
+  %index127 = phi i64 [ %index.next128.1, %vector.body126 ], [ 0, %for_end_d259.12.i ]
+  %2403 = shl nuw nsw i64 %index127, 6
+  %2404 = shl i64 %index127, 6
+  %2405 = shl i64 %index127, 6
+  %2406 = shl i64 %index127, 6
+  %2407 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2403
+  %2408 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2404
+  %2409 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2405
+  %2410 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2406
+  %2411 = getelementptr inbounds nuw i8, ptr %2407, i64 52
+  %2412 = getelementptr inbounds nuw i8, ptr %2408, i64 116
+  %2413 = getelementptr inbounds nuw i8, ptr %2409, i64 180
+  %2414 = getelementptr inbounds nuw i8, ptr %2410, i64 244
+  %2415 = load float, ptr %2411, align 4, !tbaa !9, !alias.scope !121
+  %2416 = load float, ptr %2412, align 4, !tbaa !9, !alias.scope !121
+  %2417 = load float, ptr %2413, align 4, !tbaa !9, !alias.scope !121
+  %2418 = load float, ptr %2414, align 4, !tbaa !9, !alias.scope !121
+  %2419 = insertelement <4 x float> poison, float %2415, i64 0
+  %2420 = insertelement <4 x float> %2419, float %2416, i64 1
+  %2421 = insertelement <4 x float> %2420, float %2417, i64 2
+  %2422 = insertelement <4 x float> %2421, float %2418, i64 3
+  %2423 = getelementptr inbounds nuw float, ptr %2402, i64 %index127
+  store <4 x float> %2422, ptr %2423, align 4, !tbaa !9, !alias.scope !124, !noalias !121
+  %index.next128 = or disjoint i64 %index127, 4
+  %2424 = shl nuw nsw i64 %index.next128, 6
+  %2425 = shl i64 %index.next128, 6
+  %2426 = shl i64 %index.next128, 6
+  %2427 = shl i64 %index.next128, 6
+  %2428 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2424
+  %2429 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2425
+  %2430 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2426
+  %2431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2427
+  %2432 = getelementptr inbounds nuw i8, ptr %2428, i64 52
+  %2433 = getelementptr inbounds nuw i8, ptr %2429, i64 116
+  %2434 = getelementptr inbounds nuw i8, ptr %2430, i64 180
+  %2435 = getelementptr inbounds nuw i8, ptr %2431, i64 244
+  %2436 = load float, ptr %2432, align 4, !tbaa !9, !alias.scope !121
+  %2437 = load float, ptr %2433, align 4, !tbaa !9, !alias.scope !121
+  %2438 = load float, ptr %2434, align 4, !tbaa !9, !alias.scope !121
+  %2439 = load float, ptr %2435, align 4, !tbaa !9, !alias.scope !121
+  %2440 = insertelement <4 x float> poison, float %2436, i64 0
+  %2441 = insertelement <4 x float> %2440, float %2437, i64 1
+  %2442 = insertelement <4 x float> %2441, float %2438, i64 2
+  %2443 = insertelement <4 x float> %2442, float %2439, i64 3
+  %2444 = getelementptr inbounds nuw float, ptr %2402, i64 %index.next128
+  store <4 x float> %2443, ptr %2444, align 4, !tbaa !9, !alias.scope !124, !noalias !121
+  %index.next128.1 = add nuw nsw i64 %index127, 8
+  %2445 = icmp eq i64 %index.next128.1, 128
+  br i1 %2445, label %for_end_d259.13.i, label %vector.body126, !prof !27, !llvm.loop !126
 
 for_body_d258.13.i:                               ; preds = %for_body_d258.13.i, %for_end_d259.12.i
-  %indvars.iv1845.13.i = phi i64 [ %indvars.iv.next1846.13.i.3, %for_body_d258.13.i ], [ 0, %for_end_d259.12.i ]
-  %.idx1962.i = shl nuw nsw i64 %indvars.iv1845.13.i, 6
-  %2458 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1962.i
+  %indvars.iv1857.13.i = phi i64 [ %indvars.iv.next1858.13.i.3, %for_body_d258.13.i ], [ 0, %for_end_d259.12.i ]
+  %.idx1978.i = shl nuw nsw i64 %indvars.iv1857.13.i, 6
+  %2446 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1978.i
+  %2447 = getelementptr inbounds nuw i8, ptr %2446, i64 52
+  %2448 = load float, ptr %2447, align 4, !tbaa !9
+  %2449 = getelementptr inbounds nuw float, ptr %2402, i64 %indvars.iv1857.13.i
+  store float %2448, ptr %2449, align 4, !tbaa !9
+  %indvars.iv.next1858.13.i = or disjoint i64 %indvars.iv1857.13.i, 1
+  %.idx1978.i.1 = shl nuw nsw i64 %indvars.iv.next1858.13.i, 6
+  %2450 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1978.i.1
+  %2451 = getelementptr inbounds nuw i8, ptr %2450, i64 52
+  %2452 = load float, ptr %2451, align 4, !tbaa !9
+  %2453 = getelementptr inbounds nuw float, ptr %2402, i64 %indvars.iv.next1858.13.i
+  store float %2452, ptr %2453, align 4, !tbaa !9
+  %indvars.iv.next1858.13.i.1 = or disjoint i64 %indvars.iv1857.13.i, 2
+  %.idx1978.i.2 = shl nuw nsw i64 %indvars.iv.next1858.13.i.1, 6
+  %2454 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1978.i.2
+  %2455 = getelementptr inbounds nuw i8, ptr %2454, i64 52
+  %2456 = load float, ptr %2455, align 4, !tbaa !9
+  %2457 = getelementptr inbounds nuw float, ptr %2402, i64 %indvars.iv.next1858.13.i.1
+  store float %2456, ptr %2457, align 4, !tbaa !9
+  %indvars.iv.next1858.13.i.2 = or disjoint i64 %indvars.iv1857.13.i, 3
+  %.idx1978.i.3 = shl nuw nsw i64 %indvars.iv.next1858.13.i.2, 6
+  %2458 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1978.i.3
   %2459 = getelementptr inbounds nuw i8, ptr %2458, i64 52
   %2460 = load float, ptr %2459, align 4, !tbaa !9
-  %2461 = getelementptr inbounds nuw float, ptr %2414, i64 %indvars.iv1845.13.i
+  %2461 = getelementptr inbounds nuw float, ptr %2402, i64 %indvars.iv.next1858.13.i.2
   store float %2460, ptr %2461, align 4, !tbaa !9
-  %indvars.iv.next1846.13.i = or disjoint i64 %indvars.iv1845.13.i, 1
-  %.idx1962.i.1 = shl nuw nsw i64 %indvars.iv.next1846.13.i, 6
-  %2462 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1962.i.1
-  %2463 = getelementptr inbounds nuw i8, ptr %2462, i64 52
-  %2464 = load float, ptr %2463, align 4, !tbaa !9
-  %2465 = getelementptr inbounds nuw float, ptr %2414, i64 %indvars.iv.next1846.13.i
-  store float %2464, ptr %2465, align 4, !tbaa !9
-  %indvars.iv.next1846.13.i.1 = or disjoint i64 %indvars.iv1845.13.i, 2
-  %.idx1962.i.2 = shl nuw nsw i64 %indvars.iv.next1846.13.i.1, 6
-  %2466 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1962.i.2
-  %2467 = getelementptr inbounds nuw i8, ptr %2466, i64 52
-  %2468 = load float, ptr %2467, align 4, !tbaa !9
-  %2469 = getelementptr inbounds nuw float, ptr %2414, i64 %indvars.iv.next1846.13.i.1
-  store float %2468, ptr %2469, align 4, !tbaa !9
-  %indvars.iv.next1846.13.i.2 = or disjoint i64 %indvars.iv1845.13.i, 3
-  %.idx1962.i.3 = shl nuw nsw i64 %indvars.iv.next1846.13.i.2, 6
-  %2470 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1962.i.3
-  %2471 = getelementptr inbounds nuw i8, ptr %2470, i64 52
-  %2472 = load float, ptr %2471, align 4, !tbaa !9
-  %2473 = getelementptr inbounds nuw float, ptr %2414, i64 %indvars.iv.next1846.13.i.2
-  store float %2472, ptr %2473, align 4, !tbaa !9
-  %indvars.iv.next1846.13.i.3 = add nuw nsw i64 %indvars.iv1845.13.i, 4
-  %exitcond1848.13.not.i.3 = icmp eq i64 %indvars.iv.next1846.13.i.3, 128
-  br i1 %exitcond1848.13.not.i.3, label %for_end_d259.13.i, label %for_body_d258.13.i, !prof !17, !llvm.loop !127
+  %indvars.iv.next1858.13.i.3 = add nuw nsw i64 %indvars.iv1857.13.i, 4
+  %exitcond1860.13.not.i.3 = icmp eq i64 %indvars.iv.next1858.13.i.3, 128
+  br i1 %exitcond1860.13.not.i.3, label %for_end_d259.13.i, label %for_body_d258.13.i, !prof !17, !llvm.loop !127
 
-for_end_d259.13.i:                                ; preds = %for_body_d258.13.i, %vector.body128
-  %2474 = getelementptr inbounds nuw i8, ptr %499, i64 7168
-  %scevgep107 = getelementptr i8, ptr %acc.i, i64 56
-  %scevgep108 = getelementptr i8, ptr %acc.i, i64 8188
-  %bound0109 = icmp ult ptr %scevgep105, %scevgep108
-  %bound1110 = icmp ult ptr %scevgep107, %scevgep106
-  %found.conflict111 = and i1 %bound0109, %bound1110
-  br i1 %found.conflict111, label %for_body_d258.14.i, label %vector.body114, !prof !11
+for_end_d259.13.i:                                ; preds = %for_body_d258.13.i, %vector.body126
+  %2462 = getelementptr inbounds nuw i8, ptr %499, i64 7168
+  %scevgep105 = getelementptr i8, ptr %acc.i, i64 56
+  %scevgep106 = getelementptr i8, ptr %acc.i, i64 8188
+  %bound0107 = icmp ult ptr %scevgep103, %scevgep106
+  %bound1108 = icmp ult ptr %scevgep105, %scevgep104
+  %found.conflict109 = and i1 %bound0107, %bound1108
+  br i1 %found.conflict109, label %for_body_d258.14.i, label %vector.body112, !prof !11
 
-vector.body114:                                   ; preds = %vector.body114, %for_end_d259.13.i
-  %index115 = phi i64 [ %index.next116.1, %vector.body114 ], [ 0, %for_end_d259.13.i ]
-  %2475 = shl nuw nsw i64 %index115, 6
-  %2476 = shl i64 %index115, 6
-  %2477 = shl i64 %index115, 6
-  %2478 = shl i64 %index115, 6
-  %2479 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2475
-  %2480 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2476
-  %2481 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2477
-  %2482 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2478
-  %2483 = getelementptr inbounds nuw i8, ptr %2479, i64 56
-  %2484 = getelementptr inbounds nuw i8, ptr %2480, i64 120
-  %2485 = getelementptr inbounds nuw i8, ptr %2481, i64 184
-  %2486 = getelementptr inbounds nuw i8, ptr %2482, i64 248
-  %2487 = load float, ptr %2483, align 4, !tbaa !9, !alias.scope !128
-  %2488 = load float, ptr %2484, align 4, !tbaa !9, !alias.scope !128
-  %2489 = load float, ptr %2485, align 4, !tbaa !9, !alias.scope !128
-  %2490 = load float, ptr %2486, align 4, !tbaa !9, !alias.scope !128
-  %2491 = insertelement <4 x float> poison, float %2487, i64 0
-  %2492 = insertelement <4 x float> %2491, float %2488, i64 1
-  %2493 = insertelement <4 x float> %2492, float %2489, i64 2
-  %2494 = insertelement <4 x float> %2493, float %2490, i64 3
-  %2495 = getelementptr inbounds nuw float, ptr %2474, i64 %index115
-  store <4 x float> %2494, ptr %2495, align 4, !tbaa !9, !alias.scope !131, !noalias !128
-  %index.next116 = or disjoint i64 %index115, 4
-  %2496 = shl nuw nsw i64 %index.next116, 6
-  %2497 = shl i64 %index.next116, 6
-  %2498 = shl i64 %index.next116, 6
-  %2499 = shl i64 %index.next116, 6
-  %2500 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2496
-  %2501 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2497
-  %2502 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2498
-  %2503 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2499
-  %2504 = getelementptr inbounds nuw i8, ptr %2500, i64 56
-  %2505 = getelementptr inbounds nuw i8, ptr %2501, i64 120
-  %2506 = getelementptr inbounds nuw i8, ptr %2502, i64 184
-  %2507 = getelementptr inbounds nuw i8, ptr %2503, i64 248
-  %2508 = load float, ptr %2504, align 4, !tbaa !9, !alias.scope !128
-  %2509 = load float, ptr %2505, align 4, !tbaa !9, !alias.scope !128
-  %2510 = load float, ptr %2506, align 4, !tbaa !9, !alias.scope !128
-  %2511 = load float, ptr %2507, align 4, !tbaa !9, !alias.scope !128
-  %2512 = insertelement <4 x float> poison, float %2508, i64 0
-  %2513 = insertelement <4 x float> %2512, float %2509, i64 1
-  %2514 = insertelement <4 x float> %2513, float %2510, i64 2
-  %2515 = insertelement <4 x float> %2514, float %2511, i64 3
-  %2516 = getelementptr inbounds nuw float, ptr %2474, i64 %index.next116
-  store <4 x float> %2515, ptr %2516, align 4, !tbaa !9, !alias.scope !131, !noalias !128
-  %index.next116.1 = add nuw nsw i64 %index115, 8
-  %2517 = icmp eq i64 %index.next116.1, 128
-  br i1 %2517, label %for_end_d259.14.i, label %vector.body114, !prof !27, !llvm.loop !133
+vector.body112:                                   ; preds = %vector.body112, %for_end_d259.13.i
+  %index113 = phi i64 [ %index.next114.1, %vector.body112 ], [ 0, %for_end_d259.13.i ]
+  %2463 = shl nuw nsw i64 %index113, 6
+  %2464 = shl i64 %index113, 6
+  %2465 = shl i64 %index113, 6
+  %2466 = shl i64 %index113, 6
+  %2467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2463
+  %2468 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2464
+  %2469 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2465
+  %2470 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2466
+  %2471 = getelementptr inbounds nuw i8, ptr %2467, i64 56
+  %2472 = getelementptr inbounds nuw i8, ptr %2468, i64 120
+  %2473 = getelementptr inbounds nuw i8, ptr %2469, i64 184
+  %2474 = getelementptr inbounds nuw i8, ptr %2470, i64 248
+  %2475 = load float, ptr %2471, align 4, !tbaa !9, !alias.scope !128
+  %2476 = load float, ptr %2472, align 4, !tbaa !9, !alias.scope !128
+  %2477 = load float, ptr %2473, align 4, !tbaa !9, !alias.scope !128
+  %2478 = load float, ptr %2474, align 4, !tbaa !9, !alias.scope !128
+  %2479 = insertelement <4 x float> poison, float %2475, i64 0
+  %2480 = insertelement <4 x float> %2479, float %2476, i64 1
+  %2481 = insertelement <4 x float> %2480, float %2477, i64 2
+  %2482 = insertelement <4 x float> %2481, float %2478, i64 3
+  %2483 = getelementptr inbounds nuw float, ptr %2462, i64 %index113
+  store <4 x float> %2482, ptr %2483, align 4, !tbaa !9, !alias.scope !131, !noalias !128
+  %index.next114 = or disjoint i64 %index113, 4
+  %2484 = shl nuw nsw i64 %index.next114, 6
+  %2485 = shl i64 %index.next114, 6
+  %2486 = shl i64 %index.next114, 6
+  %2487 = shl i64 %index.next114, 6
+  %2488 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2484
+  %2489 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2485
+  %2490 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2486
+  %2491 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2487
+  %2492 = getelementptr inbounds nuw i8, ptr %2488, i64 56
+  %2493 = getelementptr inbounds nuw i8, ptr %2489, i64 120
+  %2494 = getelementptr inbounds nuw i8, ptr %2490, i64 184
+  %2495 = getelementptr inbounds nuw i8, ptr %2491, i64 248
+  %2496 = load float, ptr %2492, align 4, !tbaa !9, !alias.scope !128
+  %2497 = load float, ptr %2493, align 4, !tbaa !9, !alias.scope !128
+  %2498 = load float, ptr %2494, align 4, !tbaa !9, !alias.scope !128
+  %2499 = load float, ptr %2495, align 4, !tbaa !9, !alias.scope !128
+  %2500 = insertelement <4 x float> poison, float %2496, i64 0
+  %2501 = insertelement <4 x float> %2500, float %2497, i64 1
+  %2502 = insertelement <4 x float> %2501, float %2498, i64 2
+  %2503 = insertelement <4 x float> %2502, float %2499, i64 3
+  %2504 = getelementptr inbounds nuw float, ptr %2462, i64 %index.next114
+  store <4 x float> %2503, ptr %2504, align 4, !tbaa !9, !alias.scope !131, !noalias !128
+  %index.next114.1 = add nuw nsw i64 %index113, 8
+  %2505 = icmp eq i64 %index.next114.1, 128
+  br i1 %2505, label %for_end_d259.14.i, label %vector.body112, !prof !27, !llvm.loop !133
 
 for_body_d258.14.i:                               ; preds = %for_body_d258.14.i, %for_end_d259.13.i
-  %indvars.iv1845.14.i = phi i64 [ %indvars.iv.next1846.14.i.3, %for_body_d258.14.i ], [ 0, %for_end_d259.13.i ]
-  %.idx1963.i = shl nuw nsw i64 %indvars.iv1845.14.i, 6
-  %2518 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1963.i
+  %indvars.iv1857.14.i = phi i64 [ %indvars.iv.next1858.14.i.3, %for_body_d258.14.i ], [ 0, %for_end_d259.13.i ]
+  %.idx1979.i = shl nuw nsw i64 %indvars.iv1857.14.i, 6
+  %2506 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1979.i
+  %2507 = getelementptr inbounds nuw i8, ptr %2506, i64 56
+  %2508 = load float, ptr %2507, align 4, !tbaa !9
+  %2509 = getelementptr inbounds nuw float, ptr %2462, i64 %indvars.iv1857.14.i
+  store float %2508, ptr %2509, align 4, !tbaa !9
+  %indvars.iv.next1858.14.i = or disjoint i64 %indvars.iv1857.14.i, 1
+  %.idx1979.i.1 = shl nuw nsw i64 %indvars.iv.next1858.14.i, 6
+  %2510 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1979.i.1
+  %2511 = getelementptr inbounds nuw i8, ptr %2510, i64 56
+  %2512 = load float, ptr %2511, align 4, !tbaa !9
+  %2513 = getelementptr inbounds nuw float, ptr %2462, i64 %indvars.iv.next1858.14.i
+  store float %2512, ptr %2513, align 4, !tbaa !9
+  %indvars.iv.next1858.14.i.1 = or disjoint i64 %indvars.iv1857.14.i, 2
+  %.idx1979.i.2 = shl nuw nsw i64 %indvars.iv.next1858.14.i.1, 6
+  %2514 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1979.i.2
+  %2515 = getelementptr inbounds nuw i8, ptr %2514, i64 56
+  %2516 = load float, ptr %2515, align 4, !tbaa !9
+  %2517 = getelementptr inbounds nuw float, ptr %2462, i64 %indvars.iv.next1858.14.i.1
+  store float %2516, ptr %2517, align 4, !tbaa !9
+  %indvars.iv.next1858.14.i.2 = or disjoint i64 %indvars.iv1857.14.i, 3
+  %.idx1979.i.3 = shl nuw nsw i64 %indvars.iv.next1858.14.i.2, 6
+  %2518 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1979.i.3
   %2519 = getelementptr inbounds nuw i8, ptr %2518, i64 56
   %2520 = load float, ptr %2519, align 4, !tbaa !9
-  %2521 = getelementptr inbounds nuw float, ptr %2474, i64 %indvars.iv1845.14.i
+  %2521 = getelementptr inbounds nuw float, ptr %2462, i64 %indvars.iv.next1858.14.i.2
   store float %2520, ptr %2521, align 4, !tbaa !9
-  %indvars.iv.next1846.14.i = or disjoint i64 %indvars.iv1845.14.i, 1
-  %.idx1963.i.1 = shl nuw nsw i64 %indvars.iv.next1846.14.i, 6
-  %2522 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1963.i.1
-  %2523 = getelementptr inbounds nuw i8, ptr %2522, i64 56
-  %2524 = load float, ptr %2523, align 4, !tbaa !9
-  %2525 = getelementptr inbounds nuw float, ptr %2474, i64 %indvars.iv.next1846.14.i
-  store float %2524, ptr %2525, align 4, !tbaa !9
-  %indvars.iv.next1846.14.i.1 = or disjoint i64 %indvars.iv1845.14.i, 2
-  %.idx1963.i.2 = shl nuw nsw i64 %indvars.iv.next1846.14.i.1, 6
-  %2526 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1963.i.2
-  %2527 = getelementptr inbounds nuw i8, ptr %2526, i64 56
-  %2528 = load float, ptr %2527, align 4, !tbaa !9
-  %2529 = getelementptr inbounds nuw float, ptr %2474, i64 %indvars.iv.next1846.14.i.1
-  store float %2528, ptr %2529, align 4, !tbaa !9
-  %indvars.iv.next1846.14.i.2 = or disjoint i64 %indvars.iv1845.14.i, 3
-  %.idx1963.i.3 = shl nuw nsw i64 %indvars.iv.next1846.14.i.2, 6
-  %2530 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1963.i.3
-  %2531 = getelementptr inbounds nuw i8, ptr %2530, i64 56
-  %2532 = load float, ptr %2531, align 4, !tbaa !9
-  %2533 = getelementptr inbounds nuw float, ptr %2474, i64 %indvars.iv.next1846.14.i.2
-  store float %2532, ptr %2533, align 4, !tbaa !9
-  %indvars.iv.next1846.14.i.3 = add nuw nsw i64 %indvars.iv1845.14.i, 4
-  %exitcond1848.14.not.i.3 = icmp eq i64 %indvars.iv.next1846.14.i.3, 128
-  br i1 %exitcond1848.14.not.i.3, label %for_end_d259.14.i, label %for_body_d258.14.i, !prof !17, !llvm.loop !134
+  %indvars.iv.next1858.14.i.3 = add nuw nsw i64 %indvars.iv1857.14.i, 4
+  %exitcond1860.14.not.i.3 = icmp eq i64 %indvars.iv.next1858.14.i.3, 128
+  br i1 %exitcond1860.14.not.i.3, label %for_end_d259.14.i, label %for_body_d258.14.i, !prof !17, !llvm.loop !134
 
-for_end_d259.14.i:                                ; preds = %for_body_d258.14.i, %vector.body114
-  %2534 = getelementptr inbounds nuw i8, ptr %499, i64 7680
-  %scevgep102 = getelementptr i8, ptr %acc.i, i64 60
-  %scevgep103 = getelementptr i8, ptr %acc.i, i64 8192
-  %bound0 = icmp ult ptr %scevgep, %scevgep103
-  %bound1 = icmp ult ptr %scevgep102, %scevgep101
+for_end_d259.14.i:                                ; preds = %for_body_d258.14.i, %vector.body112
+  %2522 = getelementptr inbounds nuw i8, ptr %499, i64 7680
+  %scevgep100 = getelementptr i8, ptr %acc.i, i64 60
+  %scevgep101 = getelementptr i8, ptr %acc.i, i64 8192
+  %bound0 = icmp ult ptr %scevgep, %scevgep101
+  %bound1 = icmp ult ptr %scevgep100, %scevgep99
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d258.15.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %vector.body, %for_end_d259.14.i
   %index = phi i64 [ %index.next.1, %vector.body ], [ 0, %for_end_d259.14.i ]
-  %2535 = shl nuw nsw i64 %index, 6
-  %2536 = shl i64 %index, 6
-  %2537 = shl i64 %index, 6
-  %2538 = shl i64 %index, 6
-  %2539 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2535
-  %2540 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2536
-  %2541 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2537
-  %2542 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2538
-  %2543 = getelementptr inbounds nuw i8, ptr %2539, i64 60
-  %2544 = getelementptr inbounds nuw i8, ptr %2540, i64 124
-  %2545 = getelementptr inbounds nuw i8, ptr %2541, i64 188
-  %2546 = getelementptr inbounds nuw i8, ptr %2542, i64 252
-  %2547 = load float, ptr %2543, align 4, !tbaa !9, !alias.scope !135
-  %2548 = load float, ptr %2544, align 4, !tbaa !9, !alias.scope !135
-  %2549 = load float, ptr %2545, align 4, !tbaa !9, !alias.scope !135
-  %2550 = load float, ptr %2546, align 4, !tbaa !9, !alias.scope !135
-  %2551 = insertelement <4 x float> poison, float %2547, i64 0
-  %2552 = insertelement <4 x float> %2551, float %2548, i64 1
-  %2553 = insertelement <4 x float> %2552, float %2549, i64 2
-  %2554 = insertelement <4 x float> %2553, float %2550, i64 3
-  %2555 = getelementptr inbounds nuw float, ptr %2534, i64 %index
-  store <4 x float> %2554, ptr %2555, align 4, !tbaa !9, !alias.scope !138, !noalias !135
+  %2523 = shl nuw nsw i64 %index, 6
+  %2524 = shl i64 %index, 6
+  %2525 = shl i64 %index, 6
+  %2526 = shl i64 %index, 6
+  %2527 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2523
+  %2528 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2524
+  %2529 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2525
+  %2530 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2526
+  %2531 = getelementptr inbounds nuw i8, ptr %2527, i64 60
+  %2532 = getelementptr inbounds nuw i8, ptr %2528, i64 124
+  %2533 = getelementptr inbounds nuw i8, ptr %2529, i64 188
+  %2534 = getelementptr inbounds nuw i8, ptr %2530, i64 252
+  %2535 = load float, ptr %2531, align 4, !tbaa !9, !alias.scope !135
+  %2536 = load float, ptr %2532, align 4, !tbaa !9, !alias.scope !135
+  %2537 = load float, ptr %2533, align 4, !tbaa !9, !alias.scope !135
+  %2538 = load float, ptr %2534, align 4, !tbaa !9, !alias.scope !135
+  %2539 = insertelement <4 x float> poison, float %2535, i64 0
+  %2540 = insertelement <4 x float> %2539, float %2536, i64 1
+  %2541 = insertelement <4 x float> %2540, float %2537, i64 2
+  %2542 = insertelement <4 x float> %2541, float %2538, i64 3
+  %2543 = getelementptr inbounds nuw float, ptr %2522, i64 %index
+  store <4 x float> %2542, ptr %2543, align 4, !tbaa !9, !alias.scope !138, !noalias !135
   %index.next = or disjoint i64 %index, 4
-  %2556 = shl nuw nsw i64 %index.next, 6
-  %2557 = shl i64 %index.next, 6
-  %2558 = shl i64 %index.next, 6
-  %2559 = shl i64 %index.next, 6
-  %2560 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2556
-  %2561 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2557
-  %2562 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2558
-  %2563 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2559
-  %2564 = getelementptr inbounds nuw i8, ptr %2560, i64 60
-  %2565 = getelementptr inbounds nuw i8, ptr %2561, i64 124
-  %2566 = getelementptr inbounds nuw i8, ptr %2562, i64 188
-  %2567 = getelementptr inbounds nuw i8, ptr %2563, i64 252
-  %2568 = load float, ptr %2564, align 4, !tbaa !9, !alias.scope !135
-  %2569 = load float, ptr %2565, align 4, !tbaa !9, !alias.scope !135
-  %2570 = load float, ptr %2566, align 4, !tbaa !9, !alias.scope !135
-  %2571 = load float, ptr %2567, align 4, !tbaa !9, !alias.scope !135
-  %2572 = insertelement <4 x float> poison, float %2568, i64 0
-  %2573 = insertelement <4 x float> %2572, float %2569, i64 1
-  %2574 = insertelement <4 x float> %2573, float %2570, i64 2
-  %2575 = insertelement <4 x float> %2574, float %2571, i64 3
-  %2576 = getelementptr inbounds nuw float, ptr %2534, i64 %index.next
-  store <4 x float> %2575, ptr %2576, align 4, !tbaa !9, !alias.scope !138, !noalias !135
+  %2544 = shl nuw nsw i64 %index.next, 6
+  %2545 = shl i64 %index.next, 6
+  %2546 = shl i64 %index.next, 6
+  %2547 = shl i64 %index.next, 6
+  %2548 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2544
+  %2549 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2545
+  %2550 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2546
+  %2551 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %2547
+  %2552 = getelementptr inbounds nuw i8, ptr %2548, i64 60
+  %2553 = getelementptr inbounds nuw i8, ptr %2549, i64 124
+  %2554 = getelementptr inbounds nuw i8, ptr %2550, i64 188
+  %2555 = getelementptr inbounds nuw i8, ptr %2551, i64 252
+  %2556 = load float, ptr %2552, align 4, !tbaa !9, !alias.scope !135
+  %2557 = load float, ptr %2553, align 4, !tbaa !9, !alias.scope !135
+  %2558 = load float, ptr %2554, align 4, !tbaa !9, !alias.scope !135
+  %2559 = load float, ptr %2555, align 4, !tbaa !9, !alias.scope !135
+  %2560 = insertelement <4 x float> poison, float %2556, i64 0
+  %2561 = insertelement <4 x float> %2560, float %2557, i64 1
+  %2562 = insertelement <4 x float> %2561, float %2558, i64 2
+  %2563 = insertelement <4 x float> %2562, float %2559, i64 3
+  %2564 = getelementptr inbounds nuw float, ptr %2522, i64 %index.next
+  store <4 x float> %2563, ptr %2564, align 4, !tbaa !9, !alias.scope !138, !noalias !135
   %index.next.1 = add nuw nsw i64 %index, 8
-  %2577 = icmp eq i64 %index.next.1, 128
-  br i1 %2577, label %if_end209.i, label %vector.body, !prof !27, !llvm.loop !140
+  %2565 = icmp eq i64 %index.next.1, 128
+  br i1 %2565, label %if_end209.i, label %vector.body, !prof !27, !llvm.loop !140
 
 for_body_d258.15.i:                               ; preds = %for_body_d258.15.i, %for_end_d259.14.i
-  %indvars.iv1845.15.i = phi i64 [ %indvars.iv.next1846.15.i.3, %for_body_d258.15.i ], [ 0, %for_end_d259.14.i ]
-  %.idx1964.i = shl nuw nsw i64 %indvars.iv1845.15.i, 6
-  %2578 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1964.i
+  %indvars.iv1857.15.i = phi i64 [ %indvars.iv.next1858.15.i.3, %for_body_d258.15.i ], [ 0, %for_end_d259.14.i ]
+  %.idx1980.i = shl nuw nsw i64 %indvars.iv1857.15.i, 6
+  %2566 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1980.i
+  %2567 = getelementptr inbounds nuw i8, ptr %2566, i64 60
+  %2568 = load float, ptr %2567, align 4, !tbaa !9
+  %2569 = getelementptr inbounds nuw float, ptr %2522, i64 %indvars.iv1857.15.i
+  store float %2568, ptr %2569, align 4, !tbaa !9
+  %indvars.iv.next1858.15.i = or disjoint i64 %indvars.iv1857.15.i, 1
+  %.idx1980.i.1 = shl nuw nsw i64 %indvars.iv.next1858.15.i, 6
+  %2570 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1980.i.1
+  %2571 = getelementptr inbounds nuw i8, ptr %2570, i64 60
+  %2572 = load float, ptr %2571, align 4, !tbaa !9
+  %2573 = getelementptr inbounds nuw float, ptr %2522, i64 %indvars.iv.next1858.15.i
+  store float %2572, ptr %2573, align 4, !tbaa !9
+  %indvars.iv.next1858.15.i.1 = or disjoint i64 %indvars.iv1857.15.i, 2
+  %.idx1980.i.2 = shl nuw nsw i64 %indvars.iv.next1858.15.i.1, 6
+  %2574 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1980.i.2
+  %2575 = getelementptr inbounds nuw i8, ptr %2574, i64 60
+  %2576 = load float, ptr %2575, align 4, !tbaa !9
+  %2577 = getelementptr inbounds nuw float, ptr %2522, i64 %indvars.iv.next1858.15.i.1
+  store float %2576, ptr %2577, align 4, !tbaa !9
+  %indvars.iv.next1858.15.i.2 = or disjoint i64 %indvars.iv1857.15.i, 3
+  %.idx1980.i.3 = shl nuw nsw i64 %indvars.iv.next1858.15.i.2, 6
+  %2578 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1980.i.3
   %2579 = getelementptr inbounds nuw i8, ptr %2578, i64 60
   %2580 = load float, ptr %2579, align 4, !tbaa !9
-  %2581 = getelementptr inbounds nuw float, ptr %2534, i64 %indvars.iv1845.15.i
+  %2581 = getelementptr inbounds nuw float, ptr %2522, i64 %indvars.iv.next1858.15.i.2
   store float %2580, ptr %2581, align 4, !tbaa !9
-  %indvars.iv.next1846.15.i = or disjoint i64 %indvars.iv1845.15.i, 1
-  %.idx1964.i.1 = shl nuw nsw i64 %indvars.iv.next1846.15.i, 6
-  %2582 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1964.i.1
-  %2583 = getelementptr inbounds nuw i8, ptr %2582, i64 60
-  %2584 = load float, ptr %2583, align 4, !tbaa !9
-  %2585 = getelementptr inbounds nuw float, ptr %2534, i64 %indvars.iv.next1846.15.i
-  store float %2584, ptr %2585, align 4, !tbaa !9
-  %indvars.iv.next1846.15.i.1 = or disjoint i64 %indvars.iv1845.15.i, 2
-  %.idx1964.i.2 = shl nuw nsw i64 %indvars.iv.next1846.15.i.1, 6
-  %2586 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1964.i.2
-  %2587 = getelementptr inbounds nuw i8, ptr %2586, i64 60
-  %2588 = load float, ptr %2587, align 4, !tbaa !9
-  %2589 = getelementptr inbounds nuw float, ptr %2534, i64 %indvars.iv.next1846.15.i.1
-  store float %2588, ptr %2589, align 4, !tbaa !9
-  %indvars.iv.next1846.15.i.2 = or disjoint i64 %indvars.iv1845.15.i, 3
-  %.idx1964.i.3 = shl nuw nsw i64 %indvars.iv.next1846.15.i.2, 6
-  %2590 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1964.i.3
-  %2591 = getelementptr inbounds nuw i8, ptr %2590, i64 60
-  %2592 = load float, ptr %2591, align 4, !tbaa !9
-  %2593 = getelementptr inbounds nuw float, ptr %2534, i64 %indvars.iv.next1846.15.i.2
-  store float %2592, ptr %2593, align 4, !tbaa !9
-  %indvars.iv.next1846.15.i.3 = add nuw nsw i64 %indvars.iv1845.15.i, 4
-  %exitcond1848.15.not.i.3 = icmp eq i64 %indvars.iv.next1846.15.i.3, 128
-  br i1 %exitcond1848.15.not.i.3, label %if_end209.i, label %for_body_d258.15.i, !prof !17, !llvm.loop !141
+  %indvars.iv.next1858.15.i.3 = add nuw nsw i64 %indvars.iv1857.15.i, 4
+  %exitcond1860.15.not.i.3 = icmp eq i64 %indvars.iv.next1858.15.i.3, 128
+  br i1 %exitcond1860.15.not.i.3, label %if_end209.i, label %for_body_d258.15.i, !prof !17, !llvm.loop !141
 
 if_end263.i:                                      ; preds = %if_end209.i
-  %2594 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2595 = tail call i32 %2594(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not292.i = icmp eq i32 %2595, 0
-  br i1 %.not292.i, label %if_end266.i, label %fused_decode_compute_.exit, !prof !35
+  %2582 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2583 = tail call i32 %2582(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not293.i = icmp eq i32 %2583, 0
+  br i1 %.not293.i, label %if_end266.i, label %fused_decode_compute_.exit, !prof !35
 
 if_end266.i:                                      ; preds = %if_end263.i
-  %2596 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2597 = tail call i32 %2596(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not293.i = icmp eq i32 %2597, 0
-  br i1 %.not293.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !35
+  %2584 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2585 = tail call i32 %2584(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not294.i = icmp eq i32 %2585, 0
+  br i1 %.not294.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !35
 
 fused_decode_compute_.exit:                       ; preds = %if_end266.i, %if_end263.i, %if_end209.i, %if_end203.i, %if_end200.i, %if_end197.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %for_end_d_0_m.i, %if_end67.i, %if_end64.i, %for_end_i.i, %if_end52.i, %for_end_to.i, %for_end_t39.i, %if_end30.i, %for_body_step.i, %if_end2.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
   %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end203.i ], [ -1, %if_end200.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end67.i ], [ -1, %if_end64.i ], [ -1, %for_end_i.i ], [ -1, %if_end52.i ], [ -1, %for_end_to.i ], [ -1, %for_end_t39.i ], [ -1, %if_end30.i ], [ -1, %if_end266.i ], [ -1, %if_end209.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end263.i ]

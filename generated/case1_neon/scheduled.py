@@ -387,34 +387,49 @@ class Module:
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            for i_m, d_0_m in T.grid(1, 32):
-                                                for d_1_init in T.unroll(4):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("full_groups_init"):
-                                                            vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                            vd = T.axis.spatial(128, d_0_m * 4 + d_1_init)
-                                                            T.reads()
-                                                            T.writes(full_acc[vi, vd, vr])
-                                                            full_acc[vi, vd, vr] = T.float32(0.0)
+                                            v_tile_global = T.sblock_alloc_buffer((64, 16, 2, 4), "int32")
+                                            for i_m, d_0_m, d_2_m in T.grid(1, 16, 2):
+                                                for d_1_0_init in T.unroll(1):
+                                                    for d_1_1_init in T.unroll(4):
+                                                        for r_init in T.vectorized(16):
+                                                            with T.sblock("full_groups_init"):
+                                                                vi, vr = T.axis.remap("SS", [i_m, r_init])
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1_0_init * 8 + d_1_1_init * 2 + d_2_m)
+                                                                T.reads()
+                                                                T.writes(full_acc[vi, vd, vr])
+                                                                full_acc[vi, vd, vr] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    if d_0_m % 2 == 0 and d_0_m < 32:
+                                                    if (d_0_m * 2 + d_2_m) % 2 == 0 and d_0_m * 2 + d_2_m < 32:
                                                         for line in range(1):
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (d_0_m // 2 * num_full + to + line) // 4] + next_head * v_head + T.Cast("int64", (d_0_m // 2 * num_full + to + line) % 4 * 16)]), 0, 2, 1)
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * 2 + d_2_m) // 2 * num_full + to + line) // 4] + next_head * v_head + T.Cast("int64", ((d_0_m * 2 + d_2_m) // 2 * num_full + to + line) % 4 * 16)]), 0, 2, 1)
                                                     for ti in range(2):
-                                                        for d_1 in T.unroll(4):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("full_groups_update"):
-                                                                    vt = T.axis.reduce(64, to * 2 + ti)
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                    vd = T.axis.spatial(128, d_0_m * 4 + d_1)
-                                                                    T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], v_tile[vt, vd // 8, vd % 2, vd % 8 // 2], value_offsets[vt * 2:vt * 2 + 2])
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", v_tile[vt, vd // 8, vd % 2, vd % 8 // 2] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", v_tile[vt, vd // 8, vd % 2, vd % 8 // 2] & -65536))
+                                                        for d_1_0 in T.unroll(1):
+                                                            for ax0 in T.unroll(1):
+                                                                for ax1 in T.unroll(1):
+                                                                    for ax2 in T.unroll(1):
+                                                                        for ax3 in T.vectorized(4):
+                                                                            with T.sblock("v_tile_global"):
+                                                                                v0 = T.axis.spatial(64, to * 2 + ti + ax0)
+                                                                                v1 = T.axis.spatial(16, d_0_m + ax1)
+                                                                                v2, v3 = T.axis.remap("SS", [d_2_m, ax3])
+                                                                                T.reads(v_tile[v0, v1, v2, v3])
+                                                                                T.writes(v_tile_global[v0, v1, v2, v3])
+                                                                                T.sblock_attr({"pa.lanes": 1})
+                                                                                v_tile_global[v0, v1, v2, v3] = v_tile[v0, v1, v2, v3]
+                                                            for d_1_1 in T.unroll(4):
+                                                                for r in T.vectorized(16):
+                                                                    with T.sblock("full_groups_update"):
+                                                                        vt = T.axis.reduce(64, to * 2 + ti)
+                                                                        vi, vr = T.axis.remap("SS", [i_m, r])
+                                                                        vd = T.axis.spatial(128, d_0_m * 8 + d_1_0 * 8 + d_1_1 * 2 + d_2_m)
+                                                                        T.reads(full_acc[vi, vd, vr], prob_pairs[0, vt, vr], v_tile_global[vt, vd // 8, vd % 2, vd % 8 // 2], value_offsets[vt * 2:vt * 2 + 2])
+                                                                        T.writes(full_acc[vi, vd, vr])
+                                                                        full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", v_tile_global[vt, vd // 8, vd % 2, vd % 8 // 2] << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", v_tile_global[vt, vd // 8, vd % 2, vd % 8 // 2] & -65536))
                                                 for d_1_init in T.unroll(4):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_acc_init"):
                                                             vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                            vd = T.axis.spatial(128, d_0_m * 4 + d_1_init)
+                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1_init * 2 + d_2_m)
                                                             T.reads()
                                                             T.writes(tile_acc[0, vd, vr])
                                                             tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
@@ -424,7 +439,7 @@ class Module:
                                                             with T.sblock("tile_acc_update"):
                                                                 vt = T.axis.reduce(64, ti + num_full * 2)
                                                                 vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                vd = T.axis.spatial(128, d_0_m * 4 + d_1)
+                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1 * 2 + d_2_m)
                                                                 T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], prob_pairs[0, vt, vr], v_tile[vt, vd // 8, vd % 2, vd % 8 // 2], value_offsets[vt * 2:vt * 2 + 2])
                                                                 T.writes(tile_acc[0, vd, vr])
                                                                 tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + (T.reinterpret("float32", prob_pairs[0, vt, vr] << 16) * T.reinterpret("float32", (v_tile[vt, vd // 8, vd % 2, vd % 8 // 2] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vt, vr] & -65536) * T.reinterpret("float32", v_tile[vt, vd // 8, vd % 2, vd % 8 // 2] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
@@ -432,7 +447,7 @@ class Module:
                                                     for r in T.vectorized(16):
                                                         with T.sblock("acc"):
                                                             vi, vr = T.axis.remap("SS", [i_m, r])
-                                                            vd = T.axis.spatial(128, d_0_m * 4 + d_1)
+                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1 * 2 + d_2_m)
                                                             vstep_1 = T.axis.reduce(num_steps, vstep)
                                                             T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
                                                             T.writes(acc[first, vd, vr])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -192,12 +193,12 @@ def _build(todo: Sequence[Task], configs: list[dict[str, Any]], processes: int, 
             time.sleep(_POLL)
     finally:
         for process, _ in running:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its C++ compiler too, which would go on writing
             process.wait()
 
 
 def _start(work: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """A process that does what a file says. What it prints goes to another."""
+    """A process, of a group of its own, that does what a file says. What it prints goes to another."""
     with open(folder / "printed", "wb") as printed:
         return subprocess.Popen(
             [sys.executable, "-m", "pa_compiler.bundles.tasks", str(work)],
@@ -205,4 +206,5 @@ def _start(work: Path, folder: Path) -> subprocess.Popen[bytes]:
             stdout=printed,
             stderr=subprocess.STDOUT,
             env={**os.environ, "TMPDIR": str(folder)},
+            start_new_session=True,
         )

@@ -15,40 +15,52 @@ from tvm.tirx import For, IntImm
 from pa_compiler.tiles import LANES
 
 
-def read_vectors(sch: Schedule, scores: SBlockRV, step: LoopRV, lanes: int, copied: bool) -> None:
-    """Read elements of keys, the second operand of scores, in vectors.
+def read_vectors(
+    sch: Schedule, sums: SBlockRV, step: LoopRV, lanes: int, copied: bool, half: LoopRV | None = None
+) -> None:
+    """Read elements of keys or values, the second operand of sums, in vectors.
 
     Args:
         sch: The schedule.
-        scores: Whose axes are token, tile of heads, row and element.
+        sums: Whose axes are token, or pair of tokens, tile of heads, row and element.
         step: The loop over elements that lie side by side, from which on all loops are unrolled.
         lanes: Elements of a vector, at most.
-        copied: Whether keys are read from a copy, which is of one tile of heads.
+        copied: Whether they are read from a copy, which is of one tile of heads.
+        half: The loop over vectors that elements of a copy lie in by turns, around all of these; None: there are none.
     """
 
     def place(t: Expr, i: Expr, r: Expr, d: Expr) -> tuple[Expr, ...]:
         return (*([] if copied else [i]), t, d // lanes, d % lanes)
 
     vector, step = sch.split(step, [None, min(lanes, int(sch.get(step).extent))])
-    depth = [sch.get(each).loop_var for each in sch.get_loops(scores)].index(sch.get(vector).loop_var) + 1
+    depth = [sch.get(each).loop_var for each in sch.get_loops(sums)].index(sch.get(vector).loop_var) + 1
     for each in (vector, step):
         sch.unroll(each)
-    read = sch.reindex_cache_read(scores, 1, "global", place)
+    if half is None:
+        read = sch.reindex_cache_read(sums, 1, "global", place)
+    else:
+        read = sch.cache_read(sums, 1, "global", [sums])
     sch.compute_at(read, vector, preserve_unit_loops=True)
     *unrolled, lane = sch.get_loops(read)[depth:]
     for each in unrolled:
         sch.unroll(each)
     sch.vectorize(lane)
     sch.annotate(read, LANES, 1)
-    _always(sch, lane)
+    _as_it_is(sch, unrolled[-1], lane, half)
 
 
-def _always(sch: Schedule, loop: LoopRV) -> None:
-    """Have what is in a loop done without asking whether it is inside of the array: it is wherever it is multiplied.
+def _as_it_is(sch: Schedule, outer: LoopRV, lane: LoopRV, half: LoopRV | None) -> None:
+    """Have a vector read without asking whether it is inside of the array: it is wherever it is multiplied.
 
-    TVM cannot know that, since token groups are as many as a call has.
+    TVM cannot know that, since token groups are as many as a call has. Nor does it see that in an iteration of half
+    only the vector of this number is read: the loop around lanes is of all up to it.
     """
-    old = sch.get(loop)
-    realize = SBlockRealize(old.body.iter_values, IntImm("bool", 1), old.body.block)
-    new = For(old.loop_var, old.min, old.extent, old.kind, realize, old.thread_binding, old.annotations)
-    sch.state.replace(sch.get_sref(loop), new, {})
+    old, around = sch.get(lane), sch.get(outer)
+    places = list(old.body.iter_values)
+    if half is not None:
+        places[-2] = sch.get(half).loop_var
+    realize = SBlockRealize(places, IntImm("bool", 1), old.body.block)
+    vector = For(old.loop_var, old.min, old.extent, old.kind, realize, old.thread_binding, old.annotations)
+    extent = around.extent if half is None else 1
+    new = For(around.loop_var, around.min, extent, around.kind, vector, around.thread_binding, around.annotations)
+    sch.state.replace(sch.get_sref(outer), new, {})

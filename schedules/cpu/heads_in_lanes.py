@@ -141,31 +141,41 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
 def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
     rows_last(sch, "acc")
-    _sum_outputs(sch, "", tiling.pv_dims)
+    _sum_outputs(sch, tiling, "", tiling.pv_dims)
 
 
 def few_pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """The same of a part of a vector of rows; pv_update has laid out what is written."""
     dims = int(sch.get(sch.get_loops("few_acc")[-1]).extent)
-    _sum_outputs(sch, "few_", largest_divisor(dims, 2 * tiling.pv_dims))
+    _sum_outputs(sch, tiling, "few_", largest_divisor(dims, 2 * tiling.pv_dims))
 
 
-def _sum_outputs(sch: Schedule, of: str, dims: int) -> None:
-    """With the sums of some elements of value_dim at a time in registers."""
+def _sum_outputs(sch: Schedule, tiling: VectorTiling, of: str, dims: int) -> None:
+    """With the sums of some elements of value_dim at a time in registers.
+
+    Where pairs are multiplied by a lane of a register, these are elements that lie side by side in a copy: a vector of
+    even ones or of odd ones.
+    """
     full, passes = sch.get_sblock(f"{of}full_groups"), []
+    lanes, halves, extent = tiling.pv_lanes, tiling.values.halves, int(sch.get(sch.get_loops(full)[-1]).extent)
+    by_element = tiling.by_element and tiling.copy_values and tiling.values.terms == halves == 2
+    by_element = by_element and dims % lanes == extent % (dims * halves) == 0
     rows_last(sch, full, f"{of}tile_acc")
     for name in (f"{of}full_groups", f"{of}tile_acc", f"{of}acc"):
         _, *tokens, row, dim = sch.get_loops(name)
-        dim_outer, dim = sch.split(dim, [None, dims])
-        sch.reorder(dim_outer, *tokens, dim, row)
+        outer, dim, *half = sch.split(dim, [None, dims, *([halves] if by_element else [])])
+        sch.reorder(outer, *half, *tokens, dim, row)
         sch.unroll(dim)
         sch.vectorize(row)
+        if by_element and name == f"{of}full_groups":
+            read_vectors(sch, full, dim, lanes, True, *half)
         if tokens:
             sch.decompose_reduction(name, tokens[0])
-        passes.append(dim_outer)
-    sch.merge(*passes)
-    _, dim_outer, group = sch.get_loops(full)[:3]
-    fetch(sch, VALUES, group, passes=[dim_outer])
+        passes.append((outer, *half))
+    for loops in zip(*passes, strict=True):
+        sch.merge(*loops)
+    _, *around, group = sch.get_loops(full)[: 2 + len(passes[0])]
+    fetch(sch, VALUES, group, passes=around)
 
 
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:

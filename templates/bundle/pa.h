@@ -106,7 +106,8 @@ typedef struct pa_options {
  * Slots without a token may hold anything, NaN too. */
 typedef struct pa_decode_args {
   pa_tensor query;         /* [batch, num_heads, head_dim], dtype */
-  pa_tensor key_cache;     /* dtype, or kv_dtype */
+  pa_tensor key_cache;     /* dtype, or kv_dtype. Of int4 PA_UINT8, with two codes in a byte, the even one low: the last
+                              axis of both caches is half as long, and p is 2 */
   pa_tensor value_cache;   /* the same; none where the spec has shared_kv */
   pa_tensor block_table;   /* [batch, max_blocks], int32 or int64: the blocks of each sequence. Entries past its length
                               are not looked at. None with the two that follow */
@@ -119,8 +120,9 @@ typedef struct pa_decode_args {
                               Or none */
   pa_tensor alibi_slopes;  /* [num_heads], float32, where the spec has alibi; otherwise none */
   pa_tensor sinks;         /* [num_heads], float32, where the spec has sinks; otherwise none */
-  pa_tensor key_scale;     /* [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32, where the spec has
-                              a kv_dtype, as its kv_scale says; otherwise none */
+  pa_tensor key_scale;     /* float32, where the spec has a kv_dtype, as its kv_scale says: [1], [num_kv_heads] or
+                              [num_blocks, num_kv_heads, block_size]; of int4 [num_blocks, num_kv_heads, block_size, 2],
+                              a scale and a zero point. Otherwise none */
   pa_tensor value_scale;   /* the same */
   const pa_tensor* inputs; /* [num_inputs]: what the spec's functions read, in the order of the spec's inputs */
   int64_t num_inputs;

@@ -11,6 +11,7 @@
  *   scale 0x1.6a09e6p-4                if there is one
  *   not_causal 1                       likewise
  *   beside key_cache                   an array that is to lie one element further than its memory
+ *   over out query                     an array that is to lie in the memory of another one, which has as much
  *   array query 1 3 4 6 24             name, dtype, rank, extents
  *   end
  *
@@ -44,7 +45,7 @@ typedef struct Array {
 } Array;
 
 typedef struct Case {
-  char call[16], spec[128], manner[16], beside[32];
+  char call[16], spec[128], manner[16], beside[32], over[2][32];
   int64_t num_threads;
   int threading, not_causal, has_scale, num_arrays;
   double scale;
@@ -117,6 +118,7 @@ static void read_case(Case* of, const char* path, int at_begin) {
     sscanf(line, "spec %127s", of->spec);
     sscanf(line, "manner %15s", of->manner);
     sscanf(line, "beside %31s", of->beside);
+    sscanf(line, "over %31s %31s", of->over[0], of->over[1]);
     sscanf(line, "threads %" SCNd64, &of->num_threads);
     sscanf(line, "threading %d", &of->threading);
     sscanf(line, "not_causal %d", &of->not_causal);
@@ -139,7 +141,9 @@ static pa_tensor given(Case* of, const char* name, int is_written) {
   for (int i = 0; i < of->num_arrays; ++i) {
     if (strcmp(of->arrays[i].name, name) != 0) continue;
     of->arrays[i].is_written = is_written;
-    return of->arrays[i].tensor;
+    pa_tensor found = of->arrays[i].tensor;
+    if (strcmp(of->over[0], name) == 0) found.data = given(of, of->over[1], 0).data;
+    return found;
   }
   return none;
 }

@@ -33,6 +33,7 @@ SPECS = {  # every layout, type and kind of argument
     "codes_and_a_function": dataclasses.replace(
         BASE, kv_dtype="int8", score_mod=tilted, inputs={"tilt": ("float32", (6, "batch"))}
     ),
+    "int4": dataclasses.replace(BASE, head_dim=32, kv_dtype="int4"),
 }
 TARGETS = ["x86-64-v3", "llvm"]
 OTHER_TARGETS = ["x86-64", "sapphirerapids"]

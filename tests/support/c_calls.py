@@ -209,11 +209,13 @@ def numpy_dtype(name):
 
 
 def write_case(
-    path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True, beside=None
-):
+    path, call, spec_name, arrays, *, manner="default", threads=2, threading=1, scale=None, causal=True, beside=None,
+    over=None
+):  # fmt: skip
     """Write a file for driver.c. Arrays by their names in pa.h; None is left out, a pair of tables is two.
 
     beside: The name of an array that is to lie one element further than its memory.
+    over: Those of one that is to lie in the memory of the other.
     """
     table = arrays.get("block_table")
     if isinstance(table, tuple):
@@ -224,6 +226,7 @@ def write_case(
     lines += [] if scale is None else [f"scale {float(scale).hex()}"]
     lines += [] if causal else ["not_causal 1"]
     lines += [] if beside is None else [f"beside {beside}"]
+    lines += [] if over is None else [f"over {' '.join(over)}"]
     for name, array in arrays.items():
         lines.append(" ".join(map(str, ("array", name, DTYPES[str(array.dtype)], array.ndim, *array.shape))))
     text = "\n".join([*lines, "end", ""]).encode()

@@ -28,6 +28,9 @@ class HeadsInLanes(CpuTiling):
             return False, f"{tile}: not whole vectors of {lanes}."
         if rows > sums * lanes:
             return False, f"{tile}: more than {sums} vectors of {lanes}, whose sums fit in registers."
+        pairs = max(sums, basis.target.vector_registers // 2) // 2
+        if basis.values.terms == 2 and rows > pairs * lanes:
+            return False, f"{tile}: more than {pairs} vectors of {lanes}, whose sums of two tokens fit in registers."
         return True, f"{tile}: whole vectors of {lanes}, and {basis.machine.heads_in_lanes} or more."
 
     @classmethod
@@ -35,10 +38,10 @@ class HeadsInLanes(CpuTiling):
         """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in half the registers.
 
         A power of two of them, up to 8: rows of 16 tokens that lie a multiple of 4096 bytes apart would fill two sets
-        of a first-level cache.
+        of a first-level cache. At least one, and two where a product is of two tokens: a group is of whole products.
         """
         most = basis.target.vector_registers // 2 // (basis.rows // basis.target.vector_lanes)
-        tokens = min(1 << (most.bit_length() - 1), 8)
+        tokens = max(min(1 << most.bit_length() >> 1, 8), basis.values.terms)
         return cls(
             **basis.common(tokens, None),
             copy_keys=not basis.as_they_lie,
