@@ -64,7 +64,9 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
     inner = (half, row, token) if tiling.qk_rows > 1 else (row, token, half)
-    sch.reorder(token_outer, row_outer, dim, *inner, lane)
+    dim, step = sch.split(dim, [None, largest_divisor(int(sch.get(dim).extent), 4)])
+    sch.reorder(token_outer, row_outer, dim, step, *inner, lane)
+    sch.unroll(step)
     sch.unroll(half)
     in_registers(sch, sums, row_outer, row, token, lane)
     sch.decompose_reduction(parts, dim)

@@ -85,10 +85,13 @@ class Basis(NamedTuple):
         return max(1, tokens // token_group) * token_group
 
     def sweep(self, most_rows: int | None = None) -> str | None:
-        """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
+        """Tiling.sweep: for work that the memory limits, in the order in which a block lies there.
+
+        Codes are swept for as many rows as bfloat16 is: what is gained is the order, and they are no less work.
+        """
         spec = self.spec
         read = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / spec.cache_bytes(read)
+        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / max(spec.cache_bytes(read), 2 * read)
         scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
         if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
             return None
