@@ -57,22 +57,22 @@ def _of_float8_e5m2(code: Expr) -> Expr:
     return T.Cast("float32", T.reinterpret("float16", T.shift_left(T.Cast("int16", code), T.int16(8))))
 
 
-MIDDLE = {"int4": 8.0}
-"""The code that counts as 0 in matmuls, by their type, where it is another; zero points take it in (scales.py)."""
-
-
 def nibble(word: Expr, index: Expr) -> Expr:
-    """The code of 4 bits that index % 2 says of a byte, less MIDDLE, as float32: the even one is the lower.
+    """The code of 4 bits that index % 2 says of a byte, as float32: the even one is the lower.
 
-    It is laid into the last bits of a float32 whose last bit counts 1.
+    The fence, which is no instruction, hides that the upper bits are 0: LLVM would take bytes apart before it widens
+    them, each half in instructions of its own.
     """
     byte = T.Cast("int32", T.reinterpret("uint8", word))
-    code = T.Select(T.floormod(index, 2) == 0, T.bitwise_and(byte, 15), T.shift_right(byte, 4))
-    return T.reinterpret("float32", T.bitwise_or(code, _ONES)) - T.float32(2.0**23 + MIDDLE["int4"])
+    wide = T.reinterpret("int32", _fenced(T.reinterpret("float32", byte)))
+    code = T.Select(T.floormod(index, 2) == 0, T.bitwise_and(wide, 15), T.shift_right(wide, 4))
+    return T.Cast("float32", code)
 
 
-_ONES = 0x4B000000
-"""The bits of 2**23."""
+def _fenced(x: Expr) -> Expr:
+    """The same float32, of which LLVM knows nothing; no instruction."""
+    return T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", x)
+
 
 UNITS = {"float8_e4m3fn": 256.0}
 """What the numbers of codes count, by their type, where it is not 1: scales take it in (kernels/scales.py)."""
@@ -87,8 +87,7 @@ def half(word: Expr, index: Expr) -> Expr:
     The fence, which is no instruction, hides the mask's value: LLVM makes of a known one a blend with 0, which shares
     the units of the multiplications on AVX2 (on Zen 1 a matmul takes a fifth longer), where an AND has units to spare.
     """
-    fence = T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", T.int32(HIGH)))
-    odd = T.bitwise_and(word, T.reinterpret("int32", fence))
+    odd = T.bitwise_and(word, T.reinterpret("int32", _fenced(T.reinterpret("float32", T.int32(HIGH)))))
     return T.reinterpret("float32", T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), odd))
 
 

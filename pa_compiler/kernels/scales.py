@@ -18,7 +18,7 @@ from tvm.tirx import Buffer
 
 from pa_compiler.kernels.arrays import BlockTable
 from pa_compiler.kernels.caches import Cache, CacheAccess, whole
-from pa_compiler.kernels.elements import MIDDLE, UNITS, round_up_to_bfloat16
+from pa_compiler.kernels.elements import UNITS, round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.scores import Zeros
@@ -55,8 +55,8 @@ class OfHead(NamedTuple):
         scores: [tokens], the same for each token of a tile, in place of it; None where tokens have no scales.
         value: The value's scale.
         values: [tokens], the same for each token, in place of it.
-        score_zeros, value_zeros: [tokens], the zero points of each, where there are any: with the scale of scores, and
-            less what codes lack that count as 0 in matmuls.
+        score_zeros, value_zeros: [tokens], the zero points of each, where there are any: the former with the scale of
+            scores.
         sums: Scales.sums.
     """
 
@@ -146,12 +146,10 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
                     cache: Cache = cache,
                     head: Expr = head,
                     factor: Expr | None = factor,
-                    is_zero: bool = number >= 2,
+                    nth: int = number // 2,
                 ) -> Value:
-                    found = cache.memory[place(cache, head, t)]
-                    if is_zero:  # of the code that counts as 0
-                        middle = T.float32(MIDDLE[spec.cache_dtype])
-                        found = cache.memory[place(cache, head, t) + T.int64(1)] + middle * found
+                    at = place(cache, head, t)
+                    found = cache.memory[at + T.int64(nth) if nth else at]
                     reads = [whole(cache.memory), whole(cache.offsets)]
                     return Value(found if factor is None else found * factor, reads)
 

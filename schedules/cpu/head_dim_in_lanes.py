@@ -24,8 +24,7 @@ from pa_compiler.tiles import VectorTiling, largest_divisor
 
 Reduce = Callable[[Schedule, str, int, int], None]
 _MAX_ROW_LANES = 256
-"""Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
-32768 lanes."""
+"""Rows of one vector, at most: LLVM takes it apart in a time that grows with it, and TVM has none of 32768 lanes."""
 
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
@@ -64,13 +63,16 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
     inner = (half, row, token) if tiling.qk_rows > 1 else (row, token, half)
-    sch.reorder(token_outer, row_outer, dim, *inner, lane)
-    sch.unroll(half)
+    # LLVM copies a short loop over codes for all tokens of a group, whose sums are in memory then
+    steps = largest_divisor(int(sch.get(dim).extent), 4 if tiling.keys.word_dtype == "int8" else 1)
+    dim, *step = sch.split(dim, [None, steps]) if steps > 1 else [dim]
+    sch.reorder(token_outer, row_outer, dim, *step, *inner, lane)
+    for loop in (*step, half):
+        sch.unroll(loop)
     in_registers(sch, sums, row_outer, row, token, lane)
     sch.decompose_reduction(parts, dim)
     _, token, _ = sch.get_loops(scores)[-3:]
-    init = sch.decompose_reduction(scores, token)
-    sch.vectorize(sch.get_loops(init)[-1])
+    sch.vectorize(sch.get_loops(sch.decompose_reduction(scores, token))[-1])
     if tiling.qk_lanes > 1:
         sch.tensorize(token, sum_lanes(tiling.qk_lanes))
     if tiling.prefetches:
@@ -271,8 +273,7 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
 
 def vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
     """Vectorize the innermost loop, which is over value_dim."""
-    _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
-    sch.vectorize(lane)
+    sch.vectorize(sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])[1])
 
 
 def evens_first(sch: Schedule, lanes: int, halves: int, *sblocks: str | SBlockRV) -> None:

@@ -15,27 +15,28 @@ _DECODE = (
     "test_poison.py test_ends.py test_decode.py test_invariance.py"
 )
 _KERNELS = "pa_compiler/kernels/"
+_CODES = "test_codes.py::test_decode_is_close_to_the_reference"
 _SCORES = "test_scores.py"
 _MASKS = "test_mask_bounds.py"
 
 FAULTS = {
     "a key's scale is another token's": Fault(
-        f"{_KERNELS}scales.py", 'head + T.Cast("int64", (t - first) * numbers)', "head", "test_codes.py"
+        f"{_KERNELS}scales.py", 'head + T.Cast("int64", (t - first) * numbers)', "head", _CODES
     ),
-    "a zero point is that of code 0 where code 8 counts as 0": Fault(
-        f"{_KERNELS}scales.py", "T.int64(1)] + middle * found", "T.int64(1)]", "test_codes.py"
+    "a zero point is the scale beside it": Fault(
+        f"{_KERNELS}scales.py", "at + T.int64(nth) if nth else at", "at", "test_codes.py::test_every_byte_of_two_codes"
     ),
     "nibbles are the other way round": Fault(
         f"{_KERNELS}elements.py",
-        "T.floormod(index, 2) == 0, T.bitwise_and(byte, 15)",
-        "T.floormod(index, 2) == 1, T.bitwise_and(byte, 15)",
-        "test_codes.py",
+        "T.floormod(index, 2) == 0, T.bitwise_and(wide, 15)",
+        "T.floormod(index, 2) == 1, T.bitwise_and(wide, 15)",
+        "test_codes.py::test_every_byte_of_two_codes",
     ),
     "out is not rotated back": Fault(
         f"{_KERNELS}rotation.py",
         "    if not spec.rotates:\n        return lambda row, d: acc[slot, row, d]",
         "    if True:\n        return lambda row, d: acc[slot, row, d]",
-        "test_codes.py",
+        _CODES,
     ),
     "codes of int8 are rounded down": Fault(
         f"{_KERNELS}quantise_rows.py",
@@ -43,7 +44,12 @@ FAULTS = {
         '"int32", held - T.float32(0.5) + T.float32(_WHOLE))',
         "test_code_appends.py",
     ),
-    "a NaN of float8 is a number": Fault(f"{_KERNELS}elements.py", "T.bitwise_or(bits, nan)", "bits", "test_codes.py"),
+    "a NaN of float8 is a number": Fault(
+        f"{_KERNELS}elements.py",
+        "T.bitwise_or(bits, nan)",
+        "bits",
+        "test_codes.py::test_a_code_of_nan_in_a_key_is_nan",
+    ),
     "tail mask one too long": Fault(f"{_KERNELS}tokens.py", "lane < self.valid_len", "lane <= self.valid_len", _DECODE),
     "tail mask dropped": Fault(
         f"{_KERNELS}scores.py", "Value(tile.holds(group, lane), ())", "Value(lane < 1 << 20, ())", _DECODE

@@ -61,8 +61,13 @@ class Basis(NamedTuple):
 
     @property
     def pv_lanes(self) -> int:
-        """VectorTiling.pv_lanes."""
-        return math.gcd(self.spec.result_dim // self.values.halves, self.target.vector_lanes)
+        """VectorTiling.pv_lanes: two vectors of what is converted in words of 16 bits, of which one has as many."""
+        return math.gcd(self.spec.result_dim // self.values.halves, self.target.vector_lanes * self._converted_at_once)
+
+    @property
+    def _converted_at_once(self) -> int:
+        """Vectors of float32 that one of float8_e4m3fn's words of 16 bits becomes."""
+        return 2 if self.values.dtype == "float8_e4m3fn" and self.values.terms == 1 else 1
 
     @property
     def load_cost(self) -> float:
@@ -85,10 +90,13 @@ class Basis(NamedTuple):
         return max(1, tokens // token_group) * token_group
 
     def sweep(self, most_rows: int | None = None) -> str | None:
-        """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
+        """Tiling.sweep: for work that the memory limits, in the order in which a block lies there.
+
+        Codes are swept for as many rows as bfloat16 is: what is gained is the order, and they are no less work.
+        """
         spec = self.spec
         read = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / spec.cache_bytes(read)
+        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / max(spec.cache_bytes(read), 2 * read)
         scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
         if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
             return None
@@ -99,9 +107,10 @@ class Basis(NamedTuple):
     def pv_tile(self) -> tuple[int, int]:
         """pv_rows and pv_dims, where value_dim lies in the lanes."""
         halves, lanes = self.values.halves, self.pv_lanes
-        vectors = [halves * count for count in divisors(self.spec.result_dim // (halves * lanes))]
+        each = max(1, lanes // self.target.vector_lanes)
+        vectors = [halves * each * count for count in divisors(self.spec.result_dim // (halves * lanes))]
         rows, count = register_tile(self.rows, vectors, self.target, self.load_cost, 1)
-        return rows, count * lanes
+        return rows, count * lanes // each
 
     def common(self, token_group: int, sweep: str | None) -> dict[str, Any]:
         """The fields that every strategy fills alike."""
