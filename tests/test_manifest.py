@@ -158,10 +158,8 @@ def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, r
 @pytest.mark.scorecard(13)
 def test_calls_of_a_module_for_another_cpu_name_every_feature_it_lacks(tmp_path, figure):
     """One that was compiled here, and so never loaded from a file: decode and append_kv know as much as load does."""
-    cpu, lacks = (
-        target.resolve(backends.normalize("llvm")),
-        cpu_features.missing_features(cpu_features.INSTRUCTION_SETS),
-    )
+    cpu, known = target.resolve(backends.normalize("llvm")), cpu_features.INSTRUCTION_SETS
+    lacks = cpu_features.missing_features(name for name, flag in known.items() if isinstance(flag, str))  # x86-64's
     assert lacks  # no CPU has both AMD's old and Intel's new ones
     tiles = tiling.choose(BASE, cpu, "fused")
     other = dataclasses.replace(cpu, features=cpu.features | set(lacks))

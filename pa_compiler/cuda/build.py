@@ -121,7 +121,8 @@ def assemble(source: str, arch: str, directory: Path) -> Cubin:
         )
     text, ptx, image = directory / "kernels.cu", directory / "kernels.ptx", directory / "kernels.cubin"
     text.write_text(source)
-    _run([*nvcc(), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", text.name, "-o", ptx.name], ptx)
+    named = f"/proc/self/cwd/{text.name}"  # PTX has the path that lines are of, and ptxas reads no quotes in it
+    _run([*nvcc(), *_FLAGS, f"-arch={_virtual(arch)}", "-ptx", named, "-o", ptx.name], ptx)
     located = lines.outermost(ptx.read_text())
     ptx.write_text(lines.of_ptx(located)[0])
     report = _run([*nvcc(), "-Xptxas=-v", f"-arch={arch}", "-cubin", ptx.name, "-o", image.name], image)

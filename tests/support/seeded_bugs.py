@@ -410,7 +410,10 @@ FAULTS = {
         "test_links.py",
     ),
     "a let value of no sblock": Fault(
-        "pa_compiler/cpu/stack.py", "seq[at] = _located(seq[at], users[0]) if users else", "seq[at] =", "test_links.py"
+        "pa_compiler/locations.py",
+        "seq[at] = _with_location(seq[at], users[0]) if users else",
+        "seq[at] =",
+        "test_links.py",
     ),
     "a work item for the busiest thread": Fault(
         "pa_compiler/report/schedule.py", "heapq.heappop(free)", "free.pop()", "test_report.py"
