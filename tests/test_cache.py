@@ -70,6 +70,7 @@ CHANGES = {
     "kv_layout": {"kv_layout": "HND"},
     "kv_dtype": {"kv_dtype": "int8"},
     "kv_scale": {"kv_dtype": "float8_e5m2", "kv_scale": "head"},
+    "kv_rotation": {"kv_dtype": "int8", "kv_rotation": "hadamard", "head_dim": 32},
     "score_mod": {"score_mod": lambda score, *_: 2.0 * score},
     "mask_mod": {"mask_mod": lambda batch, head, query_pos, key_pos: key_pos % 2 == 0},
     "inputs": {"score_mod": lambda score, *_, bias: score + bias[0], "inputs": {"bias": ("float32", (1,))}},
@@ -213,6 +214,7 @@ def test_another_cpu_misses(builds, monkeypatch, figure):
 def test_another_architecture_misses(builds, monkeypatch, figure, given):
     pa_compiler.compile(BASE, target=given)
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setenv("CXX_x86_64", "g++")  # a compiler there, for what is said to be of x86-64
     pa_compiler.compile(BASE, target=given)
     assert len(builds) == 2
     figure("changed inputs", 1)

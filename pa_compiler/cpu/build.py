@@ -76,6 +76,7 @@ def apart(mod: IRModule) -> dict[int, IRModule]:
 def emit(kernel: IRModule, target: CpuTarget, number: int) -> str:
     """LLVM's text of a kernel, as TVM emits it; that of kernel 0 has what a library needs once."""
     emitted = translate(kernel, target).mod.inspect_source("ll")
+    emitted = _ALLOCA.sub(rf"\g<1>{4 * target.vector_lanes}", emitted)
     return _CONVERSION.sub("", emitted) if number else emitted
 
 
@@ -87,6 +88,10 @@ def numbered(asm: str, number: int) -> str:
 _LABEL = re.compile(r"(\.L[A-Za-z]+(?:_[a-z]+)?)(\d+)")
 """LLVM's labels, which count the functions of a module: .LBB0_3, .LCPI0_1, .Lfunc_end0. A kernel's is the first; the
 module of kernel 0 has a few more."""
+
+_ALLOCA = re.compile(r"(= alloca .*, align )16\b")
+"""Buffers on the stack, which TVM aligns to 16 bytes on every target. A vector that is not aligned to its own size may lie
+in two lines of the first-level cache; and where no buffer asks for more than 16 bytes LLVM does not align what it spills."""
 
 _CONVERSION = re.compile(r"^(; Function Attrs: .*\n)?define weak .*\n(.*\n)*?}\n\n?", re.MULTILINE)
 """Functions that TVM adds to every module: conversions of float16 for CPUs without them."""
