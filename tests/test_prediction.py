@@ -1,49 +1,25 @@
-"""Predicted times: a call is written down as it was executed, and a core takes as long as its pipes and its order."""
+"""Predicted times: a call is written down as it was executed, and read from memory in its order by a probe."""
 
 from __future__ import annotations
 
+import platform
 import re
 
 import numpy as np
 import pytest
 
+import pa_compiler
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.prediction import calls
-from pa_compiler.prediction.core import Cache, Sizes, cycles
-from pa_compiler.prediction.instructions import FMA, operation
-from pa_compiler.prediction.order import lines, readers
+from pa_compiler.prediction.order import Cache, Order, order
+from pa_compiler.prediction.rates import Rates
 from pa_compiler.prediction.trace import Recorder, Trace
 from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case
 
-PASSES = 400
 SPEC = PagedAttentionSpec(8, 2, 64, 16, "float32")
-
-
-def looped(*instructions, addresses=()):
-    """Cycles of a pass through a loop; addresses(pass) are those of its accesses."""
-    steps = [step for number in range(PASSES) for step in (-1, *(addresses(number) if addresses else ()))]
-    return sum(cycles(Trace([instructions], [PASSES], steps))) / PASSES
-
-
-@pytest.mark.parametrize(
-    ("sums", "expected"), [(1, 4), (2, 2), (4, 1), (8, 0.5), (12, 0.5)], ids=lambda value: str(value)
-)
-def test_products_take_their_latency_or_their_pipes(sums, expected):
-    code = [f"vfmadd231ps\t%ymm14, %ymm15, %ymm{number % sums}" for number in range(24)]
-    assert looped(*code) / len(code) == pytest.approx(expected, rel=0.05)
-
-
-def test_loads_and_what_is_taken_in_a_cycle():
-    assert looped(*["vmovups\t(%rdi), %ymm1"] * 8, addresses=lambda _: [0] * 8) == pytest.approx(4, rel=0.05)
-    assert looped(*["nop"] * 19) == pytest.approx(4, rel=0.05)  # six in a cycle, and a jump back ends one
-
-
-def test_lines_that_are_not_in_the_first_cache_come_one_after_the_other():
-    near = looped("vmovups\t(%rdi), %ymm1", addresses=lambda number: [number % 64 * 64])
-    far = looped("vmovups\t(%rdi), %ymm1", addresses=lambda number: [number * 64])
-    assert near == pytest.approx(1, rel=0.05)
-    assert far == pytest.approx(Sizes().fill, rel=0.05)
+LOAD, FETCH = "vmovups\t(%rdi), %ymm1", "prefetcht0\t(%rsi)"
+SECOND_LEVEL = 1 << 16
 
 
 def test_a_cache_keeps_what_was_used_last():
@@ -51,61 +27,91 @@ def test_a_cache_keeps_what_was_used_last():
     assert [cache.has(line) for line in (0, 4, 0, 8, 0, 4)] == [False, False, True, False, True, False]
 
 
-@pytest.mark.parametrize(
-    ("instruction", "sources", "results"),
-    [
-        ("vfmadd231ps\t(%rax,%rcx,4), %ymm1, %ymm2", {"a", "c", "v1", "v2"}, {"v2"}),
-        ("vaddps\t%ymm1, %ymm2, %ymm3", {"v1", "v2"}, {"v3"}),
-        ("vmovups\t%ymm1, 64(%rsp)", {"v1", "sp"}, set()),
-        ("addq\t$8, %r10", {"10"}, {"10", "flags"}),
-        ("cmpl\t%eax, %r9d", {"a", "9"}, {"flags"}),
-        ("jne\t.LBB0_1", {"flags"}, set()),
-        ("vxorps\t%xmm1, %xmm1, %xmm1", set(), {"v1"}),
-        ("leaq\t8(%rsi,%rdi), %rdx", {"si", "di"}, {"d"}),
-        ("prefetcht1\t64(%rbx)", {"b"}, set()),
-    ],
-)
-def test_what_an_instruction_waits_for(instruction, sources, results):
-    found = operation(instruction)
-    assert (set(found.sources) - {""}, set(found.results)) == (sources, results)
+def traced(*blocks, steps):
+    """The order of steps on a cache of 64 lines of 64 bytes; they name its bytes."""
+    cache = np.zeros(64 * 64, np.uint8)
+    at = cache.ctypes.data
+    found = [step if step < 0 else at + step for step in steps]
+    shift = at % 64
+    return order(Trace(blocks, [1] * len(blocks), found), [cache], SECOND_LEVEL), shift
 
 
-@pytest.mark.parametrize(
-    ("fetches", "memory", "whole"), [(True, 64e-9, 464e-9), (False, 64e-9, 400e-9), (False, 640e-9, 840e-9)]
-)
-def test_core_and_memory_add_up_where_instructions_fetch_and_overlap_else(fetches, memory, whole):
-    """Code of two blocks, each of 400 passes of 2 cycles, at 4 GHz: 400 ns, half of them of what reads."""
-    products = [f"vfmadd231ps\t%ymm14, %ymm15, %ymm{number % 8}" for number in range(8)]
-    steps = [step for _ in range(PASSES) for step in (-1, -2)]
-    core = cycles(Trace([products[:4], products[4:]], [PASSES, PASSES], steps))
-    assert core == pytest.approx([2 * PASSES, 2 * PASSES], rel=0.01)
-    model = calls.Modelled(sum(core), core[0], fetches, 640, np.arange(0, 640, 64), 640)
-    assert model.times(4e9, 640 / memory) == pytest.approx((400e-9, memory, whole), rel=0.01)
+def test_lines_that_are_loaded_again_come_from_memory_once():
+    """And of what a block stores and computes, no line of the caches comes."""
+    steps = [step for line in (3, 4, 3, 9, 4) for step in (-1, 64 * line, -2)]
+    found, shift = traced((LOAD,), ("vaddps\t%ymm1, %ymm2, %ymm3",), steps=steps)
+    assert ((found.loaded + shift) // 64).tolist() == [3, 4, 9]
+    assert found.fetched is found.loaded
+    assert found.size == 64 * 64
 
 
-@pytest.mark.parametrize(
-    ("cpu", "knows"),
-    [
-        (("AuthenticAMD", 25, 1, "AMD EPYC 7763"), True),
-        (("AuthenticAMD", 25, 0x50, "AMD Ryzen 7 5800U"), True),
-        (("AuthenticAMD", 25, 0x11, "AMD EPYC 9654"), False),
-        (("AuthenticAMD", 23, 0x31, "AMD EPYC 7742"), False),
-        (("GenuineIntel", 6, 207, "INTEL(R) XEON(R) PLATINUM 8559C"), False),
-    ],
-    ids=lambda value: str(value),
-)
-def test_the_cpus_that_the_model_knows(compiled, cpu, knows):
+def test_a_line_that_is_fetched_comes_where_it_is_loaded():
+    """Each load stands beside the fetch that is as far ahead as the call's are, in the median: here of four lines."""
+    steps = [step for line in range(4) for step in (-2, 64 * line)]
+    steps += [step for line in range(56) for step in (-1, 64 * line, 64 * (line + 4))]
+    found, shift = traced((LOAD, FETCH), (FETCH,), steps=steps)
+    assert ((found.loaded + shift) // 64).tolist() == list(range(56))
+    assert ((found.fetched + shift) // 64).tolist() == list(range(4, 60))
+
+
+def test_the_probe_is_beside_products_and_fetches(monkeypatch):
+    """It is asked for as many products as take the seconds, and told whether there are fetches."""
+    lines = np.arange(0, 1 << 20, 64)
+    rates, asked = Rates(), []
+    monkeypatch.setattr(rates, "operations", lambda: 160e9)
+    monkeypatch.setattr("pa_compiler.prediction.rates._probes", lambda *what: asked.append(what) or rates._plain)
+    of_one = rates._plain.operations()
+    for of in (Order(lines, lines, 1 << 20), Order(lines, lines[::-1].copy(), 1 << 20)):
+        assert rates.reader(of, 5e-9)() > 0
+    assert asked == [(round(800 / of_one), False), (round(800 / of_one), True)]
+
+
+@pytest.mark.parametrize("part", [1, 0.25], ids=["all_lines", "a_part_of_them"])
+def test_what_is_predicted_is_of_all_lines_of_the_call(compiled, monkeypatch, part):
+    """Where a trace has a part of them only, its time is taken that many times."""
+    monkeypatch.setattr(calls, "last_level_cache", lambda: 1 << 20)
+    case = Case(SPEC, 2, (300, 77), scale=None)
+    call, busy = calls.prepared(compiled(SPEC), case), []
+    count = int(case.kv_bytes * part) // 64
+
+    class Known:
+        def operations(self):
+            return 1e9
+
+        def reader(self, of, seconds=0.0):
+            busy.append(seconds)
+            return lambda: 3e-3 if seconds else 1e-3
+
+    lines = np.arange(0, count * 64, 64)
+    found = calls.measured(call, Known(), Order(lines, lines, count * 64))
+    assert found.predicted[1:] == pytest.approx((1e-3 / part, 3e-3 / part), rel=0.01)
+    assert found.operations == 1e9
+    assert busy[0] == 0
+    assert busy[1] * case.kv_bytes / 64 > 0
+    assert calls.measured(call, None, None).predicted is None
+
+
+def test_calls_whose_order_is_not_known(compiled, tmp_path, monkeypatch):
     module, case = compiled(SPEC), Case(SPEC, 2, (300, 77), scale=None)
-    vendor, family, number, name = cpu
-    info = (
-        f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {number}\nmodel name\t: {name}\n\n"
-    )
-    expected = "" if knows else f"the model knows AMD Zen 3, and not {name}"
-    assert calls.unknown(module, case, info) == expected
-    if knows:
-        attend = Case(SPEC, 1, (300,), scale=None, query_lens=(3,))
-        assert calls.unknown(module, attend, info) == "the model is of calls of decode, and not of attend"
-        assert "CPU of this machine" in calls.unknown(module, case, "processor\t: 0\n")
+    assert calls.unknown(module, case) == ""
+    attend = Case(SPEC, 1, (300,), scale=None, query_lens=(3,))
+    assert calls.unknown(module, attend) == "the order of lines is that of calls of decode, and not of attend"
+    module.save(tmp_path / "saved.so")
+    assert "a loaded module has not" in calls.unknown(pa_compiler.load(tmp_path / "saved.so"), case)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert calls.unknown(module, case).endswith("this machine is aarch64")
+
+
+def test_a_call_in_the_second_level_cache_has_few_blocks(compiled, monkeypatch):
+    """And as many tokens of them as the call."""
+    monkeypatch.setattr(calls, "last_level_cache", lambda: 1 << 20)
+    monkeypatch.setattr(calls, "second_level_cache", lambda: SECOND_LEVEL)
+    case = Case(SPEC, 2, (300, 77), scale=None)
+    call = calls.prepared(compiled(SPEC), case)
+    table, of_turn = call.near.block_table, call.turns[0].block_table
+    assert set(table[table >= 0].tolist()) == {0, 1}  # of 16 KB each: half of the cache
+    np.testing.assert_array_equal(table < 0, of_turn < 0)
+    cases.compare(call.run_near(), case, call.near, **call.heads)
 
 
 def test_turns_of_a_call_read_other_blocks(compiled, monkeypatch):
@@ -135,12 +141,7 @@ def test_a_call_that_is_written_down(compiled, tmp_path):
         if re.match(r"vfn?madd\d+ps", instruction)
     )
     assert case.flops <= products < 1.5 * case.flops  # and those of the exponentials
-    at, size = lines(trace, [arrays.key_cache, arrays.value_cache])
-    assert size == arrays.key_cache.nbytes + arrays.value_cache.nbytes
-    assert len(set(at.tolist())) * 64 == pytest.approx(case.kv_bytes, rel=0.3)
-    assert sum(cycles(trace)) > products / 2 / 16 / len(FMA)
-    keys, values = (readers(trace, [cache]) for cache in (arrays.key_cache, arrays.value_cache))
-    assert keys
-    assert values
-    assert not keys & values
+    found = order(trace, [arrays.key_cache, arrays.value_cache], SECOND_LEVEL)
+    assert found.size == arrays.key_cache.nbytes + arrays.value_cache.nbytes
+    assert len(set(found.loaded.tolist())) * 64 == pytest.approx(case.kv_bytes, rel=0.3)
     assert recorder.trace().counts == [0] * len(trace.blocks)

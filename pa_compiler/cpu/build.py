@@ -90,8 +90,8 @@ _LABEL = re.compile(r"(\.L[A-Za-z]+(?:_[a-z]+)?)(\d+)")
 module of kernel 0 has a few more."""
 
 _ALLOCA = re.compile(r"(= alloca .*, align )16\b")
-"""Buffers on the stack, which TVM aligns to 16 bytes on every target. A vector that is not aligned to its own size may lie
-in two lines of the first-level cache; and where no buffer asks for more than 16 bytes LLVM does not align what it spills."""
+"""Buffers on the stack, which TVM aligns to 16 bytes on every target. A vector that is not aligned to its own size may
+lie in two lines of the first-level cache; and where no buffer asks for more, LLVM does not align what it spills."""
 
 _CONVERSION = re.compile(r"^(; Function Attrs: .*\n)?define weak .*\n(.*\n)*?}\n\n?", re.MULTILINE)
 """Functions that TVM adds to every module: conversions of float16 for CPUs without them."""

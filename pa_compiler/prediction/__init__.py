@@ -1,1 +1,1 @@
-"""How long a call takes: its machine code on a model of a core, and what memory gives in its order. Without TVM."""
+"""How long a call takes: as in the cache, and what memory adds in the order in which it reads. Without TVM."""

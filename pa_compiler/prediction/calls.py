@@ -1,42 +1,36 @@
 """Calls of decode on one thread: predicted, and measured.
 
-A call is predicted from two times. That of the core is the cycles of its machine code on a model, at the clock that the
-core multiplies with; that of memory is what its keys and values need in the order in which the call reads them. Where
-instructions fetch the lines, a call takes both: they wait for room in the core's first level, and what follows waits
-for them. Where the hardware's prefetchers run ahead, as in a sweep, blocks that read the caches take the longer of the
-two, and the others come in addition. Nothing is fitted.
+A call on keys and values in memory is predicted from one on keys and values in the second-level cache, which takes what
+its instructions take, and from the order in which it reads lines. A probe without the kernel reads lines of memory in
+that order, fetches those that the call's instructions fetch as far ahead, and has products beside each line for as
+long as the call in the cache takes for a line: how both overlap is the machine's affair. Nothing is fitted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pa_compiler.prediction.core import LINE, cycles
-from pa_compiler.prediction.order import lines, readers
-from pa_compiler.prediction.rates import Rates, last_level_cache
-from pa_compiler.prediction.trace import Recorder, fetched
+from pa_compiler.prediction.order import LINE, Order, order
+from pa_compiler.prediction.rates import Rates, last_level_cache, second_level_cache
+from pa_compiler.prediction.trace import Recorder
 from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case, Inputs
 from pa_compiler.verification.codes import scale_arrays
 
-KNOWN = "AMD Zen 3"
-OPERATIONS = 32
-"""Of float32 in a cycle of Zen 3: two vectors of 8, multiplied and added."""
-
-_ZEN3 = (25, {*range(0x10), *range(0x20, 0x60)})
-"""The family and the models of /proc/cpuinfo; others of the family are Zen 4."""
 _ROUNDS, _TURN, _LEAST = 4, 0.08, 3
 _BEYOND = 2
 """Times as large as the last-level cache: what calls in turn read, so that each reads from memory."""
+_WITHIN = 2
+"""Times as small as the second-level cache: what a call that stays there reads, again and again."""
 
 
 class Call(NamedTuple):
@@ -46,53 +40,31 @@ class Call(NamedTuple):
         module: What is called, on one thread.
         case: The size of the call.
         turns: The arguments of each turn; they differ in block_table.
+        near: Arguments whose sequences have the same few blocks in turn, which stay in the second-level cache.
         heads: The keywords of all.
     """
 
     module: Any
     case: Case
     turns: Sequence[Inputs]
+    near: Inputs
     heads: dict[str, Any]
 
     def run(self, turn: int, out: Any = None) -> Any:
         """Call once."""
         return cases.call(self.module, self.case, self.turns[turn % len(self.turns)], out, **self.heads)
 
+    def run_near(self, out: Any = None) -> Any:
+        """Call once on what stays in the second-level cache."""
+        return cases.call(self.module, self.case, self.near, out, **self.heads)
+
 
 class Times(NamedTuple):
-    """Seconds of a call on the core, of memory, and of both as they overlap."""
+    """Seconds of a call in the second-level cache, of its lines from memory alone, and of both as they overlap."""
 
-    core: float
+    near: float
     memory: float
     whole: float
-
-
-class Modelled(NamedTuple):
-    """What is known of a call before anything is timed.
-
-    Attributes:
-        cycles: Of its machine code on the model of a core.
-        reading: Those of them that are of blocks that read keys and values.
-        fetches: Whether most of the lines of keys and values are fetched by instructions.
-        kv_bytes: Bytes of keys and values that it has to read.
-        lines: The bytes of the caches at which the lines that it reads begin, in its order.
-        size: Bytes of the caches.
-    """
-
-    cycles: float
-    reading: float
-    fetches: bool
-    kv_bytes: int
-    lines: np.ndarray
-    size: int
-
-    def times(self, clock: float, bandwidth: float) -> Times:
-        """At so many cycles and bytes a second."""
-        core, memory = self.cycles / clock, self.kv_bytes / bandwidth
-        if self.fetches:
-            return Times(core, memory, core + memory)
-        reading = self.reading / clock
-        return Times(core, memory, core - reading + max(reading, memory))
 
 
 class Measured(NamedTuple):
@@ -102,29 +74,25 @@ class Measured(NamedTuple):
         seconds: Of a call on one thread.
         times: How many calls.
         operations: Float32 operations a second of the core; None without a compiler.
-        bandwidth: Bytes a second in the call's order; None where it is not modelled.
-        predicted: The times that these rates give; None where it is not modelled.
+        predicted: What was predicted; None where the call's order is not known.
     """
 
     seconds: float
     times: int
     operations: float | None
-    bandwidth: float | None
     predicted: Times | None
 
 
-def unknown(module: Any, case: Case, cpuinfo: str = "") -> str:
-    """What keeps a call from being predicted on this machine; "" where it is. cpuinfo: as /proc/cpuinfo has it."""
-    info = cpuinfo or Path("/proc/cpuinfo").read_text()
-    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", info.partition("\n\n")[0], re.MULTILINE))
-    family, models = _ZEN3
-    is_known = (fields.get("vendor_id"), fields.get("cpu family")) == ("AuthenticAMD", str(family))
-    if not is_known or int(fields.get("model", -1)) not in models:
-        return f"the model knows {KNOWN}, and not {fields.get('model name', 'the CPU of this machine')}"
+def unknown(module: Any, case: Case) -> str:
+    """What keeps the order in which a call reads from being written down; "" where nothing does."""
     if case.query_lens is not None:
-        return "the model is of calls of decode, and not of attend"
+        return "the order of lines is that of calls of decode, and not of attend"
     if not module.sources:
-        return "the model needs the machine code as text, which a loaded module has not"
+        return "the order of lines is written down by the machine code as text, which a loaded module has not"
+    if platform.machine() != "x86_64":
+        return (
+            f"the order of lines is written down by machine code for x86-64, and this machine is {platform.machine()}"
+        )
     return ""
 
 
@@ -135,14 +103,16 @@ def prepared(module: Any, case: Case, seed: int = 0) -> Call:
     many = dataclasses.replace(case, batch=case.batch * count, seq_lens=lens, query_lens=None)
     caches = module.empty_cache(many.num_blocks)
     arrays = cases.make_inputs(dataclasses.replace(case, max_model_len=None), seed, caches=caches)
-    tables = np.split(cases.distinct_blocks(many, seed), count)
+    turns = [arrays._replace(block_table=table) for table in np.split(cases.distinct_blocks(many, seed), count)]
+    blocks = max(1, second_level_cache() // _WITHIN // (case.spec.block_size * case.spec.token_bytes))
+    columns = np.arange(turns[0].block_table.shape[1], dtype=turns[0].block_table.dtype)
+    near = arrays._replace(block_table=np.where(turns[0].block_table < 0, -1, columns % min(blocks, many.num_blocks)))
     scales = scale_arrays(np.random.default_rng((2, seed)), case.spec, many.num_blocks)
-    heads = cases.head_arrays(case, seed) | scales
-    return Call(module, case, [arrays._replace(block_table=table) for table in tables], heads)
+    return Call(module, case, turns, near, cases.head_arrays(case, seed) | scales)
 
 
-def modelled(call: Call) -> Modelled:
-    """Run a call's machine code on the model; no time is measured.
+def ordered(call: Call) -> Order:
+    """The order in which a call reads the lines of its caches; no time is measured.
 
     Raises:
         RuntimeError: there is no C++ compiler.
@@ -151,31 +121,41 @@ def modelled(call: Call) -> Modelled:
         recorder = Recorder(call.module, Path(directory))
         call._replace(module=recorder.module).run(0)
         trace = recorder.trace()
-    of_call = [each for each in call.turns[0][1:3] if each is not None]
-    spent = cycles(trace)
-    reading = sum(spent[block] for block in readers(trace, of_call))
-    kv_bytes = call.case.kv_bytes
-    return Modelled(sum(spent), reading, fetched(trace) * LINE > kv_bytes / 2, kv_bytes, *lines(trace, of_call))
+    caches = [each for each in call.turns[0][1:3] if each is not None]
+    return order(trace, caches, second_level_cache())
 
 
-def measured(call: Call, rates: Rates | None, model: Modelled | None) -> Measured:
-    """Time a call on one thread, and the rates that the model needs between its turns."""
+def measured(call: Call, rates: Rates | None, lines: Order | None) -> Measured:
+    """Time a call on one thread, and what it is predicted from between its turns."""
     before, call.module.num_threads = call.module.num_threads, 1
     try:
         out = call.run(0)
-        rounds, times = [], 0
+        probes = None
+        if rates is not None and lines is not None and len(lines.loaded):
+            parts = len(lines.loaded) * LINE / call.case.kv_bytes  # of the call's lines, that are in the order
+            busy = _seconds(lambda _: call.run_near(out))[0] * LINE / call.case.kv_bytes
+            probes = rates.reader(lines), rates.reader(lines, busy)
+        times, rounds = 0, []
         for _ in range(_ROUNDS):
             operations = rates.operations() if rates else 0.0
-            bandwidth = rates.bandwidth(model.lines, model.size) if rates and model and len(model.lines) else 0.0
-            seconds: list[float] = []
-            while sum(seconds) < _TURN or len(seconds) < _LEAST:
-                times += 1
-                start = time.perf_counter()
-                call.run(times, out)
-                seconds.append(time.perf_counter() - start)
-            rounds.append((statistics.median(seconds), operations, bandwidth))
+            near, memory, whole = 0.0, 0.0, 0.0
+            if probes is not None:
+                near = _seconds(lambda _: call.run_near(out))[0]
+                memory, whole = (probe() / parts for probe in probes)
+            seconds, count = _seconds(lambda number: call.run(number, out), times)
+            times += count
+            rounds.append((seconds, operations, near, memory, whole))
     finally:
         call.module.num_threads = before
-    seconds_of_call, operations, bandwidth = (statistics.median(each) for each in zip(*rounds, strict=True))
-    predicted = model.times(operations / OPERATIONS, bandwidth) if model and bandwidth else None
-    return Measured(seconds_of_call, times, operations or None, bandwidth or None, predicted)
+    seconds, operations, *predicted = (statistics.median(each) for each in zip(*rounds, strict=True))
+    return Measured(seconds, times, operations or None, Times(*predicted) if probes else None)
+
+
+def _seconds(run: Callable[[int], Any], before: int = 0) -> tuple[float, int]:
+    """The median of some calls, each with its number after those before, and how many they were."""
+    found: list[float] = []
+    while sum(found) < _TURN or len(found) < _LEAST:
+        start = time.perf_counter()
+        run(before + len(found) + 1)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found), len(found)

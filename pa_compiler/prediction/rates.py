@@ -1,4 +1,4 @@
-"""What the core that runs this gives: its products a second, and bytes a second of lines in some order."""
+"""What the core that runs this gives: its products a second, and how fast it reads lines in some order beside them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import ctypes
 import mmap
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from pa_compiler import native
-from pa_compiler.prediction.core import LINE
+from pa_compiler.prediction.order import LINE, Order
 from pa_compiler.runtime import memory
 
 _TIMES = 9
@@ -53,16 +54,38 @@ extern "C" double multiply(long steps, float* sink) {
   return 2.0 * (kBytes / 4) * kSums * steps / seconds;
 }
 
-// Seconds of reading lines that begin at some bytes.
-extern "C" double read_lines(const char* data, const int64_t* at, long count, float* sink) {
-  Half a = {}, b = {};
+// Those of one product of vectors.
+extern "C" long operations() { return 2 * (kBytes / 4); }
+
+// Seconds of reading lines that begin at some bytes, each beside PRODUCTS products of vectors, and where FETCHES is 1
+// beside the fetch of another line.
+extern "C" double read_lines(const char* data, const int64_t* at, const int64_t* fetched, long count, float* sink) {
+  Vector sums[kSums], a = 0.5f - Vector{}, b = 0.25f - Vector{};
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i) sums[i] = Vector{} + float(i);
+  Half low = {}, high = {};
   const auto start = Clock::now();
   for (long i = 0; i < count; ++i) {
-    a += *reinterpret_cast<const Half*>(data + at[i]);
-    b += *reinterpret_cast<const Half*>(data + at[i] + 32);
+    if (FETCHES) __builtin_prefetch(data + fetched[i]);
+    low += *reinterpret_cast<const Half*>(data + at[i]);
+    high += *reinterpret_cast<const Half*>(data + at[i] + 32);
+    for (int all = 0; all < PRODUCTS / kSums; ++all) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kSums; ++k) {
+        sums[k] = sums[k] * a + b;
+        asm volatile("" : "+v"(sums[k]));
+      }
+    }
+#pragma GCC unroll 32
+    for (int k = 0; k < PRODUCTS % kSums; ++k) {
+      sums[k] = sums[k] * a + b;
+      asm volatile("" : "+v"(sums[k]));
+    }
   }
   const double seconds = since(start);
-  *sink = a[0] + b[0];
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i) *sink += sums[i][0];
+  *sink += low[0] + high[0];
   return seconds;
 }
 """
@@ -70,8 +93,22 @@ extern "C" double read_lines(const char* data, const int64_t* at, long count, fl
 
 def last_level_cache() -> int:
     """Bytes of the largest cache that CPU 0 can use."""
-    sizes = [path.read_text().strip() for path in _CPU.glob("index*/size")]
-    return max(int(size[:-1]) * _UNITS[size[-1]] for size in sizes)
+    return max(_caches().values())
+
+
+def second_level_cache() -> int:
+    """Bytes of the second-level cache of CPU 0."""
+    return _caches()[2]
+
+
+def _caches() -> dict[int, int]:
+    """Bytes of the caches of data by their level."""
+    found = {}
+    for each in _CPU.glob("index*"):
+        level, kind, size = ((each / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found[int(level)] = int(size[:-1]) * _UNITS[size[-1]]
+    return found
 
 
 class Rates:
@@ -82,39 +119,48 @@ class Rates:
     """
 
     def __init__(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            source, library = Path(directory, "rates.cc"), Path(directory, "rates.so")
-            source.write_text(_SOURCE)
-            options = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
-            native.run([*native.cxx(), *options, str(source), "-o", str(library)], library)
-            functions = ctypes.CDLL(str(library))
-        self._multiply, self._read = functions.multiply, functions.read_lines
-        self._multiply.restype = self._read.restype = ctypes.c_double
+        self._plain = _probes()
         self._others = _memory(8 * last_level_cache())
 
     def operations(self) -> float:
         """Float32 operations a second: the best of a few, since one that is interrupted says nothing of a limit."""
         sink = ctypes.c_float()
-        return max(float(self._multiply(ctypes.c_long(_STEPS), ctypes.byref(sink))) for _ in range(_TRIES))
+        return max(float(self._plain.multiply(ctypes.c_long(_STEPS), ctypes.byref(sink))) for _ in range(_TRIES))
 
-    def bandwidth(self, at: np.ndarray, size: int) -> float:
-        """Bytes a second of lines that begin at some bytes, int64, of so many: the median of some times."""
-        return len(at) * LINE / statistics.median(self._seconds(at, size))
+    def reader(self, order: Order, busy: float = 0.0) -> Callable[[], float]:
+        """What measures the seconds of reading an order's lines, each beside products of so many seconds: a median."""
+        products = round(busy * self.operations() / self._plain.operations())
+        read = _probes(products, order.fetched is not order.loaded).read_lines
+        return lambda: statistics.median(self._seconds(order, read))
 
     def stream(self) -> float:
         """Bytes a second of lines that follow each other, four times as many as the last-level cache has: the best."""
         size = 4 * last_level_cache()
-        at = np.arange(0, size, LINE, dtype=np.int64)
-        return size / min(self._seconds(at, size))
+        lines = np.arange(0, size, LINE, dtype=np.int64)
+        return size / min(self._seconds(Order(lines, lines, size), self._plain.read_lines))
 
-    def _seconds(self, at: np.ndarray, size: int) -> list[float]:
-        data, sink = _memory(size + LINE), ctypes.c_float()
-        seconds = []
+    def _seconds(self, order: Order, read: Callable[..., float]) -> list[float]:
+        data, sink, seconds = _memory(order.size + LINE), ctypes.c_float(), []
         for _ in range(_TIMES):
             self._others[::LINE].sum()
-            arguments = (ctypes.c_void_p(data.ctypes.data), ctypes.c_void_p(at.ctypes.data), ctypes.c_long(len(at)))
-            seconds.append(self._read(*arguments, ctypes.byref(sink)))
+            lines = (ctypes.c_void_p(each.ctypes.data) for each in (order.loaded, order.fetched))
+            count = ctypes.c_long(len(order.loaded))
+            seconds.append(float(read(ctypes.c_void_p(data.ctypes.data), *lines, count, ctypes.byref(sink))))
         return seconds
+
+
+def _probes(products: int = 0, fetches: bool = False) -> ctypes.CDLL:
+    """The functions of the source, of which the last reads lines beside products of vectors and fetches."""
+    with tempfile.TemporaryDirectory() as directory:
+        source, library = Path(directory, "rates.cc"), Path(directory, "rates.so")
+        source.write_text(_SOURCE)
+        options = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        constants = [f"-DPRODUCTS={products}", f"-DFETCHES={int(fetches)}"]
+        native.run([*native.cxx(), *options, *constants, str(source), "-o", str(library)], library)
+        functions = ctypes.CDLL(str(library))
+    functions.multiply.restype = functions.read_lines.restype = ctypes.c_double
+    functions.operations.restype = ctypes.c_long
+    return functions
 
 
 def _memory(size: int) -> np.ndarray:

@@ -77,14 +77,6 @@ def accesses(instruction: str) -> str:
     return "" if found is None or gathers or instruction.startswith(_NO_ACCESS) or "%rip" in instruction else found[1]
 
 
-def fetched(trace: Trace) -> int:
-    """How many lines instructions have fetched."""
-    return sum(
-        count * sum(instruction.startswith("prefetch") for instruction in block)
-        for count, block in zip(trace.counts, trace.blocks, strict=True)
-    )
-
-
 def recording(assembly: str) -> tuple[list[str], list[tuple[str, ...]]]:
     """Assembly that writes down what it does, file by file, of which the last has what is written; and its blocks."""
     lines: list[str] = []

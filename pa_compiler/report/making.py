@@ -95,18 +95,18 @@ def _measured(module: Any, case: Case, limits: Limits, step: Step) -> tuple[Meas
         raise ValueError("measure: expected a module that was compiled here, got one that has the text of functions")
     if not case.num_tokens:
         raise ValueError("context_lens: expected tokens that can be measured, got none")
-    call, reason, model, rates = calls.prepared(module, case), calls.unknown(module, case), None, None
+    call, reason, lines, rates = calls.prepared(module, case), calls.unknown(module, case), None, None
     try:
         if not reason:
-            with step("Running the call on the model"):
-                model = calls.modelled(call)
+            with step("Writing down the order in which the call reads"):
+                lines = calls.ordered(call)
         with step("Measuring what the machine gives"):
             rates = Rates()
             stream = rates.stream()
     except RuntimeError as error:  # no compiler
-        model, reason, stream = None, str(error), 0.0
+        lines, reason, stream = None, str(error), 0.0
     with step("Measuring the call"):
-        found = calls.measured(call, rates, model)
+        found = calls.measured(call, rates, lines)
     if rates is not None:
         limits = limits._replace(
             flops=limits.flops or (found.operations or 0) / 1e9 or None, bandwidth=limits.bandwidth or stream / 1e9

@@ -223,7 +223,7 @@ def _unpredicted(subject: Subject) -> str:
     """What is said of a picture whose only point that is not measured is the bound."""
     bound = "The bound is what the limits of the core allow at most, and not a prediction"
     if subject.measured is None:
-        return f"{bound}: --measure predicts a call of decode on a CPU that the model knows, {calls.KNOWN}."
+        return f"{bound}: --measure predicts a call of decode."
     return f"{bound}: {subject.measured.reason}." if subject.measured.reason else ""
 
 
@@ -237,12 +237,11 @@ def _measured(subject: Subject, inside: Inside) -> list[tuple[str, str]]:
         least = max(flops / inside.flops, kv_bytes / bandwidth) / 1e9
         rows.append(("bound", f"{_us(least)} at the least, by {inside.flops:.4g} GFLOP/s and {bandwidth:.4g} GB/s"))
         ratios.append(f"the bound is {least / found.seconds:.2f} of it")
-    if found.predicted is not None and found.bandwidth is not None:
-        core, memory, whole = found.predicted
-        parts = f"{_us(core)} of the core and {_us(memory)} of memory, of which {_us(core + memory - whole)} overlap"
-        order = f"{found.bandwidth / 1e9:.4g} GB/s in the order in which the call reads"
-        rows.append(("predicted", f"{_us(whole)}: {parts}; memory gives {order}"))
-        ratios.insert(0, f"predicted is {found.predicted.whole / found.seconds:.2f} of measured")
+    if found.predicted is not None:
+        near, memory, whole = found.predicted
+        parts = f"{_us(near)} with keys and values in the second-level cache, {_us(memory)} to read lines in that order"
+        rows.append(("predicted", f"{_us(whole)}: {parts} from memory, of which {_us(near + memory - whole)} overlap"))
+        ratios.insert(0, f"predicted is {whole / found.seconds:.2f} of measured")
     else:
         rows.append(("predicted", f"no: {reason}"))
     of = f"median of {found.times} calls on one thread that read keys and values from memory"
