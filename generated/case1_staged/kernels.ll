@@ -440,7 +440,7 @@ target triple = "x86_64-conda-linux-gnu"
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_normalize(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor6.i = alloca [16 x float], align 16
+  %factor6.i = alloca [16 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -846,8 +846,8 @@ target triple = "x86_64-conda-linux-gnu"
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta33.i = alloca [16 x float], align 16
-  %alpha34.i = alloca [16 x float], align 16
+  %beta33.i = alloca [16 x float], align 64
+  %alpha34.i = alloca [16 x float], align 64
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1667,7 +1667,7 @@ target triple = "x86_64-conda-linux-gnu"
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_pv_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %value_offsets2.i = alloca [128 x i64], align 16
+  %value_offsets2.i = alloca [128 x i64], align 64
   %value_cache.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %value_cache.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -2668,7 +2668,7 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_qk_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %key_offsets66.i = alloca [128 x i64], align 16
+  %key_offsets66.i = alloca [128 x i64], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -3451,7 +3451,7 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_softmax_prepare(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %peak40.i = alloca [16 x float], align 16
+  %peak40.i = alloca [16 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8

@@ -441,8 +441,8 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor537.i = alloca [16 x float], align 16
-  %reach558.i = alloca [128 x i32], align 16
+  %factor537.i = alloca [16 x float], align 64
+  %reach558.i = alloca [128 x i32], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5758,8 +5758,8 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %row_sum275.i = alloca [32 x float], align 16
-  %row_max276.i = alloca [32 x float], align 16
+  %row_sum275.i = alloca [32 x float], align 64
+  %row_max276.i = alloca [32 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -10320,11 +10320,11 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [32 x float], align 16
-  %beta37.i = alloca [32 x float], align 16
-  %alpha38.i = alloca [32 x float], align 16
-  %row_sum39.i = alloca [32 x float], align 16
-  %row_max40.i = alloca [32 x float], align 16
+  %factor34.i = alloca [32 x float], align 64
+  %beta37.i = alloca [32 x float], align 64
+  %alpha38.i = alloca [32 x float], align 64
+  %row_sum39.i = alloca [32 x float], align 64
+  %row_max40.i = alloca [32 x float], align 64
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -10984,11 +10984,11 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [32 x float], align 16
-  %beta37.i = alloca [32 x float], align 16
-  %alpha38.i = alloca [32 x float], align 16
-  %row_sum39.i = alloca [32 x float], align 16
-  %row_max40.i = alloca [32 x float], align 16
+  %factor34.i = alloca [32 x float], align 64
+  %beta37.i = alloca [32 x float], align 64
+  %alpha38.i = alloca [32 x float], align 64
+  %row_sum39.i = alloca [32 x float], align 64
+  %row_max40.i = alloca [32 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8

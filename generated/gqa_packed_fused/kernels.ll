@@ -1350,17 +1350,17 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor826.i = alloca [16 x float], align 16
-  %beta657829.i = alloca [16 x float], align 16
-  %alpha656830.i = alloca [16 x float], align 16
-  %tile_sum.rf836.i = alloca [128 x float], align 16
-  %peak.rf837.i = alloca [256 x float], align 16
-  %room838.i = alloca [16 x i32], align 16
-  %full_peak.rf841.i = alloca [256 x float], align 16
-  %beta843.i = alloca [16 x float], align 16
-  %alpha844.i = alloca [16 x float], align 16
-  %tile_max846.i = alloca [16 x float], align 16
-  %reach848.i = alloca [128 x i32], align 16
+  %factor826.i = alloca [16 x float], align 64
+  %beta657829.i = alloca [16 x float], align 64
+  %alpha656830.i = alloca [16 x float], align 64
+  %tile_sum.rf836.i = alloca [128 x float], align 64
+  %peak.rf837.i = alloca [256 x float], align 64
+  %room838.i = alloca [16 x i32], align 64
+  %full_peak.rf841.i = alloca [256 x float], align 64
+  %beta843.i = alloca [16 x float], align 64
+  %alpha844.i = alloca [16 x float], align 64
+  %tile_max846.i = alloca [16 x float], align 64
+  %reach848.i = alloca [128 x i32], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -8815,12 +8815,12 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %tile_max305.i = alloca [4 x float], align 16
-  %prob_pairs306.i = alloca [256 x i32], align 16
-  %beta307.i = alloca [4 x float], align 16
-  %alpha308.i = alloca [4 x float], align 16
-  %row_sum309.i = alloca [32 x float], align 16
-  %row_max310.i = alloca [32 x float], align 16
+  %tile_max305.i = alloca [4 x float], align 64
+  %prob_pairs306.i = alloca [256 x i32], align 64
+  %beta307.i = alloca [4 x float], align 64
+  %alpha308.i = alloca [4 x float], align 64
+  %row_sum309.i = alloca [32 x float], align 64
+  %row_max310.i = alloca [32 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -14943,11 +14943,11 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [32 x float], align 16
-  %beta37.i = alloca [32 x float], align 16
-  %alpha38.i = alloca [32 x float], align 16
-  %row_sum39.i = alloca [32 x float], align 16
-  %row_max40.i = alloca [32 x float], align 16
+  %factor34.i = alloca [32 x float], align 64
+  %beta37.i = alloca [32 x float], align 64
+  %alpha38.i = alloca [32 x float], align 64
+  %row_sum39.i = alloca [32 x float], align 64
+  %row_max40.i = alloca [32 x float], align 64
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -15607,11 +15607,11 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [32 x float], align 16
-  %beta37.i = alloca [32 x float], align 16
-  %alpha38.i = alloca [32 x float], align 16
-  %row_sum39.i = alloca [32 x float], align 16
-  %row_max40.i = alloca [32 x float], align 16
+  %factor34.i = alloca [32 x float], align 64
+  %beta37.i = alloca [32 x float], align 64
+  %alpha38.i = alloca [32 x float], align 64
+  %row_sum39.i = alloca [32 x float], align 64
+  %row_max40.i = alloca [32 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8

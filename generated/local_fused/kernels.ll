@@ -375,14 +375,14 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %scaled275.i = alloca [128 x float], align 16
-  %beta279.i = alloca [16 x float], align 16
-  %alpha280.i = alloca [16 x float], align 16
-  %column_term281.i = alloca [64 x float], align 16
-  %value_offsets282.i = alloca [64 x i64], align 16
-  %key_offsets283.i = alloca [64 x i64], align 16
-  %row_sum285.i = alloca [16 x float], align 16
-  %row_max286.i = alloca [16 x float], align 16
+  %scaled275.i = alloca [128 x float], align 64
+  %beta279.i = alloca [16 x float], align 64
+  %alpha280.i = alloca [16 x float], align 64
+  %column_term281.i = alloca [64 x float], align 64
+  %value_offsets282.i = alloca [64 x i64], align 64
+  %key_offsets283.i = alloca [64 x i64], align 64
+  %row_sum285.i = alloca [16 x float], align 64
+  %row_max286.i = alloca [16 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -4872,9 +4872,9 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [16 x float], align 16
-  %beta37.i = alloca [16 x float], align 16
-  %alpha38.i = alloca [16 x float], align 16
+  %factor34.i = alloca [16 x float], align 64
+  %beta37.i = alloca [16 x float], align 64
+  %alpha38.i = alloca [16 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8

@@ -415,14 +415,14 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor724.i = alloca [16 x float], align 16
-  %tile_sum.rf730.i = alloca [256 x float], align 16
-  %peak.rf731.i = alloca [256 x float], align 16
-  %tile_max734.i = alloca [16 x float], align 16
-  %beta735.i = alloca [16 x float], align 16
-  %alpha736.i = alloca [16 x float], align 16
-  %row_sum737.i = alloca [128 x float], align 16
-  %row_max738.i = alloca [128 x float], align 16
+  %factor724.i = alloca [16 x float], align 64
+  %tile_sum.rf730.i = alloca [256 x float], align 64
+  %peak.rf731.i = alloca [256 x float], align 64
+  %tile_max734.i = alloca [16 x float], align 64
+  %beta735.i = alloca [16 x float], align 64
+  %alpha736.i = alloca [16 x float], align 64
+  %row_sum737.i = alloca [128 x float], align 64
+  %row_max738.i = alloca [128 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -8101,11 +8101,11 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor34.i = alloca [128 x float], align 16
-  %beta37.i = alloca [128 x float], align 16
-  %alpha38.i = alloca [128 x float], align 16
-  %row_sum39.i = alloca [128 x float], align 16
-  %row_max40.i = alloca [128 x float], align 16
+  %factor34.i = alloca [128 x float], align 64
+  %beta37.i = alloca [128 x float], align 64
+  %alpha38.i = alloca [128 x float], align 64
+  %row_sum39.i = alloca [128 x float], align 64
+  %row_max40.i = alloca [128 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
