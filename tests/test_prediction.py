@@ -43,6 +43,7 @@ def test_lines_that_are_loaded_again_come_from_memory_once():
     assert ((found.loaded + shift) // 64).tolist() == [3, 4, 9]
     assert found.fetched is found.loaded
     assert found.size == 64 * 64
+    assert found.share == 1 / 2
 
 
 def test_a_line_that_is_fetched_comes_where_it_is_loaded():
@@ -62,13 +63,13 @@ def test_the_probe_is_beside_products_and_fetches(monkeypatch):
     monkeypatch.setattr("pa_compiler.prediction.rates._probes", lambda *what: asked.append(what) or rates._plain)
     of_one = rates._plain.operations()
     for of in (Order(lines, lines, 1 << 20), Order(lines, lines[::-1].copy(), 1 << 20)):
-        assert rates.reader(of, 5e-9)() > 0
+        assert rates.reading(of, 5e-9) > 0
     assert asked == [(round(800 / of_one), False), (round(800 / of_one), True)]
 
 
 @pytest.mark.parametrize("part", [1, 0.25], ids=["all_lines", "a_part_of_them"])
 def test_what_is_predicted_is_of_all_lines_of_the_call(compiled, monkeypatch, part):
-    """Where a trace has a part of them only, its time is taken that many times."""
+    """Where a trace has a part of them only, its time is taken that many times; and what does not read is added."""
     monkeypatch.setattr(calls, "last_level_cache", lambda: 1 << 20)
     case = Case(SPEC, 2, (300, 77), scale=None)
     call, busy = calls.prepared(compiled(SPEC), case), []
@@ -78,17 +79,17 @@ def test_what_is_predicted_is_of_all_lines_of_the_call(compiled, monkeypatch, pa
         def operations(self):
             return 1e9
 
-        def reader(self, of, seconds=0.0):
+        def reading(self, of, seconds=0.0):
             busy.append(seconds)
-            return lambda: 3e-3 if seconds else 1e-3
+            return 3e-3 if seconds else 1e-3
 
     lines = np.arange(0, count * 64, 64)
-    found = calls.measured(call, Known(), Order(lines, lines, count * 64))
-    assert found.predicted[1:] == pytest.approx((1e-3 / part, 3e-3 / part), rel=0.01)
-    assert found.operations == 1e9
-    assert busy[0] == 0
-    assert busy[1] * case.kv_bytes / 64 > 0
-    assert calls.measured(call, None, None).predicted is None
+    monkeypatch.setattr(calls, "_seconds", lambda run, before=0: (run(before + 1), (8e-3, 3))[1])
+    found = calls.measured(call, Known(), Order(lines, lines, count * 64, 0.75))
+    assert found.predicted == pytest.approx((8e-3, 1e-3 / part, 3e-3 / part + 2e-3), rel=0.01)
+    assert found[:3] == (8e-3, 12, 1e9)
+    assert set(busy) == {0.0, 0.75 * 8e-3 / (case.kv_bytes / 64)}
+    assert calls.measured(call, None, None)[2:] == (None, None)
 
 
 def test_calls_whose_order_is_not_known(compiled, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 A call on keys and values in memory is predicted from one on keys and values in the second-level cache, which takes what
 its instructions take, and from the order in which it reads lines. A probe without the kernel reads lines of memory in
 that order, fetches those that the call's instructions fetch as far ahead, and has products beside each line for as
-long as the call in the cache takes for a line: how both overlap is the machine's affair. Nothing is fitted.
+long as the instructions that read take for it in the cache: how both overlap is the machine's affair. What the others
+take, such as those of the softmax, is added. Nothing is fitted.
 """
 
 from __future__ import annotations
@@ -114,12 +115,19 @@ def prepared(module: Any, case: Case, seed: int = 0) -> Call:
 def ordered(call: Call) -> Order:
     """The order in which a call reads the lines of its caches; no time is measured.
 
+    That of one of its sequences stands for all: half of the tokens are of sequences that are no longer.
+
     Raises:
         RuntimeError: there is no C++ compiler.
     """
+    lens = call.case.context_lens
+    by_length = np.argsort(lens, kind="stable")
+    one = int(by_length[np.searchsorted(np.cumsum(lens[by_length]), lens.sum() / 2)])
+    case = dataclasses.replace(call.case, batch=1, seq_lens=(int(lens[one]),), max_model_len=None)
+    alone = {name: getattr(call.turns[0], name)[one : one + 1] for name in ("query", "block_table", "context_lens")}
     with tempfile.TemporaryDirectory() as directory:
         recorder = Recorder(call.module, Path(directory))
-        call._replace(module=recorder.module).run(0)
+        call._replace(module=recorder.module, case=case, turns=[call.turns[0]._replace(**alone)]).run(0)
         trace = recorder.trace()
     caches = [each for each in call.turns[0][1:3] if each is not None]
     return order(trace, caches, second_level_cache())
@@ -130,25 +138,26 @@ def measured(call: Call, rates: Rates | None, lines: Order | None) -> Measured:
     before, call.module.num_threads = call.module.num_threads, 1
     try:
         out = call.run(0)
-        probes = None
-        if rates is not None and lines is not None and len(lines.loaded):
-            parts = len(lines.loaded) * LINE / call.case.kv_bytes  # of the call's lines, that are in the order
-            busy = _seconds(lambda _: call.run_near(out))[0] * LINE / call.case.kv_bytes
-            probes = rates.reader(lines), rates.reader(lines, busy)
         times, rounds = 0, []
         for _ in range(_ROUNDS):
             operations = rates.operations() if rates else 0.0
-            near, memory, whole = 0.0, 0.0, 0.0
-            if probes is not None:
-                near = _seconds(lambda _: call.run_near(out))[0]
-                memory, whole = (probe() / parts for probe in probes)
+            predicted = _predicted(call, out, rates, lines) if rates and lines and len(lines.loaded) else None
             seconds, count = _seconds(lambda number: call.run(number, out), times)
             times += count
-            rounds.append((seconds, operations, near, memory, whole))
+            rounds.append((seconds, operations, *(predicted or (0.0, 0.0, 0.0))))
     finally:
         call.module.num_threads = before
-    seconds, operations, *predicted = (statistics.median(each) for each in zip(*rounds, strict=True))
-    return Measured(seconds, times, operations or None, Times(*predicted) if probes else None)
+    seconds, operations, *parts = (statistics.median(each) for each in zip(*rounds, strict=True))
+    return Measured(seconds, times, operations or None, Times(*parts) if all(parts) else None)
+
+
+def _predicted(call: Call, out: Any, rates: Rates, lines: Order) -> Times:
+    """Measure what a call is predicted from. An order may be of a part of the call: it stands for all of it."""
+    near, _ = _seconds(lambda _: call.run_near(out))
+    of_all = call.case.kv_bytes / (len(lines.loaded) * LINE)
+    busy = lines.share * near * LINE / call.case.kv_bytes
+    memory, reading = (of_all * rates.reading(lines, seconds) for seconds in (0.0, busy))
+    return Times(near, memory, reading + (1 - lines.share) * near)
 
 
 def _seconds(run: Callable[[int], Any], before: int = 0) -> tuple[float, int]:

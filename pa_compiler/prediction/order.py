@@ -27,11 +27,13 @@ class Order(NamedTuple):
         loaded: The bytes at which the lines begin that come from memory, int64, in the order of their first loads.
         fetched: The line that instructions fetch beside each of these; the same lines where they fetch few or none.
         size: Bytes of the caches.
+        share: How much of a call's instructions is of blocks of them that access the caches.
     """
 
     loaded: np.ndarray
     fetched: np.ndarray
     size: int
+    share: float = 1.0
 
 
 class Cache:
@@ -67,11 +69,13 @@ def order(trace: Trace, caches: list[np.ndarray], second_level: int) -> Order:
     fetched: list[int] = []
     ahead: list[int] = []
     waiting: set[int] = set()
-    for address, fetches in _accesses(trace):
+    readers: set[int] = set()
+    for block, address, fetches in _accesses(trace):
         at = next((address + shift for begin, end, shift in shifts if begin <= address < end), None)
         there = cache.has(address // LINE)
         if at is None:
             continue
+        readers.add(block)
         line = at // LINE * LINE
         if fetches and not there:
             fetched.append(line)
@@ -80,19 +84,22 @@ def order(trace: Trace, caches: list[np.ndarray], second_level: int) -> Order:
             waiting.discard(line)
             ahead.append(len(fetched) - len(loaded))
             loaded.append(line)
+    executed = [count * len(block) for count, block in zip(trace.counts, trace.blocks, strict=True)]
+    share = sum(executed[block] for block in readers) / sum(executed)
     lines = np.array(loaded, np.int64)
     if len(fetched) <= len(loaded) / 2:
-        return Order(lines, lines, size)
+        return Order(lines, lines, size, share)
     at_load = np.arange(len(loaded)) + int(statistics.median(ahead))
-    return Order(lines, np.array(fetched, np.int64)[np.clip(at_load, 0, len(fetched) - 1)], size)
+    return Order(lines, np.array(fetched, np.int64)[np.clip(at_load, 0, len(fetched) - 1)], size, share)
 
 
-def _accesses(trace: Trace) -> Iterator[tuple[int, bool]]:
-    """Addresses that are accessed, and whether only to fetch a line."""
+def _accesses(trace: Trace) -> Iterator[tuple[int, int, bool]]:
+    """The blocks and addresses of accesses, and whether one only fetches a line."""
     fetches = [
         [instruction.startswith("prefetch") for instruction in block if accesses(instruction)] for block in trace.blocks
     ]
     steps = iter(trace.steps)
     for step in steps:
-        of_block = fetches[-1 - step]
-        yield from zip(itertools.islice(steps, len(of_block)), of_block, strict=False)
+        block = -1 - step
+        for address, of_fetch in zip(itertools.islice(steps, len(fetches[block])), fetches[block], strict=False):
+            yield block, address, of_fetch

@@ -127,11 +127,11 @@ class Rates:
         sink = ctypes.c_float()
         return max(float(self._plain.multiply(ctypes.c_long(_STEPS), ctypes.byref(sink))) for _ in range(_TRIES))
 
-    def reader(self, order: Order, busy: float = 0.0) -> Callable[[], float]:
-        """What measures the seconds of reading an order's lines, each beside products of so many seconds: a median."""
+    def reading(self, order: Order, busy: float = 0.0) -> float:
+        """Seconds of reading an order's lines, each beside products of so many seconds: the median of some times."""
         products = round(busy * self.operations() / self._plain.operations())
         read = _probes(products, order.fetched is not order.loaded).read_lines
-        return lambda: statistics.median(self._seconds(order, read))
+        return statistics.median(self._seconds(order, read))
 
     def stream(self) -> float:
         """Bytes a second of lines that follow each other, four times as many as the last-level cache has: the best."""
