@@ -43,13 +43,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str] | str], gap: int = 
 def wrapped(said: str, width: int, indent: int) -> str:
     """A paragraph that begins at a column, its further lines below that.
 
-    Words are never broken: one that is too long for a line has it alone, below what stands before the paragraph.
+    Words are never broken: one that is too long for a line has it alone, below what stands before the paragraph, and
+    further to the left as far as that helps.
     """
     room = max(width - indent, 1)
     lines = textwrap.wrap(said, room, break_long_words=False, break_on_hyphens=False)
     if lines and indent and len(lines[0]) > room:
         lines = ["", *lines]
-    return f"\n{' ' * indent}".join(lines)
+    return "\n".join([*lines[:1], *(" " * min(indent, max(width - len(line), 0)) + line for line in lines[1:])])
 
 
 def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
