@@ -65,6 +65,23 @@ def _assert_same_codes(found, expected):
     assert_same_bits(np.where(is_nan, 0, found.view(np.uint8)), np.where(is_nan, 0, expected.view(np.uint8)))
 
 
+@pytest.mark.scorecard(27)
+def test_every_float32_number_as_float8(compiled, count, figure):
+    """With --soak all 2^32 of them, else some, which are anywhere among them."""
+    module = compiled(PagedAttentionSpec(1, 1, DIM, 16, "float32", kv_dtype="float8_e4m3fn"))
+    all_numbers, at_once = count(1 << 20, 1 << 32), 1 << 20
+    scales = [np.ones(1, np.float32)] * 2
+    for begin in range(0, all_numbers, 2 * at_once):
+        bits = np.arange(begin, min(begin + 2 * at_once, all_numbers), dtype=np.uint64).astype(np.uint32)
+        numbers = (bits * np.uint32(2654435761)).view(np.float32)  # odd: each number once
+        keys, values = np.split(numbers.reshape(-1, 1, DIM), 2)
+        caches, _ = append(module, keys, values, scales)
+        with np.errstate(all="ignore"):
+            for cache, new in zip(caches, (keys, values), strict=True):
+                _assert_same_codes(cache, quantised(new, "float8_e4m3fn", scales[0]).codes)
+    figure("numbers", all_numbers)
+
+
 OF_ROWS = [("int8", "none"), ("int8", "hadamard"), ("int4", "none"), ("int4", "hadamard")]
 
 

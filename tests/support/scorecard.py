@@ -42,6 +42,7 @@ ITEMS = {
     24: "cache directory owned and 0700, no pickle, identifiers checked",
     25: "seeded bugs: each caught by the tests",
     26: "environments: right, or a named error",
+    27: "float32 numbers as float8: the bytes of ml_dtypes",
 }
 
 _HEAD = """\
