@@ -210,6 +210,15 @@ def assert_prefetches(asm: str) -> None:
     assert len(re.findall(r"^\s*prefetcht1", asm, re.MULTILINE)) >= 2
 
 
+@pytest.mark.parametrize(("mcpu", "size"), [("x86-64-v3", 32), ("x86-64-v4", 64), ("neoverse-n1", 16)])
+def test_what_lies_on_the_stack_is_aligned_to_a_vector(mcpu, size):
+    """Buffers, and so what is spilled: the stack itself is aligned to 16 bytes only, so that the kernel aligns it."""
+    texts = compiler.emit(pa_compiler.PagedAttentionSpec(32, 8, 128, 16, "bfloat16"), backends.named(mcpu))
+    assert set(re.findall(r"= alloca .*, align (\d+)", texts["llvm"])) == {str(size)}
+    spills = re.findall(r"(vmov[au])\w+\s+%[yz]mm\d+, \d*\(%rsp\)", texts["asm"])
+    assert spills.count("vmovu") <= spills.count("vmova")
+
+
 def test_only_the_entry_points_are_exported(compiled, tmp_path):
     compiled(SPEC).save(tmp_path / "pa.so")
     symbols = subprocess.run(
