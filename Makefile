@@ -33,7 +33,7 @@ ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_ben
 
 VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
 
-.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-cuda bench-cuda cuda-tools browser-tools aarch64-tools test-aarch64 runtime-envs docs lint format generate check-generated clean
+.PHONY: run test test-torch test-engines test-relax test-vllm test-smollm2 demo slow soak bench bench-attend bench-engines bench-vllm test-through-c test-cuda bench-cuda cuda-tools browser-tools aarch64-tools test-aarch64 runtime-envs docs lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -131,6 +131,11 @@ aarch64-tools:
 	    apt-get install --yes --quiet g++-aarch64-linux-gnu qemu-user-static >/dev/null; } || \
 	  echo 'There is no aarch64-linux-gnu-g++, or no qemu-aarch64-static: tests of aarch64 are skipped.' \
 	       'To install them: apt-get install g++-aarch64-linux-gnu qemu-user-static (Debian, Ubuntu)' >&2
+
+# The cases of decode and attend through a bundle's C interface as well, a bundle for each spec: an hour.
+test-through-c: $(STAMP)
+	$(PYTEST) -n $(JOBS) --through-c llvm tests/test_decode.py tests/test_attend.py tests/test_append.py
+	$(PYTEST) -n $(JOBS) --through-c x86-64-v3 tests/test_decode.py tests/test_attend.py tests/test_append.py
 
 # The Python package on aarch64: libraries are compiled here, and loaded and verified by an aarch64 Python under qemu, which
 # is fetched from Debian and PyPI into build/aarch64. Ten minutes.

@@ -15,6 +15,7 @@ import record
 import scorecard
 from programs import fake_runtimes, in_a_process, libgomp  # noqa: F401  (fixtures)
 from specs import BASE
+from through_c import Twin
 
 import pa_compiler
 from pa_compiler import artifact, compiler
@@ -24,6 +25,9 @@ WARNINGS = "-Wall -Wextra -Werror -Wno-unused-const-variable"  # of constants, w
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of the scorecard, and write RELIABILITY.md")
+    parser.addoption(
+        "--through-c", metavar="CPU", help="calls through a bundle's C interface too: llvm, x86-64-v3, ..."
+    )
     parser.addoption("--gpu", action="store_true", help="run tests marked gpu on this machine's GPU: with -m gpu")
     parser.addoption("--record", metavar="FILE", help="keep each test's outcome, date and versions in a file")
 
@@ -96,17 +100,23 @@ def build_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compiled(build_cache):
+def compiled(build_cache, request):
     """compiled(spec, pipeline="fused", target="llvm", attend=False, **extras) -> Module, the same each time.
 
-    Without attend it is there in half the time. extras are compile's words for other entry points.
+    Without attend it is there in half the time. extras are compile's words for other entry points. With --through-c it
+    is a Twin, for that CPU where none is said.
     """
+    through_c = request.config.getoption("--through-c")
 
     @functools.cache
     def compile_once(spec, pipeline, target_text, **extras):
         with pytest.MonkeyPatch.context() as patch:  # a test may have turned PA_CACHE_DIR to a directory of its own
             patch.setenv("PA_CACHE_DIR", str(build_cache))
-            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline, **extras)
+            target = json.loads(target_text)
+            if not through_c or pipeline != "fused" or target != "llvm":
+                return pa_compiler.compile(spec, target=target, pipeline=pipeline, **extras)
+            target = target if through_c == "llvm" else {"kind": "llvm", "mcpu": through_c}
+            return Twin(pa_compiler.compile(spec, target=target, **extras), target)
 
     def compile_module(spec, pipeline="fused", target="llvm", attend=False, **extras):
         module = compile_once(spec, pipeline, json.dumps(target), attend=attend, **extras)
