@@ -134,7 +134,21 @@ def _definitions(lanes: Iterable[int], target: CpuTarget) -> str:
     texts = [_instructions(dots)]
     texts += [_widened(part, min(dots)) for part in sorted(set(parts.values()) - dots.keys())]
     texts += [_in_parts(each, part) for each, part in parts.items() if each != part]
+    texts += [_blocks(target.dot_blocks)] if target.dot_blocks else []
     return " ".join(texts + [_lanes(each) for each in dots if target.by_element])
+
+
+def _blocks(intrinsic: str) -> str:
+    """The function of schedules/intrinsics/block_products.py."""
+    from pa_compiler.schedules.intrinsics.block_products import DOT_BLOCKS, LANES
+
+    floats, words, pairs = f"<{LANES} x float>", f"<{LANES} x i32>", f"<{2 * LANES} x bfloat>"
+    return (
+        f"declare {floats} @{intrinsic}({floats}, {pairs}, {pairs}) "
+        f"define {floats} @{DOT_BLOCKS}({floats} %sum, {words} %a, {words} %b) alwaysinline nounwind {{ "
+        f"%x = bitcast {words} %a to {pairs} %y = bitcast {words} %b to {pairs} "
+        f"%r = call {floats} @{intrinsic}({floats} %sum, {pairs} %x, {pairs} %y) ret {floats} %r }}"
+    )
 
 
 def _lanes(lanes: int) -> str:
