@@ -22,7 +22,7 @@ from pa_compiler.schedules.cpu import heads_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
 from pa_compiler.schedules.cpu.vertical import rows_last
 from pa_compiler.schedules.fetch import fetch
-from pa_compiler.schedules.intrinsics.block_products import LANES, PAIRS, ROWS, add_block, split_rows, turn_halves, turn_sums
+from pa_compiler.schedules.intrinsics.block_products import LANES, PAIRS, ROWS, add_block, split_rows, turn_halves
 from pa_compiler.schedules.intrinsics.transpose import transpose
 from pa_compiler.tiles import VectorTiling, largest_divisor
 
@@ -38,25 +38,43 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
 
 
 def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
-    """Blocks of two tokens; all of a token group for a pair of words, and then for the next."""
+    """Blocks of two tokens; all of a token group for two pairs of head_dim, and then for the next.
+
+    Where a pair of head_dim is a row of tokens, as packed, it is read so.
+    """
     group, name = tiling.token_group, "load_keys_element"
     copy = _of_groups(sch, name)
     _lay_words(sch, copy, lambda token, word: (token // group, word // PAIRS, token % group, word % PAIRS))
-    _split(sch, copy, name)
+    if not _is_packed(tiling):
+        _split(sch, copy, name)
+        return
+    token, word = sch.get_loops(copy)[-2:]
+    token_outer, token = sch.split(token, [None, LANES])
+    word_outer, word = sch.split(word, [None, PAIRS])
+    sch.reorder(token_outer, word_outer, token, word)
+    rows_last(sch, name)
+    _load_at(sch, name, word_outer, token_lanes=True)
+    sch.tensorize(token, transpose(PAIRS, LANES, "int32", by_turned=True))
 
 
 def load_values(sch: Schedule, tiling: VectorTiling) -> None:
-    """Blocks of two elements; four elements of all tokens, and then the next."""
-    name = "load_values_element"
+    """Blocks of two elements of value_dim; four elements of all tokens, and then the next."""
+    halves, name = tiling.values.halves, "load_values_element"
     copy = _of_groups(sch, name)
-    sch.transform_layout(name, ("write", 0), lambda pair, dim: (pair, dim % 2, dim // 2))
+    if halves == 2:
+        sch.transform_layout(name, ("write", 0), lambda pair, dim: (pair, dim % 2, dim // 2))
     _lay_words(sch, copy, lambda pair, dim: (dim // LANES, pair // PAIRS, dim % LANES, pair % PAIRS))
     pair, dim = sch.get_loops(copy)[-2:]
     pair_outer, pair = sch.split(pair, [None, PAIRS])
-    vector, dim = sch.split(dim, [None, 2 * LANES])
+    vector, dim = sch.split(dim, [None, LANES * halves])
     sch.reorder(pair_outer, vector, pair, dim)
-    _load_at(sch, name, vector, tiling.values.halves)
-    sch.tensorize(pair, turn_halves())
+    _load_at(sch, name, vector, halves)
+    sch.tensorize(pair, turn_halves() if halves == 2 else transpose(PAIRS, LANES, "int32"))
+
+
+def _is_packed(tiling: VectorTiling) -> bool:
+    """Whether the words of keys are pairs of head_dim with tokens side by side: then a word of values is of two."""
+    return tiling.values.word == 2 and tiling.values.halves == 1
 
 
 def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
@@ -105,7 +123,7 @@ def _sum_blocks(
     columns_outer, turned_column = sch.split(turned_column, [None, ROWS])
     rows_outer, turned_row = sch.split(turned_row, [None, LANES])
     sch.reorder(columns_outer, rows_outer, turned_column, turned_row)
-    sch.tensorize(turned_column, turn_sums())
+    sch.tensorize(turned_column, transpose(LANES, ROWS, "float32", by_turned=True))
     sch.tensorize(in_block[0], add_block("".join(inner)))
     for loop in (*around, columns_outer, rows_outer, tiles["k"][0], column_outer, row_outer):
         sch.unroll(loop)
@@ -198,10 +216,15 @@ def _split(sch: Schedule, copy: SBlockRV, name: str = "") -> None:
     sch.tensorize(row, split_rows())
 
 
-def _load_at(sch: Schedule, name: str, vector: LoopRV, halves: int = 1) -> None:
-    """Make vectors of two rows just before they are copied, of the even and of the odd words where they lie apart."""
+def _load_at(sch: Schedule, name: str, vector: LoopRV, halves: int = 1, token_lanes: bool = False) -> None:
+    """Make two vectors just before they are copied, each of a row of words, or of a word of several tokens.
+
+    Where a word has two elements they are twice as many, with the even and the odd elements apart.
+    """
     sch.compute_at(name, vector, preserve_unit_loops=True)
     row, word = sch.get_loops(name)[-2:]
+    if token_lanes:
+        row, word = word, row
     lane, half = sch.split(word, [None, halves])
     sch.reorder(row, half, lane)
     for loop in (row, half):

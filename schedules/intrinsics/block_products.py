@@ -29,11 +29,6 @@ def add_block(order: str) -> str:
     return registered(f"pa_compiler.add_block_{order}", lambda: _add_block(order))
 
 
-def turn_sums() -> str:
-    """Register the intrinsic turned[c, r] = sums[r, c], for the sums of two blocks of two columns; return its name."""
-    return registered("pa_compiler.turn_sums", _turn_sums)
-
-
 def split_rows() -> str:
     """Register the intrinsic blocks[k // 2, r, k % 2] = rows[r, k], for two rows of four words; return its name."""
     return registered("pa_compiler.split_rows", _split_rows)
@@ -81,38 +76,6 @@ def _add_block(order: str) -> tuple[PrimFunc, PrimFunc]:
             T.reads(sums[0:ROWS, 0:ROWS], left[0:ROWS, 0:PAIRS], right[0:ROWS, 0:PAIRS])
             T.writes(sums[0:ROWS, 0:ROWS])
             add(sums, left, right)
-
-    return description, implementation
-
-
-def _turn_sums() -> tuple[PrimFunc, PrimFunc]:
-    @script.prim_func(s_tir=True)
-    def description(turned_handle: T.handle, sums_handle: T.handle) -> None:
-        turned_row, sums_row = T.int32(), T.int32()
-        sums = T.match_buffer(sums_handle, (LANES, ROWS), strides=[sums_row, 1], offset_factor=1)
-        turned = T.match_buffer(turned_handle, (ROWS, LANES), strides=[turned_row, 1], offset_factor=1)
-        with T.sblock("root"):
-            T.reads(sums[0:LANES, 0:ROWS])
-            T.writes(turned[0:ROWS, 0:LANES])
-            for c, r in T.grid(ROWS, LANES):
-                with T.sblock("sum"):
-                    vc, vr = T.axis.remap("SS", [c, r])
-                    turned[vc, vr] = sums[vr, vc]
-
-    def store(turned: Buffer, sums: Buffer) -> None:
-        vectors = [T.bind(sums[r, T.ramp(0, 1, LANES)]) for r in range(0, LANES, ROWS)]
-        for c, chosen in enumerate(([0, 2, 4, 6], [1, 3, 5, 7])):
-            T.buffer_store(turned, Shuffle(vectors, chosen), [c, T.ramp(0, 1, LANES)])
-
-    @script.prim_func(s_tir=True)
-    def implementation(turned_handle: T.handle, sums_handle: T.handle) -> None:
-        turned_row, sums_row = T.int32(), T.int32()
-        sums = T.match_buffer(sums_handle, (LANES, ROWS), strides=[sums_row, 1], offset_factor=1)
-        turned = T.match_buffer(turned_handle, (ROWS, LANES), strides=[turned_row, 1], offset_factor=1)
-        with T.sblock("root"):
-            T.reads(sums[0:LANES, 0:ROWS])
-            T.writes(turned[0:ROWS, 0:LANES])
-            store(turned, sums)
 
     return description, implementation
 

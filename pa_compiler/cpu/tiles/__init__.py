@@ -91,9 +91,9 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if InTileRegisters.takes(known)[0]:
         return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.as_they_lie
+    in_blocks = BlocksInLanes.takes(known)[0]
     strategy: type[CpuTiling] = TokensInLanes if packed and not as_they_lie else HeadsInLanes
-    if BlocksInLanes.takes(known)[0]:
-        strategy = BlocksInLanes
+    strategy = BlocksInLanes if in_blocks else strategy
     if strategy is HeadsInLanes and not known.dot_pairs:
         known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
@@ -108,8 +108,8 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     return dataclasses.replace(
         tiles,
         kv_tile=kv_tile,
-        copy_keys=strategy is BlocksInLanes or not (packed or as_they_lie),
-        copy_values=not packed,
+        copy_keys=in_blocks or not (packed or as_they_lie),
+        copy_values=in_blocks or not packed,
         prefetches=True,
         attends=True,
         many_tokens=True,

@@ -17,12 +17,12 @@ class BlocksInLanes(HeadsInLanes):
 
     @classmethod
     def takes(cls, basis: Basis) -> tuple[bool, str]:
-        """Whole blocks of pairs of bfloat16, as they lie in rows of tokens, and no function of scores."""
+        """Pairs of bfloat16, which copies are made of that all rows of a tile share, and no function of scores."""
         spec = basis.spec
         if not (basis.target.dot_blocks and basis.dot_pairs and basis.fused):
             return False, "blocks of bfloat16 are multiplied on CPUs with bfmmla alone."
-        if spec.kv_layout == "packed" or spec.kv_dtype is not None:
-            return False, "blocks are made of rows of bfloat16."
+        if spec.kv_layout == "packed" and spec.kv_dtype is not None:
+            return False, "packed codes are converted where tokens lie in lanes."
         if spec.functions:
             return False, "functions of scores may hide values, which blocks multiply."
         return True, "bfmmla multiplies blocks of bfloat16."
