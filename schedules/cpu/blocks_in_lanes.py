@@ -19,7 +19,6 @@ from tvm.tirx import For, IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import heads_in_lanes
-from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_rows
 from pa_compiler.schedules.cpu.vertical import rows_last
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.block_products import LANES, PAIRS, ROWS, add_block, split_rows, turn_halves
@@ -33,7 +32,7 @@ _STEPS = 4
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Blocks of two rows."""
     copy = sch.cache_write("q_tile", 0, "global")
-    _lay_words(sch, copy, lambda tile, row, word: (tile, word // PAIRS, row, word % PAIRS))
+    sch.transform_layout(copy, ("write", 0), lambda tile, row, word: (tile, word // PAIRS, row, word % PAIRS))
     _split(sch, copy)
 
 
@@ -44,7 +43,9 @@ def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
     """
     group, name = tiling.token_group, "load_keys_element"
     copy = _of_groups(sch, name)
-    _lay_words(sch, copy, lambda token, word: (token // group, word // PAIRS, token % group, word % PAIRS))
+    sch.transform_layout(
+        copy, ("write", 0), lambda token, word: (token // group, word // PAIRS, token % group, word % PAIRS)
+    )
     if not _is_packed(tiling):
         _split(sch, copy, name)
         return
@@ -63,7 +64,7 @@ def load_values(sch: Schedule, tiling: VectorTiling) -> None:
     copy = _of_groups(sch, name)
     if halves == 2:
         sch.transform_layout(name, ("write", 0), lambda pair, dim: (pair, dim % 2, dim // 2))
-    _lay_words(sch, copy, lambda pair, dim: (dim // LANES, pair // PAIRS, dim % LANES, pair % PAIRS))
+    sch.transform_layout(copy, ("write", 0), lambda pair, dim: (dim // LANES, pair // PAIRS, dim % LANES, pair % PAIRS))
     pair, dim = sch.get_loops(copy)[-2:]
     pair_outer, pair = sch.split(pair, [None, PAIRS])
     vector, dim = sch.split(dim, [None, LANES * halves])
@@ -145,7 +146,7 @@ def _sum_outputs(sch: Schedule, tiling: VectorTiling, of: str, dims: int) -> Non
     """With the sums of some elements of value_dim at a time in registers."""
     full, passes = sch.get_sblock(f"{of}full_groups"), []
     weights = sch.cache_read(full, 0, "global", [full])
-    _lay_words(sch, weights, lambda i, pair, row: (i, pair // PAIRS, row, pair % PAIRS))
+    sch.transform_layout(weights, ("write", 0), lambda i, pair, row: (i, pair // PAIRS, row, pair % PAIRS))
     group, _, row, _ = sch.get_loops(full)[-4:]
     _turn_weights(sch, weights, group, int(sch.get(row).extent))
     _reads_copies(sch, full)
@@ -192,11 +193,6 @@ def _reads_copies(sch: Schedule, block: SBlockRV) -> None:
         old.match_buffers, old.annotations,
     )  # fmt: skip
     sch.state.replace(sch.get_sref(block), new, {old: new})
-
-
-def _lay_words(sch: Schedule, copy: SBlockRV, layout: Callable[..., tuple]) -> None:
-    """Lay words out that a copy writes."""
-    sch.transform_layout(copy, ("write", 0), layout)
 
 
 def _of_groups(sch: Schedule, name: str) -> SBlockRV:

@@ -90,7 +90,7 @@ def _split_rows() -> tuple[PrimFunc, PrimFunc]:
         rows = T.match_buffer(rows_handle, (ROWS, LANES), "int32", strides=[rows_row, 1], offset_factor=1)
         with T.sblock("root"):
             T.reads(rows[0:ROWS, 0:LANES])
-            T.writes(blocks[0 : STEPS, 0:ROWS, 0:PAIRS])
+            T.writes(blocks[0:STEPS, 0:ROWS, 0:PAIRS])
             for r, k in T.grid(ROWS, LANES):
                 with T.sblock("word"):
                     vr, vk = T.axis.remap("SS", [r, k])
@@ -110,7 +110,7 @@ def _split_rows() -> tuple[PrimFunc, PrimFunc]:
         rows = T.match_buffer(rows_handle, (ROWS, LANES), "int32", strides=[rows_row, 1], offset_factor=1)
         with T.sblock("root"):
             T.reads(rows[0:ROWS, 0:LANES])
-            T.writes(blocks[0 : STEPS, 0:ROWS, 0:PAIRS])
+            T.writes(blocks[0:STEPS, 0:ROWS, 0:PAIRS])
             store(blocks, rows)
 
     return description, implementation
