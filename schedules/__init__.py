@@ -15,6 +15,7 @@ from tvm.s_tir.schedule import SBlockRV
 
 from pa_compiler.schedules.cpu import (
     append_kv,
+    blocks_in_lanes,
     head_dim_in_lanes,
     heads_in_lanes,
     in_tile_registers,
@@ -28,6 +29,7 @@ from pa_compiler.tiles import Tiling, VectorTiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,
+    "blocks_in_lanes": blocks_in_lanes,
     "in_tile_registers": in_tile_registers,
     "head_dim_in_lanes": head_dim_in_lanes,
     "tokens_in_lanes": tokens_in_lanes,

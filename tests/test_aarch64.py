@@ -19,7 +19,7 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 import pa_compiler
 from pa_compiler import PagedAttentionSpec, backends, compiler, host, native
 from pa_compiler.bundles.bundle import bundle
-from pa_compiler.cpu import assembly, target
+from pa_compiler.cpu import assembly, target, tiles
 from pa_compiler.naming import spec_name
 from pa_compiler.runtime import cpu_features
 
@@ -35,6 +35,7 @@ BFLOAT16 = {  # for one with and one without
     "bfloat16": PagedAttentionSpec(16, 1, 32, 16, "bfloat16", window=100),
     "bfloat16_HND": PagedAttentionSpec(8, 2, 32, 8, "bfloat16", kv_layout="HND"),
     "bfloat16_packed": PagedAttentionSpec(10, 2, 32, 16, "bfloat16", kv_layout="packed"),
+    "bfloat16_odd": PagedAttentionSpec(6, 2, 24, 5, "bfloat16", value_dim=40, softcap=3.0, alibi=True, sinks=True),
 }
 CASES = [(name, "neoverse-n1") for name in [*PLAIN, *BFLOAT16]] + [(name, "neoverse-v2") for name in BFLOAT16]
 LENGTHS = [0, 1, 7, 15, 16, 17, 32, 37, 38, 130]
@@ -66,13 +67,14 @@ def driver(bundles, request, tmp_path):
 
 def decode_arrays(inputs):
     names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
-    return dict(zip(names, inputs.arguments, strict=True)) | {"out": inputs.out, "lse": inputs.lse}
+    return dict(zip(names, inputs.arguments, strict=True)) | {"out": inputs.out, "lse": inputs.lse, **inputs.heads}
 
 
 def attend_arrays(spec, call):
     out = np.full((*call.query.shape[:2], spec.result_dim), np.nan, call.query.dtype)
     return {
         **{name: getattr(call, name) for name in ("query", "key_cache", "value_cache", "block_table", "context_lens")},
+        **{name: getattr(call, name) for name in ("alibi_slopes", "sinks") if getattr(spec, name.split("_")[0])},
         "query_start_loc": call.starts, "out": out, "lse": np.full(call.query.shape[:2], np.nan, np.float32),
     }  # fmt: skip
 
@@ -102,6 +104,21 @@ def test_calls_under_emulation(driver, name, isa):
         for other in (*range(first + 1, first + count), again[first]):
             for actual, expected in zip(arrays[other], arrays[first], strict=True):
                 assert_same_bits(actual, expected)
+
+
+@aarch64.needs_tools
+@pytest.mark.parametrize("driver", ["bfloat16_packed"], indirect=True)
+def test_products_of_blocks_have_the_bits_of_dot_products(driver):
+    """bfmmla adds up a pair after the other as bfdot does: attend's last query tokens have decode's bits."""
+    spec, lens = BFLOAT16["bfloat16_packed"], [(5, 5), (16, 48), (17, 150), (3, 16), (40, 300)]
+    call = make_call(spec, lens, poison="inf")
+    arrays = attend_arrays(spec, call)
+    last = {name: np.ascontiguousarray(arrays[name][call.starts[1:] - 1]) for name in ("query", "out", "lse")}
+    driver.add("attend", spec_name(spec), arrays, scale=call.scale)
+    driver.add("decode", spec_name(spec), {**arrays, **last, "query_start_loc": None}, scale=call.scale)
+    (*_, attended), (*_, decoded) = driver.results(isa="neoverse-v2")
+    for of_attend, of_decode in zip(attended, decoded, strict=True):
+        assert_same_bits(of_attend[call.starts[1:] - 1], of_decode)
 
 
 def spoiled(inputs):
@@ -251,3 +268,34 @@ def test_the_matmul_of_heads_in_lanes_multiplies_by_lanes_of_registers(dtype, on
     (best,) = (each for each in counted if each.fmas + each.dots >= 0.78 * each.instructions and each.loads >= 16)
     assert best.embedded == (best.dots if dtype == "bfloat16" else best.fmas) >= 64
     assert best.stack_stores == best.broadcasts == best.arithmetic == 0
+
+
+@pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
+def test_attend_multiplies_blocks_in_registers(kv_layout):
+    """Three products and more for two operands that are loaded, and of QK's best loop 60 % are products."""
+    spec = PagedAttentionSpec(32, 8, 128, 16, "bfloat16", kv_layout=kv_layout)
+    asm = compiler.emit(spec, V2)["asm"]
+    loops = [loop for loop in assembly.inner_loops(asm) if any("bfmmla" in line for line in loop.code)]
+    counted = [assembly.count(loop.code) for loop in loops]
+    assert {loop.function for loop in loops} == {"__tvm_ffi_fused_attend"}
+    assert sorted({each.dots for each in counted}) == [16, 64]  # a step of PV, four of QK
+    for each in counted:
+        assert each.stack_stores == each.broadcasts == each.embedded == each.arithmetic == 0
+        assert 3 * each.loads <= 2 * each.dots
+    assert max(each.dots / each.instructions for each in counted) >= 0.6
+
+
+def test_what_is_multiplied_in_blocks():
+    """Pairs of bfloat16 in attend, on CPUs with bfmmla, unless a mask may hide values, or packed codes are read."""
+
+    def chosen(mcpu, **fields):
+        spec = PagedAttentionSpec(8, 2, **{"head_dim": 64, "block_size": 16, "dtype": "bfloat16", **fields})
+        cpu = target.resolve(backends.normalize(backends.named(mcpu)))
+        return tiles.choose_attend(spec, cpu).strategy
+
+    for fields in ({}, {"kv_layout": "packed"}, {"kv_dtype": "int8"}, {"window": 50}, {"softcap": 3.0}):
+        assert {chosen(mcpu, **fields) for mcpu in ("neoverse-v1", "neoverse-n2", "neoverse-v2")} == {"blocks_in_lanes"}
+        assert {chosen(mcpu, **fields) for mcpu in ("neoverse-n1", "znver4")} <= {"heads_in_lanes", "tokens_in_lanes"}
+    assert chosen("neoverse-v2", dtype="float32") == chosen("neoverse-v2", head_dim=36) == "heads_in_lanes"
+    assert chosen("neoverse-v2", mask_mod=lambda b, h, q, kv: (q - kv) % 2 == 0) == "heads_in_lanes"
+    assert chosen("neoverse-v2", kv_layout="packed", kv_dtype="int8") == "tokens_in_lanes"

@@ -26,6 +26,7 @@ CPUS = {
         "amx": "avx avx512f avx512vl avx512bf16 amx-tile amx-bf16",
     }.items()
 }
+BFMMLA = target.CpuTarget('{"kind": "llvm"}', frozenset({"neon", "bf16"}))
 IN_TILE_REGISTERS = PagedAttentionSpec(16, 1, 64, 16, "bfloat16")
 SWEPT_BY_TILES = PagedAttentionSpec(16, 8, 128, 16, "bfloat16")
 HEADS_IN_LANES = PagedAttentionSpec(16, 1, 32, 16, "bfloat16")  # in pairs
@@ -69,6 +70,10 @@ def worked_on():
         if pipeline == "fused" or spec in (BASE, HEADS_IN_LANES):  # staged, the stages are those of decode
             of_attend = tiling.choose_attend(spec, cpu, pipeline)
             modules.append((kernels.build_attend(spec, of_attend, pipeline), of_attend))
+    for spec in ALL_SPECS:
+        of_attend = tiling.choose_attend(spec, BFMMLA)
+        if of_attend.strategy == "blocks_in_lanes":
+            modules.append((kernels.build_attend(spec, of_attend, "fused"), of_attend))
     for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
         tiles = cuda_tiling.staged(spec)
         modules.append((cuda.build_staged(spec, tiles)[0], tiles))

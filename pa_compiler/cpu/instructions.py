@@ -41,11 +41,11 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
         sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
+        kept = [sblock for sblock in sblocks(sch) if _keep_lanes(sch, sblock)]
         if sums:
-            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | target.dots.keys()
-            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target))
-        for sblock in sblocks(sch):
-            _keep_lanes(sch, sblock)
+            lanes, of_words = ({lanes for each in of for lanes in _vectorized(sch, each)} for of in (sums, kept))
+            definitions = _definitions(lanes | target.dots.keys(), of_words, target)
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", definitions)
     return sch.mod
 
 
@@ -79,15 +79,17 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
     return True
 
 
-def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> None:
-    """Let an sblock that reads words for their lanes call the operation that says of which type they are."""
+def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> bool:
+    """Let an sblock that reads words for their lanes call the operation that says of which type; whether it is one."""
     from tvm.ir import Call
     from tvm.tirx import BufferStore
 
     old = sch.get(sblock)
-    if LANES in old.annotations:
-        call = Call(_LANES, [old.body.value], ret_ty="int32")
-        replace_body(sch, sch.get_sref(sblock), BufferStore(old.body.buffer, call, old.body.indices))
+    if LANES not in old.annotations:
+        return False
+    call = Call(_LANES, [old.body.value], ret_ty="int32")
+    replace_body(sch, sch.get_sref(sblock), BufferStore(old.body.buffer, call, old.body.indices))
+    return True
 
 
 @functools.cache
@@ -127,14 +129,31 @@ def _lower(call: Expr) -> Expr:
     return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
 
 
-def _definitions(lanes: Iterable[int], target: CpuTarget) -> str:
-    """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
+def _definitions(lanes: Iterable[int], of_words: Iterable[int], target: CpuTarget) -> str:
+    """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic.
+
+    lanes are those of sums, and of_words those of vectors that are loaded for their lanes.
+    """
     dots = target.dots
     parts = {each: math.gcd(each, max(dots)) for each in sorted(set(lanes) - dots.keys())}
     texts = [_instructions(dots)]
     texts += [_widened(part, min(dots)) for part in sorted(set(parts.values()) - dots.keys())]
     texts += [_in_parts(each, part) for each, part in parts.items() if each != part]
-    return " ".join(texts + [_lanes(each) for each in dots if target.by_element])
+    texts += [_blocks(target.dot_blocks)] if target.dot_blocks else []
+    return " ".join(texts + [_lanes(each) for each in sorted(of_words)])
+
+
+def _blocks(intrinsic: str) -> str:
+    """The function of schedules/intrinsics/block_products.py."""
+    from pa_compiler.schedules.intrinsics.block_products import DOT_BLOCKS, LANES
+
+    floats, words, pairs = f"<{LANES} x float>", f"<{LANES} x i32>", f"<{2 * LANES} x bfloat>"
+    return (
+        f"declare {floats} @{intrinsic}({floats}, {pairs}, {pairs}) "
+        f"define {floats} @{DOT_BLOCKS}({floats} %sum, {words} %a, {words} %b) alwaysinline nounwind {{ "
+        f"%x = bitcast {words} %a to {pairs} %y = bitcast {words} %b to {pairs} "
+        f"%r = call {floats} @{intrinsic}({floats} %sum, {pairs} %x, {pairs} %y) ret {floats} %r }}"
+    )
 
 
 def _lanes(lanes: int) -> str:

@@ -55,6 +55,12 @@ vdpbf16ps adds the two products one after the other, each with one rounding. bfd
 one of two neighbours. Both take subnormal numbers for 0.
 """
 
+_BLOCKS = {frozenset({"neon", "bf16"}): "llvm.aarch64.neon.bfmmla"}
+"""By instruction sets, LLVM's intrinsic of the product of two blocks of 2 rows of 2 pairs of bfloat16.
+
+bfmmla multiplies each row of one by each row of the other, and adds the pairs of a row as two instructions bfdot would.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class CpuTarget:
@@ -117,6 +123,11 @@ class CpuTarget:
     def dot_pairs(self) -> bool:
         """Whether there is a dot product of pairs of bfloat16 for vectors of every size: vdpbf16ps or bfdot."""
         return bool(self.dots)
+
+    @property
+    def dot_blocks(self) -> str:
+        """LLVM's intrinsic of the product of two blocks of pairs of bfloat16 in vectors: bfmmla; "" without one."""
+        return next((intrinsic for sets, intrinsic in _BLOCKS.items() if sets <= self.features), "")
 
     @property
     def tile_registers(self) -> bool:

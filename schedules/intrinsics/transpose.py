@@ -29,12 +29,14 @@ def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str |
         sch.tensorize(row, transpose(rows, columns, str(sch.get(copy).writes[0].source.dtype)))
 
 
-def transpose(rows: int, columns: int, dtype: str) -> str:
+def transpose(rows: int, columns: int, dtype: str, by_turned: bool = False) -> str:
     """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
 
     Rows of fewer than four elements, of either, must lie one after another. Of 16 or 2 by 16, vectors are whole rows.
+    Loops, and the axes of the sblock, go through rows of block, or through those of turned.
     """
-    return registered(f"pa_compiler.transpose_{rows}_{columns}_{dtype}", lambda: _transpose(rows, columns, dtype))
+    name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}{'_by_turned' if by_turned else ''}"
+    return registered(name, lambda: _transpose(rows, columns, dtype, by_turned))
 
 
 def turned_vectors(vectors: list[Expr], rows: int) -> list[Expr]:
@@ -52,7 +54,7 @@ def turned_vectors(vectors: list[Expr], rows: int) -> list[Expr]:
     return vectors
 
 
-def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
+def _transpose(rows: int, columns: int, dtype: str, by_turned: bool) -> tuple[PrimFunc, PrimFunc]:
     width = 16 if columns == 16 and rows in (2, 16) else 4
     count = rows * columns // width
 
@@ -64,10 +66,10 @@ def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]
         with T.sblock("root"):
             T.reads(block[0:rows, 0:columns])
             T.writes(turned[0:columns, 0:rows])
-            for i, j in T.grid(rows, columns):
+            for i, j in T.grid(*((columns, rows) if by_turned else (rows, columns))):
                 with T.sblock("element"):
                     vi, vj = T.axis.remap("SS", [i, j])
-                    turned[vj, vi] = block[vi, vj]
+                    turned[(vi, vj) if by_turned else (vj, vi)] = block[(vj, vi) if by_turned else (vi, vj)]
 
     def store(turned: Buffer, block: Buffer) -> None:
         # Each is bound: what is loaded or shuffled within the stores is so anew for each of them, which may alias it.

@@ -10,6 +10,7 @@ import math
 
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
+from pa_compiler.cpu.tiles.blocks_in_lanes import BlocksInLanes
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.in_tile_registers import InTileRegisters
@@ -90,7 +91,9 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if InTileRegisters.takes(known)[0]:
         return InTileRegisters.choose(known)
     packed, as_they_lie = spec.kv_layout == "packed", known.as_they_lie
-    strategy = TokensInLanes if packed and not as_they_lie else HeadsInLanes
+    in_blocks = BlocksInLanes.takes(known)[0]
+    strategy: type[CpuTiling] = TokensInLanes if packed and not as_they_lie else HeadsInLanes
+    strategy = BlocksInLanes if in_blocks else strategy
     if strategy is HeadsInLanes and not known.dot_pairs:
         known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
@@ -98,15 +101,15 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     tiles = strategy.choose(known)
     least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
     kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))
-    few_rows = known.rows // 2 if strategy is HeadsInLanes and as_they_lie else 0
+    few_rows = known.rows // 2 if strategy is not TokensInLanes and as_they_lie else 0
     weight_sums = 0
     if decodes_in_step(spec):  # every schedule takes whole groups of so many tokens
         weight_sums = math.gcd(tiles.token_group, PACKED_TOKENS)
     return dataclasses.replace(
         tiles,
         kv_tile=kv_tile,
-        copy_keys=not packed and not as_they_lie,
-        copy_values=not packed,
+        copy_keys=in_blocks or not (packed or as_they_lie),
+        copy_values=in_blocks or not packed,
         prefetches=True,
         attends=True,
         many_tokens=True,
