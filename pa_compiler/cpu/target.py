@@ -56,6 +56,18 @@ one of two neighbours. Both take subnormal numbers for 0.
 """
 
 
+_VPDPWSSD = {lanes: f"llvm.x86.avx512.vpdpwssd.{32 * lanes}" for lanes in (4, 8, 16)}
+_VPMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+_INTEGER_DOTS = {
+    frozenset({"avx512vnni", "avx512vl"}): _VPDPWSSD,
+    frozenset({"avx512bw", "avx512vl"}): _VPMADDWD,
+    frozenset({"avxvnni"}): {lanes: _VPDPWSSD[lanes] for lanes in (4, 8)},
+    frozenset({"avx2"}): {lanes: _VPMADDWD[lanes] for lanes in (4, 8)},
+}
+"""The same of pairs of integers of 16 bits, in int32, the fastest first. vpdpwssd adds to a sum, vpmaddwd does not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CpuTarget:
     """A resolved LLVM CPU target.
@@ -117,6 +129,11 @@ class CpuTarget:
     def dot_pairs(self) -> bool:
         """Whether there is a dot product of pairs of bfloat16 for vectors of every size: vdpbf16ps or bfdot."""
         return bool(self.dots)
+
+    @property
+    def integer_dots(self) -> Mapping[int, str]:
+        """LLVM's intrinsics of the dot product of pairs of integers of 16 bits, by the int32 lanes of their vectors."""
+        return next((intrinsics for sets, intrinsics in _INTEGER_DOTS.items() if sets <= self.features), {})
 
     @property
     def tile_registers(self) -> bool:

@@ -132,7 +132,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         query_pos = T.meta_var(OfRows(item.bounds.positions, first))
         computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
-        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, of_head.scores, of_head.zeros(first)))
+        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, *of_head.of_slot(first)))
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
             scores, *([] if in_whole else [probs]), added, of_head.score, item.bounds.headroom(first), tile,

@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import functions, scales
 from pa_compiler.schedules.fetch import fetch
-from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
+from pa_compiler.schedules.intrinsics.pair_lanes import join_lanes, pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import VectorTiling, largest_divisor
@@ -29,6 +29,9 @@ _MAX_ROW_LANES = 256
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
+    if tiling.keys.integers:
+        sch.vectorize(sch.split(sch.get_loops("query_number")[-1], [None, tiling.qk_lanes])[1])
+        integers(sch, "query", by_lanes)
     if tiling.keys.terms == 2:
         return
     if tiling.keys.halves == 1:
@@ -74,7 +77,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     _, token, _ = sch.get_loops(scores)[-3:]
     sch.vectorize(sch.get_loops(sch.decompose_reduction(scores, token))[-1])
     if tiling.qk_lanes > 1:
-        sch.tensorize(token, sum_lanes(tiling.qk_lanes))
+        sch.tensorize(token, sum_lanes(tiling.qk_lanes, tiling.keys.sum_dtype))
     if tiling.prefetches:
         fetch(sch, KEYS, group, shares=[token_outer])
 
@@ -116,6 +119,19 @@ def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
     if tiling.pairs_weights:
         (reduce or by_lanes)(sch, "tile_sum", 2, tiling.weight_sums // 2)
+
+
+def integers(sch: Schedule, of: str, reduce: Reduce) -> None:
+    """Numbers of a row in lanes, as integers and as words of two."""
+    reduce(sch, f"{of}_largest", 1, 0)
+    sch.vectorize(sch.get_loops(f"{of}_integers")[-1])
+    word = sch.get_loops(f"{of}_words")[-1]
+    sch.tensorize(word, join_lanes(int(sch.get(word).extent)))
+
+
+def integer_weights(sch: Schedule, tiling: VectorTiling) -> None:
+    """Tokens in lanes."""
+    integers(sch, "weight", by_lanes)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:
@@ -233,6 +249,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": functions.visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
+    "integer_weights": integer_weights,
     "pv_matmul": pv_matmul,
     "rescale": rescale,
     "pv_update": pv_update,

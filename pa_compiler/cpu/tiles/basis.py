@@ -14,6 +14,10 @@ from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
 DOT_DIMS = 8
 """What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
 
+INTEGER_DIMS = 512
+"""The largest head_dim whose sums of products of integers int32 has room for: of 2**15 - 1 and 2**7. So has it for the
+tokens of a tile, of which there are no more."""
+
 TILES = 4
 """Tile registers that a block of sums has."""
 
@@ -134,7 +138,7 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     """What is known of a spec on a target before a strategy is chosen, for decode or for attend."""
     machine = machine_of(target, kernel)
     if spec.kv_dtype is not None:
-        return _of_codes(spec, target, pipeline, machine)
+        return _of_codes(spec, target, pipeline, machine, kernel)
     packed = spec.kv_layout == "packed"
     pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
     in_pairs = spec.dtype == "bfloat16" and pairs
@@ -147,8 +151,10 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     return Basis(spec, target, pipeline, machine, rows(spec), keys, values)
 
 
-def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
+def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine, kernel: str) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32.
+
+    Or integers of 16 bits, where multiplies_integers.
 
     Two to a byte they become float32, and where queries are rotated, which are no numbers of bfloat16 then.
     """
@@ -156,9 +162,17 @@ def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machin
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs and not spec.rotates else 1)
+    if pipeline == "fused" and kernel == "decode" and whole_words and multiplies_integers(spec, target, machine):
+        element = Element(spec.cache_dtype, terms=2, integers=True)
     if spec.codes_of_byte == 2:
         element = Element(spec.cache_dtype, word=2, halves=1 if spec.kv_layout == "packed" else 2)
     return Basis(spec, target, pipeline, machine, rows(spec), element, element)
+
+
+def multiplies_integers(spec: PagedAttentionSpec, target: CpuTarget, machine: Machine) -> bool:
+    """Whether decode multiplies codes of int8 by queries and weights of 16 bits, with sums that int32 has room for."""
+    has = spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates and spec.kv_layout != "packed"
+    return has and bool(target.integer_dots) and spec.head_dim <= INTEGER_DIMS and rows(spec) < machine.heads_in_lanes
 
 
 def rows(spec: PagedAttentionSpec) -> int:
