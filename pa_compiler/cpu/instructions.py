@@ -85,6 +85,7 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
                 sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes, target, product))
         for sblock in sblocks(sch):
             _keep_lanes(sch, sblock)
+            _widen_copy(sch, sblock)
     return sch.mod
 
 
@@ -133,6 +134,15 @@ def _widened_codes(word: Expr) -> Expr:
             return Call(_WIDEN, [first, second], ret_ty="int32")
         case _:
             return word
+
+
+def _widen_copy(sch: Schedule, sblock: SBlockRV) -> None:
+    """Let an sblock that stores the words of two codes make them by the operation."""
+    from tvm.tirx import BufferStore
+
+    body = sch.get(sblock).body
+    if isinstance(body, BufferStore) and not (word := _widened_codes(body.value)).same_as(body.value):
+        replace_body(sch, sch.get_sref(sblock), BufferStore(body.buffer, word, body.indices))
 
 
 def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> None:

@@ -54,10 +54,10 @@ def allocate_units(tiling: Tiling, name: str, slots: int) -> Buffer | None:
     return allocate(name, (slots, tiling.row_tile), "float32") if tiling.keys.integers else None
 
 
-def to_integers(of: str, rows: int, columns: int, group: int) -> Callable[..., None]:
+def to_integers(of: str, name: str, rows: int, columns: int, group: int) -> Callable[..., None]:
     """words[slot, r, i] of the integers of numbers(r, 2i) and numbers(r, 2i + 1), and units[slot, r]; in the caller's sblock.
 
-    For num_groups groups of columns. numbers(r, column) is an expression.
+    For num_groups groups of columns. numbers(r, column) is an expression, and name that of the sblock of the words.
     """
 
     @inline
@@ -83,7 +83,7 @@ def to_integers(of: str, rows: int, columns: int, group: int) -> Callable[..., N
                 vr = T.axis.spatial(rows, r)
                 integers[vr, vt] = integer_of(numbers(vr, vt), units[slot, vr])
         for r, to, ti in T.grid(rows, num_groups, group // 2):
-            with T.sblock(f"{of}_words"):
+            with T.sblock(name):
                 vt = T.axis.spatial(columns // 2, to * (group // 2) + ti)
                 vr = T.axis.spatial(rows, r)
                 words[slot, vr, vt] = pair_integers(integers[vr, 2 * vt], integers[vr, 2 * vt + 1])
@@ -94,7 +94,7 @@ def to_integers(of: str, rows: int, columns: int, group: int) -> Callable[..., N
 def integer_weights(tiling: Tiling) -> Callable[..., None]:
     """The sblock integer_weights: weights of values [slots, rows, tokens] as words of two tokens, and their units."""
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
-    convert = to_integers("weight", rows, tokens, tiling.token_group)
+    convert = to_integers("weight", "pairs", rows, tokens, tiling.token_group)
 
     @inline
     def stage(weights, words, units, slot, num_groups):

@@ -30,7 +30,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
     turned = tiling.rows_in_place
-    convert = to_integers("query", capacity, head_dim, QUERY_GROUP)
+    convert = to_integers("query", "q_tile", capacity, head_dim, QUERY_GROUP)
 
     def of_pair(d):
         return elements_of_pair(tiling.keys, head_dim, d)

@@ -31,7 +31,7 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
     if tiling.keys.integers:
         sch.vectorize(sch.split(sch.get_loops("query_number")[-1], [None, tiling.qk_lanes])[1])
-        integers(sch, "query", by_lanes)
+        integers(sch, "query", "q_tile", by_lanes)
     if tiling.keys.terms == 2:
         return
     if tiling.keys.halves == 1:
@@ -121,17 +121,17 @@ def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None
         (reduce or by_lanes)(sch, "tile_sum", 2, tiling.weight_sums // 2)
 
 
-def integers(sch: Schedule, of: str, reduce: Reduce) -> None:
+def integers(sch: Schedule, of: str, words: str, reduce: Reduce) -> None:
     """Numbers of a row in lanes, as integers and as words of two."""
     reduce(sch, f"{of}_largest", 1, 0)
     sch.vectorize(sch.get_loops(f"{of}_integers")[-1])
-    word = sch.get_loops(f"{of}_words")[-1]
+    word = sch.get_loops(words)[-1]
     sch.tensorize(word, join_lanes(int(sch.get(word).extent)))
 
 
 def integer_weights(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes."""
-    integers(sch, "weight", by_lanes)
+    integers(sch, "weight", "pairs", by_lanes)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:

@@ -33,6 +33,8 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     rows_last(sch, rows)
+    if tiling.keys.integers:
+        head_dim_in_lanes.load_query(sch, tiling)
     if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where it would load every second element by itself
         turn(sch, rows, 4, 4)
         return
@@ -138,6 +140,17 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     sch.vectorize(row)
 
 
+def integer_weights(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical too."""
+    rows_last(sch, "weight_integers", "pairs")
+    four_maxima(sch, "weight_largest")
+    vectorize_rows(sch, "weight_unit")
+    for name in ("weight_integers", "pairs"):
+        row, group, token = sch.get_loops(name)[-3:]
+        sch.reorder(group, token, row)
+        sch.vectorize(row)
+
+
 def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
     rows_last(sch, "acc")
@@ -229,6 +242,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "full_scores": full_scores,
     **scales.VERTICAL,
     "pair_probs": pair_probs,
+    "integer_weights": integer_weights,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "few_pv_update": few_pv_update,

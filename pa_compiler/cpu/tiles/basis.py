@@ -138,7 +138,7 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     """What is known of a spec on a target before a strategy is chosen, for decode or for attend."""
     machine = machine_of(target, kernel)
     if spec.kv_dtype is not None:
-        return _of_codes(spec, target, pipeline, machine, kernel)
+        return _of_codes(spec, target, pipeline, machine)
     packed = spec.kv_layout == "packed"
     pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
     in_pairs = spec.dtype == "bfloat16" and pairs
@@ -151,7 +151,7 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     return Basis(spec, target, pipeline, machine, rows(spec), keys, values)
 
 
-def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine, kernel: str) -> Basis:
+def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32.
 
     Or integers of 16 bits, where multiplies_integers.
@@ -162,17 +162,17 @@ def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machin
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs and not spec.rotates else 1)
-    if pipeline == "fused" and kernel == "decode" and whole_words and multiplies_integers(spec, target, machine):
+    if pipeline == "fused" and whole_words and multiplies_integers(spec, target):
         element = Element(spec.cache_dtype, terms=2, integers=True)
     if spec.codes_of_byte == 2:
         element = Element(spec.cache_dtype, word=2, halves=1 if spec.kv_layout == "packed" else 2)
     return Basis(spec, target, pipeline, machine, rows(spec), element, element)
 
 
-def multiplies_integers(spec: PagedAttentionSpec, target: CpuTarget, machine: Machine) -> bool:
-    """Whether decode multiplies codes of int8 by queries and weights of 16 bits, with sums that int32 has room for."""
-    has = spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates and spec.kv_layout != "packed"
-    return has and bool(target.integer_dots) and spec.head_dim <= INTEGER_DIMS and rows(spec) < machine.heads_in_lanes
+def multiplies_integers(spec: PagedAttentionSpec, target: CpuTarget) -> bool:
+    """Whether matmuls multiply codes of int8 by queries and weights of 16 bits, with sums that int32 has room for."""
+    has = spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates
+    return has and bool(target.integer_dots) and spec.head_dim <= INTEGER_DIMS
 
 
 def rows(spec: PagedAttentionSpec) -> int:
