@@ -186,6 +186,10 @@ class Tiling:
         """Tiles of rows that cover one group."""
         return -(-spec.group // self.row_tile)
 
+    def scales_tiles(self, spec: PagedAttentionSpec) -> bool:
+        """Whether what a tile of values adds has a factor besides the softmax's: a head's scale, or a unit."""
+        return (spec.has_scales and not spec.token_scales) or self.values.integers
+
     def pass_tiles(self, spec: PagedAttentionSpec) -> int:
         """Head tiles that go from scores to outputs at once."""
         return spec.num_kv_heads * self.row_tiles(spec) if self.sweep else 1

@@ -12,7 +12,7 @@ from tvm.tirx import Buffer
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.computed import allocate_visible, compute_visible
-from pa_compiler.kernels.integers import allocate_units, integer_weights
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.pv_whole import pv_whole
@@ -75,9 +75,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
     rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
-    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
+    of_tokens, of_tiles = spec.token_scales, tiling.scales_tiles(spec)
     weigh_stage, factors_stage, pairs_stage = weigh_values(tiling), weigh_factors(rows), pair_probs(tiling)
-    integers, integers_stage = tiling.values.integers, integer_weights(tiling)
     zeros_stage, visible_stage, edges_stage = sum_zeros(tiling), compute_visible(functions, tiling), find_edges(tiling)
 
     def full_groups(tile):
@@ -127,7 +126,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         if of_tokens:
             weighted = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         weight_units = T.meta_var(allocate_units(tiling, "weight_units", 1))
-        if of_heads or integers:
+        if of_tiles:
             weighted_beta = T.sblock_alloc_buffer((1, rows), "float32")
         zeros = T.meta_var(allocate_sums(spec, "zero_sums", 1, rows))
         if not in_whole:
@@ -145,19 +144,15 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         )  # fmt: skip
         weigh_stage(probs if of_tokens else None, weighted if of_tokens else None, of_head, 0, tile.num_groups)
         zeros_stage(None if in_whole else probs, zeros, of_head, 0, tile.num_groups)
-        if integers:
-            integers_stage(exact, weights, weight_units, 0, tile.num_groups)
-        elif of_tokens and in_pairs:
-            pairs_stage(exact, weights, tile_sum, 0, tile.num_groups)
+        if of_tokens and in_pairs:
+            pairs_stage(exact, weights, weight_units or tile_sum, 0, tile.num_groups)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
-        factors_stage(
-            Factors(alpha, beta, 0), weighted_beta if of_heads or integers else None, of_head, weight_units
-        )
+        factors_stage(Factors(alpha, beta, 0), weighted_beta if of_tiles else None, of_head, weight_units)
         if not in_whole:
             edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges,
-            Factors(alpha, weighted_beta if of_heads or integers else beta, 0, zeros),
+            Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
         )  # fmt: skip
 

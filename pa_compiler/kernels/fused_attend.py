@@ -14,6 +14,7 @@ from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item
 from pa_compiler.kernels.attend_start import start_rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.pv_whole import load_whole
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.scales import Scales, look_up_scales, scales_of_head, unused
@@ -21,7 +22,6 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.sight import LIMIT, Bounds, Tree, find_runs
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
-from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.zero_points import allocate_sums
 from pa_compiler.key_ranges import attend_range_blocks, attend_tiles, decodes_in_step
 from pa_compiler.spec import PagedAttentionSpec

@@ -14,7 +14,7 @@ from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_s
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.decode_rows import finish_rows, load_queries
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.integers import allocate_units, integer_weights
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.load_query import query_shape
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_update
@@ -244,16 +244,14 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    update = update_in_place if tiling.value_pairs else pv_update
-    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update(spec, tiling)
-    integers, integers_stage = tiling.values.integers, integer_weights(tiling)
+    update_stage = (update_in_place if tiling.value_pairs else pv_update)(spec, tiling)
+    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update_stage
     qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
     softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
     functions, row_tiles = ScoreFunctions(spec), tiling.row_tiles(spec)
     visible_stage, head_stage = compute_visible(functions, tiling), scales_of_head(spec, tiling)
-    weigh_stage, factors_stage = weigh_values(tiling), weigh_factors(rows)
-    zeros_stage = sum_zeros(tiling)
-    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
+    weigh_stage, factors_stage, zeros_stage = weigh_values(tiling), weigh_factors(rows), sum_zeros(tiling)
+    of_tokens, of_tiles = spec.token_scales, tiling.scales_tiles(spec)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -269,7 +267,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         if of_tokens:
             weighted = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         weight_units = T.meta_var(allocate_units(tiling, "weight_units", num_tiles))
-        if of_heads or integers:
+        if of_tiles:
             weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         zeros = T.meta_var(allocate_sums(spec, "zero_sums", num_tiles, rows))
         exact = T.meta_var(weighted if of_tokens else probs)
@@ -290,16 +288,12 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 softmax_stage(scores, probs, added, of_head.score, sequence.headroom, tile, tile.num_groups, scoring)
                 weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
                 zeros_stage(probs, zeros, of_head, vslot, tile.num_groups)
-                if integers:
-                    integers_stage(exact, weights, weight_units, vslot, tile.num_groups)
-                elif in_pairs:
-                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups)
+                if in_pairs:
+                    pairs_stage(exact, weights, weight_units or tile_sum, vslot, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
-                factors_stage(
-                    Factors(alpha, beta, vslot), weighted_beta if of_heads or integers else None, of_head, weight_units
-                )
+                factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_tiles else None, of_head, weight_units)
         update_stage(
-            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_heads or integers else beta, 0, zeros),
+            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, computed,
         )  # fmt: skip
 

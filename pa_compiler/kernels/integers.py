@@ -1,9 +1,9 @@
-"""Numbers as integers of 16 bits with one unit for a row: queries, and weights of values, where codes of int8 are multiplied.
+"""Numbers as integers of 16 bits, by which codes of int8 are multiplied: queries, and weights of values.
 
-number = unit * integer. The unit is a power of two, by which the largest magnitude of a row is from 2**14 on and below
-2**15: it changes no bit of a number with as many digits, and what is rounded is wrong by up to half of it. Of a row that
-holds an infinity or a NaN it is NaN, and makes that of whatever it multiplies. Sums of products are exact in int32:
-those of head_dim elements, and those of the tokens of a tile (cpu/tiles/basis.py has the room).
+number = unit * integer, with one unit for each row. It is a power of two, by which the largest magnitude of a row is
+from 2**14 on and below 2**15: numbers of as many digits lose nothing, and others are wrong by up to half of it. Of a
+row that holds an infinity or a NaN it is NaN, and makes that of whatever it multiplies. Sums of products are exact in
+int32: those of head_dim elements, and those of the tokens of a tile (cpu/tiles/basis.py has the room).
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def allocate_units(tiling: Tiling, name: str, slots: int) -> Buffer | None:
 
 
 def to_integers(of: str, name: str, rows: int, columns: int, group: int) -> Callable[..., None]:
-    """words[slot, r, i] of the integers of numbers(r, 2i) and numbers(r, 2i + 1), and units[slot, r]; in the caller's sblock.
+    """words[slot, r, i] of the integers of numbers(r, 2i) and numbers(r, 2i + 1), and units[slot, r].
 
-    For num_groups groups of columns. numbers(r, column) is an expression, and name that of the sblock of the words.
+    In the caller's sblock, for num_groups groups of columns. numbers(r, column) is an expression, and name that of the
+    sblock of the words.
     """
 
     @inline

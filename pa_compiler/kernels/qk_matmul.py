@@ -16,9 +16,9 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
 
     For the pass_tiles head tiles from `first` on, in the slots from `slot` on; the first of them reads the kv head at
     head_offset. Where pairs are multiplied it is the sum of dot_pairs(q_tile[first, r, d], pair d of that key), which
-    loses nothing: a product of two bfloat16 numbers is one of float32. Of integers the sums are too. Tokens are visited in groups of token_group. The
-    last group is filled up with tokens of the same sequence, whose scores are finite wherever the valid ones are; or,
-    packed, with lanes of the same block, whose scores mean nothing.
+    loses nothing: a product of two bfloat16 numbers is one of float32. Of integers the sums are exact too, and int32.
+    Tokens are visited in groups of token_group. The last group is filled up with tokens of the same sequence, whose
+    scores are finite wherever the valid ones are; or, packed, with lanes of the same block, whose scores mean nothing.
 
     With few, of the first few_rows rows alone, and for few_groups token groups at a time.
     """

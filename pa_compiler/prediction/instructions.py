@@ -59,7 +59,7 @@ _UPDATES = re.compile(r"(add|sub|inc|dec|and|or|xor)[bwlq]?$")
 
 _VECTORS: tuple[tuple[str, tuple[tuple[int, ...], ...], int], ...] = (
     (r"vfn?m(add|sub)", (FMA,), 4),
-    (r"vp?mul", (FMA,), 3),
+    (r"v(p?mul|pmadd)", (FMA,), 3),
     (r"vhadd", (SHUFFLE, SHUFFLE, ADD), 4),
     (r"v(add|sub|cvt|round)", (ADD,), 3),
     (r"v(max|min|cmp|u?comi|blendv)", (FMA,), 1),

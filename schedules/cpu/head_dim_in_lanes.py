@@ -15,9 +15,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import functions, scales
+from pa_compiler.schedules.cpu import functions, integers, scales
+from pa_compiler.schedules.cpu.by_lanes import by_lanes
 from pa_compiler.schedules.fetch import fetch
-from pa_compiler.schedules.intrinsics.pair_lanes import join_lanes, pair_lanes
+from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
 from pa_compiler.tiles import VectorTiling, largest_divisor
@@ -30,8 +31,7 @@ _MAX_ROW_LANES = 256
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
     if tiling.keys.integers:
-        sch.vectorize(sch.split(sch.get_loops("query_number")[-1], [None, tiling.qk_lanes])[1])
-        integers(sch, "query", "q_tile", by_lanes)
+        integers.load_query(sch, tiling)
     if tiling.keys.terms == 2:
         return
     if tiling.keys.halves == 1:
@@ -93,45 +93,12 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None =
         reduce(sch, "tile_sum", 2, tiling.weight_sums // (tiling.values.terms if tiling.pairs_weights else 1))
 
 
-def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
-    """What is made of a row's tokens first lane by lane: of all those of a token group, or of so many lanes."""
-    total = sch.get_sblock(name)
-    lane = sch.get_loops(total)[-1]
-    if lanes:
-        _, lane = sch.split(lane, [None, lanes])
-    parts = sch.rfactor(lane, factor_axis=axis)
-    *_, row, _ = around = sch.get_loops(total)
-    sch.compute_at(parts, row, preserve_unit_loops=True)
-    sums = sch.cache_write(parts, 0, "global")
-    lane, *groups = sch.get_loops(parts)[len(around) - 1 :][: 3 if lanes else 2]
-    sch.reorder(*groups, lane)
-    sch.vectorize(lane)
-    sch.vectorize(sch.get_loops(sums)[-1])
-    sch.decompose_reduction(parts, groups[0])
-    lane = sch.get_loops(total)[-1]
-    sch.unroll(lane)
-    sch.decompose_reduction(total, lane)
-
-
 def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
     """Pairs of tokens in lanes; their sums as in softmax_prepare."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
     if tiling.pairs_weights:
         (reduce or by_lanes)(sch, "tile_sum", 2, tiling.weight_sums // 2)
-
-
-def integers(sch: Schedule, of: str, words: str, reduce: Reduce) -> None:
-    """Numbers of a row in lanes, as integers and as words of two."""
-    reduce(sch, f"{of}_largest", 1, 0)
-    sch.vectorize(sch.get_loops(f"{of}_integers")[-1])
-    word = sch.get_loops(words)[-1]
-    sch.tensorize(word, join_lanes(int(sch.get(word).extent)))
-
-
-def integer_weights(sch: Schedule, tiling: VectorTiling) -> None:
-    """Tokens in lanes."""
-    integers(sch, "weight", "pairs", by_lanes)
 
 
 def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:
@@ -249,7 +216,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": functions.visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
-    "integer_weights": integer_weights,
+    "integer_weights": integers.integer_weights,
     "pv_matmul": pv_matmul,
     "rescale": rescale,
     "pv_update": pv_update,

@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, scales
+from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, integers, scales
 from pa_compiler.schedules.cpu.by_element import read_vectors
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.cpu.vertical import four_maxima, rows_last, sum_by_token, vertical
@@ -34,7 +34,7 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     rows = sch.cache_write("q_tile", 0, "global")
     rows_last(sch, rows)
     if tiling.keys.integers:
-        head_dim_in_lanes.load_query(sch, tiling)
+        integers.load_query(sch, tiling)
     if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where it would load every second element by itself
         turn(sch, rows, 4, 4)
         return
@@ -140,17 +140,6 @@ def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     sch.vectorize(row)
 
 
-def integer_weights(sch: Schedule, tiling: VectorTiling) -> None:
-    """Vertical too."""
-    rows_last(sch, "weight_integers", "pairs")
-    four_maxima(sch, "weight_largest")
-    vectorize_rows(sch, "weight_unit")
-    for name in ("weight_integers", "pairs"):
-        row, group, token = sch.get_loops(name)[-3:]
-        sch.reorder(group, token, row)
-        sch.vectorize(row)
-
-
 def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
     rows_last(sch, "acc")
@@ -242,7 +231,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "full_scores": full_scores,
     **scales.VERTICAL,
     "pair_probs": pair_probs,
-    "integer_weights": integer_weights,
+    "integer_weights": integers.integer_weights_vertically,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "few_pv_update": few_pv_update,
