@@ -145,7 +145,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         weigh_stage(probs if of_tokens else None, weighted if of_tokens else None, of_head, 0, tile.num_groups)
         zeros_stage(None if in_whole else probs, zeros, of_head, 0, tile.num_groups)
         if of_tokens and in_pairs:
-            pairs_stage(exact, weights, weight_units or tile_sum, 0, tile.num_groups)
+            pairs_stage(exact, weights, tile_sum, 0, tile.num_groups, weight_units)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
         factors_stage(Factors(alpha, beta, 0), weighted_beta if of_tiles else None, of_head, weight_units)
         if not in_whole:

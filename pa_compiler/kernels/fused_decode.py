@@ -289,7 +289,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
                 zeros_stage(probs, zeros, of_head, vslot, tile.num_groups)
                 if in_pairs:
-                    pairs_stage(exact, weights, weight_units or tile_sum, vslot, tile.num_groups)
+                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups, weight_units)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
                 factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_tiles else None, of_head, weight_units)
         update_stage(

@@ -98,7 +98,7 @@ def integer_weights(tiling: Tiling) -> Callable[..., None]:
     convert = to_integers("weight", "pairs", rows, tokens, tiling.token_group)
 
     @inline
-    def stage(weights, words, units, slot, num_groups):
+    def stage(weights, words, tile_sum, slot, num_groups, units):
         with T.sblock("integer_weights"):
             T.reads(weights[slot, 0:rows, 0:tokens])
             T.writes(words[slot, 0:rows, 0 : tokens // 2], units[slot, 0:rows])

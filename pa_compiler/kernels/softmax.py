@@ -242,7 +242,7 @@ def _sum_pairs(tiling: Tiling) -> Callable[..., None]:
 def pair_probs(tiling: Tiling) -> Callable[..., None]:
     """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], for num_groups token groups.
 
-    With Tiling.pairs_weights also tile_sum, the sum of what is in the words. Of integers their units in its place.
+    With Tiling.pairs_weights also tile_sum, the sum of what is in the words. Of integers also their units.
     """
     if tiling.values.integers:
         return integer_weights(tiling)
@@ -250,7 +250,7 @@ def pair_probs(tiling: Tiling) -> Callable[..., None]:
     sums, sum_stage = tiling.pairs_weights, _sum_pairs(tiling)
 
     @inline
-    def stage(probs, pairs, tile_sum, slot, num_groups):
+    def stage(probs, pairs, tile_sum, slot, num_groups, units=None):
         with T.sblock("pair_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
             T.writes(pairs[slot, 0:rows, 0 : tokens // 2], *([tile_sum[slot, 0:rows]] if sums else []))

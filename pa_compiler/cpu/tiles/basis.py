@@ -54,7 +54,7 @@ class Basis(NamedTuple):
 
     @property
     def dot_pairs(self) -> bool:
-        """Whether the matmuls multiply pairs of bfloat16 numbers as they are."""
+        """Whether the matmuls multiply pairs of numbers: of bfloat16, or integers of 16 bits."""
         return self.keys.terms == 2
 
     @property
