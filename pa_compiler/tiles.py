@@ -31,13 +31,16 @@ class Element:
         word: Elements of a word: 2 of bfloat16, wherever they come in pairs, and of int4, else 1.
         halves: Elements of head_dim that a word is taken apart into, each for a vector of its own: 2 where a word holds
             two elements of one row, and is not multiplied as it is.
-        terms: Products that one step of a matmul adds up: 2 where a pair of bfloat16 numbers is an operand.
+        terms: Products that one step of a matmul adds up: 2 where a pair of numbers is an operand.
+        integers: Whether the numbers of a pair are integers of 16 bits, whose products are added up as those of 32
+            (kernels/integers.py); otherwise they are of bfloat16.
     """
 
     dtype: str
     word: int = 1
     halves: int = 1
     terms: int = 1
+    integers: bool = False
 
     @property
     def word_dtype(self) -> str:
@@ -53,8 +56,13 @@ class Element:
 
     @property
     def apart(self) -> bool:
-        """Whether a pair is made of two words: of elements that are converted to bfloat16 first."""
+        """Whether a pair is made of two words: of elements that are converted first."""
         return self.terms > self.word
+
+    @property
+    def sum_dtype(self) -> str:
+        """The type of a matmul's sums."""
+        return "int32" if self.integers else "float32"
 
     @property
     def line_elements(self) -> int:
@@ -177,6 +185,10 @@ class Tiling:
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of rows that cover one group."""
         return -(-spec.group // self.row_tile)
+
+    def scales_tiles(self, spec: PagedAttentionSpec) -> bool:
+        """Whether what a tile of values adds has a factor besides the softmax's: a head's scale, or a unit."""
+        return (spec.has_scales and not spec.token_scales) or self.values.integers
 
     def pass_tiles(self, spec: PagedAttentionSpec) -> int:
         """Head tiles that go from scores to outputs at once."""

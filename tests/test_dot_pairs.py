@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 
 import pa_compiler
 from pa_compiler import PagedAttentionSpec, backends, compiler
-from pa_compiler.cpu import assembly, instructions, target
+from pa_compiler.cpu import assembly, products, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.kernels.elements import round_to_bfloat16
 
@@ -102,7 +102,7 @@ def emulated(lanes):
 def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, name):
     """Selected, vectorized and called as for AVX512_BF16, on this CPU's vectors, with what it calls written out."""
     monkeypatch.setattr(target.CpuTarget, "dots", dict.fromkeys((4, 8, 16), "an intrinsic"))
-    monkeypatch.setattr(instructions, "_instructions", lambda dots: "".join(map(emulated, dots)))
+    monkeypatch.setattr(products, "_instructions", lambda dots: "".join(map(emulated, dots)))
     tiles = tiling.choose(SPECS[name], cpu, "fused")
     build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
     lanes = 16 if name == "group_48" else tiles.qk_lanes

@@ -35,14 +35,14 @@ class Counts(NamedTuple):
     Attributes:
         instructions: All of them.
         fmas: Fused multiply-adds, of vectors and of scalars.
-        dots: Dot products of pairs of bfloat16, vdpbf16ps and bfdot: of two fused multiply-adds each; and products of
-            tiles of them, tdpbf16ps.
+        dots: Dot products of pairs of bfloat16, vdpbf16ps and bfdot, or of integers of 16 bits, vpdpwssd and vpmaddwd:
+            of two multiply-adds each; and products of tiles of bfloat16, tdpbf16ps.
         arithmetic: Other float32 additions, products, divisions, minima and maxima.
         loads: Vector registers and operands that are read from memory as they lie there, from the stack too.
         broadcasts: Instructions that do nothing but copy one element to all lanes.
         embedded: Broadcasts that are an operand of another instruction: of an element in memory, or of a register.
         conversions: From float16 or bfloat16 to float32; of bfloat16, shifts of 16 bits, masks of the upper half,
-            and permutations of 16-bit elements, which pair those of two tokens.
+            and permutations of 16-bit elements, which pair those of two tokens. Of codes those to 16 bits.
         prefetches: Fetches into a cache.
         stack_stores: Instructions that write to the stack.
     """
@@ -82,12 +82,14 @@ class Syntax(NamedTuple):
 X86 = Syntax(
     jump=re.compile(r"j\w+\s+(\.LBB\w+)"),
     fma=re.compile(r"vfn?m(add|sub)\d+[ps]s\s"),
-    dot=re.compile(r"v?t?dpbf16ps\s"),
+    dot=re.compile(r"v?(t?dpbf16ps|pmaddwd|pdpwssd)\s"),
     arithmetic=re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s"),
     load=re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$"),
     broadcast=re.compile(r"v?p?broadcast\w+\s"),
     embedded=re.compile(r".*\{1to\d+\}"),
-    conversion=re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)"),
+    conversion=re.compile(
+        r"v?(cvtph2ps\s|pmovsxbw\s|pslld\s+\$16,|pblendw\s+\$170,|p?and(ps|d|q)?\s|permt2w\s|permi2w\s)"
+    ),
     prefetch=re.compile("prefetch"),
     stack_store=re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$"),
     register=re.compile(r"%[xyz]mm(\d+)"),

@@ -46,7 +46,7 @@ LEGEND = {
     "n": "loops that are alike; the other numbers are of one pass through one of them",
     "all": "instructions",
     "FMA": "fused multiply-adds",
-    "dot": "dot products of pairs of bfloat16, two FMAs each; a product of blocks, bfmmla, is two of them in each lane, and "
+    "dot": "dot products of pairs of bfloat16 or of integers, two FMAs each; a product of blocks, bfmmla, is two of them in each lane, and "
     "one of two tiles of AMX is 4,096 of them",
     "math": "other float32 arithmetic",
     "load": "vectors read from memory",
@@ -114,7 +114,8 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
         keys = "read in place and multiplied as pairs of bfloat16"
         if tiles.keys.apart:
-            keys = f"converted to pairs of bfloat16 in {'scratch' if tiles.copy_keys else 'registers'}"
+            numbers = "integers of 16 bits" if tiles.keys.integers else "bfloat16"
+            keys = f"converted to pairs of {numbers} in {'scratch' if tiles.copy_keys else 'registers'}"
         read = f"keys {keys}, {values}"
     elif tiles.copy_keys:
         read = "tiles converted to float32 in scratch, once for all their rows"

@@ -62,6 +62,18 @@ bfmmla multiplies each row of one by each row of the other, and adds the pairs o
 """
 
 
+_VPDPWSSD = {lanes: f"llvm.x86.avx512.vpdpwssd.{32 * lanes}" for lanes in (4, 8, 16)}
+_VPMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+_INTEGER_DOTS = {
+    frozenset({"avx512vnni", "avx512vl"}): _VPDPWSSD,
+    frozenset({"avx512bw", "avx512vl"}): _VPMADDWD,
+    frozenset({"avxvnni"}): {lanes: _VPDPWSSD[lanes] for lanes in (4, 8)},
+    frozenset({"avx2"}): {lanes: _VPMADDWD[lanes] for lanes in (4, 8)},
+}
+"""The same of pairs of integers of 16 bits, in int32, the fastest first. vpdpwssd adds to a sum, vpmaddwd does not."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CpuTarget:
     """A resolved LLVM CPU target.
@@ -128,6 +140,11 @@ class CpuTarget:
     def dot_blocks(self) -> str:
         """LLVM's intrinsic of the product of two blocks of pairs of bfloat16 in vectors: bfmmla; "" without one."""
         return next((intrinsic for sets, intrinsic in _BLOCKS.items() if sets <= self.features), "")
+
+    @property
+    def integer_dots(self) -> Mapping[int, str]:
+        """LLVM's intrinsics of the dot product of pairs of integers of 16 bits, by the int32 lanes of their vectors."""
+        return next((intrinsics for sets, intrinsics in _INTEGER_DOTS.items() if sets <= self.features), {})
 
     @property
     def tile_registers(self) -> bool:

@@ -12,6 +12,7 @@ from tvm.tirx import Buffer
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
 from pa_compiler.kernels.computed import allocate_visible, compute_visible
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.pv_whole import pv_whole
@@ -43,6 +44,7 @@ class Item(NamedTuple):
     tree: Tree
     slopes: Buffer | None
     sums: Buffer | None = None
+    units: Buffer | None = None
 
 
 def rows_of_item(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Item, Expr], TokenRows]:
@@ -73,7 +75,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     softmax_stage = softmax_whole(spec, tiling) if in_whole else softmax_prepare(spec, tiling)
     rescale_stage = state.rescale(rows)
     functions = ScoreFunctions(spec, many_tokens=True)
-    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
+    of_tokens, of_tiles = spec.token_scales, tiling.scales_tiles(spec)
     weigh_stage, factors_stage, pairs_stage = weigh_values(tiling), weigh_factors(rows), pair_probs(tiling)
     zeros_stage, visible_stage, edges_stage = sum_zeros(tiling), compute_visible(functions, tiling), find_edges(tiling)
 
@@ -104,7 +106,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         infinite,
         of_head,
     ):
-        scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+        scores = T.sblock_alloc_buffer((1, rows, tokens), tiling.keys.sum_dtype)
         if not in_whole:
             probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
         tile_max = T.sblock_alloc_buffer((1, rows), "float32")
@@ -123,7 +125,8 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
             prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
         if of_tokens:
             weighted = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-        if of_heads:
+        weight_units = T.meta_var(allocate_units(tiling, "weight_units", 1))
+        if of_tiles:
             weighted_beta = T.sblock_alloc_buffer((1, rows), "float32")
         zeros = T.meta_var(allocate_sums(spec, "zero_sums", 1, rows))
         if not in_whole:
@@ -132,7 +135,7 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         query_pos = T.meta_var(OfRows(item.bounds.positions, first))
         computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
-        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, of_head.scores, of_head.zeros(first)))
+        scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed, *of_head.of_slot(first)))
         visible_stage(computed, of, 0, tile.num_groups)
         softmax_stage(
             scores, *([] if in_whole else [probs]), added, of_head.score, item.bounds.headroom(first), tile,
@@ -142,14 +145,14 @@ def attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
         weigh_stage(probs if of_tokens else None, weighted if of_tokens else None, of_head, 0, tile.num_groups)
         zeros_stage(None if in_whole else probs, zeros, of_head, 0, tile.num_groups)
         if of_tokens and in_pairs:
-            pairs_stage(exact, weights, tile_sum, 0, tile.num_groups)
+            pairs_stage(exact, weights, tile_sum, 0, tile.num_groups, weight_units)
         rescale_stage(added, running, Factors(alpha, beta, 0), step)
-        factors_stage(Factors(alpha, beta, 0), weighted_beta if of_heads else None, of_head)
+        factors_stage(Factors(alpha, beta, 0), weighted_beta if of_tiles else None, of_head, weight_units)
         if not in_whole:
             edges_stage(edges, tile, num_full)
         update_stage(
             num_rows, weights, values, value_head, tile, num_full, computed, edges,
-            Factors(alpha, weighted_beta if of_heads else beta, 0, zeros),
+            Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, *([] if infinite is None else [infinite]),
         )  # fmt: skip
 
@@ -166,7 +169,7 @@ def _pv_update(spec: PagedAttentionSpec, tiling: Tiling, few: bool) -> Callable[
         with T.sblock(f"{of}pv_update"):
             T.reads()
             T.writes()
-            tile_acc = T.sblock_alloc_buffer((1, rows, dim), "float32")
+            tile_acc = T.sblock_alloc_buffer((1, rows, dim), tiling.values.sum_dtype)
             pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed, edges)
             fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 

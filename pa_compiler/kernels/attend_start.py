@@ -30,7 +30,7 @@ def start_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.reads()
                 T.writes()
                 of = T.meta_var(rows_of(item, vtile))
-                load_query_stage(query, q_tile, vtile, of, query_scale)
+                load_query_stage(query, q_tile, vtile, of, query_scale, item.units)
                 sum_stage(q_tile, item.sums, vtile)
                 bounds_stage(item.bounds, vtile, of, token_positions, context_len, sees_all)
                 with T.sblock("empty_state"):

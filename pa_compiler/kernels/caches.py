@@ -46,8 +46,8 @@ class CacheAccess(NamedTuple):
             PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
         element: (cache, t, head_offset, d) -> element d of token t as float32.
         pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
-            2j and 2j + 1 of token i, or, where they are apart, j and j + head_dim / 2, so that both are read in
-            vectors; of values the element j of the tokens 2i and 2i + 1.
+            2j and 2j + 1 of token i, or, where they are apart and no integers, j and j + head_dim / 2, so that both
+            are read in vectors; of values the element j of the tokens 2i and 2i + 1.
         line: (cache, token, nth, head_offset) -> the offset of the nth cache line, counted from the first one of
             `token` of a tile; each token has num_lines of them. token is 0 modulo PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
@@ -58,6 +58,11 @@ class CacheAccess(NamedTuple):
     pair: Callable[..., Expr]
     line: Callable[..., Expr]
     num_lines: int
+
+
+def elements_of_pair(keys: Element, head_dim: int, j: Expr) -> tuple[Expr, Expr]:
+    """The two elements of head_dim that pair j of a key is of."""
+    return (j, j + head_dim // 2) if keys.apart and not keys.integers else (2 * j, 2 * j + 1)
 
 
 def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
@@ -84,7 +89,7 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         return cache.memory[cache.offsets[first] + head_offset + in_row]
 
     def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
-        return paired(keys, pair(cache, t, head_offset, j), pair(cache, t, head_offset, j + rows // 2))
+        return paired(keys, *(pair(cache, t, head_offset, each) for each in elements_of_pair(keys, rows, j)))
 
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; what is past the last row is it again
@@ -142,7 +147,7 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
         return cache.offsets[token + T.floordiv(nth, lines)] + head_offset + start
 
     def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
-        return paired(of, _word(cache, t, head_offset, j), _word(cache, t, head_offset, j + dim // 2))
+        return paired(of, *(_word(cache, t, head_offset, each) for each in elements_of_pair(of, dim, j)))
 
     return CacheAccess(slot_offset, element, apart if of.apart else _word, line, lines)
 

@@ -16,18 +16,18 @@ from pa_compiler.tiles import Tiling
 
 
 def load_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """The query rows of all head tiles of a sequence, and their sums, where there is room for these."""
+    """The query rows of all head tiles of a sequence, and their sums and units, where there is room for these."""
     tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
     load_query_stage, sum_stage = load_query(spec, tiling), sum_queries(spec, tiling)
 
     @script.inline
-    def stage(query, q_tile, sums, seq, query_scale):
+    def stage(query, q_tile, sums, seq, query_scale, units):
         for tile in range(tiles):
             with T.sblock("query_tile"):
                 vtile = T.axis.spatial(tiles, tile)
                 T.reads()
                 T.writes()
-                load_query_stage(query, q_tile, vtile, rows_of(seq, vtile), query_scale)
+                load_query_stage(query, q_tile, vtile, rows_of(seq, vtile), query_scale, units)
                 sum_stage(q_tile, sums, vtile)
 
     return stage

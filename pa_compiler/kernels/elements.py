@@ -8,6 +8,9 @@ scores and weights (kernels/scales.py). `paired` makes the word of two codes. Pa
 are and pass both by.
 """
 
+import operator
+from collections.abc import Callable
+
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
@@ -36,7 +39,12 @@ def number(element: Element, word: Expr, index: Expr) -> Expr:
 
 
 def paired(element: Element, first: Expr, second: Expr) -> Expr:
-    """The word of the numbers of two codes of 8 bits, which bfloat16 has: all of int8, and of both float8."""
+    """The word of the numbers of two codes of 8 bits, which bfloat16 has: all of int8, and of both float8.
+
+    Or of integers of 16 bits, for codes of int8.
+    """
+    if element.integers:
+        return pair_integers(T.Cast("int32", first), T.Cast("int32", second))
     return pair_floats(number(element, first, 0), number(element, second, 0))
 
 
@@ -96,6 +104,32 @@ def dot_pairs(a: Expr, b: Expr) -> Expr:
     first = T.reinterpret("float32", T.shift_left(a, 16)) * T.reinterpret("float32", T.shift_left(b, 16))
     second = T.reinterpret("float32", T.bitwise_and(a, HIGH)) * T.reinterpret("float32", T.bitwise_and(b, HIGH))
     return first + second
+
+
+def pair_integers(first: Expr, second: Expr) -> Expr:
+    """The word of the lower halves of two int32: integers of 16 bits."""
+    return T.bitwise_or(T.bitwise_and(first, LOW), T.shift_left(second, 16))
+
+
+def dot_integers(a: Expr, b: Expr) -> Expr:
+    """The dot product of two words of integers of 16 bits, int32: exact where not all four are the least that there is.
+
+    Added to an int32 sum it is vpdpwssd, or vpmaddwd and an addition.
+    """
+    first = T.shift_right(T.shift_left(a, 16), 16) * T.shift_right(T.shift_left(b, 16), 16)
+    return first + T.shift_right(a, 16) * T.shift_right(b, 16)
+
+
+def product_of(element: Element) -> Callable[[Expr, Expr], Expr]:
+    """What a step of a matmul adds to a sum: the product of two numbers, or the dot product of two words."""
+    if element.integers:
+        return dot_integers
+    return dot_pairs if element.terms == 2 else operator.mul
+
+
+def zero_of(element: Element) -> Expr:
+    """What a sum of products begins with."""
+    return T.int32(0) if element.integers else T.float32(0)
 
 
 def larger_exponent(word: Expr) -> Expr:

@@ -14,6 +14,7 @@ from pa_compiler.kernels.attend_rows import Item, attend_rows, finish_item
 from pa_compiler.kernels.attend_start import start_rows
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import compute_columns
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.pv_whole import load_whole
 from pa_compiler.kernels.rows import begins_late
 from pa_compiler.kernels.scales import Scales, look_up_scales, scales_of_head, unused
@@ -146,7 +147,7 @@ def fused_attend(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 seq, token_begin, num_query, kv_head_begin, num_kv_heads, head_tiles, score_scale,
                 Bounds(positions, limits, begins if late else None, places if spec.wide_range else None, reach),
                 Tree(tree_mask, tree_start, tree_size, context_len - tree_size), alibi_slopes if spec.alibi else None,
-                allocate_sums(spec, "query_sums", tiles, rows),
+                allocate_sums(spec, "query_sums", tiles, rows), allocate_units(tiling, "query_units", tiles),
             ))  # fmt: skip
             sees_all: T.let = T.Or(causal == 0, tree_start >= T.int64(0))
             total = T.meta_var(State(total_max, total_sum, total_acc, 0))
@@ -238,7 +239,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         key_offsets_stage(table, key_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
         if not spec.shared_kv:
             value_offsets_stage(table, value_cache, tile, item.seq, key_end - 1, num_offsets, first_token, runs)
-        given = T.meta_var(scales and scales._replace(sums=item.sums))
+        given = T.meta_var(scales and scales._replace(sums=item.sums, units=item.units))
         scales_of_tile = T.meta_var(scales_stage(given, table, tile, item.seq, key_end - 1, first_token, runs))
         computed = T.meta_var(columns_stage(of_functions, item.seq, context_len, tile, tile.num_groups))
         for kv_head in range(item.num_kv_heads):

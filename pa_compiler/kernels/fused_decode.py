@@ -14,6 +14,7 @@ from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_s
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.decode_rows import finish_rows, load_queries
 from pa_compiler.kernels.headroom import headroom
+from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.load_query import query_shape
 from pa_compiler.kernels.pv_in_place import update_in_place
 from pa_compiler.kernels.pv_matmul import pv_update
@@ -121,6 +122,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
                 sums = T.meta_var(allocate_sums(spec, "query_sums", tiles, rows))
+                units = T.meta_var(allocate_units(tiling, "query_units", tiles))
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
                 end = T.meta_var(limit(spec, context_lens[seq]))
@@ -132,7 +134,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 range_len: T.let = T.max(T.min(block_end * spec.block_size, end) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
-                load_stage(query, q_tile, sums, seq, query_scale)
+                load_stage(query, q_tile, sums, seq, query_scale, units)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -152,7 +154,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         first_token = T.meta_var(seen if begins_late(spec) and tiling.weight_sums else None)
                         look_up(table, keys, values, tile, seq, range_begin + range_len - 1, has_next, first_token)
                         last = T.meta_var(range_begin + range_len - 1)
-                        given = T.meta_var(scales._replace(sums=sums) if spec.has_scales else None)
+                        given = T.meta_var(scales._replace(sums=sums, units=units) if spec.has_scales else None)
                         scales_of_tile = T.meta_var(scales_stage(given, table, tile, seq, last, first_token))
                         computed = T.meta_var(
                             columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
@@ -242,19 +244,18 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
-    update = update_in_place if tiling.value_pairs else pv_update
-    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update(spec, tiling)
+    update_stage = (update_in_place if tiling.value_pairs else pv_update)(spec, tiling)
+    matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update_stage
     qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
     softmax_stage, rescale_stage = softmax_prepare(spec, tiling), state.rescale(rows)
     functions, row_tiles = ScoreFunctions(spec), tiling.row_tiles(spec)
     visible_stage, head_stage = compute_visible(functions, tiling), scales_of_head(spec, tiling)
-    weigh_stage, factors_stage = weigh_values(tiling), weigh_factors(rows)
-    zeros_stage = sum_zeros(tiling)
-    of_tokens, of_heads = spec.token_scales, spec.has_scales and not spec.token_scales
+    weigh_stage, factors_stage, zeros_stage = weigh_values(tiling), weigh_factors(rows), sum_zeros(tiling)
+    of_tokens, of_tiles = spec.token_scales, tiling.scales_tiles(spec)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
-        scores = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
+        scores = T.sblock_alloc_buffer((num_tiles, rows, tokens), tiling.keys.sum_dtype)
         probs = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         tile_max = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         tile_sum = T.sblock_alloc_buffer((num_tiles, rows), "float32")
@@ -265,7 +266,8 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             prob_pairs = T.sblock_alloc_buffer(rows_in_place.pairs_shape(tiling, num_tiles), "int32")
         if of_tokens:
             weighted = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
-        if of_heads:
+        weight_units = T.meta_var(allocate_units(tiling, "weight_units", num_tiles))
+        if of_tiles:
             weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         zeros = T.meta_var(allocate_sums(spec, "zero_sums", num_tiles, rows))
         exact = T.meta_var(weighted if of_tokens else probs)
@@ -280,18 +282,18 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 of = T.meta_var(rows_of(sequence.seq, first + vslot))
                 kv_head = T.meta_var(T.floordiv(first + vslot, row_tiles))
                 of_head = T.meta_var(head_stage(sequence.scales, kv_head, tile, sequence.scale))
-                of_keys = T.meta_var((of_head.scores, of_head.zeros(first + vslot)))
+                of_keys = T.meta_var(of_head.of_slot(first + vslot))
                 scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed, *of_keys))
                 visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, of_head.score, sequence.headroom, tile, tile.num_groups, scoring)
                 weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
                 zeros_stage(probs, zeros, of_head, vslot, tile.num_groups)
                 if in_pairs:
-                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups)
+                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups, weight_units)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
-                factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_heads else None, of_head)
+                factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_tiles else None, of_head, weight_units)
         update_stage(
-            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_heads else beta, 0, zeros),
+            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros),
             running._replace(slot=first), step, num_steps, computed,
         )  # fmt: skip
 

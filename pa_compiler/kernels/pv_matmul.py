@@ -1,6 +1,5 @@
 """Stage 3: tile_acc = probs @ value tile."""
 
-import operator
 from collections.abc import Callable
 
 from tvm.script import tirx as T
@@ -8,7 +7,7 @@ from tvm.script import tirx as T
 from pa_compiler.kernels import state
 from pa_compiler.kernels.caches import reader, value_access, whole
 from pa_compiler.kernels.computed import words_of
-from pa_compiler.kernels.elements import HIGH, LOW, dot_pairs
+from pa_compiler.kernels.elements import HIGH, LOW, product_of, zero_of
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -31,7 +30,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
     dim, group, terms = spec.result_dim, tiling.token_group, tiling.values.terms
     tokens, num_tiles, group_tiles = tiling.padded_kv_tile, tiling.pass_tiles(spec), tiling.row_tiles(spec)
     read = reader(value_access(spec, tiling), tiling.values, tiling.copy_values)
-    product = dot_pairs if terms == 2 else operator.mul
+    product, zero = product_of(tiling.values), zero_of(tiling.values)
 
     def valid(word, t, tile):
         if terms == 1 or tile.sight is not None:
@@ -64,7 +63,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
 
     @inline
     def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, computed=None, edges=None):
-        full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
+        full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), tiling.values.sum_dtype)
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // terms, rows, dim):
             with T.sblock(f"{of}full_groups"):
                 vt = T.axis.reduce(tokens // terms, to * (group // terms) + ti)
@@ -79,7 +78,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
                 )
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
-                    full_acc[vi, vr, vd] = T.float32(0)
+                    full_acc[vi, vr, vd] = zero
                 value = T.meta_var(seen(read(values, vt, now, vd), vt, tile))
                 full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
         for i, ti, r, d in T.grid(num_tiles, T.ceildiv(tile.rest(num_full), terms), rows, dim):
@@ -116,7 +115,7 @@ def pv_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         with T.sblock("pv_update"):
             T.reads()
             T.writes()
-            tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
+            tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), tiling.values.sum_dtype)
             pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
             fold_stage(tile_acc, 0, factors, running.acc, running.slot, step, num_steps)
 

@@ -1,12 +1,11 @@
 """Stage 1: scores = query tile @ key tile^T."""
 
-import operator
 from collections.abc import Callable
 
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.caches import key_access, reader, whole
-from pa_compiler.kernels.elements import dot_pairs
+from pa_compiler.kernels.elements import product_of, zero_of
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -17,9 +16,9 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
 
     For the pass_tiles head tiles from `first` on, in the slots from `slot` on; the first of them reads the kv head at
     head_offset. Where pairs are multiplied it is the sum of dot_pairs(q_tile[first, r, d], pair d of that key), which
-    loses nothing: a product of two bfloat16 numbers is one of float32. Tokens are visited in groups of token_group. The
-    last group is filled up with tokens of the same sequence, whose scores are finite wherever the valid ones are; or,
-    packed, with lanes of the same block, whose scores mean nothing.
+    loses nothing: a product of two bfloat16 numbers is one of float32. Of integers the sums are exact too, and int32.
+    Tokens are visited in groups of token_group. The last group is filled up with tokens of the same sequence, whose
+    scores are finite wherever the valid ones are; or, packed, with lanes of the same block, whose scores mean nothing.
 
     With few, of the first few_rows rows alone, and for few_groups token groups at a time.
     """
@@ -28,7 +27,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
     group = tiling.token_group * groups
     tokens, num_tiles, group_tiles = tiling.padded_kv_tile, tiling.pass_tiles(spec), tiling.row_tiles(spec)
     read = reader(key_access(spec, tiling), tiling.keys, tiling.copy_keys)
-    product = dot_pairs if tiling.keys.terms == 2 else operator.mul
+    product, zero = product_of(tiling.keys), zero_of(tiling.keys)
 
     def num_groups(tile):
         return tile.num_groups if groups == 1 else T.ceildiv(tile.num_groups, groups)
@@ -45,7 +44,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
                     at = T.meta_var(slot if num_tiles == 1 else slot + vi)
                     now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * keys.head)
                     with T.init():
-                        scores[at, vr, vt] = T.float32(0)
+                        scores[at, vr, vt] = zero
                     scores[at, vr, vt] += product(q_tile[first + vi, vr, vd], read(keys, vt, now, vd))
 
     return stage

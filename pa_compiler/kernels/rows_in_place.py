@@ -80,7 +80,7 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
     rows, num_rows, group, tokens = tiling.row_tile, weight_rows(tiling), tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(probs, words, tile_sum, slot, num_groups):
+    def stage(probs, words, tile_sum, slot, num_groups, units=None):
         with T.sblock("split_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
             T.writes(words[slot, 0:num_rows, 0:tokens])

@@ -21,7 +21,7 @@ from pa_compiler.kernels.caches import Cache, CacheAccess, whole
 from pa_compiler.kernels.elements import UNITS, round_up_to_bfloat16
 from pa_compiler.kernels.kept import Value, allocate, fill, stage_block
 from pa_compiler.kernels.rows import begins_late
-from pa_compiler.kernels.scores import Zeros
+from pa_compiler.kernels.scores import Units, Zeros
 from pa_compiler.kernels.state import Factors
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
@@ -39,12 +39,14 @@ class Scales(NamedTuple):
     """The scales of both caches, each in a span of memory whose rows are tokens; 0 where a stride has no axis.
 
     Their offsets are those of a tile's tokens, as of a cache, where tokens have scales. sums: [slots, rows], of each
-    row of queries the sum of its elements, where there are zero points.
+    row of queries the sum of its elements, where there are zero points. units: of each its unit, where integers are
+    multiplied.
     """
 
     keys: Cache
     values: Cache
     sums: Buffer | None = None
+    units: Buffer | None = None
 
 
 class OfHead(NamedTuple):
@@ -57,7 +59,7 @@ class OfHead(NamedTuple):
         values: [tokens], the same for each token, in place of it.
         score_zeros, value_zeros: [tokens], the zero points of each, where there are any: the former with the scale of
             scores.
-        sums: Scales.sums.
+        sums, units: Scales.sums and Scales.units.
     """
 
     score: Expr
@@ -67,12 +69,17 @@ class OfHead(NamedTuple):
     score_zeros: Buffer | None = None
     value_zeros: Buffer | None = None
     sums: Buffer | None = None
+    units: Buffer | None = None
 
     def zeros(self, slot: Expr) -> Zeros | None:
         """What zero points add to the scores of a slot of rows."""
         if self.score_zeros is None:
             return None
         return Zeros(self.score_zeros, self.sums, slot)
+
+    def of_slot(self, slot: Expr) -> tuple[Buffer | None, Zeros | None, Units | None]:
+        """What Scoring has of them for a slot of rows."""
+        return self.scores, self.zeros(slot), None if self.units is None else Units(self.units, slot)
 
 
 def unused(spec: PagedAttentionSpec) -> tuple[str, ...]:
@@ -101,7 +108,7 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
             offsets = allocate(name, (tiling.num_offsets,), "int64")
             found.append(cache._replace(offsets=offsets))
             offsets_stage(table, found[-1], tile, seq, last, tile.num_groups * tiling.token_group, *held)
-        return Scales(found[0], found[1], scales.sums)
+        return scales._replace(keys=found[0], values=found[1])
 
     return stage
 
@@ -155,7 +162,7 @@ def scales_of_head(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Of
 
                 fill(name, target, value, tile.num_groups, group)
         of_zeros = found[2:] or [None, None]
-        return OfHead(scale, found[0], None, found[1], of_zeros[0], of_zeros[1], scales.sums)
+        return OfHead(scale, found[0], None, found[1], of_zeros[0], of_zeros[1], scales.sums, scales.units)
 
     return stage
 
@@ -170,7 +177,7 @@ def side_by_side(spec: PagedAttentionSpec, tiling: Tiling) -> int:
 def weigh_values(tiling: Tiling) -> Callable[..., None]:
     """weighted[slot, r, t] = probs[slot, r, t] times the scale of the token's value, for num_groups token groups.
 
-    The sblock weigh_values, where tokens have scales. Rounded to bfloat16 where pairs are multiplied.
+    The sblock weigh_values, where tokens have scales. Rounded to bfloat16 where pairs of such are multiplied.
     """
     rows, group = tiling.row_tile, tiling.token_group
 
@@ -186,7 +193,7 @@ def weigh_values(tiling: Tiling) -> Callable[..., None]:
             def value(row: Expr, t: Expr) -> Value:
                 prob = probs[slot, row, t]
                 product = prob * scales[t]
-                if tiling.values.terms == 2:
+                if tiling.values.terms == 2 and not tiling.values.integers:
                     product = round_up_to_bfloat16(product)
                 weight = T.Select(prob == T.float32(0), T.float32(0), product)
                 return Value(weight, [prob, scales[t]])
@@ -199,21 +206,23 @@ def weigh_values(tiling: Tiling) -> Callable[..., None]:
 def weigh_factors(rows: int) -> Callable[..., None]:
     """weighted[slot, r] = factors.added[slot, r] times the scale of the head's values: what fold multiplies a tile by.
 
-    The sblock weigh_factors, where a head or a cache has a scale.
+    The sblock weigh_factors, where a head or a cache has a scale. Or times units[slot, r], those of the weights, where
+    integers are multiplied.
     """
 
-    def stage(factors: Factors, weighted: Buffer | None, of_head: OfHead) -> None:
-        if weighted is None or of_head.value is None:
+    def stage(factors: Factors, weighted: Buffer | None, of_head: OfHead, units: Buffer | None = None) -> None:
+        if weighted is None:
             return
-        slot, scale = factors.slot, of_head.value
+        slot = factors.slot
         with T.sblock("weigh_factors"):
-            T.reads(factors.added[slot, 0:rows])
+            T.reads(factors.added[slot, 0:rows], *([] if units is None else [units[slot, 0:rows]]))
             T.writes(weighted[slot, 0:rows])
 
             def value(row: Expr) -> Value:
                 factor = factors.added[slot, row]
+                scale = of_head.value if units is None else units[slot, row]
                 product = T.Select(factor == T.float32(0), T.float32(0), factor * scale)
-                return Value(product, [factor])
+                return Value(product, [factor] if units is None else [factor, scale])
 
             fill("weighted_factor", weighted, value, rows=rows, slot=slot)
 

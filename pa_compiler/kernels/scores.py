@@ -40,6 +40,13 @@ class Zeros(NamedTuple):
     slot: Expr
 
 
+class Units(NamedTuple):
+    """What the products of integers count: [slots, rows], and which of the slots."""
+
+    of_rows: Buffer
+    slot: Expr
+
+
 class Scoring(NamedTuple):
     """What scores depend on besides queries and keys.
 
@@ -50,6 +57,7 @@ class Scoring(NamedTuple):
         computed: What its functions take; None where it has none.
         factors: [tokens], what products are multiplied by where that is the token's; None: the scale of scores.
         zeros: What is added to the products of tokens then; None: nothing.
+        units: What products count, where they are int32; None: they are numbers.
     """
 
     rows: AnyRows
@@ -58,11 +66,15 @@ class Scoring(NamedTuple):
     computed: Computed | None = None
     factors: Buffer | None = None
     zeros: Zeros | None = None
+    units: Units | None = None
 
     def product(self, score: Expr, scale: Expr, row: Expr, column: Expr) -> Value:
         """A score of a row and a column, scaled."""
         if self.factors is None:
             return Value(score * scale, [score])
+        if self.units is not None:
+            unit, factor = self.units.of_rows[self.units.slot, row], self.factors[column]
+            return Value(T.Cast("float32", score) * unit * factor, [score, unit, factor])
         found = Value(score * self.factors[column], [score, self.factors[column]])
         if self.zeros is None:
             return found
@@ -74,6 +86,7 @@ class Scoring(NamedTuple):
         """The arrays that are read besides scores, for T.reads."""
         slopes = [] if self.slopes is None else [whole(self.slopes)]
         slopes += [] if self.factors is None else [whole(self.factors)]
+        slopes += [] if self.units is None else [whole(self.units.of_rows)]
         slopes += [] if self.zeros is None else [whole(self.zeros.sums), whole(self.zeros.tokens)]
         return slopes + ([] if self.computed is None else self.computed.regions)
 

@@ -13,6 +13,7 @@ from pa_compiler.kernels.elements import (
     round_up_to_bfloat16,
 )
 from pa_compiler.kernels.exp import store_exp, store_weight
+from pa_compiler.kernels.integers import integer_weights
 from pa_compiler.kernels.rows import OfRows, of_row
 from pa_compiler.kernels.scores import Scores, are_products, sees, slope_of
 from pa_compiler.kernels.sight import hide_scores
@@ -241,13 +242,15 @@ def _sum_pairs(tiling: Tiling) -> Callable[..., None]:
 def pair_probs(tiling: Tiling) -> Callable[..., None]:
     """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], for num_groups token groups.
 
-    With Tiling.pairs_weights also tile_sum, the sum of what is in the words.
+    With Tiling.pairs_weights also tile_sum, the sum of what is in the words. Of integers also their units.
     """
+    if tiling.values.integers:
+        return integer_weights(tiling)
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
     sums, sum_stage = tiling.pairs_weights, _sum_pairs(tiling)
 
     @inline
-    def stage(probs, pairs, tile_sum, slot, num_groups):
+    def stage(probs, pairs, tile_sum, slot, num_groups, units=None):
         with T.sblock("pair_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
             T.writes(pairs[slot, 0:rows, 0 : tokens // 2], *([tile_sum[slot, 0:rows]] if sums else []))

@@ -63,6 +63,8 @@ class Factors(NamedTuple):
 
     def completed(self, number: Expr, tile: Expr, row: Expr) -> Expr:
         """An element of what is added, with what it lacks."""
+        if str(number.ty.dtype) == "int32":
+            number = T.Cast("float32", number)
         return number if self.zeros is None else number + self.zeros[tile, row]
 
 

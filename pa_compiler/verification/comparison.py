@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pa_compiler.reference_weights import Seen, Weighed, tokens_of, weigh
+from pa_compiler.reference_weights import Seen, Weighed, gathered, scales_of, tokens_of, weigh
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification.inputs import constant_arrays
 from pa_compiler.verification.intervals import error_bound
@@ -15,7 +16,10 @@ from pa_compiler.verification.tolerances import (
     CAP_ERROR,
     ROUNDING,
     SUM_ERRORS,
+    integer_scores,
+    integer_weights,
     lse_bound,
+    multiplies_integers,
     of_weights,
     out_bound,
     score_bound,
@@ -95,14 +99,44 @@ def oracle(
         magnitude[row] = (found.weights @ added).reshape(out[row].shape)
         bias = _bias(alibi_slopes, found, seen.query_pos)
         of_scores = score_bound(spec, found.scores, bias)
+        of_given, of_integers = np.zeros(()), np.zeros(())
+        if multiplies_integers(spec):
+            caches = key_cache, value_cache, key_scale, value_scale
+            of_query = query[row], block_table[sequence], scale
+            of_given, of_integers = _of_integers(spec, *of_query, caches, kv_layout, found)
         if spec.score_mod is not None:
-            of_scores += _of_function(spec, found, bias, {"batch": sequence, "query_pos": seen.query_pos}, arrays)
+            places = {"batch": sequence, "query_pos": seen.query_pos}
+            of_scores += _of_function(spec, found, bias, places, arrays, of_given)
+        else:
+            of_scores += of_given
         of_out[row], of_lse[row] = of_weights(spec, found.weights, values, of_scores)
+        of_out[row] += of_integers
         advance(sequence - done)
         done = sequence
     advance(len(context_lens) - done)
     of_out += out_bound(spec, num_keys, out, magnitude)
     return {"out": (out, of_out), "lse": (lse, of_lse + lse_bound(spec, lse))}
+
+
+def _of_integers(
+    spec: PagedAttentionSpec,
+    query: np.ndarray,
+    blocks: np.ndarray,
+    scale: float | None,
+    caches: tuple[Any, ...],
+    kv_layout: str,
+    seen: Weighed,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What integers of 16 bits add to the errors of one query token's scores, and to the bound on its out."""
+    key_cache, value_cache, key_scale, value_scale = caches
+    codes, _ = gathered(key_cache, value_cache, blocks, seen.position, kv_layout)
+    of_keys, of_values = (
+        scales_of(each, blocks, seen.position, spec.num_kv_heads, spec.block_size) for each in (key_scale, value_scale)
+    )
+    factor = 1 / math.sqrt(spec.head_dim) if scale is None else float(scale)
+    with np.errstate(invalid="ignore"):
+        of_scores = integer_scores(query.reshape(spec.num_kv_heads, spec.group, -1), codes * of_keys[:, None], factor)
+    return of_scores, integer_weights(spec, seen.weights, seen.values, of_values)
 
 
 def _queries(
@@ -123,16 +157,18 @@ def _of_function(
     bias: np.ndarray | None,
     places: Mapping[str, int],
     arrays: Mapping[str, np.ndarray],
+    of_integers: np.ndarray,
 ) -> np.ndarray:
     """What score_mod adds to the errors of weights: by its own rounding, and by what was wrong with a score before.
 
-    The latter is in TOLERANCES as far as the function does not make it larger. A weight is wrong by exp(e) - 1.
+    The latter is in TOLERANCES as far as the function does not make it larger, but for what integers add to it. A
+    weight is wrong by exp(e) - 1.
     """
     head = np.arange(spec.num_heads).reshape(*seen.scores.shape[:2], 1)
     arguments = {name: np.array(place) for name, place in places.items()}
     arguments |= {"score": seen.given, "head": head, "key_pos": seen.position}
     before = SUM_ERRORS * np.sqrt(spec.head_dim) * ROUNDING * seen.magnitude
-    of_given = before + (0 if spec.softcap is None else CAP_ERROR * np.abs(seen.given))
+    of_given = before + of_integers + (0 if spec.softcap is None else CAP_ERROR * np.abs(seen.given))
     exact = seen.scores if bias is None else seen.scores - bias
     error = error_bound(spec.score_mod.result, exact, arguments, of_given, arrays)
     return np.asarray(np.expm1(np.clip(error - before, 0, 700)))

@@ -55,6 +55,17 @@ of either sign add up like a random walk (N. Higham and T. Mary, 2019). It count
 LOST_WEIGHT = 1e-28
 """Weights below it, of the largest, may count as 0. Beside a large sink that may be all of them."""
 
+HALF_A_UNIT = 2.0**-15
+"""Of a row's largest magnitude: by how much a query, or a weight, is wrong as an integer of 16 bits. The largest is
+2**14 units or more, and a number is rounded to the nearest (kernels/integers.py)."""
+
+LONGEST_TILE = 512
+"""Tokens whose weights have one unit, at most."""
+
+LEAST_STEP = 2.0**-125
+"""Times the tokens: by how much a weight is wrong at least, since units are normal numbers of float32, of weights with
+headroom."""
+
 SMALLEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 0.0}
 """By result dtype, what rounding leaves in an out that is small: half of the distance between the smallest numbers.
 Values of types with float32's range are never so small that it counts there."""
@@ -114,6 +125,59 @@ def score_bound(spec: PagedAttentionSpec, scores: np.ndarray, bias: np.ndarray |
             is_exact = rounded.astype(np.float32) == rounded
         bound += np.where(is_exact, 0.0, ROUNDING * np.abs(rounded))
     return bound
+
+
+def multiplies_integers(spec: PagedAttentionSpec) -> bool:
+    """Whether codes may be multiplied by queries and weights of 16 bits: on CPUs that have instructions for it."""
+    return spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates
+
+
+def _added_up(errors: np.ndarray, axis: int) -> np.ndarray:
+    """What errors of either sign come to: all of one sign, or a random walk (SUM_ERRORS), whichever is less."""
+    errors = np.where(np.isfinite(errors), errors, 0)
+    return np.minimum(errors.sum(axis=axis), SUM_ERRORS * np.sqrt((errors**2).sum(axis=axis)))
+
+
+def integer_scores(query: np.ndarray, keys: np.ndarray, factor: float) -> np.ndarray:
+    """What the units of queries add to the error of each score.
+
+    Args:
+        query: [num_kv_heads, group, head_dim].
+        keys: [num_kv_heads, head_dim, tokens], the oracle's.
+        factor: The scale of scores.
+
+    Returns:
+        [num_kv_heads, group, tokens].
+    """
+    step = HALF_A_UNIT * abs(factor) * np.abs(query.astype(np.float64)).max(axis=-1, initial=0)
+    return np.where(np.isfinite(step), step, 0)[..., None] * _added_up(np.abs(keys), axis=1)[:, None]
+
+
+def integer_weights(spec: PagedAttentionSpec, weights: np.ndarray, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """What the units of weights add to the bound on out of one query token [num_heads, result_dim].
+
+    A weight is that of the softmax times the scale of the token's value, and its unit goes by the largest one in its
+    tile of tokens: which lies within the LONGEST_TILE tokens that a token is one of, and those before and after them.
+
+    Args:
+        spec: What was computed.
+        weights: [num_kv_heads, group, tokens], p.
+        values: [num_kv_heads, tokens, result_dim], v.
+        scale: [num_kv_heads, tokens], of the values.
+    """
+    tokens = weights.shape[-1]
+    scale = np.where(np.isfinite(scale), np.abs(scale), 0)
+    codes = np.divide(np.abs(values), scale[..., None], out=np.zeros(values.shape), where=scale[..., None] > 0)
+    of_tile = weights * scale[:, None]
+    starts = np.arange(0, tokens, LONGEST_TILE)
+    maxima = np.maximum.reduceat(of_tile, starts, axis=-1) if tokens else of_tile
+    padded = np.pad(maxima, ((0, 0), (0, 0), (1, 1)))
+    around = np.maximum(np.maximum(padded[..., :-2], padded[..., 2:]), maxima)
+    step = HALF_A_UNIT * np.repeat(around, LONGEST_TILE, axis=-1)[..., :tokens] + LEAST_STEP * tokens
+    found = [
+        [_added_up(row[:, None] * of_head, axis=0) for row in rows] for rows, of_head in zip(step, codes, strict=True)
+    ]
+    return np.array(found).reshape(spec.num_heads, -1)
 
 
 def of_weights(

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules.cpu.head_dim_in_lanes import by_lanes, vectorize_in_order, vectorize_rows
+from pa_compiler.schedules.cpu.by_lanes import by_lanes
+from pa_compiler.schedules.cpu.head_dim_in_lanes import vectorize_in_order, vectorize_rows
 from pa_compiler.tiles import VectorTiling
 
 

@@ -15,7 +15,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import functions, scales
+from pa_compiler.schedules.cpu import functions, integers, scales
+from pa_compiler.schedules.cpu.by_lanes import by_lanes
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
@@ -29,6 +30,8 @@ _MAX_ROW_LANES = 256
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
+    if tiling.keys.integers:
+        integers.load_query(sch, tiling)
     if tiling.keys.terms == 2:
         return
     if tiling.keys.halves == 1:
@@ -74,7 +77,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     _, token, _ = sch.get_loops(scores)[-3:]
     sch.vectorize(sch.get_loops(sch.decompose_reduction(scores, token))[-1])
     if tiling.qk_lanes > 1:
-        sch.tensorize(token, sum_lanes(tiling.qk_lanes))
+        sch.tensorize(token, sum_lanes(tiling.qk_lanes, tiling.keys.sum_dtype))
     if tiling.prefetches:
         fetch(sch, KEYS, group, shares=[token_outer])
 
@@ -88,26 +91,6 @@ def softmax_prepare(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None =
     reduce(sch, "peak", 1, 0)
     if tiling.many_tokens or not tiling.pairs_weights:
         reduce(sch, "tile_sum", 2, tiling.weight_sums // (tiling.values.terms if tiling.pairs_weights else 1))
-
-
-def by_lanes(sch: Schedule, name: str, axis: int, lanes: int = 0) -> None:
-    """What is made of a row's tokens first lane by lane: of all those of a token group, or of so many lanes."""
-    total = sch.get_sblock(name)
-    lane = sch.get_loops(total)[-1]
-    if lanes:
-        _, lane = sch.split(lane, [None, lanes])
-    parts = sch.rfactor(lane, factor_axis=axis)
-    *_, row, _ = around = sch.get_loops(total)
-    sch.compute_at(parts, row, preserve_unit_loops=True)
-    sums = sch.cache_write(parts, 0, "global")
-    lane, *groups = sch.get_loops(parts)[len(around) - 1 :][: 3 if lanes else 2]
-    sch.reorder(*groups, lane)
-    sch.vectorize(lane)
-    sch.vectorize(sch.get_loops(sums)[-1])
-    sch.decompose_reduction(parts, groups[0])
-    lane = sch.get_loops(total)[-1]
-    sch.unroll(lane)
-    sch.decompose_reduction(total, lane)
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling, reduce: Reduce | None = None) -> None:
@@ -233,6 +216,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": functions.visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
+    "integer_weights": integers.integer_weights,
     "pv_matmul": pv_matmul,
     "rescale": rescale,
     "pv_update": pv_update,

@@ -17,7 +17,7 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, scales
+from pa_compiler.schedules.cpu import attend, functions, head_dim_in_lanes, integers, scales
 from pa_compiler.schedules.cpu.by_element import read_vectors
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.cpu.vertical import four_maxima, rows_last, sum_by_token, vertical
@@ -33,6 +33,8 @@ def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     rows_last(sch, rows)
+    if tiling.keys.integers:
+        integers.load_query(sch, tiling)
     if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where it would load every second element by itself
         turn(sch, rows, 4, 4)
         return
@@ -229,6 +231,7 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "full_scores": full_scores,
     **scales.VERTICAL,
     "pair_probs": pair_probs,
+    "integer_weights": integers.integer_weights_vertically,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "few_pv_update": few_pv_update,

@@ -1,4 +1,4 @@
-"""Tensor intrinsics: a vector of float32 numbers as words of two neighbours, in bfloat16.
+"""Tensor intrinsics: a vector of float32 numbers as words of two neighbours, in bfloat16; and of integers.
 
 By shuffles of the numbers in even and in odd lanes; strided loads would be taken apart into single elements.
 """
@@ -10,7 +10,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc, Shuffle
 
 from pa_compiler import tvmscript as script
-from pa_compiler.kernels.elements import pair_floats, pair_rounded
+from pa_compiler.kernels.elements import pair_floats, pair_integers, pair_rounded
 from pa_compiler.schedules.intrinsics import registered
 
 _WORDS = 16
@@ -47,14 +47,24 @@ def round_lanes(words: int) -> str:
     return registered(f"pa_compiler.round_lanes_{words}", lambda: _in_pairs(words, pair_rounded, store))
 
 
+def join_lanes(words: int) -> str:
+    """Register the intrinsic that makes so many words at once of the lower halves of int32, and return its name."""
+
+    def store(pairs: Buffer, numbers: Buffer) -> None:
+        halves = T.Cast(f"int16x{2 * words}", numbers[T.ramp(0, 1, 2 * words)])
+        T.buffer_store(pairs, T.reinterpret(f"int32x{words}", halves), [T.ramp(0, 1, words)])
+
+    return registered(f"pa_compiler.join_lanes_{words}", lambda: _in_pairs(words, pair_integers, store, "int32"))
+
+
 def _in_pairs(
-    words: int, pair: Callable[[Expr, Expr], Expr], store: Callable[[Buffer, Buffer], None]
+    words: int, pair: Callable[[Expr, Expr], Expr], store: Callable[[Buffer, Buffer], None], dtype: str = "float32"
 ) -> tuple[PrimFunc, PrimFunc]:
     """pairs[i] = pair(numbers[2i], numbers[2i + 1]), and the same by store(pairs, numbers)."""
 
     @script.prim_func(s_tir=True)
     def description(pairs_handle: T.handle, numbers_handle: T.handle) -> None:
-        numbers = T.match_buffer(numbers_handle, (2 * words,), "float32", offset_factor=1)
+        numbers = T.match_buffer(numbers_handle, (2 * words,), dtype, offset_factor=1)
         pairs = T.match_buffer(pairs_handle, (words,), "int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(numbers[0 : 2 * words])
@@ -66,7 +76,7 @@ def _in_pairs(
 
     @script.prim_func(s_tir=True)
     def implementation(pairs_handle: T.handle, numbers_handle: T.handle) -> None:
-        numbers = T.match_buffer(numbers_handle, (2 * words,), "float32", offset_factor=1)
+        numbers = T.match_buffer(numbers_handle, (2 * words,), dtype, offset_factor=1)
         pairs = T.match_buffer(pairs_handle, (words,), "int32", offset_factor=1)
         with T.sblock("root"):
             T.reads(numbers[0 : 2 * words])

@@ -13,9 +13,9 @@ from pa_compiler import tvmscript as script
 from pa_compiler.schedules.intrinsics import registered
 
 
-def sum_lanes(lanes: int) -> str:
-    """Register the intrinsic for vectors of 1, 2, 4, 8 or 16 float32 lanes, and return its name."""
-    return registered(f"pa_compiler.sum_lanes_{lanes}", lambda: _sum_lanes(lanes))
+def sum_lanes(lanes: int, dtype: str = "float32") -> str:
+    """Register the intrinsic for vectors of 1, 2, 4, 8 or 16 lanes of float32 or int32, and return its name."""
+    return registered(f"pa_compiler.sum_lanes_{lanes}_{dtype}", lambda: _sum_lanes(lanes, dtype))
 
 
 _QUARTER = 4
@@ -41,14 +41,14 @@ def rounds_of(lanes: int) -> list[tuple[list[int], list[int]]]:
     return rounds
 
 
-def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
+def _sum_lanes(lanes: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
     width = _QUARTER if lanes == _HALVED else lanes
     rounds = rounds_of(width)
 
     @script.prim_func(s_tir=True)
     def description(sums_handle: T.handle, parts_handle: T.handle) -> None:
-        parts = T.match_buffer(parts_handle, (lanes, lanes), "float32", offset_factor=1)
-        sums = T.match_buffer(sums_handle, (lanes,), "float32", offset_factor=1)
+        parts = T.match_buffer(parts_handle, (lanes, lanes), dtype, offset_factor=1)
+        sums = T.match_buffer(sums_handle, (lanes,), dtype, offset_factor=1)
         with T.sblock("root"):
             T.reads(sums[0:lanes], parts[0:lanes, 0:lanes])
             T.writes(sums[0:lanes])
@@ -64,7 +64,7 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
             vectors = [low + parts[first + i, T.ramp(width, 1, width)] for i, low in enumerate(vectors)]
         bound: list[tuple[Var, Expr]] = []
         for low, high in rounds:
-            names = [Var(f"sum_{len(bound) + i}", f"float32x{width}") for i in range(len(vectors))]
+            names = [Var(f"sum_{len(bound) + i}", f"{dtype}x{width}") for i in range(len(vectors))]
             bound += zip(names, vectors, strict=True)
             pairs = zip(names[::2], names[1::2], strict=True)
             vectors = [Shuffle([a, b], low) + Shuffle([a, b], high) for a, b in pairs]
@@ -80,8 +80,8 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
 
     @script.prim_func(s_tir=True)
     def implementation(sums_handle: T.handle, parts_handle: T.handle) -> None:
-        parts = T.match_buffer(parts_handle, (lanes, lanes), "float32", offset_factor=1)
-        sums = T.match_buffer(sums_handle, (lanes,), "float32", offset_factor=1)
+        parts = T.match_buffer(parts_handle, (lanes, lanes), dtype, offset_factor=1)
+        sums = T.match_buffer(sums_handle, (lanes,), dtype, offset_factor=1)
         with T.sblock("root"):
             T.reads(sums[0:lanes], parts[0:lanes, 0:lanes])
             T.writes(sums[0:lanes])

@@ -14,6 +14,10 @@ from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
 DOT_DIMS = 8
 """What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
 
+INTEGER_DIMS = 512
+"""The largest head_dim whose sums of products of integers int32 has room for: of 2**15 - 1 and 2**7. So has it for the
+tokens of a tile, of which there are no more."""
+
 TILES = 4
 """Tile registers that a block of sums has."""
 
@@ -50,7 +54,7 @@ class Basis(NamedTuple):
 
     @property
     def dot_pairs(self) -> bool:
-        """Whether the matmuls multiply pairs of bfloat16 numbers as they are."""
+        """Whether the matmuls multiply pairs of numbers: of bfloat16, or integers of 16 bits."""
         return self.keys.terms == 2
 
     @property
@@ -150,15 +154,25 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
 def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32.
 
+    Or integers of 16 bits, where multiplies_integers.
+
     Two to a byte they become float32, and where queries are rotated, which are no numbers of bfloat16 then.
     """
     whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs and not spec.rotates else 1)
+    if pipeline == "fused" and whole_words and multiplies_integers(spec, target):
+        element = Element(spec.cache_dtype, terms=2, integers=True)
     if spec.codes_of_byte == 2:
         element = Element(spec.cache_dtype, word=2, halves=1 if spec.kv_layout == "packed" else 2)
     return Basis(spec, target, pipeline, machine, rows(spec), element, element)
+
+
+def multiplies_integers(spec: PagedAttentionSpec, target: CpuTarget) -> bool:
+    """Whether matmuls multiply codes of int8 by queries and weights of 16 bits, with sums that int32 has room for."""
+    has = spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates
+    return has and bool(target.integer_dots) and spec.head_dim <= INTEGER_DIMS
 
 
 def rows(spec: PagedAttentionSpec) -> int:
