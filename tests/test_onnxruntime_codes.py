@@ -6,18 +6,19 @@ are those of our caches of kv_dtype int8 whose scales are all that one, and of i
 and the zero point -8 times it. A channel's scales are multiplied into queries and out, and ours are 1 then.
 
 Both read the same bytes. Each is compared with float64, ours by the project's table and its by a bound on its float32,
-and one with the other by the sum of both. What it makes of new tokens is compared with append_kv byte for byte.
+and one with the other by the sum of both. It has scores for the lse that it does not return. What it makes of new
+tokens is compared with append_kv byte for byte.
 
 What cannot agree:
 
 - A scale for each token, so all that append_kv makes of ordinary rows: it has none. Rows here have that one scale.
 - Rotated caches: it has no rotation.
-- Code -128, which it writes of numbers below -127.5 scales; append_kv has no number beyond 127 scales. Both read it.
+- Code -128, which it writes of numbers from -127.5 scales on; append_kv has none beyond 127 scales. Both read it.
 - Numbers within rounding of a tie, where the scale is no power of two: it multiplies by the inverse of the scale,
   append_kv divides. New tokens of bfloat16: its CPU has float32 and float16. bfloat16 of ours gets float32 from it,
   of numbers that bfloat16 has.
 - A scale for each channel in bfloat16 and float16, unless a query times it is a number of that type: here it is.
-- lse, which it does not return. Keys and values of different kinds, and odd sizes, which it refuses or we do.
+- Keys and values of different kinds, which both refuse, and an odd head_dim of int4, which we do.
 - Several query tokens of several sequences without causality: it takes one sequence then.
 """
 
@@ -39,7 +40,7 @@ from pa_compiler.verification.inputs import noise
 pytest.importorskip("onnx", reason="onnx is not installed: no model of one operator is made")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: its caches of codes are not compared with")
 
-from onnxruntime_gqa import EXP_ERROR, Step, session
+from onnxruntime_gqa import EXP_ERROR, Step, score_bound, session
 
 INT8, INT4 = {"kv_dtype": "int8"}, {"kv_dtype": "int4", "kv_rotation": "none"}
 PACKED = {"kv_layout": "packed"}
@@ -60,7 +61,6 @@ SPECS = {
 }
 """Groups of 1, 4 and 16, every layout and dtype, and what is not about codes together with them once."""
 
-
 ATTEND = ["int8", "int8_packed_bfloat16", "int8_window_sinks", "int4_HND_float16", "int4_packed", "int4_MHA_bfloat16"]
 every_spec = pytest.mark.parametrize("name", SPECS)
 
@@ -68,14 +68,11 @@ LENGTHS = {"of one length": [300, 300, 300], "ragged": [1, 33, 700, 128, 16]}
 SCALES = {"int8": (0.7 / 127, 1.3 / 127), "int4": (0.7 / 8, 1.3 / 8)}
 
 
-def drawn(spec, context_lens, counts, *, seed=0, room=0, dtype=None, **fields) -> Step:
-    """A step with every byte in its past, and other bytes in what is not past yet or padding."""
-    rng, context_lens, counts = (
-        np.random.default_rng(seed),
-        np.array(context_lens, np.int32),
-        np.array(counts, np.int32),
-    )
-    dtype = DTYPES[dtype or ("float16" if spec.dtype == "float16" else "float32")]
+def drawn(spec, context_lens, counts, *, seed=0, room=0, **fields) -> Step:
+    """A step with any bytes in its past, and in what is not past yet."""
+    rng = np.random.default_rng(seed)
+    context_lens, counts = (np.array(each, np.int32) for each in (context_lens, counts))
+    dtype = DTYPES["float16" if spec.dtype == "float16" else "float32"]
     batch, tokens = len(counts), counts.max()
 
     def numbers(heads, half):
@@ -104,14 +101,18 @@ def assert_all_agree(step, inputs, present, ours, theirs, **options):
     """Ours with float64, its own with float64, and both with each other."""
     found = oracle(step.spec, *inputs.arguments, None, step.spec.kv_layout, **inputs.heads, **options)["out"]
     ours, expected, bound = (each.astype(np.float64) * step.of_channels(1) for each in (ours, *found))
-    theirs, of_its_own = step.rows(theirs), step.bound(present)
-    lengths = np.repeat(step.context_lens, step.counts)
-    for name, found, near, within in (
-        ("ours", ours, expected, bound),
-        ("its", theirs, expected, of_its_own),
-        ("ours beside its", ours, theirs.astype(np.float64), bound + of_its_own),
+    check_all("out", (ours, bound), (step.rows(theirs), step.bound(present)), expected, step)
+
+
+def check_all(name, ours, theirs, expected, step):
+    """ours and theirs: results with their bounds."""
+    both = ours[0], theirs[0].astype(np.float64), ours[1] + theirs[1]
+    for of, found, near, within in (
+        ("ours", ours[0], expected, ours[1]),
+        ("its", theirs[0], expected, theirs[1]),
+        ("ours beside its", *both),
     ):
-        _, wrong = compare(name, found, near, within, lengths)
+        _, wrong = compare(f"{name}, {of}", found, near, within, np.repeat(step.context_lens, step.counts))
         assert not wrong, wrong
 
 
@@ -130,6 +131,20 @@ def test_decode(module, name, context_lens):
     inputs = step.inputs(present)
     ours = module(name).decode(*inputs.arguments, **inputs.heads)
     assert_all_agree(step, inputs, present, ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_packed", "int4", "int4_packed"])
+def test_lse(module, name):
+    step = drawn(SPECS[name], LENGTHS["ragged"], [1] * 5, seed=6)
+    *_, keys, values, scores = step.run(scores=True)
+    inputs = step.inputs((keys, values))
+    _, ours = module(name).decode(*inputs.arguments, return_lse=True, **inputs.heads)
+    expected, bound = oracle(step.spec, *inputs.arguments, None, step.spec.kv_layout, **inputs.heads)["lse"]
+    seen = np.arange(scores.shape[-1]) < step.context_lens[:, None, None]
+    theirs = np.logaddexp.reduce(np.where(seen, scores[:, :, 0].astype(np.float64), -np.inf), axis=-1)
+    largest_key = {"int8": 128, "int4": 8}[step.spec.kv_dtype] * step.scales[0].item()
+    magnitudes = np.abs(inputs.query).sum(axis=-1) * largest_key / np.sqrt(step.spec.head_dim)
+    check_all("lse", (ours, bound), (theirs, score_bound(step.spec.head_dim, magnitudes)), expected, step)
 
 
 @pytest.mark.parametrize("name", ATTEND)
@@ -197,12 +212,12 @@ def rows_of_scale(rng, spec, shape, scale, *, ties):
 
 
 APPENDED = [
-    *((name, (2.0**-7, 2.0**-5), True) for name in SPECS if "sinks" not in name),
+    *(pytest.param(name, (2.0**-7, 2.0**-5), True, id=f"{name}-ties") for name in SPECS if "sinks" not in name),
     *((name, (0.0123, 0.0456), False) for name in ("int8", "int8_packed", "int4", "int4_packed")),
 ]
 
 
-@pytest.mark.parametrize(("name", "scales", "ties"), APPENDED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "scales", "ties"), APPENDED)
 def test_new_tokens_have_the_same_codes(module, name, scales, ties):
     """Ties too, to the even, where a scale is a power of two. Ours has the scale by itself, and the zero point."""
     spec, rng, counts = SPECS[name], np.random.default_rng(4), [97, 3, 100]

@@ -1,4 +1,4 @@
-"""onnxruntime's GroupQueryAttention over contiguous keys and values in float32, its only type for them on CPUs."""
+"""onnxruntime's GroupQueryAttention over contiguous keys and values in float32: on CPUs it has no bfloat16."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ own a vector stays in its register, and LLVM finds the lane.
 
 from __future__ import annotations
 
-from tvm.ir import Expr
-from tvm.s_tir import SBlockRealize, Schedule
+from tvm.ir import Expr, Range
+from tvm.s_tir import SBlock, SBlockRealize, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
-from tvm.tirx import For, IntImm
+from tvm.tirx import BufferRegion, For, IntImm
 
 from pa_compiler.tiles import LANES
 
@@ -37,6 +37,8 @@ def read_vectors(
     for each in (vector, step):
         sch.unroll(each)
     if half is None:
+        if copied:
+            _reads_element(sch, sums)
         read = sch.reindex_cache_read(sums, 1, "global", place)
     else:
         read = sch.cache_read(sums, 1, "global", [sums])
@@ -47,6 +49,18 @@ def read_vectors(
     sch.vectorize(lane)
     sch.annotate(read, LANES, 1)
     _as_it_is(sch, unrolled[-1], lane, half)
+
+
+def _reads_element(sch: Schedule, sums: SBlockRV) -> None:
+    """Say of which element of a copy, [token, element], an sblock reads: kernels say that they read any of it."""
+    old = sch.get(sums)
+    token, *_, element = (Range.from_min_extent(axis.var, 1) for axis in old.iter_vars)
+    reads = [old.reads[0], BufferRegion(old.reads[1].source, [token, element]), *old.reads[2:]]
+    new = SBlock(
+        old.iter_vars, reads, old.writes, old.name_hint, old.body, old.init, old.alloc_buffers, old.match_buffers,
+        old.annotations,
+    )  # fmt: skip
+    sch.state.replace(sch.get_sref(sums), new, {old: new})
 
 
 def _as_it_is(sch: Schedule, outer: LoopRV, lane: LoopRV, half: LoopRV | None) -> None:

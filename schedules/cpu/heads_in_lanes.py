@@ -155,17 +155,17 @@ def few_pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def _sum_outputs(sch: Schedule, tiling: VectorTiling, of: str, dims: int) -> None:
     """With the sums of some elements of value_dim at a time in registers.
 
-    Where pairs are multiplied by a lane of a register, these are elements that lie side by side in a copy: a vector of
-    even ones or of odd ones.
+    Where pairs are multiplied by a lane of a register, these are elements that lie side by side in a copy: of words of
+    two a vector of even ones or of odd ones.
     """
     full, passes = sch.get_sblock(f"{of}full_groups"), []
     lanes, halves, extent = tiling.pv_lanes, tiling.values.halves, int(sch.get(sch.get_loops(full)[-1]).extent)
-    by_element = tiling.by_element and tiling.copy_values and tiling.values.terms == halves == 2
+    by_element = tiling.by_element and tiling.copy_values and tiling.values.terms == 2
     by_element = by_element and dims % lanes == extent % (dims * halves) == 0
     rows_last(sch, full, f"{of}tile_acc")
     for name in (f"{of}full_groups", f"{of}tile_acc", f"{of}acc"):
         _, *tokens, row, dim = sch.get_loops(name)
-        outer, dim, *half = sch.split(dim, [None, dims, *([halves] if by_element else [])])
+        outer, dim, *half = sch.split(dim, [None, dims, *([halves] if by_element and halves > 1 else [])])
         sch.reorder(outer, *half, *tokens, dim, row)
         sch.unroll(dim)
         sch.vectorize(row)

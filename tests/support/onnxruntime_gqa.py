@@ -69,13 +69,20 @@ class Step:
     causal: bool = True
     sinks: np.ndarray | None = None
 
-    def run(self):
-        """(out, as query, present_key, present_value)."""
+    def run(self, *, scores=False):
+        """(out, as query, present_key, present_value), and with scores those before the softmax.
+
+        They are [batch, num_heads, tokens, largest context]; what is written at keys that are not seen is its own.
+        """
         dtype, cache = self.query.dtype.name, self.past[0].dtype.name
         kind = "PER_TENSOR" if self.scales[0].size == 1 else "PER_CHANNEL"
         attributes = {"num_heads": self.spec.num_heads, "kv_num_heads": self.spec.num_kv_heads}
         attributes |= {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8 if cache == "int8" else 4}
-        attributes |= {"local_window_size": self.spec.window or -1, "causal": int(self.causal)}
+        attributes |= {
+            "local_window_size": self.spec.window or -1,
+            "causal": int(self.causal),
+            "qk_output": int(scores),
+        }
         flat = [each.reshape(*each.shape[:2], -1) for each in (self.query, *self.new)]
         arrays = dict(zip(("query", "key", "value"), flat, strict=True))
         arrays |= dict(zip(("past_key", "past_value"), self.past, strict=True))
@@ -87,7 +94,7 @@ class Step:
             arrays["query_seqlens"] = self.counts
         given = {name: np.asarray(each) for name, each in arrays.items() if each is not None}
         inputs = tuple((name, given[name].dtype.name) if name in given else ("", "") for name in arrays)
-        outputs = (("out", dtype), ("present_key", cache), ("present_value", cache))
+        outputs = (("out", dtype), ("present_key", cache), ("present_value", cache), *[("scores", dtype)] * scores)
         out, *present = session(inputs, outputs, **attributes).run(None, given)
         return out.reshape(self.query.shape), *present
 
@@ -150,10 +157,10 @@ class Step:
         """[num_heads, head_dim], of one query token and the numbers of what it sees, [num_kv_heads, tokens, head_dim].
 
         All is float32, float16 too but for out. An error e_j of a weight, relative to it, changes out by
-        sum_j p_j e_j (v_j - out), to first order. e_j has four parts. The sum of products that a score is, of
-        elements that are rounded once, with its factor. The difference to the largest score, which is taken to that
-        of a block and then to that of all. exp of both. And a product with exp of such a difference whenever a later
-        block has a larger score: at most as often as the running maximum grows, whatever the blocks.
+        sum_j p_j e_j (v_j - out), to first order. e_j has four parts. That of the score. The difference to the largest
+        score, which is taken to that of a block and then to that of all. exp of both. And a product with exp of such a
+        difference whenever a later block has a larger score: at most as often as the running maximum grows, whatever
+        the blocks.
         Then out is a sum of rounded elements over a sum of weights, by a rounded inverse.
         """
         spec = dataclasses.replace(self.spec, dtype="float32", out_dtype=None)
@@ -166,7 +173,7 @@ class Step:
         weights, of_sinks = np.exp(scores - peak), np.exp(sinks - peak)
         weights /= weights.sum(axis=-1, keepdims=True) + of_sinks
         growths = (np.diff(np.maximum.accumulate(scores, axis=-1), axis=-1) > 0).sum(axis=-1, keepdims=True)
-        errors = (SUM_ERRORS * np.sqrt(spec.head_dim) + 2) * ROUNDING * magnitudes + ROUNDING * (peak - scores)
+        errors = score_bound(spec.head_dim, magnitudes) + ROUNDING * (peak - scores)
         errors += EXP_ERROR + growths * (EXP_ERROR + ROUNDING)
         of_weights_too, _ = of_weights(spec, weights, values, errors)
         out, added = np.abs(weights @ values), weights @ np.abs(values)
@@ -176,6 +183,14 @@ class Step:
         if self.query.dtype == np.float16:
             bound += SMALLEST["float16"] + 2.0**-11 * out.reshape(bound.shape)
         return bound
+
+
+def score_bound(head_dim: int, magnitudes: np.ndarray) -> np.ndarray:
+    """How far scores may be from float64, by sum(abs(query) * abs(key)) with the factor.
+
+    A score is a sum of products with elements that are rounded once, times a rounded factor.
+    """
+    return (SUM_ERRORS * np.sqrt(head_dim) + 3) * ROUNDING * magnitudes
 
 
 def _numbers(codes, scale):
