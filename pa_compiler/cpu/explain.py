@@ -46,13 +46,8 @@ LEGEND = {
     "n": "loops that are alike; the other numbers are of one pass through one of them",
     "all": "instructions",
     "FMA": "fused multiply-adds",
-<<<<<<< .merge_file_WnUDob
-    "dot": "dot products of pairs of bfloat16 or of integers, two FMAs each; a product of blocks, bfmmla, is two "
-    "of them in each lane, and one of two tiles of AMX is 4,096 of them",
-=======
-    "dot": "dot products of pairs of bfloat16, two FMAs each; a product of two blocks, bfmmla, is two of them in each "
-    "lane, and one of two tiles of AMX is 4,096 of them",
->>>>>>> .merge_file_FvD3RO
+    "dot": "dot products of pairs of bfloat16 or of integers, two FMAs each; a product of two blocks, bfmmla, is "
+    "two of them in each lane, and one of two tiles of AMX is 4,096 of them",
     "math": "other float32 arithmetic",
     "load": "vectors read from memory",
     "bcast": "broadcasts",
