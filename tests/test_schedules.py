@@ -49,6 +49,7 @@ ALL_SPECS += [
     for spec in (BASE, IN_TILE_REGISTERS, dataclasses.replace(IN_TILE_REGISTERS, kv_layout="packed"))
     for codes in ({"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"})
 ]
+ALL_SPECS.append(PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_dtype="int8"))  # integers, head_dim in lanes
 ALL_SPECS += [
     dataclasses.replace(spec, kv_dtype="int4", kv_rotation="none")
     for spec in (BASE, IN_TILE_REGISTERS, PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"))

@@ -216,7 +216,6 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "visible_rows": functions.visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
-    "integer_weights": integers.integer_weights,
     "pv_matmul": pv_matmul,
     "rescale": rescale,
     "pv_update": pv_update,

@@ -231,7 +231,6 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "full_scores": full_scores,
     **scales.VERTICAL,
     "pair_probs": pair_probs,
-    "integer_weights": integers.integer_weights_vertically,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "few_pv_update": few_pv_update,

@@ -5,6 +5,7 @@ import math
 from tvm.s_tir import Schedule
 
 from pa_compiler.kernels.scales import OFFSETS
+from pa_compiler.schedules.cpu import integers
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import VectorTiling
 
@@ -67,11 +68,13 @@ STAGES = {
     "weigh_values": weigh_values,
     "weigh_factors": weigh_factors,
     "sum_zeros": sum_zeros,
+    "integer_weights": integers.integer_weights,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
 VERTICAL = STAGES | {
     "weigh_values": weigh_values_vertically,
     "sum_zeros": sum_zeros_vertically,
+    "integer_weights": integers.integer_weights_vertically,
 }
 """The same where rows lie in lanes."""
