@@ -181,6 +181,17 @@ def test_packed_decode_has_the_bits_of_attend(compiled):
     assert_same_bits(alone.attend(module)[0], whole)
 
 
+def test_the_same_bits_of_an_invariant_spec(compiled):
+    spec = spec_of(8, 2, 64, 16, invariant=True)
+    module, lens = compiled(spec, attend=True), (40, 300, 1)
+    inputs = make_inputs(spec, lens)
+    starts = np.arange(len(lens) + 1, dtype=np.int32)
+    decoded = module.decode(*inputs.arguments, **inputs.heads)
+    assert_same_bits(module.attend(*inputs.arguments, starts, **inputs.heads), decoded)
+    module.num_threads = 5
+    assert_same_bits(module.decode(*inputs.arguments, **inputs.heads), decoded)
+
+
 def test_units_and_integers(cpu):
     largest = np.float32([1, 1.5, 2 - 2**-15, 2 - 2**-16, 2 - 2**-23, 3e38, 2.0**-126, 1e-45, 0, np.inf, np.nan, 7])
     numbers = np.float32(np.linspace(-1, 1, 64))
