@@ -229,7 +229,9 @@ def _load_at(sch: Schedule, name: str, vector: LoopRV, halves: int = 1, token_la
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
-    name: apply for name, apply in heads_in_lanes.STAGES.items() if name not in ("columns", "visible_rows", "sum_zeros")
+    name: apply
+    for name, apply in heads_in_lanes.STAGES.items()
+    if name not in ("columns", "integer_weights", "visible_rows", "sum_zeros")
 } | {
     "load_query": load_query,
     "load_keys": load_keys,
