@@ -240,7 +240,9 @@ def _measured(subject: Subject, inside: Inside) -> list[tuple[str, str]]:
     if found.predicted is not None:
         near, memory, whole = found.predicted
         parts = f"{_us(near)} with keys and values in the second-level cache, {_us(memory)} to read lines in that order"
-        rows.append(("predicted", f"{_us(whole)}: {parts} from memory, of which {_us(near + memory - whole)} overlap"))
+        both = near + memory - whole
+        overlap = f"of which {_us(both)} overlap" if both > 0 else "which do not overlap"
+        rows.append(("predicted", f"{_us(whole)}: {parts} from memory, {overlap}"))
         ratios.insert(0, f"predicted is {whole / found.seconds:.2f} of measured")
     else:
         rows.append(("predicted", f"no: {reason}"))
