@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import statistics
 import tempfile
@@ -149,6 +150,7 @@ class Rates:
         return seconds
 
 
+@functools.cache
 def _probes(products: int = 0, fetches: bool = False) -> ctypes.CDLL:
     """The functions of the source, of which the last reads lines beside products of vectors and fetches."""
     with tempfile.TemporaryDirectory() as directory:
