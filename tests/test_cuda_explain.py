@@ -12,7 +12,7 @@ from pa_compiler import PagedAttentionSpec, compiler
 from pa_compiler.backend import Limits
 from pa_compiler.cli import main as cli
 from pa_compiler.cuda import build as cuda_build
-from pa_compiler.cuda import gpus
+from pa_compiler.cuda import gpus, inside
 from pa_compiler.cuda import tiling as cuda_tiling
 
 
@@ -115,3 +115,7 @@ def test_errors(words, message):
     done = invoke(*words.split())
     assert done.exit_code == 2
     assert message in " ".join(re.sub(r"[│]", "", done.output).split())
+
+
+def test_without_machine_code_there_are_no_loops_of_it():
+    assert inside._kernels("") == []

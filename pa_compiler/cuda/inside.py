@@ -61,9 +61,9 @@ def options(spec: PagedAttentionSpec) -> list[Option]:
 
 
 def _kernels(sass: str) -> list[tuple[str, int, str]]:
-    """Of each kernel its name, the line that its section begins at, and its text."""
+    """Of each kernel its name, the line that its section begins at, and its text; none where nothing disassembles."""
     found = list(re.finditer(r"^\s*\.section\s+\.text\.(\w+)_kernel\b.*$", sass, flags=re.MULTILINE))
-    ends = [each.start() for each in found[1:]] + [len(sass)]
+    ends = [*(each.start() for each in found[1:]), len(sass)][: len(found)]
     return [
         (each[1], sass.count("\n", 0, each.start()) + 1, sass[each.start() : end])
         for each, end in zip(found, ends, strict=True)
