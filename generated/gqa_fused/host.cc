@@ -43,7 +43,7 @@ struct Spec {
   static constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
   static constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
   static constexpr int64_t kRangeBlocks = 256;  // the same where a sequence has several query tokens
-  static constexpr int64_t kAttendRows = 16, kAttendTiles = 32;  // then: rows of a tile, and tiles of a work item
+  static constexpr int64_t kAttendRows = 32, kAttendTiles = 16;  // then: rows of a tile, and tiles of a work item
   static constexpr int64_t kAttendHeads = 8;  // and its kv heads
   static constexpr int64_t kThreadTokens = 30;  // KV tokens of work items that are worth one more thread
 };

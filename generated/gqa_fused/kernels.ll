@@ -441,8 +441,10 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor537.i = alloca [16 x float], align 64
-  %reach558.i = alloca [128 x i32], align 64
+  %factor621.i = alloca [32 x float], align 64
+  %value_offsets643.i = alloca [128 x i64], align 64
+  %key_offsets644.i = alloca [128 x i64], align 64
+  %reach647.i = alloca [64 x i32], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -686,8 +688,10 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor537.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %reach558.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor621.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %value_offsets643.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %key_offsets644.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %reach647.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -706,12 +710,12 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !6
 
 if_end.i:                                         ; preds = %if_end57
-  %120 = shl i32 %num_query, 2
-  %121 = add nsw i32 %120, 15
-  %122 = ashr i32 %121, 4
+  %120 = shl nsw i32 %num_query, 2
+  %121 = add nsw i32 %120, 31
+  %122 = ashr i32 %121, 5
   %123 = mul i32 %122, %num_kv_heads
-  %124 = tail call i32 @llvm.smin.i32(i32 %123, i32 32)
-  %125 = shl nsw i32 %124, 4
+  %124 = tail call i32 @llvm.smin.i32(i32 %123, i32 16)
+  %125 = shl nsw i32 %124, 5
   %126 = sext i32 %125 to i64
   %127 = shl nuw nsw i64 %126, 2
   %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
@@ -726,7 +730,7 @@ if_end2.i:                                        ; preds = %if_end.i
   br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %132 = shl nsw i32 %124, 11
+  %132 = shl nsw i32 %124, 12
   %133 = sext i32 %132 to i64
   %134 = shl nuw nsw i64 %133, 2
   %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
@@ -767,46 +771,46 @@ for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
   %sext76 = shl i64 %56, 32
   %152 = ashr exact i64 %sext76, 32
   %153 = icmp sgt i32 %122, -1
-  %154 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %155 = shufflevector <16 x i32> %154, <16 x i32> poison, <16 x i32> zeroinitializer
+  %154 = insertelement <32 x i32> poison, i32 %context_len.i, i64 0
+  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <32 x i32> zeroinitializer
   %156 = or i1 %146, %143
-  %157 = insertelement <16 x i1> poison, i1 %156, i64 0
-  %158 = shufflevector <16 x i1> %157, <16 x i1> poison, <16 x i32> zeroinitializer
+  %157 = insertelement <32 x i1> poison, i1 %156, i64 0
+  %158 = shufflevector <32 x i1> %157, <32 x i1> poison, <32 x i32> zeroinitializer
   %wide.trip.count.i = zext nneg i32 %123 to i64
   %159 = shl i32 %num_query, 1
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
-  %indvars.iv985.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next986.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv985.i to i32
+  %indvars.iv1381.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next1382.i, %for_body_r.peel.next.i ]
+  %160 = trunc nuw nsw i64 %indvars.iv1381.i to i32
   %rmod.i = srem i32 %160, %122
   %rdiv39.i = sdiv i32 %160, %122
   %161 = icmp ne i32 %rmod.i, 0
-  %.not588.i = and i1 %147, %161
-  %162 = select i1 %.not588.i, i32 %122, i32 0
+  %.not675.i = and i1 %147, %161
+  %162 = select i1 %.not675.i, i32 %122, i32 0
   %163 = add nsw i32 %162, %rmod.i
-  %164 = shl nsw i32 %163, 2
-  %165 = shl nsw i32 %163, 4
+  %164 = shl nsw i32 %163, 3
+  %165 = shl nsw i32 %163, 5
   %166 = sub nsw i32 %120, %165
-  %167 = shl nsw i32 %163, 3
-  %invariant.op671.i = sub i32 %167, %159
-  %168 = sext i1 %.not588.i to i32
+  %167 = shl nsw i32 %163, 4
+  %invariant.op909.i = sub i32 %167, %159
+  %168 = sext i1 %.not675.i to i32
   %169 = sext i32 %163 to i64
-  %170 = shl nsw i64 %169, 2
-  %invariant.op673.i = add nsw i64 %170, %152
+  %170 = shl nsw i64 %169, 3
+  %invariant.op911.i = add nsw i64 %170, %152
   %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv985.i, 11
-  %173 = and i64 %172, 4294965248
-  %invariant.gep1327.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %172 = shl i64 %indvars.iv1381.i, 12
+  %173 = and i64 %172, 4294963200
+  %invariant.gep1849.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 4
+  %174 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 4
   %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond993.peel.not.i = icmp eq i32 %123, 1
+  %exitcond1389.peel.not.i = icmp eq i32 %123, 1
   %176 = extractelement <2 x i32> %175, i64 0
   %177 = extractelement <2 x i32> %175, i64 1
-  br i1 %exitcond993.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !10
+  br i1 %exitcond1389.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !10
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
   %178 = add nsw i64 %wide.trip.count.i, -1
@@ -814,8 +818,8 @@ iter.check:                                       ; preds = %for_begin_tile79.pr
   br i1 %min.iters.check, label %if_end92.i.preheader, label %vector.main.loop.iter.check, !prof !9
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check402 = icmp ult i32 %123, 34
-  br i1 %min.iters.check402, label %vec.epilog.ph, label %vector.ph, !prof !9
+  %min.iters.check625 = icmp ult i32 %123, 34
+  br i1 %min.iters.check625, label %vec.epilog.ph, label %vector.ph, !prof !9
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
   %n.mod.vf = and i64 %178, 31
@@ -823,64 +827,64 @@ vector.ph:                                        ; preds = %vector.main.loop.it
   %180 = select i1 %179, i64 32, i64 %n.mod.vf
   %n.vec = sub nsw i64 %178, %180
   %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat404 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splat627 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
   %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi405 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi406 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi407 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi408 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi409 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi410 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi411 = phi <8 x i32> [ %broadcast.splat404, %vector.ph ], [ %200, %vector.body ]
+  %vec.phi628 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
+  %vec.phi629 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
+  %vec.phi630 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
+  %vec.phi631 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %197, %vector.body ]
+  %vec.phi632 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %198, %vector.body ]
+  %vec.phi633 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %199, %vector.body ]
+  %vec.phi634 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %200, %vector.body ]
   %181 = shl i64 %index, 4
   %182 = shl i64 %index, 4
   %183 = shl i64 %index, 4
   %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %184
+  %185 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %181
+  %186 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %182
+  %187 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %183
+  %188 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %184
   %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
   %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
   %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
   %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
   %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !11
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec412 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec413 = load <32 x i32>, ptr %190, align 4, !tbaa !11
-  %strided.vec414 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec415 = shufflevector <32 x i32> %wide.vec413, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec416 = load <32 x i32>, ptr %191, align 4, !tbaa !11
-  %strided.vec417 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec418 = shufflevector <32 x i32> %wide.vec416, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec419 = load <32 x i32>, ptr %192, align 4, !tbaa !11
-  %strided.vec420 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %strided.vec421 = shufflevector <32 x i32> %wide.vec419, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec412)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi405, <8 x i32> %strided.vec415)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi406, <8 x i32> %strided.vec418)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi407, <8 x i32> %strided.vec421)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi408, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi409, <8 x i32> %strided.vec414)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi410, <8 x i32> %strided.vec417)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi411, <8 x i32> %strided.vec420)
+  %strided.vec635 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec636 = load <32 x i32>, ptr %190, align 4, !tbaa !11
+  %strided.vec637 = shufflevector <32 x i32> %wide.vec636, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec638 = shufflevector <32 x i32> %wide.vec636, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec639 = load <32 x i32>, ptr %191, align 4, !tbaa !11
+  %strided.vec640 = shufflevector <32 x i32> %wide.vec639, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec641 = shufflevector <32 x i32> %wide.vec639, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec642 = load <32 x i32>, ptr %192, align 4, !tbaa !11
+  %strided.vec643 = shufflevector <32 x i32> %wide.vec642, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec644 = shufflevector <32 x i32> %wide.vec642, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec635)
+  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi628, <8 x i32> %strided.vec638)
+  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi629, <8 x i32> %strided.vec641)
+  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi630, <8 x i32> %strided.vec644)
+  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi631, <8 x i32> %strided.vec)
+  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi632, <8 x i32> %strided.vec637)
+  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi633, <8 x i32> %strided.vec640)
+  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi634, <8 x i32> %strided.vec643)
   %index.next = add nuw i64 %index, 32
   %201 = icmp eq i64 %index.next, %n.vec
   br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !13, !llvm.loop !14
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax424 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax425 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax424, <8 x i32> %199)
-  %rdx.minmax426 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax425, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax426)
+  %rdx.minmax647 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
+  %rdx.minmax648 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax647, <8 x i32> %199)
+  %rdx.minmax649 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax648, <8 x i32> %200)
+  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax649)
   %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax422 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax423 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax422, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax423)
+  %rdx.minmax645 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
+  %rdx.minmax646 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax645, <8 x i32> %196)
+  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax646)
   %ind.end = add nsw i64 %n.vec, 1
   %min.epilog.iters.check = icmp samesign ult i64 %180, 5
   %204 = insertelement <2 x i32> poison, i32 %202, i64 0
@@ -890,29 +894,29 @@ vec.epilog.iter.check:                            ; preds = %vector.body
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf428 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf428, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf428
-  %n.vec429 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec429, 1
-  %broadcast.splat431 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat433 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %n.mod.vf651 = and i64 %178, 3
+  %207 = icmp eq i64 %n.mod.vf651, 0
+  %208 = select i1 %207, i64 4, i64 %n.mod.vf651
+  %n.vec652 = sub nsw i64 %178, %208
+  %209 = add nsw i64 %n.vec652, 1
+  %broadcast.splat654 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat656 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index434 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next440, %vec.epilog.vector.body ]
-  %vec.phi435 = phi <4 x i32> [ %broadcast.splat431, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi436 = phi <4 x i32> [ %broadcast.splat433, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
-  %offset.idx = shl i64 %index434, 4
-  %210 = getelementptr i8, ptr %reach558.i, i64 %offset.idx
+  %index657 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next663, %vec.epilog.vector.body ]
+  %vec.phi658 = phi <4 x i32> [ %broadcast.splat654, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
+  %vec.phi659 = phi <4 x i32> [ %broadcast.splat656, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index657, 4
+  %210 = getelementptr i8, ptr %reach647.i, i64 %offset.idx
   %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec437 = load <16 x i32>, ptr %211, align 4, !tbaa !11
-  %strided.vec438 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
-  %strided.vec439 = shufflevector <16 x i32> %wide.vec437, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi435, <4 x i32> %strided.vec439)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi436, <4 x i32> %strided.vec438)
-  %index.next440 = add nuw i64 %index434, 4
-  %214 = icmp eq i64 %index.next440, %n.vec429
+  %wide.vec660 = load <16 x i32>, ptr %211, align 4, !tbaa !11
+  %strided.vec661 = shufflevector <16 x i32> %wide.vec660, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec662 = shufflevector <16 x i32> %wide.vec660, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi658, <4 x i32> %strided.vec662)
+  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi659, <4 x i32> %strided.vec661)
+  %index.next663 = add nuw i64 %index657, 4
+  %214 = icmp eq i64 %index.next663, %n.vec652
   br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
@@ -921,28 +925,28 @@ vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.b
   br label %if_end92.i.preheader
 
 if_end92.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv989.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span557.sroa.0.0687.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span557.sroa.3.0686.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv1385.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
+  %span646.sroa.0.0925.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
+  %span646.sroa.3.0924.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
   br label %if_end92.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv972.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next973.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv972.i to i32
+  %indvars.iv1368.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1369.i, %for_end_ax2_0.i ]
+  %217 = trunc i64 %indvars.iv1368.i to i32
   %218 = add i32 %164, %217
   %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv972.i, 2
+  %220 = shl nuw nsw i64 %indvars.iv1368.i, 2
   %221 = or disjoint i64 %220, 1
   %222 = icmp slt i64 %221, %171
   %223 = shl i32 %217, 1
-  %.reass672.i = add i32 %invariant.op671.i, %223
-  %224 = icmp slt i32 %.reass672.i, -1
+  %.reass910.i = add i32 %invariant.op909.i, %223
+  %224 = icmp slt i32 %.reass910.i, -1
   %225 = or disjoint i64 %220, 3
   %226 = icmp slt i64 %225, %171
-  %.reass674.i = add nsw i64 %invariant.op673.i, %indvars.iv972.i
-  %227 = mul nsw i64 %.reass674.i, %q_batch
+  %.reass912.i = add nsw i64 %invariant.op911.i, %indvars.iv1368.i
+  %227 = mul nsw i64 %.reass912.i, %q_batch
   %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1329.i = getelementptr inbounds nuw float, ptr %invariant.gep1327.i, i64 %220
+  %invariant.gep1851.i = getelementptr inbounds nuw float, ptr %invariant.gep1849.i, i64 %220
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
@@ -950,4627 +954,4967 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
   %230 = or i1 %153, %229
   %231 = select i1 %230, i32 0, i32 %122
   %232 = add nsw i32 %231, %rmod.i
-  %233 = shl nsw i32 %232, 4
+  %233 = shl nsw i32 %232, 5
   %234 = sub nsw i32 %120, %233
-  %235 = tail call i32 @llvm.smin.i32(i32 %234, i32 16)
+  %235 = tail call i32 @llvm.smin.i32(i32 %234, i32 32)
   %236 = add nsw i32 %235, -1
-  %237 = insertelement <16 x i32> poison, i32 %236, i64 0
-  %238 = shufflevector <16 x i32> %237, <16 x i32> poison, <16 x i32> zeroinitializer
-  %239 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %238, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %240 = ashr <16 x i32> %239, splat (i32 2)
-  %241 = sext <16 x i32> %240 to <16 x i64>
+  %237 = insertelement <32 x i32> poison, i32 %236, i64 0
+  %238 = shufflevector <32 x i32> %237, <32 x i32> poison, <32 x i32> zeroinitializer
+  %239 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %238, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>)
+  %240 = ashr <32 x i32> %239, splat (i32 2)
+  %241 = sext <32 x i32> %240 to <32 x i64>
   %242 = sext i32 %232 to i64
-  %243 = shl nsw i64 %242, 2
+  %243 = shl nsw i64 %242, 3
   %.scalar.i = add nsw i64 %243, %152
-  %244 = insertelement <16 x i64> poison, i64 %.scalar.i, i64 0
-  %245 = shufflevector <16 x i64> %244, <16 x i64> poison, <16 x i32> zeroinitializer
-  %246 = add <16 x i64> %245, %241
-  %247 = extractelement <16 x i64> %246, i64 0
+  %244 = insertelement <32 x i64> poison, i64 %.scalar.i, i64 0
+  %245 = shufflevector <32 x i64> %244, <32 x i64> poison, <32 x i32> zeroinitializer
+  %246 = add <32 x i64> %245, %241
+  %247 = extractelement <32 x i64> %246, i64 0
   %248 = getelementptr inbounds i32, ptr %token_positions, i64 %247
   %249 = load i32, ptr %248, align 4, !tbaa !7
-  %250 = extractelement <16 x i64> %246, i64 1
+  %250 = extractelement <32 x i64> %246, i64 1
   %251 = getelementptr inbounds i32, ptr %token_positions, i64 %250
   %252 = load i32, ptr %251, align 4, !tbaa !7
-  %253 = extractelement <16 x i64> %246, i64 2
+  %253 = extractelement <32 x i64> %246, i64 2
   %254 = getelementptr inbounds i32, ptr %token_positions, i64 %253
   %255 = load i32, ptr %254, align 4, !tbaa !7
-  %256 = extractelement <16 x i64> %246, i64 3
+  %256 = extractelement <32 x i64> %246, i64 3
   %257 = getelementptr inbounds i32, ptr %token_positions, i64 %256
   %258 = load i32, ptr %257, align 4, !tbaa !7
-  %259 = extractelement <16 x i64> %246, i64 4
+  %259 = extractelement <32 x i64> %246, i64 4
   %260 = getelementptr inbounds i32, ptr %token_positions, i64 %259
   %261 = load i32, ptr %260, align 4, !tbaa !7
-  %262 = extractelement <16 x i64> %246, i64 5
+  %262 = extractelement <32 x i64> %246, i64 5
   %263 = getelementptr inbounds i32, ptr %token_positions, i64 %262
   %264 = load i32, ptr %263, align 4, !tbaa !7
-  %265 = extractelement <16 x i64> %246, i64 6
+  %265 = extractelement <32 x i64> %246, i64 6
   %266 = getelementptr inbounds i32, ptr %token_positions, i64 %265
   %267 = load i32, ptr %266, align 4, !tbaa !7
-  %268 = extractelement <16 x i64> %246, i64 7
+  %268 = extractelement <32 x i64> %246, i64 7
   %269 = getelementptr inbounds i32, ptr %token_positions, i64 %268
   %270 = load i32, ptr %269, align 4, !tbaa !7
-  %271 = extractelement <16 x i64> %246, i64 8
+  %271 = extractelement <32 x i64> %246, i64 8
   %272 = getelementptr inbounds i32, ptr %token_positions, i64 %271
   %273 = load i32, ptr %272, align 4, !tbaa !7
-  %274 = extractelement <16 x i64> %246, i64 9
+  %274 = extractelement <32 x i64> %246, i64 9
   %275 = getelementptr inbounds i32, ptr %token_positions, i64 %274
   %276 = load i32, ptr %275, align 4, !tbaa !7
-  %277 = extractelement <16 x i64> %246, i64 10
+  %277 = extractelement <32 x i64> %246, i64 10
   %278 = getelementptr inbounds i32, ptr %token_positions, i64 %277
   %279 = load i32, ptr %278, align 4, !tbaa !7
-  %280 = extractelement <16 x i64> %246, i64 11
+  %280 = extractelement <32 x i64> %246, i64 11
   %281 = getelementptr inbounds i32, ptr %token_positions, i64 %280
   %282 = load i32, ptr %281, align 4, !tbaa !7
-  %283 = extractelement <16 x i64> %246, i64 12
+  %283 = extractelement <32 x i64> %246, i64 12
   %284 = getelementptr inbounds i32, ptr %token_positions, i64 %283
   %285 = load i32, ptr %284, align 4, !tbaa !7
-  %286 = extractelement <16 x i64> %246, i64 13
+  %286 = extractelement <32 x i64> %246, i64 13
   %287 = getelementptr inbounds i32, ptr %token_positions, i64 %286
   %288 = load i32, ptr %287, align 4, !tbaa !7
-  %289 = extractelement <16 x i64> %246, i64 14
+  %289 = extractelement <32 x i64> %246, i64 14
   %290 = getelementptr inbounds i32, ptr %token_positions, i64 %289
   %291 = load i32, ptr %290, align 4, !tbaa !7
-  %292 = extractelement <16 x i64> %246, i64 15
+  %292 = extractelement <32 x i64> %246, i64 15
   %293 = getelementptr inbounds i32, ptr %token_positions, i64 %292
   %294 = load i32, ptr %293, align 4, !tbaa !7
-  %295 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %249, i64 0
-  %296 = insertelement <16 x i32> %295, i32 %252, i64 1
-  %297 = insertelement <16 x i32> %296, i32 %255, i64 2
-  %298 = insertelement <16 x i32> %297, i32 %258, i64 3
-  %299 = insertelement <16 x i32> %298, i32 %261, i64 4
-  %300 = insertelement <16 x i32> %299, i32 %264, i64 5
-  %301 = insertelement <16 x i32> %300, i32 %267, i64 6
-  %302 = insertelement <16 x i32> %301, i32 %270, i64 7
-  %303 = insertelement <16 x i32> %302, i32 %273, i64 8
-  %304 = insertelement <16 x i32> %303, i32 %276, i64 9
-  %305 = insertelement <16 x i32> %304, i32 %279, i64 10
-  %306 = insertelement <16 x i32> %305, i32 %282, i64 11
-  %307 = insertelement <16 x i32> %306, i32 %285, i64 12
-  %308 = insertelement <16 x i32> %307, i32 %288, i64 13
-  %309 = insertelement <16 x i32> %308, i32 %291, i64 14
-  %position.i = insertelement <16 x i32> %309, i32 %294, i64 15
-  %310 = add nsw <16 x i32> %position.i, splat (i32 1)
-  %311 = select <16 x i1> %158, <16 x i32> %155, <16 x i32> %310
-  %312 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %311, <16 x i32> %155)
-  %313 = shl nsw i64 %indvars.iv985.i, 4
-  %314 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %313
-  store <16 x i32> %312, ptr %314, align 4, !tbaa !7
-  %315 = add nsw <16 x i32> %311, splat (i32 -1)
-  %316 = sitofp <16 x i32> %315 to <16 x float>
-  %317 = bitcast <16 x float> %316 to <16 x i32>
-  %318 = ashr <16 x i32> %317, splat (i32 23)
-  %319 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %318, <16 x i32> splat (i32 125))
-  %320 = add nsw <16 x i32> %319, splat (i32 -125)
-  %321 = getelementptr inbounds nuw i32, ptr %places.i, i64 %313
-  store <16 x i32> %320, ptr %321, align 4, !tbaa !7
-  %322 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %313
-  %323 = getelementptr inbounds nuw i8, ptr %322, i64 4
-  %324 = getelementptr inbounds nuw i8, ptr %322, i64 8
-  %325 = getelementptr inbounds nuw i8, ptr %322, i64 12
-  %326 = and i64 %313, 4294967280
-  %327 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %326
-  %own.peel.i = load i32, ptr %327, align 4, !tbaa !7
-  %gep1332.i = getelementptr inbounds nuw i8, ptr %327, i64 4
-  %own.i = load i32, ptr %gep1332.i, align 4, !tbaa !7
-  %328 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  %329 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1332.i.1 = getelementptr inbounds nuw i8, ptr %327, i64 8
-  %own.i.1 = load i32, ptr %gep1332.i.1, align 4, !tbaa !7
-  %330 = tail call i32 @llvm.smin.i32(i32 %328, i32 %own.i.1)
-  %331 = tail call i32 @llvm.smax.i32(i32 %329, i32 %own.i.1)
-  %gep1332.i.2 = getelementptr inbounds nuw i8, ptr %327, i64 12
-  %own.i.2 = load i32, ptr %gep1332.i.2, align 4, !tbaa !7
-  %332 = tail call i32 @llvm.smin.i32(i32 %330, i32 %own.i.2)
-  %333 = tail call i32 @llvm.smax.i32(i32 %331, i32 %own.i.2)
-  %gep1332.i.3 = getelementptr inbounds nuw i8, ptr %327, i64 16
-  %own.i.3 = load i32, ptr %gep1332.i.3, align 4, !tbaa !7
-  %334 = tail call i32 @llvm.smin.i32(i32 %332, i32 %own.i.3)
-  %335 = tail call i32 @llvm.smax.i32(i32 %333, i32 %own.i.3)
-  %gep1332.i.4 = getelementptr inbounds nuw i8, ptr %327, i64 20
-  %own.i.4 = load i32, ptr %gep1332.i.4, align 4, !tbaa !7
-  %336 = tail call i32 @llvm.smin.i32(i32 %334, i32 %own.i.4)
-  %337 = tail call i32 @llvm.smax.i32(i32 %335, i32 %own.i.4)
-  %gep1332.i.5 = getelementptr inbounds nuw i8, ptr %327, i64 24
-  %own.i.5 = load i32, ptr %gep1332.i.5, align 4, !tbaa !7
-  %338 = tail call i32 @llvm.smin.i32(i32 %336, i32 %own.i.5)
-  %339 = tail call i32 @llvm.smax.i32(i32 %337, i32 %own.i.5)
-  %gep1332.i.6 = getelementptr inbounds nuw i8, ptr %327, i64 28
-  %own.i.6 = load i32, ptr %gep1332.i.6, align 4, !tbaa !7
-  %340 = tail call i32 @llvm.smin.i32(i32 %338, i32 %own.i.6)
-  %341 = tail call i32 @llvm.smax.i32(i32 %339, i32 %own.i.6)
-  %gep1332.i.7 = getelementptr inbounds nuw i8, ptr %327, i64 32
-  %own.i.7 = load i32, ptr %gep1332.i.7, align 4, !tbaa !7
-  %342 = tail call i32 @llvm.smin.i32(i32 %340, i32 %own.i.7)
-  %343 = tail call i32 @llvm.smax.i32(i32 %341, i32 %own.i.7)
-  %gep1332.i.8 = getelementptr inbounds nuw i8, ptr %327, i64 36
-  %own.i.8 = load i32, ptr %gep1332.i.8, align 4, !tbaa !7
-  %344 = tail call i32 @llvm.smin.i32(i32 %342, i32 %own.i.8)
-  %345 = tail call i32 @llvm.smax.i32(i32 %343, i32 %own.i.8)
-  %gep1332.i.9 = getelementptr inbounds nuw i8, ptr %327, i64 40
-  %own.i.9 = load i32, ptr %gep1332.i.9, align 4, !tbaa !7
-  %346 = tail call i32 @llvm.smin.i32(i32 %344, i32 %own.i.9)
-  %347 = tail call i32 @llvm.smax.i32(i32 %345, i32 %own.i.9)
-  %gep1332.i.10 = getelementptr inbounds nuw i8, ptr %327, i64 44
-  %own.i.10 = load i32, ptr %gep1332.i.10, align 4, !tbaa !7
-  %348 = tail call i32 @llvm.smin.i32(i32 %346, i32 %own.i.10)
-  %349 = tail call i32 @llvm.smax.i32(i32 %347, i32 %own.i.10)
-  %gep1332.i.11 = getelementptr inbounds nuw i8, ptr %327, i64 48
-  %own.i.11 = load i32, ptr %gep1332.i.11, align 4, !tbaa !7
-  %350 = tail call i32 @llvm.smin.i32(i32 %348, i32 %own.i.11)
-  %351 = tail call i32 @llvm.smax.i32(i32 %349, i32 %own.i.11)
-  %gep1332.i.12 = getelementptr inbounds nuw i8, ptr %327, i64 52
-  %own.i.12 = load i32, ptr %gep1332.i.12, align 4, !tbaa !7
-  %352 = tail call i32 @llvm.smin.i32(i32 %350, i32 %own.i.12)
-  %353 = tail call i32 @llvm.smax.i32(i32 %351, i32 %own.i.12)
-  %gep1332.i.13 = getelementptr inbounds nuw i8, ptr %327, i64 56
-  %own.i.13 = load i32, ptr %gep1332.i.13, align 4, !tbaa !7
-  %354 = tail call i32 @llvm.smin.i32(i32 %352, i32 %own.i.13)
-  %355 = tail call i32 @llvm.smax.i32(i32 %353, i32 %own.i.13)
-  %gep1332.i.14 = getelementptr inbounds nuw i8, ptr %327, i64 60
-  %own.i.14 = load i32, ptr %gep1332.i.14, align 4, !tbaa !7
-  %356 = tail call i32 @llvm.smin.i32(i32 %354, i32 %own.i.14)
-  %357 = tail call i32 @llvm.smax.i32(i32 %355, i32 %own.i.14)
-  %358 = shl i64 %indvars.iv985.i, 13
-  %359 = and i64 %358, 17179860992
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %359
-  store i32 %356, ptr %322, align 16, !tbaa !11
-  store i32 %357, ptr %323, align 4, !tbaa !11
-  store i32 0, ptr %324, align 8, !tbaa !11
-  store i32 0, ptr %325, align 4, !tbaa !11
-  %360 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %313
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %360, align 4, !tbaa !7
-  %361 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %313
-  store <16 x float> zeroinitializer, ptr %361, align 4, !tbaa !7
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !7
-  %indvars.iv.next986.i = add nuw nsw i64 %indvars.iv985.i, 1
-  %exitcond988.not.i = icmp eq i64 %indvars.iv.next986.i, %wide.trip.count.i
-  br i1 %exitcond988.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !10
+  %295 = extractelement <32 x i64> %246, i64 16
+  %296 = getelementptr inbounds i32, ptr %token_positions, i64 %295
+  %297 = load i32, ptr %296, align 4, !tbaa !7
+  %298 = extractelement <32 x i64> %246, i64 17
+  %299 = getelementptr inbounds i32, ptr %token_positions, i64 %298
+  %300 = load i32, ptr %299, align 4, !tbaa !7
+  %301 = extractelement <32 x i64> %246, i64 18
+  %302 = getelementptr inbounds i32, ptr %token_positions, i64 %301
+  %303 = load i32, ptr %302, align 4, !tbaa !7
+  %304 = extractelement <32 x i64> %246, i64 19
+  %305 = getelementptr inbounds i32, ptr %token_positions, i64 %304
+  %306 = load i32, ptr %305, align 4, !tbaa !7
+  %307 = extractelement <32 x i64> %246, i64 20
+  %308 = getelementptr inbounds i32, ptr %token_positions, i64 %307
+  %309 = load i32, ptr %308, align 4, !tbaa !7
+  %310 = extractelement <32 x i64> %246, i64 21
+  %311 = getelementptr inbounds i32, ptr %token_positions, i64 %310
+  %312 = load i32, ptr %311, align 4, !tbaa !7
+  %313 = extractelement <32 x i64> %246, i64 22
+  %314 = getelementptr inbounds i32, ptr %token_positions, i64 %313
+  %315 = load i32, ptr %314, align 4, !tbaa !7
+  %316 = extractelement <32 x i64> %246, i64 23
+  %317 = getelementptr inbounds i32, ptr %token_positions, i64 %316
+  %318 = load i32, ptr %317, align 4, !tbaa !7
+  %319 = extractelement <32 x i64> %246, i64 24
+  %320 = getelementptr inbounds i32, ptr %token_positions, i64 %319
+  %321 = load i32, ptr %320, align 4, !tbaa !7
+  %322 = extractelement <32 x i64> %246, i64 25
+  %323 = getelementptr inbounds i32, ptr %token_positions, i64 %322
+  %324 = load i32, ptr %323, align 4, !tbaa !7
+  %325 = extractelement <32 x i64> %246, i64 26
+  %326 = getelementptr inbounds i32, ptr %token_positions, i64 %325
+  %327 = load i32, ptr %326, align 4, !tbaa !7
+  %328 = extractelement <32 x i64> %246, i64 27
+  %329 = getelementptr inbounds i32, ptr %token_positions, i64 %328
+  %330 = load i32, ptr %329, align 4, !tbaa !7
+  %331 = extractelement <32 x i64> %246, i64 28
+  %332 = getelementptr inbounds i32, ptr %token_positions, i64 %331
+  %333 = load i32, ptr %332, align 4, !tbaa !7
+  %334 = extractelement <32 x i64> %246, i64 29
+  %335 = getelementptr inbounds i32, ptr %token_positions, i64 %334
+  %336 = load i32, ptr %335, align 4, !tbaa !7
+  %337 = extractelement <32 x i64> %246, i64 30
+  %338 = getelementptr inbounds i32, ptr %token_positions, i64 %337
+  %339 = load i32, ptr %338, align 4, !tbaa !7
+  %340 = extractelement <32 x i64> %246, i64 31
+  %341 = getelementptr inbounds i32, ptr %token_positions, i64 %340
+  %342 = load i32, ptr %341, align 4, !tbaa !7
+  %343 = insertelement <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %249, i64 0
+  %344 = insertelement <32 x i32> %343, i32 %252, i64 1
+  %345 = insertelement <32 x i32> %344, i32 %255, i64 2
+  %346 = insertelement <32 x i32> %345, i32 %258, i64 3
+  %347 = insertelement <32 x i32> %346, i32 %261, i64 4
+  %348 = insertelement <32 x i32> %347, i32 %264, i64 5
+  %349 = insertelement <32 x i32> %348, i32 %267, i64 6
+  %350 = insertelement <32 x i32> %349, i32 %270, i64 7
+  %351 = insertelement <32 x i32> %350, i32 %273, i64 8
+  %352 = insertelement <32 x i32> %351, i32 %276, i64 9
+  %353 = insertelement <32 x i32> %352, i32 %279, i64 10
+  %354 = insertelement <32 x i32> %353, i32 %282, i64 11
+  %355 = insertelement <32 x i32> %354, i32 %285, i64 12
+  %356 = insertelement <32 x i32> %355, i32 %288, i64 13
+  %357 = insertelement <32 x i32> %356, i32 %291, i64 14
+  %358 = insertelement <32 x i32> %357, i32 %294, i64 15
+  %359 = insertelement <32 x i32> %358, i32 %297, i64 16
+  %360 = insertelement <32 x i32> %359, i32 %300, i64 17
+  %361 = insertelement <32 x i32> %360, i32 %303, i64 18
+  %362 = insertelement <32 x i32> %361, i32 %306, i64 19
+  %363 = insertelement <32 x i32> %362, i32 %309, i64 20
+  %364 = insertelement <32 x i32> %363, i32 %312, i64 21
+  %365 = insertelement <32 x i32> %364, i32 %315, i64 22
+  %366 = insertelement <32 x i32> %365, i32 %318, i64 23
+  %367 = insertelement <32 x i32> %366, i32 %321, i64 24
+  %368 = insertelement <32 x i32> %367, i32 %324, i64 25
+  %369 = insertelement <32 x i32> %368, i32 %327, i64 26
+  %370 = insertelement <32 x i32> %369, i32 %330, i64 27
+  %371 = insertelement <32 x i32> %370, i32 %333, i64 28
+  %372 = insertelement <32 x i32> %371, i32 %336, i64 29
+  %373 = insertelement <32 x i32> %372, i32 %339, i64 30
+  %position.i = insertelement <32 x i32> %373, i32 %342, i64 31
+  %374 = add nsw <32 x i32> %position.i, splat (i32 1)
+  %375 = select <32 x i1> %158, <32 x i32> %155, <32 x i32> %374
+  %376 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %375, <32 x i32> %155)
+  %377 = shl nsw i64 %indvars.iv1381.i, 5
+  %378 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %377
+  store <32 x i32> %376, ptr %378, align 4, !tbaa !7
+  %379 = add nsw <32 x i32> %375, splat (i32 -1)
+  %380 = sitofp <32 x i32> %379 to <32 x float>
+  %381 = bitcast <32 x float> %380 to <32 x i32>
+  %382 = ashr <32 x i32> %381, splat (i32 23)
+  %383 = tail call <32 x i32> @llvm.smax.v32i32(<32 x i32> %382, <32 x i32> splat (i32 125))
+  %384 = add nsw <32 x i32> %383, splat (i32 -125)
+  %385 = getelementptr inbounds nuw i32, ptr %places.i, i64 %377
+  store <32 x i32> %384, ptr %385, align 4, !tbaa !7
+  %.idx1711.i = shl i64 %indvars.iv1381.i, 4
+  %386 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1711.i
+  %387 = getelementptr inbounds nuw i8, ptr %386, i64 4
+  %388 = getelementptr inbounds nuw i8, ptr %386, i64 8
+  %389 = getelementptr inbounds nuw i8, ptr %386, i64 12
+  %390 = and i64 %377, 4294967264
+  %391 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %390
+  %own.peel.i = load i32, ptr %391, align 4, !tbaa !7
+  %gep1854.i = getelementptr inbounds nuw i8, ptr %391, i64 4
+  %own.i = load i32, ptr %gep1854.i, align 4, !tbaa !7
+  %392 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %393 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1854.i.1 = getelementptr inbounds nuw i8, ptr %391, i64 8
+  %own.i.1 = load i32, ptr %gep1854.i.1, align 4, !tbaa !7
+  %394 = tail call i32 @llvm.smin.i32(i32 %392, i32 %own.i.1)
+  %395 = tail call i32 @llvm.smax.i32(i32 %393, i32 %own.i.1)
+  %gep1854.i.2 = getelementptr inbounds nuw i8, ptr %391, i64 12
+  %own.i.2 = load i32, ptr %gep1854.i.2, align 4, !tbaa !7
+  %396 = tail call i32 @llvm.smin.i32(i32 %394, i32 %own.i.2)
+  %397 = tail call i32 @llvm.smax.i32(i32 %395, i32 %own.i.2)
+  %gep1854.i.3 = getelementptr inbounds nuw i8, ptr %391, i64 16
+  %own.i.3 = load i32, ptr %gep1854.i.3, align 4, !tbaa !7
+  %398 = tail call i32 @llvm.smin.i32(i32 %396, i32 %own.i.3)
+  %399 = tail call i32 @llvm.smax.i32(i32 %397, i32 %own.i.3)
+  %gep1854.i.4 = getelementptr inbounds nuw i8, ptr %391, i64 20
+  %own.i.4 = load i32, ptr %gep1854.i.4, align 4, !tbaa !7
+  %400 = tail call i32 @llvm.smin.i32(i32 %398, i32 %own.i.4)
+  %401 = tail call i32 @llvm.smax.i32(i32 %399, i32 %own.i.4)
+  %gep1854.i.5 = getelementptr inbounds nuw i8, ptr %391, i64 24
+  %own.i.5 = load i32, ptr %gep1854.i.5, align 4, !tbaa !7
+  %402 = tail call i32 @llvm.smin.i32(i32 %400, i32 %own.i.5)
+  %403 = tail call i32 @llvm.smax.i32(i32 %401, i32 %own.i.5)
+  %gep1854.i.6 = getelementptr inbounds nuw i8, ptr %391, i64 28
+  %own.i.6 = load i32, ptr %gep1854.i.6, align 4, !tbaa !7
+  %404 = tail call i32 @llvm.smin.i32(i32 %402, i32 %own.i.6)
+  %405 = tail call i32 @llvm.smax.i32(i32 %403, i32 %own.i.6)
+  %gep1854.i.7 = getelementptr inbounds nuw i8, ptr %391, i64 32
+  %own.i.7 = load i32, ptr %gep1854.i.7, align 4, !tbaa !7
+  %406 = tail call i32 @llvm.smin.i32(i32 %404, i32 %own.i.7)
+  %407 = tail call i32 @llvm.smax.i32(i32 %405, i32 %own.i.7)
+  %gep1854.i.8 = getelementptr inbounds nuw i8, ptr %391, i64 36
+  %own.i.8 = load i32, ptr %gep1854.i.8, align 4, !tbaa !7
+  %408 = tail call i32 @llvm.smin.i32(i32 %406, i32 %own.i.8)
+  %409 = tail call i32 @llvm.smax.i32(i32 %407, i32 %own.i.8)
+  %gep1854.i.9 = getelementptr inbounds nuw i8, ptr %391, i64 40
+  %own.i.9 = load i32, ptr %gep1854.i.9, align 4, !tbaa !7
+  %410 = tail call i32 @llvm.smin.i32(i32 %408, i32 %own.i.9)
+  %411 = tail call i32 @llvm.smax.i32(i32 %409, i32 %own.i.9)
+  %gep1854.i.10 = getelementptr inbounds nuw i8, ptr %391, i64 44
+  %own.i.10 = load i32, ptr %gep1854.i.10, align 4, !tbaa !7
+  %412 = tail call i32 @llvm.smin.i32(i32 %410, i32 %own.i.10)
+  %413 = tail call i32 @llvm.smax.i32(i32 %411, i32 %own.i.10)
+  %gep1854.i.11 = getelementptr inbounds nuw i8, ptr %391, i64 48
+  %own.i.11 = load i32, ptr %gep1854.i.11, align 4, !tbaa !7
+  %414 = tail call i32 @llvm.smin.i32(i32 %412, i32 %own.i.11)
+  %415 = tail call i32 @llvm.smax.i32(i32 %413, i32 %own.i.11)
+  %gep1854.i.12 = getelementptr inbounds nuw i8, ptr %391, i64 52
+  %own.i.12 = load i32, ptr %gep1854.i.12, align 4, !tbaa !7
+  %416 = tail call i32 @llvm.smin.i32(i32 %414, i32 %own.i.12)
+  %417 = tail call i32 @llvm.smax.i32(i32 %415, i32 %own.i.12)
+  %gep1854.i.13 = getelementptr inbounds nuw i8, ptr %391, i64 56
+  %own.i.13 = load i32, ptr %gep1854.i.13, align 4, !tbaa !7
+  %418 = tail call i32 @llvm.smin.i32(i32 %416, i32 %own.i.13)
+  %419 = tail call i32 @llvm.smax.i32(i32 %417, i32 %own.i.13)
+  %gep1854.i.14 = getelementptr inbounds nuw i8, ptr %391, i64 60
+  %own.i.14 = load i32, ptr %gep1854.i.14, align 4, !tbaa !7
+  %420 = tail call i32 @llvm.smin.i32(i32 %418, i32 %own.i.14)
+  %421 = tail call i32 @llvm.smax.i32(i32 %419, i32 %own.i.14)
+  %gep1854.i.15 = getelementptr inbounds nuw i8, ptr %391, i64 64
+  %own.i.15 = load i32, ptr %gep1854.i.15, align 4, !tbaa !7
+  %422 = tail call i32 @llvm.smin.i32(i32 %420, i32 %own.i.15)
+  %423 = tail call i32 @llvm.smax.i32(i32 %421, i32 %own.i.15)
+  %gep1854.i.16 = getelementptr inbounds nuw i8, ptr %391, i64 68
+  %own.i.16 = load i32, ptr %gep1854.i.16, align 4, !tbaa !7
+  %424 = tail call i32 @llvm.smin.i32(i32 %422, i32 %own.i.16)
+  %425 = tail call i32 @llvm.smax.i32(i32 %423, i32 %own.i.16)
+  %gep1854.i.17 = getelementptr inbounds nuw i8, ptr %391, i64 72
+  %own.i.17 = load i32, ptr %gep1854.i.17, align 4, !tbaa !7
+  %426 = tail call i32 @llvm.smin.i32(i32 %424, i32 %own.i.17)
+  %427 = tail call i32 @llvm.smax.i32(i32 %425, i32 %own.i.17)
+  %gep1854.i.18 = getelementptr inbounds nuw i8, ptr %391, i64 76
+  %own.i.18 = load i32, ptr %gep1854.i.18, align 4, !tbaa !7
+  %428 = tail call i32 @llvm.smin.i32(i32 %426, i32 %own.i.18)
+  %429 = tail call i32 @llvm.smax.i32(i32 %427, i32 %own.i.18)
+  %gep1854.i.19 = getelementptr inbounds nuw i8, ptr %391, i64 80
+  %own.i.19 = load i32, ptr %gep1854.i.19, align 4, !tbaa !7
+  %430 = tail call i32 @llvm.smin.i32(i32 %428, i32 %own.i.19)
+  %431 = tail call i32 @llvm.smax.i32(i32 %429, i32 %own.i.19)
+  %gep1854.i.20 = getelementptr inbounds nuw i8, ptr %391, i64 84
+  %own.i.20 = load i32, ptr %gep1854.i.20, align 4, !tbaa !7
+  %432 = tail call i32 @llvm.smin.i32(i32 %430, i32 %own.i.20)
+  %433 = tail call i32 @llvm.smax.i32(i32 %431, i32 %own.i.20)
+  %gep1854.i.21 = getelementptr inbounds nuw i8, ptr %391, i64 88
+  %own.i.21 = load i32, ptr %gep1854.i.21, align 4, !tbaa !7
+  %434 = tail call i32 @llvm.smin.i32(i32 %432, i32 %own.i.21)
+  %435 = tail call i32 @llvm.smax.i32(i32 %433, i32 %own.i.21)
+  %gep1854.i.22 = getelementptr inbounds nuw i8, ptr %391, i64 92
+  %own.i.22 = load i32, ptr %gep1854.i.22, align 4, !tbaa !7
+  %436 = tail call i32 @llvm.smin.i32(i32 %434, i32 %own.i.22)
+  %437 = tail call i32 @llvm.smax.i32(i32 %435, i32 %own.i.22)
+  %gep1854.i.23 = getelementptr inbounds nuw i8, ptr %391, i64 96
+  %own.i.23 = load i32, ptr %gep1854.i.23, align 4, !tbaa !7
+  %438 = tail call i32 @llvm.smin.i32(i32 %436, i32 %own.i.23)
+  %439 = tail call i32 @llvm.smax.i32(i32 %437, i32 %own.i.23)
+  %gep1854.i.24 = getelementptr inbounds nuw i8, ptr %391, i64 100
+  %own.i.24 = load i32, ptr %gep1854.i.24, align 4, !tbaa !7
+  %440 = tail call i32 @llvm.smin.i32(i32 %438, i32 %own.i.24)
+  %441 = tail call i32 @llvm.smax.i32(i32 %439, i32 %own.i.24)
+  %gep1854.i.25 = getelementptr inbounds nuw i8, ptr %391, i64 104
+  %own.i.25 = load i32, ptr %gep1854.i.25, align 4, !tbaa !7
+  %442 = tail call i32 @llvm.smin.i32(i32 %440, i32 %own.i.25)
+  %443 = tail call i32 @llvm.smax.i32(i32 %441, i32 %own.i.25)
+  %gep1854.i.26 = getelementptr inbounds nuw i8, ptr %391, i64 108
+  %own.i.26 = load i32, ptr %gep1854.i.26, align 4, !tbaa !7
+  %444 = tail call i32 @llvm.smin.i32(i32 %442, i32 %own.i.26)
+  %445 = tail call i32 @llvm.smax.i32(i32 %443, i32 %own.i.26)
+  %gep1854.i.27 = getelementptr inbounds nuw i8, ptr %391, i64 112
+  %own.i.27 = load i32, ptr %gep1854.i.27, align 4, !tbaa !7
+  %446 = tail call i32 @llvm.smin.i32(i32 %444, i32 %own.i.27)
+  %447 = tail call i32 @llvm.smax.i32(i32 %445, i32 %own.i.27)
+  %gep1854.i.28 = getelementptr inbounds nuw i8, ptr %391, i64 116
+  %own.i.28 = load i32, ptr %gep1854.i.28, align 4, !tbaa !7
+  %448 = tail call i32 @llvm.smin.i32(i32 %446, i32 %own.i.28)
+  %449 = tail call i32 @llvm.smax.i32(i32 %447, i32 %own.i.28)
+  %gep1854.i.29 = getelementptr inbounds nuw i8, ptr %391, i64 120
+  %own.i.29 = load i32, ptr %gep1854.i.29, align 4, !tbaa !7
+  %450 = tail call i32 @llvm.smin.i32(i32 %448, i32 %own.i.29)
+  %451 = tail call i32 @llvm.smax.i32(i32 %449, i32 %own.i.29)
+  %gep1854.i.30 = getelementptr inbounds nuw i8, ptr %391, i64 124
+  %own.i.30 = load i32, ptr %gep1854.i.30, align 4, !tbaa !7
+  %452 = tail call i32 @llvm.smin.i32(i32 %450, i32 %own.i.30)
+  %453 = tail call i32 @llvm.smax.i32(i32 %451, i32 %own.i.30)
+  %454 = shl i64 %indvars.iv1381.i, 14
+  %455 = and i64 %454, 17179852800
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %455
+  store i32 %452, ptr %386, align 16, !tbaa !11
+  store i32 %453, ptr %387, align 4, !tbaa !11
+  store i32 0, ptr %388, align 8, !tbaa !11
+  store i32 0, ptr %389, align 4, !tbaa !11
+  %456 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %377
+  store <32 x float> splat (float 0xC6293E5940000000), ptr %456, align 4, !tbaa !7
+  %457 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %377
+  store <32 x float> zeroinitializer, ptr %457, align 4, !tbaa !7
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %scevgep.i, i8 0, i64 16384, i1 false), !tbaa !7
+  %indvars.iv.next1382.i = add nuw nsw i64 %indvars.iv1381.i, 1
+  %exitcond1384.not.i = icmp eq i64 %indvars.iv.next1382.i, %wide.trip.count.i
+  br i1 %exitcond1384.not.i, label %for_begin_tile79.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !10
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
   br i1 %219, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
-  %indvars.iv.next973.i = add nuw nsw i64 %indvars.iv972.i, 1
-  %exitcond976.not.i = icmp eq i64 %indvars.iv.next973.i, 4
-  br i1 %exitcond976.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !22
+  %indvars.iv.next1369.i = add nuw nsw i64 %indvars.iv1368.i, 1
+  %exitcond1372.not.i = icmp eq i64 %indvars.iv.next1369.i, 8
+  br i1 %exitcond1372.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !22
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
   %rdiv.i = sdiv i32 %160, %122
-  %362 = add nsw i32 %rdiv.i, %168
-  %363 = sext i32 %362 to i64
-  %364 = add nsw i64 %150, %363
-  %365 = mul i64 %151, %364
-  %.idx1247.i = shl i64 %indvars.iv.i, 3
-  %366 = getelementptr i8, ptr %228, i64 %.idx1247.i
-  %367 = getelementptr i16, ptr %366, i64 %365
-  %368 = load <4 x i16>, ptr %367, align 2, !tbaa !7
-  %369 = zext <4 x i16> %368 to <4 x i32>
-  %370 = shl nuw <4 x i32> %369, splat (i32 16)
-  %371 = bitcast <4 x i32> %370 to <4 x float>
-  %372 = fmul <4 x float> %149, %371
+  %458 = add nsw i32 %rdiv.i, %168
+  %459 = sext i32 %458 to i64
+  %460 = add nsw i64 %150, %459
+  %461 = mul i64 %151, %460
+  %.idx1706.i = shl i64 %indvars.iv.i, 3
+  %462 = getelementptr i8, ptr %228, i64 %.idx1706.i
+  %463 = getelementptr i16, ptr %462, i64 %461
+  %464 = load <4 x i16>, ptr %463, align 2, !tbaa !7
+  %465 = zext <4 x i16> %464 to <4 x i32>
+  %466 = shl nuw <4 x i32> %465, splat (i32 16)
+  %467 = bitcast <4 x i32> %466 to <4 x float>
+  %468 = fmul <4 x float> %149, %467
   br label %if_end17.i
 
 if_end17.i:                                       ; preds = %if_then16.i, %for_body_ax2_0.i
-  %373 = phi <4 x float> [ %372, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  %469 = phi <4 x float> [ %468, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
   br i1 %222, label %if_then20.i, label %if_end22.i
 
 if_then20.i:                                      ; preds = %if_end17.i
   %rdiv25.i = sdiv i32 %160, %122
-  %374 = add nsw i32 %rdiv25.i, %168
-  %375 = sext i32 %374 to i64
-  %376 = add nsw i64 %150, %375
-  %377 = shl nsw i64 %376, 2
-  %378 = or disjoint i64 %377, 1
-  %379 = mul nsw i64 %378, %q_head
-  %.idx1248.i = shl i64 %indvars.iv.i, 3
-  %380 = getelementptr i8, ptr %228, i64 %.idx1248.i
-  %381 = getelementptr i16, ptr %380, i64 %379
-  %382 = load <4 x i16>, ptr %381, align 2, !tbaa !7
-  %383 = zext <4 x i16> %382 to <4 x i32>
-  %384 = shl nuw <4 x i32> %383, splat (i32 16)
-  %385 = bitcast <4 x i32> %384 to <4 x float>
-  %386 = fmul <4 x float> %149, %385
+  %470 = add nsw i32 %rdiv25.i, %168
+  %471 = sext i32 %470 to i64
+  %472 = add nsw i64 %150, %471
+  %473 = shl nsw i64 %472, 2
+  %474 = or disjoint i64 %473, 1
+  %475 = mul nsw i64 %474, %q_head
+  %.idx1707.i = shl i64 %indvars.iv.i, 3
+  %476 = getelementptr i8, ptr %228, i64 %.idx1707.i
+  %477 = getelementptr i16, ptr %476, i64 %475
+  %478 = load <4 x i16>, ptr %477, align 2, !tbaa !7
+  %479 = zext <4 x i16> %478 to <4 x i32>
+  %480 = shl nuw <4 x i32> %479, splat (i32 16)
+  %481 = bitcast <4 x i32> %480 to <4 x float>
+  %482 = fmul <4 x float> %149, %481
   br label %if_end22.i
 
 if_end22.i:                                       ; preds = %if_then20.i, %if_end17.i
-  %387 = phi <4 x float> [ %386, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
+  %483 = phi <4 x float> [ %482, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
   br i1 %224, label %if_then27.i, label %if_end29.i
 
 if_then27.i:                                      ; preds = %if_end22.i
   %rdiv32.i = sdiv i32 %160, %122
-  %388 = add nsw i32 %rdiv32.i, %168
-  %389 = sext i32 %388 to i64
-  %390 = add nsw i64 %150, %389
-  %391 = shl nsw i64 %390, 2
-  %392 = or disjoint i64 %391, 2
-  %393 = mul nsw i64 %392, %q_head
-  %.idx1249.i = shl i64 %indvars.iv.i, 3
-  %394 = getelementptr i8, ptr %228, i64 %.idx1249.i
-  %395 = getelementptr i16, ptr %394, i64 %393
-  %396 = load <4 x i16>, ptr %395, align 2, !tbaa !7
-  %397 = zext <4 x i16> %396 to <4 x i32>
-  %398 = shl nuw <4 x i32> %397, splat (i32 16)
-  %399 = bitcast <4 x i32> %398 to <4 x float>
-  %400 = fmul <4 x float> %149, %399
+  %484 = add nsw i32 %rdiv32.i, %168
+  %485 = sext i32 %484 to i64
+  %486 = add nsw i64 %150, %485
+  %487 = shl nsw i64 %486, 2
+  %488 = or disjoint i64 %487, 2
+  %489 = mul nsw i64 %488, %q_head
+  %.idx1708.i = shl i64 %indvars.iv.i, 3
+  %490 = getelementptr i8, ptr %228, i64 %.idx1708.i
+  %491 = getelementptr i16, ptr %490, i64 %489
+  %492 = load <4 x i16>, ptr %491, align 2, !tbaa !7
+  %493 = zext <4 x i16> %492 to <4 x i32>
+  %494 = shl nuw <4 x i32> %493, splat (i32 16)
+  %495 = bitcast <4 x i32> %494 to <4 x float>
+  %496 = fmul <4 x float> %149, %495
   br label %if_end29.i
 
 if_end29.i:                                       ; preds = %if_then27.i, %if_end22.i
-  %401 = phi <4 x float> [ %400, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
+  %497 = phi <4 x float> [ %496, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
   br i1 %226, label %if_then34.i, label %if_end36.i
 
 if_then34.i:                                      ; preds = %if_end29.i
-  %402 = add nsw i32 %rdiv39.i, %168
-  %403 = sext i32 %402 to i64
-  %404 = add nsw i64 %150, %403
-  %405 = shl nsw i64 %404, 2
-  %406 = or disjoint i64 %405, 3
-  %407 = mul nsw i64 %406, %q_head
-  %.idx1250.i = shl i64 %indvars.iv.i, 3
-  %408 = getelementptr i8, ptr %228, i64 %.idx1250.i
-  %409 = getelementptr i16, ptr %408, i64 %407
-  %410 = load <4 x i16>, ptr %409, align 2, !tbaa !7
-  %411 = zext <4 x i16> %410 to <4 x i32>
-  %412 = shl nuw <4 x i32> %411, splat (i32 16)
-  %413 = bitcast <4 x i32> %412 to <4 x float>
-  %414 = fmul <4 x float> %149, %413
+  %498 = add nsw i32 %rdiv39.i, %168
+  %499 = sext i32 %498 to i64
+  %500 = add nsw i64 %150, %499
+  %501 = shl nsw i64 %500, 2
+  %502 = or disjoint i64 %501, 3
+  %503 = mul nsw i64 %502, %q_head
+  %.idx1709.i = shl i64 %indvars.iv.i, 3
+  %504 = getelementptr i8, ptr %228, i64 %.idx1709.i
+  %505 = getelementptr i16, ptr %504, i64 %503
+  %506 = load <4 x i16>, ptr %505, align 2, !tbaa !7
+  %507 = zext <4 x i16> %506 to <4 x i32>
+  %508 = shl nuw <4 x i32> %507, splat (i32 16)
+  %509 = bitcast <4 x i32> %508 to <4 x float>
+  %510 = fmul <4 x float> %149, %509
   br label %if_end36.i
 
 if_end36.i:                                       ; preds = %if_then34.i, %if_end29.i
-  %415 = phi <4 x float> [ %414, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
-  %416 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %417 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %418 = shufflevector <4 x float> %373, <4 x float> %401, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %419 = shufflevector <4 x float> %387, <4 x float> %415, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %420 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx1251.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %gep1330.i = getelementptr inbounds nuw i8, ptr %invariant.gep1329.i, i64 %.idx1251.i
-  store <4 x float> %420, ptr %gep1330.i, align 4, !tbaa !7
-  %421 = shufflevector <4 x float> %416, <4 x float> %417, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %422 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 64
-  store <4 x float> %421, ptr %422, align 4, !tbaa !7
-  %423 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %424 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 128
-  store <4 x float> %423, ptr %424, align 4, !tbaa !7
-  %425 = shufflevector <4 x float> %418, <4 x float> %419, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %426 = getelementptr inbounds nuw i8, ptr %gep1330.i, i64 192
-  store <4 x float> %425, ptr %426, align 4, !tbaa !7
+  %511 = phi <4 x float> [ %510, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
+  %512 = shufflevector <4 x float> %469, <4 x float> %497, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %513 = shufflevector <4 x float> %483, <4 x float> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %514 = shufflevector <4 x float> %469, <4 x float> %497, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %515 = shufflevector <4 x float> %483, <4 x float> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %516 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1710.i = shl nuw nsw i64 %indvars.iv.i, 9
+  %gep1852.i = getelementptr inbounds nuw i8, ptr %invariant.gep1851.i, i64 %.idx1710.i
+  store <4 x float> %516, ptr %gep1852.i, align 4, !tbaa !7
+  %517 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %518 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 128
+  store <4 x float> %517, ptr %518, align 4, !tbaa !7
+  %519 = shufflevector <4 x float> %514, <4 x float> %515, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %520 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 256
+  store <4 x float> %519, ptr %520, align 4, !tbaa !7
+  %521 = shufflevector <4 x float> %514, <4 x float> %515, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %522 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 384
+  store <4 x float> %521, ptr %522, align 4, !tbaa !7
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !22
 
 for_end_tile81.i:                                 ; preds = %if_end92.i, %for_begin_tile79.preheader.i, %if_end14.i
-  %span557.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %471, %if_end92.i ]
-  %span557.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %468, %if_end92.i ]
-  %427 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %427, i32 %span557.sroa.3.0.lcssa.i)
-  %428 = shl nsw i32 %block_begin, 4
-  %429 = sub nsw i32 %key_end.i, %428
-  %430 = tail call i32 @llvm.smax.i32(i32 %429, i32 0)
-  %431 = add nuw nsw i32 %430, 4095
-  %432 = lshr i32 %431, 12
-  %.not919.i = icmp eq i32 %432, 0
-  br i1 %.not919.i, label %for_begin_tile408.preheader.i, label %for_body_number.lr.ph.i, !prof !9
+  %span646.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %568, %if_end92.i ]
+  %span646.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %565, %if_end92.i ]
+  %523 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %523, i32 %span646.sroa.3.0.lcssa.i)
+  %524 = shl nsw i32 %block_begin, 4
+  %525 = sub nsw i32 %key_end.i, %524
+  %526 = tail call i32 @llvm.smax.i32(i32 %525, i32 0)
+  %527 = add nuw nsw i32 %526, 4095
+  %528 = lshr i32 %527, 12
+  %.not1266.i = icmp eq i32 %528, 0
+  br i1 %.not1266.i, label %for_begin_tile491.preheader.i, label %for_body_number.lr.ph.i, !prof !9
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
-  %433 = mul nsw i64 %row_step, %141
-  %434 = getelementptr inbounds i32, ptr %row_starts, i64 %433
-  %435 = mul nsw i64 %table_seq, %141
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %435
-  %436 = icmp sgt i32 %num_kv_heads, 0
+  %529 = mul nsw i64 %row_step, %141
+  %530 = getelementptr inbounds i32, ptr %row_starts, i64 %529
+  %531 = mul nsw i64 %table_seq, %141
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %531
+  %532 = icmp sgt i32 %num_kv_heads, 0
   %sext77 = shl i64 %60, 32
-  %437 = ashr exact i64 %sext77, 32
-  %438 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %439 = insertelement <16 x float> poison, float %438, i64 0
-  %440 = bitcast <16 x float> %439 to <16 x i32>
-  %441 = shufflevector <16 x i32> %440, <16 x i32> poison, <16 x i32> zeroinitializer
-  %442 = icmp sgt i32 %122, 0
-  %443 = add nsw i32 %122, -1
-  %444 = mul nsw i64 %437, %k_head
-  %445 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %446 = shufflevector <16 x float> %445, <16 x float> poison, <16 x i32> zeroinitializer
-  %447 = sext i32 %context_len.i to i64
+  %533 = ashr exact i64 %sext77, 32
+  %534 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %535 = insertelement <16 x float> poison, float %534, i64 0
+  %536 = bitcast <16 x float> %535 to <16 x i32>
+  %537 = shufflevector <16 x i32> %536, <16 x i32> poison, <16 x i32> zeroinitializer
+  %538 = icmp sgt i32 %122, 0
+  %539 = add nsw i32 %122, -1
+  %540 = mul nsw i64 %533, %k_head
+  %541 = insertelement <32 x float> poison, float %score_scale, i64 0
+  %542 = shufflevector <32 x float> %541, <32 x float> poison, <32 x i32> zeroinitializer
+  %543 = sext i32 %context_len.i to i64
   %sext78 = shl i64 %73, 32
-  %448 = ashr exact i64 %sext78, 32
-  %449 = add i64 %448, %tree_start
-  %450 = sub i64 %449, %447
-  %451 = mul nsw i64 %437, %v_head
-  %invariant.gep865.i = getelementptr i32, ptr %value_cache, i64 %451
-  %452 = zext i32 %443 to i64
-  %453 = sext i32 %122 to i64
-  %wide.trip.count1137.i = and i64 %62, 4294967295
-  %wide.trip.count1132.i = zext nneg i32 %122 to i64
-  %454 = getelementptr i8, ptr %tree_mask, i64 %450
-  %wide.trip.count1151.i = zext nneg i32 %123 to i64
-  %455 = add i32 %428, %tree_size
-  %456 = sub i32 %context_len.i, %455
-  %457 = sub i32 %span557.sroa.0.0.lcssa.i, %428
-  %458 = mul i32 %block_begin, -16
-  %459 = add i64 %tree_start, %448
-  %460 = sub i64 %459, %447
-  %461 = add i64 %tree_start, %448
-  %462 = sub i64 %461, %447
-  %463 = getelementptr i8, ptr %tree_mask, i64 %462
-  %464 = getelementptr i8, ptr %tree_mask, i64 %460
+  %544 = ashr exact i64 %sext78, 32
+  %545 = add i64 %544, %tree_start
+  %546 = sub i64 %545, %543
+  %547 = mul nsw i64 %533, %v_head
+  %invariant.gep1114.i = getelementptr i32, ptr %value_cache, i64 %547
+  %548 = zext i32 %539 to i64
+  %549 = sext i32 %122 to i64
+  %wide.trip.count1589.i = and i64 %62, 4294967295
+  %wide.trip.count1584.i = zext nneg i32 %122 to i64
+  %550 = getelementptr i8, ptr %tree_mask, i64 %546
+  %wide.trip.count1603.i = zext nneg i32 %123 to i64
+  %551 = add i32 %524, %tree_size
+  %552 = sub i32 %context_len.i, %551
+  %553 = sub i32 %span646.sroa.0.0.lcssa.i, %524
+  %554 = mul i32 %block_begin, -16
+  %555 = add i64 %tree_start, %544
+  %556 = sub i64 %555, %543
+  %557 = add i32 %524, 4096
+  %558 = add i64 %tree_start, %544
+  %559 = sub i64 %558, %543
+  %560 = getelementptr i8, ptr %tree_mask, i64 %559
+  %561 = getelementptr i8, ptr %tree_mask, i64 %556
+  %broadcast.splatinsert792 = insertelement <4 x i64> poison, i64 %k_row, i64 0
+  %broadcast.splat793 = shufflevector <4 x i64> %broadcast.splatinsert792, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert794 = insertelement <4 x i64> poison, i64 %k_block, i64 0
+  %broadcast.splat795 = shufflevector <4 x i64> %broadcast.splatinsert794, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert772 = insertelement <4 x i64> poison, i64 %v_row, i64 0
+  %broadcast.splat773 = shufflevector <4 x i64> %broadcast.splatinsert772, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert774 = insertelement <4 x i64> poison, i64 %v_block, i64 0
+  %broadcast.splat775 = shufflevector <4 x i64> %broadcast.splatinsert774, <4 x i64> poison, <4 x i32> zeroinitializer
   br label %for_body_number.i
 
 if_end92.i:                                       ; preds = %if_end92.i, %if_end92.i.preheader
-  %indvars.iv989.i = phi i64 [ %indvars.iv.next990.i, %if_end92.i ], [ %indvars.iv989.i.ph, %if_end92.i.preheader ]
-  %span557.sroa.0.0687.i = phi i32 [ %468, %if_end92.i ], [ %span557.sroa.0.0687.i.ph, %if_end92.i.preheader ]
-  %span557.sroa.3.0686.i = phi i32 [ %471, %if_end92.i ], [ %span557.sroa.3.0686.i.ph, %if_end92.i.preheader ]
-  %.idx1253.i = shl nsw i64 %indvars.iv989.i, 4
-  %465 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1253.i
-  %466 = getelementptr inbounds nuw i8, ptr %465, i64 8
-  %467 = load i32, ptr %466, align 8, !tbaa !11
-  %468 = tail call i32 @llvm.smin.i32(i32 %span557.sroa.0.0687.i, i32 %467)
-  %469 = getelementptr inbounds nuw i8, ptr %465, i64 4
-  %470 = load i32, ptr %469, align 4, !tbaa !11
-  %471 = tail call i32 @llvm.smax.i32(i32 %span557.sroa.3.0686.i, i32 %470)
-  %indvars.iv.next990.i = add nuw nsw i64 %indvars.iv989.i, 1
-  %exitcond993.not.i = icmp eq i64 %indvars.iv.next990.i, %wide.trip.count.i
-  br i1 %exitcond993.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !23, !llvm.loop !24
+  %indvars.iv1385.i = phi i64 [ %indvars.iv.next1386.i, %if_end92.i ], [ %indvars.iv1385.i.ph, %if_end92.i.preheader ]
+  %span646.sroa.0.0925.i = phi i32 [ %565, %if_end92.i ], [ %span646.sroa.0.0925.i.ph, %if_end92.i.preheader ]
+  %span646.sroa.3.0924.i = phi i32 [ %568, %if_end92.i ], [ %span646.sroa.3.0924.i.ph, %if_end92.i.preheader ]
+  %.idx1712.i = shl nsw i64 %indvars.iv1385.i, 4
+  %562 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1712.i
+  %563 = getelementptr inbounds nuw i8, ptr %562, i64 8
+  %564 = load i32, ptr %563, align 8, !tbaa !11
+  %565 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.0.0925.i, i32 %564)
+  %566 = getelementptr inbounds nuw i8, ptr %562, i64 4
+  %567 = load i32, ptr %566, align 4, !tbaa !11
+  %568 = tail call i32 @llvm.smax.i32(i32 %span646.sroa.3.0924.i, i32 %567)
+  %indvars.iv.next1386.i = add nuw nsw i64 %indvars.iv1385.i, 1
+  %exitcond1389.not.i = icmp eq i64 %indvars.iv.next1386.i, %wide.trip.count.i
+  br i1 %exitcond1389.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !23, !llvm.loop !24
 
-for_begin_number.i:                               ; preds = %if_end403.i
-  %472 = add nuw nsw i32 %number899.i, 1
-  %exitcond1153.not.i = icmp eq i32 %472, %432
+for_begin_number.i:                               ; preds = %if_end486.i
+  %569 = add nuw nsw i32 %number1245.i, 1
+  %exitcond1605.not.i = icmp eq i32 %569, %528
   %indvars.iv.next = add i32 %indvars.iv, -4096
-  %indvars.iv.next240 = add i32 %indvars.iv239, -4096
-  %indvars.iv.next248 = add i32 %indvars.iv247, -4096
-  br i1 %exitcond1153.not.i, label %for_begin_tile408.preheader.i, label %for_body_number.i, !prof !10
+  %indvars.iv.next357 = add i32 %indvars.iv356, -4096
+  %indvars.iv.next365 = add i32 %indvars.iv364, -4096
+  br i1 %exitcond1605.not.i, label %for_begin_tile491.preheader.i, label %for_body_number.i, !prof !10
 
-for_begin_tile408.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile410.i, label %for_body_tile409.lr.ph.i, !prof !9
+for_begin_tile491.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
+  br i1 %144, label %for_end_tile493.i, label %for_body_tile492.lr.ph.i, !prof !9
 
-for_body_tile409.lr.ph.i:                         ; preds = %for_begin_tile408.preheader.i
-  %473 = and i64 %68, 2147483648
-  %.not = icmp eq i64 %473, 0
-  %474 = icmp slt i32 %122, 0
-  %sext88 = shl i64 %60, 32
-  %475 = ashr exact i64 %sext88, 32
-  %476 = and i64 %68, 4294967295
-  %477 = shl nuw nsw i64 %476, 5
-  %.idx568.i = shl nuw nsw i64 %476, 14
-  %sext89 = shl i64 %56, 32
-  %478 = ashr exact i64 %sext89, 32
-  %wide.trip.count1208.i = zext nneg i32 %123 to i64
-  br i1 %.not, label %for_body_tile409.i.preheader, label %for_body_tile409.us.i
+for_body_tile492.lr.ph.i:                         ; preds = %for_begin_tile491.preheader.i
+  %570 = and i64 %68, 2147483648
+  %.not = icmp eq i64 %570, 0
+  %571 = icmp slt i32 %122, 0
+  %sext93 = shl i64 %60, 32
+  %572 = ashr exact i64 %sext93, 32
+  %573 = and i64 %68, 4294967295
+  %574 = shl nuw nsw i64 %573, 5
+  %.idx657.i = shl nuw nsw i64 %573, 14
+  %sext94 = shl i64 %56, 32
+  %575 = ashr exact i64 %sext94, 32
+  %wide.trip.count1660.i = zext nneg i32 %123 to i64
+  br i1 %.not, label %for_body_tile492.i.preheader, label %for_body_tile492.us.i
 
-for_body_tile409.i.preheader:                     ; preds = %for_body_tile409.lr.ph.i
-  %scevgep515 = getelementptr i8, ptr %partial_acc, i64 %.idx568.i
-  %479 = getelementptr i8, ptr %partial_acc, i64 %.idx568.i
-  %scevgep518 = getelementptr i8, ptr %479, i64 512
-  %scevgep522 = getelementptr i8, ptr %total_acc.i, i64 8128
-  br label %for_body_tile409.i
+for_body_tile492.i.preheader:                     ; preds = %for_body_tile492.lr.ph.i
+  %scevgep805 = getelementptr i8, ptr %partial_acc, i64 %.idx657.i
+  %576 = getelementptr i8, ptr %partial_acc, i64 %.idx657.i
+  %scevgep808 = getelementptr i8, ptr %576, i64 512
+  %scevgep812 = getelementptr i8, ptr %total_acc.i, i64 16256
+  br label %for_body_tile492.i
 
-for_body_tile409.us.i:                            ; preds = %if_end414.us.i, %for_body_tile409.lr.ph.i
-  %indvars.iv1205.i = phi i64 [ %indvars.iv.next1206.i, %if_end414.us.i ], [ 0, %for_body_tile409.lr.ph.i ]
-  %480 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %ordered.us.i = tail call ptr %480(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %481 = icmp eq ptr %ordered.us.i, null
-  br i1 %481, label %fused_attend_compute_.exit, label %if_end417.us.i, !prof !6
+for_body_tile492.us.i:                            ; preds = %if_end497.us.i, %for_body_tile492.lr.ph.i
+  %indvars.iv1657.i = phi i64 [ %indvars.iv.next1658.i, %if_end497.us.i ], [ 0, %for_body_tile492.lr.ph.i ]
+  %577 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %ordered.us.i = tail call ptr %577(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %578 = icmp eq ptr %ordered.us.i, null
+  br i1 %578, label %fused_attend_compute_.exit, label %if_end500.us.i, !prof !6
 
-if_end417.us.i:                                   ; preds = %for_body_tile409.us.i
-  %482 = shl nsw i64 %indvars.iv1205.i, 4
-  %483 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %482
-  %total.us.i = load <16 x float>, ptr %483, align 4, !tbaa !7
-  %484 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %485 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %486 = select <16 x i1> %485, <16 x float> zeroinitializer, <16 x float> %484
-  store <16 x float> %486, ptr %factor537.i, align 16, !tbaa !25
-  %487 = shl i64 %indvars.iv1205.i, 11
-  %488 = and i64 %487, 4294965248
-  %invariant.gep170 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %488
-  br label %for_begin_d_0419.preheader.us.i
+if_end500.us.i:                                   ; preds = %for_body_tile492.us.i
+  %579 = shl nsw i64 %indvars.iv1657.i, 5
+  %580 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %579
+  %total.us.i = load <32 x float>, ptr %580, align 4, !tbaa !7
+  %581 = fdiv <32 x float> splat (float 1.000000e+00), %total.us.i
+  %582 = fcmp oeq <32 x float> %total.us.i, zeroinitializer
+  %583 = select <32 x i1> %582, <32 x float> zeroinitializer, <32 x float> %581
+  store <32 x float> %583, ptr %factor621.i, align 16, !tbaa !25
+  %584 = shl i64 %indvars.iv1657.i, 12
+  %585 = and i64 %584, 4294963200
+  %invariant.gep235 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %585
+  br label %for_begin_d_0502.preheader.us.i
 
-for_end_r_0.us.i:                                 ; preds = %for_end_d_0421.us.i
-  %489 = trunc nuw nsw i64 %indvars.iv1205.i to i32
-  %rmod453.us.i = srem i32 %489, %122
-  %rdiv465.us.i = sdiv i32 %489, %122
-  %490 = icmp ne i32 %rmod453.us.i, 0
-  %.not572.us.i = and i1 %474, %490
-  %491 = select i1 %.not572.us.i, i32 %122, i32 0
-  %492 = add nsw i32 %491, %rmod453.us.i
-  %493 = shl nsw i32 %492, 4
-  %494 = sub nsw i32 %120, %493
-  %495 = icmp sgt i32 %494, 0
-  br i1 %495, label %for_begin_d_0459.preheader.lr.ph.us.i, label %for_end_r470.us.i, !prof !32
+for_end_r_0.us.i:                                 ; preds = %for_end_d_0504.us.i
+  %586 = trunc nuw nsw i64 %indvars.iv1657.i to i32
+  %rmod536.us.i = srem i32 %586, %122
+  %rdiv548.us.i = sdiv i32 %586, %122
+  %587 = icmp ne i32 %rmod536.us.i, 0
+  %.not661.us.i = and i1 %571, %587
+  %588 = select i1 %.not661.us.i, i32 %122, i32 0
+  %589 = add nsw i32 %588, %rmod536.us.i
+  %590 = shl nsw i32 %589, 5
+  %591 = sub nsw i32 %120, %590
+  %592 = icmp sgt i32 %591, 0
+  br i1 %592, label %for_begin_d_0542.preheader.lr.ph.us.i, label %for_end_r553.us.i, !prof !31
 
-for_end_r470.us.i:                                ; preds = %if_end475.us.i.1, %for_end_r_0.us.i
-  %496 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %497 = tail call i32 %496(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not569.us.i = icmp eq i32 %497, 0
-  br i1 %.not569.us.i, label %if_end414.us.i, label %fused_attend_compute_.exit, !prof !33
+for_end_r553.us.i:                                ; preds = %if_end558.us.i.1, %for_end_r_0.us.i
+  %593 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %594 = tail call i32 %593(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not658.us.i = icmp eq i32 %594, 0
+  br i1 %.not658.us.i, label %if_end497.us.i, label %fused_attend_compute_.exit, !prof !32
 
-if_end414.us.i:                                   ; preds = %for_end_r470.us.i
-  %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
-  %exitcond1209.not.i = icmp eq i64 %indvars.iv.next1206.i, %wide.trip.count1208.i
-  br i1 %exitcond1209.not.i, label %for_end_tile410.i, label %for_body_tile409.us.i, !prof !10
+if_end497.us.i:                                   ; preds = %for_end_r553.us.i
+  %indvars.iv.next1658.i = add nuw nsw i64 %indvars.iv1657.i, 1
+  %exitcond1661.not.i = icmp eq i64 %indvars.iv.next1658.i, %wide.trip.count1660.i
+  br i1 %exitcond1661.not.i, label %for_end_tile493.i, label %for_body_tile492.us.i, !prof !10
 
-for_body_r469.us.i:                               ; preds = %for_body_r469.lr.ph.us.i, %if_end475.us.i.1
-  %indvars.iv1199.i = phi i64 [ 0, %for_body_r469.lr.ph.us.i ], [ %indvars.iv.next1200.i.1, %if_end475.us.i.1 ]
-  %498 = add nuw nsw i64 %indvars.iv1199.i, %672
-  %499 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %498
-  %500 = load float, ptr %499, align 4, !tbaa !7
-  %501 = fcmp oeq float %500, 0.000000e+00
-  br i1 %501, label %if_end475.us.i, label %if_else474.us.i
+for_body_r552.us.i:                               ; preds = %for_body_r552.lr.ph.us.i, %if_end558.us.i.1
+  %indvars.iv1651.i = phi i64 [ 0, %for_body_r552.lr.ph.us.i ], [ %indvars.iv.next1652.i.1, %if_end558.us.i.1 ]
+  %595 = add nuw nsw i64 %indvars.iv1651.i, %769
+  %596 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %595
+  %597 = load float, ptr %596, align 4, !tbaa !7
+  %598 = fcmp oeq float %597, 0.000000e+00
+  br i1 %598, label %if_end558.us.i, label %if_else557.us.i
 
-if_else474.us.i:                                  ; preds = %for_body_r469.us.i
-  %502 = getelementptr inbounds nuw i32, ptr %places.i, i64 %498
-  %503 = load i32, ptr %502, align 4, !tbaa !7
-  %504 = shl i32 %503, 23
-  %505 = add i32 %504, 1065353216
-  %506 = bitcast i32 %505 to float
-  %507 = fmul float %500, %506
-  %508 = tail call float @llvm.log.f32(float %507)
-  %509 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %498
-  %510 = load float, ptr %509, align 4, !tbaa !7
-  %511 = fadd float %510, %508
-  br label %if_end475.us.i
+if_else557.us.i:                                  ; preds = %for_body_r552.us.i
+  %599 = getelementptr inbounds nuw i32, ptr %places.i, i64 %595
+  %600 = load i32, ptr %599, align 4, !tbaa !7
+  %601 = shl i32 %600, 23
+  %602 = add i32 %601, 1065353216
+  %603 = bitcast i32 %602 to float
+  %604 = fmul float %597, %603
+  %605 = tail call float @llvm.log.f32(float %604)
+  %606 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %595
+  %607 = load float, ptr %606, align 4, !tbaa !7
+  %608 = fadd float %607, %605
+  br label %if_end558.us.i
 
-if_end475.us.i:                                   ; preds = %if_else474.us.i, %for_body_r469.us.i
-  %512 = phi float [ %511, %if_else474.us.i ], [ 0xFFF0000000000000, %for_body_r469.us.i ]
-  %513 = and i64 %indvars.iv1199.i, 2
-  %514 = lshr i64 %indvars.iv1199.i, 2
-  %515 = add nsw i64 %514, %669
-  %516 = mul nsw i64 %515, %lse_batch
-  %517 = getelementptr float, ptr %671, i64 %516
-  %518 = getelementptr float, ptr %517, i64 %513
-  store float %512, ptr %518, align 4, !tbaa !7
-  %indvars.iv.next1200.i = or disjoint i64 %indvars.iv1199.i, 1
-  %519 = add nuw nsw i64 %indvars.iv.next1200.i, %672
-  %520 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %519
-  %521 = load float, ptr %520, align 4, !tbaa !7
-  %522 = fcmp oeq float %521, 0.000000e+00
-  br i1 %522, label %if_end475.us.i.1, label %if_else474.us.i.1
+if_end558.us.i:                                   ; preds = %if_else557.us.i, %for_body_r552.us.i
+  %609 = phi float [ %608, %if_else557.us.i ], [ 0xFFF0000000000000, %for_body_r552.us.i ]
+  %610 = and i64 %indvars.iv1651.i, 2
+  %611 = lshr i64 %indvars.iv1651.i, 2
+  %612 = add nsw i64 %611, %766
+  %613 = mul nsw i64 %612, %lse_batch
+  %614 = getelementptr float, ptr %768, i64 %613
+  %615 = getelementptr float, ptr %614, i64 %610
+  store float %609, ptr %615, align 4, !tbaa !7
+  %indvars.iv.next1652.i = or disjoint i64 %indvars.iv1651.i, 1
+  %616 = add nuw nsw i64 %indvars.iv.next1652.i, %769
+  %617 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %616
+  %618 = load float, ptr %617, align 4, !tbaa !7
+  %619 = fcmp oeq float %618, 0.000000e+00
+  br i1 %619, label %if_end558.us.i.1, label %if_else557.us.i.1
 
-if_else474.us.i.1:                                ; preds = %if_end475.us.i
-  %523 = getelementptr inbounds nuw i32, ptr %places.i, i64 %519
-  %524 = load i32, ptr %523, align 4, !tbaa !7
-  %525 = shl i32 %524, 23
-  %526 = add i32 %525, 1065353216
-  %527 = bitcast i32 %526 to float
-  %528 = fmul float %521, %527
-  %529 = tail call float @llvm.log.f32(float %528)
-  %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %519
-  %531 = load float, ptr %530, align 4, !tbaa !7
-  %532 = fadd float %531, %529
-  br label %if_end475.us.i.1
+if_else557.us.i.1:                                ; preds = %if_end558.us.i
+  %620 = getelementptr inbounds nuw i32, ptr %places.i, i64 %616
+  %621 = load i32, ptr %620, align 4, !tbaa !7
+  %622 = shl i32 %621, 23
+  %623 = add i32 %622, 1065353216
+  %624 = bitcast i32 %623 to float
+  %625 = fmul float %618, %624
+  %626 = tail call float @llvm.log.f32(float %625)
+  %627 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %616
+  %628 = load float, ptr %627, align 4, !tbaa !7
+  %629 = fadd float %628, %626
+  br label %if_end558.us.i.1
 
-if_end475.us.i.1:                                 ; preds = %if_else474.us.i.1, %if_end475.us.i
-  %533 = phi float [ %532, %if_else474.us.i.1 ], [ 0xFFF0000000000000, %if_end475.us.i ]
-  %534 = and i64 %indvars.iv.next1200.i, 3
-  %535 = lshr i64 %indvars.iv1199.i, 2
-  %536 = add nsw i64 %535, %669
-  %537 = mul nsw i64 %536, %lse_batch
-  %538 = getelementptr float, ptr %671, i64 %537
-  %539 = getelementptr float, ptr %538, i64 %534
-  store float %533, ptr %539, align 4, !tbaa !7
-  %indvars.iv.next1200.i.1 = add nuw nsw i64 %indvars.iv1199.i, 2
-  %exitcond1204.not.i.1 = icmp eq i64 %indvars.iv.next1200.i.1, %wide.trip.count1197.i
-  br i1 %exitcond1204.not.i.1, label %for_end_r470.us.i, label %for_body_r469.us.i, !prof !10, !llvm.loop !34
+if_end558.us.i.1:                                 ; preds = %if_else557.us.i.1, %if_end558.us.i
+  %630 = phi float [ %629, %if_else557.us.i.1 ], [ 0xFFF0000000000000, %if_end558.us.i ]
+  %631 = and i64 %indvars.iv.next1652.i, 3
+  %632 = lshr i64 %indvars.iv1651.i, 2
+  %633 = add nsw i64 %632, %766
+  %634 = mul nsw i64 %633, %lse_batch
+  %635 = getelementptr float, ptr %768, i64 %634
+  %636 = getelementptr float, ptr %635, i64 %631
+  store float %630, ptr %636, align 4, !tbaa !7
+  %indvars.iv.next1652.i.1 = add nuw nsw i64 %indvars.iv1651.i, 2
+  %exitcond1656.not.i.1 = icmp eq i64 %indvars.iv.next1652.i.1, %wide.trip.count1649.i
+  br i1 %exitcond1656.not.i.1, label %for_end_r553.us.i, label %for_body_r552.us.i, !prof !10, !llvm.loop !33
 
-for_end_d_0421.us.i:                              ; preds = %for_begin_ax1_0424.preheader.us.i
-  %indvars.iv.next1185.i = add nuw nsw i64 %indvars.iv1184.i, 1
-  %exitcond1188.not.i = icmp eq i64 %indvars.iv.next1185.i, 4
-  br i1 %exitcond1188.not.i, label %for_end_r_0.us.i, label %for_begin_d_0419.preheader.us.i, !prof !22
+for_end_d_0504.us.i:                              ; preds = %for_begin_ax1_0507.preheader.us.i
+  %indvars.iv.next1637.i = add nuw nsw i64 %indvars.iv1636.i, 1
+  %exitcond1640.not.i = icmp eq i64 %indvars.iv.next1637.i, 8
+  br i1 %exitcond1640.not.i, label %for_end_r_0.us.i, label %for_begin_d_0502.preheader.us.i, !prof !22
 
-for_begin_ax1_0424.preheader.us.i:                ; preds = %for_begin_d_0419.preheader.us.i, %for_begin_ax1_0424.preheader.us.i
-  %indvars.iv1179.i = phi i64 [ 0, %for_begin_d_0419.preheader.us.i ], [ %indvars.iv.next1180.i, %for_begin_ax1_0424.preheader.us.i ]
-  %.idx90 = shl nuw nsw i64 %indvars.iv1179.i, 10
-  %gep173 = getelementptr inbounds nuw i8, ptr %invariant.gep172, i64 %.idx90
-  %v430.us.i = load <4 x float>, ptr %gep173, align 4, !tbaa !7
-  %540 = getelementptr inbounds nuw i8, ptr %gep173, i64 64
-  %v432.us.i = load <4 x float>, ptr %540, align 4, !tbaa !7
-  %541 = getelementptr inbounds nuw i8, ptr %gep173, i64 128
-  %v434.us.i = load <4 x float>, ptr %541, align 4, !tbaa !7
-  %542 = getelementptr inbounds nuw i8, ptr %gep173, i64 192
-  %v436.us.i = load <4 x float>, ptr %542, align 4, !tbaa !7
-  %543 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %544 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %545 = shufflevector <4 x float> %v430.us.i, <4 x float> %v434.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %546 = shufflevector <4 x float> %v432.us.i, <4 x float> %v436.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %547 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %548 = shufflevector <4 x float> %543, <4 x float> %544, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %549 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %550 = shufflevector <4 x float> %545, <4 x float> %546, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %551 = getelementptr inbounds nuw i8, ptr %gep173, i64 256
-  %v430.us.1.i = load <4 x float>, ptr %551, align 4, !tbaa !7
-  %552 = getelementptr inbounds nuw i8, ptr %gep173, i64 320
-  %v432.us.1.i = load <4 x float>, ptr %552, align 4, !tbaa !7
-  %553 = getelementptr inbounds nuw i8, ptr %gep173, i64 384
-  %v434.us.1.i = load <4 x float>, ptr %553, align 4, !tbaa !7
-  %554 = getelementptr inbounds nuw i8, ptr %gep173, i64 448
-  %v436.us.1.i = load <4 x float>, ptr %554, align 4, !tbaa !7
-  %555 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %556 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %557 = shufflevector <4 x float> %v430.us.1.i, <4 x float> %v434.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %558 = shufflevector <4 x float> %v432.us.1.i, <4 x float> %v436.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %559 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %560 = shufflevector <4 x float> %555, <4 x float> %556, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %561 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %562 = shufflevector <4 x float> %557, <4 x float> %558, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %563 = getelementptr inbounds nuw i8, ptr %gep173, i64 512
-  %v430.us.2.i = load <4 x float>, ptr %563, align 4, !tbaa !7
-  %564 = getelementptr inbounds nuw i8, ptr %gep173, i64 576
-  %v432.us.2.i = load <4 x float>, ptr %564, align 4, !tbaa !7
-  %565 = getelementptr inbounds nuw i8, ptr %gep173, i64 640
-  %v434.us.2.i = load <4 x float>, ptr %565, align 4, !tbaa !7
-  %566 = getelementptr inbounds nuw i8, ptr %gep173, i64 704
-  %v436.us.2.i = load <4 x float>, ptr %566, align 4, !tbaa !7
-  %567 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %568 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %569 = shufflevector <4 x float> %v430.us.2.i, <4 x float> %v434.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %570 = shufflevector <4 x float> %v432.us.2.i, <4 x float> %v436.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %571 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %572 = shufflevector <4 x float> %567, <4 x float> %568, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %573 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %574 = shufflevector <4 x float> %569, <4 x float> %570, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %575 = getelementptr inbounds nuw i8, ptr %gep173, i64 768
-  %v430.us.3.i = load <4 x float>, ptr %575, align 4, !tbaa !7
-  %576 = getelementptr inbounds nuw i8, ptr %gep173, i64 832
-  %v432.us.3.i = load <4 x float>, ptr %576, align 4, !tbaa !7
-  %577 = getelementptr inbounds nuw i8, ptr %gep173, i64 896
-  %v434.us.3.i = load <4 x float>, ptr %577, align 4, !tbaa !7
-  %578 = getelementptr inbounds nuw i8, ptr %gep173, i64 960
-  %v436.us.3.i = load <4 x float>, ptr %578, align 4, !tbaa !7
-  %579 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %580 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %581 = shufflevector <4 x float> %v430.us.3.i, <4 x float> %v434.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %582 = shufflevector <4 x float> %v432.us.3.i, <4 x float> %v436.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %583 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %584 = shufflevector <4 x float> %547, <4 x float> %559, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %585 = shufflevector <4 x float> %571, <4 x float> %583, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %586 = shufflevector <8 x float> %584, <8 x float> %585, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %587 = shufflevector <4 x float> %579, <4 x float> %580, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %588 = shufflevector <4 x float> %548, <4 x float> %560, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %589 = shufflevector <4 x float> %572, <4 x float> %587, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %590 = shufflevector <8 x float> %588, <8 x float> %589, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %591 = shufflevector <4 x float> %581, <4 x float> %582, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %592 = shufflevector <4 x float> %549, <4 x float> %561, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %593 = shufflevector <4 x float> %573, <4 x float> %591, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %594 = shufflevector <8 x float> %592, <8 x float> %593, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %595 = shufflevector <4 x float> %581, <4 x float> %582, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %596 = shufflevector <4 x float> %550, <4 x float> %562, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %597 = shufflevector <4 x float> %574, <4 x float> %595, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %598 = shufflevector <8 x float> %596, <8 x float> %597, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %599 = fmul <16 x float> %649, %586
-  %.idx1262.i = shl nuw nsw i64 %indvars.iv1179.i, 6
-  %gep1340.i = getelementptr inbounds nuw i8, ptr %invariant.gep1339.i, i64 %.idx1262.i
-  store <16 x float> %599, ptr %gep1340.i, align 4, !tbaa !7
-  %600 = fmul <16 x float> %653, %590
-  %601 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 512
-  store <16 x float> %600, ptr %601, align 4, !tbaa !7
-  %602 = fmul <16 x float> %657, %594
-  %603 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1024
-  store <16 x float> %602, ptr %603, align 4, !tbaa !7
-  %604 = fmul <16 x float> %661, %598
-  %605 = getelementptr inbounds nuw i8, ptr %gep1340.i, i64 1536
-  store <16 x float> %604, ptr %605, align 4, !tbaa !7
-  %indvars.iv.next1180.i = add nuw nsw i64 %indvars.iv1179.i, 1
-  %exitcond1183.not.i = icmp eq i64 %indvars.iv.next1180.i, 8
-  br i1 %exitcond1183.not.i, label %for_end_d_0421.us.i, label %for_begin_ax1_0424.preheader.us.i, !prof !22
+for_begin_ax1_0507.preheader.us.i:                ; preds = %for_begin_d_0502.preheader.us.i, %for_begin_ax1_0507.preheader.us.i
+  %indvars.iv1631.i = phi i64 [ 0, %for_begin_d_0502.preheader.us.i ], [ %indvars.iv.next1632.i, %for_begin_ax1_0507.preheader.us.i ]
+  %.idx95 = shl nuw nsw i64 %indvars.iv1631.i, 11
+  %gep238 = getelementptr inbounds nuw i8, ptr %invariant.gep237, i64 %.idx95
+  %v513.us.i = load <4 x float>, ptr %gep238, align 4, !tbaa !7
+  %637 = getelementptr inbounds nuw i8, ptr %gep238, i64 128
+  %v515.us.i = load <4 x float>, ptr %637, align 4, !tbaa !7
+  %638 = getelementptr inbounds nuw i8, ptr %gep238, i64 256
+  %v517.us.i = load <4 x float>, ptr %638, align 4, !tbaa !7
+  %639 = getelementptr inbounds nuw i8, ptr %gep238, i64 384
+  %v519.us.i = load <4 x float>, ptr %639, align 4, !tbaa !7
+  %640 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %641 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %642 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %643 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %644 = shufflevector <4 x float> %640, <4 x float> %641, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %645 = shufflevector <4 x float> %640, <4 x float> %641, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %646 = shufflevector <4 x float> %642, <4 x float> %643, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %647 = shufflevector <4 x float> %642, <4 x float> %643, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %648 = getelementptr inbounds nuw i8, ptr %gep238, i64 512
+  %v513.us.1.i = load <4 x float>, ptr %648, align 4, !tbaa !7
+  %649 = getelementptr inbounds nuw i8, ptr %gep238, i64 640
+  %v515.us.1.i = load <4 x float>, ptr %649, align 4, !tbaa !7
+  %650 = getelementptr inbounds nuw i8, ptr %gep238, i64 768
+  %v517.us.1.i = load <4 x float>, ptr %650, align 4, !tbaa !7
+  %651 = getelementptr inbounds nuw i8, ptr %gep238, i64 896
+  %v519.us.1.i = load <4 x float>, ptr %651, align 4, !tbaa !7
+  %652 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %653 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %654 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %655 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %656 = shufflevector <4 x float> %652, <4 x float> %653, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %657 = shufflevector <4 x float> %652, <4 x float> %653, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %658 = shufflevector <4 x float> %654, <4 x float> %655, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %659 = shufflevector <4 x float> %654, <4 x float> %655, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %660 = getelementptr inbounds nuw i8, ptr %gep238, i64 1024
+  %v513.us.2.i = load <4 x float>, ptr %660, align 4, !tbaa !7
+  %661 = getelementptr inbounds nuw i8, ptr %gep238, i64 1152
+  %v515.us.2.i = load <4 x float>, ptr %661, align 4, !tbaa !7
+  %662 = getelementptr inbounds nuw i8, ptr %gep238, i64 1280
+  %v517.us.2.i = load <4 x float>, ptr %662, align 4, !tbaa !7
+  %663 = getelementptr inbounds nuw i8, ptr %gep238, i64 1408
+  %v519.us.2.i = load <4 x float>, ptr %663, align 4, !tbaa !7
+  %664 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %665 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %666 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %667 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %668 = shufflevector <4 x float> %664, <4 x float> %665, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %669 = shufflevector <4 x float> %664, <4 x float> %665, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %670 = shufflevector <4 x float> %666, <4 x float> %667, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %671 = shufflevector <4 x float> %666, <4 x float> %667, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %672 = getelementptr inbounds nuw i8, ptr %gep238, i64 1536
+  %v513.us.3.i = load <4 x float>, ptr %672, align 4, !tbaa !7
+  %673 = getelementptr inbounds nuw i8, ptr %gep238, i64 1664
+  %v515.us.3.i = load <4 x float>, ptr %673, align 4, !tbaa !7
+  %674 = getelementptr inbounds nuw i8, ptr %gep238, i64 1792
+  %v517.us.3.i = load <4 x float>, ptr %674, align 4, !tbaa !7
+  %675 = getelementptr inbounds nuw i8, ptr %gep238, i64 1920
+  %v519.us.3.i = load <4 x float>, ptr %675, align 4, !tbaa !7
+  %676 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %677 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %678 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %679 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %680 = shufflevector <4 x float> %676, <4 x float> %677, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %681 = shufflevector <4 x float> %644, <4 x float> %656, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %682 = shufflevector <4 x float> %668, <4 x float> %680, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %683 = shufflevector <8 x float> %681, <8 x float> %682, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %684 = shufflevector <4 x float> %676, <4 x float> %677, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %685 = shufflevector <4 x float> %645, <4 x float> %657, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %686 = shufflevector <4 x float> %669, <4 x float> %684, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %687 = shufflevector <8 x float> %685, <8 x float> %686, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %688 = shufflevector <4 x float> %678, <4 x float> %679, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %689 = shufflevector <4 x float> %646, <4 x float> %658, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %690 = shufflevector <4 x float> %670, <4 x float> %688, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %691 = shufflevector <8 x float> %689, <8 x float> %690, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %692 = shufflevector <4 x float> %678, <4 x float> %679, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %693 = shufflevector <4 x float> %647, <4 x float> %659, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %694 = shufflevector <4 x float> %671, <4 x float> %692, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %695 = shufflevector <8 x float> %693, <8 x float> %694, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %696 = fmul <16 x float> %746, %683
+  %.idx1733.i = shl nuw nsw i64 %indvars.iv1631.i, 6
+  %gep1888.i = getelementptr inbounds nuw i8, ptr %invariant.gep1887.i, i64 %.idx1733.i
+  store <16 x float> %696, ptr %gep1888.i, align 4, !tbaa !7
+  %697 = fmul <16 x float> %750, %687
+  %698 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 512
+  store <16 x float> %697, ptr %698, align 4, !tbaa !7
+  %699 = fmul <16 x float> %754, %691
+  %700 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1024
+  store <16 x float> %699, ptr %700, align 4, !tbaa !7
+  %701 = fmul <16 x float> %758, %695
+  %702 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1536
+  store <16 x float> %701, ptr %702, align 4, !tbaa !7
+  %indvars.iv.next1632.i = add nuw nsw i64 %indvars.iv1631.i, 1
+  %exitcond1635.not.i = icmp eq i64 %indvars.iv.next1632.i, 8
+  br i1 %exitcond1635.not.i, label %for_end_d_0504.us.i, label %for_begin_ax1_0507.preheader.us.i, !prof !22
 
-for_begin_d_0459.preheader.us.i:                  ; preds = %for_begin_d_0459.preheader.lr.ph.us.i, %for_begin_d_0459.preheader.us.i
-  %indvars.iv1193.i = phi i64 [ 0, %for_begin_d_0459.preheader.lr.ph.us.i ], [ %indvars.iv.next1194.i, %for_begin_d_0459.preheader.us.i ]
-  %606 = and i64 %indvars.iv1193.i, 3
-  %607 = or disjoint i64 %606, %666
-  %608 = mul nsw i64 %607, %out_head
-  %609 = lshr i64 %indvars.iv1193.i, 2
-  %610 = add nsw i64 %609, %669
-  %611 = mul nsw i64 %610, %out_batch
-  %612 = getelementptr i16, ptr %out, i64 %611
-  %invariant.gep911.us.i = getelementptr i16, ptr %612, i64 %608
-  %.idx91 = shl nsw i64 %indvars.iv1193.i, 9
-  %613 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx91
-  %614 = load <32 x i32>, ptr %613, align 4, !tbaa !7
-  %615 = lshr <32 x i32> %614, splat (i32 16)
-  %616 = and <32 x i32> %615, splat (i32 1)
-  %617 = add nuw <32 x i32> %614, splat (i32 32767)
-  %618 = add nuw <32 x i32> %617, %616
-  %619 = lshr <32 x i32> %618, splat (i32 16)
-  %620 = trunc nuw <32 x i32> %619 to <32 x i16>
-  store <32 x i16> %620, ptr %invariant.gep911.us.i, align 2, !tbaa !7
-  %621 = getelementptr inbounds nuw i8, ptr %613, i64 128
-  %622 = load <32 x i32>, ptr %621, align 4, !tbaa !7
-  %623 = lshr <32 x i32> %622, splat (i32 16)
-  %624 = and <32 x i32> %623, splat (i32 1)
-  %625 = add nuw <32 x i32> %622, splat (i32 32767)
-  %626 = add nuw <32 x i32> %625, %624
-  %627 = lshr <32 x i32> %626, splat (i32 16)
-  %628 = trunc nuw <32 x i32> %627 to <32 x i16>
-  %gep912.us.1.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 64
-  store <32 x i16> %628, ptr %gep912.us.1.i, align 2, !tbaa !7
-  %629 = getelementptr inbounds nuw i8, ptr %613, i64 256
-  %630 = load <32 x i32>, ptr %629, align 4, !tbaa !7
-  %631 = lshr <32 x i32> %630, splat (i32 16)
-  %632 = and <32 x i32> %631, splat (i32 1)
-  %633 = add nuw <32 x i32> %630, splat (i32 32767)
-  %634 = add nuw <32 x i32> %633, %632
-  %635 = lshr <32 x i32> %634, splat (i32 16)
-  %636 = trunc nuw <32 x i32> %635 to <32 x i16>
-  %gep912.us.2.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 128
-  store <32 x i16> %636, ptr %gep912.us.2.i, align 2, !tbaa !7
-  %637 = getelementptr inbounds nuw i8, ptr %613, i64 384
-  %638 = load <32 x i32>, ptr %637, align 4, !tbaa !7
-  %639 = lshr <32 x i32> %638, splat (i32 16)
-  %640 = and <32 x i32> %639, splat (i32 1)
-  %641 = add nuw <32 x i32> %638, splat (i32 32767)
-  %642 = add nuw <32 x i32> %641, %640
-  %643 = lshr <32 x i32> %642, splat (i32 16)
-  %644 = trunc nuw <32 x i32> %643 to <32 x i16>
-  %gep912.us.3.i = getelementptr i8, ptr %invariant.gep911.us.i, i64 192
-  store <32 x i16> %644, ptr %gep912.us.3.i, align 2, !tbaa !7
-  %indvars.iv.next1194.i = add nuw nsw i64 %indvars.iv1193.i, 1
-  %exitcond1198.not.i = icmp eq i64 %indvars.iv.next1194.i, %wide.trip.count1197.i
-  br i1 %exitcond1198.not.i, label %for_body_r469.lr.ph.us.i, label %for_begin_d_0459.preheader.us.i, !prof !10
+for_begin_d_0542.preheader.us.i:                  ; preds = %for_begin_d_0542.preheader.lr.ph.us.i, %for_begin_d_0542.preheader.us.i
+  %indvars.iv1645.i = phi i64 [ 0, %for_begin_d_0542.preheader.lr.ph.us.i ], [ %indvars.iv.next1646.i, %for_begin_d_0542.preheader.us.i ]
+  %703 = and i64 %indvars.iv1645.i, 3
+  %704 = or disjoint i64 %703, %763
+  %705 = mul nsw i64 %704, %out_head
+  %706 = lshr i64 %indvars.iv1645.i, 2
+  %707 = add nsw i64 %706, %766
+  %708 = mul nsw i64 %707, %out_batch
+  %709 = getelementptr i16, ptr %out, i64 %708
+  %invariant.gep1257.us.i = getelementptr i16, ptr %709, i64 %705
+  %.idx96 = shl nsw i64 %indvars.iv1645.i, 9
+  %710 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx96
+  %711 = load <32 x i32>, ptr %710, align 4, !tbaa !7
+  %712 = lshr <32 x i32> %711, splat (i32 16)
+  %713 = and <32 x i32> %712, splat (i32 1)
+  %714 = add nuw <32 x i32> %711, splat (i32 32767)
+  %715 = add nuw <32 x i32> %714, %713
+  %716 = lshr <32 x i32> %715, splat (i32 16)
+  %717 = trunc nuw <32 x i32> %716 to <32 x i16>
+  store <32 x i16> %717, ptr %invariant.gep1257.us.i, align 2, !tbaa !7
+  %718 = getelementptr inbounds nuw i8, ptr %710, i64 128
+  %719 = load <32 x i32>, ptr %718, align 4, !tbaa !7
+  %720 = lshr <32 x i32> %719, splat (i32 16)
+  %721 = and <32 x i32> %720, splat (i32 1)
+  %722 = add nuw <32 x i32> %719, splat (i32 32767)
+  %723 = add nuw <32 x i32> %722, %721
+  %724 = lshr <32 x i32> %723, splat (i32 16)
+  %725 = trunc nuw <32 x i32> %724 to <32 x i16>
+  %gep1258.us.1.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 64
+  store <32 x i16> %725, ptr %gep1258.us.1.i, align 2, !tbaa !7
+  %726 = getelementptr inbounds nuw i8, ptr %710, i64 256
+  %727 = load <32 x i32>, ptr %726, align 4, !tbaa !7
+  %728 = lshr <32 x i32> %727, splat (i32 16)
+  %729 = and <32 x i32> %728, splat (i32 1)
+  %730 = add nuw <32 x i32> %727, splat (i32 32767)
+  %731 = add nuw <32 x i32> %730, %729
+  %732 = lshr <32 x i32> %731, splat (i32 16)
+  %733 = trunc nuw <32 x i32> %732 to <32 x i16>
+  %gep1258.us.2.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 128
+  store <32 x i16> %733, ptr %gep1258.us.2.i, align 2, !tbaa !7
+  %734 = getelementptr inbounds nuw i8, ptr %710, i64 384
+  %735 = load <32 x i32>, ptr %734, align 4, !tbaa !7
+  %736 = lshr <32 x i32> %735, splat (i32 16)
+  %737 = and <32 x i32> %736, splat (i32 1)
+  %738 = add nuw <32 x i32> %735, splat (i32 32767)
+  %739 = add nuw <32 x i32> %738, %737
+  %740 = lshr <32 x i32> %739, splat (i32 16)
+  %741 = trunc nuw <32 x i32> %740 to <32 x i16>
+  %gep1258.us.3.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 192
+  store <32 x i16> %741, ptr %gep1258.us.3.i, align 2, !tbaa !7
+  %indvars.iv.next1646.i = add nuw nsw i64 %indvars.iv1645.i, 1
+  %exitcond1650.not.i = icmp eq i64 %indvars.iv.next1646.i, %wide.trip.count1649.i
+  br i1 %exitcond1650.not.i, label %for_body_r552.lr.ph.us.i, label %for_begin_d_0542.preheader.us.i, !prof !10
 
-for_begin_d_0419.preheader.us.i:                  ; preds = %for_end_d_0421.us.i, %if_end417.us.i
-  %indvars.iv1184.i = phi i64 [ %indvars.iv.next1185.i, %for_end_d_0421.us.i ], [ 0, %if_end417.us.i ]
-  %645 = shl nuw nsw i64 %indvars.iv1184.i, 2
-  %646 = getelementptr inbounds nuw float, ptr %factor537.i, i64 %645
-  %647 = load float, ptr %646, align 16, !tbaa !36
-  %648 = insertelement <16 x float> poison, float %647, i64 0
-  %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
-  %650 = getelementptr inbounds nuw i8, ptr %646, i64 4
-  %651 = load float, ptr %650, align 4, !tbaa !36
-  %652 = insertelement <16 x float> poison, float %651, i64 0
-  %653 = shufflevector <16 x float> %652, <16 x float> poison, <16 x i32> zeroinitializer
-  %654 = getelementptr inbounds nuw i8, ptr %646, i64 8
-  %655 = load float, ptr %654, align 8, !tbaa !36
-  %656 = insertelement <16 x float> poison, float %655, i64 0
-  %657 = shufflevector <16 x float> %656, <16 x float> poison, <16 x i32> zeroinitializer
-  %658 = getelementptr inbounds nuw i8, ptr %646, i64 12
-  %659 = load float, ptr %658, align 4, !tbaa !36
-  %660 = insertelement <16 x float> poison, float %659, i64 0
-  %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx1263.i = shl nuw nsw i64 %indvars.iv1184.i, 11
-  %invariant.gep1339.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1263.i
-  %invariant.gep172 = getelementptr inbounds nuw float, ptr %invariant.gep170, i64 %645
-  br label %for_begin_ax1_0424.preheader.us.i
+for_begin_d_0502.preheader.us.i:                  ; preds = %for_end_d_0504.us.i, %if_end500.us.i
+  %indvars.iv1636.i = phi i64 [ %indvars.iv.next1637.i, %for_end_d_0504.us.i ], [ 0, %if_end500.us.i ]
+  %742 = shl nuw nsw i64 %indvars.iv1636.i, 2
+  %743 = getelementptr inbounds nuw float, ptr %factor621.i, i64 %742
+  %744 = load float, ptr %743, align 16, !tbaa !35
+  %745 = insertelement <16 x float> poison, float %744, i64 0
+  %746 = shufflevector <16 x float> %745, <16 x float> poison, <16 x i32> zeroinitializer
+  %747 = getelementptr inbounds nuw i8, ptr %743, i64 4
+  %748 = load float, ptr %747, align 4, !tbaa !35
+  %749 = insertelement <16 x float> poison, float %748, i64 0
+  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
+  %751 = getelementptr inbounds nuw i8, ptr %743, i64 8
+  %752 = load float, ptr %751, align 8, !tbaa !35
+  %753 = insertelement <16 x float> poison, float %752, i64 0
+  %754 = shufflevector <16 x float> %753, <16 x float> poison, <16 x i32> zeroinitializer
+  %755 = getelementptr inbounds nuw i8, ptr %743, i64 12
+  %756 = load float, ptr %755, align 4, !tbaa !35
+  %757 = insertelement <16 x float> poison, float %756, i64 0
+  %758 = shufflevector <16 x float> %757, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx1734.i = shl nuw nsw i64 %indvars.iv1636.i, 11
+  %invariant.gep1887.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1734.i
+  %invariant.gep237 = getelementptr inbounds nuw float, ptr %invariant.gep235, i64 %742
+  br label %for_begin_ax1_0507.preheader.us.i
 
-for_begin_d_0459.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %662 = sext i1 %.not572.us.i to i32
-  %663 = add nsw i32 %rdiv465.us.i, %662
-  %664 = sext i32 %663 to i64
-  %665 = add nsw i64 %475, %664
-  %666 = shl nsw i64 %665, 2
-  %667 = sext i32 %492 to i64
-  %668 = shl nsw i64 %667, 2
-  %669 = add nsw i64 %668, %478
-  %670 = tail call i32 @llvm.umin.i32(i32 %494, i32 16)
-  %wide.trip.count1197.i = zext nneg i32 %670 to i64
-  br label %for_begin_d_0459.preheader.us.i
+for_begin_d_0542.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
+  %759 = sext i1 %.not661.us.i to i32
+  %760 = add nsw i32 %rdiv548.us.i, %759
+  %761 = sext i32 %760 to i64
+  %762 = add nsw i64 %572, %761
+  %763 = shl nsw i64 %762, 2
+  %764 = sext i32 %589 to i64
+  %765 = shl nsw i64 %764, 3
+  %766 = add nsw i64 %765, %575
+  %767 = tail call i32 @llvm.umin.i32(i32 %591, i32 32)
+  %wide.trip.count1649.i = zext nneg i32 %767 to i64
+  br label %for_begin_d_0542.preheader.us.i
 
-for_body_r469.lr.ph.us.i:                         ; preds = %for_begin_d_0459.preheader.us.i
-  %.idx573.us.i = shl nsw i64 %665, 4
-  %671 = getelementptr i8, ptr %lse, i64 %.idx573.us.i
-  %672 = and i64 %482, 4294967280
-  br label %for_body_r469.us.i
+for_body_r552.lr.ph.us.i:                         ; preds = %for_begin_d_0542.preheader.us.i
+  %.idx662.us.i = shl nsw i64 %762, 4
+  %768 = getelementptr i8, ptr %lse, i64 %.idx662.us.i
+  %769 = and i64 %579, 4294967264
+  br label %for_body_r552.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv247 = phi i32 [ %indvars.iv.next248, %for_begin_number.i ], [ %458, %for_body_number.lr.ph.i ]
-  %indvars.iv244.in = phi i32 [ %indvars.iv244, %for_begin_number.i ], [ %428, %for_body_number.lr.ph.i ]
-  %indvars.iv239 = phi i32 [ %indvars.iv.next240, %for_begin_number.i ], [ %457, %for_body_number.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %456, %for_body_number.lr.ph.i ]
-  %number899.i = phi i32 [ %472, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
-  %smax493 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %673 = and i32 %smax493, 127
-  %674 = add i32 %indvars.iv, %673
-  %smax479 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %675 = add i32 %smax479, %indvars.iv244.in
-  %676 = and i32 %smax479, 127
-  %677 = sub i32 %675, %676
-  %678 = sext i32 %677 to i64
-  %679 = add i32 %indvars.iv, %676
-  %smax469 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %680 = and i32 %smax469, 127
-  %681 = add i32 %indvars.iv, %680
-  %smax445 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %682 = add i32 %smax445, %indvars.iv244.in
-  %683 = and i32 %smax445, 127
-  %684 = sub i32 %682, %683
-  %685 = sext i32 %684 to i64
-  %686 = add i32 %indvars.iv, %683
-  %smax443 = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %687 = and i32 %smax443, 127
-  %688 = add i32 %indvars.iv, %687
-  %indvars.iv244 = add i32 %indvars.iv244.in, 4096
-  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv239, i32 0)
-  %689 = and i32 %smax, 127
-  %690 = add i32 %indvars.iv, %689
-  %691 = sub i32 %690, %smax
-  %smin = tail call i32 @llvm.smin.i32(i32 %span557.sroa.3.0.lcssa.i, i32 %indvars.iv244)
-  %smin246 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %427)
-  %692 = add i32 %smin246, %indvars.iv247
-  %693 = add i32 %692, %689
-  %694 = sub i32 %693, %smax
-  %695 = add i32 %indvars.iv247, %689
-  %696 = sub i32 %695, %smax
-  %697 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_max.i = tail call ptr %697(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %698 = icmp eq ptr %row_max.i, null
-  br i1 %698, label %fused_attend_compute_.exit, label %if_end94.i, !prof !6
+  %indvars.iv364 = phi i32 [ %indvars.iv.next365, %for_begin_number.i ], [ %554, %for_body_number.lr.ph.i ]
+  %indvars.iv361.in = phi i32 [ %indvars.iv361, %for_begin_number.i ], [ %524, %for_body_number.lr.ph.i ]
+  %indvars.iv356 = phi i32 [ %indvars.iv.next357, %for_begin_number.i ], [ %553, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %552, %for_body_number.lr.ph.i ]
+  %number1245.i = phi i32 [ %569, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %smax738 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %770 = and i32 %smax738, 63
+  %771 = add i32 %indvars.iv, %770
+  %772 = sub i32 %771, %smax738
+  %773 = shl nuw nsw i32 %number1245.i, 12
+  %774 = add i32 %557, %773
+  %smin740 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %774)
+  %smin741 = tail call i32 @llvm.smin.i32(i32 %smin740, i32 %523)
+  %775 = add i32 %smin741, %indvars.iv364
+  %776 = add i32 %775, %770
+  %777 = sub i32 %776, %smax738
+  %smax719 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %778 = add i32 %smax719, %indvars.iv361.in
+  %779 = and i32 %smax719, 63
+  %780 = sub i32 %778, %779
+  %781 = sext i32 %780 to i64
+  %782 = add i32 %indvars.iv, %779
+  %783 = sub i32 %782, %smax719
+  %784 = shl nuw nsw i32 %number1245.i, 12
+  %785 = add i32 %557, %784
+  %smin723 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %785)
+  %smin724 = tail call i32 @llvm.smin.i32(i32 %smin723, i32 %523)
+  %786 = add i32 %smin724, %indvars.iv364
+  %787 = add i32 %786, %779
+  %788 = sub i32 %787, %smax719
+  %smax704 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %789 = and i32 %smax704, 63
+  %790 = add i32 %indvars.iv, %789
+  %791 = sub i32 %790, %smax704
+  %792 = shl nuw nsw i32 %number1245.i, 12
+  %793 = add i32 %557, %792
+  %smin706 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %793)
+  %smin707 = tail call i32 @llvm.smin.i32(i32 %smin706, i32 %523)
+  %794 = add i32 %smin707, %indvars.iv364
+  %795 = add i32 %794, %789
+  %796 = sub i32 %795, %smax704
+  %smax683 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %797 = and i32 %smax683, 63
+  %798 = add i32 %indvars.iv, %797
+  %799 = sub i32 %798, %smax683
+  %800 = shl nuw nsw i32 %number1245.i, 12
+  %801 = add i32 %557, %800
+  %smin685 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %801)
+  %smin686 = tail call i32 @llvm.smin.i32(i32 %smin685, i32 %523)
+  %802 = add i32 %smin686, %indvars.iv364
+  %803 = add i32 %802, %797
+  %804 = sub i32 %803, %smax683
+  %smax668 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %805 = add i32 %smax668, %indvars.iv361.in
+  %806 = and i32 %smax668, 63
+  %807 = sub i32 %805, %806
+  %808 = sext i32 %807 to i64
+  %809 = add i32 %indvars.iv, %806
+  %810 = sub i32 %809, %smax668
+  %811 = shl nuw nsw i32 %number1245.i, 12
+  %812 = add i32 %557, %811
+  %smin671 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %812)
+  %smin672 = tail call i32 @llvm.smin.i32(i32 %smin671, i32 %523)
+  %813 = add i32 %smin672, %indvars.iv364
+  %814 = add i32 %813, %806
+  %815 = sub i32 %814, %smax668
+  %smax666 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %816 = and i32 %smax666, 63
+  %817 = add i32 %indvars.iv, %816
+  %indvars.iv361 = add i32 %indvars.iv361.in, 4096
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
+  %818 = and i32 %smax, 63
+  %819 = add i32 %indvars.iv, %818
+  %820 = sub i32 %819, %smax
+  %smin = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %indvars.iv361)
+  %smin363 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %523)
+  %821 = add i32 %smin363, %indvars.iv364
+  %822 = add i32 %821, %818
+  %823 = sub i32 %822, %smax
+  %824 = add i32 %indvars.iv364, %818
+  %825 = sub i32 %824, %smax
+  %826 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_max.i = tail call ptr %826(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %827 = icmp eq ptr %row_max.i, null
+  br i1 %827, label %fused_attend_compute_.exit, label %if_end94.i, !prof !6
 
 if_end94.i:                                       ; preds = %for_body_number.i
-  %699 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_sum.i = tail call ptr %699(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %700 = icmp eq ptr %row_sum.i, null
-  br i1 %700, label %fused_attend_compute_.exit, label %if_end97.i, !prof !6
+  %828 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_sum.i = tail call ptr %828(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %829 = icmp eq ptr %row_sum.i, null
+  br i1 %829, label %fused_attend_compute_.exit, label %if_end97.i, !prof !6
 
 if_end97.i:                                       ; preds = %if_end94.i
-  %701 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %701(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %702 = icmp eq ptr %acc.i, null
-  br i1 %702, label %fused_attend_compute_.exit, label %if_end100.i, !prof !6
+  %830 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %830(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %831 = icmp eq ptr %acc.i, null
+  br i1 %831, label %fused_attend_compute_.exit, label %if_end100.i, !prof !6
 
 if_end100.i:                                      ; preds = %if_end97.i
-  %703 = shl nsw i32 %number899.i, 12
-  %704 = add nsw i32 %703, %428
-  %705 = add nsw i32 %704, 4096
-  %706 = sub i32 %span557.sroa.0.0.lcssa.i, %704
-  %unseen.i = tail call i32 @llvm.smax.i32(i32 %706, i32 0)
-  %707 = and i32 %unseen.i, 127
-  %708 = add nsw i32 %unseen.i, %704
-  %709 = sub i32 %708, %707
-  %710 = tail call i32 @llvm.smin.i32(i32 %705, i32 %key_end.i)
-  %711 = sub nsw i32 %710, %709
-  %.fr923.i = freeze i32 %711
-  %712 = icmp slt i32 %.fr923.i, 1
-  %713 = tail call i32 @llvm.smax.i32(i32 %.fr923.i, i32 0)
-  %714 = add nuw nsw i32 %713, 127
-  %715 = lshr i32 %714, 7
-  %.not920.i = icmp eq i32 %715, 0
-  br i1 %.not920.i, label %for_begin_tile339.preheader.i, label %for_body_step.lr.ph.i, !prof !9
+  %832 = shl nsw i32 %number1245.i, 12
+  %833 = add nsw i32 %832, %524
+  %834 = add nsw i32 %833, 4096
+  %835 = sub i32 %span646.sroa.0.0.lcssa.i, %833
+  %unseen.i = tail call i32 @llvm.smax.i32(i32 %835, i32 0)
+  %836 = and i32 %unseen.i, 63
+  %837 = add nsw i32 %unseen.i, %833
+  %838 = sub i32 %837, %836
+  %839 = tail call i32 @llvm.smin.i32(i32 %834, i32 %key_end.i)
+  %840 = sub nsw i32 %839, %838
+  %.fr1271.i = freeze i32 %840
+  %841 = icmp slt i32 %.fr1271.i, 1
+  %842 = tail call i32 @llvm.smax.i32(i32 %.fr1271.i, i32 0)
+  %843 = add nuw nsw i32 %842, 63
+  %844 = lshr i32 %843, 6
+  %.not1267.i = icmp eq i32 %844, 0
+  br i1 %.not1267.i, label %for_begin_tile422.preheader.i, label %for_body_step.lr.ph.i, !prof !9
 
 for_body_step.lr.ph.i:                            ; preds = %if_end100.i
-  %716 = add nsw i32 %710, -1
-  %717 = sext i32 %709 to i64
-  %718 = sext i32 %710 to i64
-  %wide.trip.count1142.i = zext nneg i32 %715 to i64
-  %invariant.op.i = add nsw i64 %718, -128
-  %719 = getelementptr i8, ptr %463, i64 %678
-  %720 = getelementptr i8, ptr %464, i64 %685
+  %845 = add nsw i32 %839, -1
+  %846 = sext i32 %838 to i64
+  %847 = sext i32 %839 to i64
+  %wide.trip.count1594.i = zext nneg i32 %844 to i64
+  %invariant.op.i = add nsw i64 %847, -64
+  %848 = getelementptr i8, ptr %560, i64 %781
+  %849 = getelementptr i8, ptr %561, i64 %808
+  %broadcast.splatinsert790 = insertelement <4 x i32> poison, i32 %845, i64 0
+  %broadcast.splat791 = shufflevector <4 x i32> %broadcast.splatinsert790, <4 x i32> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert770 = insertelement <4 x i32> poison, i32 %845, i64 0
+  %broadcast.splat771 = shufflevector <4 x i32> %broadcast.splatinsert770, <4 x i32> poison, <4 x i32> zeroinitializer
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end334.i
-  %indvars.iv.next1140.i = add nuw nsw i64 %indvars.iv1139.i, 1
-  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1140.i, %wide.trip.count1142.i
-  %indvars.iv.next242 = add i32 %indvars.iv241, -128
-  %indvars.iv.next250 = add i32 %indvars.iv249, -128
-  %indvars.iv.next252 = add i32 %indvars.iv251, -128
-  br i1 %exitcond1143.not.i, label %for_begin_tile339.preheader.i, label %for_body_step.i, !prof !10
+for_begin_tile422.preheader.i:                    ; preds = %for_end_kv_head.i, %if_end100.i
+  %brmerge.i = or i1 %144, %841
+  br i1 %brmerge.i, label %for_end_tile424.i, label %for_body_tile423.i, !prof !36
 
-for_begin_tile339.preheader.i:                    ; preds = %for_begin_step.i, %if_end100.i
-  %brmerge.i = or i1 %144, %712
-  br i1 %brmerge.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !37
+for_body_step.i:                                  ; preds = %for_end_kv_head.i, %for_body_step.lr.ph.i
+  %indvars.iv368 = phi i32 [ %indvars.iv.next369, %for_end_kv_head.i ], [ %825, %for_body_step.lr.ph.i ]
+  %indvars.iv366 = phi i32 [ %indvars.iv.next367, %for_end_kv_head.i ], [ %823, %for_body_step.lr.ph.i ]
+  %indvars.iv358 = phi i32 [ %indvars.iv.next359, %for_end_kv_head.i ], [ %820, %for_body_step.lr.ph.i ]
+  %indvars.iv1591.i = phi i64 [ %indvars.iv.next1592.i, %for_end_kv_head.i ], [ 0, %for_body_step.lr.ph.i ]
+  %850 = mul nsw i64 %indvars.iv1591.i, -64
+  %851 = trunc i64 %850 to i32
+  %852 = add i32 %772, %851
+  %smax739 = tail call i32 @llvm.smax.i32(i32 %852, i32 0)
+  %853 = zext nneg i32 %smax739 to i64
+  %854 = trunc i64 %850 to i32
+  %855 = add i32 %777, %854
+  %856 = shl nuw nsw i64 %indvars.iv1591.i, 6
+  %scevgep720 = getelementptr i8, ptr %848, i64 %856
+  %857 = mul nsw i64 %indvars.iv1591.i, -64
+  %858 = trunc i64 %857 to i32
+  %859 = add i32 %783, %858
+  %smax721 = tail call i32 @llvm.smax.i32(i32 %859, i32 0)
+  %860 = zext nneg i32 %smax721 to i64
+  %861 = trunc i64 %857 to i32
+  %862 = add i32 %788, %861
+  %863 = shl i32 %smax721, 5
+  %864 = sext i32 %863 to i64
+  %865 = shl nsw i64 %864, 2
+  %866 = mul nsw i64 %indvars.iv1591.i, -64
+  %867 = trunc i64 %866 to i32
+  %868 = add i32 %791, %867
+  %smax705 = tail call i32 @llvm.smax.i32(i32 %868, i32 0)
+  %869 = zext nneg i32 %smax705 to i64
+  %870 = trunc i64 %866 to i32
+  %871 = add i32 %796, %870
+  %872 = shl i32 %smax705, 5
+  %873 = sext i32 %872 to i64
+  %874 = mul nsw i64 %indvars.iv1591.i, -64
+  %875 = trunc i64 %874 to i32
+  %876 = add i32 %799, %875
+  %smax684 = tail call i32 @llvm.smax.i32(i32 %876, i32 0)
+  %877 = zext nneg i32 %smax684 to i64
+  %878 = trunc i64 %874 to i32
+  %879 = add i32 %804, %878
+  %880 = shl nuw nsw i64 %indvars.iv1591.i, 6
+  %scevgep = getelementptr i8, ptr %849, i64 %880
+  %881 = mul nsw i64 %indvars.iv1591.i, -64
+  %882 = trunc i64 %881 to i32
+  %883 = add i32 %810, %882
+  %smax669 = tail call i32 @llvm.smax.i32(i32 %883, i32 0)
+  %884 = zext nneg i32 %smax669 to i64
+  %885 = trunc i64 %881 to i32
+  %886 = add i32 %815, %885
+  %887 = shl i32 %smax669, 5
+  %888 = sext i32 %887 to i64
+  %889 = shl nsw i64 %888, 2
+  %indvars.iv1591.i.tr = trunc i64 %indvars.iv1591.i to i32
+  %890 = shl i32 %indvars.iv1591.i.tr, 6
+  %891 = add i32 %smax666, %890
+  %892 = sub i32 %817, %891
+  %smax667 = tail call i32 @llvm.smax.i32(i32 %892, i32 0)
+  %893 = shl i32 %smax667, 5
+  %smax373 = tail call i32 @llvm.smax.i32(i32 %indvars.iv358, i32 0)
+  %894 = zext nneg i32 %smax373 to i64
+  %895 = shl nsw i64 %indvars.iv1591.i, 6
+  %896 = add nsw i64 %895, %846
+  %897 = trunc i64 %896 to i32
+  %898 = sub i32 %839, %897
+  %899 = tail call i32 @llvm.smin.i32(i32 %898, i32 64)
+  %900 = add nsw i32 %899, 7
+  %901 = ashr i32 %900, 3
+  %902 = and i32 %900, -8
+  %903 = icmp slt i64 %896, %invariant.op.i
+  %904 = select i1 %903, i32 128, i32 %902
+  %905 = icmp sgt i32 %904, 0
+  br i1 %905, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !31
 
-for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
-  %indvars.iv251 = phi i32 [ %indvars.iv.next252, %for_begin_step.i ], [ %696, %for_body_step.lr.ph.i ]
-  %indvars.iv249 = phi i32 [ %indvars.iv.next250, %for_begin_step.i ], [ %694, %for_body_step.lr.ph.i ]
-  %indvars.iv241 = phi i32 [ %indvars.iv.next242, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
-  %indvars.iv1139.i = phi i64 [ %indvars.iv.next1140.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
-  %indvars.iv1139.i.tr = trunc i64 %indvars.iv1139.i to i32
-  %721 = shl i32 %indvars.iv1139.i.tr, 7
-  %722 = add i32 %smax493, %721
-  %723 = sub i32 %674, %722
-  %smax494 = tail call i32 @llvm.smax.i32(i32 %723, i32 0)
-  %724 = shl nuw nsw i64 %indvars.iv1139.i, 7
-  %scevgep480 = getelementptr i8, ptr %719, i64 %724
-  %indvars.iv1139.i.tr539 = trunc i64 %indvars.iv1139.i to i32
-  %725 = shl i32 %indvars.iv1139.i.tr539, 7
-  %726 = add i32 %smax479, %725
-  %727 = sub i32 %679, %726
-  %smax481 = tail call i32 @llvm.smax.i32(i32 %727, i32 0)
-  %728 = zext nneg i32 %smax481 to i64
-  %729 = shl i32 %smax481, 4
-  %730 = sext i32 %729 to i64
-  %731 = shl nsw i64 %730, 2
-  %indvars.iv1139.i.tr540 = trunc i64 %indvars.iv1139.i to i32
-  %732 = shl i32 %indvars.iv1139.i.tr540, 7
-  %733 = add i32 %smax469, %732
-  %734 = sub i32 %681, %733
-  %smax470 = tail call i32 @llvm.smax.i32(i32 %734, i32 0)
-  %735 = shl i32 %smax470, 4
-  %736 = sext i32 %735 to i64
-  %737 = shl nuw nsw i64 %indvars.iv1139.i, 7
-  %scevgep = getelementptr i8, ptr %720, i64 %737
-  %indvars.iv1139.i.tr541 = trunc i64 %indvars.iv1139.i to i32
-  %738 = shl i32 %indvars.iv1139.i.tr541, 7
-  %739 = add i32 %smax445, %738
-  %740 = sub i32 %686, %739
-  %smax446 = tail call i32 @llvm.smax.i32(i32 %740, i32 0)
-  %741 = zext nneg i32 %smax446 to i64
-  %742 = shl i32 %smax446, 4
-  %743 = sext i32 %742 to i64
-  %744 = shl nsw i64 %743, 2
-  %indvars.iv1139.i.tr542 = trunc i64 %indvars.iv1139.i to i32
-  %745 = shl i32 %indvars.iv1139.i.tr542, 7
-  %746 = add i32 %smax443, %745
-  %747 = sub i32 %688, %746
-  %smax444 = tail call i32 @llvm.smax.i32(i32 %747, i32 0)
-  %748 = shl i32 %smax444, 4
-  %smax255 = tail call i32 @llvm.smax.i32(i32 %indvars.iv241, i32 0)
-  %749 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %key_offsets.i = tail call ptr %749(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %750 = icmp eq ptr %key_offsets.i, null
-  br i1 %750, label %fused_attend_compute_.exit, label %if_end103.i, !prof !6
+for_body_t.lr.ph.i:                               ; preds = %for_body_step.i
+  %row_start.i = load i32, ptr %530, align 4, !tbaa !7
+  %906 = sext i32 %row_start.i to i64
+  %invariant.gep929.i = getelementptr i32, ptr %invariant.gep.i, i64 %906
+  %wide.trip.count1394.i = zext nneg i32 %904 to i64
+  %broadcast.splatinsert788 = insertelement <4 x i64> poison, i64 %896, i64 0
+  %broadcast.splat789 = shufflevector <4 x i64> %broadcast.splatinsert788, <4 x i64> poison, <4 x i32> zeroinitializer
+  br label %vector.body796
 
-if_end103.i:                                      ; preds = %for_body_step.i
-  %751 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %value_offsets.i = tail call ptr %751(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %752 = icmp eq ptr %value_offsets.i, null
-  br i1 %752, label %fused_attend_compute_.exit, label %if_end106.i, !prof !6
+vector.body796:                                   ; preds = %vector.body796, %for_body_t.lr.ph.i
+  %index797 = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %index.next800, %vector.body796 ]
+  %vec.ind798 = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %for_body_t.lr.ph.i ], [ %vec.ind.next801, %vector.body796 ]
+  %907 = add nsw <4 x i64> %vec.ind798, %broadcast.splat789
+  %908 = trunc nsw <4 x i64> %907 to <4 x i32>
+  %909 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %908, <4 x i32> %broadcast.splat791)
+  %910 = sext <4 x i32> %909 to <4 x i64>
+  %911 = ashr <4 x i64> %910, splat (i64 4)
+  %912 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %911
+  %wide.masked.gather799 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %912, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
+  %913 = sext <4 x i32> %wide.masked.gather799 to <4 x i64>
+  %914 = and <4 x i64> %910, splat (i64 15)
+  %915 = mul nsw <4 x i64> %914, %broadcast.splat793
+  %916 = mul nsw <4 x i64> %broadcast.splat795, %913
+  %917 = add nsw <4 x i64> %915, %916
+  %918 = getelementptr inbounds nuw i64, ptr %key_offsets644.i, i64 %index797
+  store <4 x i64> %917, ptr %918, align 16, !tbaa !37
+  %index.next800 = add nuw i64 %index797, 4
+  %vec.ind.next801 = add nuw nsw <4 x i64> %vec.ind798, splat (i64 4)
+  %919 = icmp eq i64 %index.next800, %wide.trip.count1394.i
+  br i1 %919, label %vector.ph765, label %vector.body796, !prof !39, !llvm.loop !40
 
-if_end106.i:                                      ; preds = %if_end103.i
-  %753 = shl nsw i64 %indvars.iv1139.i, 7
-  %754 = add nsw i64 %753, %717
-  %755 = trunc i64 %754 to i32
-  %756 = sub i32 %710, %755
-  %757 = tail call i32 @llvm.smin.i32(i32 %756, i32 128)
-  %758 = add nsw i32 %757, 7
-  %759 = ashr i32 %758, 3
-  %760 = and i32 %758, -8
-  %761 = icmp slt i64 %754, %invariant.op.i
-  %762 = select i1 %761, i32 256, i32 %760
-  %763 = icmp sgt i32 %762, 0
-  br i1 %763, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !32
+vector.ph765:                                     ; preds = %vector.body796
+  %broadcast.splatinsert768 = insertelement <4 x i64> poison, i64 %896, i64 0
+  %broadcast.splat769 = shufflevector <4 x i64> %broadcast.splatinsert768, <4 x i64> poison, <4 x i32> zeroinitializer
+  br label %vector.body776
 
-for_body_t.lr.ph.i:                               ; preds = %if_end106.i
-  %row_start.i = load i32, ptr %434, align 4, !tbaa !7
-  %764 = sext i32 %row_start.i to i64
-  %invariant.gep691.i = getelementptr i32, ptr %invariant.gep.i, i64 %764
-  %wide.trip.count998.i = zext nneg i32 %762 to i64
-  br label %for_body_t.i
+vector.body776:                                   ; preds = %vector.body776, %vector.ph765
+  %index777 = phi i64 [ 0, %vector.ph765 ], [ %index.next780, %vector.body776 ]
+  %vec.ind778 = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %vector.ph765 ], [ %vec.ind.next781, %vector.body776 ]
+  %920 = add nsw <4 x i64> %vec.ind778, %broadcast.splat769
+  %921 = trunc nsw <4 x i64> %920 to <4 x i32>
+  %922 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %921, <4 x i32> %broadcast.splat771)
+  %923 = sext <4 x i32> %922 to <4 x i64>
+  %924 = ashr <4 x i64> %923, splat (i64 4)
+  %925 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %924
+  %wide.masked.gather779 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %925, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
+  %926 = sext <4 x i32> %wide.masked.gather779 to <4 x i64>
+  %927 = and <4 x i64> %923, splat (i64 15)
+  %928 = mul nsw <4 x i64> %927, %broadcast.splat773
+  %929 = mul nsw <4 x i64> %broadcast.splat775, %926
+  %930 = add nsw <4 x i64> %928, %929
+  %931 = getelementptr inbounds nuw i64, ptr %value_offsets643.i, i64 %index777
+  store <4 x i64> %930, ptr %931, align 16, !tbaa !42
+  %index.next780 = add nuw i64 %index777, 4
+  %vec.ind.next781 = add nuw nsw <4 x i64> %vec.ind778, splat (i64 4)
+  %932 = icmp eq i64 %index.next780, %wide.trip.count1394.i
+  br i1 %932, label %for_begin_kv_head.preheader.i, label %vector.body776, !prof !39, !llvm.loop !44
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv995.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next996.i.1, %for_body_t.i ]
-  %765 = add nsw i64 %indvars.iv995.i, %754
-  %766 = trunc nsw i64 %765 to i32
-  %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %716)
-  %768 = sext i32 %767 to i64
-  %769 = ashr i64 %768, 4
-  %gep692.i = getelementptr i32, ptr %invariant.gep691.i, i64 %769
-  %770 = load i32, ptr %gep692.i, align 4, !tbaa !7
-  %block.i = sext i32 %770 to i64
-  %771 = and i64 %768, 15
-  %772 = mul nsw i64 %771, %k_row
-  %773 = mul nsw i64 %k_block, %block.i
-  %774 = add nsw i64 %772, %773
-  %775 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv995.i
-  store i64 %774, ptr %775, align 8, !tbaa !7
-  %indvars.iv.next996.i = or disjoint i64 %indvars.iv995.i, 1
-  %776 = add nsw i64 %indvars.iv.next996.i, %754
-  %777 = trunc nsw i64 %776 to i32
-  %778 = tail call i32 @llvm.smin.i32(i32 %777, i32 %716)
-  %779 = sext i32 %778 to i64
-  %780 = ashr i64 %779, 4
-  %gep692.i.1 = getelementptr i32, ptr %invariant.gep691.i, i64 %780
-  %781 = load i32, ptr %gep692.i.1, align 4, !tbaa !7
-  %block.i.1 = sext i32 %781 to i64
-  %782 = and i64 %779, 15
-  %783 = mul nsw i64 %782, %k_row
-  %784 = mul nsw i64 %k_block, %block.i.1
-  %785 = add nsw i64 %783, %784
-  %786 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next996.i
-  store i64 %785, ptr %786, align 8, !tbaa !7
-  %indvars.iv.next996.i.1 = add nuw nsw i64 %indvars.iv995.i, 2
-  %exitcond999.not.i.1 = icmp eq i64 %indvars.iv.next996.i.1, %wide.trip.count998.i
-  br i1 %exitcond999.not.i.1, label %for_body_t111.lr.ph.i, label %for_body_t.i, !prof !10, !llvm.loop !38
-
-for_body_t111.lr.ph.i:                            ; preds = %for_body_t.i
-  %row_start109.i = load i32, ptr %434, align 4, !tbaa !7
-  %787 = sext i32 %row_start109.i to i64
-  %invariant.gep695.i = getelementptr i32, ptr %invariant.gep.i, i64 %787
-  br label %for_body_t111.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t111.i, %if_end106.i
-  br i1 %436, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !32
+for_begin_kv_head.preheader.i:                    ; preds = %vector.body776, %for_body_step.i
+  br i1 %532, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !31
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %788 = icmp sgt i32 %759, 0
-  %789 = add i32 %tree_size, %755
-  %790 = sub i32 %context_len.i, %789
-  %791 = tail call i32 @llvm.smax.i32(i32 %790, i32 0)
-  %792 = zext nneg i32 %791 to i64
-  %793 = icmp eq i64 %indvars.iv1139.i, 0
-  %794 = insertelement <16 x i1> poison, i1 %793, i64 0
-  %795 = shufflevector <16 x i1> %794, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count1012.i = zext nneg i32 %759 to i64
-  %796 = getelementptr i8, ptr %454, i64 %754
-  %797 = getelementptr i8, ptr %796, i64 %792
-  %scevgep447 = getelementptr i8, ptr %scevgep, i64 %741
-  %scevgep482 = getelementptr i8, ptr %scevgep480, i64 %728
-  %broadcast.splatinsert502 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat503 = shufflevector <8 x i32> %broadcast.splatinsert502, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert461 = insertelement <8 x i32> poison, i32 %791, i64 0
-  %broadcast.splat462 = shufflevector <8 x i32> %broadcast.splatinsert461, <8 x i32> poison, <8 x i32> zeroinitializer
+  %933 = icmp sgt i32 %901, 0
+  %934 = add i32 %tree_size, %897
+  %935 = sub i32 %context_len.i, %934
+  %936 = tail call i32 @llvm.smax.i32(i32 %935, i32 0)
+  %937 = zext nneg i32 %936 to i64
+  %938 = icmp eq i64 %indvars.iv1591.i, 0
+  %939 = insertelement <32 x i1> poison, i1 %938, i64 0
+  %940 = shufflevector <32 x i1> %939, <32 x i1> poison, <32 x i32> zeroinitializer
+  %wide.trip.count1408.i = zext nneg i32 %901 to i64
+  %941 = getelementptr i8, ptr %550, i64 %896
+  %942 = getelementptr i8, ptr %941, i64 %937
+  %scevgep670 = getelementptr i8, ptr %scevgep, i64 %884
+  %scevgep722 = getelementptr i8, ptr %scevgep720, i64 %860
+  %broadcast.splatinsert752 = insertelement <8 x i32> poison, i32 %936, i64 0
+  %broadcast.splat753 = shufflevector <8 x i32> %broadcast.splatinsert752, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert696 = insertelement <8 x i32> poison, i32 %936, i64 0
+  %broadcast.splat697 = shufflevector <8 x i32> %broadcast.splatinsert696, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
-for_body_t111.i:                                  ; preds = %for_body_t111.i, %for_body_t111.lr.ph.i
-  %indvars.iv1000.i = phi i64 [ 0, %for_body_t111.lr.ph.i ], [ %indvars.iv.next1001.i.1, %for_body_t111.i ]
-  %798 = add nsw i64 %indvars.iv1000.i, %754
-  %799 = trunc nsw i64 %798 to i32
-  %800 = tail call i32 @llvm.smin.i32(i32 %799, i32 %716)
-  %801 = sext i32 %800 to i64
-  %802 = ashr i64 %801, 4
-  %gep696.i = getelementptr i32, ptr %invariant.gep695.i, i64 %802
-  %803 = load i32, ptr %gep696.i, align 4, !tbaa !7
-  %block118.i = sext i32 %803 to i64
-  %804 = and i64 %801, 15
-  %805 = mul nsw i64 %804, %v_row
-  %806 = mul nsw i64 %v_block, %block118.i
-  %807 = add nsw i64 %805, %806
-  %808 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1000.i
-  store i64 %807, ptr %808, align 8, !tbaa !7
-  %indvars.iv.next1001.i = or disjoint i64 %indvars.iv1000.i, 1
-  %809 = add nsw i64 %indvars.iv.next1001.i, %754
-  %810 = trunc nsw i64 %809 to i32
-  %811 = tail call i32 @llvm.smin.i32(i32 %810, i32 %716)
-  %812 = sext i32 %811 to i64
-  %813 = ashr i64 %812, 4
-  %gep696.i.1 = getelementptr i32, ptr %invariant.gep695.i, i64 %813
-  %814 = load i32, ptr %gep696.i.1, align 4, !tbaa !7
-  %block118.i.1 = sext i32 %814 to i64
-  %815 = and i64 %812, 15
-  %816 = mul nsw i64 %815, %v_row
-  %817 = mul nsw i64 %v_block, %block118.i.1
-  %818 = add nsw i64 %816, %817
-  %819 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1001.i
-  store i64 %818, ptr %819, align 8, !tbaa !7
-  %indvars.iv.next1001.i.1 = add nuw nsw i64 %indvars.iv1000.i, 2
-  %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1001.i.1, %wide.trip.count998.i
-  br i1 %exitcond1004.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t111.i, !prof !10, !llvm.loop !39
-
-for_begin_kv_head.i:                              ; preds = %if_end328.i
-  %indvars.iv.next1135.i = add nuw nsw i64 %indvars.iv1134.i, 1
-  %exitcond1138.not.i = icmp eq i64 %indvars.iv.next1135.i, %wide.trip.count1137.i
-  br i1 %exitcond1138.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !10
+for_begin_kv_head.i:                              ; preds = %if_end417.i
+  %indvars.iv.next1587.i = add nuw nsw i64 %indvars.iv1586.i, 1
+  %exitcond1590.not.i = icmp eq i64 %indvars.iv.next1587.i, %wide.trip.count1589.i
+  br i1 %exitcond1590.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !10
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
-  %indvars.iv1134.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1135.i, %for_begin_kv_head.i ]
-  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %k_tile.i = tail call ptr %820(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %821 = icmp eq ptr %k_tile.i, null
-  br i1 %821, label %fused_attend_compute_.exit, label %if_end122.i, !prof !6
+  %indvars.iv1586.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1587.i, %for_begin_kv_head.i ]
+  %943 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %k_tile.i = tail call ptr %943(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %944 = icmp eq ptr %k_tile.i, null
+  br i1 %944, label %fused_attend_compute_.exit, label %if_end116.i, !prof !6
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
-  %822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %823 = tail call i32 %822(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not577.i = icmp eq i32 %823, 0
-  br i1 %.not577.i, label %if_end334.i, label %fused_attend_compute_.exit, !prof !33
+  %indvars.iv.next1592.i = add nuw nsw i64 %indvars.iv1591.i, 1
+  %exitcond1595.not.i = icmp eq i64 %indvars.iv.next1592.i, %wide.trip.count1594.i
+  %indvars.iv.next359 = add i32 %indvars.iv358, -64
+  %indvars.iv.next367 = add i32 %indvars.iv366, -64
+  %indvars.iv.next369 = add i32 %indvars.iv368, -64
+  br i1 %exitcond1595.not.i, label %for_begin_tile422.preheader.i, label %for_body_step.i, !prof !10
 
-if_end122.i:                                      ; preds = %for_body_kv_head.i
-  %824 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %v_tile.i = tail call ptr %824(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %825 = icmp eq ptr %v_tile.i, null
-  br i1 %825, label %fused_attend_compute_.exit, label %if_end125.i, !prof !6
+if_end116.i:                                      ; preds = %for_body_kv_head.i
+  %945 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %v_tile.i = tail call ptr %945(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %946 = icmp eq ptr %v_tile.i, null
+  br i1 %946, label %fused_attend_compute_.exit, label %if_end119.i, !prof !6
 
-if_end125.i:                                      ; preds = %if_end122.i
-  %826 = add nsw i64 %indvars.iv1134.i, %437
-  br i1 %788, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !32
+if_end119.i:                                      ; preds = %if_end116.i
+  %947 = add nsw i64 %indvars.iv1586.i, %533
+  br i1 %933, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !31
 
-for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end125.i
-  %827 = mul nsw i64 %826, %k_head
-  %invariant.gep697.i = getelementptr i32, ptr %key_cache, i64 %827
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end119.i
+  %948 = mul nsw i64 %947, %k_head
+  %invariant.gep935.i = getelementptr i32, ptr %key_cache, i64 %948
   br label %for_begin_ti.preheader.i
 
-for_begin_ti132.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %828 = mul nsw i64 %826, %v_head
-  %invariant.gep714.i = getelementptr i32, ptr %value_cache, i64 %828
-  br label %for_begin_ti132.preheader.i
+for_begin_ti126.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %949 = mul nsw i64 %947, %v_head
+  %invariant.gep938.i = getelementptr i32, ptr %value_cache, i64 %949
+  br label %for_begin_ti126.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
-  %indvars.iv1009.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1010.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv1009.i, 6
-  %829 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %830 = load i64, ptr %829, align 8, !tbaa !7
-  %gep.i = getelementptr i32, ptr %invariant.gep697.i, i64 %830
-  %831 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
-  %832 = shl <16 x i32> %831, splat (i32 16)
-  %.idx79 = shl nsw i64 %indvars.iv1009.i, 12
-  %833 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
-  store <16 x i32> %832, ptr %833, align 4, !tbaa !7
-  %834 = load i64, ptr %829, align 8, !tbaa !7
-  %gep699.i = getelementptr i32, ptr %invariant.gep697.i, i64 %834
-  %835 = load <16 x i32>, ptr %gep699.i, align 4, !tbaa !7
-  %836 = and <16 x i32> %835, %441
-  %837 = getelementptr inbounds nuw i8, ptr %833, i64 64
-  store <16 x i32> %836, ptr %837, align 4, !tbaa !7
-  %838 = load i64, ptr %829, align 8, !tbaa !7
-  %gep701.i = getelementptr i32, ptr %invariant.gep697.i, i64 %838
-  %839 = getelementptr i8, ptr %gep701.i, i64 64
-  %840 = load <16 x i32>, ptr %839, align 4, !tbaa !7
-  %841 = shl <16 x i32> %840, splat (i32 16)
-  %842 = getelementptr inbounds nuw i8, ptr %833, i64 128
-  store <16 x i32> %841, ptr %842, align 4, !tbaa !7
-  %843 = load i64, ptr %829, align 8, !tbaa !7
-  %gep703.i = getelementptr i32, ptr %invariant.gep697.i, i64 %843
-  %844 = getelementptr i8, ptr %gep703.i, i64 64
-  %845 = load <16 x i32>, ptr %844, align 4, !tbaa !7
-  %846 = and <16 x i32> %845, %441
-  %847 = getelementptr inbounds nuw i8, ptr %833, i64 192
-  store <16 x i32> %846, ptr %847, align 4, !tbaa !7
-  %848 = load i64, ptr %829, align 8, !tbaa !7
-  %gep705.i = getelementptr i32, ptr %invariant.gep697.i, i64 %848
-  %849 = getelementptr i8, ptr %gep705.i, i64 128
-  %850 = load <16 x i32>, ptr %849, align 4, !tbaa !7
-  %851 = shl <16 x i32> %850, splat (i32 16)
-  %852 = getelementptr inbounds nuw i8, ptr %833, i64 256
-  store <16 x i32> %851, ptr %852, align 4, !tbaa !7
-  %853 = load i64, ptr %829, align 8, !tbaa !7
-  %gep707.i = getelementptr i32, ptr %invariant.gep697.i, i64 %853
-  %854 = getelementptr i8, ptr %gep707.i, i64 128
-  %855 = load <16 x i32>, ptr %854, align 4, !tbaa !7
-  %856 = and <16 x i32> %855, %441
-  %857 = getelementptr inbounds nuw i8, ptr %833, i64 320
-  store <16 x i32> %856, ptr %857, align 4, !tbaa !7
-  %858 = load i64, ptr %829, align 8, !tbaa !7
-  %gep709.i = getelementptr i32, ptr %invariant.gep697.i, i64 %858
-  %859 = getelementptr i8, ptr %gep709.i, i64 192
-  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !7
-  %861 = shl <16 x i32> %860, splat (i32 16)
-  %862 = getelementptr inbounds nuw i8, ptr %833, i64 384
-  store <16 x i32> %861, ptr %862, align 4, !tbaa !7
-  %863 = load i64, ptr %829, align 8, !tbaa !7
-  %gep711.i = getelementptr i32, ptr %invariant.gep697.i, i64 %863
-  %864 = getelementptr i8, ptr %gep711.i, i64 192
-  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !7
-  %866 = and <16 x i32> %865, %441
-  %867 = getelementptr inbounds nuw i8, ptr %833, i64 448
-  store <16 x i32> %866, ptr %867, align 4, !tbaa !7
-  %868 = getelementptr inbounds nuw i8, ptr %829, i64 8
-  %869 = load i64, ptr %868, align 8, !tbaa !7
-  %gep.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %869
-  %870 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
-  %871 = shl <16 x i32> %870, splat (i32 16)
-  %872 = getelementptr inbounds nuw i8, ptr %833, i64 512
-  store <16 x i32> %871, ptr %872, align 4, !tbaa !7
-  %873 = load i64, ptr %868, align 8, !tbaa !7
-  %gep699.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %873
-  %874 = load <16 x i32>, ptr %gep699.1.i, align 4, !tbaa !7
-  %875 = and <16 x i32> %874, %441
-  %876 = getelementptr inbounds nuw i8, ptr %833, i64 576
-  store <16 x i32> %875, ptr %876, align 4, !tbaa !7
-  %877 = load i64, ptr %868, align 8, !tbaa !7
-  %gep701.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %877
-  %878 = getelementptr i8, ptr %gep701.1.i, i64 64
-  %879 = load <16 x i32>, ptr %878, align 4, !tbaa !7
-  %880 = shl <16 x i32> %879, splat (i32 16)
-  %881 = getelementptr inbounds nuw i8, ptr %833, i64 640
-  store <16 x i32> %880, ptr %881, align 4, !tbaa !7
-  %882 = load i64, ptr %868, align 8, !tbaa !7
-  %gep703.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %882
-  %883 = getelementptr i8, ptr %gep703.1.i, i64 64
-  %884 = load <16 x i32>, ptr %883, align 4, !tbaa !7
-  %885 = and <16 x i32> %884, %441
-  %886 = getelementptr inbounds nuw i8, ptr %833, i64 704
-  store <16 x i32> %885, ptr %886, align 4, !tbaa !7
-  %887 = load i64, ptr %868, align 8, !tbaa !7
-  %gep705.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %887
-  %888 = getelementptr i8, ptr %gep705.1.i, i64 128
-  %889 = load <16 x i32>, ptr %888, align 4, !tbaa !7
-  %890 = shl <16 x i32> %889, splat (i32 16)
-  %891 = getelementptr inbounds nuw i8, ptr %833, i64 768
-  store <16 x i32> %890, ptr %891, align 4, !tbaa !7
-  %892 = load i64, ptr %868, align 8, !tbaa !7
-  %gep707.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %892
-  %893 = getelementptr i8, ptr %gep707.1.i, i64 128
-  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !7
-  %895 = and <16 x i32> %894, %441
-  %896 = getelementptr inbounds nuw i8, ptr %833, i64 832
-  store <16 x i32> %895, ptr %896, align 4, !tbaa !7
-  %897 = load i64, ptr %868, align 8, !tbaa !7
-  %gep709.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %897
-  %898 = getelementptr i8, ptr %gep709.1.i, i64 192
-  %899 = load <16 x i32>, ptr %898, align 4, !tbaa !7
-  %900 = shl <16 x i32> %899, splat (i32 16)
-  %901 = getelementptr inbounds nuw i8, ptr %833, i64 896
-  store <16 x i32> %900, ptr %901, align 4, !tbaa !7
-  %902 = load i64, ptr %868, align 8, !tbaa !7
-  %gep711.1.i = getelementptr i32, ptr %invariant.gep697.i, i64 %902
-  %903 = getelementptr i8, ptr %gep711.1.i, i64 192
-  %904 = load <16 x i32>, ptr %903, align 4, !tbaa !7
-  %905 = and <16 x i32> %904, %441
-  %906 = getelementptr inbounds nuw i8, ptr %833, i64 960
-  store <16 x i32> %905, ptr %906, align 4, !tbaa !7
-  %907 = getelementptr inbounds nuw i8, ptr %829, i64 16
-  %908 = load i64, ptr %907, align 8, !tbaa !7
-  %gep.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %908
-  %909 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
-  %910 = shl <16 x i32> %909, splat (i32 16)
-  %911 = getelementptr inbounds nuw i8, ptr %833, i64 1024
-  store <16 x i32> %910, ptr %911, align 4, !tbaa !7
-  %912 = load i64, ptr %907, align 8, !tbaa !7
-  %gep699.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %912
-  %913 = load <16 x i32>, ptr %gep699.2.i, align 4, !tbaa !7
-  %914 = and <16 x i32> %913, %441
-  %915 = getelementptr inbounds nuw i8, ptr %833, i64 1088
-  store <16 x i32> %914, ptr %915, align 4, !tbaa !7
-  %916 = load i64, ptr %907, align 8, !tbaa !7
-  %gep701.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %916
-  %917 = getelementptr i8, ptr %gep701.2.i, i64 64
-  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !7
-  %919 = shl <16 x i32> %918, splat (i32 16)
-  %920 = getelementptr inbounds nuw i8, ptr %833, i64 1152
-  store <16 x i32> %919, ptr %920, align 4, !tbaa !7
-  %921 = load i64, ptr %907, align 8, !tbaa !7
-  %gep703.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %921
-  %922 = getelementptr i8, ptr %gep703.2.i, i64 64
-  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !7
-  %924 = and <16 x i32> %923, %441
-  %925 = getelementptr inbounds nuw i8, ptr %833, i64 1216
-  store <16 x i32> %924, ptr %925, align 4, !tbaa !7
-  %926 = load i64, ptr %907, align 8, !tbaa !7
-  %gep705.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %926
-  %927 = getelementptr i8, ptr %gep705.2.i, i64 128
-  %928 = load <16 x i32>, ptr %927, align 4, !tbaa !7
-  %929 = shl <16 x i32> %928, splat (i32 16)
-  %930 = getelementptr inbounds nuw i8, ptr %833, i64 1280
-  store <16 x i32> %929, ptr %930, align 4, !tbaa !7
-  %931 = load i64, ptr %907, align 8, !tbaa !7
-  %gep707.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %931
-  %932 = getelementptr i8, ptr %gep707.2.i, i64 128
-  %933 = load <16 x i32>, ptr %932, align 4, !tbaa !7
-  %934 = and <16 x i32> %933, %441
-  %935 = getelementptr inbounds nuw i8, ptr %833, i64 1344
-  store <16 x i32> %934, ptr %935, align 4, !tbaa !7
-  %936 = load i64, ptr %907, align 8, !tbaa !7
-  %gep709.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %936
-  %937 = getelementptr i8, ptr %gep709.2.i, i64 192
-  %938 = load <16 x i32>, ptr %937, align 4, !tbaa !7
-  %939 = shl <16 x i32> %938, splat (i32 16)
-  %940 = getelementptr inbounds nuw i8, ptr %833, i64 1408
-  store <16 x i32> %939, ptr %940, align 4, !tbaa !7
-  %941 = load i64, ptr %907, align 8, !tbaa !7
-  %gep711.2.i = getelementptr i32, ptr %invariant.gep697.i, i64 %941
-  %942 = getelementptr i8, ptr %gep711.2.i, i64 192
-  %943 = load <16 x i32>, ptr %942, align 4, !tbaa !7
-  %944 = and <16 x i32> %943, %441
-  %945 = getelementptr inbounds nuw i8, ptr %833, i64 1472
-  store <16 x i32> %944, ptr %945, align 4, !tbaa !7
-  %946 = getelementptr inbounds nuw i8, ptr %829, i64 24
-  %947 = load i64, ptr %946, align 8, !tbaa !7
-  %gep.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %947
-  %948 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
-  %949 = shl <16 x i32> %948, splat (i32 16)
-  %950 = getelementptr inbounds nuw i8, ptr %833, i64 1536
-  store <16 x i32> %949, ptr %950, align 4, !tbaa !7
-  %951 = load i64, ptr %946, align 8, !tbaa !7
-  %gep699.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep699.3.i, align 4, !tbaa !7
-  %953 = and <16 x i32> %952, %441
-  %954 = getelementptr inbounds nuw i8, ptr %833, i64 1600
+  %indvars.iv1405.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1406.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv1405.i, 6
+  %950 = getelementptr inbounds nuw i8, ptr %key_offsets644.i, i64 %.idx
+  %951 = load i64, ptr %950, align 16, !tbaa !37
+  %gep.i = getelementptr i32, ptr %invariant.gep935.i, i64 %951
+  %952 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
+  %953 = shl <16 x i32> %952, splat (i32 16)
+  %.idx79 = shl nsw i64 %indvars.iv1405.i, 12
+  %954 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
   store <16 x i32> %953, ptr %954, align 4, !tbaa !7
-  %955 = load i64, ptr %946, align 8, !tbaa !7
-  %gep701.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %955
-  %956 = getelementptr i8, ptr %gep701.3.i, i64 64
-  %957 = load <16 x i32>, ptr %956, align 4, !tbaa !7
-  %958 = shl <16 x i32> %957, splat (i32 16)
-  %959 = getelementptr inbounds nuw i8, ptr %833, i64 1664
-  store <16 x i32> %958, ptr %959, align 4, !tbaa !7
-  %960 = load i64, ptr %946, align 8, !tbaa !7
-  %gep703.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %960
-  %961 = getelementptr i8, ptr %gep703.3.i, i64 64
-  %962 = load <16 x i32>, ptr %961, align 4, !tbaa !7
-  %963 = and <16 x i32> %962, %441
-  %964 = getelementptr inbounds nuw i8, ptr %833, i64 1728
+  %955 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
+  %956 = and <16 x i32> %955, %537
+  %957 = getelementptr inbounds nuw i8, ptr %954, i64 64
+  store <16 x i32> %956, ptr %957, align 4, !tbaa !7
+  %958 = getelementptr i8, ptr %gep.i, i64 64
+  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !7
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %954, i64 128
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !7
+  %962 = load <16 x i32>, ptr %958, align 4, !tbaa !7
+  %963 = and <16 x i32> %962, %537
+  %964 = getelementptr inbounds nuw i8, ptr %954, i64 192
   store <16 x i32> %963, ptr %964, align 4, !tbaa !7
-  %965 = load i64, ptr %946, align 8, !tbaa !7
-  %gep705.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %965
-  %966 = getelementptr i8, ptr %gep705.3.i, i64 128
-  %967 = load <16 x i32>, ptr %966, align 4, !tbaa !7
-  %968 = shl <16 x i32> %967, splat (i32 16)
-  %969 = getelementptr inbounds nuw i8, ptr %833, i64 1792
-  store <16 x i32> %968, ptr %969, align 4, !tbaa !7
-  %970 = load i64, ptr %946, align 8, !tbaa !7
-  %gep707.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %970
-  %971 = getelementptr i8, ptr %gep707.3.i, i64 128
-  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !7
-  %973 = and <16 x i32> %972, %441
-  %974 = getelementptr inbounds nuw i8, ptr %833, i64 1856
-  store <16 x i32> %973, ptr %974, align 4, !tbaa !7
-  %975 = load i64, ptr %946, align 8, !tbaa !7
-  %gep709.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %975
-  %976 = getelementptr i8, ptr %gep709.3.i, i64 192
-  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !7
-  %978 = shl <16 x i32> %977, splat (i32 16)
-  %979 = getelementptr inbounds nuw i8, ptr %833, i64 1920
-  store <16 x i32> %978, ptr %979, align 4, !tbaa !7
-  %980 = load i64, ptr %946, align 8, !tbaa !7
-  %gep711.3.i = getelementptr i32, ptr %invariant.gep697.i, i64 %980
-  %981 = getelementptr i8, ptr %gep711.3.i, i64 192
-  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !7
-  %983 = and <16 x i32> %982, %441
-  %984 = getelementptr inbounds nuw i8, ptr %833, i64 1984
-  store <16 x i32> %983, ptr %984, align 4, !tbaa !7
-  %985 = getelementptr inbounds nuw i8, ptr %829, i64 32
-  %986 = load i64, ptr %985, align 8, !tbaa !7
-  %gep.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %986
-  %987 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
-  %988 = shl <16 x i32> %987, splat (i32 16)
-  %989 = getelementptr inbounds nuw i8, ptr %833, i64 2048
-  store <16 x i32> %988, ptr %989, align 4, !tbaa !7
-  %990 = load i64, ptr %985, align 8, !tbaa !7
-  %gep699.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %990
-  %991 = load <16 x i32>, ptr %gep699.4.i, align 4, !tbaa !7
-  %992 = and <16 x i32> %991, %441
-  %993 = getelementptr inbounds nuw i8, ptr %833, i64 2112
+  %965 = getelementptr i8, ptr %gep.i, i64 128
+  %966 = load <16 x i32>, ptr %965, align 4, !tbaa !7
+  %967 = shl <16 x i32> %966, splat (i32 16)
+  %968 = getelementptr inbounds nuw i8, ptr %954, i64 256
+  store <16 x i32> %967, ptr %968, align 4, !tbaa !7
+  %969 = load <16 x i32>, ptr %965, align 4, !tbaa !7
+  %970 = and <16 x i32> %969, %537
+  %971 = getelementptr inbounds nuw i8, ptr %954, i64 320
+  store <16 x i32> %970, ptr %971, align 4, !tbaa !7
+  %972 = getelementptr i8, ptr %gep.i, i64 192
+  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !7
+  %974 = shl <16 x i32> %973, splat (i32 16)
+  %975 = getelementptr inbounds nuw i8, ptr %954, i64 384
+  store <16 x i32> %974, ptr %975, align 4, !tbaa !7
+  %976 = load <16 x i32>, ptr %972, align 4, !tbaa !7
+  %977 = and <16 x i32> %976, %537
+  %978 = getelementptr inbounds nuw i8, ptr %954, i64 448
+  store <16 x i32> %977, ptr %978, align 4, !tbaa !7
+  %979 = getelementptr inbounds nuw i8, ptr %950, i64 8
+  %980 = load i64, ptr %979, align 8, !tbaa !37
+  %gep.1.i = getelementptr i32, ptr %invariant.gep935.i, i64 %980
+  %981 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
+  %982 = shl <16 x i32> %981, splat (i32 16)
+  %983 = getelementptr inbounds nuw i8, ptr %954, i64 512
+  store <16 x i32> %982, ptr %983, align 4, !tbaa !7
+  %984 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
+  %985 = and <16 x i32> %984, %537
+  %986 = getelementptr inbounds nuw i8, ptr %954, i64 576
+  store <16 x i32> %985, ptr %986, align 4, !tbaa !7
+  %987 = getelementptr i8, ptr %gep.1.i, i64 64
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !7
+  %989 = shl <16 x i32> %988, splat (i32 16)
+  %990 = getelementptr inbounds nuw i8, ptr %954, i64 640
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !7
+  %991 = load <16 x i32>, ptr %987, align 4, !tbaa !7
+  %992 = and <16 x i32> %991, %537
+  %993 = getelementptr inbounds nuw i8, ptr %954, i64 704
   store <16 x i32> %992, ptr %993, align 4, !tbaa !7
-  %994 = load i64, ptr %985, align 8, !tbaa !7
-  %gep701.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %994
-  %995 = getelementptr i8, ptr %gep701.4.i, i64 64
-  %996 = load <16 x i32>, ptr %995, align 4, !tbaa !7
-  %997 = shl <16 x i32> %996, splat (i32 16)
-  %998 = getelementptr inbounds nuw i8, ptr %833, i64 2176
-  store <16 x i32> %997, ptr %998, align 4, !tbaa !7
-  %999 = load i64, ptr %985, align 8, !tbaa !7
-  %gep703.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %999
-  %1000 = getelementptr i8, ptr %gep703.4.i, i64 64
-  %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !7
-  %1002 = and <16 x i32> %1001, %441
-  %1003 = getelementptr inbounds nuw i8, ptr %833, i64 2240
-  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !7
-  %1004 = load i64, ptr %985, align 8, !tbaa !7
-  %gep705.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1004
-  %1005 = getelementptr i8, ptr %gep705.4.i, i64 128
-  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !7
-  %1007 = shl <16 x i32> %1006, splat (i32 16)
-  %1008 = getelementptr inbounds nuw i8, ptr %833, i64 2304
-  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !7
-  %1009 = load i64, ptr %985, align 8, !tbaa !7
-  %gep707.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1009
-  %1010 = getelementptr i8, ptr %gep707.4.i, i64 128
-  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !7
-  %1012 = and <16 x i32> %1011, %441
-  %1013 = getelementptr inbounds nuw i8, ptr %833, i64 2368
-  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !7
-  %1014 = load i64, ptr %985, align 8, !tbaa !7
-  %gep709.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1014
-  %1015 = getelementptr i8, ptr %gep709.4.i, i64 192
-  %1016 = load <16 x i32>, ptr %1015, align 4, !tbaa !7
-  %1017 = shl <16 x i32> %1016, splat (i32 16)
-  %1018 = getelementptr inbounds nuw i8, ptr %833, i64 2432
-  store <16 x i32> %1017, ptr %1018, align 4, !tbaa !7
-  %1019 = load i64, ptr %985, align 8, !tbaa !7
-  %gep711.4.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1019
-  %1020 = getelementptr i8, ptr %gep711.4.i, i64 192
-  %1021 = load <16 x i32>, ptr %1020, align 4, !tbaa !7
-  %1022 = and <16 x i32> %1021, %441
-  %1023 = getelementptr inbounds nuw i8, ptr %833, i64 2496
-  store <16 x i32> %1022, ptr %1023, align 4, !tbaa !7
-  %1024 = getelementptr inbounds nuw i8, ptr %829, i64 40
-  %1025 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1025
-  %1026 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
-  %1027 = shl <16 x i32> %1026, splat (i32 16)
-  %1028 = getelementptr inbounds nuw i8, ptr %833, i64 2560
-  store <16 x i32> %1027, ptr %1028, align 4, !tbaa !7
-  %1029 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep699.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1029
-  %1030 = load <16 x i32>, ptr %gep699.5.i, align 4, !tbaa !7
-  %1031 = and <16 x i32> %1030, %441
-  %1032 = getelementptr inbounds nuw i8, ptr %833, i64 2624
-  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !7
-  %1033 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep701.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1033
-  %1034 = getelementptr i8, ptr %gep701.5.i, i64 64
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !7
-  %1036 = shl <16 x i32> %1035, splat (i32 16)
-  %1037 = getelementptr inbounds nuw i8, ptr %833, i64 2688
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !7
-  %1038 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep703.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1038
-  %1039 = getelementptr i8, ptr %gep703.5.i, i64 64
-  %1040 = load <16 x i32>, ptr %1039, align 4, !tbaa !7
-  %1041 = and <16 x i32> %1040, %441
-  %1042 = getelementptr inbounds nuw i8, ptr %833, i64 2752
-  store <16 x i32> %1041, ptr %1042, align 4, !tbaa !7
-  %1043 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep705.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1043
-  %1044 = getelementptr i8, ptr %gep705.5.i, i64 128
-  %1045 = load <16 x i32>, ptr %1044, align 4, !tbaa !7
-  %1046 = shl <16 x i32> %1045, splat (i32 16)
-  %1047 = getelementptr inbounds nuw i8, ptr %833, i64 2816
-  store <16 x i32> %1046, ptr %1047, align 4, !tbaa !7
-  %1048 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep707.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1048
-  %1049 = getelementptr i8, ptr %gep707.5.i, i64 128
-  %1050 = load <16 x i32>, ptr %1049, align 4, !tbaa !7
-  %1051 = and <16 x i32> %1050, %441
-  %1052 = getelementptr inbounds nuw i8, ptr %833, i64 2880
-  store <16 x i32> %1051, ptr %1052, align 4, !tbaa !7
-  %1053 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep709.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1053
-  %1054 = getelementptr i8, ptr %gep709.5.i, i64 192
-  %1055 = load <16 x i32>, ptr %1054, align 4, !tbaa !7
-  %1056 = shl <16 x i32> %1055, splat (i32 16)
-  %1057 = getelementptr inbounds nuw i8, ptr %833, i64 2944
-  store <16 x i32> %1056, ptr %1057, align 4, !tbaa !7
-  %1058 = load i64, ptr %1024, align 8, !tbaa !7
-  %gep711.5.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1058
-  %1059 = getelementptr i8, ptr %gep711.5.i, i64 192
+  %994 = getelementptr i8, ptr %gep.1.i, i64 128
+  %995 = load <16 x i32>, ptr %994, align 4, !tbaa !7
+  %996 = shl <16 x i32> %995, splat (i32 16)
+  %997 = getelementptr inbounds nuw i8, ptr %954, i64 768
+  store <16 x i32> %996, ptr %997, align 4, !tbaa !7
+  %998 = load <16 x i32>, ptr %994, align 4, !tbaa !7
+  %999 = and <16 x i32> %998, %537
+  %1000 = getelementptr inbounds nuw i8, ptr %954, i64 832
+  store <16 x i32> %999, ptr %1000, align 4, !tbaa !7
+  %1001 = getelementptr i8, ptr %gep.1.i, i64 192
+  %1002 = load <16 x i32>, ptr %1001, align 4, !tbaa !7
+  %1003 = shl <16 x i32> %1002, splat (i32 16)
+  %1004 = getelementptr inbounds nuw i8, ptr %954, i64 896
+  store <16 x i32> %1003, ptr %1004, align 4, !tbaa !7
+  %1005 = load <16 x i32>, ptr %1001, align 4, !tbaa !7
+  %1006 = and <16 x i32> %1005, %537
+  %1007 = getelementptr inbounds nuw i8, ptr %954, i64 960
+  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !7
+  %1008 = getelementptr inbounds nuw i8, ptr %950, i64 16
+  %1009 = load i64, ptr %1008, align 16, !tbaa !37
+  %gep.2.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1009
+  %1010 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
+  %1011 = shl <16 x i32> %1010, splat (i32 16)
+  %1012 = getelementptr inbounds nuw i8, ptr %954, i64 1024
+  store <16 x i32> %1011, ptr %1012, align 4, !tbaa !7
+  %1013 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
+  %1014 = and <16 x i32> %1013, %537
+  %1015 = getelementptr inbounds nuw i8, ptr %954, i64 1088
+  store <16 x i32> %1014, ptr %1015, align 4, !tbaa !7
+  %1016 = getelementptr i8, ptr %gep.2.i, i64 64
+  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !7
+  %1018 = shl <16 x i32> %1017, splat (i32 16)
+  %1019 = getelementptr inbounds nuw i8, ptr %954, i64 1152
+  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !7
+  %1020 = load <16 x i32>, ptr %1016, align 4, !tbaa !7
+  %1021 = and <16 x i32> %1020, %537
+  %1022 = getelementptr inbounds nuw i8, ptr %954, i64 1216
+  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !7
+  %1023 = getelementptr i8, ptr %gep.2.i, i64 128
+  %1024 = load <16 x i32>, ptr %1023, align 4, !tbaa !7
+  %1025 = shl <16 x i32> %1024, splat (i32 16)
+  %1026 = getelementptr inbounds nuw i8, ptr %954, i64 1280
+  store <16 x i32> %1025, ptr %1026, align 4, !tbaa !7
+  %1027 = load <16 x i32>, ptr %1023, align 4, !tbaa !7
+  %1028 = and <16 x i32> %1027, %537
+  %1029 = getelementptr inbounds nuw i8, ptr %954, i64 1344
+  store <16 x i32> %1028, ptr %1029, align 4, !tbaa !7
+  %1030 = getelementptr i8, ptr %gep.2.i, i64 192
+  %1031 = load <16 x i32>, ptr %1030, align 4, !tbaa !7
+  %1032 = shl <16 x i32> %1031, splat (i32 16)
+  %1033 = getelementptr inbounds nuw i8, ptr %954, i64 1408
+  store <16 x i32> %1032, ptr %1033, align 4, !tbaa !7
+  %1034 = load <16 x i32>, ptr %1030, align 4, !tbaa !7
+  %1035 = and <16 x i32> %1034, %537
+  %1036 = getelementptr inbounds nuw i8, ptr %954, i64 1472
+  store <16 x i32> %1035, ptr %1036, align 4, !tbaa !7
+  %1037 = getelementptr inbounds nuw i8, ptr %950, i64 24
+  %1038 = load i64, ptr %1037, align 8, !tbaa !37
+  %gep.3.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1038
+  %1039 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
+  %1040 = shl <16 x i32> %1039, splat (i32 16)
+  %1041 = getelementptr inbounds nuw i8, ptr %954, i64 1536
+  store <16 x i32> %1040, ptr %1041, align 4, !tbaa !7
+  %1042 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
+  %1043 = and <16 x i32> %1042, %537
+  %1044 = getelementptr inbounds nuw i8, ptr %954, i64 1600
+  store <16 x i32> %1043, ptr %1044, align 4, !tbaa !7
+  %1045 = getelementptr i8, ptr %gep.3.i, i64 64
+  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !7
+  %1047 = shl <16 x i32> %1046, splat (i32 16)
+  %1048 = getelementptr inbounds nuw i8, ptr %954, i64 1664
+  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !7
+  %1049 = load <16 x i32>, ptr %1045, align 4, !tbaa !7
+  %1050 = and <16 x i32> %1049, %537
+  %1051 = getelementptr inbounds nuw i8, ptr %954, i64 1728
+  store <16 x i32> %1050, ptr %1051, align 4, !tbaa !7
+  %1052 = getelementptr i8, ptr %gep.3.i, i64 128
+  %1053 = load <16 x i32>, ptr %1052, align 4, !tbaa !7
+  %1054 = shl <16 x i32> %1053, splat (i32 16)
+  %1055 = getelementptr inbounds nuw i8, ptr %954, i64 1792
+  store <16 x i32> %1054, ptr %1055, align 4, !tbaa !7
+  %1056 = load <16 x i32>, ptr %1052, align 4, !tbaa !7
+  %1057 = and <16 x i32> %1056, %537
+  %1058 = getelementptr inbounds nuw i8, ptr %954, i64 1856
+  store <16 x i32> %1057, ptr %1058, align 4, !tbaa !7
+  %1059 = getelementptr i8, ptr %gep.3.i, i64 192
   %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !7
-  %1061 = and <16 x i32> %1060, %441
-  %1062 = getelementptr inbounds nuw i8, ptr %833, i64 3008
+  %1061 = shl <16 x i32> %1060, splat (i32 16)
+  %1062 = getelementptr inbounds nuw i8, ptr %954, i64 1920
   store <16 x i32> %1061, ptr %1062, align 4, !tbaa !7
-  %1063 = getelementptr inbounds nuw i8, ptr %829, i64 48
-  %1064 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1064
-  %1065 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
-  %1066 = shl <16 x i32> %1065, splat (i32 16)
-  %1067 = getelementptr inbounds nuw i8, ptr %833, i64 3072
-  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !7
-  %1068 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep699.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1068
-  %1069 = load <16 x i32>, ptr %gep699.6.i, align 4, !tbaa !7
-  %1070 = and <16 x i32> %1069, %441
-  %1071 = getelementptr inbounds nuw i8, ptr %833, i64 3136
-  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !7
-  %1072 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep701.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1072
-  %1073 = getelementptr i8, ptr %gep701.6.i, i64 64
-  %1074 = load <16 x i32>, ptr %1073, align 4, !tbaa !7
-  %1075 = shl <16 x i32> %1074, splat (i32 16)
-  %1076 = getelementptr inbounds nuw i8, ptr %833, i64 3200
-  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !7
-  %1077 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep703.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1077
-  %1078 = getelementptr i8, ptr %gep703.6.i, i64 64
-  %1079 = load <16 x i32>, ptr %1078, align 4, !tbaa !7
-  %1080 = and <16 x i32> %1079, %441
-  %1081 = getelementptr inbounds nuw i8, ptr %833, i64 3264
-  store <16 x i32> %1080, ptr %1081, align 4, !tbaa !7
-  %1082 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep705.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1082
-  %1083 = getelementptr i8, ptr %gep705.6.i, i64 128
-  %1084 = load <16 x i32>, ptr %1083, align 4, !tbaa !7
-  %1085 = shl <16 x i32> %1084, splat (i32 16)
-  %1086 = getelementptr inbounds nuw i8, ptr %833, i64 3328
-  store <16 x i32> %1085, ptr %1086, align 4, !tbaa !7
-  %1087 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep707.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1087
-  %1088 = getelementptr i8, ptr %gep707.6.i, i64 128
+  %1063 = load <16 x i32>, ptr %1059, align 4, !tbaa !7
+  %1064 = and <16 x i32> %1063, %537
+  %1065 = getelementptr inbounds nuw i8, ptr %954, i64 1984
+  store <16 x i32> %1064, ptr %1065, align 4, !tbaa !7
+  %1066 = getelementptr inbounds nuw i8, ptr %950, i64 32
+  %1067 = load i64, ptr %1066, align 16, !tbaa !37
+  %gep.4.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1067
+  %1068 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
+  %1069 = shl <16 x i32> %1068, splat (i32 16)
+  %1070 = getelementptr inbounds nuw i8, ptr %954, i64 2048
+  store <16 x i32> %1069, ptr %1070, align 4, !tbaa !7
+  %1071 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
+  %1072 = and <16 x i32> %1071, %537
+  %1073 = getelementptr inbounds nuw i8, ptr %954, i64 2112
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !7
+  %1074 = getelementptr i8, ptr %gep.4.i, i64 64
+  %1075 = load <16 x i32>, ptr %1074, align 4, !tbaa !7
+  %1076 = shl <16 x i32> %1075, splat (i32 16)
+  %1077 = getelementptr inbounds nuw i8, ptr %954, i64 2176
+  store <16 x i32> %1076, ptr %1077, align 4, !tbaa !7
+  %1078 = load <16 x i32>, ptr %1074, align 4, !tbaa !7
+  %1079 = and <16 x i32> %1078, %537
+  %1080 = getelementptr inbounds nuw i8, ptr %954, i64 2240
+  store <16 x i32> %1079, ptr %1080, align 4, !tbaa !7
+  %1081 = getelementptr i8, ptr %gep.4.i, i64 128
+  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !7
+  %1083 = shl <16 x i32> %1082, splat (i32 16)
+  %1084 = getelementptr inbounds nuw i8, ptr %954, i64 2304
+  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !7
+  %1085 = load <16 x i32>, ptr %1081, align 4, !tbaa !7
+  %1086 = and <16 x i32> %1085, %537
+  %1087 = getelementptr inbounds nuw i8, ptr %954, i64 2368
+  store <16 x i32> %1086, ptr %1087, align 4, !tbaa !7
+  %1088 = getelementptr i8, ptr %gep.4.i, i64 192
   %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !7
-  %1090 = and <16 x i32> %1089, %441
-  %1091 = getelementptr inbounds nuw i8, ptr %833, i64 3392
+  %1090 = shl <16 x i32> %1089, splat (i32 16)
+  %1091 = getelementptr inbounds nuw i8, ptr %954, i64 2432
   store <16 x i32> %1090, ptr %1091, align 4, !tbaa !7
-  %1092 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep709.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1092
-  %1093 = getelementptr i8, ptr %gep709.6.i, i64 192
-  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !7
-  %1095 = shl <16 x i32> %1094, splat (i32 16)
-  %1096 = getelementptr inbounds nuw i8, ptr %833, i64 3456
-  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !7
-  %1097 = load i64, ptr %1063, align 8, !tbaa !7
-  %gep711.6.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1097
-  %1098 = getelementptr i8, ptr %gep711.6.i, i64 192
-  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !7
-  %1100 = and <16 x i32> %1099, %441
-  %1101 = getelementptr inbounds nuw i8, ptr %833, i64 3520
-  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !7
-  %1102 = getelementptr inbounds nuw i8, ptr %829, i64 56
-  %1103 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1103
-  %1104 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1092 = load <16 x i32>, ptr %1088, align 4, !tbaa !7
+  %1093 = and <16 x i32> %1092, %537
+  %1094 = getelementptr inbounds nuw i8, ptr %954, i64 2496
+  store <16 x i32> %1093, ptr %1094, align 4, !tbaa !7
+  %1095 = getelementptr inbounds nuw i8, ptr %950, i64 40
+  %1096 = load i64, ptr %1095, align 8, !tbaa !37
+  %gep.5.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1096
+  %1097 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
+  %1098 = shl <16 x i32> %1097, splat (i32 16)
+  %1099 = getelementptr inbounds nuw i8, ptr %954, i64 2560
+  store <16 x i32> %1098, ptr %1099, align 4, !tbaa !7
+  %1100 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
+  %1101 = and <16 x i32> %1100, %537
+  %1102 = getelementptr inbounds nuw i8, ptr %954, i64 2624
+  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !7
+  %1103 = getelementptr i8, ptr %gep.5.i, i64 64
+  %1104 = load <16 x i32>, ptr %1103, align 4, !tbaa !7
   %1105 = shl <16 x i32> %1104, splat (i32 16)
-  %1106 = getelementptr inbounds nuw i8, ptr %833, i64 3584
+  %1106 = getelementptr inbounds nuw i8, ptr %954, i64 2688
   store <16 x i32> %1105, ptr %1106, align 4, !tbaa !7
-  %1107 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep699.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1107
-  %1108 = load <16 x i32>, ptr %gep699.7.i, align 4, !tbaa !7
-  %1109 = and <16 x i32> %1108, %441
-  %1110 = getelementptr inbounds nuw i8, ptr %833, i64 3648
-  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !7
-  %1111 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep701.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1111
-  %1112 = getelementptr i8, ptr %gep701.7.i, i64 64
-  %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !7
-  %1114 = shl <16 x i32> %1113, splat (i32 16)
-  %1115 = getelementptr inbounds nuw i8, ptr %833, i64 3712
-  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !7
-  %1116 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep703.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1116
-  %1117 = getelementptr i8, ptr %gep703.7.i, i64 64
+  %1107 = load <16 x i32>, ptr %1103, align 4, !tbaa !7
+  %1108 = and <16 x i32> %1107, %537
+  %1109 = getelementptr inbounds nuw i8, ptr %954, i64 2752
+  store <16 x i32> %1108, ptr %1109, align 4, !tbaa !7
+  %1110 = getelementptr i8, ptr %gep.5.i, i64 128
+  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !7
+  %1112 = shl <16 x i32> %1111, splat (i32 16)
+  %1113 = getelementptr inbounds nuw i8, ptr %954, i64 2816
+  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !7
+  %1114 = load <16 x i32>, ptr %1110, align 4, !tbaa !7
+  %1115 = and <16 x i32> %1114, %537
+  %1116 = getelementptr inbounds nuw i8, ptr %954, i64 2880
+  store <16 x i32> %1115, ptr %1116, align 4, !tbaa !7
+  %1117 = getelementptr i8, ptr %gep.5.i, i64 192
   %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !7
-  %1119 = and <16 x i32> %1118, %441
-  %1120 = getelementptr inbounds nuw i8, ptr %833, i64 3776
+  %1119 = shl <16 x i32> %1118, splat (i32 16)
+  %1120 = getelementptr inbounds nuw i8, ptr %954, i64 2944
   store <16 x i32> %1119, ptr %1120, align 4, !tbaa !7
-  %1121 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep705.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1121
-  %1122 = getelementptr i8, ptr %gep705.7.i, i64 128
-  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !7
-  %1124 = shl <16 x i32> %1123, splat (i32 16)
-  %1125 = getelementptr inbounds nuw i8, ptr %833, i64 3840
-  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !7
-  %1126 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep707.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1126
-  %1127 = getelementptr i8, ptr %gep707.7.i, i64 128
-  %1128 = load <16 x i32>, ptr %1127, align 4, !tbaa !7
-  %1129 = and <16 x i32> %1128, %441
-  %1130 = getelementptr inbounds nuw i8, ptr %833, i64 3904
-  store <16 x i32> %1129, ptr %1130, align 4, !tbaa !7
-  %1131 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep709.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1131
-  %1132 = getelementptr i8, ptr %gep709.7.i, i64 192
+  %1121 = load <16 x i32>, ptr %1117, align 4, !tbaa !7
+  %1122 = and <16 x i32> %1121, %537
+  %1123 = getelementptr inbounds nuw i8, ptr %954, i64 3008
+  store <16 x i32> %1122, ptr %1123, align 4, !tbaa !7
+  %1124 = getelementptr inbounds nuw i8, ptr %950, i64 48
+  %1125 = load i64, ptr %1124, align 16, !tbaa !37
+  %gep.6.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1125
+  %1126 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
+  %1127 = shl <16 x i32> %1126, splat (i32 16)
+  %1128 = getelementptr inbounds nuw i8, ptr %954, i64 3072
+  store <16 x i32> %1127, ptr %1128, align 4, !tbaa !7
+  %1129 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
+  %1130 = and <16 x i32> %1129, %537
+  %1131 = getelementptr inbounds nuw i8, ptr %954, i64 3136
+  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !7
+  %1132 = getelementptr i8, ptr %gep.6.i, i64 64
   %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !7
   %1134 = shl <16 x i32> %1133, splat (i32 16)
-  %1135 = getelementptr inbounds nuw i8, ptr %833, i64 3968
+  %1135 = getelementptr inbounds nuw i8, ptr %954, i64 3200
   store <16 x i32> %1134, ptr %1135, align 4, !tbaa !7
-  %1136 = load i64, ptr %1102, align 8, !tbaa !7
-  %gep711.7.i = getelementptr i32, ptr %invariant.gep697.i, i64 %1136
-  %1137 = getelementptr i8, ptr %gep711.7.i, i64 192
-  %1138 = load <16 x i32>, ptr %1137, align 4, !tbaa !7
-  %1139 = and <16 x i32> %1138, %441
-  %1140 = getelementptr inbounds nuw i8, ptr %833, i64 4032
-  store <16 x i32> %1139, ptr %1140, align 4, !tbaa !7
-  %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
-  %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count1012.i
-  br i1 %exitcond1013.not.i, label %for_begin_ti132.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !10
+  %1136 = load <16 x i32>, ptr %1132, align 4, !tbaa !7
+  %1137 = and <16 x i32> %1136, %537
+  %1138 = getelementptr inbounds nuw i8, ptr %954, i64 3264
+  store <16 x i32> %1137, ptr %1138, align 4, !tbaa !7
+  %1139 = getelementptr i8, ptr %gep.6.i, i64 128
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !7
+  %1141 = shl <16 x i32> %1140, splat (i32 16)
+  %1142 = getelementptr inbounds nuw i8, ptr %954, i64 3328
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !7
+  %1143 = load <16 x i32>, ptr %1139, align 4, !tbaa !7
+  %1144 = and <16 x i32> %1143, %537
+  %1145 = getelementptr inbounds nuw i8, ptr %954, i64 3392
+  store <16 x i32> %1144, ptr %1145, align 4, !tbaa !7
+  %1146 = getelementptr i8, ptr %gep.6.i, i64 192
+  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !7
+  %1148 = shl <16 x i32> %1147, splat (i32 16)
+  %1149 = getelementptr inbounds nuw i8, ptr %954, i64 3456
+  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !7
+  %1150 = load <16 x i32>, ptr %1146, align 4, !tbaa !7
+  %1151 = and <16 x i32> %1150, %537
+  %1152 = getelementptr inbounds nuw i8, ptr %954, i64 3520
+  store <16 x i32> %1151, ptr %1152, align 4, !tbaa !7
+  %1153 = getelementptr inbounds nuw i8, ptr %950, i64 56
+  %1154 = load i64, ptr %1153, align 8, !tbaa !37
+  %gep.7.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1154
+  %1155 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1156 = shl <16 x i32> %1155, splat (i32 16)
+  %1157 = getelementptr inbounds nuw i8, ptr %954, i64 3584
+  store <16 x i32> %1156, ptr %1157, align 4, !tbaa !7
+  %1158 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1159 = and <16 x i32> %1158, %537
+  %1160 = getelementptr inbounds nuw i8, ptr %954, i64 3648
+  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !7
+  %1161 = getelementptr i8, ptr %gep.7.i, i64 64
+  %1162 = load <16 x i32>, ptr %1161, align 4, !tbaa !7
+  %1163 = shl <16 x i32> %1162, splat (i32 16)
+  %1164 = getelementptr inbounds nuw i8, ptr %954, i64 3712
+  store <16 x i32> %1163, ptr %1164, align 4, !tbaa !7
+  %1165 = load <16 x i32>, ptr %1161, align 4, !tbaa !7
+  %1166 = and <16 x i32> %1165, %537
+  %1167 = getelementptr inbounds nuw i8, ptr %954, i64 3776
+  store <16 x i32> %1166, ptr %1167, align 4, !tbaa !7
+  %1168 = getelementptr i8, ptr %gep.7.i, i64 128
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
+  %1170 = shl <16 x i32> %1169, splat (i32 16)
+  %1171 = getelementptr inbounds nuw i8, ptr %954, i64 3840
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !7
+  %1172 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
+  %1173 = and <16 x i32> %1172, %537
+  %1174 = getelementptr inbounds nuw i8, ptr %954, i64 3904
+  store <16 x i32> %1173, ptr %1174, align 4, !tbaa !7
+  %1175 = getelementptr i8, ptr %gep.7.i, i64 192
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !7
+  %1177 = shl <16 x i32> %1176, splat (i32 16)
+  %1178 = getelementptr inbounds nuw i8, ptr %954, i64 3968
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !7
+  %1179 = load <16 x i32>, ptr %1175, align 4, !tbaa !7
+  %1180 = and <16 x i32> %1179, %537
+  %1181 = getelementptr inbounds nuw i8, ptr %954, i64 4032
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !7
+  %indvars.iv.next1406.i = add nuw nsw i64 %indvars.iv1405.i, 1
+  %exitcond1409.not.i = icmp eq i64 %indvars.iv.next1406.i, %wide.trip.count1408.i
+  br i1 %exitcond1409.not.i, label %for_begin_ti126.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !10
 
-for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti132.preheader.i, %if_end125.i
-  %1141 = trunc nuw nsw i64 %indvars.iv1134.i to i32
-  %factor.op.mul890.i = shl i32 %1141, 3
-  br i1 %442, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !32
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti126.preheader.i, %if_end119.i
+  %1182 = trunc nuw nsw i64 %indvars.iv1586.i to i32
+  %factor.op.mul1239.i = shl i32 %1182, 3
+  br i1 %538, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !31
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1142 = mul nuw nsw i64 %indvars.iv1134.i, %453
+  %1183 = mul nuw nsw i64 %indvars.iv1586.i, %549
   br label %for_body_row_tile.i
 
-for_begin_ti132.preheader.i:                      ; preds = %for_begin_ti132.preheader.i, %for_begin_ti132.preheader.lr.ph.i
-  %indvars.iv1018.i = phi i64 [ 0, %for_begin_ti132.preheader.lr.ph.i ], [ %indvars.iv.next1019.i, %for_begin_ti132.preheader.i ]
-  %.idx80 = shl nsw i64 %indvars.iv1018.i, 6
-  %1143 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx80
-  %1144 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep715.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1144
-  %1145 = load <16 x i32>, ptr %gep715.i, align 4, !tbaa !7
-  %1146 = shl <16 x i32> %1145, splat (i32 16)
-  %.idx81 = shl nsw i64 %indvars.iv1018.i, 12
-  %1147 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
-  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !7
-  %1148 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep717.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1148
-  %1149 = load <16 x i32>, ptr %gep717.i, align 4, !tbaa !7
-  %1150 = and <16 x i32> %1149, %441
-  %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 64
-  store <16 x i32> %1150, ptr %1151, align 4, !tbaa !7
-  %1152 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep719.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1152
-  %1153 = getelementptr i8, ptr %gep719.i, i64 64
-  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !7
-  %1155 = shl <16 x i32> %1154, splat (i32 16)
-  %1156 = getelementptr inbounds nuw i8, ptr %1147, i64 128
-  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !7
-  %1157 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep721.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1157
-  %1158 = getelementptr i8, ptr %gep721.i, i64 64
-  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !7
-  %1160 = and <16 x i32> %1159, %441
-  %1161 = getelementptr inbounds nuw i8, ptr %1147, i64 192
-  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !7
-  %1162 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep723.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1162
-  %1163 = getelementptr i8, ptr %gep723.i, i64 128
-  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !7
-  %1165 = shl <16 x i32> %1164, splat (i32 16)
-  %1166 = getelementptr inbounds nuw i8, ptr %1147, i64 256
-  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !7
-  %1167 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep725.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1167
-  %1168 = getelementptr i8, ptr %gep725.i, i64 128
-  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
-  %1170 = and <16 x i32> %1169, %441
-  %1171 = getelementptr inbounds nuw i8, ptr %1147, i64 320
-  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !7
-  %1172 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep727.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1172
-  %1173 = getelementptr i8, ptr %gep727.i, i64 192
-  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !7
-  %1175 = shl <16 x i32> %1174, splat (i32 16)
-  %1176 = getelementptr inbounds nuw i8, ptr %1147, i64 384
-  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !7
-  %1177 = load i64, ptr %1143, align 8, !tbaa !7
-  %gep729.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1177
-  %1178 = getelementptr i8, ptr %gep729.i, i64 192
-  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !7
-  %1180 = and <16 x i32> %1179, %441
-  %1181 = getelementptr inbounds nuw i8, ptr %1147, i64 448
-  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !7
-  %1182 = getelementptr inbounds nuw i8, ptr %1143, i64 8
-  %1183 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep715.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1183
-  %1184 = load <16 x i32>, ptr %gep715.1.i, align 4, !tbaa !7
-  %1185 = shl <16 x i32> %1184, splat (i32 16)
-  %1186 = getelementptr inbounds nuw i8, ptr %1147, i64 512
-  store <16 x i32> %1185, ptr %1186, align 4, !tbaa !7
-  %1187 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep717.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1187
-  %1188 = load <16 x i32>, ptr %gep717.1.i, align 4, !tbaa !7
-  %1189 = and <16 x i32> %1188, %441
-  %1190 = getelementptr inbounds nuw i8, ptr %1147, i64 576
-  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !7
-  %1191 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep719.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1191
-  %1192 = getelementptr i8, ptr %gep719.1.i, i64 64
+for_begin_ti126.preheader.i:                      ; preds = %for_begin_ti126.preheader.i, %for_begin_ti126.preheader.lr.ph.i
+  %indvars.iv1414.i = phi i64 [ 0, %for_begin_ti126.preheader.lr.ph.i ], [ %indvars.iv.next1415.i, %for_begin_ti126.preheader.i ]
+  %.idx80 = shl nsw i64 %indvars.iv1414.i, 6
+  %1184 = getelementptr inbounds nuw i8, ptr %value_offsets643.i, i64 %.idx80
+  %1185 = load i64, ptr %1184, align 16, !tbaa !42
+  %gep939.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1185
+  %1186 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
+  %1187 = shl <16 x i32> %1186, splat (i32 16)
+  %.idx81 = shl nsw i64 %indvars.iv1414.i, 12
+  %1188 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
+  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !7
+  %1189 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
+  %1190 = and <16 x i32> %1189, %537
+  %1191 = getelementptr inbounds nuw i8, ptr %1188, i64 64
+  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !7
+  %1192 = getelementptr i8, ptr %gep939.i, i64 64
   %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !7
   %1194 = shl <16 x i32> %1193, splat (i32 16)
-  %1195 = getelementptr inbounds nuw i8, ptr %1147, i64 640
+  %1195 = getelementptr inbounds nuw i8, ptr %1188, i64 128
   store <16 x i32> %1194, ptr %1195, align 4, !tbaa !7
-  %1196 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep721.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1196
-  %1197 = getelementptr i8, ptr %gep721.1.i, i64 64
-  %1198 = load <16 x i32>, ptr %1197, align 4, !tbaa !7
-  %1199 = and <16 x i32> %1198, %441
-  %1200 = getelementptr inbounds nuw i8, ptr %1147, i64 704
-  store <16 x i32> %1199, ptr %1200, align 4, !tbaa !7
-  %1201 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep723.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1201
-  %1202 = getelementptr i8, ptr %gep723.1.i, i64 128
-  %1203 = load <16 x i32>, ptr %1202, align 4, !tbaa !7
-  %1204 = shl <16 x i32> %1203, splat (i32 16)
-  %1205 = getelementptr inbounds nuw i8, ptr %1147, i64 768
+  %1196 = load <16 x i32>, ptr %1192, align 4, !tbaa !7
+  %1197 = and <16 x i32> %1196, %537
+  %1198 = getelementptr inbounds nuw i8, ptr %1188, i64 192
+  store <16 x i32> %1197, ptr %1198, align 4, !tbaa !7
+  %1199 = getelementptr i8, ptr %gep939.i, i64 128
+  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !7
+  %1201 = shl <16 x i32> %1200, splat (i32 16)
+  %1202 = getelementptr inbounds nuw i8, ptr %1188, i64 256
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !7
+  %1203 = load <16 x i32>, ptr %1199, align 4, !tbaa !7
+  %1204 = and <16 x i32> %1203, %537
+  %1205 = getelementptr inbounds nuw i8, ptr %1188, i64 320
   store <16 x i32> %1204, ptr %1205, align 4, !tbaa !7
-  %1206 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep725.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1206
-  %1207 = getelementptr i8, ptr %gep725.1.i, i64 128
-  %1208 = load <16 x i32>, ptr %1207, align 4, !tbaa !7
-  %1209 = and <16 x i32> %1208, %441
-  %1210 = getelementptr inbounds nuw i8, ptr %1147, i64 832
-  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !7
-  %1211 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep727.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1211
-  %1212 = getelementptr i8, ptr %gep727.1.i, i64 192
-  %1213 = load <16 x i32>, ptr %1212, align 4, !tbaa !7
-  %1214 = shl <16 x i32> %1213, splat (i32 16)
-  %1215 = getelementptr inbounds nuw i8, ptr %1147, i64 896
-  store <16 x i32> %1214, ptr %1215, align 4, !tbaa !7
-  %1216 = load i64, ptr %1182, align 8, !tbaa !7
-  %gep729.1.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1216
-  %1217 = getelementptr i8, ptr %gep729.1.i, i64 192
-  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !7
-  %1219 = and <16 x i32> %1218, %441
-  %1220 = getelementptr inbounds nuw i8, ptr %1147, i64 960
+  %1206 = getelementptr i8, ptr %gep939.i, i64 192
+  %1207 = load <16 x i32>, ptr %1206, align 4, !tbaa !7
+  %1208 = shl <16 x i32> %1207, splat (i32 16)
+  %1209 = getelementptr inbounds nuw i8, ptr %1188, i64 384
+  store <16 x i32> %1208, ptr %1209, align 4, !tbaa !7
+  %1210 = load <16 x i32>, ptr %1206, align 4, !tbaa !7
+  %1211 = and <16 x i32> %1210, %537
+  %1212 = getelementptr inbounds nuw i8, ptr %1188, i64 448
+  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !7
+  %1213 = getelementptr inbounds nuw i8, ptr %1184, i64 8
+  %1214 = load i64, ptr %1213, align 8, !tbaa !42
+  %gep939.1.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1214
+  %1215 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
+  %1216 = shl <16 x i32> %1215, splat (i32 16)
+  %1217 = getelementptr inbounds nuw i8, ptr %1188, i64 512
+  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !7
+  %1218 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
+  %1219 = and <16 x i32> %1218, %537
+  %1220 = getelementptr inbounds nuw i8, ptr %1188, i64 576
   store <16 x i32> %1219, ptr %1220, align 4, !tbaa !7
-  %1221 = getelementptr inbounds nuw i8, ptr %1143, i64 16
-  %1222 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep715.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1222
-  %1223 = load <16 x i32>, ptr %gep715.2.i, align 4, !tbaa !7
-  %1224 = shl <16 x i32> %1223, splat (i32 16)
-  %1225 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
-  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !7
-  %1226 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep717.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1226
-  %1227 = load <16 x i32>, ptr %gep717.2.i, align 4, !tbaa !7
-  %1228 = and <16 x i32> %1227, %441
-  %1229 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
-  store <16 x i32> %1228, ptr %1229, align 4, !tbaa !7
-  %1230 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep719.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1230
-  %1231 = getelementptr i8, ptr %gep719.2.i, i64 64
-  %1232 = load <16 x i32>, ptr %1231, align 4, !tbaa !7
-  %1233 = shl <16 x i32> %1232, splat (i32 16)
-  %1234 = getelementptr inbounds nuw i8, ptr %1147, i64 1152
+  %1221 = getelementptr i8, ptr %gep939.1.i, i64 64
+  %1222 = load <16 x i32>, ptr %1221, align 4, !tbaa !7
+  %1223 = shl <16 x i32> %1222, splat (i32 16)
+  %1224 = getelementptr inbounds nuw i8, ptr %1188, i64 640
+  store <16 x i32> %1223, ptr %1224, align 4, !tbaa !7
+  %1225 = load <16 x i32>, ptr %1221, align 4, !tbaa !7
+  %1226 = and <16 x i32> %1225, %537
+  %1227 = getelementptr inbounds nuw i8, ptr %1188, i64 704
+  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !7
+  %1228 = getelementptr i8, ptr %gep939.1.i, i64 128
+  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !7
+  %1230 = shl <16 x i32> %1229, splat (i32 16)
+  %1231 = getelementptr inbounds nuw i8, ptr %1188, i64 768
+  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !7
+  %1232 = load <16 x i32>, ptr %1228, align 4, !tbaa !7
+  %1233 = and <16 x i32> %1232, %537
+  %1234 = getelementptr inbounds nuw i8, ptr %1188, i64 832
   store <16 x i32> %1233, ptr %1234, align 4, !tbaa !7
-  %1235 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep721.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1235
-  %1236 = getelementptr i8, ptr %gep721.2.i, i64 64
-  %1237 = load <16 x i32>, ptr %1236, align 4, !tbaa !7
-  %1238 = and <16 x i32> %1237, %441
-  %1239 = getelementptr inbounds nuw i8, ptr %1147, i64 1216
-  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !7
-  %1240 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep723.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1240
-  %1241 = getelementptr i8, ptr %gep723.2.i, i64 128
-  %1242 = load <16 x i32>, ptr %1241, align 4, !tbaa !7
-  %1243 = shl <16 x i32> %1242, splat (i32 16)
-  %1244 = getelementptr inbounds nuw i8, ptr %1147, i64 1280
-  store <16 x i32> %1243, ptr %1244, align 4, !tbaa !7
-  %1245 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep725.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1245
-  %1246 = getelementptr i8, ptr %gep725.2.i, i64 128
-  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !7
-  %1248 = and <16 x i32> %1247, %441
-  %1249 = getelementptr inbounds nuw i8, ptr %1147, i64 1344
+  %1235 = getelementptr i8, ptr %gep939.1.i, i64 192
+  %1236 = load <16 x i32>, ptr %1235, align 4, !tbaa !7
+  %1237 = shl <16 x i32> %1236, splat (i32 16)
+  %1238 = getelementptr inbounds nuw i8, ptr %1188, i64 896
+  store <16 x i32> %1237, ptr %1238, align 4, !tbaa !7
+  %1239 = load <16 x i32>, ptr %1235, align 4, !tbaa !7
+  %1240 = and <16 x i32> %1239, %537
+  %1241 = getelementptr inbounds nuw i8, ptr %1188, i64 960
+  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !7
+  %1242 = getelementptr inbounds nuw i8, ptr %1184, i64 16
+  %1243 = load i64, ptr %1242, align 16, !tbaa !42
+  %gep939.2.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1243
+  %1244 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
+  %1245 = shl <16 x i32> %1244, splat (i32 16)
+  %1246 = getelementptr inbounds nuw i8, ptr %1188, i64 1024
+  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !7
+  %1247 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
+  %1248 = and <16 x i32> %1247, %537
+  %1249 = getelementptr inbounds nuw i8, ptr %1188, i64 1088
   store <16 x i32> %1248, ptr %1249, align 4, !tbaa !7
-  %1250 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep727.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1250
-  %1251 = getelementptr i8, ptr %gep727.2.i, i64 192
-  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !7
-  %1253 = shl <16 x i32> %1252, splat (i32 16)
-  %1254 = getelementptr inbounds nuw i8, ptr %1147, i64 1408
-  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !7
-  %1255 = load i64, ptr %1221, align 8, !tbaa !7
-  %gep729.2.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1255
-  %1256 = getelementptr i8, ptr %gep729.2.i, i64 192
-  %1257 = load <16 x i32>, ptr %1256, align 4, !tbaa !7
-  %1258 = and <16 x i32> %1257, %441
-  %1259 = getelementptr inbounds nuw i8, ptr %1147, i64 1472
-  store <16 x i32> %1258, ptr %1259, align 4, !tbaa !7
-  %1260 = getelementptr inbounds nuw i8, ptr %1143, i64 24
-  %1261 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep715.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1261
-  %1262 = load <16 x i32>, ptr %gep715.3.i, align 4, !tbaa !7
-  %1263 = shl <16 x i32> %1262, splat (i32 16)
-  %1264 = getelementptr inbounds nuw i8, ptr %1147, i64 1536
-  store <16 x i32> %1263, ptr %1264, align 4, !tbaa !7
-  %1265 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep717.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1265
-  %1266 = load <16 x i32>, ptr %gep717.3.i, align 4, !tbaa !7
-  %1267 = and <16 x i32> %1266, %441
-  %1268 = getelementptr inbounds nuw i8, ptr %1147, i64 1600
-  store <16 x i32> %1267, ptr %1268, align 4, !tbaa !7
-  %1269 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep719.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1269
-  %1270 = getelementptr i8, ptr %gep719.3.i, i64 64
-  %1271 = load <16 x i32>, ptr %1270, align 4, !tbaa !7
-  %1272 = shl <16 x i32> %1271, splat (i32 16)
-  %1273 = getelementptr inbounds nuw i8, ptr %1147, i64 1664
-  store <16 x i32> %1272, ptr %1273, align 4, !tbaa !7
-  %1274 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep721.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1274
-  %1275 = getelementptr i8, ptr %gep721.3.i, i64 64
-  %1276 = load <16 x i32>, ptr %1275, align 4, !tbaa !7
-  %1277 = and <16 x i32> %1276, %441
-  %1278 = getelementptr inbounds nuw i8, ptr %1147, i64 1728
+  %1250 = getelementptr i8, ptr %gep939.2.i, i64 64
+  %1251 = load <16 x i32>, ptr %1250, align 4, !tbaa !7
+  %1252 = shl <16 x i32> %1251, splat (i32 16)
+  %1253 = getelementptr inbounds nuw i8, ptr %1188, i64 1152
+  store <16 x i32> %1252, ptr %1253, align 4, !tbaa !7
+  %1254 = load <16 x i32>, ptr %1250, align 4, !tbaa !7
+  %1255 = and <16 x i32> %1254, %537
+  %1256 = getelementptr inbounds nuw i8, ptr %1188, i64 1216
+  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !7
+  %1257 = getelementptr i8, ptr %gep939.2.i, i64 128
+  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !7
+  %1259 = shl <16 x i32> %1258, splat (i32 16)
+  %1260 = getelementptr inbounds nuw i8, ptr %1188, i64 1280
+  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !7
+  %1261 = load <16 x i32>, ptr %1257, align 4, !tbaa !7
+  %1262 = and <16 x i32> %1261, %537
+  %1263 = getelementptr inbounds nuw i8, ptr %1188, i64 1344
+  store <16 x i32> %1262, ptr %1263, align 4, !tbaa !7
+  %1264 = getelementptr i8, ptr %gep939.2.i, i64 192
+  %1265 = load <16 x i32>, ptr %1264, align 4, !tbaa !7
+  %1266 = shl <16 x i32> %1265, splat (i32 16)
+  %1267 = getelementptr inbounds nuw i8, ptr %1188, i64 1408
+  store <16 x i32> %1266, ptr %1267, align 4, !tbaa !7
+  %1268 = load <16 x i32>, ptr %1264, align 4, !tbaa !7
+  %1269 = and <16 x i32> %1268, %537
+  %1270 = getelementptr inbounds nuw i8, ptr %1188, i64 1472
+  store <16 x i32> %1269, ptr %1270, align 4, !tbaa !7
+  %1271 = getelementptr inbounds nuw i8, ptr %1184, i64 24
+  %1272 = load i64, ptr %1271, align 8, !tbaa !42
+  %gep939.3.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1272
+  %1273 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
+  %1274 = shl <16 x i32> %1273, splat (i32 16)
+  %1275 = getelementptr inbounds nuw i8, ptr %1188, i64 1536
+  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !7
+  %1276 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
+  %1277 = and <16 x i32> %1276, %537
+  %1278 = getelementptr inbounds nuw i8, ptr %1188, i64 1600
   store <16 x i32> %1277, ptr %1278, align 4, !tbaa !7
-  %1279 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep723.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1279
-  %1280 = getelementptr i8, ptr %gep723.3.i, i64 128
-  %1281 = load <16 x i32>, ptr %1280, align 4, !tbaa !7
-  %1282 = shl <16 x i32> %1281, splat (i32 16)
-  %1283 = getelementptr inbounds nuw i8, ptr %1147, i64 1792
-  store <16 x i32> %1282, ptr %1283, align 4, !tbaa !7
-  %1284 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep725.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1284
-  %1285 = getelementptr i8, ptr %gep725.3.i, i64 128
-  %1286 = load <16 x i32>, ptr %1285, align 4, !tbaa !7
-  %1287 = and <16 x i32> %1286, %441
-  %1288 = getelementptr inbounds nuw i8, ptr %1147, i64 1856
-  store <16 x i32> %1287, ptr %1288, align 4, !tbaa !7
-  %1289 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep727.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1289
-  %1290 = getelementptr i8, ptr %gep727.3.i, i64 192
-  %1291 = load <16 x i32>, ptr %1290, align 4, !tbaa !7
-  %1292 = shl <16 x i32> %1291, splat (i32 16)
-  %1293 = getelementptr inbounds nuw i8, ptr %1147, i64 1920
-  store <16 x i32> %1292, ptr %1293, align 4, !tbaa !7
-  %1294 = load i64, ptr %1260, align 8, !tbaa !7
-  %gep729.3.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1294
-  %1295 = getelementptr i8, ptr %gep729.3.i, i64 192
-  %1296 = load <16 x i32>, ptr %1295, align 4, !tbaa !7
-  %1297 = and <16 x i32> %1296, %441
-  %1298 = getelementptr inbounds nuw i8, ptr %1147, i64 1984
-  store <16 x i32> %1297, ptr %1298, align 4, !tbaa !7
-  %1299 = getelementptr inbounds nuw i8, ptr %1143, i64 32
-  %1300 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep715.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1300
-  %1301 = load <16 x i32>, ptr %gep715.4.i, align 4, !tbaa !7
-  %1302 = shl <16 x i32> %1301, splat (i32 16)
-  %1303 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
-  store <16 x i32> %1302, ptr %1303, align 4, !tbaa !7
-  %1304 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep717.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1304
-  %1305 = load <16 x i32>, ptr %gep717.4.i, align 4, !tbaa !7
-  %1306 = and <16 x i32> %1305, %441
-  %1307 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
+  %1279 = getelementptr i8, ptr %gep939.3.i, i64 64
+  %1280 = load <16 x i32>, ptr %1279, align 4, !tbaa !7
+  %1281 = shl <16 x i32> %1280, splat (i32 16)
+  %1282 = getelementptr inbounds nuw i8, ptr %1188, i64 1664
+  store <16 x i32> %1281, ptr %1282, align 4, !tbaa !7
+  %1283 = load <16 x i32>, ptr %1279, align 4, !tbaa !7
+  %1284 = and <16 x i32> %1283, %537
+  %1285 = getelementptr inbounds nuw i8, ptr %1188, i64 1728
+  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !7
+  %1286 = getelementptr i8, ptr %gep939.3.i, i64 128
+  %1287 = load <16 x i32>, ptr %1286, align 4, !tbaa !7
+  %1288 = shl <16 x i32> %1287, splat (i32 16)
+  %1289 = getelementptr inbounds nuw i8, ptr %1188, i64 1792
+  store <16 x i32> %1288, ptr %1289, align 4, !tbaa !7
+  %1290 = load <16 x i32>, ptr %1286, align 4, !tbaa !7
+  %1291 = and <16 x i32> %1290, %537
+  %1292 = getelementptr inbounds nuw i8, ptr %1188, i64 1856
+  store <16 x i32> %1291, ptr %1292, align 4, !tbaa !7
+  %1293 = getelementptr i8, ptr %gep939.3.i, i64 192
+  %1294 = load <16 x i32>, ptr %1293, align 4, !tbaa !7
+  %1295 = shl <16 x i32> %1294, splat (i32 16)
+  %1296 = getelementptr inbounds nuw i8, ptr %1188, i64 1920
+  store <16 x i32> %1295, ptr %1296, align 4, !tbaa !7
+  %1297 = load <16 x i32>, ptr %1293, align 4, !tbaa !7
+  %1298 = and <16 x i32> %1297, %537
+  %1299 = getelementptr inbounds nuw i8, ptr %1188, i64 1984
+  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !7
+  %1300 = getelementptr inbounds nuw i8, ptr %1184, i64 32
+  %1301 = load i64, ptr %1300, align 16, !tbaa !42
+  %gep939.4.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1301
+  %1302 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
+  %1303 = shl <16 x i32> %1302, splat (i32 16)
+  %1304 = getelementptr inbounds nuw i8, ptr %1188, i64 2048
+  store <16 x i32> %1303, ptr %1304, align 4, !tbaa !7
+  %1305 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
+  %1306 = and <16 x i32> %1305, %537
+  %1307 = getelementptr inbounds nuw i8, ptr %1188, i64 2112
   store <16 x i32> %1306, ptr %1307, align 4, !tbaa !7
-  %1308 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep719.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1308
-  %1309 = getelementptr i8, ptr %gep719.4.i, i64 64
-  %1310 = load <16 x i32>, ptr %1309, align 4, !tbaa !7
-  %1311 = shl <16 x i32> %1310, splat (i32 16)
-  %1312 = getelementptr inbounds nuw i8, ptr %1147, i64 2176
-  store <16 x i32> %1311, ptr %1312, align 4, !tbaa !7
-  %1313 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep721.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1313
-  %1314 = getelementptr i8, ptr %gep721.4.i, i64 64
-  %1315 = load <16 x i32>, ptr %1314, align 4, !tbaa !7
-  %1316 = and <16 x i32> %1315, %441
-  %1317 = getelementptr inbounds nuw i8, ptr %1147, i64 2240
-  store <16 x i32> %1316, ptr %1317, align 4, !tbaa !7
-  %1318 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep723.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1318
-  %1319 = getelementptr i8, ptr %gep723.4.i, i64 128
-  %1320 = load <16 x i32>, ptr %1319, align 4, !tbaa !7
-  %1321 = shl <16 x i32> %1320, splat (i32 16)
-  %1322 = getelementptr inbounds nuw i8, ptr %1147, i64 2304
-  store <16 x i32> %1321, ptr %1322, align 4, !tbaa !7
-  %1323 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep725.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1323
-  %1324 = getelementptr i8, ptr %gep725.4.i, i64 128
-  %1325 = load <16 x i32>, ptr %1324, align 4, !tbaa !7
-  %1326 = and <16 x i32> %1325, %441
-  %1327 = getelementptr inbounds nuw i8, ptr %1147, i64 2368
-  store <16 x i32> %1326, ptr %1327, align 4, !tbaa !7
-  %1328 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep727.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1328
-  %1329 = getelementptr i8, ptr %gep727.4.i, i64 192
-  %1330 = load <16 x i32>, ptr %1329, align 4, !tbaa !7
-  %1331 = shl <16 x i32> %1330, splat (i32 16)
-  %1332 = getelementptr inbounds nuw i8, ptr %1147, i64 2432
-  store <16 x i32> %1331, ptr %1332, align 4, !tbaa !7
-  %1333 = load i64, ptr %1299, align 8, !tbaa !7
-  %gep729.4.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1333
-  %1334 = getelementptr i8, ptr %gep729.4.i, i64 192
-  %1335 = load <16 x i32>, ptr %1334, align 4, !tbaa !7
-  %1336 = and <16 x i32> %1335, %441
-  %1337 = getelementptr inbounds nuw i8, ptr %1147, i64 2496
-  store <16 x i32> %1336, ptr %1337, align 4, !tbaa !7
-  %1338 = getelementptr inbounds nuw i8, ptr %1143, i64 40
-  %1339 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep715.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1339
-  %1340 = load <16 x i32>, ptr %gep715.5.i, align 4, !tbaa !7
-  %1341 = shl <16 x i32> %1340, splat (i32 16)
-  %1342 = getelementptr inbounds nuw i8, ptr %1147, i64 2560
-  store <16 x i32> %1341, ptr %1342, align 4, !tbaa !7
-  %1343 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep717.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1343
-  %1344 = load <16 x i32>, ptr %gep717.5.i, align 4, !tbaa !7
-  %1345 = and <16 x i32> %1344, %441
-  %1346 = getelementptr inbounds nuw i8, ptr %1147, i64 2624
-  store <16 x i32> %1345, ptr %1346, align 4, !tbaa !7
-  %1347 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep719.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1347
-  %1348 = getelementptr i8, ptr %gep719.5.i, i64 64
-  %1349 = load <16 x i32>, ptr %1348, align 4, !tbaa !7
-  %1350 = shl <16 x i32> %1349, splat (i32 16)
-  %1351 = getelementptr inbounds nuw i8, ptr %1147, i64 2688
-  store <16 x i32> %1350, ptr %1351, align 4, !tbaa !7
-  %1352 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep721.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1352
-  %1353 = getelementptr i8, ptr %gep721.5.i, i64 64
-  %1354 = load <16 x i32>, ptr %1353, align 4, !tbaa !7
-  %1355 = and <16 x i32> %1354, %441
-  %1356 = getelementptr inbounds nuw i8, ptr %1147, i64 2752
-  store <16 x i32> %1355, ptr %1356, align 4, !tbaa !7
-  %1357 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep723.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1357
-  %1358 = getelementptr i8, ptr %gep723.5.i, i64 128
-  %1359 = load <16 x i32>, ptr %1358, align 4, !tbaa !7
-  %1360 = shl <16 x i32> %1359, splat (i32 16)
-  %1361 = getelementptr inbounds nuw i8, ptr %1147, i64 2816
-  store <16 x i32> %1360, ptr %1361, align 4, !tbaa !7
-  %1362 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep725.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1362
-  %1363 = getelementptr i8, ptr %gep725.5.i, i64 128
-  %1364 = load <16 x i32>, ptr %1363, align 4, !tbaa !7
-  %1365 = and <16 x i32> %1364, %441
-  %1366 = getelementptr inbounds nuw i8, ptr %1147, i64 2880
-  store <16 x i32> %1365, ptr %1366, align 4, !tbaa !7
-  %1367 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep727.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1367
-  %1368 = getelementptr i8, ptr %gep727.5.i, i64 192
-  %1369 = load <16 x i32>, ptr %1368, align 4, !tbaa !7
-  %1370 = shl <16 x i32> %1369, splat (i32 16)
-  %1371 = getelementptr inbounds nuw i8, ptr %1147, i64 2944
-  store <16 x i32> %1370, ptr %1371, align 4, !tbaa !7
-  %1372 = load i64, ptr %1338, align 8, !tbaa !7
-  %gep729.5.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1372
-  %1373 = getelementptr i8, ptr %gep729.5.i, i64 192
+  %1308 = getelementptr i8, ptr %gep939.4.i, i64 64
+  %1309 = load <16 x i32>, ptr %1308, align 4, !tbaa !7
+  %1310 = shl <16 x i32> %1309, splat (i32 16)
+  %1311 = getelementptr inbounds nuw i8, ptr %1188, i64 2176
+  store <16 x i32> %1310, ptr %1311, align 4, !tbaa !7
+  %1312 = load <16 x i32>, ptr %1308, align 4, !tbaa !7
+  %1313 = and <16 x i32> %1312, %537
+  %1314 = getelementptr inbounds nuw i8, ptr %1188, i64 2240
+  store <16 x i32> %1313, ptr %1314, align 4, !tbaa !7
+  %1315 = getelementptr i8, ptr %gep939.4.i, i64 128
+  %1316 = load <16 x i32>, ptr %1315, align 4, !tbaa !7
+  %1317 = shl <16 x i32> %1316, splat (i32 16)
+  %1318 = getelementptr inbounds nuw i8, ptr %1188, i64 2304
+  store <16 x i32> %1317, ptr %1318, align 4, !tbaa !7
+  %1319 = load <16 x i32>, ptr %1315, align 4, !tbaa !7
+  %1320 = and <16 x i32> %1319, %537
+  %1321 = getelementptr inbounds nuw i8, ptr %1188, i64 2368
+  store <16 x i32> %1320, ptr %1321, align 4, !tbaa !7
+  %1322 = getelementptr i8, ptr %gep939.4.i, i64 192
+  %1323 = load <16 x i32>, ptr %1322, align 4, !tbaa !7
+  %1324 = shl <16 x i32> %1323, splat (i32 16)
+  %1325 = getelementptr inbounds nuw i8, ptr %1188, i64 2432
+  store <16 x i32> %1324, ptr %1325, align 4, !tbaa !7
+  %1326 = load <16 x i32>, ptr %1322, align 4, !tbaa !7
+  %1327 = and <16 x i32> %1326, %537
+  %1328 = getelementptr inbounds nuw i8, ptr %1188, i64 2496
+  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !7
+  %1329 = getelementptr inbounds nuw i8, ptr %1184, i64 40
+  %1330 = load i64, ptr %1329, align 8, !tbaa !42
+  %gep939.5.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1330
+  %1331 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
+  %1332 = shl <16 x i32> %1331, splat (i32 16)
+  %1333 = getelementptr inbounds nuw i8, ptr %1188, i64 2560
+  store <16 x i32> %1332, ptr %1333, align 4, !tbaa !7
+  %1334 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
+  %1335 = and <16 x i32> %1334, %537
+  %1336 = getelementptr inbounds nuw i8, ptr %1188, i64 2624
+  store <16 x i32> %1335, ptr %1336, align 4, !tbaa !7
+  %1337 = getelementptr i8, ptr %gep939.5.i, i64 64
+  %1338 = load <16 x i32>, ptr %1337, align 4, !tbaa !7
+  %1339 = shl <16 x i32> %1338, splat (i32 16)
+  %1340 = getelementptr inbounds nuw i8, ptr %1188, i64 2688
+  store <16 x i32> %1339, ptr %1340, align 4, !tbaa !7
+  %1341 = load <16 x i32>, ptr %1337, align 4, !tbaa !7
+  %1342 = and <16 x i32> %1341, %537
+  %1343 = getelementptr inbounds nuw i8, ptr %1188, i64 2752
+  store <16 x i32> %1342, ptr %1343, align 4, !tbaa !7
+  %1344 = getelementptr i8, ptr %gep939.5.i, i64 128
+  %1345 = load <16 x i32>, ptr %1344, align 4, !tbaa !7
+  %1346 = shl <16 x i32> %1345, splat (i32 16)
+  %1347 = getelementptr inbounds nuw i8, ptr %1188, i64 2816
+  store <16 x i32> %1346, ptr %1347, align 4, !tbaa !7
+  %1348 = load <16 x i32>, ptr %1344, align 4, !tbaa !7
+  %1349 = and <16 x i32> %1348, %537
+  %1350 = getelementptr inbounds nuw i8, ptr %1188, i64 2880
+  store <16 x i32> %1349, ptr %1350, align 4, !tbaa !7
+  %1351 = getelementptr i8, ptr %gep939.5.i, i64 192
+  %1352 = load <16 x i32>, ptr %1351, align 4, !tbaa !7
+  %1353 = shl <16 x i32> %1352, splat (i32 16)
+  %1354 = getelementptr inbounds nuw i8, ptr %1188, i64 2944
+  store <16 x i32> %1353, ptr %1354, align 4, !tbaa !7
+  %1355 = load <16 x i32>, ptr %1351, align 4, !tbaa !7
+  %1356 = and <16 x i32> %1355, %537
+  %1357 = getelementptr inbounds nuw i8, ptr %1188, i64 3008
+  store <16 x i32> %1356, ptr %1357, align 4, !tbaa !7
+  %1358 = getelementptr inbounds nuw i8, ptr %1184, i64 48
+  %1359 = load i64, ptr %1358, align 16, !tbaa !42
+  %gep939.6.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1359
+  %1360 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
+  %1361 = shl <16 x i32> %1360, splat (i32 16)
+  %1362 = getelementptr inbounds nuw i8, ptr %1188, i64 3072
+  store <16 x i32> %1361, ptr %1362, align 4, !tbaa !7
+  %1363 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
+  %1364 = and <16 x i32> %1363, %537
+  %1365 = getelementptr inbounds nuw i8, ptr %1188, i64 3136
+  store <16 x i32> %1364, ptr %1365, align 4, !tbaa !7
+  %1366 = getelementptr i8, ptr %gep939.6.i, i64 64
+  %1367 = load <16 x i32>, ptr %1366, align 4, !tbaa !7
+  %1368 = shl <16 x i32> %1367, splat (i32 16)
+  %1369 = getelementptr inbounds nuw i8, ptr %1188, i64 3200
+  store <16 x i32> %1368, ptr %1369, align 4, !tbaa !7
+  %1370 = load <16 x i32>, ptr %1366, align 4, !tbaa !7
+  %1371 = and <16 x i32> %1370, %537
+  %1372 = getelementptr inbounds nuw i8, ptr %1188, i64 3264
+  store <16 x i32> %1371, ptr %1372, align 4, !tbaa !7
+  %1373 = getelementptr i8, ptr %gep939.6.i, i64 128
   %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !7
-  %1375 = and <16 x i32> %1374, %441
-  %1376 = getelementptr inbounds nuw i8, ptr %1147, i64 3008
+  %1375 = shl <16 x i32> %1374, splat (i32 16)
+  %1376 = getelementptr inbounds nuw i8, ptr %1188, i64 3328
   store <16 x i32> %1375, ptr %1376, align 4, !tbaa !7
-  %1377 = getelementptr inbounds nuw i8, ptr %1143, i64 48
-  %1378 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep715.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1378
-  %1379 = load <16 x i32>, ptr %gep715.6.i, align 4, !tbaa !7
-  %1380 = shl <16 x i32> %1379, splat (i32 16)
-  %1381 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
-  store <16 x i32> %1380, ptr %1381, align 4, !tbaa !7
-  %1382 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep717.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1382
-  %1383 = load <16 x i32>, ptr %gep717.6.i, align 4, !tbaa !7
-  %1384 = and <16 x i32> %1383, %441
-  %1385 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
-  store <16 x i32> %1384, ptr %1385, align 4, !tbaa !7
-  %1386 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep719.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1386
-  %1387 = getelementptr i8, ptr %gep719.6.i, i64 64
-  %1388 = load <16 x i32>, ptr %1387, align 4, !tbaa !7
-  %1389 = shl <16 x i32> %1388, splat (i32 16)
-  %1390 = getelementptr inbounds nuw i8, ptr %1147, i64 3200
-  store <16 x i32> %1389, ptr %1390, align 4, !tbaa !7
-  %1391 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep721.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1391
-  %1392 = getelementptr i8, ptr %gep721.6.i, i64 64
-  %1393 = load <16 x i32>, ptr %1392, align 4, !tbaa !7
-  %1394 = and <16 x i32> %1393, %441
-  %1395 = getelementptr inbounds nuw i8, ptr %1147, i64 3264
-  store <16 x i32> %1394, ptr %1395, align 4, !tbaa !7
-  %1396 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep723.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1396
-  %1397 = getelementptr i8, ptr %gep723.6.i, i64 128
-  %1398 = load <16 x i32>, ptr %1397, align 4, !tbaa !7
-  %1399 = shl <16 x i32> %1398, splat (i32 16)
-  %1400 = getelementptr inbounds nuw i8, ptr %1147, i64 3328
-  store <16 x i32> %1399, ptr %1400, align 4, !tbaa !7
-  %1401 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep725.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1401
-  %1402 = getelementptr i8, ptr %gep725.6.i, i64 128
+  %1377 = load <16 x i32>, ptr %1373, align 4, !tbaa !7
+  %1378 = and <16 x i32> %1377, %537
+  %1379 = getelementptr inbounds nuw i8, ptr %1188, i64 3392
+  store <16 x i32> %1378, ptr %1379, align 4, !tbaa !7
+  %1380 = getelementptr i8, ptr %gep939.6.i, i64 192
+  %1381 = load <16 x i32>, ptr %1380, align 4, !tbaa !7
+  %1382 = shl <16 x i32> %1381, splat (i32 16)
+  %1383 = getelementptr inbounds nuw i8, ptr %1188, i64 3456
+  store <16 x i32> %1382, ptr %1383, align 4, !tbaa !7
+  %1384 = load <16 x i32>, ptr %1380, align 4, !tbaa !7
+  %1385 = and <16 x i32> %1384, %537
+  %1386 = getelementptr inbounds nuw i8, ptr %1188, i64 3520
+  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !7
+  %1387 = getelementptr inbounds nuw i8, ptr %1184, i64 56
+  %1388 = load i64, ptr %1387, align 8, !tbaa !42
+  %gep939.7.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1388
+  %1389 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
+  %1390 = shl <16 x i32> %1389, splat (i32 16)
+  %1391 = getelementptr inbounds nuw i8, ptr %1188, i64 3584
+  store <16 x i32> %1390, ptr %1391, align 4, !tbaa !7
+  %1392 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
+  %1393 = and <16 x i32> %1392, %537
+  %1394 = getelementptr inbounds nuw i8, ptr %1188, i64 3648
+  store <16 x i32> %1393, ptr %1394, align 4, !tbaa !7
+  %1395 = getelementptr i8, ptr %gep939.7.i, i64 64
+  %1396 = load <16 x i32>, ptr %1395, align 4, !tbaa !7
+  %1397 = shl <16 x i32> %1396, splat (i32 16)
+  %1398 = getelementptr inbounds nuw i8, ptr %1188, i64 3712
+  store <16 x i32> %1397, ptr %1398, align 4, !tbaa !7
+  %1399 = load <16 x i32>, ptr %1395, align 4, !tbaa !7
+  %1400 = and <16 x i32> %1399, %537
+  %1401 = getelementptr inbounds nuw i8, ptr %1188, i64 3776
+  store <16 x i32> %1400, ptr %1401, align 4, !tbaa !7
+  %1402 = getelementptr i8, ptr %gep939.7.i, i64 128
   %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !7
-  %1404 = and <16 x i32> %1403, %441
-  %1405 = getelementptr inbounds nuw i8, ptr %1147, i64 3392
+  %1404 = shl <16 x i32> %1403, splat (i32 16)
+  %1405 = getelementptr inbounds nuw i8, ptr %1188, i64 3840
   store <16 x i32> %1404, ptr %1405, align 4, !tbaa !7
-  %1406 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep727.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1406
-  %1407 = getelementptr i8, ptr %gep727.6.i, i64 192
-  %1408 = load <16 x i32>, ptr %1407, align 4, !tbaa !7
-  %1409 = shl <16 x i32> %1408, splat (i32 16)
-  %1410 = getelementptr inbounds nuw i8, ptr %1147, i64 3456
-  store <16 x i32> %1409, ptr %1410, align 4, !tbaa !7
-  %1411 = load i64, ptr %1377, align 8, !tbaa !7
-  %gep729.6.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1411
-  %1412 = getelementptr i8, ptr %gep729.6.i, i64 192
-  %1413 = load <16 x i32>, ptr %1412, align 4, !tbaa !7
-  %1414 = and <16 x i32> %1413, %441
-  %1415 = getelementptr inbounds nuw i8, ptr %1147, i64 3520
+  %1406 = load <16 x i32>, ptr %1402, align 4, !tbaa !7
+  %1407 = and <16 x i32> %1406, %537
+  %1408 = getelementptr inbounds nuw i8, ptr %1188, i64 3904
+  store <16 x i32> %1407, ptr %1408, align 4, !tbaa !7
+  %1409 = getelementptr i8, ptr %gep939.7.i, i64 192
+  %1410 = load <16 x i32>, ptr %1409, align 4, !tbaa !7
+  %1411 = shl <16 x i32> %1410, splat (i32 16)
+  %1412 = getelementptr inbounds nuw i8, ptr %1188, i64 3968
+  store <16 x i32> %1411, ptr %1412, align 4, !tbaa !7
+  %1413 = load <16 x i32>, ptr %1409, align 4, !tbaa !7
+  %1414 = and <16 x i32> %1413, %537
+  %1415 = getelementptr inbounds nuw i8, ptr %1188, i64 4032
   store <16 x i32> %1414, ptr %1415, align 4, !tbaa !7
-  %1416 = getelementptr inbounds nuw i8, ptr %1143, i64 56
-  %1417 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep715.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1417
-  %1418 = load <16 x i32>, ptr %gep715.7.i, align 4, !tbaa !7
-  %1419 = shl <16 x i32> %1418, splat (i32 16)
-  %1420 = getelementptr inbounds nuw i8, ptr %1147, i64 3584
-  store <16 x i32> %1419, ptr %1420, align 4, !tbaa !7
-  %1421 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep717.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1421
-  %1422 = load <16 x i32>, ptr %gep717.7.i, align 4, !tbaa !7
-  %1423 = and <16 x i32> %1422, %441
-  %1424 = getelementptr inbounds nuw i8, ptr %1147, i64 3648
-  store <16 x i32> %1423, ptr %1424, align 4, !tbaa !7
-  %1425 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep719.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1425
-  %1426 = getelementptr i8, ptr %gep719.7.i, i64 64
-  %1427 = load <16 x i32>, ptr %1426, align 4, !tbaa !7
-  %1428 = shl <16 x i32> %1427, splat (i32 16)
-  %1429 = getelementptr inbounds nuw i8, ptr %1147, i64 3712
-  store <16 x i32> %1428, ptr %1429, align 4, !tbaa !7
-  %1430 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep721.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1430
-  %1431 = getelementptr i8, ptr %gep721.7.i, i64 64
-  %1432 = load <16 x i32>, ptr %1431, align 4, !tbaa !7
-  %1433 = and <16 x i32> %1432, %441
-  %1434 = getelementptr inbounds nuw i8, ptr %1147, i64 3776
-  store <16 x i32> %1433, ptr %1434, align 4, !tbaa !7
-  %1435 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep723.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1435
-  %1436 = getelementptr i8, ptr %gep723.7.i, i64 128
-  %1437 = load <16 x i32>, ptr %1436, align 4, !tbaa !7
-  %1438 = shl <16 x i32> %1437, splat (i32 16)
-  %1439 = getelementptr inbounds nuw i8, ptr %1147, i64 3840
-  store <16 x i32> %1438, ptr %1439, align 4, !tbaa !7
-  %1440 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep725.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1440
-  %1441 = getelementptr i8, ptr %gep725.7.i, i64 128
-  %1442 = load <16 x i32>, ptr %1441, align 4, !tbaa !7
-  %1443 = and <16 x i32> %1442, %441
-  %1444 = getelementptr inbounds nuw i8, ptr %1147, i64 3904
-  store <16 x i32> %1443, ptr %1444, align 4, !tbaa !7
-  %1445 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep727.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1445
-  %1446 = getelementptr i8, ptr %gep727.7.i, i64 192
-  %1447 = load <16 x i32>, ptr %1446, align 4, !tbaa !7
-  %1448 = shl <16 x i32> %1447, splat (i32 16)
-  %1449 = getelementptr inbounds nuw i8, ptr %1147, i64 3968
-  store <16 x i32> %1448, ptr %1449, align 4, !tbaa !7
-  %1450 = load i64, ptr %1416, align 8, !tbaa !7
-  %gep729.7.i = getelementptr i32, ptr %invariant.gep714.i, i64 %1450
-  %1451 = getelementptr i8, ptr %gep729.7.i, i64 192
-  %1452 = load <16 x i32>, ptr %1451, align 4, !tbaa !7
-  %1453 = and <16 x i32> %1452, %441
-  %1454 = getelementptr inbounds nuw i8, ptr %1147, i64 4032
-  store <16 x i32> %1453, ptr %1454, align 4, !tbaa !7
-  %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
-  %exitcond1022.not.i = icmp eq i64 %indvars.iv.next1019.i, %wide.trip.count1012.i
-  br i1 %exitcond1022.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti132.preheader.i, !prof !10
+  %indvars.iv.next1415.i = add nuw nsw i64 %indvars.iv1414.i, 1
+  %exitcond1418.not.i = icmp eq i64 %indvars.iv.next1415.i, %wide.trip.count1408.i
+  br i1 %exitcond1418.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti126.preheader.i, !prof !10
 
-for_begin_row_tile.i:                             ; preds = %if_end322.i
-  %indvars.iv.next1130.i = add nuw nsw i64 %indvars.iv1129.i, 1
-  %exitcond1133.not.i = icmp eq i64 %indvars.iv.next1130.i, %wide.trip.count1132.i
-  br i1 %exitcond1133.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !10
+for_begin_row_tile.i:                             ; preds = %if_end411.i
+  %indvars.iv.next1582.i = add nuw nsw i64 %indvars.iv1581.i, 1
+  %exitcond1585.not.i = icmp eq i64 %indvars.iv.next1582.i, %wide.trip.count1584.i
+  br i1 %exitcond1585.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !10
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
-  %indvars.iv1129.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1130.i, %for_begin_row_tile.i ]
-  %1455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scores.i = tail call ptr %1455(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1456 = icmp eq ptr %scores.i, null
-  br i1 %1456, label %fused_attend_compute_.exit, label %if_end138.i, !prof !6
+  %indvars.iv1581.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1582.i, %for_begin_row_tile.i ]
+  %1416 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scores.i = tail call ptr %1416(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1417 = icmp eq ptr %scores.i, null
+  br i1 %1417, label %fused_attend_compute_.exit, label %if_end132.i, !prof !6
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1457 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1458 = tail call i32 %1457(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not579.i = icmp eq i32 %1458, 0
-  br i1 %.not579.i, label %if_end328.i, label %fused_attend_compute_.exit, !prof !33
+  %1418 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1419 = tail call i32 %1418(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not666.i = icmp eq i32 %1419, 0
+  br i1 %.not666.i, label %if_end417.i, label %fused_attend_compute_.exit, !prof !32
 
-if_end138.i:                                      ; preds = %for_body_row_tile.i
-  %1459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %probs.i = tail call ptr %1459(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1460 = icmp eq ptr %probs.i, null
-  br i1 %1460, label %fused_attend_compute_.exit, label %if_end141.i, !prof !6
+if_end132.i:                                      ; preds = %for_body_row_tile.i
+  %1420 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %probs.i = tail call ptr %1420(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1421 = icmp eq ptr %probs.i, null
+  br i1 %1421, label %fused_attend_compute_.exit, label %if_end135.i, !prof !6
+
+if_end135.i:                                      ; preds = %if_end132.i
+  %1422 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %edges.i = tail call ptr %1422(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1423 = icmp eq ptr %edges.i, null
+  br i1 %1423, label %fused_attend_compute_.exit, label %if_end138.i, !prof !6
+
+if_end138.i:                                      ; preds = %if_end135.i
+  %1424 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scaled.i = tail call ptr %1424(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1425 = icmp eq ptr %scaled.i, null
+  br i1 %1425, label %fused_attend_compute_.exit, label %if_end141.i, !prof !6
 
 if_end141.i:                                      ; preds = %if_end138.i
-  %1461 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %edges.i = tail call ptr %1461(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1462 = icmp eq ptr %edges.i, null
-  br i1 %1462, label %fused_attend_compute_.exit, label %if_end144.i, !prof !6
+  %1426 = icmp eq i64 %indvars.iv1581.i, %548
+  %1427 = add nuw nsw i64 %indvars.iv1581.i, %1183
+  %.idx1713.i = shl i64 %1427, 4
+  %1428 = getelementptr i8, ptr %reach647.i, i64 %.idx1713.i
+  %1429 = getelementptr i8, ptr %1428, i64 4
+  %1430 = load i32, ptr %1429, align 4, !tbaa !11
+  %1431 = sext i32 %1430 to i64
+  %1432 = icmp slt i64 %896, %1431
+  br i1 %1432, label %if_then143.i, label %if_end144.i, !prof !6
 
-if_end144.i:                                      ; preds = %if_end141.i
-  %1463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scaled.i = tail call ptr %1463(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1464 = icmp eq ptr %scaled.i, null
-  br i1 %1464, label %fused_attend_compute_.exit, label %if_end147.i, !prof !6
+if_then143.i:                                     ; preds = %if_end141.i
+  %1433 = sub i32 %1430, %897
+  %valid_len146.i = tail call i32 @llvm.smin.i32(i32 %899, i32 %1433)
+  %1434 = trunc nsw i64 %1427 to i32
+  %1435 = urem i32 %1434, %122
+  %1436 = shl nuw nsw i32 %1435, 5
+  %1437 = sub nsw i32 %120, %1436
+  %1438 = load i32, ptr %1428, align 16, !tbaa !11
+  %1439 = sub nsw i32 %1438, %897
+  %1440 = tail call i32 @llvm.smin.i32(i32 %1439, i32 %valid_len146.i)
+  %1441 = tail call i32 @llvm.smin.i32(i32 %1440, i32 %935)
+  %1442 = select i1 %143, i32 %1441, i32 %1440
+  %1443 = tail call i32 @llvm.smax.i32(i32 %1442, i32 0)
+  %num_full.i = lshr i32 %1443, 3
+  %1444 = tail call i32 @llvm.smin.i32(i32 %1437, i32 32)
+  %1445 = icmp slt i32 %1437, 17
+  %1446 = add nsw i32 %valid_len146.i, 7
+  %1447 = ashr i32 %1446, 3
+  %1448 = icmp sgt i32 %1447, 0
+  br i1 %1445, label %if_then150.i, label %if_else152.i
 
-if_end147.i:                                      ; preds = %if_end144.i
-  %1465 = icmp eq i64 %indvars.iv1129.i, %452
-  %1466 = add nuw nsw i64 %indvars.iv1129.i, %1142
-  %.idx1254.i = shl i64 %1466, 4
-  %1467 = getelementptr i8, ptr %reach558.i, i64 %.idx1254.i
-  %1468 = getelementptr i8, ptr %1467, i64 4
-  %1469 = load i32, ptr %1468, align 4, !tbaa !11
-  %1470 = sext i32 %1469 to i64
-  %1471 = icmp slt i64 %754, %1470
-  br i1 %1471, label %if_then149.i, label %if_end150.i, !prof !6
+if_end144.i:                                      ; preds = %if_end403.i, %if_end358.i, %if_end141.i
+  %1449 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1450 = tail call i32 %1449(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not668.i = icmp eq i32 %1450, 0
+  br i1 %.not668.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !32
 
-if_then149.i:                                     ; preds = %if_end147.i
-  %1472 = sub nsw i32 %1469, %755
-  %valid_len152.i = tail call i32 @llvm.smin.i32(i32 %757, i32 %1472)
-  %1473 = trunc i64 %1466 to i32
-  %1474 = urem i32 %1473, %122
-  %1475 = shl i32 %1474, 4
-  %1476 = sub i32 %120, %1475
-  %1477 = load i32, ptr %1467, align 16, !tbaa !11
-  %1478 = sub nsw i32 %1477, %755
-  %1479 = tail call i32 @llvm.smin.i32(i32 %1478, i32 %valid_len152.i)
-  %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %790)
-  %1481 = select i1 %143, i32 %1480, i32 %1479
-  %1482 = tail call i32 @llvm.smax.i32(i32 %1481, i32 0)
-  %num_full.i = lshr i32 %1482, 3
-  %1483 = add nsw i32 %valid_len152.i, 7
-  %1484 = ashr i32 %1483, 3
-  %1485 = icmp sgt i32 %1484, 0
-  br i1 %1485, label %for_body_to157.lr.ph.i, label %for_end_to158.i, !prof !32
+if_then150.i:                                     ; preds = %if_then143.i
+  br i1 %1448, label %for_begin_d_0.preheader.lr.ph.i, label %if_end151.i, !prof !31
 
-if_end150.i:                                      ; preds = %if_end314.i, %if_end147.i
-  %1486 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1487 = tail call i32 %1486(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not581.i = icmp eq i32 %1487, 0
-  br i1 %.not581.i, label %if_end316.i, label %fused_attend_compute_.exit, !prof !33
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then150.i
+  %1451 = and i1 %903, %1426
+  %1452 = mul nuw nsw i32 %1447, %1182
+  %wide.trip.count1468.i = zext nneg i32 %1447 to i64
+  %invariant.gep219.idx = shl i64 %1427, 14
+  %invariant.gep219 = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep219.idx
+  br label %for_begin_d_0.preheader.i
 
-for_body_to157.lr.ph.i:                           ; preds = %if_then149.i
-  %1488 = and i1 %761, %1465
-  %1489 = mul nuw nsw i32 %1484, %1141
-  %wide.trip.count1040.i = zext nneg i32 %1484 to i64
-  %invariant.gep.idx = shl i64 %1466, 13
-  %invariant.gep = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep.idx
-  br label %for_body_to157.i
+if_end151.i:                                      ; preds = %for_end_d_0175.i, %for_end_d_0.i, %if_else152.i, %if_then150.i
+  %.not1268.i = icmp eq i32 %num_full.i, 0
+  br i1 %.not1268.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti193.preheader.preheader.i, !prof !9
 
-for_body_to157.i:                                 ; preds = %for_end_d_1.3.i, %for_body_to157.lr.ph.i
-  %indvars.iv1037.i = phi i64 [ 0, %for_body_to157.lr.ph.i ], [ %indvars.iv.next1038.i, %for_end_d_1.3.i ]
-  br i1 %1488, label %for_begin_line.preheader.i, label %if_end162.i, !prof !6
-
-for_begin_line.preheader.i:                       ; preds = %for_body_to157.i
-  %1490 = trunc i64 %indvars.iv1037.i to i32
-  %1491 = add i32 %1489, %1490
-  %1492 = shl i32 %1491, 3
-  br label %for_body_line.i
-
-for_end_to158.i:                                  ; preds = %for_end_d_1.3.i, %if_then149.i
-  %.not921.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not921.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti168.preheader.preheader.i, !prof !9
-
-for_begin_ti168.preheader.preheader.i:            ; preds = %for_end_to158.i
-  %wide.trip.count1052.i = zext nneg i32 %num_full.i to i64
+for_begin_ti193.preheader.preheader.i:            ; preds = %if_end151.i
+  %wide.trip.count1480.i = zext nneg i32 %num_full.i to i64
   br label %for_end_ax2.i
 
-if_end162.i:                                      ; preds = %for_body_line.i, %for_body_to157.i
-  %.idx277 = shl nsw i64 %indvars.iv1037.i, 12
-  %1493 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx277
+if_else152.i:                                     ; preds = %if_then143.i
+  br i1 %1448, label %for_body_to161.lr.ph.i, label %if_end151.i, !prof !31
+
+for_body_to161.lr.ph.i:                           ; preds = %if_else152.i
+  %1453 = and i1 %903, %1426
+  %1454 = mul nuw nsw i32 %1447, %1182
+  %wide.trip.count1436.i = zext nneg i32 %1447 to i64
+  %.idx84 = shl i64 %1427, 14
+  %invariant.gep217 = getelementptr i8, ptr %q_tile.i, i64 %.idx84
+  br label %for_body_to161.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_d_0.preheader.lr.ph.i
+  %indvars.iv1465.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next1466.i, %for_end_d_0.i ]
+  %1455 = shl nsw i64 %indvars.iv1465.i, 10
+  br i1 %1451, label %for_body_d_0.us.preheader.i, label %for_begin_d_2.preheader.i.preheader, !prof !6
+
+for_begin_d_2.preheader.i.preheader:              ; preds = %for_begin_d_0.preheader.i
+  %1456 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1455
   br label %for_begin_d_2.preheader.i
 
-for_body_line.i:                                  ; preds = %for_body_line.i, %for_begin_line.preheader.i
-  %line732.i = phi i32 [ 0, %for_begin_line.preheader.i ], [ %1529, %for_body_line.i ]
-  %1494 = lshr i32 %line732.i, 2
-  %1495 = add nuw nsw i32 %1494, %1492
-  %1496 = srem i32 %1495, %num_kv_heads
-  %1497 = sext i32 %1496 to i64
-  %1498 = mul nsw i64 %k_head, %1497
-  %1499 = sdiv i32 %1495, %num_kv_heads
-  %1500 = sext i32 %1499 to i64
-  %1501 = getelementptr i64, ptr %key_offsets.i, i64 %1500
-  %1502 = getelementptr i8, ptr %1501, i64 1024
-  %1503 = load i64, ptr %1502, align 8, !tbaa !7
-  %1504 = shl nuw nsw i32 %line732.i, 4
-  %1505 = and i32 %1504, 32
-  %1506 = zext nneg i32 %1505 to i64
-  %1507 = getelementptr i32, ptr %key_cache, i64 %1503
-  %1508 = getelementptr i32, ptr %1507, i64 %1506
-  %1509 = getelementptr i32, ptr %1508, i64 %444
-  %1510 = getelementptr i32, ptr %1509, i64 %1498
-  tail call void @llvm.prefetch.p0(ptr readonly %1510, i32 0, i32 2, i32 1)
-  %1511 = lshr i32 %line732.i, 2
-  %1512 = add nuw nsw i32 %1511, %1492
-  %1513 = srem i32 %1512, %num_kv_heads
-  %1514 = sext i32 %1513 to i64
-  %1515 = mul nsw i64 %k_head, %1514
-  %1516 = sdiv i32 %1512, %num_kv_heads
-  %1517 = sext i32 %1516 to i64
-  %1518 = getelementptr i64, ptr %key_offsets.i, i64 %1517
-  %1519 = getelementptr i8, ptr %1518, i64 1024
-  %1520 = load i64, ptr %1519, align 8, !tbaa !7
-  %1521 = shl i32 %line732.i, 4
-  %1522 = and i32 %1521, 32
-  %1523 = getelementptr i32, ptr %key_cache, i64 %1520
-  %1524 = zext nneg i32 %1522 to i64
-  %1525 = getelementptr i32, ptr %1523, i64 %1524
-  %1526 = getelementptr i8, ptr %1525, i64 64
-  %1527 = getelementptr i32, ptr %1526, i64 %444
-  %1528 = getelementptr i32, ptr %1527, i64 %1515
-  tail call void @llvm.prefetch.p0(ptr readonly %1528, i32 0, i32 2, i32 1)
-  %1529 = add nuw nsw i32 %line732.i, 2
-  %exitcond1023.not.i.1 = icmp eq i32 %1529, 32
-  br i1 %exitcond1023.not.i.1, label %if_end162.i, label %for_body_line.i, !prof !22, !llvm.loop !40
+for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.preheader.i
+  %1457 = trunc i64 %indvars.iv1465.i to i32
+  %1458 = add i32 %1452, %1457
+  %1459 = shl i32 %1458, 3
+  %invariant.gep233 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1455
+  br label %for_body_d_0.us.i
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %if_end162.i
-  %indvars.iv1028.i = phi i64 [ 0, %if_end162.i ], [ %indvars.iv.next1029.i, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.0.1751.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1577, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.4.1750.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1582, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.8.1749.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1587, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.12.1748.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1592, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.16.1747.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1597, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.20.1746.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1602, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.24.1745.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1607, %for_begin_d_2.preheader.i ]
-  %scores_global550.sroa.28.1744.i = phi <16 x float> [ zeroinitializer, %if_end162.i ], [ %1612, %for_begin_d_2.preheader.i ]
-  %.idx82 = shl nuw nsw i64 %indvars.iv1028.i, 7
-  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx82
-  %1530 = load <16 x float>, ptr %gep, align 4, !tbaa !7
-  %1531 = getelementptr inbounds nuw float, ptr %1493, i64 %indvars.iv1028.i
-  %1532 = load float, ptr %1531, align 4, !tbaa !7
-  %1533 = insertelement <16 x float> poison, float %1532, i64 0
-  %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1534, <16 x float> %scores_global550.sroa.0.1751.i)
-  %1536 = getelementptr inbounds nuw i8, ptr %1531, i64 512
-  %1537 = load float, ptr %1536, align 4, !tbaa !7
-  %1538 = insertelement <16 x float> poison, float %1537, i64 0
-  %1539 = shufflevector <16 x float> %1538, <16 x float> poison, <16 x i32> zeroinitializer
-  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1539, <16 x float> %scores_global550.sroa.4.1750.i)
-  %1541 = getelementptr inbounds nuw i8, ptr %1531, i64 1024
-  %1542 = load float, ptr %1541, align 4, !tbaa !7
-  %1543 = insertelement <16 x float> poison, float %1542, i64 0
-  %1544 = shufflevector <16 x float> %1543, <16 x float> poison, <16 x i32> zeroinitializer
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1544, <16 x float> %scores_global550.sroa.8.1749.i)
-  %1546 = getelementptr inbounds nuw i8, ptr %1531, i64 1536
+for_body_d_0.us.i:                                ; preds = %for_end_d_1.us.i, %for_body_d_0.us.preheader.i
+  %indvars.iv1461.i = phi i64 [ 0, %for_body_d_0.us.preheader.i ], [ %indvars.iv.next1462.i, %for_end_d_1.us.i ]
+  %scores_global637.sroa.0.01001.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1550, %for_end_d_1.us.i ]
+  %scores_global637.sroa.4.01000.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1555, %for_end_d_1.us.i ]
+  %scores_global637.sroa.8.0999.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1560, %for_end_d_1.us.i ]
+  %scores_global637.sroa.12.0998.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1565, %for_end_d_1.us.i ]
+  %scores_global637.sroa.16.0997.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1570, %for_end_d_1.us.i ]
+  %scores_global637.sroa.20.0996.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1575, %for_end_d_1.us.i ]
+  %scores_global637.sroa.24.0995.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1580, %for_end_d_1.us.i ]
+  %scores_global637.sroa.28.0994.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1585, %for_end_d_1.us.i ]
+  %indvars.iv1461.i.tr = trunc i64 %indvars.iv1461.i to i32
+  %1460 = shl i32 %indvars.iv1461.i.tr, 1
+  %1461 = add i32 %1460, %1459
+  %1462 = srem i32 %1461, %num_kv_heads
+  %1463 = sext i32 %1462 to i64
+  %1464 = mul nsw i64 %k_head, %1463
+  %1465 = sdiv i32 %1461, %num_kv_heads
+  %1466 = sext i32 %1465 to i64
+  %1467 = getelementptr i64, ptr %key_offsets644.i, i64 %1466
+  %1468 = getelementptr i8, ptr %1467, i64 512
+  %1469 = load i64, ptr %1468, align 8, !tbaa !37
+  %1470 = getelementptr i32, ptr %key_cache, i64 %1469
+  %1471 = getelementptr i32, ptr %1470, i64 %540
+  %1472 = getelementptr i32, ptr %1471, i64 %1464
+  tail call void @llvm.prefetch.p0(ptr readonly %1472, i32 0, i32 2, i32 1)
+  %1473 = getelementptr i8, ptr %1470, i64 64
+  %1474 = getelementptr i32, ptr %1473, i64 %540
+  %1475 = getelementptr i32, ptr %1474, i64 %1464
+  tail call void @llvm.prefetch.p0(ptr readonly %1475, i32 0, i32 2, i32 1)
+  %1476 = getelementptr i8, ptr %1470, i64 128
+  %1477 = getelementptr i32, ptr %1476, i64 %540
+  %1478 = getelementptr i32, ptr %1477, i64 %1464
+  tail call void @llvm.prefetch.p0(ptr readonly %1478, i32 0, i32 2, i32 1)
+  %1479 = getelementptr i8, ptr %1470, i64 192
+  %1480 = getelementptr i32, ptr %1479, i64 %540
+  %1481 = getelementptr i32, ptr %1480, i64 %1464
+  tail call void @llvm.prefetch.p0(ptr readonly %1481, i32 0, i32 2, i32 1)
+  %1482 = or disjoint i32 %1461, 1
+  %1483 = srem i32 %1482, %num_kv_heads
+  %1484 = sext i32 %1483 to i64
+  %1485 = mul nsw i64 %k_head, %1484
+  %1486 = sdiv i32 %1482, %num_kv_heads
+  %1487 = sext i32 %1486 to i64
+  %1488 = getelementptr i64, ptr %key_offsets644.i, i64 %1487
+  %1489 = getelementptr i8, ptr %1488, i64 512
+  %1490 = load i64, ptr %1489, align 8, !tbaa !37
+  %1491 = getelementptr i32, ptr %key_cache, i64 %1490
+  %1492 = getelementptr i32, ptr %1491, i64 %540
+  %1493 = getelementptr i32, ptr %1492, i64 %1485
+  tail call void @llvm.prefetch.p0(ptr readonly %1493, i32 0, i32 2, i32 1)
+  %1494 = getelementptr i8, ptr %1491, i64 64
+  %1495 = getelementptr i32, ptr %1494, i64 %540
+  %1496 = getelementptr i32, ptr %1495, i64 %1485
+  tail call void @llvm.prefetch.p0(ptr readonly %1496, i32 0, i32 2, i32 1)
+  %1497 = getelementptr i8, ptr %1491, i64 128
+  %1498 = getelementptr i32, ptr %1497, i64 %540
+  %1499 = getelementptr i32, ptr %1498, i64 %1485
+  tail call void @llvm.prefetch.p0(ptr readonly %1499, i32 0, i32 2, i32 1)
+  %1500 = getelementptr i8, ptr %1491, i64 192
+  %1501 = getelementptr i32, ptr %1500, i64 %540
+  %1502 = getelementptr i32, ptr %1501, i64 %1485
+  tail call void @llvm.prefetch.p0(ptr readonly %1502, i32 0, i32 2, i32 1)
+  %.idx91 = shl i64 %indvars.iv1461.i, 12
+  %gep232 = getelementptr i8, ptr %invariant.gep219, i64 %.idx91
+  %.idx92 = shl nuw nsw i64 %indvars.iv1461.i, 7
+  %gep234 = getelementptr inbounds nuw i8, ptr %invariant.gep233, i64 %.idx92
+  br label %for_begin_d_2.preheader.us.i
+
+for_end_d_1.us.i:                                 ; preds = %for_begin_d_2.preheader.us.i
+  %indvars.iv.next1462.i = add nuw nsw i64 %indvars.iv1461.i, 1
+  %exitcond1464.not.i = icmp eq i64 %indvars.iv.next1462.i, 4
+  br i1 %exitcond1464.not.i, label %for_end_d_0.i, label %for_body_d_0.us.i, !prof !22
+
+for_begin_d_2.preheader.us.i:                     ; preds = %for_begin_d_2.preheader.us.i, %for_body_d_0.us.i
+  %indvars.iv1456.i = phi i64 [ %indvars.iv.next1457.i, %for_begin_d_2.preheader.us.i ], [ 0, %for_body_d_0.us.i ]
+  %scores_global637.sroa.0.1992.us.i = phi <16 x float> [ %1550, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.0.01001.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.4.1991.us.i = phi <16 x float> [ %1555, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.4.01000.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.8.1990.us.i = phi <16 x float> [ %1560, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.8.0999.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.12.1989.us.i = phi <16 x float> [ %1565, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.12.0998.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.16.1988.us.i = phi <16 x float> [ %1570, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.16.0997.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.20.1987.us.i = phi <16 x float> [ %1575, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.20.0996.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.24.1986.us.i = phi <16 x float> [ %1580, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.24.0995.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.28.1985.us.i = phi <16 x float> [ %1585, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.28.0994.us.i, %for_body_d_0.us.i ]
+  %.idx90 = shl i64 %indvars.iv1456.i, 8
+  %gep230 = getelementptr i8, ptr %gep232, i64 %.idx90
+  %1503 = load <16 x float>, ptr %gep230, align 4, !tbaa !7
+  %1504 = getelementptr inbounds nuw float, ptr %gep234, i64 %indvars.iv1456.i
+  %1505 = load float, ptr %1504, align 4, !tbaa !7
+  %1506 = insertelement <16 x float> poison, float %1505, i64 0
+  %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
+  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1507, <16 x float> %scores_global637.sroa.0.1992.us.i)
+  %1509 = getelementptr inbounds nuw i8, ptr %1504, i64 512
+  %1510 = load float, ptr %1509, align 4, !tbaa !7
+  %1511 = insertelement <16 x float> poison, float %1510, i64 0
+  %1512 = shufflevector <16 x float> %1511, <16 x float> poison, <16 x i32> zeroinitializer
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1512, <16 x float> %scores_global637.sroa.4.1991.us.i)
+  %1514 = getelementptr inbounds nuw i8, ptr %1504, i64 1024
+  %1515 = load float, ptr %1514, align 4, !tbaa !7
+  %1516 = insertelement <16 x float> poison, float %1515, i64 0
+  %1517 = shufflevector <16 x float> %1516, <16 x float> poison, <16 x i32> zeroinitializer
+  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1517, <16 x float> %scores_global637.sroa.8.1990.us.i)
+  %1519 = getelementptr inbounds nuw i8, ptr %1504, i64 1536
+  %1520 = load float, ptr %1519, align 4, !tbaa !7
+  %1521 = insertelement <16 x float> poison, float %1520, i64 0
+  %1522 = shufflevector <16 x float> %1521, <16 x float> poison, <16 x i32> zeroinitializer
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1522, <16 x float> %scores_global637.sroa.12.1989.us.i)
+  %1524 = getelementptr inbounds nuw i8, ptr %1504, i64 2048
+  %1525 = load float, ptr %1524, align 4, !tbaa !7
+  %1526 = insertelement <16 x float> poison, float %1525, i64 0
+  %1527 = shufflevector <16 x float> %1526, <16 x float> poison, <16 x i32> zeroinitializer
+  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1527, <16 x float> %scores_global637.sroa.16.1988.us.i)
+  %1529 = getelementptr inbounds nuw i8, ptr %1504, i64 2560
+  %1530 = load float, ptr %1529, align 4, !tbaa !7
+  %1531 = insertelement <16 x float> poison, float %1530, i64 0
+  %1532 = shufflevector <16 x float> %1531, <16 x float> poison, <16 x i32> zeroinitializer
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1532, <16 x float> %scores_global637.sroa.20.1987.us.i)
+  %1534 = getelementptr inbounds nuw i8, ptr %1504, i64 3072
+  %1535 = load float, ptr %1534, align 4, !tbaa !7
+  %1536 = insertelement <16 x float> poison, float %1535, i64 0
+  %1537 = shufflevector <16 x float> %1536, <16 x float> poison, <16 x i32> zeroinitializer
+  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1537, <16 x float> %scores_global637.sroa.24.1986.us.i)
+  %1539 = getelementptr inbounds nuw i8, ptr %1504, i64 3584
+  %1540 = load float, ptr %1539, align 4, !tbaa !7
+  %1541 = insertelement <16 x float> poison, float %1540, i64 0
+  %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1542, <16 x float> %scores_global637.sroa.28.1985.us.i)
+  %1544 = getelementptr i8, ptr %gep230, i64 128
+  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !7
+  %1546 = getelementptr inbounds nuw i8, ptr %1504, i64 64
   %1547 = load float, ptr %1546, align 4, !tbaa !7
   %1548 = insertelement <16 x float> poison, float %1547, i64 0
   %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1549, <16 x float> %scores_global550.sroa.12.1748.i)
-  %1551 = getelementptr inbounds nuw i8, ptr %1531, i64 2048
+  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1549, <16 x float> %1508)
+  %1551 = getelementptr inbounds nuw i8, ptr %1504, i64 576
   %1552 = load float, ptr %1551, align 4, !tbaa !7
   %1553 = insertelement <16 x float> poison, float %1552, i64 0
   %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1554, <16 x float> %scores_global550.sroa.16.1747.i)
-  %1556 = getelementptr inbounds nuw i8, ptr %1531, i64 2560
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1554, <16 x float> %1513)
+  %1556 = getelementptr inbounds nuw i8, ptr %1504, i64 1088
   %1557 = load float, ptr %1556, align 4, !tbaa !7
   %1558 = insertelement <16 x float> poison, float %1557, i64 0
   %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1559, <16 x float> %scores_global550.sroa.20.1746.i)
-  %1561 = getelementptr inbounds nuw i8, ptr %1531, i64 3072
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1559, <16 x float> %1518)
+  %1561 = getelementptr inbounds nuw i8, ptr %1504, i64 1600
   %1562 = load float, ptr %1561, align 4, !tbaa !7
   %1563 = insertelement <16 x float> poison, float %1562, i64 0
   %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1564, <16 x float> %scores_global550.sroa.24.1745.i)
-  %1566 = getelementptr inbounds nuw i8, ptr %1531, i64 3584
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1564, <16 x float> %1523)
+  %1566 = getelementptr inbounds nuw i8, ptr %1504, i64 2112
   %1567 = load float, ptr %1566, align 4, !tbaa !7
   %1568 = insertelement <16 x float> poison, float %1567, i64 0
   %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1569, <16 x float> %scores_global550.sroa.28.1744.i)
-  %1571 = getelementptr i8, ptr %gep, i64 64
-  %1572 = load <16 x float>, ptr %1571, align 4, !tbaa !7
-  %1573 = getelementptr inbounds nuw i8, ptr %1531, i64 64
-  %1574 = load float, ptr %1573, align 4, !tbaa !7
-  %1575 = insertelement <16 x float> poison, float %1574, i64 0
-  %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
-  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1576, <16 x float> %1535)
-  %1578 = getelementptr inbounds nuw i8, ptr %1531, i64 576
-  %1579 = load float, ptr %1578, align 4, !tbaa !7
-  %1580 = insertelement <16 x float> poison, float %1579, i64 0
-  %1581 = shufflevector <16 x float> %1580, <16 x float> poison, <16 x i32> zeroinitializer
-  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1581, <16 x float> %1540)
-  %1583 = getelementptr inbounds nuw i8, ptr %1531, i64 1088
-  %1584 = load float, ptr %1583, align 4, !tbaa !7
-  %1585 = insertelement <16 x float> poison, float %1584, i64 0
-  %1586 = shufflevector <16 x float> %1585, <16 x float> poison, <16 x i32> zeroinitializer
-  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1586, <16 x float> %1545)
-  %1588 = getelementptr inbounds nuw i8, ptr %1531, i64 1600
-  %1589 = load float, ptr %1588, align 4, !tbaa !7
-  %1590 = insertelement <16 x float> poison, float %1589, i64 0
-  %1591 = shufflevector <16 x float> %1590, <16 x float> poison, <16 x i32> zeroinitializer
-  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1591, <16 x float> %1550)
-  %1593 = getelementptr inbounds nuw i8, ptr %1531, i64 2112
-  %1594 = load float, ptr %1593, align 4, !tbaa !7
-  %1595 = insertelement <16 x float> poison, float %1594, i64 0
-  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
-  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1596, <16 x float> %1555)
-  %1598 = getelementptr inbounds nuw i8, ptr %1531, i64 2624
-  %1599 = load float, ptr %1598, align 4, !tbaa !7
-  %1600 = insertelement <16 x float> poison, float %1599, i64 0
-  %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
-  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1601, <16 x float> %1560)
-  %1603 = getelementptr inbounds nuw i8, ptr %1531, i64 3136
-  %1604 = load float, ptr %1603, align 4, !tbaa !7
-  %1605 = insertelement <16 x float> poison, float %1604, i64 0
-  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
-  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1606, <16 x float> %1565)
-  %1608 = getelementptr inbounds nuw i8, ptr %1531, i64 3648
-  %1609 = load float, ptr %1608, align 4, !tbaa !7
-  %1610 = insertelement <16 x float> poison, float %1609, i64 0
-  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
-  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1572, <16 x float> %1611, <16 x float> %1570)
-  %indvars.iv.next1029.i = add nuw nsw i64 %indvars.iv1028.i, 1
-  %exitcond1032.not.i = icmp eq i64 %indvars.iv.next1029.i, 16
-  br i1 %exitcond1032.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !22
+  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1569, <16 x float> %1528)
+  %1571 = getelementptr inbounds nuw i8, ptr %1504, i64 2624
+  %1572 = load float, ptr %1571, align 4, !tbaa !7
+  %1573 = insertelement <16 x float> poison, float %1572, i64 0
+  %1574 = shufflevector <16 x float> %1573, <16 x float> poison, <16 x i32> zeroinitializer
+  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1574, <16 x float> %1533)
+  %1576 = getelementptr inbounds nuw i8, ptr %1504, i64 3136
+  %1577 = load float, ptr %1576, align 4, !tbaa !7
+  %1578 = insertelement <16 x float> poison, float %1577, i64 0
+  %1579 = shufflevector <16 x float> %1578, <16 x float> poison, <16 x i32> zeroinitializer
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1579, <16 x float> %1538)
+  %1581 = getelementptr inbounds nuw i8, ptr %1504, i64 3648
+  %1582 = load float, ptr %1581, align 4, !tbaa !7
+  %1583 = insertelement <16 x float> poison, float %1582, i64 0
+  %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
+  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1584, <16 x float> %1543)
+  %indvars.iv.next1457.i = add nuw nsw i64 %indvars.iv1456.i, 1
+  %exitcond1460.not.i = icmp eq i64 %indvars.iv.next1457.i, 16
+  br i1 %exitcond1460.not.i, label %for_end_d_1.us.i, label %for_begin_d_2.preheader.us.i, !prof !22
+
+for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.3.i, %for_end_d_1.us.i
+  %.us-phi.i = phi <16 x float> [ %1585, %for_end_d_1.us.i ], [ %1931, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1003.i = phi <16 x float> [ %1580, %for_end_d_1.us.i ], [ %1926, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1004.i = phi <16 x float> [ %1575, %for_end_d_1.us.i ], [ %1921, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1005.i = phi <16 x float> [ %1570, %for_end_d_1.us.i ], [ %1916, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1006.i = phi <16 x float> [ %1565, %for_end_d_1.us.i ], [ %1911, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1007.i = phi <16 x float> [ %1560, %for_end_d_1.us.i ], [ %1906, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1008.i = phi <16 x float> [ %1555, %for_end_d_1.us.i ], [ %1901, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1009.i = phi <16 x float> [ %1550, %for_end_d_1.us.i ], [ %1896, %for_begin_d_2.preheader.3.i ]
+  %1586 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1455
+  store <16 x float> %.us-phi1009.i, ptr %1586, align 4, !tbaa !7
+  %1587 = getelementptr inbounds nuw i8, ptr %1586, i64 128
+  store <16 x float> %.us-phi1008.i, ptr %1587, align 4, !tbaa !7
+  %1588 = getelementptr inbounds nuw i8, ptr %1586, i64 256
+  store <16 x float> %.us-phi1007.i, ptr %1588, align 4, !tbaa !7
+  %1589 = getelementptr inbounds nuw i8, ptr %1586, i64 384
+  store <16 x float> %.us-phi1006.i, ptr %1589, align 4, !tbaa !7
+  %1590 = getelementptr inbounds nuw i8, ptr %1586, i64 512
+  store <16 x float> %.us-phi1005.i, ptr %1590, align 4, !tbaa !7
+  %1591 = getelementptr inbounds nuw i8, ptr %1586, i64 640
+  store <16 x float> %.us-phi1004.i, ptr %1591, align 4, !tbaa !7
+  %1592 = getelementptr inbounds nuw i8, ptr %1586, i64 768
+  store <16 x float> %.us-phi1003.i, ptr %1592, align 4, !tbaa !7
+  %1593 = getelementptr inbounds nuw i8, ptr %1586, i64 896
+  store <16 x float> %.us-phi.i, ptr %1593, align 4, !tbaa !7
+  %indvars.iv.next1466.i = add nuw nsw i64 %indvars.iv1465.i, 1
+  %exitcond1469.not.i = icmp eq i64 %indvars.iv.next1466.i, %wide.trip.count1468.i
+  br i1 %exitcond1469.not.i, label %if_end151.i, label %for_begin_d_0.preheader.i, !prof !10
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_2.preheader.i.preheader
+  %indvars.iv1442.i = phi i64 [ %indvars.iv.next1443.i, %for_begin_d_2.preheader.i ], [ 0, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.0.1992.i = phi <16 x float> [ %1641, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.4.1991.i = phi <16 x float> [ %1646, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.8.1990.i = phi <16 x float> [ %1651, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.12.1989.i = phi <16 x float> [ %1656, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.16.1988.i = phi <16 x float> [ %1661, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.20.1987.i = phi <16 x float> [ %1666, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.24.1986.i = phi <16 x float> [ %1671, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.28.1985.i = phi <16 x float> [ %1676, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %.idx86 = shl nuw nsw i64 %indvars.iv1442.i, 8
+  %gep220 = getelementptr i8, ptr %invariant.gep219, i64 %.idx86
+  %1594 = load <16 x float>, ptr %gep220, align 4, !tbaa !7
+  %1595 = getelementptr inbounds nuw float, ptr %1456, i64 %indvars.iv1442.i
+  %1596 = load float, ptr %1595, align 4, !tbaa !7
+  %1597 = insertelement <16 x float> poison, float %1596, i64 0
+  %1598 = shufflevector <16 x float> %1597, <16 x float> poison, <16 x i32> zeroinitializer
+  %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1598, <16 x float> %scores_global637.sroa.0.1992.i)
+  %1600 = getelementptr inbounds nuw i8, ptr %1595, i64 512
+  %1601 = load float, ptr %1600, align 4, !tbaa !7
+  %1602 = insertelement <16 x float> poison, float %1601, i64 0
+  %1603 = shufflevector <16 x float> %1602, <16 x float> poison, <16 x i32> zeroinitializer
+  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1603, <16 x float> %scores_global637.sroa.4.1991.i)
+  %1605 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
+  %1606 = load float, ptr %1605, align 4, !tbaa !7
+  %1607 = insertelement <16 x float> poison, float %1606, i64 0
+  %1608 = shufflevector <16 x float> %1607, <16 x float> poison, <16 x i32> zeroinitializer
+  %1609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1608, <16 x float> %scores_global637.sroa.8.1990.i)
+  %1610 = getelementptr inbounds nuw i8, ptr %1595, i64 1536
+  %1611 = load float, ptr %1610, align 4, !tbaa !7
+  %1612 = insertelement <16 x float> poison, float %1611, i64 0
+  %1613 = shufflevector <16 x float> %1612, <16 x float> poison, <16 x i32> zeroinitializer
+  %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1613, <16 x float> %scores_global637.sroa.12.1989.i)
+  %1615 = getelementptr inbounds nuw i8, ptr %1595, i64 2048
+  %1616 = load float, ptr %1615, align 4, !tbaa !7
+  %1617 = insertelement <16 x float> poison, float %1616, i64 0
+  %1618 = shufflevector <16 x float> %1617, <16 x float> poison, <16 x i32> zeroinitializer
+  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1618, <16 x float> %scores_global637.sroa.16.1988.i)
+  %1620 = getelementptr inbounds nuw i8, ptr %1595, i64 2560
+  %1621 = load float, ptr %1620, align 4, !tbaa !7
+  %1622 = insertelement <16 x float> poison, float %1621, i64 0
+  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
+  %1624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1623, <16 x float> %scores_global637.sroa.20.1987.i)
+  %1625 = getelementptr inbounds nuw i8, ptr %1595, i64 3072
+  %1626 = load float, ptr %1625, align 4, !tbaa !7
+  %1627 = insertelement <16 x float> poison, float %1626, i64 0
+  %1628 = shufflevector <16 x float> %1627, <16 x float> poison, <16 x i32> zeroinitializer
+  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1628, <16 x float> %scores_global637.sroa.24.1986.i)
+  %1630 = getelementptr inbounds nuw i8, ptr %1595, i64 3584
+  %1631 = load float, ptr %1630, align 4, !tbaa !7
+  %1632 = insertelement <16 x float> poison, float %1631, i64 0
+  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
+  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1633, <16 x float> %scores_global637.sroa.28.1985.i)
+  %1635 = getelementptr i8, ptr %gep220, i64 128
+  %1636 = load <16 x float>, ptr %1635, align 4, !tbaa !7
+  %1637 = getelementptr inbounds nuw i8, ptr %1595, i64 64
+  %1638 = load float, ptr %1637, align 4, !tbaa !7
+  %1639 = insertelement <16 x float> poison, float %1638, i64 0
+  %1640 = shufflevector <16 x float> %1639, <16 x float> poison, <16 x i32> zeroinitializer
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1640, <16 x float> %1599)
+  %1642 = getelementptr inbounds nuw i8, ptr %1595, i64 576
+  %1643 = load float, ptr %1642, align 4, !tbaa !7
+  %1644 = insertelement <16 x float> poison, float %1643, i64 0
+  %1645 = shufflevector <16 x float> %1644, <16 x float> poison, <16 x i32> zeroinitializer
+  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1645, <16 x float> %1604)
+  %1647 = getelementptr inbounds nuw i8, ptr %1595, i64 1088
+  %1648 = load float, ptr %1647, align 4, !tbaa !7
+  %1649 = insertelement <16 x float> poison, float %1648, i64 0
+  %1650 = shufflevector <16 x float> %1649, <16 x float> poison, <16 x i32> zeroinitializer
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1650, <16 x float> %1609)
+  %1652 = getelementptr inbounds nuw i8, ptr %1595, i64 1600
+  %1653 = load float, ptr %1652, align 4, !tbaa !7
+  %1654 = insertelement <16 x float> poison, float %1653, i64 0
+  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1655, <16 x float> %1614)
+  %1657 = getelementptr inbounds nuw i8, ptr %1595, i64 2112
+  %1658 = load float, ptr %1657, align 4, !tbaa !7
+  %1659 = insertelement <16 x float> poison, float %1658, i64 0
+  %1660 = shufflevector <16 x float> %1659, <16 x float> poison, <16 x i32> zeroinitializer
+  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1660, <16 x float> %1619)
+  %1662 = getelementptr inbounds nuw i8, ptr %1595, i64 2624
+  %1663 = load float, ptr %1662, align 4, !tbaa !7
+  %1664 = insertelement <16 x float> poison, float %1663, i64 0
+  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
+  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1665, <16 x float> %1624)
+  %1667 = getelementptr inbounds nuw i8, ptr %1595, i64 3136
+  %1668 = load float, ptr %1667, align 4, !tbaa !7
+  %1669 = insertelement <16 x float> poison, float %1668, i64 0
+  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
+  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1670, <16 x float> %1629)
+  %1672 = getelementptr inbounds nuw i8, ptr %1595, i64 3648
+  %1673 = load float, ptr %1672, align 4, !tbaa !7
+  %1674 = insertelement <16 x float> poison, float %1673, i64 0
+  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
+  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1675, <16 x float> %1634)
+  %indvars.iv.next1443.i = add nuw nsw i64 %indvars.iv1442.i, 1
+  %exitcond1446.not.i = icmp eq i64 %indvars.iv.next1443.i, 16
+  br i1 %exitcond1446.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !22
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1613 = getelementptr inbounds nuw i8, ptr %1493, i64 128
+  %1677 = getelementptr inbounds nuw i8, ptr %1456, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv1028.1.i = phi i64 [ %indvars.iv.next1029.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.0.1751.1.i = phi <16 x float> [ %1662, %for_begin_d_2.preheader.1.i ], [ %1577, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.4.1750.1.i = phi <16 x float> [ %1667, %for_begin_d_2.preheader.1.i ], [ %1582, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.8.1749.1.i = phi <16 x float> [ %1672, %for_begin_d_2.preheader.1.i ], [ %1587, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.12.1748.1.i = phi <16 x float> [ %1677, %for_begin_d_2.preheader.1.i ], [ %1592, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.16.1747.1.i = phi <16 x float> [ %1682, %for_begin_d_2.preheader.1.i ], [ %1597, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.20.1746.1.i = phi <16 x float> [ %1687, %for_begin_d_2.preheader.1.i ], [ %1602, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.24.1745.1.i = phi <16 x float> [ %1692, %for_begin_d_2.preheader.1.i ], [ %1607, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global550.sroa.28.1744.1.i = phi <16 x float> [ %1697, %for_begin_d_2.preheader.1.i ], [ %1612, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx83 = shl i64 %indvars.iv1028.1.i, 7
-  %gep161 = getelementptr i8, ptr %invariant.gep, i64 %.idx83
-  %1614 = getelementptr i8, ptr %gep161, i64 2048
-  %1615 = load <16 x float>, ptr %1614, align 4, !tbaa !7
-  %1616 = getelementptr inbounds nuw float, ptr %1613, i64 %indvars.iv1028.1.i
-  %1617 = load float, ptr %1616, align 4, !tbaa !7
-  %1618 = insertelement <16 x float> poison, float %1617, i64 0
-  %1619 = shufflevector <16 x float> %1618, <16 x float> poison, <16 x i32> zeroinitializer
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1619, <16 x float> %scores_global550.sroa.0.1751.1.i)
-  %1621 = getelementptr inbounds nuw i8, ptr %1616, i64 512
-  %1622 = load float, ptr %1621, align 4, !tbaa !7
-  %1623 = insertelement <16 x float> poison, float %1622, i64 0
-  %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
-  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1624, <16 x float> %scores_global550.sroa.4.1750.1.i)
-  %1626 = getelementptr inbounds nuw i8, ptr %1616, i64 1024
-  %1627 = load float, ptr %1626, align 4, !tbaa !7
-  %1628 = insertelement <16 x float> poison, float %1627, i64 0
-  %1629 = shufflevector <16 x float> %1628, <16 x float> poison, <16 x i32> zeroinitializer
-  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1629, <16 x float> %scores_global550.sroa.8.1749.1.i)
-  %1631 = getelementptr inbounds nuw i8, ptr %1616, i64 1536
-  %1632 = load float, ptr %1631, align 4, !tbaa !7
-  %1633 = insertelement <16 x float> poison, float %1632, i64 0
-  %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
-  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1634, <16 x float> %scores_global550.sroa.12.1748.1.i)
-  %1636 = getelementptr inbounds nuw i8, ptr %1616, i64 2048
-  %1637 = load float, ptr %1636, align 4, !tbaa !7
-  %1638 = insertelement <16 x float> poison, float %1637, i64 0
-  %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1639, <16 x float> %scores_global550.sroa.16.1747.1.i)
-  %1641 = getelementptr inbounds nuw i8, ptr %1616, i64 2560
-  %1642 = load float, ptr %1641, align 4, !tbaa !7
-  %1643 = insertelement <16 x float> poison, float %1642, i64 0
-  %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
-  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1644, <16 x float> %scores_global550.sroa.20.1746.1.i)
-  %1646 = getelementptr inbounds nuw i8, ptr %1616, i64 3072
-  %1647 = load float, ptr %1646, align 4, !tbaa !7
-  %1648 = insertelement <16 x float> poison, float %1647, i64 0
-  %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1649, <16 x float> %scores_global550.sroa.24.1745.1.i)
-  %1651 = getelementptr inbounds nuw i8, ptr %1616, i64 3584
-  %1652 = load float, ptr %1651, align 4, !tbaa !7
-  %1653 = insertelement <16 x float> poison, float %1652, i64 0
-  %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1654, <16 x float> %scores_global550.sroa.28.1744.1.i)
-  %1656 = getelementptr i8, ptr %gep161, i64 2112
-  %1657 = load <16 x float>, ptr %1656, align 4, !tbaa !7
-  %1658 = getelementptr inbounds nuw i8, ptr %1616, i64 64
-  %1659 = load float, ptr %1658, align 4, !tbaa !7
-  %1660 = insertelement <16 x float> poison, float %1659, i64 0
-  %1661 = shufflevector <16 x float> %1660, <16 x float> poison, <16 x i32> zeroinitializer
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1661, <16 x float> %1620)
-  %1663 = getelementptr inbounds nuw i8, ptr %1616, i64 576
-  %1664 = load float, ptr %1663, align 4, !tbaa !7
-  %1665 = insertelement <16 x float> poison, float %1664, i64 0
-  %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
-  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1666, <16 x float> %1625)
-  %1668 = getelementptr inbounds nuw i8, ptr %1616, i64 1088
-  %1669 = load float, ptr %1668, align 4, !tbaa !7
-  %1670 = insertelement <16 x float> poison, float %1669, i64 0
-  %1671 = shufflevector <16 x float> %1670, <16 x float> poison, <16 x i32> zeroinitializer
-  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1671, <16 x float> %1630)
-  %1673 = getelementptr inbounds nuw i8, ptr %1616, i64 1600
-  %1674 = load float, ptr %1673, align 4, !tbaa !7
-  %1675 = insertelement <16 x float> poison, float %1674, i64 0
-  %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
-  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1676, <16 x float> %1635)
-  %1678 = getelementptr inbounds nuw i8, ptr %1616, i64 2112
-  %1679 = load float, ptr %1678, align 4, !tbaa !7
-  %1680 = insertelement <16 x float> poison, float %1679, i64 0
-  %1681 = shufflevector <16 x float> %1680, <16 x float> poison, <16 x i32> zeroinitializer
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1681, <16 x float> %1640)
-  %1683 = getelementptr inbounds nuw i8, ptr %1616, i64 2624
-  %1684 = load float, ptr %1683, align 4, !tbaa !7
-  %1685 = insertelement <16 x float> poison, float %1684, i64 0
-  %1686 = shufflevector <16 x float> %1685, <16 x float> poison, <16 x i32> zeroinitializer
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1686, <16 x float> %1645)
-  %1688 = getelementptr inbounds nuw i8, ptr %1616, i64 3136
-  %1689 = load float, ptr %1688, align 4, !tbaa !7
-  %1690 = insertelement <16 x float> poison, float %1689, i64 0
-  %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
-  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1691, <16 x float> %1650)
-  %1693 = getelementptr inbounds nuw i8, ptr %1616, i64 3648
-  %1694 = load float, ptr %1693, align 4, !tbaa !7
-  %1695 = insertelement <16 x float> poison, float %1694, i64 0
-  %1696 = shufflevector <16 x float> %1695, <16 x float> poison, <16 x i32> zeroinitializer
-  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1657, <16 x float> %1696, <16 x float> %1655)
-  %indvars.iv.next1029.1.i = add nuw nsw i64 %indvars.iv1028.1.i, 1
-  %exitcond1032.1.not.i = icmp eq i64 %indvars.iv.next1029.1.i, 16
-  br i1 %exitcond1032.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !22
+  %indvars.iv1442.1.i = phi i64 [ %indvars.iv.next1443.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.0.1992.1.i = phi <16 x float> [ %1726, %for_begin_d_2.preheader.1.i ], [ %1641, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.4.1991.1.i = phi <16 x float> [ %1731, %for_begin_d_2.preheader.1.i ], [ %1646, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.8.1990.1.i = phi <16 x float> [ %1736, %for_begin_d_2.preheader.1.i ], [ %1651, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.12.1989.1.i = phi <16 x float> [ %1741, %for_begin_d_2.preheader.1.i ], [ %1656, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.16.1988.1.i = phi <16 x float> [ %1746, %for_begin_d_2.preheader.1.i ], [ %1661, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.20.1987.1.i = phi <16 x float> [ %1751, %for_begin_d_2.preheader.1.i ], [ %1666, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.24.1986.1.i = phi <16 x float> [ %1756, %for_begin_d_2.preheader.1.i ], [ %1671, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.28.1985.1.i = phi <16 x float> [ %1761, %for_begin_d_2.preheader.1.i ], [ %1676, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx87 = shl i64 %indvars.iv1442.1.i, 8
+  %gep222 = getelementptr i8, ptr %invariant.gep219, i64 %.idx87
+  %1678 = getelementptr i8, ptr %gep222, i64 4096
+  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !7
+  %1680 = getelementptr inbounds nuw float, ptr %1677, i64 %indvars.iv1442.1.i
+  %1681 = load float, ptr %1680, align 4, !tbaa !7
+  %1682 = insertelement <16 x float> poison, float %1681, i64 0
+  %1683 = shufflevector <16 x float> %1682, <16 x float> poison, <16 x i32> zeroinitializer
+  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1683, <16 x float> %scores_global637.sroa.0.1992.1.i)
+  %1685 = getelementptr inbounds nuw i8, ptr %1680, i64 512
+  %1686 = load float, ptr %1685, align 4, !tbaa !7
+  %1687 = insertelement <16 x float> poison, float %1686, i64 0
+  %1688 = shufflevector <16 x float> %1687, <16 x float> poison, <16 x i32> zeroinitializer
+  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1688, <16 x float> %scores_global637.sroa.4.1991.1.i)
+  %1690 = getelementptr inbounds nuw i8, ptr %1680, i64 1024
+  %1691 = load float, ptr %1690, align 4, !tbaa !7
+  %1692 = insertelement <16 x float> poison, float %1691, i64 0
+  %1693 = shufflevector <16 x float> %1692, <16 x float> poison, <16 x i32> zeroinitializer
+  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1693, <16 x float> %scores_global637.sroa.8.1990.1.i)
+  %1695 = getelementptr inbounds nuw i8, ptr %1680, i64 1536
+  %1696 = load float, ptr %1695, align 4, !tbaa !7
+  %1697 = insertelement <16 x float> poison, float %1696, i64 0
+  %1698 = shufflevector <16 x float> %1697, <16 x float> poison, <16 x i32> zeroinitializer
+  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1698, <16 x float> %scores_global637.sroa.12.1989.1.i)
+  %1700 = getelementptr inbounds nuw i8, ptr %1680, i64 2048
+  %1701 = load float, ptr %1700, align 4, !tbaa !7
+  %1702 = insertelement <16 x float> poison, float %1701, i64 0
+  %1703 = shufflevector <16 x float> %1702, <16 x float> poison, <16 x i32> zeroinitializer
+  %1704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1703, <16 x float> %scores_global637.sroa.16.1988.1.i)
+  %1705 = getelementptr inbounds nuw i8, ptr %1680, i64 2560
+  %1706 = load float, ptr %1705, align 4, !tbaa !7
+  %1707 = insertelement <16 x float> poison, float %1706, i64 0
+  %1708 = shufflevector <16 x float> %1707, <16 x float> poison, <16 x i32> zeroinitializer
+  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1708, <16 x float> %scores_global637.sroa.20.1987.1.i)
+  %1710 = getelementptr inbounds nuw i8, ptr %1680, i64 3072
+  %1711 = load float, ptr %1710, align 4, !tbaa !7
+  %1712 = insertelement <16 x float> poison, float %1711, i64 0
+  %1713 = shufflevector <16 x float> %1712, <16 x float> poison, <16 x i32> zeroinitializer
+  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1713, <16 x float> %scores_global637.sroa.24.1986.1.i)
+  %1715 = getelementptr inbounds nuw i8, ptr %1680, i64 3584
+  %1716 = load float, ptr %1715, align 4, !tbaa !7
+  %1717 = insertelement <16 x float> poison, float %1716, i64 0
+  %1718 = shufflevector <16 x float> %1717, <16 x float> poison, <16 x i32> zeroinitializer
+  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1718, <16 x float> %scores_global637.sroa.28.1985.1.i)
+  %1720 = getelementptr i8, ptr %gep222, i64 4224
+  %1721 = load <16 x float>, ptr %1720, align 4, !tbaa !7
+  %1722 = getelementptr inbounds nuw i8, ptr %1680, i64 64
+  %1723 = load float, ptr %1722, align 4, !tbaa !7
+  %1724 = insertelement <16 x float> poison, float %1723, i64 0
+  %1725 = shufflevector <16 x float> %1724, <16 x float> poison, <16 x i32> zeroinitializer
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1725, <16 x float> %1684)
+  %1727 = getelementptr inbounds nuw i8, ptr %1680, i64 576
+  %1728 = load float, ptr %1727, align 4, !tbaa !7
+  %1729 = insertelement <16 x float> poison, float %1728, i64 0
+  %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
+  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1730, <16 x float> %1689)
+  %1732 = getelementptr inbounds nuw i8, ptr %1680, i64 1088
+  %1733 = load float, ptr %1732, align 4, !tbaa !7
+  %1734 = insertelement <16 x float> poison, float %1733, i64 0
+  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1735, <16 x float> %1694)
+  %1737 = getelementptr inbounds nuw i8, ptr %1680, i64 1600
+  %1738 = load float, ptr %1737, align 4, !tbaa !7
+  %1739 = insertelement <16 x float> poison, float %1738, i64 0
+  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1740, <16 x float> %1699)
+  %1742 = getelementptr inbounds nuw i8, ptr %1680, i64 2112
+  %1743 = load float, ptr %1742, align 4, !tbaa !7
+  %1744 = insertelement <16 x float> poison, float %1743, i64 0
+  %1745 = shufflevector <16 x float> %1744, <16 x float> poison, <16 x i32> zeroinitializer
+  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1745, <16 x float> %1704)
+  %1747 = getelementptr inbounds nuw i8, ptr %1680, i64 2624
+  %1748 = load float, ptr %1747, align 4, !tbaa !7
+  %1749 = insertelement <16 x float> poison, float %1748, i64 0
+  %1750 = shufflevector <16 x float> %1749, <16 x float> poison, <16 x i32> zeroinitializer
+  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1750, <16 x float> %1709)
+  %1752 = getelementptr inbounds nuw i8, ptr %1680, i64 3136
+  %1753 = load float, ptr %1752, align 4, !tbaa !7
+  %1754 = insertelement <16 x float> poison, float %1753, i64 0
+  %1755 = shufflevector <16 x float> %1754, <16 x float> poison, <16 x i32> zeroinitializer
+  %1756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1755, <16 x float> %1714)
+  %1757 = getelementptr inbounds nuw i8, ptr %1680, i64 3648
+  %1758 = load float, ptr %1757, align 4, !tbaa !7
+  %1759 = insertelement <16 x float> poison, float %1758, i64 0
+  %1760 = shufflevector <16 x float> %1759, <16 x float> poison, <16 x i32> zeroinitializer
+  %1761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1760, <16 x float> %1719)
+  %indvars.iv.next1443.1.i = add nuw nsw i64 %indvars.iv1442.1.i, 1
+  %exitcond1446.1.not.i = icmp eq i64 %indvars.iv.next1443.1.i, 16
+  br i1 %exitcond1446.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !22
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1698 = getelementptr inbounds nuw i8, ptr %1493, i64 256
+  %1762 = getelementptr inbounds nuw i8, ptr %1456, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv1028.2.i = phi i64 [ %indvars.iv.next1029.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.0.1751.2.i = phi <16 x float> [ %1747, %for_begin_d_2.preheader.2.i ], [ %1662, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.4.1750.2.i = phi <16 x float> [ %1752, %for_begin_d_2.preheader.2.i ], [ %1667, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.8.1749.2.i = phi <16 x float> [ %1757, %for_begin_d_2.preheader.2.i ], [ %1672, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.12.1748.2.i = phi <16 x float> [ %1762, %for_begin_d_2.preheader.2.i ], [ %1677, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.16.1747.2.i = phi <16 x float> [ %1767, %for_begin_d_2.preheader.2.i ], [ %1682, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.20.1746.2.i = phi <16 x float> [ %1772, %for_begin_d_2.preheader.2.i ], [ %1687, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.24.1745.2.i = phi <16 x float> [ %1777, %for_begin_d_2.preheader.2.i ], [ %1692, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global550.sroa.28.1744.2.i = phi <16 x float> [ %1782, %for_begin_d_2.preheader.2.i ], [ %1697, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx84 = shl i64 %indvars.iv1028.2.i, 7
-  %gep163 = getelementptr i8, ptr %invariant.gep, i64 %.idx84
-  %1699 = getelementptr i8, ptr %gep163, i64 4096
-  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !7
-  %1701 = getelementptr inbounds nuw float, ptr %1698, i64 %indvars.iv1028.2.i
-  %1702 = load float, ptr %1701, align 4, !tbaa !7
-  %1703 = insertelement <16 x float> poison, float %1702, i64 0
-  %1704 = shufflevector <16 x float> %1703, <16 x float> poison, <16 x i32> zeroinitializer
-  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1704, <16 x float> %scores_global550.sroa.0.1751.2.i)
-  %1706 = getelementptr inbounds nuw i8, ptr %1701, i64 512
-  %1707 = load float, ptr %1706, align 4, !tbaa !7
-  %1708 = insertelement <16 x float> poison, float %1707, i64 0
-  %1709 = shufflevector <16 x float> %1708, <16 x float> poison, <16 x i32> zeroinitializer
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1709, <16 x float> %scores_global550.sroa.4.1750.2.i)
-  %1711 = getelementptr inbounds nuw i8, ptr %1701, i64 1024
-  %1712 = load float, ptr %1711, align 4, !tbaa !7
-  %1713 = insertelement <16 x float> poison, float %1712, i64 0
-  %1714 = shufflevector <16 x float> %1713, <16 x float> poison, <16 x i32> zeroinitializer
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1714, <16 x float> %scores_global550.sroa.8.1749.2.i)
-  %1716 = getelementptr inbounds nuw i8, ptr %1701, i64 1536
-  %1717 = load float, ptr %1716, align 4, !tbaa !7
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1719, <16 x float> %scores_global550.sroa.12.1748.2.i)
-  %1721 = getelementptr inbounds nuw i8, ptr %1701, i64 2048
-  %1722 = load float, ptr %1721, align 4, !tbaa !7
-  %1723 = insertelement <16 x float> poison, float %1722, i64 0
-  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1724, <16 x float> %scores_global550.sroa.16.1747.2.i)
-  %1726 = getelementptr inbounds nuw i8, ptr %1701, i64 2560
-  %1727 = load float, ptr %1726, align 4, !tbaa !7
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1729, <16 x float> %scores_global550.sroa.20.1746.2.i)
-  %1731 = getelementptr inbounds nuw i8, ptr %1701, i64 3072
-  %1732 = load float, ptr %1731, align 4, !tbaa !7
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1734, <16 x float> %scores_global550.sroa.24.1745.2.i)
-  %1736 = getelementptr inbounds nuw i8, ptr %1701, i64 3584
-  %1737 = load float, ptr %1736, align 4, !tbaa !7
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1739, <16 x float> %scores_global550.sroa.28.1744.2.i)
-  %1741 = getelementptr i8, ptr %gep163, i64 4160
-  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !7
-  %1743 = getelementptr inbounds nuw i8, ptr %1701, i64 64
-  %1744 = load float, ptr %1743, align 4, !tbaa !7
-  %1745 = insertelement <16 x float> poison, float %1744, i64 0
-  %1746 = shufflevector <16 x float> %1745, <16 x float> poison, <16 x i32> zeroinitializer
-  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1746, <16 x float> %1705)
-  %1748 = getelementptr inbounds nuw i8, ptr %1701, i64 576
-  %1749 = load float, ptr %1748, align 4, !tbaa !7
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1751, <16 x float> %1710)
-  %1753 = getelementptr inbounds nuw i8, ptr %1701, i64 1088
-  %1754 = load float, ptr %1753, align 4, !tbaa !7
-  %1755 = insertelement <16 x float> poison, float %1754, i64 0
-  %1756 = shufflevector <16 x float> %1755, <16 x float> poison, <16 x i32> zeroinitializer
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1756, <16 x float> %1715)
-  %1758 = getelementptr inbounds nuw i8, ptr %1701, i64 1600
-  %1759 = load float, ptr %1758, align 4, !tbaa !7
-  %1760 = insertelement <16 x float> poison, float %1759, i64 0
-  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1761, <16 x float> %1720)
-  %1763 = getelementptr inbounds nuw i8, ptr %1701, i64 2112
-  %1764 = load float, ptr %1763, align 4, !tbaa !7
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1766, <16 x float> %1725)
-  %1768 = getelementptr inbounds nuw i8, ptr %1701, i64 2624
-  %1769 = load float, ptr %1768, align 4, !tbaa !7
-  %1770 = insertelement <16 x float> poison, float %1769, i64 0
-  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1771, <16 x float> %1730)
-  %1773 = getelementptr inbounds nuw i8, ptr %1701, i64 3136
-  %1774 = load float, ptr %1773, align 4, !tbaa !7
-  %1775 = insertelement <16 x float> poison, float %1774, i64 0
-  %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1776, <16 x float> %1735)
-  %1778 = getelementptr inbounds nuw i8, ptr %1701, i64 3648
-  %1779 = load float, ptr %1778, align 4, !tbaa !7
-  %1780 = insertelement <16 x float> poison, float %1779, i64 0
-  %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
-  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1742, <16 x float> %1781, <16 x float> %1740)
-  %indvars.iv.next1029.2.i = add nuw nsw i64 %indvars.iv1028.2.i, 1
-  %exitcond1032.2.not.i = icmp eq i64 %indvars.iv.next1029.2.i, 16
-  br i1 %exitcond1032.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !22
+  %indvars.iv1442.2.i = phi i64 [ %indvars.iv.next1443.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.0.1992.2.i = phi <16 x float> [ %1811, %for_begin_d_2.preheader.2.i ], [ %1726, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.4.1991.2.i = phi <16 x float> [ %1816, %for_begin_d_2.preheader.2.i ], [ %1731, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.8.1990.2.i = phi <16 x float> [ %1821, %for_begin_d_2.preheader.2.i ], [ %1736, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.12.1989.2.i = phi <16 x float> [ %1826, %for_begin_d_2.preheader.2.i ], [ %1741, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.16.1988.2.i = phi <16 x float> [ %1831, %for_begin_d_2.preheader.2.i ], [ %1746, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.20.1987.2.i = phi <16 x float> [ %1836, %for_begin_d_2.preheader.2.i ], [ %1751, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.24.1986.2.i = phi <16 x float> [ %1841, %for_begin_d_2.preheader.2.i ], [ %1756, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.28.1985.2.i = phi <16 x float> [ %1846, %for_begin_d_2.preheader.2.i ], [ %1761, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx88 = shl i64 %indvars.iv1442.2.i, 8
+  %gep224 = getelementptr i8, ptr %invariant.gep219, i64 %.idx88
+  %1763 = getelementptr i8, ptr %gep224, i64 8192
+  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !7
+  %1765 = getelementptr inbounds nuw float, ptr %1762, i64 %indvars.iv1442.2.i
+  %1766 = load float, ptr %1765, align 4, !tbaa !7
+  %1767 = insertelement <16 x float> poison, float %1766, i64 0
+  %1768 = shufflevector <16 x float> %1767, <16 x float> poison, <16 x i32> zeroinitializer
+  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1768, <16 x float> %scores_global637.sroa.0.1992.2.i)
+  %1770 = getelementptr inbounds nuw i8, ptr %1765, i64 512
+  %1771 = load float, ptr %1770, align 4, !tbaa !7
+  %1772 = insertelement <16 x float> poison, float %1771, i64 0
+  %1773 = shufflevector <16 x float> %1772, <16 x float> poison, <16 x i32> zeroinitializer
+  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1773, <16 x float> %scores_global637.sroa.4.1991.2.i)
+  %1775 = getelementptr inbounds nuw i8, ptr %1765, i64 1024
+  %1776 = load float, ptr %1775, align 4, !tbaa !7
+  %1777 = insertelement <16 x float> poison, float %1776, i64 0
+  %1778 = shufflevector <16 x float> %1777, <16 x float> poison, <16 x i32> zeroinitializer
+  %1779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1778, <16 x float> %scores_global637.sroa.8.1990.2.i)
+  %1780 = getelementptr inbounds nuw i8, ptr %1765, i64 1536
+  %1781 = load float, ptr %1780, align 4, !tbaa !7
+  %1782 = insertelement <16 x float> poison, float %1781, i64 0
+  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
+  %1784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1783, <16 x float> %scores_global637.sroa.12.1989.2.i)
+  %1785 = getelementptr inbounds nuw i8, ptr %1765, i64 2048
+  %1786 = load float, ptr %1785, align 4, !tbaa !7
+  %1787 = insertelement <16 x float> poison, float %1786, i64 0
+  %1788 = shufflevector <16 x float> %1787, <16 x float> poison, <16 x i32> zeroinitializer
+  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1788, <16 x float> %scores_global637.sroa.16.1988.2.i)
+  %1790 = getelementptr inbounds nuw i8, ptr %1765, i64 2560
+  %1791 = load float, ptr %1790, align 4, !tbaa !7
+  %1792 = insertelement <16 x float> poison, float %1791, i64 0
+  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
+  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1793, <16 x float> %scores_global637.sroa.20.1987.2.i)
+  %1795 = getelementptr inbounds nuw i8, ptr %1765, i64 3072
+  %1796 = load float, ptr %1795, align 4, !tbaa !7
+  %1797 = insertelement <16 x float> poison, float %1796, i64 0
+  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
+  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1798, <16 x float> %scores_global637.sroa.24.1986.2.i)
+  %1800 = getelementptr inbounds nuw i8, ptr %1765, i64 3584
+  %1801 = load float, ptr %1800, align 4, !tbaa !7
+  %1802 = insertelement <16 x float> poison, float %1801, i64 0
+  %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
+  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1803, <16 x float> %scores_global637.sroa.28.1985.2.i)
+  %1805 = getelementptr i8, ptr %gep224, i64 8320
+  %1806 = load <16 x float>, ptr %1805, align 4, !tbaa !7
+  %1807 = getelementptr inbounds nuw i8, ptr %1765, i64 64
+  %1808 = load float, ptr %1807, align 4, !tbaa !7
+  %1809 = insertelement <16 x float> poison, float %1808, i64 0
+  %1810 = shufflevector <16 x float> %1809, <16 x float> poison, <16 x i32> zeroinitializer
+  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1810, <16 x float> %1769)
+  %1812 = getelementptr inbounds nuw i8, ptr %1765, i64 576
+  %1813 = load float, ptr %1812, align 4, !tbaa !7
+  %1814 = insertelement <16 x float> poison, float %1813, i64 0
+  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
+  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1815, <16 x float> %1774)
+  %1817 = getelementptr inbounds nuw i8, ptr %1765, i64 1088
+  %1818 = load float, ptr %1817, align 4, !tbaa !7
+  %1819 = insertelement <16 x float> poison, float %1818, i64 0
+  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1820, <16 x float> %1779)
+  %1822 = getelementptr inbounds nuw i8, ptr %1765, i64 1600
+  %1823 = load float, ptr %1822, align 4, !tbaa !7
+  %1824 = insertelement <16 x float> poison, float %1823, i64 0
+  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1825, <16 x float> %1784)
+  %1827 = getelementptr inbounds nuw i8, ptr %1765, i64 2112
+  %1828 = load float, ptr %1827, align 4, !tbaa !7
+  %1829 = insertelement <16 x float> poison, float %1828, i64 0
+  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1830, <16 x float> %1789)
+  %1832 = getelementptr inbounds nuw i8, ptr %1765, i64 2624
+  %1833 = load float, ptr %1832, align 4, !tbaa !7
+  %1834 = insertelement <16 x float> poison, float %1833, i64 0
+  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
+  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1835, <16 x float> %1794)
+  %1837 = getelementptr inbounds nuw i8, ptr %1765, i64 3136
+  %1838 = load float, ptr %1837, align 4, !tbaa !7
+  %1839 = insertelement <16 x float> poison, float %1838, i64 0
+  %1840 = shufflevector <16 x float> %1839, <16 x float> poison, <16 x i32> zeroinitializer
+  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1840, <16 x float> %1799)
+  %1842 = getelementptr inbounds nuw i8, ptr %1765, i64 3648
+  %1843 = load float, ptr %1842, align 4, !tbaa !7
+  %1844 = insertelement <16 x float> poison, float %1843, i64 0
+  %1845 = shufflevector <16 x float> %1844, <16 x float> poison, <16 x i32> zeroinitializer
+  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1845, <16 x float> %1804)
+  %indvars.iv.next1443.2.i = add nuw nsw i64 %indvars.iv1442.2.i, 1
+  %exitcond1446.2.not.i = icmp eq i64 %indvars.iv.next1443.2.i, 16
+  br i1 %exitcond1446.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !22
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1783 = getelementptr inbounds nuw i8, ptr %1493, i64 384
+  %1847 = getelementptr inbounds nuw i8, ptr %1456, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv1028.3.i = phi i64 [ %indvars.iv.next1029.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.0.1751.3.i = phi <16 x float> [ %1832, %for_begin_d_2.preheader.3.i ], [ %1747, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.4.1750.3.i = phi <16 x float> [ %1837, %for_begin_d_2.preheader.3.i ], [ %1752, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.8.1749.3.i = phi <16 x float> [ %1842, %for_begin_d_2.preheader.3.i ], [ %1757, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.12.1748.3.i = phi <16 x float> [ %1847, %for_begin_d_2.preheader.3.i ], [ %1762, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.16.1747.3.i = phi <16 x float> [ %1852, %for_begin_d_2.preheader.3.i ], [ %1767, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.20.1746.3.i = phi <16 x float> [ %1857, %for_begin_d_2.preheader.3.i ], [ %1772, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.24.1745.3.i = phi <16 x float> [ %1862, %for_begin_d_2.preheader.3.i ], [ %1777, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global550.sroa.28.1744.3.i = phi <16 x float> [ %1867, %for_begin_d_2.preheader.3.i ], [ %1782, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx85 = shl i64 %indvars.iv1028.3.i, 7
-  %gep165 = getelementptr i8, ptr %invariant.gep, i64 %.idx85
-  %1784 = getelementptr i8, ptr %gep165, i64 6144
-  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !7
-  %1786 = getelementptr inbounds nuw float, ptr %1783, i64 %indvars.iv1028.3.i
-  %1787 = load float, ptr %1786, align 4, !tbaa !7
-  %1788 = insertelement <16 x float> poison, float %1787, i64 0
-  %1789 = shufflevector <16 x float> %1788, <16 x float> poison, <16 x i32> zeroinitializer
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1789, <16 x float> %scores_global550.sroa.0.1751.3.i)
-  %1791 = getelementptr inbounds nuw i8, ptr %1786, i64 512
-  %1792 = load float, ptr %1791, align 4, !tbaa !7
-  %1793 = insertelement <16 x float> poison, float %1792, i64 0
-  %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1794, <16 x float> %scores_global550.sroa.4.1750.3.i)
-  %1796 = getelementptr inbounds nuw i8, ptr %1786, i64 1024
-  %1797 = load float, ptr %1796, align 4, !tbaa !7
-  %1798 = insertelement <16 x float> poison, float %1797, i64 0
-  %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
-  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1799, <16 x float> %scores_global550.sroa.8.1749.3.i)
-  %1801 = getelementptr inbounds nuw i8, ptr %1786, i64 1536
-  %1802 = load float, ptr %1801, align 4, !tbaa !7
-  %1803 = insertelement <16 x float> poison, float %1802, i64 0
-  %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
-  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1804, <16 x float> %scores_global550.sroa.12.1748.3.i)
-  %1806 = getelementptr inbounds nuw i8, ptr %1786, i64 2048
-  %1807 = load float, ptr %1806, align 4, !tbaa !7
-  %1808 = insertelement <16 x float> poison, float %1807, i64 0
-  %1809 = shufflevector <16 x float> %1808, <16 x float> poison, <16 x i32> zeroinitializer
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1809, <16 x float> %scores_global550.sroa.16.1747.3.i)
-  %1811 = getelementptr inbounds nuw i8, ptr %1786, i64 2560
-  %1812 = load float, ptr %1811, align 4, !tbaa !7
-  %1813 = insertelement <16 x float> poison, float %1812, i64 0
-  %1814 = shufflevector <16 x float> %1813, <16 x float> poison, <16 x i32> zeroinitializer
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1814, <16 x float> %scores_global550.sroa.20.1746.3.i)
-  %1816 = getelementptr inbounds nuw i8, ptr %1786, i64 3072
-  %1817 = load float, ptr %1816, align 4, !tbaa !7
-  %1818 = insertelement <16 x float> poison, float %1817, i64 0
-  %1819 = shufflevector <16 x float> %1818, <16 x float> poison, <16 x i32> zeroinitializer
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1819, <16 x float> %scores_global550.sroa.24.1745.3.i)
-  %1821 = getelementptr inbounds nuw i8, ptr %1786, i64 3584
-  %1822 = load float, ptr %1821, align 4, !tbaa !7
-  %1823 = insertelement <16 x float> poison, float %1822, i64 0
-  %1824 = shufflevector <16 x float> %1823, <16 x float> poison, <16 x i32> zeroinitializer
-  %1825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1785, <16 x float> %1824, <16 x float> %scores_global550.sroa.28.1744.3.i)
-  %1826 = getelementptr i8, ptr %gep165, i64 6208
-  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !7
-  %1828 = getelementptr inbounds nuw i8, ptr %1786, i64 64
-  %1829 = load float, ptr %1828, align 4, !tbaa !7
-  %1830 = insertelement <16 x float> poison, float %1829, i64 0
-  %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
-  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1831, <16 x float> %1790)
-  %1833 = getelementptr inbounds nuw i8, ptr %1786, i64 576
-  %1834 = load float, ptr %1833, align 4, !tbaa !7
-  %1835 = insertelement <16 x float> poison, float %1834, i64 0
-  %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
-  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1836, <16 x float> %1795)
-  %1838 = getelementptr inbounds nuw i8, ptr %1786, i64 1088
-  %1839 = load float, ptr %1838, align 4, !tbaa !7
-  %1840 = insertelement <16 x float> poison, float %1839, i64 0
-  %1841 = shufflevector <16 x float> %1840, <16 x float> poison, <16 x i32> zeroinitializer
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1841, <16 x float> %1800)
-  %1843 = getelementptr inbounds nuw i8, ptr %1786, i64 1600
-  %1844 = load float, ptr %1843, align 4, !tbaa !7
-  %1845 = insertelement <16 x float> poison, float %1844, i64 0
-  %1846 = shufflevector <16 x float> %1845, <16 x float> poison, <16 x i32> zeroinitializer
-  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1846, <16 x float> %1805)
-  %1848 = getelementptr inbounds nuw i8, ptr %1786, i64 2112
-  %1849 = load float, ptr %1848, align 4, !tbaa !7
-  %1850 = insertelement <16 x float> poison, float %1849, i64 0
-  %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
-  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1851, <16 x float> %1810)
-  %1853 = getelementptr inbounds nuw i8, ptr %1786, i64 2624
-  %1854 = load float, ptr %1853, align 4, !tbaa !7
-  %1855 = insertelement <16 x float> poison, float %1854, i64 0
-  %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
-  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1856, <16 x float> %1815)
-  %1858 = getelementptr inbounds nuw i8, ptr %1786, i64 3136
-  %1859 = load float, ptr %1858, align 4, !tbaa !7
-  %1860 = insertelement <16 x float> poison, float %1859, i64 0
-  %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
-  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1861, <16 x float> %1820)
-  %1863 = getelementptr inbounds nuw i8, ptr %1786, i64 3648
-  %1864 = load float, ptr %1863, align 4, !tbaa !7
-  %1865 = insertelement <16 x float> poison, float %1864, i64 0
-  %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
-  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1827, <16 x float> %1866, <16 x float> %1825)
-  %indvars.iv.next1029.3.i = add nuw nsw i64 %indvars.iv1028.3.i, 1
-  %exitcond1032.3.not.i = icmp eq i64 %indvars.iv.next1029.3.i, 16
-  br i1 %exitcond1032.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !22
+  %indvars.iv1442.3.i = phi i64 [ %indvars.iv.next1443.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.0.1992.3.i = phi <16 x float> [ %1896, %for_begin_d_2.preheader.3.i ], [ %1811, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.4.1991.3.i = phi <16 x float> [ %1901, %for_begin_d_2.preheader.3.i ], [ %1816, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.8.1990.3.i = phi <16 x float> [ %1906, %for_begin_d_2.preheader.3.i ], [ %1821, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.12.1989.3.i = phi <16 x float> [ %1911, %for_begin_d_2.preheader.3.i ], [ %1826, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.16.1988.3.i = phi <16 x float> [ %1916, %for_begin_d_2.preheader.3.i ], [ %1831, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.20.1987.3.i = phi <16 x float> [ %1921, %for_begin_d_2.preheader.3.i ], [ %1836, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.24.1986.3.i = phi <16 x float> [ %1926, %for_begin_d_2.preheader.3.i ], [ %1841, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.28.1985.3.i = phi <16 x float> [ %1931, %for_begin_d_2.preheader.3.i ], [ %1846, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx89 = shl i64 %indvars.iv1442.3.i, 8
+  %gep226 = getelementptr i8, ptr %invariant.gep219, i64 %.idx89
+  %1848 = getelementptr i8, ptr %gep226, i64 12288
+  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !7
+  %1850 = getelementptr inbounds nuw float, ptr %1847, i64 %indvars.iv1442.3.i
+  %1851 = load float, ptr %1850, align 4, !tbaa !7
+  %1852 = insertelement <16 x float> poison, float %1851, i64 0
+  %1853 = shufflevector <16 x float> %1852, <16 x float> poison, <16 x i32> zeroinitializer
+  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1853, <16 x float> %scores_global637.sroa.0.1992.3.i)
+  %1855 = getelementptr inbounds nuw i8, ptr %1850, i64 512
+  %1856 = load float, ptr %1855, align 4, !tbaa !7
+  %1857 = insertelement <16 x float> poison, float %1856, i64 0
+  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
+  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1858, <16 x float> %scores_global637.sroa.4.1991.3.i)
+  %1860 = getelementptr inbounds nuw i8, ptr %1850, i64 1024
+  %1861 = load float, ptr %1860, align 4, !tbaa !7
+  %1862 = insertelement <16 x float> poison, float %1861, i64 0
+  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
+  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1863, <16 x float> %scores_global637.sroa.8.1990.3.i)
+  %1865 = getelementptr inbounds nuw i8, ptr %1850, i64 1536
+  %1866 = load float, ptr %1865, align 4, !tbaa !7
+  %1867 = insertelement <16 x float> poison, float %1866, i64 0
+  %1868 = shufflevector <16 x float> %1867, <16 x float> poison, <16 x i32> zeroinitializer
+  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1868, <16 x float> %scores_global637.sroa.12.1989.3.i)
+  %1870 = getelementptr inbounds nuw i8, ptr %1850, i64 2048
+  %1871 = load float, ptr %1870, align 4, !tbaa !7
+  %1872 = insertelement <16 x float> poison, float %1871, i64 0
+  %1873 = shufflevector <16 x float> %1872, <16 x float> poison, <16 x i32> zeroinitializer
+  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1873, <16 x float> %scores_global637.sroa.16.1988.3.i)
+  %1875 = getelementptr inbounds nuw i8, ptr %1850, i64 2560
+  %1876 = load float, ptr %1875, align 4, !tbaa !7
+  %1877 = insertelement <16 x float> poison, float %1876, i64 0
+  %1878 = shufflevector <16 x float> %1877, <16 x float> poison, <16 x i32> zeroinitializer
+  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1878, <16 x float> %scores_global637.sroa.20.1987.3.i)
+  %1880 = getelementptr inbounds nuw i8, ptr %1850, i64 3072
+  %1881 = load float, ptr %1880, align 4, !tbaa !7
+  %1882 = insertelement <16 x float> poison, float %1881, i64 0
+  %1883 = shufflevector <16 x float> %1882, <16 x float> poison, <16 x i32> zeroinitializer
+  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1883, <16 x float> %scores_global637.sroa.24.1986.3.i)
+  %1885 = getelementptr inbounds nuw i8, ptr %1850, i64 3584
+  %1886 = load float, ptr %1885, align 4, !tbaa !7
+  %1887 = insertelement <16 x float> poison, float %1886, i64 0
+  %1888 = shufflevector <16 x float> %1887, <16 x float> poison, <16 x i32> zeroinitializer
+  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1888, <16 x float> %scores_global637.sroa.28.1985.3.i)
+  %1890 = getelementptr i8, ptr %gep226, i64 12416
+  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !7
+  %1892 = getelementptr inbounds nuw i8, ptr %1850, i64 64
+  %1893 = load float, ptr %1892, align 4, !tbaa !7
+  %1894 = insertelement <16 x float> poison, float %1893, i64 0
+  %1895 = shufflevector <16 x float> %1894, <16 x float> poison, <16 x i32> zeroinitializer
+  %1896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1895, <16 x float> %1854)
+  %1897 = getelementptr inbounds nuw i8, ptr %1850, i64 576
+  %1898 = load float, ptr %1897, align 4, !tbaa !7
+  %1899 = insertelement <16 x float> poison, float %1898, i64 0
+  %1900 = shufflevector <16 x float> %1899, <16 x float> poison, <16 x i32> zeroinitializer
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1900, <16 x float> %1859)
+  %1902 = getelementptr inbounds nuw i8, ptr %1850, i64 1088
+  %1903 = load float, ptr %1902, align 4, !tbaa !7
+  %1904 = insertelement <16 x float> poison, float %1903, i64 0
+  %1905 = shufflevector <16 x float> %1904, <16 x float> poison, <16 x i32> zeroinitializer
+  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1905, <16 x float> %1864)
+  %1907 = getelementptr inbounds nuw i8, ptr %1850, i64 1600
+  %1908 = load float, ptr %1907, align 4, !tbaa !7
+  %1909 = insertelement <16 x float> poison, float %1908, i64 0
+  %1910 = shufflevector <16 x float> %1909, <16 x float> poison, <16 x i32> zeroinitializer
+  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1910, <16 x float> %1869)
+  %1912 = getelementptr inbounds nuw i8, ptr %1850, i64 2112
+  %1913 = load float, ptr %1912, align 4, !tbaa !7
+  %1914 = insertelement <16 x float> poison, float %1913, i64 0
+  %1915 = shufflevector <16 x float> %1914, <16 x float> poison, <16 x i32> zeroinitializer
+  %1916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1915, <16 x float> %1874)
+  %1917 = getelementptr inbounds nuw i8, ptr %1850, i64 2624
+  %1918 = load float, ptr %1917, align 4, !tbaa !7
+  %1919 = insertelement <16 x float> poison, float %1918, i64 0
+  %1920 = shufflevector <16 x float> %1919, <16 x float> poison, <16 x i32> zeroinitializer
+  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1920, <16 x float> %1879)
+  %1922 = getelementptr inbounds nuw i8, ptr %1850, i64 3136
+  %1923 = load float, ptr %1922, align 4, !tbaa !7
+  %1924 = insertelement <16 x float> poison, float %1923, i64 0
+  %1925 = shufflevector <16 x float> %1924, <16 x float> poison, <16 x i32> zeroinitializer
+  %1926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1925, <16 x float> %1884)
+  %1927 = getelementptr inbounds nuw i8, ptr %1850, i64 3648
+  %1928 = load float, ptr %1927, align 4, !tbaa !7
+  %1929 = insertelement <16 x float> poison, float %1928, i64 0
+  %1930 = shufflevector <16 x float> %1929, <16 x float> poison, <16 x i32> zeroinitializer
+  %1931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1930, <16 x float> %1889)
+  %indvars.iv.next1443.3.i = add nuw nsw i64 %indvars.iv1442.3.i, 1
+  %exitcond1446.3.not.i = icmp eq i64 %indvars.iv.next1443.3.i, 16
+  br i1 %exitcond1446.3.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.3.i, !prof !22
 
-for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx1255.i = shl nsw i64 %indvars.iv1037.i, 9
-  %1868 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1255.i
-  store <16 x float> %1832, ptr %1868, align 4, !tbaa !7
-  %1869 = getelementptr inbounds nuw i8, ptr %1868, i64 64
-  store <16 x float> %1837, ptr %1869, align 4, !tbaa !7
-  %1870 = getelementptr inbounds nuw i8, ptr %1868, i64 128
-  store <16 x float> %1842, ptr %1870, align 4, !tbaa !7
-  %1871 = getelementptr inbounds nuw i8, ptr %1868, i64 192
-  store <16 x float> %1847, ptr %1871, align 4, !tbaa !7
-  %1872 = getelementptr inbounds nuw i8, ptr %1868, i64 256
-  store <16 x float> %1852, ptr %1872, align 4, !tbaa !7
-  %1873 = getelementptr inbounds nuw i8, ptr %1868, i64 320
-  store <16 x float> %1857, ptr %1873, align 4, !tbaa !7
-  %1874 = getelementptr inbounds nuw i8, ptr %1868, i64 384
-  store <16 x float> %1862, ptr %1874, align 4, !tbaa !7
-  %1875 = getelementptr inbounds nuw i8, ptr %1868, i64 448
-  store <16 x float> %1867, ptr %1875, align 4, !tbaa !7
-  %indvars.iv.next1038.i = add nuw nsw i64 %indvars.iv1037.i, 1
-  %exitcond1041.not.i = icmp eq i64 %indvars.iv.next1038.i, %wide.trip.count1040.i
-  br i1 %exitcond1041.not.i, label %for_end_to158.i, label %for_body_to157.i, !prof !10
+for_body_to161.i:                                 ; preds = %for_end_d_0175.i, %for_body_to161.lr.ph.i
+  %indvars.iv1433.i = phi i64 [ 0, %for_body_to161.lr.ph.i ], [ %indvars.iv.next1434.i, %for_end_d_0175.i ]
+  br i1 %1453, label %for_begin_line168.preheader.i, label %if_end167.i, !prof !6
 
-for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %for_end_to158.i
-  %.us-phi784.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1945, %for_end_ax2.i ]
-  %.us-phi771782.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1943, %for_end_ax2.i ]
-  %.us-phi772781.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1941, %for_end_ax2.i ]
-  %.us-phi773779.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to158.i ], [ %1939, %for_end_ax2.i ]
-  %1876 = fcmp olt <16 x float> %.us-phi773779.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %1877 = select <16 x i1> %1876, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.us-phi773779.lcssa.i
-  %1878 = fcmp ogt <16 x float> %1877, %.us-phi772781.lcssa.i
-  %1879 = select <16 x i1> %1878, <16 x float> %1877, <16 x float> %.us-phi772781.lcssa.i
-  %1880 = fcmp ogt <16 x float> %1879, %.us-phi771782.lcssa.i
-  %1881 = select <16 x i1> %1880, <16 x float> %1879, <16 x float> %.us-phi771782.lcssa.i
-  %1882 = fcmp ogt <16 x float> %1881, %.us-phi784.lcssa.i
-  %1883 = select <16 x i1> %1882, <16 x float> %1881, <16 x float> %.us-phi784.lcssa.i
-  %1884 = sub nsw i32 %1484, %num_full.i
-  %1885 = icmp sgt i32 %1884, 0
-  br i1 %1885, label %for_begin_ti186.preheader.lr.ph.i, label %for_end_to183.i, !prof !32
+for_begin_line168.preheader.i:                    ; preds = %for_body_to161.i
+  %1932 = trunc i64 %indvars.iv1433.i to i32
+  %1933 = add i32 %1454, %1932
+  %1934 = shl i32 %1933, 3
+  br label %for_body_line169.i
 
-for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti168.preheader.preheader.i
-  %indvars.iv1049.i = phi i64 [ 0, %for_begin_ti168.preheader.preheader.i ], [ %indvars.iv.next1050.i, %for_end_ax2.i ]
-  %1886 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1939, %for_end_ax2.i ]
-  %1887 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1941, %for_end_ax2.i ]
-  %1888 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1943, %for_end_ax2.i ]
-  %1889 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti168.preheader.preheader.i ], [ %1945, %for_end_ax2.i ]
-  %1890 = shl nsw i64 %indvars.iv1049.i, 7
-  %1891 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1890
-  %1892 = load <16 x float>, ptr %1891, align 4, !tbaa !7
-  %1893 = fmul <16 x float> %446, %1892
-  %1894 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1890
-  store <16 x float> %1893, ptr %1894, align 4, !tbaa !7
-  %1895 = or disjoint i64 %1890, 16
-  %1896 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1895
-  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !7
-  %1898 = fmul <16 x float> %446, %1897
-  %1899 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
-  store <16 x float> %1898, ptr %1899, align 4, !tbaa !7
-  %1900 = or disjoint i64 %1890, 32
-  %1901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1900
-  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !7
-  %1903 = fmul <16 x float> %446, %1902
-  %1904 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1900
-  store <16 x float> %1903, ptr %1904, align 4, !tbaa !7
-  %1905 = or disjoint i64 %1890, 48
-  %1906 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1905
-  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !7
-  %1908 = fmul <16 x float> %446, %1907
-  %1909 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1905
-  store <16 x float> %1908, ptr %1909, align 4, !tbaa !7
-  %1910 = or disjoint i64 %1890, 64
-  %1911 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1910
-  %1912 = load <16 x float>, ptr %1911, align 4, !tbaa !7
-  %1913 = fmul <16 x float> %446, %1912
-  %1914 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1910
-  store <16 x float> %1913, ptr %1914, align 4, !tbaa !7
-  %1915 = or disjoint i64 %1890, 80
-  %1916 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1915
-  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !7
-  %1918 = fmul <16 x float> %446, %1917
-  %1919 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1915
-  store <16 x float> %1918, ptr %1919, align 4, !tbaa !7
-  %1920 = or disjoint i64 %1890, 96
-  %1921 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1920
-  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !7
-  %1923 = fmul <16 x float> %446, %1922
-  %1924 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1920
-  store <16 x float> %1923, ptr %1924, align 4, !tbaa !7
-  %1925 = or disjoint i64 %1890, 112
-  %1926 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1925
-  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !7
-  %1928 = fmul <16 x float> %446, %1927
-  %1929 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1925
-  store <16 x float> %1928, ptr %1929, align 4, !tbaa !7
-  %1930 = fcmp ogt <16 x float> %1886, %1893
-  %1931 = select <16 x i1> %1930, <16 x float> %1886, <16 x float> %1893
-  %1932 = fcmp ogt <16 x float> %1887, %1898
-  %1933 = select <16 x i1> %1932, <16 x float> %1887, <16 x float> %1898
-  %1934 = fcmp ogt <16 x float> %1888, %1903
-  %1935 = select <16 x i1> %1934, <16 x float> %1888, <16 x float> %1903
-  %1936 = fcmp ogt <16 x float> %1889, %1908
-  %1937 = select <16 x i1> %1936, <16 x float> %1889, <16 x float> %1908
-  %1938 = fcmp ogt <16 x float> %1931, %1913
-  %1939 = select <16 x i1> %1938, <16 x float> %1931, <16 x float> %1913
-  %1940 = fcmp ogt <16 x float> %1933, %1918
-  %1941 = select <16 x i1> %1940, <16 x float> %1933, <16 x float> %1918
-  %1942 = fcmp ogt <16 x float> %1935, %1923
-  %1943 = select <16 x i1> %1942, <16 x float> %1935, <16 x float> %1923
-  %1944 = fcmp ogt <16 x float> %1937, %1928
-  %1945 = select <16 x i1> %1944, <16 x float> %1937, <16 x float> %1928
-  %indvars.iv.next1050.i = add nuw nsw i64 %indvars.iv1049.i, 1
-  %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1050.i, %wide.trip.count1052.i
-  br i1 %exitcond1053.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !10
+if_end167.i:                                      ; preds = %for_body_line169.i, %for_body_to161.i
+  %1935 = shl nsw i64 %indvars.iv1433.i, 10
+  %invariant.gep = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1935
+  br label %for_begin_d_1178.preheader.i
 
-for_begin_ti186.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
-  %.idx1256.i = shl nsw i64 %1466, 6
-  %1946 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1256.i
-  %1947 = and i32 %1482, 2147483640
-  %1948 = add i32 %1947, %755
-  %wide.trip.count1065.i = zext nneg i32 %1884 to i64
-  br label %for_begin_ti186.preheader.i
+for_body_line169.i:                               ; preds = %for_body_line169.i, %for_begin_line168.preheader.i
+  %line172942.i = phi i32 [ 0, %for_begin_line168.preheader.i ], [ %1971, %for_body_line169.i ]
+  %1936 = lshr i32 %line172942.i, 2
+  %1937 = add nuw nsw i32 %1936, %1934
+  %1938 = srem i32 %1937, %num_kv_heads
+  %1939 = sext i32 %1938 to i64
+  %1940 = mul nsw i64 %k_head, %1939
+  %1941 = sdiv i32 %1937, %num_kv_heads
+  %1942 = sext i32 %1941 to i64
+  %1943 = getelementptr i64, ptr %key_offsets644.i, i64 %1942
+  %1944 = getelementptr i8, ptr %1943, i64 512
+  %1945 = load i64, ptr %1944, align 8, !tbaa !37
+  %1946 = shl nuw nsw i32 %line172942.i, 4
+  %1947 = and i32 %1946, 32
+  %1948 = zext nneg i32 %1947 to i64
+  %1949 = getelementptr i32, ptr %key_cache, i64 %1945
+  %1950 = getelementptr i32, ptr %1949, i64 %1948
+  %1951 = getelementptr i32, ptr %1950, i64 %540
+  %1952 = getelementptr i32, ptr %1951, i64 %1940
+  tail call void @llvm.prefetch.p0(ptr readonly %1952, i32 0, i32 2, i32 1)
+  %1953 = lshr i32 %line172942.i, 2
+  %1954 = add nuw nsw i32 %1953, %1934
+  %1955 = srem i32 %1954, %num_kv_heads
+  %1956 = sext i32 %1955 to i64
+  %1957 = mul nsw i64 %k_head, %1956
+  %1958 = sdiv i32 %1954, %num_kv_heads
+  %1959 = sext i32 %1958 to i64
+  %1960 = getelementptr i64, ptr %key_offsets644.i, i64 %1959
+  %1961 = getelementptr i8, ptr %1960, i64 512
+  %1962 = load i64, ptr %1961, align 8, !tbaa !37
+  %1963 = shl i32 %line172942.i, 4
+  %1964 = and i32 %1963, 32
+  %1965 = getelementptr i32, ptr %key_cache, i64 %1962
+  %1966 = zext nneg i32 %1964 to i64
+  %1967 = getelementptr i32, ptr %1965, i64 %1966
+  %1968 = getelementptr i8, ptr %1967, i64 64
+  %1969 = getelementptr i32, ptr %1968, i64 %540
+  %1970 = getelementptr i32, ptr %1969, i64 %1957
+  tail call void @llvm.prefetch.p0(ptr readonly %1970, i32 0, i32 2, i32 1)
+  %1971 = add nuw nsw i32 %line172942.i, 2
+  %exitcond1419.not.i.1 = icmp eq i32 %1971, 32
+  br i1 %exitcond1419.not.i.1, label %if_end167.i, label %for_body_line169.i, !prof !22, !llvm.loop !45
 
-for_begin_ti186.preheader.i:                      ; preds = %for_begin_ti186.preheader.i, %for_begin_ti186.preheader.lr.ph.i
-  %indvars.iv1062.i = phi i64 [ 0, %for_begin_ti186.preheader.lr.ph.i ], [ %indvars.iv.next1063.i, %for_begin_ti186.preheader.i ]
-  %1949 = trunc i64 %indvars.iv1062.i to i32
-  %1950 = add i32 %num_full.i, %1949
-  %1951 = shl i32 %1950, 7
-  %1952 = shl i32 %1949, 3
-  %1953 = add i32 %1948, %1952
-  %1954 = sext i32 %1951 to i64
-  %1955 = getelementptr inbounds float, ptr %scores.i, i64 %1954
-  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !7
-  %1957 = fmul <16 x float> %446, %1956
-  %1958 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %1959 = insertelement <16 x i32> poison, i32 %1953, i64 0
-  %1960 = shufflevector <16 x i32> %1959, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1961 = icmp slt <16 x i32> %1960, %1958
-  %1962 = select <16 x i1> %1961, <16 x float> %1957, <16 x float> splat (float 0xFFF0000000000000)
-  %1963 = getelementptr inbounds float, ptr %scaled.i, i64 %1954
-  store <16 x float> %1962, ptr %1963, align 4, !tbaa !7
-  %1964 = or disjoint i64 %1954, 16
-  %1965 = getelementptr inbounds float, ptr %scores.i, i64 %1964
-  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !7
-  %1967 = fmul <16 x float> %446, %1966
-  %1968 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %1969 = add i32 %1953, 1
-  %1970 = insertelement <16 x i32> poison, i32 %1969, i64 0
-  %1971 = shufflevector <16 x i32> %1970, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1972 = icmp slt <16 x i32> %1971, %1968
-  %1973 = select <16 x i1> %1972, <16 x float> %1967, <16 x float> splat (float 0xFFF0000000000000)
-  %1974 = getelementptr inbounds float, ptr %scaled.i, i64 %1964
-  store <16 x float> %1973, ptr %1974, align 4, !tbaa !7
-  %1975 = or disjoint i64 %1954, 32
-  %1976 = getelementptr inbounds float, ptr %scores.i, i64 %1975
-  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !7
-  %1978 = fmul <16 x float> %446, %1977
-  %1979 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %1980 = add i32 %1953, 2
-  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
-  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1983 = icmp slt <16 x i32> %1982, %1979
-  %1984 = select <16 x i1> %1983, <16 x float> %1978, <16 x float> splat (float 0xFFF0000000000000)
-  %1985 = getelementptr inbounds float, ptr %scaled.i, i64 %1975
-  store <16 x float> %1984, ptr %1985, align 4, !tbaa !7
-  %1986 = or disjoint i64 %1954, 48
-  %1987 = getelementptr inbounds float, ptr %scores.i, i64 %1986
-  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !7
-  %1989 = fmul <16 x float> %446, %1988
-  %1990 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %1991 = add i32 %1953, 3
-  %1992 = insertelement <16 x i32> poison, i32 %1991, i64 0
-  %1993 = shufflevector <16 x i32> %1992, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1994 = icmp slt <16 x i32> %1993, %1990
-  %1995 = select <16 x i1> %1994, <16 x float> %1989, <16 x float> splat (float 0xFFF0000000000000)
-  %1996 = getelementptr inbounds float, ptr %scaled.i, i64 %1986
-  store <16 x float> %1995, ptr %1996, align 4, !tbaa !7
-  %1997 = or disjoint i64 %1954, 64
-  %1998 = getelementptr inbounds float, ptr %scores.i, i64 %1997
-  %1999 = load <16 x float>, ptr %1998, align 4, !tbaa !7
-  %2000 = fmul <16 x float> %446, %1999
-  %2001 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %2002 = add i32 %1953, 4
-  %2003 = insertelement <16 x i32> poison, i32 %2002, i64 0
-  %2004 = shufflevector <16 x i32> %2003, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2005 = icmp slt <16 x i32> %2004, %2001
-  %2006 = select <16 x i1> %2005, <16 x float> %2000, <16 x float> splat (float 0xFFF0000000000000)
-  %2007 = getelementptr inbounds float, ptr %scaled.i, i64 %1997
-  store <16 x float> %2006, ptr %2007, align 4, !tbaa !7
-  %2008 = or disjoint i64 %1954, 80
-  %2009 = getelementptr inbounds float, ptr %scores.i, i64 %2008
-  %2010 = load <16 x float>, ptr %2009, align 4, !tbaa !7
-  %2011 = fmul <16 x float> %446, %2010
-  %2012 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %2013 = add i32 %1953, 5
-  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
-  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2016 = icmp slt <16 x i32> %2015, %2012
-  %2017 = select <16 x i1> %2016, <16 x float> %2011, <16 x float> splat (float 0xFFF0000000000000)
-  %2018 = getelementptr inbounds float, ptr %scaled.i, i64 %2008
-  store <16 x float> %2017, ptr %2018, align 4, !tbaa !7
-  %2019 = or disjoint i64 %1954, 96
-  %2020 = getelementptr inbounds float, ptr %scores.i, i64 %2019
-  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !7
-  %2022 = fmul <16 x float> %446, %2021
-  %2023 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %2024 = add i32 %1953, 6
-  %2025 = insertelement <16 x i32> poison, i32 %2024, i64 0
-  %2026 = shufflevector <16 x i32> %2025, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2027 = icmp slt <16 x i32> %2026, %2023
-  %2028 = select <16 x i1> %2027, <16 x float> %2022, <16 x float> splat (float 0xFFF0000000000000)
-  %2029 = getelementptr inbounds float, ptr %scaled.i, i64 %2019
-  store <16 x float> %2028, ptr %2029, align 4, !tbaa !7
-  %2030 = or disjoint i64 %1954, 112
-  %2031 = getelementptr inbounds float, ptr %scores.i, i64 %2030
-  %2032 = load <16 x float>, ptr %2031, align 4, !tbaa !7
-  %2033 = fmul <16 x float> %446, %2032
-  %2034 = load <16 x i32>, ptr %1946, align 4, !tbaa !7
-  %2035 = add i32 %1953, 7
-  %2036 = insertelement <16 x i32> poison, i32 %2035, i64 0
-  %2037 = shufflevector <16 x i32> %2036, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2038 = icmp slt <16 x i32> %2037, %2034
-  %2039 = select <16 x i1> %2038, <16 x float> %2033, <16 x float> splat (float 0xFFF0000000000000)
-  %2040 = getelementptr inbounds float, ptr %scaled.i, i64 %2030
-  store <16 x float> %2039, ptr %2040, align 4, !tbaa !7
-  %indvars.iv.next1063.i = add nuw nsw i64 %indvars.iv1062.i, 1
-  %exitcond1066.not.i = icmp eq i64 %indvars.iv.next1063.i, %wide.trip.count1065.i
-  br i1 %exitcond1066.not.i, label %for_end_to183.i, label %for_begin_ti186.preheader.i, !prof !10
+for_begin_d_1178.preheader.i:                     ; preds = %for_end_d_1180.i, %if_end167.i
+  %indvars.iv1429.i = phi i64 [ 0, %if_end167.i ], [ %indvars.iv.next1430.i, %for_end_d_1180.i ]
+  %scores_global165636.sroa.0.0970.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2027, %for_end_d_1180.i ]
+  %scores_global165636.sroa.4.0969.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2032, %for_end_d_1180.i ]
+  %scores_global165636.sroa.8.0968.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2037, %for_end_d_1180.i ]
+  %scores_global165636.sroa.12.0967.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2042, %for_end_d_1180.i ]
+  %scores_global165636.sroa.16.0966.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2047, %for_end_d_1180.i ]
+  %scores_global165636.sroa.20.0965.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2052, %for_end_d_1180.i ]
+  %scores_global165636.sroa.24.0964.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2057, %for_end_d_1180.i ]
+  %scores_global165636.sroa.28.0963.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2062, %for_end_d_1180.i ]
+  %.idx83 = shl i64 %indvars.iv1429.i, 12
+  %gep = getelementptr i8, ptr %invariant.gep217, i64 %.idx83
+  %.idx85 = shl nuw nsw i64 %indvars.iv1429.i, 7
+  %gep218 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx85
+  br label %for_begin_d_2183.preheader.i
 
-for_end_to183.i:                                  ; preds = %for_begin_ti186.preheader.i, %for_begin_ti_1.preheader.i
-  br i1 %143, label %if_then191.i, label %if_end192.i, !prof !6
+for_end_d_0175.i:                                 ; preds = %for_end_d_1180.i
+  %1972 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1935
+  store <32 x float> %2027, ptr %1972, align 4, !tbaa !7
+  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 128
+  store <32 x float> %2032, ptr %1973, align 4, !tbaa !7
+  %1974 = getelementptr inbounds nuw i8, ptr %1972, i64 256
+  store <32 x float> %2037, ptr %1974, align 4, !tbaa !7
+  %1975 = getelementptr inbounds nuw i8, ptr %1972, i64 384
+  store <32 x float> %2042, ptr %1975, align 4, !tbaa !7
+  %1976 = getelementptr inbounds nuw i8, ptr %1972, i64 512
+  store <32 x float> %2047, ptr %1976, align 4, !tbaa !7
+  %1977 = getelementptr inbounds nuw i8, ptr %1972, i64 640
+  store <32 x float> %2052, ptr %1977, align 4, !tbaa !7
+  %1978 = getelementptr inbounds nuw i8, ptr %1972, i64 768
+  store <32 x float> %2057, ptr %1978, align 4, !tbaa !7
+  %1979 = getelementptr inbounds nuw i8, ptr %1972, i64 896
+  store <32 x float> %2062, ptr %1979, align 4, !tbaa !7
+  %indvars.iv.next1434.i = add nuw nsw i64 %indvars.iv1433.i, 1
+  %exitcond1437.not.i = icmp eq i64 %indvars.iv.next1434.i, %wide.trip.count1436.i
+  br i1 %exitcond1437.not.i, label %if_end151.i, label %for_body_to161.i, !prof !10
 
-if_then191.i:                                     ; preds = %for_end_to183.i
-  %2041 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
-  %2042 = icmp sgt i32 %1476, 0
-  br i1 %2042, label %for_body_r194.lr.ph.i, label %if_end192.i, !prof !32
+for_begin_d_2183.preheader.i:                     ; preds = %for_begin_d_2183.preheader.i, %for_begin_d_1178.preheader.i
+  %indvars.iv1424.i = phi i64 [ 0, %for_begin_d_1178.preheader.i ], [ %indvars.iv.next1425.i, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.0.1961.i = phi <32 x float> [ %scores_global165636.sroa.0.0970.i, %for_begin_d_1178.preheader.i ], [ %2027, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.4.1960.i = phi <32 x float> [ %scores_global165636.sroa.4.0969.i, %for_begin_d_1178.preheader.i ], [ %2032, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.8.1959.i = phi <32 x float> [ %scores_global165636.sroa.8.0968.i, %for_begin_d_1178.preheader.i ], [ %2037, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.12.1958.i = phi <32 x float> [ %scores_global165636.sroa.12.0967.i, %for_begin_d_1178.preheader.i ], [ %2042, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.16.1957.i = phi <32 x float> [ %scores_global165636.sroa.16.0966.i, %for_begin_d_1178.preheader.i ], [ %2047, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.20.1956.i = phi <32 x float> [ %scores_global165636.sroa.20.0965.i, %for_begin_d_1178.preheader.i ], [ %2052, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.24.1955.i = phi <32 x float> [ %scores_global165636.sroa.24.0964.i, %for_begin_d_1178.preheader.i ], [ %2057, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.28.1954.i = phi <32 x float> [ %scores_global165636.sroa.28.0963.i, %for_begin_d_1178.preheader.i ], [ %2062, %for_begin_d_2183.preheader.i ]
+  %.idx82 = shl i64 %indvars.iv1424.i, 8
+  %gep216 = getelementptr i8, ptr %gep, i64 %.idx82
+  %1980 = load <32 x float>, ptr %gep216, align 4, !tbaa !7
+  %1981 = getelementptr inbounds nuw float, ptr %gep218, i64 %indvars.iv1424.i
+  %1982 = load float, ptr %1981, align 4, !tbaa !7
+  %1983 = insertelement <32 x float> poison, float %1982, i64 0
+  %1984 = shufflevector <32 x float> %1983, <32 x float> poison, <32 x i32> zeroinitializer
+  %1985 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1984, <32 x float> %scores_global165636.sroa.0.1961.i)
+  %1986 = getelementptr inbounds nuw i8, ptr %1981, i64 512
+  %1987 = load float, ptr %1986, align 4, !tbaa !7
+  %1988 = insertelement <32 x float> poison, float %1987, i64 0
+  %1989 = shufflevector <32 x float> %1988, <32 x float> poison, <32 x i32> zeroinitializer
+  %1990 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1989, <32 x float> %scores_global165636.sroa.4.1960.i)
+  %1991 = getelementptr inbounds nuw i8, ptr %1981, i64 1024
+  %1992 = load float, ptr %1991, align 4, !tbaa !7
+  %1993 = insertelement <32 x float> poison, float %1992, i64 0
+  %1994 = shufflevector <32 x float> %1993, <32 x float> poison, <32 x i32> zeroinitializer
+  %1995 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1994, <32 x float> %scores_global165636.sroa.8.1959.i)
+  %1996 = getelementptr inbounds nuw i8, ptr %1981, i64 1536
+  %1997 = load float, ptr %1996, align 4, !tbaa !7
+  %1998 = insertelement <32 x float> poison, float %1997, i64 0
+  %1999 = shufflevector <32 x float> %1998, <32 x float> poison, <32 x i32> zeroinitializer
+  %2000 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1999, <32 x float> %scores_global165636.sroa.12.1958.i)
+  %2001 = getelementptr inbounds nuw i8, ptr %1981, i64 2048
+  %2002 = load float, ptr %2001, align 4, !tbaa !7
+  %2003 = insertelement <32 x float> poison, float %2002, i64 0
+  %2004 = shufflevector <32 x float> %2003, <32 x float> poison, <32 x i32> zeroinitializer
+  %2005 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2004, <32 x float> %scores_global165636.sroa.16.1957.i)
+  %2006 = getelementptr inbounds nuw i8, ptr %1981, i64 2560
+  %2007 = load float, ptr %2006, align 4, !tbaa !7
+  %2008 = insertelement <32 x float> poison, float %2007, i64 0
+  %2009 = shufflevector <32 x float> %2008, <32 x float> poison, <32 x i32> zeroinitializer
+  %2010 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2009, <32 x float> %scores_global165636.sroa.20.1956.i)
+  %2011 = getelementptr inbounds nuw i8, ptr %1981, i64 3072
+  %2012 = load float, ptr %2011, align 4, !tbaa !7
+  %2013 = insertelement <32 x float> poison, float %2012, i64 0
+  %2014 = shufflevector <32 x float> %2013, <32 x float> poison, <32 x i32> zeroinitializer
+  %2015 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2014, <32 x float> %scores_global165636.sroa.24.1955.i)
+  %2016 = getelementptr inbounds nuw i8, ptr %1981, i64 3584
+  %2017 = load float, ptr %2016, align 4, !tbaa !7
+  %2018 = insertelement <32 x float> poison, float %2017, i64 0
+  %2019 = shufflevector <32 x float> %2018, <32 x float> poison, <32 x i32> zeroinitializer
+  %2020 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2019, <32 x float> %scores_global165636.sroa.28.1954.i)
+  %2021 = getelementptr i8, ptr %gep216, i64 128
+  %2022 = load <32 x float>, ptr %2021, align 4, !tbaa !7
+  %2023 = getelementptr inbounds nuw i8, ptr %1981, i64 64
+  %2024 = load float, ptr %2023, align 4, !tbaa !7
+  %2025 = insertelement <32 x float> poison, float %2024, i64 0
+  %2026 = shufflevector <32 x float> %2025, <32 x float> poison, <32 x i32> zeroinitializer
+  %2027 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2026, <32 x float> %1985)
+  %2028 = getelementptr inbounds nuw i8, ptr %1981, i64 576
+  %2029 = load float, ptr %2028, align 4, !tbaa !7
+  %2030 = insertelement <32 x float> poison, float %2029, i64 0
+  %2031 = shufflevector <32 x float> %2030, <32 x float> poison, <32 x i32> zeroinitializer
+  %2032 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2031, <32 x float> %1990)
+  %2033 = getelementptr inbounds nuw i8, ptr %1981, i64 1088
+  %2034 = load float, ptr %2033, align 4, !tbaa !7
+  %2035 = insertelement <32 x float> poison, float %2034, i64 0
+  %2036 = shufflevector <32 x float> %2035, <32 x float> poison, <32 x i32> zeroinitializer
+  %2037 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2036, <32 x float> %1995)
+  %2038 = getelementptr inbounds nuw i8, ptr %1981, i64 1600
+  %2039 = load float, ptr %2038, align 4, !tbaa !7
+  %2040 = insertelement <32 x float> poison, float %2039, i64 0
+  %2041 = shufflevector <32 x float> %2040, <32 x float> poison, <32 x i32> zeroinitializer
+  %2042 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2041, <32 x float> %2000)
+  %2043 = getelementptr inbounds nuw i8, ptr %1981, i64 2112
+  %2044 = load float, ptr %2043, align 4, !tbaa !7
+  %2045 = insertelement <32 x float> poison, float %2044, i64 0
+  %2046 = shufflevector <32 x float> %2045, <32 x float> poison, <32 x i32> zeroinitializer
+  %2047 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2046, <32 x float> %2005)
+  %2048 = getelementptr inbounds nuw i8, ptr %1981, i64 2624
+  %2049 = load float, ptr %2048, align 4, !tbaa !7
+  %2050 = insertelement <32 x float> poison, float %2049, i64 0
+  %2051 = shufflevector <32 x float> %2050, <32 x float> poison, <32 x i32> zeroinitializer
+  %2052 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2051, <32 x float> %2010)
+  %2053 = getelementptr inbounds nuw i8, ptr %1981, i64 3136
+  %2054 = load float, ptr %2053, align 4, !tbaa !7
+  %2055 = insertelement <32 x float> poison, float %2054, i64 0
+  %2056 = shufflevector <32 x float> %2055, <32 x float> poison, <32 x i32> zeroinitializer
+  %2057 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2056, <32 x float> %2015)
+  %2058 = getelementptr inbounds nuw i8, ptr %1981, i64 3648
+  %2059 = load float, ptr %2058, align 4, !tbaa !7
+  %2060 = insertelement <32 x float> poison, float %2059, i64 0
+  %2061 = shufflevector <32 x float> %2060, <32 x float> poison, <32 x i32> zeroinitializer
+  %2062 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2061, <32 x float> %2020)
+  %indvars.iv.next1425.i = add nuw nsw i64 %indvars.iv1424.i, 1
+  %exitcond1428.not.i = icmp eq i64 %indvars.iv.next1425.i, 16
+  br i1 %exitcond1428.not.i, label %for_end_d_1180.i, label %for_begin_d_2183.preheader.i, !prof !22
 
-for_body_r194.lr.ph.i:                            ; preds = %if_then191.i
-  %2043 = icmp sgt i32 %valid_len152.i, %791
-  %2044 = zext nneg i32 %1474 to i64
-  %2045 = shl nuw nsw i64 %2044, 2
-  br i1 %2043, label %for_body_r194.us.preheader.i, label %if_end192.i, !prof !32
+for_end_d_1180.i:                                 ; preds = %for_begin_d_2183.preheader.i
+  %indvars.iv.next1430.i = add nuw nsw i64 %indvars.iv1429.i, 1
+  %exitcond1432.not.i = icmp eq i64 %indvars.iv.next1430.i, 4
+  br i1 %exitcond1432.not.i, label %for_end_d_0175.i, label %for_begin_d_1178.preheader.i, !prof !22
 
-for_body_r194.us.preheader.i:                     ; preds = %for_body_r194.lr.ph.i
-  %2046 = add i32 %indvars.iv251, %1469
-  %smin253 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2046)
-  %smin254 = tail call i32 @llvm.smin.i32(i32 %smin253, i32 128)
-  %2047 = sub i32 %smin254, %smax255
-  %2048 = zext i32 %2047 to i64
-  %2049 = sub i32 %valid_len152.i, %smax470
-  %2050 = zext i32 %2049 to i64
-  %2051 = add nsw i64 %2050, -1
-  %2052 = sub i32 %valid_len152.i, %smax481
-  %2053 = zext i32 %2052 to i64
-  %scevgep483 = getelementptr i8, ptr %scevgep482, i64 %2053
-  %scevgep485 = getelementptr i8, ptr %scaled.i, i64 %731
-  %scevgep486 = getelementptr i8, ptr %scaled.i, i64 -60
-  %scevgep487 = getelementptr i8, ptr %scevgep486, i64 %731
-  %2054 = shl nuw nsw i64 %2053, 6
-  %2055 = sub i32 %valid_len152.i, %smax494
-  %2056 = zext i32 %2055 to i64
-  %min.iters.check496 = icmp ult i32 %2055, 24
-  %2057 = trunc i64 %2051 to i32
-  %mul.result472 = shl i32 %2057, 4
-  %2058 = icmp ugt i64 %2051, 268435455
-  %mul.result476 = shl nsw i64 %2051, 6
-  %smax488 = tail call i32 @llvm.smax.i32(i32 %2041, i32 1)
-  %2059 = add nsw i32 %smax488, -1
-  %2060 = zext nneg i32 %2059 to i64
-  %2061 = shl nuw nsw i64 %2060, 2
-  %2062 = getelementptr i8, ptr %scevgep487, i64 %2054
-  %scevgep489 = getelementptr i8, ptr %2062, i64 %2061
-  %n.vec499 = and i64 %2056, 4294967288
-  %cmp.n512 = icmp eq i64 %n.vec499, %2056
-  %xtraiter = and i64 %2056, 3
+for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %if_end151.i
+  %.us-phi10191033.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2132, %for_end_ax2.i ]
+  %.us-phi10201031.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2130, %for_end_ax2.i ]
+  %.us-phi10211030.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2128, %for_end_ax2.i ]
+  %.us-phi10221028.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2126, %for_end_ax2.i ]
+  %2063 = fcmp olt <32 x float> %.us-phi10221028.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2064 = select <32 x i1> %2063, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.us-phi10221028.lcssa.i
+  %2065 = fcmp ogt <32 x float> %2064, %.us-phi10211030.lcssa.i
+  %2066 = select <32 x i1> %2065, <32 x float> %2064, <32 x float> %.us-phi10211030.lcssa.i
+  %2067 = fcmp ogt <32 x float> %2066, %.us-phi10201031.lcssa.i
+  %2068 = select <32 x i1> %2067, <32 x float> %2066, <32 x float> %.us-phi10201031.lcssa.i
+  %2069 = fcmp ogt <32 x float> %2068, %.us-phi10191033.lcssa.i
+  %2070 = select <32 x i1> %2069, <32 x float> %2068, <32 x float> %.us-phi10191033.lcssa.i
+  %2071 = sub nsw i32 %1447, %num_full.i
+  %2072 = icmp sgt i32 %2071, 0
+  br i1 %2072, label %for_begin_ti211.preheader.lr.ph.i, label %for_end_to208.i, !prof !31
+
+for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti193.preheader.preheader.i
+  %indvars.iv1477.i = phi i64 [ 0, %for_begin_ti193.preheader.preheader.i ], [ %indvars.iv.next1478.i, %for_end_ax2.i ]
+  %2073 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2126, %for_end_ax2.i ]
+  %2074 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2128, %for_end_ax2.i ]
+  %2075 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2130, %for_end_ax2.i ]
+  %2076 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2132, %for_end_ax2.i ]
+  %2077 = shl nsw i64 %indvars.iv1477.i, 8
+  %2078 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2077
+  %2079 = load <32 x float>, ptr %2078, align 4, !tbaa !7
+  %2080 = fmul <32 x float> %542, %2079
+  %2081 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2077
+  store <32 x float> %2080, ptr %2081, align 4, !tbaa !7
+  %2082 = or disjoint i64 %2077, 32
+  %2083 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2082
+  %2084 = load <32 x float>, ptr %2083, align 4, !tbaa !7
+  %2085 = fmul <32 x float> %542, %2084
+  %2086 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2082
+  store <32 x float> %2085, ptr %2086, align 4, !tbaa !7
+  %2087 = or disjoint i64 %2077, 64
+  %2088 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2087
+  %2089 = load <32 x float>, ptr %2088, align 4, !tbaa !7
+  %2090 = fmul <32 x float> %542, %2089
+  %2091 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2087
+  store <32 x float> %2090, ptr %2091, align 4, !tbaa !7
+  %2092 = or disjoint i64 %2077, 96
+  %2093 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2092
+  %2094 = load <32 x float>, ptr %2093, align 4, !tbaa !7
+  %2095 = fmul <32 x float> %542, %2094
+  %2096 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2092
+  store <32 x float> %2095, ptr %2096, align 4, !tbaa !7
+  %2097 = or disjoint i64 %2077, 128
+  %2098 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2097
+  %2099 = load <32 x float>, ptr %2098, align 4, !tbaa !7
+  %2100 = fmul <32 x float> %542, %2099
+  %2101 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2097
+  store <32 x float> %2100, ptr %2101, align 4, !tbaa !7
+  %2102 = or disjoint i64 %2077, 160
+  %2103 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2102
+  %2104 = load <32 x float>, ptr %2103, align 4, !tbaa !7
+  %2105 = fmul <32 x float> %542, %2104
+  %2106 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2102
+  store <32 x float> %2105, ptr %2106, align 4, !tbaa !7
+  %2107 = or disjoint i64 %2077, 192
+  %2108 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2107
+  %2109 = load <32 x float>, ptr %2108, align 4, !tbaa !7
+  %2110 = fmul <32 x float> %542, %2109
+  %2111 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2107
+  store <32 x float> %2110, ptr %2111, align 4, !tbaa !7
+  %2112 = or disjoint i64 %2077, 224
+  %2113 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2112
+  %2114 = load <32 x float>, ptr %2113, align 4, !tbaa !7
+  %2115 = fmul <32 x float> %542, %2114
+  %2116 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2112
+  store <32 x float> %2115, ptr %2116, align 4, !tbaa !7
+  %2117 = fcmp ogt <32 x float> %2073, %2080
+  %2118 = select <32 x i1> %2117, <32 x float> %2073, <32 x float> %2080
+  %2119 = fcmp ogt <32 x float> %2074, %2085
+  %2120 = select <32 x i1> %2119, <32 x float> %2074, <32 x float> %2085
+  %2121 = fcmp ogt <32 x float> %2075, %2090
+  %2122 = select <32 x i1> %2121, <32 x float> %2075, <32 x float> %2090
+  %2123 = fcmp ogt <32 x float> %2076, %2095
+  %2124 = select <32 x i1> %2123, <32 x float> %2076, <32 x float> %2095
+  %2125 = fcmp ogt <32 x float> %2118, %2100
+  %2126 = select <32 x i1> %2125, <32 x float> %2118, <32 x float> %2100
+  %2127 = fcmp ogt <32 x float> %2120, %2105
+  %2128 = select <32 x i1> %2127, <32 x float> %2120, <32 x float> %2105
+  %2129 = fcmp ogt <32 x float> %2122, %2110
+  %2130 = select <32 x i1> %2129, <32 x float> %2122, <32 x float> %2110
+  %2131 = fcmp ogt <32 x float> %2124, %2115
+  %2132 = select <32 x i1> %2131, <32 x float> %2124, <32 x float> %2115
+  %indvars.iv.next1478.i = add nuw nsw i64 %indvars.iv1477.i, 1
+  %exitcond1481.not.i = icmp eq i64 %indvars.iv.next1478.i, %wide.trip.count1480.i
+  br i1 %exitcond1481.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !10
+
+for_begin_ti211.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
+  %.idx1716.i = shl nsw i64 %1427, 7
+  %2133 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1716.i
+  %2134 = and i32 %1443, 2147483640
+  %2135 = add i32 %2134, %897
+  %wide.trip.count1493.i = zext nneg i32 %2071 to i64
+  br label %for_begin_ti211.preheader.i
+
+for_begin_ti211.preheader.i:                      ; preds = %for_begin_ti211.preheader.i, %for_begin_ti211.preheader.lr.ph.i
+  %indvars.iv1490.i = phi i64 [ 0, %for_begin_ti211.preheader.lr.ph.i ], [ %indvars.iv.next1491.i, %for_begin_ti211.preheader.i ]
+  %2136 = trunc i64 %indvars.iv1490.i to i32
+  %2137 = add i32 %num_full.i, %2136
+  %2138 = shl i32 %2137, 8
+  %2139 = shl i32 %2136, 3
+  %2140 = add i32 %2135, %2139
+  %2141 = sext i32 %2138 to i64
+  %2142 = getelementptr inbounds float, ptr %scores.i, i64 %2141
+  %2143 = load <32 x float>, ptr %2142, align 4, !tbaa !7
+  %2144 = fmul <32 x float> %542, %2143
+  %2145 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2146 = insertelement <32 x i32> poison, i32 %2140, i64 0
+  %2147 = shufflevector <32 x i32> %2146, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2148 = icmp slt <32 x i32> %2147, %2145
+  %2149 = select <32 x i1> %2148, <32 x float> %2144, <32 x float> splat (float 0xFFF0000000000000)
+  %2150 = getelementptr inbounds float, ptr %scaled.i, i64 %2141
+  store <32 x float> %2149, ptr %2150, align 4, !tbaa !7
+  %2151 = or disjoint i64 %2141, 32
+  %2152 = getelementptr inbounds float, ptr %scores.i, i64 %2151
+  %2153 = load <32 x float>, ptr %2152, align 4, !tbaa !7
+  %2154 = fmul <32 x float> %542, %2153
+  %2155 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2156 = add i32 %2140, 1
+  %2157 = insertelement <32 x i32> poison, i32 %2156, i64 0
+  %2158 = shufflevector <32 x i32> %2157, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2159 = icmp slt <32 x i32> %2158, %2155
+  %2160 = select <32 x i1> %2159, <32 x float> %2154, <32 x float> splat (float 0xFFF0000000000000)
+  %2161 = getelementptr inbounds float, ptr %scaled.i, i64 %2151
+  store <32 x float> %2160, ptr %2161, align 4, !tbaa !7
+  %2162 = or disjoint i64 %2141, 64
+  %2163 = getelementptr inbounds float, ptr %scores.i, i64 %2162
+  %2164 = load <32 x float>, ptr %2163, align 4, !tbaa !7
+  %2165 = fmul <32 x float> %542, %2164
+  %2166 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2167 = add i32 %2140, 2
+  %2168 = insertelement <32 x i32> poison, i32 %2167, i64 0
+  %2169 = shufflevector <32 x i32> %2168, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2170 = icmp slt <32 x i32> %2169, %2166
+  %2171 = select <32 x i1> %2170, <32 x float> %2165, <32 x float> splat (float 0xFFF0000000000000)
+  %2172 = getelementptr inbounds float, ptr %scaled.i, i64 %2162
+  store <32 x float> %2171, ptr %2172, align 4, !tbaa !7
+  %2173 = or disjoint i64 %2141, 96
+  %2174 = getelementptr inbounds float, ptr %scores.i, i64 %2173
+  %2175 = load <32 x float>, ptr %2174, align 4, !tbaa !7
+  %2176 = fmul <32 x float> %542, %2175
+  %2177 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2178 = add i32 %2140, 3
+  %2179 = insertelement <32 x i32> poison, i32 %2178, i64 0
+  %2180 = shufflevector <32 x i32> %2179, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2181 = icmp slt <32 x i32> %2180, %2177
+  %2182 = select <32 x i1> %2181, <32 x float> %2176, <32 x float> splat (float 0xFFF0000000000000)
+  %2183 = getelementptr inbounds float, ptr %scaled.i, i64 %2173
+  store <32 x float> %2182, ptr %2183, align 4, !tbaa !7
+  %2184 = or disjoint i64 %2141, 128
+  %2185 = getelementptr inbounds float, ptr %scores.i, i64 %2184
+  %2186 = load <32 x float>, ptr %2185, align 4, !tbaa !7
+  %2187 = fmul <32 x float> %542, %2186
+  %2188 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2189 = add i32 %2140, 4
+  %2190 = insertelement <32 x i32> poison, i32 %2189, i64 0
+  %2191 = shufflevector <32 x i32> %2190, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2192 = icmp slt <32 x i32> %2191, %2188
+  %2193 = select <32 x i1> %2192, <32 x float> %2187, <32 x float> splat (float 0xFFF0000000000000)
+  %2194 = getelementptr inbounds float, ptr %scaled.i, i64 %2184
+  store <32 x float> %2193, ptr %2194, align 4, !tbaa !7
+  %2195 = or disjoint i64 %2141, 160
+  %2196 = getelementptr inbounds float, ptr %scores.i, i64 %2195
+  %2197 = load <32 x float>, ptr %2196, align 4, !tbaa !7
+  %2198 = fmul <32 x float> %542, %2197
+  %2199 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2200 = add i32 %2140, 5
+  %2201 = insertelement <32 x i32> poison, i32 %2200, i64 0
+  %2202 = shufflevector <32 x i32> %2201, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2203 = icmp slt <32 x i32> %2202, %2199
+  %2204 = select <32 x i1> %2203, <32 x float> %2198, <32 x float> splat (float 0xFFF0000000000000)
+  %2205 = getelementptr inbounds float, ptr %scaled.i, i64 %2195
+  store <32 x float> %2204, ptr %2205, align 4, !tbaa !7
+  %2206 = or disjoint i64 %2141, 192
+  %2207 = getelementptr inbounds float, ptr %scores.i, i64 %2206
+  %2208 = load <32 x float>, ptr %2207, align 4, !tbaa !7
+  %2209 = fmul <32 x float> %542, %2208
+  %2210 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2211 = add i32 %2140, 6
+  %2212 = insertelement <32 x i32> poison, i32 %2211, i64 0
+  %2213 = shufflevector <32 x i32> %2212, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2214 = icmp slt <32 x i32> %2213, %2210
+  %2215 = select <32 x i1> %2214, <32 x float> %2209, <32 x float> splat (float 0xFFF0000000000000)
+  %2216 = getelementptr inbounds float, ptr %scaled.i, i64 %2206
+  store <32 x float> %2215, ptr %2216, align 4, !tbaa !7
+  %2217 = or disjoint i64 %2141, 224
+  %2218 = getelementptr inbounds float, ptr %scores.i, i64 %2217
+  %2219 = load <32 x float>, ptr %2218, align 4, !tbaa !7
+  %2220 = fmul <32 x float> %542, %2219
+  %2221 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
+  %2222 = add i32 %2140, 7
+  %2223 = insertelement <32 x i32> poison, i32 %2222, i64 0
+  %2224 = shufflevector <32 x i32> %2223, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2225 = icmp slt <32 x i32> %2224, %2221
+  %2226 = select <32 x i1> %2225, <32 x float> %2220, <32 x float> splat (float 0xFFF0000000000000)
+  %2227 = getelementptr inbounds float, ptr %scaled.i, i64 %2217
+  store <32 x float> %2226, ptr %2227, align 4, !tbaa !7
+  %indvars.iv.next1491.i = add nuw nsw i64 %indvars.iv1490.i, 1
+  %exitcond1494.not.i = icmp eq i64 %indvars.iv.next1491.i, %wide.trip.count1493.i
+  br i1 %exitcond1494.not.i, label %for_end_to208.i, label %for_begin_ti211.preheader.i, !prof !10
+
+for_end_to208.i:                                  ; preds = %for_begin_ti211.preheader.i, %for_begin_ti_1.preheader.i
+  %2228 = icmp sgt i32 %1437, 0
+  %or.cond.i = and i1 %143, %2228
+  br i1 %or.cond.i, label %for_body_r219.lr.ph.i, label %if_end217.i, !prof !47
+
+for_body_r219.lr.ph.i:                            ; preds = %for_end_to208.i
+  %2229 = icmp sgt i32 %valid_len146.i, %936
+  %2230 = zext nneg i32 %1435 to i64
+  %2231 = shl nuw nsw i64 %2230, 3
+  br i1 %2229, label %for_body_r219.i.us.preheader, label %if_end217.i, !prof !31
+
+for_body_r219.i.us.preheader:                     ; preds = %for_body_r219.lr.ph.i
+  %2232 = add i32 %indvars.iv368, %1430
+  %2233 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2232)
+  %2234 = tail call i32 @llvm.smin.i32(i32 %2233, i32 64)
+  %smin371 = sext i32 %2234 to i64
+  %2235 = sub nsw i64 %smin371, %894
+  %smax372 = tail call i64 @llvm.smax.i64(i64 %2235, i64 1)
+  %2236 = tail call i32 @llvm.smin.i32(i32 %871, i32 %1433)
+  %2237 = tail call i32 @llvm.smin.i32(i32 %2236, i32 64)
+  %smin709 = sext i32 %2237 to i64
+  %2238 = sub nsw i64 %smin709, %869
+  %smax710 = tail call i64 @llvm.smax.i64(i64 %2238, i64 1)
+  %2239 = add nsw i64 %smax710, -1
+  %2240 = tail call i32 @llvm.smin.i32(i32 %862, i32 %1433)
+  %2241 = tail call i32 @llvm.smin.i32(i32 %2240, i32 64)
+  %smin726 = sext i32 %2241 to i64
+  %2242 = sub nsw i64 %smin726, %860
+  %smax727 = tail call i64 @llvm.smax.i64(i64 %2242, i64 1)
+  %scevgep728 = getelementptr i8, ptr %scevgep722, i64 %smax727
+  %scevgep730 = getelementptr i8, ptr %scaled.i, i64 %865
+  %scevgep731 = getelementptr i8, ptr %scaled.i, i64 -124
+  %scevgep732 = getelementptr i8, ptr %scevgep731, i64 %865
+  %2243 = shl nuw nsw i64 %smax727, 7
+  %2244 = tail call i32 @llvm.smin.i32(i32 %855, i32 %1433)
+  %2245 = tail call i32 @llvm.smin.i32(i32 %2244, i32 64)
+  %smin743 = sext i32 %2245 to i64
+  %2246 = sub nsw i64 %smin743, %853
+  %smax744 = tail call i64 @llvm.smax.i64(i64 %2246, i64 1)
+  %min.iters.check746 = icmp slt i64 %2246, 24
+  %2247 = trunc i64 %2239 to i32
+  %mul.result712 = shl i32 %2247, 5
+  %mul.overflow713 = icmp ugt i32 %2247, 134217727
+  %2248 = icmp sgt i64 %2238, 4294967296
+  %invariant.op = or i1 %mul.overflow713, %2248
+  %mul.result716 = shl i64 %2239, 7
+  %smax733 = tail call i32 @llvm.smax.i32(i32 %1444, i32 1)
+  %2249 = add nsw i32 %smax733, -1
+  %2250 = zext nneg i32 %2249 to i64
+  %2251 = shl nuw nsw i64 %2250, 2
+  %2252 = getelementptr i8, ptr %scevgep732, i64 %2243
+  %scevgep734 = getelementptr i8, ptr %2252, i64 %2251
+  %n.vec749 = and i64 %smax744, 9223372036854775800
+  %cmp.n762 = icmp eq i64 %smax744, %n.vec749
+  %xtraiter = and i64 %smax744, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br label %for_body_r194.us.i
+  br label %for_body_r219.i.us
 
-for_body_r194.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.us.preheader.i
-  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
-  %r197799.us.i = phi i32 [ %2127, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r194.us.preheader.i ]
-  %2063 = lshr i32 %r197799.us.i, 2
-  %2064 = zext nneg i32 %2063 to i64
-  %2065 = add nuw nsw i64 %2045, %2064
-  %2066 = mul nsw i64 %2065, %448
-  %2067 = getelementptr i8, ptr %797, i64 %2066
-  br i1 %min.iters.check496, label %for_body_c.us.i.preheader, label %vector.scevcheck468, !prof !9
+for_body_r219.i.us:                               ; preds = %for_end_c.i.loopexit.us, %for_body_r219.i.us.preheader
+  %indvar = phi i64 [ 0, %for_body_r219.i.us.preheader ], [ %indvar.next, %for_end_c.i.loopexit.us ]
+  %r2221048.i.us = phi i32 [ 0, %for_body_r219.i.us.preheader ], [ %2316, %for_end_c.i.loopexit.us ]
+  %2253 = lshr i32 %r2221048.i.us, 2
+  %2254 = zext nneg i32 %2253 to i64
+  %2255 = add nuw nsw i64 %2231, %2254
+  %2256 = mul nsw i64 %2255, %544
+  %2257 = getelementptr i8, ptr %942, i64 %2256
+  br i1 %min.iters.check746, label %for_body_c.i.us.preheader, label %vector.scevcheck703, !prof !9
 
-vector.scevcheck468:                              ; preds = %for_body_r194.us.i
-  %2068 = add i64 %indvar, %736
-  %2069 = shl i64 %2068, 2
-  %scevgep474 = getelementptr i8, ptr %scaled.i, i64 %2069
-  %2070 = add i32 %735, %r197799.us.i
-  %2071 = add i32 %2070, %mul.result472
-  %2072 = icmp slt i32 %2071, %2070
-  %2073 = or i1 %2072, %2058
-  %2074 = getelementptr i8, ptr %scevgep474, i64 %mul.result476
-  %2075 = icmp ult ptr %2074, %scevgep474
-  %2076 = or i1 %2075, %2073
-  br i1 %2076, label %for_body_c.us.i.preheader, label %vector.memcheck478, !prof !9
+vector.scevcheck703:                              ; preds = %for_body_r219.i.us
+  %2258 = add i64 %indvar, %873
+  %2259 = shl i64 %2258, 2
+  %scevgep714 = getelementptr i8, ptr %scaled.i, i64 %2259
+  %2260 = add i32 %872, %r2221048.i.us
+  %2261 = add i32 %2260, %mul.result712
+  %2262 = icmp slt i32 %2261, %2260
+  %.reass = or i1 %2262, %invariant.op
+  %2263 = getelementptr i8, ptr %scevgep714, i64 %mul.result716
+  %2264 = icmp ult ptr %2263, %scevgep714
+  %2265 = or i1 %2264, %.reass
+  br i1 %2265, label %for_body_c.i.us.preheader, label %vector.memcheck718, !prof !9
 
-vector.memcheck478:                               ; preds = %vector.scevcheck468
-  %scevgep484 = getelementptr i8, ptr %scevgep483, i64 %2066
-  %bound0490 = icmp ult ptr %2067, %scevgep489
-  %bound1491 = icmp ult ptr %scevgep485, %scevgep484
-  %found.conflict492 = and i1 %bound0490, %bound1491
-  br i1 %found.conflict492, label %for_body_c.us.i.preheader, label %vector.ph497, !prof !9
+vector.memcheck718:                               ; preds = %vector.scevcheck703
+  %scevgep729 = getelementptr i8, ptr %scevgep728, i64 %2256
+  %bound0735 = icmp ult ptr %2257, %scevgep734
+  %bound1736 = icmp ult ptr %scevgep730, %scevgep729
+  %found.conflict737 = and i1 %bound0735, %bound1736
+  br i1 %found.conflict737, label %for_body_c.i.us.preheader, label %vector.ph747, !prof !9
 
-vector.ph497:                                     ; preds = %vector.memcheck478
-  %broadcast.splatinsert500 = insertelement <8 x i32> poison, i32 %r197799.us.i, i64 0
-  %broadcast.splat501 = shufflevector <8 x i32> %broadcast.splatinsert500, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body504
+vector.ph747:                                     ; preds = %vector.memcheck718
+  %broadcast.splatinsert750 = insertelement <8 x i32> poison, i32 %r2221048.i.us, i64 0
+  %broadcast.splat751 = shufflevector <8 x i32> %broadcast.splatinsert750, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body754
 
-vector.body504:                                   ; preds = %vector.body504, %vector.ph497
-  %index505 = phi i64 [ 0, %vector.ph497 ], [ %index.next509, %vector.body504 ]
-  %vec.ind506 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph497 ], [ %vec.ind.next510, %vector.body504 ]
-  %2077 = getelementptr i8, ptr %2067, i64 %index505
-  %wide.load507 = load <8 x i8>, ptr %2077, align 1, !tbaa !7, !alias.scope !42, !noalias !45
-  %2078 = icmp ne <8 x i8> %wide.load507, zeroinitializer
-  %2079 = add <8 x i32> %broadcast.splat503, %vec.ind506
-  %2080 = shl <8 x i32> %2079, splat (i32 4)
-  %2081 = add nsw <8 x i32> %2080, %broadcast.splat501
-  %2082 = sext <8 x i32> %2081 to <8 x i64>
-  %2083 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2082
-  %wide.masked.gather508 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2083, <8 x i1> %2078, <8 x float> poison), !tbaa !7, !alias.scope !45
-  %predphi = select <8 x i1> %2078, <8 x float> %wide.masked.gather508, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2083, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !45
-  %index.next509 = add nuw i64 %index505, 8
-  %vec.ind.next510 = add <8 x i32> %vec.ind506, splat (i32 8)
-  %2084 = icmp eq i64 %index.next509, %n.vec499
-  br i1 %2084, label %middle.block511, label %vector.body504, !prof !47, !llvm.loop !48
+vector.body754:                                   ; preds = %vector.body754, %vector.ph747
+  %index755 = phi i64 [ 0, %vector.ph747 ], [ %index.next759, %vector.body754 ]
+  %vec.ind756 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph747 ], [ %vec.ind.next760, %vector.body754 ]
+  %2266 = getelementptr i8, ptr %2257, i64 %index755
+  %wide.load757 = load <8 x i8>, ptr %2266, align 1, !tbaa !7, !alias.scope !48, !noalias !51
+  %2267 = icmp ne <8 x i8> %wide.load757, zeroinitializer
+  %2268 = add <8 x i32> %broadcast.splat753, %vec.ind756
+  %2269 = shl <8 x i32> %2268, splat (i32 5)
+  %2270 = add nsw <8 x i32> %2269, %broadcast.splat751
+  %2271 = sext <8 x i32> %2270 to <8 x i64>
+  %2272 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2271
+  %wide.masked.gather758 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2272, <8 x i1> %2267, <8 x float> poison), !tbaa !7, !alias.scope !51
+  %predphi = select <8 x i1> %2267, <8 x float> %wide.masked.gather758, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2272, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !51
+  %index.next759 = add nuw i64 %index755, 8
+  %vec.ind.next760 = add <8 x i32> %vec.ind756, splat (i32 8)
+  %2273 = icmp eq i64 %index.next759, %n.vec749
+  br i1 %2273, label %middle.block761, label %vector.body754, !prof !53, !llvm.loop !54
 
-middle.block511:                                  ; preds = %vector.body504
-  br i1 %cmp.n512, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !50
+middle.block761:                                  ; preds = %vector.body754
+  br i1 %cmp.n762, label %for_end_c.i.loopexit.us, label %for_body_c.i.us.preheader, !prof !56
 
-for_body_c.us.i.preheader:                        ; preds = %middle.block511, %vector.memcheck478, %vector.scevcheck468, %for_body_r194.us.i
-  %indvars.iv1067.i.ph = phi i64 [ 0, %vector.memcheck478 ], [ 0, %vector.scevcheck468 ], [ 0, %for_body_r194.us.i ], [ %n.vec499, %middle.block511 ]
-  br i1 %lcmp.mod.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !32
+for_body_c.i.us.preheader:                        ; preds = %middle.block761, %vector.memcheck718, %vector.scevcheck703, %for_body_r219.i.us
+  %indvars.iv1495.i.us.ph = phi i64 [ 0, %vector.memcheck718 ], [ 0, %vector.scevcheck703 ], [ 0, %for_body_r219.i.us ], [ %n.vec749, %middle.block761 ]
+  br i1 %lcmp.mod.not, label %for_body_c.i.us.prol.loopexit, label %for_body_c.i.us.prol, !prof !31
 
-for_body_c.us.i.prol:                             ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1067.i.prol = phi i64 [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ], [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %if_end200.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %2085 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i.prol
-  %2086 = load i8, ptr %2085, align 1, !tbaa !7
-  %2087 = icmp eq i8 %2086, 0
-  %2088 = trunc i64 %indvars.iv1067.i.prol to i32
-  %.pre1216.i.prol = add i32 %791, %2088
-  %.pre1218.i.prol = shl i32 %.pre1216.i.prol, 4
-  %.pre1220.i.prol = add nsw i32 %.pre1218.i.prol, %r197799.us.i
-  %.pre1222.i.prol = sext i32 %.pre1220.i.prol to i64
-  br i1 %2087, label %if_end200.us.i.prol, label %if_else199.us.i.prol
+for_body_c.i.us.prol:                             ; preds = %if_end225.i.us.prol, %for_body_c.i.us.preheader
+  %indvars.iv1495.i.us.prol = phi i64 [ %indvars.iv.next1496.i.us.prol, %if_end225.i.us.prol ], [ %indvars.iv1495.i.us.ph, %for_body_c.i.us.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end225.i.us.prol ], [ 0, %for_body_c.i.us.preheader ]
+  %2274 = getelementptr i8, ptr %2257, i64 %indvars.iv1495.i.us.prol
+  %2275 = load i8, ptr %2274, align 1, !tbaa !7
+  %2276 = icmp eq i8 %2275, 0
+  %2277 = trunc i64 %indvars.iv1495.i.us.prol to i32
+  %.pre1672.i.us.prol = add i32 %936, %2277
+  %.pre1674.i.us.prol = shl i32 %.pre1672.i.us.prol, 5
+  %.pre1676.i.us.prol = add nsw i32 %.pre1674.i.us.prol, %r2221048.i.us
+  %.pre1678.i.us.prol = sext i32 %.pre1676.i.us.prol to i64
+  br i1 %2276, label %if_end225.i.us.prol, label %if_else224.i.us.prol
 
-if_else199.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %2089 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
-  %2090 = load float, ptr %2089, align 4, !tbaa !7
-  br label %if_end200.us.i.prol
+if_else224.i.us.prol:                             ; preds = %for_body_c.i.us.prol
+  %2278 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
+  %2279 = load float, ptr %2278, align 4, !tbaa !7
+  br label %if_end225.i.us.prol
 
-if_end200.us.i.prol:                              ; preds = %if_else199.us.i.prol, %for_body_c.us.i.prol
-  %2091 = phi float [ %2090, %if_else199.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %2092 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.prol
-  store float %2091, ptr %2092, align 4, !tbaa !7
-  %indvars.iv.next1068.i.prol = add nuw nsw i64 %indvars.iv1067.i.prol, 1
+if_end225.i.us.prol:                              ; preds = %if_else224.i.us.prol, %for_body_c.i.us.prol
+  %2280 = phi float [ %2279, %if_else224.i.us.prol ], [ 0xFFF0000000000000, %for_body_c.i.us.prol ]
+  %2281 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
+  store float %2280, ptr %2281, align 4, !tbaa !7
+  %indvars.iv.next1496.i.us.prol = add nuw nsw i64 %indvars.iv1495.i.us.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !51, !llvm.loop !52
+  br i1 %prol.iter.cmp.not, label %for_body_c.i.us.prol.loopexit, label %for_body_c.i.us.prol, !prof !57, !llvm.loop !58
 
-for_body_c.us.i.prol.loopexit:                    ; preds = %if_end200.us.i.prol, %for_body_c.us.i.preheader
-  %indvars.iv1067.i.unr = phi i64 [ %indvars.iv1067.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1068.i.prol, %if_end200.us.i.prol ]
-  %2093 = sub nsw i64 %indvars.iv1067.i.ph, %2056
-  %2094 = icmp ugt i64 %2093, -4
-  br i1 %2094, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !9
+for_body_c.i.us.prol.loopexit:                    ; preds = %if_end225.i.us.prol, %for_body_c.i.us.preheader
+  %indvars.iv1495.i.us.unr = phi i64 [ %indvars.iv1495.i.us.ph, %for_body_c.i.us.preheader ], [ %indvars.iv.next1496.i.us.prol, %if_end225.i.us.prol ]
+  %2282 = sub nsw i64 %indvars.iv1495.i.us.ph, %smax744
+  %2283 = icmp ugt i64 %2282, -4
+  br i1 %2283, label %for_end_c.i.loopexit.us, label %for_body_c.i.us, !prof !9
 
-for_body_c.us.i:                                  ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit
-  %indvars.iv1067.i = phi i64 [ %indvars.iv.next1068.i.3, %if_end200.us.i.3 ], [ %indvars.iv1067.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %2095 = getelementptr i8, ptr %2067, i64 %indvars.iv1067.i
-  %2096 = load i8, ptr %2095, align 1, !tbaa !7
-  %2097 = icmp eq i8 %2096, 0
-  %2098 = trunc i64 %indvars.iv1067.i to i32
-  %.pre1216.i = add i32 %791, %2098
-  %.pre1218.i = shl i32 %.pre1216.i, 4
-  %.pre1220.i = add nsw i32 %.pre1218.i, %r197799.us.i
-  %.pre1222.i = sext i32 %.pre1220.i to i64
-  br i1 %2097, label %if_end200.us.i, label %if_else199.us.i
+for_body_c.i.us:                                  ; preds = %if_end225.i.us.3, %for_body_c.i.us.prol.loopexit
+  %indvars.iv1495.i.us = phi i64 [ %indvars.iv.next1496.i.us.3, %if_end225.i.us.3 ], [ %indvars.iv1495.i.us.unr, %for_body_c.i.us.prol.loopexit ]
+  %2284 = getelementptr i8, ptr %2257, i64 %indvars.iv1495.i.us
+  %2285 = load i8, ptr %2284, align 1, !tbaa !7
+  %2286 = icmp eq i8 %2285, 0
+  %2287 = trunc i64 %indvars.iv1495.i.us to i32
+  %.pre1672.i.us = add i32 %936, %2287
+  %.pre1674.i.us = shl i32 %.pre1672.i.us, 5
+  %.pre1676.i.us = add nsw i32 %.pre1674.i.us, %r2221048.i.us
+  %.pre1678.i.us = sext i32 %.pre1676.i.us to i64
+  br i1 %2286, label %if_end225.i.us, label %if_else224.i.us
 
-if_else199.us.i:                                  ; preds = %for_body_c.us.i
-  %2099 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
-  %2100 = load float, ptr %2099, align 4, !tbaa !7
-  br label %if_end200.us.i
+if_else224.i.us:                                  ; preds = %for_body_c.i.us
+  %2288 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
+  %2289 = load float, ptr %2288, align 4, !tbaa !7
+  br label %if_end225.i.us
 
-if_end200.us.i:                                   ; preds = %if_else199.us.i, %for_body_c.us.i
-  %2101 = phi float [ %2100, %if_else199.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %2102 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i
-  store float %2101, ptr %2102, align 4, !tbaa !7
-  %indvars.iv.next1068.i = add nuw nsw i64 %indvars.iv1067.i, 1
-  %2103 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i
-  %2104 = load i8, ptr %2103, align 1, !tbaa !7
-  %2105 = icmp eq i8 %2104, 0
-  %2106 = trunc i64 %indvars.iv.next1068.i to i32
-  %.pre1216.i.1 = add i32 %791, %2106
-  %.pre1218.i.1 = shl i32 %.pre1216.i.1, 4
-  %.pre1220.i.1 = add nsw i32 %.pre1218.i.1, %r197799.us.i
-  %.pre1222.i.1 = sext i32 %.pre1220.i.1 to i64
-  br i1 %2105, label %if_end200.us.i.1, label %if_else199.us.i.1
+if_end225.i.us:                                   ; preds = %if_else224.i.us, %for_body_c.i.us
+  %2290 = phi float [ %2289, %if_else224.i.us ], [ 0xFFF0000000000000, %for_body_c.i.us ]
+  %2291 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
+  store float %2290, ptr %2291, align 4, !tbaa !7
+  %indvars.iv.next1496.i.us = add nuw nsw i64 %indvars.iv1495.i.us, 1
+  %2292 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us
+  %2293 = load i8, ptr %2292, align 1, !tbaa !7
+  %2294 = icmp eq i8 %2293, 0
+  %2295 = trunc i64 %indvars.iv.next1496.i.us to i32
+  %.pre1672.i.us.1 = add i32 %936, %2295
+  %.pre1674.i.us.1 = shl i32 %.pre1672.i.us.1, 5
+  %.pre1676.i.us.1 = add nsw i32 %.pre1674.i.us.1, %r2221048.i.us
+  %.pre1678.i.us.1 = sext i32 %.pre1676.i.us.1 to i64
+  br i1 %2294, label %if_end225.i.us.1, label %if_else224.i.us.1
 
-if_else199.us.i.1:                                ; preds = %if_end200.us.i
-  %2107 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
-  %2108 = load float, ptr %2107, align 4, !tbaa !7
-  br label %if_end200.us.i.1
+if_else224.i.us.1:                                ; preds = %if_end225.i.us
+  %2296 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
+  %2297 = load float, ptr %2296, align 4, !tbaa !7
+  br label %if_end225.i.us.1
 
-if_end200.us.i.1:                                 ; preds = %if_else199.us.i.1, %if_end200.us.i
-  %2109 = phi float [ %2108, %if_else199.us.i.1 ], [ 0xFFF0000000000000, %if_end200.us.i ]
-  %2110 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.1
-  store float %2109, ptr %2110, align 4, !tbaa !7
-  %indvars.iv.next1068.i.1 = add nuw nsw i64 %indvars.iv1067.i, 2
-  %2111 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.1
-  %2112 = load i8, ptr %2111, align 1, !tbaa !7
-  %2113 = icmp eq i8 %2112, 0
-  %2114 = trunc i64 %indvars.iv.next1068.i.1 to i32
-  %.pre1216.i.2 = add i32 %791, %2114
-  %.pre1218.i.2 = shl i32 %.pre1216.i.2, 4
-  %.pre1220.i.2 = add nsw i32 %.pre1218.i.2, %r197799.us.i
-  %.pre1222.i.2 = sext i32 %.pre1220.i.2 to i64
-  br i1 %2113, label %if_end200.us.i.2, label %if_else199.us.i.2
+if_end225.i.us.1:                                 ; preds = %if_else224.i.us.1, %if_end225.i.us
+  %2298 = phi float [ %2297, %if_else224.i.us.1 ], [ 0xFFF0000000000000, %if_end225.i.us ]
+  %2299 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
+  store float %2298, ptr %2299, align 4, !tbaa !7
+  %indvars.iv.next1496.i.us.1 = add nuw nsw i64 %indvars.iv1495.i.us, 2
+  %2300 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us.1
+  %2301 = load i8, ptr %2300, align 1, !tbaa !7
+  %2302 = icmp eq i8 %2301, 0
+  %2303 = trunc i64 %indvars.iv.next1496.i.us.1 to i32
+  %.pre1672.i.us.2 = add i32 %936, %2303
+  %.pre1674.i.us.2 = shl i32 %.pre1672.i.us.2, 5
+  %.pre1676.i.us.2 = add nsw i32 %.pre1674.i.us.2, %r2221048.i.us
+  %.pre1678.i.us.2 = sext i32 %.pre1676.i.us.2 to i64
+  br i1 %2302, label %if_end225.i.us.2, label %if_else224.i.us.2
 
-if_else199.us.i.2:                                ; preds = %if_end200.us.i.1
-  %2115 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
-  %2116 = load float, ptr %2115, align 4, !tbaa !7
-  br label %if_end200.us.i.2
+if_else224.i.us.2:                                ; preds = %if_end225.i.us.1
+  %2304 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
+  %2305 = load float, ptr %2304, align 4, !tbaa !7
+  br label %if_end225.i.us.2
 
-if_end200.us.i.2:                                 ; preds = %if_else199.us.i.2, %if_end200.us.i.1
-  %2117 = phi float [ %2116, %if_else199.us.i.2 ], [ 0xFFF0000000000000, %if_end200.us.i.1 ]
-  %2118 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.2
-  store float %2117, ptr %2118, align 4, !tbaa !7
-  %indvars.iv.next1068.i.2 = add nuw nsw i64 %indvars.iv1067.i, 3
-  %2119 = getelementptr i8, ptr %2067, i64 %indvars.iv.next1068.i.2
-  %2120 = load i8, ptr %2119, align 1, !tbaa !7
-  %2121 = icmp eq i8 %2120, 0
-  %2122 = trunc i64 %indvars.iv.next1068.i.2 to i32
-  %.pre1216.i.3 = add i32 %791, %2122
-  %.pre1218.i.3 = shl i32 %.pre1216.i.3, 4
-  %.pre1220.i.3 = add nsw i32 %.pre1218.i.3, %r197799.us.i
-  %.pre1222.i.3 = sext i32 %.pre1220.i.3 to i64
-  br i1 %2121, label %if_end200.us.i.3, label %if_else199.us.i.3
+if_end225.i.us.2:                                 ; preds = %if_else224.i.us.2, %if_end225.i.us.1
+  %2306 = phi float [ %2305, %if_else224.i.us.2 ], [ 0xFFF0000000000000, %if_end225.i.us.1 ]
+  %2307 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
+  store float %2306, ptr %2307, align 4, !tbaa !7
+  %indvars.iv.next1496.i.us.2 = add nuw nsw i64 %indvars.iv1495.i.us, 3
+  %2308 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us.2
+  %2309 = load i8, ptr %2308, align 1, !tbaa !7
+  %2310 = icmp eq i8 %2309, 0
+  %2311 = trunc i64 %indvars.iv.next1496.i.us.2 to i32
+  %.pre1672.i.us.3 = add i32 %936, %2311
+  %.pre1674.i.us.3 = shl i32 %.pre1672.i.us.3, 5
+  %.pre1676.i.us.3 = add nsw i32 %.pre1674.i.us.3, %r2221048.i.us
+  %.pre1678.i.us.3 = sext i32 %.pre1676.i.us.3 to i64
+  br i1 %2310, label %if_end225.i.us.3, label %if_else224.i.us.3
 
-if_else199.us.i.3:                                ; preds = %if_end200.us.i.2
-  %2123 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
-  %2124 = load float, ptr %2123, align 4, !tbaa !7
-  br label %if_end200.us.i.3
+if_else224.i.us.3:                                ; preds = %if_end225.i.us.2
+  %2312 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
+  %2313 = load float, ptr %2312, align 4, !tbaa !7
+  br label %if_end225.i.us.3
 
-if_end200.us.i.3:                                 ; preds = %if_else199.us.i.3, %if_end200.us.i.2
-  %2125 = phi float [ %2124, %if_else199.us.i.3 ], [ 0xFFF0000000000000, %if_end200.us.i.2 ]
-  %2126 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1222.i.3
-  store float %2125, ptr %2126, align 4, !tbaa !7
-  %indvars.iv.next1068.i.3 = add nuw nsw i64 %indvars.iv1067.i, 4
-  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1068.i.3, %2048
-  br i1 %exitcond.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !54, !llvm.loop !55
+if_end225.i.us.3:                                 ; preds = %if_else224.i.us.3, %if_end225.i.us.2
+  %2314 = phi float [ %2313, %if_else224.i.us.3 ], [ 0xFFF0000000000000, %if_end225.i.us.2 ]
+  %2315 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
+  store float %2314, ptr %2315, align 4, !tbaa !7
+  %indvars.iv.next1496.i.us.3 = add nuw nsw i64 %indvars.iv1495.i.us, 4
+  %exitcond.not.3 = icmp eq i64 %indvars.iv.next1496.i.us.3, %smax372
+  br i1 %exitcond.not.3, label %for_end_c.i.loopexit.us, label %for_body_c.i.us, !prof !60, !llvm.loop !61
 
-for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end200.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block511
-  %2127 = add nuw nsw i32 %r197799.us.i, 1
-  %2128 = icmp slt i32 %2127, %2041
+for_end_c.i.loopexit.us:                          ; preds = %if_end225.i.us.3, %for_body_c.i.us.prol.loopexit, %middle.block761
+  %2316 = add nuw nsw i32 %r2221048.i.us, 1
+  %2317 = icmp slt i32 %2316, %1444
   %indvar.next = add i64 %indvar, 1
-  br i1 %2128, label %for_body_r194.us.i, label %if_end192.i, !prof !56
+  br i1 %2317, label %for_body_r219.i.us, label %if_end217.i, !prof !62
 
-if_end192.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r194.lr.ph.i, %if_then191.i, %for_end_to183.i
-  br i1 %1885, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1206.preheader.i, !prof !32
+if_end217.i:                                      ; preds = %for_end_c.i.loopexit.us, %for_body_r219.lr.ph.i, %for_end_to208.i
+  br i1 %2072, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1231.preheader.i, !prof !31
 
-for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end192.i
-  %wide.trip.count1076.i = zext nneg i32 %1884 to i64
+for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end217.i
+  %wide.trip.count1504.i = zext nneg i32 %2071 to i64
   br label %for_begin_ti_0.preheader.i
 
-for_begin_ti_1206.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end192.i
-  %.lcssa802810.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2182, %for_begin_ti_0.preheader.i ]
-  %.lcssa801808.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2178, %for_begin_ti_0.preheader.i ]
-  %.lcssa800806.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2174, %for_begin_ti_0.preheader.i ]
-  %.lcssa804.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end192.i ], [ %2170, %for_begin_ti_0.preheader.i ]
-  %2129 = fcmp olt <16 x float> %.lcssa804.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %2130 = select <16 x i1> %2129, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa804.lcssa.i
-  %2131 = fcmp ogt <16 x float> %2130, %.lcssa800806.lcssa.i
-  %2132 = select <16 x i1> %2131, <16 x float> %2130, <16 x float> %.lcssa800806.lcssa.i
-  %2133 = fcmp ogt <16 x float> %2132, %.lcssa801808.lcssa.i
-  %2134 = select <16 x i1> %2133, <16 x float> %2132, <16 x float> %.lcssa801808.lcssa.i
-  %2135 = fcmp ogt <16 x float> %2134, %.lcssa802810.lcssa.i
-  %2136 = select <16 x i1> %2135, <16 x float> %2134, <16 x float> %.lcssa802810.lcssa.i
-  %2137 = fcmp ogt <16 x float> %1883, %2136
-  %2138 = select <16 x i1> %2137, <16 x float> %1883, <16 x float> %2136
-  %2139 = icmp sgt i32 %valid_len152.i, 0
-  %2140 = insertelement <16 x i1> poison, i1 %2139, i64 0
-  %2141 = shufflevector <16 x i1> %2140, <16 x i1> poison, <16 x i32> zeroinitializer
-  %2142 = select <16 x i1> %2141, <16 x float> %2138, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %1485, label %for_begin_ti216.preheader.lr.ph.i, label %for_end_to213.i, !prof !32
+for_begin_ti_1231.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end217.i
+  %.lcssa10511059.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2372, %for_begin_ti_0.preheader.i ]
+  %.lcssa10501057.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2368, %for_begin_ti_0.preheader.i ]
+  %.lcssa10491055.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2364, %for_begin_ti_0.preheader.i ]
+  %.lcssa1053.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2360, %for_begin_ti_0.preheader.i ]
+  %2318 = fcmp olt <32 x float> %.lcssa1053.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2319 = select <32 x i1> %2318, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.lcssa1053.lcssa.i
+  %2320 = fcmp ogt <32 x float> %2319, %.lcssa10491055.lcssa.i
+  %2321 = select <32 x i1> %2320, <32 x float> %2319, <32 x float> %.lcssa10491055.lcssa.i
+  %2322 = fcmp ogt <32 x float> %2321, %.lcssa10501057.lcssa.i
+  %2323 = select <32 x i1> %2322, <32 x float> %2321, <32 x float> %.lcssa10501057.lcssa.i
+  %2324 = fcmp ogt <32 x float> %2323, %.lcssa10511059.lcssa.i
+  %2325 = select <32 x i1> %2324, <32 x float> %2323, <32 x float> %.lcssa10511059.lcssa.i
+  %2326 = fcmp ogt <32 x float> %2070, %2325
+  %2327 = select <32 x i1> %2326, <32 x float> %2070, <32 x float> %2325
+  %2328 = icmp sgt i32 %valid_len146.i, 0
+  %2329 = insertelement <32 x i1> poison, i1 %2328, i64 0
+  %2330 = shufflevector <32 x i1> %2329, <32 x i1> poison, <32 x i32> zeroinitializer
+  %2331 = select <32 x i1> %2330, <32 x float> %2327, <32 x float> splat (float 0xC6293E5940000000)
+  %2332 = shl nsw i64 %1427, 5
+  br i1 %1448, label %for_begin_ti241.preheader.lr.ph.i, label %for_end_to238.i, !prof !31
 
 for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
-  %indvars.iv1073.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1074.i, %for_begin_ti_0.preheader.i ]
-  %2143 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2170, %for_begin_ti_0.preheader.i ]
-  %2144 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2174, %for_begin_ti_0.preheader.i ]
-  %2145 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2178, %for_begin_ti_0.preheader.i ]
-  %2146 = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2182, %for_begin_ti_0.preheader.i ]
-  %2147 = trunc i64 %indvars.iv1073.i to i32
-  %2148 = add i32 %num_full.i, %2147
-  %2149 = shl i32 %2148, 7
-  %2150 = sext i32 %2149 to i64
-  %2151 = getelementptr inbounds float, ptr %scaled.i, i64 %2150
-  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !7
-  %2153 = fcmp ogt <16 x float> %2143, %2152
-  %2154 = select <16 x i1> %2153, <16 x float> %2143, <16 x float> %2152
-  %2155 = getelementptr i8, ptr %2151, i64 64
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !7
-  %2157 = fcmp ogt <16 x float> %2144, %2156
-  %2158 = select <16 x i1> %2157, <16 x float> %2144, <16 x float> %2156
-  %2159 = getelementptr i8, ptr %2151, i64 128
-  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !7
-  %2161 = fcmp ogt <16 x float> %2145, %2160
-  %2162 = select <16 x i1> %2161, <16 x float> %2145, <16 x float> %2160
-  %2163 = getelementptr i8, ptr %2151, i64 192
-  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !7
-  %2165 = fcmp ogt <16 x float> %2146, %2164
-  %2166 = select <16 x i1> %2165, <16 x float> %2146, <16 x float> %2164
-  %2167 = getelementptr i8, ptr %2151, i64 256
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !7
-  %2169 = fcmp ogt <16 x float> %2154, %2168
-  %2170 = select <16 x i1> %2169, <16 x float> %2154, <16 x float> %2168
-  %2171 = getelementptr i8, ptr %2151, i64 320
-  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !7
-  %2173 = fcmp ogt <16 x float> %2158, %2172
-  %2174 = select <16 x i1> %2173, <16 x float> %2158, <16 x float> %2172
-  %2175 = getelementptr i8, ptr %2151, i64 384
-  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !7
-  %2177 = fcmp ogt <16 x float> %2162, %2176
-  %2178 = select <16 x i1> %2177, <16 x float> %2162, <16 x float> %2176
-  %2179 = getelementptr i8, ptr %2151, i64 448
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !7
-  %2181 = fcmp ogt <16 x float> %2166, %2180
-  %2182 = select <16 x i1> %2181, <16 x float> %2166, <16 x float> %2180
-  %indvars.iv.next1074.i = add nuw nsw i64 %indvars.iv1073.i, 1
-  %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1074.i, %wide.trip.count1076.i
-  br i1 %exitcond1077.not.i, label %for_begin_ti_1206.preheader.i, label %for_begin_ti_0.preheader.i, !prof !10
+  %indvars.iv1501.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1502.i, %for_begin_ti_0.preheader.i ]
+  %2333 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2360, %for_begin_ti_0.preheader.i ]
+  %2334 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2364, %for_begin_ti_0.preheader.i ]
+  %2335 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2368, %for_begin_ti_0.preheader.i ]
+  %2336 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2372, %for_begin_ti_0.preheader.i ]
+  %2337 = trunc i64 %indvars.iv1501.i to i32
+  %2338 = add i32 %num_full.i, %2337
+  %2339 = shl i32 %2338, 8
+  %2340 = sext i32 %2339 to i64
+  %2341 = getelementptr inbounds float, ptr %scaled.i, i64 %2340
+  %2342 = load <32 x float>, ptr %2341, align 4, !tbaa !7
+  %2343 = fcmp ogt <32 x float> %2333, %2342
+  %2344 = select <32 x i1> %2343, <32 x float> %2333, <32 x float> %2342
+  %2345 = getelementptr i8, ptr %2341, i64 128
+  %2346 = load <32 x float>, ptr %2345, align 4, !tbaa !7
+  %2347 = fcmp ogt <32 x float> %2334, %2346
+  %2348 = select <32 x i1> %2347, <32 x float> %2334, <32 x float> %2346
+  %2349 = getelementptr i8, ptr %2341, i64 256
+  %2350 = load <32 x float>, ptr %2349, align 4, !tbaa !7
+  %2351 = fcmp ogt <32 x float> %2335, %2350
+  %2352 = select <32 x i1> %2351, <32 x float> %2335, <32 x float> %2350
+  %2353 = getelementptr i8, ptr %2341, i64 384
+  %2354 = load <32 x float>, ptr %2353, align 4, !tbaa !7
+  %2355 = fcmp ogt <32 x float> %2336, %2354
+  %2356 = select <32 x i1> %2355, <32 x float> %2336, <32 x float> %2354
+  %2357 = getelementptr i8, ptr %2341, i64 512
+  %2358 = load <32 x float>, ptr %2357, align 4, !tbaa !7
+  %2359 = fcmp ogt <32 x float> %2344, %2358
+  %2360 = select <32 x i1> %2359, <32 x float> %2344, <32 x float> %2358
+  %2361 = getelementptr i8, ptr %2341, i64 640
+  %2362 = load <32 x float>, ptr %2361, align 4, !tbaa !7
+  %2363 = fcmp ogt <32 x float> %2348, %2362
+  %2364 = select <32 x i1> %2363, <32 x float> %2348, <32 x float> %2362
+  %2365 = getelementptr i8, ptr %2341, i64 768
+  %2366 = load <32 x float>, ptr %2365, align 4, !tbaa !7
+  %2367 = fcmp ogt <32 x float> %2352, %2366
+  %2368 = select <32 x i1> %2367, <32 x float> %2352, <32 x float> %2366
+  %2369 = getelementptr i8, ptr %2341, i64 896
+  %2370 = load <32 x float>, ptr %2369, align 4, !tbaa !7
+  %2371 = fcmp ogt <32 x float> %2356, %2370
+  %2372 = select <32 x i1> %2371, <32 x float> %2356, <32 x float> %2370
+  %indvars.iv.next1502.i = add nuw nsw i64 %indvars.iv1501.i, 1
+  %exitcond1505.not.i = icmp eq i64 %indvars.iv.next1502.i, %wide.trip.count1504.i
+  br i1 %exitcond1505.not.i, label %for_begin_ti_1231.preheader.i, label %for_begin_ti_0.preheader.i, !prof !10
 
-for_begin_ti216.preheader.lr.ph.i:                ; preds = %for_begin_ti_1206.preheader.i
-  %2183 = getelementptr inbounds nuw i32, ptr %places.i, i64 %.idx1254.i
-  %2184 = load <16 x i32>, ptr %2183, align 4, !tbaa !7
-  %2185 = sitofp <16 x i32> %2184 to <16 x float>
-  %2186 = fsub <16 x float> splat (float 0x4168000FE0000000), %2185
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
-  %wide.trip.count1093.i = zext nneg i32 %1484 to i64
-  br label %for_begin_ti216.preheader.i
+for_begin_ti241.preheader.lr.ph.i:                ; preds = %for_begin_ti_1231.preheader.i
+  %2373 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2332
+  %2374 = load <32 x i32>, ptr %2373, align 4, !tbaa !7
+  %2375 = sitofp <32 x i32> %2374 to <32 x float>
+  %2376 = fsub <32 x float> splat (float 0x4168000FE0000000), %2375
+  %2377 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2375, <32 x float> splat (float 0x3FE62E4300000000), <32 x float> splat (float -8.700000e+01))
+  %wide.trip.count1521.i = zext nneg i32 %1447 to i64
+  br label %for_begin_ti241.preheader.i
 
-for_begin_ti216.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti216.preheader.lr.ph.i
-  %indvars.iv1090.i = phi i64 [ 0, %for_begin_ti216.preheader.lr.ph.i ], [ %indvars.iv.next1091.i, %for_end_ax0.i ]
-  %tile_sum554.sroa.0.0822.i = phi <16 x float> [ zeroinitializer, %for_begin_ti216.preheader.lr.ph.i ], [ %.us-phi821.i, %for_end_ax0.i ]
-  %2188 = shl nsw i64 %indvars.iv1090.i, 7
-  %2189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2188
-  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !7
-  %arg.i = fsub <16 x float> %2190, %2142
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.i = bitcast <16 x float> %2191 to <16 x i32>
-  %n.i = fsub <16 x float> %2191, %2186
-  %2192 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2193 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2194 = fsub <16 x float> %arg.i, %2193
-  %2195 = fadd <16 x float> %2192, %2194
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2195, <16 x float> splat (float 0x3FA5558F20000000))
-  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2195, <16 x float> splat (float 0x3FC5554920000000))
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2195, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2200 = fmul <16 x float> %2195, %2195
-  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2200, <16 x float> %2195)
-  %2202 = shl <16 x i32> %bits.i, splat (i32 23)
-  %2203 = bitcast <16 x i32> %2202 to <16 x float>
-  %2204 = fadd <16 x float> %2201, splat (float 1.000000e+00)
-  %2205 = fmul <16 x float> %2204, %2203
-  %2206 = fcmp olt <16 x float> %arg.i, %2187
-  %2207 = select <16 x i1> %2206, <16 x float> zeroinitializer, <16 x float> %2205
-  %2208 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2188
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !7
-  %2209 = or disjoint i64 %2188, 16
-  %2210 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2209
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !7
-  %arg.1.i = fsub <16 x float> %2211, %2142
-  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.1.i = bitcast <16 x float> %2212 to <16 x i32>
-  %n.1.i = fsub <16 x float> %2212, %2186
-  %2213 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
-  %2214 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
-  %2215 = fsub <16 x float> %arg.1.i, %2214
-  %2216 = fadd <16 x float> %2213, %2215
-  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2216, <16 x float> splat (float 0x3FA5558F20000000))
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2216, <16 x float> splat (float 0x3FC5554920000000))
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2216, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2221 = fmul <16 x float> %2216, %2216
-  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2220, <16 x float> %2221, <16 x float> %2216)
-  %2223 = shl <16 x i32> %bits.1.i, splat (i32 23)
-  %2224 = bitcast <16 x i32> %2223 to <16 x float>
-  %2225 = fadd <16 x float> %2222, splat (float 1.000000e+00)
-  %2226 = fmul <16 x float> %2225, %2224
-  %2227 = fcmp olt <16 x float> %arg.1.i, %2187
-  %2228 = select <16 x i1> %2227, <16 x float> zeroinitializer, <16 x float> %2226
-  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2209
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !7
-  %2230 = or disjoint i64 %2188, 32
-  %2231 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2230
-  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !7
-  %arg.2.i = fsub <16 x float> %2232, %2142
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.2.i = bitcast <16 x float> %2233 to <16 x i32>
-  %n.2.i = fsub <16 x float> %2233, %2186
-  %2234 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
-  %2235 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
-  %2236 = fsub <16 x float> %arg.2.i, %2235
-  %2237 = fadd <16 x float> %2234, %2236
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2237, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2237, <16 x float> splat (float 0x3FA5558F20000000))
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2237, <16 x float> splat (float 0x3FC5554920000000))
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2237, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2242 = fmul <16 x float> %2237, %2237
-  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2241, <16 x float> %2242, <16 x float> %2237)
-  %2244 = shl <16 x i32> %bits.2.i, splat (i32 23)
-  %2245 = bitcast <16 x i32> %2244 to <16 x float>
-  %2246 = fadd <16 x float> %2243, splat (float 1.000000e+00)
-  %2247 = fmul <16 x float> %2246, %2245
-  %2248 = fcmp olt <16 x float> %arg.2.i, %2187
-  %2249 = select <16 x i1> %2248, <16 x float> zeroinitializer, <16 x float> %2247
-  %2250 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2230
-  store <16 x float> %2249, ptr %2250, align 4, !tbaa !7
-  %2251 = or disjoint i64 %2188, 48
-  %2252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2251
-  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !7
-  %arg.3.i = fsub <16 x float> %2253, %2142
-  %2254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.3.i = bitcast <16 x float> %2254 to <16 x i32>
-  %n.3.i = fsub <16 x float> %2254, %2186
-  %2255 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
-  %2256 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
-  %2257 = fsub <16 x float> %arg.3.i, %2256
-  %2258 = fadd <16 x float> %2255, %2257
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2258, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2258, <16 x float> splat (float 0x3FA5558F20000000))
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2258, <16 x float> splat (float 0x3FC5554920000000))
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2261, <16 x float> %2258, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2263 = fmul <16 x float> %2258, %2258
-  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2263, <16 x float> %2258)
-  %2265 = shl <16 x i32> %bits.3.i, splat (i32 23)
-  %2266 = bitcast <16 x i32> %2265 to <16 x float>
-  %2267 = fadd <16 x float> %2264, splat (float 1.000000e+00)
-  %2268 = fmul <16 x float> %2267, %2266
-  %2269 = fcmp olt <16 x float> %arg.3.i, %2187
-  %2270 = select <16 x i1> %2269, <16 x float> zeroinitializer, <16 x float> %2268
-  %2271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2251
-  store <16 x float> %2270, ptr %2271, align 4, !tbaa !7
-  %2272 = or disjoint i64 %2188, 64
-  %2273 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2272
-  %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !7
-  %arg.4.i = fsub <16 x float> %2274, %2142
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.4.i = bitcast <16 x float> %2275 to <16 x i32>
-  %n.4.i = fsub <16 x float> %2275, %2186
-  %2276 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
-  %2277 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
-  %2278 = fsub <16 x float> %arg.4.i, %2277
-  %2279 = fadd <16 x float> %2276, %2278
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2279, <16 x float> splat (float 0x3FA5558F20000000))
-  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2279, <16 x float> splat (float 0x3FC5554920000000))
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2279, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2284 = fmul <16 x float> %2279, %2279
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2284, <16 x float> %2279)
-  %2286 = shl <16 x i32> %bits.4.i, splat (i32 23)
-  %2287 = bitcast <16 x i32> %2286 to <16 x float>
-  %2288 = fadd <16 x float> %2285, splat (float 1.000000e+00)
-  %2289 = fmul <16 x float> %2288, %2287
-  %2290 = fcmp olt <16 x float> %arg.4.i, %2187
-  %2291 = select <16 x i1> %2290, <16 x float> zeroinitializer, <16 x float> %2289
-  %2292 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2272
-  store <16 x float> %2291, ptr %2292, align 4, !tbaa !7
-  %2293 = or disjoint i64 %2188, 80
-  %2294 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2293
-  %2295 = load <16 x float>, ptr %2294, align 4, !tbaa !7
-  %arg.5.i = fsub <16 x float> %2295, %2142
-  %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.5.i = bitcast <16 x float> %2296 to <16 x i32>
-  %n.5.i = fsub <16 x float> %2296, %2186
-  %2297 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
-  %2298 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
-  %2299 = fsub <16 x float> %arg.5.i, %2298
-  %2300 = fadd <16 x float> %2297, %2299
-  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2301, <16 x float> %2300, <16 x float> splat (float 0x3FA5558F20000000))
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2300, <16 x float> splat (float 0x3FC5554920000000))
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2300, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2305 = fmul <16 x float> %2300, %2300
-  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2304, <16 x float> %2305, <16 x float> %2300)
-  %2307 = shl <16 x i32> %bits.5.i, splat (i32 23)
-  %2308 = bitcast <16 x i32> %2307 to <16 x float>
-  %2309 = fadd <16 x float> %2306, splat (float 1.000000e+00)
-  %2310 = fmul <16 x float> %2309, %2308
-  %2311 = fcmp olt <16 x float> %arg.5.i, %2187
-  %2312 = select <16 x i1> %2311, <16 x float> zeroinitializer, <16 x float> %2310
-  %2313 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2293
-  store <16 x float> %2312, ptr %2313, align 4, !tbaa !7
-  %2314 = or disjoint i64 %2188, 96
-  %2315 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2314
-  %2316 = load <16 x float>, ptr %2315, align 4, !tbaa !7
-  %arg.6.i = fsub <16 x float> %2316, %2142
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.6.i = bitcast <16 x float> %2317 to <16 x i32>
-  %n.6.i = fsub <16 x float> %2317, %2186
-  %2318 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
-  %2319 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
-  %2320 = fsub <16 x float> %arg.6.i, %2319
-  %2321 = fadd <16 x float> %2318, %2320
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2321, <16 x float> splat (float 0x3FA5558F20000000))
-  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2321, <16 x float> splat (float 0x3FC5554920000000))
-  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2321, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2326 = fmul <16 x float> %2321, %2321
-  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2325, <16 x float> %2326, <16 x float> %2321)
-  %2328 = shl <16 x i32> %bits.6.i, splat (i32 23)
-  %2329 = bitcast <16 x i32> %2328 to <16 x float>
-  %2330 = fadd <16 x float> %2327, splat (float 1.000000e+00)
-  %2331 = fmul <16 x float> %2330, %2329
-  %2332 = fcmp olt <16 x float> %arg.6.i, %2187
-  %2333 = select <16 x i1> %2332, <16 x float> zeroinitializer, <16 x float> %2331
-  %2334 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
-  store <16 x float> %2333, ptr %2334, align 4, !tbaa !7
-  %2335 = or disjoint i64 %2188, 112
-  %2336 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2335
-  %2337 = load <16 x float>, ptr %2336, align 4, !tbaa !7
-  %arg.7.i = fsub <16 x float> %2337, %2142
-  %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2186)
-  %bits.7.i = bitcast <16 x float> %2338 to <16 x i32>
-  %n.7.i = fsub <16 x float> %2338, %2186
-  %2339 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
-  %2340 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
-  %2341 = fsub <16 x float> %arg.7.i, %2340
-  %2342 = fadd <16 x float> %2339, %2341
-  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2343, <16 x float> %2342, <16 x float> splat (float 0x3FA5558F20000000))
-  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2344, <16 x float> %2342, <16 x float> splat (float 0x3FC5554920000000))
-  %2346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2342, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2347 = fmul <16 x float> %2342, %2342
-  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2346, <16 x float> %2347, <16 x float> %2342)
-  %2349 = shl <16 x i32> %bits.7.i, splat (i32 23)
-  %2350 = bitcast <16 x i32> %2349 to <16 x float>
-  %2351 = fadd <16 x float> %2348, splat (float 1.000000e+00)
-  %2352 = fmul <16 x float> %2351, %2350
-  %2353 = fcmp olt <16 x float> %arg.7.i, %2187
-  %2354 = select <16 x i1> %2353, <16 x float> zeroinitializer, <16 x float> %2352
-  %2355 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2335
-  store <16 x float> %2354, ptr %2355, align 4, !tbaa !7
-  %2356 = icmp samesign ult i64 %indvars.iv1090.i, 16
-  br i1 %2356, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !6
+for_begin_ti241.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti241.preheader.lr.ph.i
+  %indvars.iv1518.i = phi i64 [ 0, %for_begin_ti241.preheader.lr.ph.i ], [ %indvars.iv.next1519.i, %for_end_ax0.i ]
+  %tile_sum641.sroa.0.01071.i = phi <32 x float> [ zeroinitializer, %for_begin_ti241.preheader.lr.ph.i ], [ %.us-phi1070.i, %for_end_ax0.i ]
+  %2378 = shl nsw i64 %indvars.iv1518.i, 8
+  br label %for_body_ti242.i
 
-for_end_to213.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1206.preheader.i
-  %tile_sum554.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1206.preheader.i ], [ %.us-phi821.i, %for_end_ax0.i ]
-  %2357 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1254.i
-  %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !7
-  %old_max.i = select <16 x i1> %795, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2358
-  %2359 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1254.i
-  %2360 = load <16 x float>, ptr %2359, align 4, !tbaa !7
-  %old_sum.i = select <16 x i1> %795, <16 x float> zeroinitializer, <16 x float> %2360
-  %2361 = fcmp ogt <16 x float> %old_max.i, %2142
-  %2362 = fcmp oeq <16 x float> %tile_sum554.sroa.0.0.lcssa.i, zeroinitializer
-  %2363 = select <16 x i1> %2362, <16 x i1> splat (i1 true), <16 x i1> %2361
-  %old_or_both.i = select <16 x i1> %2363, <16 x float> %old_max.i, <16 x float> %2142
-  %2364 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2364, <16 x float> %2142, <16 x float> %old_or_both.i
-  %2365 = fsub <16 x float> %old_max.i, %m.i
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2365, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2367 = bitcast <16 x float> %2366 to <16 x i32>
-  %2368 = fadd <16 x float> %2366, splat (float 0xC168000FE0000000)
-  %2369 = fmul <16 x float> %2368, splat (float 0x3F2BD01060000000)
-  %2370 = fmul <16 x float> %2368, splat (float 0x3FE6300000000000)
-  %2371 = fsub <16 x float> %2365, %2370
-  %2372 = fadd <16 x float> %2369, %2371
-  %2373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2372, <16 x float> splat (float 0x3FA5558F20000000))
-  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2372, <16 x float> splat (float 0x3FC5554920000000))
-  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2375, <16 x float> %2372, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2377 = fmul <16 x float> %2372, %2372
-  %2378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2377, <16 x float> %2372)
-  %2379 = shl <16 x i32> %2367, splat (i32 23)
-  %2380 = bitcast <16 x i32> %2379 to <16 x float>
-  %2381 = fadd <16 x float> %2378, splat (float 1.000000e+00)
-  %2382 = fmul <16 x float> %2381, %2380
-  %2383 = fcmp olt <16 x float> %2365, splat (float -8.700000e+01)
-  %2384 = select <16 x i1> %2383, <16 x float> zeroinitializer, <16 x float> %2382
-  %2385 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2386 = select <16 x i1> %2385, <16 x float> %2384, <16 x float> zeroinitializer
-  %arg240.i = fsub <16 x float> %2142, %m.i
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg240.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2388 = bitcast <16 x float> %2387 to <16 x i32>
-  %2389 = fadd <16 x float> %2387, splat (float 0xC168000FE0000000)
-  %2390 = fmul <16 x float> %2389, splat (float 0x3F2BD01060000000)
-  %2391 = fmul <16 x float> %2389, splat (float 0x3FE6300000000000)
-  %2392 = fsub <16 x float> %arg240.i, %2391
-  %2393 = fadd <16 x float> %2390, %2392
-  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2394, <16 x float> %2393, <16 x float> splat (float 0x3FA5558F20000000))
-  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2393, <16 x float> splat (float 0x3FC5554920000000))
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2393, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2398 = fmul <16 x float> %2393, %2393
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2397, <16 x float> %2398, <16 x float> %2393)
-  %2400 = shl <16 x i32> %2388, splat (i32 23)
-  %2401 = bitcast <16 x i32> %2400 to <16 x float>
-  %2402 = fadd <16 x float> %2399, splat (float 1.000000e+00)
-  %2403 = fmul <16 x float> %2402, %2401
-  %2404 = fcmp olt <16 x float> %arg240.i, splat (float -8.700000e+01)
-  %2405 = select <16 x i1> %2404, <16 x float> zeroinitializer, <16 x float> %2403
-  %2406 = fcmp one <16 x float> %tile_sum554.sroa.0.0.lcssa.i, zeroinitializer
-  %2407 = select <16 x i1> %2406, <16 x float> %2405, <16 x float> zeroinitializer
-  %2408 = fmul <16 x float> %old_sum.i, %2386
-  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_sum554.sroa.0.0.lcssa.i, <16 x float> %2408)
-  store <16 x float> %m.i, ptr %2357, align 4, !tbaa !7
-  store <16 x float> %2409, ptr %2359, align 4, !tbaa !7
-  br i1 %1885, label %for_begin_ti260.preheader.lr.ph.i, label %for_end_to257.i, !prof !32
+for_end_to238.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1231.preheader.i
+  %tile_sum641.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ti_1231.preheader.i ], [ %.us-phi1070.i, %for_end_ax0.i ]
+  %2379 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %2332
+  %2380 = load <32 x float>, ptr %2379, align 4, !tbaa !7
+  %old_max.i = select <32 x i1> %940, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %2380
+  %2381 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %2332
+  %2382 = load <32 x float>, ptr %2381, align 4, !tbaa !7
+  %old_sum.i = select <32 x i1> %940, <32 x float> zeroinitializer, <32 x float> %2382
+  %2383 = fcmp ogt <32 x float> %old_max.i, %2331
+  %2384 = fcmp oeq <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
+  %2385 = select <32 x i1> %2384, <32 x i1> splat (i1 true), <32 x i1> %2383
+  %old_or_both.i = select <32 x i1> %2385, <32 x float> %old_max.i, <32 x float> %2331
+  %2386 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %2386, <32 x float> %2331, <32 x float> %old_or_both.i
+  %2387 = fsub <32 x float> %old_max.i, %m.i
+  %2388 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2387, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %2389 = bitcast <32 x float> %2388 to <32 x i32>
+  %2390 = fadd <32 x float> %2388, splat (float 0xC168000FE0000000)
+  %2391 = fmul <32 x float> %2390, splat (float 0x3F2BD01060000000)
+  %2392 = fmul <32 x float> %2390, splat (float 0x3FE6300000000000)
+  %2393 = fsub <32 x float> %2387, %2392
+  %2394 = fadd <32 x float> %2391, %2393
+  %2395 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2394, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2396 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2395, <32 x float> %2394, <32 x float> splat (float 0x3FA5558F20000000))
+  %2397 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2396, <32 x float> %2394, <32 x float> splat (float 0x3FC5554920000000))
+  %2398 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2397, <32 x float> %2394, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2399 = fmul <32 x float> %2394, %2394
+  %2400 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2398, <32 x float> %2399, <32 x float> %2394)
+  %2401 = shl <32 x i32> %2389, splat (i32 23)
+  %2402 = bitcast <32 x i32> %2401 to <32 x float>
+  %2403 = fadd <32 x float> %2400, splat (float 1.000000e+00)
+  %2404 = fmul <32 x float> %2403, %2402
+  %2405 = fcmp olt <32 x float> %2387, splat (float -8.700000e+01)
+  %2406 = select <32 x i1> %2405, <32 x float> zeroinitializer, <32 x float> %2404
+  %2407 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %2408 = select <32 x i1> %2407, <32 x float> %2406, <32 x float> zeroinitializer
+  %arg265.i = fsub <32 x float> %2331, %m.i
+  %2409 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg265.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %2410 = bitcast <32 x float> %2409 to <32 x i32>
+  %2411 = fadd <32 x float> %2409, splat (float 0xC168000FE0000000)
+  %2412 = fmul <32 x float> %2411, splat (float 0x3F2BD01060000000)
+  %2413 = fmul <32 x float> %2411, splat (float 0x3FE6300000000000)
+  %2414 = fsub <32 x float> %arg265.i, %2413
+  %2415 = fadd <32 x float> %2412, %2414
+  %2416 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2415, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2417 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2416, <32 x float> %2415, <32 x float> splat (float 0x3FA5558F20000000))
+  %2418 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2417, <32 x float> %2415, <32 x float> splat (float 0x3FC5554920000000))
+  %2419 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2418, <32 x float> %2415, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2420 = fmul <32 x float> %2415, %2415
+  %2421 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2419, <32 x float> %2420, <32 x float> %2415)
+  %2422 = shl <32 x i32> %2410, splat (i32 23)
+  %2423 = bitcast <32 x i32> %2422 to <32 x float>
+  %2424 = fadd <32 x float> %2421, splat (float 1.000000e+00)
+  %2425 = fmul <32 x float> %2424, %2423
+  %2426 = fcmp olt <32 x float> %arg265.i, splat (float -8.700000e+01)
+  %2427 = select <32 x i1> %2426, <32 x float> zeroinitializer, <32 x float> %2425
+  %2428 = fcmp one <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
+  %2429 = select <32 x i1> %2428, <32 x float> %2427, <32 x float> zeroinitializer
+  %2430 = fmul <32 x float> %old_sum.i, %2408
+  %2431 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_sum641.sroa.0.0.lcssa.i, <32 x float> %2430)
+  store <32 x float> %m.i, ptr %2379, align 4, !tbaa !7
+  store <32 x float> %2431, ptr %2381, align 4, !tbaa !7
+  br i1 %2072, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !31
 
-for_begin_ti260.preheader.lr.ph.i:                ; preds = %for_end_to213.i
-  %2410 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %.idx1254.i
-  %2411 = and i32 %1482, 2147483640
-  %2412 = add i32 %2411, %755
-  %wide.trip.count1102.i = zext nneg i32 %1884 to i64
-  br label %for_begin_ti260.preheader.i
+for_begin_ti285.preheader.lr.ph.i:                ; preds = %for_end_to238.i
+  %2432 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2332
+  %2433 = and i32 %1443, 2147483640
+  %2434 = add i32 %2433, %897
+  %wide.trip.count1530.i = zext nneg i32 %2071 to i64
+  br label %for_begin_ti285.preheader.i
 
-for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ti216.preheader.i
-  %2413 = fadd <16 x float> %tile_sum554.sroa.0.0822.i, %2207
-  %2414 = fadd <16 x float> %2413, %2228
-  %2415 = fadd <16 x float> %2414, %2249
-  %2416 = fadd <16 x float> %2415, %2270
-  %2417 = fadd <16 x float> %2416, %2291
-  %2418 = fadd <16 x float> %2417, %2312
-  %2419 = fadd <16 x float> %2418, %2333
-  %2420 = fadd <16 x float> %2419, %2354
+for_begin_ax0.preheader.i:                        ; preds = %for_body_ti242.i
+  %2435 = icmp samesign ult i64 %indvars.iv1518.i, 8
+  br i1 %2435, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !6
+
+for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ax0.preheader.i
+  %2436 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2378
+  %2437 = load <32 x float>, ptr %2436, align 4, !tbaa !7
+  %2438 = fadd <32 x float> %tile_sum641.sroa.0.01071.i, %2437
+  %2439 = getelementptr inbounds nuw i8, ptr %2436, i64 128
+  %2440 = load <32 x float>, ptr %2439, align 4, !tbaa !7
+  %2441 = fadd <32 x float> %2438, %2440
+  %2442 = getelementptr inbounds nuw i8, ptr %2436, i64 256
+  %2443 = load <32 x float>, ptr %2442, align 4, !tbaa !7
+  %2444 = fadd <32 x float> %2441, %2443
+  %2445 = getelementptr inbounds nuw i8, ptr %2436, i64 384
+  %2446 = load <32 x float>, ptr %2445, align 4, !tbaa !7
+  %2447 = fadd <32 x float> %2444, %2446
+  %2448 = getelementptr inbounds nuw i8, ptr %2436, i64 512
+  %2449 = load <32 x float>, ptr %2448, align 4, !tbaa !7
+  %2450 = fadd <32 x float> %2447, %2449
+  %2451 = getelementptr inbounds nuw i8, ptr %2436, i64 640
+  %2452 = load <32 x float>, ptr %2451, align 4, !tbaa !7
+  %2453 = fadd <32 x float> %2450, %2452
+  %2454 = getelementptr inbounds nuw i8, ptr %2436, i64 768
+  %2455 = load <32 x float>, ptr %2454, align 4, !tbaa !7
+  %2456 = fadd <32 x float> %2453, %2455
+  %2457 = getelementptr inbounds nuw i8, ptr %2436, i64 896
+  %2458 = load <32 x float>, ptr %2457, align 4, !tbaa !7
+  %2459 = fadd <32 x float> %2456, %2458
   br label %for_end_ax0.i
 
-for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ti216.preheader.i
-  %.us-phi821.i = phi <16 x float> [ %2420, %for_body_ax0.us.preheader.i ], [ %tile_sum554.sroa.0.0822.i, %for_begin_ti216.preheader.i ]
-  %indvars.iv.next1091.i = add nuw nsw i64 %indvars.iv1090.i, 1
-  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1091.i, %wide.trip.count1093.i
-  br i1 %exitcond1094.not.i, label %for_end_to213.i, label %for_begin_ti216.preheader.i, !prof !10
+for_body_ti242.i:                                 ; preds = %for_body_ti242.i, %for_begin_ti241.preheader.i
+  %indvars.iv1510.i = phi i64 [ 0, %for_begin_ti241.preheader.i ], [ %indvars.iv.next1511.i, %for_body_ti242.i ]
+  %2460 = shl nuw nsw i64 %indvars.iv1510.i, 5
+  %2461 = add nuw nsw i64 %2460, %2378
+  %2462 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2461
+  %2463 = load <32 x float>, ptr %2462, align 4, !tbaa !7
+  %arg.i = fsub <32 x float> %2463, %2331
+  %2464 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %2376)
+  %bits.i = bitcast <32 x float> %2464 to <32 x i32>
+  %n.i = fsub <32 x float> %2464, %2376
+  %2465 = fmul <32 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2466 = fmul <32 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2467 = fsub <32 x float> %arg.i, %2466
+  %2468 = fadd <32 x float> %2465, %2467
+  %2469 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2468, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2470 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2469, <32 x float> %2468, <32 x float> splat (float 0x3FA5558F20000000))
+  %2471 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2470, <32 x float> %2468, <32 x float> splat (float 0x3FC5554920000000))
+  %2472 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2471, <32 x float> %2468, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2473 = fmul <32 x float> %2468, %2468
+  %2474 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2472, <32 x float> %2473, <32 x float> %2468)
+  %2475 = shl <32 x i32> %bits.i, splat (i32 23)
+  %2476 = bitcast <32 x i32> %2475 to <32 x float>
+  %2477 = fadd <32 x float> %2474, splat (float 1.000000e+00)
+  %2478 = fmul <32 x float> %2477, %2476
+  %2479 = fcmp olt <32 x float> %arg.i, %2377
+  %2480 = select <32 x i1> %2479, <32 x float> zeroinitializer, <32 x float> %2478
+  %2481 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2461
+  store <32 x float> %2480, ptr %2481, align 4, !tbaa !7
+  %indvars.iv.next1511.i = add nuw nsw i64 %indvars.iv1510.i, 1
+  %exitcond1513.not.i = icmp eq i64 %indvars.iv.next1511.i, 8
+  br i1 %exitcond1513.not.i, label %for_begin_ax0.preheader.i, label %for_body_ti242.i, !prof !22
 
-for_begin_ti260.preheader.i:                      ; preds = %for_begin_ti260.preheader.i, %for_begin_ti260.preheader.lr.ph.i
-  %indvars.iv1099.i = phi i64 [ 0, %for_begin_ti260.preheader.lr.ph.i ], [ %indvars.iv.next1100.i, %for_begin_ti260.preheader.i ]
-  %indvars.iv1099.tr.i = trunc i64 %indvars.iv1099.i to i32
-  %2421 = shl i32 %indvars.iv1099.tr.i, 3
-  %2422 = add i32 %2412, %2421
-  %2423 = add i32 %num_full.i, %indvars.iv1099.tr.i
-  %2424 = shl i32 %2423, 7
-  %2425 = sext i32 %2424 to i64
-  %2426 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2427 = insertelement <16 x i32> poison, i32 %2422, i64 0
-  %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2429 = icmp slt <16 x i32> %2428, %2426
-  %2430 = sext <16 x i1> %2429 to <16 x i32>
-  %2431 = getelementptr inbounds i32, ptr %edges.i, i64 %2425
-  store <16 x i32> %2430, ptr %2431, align 4, !tbaa !7
-  %2432 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2433 = add i32 %2422, 1
-  %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
-  %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2436 = icmp slt <16 x i32> %2435, %2432
-  %2437 = sext <16 x i1> %2436 to <16 x i32>
-  %2438 = getelementptr i8, ptr %2431, i64 64
-  store <16 x i32> %2437, ptr %2438, align 4, !tbaa !7
-  %2439 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2440 = add i32 %2422, 2
-  %2441 = insertelement <16 x i32> poison, i32 %2440, i64 0
-  %2442 = shufflevector <16 x i32> %2441, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2443 = icmp slt <16 x i32> %2442, %2439
-  %2444 = sext <16 x i1> %2443 to <16 x i32>
-  %2445 = getelementptr i8, ptr %2431, i64 128
-  store <16 x i32> %2444, ptr %2445, align 4, !tbaa !7
-  %2446 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2447 = add i32 %2422, 3
-  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
-  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2450 = icmp slt <16 x i32> %2449, %2446
-  %2451 = sext <16 x i1> %2450 to <16 x i32>
-  %2452 = getelementptr i8, ptr %2431, i64 192
-  store <16 x i32> %2451, ptr %2452, align 4, !tbaa !7
-  %2453 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2454 = add i32 %2422, 4
-  %2455 = insertelement <16 x i32> poison, i32 %2454, i64 0
-  %2456 = shufflevector <16 x i32> %2455, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2457 = icmp slt <16 x i32> %2456, %2453
-  %2458 = sext <16 x i1> %2457 to <16 x i32>
-  %2459 = getelementptr i8, ptr %2431, i64 256
-  store <16 x i32> %2458, ptr %2459, align 4, !tbaa !7
-  %2460 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2461 = add i32 %2422, 5
-  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
-  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2464 = icmp slt <16 x i32> %2463, %2460
-  %2465 = sext <16 x i1> %2464 to <16 x i32>
-  %2466 = getelementptr i8, ptr %2431, i64 320
-  store <16 x i32> %2465, ptr %2466, align 4, !tbaa !7
-  %2467 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2468 = add i32 %2422, 6
-  %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
-  %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2471 = icmp slt <16 x i32> %2470, %2467
-  %2472 = sext <16 x i1> %2471 to <16 x i32>
-  %2473 = getelementptr i8, ptr %2431, i64 384
-  store <16 x i32> %2472, ptr %2473, align 4, !tbaa !7
-  %2474 = load <16 x i32>, ptr %2410, align 4, !tbaa !7
-  %2475 = add i32 %2422, 7
-  %2476 = insertelement <16 x i32> poison, i32 %2475, i64 0
-  %2477 = shufflevector <16 x i32> %2476, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2478 = icmp slt <16 x i32> %2477, %2474
-  %2479 = sext <16 x i1> %2478 to <16 x i32>
-  %2480 = getelementptr i8, ptr %2431, i64 448
-  store <16 x i32> %2479, ptr %2480, align 4, !tbaa !7
-  %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
-  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1100.i, %wide.trip.count1102.i
-  br i1 %exitcond1103.not.i, label %for_end_to257.i, label %for_begin_ti260.preheader.i, !prof !10
+for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ax0.preheader.i
+  %.us-phi1070.i = phi <32 x float> [ %2459, %for_body_ax0.us.preheader.i ], [ %tile_sum641.sroa.0.01071.i, %for_begin_ax0.preheader.i ]
+  %indvars.iv.next1519.i = add nuw nsw i64 %indvars.iv1518.i, 1
+  %exitcond1522.not.i = icmp eq i64 %indvars.iv.next1519.i, %wide.trip.count1521.i
+  br i1 %exitcond1522.not.i, label %for_end_to238.i, label %for_begin_ti241.preheader.i, !prof !10
 
-for_end_to257.i:                                  ; preds = %for_begin_ti260.preheader.i, %for_end_to213.i
-  br i1 %143, label %if_then265.i, label %if_end266.i, !prof !6
+for_begin_ti285.preheader.i:                      ; preds = %for_begin_ti285.preheader.i, %for_begin_ti285.preheader.lr.ph.i
+  %indvars.iv1527.i = phi i64 [ 0, %for_begin_ti285.preheader.lr.ph.i ], [ %indvars.iv.next1528.i, %for_begin_ti285.preheader.i ]
+  %indvars.iv1527.tr.i = trunc i64 %indvars.iv1527.i to i32
+  %2482 = shl i32 %indvars.iv1527.tr.i, 3
+  %2483 = add i32 %2434, %2482
+  %2484 = add i32 %num_full.i, %indvars.iv1527.tr.i
+  %2485 = shl i32 %2484, 8
+  %2486 = sext i32 %2485 to i64
+  %2487 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2488 = insertelement <32 x i32> poison, i32 %2483, i64 0
+  %2489 = shufflevector <32 x i32> %2488, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2490 = icmp slt <32 x i32> %2489, %2487
+  %2491 = sext <32 x i1> %2490 to <32 x i32>
+  %2492 = getelementptr inbounds i32, ptr %edges.i, i64 %2486
+  store <32 x i32> %2491, ptr %2492, align 4, !tbaa !7
+  %2493 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2494 = add i32 %2483, 1
+  %2495 = insertelement <32 x i32> poison, i32 %2494, i64 0
+  %2496 = shufflevector <32 x i32> %2495, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2497 = icmp slt <32 x i32> %2496, %2493
+  %2498 = sext <32 x i1> %2497 to <32 x i32>
+  %2499 = getelementptr i8, ptr %2492, i64 128
+  store <32 x i32> %2498, ptr %2499, align 4, !tbaa !7
+  %2500 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2501 = add i32 %2483, 2
+  %2502 = insertelement <32 x i32> poison, i32 %2501, i64 0
+  %2503 = shufflevector <32 x i32> %2502, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2504 = icmp slt <32 x i32> %2503, %2500
+  %2505 = sext <32 x i1> %2504 to <32 x i32>
+  %2506 = getelementptr i8, ptr %2492, i64 256
+  store <32 x i32> %2505, ptr %2506, align 4, !tbaa !7
+  %2507 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2508 = add i32 %2483, 3
+  %2509 = insertelement <32 x i32> poison, i32 %2508, i64 0
+  %2510 = shufflevector <32 x i32> %2509, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2511 = icmp slt <32 x i32> %2510, %2507
+  %2512 = sext <32 x i1> %2511 to <32 x i32>
+  %2513 = getelementptr i8, ptr %2492, i64 384
+  store <32 x i32> %2512, ptr %2513, align 4, !tbaa !7
+  %2514 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2515 = add i32 %2483, 4
+  %2516 = insertelement <32 x i32> poison, i32 %2515, i64 0
+  %2517 = shufflevector <32 x i32> %2516, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2518 = icmp slt <32 x i32> %2517, %2514
+  %2519 = sext <32 x i1> %2518 to <32 x i32>
+  %2520 = getelementptr i8, ptr %2492, i64 512
+  store <32 x i32> %2519, ptr %2520, align 4, !tbaa !7
+  %2521 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2522 = add i32 %2483, 5
+  %2523 = insertelement <32 x i32> poison, i32 %2522, i64 0
+  %2524 = shufflevector <32 x i32> %2523, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2525 = icmp slt <32 x i32> %2524, %2521
+  %2526 = sext <32 x i1> %2525 to <32 x i32>
+  %2527 = getelementptr i8, ptr %2492, i64 640
+  store <32 x i32> %2526, ptr %2527, align 4, !tbaa !7
+  %2528 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2529 = add i32 %2483, 6
+  %2530 = insertelement <32 x i32> poison, i32 %2529, i64 0
+  %2531 = shufflevector <32 x i32> %2530, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2532 = icmp slt <32 x i32> %2531, %2528
+  %2533 = sext <32 x i1> %2532 to <32 x i32>
+  %2534 = getelementptr i8, ptr %2492, i64 768
+  store <32 x i32> %2533, ptr %2534, align 4, !tbaa !7
+  %2535 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
+  %2536 = add i32 %2483, 7
+  %2537 = insertelement <32 x i32> poison, i32 %2536, i64 0
+  %2538 = shufflevector <32 x i32> %2537, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2539 = icmp slt <32 x i32> %2538, %2535
+  %2540 = sext <32 x i1> %2539 to <32 x i32>
+  %2541 = getelementptr i8, ptr %2492, i64 896
+  store <32 x i32> %2540, ptr %2541, align 4, !tbaa !7
+  %indvars.iv.next1528.i = add nuw nsw i64 %indvars.iv1527.i, 1
+  %exitcond1531.not.i = icmp eq i64 %indvars.iv.next1528.i, %wide.trip.count1530.i
+  br i1 %exitcond1531.not.i, label %for_end_to282.i, label %for_begin_ti285.preheader.i, !prof !10
 
-if_then265.i:                                     ; preds = %for_end_to257.i
-  %2481 = tail call i32 @llvm.smin.i32(i32 %1476, i32 16)
-  %2482 = icmp sgt i32 %1476, 0
-  br i1 %2482, label %for_body_r268.lr.ph.i, label %if_end266.i, !prof !32
+for_end_to282.i:                                  ; preds = %for_begin_ti285.preheader.i, %for_end_to238.i
+  br i1 %or.cond.i, label %for_body_r293.lr.ph.i, label %if_end291.i, !prof !47
 
-for_body_r268.lr.ph.i:                            ; preds = %if_then265.i
-  %2483 = icmp sgt i32 %valid_len152.i, %791
-  %2484 = zext nneg i32 %1474 to i64
-  %2485 = shl nuw nsw i64 %2484, 2
-  br i1 %2483, label %for_body_r268.us.preheader.i, label %if_end266.i, !prof !32
+for_body_r293.lr.ph.i:                            ; preds = %for_end_to282.i
+  %2542 = icmp sgt i32 %valid_len146.i, %936
+  %2543 = zext nneg i32 %1435 to i64
+  %2544 = shl nuw nsw i64 %2543, 3
+  br i1 %2542, label %for_body_r293.i.us.preheader, label %if_end291.i, !prof !31
 
-for_body_r268.us.preheader.i:                     ; preds = %for_body_r268.lr.ph.i
-  %2486 = add i32 %indvars.iv251, %1469
-  %smin256 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2486)
-  %smin257 = tail call i32 @llvm.smin.i32(i32 %smin256, i32 128)
-  %2487 = sub i32 %smin257, %smax255
-  %2488 = zext i32 %2487 to i64
-  %2489 = add nsw i64 %2488, -1
-  %2490 = sub i32 %valid_len152.i, %smax446
-  %2491 = zext i32 %2490 to i64
-  %scevgep448 = getelementptr i8, ptr %scevgep447, i64 %2491
-  %scevgep450 = getelementptr i8, ptr %edges.i, i64 %744
-  %scevgep451 = getelementptr i8, ptr %edges.i, i64 -60
-  %scevgep452 = getelementptr i8, ptr %scevgep451, i64 %744
-  %2492 = shl nuw nsw i64 %2491, 6
-  %min.iters.check455 = icmp ult i32 %2487, 16
-  %2493 = trunc i64 %2489 to i32
-  %2494 = add i32 %smax444, %2493
-  %2495 = shl i32 %2494, 4
-  %2496 = icmp ugt i64 %2489, 268435455
-  %smax453 = tail call i32 @llvm.smax.i32(i32 %2481, i32 1)
-  %2497 = add nsw i32 %smax453, -1
-  %2498 = zext nneg i32 %2497 to i64
-  %2499 = shl nuw nsw i64 %2498, 2
-  %2500 = getelementptr i8, ptr %scevgep452, i64 %2492
-  %scevgep454 = getelementptr i8, ptr %2500, i64 %2499
-  %n.vec458 = and i64 %2488, 536870904
-  %cmp.n = icmp eq i64 %n.vec458, %2488
-  %xtraiter616 = and i64 %2488, 3
-  %lcmp.mod617.not = icmp eq i64 %xtraiter616, 0
-  br label %for_body_r268.us.i
+for_body_r293.i.us.preheader:                     ; preds = %for_body_r293.lr.ph.i
+  %2545 = add i32 %indvars.iv368, %1430
+  %2546 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2545)
+  %2547 = tail call i32 @llvm.smin.i32(i32 %2546, i32 64)
+  %smin375 = sext i32 %2547 to i64
+  %2548 = sub nsw i64 %smin375, %894
+  %smax376 = tail call i64 @llvm.smax.i64(i64 %2548, i64 1)
+  %2549 = tail call i32 @llvm.smin.i32(i32 %886, i32 %1433)
+  %2550 = tail call i32 @llvm.smin.i32(i32 %2549, i32 64)
+  %smin674 = sext i32 %2550 to i64
+  %2551 = sub nsw i64 %smin674, %884
+  %smax675 = tail call i64 @llvm.smax.i64(i64 %2551, i64 1)
+  %scevgep676 = getelementptr i8, ptr %scevgep670, i64 %smax675
+  %scevgep678 = getelementptr i8, ptr %edges.i, i64 %889
+  %scevgep679 = getelementptr i8, ptr %edges.i, i64 -124
+  %scevgep680 = getelementptr i8, ptr %scevgep679, i64 %889
+  %2552 = shl nuw nsw i64 %smax675, 7
+  %2553 = tail call i32 @llvm.smin.i32(i32 %879, i32 %1433)
+  %2554 = tail call i32 @llvm.smin.i32(i32 %2553, i32 64)
+  %smin688 = sext i32 %2554 to i64
+  %2555 = sub nsw i64 %smin688, %877
+  %smax689 = tail call i64 @llvm.smax.i64(i64 %2555, i64 1)
+  %min.iters.check690 = icmp slt i64 %2555, 16
+  %2556 = trunc i64 %smax376 to i32
+  %2557 = add i32 %2556, -1
+  %mul.overflow = icmp ugt i32 %2557, 134217727
+  %2558 = add i32 %smax667, %2557
+  %2559 = shl i32 %2558, 5
+  %2560 = icmp sgt i64 %2548, 4294967296
+  %invariant.op1072 = or i1 %mul.overflow, %2560
+  %smax681 = tail call i32 @llvm.smax.i32(i32 %1444, i32 1)
+  %2561 = add nsw i32 %smax681, -1
+  %2562 = zext nneg i32 %2561 to i64
+  %2563 = shl nuw nsw i64 %2562, 2
+  %2564 = getelementptr i8, ptr %scevgep680, i64 %2552
+  %scevgep682 = getelementptr i8, ptr %2564, i64 %2563
+  %n.vec693 = and i64 %smax689, 9223372036854775800
+  %cmp.n = icmp eq i64 %smax689, %n.vec693
+  %xtraiter952 = and i64 %smax689, 3
+  %lcmp.mod953.not = icmp eq i64 %xtraiter952, 0
+  br label %for_body_r293.i.us
 
-for_body_r268.us.i:                               ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.us.preheader.i
-  %r271828.us.i = phi i32 [ %2571, %for_begin_c272.for_end_c274_crit_edge.us.i ], [ 0, %for_body_r268.us.preheader.i ]
-  %2501 = lshr i32 %r271828.us.i, 2
-  %2502 = zext nneg i32 %2501 to i64
-  %2503 = add nuw nsw i64 %2485, %2502
-  %2504 = mul nsw i64 %2503, %448
-  %2505 = getelementptr i8, ptr %797, i64 %2504
-  br i1 %min.iters.check455, label %for_body_c273.us.i.preheader, label %vector.scevcheck, !prof !9
+for_body_r293.i.us:                               ; preds = %for_end_c299.i.loopexit.us, %for_body_r293.i.us.preheader
+  %r2961077.i.us = phi i32 [ %2634, %for_end_c299.i.loopexit.us ], [ 0, %for_body_r293.i.us.preheader ]
+  %2565 = lshr i32 %r2961077.i.us, 2
+  %2566 = zext nneg i32 %2565 to i64
+  %2567 = add nuw nsw i64 %2544, %2566
+  %2568 = mul nsw i64 %2567, %544
+  %2569 = getelementptr i8, ptr %942, i64 %2568
+  br i1 %min.iters.check690, label %for_body_c298.i.us.preheader, label %vector.scevcheck, !prof !9
 
-vector.scevcheck:                                 ; preds = %for_body_r268.us.i
-  %2506 = add i32 %748, %r271828.us.i
-  %2507 = add i32 %2495, %r271828.us.i
-  %2508 = icmp slt i32 %2507, %2506
-  %2509 = or i1 %2508, %2496
-  br i1 %2509, label %for_body_c273.us.i.preheader, label %vector.memcheck, !prof !9
+vector.scevcheck:                                 ; preds = %for_body_r293.i.us
+  %2570 = add i32 %893, %r2961077.i.us
+  %2571 = add i32 %2559, %r2961077.i.us
+  %2572 = icmp slt i32 %2571, %2570
+  %.reass1073 = or i1 %2572, %invariant.op1072
+  br i1 %.reass1073, label %for_body_c298.i.us.preheader, label %vector.memcheck, !prof !9
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep449 = getelementptr i8, ptr %scevgep448, i64 %2504
-  %bound0 = icmp ult ptr %2505, %scevgep454
-  %bound1 = icmp ult ptr %scevgep450, %scevgep449
+  %scevgep677 = getelementptr i8, ptr %scevgep676, i64 %2568
+  %bound0 = icmp ult ptr %2569, %scevgep682
+  %bound1 = icmp ult ptr %scevgep678, %scevgep677
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_c273.us.i.preheader, label %vector.ph456, !prof !9
+  br i1 %found.conflict, label %for_body_c298.i.us.preheader, label %vector.ph691, !prof !9
 
-vector.ph456:                                     ; preds = %vector.memcheck
-  %broadcast.splatinsert459 = insertelement <8 x i32> poison, i32 %r271828.us.i, i64 0
-  %broadcast.splat460 = shufflevector <8 x i32> %broadcast.splatinsert459, <8 x i32> poison, <8 x i32> zeroinitializer
-  br label %vector.body463
+vector.ph691:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert694 = insertelement <8 x i32> poison, i32 %r2961077.i.us, i64 0
+  %broadcast.splat695 = shufflevector <8 x i32> %broadcast.splatinsert694, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body698
 
-vector.body463:                                   ; preds = %vector.body463, %vector.ph456
-  %index464 = phi i64 [ 0, %vector.ph456 ], [ %index.next465, %vector.body463 ]
-  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph456 ], [ %vec.ind.next, %vector.body463 ]
-  %2510 = getelementptr i8, ptr %2505, i64 %index464
-  %wide.load = load <8 x i8>, ptr %2510, align 1, !tbaa !7, !alias.scope !57, !noalias !60
-  %2511 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2512 = add <8 x i32> %broadcast.splat462, %vec.ind
-  %2513 = shl <8 x i32> %2512, splat (i32 4)
-  %2514 = add nsw <8 x i32> %2513, %broadcast.splat460
-  %2515 = sext <8 x i32> %2514 to <8 x i64>
-  %2516 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2515
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2516, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !7, !alias.scope !60
-  %2517 = select <8 x i1> %2511, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2517, <8 x ptr> align 4 %2516, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !60
-  %index.next465 = add nuw i64 %index464, 8
+vector.body698:                                   ; preds = %vector.body698, %vector.ph691
+  %index699 = phi i64 [ 0, %vector.ph691 ], [ %index.next700, %vector.body698 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph691 ], [ %vec.ind.next, %vector.body698 ]
+  %2573 = getelementptr i8, ptr %2569, i64 %index699
+  %wide.load = load <8 x i8>, ptr %2573, align 1, !tbaa !7, !alias.scope !63, !noalias !66
+  %2574 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2575 = add <8 x i32> %broadcast.splat697, %vec.ind
+  %2576 = shl <8 x i32> %2575, splat (i32 5)
+  %2577 = add nsw <8 x i32> %2576, %broadcast.splat695
+  %2578 = sext <8 x i32> %2577 to <8 x i64>
+  %2579 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2578
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2579, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !7, !alias.scope !66
+  %2580 = select <8 x i1> %2574, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2580, <8 x ptr> align 4 %2579, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !66
+  %index.next700 = add nuw i64 %index699, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2518 = icmp eq i64 %index.next465, %n.vec458
-  br i1 %2518, label %middle.block466, label %vector.body463, !prof !47, !llvm.loop !62
+  %2581 = icmp eq i64 %index.next700, %n.vec693
+  br i1 %2581, label %middle.block701, label %vector.body698, !prof !53, !llvm.loop !68
 
-middle.block466:                                  ; preds = %vector.body463
-  br i1 %cmp.n, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i.preheader, !prof !50
+middle.block701:                                  ; preds = %vector.body698
+  br i1 %cmp.n, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us.preheader, !prof !56
 
-for_body_c273.us.i.preheader:                     ; preds = %middle.block466, %vector.memcheck, %vector.scevcheck, %for_body_r268.us.i
-  %indvars.iv1104.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r268.us.i ], [ %n.vec458, %middle.block466 ]
-  br i1 %lcmp.mod617.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !32
+for_body_c298.i.us.preheader:                     ; preds = %middle.block701, %vector.memcheck, %vector.scevcheck, %for_body_r293.i.us
+  %indvars.iv1532.i.us.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r293.i.us ], [ %n.vec693, %middle.block701 ]
+  br i1 %lcmp.mod953.not, label %for_body_c298.i.us.prol.loopexit, label %for_body_c298.i.us.prol, !prof !31
 
-for_body_c273.us.i.prol:                          ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
-  %indvars.iv1104.i.prol = phi i64 [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ], [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ]
-  %prol.iter618 = phi i64 [ %prol.iter618.next, %for_body_c273.us.i.prol ], [ 0, %for_body_c273.us.i.preheader ]
-  %2519 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i.prol
-  %2520 = load i8, ptr %2519, align 1, !tbaa !7
-  %.not585.us.i.prol = icmp eq i8 %2520, 0
-  %2521 = trunc i64 %indvars.iv1104.i.prol to i32
-  %2522 = add i32 %791, %2521
-  %2523 = shl i32 %2522, 4
-  %2524 = add nsw i32 %2523, %r271828.us.i
-  %2525 = sext i32 %2524 to i64
-  %2526 = getelementptr inbounds i32, ptr %edges.i, i64 %2525
-  %2527 = load i32, ptr %2526, align 4, !tbaa !7
-  %2528 = select i1 %.not585.us.i.prol, i32 0, i32 %2527
-  store i32 %2528, ptr %2526, align 4, !tbaa !7
-  %indvars.iv.next1105.i.prol = add nuw nsw i64 %indvars.iv1104.i.prol, 1
-  %prol.iter618.next = add i64 %prol.iter618, 1
-  %prol.iter618.cmp.not = icmp eq i64 %prol.iter618.next, %xtraiter616
-  br i1 %prol.iter618.cmp.not, label %for_body_c273.us.i.prol.loopexit, label %for_body_c273.us.i.prol, !prof !51, !llvm.loop !63
+for_body_c298.i.us.prol:                          ; preds = %for_body_c298.i.us.prol, %for_body_c298.i.us.preheader
+  %indvars.iv1532.i.us.prol = phi i64 [ %indvars.iv.next1533.i.us.prol, %for_body_c298.i.us.prol ], [ %indvars.iv1532.i.us.ph, %for_body_c298.i.us.preheader ]
+  %prol.iter954 = phi i64 [ %prol.iter954.next, %for_body_c298.i.us.prol ], [ 0, %for_body_c298.i.us.preheader ]
+  %2582 = getelementptr i8, ptr %2569, i64 %indvars.iv1532.i.us.prol
+  %2583 = load i8, ptr %2582, align 1, !tbaa !7
+  %.not672.i.us.prol = icmp eq i8 %2583, 0
+  %2584 = trunc i64 %indvars.iv1532.i.us.prol to i32
+  %2585 = add i32 %936, %2584
+  %2586 = shl i32 %2585, 5
+  %2587 = add nsw i32 %2586, %r2961077.i.us
+  %2588 = sext i32 %2587 to i64
+  %2589 = getelementptr inbounds i32, ptr %edges.i, i64 %2588
+  %2590 = load i32, ptr %2589, align 4, !tbaa !7
+  %2591 = select i1 %.not672.i.us.prol, i32 0, i32 %2590
+  store i32 %2591, ptr %2589, align 4, !tbaa !7
+  %indvars.iv.next1533.i.us.prol = add nuw nsw i64 %indvars.iv1532.i.us.prol, 1
+  %prol.iter954.next = add i64 %prol.iter954, 1
+  %prol.iter954.cmp.not = icmp eq i64 %prol.iter954.next, %xtraiter952
+  br i1 %prol.iter954.cmp.not, label %for_body_c298.i.us.prol.loopexit, label %for_body_c298.i.us.prol, !prof !57, !llvm.loop !69
 
-for_body_c273.us.i.prol.loopexit:                 ; preds = %for_body_c273.us.i.prol, %for_body_c273.us.i.preheader
-  %indvars.iv1104.i.unr = phi i64 [ %indvars.iv1104.i.ph, %for_body_c273.us.i.preheader ], [ %indvars.iv.next1105.i.prol, %for_body_c273.us.i.prol ]
-  %2529 = sub nsw i64 %indvars.iv1104.i.ph, %2488
-  %2530 = icmp ugt i64 %2529, -4
-  br i1 %2530, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !9
+for_body_c298.i.us.prol.loopexit:                 ; preds = %for_body_c298.i.us.prol, %for_body_c298.i.us.preheader
+  %indvars.iv1532.i.us.unr = phi i64 [ %indvars.iv1532.i.us.ph, %for_body_c298.i.us.preheader ], [ %indvars.iv.next1533.i.us.prol, %for_body_c298.i.us.prol ]
+  %2592 = sub nsw i64 %indvars.iv1532.i.us.ph, %smax689
+  %2593 = icmp ugt i64 %2592, -4
+  br i1 %2593, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us, !prof !9
 
-for_body_c273.us.i:                               ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit
-  %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i.3, %for_body_c273.us.i ], [ %indvars.iv1104.i.unr, %for_body_c273.us.i.prol.loopexit ]
-  %2531 = getelementptr i8, ptr %2505, i64 %indvars.iv1104.i
-  %2532 = load i8, ptr %2531, align 1, !tbaa !7
-  %.not585.us.i = icmp eq i8 %2532, 0
-  %2533 = trunc i64 %indvars.iv1104.i to i32
-  %2534 = add i32 %791, %2533
-  %2535 = shl i32 %2534, 4
-  %2536 = add nsw i32 %2535, %r271828.us.i
-  %2537 = sext i32 %2536 to i64
-  %2538 = getelementptr inbounds i32, ptr %edges.i, i64 %2537
-  %2539 = load i32, ptr %2538, align 4, !tbaa !7
-  %2540 = select i1 %.not585.us.i, i32 0, i32 %2539
-  store i32 %2540, ptr %2538, align 4, !tbaa !7
-  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
-  %2541 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i
-  %2542 = load i8, ptr %2541, align 1, !tbaa !7
-  %.not585.us.i.1 = icmp eq i8 %2542, 0
-  %2543 = trunc i64 %indvars.iv.next1105.i to i32
-  %2544 = add i32 %791, %2543
-  %2545 = shl i32 %2544, 4
-  %2546 = add nsw i32 %2545, %r271828.us.i
-  %2547 = sext i32 %2546 to i64
-  %2548 = getelementptr inbounds i32, ptr %edges.i, i64 %2547
-  %2549 = load i32, ptr %2548, align 4, !tbaa !7
-  %2550 = select i1 %.not585.us.i.1, i32 0, i32 %2549
-  store i32 %2550, ptr %2548, align 4, !tbaa !7
-  %indvars.iv.next1105.i.1 = add nuw nsw i64 %indvars.iv1104.i, 2
-  %2551 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.1
-  %2552 = load i8, ptr %2551, align 1, !tbaa !7
-  %.not585.us.i.2 = icmp eq i8 %2552, 0
-  %2553 = trunc i64 %indvars.iv.next1105.i.1 to i32
-  %2554 = add i32 %791, %2553
-  %2555 = shl i32 %2554, 4
-  %2556 = add nsw i32 %2555, %r271828.us.i
-  %2557 = sext i32 %2556 to i64
-  %2558 = getelementptr inbounds i32, ptr %edges.i, i64 %2557
-  %2559 = load i32, ptr %2558, align 4, !tbaa !7
-  %2560 = select i1 %.not585.us.i.2, i32 0, i32 %2559
-  store i32 %2560, ptr %2558, align 4, !tbaa !7
-  %indvars.iv.next1105.i.2 = add nuw nsw i64 %indvars.iv1104.i, 3
-  %2561 = getelementptr i8, ptr %2505, i64 %indvars.iv.next1105.i.2
-  %2562 = load i8, ptr %2561, align 1, !tbaa !7
-  %.not585.us.i.3 = icmp eq i8 %2562, 0
-  %2563 = trunc i64 %indvars.iv.next1105.i.2 to i32
-  %2564 = add i32 %791, %2563
-  %2565 = shl i32 %2564, 4
-  %2566 = add nsw i32 %2565, %r271828.us.i
-  %2567 = sext i32 %2566 to i64
-  %2568 = getelementptr inbounds i32, ptr %edges.i, i64 %2567
-  %2569 = load i32, ptr %2568, align 4, !tbaa !7
-  %2570 = select i1 %.not585.us.i.3, i32 0, i32 %2569
-  store i32 %2570, ptr %2568, align 4, !tbaa !7
-  %indvars.iv.next1105.i.3 = add nuw nsw i64 %indvars.iv1104.i, 4
-  %exitcond258.not.3 = icmp eq i64 %indvars.iv.next1105.i.3, %2488
-  br i1 %exitcond258.not.3, label %for_begin_c272.for_end_c274_crit_edge.us.i, label %for_body_c273.us.i, !prof !54, !llvm.loop !64
+for_body_c298.i.us:                               ; preds = %for_body_c298.i.us, %for_body_c298.i.us.prol.loopexit
+  %indvars.iv1532.i.us = phi i64 [ %indvars.iv.next1533.i.us.3, %for_body_c298.i.us ], [ %indvars.iv1532.i.us.unr, %for_body_c298.i.us.prol.loopexit ]
+  %2594 = getelementptr i8, ptr %2569, i64 %indvars.iv1532.i.us
+  %2595 = load i8, ptr %2594, align 1, !tbaa !7
+  %.not672.i.us = icmp eq i8 %2595, 0
+  %2596 = trunc i64 %indvars.iv1532.i.us to i32
+  %2597 = add i32 %936, %2596
+  %2598 = shl i32 %2597, 5
+  %2599 = add nsw i32 %2598, %r2961077.i.us
+  %2600 = sext i32 %2599 to i64
+  %2601 = getelementptr inbounds i32, ptr %edges.i, i64 %2600
+  %2602 = load i32, ptr %2601, align 4, !tbaa !7
+  %2603 = select i1 %.not672.i.us, i32 0, i32 %2602
+  store i32 %2603, ptr %2601, align 4, !tbaa !7
+  %indvars.iv.next1533.i.us = add nuw nsw i64 %indvars.iv1532.i.us, 1
+  %2604 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us
+  %2605 = load i8, ptr %2604, align 1, !tbaa !7
+  %.not672.i.us.1 = icmp eq i8 %2605, 0
+  %2606 = trunc i64 %indvars.iv.next1533.i.us to i32
+  %2607 = add i32 %936, %2606
+  %2608 = shl i32 %2607, 5
+  %2609 = add nsw i32 %2608, %r2961077.i.us
+  %2610 = sext i32 %2609 to i64
+  %2611 = getelementptr inbounds i32, ptr %edges.i, i64 %2610
+  %2612 = load i32, ptr %2611, align 4, !tbaa !7
+  %2613 = select i1 %.not672.i.us.1, i32 0, i32 %2612
+  store i32 %2613, ptr %2611, align 4, !tbaa !7
+  %indvars.iv.next1533.i.us.1 = add nuw nsw i64 %indvars.iv1532.i.us, 2
+  %2614 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us.1
+  %2615 = load i8, ptr %2614, align 1, !tbaa !7
+  %.not672.i.us.2 = icmp eq i8 %2615, 0
+  %2616 = trunc i64 %indvars.iv.next1533.i.us.1 to i32
+  %2617 = add i32 %936, %2616
+  %2618 = shl i32 %2617, 5
+  %2619 = add nsw i32 %2618, %r2961077.i.us
+  %2620 = sext i32 %2619 to i64
+  %2621 = getelementptr inbounds i32, ptr %edges.i, i64 %2620
+  %2622 = load i32, ptr %2621, align 4, !tbaa !7
+  %2623 = select i1 %.not672.i.us.2, i32 0, i32 %2622
+  store i32 %2623, ptr %2621, align 4, !tbaa !7
+  %indvars.iv.next1533.i.us.2 = add nuw nsw i64 %indvars.iv1532.i.us, 3
+  %2624 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us.2
+  %2625 = load i8, ptr %2624, align 1, !tbaa !7
+  %.not672.i.us.3 = icmp eq i8 %2625, 0
+  %2626 = trunc i64 %indvars.iv.next1533.i.us.2 to i32
+  %2627 = add i32 %936, %2626
+  %2628 = shl i32 %2627, 5
+  %2629 = add nsw i32 %2628, %r2961077.i.us
+  %2630 = sext i32 %2629 to i64
+  %2631 = getelementptr inbounds i32, ptr %edges.i, i64 %2630
+  %2632 = load i32, ptr %2631, align 4, !tbaa !7
+  %2633 = select i1 %.not672.i.us.3, i32 0, i32 %2632
+  store i32 %2633, ptr %2631, align 4, !tbaa !7
+  %indvars.iv.next1533.i.us.3 = add nuw nsw i64 %indvars.iv1532.i.us, 4
+  %exitcond377.not.3 = icmp eq i64 %indvars.iv.next1533.i.us.3, %smax376
+  br i1 %exitcond377.not.3, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us, !prof !60, !llvm.loop !70
 
-for_begin_c272.for_end_c274_crit_edge.us.i:       ; preds = %for_body_c273.us.i, %for_body_c273.us.i.prol.loopexit, %middle.block466
-  %2571 = add nuw nsw i32 %r271828.us.i, 1
-  %2572 = icmp slt i32 %2571, %2481
-  br i1 %2572, label %for_body_r268.us.i, label %if_end266.i, !prof !56
+for_end_c299.i.loopexit.us:                       ; preds = %for_body_c298.i.us, %for_body_c298.i.us.prol.loopexit, %middle.block701
+  %2634 = add nuw nsw i32 %r2961077.i.us, 1
+  %2635 = icmp slt i32 %2634, %1444
+  br i1 %2635, label %for_body_r293.i.us, label %if_end291.i, !prof !62
 
-if_end266.i:                                      ; preds = %for_begin_c272.for_end_c274_crit_edge.us.i, %for_body_r268.lr.ph.i, %if_then265.i, %for_end_to257.i
-  %factor.op.mul.reass.i = mul i32 %factor.op.mul890.i, %num_full.i
-  %2573 = and i32 %1482, 2147483640
-  %2574 = icmp sgt i32 %valid_len152.i, %2573
-  %2575 = and i1 %761, %1465
-  %2576 = shl nuw nsw i32 %num_full.i, 7
-  %2577 = shl nuw nsw i32 %num_full.i, 10
-  %2578 = fmul <16 x float> %2386, zeroinitializer
-  %2579 = zext nneg i32 %2576 to i64
-  %2580 = shl i64 %1466, 11
-  %2581 = and i64 %2580, 4294965248
-  %2582 = zext nneg i32 %num_full.i to i64
-  %2583 = add i32 %indvars.iv251, %1469
-  %2584 = tail call i32 @llvm.smin.i32(i32 %indvars.iv249, i32 %2583)
-  %2585 = tail call i32 @llvm.smin.i32(i32 %2584, i32 128)
-  %smin260 = sext i32 %2585 to i64
-  %2586 = shl nuw nsw i64 %2582, 3
-  %2587 = sub nsw i64 %smin260, %2586
-  %smax261 = tail call i64 @llvm.smax.i64(i64 %2587, i64 1)
-  br label %for_begin_to277.preheader.i
+if_end291.i:                                      ; preds = %for_end_c299.i.loopexit.us, %for_body_r293.lr.ph.i, %for_end_to282.i
+  br i1 %1445, label %for_begin_d_0_m.preheader.i, label %for_begin_d_0_m359.preheader.i
 
-for_begin_to277.preheader.i:                      ; preds = %if_end314.i, %if_end266.i
-  %indvars.iv1125.i = phi i64 [ 0, %if_end266.i ], [ %indvars.iv.next1126.i, %if_end314.i ]
-  br i1 %.not921.i, label %for_end_to279.i, label %for_body_to278.lr.ph.i, !prof !9
+for_begin_d_0_m359.preheader.i:                   ; preds = %if_end291.i
+  %factor.op.mul.reass.i = mul i32 %num_full.i, %factor.op.mul1239.i
+  %2636 = and i32 %1443, 2147483640
+  %2637 = icmp sgt i32 %valid_len146.i, %2636
+  %2638 = and i1 %903, %1426
+  %2639 = shl nuw nsw i32 %num_full.i, 8
+  %2640 = shl nuw nsw i32 %num_full.i, 10
+  %2641 = fmul <32 x float> %2408, zeroinitializer
+  %2642 = zext nneg i32 %2639 to i64
+  %2643 = shl i64 %1427, 12
+  %2644 = and i64 %2643, 4294963200
+  %2645 = zext nneg i32 %num_full.i to i64
+  %2646 = add i32 %indvars.iv368, %1430
+  %2647 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2646)
+  %2648 = tail call i32 @llvm.smin.i32(i32 %2647, i32 64)
+  %smin379 = sext i32 %2648 to i64
+  %2649 = shl nuw nsw i64 %2645, 3
+  %2650 = sub nsw i64 %smin379, %2649
+  %smax380 = tail call i64 @llvm.smax.i64(i64 %2650, i64 1)
+  br label %for_begin_to366.preheader.i
 
-for_body_to278.lr.ph.i:                           ; preds = %for_begin_to277.preheader.i
-  %2588 = mul nuw nsw i64 %indvars.iv1125.i, %2582
-  %2589 = shl i64 %indvars.iv1125.i, 2
-  %2590 = and i64 %2589, 12
-  %2591 = shl i64 %indvars.iv1125.i, 3
-  %2592 = and i64 %2591, 96
-  %invariant.gep166 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2592
-  %invariant.gep168 = getelementptr inbounds nuw float, ptr %invariant.gep166, i64 %2590
-  br label %for_body_to278.i
+for_begin_d_0_m.preheader.i:                      ; preds = %if_end291.i
+  %2651 = and i32 %1443, 2147483640
+  %2652 = icmp sgt i32 %valid_len146.i, %2651
+  %beta639.sroa.0.0.vec.extract797.i = shufflevector <32 x float> %2429, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %alpha640.sroa.0.0.vec.extract742.i = shufflevector <32 x float> %2408, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2653 = and i1 %903, %1426
+  %2654 = shl nuw nsw i32 %num_full.i, 8
+  %2655 = shl nuw nsw i32 %num_full.i, 10
+  %2656 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, zeroinitializer
+  %2657 = zext nneg i32 %2654 to i64
+  %2658 = shl i64 %1427, 12
+  %2659 = and i64 %2658, 4294963200
+  %wide.trip.count1570.i = zext nneg i32 %num_full.i to i64
+  %2660 = add i32 %indvars.iv368, %1430
+  %2661 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2660)
+  %2662 = tail call i32 @llvm.smin.i32(i32 %2661, i32 64)
+  %smin383 = sext i32 %2662 to i64
+  %2663 = shl nuw nsw i64 %wide.trip.count1570.i, 3
+  %2664 = sub nsw i64 %smin383, %2663
+  %smax384 = tail call i64 @llvm.smax.i64(i64 %2664, i64 1)
+  br label %for_begin_to305.preheader.i
 
-for_body_to278.i:                                 ; preds = %if_end283.i, %for_body_to278.lr.ph.i
-  %indvars.iv1115.i = phi i64 [ 0, %for_body_to278.lr.ph.i ], [ %indvars.iv.next1116.i, %if_end283.i ]
-  %full_acc542.sroa.28.0855.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2946, %if_end283.i ]
-  %full_acc542.sroa.24.0854.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2941, %if_end283.i ]
-  %full_acc542.sroa.20.0853.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2936, %if_end283.i ]
-  %full_acc542.sroa.16.0852.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2931, %if_end283.i ]
-  %full_acc542.sroa.12.0851.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2926, %if_end283.i ]
-  %full_acc542.sroa.8.0850.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2921, %if_end283.i ]
-  %full_acc542.sroa.4.0849.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2916, %if_end283.i ]
-  %full_acc542.sroa.0.0848.i = phi <16 x float> [ zeroinitializer, %for_body_to278.lr.ph.i ], [ %2911, %if_end283.i ]
-  br i1 %2575, label %for_begin_line284.preheader.i, label %if_end283.i, !prof !6
+for_begin_to305.preheader.i:                      ; preds = %if_end358.i, %for_begin_d_0_m.preheader.i
+  %indvars.iv1576.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next1577.i, %if_end358.i ]
+  br i1 %.not1268.i, label %for_end_to307.i, label %for_body_to306.lr.ph.i, !prof !9
 
-for_begin_line284.preheader.i:                    ; preds = %for_body_to278.i
-  %2593 = add nuw nsw i64 %indvars.iv1115.i, %2588
-  %2594 = trunc nuw nsw i64 %2593 to i32
-  %2595 = lshr i32 %2594, 1
-  %2596 = add nuw nsw i32 %2595, %factor.op.mul.reass.i
-  %2597 = srem i32 %2596, %num_kv_heads
-  %2598 = zext nneg i32 %2597 to i64
-  %2599 = mul nsw i64 %v_head, %2598
-  %2600 = sdiv i32 %2596, %num_kv_heads
-  %2601 = sext i32 %2600 to i64
-  %2602 = getelementptr i64, ptr %value_offsets.i, i64 %2601
-  %2603 = getelementptr i8, ptr %2602, i64 1024
-  %2604 = load i64, ptr %2603, align 8, !tbaa !7
-  %2605 = shl i64 %2593, 5
-  %2606 = and i64 %2605, 32
-  %gep866.i = getelementptr i32, ptr %invariant.gep865.i, i64 %2604
-  %invariant.gep831.i = getelementptr i32, ptr %gep866.i, i64 %2599
-  %gep832.i = getelementptr i32, ptr %invariant.gep831.i, i64 %2606
-  tail call void @llvm.prefetch.p0(ptr readonly %gep832.i, i32 0, i32 2, i32 1)
-  %gep832.1.i = getelementptr i8, ptr %gep832.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep832.1.i, i32 0, i32 2, i32 1)
-  br label %if_end283.i
+for_body_to306.lr.ph.i:                           ; preds = %for_begin_to305.preheader.i
+  %2665 = trunc i64 %indvars.iv1576.i to i32
+  %2666 = add i32 %factor.op.mul1239.i, %2665
+  %reass.mul.i = mul i32 %2666, %num_full.i
+  %2667 = shl i64 %indvars.iv1576.i, 3
+  %2668 = and i64 %2667, 8
+  %2669 = shl i64 %indvars.iv1576.i, 4
+  %2670 = and i64 %2669, 96
+  %invariant.gep1879.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2670
+  %invariant.gep1881.i = getelementptr inbounds nuw float, ptr %invariant.gep1879.i, i64 %2668
+  br label %for_body_to306.i
 
-for_end_to279.i:                                  ; preds = %if_end283.i, %for_begin_to277.preheader.i
-  %full_acc542.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2911, %if_end283.i ]
-  %full_acc542.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2916, %if_end283.i ]
-  %full_acc542.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2921, %if_end283.i ]
-  %full_acc542.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2926, %if_end283.i ]
-  %full_acc542.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2931, %if_end283.i ]
-  %full_acc542.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2936, %if_end283.i ]
-  %full_acc542.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2941, %if_end283.i ]
-  %full_acc542.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to277.preheader.i ], [ %2946, %if_end283.i ]
-  br i1 %2574, label %for_body_ti295.lr.ph.i, label %for_end_ti296.i, !prof !32
+for_body_to306.i:                                 ; preds = %for_end_ti319.i, %for_body_to306.lr.ph.i
+  %indvars.iv1566.i = phi i64 [ 0, %for_body_to306.lr.ph.i ], [ %indvars.iv.next1567.i, %for_end_ti319.i ]
+  %full_acc628.sroa.0.01180.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2690, %for_end_ti319.i ]
+  %full_acc628.sroa.4.01179.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2695, %for_end_ti319.i ]
+  %full_acc628.sroa.8.01178.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2700, %for_end_ti319.i ]
+  %full_acc628.sroa.12.01177.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2705, %for_end_ti319.i ]
+  %full_acc628.sroa.16.01176.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2710, %for_end_ti319.i ]
+  %full_acc628.sroa.20.01175.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2715, %for_end_ti319.i ]
+  %full_acc628.sroa.24.01174.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2720, %for_end_ti319.i ]
+  %full_acc628.sroa.28.01173.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2725, %for_end_ti319.i ]
+  %full_acc628.sroa.32.01172.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2730, %for_end_ti319.i ]
+  %full_acc628.sroa.36.01171.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2735, %for_end_ti319.i ]
+  %full_acc628.sroa.40.01170.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2740, %for_end_ti319.i ]
+  %full_acc628.sroa.44.01169.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2745, %for_end_ti319.i ]
+  %full_acc628.sroa.48.01168.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2750, %for_end_ti319.i ]
+  %full_acc628.sroa.52.01167.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2755, %for_end_ti319.i ]
+  %full_acc628.sroa.56.01166.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2760, %for_end_ti319.i ]
+  %full_acc628.sroa.60.01165.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2765, %for_end_ti319.i ]
+  br i1 %2653, label %for_begin_line312.preheader.i, label %if_end311.i, !prof !6
 
-for_body_ti295.lr.ph.i:                           ; preds = %for_end_to279.i
-  %indvars.iv1125.tr.i = trunc i64 %indvars.iv1125.i to i32
-  %2607 = shl i32 %indvars.iv1125.tr.i, 2
-  %2608 = and i32 %2607, 12
-  %2609 = shl i32 %indvars.iv1125.tr.i, 3
-  %2610 = and i32 %2609, 96
-  %invariant.op885.i = or disjoint i32 %2610, %2577
-  %invariant.op887.i = or disjoint i32 %invariant.op885.i, %2608
-  %2611 = zext nneg i32 %invariant.op887.i to i64
-  %invariant.gep1335.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2611
-  br label %for_body_ti295.i
+for_begin_line312.preheader.i:                    ; preds = %for_body_to306.i
+  %2671 = trunc i64 %indvars.iv1566.i to i32
+  %2672 = add i32 %reass.mul.i, %2671
+  %2673 = srem i32 %2672, %num_kv_heads
+  %2674 = zext nneg i32 %2673 to i64
+  %2675 = mul nsw i64 %v_head, %2674
+  %2676 = sdiv i32 %2672, %num_kv_heads
+  %2677 = sext i32 %2676 to i64
+  %2678 = getelementptr i64, ptr %value_offsets643.i, i64 %2677
+  %2679 = getelementptr i8, ptr %2678, i64 512
+  %2680 = load i64, ptr %2679, align 8, !tbaa !42
+  %gep1199.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2680
+  %invariant.gep1141.i = getelementptr i32, ptr %gep1199.i, i64 %2675
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep1141.i, i32 0, i32 2, i32 1)
+  %gep1142.1.i = getelementptr i8, ptr %invariant.gep1141.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1142.1.i, i32 0, i32 2, i32 1)
+  %gep1142.2.i = getelementptr i8, ptr %invariant.gep1141.i, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1142.2.i, i32 0, i32 2, i32 1)
+  %gep1142.3.i = getelementptr i8, ptr %invariant.gep1141.i, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1142.3.i, i32 0, i32 2, i32 1)
+  br label %if_end311.i
 
-if_end283.i:                                      ; preds = %for_begin_line284.preheader.i, %for_body_to278.i
-  %.idx86 = shl nsw i64 %indvars.iv1115.i, 9
-  %2612 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx86
-  %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !7
-  %.idx87 = shl nsw i64 %indvars.iv1115.i, 12
-  %gep169 = getelementptr inbounds nuw i8, ptr %invariant.gep168, i64 %.idx87
-  %2614 = load float, ptr %gep169, align 4, !tbaa !7
-  %2615 = insertelement <16 x float> poison, float %2614, i64 0
-  %2616 = shufflevector <16 x float> %2615, <16 x float> poison, <16 x i32> zeroinitializer
-  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2616, <16 x float> %full_acc542.sroa.0.0848.i)
-  %2618 = getelementptr inbounds nuw i8, ptr %gep169, i64 64
-  %2619 = load float, ptr %2618, align 4, !tbaa !7
-  %2620 = insertelement <16 x float> poison, float %2619, i64 0
-  %2621 = shufflevector <16 x float> %2620, <16 x float> poison, <16 x i32> zeroinitializer
-  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2621, <16 x float> %full_acc542.sroa.4.0849.i)
-  %2623 = getelementptr inbounds nuw i8, ptr %gep169, i64 4
-  %2624 = load float, ptr %2623, align 4, !tbaa !7
-  %2625 = insertelement <16 x float> poison, float %2624, i64 0
-  %2626 = shufflevector <16 x float> %2625, <16 x float> poison, <16 x i32> zeroinitializer
-  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2626, <16 x float> %full_acc542.sroa.8.0850.i)
-  %2628 = getelementptr inbounds nuw i8, ptr %gep169, i64 68
-  %2629 = load float, ptr %2628, align 4, !tbaa !7
-  %2630 = insertelement <16 x float> poison, float %2629, i64 0
-  %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
-  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2631, <16 x float> %full_acc542.sroa.12.0851.i)
-  %2633 = getelementptr inbounds nuw i8, ptr %gep169, i64 8
-  %2634 = load float, ptr %2633, align 4, !tbaa !7
-  %2635 = insertelement <16 x float> poison, float %2634, i64 0
-  %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
-  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2636, <16 x float> %full_acc542.sroa.16.0852.i)
-  %2638 = getelementptr inbounds nuw i8, ptr %gep169, i64 72
-  %2639 = load float, ptr %2638, align 4, !tbaa !7
-  %2640 = insertelement <16 x float> poison, float %2639, i64 0
-  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2641, <16 x float> %full_acc542.sroa.20.0853.i)
-  %2643 = getelementptr inbounds nuw i8, ptr %gep169, i64 12
-  %2644 = load float, ptr %2643, align 4, !tbaa !7
-  %2645 = insertelement <16 x float> poison, float %2644, i64 0
-  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2646, <16 x float> %full_acc542.sroa.24.0854.i)
-  %2648 = getelementptr inbounds nuw i8, ptr %gep169, i64 76
-  %2649 = load float, ptr %2648, align 4, !tbaa !7
-  %2650 = insertelement <16 x float> poison, float %2649, i64 0
-  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2613, <16 x float> %2651, <16 x float> %full_acc542.sroa.28.0855.i)
-  %2653 = getelementptr inbounds nuw i8, ptr %2612, i64 64
-  %2654 = load <16 x float>, ptr %2653, align 4, !tbaa !7
-  %2655 = getelementptr inbounds nuw i8, ptr %gep169, i64 512
-  %2656 = load float, ptr %2655, align 4, !tbaa !7
-  %2657 = insertelement <16 x float> poison, float %2656, i64 0
-  %2658 = shufflevector <16 x float> %2657, <16 x float> poison, <16 x i32> zeroinitializer
-  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2658, <16 x float> %2617)
-  %2660 = getelementptr inbounds nuw i8, ptr %gep169, i64 576
-  %2661 = load float, ptr %2660, align 4, !tbaa !7
-  %2662 = insertelement <16 x float> poison, float %2661, i64 0
-  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2663, <16 x float> %2622)
-  %2665 = getelementptr inbounds nuw i8, ptr %gep169, i64 516
-  %2666 = load float, ptr %2665, align 4, !tbaa !7
-  %2667 = insertelement <16 x float> poison, float %2666, i64 0
-  %2668 = shufflevector <16 x float> %2667, <16 x float> poison, <16 x i32> zeroinitializer
-  %2669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2668, <16 x float> %2627)
-  %2670 = getelementptr inbounds nuw i8, ptr %gep169, i64 580
-  %2671 = load float, ptr %2670, align 4, !tbaa !7
-  %2672 = insertelement <16 x float> poison, float %2671, i64 0
-  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
-  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2673, <16 x float> %2632)
-  %2675 = getelementptr inbounds nuw i8, ptr %gep169, i64 520
-  %2676 = load float, ptr %2675, align 4, !tbaa !7
-  %2677 = insertelement <16 x float> poison, float %2676, i64 0
-  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
-  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2678, <16 x float> %2637)
-  %2680 = getelementptr inbounds nuw i8, ptr %gep169, i64 584
-  %2681 = load float, ptr %2680, align 4, !tbaa !7
-  %2682 = insertelement <16 x float> poison, float %2681, i64 0
-  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2683, <16 x float> %2642)
-  %2685 = getelementptr inbounds nuw i8, ptr %gep169, i64 524
-  %2686 = load float, ptr %2685, align 4, !tbaa !7
-  %2687 = insertelement <16 x float> poison, float %2686, i64 0
-  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
-  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2688, <16 x float> %2647)
-  %2690 = getelementptr inbounds nuw i8, ptr %gep169, i64 588
-  %2691 = load float, ptr %2690, align 4, !tbaa !7
-  %2692 = insertelement <16 x float> poison, float %2691, i64 0
-  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2693, <16 x float> %2652)
-  %2695 = getelementptr inbounds nuw i8, ptr %2612, i64 128
-  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !7
-  %2697 = getelementptr inbounds nuw i8, ptr %gep169, i64 1024
-  %2698 = load float, ptr %2697, align 4, !tbaa !7
-  %2699 = insertelement <16 x float> poison, float %2698, i64 0
-  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
-  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2700, <16 x float> %2659)
-  %2702 = getelementptr inbounds nuw i8, ptr %gep169, i64 1088
-  %2703 = load float, ptr %2702, align 4, !tbaa !7
-  %2704 = insertelement <16 x float> poison, float %2703, i64 0
-  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
-  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2705, <16 x float> %2664)
-  %2707 = getelementptr inbounds nuw i8, ptr %gep169, i64 1028
-  %2708 = load float, ptr %2707, align 4, !tbaa !7
-  %2709 = insertelement <16 x float> poison, float %2708, i64 0
-  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
-  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2710, <16 x float> %2669)
-  %2712 = getelementptr inbounds nuw i8, ptr %gep169, i64 1092
-  %2713 = load float, ptr %2712, align 4, !tbaa !7
-  %2714 = insertelement <16 x float> poison, float %2713, i64 0
-  %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
-  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2715, <16 x float> %2674)
-  %2717 = getelementptr inbounds nuw i8, ptr %gep169, i64 1032
-  %2718 = load float, ptr %2717, align 4, !tbaa !7
-  %2719 = insertelement <16 x float> poison, float %2718, i64 0
-  %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
-  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2720, <16 x float> %2679)
-  %2722 = getelementptr inbounds nuw i8, ptr %gep169, i64 1096
-  %2723 = load float, ptr %2722, align 4, !tbaa !7
-  %2724 = insertelement <16 x float> poison, float %2723, i64 0
-  %2725 = shufflevector <16 x float> %2724, <16 x float> poison, <16 x i32> zeroinitializer
-  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2725, <16 x float> %2684)
-  %2727 = getelementptr inbounds nuw i8, ptr %gep169, i64 1036
-  %2728 = load float, ptr %2727, align 4, !tbaa !7
-  %2729 = insertelement <16 x float> poison, float %2728, i64 0
-  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2730, <16 x float> %2689)
-  %2732 = getelementptr inbounds nuw i8, ptr %gep169, i64 1100
-  %2733 = load float, ptr %2732, align 4, !tbaa !7
-  %2734 = insertelement <16 x float> poison, float %2733, i64 0
-  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
-  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2696, <16 x float> %2735, <16 x float> %2694)
-  %2737 = getelementptr inbounds nuw i8, ptr %2612, i64 192
-  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !7
-  %2739 = getelementptr inbounds nuw i8, ptr %gep169, i64 1536
-  %2740 = load float, ptr %2739, align 4, !tbaa !7
-  %2741 = insertelement <16 x float> poison, float %2740, i64 0
-  %2742 = shufflevector <16 x float> %2741, <16 x float> poison, <16 x i32> zeroinitializer
-  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2742, <16 x float> %2701)
-  %2744 = getelementptr inbounds nuw i8, ptr %gep169, i64 1600
-  %2745 = load float, ptr %2744, align 4, !tbaa !7
-  %2746 = insertelement <16 x float> poison, float %2745, i64 0
-  %2747 = shufflevector <16 x float> %2746, <16 x float> poison, <16 x i32> zeroinitializer
-  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2747, <16 x float> %2706)
-  %2749 = getelementptr inbounds nuw i8, ptr %gep169, i64 1540
-  %2750 = load float, ptr %2749, align 4, !tbaa !7
-  %2751 = insertelement <16 x float> poison, float %2750, i64 0
-  %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
-  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2752, <16 x float> %2711)
-  %2754 = getelementptr inbounds nuw i8, ptr %gep169, i64 1604
-  %2755 = load float, ptr %2754, align 4, !tbaa !7
-  %2756 = insertelement <16 x float> poison, float %2755, i64 0
-  %2757 = shufflevector <16 x float> %2756, <16 x float> poison, <16 x i32> zeroinitializer
-  %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2757, <16 x float> %2716)
-  %2759 = getelementptr inbounds nuw i8, ptr %gep169, i64 1544
-  %2760 = load float, ptr %2759, align 4, !tbaa !7
-  %2761 = insertelement <16 x float> poison, float %2760, i64 0
-  %2762 = shufflevector <16 x float> %2761, <16 x float> poison, <16 x i32> zeroinitializer
-  %2763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2762, <16 x float> %2721)
-  %2764 = getelementptr inbounds nuw i8, ptr %gep169, i64 1608
-  %2765 = load float, ptr %2764, align 4, !tbaa !7
-  %2766 = insertelement <16 x float> poison, float %2765, i64 0
-  %2767 = shufflevector <16 x float> %2766, <16 x float> poison, <16 x i32> zeroinitializer
-  %2768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2767, <16 x float> %2726)
-  %2769 = getelementptr inbounds nuw i8, ptr %gep169, i64 1548
-  %2770 = load float, ptr %2769, align 4, !tbaa !7
-  %2771 = insertelement <16 x float> poison, float %2770, i64 0
-  %2772 = shufflevector <16 x float> %2771, <16 x float> poison, <16 x i32> zeroinitializer
-  %2773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2772, <16 x float> %2731)
-  %2774 = getelementptr inbounds nuw i8, ptr %gep169, i64 1612
-  %2775 = load float, ptr %2774, align 4, !tbaa !7
-  %2776 = insertelement <16 x float> poison, float %2775, i64 0
-  %2777 = shufflevector <16 x float> %2776, <16 x float> poison, <16 x i32> zeroinitializer
-  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2738, <16 x float> %2777, <16 x float> %2736)
-  %2779 = getelementptr inbounds nuw i8, ptr %2612, i64 256
-  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !7
-  %2781 = getelementptr inbounds nuw i8, ptr %gep169, i64 2048
-  %2782 = load float, ptr %2781, align 4, !tbaa !7
-  %2783 = insertelement <16 x float> poison, float %2782, i64 0
-  %2784 = shufflevector <16 x float> %2783, <16 x float> poison, <16 x i32> zeroinitializer
-  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2784, <16 x float> %2743)
-  %2786 = getelementptr inbounds nuw i8, ptr %gep169, i64 2112
-  %2787 = load float, ptr %2786, align 4, !tbaa !7
-  %2788 = insertelement <16 x float> poison, float %2787, i64 0
-  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
-  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2789, <16 x float> %2748)
-  %2791 = getelementptr inbounds nuw i8, ptr %gep169, i64 2052
-  %2792 = load float, ptr %2791, align 4, !tbaa !7
-  %2793 = insertelement <16 x float> poison, float %2792, i64 0
-  %2794 = shufflevector <16 x float> %2793, <16 x float> poison, <16 x i32> zeroinitializer
-  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2794, <16 x float> %2753)
-  %2796 = getelementptr inbounds nuw i8, ptr %gep169, i64 2116
-  %2797 = load float, ptr %2796, align 4, !tbaa !7
-  %2798 = insertelement <16 x float> poison, float %2797, i64 0
-  %2799 = shufflevector <16 x float> %2798, <16 x float> poison, <16 x i32> zeroinitializer
-  %2800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2799, <16 x float> %2758)
-  %2801 = getelementptr inbounds nuw i8, ptr %gep169, i64 2056
-  %2802 = load float, ptr %2801, align 4, !tbaa !7
-  %2803 = insertelement <16 x float> poison, float %2802, i64 0
-  %2804 = shufflevector <16 x float> %2803, <16 x float> poison, <16 x i32> zeroinitializer
-  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2804, <16 x float> %2763)
-  %2806 = getelementptr inbounds nuw i8, ptr %gep169, i64 2120
-  %2807 = load float, ptr %2806, align 4, !tbaa !7
-  %2808 = insertelement <16 x float> poison, float %2807, i64 0
-  %2809 = shufflevector <16 x float> %2808, <16 x float> poison, <16 x i32> zeroinitializer
-  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2809, <16 x float> %2768)
-  %2811 = getelementptr inbounds nuw i8, ptr %gep169, i64 2060
-  %2812 = load float, ptr %2811, align 4, !tbaa !7
-  %2813 = insertelement <16 x float> poison, float %2812, i64 0
-  %2814 = shufflevector <16 x float> %2813, <16 x float> poison, <16 x i32> zeroinitializer
-  %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2814, <16 x float> %2773)
-  %2816 = getelementptr inbounds nuw i8, ptr %gep169, i64 2124
-  %2817 = load float, ptr %2816, align 4, !tbaa !7
-  %2818 = insertelement <16 x float> poison, float %2817, i64 0
-  %2819 = shufflevector <16 x float> %2818, <16 x float> poison, <16 x i32> zeroinitializer
-  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2780, <16 x float> %2819, <16 x float> %2778)
-  %2821 = getelementptr inbounds nuw i8, ptr %2612, i64 320
-  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !7
-  %2823 = getelementptr inbounds nuw i8, ptr %gep169, i64 2560
-  %2824 = load float, ptr %2823, align 4, !tbaa !7
-  %2825 = insertelement <16 x float> poison, float %2824, i64 0
-  %2826 = shufflevector <16 x float> %2825, <16 x float> poison, <16 x i32> zeroinitializer
-  %2827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2826, <16 x float> %2785)
-  %2828 = getelementptr inbounds nuw i8, ptr %gep169, i64 2624
-  %2829 = load float, ptr %2828, align 4, !tbaa !7
-  %2830 = insertelement <16 x float> poison, float %2829, i64 0
-  %2831 = shufflevector <16 x float> %2830, <16 x float> poison, <16 x i32> zeroinitializer
-  %2832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2831, <16 x float> %2790)
-  %2833 = getelementptr inbounds nuw i8, ptr %gep169, i64 2564
-  %2834 = load float, ptr %2833, align 4, !tbaa !7
-  %2835 = insertelement <16 x float> poison, float %2834, i64 0
-  %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
-  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2836, <16 x float> %2795)
-  %2838 = getelementptr inbounds nuw i8, ptr %gep169, i64 2628
-  %2839 = load float, ptr %2838, align 4, !tbaa !7
-  %2840 = insertelement <16 x float> poison, float %2839, i64 0
-  %2841 = shufflevector <16 x float> %2840, <16 x float> poison, <16 x i32> zeroinitializer
-  %2842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2841, <16 x float> %2800)
-  %2843 = getelementptr inbounds nuw i8, ptr %gep169, i64 2568
-  %2844 = load float, ptr %2843, align 4, !tbaa !7
-  %2845 = insertelement <16 x float> poison, float %2844, i64 0
-  %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
-  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2846, <16 x float> %2805)
-  %2848 = getelementptr inbounds nuw i8, ptr %gep169, i64 2632
-  %2849 = load float, ptr %2848, align 4, !tbaa !7
-  %2850 = insertelement <16 x float> poison, float %2849, i64 0
-  %2851 = shufflevector <16 x float> %2850, <16 x float> poison, <16 x i32> zeroinitializer
-  %2852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2851, <16 x float> %2810)
-  %2853 = getelementptr inbounds nuw i8, ptr %gep169, i64 2572
-  %2854 = load float, ptr %2853, align 4, !tbaa !7
-  %2855 = insertelement <16 x float> poison, float %2854, i64 0
-  %2856 = shufflevector <16 x float> %2855, <16 x float> poison, <16 x i32> zeroinitializer
-  %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2856, <16 x float> %2815)
-  %2858 = getelementptr inbounds nuw i8, ptr %gep169, i64 2636
-  %2859 = load float, ptr %2858, align 4, !tbaa !7
-  %2860 = insertelement <16 x float> poison, float %2859, i64 0
-  %2861 = shufflevector <16 x float> %2860, <16 x float> poison, <16 x i32> zeroinitializer
-  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2822, <16 x float> %2861, <16 x float> %2820)
-  %2863 = getelementptr inbounds nuw i8, ptr %2612, i64 384
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !7
-  %2865 = getelementptr inbounds nuw i8, ptr %gep169, i64 3072
-  %2866 = load float, ptr %2865, align 4, !tbaa !7
-  %2867 = insertelement <16 x float> poison, float %2866, i64 0
-  %2868 = shufflevector <16 x float> %2867, <16 x float> poison, <16 x i32> zeroinitializer
-  %2869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2868, <16 x float> %2827)
-  %2870 = getelementptr inbounds nuw i8, ptr %gep169, i64 3136
-  %2871 = load float, ptr %2870, align 4, !tbaa !7
-  %2872 = insertelement <16 x float> poison, float %2871, i64 0
-  %2873 = shufflevector <16 x float> %2872, <16 x float> poison, <16 x i32> zeroinitializer
-  %2874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2873, <16 x float> %2832)
-  %2875 = getelementptr inbounds nuw i8, ptr %gep169, i64 3076
-  %2876 = load float, ptr %2875, align 4, !tbaa !7
-  %2877 = insertelement <16 x float> poison, float %2876, i64 0
-  %2878 = shufflevector <16 x float> %2877, <16 x float> poison, <16 x i32> zeroinitializer
-  %2879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2878, <16 x float> %2837)
-  %2880 = getelementptr inbounds nuw i8, ptr %gep169, i64 3140
-  %2881 = load float, ptr %2880, align 4, !tbaa !7
-  %2882 = insertelement <16 x float> poison, float %2881, i64 0
-  %2883 = shufflevector <16 x float> %2882, <16 x float> poison, <16 x i32> zeroinitializer
-  %2884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2883, <16 x float> %2842)
-  %2885 = getelementptr inbounds nuw i8, ptr %gep169, i64 3080
-  %2886 = load float, ptr %2885, align 4, !tbaa !7
-  %2887 = insertelement <16 x float> poison, float %2886, i64 0
-  %2888 = shufflevector <16 x float> %2887, <16 x float> poison, <16 x i32> zeroinitializer
-  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2888, <16 x float> %2847)
-  %2890 = getelementptr inbounds nuw i8, ptr %gep169, i64 3144
-  %2891 = load float, ptr %2890, align 4, !tbaa !7
-  %2892 = insertelement <16 x float> poison, float %2891, i64 0
-  %2893 = shufflevector <16 x float> %2892, <16 x float> poison, <16 x i32> zeroinitializer
-  %2894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2893, <16 x float> %2852)
-  %2895 = getelementptr inbounds nuw i8, ptr %gep169, i64 3084
-  %2896 = load float, ptr %2895, align 4, !tbaa !7
-  %2897 = insertelement <16 x float> poison, float %2896, i64 0
-  %2898 = shufflevector <16 x float> %2897, <16 x float> poison, <16 x i32> zeroinitializer
-  %2899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2898, <16 x float> %2857)
-  %2900 = getelementptr inbounds nuw i8, ptr %gep169, i64 3148
-  %2901 = load float, ptr %2900, align 4, !tbaa !7
-  %2902 = insertelement <16 x float> poison, float %2901, i64 0
-  %2903 = shufflevector <16 x float> %2902, <16 x float> poison, <16 x i32> zeroinitializer
-  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2864, <16 x float> %2903, <16 x float> %2862)
-  %2905 = getelementptr inbounds nuw i8, ptr %2612, i64 448
+for_end_to307.i:                                  ; preds = %for_end_ti319.i, %for_begin_to305.preheader.i
+  %full_acc628.sroa.60.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2765, %for_end_ti319.i ]
+  %full_acc628.sroa.56.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2760, %for_end_ti319.i ]
+  %full_acc628.sroa.52.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2755, %for_end_ti319.i ]
+  %full_acc628.sroa.48.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2750, %for_end_ti319.i ]
+  %full_acc628.sroa.44.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2745, %for_end_ti319.i ]
+  %full_acc628.sroa.40.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2740, %for_end_ti319.i ]
+  %full_acc628.sroa.36.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2735, %for_end_ti319.i ]
+  %full_acc628.sroa.32.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2730, %for_end_ti319.i ]
+  %full_acc628.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2725, %for_end_ti319.i ]
+  %full_acc628.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2720, %for_end_ti319.i ]
+  %full_acc628.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2715, %for_end_ti319.i ]
+  %full_acc628.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2710, %for_end_ti319.i ]
+  %full_acc628.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2705, %for_end_ti319.i ]
+  %full_acc628.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2700, %for_end_ti319.i ]
+  %full_acc628.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2695, %for_end_ti319.i ]
+  %full_acc628.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2690, %for_end_ti319.i ]
+  br i1 %2652, label %for_body_ti323.lr.ph.i, label %for_end_ti324.i, !prof !31
+
+for_body_ti323.lr.ph.i:                           ; preds = %for_end_to307.i
+  %indvars.iv1576.tr.i = trunc i64 %indvars.iv1576.i to i32
+  %2681 = shl i32 %indvars.iv1576.tr.i, 3
+  %2682 = and i32 %2681, 8
+  %2683 = shl i32 %indvars.iv1576.tr.i, 4
+  %2684 = and i32 %2683, 96
+  %invariant.op1234.i = or disjoint i32 %2684, %2655
+  %invariant.op1236.i = or disjoint i32 %invariant.op1234.i, %2682
+  %2685 = zext nneg i32 %invariant.op1236.i to i64
+  %invariant.gep1883.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2685
+  br label %for_body_ti323.i
+
+if_end311.i:                                      ; preds = %for_begin_line312.preheader.i, %for_body_to306.i
+  %.idx1726.i = shl nsw i64 %indvars.iv1566.i, 10
+  %invariant.gep1871.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1726.i
+  %.idx1728.i = shl nsw i64 %indvars.iv1566.i, 12
+  %gep1882.i = getelementptr inbounds nuw i8, ptr %invariant.gep1881.i, i64 %.idx1728.i
+  br label %for_body_ti318.i
+
+for_body_ti318.i:                                 ; preds = %for_body_ti318.i, %if_end311.i
+  %indvars.iv1561.i = phi i64 [ 0, %if_end311.i ], [ %indvars.iv.next1562.i, %for_body_ti318.i ]
+  %full_acc628.sroa.0.11163.i = phi <16 x float> [ %full_acc628.sroa.0.01180.i, %if_end311.i ], [ %2690, %for_body_ti318.i ]
+  %full_acc628.sroa.4.11162.i = phi <16 x float> [ %full_acc628.sroa.4.01179.i, %if_end311.i ], [ %2695, %for_body_ti318.i ]
+  %full_acc628.sroa.8.11161.i = phi <16 x float> [ %full_acc628.sroa.8.01178.i, %if_end311.i ], [ %2700, %for_body_ti318.i ]
+  %full_acc628.sroa.12.11160.i = phi <16 x float> [ %full_acc628.sroa.12.01177.i, %if_end311.i ], [ %2705, %for_body_ti318.i ]
+  %full_acc628.sroa.16.11159.i = phi <16 x float> [ %full_acc628.sroa.16.01176.i, %if_end311.i ], [ %2710, %for_body_ti318.i ]
+  %full_acc628.sroa.20.11158.i = phi <16 x float> [ %full_acc628.sroa.20.01175.i, %if_end311.i ], [ %2715, %for_body_ti318.i ]
+  %full_acc628.sroa.24.11157.i = phi <16 x float> [ %full_acc628.sroa.24.01174.i, %if_end311.i ], [ %2720, %for_body_ti318.i ]
+  %full_acc628.sroa.28.11156.i = phi <16 x float> [ %full_acc628.sroa.28.01173.i, %if_end311.i ], [ %2725, %for_body_ti318.i ]
+  %full_acc628.sroa.32.11155.i = phi <16 x float> [ %full_acc628.sroa.32.01172.i, %if_end311.i ], [ %2730, %for_body_ti318.i ]
+  %full_acc628.sroa.36.11154.i = phi <16 x float> [ %full_acc628.sroa.36.01171.i, %if_end311.i ], [ %2735, %for_body_ti318.i ]
+  %full_acc628.sroa.40.11153.i = phi <16 x float> [ %full_acc628.sroa.40.01170.i, %if_end311.i ], [ %2740, %for_body_ti318.i ]
+  %full_acc628.sroa.44.11152.i = phi <16 x float> [ %full_acc628.sroa.44.01169.i, %if_end311.i ], [ %2745, %for_body_ti318.i ]
+  %full_acc628.sroa.48.11151.i = phi <16 x float> [ %full_acc628.sroa.48.01168.i, %if_end311.i ], [ %2750, %for_body_ti318.i ]
+  %full_acc628.sroa.52.11150.i = phi <16 x float> [ %full_acc628.sroa.52.01167.i, %if_end311.i ], [ %2755, %for_body_ti318.i ]
+  %full_acc628.sroa.56.11149.i = phi <16 x float> [ %full_acc628.sroa.56.01166.i, %if_end311.i ], [ %2760, %for_body_ti318.i ]
+  %full_acc628.sroa.60.11148.i = phi <16 x float> [ %full_acc628.sroa.60.01165.i, %if_end311.i ], [ %2765, %for_body_ti318.i ]
+  %.idx1725.i = shl nuw nsw i64 %indvars.iv1561.i, 7
+  %gep1872.i = getelementptr inbounds nuw i8, ptr %invariant.gep1871.i, i64 %.idx1725.i
+  %2686 = load <16 x float>, ptr %gep1872.i, align 4, !tbaa !7
+  %.idx1727.i = shl nuw nsw i64 %indvars.iv1561.i, 9
+  %gep1878.i = getelementptr inbounds nuw i8, ptr %gep1882.i, i64 %.idx1727.i
+  %2687 = load float, ptr %gep1878.i, align 4, !tbaa !7
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2689, <16 x float> %full_acc628.sroa.0.11163.i)
+  %2691 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 64
+  %2692 = load float, ptr %2691, align 4, !tbaa !7
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2694, <16 x float> %full_acc628.sroa.4.11162.i)
+  %2696 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 4
+  %2697 = load float, ptr %2696, align 4, !tbaa !7
+  %2698 = insertelement <16 x float> poison, float %2697, i64 0
+  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2699, <16 x float> %full_acc628.sroa.8.11161.i)
+  %2701 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 68
+  %2702 = load float, ptr %2701, align 4, !tbaa !7
+  %2703 = insertelement <16 x float> poison, float %2702, i64 0
+  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2704, <16 x float> %full_acc628.sroa.12.11160.i)
+  %2706 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 8
+  %2707 = load float, ptr %2706, align 4, !tbaa !7
+  %2708 = insertelement <16 x float> poison, float %2707, i64 0
+  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
+  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2709, <16 x float> %full_acc628.sroa.16.11159.i)
+  %2711 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 72
+  %2712 = load float, ptr %2711, align 4, !tbaa !7
+  %2713 = insertelement <16 x float> poison, float %2712, i64 0
+  %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
+  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2714, <16 x float> %full_acc628.sroa.20.11158.i)
+  %2716 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 12
+  %2717 = load float, ptr %2716, align 4, !tbaa !7
+  %2718 = insertelement <16 x float> poison, float %2717, i64 0
+  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
+  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2719, <16 x float> %full_acc628.sroa.24.11157.i)
+  %2721 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 76
+  %2722 = load float, ptr %2721, align 4, !tbaa !7
+  %2723 = insertelement <16 x float> poison, float %2722, i64 0
+  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
+  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2724, <16 x float> %full_acc628.sroa.28.11156.i)
+  %2726 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 16
+  %2727 = load float, ptr %2726, align 4, !tbaa !7
+  %2728 = insertelement <16 x float> poison, float %2727, i64 0
+  %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
+  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2729, <16 x float> %full_acc628.sroa.32.11155.i)
+  %2731 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 80
+  %2732 = load float, ptr %2731, align 4, !tbaa !7
+  %2733 = insertelement <16 x float> poison, float %2732, i64 0
+  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
+  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2734, <16 x float> %full_acc628.sroa.36.11154.i)
+  %2736 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 20
+  %2737 = load float, ptr %2736, align 4, !tbaa !7
+  %2738 = insertelement <16 x float> poison, float %2737, i64 0
+  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
+  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2739, <16 x float> %full_acc628.sroa.40.11153.i)
+  %2741 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 84
+  %2742 = load float, ptr %2741, align 4, !tbaa !7
+  %2743 = insertelement <16 x float> poison, float %2742, i64 0
+  %2744 = shufflevector <16 x float> %2743, <16 x float> poison, <16 x i32> zeroinitializer
+  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2744, <16 x float> %full_acc628.sroa.44.11152.i)
+  %2746 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 24
+  %2747 = load float, ptr %2746, align 4, !tbaa !7
+  %2748 = insertelement <16 x float> poison, float %2747, i64 0
+  %2749 = shufflevector <16 x float> %2748, <16 x float> poison, <16 x i32> zeroinitializer
+  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2749, <16 x float> %full_acc628.sroa.48.11151.i)
+  %2751 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 88
+  %2752 = load float, ptr %2751, align 4, !tbaa !7
+  %2753 = insertelement <16 x float> poison, float %2752, i64 0
+  %2754 = shufflevector <16 x float> %2753, <16 x float> poison, <16 x i32> zeroinitializer
+  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2754, <16 x float> %full_acc628.sroa.52.11150.i)
+  %2756 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 28
+  %2757 = load float, ptr %2756, align 4, !tbaa !7
+  %2758 = insertelement <16 x float> poison, float %2757, i64 0
+  %2759 = shufflevector <16 x float> %2758, <16 x float> poison, <16 x i32> zeroinitializer
+  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2759, <16 x float> %full_acc628.sroa.56.11149.i)
+  %2761 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 92
+  %2762 = load float, ptr %2761, align 4, !tbaa !7
+  %2763 = insertelement <16 x float> poison, float %2762, i64 0
+  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
+  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2764, <16 x float> %full_acc628.sroa.60.11148.i)
+  %indvars.iv.next1562.i = add nuw nsw i64 %indvars.iv1561.i, 1
+  %exitcond1565.not.i = icmp eq i64 %indvars.iv.next1562.i, 8
+  br i1 %exitcond1565.not.i, label %for_end_ti319.i, label %for_body_ti318.i, !prof !22
+
+for_end_ti319.i:                                  ; preds = %for_body_ti318.i
+  %indvars.iv.next1567.i = add nuw nsw i64 %indvars.iv1566.i, 1
+  %exitcond1571.not.i = icmp eq i64 %indvars.iv.next1567.i, %wide.trip.count1570.i
+  br i1 %exitcond1571.not.i, label %for_end_to307.i, label %for_body_to306.i, !prof !10
+
+for_body_ti323.i:                                 ; preds = %for_body_ti323.i, %for_body_ti323.lr.ph.i
+  %indvars.iv1572.i = phi i64 [ 0, %for_body_ti323.lr.ph.i ], [ %indvars.iv.next1573.i, %for_body_ti323.i ]
+  %tile_acc629.sroa.0.01216.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2777, %for_body_ti323.i ]
+  %tile_acc629.sroa.4.01215.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2784, %for_body_ti323.i ]
+  %tile_acc629.sroa.9.01214.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2791, %for_body_ti323.i ]
+  %tile_acc629.sroa.13.01213.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2798, %for_body_ti323.i ]
+  %tile_acc629.sroa.18.01212.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2805, %for_body_ti323.i ]
+  %tile_acc629.sroa.22.01211.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2812, %for_body_ti323.i ]
+  %tile_acc629.sroa.27.01210.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2819, %for_body_ti323.i ]
+  %tile_acc629.sroa.31.01209.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2826, %for_body_ti323.i ]
+  %tile_acc629.sroa.36.01208.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2833, %for_body_ti323.i ]
+  %tile_acc629.sroa.40.01207.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2840, %for_body_ti323.i ]
+  %tile_acc629.sroa.45.01206.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2847, %for_body_ti323.i ]
+  %tile_acc629.sroa.49.01205.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2854, %for_body_ti323.i ]
+  %tile_acc629.sroa.54.01204.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2861, %for_body_ti323.i ]
+  %tile_acc629.sroa.58.01203.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2868, %for_body_ti323.i ]
+  %tile_acc629.sroa.63.01202.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2875, %for_body_ti323.i ]
+  %tile_acc629.sroa.67.01201.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2882, %for_body_ti323.i ]
+  %2766 = shl nsw i64 %indvars.iv1572.i, 5
+  %2767 = add nuw nsw i64 %2766, %2657
+  %2768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2767
+  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !7
+  %2770 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2767
+  %2771 = load <16 x i32>, ptr %2770, align 4, !tbaa !7
+  %.idx1730.i = shl nsw i64 %indvars.iv1572.i, 9
+  %gep1884.i = getelementptr inbounds nuw i8, ptr %invariant.gep1883.i, i64 %.idx1730.i
+  %2772 = load i32, ptr %gep1884.i, align 4, !tbaa !7
+  %2773 = insertelement <16 x i32> poison, i32 %2772, i64 0
+  %2774 = shufflevector <16 x i32> %2773, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2775 = and <16 x i32> %2774, %2771
+  %2776 = bitcast <16 x i32> %2775 to <16 x float>
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2776, <16 x float> %tile_acc629.sroa.0.01216.i)
+  %2778 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 64
+  %2779 = load i32, ptr %2778, align 4, !tbaa !7
+  %2780 = insertelement <16 x i32> poison, i32 %2779, i64 0
+  %2781 = shufflevector <16 x i32> %2780, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2782 = and <16 x i32> %2781, %2771
+  %2783 = bitcast <16 x i32> %2782 to <16 x float>
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2783, <16 x float> %tile_acc629.sroa.4.01215.i)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 4
+  %2786 = load i32, ptr %2785, align 4, !tbaa !7
+  %2787 = insertelement <16 x i32> poison, i32 %2786, i64 0
+  %2788 = shufflevector <16 x i32> %2787, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2789 = and <16 x i32> %2788, %2771
+  %2790 = bitcast <16 x i32> %2789 to <16 x float>
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2790, <16 x float> %tile_acc629.sroa.9.01214.i)
+  %2792 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 68
+  %2793 = load i32, ptr %2792, align 4, !tbaa !7
+  %2794 = insertelement <16 x i32> poison, i32 %2793, i64 0
+  %2795 = shufflevector <16 x i32> %2794, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2796 = and <16 x i32> %2795, %2771
+  %2797 = bitcast <16 x i32> %2796 to <16 x float>
+  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2797, <16 x float> %tile_acc629.sroa.13.01213.i)
+  %2799 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 8
+  %2800 = load i32, ptr %2799, align 4, !tbaa !7
+  %2801 = insertelement <16 x i32> poison, i32 %2800, i64 0
+  %2802 = shufflevector <16 x i32> %2801, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2803 = and <16 x i32> %2802, %2771
+  %2804 = bitcast <16 x i32> %2803 to <16 x float>
+  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2804, <16 x float> %tile_acc629.sroa.18.01212.i)
+  %2806 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 72
+  %2807 = load i32, ptr %2806, align 4, !tbaa !7
+  %2808 = insertelement <16 x i32> poison, i32 %2807, i64 0
+  %2809 = shufflevector <16 x i32> %2808, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2810 = and <16 x i32> %2809, %2771
+  %2811 = bitcast <16 x i32> %2810 to <16 x float>
+  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2811, <16 x float> %tile_acc629.sroa.22.01211.i)
+  %2813 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 12
+  %2814 = load i32, ptr %2813, align 4, !tbaa !7
+  %2815 = insertelement <16 x i32> poison, i32 %2814, i64 0
+  %2816 = shufflevector <16 x i32> %2815, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2817 = and <16 x i32> %2816, %2771
+  %2818 = bitcast <16 x i32> %2817 to <16 x float>
+  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2818, <16 x float> %tile_acc629.sroa.27.01210.i)
+  %2820 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 76
+  %2821 = load i32, ptr %2820, align 4, !tbaa !7
+  %2822 = insertelement <16 x i32> poison, i32 %2821, i64 0
+  %2823 = shufflevector <16 x i32> %2822, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2824 = and <16 x i32> %2823, %2771
+  %2825 = bitcast <16 x i32> %2824 to <16 x float>
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2825, <16 x float> %tile_acc629.sroa.31.01209.i)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 16
+  %2828 = load i32, ptr %2827, align 4, !tbaa !7
+  %2829 = insertelement <16 x i32> poison, i32 %2828, i64 0
+  %2830 = shufflevector <16 x i32> %2829, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2831 = and <16 x i32> %2830, %2771
+  %2832 = bitcast <16 x i32> %2831 to <16 x float>
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2832, <16 x float> %tile_acc629.sroa.36.01208.i)
+  %2834 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 80
+  %2835 = load i32, ptr %2834, align 4, !tbaa !7
+  %2836 = insertelement <16 x i32> poison, i32 %2835, i64 0
+  %2837 = shufflevector <16 x i32> %2836, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2838 = and <16 x i32> %2837, %2771
+  %2839 = bitcast <16 x i32> %2838 to <16 x float>
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2839, <16 x float> %tile_acc629.sroa.40.01207.i)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 20
+  %2842 = load i32, ptr %2841, align 4, !tbaa !7
+  %2843 = insertelement <16 x i32> poison, i32 %2842, i64 0
+  %2844 = shufflevector <16 x i32> %2843, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2845 = and <16 x i32> %2844, %2771
+  %2846 = bitcast <16 x i32> %2845 to <16 x float>
+  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2846, <16 x float> %tile_acc629.sroa.45.01206.i)
+  %2848 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 84
+  %2849 = load i32, ptr %2848, align 4, !tbaa !7
+  %2850 = insertelement <16 x i32> poison, i32 %2849, i64 0
+  %2851 = shufflevector <16 x i32> %2850, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2852 = and <16 x i32> %2851, %2771
+  %2853 = bitcast <16 x i32> %2852 to <16 x float>
+  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2853, <16 x float> %tile_acc629.sroa.49.01205.i)
+  %2855 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 24
+  %2856 = load i32, ptr %2855, align 4, !tbaa !7
+  %2857 = insertelement <16 x i32> poison, i32 %2856, i64 0
+  %2858 = shufflevector <16 x i32> %2857, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2859 = and <16 x i32> %2858, %2771
+  %2860 = bitcast <16 x i32> %2859 to <16 x float>
+  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2860, <16 x float> %tile_acc629.sroa.54.01204.i)
+  %2862 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 88
+  %2863 = load i32, ptr %2862, align 4, !tbaa !7
+  %2864 = insertelement <16 x i32> poison, i32 %2863, i64 0
+  %2865 = shufflevector <16 x i32> %2864, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2866 = and <16 x i32> %2865, %2771
+  %2867 = bitcast <16 x i32> %2866 to <16 x float>
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2867, <16 x float> %tile_acc629.sroa.58.01203.i)
+  %2869 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 28
+  %2870 = load i32, ptr %2869, align 4, !tbaa !7
+  %2871 = insertelement <16 x i32> poison, i32 %2870, i64 0
+  %2872 = shufflevector <16 x i32> %2871, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2873 = and <16 x i32> %2872, %2771
+  %2874 = bitcast <16 x i32> %2873 to <16 x float>
+  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2874, <16 x float> %tile_acc629.sroa.63.01202.i)
+  %2876 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 92
+  %2877 = load i32, ptr %2876, align 4, !tbaa !7
+  %2878 = insertelement <16 x i32> poison, i32 %2877, i64 0
+  %2879 = shufflevector <16 x i32> %2878, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2880 = and <16 x i32> %2879, %2771
+  %2881 = bitcast <16 x i32> %2880 to <16 x float>
+  %2882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2881, <16 x float> %tile_acc629.sroa.67.01201.i)
+  %indvars.iv.next1573.i = add nuw nsw i64 %indvars.iv1572.i, 1
+  %exitcond385.not = icmp eq i64 %indvars.iv.next1573.i, %smax384
+  br i1 %exitcond385.not, label %for_end_ti324.i, label %for_body_ti323.i, !prof !10
+
+for_end_ti324.i:                                  ; preds = %for_body_ti323.i, %for_end_to307.i
+  %tile_acc629.sroa.67.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_end_to307.i ], [ %2882, %for_body_ti323.i ]
+  %tile_acc629.sroa.63.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_end_to307.i ], [ %2875, %for_body_ti323.i ]
+  %tile_acc629.sroa.58.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_end_to307.i ], [ %2868, %for_body_ti323.i ]
+  %tile_acc629.sroa.54.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_end_to307.i ], [ %2861, %for_body_ti323.i ]
+  %tile_acc629.sroa.49.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_end_to307.i ], [ %2854, %for_body_ti323.i ]
+  %tile_acc629.sroa.45.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_end_to307.i ], [ %2847, %for_body_ti323.i ]
+  %tile_acc629.sroa.40.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_end_to307.i ], [ %2840, %for_body_ti323.i ]
+  %tile_acc629.sroa.36.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_end_to307.i ], [ %2833, %for_body_ti323.i ]
+  %tile_acc629.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_end_to307.i ], [ %2826, %for_body_ti323.i ]
+  %tile_acc629.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_end_to307.i ], [ %2819, %for_body_ti323.i ]
+  %tile_acc629.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_end_to307.i ], [ %2812, %for_body_ti323.i ]
+  %tile_acc629.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_end_to307.i ], [ %2805, %for_body_ti323.i ]
+  %tile_acc629.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_end_to307.i ], [ %2798, %for_body_ti323.i ]
+  %tile_acc629.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_end_to307.i ], [ %2791, %for_body_ti323.i ]
+  %tile_acc629.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_end_to307.i ], [ %2784, %for_body_ti323.i ]
+  %tile_acc629.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_end_to307.i ], [ %2777, %for_body_ti323.i ]
+  %2883 = shl nuw nsw i64 %indvars.iv1576.i, 9
+  %2884 = add nuw nsw i64 %2883, %2659
+  %2885 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2884
+  br i1 %938, label %if_then357.i, label %if_end356.i, !prof !6
+
+if_end356.i:                                      ; preds = %for_end_ti324.i
+  %2886 = load <16 x float>, ptr %2885, align 4, !tbaa !7
+  %2887 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2886
+  %2888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2887)
+  store <16 x float> %2888, ptr %2885, align 4, !tbaa !7
+  %2889 = getelementptr i8, ptr %2885, i64 128
+  %2890 = load <16 x float>, ptr %2889, align 4, !tbaa !7
+  %2891 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2890
+  %2892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2891)
+  store <16 x float> %2892, ptr %2889, align 4, !tbaa !7
+  %2893 = getelementptr i8, ptr %2885, i64 256
+  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !7
+  %2895 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2894
+  %2896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2895)
+  store <16 x float> %2896, ptr %2893, align 4, !tbaa !7
+  %2897 = getelementptr i8, ptr %2885, i64 384
+  %2898 = load <16 x float>, ptr %2897, align 4, !tbaa !7
+  %2899 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2898
+  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2899)
+  store <16 x float> %2900, ptr %2897, align 4, !tbaa !7
+  %2901 = getelementptr i8, ptr %2885, i64 512
+  %2902 = load <16 x float>, ptr %2901, align 4, !tbaa !7
+  %2903 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2902
+  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2903)
+  store <16 x float> %2904, ptr %2901, align 4, !tbaa !7
+  %2905 = getelementptr i8, ptr %2885, i64 640
   %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !7
-  %2907 = getelementptr inbounds nuw i8, ptr %gep169, i64 3584
-  %2908 = load float, ptr %2907, align 4, !tbaa !7
-  %2909 = insertelement <16 x float> poison, float %2908, i64 0
-  %2910 = shufflevector <16 x float> %2909, <16 x float> poison, <16 x i32> zeroinitializer
-  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2910, <16 x float> %2869)
-  %2912 = getelementptr inbounds nuw i8, ptr %gep169, i64 3648
-  %2913 = load float, ptr %2912, align 4, !tbaa !7
-  %2914 = insertelement <16 x float> poison, float %2913, i64 0
-  %2915 = shufflevector <16 x float> %2914, <16 x float> poison, <16 x i32> zeroinitializer
-  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2915, <16 x float> %2874)
-  %2917 = getelementptr inbounds nuw i8, ptr %gep169, i64 3588
-  %2918 = load float, ptr %2917, align 4, !tbaa !7
-  %2919 = insertelement <16 x float> poison, float %2918, i64 0
-  %2920 = shufflevector <16 x float> %2919, <16 x float> poison, <16 x i32> zeroinitializer
-  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2920, <16 x float> %2879)
-  %2922 = getelementptr inbounds nuw i8, ptr %gep169, i64 3652
-  %2923 = load float, ptr %2922, align 4, !tbaa !7
-  %2924 = insertelement <16 x float> poison, float %2923, i64 0
-  %2925 = shufflevector <16 x float> %2924, <16 x float> poison, <16 x i32> zeroinitializer
-  %2926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2925, <16 x float> %2884)
-  %2927 = getelementptr inbounds nuw i8, ptr %gep169, i64 3592
-  %2928 = load float, ptr %2927, align 4, !tbaa !7
-  %2929 = insertelement <16 x float> poison, float %2928, i64 0
-  %2930 = shufflevector <16 x float> %2929, <16 x float> poison, <16 x i32> zeroinitializer
-  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2930, <16 x float> %2889)
-  %2932 = getelementptr inbounds nuw i8, ptr %gep169, i64 3656
-  %2933 = load float, ptr %2932, align 4, !tbaa !7
-  %2934 = insertelement <16 x float> poison, float %2933, i64 0
-  %2935 = shufflevector <16 x float> %2934, <16 x float> poison, <16 x i32> zeroinitializer
-  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2935, <16 x float> %2894)
-  %2937 = getelementptr inbounds nuw i8, ptr %gep169, i64 3596
-  %2938 = load float, ptr %2937, align 4, !tbaa !7
-  %2939 = insertelement <16 x float> poison, float %2938, i64 0
-  %2940 = shufflevector <16 x float> %2939, <16 x float> poison, <16 x i32> zeroinitializer
-  %2941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2940, <16 x float> %2899)
-  %2942 = getelementptr inbounds nuw i8, ptr %gep169, i64 3660
-  %2943 = load float, ptr %2942, align 4, !tbaa !7
-  %2944 = insertelement <16 x float> poison, float %2943, i64 0
-  %2945 = shufflevector <16 x float> %2944, <16 x float> poison, <16 x i32> zeroinitializer
-  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2906, <16 x float> %2945, <16 x float> %2904)
-  %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
-  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1116.i, %2582
-  br i1 %exitcond1120.not.i, label %for_end_to279.i, label %for_body_to278.i, !prof !10
+  %2907 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2906
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2907)
+  store <16 x float> %2908, ptr %2905, align 4, !tbaa !7
+  %2909 = getelementptr i8, ptr %2885, i64 768
+  %2910 = load <16 x float>, ptr %2909, align 4, !tbaa !7
+  %2911 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2910
+  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2911)
+  store <16 x float> %2912, ptr %2909, align 4, !tbaa !7
+  %2913 = getelementptr i8, ptr %2885, i64 896
+  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !7
+  %2915 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2914
+  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2915)
+  store <16 x float> %2916, ptr %2913, align 4, !tbaa !7
+  %2917 = getelementptr i8, ptr %2885, i64 1024
+  %2918 = load <16 x float>, ptr %2917, align 4, !tbaa !7
+  %2919 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2918
+  %2920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2919)
+  store <16 x float> %2920, ptr %2917, align 4, !tbaa !7
+  %2921 = getelementptr i8, ptr %2885, i64 1152
+  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !7
+  %2923 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2922
+  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2923)
+  store <16 x float> %2924, ptr %2921, align 4, !tbaa !7
+  %2925 = getelementptr i8, ptr %2885, i64 1280
+  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !7
+  %2927 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2926
+  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2927)
+  store <16 x float> %2928, ptr %2925, align 4, !tbaa !7
+  %2929 = getelementptr i8, ptr %2885, i64 1408
+  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !7
+  %2931 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2930
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2931)
+  store <16 x float> %2932, ptr %2929, align 4, !tbaa !7
+  %2933 = getelementptr i8, ptr %2885, i64 1536
+  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !7
+  %2935 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2934
+  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2935)
+  store <16 x float> %2936, ptr %2933, align 4, !tbaa !7
+  %2937 = getelementptr i8, ptr %2885, i64 1664
+  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !7
+  %2939 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2938
+  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2939)
+  store <16 x float> %2940, ptr %2937, align 4, !tbaa !7
+  %2941 = getelementptr i8, ptr %2885, i64 1792
+  %2942 = load <16 x float>, ptr %2941, align 4, !tbaa !7
+  %2943 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2942
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2943)
+  store <16 x float> %2944, ptr %2941, align 4, !tbaa !7
+  %.phi.trans.insert1665.i = getelementptr i8, ptr %2885, i64 1920
+  %.pre1666.i = load <16 x float>, ptr %.phi.trans.insert1665.i, align 4, !tbaa !7
+  %.pre1667.i = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %.pre1666.i
+  br label %if_end358.i
 
-for_body_ti295.i:                                 ; preds = %for_body_ti295.i, %for_body_ti295.lr.ph.i
-  %indvars.iv1121.i = phi i64 [ 0, %for_body_ti295.lr.ph.i ], [ %indvars.iv.next1122.i, %for_body_ti295.i ]
-  %tile_acc543.sroa.31.0875.i = phi <16 x float> [ %full_acc542.sroa.28.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %3007, %for_body_ti295.i ]
-  %tile_acc543.sroa.0.0874.i = phi <16 x float> [ %full_acc542.sroa.0.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2958, %for_body_ti295.i ]
-  %tile_acc543.sroa.4.0873.i = phi <16 x float> [ %full_acc542.sroa.4.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2965, %for_body_ti295.i ]
-  %tile_acc543.sroa.9.0872.i = phi <16 x float> [ %full_acc542.sroa.8.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2972, %for_body_ti295.i ]
-  %tile_acc543.sroa.13.0871.i = phi <16 x float> [ %full_acc542.sroa.12.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2979, %for_body_ti295.i ]
-  %tile_acc543.sroa.18.0870.i = phi <16 x float> [ %full_acc542.sroa.16.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2986, %for_body_ti295.i ]
-  %tile_acc543.sroa.22.0869.i = phi <16 x float> [ %full_acc542.sroa.20.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %2993, %for_body_ti295.i ]
-  %tile_acc543.sroa.27.0868.i = phi <16 x float> [ %full_acc542.sroa.24.0.lcssa.i, %for_body_ti295.lr.ph.i ], [ %3000, %for_body_ti295.i ]
-  %2947 = shl nsw i64 %indvars.iv1121.i, 4
-  %2948 = add nuw nsw i64 %2947, %2579
-  %2949 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2948
-  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !7
-  %2951 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2948
-  %2952 = load <16 x i32>, ptr %2951, align 4, !tbaa !7
-  %.idx1259.i = shl nsw i64 %indvars.iv1121.i, 9
-  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1259.i
-  %2953 = load i32, ptr %gep1336.i, align 4, !tbaa !7
-  %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
-  %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2956 = and <16 x i32> %2955, %2952
-  %2957 = bitcast <16 x i32> %2956 to <16 x float>
-  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2957, <16 x float> %tile_acc543.sroa.0.0874.i)
-  %2959 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 64
-  %2960 = load i32, ptr %2959, align 4, !tbaa !7
-  %2961 = insertelement <16 x i32> poison, i32 %2960, i64 0
-  %2962 = shufflevector <16 x i32> %2961, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2963 = and <16 x i32> %2962, %2952
-  %2964 = bitcast <16 x i32> %2963 to <16 x float>
-  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2964, <16 x float> %tile_acc543.sroa.4.0873.i)
-  %2966 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 4
-  %2967 = load i32, ptr %2966, align 4, !tbaa !7
-  %2968 = insertelement <16 x i32> poison, i32 %2967, i64 0
-  %2969 = shufflevector <16 x i32> %2968, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2970 = and <16 x i32> %2969, %2952
-  %2971 = bitcast <16 x i32> %2970 to <16 x float>
-  %2972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2971, <16 x float> %tile_acc543.sroa.9.0872.i)
-  %2973 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 68
-  %2974 = load i32, ptr %2973, align 4, !tbaa !7
-  %2975 = insertelement <16 x i32> poison, i32 %2974, i64 0
-  %2976 = shufflevector <16 x i32> %2975, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2977 = and <16 x i32> %2976, %2952
-  %2978 = bitcast <16 x i32> %2977 to <16 x float>
-  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2978, <16 x float> %tile_acc543.sroa.13.0871.i)
-  %2980 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 8
-  %2981 = load i32, ptr %2980, align 4, !tbaa !7
-  %2982 = insertelement <16 x i32> poison, i32 %2981, i64 0
-  %2983 = shufflevector <16 x i32> %2982, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2984 = and <16 x i32> %2983, %2952
-  %2985 = bitcast <16 x i32> %2984 to <16 x float>
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2985, <16 x float> %tile_acc543.sroa.18.0870.i)
-  %2987 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 72
-  %2988 = load i32, ptr %2987, align 4, !tbaa !7
-  %2989 = insertelement <16 x i32> poison, i32 %2988, i64 0
-  %2990 = shufflevector <16 x i32> %2989, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2991 = and <16 x i32> %2990, %2952
-  %2992 = bitcast <16 x i32> %2991 to <16 x float>
-  %2993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2992, <16 x float> %tile_acc543.sroa.22.0869.i)
-  %2994 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 12
-  %2995 = load i32, ptr %2994, align 4, !tbaa !7
-  %2996 = insertelement <16 x i32> poison, i32 %2995, i64 0
-  %2997 = shufflevector <16 x i32> %2996, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2998 = and <16 x i32> %2997, %2952
-  %2999 = bitcast <16 x i32> %2998 to <16 x float>
-  %3000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %2999, <16 x float> %tile_acc543.sroa.27.0868.i)
-  %3001 = getelementptr inbounds nuw i8, ptr %gep1336.i, i64 76
-  %3002 = load i32, ptr %3001, align 4, !tbaa !7
-  %3003 = insertelement <16 x i32> poison, i32 %3002, i64 0
-  %3004 = shufflevector <16 x i32> %3003, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3005 = and <16 x i32> %3004, %2952
-  %3006 = bitcast <16 x i32> %3005 to <16 x float>
-  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2950, <16 x float> %3006, <16 x float> %tile_acc543.sroa.31.0875.i)
-  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
-  %exitcond262.not = icmp eq i64 %indvars.iv.next1122.i, %smax261
-  br i1 %exitcond262.not, label %for_end_ti296.i, label %for_body_ti295.i, !prof !10
+if_then357.i:                                     ; preds = %for_end_ti324.i
+  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2945, ptr %2885, align 4, !tbaa !7
+  %2946 = getelementptr i8, ptr %2885, i64 128
+  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2947, ptr %2946, align 4, !tbaa !7
+  %2948 = getelementptr i8, ptr %2885, i64 256
+  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2949, ptr %2948, align 4, !tbaa !7
+  %2950 = getelementptr i8, ptr %2885, i64 384
+  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2951, ptr %2950, align 4, !tbaa !7
+  %2952 = getelementptr i8, ptr %2885, i64 512
+  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2953, ptr %2952, align 4, !tbaa !7
+  %2954 = getelementptr i8, ptr %2885, i64 640
+  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2955, ptr %2954, align 4, !tbaa !7
+  %2956 = getelementptr i8, ptr %2885, i64 768
+  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2957, ptr %2956, align 4, !tbaa !7
+  %2958 = getelementptr i8, ptr %2885, i64 896
+  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2959, ptr %2958, align 4, !tbaa !7
+  %2960 = getelementptr i8, ptr %2885, i64 1024
+  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2961, ptr %2960, align 4, !tbaa !7
+  %2962 = getelementptr i8, ptr %2885, i64 1152
+  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2963, ptr %2962, align 4, !tbaa !7
+  %2964 = getelementptr i8, ptr %2885, i64 1280
+  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2965, ptr %2964, align 4, !tbaa !7
+  %2966 = getelementptr i8, ptr %2885, i64 1408
+  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2967, ptr %2966, align 4, !tbaa !7
+  %2968 = getelementptr i8, ptr %2885, i64 1536
+  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2969, ptr %2968, align 4, !tbaa !7
+  %2970 = getelementptr i8, ptr %2885, i64 1664
+  %2971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2971, ptr %2970, align 4, !tbaa !7
+  %2972 = getelementptr i8, ptr %2885, i64 1792
+  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2656)
+  store <16 x float> %2973, ptr %2972, align 4, !tbaa !7
+  br label %if_end358.i
 
-for_end_ti296.i:                                  ; preds = %for_body_ti295.i, %for_end_to279.i
-  %tile_acc543.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.24.0.lcssa.i, %for_end_to279.i ], [ %3000, %for_body_ti295.i ]
-  %tile_acc543.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.20.0.lcssa.i, %for_end_to279.i ], [ %2993, %for_body_ti295.i ]
-  %tile_acc543.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.16.0.lcssa.i, %for_end_to279.i ], [ %2986, %for_body_ti295.i ]
-  %tile_acc543.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.12.0.lcssa.i, %for_end_to279.i ], [ %2979, %for_body_ti295.i ]
-  %tile_acc543.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.8.0.lcssa.i, %for_end_to279.i ], [ %2972, %for_body_ti295.i ]
-  %tile_acc543.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.4.0.lcssa.i, %for_end_to279.i ], [ %2965, %for_body_ti295.i ]
-  %tile_acc543.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.0.0.lcssa.i, %for_end_to279.i ], [ %2958, %for_body_ti295.i ]
-  %tile_acc543.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc542.sroa.28.0.lcssa.i, %for_end_to279.i ], [ %3007, %for_body_ti295.i ]
-  %3008 = shl nuw nsw i64 %indvars.iv1125.i, 7
-  %3009 = add nuw nsw i64 %3008, %2581
-  %3010 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
-  br i1 %793, label %if_then313.i, label %if_end312.i, !prof !6
+if_end358.i:                                      ; preds = %if_then357.i, %if_end356.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1667.i, %if_end356.i ], [ %2656, %if_then357.i ]
+  %2974 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2884
+  %2975 = getelementptr i8, ptr %2974, i64 1920
+  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.67.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2976, ptr %2975, align 4, !tbaa !7
+  %indvars.iv.next1577.i = add nuw nsw i64 %indvars.iv1576.i, 1
+  %exitcond1580.not.i = icmp eq i64 %indvars.iv.next1577.i, 8
+  br i1 %exitcond1580.not.i, label %if_end144.i, label %for_begin_to305.preheader.i, !prof !22
 
-if_end312.i:                                      ; preds = %for_end_ti296.i
-  %3011 = load <16 x float>, ptr %3010, align 4, !tbaa !7
-  %3012 = fmul <16 x float> %2386, %3011
-  %3013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %3012)
-  store <16 x float> %3013, ptr %3010, align 4, !tbaa !7
-  %3014 = getelementptr i8, ptr %3010, i64 64
-  %3015 = load <16 x float>, ptr %3014, align 4, !tbaa !7
-  %3016 = fmul <16 x float> %2386, %3015
-  %3017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %3016)
-  store <16 x float> %3017, ptr %3014, align 4, !tbaa !7
-  %3018 = getelementptr i8, ptr %3010, i64 128
-  %3019 = load <16 x float>, ptr %3018, align 4, !tbaa !7
-  %3020 = fmul <16 x float> %2386, %3019
-  %3021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %3020)
-  store <16 x float> %3021, ptr %3018, align 4, !tbaa !7
-  %3022 = getelementptr i8, ptr %3010, i64 192
-  %3023 = load <16 x float>, ptr %3022, align 4, !tbaa !7
-  %3024 = fmul <16 x float> %2386, %3023
-  %3025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %3024)
-  store <16 x float> %3025, ptr %3022, align 4, !tbaa !7
-  %3026 = getelementptr i8, ptr %3010, i64 256
-  %3027 = load <16 x float>, ptr %3026, align 4, !tbaa !7
-  %3028 = fmul <16 x float> %2386, %3027
-  %3029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %3028)
-  store <16 x float> %3029, ptr %3026, align 4, !tbaa !7
-  %3030 = getelementptr i8, ptr %3010, i64 320
-  %3031 = load <16 x float>, ptr %3030, align 4, !tbaa !7
-  %3032 = fmul <16 x float> %2386, %3031
-  %3033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %3032)
-  store <16 x float> %3033, ptr %3030, align 4, !tbaa !7
-  %3034 = getelementptr i8, ptr %3010, i64 384
-  %3035 = load <16 x float>, ptr %3034, align 4, !tbaa !7
-  %3036 = fmul <16 x float> %2386, %3035
-  %3037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %3036)
-  store <16 x float> %3037, ptr %3034, align 4, !tbaa !7
-  %.phi.trans.insert.i = getelementptr i8, ptr %3010, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
-  %.pre1213.i = fmul <16 x float> %2386, %.pre.i
-  br label %if_end314.i
+for_begin_to366.preheader.i:                      ; preds = %if_end403.i, %for_begin_d_0_m359.preheader.i
+  %indvars.iv1553.i = phi i64 [ 0, %for_begin_d_0_m359.preheader.i ], [ %indvars.iv.next1554.i, %if_end403.i ]
+  br i1 %.not1268.i, label %for_end_to368.i, label %for_body_to367.lr.ph.i, !prof !9
 
-if_then313.i:                                     ; preds = %for_end_ti296.i
-  %3038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.0.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3038, ptr %3010, align 4, !tbaa !7
-  %3039 = getelementptr i8, ptr %3010, i64 64
-  %3040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.4.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3040, ptr %3039, align 4, !tbaa !7
-  %3041 = getelementptr i8, ptr %3010, i64 128
-  %3042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.9.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3042, ptr %3041, align 4, !tbaa !7
-  %3043 = getelementptr i8, ptr %3010, i64 192
-  %3044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.13.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3044, ptr %3043, align 4, !tbaa !7
-  %3045 = getelementptr i8, ptr %3010, i64 256
-  %3046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.18.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3046, ptr %3045, align 4, !tbaa !7
-  %3047 = getelementptr i8, ptr %3010, i64 320
-  %3048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.22.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3048, ptr %3047, align 4, !tbaa !7
-  %3049 = getelementptr i8, ptr %3010, i64 384
-  %3050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.27.0.lcssa.i, <16 x float> %2578)
-  store <16 x float> %3050, ptr %3049, align 4, !tbaa !7
-  br label %if_end314.i
+for_body_to367.lr.ph.i:                           ; preds = %for_begin_to366.preheader.i
+  %2977 = mul nuw nsw i64 %indvars.iv1553.i, %2645
+  %2978 = shl i64 %indvars.iv1553.i, 2
+  %2979 = and i64 %2978, 12
+  %2980 = shl i64 %indvars.iv1553.i, 3
+  %2981 = and i64 %2980, 96
+  %invariant.gep1865.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2981
+  %invariant.gep1867.i = getelementptr inbounds nuw float, ptr %invariant.gep1865.i, i64 %2979
+  br label %for_body_to367.i
 
-if_end314.i:                                      ; preds = %if_then313.i, %if_end312.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1213.i, %if_end312.i ], [ %2578, %if_then313.i ]
-  %3051 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3009
-  %3052 = getelementptr i8, ptr %3051, i64 448
-  %3053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2407, <16 x float> %tile_acc543.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %3053, ptr %3052, align 4, !tbaa !7
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1128.not.i = icmp eq i64 %indvars.iv.next1126.i, 16
-  br i1 %exitcond1128.not.i, label %if_end150.i, label %for_begin_to277.preheader.i, !prof !22
+for_body_to367.i:                                 ; preds = %for_end_ti380.i, %for_body_to367.lr.ph.i
+  %indvars.iv1543.i = phi i64 [ 0, %for_body_to367.lr.ph.i ], [ %indvars.iv.next1544.i, %for_end_ti380.i ]
+  %full_acc365626.sroa.28.01104.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3040, %for_end_ti380.i ]
+  %full_acc365626.sroa.24.01103.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3035, %for_end_ti380.i ]
+  %full_acc365626.sroa.20.01102.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3030, %for_end_ti380.i ]
+  %full_acc365626.sroa.16.01101.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3025, %for_end_ti380.i ]
+  %full_acc365626.sroa.12.01100.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3020, %for_end_ti380.i ]
+  %full_acc365626.sroa.8.01099.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3015, %for_end_ti380.i ]
+  %full_acc365626.sroa.4.01098.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3010, %for_end_ti380.i ]
+  %full_acc365626.sroa.0.01097.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3005, %for_end_ti380.i ]
+  br i1 %2638, label %for_begin_line373.preheader.i, label %if_end372.i, !prof !6
 
-if_end316.i:                                      ; preds = %if_end150.i
-  %3054 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3055 = tail call i32 %3054(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not582.i = icmp eq i32 %3055, 0
-  br i1 %.not582.i, label %if_end319.i, label %fused_attend_compute_.exit, !prof !33
+for_begin_line373.preheader.i:                    ; preds = %for_body_to367.i
+  %2982 = add nuw nsw i64 %indvars.iv1543.i, %2977
+  %2983 = trunc nuw nsw i64 %2982 to i32
+  %2984 = lshr i32 %2983, 1
+  %2985 = add nuw nsw i32 %2984, %factor.op.mul.reass.i
+  %2986 = srem i32 %2985, %num_kv_heads
+  %2987 = zext nneg i32 %2986 to i64
+  %2988 = mul nsw i64 %v_head, %2987
+  %2989 = sdiv i32 %2985, %num_kv_heads
+  %2990 = sext i32 %2989 to i64
+  %2991 = getelementptr i64, ptr %value_offsets643.i, i64 %2990
+  %2992 = getelementptr i8, ptr %2991, i64 512
+  %2993 = load i64, ptr %2992, align 8, !tbaa !42
+  %2994 = shl i64 %2982, 5
+  %2995 = and i64 %2994, 32
+  %gep1115.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2993
+  %invariant.gep1080.i = getelementptr i32, ptr %gep1115.i, i64 %2988
+  %gep1081.i = getelementptr i32, ptr %invariant.gep1080.i, i64 %2995
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1081.i, i32 0, i32 2, i32 1)
+  %gep1081.1.i = getelementptr i8, ptr %gep1081.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1081.1.i, i32 0, i32 2, i32 1)
+  br label %if_end372.i
 
-if_end319.i:                                      ; preds = %if_end316.i
-  %3056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3057 = tail call i32 %3056(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not583.i = icmp eq i32 %3057, 0
-  br i1 %.not583.i, label %if_end322.i, label %fused_attend_compute_.exit, !prof !33
+for_end_to368.i:                                  ; preds = %for_end_ti380.i, %for_begin_to366.preheader.i
+  %full_acc365626.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3005, %for_end_ti380.i ]
+  %full_acc365626.sroa.4.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3010, %for_end_ti380.i ]
+  %full_acc365626.sroa.8.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3015, %for_end_ti380.i ]
+  %full_acc365626.sroa.12.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3020, %for_end_ti380.i ]
+  %full_acc365626.sroa.16.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3025, %for_end_ti380.i ]
+  %full_acc365626.sroa.20.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3030, %for_end_ti380.i ]
+  %full_acc365626.sroa.24.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3035, %for_end_ti380.i ]
+  %full_acc365626.sroa.28.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3040, %for_end_ti380.i ]
+  br i1 %2637, label %for_body_ti384.lr.ph.i, label %for_end_ti385.i, !prof !31
 
-if_end322.i:                                      ; preds = %if_end319.i
-  %3058 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3059 = tail call i32 %3058(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not584.i = icmp eq i32 %3059, 0
-  br i1 %.not584.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !33
+for_body_ti384.lr.ph.i:                           ; preds = %for_end_to368.i
+  %indvars.iv1553.tr.i = trunc i64 %indvars.iv1553.i to i32
+  %2996 = shl i32 %indvars.iv1553.tr.i, 2
+  %2997 = and i32 %2996, 12
+  %2998 = shl i32 %indvars.iv1553.tr.i, 3
+  %2999 = and i32 %2998, 96
+  %invariant.op1134.i = or disjoint i32 %2999, %2640
+  %invariant.op1136.i = or disjoint i32 %invariant.op1134.i, %2997
+  %3000 = zext nneg i32 %invariant.op1136.i to i64
+  %invariant.gep1869.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %3000
+  br label %for_body_ti384.i
 
-if_end328.i:                                      ; preds = %for_end_row_tile.i
-  %3060 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3061 = tail call i32 %3060(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not580.i = icmp eq i32 %3061, 0
-  br i1 %.not580.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !33
+if_end372.i:                                      ; preds = %for_begin_line373.preheader.i, %for_body_to367.i
+  %.idx1719.i = shl nsw i64 %indvars.iv1543.i, 10
+  %invariant.gep1857.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1719.i
+  %.idx1721.i = shl nsw i64 %indvars.iv1543.i, 12
+  %gep1868.i = getelementptr inbounds nuw i8, ptr %invariant.gep1867.i, i64 %.idx1721.i
+  br label %for_body_ti379.i
 
-if_end334.i:                                      ; preds = %for_end_kv_head.i
-  %3062 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3063 = tail call i32 %3062(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not578.i = icmp eq i32 %3063, 0
-  br i1 %.not578.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !33
+for_body_ti379.i:                                 ; preds = %for_body_ti379.i, %if_end372.i
+  %indvars.iv1538.i = phi i64 [ 0, %if_end372.i ], [ %indvars.iv.next1539.i, %for_body_ti379.i ]
+  %full_acc365626.sroa.28.11094.i = phi <32 x float> [ %full_acc365626.sroa.28.01104.i, %if_end372.i ], [ %3040, %for_body_ti379.i ]
+  %full_acc365626.sroa.24.11093.i = phi <32 x float> [ %full_acc365626.sroa.24.01103.i, %if_end372.i ], [ %3035, %for_body_ti379.i ]
+  %full_acc365626.sroa.20.11092.i = phi <32 x float> [ %full_acc365626.sroa.20.01102.i, %if_end372.i ], [ %3030, %for_body_ti379.i ]
+  %full_acc365626.sroa.16.11091.i = phi <32 x float> [ %full_acc365626.sroa.16.01101.i, %if_end372.i ], [ %3025, %for_body_ti379.i ]
+  %full_acc365626.sroa.12.11090.i = phi <32 x float> [ %full_acc365626.sroa.12.01100.i, %if_end372.i ], [ %3020, %for_body_ti379.i ]
+  %full_acc365626.sroa.8.11089.i = phi <32 x float> [ %full_acc365626.sroa.8.01099.i, %if_end372.i ], [ %3015, %for_body_ti379.i ]
+  %full_acc365626.sroa.4.11088.i = phi <32 x float> [ %full_acc365626.sroa.4.01098.i, %if_end372.i ], [ %3010, %for_body_ti379.i ]
+  %full_acc365626.sroa.0.11087.i = phi <32 x float> [ %full_acc365626.sroa.0.01097.i, %if_end372.i ], [ %3005, %for_body_ti379.i ]
+  %.idx1718.i = shl nuw nsw i64 %indvars.iv1538.i, 7
+  %gep1858.i = getelementptr inbounds nuw i8, ptr %invariant.gep1857.i, i64 %.idx1718.i
+  %3001 = load <32 x float>, ptr %gep1858.i, align 4, !tbaa !7
+  %.idx1720.i = shl nuw nsw i64 %indvars.iv1538.i, 9
+  %gep1864.i = getelementptr inbounds nuw i8, ptr %gep1868.i, i64 %.idx1720.i
+  %3002 = load float, ptr %gep1864.i, align 4, !tbaa !7
+  %3003 = insertelement <32 x float> poison, float %3002, i64 0
+  %3004 = shufflevector <32 x float> %3003, <32 x float> poison, <32 x i32> zeroinitializer
+  %3005 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3004, <32 x float> %full_acc365626.sroa.0.11087.i)
+  %3006 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 64
+  %3007 = load float, ptr %3006, align 4, !tbaa !7
+  %3008 = insertelement <32 x float> poison, float %3007, i64 0
+  %3009 = shufflevector <32 x float> %3008, <32 x float> poison, <32 x i32> zeroinitializer
+  %3010 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3009, <32 x float> %full_acc365626.sroa.4.11088.i)
+  %3011 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 4
+  %3012 = load float, ptr %3011, align 4, !tbaa !7
+  %3013 = insertelement <32 x float> poison, float %3012, i64 0
+  %3014 = shufflevector <32 x float> %3013, <32 x float> poison, <32 x i32> zeroinitializer
+  %3015 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3014, <32 x float> %full_acc365626.sroa.8.11089.i)
+  %3016 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 68
+  %3017 = load float, ptr %3016, align 4, !tbaa !7
+  %3018 = insertelement <32 x float> poison, float %3017, i64 0
+  %3019 = shufflevector <32 x float> %3018, <32 x float> poison, <32 x i32> zeroinitializer
+  %3020 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3019, <32 x float> %full_acc365626.sroa.12.11090.i)
+  %3021 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 8
+  %3022 = load float, ptr %3021, align 4, !tbaa !7
+  %3023 = insertelement <32 x float> poison, float %3022, i64 0
+  %3024 = shufflevector <32 x float> %3023, <32 x float> poison, <32 x i32> zeroinitializer
+  %3025 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3024, <32 x float> %full_acc365626.sroa.16.11091.i)
+  %3026 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 72
+  %3027 = load float, ptr %3026, align 4, !tbaa !7
+  %3028 = insertelement <32 x float> poison, float %3027, i64 0
+  %3029 = shufflevector <32 x float> %3028, <32 x float> poison, <32 x i32> zeroinitializer
+  %3030 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3029, <32 x float> %full_acc365626.sroa.20.11092.i)
+  %3031 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 12
+  %3032 = load float, ptr %3031, align 4, !tbaa !7
+  %3033 = insertelement <32 x float> poison, float %3032, i64 0
+  %3034 = shufflevector <32 x float> %3033, <32 x float> poison, <32 x i32> zeroinitializer
+  %3035 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3034, <32 x float> %full_acc365626.sroa.24.11093.i)
+  %3036 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 76
+  %3037 = load float, ptr %3036, align 4, !tbaa !7
+  %3038 = insertelement <32 x float> poison, float %3037, i64 0
+  %3039 = shufflevector <32 x float> %3038, <32 x float> poison, <32 x i32> zeroinitializer
+  %3040 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3039, <32 x float> %full_acc365626.sroa.28.11094.i)
+  %indvars.iv.next1539.i = add nuw nsw i64 %indvars.iv1538.i, 1
+  %exitcond1542.not.i = icmp eq i64 %indvars.iv.next1539.i, 8
+  br i1 %exitcond1542.not.i, label %for_end_ti380.i, label %for_body_ti379.i, !prof !22
 
-for_body_tile340.i:                               ; preds = %if_end345.i, %for_begin_tile339.preheader.i
-  %indvars.iv1148.i = phi i64 [ %indvars.iv.next1149.i, %if_end345.i ], [ 0, %for_begin_tile339.preheader.i ]
-  %.idx1260.i = shl nsw i64 %indvars.iv1148.i, 4
-  %3064 = getelementptr inbounds nuw i8, ptr %reach558.i, i64 %.idx1260.i
-  %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 4
-  %3066 = load i32, ptr %3065, align 4, !tbaa !11
-  %3067 = icmp slt i32 %709, %3066
-  br i1 %3067, label %if_then344.i, label %if_end345.i, !prof !6
+for_end_ti380.i:                                  ; preds = %for_body_ti379.i
+  %indvars.iv.next1544.i = add nuw nsw i64 %indvars.iv1543.i, 1
+  %exitcond1548.not.i = icmp eq i64 %indvars.iv.next1544.i, %2645
+  br i1 %exitcond1548.not.i, label %for_end_to368.i, label %for_body_to367.i, !prof !10
 
-for_end_tile341.i:                                ; preds = %if_end345.i, %for_begin_tile339.preheader.i
-  %3068 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3069 = tail call i32 %3068(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not574.i = icmp eq i32 %3069, 0
-  br i1 %.not574.i, label %if_end400.i, label %fused_attend_compute_.exit, !prof !33
+for_body_ti384.i:                                 ; preds = %for_body_ti384.i, %for_body_ti384.lr.ph.i
+  %indvars.iv1549.i = phi i64 [ 0, %for_body_ti384.lr.ph.i ], [ %indvars.iv.next1550.i, %for_body_ti384.i ]
+  %tile_acc364627.sroa.31.01124.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3101, %for_body_ti384.i ]
+  %tile_acc364627.sroa.0.01123.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3052, %for_body_ti384.i ]
+  %tile_acc364627.sroa.4.01122.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3059, %for_body_ti384.i ]
+  %tile_acc364627.sroa.9.01121.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3066, %for_body_ti384.i ]
+  %tile_acc364627.sroa.13.01120.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3073, %for_body_ti384.i ]
+  %tile_acc364627.sroa.18.01119.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3080, %for_body_ti384.i ]
+  %tile_acc364627.sroa.22.01118.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3087, %for_body_ti384.i ]
+  %tile_acc364627.sroa.27.01117.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3094, %for_body_ti384.i ]
+  %3041 = shl nsw i64 %indvars.iv1549.i, 5
+  %3042 = add nuw nsw i64 %3041, %2642
+  %3043 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3042
+  %3044 = load <32 x float>, ptr %3043, align 4, !tbaa !7
+  %3045 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %3042
+  %3046 = load <32 x i32>, ptr %3045, align 4, !tbaa !7
+  %.idx1723.i = shl nsw i64 %indvars.iv1549.i, 9
+  %gep1870.i = getelementptr inbounds nuw i8, ptr %invariant.gep1869.i, i64 %.idx1723.i
+  %3047 = load i32, ptr %gep1870.i, align 4, !tbaa !7
+  %3048 = insertelement <32 x i32> poison, i32 %3047, i64 0
+  %3049 = shufflevector <32 x i32> %3048, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3050 = and <32 x i32> %3049, %3046
+  %3051 = bitcast <32 x i32> %3050 to <32 x float>
+  %3052 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3051, <32 x float> %tile_acc364627.sroa.0.01123.i)
+  %3053 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 64
+  %3054 = load i32, ptr %3053, align 4, !tbaa !7
+  %3055 = insertelement <32 x i32> poison, i32 %3054, i64 0
+  %3056 = shufflevector <32 x i32> %3055, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3057 = and <32 x i32> %3056, %3046
+  %3058 = bitcast <32 x i32> %3057 to <32 x float>
+  %3059 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3058, <32 x float> %tile_acc364627.sroa.4.01122.i)
+  %3060 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 4
+  %3061 = load i32, ptr %3060, align 4, !tbaa !7
+  %3062 = insertelement <32 x i32> poison, i32 %3061, i64 0
+  %3063 = shufflevector <32 x i32> %3062, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3064 = and <32 x i32> %3063, %3046
+  %3065 = bitcast <32 x i32> %3064 to <32 x float>
+  %3066 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3065, <32 x float> %tile_acc364627.sroa.9.01121.i)
+  %3067 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 68
+  %3068 = load i32, ptr %3067, align 4, !tbaa !7
+  %3069 = insertelement <32 x i32> poison, i32 %3068, i64 0
+  %3070 = shufflevector <32 x i32> %3069, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3071 = and <32 x i32> %3070, %3046
+  %3072 = bitcast <32 x i32> %3071 to <32 x float>
+  %3073 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3072, <32 x float> %tile_acc364627.sroa.13.01120.i)
+  %3074 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 8
+  %3075 = load i32, ptr %3074, align 4, !tbaa !7
+  %3076 = insertelement <32 x i32> poison, i32 %3075, i64 0
+  %3077 = shufflevector <32 x i32> %3076, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3078 = and <32 x i32> %3077, %3046
+  %3079 = bitcast <32 x i32> %3078 to <32 x float>
+  %3080 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3079, <32 x float> %tile_acc364627.sroa.18.01119.i)
+  %3081 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 72
+  %3082 = load i32, ptr %3081, align 4, !tbaa !7
+  %3083 = insertelement <32 x i32> poison, i32 %3082, i64 0
+  %3084 = shufflevector <32 x i32> %3083, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3085 = and <32 x i32> %3084, %3046
+  %3086 = bitcast <32 x i32> %3085 to <32 x float>
+  %3087 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3086, <32 x float> %tile_acc364627.sroa.22.01118.i)
+  %3088 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 12
+  %3089 = load i32, ptr %3088, align 4, !tbaa !7
+  %3090 = insertelement <32 x i32> poison, i32 %3089, i64 0
+  %3091 = shufflevector <32 x i32> %3090, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3092 = and <32 x i32> %3091, %3046
+  %3093 = bitcast <32 x i32> %3092 to <32 x float>
+  %3094 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3093, <32 x float> %tile_acc364627.sroa.27.01117.i)
+  %3095 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 76
+  %3096 = load i32, ptr %3095, align 4, !tbaa !7
+  %3097 = insertelement <32 x i32> poison, i32 %3096, i64 0
+  %3098 = shufflevector <32 x i32> %3097, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3099 = and <32 x i32> %3098, %3046
+  %3100 = bitcast <32 x i32> %3099 to <32 x float>
+  %3101 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3100, <32 x float> %tile_acc364627.sroa.31.01124.i)
+  %indvars.iv.next1550.i = add nuw nsw i64 %indvars.iv1549.i, 1
+  %exitcond381.not = icmp eq i64 %indvars.iv.next1550.i, %smax380
+  br i1 %exitcond381.not, label %for_end_ti385.i, label %for_body_ti384.i, !prof !10
 
-if_then344.i:                                     ; preds = %for_body_tile340.i
-  %3070 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1260.i
-  %old_max351.i = load <16 x float>, ptr %3070, align 4, !tbaa !7
-  %3071 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1260.i
-  %old_sum353.i = load <16 x float>, ptr %3071, align 4, !tbaa !7
-  %3072 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1260.i
-  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !7
-  %3074 = fcmp ogt <16 x float> %old_max351.i, %3073
-  %3075 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1260.i
-  %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !7
-  %3077 = fcmp oeq <16 x float> %3076, zeroinitializer
-  %3078 = select <16 x i1> %3077, <16 x i1> splat (i1 true), <16 x i1> %3074
-  %old_or_both357.i = select <16 x i1> %3078, <16 x float> %old_max351.i, <16 x float> %3073
-  %3079 = fcmp oeq <16 x float> %old_sum353.i, zeroinitializer
-  %m359.i = select <16 x i1> %3079, <16 x float> %3073, <16 x float> %old_or_both357.i
-  %3080 = fsub <16 x float> %old_max351.i, %m359.i
-  %3081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3080, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3082 = bitcast <16 x float> %3081 to <16 x i32>
-  %3083 = fadd <16 x float> %3081, splat (float 0xC168000FE0000000)
-  %3084 = fmul <16 x float> %3083, splat (float 0x3F2BD01060000000)
-  %3085 = fmul <16 x float> %3083, splat (float 0x3FE6300000000000)
-  %3086 = fsub <16 x float> %3080, %3085
-  %3087 = fadd <16 x float> %3084, %3086
-  %3088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3087, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3088, <16 x float> %3087, <16 x float> splat (float 0x3FA5558F20000000))
-  %3090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3089, <16 x float> %3087, <16 x float> splat (float 0x3FC5554920000000))
-  %3091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3090, <16 x float> %3087, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3092 = fmul <16 x float> %3087, %3087
-  %3093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3091, <16 x float> %3092, <16 x float> %3087)
-  %3094 = shl <16 x i32> %3082, splat (i32 23)
-  %3095 = bitcast <16 x i32> %3094 to <16 x float>
-  %3096 = fadd <16 x float> %3093, splat (float 1.000000e+00)
-  %3097 = fmul <16 x float> %3096, %3095
-  %3098 = fcmp olt <16 x float> %3080, splat (float -8.700000e+01)
-  %3099 = select <16 x i1> %3098, <16 x float> zeroinitializer, <16 x float> %3097
-  %3100 = fcmp one <16 x float> %old_sum353.i, zeroinitializer
-  %3101 = select <16 x i1> %3100, <16 x float> %3099, <16 x float> zeroinitializer
-  %arg377.i = fsub <16 x float> %3073, %m359.i
-  %3102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg377.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3103 = bitcast <16 x float> %3102 to <16 x i32>
-  %3104 = fadd <16 x float> %3102, splat (float 0xC168000FE0000000)
-  %3105 = fmul <16 x float> %3104, splat (float 0x3F2BD01060000000)
-  %3106 = fmul <16 x float> %3104, splat (float 0x3FE6300000000000)
-  %3107 = fsub <16 x float> %arg377.i, %3106
-  %3108 = fadd <16 x float> %3105, %3107
-  %3109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3108, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3109, <16 x float> %3108, <16 x float> splat (float 0x3FA5558F20000000))
-  %3111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3110, <16 x float> %3108, <16 x float> splat (float 0x3FC5554920000000))
-  %3112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3111, <16 x float> %3108, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3113 = fmul <16 x float> %3108, %3108
-  %3114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3112, <16 x float> %3113, <16 x float> %3108)
-  %3115 = shl <16 x i32> %3103, splat (i32 23)
-  %3116 = bitcast <16 x i32> %3115 to <16 x float>
-  %3117 = fadd <16 x float> %3114, splat (float 1.000000e+00)
-  %3118 = fmul <16 x float> %3117, %3116
-  %3119 = fcmp olt <16 x float> %arg377.i, splat (float -8.700000e+01)
-  %3120 = select <16 x i1> %3119, <16 x float> zeroinitializer, <16 x float> %3118
-  %3121 = fcmp one <16 x float> %3076, zeroinitializer
-  %3122 = select <16 x i1> %3121, <16 x float> %3120, <16 x float> zeroinitializer
-  %3123 = fmul <16 x float> %old_sum353.i, %3101
-  %3124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3076, <16 x float> %3123)
-  store <16 x float> %m359.i, ptr %3070, align 4, !tbaa !7
-  store <16 x float> %3124, ptr %3071, align 4, !tbaa !7
-  %3125 = shl i64 %indvars.iv1148.i, 11
-  %3126 = and i64 %3125, 4294965248
-  br label %for_body_d395.i
+for_end_ti385.i:                                  ; preds = %for_body_ti384.i, %for_end_to368.i
+  %tile_acc364627.sroa.27.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_end_to368.i ], [ %3094, %for_body_ti384.i ]
+  %tile_acc364627.sroa.22.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_end_to368.i ], [ %3087, %for_body_ti384.i ]
+  %tile_acc364627.sroa.18.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_end_to368.i ], [ %3080, %for_body_ti384.i ]
+  %tile_acc364627.sroa.13.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_end_to368.i ], [ %3073, %for_body_ti384.i ]
+  %tile_acc364627.sroa.9.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_end_to368.i ], [ %3066, %for_body_ti384.i ]
+  %tile_acc364627.sroa.4.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_end_to368.i ], [ %3059, %for_body_ti384.i ]
+  %tile_acc364627.sroa.0.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_end_to368.i ], [ %3052, %for_body_ti384.i ]
+  %tile_acc364627.sroa.31.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_end_to368.i ], [ %3101, %for_body_ti384.i ]
+  %3102 = shl nuw nsw i64 %indvars.iv1553.i, 8
+  %3103 = add nuw nsw i64 %3102, %2644
+  %3104 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3103
+  br i1 %938, label %if_then402.i, label %if_end401.i, !prof !6
 
-if_end345.i:                                      ; preds = %for_body_d395.i, %for_body_tile340.i
-  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
-  %exitcond1152.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1151.i
-  br i1 %exitcond1152.not.i, label %for_end_tile341.i, label %for_body_tile340.i, !prof !10
+if_end401.i:                                      ; preds = %for_end_ti385.i
+  %3105 = load <32 x float>, ptr %3104, align 4, !tbaa !7
+  %3106 = fmul <32 x float> %2408, %3105
+  %3107 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %3106)
+  store <32 x float> %3107, ptr %3104, align 4, !tbaa !7
+  %3108 = getelementptr i8, ptr %3104, i64 128
+  %3109 = load <32 x float>, ptr %3108, align 4, !tbaa !7
+  %3110 = fmul <32 x float> %2408, %3109
+  %3111 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %3110)
+  store <32 x float> %3111, ptr %3108, align 4, !tbaa !7
+  %3112 = getelementptr i8, ptr %3104, i64 256
+  %3113 = load <32 x float>, ptr %3112, align 4, !tbaa !7
+  %3114 = fmul <32 x float> %2408, %3113
+  %3115 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %3114)
+  store <32 x float> %3115, ptr %3112, align 4, !tbaa !7
+  %3116 = getelementptr i8, ptr %3104, i64 384
+  %3117 = load <32 x float>, ptr %3116, align 4, !tbaa !7
+  %3118 = fmul <32 x float> %2408, %3117
+  %3119 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %3118)
+  store <32 x float> %3119, ptr %3116, align 4, !tbaa !7
+  %3120 = getelementptr i8, ptr %3104, i64 512
+  %3121 = load <32 x float>, ptr %3120, align 4, !tbaa !7
+  %3122 = fmul <32 x float> %2408, %3121
+  %3123 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %3122)
+  store <32 x float> %3123, ptr %3120, align 4, !tbaa !7
+  %3124 = getelementptr i8, ptr %3104, i64 640
+  %3125 = load <32 x float>, ptr %3124, align 4, !tbaa !7
+  %3126 = fmul <32 x float> %2408, %3125
+  %3127 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %3126)
+  store <32 x float> %3127, ptr %3124, align 4, !tbaa !7
+  %3128 = getelementptr i8, ptr %3104, i64 768
+  %3129 = load <32 x float>, ptr %3128, align 4, !tbaa !7
+  %3130 = fmul <32 x float> %2408, %3129
+  %3131 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %3130)
+  store <32 x float> %3131, ptr %3128, align 4, !tbaa !7
+  %.phi.trans.insert.i = getelementptr i8, ptr %3104, i64 896
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
+  %.pre1668.i = fmul <32 x float> %2408, %.pre.i
+  br label %if_end403.i
 
-for_body_d395.i:                                  ; preds = %for_body_d395.i, %if_then344.i
-  %indvars.iv1144.i = phi i64 [ 0, %if_then344.i ], [ %indvars.iv.next1145.i.3, %for_body_d395.i ]
-  %3127 = shl nuw nsw i64 %indvars.iv1144.i, 4
-  %3128 = add nuw nsw i64 %3127, %3126
-  %3129 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3128
-  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !7
-  %3131 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3128
-  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !7
-  %3133 = fmul <16 x float> %3101, %3132
-  %3134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3130, <16 x float> %3133)
-  store <16 x float> %3134, ptr %3131, align 4, !tbaa !7
-  %indvars.iv.next1145.i = shl i64 %indvars.iv1144.i, 4
-  %3135 = or disjoint i64 %indvars.iv.next1145.i, 16
-  %3136 = add nuw nsw i64 %3135, %3126
-  %3137 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3136
-  %3138 = load <16 x float>, ptr %3137, align 4, !tbaa !7
-  %3139 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3136
-  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !7
-  %3141 = fmul <16 x float> %3101, %3140
-  %3142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3138, <16 x float> %3141)
-  store <16 x float> %3142, ptr %3139, align 4, !tbaa !7
-  %indvars.iv.next1145.i.1 = shl i64 %indvars.iv1144.i, 4
-  %3143 = or disjoint i64 %indvars.iv.next1145.i.1, 32
-  %3144 = add nuw nsw i64 %3143, %3126
-  %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3144
-  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !7
-  %3147 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3144
-  %3148 = load <16 x float>, ptr %3147, align 4, !tbaa !7
-  %3149 = fmul <16 x float> %3101, %3148
-  %3150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3146, <16 x float> %3149)
-  store <16 x float> %3150, ptr %3147, align 4, !tbaa !7
-  %indvars.iv.next1145.i.2 = shl i64 %indvars.iv1144.i, 4
-  %3151 = or disjoint i64 %indvars.iv.next1145.i.2, 48
-  %3152 = add nuw nsw i64 %3151, %3126
-  %3153 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3152
-  %3154 = load <16 x float>, ptr %3153, align 4, !tbaa !7
-  %3155 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3152
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !7
-  %3157 = fmul <16 x float> %3101, %3156
-  %3158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3122, <16 x float> %3154, <16 x float> %3157)
-  store <16 x float> %3158, ptr %3155, align 4, !tbaa !7
-  %indvars.iv.next1145.i.3 = add nuw nsw i64 %indvars.iv1144.i, 4
-  %exitcond1147.not.i.3 = icmp eq i64 %indvars.iv.next1145.i.3, 128
-  br i1 %exitcond1147.not.i.3, label %if_end345.i, label %for_body_d395.i, !prof !22, !llvm.loop !65
+if_then402.i:                                     ; preds = %for_end_ti385.i
+  %3132 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3132, ptr %3104, align 4, !tbaa !7
+  %3133 = getelementptr i8, ptr %3104, i64 128
+  %3134 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3134, ptr %3133, align 4, !tbaa !7
+  %3135 = getelementptr i8, ptr %3104, i64 256
+  %3136 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3136, ptr %3135, align 4, !tbaa !7
+  %3137 = getelementptr i8, ptr %3104, i64 384
+  %3138 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3138, ptr %3137, align 4, !tbaa !7
+  %3139 = getelementptr i8, ptr %3104, i64 512
+  %3140 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3140, ptr %3139, align 4, !tbaa !7
+  %3141 = getelementptr i8, ptr %3104, i64 640
+  %3142 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3142, ptr %3141, align 4, !tbaa !7
+  %3143 = getelementptr i8, ptr %3104, i64 768
+  %3144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %2641)
+  store <32 x float> %3144, ptr %3143, align 4, !tbaa !7
+  br label %if_end403.i
 
-if_end400.i:                                      ; preds = %for_end_tile341.i
-  %3159 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3160 = tail call i32 %3159(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not575.i = icmp eq i32 %3160, 0
-  br i1 %.not575.i, label %if_end403.i, label %fused_attend_compute_.exit, !prof !33
+if_end403.i:                                      ; preds = %if_then402.i, %if_end401.i
+  %.pre-phi1669.i = phi <32 x float> [ %.pre1668.i, %if_end401.i ], [ %2641, %if_then402.i ]
+  %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3103
+  %3146 = getelementptr i8, ptr %3145, i64 896
+  %3147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.31.0.lcssa.i, <32 x float> %.pre-phi1669.i)
+  store <32 x float> %3147, ptr %3146, align 4, !tbaa !7
+  %indvars.iv.next1554.i = add nuw nsw i64 %indvars.iv1553.i, 1
+  %exitcond1556.not.i = icmp eq i64 %indvars.iv.next1554.i, 16
+  br i1 %exitcond1556.not.i, label %if_end144.i, label %for_begin_to366.preheader.i, !prof !22
 
-if_end403.i:                                      ; preds = %if_end400.i
-  %3161 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3162 = tail call i32 %3161(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not576.i = icmp eq i32 %3162, 0
-  br i1 %.not576.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !33
+if_end405.i:                                      ; preds = %if_end144.i
+  %3148 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3149 = tail call i32 %3148(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not669.i = icmp eq i32 %3149, 0
+  br i1 %.not669.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !32
 
-for_body_tile409.i:                               ; preds = %if_end414.loopexit.i, %for_body_tile409.i.preheader
-  %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i, %if_end414.loopexit.i ], [ 0, %for_body_tile409.i.preheader ]
-  %3163 = shl i64 %indvars.iv1169.i, 13
-  %3164 = and i64 %3163, 17179860992
-  %scevgep521 = getelementptr i8, ptr %total_acc.i, i64 %3164
-  %3165 = trunc nuw nsw i64 %indvars.iv1169.i to i32
-  %rmod482.i = srem i32 %3165, %122
-  %rdiv489.i = sdiv i32 %3165, %122
-  %3166 = icmp ne i32 %rmod482.i, 0
-  %.not566.i = and i1 %474, %3166
-  %3167 = select i1 %.not566.i, i32 %122, i32 0
-  %3168 = add nsw i32 %3167, %rmod482.i
-  %3169 = shl nsw i32 %3168, 4
-  %3170 = sub nsw i32 %120, %3169
-  %3171 = icmp sgt i32 %3170, 0
-  br i1 %3171, label %for_body_r484.lr.ph.i, label %if_end414.loopexit.i, !prof !32
+if_end408.i:                                      ; preds = %if_end405.i
+  %3150 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3151 = tail call i32 %3150(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not670.i = icmp eq i32 %3151, 0
+  br i1 %.not670.i, label %if_end411.i, label %fused_attend_compute_.exit, !prof !32
 
-for_end_tile410.i:                                ; preds = %if_end414.loopexit.i, %if_end414.us.i, %for_begin_tile408.preheader.i
-  %3172 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3173 = tail call i32 %3172(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3173, 0
-  br i1 %.not.i, label %if_end509.i, label %fused_attend_compute_.exit, !prof !33
+if_end411.i:                                      ; preds = %if_end408.i
+  %3152 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3153 = tail call i32 %3152(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not671.i = icmp eq i32 %3153, 0
+  br i1 %.not671.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !32
 
-if_end414.loopexit.i:                             ; preds = %for_end_d502.i, %for_body_tile409.i
-  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
-  %exitcond1173.not.i = icmp eq i64 %indvars.iv.next1170.i, %wide.trip.count1208.i
-  br i1 %exitcond1173.not.i, label %for_end_tile410.i, label %for_body_tile409.i, !prof !10
+if_end417.i:                                      ; preds = %for_end_row_tile.i
+  %3154 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3155 = tail call i32 %3154(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not667.i = icmp eq i32 %3155, 0
+  br i1 %.not667.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !32
 
-for_body_r484.lr.ph.i:                            ; preds = %for_body_tile409.i
-  %3174 = sext i1 %.not566.i to i32
-  %3175 = add nsw i32 %rdiv489.i, %3174
-  %3176 = sext i32 %3175 to i64
-  %3177 = sext i32 %3168 to i64
-  %3178 = shl nsw i64 %3177, 7
-  %3179 = add nsw i64 %475, %3176
-  %3180 = shl nsw i64 %3179, 2
-  %3181 = add nsw i64 %3178, %477
-  %3182 = shl i64 %indvars.iv1169.i, 4
-  %3183 = and i64 %3182, 4294967280
-  %3184 = tail call i32 @llvm.umin.i32(i32 %3170, i32 16)
-  %wide.trip.count1157.i = zext nneg i32 %3184 to i64
-  %3185 = add nsw i64 %3181, %3180
-  br label %for_body_r484.i
+for_body_tile423.i:                               ; preds = %if_end428.i, %for_begin_tile422.preheader.i
+  %indvars.iv1600.i = phi i64 [ %indvars.iv.next1601.i, %if_end428.i ], [ 0, %for_begin_tile422.preheader.i ]
+  %.idx1731.i = shl nsw i64 %indvars.iv1600.i, 4
+  %3156 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1731.i
+  %3157 = getelementptr inbounds nuw i8, ptr %3156, i64 4
+  %3158 = load i32, ptr %3157, align 4, !tbaa !11
+  %3159 = icmp slt i32 %838, %3158
+  br i1 %3159, label %if_then427.i, label %if_end428.i, !prof !6
 
-for_begin_d500.preheader.lr.ph.i:                 ; preds = %for_body_r484.i
-  %.idx.i = shl nsw i64 %3179, 11
-  %3186 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx567.i = shl nsw i64 %3177, 16
-  %3187 = getelementptr i8, ptr %3186, i64 %.idx567.i
-  %invariant.gep903.i = getelementptr i8, ptr %3187, i64 %.idx568.i
-  %3188 = shl i64 %indvars.iv1169.i, 11
-  %3189 = and i64 %3188, 4294965248
-  %invariant.gep1337.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3189
-  %3190 = add nsw i64 %.idx567.i, %.idx.i
-  %scevgep516 = getelementptr i8, ptr %scevgep515, i64 %3190
-  %scevgep519 = getelementptr i8, ptr %scevgep518, i64 %3190
-  %3191 = shl nuw nsw i64 %wide.trip.count1157.i, 2
-  %3192 = getelementptr i8, ptr %scevgep522, i64 %3164
-  %scevgep523 = getelementptr i8, ptr %3192, i64 %3191
-  br label %for_begin_d500.preheader.i
+for_end_tile424.i:                                ; preds = %if_end428.i, %for_begin_tile422.preheader.i
+  %3160 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3161 = tail call i32 %3160(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not663.i = icmp eq i32 %3161, 0
+  br i1 %.not663.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !32
 
-for_body_r484.i:                                  ; preds = %for_body_r484.i, %for_body_r484.lr.ph.i
-  %indvars.iv1154.i = phi i64 [ 0, %for_body_r484.lr.ph.i ], [ %indvars.iv.next1155.i.1, %for_body_r484.i ]
-  %3193 = add nuw nsw i64 %indvars.iv1154.i, %3183
-  %3194 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3193
-  %3195 = load float, ptr %3194, align 4, !tbaa !7
-  %3196 = and i64 %indvars.iv1154.i, 2
-  %3197 = shl nuw nsw i64 %indvars.iv1154.i, 3
-  %3198 = and i64 %3197, 17179869152
-  %3199 = or disjoint i64 %3185, %3196
-  %3200 = add nsw i64 %3199, %3198
-  %3201 = getelementptr inbounds float, ptr %partial_max, i64 %3200
-  store float %3195, ptr %3201, align 4, !tbaa !7
-  %3202 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3193
-  %3203 = load float, ptr %3202, align 4, !tbaa !7
-  %3204 = getelementptr inbounds float, ptr %partial_sum, i64 %3200
-  store float %3203, ptr %3204, align 4, !tbaa !7
-  %indvars.iv.next1155.i = or disjoint i64 %indvars.iv1154.i, 1
-  %3205 = add nuw nsw i64 %indvars.iv.next1155.i, %3183
-  %3206 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3205
-  %3207 = load float, ptr %3206, align 4, !tbaa !7
-  %3208 = and i64 %indvars.iv.next1155.i, 3
-  %3209 = shl nuw nsw i64 %indvars.iv1154.i, 3
-  %3210 = and i64 %3209, 17179869152
-  %3211 = or disjoint i64 %3185, %3208
-  %3212 = add nsw i64 %3211, %3210
-  %3213 = getelementptr inbounds float, ptr %partial_max, i64 %3212
-  store float %3207, ptr %3213, align 4, !tbaa !7
-  %3214 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3205
-  %3215 = load float, ptr %3214, align 4, !tbaa !7
-  %3216 = getelementptr inbounds float, ptr %partial_sum, i64 %3212
-  store float %3215, ptr %3216, align 4, !tbaa !7
-  %indvars.iv.next1155.i.1 = add nuw nsw i64 %indvars.iv1154.i, 2
-  %exitcond1158.not.i.1 = icmp eq i64 %indvars.iv.next1155.i.1, %wide.trip.count1157.i
-  br i1 %exitcond1158.not.i.1, label %for_begin_d500.preheader.lr.ph.i, label %for_body_r484.i, !prof !10, !llvm.loop !67
+if_then427.i:                                     ; preds = %for_body_tile423.i
+  %3162 = shl nsw i64 %indvars.iv1600.i, 5
+  %3163 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3162
+  %old_max434.i = load <32 x float>, ptr %3163, align 4, !tbaa !7
+  %3164 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3162
+  %old_sum436.i = load <32 x float>, ptr %3164, align 4, !tbaa !7
+  %3165 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %3162
+  %3166 = load <32 x float>, ptr %3165, align 4, !tbaa !7
+  %3167 = fcmp ogt <32 x float> %old_max434.i, %3166
+  %3168 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %3162
+  %3169 = load <32 x float>, ptr %3168, align 4, !tbaa !7
+  %3170 = fcmp oeq <32 x float> %3169, zeroinitializer
+  %3171 = select <32 x i1> %3170, <32 x i1> splat (i1 true), <32 x i1> %3167
+  %old_or_both440.i = select <32 x i1> %3171, <32 x float> %old_max434.i, <32 x float> %3166
+  %3172 = fcmp oeq <32 x float> %old_sum436.i, zeroinitializer
+  %m442.i = select <32 x i1> %3172, <32 x float> %3166, <32 x float> %old_or_both440.i
+  %3173 = fsub <32 x float> %old_max434.i, %m442.i
+  %3174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3173, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %3175 = bitcast <32 x float> %3174 to <32 x i32>
+  %3176 = fadd <32 x float> %3174, splat (float 0xC168000FE0000000)
+  %3177 = fmul <32 x float> %3176, splat (float 0x3F2BD01060000000)
+  %3178 = fmul <32 x float> %3176, splat (float 0x3FE6300000000000)
+  %3179 = fsub <32 x float> %3173, %3178
+  %3180 = fadd <32 x float> %3177, %3179
+  %3181 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3180, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %3182 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3181, <32 x float> %3180, <32 x float> splat (float 0x3FA5558F20000000))
+  %3183 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3182, <32 x float> %3180, <32 x float> splat (float 0x3FC5554920000000))
+  %3184 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3183, <32 x float> %3180, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %3185 = fmul <32 x float> %3180, %3180
+  %3186 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3184, <32 x float> %3185, <32 x float> %3180)
+  %3187 = shl <32 x i32> %3175, splat (i32 23)
+  %3188 = bitcast <32 x i32> %3187 to <32 x float>
+  %3189 = fadd <32 x float> %3186, splat (float 1.000000e+00)
+  %3190 = fmul <32 x float> %3189, %3188
+  %3191 = fcmp olt <32 x float> %3173, splat (float -8.700000e+01)
+  %3192 = select <32 x i1> %3191, <32 x float> zeroinitializer, <32 x float> %3190
+  %3193 = fcmp one <32 x float> %old_sum436.i, zeroinitializer
+  %3194 = select <32 x i1> %3193, <32 x float> %3192, <32 x float> zeroinitializer
+  %arg460.i = fsub <32 x float> %3166, %m442.i
+  %3195 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg460.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %3196 = bitcast <32 x float> %3195 to <32 x i32>
+  %3197 = fadd <32 x float> %3195, splat (float 0xC168000FE0000000)
+  %3198 = fmul <32 x float> %3197, splat (float 0x3F2BD01060000000)
+  %3199 = fmul <32 x float> %3197, splat (float 0x3FE6300000000000)
+  %3200 = fsub <32 x float> %arg460.i, %3199
+  %3201 = fadd <32 x float> %3198, %3200
+  %3202 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3201, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %3203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3202, <32 x float> %3201, <32 x float> splat (float 0x3FA5558F20000000))
+  %3204 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3203, <32 x float> %3201, <32 x float> splat (float 0x3FC5554920000000))
+  %3205 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3204, <32 x float> %3201, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %3206 = fmul <32 x float> %3201, %3201
+  %3207 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3205, <32 x float> %3206, <32 x float> %3201)
+  %3208 = shl <32 x i32> %3196, splat (i32 23)
+  %3209 = bitcast <32 x i32> %3208 to <32 x float>
+  %3210 = fadd <32 x float> %3207, splat (float 1.000000e+00)
+  %3211 = fmul <32 x float> %3210, %3209
+  %3212 = fcmp olt <32 x float> %arg460.i, splat (float -8.700000e+01)
+  %3213 = select <32 x i1> %3212, <32 x float> zeroinitializer, <32 x float> %3211
+  %3214 = fcmp one <32 x float> %3169, zeroinitializer
+  %3215 = select <32 x i1> %3214, <32 x float> %3213, <32 x float> zeroinitializer
+  %3216 = fmul <32 x float> %old_sum436.i, %3194
+  %3217 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3169, <32 x float> %3216)
+  store <32 x float> %m442.i, ptr %3163, align 4, !tbaa !7
+  store <32 x float> %3217, ptr %3164, align 4, !tbaa !7
+  %3218 = shl i64 %indvars.iv1600.i, 12
+  %3219 = and i64 %3218, 4294963200
+  br label %for_body_d478.i
 
-for_begin_d500.preheader.i:                       ; preds = %for_end_d502.i, %for_begin_d500.preheader.lr.ph.i
-  %indvars.iv1163.i = phi i64 [ 0, %for_begin_d500.preheader.lr.ph.i ], [ %indvars.iv.next1164.i, %for_end_d502.i ]
-  %3217 = shl nuw nsw i64 %indvars.iv1163.i, 7
-  %3218 = and i64 %3217, 384
-  %3219 = shl nuw nsw i64 %indvars.iv1163.i, 10
-  %3220 = and i64 %3219, 2199023251456
-  %gep904.i = getelementptr float, ptr %invariant.gep903.i, i64 %3220
-  %3221 = getelementptr float, ptr %gep904.i, i64 %3218
-  %gep1338.i = getelementptr inbounds nuw float, ptr %invariant.gep1337.i, i64 %indvars.iv1163.i
-  %3222 = shl i64 %indvars.iv1163.i, 12
-  %3223 = and i64 %3222, 8796093005824
-  %3224 = shl i64 %indvars.iv1163.i, 9
-  %3225 = and i64 %3224, 1536
-  %3226 = or disjoint i64 %3223, %3225
-  %scevgep520 = getelementptr i8, ptr %scevgep519, i64 %3226
-  %scevgep517 = getelementptr i8, ptr %scevgep516, i64 %3226
-  %bound0524 = icmp ult ptr %scevgep517, %scevgep523
-  %bound1525 = icmp ult ptr %scevgep521, %scevgep520
-  %found.conflict526 = and i1 %bound0524, %bound1525
-  br i1 %found.conflict526, label %for_body_d501.i, label %vector.body529, !prof !9
+if_end428.i:                                      ; preds = %for_body_d478.i, %for_body_tile423.i
+  %indvars.iv.next1601.i = add nuw nsw i64 %indvars.iv1600.i, 1
+  %exitcond1604.not.i = icmp eq i64 %indvars.iv.next1601.i, %wide.trip.count1603.i
+  br i1 %exitcond1604.not.i, label %for_end_tile424.i, label %for_body_tile423.i, !prof !10
 
-vector.body529:                                   ; preds = %for_begin_d500.preheader.i
-  %3227 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3228 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3229 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3230 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %3231 = getelementptr i8, ptr %3221, i64 32
-  %3232 = getelementptr i8, ptr %3221, i64 64
-  %3233 = getelementptr i8, ptr %3221, i64 96
-  store <8 x float> %wide.masked.gather532, ptr %3221, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather533, ptr %3231, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather534, ptr %3232, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather535, ptr %3233, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  %3234 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3235 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3236 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3237 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3234, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %3238 = getelementptr i8, ptr %3221, i64 128
-  %3239 = getelementptr i8, ptr %3221, i64 160
-  %3240 = getelementptr i8, ptr %3221, i64 192
-  %3241 = getelementptr i8, ptr %3221, i64 224
-  store <8 x float> %wide.masked.gather532.1, ptr %3238, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather533.1, ptr %3239, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather534.1, ptr %3240, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather535.1, ptr %3241, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  %3242 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3243 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3244 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3245 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3245, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %3246 = getelementptr i8, ptr %3221, i64 256
-  %3247 = getelementptr i8, ptr %3221, i64 288
-  %3248 = getelementptr i8, ptr %3221, i64 320
-  %3249 = getelementptr i8, ptr %3221, i64 352
-  store <8 x float> %wide.masked.gather532.2, ptr %3246, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather533.2, ptr %3247, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather534.2, ptr %3248, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather535.2, ptr %3249, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  %3250 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3251 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3252 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3253 = getelementptr inbounds nuw i8, ptr %gep1338.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !68
-  %3254 = getelementptr i8, ptr %3221, i64 384
-  %3255 = getelementptr i8, ptr %3221, i64 416
-  %3256 = getelementptr i8, ptr %3221, i64 448
-  %3257 = getelementptr i8, ptr %3221, i64 480
-  store <8 x float> %wide.masked.gather532.3, ptr %3254, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather533.3, ptr %3255, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather534.3, ptr %3256, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  store <8 x float> %wide.masked.gather535.3, ptr %3257, align 4, !tbaa !7, !alias.scope !71, !noalias !68
-  br label %for_end_d502.i
+for_body_d478.i:                                  ; preds = %for_body_d478.i, %if_then427.i
+  %indvars.iv1596.i = phi i64 [ 0, %if_then427.i ], [ %indvars.iv.next1597.i.1, %for_body_d478.i ]
+  %3220 = shl nuw nsw i64 %indvars.iv1596.i, 5
+  %3221 = add nuw nsw i64 %3220, %3219
+  %3222 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3221
+  %3223 = load <32 x float>, ptr %3222, align 4, !tbaa !7
+  %3224 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3221
+  %3225 = load <32 x float>, ptr %3224, align 4, !tbaa !7
+  %3226 = fmul <32 x float> %3194, %3225
+  %3227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3223, <32 x float> %3226)
+  store <32 x float> %3227, ptr %3224, align 4, !tbaa !7
+  %indvars.iv.next1597.i = shl i64 %indvars.iv1596.i, 5
+  %3228 = or disjoint i64 %indvars.iv.next1597.i, 32
+  %3229 = add nuw nsw i64 %3228, %3219
+  %3230 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3229
+  %3231 = load <32 x float>, ptr %3230, align 4, !tbaa !7
+  %3232 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3229
+  %3233 = load <32 x float>, ptr %3232, align 4, !tbaa !7
+  %3234 = fmul <32 x float> %3194, %3233
+  %3235 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3231, <32 x float> %3234)
+  store <32 x float> %3235, ptr %3232, align 4, !tbaa !7
+  %indvars.iv.next1597.i.1 = add nuw nsw i64 %indvars.iv1596.i, 2
+  %exitcond1599.not.i.1 = icmp eq i64 %indvars.iv.next1597.i.1, 128
+  br i1 %exitcond1599.not.i.1, label %if_end428.i, label %for_body_d478.i, !prof !22, !llvm.loop !71
 
-for_body_d501.i:                                  ; preds = %for_body_d501.i, %for_begin_d500.preheader.i
-  %indvars.iv1159.i = phi i64 [ %indvars.iv.next1160.i.7, %for_body_d501.i ], [ 0, %for_begin_d500.preheader.i ]
-  %.idx1261.i = shl nuw nsw i64 %indvars.iv1159.i, 6
-  %3258 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i
-  %3259 = load float, ptr %3258, align 4, !tbaa !7
-  %3260 = getelementptr float, ptr %3221, i64 %indvars.iv1159.i
-  store float %3259, ptr %3260, align 4, !tbaa !7
-  %indvars.iv.next1160.i = or disjoint i64 %indvars.iv1159.i, 1
-  %.idx1261.i.1 = shl nuw nsw i64 %indvars.iv.next1160.i, 6
-  %3261 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.1
-  %3262 = load float, ptr %3261, align 4, !tbaa !7
-  %3263 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i
-  store float %3262, ptr %3263, align 4, !tbaa !7
-  %indvars.iv.next1160.i.1 = or disjoint i64 %indvars.iv1159.i, 2
-  %.idx1261.i.2 = shl nuw nsw i64 %indvars.iv.next1160.i.1, 6
-  %3264 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.2
-  %3265 = load float, ptr %3264, align 4, !tbaa !7
-  %3266 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.1
-  store float %3265, ptr %3266, align 4, !tbaa !7
-  %indvars.iv.next1160.i.2 = or disjoint i64 %indvars.iv1159.i, 3
-  %.idx1261.i.3 = shl nuw nsw i64 %indvars.iv.next1160.i.2, 6
-  %3267 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.3
-  %3268 = load float, ptr %3267, align 4, !tbaa !7
-  %3269 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.2
-  store float %3268, ptr %3269, align 4, !tbaa !7
-  %indvars.iv.next1160.i.3 = or disjoint i64 %indvars.iv1159.i, 4
-  %.idx1261.i.4 = shl nuw nsw i64 %indvars.iv.next1160.i.3, 6
-  %3270 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.4
-  %3271 = load float, ptr %3270, align 4, !tbaa !7
-  %3272 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.3
-  store float %3271, ptr %3272, align 4, !tbaa !7
-  %indvars.iv.next1160.i.4 = or disjoint i64 %indvars.iv1159.i, 5
-  %.idx1261.i.5 = shl nuw nsw i64 %indvars.iv.next1160.i.4, 6
-  %3273 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.5
-  %3274 = load float, ptr %3273, align 4, !tbaa !7
-  %3275 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.4
-  store float %3274, ptr %3275, align 4, !tbaa !7
-  %indvars.iv.next1160.i.5 = or disjoint i64 %indvars.iv1159.i, 6
-  %.idx1261.i.6 = shl nuw nsw i64 %indvars.iv.next1160.i.5, 6
-  %3276 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.6
-  %3277 = load float, ptr %3276, align 4, !tbaa !7
-  %3278 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.5
-  store float %3277, ptr %3278, align 4, !tbaa !7
-  %indvars.iv.next1160.i.6 = or disjoint i64 %indvars.iv1159.i, 7
-  %.idx1261.i.7 = shl nuw nsw i64 %indvars.iv.next1160.i.6, 6
-  %3279 = getelementptr inbounds nuw i8, ptr %gep1338.i, i64 %.idx1261.i.7
+if_end483.i:                                      ; preds = %for_end_tile424.i
+  %3236 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3237 = tail call i32 %3236(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not664.i = icmp eq i32 %3237, 0
+  br i1 %.not664.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !32
+
+if_end486.i:                                      ; preds = %if_end483.i
+  %3238 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3239 = tail call i32 %3238(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not665.i = icmp eq i32 %3239, 0
+  br i1 %.not665.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !32
+
+for_body_tile492.i:                               ; preds = %if_end497.loopexit.i, %for_body_tile492.i.preheader
+  %indvars.iv1621.i = phi i64 [ %indvars.iv.next1622.i, %if_end497.loopexit.i ], [ 0, %for_body_tile492.i.preheader ]
+  %3240 = shl i64 %indvars.iv1621.i, 14
+  %3241 = and i64 %3240, 17179852800
+  %scevgep811 = getelementptr i8, ptr %total_acc.i, i64 %3241
+  %3242 = trunc nuw nsw i64 %indvars.iv1621.i to i32
+  %rmod565.i = srem i32 %3242, %122
+  %rdiv572.i = sdiv i32 %3242, %122
+  %3243 = icmp ne i32 %rmod565.i, 0
+  %.not655.i = and i1 %571, %3243
+  %3244 = select i1 %.not655.i, i32 %122, i32 0
+  %3245 = add nsw i32 %3244, %rmod565.i
+  %3246 = shl nsw i32 %3245, 5
+  %3247 = sub nsw i32 %120, %3246
+  %3248 = icmp sgt i32 %3247, 0
+  br i1 %3248, label %for_body_r567.lr.ph.i, label %if_end497.loopexit.i, !prof !31
+
+for_end_tile493.i:                                ; preds = %if_end497.loopexit.i, %if_end497.us.i, %for_begin_tile491.preheader.i
+  %3249 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3250 = tail call i32 %3249(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3250, 0
+  br i1 %.not.i, label %if_end592.i, label %fused_attend_compute_.exit, !prof !32
+
+if_end497.loopexit.i:                             ; preds = %for_end_d585.i, %for_body_tile492.i
+  %indvars.iv.next1622.i = add nuw nsw i64 %indvars.iv1621.i, 1
+  %exitcond1625.not.i = icmp eq i64 %indvars.iv.next1622.i, %wide.trip.count1660.i
+  br i1 %exitcond1625.not.i, label %for_end_tile493.i, label %for_body_tile492.i, !prof !10
+
+for_body_r567.lr.ph.i:                            ; preds = %for_body_tile492.i
+  %3251 = sext i1 %.not655.i to i32
+  %3252 = add nsw i32 %rdiv572.i, %3251
+  %3253 = sext i32 %3252 to i64
+  %3254 = sext i32 %3245 to i64
+  %3255 = shl nsw i64 %3254, 8
+  %3256 = add nsw i64 %572, %3253
+  %3257 = shl nsw i64 %3256, 2
+  %3258 = add nsw i64 %3255, %574
+  %3259 = shl i64 %indvars.iv1621.i, 5
+  %3260 = and i64 %3259, 4294967264
+  %3261 = tail call i32 @llvm.umin.i32(i32 %3247, i32 32)
+  %wide.trip.count1609.i = zext nneg i32 %3261 to i64
+  %3262 = add nsw i64 %3258, %3257
+  br label %for_body_r567.i
+
+for_begin_d583.preheader.lr.ph.i:                 ; preds = %for_body_r567.i
+  %.idx.i = shl nsw i64 %3256, 11
+  %3263 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx656.i = shl nsw i64 %3254, 17
+  %3264 = getelementptr i8, ptr %3263, i64 %.idx656.i
+  %invariant.gep1249.i = getelementptr i8, ptr %3264, i64 %.idx657.i
+  %3265 = shl i64 %indvars.iv1621.i, 12
+  %3266 = and i64 %3265, 4294963200
+  %invariant.gep1885.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3266
+  %3267 = add nsw i64 %.idx656.i, %.idx.i
+  %scevgep806 = getelementptr i8, ptr %scevgep805, i64 %3267
+  %scevgep809 = getelementptr i8, ptr %scevgep808, i64 %3267
+  %3268 = shl nuw nsw i64 %wide.trip.count1609.i, 2
+  %3269 = getelementptr i8, ptr %scevgep812, i64 %3241
+  %scevgep813 = getelementptr i8, ptr %3269, i64 %3268
+  br label %for_begin_d583.preheader.i
+
+for_body_r567.i:                                  ; preds = %for_body_r567.i, %for_body_r567.lr.ph.i
+  %indvars.iv1606.i = phi i64 [ 0, %for_body_r567.lr.ph.i ], [ %indvars.iv.next1607.i.1, %for_body_r567.i ]
+  %3270 = add nuw nsw i64 %indvars.iv1606.i, %3260
+  %3271 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3270
+  %3272 = load float, ptr %3271, align 4, !tbaa !7
+  %3273 = and i64 %indvars.iv1606.i, 2
+  %3274 = shl nuw nsw i64 %indvars.iv1606.i, 3
+  %3275 = and i64 %3274, 17179869152
+  %3276 = or disjoint i64 %3262, %3273
+  %3277 = add nsw i64 %3276, %3275
+  %3278 = getelementptr inbounds float, ptr %partial_max, i64 %3277
+  store float %3272, ptr %3278, align 4, !tbaa !7
+  %3279 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3270
   %3280 = load float, ptr %3279, align 4, !tbaa !7
-  %3281 = getelementptr float, ptr %3221, i64 %indvars.iv.next1160.i.6
+  %3281 = getelementptr inbounds float, ptr %partial_sum, i64 %3277
   store float %3280, ptr %3281, align 4, !tbaa !7
-  %indvars.iv.next1160.i.7 = add nuw nsw i64 %indvars.iv1159.i, 8
-  %exitcond1162.not.i.7 = icmp eq i64 %indvars.iv.next1160.i.7, 128
-  br i1 %exitcond1162.not.i.7, label %for_end_d502.i, label %for_body_d501.i, !prof !23, !llvm.loop !73
+  %indvars.iv.next1607.i = or disjoint i64 %indvars.iv1606.i, 1
+  %3282 = add nuw nsw i64 %indvars.iv.next1607.i, %3260
+  %3283 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3282
+  %3284 = load float, ptr %3283, align 4, !tbaa !7
+  %3285 = and i64 %indvars.iv.next1607.i, 3
+  %3286 = shl nuw nsw i64 %indvars.iv1606.i, 3
+  %3287 = and i64 %3286, 17179869152
+  %3288 = or disjoint i64 %3262, %3285
+  %3289 = add nsw i64 %3288, %3287
+  %3290 = getelementptr inbounds float, ptr %partial_max, i64 %3289
+  store float %3284, ptr %3290, align 4, !tbaa !7
+  %3291 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3282
+  %3292 = load float, ptr %3291, align 4, !tbaa !7
+  %3293 = getelementptr inbounds float, ptr %partial_sum, i64 %3289
+  store float %3292, ptr %3293, align 4, !tbaa !7
+  %indvars.iv.next1607.i.1 = add nuw nsw i64 %indvars.iv1606.i, 2
+  %exitcond1610.not.i.1 = icmp eq i64 %indvars.iv.next1607.i.1, %wide.trip.count1609.i
+  br i1 %exitcond1610.not.i.1, label %for_begin_d583.preheader.lr.ph.i, label %for_body_r567.i, !prof !10, !llvm.loop !72
 
-for_end_d502.i:                                   ; preds = %for_body_d501.i, %vector.body529
-  %indvars.iv.next1164.i = add nuw nsw i64 %indvars.iv1163.i, 1
-  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1164.i, %wide.trip.count1157.i
-  br i1 %exitcond1168.not.i, label %if_end414.loopexit.i, label %for_begin_d500.preheader.i, !prof !10
+for_begin_d583.preheader.i:                       ; preds = %for_end_d585.i, %for_begin_d583.preheader.lr.ph.i
+  %indvars.iv1615.i = phi i64 [ 0, %for_begin_d583.preheader.lr.ph.i ], [ %indvars.iv.next1616.i, %for_end_d585.i ]
+  %3294 = shl nuw nsw i64 %indvars.iv1615.i, 7
+  %3295 = and i64 %3294, 384
+  %3296 = shl nuw nsw i64 %indvars.iv1615.i, 10
+  %3297 = and i64 %3296, 2199023251456
+  %gep1250.i = getelementptr float, ptr %invariant.gep1249.i, i64 %3297
+  %3298 = getelementptr float, ptr %gep1250.i, i64 %3295
+  %gep1886.i = getelementptr inbounds nuw float, ptr %invariant.gep1885.i, i64 %indvars.iv1615.i
+  %3299 = shl i64 %indvars.iv1615.i, 12
+  %3300 = and i64 %3299, 8796093005824
+  %3301 = shl i64 %indvars.iv1615.i, 9
+  %3302 = and i64 %3301, 1536
+  %3303 = or disjoint i64 %3300, %3302
+  %scevgep810 = getelementptr i8, ptr %scevgep809, i64 %3303
+  %scevgep807 = getelementptr i8, ptr %scevgep806, i64 %3303
+  %bound0814 = icmp ult ptr %scevgep807, %scevgep813
+  %bound1815 = icmp ult ptr %scevgep811, %scevgep810
+  %found.conflict816 = and i1 %bound0814, %bound1815
+  br i1 %found.conflict816, label %for_body_d584.i, label %vector.body819, !prof !9
 
-if_end509.i:                                      ; preds = %for_end_tile410.i
-  %3282 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3283 = tail call i32 %3282(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not559.i = icmp eq i32 %3283, 0
-  br i1 %.not559.i, label %if_end512.i, label %fused_attend_compute_.exit, !prof !33
+vector.body819:                                   ; preds = %for_begin_d583.preheader.i
+  %3304 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 0, i64 128, i64 256, i64 384, i64 512, i64 640, i64 768, i64 896>
+  %3305 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 1024, i64 1152, i64 1280, i64 1408, i64 1536, i64 1664, i64 1792, i64 1920>
+  %3306 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 2048, i64 2176, i64 2304, i64 2432, i64 2560, i64 2688, i64 2816, i64 2944>
+  %3307 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 3072, i64 3200, i64 3328, i64 3456, i64 3584, i64 3712, i64 3840, i64 3968>
+  %wide.masked.gather822 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3308 = getelementptr i8, ptr %3298, i64 32
+  %3309 = getelementptr i8, ptr %3298, i64 64
+  %3310 = getelementptr i8, ptr %3298, i64 96
+  store <8 x float> %wide.masked.gather822, ptr %3298, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823, ptr %3308, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824, ptr %3309, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825, ptr %3310, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3311 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 4096, i64 4224, i64 4352, i64 4480, i64 4608, i64 4736, i64 4864, i64 4992>
+  %3312 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 5120, i64 5248, i64 5376, i64 5504, i64 5632, i64 5760, i64 5888, i64 6016>
+  %3313 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 6144, i64 6272, i64 6400, i64 6528, i64 6656, i64 6784, i64 6912, i64 7040>
+  %3314 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 7168, i64 7296, i64 7424, i64 7552, i64 7680, i64 7808, i64 7936, i64 8064>
+  %wide.masked.gather822.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3313, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3314, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3315 = getelementptr i8, ptr %3298, i64 128
+  %3316 = getelementptr i8, ptr %3298, i64 160
+  %3317 = getelementptr i8, ptr %3298, i64 192
+  %3318 = getelementptr i8, ptr %3298, i64 224
+  store <8 x float> %wide.masked.gather822.1, ptr %3315, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.1, ptr %3316, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.1, ptr %3317, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.1, ptr %3318, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3319 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 8192, i64 8320, i64 8448, i64 8576, i64 8704, i64 8832, i64 8960, i64 9088>
+  %3320 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 9216, i64 9344, i64 9472, i64 9600, i64 9728, i64 9856, i64 9984, i64 10112>
+  %3321 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 10240, i64 10368, i64 10496, i64 10624, i64 10752, i64 10880, i64 11008, i64 11136>
+  %3322 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 11264, i64 11392, i64 11520, i64 11648, i64 11776, i64 11904, i64 12032, i64 12160>
+  %wide.masked.gather822.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3323 = getelementptr i8, ptr %3298, i64 256
+  %3324 = getelementptr i8, ptr %3298, i64 288
+  %3325 = getelementptr i8, ptr %3298, i64 320
+  %3326 = getelementptr i8, ptr %3298, i64 352
+  store <8 x float> %wide.masked.gather822.2, ptr %3323, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.2, ptr %3324, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.2, ptr %3325, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.2, ptr %3326, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3327 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 12288, i64 12416, i64 12544, i64 12672, i64 12800, i64 12928, i64 13056, i64 13184>
+  %3328 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 13312, i64 13440, i64 13568, i64 13696, i64 13824, i64 13952, i64 14080, i64 14208>
+  %3329 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 14336, i64 14464, i64 14592, i64 14720, i64 14848, i64 14976, i64 15104, i64 15232>
+  %3330 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 15360, i64 15488, i64 15616, i64 15744, i64 15872, i64 16000, i64 16128, i64 16256>
+  %wide.masked.gather822.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3331 = getelementptr i8, ptr %3298, i64 384
+  %3332 = getelementptr i8, ptr %3298, i64 416
+  %3333 = getelementptr i8, ptr %3298, i64 448
+  %3334 = getelementptr i8, ptr %3298, i64 480
+  store <8 x float> %wide.masked.gather822.3, ptr %3331, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.3, ptr %3332, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.3, ptr %3333, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.3, ptr %3334, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  br label %for_end_d585.i
 
-if_end512.i:                                      ; preds = %if_end509.i
-  %3284 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3285 = tail call i32 %3284(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not560.i = icmp eq i32 %3285, 0
-  br i1 %.not560.i, label %if_end515.i, label %fused_attend_compute_.exit, !prof !33
+for_body_d584.i:                                  ; preds = %for_body_d584.i, %for_begin_d583.preheader.i
+  %indvars.iv1611.i = phi i64 [ %indvars.iv.next1612.i.7, %for_body_d584.i ], [ 0, %for_begin_d583.preheader.i ]
+  %.idx1732.i = shl nuw nsw i64 %indvars.iv1611.i, 7
+  %3335 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i
+  %3336 = load float, ptr %3335, align 4, !tbaa !7
+  %3337 = getelementptr float, ptr %3298, i64 %indvars.iv1611.i
+  store float %3336, ptr %3337, align 4, !tbaa !7
+  %indvars.iv.next1612.i = or disjoint i64 %indvars.iv1611.i, 1
+  %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1612.i, 7
+  %3338 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.1
+  %3339 = load float, ptr %3338, align 4, !tbaa !7
+  %3340 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i
+  store float %3339, ptr %3340, align 4, !tbaa !7
+  %indvars.iv.next1612.i.1 = or disjoint i64 %indvars.iv1611.i, 2
+  %.idx1732.i.2 = shl nuw nsw i64 %indvars.iv.next1612.i.1, 7
+  %3341 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.2
+  %3342 = load float, ptr %3341, align 4, !tbaa !7
+  %3343 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.1
+  store float %3342, ptr %3343, align 4, !tbaa !7
+  %indvars.iv.next1612.i.2 = or disjoint i64 %indvars.iv1611.i, 3
+  %.idx1732.i.3 = shl nuw nsw i64 %indvars.iv.next1612.i.2, 7
+  %3344 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.3
+  %3345 = load float, ptr %3344, align 4, !tbaa !7
+  %3346 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.2
+  store float %3345, ptr %3346, align 4, !tbaa !7
+  %indvars.iv.next1612.i.3 = or disjoint i64 %indvars.iv1611.i, 4
+  %.idx1732.i.4 = shl nuw nsw i64 %indvars.iv.next1612.i.3, 7
+  %3347 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.4
+  %3348 = load float, ptr %3347, align 4, !tbaa !7
+  %3349 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.3
+  store float %3348, ptr %3349, align 4, !tbaa !7
+  %indvars.iv.next1612.i.4 = or disjoint i64 %indvars.iv1611.i, 5
+  %.idx1732.i.5 = shl nuw nsw i64 %indvars.iv.next1612.i.4, 7
+  %3350 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.5
+  %3351 = load float, ptr %3350, align 4, !tbaa !7
+  %3352 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.4
+  store float %3351, ptr %3352, align 4, !tbaa !7
+  %indvars.iv.next1612.i.5 = or disjoint i64 %indvars.iv1611.i, 6
+  %.idx1732.i.6 = shl nuw nsw i64 %indvars.iv.next1612.i.5, 7
+  %3353 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.6
+  %3354 = load float, ptr %3353, align 4, !tbaa !7
+  %3355 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.5
+  store float %3354, ptr %3355, align 4, !tbaa !7
+  %indvars.iv.next1612.i.6 = or disjoint i64 %indvars.iv1611.i, 7
+  %.idx1732.i.7 = shl nuw nsw i64 %indvars.iv.next1612.i.6, 7
+  %3356 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.7
+  %3357 = load float, ptr %3356, align 4, !tbaa !7
+  %3358 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.6
+  store float %3357, ptr %3358, align 4, !tbaa !7
+  %indvars.iv.next1612.i.7 = add nuw nsw i64 %indvars.iv1611.i, 8
+  %exitcond1614.not.i.7 = icmp eq i64 %indvars.iv.next1612.i.7, 128
+  br i1 %exitcond1614.not.i.7, label %for_end_d585.i, label %for_body_d584.i, !prof !23, !llvm.loop !78
 
-if_end515.i:                                      ; preds = %if_end512.i
-  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not561.i = icmp eq i32 %3287, 0
-  br i1 %.not561.i, label %if_end518.i, label %fused_attend_compute_.exit, !prof !33
+for_end_d585.i:                                   ; preds = %for_body_d584.i, %vector.body819
+  %indvars.iv.next1616.i = add nuw nsw i64 %indvars.iv1615.i, 1
+  %exitcond1620.not.i = icmp eq i64 %indvars.iv.next1616.i, %wide.trip.count1609.i
+  br i1 %exitcond1620.not.i, label %if_end497.loopexit.i, label %for_begin_d583.preheader.i, !prof !10
 
-if_end518.i:                                      ; preds = %if_end515.i
-  %3288 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3289 = tail call i32 %3288(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not562.i = icmp eq i32 %3289, 0
-  br i1 %.not562.i, label %if_end521.i, label %fused_attend_compute_.exit, !prof !33
+if_end592.i:                                      ; preds = %for_end_tile493.i
+  %3359 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3360 = tail call i32 %3359(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not648.i = icmp eq i32 %3360, 0
+  br i1 %.not648.i, label %if_end595.i, label %fused_attend_compute_.exit, !prof !32
 
-if_end521.i:                                      ; preds = %if_end518.i
-  %3290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3291 = tail call i32 %3290(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not563.i = icmp ne i32 %3291, 0
-  %..i = sext i1 %.not563.i to i32
+if_end595.i:                                      ; preds = %if_end592.i
+  %3361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3362 = tail call i32 %3361(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not649.i = icmp eq i32 %3362, 0
+  br i1 %.not649.i, label %if_end598.i, label %fused_attend_compute_.exit, !prof !32
+
+if_end598.i:                                      ; preds = %if_end595.i
+  %3363 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3364 = tail call i32 %3363(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not650.i = icmp eq i32 %3364, 0
+  br i1 %.not650.i, label %if_end601.i, label %fused_attend_compute_.exit, !prof !32
+
+if_end601.i:                                      ; preds = %if_end598.i
+  %3365 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3366 = tail call i32 %3365(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not651.i = icmp eq i32 %3366, 0
+  br i1 %.not651.i, label %if_end604.i, label %fused_attend_compute_.exit, !prof !32
+
+if_end604.i:                                      ; preds = %if_end601.i
+  %3367 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3368 = tail call i32 %3367(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not652.i = icmp ne i32 %3368, 0
+  %..i = sext i1 %.not652.i to i32
   br label %fused_attend_compute_.exit
 
-fused_attend_compute_.exit:                       ; preds = %if_end521.i, %if_end518.i, %if_end515.i, %if_end512.i, %if_end509.i, %for_end_tile410.i, %if_end403.i, %if_end400.i, %for_end_tile341.i, %if_end334.i, %if_end328.i, %if_end322.i, %if_end319.i, %if_end316.i, %if_end150.i, %if_end144.i, %if_end141.i, %if_end138.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end122.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end103.i, %for_body_step.i, %if_end97.i, %if_end94.i, %for_body_number.i, %for_end_r470.us.i, %for_body_tile409.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
-  %common.ret.op.i = phi i32 [ -1, %if_end518.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end515.i ], [ %..i, %if_end521.i ], [ -1, %for_end_tile410.i ], [ -1, %for_body_tile409.us.i ], [ -1, %if_end509.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end512.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_end_r470.us.i ], [ -1, %if_end322.i ], [ -1, %if_end319.i ], [ -1, %if_end316.i ], [ -1, %if_end150.i ], [ -1, %if_end144.i ], [ -1, %if_end141.i ], [ -1, %if_end138.i ], [ -1, %if_end328.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end122.i ], [ -1, %if_end334.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end103.i ], [ -1, %if_end403.i ], [ -1, %if_end400.i ], [ -1, %for_end_tile341.i ], [ -1, %if_end97.i ], [ -1, %if_end94.i ], [ -1, %for_body_number.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor537.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %reach558.i)
+fused_attend_compute_.exit:                       ; preds = %if_end604.i, %if_end601.i, %if_end598.i, %if_end595.i, %if_end592.i, %for_end_tile493.i, %if_end486.i, %if_end483.i, %for_end_tile424.i, %if_end417.i, %if_end411.i, %if_end408.i, %if_end405.i, %if_end144.i, %if_end138.i, %if_end135.i, %if_end132.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end116.i, %for_body_kv_head.i, %if_end97.i, %if_end94.i, %for_body_number.i, %for_end_r553.us.i, %for_body_tile492.us.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end57
+  %common.ret.op.i = phi i32 [ -1, %if_end601.i ], [ -1, %if_end57 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ %..i, %if_end604.i ], [ -1, %for_end_tile493.i ], [ -1, %if_end592.i ], [ -1, %if_end595.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_tile492.us.i ], [ -1, %if_end598.i ], [ -1, %for_end_r553.us.i ], [ -1, %if_end411.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %if_end144.i ], [ -1, %if_end138.i ], [ -1, %if_end135.i ], [ -1, %if_end132.i ], [ -1, %if_end417.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end116.i ], [ -1, %if_end486.i ], [ -1, %if_end483.i ], [ -1, %for_end_tile424.i ], [ -1, %if_end97.i ], [ -1, %if_end94.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor621.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %value_offsets643.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %key_offsets644.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %reach647.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5587,6 +5931,9 @@ declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 imma
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #2
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
@@ -5596,10 +5943,10 @@ declare i32 @llvm.smin.i32(i32, i32) #2
 declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #2
+declare <32 x i32> @llvm.smin.v32i32(<32 x i32>, <32 x i32>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #2
+declare <32 x i32> @llvm.smax.v32i32(<32 x i32>, <32 x i32>) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fabs.f32(float) #2
@@ -5658,6 +6005,9 @@ declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x flo
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
 declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #8
 
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #7
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
 declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #9
 
@@ -5700,54 +6050,59 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !23 = !{!"branch_weights", i32 1, i32 0}
 !24 = distinct !{!24, !15, !17, !16, !21}
 !25 = !{!26, !26, i64 0}
-!26 = !{!"buffer1.w64.b0", !27, i64 0}
-!27 = !{!"buffer1.w128.b0", !28, i64 0}
-!28 = !{!"buffer1.w256.b0", !29, i64 0}
-!29 = !{!"buffer1.w512.b0", !30, i64 0}
-!30 = !{!"buffer1.w1024.b0", !31, i64 0}
-!31 = !{!"buffer1", !5, i64 0}
-!32 = !{!"branch_weights", i32 127, i32 1}
-!33 = !{!"branch_weights", i32 1, i32 1048576}
-!34 = distinct !{!34, !35}
-!35 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!36 = !{!31, !31, i64 0}
-!37 = !{!"branch_weights", i32 1048704, i32 133169152}
-!38 = distinct !{!38, !35}
-!39 = distinct !{!39, !35}
-!40 = distinct !{!40, !41}
-!41 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!42 = !{!43}
-!43 = distinct !{!43, !44}
-!44 = distinct !{!44, !"LVerDomain"}
-!45 = !{!46}
-!46 = distinct !{!46, !44}
-!47 = !{!"branch_weights", i32 127, i32 16777081}
-!48 = distinct !{!48, !16, !17, !49}
-!49 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!50 = !{!"branch_weights", i32 1, i32 7}
-!51 = !{!"branch_weights", i32 1, i32 1}
-!52 = distinct !{!52, !53}
-!53 = !{!"llvm.loop.unroll.disable"}
-!54 = !{!"branch_weights", i32 127, i32 0}
-!55 = distinct !{!55, !16, !21}
-!56 = !{!"branch_weights", i32 134217601, i32 127}
-!57 = !{!58}
+!26 = !{!"buffer1.w128.b0", !27, i64 0}
+!27 = !{!"buffer1.w256.b0", !28, i64 0}
+!28 = !{!"buffer1.w512.b0", !29, i64 0}
+!29 = !{!"buffer1.w1024.b0", !30, i64 0}
+!30 = !{!"buffer1", !5, i64 0}
+!31 = !{!"branch_weights", i32 127, i32 1}
+!32 = !{!"branch_weights", i32 1, i32 1048576}
+!33 = distinct !{!33, !34}
+!34 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!35 = !{!30, !30, i64 0}
+!36 = !{!"branch_weights", i32 1048704, i32 133169152}
+!37 = !{!38, !38, i64 0}
+!38 = !{!"buffer2", !5, i64 0}
+!39 = !{!"branch_weights", i32 127, i32 33554289}
+!40 = distinct !{!40, !16, !17, !41}
+!41 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!42 = !{!43, !43, i64 0}
+!43 = !{!"buffer3", !5, i64 0}
+!44 = distinct !{!44, !16, !17, !41}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!47 = !{!"branch_weights", i32 133169152, i32 1048704}
+!48 = !{!49}
+!49 = distinct !{!49, !50}
+!50 = distinct !{!50, !"LVerDomain"}
+!51 = !{!52}
+!52 = distinct !{!52, !50}
+!53 = !{!"branch_weights", i32 127, i32 16777081}
+!54 = distinct !{!54, !16, !17, !55}
+!55 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!56 = !{!"branch_weights", i32 1, i32 7}
+!57 = !{!"branch_weights", i32 1, i32 1}
 !58 = distinct !{!58, !59}
-!59 = distinct !{!59, !"LVerDomain"}
-!60 = !{!61}
-!61 = distinct !{!61, !59}
-!62 = distinct !{!62, !16, !17, !49}
-!63 = distinct !{!63, !53}
-!64 = distinct !{!64, !16, !21}
-!65 = distinct !{!65, !66}
-!66 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!67 = distinct !{!67, !35}
-!68 = !{!69}
-!69 = distinct !{!69, !70}
-!70 = distinct !{!70, !"LVerDomain"}
-!71 = !{!72}
-!72 = distinct !{!72, !70}
-!73 = distinct !{!73, !16, !21}
+!59 = !{!"llvm.loop.unroll.disable"}
+!60 = !{!"branch_weights", i32 127, i32 0}
+!61 = distinct !{!61, !16, !21}
+!62 = !{!"branch_weights", i32 134217601, i32 127}
+!63 = !{!64}
+!64 = distinct !{!64, !65}
+!65 = distinct !{!65, !"LVerDomain"}
+!66 = !{!67}
+!67 = distinct !{!67, !65}
+!68 = distinct !{!68, !16, !17, !55}
+!69 = distinct !{!69, !59}
+!70 = distinct !{!70, !16, !21}
+!71 = distinct !{!71, !46}
+!72 = distinct !{!72, !34}
+!73 = !{!74}
+!74 = distinct !{!74, !75}
+!75 = distinct !{!75, !"LVerDomain"}
+!76 = !{!77}
+!77 = distinct !{!77, !75}
+!78 = distinct !{!78, !16, !21}
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
@@ -10260,9 +10615,9 @@ attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"branch_weights", i32 1, i32 1048575}
 !12 = !{!"branch_weights", i32 1, i32 1048576}
 !13 = !{!14, !14, i64 0}
-!14 = !{!"buffer2", !7, i64 0}
+!14 = !{!"buffer4", !7, i64 0}
 !15 = !{!16, !16, i64 0}
-!16 = !{!"buffer3", !7, i64 0}
+!16 = !{!"buffer5", !7, i64 0}
 !17 = distinct !{!17, !18}
 !18 = !{!"llvm.loop.estimated_trip_count", i32 528417}
 !19 = distinct !{!19, !18}
@@ -10946,32 +11301,32 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
 !10 = !{!11, !11, i64 0}
-!11 = !{!"buffer4.w128.b0", !12, i64 0}
-!12 = !{!"buffer4.w256.b0", !13, i64 0}
-!13 = !{!"buffer4.w512.b0", !14, i64 0}
-!14 = !{!"buffer4.w1024.b0", !15, i64 0}
-!15 = !{!"buffer4", !5, i64 0}
+!11 = !{!"buffer6.w128.b0", !12, i64 0}
+!12 = !{!"buffer6.w256.b0", !13, i64 0}
+!13 = !{!"buffer6.w512.b0", !14, i64 0}
+!14 = !{!"buffer6.w1024.b0", !15, i64 0}
+!15 = !{!"buffer6", !5, i64 0}
 !16 = !{!17, !17, i64 0}
-!17 = !{!"buffer5.w128.b0", !18, i64 0}
-!18 = !{!"buffer5.w256.b0", !19, i64 0}
-!19 = !{!"buffer5.w512.b0", !20, i64 0}
-!20 = !{!"buffer5.w1024.b0", !21, i64 0}
-!21 = !{!"buffer5", !5, i64 0}
+!17 = !{!"buffer7.w128.b0", !18, i64 0}
+!18 = !{!"buffer7.w256.b0", !19, i64 0}
+!19 = !{!"buffer7.w512.b0", !20, i64 0}
+!20 = !{!"buffer7.w1024.b0", !21, i64 0}
+!21 = !{!"buffer7", !5, i64 0}
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
 !25 = !{!26, !26, i64 0}
-!26 = !{!"buffer6.w128.b0", !27, i64 0}
-!27 = !{!"buffer6.w256.b0", !28, i64 0}
-!28 = !{!"buffer6.w512.b0", !29, i64 0}
-!29 = !{!"buffer6.w1024.b0", !30, i64 0}
-!30 = !{!"buffer6", !5, i64 0}
+!26 = !{!"buffer8.w128.b0", !27, i64 0}
+!27 = !{!"buffer8.w256.b0", !28, i64 0}
+!28 = !{!"buffer8.w512.b0", !29, i64 0}
+!29 = !{!"buffer8.w1024.b0", !30, i64 0}
+!30 = !{!"buffer8", !5, i64 0}
 !31 = !{!"branch_weights", i32 127, i32 134217601}
 !32 = !{!30, !30, i64 0}
 !33 = !{!34, !34, i64 0}
-!34 = !{!"buffer7", !5, i64 0}
+!34 = !{!"buffer9", !5, i64 0}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer8", !5, i64 0}
+!36 = !{!"buffer10", !5, i64 0}
 !37 = distinct !{!37, !38}
 !38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
 source_filename = "TVMMod"
@@ -11605,31 +11960,31 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
 !10 = !{!11, !11, i64 0}
-!11 = !{!"buffer9.w128.b0", !12, i64 0}
-!12 = !{!"buffer9.w256.b0", !13, i64 0}
-!13 = !{!"buffer9.w512.b0", !14, i64 0}
-!14 = !{!"buffer9.w1024.b0", !15, i64 0}
-!15 = !{!"buffer9", !5, i64 0}
+!11 = !{!"buffer11.w128.b0", !12, i64 0}
+!12 = !{!"buffer11.w256.b0", !13, i64 0}
+!13 = !{!"buffer11.w512.b0", !14, i64 0}
+!14 = !{!"buffer11.w1024.b0", !15, i64 0}
+!15 = !{!"buffer11", !5, i64 0}
 !16 = !{!17, !17, i64 0}
-!17 = !{!"buffer10.w128.b0", !18, i64 0}
-!18 = !{!"buffer10.w256.b0", !19, i64 0}
-!19 = !{!"buffer10.w512.b0", !20, i64 0}
-!20 = !{!"buffer10.w1024.b0", !21, i64 0}
-!21 = !{!"buffer10", !5, i64 0}
+!17 = !{!"buffer12.w128.b0", !18, i64 0}
+!18 = !{!"buffer12.w256.b0", !19, i64 0}
+!19 = !{!"buffer12.w512.b0", !20, i64 0}
+!20 = !{!"buffer12.w1024.b0", !21, i64 0}
+!21 = !{!"buffer12", !5, i64 0}
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
 !25 = !{!26, !26, i64 0}
-!26 = !{!"buffer11.w128.b0", !27, i64 0}
-!27 = !{!"buffer11.w256.b0", !28, i64 0}
-!28 = !{!"buffer11.w512.b0", !29, i64 0}
-!29 = !{!"buffer11.w1024.b0", !30, i64 0}
-!30 = !{!"buffer11", !5, i64 0}
+!26 = !{!"buffer13.w128.b0", !27, i64 0}
+!27 = !{!"buffer13.w256.b0", !28, i64 0}
+!28 = !{!"buffer13.w512.b0", !29, i64 0}
+!29 = !{!"buffer13.w1024.b0", !30, i64 0}
+!30 = !{!"buffer13", !5, i64 0}
 !31 = !{!"branch_weights", i32 127, i32 134217601}
 !32 = !{!30, !30, i64 0}
 !33 = !{!34, !34, i64 0}
-!34 = !{!"buffer12", !5, i64 0}
+!34 = !{!"buffer14", !5, i64 0}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer13", !5, i64 0}
+!36 = !{!"buffer15", !5, i64 0}
 !37 = distinct !{!37, !38}
 !38 = !{!"llvm.loop.estimated_trip_count", i32 262144}

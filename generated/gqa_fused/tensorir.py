@@ -52,20 +52,20 @@ class Module:
     @T.prim_func(s_tir=True)
     def fused_attend(query: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), token_positions: T.Buffer((num_tokens,), "int32", align=4), tree_mask: T.Buffer((tree_cells,), "uint8", align=1), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((num_tokens, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((num_tokens, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, seq: T.int32, token_begin: T.int32, num_query: T.int32, kv_head_begin: T.int32, num_kv_heads: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, causal: T.int32, tree_start: T.int64, tree_size: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
-        q_tile = T.sblock_alloc_buffer((32, 16, 128))
-        row_max = T.sblock_alloc_buffer((32, 16))
-        row_sum = T.sblock_alloc_buffer((32, 16))
-        acc = T.sblock_alloc_buffer((32, 16, 128))
-        total_max = T.sblock_alloc_buffer((32, 16))
-        total_sum = T.sblock_alloc_buffer((32, 16))
-        total_acc = T.sblock_alloc_buffer((32, 16, 128))
-        positions = T.sblock_alloc_buffer((32, 16), "int32")
-        limits = T.sblock_alloc_buffer((32, 16), "int32")
-        places = T.sblock_alloc_buffer((32, 16), "int32")
-        reach = T.sblock_alloc_buffer((32, 4), "int32")
+        q_tile = T.sblock_alloc_buffer((16, 32, 128))
+        row_max = T.sblock_alloc_buffer((16, 32))
+        row_sum = T.sblock_alloc_buffer((16, 32))
+        acc = T.sblock_alloc_buffer((16, 32, 128))
+        total_max = T.sblock_alloc_buffer((16, 32))
+        total_sum = T.sblock_alloc_buffer((16, 32))
+        total_acc = T.sblock_alloc_buffer((16, 32, 128))
+        positions = T.sblock_alloc_buffer((16, 32), "int32")
+        limits = T.sblock_alloc_buffer((16, 32), "int32")
+        places = T.sblock_alloc_buffer((16, 32), "int32")
+        reach = T.sblock_alloc_buffer((16, 4), "int32")
         span = T.sblock_alloc_buffer((3,), "int32")
         context_len: T.let[T.int32] = context_lens[seq]
-        head_tiles: T.let[T.int32] = (num_query * 4 + 16 - 1) // 16
+        head_tiles: T.let[T.int32] = (num_query * 4 + 32 - 1) // 32
         num_tiles: T.let[T.int32] = num_kv_heads * head_tiles
         sees_all: T.let[T.bool] = causal == 0 or tree_start >= T.int64(0)
         for tile in range(num_tiles):
@@ -75,29 +75,29 @@ class Module:
                 T.writes()
                 with T.sblock("load_query"):
                     T.reads(query[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                    T.writes(q_tile[vtile, 0:16, 0:128])
-                    for r, d in T.grid(16, 128):
+                    T.writes(q_tile[vtile, 0:32, 0:128])
+                    for r, d in T.grid(32, 128):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
+                            T.reads(query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
                             T.writes(q_tile[vtile, vr, vd])
-                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 16, 16), T.Cast("float32", query[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd]) * query_scale, T.float32(0.0))
+                            q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(num_query * 4 - vtile % head_tiles * 32, 32), T.Cast("float32", query[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd]) * query_scale, T.float32(0.0))
                 with T.sblock("bounds"):
                     T.reads(token_positions[token_begin:token_begin + num_query])
-                    T.writes(positions[vtile, 0:16], limits[vtile, 0:16], reach[vtile, 0:4])
-                    for r in range(16):
+                    T.writes(positions[vtile, 0:32], limits[vtile, 0:32], reach[vtile, 0:4])
+                    for r in range(32):
                         with T.sblock("row_bounds"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4])
+                            vr = T.axis.spatial(32, r)
+                            T.reads(token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4])
                             T.writes(positions[vtile, vr], limits[vtile, vr], places[vtile, vr])
-                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 16 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 16, 16) - 1)) // 4]
+                            position: T.let[T.int32] = token_positions[token_begin + (vtile % head_tiles * 32 + T.min(vr, T.min(num_query * 4 - vtile % head_tiles * 32, 32) - 1)) // 4]
                             seen: T.let[T.int32] = T.Select(sees_all, context_len, position + 1)
                             positions[vtile, vr] = position
                             limits[vtile, vr] = T.min(seen, context_len)
                             places[vtile, vr] = T.max((T.reinterpret("int32", T.Cast("float32", seen - 1)) >> 23) - 125, 0)
-                    for r in range(16):
+                    for r in range(32):
                         with T.sblock("reach"):
-                            vr = T.axis.opaque(16, r)
+                            vr = T.axis.opaque(32, r)
                             T.reads(limits[vtile, vr], reach[vtile, 0:4])
                             T.writes(reach[vtile, 0:4])
                             own: T.let[T.int32] = limits[vtile, vr]
@@ -108,15 +108,15 @@ class Module:
                             reach[vtile, 3] = T.Select(vr == 0, begin, T.max(reach[vtile, 3], begin))
                 with T.sblock("empty_state"):
                     T.reads()
-                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
-                    for r in range(16):
+                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
+                    for r in range(32):
                         with T.sblock("empty_row"):
-                            vr = T.axis.spatial(16, r)
+                            vr = T.axis.spatial(32, r)
                             T.reads()
                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                             total_max[vtile, vr] = T.float32(-1000000000000000019884624838656.0)
                             total_sum[vtile, vr] = T.float32(0.0)
-                    for r, d in T.grid(16, 128):
+                    for r, d in T.grid(32, 128):
                         with T.sblock("empty_acc"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             T.reads()
@@ -141,26 +141,26 @@ class Module:
                 range_begin: T.let[T.int32] = first_key + vrange * 4096
                 range_end: T.let[T.int32] = T.reinterpret("int32", T.min(range_begin + 4096, key_end))
                 unseen: T.let[T.int32] = T.max(span[0] - range_begin, 0)
-                read_begin: T.let[T.int32] = T.reinterpret("int32", range_begin + unseen - unseen % 128)
-                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 128 - 1) // 128
+                read_begin: T.let[T.int32] = T.reinterpret("int32", range_begin + unseen - unseen % 64)
+                num_steps: T.let[T.int32] = (T.max(range_end - read_begin, 0) + 64 - 1) // 64
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 128)
-                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 128))
-                        has_next: T.let[T.bool] = tile_start + 128 < range_end
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        tile_start: T.let[T.int32] = T.reinterpret("int32", read_begin + vstep * 64)
+                        valid_len: T.let[T.int32] = T.reinterpret("int32", T.min(range_end - tile_start, 64))
+                        has_next: T.let[T.bool] = tile_start + 64 < range_end
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 128, (valid_len + 8 - 1) // 8 * 8)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(key_offsets[0:256])
+                            T.writes(key_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, range_end - 1) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, range_end - 1)
@@ -169,11 +169,11 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(value_offsets[0:256])
+                            T.writes(value_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, range_end - 1) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, range_end - 1)
@@ -185,32 +185,32 @@ class Module:
                                 vkv = T.axis.spatial(num_kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 128))
-                                v_tile = T.sblock_alloc_buffer((128, 128))
+                                k_tile = T.sblock_alloc_buffer((64, 128))
+                                v_tile = T.sblock_alloc_buffer((64, 128))
                                 is_last: T.let[T.bool] = T.bool(True)
-                                next_tile: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                next_tile: T.let[T.int32] = T.Select(is_last, 64, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", kv_head_begin + vkv) * v_head
                                 more: T.let[T.bool] = has_next or not is_last
                                 with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:128, 0:128])
+                                    T.reads(key_cache[0:k_span], key_offsets[0:128])
+                                    T.writes(k_tile[0:64, 0:128])
                                     for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
                                         with T.sblock("load_keys_element"):
-                                            vt = T.axis.spatial(128, to * 8 + ti)
+                                            vt = T.axis.spatial(64, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(key_cache[0:k_span], key_offsets[0:128])
                                             T.writes(k_tile[vt, vd])
                                             k_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:128, 0:128])
+                                    T.reads(value_cache[0:v_span], value_offsets[0:128])
+                                    T.writes(v_tile[0:64, 0:128])
                                     for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
                                         with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(128, to * 8 + ti)
+                                            vt = T.axis.spatial(64, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                            T.reads(value_cache[0:v_span], value_offsets[0:128])
                                             T.writes(v_tile[vt, vd])
                                             v_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for row_tile in range(head_tiles):
@@ -218,15 +218,15 @@ class Module:
                                         vrt = T.axis.spatial(head_tiles, row_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 128))
-                                        probs = T.sblock_alloc_buffer((1, 16, 128))
-                                        tile_max = T.sblock_alloc_buffer((1, 16))
-                                        tile_sum = T.sblock_alloc_buffer((1, 16))
-                                        alpha = T.sblock_alloc_buffer((1, 16))
-                                        beta = T.sblock_alloc_buffer((1, 16))
-                                        edges = T.sblock_alloc_buffer((16, 128), "int32")
-                                        scaled = T.sblock_alloc_buffer((16, 128))
-                                        full_peak = T.sblock_alloc_buffer((16,))
+                                        scores = T.sblock_alloc_buffer((1, 32, 64))
+                                        probs = T.sblock_alloc_buffer((1, 32, 64))
+                                        tile_max = T.sblock_alloc_buffer((1, 32))
+                                        tile_sum = T.sblock_alloc_buffer((1, 32))
+                                        alpha = T.sblock_alloc_buffer((1, 32))
+                                        beta = T.sblock_alloc_buffer((1, 32))
+                                        edges = T.sblock_alloc_buffer((32, 64), "int32")
+                                        scaled = T.sblock_alloc_buffer((32, 64))
+                                        full_peak = T.sblock_alloc_buffer((32,))
                                         first: T.let[T.int32] = T.reinterpret("int32", vkv * head_tiles + vrt)
                                         wanted: T.let[T.bool] = vrt == head_tiles - 1 and more
                                         with T.sblock("next_keys"):
@@ -239,87 +239,101 @@ class Module:
                                             T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head, wanted, num_kv_heads, vkv)
                                         if tile_start < reach[first, 1]:
                                             valid_len_1: T.let[T.int32] = T.reinterpret("int32", T.min(valid_len, reach[first, 1] - tile_start))
-                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 16, 16))
+                                            num_rows: T.let[T.int32] = T.reinterpret("int32", T.min(num_query * 4 - first % head_tiles * 32, 32))
                                             num_full: T.let[T.int32] = T.reinterpret("int32", T.max(T.Select(tree_start >= T.int64(0), T.min(T.min(reach[first, 0] - tile_start, valid_len_1), context_len - tree_size - tile_start), T.min(reach[first, 0] - tile_start, valid_len_1)), 0) // 8)
-                                            with T.sblock("qk_matmul"):
-                                                T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:256])
-                                                T.writes(scores[0, 0:16, 0:128])
-                                                for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 128):
-                                                    with T.sblock("scores"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                        T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
-                                                        T.writes(scores[0, vr, vt])
-                                                        with T.init():
-                                                            scores[0, vr, vt] = T.float32(0.0)
-                                                        scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first + vi, vr, vd] * k_tile[vt, vd]
+                                            if num_rows <= 16:
+                                                with T.sblock("few_qk_matmul"):
+                                                    T.reads(q_tile[first, 0:16, 0:128], k_tile[0:64, 0:128], key_offsets[0:128])
+                                                    T.writes(scores[0, 0:16, 0:64])
+                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 16, 128):
+                                                        with T.sblock("few_scores"):
+                                                            vt = T.axis.spatial(64, to * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                            T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
+                                                            T.writes(scores[0, vr, vt])
+                                                            with T.init():
+                                                                scores[0, vr, vt] = T.float32(0.0)
+                                                            scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first + vi, vr, vd] * k_tile[vt, vd]
+                                            else:
+                                                with T.sblock("qk_matmul"):
+                                                    T.reads(q_tile[first, 0:32, 0:128], k_tile[0:64, 0:128], key_offsets[0:128])
+                                                    T.writes(scores[0, 0:32, 0:64])
+                                                    for i, to, ti, r, d in T.grid(1, (valid_len_1 + 8 - 1) // 8, 8, 32, 128):
+                                                        with T.sblock("scores"):
+                                                            vt = T.axis.spatial(64, to * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                                                            T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
+                                                            T.writes(scores[0, vr, vt])
+                                                            with T.init():
+                                                                scores[0, vr, vt] = T.float32(0.0)
+                                                            scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first + vi, vr, vd] * k_tile[vt, vd]
                                             with T.sblock("full_scores"):
-                                                T.reads(scores[0, 0:16, 0:128])
-                                                T.writes(scaled[0:16, 0:128], full_peak[0:16])
-                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                T.reads(scores[0, 0:32, 0:64])
+                                                T.writes(scaled[0:32, 0:64], full_peak[0:32])
+                                                for r, to, ti in T.grid(32, num_full, 8):
                                                     with T.sblock("full_scaled"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.spatial(64, to * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(scores[0, vr, vt])
                                                         T.writes(scaled[vr, vt])
                                                         scaled[vr, vt] = scores[0, vr, vt] * score_scale
-                                                for r, to, ti in T.grid(16, num_full, 8):
+                                                for r, to, ti in T.grid(32, num_full, 8):
                                                     with T.sblock("full_peak"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.reduce(64, to * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(full_peak[vr])
                                                         with T.init():
                                                             full_peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
                                                         full_peak[vr] = T.max(full_peak[vr], scaled[vr, vt])
                                             with T.sblock("seen_scores"):
-                                                T.reads(scores[0, 0:16, 0:128])
-                                                T.writes(scaled[0:16, 0:128])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                T.reads(scores[0, 0:32, 0:64])
+                                                T.writes(scaled[0:32, 0:64])
+                                                for r, to, ti in T.grid(32, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(16, num_full + to)
+                                                        vo = T.axis.spatial(8, num_full + to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
                                                         T.reads(limits[first, vr], scores[0, vr, vo * 8 + vi])
                                                         T.writes(scaled[vr, vo * 8 + vi])
                                                         scaled[vr, vo * 8 + vi] = T.Select(tile_start + vo * 8 + vi < limits[first, vr], scores[0, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
                                                 if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_scores"):
-                                                            vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vr = T.axis.opaque(32, r)
+                                                            vc = T.axis.opaque(64, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(scaled[vr, vc], tree_mask[0:tree_cells])
                                                             T.writes(scaled[vr, vc])
-                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
+                                                            scaled[vr, vc] = T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), T.float32("-inf"), scaled[vr, vc])
                                             with T.sblock("softmax_prepare"):
-                                                T.reads(scaled[0:16, 0:128], full_peak[0:16])
-                                                T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16])
-                                                peak = T.sblock_alloc_buffer((16,))
-                                                room = T.sblock_alloc_buffer((1, 16), "int32")
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                T.reads(scaled[0:32, 0:64], full_peak[0:32])
+                                                T.writes(probs[0, 0:32, 0:64], tile_max[0, 0:32], tile_sum[0, 0:32])
+                                                peak = T.sblock_alloc_buffer((32,))
+                                                room = T.sblock_alloc_buffer((1, 32), "int32")
+                                                for r, to, ti in T.grid(32, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     with T.sblock("peak"):
-                                                        vt = T.axis.reduce(128, (num_full + to) * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.reduce(64, (num_full + to) * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(scaled[vr, vt])
                                                         T.writes(peak[vr])
                                                         with T.init():
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
                                                         peak[vr] = T.max(peak[vr], scaled[vr, vt])
-                                                for r in range(16):
+                                                for r in range(32):
                                                     with T.sblock("tile_max"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(full_peak[vr], peak[vr])
                                                         T.writes(tile_max[0, vr])
                                                         tile_max[0, vr] = T.Select(0 < valid_len_1, T.max(full_peak[vr], peak[vr]), T.float32(-1000000000000000019884624838656.0))
-                                                for r in range(16):
+                                                for r in range(32):
                                                     with T.sblock("room"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(places[first, vr])
                                                         T.writes(room[0, vr])
                                                         room[0, vr] = places[first, vr]
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                for r, to, ti in T.grid(32, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.spatial(64, to * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(scaled[vr, vt], tile_max[0, vr], room[0, vr])
                                                         T.writes(probs[0, vr, vt])
                                                         arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
@@ -331,23 +345,23 @@ class Module:
                                                         series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                         probs[0, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", room[0, vr]) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8, 8):
+                                                for r, to, ti in T.grid(32, (valid_len_1 + 8 - 1) // 8, 8):
                                                     with T.sblock("tile_sum"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.reduce(64, to * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(probs[0, vr, vt])
                                                         T.writes(tile_sum[0, vr])
                                                         with T.init():
                                                             tile_sum[0, vr] = T.float32(0.0)
                                                         tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
                                             with T.sblock("rescale"):
-                                                T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], row_max[first, 0:16], row_sum[first, 0:16])
-                                                T.writes(row_max[first, 0:16], row_sum[first, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                                new_max = T.sblock_alloc_buffer((16,))
-                                                new_sum = T.sblock_alloc_buffer((16,))
-                                                for r in range(16):
+                                                T.reads(tile_max[0, 0:32], tile_sum[0, 0:32], row_max[first, 0:32], row_sum[first, 0:32])
+                                                T.writes(row_max[first, 0:32], row_sum[first, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                                                new_max = T.sblock_alloc_buffer((32,))
+                                                new_sum = T.sblock_alloc_buffer((32,))
+                                                for r in range(32):
                                                     with T.sblock("factors"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(row_max[first, vr], row_sum[first, vr], tile_max[0, vr], tile_sum[0, vr])
                                                         T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                                         old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first, vr])
@@ -374,70 +388,104 @@ class Module:
                                                         series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                         power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                                         beta[0, vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                                for r in range(16):
+                                                for r in range(32):
                                                     with T.sblock("new_sum"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(row_sum[first, vr], alpha[0, vr], beta[0, vr], tile_sum[0, vr])
                                                         T.writes(new_sum[vr])
                                                         previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first, vr])
                                                         new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * tile_sum[0, vr]
-                                                for r in range(16):
+                                                for r in range(32):
                                                     with T.sblock("row"):
-                                                        vr = T.axis.spatial(16, r)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(new_max[vr], new_sum[vr])
                                                         T.writes(row_max[first, vr], row_sum[first, vr])
                                                         row_max[first, vr] = new_max[vr]
                                                         row_sum[first, vr] = new_sum[vr]
                                             with T.sblock("edges"):
                                                 T.reads()
-                                                T.writes(edges[0:16, 0:128])
-                                                for r, to, ti in T.grid(16, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
+                                                T.writes(edges[0:32, 0:64])
+                                                for r, to, ti in T.grid(32, (valid_len_1 + 8 - 1) // 8 - num_full, 8):
                                                     with T.sblock("edge"):
-                                                        vt = T.axis.spatial(128, (num_full + to) * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
+                                                        vt = T.axis.spatial(64, (num_full + to) * 8 + ti)
+                                                        vr = T.axis.spatial(32, r)
                                                         T.reads(limits[first, vr])
                                                         T.writes(edges[vr, vt])
                                                         edges[vr, vt] = T.Select(tile_start + vt < limits[first, vr], -1, 0)
                                                 if tree_start >= T.int64(0):
-                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 16, 16), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
+                                                    for r, c in T.grid(T.min(num_query * 4 - first % head_tiles * 32, 32), T.max(valid_len_1 - T.max(context_len - tree_size - tile_start, 0), 0)):
                                                         with T.sblock("hidden_words"):
-                                                            vr = T.axis.opaque(16, r)
-                                                            vc = T.axis.opaque(128, T.max(context_len - tree_size - tile_start, 0) + c)
+                                                            vr = T.axis.opaque(32, r)
+                                                            vc = T.axis.opaque(64, T.max(context_len - tree_size - tile_start, 0) + c)
                                                             T.reads(edges[vr, vc], tree_mask[0:tree_cells])
                                                             T.writes(edges[vr, vc])
-                                                            edges[vr, vc] = edges[vr, vc] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 16 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), 0, -1)
-                                            with T.sblock("pv_update"):
-                                                T.reads()
-                                                T.writes()
-                                                tile_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                                for i, to, ti, r, d in T.grid(1, num_full, 8, 16, 128):
-                                                    with T.sblock("full_groups"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        T.reads(probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt])
-                                                        T.writes(full_acc[vi, vr, vd])
-                                                        with T.init():
-                                                            full_acc[vi, vr, vd] = T.float32(0.0)
-                                                        full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
-                                                for i, ti, r, d in T.grid(1, valid_len_1 - num_full * 8 + 1 - 1, 16, 128):
-                                                    with T.sblock("tile_acc"):
-                                                        vt = T.axis.reduce(128, num_full * 8 + ti)
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt], edges[vr, vt])
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        with T.init():
-                                                            tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.reinterpret("int32", v_tile[vt, vd]) & edges[vr, vt])
-                                                for i, r, d in T.grid(1, 16, 128):
-                                                    with T.sblock("acc"):
-                                                        vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                        T.writes(acc[first + vi, vr, vd])
-                                                        with T.init():
-                                                            acc[first + vi, vr, vd] = T.float32(0.0)
-                                                        acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                                            edges[vr, vc] = edges[vr, vc] & T.Select(tree_mask[tree_start + T.Cast("int64", (first % head_tiles * 32 + vr) // 4) * T.Cast("int64", tree_size) + T.Cast("int64", tile_start + vc - (context_len - tree_size))] == T.uint8(0), 0, -1)
+                                            if num_rows <= 16:
+                                                with T.sblock("few_pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                    full_acc = T.sblock_alloc_buffer((1, 16, 128))
+                                                    for i, to, ti, r, d in T.grid(1, num_full, 8, 16, 128):
+                                                        with T.sblock("few_full_groups"):
+                                                            vt = T.axis.reduce(64, to * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(probs[0, vr, vt], v_tile[0:64, 0:128], value_offsets[vt])
+                                                            T.writes(full_acc[vi, vr, vd])
+                                                            with T.init():
+                                                                full_acc[vi, vr, vd] = T.float32(0.0)
+                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
+                                                    for i, ti, r, d in T.grid(1, valid_len_1 - num_full * 8 + 1 - 1, 16, 128):
+                                                        with T.sblock("few_tile_acc"):
+                                                            vt = T.axis.reduce(64, num_full * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], v_tile[0:64, 0:128], value_offsets[vt], edges[vr, vt])
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            with T.init():
+                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.reinterpret("int32", v_tile[vt, vd]) & edges[vr, vt])
+                                                    for i, r, d in T.grid(1, 16, 128):
+                                                        with T.sblock("few_acc"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                            T.writes(acc[first + vi, vr, vd])
+                                                            with T.init():
+                                                                acc[first + vi, vr, vd] = T.float32(0.0)
+                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                            else:
+                                                with T.sblock("pv_update"):
+                                                    T.reads()
+                                                    T.writes()
+                                                    tile_acc = T.sblock_alloc_buffer((1, 32, 128))
+                                                    full_acc = T.sblock_alloc_buffer((1, 32, 128))
+                                                    for i, to, ti, r, d in T.grid(1, num_full, 8, 32, 128):
+                                                        with T.sblock("full_groups"):
+                                                            vt = T.axis.reduce(64, to * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(probs[0, vr, vt], v_tile[0:64, 0:128], value_offsets[vt])
+                                                            T.writes(full_acc[vi, vr, vd])
+                                                            with T.init():
+                                                                full_acc[vi, vr, vd] = T.float32(0.0)
+                                                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
+                                                    for i, ti, r, d in T.grid(1, valid_len_1 - num_full * 8 + 1 - 1, 32, 128):
+                                                        with T.sblock("tile_acc"):
+                                                            vt = T.axis.reduce(64, num_full * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], v_tile[0:64, 0:128], value_offsets[vt], edges[vr, vt])
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            with T.init():
+                                                                tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.reinterpret("int32", v_tile[vt, vd]) & edges[vr, vt])
+                                                    for i, r, d in T.grid(1, 32, 128):
+                                                        with T.sblock("acc"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
+                                                            T.writes(acc[first + vi, vr, vd])
+                                                            with T.init():
+                                                                acc[first + vi, vr, vd] = T.float32(0.0)
+                                                            acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(num_tiles):
                     with T.sblock("range_state"):
                         vtile = T.axis.spatial(num_tiles, tile)
@@ -445,18 +493,18 @@ class Module:
                         T.writes()
                         if num_steps > 0 and read_begin < reach[vtile, 1]:
                             with T.sblock("online_update"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128], total_max[vtile, 0:16], total_sum[vtile, 0:16])
-                                T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
-                                alpha = T.sblock_alloc_buffer((1, 16))
-                                beta = T.sblock_alloc_buffer((1, 16))
+                                T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], acc[vtile, 0:32, 0:128], total_max[vtile, 0:32], total_sum[vtile, 0:32])
+                                T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
+                                alpha = T.sblock_alloc_buffer((1, 32))
+                                beta = T.sblock_alloc_buffer((1, 32))
                                 with T.sblock("range_rescale"):
-                                    T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], total_max[vtile, 0:16], total_sum[vtile, 0:16])
-                                    T.writes(total_max[vtile, 0:16], total_sum[vtile, 0:16], alpha[0, 0:16], beta[0, 0:16])
-                                    new_max = T.sblock_alloc_buffer((16,))
-                                    new_sum = T.sblock_alloc_buffer((16,))
-                                    for r in range(16):
+                                    T.reads(row_max[vtile, 0:32], row_sum[vtile, 0:32], total_max[vtile, 0:32], total_sum[vtile, 0:32])
+                                    T.writes(total_max[vtile, 0:32], total_sum[vtile, 0:32], alpha[0, 0:32], beta[0, 0:32])
+                                    new_max = T.sblock_alloc_buffer((32,))
+                                    new_sum = T.sblock_alloc_buffer((32,))
+                                    for r in range(32):
                                         with T.sblock("range_factors"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(total_max[vtile, vr], total_sum[vtile, vr], row_max[vtile, vr], row_sum[vtile, vr])
                                             T.writes(new_max[vr], alpha[0, vr], beta[0, vr])
                                             old_max: T.let[T.float32] = T.Select(T.bool(False), T.float32(-1000000000000000019884624838656.0), total_max[vtile, vr])
@@ -483,24 +531,24 @@ class Module:
                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
                                             beta[0, vr] = T.Select(row_sum[vtile, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                    for r in range(16):
+                                    for r in range(32):
                                         with T.sblock("range_new_sum"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(total_sum[vtile, vr], alpha[0, vr], beta[0, vr], row_sum[vtile, vr])
                                             T.writes(new_sum[vr])
                                             previous: T.let[T.float32] = T.Select(T.bool(False), T.float32(0.0), total_sum[vtile, vr])
                                             new_sum[vr] = alpha[0, vr] * previous + beta[0, vr] * row_sum[vtile, vr]
-                                    for r in range(16):
+                                    for r in range(32):
                                         with T.sblock("range_row"):
-                                            vr = T.axis.spatial(16, r)
+                                            vr = T.axis.spatial(32, r)
                                             T.reads(new_max[vr], new_sum[vr])
                                             T.writes(total_max[vtile, vr], total_sum[vtile, vr])
                                             total_max[vtile, vr] = new_max[vr]
                                             total_sum[vtile, vr] = new_sum[vr]
                                 with T.sblock("range_fold"):
-                                    T.reads(acc[vtile, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
-                                    T.writes(total_acc[vtile, 0:16, 0:128])
-                                    for i, r, d in T.grid(1, 16, 128):
+                                    T.reads(acc[vtile, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
+                                    T.writes(total_acc[vtile, 0:32, 0:128])
+                                    for i, r, d in T.grid(1, 32, 128):
                                         with T.sblock("range_acc"):
                                             vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                             vstep = T.axis.reduce(2, 1)
@@ -516,54 +564,54 @@ class Module:
                 T.writes()
                 if partial_start < 0:
                     with T.sblock("normalize"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
                         T.writes(out[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128], lse[token_begin:token_begin + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4])
-                        factor = T.sblock_alloc_buffer((16,))
-                        ordered = T.sblock_alloc_buffer((16, 128))
-                        for r in range(16):
+                        factor = T.sblock_alloc_buffer((32,))
+                        ordered = T.sblock_alloc_buffer((32, 128))
+                        for r in range(32):
                             with T.sblock("factor"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_sum[vtile, vr])
                                 T.writes(factor[vr])
                                 total: T.let[T.float32] = total_sum[vtile, vr]
                                 factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                        for r, d in T.grid(16, 128):
+                        for r, d in T.grid(32, 128):
                             with T.sblock("ordered"):
                                 vr, vd = T.axis.remap("SS", [r, d])
                                 T.reads(total_acc[vtile, vr, vd], factor[vr])
                                 T.writes(ordered[vr, vd])
                                 ordered[vr, vd] = total_acc[vtile, vr, vd] * factor[vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
                             with T.sblock("out"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 vd = T.axis.spatial(128, d)
                                 T.reads(ordered[vr, vd])
-                                T.writes(out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                out[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                                T.writes(out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
+                                out[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = T.Cast("bfloat16", ordered[vr, vd])
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
                             with T.sblock("lse"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_sum[vtile, vr], total_max[vtile, vr], places[vtile, vr])
-                                T.writes(lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
-                                lse[token_begin + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
+                                T.writes(lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
+                                lse[token_begin + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = T.Select(total_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), total_max[vtile, vr] + T.log(total_sum[vtile, vr] * T.reinterpret("float32", places[vtile, vr] + 127 << 23)))
                 else:
                     with T.sblock("store_partial"):
-                        T.reads(total_max[vtile, 0:16], total_sum[vtile, 0:16], total_acc[vtile, 0:16, 0:128])
+                        T.reads(total_max[vtile, 0:32], total_sum[vtile, 0:32], total_acc[vtile, 0:32, 0:128])
                         T.writes(partial_max[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_sum[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4], partial_acc[partial_start:partial_start + num_query, (kv_head_begin + vtile // head_tiles) * 4:(kv_head_begin + vtile // head_tiles) * 4 + 4, 0:128])
-                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 16, 16)):
+                        for r in range(T.min(num_query * 4 - vtile % head_tiles * 32, 32)):
                             with T.sblock("store_row"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 T.reads(total_max[vtile, vr], total_sum[vtile, vr])
-                                T.writes(partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4])
-                                partial_max[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_max[vtile, vr]
-                                partial_sum[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4] = total_sum[vtile, vr]
-                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 16, 16), 128):
+                                T.writes(partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4], partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4])
+                                partial_max[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_max[vtile, vr]
+                                partial_sum[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4] = total_sum[vtile, vr]
+                        for r, d in T.grid(T.min(num_query * 4 - vtile % head_tiles * 32, 32), 128):
                             with T.sblock("store_acc"):
-                                vr = T.axis.spatial(16, r)
+                                vr = T.axis.spatial(32, r)
                                 vd = T.axis.spatial(128, d)
                                 T.reads(total_acc[vtile, vr, vd])
-                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd])
-                                partial_acc[partial_start + (vtile % head_tiles * 16 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 16 + vr) % 4, vd] = total_acc[vtile, vr, vd]
+                                T.writes(partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd])
+                                partial_acc[partial_start + (vtile % head_tiles * 32 + vr) // 4, (kv_head_begin + vtile // head_tiles) * 4 + (vtile % head_tiles * 32 + vr) % 4, vd] = total_acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), row_starts: T.Buffer((batch,), "int32", strides=(row_step,), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):

@@ -55,8 +55,8 @@ class Machine(NamedTuple):
 
 AVX2 = Machine(second_level=1 << 17)
 """Zen 1, with 512 KB of second-level cache; and what has no AVX."""
-AVX512 = Machine(second_level=1 << 17, broadcast_registers=0)
-"""With 1 MB of second-level cache, of which no more has been tried."""
+AVX512 = Machine(second_level=1 << 17, attend_bytes=1 << 16, attend_vectors=2, broadcast_registers=0)
+"""Ice Lake, with 1.25 MB of second-level cache, of which no more has been tried."""
 AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 """Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
 AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)

@@ -73,6 +73,10 @@ _INTEGER_DOTS = {
 }
 """The same of pairs of integers of 16 bits, in int32, the fastest first. vpdpwssd adds to a sum, vpmaddwd does not."""
 
+_WHOLE_VPDPWSSD = "+fast-dpwssd"
+"""LLVM's word for leaving vpdpwssd whole. Without it LLVM makes vpmaddwd and an addition of it, for sums that wait for one
+another; kernels have enough of them, and then each product takes two of the slots that it shares with all others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CpuTarget:
@@ -93,8 +97,11 @@ class CpuTarget:
 
     @property
     def of_tvm(self) -> dict[str, Any]:
-        """The TVM target dict."""
-        return {key: value for key, value in json.loads(self.config).items() if key != "tuned"}
+        """The TVM target dict, with what LLVM is told about the code that it is given."""
+        config = {key: value for key, value in json.loads(self.config).items() if key != "tuned"}
+        if self.integer_dots and self.integer_dots.items() <= _VPDPWSSD.items():
+            config["mattr"] = [*config.get("mattr", []), _WHOLE_VPDPWSSD]
+        return config
 
     @property
     def tuned(self) -> dict[str, dict[str, Any]]:

@@ -97,11 +97,12 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     if strategy is HeadsInLanes and not known.dot_pairs:
         known = known._replace(rows=ATTEND_ROWS * known.machine.attend_vectors)
     elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
-    most = known.machine.attend_bytes // (elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else 4))
+    copied = elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else ITEMSIZES["float32"])
+    most = known.machine.attend_bytes // (spec.cache_bytes(elements) if packed and not in_blocks else copied)
     tiles = strategy.choose(known)
     least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
     kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))
-    few_rows = known.rows // 2 if strategy is not TokensInLanes and as_they_lie else 0
+    few_rows = known.rows // 2 if strategy is not TokensInLanes and (as_they_lie or known.rows > ATTEND_ROWS) else 0
     weight_sums = 0
     if decodes_in_step(spec):  # every schedule takes whole groups of so many tokens
         weight_sums = math.gcd(tiles.token_group, PACKED_TOKENS)
