@@ -441,7 +441,12 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %factor258.i = alloca [16 x float], align 64
+  %factor255.i = alloca [16 x float], align 64
+  %peak268.i = alloca [16 x float], align 64
+  %tile_sum269.i = alloca [16 x float], align 64
+  %tile_max270.i = alloca [16 x float], align 64
+  %beta272.i = alloca [16 x float], align 64
+  %alpha273.i = alloca [16 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -644,7 +649,12 @@ if_end51:                                         ; preds = %if_then49, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor258.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor255.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak268.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum269.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_max270.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta272.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha273.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -674,2445 +684,2959 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %score_scale = select i1 %95, float %96, float %97
   %98 = shl i32 %block_begin, 7
   %99 = shl i32 %block_end, 7
-  %100 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %101 = shufflevector <4 x float> %100, <4 x float> poison, <4 x i32> zeroinitializer
+  %100 = insertelement <32 x float> poison, float %query_scale, i64 0
+  %101 = shufflevector <32 x float> %100, <32 x float> poison, <32 x i32> zeroinitializer
   %sext = shl i64 %44, 32
   %102 = ashr exact i64 %sext, 32
-  %103 = shl i64 %q_head, 3
-  %104 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %105 = insertelement <16 x float> poison, float %104, i64 0
-  %106 = bitcast <16 x float> %105 to <16 x i32>
-  %107 = shufflevector <16 x i32> %106, <16 x i32> poison, <16 x i32> zeroinitializer
-  %108 = insertelement <16 x float> poison, float %score_scale, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = and i64 %52, 2147483648
-  %.not = icmp eq i64 %110, 0
-  %111 = shl i64 %out_head, 4
-  %112 = zext i32 %98 to i64
-  %113 = and i64 %52, 4294967295
-  %wide.trip.count697.i = and i64 %46, 2147483647
-  %.idx771.i = shl i64 %q_head, 2
-  %.idx772.i = mul i64 %q_head, 6
-  %.idx774.i = mul i64 %q_head, 10
-  %.idx775.i = mul i64 %q_head, 12
-  %.idx776.i = mul i64 %q_head, 14
-  %.idx283.2.i = shl i64 %q_head, 4
-  %.idx778.i = mul i64 %q_head, 18
-  %.idx779.i = mul i64 %q_head, 20
-  %.idx780.i = mul i64 %q_head, 22
-  %.idx283.3.i = mul i64 %q_head, 24
-  %.idx782.i = mul i64 %q_head, 26
-  %.idx783.i = mul i64 %q_head, 28
-  %.idx784.i = mul i64 %q_head, 30
+  %103 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %104 = insertelement <16 x float> poison, float %103, i64 0
+  %105 = bitcast <16 x float> %104 to <16 x i32>
+  %106 = shufflevector <16 x i32> %105, <16 x i32> poison, <16 x i32> zeroinitializer
+  %107 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %108 = shufflevector <16 x float> %107, <16 x float> poison, <16 x i32> zeroinitializer
+  %109 = and i64 %52, 2147483648
+  %.not = icmp eq i64 %109, 0
+  %110 = zext i32 %98 to i64
+  %111 = and i64 %52, 4294967295
+  %wide.trip.count767.i = and i64 %46, 2147483647
   %invariant.op.i = add i32 %98, -1
-  %114 = shl nuw nsw i64 %113, 13
-  %115 = getelementptr i8, ptr %partial_acc, i64 %114
-  %scevgep = getelementptr i8, ptr %115, i64 7680
-  %116 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %117 = shl nuw nsw i64 %116, 13
-  %scevgep307 = getelementptr i8, ptr %partial_acc, i64 %117
-  %118 = shl nuw nsw i64 %113, 13
-  %119 = getelementptr i8, ptr %partial_acc, i64 %118
-  %scevgep314 = getelementptr i8, ptr %119, i64 7168
-  %120 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %121 = shl nuw nsw i64 %120, 13
-  %122 = getelementptr i8, ptr %partial_acc, i64 %121
-  %scevgep315 = getelementptr i8, ptr %122, i64 -512
-  %123 = shl nuw nsw i64 %113, 13
-  %124 = getelementptr i8, ptr %partial_acc, i64 %123
-  %scevgep337 = getelementptr i8, ptr %124, i64 6656
-  %125 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %126 = shl nuw nsw i64 %125, 13
-  %127 = getelementptr i8, ptr %partial_acc, i64 %126
-  %scevgep338 = getelementptr i8, ptr %127, i64 -1024
-  %128 = shl nuw nsw i64 %113, 13
-  %129 = getelementptr i8, ptr %partial_acc, i64 %128
-  %scevgep360 = getelementptr i8, ptr %129, i64 6144
-  %130 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %131 = shl nuw nsw i64 %130, 13
-  %132 = getelementptr i8, ptr %partial_acc, i64 %131
-  %scevgep361 = getelementptr i8, ptr %132, i64 -1536
-  %133 = shl nuw nsw i64 %113, 13
-  %134 = getelementptr i8, ptr %partial_acc, i64 %133
-  %scevgep383 = getelementptr i8, ptr %134, i64 5632
-  %135 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %136 = shl nuw nsw i64 %135, 13
-  %137 = getelementptr i8, ptr %partial_acc, i64 %136
-  %scevgep384 = getelementptr i8, ptr %137, i64 -2048
-  %138 = shl nuw nsw i64 %113, 13
-  %139 = getelementptr i8, ptr %partial_acc, i64 %138
-  %scevgep406 = getelementptr i8, ptr %139, i64 5120
-  %140 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %141 = shl nuw nsw i64 %140, 13
-  %142 = getelementptr i8, ptr %partial_acc, i64 %141
-  %scevgep407 = getelementptr i8, ptr %142, i64 -2560
-  %143 = shl nuw nsw i64 %113, 13
-  %144 = getelementptr i8, ptr %partial_acc, i64 %143
-  %scevgep429 = getelementptr i8, ptr %144, i64 4608
-  %145 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %146 = shl nuw nsw i64 %145, 13
-  %147 = getelementptr i8, ptr %partial_acc, i64 %146
-  %scevgep430 = getelementptr i8, ptr %147, i64 -3072
-  %148 = shl nuw nsw i64 %113, 13
-  %149 = getelementptr i8, ptr %partial_acc, i64 %148
-  %scevgep452 = getelementptr i8, ptr %149, i64 4096
-  %150 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %151 = shl nuw nsw i64 %150, 13
-  %152 = getelementptr i8, ptr %partial_acc, i64 %151
-  %scevgep453 = getelementptr i8, ptr %152, i64 -3584
-  %153 = shl nuw nsw i64 %113, 13
-  %154 = getelementptr i8, ptr %partial_acc, i64 %153
-  %scevgep475 = getelementptr i8, ptr %154, i64 3584
-  %155 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %156 = shl nuw nsw i64 %155, 13
-  %157 = getelementptr i8, ptr %partial_acc, i64 %156
-  %scevgep476 = getelementptr i8, ptr %157, i64 -4096
-  %158 = shl nuw nsw i64 %113, 13
-  %159 = getelementptr i8, ptr %partial_acc, i64 %158
-  %scevgep498 = getelementptr i8, ptr %159, i64 3072
-  %160 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %161 = shl nuw nsw i64 %160, 13
-  %162 = getelementptr i8, ptr %partial_acc, i64 %161
-  %scevgep499 = getelementptr i8, ptr %162, i64 -4608
-  %163 = shl nuw nsw i64 %113, 13
-  %164 = getelementptr i8, ptr %partial_acc, i64 %163
-  %scevgep521 = getelementptr i8, ptr %164, i64 2560
-  %165 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %166 = shl nuw nsw i64 %165, 13
-  %167 = getelementptr i8, ptr %partial_acc, i64 %166
-  %scevgep522 = getelementptr i8, ptr %167, i64 -5120
-  %168 = shl nuw nsw i64 %113, 13
-  %169 = getelementptr i8, ptr %partial_acc, i64 %168
-  %scevgep544 = getelementptr i8, ptr %169, i64 2048
-  %170 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %171 = shl nuw nsw i64 %170, 13
-  %172 = getelementptr i8, ptr %partial_acc, i64 %171
-  %scevgep545 = getelementptr i8, ptr %172, i64 -5632
-  %173 = shl nuw nsw i64 %113, 13
-  %174 = getelementptr i8, ptr %partial_acc, i64 %173
-  %scevgep567 = getelementptr i8, ptr %174, i64 1536
-  %175 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %176 = shl nuw nsw i64 %175, 13
-  %177 = getelementptr i8, ptr %partial_acc, i64 %176
-  %scevgep568 = getelementptr i8, ptr %177, i64 -6144
-  %178 = shl nuw nsw i64 %113, 13
-  %179 = getelementptr i8, ptr %partial_acc, i64 %178
-  %scevgep590 = getelementptr i8, ptr %179, i64 1024
-  %180 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %181 = shl nuw nsw i64 %180, 13
-  %182 = getelementptr i8, ptr %partial_acc, i64 %181
-  %scevgep591 = getelementptr i8, ptr %182, i64 -6656
-  %183 = shl nuw nsw i64 %113, 13
-  %184 = getelementptr i8, ptr %partial_acc, i64 %183
-  %scevgep613 = getelementptr i8, ptr %184, i64 512
-  %185 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %186 = shl nuw nsw i64 %185, 13
-  %187 = getelementptr i8, ptr %partial_acc, i64 %186
-  %scevgep614 = getelementptr i8, ptr %187, i64 -7168
-  %188 = shl nuw nsw i64 %113, 13
-  %scevgep636 = getelementptr i8, ptr %partial_acc, i64 %188
-  %189 = add nuw nsw i64 %wide.trip.count697.i, %113
-  %190 = shl nuw nsw i64 %189, 13
-  %191 = getelementptr i8, ptr %partial_acc, i64 %190
-  %scevgep637 = getelementptr i8, ptr %191, i64 -7680
+  %112 = getelementptr inbounds nuw i8, ptr %tile_max270.i, i64 32
+  %113 = getelementptr inbounds nuw i8, ptr %peak268.i, i64 32
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end249.i
-  %indvars.iv.next693.i = add nuw nsw i64 %indvars.iv692.i, 1
-  %exitcond698.not.i = icmp eq i64 %indvars.iv.next693.i, %wide.trip.count697.i
-  br i1 %exitcond698.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
+for_begin_s.i:                                    ; preds = %if_end247.i
+  %indvars.iv.next763.i = add nuw nsw i64 %indvars.iv762.i, 1
+  %exitcond768.not.i = icmp eq i64 %indvars.iv.next763.i, %wide.trip.count767.i
+  br i1 %exitcond768.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv692.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next693.i, %for_begin_s.i ]
-  %192 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total289498.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2128, %for_begin_s.i ]
-  %193 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %q_tile.i = tail call ptr %193(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %194 = icmp eq ptr %q_tile.i, null
-  br i1 %194, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv762.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_s.i ]
+  %114 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
+  %total285570.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2062, %for_begin_s.i ]
+  %115 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %q_tile.i = tail call ptr %115(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %116 = icmp eq ptr %q_tile.i, null
+  br i1 %116, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %195 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %acc.i = tail call ptr %195(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %196 = icmp eq ptr %acc.i, null
-  br i1 %196, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %117 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %acc.i = tail call ptr %117(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %118 = icmp eq ptr %acc.i, null
+  br i1 %118, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %197 = add nsw i64 %indvars.iv692.i, %102
-  %198 = getelementptr inbounds i32, ptr %context_lens, i64 %197
-  %199 = load i32, ptr %198, align 4, !tbaa !9
-  %200 = mul nsw i64 %197, %q_batch
-  %invariant.gep353.i = getelementptr i16, ptr %query, i64 %200
-  br label %for_body_ax2_0.i
+  %119 = add nsw i64 %indvars.iv762.i, %102
+  %120 = getelementptr inbounds i32, ptr %context_lens, i64 %119
+  %121 = load i32, ptr %120, align 4, !tbaa !9
+  %122 = mul nsw i64 %119, %q_batch
+  %123 = getelementptr i16, ptr %query, i64 %122
+  br label %for_begin_ax2.preheader.i
 
-for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %if_end2.i
-  %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
-  %gep.idx.i = shl i64 %indvars.iv.i, 3
-  %gep.i = getelementptr i8, ptr %invariant.gep353.i, i64 %gep.idx.i
-  %201 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !9
-  %202 = zext <4 x i16> %201 to <4 x i32>
-  %203 = shl nuw <4 x i32> %202, splat (i32 16)
-  %204 = bitcast <4 x i32> %203 to <4 x float>
-  %205 = fmul <4 x float> %101, %204
-  %206 = getelementptr i16, ptr %gep.i, i64 %q_head
-  %207 = load <4 x i16>, ptr %206, align 2, !tbaa !9
-  %208 = zext <4 x i16> %207 to <4 x i32>
-  %209 = shl nuw <4 x i32> %208, splat (i32 16)
-  %210 = bitcast <4 x i32> %209 to <4 x float>
-  %211 = fmul <4 x float> %101, %210
-  %212 = getelementptr i8, ptr %gep.i, i64 %.idx771.i
-  %213 = load <4 x i16>, ptr %212, align 2, !tbaa !9
-  %214 = zext <4 x i16> %213 to <4 x i32>
-  %215 = shl nuw <4 x i32> %214, splat (i32 16)
-  %216 = bitcast <4 x i32> %215 to <4 x float>
-  %217 = fmul <4 x float> %101, %216
-  %218 = getelementptr i8, ptr %gep.i, i64 %.idx772.i
-  %219 = load <4 x i16>, ptr %218, align 2, !tbaa !9
-  %220 = zext <4 x i16> %219 to <4 x i32>
-  %221 = shl nuw <4 x i32> %220, splat (i32 16)
-  %222 = bitcast <4 x i32> %221 to <4 x float>
-  %223 = fmul <4 x float> %101, %222
-  %224 = shufflevector <4 x float> %205, <4 x float> %217, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %225 = shufflevector <4 x float> %211, <4 x float> %223, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %226 = shufflevector <4 x float> %205, <4 x float> %217, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %227 = shufflevector <4 x float> %211, <4 x float> %223, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %228 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx773.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %229 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx773.i
-  store <4 x float> %228, ptr %229, align 4, !tbaa !9
-  %230 = shufflevector <4 x float> %224, <4 x float> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %231 = getelementptr inbounds nuw i8, ptr %229, i64 64
-  store <4 x float> %230, ptr %231, align 4, !tbaa !9
-  %232 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %233 = getelementptr inbounds nuw i8, ptr %229, i64 128
-  store <4 x float> %232, ptr %233, align 4, !tbaa !9
-  %234 = shufflevector <4 x float> %226, <4 x float> %227, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %235 = getelementptr inbounds nuw i8, ptr %229, i64 192
-  store <4 x float> %234, ptr %235, align 4, !tbaa !9
+for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %if_end2.i
+  %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
+  %124 = mul nsw i64 %indvars.iv.i, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %123, i64 %124
+  %125 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
+  %126 = zext <32 x i16> %125 to <32 x i32>
+  %127 = shl nuw <32 x i32> %126, splat (i32 16)
+  %128 = bitcast <32 x i32> %127 to <32 x float>
+  %129 = fmul <32 x float> %101, %128
+  %130 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %.idx = shl nuw nsw i64 %indvars.iv.i, 9
+  %131 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
+  store <4 x float> %130, ptr %131, align 4, !tbaa !9
+  %132 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %133 = getelementptr inbounds nuw i8, ptr %131, i64 64
+  store <4 x float> %132, ptr %133, align 4, !tbaa !9
+  %134 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %135 = getelementptr inbounds nuw i8, ptr %131, i64 16
+  store <4 x float> %134, ptr %135, align 4, !tbaa !9
+  %136 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %137 = getelementptr inbounds nuw i8, ptr %131, i64 80
+  store <4 x float> %136, ptr %137, align 4, !tbaa !9
+  %138 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %139 = getelementptr inbounds nuw i8, ptr %131, i64 32
+  store <4 x float> %138, ptr %139, align 4, !tbaa !9
+  %140 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %141 = getelementptr inbounds nuw i8, ptr %131, i64 96
+  store <4 x float> %140, ptr %141, align 4, !tbaa !9
+  %142 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %143 = getelementptr inbounds nuw i8, ptr %131, i64 48
+  store <4 x float> %142, ptr %143, align 4, !tbaa !9
+  %144 = shufflevector <32 x float> %129, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %145 = getelementptr inbounds nuw i8, ptr %131, i64 112
+  store <4 x float> %144, ptr %145, align 4, !tbaa !9
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %146 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !9
+  %147 = zext <32 x i16> %146 to <32 x i32>
+  %148 = shl nuw <32 x i32> %147, splat (i32 16)
+  %149 = bitcast <32 x i32> %148 to <32 x float>
+  %150 = fmul <32 x float> %101, %149
+  %151 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %152 = getelementptr inbounds nuw i8, ptr %131, i64 128
+  store <4 x float> %151, ptr %152, align 4, !tbaa !9
+  %153 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %154 = getelementptr inbounds nuw i8, ptr %131, i64 192
+  store <4 x float> %153, ptr %154, align 4, !tbaa !9
+  %155 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %156 = getelementptr inbounds nuw i8, ptr %131, i64 144
+  store <4 x float> %155, ptr %156, align 4, !tbaa !9
+  %157 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %158 = getelementptr inbounds nuw i8, ptr %131, i64 208
+  store <4 x float> %157, ptr %158, align 4, !tbaa !9
+  %159 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %160 = getelementptr inbounds nuw i8, ptr %131, i64 160
+  store <4 x float> %159, ptr %160, align 4, !tbaa !9
+  %161 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %162 = getelementptr inbounds nuw i8, ptr %131, i64 224
+  store <4 x float> %161, ptr %162, align 4, !tbaa !9
+  %163 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %164 = getelementptr inbounds nuw i8, ptr %131, i64 176
+  store <4 x float> %163, ptr %164, align 4, !tbaa !9
+  %165 = shufflevector <32 x float> %150, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %166 = getelementptr inbounds nuw i8, ptr %131, i64 240
+  store <4 x float> %165, ptr %166, align 4, !tbaa !9
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %167 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !9
+  %168 = zext <32 x i16> %167 to <32 x i32>
+  %169 = shl nuw <32 x i32> %168, splat (i32 16)
+  %170 = bitcast <32 x i32> %169 to <32 x float>
+  %171 = fmul <32 x float> %101, %170
+  %172 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %173 = getelementptr inbounds nuw i8, ptr %131, i64 256
+  store <4 x float> %172, ptr %173, align 4, !tbaa !9
+  %174 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %175 = getelementptr inbounds nuw i8, ptr %131, i64 320
+  store <4 x float> %174, ptr %175, align 4, !tbaa !9
+  %176 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %177 = getelementptr inbounds nuw i8, ptr %131, i64 272
+  store <4 x float> %176, ptr %177, align 4, !tbaa !9
+  %178 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %179 = getelementptr inbounds nuw i8, ptr %131, i64 336
+  store <4 x float> %178, ptr %179, align 4, !tbaa !9
+  %180 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %181 = getelementptr inbounds nuw i8, ptr %131, i64 288
+  store <4 x float> %180, ptr %181, align 4, !tbaa !9
+  %182 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %183 = getelementptr inbounds nuw i8, ptr %131, i64 352
+  store <4 x float> %182, ptr %183, align 4, !tbaa !9
+  %184 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %185 = getelementptr inbounds nuw i8, ptr %131, i64 304
+  store <4 x float> %184, ptr %185, align 4, !tbaa !9
+  %186 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %187 = getelementptr inbounds nuw i8, ptr %131, i64 368
+  store <4 x float> %186, ptr %187, align 4, !tbaa !9
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %188 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !9
+  %189 = zext <32 x i16> %188 to <32 x i32>
+  %190 = shl nuw <32 x i32> %189, splat (i32 16)
+  %191 = bitcast <32 x i32> %190 to <32 x float>
+  %192 = fmul <32 x float> %101, %191
+  %193 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %194 = getelementptr inbounds nuw i8, ptr %131, i64 384
+  store <4 x float> %193, ptr %194, align 4, !tbaa !9
+  %195 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %196 = getelementptr inbounds nuw i8, ptr %131, i64 448
+  store <4 x float> %195, ptr %196, align 4, !tbaa !9
+  %197 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %198 = getelementptr inbounds nuw i8, ptr %131, i64 400
+  store <4 x float> %197, ptr %198, align 4, !tbaa !9
+  %199 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %200 = getelementptr inbounds nuw i8, ptr %131, i64 464
+  store <4 x float> %199, ptr %200, align 4, !tbaa !9
+  %201 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %202 = getelementptr inbounds nuw i8, ptr %131, i64 416
+  store <4 x float> %201, ptr %202, align 4, !tbaa !9
+  %203 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %204 = getelementptr inbounds nuw i8, ptr %131, i64 480
+  store <4 x float> %203, ptr %204, align 4, !tbaa !9
+  %205 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %206 = getelementptr inbounds nuw i8, ptr %131, i64 432
+  store <4 x float> %205, ptr %206, align 4, !tbaa !9
+  %207 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %208 = getelementptr inbounds nuw i8, ptr %131, i64 496
+  store <4 x float> %207, ptr %208, align 4, !tbaa !9
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !11
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !11
 
-for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
-  %gep354.1.i = getelementptr i8, ptr %invariant.gep353.i, i64 %103
-  br label %for_body_ax2_0.1.i
-
-for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_end_ax2_0.i
-  %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
-  %236 = shl nuw nsw i64 %indvars.iv.1.i, 2
-  %gep.1.i = getelementptr i16, ptr %gep354.1.i, i64 %236
-  %237 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !9
-  %238 = zext <4 x i16> %237 to <4 x i32>
-  %239 = shl nuw <4 x i32> %238, splat (i32 16)
-  %240 = bitcast <4 x i32> %239 to <4 x float>
-  %241 = fmul <4 x float> %101, %240
-  %242 = getelementptr i16, ptr %invariant.gep353.i, i64 %236
-  %243 = getelementptr i8, ptr %242, i64 %.idx774.i
-  %244 = load <4 x i16>, ptr %243, align 2, !tbaa !9
-  %245 = zext <4 x i16> %244 to <4 x i32>
-  %246 = shl nuw <4 x i32> %245, splat (i32 16)
-  %247 = bitcast <4 x i32> %246 to <4 x float>
-  %248 = fmul <4 x float> %101, %247
-  %249 = getelementptr i8, ptr %242, i64 %.idx775.i
-  %250 = load <4 x i16>, ptr %249, align 2, !tbaa !9
-  %251 = zext <4 x i16> %250 to <4 x i32>
-  %252 = shl nuw <4 x i32> %251, splat (i32 16)
-  %253 = bitcast <4 x i32> %252 to <4 x float>
-  %254 = fmul <4 x float> %101, %253
-  %255 = getelementptr i8, ptr %242, i64 %.idx776.i
-  %256 = load <4 x i16>, ptr %255, align 2, !tbaa !9
-  %257 = zext <4 x i16> %256 to <4 x i32>
-  %258 = shl nuw <4 x i32> %257, splat (i32 16)
-  %259 = bitcast <4 x i32> %258 to <4 x float>
-  %260 = fmul <4 x float> %101, %259
-  %261 = shufflevector <4 x float> %241, <4 x float> %254, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %262 = shufflevector <4 x float> %248, <4 x float> %260, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %263 = shufflevector <4 x float> %241, <4 x float> %254, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %264 = shufflevector <4 x float> %248, <4 x float> %260, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %265 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx777.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %266 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx777.i
-  %267 = getelementptr inbounds nuw i8, ptr %266, i64 16
-  store <4 x float> %265, ptr %267, align 4, !tbaa !9
-  %268 = shufflevector <4 x float> %261, <4 x float> %262, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %269 = getelementptr inbounds nuw i8, ptr %266, i64 80
-  store <4 x float> %268, ptr %269, align 4, !tbaa !9
-  %270 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %271 = getelementptr inbounds nuw i8, ptr %266, i64 144
-  store <4 x float> %270, ptr %271, align 4, !tbaa !9
-  %272 = shufflevector <4 x float> %263, <4 x float> %264, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %273 = getelementptr inbounds nuw i8, ptr %266, i64 208
-  store <4 x float> %272, ptr %273, align 4, !tbaa !9
-  %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
-  %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
-  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !11
-
-for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
-  %gep354.2.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.2.i
-  br label %for_body_ax2_0.2.i
-
-for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
-  %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
-  %274 = shl nuw nsw i64 %indvars.iv.2.i, 2
-  %gep.2.i = getelementptr i16, ptr %gep354.2.i, i64 %274
-  %275 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !9
-  %276 = zext <4 x i16> %275 to <4 x i32>
-  %277 = shl nuw <4 x i32> %276, splat (i32 16)
-  %278 = bitcast <4 x i32> %277 to <4 x float>
-  %279 = fmul <4 x float> %101, %278
-  %280 = getelementptr i16, ptr %invariant.gep353.i, i64 %274
-  %281 = getelementptr i8, ptr %280, i64 %.idx778.i
-  %282 = load <4 x i16>, ptr %281, align 2, !tbaa !9
-  %283 = zext <4 x i16> %282 to <4 x i32>
-  %284 = shl nuw <4 x i32> %283, splat (i32 16)
-  %285 = bitcast <4 x i32> %284 to <4 x float>
-  %286 = fmul <4 x float> %101, %285
-  %287 = getelementptr i8, ptr %280, i64 %.idx779.i
-  %288 = load <4 x i16>, ptr %287, align 2, !tbaa !9
-  %289 = zext <4 x i16> %288 to <4 x i32>
-  %290 = shl nuw <4 x i32> %289, splat (i32 16)
-  %291 = bitcast <4 x i32> %290 to <4 x float>
-  %292 = fmul <4 x float> %101, %291
-  %293 = getelementptr i8, ptr %280, i64 %.idx780.i
-  %294 = load <4 x i16>, ptr %293, align 2, !tbaa !9
-  %295 = zext <4 x i16> %294 to <4 x i32>
-  %296 = shl nuw <4 x i32> %295, splat (i32 16)
-  %297 = bitcast <4 x i32> %296 to <4 x float>
-  %298 = fmul <4 x float> %101, %297
-  %299 = shufflevector <4 x float> %279, <4 x float> %292, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %300 = shufflevector <4 x float> %286, <4 x float> %298, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %301 = shufflevector <4 x float> %279, <4 x float> %292, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %302 = shufflevector <4 x float> %286, <4 x float> %298, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %303 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx781.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %304 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx781.i
-  %305 = getelementptr inbounds nuw i8, ptr %304, i64 32
-  store <4 x float> %303, ptr %305, align 4, !tbaa !9
-  %306 = shufflevector <4 x float> %299, <4 x float> %300, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %307 = getelementptr inbounds nuw i8, ptr %304, i64 96
-  store <4 x float> %306, ptr %307, align 4, !tbaa !9
-  %308 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %309 = getelementptr inbounds nuw i8, ptr %304, i64 160
-  store <4 x float> %308, ptr %309, align 4, !tbaa !9
-  %310 = shufflevector <4 x float> %301, <4 x float> %302, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %311 = getelementptr inbounds nuw i8, ptr %304, i64 224
-  store <4 x float> %310, ptr %311, align 4, !tbaa !9
-  %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
-  %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
-  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !11
-
-for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
-  %gep354.3.i = getelementptr i8, ptr %invariant.gep353.i, i64 %.idx283.3.i
-  br label %for_body_ax2_0.3.i
-
-for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
-  %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
-  %312 = shl nuw nsw i64 %indvars.iv.3.i, 2
-  %gep.3.i = getelementptr i16, ptr %gep354.3.i, i64 %312
-  %313 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !9
-  %314 = zext <4 x i16> %313 to <4 x i32>
-  %315 = shl nuw <4 x i32> %314, splat (i32 16)
-  %316 = bitcast <4 x i32> %315 to <4 x float>
-  %317 = fmul <4 x float> %101, %316
-  %318 = getelementptr i16, ptr %invariant.gep353.i, i64 %312
-  %319 = getelementptr i8, ptr %318, i64 %.idx782.i
-  %320 = load <4 x i16>, ptr %319, align 2, !tbaa !9
-  %321 = zext <4 x i16> %320 to <4 x i32>
-  %322 = shl nuw <4 x i32> %321, splat (i32 16)
-  %323 = bitcast <4 x i32> %322 to <4 x float>
-  %324 = fmul <4 x float> %101, %323
-  %325 = getelementptr i8, ptr %318, i64 %.idx783.i
-  %326 = load <4 x i16>, ptr %325, align 2, !tbaa !9
-  %327 = zext <4 x i16> %326 to <4 x i32>
-  %328 = shl nuw <4 x i32> %327, splat (i32 16)
-  %329 = bitcast <4 x i32> %328 to <4 x float>
-  %330 = fmul <4 x float> %101, %329
-  %331 = getelementptr i8, ptr %318, i64 %.idx784.i
-  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !9
-  %333 = zext <4 x i16> %332 to <4 x i32>
-  %334 = shl nuw <4 x i32> %333, splat (i32 16)
-  %335 = bitcast <4 x i32> %334 to <4 x float>
-  %336 = fmul <4 x float> %101, %335
-  %337 = shufflevector <4 x float> %317, <4 x float> %330, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %338 = shufflevector <4 x float> %324, <4 x float> %336, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %339 = shufflevector <4 x float> %317, <4 x float> %330, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %340 = shufflevector <4 x float> %324, <4 x float> %336, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %341 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx785.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %342 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx785.i
-  %343 = getelementptr inbounds nuw i8, ptr %342, i64 48
-  store <4 x float> %341, ptr %343, align 4, !tbaa !9
-  %344 = shufflevector <4 x float> %337, <4 x float> %338, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %345 = getelementptr inbounds nuw i8, ptr %342, i64 112
-  store <4 x float> %344, ptr %345, align 4, !tbaa !9
-  %346 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %347 = getelementptr inbounds nuw i8, ptr %342, i64 176
-  store <4 x float> %346, ptr %347, align 4, !tbaa !9
-  %348 = shufflevector <4 x float> %339, <4 x float> %340, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %349 = getelementptr inbounds nuw i8, ptr %342, i64 240
-  store <4 x float> %348, ptr %349, align 4, !tbaa !9
-  %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
-  %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
-  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !11
-
-for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
-  %350 = add nsw i32 %199, -1
-  %351 = sitofp i32 %350 to float
-  %352 = bitcast float %351 to i32
-  %353 = ashr i32 %352, 23
-  %354 = tail call i32 @llvm.smax.i32(i32 %353, i32 125)
-  %places.i = add nsw i32 %354, -125
-  %355 = tail call i32 @llvm.smin.i32(i32 %99, i32 %199)
-  %356 = sub i32 %355, %98
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %356, i32 0)
-  %357 = add nuw nsw i32 %range_len.i, 127
-  %358 = lshr i32 %357, 7
-  %359 = tail call i32 @llvm.umax.i32(i32 %358, i32 1)
-  %360 = mul nsw i64 %197, %row_step
-  %361 = getelementptr inbounds i32, ptr %row_starts, i64 %360
+for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
+  %209 = add nsw i32 %121, -1
+  %210 = sitofp i32 %209 to float
+  %211 = bitcast float %210 to i32
+  %212 = ashr i32 %211, 23
+  %213 = tail call i32 @llvm.smax.i32(i32 %212, i32 125)
+  %places.i = add nsw i32 %213, -125
+  %214 = tail call i32 @llvm.smin.i32(i32 %99, i32 %121)
+  %215 = sub i32 %214, %98
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %215, i32 0)
+  %216 = add nuw nsw i32 %range_len.i, 127
+  %217 = lshr i32 %216, 7
+  %218 = tail call i32 @llvm.umax.i32(i32 %217, i32 1)
+  %219 = mul nsw i64 %119, %row_step
+  %220 = getelementptr inbounds i32, ptr %row_starts, i64 %219
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %362 = mul nsw i64 %197, %table_seq
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %362
-  %363 = uitofp nneg i32 %places.i to float
-  %364 = fsub float 0x4168000FE0000000, %363
-  %365 = insertelement <16 x float> poison, float %364, i64 0
-  %366 = shufflevector <16 x float> %365, <16 x float> poison, <16 x i32> zeroinitializer
-  %367 = tail call float @llvm.fmuladd.f32(float %363, float 0x3FE62E4300000000, float -8.700000e+01)
-  %368 = insertelement <16 x float> poison, float %367, i64 0
-  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
-  %370 = zext nneg i32 %358 to i64
-  %371 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count660.i = zext nneg i32 %359 to i64
+  %221 = mul nsw i64 %119, %table_seq
+  %invariant.gep444.i = getelementptr i32, ptr %block_table, i64 %221
+  %222 = uitofp nneg i32 %places.i to float
+  %223 = fsub float 0x4168000FE0000000, %222
+  %224 = insertelement <16 x float> poison, float %223, i64 0
+  %225 = shufflevector <16 x float> %224, <16 x float> poison, <16 x i32> zeroinitializer
+  %226 = tail call float @llvm.fmuladd.f32(float %222, float 0x3FE62E4300000000, float -8.700000e+01)
+  %227 = insertelement <16 x float> poison, float %226, i64 0
+  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
+  %229 = zext nneg i32 %217 to i64
+  %230 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count735.i = zext nneg i32 %218 to i64
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end194.i
-  %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, %wide.trip.count660.i
-  %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond661.not.i, label %for_end_step.i, label %for_body_step.i, !prof !11
+for_begin_step.i:                                 ; preds = %if_end210.i
+  %exitcond736.not.i = icmp eq i64 %indvars.iv.next733.i, %wide.trip.count735.i
+  br i1 %exitcond736.not.i, label %for_end_step.i, label %for_body_step.i, !prof !11
 
-for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
-  %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
-  %372 = phi <16 x float> [ %192, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total290.i141 = phi <16 x float> [ %total289498.i, %for_end_ax2_0.3.i ], [ %2128, %for_begin_step.i ]
-  %indvars.iv657.i140 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next658.i, %for_begin_step.i ]
-  %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %373 = and i32 %smin, 7
-  %374 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %key_offsets.i = tail call ptr %374(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %375 = icmp eq ptr %key_offsets.i, null
-  br i1 %375, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax1.i
+  %231 = phi <16 x float> [ %114, %for_end_ax1.i ], [ %m.i, %for_begin_step.i ]
+  %total286.i96 = phi <16 x float> [ %total285570.i, %for_end_ax1.i ], [ %2062, %for_begin_step.i ]
+  %indvars.iv732.i95 = phi i64 [ 0, %for_end_ax1.i ], [ %indvars.iv.next733.i, %for_begin_step.i ]
+  %indvars.iv732.i95.tr = trunc i64 %indvars.iv732.i95 to i32
+  %232 = shl i32 %indvars.iv732.i95.tr, 7
+  %233 = sub i32 %range_len.i, %232
+  %smin305 = tail call i32 @llvm.smin.i32(i32 %233, i32 128)
+  %234 = and i32 %smin305, 15
+  %235 = zext nneg i32 %234 to i64
+  %236 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %key_offsets.i = tail call ptr %236(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %237 = icmp eq ptr %key_offsets.i, null
+  br i1 %237, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_r238.preheader.i, label %if_then199.i
+  br i1 %.not, label %for_begin_r231.preheader.i, label %if_then215.i
 
-for_begin_r238.preheader.i:                       ; preds = %for_end_step.i
-  %376 = add nuw nsw i64 %indvars.iv692.i, %113
-  %377 = shl nuw nsw i64 %376, 4
-  %row_max272.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
-  %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
-  store float %row_max272.sroa.0.0.vec.extract.i, ptr %378, align 4, !tbaa !9
-  %row_sum271.sroa.0.0.vec.extract.i = extractelement <16 x float> %2128, i64 0
-  %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
-  store float %row_sum271.sroa.0.0.vec.extract.i, ptr %379, align 4, !tbaa !9
-  %row_max272.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
-  %380 = or disjoint i64 %377, 1
-  %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
-  store float %row_max272.sroa.0.4.vec.extract.i, ptr %381, align 4, !tbaa !9
-  %row_sum271.sroa.0.4.vec.extract.i = extractelement <16 x float> %2128, i64 1
-  %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
-  store float %row_sum271.sroa.0.4.vec.extract.i, ptr %382, align 4, !tbaa !9
-  %row_max272.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
-  %383 = or disjoint i64 %377, 2
-  %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
-  store float %row_max272.sroa.0.8.vec.extract.i, ptr %384, align 4, !tbaa !9
-  %row_sum271.sroa.0.8.vec.extract.i = extractelement <16 x float> %2128, i64 2
-  %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
-  store float %row_sum271.sroa.0.8.vec.extract.i, ptr %385, align 4, !tbaa !9
-  %row_max272.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
-  %386 = or disjoint i64 %377, 3
-  %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
-  store float %row_max272.sroa.0.12.vec.extract.i, ptr %387, align 4, !tbaa !9
-  %row_sum271.sroa.0.12.vec.extract.i = extractelement <16 x float> %2128, i64 3
-  %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
-  store float %row_sum271.sroa.0.12.vec.extract.i, ptr %388, align 4, !tbaa !9
-  %row_max272.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
-  %389 = or disjoint i64 %377, 4
-  %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
-  store float %row_max272.sroa.0.16.vec.extract.i, ptr %390, align 4, !tbaa !9
-  %row_sum271.sroa.0.16.vec.extract.i = extractelement <16 x float> %2128, i64 4
-  %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
-  store float %row_sum271.sroa.0.16.vec.extract.i, ptr %391, align 4, !tbaa !9
-  %row_max272.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
-  %392 = or disjoint i64 %377, 5
-  %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
-  store float %row_max272.sroa.0.20.vec.extract.i, ptr %393, align 4, !tbaa !9
-  %row_sum271.sroa.0.20.vec.extract.i = extractelement <16 x float> %2128, i64 5
-  %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
-  store float %row_sum271.sroa.0.20.vec.extract.i, ptr %394, align 4, !tbaa !9
-  %row_max272.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
-  %395 = or disjoint i64 %377, 6
-  %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
-  store float %row_max272.sroa.0.24.vec.extract.i, ptr %396, align 4, !tbaa !9
-  %row_sum271.sroa.0.24.vec.extract.i = extractelement <16 x float> %2128, i64 6
-  %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
-  store float %row_sum271.sroa.0.24.vec.extract.i, ptr %397, align 4, !tbaa !9
-  %row_max272.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
-  %398 = or disjoint i64 %377, 7
-  %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
-  store float %row_max272.sroa.0.28.vec.extract.i, ptr %399, align 4, !tbaa !9
-  %row_sum271.sroa.0.28.vec.extract.i = extractelement <16 x float> %2128, i64 7
-  %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
-  store float %row_sum271.sroa.0.28.vec.extract.i, ptr %400, align 4, !tbaa !9
-  %row_max272.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
-  %401 = or disjoint i64 %377, 8
-  %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
-  store float %row_max272.sroa.0.32.vec.extract.i, ptr %402, align 4, !tbaa !9
-  %row_sum271.sroa.0.32.vec.extract.i = extractelement <16 x float> %2128, i64 8
-  %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
-  store float %row_sum271.sroa.0.32.vec.extract.i, ptr %403, align 4, !tbaa !9
-  %row_max272.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
-  %404 = or disjoint i64 %377, 9
-  %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
-  store float %row_max272.sroa.0.36.vec.extract.i, ptr %405, align 4, !tbaa !9
-  %row_sum271.sroa.0.36.vec.extract.i = extractelement <16 x float> %2128, i64 9
-  %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
-  store float %row_sum271.sroa.0.36.vec.extract.i, ptr %406, align 4, !tbaa !9
-  %row_max272.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
-  %407 = or disjoint i64 %377, 10
-  %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
-  store float %row_max272.sroa.0.40.vec.extract.i, ptr %408, align 4, !tbaa !9
-  %row_sum271.sroa.0.40.vec.extract.i = extractelement <16 x float> %2128, i64 10
-  %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
-  store float %row_sum271.sroa.0.40.vec.extract.i, ptr %409, align 4, !tbaa !9
-  %row_max272.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
-  %410 = or disjoint i64 %377, 11
-  %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
-  store float %row_max272.sroa.0.44.vec.extract.i, ptr %411, align 4, !tbaa !9
-  %row_sum271.sroa.0.44.vec.extract.i = extractelement <16 x float> %2128, i64 11
-  %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
-  store float %row_sum271.sroa.0.44.vec.extract.i, ptr %412, align 4, !tbaa !9
-  %row_max272.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
-  %413 = or disjoint i64 %377, 12
-  %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
-  store float %row_max272.sroa.0.48.vec.extract.i, ptr %414, align 4, !tbaa !9
-  %row_sum271.sroa.0.48.vec.extract.i = extractelement <16 x float> %2128, i64 12
-  %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
-  store float %row_sum271.sroa.0.48.vec.extract.i, ptr %415, align 4, !tbaa !9
-  %row_max272.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
-  %416 = or disjoint i64 %377, 13
-  %417 = getelementptr inbounds nuw float, ptr %partial_max, i64 %416
-  store float %row_max272.sroa.0.52.vec.extract.i, ptr %417, align 4, !tbaa !9
-  %row_sum271.sroa.0.52.vec.extract.i = extractelement <16 x float> %2128, i64 13
-  %418 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %416
-  store float %row_sum271.sroa.0.52.vec.extract.i, ptr %418, align 4, !tbaa !9
-  %row_max272.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
-  %419 = or disjoint i64 %377, 14
-  %420 = getelementptr inbounds nuw float, ptr %partial_max, i64 %419
-  store float %row_max272.sroa.0.56.vec.extract.i, ptr %420, align 4, !tbaa !9
-  %row_sum271.sroa.0.56.vec.extract.i = extractelement <16 x float> %2128, i64 14
-  %421 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %419
-  store float %row_sum271.sroa.0.56.vec.extract.i, ptr %421, align 4, !tbaa !9
-  %row_max272.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
-  %422 = or disjoint i64 %377, 15
-  %423 = getelementptr inbounds nuw float, ptr %partial_max, i64 %422
-  store float %row_max272.sroa.0.60.vec.extract.i, ptr %423, align 4, !tbaa !9
-  %row_sum271.sroa.0.60.vec.extract.i = extractelement <16 x float> %2128, i64 15
-  %424 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %422
-  store float %row_sum271.sroa.0.60.vec.extract.i, ptr %424, align 4, !tbaa !9
-  %.idx.i = shl nuw nsw i64 %376, 13
-  %425 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %scevgep638 = getelementptr i8, ptr %acc.i, i64 8132
-  %bound0639 = icmp ult ptr %scevgep636, %scevgep638
-  %bound1640 = icmp ult ptr %acc.i, %scevgep637
-  %found.conflict641 = and i1 %bound0639, %bound1640
-  br i1 %found.conflict641, label %for_body_d.i, label %vector.body644, !prof !12
+for_begin_r231.preheader.i:                       ; preds = %for_end_step.i
+  %238 = add nuw nsw i64 %indvars.iv762.i, %111
+  %239 = shl nuw nsw i64 %238, 4
+  %row_max276.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
+  %240 = getelementptr inbounds nuw float, ptr %partial_max, i64 %239
+  store float %row_max276.sroa.0.0.vec.extract.i, ptr %240, align 4, !tbaa !9
+  %row_sum275.sroa.0.0.vec.extract.i = extractelement <16 x float> %2062, i64 0
+  %241 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %239
+  store float %row_sum275.sroa.0.0.vec.extract.i, ptr %241, align 4, !tbaa !9
+  %row_max276.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  %242 = or disjoint i64 %239, 1
+  %243 = getelementptr inbounds nuw float, ptr %partial_max, i64 %242
+  store float %row_max276.sroa.0.4.vec.extract.i, ptr %243, align 4, !tbaa !9
+  %row_sum275.sroa.0.4.vec.extract.i = extractelement <16 x float> %2062, i64 1
+  %244 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %242
+  store float %row_sum275.sroa.0.4.vec.extract.i, ptr %244, align 4, !tbaa !9
+  %row_max276.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  %245 = or disjoint i64 %239, 2
+  %246 = getelementptr inbounds nuw float, ptr %partial_max, i64 %245
+  store float %row_max276.sroa.0.8.vec.extract.i, ptr %246, align 4, !tbaa !9
+  %row_sum275.sroa.0.8.vec.extract.i = extractelement <16 x float> %2062, i64 2
+  %247 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %245
+  store float %row_sum275.sroa.0.8.vec.extract.i, ptr %247, align 4, !tbaa !9
+  %row_max276.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  %248 = or disjoint i64 %239, 3
+  %249 = getelementptr inbounds nuw float, ptr %partial_max, i64 %248
+  store float %row_max276.sroa.0.12.vec.extract.i, ptr %249, align 4, !tbaa !9
+  %row_sum275.sroa.0.12.vec.extract.i = extractelement <16 x float> %2062, i64 3
+  %250 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %248
+  store float %row_sum275.sroa.0.12.vec.extract.i, ptr %250, align 4, !tbaa !9
+  %row_max276.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  %251 = or disjoint i64 %239, 4
+  %252 = getelementptr inbounds nuw float, ptr %partial_max, i64 %251
+  store float %row_max276.sroa.0.16.vec.extract.i, ptr %252, align 4, !tbaa !9
+  %row_sum275.sroa.0.16.vec.extract.i = extractelement <16 x float> %2062, i64 4
+  %253 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %251
+  store float %row_sum275.sroa.0.16.vec.extract.i, ptr %253, align 4, !tbaa !9
+  %row_max276.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  %254 = or disjoint i64 %239, 5
+  %255 = getelementptr inbounds nuw float, ptr %partial_max, i64 %254
+  store float %row_max276.sroa.0.20.vec.extract.i, ptr %255, align 4, !tbaa !9
+  %row_sum275.sroa.0.20.vec.extract.i = extractelement <16 x float> %2062, i64 5
+  %256 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %254
+  store float %row_sum275.sroa.0.20.vec.extract.i, ptr %256, align 4, !tbaa !9
+  %row_max276.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  %257 = or disjoint i64 %239, 6
+  %258 = getelementptr inbounds nuw float, ptr %partial_max, i64 %257
+  store float %row_max276.sroa.0.24.vec.extract.i, ptr %258, align 4, !tbaa !9
+  %row_sum275.sroa.0.24.vec.extract.i = extractelement <16 x float> %2062, i64 6
+  %259 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %257
+  store float %row_sum275.sroa.0.24.vec.extract.i, ptr %259, align 4, !tbaa !9
+  %row_max276.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  %260 = or disjoint i64 %239, 7
+  %261 = getelementptr inbounds nuw float, ptr %partial_max, i64 %260
+  store float %row_max276.sroa.0.28.vec.extract.i, ptr %261, align 4, !tbaa !9
+  %row_sum275.sroa.0.28.vec.extract.i = extractelement <16 x float> %2062, i64 7
+  %262 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %260
+  store float %row_sum275.sroa.0.28.vec.extract.i, ptr %262, align 4, !tbaa !9
+  %row_max276.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  %263 = or disjoint i64 %239, 8
+  %264 = getelementptr inbounds nuw float, ptr %partial_max, i64 %263
+  store float %row_max276.sroa.0.32.vec.extract.i, ptr %264, align 4, !tbaa !9
+  %row_sum275.sroa.0.32.vec.extract.i = extractelement <16 x float> %2062, i64 8
+  %265 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %263
+  store float %row_sum275.sroa.0.32.vec.extract.i, ptr %265, align 4, !tbaa !9
+  %row_max276.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  %266 = or disjoint i64 %239, 9
+  %267 = getelementptr inbounds nuw float, ptr %partial_max, i64 %266
+  store float %row_max276.sroa.0.36.vec.extract.i, ptr %267, align 4, !tbaa !9
+  %row_sum275.sroa.0.36.vec.extract.i = extractelement <16 x float> %2062, i64 9
+  %268 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %266
+  store float %row_sum275.sroa.0.36.vec.extract.i, ptr %268, align 4, !tbaa !9
+  %row_max276.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  %269 = or disjoint i64 %239, 10
+  %270 = getelementptr inbounds nuw float, ptr %partial_max, i64 %269
+  store float %row_max276.sroa.0.40.vec.extract.i, ptr %270, align 4, !tbaa !9
+  %row_sum275.sroa.0.40.vec.extract.i = extractelement <16 x float> %2062, i64 10
+  %271 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %269
+  store float %row_sum275.sroa.0.40.vec.extract.i, ptr %271, align 4, !tbaa !9
+  %row_max276.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  %272 = or disjoint i64 %239, 11
+  %273 = getelementptr inbounds nuw float, ptr %partial_max, i64 %272
+  store float %row_max276.sroa.0.44.vec.extract.i, ptr %273, align 4, !tbaa !9
+  %row_sum275.sroa.0.44.vec.extract.i = extractelement <16 x float> %2062, i64 11
+  %274 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %272
+  store float %row_sum275.sroa.0.44.vec.extract.i, ptr %274, align 4, !tbaa !9
+  %row_max276.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  %275 = or disjoint i64 %239, 12
+  %276 = getelementptr inbounds nuw float, ptr %partial_max, i64 %275
+  store float %row_max276.sroa.0.48.vec.extract.i, ptr %276, align 4, !tbaa !9
+  %row_sum275.sroa.0.48.vec.extract.i = extractelement <16 x float> %2062, i64 12
+  %277 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %275
+  store float %row_sum275.sroa.0.48.vec.extract.i, ptr %277, align 4, !tbaa !9
+  %row_max276.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  %278 = or disjoint i64 %239, 13
+  %279 = getelementptr inbounds nuw float, ptr %partial_max, i64 %278
+  store float %row_max276.sroa.0.52.vec.extract.i, ptr %279, align 4, !tbaa !9
+  %row_sum275.sroa.0.52.vec.extract.i = extractelement <16 x float> %2062, i64 13
+  %280 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %278
+  store float %row_sum275.sroa.0.52.vec.extract.i, ptr %280, align 4, !tbaa !9
+  %row_max276.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  %281 = or disjoint i64 %239, 14
+  %282 = getelementptr inbounds nuw float, ptr %partial_max, i64 %281
+  store float %row_max276.sroa.0.56.vec.extract.i, ptr %282, align 4, !tbaa !9
+  %row_sum275.sroa.0.56.vec.extract.i = extractelement <16 x float> %2062, i64 14
+  %283 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %281
+  store float %row_sum275.sroa.0.56.vec.extract.i, ptr %283, align 4, !tbaa !9
+  %row_max276.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  %284 = or disjoint i64 %239, 15
+  %285 = getelementptr inbounds nuw float, ptr %partial_max, i64 %284
+  store float %row_max276.sroa.0.60.vec.extract.i, ptr %285, align 4, !tbaa !9
+  %row_sum275.sroa.0.60.vec.extract.i = extractelement <16 x float> %2062, i64 15
+  %286 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %284
+  store float %row_sum275.sroa.0.60.vec.extract.i, ptr %286, align 4, !tbaa !9
+  %.idx.i = shl nuw nsw i64 %238, 13
+  %287 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %288 = load <32 x float>, ptr %acc.i, align 4, !tbaa !9
+  store <32 x float> %288, ptr %287, align 4, !tbaa !9
+  %289 = getelementptr inbounds nuw i8, ptr %acc.i, i64 128
+  %290 = load <32 x float>, ptr %289, align 4, !tbaa !9
+  %291 = getelementptr inbounds nuw i8, ptr %287, i64 128
+  store <32 x float> %290, ptr %291, align 4, !tbaa !9
+  %292 = getelementptr inbounds nuw i8, ptr %acc.i, i64 256
+  %293 = load <32 x float>, ptr %292, align 4, !tbaa !9
+  %294 = getelementptr inbounds nuw i8, ptr %287, i64 256
+  store <32 x float> %293, ptr %294, align 4, !tbaa !9
+  %295 = getelementptr inbounds nuw i8, ptr %acc.i, i64 384
+  %296 = load <32 x float>, ptr %295, align 4, !tbaa !9
+  %297 = getelementptr inbounds nuw i8, ptr %287, i64 384
+  store <32 x float> %296, ptr %297, align 4, !tbaa !9
+  %298 = getelementptr inbounds nuw i8, ptr %287, i64 512
+  %299 = getelementptr inbounds nuw i8, ptr %acc.i, i64 512
+  %300 = load <32 x float>, ptr %299, align 4, !tbaa !9
+  store <32 x float> %300, ptr %298, align 4, !tbaa !9
+  %301 = getelementptr inbounds nuw i8, ptr %acc.i, i64 640
+  %302 = load <32 x float>, ptr %301, align 4, !tbaa !9
+  %303 = getelementptr inbounds nuw i8, ptr %287, i64 640
+  store <32 x float> %302, ptr %303, align 4, !tbaa !9
+  %304 = getelementptr inbounds nuw i8, ptr %acc.i, i64 768
+  %305 = load <32 x float>, ptr %304, align 4, !tbaa !9
+  %306 = getelementptr inbounds nuw i8, ptr %287, i64 768
+  store <32 x float> %305, ptr %306, align 4, !tbaa !9
+  %307 = getelementptr inbounds nuw i8, ptr %acc.i, i64 896
+  %308 = load <32 x float>, ptr %307, align 4, !tbaa !9
+  %309 = getelementptr inbounds nuw i8, ptr %287, i64 896
+  store <32 x float> %308, ptr %309, align 4, !tbaa !9
+  %310 = getelementptr inbounds nuw i8, ptr %287, i64 1024
+  %311 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1024
+  %312 = load <32 x float>, ptr %311, align 4, !tbaa !9
+  store <32 x float> %312, ptr %310, align 4, !tbaa !9
+  %313 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1152
+  %314 = load <32 x float>, ptr %313, align 4, !tbaa !9
+  %315 = getelementptr inbounds nuw i8, ptr %287, i64 1152
+  store <32 x float> %314, ptr %315, align 4, !tbaa !9
+  %316 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1280
+  %317 = load <32 x float>, ptr %316, align 4, !tbaa !9
+  %318 = getelementptr inbounds nuw i8, ptr %287, i64 1280
+  store <32 x float> %317, ptr %318, align 4, !tbaa !9
+  %319 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1408
+  %320 = load <32 x float>, ptr %319, align 4, !tbaa !9
+  %321 = getelementptr inbounds nuw i8, ptr %287, i64 1408
+  store <32 x float> %320, ptr %321, align 4, !tbaa !9
+  %322 = getelementptr inbounds nuw i8, ptr %287, i64 1536
+  %323 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1536
+  %324 = load <32 x float>, ptr %323, align 4, !tbaa !9
+  store <32 x float> %324, ptr %322, align 4, !tbaa !9
+  %325 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1664
+  %326 = load <32 x float>, ptr %325, align 4, !tbaa !9
+  %327 = getelementptr inbounds nuw i8, ptr %287, i64 1664
+  store <32 x float> %326, ptr %327, align 4, !tbaa !9
+  %328 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1792
+  %329 = load <32 x float>, ptr %328, align 4, !tbaa !9
+  %330 = getelementptr inbounds nuw i8, ptr %287, i64 1792
+  store <32 x float> %329, ptr %330, align 4, !tbaa !9
+  %331 = getelementptr inbounds nuw i8, ptr %acc.i, i64 1920
+  %332 = load <32 x float>, ptr %331, align 4, !tbaa !9
+  %333 = getelementptr inbounds nuw i8, ptr %287, i64 1920
+  store <32 x float> %332, ptr %333, align 4, !tbaa !9
+  %334 = getelementptr inbounds nuw i8, ptr %287, i64 2048
+  %335 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2048
+  %336 = load <32 x float>, ptr %335, align 4, !tbaa !9
+  store <32 x float> %336, ptr %334, align 4, !tbaa !9
+  %337 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2176
+  %338 = load <32 x float>, ptr %337, align 4, !tbaa !9
+  %339 = getelementptr inbounds nuw i8, ptr %287, i64 2176
+  store <32 x float> %338, ptr %339, align 4, !tbaa !9
+  %340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2304
+  %341 = load <32 x float>, ptr %340, align 4, !tbaa !9
+  %342 = getelementptr inbounds nuw i8, ptr %287, i64 2304
+  store <32 x float> %341, ptr %342, align 4, !tbaa !9
+  %343 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2432
+  %344 = load <32 x float>, ptr %343, align 4, !tbaa !9
+  %345 = getelementptr inbounds nuw i8, ptr %287, i64 2432
+  store <32 x float> %344, ptr %345, align 4, !tbaa !9
+  %346 = getelementptr inbounds nuw i8, ptr %287, i64 2560
+  %347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2560
+  %348 = load <32 x float>, ptr %347, align 4, !tbaa !9
+  store <32 x float> %348, ptr %346, align 4, !tbaa !9
+  %349 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2688
+  %350 = load <32 x float>, ptr %349, align 4, !tbaa !9
+  %351 = getelementptr inbounds nuw i8, ptr %287, i64 2688
+  store <32 x float> %350, ptr %351, align 4, !tbaa !9
+  %352 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2816
+  %353 = load <32 x float>, ptr %352, align 4, !tbaa !9
+  %354 = getelementptr inbounds nuw i8, ptr %287, i64 2816
+  store <32 x float> %353, ptr %354, align 4, !tbaa !9
+  %355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 2944
+  %356 = load <32 x float>, ptr %355, align 4, !tbaa !9
+  %357 = getelementptr inbounds nuw i8, ptr %287, i64 2944
+  store <32 x float> %356, ptr %357, align 4, !tbaa !9
+  %358 = getelementptr inbounds nuw i8, ptr %287, i64 3072
+  %359 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3072
+  %360 = load <32 x float>, ptr %359, align 4, !tbaa !9
+  store <32 x float> %360, ptr %358, align 4, !tbaa !9
+  %361 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3200
+  %362 = load <32 x float>, ptr %361, align 4, !tbaa !9
+  %363 = getelementptr inbounds nuw i8, ptr %287, i64 3200
+  store <32 x float> %362, ptr %363, align 4, !tbaa !9
+  %364 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3328
+  %365 = load <32 x float>, ptr %364, align 4, !tbaa !9
+  %366 = getelementptr inbounds nuw i8, ptr %287, i64 3328
+  store <32 x float> %365, ptr %366, align 4, !tbaa !9
+  %367 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3456
+  %368 = load <32 x float>, ptr %367, align 4, !tbaa !9
+  %369 = getelementptr inbounds nuw i8, ptr %287, i64 3456
+  store <32 x float> %368, ptr %369, align 4, !tbaa !9
+  %370 = getelementptr inbounds nuw i8, ptr %287, i64 3584
+  %371 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3584
+  %372 = load <32 x float>, ptr %371, align 4, !tbaa !9
+  store <32 x float> %372, ptr %370, align 4, !tbaa !9
+  %373 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3712
+  %374 = load <32 x float>, ptr %373, align 4, !tbaa !9
+  %375 = getelementptr inbounds nuw i8, ptr %287, i64 3712
+  store <32 x float> %374, ptr %375, align 4, !tbaa !9
+  %376 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3840
+  %377 = load <32 x float>, ptr %376, align 4, !tbaa !9
+  %378 = getelementptr inbounds nuw i8, ptr %287, i64 3840
+  store <32 x float> %377, ptr %378, align 4, !tbaa !9
+  %379 = getelementptr inbounds nuw i8, ptr %acc.i, i64 3968
+  %380 = load <32 x float>, ptr %379, align 4, !tbaa !9
+  %381 = getelementptr inbounds nuw i8, ptr %287, i64 3968
+  store <32 x float> %380, ptr %381, align 4, !tbaa !9
+  %382 = getelementptr inbounds nuw i8, ptr %287, i64 4096
+  %383 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4096
+  %384 = load <32 x float>, ptr %383, align 4, !tbaa !9
+  store <32 x float> %384, ptr %382, align 4, !tbaa !9
+  %385 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4224
+  %386 = load <32 x float>, ptr %385, align 4, !tbaa !9
+  %387 = getelementptr inbounds nuw i8, ptr %287, i64 4224
+  store <32 x float> %386, ptr %387, align 4, !tbaa !9
+  %388 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4352
+  %389 = load <32 x float>, ptr %388, align 4, !tbaa !9
+  %390 = getelementptr inbounds nuw i8, ptr %287, i64 4352
+  store <32 x float> %389, ptr %390, align 4, !tbaa !9
+  %391 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4480
+  %392 = load <32 x float>, ptr %391, align 4, !tbaa !9
+  %393 = getelementptr inbounds nuw i8, ptr %287, i64 4480
+  store <32 x float> %392, ptr %393, align 4, !tbaa !9
+  %394 = getelementptr inbounds nuw i8, ptr %287, i64 4608
+  %395 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4608
+  %396 = load <32 x float>, ptr %395, align 4, !tbaa !9
+  store <32 x float> %396, ptr %394, align 4, !tbaa !9
+  %397 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4736
+  %398 = load <32 x float>, ptr %397, align 4, !tbaa !9
+  %399 = getelementptr inbounds nuw i8, ptr %287, i64 4736
+  store <32 x float> %398, ptr %399, align 4, !tbaa !9
+  %400 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4864
+  %401 = load <32 x float>, ptr %400, align 4, !tbaa !9
+  %402 = getelementptr inbounds nuw i8, ptr %287, i64 4864
+  store <32 x float> %401, ptr %402, align 4, !tbaa !9
+  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 4992
+  %404 = load <32 x float>, ptr %403, align 4, !tbaa !9
+  %405 = getelementptr inbounds nuw i8, ptr %287, i64 4992
+  store <32 x float> %404, ptr %405, align 4, !tbaa !9
+  %406 = getelementptr inbounds nuw i8, ptr %287, i64 5120
+  %407 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5120
+  %408 = load <32 x float>, ptr %407, align 4, !tbaa !9
+  store <32 x float> %408, ptr %406, align 4, !tbaa !9
+  %409 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5248
+  %410 = load <32 x float>, ptr %409, align 4, !tbaa !9
+  %411 = getelementptr inbounds nuw i8, ptr %287, i64 5248
+  store <32 x float> %410, ptr %411, align 4, !tbaa !9
+  %412 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5376
+  %413 = load <32 x float>, ptr %412, align 4, !tbaa !9
+  %414 = getelementptr inbounds nuw i8, ptr %287, i64 5376
+  store <32 x float> %413, ptr %414, align 4, !tbaa !9
+  %415 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5504
+  %416 = load <32 x float>, ptr %415, align 4, !tbaa !9
+  %417 = getelementptr inbounds nuw i8, ptr %287, i64 5504
+  store <32 x float> %416, ptr %417, align 4, !tbaa !9
+  %418 = getelementptr inbounds nuw i8, ptr %287, i64 5632
+  %419 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5632
+  %420 = load <32 x float>, ptr %419, align 4, !tbaa !9
+  store <32 x float> %420, ptr %418, align 4, !tbaa !9
+  %421 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5760
+  %422 = load <32 x float>, ptr %421, align 4, !tbaa !9
+  %423 = getelementptr inbounds nuw i8, ptr %287, i64 5760
+  store <32 x float> %422, ptr %423, align 4, !tbaa !9
+  %424 = getelementptr inbounds nuw i8, ptr %acc.i, i64 5888
+  %425 = load <32 x float>, ptr %424, align 4, !tbaa !9
+  %426 = getelementptr inbounds nuw i8, ptr %287, i64 5888
+  store <32 x float> %425, ptr %426, align 4, !tbaa !9
+  %427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6016
+  %428 = load <32 x float>, ptr %427, align 4, !tbaa !9
+  %429 = getelementptr inbounds nuw i8, ptr %287, i64 6016
+  store <32 x float> %428, ptr %429, align 4, !tbaa !9
+  %430 = getelementptr inbounds nuw i8, ptr %287, i64 6144
+  %431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6144
+  %432 = load <32 x float>, ptr %431, align 4, !tbaa !9
+  store <32 x float> %432, ptr %430, align 4, !tbaa !9
+  %433 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6272
+  %434 = load <32 x float>, ptr %433, align 4, !tbaa !9
+  %435 = getelementptr inbounds nuw i8, ptr %287, i64 6272
+  store <32 x float> %434, ptr %435, align 4, !tbaa !9
+  %436 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6400
+  %437 = load <32 x float>, ptr %436, align 4, !tbaa !9
+  %438 = getelementptr inbounds nuw i8, ptr %287, i64 6400
+  store <32 x float> %437, ptr %438, align 4, !tbaa !9
+  %439 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6528
+  %440 = load <32 x float>, ptr %439, align 4, !tbaa !9
+  %441 = getelementptr inbounds nuw i8, ptr %287, i64 6528
+  store <32 x float> %440, ptr %441, align 4, !tbaa !9
+  %442 = getelementptr inbounds nuw i8, ptr %287, i64 6656
+  %443 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6656
+  %444 = load <32 x float>, ptr %443, align 4, !tbaa !9
+  store <32 x float> %444, ptr %442, align 4, !tbaa !9
+  %445 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6784
+  %446 = load <32 x float>, ptr %445, align 4, !tbaa !9
+  %447 = getelementptr inbounds nuw i8, ptr %287, i64 6784
+  store <32 x float> %446, ptr %447, align 4, !tbaa !9
+  %448 = getelementptr inbounds nuw i8, ptr %acc.i, i64 6912
+  %449 = load <32 x float>, ptr %448, align 4, !tbaa !9
+  %450 = getelementptr inbounds nuw i8, ptr %287, i64 6912
+  store <32 x float> %449, ptr %450, align 4, !tbaa !9
+  %451 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7040
+  %452 = load <32 x float>, ptr %451, align 4, !tbaa !9
+  %453 = getelementptr inbounds nuw i8, ptr %287, i64 7040
+  store <32 x float> %452, ptr %453, align 4, !tbaa !9
+  %454 = getelementptr inbounds nuw i8, ptr %287, i64 7168
+  %455 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7168
+  %456 = load <32 x float>, ptr %455, align 4, !tbaa !9
+  store <32 x float> %456, ptr %454, align 4, !tbaa !9
+  %457 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7296
+  %458 = load <32 x float>, ptr %457, align 4, !tbaa !9
+  %459 = getelementptr inbounds nuw i8, ptr %287, i64 7296
+  store <32 x float> %458, ptr %459, align 4, !tbaa !9
+  %460 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7424
+  %461 = load <32 x float>, ptr %460, align 4, !tbaa !9
+  %462 = getelementptr inbounds nuw i8, ptr %287, i64 7424
+  store <32 x float> %461, ptr %462, align 4, !tbaa !9
+  %463 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7552
+  %464 = load <32 x float>, ptr %463, align 4, !tbaa !9
+  %465 = getelementptr inbounds nuw i8, ptr %287, i64 7552
+  store <32 x float> %464, ptr %465, align 4, !tbaa !9
+  %466 = getelementptr inbounds nuw i8, ptr %287, i64 7680
+  %467 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7680
+  %468 = load <32 x float>, ptr %467, align 4, !tbaa !9
+  store <32 x float> %468, ptr %466, align 4, !tbaa !9
+  %469 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7808
+  %470 = load <32 x float>, ptr %469, align 4, !tbaa !9
+  %471 = getelementptr inbounds nuw i8, ptr %287, i64 7808
+  store <32 x float> %470, ptr %471, align 4, !tbaa !9
+  %472 = getelementptr inbounds nuw i8, ptr %acc.i, i64 7936
+  %473 = load <32 x float>, ptr %472, align 4, !tbaa !9
+  %474 = getelementptr inbounds nuw i8, ptr %287, i64 7936
+  store <32 x float> %473, ptr %474, align 4, !tbaa !9
+  %475 = getelementptr inbounds nuw i8, ptr %acc.i, i64 8064
+  %476 = load <32 x float>, ptr %475, align 4, !tbaa !9
+  %477 = getelementptr inbounds nuw i8, ptr %287, i64 8064
+  store <32 x float> %476, ptr %477, align 4, !tbaa !9
+  br label %if_end216.i
 
-vector.body644:                                   ; preds = %for_begin_r238.preheader.i
-  %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %428 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %429 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather650 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather651 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather653 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %430 = getelementptr inbounds nuw i8, ptr %425, i64 32
-  %431 = getelementptr inbounds nuw i8, ptr %425, i64 64
-  %432 = getelementptr inbounds nuw i8, ptr %425, i64 96
-  store <8 x float> %wide.masked.gather650, ptr %425, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather651, ptr %430, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather652, ptr %431, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather653, ptr %432, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather650.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather651.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather653.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %437 = getelementptr inbounds nuw i8, ptr %425, i64 128
-  %438 = getelementptr inbounds nuw i8, ptr %425, i64 160
-  %439 = getelementptr inbounds nuw i8, ptr %425, i64 192
-  %440 = getelementptr inbounds nuw i8, ptr %425, i64 224
-  store <8 x float> %wide.masked.gather650.1, ptr %437, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather651.1, ptr %438, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather652.1, ptr %439, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather653.1, ptr %440, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather650.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather651.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather653.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %445 = getelementptr inbounds nuw i8, ptr %425, i64 256
-  %446 = getelementptr inbounds nuw i8, ptr %425, i64 288
-  %447 = getelementptr inbounds nuw i8, ptr %425, i64 320
-  %448 = getelementptr inbounds nuw i8, ptr %425, i64 352
-  store <8 x float> %wide.masked.gather650.2, ptr %445, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather651.2, ptr %446, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather652.2, ptr %447, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather653.2, ptr %448, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  %449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather650.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather651.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %wide.masked.gather653.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !13
-  %453 = getelementptr inbounds nuw i8, ptr %425, i64 384
-  %454 = getelementptr inbounds nuw i8, ptr %425, i64 416
-  %455 = getelementptr inbounds nuw i8, ptr %425, i64 448
-  %456 = getelementptr inbounds nuw i8, ptr %425, i64 480
-  store <8 x float> %wide.masked.gather650.3, ptr %453, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather651.3, ptr %454, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather652.3, ptr %455, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  store <8 x float> %wide.masked.gather653.3, ptr %456, align 4, !tbaa !9, !alias.scope !16, !noalias !13
-  br label %for_end_d.i
+if_end15.i:                                       ; preds = %for_body_step.i
+  %478 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %value_offsets.i = tail call ptr %478(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %479 = icmp eq ptr %value_offsets.i, null
+  br i1 %479, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
-if_end27.i:                                       ; preds = %for_body_step.i
-  %457 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %value_offsets.i = tail call ptr %457(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %458 = icmp eq ptr %value_offsets.i, null
-  br i1 %458, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
+if_end18.i:                                       ; preds = %if_end15.i
+  %480 = shl nsw i64 %indvars.iv732.i95, 7
+  %481 = sub nsw i64 %230, %480
+  %indvars.iv.next733.i = add nuw nsw i64 %indvars.iv732.i95, 1
+  %482 = trunc nsw i64 %481 to i32
+  %483 = tail call i32 @llvm.smin.i32(i32 %482, i32 128)
+  %484 = add nsw i32 %483, 15
+  %485 = ashr i32 %484, 4
+  %486 = and i32 %484, -16
+  %487 = icmp samesign ult i64 %indvars.iv.next733.i, %229
+  %488 = select i1 %487, i32 256, i32 %486
+  %489 = icmp sgt i32 %488, 0
+  br i1 %489, label %for_body_t.lr.ph.i, label %for_end_t24.i, !prof !3
 
-if_end30.i:                                       ; preds = %if_end27.i
-  %459 = shl nsw i64 %indvars.iv657.i140, 7
-  %460 = sub nsw i64 %371, %459
-  %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i140, 1
-  %461 = trunc nsw i64 %460 to i32
-  %462 = tail call i32 @llvm.smin.i32(i32 %461, i32 128)
-  %463 = add nsw i32 %462, 7
-  %464 = ashr i32 %463, 3
-  %465 = and i32 %463, -8
-  %466 = icmp samesign ult i64 %indvars.iv.next658.i, %370
-  %467 = select i1 %466, i32 256, i32 %465
-  %468 = icmp sgt i32 %467, 0
-  br i1 %468, label %for_body_t.lr.ph.i, label %for_end_t36.i, !prof !3
-
-for_body_t.lr.ph.i:                               ; preds = %if_end30.i
-  %row_start.i = load i32, ptr %361, align 4, !tbaa !9
-  %469 = add nuw nsw i64 %459, %112
-  %470 = sext i32 %row_start.i to i64
-  %invariant.gep358.i = getelementptr i32, ptr %invariant.gep.i, i64 %470
-  %wide.trip.count.i = zext nneg i32 %467 to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end18.i
+  %row_start.i = load i32, ptr %220, align 4, !tbaa !9
+  %490 = add nuw nsw i64 %480, %110
+  %491 = sext i32 %row_start.i to i64
+  %invariant.gep446.i = getelementptr i32, ptr %invariant.gep444.i, i64 %491
+  %wide.trip.count.i = zext nneg i32 %488 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv549.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next550.i.1, %for_body_t.i ]
-  %471 = add nuw nsw i64 %indvars.iv549.i, %469
-  %472 = trunc i64 %471 to i32
-  %473 = tail call i32 @llvm.smin.i32(i32 %472, i32 %.reass.i)
-  %474 = sext i32 %473 to i64
-  %475 = ashr i64 %474, 7
-  %gep359.i = getelementptr i32, ptr %invariant.gep358.i, i64 %475
-  %476 = load i32, ptr %gep359.i, align 4, !tbaa !9
-  %block.i = sext i32 %476 to i64
-  %477 = and i64 %474, 127
-  %478 = mul nsw i64 %477, %k_row
-  %479 = mul nsw i64 %k_block, %block.i
-  %480 = add nsw i64 %478, %479
-  %481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv549.i
-  store i64 %480, ptr %481, align 8, !tbaa !9
-  %indvars.iv.next550.i = or disjoint i64 %indvars.iv549.i, 1
-  %482 = add nuw nsw i64 %indvars.iv.next550.i, %469
-  %483 = trunc i64 %482 to i32
-  %484 = tail call i32 @llvm.smin.i32(i32 %483, i32 %.reass.i)
-  %485 = sext i32 %484 to i64
-  %486 = ashr i64 %485, 7
-  %gep359.i.1 = getelementptr i32, ptr %invariant.gep358.i, i64 %486
-  %487 = load i32, ptr %gep359.i.1, align 4, !tbaa !9
-  %block.i.1 = sext i32 %487 to i64
-  %488 = and i64 %485, 127
-  %489 = mul nsw i64 %488, %k_row
-  %490 = mul nsw i64 %k_block, %block.i.1
-  %491 = add nsw i64 %489, %490
-  %492 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next550.i
-  store i64 %491, ptr %492, align 8, !tbaa !9
-  %indvars.iv.next550.i.1 = add nuw nsw i64 %indvars.iv549.i, 2
-  %exitcond552.not.i.1 = icmp eq i64 %indvars.iv.next550.i.1, %wide.trip.count.i
-  br i1 %exitcond552.not.i.1, label %for_body_t35.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !18
+  %indvars.iv624.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next625.i.1, %for_body_t.i ]
+  %492 = add nuw nsw i64 %indvars.iv624.i, %490
+  %493 = trunc i64 %492 to i32
+  %494 = tail call i32 @llvm.smin.i32(i32 %493, i32 %.reass.i)
+  %495 = sext i32 %494 to i64
+  %496 = ashr i64 %495, 7
+  %gep447.i = getelementptr i32, ptr %invariant.gep446.i, i64 %496
+  %497 = load i32, ptr %gep447.i, align 4, !tbaa !9
+  %block.i = sext i32 %497 to i64
+  %498 = and i64 %495, 127
+  %499 = mul nsw i64 %498, %k_row
+  %500 = mul nsw i64 %k_block, %block.i
+  %501 = add nsw i64 %499, %500
+  %502 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv624.i
+  store i64 %501, ptr %502, align 8, !tbaa !9
+  %indvars.iv.next625.i = or disjoint i64 %indvars.iv624.i, 1
+  %503 = add nuw nsw i64 %indvars.iv.next625.i, %490
+  %504 = trunc i64 %503 to i32
+  %505 = tail call i32 @llvm.smin.i32(i32 %504, i32 %.reass.i)
+  %506 = sext i32 %505 to i64
+  %507 = ashr i64 %506, 7
+  %gep447.i.1 = getelementptr i32, ptr %invariant.gep446.i, i64 %507
+  %508 = load i32, ptr %gep447.i.1, align 4, !tbaa !9
+  %block.i.1 = sext i32 %508 to i64
+  %509 = and i64 %506, 127
+  %510 = mul nsw i64 %509, %k_row
+  %511 = mul nsw i64 %k_block, %block.i.1
+  %512 = add nsw i64 %510, %511
+  %513 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next625.i
+  store i64 %512, ptr %513, align 8, !tbaa !9
+  %indvars.iv.next625.i.1 = add nuw nsw i64 %indvars.iv624.i, 2
+  %exitcond627.not.i.1 = icmp eq i64 %indvars.iv.next625.i.1, %wide.trip.count.i
+  br i1 %exitcond627.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !12
 
-for_body_t35.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start33.i = load i32, ptr %361, align 4, !tbaa !9
-  %493 = sext i32 %row_start33.i to i64
-  %invariant.gep363.i = getelementptr i32, ptr %invariant.gep.i, i64 %493
-  br label %for_body_t35.i
+for_body_t23.lr.ph.i:                             ; preds = %for_body_t.i
+  %row_start21.i = load i32, ptr %220, align 4, !tbaa !9
+  %514 = sext i32 %row_start21.i to i64
+  %invariant.gep451.i = getelementptr i32, ptr %invariant.gep444.i, i64 %514
+  br label %for_body_t23.i
 
-for_body_t35.i:                                   ; preds = %for_body_t35.i, %for_body_t35.lr.ph.i
-  %indvars.iv553.i = phi i64 [ 0, %for_body_t35.lr.ph.i ], [ %indvars.iv.next554.i.1, %for_body_t35.i ]
-  %494 = add nuw nsw i64 %indvars.iv553.i, %469
-  %495 = trunc i64 %494 to i32
-  %496 = tail call i32 @llvm.smin.i32(i32 %495, i32 %.reass.i)
-  %497 = sext i32 %496 to i64
-  %498 = ashr i64 %497, 7
-  %gep364.i = getelementptr i32, ptr %invariant.gep363.i, i64 %498
-  %499 = load i32, ptr %gep364.i, align 4, !tbaa !9
-  %block42.i = sext i32 %499 to i64
-  %500 = and i64 %497, 127
-  %501 = mul nsw i64 %500, %v_row
-  %502 = mul nsw i64 %v_block, %block42.i
-  %503 = add nsw i64 %501, %502
-  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv553.i
-  store i64 %503, ptr %504, align 8, !tbaa !9
-  %indvars.iv.next554.i = or disjoint i64 %indvars.iv553.i, 1
-  %505 = add nuw nsw i64 %indvars.iv.next554.i, %469
-  %506 = trunc i64 %505 to i32
-  %507 = tail call i32 @llvm.smin.i32(i32 %506, i32 %.reass.i)
-  %508 = sext i32 %507 to i64
-  %509 = ashr i64 %508, 7
-  %gep364.i.1 = getelementptr i32, ptr %invariant.gep363.i, i64 %509
-  %510 = load i32, ptr %gep364.i.1, align 4, !tbaa !9
-  %block42.i.1 = sext i32 %510 to i64
-  %511 = and i64 %508, 127
-  %512 = mul nsw i64 %511, %v_row
-  %513 = mul nsw i64 %v_block, %block42.i.1
-  %514 = add nsw i64 %512, %513
-  %515 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next554.i
-  store i64 %514, ptr %515, align 8, !tbaa !9
-  %indvars.iv.next554.i.1 = add nuw nsw i64 %indvars.iv553.i, 2
-  %exitcond557.not.i.1 = icmp eq i64 %indvars.iv.next554.i.1, %wide.trip.count.i
-  br i1 %exitcond557.not.i.1, label %for_end_t36.i, label %for_body_t35.i, !prof !4, !llvm.loop !20
+for_body_t23.i:                                   ; preds = %for_body_t23.i, %for_body_t23.lr.ph.i
+  %indvars.iv628.i = phi i64 [ 0, %for_body_t23.lr.ph.i ], [ %indvars.iv.next629.i.1, %for_body_t23.i ]
+  %515 = add nuw nsw i64 %indvars.iv628.i, %490
+  %516 = trunc i64 %515 to i32
+  %517 = tail call i32 @llvm.smin.i32(i32 %516, i32 %.reass.i)
+  %518 = sext i32 %517 to i64
+  %519 = ashr i64 %518, 7
+  %gep452.i = getelementptr i32, ptr %invariant.gep451.i, i64 %519
+  %520 = load i32, ptr %gep452.i, align 4, !tbaa !9
+  %block30.i = sext i32 %520 to i64
+  %521 = and i64 %518, 127
+  %522 = mul nsw i64 %521, %v_row
+  %523 = mul nsw i64 %v_block, %block30.i
+  %524 = add nsw i64 %522, %523
+  %525 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv628.i
+  store i64 %524, ptr %525, align 8, !tbaa !9
+  %indvars.iv.next629.i = or disjoint i64 %indvars.iv628.i, 1
+  %526 = add nuw nsw i64 %indvars.iv.next629.i, %490
+  %527 = trunc i64 %526 to i32
+  %528 = tail call i32 @llvm.smin.i32(i32 %527, i32 %.reass.i)
+  %529 = sext i32 %528 to i64
+  %530 = ashr i64 %529, 7
+  %gep452.i.1 = getelementptr i32, ptr %invariant.gep451.i, i64 %530
+  %531 = load i32, ptr %gep452.i.1, align 4, !tbaa !9
+  %block30.i.1 = sext i32 %531 to i64
+  %532 = and i64 %529, 127
+  %533 = mul nsw i64 %532, %v_row
+  %534 = mul nsw i64 %v_block, %block30.i.1
+  %535 = add nsw i64 %533, %534
+  %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next629.i
+  store i64 %535, ptr %536, align 8, !tbaa !9
+  %indvars.iv.next629.i.1 = add nuw nsw i64 %indvars.iv628.i, 2
+  %exitcond632.not.i.1 = icmp eq i64 %indvars.iv.next629.i.1, %wide.trip.count.i
+  br i1 %exitcond632.not.i.1, label %for_end_t24.i, label %for_body_t23.i, !prof !4, !llvm.loop !14
 
-for_end_t36.i:                                    ; preds = %for_body_t35.i, %if_end30.i
-  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %k_tile.i = tail call ptr %516(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %517 = icmp eq ptr %k_tile.i, null
-  br i1 %517, label %fused_decode_compute_.exit, label %if_end46.i, !prof !8
+for_end_t24.i:                                    ; preds = %for_body_t23.i, %if_end18.i
+  %537 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %scores.i = tail call ptr %537(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %538 = icmp eq ptr %scores.i, null
+  br i1 %538, label %fused_decode_compute_.exit, label %if_end34.i, !prof !8
 
-if_end46.i:                                       ; preds = %for_end_t36.i
-  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %v_tile.i = tail call ptr %518(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %519 = icmp eq ptr %v_tile.i, null
-  br i1 %519, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
+if_end34.i:                                       ; preds = %for_end_t24.i
+  %539 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %probs.i = tail call ptr %539(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %540 = icmp eq ptr %probs.i, null
+  br i1 %540, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
-for_begin_to.preheader.i:                         ; preds = %if_end46.i
-  %520 = icmp sgt i32 %464, 0
-  br i1 %520, label %for_begin_ti.preheader.preheader.i, label %for_end_to53.i, !prof !3
+for_begin_to.preheader.i:                         ; preds = %if_end34.i
+  %541 = icmp sgt i32 %485, 0
+  br i1 %541, label %for_body_to.lr.ph.i, label %for_end_to.thread.i, !prof !3
 
-for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count565.i = zext nneg i32 %464 to i64
-  br label %for_begin_ti.preheader.i
+for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
+  %542 = select i1 %487, i64 128, i64 0
+  %wide.trip.count653.i = zext nneg i32 %485 to i64
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %542
+  br label %for_body_to.i
 
-for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv562.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next563.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv562.i, 6
-  %521 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %522 = load i64, ptr %521, align 8, !tbaa !9
-  %523 = getelementptr inbounds i32, ptr %key_cache, i64 %522
-  %524 = load <16 x i32>, ptr %523, align 4, !tbaa !9
-  %525 = shl <16 x i32> %524, splat (i32 16)
-  %.idx65 = shl nsw i64 %indvars.iv562.i, 12
-  %526 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx65
-  store <16 x i32> %525, ptr %526, align 4, !tbaa !9
-  %527 = load i64, ptr %521, align 8, !tbaa !9
-  %528 = getelementptr inbounds i32, ptr %key_cache, i64 %527
-  %529 = load <16 x i32>, ptr %528, align 4, !tbaa !9
-  %530 = and <16 x i32> %529, %107
-  %531 = getelementptr inbounds nuw i8, ptr %526, i64 64
-  store <16 x i32> %530, ptr %531, align 4, !tbaa !9
-  %532 = load i64, ptr %521, align 8, !tbaa !9
-  %533 = getelementptr i32, ptr %key_cache, i64 %532
-  %534 = getelementptr i8, ptr %533, i64 64
-  %535 = load <16 x i32>, ptr %534, align 4, !tbaa !9
-  %536 = shl <16 x i32> %535, splat (i32 16)
-  %537 = getelementptr inbounds nuw i8, ptr %526, i64 128
-  store <16 x i32> %536, ptr %537, align 4, !tbaa !9
-  %538 = load i64, ptr %521, align 8, !tbaa !9
-  %539 = getelementptr i32, ptr %key_cache, i64 %538
-  %540 = getelementptr i8, ptr %539, i64 64
-  %541 = load <16 x i32>, ptr %540, align 4, !tbaa !9
-  %542 = and <16 x i32> %541, %107
-  %543 = getelementptr inbounds nuw i8, ptr %526, i64 192
-  store <16 x i32> %542, ptr %543, align 4, !tbaa !9
-  %544 = load i64, ptr %521, align 8, !tbaa !9
-  %545 = getelementptr i32, ptr %key_cache, i64 %544
-  %546 = getelementptr i8, ptr %545, i64 128
-  %547 = load <16 x i32>, ptr %546, align 4, !tbaa !9
-  %548 = shl <16 x i32> %547, splat (i32 16)
-  %549 = getelementptr inbounds nuw i8, ptr %526, i64 256
-  store <16 x i32> %548, ptr %549, align 4, !tbaa !9
-  %550 = load i64, ptr %521, align 8, !tbaa !9
-  %551 = getelementptr i32, ptr %key_cache, i64 %550
-  %552 = getelementptr i8, ptr %551, i64 128
-  %553 = load <16 x i32>, ptr %552, align 4, !tbaa !9
-  %554 = and <16 x i32> %553, %107
-  %555 = getelementptr inbounds nuw i8, ptr %526, i64 320
-  store <16 x i32> %554, ptr %555, align 4, !tbaa !9
-  %556 = load i64, ptr %521, align 8, !tbaa !9
-  %557 = getelementptr i32, ptr %key_cache, i64 %556
-  %558 = getelementptr i8, ptr %557, i64 192
-  %559 = load <16 x i32>, ptr %558, align 4, !tbaa !9
-  %560 = shl <16 x i32> %559, splat (i32 16)
-  %561 = getelementptr inbounds nuw i8, ptr %526, i64 384
-  store <16 x i32> %560, ptr %561, align 4, !tbaa !9
-  %562 = load i64, ptr %521, align 8, !tbaa !9
-  %563 = getelementptr i32, ptr %key_cache, i64 %562
-  %564 = getelementptr i8, ptr %563, i64 192
-  %565 = load <16 x i32>, ptr %564, align 4, !tbaa !9
-  %566 = and <16 x i32> %565, %107
-  %567 = getelementptr inbounds nuw i8, ptr %526, i64 448
-  store <16 x i32> %566, ptr %567, align 4, !tbaa !9
-  %568 = getelementptr inbounds nuw i8, ptr %521, i64 8
-  %569 = load i64, ptr %568, align 8, !tbaa !9
-  %570 = getelementptr inbounds i32, ptr %key_cache, i64 %569
-  %571 = load <16 x i32>, ptr %570, align 4, !tbaa !9
-  %572 = shl <16 x i32> %571, splat (i32 16)
-  %573 = getelementptr inbounds nuw i8, ptr %526, i64 512
-  store <16 x i32> %572, ptr %573, align 4, !tbaa !9
-  %574 = load i64, ptr %568, align 8, !tbaa !9
-  %575 = getelementptr inbounds i32, ptr %key_cache, i64 %574
-  %576 = load <16 x i32>, ptr %575, align 4, !tbaa !9
-  %577 = and <16 x i32> %576, %107
-  %578 = getelementptr inbounds nuw i8, ptr %526, i64 576
-  store <16 x i32> %577, ptr %578, align 4, !tbaa !9
-  %579 = load i64, ptr %568, align 8, !tbaa !9
-  %580 = getelementptr i32, ptr %key_cache, i64 %579
-  %581 = getelementptr i8, ptr %580, i64 64
-  %582 = load <16 x i32>, ptr %581, align 4, !tbaa !9
-  %583 = shl <16 x i32> %582, splat (i32 16)
-  %584 = getelementptr inbounds nuw i8, ptr %526, i64 640
-  store <16 x i32> %583, ptr %584, align 4, !tbaa !9
-  %585 = load i64, ptr %568, align 8, !tbaa !9
-  %586 = getelementptr i32, ptr %key_cache, i64 %585
-  %587 = getelementptr i8, ptr %586, i64 64
-  %588 = load <16 x i32>, ptr %587, align 4, !tbaa !9
-  %589 = and <16 x i32> %588, %107
-  %590 = getelementptr inbounds nuw i8, ptr %526, i64 704
-  store <16 x i32> %589, ptr %590, align 4, !tbaa !9
-  %591 = load i64, ptr %568, align 8, !tbaa !9
-  %592 = getelementptr i32, ptr %key_cache, i64 %591
-  %593 = getelementptr i8, ptr %592, i64 128
-  %594 = load <16 x i32>, ptr %593, align 4, !tbaa !9
-  %595 = shl <16 x i32> %594, splat (i32 16)
-  %596 = getelementptr inbounds nuw i8, ptr %526, i64 768
-  store <16 x i32> %595, ptr %596, align 4, !tbaa !9
-  %597 = load i64, ptr %568, align 8, !tbaa !9
-  %598 = getelementptr i32, ptr %key_cache, i64 %597
-  %599 = getelementptr i8, ptr %598, i64 128
-  %600 = load <16 x i32>, ptr %599, align 4, !tbaa !9
-  %601 = and <16 x i32> %600, %107
-  %602 = getelementptr inbounds nuw i8, ptr %526, i64 832
-  store <16 x i32> %601, ptr %602, align 4, !tbaa !9
-  %603 = load i64, ptr %568, align 8, !tbaa !9
-  %604 = getelementptr i32, ptr %key_cache, i64 %603
-  %605 = getelementptr i8, ptr %604, i64 192
-  %606 = load <16 x i32>, ptr %605, align 4, !tbaa !9
-  %607 = shl <16 x i32> %606, splat (i32 16)
-  %608 = getelementptr inbounds nuw i8, ptr %526, i64 896
-  store <16 x i32> %607, ptr %608, align 4, !tbaa !9
-  %609 = load i64, ptr %568, align 8, !tbaa !9
-  %610 = getelementptr i32, ptr %key_cache, i64 %609
-  %611 = getelementptr i8, ptr %610, i64 192
-  %612 = load <16 x i32>, ptr %611, align 4, !tbaa !9
-  %613 = and <16 x i32> %612, %107
-  %614 = getelementptr inbounds nuw i8, ptr %526, i64 960
-  store <16 x i32> %613, ptr %614, align 4, !tbaa !9
-  %615 = getelementptr inbounds nuw i8, ptr %521, i64 16
-  %616 = load i64, ptr %615, align 8, !tbaa !9
-  %617 = getelementptr inbounds i32, ptr %key_cache, i64 %616
-  %618 = load <16 x i32>, ptr %617, align 4, !tbaa !9
-  %619 = shl <16 x i32> %618, splat (i32 16)
-  %620 = getelementptr inbounds nuw i8, ptr %526, i64 1024
-  store <16 x i32> %619, ptr %620, align 4, !tbaa !9
-  %621 = load i64, ptr %615, align 8, !tbaa !9
-  %622 = getelementptr inbounds i32, ptr %key_cache, i64 %621
-  %623 = load <16 x i32>, ptr %622, align 4, !tbaa !9
-  %624 = and <16 x i32> %623, %107
-  %625 = getelementptr inbounds nuw i8, ptr %526, i64 1088
-  store <16 x i32> %624, ptr %625, align 4, !tbaa !9
-  %626 = load i64, ptr %615, align 8, !tbaa !9
-  %627 = getelementptr i32, ptr %key_cache, i64 %626
-  %628 = getelementptr i8, ptr %627, i64 64
-  %629 = load <16 x i32>, ptr %628, align 4, !tbaa !9
-  %630 = shl <16 x i32> %629, splat (i32 16)
-  %631 = getelementptr inbounds nuw i8, ptr %526, i64 1152
-  store <16 x i32> %630, ptr %631, align 4, !tbaa !9
-  %632 = load i64, ptr %615, align 8, !tbaa !9
-  %633 = getelementptr i32, ptr %key_cache, i64 %632
-  %634 = getelementptr i8, ptr %633, i64 64
-  %635 = load <16 x i32>, ptr %634, align 4, !tbaa !9
-  %636 = and <16 x i32> %635, %107
-  %637 = getelementptr inbounds nuw i8, ptr %526, i64 1216
-  store <16 x i32> %636, ptr %637, align 4, !tbaa !9
-  %638 = load i64, ptr %615, align 8, !tbaa !9
-  %639 = getelementptr i32, ptr %key_cache, i64 %638
-  %640 = getelementptr i8, ptr %639, i64 128
-  %641 = load <16 x i32>, ptr %640, align 4, !tbaa !9
-  %642 = shl <16 x i32> %641, splat (i32 16)
-  %643 = getelementptr inbounds nuw i8, ptr %526, i64 1280
-  store <16 x i32> %642, ptr %643, align 4, !tbaa !9
-  %644 = load i64, ptr %615, align 8, !tbaa !9
-  %645 = getelementptr i32, ptr %key_cache, i64 %644
-  %646 = getelementptr i8, ptr %645, i64 128
-  %647 = load <16 x i32>, ptr %646, align 4, !tbaa !9
-  %648 = and <16 x i32> %647, %107
-  %649 = getelementptr inbounds nuw i8, ptr %526, i64 1344
-  store <16 x i32> %648, ptr %649, align 4, !tbaa !9
-  %650 = load i64, ptr %615, align 8, !tbaa !9
-  %651 = getelementptr i32, ptr %key_cache, i64 %650
-  %652 = getelementptr i8, ptr %651, i64 192
-  %653 = load <16 x i32>, ptr %652, align 4, !tbaa !9
-  %654 = shl <16 x i32> %653, splat (i32 16)
-  %655 = getelementptr inbounds nuw i8, ptr %526, i64 1408
-  store <16 x i32> %654, ptr %655, align 4, !tbaa !9
-  %656 = load i64, ptr %615, align 8, !tbaa !9
-  %657 = getelementptr i32, ptr %key_cache, i64 %656
-  %658 = getelementptr i8, ptr %657, i64 192
-  %659 = load <16 x i32>, ptr %658, align 4, !tbaa !9
-  %660 = and <16 x i32> %659, %107
-  %661 = getelementptr inbounds nuw i8, ptr %526, i64 1472
-  store <16 x i32> %660, ptr %661, align 4, !tbaa !9
-  %662 = getelementptr inbounds nuw i8, ptr %521, i64 24
-  %663 = load i64, ptr %662, align 8, !tbaa !9
-  %664 = getelementptr inbounds i32, ptr %key_cache, i64 %663
-  %665 = load <16 x i32>, ptr %664, align 4, !tbaa !9
-  %666 = shl <16 x i32> %665, splat (i32 16)
-  %667 = getelementptr inbounds nuw i8, ptr %526, i64 1536
-  store <16 x i32> %666, ptr %667, align 4, !tbaa !9
-  %668 = load i64, ptr %662, align 8, !tbaa !9
-  %669 = getelementptr inbounds i32, ptr %key_cache, i64 %668
-  %670 = load <16 x i32>, ptr %669, align 4, !tbaa !9
-  %671 = and <16 x i32> %670, %107
-  %672 = getelementptr inbounds nuw i8, ptr %526, i64 1600
-  store <16 x i32> %671, ptr %672, align 4, !tbaa !9
-  %673 = load i64, ptr %662, align 8, !tbaa !9
-  %674 = getelementptr i32, ptr %key_cache, i64 %673
-  %675 = getelementptr i8, ptr %674, i64 64
-  %676 = load <16 x i32>, ptr %675, align 4, !tbaa !9
-  %677 = shl <16 x i32> %676, splat (i32 16)
-  %678 = getelementptr inbounds nuw i8, ptr %526, i64 1664
-  store <16 x i32> %677, ptr %678, align 4, !tbaa !9
-  %679 = load i64, ptr %662, align 8, !tbaa !9
-  %680 = getelementptr i32, ptr %key_cache, i64 %679
-  %681 = getelementptr i8, ptr %680, i64 64
-  %682 = load <16 x i32>, ptr %681, align 4, !tbaa !9
-  %683 = and <16 x i32> %682, %107
-  %684 = getelementptr inbounds nuw i8, ptr %526, i64 1728
-  store <16 x i32> %683, ptr %684, align 4, !tbaa !9
-  %685 = load i64, ptr %662, align 8, !tbaa !9
-  %686 = getelementptr i32, ptr %key_cache, i64 %685
-  %687 = getelementptr i8, ptr %686, i64 128
-  %688 = load <16 x i32>, ptr %687, align 4, !tbaa !9
-  %689 = shl <16 x i32> %688, splat (i32 16)
-  %690 = getelementptr inbounds nuw i8, ptr %526, i64 1792
-  store <16 x i32> %689, ptr %690, align 4, !tbaa !9
-  %691 = load i64, ptr %662, align 8, !tbaa !9
-  %692 = getelementptr i32, ptr %key_cache, i64 %691
-  %693 = getelementptr i8, ptr %692, i64 128
-  %694 = load <16 x i32>, ptr %693, align 4, !tbaa !9
-  %695 = and <16 x i32> %694, %107
-  %696 = getelementptr inbounds nuw i8, ptr %526, i64 1856
-  store <16 x i32> %695, ptr %696, align 4, !tbaa !9
-  %697 = load i64, ptr %662, align 8, !tbaa !9
-  %698 = getelementptr i32, ptr %key_cache, i64 %697
-  %699 = getelementptr i8, ptr %698, i64 192
-  %700 = load <16 x i32>, ptr %699, align 4, !tbaa !9
-  %701 = shl <16 x i32> %700, splat (i32 16)
-  %702 = getelementptr inbounds nuw i8, ptr %526, i64 1920
-  store <16 x i32> %701, ptr %702, align 4, !tbaa !9
-  %703 = load i64, ptr %662, align 8, !tbaa !9
-  %704 = getelementptr i32, ptr %key_cache, i64 %703
-  %705 = getelementptr i8, ptr %704, i64 192
-  %706 = load <16 x i32>, ptr %705, align 4, !tbaa !9
-  %707 = and <16 x i32> %706, %107
-  %708 = getelementptr inbounds nuw i8, ptr %526, i64 1984
-  store <16 x i32> %707, ptr %708, align 4, !tbaa !9
-  %709 = getelementptr inbounds nuw i8, ptr %521, i64 32
-  %710 = load i64, ptr %709, align 8, !tbaa !9
-  %711 = getelementptr inbounds i32, ptr %key_cache, i64 %710
-  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !9
-  %713 = shl <16 x i32> %712, splat (i32 16)
-  %714 = getelementptr inbounds nuw i8, ptr %526, i64 2048
-  store <16 x i32> %713, ptr %714, align 4, !tbaa !9
-  %715 = load i64, ptr %709, align 8, !tbaa !9
-  %716 = getelementptr inbounds i32, ptr %key_cache, i64 %715
-  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !9
-  %718 = and <16 x i32> %717, %107
-  %719 = getelementptr inbounds nuw i8, ptr %526, i64 2112
-  store <16 x i32> %718, ptr %719, align 4, !tbaa !9
-  %720 = load i64, ptr %709, align 8, !tbaa !9
-  %721 = getelementptr i32, ptr %key_cache, i64 %720
-  %722 = getelementptr i8, ptr %721, i64 64
-  %723 = load <16 x i32>, ptr %722, align 4, !tbaa !9
-  %724 = shl <16 x i32> %723, splat (i32 16)
-  %725 = getelementptr inbounds nuw i8, ptr %526, i64 2176
-  store <16 x i32> %724, ptr %725, align 4, !tbaa !9
-  %726 = load i64, ptr %709, align 8, !tbaa !9
-  %727 = getelementptr i32, ptr %key_cache, i64 %726
-  %728 = getelementptr i8, ptr %727, i64 64
-  %729 = load <16 x i32>, ptr %728, align 4, !tbaa !9
-  %730 = and <16 x i32> %729, %107
-  %731 = getelementptr inbounds nuw i8, ptr %526, i64 2240
-  store <16 x i32> %730, ptr %731, align 4, !tbaa !9
-  %732 = load i64, ptr %709, align 8, !tbaa !9
-  %733 = getelementptr i32, ptr %key_cache, i64 %732
-  %734 = getelementptr i8, ptr %733, i64 128
-  %735 = load <16 x i32>, ptr %734, align 4, !tbaa !9
-  %736 = shl <16 x i32> %735, splat (i32 16)
-  %737 = getelementptr inbounds nuw i8, ptr %526, i64 2304
-  store <16 x i32> %736, ptr %737, align 4, !tbaa !9
-  %738 = load i64, ptr %709, align 8, !tbaa !9
-  %739 = getelementptr i32, ptr %key_cache, i64 %738
-  %740 = getelementptr i8, ptr %739, i64 128
-  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !9
-  %742 = and <16 x i32> %741, %107
-  %743 = getelementptr inbounds nuw i8, ptr %526, i64 2368
-  store <16 x i32> %742, ptr %743, align 4, !tbaa !9
-  %744 = load i64, ptr %709, align 8, !tbaa !9
-  %745 = getelementptr i32, ptr %key_cache, i64 %744
-  %746 = getelementptr i8, ptr %745, i64 192
-  %747 = load <16 x i32>, ptr %746, align 4, !tbaa !9
-  %748 = shl <16 x i32> %747, splat (i32 16)
-  %749 = getelementptr inbounds nuw i8, ptr %526, i64 2432
-  store <16 x i32> %748, ptr %749, align 4, !tbaa !9
-  %750 = load i64, ptr %709, align 8, !tbaa !9
-  %751 = getelementptr i32, ptr %key_cache, i64 %750
-  %752 = getelementptr i8, ptr %751, i64 192
-  %753 = load <16 x i32>, ptr %752, align 4, !tbaa !9
-  %754 = and <16 x i32> %753, %107
-  %755 = getelementptr inbounds nuw i8, ptr %526, i64 2496
-  store <16 x i32> %754, ptr %755, align 4, !tbaa !9
-  %756 = getelementptr inbounds nuw i8, ptr %521, i64 40
-  %757 = load i64, ptr %756, align 8, !tbaa !9
-  %758 = getelementptr inbounds i32, ptr %key_cache, i64 %757
-  %759 = load <16 x i32>, ptr %758, align 4, !tbaa !9
-  %760 = shl <16 x i32> %759, splat (i32 16)
-  %761 = getelementptr inbounds nuw i8, ptr %526, i64 2560
-  store <16 x i32> %760, ptr %761, align 4, !tbaa !9
-  %762 = load i64, ptr %756, align 8, !tbaa !9
-  %763 = getelementptr inbounds i32, ptr %key_cache, i64 %762
-  %764 = load <16 x i32>, ptr %763, align 4, !tbaa !9
-  %765 = and <16 x i32> %764, %107
-  %766 = getelementptr inbounds nuw i8, ptr %526, i64 2624
-  store <16 x i32> %765, ptr %766, align 4, !tbaa !9
-  %767 = load i64, ptr %756, align 8, !tbaa !9
-  %768 = getelementptr i32, ptr %key_cache, i64 %767
-  %769 = getelementptr i8, ptr %768, i64 64
-  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !9
-  %771 = shl <16 x i32> %770, splat (i32 16)
-  %772 = getelementptr inbounds nuw i8, ptr %526, i64 2688
-  store <16 x i32> %771, ptr %772, align 4, !tbaa !9
-  %773 = load i64, ptr %756, align 8, !tbaa !9
-  %774 = getelementptr i32, ptr %key_cache, i64 %773
-  %775 = getelementptr i8, ptr %774, i64 64
-  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !9
-  %777 = and <16 x i32> %776, %107
-  %778 = getelementptr inbounds nuw i8, ptr %526, i64 2752
-  store <16 x i32> %777, ptr %778, align 4, !tbaa !9
-  %779 = load i64, ptr %756, align 8, !tbaa !9
-  %780 = getelementptr i32, ptr %key_cache, i64 %779
-  %781 = getelementptr i8, ptr %780, i64 128
-  %782 = load <16 x i32>, ptr %781, align 4, !tbaa !9
-  %783 = shl <16 x i32> %782, splat (i32 16)
-  %784 = getelementptr inbounds nuw i8, ptr %526, i64 2816
-  store <16 x i32> %783, ptr %784, align 4, !tbaa !9
-  %785 = load i64, ptr %756, align 8, !tbaa !9
-  %786 = getelementptr i32, ptr %key_cache, i64 %785
-  %787 = getelementptr i8, ptr %786, i64 128
-  %788 = load <16 x i32>, ptr %787, align 4, !tbaa !9
-  %789 = and <16 x i32> %788, %107
-  %790 = getelementptr inbounds nuw i8, ptr %526, i64 2880
-  store <16 x i32> %789, ptr %790, align 4, !tbaa !9
-  %791 = load i64, ptr %756, align 8, !tbaa !9
-  %792 = getelementptr i32, ptr %key_cache, i64 %791
-  %793 = getelementptr i8, ptr %792, i64 192
-  %794 = load <16 x i32>, ptr %793, align 4, !tbaa !9
-  %795 = shl <16 x i32> %794, splat (i32 16)
-  %796 = getelementptr inbounds nuw i8, ptr %526, i64 2944
-  store <16 x i32> %795, ptr %796, align 4, !tbaa !9
-  %797 = load i64, ptr %756, align 8, !tbaa !9
-  %798 = getelementptr i32, ptr %key_cache, i64 %797
-  %799 = getelementptr i8, ptr %798, i64 192
-  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !9
-  %801 = and <16 x i32> %800, %107
-  %802 = getelementptr inbounds nuw i8, ptr %526, i64 3008
-  store <16 x i32> %801, ptr %802, align 4, !tbaa !9
-  %803 = getelementptr inbounds nuw i8, ptr %521, i64 48
-  %804 = load i64, ptr %803, align 8, !tbaa !9
-  %805 = getelementptr inbounds i32, ptr %key_cache, i64 %804
-  %806 = load <16 x i32>, ptr %805, align 4, !tbaa !9
-  %807 = shl <16 x i32> %806, splat (i32 16)
-  %808 = getelementptr inbounds nuw i8, ptr %526, i64 3072
-  store <16 x i32> %807, ptr %808, align 4, !tbaa !9
-  %809 = load i64, ptr %803, align 8, !tbaa !9
-  %810 = getelementptr inbounds i32, ptr %key_cache, i64 %809
-  %811 = load <16 x i32>, ptr %810, align 4, !tbaa !9
-  %812 = and <16 x i32> %811, %107
-  %813 = getelementptr inbounds nuw i8, ptr %526, i64 3136
-  store <16 x i32> %812, ptr %813, align 4, !tbaa !9
-  %814 = load i64, ptr %803, align 8, !tbaa !9
-  %815 = getelementptr i32, ptr %key_cache, i64 %814
-  %816 = getelementptr i8, ptr %815, i64 64
-  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !9
-  %818 = shl <16 x i32> %817, splat (i32 16)
-  %819 = getelementptr inbounds nuw i8, ptr %526, i64 3200
-  store <16 x i32> %818, ptr %819, align 4, !tbaa !9
-  %820 = load i64, ptr %803, align 8, !tbaa !9
-  %821 = getelementptr i32, ptr %key_cache, i64 %820
-  %822 = getelementptr i8, ptr %821, i64 64
-  %823 = load <16 x i32>, ptr %822, align 4, !tbaa !9
-  %824 = and <16 x i32> %823, %107
-  %825 = getelementptr inbounds nuw i8, ptr %526, i64 3264
-  store <16 x i32> %824, ptr %825, align 4, !tbaa !9
-  %826 = load i64, ptr %803, align 8, !tbaa !9
-  %827 = getelementptr i32, ptr %key_cache, i64 %826
-  %828 = getelementptr i8, ptr %827, i64 128
-  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !9
-  %830 = shl <16 x i32> %829, splat (i32 16)
-  %831 = getelementptr inbounds nuw i8, ptr %526, i64 3328
-  store <16 x i32> %830, ptr %831, align 4, !tbaa !9
-  %832 = load i64, ptr %803, align 8, !tbaa !9
-  %833 = getelementptr i32, ptr %key_cache, i64 %832
-  %834 = getelementptr i8, ptr %833, i64 128
-  %835 = load <16 x i32>, ptr %834, align 4, !tbaa !9
-  %836 = and <16 x i32> %835, %107
-  %837 = getelementptr inbounds nuw i8, ptr %526, i64 3392
-  store <16 x i32> %836, ptr %837, align 4, !tbaa !9
-  %838 = load i64, ptr %803, align 8, !tbaa !9
-  %839 = getelementptr i32, ptr %key_cache, i64 %838
-  %840 = getelementptr i8, ptr %839, i64 192
-  %841 = load <16 x i32>, ptr %840, align 4, !tbaa !9
-  %842 = shl <16 x i32> %841, splat (i32 16)
-  %843 = getelementptr inbounds nuw i8, ptr %526, i64 3456
-  store <16 x i32> %842, ptr %843, align 4, !tbaa !9
-  %844 = load i64, ptr %803, align 8, !tbaa !9
-  %845 = getelementptr i32, ptr %key_cache, i64 %844
-  %846 = getelementptr i8, ptr %845, i64 192
-  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !9
-  %848 = and <16 x i32> %847, %107
-  %849 = getelementptr inbounds nuw i8, ptr %526, i64 3520
-  store <16 x i32> %848, ptr %849, align 4, !tbaa !9
-  %850 = getelementptr inbounds nuw i8, ptr %521, i64 56
-  %851 = load i64, ptr %850, align 8, !tbaa !9
-  %852 = getelementptr inbounds i32, ptr %key_cache, i64 %851
-  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !9
-  %854 = shl <16 x i32> %853, splat (i32 16)
-  %855 = getelementptr inbounds nuw i8, ptr %526, i64 3584
-  store <16 x i32> %854, ptr %855, align 4, !tbaa !9
-  %856 = load i64, ptr %850, align 8, !tbaa !9
-  %857 = getelementptr inbounds i32, ptr %key_cache, i64 %856
-  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !9
-  %859 = and <16 x i32> %858, %107
-  %860 = getelementptr inbounds nuw i8, ptr %526, i64 3648
-  store <16 x i32> %859, ptr %860, align 4, !tbaa !9
-  %861 = load i64, ptr %850, align 8, !tbaa !9
-  %862 = getelementptr i32, ptr %key_cache, i64 %861
-  %863 = getelementptr i8, ptr %862, i64 64
-  %864 = load <16 x i32>, ptr %863, align 4, !tbaa !9
-  %865 = shl <16 x i32> %864, splat (i32 16)
-  %866 = getelementptr inbounds nuw i8, ptr %526, i64 3712
-  store <16 x i32> %865, ptr %866, align 4, !tbaa !9
-  %867 = load i64, ptr %850, align 8, !tbaa !9
-  %868 = getelementptr i32, ptr %key_cache, i64 %867
-  %869 = getelementptr i8, ptr %868, i64 64
-  %870 = load <16 x i32>, ptr %869, align 4, !tbaa !9
-  %871 = and <16 x i32> %870, %107
-  %872 = getelementptr inbounds nuw i8, ptr %526, i64 3776
-  store <16 x i32> %871, ptr %872, align 4, !tbaa !9
-  %873 = load i64, ptr %850, align 8, !tbaa !9
-  %874 = getelementptr i32, ptr %key_cache, i64 %873
-  %875 = getelementptr i8, ptr %874, i64 128
-  %876 = load <16 x i32>, ptr %875, align 4, !tbaa !9
-  %877 = shl <16 x i32> %876, splat (i32 16)
-  %878 = getelementptr inbounds nuw i8, ptr %526, i64 3840
-  store <16 x i32> %877, ptr %878, align 4, !tbaa !9
-  %879 = load i64, ptr %850, align 8, !tbaa !9
-  %880 = getelementptr i32, ptr %key_cache, i64 %879
-  %881 = getelementptr i8, ptr %880, i64 128
-  %882 = load <16 x i32>, ptr %881, align 4, !tbaa !9
-  %883 = and <16 x i32> %882, %107
-  %884 = getelementptr inbounds nuw i8, ptr %526, i64 3904
-  store <16 x i32> %883, ptr %884, align 4, !tbaa !9
-  %885 = load i64, ptr %850, align 8, !tbaa !9
-  %886 = getelementptr i32, ptr %key_cache, i64 %885
-  %887 = getelementptr i8, ptr %886, i64 192
-  %888 = load <16 x i32>, ptr %887, align 4, !tbaa !9
-  %889 = shl <16 x i32> %888, splat (i32 16)
-  %890 = getelementptr inbounds nuw i8, ptr %526, i64 3968
-  store <16 x i32> %889, ptr %890, align 4, !tbaa !9
-  %891 = load i64, ptr %850, align 8, !tbaa !9
-  %892 = getelementptr i32, ptr %key_cache, i64 %891
-  %893 = getelementptr i8, ptr %892, i64 192
-  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !9
-  %895 = and <16 x i32> %894, %107
-  %896 = getelementptr inbounds nuw i8, ptr %526, i64 4032
-  store <16 x i32> %895, ptr %896, align 4, !tbaa !9
-  %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
-  %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, %wide.trip.count565.i
-  br i1 %exitcond566.not.i, label %for_begin_ti56.preheader.i, label %for_begin_ti.preheader.i, !prof !4
+for_begin_to.i:                                   ; preds = %for_end_r.i
+  %indvars.iv.next651.i = add nuw nsw i64 %indvars.iv650.i, 1
+  %exitcond654.not.i = icmp eq i64 %indvars.iv.next651.i, %wide.trip.count653.i
+  br i1 %exitcond654.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
-for_begin_ti56.preheader.i:                       ; preds = %for_begin_ti56.preheader.i, %for_begin_ti.preheader.i
-  %indvars.iv571.i = phi i64 [ %indvars.iv.next572.i, %for_begin_ti56.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx66 = shl nsw i64 %indvars.iv571.i, 6
-  %897 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx66
-  %898 = load i64, ptr %897, align 8, !tbaa !9
-  %899 = getelementptr inbounds i32, ptr %value_cache, i64 %898
-  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !9
-  %901 = shl <16 x i32> %900, splat (i32 16)
-  %.idx67 = shl nsw i64 %indvars.iv571.i, 12
-  %902 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx67
-  store <16 x i32> %901, ptr %902, align 4, !tbaa !9
-  %903 = load i64, ptr %897, align 8, !tbaa !9
-  %904 = getelementptr inbounds i32, ptr %value_cache, i64 %903
-  %905 = load <16 x i32>, ptr %904, align 4, !tbaa !9
-  %906 = and <16 x i32> %905, %107
-  %907 = getelementptr inbounds nuw i8, ptr %902, i64 64
-  store <16 x i32> %906, ptr %907, align 4, !tbaa !9
-  %908 = load i64, ptr %897, align 8, !tbaa !9
-  %909 = getelementptr i32, ptr %value_cache, i64 %908
-  %910 = getelementptr i8, ptr %909, i64 64
-  %911 = load <16 x i32>, ptr %910, align 4, !tbaa !9
-  %912 = shl <16 x i32> %911, splat (i32 16)
-  %913 = getelementptr inbounds nuw i8, ptr %902, i64 128
-  store <16 x i32> %912, ptr %913, align 4, !tbaa !9
-  %914 = load i64, ptr %897, align 8, !tbaa !9
-  %915 = getelementptr i32, ptr %value_cache, i64 %914
-  %916 = getelementptr i8, ptr %915, i64 64
-  %917 = load <16 x i32>, ptr %916, align 4, !tbaa !9
-  %918 = and <16 x i32> %917, %107
-  %919 = getelementptr inbounds nuw i8, ptr %902, i64 192
-  store <16 x i32> %918, ptr %919, align 4, !tbaa !9
-  %920 = load i64, ptr %897, align 8, !tbaa !9
-  %921 = getelementptr i32, ptr %value_cache, i64 %920
-  %922 = getelementptr i8, ptr %921, i64 128
-  %923 = load <16 x i32>, ptr %922, align 4, !tbaa !9
-  %924 = shl <16 x i32> %923, splat (i32 16)
-  %925 = getelementptr inbounds nuw i8, ptr %902, i64 256
-  store <16 x i32> %924, ptr %925, align 4, !tbaa !9
-  %926 = load i64, ptr %897, align 8, !tbaa !9
-  %927 = getelementptr i32, ptr %value_cache, i64 %926
-  %928 = getelementptr i8, ptr %927, i64 128
-  %929 = load <16 x i32>, ptr %928, align 4, !tbaa !9
-  %930 = and <16 x i32> %929, %107
-  %931 = getelementptr inbounds nuw i8, ptr %902, i64 320
-  store <16 x i32> %930, ptr %931, align 4, !tbaa !9
-  %932 = load i64, ptr %897, align 8, !tbaa !9
-  %933 = getelementptr i32, ptr %value_cache, i64 %932
-  %934 = getelementptr i8, ptr %933, i64 192
-  %935 = load <16 x i32>, ptr %934, align 4, !tbaa !9
-  %936 = shl <16 x i32> %935, splat (i32 16)
-  %937 = getelementptr inbounds nuw i8, ptr %902, i64 384
-  store <16 x i32> %936, ptr %937, align 4, !tbaa !9
-  %938 = load i64, ptr %897, align 8, !tbaa !9
-  %939 = getelementptr i32, ptr %value_cache, i64 %938
-  %940 = getelementptr i8, ptr %939, i64 192
-  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !9
-  %942 = and <16 x i32> %941, %107
-  %943 = getelementptr inbounds nuw i8, ptr %902, i64 448
-  store <16 x i32> %942, ptr %943, align 4, !tbaa !9
-  %944 = getelementptr inbounds nuw i8, ptr %897, i64 8
-  %945 = load i64, ptr %944, align 8, !tbaa !9
-  %946 = getelementptr inbounds i32, ptr %value_cache, i64 %945
-  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !9
-  %948 = shl <16 x i32> %947, splat (i32 16)
-  %949 = getelementptr inbounds nuw i8, ptr %902, i64 512
-  store <16 x i32> %948, ptr %949, align 4, !tbaa !9
-  %950 = load i64, ptr %944, align 8, !tbaa !9
-  %951 = getelementptr inbounds i32, ptr %value_cache, i64 %950
-  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !9
-  %953 = and <16 x i32> %952, %107
-  %954 = getelementptr inbounds nuw i8, ptr %902, i64 576
-  store <16 x i32> %953, ptr %954, align 4, !tbaa !9
-  %955 = load i64, ptr %944, align 8, !tbaa !9
-  %956 = getelementptr i32, ptr %value_cache, i64 %955
-  %957 = getelementptr i8, ptr %956, i64 64
-  %958 = load <16 x i32>, ptr %957, align 4, !tbaa !9
-  %959 = shl <16 x i32> %958, splat (i32 16)
-  %960 = getelementptr inbounds nuw i8, ptr %902, i64 640
-  store <16 x i32> %959, ptr %960, align 4, !tbaa !9
-  %961 = load i64, ptr %944, align 8, !tbaa !9
-  %962 = getelementptr i32, ptr %value_cache, i64 %961
-  %963 = getelementptr i8, ptr %962, i64 64
-  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !9
-  %965 = and <16 x i32> %964, %107
-  %966 = getelementptr inbounds nuw i8, ptr %902, i64 704
-  store <16 x i32> %965, ptr %966, align 4, !tbaa !9
-  %967 = load i64, ptr %944, align 8, !tbaa !9
-  %968 = getelementptr i32, ptr %value_cache, i64 %967
-  %969 = getelementptr i8, ptr %968, i64 128
-  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !9
-  %971 = shl <16 x i32> %970, splat (i32 16)
-  %972 = getelementptr inbounds nuw i8, ptr %902, i64 768
-  store <16 x i32> %971, ptr %972, align 4, !tbaa !9
-  %973 = load i64, ptr %944, align 8, !tbaa !9
-  %974 = getelementptr i32, ptr %value_cache, i64 %973
-  %975 = getelementptr i8, ptr %974, i64 128
-  %976 = load <16 x i32>, ptr %975, align 4, !tbaa !9
-  %977 = and <16 x i32> %976, %107
-  %978 = getelementptr inbounds nuw i8, ptr %902, i64 832
-  store <16 x i32> %977, ptr %978, align 4, !tbaa !9
-  %979 = load i64, ptr %944, align 8, !tbaa !9
-  %980 = getelementptr i32, ptr %value_cache, i64 %979
-  %981 = getelementptr i8, ptr %980, i64 192
-  %982 = load <16 x i32>, ptr %981, align 4, !tbaa !9
-  %983 = shl <16 x i32> %982, splat (i32 16)
-  %984 = getelementptr inbounds nuw i8, ptr %902, i64 896
-  store <16 x i32> %983, ptr %984, align 4, !tbaa !9
-  %985 = load i64, ptr %944, align 8, !tbaa !9
-  %986 = getelementptr i32, ptr %value_cache, i64 %985
-  %987 = getelementptr i8, ptr %986, i64 192
-  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !9
-  %989 = and <16 x i32> %988, %107
-  %990 = getelementptr inbounds nuw i8, ptr %902, i64 960
-  store <16 x i32> %989, ptr %990, align 4, !tbaa !9
-  %991 = getelementptr inbounds nuw i8, ptr %897, i64 16
-  %992 = load i64, ptr %991, align 8, !tbaa !9
-  %993 = getelementptr inbounds i32, ptr %value_cache, i64 %992
-  %994 = load <16 x i32>, ptr %993, align 4, !tbaa !9
-  %995 = shl <16 x i32> %994, splat (i32 16)
-  %996 = getelementptr inbounds nuw i8, ptr %902, i64 1024
-  store <16 x i32> %995, ptr %996, align 4, !tbaa !9
-  %997 = load i64, ptr %991, align 8, !tbaa !9
-  %998 = getelementptr inbounds i32, ptr %value_cache, i64 %997
-  %999 = load <16 x i32>, ptr %998, align 4, !tbaa !9
-  %1000 = and <16 x i32> %999, %107
-  %1001 = getelementptr inbounds nuw i8, ptr %902, i64 1088
-  store <16 x i32> %1000, ptr %1001, align 4, !tbaa !9
-  %1002 = load i64, ptr %991, align 8, !tbaa !9
-  %1003 = getelementptr i32, ptr %value_cache, i64 %1002
-  %1004 = getelementptr i8, ptr %1003, i64 64
-  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !9
-  %1006 = shl <16 x i32> %1005, splat (i32 16)
-  %1007 = getelementptr inbounds nuw i8, ptr %902, i64 1152
-  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !9
-  %1008 = load i64, ptr %991, align 8, !tbaa !9
-  %1009 = getelementptr i32, ptr %value_cache, i64 %1008
-  %1010 = getelementptr i8, ptr %1009, i64 64
-  %1011 = load <16 x i32>, ptr %1010, align 4, !tbaa !9
-  %1012 = and <16 x i32> %1011, %107
-  %1013 = getelementptr inbounds nuw i8, ptr %902, i64 1216
-  store <16 x i32> %1012, ptr %1013, align 4, !tbaa !9
-  %1014 = load i64, ptr %991, align 8, !tbaa !9
-  %1015 = getelementptr i32, ptr %value_cache, i64 %1014
-  %1016 = getelementptr i8, ptr %1015, i64 128
-  %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !9
-  %1018 = shl <16 x i32> %1017, splat (i32 16)
-  %1019 = getelementptr inbounds nuw i8, ptr %902, i64 1280
-  store <16 x i32> %1018, ptr %1019, align 4, !tbaa !9
-  %1020 = load i64, ptr %991, align 8, !tbaa !9
-  %1021 = getelementptr i32, ptr %value_cache, i64 %1020
-  %1022 = getelementptr i8, ptr %1021, i64 128
-  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !9
-  %1024 = and <16 x i32> %1023, %107
-  %1025 = getelementptr inbounds nuw i8, ptr %902, i64 1344
-  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !9
-  %1026 = load i64, ptr %991, align 8, !tbaa !9
-  %1027 = getelementptr i32, ptr %value_cache, i64 %1026
-  %1028 = getelementptr i8, ptr %1027, i64 192
-  %1029 = load <16 x i32>, ptr %1028, align 4, !tbaa !9
-  %1030 = shl <16 x i32> %1029, splat (i32 16)
-  %1031 = getelementptr inbounds nuw i8, ptr %902, i64 1408
-  store <16 x i32> %1030, ptr %1031, align 4, !tbaa !9
-  %1032 = load i64, ptr %991, align 8, !tbaa !9
-  %1033 = getelementptr i32, ptr %value_cache, i64 %1032
-  %1034 = getelementptr i8, ptr %1033, i64 192
-  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !9
-  %1036 = and <16 x i32> %1035, %107
-  %1037 = getelementptr inbounds nuw i8, ptr %902, i64 1472
-  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !9
-  %1038 = getelementptr inbounds nuw i8, ptr %897, i64 24
-  %1039 = load i64, ptr %1038, align 8, !tbaa !9
-  %1040 = getelementptr inbounds i32, ptr %value_cache, i64 %1039
-  %1041 = load <16 x i32>, ptr %1040, align 4, !tbaa !9
-  %1042 = shl <16 x i32> %1041, splat (i32 16)
-  %1043 = getelementptr inbounds nuw i8, ptr %902, i64 1536
-  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !9
-  %1044 = load i64, ptr %1038, align 8, !tbaa !9
-  %1045 = getelementptr inbounds i32, ptr %value_cache, i64 %1044
-  %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !9
-  %1047 = and <16 x i32> %1046, %107
-  %1048 = getelementptr inbounds nuw i8, ptr %902, i64 1600
-  store <16 x i32> %1047, ptr %1048, align 4, !tbaa !9
-  %1049 = load i64, ptr %1038, align 8, !tbaa !9
-  %1050 = getelementptr i32, ptr %value_cache, i64 %1049
-  %1051 = getelementptr i8, ptr %1050, i64 64
-  %1052 = load <16 x i32>, ptr %1051, align 4, !tbaa !9
-  %1053 = shl <16 x i32> %1052, splat (i32 16)
-  %1054 = getelementptr inbounds nuw i8, ptr %902, i64 1664
-  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !9
-  %1055 = load i64, ptr %1038, align 8, !tbaa !9
-  %1056 = getelementptr i32, ptr %value_cache, i64 %1055
-  %1057 = getelementptr i8, ptr %1056, i64 64
-  %1058 = load <16 x i32>, ptr %1057, align 4, !tbaa !9
-  %1059 = and <16 x i32> %1058, %107
-  %1060 = getelementptr inbounds nuw i8, ptr %902, i64 1728
-  store <16 x i32> %1059, ptr %1060, align 4, !tbaa !9
-  %1061 = load i64, ptr %1038, align 8, !tbaa !9
-  %1062 = getelementptr i32, ptr %value_cache, i64 %1061
-  %1063 = getelementptr i8, ptr %1062, i64 128
-  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !9
-  %1065 = shl <16 x i32> %1064, splat (i32 16)
-  %1066 = getelementptr inbounds nuw i8, ptr %902, i64 1792
-  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !9
-  %1067 = load i64, ptr %1038, align 8, !tbaa !9
-  %1068 = getelementptr i32, ptr %value_cache, i64 %1067
-  %1069 = getelementptr i8, ptr %1068, i64 128
-  %1070 = load <16 x i32>, ptr %1069, align 4, !tbaa !9
-  %1071 = and <16 x i32> %1070, %107
-  %1072 = getelementptr inbounds nuw i8, ptr %902, i64 1856
-  store <16 x i32> %1071, ptr %1072, align 4, !tbaa !9
-  %1073 = load i64, ptr %1038, align 8, !tbaa !9
-  %1074 = getelementptr i32, ptr %value_cache, i64 %1073
-  %1075 = getelementptr i8, ptr %1074, i64 192
-  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !9
-  %1077 = shl <16 x i32> %1076, splat (i32 16)
-  %1078 = getelementptr inbounds nuw i8, ptr %902, i64 1920
-  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !9
-  %1079 = load i64, ptr %1038, align 8, !tbaa !9
-  %1080 = getelementptr i32, ptr %value_cache, i64 %1079
-  %1081 = getelementptr i8, ptr %1080, i64 192
-  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !9
-  %1083 = and <16 x i32> %1082, %107
-  %1084 = getelementptr inbounds nuw i8, ptr %902, i64 1984
-  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !9
-  %1085 = getelementptr inbounds nuw i8, ptr %897, i64 32
-  %1086 = load i64, ptr %1085, align 8, !tbaa !9
-  %1087 = getelementptr inbounds i32, ptr %value_cache, i64 %1086
-  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !9
-  %1089 = shl <16 x i32> %1088, splat (i32 16)
-  %1090 = getelementptr inbounds nuw i8, ptr %902, i64 2048
-  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !9
-  %1091 = load i64, ptr %1085, align 8, !tbaa !9
-  %1092 = getelementptr inbounds i32, ptr %value_cache, i64 %1091
-  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !9
-  %1094 = and <16 x i32> %1093, %107
-  %1095 = getelementptr inbounds nuw i8, ptr %902, i64 2112
-  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !9
-  %1096 = load i64, ptr %1085, align 8, !tbaa !9
-  %1097 = getelementptr i32, ptr %value_cache, i64 %1096
-  %1098 = getelementptr i8, ptr %1097, i64 64
-  %1099 = load <16 x i32>, ptr %1098, align 4, !tbaa !9
-  %1100 = shl <16 x i32> %1099, splat (i32 16)
-  %1101 = getelementptr inbounds nuw i8, ptr %902, i64 2176
-  store <16 x i32> %1100, ptr %1101, align 4, !tbaa !9
-  %1102 = load i64, ptr %1085, align 8, !tbaa !9
-  %1103 = getelementptr i32, ptr %value_cache, i64 %1102
-  %1104 = getelementptr i8, ptr %1103, i64 64
-  %1105 = load <16 x i32>, ptr %1104, align 4, !tbaa !9
-  %1106 = and <16 x i32> %1105, %107
-  %1107 = getelementptr inbounds nuw i8, ptr %902, i64 2240
-  store <16 x i32> %1106, ptr %1107, align 4, !tbaa !9
-  %1108 = load i64, ptr %1085, align 8, !tbaa !9
-  %1109 = getelementptr i32, ptr %value_cache, i64 %1108
-  %1110 = getelementptr i8, ptr %1109, i64 128
-  %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !9
-  %1112 = shl <16 x i32> %1111, splat (i32 16)
-  %1113 = getelementptr inbounds nuw i8, ptr %902, i64 2304
-  store <16 x i32> %1112, ptr %1113, align 4, !tbaa !9
-  %1114 = load i64, ptr %1085, align 8, !tbaa !9
-  %1115 = getelementptr i32, ptr %value_cache, i64 %1114
-  %1116 = getelementptr i8, ptr %1115, i64 128
-  %1117 = load <16 x i32>, ptr %1116, align 4, !tbaa !9
-  %1118 = and <16 x i32> %1117, %107
-  %1119 = getelementptr inbounds nuw i8, ptr %902, i64 2368
-  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !9
-  %1120 = load i64, ptr %1085, align 8, !tbaa !9
-  %1121 = getelementptr i32, ptr %value_cache, i64 %1120
-  %1122 = getelementptr i8, ptr %1121, i64 192
-  %1123 = load <16 x i32>, ptr %1122, align 4, !tbaa !9
-  %1124 = shl <16 x i32> %1123, splat (i32 16)
-  %1125 = getelementptr inbounds nuw i8, ptr %902, i64 2432
-  store <16 x i32> %1124, ptr %1125, align 4, !tbaa !9
-  %1126 = load i64, ptr %1085, align 8, !tbaa !9
-  %1127 = getelementptr i32, ptr %value_cache, i64 %1126
-  %1128 = getelementptr i8, ptr %1127, i64 192
-  %1129 = load <16 x i32>, ptr %1128, align 4, !tbaa !9
-  %1130 = and <16 x i32> %1129, %107
-  %1131 = getelementptr inbounds nuw i8, ptr %902, i64 2496
-  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !9
-  %1132 = getelementptr inbounds nuw i8, ptr %897, i64 40
-  %1133 = load i64, ptr %1132, align 8, !tbaa !9
-  %1134 = getelementptr inbounds i32, ptr %value_cache, i64 %1133
-  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !9
-  %1136 = shl <16 x i32> %1135, splat (i32 16)
-  %1137 = getelementptr inbounds nuw i8, ptr %902, i64 2560
-  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !9
-  %1138 = load i64, ptr %1132, align 8, !tbaa !9
-  %1139 = getelementptr inbounds i32, ptr %value_cache, i64 %1138
-  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !9
-  %1141 = and <16 x i32> %1140, %107
-  %1142 = getelementptr inbounds nuw i8, ptr %902, i64 2624
-  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !9
-  %1143 = load i64, ptr %1132, align 8, !tbaa !9
-  %1144 = getelementptr i32, ptr %value_cache, i64 %1143
-  %1145 = getelementptr i8, ptr %1144, i64 64
-  %1146 = load <16 x i32>, ptr %1145, align 4, !tbaa !9
-  %1147 = shl <16 x i32> %1146, splat (i32 16)
-  %1148 = getelementptr inbounds nuw i8, ptr %902, i64 2688
-  store <16 x i32> %1147, ptr %1148, align 4, !tbaa !9
-  %1149 = load i64, ptr %1132, align 8, !tbaa !9
-  %1150 = getelementptr i32, ptr %value_cache, i64 %1149
-  %1151 = getelementptr i8, ptr %1150, i64 64
-  %1152 = load <16 x i32>, ptr %1151, align 4, !tbaa !9
-  %1153 = and <16 x i32> %1152, %107
-  %1154 = getelementptr inbounds nuw i8, ptr %902, i64 2752
-  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !9
-  %1155 = load i64, ptr %1132, align 8, !tbaa !9
-  %1156 = getelementptr i32, ptr %value_cache, i64 %1155
-  %1157 = getelementptr i8, ptr %1156, i64 128
-  %1158 = load <16 x i32>, ptr %1157, align 4, !tbaa !9
-  %1159 = shl <16 x i32> %1158, splat (i32 16)
-  %1160 = getelementptr inbounds nuw i8, ptr %902, i64 2816
-  store <16 x i32> %1159, ptr %1160, align 4, !tbaa !9
-  %1161 = load i64, ptr %1132, align 8, !tbaa !9
-  %1162 = getelementptr i32, ptr %value_cache, i64 %1161
-  %1163 = getelementptr i8, ptr %1162, i64 128
-  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !9
-  %1165 = and <16 x i32> %1164, %107
-  %1166 = getelementptr inbounds nuw i8, ptr %902, i64 2880
-  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !9
-  %1167 = load i64, ptr %1132, align 8, !tbaa !9
-  %1168 = getelementptr i32, ptr %value_cache, i64 %1167
-  %1169 = getelementptr i8, ptr %1168, i64 192
-  %1170 = load <16 x i32>, ptr %1169, align 4, !tbaa !9
-  %1171 = shl <16 x i32> %1170, splat (i32 16)
-  %1172 = getelementptr inbounds nuw i8, ptr %902, i64 2944
-  store <16 x i32> %1171, ptr %1172, align 4, !tbaa !9
-  %1173 = load i64, ptr %1132, align 8, !tbaa !9
-  %1174 = getelementptr i32, ptr %value_cache, i64 %1173
-  %1175 = getelementptr i8, ptr %1174, i64 192
-  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !9
-  %1177 = and <16 x i32> %1176, %107
-  %1178 = getelementptr inbounds nuw i8, ptr %902, i64 3008
-  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !9
-  %1179 = getelementptr inbounds nuw i8, ptr %897, i64 48
-  %1180 = load i64, ptr %1179, align 8, !tbaa !9
-  %1181 = getelementptr inbounds i32, ptr %value_cache, i64 %1180
-  %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !9
-  %1183 = shl <16 x i32> %1182, splat (i32 16)
-  %1184 = getelementptr inbounds nuw i8, ptr %902, i64 3072
-  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !9
-  %1185 = load i64, ptr %1179, align 8, !tbaa !9
-  %1186 = getelementptr inbounds i32, ptr %value_cache, i64 %1185
-  %1187 = load <16 x i32>, ptr %1186, align 4, !tbaa !9
-  %1188 = and <16 x i32> %1187, %107
-  %1189 = getelementptr inbounds nuw i8, ptr %902, i64 3136
-  store <16 x i32> %1188, ptr %1189, align 4, !tbaa !9
-  %1190 = load i64, ptr %1179, align 8, !tbaa !9
-  %1191 = getelementptr i32, ptr %value_cache, i64 %1190
-  %1192 = getelementptr i8, ptr %1191, i64 64
-  %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !9
-  %1194 = shl <16 x i32> %1193, splat (i32 16)
-  %1195 = getelementptr inbounds nuw i8, ptr %902, i64 3200
-  store <16 x i32> %1194, ptr %1195, align 4, !tbaa !9
-  %1196 = load i64, ptr %1179, align 8, !tbaa !9
-  %1197 = getelementptr i32, ptr %value_cache, i64 %1196
-  %1198 = getelementptr i8, ptr %1197, i64 64
-  %1199 = load <16 x i32>, ptr %1198, align 4, !tbaa !9
-  %1200 = and <16 x i32> %1199, %107
-  %1201 = getelementptr inbounds nuw i8, ptr %902, i64 3264
-  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !9
-  %1202 = load i64, ptr %1179, align 8, !tbaa !9
-  %1203 = getelementptr i32, ptr %value_cache, i64 %1202
-  %1204 = getelementptr i8, ptr %1203, i64 128
-  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !9
-  %1206 = shl <16 x i32> %1205, splat (i32 16)
-  %1207 = getelementptr inbounds nuw i8, ptr %902, i64 3328
-  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !9
-  %1208 = load i64, ptr %1179, align 8, !tbaa !9
-  %1209 = getelementptr i32, ptr %value_cache, i64 %1208
-  %1210 = getelementptr i8, ptr %1209, i64 128
-  %1211 = load <16 x i32>, ptr %1210, align 4, !tbaa !9
-  %1212 = and <16 x i32> %1211, %107
-  %1213 = getelementptr inbounds nuw i8, ptr %902, i64 3392
-  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !9
-  %1214 = load i64, ptr %1179, align 8, !tbaa !9
-  %1215 = getelementptr i32, ptr %value_cache, i64 %1214
-  %1216 = getelementptr i8, ptr %1215, i64 192
-  %1217 = load <16 x i32>, ptr %1216, align 4, !tbaa !9
-  %1218 = shl <16 x i32> %1217, splat (i32 16)
-  %1219 = getelementptr inbounds nuw i8, ptr %902, i64 3456
-  store <16 x i32> %1218, ptr %1219, align 4, !tbaa !9
-  %1220 = load i64, ptr %1179, align 8, !tbaa !9
-  %1221 = getelementptr i32, ptr %value_cache, i64 %1220
-  %1222 = getelementptr i8, ptr %1221, i64 192
-  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !9
-  %1224 = and <16 x i32> %1223, %107
-  %1225 = getelementptr inbounds nuw i8, ptr %902, i64 3520
-  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !9
-  %1226 = getelementptr inbounds nuw i8, ptr %897, i64 56
-  %1227 = load i64, ptr %1226, align 8, !tbaa !9
-  %1228 = getelementptr inbounds i32, ptr %value_cache, i64 %1227
-  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !9
-  %1230 = shl <16 x i32> %1229, splat (i32 16)
-  %1231 = getelementptr inbounds nuw i8, ptr %902, i64 3584
-  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !9
-  %1232 = load i64, ptr %1226, align 8, !tbaa !9
-  %1233 = getelementptr inbounds i32, ptr %value_cache, i64 %1232
-  %1234 = load <16 x i32>, ptr %1233, align 4, !tbaa !9
-  %1235 = and <16 x i32> %1234, %107
-  %1236 = getelementptr inbounds nuw i8, ptr %902, i64 3648
-  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !9
-  %1237 = load i64, ptr %1226, align 8, !tbaa !9
-  %1238 = getelementptr i32, ptr %value_cache, i64 %1237
-  %1239 = getelementptr i8, ptr %1238, i64 64
-  %1240 = load <16 x i32>, ptr %1239, align 4, !tbaa !9
-  %1241 = shl <16 x i32> %1240, splat (i32 16)
-  %1242 = getelementptr inbounds nuw i8, ptr %902, i64 3712
-  store <16 x i32> %1241, ptr %1242, align 4, !tbaa !9
-  %1243 = load i64, ptr %1226, align 8, !tbaa !9
-  %1244 = getelementptr i32, ptr %value_cache, i64 %1243
-  %1245 = getelementptr i8, ptr %1244, i64 64
-  %1246 = load <16 x i32>, ptr %1245, align 4, !tbaa !9
-  %1247 = and <16 x i32> %1246, %107
-  %1248 = getelementptr inbounds nuw i8, ptr %902, i64 3776
-  store <16 x i32> %1247, ptr %1248, align 4, !tbaa !9
-  %1249 = load i64, ptr %1226, align 8, !tbaa !9
-  %1250 = getelementptr i32, ptr %value_cache, i64 %1249
-  %1251 = getelementptr i8, ptr %1250, i64 128
-  %1252 = load <16 x i32>, ptr %1251, align 4, !tbaa !9
-  %1253 = shl <16 x i32> %1252, splat (i32 16)
-  %1254 = getelementptr inbounds nuw i8, ptr %902, i64 3840
-  store <16 x i32> %1253, ptr %1254, align 4, !tbaa !9
-  %1255 = load i64, ptr %1226, align 8, !tbaa !9
-  %1256 = getelementptr i32, ptr %value_cache, i64 %1255
-  %1257 = getelementptr i8, ptr %1256, i64 128
-  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !9
-  %1259 = and <16 x i32> %1258, %107
-  %1260 = getelementptr inbounds nuw i8, ptr %902, i64 3904
-  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !9
-  %1261 = load i64, ptr %1226, align 8, !tbaa !9
-  %1262 = getelementptr i32, ptr %value_cache, i64 %1261
-  %1263 = getelementptr i8, ptr %1262, i64 192
-  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !9
-  %1265 = shl <16 x i32> %1264, splat (i32 16)
-  %1266 = getelementptr inbounds nuw i8, ptr %902, i64 3968
-  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !9
-  %1267 = load i64, ptr %1226, align 8, !tbaa !9
-  %1268 = getelementptr i32, ptr %value_cache, i64 %1267
-  %1269 = getelementptr i8, ptr %1268, i64 192
-  %1270 = load <16 x i32>, ptr %1269, align 4, !tbaa !9
-  %1271 = and <16 x i32> %1270, %107
-  %1272 = getelementptr inbounds nuw i8, ptr %902, i64 4032
-  store <16 x i32> %1271, ptr %1272, align 4, !tbaa !9
-  %indvars.iv.next572.i = add nuw nsw i64 %indvars.iv571.i, 1
-  %exitcond575.not.i = icmp eq i64 %indvars.iv.next572.i, %wide.trip.count565.i
-  br i1 %exitcond575.not.i, label %for_end_to53.i, label %for_begin_ti56.preheader.i, !prof !4
+for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
+  %indvars.iv650.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next651.i, %for_begin_to.i ]
+  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %scores.rf.i = tail call ptr %543(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %544 = icmp eq ptr %scores.rf.i, null
+  br i1 %544, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
 
-for_end_to53.i:                                   ; preds = %for_begin_ti56.preheader.i, %for_begin_to.preheader.i
-  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scores.i = tail call ptr %1273(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1274 = icmp eq ptr %scores.i, null
-  br i1 %1274, label %fused_decode_compute_.exit, label %if_end62.i, !prof !8
-
-if_end62.i:                                       ; preds = %for_end_to53.i
-  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %probs.i = tail call ptr %1275(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1276 = icmp eq ptr %probs.i, null
-  br i1 %1276, label %fused_decode_compute_.exit, label %for_begin_to67.preheader.i, !prof !8
-
-for_begin_to67.preheader.i:                       ; preds = %if_end62.i
-  br i1 %520, label %for_begin_line.preheader.lr.ph.i, label %for_end_to69.thread.i, !prof !3
-
-for_begin_line.preheader.lr.ph.i:                 ; preds = %for_begin_to67.preheader.i
-  %1277 = select i1 %466, i64 128, i64 0
-  %wide.trip.count593.i = zext nneg i32 %464 to i64
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1277
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
+  %545 = shl nsw i64 %indvars.iv650.i, 4
+  %invariant.gep937.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %545
+  %gep = getelementptr inbounds nuw i64, ptr %invariant.gep, i64 %545
   br label %for_begin_line.preheader.i
 
-for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %for_begin_line.preheader.lr.ph.i
-  %indvars.iv590.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next591.i, %for_end_d_1.3.i ]
-  %.idx68 = shl nsw i64 %indvars.iv590.i, 6
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx68
-  %1278 = load i64, ptr %gep, align 8, !tbaa !9
-  %1279 = getelementptr i32, ptr %key_cache, i64 %1278
-  tail call void @llvm.prefetch.p0(ptr readonly %1279, i32 0, i32 2, i32 1)
-  %1280 = getelementptr i8, ptr %1279, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1280, i32 0, i32 2, i32 1)
-  %1281 = getelementptr i8, ptr %1279, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1281, i32 0, i32 2, i32 1)
-  %1282 = getelementptr i8, ptr %1279, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1282, i32 0, i32 2, i32 1)
-  %1283 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1284 = load i64, ptr %1283, align 8, !tbaa !9
-  %1285 = getelementptr i32, ptr %key_cache, i64 %1284
-  tail call void @llvm.prefetch.p0(ptr readonly %1285, i32 0, i32 2, i32 1)
-  %1286 = getelementptr i8, ptr %1285, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1286, i32 0, i32 2, i32 1)
-  %1287 = getelementptr i8, ptr %1285, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1287, i32 0, i32 2, i32 1)
-  %1288 = getelementptr i8, ptr %1285, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1288, i32 0, i32 2, i32 1)
-  %1289 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  %1290 = load i64, ptr %1289, align 8, !tbaa !9
-  %1291 = getelementptr i32, ptr %key_cache, i64 %1290
-  tail call void @llvm.prefetch.p0(ptr readonly %1291, i32 0, i32 2, i32 1)
-  %1292 = getelementptr i8, ptr %1291, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1292, i32 0, i32 2, i32 1)
-  %1293 = getelementptr i8, ptr %1291, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1293, i32 0, i32 2, i32 1)
-  %1294 = getelementptr i8, ptr %1291, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1294, i32 0, i32 2, i32 1)
-  %1295 = getelementptr inbounds nuw i8, ptr %gep, i64 24
-  %1296 = load i64, ptr %1295, align 8, !tbaa !9
-  %1297 = getelementptr i32, ptr %key_cache, i64 %1296
-  tail call void @llvm.prefetch.p0(ptr readonly %1297, i32 0, i32 2, i32 1)
-  %1298 = getelementptr i8, ptr %1297, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1298, i32 0, i32 2, i32 1)
-  %1299 = getelementptr i8, ptr %1297, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1299, i32 0, i32 2, i32 1)
-  %1300 = getelementptr i8, ptr %1297, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1300, i32 0, i32 2, i32 1)
-  %1301 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  %1302 = load i64, ptr %1301, align 8, !tbaa !9
-  %1303 = getelementptr i32, ptr %key_cache, i64 %1302
-  tail call void @llvm.prefetch.p0(ptr readonly %1303, i32 0, i32 2, i32 1)
-  %1304 = getelementptr i8, ptr %1303, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1304, i32 0, i32 2, i32 1)
-  %1305 = getelementptr i8, ptr %1303, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1305, i32 0, i32 2, i32 1)
-  %1306 = getelementptr i8, ptr %1303, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1306, i32 0, i32 2, i32 1)
-  %1307 = getelementptr inbounds nuw i8, ptr %gep, i64 40
-  %1308 = load i64, ptr %1307, align 8, !tbaa !9
-  %1309 = getelementptr i32, ptr %key_cache, i64 %1308
-  tail call void @llvm.prefetch.p0(ptr readonly %1309, i32 0, i32 2, i32 1)
-  %1310 = getelementptr i8, ptr %1309, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1310, i32 0, i32 2, i32 1)
-  %1311 = getelementptr i8, ptr %1309, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1311, i32 0, i32 2, i32 1)
-  %1312 = getelementptr i8, ptr %1309, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1312, i32 0, i32 2, i32 1)
-  %1313 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  %1314 = load i64, ptr %1313, align 8, !tbaa !9
-  %1315 = getelementptr i32, ptr %key_cache, i64 %1314
-  tail call void @llvm.prefetch.p0(ptr readonly %1315, i32 0, i32 2, i32 1)
-  %1316 = getelementptr i8, ptr %1315, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1316, i32 0, i32 2, i32 1)
-  %1317 = getelementptr i8, ptr %1315, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1317, i32 0, i32 2, i32 1)
-  %1318 = getelementptr i8, ptr %1315, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1318, i32 0, i32 2, i32 1)
-  %1319 = getelementptr inbounds nuw i8, ptr %gep, i64 56
-  %1320 = load i64, ptr %1319, align 8, !tbaa !9
-  %1321 = getelementptr i32, ptr %key_cache, i64 %1320
-  tail call void @llvm.prefetch.p0(ptr readonly %1321, i32 0, i32 2, i32 1)
-  %1322 = getelementptr i8, ptr %1321, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1322, i32 0, i32 2, i32 1)
-  %1323 = getelementptr i8, ptr %1321, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1323, i32 0, i32 2, i32 1)
-  %1324 = getelementptr i8, ptr %1321, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1324, i32 0, i32 2, i32 1)
-  %1325 = shl i64 %indvars.iv590.i, 10
-  %1326 = and i64 %1325, 4294966272
-  %1327 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1326
-  br label %for_begin_d_2.preheader.i
+for_end_to.i:                                     ; preds = %for_begin_to.i
+  %546 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %scaled.i = tail call ptr %546(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %547 = icmp eq ptr %scaled.i, null
+  br i1 %547, label %fused_decode_compute_.exit, label %for_body_to59.us.i.preheader, !prof !8
 
-for_end_to69.i:                                   ; preds = %for_end_d_1.3.i
-  %1328 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scaled.i = tail call ptr %1328(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1329 = icmp eq ptr %scaled.i, null
-  br i1 %1329, label %fused_decode_compute_.exit, label %for_begin_to75.preheader.i, !prof !8
+for_body_to59.us.i.preheader:                     ; preds = %for_end_to.i
+  %xtraiter = and i64 %wide.trip.count653.i, 3
+  %548 = icmp ult i32 %485, 4
+  br i1 %548, label %for_body_to59.us.i.epil.preheader, label %for_body_to59.us.i.preheader.new, !prof !15
 
-for_end_to69.thread.i:                            ; preds = %for_begin_to67.preheader.i
-  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scaled806.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1331 = icmp eq ptr %scaled806.i, null
-  br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_ti_1.preheader.i, !prof !8
+for_body_to59.us.i.preheader.new:                 ; preds = %for_body_to59.us.i.preheader
+  %unroll_iter = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.i
 
-for_begin_to75.preheader.i:                       ; preds = %for_end_to69.i
-  %1332 = sext i32 %462 to i64
-  br label %for_begin_ti80.preheader.i
+for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
+  %549 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %scaled902.i = tail call ptr %549(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %550 = icmp eq ptr %scaled902.i, null
+  br i1 %550, label %fused_decode_compute_.exit, label %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge, !prof !8
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_line.preheader.i
-  %indvars.iv581.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next582.i, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.0.1386.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1381, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.4.1385.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1386, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.8.1384.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1391, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.12.1383.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1396, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.16.1382.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1401, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.20.1381.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1406, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.24.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1411, %for_begin_d_2.preheader.i ]
-  %scores_global267.sroa.28.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1416, %for_begin_d_2.preheader.i ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv581.i, 7
-  %1333 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx69
-  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !9
-  %1335 = getelementptr inbounds nuw float, ptr %1327, i64 %indvars.iv581.i
-  %1336 = load float, ptr %1335, align 4, !tbaa !9
-  %1337 = insertelement <16 x float> poison, float %1336, i64 0
-  %1338 = shufflevector <16 x float> %1337, <16 x float> poison, <16 x i32> zeroinitializer
-  %1339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1338, <16 x float> %scores_global267.sroa.0.1386.i)
-  %1340 = getelementptr inbounds nuw i8, ptr %1335, i64 512
-  %1341 = load float, ptr %1340, align 4, !tbaa !9
-  %1342 = insertelement <16 x float> poison, float %1341, i64 0
-  %1343 = shufflevector <16 x float> %1342, <16 x float> poison, <16 x i32> zeroinitializer
-  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1343, <16 x float> %scores_global267.sroa.4.1385.i)
-  %1345 = getelementptr inbounds nuw i8, ptr %1335, i64 1024
-  %1346 = load float, ptr %1345, align 4, !tbaa !9
-  %1347 = insertelement <16 x float> poison, float %1346, i64 0
-  %1348 = shufflevector <16 x float> %1347, <16 x float> poison, <16 x i32> zeroinitializer
-  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1348, <16 x float> %scores_global267.sroa.8.1384.i)
-  %1350 = getelementptr inbounds nuw i8, ptr %1335, i64 1536
-  %1351 = load float, ptr %1350, align 4, !tbaa !9
-  %1352 = insertelement <16 x float> poison, float %1351, i64 0
-  %1353 = shufflevector <16 x float> %1352, <16 x float> poison, <16 x i32> zeroinitializer
-  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1353, <16 x float> %scores_global267.sroa.12.1383.i)
-  %1355 = getelementptr inbounds nuw i8, ptr %1335, i64 2048
-  %1356 = load float, ptr %1355, align 4, !tbaa !9
-  %1357 = insertelement <16 x float> poison, float %1356, i64 0
-  %1358 = shufflevector <16 x float> %1357, <16 x float> poison, <16 x i32> zeroinitializer
-  %1359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1358, <16 x float> %scores_global267.sroa.16.1382.i)
-  %1360 = getelementptr inbounds nuw i8, ptr %1335, i64 2560
-  %1361 = load float, ptr %1360, align 4, !tbaa !9
-  %1362 = insertelement <16 x float> poison, float %1361, i64 0
-  %1363 = shufflevector <16 x float> %1362, <16 x float> poison, <16 x i32> zeroinitializer
-  %1364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1363, <16 x float> %scores_global267.sroa.20.1381.i)
-  %1365 = getelementptr inbounds nuw i8, ptr %1335, i64 3072
-  %1366 = load float, ptr %1365, align 4, !tbaa !9
-  %1367 = insertelement <16 x float> poison, float %1366, i64 0
-  %1368 = shufflevector <16 x float> %1367, <16 x float> poison, <16 x i32> zeroinitializer
-  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1368, <16 x float> %scores_global267.sroa.24.1380.i)
-  %1370 = getelementptr inbounds nuw i8, ptr %1335, i64 3584
-  %1371 = load float, ptr %1370, align 4, !tbaa !9
-  %1372 = insertelement <16 x float> poison, float %1371, i64 0
-  %1373 = shufflevector <16 x float> %1372, <16 x float> poison, <16 x i32> zeroinitializer
-  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1334, <16 x float> %1373, <16 x float> %scores_global267.sroa.28.1379.i)
-  %1375 = getelementptr inbounds nuw i8, ptr %1333, i64 64
-  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !9
-  %1377 = getelementptr inbounds nuw i8, ptr %1335, i64 64
-  %1378 = load float, ptr %1377, align 4, !tbaa !9
-  %1379 = insertelement <16 x float> poison, float %1378, i64 0
-  %1380 = shufflevector <16 x float> %1379, <16 x float> poison, <16 x i32> zeroinitializer
-  %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1380, <16 x float> %1339)
-  %1382 = getelementptr inbounds nuw i8, ptr %1335, i64 576
-  %1383 = load float, ptr %1382, align 4, !tbaa !9
-  %1384 = insertelement <16 x float> poison, float %1383, i64 0
-  %1385 = shufflevector <16 x float> %1384, <16 x float> poison, <16 x i32> zeroinitializer
-  %1386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1385, <16 x float> %1344)
-  %1387 = getelementptr inbounds nuw i8, ptr %1335, i64 1088
-  %1388 = load float, ptr %1387, align 4, !tbaa !9
-  %1389 = insertelement <16 x float> poison, float %1388, i64 0
-  %1390 = shufflevector <16 x float> %1389, <16 x float> poison, <16 x i32> zeroinitializer
-  %1391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1390, <16 x float> %1349)
-  %1392 = getelementptr inbounds nuw i8, ptr %1335, i64 1600
-  %1393 = load float, ptr %1392, align 4, !tbaa !9
-  %1394 = insertelement <16 x float> poison, float %1393, i64 0
-  %1395 = shufflevector <16 x float> %1394, <16 x float> poison, <16 x i32> zeroinitializer
-  %1396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1395, <16 x float> %1354)
-  %1397 = getelementptr inbounds nuw i8, ptr %1335, i64 2112
-  %1398 = load float, ptr %1397, align 4, !tbaa !9
-  %1399 = insertelement <16 x float> poison, float %1398, i64 0
-  %1400 = shufflevector <16 x float> %1399, <16 x float> poison, <16 x i32> zeroinitializer
-  %1401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1400, <16 x float> %1359)
-  %1402 = getelementptr inbounds nuw i8, ptr %1335, i64 2624
-  %1403 = load float, ptr %1402, align 4, !tbaa !9
-  %1404 = insertelement <16 x float> poison, float %1403, i64 0
-  %1405 = shufflevector <16 x float> %1404, <16 x float> poison, <16 x i32> zeroinitializer
-  %1406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1405, <16 x float> %1364)
-  %1407 = getelementptr inbounds nuw i8, ptr %1335, i64 3136
-  %1408 = load float, ptr %1407, align 4, !tbaa !9
-  %1409 = insertelement <16 x float> poison, float %1408, i64 0
-  %1410 = shufflevector <16 x float> %1409, <16 x float> poison, <16 x i32> zeroinitializer
-  %1411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1410, <16 x float> %1369)
-  %1412 = getelementptr inbounds nuw i8, ptr %1335, i64 3648
-  %1413 = load float, ptr %1412, align 4, !tbaa !9
-  %1414 = insertelement <16 x float> poison, float %1413, i64 0
-  %1415 = shufflevector <16 x float> %1414, <16 x float> poison, <16 x i32> zeroinitializer
-  %1416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1376, <16 x float> %1415, <16 x float> %1374)
-  %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
-  %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, 16
-  br i1 %exitcond585.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !11
+for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge: ; preds = %for_end_to.thread.i
+  %.pre131 = zext nneg i32 %485 to i64
+  br label %for_begin_r63.preheader.i
 
-for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1417 = getelementptr inbounds nuw i8, ptr %1327, i64 128
-  br label %for_begin_d_2.preheader.1.i
+for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_body_to59.us.i.preheader.new
+  %indvars.iv655.i = phi i64 [ 0, %for_body_to59.us.i.preheader.new ], [ %indvars.iv.next656.i.3, %for_body_to59.us.i ]
+  %niter = phi i64 [ 0, %for_body_to59.us.i.preheader.new ], [ %niter.next.3, %for_body_to59.us.i ]
+  %551 = shl nsw i64 %indvars.iv655.i, 4
+  %552 = getelementptr inbounds nuw float, ptr %scores.i, i64 %551
+  %553 = load <16 x float>, ptr %552, align 4, !tbaa !9
+  %554 = fmul <16 x float> %108, %553
+  %555 = trunc i64 %551 to i32
+  %556 = sub i32 %483, %555
+  %557 = insertelement <16 x i32> poison, i32 %556, i64 0
+  %558 = shufflevector <16 x i32> %557, <16 x i32> poison, <16 x i32> zeroinitializer
+  %559 = icmp sgt <16 x i32> %558, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %560 = select <16 x i1> %559, <16 x float> %554, <16 x float> splat (float 0xFFF0000000000000)
+  %561 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %551
+  store <16 x float> %560, ptr %561, align 4, !tbaa !9
+  %indvars.iv.next656.i = shl i64 %indvars.iv655.i, 4
+  %562 = or disjoint i64 %indvars.iv.next656.i, 16
+  %563 = getelementptr inbounds nuw float, ptr %scores.i, i64 %562
+  %564 = load <16 x float>, ptr %563, align 4, !tbaa !9
+  %565 = fmul <16 x float> %108, %564
+  %566 = trunc i64 %562 to i32
+  %567 = sub i32 %483, %566
+  %568 = insertelement <16 x i32> poison, i32 %567, i64 0
+  %569 = shufflevector <16 x i32> %568, <16 x i32> poison, <16 x i32> zeroinitializer
+  %570 = icmp sgt <16 x i32> %569, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %571 = select <16 x i1> %570, <16 x float> %565, <16 x float> splat (float 0xFFF0000000000000)
+  %572 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %562
+  store <16 x float> %571, ptr %572, align 4, !tbaa !9
+  %indvars.iv.next656.i.1 = shl i64 %indvars.iv655.i, 4
+  %573 = or disjoint i64 %indvars.iv.next656.i.1, 32
+  %574 = getelementptr inbounds nuw float, ptr %scores.i, i64 %573
+  %575 = load <16 x float>, ptr %574, align 4, !tbaa !9
+  %576 = fmul <16 x float> %108, %575
+  %577 = trunc i64 %573 to i32
+  %578 = sub i32 %483, %577
+  %579 = insertelement <16 x i32> poison, i32 %578, i64 0
+  %580 = shufflevector <16 x i32> %579, <16 x i32> poison, <16 x i32> zeroinitializer
+  %581 = icmp sgt <16 x i32> %580, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %582 = select <16 x i1> %581, <16 x float> %576, <16 x float> splat (float 0xFFF0000000000000)
+  %583 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %573
+  store <16 x float> %582, ptr %583, align 4, !tbaa !9
+  %indvars.iv.next656.i.2 = shl i64 %indvars.iv655.i, 4
+  %584 = or disjoint i64 %indvars.iv.next656.i.2, 48
+  %585 = getelementptr inbounds nuw float, ptr %scores.i, i64 %584
+  %586 = load <16 x float>, ptr %585, align 4, !tbaa !9
+  %587 = fmul <16 x float> %108, %586
+  %588 = trunc i64 %584 to i32
+  %589 = sub i32 %483, %588
+  %590 = insertelement <16 x i32> poison, i32 %589, i64 0
+  %591 = shufflevector <16 x i32> %590, <16 x i32> poison, <16 x i32> zeroinitializer
+  %592 = icmp sgt <16 x i32> %591, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %593 = select <16 x i1> %592, <16 x float> %587, <16 x float> splat (float 0xFFF0000000000000)
+  %594 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %584
+  store <16 x float> %593, ptr %594, align 4, !tbaa !9
+  %indvars.iv.next656.i.3 = add nuw nsw i64 %indvars.iv655.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_body_to59.us.1.i.preheader.unr-lcssa, label %for_body_to59.us.i, !prof !16, !llvm.loop !17
 
-for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv581.1.i = phi i64 [ %indvars.iv.next582.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.0.1386.1.i = phi <16 x float> [ %1467, %for_begin_d_2.preheader.1.i ], [ %1381, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.4.1385.1.i = phi <16 x float> [ %1472, %for_begin_d_2.preheader.1.i ], [ %1386, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.8.1384.1.i = phi <16 x float> [ %1477, %for_begin_d_2.preheader.1.i ], [ %1391, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.12.1383.1.i = phi <16 x float> [ %1482, %for_begin_d_2.preheader.1.i ], [ %1396, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.16.1382.1.i = phi <16 x float> [ %1487, %for_begin_d_2.preheader.1.i ], [ %1401, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.20.1381.1.i = phi <16 x float> [ %1492, %for_begin_d_2.preheader.1.i ], [ %1406, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.24.1380.1.i = phi <16 x float> [ %1497, %for_begin_d_2.preheader.1.i ], [ %1411, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global267.sroa.28.1379.1.i = phi <16 x float> [ %1502, %for_begin_d_2.preheader.1.i ], [ %1416, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx70 = shl nuw nsw i64 %indvars.iv581.1.i, 7
-  %1418 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx70
-  %1419 = getelementptr inbounds nuw i8, ptr %1418, i64 2048
-  %1420 = load <16 x float>, ptr %1419, align 4, !tbaa !9
-  %1421 = getelementptr inbounds nuw float, ptr %1417, i64 %indvars.iv581.1.i
-  %1422 = load float, ptr %1421, align 4, !tbaa !9
-  %1423 = insertelement <16 x float> poison, float %1422, i64 0
-  %1424 = shufflevector <16 x float> %1423, <16 x float> poison, <16 x i32> zeroinitializer
-  %1425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1424, <16 x float> %scores_global267.sroa.0.1386.1.i)
-  %1426 = getelementptr inbounds nuw i8, ptr %1421, i64 512
-  %1427 = load float, ptr %1426, align 4, !tbaa !9
-  %1428 = insertelement <16 x float> poison, float %1427, i64 0
-  %1429 = shufflevector <16 x float> %1428, <16 x float> poison, <16 x i32> zeroinitializer
-  %1430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1429, <16 x float> %scores_global267.sroa.4.1385.1.i)
-  %1431 = getelementptr inbounds nuw i8, ptr %1421, i64 1024
-  %1432 = load float, ptr %1431, align 4, !tbaa !9
-  %1433 = insertelement <16 x float> poison, float %1432, i64 0
-  %1434 = shufflevector <16 x float> %1433, <16 x float> poison, <16 x i32> zeroinitializer
-  %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1434, <16 x float> %scores_global267.sroa.8.1384.1.i)
-  %1436 = getelementptr inbounds nuw i8, ptr %1421, i64 1536
-  %1437 = load float, ptr %1436, align 4, !tbaa !9
-  %1438 = insertelement <16 x float> poison, float %1437, i64 0
-  %1439 = shufflevector <16 x float> %1438, <16 x float> poison, <16 x i32> zeroinitializer
-  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1439, <16 x float> %scores_global267.sroa.12.1383.1.i)
-  %1441 = getelementptr inbounds nuw i8, ptr %1421, i64 2048
-  %1442 = load float, ptr %1441, align 4, !tbaa !9
-  %1443 = insertelement <16 x float> poison, float %1442, i64 0
-  %1444 = shufflevector <16 x float> %1443, <16 x float> poison, <16 x i32> zeroinitializer
-  %1445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1444, <16 x float> %scores_global267.sroa.16.1382.1.i)
-  %1446 = getelementptr inbounds nuw i8, ptr %1421, i64 2560
-  %1447 = load float, ptr %1446, align 4, !tbaa !9
-  %1448 = insertelement <16 x float> poison, float %1447, i64 0
-  %1449 = shufflevector <16 x float> %1448, <16 x float> poison, <16 x i32> zeroinitializer
-  %1450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1449, <16 x float> %scores_global267.sroa.20.1381.1.i)
-  %1451 = getelementptr inbounds nuw i8, ptr %1421, i64 3072
-  %1452 = load float, ptr %1451, align 4, !tbaa !9
-  %1453 = insertelement <16 x float> poison, float %1452, i64 0
-  %1454 = shufflevector <16 x float> %1453, <16 x float> poison, <16 x i32> zeroinitializer
-  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1454, <16 x float> %scores_global267.sroa.24.1380.1.i)
-  %1456 = getelementptr inbounds nuw i8, ptr %1421, i64 3584
-  %1457 = load float, ptr %1456, align 4, !tbaa !9
-  %1458 = insertelement <16 x float> poison, float %1457, i64 0
-  %1459 = shufflevector <16 x float> %1458, <16 x float> poison, <16 x i32> zeroinitializer
-  %1460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1420, <16 x float> %1459, <16 x float> %scores_global267.sroa.28.1379.1.i)
-  %1461 = getelementptr inbounds nuw i8, ptr %1418, i64 2112
-  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !9
-  %1463 = getelementptr inbounds nuw i8, ptr %1421, i64 64
-  %1464 = load float, ptr %1463, align 4, !tbaa !9
-  %1465 = insertelement <16 x float> poison, float %1464, i64 0
-  %1466 = shufflevector <16 x float> %1465, <16 x float> poison, <16 x i32> zeroinitializer
-  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1466, <16 x float> %1425)
-  %1468 = getelementptr inbounds nuw i8, ptr %1421, i64 576
-  %1469 = load float, ptr %1468, align 4, !tbaa !9
-  %1470 = insertelement <16 x float> poison, float %1469, i64 0
-  %1471 = shufflevector <16 x float> %1470, <16 x float> poison, <16 x i32> zeroinitializer
-  %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1471, <16 x float> %1430)
-  %1473 = getelementptr inbounds nuw i8, ptr %1421, i64 1088
-  %1474 = load float, ptr %1473, align 4, !tbaa !9
-  %1475 = insertelement <16 x float> poison, float %1474, i64 0
-  %1476 = shufflevector <16 x float> %1475, <16 x float> poison, <16 x i32> zeroinitializer
-  %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1476, <16 x float> %1435)
-  %1478 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
-  %1479 = load float, ptr %1478, align 4, !tbaa !9
-  %1480 = insertelement <16 x float> poison, float %1479, i64 0
-  %1481 = shufflevector <16 x float> %1480, <16 x float> poison, <16 x i32> zeroinitializer
-  %1482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1481, <16 x float> %1440)
-  %1483 = getelementptr inbounds nuw i8, ptr %1421, i64 2112
-  %1484 = load float, ptr %1483, align 4, !tbaa !9
-  %1485 = insertelement <16 x float> poison, float %1484, i64 0
-  %1486 = shufflevector <16 x float> %1485, <16 x float> poison, <16 x i32> zeroinitializer
-  %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1486, <16 x float> %1445)
-  %1488 = getelementptr inbounds nuw i8, ptr %1421, i64 2624
-  %1489 = load float, ptr %1488, align 4, !tbaa !9
-  %1490 = insertelement <16 x float> poison, float %1489, i64 0
-  %1491 = shufflevector <16 x float> %1490, <16 x float> poison, <16 x i32> zeroinitializer
-  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1491, <16 x float> %1450)
-  %1493 = getelementptr inbounds nuw i8, ptr %1421, i64 3136
-  %1494 = load float, ptr %1493, align 4, !tbaa !9
-  %1495 = insertelement <16 x float> poison, float %1494, i64 0
-  %1496 = shufflevector <16 x float> %1495, <16 x float> poison, <16 x i32> zeroinitializer
-  %1497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1496, <16 x float> %1455)
-  %1498 = getelementptr inbounds nuw i8, ptr %1421, i64 3648
-  %1499 = load float, ptr %1498, align 4, !tbaa !9
-  %1500 = insertelement <16 x float> poison, float %1499, i64 0
-  %1501 = shufflevector <16 x float> %1500, <16 x float> poison, <16 x i32> zeroinitializer
-  %1502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> %1501, <16 x float> %1460)
-  %indvars.iv.next582.1.i = add nuw nsw i64 %indvars.iv581.1.i, 1
-  %exitcond585.1.not.i = icmp eq i64 %indvars.iv.next582.1.i, 16
-  br i1 %exitcond585.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !11
+for_body_to59.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_to59.us.1.i.preheader, label %for_body_to59.us.i.epil.preheader, !prof !19
 
-for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1503 = getelementptr inbounds nuw i8, ptr %1327, i64 256
-  br label %for_begin_d_2.preheader.2.i
+for_body_to59.us.i.epil.preheader:                ; preds = %for_body_to59.us.1.i.preheader.unr-lcssa, %for_body_to59.us.i.preheader
+  %indvars.iv655.i.epil.init = phi i64 [ 0, %for_body_to59.us.i.preheader ], [ %indvars.iv.next656.i.3, %for_body_to59.us.1.i.preheader.unr-lcssa ]
+  %lcmp.mod194 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod194)
+  br label %for_body_to59.us.i.epil
 
-for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv581.2.i = phi i64 [ %indvars.iv.next582.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.0.1386.2.i = phi <16 x float> [ %1553, %for_begin_d_2.preheader.2.i ], [ %1467, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.4.1385.2.i = phi <16 x float> [ %1558, %for_begin_d_2.preheader.2.i ], [ %1472, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.8.1384.2.i = phi <16 x float> [ %1563, %for_begin_d_2.preheader.2.i ], [ %1477, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.12.1383.2.i = phi <16 x float> [ %1568, %for_begin_d_2.preheader.2.i ], [ %1482, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.16.1382.2.i = phi <16 x float> [ %1573, %for_begin_d_2.preheader.2.i ], [ %1487, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.20.1381.2.i = phi <16 x float> [ %1578, %for_begin_d_2.preheader.2.i ], [ %1492, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.24.1380.2.i = phi <16 x float> [ %1583, %for_begin_d_2.preheader.2.i ], [ %1497, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global267.sroa.28.1379.2.i = phi <16 x float> [ %1588, %for_begin_d_2.preheader.2.i ], [ %1502, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx71 = shl nuw nsw i64 %indvars.iv581.2.i, 7
-  %1504 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx71
-  %1505 = getelementptr inbounds nuw i8, ptr %1504, i64 4096
-  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !9
-  %1507 = getelementptr inbounds nuw float, ptr %1503, i64 %indvars.iv581.2.i
-  %1508 = load float, ptr %1507, align 4, !tbaa !9
-  %1509 = insertelement <16 x float> poison, float %1508, i64 0
-  %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
-  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1510, <16 x float> %scores_global267.sroa.0.1386.2.i)
-  %1512 = getelementptr inbounds nuw i8, ptr %1507, i64 512
-  %1513 = load float, ptr %1512, align 4, !tbaa !9
-  %1514 = insertelement <16 x float> poison, float %1513, i64 0
-  %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
-  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1515, <16 x float> %scores_global267.sroa.4.1385.2.i)
-  %1517 = getelementptr inbounds nuw i8, ptr %1507, i64 1024
-  %1518 = load float, ptr %1517, align 4, !tbaa !9
-  %1519 = insertelement <16 x float> poison, float %1518, i64 0
-  %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1520, <16 x float> %scores_global267.sroa.8.1384.2.i)
-  %1522 = getelementptr inbounds nuw i8, ptr %1507, i64 1536
-  %1523 = load float, ptr %1522, align 4, !tbaa !9
-  %1524 = insertelement <16 x float> poison, float %1523, i64 0
-  %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
-  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1525, <16 x float> %scores_global267.sroa.12.1383.2.i)
-  %1527 = getelementptr inbounds nuw i8, ptr %1507, i64 2048
-  %1528 = load float, ptr %1527, align 4, !tbaa !9
-  %1529 = insertelement <16 x float> poison, float %1528, i64 0
-  %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
-  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1530, <16 x float> %scores_global267.sroa.16.1382.2.i)
-  %1532 = getelementptr inbounds nuw i8, ptr %1507, i64 2560
-  %1533 = load float, ptr %1532, align 4, !tbaa !9
-  %1534 = insertelement <16 x float> poison, float %1533, i64 0
-  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
-  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1535, <16 x float> %scores_global267.sroa.20.1381.2.i)
-  %1537 = getelementptr inbounds nuw i8, ptr %1507, i64 3072
-  %1538 = load float, ptr %1537, align 4, !tbaa !9
-  %1539 = insertelement <16 x float> poison, float %1538, i64 0
-  %1540 = shufflevector <16 x float> %1539, <16 x float> poison, <16 x i32> zeroinitializer
-  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1540, <16 x float> %scores_global267.sroa.24.1380.2.i)
-  %1542 = getelementptr inbounds nuw i8, ptr %1507, i64 3584
-  %1543 = load float, ptr %1542, align 4, !tbaa !9
-  %1544 = insertelement <16 x float> poison, float %1543, i64 0
-  %1545 = shufflevector <16 x float> %1544, <16 x float> poison, <16 x i32> zeroinitializer
-  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> %1545, <16 x float> %scores_global267.sroa.28.1379.2.i)
-  %1547 = getelementptr inbounds nuw i8, ptr %1504, i64 4160
-  %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !9
-  %1549 = getelementptr inbounds nuw i8, ptr %1507, i64 64
-  %1550 = load float, ptr %1549, align 4, !tbaa !9
-  %1551 = insertelement <16 x float> poison, float %1550, i64 0
-  %1552 = shufflevector <16 x float> %1551, <16 x float> poison, <16 x i32> zeroinitializer
-  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1552, <16 x float> %1511)
-  %1554 = getelementptr inbounds nuw i8, ptr %1507, i64 576
-  %1555 = load float, ptr %1554, align 4, !tbaa !9
-  %1556 = insertelement <16 x float> poison, float %1555, i64 0
-  %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
-  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1557, <16 x float> %1516)
-  %1559 = getelementptr inbounds nuw i8, ptr %1507, i64 1088
-  %1560 = load float, ptr %1559, align 4, !tbaa !9
-  %1561 = insertelement <16 x float> poison, float %1560, i64 0
-  %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
-  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1562, <16 x float> %1521)
-  %1564 = getelementptr inbounds nuw i8, ptr %1507, i64 1600
-  %1565 = load float, ptr %1564, align 4, !tbaa !9
-  %1566 = insertelement <16 x float> poison, float %1565, i64 0
-  %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
-  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1567, <16 x float> %1526)
-  %1569 = getelementptr inbounds nuw i8, ptr %1507, i64 2112
-  %1570 = load float, ptr %1569, align 4, !tbaa !9
-  %1571 = insertelement <16 x float> poison, float %1570, i64 0
-  %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
-  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1572, <16 x float> %1531)
-  %1574 = getelementptr inbounds nuw i8, ptr %1507, i64 2624
-  %1575 = load float, ptr %1574, align 4, !tbaa !9
-  %1576 = insertelement <16 x float> poison, float %1575, i64 0
-  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
-  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1577, <16 x float> %1536)
-  %1579 = getelementptr inbounds nuw i8, ptr %1507, i64 3136
-  %1580 = load float, ptr %1579, align 4, !tbaa !9
-  %1581 = insertelement <16 x float> poison, float %1580, i64 0
-  %1582 = shufflevector <16 x float> %1581, <16 x float> poison, <16 x i32> zeroinitializer
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1582, <16 x float> %1541)
-  %1584 = getelementptr inbounds nuw i8, ptr %1507, i64 3648
-  %1585 = load float, ptr %1584, align 4, !tbaa !9
-  %1586 = insertelement <16 x float> poison, float %1585, i64 0
-  %1587 = shufflevector <16 x float> %1586, <16 x float> poison, <16 x i32> zeroinitializer
-  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1548, <16 x float> %1587, <16 x float> %1546)
-  %indvars.iv.next582.2.i = add nuw nsw i64 %indvars.iv581.2.i, 1
-  %exitcond585.2.not.i = icmp eq i64 %indvars.iv.next582.2.i, 16
-  br i1 %exitcond585.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !11
+for_body_to59.us.i.epil:                          ; preds = %for_body_to59.us.i.epil, %for_body_to59.us.i.epil.preheader
+  %indvars.iv655.i.epil = phi i64 [ %indvars.iv.next656.i.epil, %for_body_to59.us.i.epil ], [ %indvars.iv655.i.epil.init, %for_body_to59.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to59.us.i.epil ], [ 0, %for_body_to59.us.i.epil.preheader ]
+  %595 = shl nsw i64 %indvars.iv655.i.epil, 4
+  %596 = getelementptr inbounds nuw float, ptr %scores.i, i64 %595
+  %597 = load <16 x float>, ptr %596, align 4, !tbaa !9
+  %598 = fmul <16 x float> %108, %597
+  %599 = trunc i64 %595 to i32
+  %600 = sub i32 %483, %599
+  %601 = insertelement <16 x i32> poison, i32 %600, i64 0
+  %602 = shufflevector <16 x i32> %601, <16 x i32> poison, <16 x i32> zeroinitializer
+  %603 = icmp sgt <16 x i32> %602, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %604 = select <16 x i1> %603, <16 x float> %598, <16 x float> splat (float 0xFFF0000000000000)
+  %605 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %595
+  store <16 x float> %604, ptr %605, align 4, !tbaa !9
+  %indvars.iv.next656.i.epil = add nuw nsw i64 %indvars.iv655.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_body_to59.us.1.i.preheader, label %for_body_to59.us.i.epil, !prof !20, !llvm.loop !21
 
-for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1589 = getelementptr inbounds nuw i8, ptr %1327, i64 384
-  br label %for_begin_d_2.preheader.3.i
+for_body_to59.us.1.i.preheader:                   ; preds = %for_body_to59.us.i.epil, %for_body_to59.us.1.i.preheader.unr-lcssa
+  %xtraiter195 = and i64 %wide.trip.count653.i, 3
+  %606 = icmp ult i32 %485, 4
+  br i1 %606, label %for_body_to59.us.1.i.epil.preheader, label %for_body_to59.us.1.i.preheader.new, !prof !15
 
-for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv581.3.i = phi i64 [ %indvars.iv.next582.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.0.1386.3.i = phi <16 x float> [ %1639, %for_begin_d_2.preheader.3.i ], [ %1553, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.4.1385.3.i = phi <16 x float> [ %1644, %for_begin_d_2.preheader.3.i ], [ %1558, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.8.1384.3.i = phi <16 x float> [ %1649, %for_begin_d_2.preheader.3.i ], [ %1563, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.12.1383.3.i = phi <16 x float> [ %1654, %for_begin_d_2.preheader.3.i ], [ %1568, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.16.1382.3.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.3.i ], [ %1573, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.20.1381.3.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.3.i ], [ %1578, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.24.1380.3.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.3.i ], [ %1583, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global267.sroa.28.1379.3.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.3.i ], [ %1588, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx72 = shl nuw nsw i64 %indvars.iv581.3.i, 7
-  %1590 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx72
-  %1591 = getelementptr inbounds nuw i8, ptr %1590, i64 6144
-  %1592 = load <16 x float>, ptr %1591, align 4, !tbaa !9
-  %1593 = getelementptr inbounds nuw float, ptr %1589, i64 %indvars.iv581.3.i
-  %1594 = load float, ptr %1593, align 4, !tbaa !9
-  %1595 = insertelement <16 x float> poison, float %1594, i64 0
-  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
-  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1596, <16 x float> %scores_global267.sroa.0.1386.3.i)
-  %1598 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  %1599 = load float, ptr %1598, align 4, !tbaa !9
-  %1600 = insertelement <16 x float> poison, float %1599, i64 0
-  %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
-  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1601, <16 x float> %scores_global267.sroa.4.1385.3.i)
-  %1603 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
-  %1604 = load float, ptr %1603, align 4, !tbaa !9
-  %1605 = insertelement <16 x float> poison, float %1604, i64 0
-  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
-  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1606, <16 x float> %scores_global267.sroa.8.1384.3.i)
-  %1608 = getelementptr inbounds nuw i8, ptr %1593, i64 1536
-  %1609 = load float, ptr %1608, align 4, !tbaa !9
-  %1610 = insertelement <16 x float> poison, float %1609, i64 0
-  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
-  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1611, <16 x float> %scores_global267.sroa.12.1383.3.i)
-  %1613 = getelementptr inbounds nuw i8, ptr %1593, i64 2048
-  %1614 = load float, ptr %1613, align 4, !tbaa !9
-  %1615 = insertelement <16 x float> poison, float %1614, i64 0
-  %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
-  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1616, <16 x float> %scores_global267.sroa.16.1382.3.i)
-  %1618 = getelementptr inbounds nuw i8, ptr %1593, i64 2560
-  %1619 = load float, ptr %1618, align 4, !tbaa !9
-  %1620 = insertelement <16 x float> poison, float %1619, i64 0
-  %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
-  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1621, <16 x float> %scores_global267.sroa.20.1381.3.i)
-  %1623 = getelementptr inbounds nuw i8, ptr %1593, i64 3072
-  %1624 = load float, ptr %1623, align 4, !tbaa !9
-  %1625 = insertelement <16 x float> poison, float %1624, i64 0
-  %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
-  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1626, <16 x float> %scores_global267.sroa.24.1380.3.i)
-  %1628 = getelementptr inbounds nuw i8, ptr %1593, i64 3584
-  %1629 = load float, ptr %1628, align 4, !tbaa !9
-  %1630 = insertelement <16 x float> poison, float %1629, i64 0
-  %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
-  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1631, <16 x float> %scores_global267.sroa.28.1379.3.i)
-  %1633 = getelementptr inbounds nuw i8, ptr %1590, i64 6208
+for_body_to59.us.1.i.preheader.new:               ; preds = %for_body_to59.us.1.i.preheader
+  %unroll_iter199 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.1.i
+
+for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_body_to59.us.1.i.preheader.new
+  %indvars.iv655.1.i = phi i64 [ 0, %for_body_to59.us.1.i.preheader.new ], [ %indvars.iv.next656.1.i.3, %for_body_to59.us.1.i ]
+  %niter200 = phi i64 [ 0, %for_body_to59.us.1.i.preheader.new ], [ %niter200.next.3, %for_body_to59.us.1.i ]
+  %607 = shl nsw i64 %indvars.iv655.1.i, 4
+  %608 = add nuw nsw i64 %607, 128
+  %609 = getelementptr inbounds nuw float, ptr %scores.i, i64 %608
+  %610 = load <16 x float>, ptr %609, align 4, !tbaa !9
+  %611 = fmul <16 x float> %108, %610
+  %612 = trunc i64 %607 to i32
+  %613 = sub i32 %483, %612
+  %614 = insertelement <16 x i32> poison, i32 %613, i64 0
+  %615 = shufflevector <16 x i32> %614, <16 x i32> poison, <16 x i32> zeroinitializer
+  %616 = icmp sgt <16 x i32> %615, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %617 = select <16 x i1> %616, <16 x float> %611, <16 x float> splat (float 0xFFF0000000000000)
+  %618 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %608
+  store <16 x float> %617, ptr %618, align 4, !tbaa !9
+  %indvars.iv.next656.1.i = shl i64 %indvars.iv655.1.i, 4
+  %619 = add nuw nsw i64 %indvars.iv.next656.1.i, 144
+  %620 = getelementptr inbounds nuw float, ptr %scores.i, i64 %619
+  %621 = load <16 x float>, ptr %620, align 4, !tbaa !9
+  %622 = fmul <16 x float> %108, %621
+  %623 = trunc i64 %indvars.iv.next656.1.i to i32
+  %624 = or disjoint i32 %623, 16
+  %625 = sub i32 %483, %624
+  %626 = insertelement <16 x i32> poison, i32 %625, i64 0
+  %627 = shufflevector <16 x i32> %626, <16 x i32> poison, <16 x i32> zeroinitializer
+  %628 = icmp sgt <16 x i32> %627, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %629 = select <16 x i1> %628, <16 x float> %622, <16 x float> splat (float 0xFFF0000000000000)
+  %630 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %619
+  store <16 x float> %629, ptr %630, align 4, !tbaa !9
+  %indvars.iv.next656.1.i.1 = shl i64 %indvars.iv655.1.i, 4
+  %631 = add nuw nsw i64 %indvars.iv.next656.1.i.1, 160
+  %632 = getelementptr inbounds nuw float, ptr %scores.i, i64 %631
+  %633 = load <16 x float>, ptr %632, align 4, !tbaa !9
+  %634 = fmul <16 x float> %108, %633
+  %635 = trunc i64 %indvars.iv.next656.1.i.1 to i32
+  %636 = or disjoint i32 %635, 32
+  %637 = sub i32 %483, %636
+  %638 = insertelement <16 x i32> poison, i32 %637, i64 0
+  %639 = shufflevector <16 x i32> %638, <16 x i32> poison, <16 x i32> zeroinitializer
+  %640 = icmp sgt <16 x i32> %639, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %641 = select <16 x i1> %640, <16 x float> %634, <16 x float> splat (float 0xFFF0000000000000)
+  %642 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %631
+  store <16 x float> %641, ptr %642, align 4, !tbaa !9
+  %indvars.iv.next656.1.i.2 = shl i64 %indvars.iv655.1.i, 4
+  %643 = add nuw nsw i64 %indvars.iv.next656.1.i.2, 176
+  %644 = getelementptr inbounds nuw float, ptr %scores.i, i64 %643
+  %645 = load <16 x float>, ptr %644, align 4, !tbaa !9
+  %646 = fmul <16 x float> %108, %645
+  %647 = trunc i64 %indvars.iv.next656.1.i.2 to i32
+  %648 = or disjoint i32 %647, 48
+  %649 = sub i32 %483, %648
+  %650 = insertelement <16 x i32> poison, i32 %649, i64 0
+  %651 = shufflevector <16 x i32> %650, <16 x i32> poison, <16 x i32> zeroinitializer
+  %652 = icmp sgt <16 x i32> %651, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %653 = select <16 x i1> %652, <16 x float> %646, <16 x float> splat (float 0xFFF0000000000000)
+  %654 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %643
+  store <16 x float> %653, ptr %654, align 4, !tbaa !9
+  %indvars.iv.next656.1.i.3 = add nuw nsw i64 %indvars.iv655.1.i, 4
+  %niter200.next.3 = add i64 %niter200, 4
+  %niter200.ncmp.3 = icmp eq i64 %niter200.next.3, %unroll_iter199
+  br i1 %niter200.ncmp.3, label %for_body_to59.us.2.i.preheader.unr-lcssa, label %for_body_to59.us.1.i, !prof !16, !llvm.loop !24
+
+for_body_to59.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.1.i
+  %lcmp.mod197.not = icmp eq i64 %xtraiter195, 0
+  br i1 %lcmp.mod197.not, label %for_body_to59.us.2.i.preheader, label %for_body_to59.us.1.i.epil.preheader, !prof !19
+
+for_body_to59.us.1.i.epil.preheader:              ; preds = %for_body_to59.us.2.i.preheader.unr-lcssa, %for_body_to59.us.1.i.preheader
+  %indvars.iv655.1.i.epil.init = phi i64 [ 0, %for_body_to59.us.1.i.preheader ], [ %indvars.iv.next656.1.i.3, %for_body_to59.us.2.i.preheader.unr-lcssa ]
+  %lcmp.mod198 = icmp ne i64 %xtraiter195, 0
+  tail call void @llvm.assume(i1 %lcmp.mod198)
+  br label %for_body_to59.us.1.i.epil
+
+for_body_to59.us.1.i.epil:                        ; preds = %for_body_to59.us.1.i.epil, %for_body_to59.us.1.i.epil.preheader
+  %indvars.iv655.1.i.epil = phi i64 [ %indvars.iv.next656.1.i.epil, %for_body_to59.us.1.i.epil ], [ %indvars.iv655.1.i.epil.init, %for_body_to59.us.1.i.epil.preheader ]
+  %epil.iter196 = phi i64 [ %epil.iter196.next, %for_body_to59.us.1.i.epil ], [ 0, %for_body_to59.us.1.i.epil.preheader ]
+  %655 = shl nsw i64 %indvars.iv655.1.i.epil, 4
+  %656 = add nuw nsw i64 %655, 128
+  %657 = getelementptr inbounds nuw float, ptr %scores.i, i64 %656
+  %658 = load <16 x float>, ptr %657, align 4, !tbaa !9
+  %659 = fmul <16 x float> %108, %658
+  %660 = trunc i64 %655 to i32
+  %661 = sub i32 %483, %660
+  %662 = insertelement <16 x i32> poison, i32 %661, i64 0
+  %663 = shufflevector <16 x i32> %662, <16 x i32> poison, <16 x i32> zeroinitializer
+  %664 = icmp sgt <16 x i32> %663, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %665 = select <16 x i1> %664, <16 x float> %659, <16 x float> splat (float 0xFFF0000000000000)
+  %666 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %656
+  store <16 x float> %665, ptr %666, align 4, !tbaa !9
+  %indvars.iv.next656.1.i.epil = add nuw nsw i64 %indvars.iv655.1.i.epil, 1
+  %epil.iter196.next = add i64 %epil.iter196, 1
+  %epil.iter196.cmp.not = icmp eq i64 %epil.iter196.next, %xtraiter195
+  br i1 %epil.iter196.cmp.not, label %for_body_to59.us.2.i.preheader, label %for_body_to59.us.1.i.epil, !prof !20, !llvm.loop !25
+
+for_body_to59.us.2.i.preheader:                   ; preds = %for_body_to59.us.1.i.epil, %for_body_to59.us.2.i.preheader.unr-lcssa
+  %xtraiter201 = and i64 %wide.trip.count653.i, 3
+  %667 = icmp ult i32 %485, 4
+  br i1 %667, label %for_body_to59.us.2.i.epil.preheader, label %for_body_to59.us.2.i.preheader.new, !prof !15
+
+for_body_to59.us.2.i.preheader.new:               ; preds = %for_body_to59.us.2.i.preheader
+  %unroll_iter205 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.2.i
+
+for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_body_to59.us.2.i.preheader.new
+  %indvars.iv655.2.i = phi i64 [ 0, %for_body_to59.us.2.i.preheader.new ], [ %indvars.iv.next656.2.i.3, %for_body_to59.us.2.i ]
+  %niter206 = phi i64 [ 0, %for_body_to59.us.2.i.preheader.new ], [ %niter206.next.3, %for_body_to59.us.2.i ]
+  %668 = shl nsw i64 %indvars.iv655.2.i, 4
+  %669 = add nuw nsw i64 %668, 256
+  %670 = getelementptr inbounds nuw float, ptr %scores.i, i64 %669
+  %671 = load <16 x float>, ptr %670, align 4, !tbaa !9
+  %672 = fmul <16 x float> %108, %671
+  %673 = trunc i64 %668 to i32
+  %674 = sub i32 %483, %673
+  %675 = insertelement <16 x i32> poison, i32 %674, i64 0
+  %676 = shufflevector <16 x i32> %675, <16 x i32> poison, <16 x i32> zeroinitializer
+  %677 = icmp sgt <16 x i32> %676, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %678 = select <16 x i1> %677, <16 x float> %672, <16 x float> splat (float 0xFFF0000000000000)
+  %679 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %669
+  store <16 x float> %678, ptr %679, align 4, !tbaa !9
+  %indvars.iv.next656.2.i = shl i64 %indvars.iv655.2.i, 4
+  %680 = add nuw nsw i64 %indvars.iv.next656.2.i, 272
+  %681 = getelementptr inbounds nuw float, ptr %scores.i, i64 %680
+  %682 = load <16 x float>, ptr %681, align 4, !tbaa !9
+  %683 = fmul <16 x float> %108, %682
+  %684 = trunc i64 %indvars.iv.next656.2.i to i32
+  %685 = or disjoint i32 %684, 16
+  %686 = sub i32 %483, %685
+  %687 = insertelement <16 x i32> poison, i32 %686, i64 0
+  %688 = shufflevector <16 x i32> %687, <16 x i32> poison, <16 x i32> zeroinitializer
+  %689 = icmp sgt <16 x i32> %688, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %690 = select <16 x i1> %689, <16 x float> %683, <16 x float> splat (float 0xFFF0000000000000)
+  %691 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %680
+  store <16 x float> %690, ptr %691, align 4, !tbaa !9
+  %indvars.iv.next656.2.i.1 = shl i64 %indvars.iv655.2.i, 4
+  %692 = add nuw nsw i64 %indvars.iv.next656.2.i.1, 288
+  %693 = getelementptr inbounds nuw float, ptr %scores.i, i64 %692
+  %694 = load <16 x float>, ptr %693, align 4, !tbaa !9
+  %695 = fmul <16 x float> %108, %694
+  %696 = trunc i64 %indvars.iv.next656.2.i.1 to i32
+  %697 = or disjoint i32 %696, 32
+  %698 = sub i32 %483, %697
+  %699 = insertelement <16 x i32> poison, i32 %698, i64 0
+  %700 = shufflevector <16 x i32> %699, <16 x i32> poison, <16 x i32> zeroinitializer
+  %701 = icmp sgt <16 x i32> %700, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %702 = select <16 x i1> %701, <16 x float> %695, <16 x float> splat (float 0xFFF0000000000000)
+  %703 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %692
+  store <16 x float> %702, ptr %703, align 4, !tbaa !9
+  %indvars.iv.next656.2.i.2 = shl i64 %indvars.iv655.2.i, 4
+  %704 = add nuw nsw i64 %indvars.iv.next656.2.i.2, 304
+  %705 = getelementptr inbounds nuw float, ptr %scores.i, i64 %704
+  %706 = load <16 x float>, ptr %705, align 4, !tbaa !9
+  %707 = fmul <16 x float> %108, %706
+  %708 = trunc i64 %indvars.iv.next656.2.i.2 to i32
+  %709 = or disjoint i32 %708, 48
+  %710 = sub i32 %483, %709
+  %711 = insertelement <16 x i32> poison, i32 %710, i64 0
+  %712 = shufflevector <16 x i32> %711, <16 x i32> poison, <16 x i32> zeroinitializer
+  %713 = icmp sgt <16 x i32> %712, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %714 = select <16 x i1> %713, <16 x float> %707, <16 x float> splat (float 0xFFF0000000000000)
+  %715 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %704
+  store <16 x float> %714, ptr %715, align 4, !tbaa !9
+  %indvars.iv.next656.2.i.3 = add nuw nsw i64 %indvars.iv655.2.i, 4
+  %niter206.next.3 = add i64 %niter206, 4
+  %niter206.ncmp.3 = icmp eq i64 %niter206.next.3, %unroll_iter205
+  br i1 %niter206.ncmp.3, label %for_body_to59.us.3.i.preheader.unr-lcssa, label %for_body_to59.us.2.i, !prof !16, !llvm.loop !26
+
+for_body_to59.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.2.i
+  %lcmp.mod203.not = icmp eq i64 %xtraiter201, 0
+  br i1 %lcmp.mod203.not, label %for_body_to59.us.3.i.preheader, label %for_body_to59.us.2.i.epil.preheader, !prof !19
+
+for_body_to59.us.2.i.epil.preheader:              ; preds = %for_body_to59.us.3.i.preheader.unr-lcssa, %for_body_to59.us.2.i.preheader
+  %indvars.iv655.2.i.epil.init = phi i64 [ 0, %for_body_to59.us.2.i.preheader ], [ %indvars.iv.next656.2.i.3, %for_body_to59.us.3.i.preheader.unr-lcssa ]
+  %lcmp.mod204 = icmp ne i64 %xtraiter201, 0
+  tail call void @llvm.assume(i1 %lcmp.mod204)
+  br label %for_body_to59.us.2.i.epil
+
+for_body_to59.us.2.i.epil:                        ; preds = %for_body_to59.us.2.i.epil, %for_body_to59.us.2.i.epil.preheader
+  %indvars.iv655.2.i.epil = phi i64 [ %indvars.iv.next656.2.i.epil, %for_body_to59.us.2.i.epil ], [ %indvars.iv655.2.i.epil.init, %for_body_to59.us.2.i.epil.preheader ]
+  %epil.iter202 = phi i64 [ %epil.iter202.next, %for_body_to59.us.2.i.epil ], [ 0, %for_body_to59.us.2.i.epil.preheader ]
+  %716 = shl nsw i64 %indvars.iv655.2.i.epil, 4
+  %717 = add nuw nsw i64 %716, 256
+  %718 = getelementptr inbounds nuw float, ptr %scores.i, i64 %717
+  %719 = load <16 x float>, ptr %718, align 4, !tbaa !9
+  %720 = fmul <16 x float> %108, %719
+  %721 = trunc i64 %716 to i32
+  %722 = sub i32 %483, %721
+  %723 = insertelement <16 x i32> poison, i32 %722, i64 0
+  %724 = shufflevector <16 x i32> %723, <16 x i32> poison, <16 x i32> zeroinitializer
+  %725 = icmp sgt <16 x i32> %724, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %726 = select <16 x i1> %725, <16 x float> %720, <16 x float> splat (float 0xFFF0000000000000)
+  %727 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %717
+  store <16 x float> %726, ptr %727, align 4, !tbaa !9
+  %indvars.iv.next656.2.i.epil = add nuw nsw i64 %indvars.iv655.2.i.epil, 1
+  %epil.iter202.next = add i64 %epil.iter202, 1
+  %epil.iter202.cmp.not = icmp eq i64 %epil.iter202.next, %xtraiter201
+  br i1 %epil.iter202.cmp.not, label %for_body_to59.us.3.i.preheader, label %for_body_to59.us.2.i.epil, !prof !20, !llvm.loop !27
+
+for_body_to59.us.3.i.preheader:                   ; preds = %for_body_to59.us.2.i.epil, %for_body_to59.us.3.i.preheader.unr-lcssa
+  %xtraiter207 = and i64 %wide.trip.count653.i, 3
+  %728 = icmp ult i32 %485, 4
+  br i1 %728, label %for_body_to59.us.3.i.epil.preheader, label %for_body_to59.us.3.i.preheader.new, !prof !15
+
+for_body_to59.us.3.i.preheader.new:               ; preds = %for_body_to59.us.3.i.preheader
+  %unroll_iter211 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.3.i
+
+for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_body_to59.us.3.i.preheader.new
+  %indvars.iv655.3.i = phi i64 [ 0, %for_body_to59.us.3.i.preheader.new ], [ %indvars.iv.next656.3.i.3, %for_body_to59.us.3.i ]
+  %niter212 = phi i64 [ 0, %for_body_to59.us.3.i.preheader.new ], [ %niter212.next.3, %for_body_to59.us.3.i ]
+  %729 = shl nsw i64 %indvars.iv655.3.i, 4
+  %730 = add nuw nsw i64 %729, 384
+  %731 = getelementptr inbounds nuw float, ptr %scores.i, i64 %730
+  %732 = load <16 x float>, ptr %731, align 4, !tbaa !9
+  %733 = fmul <16 x float> %108, %732
+  %734 = trunc i64 %729 to i32
+  %735 = sub i32 %483, %734
+  %736 = insertelement <16 x i32> poison, i32 %735, i64 0
+  %737 = shufflevector <16 x i32> %736, <16 x i32> poison, <16 x i32> zeroinitializer
+  %738 = icmp sgt <16 x i32> %737, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %739 = select <16 x i1> %738, <16 x float> %733, <16 x float> splat (float 0xFFF0000000000000)
+  %740 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %730
+  store <16 x float> %739, ptr %740, align 4, !tbaa !9
+  %indvars.iv.next656.3.i = shl i64 %indvars.iv655.3.i, 4
+  %741 = add nuw nsw i64 %indvars.iv.next656.3.i, 400
+  %742 = getelementptr inbounds nuw float, ptr %scores.i, i64 %741
+  %743 = load <16 x float>, ptr %742, align 4, !tbaa !9
+  %744 = fmul <16 x float> %108, %743
+  %745 = trunc i64 %indvars.iv.next656.3.i to i32
+  %746 = or disjoint i32 %745, 16
+  %747 = sub i32 %483, %746
+  %748 = insertelement <16 x i32> poison, i32 %747, i64 0
+  %749 = shufflevector <16 x i32> %748, <16 x i32> poison, <16 x i32> zeroinitializer
+  %750 = icmp sgt <16 x i32> %749, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %751 = select <16 x i1> %750, <16 x float> %744, <16 x float> splat (float 0xFFF0000000000000)
+  %752 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %741
+  store <16 x float> %751, ptr %752, align 4, !tbaa !9
+  %indvars.iv.next656.3.i.1 = shl i64 %indvars.iv655.3.i, 4
+  %753 = add nuw nsw i64 %indvars.iv.next656.3.i.1, 416
+  %754 = getelementptr inbounds nuw float, ptr %scores.i, i64 %753
+  %755 = load <16 x float>, ptr %754, align 4, !tbaa !9
+  %756 = fmul <16 x float> %108, %755
+  %757 = trunc i64 %indvars.iv.next656.3.i.1 to i32
+  %758 = or disjoint i32 %757, 32
+  %759 = sub i32 %483, %758
+  %760 = insertelement <16 x i32> poison, i32 %759, i64 0
+  %761 = shufflevector <16 x i32> %760, <16 x i32> poison, <16 x i32> zeroinitializer
+  %762 = icmp sgt <16 x i32> %761, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %763 = select <16 x i1> %762, <16 x float> %756, <16 x float> splat (float 0xFFF0000000000000)
+  %764 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %753
+  store <16 x float> %763, ptr %764, align 4, !tbaa !9
+  %indvars.iv.next656.3.i.2 = shl i64 %indvars.iv655.3.i, 4
+  %765 = add nuw nsw i64 %indvars.iv.next656.3.i.2, 432
+  %766 = getelementptr inbounds nuw float, ptr %scores.i, i64 %765
+  %767 = load <16 x float>, ptr %766, align 4, !tbaa !9
+  %768 = fmul <16 x float> %108, %767
+  %769 = trunc i64 %indvars.iv.next656.3.i.2 to i32
+  %770 = or disjoint i32 %769, 48
+  %771 = sub i32 %483, %770
+  %772 = insertelement <16 x i32> poison, i32 %771, i64 0
+  %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
+  %774 = icmp sgt <16 x i32> %773, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %775 = select <16 x i1> %774, <16 x float> %768, <16 x float> splat (float 0xFFF0000000000000)
+  %776 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %765
+  store <16 x float> %775, ptr %776, align 4, !tbaa !9
+  %indvars.iv.next656.3.i.3 = add nuw nsw i64 %indvars.iv655.3.i, 4
+  %niter212.next.3 = add i64 %niter212, 4
+  %niter212.ncmp.3 = icmp eq i64 %niter212.next.3, %unroll_iter211
+  br i1 %niter212.ncmp.3, label %for_body_to59.us.4.i.preheader.unr-lcssa, label %for_body_to59.us.3.i, !prof !16, !llvm.loop !28
+
+for_body_to59.us.4.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.3.i
+  %lcmp.mod209.not = icmp eq i64 %xtraiter207, 0
+  br i1 %lcmp.mod209.not, label %for_body_to59.us.4.i.preheader, label %for_body_to59.us.3.i.epil.preheader, !prof !19
+
+for_body_to59.us.3.i.epil.preheader:              ; preds = %for_body_to59.us.4.i.preheader.unr-lcssa, %for_body_to59.us.3.i.preheader
+  %indvars.iv655.3.i.epil.init = phi i64 [ 0, %for_body_to59.us.3.i.preheader ], [ %indvars.iv.next656.3.i.3, %for_body_to59.us.4.i.preheader.unr-lcssa ]
+  %lcmp.mod210 = icmp ne i64 %xtraiter207, 0
+  tail call void @llvm.assume(i1 %lcmp.mod210)
+  br label %for_body_to59.us.3.i.epil
+
+for_body_to59.us.3.i.epil:                        ; preds = %for_body_to59.us.3.i.epil, %for_body_to59.us.3.i.epil.preheader
+  %indvars.iv655.3.i.epil = phi i64 [ %indvars.iv.next656.3.i.epil, %for_body_to59.us.3.i.epil ], [ %indvars.iv655.3.i.epil.init, %for_body_to59.us.3.i.epil.preheader ]
+  %epil.iter208 = phi i64 [ %epil.iter208.next, %for_body_to59.us.3.i.epil ], [ 0, %for_body_to59.us.3.i.epil.preheader ]
+  %777 = shl nsw i64 %indvars.iv655.3.i.epil, 4
+  %778 = add nuw nsw i64 %777, 384
+  %779 = getelementptr inbounds nuw float, ptr %scores.i, i64 %778
+  %780 = load <16 x float>, ptr %779, align 4, !tbaa !9
+  %781 = fmul <16 x float> %108, %780
+  %782 = trunc i64 %777 to i32
+  %783 = sub i32 %483, %782
+  %784 = insertelement <16 x i32> poison, i32 %783, i64 0
+  %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
+  %786 = icmp sgt <16 x i32> %785, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %787 = select <16 x i1> %786, <16 x float> %781, <16 x float> splat (float 0xFFF0000000000000)
+  %788 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %778
+  store <16 x float> %787, ptr %788, align 4, !tbaa !9
+  %indvars.iv.next656.3.i.epil = add nuw nsw i64 %indvars.iv655.3.i.epil, 1
+  %epil.iter208.next = add i64 %epil.iter208, 1
+  %epil.iter208.cmp.not = icmp eq i64 %epil.iter208.next, %xtraiter207
+  br i1 %epil.iter208.cmp.not, label %for_body_to59.us.4.i.preheader, label %for_body_to59.us.3.i.epil, !prof !20, !llvm.loop !29
+
+for_body_to59.us.4.i.preheader:                   ; preds = %for_body_to59.us.3.i.epil, %for_body_to59.us.4.i.preheader.unr-lcssa
+  %xtraiter213 = and i64 %wide.trip.count653.i, 3
+  %789 = icmp ult i32 %485, 4
+  br i1 %789, label %for_body_to59.us.4.i.epil.preheader, label %for_body_to59.us.4.i.preheader.new, !prof !15
+
+for_body_to59.us.4.i.preheader.new:               ; preds = %for_body_to59.us.4.i.preheader
+  %unroll_iter217 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.4.i
+
+for_body_to59.us.4.i:                             ; preds = %for_body_to59.us.4.i, %for_body_to59.us.4.i.preheader.new
+  %indvars.iv655.4.i = phi i64 [ 0, %for_body_to59.us.4.i.preheader.new ], [ %indvars.iv.next656.4.i.3, %for_body_to59.us.4.i ]
+  %niter218 = phi i64 [ 0, %for_body_to59.us.4.i.preheader.new ], [ %niter218.next.3, %for_body_to59.us.4.i ]
+  %790 = shl nsw i64 %indvars.iv655.4.i, 4
+  %791 = add nuw nsw i64 %790, 512
+  %792 = getelementptr inbounds nuw float, ptr %scores.i, i64 %791
+  %793 = load <16 x float>, ptr %792, align 4, !tbaa !9
+  %794 = fmul <16 x float> %108, %793
+  %795 = trunc i64 %790 to i32
+  %796 = sub i32 %483, %795
+  %797 = insertelement <16 x i32> poison, i32 %796, i64 0
+  %798 = shufflevector <16 x i32> %797, <16 x i32> poison, <16 x i32> zeroinitializer
+  %799 = icmp sgt <16 x i32> %798, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %800 = select <16 x i1> %799, <16 x float> %794, <16 x float> splat (float 0xFFF0000000000000)
+  %801 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %791
+  store <16 x float> %800, ptr %801, align 4, !tbaa !9
+  %indvars.iv.next656.4.i = shl i64 %indvars.iv655.4.i, 4
+  %802 = add nuw nsw i64 %indvars.iv.next656.4.i, 528
+  %803 = getelementptr inbounds nuw float, ptr %scores.i, i64 %802
+  %804 = load <16 x float>, ptr %803, align 4, !tbaa !9
+  %805 = fmul <16 x float> %108, %804
+  %806 = trunc i64 %indvars.iv.next656.4.i to i32
+  %807 = or disjoint i32 %806, 16
+  %808 = sub i32 %483, %807
+  %809 = insertelement <16 x i32> poison, i32 %808, i64 0
+  %810 = shufflevector <16 x i32> %809, <16 x i32> poison, <16 x i32> zeroinitializer
+  %811 = icmp sgt <16 x i32> %810, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %812 = select <16 x i1> %811, <16 x float> %805, <16 x float> splat (float 0xFFF0000000000000)
+  %813 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %802
+  store <16 x float> %812, ptr %813, align 4, !tbaa !9
+  %indvars.iv.next656.4.i.1 = shl i64 %indvars.iv655.4.i, 4
+  %814 = add nuw nsw i64 %indvars.iv.next656.4.i.1, 544
+  %815 = getelementptr inbounds nuw float, ptr %scores.i, i64 %814
+  %816 = load <16 x float>, ptr %815, align 4, !tbaa !9
+  %817 = fmul <16 x float> %108, %816
+  %818 = trunc i64 %indvars.iv.next656.4.i.1 to i32
+  %819 = or disjoint i32 %818, 32
+  %820 = sub i32 %483, %819
+  %821 = insertelement <16 x i32> poison, i32 %820, i64 0
+  %822 = shufflevector <16 x i32> %821, <16 x i32> poison, <16 x i32> zeroinitializer
+  %823 = icmp sgt <16 x i32> %822, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %824 = select <16 x i1> %823, <16 x float> %817, <16 x float> splat (float 0xFFF0000000000000)
+  %825 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %814
+  store <16 x float> %824, ptr %825, align 4, !tbaa !9
+  %indvars.iv.next656.4.i.2 = shl i64 %indvars.iv655.4.i, 4
+  %826 = add nuw nsw i64 %indvars.iv.next656.4.i.2, 560
+  %827 = getelementptr inbounds nuw float, ptr %scores.i, i64 %826
+  %828 = load <16 x float>, ptr %827, align 4, !tbaa !9
+  %829 = fmul <16 x float> %108, %828
+  %830 = trunc i64 %indvars.iv.next656.4.i.2 to i32
+  %831 = or disjoint i32 %830, 48
+  %832 = sub i32 %483, %831
+  %833 = insertelement <16 x i32> poison, i32 %832, i64 0
+  %834 = shufflevector <16 x i32> %833, <16 x i32> poison, <16 x i32> zeroinitializer
+  %835 = icmp sgt <16 x i32> %834, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %836 = select <16 x i1> %835, <16 x float> %829, <16 x float> splat (float 0xFFF0000000000000)
+  %837 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %826
+  store <16 x float> %836, ptr %837, align 4, !tbaa !9
+  %indvars.iv.next656.4.i.3 = add nuw nsw i64 %indvars.iv655.4.i, 4
+  %niter218.next.3 = add i64 %niter218, 4
+  %niter218.ncmp.3 = icmp eq i64 %niter218.next.3, %unroll_iter217
+  br i1 %niter218.ncmp.3, label %for_body_to59.us.5.i.preheader.unr-lcssa, label %for_body_to59.us.4.i, !prof !16, !llvm.loop !30
+
+for_body_to59.us.5.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.4.i
+  %lcmp.mod215.not = icmp eq i64 %xtraiter213, 0
+  br i1 %lcmp.mod215.not, label %for_body_to59.us.5.i.preheader, label %for_body_to59.us.4.i.epil.preheader, !prof !19
+
+for_body_to59.us.4.i.epil.preheader:              ; preds = %for_body_to59.us.5.i.preheader.unr-lcssa, %for_body_to59.us.4.i.preheader
+  %indvars.iv655.4.i.epil.init = phi i64 [ 0, %for_body_to59.us.4.i.preheader ], [ %indvars.iv.next656.4.i.3, %for_body_to59.us.5.i.preheader.unr-lcssa ]
+  %lcmp.mod216 = icmp ne i64 %xtraiter213, 0
+  tail call void @llvm.assume(i1 %lcmp.mod216)
+  br label %for_body_to59.us.4.i.epil
+
+for_body_to59.us.4.i.epil:                        ; preds = %for_body_to59.us.4.i.epil, %for_body_to59.us.4.i.epil.preheader
+  %indvars.iv655.4.i.epil = phi i64 [ %indvars.iv.next656.4.i.epil, %for_body_to59.us.4.i.epil ], [ %indvars.iv655.4.i.epil.init, %for_body_to59.us.4.i.epil.preheader ]
+  %epil.iter214 = phi i64 [ %epil.iter214.next, %for_body_to59.us.4.i.epil ], [ 0, %for_body_to59.us.4.i.epil.preheader ]
+  %838 = shl nsw i64 %indvars.iv655.4.i.epil, 4
+  %839 = add nuw nsw i64 %838, 512
+  %840 = getelementptr inbounds nuw float, ptr %scores.i, i64 %839
+  %841 = load <16 x float>, ptr %840, align 4, !tbaa !9
+  %842 = fmul <16 x float> %108, %841
+  %843 = trunc i64 %838 to i32
+  %844 = sub i32 %483, %843
+  %845 = insertelement <16 x i32> poison, i32 %844, i64 0
+  %846 = shufflevector <16 x i32> %845, <16 x i32> poison, <16 x i32> zeroinitializer
+  %847 = icmp sgt <16 x i32> %846, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %848 = select <16 x i1> %847, <16 x float> %842, <16 x float> splat (float 0xFFF0000000000000)
+  %849 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %839
+  store <16 x float> %848, ptr %849, align 4, !tbaa !9
+  %indvars.iv.next656.4.i.epil = add nuw nsw i64 %indvars.iv655.4.i.epil, 1
+  %epil.iter214.next = add i64 %epil.iter214, 1
+  %epil.iter214.cmp.not = icmp eq i64 %epil.iter214.next, %xtraiter213
+  br i1 %epil.iter214.cmp.not, label %for_body_to59.us.5.i.preheader, label %for_body_to59.us.4.i.epil, !prof !20, !llvm.loop !31
+
+for_body_to59.us.5.i.preheader:                   ; preds = %for_body_to59.us.4.i.epil, %for_body_to59.us.5.i.preheader.unr-lcssa
+  %xtraiter219 = and i64 %wide.trip.count653.i, 3
+  %850 = icmp ult i32 %485, 4
+  br i1 %850, label %for_body_to59.us.5.i.epil.preheader, label %for_body_to59.us.5.i.preheader.new, !prof !15
+
+for_body_to59.us.5.i.preheader.new:               ; preds = %for_body_to59.us.5.i.preheader
+  %unroll_iter223 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.5.i
+
+for_body_to59.us.5.i:                             ; preds = %for_body_to59.us.5.i, %for_body_to59.us.5.i.preheader.new
+  %indvars.iv655.5.i = phi i64 [ 0, %for_body_to59.us.5.i.preheader.new ], [ %indvars.iv.next656.5.i.3, %for_body_to59.us.5.i ]
+  %niter224 = phi i64 [ 0, %for_body_to59.us.5.i.preheader.new ], [ %niter224.next.3, %for_body_to59.us.5.i ]
+  %851 = shl nsw i64 %indvars.iv655.5.i, 4
+  %852 = add nuw nsw i64 %851, 640
+  %853 = getelementptr inbounds nuw float, ptr %scores.i, i64 %852
+  %854 = load <16 x float>, ptr %853, align 4, !tbaa !9
+  %855 = fmul <16 x float> %108, %854
+  %856 = trunc i64 %851 to i32
+  %857 = sub i32 %483, %856
+  %858 = insertelement <16 x i32> poison, i32 %857, i64 0
+  %859 = shufflevector <16 x i32> %858, <16 x i32> poison, <16 x i32> zeroinitializer
+  %860 = icmp sgt <16 x i32> %859, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %861 = select <16 x i1> %860, <16 x float> %855, <16 x float> splat (float 0xFFF0000000000000)
+  %862 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %852
+  store <16 x float> %861, ptr %862, align 4, !tbaa !9
+  %indvars.iv.next656.5.i = shl i64 %indvars.iv655.5.i, 4
+  %863 = add nuw nsw i64 %indvars.iv.next656.5.i, 656
+  %864 = getelementptr inbounds nuw float, ptr %scores.i, i64 %863
+  %865 = load <16 x float>, ptr %864, align 4, !tbaa !9
+  %866 = fmul <16 x float> %108, %865
+  %867 = trunc i64 %indvars.iv.next656.5.i to i32
+  %868 = or disjoint i32 %867, 16
+  %869 = sub i32 %483, %868
+  %870 = insertelement <16 x i32> poison, i32 %869, i64 0
+  %871 = shufflevector <16 x i32> %870, <16 x i32> poison, <16 x i32> zeroinitializer
+  %872 = icmp sgt <16 x i32> %871, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %873 = select <16 x i1> %872, <16 x float> %866, <16 x float> splat (float 0xFFF0000000000000)
+  %874 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %863
+  store <16 x float> %873, ptr %874, align 4, !tbaa !9
+  %indvars.iv.next656.5.i.1 = shl i64 %indvars.iv655.5.i, 4
+  %875 = add nuw nsw i64 %indvars.iv.next656.5.i.1, 672
+  %876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %875
+  %877 = load <16 x float>, ptr %876, align 4, !tbaa !9
+  %878 = fmul <16 x float> %108, %877
+  %879 = trunc i64 %indvars.iv.next656.5.i.1 to i32
+  %880 = or disjoint i32 %879, 32
+  %881 = sub i32 %483, %880
+  %882 = insertelement <16 x i32> poison, i32 %881, i64 0
+  %883 = shufflevector <16 x i32> %882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %884 = icmp sgt <16 x i32> %883, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %885 = select <16 x i1> %884, <16 x float> %878, <16 x float> splat (float 0xFFF0000000000000)
+  %886 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %875
+  store <16 x float> %885, ptr %886, align 4, !tbaa !9
+  %indvars.iv.next656.5.i.2 = shl i64 %indvars.iv655.5.i, 4
+  %887 = add nuw nsw i64 %indvars.iv.next656.5.i.2, 688
+  %888 = getelementptr inbounds nuw float, ptr %scores.i, i64 %887
+  %889 = load <16 x float>, ptr %888, align 4, !tbaa !9
+  %890 = fmul <16 x float> %108, %889
+  %891 = trunc i64 %indvars.iv.next656.5.i.2 to i32
+  %892 = or disjoint i32 %891, 48
+  %893 = sub i32 %483, %892
+  %894 = insertelement <16 x i32> poison, i32 %893, i64 0
+  %895 = shufflevector <16 x i32> %894, <16 x i32> poison, <16 x i32> zeroinitializer
+  %896 = icmp sgt <16 x i32> %895, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %897 = select <16 x i1> %896, <16 x float> %890, <16 x float> splat (float 0xFFF0000000000000)
+  %898 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %887
+  store <16 x float> %897, ptr %898, align 4, !tbaa !9
+  %indvars.iv.next656.5.i.3 = add nuw nsw i64 %indvars.iv655.5.i, 4
+  %niter224.next.3 = add i64 %niter224, 4
+  %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
+  br i1 %niter224.ncmp.3, label %for_body_to59.us.6.i.preheader.unr-lcssa, label %for_body_to59.us.5.i, !prof !16, !llvm.loop !32
+
+for_body_to59.us.6.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.5.i
+  %lcmp.mod221.not = icmp eq i64 %xtraiter219, 0
+  br i1 %lcmp.mod221.not, label %for_body_to59.us.6.i.preheader, label %for_body_to59.us.5.i.epil.preheader, !prof !19
+
+for_body_to59.us.5.i.epil.preheader:              ; preds = %for_body_to59.us.6.i.preheader.unr-lcssa, %for_body_to59.us.5.i.preheader
+  %indvars.iv655.5.i.epil.init = phi i64 [ 0, %for_body_to59.us.5.i.preheader ], [ %indvars.iv.next656.5.i.3, %for_body_to59.us.6.i.preheader.unr-lcssa ]
+  %lcmp.mod222 = icmp ne i64 %xtraiter219, 0
+  tail call void @llvm.assume(i1 %lcmp.mod222)
+  br label %for_body_to59.us.5.i.epil
+
+for_body_to59.us.5.i.epil:                        ; preds = %for_body_to59.us.5.i.epil, %for_body_to59.us.5.i.epil.preheader
+  %indvars.iv655.5.i.epil = phi i64 [ %indvars.iv.next656.5.i.epil, %for_body_to59.us.5.i.epil ], [ %indvars.iv655.5.i.epil.init, %for_body_to59.us.5.i.epil.preheader ]
+  %epil.iter220 = phi i64 [ %epil.iter220.next, %for_body_to59.us.5.i.epil ], [ 0, %for_body_to59.us.5.i.epil.preheader ]
+  %899 = shl nsw i64 %indvars.iv655.5.i.epil, 4
+  %900 = add nuw nsw i64 %899, 640
+  %901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %900
+  %902 = load <16 x float>, ptr %901, align 4, !tbaa !9
+  %903 = fmul <16 x float> %108, %902
+  %904 = trunc i64 %899 to i32
+  %905 = sub i32 %483, %904
+  %906 = insertelement <16 x i32> poison, i32 %905, i64 0
+  %907 = shufflevector <16 x i32> %906, <16 x i32> poison, <16 x i32> zeroinitializer
+  %908 = icmp sgt <16 x i32> %907, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %909 = select <16 x i1> %908, <16 x float> %903, <16 x float> splat (float 0xFFF0000000000000)
+  %910 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %900
+  store <16 x float> %909, ptr %910, align 4, !tbaa !9
+  %indvars.iv.next656.5.i.epil = add nuw nsw i64 %indvars.iv655.5.i.epil, 1
+  %epil.iter220.next = add i64 %epil.iter220, 1
+  %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
+  br i1 %epil.iter220.cmp.not, label %for_body_to59.us.6.i.preheader, label %for_body_to59.us.5.i.epil, !prof !20, !llvm.loop !33
+
+for_body_to59.us.6.i.preheader:                   ; preds = %for_body_to59.us.5.i.epil, %for_body_to59.us.6.i.preheader.unr-lcssa
+  %xtraiter225 = and i64 %wide.trip.count653.i, 3
+  %911 = icmp ult i32 %485, 4
+  br i1 %911, label %for_body_to59.us.6.i.epil.preheader, label %for_body_to59.us.6.i.preheader.new, !prof !15
+
+for_body_to59.us.6.i.preheader.new:               ; preds = %for_body_to59.us.6.i.preheader
+  %unroll_iter229 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.6.i
+
+for_body_to59.us.6.i:                             ; preds = %for_body_to59.us.6.i, %for_body_to59.us.6.i.preheader.new
+  %indvars.iv655.6.i = phi i64 [ 0, %for_body_to59.us.6.i.preheader.new ], [ %indvars.iv.next656.6.i.3, %for_body_to59.us.6.i ]
+  %niter230 = phi i64 [ 0, %for_body_to59.us.6.i.preheader.new ], [ %niter230.next.3, %for_body_to59.us.6.i ]
+  %912 = shl nsw i64 %indvars.iv655.6.i, 4
+  %913 = add nuw nsw i64 %912, 768
+  %914 = getelementptr inbounds nuw float, ptr %scores.i, i64 %913
+  %915 = load <16 x float>, ptr %914, align 4, !tbaa !9
+  %916 = fmul <16 x float> %108, %915
+  %917 = trunc i64 %912 to i32
+  %918 = sub i32 %483, %917
+  %919 = insertelement <16 x i32> poison, i32 %918, i64 0
+  %920 = shufflevector <16 x i32> %919, <16 x i32> poison, <16 x i32> zeroinitializer
+  %921 = icmp sgt <16 x i32> %920, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %922 = select <16 x i1> %921, <16 x float> %916, <16 x float> splat (float 0xFFF0000000000000)
+  %923 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %913
+  store <16 x float> %922, ptr %923, align 4, !tbaa !9
+  %indvars.iv.next656.6.i = shl i64 %indvars.iv655.6.i, 4
+  %924 = add nuw nsw i64 %indvars.iv.next656.6.i, 784
+  %925 = getelementptr inbounds nuw float, ptr %scores.i, i64 %924
+  %926 = load <16 x float>, ptr %925, align 4, !tbaa !9
+  %927 = fmul <16 x float> %108, %926
+  %928 = trunc i64 %indvars.iv.next656.6.i to i32
+  %929 = or disjoint i32 %928, 16
+  %930 = sub i32 %483, %929
+  %931 = insertelement <16 x i32> poison, i32 %930, i64 0
+  %932 = shufflevector <16 x i32> %931, <16 x i32> poison, <16 x i32> zeroinitializer
+  %933 = icmp sgt <16 x i32> %932, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %934 = select <16 x i1> %933, <16 x float> %927, <16 x float> splat (float 0xFFF0000000000000)
+  %935 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %924
+  store <16 x float> %934, ptr %935, align 4, !tbaa !9
+  %indvars.iv.next656.6.i.1 = shl i64 %indvars.iv655.6.i, 4
+  %936 = add nuw nsw i64 %indvars.iv.next656.6.i.1, 800
+  %937 = getelementptr inbounds nuw float, ptr %scores.i, i64 %936
+  %938 = load <16 x float>, ptr %937, align 4, !tbaa !9
+  %939 = fmul <16 x float> %108, %938
+  %940 = trunc i64 %indvars.iv.next656.6.i.1 to i32
+  %941 = or disjoint i32 %940, 32
+  %942 = sub i32 %483, %941
+  %943 = insertelement <16 x i32> poison, i32 %942, i64 0
+  %944 = shufflevector <16 x i32> %943, <16 x i32> poison, <16 x i32> zeroinitializer
+  %945 = icmp sgt <16 x i32> %944, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %946 = select <16 x i1> %945, <16 x float> %939, <16 x float> splat (float 0xFFF0000000000000)
+  %947 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %936
+  store <16 x float> %946, ptr %947, align 4, !tbaa !9
+  %indvars.iv.next656.6.i.2 = shl i64 %indvars.iv655.6.i, 4
+  %948 = add nuw nsw i64 %indvars.iv.next656.6.i.2, 816
+  %949 = getelementptr inbounds nuw float, ptr %scores.i, i64 %948
+  %950 = load <16 x float>, ptr %949, align 4, !tbaa !9
+  %951 = fmul <16 x float> %108, %950
+  %952 = trunc i64 %indvars.iv.next656.6.i.2 to i32
+  %953 = or disjoint i32 %952, 48
+  %954 = sub i32 %483, %953
+  %955 = insertelement <16 x i32> poison, i32 %954, i64 0
+  %956 = shufflevector <16 x i32> %955, <16 x i32> poison, <16 x i32> zeroinitializer
+  %957 = icmp sgt <16 x i32> %956, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %958 = select <16 x i1> %957, <16 x float> %951, <16 x float> splat (float 0xFFF0000000000000)
+  %959 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %948
+  store <16 x float> %958, ptr %959, align 4, !tbaa !9
+  %indvars.iv.next656.6.i.3 = add nuw nsw i64 %indvars.iv655.6.i, 4
+  %niter230.next.3 = add i64 %niter230, 4
+  %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
+  br i1 %niter230.ncmp.3, label %for_body_to59.us.7.i.preheader.unr-lcssa, label %for_body_to59.us.6.i, !prof !16, !llvm.loop !34
+
+for_body_to59.us.7.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.6.i
+  %lcmp.mod227.not = icmp eq i64 %xtraiter225, 0
+  br i1 %lcmp.mod227.not, label %for_body_to59.us.7.i.preheader, label %for_body_to59.us.6.i.epil.preheader, !prof !19
+
+for_body_to59.us.6.i.epil.preheader:              ; preds = %for_body_to59.us.7.i.preheader.unr-lcssa, %for_body_to59.us.6.i.preheader
+  %indvars.iv655.6.i.epil.init = phi i64 [ 0, %for_body_to59.us.6.i.preheader ], [ %indvars.iv.next656.6.i.3, %for_body_to59.us.7.i.preheader.unr-lcssa ]
+  %lcmp.mod228 = icmp ne i64 %xtraiter225, 0
+  tail call void @llvm.assume(i1 %lcmp.mod228)
+  br label %for_body_to59.us.6.i.epil
+
+for_body_to59.us.6.i.epil:                        ; preds = %for_body_to59.us.6.i.epil, %for_body_to59.us.6.i.epil.preheader
+  %indvars.iv655.6.i.epil = phi i64 [ %indvars.iv.next656.6.i.epil, %for_body_to59.us.6.i.epil ], [ %indvars.iv655.6.i.epil.init, %for_body_to59.us.6.i.epil.preheader ]
+  %epil.iter226 = phi i64 [ %epil.iter226.next, %for_body_to59.us.6.i.epil ], [ 0, %for_body_to59.us.6.i.epil.preheader ]
+  %960 = shl nsw i64 %indvars.iv655.6.i.epil, 4
+  %961 = add nuw nsw i64 %960, 768
+  %962 = getelementptr inbounds nuw float, ptr %scores.i, i64 %961
+  %963 = load <16 x float>, ptr %962, align 4, !tbaa !9
+  %964 = fmul <16 x float> %108, %963
+  %965 = trunc i64 %960 to i32
+  %966 = sub i32 %483, %965
+  %967 = insertelement <16 x i32> poison, i32 %966, i64 0
+  %968 = shufflevector <16 x i32> %967, <16 x i32> poison, <16 x i32> zeroinitializer
+  %969 = icmp sgt <16 x i32> %968, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %970 = select <16 x i1> %969, <16 x float> %964, <16 x float> splat (float 0xFFF0000000000000)
+  %971 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %961
+  store <16 x float> %970, ptr %971, align 4, !tbaa !9
+  %indvars.iv.next656.6.i.epil = add nuw nsw i64 %indvars.iv655.6.i.epil, 1
+  %epil.iter226.next = add i64 %epil.iter226, 1
+  %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
+  br i1 %epil.iter226.cmp.not, label %for_body_to59.us.7.i.preheader, label %for_body_to59.us.6.i.epil, !prof !20, !llvm.loop !35
+
+for_body_to59.us.7.i.preheader:                   ; preds = %for_body_to59.us.6.i.epil, %for_body_to59.us.7.i.preheader.unr-lcssa
+  %xtraiter231 = and i64 %wide.trip.count653.i, 3
+  %972 = icmp ult i32 %485, 4
+  br i1 %972, label %for_body_to59.us.7.i.epil.preheader, label %for_body_to59.us.7.i.preheader.new, !prof !15
+
+for_body_to59.us.7.i.preheader.new:               ; preds = %for_body_to59.us.7.i.preheader
+  %unroll_iter235 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.7.i
+
+for_body_to59.us.7.i:                             ; preds = %for_body_to59.us.7.i, %for_body_to59.us.7.i.preheader.new
+  %indvars.iv655.7.i = phi i64 [ 0, %for_body_to59.us.7.i.preheader.new ], [ %indvars.iv.next656.7.i.3, %for_body_to59.us.7.i ]
+  %niter236 = phi i64 [ 0, %for_body_to59.us.7.i.preheader.new ], [ %niter236.next.3, %for_body_to59.us.7.i ]
+  %973 = shl nsw i64 %indvars.iv655.7.i, 4
+  %974 = add nuw nsw i64 %973, 896
+  %975 = getelementptr inbounds nuw float, ptr %scores.i, i64 %974
+  %976 = load <16 x float>, ptr %975, align 4, !tbaa !9
+  %977 = fmul <16 x float> %108, %976
+  %978 = trunc i64 %973 to i32
+  %979 = sub i32 %483, %978
+  %980 = insertelement <16 x i32> poison, i32 %979, i64 0
+  %981 = shufflevector <16 x i32> %980, <16 x i32> poison, <16 x i32> zeroinitializer
+  %982 = icmp sgt <16 x i32> %981, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %983 = select <16 x i1> %982, <16 x float> %977, <16 x float> splat (float 0xFFF0000000000000)
+  %984 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %974
+  store <16 x float> %983, ptr %984, align 4, !tbaa !9
+  %indvars.iv.next656.7.i = shl i64 %indvars.iv655.7.i, 4
+  %985 = add nuw nsw i64 %indvars.iv.next656.7.i, 912
+  %986 = getelementptr inbounds nuw float, ptr %scores.i, i64 %985
+  %987 = load <16 x float>, ptr %986, align 4, !tbaa !9
+  %988 = fmul <16 x float> %108, %987
+  %989 = trunc i64 %indvars.iv.next656.7.i to i32
+  %990 = or disjoint i32 %989, 16
+  %991 = sub i32 %483, %990
+  %992 = insertelement <16 x i32> poison, i32 %991, i64 0
+  %993 = shufflevector <16 x i32> %992, <16 x i32> poison, <16 x i32> zeroinitializer
+  %994 = icmp sgt <16 x i32> %993, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %995 = select <16 x i1> %994, <16 x float> %988, <16 x float> splat (float 0xFFF0000000000000)
+  %996 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %985
+  store <16 x float> %995, ptr %996, align 4, !tbaa !9
+  %indvars.iv.next656.7.i.1 = shl i64 %indvars.iv655.7.i, 4
+  %997 = add nuw nsw i64 %indvars.iv.next656.7.i.1, 928
+  %998 = getelementptr inbounds nuw float, ptr %scores.i, i64 %997
+  %999 = load <16 x float>, ptr %998, align 4, !tbaa !9
+  %1000 = fmul <16 x float> %108, %999
+  %1001 = trunc i64 %indvars.iv.next656.7.i.1 to i32
+  %1002 = or disjoint i32 %1001, 32
+  %1003 = sub i32 %483, %1002
+  %1004 = insertelement <16 x i32> poison, i32 %1003, i64 0
+  %1005 = shufflevector <16 x i32> %1004, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1006 = icmp sgt <16 x i32> %1005, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1007 = select <16 x i1> %1006, <16 x float> %1000, <16 x float> splat (float 0xFFF0000000000000)
+  %1008 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %997
+  store <16 x float> %1007, ptr %1008, align 4, !tbaa !9
+  %indvars.iv.next656.7.i.2 = shl i64 %indvars.iv655.7.i, 4
+  %1009 = add nuw nsw i64 %indvars.iv.next656.7.i.2, 944
+  %1010 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1009
+  %1011 = load <16 x float>, ptr %1010, align 4, !tbaa !9
+  %1012 = fmul <16 x float> %108, %1011
+  %1013 = trunc i64 %indvars.iv.next656.7.i.2 to i32
+  %1014 = or disjoint i32 %1013, 48
+  %1015 = sub i32 %483, %1014
+  %1016 = insertelement <16 x i32> poison, i32 %1015, i64 0
+  %1017 = shufflevector <16 x i32> %1016, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1018 = icmp sgt <16 x i32> %1017, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1019 = select <16 x i1> %1018, <16 x float> %1012, <16 x float> splat (float 0xFFF0000000000000)
+  %1020 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1009
+  store <16 x float> %1019, ptr %1020, align 4, !tbaa !9
+  %indvars.iv.next656.7.i.3 = add nuw nsw i64 %indvars.iv655.7.i, 4
+  %niter236.next.3 = add i64 %niter236, 4
+  %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
+  br i1 %niter236.ncmp.3, label %for_body_to59.us.8.i.preheader.unr-lcssa, label %for_body_to59.us.7.i, !prof !16, !llvm.loop !36
+
+for_body_to59.us.8.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.7.i
+  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
+  br i1 %lcmp.mod233.not, label %for_body_to59.us.8.i.preheader, label %for_body_to59.us.7.i.epil.preheader, !prof !19
+
+for_body_to59.us.7.i.epil.preheader:              ; preds = %for_body_to59.us.8.i.preheader.unr-lcssa, %for_body_to59.us.7.i.preheader
+  %indvars.iv655.7.i.epil.init = phi i64 [ 0, %for_body_to59.us.7.i.preheader ], [ %indvars.iv.next656.7.i.3, %for_body_to59.us.8.i.preheader.unr-lcssa ]
+  %lcmp.mod234 = icmp ne i64 %xtraiter231, 0
+  tail call void @llvm.assume(i1 %lcmp.mod234)
+  br label %for_body_to59.us.7.i.epil
+
+for_body_to59.us.7.i.epil:                        ; preds = %for_body_to59.us.7.i.epil, %for_body_to59.us.7.i.epil.preheader
+  %indvars.iv655.7.i.epil = phi i64 [ %indvars.iv.next656.7.i.epil, %for_body_to59.us.7.i.epil ], [ %indvars.iv655.7.i.epil.init, %for_body_to59.us.7.i.epil.preheader ]
+  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_to59.us.7.i.epil ], [ 0, %for_body_to59.us.7.i.epil.preheader ]
+  %1021 = shl nsw i64 %indvars.iv655.7.i.epil, 4
+  %1022 = add nuw nsw i64 %1021, 896
+  %1023 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1022
+  %1024 = load <16 x float>, ptr %1023, align 4, !tbaa !9
+  %1025 = fmul <16 x float> %108, %1024
+  %1026 = trunc i64 %1021 to i32
+  %1027 = sub i32 %483, %1026
+  %1028 = insertelement <16 x i32> poison, i32 %1027, i64 0
+  %1029 = shufflevector <16 x i32> %1028, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1030 = icmp sgt <16 x i32> %1029, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1031 = select <16 x i1> %1030, <16 x float> %1025, <16 x float> splat (float 0xFFF0000000000000)
+  %1032 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1022
+  store <16 x float> %1031, ptr %1032, align 4, !tbaa !9
+  %indvars.iv.next656.7.i.epil = add nuw nsw i64 %indvars.iv655.7.i.epil, 1
+  %epil.iter232.next = add i64 %epil.iter232, 1
+  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
+  br i1 %epil.iter232.cmp.not, label %for_body_to59.us.8.i.preheader, label %for_body_to59.us.7.i.epil, !prof !20, !llvm.loop !37
+
+for_body_to59.us.8.i.preheader:                   ; preds = %for_body_to59.us.7.i.epil, %for_body_to59.us.8.i.preheader.unr-lcssa
+  %xtraiter237 = and i64 %wide.trip.count653.i, 3
+  %1033 = icmp ult i32 %485, 4
+  br i1 %1033, label %for_body_to59.us.8.i.epil.preheader, label %for_body_to59.us.8.i.preheader.new, !prof !15
+
+for_body_to59.us.8.i.preheader.new:               ; preds = %for_body_to59.us.8.i.preheader
+  %unroll_iter241 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.8.i
+
+for_body_to59.us.8.i:                             ; preds = %for_body_to59.us.8.i, %for_body_to59.us.8.i.preheader.new
+  %indvars.iv655.8.i = phi i64 [ 0, %for_body_to59.us.8.i.preheader.new ], [ %indvars.iv.next656.8.i.3, %for_body_to59.us.8.i ]
+  %niter242 = phi i64 [ 0, %for_body_to59.us.8.i.preheader.new ], [ %niter242.next.3, %for_body_to59.us.8.i ]
+  %1034 = shl nsw i64 %indvars.iv655.8.i, 4
+  %1035 = add nuw nsw i64 %1034, 1024
+  %1036 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1035
+  %1037 = load <16 x float>, ptr %1036, align 4, !tbaa !9
+  %1038 = fmul <16 x float> %108, %1037
+  %1039 = trunc i64 %1034 to i32
+  %1040 = sub i32 %483, %1039
+  %1041 = insertelement <16 x i32> poison, i32 %1040, i64 0
+  %1042 = shufflevector <16 x i32> %1041, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1043 = icmp sgt <16 x i32> %1042, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1044 = select <16 x i1> %1043, <16 x float> %1038, <16 x float> splat (float 0xFFF0000000000000)
+  %1045 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1035
+  store <16 x float> %1044, ptr %1045, align 4, !tbaa !9
+  %indvars.iv.next656.8.i = shl i64 %indvars.iv655.8.i, 4
+  %1046 = add nuw nsw i64 %indvars.iv.next656.8.i, 1040
+  %1047 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1046
+  %1048 = load <16 x float>, ptr %1047, align 4, !tbaa !9
+  %1049 = fmul <16 x float> %108, %1048
+  %1050 = trunc i64 %indvars.iv.next656.8.i to i32
+  %1051 = or disjoint i32 %1050, 16
+  %1052 = sub i32 %483, %1051
+  %1053 = insertelement <16 x i32> poison, i32 %1052, i64 0
+  %1054 = shufflevector <16 x i32> %1053, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1055 = icmp sgt <16 x i32> %1054, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1056 = select <16 x i1> %1055, <16 x float> %1049, <16 x float> splat (float 0xFFF0000000000000)
+  %1057 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1046
+  store <16 x float> %1056, ptr %1057, align 4, !tbaa !9
+  %indvars.iv.next656.8.i.1 = shl i64 %indvars.iv655.8.i, 4
+  %1058 = add nuw nsw i64 %indvars.iv.next656.8.i.1, 1056
+  %1059 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1058
+  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !9
+  %1061 = fmul <16 x float> %108, %1060
+  %1062 = trunc i64 %indvars.iv.next656.8.i.1 to i32
+  %1063 = or disjoint i32 %1062, 32
+  %1064 = sub i32 %483, %1063
+  %1065 = insertelement <16 x i32> poison, i32 %1064, i64 0
+  %1066 = shufflevector <16 x i32> %1065, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1067 = icmp sgt <16 x i32> %1066, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1068 = select <16 x i1> %1067, <16 x float> %1061, <16 x float> splat (float 0xFFF0000000000000)
+  %1069 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1058
+  store <16 x float> %1068, ptr %1069, align 4, !tbaa !9
+  %indvars.iv.next656.8.i.2 = shl i64 %indvars.iv655.8.i, 4
+  %1070 = add nuw nsw i64 %indvars.iv.next656.8.i.2, 1072
+  %1071 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1070
+  %1072 = load <16 x float>, ptr %1071, align 4, !tbaa !9
+  %1073 = fmul <16 x float> %108, %1072
+  %1074 = trunc i64 %indvars.iv.next656.8.i.2 to i32
+  %1075 = or disjoint i32 %1074, 48
+  %1076 = sub i32 %483, %1075
+  %1077 = insertelement <16 x i32> poison, i32 %1076, i64 0
+  %1078 = shufflevector <16 x i32> %1077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1079 = icmp sgt <16 x i32> %1078, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1080 = select <16 x i1> %1079, <16 x float> %1073, <16 x float> splat (float 0xFFF0000000000000)
+  %1081 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1070
+  store <16 x float> %1080, ptr %1081, align 4, !tbaa !9
+  %indvars.iv.next656.8.i.3 = add nuw nsw i64 %indvars.iv655.8.i, 4
+  %niter242.next.3 = add i64 %niter242, 4
+  %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
+  br i1 %niter242.ncmp.3, label %for_body_to59.us.9.i.preheader.unr-lcssa, label %for_body_to59.us.8.i, !prof !16, !llvm.loop !38
+
+for_body_to59.us.9.i.preheader.unr-lcssa:         ; preds = %for_body_to59.us.8.i
+  %lcmp.mod239.not = icmp eq i64 %xtraiter237, 0
+  br i1 %lcmp.mod239.not, label %for_body_to59.us.9.i.preheader, label %for_body_to59.us.8.i.epil.preheader, !prof !19
+
+for_body_to59.us.8.i.epil.preheader:              ; preds = %for_body_to59.us.9.i.preheader.unr-lcssa, %for_body_to59.us.8.i.preheader
+  %indvars.iv655.8.i.epil.init = phi i64 [ 0, %for_body_to59.us.8.i.preheader ], [ %indvars.iv.next656.8.i.3, %for_body_to59.us.9.i.preheader.unr-lcssa ]
+  %lcmp.mod240 = icmp ne i64 %xtraiter237, 0
+  tail call void @llvm.assume(i1 %lcmp.mod240)
+  br label %for_body_to59.us.8.i.epil
+
+for_body_to59.us.8.i.epil:                        ; preds = %for_body_to59.us.8.i.epil, %for_body_to59.us.8.i.epil.preheader
+  %indvars.iv655.8.i.epil = phi i64 [ %indvars.iv.next656.8.i.epil, %for_body_to59.us.8.i.epil ], [ %indvars.iv655.8.i.epil.init, %for_body_to59.us.8.i.epil.preheader ]
+  %epil.iter238 = phi i64 [ %epil.iter238.next, %for_body_to59.us.8.i.epil ], [ 0, %for_body_to59.us.8.i.epil.preheader ]
+  %1082 = shl nsw i64 %indvars.iv655.8.i.epil, 4
+  %1083 = add nuw nsw i64 %1082, 1024
+  %1084 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1083
+  %1085 = load <16 x float>, ptr %1084, align 4, !tbaa !9
+  %1086 = fmul <16 x float> %108, %1085
+  %1087 = trunc i64 %1082 to i32
+  %1088 = sub i32 %483, %1087
+  %1089 = insertelement <16 x i32> poison, i32 %1088, i64 0
+  %1090 = shufflevector <16 x i32> %1089, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1091 = icmp sgt <16 x i32> %1090, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1092 = select <16 x i1> %1091, <16 x float> %1086, <16 x float> splat (float 0xFFF0000000000000)
+  %1093 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1083
+  store <16 x float> %1092, ptr %1093, align 4, !tbaa !9
+  %indvars.iv.next656.8.i.epil = add nuw nsw i64 %indvars.iv655.8.i.epil, 1
+  %epil.iter238.next = add i64 %epil.iter238, 1
+  %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
+  br i1 %epil.iter238.cmp.not, label %for_body_to59.us.9.i.preheader, label %for_body_to59.us.8.i.epil, !prof !20, !llvm.loop !39
+
+for_body_to59.us.9.i.preheader:                   ; preds = %for_body_to59.us.8.i.epil, %for_body_to59.us.9.i.preheader.unr-lcssa
+  %xtraiter243 = and i64 %wide.trip.count653.i, 3
+  %1094 = icmp ult i32 %485, 4
+  br i1 %1094, label %for_body_to59.us.9.i.epil.preheader, label %for_body_to59.us.9.i.preheader.new, !prof !15
+
+for_body_to59.us.9.i.preheader.new:               ; preds = %for_body_to59.us.9.i.preheader
+  %unroll_iter247 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.9.i
+
+for_body_to59.us.9.i:                             ; preds = %for_body_to59.us.9.i, %for_body_to59.us.9.i.preheader.new
+  %indvars.iv655.9.i = phi i64 [ 0, %for_body_to59.us.9.i.preheader.new ], [ %indvars.iv.next656.9.i.3, %for_body_to59.us.9.i ]
+  %niter248 = phi i64 [ 0, %for_body_to59.us.9.i.preheader.new ], [ %niter248.next.3, %for_body_to59.us.9.i ]
+  %1095 = shl nsw i64 %indvars.iv655.9.i, 4
+  %1096 = add nuw nsw i64 %1095, 1152
+  %1097 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1096
+  %1098 = load <16 x float>, ptr %1097, align 4, !tbaa !9
+  %1099 = fmul <16 x float> %108, %1098
+  %1100 = trunc i64 %1095 to i32
+  %1101 = sub i32 %483, %1100
+  %1102 = insertelement <16 x i32> poison, i32 %1101, i64 0
+  %1103 = shufflevector <16 x i32> %1102, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1104 = icmp sgt <16 x i32> %1103, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1105 = select <16 x i1> %1104, <16 x float> %1099, <16 x float> splat (float 0xFFF0000000000000)
+  %1106 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1096
+  store <16 x float> %1105, ptr %1106, align 4, !tbaa !9
+  %indvars.iv.next656.9.i = shl i64 %indvars.iv655.9.i, 4
+  %1107 = add nuw nsw i64 %indvars.iv.next656.9.i, 1168
+  %1108 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1107
+  %1109 = load <16 x float>, ptr %1108, align 4, !tbaa !9
+  %1110 = fmul <16 x float> %108, %1109
+  %1111 = trunc i64 %indvars.iv.next656.9.i to i32
+  %1112 = or disjoint i32 %1111, 16
+  %1113 = sub i32 %483, %1112
+  %1114 = insertelement <16 x i32> poison, i32 %1113, i64 0
+  %1115 = shufflevector <16 x i32> %1114, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1116 = icmp sgt <16 x i32> %1115, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1117 = select <16 x i1> %1116, <16 x float> %1110, <16 x float> splat (float 0xFFF0000000000000)
+  %1118 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1107
+  store <16 x float> %1117, ptr %1118, align 4, !tbaa !9
+  %indvars.iv.next656.9.i.1 = shl i64 %indvars.iv655.9.i, 4
+  %1119 = add nuw nsw i64 %indvars.iv.next656.9.i.1, 1184
+  %1120 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1119
+  %1121 = load <16 x float>, ptr %1120, align 4, !tbaa !9
+  %1122 = fmul <16 x float> %108, %1121
+  %1123 = trunc i64 %indvars.iv.next656.9.i.1 to i32
+  %1124 = or disjoint i32 %1123, 32
+  %1125 = sub i32 %483, %1124
+  %1126 = insertelement <16 x i32> poison, i32 %1125, i64 0
+  %1127 = shufflevector <16 x i32> %1126, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1128 = icmp sgt <16 x i32> %1127, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1129 = select <16 x i1> %1128, <16 x float> %1122, <16 x float> splat (float 0xFFF0000000000000)
+  %1130 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1119
+  store <16 x float> %1129, ptr %1130, align 4, !tbaa !9
+  %indvars.iv.next656.9.i.2 = shl i64 %indvars.iv655.9.i, 4
+  %1131 = add nuw nsw i64 %indvars.iv.next656.9.i.2, 1200
+  %1132 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1131
+  %1133 = load <16 x float>, ptr %1132, align 4, !tbaa !9
+  %1134 = fmul <16 x float> %108, %1133
+  %1135 = trunc i64 %indvars.iv.next656.9.i.2 to i32
+  %1136 = or disjoint i32 %1135, 48
+  %1137 = sub i32 %483, %1136
+  %1138 = insertelement <16 x i32> poison, i32 %1137, i64 0
+  %1139 = shufflevector <16 x i32> %1138, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1140 = icmp sgt <16 x i32> %1139, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1141 = select <16 x i1> %1140, <16 x float> %1134, <16 x float> splat (float 0xFFF0000000000000)
+  %1142 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1131
+  store <16 x float> %1141, ptr %1142, align 4, !tbaa !9
+  %indvars.iv.next656.9.i.3 = add nuw nsw i64 %indvars.iv655.9.i, 4
+  %niter248.next.3 = add i64 %niter248, 4
+  %niter248.ncmp.3 = icmp eq i64 %niter248.next.3, %unroll_iter247
+  br i1 %niter248.ncmp.3, label %for_body_to59.us.10.i.preheader.unr-lcssa, label %for_body_to59.us.9.i, !prof !16, !llvm.loop !40
+
+for_body_to59.us.10.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.9.i
+  %lcmp.mod245.not = icmp eq i64 %xtraiter243, 0
+  br i1 %lcmp.mod245.not, label %for_body_to59.us.10.i.preheader, label %for_body_to59.us.9.i.epil.preheader, !prof !19
+
+for_body_to59.us.9.i.epil.preheader:              ; preds = %for_body_to59.us.10.i.preheader.unr-lcssa, %for_body_to59.us.9.i.preheader
+  %indvars.iv655.9.i.epil.init = phi i64 [ 0, %for_body_to59.us.9.i.preheader ], [ %indvars.iv.next656.9.i.3, %for_body_to59.us.10.i.preheader.unr-lcssa ]
+  %lcmp.mod246 = icmp ne i64 %xtraiter243, 0
+  tail call void @llvm.assume(i1 %lcmp.mod246)
+  br label %for_body_to59.us.9.i.epil
+
+for_body_to59.us.9.i.epil:                        ; preds = %for_body_to59.us.9.i.epil, %for_body_to59.us.9.i.epil.preheader
+  %indvars.iv655.9.i.epil = phi i64 [ %indvars.iv.next656.9.i.epil, %for_body_to59.us.9.i.epil ], [ %indvars.iv655.9.i.epil.init, %for_body_to59.us.9.i.epil.preheader ]
+  %epil.iter244 = phi i64 [ %epil.iter244.next, %for_body_to59.us.9.i.epil ], [ 0, %for_body_to59.us.9.i.epil.preheader ]
+  %1143 = shl nsw i64 %indvars.iv655.9.i.epil, 4
+  %1144 = add nuw nsw i64 %1143, 1152
+  %1145 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1144
+  %1146 = load <16 x float>, ptr %1145, align 4, !tbaa !9
+  %1147 = fmul <16 x float> %108, %1146
+  %1148 = trunc i64 %1143 to i32
+  %1149 = sub i32 %483, %1148
+  %1150 = insertelement <16 x i32> poison, i32 %1149, i64 0
+  %1151 = shufflevector <16 x i32> %1150, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1152 = icmp sgt <16 x i32> %1151, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1153 = select <16 x i1> %1152, <16 x float> %1147, <16 x float> splat (float 0xFFF0000000000000)
+  %1154 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1144
+  store <16 x float> %1153, ptr %1154, align 4, !tbaa !9
+  %indvars.iv.next656.9.i.epil = add nuw nsw i64 %indvars.iv655.9.i.epil, 1
+  %epil.iter244.next = add i64 %epil.iter244, 1
+  %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
+  br i1 %epil.iter244.cmp.not, label %for_body_to59.us.10.i.preheader, label %for_body_to59.us.9.i.epil, !prof !20, !llvm.loop !41
+
+for_body_to59.us.10.i.preheader:                  ; preds = %for_body_to59.us.9.i.epil, %for_body_to59.us.10.i.preheader.unr-lcssa
+  %xtraiter249 = and i64 %wide.trip.count653.i, 3
+  %1155 = icmp ult i32 %485, 4
+  br i1 %1155, label %for_body_to59.us.10.i.epil.preheader, label %for_body_to59.us.10.i.preheader.new, !prof !15
+
+for_body_to59.us.10.i.preheader.new:              ; preds = %for_body_to59.us.10.i.preheader
+  %unroll_iter253 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.10.i
+
+for_body_to59.us.10.i:                            ; preds = %for_body_to59.us.10.i, %for_body_to59.us.10.i.preheader.new
+  %indvars.iv655.10.i = phi i64 [ 0, %for_body_to59.us.10.i.preheader.new ], [ %indvars.iv.next656.10.i.3, %for_body_to59.us.10.i ]
+  %niter254 = phi i64 [ 0, %for_body_to59.us.10.i.preheader.new ], [ %niter254.next.3, %for_body_to59.us.10.i ]
+  %1156 = shl nsw i64 %indvars.iv655.10.i, 4
+  %1157 = add nuw nsw i64 %1156, 1280
+  %1158 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1157
+  %1159 = load <16 x float>, ptr %1158, align 4, !tbaa !9
+  %1160 = fmul <16 x float> %108, %1159
+  %1161 = trunc i64 %1156 to i32
+  %1162 = sub i32 %483, %1161
+  %1163 = insertelement <16 x i32> poison, i32 %1162, i64 0
+  %1164 = shufflevector <16 x i32> %1163, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1165 = icmp sgt <16 x i32> %1164, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1166 = select <16 x i1> %1165, <16 x float> %1160, <16 x float> splat (float 0xFFF0000000000000)
+  %1167 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1157
+  store <16 x float> %1166, ptr %1167, align 4, !tbaa !9
+  %indvars.iv.next656.10.i = shl i64 %indvars.iv655.10.i, 4
+  %1168 = add nuw nsw i64 %indvars.iv.next656.10.i, 1296
+  %1169 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1168
+  %1170 = load <16 x float>, ptr %1169, align 4, !tbaa !9
+  %1171 = fmul <16 x float> %108, %1170
+  %1172 = trunc i64 %indvars.iv.next656.10.i to i32
+  %1173 = or disjoint i32 %1172, 16
+  %1174 = sub i32 %483, %1173
+  %1175 = insertelement <16 x i32> poison, i32 %1174, i64 0
+  %1176 = shufflevector <16 x i32> %1175, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1177 = icmp sgt <16 x i32> %1176, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1178 = select <16 x i1> %1177, <16 x float> %1171, <16 x float> splat (float 0xFFF0000000000000)
+  %1179 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1168
+  store <16 x float> %1178, ptr %1179, align 4, !tbaa !9
+  %indvars.iv.next656.10.i.1 = shl i64 %indvars.iv655.10.i, 4
+  %1180 = add nuw nsw i64 %indvars.iv.next656.10.i.1, 1312
+  %1181 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1180
+  %1182 = load <16 x float>, ptr %1181, align 4, !tbaa !9
+  %1183 = fmul <16 x float> %108, %1182
+  %1184 = trunc i64 %indvars.iv.next656.10.i.1 to i32
+  %1185 = or disjoint i32 %1184, 32
+  %1186 = sub i32 %483, %1185
+  %1187 = insertelement <16 x i32> poison, i32 %1186, i64 0
+  %1188 = shufflevector <16 x i32> %1187, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1189 = icmp sgt <16 x i32> %1188, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1190 = select <16 x i1> %1189, <16 x float> %1183, <16 x float> splat (float 0xFFF0000000000000)
+  %1191 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1180
+  store <16 x float> %1190, ptr %1191, align 4, !tbaa !9
+  %indvars.iv.next656.10.i.2 = shl i64 %indvars.iv655.10.i, 4
+  %1192 = add nuw nsw i64 %indvars.iv.next656.10.i.2, 1328
+  %1193 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1192
+  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !9
+  %1195 = fmul <16 x float> %108, %1194
+  %1196 = trunc i64 %indvars.iv.next656.10.i.2 to i32
+  %1197 = or disjoint i32 %1196, 48
+  %1198 = sub i32 %483, %1197
+  %1199 = insertelement <16 x i32> poison, i32 %1198, i64 0
+  %1200 = shufflevector <16 x i32> %1199, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1201 = icmp sgt <16 x i32> %1200, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1202 = select <16 x i1> %1201, <16 x float> %1195, <16 x float> splat (float 0xFFF0000000000000)
+  %1203 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1192
+  store <16 x float> %1202, ptr %1203, align 4, !tbaa !9
+  %indvars.iv.next656.10.i.3 = add nuw nsw i64 %indvars.iv655.10.i, 4
+  %niter254.next.3 = add i64 %niter254, 4
+  %niter254.ncmp.3 = icmp eq i64 %niter254.next.3, %unroll_iter253
+  br i1 %niter254.ncmp.3, label %for_body_to59.us.11.i.preheader.unr-lcssa, label %for_body_to59.us.10.i, !prof !16, !llvm.loop !42
+
+for_body_to59.us.11.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.10.i
+  %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
+  br i1 %lcmp.mod251.not, label %for_body_to59.us.11.i.preheader, label %for_body_to59.us.10.i.epil.preheader, !prof !19
+
+for_body_to59.us.10.i.epil.preheader:             ; preds = %for_body_to59.us.11.i.preheader.unr-lcssa, %for_body_to59.us.10.i.preheader
+  %indvars.iv655.10.i.epil.init = phi i64 [ 0, %for_body_to59.us.10.i.preheader ], [ %indvars.iv.next656.10.i.3, %for_body_to59.us.11.i.preheader.unr-lcssa ]
+  %lcmp.mod252 = icmp ne i64 %xtraiter249, 0
+  tail call void @llvm.assume(i1 %lcmp.mod252)
+  br label %for_body_to59.us.10.i.epil
+
+for_body_to59.us.10.i.epil:                       ; preds = %for_body_to59.us.10.i.epil, %for_body_to59.us.10.i.epil.preheader
+  %indvars.iv655.10.i.epil = phi i64 [ %indvars.iv.next656.10.i.epil, %for_body_to59.us.10.i.epil ], [ %indvars.iv655.10.i.epil.init, %for_body_to59.us.10.i.epil.preheader ]
+  %epil.iter250 = phi i64 [ %epil.iter250.next, %for_body_to59.us.10.i.epil ], [ 0, %for_body_to59.us.10.i.epil.preheader ]
+  %1204 = shl nsw i64 %indvars.iv655.10.i.epil, 4
+  %1205 = add nuw nsw i64 %1204, 1280
+  %1206 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1205
+  %1207 = load <16 x float>, ptr %1206, align 4, !tbaa !9
+  %1208 = fmul <16 x float> %108, %1207
+  %1209 = trunc i64 %1204 to i32
+  %1210 = sub i32 %483, %1209
+  %1211 = insertelement <16 x i32> poison, i32 %1210, i64 0
+  %1212 = shufflevector <16 x i32> %1211, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1213 = icmp sgt <16 x i32> %1212, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1214 = select <16 x i1> %1213, <16 x float> %1208, <16 x float> splat (float 0xFFF0000000000000)
+  %1215 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1205
+  store <16 x float> %1214, ptr %1215, align 4, !tbaa !9
+  %indvars.iv.next656.10.i.epil = add nuw nsw i64 %indvars.iv655.10.i.epil, 1
+  %epil.iter250.next = add i64 %epil.iter250, 1
+  %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
+  br i1 %epil.iter250.cmp.not, label %for_body_to59.us.11.i.preheader, label %for_body_to59.us.10.i.epil, !prof !20, !llvm.loop !43
+
+for_body_to59.us.11.i.preheader:                  ; preds = %for_body_to59.us.10.i.epil, %for_body_to59.us.11.i.preheader.unr-lcssa
+  %xtraiter255 = and i64 %wide.trip.count653.i, 3
+  %1216 = icmp ult i32 %485, 4
+  br i1 %1216, label %for_body_to59.us.11.i.epil.preheader, label %for_body_to59.us.11.i.preheader.new, !prof !15
+
+for_body_to59.us.11.i.preheader.new:              ; preds = %for_body_to59.us.11.i.preheader
+  %unroll_iter259 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.11.i
+
+for_body_to59.us.11.i:                            ; preds = %for_body_to59.us.11.i, %for_body_to59.us.11.i.preheader.new
+  %indvars.iv655.11.i = phi i64 [ 0, %for_body_to59.us.11.i.preheader.new ], [ %indvars.iv.next656.11.i.3, %for_body_to59.us.11.i ]
+  %niter260 = phi i64 [ 0, %for_body_to59.us.11.i.preheader.new ], [ %niter260.next.3, %for_body_to59.us.11.i ]
+  %1217 = shl nsw i64 %indvars.iv655.11.i, 4
+  %1218 = add nuw nsw i64 %1217, 1408
+  %1219 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1218
+  %1220 = load <16 x float>, ptr %1219, align 4, !tbaa !9
+  %1221 = fmul <16 x float> %108, %1220
+  %1222 = trunc i64 %1217 to i32
+  %1223 = sub i32 %483, %1222
+  %1224 = insertelement <16 x i32> poison, i32 %1223, i64 0
+  %1225 = shufflevector <16 x i32> %1224, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1226 = icmp sgt <16 x i32> %1225, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1227 = select <16 x i1> %1226, <16 x float> %1221, <16 x float> splat (float 0xFFF0000000000000)
+  %1228 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1218
+  store <16 x float> %1227, ptr %1228, align 4, !tbaa !9
+  %indvars.iv.next656.11.i = shl i64 %indvars.iv655.11.i, 4
+  %1229 = add nuw nsw i64 %indvars.iv.next656.11.i, 1424
+  %1230 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1229
+  %1231 = load <16 x float>, ptr %1230, align 4, !tbaa !9
+  %1232 = fmul <16 x float> %108, %1231
+  %1233 = trunc i64 %indvars.iv.next656.11.i to i32
+  %1234 = or disjoint i32 %1233, 16
+  %1235 = sub i32 %483, %1234
+  %1236 = insertelement <16 x i32> poison, i32 %1235, i64 0
+  %1237 = shufflevector <16 x i32> %1236, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1238 = icmp sgt <16 x i32> %1237, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1239 = select <16 x i1> %1238, <16 x float> %1232, <16 x float> splat (float 0xFFF0000000000000)
+  %1240 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1229
+  store <16 x float> %1239, ptr %1240, align 4, !tbaa !9
+  %indvars.iv.next656.11.i.1 = shl i64 %indvars.iv655.11.i, 4
+  %1241 = add nuw nsw i64 %indvars.iv.next656.11.i.1, 1440
+  %1242 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1241
+  %1243 = load <16 x float>, ptr %1242, align 4, !tbaa !9
+  %1244 = fmul <16 x float> %108, %1243
+  %1245 = trunc i64 %indvars.iv.next656.11.i.1 to i32
+  %1246 = or disjoint i32 %1245, 32
+  %1247 = sub i32 %483, %1246
+  %1248 = insertelement <16 x i32> poison, i32 %1247, i64 0
+  %1249 = shufflevector <16 x i32> %1248, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1250 = icmp sgt <16 x i32> %1249, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1251 = select <16 x i1> %1250, <16 x float> %1244, <16 x float> splat (float 0xFFF0000000000000)
+  %1252 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1241
+  store <16 x float> %1251, ptr %1252, align 4, !tbaa !9
+  %indvars.iv.next656.11.i.2 = shl i64 %indvars.iv655.11.i, 4
+  %1253 = add nuw nsw i64 %indvars.iv.next656.11.i.2, 1456
+  %1254 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1253
+  %1255 = load <16 x float>, ptr %1254, align 4, !tbaa !9
+  %1256 = fmul <16 x float> %108, %1255
+  %1257 = trunc i64 %indvars.iv.next656.11.i.2 to i32
+  %1258 = or disjoint i32 %1257, 48
+  %1259 = sub i32 %483, %1258
+  %1260 = insertelement <16 x i32> poison, i32 %1259, i64 0
+  %1261 = shufflevector <16 x i32> %1260, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1262 = icmp sgt <16 x i32> %1261, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1263 = select <16 x i1> %1262, <16 x float> %1256, <16 x float> splat (float 0xFFF0000000000000)
+  %1264 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1253
+  store <16 x float> %1263, ptr %1264, align 4, !tbaa !9
+  %indvars.iv.next656.11.i.3 = add nuw nsw i64 %indvars.iv655.11.i, 4
+  %niter260.next.3 = add i64 %niter260, 4
+  %niter260.ncmp.3 = icmp eq i64 %niter260.next.3, %unroll_iter259
+  br i1 %niter260.ncmp.3, label %for_body_to59.us.12.i.preheader.unr-lcssa, label %for_body_to59.us.11.i, !prof !16, !llvm.loop !44
+
+for_body_to59.us.12.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.11.i
+  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
+  br i1 %lcmp.mod257.not, label %for_body_to59.us.12.i.preheader, label %for_body_to59.us.11.i.epil.preheader, !prof !19
+
+for_body_to59.us.11.i.epil.preheader:             ; preds = %for_body_to59.us.12.i.preheader.unr-lcssa, %for_body_to59.us.11.i.preheader
+  %indvars.iv655.11.i.epil.init = phi i64 [ 0, %for_body_to59.us.11.i.preheader ], [ %indvars.iv.next656.11.i.3, %for_body_to59.us.12.i.preheader.unr-lcssa ]
+  %lcmp.mod258 = icmp ne i64 %xtraiter255, 0
+  tail call void @llvm.assume(i1 %lcmp.mod258)
+  br label %for_body_to59.us.11.i.epil
+
+for_body_to59.us.11.i.epil:                       ; preds = %for_body_to59.us.11.i.epil, %for_body_to59.us.11.i.epil.preheader
+  %indvars.iv655.11.i.epil = phi i64 [ %indvars.iv.next656.11.i.epil, %for_body_to59.us.11.i.epil ], [ %indvars.iv655.11.i.epil.init, %for_body_to59.us.11.i.epil.preheader ]
+  %epil.iter256 = phi i64 [ %epil.iter256.next, %for_body_to59.us.11.i.epil ], [ 0, %for_body_to59.us.11.i.epil.preheader ]
+  %1265 = shl nsw i64 %indvars.iv655.11.i.epil, 4
+  %1266 = add nuw nsw i64 %1265, 1408
+  %1267 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1266
+  %1268 = load <16 x float>, ptr %1267, align 4, !tbaa !9
+  %1269 = fmul <16 x float> %108, %1268
+  %1270 = trunc i64 %1265 to i32
+  %1271 = sub i32 %483, %1270
+  %1272 = insertelement <16 x i32> poison, i32 %1271, i64 0
+  %1273 = shufflevector <16 x i32> %1272, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1274 = icmp sgt <16 x i32> %1273, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1275 = select <16 x i1> %1274, <16 x float> %1269, <16 x float> splat (float 0xFFF0000000000000)
+  %1276 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1266
+  store <16 x float> %1275, ptr %1276, align 4, !tbaa !9
+  %indvars.iv.next656.11.i.epil = add nuw nsw i64 %indvars.iv655.11.i.epil, 1
+  %epil.iter256.next = add i64 %epil.iter256, 1
+  %epil.iter256.cmp.not = icmp eq i64 %epil.iter256.next, %xtraiter255
+  br i1 %epil.iter256.cmp.not, label %for_body_to59.us.12.i.preheader, label %for_body_to59.us.11.i.epil, !prof !20, !llvm.loop !45
+
+for_body_to59.us.12.i.preheader:                  ; preds = %for_body_to59.us.11.i.epil, %for_body_to59.us.12.i.preheader.unr-lcssa
+  %xtraiter261 = and i64 %wide.trip.count653.i, 3
+  %1277 = icmp ult i32 %485, 4
+  br i1 %1277, label %for_body_to59.us.12.i.epil.preheader, label %for_body_to59.us.12.i.preheader.new, !prof !15
+
+for_body_to59.us.12.i.preheader.new:              ; preds = %for_body_to59.us.12.i.preheader
+  %unroll_iter265 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.12.i
+
+for_body_to59.us.12.i:                            ; preds = %for_body_to59.us.12.i, %for_body_to59.us.12.i.preheader.new
+  %indvars.iv655.12.i = phi i64 [ 0, %for_body_to59.us.12.i.preheader.new ], [ %indvars.iv.next656.12.i.3, %for_body_to59.us.12.i ]
+  %niter266 = phi i64 [ 0, %for_body_to59.us.12.i.preheader.new ], [ %niter266.next.3, %for_body_to59.us.12.i ]
+  %1278 = shl nsw i64 %indvars.iv655.12.i, 4
+  %1279 = add nuw nsw i64 %1278, 1536
+  %1280 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1279
+  %1281 = load <16 x float>, ptr %1280, align 4, !tbaa !9
+  %1282 = fmul <16 x float> %108, %1281
+  %1283 = trunc i64 %1278 to i32
+  %1284 = sub i32 %483, %1283
+  %1285 = insertelement <16 x i32> poison, i32 %1284, i64 0
+  %1286 = shufflevector <16 x i32> %1285, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1287 = icmp sgt <16 x i32> %1286, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1288 = select <16 x i1> %1287, <16 x float> %1282, <16 x float> splat (float 0xFFF0000000000000)
+  %1289 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1279
+  store <16 x float> %1288, ptr %1289, align 4, !tbaa !9
+  %indvars.iv.next656.12.i = shl i64 %indvars.iv655.12.i, 4
+  %1290 = add nuw nsw i64 %indvars.iv.next656.12.i, 1552
+  %1291 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1290
+  %1292 = load <16 x float>, ptr %1291, align 4, !tbaa !9
+  %1293 = fmul <16 x float> %108, %1292
+  %1294 = trunc i64 %indvars.iv.next656.12.i to i32
+  %1295 = or disjoint i32 %1294, 16
+  %1296 = sub i32 %483, %1295
+  %1297 = insertelement <16 x i32> poison, i32 %1296, i64 0
+  %1298 = shufflevector <16 x i32> %1297, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1299 = icmp sgt <16 x i32> %1298, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1300 = select <16 x i1> %1299, <16 x float> %1293, <16 x float> splat (float 0xFFF0000000000000)
+  %1301 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1290
+  store <16 x float> %1300, ptr %1301, align 4, !tbaa !9
+  %indvars.iv.next656.12.i.1 = shl i64 %indvars.iv655.12.i, 4
+  %1302 = add nuw nsw i64 %indvars.iv.next656.12.i.1, 1568
+  %1303 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1302
+  %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !9
+  %1305 = fmul <16 x float> %108, %1304
+  %1306 = trunc i64 %indvars.iv.next656.12.i.1 to i32
+  %1307 = or disjoint i32 %1306, 32
+  %1308 = sub i32 %483, %1307
+  %1309 = insertelement <16 x i32> poison, i32 %1308, i64 0
+  %1310 = shufflevector <16 x i32> %1309, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1311 = icmp sgt <16 x i32> %1310, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1312 = select <16 x i1> %1311, <16 x float> %1305, <16 x float> splat (float 0xFFF0000000000000)
+  %1313 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1302
+  store <16 x float> %1312, ptr %1313, align 4, !tbaa !9
+  %indvars.iv.next656.12.i.2 = shl i64 %indvars.iv655.12.i, 4
+  %1314 = add nuw nsw i64 %indvars.iv.next656.12.i.2, 1584
+  %1315 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1314
+  %1316 = load <16 x float>, ptr %1315, align 4, !tbaa !9
+  %1317 = fmul <16 x float> %108, %1316
+  %1318 = trunc i64 %indvars.iv.next656.12.i.2 to i32
+  %1319 = or disjoint i32 %1318, 48
+  %1320 = sub i32 %483, %1319
+  %1321 = insertelement <16 x i32> poison, i32 %1320, i64 0
+  %1322 = shufflevector <16 x i32> %1321, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1323 = icmp sgt <16 x i32> %1322, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1324 = select <16 x i1> %1323, <16 x float> %1317, <16 x float> splat (float 0xFFF0000000000000)
+  %1325 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1314
+  store <16 x float> %1324, ptr %1325, align 4, !tbaa !9
+  %indvars.iv.next656.12.i.3 = add nuw nsw i64 %indvars.iv655.12.i, 4
+  %niter266.next.3 = add i64 %niter266, 4
+  %niter266.ncmp.3 = icmp eq i64 %niter266.next.3, %unroll_iter265
+  br i1 %niter266.ncmp.3, label %for_body_to59.us.13.i.preheader.unr-lcssa, label %for_body_to59.us.12.i, !prof !16, !llvm.loop !46
+
+for_body_to59.us.13.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.12.i
+  %lcmp.mod263.not = icmp eq i64 %xtraiter261, 0
+  br i1 %lcmp.mod263.not, label %for_body_to59.us.13.i.preheader, label %for_body_to59.us.12.i.epil.preheader, !prof !19
+
+for_body_to59.us.12.i.epil.preheader:             ; preds = %for_body_to59.us.13.i.preheader.unr-lcssa, %for_body_to59.us.12.i.preheader
+  %indvars.iv655.12.i.epil.init = phi i64 [ 0, %for_body_to59.us.12.i.preheader ], [ %indvars.iv.next656.12.i.3, %for_body_to59.us.13.i.preheader.unr-lcssa ]
+  %lcmp.mod264 = icmp ne i64 %xtraiter261, 0
+  tail call void @llvm.assume(i1 %lcmp.mod264)
+  br label %for_body_to59.us.12.i.epil
+
+for_body_to59.us.12.i.epil:                       ; preds = %for_body_to59.us.12.i.epil, %for_body_to59.us.12.i.epil.preheader
+  %indvars.iv655.12.i.epil = phi i64 [ %indvars.iv.next656.12.i.epil, %for_body_to59.us.12.i.epil ], [ %indvars.iv655.12.i.epil.init, %for_body_to59.us.12.i.epil.preheader ]
+  %epil.iter262 = phi i64 [ %epil.iter262.next, %for_body_to59.us.12.i.epil ], [ 0, %for_body_to59.us.12.i.epil.preheader ]
+  %1326 = shl nsw i64 %indvars.iv655.12.i.epil, 4
+  %1327 = add nuw nsw i64 %1326, 1536
+  %1328 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1327
+  %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !9
+  %1330 = fmul <16 x float> %108, %1329
+  %1331 = trunc i64 %1326 to i32
+  %1332 = sub i32 %483, %1331
+  %1333 = insertelement <16 x i32> poison, i32 %1332, i64 0
+  %1334 = shufflevector <16 x i32> %1333, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1335 = icmp sgt <16 x i32> %1334, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1336 = select <16 x i1> %1335, <16 x float> %1330, <16 x float> splat (float 0xFFF0000000000000)
+  %1337 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1327
+  store <16 x float> %1336, ptr %1337, align 4, !tbaa !9
+  %indvars.iv.next656.12.i.epil = add nuw nsw i64 %indvars.iv655.12.i.epil, 1
+  %epil.iter262.next = add i64 %epil.iter262, 1
+  %epil.iter262.cmp.not = icmp eq i64 %epil.iter262.next, %xtraiter261
+  br i1 %epil.iter262.cmp.not, label %for_body_to59.us.13.i.preheader, label %for_body_to59.us.12.i.epil, !prof !20, !llvm.loop !47
+
+for_body_to59.us.13.i.preheader:                  ; preds = %for_body_to59.us.12.i.epil, %for_body_to59.us.13.i.preheader.unr-lcssa
+  %xtraiter267 = and i64 %wide.trip.count653.i, 3
+  %1338 = icmp ult i32 %485, 4
+  br i1 %1338, label %for_body_to59.us.13.i.epil.preheader, label %for_body_to59.us.13.i.preheader.new, !prof !15
+
+for_body_to59.us.13.i.preheader.new:              ; preds = %for_body_to59.us.13.i.preheader
+  %unroll_iter271 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.13.i
+
+for_body_to59.us.13.i:                            ; preds = %for_body_to59.us.13.i, %for_body_to59.us.13.i.preheader.new
+  %indvars.iv655.13.i = phi i64 [ 0, %for_body_to59.us.13.i.preheader.new ], [ %indvars.iv.next656.13.i.3, %for_body_to59.us.13.i ]
+  %niter272 = phi i64 [ 0, %for_body_to59.us.13.i.preheader.new ], [ %niter272.next.3, %for_body_to59.us.13.i ]
+  %1339 = shl nsw i64 %indvars.iv655.13.i, 4
+  %1340 = add nuw nsw i64 %1339, 1664
+  %1341 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1340
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !9
+  %1343 = fmul <16 x float> %108, %1342
+  %1344 = trunc i64 %1339 to i32
+  %1345 = sub i32 %483, %1344
+  %1346 = insertelement <16 x i32> poison, i32 %1345, i64 0
+  %1347 = shufflevector <16 x i32> %1346, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1348 = icmp sgt <16 x i32> %1347, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1349 = select <16 x i1> %1348, <16 x float> %1343, <16 x float> splat (float 0xFFF0000000000000)
+  %1350 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1340
+  store <16 x float> %1349, ptr %1350, align 4, !tbaa !9
+  %indvars.iv.next656.13.i = shl i64 %indvars.iv655.13.i, 4
+  %1351 = add nuw nsw i64 %indvars.iv.next656.13.i, 1680
+  %1352 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1351
+  %1353 = load <16 x float>, ptr %1352, align 4, !tbaa !9
+  %1354 = fmul <16 x float> %108, %1353
+  %1355 = trunc i64 %indvars.iv.next656.13.i to i32
+  %1356 = or disjoint i32 %1355, 16
+  %1357 = sub i32 %483, %1356
+  %1358 = insertelement <16 x i32> poison, i32 %1357, i64 0
+  %1359 = shufflevector <16 x i32> %1358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1360 = icmp sgt <16 x i32> %1359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1361 = select <16 x i1> %1360, <16 x float> %1354, <16 x float> splat (float 0xFFF0000000000000)
+  %1362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1351
+  store <16 x float> %1361, ptr %1362, align 4, !tbaa !9
+  %indvars.iv.next656.13.i.1 = shl i64 %indvars.iv655.13.i, 4
+  %1363 = add nuw nsw i64 %indvars.iv.next656.13.i.1, 1696
+  %1364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1363
+  %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !9
+  %1366 = fmul <16 x float> %108, %1365
+  %1367 = trunc i64 %indvars.iv.next656.13.i.1 to i32
+  %1368 = or disjoint i32 %1367, 32
+  %1369 = sub i32 %483, %1368
+  %1370 = insertelement <16 x i32> poison, i32 %1369, i64 0
+  %1371 = shufflevector <16 x i32> %1370, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1372 = icmp sgt <16 x i32> %1371, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1373 = select <16 x i1> %1372, <16 x float> %1366, <16 x float> splat (float 0xFFF0000000000000)
+  %1374 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1363
+  store <16 x float> %1373, ptr %1374, align 4, !tbaa !9
+  %indvars.iv.next656.13.i.2 = shl i64 %indvars.iv655.13.i, 4
+  %1375 = add nuw nsw i64 %indvars.iv.next656.13.i.2, 1712
+  %1376 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1375
+  %1377 = load <16 x float>, ptr %1376, align 4, !tbaa !9
+  %1378 = fmul <16 x float> %108, %1377
+  %1379 = trunc i64 %indvars.iv.next656.13.i.2 to i32
+  %1380 = or disjoint i32 %1379, 48
+  %1381 = sub i32 %483, %1380
+  %1382 = insertelement <16 x i32> poison, i32 %1381, i64 0
+  %1383 = shufflevector <16 x i32> %1382, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1384 = icmp sgt <16 x i32> %1383, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1385 = select <16 x i1> %1384, <16 x float> %1378, <16 x float> splat (float 0xFFF0000000000000)
+  %1386 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1375
+  store <16 x float> %1385, ptr %1386, align 4, !tbaa !9
+  %indvars.iv.next656.13.i.3 = add nuw nsw i64 %indvars.iv655.13.i, 4
+  %niter272.next.3 = add i64 %niter272, 4
+  %niter272.ncmp.3 = icmp eq i64 %niter272.next.3, %unroll_iter271
+  br i1 %niter272.ncmp.3, label %for_body_to59.us.14.i.preheader.unr-lcssa, label %for_body_to59.us.13.i, !prof !16, !llvm.loop !48
+
+for_body_to59.us.14.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.13.i
+  %lcmp.mod269.not = icmp eq i64 %xtraiter267, 0
+  br i1 %lcmp.mod269.not, label %for_body_to59.us.14.i.preheader, label %for_body_to59.us.13.i.epil.preheader, !prof !19
+
+for_body_to59.us.13.i.epil.preheader:             ; preds = %for_body_to59.us.14.i.preheader.unr-lcssa, %for_body_to59.us.13.i.preheader
+  %indvars.iv655.13.i.epil.init = phi i64 [ 0, %for_body_to59.us.13.i.preheader ], [ %indvars.iv.next656.13.i.3, %for_body_to59.us.14.i.preheader.unr-lcssa ]
+  %lcmp.mod270 = icmp ne i64 %xtraiter267, 0
+  tail call void @llvm.assume(i1 %lcmp.mod270)
+  br label %for_body_to59.us.13.i.epil
+
+for_body_to59.us.13.i.epil:                       ; preds = %for_body_to59.us.13.i.epil, %for_body_to59.us.13.i.epil.preheader
+  %indvars.iv655.13.i.epil = phi i64 [ %indvars.iv.next656.13.i.epil, %for_body_to59.us.13.i.epil ], [ %indvars.iv655.13.i.epil.init, %for_body_to59.us.13.i.epil.preheader ]
+  %epil.iter268 = phi i64 [ %epil.iter268.next, %for_body_to59.us.13.i.epil ], [ 0, %for_body_to59.us.13.i.epil.preheader ]
+  %1387 = shl nsw i64 %indvars.iv655.13.i.epil, 4
+  %1388 = add nuw nsw i64 %1387, 1664
+  %1389 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1388
+  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !9
+  %1391 = fmul <16 x float> %108, %1390
+  %1392 = trunc i64 %1387 to i32
+  %1393 = sub i32 %483, %1392
+  %1394 = insertelement <16 x i32> poison, i32 %1393, i64 0
+  %1395 = shufflevector <16 x i32> %1394, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1396 = icmp sgt <16 x i32> %1395, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1397 = select <16 x i1> %1396, <16 x float> %1391, <16 x float> splat (float 0xFFF0000000000000)
+  %1398 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1388
+  store <16 x float> %1397, ptr %1398, align 4, !tbaa !9
+  %indvars.iv.next656.13.i.epil = add nuw nsw i64 %indvars.iv655.13.i.epil, 1
+  %epil.iter268.next = add i64 %epil.iter268, 1
+  %epil.iter268.cmp.not = icmp eq i64 %epil.iter268.next, %xtraiter267
+  br i1 %epil.iter268.cmp.not, label %for_body_to59.us.14.i.preheader, label %for_body_to59.us.13.i.epil, !prof !20, !llvm.loop !49
+
+for_body_to59.us.14.i.preheader:                  ; preds = %for_body_to59.us.13.i.epil, %for_body_to59.us.14.i.preheader.unr-lcssa
+  %xtraiter273 = and i64 %wide.trip.count653.i, 3
+  %1399 = icmp ult i32 %485, 4
+  br i1 %1399, label %for_body_to59.us.14.i.epil.preheader, label %for_body_to59.us.14.i.preheader.new, !prof !15
+
+for_body_to59.us.14.i.preheader.new:              ; preds = %for_body_to59.us.14.i.preheader
+  %unroll_iter277 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.14.i
+
+for_body_to59.us.14.i:                            ; preds = %for_body_to59.us.14.i, %for_body_to59.us.14.i.preheader.new
+  %indvars.iv655.14.i = phi i64 [ 0, %for_body_to59.us.14.i.preheader.new ], [ %indvars.iv.next656.14.i.3, %for_body_to59.us.14.i ]
+  %niter278 = phi i64 [ 0, %for_body_to59.us.14.i.preheader.new ], [ %niter278.next.3, %for_body_to59.us.14.i ]
+  %1400 = shl nsw i64 %indvars.iv655.14.i, 4
+  %1401 = add nuw nsw i64 %1400, 1792
+  %1402 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1401
+  %1403 = load <16 x float>, ptr %1402, align 4, !tbaa !9
+  %1404 = fmul <16 x float> %108, %1403
+  %1405 = trunc i64 %1400 to i32
+  %1406 = sub i32 %483, %1405
+  %1407 = insertelement <16 x i32> poison, i32 %1406, i64 0
+  %1408 = shufflevector <16 x i32> %1407, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1409 = icmp sgt <16 x i32> %1408, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1410 = select <16 x i1> %1409, <16 x float> %1404, <16 x float> splat (float 0xFFF0000000000000)
+  %1411 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1401
+  store <16 x float> %1410, ptr %1411, align 4, !tbaa !9
+  %indvars.iv.next656.14.i = shl i64 %indvars.iv655.14.i, 4
+  %1412 = add nuw nsw i64 %indvars.iv.next656.14.i, 1808
+  %1413 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1412
+  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !9
+  %1415 = fmul <16 x float> %108, %1414
+  %1416 = trunc i64 %indvars.iv.next656.14.i to i32
+  %1417 = or disjoint i32 %1416, 16
+  %1418 = sub i32 %483, %1417
+  %1419 = insertelement <16 x i32> poison, i32 %1418, i64 0
+  %1420 = shufflevector <16 x i32> %1419, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1421 = icmp sgt <16 x i32> %1420, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1422 = select <16 x i1> %1421, <16 x float> %1415, <16 x float> splat (float 0xFFF0000000000000)
+  %1423 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1412
+  store <16 x float> %1422, ptr %1423, align 4, !tbaa !9
+  %indvars.iv.next656.14.i.1 = shl i64 %indvars.iv655.14.i, 4
+  %1424 = add nuw nsw i64 %indvars.iv.next656.14.i.1, 1824
+  %1425 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1424
+  %1426 = load <16 x float>, ptr %1425, align 4, !tbaa !9
+  %1427 = fmul <16 x float> %108, %1426
+  %1428 = trunc i64 %indvars.iv.next656.14.i.1 to i32
+  %1429 = or disjoint i32 %1428, 32
+  %1430 = sub i32 %483, %1429
+  %1431 = insertelement <16 x i32> poison, i32 %1430, i64 0
+  %1432 = shufflevector <16 x i32> %1431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1433 = icmp sgt <16 x i32> %1432, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1434 = select <16 x i1> %1433, <16 x float> %1427, <16 x float> splat (float 0xFFF0000000000000)
+  %1435 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1424
+  store <16 x float> %1434, ptr %1435, align 4, !tbaa !9
+  %indvars.iv.next656.14.i.2 = shl i64 %indvars.iv655.14.i, 4
+  %1436 = add nuw nsw i64 %indvars.iv.next656.14.i.2, 1840
+  %1437 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1436
+  %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !9
+  %1439 = fmul <16 x float> %108, %1438
+  %1440 = trunc i64 %indvars.iv.next656.14.i.2 to i32
+  %1441 = or disjoint i32 %1440, 48
+  %1442 = sub i32 %483, %1441
+  %1443 = insertelement <16 x i32> poison, i32 %1442, i64 0
+  %1444 = shufflevector <16 x i32> %1443, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1445 = icmp sgt <16 x i32> %1444, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1446 = select <16 x i1> %1445, <16 x float> %1439, <16 x float> splat (float 0xFFF0000000000000)
+  %1447 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1436
+  store <16 x float> %1446, ptr %1447, align 4, !tbaa !9
+  %indvars.iv.next656.14.i.3 = add nuw nsw i64 %indvars.iv655.14.i, 4
+  %niter278.next.3 = add i64 %niter278, 4
+  %niter278.ncmp.3 = icmp eq i64 %niter278.next.3, %unroll_iter277
+  br i1 %niter278.ncmp.3, label %for_body_to59.us.15.i.preheader.unr-lcssa, label %for_body_to59.us.14.i, !prof !16, !llvm.loop !50
+
+for_body_to59.us.15.i.preheader.unr-lcssa:        ; preds = %for_body_to59.us.14.i
+  %lcmp.mod275.not = icmp eq i64 %xtraiter273, 0
+  br i1 %lcmp.mod275.not, label %for_body_to59.us.15.i.preheader, label %for_body_to59.us.14.i.epil.preheader, !prof !19
+
+for_body_to59.us.14.i.epil.preheader:             ; preds = %for_body_to59.us.15.i.preheader.unr-lcssa, %for_body_to59.us.14.i.preheader
+  %indvars.iv655.14.i.epil.init = phi i64 [ 0, %for_body_to59.us.14.i.preheader ], [ %indvars.iv.next656.14.i.3, %for_body_to59.us.15.i.preheader.unr-lcssa ]
+  %lcmp.mod276 = icmp ne i64 %xtraiter273, 0
+  tail call void @llvm.assume(i1 %lcmp.mod276)
+  br label %for_body_to59.us.14.i.epil
+
+for_body_to59.us.14.i.epil:                       ; preds = %for_body_to59.us.14.i.epil, %for_body_to59.us.14.i.epil.preheader
+  %indvars.iv655.14.i.epil = phi i64 [ %indvars.iv.next656.14.i.epil, %for_body_to59.us.14.i.epil ], [ %indvars.iv655.14.i.epil.init, %for_body_to59.us.14.i.epil.preheader ]
+  %epil.iter274 = phi i64 [ %epil.iter274.next, %for_body_to59.us.14.i.epil ], [ 0, %for_body_to59.us.14.i.epil.preheader ]
+  %1448 = shl nsw i64 %indvars.iv655.14.i.epil, 4
+  %1449 = add nuw nsw i64 %1448, 1792
+  %1450 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1449
+  %1451 = load <16 x float>, ptr %1450, align 4, !tbaa !9
+  %1452 = fmul <16 x float> %108, %1451
+  %1453 = trunc i64 %1448 to i32
+  %1454 = sub i32 %483, %1453
+  %1455 = insertelement <16 x i32> poison, i32 %1454, i64 0
+  %1456 = shufflevector <16 x i32> %1455, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1457 = icmp sgt <16 x i32> %1456, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1458 = select <16 x i1> %1457, <16 x float> %1452, <16 x float> splat (float 0xFFF0000000000000)
+  %1459 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1449
+  store <16 x float> %1458, ptr %1459, align 4, !tbaa !9
+  %indvars.iv.next656.14.i.epil = add nuw nsw i64 %indvars.iv655.14.i.epil, 1
+  %epil.iter274.next = add i64 %epil.iter274, 1
+  %epil.iter274.cmp.not = icmp eq i64 %epil.iter274.next, %xtraiter273
+  br i1 %epil.iter274.cmp.not, label %for_body_to59.us.15.i.preheader, label %for_body_to59.us.14.i.epil, !prof !20, !llvm.loop !51
+
+for_body_to59.us.15.i.preheader:                  ; preds = %for_body_to59.us.14.i.epil, %for_body_to59.us.15.i.preheader.unr-lcssa
+  %xtraiter279 = and i64 %wide.trip.count653.i, 3
+  %1460 = icmp ult i32 %485, 4
+  br i1 %1460, label %for_body_to59.us.15.i.epil.preheader, label %for_body_to59.us.15.i.preheader.new, !prof !15
+
+for_body_to59.us.15.i.preheader.new:              ; preds = %for_body_to59.us.15.i.preheader
+  %unroll_iter283 = and i64 %wide.trip.count653.i, 2147483644
+  br label %for_body_to59.us.15.i
+
+for_body_to59.us.15.i:                            ; preds = %for_body_to59.us.15.i, %for_body_to59.us.15.i.preheader.new
+  %indvars.iv655.15.i = phi i64 [ 0, %for_body_to59.us.15.i.preheader.new ], [ %indvars.iv.next656.15.i.3, %for_body_to59.us.15.i ]
+  %niter284 = phi i64 [ 0, %for_body_to59.us.15.i.preheader.new ], [ %niter284.next.3, %for_body_to59.us.15.i ]
+  %1461 = shl nsw i64 %indvars.iv655.15.i, 4
+  %1462 = add nuw nsw i64 %1461, 1920
+  %1463 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1462
+  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !9
+  %1465 = fmul <16 x float> %108, %1464
+  %1466 = trunc i64 %1461 to i32
+  %1467 = sub i32 %483, %1466
+  %1468 = insertelement <16 x i32> poison, i32 %1467, i64 0
+  %1469 = shufflevector <16 x i32> %1468, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1470 = icmp sgt <16 x i32> %1469, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1471 = select <16 x i1> %1470, <16 x float> %1465, <16 x float> splat (float 0xFFF0000000000000)
+  %1472 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1462
+  store <16 x float> %1471, ptr %1472, align 4, !tbaa !9
+  %indvars.iv.next656.15.i = shl i64 %indvars.iv655.15.i, 4
+  %1473 = add nuw nsw i64 %indvars.iv.next656.15.i, 1936
+  %1474 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1473
+  %1475 = load <16 x float>, ptr %1474, align 4, !tbaa !9
+  %1476 = fmul <16 x float> %108, %1475
+  %1477 = trunc i64 %indvars.iv.next656.15.i to i32
+  %1478 = or disjoint i32 %1477, 16
+  %1479 = sub i32 %483, %1478
+  %1480 = insertelement <16 x i32> poison, i32 %1479, i64 0
+  %1481 = shufflevector <16 x i32> %1480, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1482 = icmp sgt <16 x i32> %1481, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1483 = select <16 x i1> %1482, <16 x float> %1476, <16 x float> splat (float 0xFFF0000000000000)
+  %1484 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1473
+  store <16 x float> %1483, ptr %1484, align 4, !tbaa !9
+  %indvars.iv.next656.15.i.1 = shl i64 %indvars.iv655.15.i, 4
+  %1485 = add nuw nsw i64 %indvars.iv.next656.15.i.1, 1952
+  %1486 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1485
+  %1487 = load <16 x float>, ptr %1486, align 4, !tbaa !9
+  %1488 = fmul <16 x float> %108, %1487
+  %1489 = trunc i64 %indvars.iv.next656.15.i.1 to i32
+  %1490 = or disjoint i32 %1489, 32
+  %1491 = sub i32 %483, %1490
+  %1492 = insertelement <16 x i32> poison, i32 %1491, i64 0
+  %1493 = shufflevector <16 x i32> %1492, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1494 = icmp sgt <16 x i32> %1493, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1495 = select <16 x i1> %1494, <16 x float> %1488, <16 x float> splat (float 0xFFF0000000000000)
+  %1496 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1485
+  store <16 x float> %1495, ptr %1496, align 4, !tbaa !9
+  %indvars.iv.next656.15.i.2 = shl i64 %indvars.iv655.15.i, 4
+  %1497 = add nuw nsw i64 %indvars.iv.next656.15.i.2, 1968
+  %1498 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1497
+  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !9
+  %1500 = fmul <16 x float> %108, %1499
+  %1501 = trunc i64 %indvars.iv.next656.15.i.2 to i32
+  %1502 = or disjoint i32 %1501, 48
+  %1503 = sub i32 %483, %1502
+  %1504 = insertelement <16 x i32> poison, i32 %1503, i64 0
+  %1505 = shufflevector <16 x i32> %1504, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1506 = icmp sgt <16 x i32> %1505, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1507 = select <16 x i1> %1506, <16 x float> %1500, <16 x float> splat (float 0xFFF0000000000000)
+  %1508 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1497
+  store <16 x float> %1507, ptr %1508, align 4, !tbaa !9
+  %indvars.iv.next656.15.i.3 = add nuw nsw i64 %indvars.iv655.15.i, 4
+  %niter284.next.3 = add i64 %niter284, 4
+  %niter284.ncmp.3 = icmp eq i64 %niter284.next.3, %unroll_iter283
+  br i1 %niter284.ncmp.3, label %for_begin_r63.preheader.i.loopexit.unr-lcssa, label %for_body_to59.us.15.i, !prof !16, !llvm.loop !52
+
+for_begin_r.preheader.i:                          ; preds = %for_end_ax3_044.i
+  %invariant.gep939.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %545
+  br label %for_body_r.i
+
+for_begin_line.preheader.i:                       ; preds = %for_end_ax3_044.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv642.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next643.i, %for_end_ax3_044.i ]
+  %1509 = shl nuw nsw i64 %indvars.iv642.i, 1
+  %1510 = getelementptr inbounds nuw i64, ptr %gep, i64 %1509
+  %1511 = load i64, ptr %1510, align 8, !tbaa !9
+  %1512 = getelementptr i32, ptr %key_cache, i64 %1511
+  tail call void @llvm.prefetch.p0(ptr readonly %1512, i32 0, i32 2, i32 1)
+  %1513 = getelementptr i8, ptr %1512, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1513, i32 0, i32 2, i32 1)
+  %1514 = getelementptr i8, ptr %1512, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1514, i32 0, i32 2, i32 1)
+  %1515 = getelementptr i8, ptr %1512, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1515, i32 0, i32 2, i32 1)
+  %1516 = getelementptr inbounds nuw i8, ptr %1510, i64 8
+  %1517 = load i64, ptr %1516, align 8, !tbaa !9
+  %1518 = getelementptr i32, ptr %key_cache, i64 %1517
+  tail call void @llvm.prefetch.p0(ptr readonly %1518, i32 0, i32 2, i32 1)
+  %1519 = getelementptr i8, ptr %1518, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1519, i32 0, i32 2, i32 1)
+  %1520 = getelementptr i8, ptr %1518, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1520, i32 0, i32 2, i32 1)
+  %1521 = getelementptr i8, ptr %1518, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1521, i32 0, i32 2, i32 1)
+  %gep938.i = getelementptr inbounds nuw i64, ptr %invariant.gep937.i, i64 %1509
+  %1522 = getelementptr inbounds nuw i8, ptr %gep938.i, i64 8
+  %.idx895.i = shl nuw nsw i64 %indvars.iv642.i, 7
+  %invariant.gep936.i = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx895.i
+  br label %for_begin_ax4.preheader.i
+
+for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.preheader.i, %for_begin_line.preheader.i
+  %indvars.iv638.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next639.i, %for_begin_ax4.preheader.i ]
+  %1523 = load i64, ptr %gep938.i, align 8, !tbaa !9
+  %1524 = getelementptr i32, ptr %key_cache, i64 %1523
+  %1525 = load i64, ptr %1522, align 8, !tbaa !9
+  %1526 = getelementptr i32, ptr %key_cache, i64 %1525
+  %.idx65 = shl nuw nsw i64 %indvars.iv638.i, 11
+  %1527 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
+  %1528 = load <16 x float>, ptr %1527, align 4, !tbaa !9
+  %1529 = load <16 x i32>, ptr %1524, align 4, !tbaa !9
+  %1530 = shl <16 x i32> %1529, splat (i32 16)
+  %1531 = bitcast <16 x i32> %1530 to <16 x float>
+  %1532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1528, <16 x float> %1531, <16 x float> zeroinitializer)
+  %1533 = load <16 x i32>, ptr %1526, align 4, !tbaa !9
+  %1534 = shl <16 x i32> %1533, splat (i32 16)
+  %1535 = bitcast <16 x i32> %1534 to <16 x float>
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1528, <16 x float> %1535, <16 x float> zeroinitializer)
+  %1537 = getelementptr inbounds nuw i8, ptr %1527, i64 512
+  %1538 = load <16 x float>, ptr %1537, align 4, !tbaa !9
+  %1539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1531, <16 x float> zeroinitializer)
+  %1540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1535, <16 x float> zeroinitializer)
+  %1541 = getelementptr inbounds nuw i8, ptr %1527, i64 1024
+  %1542 = load <16 x float>, ptr %1541, align 4, !tbaa !9
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1531, <16 x float> zeroinitializer)
+  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1535, <16 x float> zeroinitializer)
+  %1545 = getelementptr inbounds nuw i8, ptr %1527, i64 1536
+  %1546 = load <16 x float>, ptr %1545, align 4, !tbaa !9
+  %1547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1546, <16 x float> %1531, <16 x float> zeroinitializer)
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1546, <16 x float> %1535, <16 x float> zeroinitializer)
+  %1549 = getelementptr inbounds nuw i8, ptr %1527, i64 64
+  %1550 = load <16 x float>, ptr %1549, align 4, !tbaa !9
+  %1551 = and <16 x i32> %1529, %106
+  %1552 = bitcast <16 x i32> %1551 to <16 x float>
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1552, <16 x float> %1532)
+  %1554 = and <16 x i32> %1533, %106
+  %1555 = bitcast <16 x i32> %1554 to <16 x float>
+  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1555, <16 x float> %1536)
+  %1557 = getelementptr inbounds nuw i8, ptr %1527, i64 576
+  %1558 = load <16 x float>, ptr %1557, align 4, !tbaa !9
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1558, <16 x float> %1552, <16 x float> %1539)
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1558, <16 x float> %1555, <16 x float> %1540)
+  %1561 = getelementptr inbounds nuw i8, ptr %1527, i64 1088
+  %1562 = load <16 x float>, ptr %1561, align 4, !tbaa !9
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1552, <16 x float> %1543)
+  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1562, <16 x float> %1555, <16 x float> %1544)
+  %1565 = getelementptr inbounds nuw i8, ptr %1527, i64 1600
+  %1566 = load <16 x float>, ptr %1565, align 4, !tbaa !9
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1552, <16 x float> %1547)
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1555, <16 x float> %1548)
+  %1569 = getelementptr inbounds nuw i8, ptr %1527, i64 128
+  %1570 = load <16 x float>, ptr %1569, align 4, !tbaa !9
+  %1571 = getelementptr i8, ptr %1524, i64 64
+  %1572 = load <16 x i32>, ptr %1571, align 4, !tbaa !9
+  %1573 = shl <16 x i32> %1572, splat (i32 16)
+  %1574 = bitcast <16 x i32> %1573 to <16 x float>
+  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1570, <16 x float> %1574, <16 x float> %1553)
+  %1576 = getelementptr i8, ptr %1526, i64 64
+  %1577 = load <16 x i32>, ptr %1576, align 4, !tbaa !9
+  %1578 = shl <16 x i32> %1577, splat (i32 16)
+  %1579 = bitcast <16 x i32> %1578 to <16 x float>
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1570, <16 x float> %1579, <16 x float> %1556)
+  %1581 = getelementptr inbounds nuw i8, ptr %1527, i64 640
+  %1582 = load <16 x float>, ptr %1581, align 4, !tbaa !9
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1582, <16 x float> %1574, <16 x float> %1559)
+  %1584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1582, <16 x float> %1579, <16 x float> %1560)
+  %1585 = getelementptr inbounds nuw i8, ptr %1527, i64 1152
+  %1586 = load <16 x float>, ptr %1585, align 4, !tbaa !9
+  %1587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1586, <16 x float> %1574, <16 x float> %1563)
+  %1588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1586, <16 x float> %1579, <16 x float> %1564)
+  %1589 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
+  %1590 = load <16 x float>, ptr %1589, align 4, !tbaa !9
+  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1574, <16 x float> %1567)
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1579, <16 x float> %1568)
+  %1593 = getelementptr inbounds nuw i8, ptr %1527, i64 192
+  %1594 = load <16 x float>, ptr %1593, align 4, !tbaa !9
+  %1595 = and <16 x i32> %1572, %106
+  %1596 = bitcast <16 x i32> %1595 to <16 x float>
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1596, <16 x float> %1575)
+  %1598 = and <16 x i32> %1577, %106
+  %1599 = bitcast <16 x i32> %1598 to <16 x float>
+  %1600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1599, <16 x float> %1580)
+  %1601 = getelementptr inbounds nuw i8, ptr %1527, i64 704
+  %1602 = load <16 x float>, ptr %1601, align 4, !tbaa !9
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1596, <16 x float> %1583)
+  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1599, <16 x float> %1584)
+  %1605 = getelementptr inbounds nuw i8, ptr %1527, i64 1216
+  %1606 = load <16 x float>, ptr %1605, align 4, !tbaa !9
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1606, <16 x float> %1596, <16 x float> %1587)
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1606, <16 x float> %1599, <16 x float> %1588)
+  %1609 = getelementptr inbounds nuw i8, ptr %1527, i64 1728
+  %1610 = load <16 x float>, ptr %1609, align 4, !tbaa !9
+  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1596, <16 x float> %1591)
+  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1610, <16 x float> %1599, <16 x float> %1592)
+  %1613 = getelementptr inbounds nuw i8, ptr %1527, i64 256
+  %1614 = load <16 x float>, ptr %1613, align 4, !tbaa !9
+  %1615 = getelementptr i8, ptr %1524, i64 128
+  %1616 = load <16 x i32>, ptr %1615, align 4, !tbaa !9
+  %1617 = shl <16 x i32> %1616, splat (i32 16)
+  %1618 = bitcast <16 x i32> %1617 to <16 x float>
+  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1614, <16 x float> %1618, <16 x float> %1597)
+  %1620 = getelementptr i8, ptr %1526, i64 128
+  %1621 = load <16 x i32>, ptr %1620, align 4, !tbaa !9
+  %1622 = shl <16 x i32> %1621, splat (i32 16)
+  %1623 = bitcast <16 x i32> %1622 to <16 x float>
+  %1624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1614, <16 x float> %1623, <16 x float> %1600)
+  %1625 = getelementptr inbounds nuw i8, ptr %1527, i64 768
+  %1626 = load <16 x float>, ptr %1625, align 4, !tbaa !9
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1626, <16 x float> %1618, <16 x float> %1603)
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1626, <16 x float> %1623, <16 x float> %1604)
+  %1629 = getelementptr inbounds nuw i8, ptr %1527, i64 1280
+  %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !9
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1618, <16 x float> %1607)
+  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1623, <16 x float> %1608)
+  %1633 = getelementptr inbounds nuw i8, ptr %1527, i64 1792
   %1634 = load <16 x float>, ptr %1633, align 4, !tbaa !9
-  %1635 = getelementptr inbounds nuw i8, ptr %1593, i64 64
-  %1636 = load float, ptr %1635, align 4, !tbaa !9
-  %1637 = insertelement <16 x float> poison, float %1636, i64 0
-  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1638, <16 x float> %1597)
-  %1640 = getelementptr inbounds nuw i8, ptr %1593, i64 576
-  %1641 = load float, ptr %1640, align 4, !tbaa !9
-  %1642 = insertelement <16 x float> poison, float %1641, i64 0
-  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1643, <16 x float> %1602)
-  %1645 = getelementptr inbounds nuw i8, ptr %1593, i64 1088
-  %1646 = load float, ptr %1645, align 4, !tbaa !9
-  %1647 = insertelement <16 x float> poison, float %1646, i64 0
-  %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1648, <16 x float> %1607)
-  %1650 = getelementptr inbounds nuw i8, ptr %1593, i64 1600
-  %1651 = load float, ptr %1650, align 4, !tbaa !9
-  %1652 = insertelement <16 x float> poison, float %1651, i64 0
-  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
-  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1653, <16 x float> %1612)
-  %1655 = getelementptr inbounds nuw i8, ptr %1593, i64 2112
-  %1656 = load float, ptr %1655, align 4, !tbaa !9
-  %1657 = insertelement <16 x float> poison, float %1656, i64 0
-  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
-  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1658, <16 x float> %1617)
-  %1660 = getelementptr inbounds nuw i8, ptr %1593, i64 2624
-  %1661 = load float, ptr %1660, align 4, !tbaa !9
-  %1662 = insertelement <16 x float> poison, float %1661, i64 0
-  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
-  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1663, <16 x float> %1622)
-  %1665 = getelementptr inbounds nuw i8, ptr %1593, i64 3136
-  %1666 = load float, ptr %1665, align 4, !tbaa !9
-  %1667 = insertelement <16 x float> poison, float %1666, i64 0
-  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
-  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1668, <16 x float> %1627)
-  %1670 = getelementptr inbounds nuw i8, ptr %1593, i64 3648
-  %1671 = load float, ptr %1670, align 4, !tbaa !9
-  %1672 = insertelement <16 x float> poison, float %1671, i64 0
-  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
-  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1673, <16 x float> %1632)
-  %indvars.iv.next582.3.i = add nuw nsw i64 %indvars.iv581.3.i, 1
-  %exitcond585.3.not.i = icmp eq i64 %indvars.iv.next582.3.i, 16
-  br i1 %exitcond585.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !11
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1618, <16 x float> %1611)
+  %1636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1623, <16 x float> %1612)
+  %1637 = getelementptr inbounds nuw i8, ptr %1527, i64 320
+  %1638 = load <16 x float>, ptr %1637, align 4, !tbaa !9
+  %1639 = and <16 x i32> %1616, %106
+  %1640 = bitcast <16 x i32> %1639 to <16 x float>
+  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1640, <16 x float> %1619)
+  %1642 = and <16 x i32> %1621, %106
+  %1643 = bitcast <16 x i32> %1642 to <16 x float>
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1643, <16 x float> %1624)
+  %1645 = getelementptr inbounds nuw i8, ptr %1527, i64 832
+  %1646 = load <16 x float>, ptr %1645, align 4, !tbaa !9
+  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1646, <16 x float> %1640, <16 x float> %1627)
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1646, <16 x float> %1643, <16 x float> %1628)
+  %1649 = getelementptr inbounds nuw i8, ptr %1527, i64 1344
+  %1650 = load <16 x float>, ptr %1649, align 4, !tbaa !9
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1650, <16 x float> %1640, <16 x float> %1631)
+  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1650, <16 x float> %1643, <16 x float> %1632)
+  %1653 = getelementptr inbounds nuw i8, ptr %1527, i64 1856
+  %1654 = load <16 x float>, ptr %1653, align 4, !tbaa !9
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1640, <16 x float> %1635)
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1643, <16 x float> %1636)
+  %1657 = getelementptr inbounds nuw i8, ptr %1527, i64 384
+  %1658 = load <16 x float>, ptr %1657, align 4, !tbaa !9
+  %1659 = getelementptr i8, ptr %1524, i64 192
+  %1660 = load <16 x i32>, ptr %1659, align 4, !tbaa !9
+  %1661 = shl <16 x i32> %1660, splat (i32 16)
+  %1662 = bitcast <16 x i32> %1661 to <16 x float>
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1662, <16 x float> %1641)
+  %1664 = getelementptr i8, ptr %1526, i64 192
+  %1665 = load <16 x i32>, ptr %1664, align 4, !tbaa !9
+  %1666 = shl <16 x i32> %1665, splat (i32 16)
+  %1667 = bitcast <16 x i32> %1666 to <16 x float>
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1667, <16 x float> %1644)
+  %1669 = getelementptr inbounds nuw i8, ptr %1527, i64 896
+  %1670 = load <16 x float>, ptr %1669, align 4, !tbaa !9
+  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1662, <16 x float> %1647)
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1667, <16 x float> %1648)
+  %1673 = getelementptr inbounds nuw i8, ptr %1527, i64 1408
+  %1674 = load <16 x float>, ptr %1673, align 4, !tbaa !9
+  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1674, <16 x float> %1662, <16 x float> %1651)
+  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1674, <16 x float> %1667, <16 x float> %1652)
+  %1677 = getelementptr inbounds nuw i8, ptr %1527, i64 1920
+  %1678 = load <16 x float>, ptr %1677, align 4, !tbaa !9
+  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1678, <16 x float> %1662, <16 x float> %1655)
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1678, <16 x float> %1667, <16 x float> %1656)
+  %1681 = getelementptr inbounds nuw i8, ptr %1527, i64 448
+  %1682 = load <16 x float>, ptr %1681, align 4, !tbaa !9
+  %1683 = and <16 x i32> %1660, %106
+  %1684 = bitcast <16 x i32> %1683 to <16 x float>
+  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1684, <16 x float> %1663)
+  %1686 = and <16 x i32> %1665, %106
+  %1687 = bitcast <16 x i32> %1686 to <16 x float>
+  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1682, <16 x float> %1687, <16 x float> %1668)
+  %1689 = getelementptr inbounds nuw i8, ptr %1527, i64 960
+  %1690 = load <16 x float>, ptr %1689, align 4, !tbaa !9
+  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1690, <16 x float> %1684, <16 x float> %1671)
+  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1690, <16 x float> %1687, <16 x float> %1672)
+  %1693 = getelementptr inbounds nuw i8, ptr %1527, i64 1472
+  %1694 = load <16 x float>, ptr %1693, align 4, !tbaa !9
+  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1684, <16 x float> %1675)
+  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1687, <16 x float> %1676)
+  %1697 = getelementptr inbounds nuw i8, ptr %1527, i64 1984
+  %1698 = load <16 x float>, ptr %1697, align 4, !tbaa !9
+  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1684, <16 x float> %1679)
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1687, <16 x float> %1680)
+  %.idx894.i = shl nuw nsw i64 %indvars.iv638.i, 12
+  %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep936.i, i64 %.idx894.i
+  store <16 x float> %1685, ptr %gep.i, align 4, !tbaa !9
+  %1701 = getelementptr inbounds nuw i8, ptr %gep.i, i64 64
+  store <16 x float> %1688, ptr %1701, align 4, !tbaa !9
+  %1702 = getelementptr inbounds nuw i8, ptr %gep.i, i64 1024
+  store <16 x float> %1691, ptr %1702, align 4, !tbaa !9
+  %1703 = getelementptr inbounds nuw i8, ptr %gep.i, i64 1088
+  store <16 x float> %1692, ptr %1703, align 4, !tbaa !9
+  %1704 = getelementptr inbounds nuw i8, ptr %gep.i, i64 2048
+  store <16 x float> %1695, ptr %1704, align 4, !tbaa !9
+  %1705 = getelementptr inbounds nuw i8, ptr %gep.i, i64 2112
+  store <16 x float> %1696, ptr %1705, align 4, !tbaa !9
+  %1706 = getelementptr inbounds nuw i8, ptr %gep.i, i64 3072
+  store <16 x float> %1699, ptr %1706, align 4, !tbaa !9
+  %1707 = getelementptr inbounds nuw i8, ptr %gep.i, i64 3136
+  store <16 x float> %1700, ptr %1707, align 4, !tbaa !9
+  %indvars.iv.next639.i = add nuw nsw i64 %indvars.iv638.i, 1
+  %exitcond641.not.i = icmp eq i64 %indvars.iv.next639.i, 4
+  br i1 %exitcond641.not.i, label %for_end_ax3_044.i, label %for_begin_ax4.preheader.i, !prof !11
 
-for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx802.i = shl nsw i64 %indvars.iv590.i, 9
-  %1675 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx802.i
-  store <16 x float> %1639, ptr %1675, align 4, !tbaa !9
-  %1676 = getelementptr inbounds nuw i8, ptr %1675, i64 64
-  store <16 x float> %1644, ptr %1676, align 4, !tbaa !9
-  %1677 = getelementptr inbounds nuw i8, ptr %1675, i64 128
-  store <16 x float> %1649, ptr %1677, align 4, !tbaa !9
-  %1678 = getelementptr inbounds nuw i8, ptr %1675, i64 192
-  store <16 x float> %1654, ptr %1678, align 4, !tbaa !9
-  %1679 = getelementptr inbounds nuw i8, ptr %1675, i64 256
-  store <16 x float> %1659, ptr %1679, align 4, !tbaa !9
-  %1680 = getelementptr inbounds nuw i8, ptr %1675, i64 320
-  store <16 x float> %1664, ptr %1680, align 4, !tbaa !9
-  %1681 = getelementptr inbounds nuw i8, ptr %1675, i64 384
-  store <16 x float> %1669, ptr %1681, align 4, !tbaa !9
-  %1682 = getelementptr inbounds nuw i8, ptr %1675, i64 448
-  store <16 x float> %1674, ptr %1682, align 4, !tbaa !9
-  %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
-  %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count593.i
-  br i1 %exitcond594.not.i, label %for_end_to69.i, label %for_begin_line.preheader.i, !prof !4
+for_end_ax3_044.i:                                ; preds = %for_begin_ax4.preheader.i
+  %indvars.iv.next643.i = add nuw nsw i64 %indvars.iv642.i, 1
+  %exitcond645.not.i = icmp eq i64 %indvars.iv.next643.i, 8
+  br i1 %exitcond645.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !11
 
-for_begin_ti80.preheader.i:                       ; preds = %for_begin_ti80.preheader.i, %for_begin_to75.preheader.i
-  %indvars.iv599.i = phi i64 [ 0, %for_begin_to75.preheader.i ], [ %indvars.iv.next600.i, %for_begin_ti80.preheader.i ]
-  %1683 = shl nsw i64 %indvars.iv599.i, 7
-  %1684 = shl nsw i64 %indvars.iv599.i, 3
-  %1685 = sub nsw i64 %1332, %1684
-  %1686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
-  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !9
-  %1688 = fmul <16 x float> %109, %1687
-  %1689 = icmp sgt i64 %1685, 0
-  %1690 = insertelement <16 x i1> poison, i1 %1689, i64 0
-  %1691 = shufflevector <16 x i1> %1690, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> splat (float 0xFFF0000000000000)
-  %1693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1683
-  store <16 x float> %1692, ptr %1693, align 4, !tbaa !9
-  %1694 = or disjoint i64 %1683, 16
-  %1695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1694
-  %1696 = load <16 x float>, ptr %1695, align 4, !tbaa !9
-  %1697 = fmul <16 x float> %109, %1696
-  %1698 = icmp sgt i64 %1685, 1
-  %1699 = insertelement <16 x i1> poison, i1 %1698, i64 0
-  %1700 = shufflevector <16 x i1> %1699, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1701 = select <16 x i1> %1700, <16 x float> %1697, <16 x float> splat (float 0xFFF0000000000000)
-  %1702 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1694
-  store <16 x float> %1701, ptr %1702, align 4, !tbaa !9
-  %1703 = or disjoint i64 %1683, 32
-  %1704 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1703
-  %1705 = load <16 x float>, ptr %1704, align 4, !tbaa !9
-  %1706 = fmul <16 x float> %109, %1705
-  %1707 = icmp sgt i64 %1685, 2
-  %1708 = insertelement <16 x i1> poison, i1 %1707, i64 0
-  %1709 = shufflevector <16 x i1> %1708, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1710 = select <16 x i1> %1709, <16 x float> %1706, <16 x float> splat (float 0xFFF0000000000000)
-  %1711 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1703
-  store <16 x float> %1710, ptr %1711, align 4, !tbaa !9
-  %1712 = or disjoint i64 %1683, 48
-  %1713 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1712
-  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !9
-  %1715 = fmul <16 x float> %109, %1714
-  %1716 = icmp sgt i64 %1685, 3
-  %1717 = insertelement <16 x i1> poison, i1 %1716, i64 0
-  %1718 = shufflevector <16 x i1> %1717, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1719 = select <16 x i1> %1718, <16 x float> %1715, <16 x float> splat (float 0xFFF0000000000000)
-  %1720 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1712
-  store <16 x float> %1719, ptr %1720, align 4, !tbaa !9
-  %1721 = or disjoint i64 %1683, 64
-  %1722 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1721
-  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !9
-  %1724 = fmul <16 x float> %109, %1723
-  %1725 = icmp sgt i64 %1685, 4
-  %1726 = insertelement <16 x i1> poison, i1 %1725, i64 0
-  %1727 = shufflevector <16 x i1> %1726, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1728 = select <16 x i1> %1727, <16 x float> %1724, <16 x float> splat (float 0xFFF0000000000000)
-  %1729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1721
-  store <16 x float> %1728, ptr %1729, align 4, !tbaa !9
-  %1730 = or disjoint i64 %1683, 80
-  %1731 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1730
-  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !9
-  %1733 = fmul <16 x float> %109, %1732
-  %1734 = icmp sgt i64 %1685, 5
-  %1735 = insertelement <16 x i1> poison, i1 %1734, i64 0
-  %1736 = shufflevector <16 x i1> %1735, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1737 = select <16 x i1> %1736, <16 x float> %1733, <16 x float> splat (float 0xFFF0000000000000)
-  %1738 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1730
-  store <16 x float> %1737, ptr %1738, align 4, !tbaa !9
-  %1739 = or disjoint i64 %1683, 96
-  %1740 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1739
-  %1741 = load <16 x float>, ptr %1740, align 4, !tbaa !9
-  %1742 = fmul <16 x float> %109, %1741
-  %1743 = icmp sgt i64 %1685, 6
-  %1744 = insertelement <16 x i1> poison, i1 %1743, i64 0
-  %1745 = shufflevector <16 x i1> %1744, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1746 = select <16 x i1> %1745, <16 x float> %1742, <16 x float> splat (float 0xFFF0000000000000)
-  %1747 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1739
-  store <16 x float> %1746, ptr %1747, align 4, !tbaa !9
-  %1748 = or disjoint i64 %1683, 112
-  %1749 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1748
-  %1750 = load <16 x float>, ptr %1749, align 4, !tbaa !9
-  %1751 = fmul <16 x float> %109, %1750
-  %1752 = icmp sgt i64 %1685, 7
-  %1753 = insertelement <16 x i1> poison, i1 %1752, i64 0
-  %1754 = shufflevector <16 x i1> %1753, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1755 = select <16 x i1> %1754, <16 x float> %1751, <16 x float> splat (float 0xFFF0000000000000)
-  %1756 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1748
-  store <16 x float> %1755, ptr %1756, align 4, !tbaa !9
-  %indvars.iv.next600.i = add nuw nsw i64 %indvars.iv599.i, 1
-  %exitcond603.not.i = icmp eq i64 %indvars.iv.next600.i, %wide.trip.count593.i
-  br i1 %exitcond603.not.i, label %for_begin_ti_0.preheader.i, label %for_begin_ti80.preheader.i, !prof !4
+for_body_r.i:                                     ; preds = %for_body_r.i, %for_begin_r.preheader.i
+  %indvars.iv646.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next647.i, %for_body_r.i ]
+  %.idx896.i = shl nuw nsw i64 %indvars.iv646.i, 9
+  %gep940.i = getelementptr inbounds nuw i8, ptr %invariant.gep939.i, i64 %.idx896.i
+  store <16 x float> zeroinitializer, ptr %gep940.i, align 4, !tbaa !9
+  %.idx897.i = shl nuw nsw i64 %indvars.iv646.i, 10
+  %1708 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx897.i
+  %sum_0.i = load <16 x float>, ptr %1708, align 4, !tbaa !9
+  %1709 = getelementptr inbounds nuw i8, ptr %1708, i64 64
+  %sum_1.i = load <16 x float>, ptr %1709, align 4, !tbaa !9
+  %1710 = getelementptr inbounds nuw i8, ptr %1708, i64 128
+  %sum_2.i = load <16 x float>, ptr %1710, align 4, !tbaa !9
+  %1711 = getelementptr inbounds nuw i8, ptr %1708, i64 192
+  %sum_3.i = load <16 x float>, ptr %1711, align 4, !tbaa !9
+  %1712 = getelementptr inbounds nuw i8, ptr %1708, i64 256
+  %sum_4.i = load <16 x float>, ptr %1712, align 4, !tbaa !9
+  %1713 = getelementptr inbounds nuw i8, ptr %1708, i64 320
+  %sum_5.i = load <16 x float>, ptr %1713, align 4, !tbaa !9
+  %1714 = getelementptr inbounds nuw i8, ptr %1708, i64 384
+  %sum_6.i = load <16 x float>, ptr %1714, align 4, !tbaa !9
+  %1715 = getelementptr inbounds nuw i8, ptr %1708, i64 448
+  %sum_7.i = load <16 x float>, ptr %1715, align 4, !tbaa !9
+  %1716 = getelementptr inbounds nuw i8, ptr %1708, i64 512
+  %sum_8.i = load <16 x float>, ptr %1716, align 4, !tbaa !9
+  %1717 = getelementptr inbounds nuw i8, ptr %1708, i64 576
+  %sum_9.i = load <16 x float>, ptr %1717, align 4, !tbaa !9
+  %1718 = getelementptr inbounds nuw i8, ptr %1708, i64 640
+  %sum_10.i = load <16 x float>, ptr %1718, align 4, !tbaa !9
+  %1719 = getelementptr inbounds nuw i8, ptr %1708, i64 704
+  %sum_11.i = load <16 x float>, ptr %1719, align 4, !tbaa !9
+  %1720 = getelementptr inbounds nuw i8, ptr %1708, i64 768
+  %sum_12.i = load <16 x float>, ptr %1720, align 4, !tbaa !9
+  %1721 = getelementptr inbounds nuw i8, ptr %1708, i64 832
+  %sum_13.i = load <16 x float>, ptr %1721, align 4, !tbaa !9
+  %1722 = getelementptr inbounds nuw i8, ptr %1708, i64 896
+  %sum_14.i = load <16 x float>, ptr %1722, align 4, !tbaa !9
+  %1723 = getelementptr inbounds nuw i8, ptr %1708, i64 960
+  %sum_15.i = load <16 x float>, ptr %1723, align 4, !tbaa !9
+  %1724 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1725 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %1725, %1724
+  %1726 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1727 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %1727, %1726
+  %1728 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1729 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %1729, %1728
+  %1730 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1731 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %1731, %1730
+  %1732 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1733 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %1733, %1732
+  %1734 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1735 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %1735, %1734
+  %1736 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1737 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %1737, %1736
+  %1738 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1739 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %1739, %1738
+  %1740 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1741 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %1741, %1740
+  %1742 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1743 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %1743, %1742
+  %1744 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1745 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %1745, %1744
+  %1746 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1747 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %1747, %1746
+  %1748 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1749 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %1749, %1748
+  %1750 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1751 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %1751, %1750
+  %1752 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1753 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1754 = fadd <16 x float> %1753, %1752
+  %1755 = fadd <16 x float> %1754, zeroinitializer
+  store <16 x float> %1755, ptr %gep940.i, align 4, !tbaa !9
+  %indvars.iv.next647.i = add nuw nsw i64 %indvars.iv646.i, 1
+  %exitcond649.not.i = icmp eq i64 %indvars.iv.next647.i, 16
+  br i1 %exitcond649.not.i, label %for_end_r.i, label %for_body_r.i, !prof !11
 
-for_begin_ti_1.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_end_to69.thread.i
-  %scaled807809811.i = phi ptr [ %scaled806.i, %for_end_to69.thread.i ], [ %scaled.i, %for_begin_ti_0.preheader.i ]
-  %.lcssa403410.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1804, %for_begin_ti_0.preheader.i ]
-  %.lcssa402408.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1800, %for_begin_ti_0.preheader.i ]
-  %.lcssa401406.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1796, %for_begin_ti_0.preheader.i ]
-  %.lcssa400405.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to69.thread.i ], [ %1792, %for_begin_ti_0.preheader.i ]
-  %1757 = fcmp olt <16 x float> %.lcssa400405.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %1758 = select <16 x i1> %1757, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %.lcssa400405.lcssa.i
-  %1759 = fcmp ogt <16 x float> %1758, %.lcssa401406.lcssa.i
-  %1760 = select <16 x i1> %1759, <16 x float> %1758, <16 x float> %.lcssa401406.lcssa.i
-  %1761 = fcmp ogt <16 x float> %1760, %.lcssa402408.lcssa.i
-  %1762 = select <16 x i1> %1761, <16 x float> %1760, <16 x float> %.lcssa402408.lcssa.i
-  %1763 = fcmp ogt <16 x float> %1762, %.lcssa403410.lcssa.i
-  %1764 = select <16 x i1> %1763, <16 x float> %1762, <16 x float> %.lcssa403410.lcssa.i
-  %1765 = icmp sgt i64 %460, 0
-  %1766 = insertelement <16 x i1> poison, i1 %1765, i64 0
-  %1767 = shufflevector <16 x i1> %1766, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1768 = select <16 x i1> %1767, <16 x float> %1764, <16 x float> splat (float 0xC6293E5940000000)
-  br i1 %520, label %for_begin_ti95.preheader.preheader.i, label %for_end_to102.i, !prof !3
+for_end_r.i:                                      ; preds = %for_body_r.i
+  %1756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %1757 = tail call i32 %1756(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not284.i = icmp eq i32 %1757, 0
+  br i1 %.not284.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !53
 
-for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti80.preheader.i
-  %indvars.iv607.i = phi i64 [ %indvars.iv.next608.i, %for_begin_ti_0.preheader.i ], [ 0, %for_begin_ti80.preheader.i ]
-  %1769 = phi <16 x float> [ %1792, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
-  %1770 = phi <16 x float> [ %1796, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
-  %1771 = phi <16 x float> [ %1800, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
-  %1772 = phi <16 x float> [ %1804, %for_begin_ti_0.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti80.preheader.i ]
-  %.idx73 = shl nsw i64 %indvars.iv607.i, 9
-  %1773 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx73
-  %1774 = load <16 x float>, ptr %1773, align 4, !tbaa !9
-  %1775 = fcmp ogt <16 x float> %1769, %1774
-  %1776 = select <16 x i1> %1775, <16 x float> %1769, <16 x float> %1774
-  %1777 = getelementptr inbounds nuw i8, ptr %1773, i64 64
-  %1778 = load <16 x float>, ptr %1777, align 4, !tbaa !9
-  %1779 = fcmp ogt <16 x float> %1770, %1778
-  %1780 = select <16 x i1> %1779, <16 x float> %1770, <16 x float> %1778
-  %1781 = getelementptr inbounds nuw i8, ptr %1773, i64 128
-  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !9
-  %1783 = fcmp ogt <16 x float> %1771, %1782
-  %1784 = select <16 x i1> %1783, <16 x float> %1771, <16 x float> %1782
-  %1785 = getelementptr inbounds nuw i8, ptr %1773, i64 192
-  %1786 = load <16 x float>, ptr %1785, align 4, !tbaa !9
-  %1787 = fcmp ogt <16 x float> %1772, %1786
-  %1788 = select <16 x i1> %1787, <16 x float> %1772, <16 x float> %1786
-  %1789 = getelementptr inbounds nuw i8, ptr %1773, i64 256
-  %1790 = load <16 x float>, ptr %1789, align 4, !tbaa !9
-  %1791 = fcmp ogt <16 x float> %1776, %1790
-  %1792 = select <16 x i1> %1791, <16 x float> %1776, <16 x float> %1790
-  %1793 = getelementptr inbounds nuw i8, ptr %1773, i64 320
-  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !9
-  %1795 = fcmp ogt <16 x float> %1780, %1794
-  %1796 = select <16 x i1> %1795, <16 x float> %1780, <16 x float> %1794
-  %1797 = getelementptr inbounds nuw i8, ptr %1773, i64 384
-  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !9
-  %1799 = fcmp ogt <16 x float> %1784, %1798
-  %1800 = select <16 x i1> %1799, <16 x float> %1784, <16 x float> %1798
-  %1801 = getelementptr inbounds nuw i8, ptr %1773, i64 448
-  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !9
-  %1803 = fcmp ogt <16 x float> %1788, %1802
-  %1804 = select <16 x i1> %1803, <16 x float> %1788, <16 x float> %1802
-  %indvars.iv.next608.i = add nuw nsw i64 %indvars.iv607.i, 1
-  %exitcond611.not.i = icmp eq i64 %indvars.iv.next608.i, %wide.trip.count593.i
-  br i1 %exitcond611.not.i, label %for_begin_ti_1.preheader.i, label %for_begin_ti_0.preheader.i, !prof !4
+for_begin_r63.preheader.i.loopexit.unr-lcssa:     ; preds = %for_body_to59.us.15.i
+  %lcmp.mod281.not = icmp eq i64 %xtraiter279, 0
+  br i1 %lcmp.mod281.not, label %for_begin_r63.preheader.i, label %for_body_to59.us.15.i.epil.preheader, !prof !19
 
-for_begin_ti95.preheader.preheader.i:             ; preds = %for_begin_ti_1.preheader.i
-  %wide.trip.count623.i = zext nneg i32 %464 to i64
-  br label %for_begin_ti95.preheader.i
+for_body_to59.us.15.i.epil.preheader:             ; preds = %for_begin_r63.preheader.i.loopexit.unr-lcssa, %for_body_to59.us.15.i.preheader
+  %indvars.iv655.15.i.epil.init = phi i64 [ 0, %for_body_to59.us.15.i.preheader ], [ %indvars.iv.next656.15.i.3, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod282 = icmp ne i64 %xtraiter279, 0
+  tail call void @llvm.assume(i1 %lcmp.mod282)
+  br label %for_body_to59.us.15.i.epil
 
-for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preheader.i, %for_begin_ti95.preheader.preheader.i
-  %indvars.iv620.i = phi i64 [ 0, %for_begin_ti95.preheader.preheader.i ], [ %indvars.iv.next621.i, %for_begin_ti95.preheader.i ]
-  %1805 = shl nsw i64 %indvars.iv620.i, 7
-  %1806 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1805
-  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !9
-  %arg.i = fsub <16 x float> %1807, %1768
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1809 = bitcast <16 x float> %1808 to <16 x i32>
-  %1810 = fsub <16 x float> %1808, %366
-  %1811 = fmul <16 x float> %1810, splat (float 0x3F2BD01060000000)
-  %1812 = fmul <16 x float> %1810, splat (float 0x3FE6300000000000)
-  %1813 = fsub <16 x float> %arg.i, %1812
-  %1814 = fadd <16 x float> %1811, %1813
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1814, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1814, <16 x float> splat (float 0x3FA5558F20000000))
-  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %1814, <16 x float> splat (float 0x3FC5554920000000))
-  %1818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1817, <16 x float> %1814, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1819 = fmul <16 x float> %1814, %1814
-  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> %1819, <16 x float> %1814)
-  %1821 = shl <16 x i32> %1809, splat (i32 23)
-  %1822 = bitcast <16 x i32> %1821 to <16 x float>
-  %1823 = fadd <16 x float> %1820, splat (float 1.000000e+00)
-  %1824 = fmul <16 x float> %1823, %1822
-  %1825 = fcmp olt <16 x float> %arg.i, %369
-  %1826 = select <16 x i1> %1825, <16 x float> zeroinitializer, <16 x float> %1824
-  %1827 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1805
-  store <16 x float> %1826, ptr %1827, align 4, !tbaa !9
-  %1828 = or disjoint i64 %1805, 16
-  %1829 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1828
-  %1830 = load <16 x float>, ptr %1829, align 4, !tbaa !9
-  %arg.1.i = fsub <16 x float> %1830, %1768
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1832 = bitcast <16 x float> %1831 to <16 x i32>
-  %1833 = fsub <16 x float> %1831, %366
-  %1834 = fmul <16 x float> %1833, splat (float 0x3F2BD01060000000)
-  %1835 = fmul <16 x float> %1833, splat (float 0x3FE6300000000000)
-  %1836 = fsub <16 x float> %arg.1.i, %1835
-  %1837 = fadd <16 x float> %1834, %1836
-  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1837, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1838, <16 x float> %1837, <16 x float> splat (float 0x3FA5558F20000000))
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1837, <16 x float> splat (float 0x3FC5554920000000))
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1840, <16 x float> %1837, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1842 = fmul <16 x float> %1837, %1837
-  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1841, <16 x float> %1842, <16 x float> %1837)
-  %1844 = shl <16 x i32> %1832, splat (i32 23)
-  %1845 = bitcast <16 x i32> %1844 to <16 x float>
-  %1846 = fadd <16 x float> %1843, splat (float 1.000000e+00)
-  %1847 = fmul <16 x float> %1846, %1845
-  %1848 = fcmp olt <16 x float> %arg.1.i, %369
-  %1849 = select <16 x i1> %1848, <16 x float> zeroinitializer, <16 x float> %1847
-  %1850 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1828
-  store <16 x float> %1849, ptr %1850, align 4, !tbaa !9
-  %1851 = or disjoint i64 %1805, 32
-  %1852 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1851
-  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !9
-  %arg.2.i = fsub <16 x float> %1853, %1768
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1855 = bitcast <16 x float> %1854 to <16 x i32>
-  %1856 = fsub <16 x float> %1854, %366
-  %1857 = fmul <16 x float> %1856, splat (float 0x3F2BD01060000000)
-  %1858 = fmul <16 x float> %1856, splat (float 0x3FE6300000000000)
-  %1859 = fsub <16 x float> %arg.2.i, %1858
-  %1860 = fadd <16 x float> %1857, %1859
-  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1861, <16 x float> %1860, <16 x float> splat (float 0x3FA5558F20000000))
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1860, <16 x float> splat (float 0x3FC5554920000000))
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1860, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1865 = fmul <16 x float> %1860, %1860
-  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1864, <16 x float> %1865, <16 x float> %1860)
-  %1867 = shl <16 x i32> %1855, splat (i32 23)
-  %1868 = bitcast <16 x i32> %1867 to <16 x float>
-  %1869 = fadd <16 x float> %1866, splat (float 1.000000e+00)
-  %1870 = fmul <16 x float> %1869, %1868
-  %1871 = fcmp olt <16 x float> %arg.2.i, %369
-  %1872 = select <16 x i1> %1871, <16 x float> zeroinitializer, <16 x float> %1870
-  %1873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1851
-  store <16 x float> %1872, ptr %1873, align 4, !tbaa !9
-  %1874 = or disjoint i64 %1805, 48
-  %1875 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1874
+for_body_to59.us.15.i.epil:                       ; preds = %for_body_to59.us.15.i.epil, %for_body_to59.us.15.i.epil.preheader
+  %indvars.iv655.15.i.epil = phi i64 [ %indvars.iv.next656.15.i.epil, %for_body_to59.us.15.i.epil ], [ %indvars.iv655.15.i.epil.init, %for_body_to59.us.15.i.epil.preheader ]
+  %epil.iter280 = phi i64 [ %epil.iter280.next, %for_body_to59.us.15.i.epil ], [ 0, %for_body_to59.us.15.i.epil.preheader ]
+  %1758 = shl nsw i64 %indvars.iv655.15.i.epil, 4
+  %1759 = add nuw nsw i64 %1758, 1920
+  %1760 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1759
+  %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !9
+  %1762 = fmul <16 x float> %108, %1761
+  %1763 = trunc i64 %1758 to i32
+  %1764 = sub i32 %483, %1763
+  %1765 = insertelement <16 x i32> poison, i32 %1764, i64 0
+  %1766 = shufflevector <16 x i32> %1765, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1767 = icmp sgt <16 x i32> %1766, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1768 = select <16 x i1> %1767, <16 x float> %1762, <16 x float> splat (float 0xFFF0000000000000)
+  %1769 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1759
+  store <16 x float> %1768, ptr %1769, align 4, !tbaa !9
+  %indvars.iv.next656.15.i.epil = add nuw nsw i64 %indvars.iv655.15.i.epil, 1
+  %epil.iter280.next = add i64 %epil.iter280, 1
+  %epil.iter280.cmp.not = icmp eq i64 %epil.iter280.next, %xtraiter279
+  br i1 %epil.iter280.cmp.not, label %for_begin_r63.preheader.i, label %for_body_to59.us.15.i.epil, !prof !20, !llvm.loop !54
+
+for_begin_r63.preheader.i:                        ; preds = %for_body_to59.us.15.i.epil, %for_begin_r63.preheader.i.loopexit.unr-lcssa, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge
+  %wide.trip.count667.i.pre-phi = phi i64 [ %.pre131, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge ], [ %wide.trip.count653.i, %for_body_to59.us.15.i.epil ], [ %wide.trip.count653.i, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
+  %scaled903905.i = phi ptr [ %scaled902.i, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge ], [ %scaled.i, %for_body_to59.us.15.i.epil ], [ %scaled.i, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
+  %1770 = add nsw i64 %wide.trip.count667.i.pre-phi, -1
+  %xtraiter285 = and i64 %wide.trip.count667.i.pre-phi, 7
+  %1771 = icmp ult i64 %1770, 7
+  %unroll_iter290 = and i64 %wide.trip.count667.i.pre-phi, 2147483640
+  %lcmp.mod287.not = icmp eq i64 %xtraiter285, 0
+  %lcmp.mod289 = icmp ne i64 %xtraiter285, 0
+  br label %for_begin_ax168.preheader.i
+
+for_begin_r73.preheader.i:                        ; preds = %for_end_ax170.i
+  %1772 = icmp sgt i64 %481, 0
+  %1773 = load <8 x float>, ptr %peak268.i, align 16
+  %1774 = load <8 x float>, ptr %113, align 16
+  %1775 = select i1 %1772, <8 x float> %1773, <8 x float> splat (float 0xC6293E5940000000)
+  %1776 = select i1 %1772, <8 x float> %1774, <8 x float> splat (float 0xC6293E5940000000)
+  store <8 x float> %1775, ptr %tile_max270.i, align 16, !tbaa !55
+  store <8 x float> %1776, ptr %112, align 16, !tbaa !55
+  br i1 %541, label %for_begin_to85.preheader.us.i.preheader, label %for_begin_ax195.preheader.i.preheader, !prof !3
+
+for_begin_ax168.preheader.i:                      ; preds = %for_end_ax170.i, %for_begin_r63.preheader.i
+  %indvars.iv669.i = phi i64 [ 0, %for_begin_r63.preheader.i ], [ %indvars.iv.next670.i, %for_end_ax170.i ]
+  br i1 %541, label %for_body_ax169.lr.ph.i, label %for_end_ax170.i, !prof !3
+
+for_body_ax169.lr.ph.i:                           ; preds = %for_begin_ax168.preheader.i
+  %.idx899.i = shl nuw nsw i64 %indvars.iv669.i, 9
+  %invariant.gep941.i = getelementptr inbounds nuw i8, ptr %scaled903905.i, i64 %.idx899.i
+  br i1 %1771, label %for_body_ax169.i.epil.preheader, label %for_body_ax169.i, !prof !57
+
+for_body_ax169.i:                                 ; preds = %for_body_ax169.i, %for_body_ax169.lr.ph.i
+  %indvars.iv664.i = phi i64 [ %indvars.iv.next665.i.7, %for_body_ax169.i ], [ 0, %for_body_ax169.lr.ph.i ]
+  %peak.rf_global266.sroa.0.0469.i = phi <16 x float> [ %1807, %for_body_ax169.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax169.lr.ph.i ]
+  %niter291 = phi i64 [ %niter291.next.7, %for_body_ax169.i ], [ 0, %for_body_ax169.lr.ph.i ]
+  %.idx898.i = shl nsw i64 %indvars.iv664.i, 6
+  %gep942.i = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %.idx898.i
+  %1777 = load <16 x float>, ptr %gep942.i, align 4, !tbaa !9
+  %1778 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0469.i, %1777
+  %1779 = select <16 x i1> %1778, <16 x float> %peak.rf_global266.sroa.0.0469.i, <16 x float> %1777
+  %indvars.iv.next665.i = shl i64 %indvars.iv664.i, 6
+  %1780 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i
+  %gep942.i.1 = getelementptr inbounds nuw i8, ptr %1780, i64 64
+  %1781 = load <16 x float>, ptr %gep942.i.1, align 4, !tbaa !9
+  %1782 = fcmp ogt <16 x float> %1779, %1781
+  %1783 = select <16 x i1> %1782, <16 x float> %1779, <16 x float> %1781
+  %indvars.iv.next665.i.1 = shl i64 %indvars.iv664.i, 6
+  %1784 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.1
+  %gep942.i.2 = getelementptr inbounds nuw i8, ptr %1784, i64 128
+  %1785 = load <16 x float>, ptr %gep942.i.2, align 4, !tbaa !9
+  %1786 = fcmp ogt <16 x float> %1783, %1785
+  %1787 = select <16 x i1> %1786, <16 x float> %1783, <16 x float> %1785
+  %indvars.iv.next665.i.2 = shl i64 %indvars.iv664.i, 6
+  %1788 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.2
+  %gep942.i.3 = getelementptr inbounds nuw i8, ptr %1788, i64 192
+  %1789 = load <16 x float>, ptr %gep942.i.3, align 4, !tbaa !9
+  %1790 = fcmp ogt <16 x float> %1787, %1789
+  %1791 = select <16 x i1> %1790, <16 x float> %1787, <16 x float> %1789
+  %indvars.iv.next665.i.3 = shl i64 %indvars.iv664.i, 6
+  %1792 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.3
+  %gep942.i.4 = getelementptr inbounds nuw i8, ptr %1792, i64 256
+  %1793 = load <16 x float>, ptr %gep942.i.4, align 4, !tbaa !9
+  %1794 = fcmp ogt <16 x float> %1791, %1793
+  %1795 = select <16 x i1> %1794, <16 x float> %1791, <16 x float> %1793
+  %indvars.iv.next665.i.4 = shl i64 %indvars.iv664.i, 6
+  %1796 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.4
+  %gep942.i.5 = getelementptr inbounds nuw i8, ptr %1796, i64 320
+  %1797 = load <16 x float>, ptr %gep942.i.5, align 4, !tbaa !9
+  %1798 = fcmp ogt <16 x float> %1795, %1797
+  %1799 = select <16 x i1> %1798, <16 x float> %1795, <16 x float> %1797
+  %indvars.iv.next665.i.5 = shl i64 %indvars.iv664.i, 6
+  %1800 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.5
+  %gep942.i.6 = getelementptr inbounds nuw i8, ptr %1800, i64 384
+  %1801 = load <16 x float>, ptr %gep942.i.6, align 4, !tbaa !9
+  %1802 = fcmp ogt <16 x float> %1799, %1801
+  %1803 = select <16 x i1> %1802, <16 x float> %1799, <16 x float> %1801
+  %indvars.iv.next665.i.6 = shl i64 %indvars.iv664.i, 6
+  %1804 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.6
+  %gep942.i.7 = getelementptr inbounds nuw i8, ptr %1804, i64 448
+  %1805 = load <16 x float>, ptr %gep942.i.7, align 4, !tbaa !9
+  %1806 = fcmp ogt <16 x float> %1803, %1805
+  %1807 = select <16 x i1> %1806, <16 x float> %1803, <16 x float> %1805
+  %indvars.iv.next665.i.7 = add nuw nsw i64 %indvars.iv664.i, 8
+  %niter291.next.7 = add i64 %niter291, 8
+  %niter291.ncmp.7 = icmp eq i64 %niter291.next.7, %unroll_iter290
+  br i1 %niter291.ncmp.7, label %for_end_ax170.i.loopexit.unr-lcssa, label %for_body_ax169.i, !prof !58, !llvm.loop !59
+
+for_end_ax170.i.loopexit.unr-lcssa:               ; preds = %for_body_ax169.i
+  br i1 %lcmp.mod287.not, label %for_end_ax170.i, label %for_body_ax169.i.epil.preheader, !prof !61
+
+for_body_ax169.i.epil.preheader:                  ; preds = %for_end_ax170.i.loopexit.unr-lcssa, %for_body_ax169.lr.ph.i
+  %indvars.iv664.i.epil.init = phi i64 [ 0, %for_body_ax169.lr.ph.i ], [ %indvars.iv.next665.i.7, %for_end_ax170.i.loopexit.unr-lcssa ]
+  %peak.rf_global266.sroa.0.0469.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax169.lr.ph.i ], [ %1807, %for_end_ax170.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod289)
+  br label %for_body_ax169.i.epil
+
+for_body_ax169.i.epil:                            ; preds = %for_body_ax169.i.epil, %for_body_ax169.i.epil.preheader
+  %indvars.iv664.i.epil = phi i64 [ %indvars.iv664.i.epil.init, %for_body_ax169.i.epil.preheader ], [ %indvars.iv.next665.i.epil, %for_body_ax169.i.epil ]
+  %peak.rf_global266.sroa.0.0469.i.epil = phi <16 x float> [ %peak.rf_global266.sroa.0.0469.i.epil.init, %for_body_ax169.i.epil.preheader ], [ %1810, %for_body_ax169.i.epil ]
+  %epil.iter286 = phi i64 [ 0, %for_body_ax169.i.epil.preheader ], [ %epil.iter286.next, %for_body_ax169.i.epil ]
+  %.idx898.i.epil = shl nsw i64 %indvars.iv664.i.epil, 6
+  %gep942.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %.idx898.i.epil
+  %1808 = load <16 x float>, ptr %gep942.i.epil, align 4, !tbaa !9
+  %1809 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0469.i.epil, %1808
+  %1810 = select <16 x i1> %1809, <16 x float> %peak.rf_global266.sroa.0.0469.i.epil, <16 x float> %1808
+  %indvars.iv.next665.i.epil = add nuw nsw i64 %indvars.iv664.i.epil, 1
+  %epil.iter286.next = add i64 %epil.iter286, 1
+  %epil.iter286.cmp.not = icmp eq i64 %epil.iter286.next, %xtraiter285
+  br i1 %epil.iter286.cmp.not, label %for_end_ax170.i, label %for_body_ax169.i.epil, !prof !19, !llvm.loop !62
+
+for_end_ax170.i:                                  ; preds = %for_body_ax169.i.epil, %for_end_ax170.i.loopexit.unr-lcssa, %for_begin_ax168.preheader.i
+  %peak.rf_global266.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax168.preheader.i ], [ %1807, %for_end_ax170.i.loopexit.unr-lcssa ], [ %1810, %for_body_ax169.i.epil ]
+  %1811 = getelementptr inbounds nuw float, ptr %peak268.i, i64 %indvars.iv669.i
+  %peak.rf267.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 0
+  %1812 = fcmp olt float %peak.rf267.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1813 = select i1 %1812, float 0xC7EFFFFFE0000000, float %peak.rf267.sroa.0.0.vec.extract.i
+  %peak.rf267.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 1
+  %1814 = fcmp ogt float %1813, %peak.rf267.sroa.0.4.vec.extract.i
+  %1815 = select i1 %1814, float %1813, float %peak.rf267.sroa.0.4.vec.extract.i
+  %peak.rf267.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 2
+  %1816 = fcmp ogt float %1815, %peak.rf267.sroa.0.8.vec.extract.i
+  %1817 = select i1 %1816, float %1815, float %peak.rf267.sroa.0.8.vec.extract.i
+  %peak.rf267.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 3
+  %1818 = fcmp ogt float %1817, %peak.rf267.sroa.0.12.vec.extract.i
+  %1819 = select i1 %1818, float %1817, float %peak.rf267.sroa.0.12.vec.extract.i
+  %peak.rf267.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 4
+  %1820 = fcmp ogt float %1819, %peak.rf267.sroa.0.16.vec.extract.i
+  %1821 = select i1 %1820, float %1819, float %peak.rf267.sroa.0.16.vec.extract.i
+  %peak.rf267.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 5
+  %1822 = fcmp ogt float %1821, %peak.rf267.sroa.0.20.vec.extract.i
+  %1823 = select i1 %1822, float %1821, float %peak.rf267.sroa.0.20.vec.extract.i
+  %peak.rf267.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 6
+  %1824 = fcmp ogt float %1823, %peak.rf267.sroa.0.24.vec.extract.i
+  %1825 = select i1 %1824, float %1823, float %peak.rf267.sroa.0.24.vec.extract.i
+  %peak.rf267.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 7
+  %1826 = fcmp ogt float %1825, %peak.rf267.sroa.0.28.vec.extract.i
+  %1827 = select i1 %1826, float %1825, float %peak.rf267.sroa.0.28.vec.extract.i
+  %peak.rf267.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 8
+  %1828 = fcmp ogt float %1827, %peak.rf267.sroa.0.32.vec.extract.i
+  %1829 = select i1 %1828, float %1827, float %peak.rf267.sroa.0.32.vec.extract.i
+  %peak.rf267.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 9
+  %1830 = fcmp ogt float %1829, %peak.rf267.sroa.0.36.vec.extract.i
+  %1831 = select i1 %1830, float %1829, float %peak.rf267.sroa.0.36.vec.extract.i
+  %peak.rf267.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 10
+  %1832 = fcmp ogt float %1831, %peak.rf267.sroa.0.40.vec.extract.i
+  %1833 = select i1 %1832, float %1831, float %peak.rf267.sroa.0.40.vec.extract.i
+  %peak.rf267.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 11
+  %1834 = fcmp ogt float %1833, %peak.rf267.sroa.0.44.vec.extract.i
+  %1835 = select i1 %1834, float %1833, float %peak.rf267.sroa.0.44.vec.extract.i
+  %peak.rf267.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 12
+  %1836 = fcmp ogt float %1835, %peak.rf267.sroa.0.48.vec.extract.i
+  %1837 = select i1 %1836, float %1835, float %peak.rf267.sroa.0.48.vec.extract.i
+  %peak.rf267.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 13
+  %1838 = fcmp ogt float %1837, %peak.rf267.sroa.0.52.vec.extract.i
+  %1839 = select i1 %1838, float %1837, float %peak.rf267.sroa.0.52.vec.extract.i
+  %peak.rf267.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 14
+  %1840 = fcmp ogt float %1839, %peak.rf267.sroa.0.56.vec.extract.i
+  %1841 = select i1 %1840, float %1839, float %peak.rf267.sroa.0.56.vec.extract.i
+  %peak.rf267.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 15
+  %1842 = fcmp ogt float %1841, %peak.rf267.sroa.0.60.vec.extract.i
+  %1843 = select i1 %1842, float %1841, float %peak.rf267.sroa.0.60.vec.extract.i
+  store float %1843, ptr %1811, align 4, !tbaa !63
+  %indvars.iv.next670.i = add nuw nsw i64 %indvars.iv669.i, 1
+  %exitcond672.not.i = icmp eq i64 %indvars.iv.next670.i, 16
+  br i1 %exitcond672.not.i, label %for_begin_r73.preheader.i, label %for_begin_ax168.preheader.i, !prof !11
+
+for_begin_to85.preheader.us.i:                    ; preds = %for_begin_to85.preheader.us.i.preheader, %for_begin_to85.for_end_to87_crit_edge.us.i
+  %indvars.iv682.i = phi i64 [ %indvars.iv.next683.i, %for_begin_to85.for_end_to87_crit_edge.us.i ], [ 0, %for_begin_to85.preheader.us.i.preheader ]
+  %1844 = getelementptr inbounds nuw float, ptr %tile_max270.i, i64 %indvars.iv682.i
+  %1845 = load float, ptr %1844, align 4, !tbaa !55
+  %1846 = insertelement <16 x float> poison, float %1845, i64 0
+  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
+  %1848 = shl nuw nsw i64 %indvars.iv682.i, 7
+  br i1 %1921, label %for_body_to86.us.i.epil.preheader, label %for_body_to86.us.i, !prof !65
+
+for_body_to86.us.i:                               ; preds = %for_body_to86.us.i, %for_begin_to85.preheader.us.i
+  %indvars.iv677.i = phi i64 [ %indvars.iv.next678.i.1, %for_body_to86.us.i ], [ 0, %for_begin_to85.preheader.us.i ]
+  %niter297 = phi i64 [ %niter297.next.1, %for_body_to86.us.i ], [ 0, %for_begin_to85.preheader.us.i ]
+  %1849 = shl nsw i64 %indvars.iv677.i, 4
+  %1850 = add nuw nsw i64 %1849, %1848
+  %1851 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1850
+  %1852 = load <16 x float>, ptr %1851, align 4, !tbaa !9
+  %arg.us.i = fsub <16 x float> %1852, %1847
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
+  %1854 = bitcast <16 x float> %1853 to <16 x i32>
+  %1855 = fsub <16 x float> %1853, %225
+  %1856 = fmul <16 x float> %1855, splat (float 0x3F2BD01060000000)
+  %1857 = fmul <16 x float> %1855, splat (float 0x3FE6300000000000)
+  %1858 = fsub <16 x float> %arg.us.i, %1857
+  %1859 = fadd <16 x float> %1856, %1858
+  %1860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1859, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1859, <16 x float> splat (float 0x3FA5558F20000000))
+  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1861, <16 x float> %1859, <16 x float> splat (float 0x3FC5554920000000))
+  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1859, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1864 = fmul <16 x float> %1859, %1859
+  %1865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1864, <16 x float> %1859)
+  %1866 = shl <16 x i32> %1854, splat (i32 23)
+  %1867 = bitcast <16 x i32> %1866 to <16 x float>
+  %1868 = fadd <16 x float> %1865, splat (float 1.000000e+00)
+  %1869 = fmul <16 x float> %1868, %1867
+  %1870 = fcmp olt <16 x float> %arg.us.i, %228
+  %1871 = select <16 x i1> %1870, <16 x float> zeroinitializer, <16 x float> %1869
+  %1872 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1850
+  store <16 x float> %1871, ptr %1872, align 4, !tbaa !9
+  %indvars.iv.next678.i = shl i64 %indvars.iv677.i, 4
+  %1873 = or disjoint i64 %indvars.iv.next678.i, 16
+  %1874 = add nuw nsw i64 %1873, %1848
+  %1875 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1874
   %1876 = load <16 x float>, ptr %1875, align 4, !tbaa !9
-  %arg.3.i = fsub <16 x float> %1876, %1768
-  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
+  %arg.us.i.1 = fsub <16 x float> %1876, %1847
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
   %1878 = bitcast <16 x float> %1877 to <16 x i32>
-  %1879 = fsub <16 x float> %1877, %366
+  %1879 = fsub <16 x float> %1877, %225
   %1880 = fmul <16 x float> %1879, splat (float 0x3F2BD01060000000)
   %1881 = fmul <16 x float> %1879, splat (float 0x3FE6300000000000)
-  %1882 = fsub <16 x float> %arg.3.i, %1881
+  %1882 = fsub <16 x float> %arg.us.i.1, %1881
   %1883 = fadd <16 x float> %1880, %1882
   %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1883, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
   %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1883, <16 x float> splat (float 0x3FA5558F20000000))
@@ -3124,3922 +3648,1488 @@ for_begin_ti95.preheader.i:                       ; preds = %for_begin_ti95.preh
   %1891 = bitcast <16 x i32> %1890 to <16 x float>
   %1892 = fadd <16 x float> %1889, splat (float 1.000000e+00)
   %1893 = fmul <16 x float> %1892, %1891
-  %1894 = fcmp olt <16 x float> %arg.3.i, %369
+  %1894 = fcmp olt <16 x float> %arg.us.i.1, %228
   %1895 = select <16 x i1> %1894, <16 x float> zeroinitializer, <16 x float> %1893
   %1896 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1874
   store <16 x float> %1895, ptr %1896, align 4, !tbaa !9
-  %1897 = or disjoint i64 %1805, 64
-  %1898 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1897
-  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !9
-  %arg.4.i = fsub <16 x float> %1899, %1768
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1901 = bitcast <16 x float> %1900 to <16 x i32>
-  %1902 = fsub <16 x float> %1900, %366
-  %1903 = fmul <16 x float> %1902, splat (float 0x3F2BD01060000000)
-  %1904 = fmul <16 x float> %1902, splat (float 0x3FE6300000000000)
-  %1905 = fsub <16 x float> %arg.4.i, %1904
-  %1906 = fadd <16 x float> %1903, %1905
-  %1907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1906, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1907, <16 x float> %1906, <16 x float> splat (float 0x3FA5558F20000000))
-  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1906, <16 x float> splat (float 0x3FC5554920000000))
-  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1906, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1911 = fmul <16 x float> %1906, %1906
-  %1912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> %1911, <16 x float> %1906)
-  %1913 = shl <16 x i32> %1901, splat (i32 23)
-  %1914 = bitcast <16 x i32> %1913 to <16 x float>
-  %1915 = fadd <16 x float> %1912, splat (float 1.000000e+00)
-  %1916 = fmul <16 x float> %1915, %1914
-  %1917 = fcmp olt <16 x float> %arg.4.i, %369
-  %1918 = select <16 x i1> %1917, <16 x float> zeroinitializer, <16 x float> %1916
-  %1919 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1897
-  store <16 x float> %1918, ptr %1919, align 4, !tbaa !9
-  %1920 = or disjoint i64 %1805, 80
-  %1921 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1920
-  %1922 = load <16 x float>, ptr %1921, align 4, !tbaa !9
-  %arg.5.i = fsub <16 x float> %1922, %1768
-  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1924 = bitcast <16 x float> %1923 to <16 x i32>
-  %1925 = fsub <16 x float> %1923, %366
-  %1926 = fmul <16 x float> %1925, splat (float 0x3F2BD01060000000)
-  %1927 = fmul <16 x float> %1925, splat (float 0x3FE6300000000000)
-  %1928 = fsub <16 x float> %arg.5.i, %1927
-  %1929 = fadd <16 x float> %1926, %1928
-  %1930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1930, <16 x float> %1929, <16 x float> splat (float 0x3FA5558F20000000))
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1929, <16 x float> splat (float 0x3FC5554920000000))
-  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1932, <16 x float> %1929, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1934 = fmul <16 x float> %1929, %1929
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1933, <16 x float> %1934, <16 x float> %1929)
-  %1936 = shl <16 x i32> %1924, splat (i32 23)
-  %1937 = bitcast <16 x i32> %1936 to <16 x float>
-  %1938 = fadd <16 x float> %1935, splat (float 1.000000e+00)
-  %1939 = fmul <16 x float> %1938, %1937
-  %1940 = fcmp olt <16 x float> %arg.5.i, %369
-  %1941 = select <16 x i1> %1940, <16 x float> zeroinitializer, <16 x float> %1939
-  %1942 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1920
-  store <16 x float> %1941, ptr %1942, align 4, !tbaa !9
-  %1943 = or disjoint i64 %1805, 96
-  %1944 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1943
-  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !9
-  %arg.6.i = fsub <16 x float> %1945, %1768
-  %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1947 = bitcast <16 x float> %1946 to <16 x i32>
-  %1948 = fsub <16 x float> %1946, %366
-  %1949 = fmul <16 x float> %1948, splat (float 0x3F2BD01060000000)
-  %1950 = fmul <16 x float> %1948, splat (float 0x3FE6300000000000)
-  %1951 = fsub <16 x float> %arg.6.i, %1950
-  %1952 = fadd <16 x float> %1949, %1951
-  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1952, <16 x float> splat (float 0x3FA5558F20000000))
-  %1955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1954, <16 x float> %1952, <16 x float> splat (float 0x3FC5554920000000))
-  %1956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1955, <16 x float> %1952, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1957 = fmul <16 x float> %1952, %1952
-  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1957, <16 x float> %1952)
-  %1959 = shl <16 x i32> %1947, splat (i32 23)
-  %1960 = bitcast <16 x i32> %1959 to <16 x float>
-  %1961 = fadd <16 x float> %1958, splat (float 1.000000e+00)
-  %1962 = fmul <16 x float> %1961, %1960
-  %1963 = fcmp olt <16 x float> %arg.6.i, %369
-  %1964 = select <16 x i1> %1963, <16 x float> zeroinitializer, <16 x float> %1962
-  %1965 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1943
-  store <16 x float> %1964, ptr %1965, align 4, !tbaa !9
-  %1966 = or disjoint i64 %1805, 112
-  %1967 = getelementptr inbounds nuw float, ptr %scaled807809811.i, i64 %1966
-  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !9
-  %arg.7.i = fsub <16 x float> %1968, %1768
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %366)
-  %1970 = bitcast <16 x float> %1969 to <16 x i32>
-  %1971 = fsub <16 x float> %1969, %366
-  %1972 = fmul <16 x float> %1971, splat (float 0x3F2BD01060000000)
-  %1973 = fmul <16 x float> %1971, splat (float 0x3FE6300000000000)
-  %1974 = fsub <16 x float> %arg.7.i, %1973
-  %1975 = fadd <16 x float> %1972, %1974
-  %1976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1975, <16 x float> splat (float 0x3FA5558F20000000))
-  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1975, <16 x float> splat (float 0x3FC5554920000000))
-  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1975, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1980 = fmul <16 x float> %1975, %1975
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1979, <16 x float> %1980, <16 x float> %1975)
-  %1982 = shl <16 x i32> %1970, splat (i32 23)
-  %1983 = bitcast <16 x i32> %1982 to <16 x float>
-  %1984 = fadd <16 x float> %1981, splat (float 1.000000e+00)
-  %1985 = fmul <16 x float> %1984, %1983
-  %1986 = fcmp olt <16 x float> %arg.7.i, %369
-  %1987 = select <16 x i1> %1986, <16 x float> zeroinitializer, <16 x float> %1985
-  %1988 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1966
-  store <16 x float> %1987, ptr %1988, align 4, !tbaa !9
-  %indvars.iv.next621.i = add nuw nsw i64 %indvars.iv620.i, 1
-  %exitcond624.not.i = icmp eq i64 %indvars.iv.next621.i, %wide.trip.count623.i
-  br i1 %exitcond624.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti95.preheader.i, !prof !4
+  %indvars.iv.next678.i.1 = add nuw nsw i64 %indvars.iv677.i, 2
+  %niter297.next.1 = add i64 %niter297, 2
+  %niter297.ncmp.1 = icmp eq i64 %niter297.next.1, %unroll_iter296
+  br i1 %niter297.ncmp.1, label %for_begin_to85.for_end_to87_crit_edge.us.i.unr-lcssa, label %for_body_to86.us.i, !prof !66, !llvm.loop !67
 
-for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti95.preheader.i
-  %xtraiter = and i64 %wide.trip.count623.i, 1
-  %1989 = icmp eq i32 %464, 1
-  br i1 %1989, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !21
+for_begin_to85.for_end_to87_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to86.us.i
+  br i1 %lcmp.mod294.not, label %for_begin_to85.for_end_to87_crit_edge.us.i, label %for_body_to86.us.i.epil.preheader, !prof !20
 
-for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
-  %unroll_iter = and i64 %wide.trip.count623.i, 2147483646
-  br label %for_begin_ti105.preheader.i
+for_body_to86.us.i.epil.preheader:                ; preds = %for_begin_to85.for_end_to87_crit_edge.us.i.unr-lcssa, %for_begin_to85.preheader.us.i
+  %indvars.iv677.i.epil.init = phi i64 [ 0, %for_begin_to85.preheader.us.i ], [ %indvars.iv.next678.i.1, %for_begin_to85.for_end_to87_crit_edge.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod295)
+  %1897 = shl nsw i64 %indvars.iv677.i.epil.init, 4
+  %1898 = add nuw nsw i64 %1897, %1848
+  %1899 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1898
+  %1900 = load <16 x float>, ptr %1899, align 4, !tbaa !9
+  %arg.us.i.epil = fsub <16 x float> %1900, %1847
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
+  %1902 = bitcast <16 x float> %1901 to <16 x i32>
+  %1903 = fsub <16 x float> %1901, %225
+  %1904 = fmul <16 x float> %1903, splat (float 0x3F2BD01060000000)
+  %1905 = fmul <16 x float> %1903, splat (float 0x3FE6300000000000)
+  %1906 = fsub <16 x float> %arg.us.i.epil, %1905
+  %1907 = fadd <16 x float> %1904, %1906
+  %1908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1907, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1907, <16 x float> splat (float 0x3FA5558F20000000))
+  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1907, <16 x float> splat (float 0x3FC5554920000000))
+  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> %1907, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1912 = fmul <16 x float> %1907, %1907
+  %1913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1912, <16 x float> %1907)
+  %1914 = shl <16 x i32> %1902, splat (i32 23)
+  %1915 = bitcast <16 x i32> %1914 to <16 x float>
+  %1916 = fadd <16 x float> %1913, splat (float 1.000000e+00)
+  %1917 = fmul <16 x float> %1916, %1915
+  %1918 = fcmp olt <16 x float> %arg.us.i.epil, %228
+  %1919 = select <16 x i1> %1918, <16 x float> zeroinitializer, <16 x float> %1917
+  %1920 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1898
+  store <16 x float> %1919, ptr %1920, align 4, !tbaa !9
+  br label %for_begin_to85.for_end_to87_crit_edge.us.i
 
-for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.preheader.i, %for_begin_ti105.preheader.i.preheader.new
-  %indvars.iv629.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next630.i.1, %for_begin_ti105.preheader.i ]
-  %tile_sum265.sroa.0.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %2038, %for_begin_ti105.preheader.i ]
-  %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
-  %.idx74 = shl nsw i64 %indvars.iv629.i, 9
-  %1990 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74
-  %1991 = load <16 x float>, ptr %1990, align 4, !tbaa !9
-  %1992 = fadd <16 x float> %tile_sum265.sroa.0.0421.i, %1991
-  %1993 = getelementptr inbounds nuw i8, ptr %1990, i64 64
-  %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !9
+for_begin_to85.for_end_to87_crit_edge.us.i:       ; preds = %for_body_to86.us.i.epil.preheader, %for_begin_to85.for_end_to87_crit_edge.us.i.unr-lcssa
+  %indvars.iv.next683.i = add nuw nsw i64 %indvars.iv682.i, 1
+  %exitcond685.not.i = icmp eq i64 %indvars.iv.next683.i, 16
+  br i1 %exitcond685.not.i, label %for_begin_ax195.preheader.i.preheader, label %for_begin_to85.preheader.us.i, !prof !11
+
+for_begin_to85.preheader.us.i.preheader:          ; preds = %for_begin_r73.preheader.i
+  %xtraiter292 = and i64 %wide.trip.count667.i.pre-phi, 1
+  %1921 = icmp eq i64 %1770, 0
+  %unroll_iter296 = and i64 %wide.trip.count667.i.pre-phi, 2147483646
+  %lcmp.mod294.not = icmp eq i64 %xtraiter292, 0
+  %lcmp.mod295 = icmp ne i64 %xtraiter292, 0
+  br label %for_begin_to85.preheader.us.i
+
+for_begin_ax195.preheader.i.preheader:            ; preds = %for_begin_to85.for_end_to87_crit_edge.us.i, %for_begin_r73.preheader.i
+  %xtraiter298 = and i64 %wide.trip.count667.i.pre-phi, 7
+  %1922 = icmp ult i64 %1770, 7
+  %unroll_iter303 = and i64 %wide.trip.count667.i.pre-phi, 2147483640
+  %lcmp.mod300.not = icmp eq i64 %xtraiter298, 0
+  %lcmp.mod302 = icmp ne i64 %xtraiter298, 0
+  br label %for_begin_ax195.preheader.i
+
+for_begin_ax195.preheader.i:                      ; preds = %for_end_ax197.i, %for_begin_ax195.preheader.i.preheader
+  %indvars.iv691.i = phi i64 [ %indvars.iv.next692.i, %for_end_ax197.i ], [ 0, %for_begin_ax195.preheader.i.preheader ]
+  br i1 %541, label %for_body_ax196.lr.ph.i, label %for_end_ax197.i, !prof !3
+
+for_body_ax196.lr.ph.i:                           ; preds = %for_begin_ax195.preheader.i
+  %.idx901.i = shl nuw nsw i64 %indvars.iv691.i, 9
+  %invariant.gep943.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx901.i
+  br i1 %1922, label %for_body_ax196.i.epil.preheader, label %for_body_ax196.i, !prof !57
+
+for_end_r92.i:                                    ; preds = %for_end_ax197.i
+  %1923 = icmp eq i64 %indvars.iv732.i95, 0
+  %1924 = insertelement <16 x i1> poison, i1 %1923, i64 0
+  %1925 = shufflevector <16 x i1> %1924, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %1925, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %231
+  %old_sum.i = select <16 x i1> %1925, <16 x float> zeroinitializer, <16 x float> %total286.i96
+  %1926 = load <16 x float>, ptr %tile_max270.i, align 16, !tbaa !69
+  %1927 = fcmp ogt <16 x float> %old_max.i, %1926
+  %1928 = load <16 x float>, ptr %tile_sum269.i, align 16, !tbaa !75
+  %1929 = fcmp oeq <16 x float> %1928, zeroinitializer
+  %1930 = select <16 x i1> %1929, <16 x i1> splat (i1 true), <16 x i1> %1927
+  %old_or_both.i = select <16 x i1> %1930, <16 x float> %old_max.i, <16 x float> %1926
+  %1931 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %1931, <16 x float> %1926, <16 x float> %old_or_both.i
+  %1932 = fsub <16 x float> %old_max.i, %m.i
+  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1932, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1934 = bitcast <16 x float> %1933 to <16 x i32>
+  %1935 = fadd <16 x float> %1933, splat (float 0xC168000FE0000000)
+  %1936 = fmul <16 x float> %1935, splat (float 0x3F2BD01060000000)
+  %1937 = fmul <16 x float> %1935, splat (float 0x3FE6300000000000)
+  %1938 = fsub <16 x float> %1932, %1937
+  %1939 = fadd <16 x float> %1936, %1938
+  %1940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1939, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1939, <16 x float> splat (float 0x3FA5558F20000000))
+  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1939, <16 x float> splat (float 0x3FC5554920000000))
+  %1943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1942, <16 x float> %1939, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1944 = fmul <16 x float> %1939, %1939
+  %1945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1944, <16 x float> %1939)
+  %1946 = shl <16 x i32> %1934, splat (i32 23)
+  %1947 = bitcast <16 x i32> %1946 to <16 x float>
+  %1948 = fadd <16 x float> %1945, splat (float 1.000000e+00)
+  %1949 = fmul <16 x float> %1948, %1947
+  %1950 = fcmp olt <16 x float> %1932, splat (float -8.700000e+01)
+  %1951 = select <16 x i1> %1950, <16 x float> zeroinitializer, <16 x float> %1949
+  %1952 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %1953 = select <16 x i1> %1952, <16 x float> %1951, <16 x float> zeroinitializer
+  store <16 x float> %1953, ptr %alpha273.i, align 16, !tbaa !82
+  %arg117.i = fsub <16 x float> %1926, %m.i
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg117.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1955 = bitcast <16 x float> %1954 to <16 x i32>
+  %1956 = fadd <16 x float> %1954, splat (float 0xC168000FE0000000)
+  %1957 = fmul <16 x float> %1956, splat (float 0x3F2BD01060000000)
+  %1958 = fmul <16 x float> %1956, splat (float 0x3FE6300000000000)
+  %1959 = fsub <16 x float> %arg117.i, %1958
+  %1960 = fadd <16 x float> %1957, %1959
+  %1961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1960, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1961, <16 x float> %1960, <16 x float> splat (float 0x3FA5558F20000000))
+  %1963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1962, <16 x float> %1960, <16 x float> splat (float 0x3FC5554920000000))
+  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1960, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1965 = fmul <16 x float> %1960, %1960
+  %1966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1964, <16 x float> %1965, <16 x float> %1960)
+  %1967 = shl <16 x i32> %1955, splat (i32 23)
+  %1968 = bitcast <16 x i32> %1967 to <16 x float>
+  %1969 = fadd <16 x float> %1966, splat (float 1.000000e+00)
+  %1970 = fmul <16 x float> %1969, %1968
+  %1971 = fcmp olt <16 x float> %arg117.i, splat (float -8.700000e+01)
+  %1972 = select <16 x i1> %1971, <16 x float> zeroinitializer, <16 x float> %1970
+  %1973 = fcmp one <16 x float> %1928, zeroinitializer
+  %1974 = select <16 x i1> %1973, <16 x float> %1972, <16 x float> zeroinitializer
+  store <16 x float> %1974, ptr %beta272.i, align 16, !tbaa !89
+  %1975 = ashr i32 %483, 4
+  %1976 = icmp sgt i32 %1975, 0
+  %1977 = and i32 %483, 15
+  %.not577.i = icmp eq i32 %1977, 0
+  %1978 = select i1 %487, i32 128, i32 0
+  %1979 = and i32 %483, -16
+  %1980 = sext i32 %1979 to i64
+  %wide.trip.count702.i = zext nneg i32 %1975 to i64
+  %invariant.gep949.i = getelementptr float, ptr %probs.i, i64 %1980
+  %invariant.gep947.i = getelementptr i64, ptr %value_offsets.i, i64 %1980
+  %xtraiter306 = and i64 %235, 1
+  %1981 = icmp eq i32 %234, 1
+  %unroll_iter332 = and i64 %235, 14
+  %lcmp.mod322.not = icmp eq i64 %xtraiter306, 0
+  %lcmp.mod331 = icmp ne i64 %xtraiter306, 0
+  br label %for_begin_d_0_m.preheader.i
+
+for_body_ax196.i:                                 ; preds = %for_body_ax196.i, %for_body_ax196.lr.ph.i
+  %indvars.iv686.i = phi i64 [ %indvars.iv.next687.i.7, %for_body_ax196.i ], [ 0, %for_body_ax196.lr.ph.i ]
+  %tile_sum.rf_global264.sroa.0.0475.i = phi <16 x float> [ %2004, %for_body_ax196.i ], [ zeroinitializer, %for_body_ax196.lr.ph.i ]
+  %niter304 = phi i64 [ %niter304.next.7, %for_body_ax196.i ], [ 0, %for_body_ax196.lr.ph.i ]
+  %.idx900.i = shl nsw i64 %indvars.iv686.i, 6
+  %gep944.i = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx900.i
+  %1982 = load <16 x float>, ptr %gep944.i, align 4, !tbaa !9
+  %1983 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0475.i, %1982
+  %indvars.iv.next687.i = shl i64 %indvars.iv686.i, 6
+  %1984 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i
+  %gep944.i.1 = getelementptr inbounds nuw i8, ptr %1984, i64 64
+  %1985 = load <16 x float>, ptr %gep944.i.1, align 4, !tbaa !9
+  %1986 = fadd <16 x float> %1983, %1985
+  %indvars.iv.next687.i.1 = shl i64 %indvars.iv686.i, 6
+  %1987 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.1
+  %gep944.i.2 = getelementptr inbounds nuw i8, ptr %1987, i64 128
+  %1988 = load <16 x float>, ptr %gep944.i.2, align 4, !tbaa !9
+  %1989 = fadd <16 x float> %1986, %1988
+  %indvars.iv.next687.i.2 = shl i64 %indvars.iv686.i, 6
+  %1990 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.2
+  %gep944.i.3 = getelementptr inbounds nuw i8, ptr %1990, i64 192
+  %1991 = load <16 x float>, ptr %gep944.i.3, align 4, !tbaa !9
+  %1992 = fadd <16 x float> %1989, %1991
+  %indvars.iv.next687.i.3 = shl i64 %indvars.iv686.i, 6
+  %1993 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.3
+  %gep944.i.4 = getelementptr inbounds nuw i8, ptr %1993, i64 256
+  %1994 = load <16 x float>, ptr %gep944.i.4, align 4, !tbaa !9
   %1995 = fadd <16 x float> %1992, %1994
-  %1996 = getelementptr inbounds nuw i8, ptr %1990, i64 128
-  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !9
+  %indvars.iv.next687.i.4 = shl i64 %indvars.iv686.i, 6
+  %1996 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.4
+  %gep944.i.5 = getelementptr inbounds nuw i8, ptr %1996, i64 320
+  %1997 = load <16 x float>, ptr %gep944.i.5, align 4, !tbaa !9
   %1998 = fadd <16 x float> %1995, %1997
-  %1999 = getelementptr inbounds nuw i8, ptr %1990, i64 192
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !9
+  %indvars.iv.next687.i.5 = shl i64 %indvars.iv686.i, 6
+  %1999 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.5
+  %gep944.i.6 = getelementptr inbounds nuw i8, ptr %1999, i64 384
+  %2000 = load <16 x float>, ptr %gep944.i.6, align 4, !tbaa !9
   %2001 = fadd <16 x float> %1998, %2000
-  %2002 = getelementptr inbounds nuw i8, ptr %1990, i64 256
-  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !9
+  %indvars.iv.next687.i.6 = shl i64 %indvars.iv686.i, 6
+  %2002 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.6
+  %gep944.i.7 = getelementptr inbounds nuw i8, ptr %2002, i64 448
+  %2003 = load <16 x float>, ptr %gep944.i.7, align 4, !tbaa !9
   %2004 = fadd <16 x float> %2001, %2003
-  %2005 = getelementptr inbounds nuw i8, ptr %1990, i64 320
-  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !9
-  %2007 = fadd <16 x float> %2004, %2006
-  %2008 = getelementptr inbounds nuw i8, ptr %1990, i64 384
-  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !9
-  %2010 = fadd <16 x float> %2007, %2009
-  %2011 = getelementptr inbounds nuw i8, ptr %1990, i64 448
-  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !9
-  %2013 = fadd <16 x float> %2010, %2012
-  %indvars.iv.next630.i = shl i64 %indvars.iv629.i, 9
-  %2014 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next630.i
-  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 512
-  %2016 = load <16 x float>, ptr %2015, align 4, !tbaa !9
-  %2017 = fadd <16 x float> %2013, %2016
-  %2018 = getelementptr inbounds nuw i8, ptr %2014, i64 576
-  %2019 = load <16 x float>, ptr %2018, align 4, !tbaa !9
-  %2020 = fadd <16 x float> %2017, %2019
-  %2021 = getelementptr inbounds nuw i8, ptr %2014, i64 640
-  %2022 = load <16 x float>, ptr %2021, align 4, !tbaa !9
-  %2023 = fadd <16 x float> %2020, %2022
-  %2024 = getelementptr inbounds nuw i8, ptr %2014, i64 704
-  %2025 = load <16 x float>, ptr %2024, align 4, !tbaa !9
-  %2026 = fadd <16 x float> %2023, %2025
-  %2027 = getelementptr inbounds nuw i8, ptr %2014, i64 768
-  %2028 = load <16 x float>, ptr %2027, align 4, !tbaa !9
-  %2029 = fadd <16 x float> %2026, %2028
-  %2030 = getelementptr inbounds nuw i8, ptr %2014, i64 832
-  %2031 = load <16 x float>, ptr %2030, align 4, !tbaa !9
-  %2032 = fadd <16 x float> %2029, %2031
-  %2033 = getelementptr inbounds nuw i8, ptr %2014, i64 896
-  %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !9
-  %2035 = fadd <16 x float> %2032, %2034
-  %2036 = getelementptr inbounds nuw i8, ptr %2014, i64 960
-  %2037 = load <16 x float>, ptr %2036, align 4, !tbaa !9
-  %2038 = fadd <16 x float> %2035, %2037
-  %indvars.iv.next630.i.1 = add nuw nsw i64 %indvars.iv629.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !22, !llvm.loop !23
+  %indvars.iv.next687.i.7 = add nuw nsw i64 %indvars.iv686.i, 8
+  %niter304.next.7 = add i64 %niter304, 8
+  %niter304.ncmp.7 = icmp eq i64 %niter304.next.7, %unroll_iter303
+  br i1 %niter304.ncmp.7, label %for_end_ax197.i.loopexit.unr-lcssa, label %for_body_ax196.i, !prof !58, !llvm.loop !96
 
-for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.preheader.i
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !25
+for_end_ax197.i.loopexit.unr-lcssa:               ; preds = %for_body_ax196.i
+  br i1 %lcmp.mod300.not, label %for_end_ax197.i, label %for_body_ax196.i.epil.preheader, !prof !61
 
-for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
-  %indvars.iv629.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next630.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
-  %tile_sum265.sroa.0.0421.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %2038, %for_end_to102.i.loopexit.unr-lcssa ]
-  %lcmp.mod728 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod728)
-  %.idx74.epil = shl nsw i64 %indvars.iv629.i.epil.init, 9
-  %2039 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx74.epil
-  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !9
-  %2041 = fadd <16 x float> %tile_sum265.sroa.0.0421.i.epil.init, %2040
-  %2042 = getelementptr inbounds nuw i8, ptr %2039, i64 64
-  %2043 = load <16 x float>, ptr %2042, align 4, !tbaa !9
-  %2044 = fadd <16 x float> %2041, %2043
-  %2045 = getelementptr inbounds nuw i8, ptr %2039, i64 128
-  %2046 = load <16 x float>, ptr %2045, align 4, !tbaa !9
-  %2047 = fadd <16 x float> %2044, %2046
-  %2048 = getelementptr inbounds nuw i8, ptr %2039, i64 192
-  %2049 = load <16 x float>, ptr %2048, align 4, !tbaa !9
-  %2050 = fadd <16 x float> %2047, %2049
-  %2051 = getelementptr inbounds nuw i8, ptr %2039, i64 256
-  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !9
-  %2053 = fadd <16 x float> %2050, %2052
-  %2054 = getelementptr inbounds nuw i8, ptr %2039, i64 320
-  %2055 = load <16 x float>, ptr %2054, align 4, !tbaa !9
-  %2056 = fadd <16 x float> %2053, %2055
-  %2057 = getelementptr inbounds nuw i8, ptr %2039, i64 384
-  %2058 = load <16 x float>, ptr %2057, align 4, !tbaa !9
-  %2059 = fadd <16 x float> %2056, %2058
-  %2060 = getelementptr inbounds nuw i8, ptr %2039, i64 448
-  %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !9
-  %2062 = fadd <16 x float> %2059, %2061
-  br label %for_end_to102.i
+for_body_ax196.i.epil.preheader:                  ; preds = %for_end_ax197.i.loopexit.unr-lcssa, %for_body_ax196.lr.ph.i
+  %indvars.iv686.i.epil.init = phi i64 [ 0, %for_body_ax196.lr.ph.i ], [ %indvars.iv.next687.i.7, %for_end_ax197.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global264.sroa.0.0475.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax196.lr.ph.i ], [ %2004, %for_end_ax197.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod302)
+  br label %for_body_ax196.i.epil
 
-for_end_to102.i:                                  ; preds = %for_begin_ti105.preheader.i.epil.preheader, %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti_1.preheader.i
-  %tile_sum265.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ti_1.preheader.i ], [ %2038, %for_end_to102.i.loopexit.unr-lcssa ], [ %2062, %for_begin_ti105.preheader.i.epil.preheader ]
-  %2063 = icmp eq i64 %indvars.iv657.i140, 0
-  %2064 = insertelement <16 x i1> poison, i1 %2063, i64 0
-  %2065 = shufflevector <16 x i1> %2064, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %2065, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %372
-  %old_sum.i = select <16 x i1> %2065, <16 x float> zeroinitializer, <16 x float> %total290.i141
-  %2066 = fcmp ogt <16 x float> %old_max.i, %1768
-  %2067 = fcmp oeq <16 x float> %tile_sum265.sroa.0.0.lcssa.i, zeroinitializer
-  %2068 = select <16 x i1> %2067, <16 x i1> splat (i1 true), <16 x i1> %2066
-  %old_or_both.i = select <16 x i1> %2068, <16 x float> %old_max.i, <16 x float> %1768
-  %2069 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %2069, <16 x float> %1768, <16 x float> %old_or_both.i
-  %2070 = fsub <16 x float> %old_max.i, %m.i
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2072 = bitcast <16 x float> %2071 to <16 x i32>
-  %2073 = fadd <16 x float> %2071, splat (float 0xC168000FE0000000)
-  %2074 = fmul <16 x float> %2073, splat (float 0x3F2BD01060000000)
-  %2075 = fmul <16 x float> %2073, splat (float 0x3FE6300000000000)
-  %2076 = fsub <16 x float> %2070, %2075
-  %2077 = fadd <16 x float> %2074, %2076
-  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2078, <16 x float> %2077, <16 x float> splat (float 0x3FA5558F20000000))
-  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2077, <16 x float> splat (float 0x3FC5554920000000))
-  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2077, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2082 = fmul <16 x float> %2077, %2077
-  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2082, <16 x float> %2077)
-  %2084 = shl <16 x i32> %2072, splat (i32 23)
-  %2085 = bitcast <16 x i32> %2084 to <16 x float>
-  %2086 = fadd <16 x float> %2083, splat (float 1.000000e+00)
-  %2087 = fmul <16 x float> %2086, %2085
-  %2088 = fcmp olt <16 x float> %2070, splat (float -8.700000e+01)
-  %2089 = select <16 x i1> %2088, <16 x float> zeroinitializer, <16 x float> %2087
-  %2090 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2091 = select <16 x i1> %2090, <16 x float> %2089, <16 x float> zeroinitializer
-  %arg127.i = fsub <16 x float> %1768, %m.i
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg127.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2093 = bitcast <16 x float> %2092 to <16 x i32>
-  %2094 = fadd <16 x float> %2092, splat (float 0xC168000FE0000000)
-  %2095 = fmul <16 x float> %2094, splat (float 0x3F2BD01060000000)
-  %2096 = fmul <16 x float> %2094, splat (float 0x3FE6300000000000)
-  %2097 = fsub <16 x float> %arg127.i, %2096
-  %2098 = fadd <16 x float> %2095, %2097
-  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2098, <16 x float> splat (float 0x3FA5558F20000000))
-  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2098, <16 x float> splat (float 0x3FC5554920000000))
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2098, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2103 = fmul <16 x float> %2098, %2098
-  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2103, <16 x float> %2098)
-  %2105 = shl <16 x i32> %2093, splat (i32 23)
-  %2106 = bitcast <16 x i32> %2105 to <16 x float>
-  %2107 = fadd <16 x float> %2104, splat (float 1.000000e+00)
-  %2108 = fmul <16 x float> %2107, %2106
-  %2109 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
-  %2110 = select <16 x i1> %2109, <16 x float> zeroinitializer, <16 x float> %2108
-  %2111 = fcmp one <16 x float> %tile_sum265.sroa.0.0.lcssa.i, zeroinitializer
-  %2112 = select <16 x i1> %2111, <16 x float> %2110, <16 x float> zeroinitializer
-  %2113 = ashr i32 %462, 3
-  %2114 = icmp sgt i32 %2113, 0
-  %2115 = and i32 %462, 7
-  %.not505.i = icmp eq i32 %2115, 0
-  %2116 = select i1 %466, i32 128, i32 0
-  %2117 = shl nsw i32 %2113, 7
-  %2118 = shl nsw i32 %2113, 10
-  %2119 = fmul <16 x float> %2091, zeroinitializer
-  %2120 = sext i32 %2117 to i64
-  %2121 = zext i32 %2113 to i64
-  %invariant.gep871.i = getelementptr float, ptr %probs.i, i64 %2120
-  %exitcond.not = icmp eq i32 %373, 1
-  %gep872.i.1 = getelementptr i8, ptr %invariant.gep871.i, i64 64
-  %exitcond.not.1 = icmp eq i32 %373, 2
-  %gep872.i.2 = getelementptr i8, ptr %invariant.gep871.i, i64 128
-  %exitcond.not.2 = icmp eq i32 %373, 3
-  %gep872.i.3 = getelementptr i8, ptr %invariant.gep871.i, i64 192
-  %exitcond.not.3 = icmp eq i32 %373, 4
-  %gep872.i.4 = getelementptr i8, ptr %invariant.gep871.i, i64 256
-  %exitcond.not.4 = icmp eq i32 %373, 5
-  %gep872.i.5 = getelementptr i8, ptr %invariant.gep871.i, i64 320
-  %exitcond.not.5 = icmp eq i32 %373, 6
-  %gep872.i.6 = getelementptr i8, ptr %invariant.gep871.i, i64 384
+for_body_ax196.i.epil:                            ; preds = %for_body_ax196.i.epil, %for_body_ax196.i.epil.preheader
+  %indvars.iv686.i.epil = phi i64 [ %indvars.iv686.i.epil.init, %for_body_ax196.i.epil.preheader ], [ %indvars.iv.next687.i.epil, %for_body_ax196.i.epil ]
+  %tile_sum.rf_global264.sroa.0.0475.i.epil = phi <16 x float> [ %tile_sum.rf_global264.sroa.0.0475.i.epil.init, %for_body_ax196.i.epil.preheader ], [ %2006, %for_body_ax196.i.epil ]
+  %epil.iter299 = phi i64 [ 0, %for_body_ax196.i.epil.preheader ], [ %epil.iter299.next, %for_body_ax196.i.epil ]
+  %.idx900.i.epil = shl nsw i64 %indvars.iv686.i.epil, 6
+  %gep944.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx900.i.epil
+  %2005 = load <16 x float>, ptr %gep944.i.epil, align 4, !tbaa !9
+  %2006 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0475.i.epil, %2005
+  %indvars.iv.next687.i.epil = add nuw nsw i64 %indvars.iv686.i.epil, 1
+  %epil.iter299.next = add i64 %epil.iter299, 1
+  %epil.iter299.cmp.not = icmp eq i64 %epil.iter299.next, %xtraiter298
+  br i1 %epil.iter299.cmp.not, label %for_end_ax197.i, label %for_body_ax196.i.epil, !prof !19, !llvm.loop !97
+
+for_end_ax197.i:                                  ; preds = %for_body_ax196.i.epil, %for_end_ax197.i.loopexit.unr-lcssa, %for_begin_ax195.preheader.i
+  %tile_sum.rf_global264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_ax195.preheader.i ], [ %2004, %for_end_ax197.i.loopexit.unr-lcssa ], [ %2006, %for_body_ax196.i.epil ]
+  %2007 = getelementptr inbounds nuw float, ptr %tile_sum269.i, i64 %indvars.iv691.i
+  %tile_sum.rf265.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 0
+  %2008 = fadd float %tile_sum.rf265.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf265.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 1
+  %2009 = fadd float %tile_sum.rf265.sroa.0.4.vec.extract.i, %2008
+  %tile_sum.rf265.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 2
+  %2010 = fadd float %tile_sum.rf265.sroa.0.8.vec.extract.i, %2009
+  %tile_sum.rf265.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 3
+  %2011 = fadd float %tile_sum.rf265.sroa.0.12.vec.extract.i, %2010
+  %tile_sum.rf265.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 4
+  %2012 = fadd float %tile_sum.rf265.sroa.0.16.vec.extract.i, %2011
+  %tile_sum.rf265.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 5
+  %2013 = fadd float %tile_sum.rf265.sroa.0.20.vec.extract.i, %2012
+  %tile_sum.rf265.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 6
+  %2014 = fadd float %tile_sum.rf265.sroa.0.24.vec.extract.i, %2013
+  %tile_sum.rf265.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 7
+  %2015 = fadd float %tile_sum.rf265.sroa.0.28.vec.extract.i, %2014
+  %tile_sum.rf265.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 8
+  %2016 = fadd float %tile_sum.rf265.sroa.0.32.vec.extract.i, %2015
+  %tile_sum.rf265.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 9
+  %2017 = fadd float %tile_sum.rf265.sroa.0.36.vec.extract.i, %2016
+  %tile_sum.rf265.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 10
+  %2018 = fadd float %tile_sum.rf265.sroa.0.40.vec.extract.i, %2017
+  %tile_sum.rf265.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 11
+  %2019 = fadd float %tile_sum.rf265.sroa.0.44.vec.extract.i, %2018
+  %tile_sum.rf265.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 12
+  %2020 = fadd float %tile_sum.rf265.sroa.0.48.vec.extract.i, %2019
+  %tile_sum.rf265.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 13
+  %2021 = fadd float %tile_sum.rf265.sroa.0.52.vec.extract.i, %2020
+  %tile_sum.rf265.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 14
+  %2022 = fadd float %tile_sum.rf265.sroa.0.56.vec.extract.i, %2021
+  %tile_sum.rf265.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 15
+  %2023 = fadd float %tile_sum.rf265.sroa.0.60.vec.extract.i, %2022
+  store float %2023, ptr %2007, align 4, !tbaa !98
+  %indvars.iv.next692.i = add nuw nsw i64 %indvars.iv691.i, 1
+  %exitcond694.not.i = icmp eq i64 %indvars.iv.next692.i, 16
+  br i1 %exitcond694.not.i, label %for_end_r92.i, label %for_begin_ax195.preheader.i, !prof !11
+
+for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_end_r92.i
+  %indvars.iv728.i = phi i64 [ 0, %for_end_r92.i ], [ %indvars.iv.next729.i, %for_end_d_0_m.i ]
+  %2024 = shl i64 %indvars.iv728.i, 2
+  %2025 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2024
+  %2026 = load float, ptr %2025, align 16, !tbaa !99
+  %2027 = insertelement <32 x float> poison, float %2026, i64 0
+  %2028 = shufflevector <32 x float> %2027, <32 x float> poison, <32 x i32> zeroinitializer
+  %2029 = shl nuw nsw i64 %indvars.iv728.i, 9
+  %2030 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2024
+  %2031 = load float, ptr %2030, align 16, !tbaa !100
+  %2032 = insertelement <32 x float> poison, float %2031, i64 0
+  %2033 = shufflevector <32 x float> %2032, <32 x float> poison, <32 x i32> zeroinitializer
+  %2034 = or disjoint i64 %2024, 1
+  %2035 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2034
+  %2036 = load float, ptr %2035, align 4, !tbaa !99
+  %2037 = insertelement <32 x float> poison, float %2036, i64 0
+  %2038 = shufflevector <32 x float> %2037, <32 x float> poison, <32 x i32> zeroinitializer
+  %2039 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2034
+  %2040 = load float, ptr %2039, align 4, !tbaa !100
+  %2041 = insertelement <32 x float> poison, float %2040, i64 0
+  %2042 = shufflevector <32 x float> %2041, <32 x float> poison, <32 x i32> zeroinitializer
+  %2043 = or disjoint i64 %2024, 2
+  %2044 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2043
+  %2045 = load float, ptr %2044, align 8, !tbaa !99
+  %2046 = insertelement <32 x float> poison, float %2045, i64 0
+  %2047 = shufflevector <32 x float> %2046, <32 x float> poison, <32 x i32> zeroinitializer
+  %2048 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2043
+  %2049 = load float, ptr %2048, align 8, !tbaa !100
+  %2050 = insertelement <32 x float> poison, float %2049, i64 0
+  %2051 = shufflevector <32 x float> %2050, <32 x float> poison, <32 x i32> zeroinitializer
+  %2052 = or disjoint i64 %2024, 3
+  %2053 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2052
+  %2054 = load float, ptr %2053, align 4, !tbaa !99
+  %2055 = insertelement <32 x float> poison, float %2054, i64 0
+  %2056 = shufflevector <32 x float> %2055, <32 x float> poison, <32 x i32> zeroinitializer
+  %2057 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2052
+  %2058 = load float, ptr %2057, align 4, !tbaa !100
+  %2059 = insertelement <32 x float> poison, float %2058, i64 0
+  %2060 = shufflevector <32 x float> %2059, <32 x float> poison, <32 x i32> zeroinitializer
+  %invariant.gep945.i = getelementptr inbounds nuw float, ptr %probs.i, i64 %2029
+  %gep950.i = getelementptr float, ptr %invariant.gep949.i, i64 %2029
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end177.i, %for_end_to102.i
-  %indvars.iv653.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next654.i, %if_end177.i ]
-  br i1 %2114, label %for_begin_line147.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
+for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
+  %2061 = fmul <16 x float> %old_sum.i, %1953
+  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1974, <16 x float> %1928, <16 x float> %2061)
+  %2063 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2064 = tail call i32 %2063(i32 1, i32 %dev_id, ptr nonnull %scaled903905.i)
+  %.not279.i = icmp eq i32 %2064, 0
+  br i1 %.not279.i, label %if_end201.i, label %fused_decode_compute_.exit, !prof !53
 
-for_begin_line147.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
-  %2122 = mul nuw nsw i64 %indvars.iv653.i, %2121
-  %2123 = shl i64 %indvars.iv653.i, 2
-  %2124 = and i64 %2123, 12
-  %2125 = shl i64 %indvars.iv653.i, 3
-  %2126 = and i64 %2125, 96
-  %invariant.gep136 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2126
-  %invariant.gep138 = getelementptr inbounds nuw float, ptr %invariant.gep136, i64 %2124
-  br label %for_begin_line147.preheader.i
+for_body_d_0_m.i:                                 ; preds = %if_end199.i, %for_begin_d_0_m.preheader.i
+  %indvars.iv723.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next724.i, %if_end199.i ]
+  br i1 %1976, label %for_begin_line137.preheader.lr.ph.i, label %for_end_to134.i, !prof !3
 
-for_end_d_0_m.i:                                  ; preds = %if_end177.i
-  %2127 = fmul <16 x float> %old_sum.i, %2091
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_sum265.sroa.0.0.lcssa.i, <16 x float> %2127)
-  %2129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2130 = tail call i32 %2129(i32 1, i32 %dev_id, ptr nonnull %scaled807809811.i)
-  %.not276.i = icmp eq i32 %2130, 0
-  br i1 %.not276.i, label %if_end179.i, label %fused_decode_compute_.exit, !prof !26
+for_begin_line137.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2065 = add nuw nsw i64 %indvars.iv723.i, %2024
+  %2066 = trunc nuw nsw i64 %2065 to i32
+  %reass.mul.i = mul i32 %1975, %2066
+  %2067 = add i32 %reass.mul.i, %1978
+  %invariant.gep497.idx.i = shl i64 %indvars.iv723.i, 6
+  %invariant.gep497.i = getelementptr i8, ptr %value_cache, i64 %invariant.gep497.idx.i
+  br label %for_begin_line137.preheader.i
 
-for_begin_line147.preheader.i:                    ; preds = %for_begin_line147.preheader.i, %for_begin_line147.preheader.lr.ph.i
-  %indvars.iv642.i = phi i64 [ 0, %for_begin_line147.preheader.lr.ph.i ], [ %indvars.iv.next643.i, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.28.0447.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2478, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.24.0446.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2473, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.20.0445.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2468, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.16.0444.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2463, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.12.0443.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2458, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.8.0442.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2453, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.4.0441.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2448, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.0.0440.i = phi <16 x float> [ zeroinitializer, %for_begin_line147.preheader.lr.ph.i ], [ %2443, %for_begin_line147.preheader.i ]
-  %2131 = add nuw nsw i64 %indvars.iv642.i, %2122
-  %2132 = trunc nuw i64 %2131 to i32
-  %2133 = lshr i32 %2132, 1
-  %2134 = add nuw nsw i32 %2133, %2116
-  %2135 = zext nneg i32 %2134 to i64
-  %2136 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
-  %2137 = load i64, ptr %2136, align 8, !tbaa !9
-  %2138 = shl nuw nsw i64 %2131, 5
-  %2139 = and i64 %2138, 32
-  %2140 = getelementptr i32, ptr %value_cache, i64 %2139
-  %invariant.gep424.i = getelementptr i32, ptr %2140, i64 %2137
-  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep424.i, i32 0, i32 2, i32 1)
-  %gep425.1.i = getelementptr i8, ptr %invariant.gep424.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep425.1.i, i32 0, i32 2, i32 1)
-  %2141 = shl nsw i64 %indvars.iv642.i, 10
-  %.masked.i = and i64 %2141, 4294966272
-  %2142 = shl i64 %indvars.iv642.i, 7
-  %2143 = and i64 %2142, 4294967168
-  %2144 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2143
-  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !9
-  %gep139 = getelementptr inbounds nuw float, ptr %invariant.gep138, i64 %.masked.i
-  %2146 = load float, ptr %gep139, align 4, !tbaa !9
-  %2147 = insertelement <16 x float> poison, float %2146, i64 0
-  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2148, <16 x float> %full_acc259.sroa.0.0440.i)
-  %2150 = getelementptr inbounds nuw i8, ptr %gep139, i64 64
-  %2151 = load float, ptr %2150, align 4, !tbaa !9
-  %2152 = insertelement <16 x float> poison, float %2151, i64 0
-  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2153, <16 x float> %full_acc259.sroa.4.0441.i)
-  %2155 = getelementptr inbounds nuw i8, ptr %gep139, i64 4
-  %2156 = load float, ptr %2155, align 4, !tbaa !9
-  %2157 = insertelement <16 x float> poison, float %2156, i64 0
-  %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2158, <16 x float> %full_acc259.sroa.8.0442.i)
-  %2160 = getelementptr inbounds nuw i8, ptr %gep139, i64 68
-  %2161 = load float, ptr %2160, align 4, !tbaa !9
-  %2162 = insertelement <16 x float> poison, float %2161, i64 0
-  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
-  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2163, <16 x float> %full_acc259.sroa.12.0443.i)
-  %2165 = getelementptr inbounds nuw i8, ptr %gep139, i64 8
-  %2166 = load float, ptr %2165, align 4, !tbaa !9
-  %2167 = insertelement <16 x float> poison, float %2166, i64 0
-  %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
-  %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2168, <16 x float> %full_acc259.sroa.16.0444.i)
-  %2170 = getelementptr inbounds nuw i8, ptr %gep139, i64 72
+for_end_d_0_m.i:                                  ; preds = %if_end199.i
+  %indvars.iv.next729.i = add nuw nsw i64 %indvars.iv728.i, 1
+  %exitcond731.not.i = icmp eq i64 %indvars.iv.next729.i, 4
+  br i1 %exitcond731.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !11
+
+for_begin_line137.preheader.i:                    ; preds = %for_begin_line137.preheader.i, %for_begin_line137.preheader.lr.ph.i
+  %indvars.iv699.i = phi i64 [ 0, %for_begin_line137.preheader.lr.ph.i ], [ %indvars.iv.next700.i, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.238.0487.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2572, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.204.0486.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2571, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.170.0485.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2566, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.0.0484.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2551, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.34.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2554, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.68.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2559, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.102.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2560, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.136.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2565, %for_begin_line137.preheader.i ]
+  %2068 = trunc nuw nsw i64 %indvars.iv699.i to i32
+  %2069 = add i32 %2067, %2068
+  %2070 = sext i32 %2069 to i64
+  %2071 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2070
+  %2072 = load i64, ptr %2071, align 8, !tbaa !9
+  %2073 = getelementptr i32, ptr %value_cache, i64 %2072
+  tail call void @llvm.prefetch.p0(ptr readonly %2073, i32 0, i32 2, i32 1)
+  %2074 = getelementptr i8, ptr %2073, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %2074, i32 0, i32 2, i32 1)
+  %2075 = getelementptr i8, ptr %2073, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %2075, i32 0, i32 2, i32 1)
+  %2076 = getelementptr i8, ptr %2073, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %2076, i32 0, i32 2, i32 1)
+  %2077 = shl nsw i64 %indvars.iv699.i, 4
+  %gep946.i = getelementptr inbounds nuw float, ptr %invariant.gep945.i, i64 %2077
+  %2078 = load float, ptr %gep946.i, align 4, !tbaa !9
+  %2079 = insertelement <16 x float> poison, float %2078, i64 0
+  %2080 = shufflevector <16 x float> %2079, <16 x float> poison, <16 x i32> zeroinitializer
+  %2081 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2077
+  %2082 = load i64, ptr %2081, align 8, !tbaa !9
+  %gep498.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2082
+  %2083 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !9
+  %2084 = shl <16 x i32> %2083, splat (i32 16)
+  %2085 = bitcast <16 x i32> %2084 to <16 x float>
+  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2085, <16 x float> %full_acc260.sroa.0.0484.i)
+  %2087 = and <16 x i32> %2083, %106
+  %2088 = bitcast <16 x i32> %2087 to <16 x float>
+  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2088, <16 x float> %full_acc260.sroa.34.0483.i)
+  %2090 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 512
+  %2091 = load float, ptr %2090, align 4, !tbaa !9
+  %2092 = insertelement <16 x float> poison, float %2091, i64 0
+  %2093 = shufflevector <16 x float> %2092, <16 x float> poison, <16 x i32> zeroinitializer
+  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2085, <16 x float> %full_acc260.sroa.68.0482.i)
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2088, <16 x float> %full_acc260.sroa.102.0481.i)
+  %2096 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1024
+  %2097 = load float, ptr %2096, align 4, !tbaa !9
+  %2098 = insertelement <16 x float> poison, float %2097, i64 0
+  %2099 = shufflevector <16 x float> %2098, <16 x float> poison, <16 x i32> zeroinitializer
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2085, <16 x float> %full_acc260.sroa.136.0480.i)
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2088, <16 x float> %full_acc260.sroa.170.0485.i)
+  %2102 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1536
+  %2103 = load float, ptr %2102, align 4, !tbaa !9
+  %2104 = insertelement <16 x float> poison, float %2103, i64 0
+  %2105 = shufflevector <16 x float> %2104, <16 x float> poison, <16 x i32> zeroinitializer
+  %2106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2085, <16 x float> %full_acc260.sroa.204.0486.i)
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2088, <16 x float> %full_acc260.sroa.238.0487.i)
+  %2108 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 4
+  %2109 = load float, ptr %2108, align 4, !tbaa !9
+  %2110 = insertelement <16 x float> poison, float %2109, i64 0
+  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
+  %2112 = getelementptr inbounds nuw i8, ptr %2081, i64 8
+  %2113 = load i64, ptr %2112, align 8, !tbaa !9
+  %gep500.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2113
+  %2114 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !9
+  %2115 = shl <16 x i32> %2114, splat (i32 16)
+  %2116 = bitcast <16 x i32> %2115 to <16 x float>
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2116, <16 x float> %2086)
+  %2118 = and <16 x i32> %2114, %106
+  %2119 = bitcast <16 x i32> %2118 to <16 x float>
+  %2120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2119, <16 x float> %2089)
+  %2121 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 516
+  %2122 = load float, ptr %2121, align 4, !tbaa !9
+  %2123 = insertelement <16 x float> poison, float %2122, i64 0
+  %2124 = shufflevector <16 x float> %2123, <16 x float> poison, <16 x i32> zeroinitializer
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2116, <16 x float> %2094)
+  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2119, <16 x float> %2095)
+  %2127 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1028
+  %2128 = load float, ptr %2127, align 4, !tbaa !9
+  %2129 = insertelement <16 x float> poison, float %2128, i64 0
+  %2130 = shufflevector <16 x float> %2129, <16 x float> poison, <16 x i32> zeroinitializer
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2116, <16 x float> %2100)
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2119, <16 x float> %2101)
+  %2133 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1540
+  %2134 = load float, ptr %2133, align 4, !tbaa !9
+  %2135 = insertelement <16 x float> poison, float %2134, i64 0
+  %2136 = shufflevector <16 x float> %2135, <16 x float> poison, <16 x i32> zeroinitializer
+  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2116, <16 x float> %2106)
+  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2119, <16 x float> %2107)
+  %2139 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 8
+  %2140 = load float, ptr %2139, align 4, !tbaa !9
+  %2141 = insertelement <16 x float> poison, float %2140, i64 0
+  %2142 = shufflevector <16 x float> %2141, <16 x float> poison, <16 x i32> zeroinitializer
+  %2143 = getelementptr inbounds nuw i8, ptr %2081, i64 16
+  %2144 = load i64, ptr %2143, align 8, !tbaa !9
+  %gep502.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2144
+  %2145 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !9
+  %2146 = shl <16 x i32> %2145, splat (i32 16)
+  %2147 = bitcast <16 x i32> %2146 to <16 x float>
+  %2148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2147, <16 x float> %2117)
+  %2149 = and <16 x i32> %2145, %106
+  %2150 = bitcast <16 x i32> %2149 to <16 x float>
+  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2150, <16 x float> %2120)
+  %2152 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 520
+  %2153 = load float, ptr %2152, align 4, !tbaa !9
+  %2154 = insertelement <16 x float> poison, float %2153, i64 0
+  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2147, <16 x float> %2125)
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2150, <16 x float> %2126)
+  %2158 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1032
+  %2159 = load float, ptr %2158, align 4, !tbaa !9
+  %2160 = insertelement <16 x float> poison, float %2159, i64 0
+  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
+  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2147, <16 x float> %2131)
+  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2150, <16 x float> %2132)
+  %2164 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1544
+  %2165 = load float, ptr %2164, align 4, !tbaa !9
+  %2166 = insertelement <16 x float> poison, float %2165, i64 0
+  %2167 = shufflevector <16 x float> %2166, <16 x float> poison, <16 x i32> zeroinitializer
+  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2147, <16 x float> %2137)
+  %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2150, <16 x float> %2138)
+  %2170 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 12
   %2171 = load float, ptr %2170, align 4, !tbaa !9
   %2172 = insertelement <16 x float> poison, float %2171, i64 0
   %2173 = shufflevector <16 x float> %2172, <16 x float> poison, <16 x i32> zeroinitializer
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2173, <16 x float> %full_acc259.sroa.20.0445.i)
-  %2175 = getelementptr inbounds nuw i8, ptr %gep139, i64 12
-  %2176 = load float, ptr %2175, align 4, !tbaa !9
-  %2177 = insertelement <16 x float> poison, float %2176, i64 0
-  %2178 = shufflevector <16 x float> %2177, <16 x float> poison, <16 x i32> zeroinitializer
-  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2178, <16 x float> %full_acc259.sroa.24.0446.i)
-  %2180 = getelementptr inbounds nuw i8, ptr %gep139, i64 76
-  %2181 = load float, ptr %2180, align 4, !tbaa !9
-  %2182 = insertelement <16 x float> poison, float %2181, i64 0
-  %2183 = shufflevector <16 x float> %2182, <16 x float> poison, <16 x i32> zeroinitializer
-  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2145, <16 x float> %2183, <16 x float> %full_acc259.sroa.28.0447.i)
-  %2185 = getelementptr inbounds nuw i8, ptr %2144, i64 64
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !9
-  %2187 = getelementptr inbounds nuw i8, ptr %gep139, i64 512
-  %2188 = load float, ptr %2187, align 4, !tbaa !9
-  %2189 = insertelement <16 x float> poison, float %2188, i64 0
-  %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2190, <16 x float> %2149)
-  %2192 = getelementptr inbounds nuw i8, ptr %gep139, i64 576
-  %2193 = load float, ptr %2192, align 4, !tbaa !9
-  %2194 = insertelement <16 x float> poison, float %2193, i64 0
-  %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2195, <16 x float> %2154)
-  %2197 = getelementptr inbounds nuw i8, ptr %gep139, i64 516
-  %2198 = load float, ptr %2197, align 4, !tbaa !9
-  %2199 = insertelement <16 x float> poison, float %2198, i64 0
-  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
-  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2200, <16 x float> %2159)
-  %2202 = getelementptr inbounds nuw i8, ptr %gep139, i64 580
-  %2203 = load float, ptr %2202, align 4, !tbaa !9
-  %2204 = insertelement <16 x float> poison, float %2203, i64 0
-  %2205 = shufflevector <16 x float> %2204, <16 x float> poison, <16 x i32> zeroinitializer
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2205, <16 x float> %2164)
-  %2207 = getelementptr inbounds nuw i8, ptr %gep139, i64 520
-  %2208 = load float, ptr %2207, align 4, !tbaa !9
-  %2209 = insertelement <16 x float> poison, float %2208, i64 0
-  %2210 = shufflevector <16 x float> %2209, <16 x float> poison, <16 x i32> zeroinitializer
-  %2211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2210, <16 x float> %2169)
-  %2212 = getelementptr inbounds nuw i8, ptr %gep139, i64 584
-  %2213 = load float, ptr %2212, align 4, !tbaa !9
-  %2214 = insertelement <16 x float> poison, float %2213, i64 0
-  %2215 = shufflevector <16 x float> %2214, <16 x float> poison, <16 x i32> zeroinitializer
-  %2216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2215, <16 x float> %2174)
-  %2217 = getelementptr inbounds nuw i8, ptr %gep139, i64 524
-  %2218 = load float, ptr %2217, align 4, !tbaa !9
-  %2219 = insertelement <16 x float> poison, float %2218, i64 0
-  %2220 = shufflevector <16 x float> %2219, <16 x float> poison, <16 x i32> zeroinitializer
-  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2220, <16 x float> %2179)
-  %2222 = getelementptr inbounds nuw i8, ptr %gep139, i64 588
-  %2223 = load float, ptr %2222, align 4, !tbaa !9
-  %2224 = insertelement <16 x float> poison, float %2223, i64 0
-  %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
-  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2225, <16 x float> %2184)
-  %2227 = getelementptr inbounds nuw i8, ptr %2144, i64 128
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !9
-  %2229 = getelementptr inbounds nuw i8, ptr %gep139, i64 1024
-  %2230 = load float, ptr %2229, align 4, !tbaa !9
-  %2231 = insertelement <16 x float> poison, float %2230, i64 0
-  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2232, <16 x float> %2191)
-  %2234 = getelementptr inbounds nuw i8, ptr %gep139, i64 1088
-  %2235 = load float, ptr %2234, align 4, !tbaa !9
-  %2236 = insertelement <16 x float> poison, float %2235, i64 0
-  %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2237, <16 x float> %2196)
-  %2239 = getelementptr inbounds nuw i8, ptr %gep139, i64 1028
-  %2240 = load float, ptr %2239, align 4, !tbaa !9
-  %2241 = insertelement <16 x float> poison, float %2240, i64 0
-  %2242 = shufflevector <16 x float> %2241, <16 x float> poison, <16 x i32> zeroinitializer
-  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2242, <16 x float> %2201)
-  %2244 = getelementptr inbounds nuw i8, ptr %gep139, i64 1092
-  %2245 = load float, ptr %2244, align 4, !tbaa !9
-  %2246 = insertelement <16 x float> poison, float %2245, i64 0
-  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
-  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2247, <16 x float> %2206)
-  %2249 = getelementptr inbounds nuw i8, ptr %gep139, i64 1032
-  %2250 = load float, ptr %2249, align 4, !tbaa !9
-  %2251 = insertelement <16 x float> poison, float %2250, i64 0
-  %2252 = shufflevector <16 x float> %2251, <16 x float> poison, <16 x i32> zeroinitializer
-  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2252, <16 x float> %2211)
-  %2254 = getelementptr inbounds nuw i8, ptr %gep139, i64 1096
-  %2255 = load float, ptr %2254, align 4, !tbaa !9
-  %2256 = insertelement <16 x float> poison, float %2255, i64 0
-  %2257 = shufflevector <16 x float> %2256, <16 x float> poison, <16 x i32> zeroinitializer
-  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2257, <16 x float> %2216)
-  %2259 = getelementptr inbounds nuw i8, ptr %gep139, i64 1036
-  %2260 = load float, ptr %2259, align 4, !tbaa !9
-  %2261 = insertelement <16 x float> poison, float %2260, i64 0
-  %2262 = shufflevector <16 x float> %2261, <16 x float> poison, <16 x i32> zeroinitializer
-  %2263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2262, <16 x float> %2221)
-  %2264 = getelementptr inbounds nuw i8, ptr %gep139, i64 1100
-  %2265 = load float, ptr %2264, align 4, !tbaa !9
-  %2266 = insertelement <16 x float> poison, float %2265, i64 0
-  %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
-  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2267, <16 x float> %2226)
-  %2269 = getelementptr inbounds nuw i8, ptr %2144, i64 192
-  %2270 = load <16 x float>, ptr %2269, align 4, !tbaa !9
-  %2271 = getelementptr inbounds nuw i8, ptr %gep139, i64 1536
-  %2272 = load float, ptr %2271, align 4, !tbaa !9
-  %2273 = insertelement <16 x float> poison, float %2272, i64 0
-  %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2233)
-  %2276 = getelementptr inbounds nuw i8, ptr %gep139, i64 1600
+  %2174 = getelementptr inbounds nuw i8, ptr %2081, i64 24
+  %2175 = load i64, ptr %2174, align 8, !tbaa !9
+  %gep504.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2175
+  %2176 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !9
+  %2177 = shl <16 x i32> %2176, splat (i32 16)
+  %2178 = bitcast <16 x i32> %2177 to <16 x float>
+  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2178, <16 x float> %2148)
+  %2180 = and <16 x i32> %2176, %106
+  %2181 = bitcast <16 x i32> %2180 to <16 x float>
+  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2181, <16 x float> %2151)
+  %2183 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 524
+  %2184 = load float, ptr %2183, align 4, !tbaa !9
+  %2185 = insertelement <16 x float> poison, float %2184, i64 0
+  %2186 = shufflevector <16 x float> %2185, <16 x float> poison, <16 x i32> zeroinitializer
+  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2178, <16 x float> %2156)
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2181, <16 x float> %2157)
+  %2189 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1036
+  %2190 = load float, ptr %2189, align 4, !tbaa !9
+  %2191 = insertelement <16 x float> poison, float %2190, i64 0
+  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2178, <16 x float> %2162)
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2181, <16 x float> %2163)
+  %2195 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1548
+  %2196 = load float, ptr %2195, align 4, !tbaa !9
+  %2197 = insertelement <16 x float> poison, float %2196, i64 0
+  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2178, <16 x float> %2168)
+  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2181, <16 x float> %2169)
+  %2201 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 16
+  %2202 = load float, ptr %2201, align 4, !tbaa !9
+  %2203 = insertelement <16 x float> poison, float %2202, i64 0
+  %2204 = shufflevector <16 x float> %2203, <16 x float> poison, <16 x i32> zeroinitializer
+  %2205 = getelementptr inbounds nuw i8, ptr %2081, i64 32
+  %2206 = load i64, ptr %2205, align 8, !tbaa !9
+  %gep506.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2206
+  %2207 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !9
+  %2208 = shl <16 x i32> %2207, splat (i32 16)
+  %2209 = bitcast <16 x i32> %2208 to <16 x float>
+  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2209, <16 x float> %2179)
+  %2211 = and <16 x i32> %2207, %106
+  %2212 = bitcast <16 x i32> %2211 to <16 x float>
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2212, <16 x float> %2182)
+  %2214 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 528
+  %2215 = load float, ptr %2214, align 4, !tbaa !9
+  %2216 = insertelement <16 x float> poison, float %2215, i64 0
+  %2217 = shufflevector <16 x float> %2216, <16 x float> poison, <16 x i32> zeroinitializer
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2209, <16 x float> %2187)
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2212, <16 x float> %2188)
+  %2220 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1040
+  %2221 = load float, ptr %2220, align 4, !tbaa !9
+  %2222 = insertelement <16 x float> poison, float %2221, i64 0
+  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2209, <16 x float> %2193)
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2212, <16 x float> %2194)
+  %2226 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1552
+  %2227 = load float, ptr %2226, align 4, !tbaa !9
+  %2228 = insertelement <16 x float> poison, float %2227, i64 0
+  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2209, <16 x float> %2199)
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2212, <16 x float> %2200)
+  %2232 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 20
+  %2233 = load float, ptr %2232, align 4, !tbaa !9
+  %2234 = insertelement <16 x float> poison, float %2233, i64 0
+  %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
+  %2236 = getelementptr inbounds nuw i8, ptr %2081, i64 40
+  %2237 = load i64, ptr %2236, align 8, !tbaa !9
+  %gep508.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2237
+  %2238 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !9
+  %2239 = shl <16 x i32> %2238, splat (i32 16)
+  %2240 = bitcast <16 x i32> %2239 to <16 x float>
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2240, <16 x float> %2210)
+  %2242 = and <16 x i32> %2238, %106
+  %2243 = bitcast <16 x i32> %2242 to <16 x float>
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2243, <16 x float> %2213)
+  %2245 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 532
+  %2246 = load float, ptr %2245, align 4, !tbaa !9
+  %2247 = insertelement <16 x float> poison, float %2246, i64 0
+  %2248 = shufflevector <16 x float> %2247, <16 x float> poison, <16 x i32> zeroinitializer
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2240, <16 x float> %2218)
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2243, <16 x float> %2219)
+  %2251 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1044
+  %2252 = load float, ptr %2251, align 4, !tbaa !9
+  %2253 = insertelement <16 x float> poison, float %2252, i64 0
+  %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
+  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2240, <16 x float> %2224)
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2243, <16 x float> %2225)
+  %2257 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1556
+  %2258 = load float, ptr %2257, align 4, !tbaa !9
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2240, <16 x float> %2230)
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2243, <16 x float> %2231)
+  %2263 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 24
+  %2264 = load float, ptr %2263, align 4, !tbaa !9
+  %2265 = insertelement <16 x float> poison, float %2264, i64 0
+  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
+  %2267 = getelementptr inbounds nuw i8, ptr %2081, i64 48
+  %2268 = load i64, ptr %2267, align 8, !tbaa !9
+  %gep510.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2268
+  %2269 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !9
+  %2270 = shl <16 x i32> %2269, splat (i32 16)
+  %2271 = bitcast <16 x i32> %2270 to <16 x float>
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2271, <16 x float> %2241)
+  %2273 = and <16 x i32> %2269, %106
+  %2274 = bitcast <16 x i32> %2273 to <16 x float>
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2274, <16 x float> %2244)
+  %2276 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 536
   %2277 = load float, ptr %2276, align 4, !tbaa !9
   %2278 = insertelement <16 x float> poison, float %2277, i64 0
   %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2279, <16 x float> %2238)
-  %2281 = getelementptr inbounds nuw i8, ptr %gep139, i64 1540
-  %2282 = load float, ptr %2281, align 4, !tbaa !9
-  %2283 = insertelement <16 x float> poison, float %2282, i64 0
-  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2284, <16 x float> %2243)
-  %2286 = getelementptr inbounds nuw i8, ptr %gep139, i64 1604
-  %2287 = load float, ptr %2286, align 4, !tbaa !9
-  %2288 = insertelement <16 x float> poison, float %2287, i64 0
-  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
-  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2289, <16 x float> %2248)
-  %2291 = getelementptr inbounds nuw i8, ptr %gep139, i64 1544
-  %2292 = load float, ptr %2291, align 4, !tbaa !9
-  %2293 = insertelement <16 x float> poison, float %2292, i64 0
-  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
-  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2294, <16 x float> %2253)
-  %2296 = getelementptr inbounds nuw i8, ptr %gep139, i64 1608
-  %2297 = load float, ptr %2296, align 4, !tbaa !9
-  %2298 = insertelement <16 x float> poison, float %2297, i64 0
-  %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
-  %2300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2299, <16 x float> %2258)
-  %2301 = getelementptr inbounds nuw i8, ptr %gep139, i64 1548
-  %2302 = load float, ptr %2301, align 4, !tbaa !9
-  %2303 = insertelement <16 x float> poison, float %2302, i64 0
-  %2304 = shufflevector <16 x float> %2303, <16 x float> poison, <16 x i32> zeroinitializer
-  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2304, <16 x float> %2263)
-  %2306 = getelementptr inbounds nuw i8, ptr %gep139, i64 1612
-  %2307 = load float, ptr %2306, align 4, !tbaa !9
-  %2308 = insertelement <16 x float> poison, float %2307, i64 0
-  %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
-  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2309, <16 x float> %2268)
-  %2311 = getelementptr inbounds nuw i8, ptr %2144, i64 256
-  %2312 = load <16 x float>, ptr %2311, align 4, !tbaa !9
-  %2313 = getelementptr inbounds nuw i8, ptr %gep139, i64 2048
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2271, <16 x float> %2249)
+  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2274, <16 x float> %2250)
+  %2282 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1048
+  %2283 = load float, ptr %2282, align 4, !tbaa !9
+  %2284 = insertelement <16 x float> poison, float %2283, i64 0
+  %2285 = shufflevector <16 x float> %2284, <16 x float> poison, <16 x i32> zeroinitializer
+  %2286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2285, <16 x float> %2271, <16 x float> %2255)
+  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2285, <16 x float> %2274, <16 x float> %2256)
+  %2288 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1560
+  %2289 = load float, ptr %2288, align 4, !tbaa !9
+  %2290 = insertelement <16 x float> poison, float %2289, i64 0
+  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2271, <16 x float> %2261)
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2274, <16 x float> %2262)
+  %2294 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 28
+  %2295 = load float, ptr %2294, align 4, !tbaa !9
+  %2296 = insertelement <16 x float> poison, float %2295, i64 0
+  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
+  %2298 = getelementptr inbounds nuw i8, ptr %2081, i64 56
+  %2299 = load i64, ptr %2298, align 8, !tbaa !9
+  %gep512.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2299
+  %2300 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !9
+  %2301 = shl <16 x i32> %2300, splat (i32 16)
+  %2302 = bitcast <16 x i32> %2301 to <16 x float>
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2302, <16 x float> %2272)
+  %2304 = and <16 x i32> %2300, %106
+  %2305 = bitcast <16 x i32> %2304 to <16 x float>
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2305, <16 x float> %2275)
+  %2307 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 540
+  %2308 = load float, ptr %2307, align 4, !tbaa !9
+  %2309 = insertelement <16 x float> poison, float %2308, i64 0
+  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2302, <16 x float> %2280)
+  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2305, <16 x float> %2281)
+  %2313 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1052
   %2314 = load float, ptr %2313, align 4, !tbaa !9
   %2315 = insertelement <16 x float> poison, float %2314, i64 0
   %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2316, <16 x float> %2275)
-  %2318 = getelementptr inbounds nuw i8, ptr %gep139, i64 2112
-  %2319 = load float, ptr %2318, align 4, !tbaa !9
-  %2320 = insertelement <16 x float> poison, float %2319, i64 0
-  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2321, <16 x float> %2280)
-  %2323 = getelementptr inbounds nuw i8, ptr %gep139, i64 2052
-  %2324 = load float, ptr %2323, align 4, !tbaa !9
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2326, <16 x float> %2285)
-  %2328 = getelementptr inbounds nuw i8, ptr %gep139, i64 2116
-  %2329 = load float, ptr %2328, align 4, !tbaa !9
-  %2330 = insertelement <16 x float> poison, float %2329, i64 0
-  %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
-  %2332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2331, <16 x float> %2290)
-  %2333 = getelementptr inbounds nuw i8, ptr %gep139, i64 2056
-  %2334 = load float, ptr %2333, align 4, !tbaa !9
-  %2335 = insertelement <16 x float> poison, float %2334, i64 0
-  %2336 = shufflevector <16 x float> %2335, <16 x float> poison, <16 x i32> zeroinitializer
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2336, <16 x float> %2295)
-  %2338 = getelementptr inbounds nuw i8, ptr %gep139, i64 2120
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2316, <16 x float> %2302, <16 x float> %2286)
+  %2318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2316, <16 x float> %2305, <16 x float> %2287)
+  %2319 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1564
+  %2320 = load float, ptr %2319, align 4, !tbaa !9
+  %2321 = insertelement <16 x float> poison, float %2320, i64 0
+  %2322 = shufflevector <16 x float> %2321, <16 x float> poison, <16 x i32> zeroinitializer
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2302, <16 x float> %2292)
+  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2305, <16 x float> %2293)
+  %2325 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 32
+  %2326 = load float, ptr %2325, align 4, !tbaa !9
+  %2327 = insertelement <16 x float> poison, float %2326, i64 0
+  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
+  %2329 = getelementptr inbounds nuw i8, ptr %2081, i64 64
+  %2330 = load i64, ptr %2329, align 8, !tbaa !9
+  %gep514.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2330
+  %2331 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !9
+  %2332 = shl <16 x i32> %2331, splat (i32 16)
+  %2333 = bitcast <16 x i32> %2332 to <16 x float>
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2333, <16 x float> %2303)
+  %2335 = and <16 x i32> %2331, %106
+  %2336 = bitcast <16 x i32> %2335 to <16 x float>
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2336, <16 x float> %2306)
+  %2338 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 544
   %2339 = load float, ptr %2338, align 4, !tbaa !9
   %2340 = insertelement <16 x float> poison, float %2339, i64 0
   %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2341, <16 x float> %2300)
-  %2343 = getelementptr inbounds nuw i8, ptr %gep139, i64 2060
-  %2344 = load float, ptr %2343, align 4, !tbaa !9
-  %2345 = insertelement <16 x float> poison, float %2344, i64 0
-  %2346 = shufflevector <16 x float> %2345, <16 x float> poison, <16 x i32> zeroinitializer
-  %2347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2346, <16 x float> %2305)
-  %2348 = getelementptr inbounds nuw i8, ptr %gep139, i64 2124
-  %2349 = load float, ptr %2348, align 4, !tbaa !9
-  %2350 = insertelement <16 x float> poison, float %2349, i64 0
-  %2351 = shufflevector <16 x float> %2350, <16 x float> poison, <16 x i32> zeroinitializer
-  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2351, <16 x float> %2310)
-  %2353 = getelementptr inbounds nuw i8, ptr %2144, i64 320
-  %2354 = load <16 x float>, ptr %2353, align 4, !tbaa !9
-  %2355 = getelementptr inbounds nuw i8, ptr %gep139, i64 2560
-  %2356 = load float, ptr %2355, align 4, !tbaa !9
-  %2357 = insertelement <16 x float> poison, float %2356, i64 0
-  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
-  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2358, <16 x float> %2317)
-  %2360 = getelementptr inbounds nuw i8, ptr %gep139, i64 2624
-  %2361 = load float, ptr %2360, align 4, !tbaa !9
-  %2362 = insertelement <16 x float> poison, float %2361, i64 0
-  %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
-  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2363, <16 x float> %2322)
-  %2365 = getelementptr inbounds nuw i8, ptr %gep139, i64 2564
-  %2366 = load float, ptr %2365, align 4, !tbaa !9
-  %2367 = insertelement <16 x float> poison, float %2366, i64 0
-  %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
-  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2368, <16 x float> %2327)
-  %2370 = getelementptr inbounds nuw i8, ptr %gep139, i64 2628
-  %2371 = load float, ptr %2370, align 4, !tbaa !9
-  %2372 = insertelement <16 x float> poison, float %2371, i64 0
-  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2373, <16 x float> %2332)
-  %2375 = getelementptr inbounds nuw i8, ptr %gep139, i64 2568
+  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2333, <16 x float> %2311)
+  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2336, <16 x float> %2312)
+  %2344 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1056
+  %2345 = load float, ptr %2344, align 4, !tbaa !9
+  %2346 = insertelement <16 x float> poison, float %2345, i64 0
+  %2347 = shufflevector <16 x float> %2346, <16 x float> poison, <16 x i32> zeroinitializer
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2333, <16 x float> %2317)
+  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2336, <16 x float> %2318)
+  %2350 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1568
+  %2351 = load float, ptr %2350, align 4, !tbaa !9
+  %2352 = insertelement <16 x float> poison, float %2351, i64 0
+  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
+  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2333, <16 x float> %2323)
+  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2336, <16 x float> %2324)
+  %2356 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 36
+  %2357 = load float, ptr %2356, align 4, !tbaa !9
+  %2358 = insertelement <16 x float> poison, float %2357, i64 0
+  %2359 = shufflevector <16 x float> %2358, <16 x float> poison, <16 x i32> zeroinitializer
+  %2360 = getelementptr inbounds nuw i8, ptr %2081, i64 72
+  %2361 = load i64, ptr %2360, align 8, !tbaa !9
+  %gep516.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2361
+  %2362 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !9
+  %2363 = shl <16 x i32> %2362, splat (i32 16)
+  %2364 = bitcast <16 x i32> %2363 to <16 x float>
+  %2365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2359, <16 x float> %2364, <16 x float> %2334)
+  %2366 = and <16 x i32> %2362, %106
+  %2367 = bitcast <16 x i32> %2366 to <16 x float>
+  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2359, <16 x float> %2367, <16 x float> %2337)
+  %2369 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 548
+  %2370 = load float, ptr %2369, align 4, !tbaa !9
+  %2371 = insertelement <16 x float> poison, float %2370, i64 0
+  %2372 = shufflevector <16 x float> %2371, <16 x float> poison, <16 x i32> zeroinitializer
+  %2373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> %2364, <16 x float> %2342)
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> %2367, <16 x float> %2343)
+  %2375 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1060
   %2376 = load float, ptr %2375, align 4, !tbaa !9
   %2377 = insertelement <16 x float> poison, float %2376, i64 0
   %2378 = shufflevector <16 x float> %2377, <16 x float> poison, <16 x i32> zeroinitializer
-  %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2378, <16 x float> %2337)
-  %2380 = getelementptr inbounds nuw i8, ptr %gep139, i64 2632
-  %2381 = load float, ptr %2380, align 4, !tbaa !9
-  %2382 = insertelement <16 x float> poison, float %2381, i64 0
-  %2383 = shufflevector <16 x float> %2382, <16 x float> poison, <16 x i32> zeroinitializer
-  %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2383, <16 x float> %2342)
-  %2385 = getelementptr inbounds nuw i8, ptr %gep139, i64 2572
-  %2386 = load float, ptr %2385, align 4, !tbaa !9
-  %2387 = insertelement <16 x float> poison, float %2386, i64 0
-  %2388 = shufflevector <16 x float> %2387, <16 x float> poison, <16 x i32> zeroinitializer
-  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2388, <16 x float> %2347)
-  %2390 = getelementptr inbounds nuw i8, ptr %gep139, i64 2636
-  %2391 = load float, ptr %2390, align 4, !tbaa !9
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2393, <16 x float> %2352)
-  %2395 = getelementptr inbounds nuw i8, ptr %2144, i64 384
-  %2396 = load <16 x float>, ptr %2395, align 4, !tbaa !9
-  %2397 = getelementptr inbounds nuw i8, ptr %gep139, i64 3072
-  %2398 = load float, ptr %2397, align 4, !tbaa !9
-  %2399 = insertelement <16 x float> poison, float %2398, i64 0
-  %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2400, <16 x float> %2359)
-  %2402 = getelementptr inbounds nuw i8, ptr %gep139, i64 3136
-  %2403 = load float, ptr %2402, align 4, !tbaa !9
-  %2404 = insertelement <16 x float> poison, float %2403, i64 0
-  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2405, <16 x float> %2364)
-  %2407 = getelementptr inbounds nuw i8, ptr %gep139, i64 3076
-  %2408 = load float, ptr %2407, align 4, !tbaa !9
-  %2409 = insertelement <16 x float> poison, float %2408, i64 0
-  %2410 = shufflevector <16 x float> %2409, <16 x float> poison, <16 x i32> zeroinitializer
-  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2410, <16 x float> %2369)
-  %2412 = getelementptr inbounds nuw i8, ptr %gep139, i64 3140
+  %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2364, <16 x float> %2348)
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2367, <16 x float> %2349)
+  %2381 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1572
+  %2382 = load float, ptr %2381, align 4, !tbaa !9
+  %2383 = insertelement <16 x float> poison, float %2382, i64 0
+  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2364, <16 x float> %2354)
+  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2367, <16 x float> %2355)
+  %2387 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 40
+  %2388 = load float, ptr %2387, align 4, !tbaa !9
+  %2389 = insertelement <16 x float> poison, float %2388, i64 0
+  %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
+  %2391 = getelementptr inbounds nuw i8, ptr %2081, i64 80
+  %2392 = load i64, ptr %2391, align 8, !tbaa !9
+  %gep518.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2392
+  %2393 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !9
+  %2394 = shl <16 x i32> %2393, splat (i32 16)
+  %2395 = bitcast <16 x i32> %2394 to <16 x float>
+  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2395, <16 x float> %2365)
+  %2397 = and <16 x i32> %2393, %106
+  %2398 = bitcast <16 x i32> %2397 to <16 x float>
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2398, <16 x float> %2368)
+  %2400 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 552
+  %2401 = load float, ptr %2400, align 4, !tbaa !9
+  %2402 = insertelement <16 x float> poison, float %2401, i64 0
+  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
+  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2395, <16 x float> %2373)
+  %2405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2398, <16 x float> %2374)
+  %2406 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1064
+  %2407 = load float, ptr %2406, align 4, !tbaa !9
+  %2408 = insertelement <16 x float> poison, float %2407, i64 0
+  %2409 = shufflevector <16 x float> %2408, <16 x float> poison, <16 x i32> zeroinitializer
+  %2410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2409, <16 x float> %2395, <16 x float> %2379)
+  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2409, <16 x float> %2398, <16 x float> %2380)
+  %2412 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1576
   %2413 = load float, ptr %2412, align 4, !tbaa !9
   %2414 = insertelement <16 x float> poison, float %2413, i64 0
   %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2415, <16 x float> %2374)
-  %2417 = getelementptr inbounds nuw i8, ptr %gep139, i64 3080
-  %2418 = load float, ptr %2417, align 4, !tbaa !9
-  %2419 = insertelement <16 x float> poison, float %2418, i64 0
-  %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2420, <16 x float> %2379)
-  %2422 = getelementptr inbounds nuw i8, ptr %gep139, i64 3144
-  %2423 = load float, ptr %2422, align 4, !tbaa !9
-  %2424 = insertelement <16 x float> poison, float %2423, i64 0
-  %2425 = shufflevector <16 x float> %2424, <16 x float> poison, <16 x i32> zeroinitializer
-  %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2425, <16 x float> %2384)
-  %2427 = getelementptr inbounds nuw i8, ptr %gep139, i64 3084
-  %2428 = load float, ptr %2427, align 4, !tbaa !9
-  %2429 = insertelement <16 x float> poison, float %2428, i64 0
-  %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
-  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2430, <16 x float> %2389)
-  %2432 = getelementptr inbounds nuw i8, ptr %gep139, i64 3148
-  %2433 = load float, ptr %2432, align 4, !tbaa !9
-  %2434 = insertelement <16 x float> poison, float %2433, i64 0
-  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2435, <16 x float> %2394)
-  %2437 = getelementptr inbounds nuw i8, ptr %2144, i64 448
-  %2438 = load <16 x float>, ptr %2437, align 4, !tbaa !9
-  %2439 = getelementptr inbounds nuw i8, ptr %gep139, i64 3584
-  %2440 = load float, ptr %2439, align 4, !tbaa !9
-  %2441 = insertelement <16 x float> poison, float %2440, i64 0
-  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
-  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2442, <16 x float> %2401)
-  %2444 = getelementptr inbounds nuw i8, ptr %gep139, i64 3648
-  %2445 = load float, ptr %2444, align 4, !tbaa !9
-  %2446 = insertelement <16 x float> poison, float %2445, i64 0
-  %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2447, <16 x float> %2406)
-  %2449 = getelementptr inbounds nuw i8, ptr %gep139, i64 3588
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2415, <16 x float> %2395, <16 x float> %2385)
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2415, <16 x float> %2398, <16 x float> %2386)
+  %2418 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 44
+  %2419 = load float, ptr %2418, align 4, !tbaa !9
+  %2420 = insertelement <16 x float> poison, float %2419, i64 0
+  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
+  %2422 = getelementptr inbounds nuw i8, ptr %2081, i64 88
+  %2423 = load i64, ptr %2422, align 8, !tbaa !9
+  %gep520.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2423
+  %2424 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !9
+  %2425 = shl <16 x i32> %2424, splat (i32 16)
+  %2426 = bitcast <16 x i32> %2425 to <16 x float>
+  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2426, <16 x float> %2396)
+  %2428 = and <16 x i32> %2424, %106
+  %2429 = bitcast <16 x i32> %2428 to <16 x float>
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2429, <16 x float> %2399)
+  %2431 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 556
+  %2432 = load float, ptr %2431, align 4, !tbaa !9
+  %2433 = insertelement <16 x float> poison, float %2432, i64 0
+  %2434 = shufflevector <16 x float> %2433, <16 x float> poison, <16 x i32> zeroinitializer
+  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %2426, <16 x float> %2404)
+  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %2429, <16 x float> %2405)
+  %2437 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1068
+  %2438 = load float, ptr %2437, align 4, !tbaa !9
+  %2439 = insertelement <16 x float> poison, float %2438, i64 0
+  %2440 = shufflevector <16 x float> %2439, <16 x float> poison, <16 x i32> zeroinitializer
+  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2426, <16 x float> %2410)
+  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2429, <16 x float> %2411)
+  %2443 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1580
+  %2444 = load float, ptr %2443, align 4, !tbaa !9
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2426, <16 x float> %2416)
+  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2429, <16 x float> %2417)
+  %2449 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 48
   %2450 = load float, ptr %2449, align 4, !tbaa !9
   %2451 = insertelement <16 x float> poison, float %2450, i64 0
   %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
-  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2452, <16 x float> %2411)
-  %2454 = getelementptr inbounds nuw i8, ptr %gep139, i64 3652
-  %2455 = load float, ptr %2454, align 4, !tbaa !9
-  %2456 = insertelement <16 x float> poison, float %2455, i64 0
-  %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
-  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2457, <16 x float> %2416)
-  %2459 = getelementptr inbounds nuw i8, ptr %gep139, i64 3592
-  %2460 = load float, ptr %2459, align 4, !tbaa !9
-  %2461 = insertelement <16 x float> poison, float %2460, i64 0
-  %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
-  %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2462, <16 x float> %2421)
-  %2464 = getelementptr inbounds nuw i8, ptr %gep139, i64 3656
-  %2465 = load float, ptr %2464, align 4, !tbaa !9
-  %2466 = insertelement <16 x float> poison, float %2465, i64 0
-  %2467 = shufflevector <16 x float> %2466, <16 x float> poison, <16 x i32> zeroinitializer
-  %2468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2467, <16 x float> %2426)
-  %2469 = getelementptr inbounds nuw i8, ptr %gep139, i64 3596
-  %2470 = load float, ptr %2469, align 4, !tbaa !9
-  %2471 = insertelement <16 x float> poison, float %2470, i64 0
-  %2472 = shufflevector <16 x float> %2471, <16 x float> poison, <16 x i32> zeroinitializer
-  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2472, <16 x float> %2431)
-  %2474 = getelementptr inbounds nuw i8, ptr %gep139, i64 3660
+  %2453 = getelementptr inbounds nuw i8, ptr %2081, i64 96
+  %2454 = load i64, ptr %2453, align 8, !tbaa !9
+  %gep522.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2454
+  %2455 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !9
+  %2456 = shl <16 x i32> %2455, splat (i32 16)
+  %2457 = bitcast <16 x i32> %2456 to <16 x float>
+  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2457, <16 x float> %2427)
+  %2459 = and <16 x i32> %2455, %106
+  %2460 = bitcast <16 x i32> %2459 to <16 x float>
+  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2460, <16 x float> %2430)
+  %2462 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 560
+  %2463 = load float, ptr %2462, align 4, !tbaa !9
+  %2464 = insertelement <16 x float> poison, float %2463, i64 0
+  %2465 = shufflevector <16 x float> %2464, <16 x float> poison, <16 x i32> zeroinitializer
+  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2457, <16 x float> %2435)
+  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2460, <16 x float> %2436)
+  %2468 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1072
+  %2469 = load float, ptr %2468, align 4, !tbaa !9
+  %2470 = insertelement <16 x float> poison, float %2469, i64 0
+  %2471 = shufflevector <16 x float> %2470, <16 x float> poison, <16 x i32> zeroinitializer
+  %2472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2457, <16 x float> %2441)
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2460, <16 x float> %2442)
+  %2474 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1584
   %2475 = load float, ptr %2474, align 4, !tbaa !9
   %2476 = insertelement <16 x float> poison, float %2475, i64 0
   %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2477, <16 x float> %2436)
-  %indvars.iv.next643.i = add nuw nsw i64 %indvars.iv642.i, 1
-  %exitcond648.not.i = icmp eq i64 %indvars.iv.next643.i, %2121
-  br i1 %exitcond648.not.i, label %for_end_to144.i, label %for_begin_line147.preheader.i, !prof !4
-
-for_end_to144.i:                                  ; preds = %for_begin_line147.preheader.i, %for_body_d_0_m.i
-  %full_acc259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2443, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2448, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2453, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2458, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2463, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2468, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2473, %for_begin_line147.preheader.i ]
-  %full_acc259.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2478, %for_begin_line147.preheader.i ]
-  br i1 %.not505.i, label %for_end_ti159.i, label %for_body_ti158.lr.ph.i, !prof !12
-
-for_body_ti158.lr.ph.i:                           ; preds = %for_end_to144.i
-  %indvars.iv653.tr.i = trunc i64 %indvars.iv653.i to i32
-  %2479 = shl i32 %indvars.iv653.tr.i, 2
-  %2480 = and i32 %2479, 12
-  %2481 = shl i32 %indvars.iv653.tr.i, 3
-  %2482 = and i32 %2481, 96
-  %invariant.op475.i = or disjoint i32 %2482, %2118
-  %invariant.op477.i = or disjoint i32 %invariant.op475.i, %2480
-  %2483 = load <16 x float>, ptr %invariant.gep871.i, align 4, !tbaa !9
-  %2484 = sext i32 %invariant.op477.i to i64
-  %2485 = getelementptr inbounds float, ptr %v_tile.i, i64 %2484
-  %2486 = load float, ptr %2485, align 4, !tbaa !9
-  %2487 = insertelement <16 x float> poison, float %2486, i64 0
-  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
-  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2488, <16 x float> %full_acc259.sroa.0.0.lcssa.i)
-  %2490 = getelementptr i8, ptr %2485, i64 64
-  %2491 = load float, ptr %2490, align 4, !tbaa !9
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2493, <16 x float> %full_acc259.sroa.4.0.lcssa.i)
-  %2495 = getelementptr i8, ptr %2485, i64 4
-  %2496 = load float, ptr %2495, align 4, !tbaa !9
-  %2497 = insertelement <16 x float> poison, float %2496, i64 0
-  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
-  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2498, <16 x float> %full_acc259.sroa.8.0.lcssa.i)
-  %2500 = getelementptr i8, ptr %2485, i64 68
-  %2501 = load float, ptr %2500, align 4, !tbaa !9
-  %2502 = insertelement <16 x float> poison, float %2501, i64 0
-  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2503, <16 x float> %full_acc259.sroa.12.0.lcssa.i)
-  %2505 = getelementptr i8, ptr %2485, i64 8
+  %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2457, <16 x float> %2447)
+  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2460, <16 x float> %2448)
+  %2480 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 52
+  %2481 = load float, ptr %2480, align 4, !tbaa !9
+  %2482 = insertelement <16 x float> poison, float %2481, i64 0
+  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
+  %2484 = getelementptr inbounds nuw i8, ptr %2081, i64 104
+  %2485 = load i64, ptr %2484, align 8, !tbaa !9
+  %gep524.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2485
+  %2486 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !9
+  %2487 = shl <16 x i32> %2486, splat (i32 16)
+  %2488 = bitcast <16 x i32> %2487 to <16 x float>
+  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2488, <16 x float> %2458)
+  %2490 = and <16 x i32> %2486, %106
+  %2491 = bitcast <16 x i32> %2490 to <16 x float>
+  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2491, <16 x float> %2461)
+  %2493 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 564
+  %2494 = load float, ptr %2493, align 4, !tbaa !9
+  %2495 = insertelement <16 x float> poison, float %2494, i64 0
+  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2488, <16 x float> %2466)
+  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2491, <16 x float> %2467)
+  %2499 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1076
+  %2500 = load float, ptr %2499, align 4, !tbaa !9
+  %2501 = insertelement <16 x float> poison, float %2500, i64 0
+  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
+  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2488, <16 x float> %2472)
+  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2491, <16 x float> %2473)
+  %2505 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1588
   %2506 = load float, ptr %2505, align 4, !tbaa !9
   %2507 = insertelement <16 x float> poison, float %2506, i64 0
   %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2508, <16 x float> %full_acc259.sroa.16.0.lcssa.i)
-  %2510 = getelementptr i8, ptr %2485, i64 72
-  %2511 = load float, ptr %2510, align 4, !tbaa !9
-  %2512 = insertelement <16 x float> poison, float %2511, i64 0
-  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2513, <16 x float> %full_acc259.sroa.20.0.lcssa.i)
-  %2515 = getelementptr i8, ptr %2485, i64 12
-  %2516 = load float, ptr %2515, align 4, !tbaa !9
-  %2517 = insertelement <16 x float> poison, float %2516, i64 0
-  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
-  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2518, <16 x float> %full_acc259.sroa.24.0.lcssa.i)
-  %2520 = getelementptr i8, ptr %2485, i64 76
-  %2521 = load float, ptr %2520, align 4, !tbaa !9
-  %2522 = insertelement <16 x float> poison, float %2521, i64 0
-  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
-  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2523, <16 x float> %full_acc259.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti159.i, label %for_body_ti158.i.1, !prof !4
+  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2488, <16 x float> %2478)
+  %2510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2491, <16 x float> %2479)
+  %2511 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 56
+  %2512 = load float, ptr %2511, align 4, !tbaa !9
+  %2513 = insertelement <16 x float> poison, float %2512, i64 0
+  %2514 = shufflevector <16 x float> %2513, <16 x float> poison, <16 x i32> zeroinitializer
+  %2515 = getelementptr inbounds nuw i8, ptr %2081, i64 112
+  %2516 = load i64, ptr %2515, align 8, !tbaa !9
+  %gep526.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2516
+  %2517 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !9
+  %2518 = shl <16 x i32> %2517, splat (i32 16)
+  %2519 = bitcast <16 x i32> %2518 to <16 x float>
+  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2514, <16 x float> %2519, <16 x float> %2489)
+  %2521 = and <16 x i32> %2517, %106
+  %2522 = bitcast <16 x i32> %2521 to <16 x float>
+  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2514, <16 x float> %2522, <16 x float> %2492)
+  %2524 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 568
+  %2525 = load float, ptr %2524, align 4, !tbaa !9
+  %2526 = insertelement <16 x float> poison, float %2525, i64 0
+  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
+  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2519, <16 x float> %2497)
+  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2522, <16 x float> %2498)
+  %2530 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1080
+  %2531 = load float, ptr %2530, align 4, !tbaa !9
+  %2532 = insertelement <16 x float> poison, float %2531, i64 0
+  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2519, <16 x float> %2503)
+  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2522, <16 x float> %2504)
+  %2536 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1592
+  %2537 = load float, ptr %2536, align 4, !tbaa !9
+  %2538 = insertelement <16 x float> poison, float %2537, i64 0
+  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
+  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2519, <16 x float> %2509)
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2522, <16 x float> %2510)
+  %2542 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 60
+  %2543 = load float, ptr %2542, align 4, !tbaa !9
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = getelementptr inbounds nuw i8, ptr %2081, i64 120
+  %2547 = load i64, ptr %2546, align 8, !tbaa !9
+  %gep528.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2547
+  %2548 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !9
+  %2549 = shl <16 x i32> %2548, splat (i32 16)
+  %2550 = bitcast <16 x i32> %2549 to <16 x float>
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2550, <16 x float> %2520)
+  %2552 = and <16 x i32> %2548, %106
+  %2553 = bitcast <16 x i32> %2552 to <16 x float>
+  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2553, <16 x float> %2523)
+  %2555 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 572
+  %2556 = load float, ptr %2555, align 4, !tbaa !9
+  %2557 = insertelement <16 x float> poison, float %2556, i64 0
+  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
+  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2558, <16 x float> %2550, <16 x float> %2528)
+  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2558, <16 x float> %2553, <16 x float> %2529)
+  %2561 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1084
+  %2562 = load float, ptr %2561, align 4, !tbaa !9
+  %2563 = insertelement <16 x float> poison, float %2562, i64 0
+  %2564 = shufflevector <16 x float> %2563, <16 x float> poison, <16 x i32> zeroinitializer
+  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2550, <16 x float> %2534)
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2553, <16 x float> %2535)
+  %2567 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1596
+  %2568 = load float, ptr %2567, align 4, !tbaa !9
+  %2569 = insertelement <16 x float> poison, float %2568, i64 0
+  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
+  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2550, <16 x float> %2540)
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2553, <16 x float> %2541)
+  %indvars.iv.next700.i = add nuw nsw i64 %indvars.iv699.i, 1
+  %exitcond703.not.i = icmp eq i64 %indvars.iv.next700.i, %wide.trip.count702.i
+  br i1 %exitcond703.not.i, label %for_end_to134.i, label %for_begin_line137.preheader.i, !prof !4
 
-for_body_ti158.i.1:                               ; preds = %for_body_ti158.lr.ph.i
-  %2525 = load <16 x float>, ptr %gep872.i.1, align 4, !tbaa !9
-  %2526 = sext i32 %invariant.op477.i to i64
-  %2527 = getelementptr float, ptr %v_tile.i, i64 %2526
-  %2528 = getelementptr i8, ptr %2527, i64 512
-  %2529 = load float, ptr %2528, align 4, !tbaa !9
-  %2530 = insertelement <16 x float> poison, float %2529, i64 0
-  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2531, <16 x float> %2489)
-  %2533 = getelementptr i8, ptr %2527, i64 576
-  %2534 = load float, ptr %2533, align 4, !tbaa !9
-  %2535 = insertelement <16 x float> poison, float %2534, i64 0
-  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2536, <16 x float> %2494)
-  %2538 = getelementptr i8, ptr %2527, i64 516
-  %2539 = load float, ptr %2538, align 4, !tbaa !9
-  %2540 = insertelement <16 x float> poison, float %2539, i64 0
-  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2541, <16 x float> %2499)
-  %2543 = getelementptr i8, ptr %2527, i64 580
-  %2544 = load float, ptr %2543, align 4, !tbaa !9
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2546, <16 x float> %2504)
-  %2548 = getelementptr i8, ptr %2527, i64 520
-  %2549 = load float, ptr %2548, align 4, !tbaa !9
-  %2550 = insertelement <16 x float> poison, float %2549, i64 0
-  %2551 = shufflevector <16 x float> %2550, <16 x float> poison, <16 x i32> zeroinitializer
-  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2551, <16 x float> %2509)
-  %2553 = getelementptr i8, ptr %2527, i64 584
-  %2554 = load float, ptr %2553, align 4, !tbaa !9
-  %2555 = insertelement <16 x float> poison, float %2554, i64 0
-  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
-  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2556, <16 x float> %2514)
-  %2558 = getelementptr i8, ptr %2527, i64 524
-  %2559 = load float, ptr %2558, align 4, !tbaa !9
-  %2560 = insertelement <16 x float> poison, float %2559, i64 0
-  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
-  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2561, <16 x float> %2519)
-  %2563 = getelementptr i8, ptr %2527, i64 588
-  %2564 = load float, ptr %2563, align 4, !tbaa !9
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2566, <16 x float> %2524)
-  br i1 %exitcond.not.1, label %for_end_ti159.i, label %for_body_ti158.i.2, !prof !4
+for_end_to134.i:                                  ; preds = %for_begin_line137.preheader.i, %for_body_d_0_m.i
+  %full_acc260.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2565, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2560, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2559, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2554, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2551, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2571, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_line137.preheader.i ]
+  br i1 %.not577.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !101
 
-for_body_ti158.i.2:                               ; preds = %for_body_ti158.i.1
-  %2568 = load <16 x float>, ptr %gep872.i.2, align 4, !tbaa !9
-  %2569 = sext i32 %invariant.op477.i to i64
-  %2570 = getelementptr float, ptr %v_tile.i, i64 %2569
-  %2571 = getelementptr i8, ptr %2570, i64 1024
-  %2572 = load float, ptr %2571, align 4, !tbaa !9
-  %2573 = insertelement <16 x float> poison, float %2572, i64 0
-  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
-  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2574, <16 x float> %2532)
-  %2576 = getelementptr i8, ptr %2570, i64 1088
-  %2577 = load float, ptr %2576, align 4, !tbaa !9
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2579, <16 x float> %2537)
-  %2581 = getelementptr i8, ptr %2570, i64 1028
-  %2582 = load float, ptr %2581, align 4, !tbaa !9
-  %2583 = insertelement <16 x float> poison, float %2582, i64 0
-  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
-  %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2584, <16 x float> %2542)
-  %2586 = getelementptr i8, ptr %2570, i64 1092
-  %2587 = load float, ptr %2586, align 4, !tbaa !9
-  %2588 = insertelement <16 x float> poison, float %2587, i64 0
-  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2589, <16 x float> %2547)
-  %2591 = getelementptr i8, ptr %2570, i64 1032
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to134.i
+  %invariant.gep552.idx.i = shl i64 %indvars.iv723.i, 6
+  %invariant.gep552.i = getelementptr i8, ptr %value_cache, i64 %invariant.gep552.idx.i
+  br i1 %1981, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !65
+
+for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
+  br i1 %lcmp.mod322.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !20
+
+for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
+  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next705.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2652, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init309 = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2655, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init311 = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2660, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init313 = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2661, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init315 = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2666, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init317 = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2667, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init319 = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2672, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init321 = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod331)
+  %2573 = getelementptr float, ptr %gep950.i, i64 %indvars.iv704.i.epil.init
+  %2574 = load float, ptr %2573, align 4, !tbaa !9
+  %2575 = insertelement <16 x float> poison, float %2574, i64 0
+  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep948.i.epil = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv704.i.epil.init
+  %2577 = load i64, ptr %gep948.i.epil, align 8, !tbaa !9
+  %gep553.i.epil = getelementptr i32, ptr %invariant.gep552.i, i64 %2577
+  %2578 = load <16 x i32>, ptr %gep553.i.epil, align 4, !tbaa !9
+  %2579 = shl <16 x i32> %2578, splat (i32 16)
+  %2580 = bitcast <16 x i32> %2579 to <16 x float>
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2580, <16 x float> %.epil.init)
+  %2582 = and <16 x i32> %2578, %106
+  %2583 = bitcast <16 x i32> %2582 to <16 x float>
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2583, <16 x float> %.epil.init309)
+  %2585 = getelementptr i8, ptr %2573, i64 512
+  %2586 = load float, ptr %2585, align 4, !tbaa !9
+  %2587 = insertelement <16 x float> poison, float %2586, i64 0
+  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2580, <16 x float> %.epil.init311)
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2583, <16 x float> %.epil.init313)
+  %2591 = getelementptr i8, ptr %2573, i64 1024
   %2592 = load float, ptr %2591, align 4, !tbaa !9
   %2593 = insertelement <16 x float> poison, float %2592, i64 0
   %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2594, <16 x float> %2552)
-  %2596 = getelementptr i8, ptr %2570, i64 1096
-  %2597 = load float, ptr %2596, align 4, !tbaa !9
-  %2598 = insertelement <16 x float> poison, float %2597, i64 0
-  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2599, <16 x float> %2557)
-  %2601 = getelementptr i8, ptr %2570, i64 1036
-  %2602 = load float, ptr %2601, align 4, !tbaa !9
-  %2603 = insertelement <16 x float> poison, float %2602, i64 0
-  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2604, <16 x float> %2562)
-  %2606 = getelementptr i8, ptr %2570, i64 1100
-  %2607 = load float, ptr %2606, align 4, !tbaa !9
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2609, <16 x float> %2567)
-  br i1 %exitcond.not.2, label %for_end_ti159.i, label %for_body_ti158.i.3, !prof !4
+  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2580, <16 x float> %.epil.init315)
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2583, <16 x float> %.epil.init317)
+  %2597 = getelementptr i8, ptr %2573, i64 1536
+  %2598 = load float, ptr %2597, align 4, !tbaa !9
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2580, <16 x float> %.epil.init319)
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2583, <16 x float> %.epil.init321)
+  br label %for_begin_ax4_0.preheader.i
 
-for_body_ti158.i.3:                               ; preds = %for_body_ti158.i.2
-  %2611 = load <16 x float>, ptr %gep872.i.3, align 4, !tbaa !9
-  %2612 = sext i32 %invariant.op477.i to i64
-  %2613 = getelementptr float, ptr %v_tile.i, i64 %2612
-  %2614 = getelementptr i8, ptr %2613, i64 1536
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to134.i
+  %.lcssa542.i = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_end_to134.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2602, %for_body_ti.i.epil.preheader ]
+  %.lcssa540.i = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_end_to134.i ], [ %2672, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2601, %for_body_ti.i.epil.preheader ]
+  %.lcssa538.i = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_end_to134.i ], [ %2667, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2596, %for_body_ti.i.epil.preheader ]
+  %.lcssa536.i = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_end_to134.i ], [ %2666, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2595, %for_body_ti.i.epil.preheader ]
+  %.lcssa534.i = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_end_to134.i ], [ %2661, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
+  %.lcssa532.i = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_end_to134.i ], [ %2660, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2589, %for_body_ti.i.epil.preheader ]
+  %.lcssa530.i = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_end_to134.i ], [ %2655, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2584, %for_body_ti.i.epil.preheader ]
+  %.lcssa529.i = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_end_to134.i ], [ %2652, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2581, %for_body_ti.i.epil.preheader ]
+  %2603 = shufflevector <16 x float> %.lcssa529.i, <16 x float> %.lcssa530.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2604 = shl nuw nsw i64 %indvars.iv723.i, 5
+  %2605 = add nuw nsw i64 %2604, %2029
+  br i1 %1923, label %if_end151.i, label %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge, !prof !8
+
+for_begin_ax4_0.preheader.i.if_end151.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2605
+  %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !9
+  br label %if_end151.i
+
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
+  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2606 = phi <16 x float> [ %2652, %for_body_ti.i ], [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2607 = phi <16 x float> [ %2655, %for_body_ti.i ], [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2608 = phi <16 x float> [ %2660, %for_body_ti.i ], [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2609 = phi <16 x float> [ %2661, %for_body_ti.i ], [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2610 = phi <16 x float> [ %2666, %for_body_ti.i ], [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2611 = phi <16 x float> [ %2667, %for_body_ti.i ], [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2612 = phi <16 x float> [ %2672, %for_body_ti.i ], [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2613 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter333 = phi i64 [ %niter333.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2614 = getelementptr float, ptr %gep950.i, i64 %indvars.iv704.i
   %2615 = load float, ptr %2614, align 4, !tbaa !9
   %2616 = insertelement <16 x float> poison, float %2615, i64 0
   %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2617, <16 x float> %2575)
-  %2619 = getelementptr i8, ptr %2613, i64 1600
-  %2620 = load float, ptr %2619, align 4, !tbaa !9
-  %2621 = insertelement <16 x float> poison, float %2620, i64 0
-  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2622, <16 x float> %2580)
-  %2624 = getelementptr i8, ptr %2613, i64 1540
-  %2625 = load float, ptr %2624, align 4, !tbaa !9
-  %2626 = insertelement <16 x float> poison, float %2625, i64 0
-  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
-  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2627, <16 x float> %2585)
-  %2629 = getelementptr i8, ptr %2613, i64 1604
-  %2630 = load float, ptr %2629, align 4, !tbaa !9
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2632, <16 x float> %2590)
-  %2634 = getelementptr i8, ptr %2613, i64 1544
-  %2635 = load float, ptr %2634, align 4, !tbaa !9
-  %2636 = insertelement <16 x float> poison, float %2635, i64 0
-  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2637, <16 x float> %2595)
-  %2639 = getelementptr i8, ptr %2613, i64 1608
-  %2640 = load float, ptr %2639, align 4, !tbaa !9
-  %2641 = insertelement <16 x float> poison, float %2640, i64 0
-  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2642, <16 x float> %2600)
-  %2644 = getelementptr i8, ptr %2613, i64 1548
+  %gep948.i = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv704.i
+  %2618 = load i64, ptr %gep948.i, align 8, !tbaa !9
+  %gep553.i = getelementptr i32, ptr %invariant.gep552.i, i64 %2618
+  %2619 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !9
+  %2620 = shl <16 x i32> %2619, splat (i32 16)
+  %2621 = bitcast <16 x i32> %2620 to <16 x float>
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2621, <16 x float> %2606)
+  %2623 = and <16 x i32> %2619, %106
+  %2624 = bitcast <16 x i32> %2623 to <16 x float>
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2624, <16 x float> %2607)
+  %2626 = getelementptr i8, ptr %2614, i64 512
+  %2627 = load float, ptr %2626, align 4, !tbaa !9
+  %2628 = insertelement <16 x float> poison, float %2627, i64 0
+  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> %2621, <16 x float> %2608)
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> %2624, <16 x float> %2609)
+  %2632 = getelementptr i8, ptr %2614, i64 1024
+  %2633 = load float, ptr %2632, align 4, !tbaa !9
+  %2634 = insertelement <16 x float> poison, float %2633, i64 0
+  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2635, <16 x float> %2621, <16 x float> %2610)
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2635, <16 x float> %2624, <16 x float> %2611)
+  %2638 = getelementptr i8, ptr %2614, i64 1536
+  %2639 = load float, ptr %2638, align 4, !tbaa !9
+  %2640 = insertelement <16 x float> poison, float %2639, i64 0
+  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2621, <16 x float> %2612)
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2624, <16 x float> %2613)
+  %indvars.iv.next705.i = or disjoint i64 %indvars.iv704.i, 1
+  %2644 = getelementptr float, ptr %gep950.i, i64 %indvars.iv.next705.i
   %2645 = load float, ptr %2644, align 4, !tbaa !9
   %2646 = insertelement <16 x float> poison, float %2645, i64 0
   %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2647, <16 x float> %2605)
-  %2649 = getelementptr i8, ptr %2613, i64 1612
-  %2650 = load float, ptr %2649, align 4, !tbaa !9
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2652, <16 x float> %2610)
-  br i1 %exitcond.not.3, label %for_end_ti159.i, label %for_body_ti158.i.4, !prof !4
-
-for_body_ti158.i.4:                               ; preds = %for_body_ti158.i.3
-  %2654 = load <16 x float>, ptr %gep872.i.4, align 4, !tbaa !9
-  %2655 = sext i32 %invariant.op477.i to i64
-  %2656 = getelementptr float, ptr %v_tile.i, i64 %2655
-  %2657 = getelementptr i8, ptr %2656, i64 2048
-  %2658 = load float, ptr %2657, align 4, !tbaa !9
-  %2659 = insertelement <16 x float> poison, float %2658, i64 0
-  %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2660, <16 x float> %2618)
-  %2662 = getelementptr i8, ptr %2656, i64 2112
+  %gep948.i.1 = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv.next705.i
+  %2648 = load i64, ptr %gep948.i.1, align 8, !tbaa !9
+  %gep553.i.1 = getelementptr i32, ptr %invariant.gep552.i, i64 %2648
+  %2649 = load <16 x i32>, ptr %gep553.i.1, align 4, !tbaa !9
+  %2650 = shl <16 x i32> %2649, splat (i32 16)
+  %2651 = bitcast <16 x i32> %2650 to <16 x float>
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2651, <16 x float> %2622)
+  %2653 = and <16 x i32> %2649, %106
+  %2654 = bitcast <16 x i32> %2653 to <16 x float>
+  %2655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2654, <16 x float> %2625)
+  %2656 = getelementptr i8, ptr %2644, i64 512
+  %2657 = load float, ptr %2656, align 4, !tbaa !9
+  %2658 = insertelement <16 x float> poison, float %2657, i64 0
+  %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
+  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2651, <16 x float> %2630)
+  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2654, <16 x float> %2631)
+  %2662 = getelementptr i8, ptr %2644, i64 1024
   %2663 = load float, ptr %2662, align 4, !tbaa !9
   %2664 = insertelement <16 x float> poison, float %2663, i64 0
   %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
-  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2665, <16 x float> %2623)
-  %2667 = getelementptr i8, ptr %2656, i64 2052
-  %2668 = load float, ptr %2667, align 4, !tbaa !9
-  %2669 = insertelement <16 x float> poison, float %2668, i64 0
-  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
-  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2670, <16 x float> %2628)
-  %2672 = getelementptr i8, ptr %2656, i64 2116
-  %2673 = load float, ptr %2672, align 4, !tbaa !9
-  %2674 = insertelement <16 x float> poison, float %2673, i64 0
-  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
-  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2675, <16 x float> %2633)
-  %2677 = getelementptr i8, ptr %2656, i64 2056
-  %2678 = load float, ptr %2677, align 4, !tbaa !9
-  %2679 = insertelement <16 x float> poison, float %2678, i64 0
-  %2680 = shufflevector <16 x float> %2679, <16 x float> poison, <16 x i32> zeroinitializer
-  %2681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2680, <16 x float> %2638)
-  %2682 = getelementptr i8, ptr %2656, i64 2120
-  %2683 = load float, ptr %2682, align 4, !tbaa !9
-  %2684 = insertelement <16 x float> poison, float %2683, i64 0
-  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
-  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2685, <16 x float> %2643)
-  %2687 = getelementptr i8, ptr %2656, i64 2060
-  %2688 = load float, ptr %2687, align 4, !tbaa !9
-  %2689 = insertelement <16 x float> poison, float %2688, i64 0
-  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
-  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2690, <16 x float> %2648)
-  %2692 = getelementptr i8, ptr %2656, i64 2124
-  %2693 = load float, ptr %2692, align 4, !tbaa !9
-  %2694 = insertelement <16 x float> poison, float %2693, i64 0
-  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
-  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2654, <16 x float> %2695, <16 x float> %2653)
-  br i1 %exitcond.not.4, label %for_end_ti159.i, label %for_body_ti158.i.5, !prof !4
+  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2651, <16 x float> %2636)
+  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2654, <16 x float> %2637)
+  %2668 = getelementptr i8, ptr %2644, i64 1536
+  %2669 = load float, ptr %2668, align 4, !tbaa !9
+  %2670 = insertelement <16 x float> poison, float %2669, i64 0
+  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
+  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2651, <16 x float> %2642)
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2654, <16 x float> %2643)
+  %indvars.iv.next705.i.1 = add nuw nsw i64 %indvars.iv704.i, 2
+  %niter333.next.1 = add i64 %niter333, 2
+  %niter333.ncmp.1 = icmp eq i64 %niter333.next.1, %unroll_iter332
+  br i1 %niter333.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !66, !llvm.loop !102
 
-for_body_ti158.i.5:                               ; preds = %for_body_ti158.i.4
-  %2697 = load <16 x float>, ptr %gep872.i.5, align 4, !tbaa !9
-  %2698 = sext i32 %invariant.op477.i to i64
-  %2699 = getelementptr float, ptr %v_tile.i, i64 %2698
-  %2700 = getelementptr i8, ptr %2699, i64 2560
-  %2701 = load float, ptr %2700, align 4, !tbaa !9
-  %2702 = insertelement <16 x float> poison, float %2701, i64 0
-  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
-  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2703, <16 x float> %2661)
-  %2705 = getelementptr i8, ptr %2699, i64 2624
-  %2706 = load float, ptr %2705, align 4, !tbaa !9
-  %2707 = insertelement <16 x float> poison, float %2706, i64 0
-  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
-  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2708, <16 x float> %2666)
-  %2710 = getelementptr i8, ptr %2699, i64 2564
-  %2711 = load float, ptr %2710, align 4, !tbaa !9
-  %2712 = insertelement <16 x float> poison, float %2711, i64 0
-  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2713, <16 x float> %2671)
-  %2715 = getelementptr i8, ptr %2699, i64 2628
-  %2716 = load float, ptr %2715, align 4, !tbaa !9
-  %2717 = insertelement <16 x float> poison, float %2716, i64 0
-  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2718, <16 x float> %2676)
-  %2720 = getelementptr i8, ptr %2699, i64 2568
-  %2721 = load float, ptr %2720, align 4, !tbaa !9
-  %2722 = insertelement <16 x float> poison, float %2721, i64 0
-  %2723 = shufflevector <16 x float> %2722, <16 x float> poison, <16 x i32> zeroinitializer
-  %2724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2723, <16 x float> %2681)
-  %2725 = getelementptr i8, ptr %2699, i64 2632
-  %2726 = load float, ptr %2725, align 4, !tbaa !9
-  %2727 = insertelement <16 x float> poison, float %2726, i64 0
-  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
-  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2728, <16 x float> %2686)
-  %2730 = getelementptr i8, ptr %2699, i64 2572
-  %2731 = load float, ptr %2730, align 4, !tbaa !9
-  %2732 = insertelement <16 x float> poison, float %2731, i64 0
-  %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
-  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2733, <16 x float> %2691)
-  %2735 = getelementptr i8, ptr %2699, i64 2636
-  %2736 = load float, ptr %2735, align 4, !tbaa !9
-  %2737 = insertelement <16 x float> poison, float %2736, i64 0
-  %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
-  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2697, <16 x float> %2738, <16 x float> %2696)
-  br i1 %exitcond.not.5, label %for_end_ti159.i, label %for_body_ti158.i.6, !prof !4
+if_end151.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2674 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2675 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2605
+  %2676 = fmul <32 x float> %2033, %2674
+  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2028, <32 x float> %2603, <32 x float> %2676)
+  store <32 x float> %2677, ptr %2675, align 4, !tbaa !9
+  %2678 = shufflevector <16 x float> %.lcssa532.i, <16 x float> %.lcssa534.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1923, label %if_end167.i, label %if_end151.if_end167_crit_edge.i, !prof !8
 
-for_body_ti158.i.6:                               ; preds = %for_body_ti158.i.5
-  %2740 = load <16 x float>, ptr %gep872.i.6, align 4, !tbaa !9
-  %2741 = sext i32 %invariant.op477.i to i64
-  %2742 = getelementptr float, ptr %v_tile.i, i64 %2741
-  %2743 = getelementptr i8, ptr %2742, i64 3072
-  %2744 = load float, ptr %2743, align 4, !tbaa !9
-  %2745 = insertelement <16 x float> poison, float %2744, i64 0
-  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2746, <16 x float> %2704)
-  %2748 = getelementptr i8, ptr %2742, i64 3136
-  %2749 = load float, ptr %2748, align 4, !tbaa !9
-  %2750 = insertelement <16 x float> poison, float %2749, i64 0
-  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2751, <16 x float> %2709)
-  %2753 = getelementptr i8, ptr %2742, i64 3076
-  %2754 = load float, ptr %2753, align 4, !tbaa !9
-  %2755 = insertelement <16 x float> poison, float %2754, i64 0
-  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2756, <16 x float> %2714)
-  %2758 = getelementptr i8, ptr %2742, i64 3140
-  %2759 = load float, ptr %2758, align 4, !tbaa !9
-  %2760 = insertelement <16 x float> poison, float %2759, i64 0
-  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
-  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2761, <16 x float> %2719)
-  %2763 = getelementptr i8, ptr %2742, i64 3080
-  %2764 = load float, ptr %2763, align 4, !tbaa !9
-  %2765 = insertelement <16 x float> poison, float %2764, i64 0
-  %2766 = shufflevector <16 x float> %2765, <16 x float> poison, <16 x i32> zeroinitializer
-  %2767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2766, <16 x float> %2724)
-  %2768 = getelementptr i8, ptr %2742, i64 3144
-  %2769 = load float, ptr %2768, align 4, !tbaa !9
-  %2770 = insertelement <16 x float> poison, float %2769, i64 0
-  %2771 = shufflevector <16 x float> %2770, <16 x float> poison, <16 x i32> zeroinitializer
-  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2771, <16 x float> %2729)
-  %2773 = getelementptr i8, ptr %2742, i64 3084
-  %2774 = load float, ptr %2773, align 4, !tbaa !9
-  %2775 = insertelement <16 x float> poison, float %2774, i64 0
-  %2776 = shufflevector <16 x float> %2775, <16 x float> poison, <16 x i32> zeroinitializer
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2776, <16 x float> %2734)
-  %2778 = getelementptr i8, ptr %2742, i64 3148
-  %2779 = load float, ptr %2778, align 4, !tbaa !9
-  %2780 = insertelement <16 x float> poison, float %2779, i64 0
-  %2781 = shufflevector <16 x float> %2780, <16 x float> poison, <16 x i32> zeroinitializer
-  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2740, <16 x float> %2781, <16 x float> %2739)
-  br label %for_end_ti159.i
+if_end151.if_end167_crit_edge.i:                  ; preds = %if_end151.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2675, i64 512
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
+  br label %if_end167.i
 
-for_end_ti159.i:                                  ; preds = %for_body_ti158.i.6, %for_body_ti158.i.5, %for_body_ti158.i.4, %for_body_ti158.i.3, %for_body_ti158.i.2, %for_body_ti158.i.1, %for_body_ti158.lr.ph.i, %for_end_to144.i
-  %tile_acc260.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2524, %for_body_ti158.lr.ph.i ], [ %2567, %for_body_ti158.i.1 ], [ %2610, %for_body_ti158.i.2 ], [ %2653, %for_body_ti158.i.3 ], [ %2696, %for_body_ti158.i.4 ], [ %2739, %for_body_ti158.i.5 ], [ %2782, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2519, %for_body_ti158.lr.ph.i ], [ %2562, %for_body_ti158.i.1 ], [ %2605, %for_body_ti158.i.2 ], [ %2648, %for_body_ti158.i.3 ], [ %2691, %for_body_ti158.i.4 ], [ %2734, %for_body_ti158.i.5 ], [ %2777, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2514, %for_body_ti158.lr.ph.i ], [ %2557, %for_body_ti158.i.1 ], [ %2600, %for_body_ti158.i.2 ], [ %2643, %for_body_ti158.i.3 ], [ %2686, %for_body_ti158.i.4 ], [ %2729, %for_body_ti158.i.5 ], [ %2772, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2509, %for_body_ti158.lr.ph.i ], [ %2552, %for_body_ti158.i.1 ], [ %2595, %for_body_ti158.i.2 ], [ %2638, %for_body_ti158.i.3 ], [ %2681, %for_body_ti158.i.4 ], [ %2724, %for_body_ti158.i.5 ], [ %2767, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2504, %for_body_ti158.lr.ph.i ], [ %2547, %for_body_ti158.i.1 ], [ %2590, %for_body_ti158.i.2 ], [ %2633, %for_body_ti158.i.3 ], [ %2676, %for_body_ti158.i.4 ], [ %2719, %for_body_ti158.i.5 ], [ %2762, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2499, %for_body_ti158.lr.ph.i ], [ %2542, %for_body_ti158.i.1 ], [ %2585, %for_body_ti158.i.2 ], [ %2628, %for_body_ti158.i.3 ], [ %2671, %for_body_ti158.i.4 ], [ %2714, %for_body_ti158.i.5 ], [ %2757, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2494, %for_body_ti158.lr.ph.i ], [ %2537, %for_body_ti158.i.1 ], [ %2580, %for_body_ti158.i.2 ], [ %2623, %for_body_ti158.i.3 ], [ %2666, %for_body_ti158.i.4 ], [ %2709, %for_body_ti158.i.5 ], [ %2752, %for_body_ti158.i.6 ]
-  %tile_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc259.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2489, %for_body_ti158.lr.ph.i ], [ %2532, %for_body_ti158.i.1 ], [ %2575, %for_body_ti158.i.2 ], [ %2618, %for_body_ti158.i.3 ], [ %2661, %for_body_ti158.i.4 ], [ %2704, %for_body_ti158.i.5 ], [ %2747, %for_body_ti158.i.6 ]
-  %.idx75 = shl nuw nsw i64 %indvars.iv653.i, 9
-  %2783 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx75
-  br i1 %2063, label %if_then176.i, label %if_end175.i, !prof !8
+if_end167.i:                                      ; preds = %if_end151.if_end167_crit_edge.i, %if_end151.i
+  %2679 = phi <32 x float> [ %.pre.i, %if_end151.if_end167_crit_edge.i ], [ zeroinitializer, %if_end151.i ]
+  %2680 = getelementptr inbounds nuw i8, ptr %2675, i64 512
+  %2681 = fmul <32 x float> %2042, %2679
+  %2682 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2038, <32 x float> %2678, <32 x float> %2681)
+  store <32 x float> %2682, ptr %2680, align 4, !tbaa !9
+  %2683 = shufflevector <16 x float> %.lcssa536.i, <16 x float> %.lcssa538.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1923, label %if_end183.i, label %if_end167.if_end183_crit_edge.i, !prof !8
 
-if_end175.i:                                      ; preds = %for_end_ti159.i
-  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !9
-  %2785 = fmul <16 x float> %2091, %2784
-  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2785)
-  store <16 x float> %2786, ptr %2783, align 4, !tbaa !9
-  %2787 = getelementptr inbounds nuw i8, ptr %2783, i64 64
-  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !9
-  %2789 = fmul <16 x float> %2091, %2788
-  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2789)
-  store <16 x float> %2790, ptr %2787, align 4, !tbaa !9
-  %2791 = getelementptr inbounds nuw i8, ptr %2783, i64 128
-  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !9
-  %2793 = fmul <16 x float> %2091, %2792
-  %2794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2793)
-  store <16 x float> %2794, ptr %2791, align 4, !tbaa !9
-  %2795 = getelementptr inbounds nuw i8, ptr %2783, i64 192
-  %2796 = load <16 x float>, ptr %2795, align 4, !tbaa !9
-  %2797 = fmul <16 x float> %2091, %2796
-  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2797)
-  store <16 x float> %2798, ptr %2795, align 4, !tbaa !9
-  %2799 = getelementptr inbounds nuw i8, ptr %2783, i64 256
-  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !9
-  %2801 = fmul <16 x float> %2091, %2800
-  %2802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2801)
-  store <16 x float> %2802, ptr %2799, align 4, !tbaa !9
-  %2803 = getelementptr inbounds nuw i8, ptr %2783, i64 320
-  %2804 = load <16 x float>, ptr %2803, align 4, !tbaa !9
-  %2805 = fmul <16 x float> %2091, %2804
-  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2805)
-  store <16 x float> %2806, ptr %2803, align 4, !tbaa !9
-  %2807 = getelementptr inbounds nuw i8, ptr %2783, i64 384
-  %2808 = load <16 x float>, ptr %2807, align 4, !tbaa !9
-  %2809 = fmul <16 x float> %2091, %2808
-  %2810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2809)
-  store <16 x float> %2810, ptr %2807, align 4, !tbaa !9
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2783, i64 448
-  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
-  %.pre768.i = fmul <16 x float> %2091, %.pre.i
-  br label %if_end177.i
+if_end167.if_end183_crit_edge.i:                  ; preds = %if_end167.i
+  %.phi.trans.insert884.i = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %.pre885.i = load <32 x float>, ptr %.phi.trans.insert884.i, align 4, !tbaa !9
+  br label %if_end183.i
 
-if_then176.i:                                     ; preds = %for_end_ti159.i
-  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.0.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2811, ptr %2783, align 4, !tbaa !9
-  %2812 = getelementptr inbounds nuw i8, ptr %2783, i64 64
-  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.4.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2813, ptr %2812, align 4, !tbaa !9
-  %2814 = getelementptr inbounds nuw i8, ptr %2783, i64 128
-  %2815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.9.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2815, ptr %2814, align 4, !tbaa !9
-  %2816 = getelementptr inbounds nuw i8, ptr %2783, i64 192
-  %2817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.13.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2817, ptr %2816, align 4, !tbaa !9
-  %2818 = getelementptr inbounds nuw i8, ptr %2783, i64 256
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.18.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2819, ptr %2818, align 4, !tbaa !9
-  %2820 = getelementptr inbounds nuw i8, ptr %2783, i64 320
-  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.22.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2821, ptr %2820, align 4, !tbaa !9
-  %2822 = getelementptr inbounds nuw i8, ptr %2783, i64 384
-  %2823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.27.0.lcssa.i, <16 x float> %2119)
-  store <16 x float> %2823, ptr %2822, align 4, !tbaa !9
-  br label %if_end177.i
+if_end183.i:                                      ; preds = %if_end167.if_end183_crit_edge.i, %if_end167.i
+  %2684 = phi <32 x float> [ %.pre885.i, %if_end167.if_end183_crit_edge.i ], [ zeroinitializer, %if_end167.i ]
+  %2685 = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %2686 = fmul <32 x float> %2051, %2684
+  %2687 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2047, <32 x float> %2683, <32 x float> %2686)
+  store <32 x float> %2687, ptr %2685, align 4, !tbaa !9
+  %2688 = shufflevector <16 x float> %.lcssa540.i, <16 x float> %.lcssa542.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %1923, label %if_end199.i, label %if_end183.if_end199_crit_edge.i, !prof !8
 
-if_end177.i:                                      ; preds = %if_then176.i, %if_end175.i
-  %.pre-phi.i = phi <16 x float> [ %.pre768.i, %if_end175.i ], [ %2119, %if_then176.i ]
-  %2824 = getelementptr inbounds nuw i8, ptr %2783, i64 448
-  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2112, <16 x float> %tile_acc260.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2825, ptr %2824, align 4, !tbaa !9
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond656.not.i = icmp eq i64 %indvars.iv.next654.i, 16
-  br i1 %exitcond656.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
+if_end183.if_end199_crit_edge.i:                  ; preds = %if_end183.i
+  %.phi.trans.insert886.i = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %.pre887.i = load <32 x float>, ptr %.phi.trans.insert886.i, align 4, !tbaa !9
+  br label %if_end199.i
 
-if_end179.i:                                      ; preds = %for_end_d_0_m.i
-  %2826 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2827 = tail call i32 %2826(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not277.i = icmp eq i32 %2827, 0
-  br i1 %.not277.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !26
+if_end199.i:                                      ; preds = %if_end183.if_end199_crit_edge.i, %if_end183.i
+  %2689 = phi <32 x float> [ %.pre887.i, %if_end183.if_end199_crit_edge.i ], [ zeroinitializer, %if_end183.i ]
+  %2690 = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %2691 = fmul <32 x float> %2060, %2689
+  %2692 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2056, <32 x float> %2688, <32 x float> %2691)
+  store <32 x float> %2692, ptr %2690, align 4, !tbaa !9
+  %indvars.iv.next724.i = add nuw nsw i64 %indvars.iv723.i, 1
+  %exitcond727.not.i = icmp eq i64 %indvars.iv.next724.i, 4
+  br i1 %exitcond727.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
 
-if_end182.i:                                      ; preds = %if_end179.i
-  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not278.i = icmp eq i32 %2829, 0
-  br i1 %.not278.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !26
+if_end201.i:                                      ; preds = %for_end_r_0_m.i
+  %2693 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2694 = tail call i32 %2693(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not280.i = icmp eq i32 %2694, 0
+  br i1 %.not280.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !53
 
-if_end185.i:                                      ; preds = %if_end182.i
-  %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not279.i = icmp eq i32 %2831, 0
-  br i1 %.not279.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !26
+if_end204.i:                                      ; preds = %if_end201.i
+  %2695 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2696 = tail call i32 %2695(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not281.i = icmp eq i32 %2696, 0
+  br i1 %.not281.i, label %if_end207.i, label %fused_decode_compute_.exit, !prof !53
 
-if_end188.i:                                      ; preds = %if_end185.i
-  %2832 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2833 = tail call i32 %2832(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not280.i = icmp eq i32 %2833, 0
-  br i1 %.not280.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !26
+if_end207.i:                                      ; preds = %if_end204.i
+  %2697 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2698 = tail call i32 %2697(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not282.i = icmp eq i32 %2698, 0
+  br i1 %.not282.i, label %if_end210.i, label %fused_decode_compute_.exit, !prof !53
 
-if_end191.i:                                      ; preds = %if_end188.i
-  %2834 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2835 = tail call i32 %2834(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not281.i = icmp eq i32 %2835, 0
-  br i1 %.not281.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !26
+if_end210.i:                                      ; preds = %if_end207.i
+  %2699 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2700 = tail call i32 %2699(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not283.i = icmp eq i32 %2700, 0
+  br i1 %.not283.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !53
 
-if_end194.i:                                      ; preds = %if_end191.i
-  %2836 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2837 = tail call i32 %2836(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not282.i = icmp eq i32 %2837, 0
-  br i1 %.not282.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !26
+if_then215.i:                                     ; preds = %for_end_step.i
+  %2701 = fdiv <16 x float> splat (float 1.000000e+00), %2062
+  %2702 = fcmp oeq <16 x float> %2062, zeroinitializer
+  %2703 = select <16 x i1> %2702, <16 x float> zeroinitializer, <16 x float> %2701
+  store <16 x float> %2703, ptr %factor255.i, align 16, !tbaa !103
+  %2704 = mul nsw i64 %119, %out_batch
+  %2705 = getelementptr float, ptr %out, i64 %2704
+  br label %for_begin_d_0.preheader.i
 
-if_then199.i:                                     ; preds = %for_end_step.i
-  %2838 = fdiv <16 x float> splat (float 1.000000e+00), %2128
-  %2839 = fcmp oeq <16 x float> %2128, zeroinitializer
-  %2840 = select <16 x i1> %2839, <16 x float> zeroinitializer, <16 x float> %2838
-  store <16 x float> %2840, ptr %factor258.i, align 16, !tbaa !27
-  %2841 = mul nsw i64 %197, %out_batch
-  %invariant.gep494.i = getelementptr float, ptr %out, i64 %2841
-  br label %for_begin_d_0201.preheader.i
+if_end216.i:                                      ; preds = %if_end230.15.i, %for_begin_r231.preheader.i
+  %2706 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2707 = tail call i32 %2706(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2707, 0
+  br i1 %.not.i, label %if_end247.i, label %fused_decode_compute_.exit, !prof !53
 
-if_end200.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end237.15.i
+for_begin_r223.preheader.i:                       ; preds = %for_begin_d_0.preheader.i
+  %2708 = mul nsw i64 %119, %lse_batch
+  %2709 = getelementptr float, ptr %lse, i64 %2708
+  %2710 = shl nuw nsw i32 %213, 23
+  %2711 = add nuw i32 %2710, 16777216
+  %2712 = bitcast i32 %2711 to float
+  %row_sum275.sroa.0.0.vec.extract802.i = extractelement <16 x float> %2062, i64 0
+  %2713 = fcmp oeq float %row_sum275.sroa.0.0.vec.extract802.i, 0.000000e+00
+  br i1 %2713, label %if_end230.i, label %if_else229.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %if_then215.i
+  %indvars.iv754.i = phi i64 [ 0, %if_then215.i ], [ %indvars.iv.next755.i.1, %for_begin_d_0.preheader.i ]
+  %2714 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv754.i
+  %2715 = load float, ptr %2714, align 8, !tbaa !110
+  %2716 = insertelement <32 x float> poison, float %2715, i64 0
+  %2717 = shufflevector <32 x float> %2716, <32 x float> poison, <32 x i32> zeroinitializer
+  %2718 = mul nsw i64 %indvars.iv754.i, %out_head
+  %invariant.gep565.i = getelementptr float, ptr %2705, i64 %2718
+  %.idx66 = shl nuw nsw i64 %indvars.iv754.i, 9
+  %2719 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66
+  %2720 = load <32 x float>, ptr %2719, align 4, !tbaa !9
+  %2721 = fmul <32 x float> %2720, %2717
+  store <32 x float> %2721, ptr %invariant.gep565.i, align 4, !tbaa !9
+  %2722 = getelementptr inbounds nuw i8, ptr %2719, i64 128
+  %2723 = load <32 x float>, ptr %2722, align 4, !tbaa !9
+  %2724 = fmul <32 x float> %2717, %2723
+  %gep566.1.i = getelementptr i8, ptr %invariant.gep565.i, i64 128
+  store <32 x float> %2724, ptr %gep566.1.i, align 4, !tbaa !9
+  %2725 = getelementptr inbounds nuw i8, ptr %2719, i64 256
+  %2726 = load <32 x float>, ptr %2725, align 4, !tbaa !9
+  %2727 = fmul <32 x float> %2717, %2726
+  %gep566.2.i = getelementptr i8, ptr %invariant.gep565.i, i64 256
+  store <32 x float> %2727, ptr %gep566.2.i, align 4, !tbaa !9
+  %2728 = getelementptr inbounds nuw i8, ptr %2719, i64 384
+  %2729 = load <32 x float>, ptr %2728, align 4, !tbaa !9
+  %2730 = fmul <32 x float> %2717, %2729
+  %gep566.3.i = getelementptr i8, ptr %invariant.gep565.i, i64 384
+  store <32 x float> %2730, ptr %gep566.3.i, align 4, !tbaa !9
+  %indvars.iv.next755.i = or disjoint i64 %indvars.iv754.i, 1
+  %2731 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv.next755.i
+  %2732 = load float, ptr %2731, align 4, !tbaa !110
+  %2733 = insertelement <32 x float> poison, float %2732, i64 0
+  %2734 = shufflevector <32 x float> %2733, <32 x float> poison, <32 x i32> zeroinitializer
+  %2735 = mul nsw i64 %indvars.iv.next755.i, %out_head
+  %invariant.gep565.i.1 = getelementptr float, ptr %2705, i64 %2735
+  %.idx66.1 = shl nuw nsw i64 %indvars.iv.next755.i, 9
+  %2736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66.1
+  %2737 = load <32 x float>, ptr %2736, align 4, !tbaa !9
+  %2738 = fmul <32 x float> %2737, %2734
+  store <32 x float> %2738, ptr %invariant.gep565.i.1, align 4, !tbaa !9
+  %2739 = getelementptr inbounds nuw i8, ptr %2736, i64 128
+  %2740 = load <32 x float>, ptr %2739, align 4, !tbaa !9
+  %2741 = fmul <32 x float> %2734, %2740
+  %gep566.1.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 128
+  store <32 x float> %2741, ptr %gep566.1.i.1, align 4, !tbaa !9
+  %2742 = getelementptr inbounds nuw i8, ptr %2736, i64 256
+  %2743 = load <32 x float>, ptr %2742, align 4, !tbaa !9
+  %2744 = fmul <32 x float> %2734, %2743
+  %gep566.2.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 256
+  store <32 x float> %2744, ptr %gep566.2.i.1, align 4, !tbaa !9
+  %2745 = getelementptr inbounds nuw i8, ptr %2736, i64 384
+  %2746 = load <32 x float>, ptr %2745, align 4, !tbaa !9
+  %2747 = fmul <32 x float> %2734, %2746
+  %gep566.3.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 384
+  store <32 x float> %2747, ptr %gep566.3.i.1, align 4, !tbaa !9
+  %indvars.iv.next755.i.1 = add nuw nsw i64 %indvars.iv754.i, 2
+  %exitcond757.not.i.1 = icmp eq i64 %indvars.iv.next755.i.1, 16
+  br i1 %exitcond757.not.i.1, label %for_begin_r223.preheader.i, label %for_begin_d_0.preheader.i, !prof !11, !llvm.loop !111
+
+if_else229.i:                                     ; preds = %for_begin_r223.preheader.i
+  %2748 = fmul float %row_sum275.sroa.0.0.vec.extract802.i, %2712
+  %2749 = tail call float @llvm.log.f32(float %2748)
+  %row_max276.sroa.0.0.vec.extract770.i = extractelement <16 x float> %m.i, i64 0
+  %2750 = fadd float %row_max276.sroa.0.0.vec.extract770.i, %2749
+  br label %if_end230.i
+
+if_end230.i:                                      ; preds = %if_else229.i, %for_begin_r223.preheader.i
+  %2751 = phi float [ %2750, %if_else229.i ], [ 0xFFF0000000000000, %for_begin_r223.preheader.i ]
+  store float %2751, ptr %2709, align 4, !tbaa !9
+  %row_sum275.sroa.0.4.vec.extract804.i = extractelement <16 x float> %2062, i64 1
+  %2752 = fcmp oeq float %row_sum275.sroa.0.4.vec.extract804.i, 0.000000e+00
+  br i1 %2752, label %if_end230.1.i, label %if_else229.1.i
+
+if_else229.1.i:                                   ; preds = %if_end230.i
+  %2753 = fmul float %row_sum275.sroa.0.4.vec.extract804.i, %2712
+  %2754 = tail call float @llvm.log.f32(float %2753)
+  %row_max276.sroa.0.4.vec.extract772.i = extractelement <16 x float> %m.i, i64 1
+  %2755 = fadd float %row_max276.sroa.0.4.vec.extract772.i, %2754
+  br label %if_end230.1.i
+
+if_end230.1.i:                                    ; preds = %if_else229.1.i, %if_end230.i
+  %2756 = phi float [ %2755, %if_else229.1.i ], [ 0xFFF0000000000000, %if_end230.i ]
+  %2757 = getelementptr i8, ptr %2709, i64 4
+  store float %2756, ptr %2757, align 4, !tbaa !9
+  %row_sum275.sroa.0.8.vec.extract806.i = extractelement <16 x float> %2062, i64 2
+  %2758 = fcmp oeq float %row_sum275.sroa.0.8.vec.extract806.i, 0.000000e+00
+  br i1 %2758, label %if_end230.2.i, label %if_else229.2.i
+
+if_else229.2.i:                                   ; preds = %if_end230.1.i
+  %2759 = fmul float %row_sum275.sroa.0.8.vec.extract806.i, %2712
+  %2760 = tail call float @llvm.log.f32(float %2759)
+  %row_max276.sroa.0.8.vec.extract774.i = extractelement <16 x float> %m.i, i64 2
+  %2761 = fadd float %row_max276.sroa.0.8.vec.extract774.i, %2760
+  br label %if_end230.2.i
+
+if_end230.2.i:                                    ; preds = %if_else229.2.i, %if_end230.1.i
+  %2762 = phi float [ %2761, %if_else229.2.i ], [ 0xFFF0000000000000, %if_end230.1.i ]
+  %2763 = getelementptr i8, ptr %2709, i64 8
+  store float %2762, ptr %2763, align 4, !tbaa !9
+  %row_sum275.sroa.0.12.vec.extract808.i = extractelement <16 x float> %2062, i64 3
+  %2764 = fcmp oeq float %row_sum275.sroa.0.12.vec.extract808.i, 0.000000e+00
+  br i1 %2764, label %if_end230.3.i, label %if_else229.3.i
+
+if_else229.3.i:                                   ; preds = %if_end230.2.i
+  %2765 = fmul float %row_sum275.sroa.0.12.vec.extract808.i, %2712
+  %2766 = tail call float @llvm.log.f32(float %2765)
+  %row_max276.sroa.0.12.vec.extract776.i = extractelement <16 x float> %m.i, i64 3
+  %2767 = fadd float %row_max276.sroa.0.12.vec.extract776.i, %2766
+  br label %if_end230.3.i
+
+if_end230.3.i:                                    ; preds = %if_else229.3.i, %if_end230.2.i
+  %2768 = phi float [ %2767, %if_else229.3.i ], [ 0xFFF0000000000000, %if_end230.2.i ]
+  %2769 = getelementptr i8, ptr %2709, i64 12
+  store float %2768, ptr %2769, align 4, !tbaa !9
+  %row_sum275.sroa.0.16.vec.extract810.i = extractelement <16 x float> %2062, i64 4
+  %2770 = fcmp oeq float %row_sum275.sroa.0.16.vec.extract810.i, 0.000000e+00
+  br i1 %2770, label %if_end230.4.i, label %if_else229.4.i
+
+if_else229.4.i:                                   ; preds = %if_end230.3.i
+  %2771 = fmul float %row_sum275.sroa.0.16.vec.extract810.i, %2712
+  %2772 = tail call float @llvm.log.f32(float %2771)
+  %row_max276.sroa.0.16.vec.extract778.i = extractelement <16 x float> %m.i, i64 4
+  %2773 = fadd float %row_max276.sroa.0.16.vec.extract778.i, %2772
+  br label %if_end230.4.i
+
+if_end230.4.i:                                    ; preds = %if_else229.4.i, %if_end230.3.i
+  %2774 = phi float [ %2773, %if_else229.4.i ], [ 0xFFF0000000000000, %if_end230.3.i ]
+  %2775 = getelementptr i8, ptr %2709, i64 16
+  store float %2774, ptr %2775, align 4, !tbaa !9
+  %row_sum275.sroa.0.20.vec.extract812.i = extractelement <16 x float> %2062, i64 5
+  %2776 = fcmp oeq float %row_sum275.sroa.0.20.vec.extract812.i, 0.000000e+00
+  br i1 %2776, label %if_end230.5.i, label %if_else229.5.i
+
+if_else229.5.i:                                   ; preds = %if_end230.4.i
+  %2777 = fmul float %row_sum275.sroa.0.20.vec.extract812.i, %2712
+  %2778 = tail call float @llvm.log.f32(float %2777)
+  %row_max276.sroa.0.20.vec.extract780.i = extractelement <16 x float> %m.i, i64 5
+  %2779 = fadd float %row_max276.sroa.0.20.vec.extract780.i, %2778
+  br label %if_end230.5.i
+
+if_end230.5.i:                                    ; preds = %if_else229.5.i, %if_end230.4.i
+  %2780 = phi float [ %2779, %if_else229.5.i ], [ 0xFFF0000000000000, %if_end230.4.i ]
+  %2781 = getelementptr i8, ptr %2709, i64 20
+  store float %2780, ptr %2781, align 4, !tbaa !9
+  %row_sum275.sroa.0.24.vec.extract814.i = extractelement <16 x float> %2062, i64 6
+  %2782 = fcmp oeq float %row_sum275.sroa.0.24.vec.extract814.i, 0.000000e+00
+  br i1 %2782, label %if_end230.6.i, label %if_else229.6.i
+
+if_else229.6.i:                                   ; preds = %if_end230.5.i
+  %2783 = fmul float %row_sum275.sroa.0.24.vec.extract814.i, %2712
+  %2784 = tail call float @llvm.log.f32(float %2783)
+  %row_max276.sroa.0.24.vec.extract782.i = extractelement <16 x float> %m.i, i64 6
+  %2785 = fadd float %row_max276.sroa.0.24.vec.extract782.i, %2784
+  br label %if_end230.6.i
+
+if_end230.6.i:                                    ; preds = %if_else229.6.i, %if_end230.5.i
+  %2786 = phi float [ %2785, %if_else229.6.i ], [ 0xFFF0000000000000, %if_end230.5.i ]
+  %2787 = getelementptr i8, ptr %2709, i64 24
+  store float %2786, ptr %2787, align 4, !tbaa !9
+  %row_sum275.sroa.0.28.vec.extract816.i = extractelement <16 x float> %2062, i64 7
+  %2788 = fcmp oeq float %row_sum275.sroa.0.28.vec.extract816.i, 0.000000e+00
+  br i1 %2788, label %if_end230.7.i, label %if_else229.7.i
+
+if_else229.7.i:                                   ; preds = %if_end230.6.i
+  %2789 = fmul float %row_sum275.sroa.0.28.vec.extract816.i, %2712
+  %2790 = tail call float @llvm.log.f32(float %2789)
+  %row_max276.sroa.0.28.vec.extract784.i = extractelement <16 x float> %m.i, i64 7
+  %2791 = fadd float %row_max276.sroa.0.28.vec.extract784.i, %2790
+  br label %if_end230.7.i
+
+if_end230.7.i:                                    ; preds = %if_else229.7.i, %if_end230.6.i
+  %2792 = phi float [ %2791, %if_else229.7.i ], [ 0xFFF0000000000000, %if_end230.6.i ]
+  %2793 = getelementptr i8, ptr %2709, i64 28
+  store float %2792, ptr %2793, align 4, !tbaa !9
+  %row_sum275.sroa.0.32.vec.extract818.i = extractelement <16 x float> %2062, i64 8
+  %2794 = fcmp oeq float %row_sum275.sroa.0.32.vec.extract818.i, 0.000000e+00
+  br i1 %2794, label %if_end230.8.i, label %if_else229.8.i
+
+if_else229.8.i:                                   ; preds = %if_end230.7.i
+  %2795 = fmul float %row_sum275.sroa.0.32.vec.extract818.i, %2712
+  %2796 = tail call float @llvm.log.f32(float %2795)
+  %row_max276.sroa.0.32.vec.extract786.i = extractelement <16 x float> %m.i, i64 8
+  %2797 = fadd float %row_max276.sroa.0.32.vec.extract786.i, %2796
+  br label %if_end230.8.i
+
+if_end230.8.i:                                    ; preds = %if_else229.8.i, %if_end230.7.i
+  %2798 = phi float [ %2797, %if_else229.8.i ], [ 0xFFF0000000000000, %if_end230.7.i ]
+  %2799 = getelementptr i8, ptr %2709, i64 32
+  store float %2798, ptr %2799, align 4, !tbaa !9
+  %row_sum275.sroa.0.36.vec.extract820.i = extractelement <16 x float> %2062, i64 9
+  %2800 = fcmp oeq float %row_sum275.sroa.0.36.vec.extract820.i, 0.000000e+00
+  br i1 %2800, label %if_end230.9.i, label %if_else229.9.i
+
+if_else229.9.i:                                   ; preds = %if_end230.8.i
+  %2801 = fmul float %row_sum275.sroa.0.36.vec.extract820.i, %2712
+  %2802 = tail call float @llvm.log.f32(float %2801)
+  %row_max276.sroa.0.36.vec.extract788.i = extractelement <16 x float> %m.i, i64 9
+  %2803 = fadd float %row_max276.sroa.0.36.vec.extract788.i, %2802
+  br label %if_end230.9.i
+
+if_end230.9.i:                                    ; preds = %if_else229.9.i, %if_end230.8.i
+  %2804 = phi float [ %2803, %if_else229.9.i ], [ 0xFFF0000000000000, %if_end230.8.i ]
+  %2805 = getelementptr i8, ptr %2709, i64 36
+  store float %2804, ptr %2805, align 4, !tbaa !9
+  %row_sum275.sroa.0.40.vec.extract822.i = extractelement <16 x float> %2062, i64 10
+  %2806 = fcmp oeq float %row_sum275.sroa.0.40.vec.extract822.i, 0.000000e+00
+  br i1 %2806, label %if_end230.10.i, label %if_else229.10.i
+
+if_else229.10.i:                                  ; preds = %if_end230.9.i
+  %2807 = fmul float %row_sum275.sroa.0.40.vec.extract822.i, %2712
+  %2808 = tail call float @llvm.log.f32(float %2807)
+  %row_max276.sroa.0.40.vec.extract790.i = extractelement <16 x float> %m.i, i64 10
+  %2809 = fadd float %row_max276.sroa.0.40.vec.extract790.i, %2808
+  br label %if_end230.10.i
+
+if_end230.10.i:                                   ; preds = %if_else229.10.i, %if_end230.9.i
+  %2810 = phi float [ %2809, %if_else229.10.i ], [ 0xFFF0000000000000, %if_end230.9.i ]
+  %2811 = getelementptr i8, ptr %2709, i64 40
+  store float %2810, ptr %2811, align 4, !tbaa !9
+  %row_sum275.sroa.0.44.vec.extract824.i = extractelement <16 x float> %2062, i64 11
+  %2812 = fcmp oeq float %row_sum275.sroa.0.44.vec.extract824.i, 0.000000e+00
+  br i1 %2812, label %if_end230.11.i, label %if_else229.11.i
+
+if_else229.11.i:                                  ; preds = %if_end230.10.i
+  %2813 = fmul float %row_sum275.sroa.0.44.vec.extract824.i, %2712
+  %2814 = tail call float @llvm.log.f32(float %2813)
+  %row_max276.sroa.0.44.vec.extract792.i = extractelement <16 x float> %m.i, i64 11
+  %2815 = fadd float %row_max276.sroa.0.44.vec.extract792.i, %2814
+  br label %if_end230.11.i
+
+if_end230.11.i:                                   ; preds = %if_else229.11.i, %if_end230.10.i
+  %2816 = phi float [ %2815, %if_else229.11.i ], [ 0xFFF0000000000000, %if_end230.10.i ]
+  %2817 = getelementptr i8, ptr %2709, i64 44
+  store float %2816, ptr %2817, align 4, !tbaa !9
+  %row_sum275.sroa.0.48.vec.extract826.i = extractelement <16 x float> %2062, i64 12
+  %2818 = fcmp oeq float %row_sum275.sroa.0.48.vec.extract826.i, 0.000000e+00
+  br i1 %2818, label %if_end230.12.i, label %if_else229.12.i
+
+if_else229.12.i:                                  ; preds = %if_end230.11.i
+  %2819 = fmul float %row_sum275.sroa.0.48.vec.extract826.i, %2712
+  %2820 = tail call float @llvm.log.f32(float %2819)
+  %row_max276.sroa.0.48.vec.extract794.i = extractelement <16 x float> %m.i, i64 12
+  %2821 = fadd float %row_max276.sroa.0.48.vec.extract794.i, %2820
+  br label %if_end230.12.i
+
+if_end230.12.i:                                   ; preds = %if_else229.12.i, %if_end230.11.i
+  %2822 = phi float [ %2821, %if_else229.12.i ], [ 0xFFF0000000000000, %if_end230.11.i ]
+  %2823 = getelementptr i8, ptr %2709, i64 48
+  store float %2822, ptr %2823, align 4, !tbaa !9
+  %row_sum275.sroa.0.52.vec.extract828.i = extractelement <16 x float> %2062, i64 13
+  %2824 = fcmp oeq float %row_sum275.sroa.0.52.vec.extract828.i, 0.000000e+00
+  br i1 %2824, label %if_end230.13.i, label %if_else229.13.i
+
+if_else229.13.i:                                  ; preds = %if_end230.12.i
+  %2825 = fmul float %row_sum275.sroa.0.52.vec.extract828.i, %2712
+  %2826 = tail call float @llvm.log.f32(float %2825)
+  %row_max276.sroa.0.52.vec.extract796.i = extractelement <16 x float> %m.i, i64 13
+  %2827 = fadd float %row_max276.sroa.0.52.vec.extract796.i, %2826
+  br label %if_end230.13.i
+
+if_end230.13.i:                                   ; preds = %if_else229.13.i, %if_end230.12.i
+  %2828 = phi float [ %2827, %if_else229.13.i ], [ 0xFFF0000000000000, %if_end230.12.i ]
+  %2829 = getelementptr i8, ptr %2709, i64 52
+  store float %2828, ptr %2829, align 4, !tbaa !9
+  %row_sum275.sroa.0.56.vec.extract830.i = extractelement <16 x float> %2062, i64 14
+  %2830 = fcmp oeq float %row_sum275.sroa.0.56.vec.extract830.i, 0.000000e+00
+  br i1 %2830, label %if_end230.14.i, label %if_else229.14.i
+
+if_else229.14.i:                                  ; preds = %if_end230.13.i
+  %2831 = fmul float %row_sum275.sroa.0.56.vec.extract830.i, %2712
+  %2832 = tail call float @llvm.log.f32(float %2831)
+  %row_max276.sroa.0.56.vec.extract798.i = extractelement <16 x float> %m.i, i64 14
+  %2833 = fadd float %row_max276.sroa.0.56.vec.extract798.i, %2832
+  br label %if_end230.14.i
+
+if_end230.14.i:                                   ; preds = %if_else229.14.i, %if_end230.13.i
+  %2834 = phi float [ %2833, %if_else229.14.i ], [ 0xFFF0000000000000, %if_end230.13.i ]
+  %2835 = getelementptr i8, ptr %2709, i64 56
+  store float %2834, ptr %2835, align 4, !tbaa !9
+  %row_sum275.sroa.0.60.vec.extract832.i = extractelement <16 x float> %2062, i64 15
+  %2836 = fcmp oeq float %row_sum275.sroa.0.60.vec.extract832.i, 0.000000e+00
+  br i1 %2836, label %if_end230.15.i, label %if_else229.15.i
+
+if_else229.15.i:                                  ; preds = %if_end230.14.i
+  %2837 = fmul float %row_sum275.sroa.0.60.vec.extract832.i, %2712
+  %2838 = tail call float @llvm.log.f32(float %2837)
+  %row_max276.sroa.0.60.vec.extract800.i = extractelement <16 x float> %m.i, i64 15
+  %2839 = fadd float %row_max276.sroa.0.60.vec.extract800.i, %2838
+  br label %if_end230.15.i
+
+if_end230.15.i:                                   ; preds = %if_else229.15.i, %if_end230.14.i
+  %2840 = phi float [ %2839, %if_else229.15.i ], [ 0xFFF0000000000000, %if_end230.14.i ]
+  %2841 = getelementptr i8, ptr %2709, i64 60
+  store float %2840, ptr %2841, align 4, !tbaa !9
+  br label %if_end216.i
+
+if_end247.i:                                      ; preds = %if_end216.i
   %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2843, 0
-  br i1 %.not.i, label %if_end249.i, label %fused_decode_compute_.exit, !prof !26
-
-for_begin_r.preheader.i:                          ; preds = %for_end_d_0203.i
-  %2844 = mul nsw i64 %197, %lse_batch
-  %2845 = getelementptr float, ptr %lse, i64 %2844
-  %2846 = shl nuw nsw i32 %354, 23
-  %2847 = add nuw i32 %2846, 16777216
-  %2848 = bitcast i32 %2847 to float
-  %row_sum271.sroa.0.0.vec.extract734.i = extractelement <16 x float> %2128, i64 0
-  %2849 = fcmp oeq float %row_sum271.sroa.0.0.vec.extract734.i, 0.000000e+00
-  br i1 %2849, label %if_end237.i, label %if_else236.i
-
-for_begin_d_0201.preheader.i:                     ; preds = %for_end_d_0203.i, %if_then199.i
-  %indvars.iv684.i = phi i64 [ 0, %if_then199.i ], [ %indvars.iv.next685.i, %for_end_d_0203.i ]
-  %2850 = shl nuw nsw i64 %indvars.iv684.i, 2
-  %2851 = getelementptr inbounds nuw float, ptr %factor258.i, i64 %2850
-  %2852 = load float, ptr %2851, align 16, !tbaa !34
-  %2853 = insertelement <16 x float> poison, float %2852, i64 0
-  %2854 = shufflevector <16 x float> %2853, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx275.i = mul i64 %111, %indvars.iv684.i
-  %gep495.i = getelementptr i8, ptr %invariant.gep494.i, i64 %.idx275.i
-  %2855 = getelementptr inbounds nuw i8, ptr %2851, i64 4
-  %2856 = load float, ptr %2855, align 4, !tbaa !34
-  %2857 = insertelement <16 x float> poison, float %2856, i64 0
-  %2858 = shufflevector <16 x float> %2857, <16 x float> poison, <16 x i32> zeroinitializer
-  %2859 = or disjoint i64 %2850, 1
-  %2860 = mul nsw i64 %2859, %out_head
-  %2861 = getelementptr inbounds nuw i8, ptr %2851, i64 8
-  %2862 = load float, ptr %2861, align 8, !tbaa !34
-  %2863 = insertelement <16 x float> poison, float %2862, i64 0
-  %2864 = shufflevector <16 x float> %2863, <16 x float> poison, <16 x i32> zeroinitializer
-  %2865 = or disjoint i64 %2850, 2
-  %2866 = mul nsw i64 %2865, %out_head
-  %2867 = getelementptr inbounds nuw i8, ptr %2851, i64 12
-  %2868 = load float, ptr %2867, align 4, !tbaa !34
-  %2869 = insertelement <16 x float> poison, float %2868, i64 0
-  %2870 = shufflevector <16 x float> %2869, <16 x float> poison, <16 x i32> zeroinitializer
-  %2871 = or disjoint i64 %2850, 3
-  %2872 = mul nsw i64 %2871, %out_head
-  %invariant.gep142 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2850
-  br label %for_begin_ax1_0206.preheader.i
-
-for_begin_ax1_0206.preheader.i:                   ; preds = %for_begin_ax1_0206.preheader.i, %for_begin_d_0201.preheader.i
-  %indvars.iv679.i = phi i64 [ 0, %for_begin_d_0201.preheader.i ], [ %indvars.iv.next680.i, %for_begin_ax1_0206.preheader.i ]
-  %.idx76 = shl nuw nsw i64 %indvars.iv679.i, 10
-  %gep143 = getelementptr inbounds nuw i8, ptr %invariant.gep142, i64 %.idx76
-  %v212.i = load <4 x float>, ptr %gep143, align 4, !tbaa !9
-  %2873 = getelementptr inbounds nuw i8, ptr %gep143, i64 64
-  %v214.i = load <4 x float>, ptr %2873, align 4, !tbaa !9
-  %2874 = getelementptr inbounds nuw i8, ptr %gep143, i64 128
-  %v216.i = load <4 x float>, ptr %2874, align 4, !tbaa !9
-  %2875 = getelementptr inbounds nuw i8, ptr %gep143, i64 192
-  %v218.i = load <4 x float>, ptr %2875, align 4, !tbaa !9
-  %2876 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2877 = shufflevector <4 x float> %v214.i, <4 x float> %v218.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2878 = shufflevector <4 x float> %v212.i, <4 x float> %v216.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2879 = shufflevector <4 x float> %v214.i, <4 x float> %v218.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2880 = shufflevector <4 x float> %2876, <4 x float> %2877, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2881 = shufflevector <4 x float> %2876, <4 x float> %2877, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2882 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2883 = shufflevector <4 x float> %2878, <4 x float> %2879, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2884 = getelementptr inbounds nuw i8, ptr %gep143, i64 256
-  %v212.1.i = load <4 x float>, ptr %2884, align 4, !tbaa !9
-  %2885 = getelementptr inbounds nuw i8, ptr %gep143, i64 320
-  %v214.1.i = load <4 x float>, ptr %2885, align 4, !tbaa !9
-  %2886 = getelementptr inbounds nuw i8, ptr %gep143, i64 384
-  %v216.1.i = load <4 x float>, ptr %2886, align 4, !tbaa !9
-  %2887 = getelementptr inbounds nuw i8, ptr %gep143, i64 448
-  %v218.1.i = load <4 x float>, ptr %2887, align 4, !tbaa !9
-  %2888 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2889 = shufflevector <4 x float> %v214.1.i, <4 x float> %v218.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2890 = shufflevector <4 x float> %v212.1.i, <4 x float> %v216.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2891 = shufflevector <4 x float> %v214.1.i, <4 x float> %v218.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2892 = shufflevector <4 x float> %2888, <4 x float> %2889, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2893 = shufflevector <4 x float> %2888, <4 x float> %2889, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2894 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2895 = shufflevector <4 x float> %2890, <4 x float> %2891, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2896 = getelementptr inbounds nuw i8, ptr %gep143, i64 512
-  %v212.2.i = load <4 x float>, ptr %2896, align 4, !tbaa !9
-  %2897 = getelementptr inbounds nuw i8, ptr %gep143, i64 576
-  %v214.2.i = load <4 x float>, ptr %2897, align 4, !tbaa !9
-  %2898 = getelementptr inbounds nuw i8, ptr %gep143, i64 640
-  %v216.2.i = load <4 x float>, ptr %2898, align 4, !tbaa !9
-  %2899 = getelementptr inbounds nuw i8, ptr %gep143, i64 704
-  %v218.2.i = load <4 x float>, ptr %2899, align 4, !tbaa !9
-  %2900 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2901 = shufflevector <4 x float> %v214.2.i, <4 x float> %v218.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2902 = shufflevector <4 x float> %v212.2.i, <4 x float> %v216.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2903 = shufflevector <4 x float> %v214.2.i, <4 x float> %v218.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2904 = shufflevector <4 x float> %2900, <4 x float> %2901, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2905 = shufflevector <4 x float> %2900, <4 x float> %2901, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2906 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2907 = shufflevector <4 x float> %2902, <4 x float> %2903, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2908 = getelementptr inbounds nuw i8, ptr %gep143, i64 768
-  %v212.3.i = load <4 x float>, ptr %2908, align 4, !tbaa !9
-  %2909 = getelementptr inbounds nuw i8, ptr %gep143, i64 832
-  %v214.3.i = load <4 x float>, ptr %2909, align 4, !tbaa !9
-  %2910 = getelementptr inbounds nuw i8, ptr %gep143, i64 896
-  %v216.3.i = load <4 x float>, ptr %2910, align 4, !tbaa !9
-  %2911 = getelementptr inbounds nuw i8, ptr %gep143, i64 960
-  %v218.3.i = load <4 x float>, ptr %2911, align 4, !tbaa !9
-  %2912 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2913 = shufflevector <4 x float> %v214.3.i, <4 x float> %v218.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2914 = shufflevector <4 x float> %v212.3.i, <4 x float> %v216.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2915 = shufflevector <4 x float> %v214.3.i, <4 x float> %v218.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2916 = shufflevector <4 x float> %2912, <4 x float> %2913, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2917 = shufflevector <4 x float> %2880, <4 x float> %2892, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2918 = shufflevector <4 x float> %2904, <4 x float> %2916, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2919 = shufflevector <8 x float> %2917, <8 x float> %2918, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2920 = shufflevector <4 x float> %2912, <4 x float> %2913, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2921 = shufflevector <4 x float> %2881, <4 x float> %2893, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2922 = shufflevector <4 x float> %2905, <4 x float> %2920, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2923 = shufflevector <8 x float> %2921, <8 x float> %2922, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2924 = shufflevector <4 x float> %2914, <4 x float> %2915, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2925 = shufflevector <4 x float> %2882, <4 x float> %2894, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2926 = shufflevector <4 x float> %2906, <4 x float> %2924, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2927 = shufflevector <8 x float> %2925, <8 x float> %2926, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2928 = shufflevector <4 x float> %2914, <4 x float> %2915, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2929 = shufflevector <4 x float> %2883, <4 x float> %2895, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2930 = shufflevector <4 x float> %2907, <4 x float> %2928, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2931 = shufflevector <8 x float> %2929, <8 x float> %2930, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2932 = fmul <16 x float> %2854, %2919
-  %2933 = shl nuw nsw i64 %indvars.iv679.i, 4
-  %gep492.i = getelementptr float, ptr %gep495.i, i64 %2933
-  store <16 x float> %2932, ptr %gep492.i, align 4, !tbaa !9
-  %2934 = fmul <16 x float> %2858, %2923
-  %2935 = getelementptr float, ptr %invariant.gep494.i, i64 %2933
-  %2936 = getelementptr float, ptr %2935, i64 %2860
-  store <16 x float> %2934, ptr %2936, align 4, !tbaa !9
-  %2937 = fmul <16 x float> %2864, %2927
-  %2938 = getelementptr float, ptr %2935, i64 %2866
-  store <16 x float> %2937, ptr %2938, align 4, !tbaa !9
-  %2939 = fmul <16 x float> %2870, %2931
-  %2940 = getelementptr float, ptr %2935, i64 %2872
-  store <16 x float> %2939, ptr %2940, align 4, !tbaa !9
-  %indvars.iv.next680.i = add nuw nsw i64 %indvars.iv679.i, 1
-  %exitcond683.not.i = icmp eq i64 %indvars.iv.next680.i, 8
-  br i1 %exitcond683.not.i, label %for_end_d_0203.i, label %for_begin_ax1_0206.preheader.i, !prof !11
-
-for_end_d_0203.i:                                 ; preds = %for_begin_ax1_0206.preheader.i
-  %indvars.iv.next685.i = add nuw nsw i64 %indvars.iv684.i, 1
-  %exitcond687.not.i = icmp eq i64 %indvars.iv.next685.i, 4
-  br i1 %exitcond687.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0201.preheader.i, !prof !11
-
-if_else236.i:                                     ; preds = %for_begin_r.preheader.i
-  %2941 = fmul float %row_sum271.sroa.0.0.vec.extract734.i, %2848
-  %2942 = tail call float @llvm.log.f32(float %2941)
-  %row_max272.sroa.0.0.vec.extract701.i = extractelement <16 x float> %m.i, i64 0
-  %2943 = fadd float %row_max272.sroa.0.0.vec.extract701.i, %2942
-  br label %if_end237.i
-
-if_end237.i:                                      ; preds = %if_else236.i, %for_begin_r.preheader.i
-  %2944 = phi float [ %2943, %if_else236.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2944, ptr %2845, align 4, !tbaa !9
-  %row_sum271.sroa.0.4.vec.extract736.i = extractelement <16 x float> %2128, i64 1
-  %2945 = fcmp oeq float %row_sum271.sroa.0.4.vec.extract736.i, 0.000000e+00
-  br i1 %2945, label %if_end237.1.i, label %if_else236.1.i
-
-if_else236.1.i:                                   ; preds = %if_end237.i
-  %2946 = fmul float %row_sum271.sroa.0.4.vec.extract736.i, %2848
-  %2947 = tail call float @llvm.log.f32(float %2946)
-  %row_max272.sroa.0.4.vec.extract703.i = extractelement <16 x float> %m.i, i64 1
-  %2948 = fadd float %row_max272.sroa.0.4.vec.extract703.i, %2947
-  br label %if_end237.1.i
-
-if_end237.1.i:                                    ; preds = %if_else236.1.i, %if_end237.i
-  %2949 = phi float [ %2948, %if_else236.1.i ], [ 0xFFF0000000000000, %if_end237.i ]
-  %2950 = getelementptr i8, ptr %2845, i64 4
-  store float %2949, ptr %2950, align 4, !tbaa !9
-  %row_sum271.sroa.0.8.vec.extract738.i = extractelement <16 x float> %2128, i64 2
-  %2951 = fcmp oeq float %row_sum271.sroa.0.8.vec.extract738.i, 0.000000e+00
-  br i1 %2951, label %if_end237.2.i, label %if_else236.2.i
-
-if_else236.2.i:                                   ; preds = %if_end237.1.i
-  %2952 = fmul float %row_sum271.sroa.0.8.vec.extract738.i, %2848
-  %2953 = tail call float @llvm.log.f32(float %2952)
-  %row_max272.sroa.0.8.vec.extract705.i = extractelement <16 x float> %m.i, i64 2
-  %2954 = fadd float %row_max272.sroa.0.8.vec.extract705.i, %2953
-  br label %if_end237.2.i
-
-if_end237.2.i:                                    ; preds = %if_else236.2.i, %if_end237.1.i
-  %2955 = phi float [ %2954, %if_else236.2.i ], [ 0xFFF0000000000000, %if_end237.1.i ]
-  %2956 = getelementptr i8, ptr %2845, i64 8
-  store float %2955, ptr %2956, align 4, !tbaa !9
-  %row_sum271.sroa.0.12.vec.extract740.i = extractelement <16 x float> %2128, i64 3
-  %2957 = fcmp oeq float %row_sum271.sroa.0.12.vec.extract740.i, 0.000000e+00
-  br i1 %2957, label %if_end237.3.i, label %if_else236.3.i
-
-if_else236.3.i:                                   ; preds = %if_end237.2.i
-  %2958 = fmul float %row_sum271.sroa.0.12.vec.extract740.i, %2848
-  %2959 = tail call float @llvm.log.f32(float %2958)
-  %row_max272.sroa.0.12.vec.extract707.i = extractelement <16 x float> %m.i, i64 3
-  %2960 = fadd float %row_max272.sroa.0.12.vec.extract707.i, %2959
-  br label %if_end237.3.i
-
-if_end237.3.i:                                    ; preds = %if_else236.3.i, %if_end237.2.i
-  %2961 = phi float [ %2960, %if_else236.3.i ], [ 0xFFF0000000000000, %if_end237.2.i ]
-  %2962 = getelementptr i8, ptr %2845, i64 12
-  store float %2961, ptr %2962, align 4, !tbaa !9
-  %row_sum271.sroa.0.16.vec.extract742.i = extractelement <16 x float> %2128, i64 4
-  %2963 = fcmp oeq float %row_sum271.sroa.0.16.vec.extract742.i, 0.000000e+00
-  br i1 %2963, label %if_end237.4.i, label %if_else236.4.i
-
-if_else236.4.i:                                   ; preds = %if_end237.3.i
-  %2964 = fmul float %row_sum271.sroa.0.16.vec.extract742.i, %2848
-  %2965 = tail call float @llvm.log.f32(float %2964)
-  %row_max272.sroa.0.16.vec.extract709.i = extractelement <16 x float> %m.i, i64 4
-  %2966 = fadd float %row_max272.sroa.0.16.vec.extract709.i, %2965
-  br label %if_end237.4.i
-
-if_end237.4.i:                                    ; preds = %if_else236.4.i, %if_end237.3.i
-  %2967 = phi float [ %2966, %if_else236.4.i ], [ 0xFFF0000000000000, %if_end237.3.i ]
-  %2968 = getelementptr i8, ptr %2845, i64 16
-  store float %2967, ptr %2968, align 4, !tbaa !9
-  %row_sum271.sroa.0.20.vec.extract744.i = extractelement <16 x float> %2128, i64 5
-  %2969 = fcmp oeq float %row_sum271.sroa.0.20.vec.extract744.i, 0.000000e+00
-  br i1 %2969, label %if_end237.5.i, label %if_else236.5.i
-
-if_else236.5.i:                                   ; preds = %if_end237.4.i
-  %2970 = fmul float %row_sum271.sroa.0.20.vec.extract744.i, %2848
-  %2971 = tail call float @llvm.log.f32(float %2970)
-  %row_max272.sroa.0.20.vec.extract711.i = extractelement <16 x float> %m.i, i64 5
-  %2972 = fadd float %row_max272.sroa.0.20.vec.extract711.i, %2971
-  br label %if_end237.5.i
-
-if_end237.5.i:                                    ; preds = %if_else236.5.i, %if_end237.4.i
-  %2973 = phi float [ %2972, %if_else236.5.i ], [ 0xFFF0000000000000, %if_end237.4.i ]
-  %2974 = getelementptr i8, ptr %2845, i64 20
-  store float %2973, ptr %2974, align 4, !tbaa !9
-  %row_sum271.sroa.0.24.vec.extract746.i = extractelement <16 x float> %2128, i64 6
-  %2975 = fcmp oeq float %row_sum271.sroa.0.24.vec.extract746.i, 0.000000e+00
-  br i1 %2975, label %if_end237.6.i, label %if_else236.6.i
-
-if_else236.6.i:                                   ; preds = %if_end237.5.i
-  %2976 = fmul float %row_sum271.sroa.0.24.vec.extract746.i, %2848
-  %2977 = tail call float @llvm.log.f32(float %2976)
-  %row_max272.sroa.0.24.vec.extract713.i = extractelement <16 x float> %m.i, i64 6
-  %2978 = fadd float %row_max272.sroa.0.24.vec.extract713.i, %2977
-  br label %if_end237.6.i
-
-if_end237.6.i:                                    ; preds = %if_else236.6.i, %if_end237.5.i
-  %2979 = phi float [ %2978, %if_else236.6.i ], [ 0xFFF0000000000000, %if_end237.5.i ]
-  %2980 = getelementptr i8, ptr %2845, i64 24
-  store float %2979, ptr %2980, align 4, !tbaa !9
-  %row_sum271.sroa.0.28.vec.extract748.i = extractelement <16 x float> %2128, i64 7
-  %2981 = fcmp oeq float %row_sum271.sroa.0.28.vec.extract748.i, 0.000000e+00
-  br i1 %2981, label %if_end237.7.i, label %if_else236.7.i
-
-if_else236.7.i:                                   ; preds = %if_end237.6.i
-  %2982 = fmul float %row_sum271.sroa.0.28.vec.extract748.i, %2848
-  %2983 = tail call float @llvm.log.f32(float %2982)
-  %row_max272.sroa.0.28.vec.extract715.i = extractelement <16 x float> %m.i, i64 7
-  %2984 = fadd float %row_max272.sroa.0.28.vec.extract715.i, %2983
-  br label %if_end237.7.i
-
-if_end237.7.i:                                    ; preds = %if_else236.7.i, %if_end237.6.i
-  %2985 = phi float [ %2984, %if_else236.7.i ], [ 0xFFF0000000000000, %if_end237.6.i ]
-  %2986 = getelementptr i8, ptr %2845, i64 28
-  store float %2985, ptr %2986, align 4, !tbaa !9
-  %row_sum271.sroa.0.32.vec.extract750.i = extractelement <16 x float> %2128, i64 8
-  %2987 = fcmp oeq float %row_sum271.sroa.0.32.vec.extract750.i, 0.000000e+00
-  br i1 %2987, label %if_end237.8.i, label %if_else236.8.i
-
-if_else236.8.i:                                   ; preds = %if_end237.7.i
-  %2988 = fmul float %row_sum271.sroa.0.32.vec.extract750.i, %2848
-  %2989 = tail call float @llvm.log.f32(float %2988)
-  %row_max272.sroa.0.32.vec.extract717.i = extractelement <16 x float> %m.i, i64 8
-  %2990 = fadd float %row_max272.sroa.0.32.vec.extract717.i, %2989
-  br label %if_end237.8.i
-
-if_end237.8.i:                                    ; preds = %if_else236.8.i, %if_end237.7.i
-  %2991 = phi float [ %2990, %if_else236.8.i ], [ 0xFFF0000000000000, %if_end237.7.i ]
-  %2992 = getelementptr i8, ptr %2845, i64 32
-  store float %2991, ptr %2992, align 4, !tbaa !9
-  %row_sum271.sroa.0.36.vec.extract752.i = extractelement <16 x float> %2128, i64 9
-  %2993 = fcmp oeq float %row_sum271.sroa.0.36.vec.extract752.i, 0.000000e+00
-  br i1 %2993, label %if_end237.9.i, label %if_else236.9.i
-
-if_else236.9.i:                                   ; preds = %if_end237.8.i
-  %2994 = fmul float %row_sum271.sroa.0.36.vec.extract752.i, %2848
-  %2995 = tail call float @llvm.log.f32(float %2994)
-  %row_max272.sroa.0.36.vec.extract719.i = extractelement <16 x float> %m.i, i64 9
-  %2996 = fadd float %row_max272.sroa.0.36.vec.extract719.i, %2995
-  br label %if_end237.9.i
-
-if_end237.9.i:                                    ; preds = %if_else236.9.i, %if_end237.8.i
-  %2997 = phi float [ %2996, %if_else236.9.i ], [ 0xFFF0000000000000, %if_end237.8.i ]
-  %2998 = getelementptr i8, ptr %2845, i64 36
-  store float %2997, ptr %2998, align 4, !tbaa !9
-  %row_sum271.sroa.0.40.vec.extract754.i = extractelement <16 x float> %2128, i64 10
-  %2999 = fcmp oeq float %row_sum271.sroa.0.40.vec.extract754.i, 0.000000e+00
-  br i1 %2999, label %if_end237.10.i, label %if_else236.10.i
-
-if_else236.10.i:                                  ; preds = %if_end237.9.i
-  %3000 = fmul float %row_sum271.sroa.0.40.vec.extract754.i, %2848
-  %3001 = tail call float @llvm.log.f32(float %3000)
-  %row_max272.sroa.0.40.vec.extract721.i = extractelement <16 x float> %m.i, i64 10
-  %3002 = fadd float %row_max272.sroa.0.40.vec.extract721.i, %3001
-  br label %if_end237.10.i
-
-if_end237.10.i:                                   ; preds = %if_else236.10.i, %if_end237.9.i
-  %3003 = phi float [ %3002, %if_else236.10.i ], [ 0xFFF0000000000000, %if_end237.9.i ]
-  %3004 = getelementptr i8, ptr %2845, i64 40
-  store float %3003, ptr %3004, align 4, !tbaa !9
-  %row_sum271.sroa.0.44.vec.extract756.i = extractelement <16 x float> %2128, i64 11
-  %3005 = fcmp oeq float %row_sum271.sroa.0.44.vec.extract756.i, 0.000000e+00
-  br i1 %3005, label %if_end237.11.i, label %if_else236.11.i
-
-if_else236.11.i:                                  ; preds = %if_end237.10.i
-  %3006 = fmul float %row_sum271.sroa.0.44.vec.extract756.i, %2848
-  %3007 = tail call float @llvm.log.f32(float %3006)
-  %row_max272.sroa.0.44.vec.extract723.i = extractelement <16 x float> %m.i, i64 11
-  %3008 = fadd float %row_max272.sroa.0.44.vec.extract723.i, %3007
-  br label %if_end237.11.i
-
-if_end237.11.i:                                   ; preds = %if_else236.11.i, %if_end237.10.i
-  %3009 = phi float [ %3008, %if_else236.11.i ], [ 0xFFF0000000000000, %if_end237.10.i ]
-  %3010 = getelementptr i8, ptr %2845, i64 44
-  store float %3009, ptr %3010, align 4, !tbaa !9
-  %row_sum271.sroa.0.48.vec.extract758.i = extractelement <16 x float> %2128, i64 12
-  %3011 = fcmp oeq float %row_sum271.sroa.0.48.vec.extract758.i, 0.000000e+00
-  br i1 %3011, label %if_end237.12.i, label %if_else236.12.i
-
-if_else236.12.i:                                  ; preds = %if_end237.11.i
-  %3012 = fmul float %row_sum271.sroa.0.48.vec.extract758.i, %2848
-  %3013 = tail call float @llvm.log.f32(float %3012)
-  %row_max272.sroa.0.48.vec.extract725.i = extractelement <16 x float> %m.i, i64 12
-  %3014 = fadd float %row_max272.sroa.0.48.vec.extract725.i, %3013
-  br label %if_end237.12.i
-
-if_end237.12.i:                                   ; preds = %if_else236.12.i, %if_end237.11.i
-  %3015 = phi float [ %3014, %if_else236.12.i ], [ 0xFFF0000000000000, %if_end237.11.i ]
-  %3016 = getelementptr i8, ptr %2845, i64 48
-  store float %3015, ptr %3016, align 4, !tbaa !9
-  %row_sum271.sroa.0.52.vec.extract760.i = extractelement <16 x float> %2128, i64 13
-  %3017 = fcmp oeq float %row_sum271.sroa.0.52.vec.extract760.i, 0.000000e+00
-  br i1 %3017, label %if_end237.13.i, label %if_else236.13.i
-
-if_else236.13.i:                                  ; preds = %if_end237.12.i
-  %3018 = fmul float %row_sum271.sroa.0.52.vec.extract760.i, %2848
-  %3019 = tail call float @llvm.log.f32(float %3018)
-  %row_max272.sroa.0.52.vec.extract727.i = extractelement <16 x float> %m.i, i64 13
-  %3020 = fadd float %row_max272.sroa.0.52.vec.extract727.i, %3019
-  br label %if_end237.13.i
-
-if_end237.13.i:                                   ; preds = %if_else236.13.i, %if_end237.12.i
-  %3021 = phi float [ %3020, %if_else236.13.i ], [ 0xFFF0000000000000, %if_end237.12.i ]
-  %3022 = getelementptr i8, ptr %2845, i64 52
-  store float %3021, ptr %3022, align 4, !tbaa !9
-  %row_sum271.sroa.0.56.vec.extract762.i = extractelement <16 x float> %2128, i64 14
-  %3023 = fcmp oeq float %row_sum271.sroa.0.56.vec.extract762.i, 0.000000e+00
-  br i1 %3023, label %if_end237.14.i, label %if_else236.14.i
-
-if_else236.14.i:                                  ; preds = %if_end237.13.i
-  %3024 = fmul float %row_sum271.sroa.0.56.vec.extract762.i, %2848
-  %3025 = tail call float @llvm.log.f32(float %3024)
-  %row_max272.sroa.0.56.vec.extract729.i = extractelement <16 x float> %m.i, i64 14
-  %3026 = fadd float %row_max272.sroa.0.56.vec.extract729.i, %3025
-  br label %if_end237.14.i
-
-if_end237.14.i:                                   ; preds = %if_else236.14.i, %if_end237.13.i
-  %3027 = phi float [ %3026, %if_else236.14.i ], [ 0xFFF0000000000000, %if_end237.13.i ]
-  %3028 = getelementptr i8, ptr %2845, i64 56
-  store float %3027, ptr %3028, align 4, !tbaa !9
-  %row_sum271.sroa.0.60.vec.extract764.i = extractelement <16 x float> %2128, i64 15
-  %3029 = fcmp oeq float %row_sum271.sroa.0.60.vec.extract764.i, 0.000000e+00
-  br i1 %3029, label %if_end237.15.i, label %if_else236.15.i
-
-if_else236.15.i:                                  ; preds = %if_end237.14.i
-  %3030 = fmul float %row_sum271.sroa.0.60.vec.extract764.i, %2848
-  %3031 = tail call float @llvm.log.f32(float %3030)
-  %row_max272.sroa.0.60.vec.extract731.i = extractelement <16 x float> %m.i, i64 15
-  %3032 = fadd float %row_max272.sroa.0.60.vec.extract731.i, %3031
-  br label %if_end237.15.i
-
-if_end237.15.i:                                   ; preds = %if_else236.15.i, %if_end237.14.i
-  %3033 = phi float [ %3032, %if_else236.15.i ], [ 0xFFF0000000000000, %if_end237.14.i ]
-  %3034 = getelementptr i8, ptr %2845, i64 60
-  store float %3033, ptr %3034, align 4, !tbaa !9
-  br label %if_end200.i
-
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r238.preheader.i
-  %indvars.iv666.i = phi i64 [ %indvars.iv.next667.i.7, %for_body_d.i ], [ 0, %for_begin_r238.preheader.i ]
-  %.idx786.i = shl nuw nsw i64 %indvars.iv666.i, 6
-  %3035 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i
-  %3036 = load float, ptr %3035, align 4, !tbaa !9
-  %3037 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv666.i
-  store float %3036, ptr %3037, align 4, !tbaa !9
-  %indvars.iv.next667.i = or disjoint i64 %indvars.iv666.i, 1
-  %.idx786.i.1 = shl nuw nsw i64 %indvars.iv.next667.i, 6
-  %3038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.1
-  %3039 = load float, ptr %3038, align 4, !tbaa !9
-  %3040 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i
-  store float %3039, ptr %3040, align 4, !tbaa !9
-  %indvars.iv.next667.i.1 = or disjoint i64 %indvars.iv666.i, 2
-  %.idx786.i.2 = shl nuw nsw i64 %indvars.iv.next667.i.1, 6
-  %3041 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.2
-  %3042 = load float, ptr %3041, align 4, !tbaa !9
-  %3043 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.1
-  store float %3042, ptr %3043, align 4, !tbaa !9
-  %indvars.iv.next667.i.2 = or disjoint i64 %indvars.iv666.i, 3
-  %.idx786.i.3 = shl nuw nsw i64 %indvars.iv.next667.i.2, 6
-  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.3
-  %3045 = load float, ptr %3044, align 4, !tbaa !9
-  %3046 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.2
-  store float %3045, ptr %3046, align 4, !tbaa !9
-  %indvars.iv.next667.i.3 = or disjoint i64 %indvars.iv666.i, 4
-  %.idx786.i.4 = shl nuw nsw i64 %indvars.iv.next667.i.3, 6
-  %3047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.4
-  %3048 = load float, ptr %3047, align 4, !tbaa !9
-  %3049 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.3
-  store float %3048, ptr %3049, align 4, !tbaa !9
-  %indvars.iv.next667.i.4 = or disjoint i64 %indvars.iv666.i, 5
-  %.idx786.i.5 = shl nuw nsw i64 %indvars.iv.next667.i.4, 6
-  %3050 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.5
-  %3051 = load float, ptr %3050, align 4, !tbaa !9
-  %3052 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.4
-  store float %3051, ptr %3052, align 4, !tbaa !9
-  %indvars.iv.next667.i.5 = or disjoint i64 %indvars.iv666.i, 6
-  %.idx786.i.6 = shl nuw nsw i64 %indvars.iv.next667.i.5, 6
-  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.6
-  %3054 = load float, ptr %3053, align 4, !tbaa !9
-  %3055 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.5
-  store float %3054, ptr %3055, align 4, !tbaa !9
-  %indvars.iv.next667.i.6 = or disjoint i64 %indvars.iv666.i, 7
-  %.idx786.i.7 = shl nuw nsw i64 %indvars.iv.next667.i.6, 6
-  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx786.i.7
-  %3057 = load float, ptr %3056, align 4, !tbaa !9
-  %3058 = getelementptr inbounds nuw float, ptr %425, i64 %indvars.iv.next667.i.6
-  store float %3057, ptr %3058, align 4, !tbaa !9
-  %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
-  %exitcond669.not.i.7 = icmp eq i64 %indvars.iv.next667.i.7, 128
-  br i1 %exitcond669.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !35, !llvm.loop !36
-
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body644
-  %3059 = getelementptr inbounds nuw i8, ptr %425, i64 512
-  %scevgep615 = getelementptr i8, ptr %acc.i, i64 4
-  %scevgep616 = getelementptr i8, ptr %acc.i, i64 8136
-  %bound0617 = icmp ult ptr %scevgep613, %scevgep616
-  %bound1618 = icmp ult ptr %scevgep615, %scevgep614
-  %found.conflict619 = and i1 %bound0617, %bound1618
-  br i1 %found.conflict619, label %for_body_d.1.i, label %vector.body622, !prof !12
-
-vector.body622:                                   ; preds = %for_end_d.i
-  %3060 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3061 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3062 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3064 = getelementptr inbounds nuw i8, <8 x ptr> %3060, i64 4
-  %3065 = getelementptr inbounds nuw i8, <8 x ptr> %3061, i64 4
-  %3066 = getelementptr inbounds nuw i8, <8 x ptr> %3062, i64 4
-  %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 4
-  %wide.masked.gather628 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather629 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather630 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather631 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %3068 = getelementptr inbounds nuw i8, ptr %425, i64 544
-  %3069 = getelementptr inbounds nuw i8, ptr %425, i64 576
-  %3070 = getelementptr inbounds nuw i8, ptr %425, i64 608
-  store <8 x float> %wide.masked.gather628, ptr %3059, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather629, ptr %3068, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather630, ptr %3069, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather631, ptr %3070, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  %3071 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3072 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3075 = getelementptr inbounds nuw i8, <8 x ptr> %3071, i64 4
-  %3076 = getelementptr inbounds nuw i8, <8 x ptr> %3072, i64 4
-  %3077 = getelementptr inbounds nuw i8, <8 x ptr> %3073, i64 4
-  %3078 = getelementptr inbounds nuw i8, <8 x ptr> %3074, i64 4
-  %wide.masked.gather628.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3075, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather629.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather630.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather631.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %3079 = getelementptr inbounds nuw i8, ptr %425, i64 640
-  %3080 = getelementptr inbounds nuw i8, ptr %425, i64 672
-  %3081 = getelementptr inbounds nuw i8, ptr %425, i64 704
-  %3082 = getelementptr inbounds nuw i8, ptr %425, i64 736
-  store <8 x float> %wide.masked.gather628.1, ptr %3079, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather629.1, ptr %3080, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather630.1, ptr %3081, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather631.1, ptr %3082, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3087 = getelementptr inbounds nuw i8, <8 x ptr> %3083, i64 4
-  %3088 = getelementptr inbounds nuw i8, <8 x ptr> %3084, i64 4
-  %3089 = getelementptr inbounds nuw i8, <8 x ptr> %3085, i64 4
-  %3090 = getelementptr inbounds nuw i8, <8 x ptr> %3086, i64 4
-  %wide.masked.gather628.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather629.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather630.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather631.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %3091 = getelementptr inbounds nuw i8, ptr %425, i64 768
-  %3092 = getelementptr inbounds nuw i8, ptr %425, i64 800
-  %3093 = getelementptr inbounds nuw i8, ptr %425, i64 832
-  %3094 = getelementptr inbounds nuw i8, ptr %425, i64 864
-  store <8 x float> %wide.masked.gather628.2, ptr %3091, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather629.2, ptr %3092, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather630.2, ptr %3093, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather631.2, ptr %3094, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  %3095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3097 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3098 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3099 = getelementptr inbounds nuw i8, <8 x ptr> %3095, i64 4
-  %3100 = getelementptr inbounds nuw i8, <8 x ptr> %3096, i64 4
-  %3101 = getelementptr inbounds nuw i8, <8 x ptr> %3097, i64 4
-  %3102 = getelementptr inbounds nuw i8, <8 x ptr> %3098, i64 4
-  %wide.masked.gather628.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather629.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather630.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %wide.masked.gather631.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !39
-  %3103 = getelementptr inbounds nuw i8, ptr %425, i64 896
-  %3104 = getelementptr inbounds nuw i8, ptr %425, i64 928
-  %3105 = getelementptr inbounds nuw i8, ptr %425, i64 960
-  %3106 = getelementptr inbounds nuw i8, ptr %425, i64 992
-  store <8 x float> %wide.masked.gather628.3, ptr %3103, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather629.3, ptr %3104, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather630.3, ptr %3105, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  store <8 x float> %wide.masked.gather631.3, ptr %3106, align 4, !tbaa !9, !alias.scope !42, !noalias !39
-  br label %for_end_d.1.i
-
-for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv666.1.i = phi i64 [ %indvars.iv.next667.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
-  %.idx787.i = shl nuw nsw i64 %indvars.iv666.1.i, 6
-  %3107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i
-  %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 4
-  %3109 = load float, ptr %3108, align 4, !tbaa !9
-  %3110 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv666.1.i
-  store float %3109, ptr %3110, align 4, !tbaa !9
-  %indvars.iv.next667.1.i = or disjoint i64 %indvars.iv666.1.i, 1
-  %.idx787.i.1 = shl nuw nsw i64 %indvars.iv.next667.1.i, 6
-  %3111 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.1
-  %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 4
-  %3113 = load float, ptr %3112, align 4, !tbaa !9
-  %3114 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i
-  store float %3113, ptr %3114, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.1 = or disjoint i64 %indvars.iv666.1.i, 2
-  %.idx787.i.2 = shl nuw nsw i64 %indvars.iv.next667.1.i.1, 6
-  %3115 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.2
-  %3116 = getelementptr inbounds nuw i8, ptr %3115, i64 4
-  %3117 = load float, ptr %3116, align 4, !tbaa !9
-  %3118 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.1
-  store float %3117, ptr %3118, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.2 = or disjoint i64 %indvars.iv666.1.i, 3
-  %.idx787.i.3 = shl nuw nsw i64 %indvars.iv.next667.1.i.2, 6
-  %3119 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.3
-  %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 4
-  %3121 = load float, ptr %3120, align 4, !tbaa !9
-  %3122 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.2
-  store float %3121, ptr %3122, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.3 = or disjoint i64 %indvars.iv666.1.i, 4
-  %.idx787.i.4 = shl nuw nsw i64 %indvars.iv.next667.1.i.3, 6
-  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.4
-  %3124 = getelementptr inbounds nuw i8, ptr %3123, i64 4
-  %3125 = load float, ptr %3124, align 4, !tbaa !9
-  %3126 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.3
-  store float %3125, ptr %3126, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.4 = or disjoint i64 %indvars.iv666.1.i, 5
-  %.idx787.i.5 = shl nuw nsw i64 %indvars.iv.next667.1.i.4, 6
-  %3127 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.5
-  %3128 = getelementptr inbounds nuw i8, ptr %3127, i64 4
-  %3129 = load float, ptr %3128, align 4, !tbaa !9
-  %3130 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.4
-  store float %3129, ptr %3130, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.5 = or disjoint i64 %indvars.iv666.1.i, 6
-  %.idx787.i.6 = shl nuw nsw i64 %indvars.iv.next667.1.i.5, 6
-  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.6
-  %3132 = getelementptr inbounds nuw i8, ptr %3131, i64 4
-  %3133 = load float, ptr %3132, align 4, !tbaa !9
-  %3134 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.5
-  store float %3133, ptr %3134, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.6 = or disjoint i64 %indvars.iv666.1.i, 7
-  %.idx787.i.7 = shl nuw nsw i64 %indvars.iv.next667.1.i.6, 6
-  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx787.i.7
-  %3136 = getelementptr inbounds nuw i8, ptr %3135, i64 4
-  %3137 = load float, ptr %3136, align 4, !tbaa !9
-  %3138 = getelementptr inbounds nuw float, ptr %3059, i64 %indvars.iv.next667.1.i.6
-  store float %3137, ptr %3138, align 4, !tbaa !9
-  %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
-  %exitcond669.1.not.i.7 = icmp eq i64 %indvars.iv.next667.1.i.7, 128
-  br i1 %exitcond669.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !35, !llvm.loop !44
-
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body622
-  %3139 = getelementptr inbounds nuw i8, ptr %425, i64 1024
-  %scevgep592 = getelementptr i8, ptr %acc.i, i64 8
-  %scevgep593 = getelementptr i8, ptr %acc.i, i64 8140
-  %bound0594 = icmp ult ptr %scevgep590, %scevgep593
-  %bound1595 = icmp ult ptr %scevgep592, %scevgep591
-  %found.conflict596 = and i1 %bound0594, %bound1595
-  br i1 %found.conflict596, label %for_body_d.2.i, label %vector.body599, !prof !12
-
-vector.body599:                                   ; preds = %for_end_d.1.i
-  %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3141 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3142 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3144 = getelementptr inbounds nuw i8, <8 x ptr> %3140, i64 8
-  %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 8
-  %3146 = getelementptr inbounds nuw i8, <8 x ptr> %3142, i64 8
-  %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 8
-  %wide.masked.gather605 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather606 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather607 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather608 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %3148 = getelementptr inbounds nuw i8, ptr %425, i64 1056
-  %3149 = getelementptr inbounds nuw i8, ptr %425, i64 1088
-  %3150 = getelementptr inbounds nuw i8, ptr %425, i64 1120
-  store <8 x float> %wide.masked.gather605, ptr %3139, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather606, ptr %3148, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather607, ptr %3149, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather608, ptr %3150, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  %3151 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3152 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3155 = getelementptr inbounds nuw i8, <8 x ptr> %3151, i64 8
-  %3156 = getelementptr inbounds nuw i8, <8 x ptr> %3152, i64 8
-  %3157 = getelementptr inbounds nuw i8, <8 x ptr> %3153, i64 8
-  %3158 = getelementptr inbounds nuw i8, <8 x ptr> %3154, i64 8
-  %wide.masked.gather605.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather606.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather607.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather608.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %3159 = getelementptr inbounds nuw i8, ptr %425, i64 1152
-  %3160 = getelementptr inbounds nuw i8, ptr %425, i64 1184
-  %3161 = getelementptr inbounds nuw i8, ptr %425, i64 1216
-  %3162 = getelementptr inbounds nuw i8, ptr %425, i64 1248
-  store <8 x float> %wide.masked.gather605.1, ptr %3159, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather606.1, ptr %3160, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather607.1, ptr %3161, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather608.1, ptr %3162, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  %3163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3167 = getelementptr inbounds nuw i8, <8 x ptr> %3163, i64 8
-  %3168 = getelementptr inbounds nuw i8, <8 x ptr> %3164, i64 8
-  %3169 = getelementptr inbounds nuw i8, <8 x ptr> %3165, i64 8
-  %3170 = getelementptr inbounds nuw i8, <8 x ptr> %3166, i64 8
-  %wide.masked.gather605.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather606.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather607.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather608.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %3171 = getelementptr inbounds nuw i8, ptr %425, i64 1280
-  %3172 = getelementptr inbounds nuw i8, ptr %425, i64 1312
-  %3173 = getelementptr inbounds nuw i8, ptr %425, i64 1344
-  %3174 = getelementptr inbounds nuw i8, ptr %425, i64 1376
-  store <8 x float> %wide.masked.gather605.2, ptr %3171, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather606.2, ptr %3172, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather607.2, ptr %3173, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather608.2, ptr %3174, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  %3175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3177 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3178 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3179 = getelementptr inbounds nuw i8, <8 x ptr> %3175, i64 8
-  %3180 = getelementptr inbounds nuw i8, <8 x ptr> %3176, i64 8
-  %3181 = getelementptr inbounds nuw i8, <8 x ptr> %3177, i64 8
-  %3182 = getelementptr inbounds nuw i8, <8 x ptr> %3178, i64 8
-  %wide.masked.gather605.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather606.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather607.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3181, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %wide.masked.gather608.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !45
-  %3183 = getelementptr inbounds nuw i8, ptr %425, i64 1408
-  %3184 = getelementptr inbounds nuw i8, ptr %425, i64 1440
-  %3185 = getelementptr inbounds nuw i8, ptr %425, i64 1472
-  %3186 = getelementptr inbounds nuw i8, ptr %425, i64 1504
-  store <8 x float> %wide.masked.gather605.3, ptr %3183, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather606.3, ptr %3184, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather607.3, ptr %3185, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  store <8 x float> %wide.masked.gather608.3, ptr %3186, align 4, !tbaa !9, !alias.scope !48, !noalias !45
-  br label %for_end_d.2.i
-
-for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv666.2.i = phi i64 [ %indvars.iv.next667.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
-  %.idx788.i = shl nuw nsw i64 %indvars.iv666.2.i, 6
-  %3187 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i
-  %3188 = getelementptr inbounds nuw i8, ptr %3187, i64 8
-  %3189 = load float, ptr %3188, align 4, !tbaa !9
-  %3190 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv666.2.i
-  store float %3189, ptr %3190, align 4, !tbaa !9
-  %indvars.iv.next667.2.i = or disjoint i64 %indvars.iv666.2.i, 1
-  %.idx788.i.1 = shl nuw nsw i64 %indvars.iv.next667.2.i, 6
-  %3191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.1
-  %3192 = getelementptr inbounds nuw i8, ptr %3191, i64 8
-  %3193 = load float, ptr %3192, align 4, !tbaa !9
-  %3194 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i
-  store float %3193, ptr %3194, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.1 = or disjoint i64 %indvars.iv666.2.i, 2
-  %.idx788.i.2 = shl nuw nsw i64 %indvars.iv.next667.2.i.1, 6
-  %3195 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.2
-  %3196 = getelementptr inbounds nuw i8, ptr %3195, i64 8
-  %3197 = load float, ptr %3196, align 4, !tbaa !9
-  %3198 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.1
-  store float %3197, ptr %3198, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.2 = or disjoint i64 %indvars.iv666.2.i, 3
-  %.idx788.i.3 = shl nuw nsw i64 %indvars.iv.next667.2.i.2, 6
-  %3199 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.3
-  %3200 = getelementptr inbounds nuw i8, ptr %3199, i64 8
-  %3201 = load float, ptr %3200, align 4, !tbaa !9
-  %3202 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.2
-  store float %3201, ptr %3202, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.3 = or disjoint i64 %indvars.iv666.2.i, 4
-  %.idx788.i.4 = shl nuw nsw i64 %indvars.iv.next667.2.i.3, 6
-  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.4
-  %3204 = getelementptr inbounds nuw i8, ptr %3203, i64 8
-  %3205 = load float, ptr %3204, align 4, !tbaa !9
-  %3206 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.3
-  store float %3205, ptr %3206, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.4 = or disjoint i64 %indvars.iv666.2.i, 5
-  %.idx788.i.5 = shl nuw nsw i64 %indvars.iv.next667.2.i.4, 6
-  %3207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.5
-  %3208 = getelementptr inbounds nuw i8, ptr %3207, i64 8
-  %3209 = load float, ptr %3208, align 4, !tbaa !9
-  %3210 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.4
-  store float %3209, ptr %3210, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.5 = or disjoint i64 %indvars.iv666.2.i, 6
-  %.idx788.i.6 = shl nuw nsw i64 %indvars.iv.next667.2.i.5, 6
-  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.6
-  %3212 = getelementptr inbounds nuw i8, ptr %3211, i64 8
-  %3213 = load float, ptr %3212, align 4, !tbaa !9
-  %3214 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.5
-  store float %3213, ptr %3214, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.6 = or disjoint i64 %indvars.iv666.2.i, 7
-  %.idx788.i.7 = shl nuw nsw i64 %indvars.iv.next667.2.i.6, 6
-  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx788.i.7
-  %3216 = getelementptr inbounds nuw i8, ptr %3215, i64 8
-  %3217 = load float, ptr %3216, align 4, !tbaa !9
-  %3218 = getelementptr inbounds nuw float, ptr %3139, i64 %indvars.iv.next667.2.i.6
-  store float %3217, ptr %3218, align 4, !tbaa !9
-  %indvars.iv.next667.2.i.7 = add nuw nsw i64 %indvars.iv666.2.i, 8
-  %exitcond669.2.not.i.7 = icmp eq i64 %indvars.iv.next667.2.i.7, 128
-  br i1 %exitcond669.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !35, !llvm.loop !50
-
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body599
-  %3219 = getelementptr inbounds nuw i8, ptr %425, i64 1536
-  %scevgep569 = getelementptr i8, ptr %acc.i, i64 12
-  %scevgep570 = getelementptr i8, ptr %acc.i, i64 8144
-  %bound0571 = icmp ult ptr %scevgep567, %scevgep570
-  %bound1572 = icmp ult ptr %scevgep569, %scevgep568
-  %found.conflict573 = and i1 %bound0571, %bound1572
-  br i1 %found.conflict573, label %for_body_d.3.i, label %vector.body576, !prof !12
-
-vector.body576:                                   ; preds = %for_end_d.2.i
-  %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3221 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3222 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3224 = getelementptr inbounds nuw i8, <8 x ptr> %3220, i64 12
-  %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 12
-  %3226 = getelementptr inbounds nuw i8, <8 x ptr> %3222, i64 12
-  %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 12
-  %wide.masked.gather582 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather583 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather584 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather585 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %3228 = getelementptr inbounds nuw i8, ptr %425, i64 1568
-  %3229 = getelementptr inbounds nuw i8, ptr %425, i64 1600
-  %3230 = getelementptr inbounds nuw i8, ptr %425, i64 1632
-  store <8 x float> %wide.masked.gather582, ptr %3219, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather583, ptr %3228, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather584, ptr %3229, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather585, ptr %3230, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  %3231 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3232 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3235 = getelementptr inbounds nuw i8, <8 x ptr> %3231, i64 12
-  %3236 = getelementptr inbounds nuw i8, <8 x ptr> %3232, i64 12
-  %3237 = getelementptr inbounds nuw i8, <8 x ptr> %3233, i64 12
-  %3238 = getelementptr inbounds nuw i8, <8 x ptr> %3234, i64 12
-  %wide.masked.gather582.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3235, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather583.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather584.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather585.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %3239 = getelementptr inbounds nuw i8, ptr %425, i64 1664
-  %3240 = getelementptr inbounds nuw i8, ptr %425, i64 1696
-  %3241 = getelementptr inbounds nuw i8, ptr %425, i64 1728
-  %3242 = getelementptr inbounds nuw i8, ptr %425, i64 1760
-  store <8 x float> %wide.masked.gather582.1, ptr %3239, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather583.1, ptr %3240, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather584.1, ptr %3241, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather585.1, ptr %3242, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  %3243 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3244 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3247 = getelementptr inbounds nuw i8, <8 x ptr> %3243, i64 12
-  %3248 = getelementptr inbounds nuw i8, <8 x ptr> %3244, i64 12
-  %3249 = getelementptr inbounds nuw i8, <8 x ptr> %3245, i64 12
-  %3250 = getelementptr inbounds nuw i8, <8 x ptr> %3246, i64 12
-  %wide.masked.gather582.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3247, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather583.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather584.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather585.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %3251 = getelementptr inbounds nuw i8, ptr %425, i64 1792
-  %3252 = getelementptr inbounds nuw i8, ptr %425, i64 1824
-  %3253 = getelementptr inbounds nuw i8, ptr %425, i64 1856
-  %3254 = getelementptr inbounds nuw i8, ptr %425, i64 1888
-  store <8 x float> %wide.masked.gather582.2, ptr %3251, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather583.2, ptr %3252, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather584.2, ptr %3253, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather585.2, ptr %3254, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  %3255 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3256 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3257 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3258 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3259 = getelementptr inbounds nuw i8, <8 x ptr> %3255, i64 12
-  %3260 = getelementptr inbounds nuw i8, <8 x ptr> %3256, i64 12
-  %3261 = getelementptr inbounds nuw i8, <8 x ptr> %3257, i64 12
-  %3262 = getelementptr inbounds nuw i8, <8 x ptr> %3258, i64 12
-  %wide.masked.gather582.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3259, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather583.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3260, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather584.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3261, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %wide.masked.gather585.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !51
-  %3263 = getelementptr inbounds nuw i8, ptr %425, i64 1920
-  %3264 = getelementptr inbounds nuw i8, ptr %425, i64 1952
-  %3265 = getelementptr inbounds nuw i8, ptr %425, i64 1984
-  %3266 = getelementptr inbounds nuw i8, ptr %425, i64 2016
-  store <8 x float> %wide.masked.gather582.3, ptr %3263, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather583.3, ptr %3264, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather584.3, ptr %3265, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  store <8 x float> %wide.masked.gather585.3, ptr %3266, align 4, !tbaa !9, !alias.scope !54, !noalias !51
-  br label %for_end_d.3.i
-
-for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv666.3.i = phi i64 [ %indvars.iv.next667.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
-  %.idx789.i = shl nuw nsw i64 %indvars.iv666.3.i, 6
-  %3267 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i
-  %3268 = getelementptr inbounds nuw i8, ptr %3267, i64 12
-  %3269 = load float, ptr %3268, align 4, !tbaa !9
-  %3270 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv666.3.i
-  store float %3269, ptr %3270, align 4, !tbaa !9
-  %indvars.iv.next667.3.i = or disjoint i64 %indvars.iv666.3.i, 1
-  %.idx789.i.1 = shl nuw nsw i64 %indvars.iv.next667.3.i, 6
-  %3271 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.1
-  %3272 = getelementptr inbounds nuw i8, ptr %3271, i64 12
-  %3273 = load float, ptr %3272, align 4, !tbaa !9
-  %3274 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i
-  store float %3273, ptr %3274, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.1 = or disjoint i64 %indvars.iv666.3.i, 2
-  %.idx789.i.2 = shl nuw nsw i64 %indvars.iv.next667.3.i.1, 6
-  %3275 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.2
-  %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 12
-  %3277 = load float, ptr %3276, align 4, !tbaa !9
-  %3278 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.1
-  store float %3277, ptr %3278, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.2 = or disjoint i64 %indvars.iv666.3.i, 3
-  %.idx789.i.3 = shl nuw nsw i64 %indvars.iv.next667.3.i.2, 6
-  %3279 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.3
-  %3280 = getelementptr inbounds nuw i8, ptr %3279, i64 12
-  %3281 = load float, ptr %3280, align 4, !tbaa !9
-  %3282 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.2
-  store float %3281, ptr %3282, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.3 = or disjoint i64 %indvars.iv666.3.i, 4
-  %.idx789.i.4 = shl nuw nsw i64 %indvars.iv.next667.3.i.3, 6
-  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.4
-  %3284 = getelementptr inbounds nuw i8, ptr %3283, i64 12
-  %3285 = load float, ptr %3284, align 4, !tbaa !9
-  %3286 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.3
-  store float %3285, ptr %3286, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.4 = or disjoint i64 %indvars.iv666.3.i, 5
-  %.idx789.i.5 = shl nuw nsw i64 %indvars.iv.next667.3.i.4, 6
-  %3287 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.5
-  %3288 = getelementptr inbounds nuw i8, ptr %3287, i64 12
-  %3289 = load float, ptr %3288, align 4, !tbaa !9
-  %3290 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.4
-  store float %3289, ptr %3290, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.5 = or disjoint i64 %indvars.iv666.3.i, 6
-  %.idx789.i.6 = shl nuw nsw i64 %indvars.iv.next667.3.i.5, 6
-  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.6
-  %3292 = getelementptr inbounds nuw i8, ptr %3291, i64 12
-  %3293 = load float, ptr %3292, align 4, !tbaa !9
-  %3294 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.5
-  store float %3293, ptr %3294, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.6 = or disjoint i64 %indvars.iv666.3.i, 7
-  %.idx789.i.7 = shl nuw nsw i64 %indvars.iv.next667.3.i.6, 6
-  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx789.i.7
-  %3296 = getelementptr inbounds nuw i8, ptr %3295, i64 12
-  %3297 = load float, ptr %3296, align 4, !tbaa !9
-  %3298 = getelementptr inbounds nuw float, ptr %3219, i64 %indvars.iv.next667.3.i.6
-  store float %3297, ptr %3298, align 4, !tbaa !9
-  %indvars.iv.next667.3.i.7 = add nuw nsw i64 %indvars.iv666.3.i, 8
-  %exitcond669.3.not.i.7 = icmp eq i64 %indvars.iv.next667.3.i.7, 128
-  br i1 %exitcond669.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !35, !llvm.loop !56
-
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body576
-  %3299 = getelementptr inbounds nuw i8, ptr %425, i64 2048
-  %scevgep546 = getelementptr i8, ptr %acc.i, i64 16
-  %scevgep547 = getelementptr i8, ptr %acc.i, i64 8148
-  %bound0548 = icmp ult ptr %scevgep544, %scevgep547
-  %bound1549 = icmp ult ptr %scevgep546, %scevgep545
-  %found.conflict550 = and i1 %bound0548, %bound1549
-  br i1 %found.conflict550, label %for_body_d.4.i, label %vector.body553, !prof !12
-
-vector.body553:                                   ; preds = %for_end_d.3.i
-  %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3301 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3302 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3304 = getelementptr inbounds nuw i8, <8 x ptr> %3300, i64 16
-  %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 16
-  %3306 = getelementptr inbounds nuw i8, <8 x ptr> %3302, i64 16
-  %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 16
-  %wide.masked.gather559 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather560 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather561 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather562 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %3308 = getelementptr inbounds nuw i8, ptr %425, i64 2080
-  %3309 = getelementptr inbounds nuw i8, ptr %425, i64 2112
-  %3310 = getelementptr inbounds nuw i8, ptr %425, i64 2144
-  store <8 x float> %wide.masked.gather559, ptr %3299, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather560, ptr %3308, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather561, ptr %3309, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather562, ptr %3310, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  %3311 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3312 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3314 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3315 = getelementptr inbounds nuw i8, <8 x ptr> %3311, i64 16
-  %3316 = getelementptr inbounds nuw i8, <8 x ptr> %3312, i64 16
-  %3317 = getelementptr inbounds nuw i8, <8 x ptr> %3313, i64 16
-  %3318 = getelementptr inbounds nuw i8, <8 x ptr> %3314, i64 16
-  %wide.masked.gather559.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather560.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather561.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather562.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %3319 = getelementptr inbounds nuw i8, ptr %425, i64 2176
-  %3320 = getelementptr inbounds nuw i8, ptr %425, i64 2208
-  %3321 = getelementptr inbounds nuw i8, ptr %425, i64 2240
-  %3322 = getelementptr inbounds nuw i8, ptr %425, i64 2272
-  store <8 x float> %wide.masked.gather559.1, ptr %3319, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather560.1, ptr %3320, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather561.1, ptr %3321, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather562.1, ptr %3322, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  %3323 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3324 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3326 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3327 = getelementptr inbounds nuw i8, <8 x ptr> %3323, i64 16
-  %3328 = getelementptr inbounds nuw i8, <8 x ptr> %3324, i64 16
-  %3329 = getelementptr inbounds nuw i8, <8 x ptr> %3325, i64 16
-  %3330 = getelementptr inbounds nuw i8, <8 x ptr> %3326, i64 16
-  %wide.masked.gather559.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather560.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather561.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather562.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %3331 = getelementptr inbounds nuw i8, ptr %425, i64 2304
-  %3332 = getelementptr inbounds nuw i8, ptr %425, i64 2336
-  %3333 = getelementptr inbounds nuw i8, ptr %425, i64 2368
-  %3334 = getelementptr inbounds nuw i8, ptr %425, i64 2400
-  store <8 x float> %wide.masked.gather559.2, ptr %3331, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather560.2, ptr %3332, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather561.2, ptr %3333, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather562.2, ptr %3334, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  %3335 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3336 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3337 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3338 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3339 = getelementptr inbounds nuw i8, <8 x ptr> %3335, i64 16
-  %3340 = getelementptr inbounds nuw i8, <8 x ptr> %3336, i64 16
-  %3341 = getelementptr inbounds nuw i8, <8 x ptr> %3337, i64 16
-  %3342 = getelementptr inbounds nuw i8, <8 x ptr> %3338, i64 16
-  %wide.masked.gather559.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3339, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather560.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3340, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather561.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3341, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %wide.masked.gather562.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3342, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !57
-  %3343 = getelementptr inbounds nuw i8, ptr %425, i64 2432
-  %3344 = getelementptr inbounds nuw i8, ptr %425, i64 2464
-  %3345 = getelementptr inbounds nuw i8, ptr %425, i64 2496
-  %3346 = getelementptr inbounds nuw i8, ptr %425, i64 2528
-  store <8 x float> %wide.masked.gather559.3, ptr %3343, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather560.3, ptr %3344, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather561.3, ptr %3345, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  store <8 x float> %wide.masked.gather562.3, ptr %3346, align 4, !tbaa !9, !alias.scope !60, !noalias !57
-  br label %for_end_d.4.i
-
-for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
-  %indvars.iv666.4.i = phi i64 [ %indvars.iv.next667.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
-  %.idx790.i = shl nuw nsw i64 %indvars.iv666.4.i, 6
-  %3347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i
-  %3348 = getelementptr inbounds nuw i8, ptr %3347, i64 16
-  %3349 = load float, ptr %3348, align 4, !tbaa !9
-  %3350 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv666.4.i
-  store float %3349, ptr %3350, align 4, !tbaa !9
-  %indvars.iv.next667.4.i = or disjoint i64 %indvars.iv666.4.i, 1
-  %.idx790.i.1 = shl nuw nsw i64 %indvars.iv.next667.4.i, 6
-  %3351 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.1
-  %3352 = getelementptr inbounds nuw i8, ptr %3351, i64 16
-  %3353 = load float, ptr %3352, align 4, !tbaa !9
-  %3354 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i
-  store float %3353, ptr %3354, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.1 = or disjoint i64 %indvars.iv666.4.i, 2
-  %.idx790.i.2 = shl nuw nsw i64 %indvars.iv.next667.4.i.1, 6
-  %3355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.2
-  %3356 = getelementptr inbounds nuw i8, ptr %3355, i64 16
-  %3357 = load float, ptr %3356, align 4, !tbaa !9
-  %3358 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.1
-  store float %3357, ptr %3358, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.2 = or disjoint i64 %indvars.iv666.4.i, 3
-  %.idx790.i.3 = shl nuw nsw i64 %indvars.iv.next667.4.i.2, 6
-  %3359 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.3
-  %3360 = getelementptr inbounds nuw i8, ptr %3359, i64 16
-  %3361 = load float, ptr %3360, align 4, !tbaa !9
-  %3362 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.2
-  store float %3361, ptr %3362, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.3 = or disjoint i64 %indvars.iv666.4.i, 4
-  %.idx790.i.4 = shl nuw nsw i64 %indvars.iv.next667.4.i.3, 6
-  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.4
-  %3364 = getelementptr inbounds nuw i8, ptr %3363, i64 16
-  %3365 = load float, ptr %3364, align 4, !tbaa !9
-  %3366 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.3
-  store float %3365, ptr %3366, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.4 = or disjoint i64 %indvars.iv666.4.i, 5
-  %.idx790.i.5 = shl nuw nsw i64 %indvars.iv.next667.4.i.4, 6
-  %3367 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.5
-  %3368 = getelementptr inbounds nuw i8, ptr %3367, i64 16
-  %3369 = load float, ptr %3368, align 4, !tbaa !9
-  %3370 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.4
-  store float %3369, ptr %3370, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.5 = or disjoint i64 %indvars.iv666.4.i, 6
-  %.idx790.i.6 = shl nuw nsw i64 %indvars.iv.next667.4.i.5, 6
-  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.6
-  %3372 = getelementptr inbounds nuw i8, ptr %3371, i64 16
-  %3373 = load float, ptr %3372, align 4, !tbaa !9
-  %3374 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.5
-  store float %3373, ptr %3374, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.6 = or disjoint i64 %indvars.iv666.4.i, 7
-  %.idx790.i.7 = shl nuw nsw i64 %indvars.iv.next667.4.i.6, 6
-  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx790.i.7
-  %3376 = getelementptr inbounds nuw i8, ptr %3375, i64 16
-  %3377 = load float, ptr %3376, align 4, !tbaa !9
-  %3378 = getelementptr inbounds nuw float, ptr %3299, i64 %indvars.iv.next667.4.i.6
-  store float %3377, ptr %3378, align 4, !tbaa !9
-  %indvars.iv.next667.4.i.7 = add nuw nsw i64 %indvars.iv666.4.i, 8
-  %exitcond669.4.not.i.7 = icmp eq i64 %indvars.iv.next667.4.i.7, 128
-  br i1 %exitcond669.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !35, !llvm.loop !62
-
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body553
-  %3379 = getelementptr inbounds nuw i8, ptr %425, i64 2560
-  %scevgep523 = getelementptr i8, ptr %acc.i, i64 20
-  %scevgep524 = getelementptr i8, ptr %acc.i, i64 8152
-  %bound0525 = icmp ult ptr %scevgep521, %scevgep524
-  %bound1526 = icmp ult ptr %scevgep523, %scevgep522
-  %found.conflict527 = and i1 %bound0525, %bound1526
-  br i1 %found.conflict527, label %for_body_d.5.i, label %vector.body530, !prof !12
-
-vector.body530:                                   ; preds = %for_end_d.4.i
-  %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3384 = getelementptr inbounds nuw i8, <8 x ptr> %3380, i64 20
-  %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 20
-  %3386 = getelementptr inbounds nuw i8, <8 x ptr> %3382, i64 20
-  %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 20
-  %wide.masked.gather536 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather537 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather538 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather539 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %3388 = getelementptr inbounds nuw i8, ptr %425, i64 2592
-  %3389 = getelementptr inbounds nuw i8, ptr %425, i64 2624
-  %3390 = getelementptr inbounds nuw i8, ptr %425, i64 2656
-  store <8 x float> %wide.masked.gather536, ptr %3379, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather537, ptr %3388, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather538, ptr %3389, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather539, ptr %3390, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  %3391 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3392 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3394 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3395 = getelementptr inbounds nuw i8, <8 x ptr> %3391, i64 20
-  %3396 = getelementptr inbounds nuw i8, <8 x ptr> %3392, i64 20
-  %3397 = getelementptr inbounds nuw i8, <8 x ptr> %3393, i64 20
-  %3398 = getelementptr inbounds nuw i8, <8 x ptr> %3394, i64 20
-  %wide.masked.gather536.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3395, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather537.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather538.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather539.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %3399 = getelementptr inbounds nuw i8, ptr %425, i64 2688
-  %3400 = getelementptr inbounds nuw i8, ptr %425, i64 2720
-  %3401 = getelementptr inbounds nuw i8, ptr %425, i64 2752
-  %3402 = getelementptr inbounds nuw i8, ptr %425, i64 2784
-  store <8 x float> %wide.masked.gather536.1, ptr %3399, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather537.1, ptr %3400, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather538.1, ptr %3401, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather539.1, ptr %3402, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  %3403 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3404 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3406 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3407 = getelementptr inbounds nuw i8, <8 x ptr> %3403, i64 20
-  %3408 = getelementptr inbounds nuw i8, <8 x ptr> %3404, i64 20
-  %3409 = getelementptr inbounds nuw i8, <8 x ptr> %3405, i64 20
-  %3410 = getelementptr inbounds nuw i8, <8 x ptr> %3406, i64 20
-  %wide.masked.gather536.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3407, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather537.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather538.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather539.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %3411 = getelementptr inbounds nuw i8, ptr %425, i64 2816
-  %3412 = getelementptr inbounds nuw i8, ptr %425, i64 2848
-  %3413 = getelementptr inbounds nuw i8, ptr %425, i64 2880
-  %3414 = getelementptr inbounds nuw i8, ptr %425, i64 2912
-  store <8 x float> %wide.masked.gather536.2, ptr %3411, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather537.2, ptr %3412, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather538.2, ptr %3413, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather539.2, ptr %3414, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  %3415 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3416 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3419 = getelementptr inbounds nuw i8, <8 x ptr> %3415, i64 20
-  %3420 = getelementptr inbounds nuw i8, <8 x ptr> %3416, i64 20
-  %3421 = getelementptr inbounds nuw i8, <8 x ptr> %3417, i64 20
-  %3422 = getelementptr inbounds nuw i8, <8 x ptr> %3418, i64 20
-  %wide.masked.gather536.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather537.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather538.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3421, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %wide.masked.gather539.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3422, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !63
-  %3423 = getelementptr inbounds nuw i8, ptr %425, i64 2944
-  %3424 = getelementptr inbounds nuw i8, ptr %425, i64 2976
-  %3425 = getelementptr inbounds nuw i8, ptr %425, i64 3008
-  %3426 = getelementptr inbounds nuw i8, ptr %425, i64 3040
-  store <8 x float> %wide.masked.gather536.3, ptr %3423, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather537.3, ptr %3424, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather538.3, ptr %3425, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  store <8 x float> %wide.masked.gather539.3, ptr %3426, align 4, !tbaa !9, !alias.scope !66, !noalias !63
-  br label %for_end_d.5.i
-
-for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
-  %indvars.iv666.5.i = phi i64 [ %indvars.iv.next667.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
-  %.idx791.i = shl nuw nsw i64 %indvars.iv666.5.i, 6
-  %3427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i
-  %3428 = getelementptr inbounds nuw i8, ptr %3427, i64 20
-  %3429 = load float, ptr %3428, align 4, !tbaa !9
-  %3430 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv666.5.i
-  store float %3429, ptr %3430, align 4, !tbaa !9
-  %indvars.iv.next667.5.i = or disjoint i64 %indvars.iv666.5.i, 1
-  %.idx791.i.1 = shl nuw nsw i64 %indvars.iv.next667.5.i, 6
-  %3431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.1
-  %3432 = getelementptr inbounds nuw i8, ptr %3431, i64 20
-  %3433 = load float, ptr %3432, align 4, !tbaa !9
-  %3434 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i
-  store float %3433, ptr %3434, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.1 = or disjoint i64 %indvars.iv666.5.i, 2
-  %.idx791.i.2 = shl nuw nsw i64 %indvars.iv.next667.5.i.1, 6
-  %3435 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.2
-  %3436 = getelementptr inbounds nuw i8, ptr %3435, i64 20
-  %3437 = load float, ptr %3436, align 4, !tbaa !9
-  %3438 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.1
-  store float %3437, ptr %3438, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.2 = or disjoint i64 %indvars.iv666.5.i, 3
-  %.idx791.i.3 = shl nuw nsw i64 %indvars.iv.next667.5.i.2, 6
-  %3439 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.3
-  %3440 = getelementptr inbounds nuw i8, ptr %3439, i64 20
-  %3441 = load float, ptr %3440, align 4, !tbaa !9
-  %3442 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.2
-  store float %3441, ptr %3442, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.3 = or disjoint i64 %indvars.iv666.5.i, 4
-  %.idx791.i.4 = shl nuw nsw i64 %indvars.iv.next667.5.i.3, 6
-  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.4
-  %3444 = getelementptr inbounds nuw i8, ptr %3443, i64 20
-  %3445 = load float, ptr %3444, align 4, !tbaa !9
-  %3446 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.3
-  store float %3445, ptr %3446, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.4 = or disjoint i64 %indvars.iv666.5.i, 5
-  %.idx791.i.5 = shl nuw nsw i64 %indvars.iv.next667.5.i.4, 6
-  %3447 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.5
-  %3448 = getelementptr inbounds nuw i8, ptr %3447, i64 20
-  %3449 = load float, ptr %3448, align 4, !tbaa !9
-  %3450 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.4
-  store float %3449, ptr %3450, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.5 = or disjoint i64 %indvars.iv666.5.i, 6
-  %.idx791.i.6 = shl nuw nsw i64 %indvars.iv.next667.5.i.5, 6
-  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.6
-  %3452 = getelementptr inbounds nuw i8, ptr %3451, i64 20
-  %3453 = load float, ptr %3452, align 4, !tbaa !9
-  %3454 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.5
-  store float %3453, ptr %3454, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.6 = or disjoint i64 %indvars.iv666.5.i, 7
-  %.idx791.i.7 = shl nuw nsw i64 %indvars.iv.next667.5.i.6, 6
-  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx791.i.7
-  %3456 = getelementptr inbounds nuw i8, ptr %3455, i64 20
-  %3457 = load float, ptr %3456, align 4, !tbaa !9
-  %3458 = getelementptr inbounds nuw float, ptr %3379, i64 %indvars.iv.next667.5.i.6
-  store float %3457, ptr %3458, align 4, !tbaa !9
-  %indvars.iv.next667.5.i.7 = add nuw nsw i64 %indvars.iv666.5.i, 8
-  %exitcond669.5.not.i.7 = icmp eq i64 %indvars.iv.next667.5.i.7, 128
-  br i1 %exitcond669.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !35, !llvm.loop !68
-
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body530
-  %3459 = getelementptr inbounds nuw i8, ptr %425, i64 3072
-  %scevgep500 = getelementptr i8, ptr %acc.i, i64 24
-  %scevgep501 = getelementptr i8, ptr %acc.i, i64 8156
-  %bound0502 = icmp ult ptr %scevgep498, %scevgep501
-  %bound1503 = icmp ult ptr %scevgep500, %scevgep499
-  %found.conflict504 = and i1 %bound0502, %bound1503
-  br i1 %found.conflict504, label %for_body_d.6.i, label %vector.body507, !prof !12
-
-vector.body507:                                   ; preds = %for_end_d.5.i
-  %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3461 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3462 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3464 = getelementptr inbounds nuw i8, <8 x ptr> %3460, i64 24
-  %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 24
-  %3466 = getelementptr inbounds nuw i8, <8 x ptr> %3462, i64 24
-  %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 24
-  %wide.masked.gather513 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather514 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather515 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather516 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %3468 = getelementptr inbounds nuw i8, ptr %425, i64 3104
-  %3469 = getelementptr inbounds nuw i8, ptr %425, i64 3136
-  %3470 = getelementptr inbounds nuw i8, ptr %425, i64 3168
-  store <8 x float> %wide.masked.gather513, ptr %3459, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather514, ptr %3468, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather515, ptr %3469, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather516, ptr %3470, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  %3471 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3472 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3474 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3475 = getelementptr inbounds nuw i8, <8 x ptr> %3471, i64 24
-  %3476 = getelementptr inbounds nuw i8, <8 x ptr> %3472, i64 24
-  %3477 = getelementptr inbounds nuw i8, <8 x ptr> %3473, i64 24
-  %3478 = getelementptr inbounds nuw i8, <8 x ptr> %3474, i64 24
-  %wide.masked.gather513.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3475, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather514.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather515.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather516.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %3479 = getelementptr inbounds nuw i8, ptr %425, i64 3200
-  %3480 = getelementptr inbounds nuw i8, ptr %425, i64 3232
-  %3481 = getelementptr inbounds nuw i8, ptr %425, i64 3264
-  %3482 = getelementptr inbounds nuw i8, ptr %425, i64 3296
-  store <8 x float> %wide.masked.gather513.1, ptr %3479, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather514.1, ptr %3480, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather515.1, ptr %3481, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather516.1, ptr %3482, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  %3483 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3484 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3486 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3487 = getelementptr inbounds nuw i8, <8 x ptr> %3483, i64 24
-  %3488 = getelementptr inbounds nuw i8, <8 x ptr> %3484, i64 24
-  %3489 = getelementptr inbounds nuw i8, <8 x ptr> %3485, i64 24
-  %3490 = getelementptr inbounds nuw i8, <8 x ptr> %3486, i64 24
-  %wide.masked.gather513.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3487, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather514.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather515.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather516.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %3491 = getelementptr inbounds nuw i8, ptr %425, i64 3328
-  %3492 = getelementptr inbounds nuw i8, ptr %425, i64 3360
-  %3493 = getelementptr inbounds nuw i8, ptr %425, i64 3392
-  %3494 = getelementptr inbounds nuw i8, ptr %425, i64 3424
-  store <8 x float> %wide.masked.gather513.2, ptr %3491, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather514.2, ptr %3492, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather515.2, ptr %3493, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather516.2, ptr %3494, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  %3495 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3496 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3497 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3498 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3499 = getelementptr inbounds nuw i8, <8 x ptr> %3495, i64 24
-  %3500 = getelementptr inbounds nuw i8, <8 x ptr> %3496, i64 24
-  %3501 = getelementptr inbounds nuw i8, <8 x ptr> %3497, i64 24
-  %3502 = getelementptr inbounds nuw i8, <8 x ptr> %3498, i64 24
-  %wide.masked.gather513.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3499, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather514.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3500, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather515.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3501, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %wide.masked.gather516.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3502, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !69
-  %3503 = getelementptr inbounds nuw i8, ptr %425, i64 3456
-  %3504 = getelementptr inbounds nuw i8, ptr %425, i64 3488
-  %3505 = getelementptr inbounds nuw i8, ptr %425, i64 3520
-  %3506 = getelementptr inbounds nuw i8, ptr %425, i64 3552
-  store <8 x float> %wide.masked.gather513.3, ptr %3503, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather514.3, ptr %3504, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather515.3, ptr %3505, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  store <8 x float> %wide.masked.gather516.3, ptr %3506, align 4, !tbaa !9, !alias.scope !72, !noalias !69
-  br label %for_end_d.6.i
-
-for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
-  %indvars.iv666.6.i = phi i64 [ %indvars.iv.next667.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
-  %.idx792.i = shl nuw nsw i64 %indvars.iv666.6.i, 6
-  %3507 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i
-  %3508 = getelementptr inbounds nuw i8, ptr %3507, i64 24
-  %3509 = load float, ptr %3508, align 4, !tbaa !9
-  %3510 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv666.6.i
-  store float %3509, ptr %3510, align 4, !tbaa !9
-  %indvars.iv.next667.6.i = or disjoint i64 %indvars.iv666.6.i, 1
-  %.idx792.i.1 = shl nuw nsw i64 %indvars.iv.next667.6.i, 6
-  %3511 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.1
-  %3512 = getelementptr inbounds nuw i8, ptr %3511, i64 24
-  %3513 = load float, ptr %3512, align 4, !tbaa !9
-  %3514 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i
-  store float %3513, ptr %3514, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.1 = or disjoint i64 %indvars.iv666.6.i, 2
-  %.idx792.i.2 = shl nuw nsw i64 %indvars.iv.next667.6.i.1, 6
-  %3515 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.2
-  %3516 = getelementptr inbounds nuw i8, ptr %3515, i64 24
-  %3517 = load float, ptr %3516, align 4, !tbaa !9
-  %3518 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.1
-  store float %3517, ptr %3518, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.2 = or disjoint i64 %indvars.iv666.6.i, 3
-  %.idx792.i.3 = shl nuw nsw i64 %indvars.iv.next667.6.i.2, 6
-  %3519 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.3
-  %3520 = getelementptr inbounds nuw i8, ptr %3519, i64 24
-  %3521 = load float, ptr %3520, align 4, !tbaa !9
-  %3522 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.2
-  store float %3521, ptr %3522, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.3 = or disjoint i64 %indvars.iv666.6.i, 4
-  %.idx792.i.4 = shl nuw nsw i64 %indvars.iv.next667.6.i.3, 6
-  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.4
-  %3524 = getelementptr inbounds nuw i8, ptr %3523, i64 24
-  %3525 = load float, ptr %3524, align 4, !tbaa !9
-  %3526 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.3
-  store float %3525, ptr %3526, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.4 = or disjoint i64 %indvars.iv666.6.i, 5
-  %.idx792.i.5 = shl nuw nsw i64 %indvars.iv.next667.6.i.4, 6
-  %3527 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.5
-  %3528 = getelementptr inbounds nuw i8, ptr %3527, i64 24
-  %3529 = load float, ptr %3528, align 4, !tbaa !9
-  %3530 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.4
-  store float %3529, ptr %3530, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.5 = or disjoint i64 %indvars.iv666.6.i, 6
-  %.idx792.i.6 = shl nuw nsw i64 %indvars.iv.next667.6.i.5, 6
-  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.6
-  %3532 = getelementptr inbounds nuw i8, ptr %3531, i64 24
-  %3533 = load float, ptr %3532, align 4, !tbaa !9
-  %3534 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.5
-  store float %3533, ptr %3534, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.6 = or disjoint i64 %indvars.iv666.6.i, 7
-  %.idx792.i.7 = shl nuw nsw i64 %indvars.iv.next667.6.i.6, 6
-  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx792.i.7
-  %3536 = getelementptr inbounds nuw i8, ptr %3535, i64 24
-  %3537 = load float, ptr %3536, align 4, !tbaa !9
-  %3538 = getelementptr inbounds nuw float, ptr %3459, i64 %indvars.iv.next667.6.i.6
-  store float %3537, ptr %3538, align 4, !tbaa !9
-  %indvars.iv.next667.6.i.7 = add nuw nsw i64 %indvars.iv666.6.i, 8
-  %exitcond669.6.not.i.7 = icmp eq i64 %indvars.iv.next667.6.i.7, 128
-  br i1 %exitcond669.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !35, !llvm.loop !74
-
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body507
-  %3539 = getelementptr inbounds nuw i8, ptr %425, i64 3584
-  %scevgep477 = getelementptr i8, ptr %acc.i, i64 28
-  %scevgep478 = getelementptr i8, ptr %acc.i, i64 8160
-  %bound0479 = icmp ult ptr %scevgep475, %scevgep478
-  %bound1480 = icmp ult ptr %scevgep477, %scevgep476
-  %found.conflict481 = and i1 %bound0479, %bound1480
-  br i1 %found.conflict481, label %for_body_d.7.i, label %vector.body484, !prof !12
-
-vector.body484:                                   ; preds = %for_end_d.6.i
-  %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3541 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3542 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3544 = getelementptr inbounds nuw i8, <8 x ptr> %3540, i64 28
-  %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 28
-  %3546 = getelementptr inbounds nuw i8, <8 x ptr> %3542, i64 28
-  %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 28
-  %wide.masked.gather490 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather491 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather492 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather493 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %3548 = getelementptr inbounds nuw i8, ptr %425, i64 3616
-  %3549 = getelementptr inbounds nuw i8, ptr %425, i64 3648
-  %3550 = getelementptr inbounds nuw i8, ptr %425, i64 3680
-  store <8 x float> %wide.masked.gather490, ptr %3539, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather491, ptr %3548, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather492, ptr %3549, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather493, ptr %3550, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  %3551 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3552 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3554 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3555 = getelementptr inbounds nuw i8, <8 x ptr> %3551, i64 28
-  %3556 = getelementptr inbounds nuw i8, <8 x ptr> %3552, i64 28
-  %3557 = getelementptr inbounds nuw i8, <8 x ptr> %3553, i64 28
-  %3558 = getelementptr inbounds nuw i8, <8 x ptr> %3554, i64 28
-  %wide.masked.gather490.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3555, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather491.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather492.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather493.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %3559 = getelementptr inbounds nuw i8, ptr %425, i64 3712
-  %3560 = getelementptr inbounds nuw i8, ptr %425, i64 3744
-  %3561 = getelementptr inbounds nuw i8, ptr %425, i64 3776
-  %3562 = getelementptr inbounds nuw i8, ptr %425, i64 3808
-  store <8 x float> %wide.masked.gather490.1, ptr %3559, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather491.1, ptr %3560, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather492.1, ptr %3561, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather493.1, ptr %3562, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  %3563 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3564 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3566 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3567 = getelementptr inbounds nuw i8, <8 x ptr> %3563, i64 28
-  %3568 = getelementptr inbounds nuw i8, <8 x ptr> %3564, i64 28
-  %3569 = getelementptr inbounds nuw i8, <8 x ptr> %3565, i64 28
-  %3570 = getelementptr inbounds nuw i8, <8 x ptr> %3566, i64 28
-  %wide.masked.gather490.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3567, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather491.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather492.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather493.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %3571 = getelementptr inbounds nuw i8, ptr %425, i64 3840
-  %3572 = getelementptr inbounds nuw i8, ptr %425, i64 3872
-  %3573 = getelementptr inbounds nuw i8, ptr %425, i64 3904
-  %3574 = getelementptr inbounds nuw i8, ptr %425, i64 3936
-  store <8 x float> %wide.masked.gather490.2, ptr %3571, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather491.2, ptr %3572, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather492.2, ptr %3573, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather493.2, ptr %3574, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  %3575 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3576 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3577 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3578 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3579 = getelementptr inbounds nuw i8, <8 x ptr> %3575, i64 28
-  %3580 = getelementptr inbounds nuw i8, <8 x ptr> %3576, i64 28
-  %3581 = getelementptr inbounds nuw i8, <8 x ptr> %3577, i64 28
-  %3582 = getelementptr inbounds nuw i8, <8 x ptr> %3578, i64 28
-  %wide.masked.gather490.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3579, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather491.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3580, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather492.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3581, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %wide.masked.gather493.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3582, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !75
-  %3583 = getelementptr inbounds nuw i8, ptr %425, i64 3968
-  %3584 = getelementptr inbounds nuw i8, ptr %425, i64 4000
-  %3585 = getelementptr inbounds nuw i8, ptr %425, i64 4032
-  %3586 = getelementptr inbounds nuw i8, ptr %425, i64 4064
-  store <8 x float> %wide.masked.gather490.3, ptr %3583, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather491.3, ptr %3584, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather492.3, ptr %3585, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  store <8 x float> %wide.masked.gather493.3, ptr %3586, align 4, !tbaa !9, !alias.scope !78, !noalias !75
-  br label %for_end_d.7.i
-
-for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
-  %indvars.iv666.7.i = phi i64 [ %indvars.iv.next667.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
-  %.idx793.i = shl nuw nsw i64 %indvars.iv666.7.i, 6
-  %3587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i
-  %3588 = getelementptr inbounds nuw i8, ptr %3587, i64 28
-  %3589 = load float, ptr %3588, align 4, !tbaa !9
-  %3590 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv666.7.i
-  store float %3589, ptr %3590, align 4, !tbaa !9
-  %indvars.iv.next667.7.i = or disjoint i64 %indvars.iv666.7.i, 1
-  %.idx793.i.1 = shl nuw nsw i64 %indvars.iv.next667.7.i, 6
-  %3591 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.1
-  %3592 = getelementptr inbounds nuw i8, ptr %3591, i64 28
-  %3593 = load float, ptr %3592, align 4, !tbaa !9
-  %3594 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i
-  store float %3593, ptr %3594, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.1 = or disjoint i64 %indvars.iv666.7.i, 2
-  %.idx793.i.2 = shl nuw nsw i64 %indvars.iv.next667.7.i.1, 6
-  %3595 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.2
-  %3596 = getelementptr inbounds nuw i8, ptr %3595, i64 28
-  %3597 = load float, ptr %3596, align 4, !tbaa !9
-  %3598 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.1
-  store float %3597, ptr %3598, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.2 = or disjoint i64 %indvars.iv666.7.i, 3
-  %.idx793.i.3 = shl nuw nsw i64 %indvars.iv.next667.7.i.2, 6
-  %3599 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.3
-  %3600 = getelementptr inbounds nuw i8, ptr %3599, i64 28
-  %3601 = load float, ptr %3600, align 4, !tbaa !9
-  %3602 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.2
-  store float %3601, ptr %3602, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.3 = or disjoint i64 %indvars.iv666.7.i, 4
-  %.idx793.i.4 = shl nuw nsw i64 %indvars.iv.next667.7.i.3, 6
-  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.4
-  %3604 = getelementptr inbounds nuw i8, ptr %3603, i64 28
-  %3605 = load float, ptr %3604, align 4, !tbaa !9
-  %3606 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.3
-  store float %3605, ptr %3606, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.4 = or disjoint i64 %indvars.iv666.7.i, 5
-  %.idx793.i.5 = shl nuw nsw i64 %indvars.iv.next667.7.i.4, 6
-  %3607 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.5
-  %3608 = getelementptr inbounds nuw i8, ptr %3607, i64 28
-  %3609 = load float, ptr %3608, align 4, !tbaa !9
-  %3610 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.4
-  store float %3609, ptr %3610, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.5 = or disjoint i64 %indvars.iv666.7.i, 6
-  %.idx793.i.6 = shl nuw nsw i64 %indvars.iv.next667.7.i.5, 6
-  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.6
-  %3612 = getelementptr inbounds nuw i8, ptr %3611, i64 28
-  %3613 = load float, ptr %3612, align 4, !tbaa !9
-  %3614 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.5
-  store float %3613, ptr %3614, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.6 = or disjoint i64 %indvars.iv666.7.i, 7
-  %.idx793.i.7 = shl nuw nsw i64 %indvars.iv.next667.7.i.6, 6
-  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx793.i.7
-  %3616 = getelementptr inbounds nuw i8, ptr %3615, i64 28
-  %3617 = load float, ptr %3616, align 4, !tbaa !9
-  %3618 = getelementptr inbounds nuw float, ptr %3539, i64 %indvars.iv.next667.7.i.6
-  store float %3617, ptr %3618, align 4, !tbaa !9
-  %indvars.iv.next667.7.i.7 = add nuw nsw i64 %indvars.iv666.7.i, 8
-  %exitcond669.7.not.i.7 = icmp eq i64 %indvars.iv.next667.7.i.7, 128
-  br i1 %exitcond669.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !35, !llvm.loop !80
-
-for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body484
-  %3619 = getelementptr inbounds nuw i8, ptr %425, i64 4096
-  %scevgep454 = getelementptr i8, ptr %acc.i, i64 32
-  %scevgep455 = getelementptr i8, ptr %acc.i, i64 8164
-  %bound0456 = icmp ult ptr %scevgep452, %scevgep455
-  %bound1457 = icmp ult ptr %scevgep454, %scevgep453
-  %found.conflict458 = and i1 %bound0456, %bound1457
-  br i1 %found.conflict458, label %for_body_d.8.i, label %vector.body461, !prof !12
-
-vector.body461:                                   ; preds = %for_end_d.7.i
-  %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3621 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3622 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3624 = getelementptr inbounds nuw i8, <8 x ptr> %3620, i64 32
-  %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 32
-  %3626 = getelementptr inbounds nuw i8, <8 x ptr> %3622, i64 32
-  %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 32
-  %wide.masked.gather467 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather468 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather469 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather470 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %3628 = getelementptr inbounds nuw i8, ptr %425, i64 4128
-  %3629 = getelementptr inbounds nuw i8, ptr %425, i64 4160
-  %3630 = getelementptr inbounds nuw i8, ptr %425, i64 4192
-  store <8 x float> %wide.masked.gather467, ptr %3619, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather468, ptr %3628, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather469, ptr %3629, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather470, ptr %3630, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  %3631 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3632 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3634 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3635 = getelementptr inbounds nuw i8, <8 x ptr> %3631, i64 32
-  %3636 = getelementptr inbounds nuw i8, <8 x ptr> %3632, i64 32
-  %3637 = getelementptr inbounds nuw i8, <8 x ptr> %3633, i64 32
-  %3638 = getelementptr inbounds nuw i8, <8 x ptr> %3634, i64 32
-  %wide.masked.gather467.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3635, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather468.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather469.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather470.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %3639 = getelementptr inbounds nuw i8, ptr %425, i64 4224
-  %3640 = getelementptr inbounds nuw i8, ptr %425, i64 4256
-  %3641 = getelementptr inbounds nuw i8, ptr %425, i64 4288
-  %3642 = getelementptr inbounds nuw i8, ptr %425, i64 4320
-  store <8 x float> %wide.masked.gather467.1, ptr %3639, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather468.1, ptr %3640, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather469.1, ptr %3641, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather470.1, ptr %3642, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  %3643 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3644 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3646 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3647 = getelementptr inbounds nuw i8, <8 x ptr> %3643, i64 32
-  %3648 = getelementptr inbounds nuw i8, <8 x ptr> %3644, i64 32
-  %3649 = getelementptr inbounds nuw i8, <8 x ptr> %3645, i64 32
-  %3650 = getelementptr inbounds nuw i8, <8 x ptr> %3646, i64 32
-  %wide.masked.gather467.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3647, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather468.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather469.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather470.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %3651 = getelementptr inbounds nuw i8, ptr %425, i64 4352
-  %3652 = getelementptr inbounds nuw i8, ptr %425, i64 4384
-  %3653 = getelementptr inbounds nuw i8, ptr %425, i64 4416
-  %3654 = getelementptr inbounds nuw i8, ptr %425, i64 4448
-  store <8 x float> %wide.masked.gather467.2, ptr %3651, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather468.2, ptr %3652, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather469.2, ptr %3653, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather470.2, ptr %3654, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  %3655 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3656 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3657 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3658 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3659 = getelementptr inbounds nuw i8, <8 x ptr> %3655, i64 32
-  %3660 = getelementptr inbounds nuw i8, <8 x ptr> %3656, i64 32
-  %3661 = getelementptr inbounds nuw i8, <8 x ptr> %3657, i64 32
-  %3662 = getelementptr inbounds nuw i8, <8 x ptr> %3658, i64 32
-  %wide.masked.gather467.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather468.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather469.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3661, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %wide.masked.gather470.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3662, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !81
-  %3663 = getelementptr inbounds nuw i8, ptr %425, i64 4480
-  %3664 = getelementptr inbounds nuw i8, ptr %425, i64 4512
-  %3665 = getelementptr inbounds nuw i8, ptr %425, i64 4544
-  %3666 = getelementptr inbounds nuw i8, ptr %425, i64 4576
-  store <8 x float> %wide.masked.gather467.3, ptr %3663, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather468.3, ptr %3664, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather469.3, ptr %3665, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  store <8 x float> %wide.masked.gather470.3, ptr %3666, align 4, !tbaa !9, !alias.scope !84, !noalias !81
-  br label %for_end_d.8.i
-
-for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
-  %indvars.iv666.8.i = phi i64 [ %indvars.iv.next667.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
-  %.idx794.i = shl nuw nsw i64 %indvars.iv666.8.i, 6
-  %3667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i
-  %3668 = getelementptr inbounds nuw i8, ptr %3667, i64 32
-  %3669 = load float, ptr %3668, align 4, !tbaa !9
-  %3670 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv666.8.i
-  store float %3669, ptr %3670, align 4, !tbaa !9
-  %indvars.iv.next667.8.i = or disjoint i64 %indvars.iv666.8.i, 1
-  %.idx794.i.1 = shl nuw nsw i64 %indvars.iv.next667.8.i, 6
-  %3671 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.1
-  %3672 = getelementptr inbounds nuw i8, ptr %3671, i64 32
-  %3673 = load float, ptr %3672, align 4, !tbaa !9
-  %3674 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i
-  store float %3673, ptr %3674, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.1 = or disjoint i64 %indvars.iv666.8.i, 2
-  %.idx794.i.2 = shl nuw nsw i64 %indvars.iv.next667.8.i.1, 6
-  %3675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.2
-  %3676 = getelementptr inbounds nuw i8, ptr %3675, i64 32
-  %3677 = load float, ptr %3676, align 4, !tbaa !9
-  %3678 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.1
-  store float %3677, ptr %3678, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.2 = or disjoint i64 %indvars.iv666.8.i, 3
-  %.idx794.i.3 = shl nuw nsw i64 %indvars.iv.next667.8.i.2, 6
-  %3679 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.3
-  %3680 = getelementptr inbounds nuw i8, ptr %3679, i64 32
-  %3681 = load float, ptr %3680, align 4, !tbaa !9
-  %3682 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.2
-  store float %3681, ptr %3682, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.3 = or disjoint i64 %indvars.iv666.8.i, 4
-  %.idx794.i.4 = shl nuw nsw i64 %indvars.iv.next667.8.i.3, 6
-  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.4
-  %3684 = getelementptr inbounds nuw i8, ptr %3683, i64 32
-  %3685 = load float, ptr %3684, align 4, !tbaa !9
-  %3686 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.3
-  store float %3685, ptr %3686, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.4 = or disjoint i64 %indvars.iv666.8.i, 5
-  %.idx794.i.5 = shl nuw nsw i64 %indvars.iv.next667.8.i.4, 6
-  %3687 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.5
-  %3688 = getelementptr inbounds nuw i8, ptr %3687, i64 32
-  %3689 = load float, ptr %3688, align 4, !tbaa !9
-  %3690 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.4
-  store float %3689, ptr %3690, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.5 = or disjoint i64 %indvars.iv666.8.i, 6
-  %.idx794.i.6 = shl nuw nsw i64 %indvars.iv.next667.8.i.5, 6
-  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.6
-  %3692 = getelementptr inbounds nuw i8, ptr %3691, i64 32
-  %3693 = load float, ptr %3692, align 4, !tbaa !9
-  %3694 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.5
-  store float %3693, ptr %3694, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.6 = or disjoint i64 %indvars.iv666.8.i, 7
-  %.idx794.i.7 = shl nuw nsw i64 %indvars.iv.next667.8.i.6, 6
-  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx794.i.7
-  %3696 = getelementptr inbounds nuw i8, ptr %3695, i64 32
-  %3697 = load float, ptr %3696, align 4, !tbaa !9
-  %3698 = getelementptr inbounds nuw float, ptr %3619, i64 %indvars.iv.next667.8.i.6
-  store float %3697, ptr %3698, align 4, !tbaa !9
-  %indvars.iv.next667.8.i.7 = add nuw nsw i64 %indvars.iv666.8.i, 8
-  %exitcond669.8.not.i.7 = icmp eq i64 %indvars.iv.next667.8.i.7, 128
-  br i1 %exitcond669.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !35, !llvm.loop !86
-
-for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body461
-  %3699 = getelementptr inbounds nuw i8, ptr %425, i64 4608
-  %scevgep431 = getelementptr i8, ptr %acc.i, i64 36
-  %scevgep432 = getelementptr i8, ptr %acc.i, i64 8168
-  %bound0433 = icmp ult ptr %scevgep429, %scevgep432
-  %bound1434 = icmp ult ptr %scevgep431, %scevgep430
-  %found.conflict435 = and i1 %bound0433, %bound1434
-  br i1 %found.conflict435, label %for_body_d.9.i, label %vector.body438, !prof !12
-
-vector.body438:                                   ; preds = %for_end_d.8.i
-  %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3701 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3702 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3704 = getelementptr inbounds nuw i8, <8 x ptr> %3700, i64 36
-  %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 36
-  %3706 = getelementptr inbounds nuw i8, <8 x ptr> %3702, i64 36
-  %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 36
-  %wide.masked.gather444 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather445 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather446 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather447 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %3708 = getelementptr inbounds nuw i8, ptr %425, i64 4640
-  %3709 = getelementptr inbounds nuw i8, ptr %425, i64 4672
-  %3710 = getelementptr inbounds nuw i8, ptr %425, i64 4704
-  store <8 x float> %wide.masked.gather444, ptr %3699, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather445, ptr %3708, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather446, ptr %3709, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather447, ptr %3710, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  %3711 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3712 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3714 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3715 = getelementptr inbounds nuw i8, <8 x ptr> %3711, i64 36
-  %3716 = getelementptr inbounds nuw i8, <8 x ptr> %3712, i64 36
-  %3717 = getelementptr inbounds nuw i8, <8 x ptr> %3713, i64 36
-  %3718 = getelementptr inbounds nuw i8, <8 x ptr> %3714, i64 36
-  %wide.masked.gather444.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather445.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather446.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather447.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %3719 = getelementptr inbounds nuw i8, ptr %425, i64 4736
-  %3720 = getelementptr inbounds nuw i8, ptr %425, i64 4768
-  %3721 = getelementptr inbounds nuw i8, ptr %425, i64 4800
-  %3722 = getelementptr inbounds nuw i8, ptr %425, i64 4832
-  store <8 x float> %wide.masked.gather444.1, ptr %3719, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather445.1, ptr %3720, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather446.1, ptr %3721, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather447.1, ptr %3722, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  %3723 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3724 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3726 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3727 = getelementptr inbounds nuw i8, <8 x ptr> %3723, i64 36
-  %3728 = getelementptr inbounds nuw i8, <8 x ptr> %3724, i64 36
-  %3729 = getelementptr inbounds nuw i8, <8 x ptr> %3725, i64 36
-  %3730 = getelementptr inbounds nuw i8, <8 x ptr> %3726, i64 36
-  %wide.masked.gather444.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3727, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather445.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather446.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather447.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %3731 = getelementptr inbounds nuw i8, ptr %425, i64 4864
-  %3732 = getelementptr inbounds nuw i8, ptr %425, i64 4896
-  %3733 = getelementptr inbounds nuw i8, ptr %425, i64 4928
-  %3734 = getelementptr inbounds nuw i8, ptr %425, i64 4960
-  store <8 x float> %wide.masked.gather444.2, ptr %3731, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather445.2, ptr %3732, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather446.2, ptr %3733, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather447.2, ptr %3734, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  %3735 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3736 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3737 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3738 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3739 = getelementptr inbounds nuw i8, <8 x ptr> %3735, i64 36
-  %3740 = getelementptr inbounds nuw i8, <8 x ptr> %3736, i64 36
-  %3741 = getelementptr inbounds nuw i8, <8 x ptr> %3737, i64 36
-  %3742 = getelementptr inbounds nuw i8, <8 x ptr> %3738, i64 36
-  %wide.masked.gather444.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3739, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather445.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3740, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather446.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3741, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %wide.masked.gather447.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3742, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !87
-  %3743 = getelementptr inbounds nuw i8, ptr %425, i64 4992
-  %3744 = getelementptr inbounds nuw i8, ptr %425, i64 5024
-  %3745 = getelementptr inbounds nuw i8, ptr %425, i64 5056
-  %3746 = getelementptr inbounds nuw i8, ptr %425, i64 5088
-  store <8 x float> %wide.masked.gather444.3, ptr %3743, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather445.3, ptr %3744, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather446.3, ptr %3745, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  store <8 x float> %wide.masked.gather447.3, ptr %3746, align 4, !tbaa !9, !alias.scope !90, !noalias !87
-  br label %for_end_d.9.i
-
-for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
-  %indvars.iv666.9.i = phi i64 [ %indvars.iv.next667.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
-  %.idx795.i = shl nuw nsw i64 %indvars.iv666.9.i, 6
-  %3747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i
-  %3748 = getelementptr inbounds nuw i8, ptr %3747, i64 36
-  %3749 = load float, ptr %3748, align 4, !tbaa !9
-  %3750 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv666.9.i
-  store float %3749, ptr %3750, align 4, !tbaa !9
-  %indvars.iv.next667.9.i = or disjoint i64 %indvars.iv666.9.i, 1
-  %.idx795.i.1 = shl nuw nsw i64 %indvars.iv.next667.9.i, 6
-  %3751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.1
-  %3752 = getelementptr inbounds nuw i8, ptr %3751, i64 36
-  %3753 = load float, ptr %3752, align 4, !tbaa !9
-  %3754 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i
-  store float %3753, ptr %3754, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.1 = or disjoint i64 %indvars.iv666.9.i, 2
-  %.idx795.i.2 = shl nuw nsw i64 %indvars.iv.next667.9.i.1, 6
-  %3755 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.2
-  %3756 = getelementptr inbounds nuw i8, ptr %3755, i64 36
-  %3757 = load float, ptr %3756, align 4, !tbaa !9
-  %3758 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.1
-  store float %3757, ptr %3758, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.2 = or disjoint i64 %indvars.iv666.9.i, 3
-  %.idx795.i.3 = shl nuw nsw i64 %indvars.iv.next667.9.i.2, 6
-  %3759 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.3
-  %3760 = getelementptr inbounds nuw i8, ptr %3759, i64 36
-  %3761 = load float, ptr %3760, align 4, !tbaa !9
-  %3762 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.2
-  store float %3761, ptr %3762, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.3 = or disjoint i64 %indvars.iv666.9.i, 4
-  %.idx795.i.4 = shl nuw nsw i64 %indvars.iv.next667.9.i.3, 6
-  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.4
-  %3764 = getelementptr inbounds nuw i8, ptr %3763, i64 36
-  %3765 = load float, ptr %3764, align 4, !tbaa !9
-  %3766 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.3
-  store float %3765, ptr %3766, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.4 = or disjoint i64 %indvars.iv666.9.i, 5
-  %.idx795.i.5 = shl nuw nsw i64 %indvars.iv.next667.9.i.4, 6
-  %3767 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.5
-  %3768 = getelementptr inbounds nuw i8, ptr %3767, i64 36
-  %3769 = load float, ptr %3768, align 4, !tbaa !9
-  %3770 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.4
-  store float %3769, ptr %3770, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.5 = or disjoint i64 %indvars.iv666.9.i, 6
-  %.idx795.i.6 = shl nuw nsw i64 %indvars.iv.next667.9.i.5, 6
-  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.6
-  %3772 = getelementptr inbounds nuw i8, ptr %3771, i64 36
-  %3773 = load float, ptr %3772, align 4, !tbaa !9
-  %3774 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.5
-  store float %3773, ptr %3774, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.6 = or disjoint i64 %indvars.iv666.9.i, 7
-  %.idx795.i.7 = shl nuw nsw i64 %indvars.iv.next667.9.i.6, 6
-  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx795.i.7
-  %3776 = getelementptr inbounds nuw i8, ptr %3775, i64 36
-  %3777 = load float, ptr %3776, align 4, !tbaa !9
-  %3778 = getelementptr inbounds nuw float, ptr %3699, i64 %indvars.iv.next667.9.i.6
-  store float %3777, ptr %3778, align 4, !tbaa !9
-  %indvars.iv.next667.9.i.7 = add nuw nsw i64 %indvars.iv666.9.i, 8
-  %exitcond669.9.not.i.7 = icmp eq i64 %indvars.iv.next667.9.i.7, 128
-  br i1 %exitcond669.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !35, !llvm.loop !92
-
-for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body438
-  %3779 = getelementptr inbounds nuw i8, ptr %425, i64 5120
-  %scevgep408 = getelementptr i8, ptr %acc.i, i64 40
-  %scevgep409 = getelementptr i8, ptr %acc.i, i64 8172
-  %bound0410 = icmp ult ptr %scevgep406, %scevgep409
-  %bound1411 = icmp ult ptr %scevgep408, %scevgep407
-  %found.conflict412 = and i1 %bound0410, %bound1411
-  br i1 %found.conflict412, label %for_body_d.10.i, label %vector.body415, !prof !12
-
-vector.body415:                                   ; preds = %for_end_d.9.i
-  %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3781 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3782 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3784 = getelementptr inbounds nuw i8, <8 x ptr> %3780, i64 40
-  %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 40
-  %3786 = getelementptr inbounds nuw i8, <8 x ptr> %3782, i64 40
-  %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 40
-  %wide.masked.gather421 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather422 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather423 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather424 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %3788 = getelementptr inbounds nuw i8, ptr %425, i64 5152
-  %3789 = getelementptr inbounds nuw i8, ptr %425, i64 5184
-  %3790 = getelementptr inbounds nuw i8, ptr %425, i64 5216
-  store <8 x float> %wide.masked.gather421, ptr %3779, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather422, ptr %3788, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather423, ptr %3789, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather424, ptr %3790, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  %3791 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3792 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3794 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3795 = getelementptr inbounds nuw i8, <8 x ptr> %3791, i64 40
-  %3796 = getelementptr inbounds nuw i8, <8 x ptr> %3792, i64 40
-  %3797 = getelementptr inbounds nuw i8, <8 x ptr> %3793, i64 40
-  %3798 = getelementptr inbounds nuw i8, <8 x ptr> %3794, i64 40
-  %wide.masked.gather421.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3795, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather422.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather423.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather424.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %3799 = getelementptr inbounds nuw i8, ptr %425, i64 5248
-  %3800 = getelementptr inbounds nuw i8, ptr %425, i64 5280
-  %3801 = getelementptr inbounds nuw i8, ptr %425, i64 5312
-  %3802 = getelementptr inbounds nuw i8, ptr %425, i64 5344
-  store <8 x float> %wide.masked.gather421.1, ptr %3799, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather422.1, ptr %3800, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather423.1, ptr %3801, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather424.1, ptr %3802, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  %3803 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3804 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3806 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3807 = getelementptr inbounds nuw i8, <8 x ptr> %3803, i64 40
-  %3808 = getelementptr inbounds nuw i8, <8 x ptr> %3804, i64 40
-  %3809 = getelementptr inbounds nuw i8, <8 x ptr> %3805, i64 40
-  %3810 = getelementptr inbounds nuw i8, <8 x ptr> %3806, i64 40
-  %wide.masked.gather421.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3807, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather422.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather423.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather424.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %3811 = getelementptr inbounds nuw i8, ptr %425, i64 5376
-  %3812 = getelementptr inbounds nuw i8, ptr %425, i64 5408
-  %3813 = getelementptr inbounds nuw i8, ptr %425, i64 5440
-  %3814 = getelementptr inbounds nuw i8, ptr %425, i64 5472
-  store <8 x float> %wide.masked.gather421.2, ptr %3811, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather422.2, ptr %3812, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather423.2, ptr %3813, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather424.2, ptr %3814, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  %3815 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3816 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3817 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3818 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3819 = getelementptr inbounds nuw i8, <8 x ptr> %3815, i64 40
-  %3820 = getelementptr inbounds nuw i8, <8 x ptr> %3816, i64 40
-  %3821 = getelementptr inbounds nuw i8, <8 x ptr> %3817, i64 40
-  %3822 = getelementptr inbounds nuw i8, <8 x ptr> %3818, i64 40
-  %wide.masked.gather421.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather422.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather423.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3821, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %wide.masked.gather424.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3822, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !93
-  %3823 = getelementptr inbounds nuw i8, ptr %425, i64 5504
-  %3824 = getelementptr inbounds nuw i8, ptr %425, i64 5536
-  %3825 = getelementptr inbounds nuw i8, ptr %425, i64 5568
-  %3826 = getelementptr inbounds nuw i8, ptr %425, i64 5600
-  store <8 x float> %wide.masked.gather421.3, ptr %3823, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather422.3, ptr %3824, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather423.3, ptr %3825, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  store <8 x float> %wide.masked.gather424.3, ptr %3826, align 4, !tbaa !9, !alias.scope !96, !noalias !93
-  br label %for_end_d.10.i
-
-for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
-  %indvars.iv666.10.i = phi i64 [ %indvars.iv.next667.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
-  %.idx796.i = shl nuw nsw i64 %indvars.iv666.10.i, 6
-  %3827 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i
-  %3828 = getelementptr inbounds nuw i8, ptr %3827, i64 40
-  %3829 = load float, ptr %3828, align 4, !tbaa !9
-  %3830 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv666.10.i
-  store float %3829, ptr %3830, align 4, !tbaa !9
-  %indvars.iv.next667.10.i = or disjoint i64 %indvars.iv666.10.i, 1
-  %.idx796.i.1 = shl nuw nsw i64 %indvars.iv.next667.10.i, 6
-  %3831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.1
-  %3832 = getelementptr inbounds nuw i8, ptr %3831, i64 40
-  %3833 = load float, ptr %3832, align 4, !tbaa !9
-  %3834 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i
-  store float %3833, ptr %3834, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.1 = or disjoint i64 %indvars.iv666.10.i, 2
-  %.idx796.i.2 = shl nuw nsw i64 %indvars.iv.next667.10.i.1, 6
-  %3835 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.2
-  %3836 = getelementptr inbounds nuw i8, ptr %3835, i64 40
-  %3837 = load float, ptr %3836, align 4, !tbaa !9
-  %3838 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.1
-  store float %3837, ptr %3838, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.2 = or disjoint i64 %indvars.iv666.10.i, 3
-  %.idx796.i.3 = shl nuw nsw i64 %indvars.iv.next667.10.i.2, 6
-  %3839 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.3
-  %3840 = getelementptr inbounds nuw i8, ptr %3839, i64 40
-  %3841 = load float, ptr %3840, align 4, !tbaa !9
-  %3842 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.2
-  store float %3841, ptr %3842, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.3 = or disjoint i64 %indvars.iv666.10.i, 4
-  %.idx796.i.4 = shl nuw nsw i64 %indvars.iv.next667.10.i.3, 6
-  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.4
-  %3844 = getelementptr inbounds nuw i8, ptr %3843, i64 40
-  %3845 = load float, ptr %3844, align 4, !tbaa !9
-  %3846 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.3
-  store float %3845, ptr %3846, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.4 = or disjoint i64 %indvars.iv666.10.i, 5
-  %.idx796.i.5 = shl nuw nsw i64 %indvars.iv.next667.10.i.4, 6
-  %3847 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.5
-  %3848 = getelementptr inbounds nuw i8, ptr %3847, i64 40
-  %3849 = load float, ptr %3848, align 4, !tbaa !9
-  %3850 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.4
-  store float %3849, ptr %3850, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.5 = or disjoint i64 %indvars.iv666.10.i, 6
-  %.idx796.i.6 = shl nuw nsw i64 %indvars.iv.next667.10.i.5, 6
-  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.6
-  %3852 = getelementptr inbounds nuw i8, ptr %3851, i64 40
-  %3853 = load float, ptr %3852, align 4, !tbaa !9
-  %3854 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.5
-  store float %3853, ptr %3854, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.6 = or disjoint i64 %indvars.iv666.10.i, 7
-  %.idx796.i.7 = shl nuw nsw i64 %indvars.iv.next667.10.i.6, 6
-  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx796.i.7
-  %3856 = getelementptr inbounds nuw i8, ptr %3855, i64 40
-  %3857 = load float, ptr %3856, align 4, !tbaa !9
-  %3858 = getelementptr inbounds nuw float, ptr %3779, i64 %indvars.iv.next667.10.i.6
-  store float %3857, ptr %3858, align 4, !tbaa !9
-  %indvars.iv.next667.10.i.7 = add nuw nsw i64 %indvars.iv666.10.i, 8
-  %exitcond669.10.not.i.7 = icmp eq i64 %indvars.iv.next667.10.i.7, 128
-  br i1 %exitcond669.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !35, !llvm.loop !98
-
-for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body415
-  %3859 = getelementptr inbounds nuw i8, ptr %425, i64 5632
-  %scevgep385 = getelementptr i8, ptr %acc.i, i64 44
-  %scevgep386 = getelementptr i8, ptr %acc.i, i64 8176
-  %bound0387 = icmp ult ptr %scevgep383, %scevgep386
-  %bound1388 = icmp ult ptr %scevgep385, %scevgep384
-  %found.conflict389 = and i1 %bound0387, %bound1388
-  br i1 %found.conflict389, label %for_body_d.11.i, label %vector.body392, !prof !12
-
-vector.body392:                                   ; preds = %for_end_d.10.i
-  %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3861 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3862 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3864 = getelementptr inbounds nuw i8, <8 x ptr> %3860, i64 44
-  %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 44
-  %3866 = getelementptr inbounds nuw i8, <8 x ptr> %3862, i64 44
-  %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 44
-  %wide.masked.gather398 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather399 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather400 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather401 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %3868 = getelementptr inbounds nuw i8, ptr %425, i64 5664
-  %3869 = getelementptr inbounds nuw i8, ptr %425, i64 5696
-  %3870 = getelementptr inbounds nuw i8, ptr %425, i64 5728
-  store <8 x float> %wide.masked.gather398, ptr %3859, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather399, ptr %3868, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather400, ptr %3869, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather401, ptr %3870, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  %3871 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3872 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3874 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3875 = getelementptr inbounds nuw i8, <8 x ptr> %3871, i64 44
-  %3876 = getelementptr inbounds nuw i8, <8 x ptr> %3872, i64 44
-  %3877 = getelementptr inbounds nuw i8, <8 x ptr> %3873, i64 44
-  %3878 = getelementptr inbounds nuw i8, <8 x ptr> %3874, i64 44
-  %wide.masked.gather398.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather399.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather400.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather401.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %3879 = getelementptr inbounds nuw i8, ptr %425, i64 5760
-  %3880 = getelementptr inbounds nuw i8, ptr %425, i64 5792
-  %3881 = getelementptr inbounds nuw i8, ptr %425, i64 5824
-  %3882 = getelementptr inbounds nuw i8, ptr %425, i64 5856
-  store <8 x float> %wide.masked.gather398.1, ptr %3879, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather399.1, ptr %3880, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather400.1, ptr %3881, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather401.1, ptr %3882, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  %3883 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3884 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3886 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3887 = getelementptr inbounds nuw i8, <8 x ptr> %3883, i64 44
-  %3888 = getelementptr inbounds nuw i8, <8 x ptr> %3884, i64 44
-  %3889 = getelementptr inbounds nuw i8, <8 x ptr> %3885, i64 44
-  %3890 = getelementptr inbounds nuw i8, <8 x ptr> %3886, i64 44
-  %wide.masked.gather398.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3887, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather399.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather400.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather401.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %3891 = getelementptr inbounds nuw i8, ptr %425, i64 5888
-  %3892 = getelementptr inbounds nuw i8, ptr %425, i64 5920
-  %3893 = getelementptr inbounds nuw i8, ptr %425, i64 5952
-  %3894 = getelementptr inbounds nuw i8, ptr %425, i64 5984
-  store <8 x float> %wide.masked.gather398.2, ptr %3891, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather399.2, ptr %3892, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather400.2, ptr %3893, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather401.2, ptr %3894, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  %3895 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3896 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3897 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3898 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3899 = getelementptr inbounds nuw i8, <8 x ptr> %3895, i64 44
-  %3900 = getelementptr inbounds nuw i8, <8 x ptr> %3896, i64 44
-  %3901 = getelementptr inbounds nuw i8, <8 x ptr> %3897, i64 44
-  %3902 = getelementptr inbounds nuw i8, <8 x ptr> %3898, i64 44
-  %wide.masked.gather398.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather399.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather400.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3901, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %wide.masked.gather401.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3902, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !99
-  %3903 = getelementptr inbounds nuw i8, ptr %425, i64 6016
-  %3904 = getelementptr inbounds nuw i8, ptr %425, i64 6048
-  %3905 = getelementptr inbounds nuw i8, ptr %425, i64 6080
-  %3906 = getelementptr inbounds nuw i8, ptr %425, i64 6112
-  store <8 x float> %wide.masked.gather398.3, ptr %3903, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather399.3, ptr %3904, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather400.3, ptr %3905, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  store <8 x float> %wide.masked.gather401.3, ptr %3906, align 4, !tbaa !9, !alias.scope !102, !noalias !99
-  br label %for_end_d.11.i
-
-for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
-  %indvars.iv666.11.i = phi i64 [ %indvars.iv.next667.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
-  %.idx797.i = shl nuw nsw i64 %indvars.iv666.11.i, 6
-  %3907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i
-  %3908 = getelementptr inbounds nuw i8, ptr %3907, i64 44
-  %3909 = load float, ptr %3908, align 4, !tbaa !9
-  %3910 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv666.11.i
-  store float %3909, ptr %3910, align 4, !tbaa !9
-  %indvars.iv.next667.11.i = or disjoint i64 %indvars.iv666.11.i, 1
-  %.idx797.i.1 = shl nuw nsw i64 %indvars.iv.next667.11.i, 6
-  %3911 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.1
-  %3912 = getelementptr inbounds nuw i8, ptr %3911, i64 44
-  %3913 = load float, ptr %3912, align 4, !tbaa !9
-  %3914 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i
-  store float %3913, ptr %3914, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.1 = or disjoint i64 %indvars.iv666.11.i, 2
-  %.idx797.i.2 = shl nuw nsw i64 %indvars.iv.next667.11.i.1, 6
-  %3915 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.2
-  %3916 = getelementptr inbounds nuw i8, ptr %3915, i64 44
-  %3917 = load float, ptr %3916, align 4, !tbaa !9
-  %3918 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.1
-  store float %3917, ptr %3918, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.2 = or disjoint i64 %indvars.iv666.11.i, 3
-  %.idx797.i.3 = shl nuw nsw i64 %indvars.iv.next667.11.i.2, 6
-  %3919 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.3
-  %3920 = getelementptr inbounds nuw i8, ptr %3919, i64 44
-  %3921 = load float, ptr %3920, align 4, !tbaa !9
-  %3922 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.2
-  store float %3921, ptr %3922, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.3 = or disjoint i64 %indvars.iv666.11.i, 4
-  %.idx797.i.4 = shl nuw nsw i64 %indvars.iv.next667.11.i.3, 6
-  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.4
-  %3924 = getelementptr inbounds nuw i8, ptr %3923, i64 44
-  %3925 = load float, ptr %3924, align 4, !tbaa !9
-  %3926 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.3
-  store float %3925, ptr %3926, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.4 = or disjoint i64 %indvars.iv666.11.i, 5
-  %.idx797.i.5 = shl nuw nsw i64 %indvars.iv.next667.11.i.4, 6
-  %3927 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.5
-  %3928 = getelementptr inbounds nuw i8, ptr %3927, i64 44
-  %3929 = load float, ptr %3928, align 4, !tbaa !9
-  %3930 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.4
-  store float %3929, ptr %3930, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.5 = or disjoint i64 %indvars.iv666.11.i, 6
-  %.idx797.i.6 = shl nuw nsw i64 %indvars.iv.next667.11.i.5, 6
-  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.6
-  %3932 = getelementptr inbounds nuw i8, ptr %3931, i64 44
-  %3933 = load float, ptr %3932, align 4, !tbaa !9
-  %3934 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.5
-  store float %3933, ptr %3934, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.6 = or disjoint i64 %indvars.iv666.11.i, 7
-  %.idx797.i.7 = shl nuw nsw i64 %indvars.iv.next667.11.i.6, 6
-  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx797.i.7
-  %3936 = getelementptr inbounds nuw i8, ptr %3935, i64 44
-  %3937 = load float, ptr %3936, align 4, !tbaa !9
-  %3938 = getelementptr inbounds nuw float, ptr %3859, i64 %indvars.iv.next667.11.i.6
-  store float %3937, ptr %3938, align 4, !tbaa !9
-  %indvars.iv.next667.11.i.7 = add nuw nsw i64 %indvars.iv666.11.i, 8
-  %exitcond669.11.not.i.7 = icmp eq i64 %indvars.iv.next667.11.i.7, 128
-  br i1 %exitcond669.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !35, !llvm.loop !104
-
-for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body392
-  %3939 = getelementptr inbounds nuw i8, ptr %425, i64 6144
-  %scevgep362 = getelementptr i8, ptr %acc.i, i64 48
-  %scevgep363 = getelementptr i8, ptr %acc.i, i64 8180
-  %bound0364 = icmp ult ptr %scevgep360, %scevgep363
-  %bound1365 = icmp ult ptr %scevgep362, %scevgep361
-  %found.conflict366 = and i1 %bound0364, %bound1365
-  br i1 %found.conflict366, label %for_body_d.12.i, label %vector.body369, !prof !12
-
-vector.body369:                                   ; preds = %for_end_d.11.i
-  %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3941 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3942 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3944 = getelementptr inbounds nuw i8, <8 x ptr> %3940, i64 48
-  %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 48
-  %3946 = getelementptr inbounds nuw i8, <8 x ptr> %3942, i64 48
-  %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 48
-  %wide.masked.gather375 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather376 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather377 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather378 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %3948 = getelementptr inbounds nuw i8, ptr %425, i64 6176
-  %3949 = getelementptr inbounds nuw i8, ptr %425, i64 6208
-  %3950 = getelementptr inbounds nuw i8, ptr %425, i64 6240
-  store <8 x float> %wide.masked.gather375, ptr %3939, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather376, ptr %3948, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather377, ptr %3949, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather378, ptr %3950, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  %3951 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3952 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3954 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3955 = getelementptr inbounds nuw i8, <8 x ptr> %3951, i64 48
-  %3956 = getelementptr inbounds nuw i8, <8 x ptr> %3952, i64 48
-  %3957 = getelementptr inbounds nuw i8, <8 x ptr> %3953, i64 48
-  %3958 = getelementptr inbounds nuw i8, <8 x ptr> %3954, i64 48
-  %wide.masked.gather375.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3955, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather376.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather377.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather378.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %3959 = getelementptr inbounds nuw i8, ptr %425, i64 6272
-  %3960 = getelementptr inbounds nuw i8, ptr %425, i64 6304
-  %3961 = getelementptr inbounds nuw i8, ptr %425, i64 6336
-  %3962 = getelementptr inbounds nuw i8, ptr %425, i64 6368
-  store <8 x float> %wide.masked.gather375.1, ptr %3959, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather376.1, ptr %3960, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather377.1, ptr %3961, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather378.1, ptr %3962, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  %3963 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3964 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3966 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3967 = getelementptr inbounds nuw i8, <8 x ptr> %3963, i64 48
-  %3968 = getelementptr inbounds nuw i8, <8 x ptr> %3964, i64 48
-  %3969 = getelementptr inbounds nuw i8, <8 x ptr> %3965, i64 48
-  %3970 = getelementptr inbounds nuw i8, <8 x ptr> %3966, i64 48
-  %wide.masked.gather375.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3967, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather376.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather377.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather378.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %3971 = getelementptr inbounds nuw i8, ptr %425, i64 6400
-  %3972 = getelementptr inbounds nuw i8, ptr %425, i64 6432
-  %3973 = getelementptr inbounds nuw i8, ptr %425, i64 6464
-  %3974 = getelementptr inbounds nuw i8, ptr %425, i64 6496
-  store <8 x float> %wide.masked.gather375.2, ptr %3971, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather376.2, ptr %3972, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather377.2, ptr %3973, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather378.2, ptr %3974, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  %3975 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3976 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3977 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3978 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3979 = getelementptr inbounds nuw i8, <8 x ptr> %3975, i64 48
-  %3980 = getelementptr inbounds nuw i8, <8 x ptr> %3976, i64 48
-  %3981 = getelementptr inbounds nuw i8, <8 x ptr> %3977, i64 48
-  %3982 = getelementptr inbounds nuw i8, <8 x ptr> %3978, i64 48
-  %wide.masked.gather375.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3979, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather376.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3980, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather377.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3981, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %wide.masked.gather378.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3982, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !105
-  %3983 = getelementptr inbounds nuw i8, ptr %425, i64 6528
-  %3984 = getelementptr inbounds nuw i8, ptr %425, i64 6560
-  %3985 = getelementptr inbounds nuw i8, ptr %425, i64 6592
-  %3986 = getelementptr inbounds nuw i8, ptr %425, i64 6624
-  store <8 x float> %wide.masked.gather375.3, ptr %3983, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather376.3, ptr %3984, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather377.3, ptr %3985, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  store <8 x float> %wide.masked.gather378.3, ptr %3986, align 4, !tbaa !9, !alias.scope !108, !noalias !105
-  br label %for_end_d.12.i
-
-for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
-  %indvars.iv666.12.i = phi i64 [ %indvars.iv.next667.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
-  %.idx798.i = shl nuw nsw i64 %indvars.iv666.12.i, 6
-  %3987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i
-  %3988 = getelementptr inbounds nuw i8, ptr %3987, i64 48
-  %3989 = load float, ptr %3988, align 4, !tbaa !9
-  %3990 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv666.12.i
-  store float %3989, ptr %3990, align 4, !tbaa !9
-  %indvars.iv.next667.12.i = or disjoint i64 %indvars.iv666.12.i, 1
-  %.idx798.i.1 = shl nuw nsw i64 %indvars.iv.next667.12.i, 6
-  %3991 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.1
-  %3992 = getelementptr inbounds nuw i8, ptr %3991, i64 48
-  %3993 = load float, ptr %3992, align 4, !tbaa !9
-  %3994 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i
-  store float %3993, ptr %3994, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.1 = or disjoint i64 %indvars.iv666.12.i, 2
-  %.idx798.i.2 = shl nuw nsw i64 %indvars.iv.next667.12.i.1, 6
-  %3995 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.2
-  %3996 = getelementptr inbounds nuw i8, ptr %3995, i64 48
-  %3997 = load float, ptr %3996, align 4, !tbaa !9
-  %3998 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.1
-  store float %3997, ptr %3998, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.2 = or disjoint i64 %indvars.iv666.12.i, 3
-  %.idx798.i.3 = shl nuw nsw i64 %indvars.iv.next667.12.i.2, 6
-  %3999 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.3
-  %4000 = getelementptr inbounds nuw i8, ptr %3999, i64 48
-  %4001 = load float, ptr %4000, align 4, !tbaa !9
-  %4002 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.2
-  store float %4001, ptr %4002, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.3 = or disjoint i64 %indvars.iv666.12.i, 4
-  %.idx798.i.4 = shl nuw nsw i64 %indvars.iv.next667.12.i.3, 6
-  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.4
-  %4004 = getelementptr inbounds nuw i8, ptr %4003, i64 48
-  %4005 = load float, ptr %4004, align 4, !tbaa !9
-  %4006 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.3
-  store float %4005, ptr %4006, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.4 = or disjoint i64 %indvars.iv666.12.i, 5
-  %.idx798.i.5 = shl nuw nsw i64 %indvars.iv.next667.12.i.4, 6
-  %4007 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.5
-  %4008 = getelementptr inbounds nuw i8, ptr %4007, i64 48
-  %4009 = load float, ptr %4008, align 4, !tbaa !9
-  %4010 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.4
-  store float %4009, ptr %4010, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.5 = or disjoint i64 %indvars.iv666.12.i, 6
-  %.idx798.i.6 = shl nuw nsw i64 %indvars.iv.next667.12.i.5, 6
-  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.6
-  %4012 = getelementptr inbounds nuw i8, ptr %4011, i64 48
-  %4013 = load float, ptr %4012, align 4, !tbaa !9
-  %4014 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.5
-  store float %4013, ptr %4014, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.6 = or disjoint i64 %indvars.iv666.12.i, 7
-  %.idx798.i.7 = shl nuw nsw i64 %indvars.iv.next667.12.i.6, 6
-  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx798.i.7
-  %4016 = getelementptr inbounds nuw i8, ptr %4015, i64 48
-  %4017 = load float, ptr %4016, align 4, !tbaa !9
-  %4018 = getelementptr inbounds nuw float, ptr %3939, i64 %indvars.iv.next667.12.i.6
-  store float %4017, ptr %4018, align 4, !tbaa !9
-  %indvars.iv.next667.12.i.7 = add nuw nsw i64 %indvars.iv666.12.i, 8
-  %exitcond669.12.not.i.7 = icmp eq i64 %indvars.iv.next667.12.i.7, 128
-  br i1 %exitcond669.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !35, !llvm.loop !110
-
-for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body369
-  %4019 = getelementptr inbounds nuw i8, ptr %425, i64 6656
-  %scevgep339 = getelementptr i8, ptr %acc.i, i64 52
-  %scevgep340 = getelementptr i8, ptr %acc.i, i64 8184
-  %bound0341 = icmp ult ptr %scevgep337, %scevgep340
-  %bound1342 = icmp ult ptr %scevgep339, %scevgep338
-  %found.conflict343 = and i1 %bound0341, %bound1342
-  br i1 %found.conflict343, label %for_body_d.13.i, label %vector.body346, !prof !12
-
-vector.body346:                                   ; preds = %for_end_d.12.i
-  %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4021 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4022 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4024 = getelementptr inbounds nuw i8, <8 x ptr> %4020, i64 52
-  %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 52
-  %4026 = getelementptr inbounds nuw i8, <8 x ptr> %4022, i64 52
-  %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 52
-  %wide.masked.gather352 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather353 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather354 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather355 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %4028 = getelementptr inbounds nuw i8, ptr %425, i64 6688
-  %4029 = getelementptr inbounds nuw i8, ptr %425, i64 6720
-  %4030 = getelementptr inbounds nuw i8, ptr %425, i64 6752
-  store <8 x float> %wide.masked.gather352, ptr %4019, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather353, ptr %4028, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather354, ptr %4029, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather355, ptr %4030, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  %4031 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4032 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4034 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4035 = getelementptr inbounds nuw i8, <8 x ptr> %4031, i64 52
-  %4036 = getelementptr inbounds nuw i8, <8 x ptr> %4032, i64 52
-  %4037 = getelementptr inbounds nuw i8, <8 x ptr> %4033, i64 52
-  %4038 = getelementptr inbounds nuw i8, <8 x ptr> %4034, i64 52
-  %wide.masked.gather352.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4035, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather353.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather354.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather355.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %4039 = getelementptr inbounds nuw i8, ptr %425, i64 6784
-  %4040 = getelementptr inbounds nuw i8, ptr %425, i64 6816
-  %4041 = getelementptr inbounds nuw i8, ptr %425, i64 6848
-  %4042 = getelementptr inbounds nuw i8, ptr %425, i64 6880
-  store <8 x float> %wide.masked.gather352.1, ptr %4039, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather353.1, ptr %4040, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather354.1, ptr %4041, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather355.1, ptr %4042, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  %4043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4046 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4047 = getelementptr inbounds nuw i8, <8 x ptr> %4043, i64 52
-  %4048 = getelementptr inbounds nuw i8, <8 x ptr> %4044, i64 52
-  %4049 = getelementptr inbounds nuw i8, <8 x ptr> %4045, i64 52
-  %4050 = getelementptr inbounds nuw i8, <8 x ptr> %4046, i64 52
-  %wide.masked.gather352.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather353.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather354.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather355.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %4051 = getelementptr inbounds nuw i8, ptr %425, i64 6912
-  %4052 = getelementptr inbounds nuw i8, ptr %425, i64 6944
-  %4053 = getelementptr inbounds nuw i8, ptr %425, i64 6976
-  %4054 = getelementptr inbounds nuw i8, ptr %425, i64 7008
-  store <8 x float> %wide.masked.gather352.2, ptr %4051, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather353.2, ptr %4052, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather354.2, ptr %4053, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather355.2, ptr %4054, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  %4055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4057 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4058 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4059 = getelementptr inbounds nuw i8, <8 x ptr> %4055, i64 52
-  %4060 = getelementptr inbounds nuw i8, <8 x ptr> %4056, i64 52
-  %4061 = getelementptr inbounds nuw i8, <8 x ptr> %4057, i64 52
-  %4062 = getelementptr inbounds nuw i8, <8 x ptr> %4058, i64 52
-  %wide.masked.gather352.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather353.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather354.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4061, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %wide.masked.gather355.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !111
-  %4063 = getelementptr inbounds nuw i8, ptr %425, i64 7040
-  %4064 = getelementptr inbounds nuw i8, ptr %425, i64 7072
-  %4065 = getelementptr inbounds nuw i8, ptr %425, i64 7104
-  %4066 = getelementptr inbounds nuw i8, ptr %425, i64 7136
-  store <8 x float> %wide.masked.gather352.3, ptr %4063, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather353.3, ptr %4064, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather354.3, ptr %4065, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  store <8 x float> %wide.masked.gather355.3, ptr %4066, align 4, !tbaa !9, !alias.scope !114, !noalias !111
-  br label %for_end_d.13.i
-
-for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
-  %indvars.iv666.13.i = phi i64 [ %indvars.iv.next667.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
-  %.idx799.i = shl nuw nsw i64 %indvars.iv666.13.i, 6
-  %4067 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i
-  %4068 = getelementptr inbounds nuw i8, ptr %4067, i64 52
-  %4069 = load float, ptr %4068, align 4, !tbaa !9
-  %4070 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv666.13.i
-  store float %4069, ptr %4070, align 4, !tbaa !9
-  %indvars.iv.next667.13.i = or disjoint i64 %indvars.iv666.13.i, 1
-  %.idx799.i.1 = shl nuw nsw i64 %indvars.iv.next667.13.i, 6
-  %4071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.1
-  %4072 = getelementptr inbounds nuw i8, ptr %4071, i64 52
-  %4073 = load float, ptr %4072, align 4, !tbaa !9
-  %4074 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i
-  store float %4073, ptr %4074, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.1 = or disjoint i64 %indvars.iv666.13.i, 2
-  %.idx799.i.2 = shl nuw nsw i64 %indvars.iv.next667.13.i.1, 6
-  %4075 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.2
-  %4076 = getelementptr inbounds nuw i8, ptr %4075, i64 52
-  %4077 = load float, ptr %4076, align 4, !tbaa !9
-  %4078 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.1
-  store float %4077, ptr %4078, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.2 = or disjoint i64 %indvars.iv666.13.i, 3
-  %.idx799.i.3 = shl nuw nsw i64 %indvars.iv.next667.13.i.2, 6
-  %4079 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.3
-  %4080 = getelementptr inbounds nuw i8, ptr %4079, i64 52
-  %4081 = load float, ptr %4080, align 4, !tbaa !9
-  %4082 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.2
-  store float %4081, ptr %4082, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.3 = or disjoint i64 %indvars.iv666.13.i, 4
-  %.idx799.i.4 = shl nuw nsw i64 %indvars.iv.next667.13.i.3, 6
-  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.4
-  %4084 = getelementptr inbounds nuw i8, ptr %4083, i64 52
-  %4085 = load float, ptr %4084, align 4, !tbaa !9
-  %4086 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.3
-  store float %4085, ptr %4086, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.4 = or disjoint i64 %indvars.iv666.13.i, 5
-  %.idx799.i.5 = shl nuw nsw i64 %indvars.iv.next667.13.i.4, 6
-  %4087 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.5
-  %4088 = getelementptr inbounds nuw i8, ptr %4087, i64 52
-  %4089 = load float, ptr %4088, align 4, !tbaa !9
-  %4090 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.4
-  store float %4089, ptr %4090, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.5 = or disjoint i64 %indvars.iv666.13.i, 6
-  %.idx799.i.6 = shl nuw nsw i64 %indvars.iv.next667.13.i.5, 6
-  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.6
-  %4092 = getelementptr inbounds nuw i8, ptr %4091, i64 52
-  %4093 = load float, ptr %4092, align 4, !tbaa !9
-  %4094 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.5
-  store float %4093, ptr %4094, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.6 = or disjoint i64 %indvars.iv666.13.i, 7
-  %.idx799.i.7 = shl nuw nsw i64 %indvars.iv.next667.13.i.6, 6
-  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx799.i.7
-  %4096 = getelementptr inbounds nuw i8, ptr %4095, i64 52
-  %4097 = load float, ptr %4096, align 4, !tbaa !9
-  %4098 = getelementptr inbounds nuw float, ptr %4019, i64 %indvars.iv.next667.13.i.6
-  store float %4097, ptr %4098, align 4, !tbaa !9
-  %indvars.iv.next667.13.i.7 = add nuw nsw i64 %indvars.iv666.13.i, 8
-  %exitcond669.13.not.i.7 = icmp eq i64 %indvars.iv.next667.13.i.7, 128
-  br i1 %exitcond669.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !35, !llvm.loop !116
-
-for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body346
-  %4099 = getelementptr inbounds nuw i8, ptr %425, i64 7168
-  %scevgep316 = getelementptr i8, ptr %acc.i, i64 56
-  %scevgep317 = getelementptr i8, ptr %acc.i, i64 8188
-  %bound0318 = icmp ult ptr %scevgep314, %scevgep317
-  %bound1319 = icmp ult ptr %scevgep316, %scevgep315
-  %found.conflict320 = and i1 %bound0318, %bound1319
-  br i1 %found.conflict320, label %for_body_d.14.i, label %vector.body323, !prof !12
-
-vector.body323:                                   ; preds = %for_end_d.13.i
-  %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4101 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4102 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4104 = getelementptr inbounds nuw i8, <8 x ptr> %4100, i64 56
-  %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 56
-  %4106 = getelementptr inbounds nuw i8, <8 x ptr> %4102, i64 56
-  %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 56
-  %wide.masked.gather329 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather330 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather331 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather332 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %4108 = getelementptr inbounds nuw i8, ptr %425, i64 7200
-  %4109 = getelementptr inbounds nuw i8, ptr %425, i64 7232
-  %4110 = getelementptr inbounds nuw i8, ptr %425, i64 7264
-  store <8 x float> %wide.masked.gather329, ptr %4099, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather330, ptr %4108, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather331, ptr %4109, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather332, ptr %4110, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  %4111 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4112 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4115 = getelementptr inbounds nuw i8, <8 x ptr> %4111, i64 56
-  %4116 = getelementptr inbounds nuw i8, <8 x ptr> %4112, i64 56
-  %4117 = getelementptr inbounds nuw i8, <8 x ptr> %4113, i64 56
-  %4118 = getelementptr inbounds nuw i8, <8 x ptr> %4114, i64 56
-  %wide.masked.gather329.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather330.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather331.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather332.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %4119 = getelementptr inbounds nuw i8, ptr %425, i64 7296
-  %4120 = getelementptr inbounds nuw i8, ptr %425, i64 7328
-  %4121 = getelementptr inbounds nuw i8, ptr %425, i64 7360
-  %4122 = getelementptr inbounds nuw i8, ptr %425, i64 7392
-  store <8 x float> %wide.masked.gather329.1, ptr %4119, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather330.1, ptr %4120, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather331.1, ptr %4121, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather332.1, ptr %4122, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  %4123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4127 = getelementptr inbounds nuw i8, <8 x ptr> %4123, i64 56
-  %4128 = getelementptr inbounds nuw i8, <8 x ptr> %4124, i64 56
-  %4129 = getelementptr inbounds nuw i8, <8 x ptr> %4125, i64 56
-  %4130 = getelementptr inbounds nuw i8, <8 x ptr> %4126, i64 56
-  %wide.masked.gather329.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather330.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather331.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather332.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %4131 = getelementptr inbounds nuw i8, ptr %425, i64 7424
-  %4132 = getelementptr inbounds nuw i8, ptr %425, i64 7456
-  %4133 = getelementptr inbounds nuw i8, ptr %425, i64 7488
-  %4134 = getelementptr inbounds nuw i8, ptr %425, i64 7520
-  store <8 x float> %wide.masked.gather329.2, ptr %4131, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather330.2, ptr %4132, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather331.2, ptr %4133, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather332.2, ptr %4134, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  %4135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4137 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4138 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4139 = getelementptr inbounds nuw i8, <8 x ptr> %4135, i64 56
-  %4140 = getelementptr inbounds nuw i8, <8 x ptr> %4136, i64 56
-  %4141 = getelementptr inbounds nuw i8, <8 x ptr> %4137, i64 56
-  %4142 = getelementptr inbounds nuw i8, <8 x ptr> %4138, i64 56
-  %wide.masked.gather329.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather330.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather331.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4141, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %wide.masked.gather332.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !117
-  %4143 = getelementptr inbounds nuw i8, ptr %425, i64 7552
-  %4144 = getelementptr inbounds nuw i8, ptr %425, i64 7584
-  %4145 = getelementptr inbounds nuw i8, ptr %425, i64 7616
-  %4146 = getelementptr inbounds nuw i8, ptr %425, i64 7648
-  store <8 x float> %wide.masked.gather329.3, ptr %4143, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather330.3, ptr %4144, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather331.3, ptr %4145, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  store <8 x float> %wide.masked.gather332.3, ptr %4146, align 4, !tbaa !9, !alias.scope !120, !noalias !117
-  br label %for_end_d.14.i
-
-for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
-  %indvars.iv666.14.i = phi i64 [ %indvars.iv.next667.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
-  %.idx800.i = shl nuw nsw i64 %indvars.iv666.14.i, 6
-  %4147 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i
-  %4148 = getelementptr inbounds nuw i8, ptr %4147, i64 56
-  %4149 = load float, ptr %4148, align 4, !tbaa !9
-  %4150 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv666.14.i
-  store float %4149, ptr %4150, align 4, !tbaa !9
-  %indvars.iv.next667.14.i = or disjoint i64 %indvars.iv666.14.i, 1
-  %.idx800.i.1 = shl nuw nsw i64 %indvars.iv.next667.14.i, 6
-  %4151 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.1
-  %4152 = getelementptr inbounds nuw i8, ptr %4151, i64 56
-  %4153 = load float, ptr %4152, align 4, !tbaa !9
-  %4154 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i
-  store float %4153, ptr %4154, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.1 = or disjoint i64 %indvars.iv666.14.i, 2
-  %.idx800.i.2 = shl nuw nsw i64 %indvars.iv.next667.14.i.1, 6
-  %4155 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.2
-  %4156 = getelementptr inbounds nuw i8, ptr %4155, i64 56
-  %4157 = load float, ptr %4156, align 4, !tbaa !9
-  %4158 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.1
-  store float %4157, ptr %4158, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.2 = or disjoint i64 %indvars.iv666.14.i, 3
-  %.idx800.i.3 = shl nuw nsw i64 %indvars.iv.next667.14.i.2, 6
-  %4159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.3
-  %4160 = getelementptr inbounds nuw i8, ptr %4159, i64 56
-  %4161 = load float, ptr %4160, align 4, !tbaa !9
-  %4162 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.2
-  store float %4161, ptr %4162, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.3 = or disjoint i64 %indvars.iv666.14.i, 4
-  %.idx800.i.4 = shl nuw nsw i64 %indvars.iv.next667.14.i.3, 6
-  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.4
-  %4164 = getelementptr inbounds nuw i8, ptr %4163, i64 56
-  %4165 = load float, ptr %4164, align 4, !tbaa !9
-  %4166 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.3
-  store float %4165, ptr %4166, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.4 = or disjoint i64 %indvars.iv666.14.i, 5
-  %.idx800.i.5 = shl nuw nsw i64 %indvars.iv.next667.14.i.4, 6
-  %4167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.5
-  %4168 = getelementptr inbounds nuw i8, ptr %4167, i64 56
-  %4169 = load float, ptr %4168, align 4, !tbaa !9
-  %4170 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.4
-  store float %4169, ptr %4170, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.5 = or disjoint i64 %indvars.iv666.14.i, 6
-  %.idx800.i.6 = shl nuw nsw i64 %indvars.iv.next667.14.i.5, 6
-  %4171 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.6
-  %4172 = getelementptr inbounds nuw i8, ptr %4171, i64 56
-  %4173 = load float, ptr %4172, align 4, !tbaa !9
-  %4174 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.5
-  store float %4173, ptr %4174, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.6 = or disjoint i64 %indvars.iv666.14.i, 7
-  %.idx800.i.7 = shl nuw nsw i64 %indvars.iv.next667.14.i.6, 6
-  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx800.i.7
-  %4176 = getelementptr inbounds nuw i8, ptr %4175, i64 56
-  %4177 = load float, ptr %4176, align 4, !tbaa !9
-  %4178 = getelementptr inbounds nuw float, ptr %4099, i64 %indvars.iv.next667.14.i.6
-  store float %4177, ptr %4178, align 4, !tbaa !9
-  %indvars.iv.next667.14.i.7 = add nuw nsw i64 %indvars.iv666.14.i, 8
-  %exitcond669.14.not.i.7 = icmp eq i64 %indvars.iv.next667.14.i.7, 128
-  br i1 %exitcond669.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !35, !llvm.loop !122
-
-for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body323
-  %4179 = getelementptr inbounds nuw i8, ptr %425, i64 7680
-  %scevgep308 = getelementptr i8, ptr %acc.i, i64 60
-  %scevgep309 = getelementptr i8, ptr %acc.i, i64 8192
-  %bound0 = icmp ult ptr %scevgep, %scevgep309
-  %bound1 = icmp ult ptr %scevgep308, %scevgep307
-  %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !12
-
-vector.body:                                      ; preds = %for_end_d.14.i
-  %4180 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4181 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4182 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4183 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4184 = getelementptr inbounds nuw i8, <8 x ptr> %4180, i64 60
-  %4185 = getelementptr inbounds nuw i8, <8 x ptr> %4181, i64 60
-  %4186 = getelementptr inbounds nuw i8, <8 x ptr> %4182, i64 60
-  %4187 = getelementptr inbounds nuw i8, <8 x ptr> %4183, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4186, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %4188 = getelementptr inbounds nuw i8, ptr %425, i64 7712
-  %4189 = getelementptr inbounds nuw i8, ptr %425, i64 7744
-  %4190 = getelementptr inbounds nuw i8, ptr %425, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4179, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather310, ptr %4188, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather311, ptr %4189, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather312, ptr %4190, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  %4191 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4192 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4193 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4194 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4195 = getelementptr inbounds nuw i8, <8 x ptr> %4191, i64 60
-  %4196 = getelementptr inbounds nuw i8, <8 x ptr> %4192, i64 60
-  %4197 = getelementptr inbounds nuw i8, <8 x ptr> %4193, i64 60
-  %4198 = getelementptr inbounds nuw i8, <8 x ptr> %4194, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4195, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4196, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4197, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %4199 = getelementptr inbounds nuw i8, ptr %425, i64 7808
-  %4200 = getelementptr inbounds nuw i8, ptr %425, i64 7840
-  %4201 = getelementptr inbounds nuw i8, ptr %425, i64 7872
-  %4202 = getelementptr inbounds nuw i8, ptr %425, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4199, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather310.1, ptr %4200, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather311.1, ptr %4201, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather312.1, ptr %4202, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  %4203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4204 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4205 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4206 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4207 = getelementptr inbounds nuw i8, <8 x ptr> %4203, i64 60
-  %4208 = getelementptr inbounds nuw i8, <8 x ptr> %4204, i64 60
-  %4209 = getelementptr inbounds nuw i8, <8 x ptr> %4205, i64 60
-  %4210 = getelementptr inbounds nuw i8, <8 x ptr> %4206, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %4211 = getelementptr inbounds nuw i8, ptr %425, i64 7936
-  %4212 = getelementptr inbounds nuw i8, ptr %425, i64 7968
-  %4213 = getelementptr inbounds nuw i8, ptr %425, i64 8000
-  %4214 = getelementptr inbounds nuw i8, ptr %425, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4211, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather310.2, ptr %4212, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather311.2, ptr %4213, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather312.2, ptr %4214, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  %4215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4217 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4218 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4219 = getelementptr inbounds nuw i8, <8 x ptr> %4215, i64 60
-  %4220 = getelementptr inbounds nuw i8, <8 x ptr> %4216, i64 60
-  %4221 = getelementptr inbounds nuw i8, <8 x ptr> %4217, i64 60
-  %4222 = getelementptr inbounds nuw i8, <8 x ptr> %4218, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !9, !alias.scope !123
-  %4223 = getelementptr inbounds nuw i8, ptr %425, i64 8064
-  %4224 = getelementptr inbounds nuw i8, ptr %425, i64 8096
-  %4225 = getelementptr inbounds nuw i8, ptr %425, i64 8128
-  %4226 = getelementptr inbounds nuw i8, ptr %425, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4223, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather310.3, ptr %4224, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather311.3, ptr %4225, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  store <8 x float> %wide.masked.gather312.3, ptr %4226, align 4, !tbaa !9, !alias.scope !126, !noalias !123
-  br label %if_end200.i
-
-for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
-  %indvars.iv666.15.i = phi i64 [ %indvars.iv.next667.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
-  %.idx801.i = shl nuw nsw i64 %indvars.iv666.15.i, 6
-  %4227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i
-  %4228 = getelementptr inbounds nuw i8, ptr %4227, i64 60
-  %4229 = load float, ptr %4228, align 4, !tbaa !9
-  %4230 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv666.15.i
-  store float %4229, ptr %4230, align 4, !tbaa !9
-  %indvars.iv.next667.15.i = or disjoint i64 %indvars.iv666.15.i, 1
-  %.idx801.i.1 = shl nuw nsw i64 %indvars.iv.next667.15.i, 6
-  %4231 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.1
-  %4232 = getelementptr inbounds nuw i8, ptr %4231, i64 60
-  %4233 = load float, ptr %4232, align 4, !tbaa !9
-  %4234 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i
-  store float %4233, ptr %4234, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.1 = or disjoint i64 %indvars.iv666.15.i, 2
-  %.idx801.i.2 = shl nuw nsw i64 %indvars.iv.next667.15.i.1, 6
-  %4235 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.2
-  %4236 = getelementptr inbounds nuw i8, ptr %4235, i64 60
-  %4237 = load float, ptr %4236, align 4, !tbaa !9
-  %4238 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.1
-  store float %4237, ptr %4238, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.2 = or disjoint i64 %indvars.iv666.15.i, 3
-  %.idx801.i.3 = shl nuw nsw i64 %indvars.iv.next667.15.i.2, 6
-  %4239 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.3
-  %4240 = getelementptr inbounds nuw i8, ptr %4239, i64 60
-  %4241 = load float, ptr %4240, align 4, !tbaa !9
-  %4242 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.2
-  store float %4241, ptr %4242, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.3 = or disjoint i64 %indvars.iv666.15.i, 4
-  %.idx801.i.4 = shl nuw nsw i64 %indvars.iv.next667.15.i.3, 6
-  %4243 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.4
-  %4244 = getelementptr inbounds nuw i8, ptr %4243, i64 60
-  %4245 = load float, ptr %4244, align 4, !tbaa !9
-  %4246 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.3
-  store float %4245, ptr %4246, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.4 = or disjoint i64 %indvars.iv666.15.i, 5
-  %.idx801.i.5 = shl nuw nsw i64 %indvars.iv.next667.15.i.4, 6
-  %4247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.5
-  %4248 = getelementptr inbounds nuw i8, ptr %4247, i64 60
-  %4249 = load float, ptr %4248, align 4, !tbaa !9
-  %4250 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.4
-  store float %4249, ptr %4250, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.5 = or disjoint i64 %indvars.iv666.15.i, 6
-  %.idx801.i.6 = shl nuw nsw i64 %indvars.iv.next667.15.i.5, 6
-  %4251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.6
-  %4252 = getelementptr inbounds nuw i8, ptr %4251, i64 60
-  %4253 = load float, ptr %4252, align 4, !tbaa !9
-  %4254 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.5
-  store float %4253, ptr %4254, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.6 = or disjoint i64 %indvars.iv666.15.i, 7
-  %.idx801.i.7 = shl nuw nsw i64 %indvars.iv.next667.15.i.6, 6
-  %4255 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx801.i.7
-  %4256 = getelementptr inbounds nuw i8, ptr %4255, i64 60
-  %4257 = load float, ptr %4256, align 4, !tbaa !9
-  %4258 = getelementptr inbounds nuw float, ptr %4179, i64 %indvars.iv.next667.15.i.6
-  store float %4257, ptr %4258, align 4, !tbaa !9
-  %indvars.iv.next667.15.i.7 = add nuw nsw i64 %indvars.iv666.15.i, 8
-  %exitcond669.15.not.i.7 = icmp eq i64 %indvars.iv.next667.15.i.7, 128
-  br i1 %exitcond669.15.not.i.7, label %if_end200.i, label %for_body_d.15.i, !prof !35, !llvm.loop !128
-
-if_end249.i:                                      ; preds = %if_end200.i
-  %4259 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4260 = tail call i32 %4259(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not274.i = icmp eq i32 %4260, 0
-  br i1 %.not274.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !26
-
-fused_decode_compute_.exit:                       ; preds = %if_end249.i, %if_end200.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %if_end179.i, %for_end_d_0_m.i, %for_end_to69.thread.i, %for_end_to69.i, %if_end62.i, %for_end_to53.i, %if_end46.i, %for_end_t36.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end51 ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %if_end179.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to69.thread.i ], [ -1, %for_end_to69.i ], [ -1, %if_end62.i ], [ -1, %for_end_to53.i ], [ -1, %if_end46.i ], [ -1, %for_end_t36.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end200.i ], [ -1, %if_end249.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor258.i)
+  %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not278.i = icmp eq i32 %2843, 0
+  br i1 %.not278.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !53
+
+fused_decode_compute_.exit:                       ; preds = %if_end247.i, %if_end216.i, %if_end210.i, %if_end207.i, %if_end204.i, %if_end201.i, %for_end_r_0_m.i, %for_end_r.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end34.i, %for_end_t24.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_end_r.i ], [ -1, %if_end210.i ], [ -1, %if_end207.i ], [ -1, %if_end204.i ], [ -1, %if_end201.i ], [ -1, %for_end_r_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end34.i ], [ -1, %for_end_t24.i ], [ -1, %if_end15.i ], [ -1, %if_end.i ], [ -1, %if_end216.i ], [ -1, %if_end247.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor255.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak268.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum269.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_max270.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta272.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha273.i)
   ret i32 %common.ret.op.i
 }
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #1
 
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #2
-
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
+declare float @llvm.arithmetic.fence.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #2
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #2
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #2
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #2
+declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #2
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #2
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #2
+declare i32 @llvm.umax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
@@ -7047,19 +5137,15 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #5
-
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #6
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #5
 
 attributes #0 = { "target-cpu"="x86-64-v4" }
 attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #2 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #5 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -7075,123 +5161,107 @@ attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !9 = !{!10, !10, i64 0}
 !10 = !{!"tvm-alias", !7}
 !11 = !{!"branch_weights", i32 1, i32 1048575}
-!12 = !{!"branch_weights", i32 1, i32 127}
-!13 = !{!14}
-!14 = distinct !{!14, !15}
-!15 = distinct !{!15, !"LVerDomain"}
-!16 = !{!17}
-!17 = distinct !{!17, !15}
-!18 = distinct !{!18, !19}
-!19 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!20 = distinct !{!20, !19}
-!21 = !{!"branch_weights", i32 2032, i32 2147481616}
-!22 = !{!"branch_weights", i32 4064, i32 2147479584}
-!23 = distinct !{!23, !24}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!25 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!26 = !{!"branch_weights", i32 1, i32 1048576}
-!27 = !{!28, !28, i64 0}
-!28 = !{!"buffer0.w64.b0", !29, i64 0}
-!29 = !{!"buffer0.w128.b0", !30, i64 0}
-!30 = !{!"buffer0.w256.b0", !31, i64 0}
-!31 = !{!"buffer0.w512.b0", !32, i64 0}
-!32 = !{!"buffer0.w1024.b0", !33, i64 0}
-!33 = !{!"buffer0", !7, i64 0}
-!34 = !{!33, !33, i64 0}
-!35 = !{!"branch_weights", i32 1, i32 0}
-!36 = distinct !{!36, !37, !38}
-!37 = !{!"llvm.loop.isvectorized", i32 1}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!39 = !{!40}
-!40 = distinct !{!40, !41}
-!41 = distinct !{!41, !"LVerDomain"}
-!42 = !{!43}
-!43 = distinct !{!43, !41}
-!44 = distinct !{!44, !37, !38}
-!45 = !{!46}
-!46 = distinct !{!46, !47}
-!47 = distinct !{!47, !"LVerDomain"}
-!48 = !{!49}
-!49 = distinct !{!49, !47}
-!50 = distinct !{!50, !37, !38}
-!51 = !{!52}
-!52 = distinct !{!52, !53}
-!53 = distinct !{!53, !"LVerDomain"}
-!54 = !{!55}
-!55 = distinct !{!55, !53}
-!56 = distinct !{!56, !37, !38}
-!57 = !{!58}
-!58 = distinct !{!58, !59}
-!59 = distinct !{!59, !"LVerDomain"}
-!60 = !{!61}
-!61 = distinct !{!61, !59}
-!62 = distinct !{!62, !37, !38}
-!63 = !{!64}
-!64 = distinct !{!64, !65}
-!65 = distinct !{!65, !"LVerDomain"}
-!66 = !{!67}
-!67 = distinct !{!67, !65}
-!68 = distinct !{!68, !37, !38}
-!69 = !{!70}
-!70 = distinct !{!70, !71}
-!71 = distinct !{!71, !"LVerDomain"}
-!72 = !{!73}
-!73 = distinct !{!73, !71}
-!74 = distinct !{!74, !37, !38}
-!75 = !{!76}
-!76 = distinct !{!76, !77}
-!77 = distinct !{!77, !"LVerDomain"}
-!78 = !{!79}
-!79 = distinct !{!79, !77}
-!80 = distinct !{!80, !37, !38}
-!81 = !{!82}
-!82 = distinct !{!82, !83}
-!83 = distinct !{!83, !"LVerDomain"}
-!84 = !{!85}
-!85 = distinct !{!85, !83}
-!86 = distinct !{!86, !37, !38}
-!87 = !{!88}
-!88 = distinct !{!88, !89}
-!89 = distinct !{!89, !"LVerDomain"}
-!90 = !{!91}
-!91 = distinct !{!91, !89}
-!92 = distinct !{!92, !37, !38}
-!93 = !{!94}
-!94 = distinct !{!94, !95}
-!95 = distinct !{!95, !"LVerDomain"}
-!96 = !{!97}
-!97 = distinct !{!97, !95}
-!98 = distinct !{!98, !37, !38}
-!99 = !{!100}
-!100 = distinct !{!100, !101}
-!101 = distinct !{!101, !"LVerDomain"}
-!102 = !{!103}
-!103 = distinct !{!103, !101}
-!104 = distinct !{!104, !37, !38}
-!105 = !{!106}
-!106 = distinct !{!106, !107}
-!107 = distinct !{!107, !"LVerDomain"}
-!108 = !{!109}
-!109 = distinct !{!109, !107}
-!110 = distinct !{!110, !37, !38}
-!111 = !{!112}
-!112 = distinct !{!112, !113}
-!113 = distinct !{!113, !"LVerDomain"}
-!114 = !{!115}
-!115 = distinct !{!115, !113}
-!116 = distinct !{!116, !37, !38}
-!117 = !{!118}
-!118 = distinct !{!118, !119}
-!119 = distinct !{!119, !"LVerDomain"}
-!120 = !{!121}
-!121 = distinct !{!121, !119}
-!122 = distinct !{!122, !37, !38}
-!123 = !{!124}
-!124 = distinct !{!124, !125}
-!125 = distinct !{!125, !"LVerDomain"}
-!126 = !{!127}
-!127 = distinct !{!127, !125}
-!128 = distinct !{!128, !37, !38}
+!12 = distinct !{!12, !13}
+!13 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!14 = distinct !{!14, !13}
+!15 = !{!"branch_weights", i32 6096, i32 2147477552}
+!16 = !{!"branch_weights", i32 8128, i32 2147475520}
+!17 = distinct !{!17, !18}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!19 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!20 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!21 = distinct !{!21, !22, !23}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!23 = !{!"llvm.loop.unroll.disable"}
+!24 = distinct !{!24, !18}
+!25 = distinct !{!25, !22, !23}
+!26 = distinct !{!26, !18}
+!27 = distinct !{!27, !22, !23}
+!28 = distinct !{!28, !18}
+!29 = distinct !{!29, !22, !23}
+!30 = distinct !{!30, !18}
+!31 = distinct !{!31, !22, !23}
+!32 = distinct !{!32, !18}
+!33 = distinct !{!33, !22, !23}
+!34 = distinct !{!34, !18}
+!35 = distinct !{!35, !22, !23}
+!36 = distinct !{!36, !18}
+!37 = distinct !{!37, !22, !23}
+!38 = distinct !{!38, !18}
+!39 = distinct !{!39, !22, !23}
+!40 = distinct !{!40, !18}
+!41 = distinct !{!41, !22, !23}
+!42 = distinct !{!42, !18}
+!43 = distinct !{!43, !22, !23}
+!44 = distinct !{!44, !18}
+!45 = distinct !{!45, !22, !23}
+!46 = distinct !{!46, !18}
+!47 = distinct !{!47, !22, !23}
+!48 = distinct !{!48, !18}
+!49 = distinct !{!49, !22, !23}
+!50 = distinct !{!50, !18}
+!51 = distinct !{!51, !22, !23}
+!52 = distinct !{!52, !18}
+!53 = !{!"branch_weights", i32 1, i32 1048576}
+!54 = distinct !{!54, !22, !23}
+!55 = !{!56, !56, i64 0}
+!56 = !{!"buffer0", !7, i64 0}
+!57 = !{!"branch_weights", i32 14224, i32 2147469424}
+!58 = !{!"branch_weights", i32 16256, i32 2147467392}
+!59 = distinct !{!59, !60}
+!60 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!61 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!62 = distinct !{!62, !22, !23}
+!63 = !{!64, !64, i64 0}
+!64 = !{!"buffer1", !7, i64 0}
+!65 = !{!"branch_weights", i32 2032, i32 2147481616}
+!66 = !{!"branch_weights", i32 4064, i32 2147479584}
+!67 = distinct !{!67, !68}
+!68 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!69 = !{!70, !70, i64 0}
+!70 = !{!"buffer0.w64.b0", !71, i64 0}
+!71 = !{!"buffer0.w128.b0", !72, i64 0}
+!72 = !{!"buffer0.w256.b0", !73, i64 0}
+!73 = !{!"buffer0.w512.b0", !74, i64 0}
+!74 = !{!"buffer0.w1024.b0", !56, i64 0}
+!75 = !{!76, !76, i64 0}
+!76 = !{!"buffer2.w64.b0", !77, i64 0}
+!77 = !{!"buffer2.w128.b0", !78, i64 0}
+!78 = !{!"buffer2.w256.b0", !79, i64 0}
+!79 = !{!"buffer2.w512.b0", !80, i64 0}
+!80 = !{!"buffer2.w1024.b0", !81, i64 0}
+!81 = !{!"buffer2", !7, i64 0}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer3.w64.b0", !84, i64 0}
+!84 = !{!"buffer3.w128.b0", !85, i64 0}
+!85 = !{!"buffer3.w256.b0", !86, i64 0}
+!86 = !{!"buffer3.w512.b0", !87, i64 0}
+!87 = !{!"buffer3.w1024.b0", !88, i64 0}
+!88 = !{!"buffer3", !7, i64 0}
+!89 = !{!90, !90, i64 0}
+!90 = !{!"buffer4.w64.b0", !91, i64 0}
+!91 = !{!"buffer4.w128.b0", !92, i64 0}
+!92 = !{!"buffer4.w256.b0", !93, i64 0}
+!93 = !{!"buffer4.w512.b0", !94, i64 0}
+!94 = !{!"buffer4.w1024.b0", !95, i64 0}
+!95 = !{!"buffer4", !7, i64 0}
+!96 = distinct !{!96, !60}
+!97 = distinct !{!97, !22, !23}
+!98 = !{!81, !81, i64 0}
+!99 = !{!95, !95, i64 0}
+!100 = !{!88, !88, i64 0}
+!101 = !{!"branch_weights", i32 1, i32 127}
+!102 = distinct !{!102, !68}
+!103 = !{!104, !104, i64 0}
+!104 = !{!"buffer5.w64.b0", !105, i64 0}
+!105 = !{!"buffer5.w128.b0", !106, i64 0}
+!106 = !{!"buffer5.w256.b0", !107, i64 0}
+!107 = !{!"buffer5.w512.b0", !108, i64 0}
+!108 = !{!"buffer5.w1024.b0", !109, i64 0}
+!109 = !{!"buffer5", !7, i64 0}
+!110 = !{!109, !109, i64 0}
+!111 = distinct !{!111, !112}
+!112 = !{!"llvm.loop.estimated_trip_count", i32 524288}
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
@@ -7915,28 +5985,28 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
 !10 = !{!11, !11, i64 0}
-!11 = !{!"buffer1.w64.b0", !12, i64 0}
-!12 = !{!"buffer1.w128.b0", !13, i64 0}
-!13 = !{!"buffer1.w256.b0", !14, i64 0}
-!14 = !{!"buffer1.w512.b0", !15, i64 0}
-!15 = !{!"buffer1.w1024.b0", !16, i64 0}
-!16 = !{!"buffer1", !5, i64 0}
+!11 = !{!"buffer6.w64.b0", !12, i64 0}
+!12 = !{!"buffer6.w128.b0", !13, i64 0}
+!13 = !{!"buffer6.w256.b0", !14, i64 0}
+!14 = !{!"buffer6.w512.b0", !15, i64 0}
+!15 = !{!"buffer6.w1024.b0", !16, i64 0}
+!16 = !{!"buffer6", !5, i64 0}
 !17 = !{!18, !18, i64 0}
-!18 = !{!"buffer2.w64.b0", !19, i64 0}
-!19 = !{!"buffer2.w128.b0", !20, i64 0}
-!20 = !{!"buffer2.w256.b0", !21, i64 0}
-!21 = !{!"buffer2.w512.b0", !22, i64 0}
-!22 = !{!"buffer2.w1024.b0", !23, i64 0}
-!23 = !{!"buffer2", !5, i64 0}
+!18 = !{!"buffer7.w64.b0", !19, i64 0}
+!19 = !{!"buffer7.w128.b0", !20, i64 0}
+!20 = !{!"buffer7.w256.b0", !21, i64 0}
+!21 = !{!"buffer7.w512.b0", !22, i64 0}
+!22 = !{!"buffer7.w1024.b0", !23, i64 0}
+!23 = !{!"buffer7", !5, i64 0}
 !24 = !{!23, !23, i64 0}
 !25 = !{!16, !16, i64 0}
 !26 = !{!"branch_weights", i32 1, i32 1048575}
 !27 = !{!28, !28, i64 0}
-!28 = !{!"buffer3.w64.b0", !29, i64 0}
-!29 = !{!"buffer3.w128.b0", !30, i64 0}
-!30 = !{!"buffer3.w256.b0", !31, i64 0}
-!31 = !{!"buffer3.w512.b0", !32, i64 0}
-!32 = !{!"buffer3.w1024.b0", !33, i64 0}
-!33 = !{!"buffer3", !5, i64 0}
+!28 = !{!"buffer8.w64.b0", !29, i64 0}
+!29 = !{!"buffer8.w128.b0", !30, i64 0}
+!30 = !{!"buffer8.w256.b0", !31, i64 0}
+!31 = !{!"buffer8.w512.b0", !32, i64 0}
+!32 = !{!"buffer8.w1024.b0", !33, i64 0}
+!33 = !{!"buffer8", !5, i64 0}
 !34 = !{!"branch_weights", i32 127, i32 134217601}
 !35 = !{!33, !33, i64 0}

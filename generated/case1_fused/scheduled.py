@@ -58,10 +58,10 @@ class Module:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((1, 128, 16))
+                q_tile = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
                 row_max = T.sblock_alloc_buffer((1, 16))
                 row_sum = T.sblock_alloc_buffer((1, 16))
-                acc = T.sblock_alloc_buffer((1, 128, 16))
+                acc = T.sblock_alloc_buffer((1, 16, 128))
                 seq: T.let[T.int32] = batch_start + vs
                 places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 128
@@ -74,39 +74,32 @@ class Module:
                         T.writes()
                         with T.sblock("load_query"):
                             T.reads(query[seq, vtile * 16:vtile * 16 + 16, 0:128])
-                            T.writes(q_tile[0, 0:128, 0:16])
-                            q_tile_global = T.sblock_alloc_buffer((1, 16, 128))
-                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 32):
-                                for ax0_1 in T.unroll(4):
-                                    for ax1 in T.vectorized(4):
+                            T.writes(q_tile[0, 0:16, 0:4, 0:2, 0:16])
+                            q_tile_global = T.sblock_alloc_buffer((1, 16, 64, 2))
+                            for ax0, ax1, ax2 in T.grid(1, 16, 4):
+                                for ax0_1 in range(1):
+                                    for ax1_1 in T.vectorized(32):
                                         with T.sblock("q_tile"):
-                                            vr = T.axis.spatial(16, ax1_0 * 4 + ax0_1)
-                                            vd = T.axis.spatial(128, ax2_0 * 4 + ax1)
+                                            vr = T.axis.spatial(16, ax1 + ax0_1)
+                                            vd = T.axis.spatial(128, ax2 * 32 + ax1_1)
                                             T.reads(query[seq, vtile * 16 + vr, vd])
-                                            T.writes(q_tile_global[0, vr, vd])
-                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, vtile * 16 + vr, vd]) * query_scale, T.float32(0.0))
-                                with T.sblock("q_tile_global_o"):
-                                    v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                                    T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                    T.writes(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                    turned = T.match_buffer(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                    block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                    v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
-                                    v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
-                                    v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
-                                    v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
-                                    v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                                    v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                                    v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                                    v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                                    v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                                    v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                                    v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                                    v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                                    turned[0, 0:4] = v_8
-                                    turned[1, 0:4] = v_9
-                                    turned[2, 0:4] = v_10
-                                    turned[3, 0:4] = v_11
+                                            T.writes(q_tile_global[0, vr, vd // 2, vd % 2])
+                                            q_tile_global[0, vr, vd // 2, vd % 2] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, vtile * 16 + vr, vd]) * query_scale, T.float32(0.0))
+                                for ax3_0, ax4_0 in T.grid(4, 1):
+                                    with T.sblock("q_tile_global_o"):
+                                        v0_o, v1_o, v2_o, v3_o, v4_o = T.axis.remap("SSSSS", [ax0, ax1, ax2, ax3_0, ax4_0])
+                                        T.reads(q_tile_global[v0_o, v1_o, v2_o * 16 + v3_o * 4:v2_o * 16 + v3_o * 4 + 4, 0:2])
+                                        T.writes(q_tile[0, v1_o, v3_o // 4 + v2_o, 0:2, v3_o % 4 * 4:v3_o % 4 * 4 + 4])
+                                        turned = T.match_buffer(q_tile[0, v1_o, v3_o // 4 + v2_o, 0:2, v3_o % 4 * 4:v3_o % 4 * 4 + 4], (2, 4), strides=("turned_row", 1), offset_factor=1)
+                                        block = T.match_buffer(q_tile_global[v0_o, v1_o, v2_o * 16 + v3_o * 4:v2_o * 16 + v3_o * 4 + 4, 0:2], (4, 2), strides=("block_row", 1), offset_factor=1)
+                                        v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                        v_1: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
+                                        v_2: T.let[T.float32x4] = T.Shuffle([v, v_1], [0, 4, 1, 5])
+                                        v_3: T.let[T.float32x4] = T.Shuffle([v, v_1], [2, 6, 3, 7])
+                                        v_4: T.let[T.float32x4] = T.Shuffle([v_2, v_3], [0, 4, 1, 5])
+                                        v_5: T.let[T.float32x4] = T.Shuffle([v_2, v_3], [2, 6, 3, 7])
+                                        turned[0, 0:4] = v_4
+                                        turned[1, 0:4] = v_5
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -117,7 +110,7 @@ class Module:
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 16 - 1) // 16 * 16)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -150,147 +143,194 @@ class Module:
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
-                                v_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
                                 is_last: T.let[T.bool] = vkv == 0
                                 next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
-                                with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
-                                    for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
-                                        for d_1 in T.unroll(4):
-                                            for d_3 in T.unroll(2):
-                                                for d_2 in T.vectorized(16):
-                                                    with T.sblock("load_keys_element"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
-                                                        T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                                        T.writes(k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
-                                with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
-                                    for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
-                                        for d_1 in T.unroll(4):
-                                            for d_3 in T.unroll(2):
-                                                for d_2 in T.vectorized(16):
-                                                    with T.sblock("load_values_element"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
-                                                        T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                                        T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 128, 16))
-                                        probs = T.sblock_alloc_buffer((1, 128, 16))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
                                         first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_offsets[0:256])
-                                            T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
-                                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
-                                            for i, to in T.grid(1, (valid_len + 8 - 1) // 8):
-                                                for line in range(32):
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 8 + line // 4] + next_head * k_head + T.Cast("int64", line % 4 * 16)]), 0, 2, 1)
-                                                for ti_init in T.unroll(8):
-                                                    for r_init in T.vectorized(16):
+                                            T.reads(q_tile[first, 0:16, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(scores[0, 0:16, 0:128])
+                                            scores_rf = T.sblock_alloc_buffer((1, 16, 128, 16))
+                                            scores_rf_global = T.sblock_alloc_buffer((1, 16, 128, 16))
+                                            for i, to in T.grid(1, (valid_len + 16 - 1) // 16):
+                                                for ax1_0 in range(8):
+                                                    for line in range(8):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 16 + (ax1_0 * 8 + line) // 4] + next_head * k_head + T.Cast("int64", (ax1_0 * 8 + line) % 4 * 16)]), 0, 2, 1)
+                                                    for ax3_0 in range(4):
+                                                        for ax2_init in range(1):
+                                                            for ax3_1_init in T.unroll(4):
+                                                                for ax1_1_init in T.unroll(2):
+                                                                    for ax0_init in T.vectorized(16):
+                                                                        with T.sblock("scores_rf_init"):
+                                                                            vd_1 = T.axis.spatial(16, ax0_init)
+                                                                            vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1_init)
+                                                                            vi = T.axis.spatial(1, ax2_init)
+                                                                            vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1_init)
+                                                                            T.where(to < 8)
+                                                                            T.reads()
+                                                                            T.writes(scores_rf_global[0, vr, vt, vd_1])
+                                                                            scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
+                                                        for ax4, ax2 in T.grid(4, 1):
+                                                            for ax5 in T.unroll(2):
+                                                                for ax3_1 in T.unroll(4):
+                                                                    for ax1_1 in T.unroll(2):
+                                                                        for ax0 in T.vectorized(16):
+                                                                            with T.sblock("scores_rf_update"):
+                                                                                vd_1 = T.axis.spatial(16, ax0)
+                                                                                vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1)
+                                                                                vi = T.axis.spatial(1, ax2)
+                                                                                vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1)
+                                                                                vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
+                                                                                T.where(to < 8)
+                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + key_head + T.Cast("int64", vi) * k_head], key_offsets[vt])
+                                                                                T.writes(scores_rf_global[0, vr, vt, vd_1])
+                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.unroll(4):
+                                                                for ax2 in T.unroll(2):
+                                                                    for ax3 in T.vectorized(16):
+                                                                        with T.sblock("scores.rf_global"):
+                                                                            v0 = T.axis.spatial(1, ax0)
+                                                                            v1 = T.axis.spatial(16, ax3_0 * 4 + ax1)
+                                                                            v2 = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax2)
+                                                                            v3 = T.axis.spatial(16, ax3)
+                                                                            T.where(to < 8)
+                                                                            T.reads(scores_rf_global[v0, v1, v2, v3])
+                                                                            T.writes(scores_rf[v0, v1, v2, v3])
+                                                                            scores_rf[v0, v1, v2, v3] = scores_rf_global[v0, v1, v2, v3]
+                                                for r in range(16):
+                                                    for ti_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(128, to * 8 + ti_init)
-                                                            vi, vr = T.axis.remap("SS", [i, r_init])
+                                                            vt = T.axis.spatial(128, to * 16 + ti_init)
+                                                            vi, vr = T.axis.remap("SS", [i, r])
                                                             T.reads()
-                                                            T.writes(scores_global[0, vt, vr])
-                                                            scores_global[0, vt, vr] = T.float32(0.0)
-                                                for d_0, d_1, d_2 in T.grid(4, 16, 2):
-                                                    for ti in T.unroll(8):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("scores_update"):
-                                                                vt = T.axis.spatial(128, to * 8 + ti)
-                                                                vi, vr = T.axis.remap("SS", [i, r])
-                                                                vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                                T.writes(scores_global[0, vt, vr])
-                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                for ax0 in range(1):
-                                                    for ax1 in T.unroll(8):
-                                                        for ax2 in T.vectorized(16):
-                                                            with T.sblock("scores_global"):
-                                                                v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial((valid_len + 7) // 8 * 8, to * 8 + ax1)
-                                                                v2 = T.axis.spatial(16, ax2)
-                                                                T.reads(scores_global[v0, v1, v2])
-                                                                T.writes(scores[v0, v1, v2])
-                                                                scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                                            T.writes(scores[0, vr, vt])
+                                                            scores[0, vr, vt] = T.float32(0.0)
+                                                    with T.sblock("scores_update_o"):
+                                                        vd_1_o = T.axis.reduce(1, 0)
+                                                        vt_o, vi_o, vr_o = T.axis.remap("SSS", [to, i, r])
+                                                        T.reads(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], scores_rf[0, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16])
+                                                        T.writes(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16])
+                                                        sums = T.match_buffer(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), offset_factor=1)
+                                                        parts = T.match_buffer(scores_rf[0, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16], (16, 16), offset_factor=1)
+                                                        sum_0 = T.float32x16()
+                                                        sum_1 = T.float32x16()
+                                                        sum_2 = T.float32x16()
+                                                        sum_3 = T.float32x16()
+                                                        sum_4 = T.float32x16()
+                                                        sum_5 = T.float32x16()
+                                                        sum_6 = T.float32x16()
+                                                        sum_7 = T.float32x16()
+                                                        sum_8 = T.float32x16()
+                                                        sum_9 = T.float32x16()
+                                                        sum_10 = T.float32x16()
+                                                        sum_11 = T.float32x16()
+                                                        sum_12 = T.float32x16()
+                                                        sum_13 = T.float32x16()
+                                                        sum_14 = T.float32x16()
+                                                        sum_15 = T.float32x16()
+                                                        sum_16 = T.float32x16()
+                                                        sum_17 = T.float32x16()
+                                                        sum_18 = T.float32x16()
+                                                        sum_19 = T.float32x16()
+                                                        sum_20 = T.float32x16()
+                                                        sum_21 = T.float32x16()
+                                                        sum_22 = T.float32x16()
+                                                        sum_23 = T.float32x16()
+                                                        sum_24 = T.float32x16()
+                                                        sum_25 = T.float32x16()
+                                                        sum_26 = T.float32x16()
+                                                        sum_27 = T.float32x16()
+                                                        sum_28 = T.float32x16()
+                                                        sum_29 = T.float32x16()
+                                                        sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:(valid_len + 7) // 8 * 8, 0:16])
-                                                    T.writes(probs[vslot, 0:(valid_len + 7) // 8 * 8, 0:16], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
-                                                    scaled = T.sblock_alloc_buffer((128, 16))
+                                                    T.reads(scores[vslot, 0:16, 0:128])
+                                                    T.writes(probs[vslot, 0:16, 0:128], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
+                                                    scaled = T.sblock_alloc_buffer((16, 128))
                                                     peak = T.sblock_alloc_buffer((16,))
-                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                    peak_rf = T.sblock_alloc_buffer((16, 16))
+                                                    peak_rf_global = T.sblock_alloc_buffer((16, 16))
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 16, 16))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 16, 16))
+                                                    for r, to in T.grid(16, (valid_len + 16 - 1) // 16):
+                                                        for ti in T.vectorized(16):
                                                             with T.sblock("scaled"):
-                                                                vo = T.axis.spatial(16, to)
+                                                                vo = T.axis.spatial(8, to)
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vo * 8 + vi, vr])
-                                                                T.writes(scaled[vo * 8 + vi, vr])
-                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
-                                                    for ti_1_init in T.unroll(4):
-                                                        for r_init in T.vectorized(16):
-                                                            with T.sblock("peak_rf_init"):
-                                                                vti_1, vr = T.axis.remap("SS", [ti_1_init, r_init])
-                                                                T.reads()
-                                                                T.writes(peak_rf[vti_1, vr])
-                                                                peak_rf[vti_1, vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti_0 in T.grid((valid_len + 8 - 1) // 8, 2):
-                                                        for ti_1 in T.unroll(4):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("peak_rf_update"):
-                                                                    vti_1, vto, vti_0, vr = T.axis.remap("SRRS", [ti_1, to, ti_0, r])
-                                                                    T.reads(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
-                                                                    T.writes(peak_rf[vti_1, vr])
-                                                                    peak_rf[vti_1, vr] = T.max(peak_rf[vti_1, vr], scaled[vto * 8 + vti_0 * 4 + vti_1, vr])
-                                                    for r_init in T.vectorized(16):
+                                                                T.reads(scores[vslot, vr, vo * 16 + vi])
+                                                                T.writes(scaled[vr, vo * 16 + vi])
+                                                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
+                                                    for r in range(16):
+                                                        for ax0_init in T.vectorized(16):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("peak_rf_init"):
+                                                                    vti = T.axis.spatial(16, ax0_init)
+                                                                    vr = T.axis.spatial(16, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(peak_rf_global[vr, vti])
+                                                                    peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for ax1 in range((valid_len + 15) // 16):
+                                                            for ax0 in T.vectorized(16):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("peak_rf_update"):
+                                                                        vti = T.axis.spatial(16, ax0)
+                                                                        vto = T.axis.reduce((valid_len + 16 - 1) // 16, ax1)
+                                                                        vr = T.axis.spatial(16, r + ax2)
+                                                                        T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
+                                                                        T.writes(peak_rf_global[vr, vti])
+                                                                        peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("peak.rf_global"):
+                                                                    v0 = T.axis.spatial(16, r + ax0)
+                                                                    v1 = T.axis.spatial(16, ax1)
+                                                                    T.reads(peak_rf_global[v0, v1])
+                                                                    T.writes(peak_rf[v0, v1])
+                                                                    peak_rf[v0, v1] = peak_rf_global[v0, v1]
                                                         with T.sblock("peak_init"):
-                                                            vr = T.axis.spatial(16, r_init)
+                                                            vr = T.axis.spatial(16, r)
                                                             T.reads()
                                                             T.writes(peak[vr])
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for ti_1 in range(4):
-                                                        for r in T.vectorized(16):
+                                                        for ti in T.unroll(16):
                                                             with T.sblock("peak_update"):
-                                                                vti_1, vr = T.axis.remap("RS", [ti_1, r])
-                                                                T.reads(peak[vr], peak_rf[vti_1, vr])
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(peak[vr], peak_rf[vr, vti])
                                                                 T.writes(peak[vr])
-                                                                peak[vr] = T.max(peak[vr], peak_rf[vti_1, vr])
-                                                    for r in T.vectorized(16):
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
+                                                    for r in range(16):
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                    for r, to in T.grid(16, (valid_len + 16 - 1) // 16):
+                                                        for ti in T.vectorized(16):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vt = T.axis.spatial(128, to * 16 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(scaled[vt, vr], tile_max[vslot, vr])
-                                                                T.writes(probs[vslot, vt, vr])
-                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
+                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                                T.writes(probs[vslot, vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                                 n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -298,21 +338,46 @@ class Module:
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
-                                                    for r_init in T.vectorized(16):
+                                                                probs[vslot, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                    for r in range(16):
+                                                        for ax0_init in T.vectorized(16):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("tile_sum_rf_init"):
+                                                                    vti = T.axis.spatial(16, ax0_init)
+                                                                    vr = T.axis.spatial(16, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
+                                                        for ax1 in range((valid_len + 15) // 16):
+                                                            for ax0 in T.vectorized(16):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("tile_sum_rf_update"):
+                                                                        vti = T.axis.spatial(16, ax0)
+                                                                        vto = T.axis.reduce((valid_len + 16 - 1) // 16, ax1)
+                                                                        vr = T.axis.spatial(16, r + ax2)
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 16 + vti])
+                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 16 + vti]
+                                                        for ax0, ax1 in T.grid(1, 1):
+                                                            for ax2 in T.vectorized(16):
+                                                                with T.sblock("tile_sum.rf_global"):
+                                                                    v0 = T.axis.spatial(1, vslot + ax0)
+                                                                    v1 = T.axis.spatial(16, r + ax1)
+                                                                    v2 = T.axis.spatial(16, ax2)
+                                                                    T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                                    T.writes(tile_sum_rf[v0, v1, v2])
+                                                                    tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
                                                         with T.sblock("tile_sum_init"):
-                                                            vr = T.axis.spatial(16, r_init)
+                                                            vr = T.axis.spatial(16, r)
                                                             T.reads()
                                                             T.writes(tile_sum[vslot, vr])
                                                             tile_sum[vslot, vr] = T.float32(0.0)
-                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
-                                                        for r in T.vectorized(16):
+                                                        for ti in T.unroll(16):
                                                             with T.sblock("tile_sum_update"):
-                                                                vt = T.axis.reduce(128, to * 8 + ti)
-                                                                vr = T.axis.spatial(16, r)
-                                                                T.reads(tile_sum[vslot, vr], probs[vslot, vt, vr])
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
                                                                 T.writes(tile_sum[vslot, vr])
-                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vt, vr]
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
                                                 with T.sblock("rescale"):
                                                     T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
                                                     T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
@@ -361,63 +426,94 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 8
+                                        num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
-                                            tile_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            for i_m, d_0_m in T.grid(1, 16):
-                                                for d_1_init in T.unroll(8):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("full_groups_init"):
-                                                            vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                            T.reads()
-                                                            T.writes(full_acc[vi, vd, vr])
-                                                            full_acc[vi, vd, vr] = T.float32(0.0)
+                                            tile_acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
+                                            full_acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
+                                            tile_acc_global = T.sblock_alloc_buffer((1, 16, 64, 2))
+                                            for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(1):
+                                                        for d_3_init in T.unroll(2):
+                                                            for d_2_init in T.vectorized(16):
+                                                                with T.sblock("full_groups_init"):
+                                                                    vi = T.axis.spatial(1, i_m)
+                                                                    vr = T.axis.spatial(16, r_0_m * 4 + r_1_init)
+                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 32 + d_2_init * 2 + d_3_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                    full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for line in range(2):
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((d_0_m * num_full + to) * 2 + line) % 4 * 16)]), 0, 2, 1)
-                                                    for ti in range(8):
-                                                        for d_1 in T.unroll(8):
-                                                            for r in T.vectorized(16):
-                                                                with T.sblock("full_groups_update"):
-                                                                    vt = T.axis.reduce(128, to * 8 + ti)
-                                                                    vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                    vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
-                                                                    T.writes(full_acc[vi, vd, vr])
-                                                                    full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                for d_1_init in T.unroll(8):
-                                                    for r_init in T.vectorized(16):
-                                                        with T.sblock("tile_acc_init"):
-                                                            vi, vr = T.axis.remap("SS", [i_m, r_init])
-                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1_init)
-                                                            T.reads()
-                                                            T.writes(tile_acc[0, vd, vr])
-                                                            tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                for ti in range(valid_len % 8 + 1 - 1):
-                                                    for d_1 in T.unroll(8):
-                                                        for r in T.vectorized(16):
-                                                            with T.sblock("tile_acc_update"):
-                                                                vt = T.axis.reduce(128, ti + num_full * 8)
-                                                                vi, vr = T.axis.remap("SS", [i_m, r])
-                                                                vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
-                                                                T.writes(tile_acc[0, vd, vr])
-                                                                tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                for d_1 in T.unroll(8):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("acc"):
-                                                            vi, vr = T.axis.remap("SS", [i_m, r])
-                                                            vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                            T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                            T.writes(acc[first, vd, vr])
-                                                            with T.init():
-                                                                acc[first, vd, vr] = T.float32(0.0)
-                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                    for line in range(4):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (((r_0_m * 4 + d_0_m) * num_full + to) * 4 + line) // 4] + next_head * v_head + T.Cast("int64", (((r_0_m * 4 + d_0_m) * num_full + to) * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                                    for ti in T.unroll(16):
+                                                        for r_1 in T.unroll(4):
+                                                            for d_1 in T.unroll(1):
+                                                                for d_3 in T.unroll(2):
+                                                                    for d_2 in T.vectorized(16):
+                                                                        with T.sblock("full_groups_update"):
+                                                                            vt = T.axis.reduce(128, to * 16 + ti)
+                                                                            vi = T.axis.spatial(1, i_m)
+                                                                            vr = T.axis.spatial(16, r_0_m * 4 + r_1)
+                                                                            vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
+                                                                            T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                                                                            T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                            full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                for r_1_init in T.unroll(4):
+                                                    for d_1_init in T.unroll(1):
+                                                        for d_3_init in T.unroll(2):
+                                                            for d_2_init in T.vectorized(16):
+                                                                with T.sblock("tile_acc_init"):
+                                                                    vi = T.axis.spatial(1, i_m)
+                                                                    vr = T.axis.spatial(16, r_0_m * 4 + r_1_init)
+                                                                    vd = T.axis.spatial(128, d_0_m * 32 + d_1_init * 32 + d_2_init * 2 + d_3_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                    tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2]
+                                                for ti in range(valid_len % 16 + 1 - 1):
+                                                    for r_1 in T.unroll(4):
+                                                        for d_1 in T.unroll(1):
+                                                            for d_3 in T.unroll(2):
+                                                                for d_2 in T.vectorized(16):
+                                                                    with T.sblock("tile_acc_update"):
+                                                                        vt = T.axis.reduce(128, ti + num_full * 16)
+                                                                        vi = T.axis.spatial(1, i_m)
+                                                                        vr = T.axis.spatial(16, r_0_m * 4 + r_1)
+                                                                        vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
+                                                                        T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                                                                        T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                for r_1 in T.unroll(4):
+                                                    for d_1_0 in T.unroll(1):
+                                                        for ax0, ax1, ax2, ax3_0, ax4_0 in T.grid(1, 1, 1, 1, 4):
+                                                            with T.sblock("tile_acc_global_o"):
+                                                                v0_o = T.axis.spatial(1, ax0)
+                                                                v1_o = T.axis.spatial(16, r_0_m * 4 + r_1 + ax1)
+                                                                v2_o = T.axis.spatial(4, d_0_m + ax2)
+                                                                v3_o, v4_o = T.axis.remap("SS", [ax3_0, ax4_0])
+                                                                T.reads(tile_acc[v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4])
+                                                                T.writes(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2])
+                                                                turned = T.match_buffer(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2], (4, 2), strides=("turned_row", 1), offset_factor=1)
+                                                                block = T.match_buffer(tile_acc[v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4], (2, 4), strides=("block_row", 1), offset_factor=1)
+                                                                v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
+                                                                v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
+                                                                v_2: T.let[T.float32x4] = T.Shuffle([v, v_1], [0, 4, 1, 5])
+                                                                v_3: T.let[T.float32x4] = T.Shuffle([v, v_1], [2, 6, 3, 7])
+                                                                turned[0, 0:4] = v_2
+                                                                turned[2, 0:4] = v_3
+                                                        for d_1_1 in T.vectorized(32):
+                                                            with T.sblock("acc"):
+                                                                vi = T.axis.spatial(1, i_m)
+                                                                vr = T.axis.spatial(16, r_0_m * 4 + r_1)
+                                                                vd = T.axis.spatial(128, d_0_m * 32 + d_1_0 * 32 + d_1_1)
+                                                                vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_global[vi, vr, vd // 2, vd % 2])
+                                                                T.writes(acc[first + vi, vr, vd])
+                                                                with T.init():
+                                                                    acc[first + vi, vr, vd] = T.float32(0.0)
+                                                                acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc_global[vi, vr, vd // 2, vd % 2]
                 for tile in range(1):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)
@@ -425,10 +521,9 @@ class Module:
                         T.writes()
                         if partial_start < 0:
                             with T.sblock("normalize"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128])
                                 T.writes(out[seq, vtile * 16:vtile * 16 + 16, 0:128], lse[seq, vtile * 16:vtile * 16 + 16])
                                 factor = T.sblock_alloc_buffer((16,))
-                                acc_global = T.sblock_alloc_buffer((1, 16, 128))
                                 for r in T.vectorized(16):
                                     with T.sblock("factor"):
                                         vr = T.axis.spatial(16, r)
@@ -436,40 +531,14 @@ class Module:
                                         T.writes(factor[vr])
                                         total: T.let[T.float32] = row_sum[vtile, vr]
                                         factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                                for r_0, d_0 in T.grid(4, 8):
-                                    for ax0, ax1_0, ax2_0 in T.grid(1, 4, 1):
-                                        with T.sblock("acc_global_o"):
-                                            v0_o = T.axis.spatial(1, ax0)
-                                            v1_o = T.axis.spatial(32, d_0 * 4 + ax1_0)
-                                            v2_o = T.axis.spatial(4, r_0 + ax2_0)
-                                            T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                            T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                            turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                            block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                            v: T.let[T.float32x4] = block[0, T.Ramp(0, 1, 4)]
-                                            v_1: T.let[T.float32x4] = block[1, T.Ramp(0, 1, 4)]
-                                            v_2: T.let[T.float32x4] = block[2, T.Ramp(0, 1, 4)]
-                                            v_3: T.let[T.float32x4] = block[3, T.Ramp(0, 1, 4)]
-                                            v_4: T.let[T.float32x4] = T.Shuffle([v, v_2], [0, 4, 1, 5])
-                                            v_5: T.let[T.float32x4] = T.Shuffle([v, v_2], [2, 6, 3, 7])
-                                            v_6: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [0, 4, 1, 5])
-                                            v_7: T.let[T.float32x4] = T.Shuffle([v_1, v_3], [2, 6, 3, 7])
-                                            v_8: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [0, 4, 1, 5])
-                                            v_9: T.let[T.float32x4] = T.Shuffle([v_4, v_6], [2, 6, 3, 7])
-                                            v_10: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [0, 4, 1, 5])
-                                            v_11: T.let[T.float32x4] = T.Shuffle([v_5, v_7], [2, 6, 3, 7])
-                                            turned[0, 0:4] = v_8
-                                            turned[1, 0:4] = v_9
-                                            turned[2, 0:4] = v_10
-                                            turned[3, 0:4] = v_11
-                                    for r_1 in T.unroll(4):
-                                        for d_1 in T.vectorized(16):
-                                            with T.sblock("out"):
-                                                vr = T.axis.spatial(16, r_0 * 4 + r_1)
-                                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                                T.reads(acc_global[0, vr, vd], factor[vr])
-                                                T.writes(out[seq, vtile * 16 + vr, vd])
-                                                out[seq, vtile * 16 + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
+                                for r, d_0 in T.grid(16, 4):
+                                    for d_1 in T.vectorized(32):
+                                        with T.sblock("out"):
+                                            vr = T.axis.spatial(16, r)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                            T.reads(acc[vtile, vr, vd], factor[vr])
+                                            T.writes(out[seq, vtile * 16 + vr, vd])
+                                            out[seq, vtile * 16 + vr, vd] = T.Cast("float32", acc[vtile, vr, vd] * factor[vr])
                                 for r in range(16):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(16, r)
@@ -478,7 +547,7 @@ class Module:
                                         lse[seq, vtile * 16 + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128])
                                 T.writes(partial_max[partial_start + vs, vtile * 16:vtile * 16 + 16], partial_sum[partial_start + vs, vtile * 16:vtile * 16 + 16], partial_acc[partial_start + vs, vtile * 16:vtile * 16 + 16, 0:128])
                                 for r in range(16):
                                     with T.sblock("store_row"):
@@ -487,12 +556,14 @@ class Module:
                                         T.writes(partial_max[partial_start + vs, vtile * 16 + vr], partial_sum[partial_start + vs, vtile * 16 + vr])
                                         partial_max[partial_start + vs, vtile * 16 + vr] = row_max[vtile, vr]
                                         partial_sum[partial_start + vs, vtile * 16 + vr] = row_sum[vtile, vr]
-                                for r, d in T.grid(16, 128):
-                                    with T.sblock("store_acc"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        T.reads(acc[vtile, vd, vr])
-                                        T.writes(partial_acc[partial_start + vs, vtile * 16 + vr, vd])
-                                        partial_acc[partial_start + vs, vtile * 16 + vr, vd] = acc[vtile, vd, vr]
+                                for r, d_0 in T.grid(16, 4):
+                                    for d_1 in T.vectorized(32):
+                                        with T.sblock("store_acc"):
+                                            vr = T.axis.spatial(16, r)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                            T.reads(acc[vtile, vr, vd])
+                                            T.writes(partial_acc[partial_start + vs, vtile * 16 + vr, vd])
+                                            partial_acc[partial_start + vs, vtile * 16 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

@@ -89,7 +89,7 @@ class Module:
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 16 - 1) // 16 * 16)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
@@ -122,8 +122,6 @@ class Module:
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((128, 128))
-                                v_tile = T.sblock_alloc_buffer((128, 128))
                                 is_last: T.let[T.bool] = vkv == 0
                                 next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
@@ -137,26 +135,6 @@ class Module:
                                     T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head)
                                 key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
-                                with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:128, 0:128])
-                                    for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
-                                        with T.sblock("load_keys_element"):
-                                            vt = T.axis.spatial(128, to * 8 + ti)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(k_tile[vt, vd])
-                                            k_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
-                                with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:128, 0:128])
-                                    for to, ti, d in T.grid((valid_len + 8 - 1) // 8, 8, 128):
-                                        with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(128, to * 8 + ti)
-                                            vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
@@ -170,17 +148,17 @@ class Module:
                                         beta = T.sblock_alloc_buffer((1, 16))
                                         first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:16, 0:128], k_tile[0:128, 0:128], key_offsets[0:256])
+                                            T.reads(q_tile[first, 0:16, 0:128], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:16, 0:128])
-                                            for i, to, ti, r, d in T.grid(1, (valid_len + 8 - 1) // 8, 8, 16, 128):
+                                            for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 16, 128):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(128, to * 8 + ti)
+                                                    vt = T.axis.spatial(128, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                    T.reads(q_tile[first + vi, vr, vd], k_tile[vt, vd])
+                                                    T.reads(q_tile[first + vi, vr, vd], key_cache[T.Cast("int64", vd) // T.int64(2) + key_offsets[vt] + key_head + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                     T.writes(scores[0, vr, vt])
                                                     with T.init():
                                                         scores[0, vr, vt] = T.float32(0.0)
-                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first + vi, vr, vd] * k_tile[vt, vd]
+                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first + vi, vr, vd] * T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                         for i in range(1):
                                             with T.sblock("softmax"):
                                                 vslot = T.axis.spatial(1, i)
@@ -191,16 +169,16 @@ class Module:
                                                     T.writes(probs[vslot, 0:16, 0:128], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
                                                     scaled = T.sblock_alloc_buffer((16, 128))
                                                     peak = T.sblock_alloc_buffer((16,))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(16, to)
+                                                            vo = T.axis.spatial(8, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vslot, vr, vo * 8 + vi])
-                                                            T.writes(scaled[vr, vo * 8 + vi])
-                                                            scaled[vr, vo * 8 + vi] = T.Select(vi < valid_len - vo * 8, scores[vslot, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                            T.reads(scores[vslot, vr, vo * 16 + vi])
+                                                            T.writes(scaled[vr, vo * 16 + vi])
+                                                            scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
+                                                    for r, to, ti in T.grid(16, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("peak"):
-                                                            vt = T.axis.reduce(128, to * 8 + ti)
+                                                            vt = T.axis.reduce(128, to * 16 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(scaled[vr, vt])
                                                             T.writes(peak[vr])
@@ -213,9 +191,9 @@ class Module:
                                                             T.reads(peak[vr])
                                                             T.writes(tile_max[vslot, vr])
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 8 + ti)
+                                                            vt = T.axis.spatial(128, to * 16 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(probs[vslot, vr, vt])
@@ -228,9 +206,9 @@ class Module:
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             probs[vslot, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                    for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
+                                                    for r, to, ti in T.grid(16, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(128, to * 8 + ti)
+                                                            vt = T.axis.reduce(128, to * 16 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(probs[vslot, vr, vt])
                                                             T.writes(tile_sum[vslot, vr])
@@ -285,30 +263,30 @@ class Module:
                                                             T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
                                                             row_max[first + vslot, vr] = new_max[vr]
                                                             row_sum[first + vslot, vr] = new_sum[vr]
-                                        num_full: T.let[T.int32] = valid_len // 8
+                                        num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 16, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                                            for i, to, ti, r, d in T.grid(1, num_full, 8, 16, 128):
+                                            for i, to, ti, r, d in T.grid(1, num_full, 16, 16, 128):
                                                 with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(128, to * 8 + ti)
+                                                    vt = T.axis.reduce(128, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt])
+                                                    T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                     T.writes(full_acc[vi, vr, vd])
                                                     with T.init():
                                                         full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
-                                            for i, ti, r, d in T.grid(1, valid_len % 8 + 1 - 1, 16, 128):
+                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                            for i, ti, r, d in T.grid(1, valid_len % 16 + 1 - 1, 16, 128):
                                                 with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(128, num_full * 8 + ti)
+                                                    vt = T.axis.reduce(128, num_full * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt])
+                                                    T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                     T.writes(tile_acc[0, vr, vd])
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
+                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                             for i, r, d in T.grid(1, 16, 128):
                                                 with T.sblock("acc"):
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])

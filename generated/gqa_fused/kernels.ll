@@ -6113,8 +6113,13 @@ target triple = "x86_64-conda-linux-gnu"
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %row_sum275.i = alloca [32 x float], align 64
-  %row_max276.i = alloca [32 x float], align 64
+  %scaled238.i = alloca [256 x float], align 64
+  %probs244.i = alloca [256 x float], align 64
+  %scores245.i = alloca [256 x float], align 64
+  %value_offsets246.i = alloca [128 x i64], align 64
+  %key_offsets247.i = alloca [128 x i64], align 64
+  %row_sum249.i = alloca [32 x float], align 64
+  %row_max250.i = alloca [32 x float], align 64
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6321,8 +6326,13 @@ if_end51:                                         ; preds = %if_then49, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum275.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max276.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %scaled238.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %probs244.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %scores245.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %value_offsets246.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %key_offsets247.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum249.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max250.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -6350,8 +6360,8 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %98 = fptrunc double %.cast64 to float
   %99 = sitofp i64 %60 to float
   %score_scale = select i1 %97, float %98, float %99
-  %100 = shl nsw i32 %block_begin, 4
-  %101 = shl nsw i32 %block_end, 4
+  %100 = shl i32 %block_begin, 4
+  %101 = shl i32 %block_end, 4
   %102 = insertelement <32 x float> poison, float %query_scale, i64 0
   %103 = shufflevector <32 x float> %102, <32 x float> poison, <32 x i32> zeroinitializer
   %sext = shl i64 %46, 32
@@ -6366,17 +6376,25 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %.not = icmp eq i64 %111, 0
   %112 = zext i32 %100 to i64
   %113 = and i64 %54, 4294967295
-  %wide.trip.count845.i = and i64 %48, 2147483647
+  %wide.trip.count812.i = and i64 %48, 2147483647
   %invariant.op.i = add i32 %100, -1
+  %broadcast.splatinsert188 = insertelement <4 x i64> poison, i64 %k_row, i64 0
+  %broadcast.splat189 = shufflevector <4 x i64> %broadcast.splatinsert188, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert190 = insertelement <4 x i64> poison, i64 %k_block, i64 0
+  %broadcast.splat191 = shufflevector <4 x i64> %broadcast.splatinsert190, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert176 = insertelement <4 x i64> poison, i64 %v_row, i64 0
+  %broadcast.splat177 = shufflevector <4 x i64> %broadcast.splatinsert176, <4 x i64> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert178 = insertelement <4 x i64> poison, i64 %v_block, i64 0
+  %broadcast.splat179 = shufflevector <4 x i64> %broadcast.splatinsert178, <4 x i64> poison, <4 x i32> zeroinitializer
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end247.i
-  %indvars.iv.next841.i = add nuw nsw i64 %indvars.iv840.i, 1
-  %exitcond846.not.i = icmp eq i64 %indvars.iv.next841.i, %wide.trip.count845.i
-  br i1 %exitcond846.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
+for_begin_s.i:                                    ; preds = %if_end217.i
+  %indvars.iv.next808.i = add nuw nsw i64 %indvars.iv807.i, 1
+  %exitcond813.not.i = icmp eq i64 %indvars.iv.next808.i, %wide.trip.count812.i
+  br i1 %exitcond813.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv840.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next841.i, %for_begin_s.i ]
+  %indvars.iv807.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next808.i, %for_begin_s.i ]
   %114 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %114(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %115 = icmp eq ptr %q_tile.i, null
@@ -6389,7 +6407,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %117, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %118 = add nsw i64 %indvars.iv840.i, %104
+  %118 = add nsw i64 %indvars.iv807.i, %104
   %119 = getelementptr inbounds i32, ptr %context_lens, i64 %118
   %120 = load i32, ptr %119, align 4, !tbaa !9
   %121 = mul nsw i64 %118, %q_batch
@@ -6397,9 +6415,9 @@ if_end2.i:                                        ; preds = %if_end.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
-  %indvars.iv693.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next694.i, %for_end_ax1.i ]
-  %123 = shl nuw nsw i64 %indvars.iv693.i, 2
-  %.idx65 = shl nuw nsw i64 %indvars.iv693.i, 11
+  %indvars.iv660.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next661.i, %for_end_ax1.i ]
+  %123 = shl nuw nsw i64 %indvars.iv660.i, 2
+  %.idx65 = shl nuw nsw i64 %indvars.iv660.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
   br label %for_begin_ax2.preheader.i
 
@@ -6411,4136 +6429,4050 @@ for_end_tile.i:                                   ; preds = %for_end_ax1.i
   %128 = tail call i32 @llvm.smax.i32(i32 %127, i32 125)
   %places.i = add nsw i32 %128, -125
   %129 = tail call i32 @llvm.smin.i32(i32 %101, i32 %120)
-  %130 = sub nsw i32 %129, %100
+  %130 = sub i32 %129, %100
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %130, i32 0)
-  %131 = add nuw nsw i32 %range_len.i, 127
-  %132 = lshr i32 %131, 7
-  %133 = tail call i32 @llvm.umax.i32(i32 %132, i32 1)
-  %134 = mul nsw i64 %118, %row_step
-  %135 = getelementptr inbounds i32, ptr %row_starts, i64 %134
+  %131 = add nuw i32 %range_len.i, 63
+  %132 = lshr i32 %131, 6
+  %133 = mul nsw i64 %118, %row_step
+  %134 = getelementptr inbounds i32, ptr %row_starts, i64 %133
+  %135 = uitofp nneg i32 %places.i to float
+  %136 = fsub float 0x4168000FE0000000, %135
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %139 = tail call float @llvm.fmuladd.f32(float %135, float 0x3FE62E4300000000, float -8.700000e+01)
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %136 = mul nsw i64 %118, %table_seq
-  %invariant.gep441.i = getelementptr i32, ptr %block_table, i64 %136
-  %137 = uitofp nneg i32 %places.i to float
-  %138 = fsub float 0x4168000FE0000000, %137
-  %139 = insertelement <16 x float> poison, float %138, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %141 = tail call float @llvm.fmuladd.f32(float %137, float 0x3FE62E4300000000, float -8.700000e+01)
-  %142 = insertelement <16 x float> poison, float %141, i64 0
-  %143 = shufflevector <16 x float> %142, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = mul nsw i64 %118, %table_seq
+  %invariant.gep408.i = getelementptr i32, ptr %block_table, i64 %142
+  %143 = zext nneg i32 %range_len.i to i64
   %144 = zext nneg i32 %132 to i64
-  %145 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count803.i = zext nneg i32 %133 to i64
-  br label %for_begin_step.i
+  %umax.i = tail call i32 @llvm.umax.i32(i32 %132, i32 1)
+  %wide.trip.count770.i = zext nneg i32 %umax.i to i64
+  %broadcast.splatinsert186 = insertelement <4 x i32> poison, i32 %.reass.i, i64 0
+  %broadcast.splat187 = shufflevector <4 x i32> %broadcast.splatinsert186, <4 x i32> poison, <4 x i32> zeroinitializer
+  %broadcast.splatinsert174 = insertelement <4 x i32> poison, i32 %.reass.i, i64 0
+  %broadcast.splat175 = shufflevector <4 x i32> %broadcast.splatinsert174, <4 x i32> poison, <4 x i32> zeroinitializer
+  br label %for_body_step.i
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
-  %146 = add nuw nsw i64 %indvars.iv.i, %123
-  %147 = mul nsw i64 %146, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %122, i64 %147
-  %148 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
-  %149 = zext <32 x i16> %148 to <32 x i32>
-  %150 = shl nuw <32 x i32> %149, splat (i32 16)
-  %151 = bitcast <32 x i32> %150 to <32 x float>
-  %152 = fmul <32 x float> %103, %151
-  %153 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %145 = add nuw nsw i64 %indvars.iv.i, %123
+  %146 = mul nsw i64 %145, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %122, i64 %146
+  %147 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !9
+  %148 = zext <32 x i16> %147 to <32 x i32>
+  %149 = shl nuw <32 x i32> %148, splat (i32 16)
+  %150 = bitcast <32 x i32> %149 to <32 x float>
+  %151 = fmul <32 x float> %103, %150
+  %152 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  store <4 x float> %153, ptr %gep, align 4, !tbaa !9
-  %154 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %155 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <4 x float> %154, ptr %155, align 4, !tbaa !9
-  %156 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %157 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  store <4 x float> %156, ptr %157, align 4, !tbaa !9
-  %158 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %159 = getelementptr inbounds nuw i8, ptr %gep, i64 80
-  store <4 x float> %158, ptr %159, align 4, !tbaa !9
-  %160 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %161 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  store <4 x float> %160, ptr %161, align 4, !tbaa !9
-  %162 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %163 = getelementptr inbounds nuw i8, ptr %gep, i64 96
-  store <4 x float> %162, ptr %163, align 4, !tbaa !9
-  %164 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %165 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  store <4 x float> %164, ptr %165, align 4, !tbaa !9
-  %166 = shufflevector <32 x float> %152, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %167 = getelementptr inbounds nuw i8, ptr %gep, i64 112
-  store <4 x float> %166, ptr %167, align 4, !tbaa !9
+  store <4 x float> %152, ptr %gep, align 4, !tbaa !9
+  %153 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %154 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x float> %153, ptr %154, align 4, !tbaa !9
+  %155 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x float> %155, ptr %156, align 4, !tbaa !9
+  %157 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x float> %157, ptr %158, align 4, !tbaa !9
+  %159 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x float> %159, ptr %160, align 4, !tbaa !9
+  %161 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x float> %161, ptr %162, align 4, !tbaa !9
+  %163 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x float> %163, ptr %164, align 4, !tbaa !9
+  %165 = shufflevector <32 x float> %151, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x float> %165, ptr %166, align 4, !tbaa !9
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %168 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !9
-  %169 = zext <32 x i16> %168 to <32 x i32>
-  %170 = shl nuw <32 x i32> %169, splat (i32 16)
-  %171 = bitcast <32 x i32> %170 to <32 x float>
-  %172 = fmul <32 x float> %103, %171
-  %173 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <4 x float> %173, ptr %174, align 4, !tbaa !9
-  %175 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %176 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <4 x float> %175, ptr %176, align 4, !tbaa !9
-  %177 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %178 = getelementptr inbounds nuw i8, ptr %gep, i64 144
-  store <4 x float> %177, ptr %178, align 4, !tbaa !9
-  %179 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %180 = getelementptr inbounds nuw i8, ptr %gep, i64 208
-  store <4 x float> %179, ptr %180, align 4, !tbaa !9
-  %181 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %182 = getelementptr inbounds nuw i8, ptr %gep, i64 160
-  store <4 x float> %181, ptr %182, align 4, !tbaa !9
-  %183 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %184 = getelementptr inbounds nuw i8, ptr %gep, i64 224
-  store <4 x float> %183, ptr %184, align 4, !tbaa !9
-  %185 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %186 = getelementptr inbounds nuw i8, ptr %gep, i64 176
-  store <4 x float> %185, ptr %186, align 4, !tbaa !9
-  %187 = shufflevector <32 x float> %172, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %188 = getelementptr inbounds nuw i8, ptr %gep, i64 240
-  store <4 x float> %187, ptr %188, align 4, !tbaa !9
+  %167 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !9
+  %168 = zext <32 x i16> %167 to <32 x i32>
+  %169 = shl nuw <32 x i32> %168, splat (i32 16)
+  %170 = bitcast <32 x i32> %169 to <32 x float>
+  %171 = fmul <32 x float> %103, %170
+  %172 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %173 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x float> %172, ptr %173, align 4, !tbaa !9
+  %174 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x float> %174, ptr %175, align 4, !tbaa !9
+  %176 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x float> %176, ptr %177, align 4, !tbaa !9
+  %178 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x float> %178, ptr %179, align 4, !tbaa !9
+  %180 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x float> %180, ptr %181, align 4, !tbaa !9
+  %182 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x float> %182, ptr %183, align 4, !tbaa !9
+  %184 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x float> %184, ptr %185, align 4, !tbaa !9
+  %186 = shufflevector <32 x float> %171, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x float> %186, ptr %187, align 4, !tbaa !9
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %189 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !9
-  %190 = zext <32 x i16> %189 to <32 x i32>
-  %191 = shl nuw <32 x i32> %190, splat (i32 16)
-  %192 = bitcast <32 x i32> %191 to <32 x float>
-  %193 = fmul <32 x float> %103, %192
-  %194 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %195 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <4 x float> %194, ptr %195, align 4, !tbaa !9
-  %196 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %197 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <4 x float> %196, ptr %197, align 4, !tbaa !9
-  %198 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %199 = getelementptr inbounds nuw i8, ptr %gep, i64 272
-  store <4 x float> %198, ptr %199, align 4, !tbaa !9
-  %200 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %201 = getelementptr inbounds nuw i8, ptr %gep, i64 336
-  store <4 x float> %200, ptr %201, align 4, !tbaa !9
-  %202 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %203 = getelementptr inbounds nuw i8, ptr %gep, i64 288
-  store <4 x float> %202, ptr %203, align 4, !tbaa !9
-  %204 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %205 = getelementptr inbounds nuw i8, ptr %gep, i64 352
-  store <4 x float> %204, ptr %205, align 4, !tbaa !9
-  %206 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %207 = getelementptr inbounds nuw i8, ptr %gep, i64 304
-  store <4 x float> %206, ptr %207, align 4, !tbaa !9
-  %208 = shufflevector <32 x float> %193, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %209 = getelementptr inbounds nuw i8, ptr %gep, i64 368
-  store <4 x float> %208, ptr %209, align 4, !tbaa !9
+  %188 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !9
+  %189 = zext <32 x i16> %188 to <32 x i32>
+  %190 = shl nuw <32 x i32> %189, splat (i32 16)
+  %191 = bitcast <32 x i32> %190 to <32 x float>
+  %192 = fmul <32 x float> %103, %191
+  %193 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %194 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x float> %193, ptr %194, align 4, !tbaa !9
+  %195 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %196 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x float> %195, ptr %196, align 4, !tbaa !9
+  %197 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %198 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x float> %197, ptr %198, align 4, !tbaa !9
+  %199 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %200 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x float> %199, ptr %200, align 4, !tbaa !9
+  %201 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %202 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x float> %201, ptr %202, align 4, !tbaa !9
+  %203 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %204 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x float> %203, ptr %204, align 4, !tbaa !9
+  %205 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %206 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x float> %205, ptr %206, align 4, !tbaa !9
+  %207 = shufflevector <32 x float> %192, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %208 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x float> %207, ptr %208, align 4, !tbaa !9
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %210 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !9
-  %211 = zext <32 x i16> %210 to <32 x i32>
-  %212 = shl nuw <32 x i32> %211, splat (i32 16)
-  %213 = bitcast <32 x i32> %212 to <32 x float>
-  %214 = fmul <32 x float> %103, %213
-  %215 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %216 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <4 x float> %215, ptr %216, align 4, !tbaa !9
-  %217 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %218 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <4 x float> %217, ptr %218, align 4, !tbaa !9
-  %219 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %220 = getelementptr inbounds nuw i8, ptr %gep, i64 400
-  store <4 x float> %219, ptr %220, align 4, !tbaa !9
-  %221 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %222 = getelementptr inbounds nuw i8, ptr %gep, i64 464
-  store <4 x float> %221, ptr %222, align 4, !tbaa !9
-  %223 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %224 = getelementptr inbounds nuw i8, ptr %gep, i64 416
-  store <4 x float> %223, ptr %224, align 4, !tbaa !9
-  %225 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %226 = getelementptr inbounds nuw i8, ptr %gep, i64 480
-  store <4 x float> %225, ptr %226, align 4, !tbaa !9
-  %227 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %228 = getelementptr inbounds nuw i8, ptr %gep, i64 432
-  store <4 x float> %227, ptr %228, align 4, !tbaa !9
-  %229 = shufflevector <32 x float> %214, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %230 = getelementptr inbounds nuw i8, ptr %gep, i64 496
-  store <4 x float> %229, ptr %230, align 4, !tbaa !9
+  %209 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !9
+  %210 = zext <32 x i16> %209 to <32 x i32>
+  %211 = shl nuw <32 x i32> %210, splat (i32 16)
+  %212 = bitcast <32 x i32> %211 to <32 x float>
+  %213 = fmul <32 x float> %103, %212
+  %214 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %215 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x float> %214, ptr %215, align 4, !tbaa !9
+  %216 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %217 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x float> %216, ptr %217, align 4, !tbaa !9
+  %218 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %219 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x float> %218, ptr %219, align 4, !tbaa !9
+  %220 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %221 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x float> %220, ptr %221, align 4, !tbaa !9
+  %222 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %223 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x float> %222, ptr %223, align 4, !tbaa !9
+  %224 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %225 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x float> %224, ptr %225, align 4, !tbaa !9
+  %226 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %227 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x float> %226, ptr %227, align 4, !tbaa !9
+  %228 = shufflevector <32 x float> %213, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %229 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x float> %228, ptr %229, align 4, !tbaa !9
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !11
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
-  %indvars.iv.next694.i = add nuw nsw i64 %indvars.iv693.i, 1
-  %exitcond696.not.i = icmp eq i64 %indvars.iv.next694.i, 8
-  br i1 %exitcond696.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
+  %indvars.iv.next661.i = add nuw nsw i64 %indvars.iv660.i, 1
+  %exitcond663.not.i = icmp eq i64 %indvars.iv.next661.i, 8
+  br i1 %exitcond663.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !11
 
-for_begin_step.i:                                 ; preds = %if_end205.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end205.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv800.i = phi i64 [ %indvars.iv.next801.i, %if_end205.i ], [ 0, %for_end_tile.i ]
-  %smin308 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %231 = and i32 %smin308, 15
-  %232 = zext nneg i32 %231 to i64
-  %exitcond804.not.i = icmp eq i64 %indvars.iv800.i, %wide.trip.count803.i
-  br i1 %exitcond804.not.i, label %for_begin_tile210.preheader.i, label %for_body_step.i, !prof !12
+for_begin_step.loopexit.i:                        ; preds = %for_begin_kv_head.loopexit.i
+  %exitcond771.not.i = icmp eq i64 %indvars.iv.next768.i, %wide.trip.count770.i
+  br i1 %exitcond771.not.i, label %for_begin_tile180.preheader.i, label %for_body_step.i, !prof !11
 
-for_begin_tile210.preheader.i:                    ; preds = %for_begin_step.i
-  %233 = add nuw nsw i64 %indvars.iv840.i, %113
-  %234 = shl nuw nsw i64 %233, 5
-  %.idx.i = shl nuw nsw i64 %233, 14
-  %235 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %236 = mul nsw i64 %118, %out_batch
-  %237 = getelementptr i16, ptr %out, i64 %236
-  %238 = mul nsw i64 %118, %lse_batch
-  %239 = getelementptr float, ptr %lse, i64 %238
-  %240 = shl nuw nsw i32 %128, 23
-  %241 = add nuw i32 %240, 16777216
-  %242 = bitcast i32 %241 to float
-  br i1 %.not, label %for_body_tile211.i, label %for_body_tile211.us.i
+for_begin_tile180.preheader.i:                    ; preds = %for_begin_step.loopexit.i
+  %230 = add nuw nsw i64 %indvars.iv807.i, %113
+  %231 = shl nuw nsw i64 %230, 5
+  %.idx.i = shl nuw nsw i64 %230, 14
+  %232 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %233 = mul nsw i64 %118, %out_batch
+  %234 = getelementptr i16, ptr %out, i64 %233
+  %235 = mul nsw i64 %118, %lse_batch
+  %236 = getelementptr float, ptr %lse, i64 %235
+  %237 = shl nuw nsw i32 %128, 23
+  %238 = add nuw i32 %237, 16777216
+  %239 = bitcast i32 %238 to float
+  br i1 %.not, label %for_body_tile181.i, label %for_body_tile181.us.i
 
-for_body_tile211.us.i:                            ; preds = %if_end230.us.3.i, %for_begin_tile210.preheader.i
-  %indvars.iv836.i = phi i64 [ %indvars.iv.next837.i, %if_end230.us.3.i ], [ 0, %for_begin_tile210.preheader.i ]
-  %243 = shl nuw nsw i64 %indvars.iv836.i, 2
-  %244 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %243
-  %total.us.i = load <4 x float>, ptr %244, align 16, !tbaa !13
-  %245 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
-  %246 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
-  %247 = select <4 x i1> %246, <4 x float> zeroinitializer, <4 x float> %245
-  %248 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> zeroinitializer
-  %249 = mul nsw i64 %243, %out_head
-  %invariant.gep636.us.i = getelementptr i16, ptr %237, i64 %249
-  %.idx67 = shl nuw nsw i64 %indvars.iv836.i, 11
-  %250 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx67
-  %251 = load <32 x float>, ptr %250, align 4, !tbaa !9
-  %252 = fmul <32 x float> %251, %248
-  %253 = bitcast <32 x float> %252 to <32 x i32>
-  %254 = lshr <32 x i32> %253, splat (i32 16)
-  %255 = and <32 x i32> %254, splat (i32 1)
-  %256 = add nuw <32 x i32> %253, splat (i32 32767)
-  %257 = add nuw <32 x i32> %256, %255
-  %258 = lshr <32 x i32> %257, splat (i32 16)
-  %259 = trunc nuw <32 x i32> %258 to <32 x i16>
-  store <32 x i16> %259, ptr %invariant.gep636.us.i, align 2, !tbaa !9
-  %260 = getelementptr inbounds nuw i8, ptr %250, i64 128
-  %261 = load <32 x float>, ptr %260, align 4, !tbaa !9
-  %262 = fmul <32 x float> %261, %248
-  %263 = bitcast <32 x float> %262 to <32 x i32>
-  %264 = lshr <32 x i32> %263, splat (i32 16)
-  %265 = and <32 x i32> %264, splat (i32 1)
-  %266 = add nuw <32 x i32> %263, splat (i32 32767)
-  %267 = add nuw <32 x i32> %266, %265
-  %268 = lshr <32 x i32> %267, splat (i32 16)
-  %269 = trunc nuw <32 x i32> %268 to <32 x i16>
-  %gep637.us.1.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 64
-  store <32 x i16> %269, ptr %gep637.us.1.i, align 2, !tbaa !9
-  %270 = getelementptr inbounds nuw i8, ptr %250, i64 256
-  %271 = load <32 x float>, ptr %270, align 4, !tbaa !9
-  %272 = fmul <32 x float> %248, %271
-  %273 = bitcast <32 x float> %272 to <32 x i32>
-  %274 = lshr <32 x i32> %273, splat (i32 16)
-  %275 = and <32 x i32> %274, splat (i32 1)
-  %276 = add nuw <32 x i32> %273, splat (i32 32767)
-  %277 = add nuw <32 x i32> %276, %275
-  %278 = lshr <32 x i32> %277, splat (i32 16)
-  %279 = trunc nuw <32 x i32> %278 to <32 x i16>
-  %gep637.us.2.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 128
-  store <32 x i16> %279, ptr %gep637.us.2.i, align 2, !tbaa !9
-  %280 = getelementptr inbounds nuw i8, ptr %250, i64 384
-  %281 = load <32 x float>, ptr %280, align 4, !tbaa !9
-  %282 = fmul <32 x float> %248, %281
-  %283 = bitcast <32 x float> %282 to <32 x i32>
-  %284 = lshr <32 x i32> %283, splat (i32 16)
-  %285 = and <32 x i32> %284, splat (i32 1)
-  %286 = add nuw <32 x i32> %283, splat (i32 32767)
-  %287 = add nuw <32 x i32> %286, %285
-  %288 = lshr <32 x i32> %287, splat (i32 16)
-  %289 = trunc nuw <32 x i32> %288 to <32 x i16>
-  %gep637.us.3.i = getelementptr i8, ptr %invariant.gep636.us.i, i64 192
-  store <32 x i16> %289, ptr %gep637.us.3.i, align 2, !tbaa !9
-  %290 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %291 = or disjoint i64 %243, 1
-  %292 = mul nsw i64 %291, %out_head
-  %invariant.gep636.us.1.i = getelementptr i16, ptr %237, i64 %292
-  %293 = getelementptr inbounds nuw i8, ptr %250, i64 512
-  %294 = load <32 x float>, ptr %293, align 4, !tbaa !9
-  %295 = fmul <32 x float> %290, %294
-  %296 = bitcast <32 x float> %295 to <32 x i32>
-  %297 = lshr <32 x i32> %296, splat (i32 16)
-  %298 = and <32 x i32> %297, splat (i32 1)
-  %299 = add nuw <32 x i32> %296, splat (i32 32767)
-  %300 = add nuw <32 x i32> %299, %298
-  %301 = lshr <32 x i32> %300, splat (i32 16)
-  %302 = trunc nuw <32 x i32> %301 to <32 x i16>
-  store <32 x i16> %302, ptr %invariant.gep636.us.1.i, align 2, !tbaa !9
-  %303 = getelementptr inbounds nuw i8, ptr %250, i64 640
-  %304 = load <32 x float>, ptr %303, align 4, !tbaa !9
-  %305 = fmul <32 x float> %290, %304
-  %306 = bitcast <32 x float> %305 to <32 x i32>
-  %307 = lshr <32 x i32> %306, splat (i32 16)
-  %308 = and <32 x i32> %307, splat (i32 1)
-  %309 = add nuw <32 x i32> %306, splat (i32 32767)
-  %310 = add nuw <32 x i32> %309, %308
-  %311 = lshr <32 x i32> %310, splat (i32 16)
-  %312 = trunc nuw <32 x i32> %311 to <32 x i16>
-  %gep637.us.1.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 64
-  store <32 x i16> %312, ptr %gep637.us.1.1.i, align 2, !tbaa !9
-  %313 = getelementptr inbounds nuw i8, ptr %250, i64 768
-  %314 = load <32 x float>, ptr %313, align 4, !tbaa !9
-  %315 = fmul <32 x float> %290, %314
-  %316 = bitcast <32 x float> %315 to <32 x i32>
-  %317 = lshr <32 x i32> %316, splat (i32 16)
-  %318 = and <32 x i32> %317, splat (i32 1)
-  %319 = add nuw <32 x i32> %316, splat (i32 32767)
-  %320 = add nuw <32 x i32> %319, %318
-  %321 = lshr <32 x i32> %320, splat (i32 16)
-  %322 = trunc nuw <32 x i32> %321 to <32 x i16>
-  %gep637.us.2.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 128
-  store <32 x i16> %322, ptr %gep637.us.2.1.i, align 2, !tbaa !9
-  %323 = getelementptr inbounds nuw i8, ptr %250, i64 896
-  %324 = load <32 x float>, ptr %323, align 4, !tbaa !9
-  %325 = fmul <32 x float> %290, %324
-  %326 = bitcast <32 x float> %325 to <32 x i32>
-  %327 = lshr <32 x i32> %326, splat (i32 16)
-  %328 = and <32 x i32> %327, splat (i32 1)
-  %329 = add nuw <32 x i32> %326, splat (i32 32767)
-  %330 = add nuw <32 x i32> %329, %328
-  %331 = lshr <32 x i32> %330, splat (i32 16)
-  %332 = trunc nuw <32 x i32> %331 to <32 x i16>
-  %gep637.us.3.1.i = getelementptr i8, ptr %invariant.gep636.us.1.i, i64 192
-  store <32 x i16> %332, ptr %gep637.us.3.1.i, align 2, !tbaa !9
-  %333 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %334 = or disjoint i64 %243, 2
-  %335 = mul nsw i64 %334, %out_head
-  %invariant.gep636.us.2.i = getelementptr i16, ptr %237, i64 %335
-  %336 = getelementptr inbounds nuw i8, ptr %250, i64 1024
-  %337 = load <32 x float>, ptr %336, align 4, !tbaa !9
-  %338 = fmul <32 x float> %333, %337
-  %339 = bitcast <32 x float> %338 to <32 x i32>
-  %340 = lshr <32 x i32> %339, splat (i32 16)
-  %341 = and <32 x i32> %340, splat (i32 1)
-  %342 = add nuw <32 x i32> %339, splat (i32 32767)
-  %343 = add nuw <32 x i32> %342, %341
-  %344 = lshr <32 x i32> %343, splat (i32 16)
-  %345 = trunc nuw <32 x i32> %344 to <32 x i16>
-  store <32 x i16> %345, ptr %invariant.gep636.us.2.i, align 2, !tbaa !9
-  %346 = getelementptr inbounds nuw i8, ptr %250, i64 1152
-  %347 = load <32 x float>, ptr %346, align 4, !tbaa !9
-  %348 = fmul <32 x float> %333, %347
-  %349 = bitcast <32 x float> %348 to <32 x i32>
-  %350 = lshr <32 x i32> %349, splat (i32 16)
-  %351 = and <32 x i32> %350, splat (i32 1)
-  %352 = add nuw <32 x i32> %349, splat (i32 32767)
-  %353 = add nuw <32 x i32> %352, %351
-  %354 = lshr <32 x i32> %353, splat (i32 16)
-  %355 = trunc nuw <32 x i32> %354 to <32 x i16>
-  %gep637.us.1.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 64
-  store <32 x i16> %355, ptr %gep637.us.1.2.i, align 2, !tbaa !9
-  %356 = getelementptr inbounds nuw i8, ptr %250, i64 1280
-  %357 = load <32 x float>, ptr %356, align 4, !tbaa !9
-  %358 = fmul <32 x float> %333, %357
-  %359 = bitcast <32 x float> %358 to <32 x i32>
-  %360 = lshr <32 x i32> %359, splat (i32 16)
-  %361 = and <32 x i32> %360, splat (i32 1)
-  %362 = add nuw <32 x i32> %359, splat (i32 32767)
-  %363 = add nuw <32 x i32> %362, %361
-  %364 = lshr <32 x i32> %363, splat (i32 16)
-  %365 = trunc nuw <32 x i32> %364 to <32 x i16>
-  %gep637.us.2.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 128
-  store <32 x i16> %365, ptr %gep637.us.2.2.i, align 2, !tbaa !9
-  %366 = getelementptr inbounds nuw i8, ptr %250, i64 1408
-  %367 = load <32 x float>, ptr %366, align 4, !tbaa !9
-  %368 = fmul <32 x float> %333, %367
-  %369 = bitcast <32 x float> %368 to <32 x i32>
-  %370 = lshr <32 x i32> %369, splat (i32 16)
-  %371 = and <32 x i32> %370, splat (i32 1)
-  %372 = add nuw <32 x i32> %369, splat (i32 32767)
-  %373 = add nuw <32 x i32> %372, %371
-  %374 = lshr <32 x i32> %373, splat (i32 16)
-  %375 = trunc nuw <32 x i32> %374 to <32 x i16>
-  %gep637.us.3.2.i = getelementptr i8, ptr %invariant.gep636.us.2.i, i64 192
-  store <32 x i16> %375, ptr %gep637.us.3.2.i, align 2, !tbaa !9
-  %376 = shufflevector <4 x float> %247, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %377 = or disjoint i64 %243, 3
-  %378 = mul nsw i64 %377, %out_head
-  %invariant.gep636.us.3.i = getelementptr i16, ptr %237, i64 %378
-  %379 = getelementptr inbounds nuw i8, ptr %250, i64 1536
-  %380 = load <32 x float>, ptr %379, align 4, !tbaa !9
-  %381 = fmul <32 x float> %376, %380
-  %382 = bitcast <32 x float> %381 to <32 x i32>
-  %383 = lshr <32 x i32> %382, splat (i32 16)
-  %384 = and <32 x i32> %383, splat (i32 1)
-  %385 = add nuw <32 x i32> %382, splat (i32 32767)
-  %386 = add nuw <32 x i32> %385, %384
-  %387 = lshr <32 x i32> %386, splat (i32 16)
-  %388 = trunc nuw <32 x i32> %387 to <32 x i16>
-  store <32 x i16> %388, ptr %invariant.gep636.us.3.i, align 2, !tbaa !9
-  %389 = getelementptr inbounds nuw i8, ptr %250, i64 1664
-  %390 = load <32 x float>, ptr %389, align 4, !tbaa !9
-  %391 = fmul <32 x float> %376, %390
-  %392 = bitcast <32 x float> %391 to <32 x i32>
-  %393 = lshr <32 x i32> %392, splat (i32 16)
-  %394 = and <32 x i32> %393, splat (i32 1)
-  %395 = add nuw <32 x i32> %392, splat (i32 32767)
-  %396 = add nuw <32 x i32> %395, %394
-  %397 = lshr <32 x i32> %396, splat (i32 16)
-  %398 = trunc nuw <32 x i32> %397 to <32 x i16>
-  %gep637.us.1.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 64
-  store <32 x i16> %398, ptr %gep637.us.1.3.i, align 2, !tbaa !9
-  %399 = getelementptr inbounds nuw i8, ptr %250, i64 1792
-  %400 = load <32 x float>, ptr %399, align 4, !tbaa !9
-  %401 = fmul <32 x float> %376, %400
-  %402 = bitcast <32 x float> %401 to <32 x i32>
-  %403 = lshr <32 x i32> %402, splat (i32 16)
-  %404 = and <32 x i32> %403, splat (i32 1)
-  %405 = add nuw <32 x i32> %402, splat (i32 32767)
-  %406 = add nuw <32 x i32> %405, %404
-  %407 = lshr <32 x i32> %406, splat (i32 16)
-  %408 = trunc nuw <32 x i32> %407 to <32 x i16>
-  %gep637.us.2.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 128
-  store <32 x i16> %408, ptr %gep637.us.2.3.i, align 2, !tbaa !9
-  %409 = getelementptr inbounds nuw i8, ptr %250, i64 1920
-  %410 = load <32 x float>, ptr %409, align 4, !tbaa !9
-  %411 = fmul <32 x float> %376, %410
-  %412 = bitcast <32 x float> %411 to <32 x i32>
-  %413 = lshr <32 x i32> %412, splat (i32 16)
-  %414 = and <32 x i32> %413, splat (i32 1)
-  %415 = add nuw <32 x i32> %412, splat (i32 32767)
-  %416 = add nuw <32 x i32> %415, %414
-  %417 = lshr <32 x i32> %416, splat (i32 16)
-  %418 = trunc nuw <32 x i32> %417 to <32 x i16>
-  %gep637.us.3.3.i = getelementptr i8, ptr %invariant.gep636.us.3.i, i64 192
-  store <32 x i16> %418, ptr %gep637.us.3.3.i, align 2, !tbaa !9
-  %419 = getelementptr float, ptr %239, i64 %243
-  %420 = load float, ptr %244, align 16, !tbaa !13
-  %421 = fcmp oeq float %420, 0.000000e+00
-  br i1 %421, label %if_end230.us.i, label %if_else229.us.i
+for_body_tile181.us.i:                            ; preds = %if_end200.us.3.i, %for_begin_tile180.preheader.i
+  %indvars.iv803.i = phi i64 [ %indvars.iv.next804.i, %if_end200.us.3.i ], [ 0, %for_begin_tile180.preheader.i ]
+  %240 = shl nuw nsw i64 %indvars.iv803.i, 2
+  %241 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %240
+  %total.us.i = load <4 x float>, ptr %241, align 16, !tbaa !12
+  %242 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %243 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %244 = select <4 x i1> %243, <4 x float> zeroinitializer, <4 x float> %242
+  %245 = shufflevector <4 x float> %244, <4 x float> poison, <32 x i32> zeroinitializer
+  %246 = mul nsw i64 %240, %out_head
+  %invariant.gep605.us.i = getelementptr i16, ptr %234, i64 %246
+  %.idx67 = shl nuw nsw i64 %indvars.iv803.i, 11
+  %247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx67
+  %248 = load <32 x float>, ptr %247, align 4, !tbaa !9
+  %249 = fmul <32 x float> %248, %245
+  %250 = bitcast <32 x float> %249 to <32 x i32>
+  %251 = lshr <32 x i32> %250, splat (i32 16)
+  %252 = and <32 x i32> %251, splat (i32 1)
+  %253 = add nuw <32 x i32> %250, splat (i32 32767)
+  %254 = add nuw <32 x i32> %253, %252
+  %255 = lshr <32 x i32> %254, splat (i32 16)
+  %256 = trunc nuw <32 x i32> %255 to <32 x i16>
+  store <32 x i16> %256, ptr %invariant.gep605.us.i, align 2, !tbaa !9
+  %257 = getelementptr inbounds nuw i8, ptr %247, i64 128
+  %258 = load <32 x float>, ptr %257, align 4, !tbaa !9
+  %259 = fmul <32 x float> %258, %245
+  %260 = bitcast <32 x float> %259 to <32 x i32>
+  %261 = lshr <32 x i32> %260, splat (i32 16)
+  %262 = and <32 x i32> %261, splat (i32 1)
+  %263 = add nuw <32 x i32> %260, splat (i32 32767)
+  %264 = add nuw <32 x i32> %263, %262
+  %265 = lshr <32 x i32> %264, splat (i32 16)
+  %266 = trunc nuw <32 x i32> %265 to <32 x i16>
+  %gep606.us.1.i = getelementptr i8, ptr %invariant.gep605.us.i, i64 64
+  store <32 x i16> %266, ptr %gep606.us.1.i, align 2, !tbaa !9
+  %267 = getelementptr inbounds nuw i8, ptr %247, i64 256
+  %268 = load <32 x float>, ptr %267, align 4, !tbaa !9
+  %269 = fmul <32 x float> %245, %268
+  %270 = bitcast <32 x float> %269 to <32 x i32>
+  %271 = lshr <32 x i32> %270, splat (i32 16)
+  %272 = and <32 x i32> %271, splat (i32 1)
+  %273 = add nuw <32 x i32> %270, splat (i32 32767)
+  %274 = add nuw <32 x i32> %273, %272
+  %275 = lshr <32 x i32> %274, splat (i32 16)
+  %276 = trunc nuw <32 x i32> %275 to <32 x i16>
+  %gep606.us.2.i = getelementptr i8, ptr %invariant.gep605.us.i, i64 128
+  store <32 x i16> %276, ptr %gep606.us.2.i, align 2, !tbaa !9
+  %277 = getelementptr inbounds nuw i8, ptr %247, i64 384
+  %278 = load <32 x float>, ptr %277, align 4, !tbaa !9
+  %279 = fmul <32 x float> %245, %278
+  %280 = bitcast <32 x float> %279 to <32 x i32>
+  %281 = lshr <32 x i32> %280, splat (i32 16)
+  %282 = and <32 x i32> %281, splat (i32 1)
+  %283 = add nuw <32 x i32> %280, splat (i32 32767)
+  %284 = add nuw <32 x i32> %283, %282
+  %285 = lshr <32 x i32> %284, splat (i32 16)
+  %286 = trunc nuw <32 x i32> %285 to <32 x i16>
+  %gep606.us.3.i = getelementptr i8, ptr %invariant.gep605.us.i, i64 192
+  store <32 x i16> %286, ptr %gep606.us.3.i, align 2, !tbaa !9
+  %287 = shufflevector <4 x float> %244, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %288 = or disjoint i64 %240, 1
+  %289 = mul nsw i64 %288, %out_head
+  %invariant.gep605.us.1.i = getelementptr i16, ptr %234, i64 %289
+  %290 = getelementptr inbounds nuw i8, ptr %247, i64 512
+  %291 = load <32 x float>, ptr %290, align 4, !tbaa !9
+  %292 = fmul <32 x float> %287, %291
+  %293 = bitcast <32 x float> %292 to <32 x i32>
+  %294 = lshr <32 x i32> %293, splat (i32 16)
+  %295 = and <32 x i32> %294, splat (i32 1)
+  %296 = add nuw <32 x i32> %293, splat (i32 32767)
+  %297 = add nuw <32 x i32> %296, %295
+  %298 = lshr <32 x i32> %297, splat (i32 16)
+  %299 = trunc nuw <32 x i32> %298 to <32 x i16>
+  store <32 x i16> %299, ptr %invariant.gep605.us.1.i, align 2, !tbaa !9
+  %300 = getelementptr inbounds nuw i8, ptr %247, i64 640
+  %301 = load <32 x float>, ptr %300, align 4, !tbaa !9
+  %302 = fmul <32 x float> %287, %301
+  %303 = bitcast <32 x float> %302 to <32 x i32>
+  %304 = lshr <32 x i32> %303, splat (i32 16)
+  %305 = and <32 x i32> %304, splat (i32 1)
+  %306 = add nuw <32 x i32> %303, splat (i32 32767)
+  %307 = add nuw <32 x i32> %306, %305
+  %308 = lshr <32 x i32> %307, splat (i32 16)
+  %309 = trunc nuw <32 x i32> %308 to <32 x i16>
+  %gep606.us.1.1.i = getelementptr i8, ptr %invariant.gep605.us.1.i, i64 64
+  store <32 x i16> %309, ptr %gep606.us.1.1.i, align 2, !tbaa !9
+  %310 = getelementptr inbounds nuw i8, ptr %247, i64 768
+  %311 = load <32 x float>, ptr %310, align 4, !tbaa !9
+  %312 = fmul <32 x float> %287, %311
+  %313 = bitcast <32 x float> %312 to <32 x i32>
+  %314 = lshr <32 x i32> %313, splat (i32 16)
+  %315 = and <32 x i32> %314, splat (i32 1)
+  %316 = add nuw <32 x i32> %313, splat (i32 32767)
+  %317 = add nuw <32 x i32> %316, %315
+  %318 = lshr <32 x i32> %317, splat (i32 16)
+  %319 = trunc nuw <32 x i32> %318 to <32 x i16>
+  %gep606.us.2.1.i = getelementptr i8, ptr %invariant.gep605.us.1.i, i64 128
+  store <32 x i16> %319, ptr %gep606.us.2.1.i, align 2, !tbaa !9
+  %320 = getelementptr inbounds nuw i8, ptr %247, i64 896
+  %321 = load <32 x float>, ptr %320, align 4, !tbaa !9
+  %322 = fmul <32 x float> %287, %321
+  %323 = bitcast <32 x float> %322 to <32 x i32>
+  %324 = lshr <32 x i32> %323, splat (i32 16)
+  %325 = and <32 x i32> %324, splat (i32 1)
+  %326 = add nuw <32 x i32> %323, splat (i32 32767)
+  %327 = add nuw <32 x i32> %326, %325
+  %328 = lshr <32 x i32> %327, splat (i32 16)
+  %329 = trunc nuw <32 x i32> %328 to <32 x i16>
+  %gep606.us.3.1.i = getelementptr i8, ptr %invariant.gep605.us.1.i, i64 192
+  store <32 x i16> %329, ptr %gep606.us.3.1.i, align 2, !tbaa !9
+  %330 = shufflevector <4 x float> %244, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %331 = or disjoint i64 %240, 2
+  %332 = mul nsw i64 %331, %out_head
+  %invariant.gep605.us.2.i = getelementptr i16, ptr %234, i64 %332
+  %333 = getelementptr inbounds nuw i8, ptr %247, i64 1024
+  %334 = load <32 x float>, ptr %333, align 4, !tbaa !9
+  %335 = fmul <32 x float> %330, %334
+  %336 = bitcast <32 x float> %335 to <32 x i32>
+  %337 = lshr <32 x i32> %336, splat (i32 16)
+  %338 = and <32 x i32> %337, splat (i32 1)
+  %339 = add nuw <32 x i32> %336, splat (i32 32767)
+  %340 = add nuw <32 x i32> %339, %338
+  %341 = lshr <32 x i32> %340, splat (i32 16)
+  %342 = trunc nuw <32 x i32> %341 to <32 x i16>
+  store <32 x i16> %342, ptr %invariant.gep605.us.2.i, align 2, !tbaa !9
+  %343 = getelementptr inbounds nuw i8, ptr %247, i64 1152
+  %344 = load <32 x float>, ptr %343, align 4, !tbaa !9
+  %345 = fmul <32 x float> %330, %344
+  %346 = bitcast <32 x float> %345 to <32 x i32>
+  %347 = lshr <32 x i32> %346, splat (i32 16)
+  %348 = and <32 x i32> %347, splat (i32 1)
+  %349 = add nuw <32 x i32> %346, splat (i32 32767)
+  %350 = add nuw <32 x i32> %349, %348
+  %351 = lshr <32 x i32> %350, splat (i32 16)
+  %352 = trunc nuw <32 x i32> %351 to <32 x i16>
+  %gep606.us.1.2.i = getelementptr i8, ptr %invariant.gep605.us.2.i, i64 64
+  store <32 x i16> %352, ptr %gep606.us.1.2.i, align 2, !tbaa !9
+  %353 = getelementptr inbounds nuw i8, ptr %247, i64 1280
+  %354 = load <32 x float>, ptr %353, align 4, !tbaa !9
+  %355 = fmul <32 x float> %330, %354
+  %356 = bitcast <32 x float> %355 to <32 x i32>
+  %357 = lshr <32 x i32> %356, splat (i32 16)
+  %358 = and <32 x i32> %357, splat (i32 1)
+  %359 = add nuw <32 x i32> %356, splat (i32 32767)
+  %360 = add nuw <32 x i32> %359, %358
+  %361 = lshr <32 x i32> %360, splat (i32 16)
+  %362 = trunc nuw <32 x i32> %361 to <32 x i16>
+  %gep606.us.2.2.i = getelementptr i8, ptr %invariant.gep605.us.2.i, i64 128
+  store <32 x i16> %362, ptr %gep606.us.2.2.i, align 2, !tbaa !9
+  %363 = getelementptr inbounds nuw i8, ptr %247, i64 1408
+  %364 = load <32 x float>, ptr %363, align 4, !tbaa !9
+  %365 = fmul <32 x float> %330, %364
+  %366 = bitcast <32 x float> %365 to <32 x i32>
+  %367 = lshr <32 x i32> %366, splat (i32 16)
+  %368 = and <32 x i32> %367, splat (i32 1)
+  %369 = add nuw <32 x i32> %366, splat (i32 32767)
+  %370 = add nuw <32 x i32> %369, %368
+  %371 = lshr <32 x i32> %370, splat (i32 16)
+  %372 = trunc nuw <32 x i32> %371 to <32 x i16>
+  %gep606.us.3.2.i = getelementptr i8, ptr %invariant.gep605.us.2.i, i64 192
+  store <32 x i16> %372, ptr %gep606.us.3.2.i, align 2, !tbaa !9
+  %373 = shufflevector <4 x float> %244, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %374 = or disjoint i64 %240, 3
+  %375 = mul nsw i64 %374, %out_head
+  %invariant.gep605.us.3.i = getelementptr i16, ptr %234, i64 %375
+  %376 = getelementptr inbounds nuw i8, ptr %247, i64 1536
+  %377 = load <32 x float>, ptr %376, align 4, !tbaa !9
+  %378 = fmul <32 x float> %373, %377
+  %379 = bitcast <32 x float> %378 to <32 x i32>
+  %380 = lshr <32 x i32> %379, splat (i32 16)
+  %381 = and <32 x i32> %380, splat (i32 1)
+  %382 = add nuw <32 x i32> %379, splat (i32 32767)
+  %383 = add nuw <32 x i32> %382, %381
+  %384 = lshr <32 x i32> %383, splat (i32 16)
+  %385 = trunc nuw <32 x i32> %384 to <32 x i16>
+  store <32 x i16> %385, ptr %invariant.gep605.us.3.i, align 2, !tbaa !9
+  %386 = getelementptr inbounds nuw i8, ptr %247, i64 1664
+  %387 = load <32 x float>, ptr %386, align 4, !tbaa !9
+  %388 = fmul <32 x float> %373, %387
+  %389 = bitcast <32 x float> %388 to <32 x i32>
+  %390 = lshr <32 x i32> %389, splat (i32 16)
+  %391 = and <32 x i32> %390, splat (i32 1)
+  %392 = add nuw <32 x i32> %389, splat (i32 32767)
+  %393 = add nuw <32 x i32> %392, %391
+  %394 = lshr <32 x i32> %393, splat (i32 16)
+  %395 = trunc nuw <32 x i32> %394 to <32 x i16>
+  %gep606.us.1.3.i = getelementptr i8, ptr %invariant.gep605.us.3.i, i64 64
+  store <32 x i16> %395, ptr %gep606.us.1.3.i, align 2, !tbaa !9
+  %396 = getelementptr inbounds nuw i8, ptr %247, i64 1792
+  %397 = load <32 x float>, ptr %396, align 4, !tbaa !9
+  %398 = fmul <32 x float> %373, %397
+  %399 = bitcast <32 x float> %398 to <32 x i32>
+  %400 = lshr <32 x i32> %399, splat (i32 16)
+  %401 = and <32 x i32> %400, splat (i32 1)
+  %402 = add nuw <32 x i32> %399, splat (i32 32767)
+  %403 = add nuw <32 x i32> %402, %401
+  %404 = lshr <32 x i32> %403, splat (i32 16)
+  %405 = trunc nuw <32 x i32> %404 to <32 x i16>
+  %gep606.us.2.3.i = getelementptr i8, ptr %invariant.gep605.us.3.i, i64 128
+  store <32 x i16> %405, ptr %gep606.us.2.3.i, align 2, !tbaa !9
+  %406 = getelementptr inbounds nuw i8, ptr %247, i64 1920
+  %407 = load <32 x float>, ptr %406, align 4, !tbaa !9
+  %408 = fmul <32 x float> %373, %407
+  %409 = bitcast <32 x float> %408 to <32 x i32>
+  %410 = lshr <32 x i32> %409, splat (i32 16)
+  %411 = and <32 x i32> %410, splat (i32 1)
+  %412 = add nuw <32 x i32> %409, splat (i32 32767)
+  %413 = add nuw <32 x i32> %412, %411
+  %414 = lshr <32 x i32> %413, splat (i32 16)
+  %415 = trunc nuw <32 x i32> %414 to <32 x i16>
+  %gep606.us.3.3.i = getelementptr i8, ptr %invariant.gep605.us.3.i, i64 192
+  store <32 x i16> %415, ptr %gep606.us.3.3.i, align 2, !tbaa !9
+  %416 = getelementptr float, ptr %236, i64 %240
+  %417 = load float, ptr %241, align 16, !tbaa !12
+  %418 = fcmp oeq float %417, 0.000000e+00
+  br i1 %418, label %if_end200.us.i, label %if_else199.us.i
 
-if_else229.us.i:                                  ; preds = %for_body_tile211.us.i
-  %422 = fmul float %420, %242
-  %423 = tail call float @llvm.log.f32(float %422)
-  %424 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %243
-  %425 = load float, ptr %424, align 16, !tbaa !15
-  %426 = fadd float %423, %425
-  br label %if_end230.us.i
+if_else199.us.i:                                  ; preds = %for_body_tile181.us.i
+  %419 = fmul float %417, %239
+  %420 = tail call float @llvm.log.f32(float %419)
+  %421 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %240
+  %422 = load float, ptr %421, align 16, !tbaa !14
+  %423 = fadd float %420, %422
+  br label %if_end200.us.i
 
-if_end230.us.i:                                   ; preds = %if_else229.us.i, %for_body_tile211.us.i
-  %427 = phi float [ %426, %if_else229.us.i ], [ 0xFFF0000000000000, %for_body_tile211.us.i ]
-  store float %427, ptr %419, align 4, !tbaa !9
-  %428 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %291
-  %429 = load float, ptr %428, align 4, !tbaa !13
-  %430 = fcmp oeq float %429, 0.000000e+00
-  br i1 %430, label %if_end230.us.1.i, label %if_else229.us.1.i
+if_end200.us.i:                                   ; preds = %if_else199.us.i, %for_body_tile181.us.i
+  %424 = phi float [ %423, %if_else199.us.i ], [ 0xFFF0000000000000, %for_body_tile181.us.i ]
+  store float %424, ptr %416, align 4, !tbaa !9
+  %425 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %288
+  %426 = load float, ptr %425, align 4, !tbaa !12
+  %427 = fcmp oeq float %426, 0.000000e+00
+  br i1 %427, label %if_end200.us.1.i, label %if_else199.us.1.i
 
-if_else229.us.1.i:                                ; preds = %if_end230.us.i
-  %431 = fmul float %429, %242
-  %432 = tail call float @llvm.log.f32(float %431)
-  %433 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %291
-  %434 = load float, ptr %433, align 4, !tbaa !15
-  %435 = fadd float %432, %434
-  br label %if_end230.us.1.i
+if_else199.us.1.i:                                ; preds = %if_end200.us.i
+  %428 = fmul float %426, %239
+  %429 = tail call float @llvm.log.f32(float %428)
+  %430 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %288
+  %431 = load float, ptr %430, align 4, !tbaa !14
+  %432 = fadd float %429, %431
+  br label %if_end200.us.1.i
 
-if_end230.us.1.i:                                 ; preds = %if_else229.us.1.i, %if_end230.us.i
-  %436 = phi float [ %435, %if_else229.us.1.i ], [ 0xFFF0000000000000, %if_end230.us.i ]
-  %437 = getelementptr i8, ptr %419, i64 4
-  store float %436, ptr %437, align 4, !tbaa !9
-  %438 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %334
-  %439 = load float, ptr %438, align 8, !tbaa !13
-  %440 = fcmp oeq float %439, 0.000000e+00
-  br i1 %440, label %if_end230.us.2.i, label %if_else229.us.2.i
+if_end200.us.1.i:                                 ; preds = %if_else199.us.1.i, %if_end200.us.i
+  %433 = phi float [ %432, %if_else199.us.1.i ], [ 0xFFF0000000000000, %if_end200.us.i ]
+  %434 = getelementptr i8, ptr %416, i64 4
+  store float %433, ptr %434, align 4, !tbaa !9
+  %435 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %331
+  %436 = load float, ptr %435, align 8, !tbaa !12
+  %437 = fcmp oeq float %436, 0.000000e+00
+  br i1 %437, label %if_end200.us.2.i, label %if_else199.us.2.i
 
-if_else229.us.2.i:                                ; preds = %if_end230.us.1.i
-  %441 = fmul float %439, %242
-  %442 = tail call float @llvm.log.f32(float %441)
-  %443 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %334
-  %444 = load float, ptr %443, align 8, !tbaa !15
-  %445 = fadd float %442, %444
-  br label %if_end230.us.2.i
+if_else199.us.2.i:                                ; preds = %if_end200.us.1.i
+  %438 = fmul float %436, %239
+  %439 = tail call float @llvm.log.f32(float %438)
+  %440 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %331
+  %441 = load float, ptr %440, align 8, !tbaa !14
+  %442 = fadd float %439, %441
+  br label %if_end200.us.2.i
 
-if_end230.us.2.i:                                 ; preds = %if_else229.us.2.i, %if_end230.us.1.i
-  %446 = phi float [ %445, %if_else229.us.2.i ], [ 0xFFF0000000000000, %if_end230.us.1.i ]
-  %447 = getelementptr i8, ptr %419, i64 8
-  store float %446, ptr %447, align 4, !tbaa !9
-  %448 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %377
-  %449 = load float, ptr %448, align 4, !tbaa !13
-  %450 = fcmp oeq float %449, 0.000000e+00
-  br i1 %450, label %if_end230.us.3.i, label %if_else229.us.3.i
+if_end200.us.2.i:                                 ; preds = %if_else199.us.2.i, %if_end200.us.1.i
+  %443 = phi float [ %442, %if_else199.us.2.i ], [ 0xFFF0000000000000, %if_end200.us.1.i ]
+  %444 = getelementptr i8, ptr %416, i64 8
+  store float %443, ptr %444, align 4, !tbaa !9
+  %445 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %374
+  %446 = load float, ptr %445, align 4, !tbaa !12
+  %447 = fcmp oeq float %446, 0.000000e+00
+  br i1 %447, label %if_end200.us.3.i, label %if_else199.us.3.i
 
-if_else229.us.3.i:                                ; preds = %if_end230.us.2.i
-  %451 = fmul float %449, %242
-  %452 = tail call float @llvm.log.f32(float %451)
-  %453 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %377
-  %454 = load float, ptr %453, align 4, !tbaa !15
-  %455 = fadd float %452, %454
-  br label %if_end230.us.3.i
+if_else199.us.3.i:                                ; preds = %if_end200.us.2.i
+  %448 = fmul float %446, %239
+  %449 = tail call float @llvm.log.f32(float %448)
+  %450 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %374
+  %451 = load float, ptr %450, align 4, !tbaa !14
+  %452 = fadd float %449, %451
+  br label %if_end200.us.3.i
 
-if_end230.us.3.i:                                 ; preds = %if_else229.us.3.i, %if_end230.us.2.i
-  %456 = phi float [ %455, %if_else229.us.3.i ], [ 0xFFF0000000000000, %if_end230.us.2.i ]
-  %457 = getelementptr i8, ptr %419, i64 12
-  store float %456, ptr %457, align 4, !tbaa !9
-  %indvars.iv.next837.i = add nuw nsw i64 %indvars.iv836.i, 1
-  %exitcond839.not.i = icmp eq i64 %indvars.iv.next837.i, 8
-  br i1 %exitcond839.not.i, label %for_end_tile212.i, label %for_body_tile211.us.i, !prof !11
+if_end200.us.3.i:                                 ; preds = %if_else199.us.3.i, %if_end200.us.2.i
+  %453 = phi float [ %452, %if_else199.us.3.i ], [ 0xFFF0000000000000, %if_end200.us.2.i ]
+  %454 = getelementptr i8, ptr %416, i64 12
+  store float %453, ptr %454, align 4, !tbaa !9
+  %indvars.iv.next804.i = add nuw nsw i64 %indvars.iv803.i, 1
+  %exitcond806.not.i = icmp eq i64 %indvars.iv.next804.i, 8
+  br i1 %exitcond806.not.i, label %for_end_tile182.i, label %for_body_tile181.us.i, !prof !11
 
-for_body_step.i:                                  ; preds = %for_begin_step.i
-  %458 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %key_offsets.i = tail call ptr %458(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %459 = icmp eq ptr %key_offsets.i, null
-  br i1 %459, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
+for_body_step.i:                                  ; preds = %for_begin_step.loopexit.i, %for_end_tile.i
+  %indvars.iv767.i = phi i64 [ %indvars.iv.next768.i, %for_begin_step.loopexit.i ], [ 0, %for_end_tile.i ]
+  %indvars.iv767.i.tr = trunc i64 %indvars.iv767.i to i32
+  %455 = shl i32 %indvars.iv767.i.tr, 6
+  %456 = sub i32 %range_len.i, %455
+  %smin324 = tail call i32 @llvm.smin.i32(i32 %456, i32 64)
+  %457 = and i32 %smin324, 15
+  %458 = zext nneg i32 %457 to i64
+  %459 = shl nsw i64 %indvars.iv767.i, 6
+  %460 = sub nsw i64 %143, %459
+  %indvars.iv.next768.i = add nuw nsw i64 %indvars.iv767.i, 1
+  %461 = trunc nsw i64 %460 to i32
+  %462 = tail call i32 @llvm.smin.i32(i32 %461, i32 64)
+  %463 = add nsw i32 %462, 15
+  %464 = ashr i32 %463, 4
+  %465 = and i32 %463, -16
+  %466 = icmp samesign ult i64 %indvars.iv.next768.i, %144
+  %467 = select i1 %466, i32 128, i32 %465
+  %468 = icmp sgt i32 %467, 0
+  br i1 %468, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-if_end15.i:                                       ; preds = %for_body_step.i
-  %460 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %value_offsets.i = tail call ptr %460(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %461 = icmp eq ptr %value_offsets.i, null
-  br i1 %461, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
+for_body_t.lr.ph.i:                               ; preds = %for_body_step.i
+  %row_start.i = load i32, ptr %134, align 4, !tbaa !9
+  %469 = add nuw nsw i64 %459, %112
+  %470 = sext i32 %row_start.i to i64
+  %invariant.gep410.i = getelementptr i32, ptr %invariant.gep408.i, i64 %470
+  %wide.trip.count.i = zext nneg i32 %467 to i64
+  %broadcast.splatinsert184 = insertelement <4 x i64> poison, i64 %469, i64 0
+  %broadcast.splat185 = shufflevector <4 x i64> %broadcast.splatinsert184, <4 x i64> poison, <4 x i32> zeroinitializer
+  br label %vector.body192
 
-if_end18.i:                                       ; preds = %if_end15.i
-  %462 = shl nsw i64 %indvars.iv800.i, 7
-  %463 = sub nsw i64 %145, %462
-  %indvars.iv.next801.i = add nuw nsw i64 %indvars.iv800.i, 1
-  %464 = trunc nsw i64 %463 to i32
-  %465 = tail call i32 @llvm.smin.i32(i32 %464, i32 128)
-  %466 = add nsw i32 %465, 15
-  %467 = ashr i32 %466, 4
-  %468 = and i32 %466, -16
-  %469 = icmp samesign ult i64 %indvars.iv.next801.i, %144
-  %470 = select i1 %469, i32 256, i32 %468
-  %471 = icmp sgt i32 %470, 0
-  br i1 %471, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+vector.body192:                                   ; preds = %vector.body192, %for_body_t.lr.ph.i
+  %index193 = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %index.next196, %vector.body192 ]
+  %vec.ind194 = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %for_body_t.lr.ph.i ], [ %vec.ind.next197, %vector.body192 ]
+  %471 = add nuw nsw <4 x i64> %vec.ind194, %broadcast.splat185
+  %472 = trunc <4 x i64> %471 to <4 x i32>
+  %473 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %472, <4 x i32> %broadcast.splat187)
+  %474 = sext <4 x i32> %473 to <4 x i64>
+  %475 = ashr <4 x i64> %474, splat (i64 4)
+  %476 = getelementptr i32, ptr %invariant.gep410.i, <4 x i64> %475
+  %wide.masked.gather195 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %476, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !9
+  %477 = sext <4 x i32> %wide.masked.gather195 to <4 x i64>
+  %478 = and <4 x i64> %474, splat (i64 15)
+  %479 = mul nsw <4 x i64> %478, %broadcast.splat189
+  %480 = mul nsw <4 x i64> %broadcast.splat191, %477
+  %481 = add nsw <4 x i64> %479, %480
+  %482 = getelementptr inbounds nuw i64, ptr %key_offsets247.i, i64 %index193
+  store <4 x i64> %481, ptr %482, align 16, !tbaa !16
+  %index.next196 = add nuw i64 %index193, 4
+  %vec.ind.next197 = add nuw nsw <4 x i64> %vec.ind194, splat (i64 4)
+  %483 = icmp eq i64 %index.next196, %wide.trip.count.i
+  br i1 %483, label %vector.ph, label %vector.body192, !prof !18, !llvm.loop !19
 
-for_body_t.lr.ph.i:                               ; preds = %if_end18.i
-  %row_start.i = load i32, ptr %135, align 4, !tbaa !9
-  %472 = add nuw nsw i64 %462, %112
-  %473 = sext i32 %row_start.i to i64
-  %invariant.gep443.i = getelementptr i32, ptr %invariant.gep441.i, i64 %473
-  %wide.trip.count.i = zext nneg i32 %470 to i64
-  br label %for_body_t.i
+vector.ph:                                        ; preds = %vector.body192
+  %broadcast.splatinsert = insertelement <4 x i64> poison, i64 %469, i64 0
+  %broadcast.splat = shufflevector <4 x i64> %broadcast.splatinsert, <4 x i64> poison, <4 x i32> zeroinitializer
+  br label %vector.body
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv697.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next698.i.1, %for_body_t.i ]
-  %474 = add nuw nsw i64 %indvars.iv697.i, %472
-  %475 = trunc i64 %474 to i32
-  %476 = tail call i32 @llvm.smin.i32(i32 %475, i32 %.reass.i)
-  %477 = sext i32 %476 to i64
-  %478 = ashr i64 %477, 4
-  %gep444.i = getelementptr i32, ptr %invariant.gep443.i, i64 %478
-  %479 = load i32, ptr %gep444.i, align 4, !tbaa !9
-  %block.i = sext i32 %479 to i64
-  %480 = and i64 %477, 15
-  %481 = mul nsw i64 %480, %k_row
-  %482 = mul nsw i64 %k_block, %block.i
-  %483 = add nsw i64 %481, %482
-  %484 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv697.i
-  store i64 %483, ptr %484, align 8, !tbaa !9
-  %indvars.iv.next698.i = or disjoint i64 %indvars.iv697.i, 1
-  %485 = add nuw nsw i64 %indvars.iv.next698.i, %472
-  %486 = trunc i64 %485 to i32
-  %487 = tail call i32 @llvm.smin.i32(i32 %486, i32 %.reass.i)
-  %488 = sext i32 %487 to i64
-  %489 = ashr i64 %488, 4
-  %gep444.i.1 = getelementptr i32, ptr %invariant.gep443.i, i64 %489
-  %490 = load i32, ptr %gep444.i.1, align 4, !tbaa !9
-  %block.i.1 = sext i32 %490 to i64
-  %491 = and i64 %488, 15
-  %492 = mul nsw i64 %491, %k_row
-  %493 = mul nsw i64 %k_block, %block.i.1
-  %494 = add nsw i64 %492, %493
-  %495 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next698.i
-  store i64 %494, ptr %495, align 8, !tbaa !9
-  %indvars.iv.next698.i.1 = add nuw nsw i64 %indvars.iv697.i, 2
-  %exitcond700.not.i.1 = icmp eq i64 %indvars.iv.next698.i.1, %wide.trip.count.i
-  br i1 %exitcond700.not.i.1, label %for_body_t23.lr.ph.i, label %for_body_t.i, !prof !4, !llvm.loop !17
+vector.body:                                      ; preds = %vector.body, %vector.ph
+  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
+  %vec.ind = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %vector.ph ], [ %vec.ind.next, %vector.body ]
+  %484 = add nuw nsw <4 x i64> %vec.ind, %broadcast.splat
+  %485 = trunc <4 x i64> %484 to <4 x i32>
+  %486 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %485, <4 x i32> %broadcast.splat175)
+  %487 = sext <4 x i32> %486 to <4 x i64>
+  %488 = ashr <4 x i64> %487, splat (i64 4)
+  %489 = getelementptr i32, ptr %invariant.gep410.i, <4 x i64> %488
+  %wide.masked.gather = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %489, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !9
+  %490 = sext <4 x i32> %wide.masked.gather to <4 x i64>
+  %491 = and <4 x i64> %487, splat (i64 15)
+  %492 = mul nsw <4 x i64> %491, %broadcast.splat177
+  %493 = mul nsw <4 x i64> %broadcast.splat179, %490
+  %494 = add nsw <4 x i64> %492, %493
+  %495 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %index
+  store <4 x i64> %494, ptr %495, align 16, !tbaa !23
+  %index.next = add nuw i64 %index, 4
+  %vec.ind.next = add nuw nsw <4 x i64> %vec.ind, splat (i64 4)
+  %496 = icmp eq i64 %index.next, %wide.trip.count.i
+  br i1 %496, label %for_begin_kv_head.preheader.i, label %vector.body, !prof !18, !llvm.loop !25
 
-for_body_t23.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start21.i = load i32, ptr %135, align 4, !tbaa !9
-  %496 = sext i32 %row_start21.i to i64
-  %invariant.gep448.i = getelementptr i32, ptr %invariant.gep441.i, i64 %496
-  br label %for_body_t23.i
-
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t23.i, %if_end18.i
-  %497 = icmp sgt i32 %467, 0
-  %498 = icmp sgt i64 %463, 0
-  %499 = icmp eq i64 %indvars.iv800.i, 0
+for_begin_kv_head.preheader.i:                    ; preds = %vector.body, %for_body_step.i
+  %497 = icmp sgt i32 %464, 0
+  %498 = icmp sgt i64 %460, 0
+  %499 = icmp eq i64 %indvars.iv767.i, 0
   %500 = insertelement <4 x i1> poison, i1 %499, i64 0
   %501 = shufflevector <4 x i1> %500, <4 x i1> poison, <4 x i32> zeroinitializer
-  %502 = ashr i32 %465, 4
+  %502 = ashr i32 %462, 4
   %503 = icmp sgt i32 %502, 0
-  %504 = and i32 %465, 15
-  %.not648.i = icmp eq i32 %504, 0
-  %505 = and i32 %465, -16
+  %504 = and i32 %462, 15
+  %.not617.i = icmp eq i32 %504, 0
+  %505 = and i32 %462, -16
   %506 = sext i32 %505 to i64
   %507 = zext i32 %502 to i64
-  %wide.trip.count722.i = zext i32 %467 to i64
-  %508 = add nsw i64 %wide.trip.count722.i, -1
-  %xtraiter = and i64 %wide.trip.count722.i, 3
-  %509 = icmp ult i32 %467, 4
-  %unroll_iter = and i64 %wide.trip.count722.i, 2147483644
+  %wide.trip.count689.i = zext i32 %464 to i64
+  %508 = add nsw i64 %wide.trip.count689.i, -1
+  %xtraiter = and i64 %wide.trip.count689.i, 3
+  %509 = icmp ult i32 %464, 4
+  %unroll_iter = and i64 %wide.trip.count689.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod209 = icmp ne i64 %xtraiter, 0
-  %xtraiter210 = and i64 %wide.trip.count722.i, 3
-  %510 = icmp ult i32 %467, 4
-  %unroll_iter214 = and i64 %wide.trip.count722.i, 2147483644
-  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
-  %lcmp.mod213 = icmp ne i64 %xtraiter210, 0
-  %xtraiter216 = and i64 %wide.trip.count722.i, 3
-  %511 = icmp ult i32 %467, 4
-  %unroll_iter220 = and i64 %wide.trip.count722.i, 2147483644
-  %lcmp.mod218.not = icmp eq i64 %xtraiter216, 0
-  %lcmp.mod219 = icmp ne i64 %xtraiter216, 0
-  %xtraiter222 = and i64 %wide.trip.count722.i, 3
-  %512 = icmp ult i32 %467, 4
-  %unroll_iter226 = and i64 %wide.trip.count722.i, 2147483644
-  %lcmp.mod224.not = icmp eq i64 %xtraiter222, 0
-  %lcmp.mod225 = icmp ne i64 %xtraiter222, 0
-  %xtraiter228 = and i64 %wide.trip.count722.i, 7
-  %513 = icmp ult i32 %467, 8
-  %unroll_iter233 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
-  %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
-  %xtraiter235 = and i64 %wide.trip.count722.i, 7
-  %514 = icmp ult i32 %467, 8
-  %unroll_iter240 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
-  %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
-  %xtraiter242 = and i64 %wide.trip.count722.i, 7
-  %515 = icmp ult i32 %467, 8
-  %unroll_iter247 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
-  %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
-  %xtraiter249 = and i64 %wide.trip.count722.i, 7
-  %516 = icmp ult i32 %467, 8
-  %unroll_iter254 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
-  %lcmp.mod253 = icmp ne i64 %xtraiter249, 0
-  %xtraiter256 = and i64 %wide.trip.count722.i, 1
+  %lcmp.mod225 = icmp ne i64 %xtraiter, 0
+  %xtraiter226 = and i64 %wide.trip.count689.i, 3
+  %510 = icmp ult i32 %464, 4
+  %unroll_iter230 = and i64 %wide.trip.count689.i, 2147483644
+  %lcmp.mod228.not = icmp eq i64 %xtraiter226, 0
+  %lcmp.mod229 = icmp ne i64 %xtraiter226, 0
+  %xtraiter232 = and i64 %wide.trip.count689.i, 3
+  %511 = icmp ult i32 %464, 4
+  %unroll_iter236 = and i64 %wide.trip.count689.i, 2147483644
+  %lcmp.mod234.not = icmp eq i64 %xtraiter232, 0
+  %lcmp.mod235 = icmp ne i64 %xtraiter232, 0
+  %xtraiter238 = and i64 %wide.trip.count689.i, 3
+  %512 = icmp ult i32 %464, 4
+  %unroll_iter242 = and i64 %wide.trip.count689.i, 2147483644
+  %lcmp.mod240.not = icmp eq i64 %xtraiter238, 0
+  %lcmp.mod241 = icmp ne i64 %xtraiter238, 0
+  %xtraiter244 = and i64 %wide.trip.count689.i, 7
+  %513 = icmp ult i32 %464, 8
+  %unroll_iter249 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod246.not = icmp eq i64 %xtraiter244, 0
+  %lcmp.mod248 = icmp ne i64 %xtraiter244, 0
+  %xtraiter251 = and i64 %wide.trip.count689.i, 7
+  %514 = icmp ult i32 %464, 8
+  %unroll_iter256 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod253.not = icmp eq i64 %xtraiter251, 0
+  %lcmp.mod255 = icmp ne i64 %xtraiter251, 0
+  %xtraiter258 = and i64 %wide.trip.count689.i, 7
+  %515 = icmp ult i32 %464, 8
+  %unroll_iter263 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod260.not = icmp eq i64 %xtraiter258, 0
+  %lcmp.mod262 = icmp ne i64 %xtraiter258, 0
+  %xtraiter265 = and i64 %wide.trip.count689.i, 7
+  %516 = icmp ult i32 %464, 8
+  %unroll_iter270 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod267.not = icmp eq i64 %xtraiter265, 0
+  %lcmp.mod269 = icmp ne i64 %xtraiter265, 0
+  %xtraiter272 = and i64 %wide.trip.count689.i, 1
   %517 = icmp eq i64 %508, 0
-  %unroll_iter260 = and i64 %wide.trip.count722.i, 2147483646
-  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
-  %lcmp.mod259 = icmp ne i64 %xtraiter256, 0
-  %xtraiter262 = and i64 %wide.trip.count722.i, 1
+  %unroll_iter276 = and i64 %wide.trip.count689.i, 2147483646
+  %lcmp.mod274.not = icmp eq i64 %xtraiter272, 0
+  %lcmp.mod275 = icmp ne i64 %xtraiter272, 0
+  %xtraiter278 = and i64 %wide.trip.count689.i, 1
   %518 = icmp eq i64 %508, 0
-  %unroll_iter266 = and i64 %wide.trip.count722.i, 2147483646
-  %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
-  %lcmp.mod265 = icmp ne i64 %xtraiter262, 0
-  %xtraiter268 = and i64 %wide.trip.count722.i, 1
+  %unroll_iter282 = and i64 %wide.trip.count689.i, 2147483646
+  %lcmp.mod280.not = icmp eq i64 %xtraiter278, 0
+  %lcmp.mod281 = icmp ne i64 %xtraiter278, 0
+  %xtraiter284 = and i64 %wide.trip.count689.i, 1
   %519 = icmp eq i64 %508, 0
-  %unroll_iter272 = and i64 %wide.trip.count722.i, 2147483646
-  %lcmp.mod270.not = icmp eq i64 %xtraiter268, 0
-  %lcmp.mod271 = icmp ne i64 %xtraiter268, 0
-  %xtraiter274 = and i64 %wide.trip.count722.i, 1
+  %unroll_iter288 = and i64 %wide.trip.count689.i, 2147483646
+  %lcmp.mod286.not = icmp eq i64 %xtraiter284, 0
+  %lcmp.mod287 = icmp ne i64 %xtraiter284, 0
+  %xtraiter290 = and i64 %wide.trip.count689.i, 1
   %520 = icmp eq i64 %508, 0
-  %unroll_iter278 = and i64 %wide.trip.count722.i, 2147483646
-  %lcmp.mod276.not = icmp eq i64 %xtraiter274, 0
-  %lcmp.mod277 = icmp ne i64 %xtraiter274, 0
-  %xtraiter280 = and i64 %wide.trip.count722.i, 7
-  %521 = icmp ult i32 %467, 8
-  %unroll_iter285 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod282.not = icmp eq i64 %xtraiter280, 0
-  %lcmp.mod284 = icmp ne i64 %xtraiter280, 0
-  %xtraiter287 = and i64 %wide.trip.count722.i, 7
-  %522 = icmp ult i32 %467, 8
-  %unroll_iter292 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod289.not = icmp eq i64 %xtraiter287, 0
-  %lcmp.mod291 = icmp ne i64 %xtraiter287, 0
-  %xtraiter294 = and i64 %wide.trip.count722.i, 7
-  %523 = icmp ult i32 %467, 8
-  %unroll_iter299 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod296.not = icmp eq i64 %xtraiter294, 0
-  %lcmp.mod298 = icmp ne i64 %xtraiter294, 0
-  %xtraiter301 = and i64 %wide.trip.count722.i, 7
-  %524 = icmp ult i32 %467, 8
-  %unroll_iter306 = and i64 %wide.trip.count722.i, 2147483640
-  %lcmp.mod303.not = icmp eq i64 %xtraiter301, 0
-  %lcmp.mod305 = icmp ne i64 %xtraiter301, 0
-  %xtraiter309 = and i64 %232, 1
-  %525 = icmp eq i32 %231, 1
-  %unroll_iter335 = and i64 %232, 14
-  %lcmp.mod325.not = icmp eq i64 %xtraiter309, 0
-  %lcmp.mod334 = icmp ne i64 %xtraiter309, 0
-  br label %for_begin_kv_head.i
+  %unroll_iter294 = and i64 %wide.trip.count689.i, 2147483646
+  %lcmp.mod292.not = icmp eq i64 %xtraiter290, 0
+  %lcmp.mod293 = icmp ne i64 %xtraiter290, 0
+  %xtraiter296 = and i64 %wide.trip.count689.i, 7
+  %521 = icmp ult i32 %464, 8
+  %unroll_iter301 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod298.not = icmp eq i64 %xtraiter296, 0
+  %lcmp.mod300 = icmp ne i64 %xtraiter296, 0
+  %xtraiter303 = and i64 %wide.trip.count689.i, 7
+  %522 = icmp ult i32 %464, 8
+  %unroll_iter308 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod305.not = icmp eq i64 %xtraiter303, 0
+  %lcmp.mod307 = icmp ne i64 %xtraiter303, 0
+  %xtraiter310 = and i64 %wide.trip.count689.i, 7
+  %523 = icmp ult i32 %464, 8
+  %unroll_iter315 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod312.not = icmp eq i64 %xtraiter310, 0
+  %lcmp.mod314 = icmp ne i64 %xtraiter310, 0
+  %xtraiter317 = and i64 %wide.trip.count689.i, 7
+  %524 = icmp ult i32 %464, 8
+  %unroll_iter322 = and i64 %wide.trip.count689.i, 2147483640
+  %lcmp.mod319.not = icmp eq i64 %xtraiter317, 0
+  %lcmp.mod321 = icmp ne i64 %xtraiter317, 0
+  %xtraiter325 = and i64 %458, 1
+  %525 = icmp eq i32 %457, 1
+  %unroll_iter351 = and i64 %458, 14
+  %lcmp.mod341.not = icmp eq i64 %xtraiter325, 0
+  %lcmp.mod350 = icmp ne i64 %xtraiter325, 0
+  br label %for_body_kv_head.i
 
-for_body_t23.i:                                   ; preds = %for_body_t23.i, %for_body_t23.lr.ph.i
-  %indvars.iv701.i = phi i64 [ 0, %for_body_t23.lr.ph.i ], [ %indvars.iv.next702.i.1, %for_body_t23.i ]
-  %526 = add nuw nsw i64 %indvars.iv701.i, %472
-  %527 = trunc i64 %526 to i32
-  %528 = tail call i32 @llvm.smin.i32(i32 %527, i32 %.reass.i)
-  %529 = sext i32 %528 to i64
-  %530 = ashr i64 %529, 4
-  %gep449.i = getelementptr i32, ptr %invariant.gep448.i, i64 %530
-  %531 = load i32, ptr %gep449.i, align 4, !tbaa !9
-  %block30.i = sext i32 %531 to i64
-  %532 = and i64 %529, 15
-  %533 = mul nsw i64 %532, %v_row
-  %534 = mul nsw i64 %v_block, %block30.i
-  %535 = add nsw i64 %533, %534
-  %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv701.i
-  store i64 %535, ptr %536, align 8, !tbaa !9
-  %indvars.iv.next702.i = or disjoint i64 %indvars.iv701.i, 1
-  %537 = add nuw nsw i64 %indvars.iv.next702.i, %472
-  %538 = trunc i64 %537 to i32
-  %539 = tail call i32 @llvm.smin.i32(i32 %538, i32 %.reass.i)
-  %540 = sext i32 %539 to i64
-  %541 = ashr i64 %540, 4
-  %gep449.i.1 = getelementptr i32, ptr %invariant.gep448.i, i64 %541
-  %542 = load i32, ptr %gep449.i.1, align 4, !tbaa !9
-  %block30.i.1 = sext i32 %542 to i64
-  %543 = and i64 %540, 15
-  %544 = mul nsw i64 %543, %v_row
-  %545 = mul nsw i64 %v_block, %block30.i.1
-  %546 = add nsw i64 %544, %545
-  %547 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next702.i
-  store i64 %546, ptr %547, align 8, !tbaa !9
-  %indvars.iv.next702.i.1 = add nuw nsw i64 %indvars.iv701.i, 2
-  %exitcond705.not.i.1 = icmp eq i64 %indvars.iv.next702.i.1, %wide.trip.count.i
-  br i1 %exitcond705.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t23.i, !prof !4, !llvm.loop !19
+for_begin_kv_head.loopexit.i:                     ; preds = %if_end179.i
+  %exitcond766.not.i = icmp eq i64 %indvars.iv.next764.i, 8
+  br i1 %exitcond766.not.i, label %for_begin_step.loopexit.i, label %for_body_kv_head.i, !prof !11
 
-for_begin_kv_head.i:                              ; preds = %if_end199.i, %for_begin_kv_head.preheader.i
-  %indvars.iv796.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next797.i, %if_end199.i ]
-  %exitcond799.not.i = icmp eq i64 %indvars.iv796.i, 8
-  br i1 %exitcond799.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !12
+for_body_kv_head.i:                               ; preds = %for_begin_kv_head.loopexit.i, %for_begin_kv_head.preheader.i
+  %indvars.iv763.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next764.i, %for_begin_kv_head.loopexit.i ]
+  %526 = icmp eq i64 %indvars.iv763.i, 7
+  %527 = and i1 %466, %526
+  %indvars.iv.next764.i = add nuw nsw i64 %indvars.iv763.i, 1
+  %528 = trunc nuw nsw i64 %indvars.iv.next764.i to i32
+  %529 = select i1 %526, i32 0, i32 %528
+  br i1 %497, label %for_body_to.lr.ph.i, label %for_end_ax150.i, !prof !3
 
-for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %548 = icmp eq i64 %indvars.iv796.i, 7
-  %549 = and i1 %469, %548
-  %indvars.iv.next797.i = add nuw nsw i64 %indvars.iv796.i, 1
-  %550 = trunc nuw nsw i64 %indvars.iv.next797.i to i32
-  %551 = select i1 %548, i32 0, i32 %550
-  %552 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scores.i = tail call ptr %552(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %553 = icmp eq ptr %scores.i, null
-  br i1 %553, label %fused_decode_compute_.exit, label %if_end34.i, !prof !8
-
-for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %555 = tail call i32 %554(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not279.i = icmp eq i32 %555, 0
-  br i1 %.not279.i, label %if_end205.i, label %fused_decode_compute_.exit, !prof !12
-
-if_end34.i:                                       ; preds = %for_body_kv_head.i
-  %556 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %probs.i = tail call ptr %556(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %557 = icmp eq ptr %probs.i, null
-  br i1 %557, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
-
-for_begin_to.preheader.i:                         ; preds = %if_end34.i
-  br i1 %497, label %for_body_to.lr.ph.i, label %for_end_to.thread.i, !prof !3
-
-for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
-  %558 = zext nneg i32 %551 to i64
-  %559 = mul nsw i64 %k_head, %558
-  %560 = mul nsw i64 %indvars.iv796.i, %k_head
-  %invariant.gep464.i = getelementptr i32, ptr %key_cache, i64 %560
-  %561 = select i1 %549, i64 128, i64 0
-  %.idx66 = shl nuw nsw i64 %indvars.iv796.i, 11
-  %562 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx66
-  %563 = getelementptr inbounds nuw i8, ptr %562, i64 512
-  %564 = getelementptr inbounds nuw i8, ptr %562, i64 1024
-  %565 = getelementptr inbounds nuw i8, ptr %562, i64 1536
-  %566 = getelementptr inbounds nuw i8, ptr %562, i64 64
-  %567 = getelementptr inbounds nuw i8, ptr %562, i64 576
-  %568 = getelementptr inbounds nuw i8, ptr %562, i64 1088
-  %569 = getelementptr inbounds nuw i8, ptr %562, i64 1600
-  %570 = getelementptr inbounds nuw i8, ptr %562, i64 128
-  %571 = getelementptr inbounds nuw i8, ptr %562, i64 640
-  %572 = getelementptr inbounds nuw i8, ptr %562, i64 1152
-  %573 = getelementptr inbounds nuw i8, ptr %562, i64 1664
-  %574 = getelementptr inbounds nuw i8, ptr %562, i64 192
-  %575 = getelementptr inbounds nuw i8, ptr %562, i64 704
-  %576 = getelementptr inbounds nuw i8, ptr %562, i64 1216
-  %577 = getelementptr inbounds nuw i8, ptr %562, i64 1728
-  %578 = getelementptr inbounds nuw i8, ptr %562, i64 256
-  %579 = getelementptr inbounds nuw i8, ptr %562, i64 768
-  %580 = getelementptr inbounds nuw i8, ptr %562, i64 1280
-  %581 = getelementptr inbounds nuw i8, ptr %562, i64 1792
-  %582 = getelementptr inbounds nuw i8, ptr %562, i64 320
-  %583 = getelementptr inbounds nuw i8, ptr %562, i64 832
-  %584 = getelementptr inbounds nuw i8, ptr %562, i64 1344
-  %585 = getelementptr inbounds nuw i8, ptr %562, i64 1856
-  %586 = getelementptr inbounds nuw i8, ptr %562, i64 384
-  %587 = getelementptr inbounds nuw i8, ptr %562, i64 896
-  %588 = getelementptr inbounds nuw i8, ptr %562, i64 1408
-  %589 = getelementptr inbounds nuw i8, ptr %562, i64 1920
-  %590 = getelementptr inbounds nuw i8, ptr %562, i64 448
-  %591 = getelementptr inbounds nuw i8, ptr %562, i64 960
-  %592 = getelementptr inbounds nuw i8, ptr %562, i64 1472
-  %593 = getelementptr inbounds nuw i8, ptr %562, i64 1984
-  %invariant.gep153 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %561
+for_body_to.lr.ph.i:                              ; preds = %for_body_kv_head.i
+  %530 = zext nneg i32 %529 to i64
+  %531 = mul nsw i64 %k_head, %530
+  %532 = mul nsw i64 %indvars.iv763.i, %k_head
+  %invariant.gep431.i = getelementptr i32, ptr %key_cache, i64 %532
+  %.idx66 = shl nuw nsw i64 %indvars.iv763.i, 11
+  %533 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx66
+  %534 = getelementptr inbounds nuw i8, ptr %533, i64 512
+  %535 = getelementptr inbounds nuw i8, ptr %533, i64 1024
+  %536 = getelementptr inbounds nuw i8, ptr %533, i64 1536
+  %537 = getelementptr inbounds nuw i8, ptr %533, i64 64
+  %538 = getelementptr inbounds nuw i8, ptr %533, i64 576
+  %539 = getelementptr inbounds nuw i8, ptr %533, i64 1088
+  %540 = getelementptr inbounds nuw i8, ptr %533, i64 1600
+  %541 = getelementptr inbounds nuw i8, ptr %533, i64 128
+  %542 = getelementptr inbounds nuw i8, ptr %533, i64 640
+  %543 = getelementptr inbounds nuw i8, ptr %533, i64 1152
+  %544 = getelementptr inbounds nuw i8, ptr %533, i64 1664
+  %545 = getelementptr inbounds nuw i8, ptr %533, i64 192
+  %546 = getelementptr inbounds nuw i8, ptr %533, i64 704
+  %547 = getelementptr inbounds nuw i8, ptr %533, i64 1216
+  %548 = getelementptr inbounds nuw i8, ptr %533, i64 1728
+  %549 = getelementptr inbounds nuw i8, ptr %533, i64 256
+  %550 = getelementptr inbounds nuw i8, ptr %533, i64 768
+  %551 = getelementptr inbounds nuw i8, ptr %533, i64 1280
+  %552 = getelementptr inbounds nuw i8, ptr %533, i64 1792
+  %553 = getelementptr inbounds nuw i8, ptr %533, i64 320
+  %554 = getelementptr inbounds nuw i8, ptr %533, i64 832
+  %555 = getelementptr inbounds nuw i8, ptr %533, i64 1344
+  %556 = getelementptr inbounds nuw i8, ptr %533, i64 1856
+  %557 = getelementptr inbounds nuw i8, ptr %533, i64 384
+  %558 = getelementptr inbounds nuw i8, ptr %533, i64 896
+  %559 = getelementptr inbounds nuw i8, ptr %533, i64 1408
+  %560 = getelementptr inbounds nuw i8, ptr %533, i64 1920
+  %561 = getelementptr inbounds nuw i8, ptr %533, i64 448
+  %562 = getelementptr inbounds nuw i8, ptr %533, i64 960
+  %563 = getelementptr inbounds nuw i8, ptr %533, i64 1472
+  %564 = getelementptr inbounds nuw i8, ptr %533, i64 1984
+  %.sroa.sel.idx = select i1 %527, i64 512, i64 0
+  %.sroa.sel = getelementptr inbounds nuw i8, ptr %key_offsets247.i, i64 %.sroa.sel.idx
   br label %for_body_to.i
 
 for_begin_to.i:                                   ; preds = %for_begin_r.preheader.i
-  %indvars.iv.next720.i = add nuw nsw i64 %indvars.iv719.i, 1
-  %exitcond723.not.i = icmp eq i64 %indvars.iv.next720.i, %wide.trip.count722.i
-  br i1 %exitcond723.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
+  %indvars.iv.next687.i = add nuw nsw i64 %indvars.iv686.i, 1
+  %exitcond690.not.i = icmp eq i64 %indvars.iv.next687.i, %wide.trip.count689.i
+  br i1 %exitcond690.not.i, label %for_body_to39.us.i.preheader, label %for_body_to.i, !prof !4
 
-for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
-  %indvars.iv719.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next720.i, %for_begin_to.i ]
-  %594 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scores.rf.i = tail call ptr %594(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %595 = icmp eq ptr %scores.rf.i, null
-  br i1 %595, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
+for_body_to39.us.i.preheader:                     ; preds = %for_begin_to.i
+  br i1 %509, label %for_body_to39.us.i.epil.preheader, label %for_body_to39.us.i, !prof !26
 
-for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
-  %596 = shl nsw i64 %indvars.iv719.i, 4
-  %invariant.gep963.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %596
-  %gep154 = getelementptr inbounds nuw i64, ptr %invariant.gep153, i64 %596
-  br label %for_begin_line.preheader.i
-
-for_end_to.i:                                     ; preds = %for_begin_to.i
-  %597 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scaled.i = tail call ptr %597(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %598 = icmp eq ptr %scaled.i, null
-  br i1 %598, label %fused_decode_compute_.exit, label %for_body_to54.us.i.preheader, !prof !8
-
-for_body_to54.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %509, label %for_body_to54.us.i.epil.preheader, label %for_body_to54.us.i, !prof !20
-
-for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
-  %599 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scaled928.i = tail call ptr %599(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %600 = icmp eq ptr %scaled928.i, null
-  br i1 %600, label %fused_decode_compute_.exit, label %for_end_ax165.i, !prof !8
-
-for_body_to54.us.i:                               ; preds = %for_body_to54.us.i, %for_body_to54.us.i.preheader
-  %indvars.iv724.i = phi i64 [ %indvars.iv.next725.i.3, %for_body_to54.us.i ], [ 0, %for_body_to54.us.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to54.us.i ], [ 0, %for_body_to54.us.i.preheader ]
-  %601 = shl nsw i64 %indvars.iv724.i, 4
-  %602 = getelementptr inbounds nuw float, ptr %scores.i, i64 %601
-  %603 = load <16 x float>, ptr %602, align 4, !tbaa !9
-  %604 = fmul <16 x float> %110, %603
-  %605 = trunc i64 %601 to i32
-  %606 = sub i32 %465, %605
-  %607 = insertelement <16 x i32> poison, i32 %606, i64 0
-  %608 = shufflevector <16 x i32> %607, <16 x i32> poison, <16 x i32> zeroinitializer
-  %609 = icmp sgt <16 x i32> %608, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %610 = select <16 x i1> %609, <16 x float> %604, <16 x float> splat (float 0xFFF0000000000000)
-  %611 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %601
-  store <16 x float> %610, ptr %611, align 4, !tbaa !9
-  %indvars.iv.next725.i = shl i64 %indvars.iv724.i, 4
-  %612 = or disjoint i64 %indvars.iv.next725.i, 16
-  %613 = getelementptr inbounds nuw float, ptr %scores.i, i64 %612
-  %614 = load <16 x float>, ptr %613, align 4, !tbaa !9
-  %615 = fmul <16 x float> %110, %614
-  %616 = trunc i64 %612 to i32
-  %617 = sub i32 %465, %616
-  %618 = insertelement <16 x i32> poison, i32 %617, i64 0
-  %619 = shufflevector <16 x i32> %618, <16 x i32> poison, <16 x i32> zeroinitializer
-  %620 = icmp sgt <16 x i32> %619, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %621 = select <16 x i1> %620, <16 x float> %615, <16 x float> splat (float 0xFFF0000000000000)
-  %622 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %612
-  store <16 x float> %621, ptr %622, align 4, !tbaa !9
-  %indvars.iv.next725.i.1 = shl i64 %indvars.iv724.i, 4
-  %623 = or disjoint i64 %indvars.iv.next725.i.1, 32
-  %624 = getelementptr inbounds nuw float, ptr %scores.i, i64 %623
-  %625 = load <16 x float>, ptr %624, align 4, !tbaa !9
-  %626 = fmul <16 x float> %110, %625
-  %627 = trunc i64 %623 to i32
-  %628 = sub i32 %465, %627
-  %629 = insertelement <16 x i32> poison, i32 %628, i64 0
-  %630 = shufflevector <16 x i32> %629, <16 x i32> poison, <16 x i32> zeroinitializer
-  %631 = icmp sgt <16 x i32> %630, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %632 = select <16 x i1> %631, <16 x float> %626, <16 x float> splat (float 0xFFF0000000000000)
-  %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %623
-  store <16 x float> %632, ptr %633, align 4, !tbaa !9
-  %indvars.iv.next725.i.2 = shl i64 %indvars.iv724.i, 4
-  %634 = or disjoint i64 %indvars.iv.next725.i.2, 48
-  %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
-  %636 = load <16 x float>, ptr %635, align 4, !tbaa !9
-  %637 = fmul <16 x float> %110, %636
-  %638 = trunc i64 %634 to i32
-  %639 = sub i32 %465, %638
-  %640 = insertelement <16 x i32> poison, i32 %639, i64 0
-  %641 = shufflevector <16 x i32> %640, <16 x i32> poison, <16 x i32> zeroinitializer
-  %642 = icmp sgt <16 x i32> %641, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %643 = select <16 x i1> %642, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
-  %644 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
-  store <16 x float> %643, ptr %644, align 4, !tbaa !9
-  %indvars.iv.next725.i.3 = add nuw nsw i64 %indvars.iv724.i, 4
+for_body_to39.us.i:                               ; preds = %for_body_to39.us.i, %for_body_to39.us.i.preheader
+  %indvars.iv691.i = phi i64 [ %indvars.iv.next692.i.3, %for_body_to39.us.i ], [ 0, %for_body_to39.us.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to39.us.i ], [ 0, %for_body_to39.us.i.preheader ]
+  %565 = shl nsw i64 %indvars.iv691.i, 4
+  %566 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %565
+  %567 = load <16 x float>, ptr %566, align 16, !tbaa !27
+  %568 = fmul <16 x float> %110, %567
+  %569 = trunc i64 %565 to i32
+  %570 = sub i32 %462, %569
+  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
+  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
+  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
+  %575 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %565
+  store <16 x float> %574, ptr %575, align 16, !tbaa !29
+  %indvars.iv.next692.i = shl i64 %indvars.iv691.i, 4
+  %576 = or disjoint i64 %indvars.iv.next692.i, 16
+  %577 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %576
+  %578 = load <16 x float>, ptr %577, align 16, !tbaa !27
+  %579 = fmul <16 x float> %110, %578
+  %580 = trunc i64 %576 to i32
+  %581 = sub i32 %462, %580
+  %582 = insertelement <16 x i32> poison, i32 %581, i64 0
+  %583 = shufflevector <16 x i32> %582, <16 x i32> poison, <16 x i32> zeroinitializer
+  %584 = icmp sgt <16 x i32> %583, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %585 = select <16 x i1> %584, <16 x float> %579, <16 x float> splat (float 0xFFF0000000000000)
+  %586 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %576
+  store <16 x float> %585, ptr %586, align 16, !tbaa !29
+  %indvars.iv.next692.i.1 = shl i64 %indvars.iv691.i, 4
+  %587 = or disjoint i64 %indvars.iv.next692.i.1, 32
+  %588 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %587
+  %589 = load <16 x float>, ptr %588, align 16, !tbaa !27
+  %590 = fmul <16 x float> %110, %589
+  %591 = trunc i64 %587 to i32
+  %592 = sub i32 %462, %591
+  %593 = insertelement <16 x i32> poison, i32 %592, i64 0
+  %594 = shufflevector <16 x i32> %593, <16 x i32> poison, <16 x i32> zeroinitializer
+  %595 = icmp sgt <16 x i32> %594, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %596 = select <16 x i1> %595, <16 x float> %590, <16 x float> splat (float 0xFFF0000000000000)
+  %597 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %587
+  store <16 x float> %596, ptr %597, align 16, !tbaa !29
+  %indvars.iv.next692.i.2 = shl i64 %indvars.iv691.i, 4
+  %598 = or disjoint i64 %indvars.iv.next692.i.2, 48
+  %599 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %598
+  %600 = load <16 x float>, ptr %599, align 16, !tbaa !27
+  %601 = fmul <16 x float> %110, %600
+  %602 = trunc i64 %598 to i32
+  %603 = sub i32 %462, %602
+  %604 = insertelement <16 x i32> poison, i32 %603, i64 0
+  %605 = shufflevector <16 x i32> %604, <16 x i32> poison, <16 x i32> zeroinitializer
+  %606 = icmp sgt <16 x i32> %605, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %607 = select <16 x i1> %606, <16 x float> %601, <16 x float> splat (float 0xFFF0000000000000)
+  %608 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %598
+  store <16 x float> %607, ptr %608, align 16, !tbaa !29
+  %indvars.iv.next692.i.3 = add nuw nsw i64 %indvars.iv691.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to54.us.1.i.preheader.unr-lcssa, label %for_body_to54.us.i, !prof !21, !llvm.loop !22
+  br i1 %niter.ncmp.3, label %for_body_to39.us.1.i.preheader.unr-lcssa, label %for_body_to39.us.i, !prof !31, !llvm.loop !32
 
-for_body_to54.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.i
-  br i1 %lcmp.mod.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil.preheader, !prof !24
+for_body_to39.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to39.us.i
+  br i1 %lcmp.mod.not, label %for_body_to39.us.1.i.preheader, label %for_body_to39.us.i.epil.preheader, !prof !33
 
-for_body_to54.us.i.epil.preheader:                ; preds = %for_body_to54.us.1.i.preheader.unr-lcssa, %for_body_to54.us.i.preheader
-  %indvars.iv724.i.epil.init = phi i64 [ 0, %for_body_to54.us.i.preheader ], [ %indvars.iv.next725.i.3, %for_body_to54.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod209)
-  br label %for_body_to54.us.i.epil
+for_body_to39.us.i.epil.preheader:                ; preds = %for_body_to39.us.1.i.preheader.unr-lcssa, %for_body_to39.us.i.preheader
+  %indvars.iv691.i.epil.init = phi i64 [ 0, %for_body_to39.us.i.preheader ], [ %indvars.iv.next692.i.3, %for_body_to39.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod225)
+  br label %for_body_to39.us.i.epil
 
-for_body_to54.us.i.epil:                          ; preds = %for_body_to54.us.i.epil, %for_body_to54.us.i.epil.preheader
-  %indvars.iv724.i.epil = phi i64 [ %indvars.iv.next725.i.epil, %for_body_to54.us.i.epil ], [ %indvars.iv724.i.epil.init, %for_body_to54.us.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to54.us.i.epil ], [ 0, %for_body_to54.us.i.epil.preheader ]
-  %645 = shl nsw i64 %indvars.iv724.i.epil, 4
-  %646 = getelementptr inbounds nuw float, ptr %scores.i, i64 %645
-  %647 = load <16 x float>, ptr %646, align 4, !tbaa !9
-  %648 = fmul <16 x float> %110, %647
-  %649 = trunc i64 %645 to i32
-  %650 = sub i32 %465, %649
+for_body_to39.us.i.epil:                          ; preds = %for_body_to39.us.i.epil, %for_body_to39.us.i.epil.preheader
+  %indvars.iv691.i.epil = phi i64 [ %indvars.iv.next692.i.epil, %for_body_to39.us.i.epil ], [ %indvars.iv691.i.epil.init, %for_body_to39.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to39.us.i.epil ], [ 0, %for_body_to39.us.i.epil.preheader ]
+  %609 = shl nsw i64 %indvars.iv691.i.epil, 4
+  %610 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %609
+  %611 = load <16 x float>, ptr %610, align 16, !tbaa !27
+  %612 = fmul <16 x float> %110, %611
+  %613 = trunc i64 %609 to i32
+  %614 = sub i32 %462, %613
+  %615 = insertelement <16 x i32> poison, i32 %614, i64 0
+  %616 = shufflevector <16 x i32> %615, <16 x i32> poison, <16 x i32> zeroinitializer
+  %617 = icmp sgt <16 x i32> %616, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %618 = select <16 x i1> %617, <16 x float> %612, <16 x float> splat (float 0xFFF0000000000000)
+  %619 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %609
+  store <16 x float> %618, ptr %619, align 16, !tbaa !29
+  %indvars.iv.next692.i.epil = add nuw nsw i64 %indvars.iv691.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_body_to39.us.1.i.preheader, label %for_body_to39.us.i.epil, !prof !34, !llvm.loop !35
+
+for_body_to39.us.1.i.preheader:                   ; preds = %for_body_to39.us.i.epil, %for_body_to39.us.1.i.preheader.unr-lcssa
+  br i1 %510, label %for_body_to39.us.1.i.epil.preheader, label %for_body_to39.us.1.i, !prof !26
+
+for_body_to39.us.1.i:                             ; preds = %for_body_to39.us.1.i, %for_body_to39.us.1.i.preheader
+  %indvars.iv691.1.i = phi i64 [ %indvars.iv.next692.1.i.3, %for_body_to39.us.1.i ], [ 0, %for_body_to39.us.1.i.preheader ]
+  %niter231 = phi i64 [ %niter231.next.3, %for_body_to39.us.1.i ], [ 0, %for_body_to39.us.1.i.preheader ]
+  %620 = shl nsw i64 %indvars.iv691.1.i, 4
+  %621 = add nuw nsw i64 %620, 64
+  %622 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %621
+  %623 = load <16 x float>, ptr %622, align 16, !tbaa !27
+  %624 = fmul <16 x float> %110, %623
+  %625 = trunc i64 %620 to i32
+  %626 = sub i32 %462, %625
+  %627 = insertelement <16 x i32> poison, i32 %626, i64 0
+  %628 = shufflevector <16 x i32> %627, <16 x i32> poison, <16 x i32> zeroinitializer
+  %629 = icmp sgt <16 x i32> %628, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %630 = select <16 x i1> %629, <16 x float> %624, <16 x float> splat (float 0xFFF0000000000000)
+  %631 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %621
+  store <16 x float> %630, ptr %631, align 16, !tbaa !29
+  %indvars.iv.next692.1.i = shl i64 %indvars.iv691.1.i, 4
+  %632 = add nuw nsw i64 %indvars.iv.next692.1.i, 80
+  %633 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %632
+  %634 = load <16 x float>, ptr %633, align 16, !tbaa !27
+  %635 = fmul <16 x float> %110, %634
+  %636 = trunc i64 %indvars.iv.next692.1.i to i32
+  %637 = or disjoint i32 %636, 16
+  %638 = sub i32 %462, %637
+  %639 = insertelement <16 x i32> poison, i32 %638, i64 0
+  %640 = shufflevector <16 x i32> %639, <16 x i32> poison, <16 x i32> zeroinitializer
+  %641 = icmp sgt <16 x i32> %640, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %642 = select <16 x i1> %641, <16 x float> %635, <16 x float> splat (float 0xFFF0000000000000)
+  %643 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %632
+  store <16 x float> %642, ptr %643, align 16, !tbaa !29
+  %indvars.iv.next692.1.i.1 = shl i64 %indvars.iv691.1.i, 4
+  %644 = add nuw nsw i64 %indvars.iv.next692.1.i.1, 96
+  %645 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %644
+  %646 = load <16 x float>, ptr %645, align 16, !tbaa !27
+  %647 = fmul <16 x float> %110, %646
+  %648 = trunc i64 %indvars.iv.next692.1.i.1 to i32
+  %649 = or disjoint i32 %648, 32
+  %650 = sub i32 %462, %649
   %651 = insertelement <16 x i32> poison, i32 %650, i64 0
   %652 = shufflevector <16 x i32> %651, <16 x i32> poison, <16 x i32> zeroinitializer
   %653 = icmp sgt <16 x i32> %652, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %654 = select <16 x i1> %653, <16 x float> %648, <16 x float> splat (float 0xFFF0000000000000)
-  %655 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %645
-  store <16 x float> %654, ptr %655, align 4, !tbaa !9
-  %indvars.iv.next725.i.epil = add nuw nsw i64 %indvars.iv724.i.epil, 1
-  %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to54.us.1.i.preheader, label %for_body_to54.us.i.epil, !prof !25, !llvm.loop !26
-
-for_body_to54.us.1.i.preheader:                   ; preds = %for_body_to54.us.i.epil, %for_body_to54.us.1.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_to54.us.1.i.epil.preheader, label %for_body_to54.us.1.i, !prof !20
-
-for_body_to54.us.1.i:                             ; preds = %for_body_to54.us.1.i, %for_body_to54.us.1.i.preheader
-  %indvars.iv724.1.i = phi i64 [ %indvars.iv.next725.1.i.3, %for_body_to54.us.1.i ], [ 0, %for_body_to54.us.1.i.preheader ]
-  %niter215 = phi i64 [ %niter215.next.3, %for_body_to54.us.1.i ], [ 0, %for_body_to54.us.1.i.preheader ]
-  %656 = shl nsw i64 %indvars.iv724.1.i, 4
-  %657 = add nuw nsw i64 %656, 128
-  %658 = getelementptr inbounds nuw float, ptr %scores.i, i64 %657
-  %659 = load <16 x float>, ptr %658, align 4, !tbaa !9
-  %660 = fmul <16 x float> %110, %659
-  %661 = trunc i64 %656 to i32
-  %662 = sub i32 %465, %661
+  %654 = select <16 x i1> %653, <16 x float> %647, <16 x float> splat (float 0xFFF0000000000000)
+  %655 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %644
+  store <16 x float> %654, ptr %655, align 16, !tbaa !29
+  %indvars.iv.next692.1.i.2 = shl i64 %indvars.iv691.1.i, 4
+  %656 = add nuw nsw i64 %indvars.iv.next692.1.i.2, 112
+  %657 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %656
+  %658 = load <16 x float>, ptr %657, align 16, !tbaa !27
+  %659 = fmul <16 x float> %110, %658
+  %660 = trunc i64 %indvars.iv.next692.1.i.2 to i32
+  %661 = or disjoint i32 %660, 48
+  %662 = sub i32 %462, %661
   %663 = insertelement <16 x i32> poison, i32 %662, i64 0
   %664 = shufflevector <16 x i32> %663, <16 x i32> poison, <16 x i32> zeroinitializer
   %665 = icmp sgt <16 x i32> %664, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %666 = select <16 x i1> %665, <16 x float> %660, <16 x float> splat (float 0xFFF0000000000000)
-  %667 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %657
-  store <16 x float> %666, ptr %667, align 4, !tbaa !9
-  %indvars.iv.next725.1.i = shl i64 %indvars.iv724.1.i, 4
-  %668 = add nuw nsw i64 %indvars.iv.next725.1.i, 144
-  %669 = getelementptr inbounds nuw float, ptr %scores.i, i64 %668
-  %670 = load <16 x float>, ptr %669, align 4, !tbaa !9
-  %671 = fmul <16 x float> %110, %670
-  %672 = trunc i64 %indvars.iv.next725.1.i to i32
-  %673 = or disjoint i32 %672, 16
-  %674 = sub i32 %465, %673
+  %666 = select <16 x i1> %665, <16 x float> %659, <16 x float> splat (float 0xFFF0000000000000)
+  %667 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %656
+  store <16 x float> %666, ptr %667, align 16, !tbaa !29
+  %indvars.iv.next692.1.i.3 = add nuw nsw i64 %indvars.iv691.1.i, 4
+  %niter231.next.3 = add i64 %niter231, 4
+  %niter231.ncmp.3 = icmp eq i64 %niter231.next.3, %unroll_iter230
+  br i1 %niter231.ncmp.3, label %for_body_to39.us.2.i.preheader.unr-lcssa, label %for_body_to39.us.1.i, !prof !31, !llvm.loop !38
+
+for_body_to39.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to39.us.1.i
+  br i1 %lcmp.mod228.not, label %for_body_to39.us.2.i.preheader, label %for_body_to39.us.1.i.epil.preheader, !prof !33
+
+for_body_to39.us.1.i.epil.preheader:              ; preds = %for_body_to39.us.2.i.preheader.unr-lcssa, %for_body_to39.us.1.i.preheader
+  %indvars.iv691.1.i.epil.init = phi i64 [ 0, %for_body_to39.us.1.i.preheader ], [ %indvars.iv.next692.1.i.3, %for_body_to39.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod229)
+  br label %for_body_to39.us.1.i.epil
+
+for_body_to39.us.1.i.epil:                        ; preds = %for_body_to39.us.1.i.epil, %for_body_to39.us.1.i.epil.preheader
+  %indvars.iv691.1.i.epil = phi i64 [ %indvars.iv.next692.1.i.epil, %for_body_to39.us.1.i.epil ], [ %indvars.iv691.1.i.epil.init, %for_body_to39.us.1.i.epil.preheader ]
+  %epil.iter227 = phi i64 [ %epil.iter227.next, %for_body_to39.us.1.i.epil ], [ 0, %for_body_to39.us.1.i.epil.preheader ]
+  %668 = shl nsw i64 %indvars.iv691.1.i.epil, 4
+  %669 = add nuw nsw i64 %668, 64
+  %670 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %669
+  %671 = load <16 x float>, ptr %670, align 16, !tbaa !27
+  %672 = fmul <16 x float> %110, %671
+  %673 = trunc i64 %668 to i32
+  %674 = sub i32 %462, %673
   %675 = insertelement <16 x i32> poison, i32 %674, i64 0
   %676 = shufflevector <16 x i32> %675, <16 x i32> poison, <16 x i32> zeroinitializer
   %677 = icmp sgt <16 x i32> %676, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %678 = select <16 x i1> %677, <16 x float> %671, <16 x float> splat (float 0xFFF0000000000000)
-  %679 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %668
-  store <16 x float> %678, ptr %679, align 4, !tbaa !9
-  %indvars.iv.next725.1.i.1 = shl i64 %indvars.iv724.1.i, 4
-  %680 = add nuw nsw i64 %indvars.iv.next725.1.i.1, 160
-  %681 = getelementptr inbounds nuw float, ptr %scores.i, i64 %680
-  %682 = load <16 x float>, ptr %681, align 4, !tbaa !9
-  %683 = fmul <16 x float> %110, %682
-  %684 = trunc i64 %indvars.iv.next725.1.i.1 to i32
-  %685 = or disjoint i32 %684, 32
-  %686 = sub i32 %465, %685
+  %678 = select <16 x i1> %677, <16 x float> %672, <16 x float> splat (float 0xFFF0000000000000)
+  %679 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %669
+  store <16 x float> %678, ptr %679, align 16, !tbaa !29
+  %indvars.iv.next692.1.i.epil = add nuw nsw i64 %indvars.iv691.1.i.epil, 1
+  %epil.iter227.next = add i64 %epil.iter227, 1
+  %epil.iter227.cmp.not = icmp eq i64 %epil.iter227.next, %xtraiter226
+  br i1 %epil.iter227.cmp.not, label %for_body_to39.us.2.i.preheader, label %for_body_to39.us.1.i.epil, !prof !34, !llvm.loop !39
+
+for_body_to39.us.2.i.preheader:                   ; preds = %for_body_to39.us.1.i.epil, %for_body_to39.us.2.i.preheader.unr-lcssa
+  br i1 %511, label %for_body_to39.us.2.i.epil.preheader, label %for_body_to39.us.2.i, !prof !26
+
+for_body_to39.us.2.i:                             ; preds = %for_body_to39.us.2.i, %for_body_to39.us.2.i.preheader
+  %indvars.iv691.2.i = phi i64 [ %indvars.iv.next692.2.i.3, %for_body_to39.us.2.i ], [ 0, %for_body_to39.us.2.i.preheader ]
+  %niter237 = phi i64 [ %niter237.next.3, %for_body_to39.us.2.i ], [ 0, %for_body_to39.us.2.i.preheader ]
+  %680 = shl nsw i64 %indvars.iv691.2.i, 4
+  %681 = add nuw nsw i64 %680, 128
+  %682 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %681
+  %683 = load <16 x float>, ptr %682, align 16, !tbaa !27
+  %684 = fmul <16 x float> %110, %683
+  %685 = trunc i64 %680 to i32
+  %686 = sub i32 %462, %685
   %687 = insertelement <16 x i32> poison, i32 %686, i64 0
   %688 = shufflevector <16 x i32> %687, <16 x i32> poison, <16 x i32> zeroinitializer
   %689 = icmp sgt <16 x i32> %688, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %690 = select <16 x i1> %689, <16 x float> %683, <16 x float> splat (float 0xFFF0000000000000)
-  %691 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %680
-  store <16 x float> %690, ptr %691, align 4, !tbaa !9
-  %indvars.iv.next725.1.i.2 = shl i64 %indvars.iv724.1.i, 4
-  %692 = add nuw nsw i64 %indvars.iv.next725.1.i.2, 176
-  %693 = getelementptr inbounds nuw float, ptr %scores.i, i64 %692
-  %694 = load <16 x float>, ptr %693, align 4, !tbaa !9
+  %690 = select <16 x i1> %689, <16 x float> %684, <16 x float> splat (float 0xFFF0000000000000)
+  %691 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %681
+  store <16 x float> %690, ptr %691, align 16, !tbaa !29
+  %indvars.iv.next692.2.i = shl i64 %indvars.iv691.2.i, 4
+  %692 = add nuw nsw i64 %indvars.iv.next692.2.i, 144
+  %693 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %692
+  %694 = load <16 x float>, ptr %693, align 16, !tbaa !27
   %695 = fmul <16 x float> %110, %694
-  %696 = trunc i64 %indvars.iv.next725.1.i.2 to i32
-  %697 = or disjoint i32 %696, 48
-  %698 = sub i32 %465, %697
+  %696 = trunc i64 %indvars.iv.next692.2.i to i32
+  %697 = or disjoint i32 %696, 16
+  %698 = sub i32 %462, %697
   %699 = insertelement <16 x i32> poison, i32 %698, i64 0
   %700 = shufflevector <16 x i32> %699, <16 x i32> poison, <16 x i32> zeroinitializer
   %701 = icmp sgt <16 x i32> %700, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %702 = select <16 x i1> %701, <16 x float> %695, <16 x float> splat (float 0xFFF0000000000000)
-  %703 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %692
-  store <16 x float> %702, ptr %703, align 4, !tbaa !9
-  %indvars.iv.next725.1.i.3 = add nuw nsw i64 %indvars.iv724.1.i, 4
-  %niter215.next.3 = add i64 %niter215, 4
-  %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to54.us.2.i.preheader.unr-lcssa, label %for_body_to54.us.1.i, !prof !21, !llvm.loop !29
-
-for_body_to54.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.1.i
-  br i1 %lcmp.mod212.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil.preheader, !prof !24
-
-for_body_to54.us.1.i.epil.preheader:              ; preds = %for_body_to54.us.2.i.preheader.unr-lcssa, %for_body_to54.us.1.i.preheader
-  %indvars.iv724.1.i.epil.init = phi i64 [ 0, %for_body_to54.us.1.i.preheader ], [ %indvars.iv.next725.1.i.3, %for_body_to54.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod213)
-  br label %for_body_to54.us.1.i.epil
-
-for_body_to54.us.1.i.epil:                        ; preds = %for_body_to54.us.1.i.epil, %for_body_to54.us.1.i.epil.preheader
-  %indvars.iv724.1.i.epil = phi i64 [ %indvars.iv.next725.1.i.epil, %for_body_to54.us.1.i.epil ], [ %indvars.iv724.1.i.epil.init, %for_body_to54.us.1.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_to54.us.1.i.epil ], [ 0, %for_body_to54.us.1.i.epil.preheader ]
-  %704 = shl nsw i64 %indvars.iv724.1.i.epil, 4
-  %705 = add nuw nsw i64 %704, 128
-  %706 = getelementptr inbounds nuw float, ptr %scores.i, i64 %705
-  %707 = load <16 x float>, ptr %706, align 4, !tbaa !9
-  %708 = fmul <16 x float> %110, %707
-  %709 = trunc i64 %704 to i32
-  %710 = sub i32 %465, %709
+  %703 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %692
+  store <16 x float> %702, ptr %703, align 16, !tbaa !29
+  %indvars.iv.next692.2.i.1 = shl i64 %indvars.iv691.2.i, 4
+  %704 = add nuw nsw i64 %indvars.iv.next692.2.i.1, 160
+  %705 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %704
+  %706 = load <16 x float>, ptr %705, align 16, !tbaa !27
+  %707 = fmul <16 x float> %110, %706
+  %708 = trunc i64 %indvars.iv.next692.2.i.1 to i32
+  %709 = or disjoint i32 %708, 32
+  %710 = sub i32 %462, %709
   %711 = insertelement <16 x i32> poison, i32 %710, i64 0
   %712 = shufflevector <16 x i32> %711, <16 x i32> poison, <16 x i32> zeroinitializer
   %713 = icmp sgt <16 x i32> %712, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %714 = select <16 x i1> %713, <16 x float> %708, <16 x float> splat (float 0xFFF0000000000000)
-  %715 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %705
-  store <16 x float> %714, ptr %715, align 4, !tbaa !9
-  %indvars.iv.next725.1.i.epil = add nuw nsw i64 %indvars.iv724.1.i.epil, 1
-  %epil.iter211.next = add i64 %epil.iter211, 1
-  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to54.us.2.i.preheader, label %for_body_to54.us.1.i.epil, !prof !25, !llvm.loop !30
-
-for_body_to54.us.2.i.preheader:                   ; preds = %for_body_to54.us.1.i.epil, %for_body_to54.us.2.i.preheader.unr-lcssa
-  br i1 %511, label %for_body_to54.us.2.i.epil.preheader, label %for_body_to54.us.2.i, !prof !20
-
-for_body_to54.us.2.i:                             ; preds = %for_body_to54.us.2.i, %for_body_to54.us.2.i.preheader
-  %indvars.iv724.2.i = phi i64 [ %indvars.iv.next725.2.i.3, %for_body_to54.us.2.i ], [ 0, %for_body_to54.us.2.i.preheader ]
-  %niter221 = phi i64 [ %niter221.next.3, %for_body_to54.us.2.i ], [ 0, %for_body_to54.us.2.i.preheader ]
-  %716 = shl nsw i64 %indvars.iv724.2.i, 4
-  %717 = add nuw nsw i64 %716, 256
-  %718 = getelementptr inbounds nuw float, ptr %scores.i, i64 %717
-  %719 = load <16 x float>, ptr %718, align 4, !tbaa !9
-  %720 = fmul <16 x float> %110, %719
-  %721 = trunc i64 %716 to i32
-  %722 = sub i32 %465, %721
+  %714 = select <16 x i1> %713, <16 x float> %707, <16 x float> splat (float 0xFFF0000000000000)
+  %715 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %704
+  store <16 x float> %714, ptr %715, align 16, !tbaa !29
+  %indvars.iv.next692.2.i.2 = shl i64 %indvars.iv691.2.i, 4
+  %716 = add nuw nsw i64 %indvars.iv.next692.2.i.2, 176
+  %717 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %716
+  %718 = load <16 x float>, ptr %717, align 16, !tbaa !27
+  %719 = fmul <16 x float> %110, %718
+  %720 = trunc i64 %indvars.iv.next692.2.i.2 to i32
+  %721 = or disjoint i32 %720, 48
+  %722 = sub i32 %462, %721
   %723 = insertelement <16 x i32> poison, i32 %722, i64 0
   %724 = shufflevector <16 x i32> %723, <16 x i32> poison, <16 x i32> zeroinitializer
   %725 = icmp sgt <16 x i32> %724, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %726 = select <16 x i1> %725, <16 x float> %720, <16 x float> splat (float 0xFFF0000000000000)
-  %727 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %717
-  store <16 x float> %726, ptr %727, align 4, !tbaa !9
-  %indvars.iv.next725.2.i = shl i64 %indvars.iv724.2.i, 4
-  %728 = add nuw nsw i64 %indvars.iv.next725.2.i, 272
-  %729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %728
-  %730 = load <16 x float>, ptr %729, align 4, !tbaa !9
-  %731 = fmul <16 x float> %110, %730
-  %732 = trunc i64 %indvars.iv.next725.2.i to i32
-  %733 = or disjoint i32 %732, 16
-  %734 = sub i32 %465, %733
+  %726 = select <16 x i1> %725, <16 x float> %719, <16 x float> splat (float 0xFFF0000000000000)
+  %727 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %716
+  store <16 x float> %726, ptr %727, align 16, !tbaa !29
+  %indvars.iv.next692.2.i.3 = add nuw nsw i64 %indvars.iv691.2.i, 4
+  %niter237.next.3 = add i64 %niter237, 4
+  %niter237.ncmp.3 = icmp eq i64 %niter237.next.3, %unroll_iter236
+  br i1 %niter237.ncmp.3, label %for_body_to39.us.3.i.preheader.unr-lcssa, label %for_body_to39.us.2.i, !prof !31, !llvm.loop !40
+
+for_body_to39.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to39.us.2.i
+  br i1 %lcmp.mod234.not, label %for_body_to39.us.3.i.preheader, label %for_body_to39.us.2.i.epil.preheader, !prof !33
+
+for_body_to39.us.2.i.epil.preheader:              ; preds = %for_body_to39.us.3.i.preheader.unr-lcssa, %for_body_to39.us.2.i.preheader
+  %indvars.iv691.2.i.epil.init = phi i64 [ 0, %for_body_to39.us.2.i.preheader ], [ %indvars.iv.next692.2.i.3, %for_body_to39.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod235)
+  br label %for_body_to39.us.2.i.epil
+
+for_body_to39.us.2.i.epil:                        ; preds = %for_body_to39.us.2.i.epil, %for_body_to39.us.2.i.epil.preheader
+  %indvars.iv691.2.i.epil = phi i64 [ %indvars.iv.next692.2.i.epil, %for_body_to39.us.2.i.epil ], [ %indvars.iv691.2.i.epil.init, %for_body_to39.us.2.i.epil.preheader ]
+  %epil.iter233 = phi i64 [ %epil.iter233.next, %for_body_to39.us.2.i.epil ], [ 0, %for_body_to39.us.2.i.epil.preheader ]
+  %728 = shl nsw i64 %indvars.iv691.2.i.epil, 4
+  %729 = add nuw nsw i64 %728, 128
+  %730 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %729
+  %731 = load <16 x float>, ptr %730, align 16, !tbaa !27
+  %732 = fmul <16 x float> %110, %731
+  %733 = trunc i64 %728 to i32
+  %734 = sub i32 %462, %733
   %735 = insertelement <16 x i32> poison, i32 %734, i64 0
   %736 = shufflevector <16 x i32> %735, <16 x i32> poison, <16 x i32> zeroinitializer
   %737 = icmp sgt <16 x i32> %736, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %738 = select <16 x i1> %737, <16 x float> %731, <16 x float> splat (float 0xFFF0000000000000)
-  %739 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %728
-  store <16 x float> %738, ptr %739, align 4, !tbaa !9
-  %indvars.iv.next725.2.i.1 = shl i64 %indvars.iv724.2.i, 4
-  %740 = add nuw nsw i64 %indvars.iv.next725.2.i.1, 288
-  %741 = getelementptr inbounds nuw float, ptr %scores.i, i64 %740
-  %742 = load <16 x float>, ptr %741, align 4, !tbaa !9
-  %743 = fmul <16 x float> %110, %742
-  %744 = trunc i64 %indvars.iv.next725.2.i.1 to i32
-  %745 = or disjoint i32 %744, 32
-  %746 = sub i32 %465, %745
+  %738 = select <16 x i1> %737, <16 x float> %732, <16 x float> splat (float 0xFFF0000000000000)
+  %739 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %729
+  store <16 x float> %738, ptr %739, align 16, !tbaa !29
+  %indvars.iv.next692.2.i.epil = add nuw nsw i64 %indvars.iv691.2.i.epil, 1
+  %epil.iter233.next = add i64 %epil.iter233, 1
+  %epil.iter233.cmp.not = icmp eq i64 %epil.iter233.next, %xtraiter232
+  br i1 %epil.iter233.cmp.not, label %for_body_to39.us.3.i.preheader, label %for_body_to39.us.2.i.epil, !prof !34, !llvm.loop !41
+
+for_body_to39.us.3.i.preheader:                   ; preds = %for_body_to39.us.2.i.epil, %for_body_to39.us.3.i.preheader.unr-lcssa
+  br i1 %512, label %for_body_to39.us.3.i.epil.preheader, label %for_body_to39.us.3.i, !prof !26
+
+for_body_to39.us.3.i:                             ; preds = %for_body_to39.us.3.i, %for_body_to39.us.3.i.preheader
+  %indvars.iv691.3.i = phi i64 [ %indvars.iv.next692.3.i.3, %for_body_to39.us.3.i ], [ 0, %for_body_to39.us.3.i.preheader ]
+  %niter243 = phi i64 [ %niter243.next.3, %for_body_to39.us.3.i ], [ 0, %for_body_to39.us.3.i.preheader ]
+  %740 = shl nsw i64 %indvars.iv691.3.i, 4
+  %741 = add nuw nsw i64 %740, 192
+  %742 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %741
+  %743 = load <16 x float>, ptr %742, align 16, !tbaa !27
+  %744 = fmul <16 x float> %110, %743
+  %745 = trunc i64 %740 to i32
+  %746 = sub i32 %462, %745
   %747 = insertelement <16 x i32> poison, i32 %746, i64 0
   %748 = shufflevector <16 x i32> %747, <16 x i32> poison, <16 x i32> zeroinitializer
   %749 = icmp sgt <16 x i32> %748, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %750 = select <16 x i1> %749, <16 x float> %743, <16 x float> splat (float 0xFFF0000000000000)
-  %751 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %740
-  store <16 x float> %750, ptr %751, align 4, !tbaa !9
-  %indvars.iv.next725.2.i.2 = shl i64 %indvars.iv724.2.i, 4
-  %752 = add nuw nsw i64 %indvars.iv.next725.2.i.2, 304
-  %753 = getelementptr inbounds nuw float, ptr %scores.i, i64 %752
-  %754 = load <16 x float>, ptr %753, align 4, !tbaa !9
+  %750 = select <16 x i1> %749, <16 x float> %744, <16 x float> splat (float 0xFFF0000000000000)
+  %751 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %741
+  store <16 x float> %750, ptr %751, align 16, !tbaa !29
+  %indvars.iv.next692.3.i = shl i64 %indvars.iv691.3.i, 4
+  %752 = add nuw nsw i64 %indvars.iv.next692.3.i, 208
+  %753 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %752
+  %754 = load <16 x float>, ptr %753, align 16, !tbaa !27
   %755 = fmul <16 x float> %110, %754
-  %756 = trunc i64 %indvars.iv.next725.2.i.2 to i32
-  %757 = or disjoint i32 %756, 48
-  %758 = sub i32 %465, %757
+  %756 = trunc i64 %indvars.iv.next692.3.i to i32
+  %757 = or disjoint i32 %756, 16
+  %758 = sub i32 %462, %757
   %759 = insertelement <16 x i32> poison, i32 %758, i64 0
   %760 = shufflevector <16 x i32> %759, <16 x i32> poison, <16 x i32> zeroinitializer
   %761 = icmp sgt <16 x i32> %760, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
   %762 = select <16 x i1> %761, <16 x float> %755, <16 x float> splat (float 0xFFF0000000000000)
-  %763 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %752
-  store <16 x float> %762, ptr %763, align 4, !tbaa !9
-  %indvars.iv.next725.2.i.3 = add nuw nsw i64 %indvars.iv724.2.i, 4
-  %niter221.next.3 = add i64 %niter221, 4
-  %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_to54.us.3.i.preheader.unr-lcssa, label %for_body_to54.us.2.i, !prof !21, !llvm.loop !31
-
-for_body_to54.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to54.us.2.i
-  br i1 %lcmp.mod218.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil.preheader, !prof !24
-
-for_body_to54.us.2.i.epil.preheader:              ; preds = %for_body_to54.us.3.i.preheader.unr-lcssa, %for_body_to54.us.2.i.preheader
-  %indvars.iv724.2.i.epil.init = phi i64 [ 0, %for_body_to54.us.2.i.preheader ], [ %indvars.iv.next725.2.i.3, %for_body_to54.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod219)
-  br label %for_body_to54.us.2.i.epil
-
-for_body_to54.us.2.i.epil:                        ; preds = %for_body_to54.us.2.i.epil, %for_body_to54.us.2.i.epil.preheader
-  %indvars.iv724.2.i.epil = phi i64 [ %indvars.iv.next725.2.i.epil, %for_body_to54.us.2.i.epil ], [ %indvars.iv724.2.i.epil.init, %for_body_to54.us.2.i.epil.preheader ]
-  %epil.iter217 = phi i64 [ %epil.iter217.next, %for_body_to54.us.2.i.epil ], [ 0, %for_body_to54.us.2.i.epil.preheader ]
-  %764 = shl nsw i64 %indvars.iv724.2.i.epil, 4
-  %765 = add nuw nsw i64 %764, 256
-  %766 = getelementptr inbounds nuw float, ptr %scores.i, i64 %765
-  %767 = load <16 x float>, ptr %766, align 4, !tbaa !9
-  %768 = fmul <16 x float> %110, %767
-  %769 = trunc i64 %764 to i32
-  %770 = sub i32 %465, %769
+  %763 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %752
+  store <16 x float> %762, ptr %763, align 16, !tbaa !29
+  %indvars.iv.next692.3.i.1 = shl i64 %indvars.iv691.3.i, 4
+  %764 = add nuw nsw i64 %indvars.iv.next692.3.i.1, 224
+  %765 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %764
+  %766 = load <16 x float>, ptr %765, align 16, !tbaa !27
+  %767 = fmul <16 x float> %110, %766
+  %768 = trunc i64 %indvars.iv.next692.3.i.1 to i32
+  %769 = or disjoint i32 %768, 32
+  %770 = sub i32 %462, %769
   %771 = insertelement <16 x i32> poison, i32 %770, i64 0
   %772 = shufflevector <16 x i32> %771, <16 x i32> poison, <16 x i32> zeroinitializer
   %773 = icmp sgt <16 x i32> %772, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %774 = select <16 x i1> %773, <16 x float> %768, <16 x float> splat (float 0xFFF0000000000000)
-  %775 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %765
-  store <16 x float> %774, ptr %775, align 4, !tbaa !9
-  %indvars.iv.next725.2.i.epil = add nuw nsw i64 %indvars.iv724.2.i.epil, 1
-  %epil.iter217.next = add i64 %epil.iter217, 1
-  %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_to54.us.3.i.preheader, label %for_body_to54.us.2.i.epil, !prof !25, !llvm.loop !32
-
-for_body_to54.us.3.i.preheader:                   ; preds = %for_body_to54.us.2.i.epil, %for_body_to54.us.3.i.preheader.unr-lcssa
-  br i1 %512, label %for_body_to54.us.3.i.epil.preheader, label %for_body_to54.us.3.i, !prof !20
-
-for_body_to54.us.3.i:                             ; preds = %for_body_to54.us.3.i, %for_body_to54.us.3.i.preheader
-  %indvars.iv724.3.i = phi i64 [ %indvars.iv.next725.3.i.3, %for_body_to54.us.3.i ], [ 0, %for_body_to54.us.3.i.preheader ]
-  %niter227 = phi i64 [ %niter227.next.3, %for_body_to54.us.3.i ], [ 0, %for_body_to54.us.3.i.preheader ]
-  %776 = shl nsw i64 %indvars.iv724.3.i, 4
-  %777 = add nuw nsw i64 %776, 384
-  %778 = getelementptr inbounds nuw float, ptr %scores.i, i64 %777
-  %779 = load <16 x float>, ptr %778, align 4, !tbaa !9
-  %780 = fmul <16 x float> %110, %779
-  %781 = trunc i64 %776 to i32
-  %782 = sub i32 %465, %781
+  %774 = select <16 x i1> %773, <16 x float> %767, <16 x float> splat (float 0xFFF0000000000000)
+  %775 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %764
+  store <16 x float> %774, ptr %775, align 16, !tbaa !29
+  %indvars.iv.next692.3.i.2 = shl i64 %indvars.iv691.3.i, 4
+  %776 = add nuw nsw i64 %indvars.iv.next692.3.i.2, 240
+  %777 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %776
+  %778 = load <16 x float>, ptr %777, align 16, !tbaa !27
+  %779 = fmul <16 x float> %110, %778
+  %780 = trunc i64 %indvars.iv.next692.3.i.2 to i32
+  %781 = or disjoint i32 %780, 48
+  %782 = sub i32 %462, %781
   %783 = insertelement <16 x i32> poison, i32 %782, i64 0
   %784 = shufflevector <16 x i32> %783, <16 x i32> poison, <16 x i32> zeroinitializer
   %785 = icmp sgt <16 x i32> %784, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %786 = select <16 x i1> %785, <16 x float> %780, <16 x float> splat (float 0xFFF0000000000000)
-  %787 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %777
-  store <16 x float> %786, ptr %787, align 4, !tbaa !9
-  %indvars.iv.next725.3.i = shl i64 %indvars.iv724.3.i, 4
-  %788 = add nuw nsw i64 %indvars.iv.next725.3.i, 400
-  %789 = getelementptr inbounds nuw float, ptr %scores.i, i64 %788
-  %790 = load <16 x float>, ptr %789, align 4, !tbaa !9
-  %791 = fmul <16 x float> %110, %790
-  %792 = trunc i64 %indvars.iv.next725.3.i to i32
-  %793 = or disjoint i32 %792, 16
-  %794 = sub i32 %465, %793
+  %786 = select <16 x i1> %785, <16 x float> %779, <16 x float> splat (float 0xFFF0000000000000)
+  %787 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %776
+  store <16 x float> %786, ptr %787, align 16, !tbaa !29
+  %indvars.iv.next692.3.i.3 = add nuw nsw i64 %indvars.iv691.3.i, 4
+  %niter243.next.3 = add i64 %niter243, 4
+  %niter243.ncmp.3 = icmp eq i64 %niter243.next.3, %unroll_iter242
+  br i1 %niter243.ncmp.3, label %for_body_ax149.i.preheader.unr-lcssa, label %for_body_to39.us.3.i, !prof !31, !llvm.loop !42
+
+for_body_ax149.i.preheader.unr-lcssa:             ; preds = %for_body_to39.us.3.i
+  br i1 %lcmp.mod240.not, label %for_body_ax149.i.preheader, label %for_body_to39.us.3.i.epil.preheader, !prof !33
+
+for_body_to39.us.3.i.epil.preheader:              ; preds = %for_body_ax149.i.preheader.unr-lcssa, %for_body_to39.us.3.i.preheader
+  %indvars.iv691.3.i.epil.init = phi i64 [ 0, %for_body_to39.us.3.i.preheader ], [ %indvars.iv.next692.3.i.3, %for_body_ax149.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod241)
+  br label %for_body_to39.us.3.i.epil
+
+for_body_to39.us.3.i.epil:                        ; preds = %for_body_to39.us.3.i.epil, %for_body_to39.us.3.i.epil.preheader
+  %indvars.iv691.3.i.epil = phi i64 [ %indvars.iv.next692.3.i.epil, %for_body_to39.us.3.i.epil ], [ %indvars.iv691.3.i.epil.init, %for_body_to39.us.3.i.epil.preheader ]
+  %epil.iter239 = phi i64 [ %epil.iter239.next, %for_body_to39.us.3.i.epil ], [ 0, %for_body_to39.us.3.i.epil.preheader ]
+  %788 = shl nsw i64 %indvars.iv691.3.i.epil, 4
+  %789 = add nuw nsw i64 %788, 192
+  %790 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %789
+  %791 = load <16 x float>, ptr %790, align 16, !tbaa !27
+  %792 = fmul <16 x float> %110, %791
+  %793 = trunc i64 %788 to i32
+  %794 = sub i32 %462, %793
   %795 = insertelement <16 x i32> poison, i32 %794, i64 0
   %796 = shufflevector <16 x i32> %795, <16 x i32> poison, <16 x i32> zeroinitializer
   %797 = icmp sgt <16 x i32> %796, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %798 = select <16 x i1> %797, <16 x float> %791, <16 x float> splat (float 0xFFF0000000000000)
-  %799 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %788
-  store <16 x float> %798, ptr %799, align 4, !tbaa !9
-  %indvars.iv.next725.3.i.1 = shl i64 %indvars.iv724.3.i, 4
-  %800 = add nuw nsw i64 %indvars.iv.next725.3.i.1, 416
-  %801 = getelementptr inbounds nuw float, ptr %scores.i, i64 %800
-  %802 = load <16 x float>, ptr %801, align 4, !tbaa !9
-  %803 = fmul <16 x float> %110, %802
-  %804 = trunc i64 %indvars.iv.next725.3.i.1 to i32
-  %805 = or disjoint i32 %804, 32
-  %806 = sub i32 %465, %805
-  %807 = insertelement <16 x i32> poison, i32 %806, i64 0
-  %808 = shufflevector <16 x i32> %807, <16 x i32> poison, <16 x i32> zeroinitializer
-  %809 = icmp sgt <16 x i32> %808, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %810 = select <16 x i1> %809, <16 x float> %803, <16 x float> splat (float 0xFFF0000000000000)
-  %811 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %800
-  store <16 x float> %810, ptr %811, align 4, !tbaa !9
-  %indvars.iv.next725.3.i.2 = shl i64 %indvars.iv724.3.i, 4
-  %812 = add nuw nsw i64 %indvars.iv.next725.3.i.2, 432
-  %813 = getelementptr inbounds nuw float, ptr %scores.i, i64 %812
-  %814 = load <16 x float>, ptr %813, align 4, !tbaa !9
-  %815 = fmul <16 x float> %110, %814
-  %816 = trunc i64 %indvars.iv.next725.3.i.2 to i32
-  %817 = or disjoint i32 %816, 48
-  %818 = sub i32 %465, %817
-  %819 = insertelement <16 x i32> poison, i32 %818, i64 0
-  %820 = shufflevector <16 x i32> %819, <16 x i32> poison, <16 x i32> zeroinitializer
-  %821 = icmp sgt <16 x i32> %820, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %822 = select <16 x i1> %821, <16 x float> %815, <16 x float> splat (float 0xFFF0000000000000)
-  %823 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %812
-  store <16 x float> %822, ptr %823, align 4, !tbaa !9
-  %indvars.iv.next725.3.i.3 = add nuw nsw i64 %indvars.iv724.3.i, 4
-  %niter227.next.3 = add i64 %niter227, 4
-  %niter227.ncmp.3 = icmp eq i64 %niter227.next.3, %unroll_iter226
-  br i1 %niter227.ncmp.3, label %for_body_ax164.i.preheader.unr-lcssa, label %for_body_to54.us.3.i, !prof !21, !llvm.loop !33
+  %798 = select <16 x i1> %797, <16 x float> %792, <16 x float> splat (float 0xFFF0000000000000)
+  %799 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %789
+  store <16 x float> %798, ptr %799, align 16, !tbaa !29
+  %indvars.iv.next692.3.i.epil = add nuw nsw i64 %indvars.iv691.3.i.epil, 1
+  %epil.iter239.next = add i64 %epil.iter239, 1
+  %epil.iter239.cmp.not = icmp eq i64 %epil.iter239.next, %xtraiter238
+  br i1 %epil.iter239.cmp.not, label %for_body_ax149.i.preheader, label %for_body_to39.us.3.i.epil, !prof !34, !llvm.loop !43
 
-for_body_ax164.i.preheader.unr-lcssa:             ; preds = %for_body_to54.us.3.i
-  br i1 %lcmp.mod224.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil.preheader, !prof !24
+for_body_ax149.i.preheader:                       ; preds = %for_body_to39.us.3.i.epil, %for_body_ax149.i.preheader.unr-lcssa
+  br i1 %513, label %for_body_ax149.i.epil.preheader, label %for_body_ax149.i, !prof !44
 
-for_body_to54.us.3.i.epil.preheader:              ; preds = %for_body_ax164.i.preheader.unr-lcssa, %for_body_to54.us.3.i.preheader
-  %indvars.iv724.3.i.epil.init = phi i64 [ 0, %for_body_to54.us.3.i.preheader ], [ %indvars.iv.next725.3.i.3, %for_body_ax164.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod225)
-  br label %for_body_to54.us.3.i.epil
+for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
+  %indvars.iv686.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next687.i, %for_begin_to.i ]
+  %800 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
+  %scores.rf.i = tail call ptr %800(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %801 = icmp eq ptr %scores.rf.i, null
+  br i1 %801, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
 
-for_body_to54.us.3.i.epil:                        ; preds = %for_body_to54.us.3.i.epil, %for_body_to54.us.3.i.epil.preheader
-  %indvars.iv724.3.i.epil = phi i64 [ %indvars.iv.next725.3.i.epil, %for_body_to54.us.3.i.epil ], [ %indvars.iv724.3.i.epil.init, %for_body_to54.us.3.i.epil.preheader ]
-  %epil.iter223 = phi i64 [ %epil.iter223.next, %for_body_to54.us.3.i.epil ], [ 0, %for_body_to54.us.3.i.epil.preheader ]
-  %824 = shl nsw i64 %indvars.iv724.3.i.epil, 4
-  %825 = add nuw nsw i64 %824, 384
-  %826 = getelementptr inbounds nuw float, ptr %scores.i, i64 %825
-  %827 = load <16 x float>, ptr %826, align 4, !tbaa !9
-  %828 = fmul <16 x float> %110, %827
-  %829 = trunc i64 %824 to i32
-  %830 = sub i32 %465, %829
-  %831 = insertelement <16 x i32> poison, i32 %830, i64 0
-  %832 = shufflevector <16 x i32> %831, <16 x i32> poison, <16 x i32> zeroinitializer
-  %833 = icmp sgt <16 x i32> %832, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %834 = select <16 x i1> %833, <16 x float> %828, <16 x float> splat (float 0xFFF0000000000000)
-  %835 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %825
-  store <16 x float> %834, ptr %835, align 4, !tbaa !9
-  %indvars.iv.next725.3.i.epil = add nuw nsw i64 %indvars.iv724.3.i.epil, 1
-  %epil.iter223.next = add i64 %epil.iter223, 1
-  %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_body_ax164.i.preheader, label %for_body_to54.us.3.i.epil, !prof !25, !llvm.loop !34
-
-for_body_ax164.i.preheader:                       ; preds = %for_body_to54.us.3.i.epil, %for_body_ax164.i.preheader.unr-lcssa
-  br i1 %513, label %for_body_ax164.i.epil.preheader, label %for_body_ax164.i, !prof !35
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
+  %802 = shl nsw i64 %indvars.iv686.i, 4
+  %invariant.gep921.i = getelementptr inbounds nuw i64, ptr %key_offsets247.i, i64 %802
+  %gep148 = getelementptr inbounds nuw i64, ptr %.sroa.sel, i64 %802
+  br label %for_begin_line.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
-  %836 = getelementptr inbounds nuw float, ptr %scores.i, i64 %596
-  store <16 x float> zeroinitializer, ptr %836, align 4, !tbaa !9
+  %803 = getelementptr inbounds nuw float, ptr %scores245.i, i64 %802
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !9
-  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %837, align 4, !tbaa !9
-  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %838, align 4, !tbaa !9
-  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %839, align 4, !tbaa !9
-  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %840, align 4, !tbaa !9
-  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %841, align 4, !tbaa !9
-  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %842, align 4, !tbaa !9
-  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %843, align 4, !tbaa !9
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %844, align 4, !tbaa !9
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %845, align 4, !tbaa !9
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %846, align 4, !tbaa !9
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %847, align 4, !tbaa !9
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %848, align 4, !tbaa !9
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %849, align 4, !tbaa !9
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %850, align 4, !tbaa !9
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %851, align 4, !tbaa !9
-  %852 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %853 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %853, %852
-  %854 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %855 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %855, %854
-  %856 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %857 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %857, %856
-  %858 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %859 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %859, %858
-  %860 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %863 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %865 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %867 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %869 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %871 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %873 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %875 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %877 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %879 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %881 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %882 = fadd <16 x float> %881, %880
-  %883 = fadd <16 x float> %882, zeroinitializer
-  store <16 x float> %883, ptr %836, align 4, !tbaa !9
-  %884 = getelementptr inbounds nuw i8, ptr %836, i64 512
-  store <16 x float> zeroinitializer, ptr %884, align 4, !tbaa !9
-  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %885, align 4, !tbaa !9
-  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %886, align 4, !tbaa !9
-  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %887, align 4, !tbaa !9
-  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %888, align 4, !tbaa !9
-  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %889, align 4, !tbaa !9
-  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %890, align 4, !tbaa !9
-  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %891, align 4, !tbaa !9
-  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %892, align 4, !tbaa !9
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %893, align 4, !tbaa !9
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %894, align 4, !tbaa !9
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %895, align 4, !tbaa !9
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %896, align 4, !tbaa !9
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %897, align 4, !tbaa !9
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %898, align 4, !tbaa !9
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %899, align 4, !tbaa !9
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %900, align 4, !tbaa !9
-  %901 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %902 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %902, %901
-  %903 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %904 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %904, %903
-  %905 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %906 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %906, %905
-  %907 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %908 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %908, %907
-  %909 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %912 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %914 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %916 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %918 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %920 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %922 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %924 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %926 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %928 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %930 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %931 = fadd <16 x float> %930, %929
-  %932 = fadd <16 x float> %931, zeroinitializer
-  store <16 x float> %932, ptr %884, align 4, !tbaa !9
-  %933 = getelementptr inbounds nuw i8, ptr %836, i64 1024
-  store <16 x float> zeroinitializer, ptr %933, align 4, !tbaa !9
-  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %934, align 4, !tbaa !9
-  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %935, align 4, !tbaa !9
-  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %936, align 4, !tbaa !9
-  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %937, align 4, !tbaa !9
-  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %938, align 4, !tbaa !9
-  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %939, align 4, !tbaa !9
-  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %940, align 4, !tbaa !9
-  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %941, align 4, !tbaa !9
-  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %942, align 4, !tbaa !9
-  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %943, align 4, !tbaa !9
-  %944 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %944, align 4, !tbaa !9
-  %945 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %945, align 4, !tbaa !9
-  %946 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %946, align 4, !tbaa !9
-  %947 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %947, align 4, !tbaa !9
-  %948 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %948, align 4, !tbaa !9
-  %949 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %949, align 4, !tbaa !9
-  %950 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %951 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %951, %950
-  %952 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %953 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %953, %952
-  %954 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %955 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %955, %954
-  %956 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %957 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %957, %956
-  %958 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %959 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %959, %958
-  %960 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %961 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %961, %960
-  %962 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %963 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %963, %962
-  %964 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %965 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %965, %964
-  %966 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %967 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %967, %966
-  %968 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %969 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %969, %968
-  %970 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %971 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %971, %970
-  %972 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %973 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %973, %972
-  %974 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %975 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %975, %974
-  %976 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %977 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %977, %976
-  %978 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %979 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %980 = fadd <16 x float> %979, %978
-  %981 = fadd <16 x float> %980, zeroinitializer
-  store <16 x float> %981, ptr %933, align 4, !tbaa !9
-  %982 = getelementptr inbounds nuw i8, ptr %836, i64 1536
-  store <16 x float> zeroinitializer, ptr %982, align 4, !tbaa !9
-  %983 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %983, align 4, !tbaa !9
-  %984 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %984, align 4, !tbaa !9
-  %985 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %985, align 4, !tbaa !9
-  %986 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %986, align 4, !tbaa !9
-  %987 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %987, align 4, !tbaa !9
-  %988 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %988, align 4, !tbaa !9
-  %989 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %989, align 4, !tbaa !9
-  %990 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %990, align 4, !tbaa !9
-  %991 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %991, align 4, !tbaa !9
-  %992 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %992, align 4, !tbaa !9
-  %993 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %993, align 4, !tbaa !9
-  %994 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %994, align 4, !tbaa !9
-  %995 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %995, align 4, !tbaa !9
-  %996 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %996, align 4, !tbaa !9
-  %997 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %997, align 4, !tbaa !9
-  %998 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %998, align 4, !tbaa !9
-  %999 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1000 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %1000, %999
-  %1001 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1002 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %1002, %1001
-  %1003 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1004 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %1004, %1003
-  %1005 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1006 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %1006, %1005
-  %1007 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1008 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %1008, %1007
-  %1009 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1010 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %1010, %1009
-  %1011 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1012 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %1012, %1011
-  %1013 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1014 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %1014, %1013
-  %1015 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1016 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %1016, %1015
-  %1017 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1018 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %1018, %1017
-  %1019 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1020 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %1020, %1019
-  %1021 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1022 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %1022, %1021
-  %1023 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1024 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %1024, %1023
-  %1025 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1026 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %1026, %1025
-  %1027 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1028 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1029 = fadd <16 x float> %1028, %1027
-  %1030 = fadd <16 x float> %1029, zeroinitializer
-  store <16 x float> %1030, ptr %982, align 4, !tbaa !9
-  %1031 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %1032 = tail call i32 %1031(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not284.i = icmp eq i32 %1032, 0
-  br i1 %.not284.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !12
+  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %804, align 4, !tbaa !9
+  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %805, align 4, !tbaa !9
+  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %806, align 4, !tbaa !9
+  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %807, align 4, !tbaa !9
+  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %808, align 4, !tbaa !9
+  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %809, align 4, !tbaa !9
+  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %810, align 4, !tbaa !9
+  %811 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %811, align 4, !tbaa !9
+  %812 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %812, align 4, !tbaa !9
+  %813 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %813, align 4, !tbaa !9
+  %814 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %814, align 4, !tbaa !9
+  %815 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %815, align 4, !tbaa !9
+  %816 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %816, align 4, !tbaa !9
+  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %817, align 4, !tbaa !9
+  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %818, align 4, !tbaa !9
+  %819 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %820 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %820, %819
+  %821 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %822 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %822, %821
+  %823 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %824 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %824, %823
+  %825 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %826 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %826, %825
+  %827 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %828 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %828, %827
+  %829 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %830 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %830, %829
+  %831 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %832 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %832, %831
+  %833 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %834 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %834, %833
+  %835 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %836 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %836, %835
+  %837 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %838 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %838, %837
+  %839 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %840 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %840, %839
+  %841 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %842 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %842, %841
+  %843 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %844 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %844, %843
+  %845 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %846 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %846, %845
+  %847 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %848 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %849 = fadd <16 x float> %848, %847
+  %850 = fadd <16 x float> %849, zeroinitializer
+  store <16 x float> %850, ptr %803, align 16, !tbaa !27
+  %851 = getelementptr inbounds nuw i8, ptr %803, i64 256
+  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %852, align 4, !tbaa !9
+  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %853, align 4, !tbaa !9
+  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %854, align 4, !tbaa !9
+  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %855, align 4, !tbaa !9
+  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %856, align 4, !tbaa !9
+  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %857, align 4, !tbaa !9
+  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %858, align 4, !tbaa !9
+  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %859, align 4, !tbaa !9
+  %860 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %860, align 4, !tbaa !9
+  %861 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %861, align 4, !tbaa !9
+  %862 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %862, align 4, !tbaa !9
+  %863 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %863, align 4, !tbaa !9
+  %864 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %864, align 4, !tbaa !9
+  %865 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %865, align 4, !tbaa !9
+  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %866, align 4, !tbaa !9
+  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %867, align 4, !tbaa !9
+  %868 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %869 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %869, %868
+  %870 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %871 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %871, %870
+  %872 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %873 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %873, %872
+  %874 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %875 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %875, %874
+  %876 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %877 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %877, %876
+  %878 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %879 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %879, %878
+  %880 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %881 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %881, %880
+  %882 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %883 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %883, %882
+  %884 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %885 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %885, %884
+  %886 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %887 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %887, %886
+  %888 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %889 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %889, %888
+  %890 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %891 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %891, %890
+  %892 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %893 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %893, %892
+  %894 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %895 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %895, %894
+  %896 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %897 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %898 = fadd <16 x float> %897, %896
+  %899 = fadd <16 x float> %898, zeroinitializer
+  store <16 x float> %899, ptr %851, align 16, !tbaa !27
+  %900 = getelementptr inbounds nuw i8, ptr %803, i64 512
+  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %901, align 4, !tbaa !9
+  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %902, align 4, !tbaa !9
+  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %903, align 4, !tbaa !9
+  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %904, align 4, !tbaa !9
+  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %905, align 4, !tbaa !9
+  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %906, align 4, !tbaa !9
+  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %907, align 4, !tbaa !9
+  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %908, align 4, !tbaa !9
+  %909 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %909, align 4, !tbaa !9
+  %910 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %910, align 4, !tbaa !9
+  %911 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %911, align 4, !tbaa !9
+  %912 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %912, align 4, !tbaa !9
+  %913 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %913, align 4, !tbaa !9
+  %914 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %914, align 4, !tbaa !9
+  %915 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %915, align 4, !tbaa !9
+  %916 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %916, align 4, !tbaa !9
+  %917 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %918 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %918, %917
+  %919 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %920 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %920, %919
+  %921 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %922 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %922, %921
+  %923 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %924 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %924, %923
+  %925 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %926 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %926, %925
+  %927 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %928 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %928, %927
+  %929 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %930 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %930, %929
+  %931 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %932 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %932, %931
+  %933 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %934 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %934, %933
+  %935 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %936 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %936, %935
+  %937 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %938 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %938, %937
+  %939 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %940 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %940, %939
+  %941 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %942 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %942, %941
+  %943 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %944 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %944, %943
+  %945 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %946 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %947 = fadd <16 x float> %946, %945
+  %948 = fadd <16 x float> %947, zeroinitializer
+  store <16 x float> %948, ptr %900, align 16, !tbaa !27
+  %949 = getelementptr inbounds nuw i8, ptr %803, i64 768
+  %950 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %950, align 4, !tbaa !9
+  %951 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %951, align 4, !tbaa !9
+  %952 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %952, align 4, !tbaa !9
+  %953 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %953, align 4, !tbaa !9
+  %954 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %954, align 4, !tbaa !9
+  %955 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %955, align 4, !tbaa !9
+  %956 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %956, align 4, !tbaa !9
+  %957 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %957, align 4, !tbaa !9
+  %958 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %958, align 4, !tbaa !9
+  %959 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %959, align 4, !tbaa !9
+  %960 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %960, align 4, !tbaa !9
+  %961 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %961, align 4, !tbaa !9
+  %962 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %962, align 4, !tbaa !9
+  %963 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %963, align 4, !tbaa !9
+  %964 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %964, align 4, !tbaa !9
+  %965 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %965, align 4, !tbaa !9
+  %966 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %967 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %967, %966
+  %968 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %969 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %969, %968
+  %970 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %971 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %971, %970
+  %972 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %973 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %973, %972
+  %974 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %975 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %975, %974
+  %976 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %977 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %977, %976
+  %978 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %979 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %979, %978
+  %980 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %981 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %981, %980
+  %982 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %983 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %983, %982
+  %984 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %985 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %985, %984
+  %986 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %987 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %987, %986
+  %988 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %989 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %989, %988
+  %990 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %991 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %991, %990
+  %992 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %993 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %993, %992
+  %994 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %995 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %996 = fadd <16 x float> %995, %994
+  %997 = fadd <16 x float> %996, zeroinitializer
+  store <16 x float> %997, ptr %949, align 16, !tbaa !27
+  %998 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %999 = tail call i32 %998(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not253.i = icmp eq i32 %999, 0
+  br i1 %.not253.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !45
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
-  %indvars.iv711.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next712.i, %for_begin_line.preheader.i ]
-  %1033 = shl nuw nsw i64 %indvars.iv711.i, 1
-  %1034 = getelementptr inbounds nuw i64, ptr %gep154, i64 %1033
-  %1035 = load i64, ptr %1034, align 8, !tbaa !9
-  %1036 = getelementptr i32, ptr %key_cache, i64 %1035
-  %1037 = getelementptr i32, ptr %1036, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1037, i32 0, i32 2, i32 1)
-  %1038 = getelementptr i8, ptr %1036, i64 64
-  %1039 = getelementptr i32, ptr %1038, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1039, i32 0, i32 2, i32 1)
-  %1040 = getelementptr i8, ptr %1036, i64 128
-  %1041 = getelementptr i32, ptr %1040, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1041, i32 0, i32 2, i32 1)
-  %1042 = getelementptr i8, ptr %1036, i64 192
-  %1043 = getelementptr i32, ptr %1042, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1043, i32 0, i32 2, i32 1)
-  %1044 = getelementptr inbounds nuw i8, ptr %1034, i64 8
-  %1045 = load i64, ptr %1044, align 8, !tbaa !9
-  %1046 = getelementptr i32, ptr %key_cache, i64 %1045
-  %1047 = getelementptr i32, ptr %1046, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1047, i32 0, i32 2, i32 1)
-  %1048 = getelementptr i8, ptr %1046, i64 64
-  %1049 = getelementptr i32, ptr %1048, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1049, i32 0, i32 2, i32 1)
-  %1050 = getelementptr i8, ptr %1046, i64 128
-  %1051 = getelementptr i32, ptr %1050, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1051, i32 0, i32 2, i32 1)
-  %1052 = getelementptr i8, ptr %1046, i64 192
-  %1053 = getelementptr i32, ptr %1052, i64 %559
-  tail call void @llvm.prefetch.p0(ptr readonly %1053, i32 0, i32 2, i32 1)
-  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep963.i, i64 %1033
-  %1054 = load i64, ptr %gep.i, align 8, !tbaa !9
-  %gep465.i = getelementptr i32, ptr %invariant.gep464.i, i64 %1054
-  %1055 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
-  %1056 = load i64, ptr %1055, align 8, !tbaa !9
-  %gep467.i = getelementptr i32, ptr %invariant.gep464.i, i64 %1056
-  %1057 = load <16 x float>, ptr %562, align 4, !tbaa !9
-  %1058 = load <16 x i32>, ptr %gep465.i, align 4, !tbaa !9
-  %1059 = shl <16 x i32> %1058, splat (i32 16)
-  %1060 = bitcast <16 x i32> %1059 to <16 x float>
-  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1060, <16 x float> zeroinitializer)
-  %1062 = load <16 x i32>, ptr %gep467.i, align 4, !tbaa !9
-  %1063 = shl <16 x i32> %1062, splat (i32 16)
-  %1064 = bitcast <16 x i32> %1063 to <16 x float>
-  %1065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1066 = load <16 x float>, ptr %563, align 4, !tbaa !9
-  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1060, <16 x float> zeroinitializer)
-  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1069 = load <16 x float>, ptr %564, align 4, !tbaa !9
-  %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1069, <16 x float> %1060, <16 x float> zeroinitializer)
-  %1071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1069, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1072 = load <16 x float>, ptr %565, align 4, !tbaa !9
-  %1073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1060, <16 x float> zeroinitializer)
-  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1072, <16 x float> %1064, <16 x float> zeroinitializer)
-  %1075 = load <16 x float>, ptr %566, align 4, !tbaa !9
-  %1076 = and <16 x i32> %1058, %108
-  %1077 = bitcast <16 x i32> %1076 to <16 x float>
-  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1077, <16 x float> %1061)
-  %1079 = and <16 x i32> %1062, %108
-  %1080 = bitcast <16 x i32> %1079 to <16 x float>
-  %1081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1080, <16 x float> %1065)
-  %1082 = load <16 x float>, ptr %567, align 4, !tbaa !9
-  %1083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1082, <16 x float> %1077, <16 x float> %1067)
-  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1082, <16 x float> %1080, <16 x float> %1068)
-  %1085 = load <16 x float>, ptr %568, align 4, !tbaa !9
-  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1085, <16 x float> %1077, <16 x float> %1070)
-  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1085, <16 x float> %1080, <16 x float> %1071)
-  %1088 = load <16 x float>, ptr %569, align 4, !tbaa !9
-  %1089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1077, <16 x float> %1073)
-  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1080, <16 x float> %1074)
-  %1091 = load <16 x float>, ptr %570, align 4, !tbaa !9
-  %gep452.1.i = getelementptr i8, ptr %gep465.i, i64 64
-  %1092 = load <16 x i32>, ptr %gep452.1.i, align 4, !tbaa !9
-  %1093 = shl <16 x i32> %1092, splat (i32 16)
-  %1094 = bitcast <16 x i32> %1093 to <16 x float>
-  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1094, <16 x float> %1078)
-  %gep454.1.i = getelementptr i8, ptr %gep467.i, i64 64
-  %1096 = load <16 x i32>, ptr %gep454.1.i, align 4, !tbaa !9
-  %1097 = shl <16 x i32> %1096, splat (i32 16)
-  %1098 = bitcast <16 x i32> %1097 to <16 x float>
-  %1099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1098, <16 x float> %1081)
-  %1100 = load <16 x float>, ptr %571, align 4, !tbaa !9
-  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1094, <16 x float> %1083)
-  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1098, <16 x float> %1084)
-  %1103 = load <16 x float>, ptr %572, align 4, !tbaa !9
-  %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1094, <16 x float> %1086)
-  %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1098, <16 x float> %1087)
-  %1106 = load <16 x float>, ptr %573, align 4, !tbaa !9
-  %1107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %1094, <16 x float> %1089)
-  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1106, <16 x float> %1098, <16 x float> %1090)
-  %1109 = load <16 x float>, ptr %574, align 4, !tbaa !9
-  %1110 = and <16 x i32> %1092, %108
-  %1111 = bitcast <16 x i32> %1110 to <16 x float>
-  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1111, <16 x float> %1095)
-  %1113 = and <16 x i32> %1096, %108
-  %1114 = bitcast <16 x i32> %1113 to <16 x float>
-  %1115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1114, <16 x float> %1099)
-  %1116 = load <16 x float>, ptr %575, align 4, !tbaa !9
-  %1117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1116, <16 x float> %1111, <16 x float> %1101)
-  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1116, <16 x float> %1114, <16 x float> %1102)
-  %1119 = load <16 x float>, ptr %576, align 4, !tbaa !9
-  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1119, <16 x float> %1111, <16 x float> %1104)
-  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1119, <16 x float> %1114, <16 x float> %1105)
-  %1122 = load <16 x float>, ptr %577, align 4, !tbaa !9
-  %1123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1111, <16 x float> %1107)
-  %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1114, <16 x float> %1108)
-  %1125 = load <16 x float>, ptr %578, align 4, !tbaa !9
-  %gep452.2.i = getelementptr i8, ptr %gep465.i, i64 128
-  %1126 = load <16 x i32>, ptr %gep452.2.i, align 4, !tbaa !9
-  %1127 = shl <16 x i32> %1126, splat (i32 16)
-  %1128 = bitcast <16 x i32> %1127 to <16 x float>
-  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1128, <16 x float> %1112)
-  %gep454.2.i = getelementptr i8, ptr %gep467.i, i64 128
-  %1130 = load <16 x i32>, ptr %gep454.2.i, align 4, !tbaa !9
-  %1131 = shl <16 x i32> %1130, splat (i32 16)
-  %1132 = bitcast <16 x i32> %1131 to <16 x float>
-  %1133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1132, <16 x float> %1115)
-  %1134 = load <16 x float>, ptr %579, align 4, !tbaa !9
-  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1134, <16 x float> %1128, <16 x float> %1117)
-  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1134, <16 x float> %1132, <16 x float> %1118)
-  %1137 = load <16 x float>, ptr %580, align 4, !tbaa !9
-  %1138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1137, <16 x float> %1128, <16 x float> %1120)
-  %1139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1137, <16 x float> %1132, <16 x float> %1121)
-  %1140 = load <16 x float>, ptr %581, align 4, !tbaa !9
-  %1141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1140, <16 x float> %1128, <16 x float> %1123)
-  %1142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1140, <16 x float> %1132, <16 x float> %1124)
-  %1143 = load <16 x float>, ptr %582, align 4, !tbaa !9
-  %1144 = and <16 x i32> %1126, %108
-  %1145 = bitcast <16 x i32> %1144 to <16 x float>
-  %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1143, <16 x float> %1145, <16 x float> %1129)
-  %1147 = and <16 x i32> %1130, %108
-  %1148 = bitcast <16 x i32> %1147 to <16 x float>
-  %1149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1143, <16 x float> %1148, <16 x float> %1133)
-  %1150 = load <16 x float>, ptr %583, align 4, !tbaa !9
-  %1151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1150, <16 x float> %1145, <16 x float> %1135)
-  %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1150, <16 x float> %1148, <16 x float> %1136)
-  %1153 = load <16 x float>, ptr %584, align 4, !tbaa !9
-  %1154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1153, <16 x float> %1145, <16 x float> %1138)
-  %1155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1153, <16 x float> %1148, <16 x float> %1139)
-  %1156 = load <16 x float>, ptr %585, align 4, !tbaa !9
-  %1157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1156, <16 x float> %1145, <16 x float> %1141)
-  %1158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1156, <16 x float> %1148, <16 x float> %1142)
-  %1159 = load <16 x float>, ptr %586, align 4, !tbaa !9
-  %gep452.3.i = getelementptr i8, ptr %gep465.i, i64 192
-  %1160 = load <16 x i32>, ptr %gep452.3.i, align 4, !tbaa !9
-  %1161 = shl <16 x i32> %1160, splat (i32 16)
-  %1162 = bitcast <16 x i32> %1161 to <16 x float>
-  %1163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1159, <16 x float> %1162, <16 x float> %1146)
-  %gep454.3.i = getelementptr i8, ptr %gep467.i, i64 192
-  %1164 = load <16 x i32>, ptr %gep454.3.i, align 4, !tbaa !9
-  %1165 = shl <16 x i32> %1164, splat (i32 16)
-  %1166 = bitcast <16 x i32> %1165 to <16 x float>
-  %1167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1159, <16 x float> %1166, <16 x float> %1149)
-  %1168 = load <16 x float>, ptr %587, align 4, !tbaa !9
-  %1169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1168, <16 x float> %1162, <16 x float> %1151)
-  %1170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1168, <16 x float> %1166, <16 x float> %1152)
-  %1171 = load <16 x float>, ptr %588, align 4, !tbaa !9
-  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1171, <16 x float> %1162, <16 x float> %1154)
-  %1173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1171, <16 x float> %1166, <16 x float> %1155)
-  %1174 = load <16 x float>, ptr %589, align 4, !tbaa !9
-  %1175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1174, <16 x float> %1162, <16 x float> %1157)
-  %1176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1174, <16 x float> %1166, <16 x float> %1158)
-  %1177 = load <16 x float>, ptr %590, align 4, !tbaa !9
-  %1178 = and <16 x i32> %1160, %108
-  %1179 = bitcast <16 x i32> %1178 to <16 x float>
-  %1180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1177, <16 x float> %1179, <16 x float> %1163)
-  %1181 = and <16 x i32> %1164, %108
-  %1182 = bitcast <16 x i32> %1181 to <16 x float>
-  %1183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1177, <16 x float> %1182, <16 x float> %1167)
-  %1184 = load <16 x float>, ptr %591, align 4, !tbaa !9
-  %1185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1184, <16 x float> %1179, <16 x float> %1169)
-  %1186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1184, <16 x float> %1182, <16 x float> %1170)
-  %1187 = load <16 x float>, ptr %592, align 4, !tbaa !9
-  %1188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1187, <16 x float> %1179, <16 x float> %1172)
-  %1189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1187, <16 x float> %1182, <16 x float> %1173)
-  %1190 = load <16 x float>, ptr %593, align 4, !tbaa !9
-  %1191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1179, <16 x float> %1175)
-  %1192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1190, <16 x float> %1182, <16 x float> %1176)
-  %.idx919.i = shl nuw nsw i64 %indvars.iv711.i, 7
-  %1193 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx919.i
-  store <16 x float> %1180, ptr %1193, align 4, !tbaa !9
-  %1194 = getelementptr inbounds nuw i8, ptr %1193, i64 64
-  store <16 x float> %1183, ptr %1194, align 4, !tbaa !9
-  %1195 = getelementptr inbounds nuw i8, ptr %1193, i64 1024
-  store <16 x float> %1185, ptr %1195, align 4, !tbaa !9
-  %1196 = getelementptr inbounds nuw i8, ptr %1193, i64 1088
-  store <16 x float> %1186, ptr %1196, align 4, !tbaa !9
-  %1197 = getelementptr inbounds nuw i8, ptr %1193, i64 2048
-  store <16 x float> %1188, ptr %1197, align 4, !tbaa !9
-  %1198 = getelementptr inbounds nuw i8, ptr %1193, i64 2112
-  store <16 x float> %1189, ptr %1198, align 4, !tbaa !9
-  %1199 = getelementptr inbounds nuw i8, ptr %1193, i64 3072
-  store <16 x float> %1191, ptr %1199, align 4, !tbaa !9
-  %1200 = getelementptr inbounds nuw i8, ptr %1193, i64 3136
-  store <16 x float> %1192, ptr %1200, align 4, !tbaa !9
-  %indvars.iv.next712.i = add nuw nsw i64 %indvars.iv711.i, 1
-  %exitcond714.not.i = icmp eq i64 %indvars.iv.next712.i, 8
-  br i1 %exitcond714.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !11
-
-for_body_r69.us.preheader.i:                      ; preds = %for_end_ax165.3.i
-  %peak.rf267.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 0
-  %1201 = fcmp olt float %peak.rf267.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1202 = select i1 %1201, float 0xC7EFFFFFE0000000, float %peak.rf267.sroa.0.0.vec.extract.3.i
-  %peak.rf267.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 1
-  %1203 = fcmp ogt float %1202, %peak.rf267.sroa.0.4.vec.extract.3.i
-  %1204 = select i1 %1203, float %1202, float %peak.rf267.sroa.0.4.vec.extract.3.i
-  %peak.rf267.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 2
-  %1205 = fcmp ogt float %1204, %peak.rf267.sroa.0.8.vec.extract.3.i
-  %1206 = select i1 %1205, float %1204, float %peak.rf267.sroa.0.8.vec.extract.3.i
-  %peak.rf267.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 3
-  %1207 = fcmp ogt float %1206, %peak.rf267.sroa.0.12.vec.extract.3.i
-  %1208 = select i1 %1207, float %1206, float %peak.rf267.sroa.0.12.vec.extract.3.i
-  %peak.rf267.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 4
-  %1209 = fcmp ogt float %1208, %peak.rf267.sroa.0.16.vec.extract.3.i
-  %1210 = select i1 %1209, float %1208, float %peak.rf267.sroa.0.16.vec.extract.3.i
-  %peak.rf267.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 5
-  %1211 = fcmp ogt float %1210, %peak.rf267.sroa.0.20.vec.extract.3.i
-  %1212 = select i1 %1211, float %1210, float %peak.rf267.sroa.0.20.vec.extract.3.i
-  %peak.rf267.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 6
-  %1213 = fcmp ogt float %1212, %peak.rf267.sroa.0.24.vec.extract.3.i
-  %1214 = select i1 %1213, float %1212, float %peak.rf267.sroa.0.24.vec.extract.3.i
-  %peak.rf267.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 7
-  %1215 = fcmp ogt float %1214, %peak.rf267.sroa.0.28.vec.extract.3.i
-  %1216 = select i1 %1215, float %1214, float %peak.rf267.sroa.0.28.vec.extract.3.i
-  %peak.rf267.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 8
-  %1217 = fcmp ogt float %1216, %peak.rf267.sroa.0.32.vec.extract.3.i
-  %1218 = select i1 %1217, float %1216, float %peak.rf267.sroa.0.32.vec.extract.3.i
-  %peak.rf267.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 9
-  %1219 = fcmp ogt float %1218, %peak.rf267.sroa.0.36.vec.extract.3.i
-  %1220 = select i1 %1219, float %1218, float %peak.rf267.sroa.0.36.vec.extract.3.i
-  %peak.rf267.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 10
-  %1221 = fcmp ogt float %1220, %peak.rf267.sroa.0.40.vec.extract.3.i
-  %1222 = select i1 %1221, float %1220, float %peak.rf267.sroa.0.40.vec.extract.3.i
-  %peak.rf267.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 11
-  %1223 = fcmp ogt float %1222, %peak.rf267.sroa.0.44.vec.extract.3.i
-  %1224 = select i1 %1223, float %1222, float %peak.rf267.sroa.0.44.vec.extract.3.i
-  %peak.rf267.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 12
-  %1225 = fcmp ogt float %1224, %peak.rf267.sroa.0.48.vec.extract.3.i
-  %1226 = select i1 %1225, float %1224, float %peak.rf267.sroa.0.48.vec.extract.3.i
-  %peak.rf267.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 13
-  %1227 = fcmp ogt float %1226, %peak.rf267.sroa.0.52.vec.extract.3.i
-  %1228 = select i1 %1227, float %1226, float %peak.rf267.sroa.0.52.vec.extract.3.i
-  %peak.rf267.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 14
-  %1229 = fcmp ogt float %1228, %peak.rf267.sroa.0.56.vec.extract.3.i
-  %1230 = select i1 %1229, float %1228, float %peak.rf267.sroa.0.56.vec.extract.3.i
-  %peak.rf267.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.3.i, i64 15
-  %1231 = fcmp ogt float %1230, %peak.rf267.sroa.0.60.vec.extract.3.i
-  %1232 = select i1 %1231, float %1230, float %peak.rf267.sroa.0.60.vec.extract.3.i
-  %peak268.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak268.sroa.0.8.vec.insert.i, float %1232, i64 3
-  br label %for_begin_r75.preheader.i
-
-for_body_ax164.i:                                 ; preds = %for_body_ax164.i, %for_body_ax164.i.preheader
-  %indvars.iv733.i = phi i64 [ %indvars.iv.next734.i.7, %for_body_ax164.i ], [ 0, %for_body_ax164.i.preheader ]
-  %peak.rf_global266.sroa.0.0473.i = phi <16 x float> [ %1271, %for_body_ax164.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.i.preheader ]
-  %niter234 = phi i64 [ %niter234.next.7, %for_body_ax164.i ], [ 0, %for_body_ax164.i.preheader ]
-  %.idx920.i = shl nsw i64 %indvars.iv733.i, 6
-  %1233 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx920.i
-  %1234 = load <16 x float>, ptr %1233, align 4, !tbaa !9
-  %1235 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.i, %1234
-  %1236 = select <16 x i1> %1235, <16 x float> %peak.rf_global266.sroa.0.0473.i, <16 x float> %1234
-  %indvars.iv.next734.i = shl i64 %indvars.iv733.i, 6
-  %1237 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i
-  %1238 = getelementptr inbounds nuw i8, ptr %1237, i64 64
-  %1239 = load <16 x float>, ptr %1238, align 4, !tbaa !9
-  %1240 = fcmp ogt <16 x float> %1236, %1239
-  %1241 = select <16 x i1> %1240, <16 x float> %1236, <16 x float> %1239
-  %indvars.iv.next734.i.1 = shl i64 %indvars.iv733.i, 6
-  %1242 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.1
-  %1243 = getelementptr inbounds nuw i8, ptr %1242, i64 128
-  %1244 = load <16 x float>, ptr %1243, align 4, !tbaa !9
-  %1245 = fcmp ogt <16 x float> %1241, %1244
-  %1246 = select <16 x i1> %1245, <16 x float> %1241, <16 x float> %1244
-  %indvars.iv.next734.i.2 = shl i64 %indvars.iv733.i, 6
-  %1247 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.2
-  %1248 = getelementptr inbounds nuw i8, ptr %1247, i64 192
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !9
-  %1250 = fcmp ogt <16 x float> %1246, %1249
-  %1251 = select <16 x i1> %1250, <16 x float> %1246, <16 x float> %1249
-  %indvars.iv.next734.i.3 = shl i64 %indvars.iv733.i, 6
-  %1252 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.3
-  %1253 = getelementptr inbounds nuw i8, ptr %1252, i64 256
-  %1254 = load <16 x float>, ptr %1253, align 4, !tbaa !9
-  %1255 = fcmp ogt <16 x float> %1251, %1254
-  %1256 = select <16 x i1> %1255, <16 x float> %1251, <16 x float> %1254
-  %indvars.iv.next734.i.4 = shl i64 %indvars.iv733.i, 6
-  %1257 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.4
-  %1258 = getelementptr inbounds nuw i8, ptr %1257, i64 320
-  %1259 = load <16 x float>, ptr %1258, align 4, !tbaa !9
-  %1260 = fcmp ogt <16 x float> %1256, %1259
-  %1261 = select <16 x i1> %1260, <16 x float> %1256, <16 x float> %1259
-  %indvars.iv.next734.i.5 = shl i64 %indvars.iv733.i, 6
-  %1262 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.5
-  %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 384
-  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !9
-  %1265 = fcmp ogt <16 x float> %1261, %1264
-  %1266 = select <16 x i1> %1265, <16 x float> %1261, <16 x float> %1264
-  %indvars.iv.next734.i.6 = shl i64 %indvars.iv733.i, 6
-  %1267 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.6
-  %1268 = getelementptr inbounds nuw i8, ptr %1267, i64 448
-  %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !9
-  %1270 = fcmp ogt <16 x float> %1266, %1269
-  %1271 = select <16 x i1> %1270, <16 x float> %1266, <16 x float> %1269
-  %indvars.iv.next734.i.7 = add nuw nsw i64 %indvars.iv733.i, 8
-  %niter234.next.7 = add i64 %niter234, 8
-  %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
-  br i1 %niter234.ncmp.7, label %for_end_ax165.i.loopexit.unr-lcssa, label %for_body_ax164.i, !prof !36, !llvm.loop !37
-
-for_end_ax165.i.loopexit.unr-lcssa:               ; preds = %for_body_ax164.i
-  br i1 %lcmp.mod230.not, label %for_end_ax165.i, label %for_body_ax164.i.epil.preheader, !prof !39
-
-for_body_ax164.i.epil.preheader:                  ; preds = %for_end_ax165.i.loopexit.unr-lcssa, %for_body_ax164.i.preheader
-  %indvars.iv733.i.epil.init = phi i64 [ 0, %for_body_ax164.i.preheader ], [ %indvars.iv.next734.i.7, %for_end_ax165.i.loopexit.unr-lcssa ]
-  %peak.rf_global266.sroa.0.0473.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.i.preheader ], [ %1271, %for_end_ax165.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod232)
-  br label %for_body_ax164.i.epil
-
-for_body_ax164.i.epil:                            ; preds = %for_body_ax164.i.epil, %for_body_ax164.i.epil.preheader
-  %indvars.iv733.i.epil = phi i64 [ %indvars.iv.next734.i.epil, %for_body_ax164.i.epil ], [ %indvars.iv733.i.epil.init, %for_body_ax164.i.epil.preheader ]
-  %peak.rf_global266.sroa.0.0473.i.epil = phi <16 x float> [ %1275, %for_body_ax164.i.epil ], [ %peak.rf_global266.sroa.0.0473.i.epil.init, %for_body_ax164.i.epil.preheader ]
-  %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax164.i.epil ], [ 0, %for_body_ax164.i.epil.preheader ]
-  %.idx920.i.epil = shl nsw i64 %indvars.iv733.i.epil, 6
-  %1272 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx920.i.epil
-  %1273 = load <16 x float>, ptr %1272, align 4, !tbaa !9
-  %1274 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.i.epil, %1273
-  %1275 = select <16 x i1> %1274, <16 x float> %peak.rf_global266.sroa.0.0473.i.epil, <16 x float> %1273
-  %indvars.iv.next734.i.epil = add nuw nsw i64 %indvars.iv733.i.epil, 1
-  %epil.iter229.next = add i64 %epil.iter229, 1
-  %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
-  br i1 %epil.iter229.cmp.not, label %for_end_ax165.i, label %for_body_ax164.i.epil, !prof !24, !llvm.loop !40
-
-for_end_ax165.i:                                  ; preds = %for_body_ax164.i.epil, %for_end_ax165.i.loopexit.unr-lcssa, %for_end_to.thread.i
-  %scaled929931934.i = phi ptr [ %scaled928.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax164.i.epil ], [ %scaled.i, %for_end_ax165.i.loopexit.unr-lcssa ]
-  %peak.rf_global266.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to.thread.i ], [ %1271, %for_end_ax165.i.loopexit.unr-lcssa ], [ %1275, %for_body_ax164.i.epil ]
-  %peak.rf267.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 0
-  %1276 = fcmp olt float %peak.rf267.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1277 = select i1 %1276, float 0xC7EFFFFFE0000000, float %peak.rf267.sroa.0.0.vec.extract.i
-  %peak.rf267.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 1
-  %1278 = fcmp ogt float %1277, %peak.rf267.sroa.0.4.vec.extract.i
-  %1279 = select i1 %1278, float %1277, float %peak.rf267.sroa.0.4.vec.extract.i
-  %peak.rf267.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 2
-  %1280 = fcmp ogt float %1279, %peak.rf267.sroa.0.8.vec.extract.i
-  %1281 = select i1 %1280, float %1279, float %peak.rf267.sroa.0.8.vec.extract.i
-  %peak.rf267.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 3
-  %1282 = fcmp ogt float %1281, %peak.rf267.sroa.0.12.vec.extract.i
-  %1283 = select i1 %1282, float %1281, float %peak.rf267.sroa.0.12.vec.extract.i
-  %peak.rf267.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 4
-  %1284 = fcmp ogt float %1283, %peak.rf267.sroa.0.16.vec.extract.i
-  %1285 = select i1 %1284, float %1283, float %peak.rf267.sroa.0.16.vec.extract.i
-  %peak.rf267.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 5
-  %1286 = fcmp ogt float %1285, %peak.rf267.sroa.0.20.vec.extract.i
-  %1287 = select i1 %1286, float %1285, float %peak.rf267.sroa.0.20.vec.extract.i
-  %peak.rf267.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 6
-  %1288 = fcmp ogt float %1287, %peak.rf267.sroa.0.24.vec.extract.i
-  %1289 = select i1 %1288, float %1287, float %peak.rf267.sroa.0.24.vec.extract.i
-  %peak.rf267.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 7
-  %1290 = fcmp ogt float %1289, %peak.rf267.sroa.0.28.vec.extract.i
-  %1291 = select i1 %1290, float %1289, float %peak.rf267.sroa.0.28.vec.extract.i
-  %peak.rf267.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 8
-  %1292 = fcmp ogt float %1291, %peak.rf267.sroa.0.32.vec.extract.i
-  %1293 = select i1 %1292, float %1291, float %peak.rf267.sroa.0.32.vec.extract.i
-  %peak.rf267.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 9
-  %1294 = fcmp ogt float %1293, %peak.rf267.sroa.0.36.vec.extract.i
-  %1295 = select i1 %1294, float %1293, float %peak.rf267.sroa.0.36.vec.extract.i
-  %peak.rf267.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 10
-  %1296 = fcmp ogt float %1295, %peak.rf267.sroa.0.40.vec.extract.i
-  %1297 = select i1 %1296, float %1295, float %peak.rf267.sroa.0.40.vec.extract.i
-  %peak.rf267.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 11
-  %1298 = fcmp ogt float %1297, %peak.rf267.sroa.0.44.vec.extract.i
-  %1299 = select i1 %1298, float %1297, float %peak.rf267.sroa.0.44.vec.extract.i
-  %peak.rf267.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 12
-  %1300 = fcmp ogt float %1299, %peak.rf267.sroa.0.48.vec.extract.i
-  %1301 = select i1 %1300, float %1299, float %peak.rf267.sroa.0.48.vec.extract.i
-  %peak.rf267.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 13
-  %1302 = fcmp ogt float %1301, %peak.rf267.sroa.0.52.vec.extract.i
-  %1303 = select i1 %1302, float %1301, float %peak.rf267.sroa.0.52.vec.extract.i
-  %peak.rf267.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 14
-  %1304 = fcmp ogt float %1303, %peak.rf267.sroa.0.56.vec.extract.i
-  %1305 = select i1 %1304, float %1303, float %peak.rf267.sroa.0.56.vec.extract.i
-  %peak.rf267.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.i, i64 15
-  %1306 = fcmp ogt float %1305, %peak.rf267.sroa.0.60.vec.extract.i
-  %1307 = select i1 %1306, float %1305, float %peak.rf267.sroa.0.60.vec.extract.i
-  %peak268.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1307, i64 0
-  br i1 %497, label %for_body_ax164.1.i.preheader, label %for_end_ax165.1.i, !prof !3
-
-for_body_ax164.1.i.preheader:                     ; preds = %for_end_ax165.i
-  br i1 %514, label %for_body_ax164.1.i.epil.preheader, label %for_body_ax164.1.i, !prof !35
-
-for_body_ax164.1.i:                               ; preds = %for_body_ax164.1.i, %for_body_ax164.1.i.preheader
-  %indvars.iv733.1.i = phi i64 [ %indvars.iv.next734.1.i.7, %for_body_ax164.1.i ], [ 0, %for_body_ax164.1.i.preheader ]
-  %peak.rf_global266.sroa.0.0473.1.i = phi <16 x float> [ %1347, %for_body_ax164.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.1.i.preheader ]
-  %niter241 = phi i64 [ %niter241.next.7, %for_body_ax164.1.i ], [ 0, %for_body_ax164.1.i.preheader ]
-  %.idx921.i = shl nsw i64 %indvars.iv733.1.i, 6
-  %1308 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx921.i
-  %1309 = getelementptr inbounds nuw i8, ptr %1308, i64 512
-  %1310 = load <16 x float>, ptr %1309, align 4, !tbaa !9
-  %1311 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.1.i, %1310
-  %1312 = select <16 x i1> %1311, <16 x float> %peak.rf_global266.sroa.0.0473.1.i, <16 x float> %1310
-  %indvars.iv.next734.1.i = shl i64 %indvars.iv733.1.i, 6
-  %1313 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i
-  %1314 = getelementptr inbounds nuw i8, ptr %1313, i64 576
-  %1315 = load <16 x float>, ptr %1314, align 4, !tbaa !9
-  %1316 = fcmp ogt <16 x float> %1312, %1315
-  %1317 = select <16 x i1> %1316, <16 x float> %1312, <16 x float> %1315
-  %indvars.iv.next734.1.i.1 = shl i64 %indvars.iv733.1.i, 6
-  %1318 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.1
-  %1319 = getelementptr inbounds nuw i8, ptr %1318, i64 640
-  %1320 = load <16 x float>, ptr %1319, align 4, !tbaa !9
-  %1321 = fcmp ogt <16 x float> %1317, %1320
-  %1322 = select <16 x i1> %1321, <16 x float> %1317, <16 x float> %1320
-  %indvars.iv.next734.1.i.2 = shl i64 %indvars.iv733.1.i, 6
-  %1323 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.2
-  %1324 = getelementptr inbounds nuw i8, ptr %1323, i64 704
-  %1325 = load <16 x float>, ptr %1324, align 4, !tbaa !9
-  %1326 = fcmp ogt <16 x float> %1322, %1325
-  %1327 = select <16 x i1> %1326, <16 x float> %1322, <16 x float> %1325
-  %indvars.iv.next734.1.i.3 = shl i64 %indvars.iv733.1.i, 6
-  %1328 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.3
-  %1329 = getelementptr inbounds nuw i8, ptr %1328, i64 768
-  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !9
-  %1331 = fcmp ogt <16 x float> %1327, %1330
-  %1332 = select <16 x i1> %1331, <16 x float> %1327, <16 x float> %1330
-  %indvars.iv.next734.1.i.4 = shl i64 %indvars.iv733.1.i, 6
-  %1333 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.4
-  %1334 = getelementptr inbounds nuw i8, ptr %1333, i64 832
-  %1335 = load <16 x float>, ptr %1334, align 4, !tbaa !9
-  %1336 = fcmp ogt <16 x float> %1332, %1335
-  %1337 = select <16 x i1> %1336, <16 x float> %1332, <16 x float> %1335
-  %indvars.iv.next734.1.i.5 = shl i64 %indvars.iv733.1.i, 6
-  %1338 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.5
-  %1339 = getelementptr inbounds nuw i8, ptr %1338, i64 896
-  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !9
-  %1341 = fcmp ogt <16 x float> %1337, %1340
-  %1342 = select <16 x i1> %1341, <16 x float> %1337, <16 x float> %1340
-  %indvars.iv.next734.1.i.6 = shl i64 %indvars.iv733.1.i, 6
-  %1343 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.1.i.6
-  %1344 = getelementptr inbounds nuw i8, ptr %1343, i64 960
-  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !9
-  %1346 = fcmp ogt <16 x float> %1342, %1345
-  %1347 = select <16 x i1> %1346, <16 x float> %1342, <16 x float> %1345
-  %indvars.iv.next734.1.i.7 = add nuw nsw i64 %indvars.iv733.1.i, 8
-  %niter241.next.7 = add i64 %niter241, 8
-  %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
-  br i1 %niter241.ncmp.7, label %for_end_ax165.1.i.loopexit.unr-lcssa, label %for_body_ax164.1.i, !prof !36, !llvm.loop !41
-
-for_end_ax165.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.1.i
-  br i1 %lcmp.mod237.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil.preheader, !prof !39
-
-for_body_ax164.1.i.epil.preheader:                ; preds = %for_end_ax165.1.i.loopexit.unr-lcssa, %for_body_ax164.1.i.preheader
-  %indvars.iv733.1.i.epil.init = phi i64 [ 0, %for_body_ax164.1.i.preheader ], [ %indvars.iv.next734.1.i.7, %for_end_ax165.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global266.sroa.0.0473.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.1.i.preheader ], [ %1347, %for_end_ax165.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod239)
-  br label %for_body_ax164.1.i.epil
-
-for_body_ax164.1.i.epil:                          ; preds = %for_body_ax164.1.i.epil, %for_body_ax164.1.i.epil.preheader
-  %indvars.iv733.1.i.epil = phi i64 [ %indvars.iv.next734.1.i.epil, %for_body_ax164.1.i.epil ], [ %indvars.iv733.1.i.epil.init, %for_body_ax164.1.i.epil.preheader ]
-  %peak.rf_global266.sroa.0.0473.1.i.epil = phi <16 x float> [ %1352, %for_body_ax164.1.i.epil ], [ %peak.rf_global266.sroa.0.0473.1.i.epil.init, %for_body_ax164.1.i.epil.preheader ]
-  %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax164.1.i.epil ], [ 0, %for_body_ax164.1.i.epil.preheader ]
-  %.idx921.i.epil = shl nsw i64 %indvars.iv733.1.i.epil, 6
-  %1348 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx921.i.epil
-  %1349 = getelementptr inbounds nuw i8, ptr %1348, i64 512
-  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !9
-  %1351 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.1.i.epil, %1350
-  %1352 = select <16 x i1> %1351, <16 x float> %peak.rf_global266.sroa.0.0473.1.i.epil, <16 x float> %1350
-  %indvars.iv.next734.1.i.epil = add nuw nsw i64 %indvars.iv733.1.i.epil, 1
-  %epil.iter236.next = add i64 %epil.iter236, 1
-  %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
-  br i1 %epil.iter236.cmp.not, label %for_end_ax165.1.i, label %for_body_ax164.1.i.epil, !prof !24, !llvm.loop !42
-
-for_end_ax165.1.i:                                ; preds = %for_body_ax164.1.i.epil, %for_end_ax165.1.i.loopexit.unr-lcssa, %for_end_ax165.i
-  %peak.rf_global266.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.i ], [ %1347, %for_end_ax165.1.i.loopexit.unr-lcssa ], [ %1352, %for_body_ax164.1.i.epil ]
-  %peak.rf267.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 0
-  %1353 = fcmp olt float %peak.rf267.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1354 = select i1 %1353, float 0xC7EFFFFFE0000000, float %peak.rf267.sroa.0.0.vec.extract.1.i
-  %peak.rf267.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 1
-  %1355 = fcmp ogt float %1354, %peak.rf267.sroa.0.4.vec.extract.1.i
-  %1356 = select i1 %1355, float %1354, float %peak.rf267.sroa.0.4.vec.extract.1.i
-  %peak.rf267.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 2
-  %1357 = fcmp ogt float %1356, %peak.rf267.sroa.0.8.vec.extract.1.i
-  %1358 = select i1 %1357, float %1356, float %peak.rf267.sroa.0.8.vec.extract.1.i
-  %peak.rf267.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 3
-  %1359 = fcmp ogt float %1358, %peak.rf267.sroa.0.12.vec.extract.1.i
-  %1360 = select i1 %1359, float %1358, float %peak.rf267.sroa.0.12.vec.extract.1.i
-  %peak.rf267.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 4
-  %1361 = fcmp ogt float %1360, %peak.rf267.sroa.0.16.vec.extract.1.i
-  %1362 = select i1 %1361, float %1360, float %peak.rf267.sroa.0.16.vec.extract.1.i
-  %peak.rf267.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 5
-  %1363 = fcmp ogt float %1362, %peak.rf267.sroa.0.20.vec.extract.1.i
-  %1364 = select i1 %1363, float %1362, float %peak.rf267.sroa.0.20.vec.extract.1.i
-  %peak.rf267.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 6
-  %1365 = fcmp ogt float %1364, %peak.rf267.sroa.0.24.vec.extract.1.i
-  %1366 = select i1 %1365, float %1364, float %peak.rf267.sroa.0.24.vec.extract.1.i
-  %peak.rf267.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 7
-  %1367 = fcmp ogt float %1366, %peak.rf267.sroa.0.28.vec.extract.1.i
-  %1368 = select i1 %1367, float %1366, float %peak.rf267.sroa.0.28.vec.extract.1.i
-  %peak.rf267.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 8
-  %1369 = fcmp ogt float %1368, %peak.rf267.sroa.0.32.vec.extract.1.i
-  %1370 = select i1 %1369, float %1368, float %peak.rf267.sroa.0.32.vec.extract.1.i
-  %peak.rf267.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 9
-  %1371 = fcmp ogt float %1370, %peak.rf267.sroa.0.36.vec.extract.1.i
-  %1372 = select i1 %1371, float %1370, float %peak.rf267.sroa.0.36.vec.extract.1.i
-  %peak.rf267.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 10
-  %1373 = fcmp ogt float %1372, %peak.rf267.sroa.0.40.vec.extract.1.i
-  %1374 = select i1 %1373, float %1372, float %peak.rf267.sroa.0.40.vec.extract.1.i
-  %peak.rf267.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 11
-  %1375 = fcmp ogt float %1374, %peak.rf267.sroa.0.44.vec.extract.1.i
-  %1376 = select i1 %1375, float %1374, float %peak.rf267.sroa.0.44.vec.extract.1.i
-  %peak.rf267.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 12
-  %1377 = fcmp ogt float %1376, %peak.rf267.sroa.0.48.vec.extract.1.i
-  %1378 = select i1 %1377, float %1376, float %peak.rf267.sroa.0.48.vec.extract.1.i
-  %peak.rf267.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 13
-  %1379 = fcmp ogt float %1378, %peak.rf267.sroa.0.52.vec.extract.1.i
-  %1380 = select i1 %1379, float %1378, float %peak.rf267.sroa.0.52.vec.extract.1.i
-  %peak.rf267.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 14
-  %1381 = fcmp ogt float %1380, %peak.rf267.sroa.0.56.vec.extract.1.i
-  %1382 = select i1 %1381, float %1380, float %peak.rf267.sroa.0.56.vec.extract.1.i
-  %peak.rf267.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.1.i, i64 15
-  %1383 = fcmp ogt float %1382, %peak.rf267.sroa.0.60.vec.extract.1.i
-  %1384 = select i1 %1383, float %1382, float %peak.rf267.sroa.0.60.vec.extract.1.i
-  %peak268.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak268.sroa.0.0.vec.insert.i, float %1384, i64 1
-  br i1 %497, label %for_body_ax164.2.i.preheader, label %for_end_ax165.2.i, !prof !3
-
-for_body_ax164.2.i.preheader:                     ; preds = %for_end_ax165.1.i
-  br i1 %515, label %for_body_ax164.2.i.epil.preheader, label %for_body_ax164.2.i, !prof !35
-
-for_body_ax164.2.i:                               ; preds = %for_body_ax164.2.i, %for_body_ax164.2.i.preheader
-  %indvars.iv733.2.i = phi i64 [ %indvars.iv.next734.2.i.7, %for_body_ax164.2.i ], [ 0, %for_body_ax164.2.i.preheader ]
-  %peak.rf_global266.sroa.0.0473.2.i = phi <16 x float> [ %1424, %for_body_ax164.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.2.i.preheader ]
-  %niter248 = phi i64 [ %niter248.next.7, %for_body_ax164.2.i ], [ 0, %for_body_ax164.2.i.preheader ]
-  %.idx922.i = shl nsw i64 %indvars.iv733.2.i, 6
-  %1385 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx922.i
-  %1386 = getelementptr inbounds nuw i8, ptr %1385, i64 1024
-  %1387 = load <16 x float>, ptr %1386, align 4, !tbaa !9
-  %1388 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.2.i, %1387
-  %1389 = select <16 x i1> %1388, <16 x float> %peak.rf_global266.sroa.0.0473.2.i, <16 x float> %1387
-  %indvars.iv.next734.2.i = shl i64 %indvars.iv733.2.i, 6
-  %1390 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i
-  %1391 = getelementptr inbounds nuw i8, ptr %1390, i64 1088
-  %1392 = load <16 x float>, ptr %1391, align 4, !tbaa !9
-  %1393 = fcmp ogt <16 x float> %1389, %1392
-  %1394 = select <16 x i1> %1393, <16 x float> %1389, <16 x float> %1392
-  %indvars.iv.next734.2.i.1 = shl i64 %indvars.iv733.2.i, 6
-  %1395 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.1
-  %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 1152
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !9
-  %1398 = fcmp ogt <16 x float> %1394, %1397
-  %1399 = select <16 x i1> %1398, <16 x float> %1394, <16 x float> %1397
-  %indvars.iv.next734.2.i.2 = shl i64 %indvars.iv733.2.i, 6
-  %1400 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.2
-  %1401 = getelementptr inbounds nuw i8, ptr %1400, i64 1216
-  %1402 = load <16 x float>, ptr %1401, align 4, !tbaa !9
-  %1403 = fcmp ogt <16 x float> %1399, %1402
-  %1404 = select <16 x i1> %1403, <16 x float> %1399, <16 x float> %1402
-  %indvars.iv.next734.2.i.3 = shl i64 %indvars.iv733.2.i, 6
-  %1405 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.3
-  %1406 = getelementptr inbounds nuw i8, ptr %1405, i64 1280
-  %1407 = load <16 x float>, ptr %1406, align 4, !tbaa !9
-  %1408 = fcmp ogt <16 x float> %1404, %1407
-  %1409 = select <16 x i1> %1408, <16 x float> %1404, <16 x float> %1407
-  %indvars.iv.next734.2.i.4 = shl i64 %indvars.iv733.2.i, 6
-  %1410 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.4
-  %1411 = getelementptr inbounds nuw i8, ptr %1410, i64 1344
-  %1412 = load <16 x float>, ptr %1411, align 4, !tbaa !9
-  %1413 = fcmp ogt <16 x float> %1409, %1412
-  %1414 = select <16 x i1> %1413, <16 x float> %1409, <16 x float> %1412
-  %indvars.iv.next734.2.i.5 = shl i64 %indvars.iv733.2.i, 6
-  %1415 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.5
-  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 1408
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !9
-  %1418 = fcmp ogt <16 x float> %1414, %1417
-  %1419 = select <16 x i1> %1418, <16 x float> %1414, <16 x float> %1417
-  %indvars.iv.next734.2.i.6 = shl i64 %indvars.iv733.2.i, 6
-  %1420 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.2.i.6
-  %1421 = getelementptr inbounds nuw i8, ptr %1420, i64 1472
-  %1422 = load <16 x float>, ptr %1421, align 4, !tbaa !9
-  %1423 = fcmp ogt <16 x float> %1419, %1422
-  %1424 = select <16 x i1> %1423, <16 x float> %1419, <16 x float> %1422
-  %indvars.iv.next734.2.i.7 = add nuw nsw i64 %indvars.iv733.2.i, 8
-  %niter248.next.7 = add i64 %niter248, 8
-  %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
-  br i1 %niter248.ncmp.7, label %for_end_ax165.2.i.loopexit.unr-lcssa, label %for_body_ax164.2.i, !prof !36, !llvm.loop !43
-
-for_end_ax165.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.2.i
-  br i1 %lcmp.mod244.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil.preheader, !prof !39
-
-for_body_ax164.2.i.epil.preheader:                ; preds = %for_end_ax165.2.i.loopexit.unr-lcssa, %for_body_ax164.2.i.preheader
-  %indvars.iv733.2.i.epil.init = phi i64 [ 0, %for_body_ax164.2.i.preheader ], [ %indvars.iv.next734.2.i.7, %for_end_ax165.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global266.sroa.0.0473.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.2.i.preheader ], [ %1424, %for_end_ax165.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod246)
-  br label %for_body_ax164.2.i.epil
-
-for_body_ax164.2.i.epil:                          ; preds = %for_body_ax164.2.i.epil, %for_body_ax164.2.i.epil.preheader
-  %indvars.iv733.2.i.epil = phi i64 [ %indvars.iv.next734.2.i.epil, %for_body_ax164.2.i.epil ], [ %indvars.iv733.2.i.epil.init, %for_body_ax164.2.i.epil.preheader ]
-  %peak.rf_global266.sroa.0.0473.2.i.epil = phi <16 x float> [ %1429, %for_body_ax164.2.i.epil ], [ %peak.rf_global266.sroa.0.0473.2.i.epil.init, %for_body_ax164.2.i.epil.preheader ]
-  %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax164.2.i.epil ], [ 0, %for_body_ax164.2.i.epil.preheader ]
-  %.idx922.i.epil = shl nsw i64 %indvars.iv733.2.i.epil, 6
-  %1425 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx922.i.epil
-  %1426 = getelementptr inbounds nuw i8, ptr %1425, i64 1024
-  %1427 = load <16 x float>, ptr %1426, align 4, !tbaa !9
-  %1428 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.2.i.epil, %1427
-  %1429 = select <16 x i1> %1428, <16 x float> %peak.rf_global266.sroa.0.0473.2.i.epil, <16 x float> %1427
-  %indvars.iv.next734.2.i.epil = add nuw nsw i64 %indvars.iv733.2.i.epil, 1
-  %epil.iter243.next = add i64 %epil.iter243, 1
-  %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
-  br i1 %epil.iter243.cmp.not, label %for_end_ax165.2.i, label %for_body_ax164.2.i.epil, !prof !24, !llvm.loop !44
-
-for_end_ax165.2.i:                                ; preds = %for_body_ax164.2.i.epil, %for_end_ax165.2.i.loopexit.unr-lcssa, %for_end_ax165.1.i
-  %peak.rf_global266.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.1.i ], [ %1424, %for_end_ax165.2.i.loopexit.unr-lcssa ], [ %1429, %for_body_ax164.2.i.epil ]
-  %peak.rf267.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 0
-  %1430 = fcmp olt float %peak.rf267.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1431 = select i1 %1430, float 0xC7EFFFFFE0000000, float %peak.rf267.sroa.0.0.vec.extract.2.i
-  %peak.rf267.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 1
-  %1432 = fcmp ogt float %1431, %peak.rf267.sroa.0.4.vec.extract.2.i
-  %1433 = select i1 %1432, float %1431, float %peak.rf267.sroa.0.4.vec.extract.2.i
-  %peak.rf267.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 2
-  %1434 = fcmp ogt float %1433, %peak.rf267.sroa.0.8.vec.extract.2.i
-  %1435 = select i1 %1434, float %1433, float %peak.rf267.sroa.0.8.vec.extract.2.i
-  %peak.rf267.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 3
-  %1436 = fcmp ogt float %1435, %peak.rf267.sroa.0.12.vec.extract.2.i
-  %1437 = select i1 %1436, float %1435, float %peak.rf267.sroa.0.12.vec.extract.2.i
-  %peak.rf267.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 4
-  %1438 = fcmp ogt float %1437, %peak.rf267.sroa.0.16.vec.extract.2.i
-  %1439 = select i1 %1438, float %1437, float %peak.rf267.sroa.0.16.vec.extract.2.i
-  %peak.rf267.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 5
-  %1440 = fcmp ogt float %1439, %peak.rf267.sroa.0.20.vec.extract.2.i
-  %1441 = select i1 %1440, float %1439, float %peak.rf267.sroa.0.20.vec.extract.2.i
-  %peak.rf267.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 6
-  %1442 = fcmp ogt float %1441, %peak.rf267.sroa.0.24.vec.extract.2.i
-  %1443 = select i1 %1442, float %1441, float %peak.rf267.sroa.0.24.vec.extract.2.i
-  %peak.rf267.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 7
-  %1444 = fcmp ogt float %1443, %peak.rf267.sroa.0.28.vec.extract.2.i
-  %1445 = select i1 %1444, float %1443, float %peak.rf267.sroa.0.28.vec.extract.2.i
-  %peak.rf267.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 8
-  %1446 = fcmp ogt float %1445, %peak.rf267.sroa.0.32.vec.extract.2.i
-  %1447 = select i1 %1446, float %1445, float %peak.rf267.sroa.0.32.vec.extract.2.i
-  %peak.rf267.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 9
-  %1448 = fcmp ogt float %1447, %peak.rf267.sroa.0.36.vec.extract.2.i
-  %1449 = select i1 %1448, float %1447, float %peak.rf267.sroa.0.36.vec.extract.2.i
-  %peak.rf267.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 10
-  %1450 = fcmp ogt float %1449, %peak.rf267.sroa.0.40.vec.extract.2.i
-  %1451 = select i1 %1450, float %1449, float %peak.rf267.sroa.0.40.vec.extract.2.i
-  %peak.rf267.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 11
-  %1452 = fcmp ogt float %1451, %peak.rf267.sroa.0.44.vec.extract.2.i
-  %1453 = select i1 %1452, float %1451, float %peak.rf267.sroa.0.44.vec.extract.2.i
-  %peak.rf267.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 12
-  %1454 = fcmp ogt float %1453, %peak.rf267.sroa.0.48.vec.extract.2.i
-  %1455 = select i1 %1454, float %1453, float %peak.rf267.sroa.0.48.vec.extract.2.i
-  %peak.rf267.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 13
-  %1456 = fcmp ogt float %1455, %peak.rf267.sroa.0.52.vec.extract.2.i
-  %1457 = select i1 %1456, float %1455, float %peak.rf267.sroa.0.52.vec.extract.2.i
-  %peak.rf267.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 14
-  %1458 = fcmp ogt float %1457, %peak.rf267.sroa.0.56.vec.extract.2.i
-  %1459 = select i1 %1458, float %1457, float %peak.rf267.sroa.0.56.vec.extract.2.i
-  %peak.rf267.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global266.sroa.0.0.lcssa.2.i, i64 15
-  %1460 = fcmp ogt float %1459, %peak.rf267.sroa.0.60.vec.extract.2.i
-  %1461 = select i1 %1460, float %1459, float %peak.rf267.sroa.0.60.vec.extract.2.i
-  %peak268.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak268.sroa.0.4.vec.insert.i, float %1461, i64 2
-  br i1 %497, label %for_body_ax164.3.i.preheader, label %for_end_ax165.3.i, !prof !3
-
-for_body_ax164.3.i.preheader:                     ; preds = %for_end_ax165.2.i
-  br i1 %516, label %for_body_ax164.3.i.epil.preheader, label %for_body_ax164.3.i, !prof !35
-
-for_body_ax164.3.i:                               ; preds = %for_body_ax164.3.i, %for_body_ax164.3.i.preheader
-  %indvars.iv733.3.i = phi i64 [ %indvars.iv.next734.3.i.7, %for_body_ax164.3.i ], [ 0, %for_body_ax164.3.i.preheader ]
-  %peak.rf_global266.sroa.0.0473.3.i = phi <16 x float> [ %1501, %for_body_ax164.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.3.i.preheader ]
-  %niter255 = phi i64 [ %niter255.next.7, %for_body_ax164.3.i ], [ 0, %for_body_ax164.3.i.preheader ]
-  %.idx923.i = shl nsw i64 %indvars.iv733.3.i, 6
-  %1462 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx923.i
-  %1463 = getelementptr inbounds nuw i8, ptr %1462, i64 1536
-  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !9
-  %1465 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.3.i, %1464
-  %1466 = select <16 x i1> %1465, <16 x float> %peak.rf_global266.sroa.0.0473.3.i, <16 x float> %1464
-  %indvars.iv.next734.3.i = shl i64 %indvars.iv733.3.i, 6
-  %1467 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i
-  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1600
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !9
-  %1470 = fcmp ogt <16 x float> %1466, %1469
-  %1471 = select <16 x i1> %1470, <16 x float> %1466, <16 x float> %1469
-  %indvars.iv.next734.3.i.1 = shl i64 %indvars.iv733.3.i, 6
-  %1472 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.1
-  %1473 = getelementptr inbounds nuw i8, ptr %1472, i64 1664
-  %1474 = load <16 x float>, ptr %1473, align 4, !tbaa !9
-  %1475 = fcmp ogt <16 x float> %1471, %1474
-  %1476 = select <16 x i1> %1475, <16 x float> %1471, <16 x float> %1474
-  %indvars.iv.next734.3.i.2 = shl i64 %indvars.iv733.3.i, 6
-  %1477 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.2
-  %1478 = getelementptr inbounds nuw i8, ptr %1477, i64 1728
-  %1479 = load <16 x float>, ptr %1478, align 4, !tbaa !9
-  %1480 = fcmp ogt <16 x float> %1476, %1479
-  %1481 = select <16 x i1> %1480, <16 x float> %1476, <16 x float> %1479
-  %indvars.iv.next734.3.i.3 = shl i64 %indvars.iv733.3.i, 6
-  %1482 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.3
-  %1483 = getelementptr inbounds nuw i8, ptr %1482, i64 1792
-  %1484 = load <16 x float>, ptr %1483, align 4, !tbaa !9
-  %1485 = fcmp ogt <16 x float> %1481, %1484
-  %1486 = select <16 x i1> %1485, <16 x float> %1481, <16 x float> %1484
-  %indvars.iv.next734.3.i.4 = shl i64 %indvars.iv733.3.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.4
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1856
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !9
-  %1490 = fcmp ogt <16 x float> %1486, %1489
-  %1491 = select <16 x i1> %1490, <16 x float> %1486, <16 x float> %1489
-  %indvars.iv.next734.3.i.5 = shl i64 %indvars.iv733.3.i, 6
-  %1492 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.5
-  %1493 = getelementptr inbounds nuw i8, ptr %1492, i64 1920
-  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !9
-  %1495 = fcmp ogt <16 x float> %1491, %1494
-  %1496 = select <16 x i1> %1495, <16 x float> %1491, <16 x float> %1494
-  %indvars.iv.next734.3.i.6 = shl i64 %indvars.iv733.3.i, 6
-  %1497 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %indvars.iv.next734.3.i.6
-  %1498 = getelementptr inbounds nuw i8, ptr %1497, i64 1984
-  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !9
-  %1500 = fcmp ogt <16 x float> %1496, %1499
-  %1501 = select <16 x i1> %1500, <16 x float> %1496, <16 x float> %1499
-  %indvars.iv.next734.3.i.7 = add nuw nsw i64 %indvars.iv733.3.i, 8
-  %niter255.next.7 = add i64 %niter255, 8
-  %niter255.ncmp.7 = icmp eq i64 %niter255.next.7, %unroll_iter254
-  br i1 %niter255.ncmp.7, label %for_end_ax165.3.i.loopexit.unr-lcssa, label %for_body_ax164.3.i, !prof !36, !llvm.loop !45
-
-for_end_ax165.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax164.3.i
-  br i1 %lcmp.mod251.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil.preheader, !prof !39
-
-for_body_ax164.3.i.epil.preheader:                ; preds = %for_end_ax165.3.i.loopexit.unr-lcssa, %for_body_ax164.3.i.preheader
-  %indvars.iv733.3.i.epil.init = phi i64 [ 0, %for_body_ax164.3.i.preheader ], [ %indvars.iv.next734.3.i.7, %for_end_ax165.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global266.sroa.0.0473.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax164.3.i.preheader ], [ %1501, %for_end_ax165.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod253)
-  br label %for_body_ax164.3.i.epil
-
-for_body_ax164.3.i.epil:                          ; preds = %for_body_ax164.3.i.epil, %for_body_ax164.3.i.epil.preheader
-  %indvars.iv733.3.i.epil = phi i64 [ %indvars.iv.next734.3.i.epil, %for_body_ax164.3.i.epil ], [ %indvars.iv733.3.i.epil.init, %for_body_ax164.3.i.epil.preheader ]
-  %peak.rf_global266.sroa.0.0473.3.i.epil = phi <16 x float> [ %1506, %for_body_ax164.3.i.epil ], [ %peak.rf_global266.sroa.0.0473.3.i.epil.init, %for_body_ax164.3.i.epil.preheader ]
-  %epil.iter250 = phi i64 [ %epil.iter250.next, %for_body_ax164.3.i.epil ], [ 0, %for_body_ax164.3.i.epil.preheader ]
-  %.idx923.i.epil = shl nsw i64 %indvars.iv733.3.i.epil, 6
-  %1502 = getelementptr inbounds nuw i8, ptr %scaled929931934.i, i64 %.idx923.i.epil
-  %1503 = getelementptr inbounds nuw i8, ptr %1502, i64 1536
-  %1504 = load <16 x float>, ptr %1503, align 4, !tbaa !9
-  %1505 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0473.3.i.epil, %1504
-  %1506 = select <16 x i1> %1505, <16 x float> %peak.rf_global266.sroa.0.0473.3.i.epil, <16 x float> %1504
-  %indvars.iv.next734.3.i.epil = add nuw nsw i64 %indvars.iv733.3.i.epil, 1
-  %epil.iter250.next = add i64 %epil.iter250, 1
-  %epil.iter250.cmp.not = icmp eq i64 %epil.iter250.next, %xtraiter249
-  br i1 %epil.iter250.cmp.not, label %for_end_ax165.3.i, label %for_body_ax164.3.i.epil, !prof !24, !llvm.loop !46
-
-for_end_ax165.3.i:                                ; preds = %for_body_ax164.3.i.epil, %for_end_ax165.3.i.loopexit.unr-lcssa, %for_end_ax165.2.i
-  %peak.rf_global266.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax165.2.i ], [ %1501, %for_end_ax165.3.i.loopexit.unr-lcssa ], [ %1506, %for_body_ax164.3.i.epil ]
-  br i1 %498, label %for_body_r69.us.preheader.i, label %for_begin_r75.preheader.i
-
-for_begin_r75.preheader.i:                        ; preds = %for_end_ax165.3.i, %for_body_r69.us.preheader.i
-  %tile_max270.sroa.0.3.i = phi <4 x float> [ %peak268.sroa.0.12.vec.insert.i, %for_body_r69.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax165.3.i ]
-  br i1 %497, label %for_begin_to80.preheader.us.preheader.i, label %for_end_ax192.i, !prof !3
-
-for_begin_to80.preheader.us.preheader.i:          ; preds = %for_begin_r75.preheader.i
-  %1507 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
-  br i1 %517, label %for_body_to81.us.i.epil.preheader, label %for_body_to81.us.i, !prof !47
-
-for_body_to81.us.i:                               ; preds = %for_body_to81.us.i, %for_begin_to80.preheader.us.preheader.i
-  %indvars.iv749.i = phi i64 [ %indvars.iv.next750.i.1, %for_body_to81.us.i ], [ 0, %for_begin_to80.preheader.us.preheader.i ]
-  %niter261 = phi i64 [ %niter261.next.1, %for_body_to81.us.i ], [ 0, %for_begin_to80.preheader.us.preheader.i ]
-  %1508 = shl nsw i64 %indvars.iv749.i, 4
-  %1509 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1508
-  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !9
-  %arg.us.i = fsub <16 x float> %1510, %1507
-  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1512 = bitcast <16 x float> %1511 to <16 x i32>
-  %1513 = fsub <16 x float> %1511, %140
-  %1514 = fmul <16 x float> %1513, splat (float 0x3F2BD01060000000)
-  %1515 = fmul <16 x float> %1513, splat (float 0x3FE6300000000000)
-  %1516 = fsub <16 x float> %arg.us.i, %1515
-  %1517 = fadd <16 x float> %1514, %1516
-  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1517, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1518, <16 x float> %1517, <16 x float> splat (float 0x3FA5558F20000000))
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> %1517, <16 x float> splat (float 0x3FC5554920000000))
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1517, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1522 = fmul <16 x float> %1517, %1517
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1522, <16 x float> %1517)
-  %1524 = shl <16 x i32> %1512, splat (i32 23)
-  %1525 = bitcast <16 x i32> %1524 to <16 x float>
-  %1526 = fadd <16 x float> %1523, splat (float 1.000000e+00)
-  %1527 = fmul <16 x float> %1526, %1525
-  %1528 = fcmp olt <16 x float> %arg.us.i, %143
-  %1529 = select <16 x i1> %1528, <16 x float> zeroinitializer, <16 x float> %1527
-  %1530 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1508
-  store <16 x float> %1529, ptr %1530, align 4, !tbaa !9
-  %indvars.iv.next750.i = shl i64 %indvars.iv749.i, 4
-  %1531 = or disjoint i64 %indvars.iv.next750.i, 16
-  %1532 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1531
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !9
-  %arg.us.i.1 = fsub <16 x float> %1533, %1507
-  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1535 = bitcast <16 x float> %1534 to <16 x i32>
-  %1536 = fsub <16 x float> %1534, %140
-  %1537 = fmul <16 x float> %1536, splat (float 0x3F2BD01060000000)
-  %1538 = fmul <16 x float> %1536, splat (float 0x3FE6300000000000)
-  %1539 = fsub <16 x float> %arg.us.i.1, %1538
-  %1540 = fadd <16 x float> %1537, %1539
-  %1541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1540, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1541, <16 x float> %1540, <16 x float> splat (float 0x3FA5558F20000000))
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> %1540, <16 x float> splat (float 0x3FC5554920000000))
-  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1543, <16 x float> %1540, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1545 = fmul <16 x float> %1540, %1540
-  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1544, <16 x float> %1545, <16 x float> %1540)
-  %1547 = shl <16 x i32> %1535, splat (i32 23)
-  %1548 = bitcast <16 x i32> %1547 to <16 x float>
-  %1549 = fadd <16 x float> %1546, splat (float 1.000000e+00)
-  %1550 = fmul <16 x float> %1549, %1548
-  %1551 = fcmp olt <16 x float> %arg.us.i.1, %143
-  %1552 = select <16 x i1> %1551, <16 x float> zeroinitializer, <16 x float> %1550
-  %1553 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1531
-  store <16 x float> %1552, ptr %1553, align 4, !tbaa !9
-  %indvars.iv.next750.i.1 = add nuw nsw i64 %indvars.iv749.i, 2
-  %niter261.next.1 = add i64 %niter261, 2
-  %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, label %for_body_to81.us.i, !prof !48, !llvm.loop !49
-
-for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to81.us.i
-  br i1 %lcmp.mod258.not, label %for_begin_to80.for_end_to82_crit_edge.us.i, label %for_body_to81.us.i.epil.preheader, !prof !25
-
-for_body_to81.us.i.epil.preheader:                ; preds = %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa, %for_begin_to80.preheader.us.preheader.i
-  %indvars.iv749.i.epil.init = phi i64 [ 0, %for_begin_to80.preheader.us.preheader.i ], [ %indvars.iv.next750.i.1, %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod259)
-  %1554 = shl nsw i64 %indvars.iv749.i.epil.init, 4
-  %1555 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1554
-  %1556 = load <16 x float>, ptr %1555, align 4, !tbaa !9
-  %arg.us.i.epil = fsub <16 x float> %1556, %1507
-  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1558 = bitcast <16 x float> %1557 to <16 x i32>
-  %1559 = fsub <16 x float> %1557, %140
-  %1560 = fmul <16 x float> %1559, splat (float 0x3F2BD01060000000)
-  %1561 = fmul <16 x float> %1559, splat (float 0x3FE6300000000000)
-  %1562 = fsub <16 x float> %arg.us.i.epil, %1561
-  %1563 = fadd <16 x float> %1560, %1562
-  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1563, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1564, <16 x float> %1563, <16 x float> splat (float 0x3FA5558F20000000))
-  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1565, <16 x float> %1563, <16 x float> splat (float 0x3FC5554920000000))
-  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1563, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1568 = fmul <16 x float> %1563, %1563
-  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1568, <16 x float> %1563)
-  %1570 = shl <16 x i32> %1558, splat (i32 23)
-  %1571 = bitcast <16 x i32> %1570 to <16 x float>
-  %1572 = fadd <16 x float> %1569, splat (float 1.000000e+00)
-  %1573 = fmul <16 x float> %1572, %1571
-  %1574 = fcmp olt <16 x float> %arg.us.i.epil, %143
-  %1575 = select <16 x i1> %1574, <16 x float> zeroinitializer, <16 x float> %1573
-  %1576 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1554
-  store <16 x float> %1575, ptr %1576, align 4, !tbaa !9
-  br label %for_begin_to80.for_end_to82_crit_edge.us.i
-
-for_begin_to80.for_end_to82_crit_edge.us.i:       ; preds = %for_body_to81.us.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.i.unr-lcssa
-  %1577 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br i1 %518, label %for_body_to81.us.1.i.epil.preheader, label %for_body_to81.us.1.i, !prof !47
-
-for_body_to81.us.1.i:                             ; preds = %for_body_to81.us.1.i, %for_begin_to80.for_end_to82_crit_edge.us.i
-  %indvars.iv749.1.i = phi i64 [ %indvars.iv.next750.1.i.1, %for_body_to81.us.1.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.i ]
-  %niter267 = phi i64 [ %niter267.next.1, %for_body_to81.us.1.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.i ]
-  %1578 = shl nsw i64 %indvars.iv749.1.i, 4
-  %1579 = add nuw nsw i64 %1578, 128
-  %1580 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1579
-  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !9
-  %arg.us.1.i = fsub <16 x float> %1581, %1577
-  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1583 = bitcast <16 x float> %1582 to <16 x i32>
-  %1584 = fsub <16 x float> %1582, %140
-  %1585 = fmul <16 x float> %1584, splat (float 0x3F2BD01060000000)
-  %1586 = fmul <16 x float> %1584, splat (float 0x3FE6300000000000)
-  %1587 = fsub <16 x float> %arg.us.1.i, %1586
-  %1588 = fadd <16 x float> %1585, %1587
-  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1588, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1589, <16 x float> %1588, <16 x float> splat (float 0x3FA5558F20000000))
-  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1588, <16 x float> splat (float 0x3FC5554920000000))
-  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1588, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1593 = fmul <16 x float> %1588, %1588
-  %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1593, <16 x float> %1588)
-  %1595 = shl <16 x i32> %1583, splat (i32 23)
-  %1596 = bitcast <16 x i32> %1595 to <16 x float>
-  %1597 = fadd <16 x float> %1594, splat (float 1.000000e+00)
-  %1598 = fmul <16 x float> %1597, %1596
-  %1599 = fcmp olt <16 x float> %arg.us.1.i, %143
-  %1600 = select <16 x i1> %1599, <16 x float> zeroinitializer, <16 x float> %1598
-  %1601 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1579
-  store <16 x float> %1600, ptr %1601, align 4, !tbaa !9
-  %indvars.iv.next750.1.i = shl i64 %indvars.iv749.1.i, 4
-  %1602 = add nuw nsw i64 %indvars.iv.next750.1.i, 144
-  %1603 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1602
-  %1604 = load <16 x float>, ptr %1603, align 4, !tbaa !9
-  %arg.us.1.i.1 = fsub <16 x float> %1604, %1577
-  %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1606 = bitcast <16 x float> %1605 to <16 x i32>
-  %1607 = fsub <16 x float> %1605, %140
-  %1608 = fmul <16 x float> %1607, splat (float 0x3F2BD01060000000)
-  %1609 = fmul <16 x float> %1607, splat (float 0x3FE6300000000000)
-  %1610 = fsub <16 x float> %arg.us.1.i.1, %1609
-  %1611 = fadd <16 x float> %1608, %1610
-  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1611, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1611, <16 x float> splat (float 0x3FA5558F20000000))
-  %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1613, <16 x float> %1611, <16 x float> splat (float 0x3FC5554920000000))
-  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1614, <16 x float> %1611, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1616 = fmul <16 x float> %1611, %1611
-  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1616, <16 x float> %1611)
-  %1618 = shl <16 x i32> %1606, splat (i32 23)
-  %1619 = bitcast <16 x i32> %1618 to <16 x float>
-  %1620 = fadd <16 x float> %1617, splat (float 1.000000e+00)
-  %1621 = fmul <16 x float> %1620, %1619
-  %1622 = fcmp olt <16 x float> %arg.us.1.i.1, %143
-  %1623 = select <16 x i1> %1622, <16 x float> zeroinitializer, <16 x float> %1621
-  %1624 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1602
-  store <16 x float> %1623, ptr %1624, align 4, !tbaa !9
-  %indvars.iv.next750.1.i.1 = add nuw nsw i64 %indvars.iv749.1.i, 2
-  %niter267.next.1 = add i64 %niter267, 2
-  %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, label %for_body_to81.us.1.i, !prof !48, !llvm.loop !51
-
-for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to81.us.1.i
-  br i1 %lcmp.mod264.not, label %for_begin_to80.for_end_to82_crit_edge.us.1.i, label %for_body_to81.us.1.i.epil.preheader, !prof !25
-
-for_body_to81.us.1.i.epil.preheader:              ; preds = %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.i
-  %indvars.iv749.1.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.i ], [ %indvars.iv.next750.1.i.1, %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod265)
-  %1625 = shl nsw i64 %indvars.iv749.1.i.epil.init, 4
-  %1626 = add nuw nsw i64 %1625, 128
-  %1627 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1626
-  %1628 = load <16 x float>, ptr %1627, align 4, !tbaa !9
-  %arg.us.1.i.epil = fsub <16 x float> %1628, %1577
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1630 = bitcast <16 x float> %1629 to <16 x i32>
-  %1631 = fsub <16 x float> %1629, %140
-  %1632 = fmul <16 x float> %1631, splat (float 0x3F2BD01060000000)
-  %1633 = fmul <16 x float> %1631, splat (float 0x3FE6300000000000)
-  %1634 = fsub <16 x float> %arg.us.1.i.epil, %1633
-  %1635 = fadd <16 x float> %1632, %1634
-  %1636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1635, <16 x float> splat (float 0x3FA5558F20000000))
-  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1637, <16 x float> %1635, <16 x float> splat (float 0x3FC5554920000000))
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1635, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1640 = fmul <16 x float> %1635, %1635
-  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1639, <16 x float> %1640, <16 x float> %1635)
-  %1642 = shl <16 x i32> %1630, splat (i32 23)
-  %1643 = bitcast <16 x i32> %1642 to <16 x float>
-  %1644 = fadd <16 x float> %1641, splat (float 1.000000e+00)
-  %1645 = fmul <16 x float> %1644, %1643
-  %1646 = fcmp olt <16 x float> %arg.us.1.i.epil, %143
-  %1647 = select <16 x i1> %1646, <16 x float> zeroinitializer, <16 x float> %1645
-  %1648 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1626
-  store <16 x float> %1647, ptr %1648, align 4, !tbaa !9
-  br label %for_begin_to80.for_end_to82_crit_edge.us.1.i
-
-for_begin_to80.for_end_to82_crit_edge.us.1.i:     ; preds = %for_body_to81.us.1.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.1.i.unr-lcssa
-  %1649 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %519, label %for_body_to81.us.2.i.epil.preheader, label %for_body_to81.us.2.i, !prof !47
-
-for_body_to81.us.2.i:                             ; preds = %for_body_to81.us.2.i, %for_begin_to80.for_end_to82_crit_edge.us.1.i
-  %indvars.iv749.2.i = phi i64 [ %indvars.iv.next750.2.i.1, %for_body_to81.us.2.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.1.i ]
-  %niter273 = phi i64 [ %niter273.next.1, %for_body_to81.us.2.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.1.i ]
-  %1650 = shl nsw i64 %indvars.iv749.2.i, 4
-  %1651 = add nuw nsw i64 %1650, 256
-  %1652 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1651
-  %1653 = load <16 x float>, ptr %1652, align 4, !tbaa !9
-  %arg.us.2.i = fsub <16 x float> %1653, %1649
-  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1655 = bitcast <16 x float> %1654 to <16 x i32>
-  %1656 = fsub <16 x float> %1654, %140
-  %1657 = fmul <16 x float> %1656, splat (float 0x3F2BD01060000000)
-  %1658 = fmul <16 x float> %1656, splat (float 0x3FE6300000000000)
-  %1659 = fsub <16 x float> %arg.us.2.i, %1658
-  %1660 = fadd <16 x float> %1657, %1659
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1661, <16 x float> %1660, <16 x float> splat (float 0x3FA5558F20000000))
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1662, <16 x float> %1660, <16 x float> splat (float 0x3FC5554920000000))
-  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1660, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1665 = fmul <16 x float> %1660, %1660
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1664, <16 x float> %1665, <16 x float> %1660)
-  %1667 = shl <16 x i32> %1655, splat (i32 23)
-  %1668 = bitcast <16 x i32> %1667 to <16 x float>
-  %1669 = fadd <16 x float> %1666, splat (float 1.000000e+00)
-  %1670 = fmul <16 x float> %1669, %1668
-  %1671 = fcmp olt <16 x float> %arg.us.2.i, %143
-  %1672 = select <16 x i1> %1671, <16 x float> zeroinitializer, <16 x float> %1670
-  %1673 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  store <16 x float> %1672, ptr %1673, align 4, !tbaa !9
-  %indvars.iv.next750.2.i = shl i64 %indvars.iv749.2.i, 4
-  %1674 = add nuw nsw i64 %indvars.iv.next750.2.i, 272
-  %1675 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1674
-  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !9
-  %arg.us.2.i.1 = fsub <16 x float> %1676, %1649
-  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1678 = bitcast <16 x float> %1677 to <16 x i32>
-  %1679 = fsub <16 x float> %1677, %140
-  %1680 = fmul <16 x float> %1679, splat (float 0x3F2BD01060000000)
-  %1681 = fmul <16 x float> %1679, splat (float 0x3FE6300000000000)
-  %1682 = fsub <16 x float> %arg.us.2.i.1, %1681
-  %1683 = fadd <16 x float> %1680, %1682
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1683, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1684, <16 x float> %1683, <16 x float> splat (float 0x3FA5558F20000000))
-  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> %1683, <16 x float> splat (float 0x3FC5554920000000))
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1686, <16 x float> %1683, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1688 = fmul <16 x float> %1683, %1683
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1688, <16 x float> %1683)
-  %1690 = shl <16 x i32> %1678, splat (i32 23)
-  %1691 = bitcast <16 x i32> %1690 to <16 x float>
-  %1692 = fadd <16 x float> %1689, splat (float 1.000000e+00)
-  %1693 = fmul <16 x float> %1692, %1691
-  %1694 = fcmp olt <16 x float> %arg.us.2.i.1, %143
-  %1695 = select <16 x i1> %1694, <16 x float> zeroinitializer, <16 x float> %1693
-  %1696 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1674
-  store <16 x float> %1695, ptr %1696, align 4, !tbaa !9
-  %indvars.iv.next750.2.i.1 = add nuw nsw i64 %indvars.iv749.2.i, 2
-  %niter273.next.1 = add i64 %niter273, 2
-  %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, label %for_body_to81.us.2.i, !prof !48, !llvm.loop !52
-
-for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to81.us.2.i
-  br i1 %lcmp.mod270.not, label %for_begin_to80.for_end_to82_crit_edge.us.2.i, label %for_body_to81.us.2.i.epil.preheader, !prof !25
-
-for_body_to81.us.2.i.epil.preheader:              ; preds = %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.1.i
-  %indvars.iv749.2.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.1.i ], [ %indvars.iv.next750.2.i.1, %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod271)
-  %1697 = shl nsw i64 %indvars.iv749.2.i.epil.init, 4
-  %1698 = add nuw nsw i64 %1697, 256
-  %1699 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1698
-  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !9
-  %arg.us.2.i.epil = fsub <16 x float> %1700, %1649
-  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1702 = bitcast <16 x float> %1701 to <16 x i32>
-  %1703 = fsub <16 x float> %1701, %140
-  %1704 = fmul <16 x float> %1703, splat (float 0x3F2BD01060000000)
-  %1705 = fmul <16 x float> %1703, splat (float 0x3FE6300000000000)
-  %1706 = fsub <16 x float> %arg.us.2.i.epil, %1705
-  %1707 = fadd <16 x float> %1704, %1706
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1707, <16 x float> splat (float 0x3FA5558F20000000))
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1709, <16 x float> %1707, <16 x float> splat (float 0x3FC5554920000000))
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1707, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1712 = fmul <16 x float> %1707, %1707
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1711, <16 x float> %1712, <16 x float> %1707)
-  %1714 = shl <16 x i32> %1702, splat (i32 23)
-  %1715 = bitcast <16 x i32> %1714 to <16 x float>
-  %1716 = fadd <16 x float> %1713, splat (float 1.000000e+00)
-  %1717 = fmul <16 x float> %1716, %1715
-  %1718 = fcmp olt <16 x float> %arg.us.2.i.epil, %143
-  %1719 = select <16 x i1> %1718, <16 x float> zeroinitializer, <16 x float> %1717
-  %1720 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1698
-  store <16 x float> %1719, ptr %1720, align 4, !tbaa !9
-  br label %for_begin_to80.for_end_to82_crit_edge.us.2.i
-
-for_begin_to80.for_end_to82_crit_edge.us.2.i:     ; preds = %for_body_to81.us.2.i.epil.preheader, %for_begin_to80.for_end_to82_crit_edge.us.2.i.unr-lcssa
-  %1721 = shufflevector <4 x float> %tile_max270.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br i1 %520, label %for_body_to81.us.3.i.epil.preheader, label %for_body_to81.us.3.i, !prof !47
-
-for_body_to81.us.3.i:                             ; preds = %for_body_to81.us.3.i, %for_begin_to80.for_end_to82_crit_edge.us.2.i
-  %indvars.iv749.3.i = phi i64 [ %indvars.iv.next750.3.i.1, %for_body_to81.us.3.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.2.i ]
-  %niter279 = phi i64 [ %niter279.next.1, %for_body_to81.us.3.i ], [ 0, %for_begin_to80.for_end_to82_crit_edge.us.2.i ]
-  %1722 = shl nsw i64 %indvars.iv749.3.i, 4
-  %1723 = add nuw nsw i64 %1722, 384
-  %1724 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1723
-  %1725 = load <16 x float>, ptr %1724, align 4, !tbaa !9
-  %arg.us.3.i = fsub <16 x float> %1725, %1721
-  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1727 = bitcast <16 x float> %1726 to <16 x i32>
-  %1728 = fsub <16 x float> %1726, %140
-  %1729 = fmul <16 x float> %1728, splat (float 0x3F2BD01060000000)
-  %1730 = fmul <16 x float> %1728, splat (float 0x3FE6300000000000)
-  %1731 = fsub <16 x float> %arg.us.3.i, %1730
-  %1732 = fadd <16 x float> %1729, %1731
-  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1733, <16 x float> %1732, <16 x float> splat (float 0x3FA5558F20000000))
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1732, <16 x float> splat (float 0x3FC5554920000000))
-  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1735, <16 x float> %1732, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1737 = fmul <16 x float> %1732, %1732
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1736, <16 x float> %1737, <16 x float> %1732)
-  %1739 = shl <16 x i32> %1727, splat (i32 23)
-  %1740 = bitcast <16 x i32> %1739 to <16 x float>
-  %1741 = fadd <16 x float> %1738, splat (float 1.000000e+00)
-  %1742 = fmul <16 x float> %1741, %1740
-  %1743 = fcmp olt <16 x float> %arg.us.3.i, %143
-  %1744 = select <16 x i1> %1743, <16 x float> zeroinitializer, <16 x float> %1742
-  %1745 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1723
-  store <16 x float> %1744, ptr %1745, align 4, !tbaa !9
-  %indvars.iv.next750.3.i = shl i64 %indvars.iv749.3.i, 4
-  %1746 = add nuw nsw i64 %indvars.iv.next750.3.i, 400
-  %1747 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1746
-  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !9
-  %arg.us.3.i.1 = fsub <16 x float> %1748, %1721
-  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1750 = bitcast <16 x float> %1749 to <16 x i32>
-  %1751 = fsub <16 x float> %1749, %140
-  %1752 = fmul <16 x float> %1751, splat (float 0x3F2BD01060000000)
-  %1753 = fmul <16 x float> %1751, splat (float 0x3FE6300000000000)
-  %1754 = fsub <16 x float> %arg.us.3.i.1, %1753
-  %1755 = fadd <16 x float> %1752, %1754
-  %1756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1755, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1756, <16 x float> %1755, <16 x float> splat (float 0x3FA5558F20000000))
-  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1755, <16 x float> splat (float 0x3FC5554920000000))
-  %1759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1758, <16 x float> %1755, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1760 = fmul <16 x float> %1755, %1755
-  %1761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1760, <16 x float> %1755)
-  %1762 = shl <16 x i32> %1750, splat (i32 23)
-  %1763 = bitcast <16 x i32> %1762 to <16 x float>
-  %1764 = fadd <16 x float> %1761, splat (float 1.000000e+00)
-  %1765 = fmul <16 x float> %1764, %1763
-  %1766 = fcmp olt <16 x float> %arg.us.3.i.1, %143
-  %1767 = select <16 x i1> %1766, <16 x float> zeroinitializer, <16 x float> %1765
-  %1768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1746
-  store <16 x float> %1767, ptr %1768, align 4, !tbaa !9
-  %indvars.iv.next750.3.i.1 = add nuw nsw i64 %indvars.iv749.3.i, 2
-  %niter279.next.1 = add i64 %niter279, 2
-  %niter279.ncmp.1 = icmp eq i64 %niter279.next.1, %unroll_iter278
-  br i1 %niter279.ncmp.1, label %for_body_ax191.i.preheader.unr-lcssa, label %for_body_to81.us.3.i, !prof !48, !llvm.loop !53
-
-for_body_ax191.i.preheader.unr-lcssa:             ; preds = %for_body_to81.us.3.i
-  br i1 %lcmp.mod276.not, label %for_body_ax191.i.preheader, label %for_body_to81.us.3.i.epil.preheader, !prof !25
-
-for_body_to81.us.3.i.epil.preheader:              ; preds = %for_body_ax191.i.preheader.unr-lcssa, %for_begin_to80.for_end_to82_crit_edge.us.2.i
-  %indvars.iv749.3.i.epil.init = phi i64 [ 0, %for_begin_to80.for_end_to82_crit_edge.us.2.i ], [ %indvars.iv.next750.3.i.1, %for_body_ax191.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod277)
-  %1769 = shl nsw i64 %indvars.iv749.3.i.epil.init, 4
-  %1770 = add nuw nsw i64 %1769, 384
-  %1771 = getelementptr inbounds nuw float, ptr %scaled929931934.i, i64 %1770
-  %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !9
-  %arg.us.3.i.epil = fsub <16 x float> %1772, %1721
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %140)
-  %1774 = bitcast <16 x float> %1773 to <16 x i32>
-  %1775 = fsub <16 x float> %1773, %140
-  %1776 = fmul <16 x float> %1775, splat (float 0x3F2BD01060000000)
-  %1777 = fmul <16 x float> %1775, splat (float 0x3FE6300000000000)
-  %1778 = fsub <16 x float> %arg.us.3.i.epil, %1777
-  %1779 = fadd <16 x float> %1776, %1778
-  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1779, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1780, <16 x float> %1779, <16 x float> splat (float 0x3FA5558F20000000))
-  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1779, <16 x float> splat (float 0x3FC5554920000000))
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1779, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1784 = fmul <16 x float> %1779, %1779
-  %1785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1784, <16 x float> %1779)
-  %1786 = shl <16 x i32> %1774, splat (i32 23)
-  %1787 = bitcast <16 x i32> %1786 to <16 x float>
-  %1788 = fadd <16 x float> %1785, splat (float 1.000000e+00)
-  %1789 = fmul <16 x float> %1788, %1787
-  %1790 = fcmp olt <16 x float> %arg.us.3.i.epil, %143
-  %1791 = select <16 x i1> %1790, <16 x float> zeroinitializer, <16 x float> %1789
-  %1792 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1770
-  store <16 x float> %1791, ptr %1792, align 4, !tbaa !9
-  br label %for_body_ax191.i.preheader
-
-for_body_ax191.i.preheader:                       ; preds = %for_body_to81.us.3.i.epil.preheader, %for_body_ax191.i.preheader.unr-lcssa
-  br i1 %521, label %for_body_ax191.i.epil.preheader, label %for_body_ax191.i, !prof !35
-
-for_body_ax191.i:                                 ; preds = %for_body_ax191.i, %for_body_ax191.i.preheader
-  %indvars.iv758.i = phi i64 [ %indvars.iv.next759.i.7, %for_body_ax191.i ], [ 0, %for_body_ax191.i.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.i = phi <16 x float> [ %1823, %for_body_ax191.i ], [ zeroinitializer, %for_body_ax191.i.preheader ]
-  %niter286 = phi i64 [ %niter286.next.7, %for_body_ax191.i ], [ 0, %for_body_ax191.i.preheader ]
-  %.idx924.i = shl nsw i64 %indvars.iv758.i, 6
-  %1793 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx924.i
-  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !9
-  %1795 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.i, %1794
-  %indvars.iv.next759.i = shl i64 %indvars.iv758.i, 6
-  %1796 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i
-  %1797 = getelementptr inbounds nuw i8, ptr %1796, i64 64
-  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !9
-  %1799 = fadd <16 x float> %1795, %1798
-  %indvars.iv.next759.i.1 = shl i64 %indvars.iv758.i, 6
-  %1800 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.1
-  %1801 = getelementptr inbounds nuw i8, ptr %1800, i64 128
-  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !9
-  %1803 = fadd <16 x float> %1799, %1802
-  %indvars.iv.next759.i.2 = shl i64 %indvars.iv758.i, 6
-  %1804 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.2
-  %1805 = getelementptr inbounds nuw i8, ptr %1804, i64 192
-  %1806 = load <16 x float>, ptr %1805, align 4, !tbaa !9
-  %1807 = fadd <16 x float> %1803, %1806
-  %indvars.iv.next759.i.3 = shl i64 %indvars.iv758.i, 6
-  %1808 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.3
-  %1809 = getelementptr inbounds nuw i8, ptr %1808, i64 256
-  %1810 = load <16 x float>, ptr %1809, align 4, !tbaa !9
-  %1811 = fadd <16 x float> %1807, %1810
-  %indvars.iv.next759.i.4 = shl i64 %indvars.iv758.i, 6
-  %1812 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.4
-  %1813 = getelementptr inbounds nuw i8, ptr %1812, i64 320
-  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !9
-  %1815 = fadd <16 x float> %1811, %1814
-  %indvars.iv.next759.i.5 = shl i64 %indvars.iv758.i, 6
-  %1816 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.5
-  %1817 = getelementptr inbounds nuw i8, ptr %1816, i64 384
-  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !9
-  %1819 = fadd <16 x float> %1815, %1818
-  %indvars.iv.next759.i.6 = shl i64 %indvars.iv758.i, 6
-  %1820 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.i.6
-  %1821 = getelementptr inbounds nuw i8, ptr %1820, i64 448
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !9
-  %1823 = fadd <16 x float> %1819, %1822
-  %indvars.iv.next759.i.7 = add nuw nsw i64 %indvars.iv758.i, 8
-  %niter286.next.7 = add i64 %niter286, 8
-  %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
-  br i1 %niter286.ncmp.7, label %for_end_ax192.i.loopexit.unr-lcssa, label %for_body_ax191.i, !prof !36, !llvm.loop !54
-
-for_end_ax192.i.loopexit.unr-lcssa:               ; preds = %for_body_ax191.i
-  br i1 %lcmp.mod282.not, label %for_end_ax192.i, label %for_body_ax191.i.epil.preheader, !prof !39
-
-for_body_ax191.i.epil.preheader:                  ; preds = %for_end_ax192.i.loopexit.unr-lcssa, %for_body_ax191.i.preheader
-  %indvars.iv758.i.epil.init = phi i64 [ 0, %for_body_ax191.i.preheader ], [ %indvars.iv.next759.i.7, %for_end_ax192.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global264.sroa.0.0480.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax191.i.preheader ], [ %1823, %for_end_ax192.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod284)
-  br label %for_body_ax191.i.epil
-
-for_body_ax191.i.epil:                            ; preds = %for_body_ax191.i.epil, %for_body_ax191.i.epil.preheader
-  %indvars.iv758.i.epil = phi i64 [ %indvars.iv.next759.i.epil, %for_body_ax191.i.epil ], [ %indvars.iv758.i.epil.init, %for_body_ax191.i.epil.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.i.epil = phi <16 x float> [ %1826, %for_body_ax191.i.epil ], [ %tile_sum.rf_global264.sroa.0.0480.i.epil.init, %for_body_ax191.i.epil.preheader ]
-  %epil.iter281 = phi i64 [ %epil.iter281.next, %for_body_ax191.i.epil ], [ 0, %for_body_ax191.i.epil.preheader ]
-  %.idx924.i.epil = shl nsw i64 %indvars.iv758.i.epil, 6
-  %1824 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx924.i.epil
-  %1825 = load <16 x float>, ptr %1824, align 4, !tbaa !9
-  %1826 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.i.epil, %1825
-  %indvars.iv.next759.i.epil = add nuw nsw i64 %indvars.iv758.i.epil, 1
-  %epil.iter281.next = add i64 %epil.iter281, 1
-  %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
-  br i1 %epil.iter281.cmp.not, label %for_end_ax192.i, label %for_body_ax191.i.epil, !prof !24, !llvm.loop !55
-
-for_end_ax192.i:                                  ; preds = %for_body_ax191.i.epil, %for_end_ax192.i.loopexit.unr-lcssa, %for_begin_r75.preheader.i
-  %tile_sum.rf_global264.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r75.preheader.i ], [ %1823, %for_end_ax192.i.loopexit.unr-lcssa ], [ %1826, %for_body_ax191.i.epil ]
-  %tile_sum.rf265.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 0
-  %1827 = fadd float %tile_sum.rf265.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf265.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 1
-  %1828 = fadd float %tile_sum.rf265.sroa.0.4.vec.extract.i, %1827
-  %tile_sum.rf265.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 2
-  %1829 = fadd float %tile_sum.rf265.sroa.0.8.vec.extract.i, %1828
-  %tile_sum.rf265.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 3
-  %1830 = fadd float %tile_sum.rf265.sroa.0.12.vec.extract.i, %1829
-  %tile_sum.rf265.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 4
-  %1831 = fadd float %tile_sum.rf265.sroa.0.16.vec.extract.i, %1830
-  %tile_sum.rf265.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 5
-  %1832 = fadd float %tile_sum.rf265.sroa.0.20.vec.extract.i, %1831
-  %tile_sum.rf265.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 6
-  %1833 = fadd float %tile_sum.rf265.sroa.0.24.vec.extract.i, %1832
-  %tile_sum.rf265.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 7
-  %1834 = fadd float %tile_sum.rf265.sroa.0.28.vec.extract.i, %1833
-  %tile_sum.rf265.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 8
-  %1835 = fadd float %tile_sum.rf265.sroa.0.32.vec.extract.i, %1834
-  %tile_sum.rf265.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 9
-  %1836 = fadd float %tile_sum.rf265.sroa.0.36.vec.extract.i, %1835
-  %tile_sum.rf265.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 10
-  %1837 = fadd float %tile_sum.rf265.sroa.0.40.vec.extract.i, %1836
-  %tile_sum.rf265.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 11
-  %1838 = fadd float %tile_sum.rf265.sroa.0.44.vec.extract.i, %1837
-  %tile_sum.rf265.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 12
-  %1839 = fadd float %tile_sum.rf265.sroa.0.48.vec.extract.i, %1838
-  %tile_sum.rf265.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 13
-  %1840 = fadd float %tile_sum.rf265.sroa.0.52.vec.extract.i, %1839
-  %tile_sum.rf265.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 14
-  %1841 = fadd float %tile_sum.rf265.sroa.0.56.vec.extract.i, %1840
-  %tile_sum.rf265.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.i, i64 15
-  %1842 = fadd float %tile_sum.rf265.sroa.0.60.vec.extract.i, %1841
-  %tile_sum269.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1842, i64 0
-  br i1 %497, label %for_body_ax191.1.i.preheader, label %for_end_ax192.1.i, !prof !3
-
-for_body_ax191.1.i.preheader:                     ; preds = %for_end_ax192.i
-  br i1 %522, label %for_body_ax191.1.i.epil.preheader, label %for_body_ax191.1.i, !prof !35
-
-for_body_ax191.1.i:                               ; preds = %for_body_ax191.1.i, %for_body_ax191.1.i.preheader
-  %indvars.iv758.1.i = phi i64 [ %indvars.iv.next759.1.i.7, %for_body_ax191.1.i ], [ 0, %for_body_ax191.1.i.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.1.i = phi <16 x float> [ %1874, %for_body_ax191.1.i ], [ zeroinitializer, %for_body_ax191.1.i.preheader ]
-  %niter293 = phi i64 [ %niter293.next.7, %for_body_ax191.1.i ], [ 0, %for_body_ax191.1.i.preheader ]
-  %.idx925.i = shl nsw i64 %indvars.iv758.1.i, 6
-  %1843 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx925.i
-  %1844 = getelementptr inbounds nuw i8, ptr %1843, i64 512
-  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !9
-  %1846 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.1.i, %1845
-  %indvars.iv.next759.1.i = shl i64 %indvars.iv758.1.i, 6
-  %1847 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i
-  %1848 = getelementptr inbounds nuw i8, ptr %1847, i64 576
-  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !9
-  %1850 = fadd <16 x float> %1846, %1849
-  %indvars.iv.next759.1.i.1 = shl i64 %indvars.iv758.1.i, 6
-  %1851 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.1
-  %1852 = getelementptr inbounds nuw i8, ptr %1851, i64 640
-  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !9
-  %1854 = fadd <16 x float> %1850, %1853
-  %indvars.iv.next759.1.i.2 = shl i64 %indvars.iv758.1.i, 6
-  %1855 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.2
-  %1856 = getelementptr inbounds nuw i8, ptr %1855, i64 704
-  %1857 = load <16 x float>, ptr %1856, align 4, !tbaa !9
-  %1858 = fadd <16 x float> %1854, %1857
-  %indvars.iv.next759.1.i.3 = shl i64 %indvars.iv758.1.i, 6
-  %1859 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.3
-  %1860 = getelementptr inbounds nuw i8, ptr %1859, i64 768
-  %1861 = load <16 x float>, ptr %1860, align 4, !tbaa !9
-  %1862 = fadd <16 x float> %1858, %1861
-  %indvars.iv.next759.1.i.4 = shl i64 %indvars.iv758.1.i, 6
-  %1863 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.4
-  %1864 = getelementptr inbounds nuw i8, ptr %1863, i64 832
-  %1865 = load <16 x float>, ptr %1864, align 4, !tbaa !9
-  %1866 = fadd <16 x float> %1862, %1865
-  %indvars.iv.next759.1.i.5 = shl i64 %indvars.iv758.1.i, 6
-  %1867 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.5
-  %1868 = getelementptr inbounds nuw i8, ptr %1867, i64 896
-  %1869 = load <16 x float>, ptr %1868, align 4, !tbaa !9
-  %1870 = fadd <16 x float> %1866, %1869
-  %indvars.iv.next759.1.i.6 = shl i64 %indvars.iv758.1.i, 6
-  %1871 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.1.i.6
-  %1872 = getelementptr inbounds nuw i8, ptr %1871, i64 960
-  %1873 = load <16 x float>, ptr %1872, align 4, !tbaa !9
-  %1874 = fadd <16 x float> %1870, %1873
-  %indvars.iv.next759.1.i.7 = add nuw nsw i64 %indvars.iv758.1.i, 8
-  %niter293.next.7 = add i64 %niter293, 8
-  %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
-  br i1 %niter293.ncmp.7, label %for_end_ax192.1.i.loopexit.unr-lcssa, label %for_body_ax191.1.i, !prof !36, !llvm.loop !56
-
-for_end_ax192.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.1.i
-  br i1 %lcmp.mod289.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil.preheader, !prof !39
-
-for_body_ax191.1.i.epil.preheader:                ; preds = %for_end_ax192.1.i.loopexit.unr-lcssa, %for_body_ax191.1.i.preheader
-  %indvars.iv758.1.i.epil.init = phi i64 [ 0, %for_body_ax191.1.i.preheader ], [ %indvars.iv.next759.1.i.7, %for_end_ax192.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global264.sroa.0.0480.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax191.1.i.preheader ], [ %1874, %for_end_ax192.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod291)
-  br label %for_body_ax191.1.i.epil
-
-for_body_ax191.1.i.epil:                          ; preds = %for_body_ax191.1.i.epil, %for_body_ax191.1.i.epil.preheader
-  %indvars.iv758.1.i.epil = phi i64 [ %indvars.iv.next759.1.i.epil, %for_body_ax191.1.i.epil ], [ %indvars.iv758.1.i.epil.init, %for_body_ax191.1.i.epil.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.1.i.epil = phi <16 x float> [ %1878, %for_body_ax191.1.i.epil ], [ %tile_sum.rf_global264.sroa.0.0480.1.i.epil.init, %for_body_ax191.1.i.epil.preheader ]
-  %epil.iter288 = phi i64 [ %epil.iter288.next, %for_body_ax191.1.i.epil ], [ 0, %for_body_ax191.1.i.epil.preheader ]
-  %.idx925.i.epil = shl nsw i64 %indvars.iv758.1.i.epil, 6
-  %1875 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx925.i.epil
-  %1876 = getelementptr inbounds nuw i8, ptr %1875, i64 512
-  %1877 = load <16 x float>, ptr %1876, align 4, !tbaa !9
-  %1878 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.1.i.epil, %1877
-  %indvars.iv.next759.1.i.epil = add nuw nsw i64 %indvars.iv758.1.i.epil, 1
-  %epil.iter288.next = add i64 %epil.iter288, 1
-  %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
-  br i1 %epil.iter288.cmp.not, label %for_end_ax192.1.i, label %for_body_ax191.1.i.epil, !prof !24, !llvm.loop !57
-
-for_end_ax192.1.i:                                ; preds = %for_body_ax191.1.i.epil, %for_end_ax192.1.i.loopexit.unr-lcssa, %for_end_ax192.i
-  %tile_sum.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.i ], [ %1874, %for_end_ax192.1.i.loopexit.unr-lcssa ], [ %1878, %for_body_ax191.1.i.epil ]
-  %tile_sum.rf265.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 0
-  %1879 = fadd float %tile_sum.rf265.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf265.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 1
-  %1880 = fadd float %tile_sum.rf265.sroa.0.4.vec.extract.1.i, %1879
-  %tile_sum.rf265.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 2
-  %1881 = fadd float %tile_sum.rf265.sroa.0.8.vec.extract.1.i, %1880
-  %tile_sum.rf265.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 3
-  %1882 = fadd float %tile_sum.rf265.sroa.0.12.vec.extract.1.i, %1881
-  %tile_sum.rf265.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 4
-  %1883 = fadd float %tile_sum.rf265.sroa.0.16.vec.extract.1.i, %1882
-  %tile_sum.rf265.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 5
-  %1884 = fadd float %tile_sum.rf265.sroa.0.20.vec.extract.1.i, %1883
-  %tile_sum.rf265.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 6
-  %1885 = fadd float %tile_sum.rf265.sroa.0.24.vec.extract.1.i, %1884
-  %tile_sum.rf265.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 7
-  %1886 = fadd float %tile_sum.rf265.sroa.0.28.vec.extract.1.i, %1885
-  %tile_sum.rf265.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 8
-  %1887 = fadd float %tile_sum.rf265.sroa.0.32.vec.extract.1.i, %1886
-  %tile_sum.rf265.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 9
-  %1888 = fadd float %tile_sum.rf265.sroa.0.36.vec.extract.1.i, %1887
-  %tile_sum.rf265.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 10
-  %1889 = fadd float %tile_sum.rf265.sroa.0.40.vec.extract.1.i, %1888
-  %tile_sum.rf265.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 11
-  %1890 = fadd float %tile_sum.rf265.sroa.0.44.vec.extract.1.i, %1889
-  %tile_sum.rf265.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 12
-  %1891 = fadd float %tile_sum.rf265.sroa.0.48.vec.extract.1.i, %1890
-  %tile_sum.rf265.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 13
-  %1892 = fadd float %tile_sum.rf265.sroa.0.52.vec.extract.1.i, %1891
-  %tile_sum.rf265.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 14
-  %1893 = fadd float %tile_sum.rf265.sroa.0.56.vec.extract.1.i, %1892
-  %tile_sum.rf265.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.1.i, i64 15
-  %1894 = fadd float %tile_sum.rf265.sroa.0.60.vec.extract.1.i, %1893
-  %tile_sum269.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum269.sroa.0.0.vec.insert.i, float %1894, i64 1
-  br i1 %497, label %for_body_ax191.2.i.preheader, label %for_end_ax192.2.i, !prof !3
-
-for_body_ax191.2.i.preheader:                     ; preds = %for_end_ax192.1.i
-  br i1 %523, label %for_body_ax191.2.i.epil.preheader, label %for_body_ax191.2.i, !prof !35
-
-for_body_ax191.2.i:                               ; preds = %for_body_ax191.2.i, %for_body_ax191.2.i.preheader
-  %indvars.iv758.2.i = phi i64 [ %indvars.iv.next759.2.i.7, %for_body_ax191.2.i ], [ 0, %for_body_ax191.2.i.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.2.i = phi <16 x float> [ %1926, %for_body_ax191.2.i ], [ zeroinitializer, %for_body_ax191.2.i.preheader ]
-  %niter300 = phi i64 [ %niter300.next.7, %for_body_ax191.2.i ], [ 0, %for_body_ax191.2.i.preheader ]
-  %.idx926.i = shl nsw i64 %indvars.iv758.2.i, 6
-  %1895 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx926.i
-  %1896 = getelementptr inbounds nuw i8, ptr %1895, i64 1024
-  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !9
-  %1898 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.2.i, %1897
-  %indvars.iv.next759.2.i = shl i64 %indvars.iv758.2.i, 6
-  %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i
-  %1900 = getelementptr inbounds nuw i8, ptr %1899, i64 1088
-  %1901 = load <16 x float>, ptr %1900, align 4, !tbaa !9
-  %1902 = fadd <16 x float> %1898, %1901
-  %indvars.iv.next759.2.i.1 = shl i64 %indvars.iv758.2.i, 6
-  %1903 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.1
-  %1904 = getelementptr inbounds nuw i8, ptr %1903, i64 1152
-  %1905 = load <16 x float>, ptr %1904, align 4, !tbaa !9
-  %1906 = fadd <16 x float> %1902, %1905
-  %indvars.iv.next759.2.i.2 = shl i64 %indvars.iv758.2.i, 6
-  %1907 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.2
-  %1908 = getelementptr inbounds nuw i8, ptr %1907, i64 1216
-  %1909 = load <16 x float>, ptr %1908, align 4, !tbaa !9
-  %1910 = fadd <16 x float> %1906, %1909
-  %indvars.iv.next759.2.i.3 = shl i64 %indvars.iv758.2.i, 6
-  %1911 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.3
-  %1912 = getelementptr inbounds nuw i8, ptr %1911, i64 1280
-  %1913 = load <16 x float>, ptr %1912, align 4, !tbaa !9
-  %1914 = fadd <16 x float> %1910, %1913
-  %indvars.iv.next759.2.i.4 = shl i64 %indvars.iv758.2.i, 6
-  %1915 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.4
-  %1916 = getelementptr inbounds nuw i8, ptr %1915, i64 1344
-  %1917 = load <16 x float>, ptr %1916, align 4, !tbaa !9
-  %1918 = fadd <16 x float> %1914, %1917
-  %indvars.iv.next759.2.i.5 = shl i64 %indvars.iv758.2.i, 6
-  %1919 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.5
-  %1920 = getelementptr inbounds nuw i8, ptr %1919, i64 1408
-  %1921 = load <16 x float>, ptr %1920, align 4, !tbaa !9
-  %1922 = fadd <16 x float> %1918, %1921
-  %indvars.iv.next759.2.i.6 = shl i64 %indvars.iv758.2.i, 6
-  %1923 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.2.i.6
-  %1924 = getelementptr inbounds nuw i8, ptr %1923, i64 1472
-  %1925 = load <16 x float>, ptr %1924, align 4, !tbaa !9
-  %1926 = fadd <16 x float> %1922, %1925
-  %indvars.iv.next759.2.i.7 = add nuw nsw i64 %indvars.iv758.2.i, 8
-  %niter300.next.7 = add i64 %niter300, 8
-  %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
-  br i1 %niter300.ncmp.7, label %for_end_ax192.2.i.loopexit.unr-lcssa, label %for_body_ax191.2.i, !prof !36, !llvm.loop !58
-
-for_end_ax192.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.2.i
-  br i1 %lcmp.mod296.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil.preheader, !prof !39
-
-for_body_ax191.2.i.epil.preheader:                ; preds = %for_end_ax192.2.i.loopexit.unr-lcssa, %for_body_ax191.2.i.preheader
-  %indvars.iv758.2.i.epil.init = phi i64 [ 0, %for_body_ax191.2.i.preheader ], [ %indvars.iv.next759.2.i.7, %for_end_ax192.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global264.sroa.0.0480.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax191.2.i.preheader ], [ %1926, %for_end_ax192.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod298)
-  br label %for_body_ax191.2.i.epil
-
-for_body_ax191.2.i.epil:                          ; preds = %for_body_ax191.2.i.epil, %for_body_ax191.2.i.epil.preheader
-  %indvars.iv758.2.i.epil = phi i64 [ %indvars.iv.next759.2.i.epil, %for_body_ax191.2.i.epil ], [ %indvars.iv758.2.i.epil.init, %for_body_ax191.2.i.epil.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.2.i.epil = phi <16 x float> [ %1930, %for_body_ax191.2.i.epil ], [ %tile_sum.rf_global264.sroa.0.0480.2.i.epil.init, %for_body_ax191.2.i.epil.preheader ]
-  %epil.iter295 = phi i64 [ %epil.iter295.next, %for_body_ax191.2.i.epil ], [ 0, %for_body_ax191.2.i.epil.preheader ]
-  %.idx926.i.epil = shl nsw i64 %indvars.iv758.2.i.epil, 6
-  %1927 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx926.i.epil
-  %1928 = getelementptr inbounds nuw i8, ptr %1927, i64 1024
-  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !9
-  %1930 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.2.i.epil, %1929
-  %indvars.iv.next759.2.i.epil = add nuw nsw i64 %indvars.iv758.2.i.epil, 1
-  %epil.iter295.next = add i64 %epil.iter295, 1
-  %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
-  br i1 %epil.iter295.cmp.not, label %for_end_ax192.2.i, label %for_body_ax191.2.i.epil, !prof !24, !llvm.loop !59
-
-for_end_ax192.2.i:                                ; preds = %for_body_ax191.2.i.epil, %for_end_ax192.2.i.loopexit.unr-lcssa, %for_end_ax192.1.i
-  %tile_sum.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.1.i ], [ %1926, %for_end_ax192.2.i.loopexit.unr-lcssa ], [ %1930, %for_body_ax191.2.i.epil ]
-  %tile_sum.rf265.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 0
-  %1931 = fadd float %tile_sum.rf265.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf265.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 1
-  %1932 = fadd float %tile_sum.rf265.sroa.0.4.vec.extract.2.i, %1931
-  %tile_sum.rf265.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 2
-  %1933 = fadd float %tile_sum.rf265.sroa.0.8.vec.extract.2.i, %1932
-  %tile_sum.rf265.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 3
-  %1934 = fadd float %tile_sum.rf265.sroa.0.12.vec.extract.2.i, %1933
-  %tile_sum.rf265.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 4
-  %1935 = fadd float %tile_sum.rf265.sroa.0.16.vec.extract.2.i, %1934
-  %tile_sum.rf265.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 5
-  %1936 = fadd float %tile_sum.rf265.sroa.0.20.vec.extract.2.i, %1935
-  %tile_sum.rf265.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 6
-  %1937 = fadd float %tile_sum.rf265.sroa.0.24.vec.extract.2.i, %1936
-  %tile_sum.rf265.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 7
-  %1938 = fadd float %tile_sum.rf265.sroa.0.28.vec.extract.2.i, %1937
-  %tile_sum.rf265.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 8
-  %1939 = fadd float %tile_sum.rf265.sroa.0.32.vec.extract.2.i, %1938
-  %tile_sum.rf265.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 9
-  %1940 = fadd float %tile_sum.rf265.sroa.0.36.vec.extract.2.i, %1939
-  %tile_sum.rf265.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 10
-  %1941 = fadd float %tile_sum.rf265.sroa.0.40.vec.extract.2.i, %1940
-  %tile_sum.rf265.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 11
-  %1942 = fadd float %tile_sum.rf265.sroa.0.44.vec.extract.2.i, %1941
-  %tile_sum.rf265.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 12
-  %1943 = fadd float %tile_sum.rf265.sroa.0.48.vec.extract.2.i, %1942
-  %tile_sum.rf265.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 13
-  %1944 = fadd float %tile_sum.rf265.sroa.0.52.vec.extract.2.i, %1943
-  %tile_sum.rf265.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 14
-  %1945 = fadd float %tile_sum.rf265.sroa.0.56.vec.extract.2.i, %1944
-  %tile_sum.rf265.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.2.i, i64 15
-  %1946 = fadd float %tile_sum.rf265.sroa.0.60.vec.extract.2.i, %1945
-  %tile_sum269.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum269.sroa.0.4.vec.insert.i, float %1946, i64 2
-  br i1 %497, label %for_body_ax191.3.i.preheader, label %for_end_ax192.3.i, !prof !3
-
-for_body_ax191.3.i.preheader:                     ; preds = %for_end_ax192.2.i
-  br i1 %524, label %for_body_ax191.3.i.epil.preheader, label %for_body_ax191.3.i, !prof !35
-
-for_body_ax191.3.i:                               ; preds = %for_body_ax191.3.i, %for_body_ax191.3.i.preheader
-  %indvars.iv758.3.i = phi i64 [ %indvars.iv.next759.3.i.7, %for_body_ax191.3.i ], [ 0, %for_body_ax191.3.i.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.3.i = phi <16 x float> [ %1978, %for_body_ax191.3.i ], [ zeroinitializer, %for_body_ax191.3.i.preheader ]
-  %niter307 = phi i64 [ %niter307.next.7, %for_body_ax191.3.i ], [ 0, %for_body_ax191.3.i.preheader ]
-  %.idx927.i = shl nsw i64 %indvars.iv758.3.i, 6
-  %1947 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx927.i
-  %1948 = getelementptr inbounds nuw i8, ptr %1947, i64 1536
-  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !9
-  %1950 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.3.i, %1949
-  %indvars.iv.next759.3.i = shl i64 %indvars.iv758.3.i, 6
-  %1951 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i
-  %1952 = getelementptr inbounds nuw i8, ptr %1951, i64 1600
-  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !9
-  %1954 = fadd <16 x float> %1950, %1953
-  %indvars.iv.next759.3.i.1 = shl i64 %indvars.iv758.3.i, 6
-  %1955 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.1
-  %1956 = getelementptr inbounds nuw i8, ptr %1955, i64 1664
-  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !9
-  %1958 = fadd <16 x float> %1954, %1957
-  %indvars.iv.next759.3.i.2 = shl i64 %indvars.iv758.3.i, 6
-  %1959 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.2
-  %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 1728
-  %1961 = load <16 x float>, ptr %1960, align 4, !tbaa !9
-  %1962 = fadd <16 x float> %1958, %1961
-  %indvars.iv.next759.3.i.3 = shl i64 %indvars.iv758.3.i, 6
-  %1963 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.3
-  %1964 = getelementptr inbounds nuw i8, ptr %1963, i64 1792
-  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !9
-  %1966 = fadd <16 x float> %1962, %1965
-  %indvars.iv.next759.3.i.4 = shl i64 %indvars.iv758.3.i, 6
-  %1967 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.4
-  %1968 = getelementptr inbounds nuw i8, ptr %1967, i64 1856
-  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !9
-  %1970 = fadd <16 x float> %1966, %1969
-  %indvars.iv.next759.3.i.5 = shl i64 %indvars.iv758.3.i, 6
-  %1971 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.5
-  %1972 = getelementptr inbounds nuw i8, ptr %1971, i64 1920
-  %1973 = load <16 x float>, ptr %1972, align 4, !tbaa !9
-  %1974 = fadd <16 x float> %1970, %1973
-  %indvars.iv.next759.3.i.6 = shl i64 %indvars.iv758.3.i, 6
-  %1975 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next759.3.i.6
-  %1976 = getelementptr inbounds nuw i8, ptr %1975, i64 1984
-  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !9
-  %1978 = fadd <16 x float> %1974, %1977
-  %indvars.iv.next759.3.i.7 = add nuw nsw i64 %indvars.iv758.3.i, 8
-  %niter307.next.7 = add i64 %niter307, 8
-  %niter307.ncmp.7 = icmp eq i64 %niter307.next.7, %unroll_iter306
-  br i1 %niter307.ncmp.7, label %for_end_ax192.3.i.loopexit.unr-lcssa, label %for_body_ax191.3.i, !prof !36, !llvm.loop !60
-
-for_end_ax192.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax191.3.i
-  br i1 %lcmp.mod303.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil.preheader, !prof !39
-
-for_body_ax191.3.i.epil.preheader:                ; preds = %for_end_ax192.3.i.loopexit.unr-lcssa, %for_body_ax191.3.i.preheader
-  %indvars.iv758.3.i.epil.init = phi i64 [ 0, %for_body_ax191.3.i.preheader ], [ %indvars.iv.next759.3.i.7, %for_end_ax192.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global264.sroa.0.0480.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax191.3.i.preheader ], [ %1978, %for_end_ax192.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod305)
-  br label %for_body_ax191.3.i.epil
-
-for_body_ax191.3.i.epil:                          ; preds = %for_body_ax191.3.i.epil, %for_body_ax191.3.i.epil.preheader
-  %indvars.iv758.3.i.epil = phi i64 [ %indvars.iv.next759.3.i.epil, %for_body_ax191.3.i.epil ], [ %indvars.iv758.3.i.epil.init, %for_body_ax191.3.i.epil.preheader ]
-  %tile_sum.rf_global264.sroa.0.0480.3.i.epil = phi <16 x float> [ %1982, %for_body_ax191.3.i.epil ], [ %tile_sum.rf_global264.sroa.0.0480.3.i.epil.init, %for_body_ax191.3.i.epil.preheader ]
-  %epil.iter302 = phi i64 [ %epil.iter302.next, %for_body_ax191.3.i.epil ], [ 0, %for_body_ax191.3.i.epil.preheader ]
-  %.idx927.i.epil = shl nsw i64 %indvars.iv758.3.i.epil, 6
-  %1979 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx927.i.epil
-  %1980 = getelementptr inbounds nuw i8, ptr %1979, i64 1536
-  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !9
-  %1982 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0480.3.i.epil, %1981
-  %indvars.iv.next759.3.i.epil = add nuw nsw i64 %indvars.iv758.3.i.epil, 1
-  %epil.iter302.next = add i64 %epil.iter302, 1
-  %epil.iter302.cmp.not = icmp eq i64 %epil.iter302.next, %xtraiter301
-  br i1 %epil.iter302.cmp.not, label %for_end_ax192.3.i, label %for_body_ax191.3.i.epil, !prof !24, !llvm.loop !61
-
-for_end_ax192.3.i:                                ; preds = %for_body_ax191.3.i.epil, %for_end_ax192.3.i.loopexit.unr-lcssa, %for_end_ax192.2.i
-  %tile_sum.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax192.2.i ], [ %1978, %for_end_ax192.3.i.loopexit.unr-lcssa ], [ %1982, %for_body_ax191.3.i.epil ]
-  %tile_sum.rf265.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 0
-  %1983 = fadd float %tile_sum.rf265.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf265.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 1
-  %1984 = fadd float %tile_sum.rf265.sroa.0.4.vec.extract.3.i, %1983
-  %tile_sum.rf265.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 2
-  %1985 = fadd float %tile_sum.rf265.sroa.0.8.vec.extract.3.i, %1984
-  %tile_sum.rf265.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 3
-  %1986 = fadd float %tile_sum.rf265.sroa.0.12.vec.extract.3.i, %1985
-  %tile_sum.rf265.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 4
-  %1987 = fadd float %tile_sum.rf265.sroa.0.16.vec.extract.3.i, %1986
-  %tile_sum.rf265.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 5
-  %1988 = fadd float %tile_sum.rf265.sroa.0.20.vec.extract.3.i, %1987
-  %tile_sum.rf265.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 6
-  %1989 = fadd float %tile_sum.rf265.sroa.0.24.vec.extract.3.i, %1988
-  %tile_sum.rf265.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 7
-  %1990 = fadd float %tile_sum.rf265.sroa.0.28.vec.extract.3.i, %1989
-  %tile_sum.rf265.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 8
-  %1991 = fadd float %tile_sum.rf265.sroa.0.32.vec.extract.3.i, %1990
-  %tile_sum.rf265.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 9
-  %1992 = fadd float %tile_sum.rf265.sroa.0.36.vec.extract.3.i, %1991
-  %tile_sum.rf265.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 10
-  %1993 = fadd float %tile_sum.rf265.sroa.0.40.vec.extract.3.i, %1992
-  %tile_sum.rf265.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 11
-  %1994 = fadd float %tile_sum.rf265.sroa.0.44.vec.extract.3.i, %1993
-  %tile_sum.rf265.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 12
-  %1995 = fadd float %tile_sum.rf265.sroa.0.48.vec.extract.3.i, %1994
-  %tile_sum.rf265.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 13
-  %1996 = fadd float %tile_sum.rf265.sroa.0.52.vec.extract.3.i, %1995
-  %tile_sum.rf265.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 14
-  %1997 = fadd float %tile_sum.rf265.sroa.0.56.vec.extract.3.i, %1996
-  %tile_sum.rf265.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global264.sroa.0.0.lcssa.3.i, i64 15
-  %1998 = fadd float %tile_sum.rf265.sroa.0.60.vec.extract.3.i, %1997
-  %tile_sum269.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum269.sroa.0.8.vec.insert.i, float %1998, i64 3
-  %1999 = shl nuw nsw i64 %indvars.iv796.i, 2
-  %2000 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %1999
-  %2001 = load <4 x float>, ptr %2000, align 16, !tbaa !15
-  %old_max.i = select <4 x i1> %501, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2001
-  %2002 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %1999
-  %2003 = load <4 x float>, ptr %2002, align 16, !tbaa !13
-  %old_sum.i = select <4 x i1> %501, <4 x float> zeroinitializer, <4 x float> %2003
-  %2004 = fcmp ogt <4 x float> %old_max.i, %tile_max270.sroa.0.3.i
-  %2005 = fcmp oeq <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, zeroinitializer
-  %2006 = select <4 x i1> %2005, <4 x i1> splat (i1 true), <4 x i1> %2004
-  %old_or_both.i = select <4 x i1> %2006, <4 x float> %old_max.i, <4 x float> %tile_max270.sroa.0.3.i
-  %2007 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2007, <4 x float> %tile_max270.sroa.0.3.i, <4 x float> %old_or_both.i
-  %2008 = fsub <4 x float> %old_max.i, %m.i
-  %2009 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2008, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2010 = bitcast <4 x float> %2009 to <4 x i32>
-  %2011 = fadd <4 x float> %2009, splat (float 0xC168000FE0000000)
-  %2012 = fmul <4 x float> %2011, splat (float 0x3F2BD01060000000)
-  %2013 = fmul <4 x float> %2011, splat (float 0x3FE6300000000000)
-  %2014 = fsub <4 x float> %2008, %2013
-  %2015 = fadd <4 x float> %2012, %2014
-  %2016 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2015, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2017 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2016, <4 x float> %2015, <4 x float> splat (float 0x3FA5558F20000000))
-  %2018 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2017, <4 x float> %2015, <4 x float> splat (float 0x3FC5554920000000))
-  %2019 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2018, <4 x float> %2015, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2020 = fmul <4 x float> %2015, %2015
-  %2021 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2019, <4 x float> %2020, <4 x float> %2015)
-  %2022 = shl <4 x i32> %2010, splat (i32 23)
-  %2023 = bitcast <4 x i32> %2022 to <4 x float>
-  %2024 = fadd <4 x float> %2021, splat (float 1.000000e+00)
-  %2025 = fmul <4 x float> %2024, %2023
-  %2026 = fcmp olt <4 x float> %2008, splat (float -8.700000e+01)
-  %2027 = select <4 x i1> %2026, <4 x float> zeroinitializer, <4 x float> %2025
-  %2028 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2029 = select <4 x i1> %2028, <4 x float> %2027, <4 x float> zeroinitializer
-  %arg112.i = fsub <4 x float> %tile_max270.sroa.0.3.i, %m.i
-  %2030 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg112.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2031 = bitcast <4 x float> %2030 to <4 x i32>
-  %2032 = fadd <4 x float> %2030, splat (float 0xC168000FE0000000)
-  %2033 = fmul <4 x float> %2032, splat (float 0x3F2BD01060000000)
-  %2034 = fmul <4 x float> %2032, splat (float 0x3FE6300000000000)
-  %2035 = fsub <4 x float> %arg112.i, %2034
-  %2036 = fadd <4 x float> %2033, %2035
-  %2037 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2036, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2038 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2037, <4 x float> %2036, <4 x float> splat (float 0x3FA5558F20000000))
-  %2039 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2038, <4 x float> %2036, <4 x float> splat (float 0x3FC5554920000000))
-  %2040 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %2036, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2041 = fmul <4 x float> %2036, %2036
-  %2042 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2040, <4 x float> %2041, <4 x float> %2036)
-  %2043 = shl <4 x i32> %2031, splat (i32 23)
-  %2044 = bitcast <4 x i32> %2043 to <4 x float>
-  %2045 = fadd <4 x float> %2042, splat (float 1.000000e+00)
-  %2046 = fmul <4 x float> %2045, %2044
-  %2047 = fcmp olt <4 x float> %arg112.i, splat (float -8.700000e+01)
-  %2048 = select <4 x i1> %2047, <4 x float> zeroinitializer, <4 x float> %2046
-  %2049 = fcmp one <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, zeroinitializer
-  %2050 = select <4 x i1> %2049, <4 x float> %2048, <4 x float> zeroinitializer
-  %2051 = fmul <4 x float> %old_sum.i, %2029
-  %2052 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2050, <4 x float> %tile_sum269.sroa.0.12.vec.insert.i, <4 x float> %2051)
-  store <4 x float> %m.i, ptr %2000, align 16, !tbaa !15
-  store <4 x float> %2052, ptr %2002, align 16, !tbaa !13
-  %2053 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> zeroinitializer
-  %2054 = shl nuw nsw i64 %indvars.iv796.i, 9
-  %2055 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> zeroinitializer
-  %2056 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2057 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2058 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2059 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2060 = shufflevector <4 x float> %2050, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2061 = shufflevector <4 x float> %2029, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2062 = zext nneg i32 %551 to i64
-  %2063 = mul nsw i64 %v_head, %2062
-  %2064 = select i1 %549, i32 128, i32 0
-  %2065 = mul nsw i64 %indvars.iv796.i, %v_head
-  %invariant.gep599.i = getelementptr i32, ptr %value_cache, i64 %2065
+  %indvars.iv678.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next679.i, %for_begin_line.preheader.i ]
+  %1000 = shl nuw nsw i64 %indvars.iv678.i, 1
+  %1001 = getelementptr inbounds nuw i64, ptr %gep148, i64 %1000
+  %1002 = load i64, ptr %1001, align 16, !tbaa !16
+  %1003 = getelementptr i32, ptr %key_cache, i64 %1002
+  %1004 = getelementptr i32, ptr %1003, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1004, i32 0, i32 2, i32 1)
+  %1005 = getelementptr i8, ptr %1003, i64 64
+  %1006 = getelementptr i32, ptr %1005, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1006, i32 0, i32 2, i32 1)
+  %1007 = getelementptr i8, ptr %1003, i64 128
+  %1008 = getelementptr i32, ptr %1007, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1008, i32 0, i32 2, i32 1)
+  %1009 = getelementptr i8, ptr %1003, i64 192
+  %1010 = getelementptr i32, ptr %1009, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1010, i32 0, i32 2, i32 1)
+  %1011 = getelementptr inbounds nuw i8, ptr %1001, i64 8
+  %1012 = load i64, ptr %1011, align 8, !tbaa !16
+  %1013 = getelementptr i32, ptr %key_cache, i64 %1012
+  %1014 = getelementptr i32, ptr %1013, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1014, i32 0, i32 2, i32 1)
+  %1015 = getelementptr i8, ptr %1013, i64 64
+  %1016 = getelementptr i32, ptr %1015, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1016, i32 0, i32 2, i32 1)
+  %1017 = getelementptr i8, ptr %1013, i64 128
+  %1018 = getelementptr i32, ptr %1017, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1018, i32 0, i32 2, i32 1)
+  %1019 = getelementptr i8, ptr %1013, i64 192
+  %1020 = getelementptr i32, ptr %1019, i64 %531
+  tail call void @llvm.prefetch.p0(ptr readonly %1020, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep921.i, i64 %1000
+  %1021 = load i64, ptr %gep.i, align 16, !tbaa !16
+  %gep432.i = getelementptr i32, ptr %invariant.gep431.i, i64 %1021
+  %1022 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1023 = load i64, ptr %1022, align 8, !tbaa !16
+  %gep434.i = getelementptr i32, ptr %invariant.gep431.i, i64 %1023
+  %1024 = load <16 x float>, ptr %533, align 4, !tbaa !9
+  %1025 = load <16 x i32>, ptr %gep432.i, align 4, !tbaa !9
+  %1026 = shl <16 x i32> %1025, splat (i32 16)
+  %1027 = bitcast <16 x i32> %1026 to <16 x float>
+  %1028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1027, <16 x float> zeroinitializer)
+  %1029 = load <16 x i32>, ptr %gep434.i, align 4, !tbaa !9
+  %1030 = shl <16 x i32> %1029, splat (i32 16)
+  %1031 = bitcast <16 x i32> %1030 to <16 x float>
+  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1024, <16 x float> %1031, <16 x float> zeroinitializer)
+  %1033 = load <16 x float>, ptr %534, align 4, !tbaa !9
+  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1033, <16 x float> %1027, <16 x float> zeroinitializer)
+  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1033, <16 x float> %1031, <16 x float> zeroinitializer)
+  %1036 = load <16 x float>, ptr %535, align 4, !tbaa !9
+  %1037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1027, <16 x float> zeroinitializer)
+  %1038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1031, <16 x float> zeroinitializer)
+  %1039 = load <16 x float>, ptr %536, align 4, !tbaa !9
+  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1027, <16 x float> zeroinitializer)
+  %1041 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1031, <16 x float> zeroinitializer)
+  %1042 = load <16 x float>, ptr %537, align 4, !tbaa !9
+  %1043 = and <16 x i32> %1025, %108
+  %1044 = bitcast <16 x i32> %1043 to <16 x float>
+  %1045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1044, <16 x float> %1028)
+  %1046 = and <16 x i32> %1029, %108
+  %1047 = bitcast <16 x i32> %1046 to <16 x float>
+  %1048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1047, <16 x float> %1032)
+  %1049 = load <16 x float>, ptr %538, align 4, !tbaa !9
+  %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1049, <16 x float> %1044, <16 x float> %1034)
+  %1051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1049, <16 x float> %1047, <16 x float> %1035)
+  %1052 = load <16 x float>, ptr %539, align 4, !tbaa !9
+  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1052, <16 x float> %1044, <16 x float> %1037)
+  %1054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1052, <16 x float> %1047, <16 x float> %1038)
+  %1055 = load <16 x float>, ptr %540, align 4, !tbaa !9
+  %1056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1044, <16 x float> %1040)
+  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1047, <16 x float> %1041)
+  %1058 = load <16 x float>, ptr %541, align 4, !tbaa !9
+  %gep419.1.i = getelementptr i8, ptr %gep432.i, i64 64
+  %1059 = load <16 x i32>, ptr %gep419.1.i, align 4, !tbaa !9
+  %1060 = shl <16 x i32> %1059, splat (i32 16)
+  %1061 = bitcast <16 x i32> %1060 to <16 x float>
+  %1062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1061, <16 x float> %1045)
+  %gep421.1.i = getelementptr i8, ptr %gep434.i, i64 64
+  %1063 = load <16 x i32>, ptr %gep421.1.i, align 4, !tbaa !9
+  %1064 = shl <16 x i32> %1063, splat (i32 16)
+  %1065 = bitcast <16 x i32> %1064 to <16 x float>
+  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1065, <16 x float> %1048)
+  %1067 = load <16 x float>, ptr %542, align 4, !tbaa !9
+  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1067, <16 x float> %1061, <16 x float> %1050)
+  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1067, <16 x float> %1065, <16 x float> %1051)
+  %1070 = load <16 x float>, ptr %543, align 4, !tbaa !9
+  %1071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1061, <16 x float> %1053)
+  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1065, <16 x float> %1054)
+  %1073 = load <16 x float>, ptr %544, align 4, !tbaa !9
+  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1061, <16 x float> %1056)
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1065, <16 x float> %1057)
+  %1076 = load <16 x float>, ptr %545, align 4, !tbaa !9
+  %1077 = and <16 x i32> %1059, %108
+  %1078 = bitcast <16 x i32> %1077 to <16 x float>
+  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1078, <16 x float> %1062)
+  %1080 = and <16 x i32> %1063, %108
+  %1081 = bitcast <16 x i32> %1080 to <16 x float>
+  %1082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1081, <16 x float> %1066)
+  %1083 = load <16 x float>, ptr %546, align 4, !tbaa !9
+  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1083, <16 x float> %1078, <16 x float> %1068)
+  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1083, <16 x float> %1081, <16 x float> %1069)
+  %1086 = load <16 x float>, ptr %547, align 4, !tbaa !9
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1086, <16 x float> %1078, <16 x float> %1071)
+  %1088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1086, <16 x float> %1081, <16 x float> %1072)
+  %1089 = load <16 x float>, ptr %548, align 4, !tbaa !9
+  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1078, <16 x float> %1074)
+  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1081, <16 x float> %1075)
+  %1092 = load <16 x float>, ptr %549, align 4, !tbaa !9
+  %gep419.2.i = getelementptr i8, ptr %gep432.i, i64 128
+  %1093 = load <16 x i32>, ptr %gep419.2.i, align 4, !tbaa !9
+  %1094 = shl <16 x i32> %1093, splat (i32 16)
+  %1095 = bitcast <16 x i32> %1094 to <16 x float>
+  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1095, <16 x float> %1079)
+  %gep421.2.i = getelementptr i8, ptr %gep434.i, i64 128
+  %1097 = load <16 x i32>, ptr %gep421.2.i, align 4, !tbaa !9
+  %1098 = shl <16 x i32> %1097, splat (i32 16)
+  %1099 = bitcast <16 x i32> %1098 to <16 x float>
+  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1099, <16 x float> %1082)
+  %1101 = load <16 x float>, ptr %550, align 4, !tbaa !9
+  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1101, <16 x float> %1095, <16 x float> %1084)
+  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1101, <16 x float> %1099, <16 x float> %1085)
+  %1104 = load <16 x float>, ptr %551, align 4, !tbaa !9
+  %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1095, <16 x float> %1087)
+  %1106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1099, <16 x float> %1088)
+  %1107 = load <16 x float>, ptr %552, align 4, !tbaa !9
+  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1095, <16 x float> %1090)
+  %1109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1099, <16 x float> %1091)
+  %1110 = load <16 x float>, ptr %553, align 4, !tbaa !9
+  %1111 = and <16 x i32> %1093, %108
+  %1112 = bitcast <16 x i32> %1111 to <16 x float>
+  %1113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1112, <16 x float> %1096)
+  %1114 = and <16 x i32> %1097, %108
+  %1115 = bitcast <16 x i32> %1114 to <16 x float>
+  %1116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1115, <16 x float> %1100)
+  %1117 = load <16 x float>, ptr %554, align 4, !tbaa !9
+  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1117, <16 x float> %1112, <16 x float> %1102)
+  %1119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1117, <16 x float> %1115, <16 x float> %1103)
+  %1120 = load <16 x float>, ptr %555, align 4, !tbaa !9
+  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1120, <16 x float> %1112, <16 x float> %1105)
+  %1122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1120, <16 x float> %1115, <16 x float> %1106)
+  %1123 = load <16 x float>, ptr %556, align 4, !tbaa !9
+  %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1112, <16 x float> %1108)
+  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1115, <16 x float> %1109)
+  %1126 = load <16 x float>, ptr %557, align 4, !tbaa !9
+  %gep419.3.i = getelementptr i8, ptr %gep432.i, i64 192
+  %1127 = load <16 x i32>, ptr %gep419.3.i, align 4, !tbaa !9
+  %1128 = shl <16 x i32> %1127, splat (i32 16)
+  %1129 = bitcast <16 x i32> %1128 to <16 x float>
+  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1129, <16 x float> %1113)
+  %gep421.3.i = getelementptr i8, ptr %gep434.i, i64 192
+  %1131 = load <16 x i32>, ptr %gep421.3.i, align 4, !tbaa !9
+  %1132 = shl <16 x i32> %1131, splat (i32 16)
+  %1133 = bitcast <16 x i32> %1132 to <16 x float>
+  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1133, <16 x float> %1116)
+  %1135 = load <16 x float>, ptr %558, align 4, !tbaa !9
+  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1135, <16 x float> %1129, <16 x float> %1118)
+  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1135, <16 x float> %1133, <16 x float> %1119)
+  %1138 = load <16 x float>, ptr %559, align 4, !tbaa !9
+  %1139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1129, <16 x float> %1121)
+  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1133, <16 x float> %1122)
+  %1141 = load <16 x float>, ptr %560, align 4, !tbaa !9
+  %1142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1129, <16 x float> %1124)
+  %1143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1133, <16 x float> %1125)
+  %1144 = load <16 x float>, ptr %561, align 4, !tbaa !9
+  %1145 = and <16 x i32> %1127, %108
+  %1146 = bitcast <16 x i32> %1145 to <16 x float>
+  %1147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1146, <16 x float> %1130)
+  %1148 = and <16 x i32> %1131, %108
+  %1149 = bitcast <16 x i32> %1148 to <16 x float>
+  %1150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1149, <16 x float> %1134)
+  %1151 = load <16 x float>, ptr %562, align 4, !tbaa !9
+  %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1151, <16 x float> %1146, <16 x float> %1136)
+  %1153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1151, <16 x float> %1149, <16 x float> %1137)
+  %1154 = load <16 x float>, ptr %563, align 4, !tbaa !9
+  %1155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1154, <16 x float> %1146, <16 x float> %1139)
+  %1156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1154, <16 x float> %1149, <16 x float> %1140)
+  %1157 = load <16 x float>, ptr %564, align 4, !tbaa !9
+  %1158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1157, <16 x float> %1146, <16 x float> %1142)
+  %1159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1157, <16 x float> %1149, <16 x float> %1143)
+  %.idx886.i = shl nuw nsw i64 %indvars.iv678.i, 7
+  %1160 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx886.i
+  store <16 x float> %1147, ptr %1160, align 4, !tbaa !9
+  %1161 = getelementptr inbounds nuw i8, ptr %1160, i64 64
+  store <16 x float> %1150, ptr %1161, align 4, !tbaa !9
+  %1162 = getelementptr inbounds nuw i8, ptr %1160, i64 1024
+  store <16 x float> %1152, ptr %1162, align 4, !tbaa !9
+  %1163 = getelementptr inbounds nuw i8, ptr %1160, i64 1088
+  store <16 x float> %1153, ptr %1163, align 4, !tbaa !9
+  %1164 = getelementptr inbounds nuw i8, ptr %1160, i64 2048
+  store <16 x float> %1155, ptr %1164, align 4, !tbaa !9
+  %1165 = getelementptr inbounds nuw i8, ptr %1160, i64 2112
+  store <16 x float> %1156, ptr %1165, align 4, !tbaa !9
+  %1166 = getelementptr inbounds nuw i8, ptr %1160, i64 3072
+  store <16 x float> %1158, ptr %1166, align 4, !tbaa !9
+  %1167 = getelementptr inbounds nuw i8, ptr %1160, i64 3136
+  store <16 x float> %1159, ptr %1167, align 4, !tbaa !9
+  %indvars.iv.next679.i = add nuw nsw i64 %indvars.iv678.i, 1
+  %exitcond681.not.i = icmp eq i64 %indvars.iv.next679.i, 8
+  br i1 %exitcond681.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !11
+
+for_body_r54.us.preheader.i:                      ; preds = %for_end_ax150.3.i
+  %peak.rf236.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 0
+  %1168 = fcmp olt float %peak.rf236.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1169 = select i1 %1168, float 0xC7EFFFFFE0000000, float %peak.rf236.sroa.0.0.vec.extract.3.i
+  %peak.rf236.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 1
+  %1170 = fcmp ogt float %1169, %peak.rf236.sroa.0.4.vec.extract.3.i
+  %1171 = select i1 %1170, float %1169, float %peak.rf236.sroa.0.4.vec.extract.3.i
+  %peak.rf236.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 2
+  %1172 = fcmp ogt float %1171, %peak.rf236.sroa.0.8.vec.extract.3.i
+  %1173 = select i1 %1172, float %1171, float %peak.rf236.sroa.0.8.vec.extract.3.i
+  %peak.rf236.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 3
+  %1174 = fcmp ogt float %1173, %peak.rf236.sroa.0.12.vec.extract.3.i
+  %1175 = select i1 %1174, float %1173, float %peak.rf236.sroa.0.12.vec.extract.3.i
+  %peak.rf236.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 4
+  %1176 = fcmp ogt float %1175, %peak.rf236.sroa.0.16.vec.extract.3.i
+  %1177 = select i1 %1176, float %1175, float %peak.rf236.sroa.0.16.vec.extract.3.i
+  %peak.rf236.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 5
+  %1178 = fcmp ogt float %1177, %peak.rf236.sroa.0.20.vec.extract.3.i
+  %1179 = select i1 %1178, float %1177, float %peak.rf236.sroa.0.20.vec.extract.3.i
+  %peak.rf236.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 6
+  %1180 = fcmp ogt float %1179, %peak.rf236.sroa.0.24.vec.extract.3.i
+  %1181 = select i1 %1180, float %1179, float %peak.rf236.sroa.0.24.vec.extract.3.i
+  %peak.rf236.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 7
+  %1182 = fcmp ogt float %1181, %peak.rf236.sroa.0.28.vec.extract.3.i
+  %1183 = select i1 %1182, float %1181, float %peak.rf236.sroa.0.28.vec.extract.3.i
+  %peak.rf236.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 8
+  %1184 = fcmp ogt float %1183, %peak.rf236.sroa.0.32.vec.extract.3.i
+  %1185 = select i1 %1184, float %1183, float %peak.rf236.sroa.0.32.vec.extract.3.i
+  %peak.rf236.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 9
+  %1186 = fcmp ogt float %1185, %peak.rf236.sroa.0.36.vec.extract.3.i
+  %1187 = select i1 %1186, float %1185, float %peak.rf236.sroa.0.36.vec.extract.3.i
+  %peak.rf236.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 10
+  %1188 = fcmp ogt float %1187, %peak.rf236.sroa.0.40.vec.extract.3.i
+  %1189 = select i1 %1188, float %1187, float %peak.rf236.sroa.0.40.vec.extract.3.i
+  %peak.rf236.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 11
+  %1190 = fcmp ogt float %1189, %peak.rf236.sroa.0.44.vec.extract.3.i
+  %1191 = select i1 %1190, float %1189, float %peak.rf236.sroa.0.44.vec.extract.3.i
+  %peak.rf236.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 12
+  %1192 = fcmp ogt float %1191, %peak.rf236.sroa.0.48.vec.extract.3.i
+  %1193 = select i1 %1192, float %1191, float %peak.rf236.sroa.0.48.vec.extract.3.i
+  %peak.rf236.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 13
+  %1194 = fcmp ogt float %1193, %peak.rf236.sroa.0.52.vec.extract.3.i
+  %1195 = select i1 %1194, float %1193, float %peak.rf236.sroa.0.52.vec.extract.3.i
+  %peak.rf236.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 14
+  %1196 = fcmp ogt float %1195, %peak.rf236.sroa.0.56.vec.extract.3.i
+  %1197 = select i1 %1196, float %1195, float %peak.rf236.sroa.0.56.vec.extract.3.i
+  %peak.rf236.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.3.i, i64 15
+  %1198 = fcmp ogt float %1197, %peak.rf236.sroa.0.60.vec.extract.3.i
+  %1199 = select i1 %1198, float %1197, float %peak.rf236.sroa.0.60.vec.extract.3.i
+  %peak237.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak237.sroa.0.8.vec.insert.i, float %1199, i64 3
+  br label %for_begin_r60.preheader.i
+
+for_body_ax149.i:                                 ; preds = %for_body_ax149.i, %for_body_ax149.i.preheader
+  %indvars.iv700.i = phi i64 [ %indvars.iv.next701.i.7, %for_body_ax149.i ], [ 0, %for_body_ax149.i.preheader ]
+  %peak.rf_global235.sroa.0.0440.i = phi <16 x float> [ %1238, %for_body_ax149.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.i.preheader ]
+  %niter250 = phi i64 [ %niter250.next.7, %for_body_ax149.i ], [ 0, %for_body_ax149.i.preheader ]
+  %.idx887.i = shl nsw i64 %indvars.iv700.i, 6
+  %1200 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx887.i
+  %1201 = load <16 x float>, ptr %1200, align 16, !tbaa !29
+  %1202 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.i, %1201
+  %1203 = select <16 x i1> %1202, <16 x float> %peak.rf_global235.sroa.0.0440.i, <16 x float> %1201
+  %indvars.iv.next701.i = shl i64 %indvars.iv700.i, 6
+  %1204 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i
+  %1205 = getelementptr inbounds nuw i8, ptr %1204, i64 64
+  %1206 = load <16 x float>, ptr %1205, align 16, !tbaa !29
+  %1207 = fcmp ogt <16 x float> %1203, %1206
+  %1208 = select <16 x i1> %1207, <16 x float> %1203, <16 x float> %1206
+  %indvars.iv.next701.i.1 = shl i64 %indvars.iv700.i, 6
+  %1209 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.1
+  %1210 = getelementptr inbounds nuw i8, ptr %1209, i64 128
+  %1211 = load <16 x float>, ptr %1210, align 16, !tbaa !29
+  %1212 = fcmp ogt <16 x float> %1208, %1211
+  %1213 = select <16 x i1> %1212, <16 x float> %1208, <16 x float> %1211
+  %indvars.iv.next701.i.2 = shl i64 %indvars.iv700.i, 6
+  %1214 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.2
+  %1215 = getelementptr inbounds nuw i8, ptr %1214, i64 192
+  %1216 = load <16 x float>, ptr %1215, align 16, !tbaa !29
+  %1217 = fcmp ogt <16 x float> %1213, %1216
+  %1218 = select <16 x i1> %1217, <16 x float> %1213, <16 x float> %1216
+  %indvars.iv.next701.i.3 = shl i64 %indvars.iv700.i, 6
+  %1219 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.3
+  %1220 = getelementptr inbounds nuw i8, ptr %1219, i64 256
+  %1221 = load <16 x float>, ptr %1220, align 16, !tbaa !29
+  %1222 = fcmp ogt <16 x float> %1218, %1221
+  %1223 = select <16 x i1> %1222, <16 x float> %1218, <16 x float> %1221
+  %indvars.iv.next701.i.4 = shl i64 %indvars.iv700.i, 6
+  %1224 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.4
+  %1225 = getelementptr inbounds nuw i8, ptr %1224, i64 320
+  %1226 = load <16 x float>, ptr %1225, align 16, !tbaa !29
+  %1227 = fcmp ogt <16 x float> %1223, %1226
+  %1228 = select <16 x i1> %1227, <16 x float> %1223, <16 x float> %1226
+  %indvars.iv.next701.i.5 = shl i64 %indvars.iv700.i, 6
+  %1229 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.5
+  %1230 = getelementptr inbounds nuw i8, ptr %1229, i64 384
+  %1231 = load <16 x float>, ptr %1230, align 16, !tbaa !29
+  %1232 = fcmp ogt <16 x float> %1228, %1231
+  %1233 = select <16 x i1> %1232, <16 x float> %1228, <16 x float> %1231
+  %indvars.iv.next701.i.6 = shl i64 %indvars.iv700.i, 6
+  %1234 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.i.6
+  %1235 = getelementptr inbounds nuw i8, ptr %1234, i64 448
+  %1236 = load <16 x float>, ptr %1235, align 16, !tbaa !29
+  %1237 = fcmp ogt <16 x float> %1233, %1236
+  %1238 = select <16 x i1> %1237, <16 x float> %1233, <16 x float> %1236
+  %indvars.iv.next701.i.7 = add nuw nsw i64 %indvars.iv700.i, 8
+  %niter250.next.7 = add i64 %niter250, 8
+  %niter250.ncmp.7 = icmp eq i64 %niter250.next.7, %unroll_iter249
+  br i1 %niter250.ncmp.7, label %for_end_ax150.i.loopexit.unr-lcssa, label %for_body_ax149.i, !prof !46, !llvm.loop !47
+
+for_end_ax150.i.loopexit.unr-lcssa:               ; preds = %for_body_ax149.i
+  br i1 %lcmp.mod246.not, label %for_end_ax150.i, label %for_body_ax149.i.epil.preheader, !prof !49
+
+for_body_ax149.i.epil.preheader:                  ; preds = %for_end_ax150.i.loopexit.unr-lcssa, %for_body_ax149.i.preheader
+  %indvars.iv700.i.epil.init = phi i64 [ 0, %for_body_ax149.i.preheader ], [ %indvars.iv.next701.i.7, %for_end_ax150.i.loopexit.unr-lcssa ]
+  %peak.rf_global235.sroa.0.0440.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.i.preheader ], [ %1238, %for_end_ax150.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod248)
+  br label %for_body_ax149.i.epil
+
+for_body_ax149.i.epil:                            ; preds = %for_body_ax149.i.epil, %for_body_ax149.i.epil.preheader
+  %indvars.iv700.i.epil = phi i64 [ %indvars.iv.next701.i.epil, %for_body_ax149.i.epil ], [ %indvars.iv700.i.epil.init, %for_body_ax149.i.epil.preheader ]
+  %peak.rf_global235.sroa.0.0440.i.epil = phi <16 x float> [ %1242, %for_body_ax149.i.epil ], [ %peak.rf_global235.sroa.0.0440.i.epil.init, %for_body_ax149.i.epil.preheader ]
+  %epil.iter245 = phi i64 [ %epil.iter245.next, %for_body_ax149.i.epil ], [ 0, %for_body_ax149.i.epil.preheader ]
+  %.idx887.i.epil = shl nsw i64 %indvars.iv700.i.epil, 6
+  %1239 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx887.i.epil
+  %1240 = load <16 x float>, ptr %1239, align 16, !tbaa !29
+  %1241 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.i.epil, %1240
+  %1242 = select <16 x i1> %1241, <16 x float> %peak.rf_global235.sroa.0.0440.i.epil, <16 x float> %1240
+  %indvars.iv.next701.i.epil = add nuw nsw i64 %indvars.iv700.i.epil, 1
+  %epil.iter245.next = add i64 %epil.iter245, 1
+  %epil.iter245.cmp.not = icmp eq i64 %epil.iter245.next, %xtraiter244
+  br i1 %epil.iter245.cmp.not, label %for_end_ax150.i, label %for_body_ax149.i.epil, !prof !33, !llvm.loop !50
+
+for_end_ax150.i:                                  ; preds = %for_body_ax149.i.epil, %for_end_ax150.i.loopexit.unr-lcssa, %for_body_kv_head.i
+  %peak.rf_global235.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_kv_head.i ], [ %1238, %for_end_ax150.i.loopexit.unr-lcssa ], [ %1242, %for_body_ax149.i.epil ]
+  %peak.rf236.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 0
+  %1243 = fcmp olt float %peak.rf236.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1244 = select i1 %1243, float 0xC7EFFFFFE0000000, float %peak.rf236.sroa.0.0.vec.extract.i
+  %peak.rf236.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 1
+  %1245 = fcmp ogt float %1244, %peak.rf236.sroa.0.4.vec.extract.i
+  %1246 = select i1 %1245, float %1244, float %peak.rf236.sroa.0.4.vec.extract.i
+  %peak.rf236.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 2
+  %1247 = fcmp ogt float %1246, %peak.rf236.sroa.0.8.vec.extract.i
+  %1248 = select i1 %1247, float %1246, float %peak.rf236.sroa.0.8.vec.extract.i
+  %peak.rf236.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 3
+  %1249 = fcmp ogt float %1248, %peak.rf236.sroa.0.12.vec.extract.i
+  %1250 = select i1 %1249, float %1248, float %peak.rf236.sroa.0.12.vec.extract.i
+  %peak.rf236.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 4
+  %1251 = fcmp ogt float %1250, %peak.rf236.sroa.0.16.vec.extract.i
+  %1252 = select i1 %1251, float %1250, float %peak.rf236.sroa.0.16.vec.extract.i
+  %peak.rf236.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 5
+  %1253 = fcmp ogt float %1252, %peak.rf236.sroa.0.20.vec.extract.i
+  %1254 = select i1 %1253, float %1252, float %peak.rf236.sroa.0.20.vec.extract.i
+  %peak.rf236.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 6
+  %1255 = fcmp ogt float %1254, %peak.rf236.sroa.0.24.vec.extract.i
+  %1256 = select i1 %1255, float %1254, float %peak.rf236.sroa.0.24.vec.extract.i
+  %peak.rf236.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 7
+  %1257 = fcmp ogt float %1256, %peak.rf236.sroa.0.28.vec.extract.i
+  %1258 = select i1 %1257, float %1256, float %peak.rf236.sroa.0.28.vec.extract.i
+  %peak.rf236.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 8
+  %1259 = fcmp ogt float %1258, %peak.rf236.sroa.0.32.vec.extract.i
+  %1260 = select i1 %1259, float %1258, float %peak.rf236.sroa.0.32.vec.extract.i
+  %peak.rf236.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 9
+  %1261 = fcmp ogt float %1260, %peak.rf236.sroa.0.36.vec.extract.i
+  %1262 = select i1 %1261, float %1260, float %peak.rf236.sroa.0.36.vec.extract.i
+  %peak.rf236.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 10
+  %1263 = fcmp ogt float %1262, %peak.rf236.sroa.0.40.vec.extract.i
+  %1264 = select i1 %1263, float %1262, float %peak.rf236.sroa.0.40.vec.extract.i
+  %peak.rf236.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 11
+  %1265 = fcmp ogt float %1264, %peak.rf236.sroa.0.44.vec.extract.i
+  %1266 = select i1 %1265, float %1264, float %peak.rf236.sroa.0.44.vec.extract.i
+  %peak.rf236.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 12
+  %1267 = fcmp ogt float %1266, %peak.rf236.sroa.0.48.vec.extract.i
+  %1268 = select i1 %1267, float %1266, float %peak.rf236.sroa.0.48.vec.extract.i
+  %peak.rf236.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 13
+  %1269 = fcmp ogt float %1268, %peak.rf236.sroa.0.52.vec.extract.i
+  %1270 = select i1 %1269, float %1268, float %peak.rf236.sroa.0.52.vec.extract.i
+  %peak.rf236.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 14
+  %1271 = fcmp ogt float %1270, %peak.rf236.sroa.0.56.vec.extract.i
+  %1272 = select i1 %1271, float %1270, float %peak.rf236.sroa.0.56.vec.extract.i
+  %peak.rf236.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.i, i64 15
+  %1273 = fcmp ogt float %1272, %peak.rf236.sroa.0.60.vec.extract.i
+  %1274 = select i1 %1273, float %1272, float %peak.rf236.sroa.0.60.vec.extract.i
+  %peak237.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1274, i64 0
+  br i1 %497, label %for_body_ax149.1.i.preheader, label %for_end_ax150.1.i, !prof !3
+
+for_body_ax149.1.i.preheader:                     ; preds = %for_end_ax150.i
+  br i1 %514, label %for_body_ax149.1.i.epil.preheader, label %for_body_ax149.1.i, !prof !44
+
+for_body_ax149.1.i:                               ; preds = %for_body_ax149.1.i, %for_body_ax149.1.i.preheader
+  %indvars.iv700.1.i = phi i64 [ %indvars.iv.next701.1.i.7, %for_body_ax149.1.i ], [ 0, %for_body_ax149.1.i.preheader ]
+  %peak.rf_global235.sroa.0.0440.1.i = phi <16 x float> [ %1314, %for_body_ax149.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.1.i.preheader ]
+  %niter257 = phi i64 [ %niter257.next.7, %for_body_ax149.1.i ], [ 0, %for_body_ax149.1.i.preheader ]
+  %.idx888.i = shl nsw i64 %indvars.iv700.1.i, 6
+  %1275 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx888.i
+  %1276 = getelementptr inbounds nuw i8, ptr %1275, i64 256
+  %1277 = load <16 x float>, ptr %1276, align 16, !tbaa !29
+  %1278 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.1.i, %1277
+  %1279 = select <16 x i1> %1278, <16 x float> %peak.rf_global235.sroa.0.0440.1.i, <16 x float> %1277
+  %indvars.iv.next701.1.i = shl i64 %indvars.iv700.1.i, 6
+  %1280 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i
+  %1281 = getelementptr inbounds nuw i8, ptr %1280, i64 320
+  %1282 = load <16 x float>, ptr %1281, align 16, !tbaa !29
+  %1283 = fcmp ogt <16 x float> %1279, %1282
+  %1284 = select <16 x i1> %1283, <16 x float> %1279, <16 x float> %1282
+  %indvars.iv.next701.1.i.1 = shl i64 %indvars.iv700.1.i, 6
+  %1285 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.1
+  %1286 = getelementptr inbounds nuw i8, ptr %1285, i64 384
+  %1287 = load <16 x float>, ptr %1286, align 16, !tbaa !29
+  %1288 = fcmp ogt <16 x float> %1284, %1287
+  %1289 = select <16 x i1> %1288, <16 x float> %1284, <16 x float> %1287
+  %indvars.iv.next701.1.i.2 = shl i64 %indvars.iv700.1.i, 6
+  %1290 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.2
+  %1291 = getelementptr inbounds nuw i8, ptr %1290, i64 448
+  %1292 = load <16 x float>, ptr %1291, align 16, !tbaa !29
+  %1293 = fcmp ogt <16 x float> %1289, %1292
+  %1294 = select <16 x i1> %1293, <16 x float> %1289, <16 x float> %1292
+  %indvars.iv.next701.1.i.3 = shl i64 %indvars.iv700.1.i, 6
+  %1295 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.3
+  %1296 = getelementptr inbounds nuw i8, ptr %1295, i64 512
+  %1297 = load <16 x float>, ptr %1296, align 16, !tbaa !29
+  %1298 = fcmp ogt <16 x float> %1294, %1297
+  %1299 = select <16 x i1> %1298, <16 x float> %1294, <16 x float> %1297
+  %indvars.iv.next701.1.i.4 = shl i64 %indvars.iv700.1.i, 6
+  %1300 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.4
+  %1301 = getelementptr inbounds nuw i8, ptr %1300, i64 576
+  %1302 = load <16 x float>, ptr %1301, align 16, !tbaa !29
+  %1303 = fcmp ogt <16 x float> %1299, %1302
+  %1304 = select <16 x i1> %1303, <16 x float> %1299, <16 x float> %1302
+  %indvars.iv.next701.1.i.5 = shl i64 %indvars.iv700.1.i, 6
+  %1305 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.5
+  %1306 = getelementptr inbounds nuw i8, ptr %1305, i64 640
+  %1307 = load <16 x float>, ptr %1306, align 16, !tbaa !29
+  %1308 = fcmp ogt <16 x float> %1304, %1307
+  %1309 = select <16 x i1> %1308, <16 x float> %1304, <16 x float> %1307
+  %indvars.iv.next701.1.i.6 = shl i64 %indvars.iv700.1.i, 6
+  %1310 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.1.i.6
+  %1311 = getelementptr inbounds nuw i8, ptr %1310, i64 704
+  %1312 = load <16 x float>, ptr %1311, align 16, !tbaa !29
+  %1313 = fcmp ogt <16 x float> %1309, %1312
+  %1314 = select <16 x i1> %1313, <16 x float> %1309, <16 x float> %1312
+  %indvars.iv.next701.1.i.7 = add nuw nsw i64 %indvars.iv700.1.i, 8
+  %niter257.next.7 = add i64 %niter257, 8
+  %niter257.ncmp.7 = icmp eq i64 %niter257.next.7, %unroll_iter256
+  br i1 %niter257.ncmp.7, label %for_end_ax150.1.i.loopexit.unr-lcssa, label %for_body_ax149.1.i, !prof !46, !llvm.loop !51
+
+for_end_ax150.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax149.1.i
+  br i1 %lcmp.mod253.not, label %for_end_ax150.1.i, label %for_body_ax149.1.i.epil.preheader, !prof !49
+
+for_body_ax149.1.i.epil.preheader:                ; preds = %for_end_ax150.1.i.loopexit.unr-lcssa, %for_body_ax149.1.i.preheader
+  %indvars.iv700.1.i.epil.init = phi i64 [ 0, %for_body_ax149.1.i.preheader ], [ %indvars.iv.next701.1.i.7, %for_end_ax150.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global235.sroa.0.0440.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.1.i.preheader ], [ %1314, %for_end_ax150.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod255)
+  br label %for_body_ax149.1.i.epil
+
+for_body_ax149.1.i.epil:                          ; preds = %for_body_ax149.1.i.epil, %for_body_ax149.1.i.epil.preheader
+  %indvars.iv700.1.i.epil = phi i64 [ %indvars.iv.next701.1.i.epil, %for_body_ax149.1.i.epil ], [ %indvars.iv700.1.i.epil.init, %for_body_ax149.1.i.epil.preheader ]
+  %peak.rf_global235.sroa.0.0440.1.i.epil = phi <16 x float> [ %1319, %for_body_ax149.1.i.epil ], [ %peak.rf_global235.sroa.0.0440.1.i.epil.init, %for_body_ax149.1.i.epil.preheader ]
+  %epil.iter252 = phi i64 [ %epil.iter252.next, %for_body_ax149.1.i.epil ], [ 0, %for_body_ax149.1.i.epil.preheader ]
+  %.idx888.i.epil = shl nsw i64 %indvars.iv700.1.i.epil, 6
+  %1315 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx888.i.epil
+  %1316 = getelementptr inbounds nuw i8, ptr %1315, i64 256
+  %1317 = load <16 x float>, ptr %1316, align 16, !tbaa !29
+  %1318 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.1.i.epil, %1317
+  %1319 = select <16 x i1> %1318, <16 x float> %peak.rf_global235.sroa.0.0440.1.i.epil, <16 x float> %1317
+  %indvars.iv.next701.1.i.epil = add nuw nsw i64 %indvars.iv700.1.i.epil, 1
+  %epil.iter252.next = add i64 %epil.iter252, 1
+  %epil.iter252.cmp.not = icmp eq i64 %epil.iter252.next, %xtraiter251
+  br i1 %epil.iter252.cmp.not, label %for_end_ax150.1.i, label %for_body_ax149.1.i.epil, !prof !33, !llvm.loop !52
+
+for_end_ax150.1.i:                                ; preds = %for_body_ax149.1.i.epil, %for_end_ax150.1.i.loopexit.unr-lcssa, %for_end_ax150.i
+  %peak.rf_global235.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax150.i ], [ %1314, %for_end_ax150.1.i.loopexit.unr-lcssa ], [ %1319, %for_body_ax149.1.i.epil ]
+  %peak.rf236.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 0
+  %1320 = fcmp olt float %peak.rf236.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1321 = select i1 %1320, float 0xC7EFFFFFE0000000, float %peak.rf236.sroa.0.0.vec.extract.1.i
+  %peak.rf236.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 1
+  %1322 = fcmp ogt float %1321, %peak.rf236.sroa.0.4.vec.extract.1.i
+  %1323 = select i1 %1322, float %1321, float %peak.rf236.sroa.0.4.vec.extract.1.i
+  %peak.rf236.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 2
+  %1324 = fcmp ogt float %1323, %peak.rf236.sroa.0.8.vec.extract.1.i
+  %1325 = select i1 %1324, float %1323, float %peak.rf236.sroa.0.8.vec.extract.1.i
+  %peak.rf236.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 3
+  %1326 = fcmp ogt float %1325, %peak.rf236.sroa.0.12.vec.extract.1.i
+  %1327 = select i1 %1326, float %1325, float %peak.rf236.sroa.0.12.vec.extract.1.i
+  %peak.rf236.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 4
+  %1328 = fcmp ogt float %1327, %peak.rf236.sroa.0.16.vec.extract.1.i
+  %1329 = select i1 %1328, float %1327, float %peak.rf236.sroa.0.16.vec.extract.1.i
+  %peak.rf236.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 5
+  %1330 = fcmp ogt float %1329, %peak.rf236.sroa.0.20.vec.extract.1.i
+  %1331 = select i1 %1330, float %1329, float %peak.rf236.sroa.0.20.vec.extract.1.i
+  %peak.rf236.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 6
+  %1332 = fcmp ogt float %1331, %peak.rf236.sroa.0.24.vec.extract.1.i
+  %1333 = select i1 %1332, float %1331, float %peak.rf236.sroa.0.24.vec.extract.1.i
+  %peak.rf236.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 7
+  %1334 = fcmp ogt float %1333, %peak.rf236.sroa.0.28.vec.extract.1.i
+  %1335 = select i1 %1334, float %1333, float %peak.rf236.sroa.0.28.vec.extract.1.i
+  %peak.rf236.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 8
+  %1336 = fcmp ogt float %1335, %peak.rf236.sroa.0.32.vec.extract.1.i
+  %1337 = select i1 %1336, float %1335, float %peak.rf236.sroa.0.32.vec.extract.1.i
+  %peak.rf236.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 9
+  %1338 = fcmp ogt float %1337, %peak.rf236.sroa.0.36.vec.extract.1.i
+  %1339 = select i1 %1338, float %1337, float %peak.rf236.sroa.0.36.vec.extract.1.i
+  %peak.rf236.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 10
+  %1340 = fcmp ogt float %1339, %peak.rf236.sroa.0.40.vec.extract.1.i
+  %1341 = select i1 %1340, float %1339, float %peak.rf236.sroa.0.40.vec.extract.1.i
+  %peak.rf236.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 11
+  %1342 = fcmp ogt float %1341, %peak.rf236.sroa.0.44.vec.extract.1.i
+  %1343 = select i1 %1342, float %1341, float %peak.rf236.sroa.0.44.vec.extract.1.i
+  %peak.rf236.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 12
+  %1344 = fcmp ogt float %1343, %peak.rf236.sroa.0.48.vec.extract.1.i
+  %1345 = select i1 %1344, float %1343, float %peak.rf236.sroa.0.48.vec.extract.1.i
+  %peak.rf236.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 13
+  %1346 = fcmp ogt float %1345, %peak.rf236.sroa.0.52.vec.extract.1.i
+  %1347 = select i1 %1346, float %1345, float %peak.rf236.sroa.0.52.vec.extract.1.i
+  %peak.rf236.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 14
+  %1348 = fcmp ogt float %1347, %peak.rf236.sroa.0.56.vec.extract.1.i
+  %1349 = select i1 %1348, float %1347, float %peak.rf236.sroa.0.56.vec.extract.1.i
+  %peak.rf236.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.1.i, i64 15
+  %1350 = fcmp ogt float %1349, %peak.rf236.sroa.0.60.vec.extract.1.i
+  %1351 = select i1 %1350, float %1349, float %peak.rf236.sroa.0.60.vec.extract.1.i
+  %peak237.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak237.sroa.0.0.vec.insert.i, float %1351, i64 1
+  br i1 %497, label %for_body_ax149.2.i.preheader, label %for_end_ax150.2.i, !prof !3
+
+for_body_ax149.2.i.preheader:                     ; preds = %for_end_ax150.1.i
+  br i1 %515, label %for_body_ax149.2.i.epil.preheader, label %for_body_ax149.2.i, !prof !44
+
+for_body_ax149.2.i:                               ; preds = %for_body_ax149.2.i, %for_body_ax149.2.i.preheader
+  %indvars.iv700.2.i = phi i64 [ %indvars.iv.next701.2.i.7, %for_body_ax149.2.i ], [ 0, %for_body_ax149.2.i.preheader ]
+  %peak.rf_global235.sroa.0.0440.2.i = phi <16 x float> [ %1391, %for_body_ax149.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.2.i.preheader ]
+  %niter264 = phi i64 [ %niter264.next.7, %for_body_ax149.2.i ], [ 0, %for_body_ax149.2.i.preheader ]
+  %.idx889.i = shl nsw i64 %indvars.iv700.2.i, 6
+  %1352 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx889.i
+  %1353 = getelementptr inbounds nuw i8, ptr %1352, i64 512
+  %1354 = load <16 x float>, ptr %1353, align 16, !tbaa !29
+  %1355 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.2.i, %1354
+  %1356 = select <16 x i1> %1355, <16 x float> %peak.rf_global235.sroa.0.0440.2.i, <16 x float> %1354
+  %indvars.iv.next701.2.i = shl i64 %indvars.iv700.2.i, 6
+  %1357 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i
+  %1358 = getelementptr inbounds nuw i8, ptr %1357, i64 576
+  %1359 = load <16 x float>, ptr %1358, align 16, !tbaa !29
+  %1360 = fcmp ogt <16 x float> %1356, %1359
+  %1361 = select <16 x i1> %1360, <16 x float> %1356, <16 x float> %1359
+  %indvars.iv.next701.2.i.1 = shl i64 %indvars.iv700.2.i, 6
+  %1362 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.1
+  %1363 = getelementptr inbounds nuw i8, ptr %1362, i64 640
+  %1364 = load <16 x float>, ptr %1363, align 16, !tbaa !29
+  %1365 = fcmp ogt <16 x float> %1361, %1364
+  %1366 = select <16 x i1> %1365, <16 x float> %1361, <16 x float> %1364
+  %indvars.iv.next701.2.i.2 = shl i64 %indvars.iv700.2.i, 6
+  %1367 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.2
+  %1368 = getelementptr inbounds nuw i8, ptr %1367, i64 704
+  %1369 = load <16 x float>, ptr %1368, align 16, !tbaa !29
+  %1370 = fcmp ogt <16 x float> %1366, %1369
+  %1371 = select <16 x i1> %1370, <16 x float> %1366, <16 x float> %1369
+  %indvars.iv.next701.2.i.3 = shl i64 %indvars.iv700.2.i, 6
+  %1372 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.3
+  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 768
+  %1374 = load <16 x float>, ptr %1373, align 16, !tbaa !29
+  %1375 = fcmp ogt <16 x float> %1371, %1374
+  %1376 = select <16 x i1> %1375, <16 x float> %1371, <16 x float> %1374
+  %indvars.iv.next701.2.i.4 = shl i64 %indvars.iv700.2.i, 6
+  %1377 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.4
+  %1378 = getelementptr inbounds nuw i8, ptr %1377, i64 832
+  %1379 = load <16 x float>, ptr %1378, align 16, !tbaa !29
+  %1380 = fcmp ogt <16 x float> %1376, %1379
+  %1381 = select <16 x i1> %1380, <16 x float> %1376, <16 x float> %1379
+  %indvars.iv.next701.2.i.5 = shl i64 %indvars.iv700.2.i, 6
+  %1382 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.5
+  %1383 = getelementptr inbounds nuw i8, ptr %1382, i64 896
+  %1384 = load <16 x float>, ptr %1383, align 16, !tbaa !29
+  %1385 = fcmp ogt <16 x float> %1381, %1384
+  %1386 = select <16 x i1> %1385, <16 x float> %1381, <16 x float> %1384
+  %indvars.iv.next701.2.i.6 = shl i64 %indvars.iv700.2.i, 6
+  %1387 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.2.i.6
+  %1388 = getelementptr inbounds nuw i8, ptr %1387, i64 960
+  %1389 = load <16 x float>, ptr %1388, align 16, !tbaa !29
+  %1390 = fcmp ogt <16 x float> %1386, %1389
+  %1391 = select <16 x i1> %1390, <16 x float> %1386, <16 x float> %1389
+  %indvars.iv.next701.2.i.7 = add nuw nsw i64 %indvars.iv700.2.i, 8
+  %niter264.next.7 = add i64 %niter264, 8
+  %niter264.ncmp.7 = icmp eq i64 %niter264.next.7, %unroll_iter263
+  br i1 %niter264.ncmp.7, label %for_end_ax150.2.i.loopexit.unr-lcssa, label %for_body_ax149.2.i, !prof !46, !llvm.loop !53
+
+for_end_ax150.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax149.2.i
+  br i1 %lcmp.mod260.not, label %for_end_ax150.2.i, label %for_body_ax149.2.i.epil.preheader, !prof !49
+
+for_body_ax149.2.i.epil.preheader:                ; preds = %for_end_ax150.2.i.loopexit.unr-lcssa, %for_body_ax149.2.i.preheader
+  %indvars.iv700.2.i.epil.init = phi i64 [ 0, %for_body_ax149.2.i.preheader ], [ %indvars.iv.next701.2.i.7, %for_end_ax150.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global235.sroa.0.0440.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.2.i.preheader ], [ %1391, %for_end_ax150.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod262)
+  br label %for_body_ax149.2.i.epil
+
+for_body_ax149.2.i.epil:                          ; preds = %for_body_ax149.2.i.epil, %for_body_ax149.2.i.epil.preheader
+  %indvars.iv700.2.i.epil = phi i64 [ %indvars.iv.next701.2.i.epil, %for_body_ax149.2.i.epil ], [ %indvars.iv700.2.i.epil.init, %for_body_ax149.2.i.epil.preheader ]
+  %peak.rf_global235.sroa.0.0440.2.i.epil = phi <16 x float> [ %1396, %for_body_ax149.2.i.epil ], [ %peak.rf_global235.sroa.0.0440.2.i.epil.init, %for_body_ax149.2.i.epil.preheader ]
+  %epil.iter259 = phi i64 [ %epil.iter259.next, %for_body_ax149.2.i.epil ], [ 0, %for_body_ax149.2.i.epil.preheader ]
+  %.idx889.i.epil = shl nsw i64 %indvars.iv700.2.i.epil, 6
+  %1392 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx889.i.epil
+  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 512
+  %1394 = load <16 x float>, ptr %1393, align 16, !tbaa !29
+  %1395 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.2.i.epil, %1394
+  %1396 = select <16 x i1> %1395, <16 x float> %peak.rf_global235.sroa.0.0440.2.i.epil, <16 x float> %1394
+  %indvars.iv.next701.2.i.epil = add nuw nsw i64 %indvars.iv700.2.i.epil, 1
+  %epil.iter259.next = add i64 %epil.iter259, 1
+  %epil.iter259.cmp.not = icmp eq i64 %epil.iter259.next, %xtraiter258
+  br i1 %epil.iter259.cmp.not, label %for_end_ax150.2.i, label %for_body_ax149.2.i.epil, !prof !33, !llvm.loop !54
+
+for_end_ax150.2.i:                                ; preds = %for_body_ax149.2.i.epil, %for_end_ax150.2.i.loopexit.unr-lcssa, %for_end_ax150.1.i
+  %peak.rf_global235.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax150.1.i ], [ %1391, %for_end_ax150.2.i.loopexit.unr-lcssa ], [ %1396, %for_body_ax149.2.i.epil ]
+  %peak.rf236.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 0
+  %1397 = fcmp olt float %peak.rf236.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1398 = select i1 %1397, float 0xC7EFFFFFE0000000, float %peak.rf236.sroa.0.0.vec.extract.2.i
+  %peak.rf236.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 1
+  %1399 = fcmp ogt float %1398, %peak.rf236.sroa.0.4.vec.extract.2.i
+  %1400 = select i1 %1399, float %1398, float %peak.rf236.sroa.0.4.vec.extract.2.i
+  %peak.rf236.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 2
+  %1401 = fcmp ogt float %1400, %peak.rf236.sroa.0.8.vec.extract.2.i
+  %1402 = select i1 %1401, float %1400, float %peak.rf236.sroa.0.8.vec.extract.2.i
+  %peak.rf236.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 3
+  %1403 = fcmp ogt float %1402, %peak.rf236.sroa.0.12.vec.extract.2.i
+  %1404 = select i1 %1403, float %1402, float %peak.rf236.sroa.0.12.vec.extract.2.i
+  %peak.rf236.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 4
+  %1405 = fcmp ogt float %1404, %peak.rf236.sroa.0.16.vec.extract.2.i
+  %1406 = select i1 %1405, float %1404, float %peak.rf236.sroa.0.16.vec.extract.2.i
+  %peak.rf236.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 5
+  %1407 = fcmp ogt float %1406, %peak.rf236.sroa.0.20.vec.extract.2.i
+  %1408 = select i1 %1407, float %1406, float %peak.rf236.sroa.0.20.vec.extract.2.i
+  %peak.rf236.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 6
+  %1409 = fcmp ogt float %1408, %peak.rf236.sroa.0.24.vec.extract.2.i
+  %1410 = select i1 %1409, float %1408, float %peak.rf236.sroa.0.24.vec.extract.2.i
+  %peak.rf236.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 7
+  %1411 = fcmp ogt float %1410, %peak.rf236.sroa.0.28.vec.extract.2.i
+  %1412 = select i1 %1411, float %1410, float %peak.rf236.sroa.0.28.vec.extract.2.i
+  %peak.rf236.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 8
+  %1413 = fcmp ogt float %1412, %peak.rf236.sroa.0.32.vec.extract.2.i
+  %1414 = select i1 %1413, float %1412, float %peak.rf236.sroa.0.32.vec.extract.2.i
+  %peak.rf236.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 9
+  %1415 = fcmp ogt float %1414, %peak.rf236.sroa.0.36.vec.extract.2.i
+  %1416 = select i1 %1415, float %1414, float %peak.rf236.sroa.0.36.vec.extract.2.i
+  %peak.rf236.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 10
+  %1417 = fcmp ogt float %1416, %peak.rf236.sroa.0.40.vec.extract.2.i
+  %1418 = select i1 %1417, float %1416, float %peak.rf236.sroa.0.40.vec.extract.2.i
+  %peak.rf236.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 11
+  %1419 = fcmp ogt float %1418, %peak.rf236.sroa.0.44.vec.extract.2.i
+  %1420 = select i1 %1419, float %1418, float %peak.rf236.sroa.0.44.vec.extract.2.i
+  %peak.rf236.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 12
+  %1421 = fcmp ogt float %1420, %peak.rf236.sroa.0.48.vec.extract.2.i
+  %1422 = select i1 %1421, float %1420, float %peak.rf236.sroa.0.48.vec.extract.2.i
+  %peak.rf236.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 13
+  %1423 = fcmp ogt float %1422, %peak.rf236.sroa.0.52.vec.extract.2.i
+  %1424 = select i1 %1423, float %1422, float %peak.rf236.sroa.0.52.vec.extract.2.i
+  %peak.rf236.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 14
+  %1425 = fcmp ogt float %1424, %peak.rf236.sroa.0.56.vec.extract.2.i
+  %1426 = select i1 %1425, float %1424, float %peak.rf236.sroa.0.56.vec.extract.2.i
+  %peak.rf236.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global235.sroa.0.0.lcssa.2.i, i64 15
+  %1427 = fcmp ogt float %1426, %peak.rf236.sroa.0.60.vec.extract.2.i
+  %1428 = select i1 %1427, float %1426, float %peak.rf236.sroa.0.60.vec.extract.2.i
+  %peak237.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak237.sroa.0.4.vec.insert.i, float %1428, i64 2
+  br i1 %497, label %for_body_ax149.3.i.preheader, label %for_end_ax150.3.i, !prof !3
+
+for_body_ax149.3.i.preheader:                     ; preds = %for_end_ax150.2.i
+  br i1 %516, label %for_body_ax149.3.i.epil.preheader, label %for_body_ax149.3.i, !prof !44
+
+for_body_ax149.3.i:                               ; preds = %for_body_ax149.3.i, %for_body_ax149.3.i.preheader
+  %indvars.iv700.3.i = phi i64 [ %indvars.iv.next701.3.i.7, %for_body_ax149.3.i ], [ 0, %for_body_ax149.3.i.preheader ]
+  %peak.rf_global235.sroa.0.0440.3.i = phi <16 x float> [ %1468, %for_body_ax149.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.3.i.preheader ]
+  %niter271 = phi i64 [ %niter271.next.7, %for_body_ax149.3.i ], [ 0, %for_body_ax149.3.i.preheader ]
+  %.idx890.i = shl nsw i64 %indvars.iv700.3.i, 6
+  %1429 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx890.i
+  %1430 = getelementptr inbounds nuw i8, ptr %1429, i64 768
+  %1431 = load <16 x float>, ptr %1430, align 16, !tbaa !29
+  %1432 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.3.i, %1431
+  %1433 = select <16 x i1> %1432, <16 x float> %peak.rf_global235.sroa.0.0440.3.i, <16 x float> %1431
+  %indvars.iv.next701.3.i = shl i64 %indvars.iv700.3.i, 6
+  %1434 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i
+  %1435 = getelementptr inbounds nuw i8, ptr %1434, i64 832
+  %1436 = load <16 x float>, ptr %1435, align 16, !tbaa !29
+  %1437 = fcmp ogt <16 x float> %1433, %1436
+  %1438 = select <16 x i1> %1437, <16 x float> %1433, <16 x float> %1436
+  %indvars.iv.next701.3.i.1 = shl i64 %indvars.iv700.3.i, 6
+  %1439 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.1
+  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
+  %1441 = load <16 x float>, ptr %1440, align 16, !tbaa !29
+  %1442 = fcmp ogt <16 x float> %1438, %1441
+  %1443 = select <16 x i1> %1442, <16 x float> %1438, <16 x float> %1441
+  %indvars.iv.next701.3.i.2 = shl i64 %indvars.iv700.3.i, 6
+  %1444 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.2
+  %1445 = getelementptr inbounds nuw i8, ptr %1444, i64 960
+  %1446 = load <16 x float>, ptr %1445, align 16, !tbaa !29
+  %1447 = fcmp ogt <16 x float> %1443, %1446
+  %1448 = select <16 x i1> %1447, <16 x float> %1443, <16 x float> %1446
+  %indvars.iv.next701.3.i.3 = shl i64 %indvars.iv700.3.i, 6
+  %1449 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.3
+  %1450 = getelementptr inbounds nuw i8, ptr %1449, i64 1024
+  %1451 = load <16 x float>, ptr %1450, align 16, !tbaa !29
+  %1452 = fcmp ogt <16 x float> %1448, %1451
+  %1453 = select <16 x i1> %1452, <16 x float> %1448, <16 x float> %1451
+  %indvars.iv.next701.3.i.4 = shl i64 %indvars.iv700.3.i, 6
+  %1454 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.4
+  %1455 = getelementptr inbounds nuw i8, ptr %1454, i64 1088
+  %1456 = load <16 x float>, ptr %1455, align 16, !tbaa !29
+  %1457 = fcmp ogt <16 x float> %1453, %1456
+  %1458 = select <16 x i1> %1457, <16 x float> %1453, <16 x float> %1456
+  %indvars.iv.next701.3.i.5 = shl i64 %indvars.iv700.3.i, 6
+  %1459 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.5
+  %1460 = getelementptr inbounds nuw i8, ptr %1459, i64 1152
+  %1461 = load <16 x float>, ptr %1460, align 16, !tbaa !29
+  %1462 = fcmp ogt <16 x float> %1458, %1461
+  %1463 = select <16 x i1> %1462, <16 x float> %1458, <16 x float> %1461
+  %indvars.iv.next701.3.i.6 = shl i64 %indvars.iv700.3.i, 6
+  %1464 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %indvars.iv.next701.3.i.6
+  %1465 = getelementptr inbounds nuw i8, ptr %1464, i64 1216
+  %1466 = load <16 x float>, ptr %1465, align 16, !tbaa !29
+  %1467 = fcmp ogt <16 x float> %1463, %1466
+  %1468 = select <16 x i1> %1467, <16 x float> %1463, <16 x float> %1466
+  %indvars.iv.next701.3.i.7 = add nuw nsw i64 %indvars.iv700.3.i, 8
+  %niter271.next.7 = add i64 %niter271, 8
+  %niter271.ncmp.7 = icmp eq i64 %niter271.next.7, %unroll_iter270
+  br i1 %niter271.ncmp.7, label %for_end_ax150.3.i.loopexit.unr-lcssa, label %for_body_ax149.3.i, !prof !46, !llvm.loop !55
+
+for_end_ax150.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax149.3.i
+  br i1 %lcmp.mod267.not, label %for_end_ax150.3.i, label %for_body_ax149.3.i.epil.preheader, !prof !49
+
+for_body_ax149.3.i.epil.preheader:                ; preds = %for_end_ax150.3.i.loopexit.unr-lcssa, %for_body_ax149.3.i.preheader
+  %indvars.iv700.3.i.epil.init = phi i64 [ 0, %for_body_ax149.3.i.preheader ], [ %indvars.iv.next701.3.i.7, %for_end_ax150.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global235.sroa.0.0440.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax149.3.i.preheader ], [ %1468, %for_end_ax150.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod269)
+  br label %for_body_ax149.3.i.epil
+
+for_body_ax149.3.i.epil:                          ; preds = %for_body_ax149.3.i.epil, %for_body_ax149.3.i.epil.preheader
+  %indvars.iv700.3.i.epil = phi i64 [ %indvars.iv.next701.3.i.epil, %for_body_ax149.3.i.epil ], [ %indvars.iv700.3.i.epil.init, %for_body_ax149.3.i.epil.preheader ]
+  %peak.rf_global235.sroa.0.0440.3.i.epil = phi <16 x float> [ %1473, %for_body_ax149.3.i.epil ], [ %peak.rf_global235.sroa.0.0440.3.i.epil.init, %for_body_ax149.3.i.epil.preheader ]
+  %epil.iter266 = phi i64 [ %epil.iter266.next, %for_body_ax149.3.i.epil ], [ 0, %for_body_ax149.3.i.epil.preheader ]
+  %.idx890.i.epil = shl nsw i64 %indvars.iv700.3.i.epil, 6
+  %1469 = getelementptr inbounds nuw i8, ptr %scaled238.i, i64 %.idx890.i.epil
+  %1470 = getelementptr inbounds nuw i8, ptr %1469, i64 768
+  %1471 = load <16 x float>, ptr %1470, align 16, !tbaa !29
+  %1472 = fcmp ogt <16 x float> %peak.rf_global235.sroa.0.0440.3.i.epil, %1471
+  %1473 = select <16 x i1> %1472, <16 x float> %peak.rf_global235.sroa.0.0440.3.i.epil, <16 x float> %1471
+  %indvars.iv.next701.3.i.epil = add nuw nsw i64 %indvars.iv700.3.i.epil, 1
+  %epil.iter266.next = add i64 %epil.iter266, 1
+  %epil.iter266.cmp.not = icmp eq i64 %epil.iter266.next, %xtraiter265
+  br i1 %epil.iter266.cmp.not, label %for_end_ax150.3.i, label %for_body_ax149.3.i.epil, !prof !33, !llvm.loop !56
+
+for_end_ax150.3.i:                                ; preds = %for_body_ax149.3.i.epil, %for_end_ax150.3.i.loopexit.unr-lcssa, %for_end_ax150.2.i
+  %peak.rf_global235.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax150.2.i ], [ %1468, %for_end_ax150.3.i.loopexit.unr-lcssa ], [ %1473, %for_body_ax149.3.i.epil ]
+  br i1 %498, label %for_body_r54.us.preheader.i, label %for_begin_r60.preheader.i
+
+for_begin_r60.preheader.i:                        ; preds = %for_end_ax150.3.i, %for_body_r54.us.preheader.i
+  %tile_max240.sroa.0.3.i = phi <4 x float> [ %peak237.sroa.0.12.vec.insert.i, %for_body_r54.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax150.3.i ]
+  br i1 %497, label %for_begin_to65.preheader.us.preheader.i, label %for_end_ax177.i, !prof !3
+
+for_begin_to65.preheader.us.preheader.i:          ; preds = %for_begin_r60.preheader.i
+  %1474 = shufflevector <4 x float> %tile_max240.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br i1 %517, label %for_body_to66.us.i.epil.preheader, label %for_body_to66.us.i, !prof !57
+
+for_body_to66.us.i:                               ; preds = %for_body_to66.us.i, %for_begin_to65.preheader.us.preheader.i
+  %indvars.iv716.i = phi i64 [ %indvars.iv.next717.i.1, %for_body_to66.us.i ], [ 0, %for_begin_to65.preheader.us.preheader.i ]
+  %niter277 = phi i64 [ %niter277.next.1, %for_body_to66.us.i ], [ 0, %for_begin_to65.preheader.us.preheader.i ]
+  %1475 = shl nsw i64 %indvars.iv716.i, 4
+  %1476 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1475
+  %1477 = load <16 x float>, ptr %1476, align 16, !tbaa !29
+  %arg.us.i = fsub <16 x float> %1477, %1474
+  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1479 = bitcast <16 x float> %1478 to <16 x i32>
+  %1480 = fsub <16 x float> %1478, %138
+  %1481 = fmul <16 x float> %1480, splat (float 0x3F2BD01060000000)
+  %1482 = fmul <16 x float> %1480, splat (float 0x3FE6300000000000)
+  %1483 = fsub <16 x float> %arg.us.i, %1482
+  %1484 = fadd <16 x float> %1481, %1483
+  %1485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1484, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1484, <16 x float> splat (float 0x3FA5558F20000000))
+  %1487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1486, <16 x float> %1484, <16 x float> splat (float 0x3FC5554920000000))
+  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1487, <16 x float> %1484, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1489 = fmul <16 x float> %1484, %1484
+  %1490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1488, <16 x float> %1489, <16 x float> %1484)
+  %1491 = shl <16 x i32> %1479, splat (i32 23)
+  %1492 = bitcast <16 x i32> %1491 to <16 x float>
+  %1493 = fadd <16 x float> %1490, splat (float 1.000000e+00)
+  %1494 = fmul <16 x float> %1493, %1492
+  %1495 = fcmp olt <16 x float> %arg.us.i, %141
+  %1496 = select <16 x i1> %1495, <16 x float> zeroinitializer, <16 x float> %1494
+  %1497 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1475
+  store <16 x float> %1496, ptr %1497, align 16, !tbaa !58
+  %indvars.iv.next717.i = shl i64 %indvars.iv716.i, 4
+  %1498 = or disjoint i64 %indvars.iv.next717.i, 16
+  %1499 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1498
+  %1500 = load <16 x float>, ptr %1499, align 16, !tbaa !29
+  %arg.us.i.1 = fsub <16 x float> %1500, %1474
+  %1501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1502 = bitcast <16 x float> %1501 to <16 x i32>
+  %1503 = fsub <16 x float> %1501, %138
+  %1504 = fmul <16 x float> %1503, splat (float 0x3F2BD01060000000)
+  %1505 = fmul <16 x float> %1503, splat (float 0x3FE6300000000000)
+  %1506 = fsub <16 x float> %arg.us.i.1, %1505
+  %1507 = fadd <16 x float> %1504, %1506
+  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1507, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1507, <16 x float> splat (float 0x3FA5558F20000000))
+  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1509, <16 x float> %1507, <16 x float> splat (float 0x3FC5554920000000))
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1507, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1512 = fmul <16 x float> %1507, %1507
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1511, <16 x float> %1512, <16 x float> %1507)
+  %1514 = shl <16 x i32> %1502, splat (i32 23)
+  %1515 = bitcast <16 x i32> %1514 to <16 x float>
+  %1516 = fadd <16 x float> %1513, splat (float 1.000000e+00)
+  %1517 = fmul <16 x float> %1516, %1515
+  %1518 = fcmp olt <16 x float> %arg.us.i.1, %141
+  %1519 = select <16 x i1> %1518, <16 x float> zeroinitializer, <16 x float> %1517
+  %1520 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1498
+  store <16 x float> %1519, ptr %1520, align 16, !tbaa !58
+  %indvars.iv.next717.i.1 = add nuw nsw i64 %indvars.iv716.i, 2
+  %niter277.next.1 = add i64 %niter277, 2
+  %niter277.ncmp.1 = icmp eq i64 %niter277.next.1, %unroll_iter276
+  br i1 %niter277.ncmp.1, label %for_begin_to65.for_end_to67_crit_edge.us.i.unr-lcssa, label %for_body_to66.us.i, !prof !60, !llvm.loop !61
+
+for_begin_to65.for_end_to67_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to66.us.i
+  br i1 %lcmp.mod274.not, label %for_begin_to65.for_end_to67_crit_edge.us.i, label %for_body_to66.us.i.epil.preheader, !prof !34
+
+for_body_to66.us.i.epil.preheader:                ; preds = %for_begin_to65.for_end_to67_crit_edge.us.i.unr-lcssa, %for_begin_to65.preheader.us.preheader.i
+  %indvars.iv716.i.epil.init = phi i64 [ 0, %for_begin_to65.preheader.us.preheader.i ], [ %indvars.iv.next717.i.1, %for_begin_to65.for_end_to67_crit_edge.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod275)
+  %1521 = shl nsw i64 %indvars.iv716.i.epil.init, 4
+  %1522 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1521
+  %1523 = load <16 x float>, ptr %1522, align 16, !tbaa !29
+  %arg.us.i.epil = fsub <16 x float> %1523, %1474
+  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1525 = bitcast <16 x float> %1524 to <16 x i32>
+  %1526 = fsub <16 x float> %1524, %138
+  %1527 = fmul <16 x float> %1526, splat (float 0x3F2BD01060000000)
+  %1528 = fmul <16 x float> %1526, splat (float 0x3FE6300000000000)
+  %1529 = fsub <16 x float> %arg.us.i.epil, %1528
+  %1530 = fadd <16 x float> %1527, %1529
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1530, <16 x float> splat (float 0x3FA5558F20000000))
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1530, <16 x float> splat (float 0x3FC5554920000000))
+  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1533, <16 x float> %1530, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1535 = fmul <16 x float> %1530, %1530
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1534, <16 x float> %1535, <16 x float> %1530)
+  %1537 = shl <16 x i32> %1525, splat (i32 23)
+  %1538 = bitcast <16 x i32> %1537 to <16 x float>
+  %1539 = fadd <16 x float> %1536, splat (float 1.000000e+00)
+  %1540 = fmul <16 x float> %1539, %1538
+  %1541 = fcmp olt <16 x float> %arg.us.i.epil, %141
+  %1542 = select <16 x i1> %1541, <16 x float> zeroinitializer, <16 x float> %1540
+  %1543 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1521
+  store <16 x float> %1542, ptr %1543, align 16, !tbaa !58
+  br label %for_begin_to65.for_end_to67_crit_edge.us.i
+
+for_begin_to65.for_end_to67_crit_edge.us.i:       ; preds = %for_body_to66.us.i.epil.preheader, %for_begin_to65.for_end_to67_crit_edge.us.i.unr-lcssa
+  %1544 = shufflevector <4 x float> %tile_max240.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br i1 %518, label %for_body_to66.us.1.i.epil.preheader, label %for_body_to66.us.1.i, !prof !57
+
+for_body_to66.us.1.i:                             ; preds = %for_body_to66.us.1.i, %for_begin_to65.for_end_to67_crit_edge.us.i
+  %indvars.iv716.1.i = phi i64 [ %indvars.iv.next717.1.i.1, %for_body_to66.us.1.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.i ]
+  %niter283 = phi i64 [ %niter283.next.1, %for_body_to66.us.1.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.i ]
+  %1545 = shl nsw i64 %indvars.iv716.1.i, 4
+  %1546 = add nuw nsw i64 %1545, 64
+  %1547 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1546
+  %1548 = load <16 x float>, ptr %1547, align 16, !tbaa !29
+  %arg.us.1.i = fsub <16 x float> %1548, %1544
+  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1550 = bitcast <16 x float> %1549 to <16 x i32>
+  %1551 = fsub <16 x float> %1549, %138
+  %1552 = fmul <16 x float> %1551, splat (float 0x3F2BD01060000000)
+  %1553 = fmul <16 x float> %1551, splat (float 0x3FE6300000000000)
+  %1554 = fsub <16 x float> %arg.us.1.i, %1553
+  %1555 = fadd <16 x float> %1552, %1554
+  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1556, <16 x float> %1555, <16 x float> splat (float 0x3FA5558F20000000))
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1557, <16 x float> %1555, <16 x float> splat (float 0x3FC5554920000000))
+  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1558, <16 x float> %1555, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1560 = fmul <16 x float> %1555, %1555
+  %1561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1559, <16 x float> %1560, <16 x float> %1555)
+  %1562 = shl <16 x i32> %1550, splat (i32 23)
+  %1563 = bitcast <16 x i32> %1562 to <16 x float>
+  %1564 = fadd <16 x float> %1561, splat (float 1.000000e+00)
+  %1565 = fmul <16 x float> %1564, %1563
+  %1566 = fcmp olt <16 x float> %arg.us.1.i, %141
+  %1567 = select <16 x i1> %1566, <16 x float> zeroinitializer, <16 x float> %1565
+  %1568 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1546
+  store <16 x float> %1567, ptr %1568, align 16, !tbaa !58
+  %indvars.iv.next717.1.i = shl i64 %indvars.iv716.1.i, 4
+  %1569 = add nuw nsw i64 %indvars.iv.next717.1.i, 80
+  %1570 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1569
+  %1571 = load <16 x float>, ptr %1570, align 16, !tbaa !29
+  %arg.us.1.i.1 = fsub <16 x float> %1571, %1544
+  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1573 = bitcast <16 x float> %1572 to <16 x i32>
+  %1574 = fsub <16 x float> %1572, %138
+  %1575 = fmul <16 x float> %1574, splat (float 0x3F2BD01060000000)
+  %1576 = fmul <16 x float> %1574, splat (float 0x3FE6300000000000)
+  %1577 = fsub <16 x float> %arg.us.1.i.1, %1576
+  %1578 = fadd <16 x float> %1575, %1577
+  %1579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1578, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1579, <16 x float> %1578, <16 x float> splat (float 0x3FA5558F20000000))
+  %1581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1578, <16 x float> splat (float 0x3FC5554920000000))
+  %1582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1578, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1583 = fmul <16 x float> %1578, %1578
+  %1584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1582, <16 x float> %1583, <16 x float> %1578)
+  %1585 = shl <16 x i32> %1573, splat (i32 23)
+  %1586 = bitcast <16 x i32> %1585 to <16 x float>
+  %1587 = fadd <16 x float> %1584, splat (float 1.000000e+00)
+  %1588 = fmul <16 x float> %1587, %1586
+  %1589 = fcmp olt <16 x float> %arg.us.1.i.1, %141
+  %1590 = select <16 x i1> %1589, <16 x float> zeroinitializer, <16 x float> %1588
+  %1591 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1569
+  store <16 x float> %1590, ptr %1591, align 16, !tbaa !58
+  %indvars.iv.next717.1.i.1 = add nuw nsw i64 %indvars.iv716.1.i, 2
+  %niter283.next.1 = add i64 %niter283, 2
+  %niter283.ncmp.1 = icmp eq i64 %niter283.next.1, %unroll_iter282
+  br i1 %niter283.ncmp.1, label %for_begin_to65.for_end_to67_crit_edge.us.1.i.unr-lcssa, label %for_body_to66.us.1.i, !prof !60, !llvm.loop !63
+
+for_begin_to65.for_end_to67_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to66.us.1.i
+  br i1 %lcmp.mod280.not, label %for_begin_to65.for_end_to67_crit_edge.us.1.i, label %for_body_to66.us.1.i.epil.preheader, !prof !34
+
+for_body_to66.us.1.i.epil.preheader:              ; preds = %for_begin_to65.for_end_to67_crit_edge.us.1.i.unr-lcssa, %for_begin_to65.for_end_to67_crit_edge.us.i
+  %indvars.iv716.1.i.epil.init = phi i64 [ 0, %for_begin_to65.for_end_to67_crit_edge.us.i ], [ %indvars.iv.next717.1.i.1, %for_begin_to65.for_end_to67_crit_edge.us.1.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod281)
+  %1592 = shl nsw i64 %indvars.iv716.1.i.epil.init, 4
+  %1593 = add nuw nsw i64 %1592, 64
+  %1594 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1593
+  %1595 = load <16 x float>, ptr %1594, align 16, !tbaa !29
+  %arg.us.1.i.epil = fsub <16 x float> %1595, %1544
+  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1597 = bitcast <16 x float> %1596 to <16 x i32>
+  %1598 = fsub <16 x float> %1596, %138
+  %1599 = fmul <16 x float> %1598, splat (float 0x3F2BD01060000000)
+  %1600 = fmul <16 x float> %1598, splat (float 0x3FE6300000000000)
+  %1601 = fsub <16 x float> %arg.us.1.i.epil, %1600
+  %1602 = fadd <16 x float> %1599, %1601
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1603, <16 x float> %1602, <16 x float> splat (float 0x3FA5558F20000000))
+  %1605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1604, <16 x float> %1602, <16 x float> splat (float 0x3FC5554920000000))
+  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1605, <16 x float> %1602, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1607 = fmul <16 x float> %1602, %1602
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1606, <16 x float> %1607, <16 x float> %1602)
+  %1609 = shl <16 x i32> %1597, splat (i32 23)
+  %1610 = bitcast <16 x i32> %1609 to <16 x float>
+  %1611 = fadd <16 x float> %1608, splat (float 1.000000e+00)
+  %1612 = fmul <16 x float> %1611, %1610
+  %1613 = fcmp olt <16 x float> %arg.us.1.i.epil, %141
+  %1614 = select <16 x i1> %1613, <16 x float> zeroinitializer, <16 x float> %1612
+  %1615 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1593
+  store <16 x float> %1614, ptr %1615, align 16, !tbaa !58
+  br label %for_begin_to65.for_end_to67_crit_edge.us.1.i
+
+for_begin_to65.for_end_to67_crit_edge.us.1.i:     ; preds = %for_body_to66.us.1.i.epil.preheader, %for_begin_to65.for_end_to67_crit_edge.us.1.i.unr-lcssa
+  %1616 = shufflevector <4 x float> %tile_max240.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %519, label %for_body_to66.us.2.i.epil.preheader, label %for_body_to66.us.2.i, !prof !57
+
+for_body_to66.us.2.i:                             ; preds = %for_body_to66.us.2.i, %for_begin_to65.for_end_to67_crit_edge.us.1.i
+  %indvars.iv716.2.i = phi i64 [ %indvars.iv.next717.2.i.1, %for_body_to66.us.2.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.1.i ]
+  %niter289 = phi i64 [ %niter289.next.1, %for_body_to66.us.2.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.1.i ]
+  %1617 = shl nsw i64 %indvars.iv716.2.i, 4
+  %1618 = add nuw nsw i64 %1617, 128
+  %1619 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1618
+  %1620 = load <16 x float>, ptr %1619, align 16, !tbaa !29
+  %arg.us.2.i = fsub <16 x float> %1620, %1616
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1622 = bitcast <16 x float> %1621 to <16 x i32>
+  %1623 = fsub <16 x float> %1621, %138
+  %1624 = fmul <16 x float> %1623, splat (float 0x3F2BD01060000000)
+  %1625 = fmul <16 x float> %1623, splat (float 0x3FE6300000000000)
+  %1626 = fsub <16 x float> %arg.us.2.i, %1625
+  %1627 = fadd <16 x float> %1624, %1626
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1628, <16 x float> %1627, <16 x float> splat (float 0x3FA5558F20000000))
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1627, <16 x float> splat (float 0x3FC5554920000000))
+  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1630, <16 x float> %1627, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1632 = fmul <16 x float> %1627, %1627
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1631, <16 x float> %1632, <16 x float> %1627)
+  %1634 = shl <16 x i32> %1622, splat (i32 23)
+  %1635 = bitcast <16 x i32> %1634 to <16 x float>
+  %1636 = fadd <16 x float> %1633, splat (float 1.000000e+00)
+  %1637 = fmul <16 x float> %1636, %1635
+  %1638 = fcmp olt <16 x float> %arg.us.2.i, %141
+  %1639 = select <16 x i1> %1638, <16 x float> zeroinitializer, <16 x float> %1637
+  %1640 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1618
+  store <16 x float> %1639, ptr %1640, align 16, !tbaa !58
+  %indvars.iv.next717.2.i = shl i64 %indvars.iv716.2.i, 4
+  %1641 = add nuw nsw i64 %indvars.iv.next717.2.i, 144
+  %1642 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1641
+  %1643 = load <16 x float>, ptr %1642, align 16, !tbaa !29
+  %arg.us.2.i.1 = fsub <16 x float> %1643, %1616
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1645 = bitcast <16 x float> %1644 to <16 x i32>
+  %1646 = fsub <16 x float> %1644, %138
+  %1647 = fmul <16 x float> %1646, splat (float 0x3F2BD01060000000)
+  %1648 = fmul <16 x float> %1646, splat (float 0x3FE6300000000000)
+  %1649 = fsub <16 x float> %arg.us.2.i.1, %1648
+  %1650 = fadd <16 x float> %1647, %1649
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1650, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1651, <16 x float> %1650, <16 x float> splat (float 0x3FA5558F20000000))
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1650, <16 x float> splat (float 0x3FC5554920000000))
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1650, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1655 = fmul <16 x float> %1650, %1650
+  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1655, <16 x float> %1650)
+  %1657 = shl <16 x i32> %1645, splat (i32 23)
+  %1658 = bitcast <16 x i32> %1657 to <16 x float>
+  %1659 = fadd <16 x float> %1656, splat (float 1.000000e+00)
+  %1660 = fmul <16 x float> %1659, %1658
+  %1661 = fcmp olt <16 x float> %arg.us.2.i.1, %141
+  %1662 = select <16 x i1> %1661, <16 x float> zeroinitializer, <16 x float> %1660
+  %1663 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1641
+  store <16 x float> %1662, ptr %1663, align 16, !tbaa !58
+  %indvars.iv.next717.2.i.1 = add nuw nsw i64 %indvars.iv716.2.i, 2
+  %niter289.next.1 = add i64 %niter289, 2
+  %niter289.ncmp.1 = icmp eq i64 %niter289.next.1, %unroll_iter288
+  br i1 %niter289.ncmp.1, label %for_begin_to65.for_end_to67_crit_edge.us.2.i.unr-lcssa, label %for_body_to66.us.2.i, !prof !60, !llvm.loop !64
+
+for_begin_to65.for_end_to67_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to66.us.2.i
+  br i1 %lcmp.mod286.not, label %for_begin_to65.for_end_to67_crit_edge.us.2.i, label %for_body_to66.us.2.i.epil.preheader, !prof !34
+
+for_body_to66.us.2.i.epil.preheader:              ; preds = %for_begin_to65.for_end_to67_crit_edge.us.2.i.unr-lcssa, %for_begin_to65.for_end_to67_crit_edge.us.1.i
+  %indvars.iv716.2.i.epil.init = phi i64 [ 0, %for_begin_to65.for_end_to67_crit_edge.us.1.i ], [ %indvars.iv.next717.2.i.1, %for_begin_to65.for_end_to67_crit_edge.us.2.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod287)
+  %1664 = shl nsw i64 %indvars.iv716.2.i.epil.init, 4
+  %1665 = add nuw nsw i64 %1664, 128
+  %1666 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1665
+  %1667 = load <16 x float>, ptr %1666, align 16, !tbaa !29
+  %arg.us.2.i.epil = fsub <16 x float> %1667, %1616
+  %1668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1669 = bitcast <16 x float> %1668 to <16 x i32>
+  %1670 = fsub <16 x float> %1668, %138
+  %1671 = fmul <16 x float> %1670, splat (float 0x3F2BD01060000000)
+  %1672 = fmul <16 x float> %1670, splat (float 0x3FE6300000000000)
+  %1673 = fsub <16 x float> %arg.us.2.i.epil, %1672
+  %1674 = fadd <16 x float> %1671, %1673
+  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1674, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1674, <16 x float> splat (float 0x3FA5558F20000000))
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1674, <16 x float> splat (float 0x3FC5554920000000))
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1677, <16 x float> %1674, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1679 = fmul <16 x float> %1674, %1674
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1678, <16 x float> %1679, <16 x float> %1674)
+  %1681 = shl <16 x i32> %1669, splat (i32 23)
+  %1682 = bitcast <16 x i32> %1681 to <16 x float>
+  %1683 = fadd <16 x float> %1680, splat (float 1.000000e+00)
+  %1684 = fmul <16 x float> %1683, %1682
+  %1685 = fcmp olt <16 x float> %arg.us.2.i.epil, %141
+  %1686 = select <16 x i1> %1685, <16 x float> zeroinitializer, <16 x float> %1684
+  %1687 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1665
+  store <16 x float> %1686, ptr %1687, align 16, !tbaa !58
+  br label %for_begin_to65.for_end_to67_crit_edge.us.2.i
+
+for_begin_to65.for_end_to67_crit_edge.us.2.i:     ; preds = %for_body_to66.us.2.i.epil.preheader, %for_begin_to65.for_end_to67_crit_edge.us.2.i.unr-lcssa
+  %1688 = shufflevector <4 x float> %tile_max240.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br i1 %520, label %for_body_to66.us.3.i.epil.preheader, label %for_body_to66.us.3.i, !prof !57
+
+for_body_to66.us.3.i:                             ; preds = %for_body_to66.us.3.i, %for_begin_to65.for_end_to67_crit_edge.us.2.i
+  %indvars.iv716.3.i = phi i64 [ %indvars.iv.next717.3.i.1, %for_body_to66.us.3.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.2.i ]
+  %niter295 = phi i64 [ %niter295.next.1, %for_body_to66.us.3.i ], [ 0, %for_begin_to65.for_end_to67_crit_edge.us.2.i ]
+  %1689 = shl nsw i64 %indvars.iv716.3.i, 4
+  %1690 = add nuw nsw i64 %1689, 192
+  %1691 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1690
+  %1692 = load <16 x float>, ptr %1691, align 16, !tbaa !29
+  %arg.us.3.i = fsub <16 x float> %1692, %1688
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1694 = bitcast <16 x float> %1693 to <16 x i32>
+  %1695 = fsub <16 x float> %1693, %138
+  %1696 = fmul <16 x float> %1695, splat (float 0x3F2BD01060000000)
+  %1697 = fmul <16 x float> %1695, splat (float 0x3FE6300000000000)
+  %1698 = fsub <16 x float> %arg.us.3.i, %1697
+  %1699 = fadd <16 x float> %1696, %1698
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1699, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1699, <16 x float> splat (float 0x3FA5558F20000000))
+  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1701, <16 x float> %1699, <16 x float> splat (float 0x3FC5554920000000))
+  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1699, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1704 = fmul <16 x float> %1699, %1699
+  %1705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1703, <16 x float> %1704, <16 x float> %1699)
+  %1706 = shl <16 x i32> %1694, splat (i32 23)
+  %1707 = bitcast <16 x i32> %1706 to <16 x float>
+  %1708 = fadd <16 x float> %1705, splat (float 1.000000e+00)
+  %1709 = fmul <16 x float> %1708, %1707
+  %1710 = fcmp olt <16 x float> %arg.us.3.i, %141
+  %1711 = select <16 x i1> %1710, <16 x float> zeroinitializer, <16 x float> %1709
+  %1712 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1690
+  store <16 x float> %1711, ptr %1712, align 16, !tbaa !58
+  %indvars.iv.next717.3.i = shl i64 %indvars.iv716.3.i, 4
+  %1713 = add nuw nsw i64 %indvars.iv.next717.3.i, 208
+  %1714 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1713
+  %1715 = load <16 x float>, ptr %1714, align 16, !tbaa !29
+  %arg.us.3.i.1 = fsub <16 x float> %1715, %1688
+  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1717 = bitcast <16 x float> %1716 to <16 x i32>
+  %1718 = fsub <16 x float> %1716, %138
+  %1719 = fmul <16 x float> %1718, splat (float 0x3F2BD01060000000)
+  %1720 = fmul <16 x float> %1718, splat (float 0x3FE6300000000000)
+  %1721 = fsub <16 x float> %arg.us.3.i.1, %1720
+  %1722 = fadd <16 x float> %1719, %1721
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1722, <16 x float> splat (float 0x3FA5558F20000000))
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1722, <16 x float> splat (float 0x3FC5554920000000))
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1725, <16 x float> %1722, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1727 = fmul <16 x float> %1722, %1722
+  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1726, <16 x float> %1727, <16 x float> %1722)
+  %1729 = shl <16 x i32> %1717, splat (i32 23)
+  %1730 = bitcast <16 x i32> %1729 to <16 x float>
+  %1731 = fadd <16 x float> %1728, splat (float 1.000000e+00)
+  %1732 = fmul <16 x float> %1731, %1730
+  %1733 = fcmp olt <16 x float> %arg.us.3.i.1, %141
+  %1734 = select <16 x i1> %1733, <16 x float> zeroinitializer, <16 x float> %1732
+  %1735 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1713
+  store <16 x float> %1734, ptr %1735, align 16, !tbaa !58
+  %indvars.iv.next717.3.i.1 = add nuw nsw i64 %indvars.iv716.3.i, 2
+  %niter295.next.1 = add i64 %niter295, 2
+  %niter295.ncmp.1 = icmp eq i64 %niter295.next.1, %unroll_iter294
+  br i1 %niter295.ncmp.1, label %for_body_ax176.i.preheader.unr-lcssa, label %for_body_to66.us.3.i, !prof !60, !llvm.loop !65
+
+for_body_ax176.i.preheader.unr-lcssa:             ; preds = %for_body_to66.us.3.i
+  br i1 %lcmp.mod292.not, label %for_body_ax176.i.preheader, label %for_body_to66.us.3.i.epil.preheader, !prof !34
+
+for_body_to66.us.3.i.epil.preheader:              ; preds = %for_body_ax176.i.preheader.unr-lcssa, %for_begin_to65.for_end_to67_crit_edge.us.2.i
+  %indvars.iv716.3.i.epil.init = phi i64 [ 0, %for_begin_to65.for_end_to67_crit_edge.us.2.i ], [ %indvars.iv.next717.3.i.1, %for_body_ax176.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod293)
+  %1736 = shl nsw i64 %indvars.iv716.3.i.epil.init, 4
+  %1737 = add nuw nsw i64 %1736, 192
+  %1738 = getelementptr inbounds nuw float, ptr %scaled238.i, i64 %1737
+  %1739 = load <16 x float>, ptr %1738, align 16, !tbaa !29
+  %arg.us.3.i.epil = fsub <16 x float> %1739, %1688
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %138)
+  %1741 = bitcast <16 x float> %1740 to <16 x i32>
+  %1742 = fsub <16 x float> %1740, %138
+  %1743 = fmul <16 x float> %1742, splat (float 0x3F2BD01060000000)
+  %1744 = fmul <16 x float> %1742, splat (float 0x3FE6300000000000)
+  %1745 = fsub <16 x float> %arg.us.3.i.epil, %1744
+  %1746 = fadd <16 x float> %1743, %1745
+  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1746, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1747, <16 x float> %1746, <16 x float> splat (float 0x3FA5558F20000000))
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1748, <16 x float> %1746, <16 x float> splat (float 0x3FC5554920000000))
+  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1746, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1751 = fmul <16 x float> %1746, %1746
+  %1752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1750, <16 x float> %1751, <16 x float> %1746)
+  %1753 = shl <16 x i32> %1741, splat (i32 23)
+  %1754 = bitcast <16 x i32> %1753 to <16 x float>
+  %1755 = fadd <16 x float> %1752, splat (float 1.000000e+00)
+  %1756 = fmul <16 x float> %1755, %1754
+  %1757 = fcmp olt <16 x float> %arg.us.3.i.epil, %141
+  %1758 = select <16 x i1> %1757, <16 x float> zeroinitializer, <16 x float> %1756
+  %1759 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %1737
+  store <16 x float> %1758, ptr %1759, align 16, !tbaa !58
+  br label %for_body_ax176.i.preheader
+
+for_body_ax176.i.preheader:                       ; preds = %for_body_to66.us.3.i.epil.preheader, %for_body_ax176.i.preheader.unr-lcssa
+  br i1 %521, label %for_body_ax176.i.epil.preheader, label %for_body_ax176.i, !prof !44
+
+for_body_ax176.i:                                 ; preds = %for_body_ax176.i, %for_body_ax176.i.preheader
+  %indvars.iv725.i = phi i64 [ %indvars.iv.next726.i.7, %for_body_ax176.i ], [ 0, %for_body_ax176.i.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.i = phi <16 x float> [ %1790, %for_body_ax176.i ], [ zeroinitializer, %for_body_ax176.i.preheader ]
+  %niter302 = phi i64 [ %niter302.next.7, %for_body_ax176.i ], [ 0, %for_body_ax176.i.preheader ]
+  %.idx891.i = shl nsw i64 %indvars.iv725.i, 6
+  %1760 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx891.i
+  %1761 = load <16 x float>, ptr %1760, align 16, !tbaa !58
+  %1762 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.i, %1761
+  %indvars.iv.next726.i = shl i64 %indvars.iv725.i, 6
+  %1763 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i
+  %1764 = getelementptr inbounds nuw i8, ptr %1763, i64 64
+  %1765 = load <16 x float>, ptr %1764, align 16, !tbaa !58
+  %1766 = fadd <16 x float> %1762, %1765
+  %indvars.iv.next726.i.1 = shl i64 %indvars.iv725.i, 6
+  %1767 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.1
+  %1768 = getelementptr inbounds nuw i8, ptr %1767, i64 128
+  %1769 = load <16 x float>, ptr %1768, align 16, !tbaa !58
+  %1770 = fadd <16 x float> %1766, %1769
+  %indvars.iv.next726.i.2 = shl i64 %indvars.iv725.i, 6
+  %1771 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.2
+  %1772 = getelementptr inbounds nuw i8, ptr %1771, i64 192
+  %1773 = load <16 x float>, ptr %1772, align 16, !tbaa !58
+  %1774 = fadd <16 x float> %1770, %1773
+  %indvars.iv.next726.i.3 = shl i64 %indvars.iv725.i, 6
+  %1775 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.3
+  %1776 = getelementptr inbounds nuw i8, ptr %1775, i64 256
+  %1777 = load <16 x float>, ptr %1776, align 16, !tbaa !58
+  %1778 = fadd <16 x float> %1774, %1777
+  %indvars.iv.next726.i.4 = shl i64 %indvars.iv725.i, 6
+  %1779 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.4
+  %1780 = getelementptr inbounds nuw i8, ptr %1779, i64 320
+  %1781 = load <16 x float>, ptr %1780, align 16, !tbaa !58
+  %1782 = fadd <16 x float> %1778, %1781
+  %indvars.iv.next726.i.5 = shl i64 %indvars.iv725.i, 6
+  %1783 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.5
+  %1784 = getelementptr inbounds nuw i8, ptr %1783, i64 384
+  %1785 = load <16 x float>, ptr %1784, align 16, !tbaa !58
+  %1786 = fadd <16 x float> %1782, %1785
+  %indvars.iv.next726.i.6 = shl i64 %indvars.iv725.i, 6
+  %1787 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.i.6
+  %1788 = getelementptr inbounds nuw i8, ptr %1787, i64 448
+  %1789 = load <16 x float>, ptr %1788, align 16, !tbaa !58
+  %1790 = fadd <16 x float> %1786, %1789
+  %indvars.iv.next726.i.7 = add nuw nsw i64 %indvars.iv725.i, 8
+  %niter302.next.7 = add i64 %niter302, 8
+  %niter302.ncmp.7 = icmp eq i64 %niter302.next.7, %unroll_iter301
+  br i1 %niter302.ncmp.7, label %for_end_ax177.i.loopexit.unr-lcssa, label %for_body_ax176.i, !prof !46, !llvm.loop !66
+
+for_end_ax177.i.loopexit.unr-lcssa:               ; preds = %for_body_ax176.i
+  br i1 %lcmp.mod298.not, label %for_end_ax177.i, label %for_body_ax176.i.epil.preheader, !prof !49
+
+for_body_ax176.i.epil.preheader:                  ; preds = %for_end_ax177.i.loopexit.unr-lcssa, %for_body_ax176.i.preheader
+  %indvars.iv725.i.epil.init = phi i64 [ 0, %for_body_ax176.i.preheader ], [ %indvars.iv.next726.i.7, %for_end_ax177.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global233.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax176.i.preheader ], [ %1790, %for_end_ax177.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod300)
+  br label %for_body_ax176.i.epil
+
+for_body_ax176.i.epil:                            ; preds = %for_body_ax176.i.epil, %for_body_ax176.i.epil.preheader
+  %indvars.iv725.i.epil = phi i64 [ %indvars.iv.next726.i.epil, %for_body_ax176.i.epil ], [ %indvars.iv725.i.epil.init, %for_body_ax176.i.epil.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.i.epil = phi <16 x float> [ %1793, %for_body_ax176.i.epil ], [ %tile_sum.rf_global233.sroa.0.0447.i.epil.init, %for_body_ax176.i.epil.preheader ]
+  %epil.iter297 = phi i64 [ %epil.iter297.next, %for_body_ax176.i.epil ], [ 0, %for_body_ax176.i.epil.preheader ]
+  %.idx891.i.epil = shl nsw i64 %indvars.iv725.i.epil, 6
+  %1791 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx891.i.epil
+  %1792 = load <16 x float>, ptr %1791, align 16, !tbaa !58
+  %1793 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.i.epil, %1792
+  %indvars.iv.next726.i.epil = add nuw nsw i64 %indvars.iv725.i.epil, 1
+  %epil.iter297.next = add i64 %epil.iter297, 1
+  %epil.iter297.cmp.not = icmp eq i64 %epil.iter297.next, %xtraiter296
+  br i1 %epil.iter297.cmp.not, label %for_end_ax177.i, label %for_body_ax176.i.epil, !prof !33, !llvm.loop !67
+
+for_end_ax177.i:                                  ; preds = %for_body_ax176.i.epil, %for_end_ax177.i.loopexit.unr-lcssa, %for_begin_r60.preheader.i
+  %tile_sum.rf_global233.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r60.preheader.i ], [ %1790, %for_end_ax177.i.loopexit.unr-lcssa ], [ %1793, %for_body_ax176.i.epil ]
+  %tile_sum.rf234.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 0
+  %1794 = fadd float %tile_sum.rf234.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf234.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 1
+  %1795 = fadd float %tile_sum.rf234.sroa.0.4.vec.extract.i, %1794
+  %tile_sum.rf234.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 2
+  %1796 = fadd float %tile_sum.rf234.sroa.0.8.vec.extract.i, %1795
+  %tile_sum.rf234.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 3
+  %1797 = fadd float %tile_sum.rf234.sroa.0.12.vec.extract.i, %1796
+  %tile_sum.rf234.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 4
+  %1798 = fadd float %tile_sum.rf234.sroa.0.16.vec.extract.i, %1797
+  %tile_sum.rf234.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 5
+  %1799 = fadd float %tile_sum.rf234.sroa.0.20.vec.extract.i, %1798
+  %tile_sum.rf234.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 6
+  %1800 = fadd float %tile_sum.rf234.sroa.0.24.vec.extract.i, %1799
+  %tile_sum.rf234.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 7
+  %1801 = fadd float %tile_sum.rf234.sroa.0.28.vec.extract.i, %1800
+  %tile_sum.rf234.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 8
+  %1802 = fadd float %tile_sum.rf234.sroa.0.32.vec.extract.i, %1801
+  %tile_sum.rf234.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 9
+  %1803 = fadd float %tile_sum.rf234.sroa.0.36.vec.extract.i, %1802
+  %tile_sum.rf234.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 10
+  %1804 = fadd float %tile_sum.rf234.sroa.0.40.vec.extract.i, %1803
+  %tile_sum.rf234.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 11
+  %1805 = fadd float %tile_sum.rf234.sroa.0.44.vec.extract.i, %1804
+  %tile_sum.rf234.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 12
+  %1806 = fadd float %tile_sum.rf234.sroa.0.48.vec.extract.i, %1805
+  %tile_sum.rf234.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 13
+  %1807 = fadd float %tile_sum.rf234.sroa.0.52.vec.extract.i, %1806
+  %tile_sum.rf234.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 14
+  %1808 = fadd float %tile_sum.rf234.sroa.0.56.vec.extract.i, %1807
+  %tile_sum.rf234.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.i, i64 15
+  %1809 = fadd float %tile_sum.rf234.sroa.0.60.vec.extract.i, %1808
+  %tile_sum239.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1809, i64 0
+  br i1 %497, label %for_body_ax176.1.i.preheader, label %for_end_ax177.1.i, !prof !3
+
+for_body_ax176.1.i.preheader:                     ; preds = %for_end_ax177.i
+  br i1 %522, label %for_body_ax176.1.i.epil.preheader, label %for_body_ax176.1.i, !prof !44
+
+for_body_ax176.1.i:                               ; preds = %for_body_ax176.1.i, %for_body_ax176.1.i.preheader
+  %indvars.iv725.1.i = phi i64 [ %indvars.iv.next726.1.i.7, %for_body_ax176.1.i ], [ 0, %for_body_ax176.1.i.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.1.i = phi <16 x float> [ %1841, %for_body_ax176.1.i ], [ zeroinitializer, %for_body_ax176.1.i.preheader ]
+  %niter309 = phi i64 [ %niter309.next.7, %for_body_ax176.1.i ], [ 0, %for_body_ax176.1.i.preheader ]
+  %.idx892.i = shl nsw i64 %indvars.iv725.1.i, 6
+  %1810 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx892.i
+  %1811 = getelementptr inbounds nuw i8, ptr %1810, i64 256
+  %1812 = load <16 x float>, ptr %1811, align 16, !tbaa !58
+  %1813 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.1.i, %1812
+  %indvars.iv.next726.1.i = shl i64 %indvars.iv725.1.i, 6
+  %1814 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i
+  %1815 = getelementptr inbounds nuw i8, ptr %1814, i64 320
+  %1816 = load <16 x float>, ptr %1815, align 16, !tbaa !58
+  %1817 = fadd <16 x float> %1813, %1816
+  %indvars.iv.next726.1.i.1 = shl i64 %indvars.iv725.1.i, 6
+  %1818 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.1
+  %1819 = getelementptr inbounds nuw i8, ptr %1818, i64 384
+  %1820 = load <16 x float>, ptr %1819, align 16, !tbaa !58
+  %1821 = fadd <16 x float> %1817, %1820
+  %indvars.iv.next726.1.i.2 = shl i64 %indvars.iv725.1.i, 6
+  %1822 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.2
+  %1823 = getelementptr inbounds nuw i8, ptr %1822, i64 448
+  %1824 = load <16 x float>, ptr %1823, align 16, !tbaa !58
+  %1825 = fadd <16 x float> %1821, %1824
+  %indvars.iv.next726.1.i.3 = shl i64 %indvars.iv725.1.i, 6
+  %1826 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.3
+  %1827 = getelementptr inbounds nuw i8, ptr %1826, i64 512
+  %1828 = load <16 x float>, ptr %1827, align 16, !tbaa !58
+  %1829 = fadd <16 x float> %1825, %1828
+  %indvars.iv.next726.1.i.4 = shl i64 %indvars.iv725.1.i, 6
+  %1830 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.4
+  %1831 = getelementptr inbounds nuw i8, ptr %1830, i64 576
+  %1832 = load <16 x float>, ptr %1831, align 16, !tbaa !58
+  %1833 = fadd <16 x float> %1829, %1832
+  %indvars.iv.next726.1.i.5 = shl i64 %indvars.iv725.1.i, 6
+  %1834 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.5
+  %1835 = getelementptr inbounds nuw i8, ptr %1834, i64 640
+  %1836 = load <16 x float>, ptr %1835, align 16, !tbaa !58
+  %1837 = fadd <16 x float> %1833, %1836
+  %indvars.iv.next726.1.i.6 = shl i64 %indvars.iv725.1.i, 6
+  %1838 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.1.i.6
+  %1839 = getelementptr inbounds nuw i8, ptr %1838, i64 704
+  %1840 = load <16 x float>, ptr %1839, align 16, !tbaa !58
+  %1841 = fadd <16 x float> %1837, %1840
+  %indvars.iv.next726.1.i.7 = add nuw nsw i64 %indvars.iv725.1.i, 8
+  %niter309.next.7 = add i64 %niter309, 8
+  %niter309.ncmp.7 = icmp eq i64 %niter309.next.7, %unroll_iter308
+  br i1 %niter309.ncmp.7, label %for_end_ax177.1.i.loopexit.unr-lcssa, label %for_body_ax176.1.i, !prof !46, !llvm.loop !68
+
+for_end_ax177.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax176.1.i
+  br i1 %lcmp.mod305.not, label %for_end_ax177.1.i, label %for_body_ax176.1.i.epil.preheader, !prof !49
+
+for_body_ax176.1.i.epil.preheader:                ; preds = %for_end_ax177.1.i.loopexit.unr-lcssa, %for_body_ax176.1.i.preheader
+  %indvars.iv725.1.i.epil.init = phi i64 [ 0, %for_body_ax176.1.i.preheader ], [ %indvars.iv.next726.1.i.7, %for_end_ax177.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global233.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax176.1.i.preheader ], [ %1841, %for_end_ax177.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod307)
+  br label %for_body_ax176.1.i.epil
+
+for_body_ax176.1.i.epil:                          ; preds = %for_body_ax176.1.i.epil, %for_body_ax176.1.i.epil.preheader
+  %indvars.iv725.1.i.epil = phi i64 [ %indvars.iv.next726.1.i.epil, %for_body_ax176.1.i.epil ], [ %indvars.iv725.1.i.epil.init, %for_body_ax176.1.i.epil.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.1.i.epil = phi <16 x float> [ %1845, %for_body_ax176.1.i.epil ], [ %tile_sum.rf_global233.sroa.0.0447.1.i.epil.init, %for_body_ax176.1.i.epil.preheader ]
+  %epil.iter304 = phi i64 [ %epil.iter304.next, %for_body_ax176.1.i.epil ], [ 0, %for_body_ax176.1.i.epil.preheader ]
+  %.idx892.i.epil = shl nsw i64 %indvars.iv725.1.i.epil, 6
+  %1842 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx892.i.epil
+  %1843 = getelementptr inbounds nuw i8, ptr %1842, i64 256
+  %1844 = load <16 x float>, ptr %1843, align 16, !tbaa !58
+  %1845 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.1.i.epil, %1844
+  %indvars.iv.next726.1.i.epil = add nuw nsw i64 %indvars.iv725.1.i.epil, 1
+  %epil.iter304.next = add i64 %epil.iter304, 1
+  %epil.iter304.cmp.not = icmp eq i64 %epil.iter304.next, %xtraiter303
+  br i1 %epil.iter304.cmp.not, label %for_end_ax177.1.i, label %for_body_ax176.1.i.epil, !prof !33, !llvm.loop !69
+
+for_end_ax177.1.i:                                ; preds = %for_body_ax176.1.i.epil, %for_end_ax177.1.i.loopexit.unr-lcssa, %for_end_ax177.i
+  %tile_sum.rf_global233.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax177.i ], [ %1841, %for_end_ax177.1.i.loopexit.unr-lcssa ], [ %1845, %for_body_ax176.1.i.epil ]
+  %tile_sum.rf234.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 0
+  %1846 = fadd float %tile_sum.rf234.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf234.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 1
+  %1847 = fadd float %tile_sum.rf234.sroa.0.4.vec.extract.1.i, %1846
+  %tile_sum.rf234.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 2
+  %1848 = fadd float %tile_sum.rf234.sroa.0.8.vec.extract.1.i, %1847
+  %tile_sum.rf234.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 3
+  %1849 = fadd float %tile_sum.rf234.sroa.0.12.vec.extract.1.i, %1848
+  %tile_sum.rf234.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 4
+  %1850 = fadd float %tile_sum.rf234.sroa.0.16.vec.extract.1.i, %1849
+  %tile_sum.rf234.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 5
+  %1851 = fadd float %tile_sum.rf234.sroa.0.20.vec.extract.1.i, %1850
+  %tile_sum.rf234.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 6
+  %1852 = fadd float %tile_sum.rf234.sroa.0.24.vec.extract.1.i, %1851
+  %tile_sum.rf234.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 7
+  %1853 = fadd float %tile_sum.rf234.sroa.0.28.vec.extract.1.i, %1852
+  %tile_sum.rf234.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 8
+  %1854 = fadd float %tile_sum.rf234.sroa.0.32.vec.extract.1.i, %1853
+  %tile_sum.rf234.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 9
+  %1855 = fadd float %tile_sum.rf234.sroa.0.36.vec.extract.1.i, %1854
+  %tile_sum.rf234.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 10
+  %1856 = fadd float %tile_sum.rf234.sroa.0.40.vec.extract.1.i, %1855
+  %tile_sum.rf234.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 11
+  %1857 = fadd float %tile_sum.rf234.sroa.0.44.vec.extract.1.i, %1856
+  %tile_sum.rf234.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 12
+  %1858 = fadd float %tile_sum.rf234.sroa.0.48.vec.extract.1.i, %1857
+  %tile_sum.rf234.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 13
+  %1859 = fadd float %tile_sum.rf234.sroa.0.52.vec.extract.1.i, %1858
+  %tile_sum.rf234.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 14
+  %1860 = fadd float %tile_sum.rf234.sroa.0.56.vec.extract.1.i, %1859
+  %tile_sum.rf234.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.1.i, i64 15
+  %1861 = fadd float %tile_sum.rf234.sroa.0.60.vec.extract.1.i, %1860
+  %tile_sum239.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum239.sroa.0.0.vec.insert.i, float %1861, i64 1
+  br i1 %497, label %for_body_ax176.2.i.preheader, label %for_end_ax177.2.i, !prof !3
+
+for_body_ax176.2.i.preheader:                     ; preds = %for_end_ax177.1.i
+  br i1 %523, label %for_body_ax176.2.i.epil.preheader, label %for_body_ax176.2.i, !prof !44
+
+for_body_ax176.2.i:                               ; preds = %for_body_ax176.2.i, %for_body_ax176.2.i.preheader
+  %indvars.iv725.2.i = phi i64 [ %indvars.iv.next726.2.i.7, %for_body_ax176.2.i ], [ 0, %for_body_ax176.2.i.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.2.i = phi <16 x float> [ %1893, %for_body_ax176.2.i ], [ zeroinitializer, %for_body_ax176.2.i.preheader ]
+  %niter316 = phi i64 [ %niter316.next.7, %for_body_ax176.2.i ], [ 0, %for_body_ax176.2.i.preheader ]
+  %.idx893.i = shl nsw i64 %indvars.iv725.2.i, 6
+  %1862 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx893.i
+  %1863 = getelementptr inbounds nuw i8, ptr %1862, i64 512
+  %1864 = load <16 x float>, ptr %1863, align 16, !tbaa !58
+  %1865 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.2.i, %1864
+  %indvars.iv.next726.2.i = shl i64 %indvars.iv725.2.i, 6
+  %1866 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i
+  %1867 = getelementptr inbounds nuw i8, ptr %1866, i64 576
+  %1868 = load <16 x float>, ptr %1867, align 16, !tbaa !58
+  %1869 = fadd <16 x float> %1865, %1868
+  %indvars.iv.next726.2.i.1 = shl i64 %indvars.iv725.2.i, 6
+  %1870 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.1
+  %1871 = getelementptr inbounds nuw i8, ptr %1870, i64 640
+  %1872 = load <16 x float>, ptr %1871, align 16, !tbaa !58
+  %1873 = fadd <16 x float> %1869, %1872
+  %indvars.iv.next726.2.i.2 = shl i64 %indvars.iv725.2.i, 6
+  %1874 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.2
+  %1875 = getelementptr inbounds nuw i8, ptr %1874, i64 704
+  %1876 = load <16 x float>, ptr %1875, align 16, !tbaa !58
+  %1877 = fadd <16 x float> %1873, %1876
+  %indvars.iv.next726.2.i.3 = shl i64 %indvars.iv725.2.i, 6
+  %1878 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.3
+  %1879 = getelementptr inbounds nuw i8, ptr %1878, i64 768
+  %1880 = load <16 x float>, ptr %1879, align 16, !tbaa !58
+  %1881 = fadd <16 x float> %1877, %1880
+  %indvars.iv.next726.2.i.4 = shl i64 %indvars.iv725.2.i, 6
+  %1882 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.4
+  %1883 = getelementptr inbounds nuw i8, ptr %1882, i64 832
+  %1884 = load <16 x float>, ptr %1883, align 16, !tbaa !58
+  %1885 = fadd <16 x float> %1881, %1884
+  %indvars.iv.next726.2.i.5 = shl i64 %indvars.iv725.2.i, 6
+  %1886 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.5
+  %1887 = getelementptr inbounds nuw i8, ptr %1886, i64 896
+  %1888 = load <16 x float>, ptr %1887, align 16, !tbaa !58
+  %1889 = fadd <16 x float> %1885, %1888
+  %indvars.iv.next726.2.i.6 = shl i64 %indvars.iv725.2.i, 6
+  %1890 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.2.i.6
+  %1891 = getelementptr inbounds nuw i8, ptr %1890, i64 960
+  %1892 = load <16 x float>, ptr %1891, align 16, !tbaa !58
+  %1893 = fadd <16 x float> %1889, %1892
+  %indvars.iv.next726.2.i.7 = add nuw nsw i64 %indvars.iv725.2.i, 8
+  %niter316.next.7 = add i64 %niter316, 8
+  %niter316.ncmp.7 = icmp eq i64 %niter316.next.7, %unroll_iter315
+  br i1 %niter316.ncmp.7, label %for_end_ax177.2.i.loopexit.unr-lcssa, label %for_body_ax176.2.i, !prof !46, !llvm.loop !70
+
+for_end_ax177.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax176.2.i
+  br i1 %lcmp.mod312.not, label %for_end_ax177.2.i, label %for_body_ax176.2.i.epil.preheader, !prof !49
+
+for_body_ax176.2.i.epil.preheader:                ; preds = %for_end_ax177.2.i.loopexit.unr-lcssa, %for_body_ax176.2.i.preheader
+  %indvars.iv725.2.i.epil.init = phi i64 [ 0, %for_body_ax176.2.i.preheader ], [ %indvars.iv.next726.2.i.7, %for_end_ax177.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global233.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax176.2.i.preheader ], [ %1893, %for_end_ax177.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod314)
+  br label %for_body_ax176.2.i.epil
+
+for_body_ax176.2.i.epil:                          ; preds = %for_body_ax176.2.i.epil, %for_body_ax176.2.i.epil.preheader
+  %indvars.iv725.2.i.epil = phi i64 [ %indvars.iv.next726.2.i.epil, %for_body_ax176.2.i.epil ], [ %indvars.iv725.2.i.epil.init, %for_body_ax176.2.i.epil.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.2.i.epil = phi <16 x float> [ %1897, %for_body_ax176.2.i.epil ], [ %tile_sum.rf_global233.sroa.0.0447.2.i.epil.init, %for_body_ax176.2.i.epil.preheader ]
+  %epil.iter311 = phi i64 [ %epil.iter311.next, %for_body_ax176.2.i.epil ], [ 0, %for_body_ax176.2.i.epil.preheader ]
+  %.idx893.i.epil = shl nsw i64 %indvars.iv725.2.i.epil, 6
+  %1894 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx893.i.epil
+  %1895 = getelementptr inbounds nuw i8, ptr %1894, i64 512
+  %1896 = load <16 x float>, ptr %1895, align 16, !tbaa !58
+  %1897 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.2.i.epil, %1896
+  %indvars.iv.next726.2.i.epil = add nuw nsw i64 %indvars.iv725.2.i.epil, 1
+  %epil.iter311.next = add i64 %epil.iter311, 1
+  %epil.iter311.cmp.not = icmp eq i64 %epil.iter311.next, %xtraiter310
+  br i1 %epil.iter311.cmp.not, label %for_end_ax177.2.i, label %for_body_ax176.2.i.epil, !prof !33, !llvm.loop !71
+
+for_end_ax177.2.i:                                ; preds = %for_body_ax176.2.i.epil, %for_end_ax177.2.i.loopexit.unr-lcssa, %for_end_ax177.1.i
+  %tile_sum.rf_global233.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax177.1.i ], [ %1893, %for_end_ax177.2.i.loopexit.unr-lcssa ], [ %1897, %for_body_ax176.2.i.epil ]
+  %tile_sum.rf234.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 0
+  %1898 = fadd float %tile_sum.rf234.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf234.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 1
+  %1899 = fadd float %tile_sum.rf234.sroa.0.4.vec.extract.2.i, %1898
+  %tile_sum.rf234.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 2
+  %1900 = fadd float %tile_sum.rf234.sroa.0.8.vec.extract.2.i, %1899
+  %tile_sum.rf234.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 3
+  %1901 = fadd float %tile_sum.rf234.sroa.0.12.vec.extract.2.i, %1900
+  %tile_sum.rf234.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 4
+  %1902 = fadd float %tile_sum.rf234.sroa.0.16.vec.extract.2.i, %1901
+  %tile_sum.rf234.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 5
+  %1903 = fadd float %tile_sum.rf234.sroa.0.20.vec.extract.2.i, %1902
+  %tile_sum.rf234.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 6
+  %1904 = fadd float %tile_sum.rf234.sroa.0.24.vec.extract.2.i, %1903
+  %tile_sum.rf234.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 7
+  %1905 = fadd float %tile_sum.rf234.sroa.0.28.vec.extract.2.i, %1904
+  %tile_sum.rf234.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 8
+  %1906 = fadd float %tile_sum.rf234.sroa.0.32.vec.extract.2.i, %1905
+  %tile_sum.rf234.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 9
+  %1907 = fadd float %tile_sum.rf234.sroa.0.36.vec.extract.2.i, %1906
+  %tile_sum.rf234.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 10
+  %1908 = fadd float %tile_sum.rf234.sroa.0.40.vec.extract.2.i, %1907
+  %tile_sum.rf234.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 11
+  %1909 = fadd float %tile_sum.rf234.sroa.0.44.vec.extract.2.i, %1908
+  %tile_sum.rf234.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 12
+  %1910 = fadd float %tile_sum.rf234.sroa.0.48.vec.extract.2.i, %1909
+  %tile_sum.rf234.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 13
+  %1911 = fadd float %tile_sum.rf234.sroa.0.52.vec.extract.2.i, %1910
+  %tile_sum.rf234.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 14
+  %1912 = fadd float %tile_sum.rf234.sroa.0.56.vec.extract.2.i, %1911
+  %tile_sum.rf234.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.2.i, i64 15
+  %1913 = fadd float %tile_sum.rf234.sroa.0.60.vec.extract.2.i, %1912
+  %tile_sum239.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum239.sroa.0.4.vec.insert.i, float %1913, i64 2
+  br i1 %497, label %for_body_ax176.3.i.preheader, label %for_end_ax177.3.i, !prof !3
+
+for_body_ax176.3.i.preheader:                     ; preds = %for_end_ax177.2.i
+  br i1 %524, label %for_body_ax176.3.i.epil.preheader, label %for_body_ax176.3.i, !prof !44
+
+for_body_ax176.3.i:                               ; preds = %for_body_ax176.3.i, %for_body_ax176.3.i.preheader
+  %indvars.iv725.3.i = phi i64 [ %indvars.iv.next726.3.i.7, %for_body_ax176.3.i ], [ 0, %for_body_ax176.3.i.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.3.i = phi <16 x float> [ %1945, %for_body_ax176.3.i ], [ zeroinitializer, %for_body_ax176.3.i.preheader ]
+  %niter323 = phi i64 [ %niter323.next.7, %for_body_ax176.3.i ], [ 0, %for_body_ax176.3.i.preheader ]
+  %.idx894.i = shl nsw i64 %indvars.iv725.3.i, 6
+  %1914 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx894.i
+  %1915 = getelementptr inbounds nuw i8, ptr %1914, i64 768
+  %1916 = load <16 x float>, ptr %1915, align 16, !tbaa !58
+  %1917 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.3.i, %1916
+  %indvars.iv.next726.3.i = shl i64 %indvars.iv725.3.i, 6
+  %1918 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i
+  %1919 = getelementptr inbounds nuw i8, ptr %1918, i64 832
+  %1920 = load <16 x float>, ptr %1919, align 16, !tbaa !58
+  %1921 = fadd <16 x float> %1917, %1920
+  %indvars.iv.next726.3.i.1 = shl i64 %indvars.iv725.3.i, 6
+  %1922 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.1
+  %1923 = getelementptr inbounds nuw i8, ptr %1922, i64 896
+  %1924 = load <16 x float>, ptr %1923, align 16, !tbaa !58
+  %1925 = fadd <16 x float> %1921, %1924
+  %indvars.iv.next726.3.i.2 = shl i64 %indvars.iv725.3.i, 6
+  %1926 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.2
+  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 960
+  %1928 = load <16 x float>, ptr %1927, align 16, !tbaa !58
+  %1929 = fadd <16 x float> %1925, %1928
+  %indvars.iv.next726.3.i.3 = shl i64 %indvars.iv725.3.i, 6
+  %1930 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.3
+  %1931 = getelementptr inbounds nuw i8, ptr %1930, i64 1024
+  %1932 = load <16 x float>, ptr %1931, align 16, !tbaa !58
+  %1933 = fadd <16 x float> %1929, %1932
+  %indvars.iv.next726.3.i.4 = shl i64 %indvars.iv725.3.i, 6
+  %1934 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.4
+  %1935 = getelementptr inbounds nuw i8, ptr %1934, i64 1088
+  %1936 = load <16 x float>, ptr %1935, align 16, !tbaa !58
+  %1937 = fadd <16 x float> %1933, %1936
+  %indvars.iv.next726.3.i.5 = shl i64 %indvars.iv725.3.i, 6
+  %1938 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.5
+  %1939 = getelementptr inbounds nuw i8, ptr %1938, i64 1152
+  %1940 = load <16 x float>, ptr %1939, align 16, !tbaa !58
+  %1941 = fadd <16 x float> %1937, %1940
+  %indvars.iv.next726.3.i.6 = shl i64 %indvars.iv725.3.i, 6
+  %1942 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %indvars.iv.next726.3.i.6
+  %1943 = getelementptr inbounds nuw i8, ptr %1942, i64 1216
+  %1944 = load <16 x float>, ptr %1943, align 16, !tbaa !58
+  %1945 = fadd <16 x float> %1941, %1944
+  %indvars.iv.next726.3.i.7 = add nuw nsw i64 %indvars.iv725.3.i, 8
+  %niter323.next.7 = add i64 %niter323, 8
+  %niter323.ncmp.7 = icmp eq i64 %niter323.next.7, %unroll_iter322
+  br i1 %niter323.ncmp.7, label %for_end_ax177.3.i.loopexit.unr-lcssa, label %for_body_ax176.3.i, !prof !46, !llvm.loop !72
+
+for_end_ax177.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax176.3.i
+  br i1 %lcmp.mod319.not, label %for_end_ax177.3.i, label %for_body_ax176.3.i.epil.preheader, !prof !49
+
+for_body_ax176.3.i.epil.preheader:                ; preds = %for_end_ax177.3.i.loopexit.unr-lcssa, %for_body_ax176.3.i.preheader
+  %indvars.iv725.3.i.epil.init = phi i64 [ 0, %for_body_ax176.3.i.preheader ], [ %indvars.iv.next726.3.i.7, %for_end_ax177.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global233.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax176.3.i.preheader ], [ %1945, %for_end_ax177.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod321)
+  br label %for_body_ax176.3.i.epil
+
+for_body_ax176.3.i.epil:                          ; preds = %for_body_ax176.3.i.epil, %for_body_ax176.3.i.epil.preheader
+  %indvars.iv725.3.i.epil = phi i64 [ %indvars.iv.next726.3.i.epil, %for_body_ax176.3.i.epil ], [ %indvars.iv725.3.i.epil.init, %for_body_ax176.3.i.epil.preheader ]
+  %tile_sum.rf_global233.sroa.0.0447.3.i.epil = phi <16 x float> [ %1949, %for_body_ax176.3.i.epil ], [ %tile_sum.rf_global233.sroa.0.0447.3.i.epil.init, %for_body_ax176.3.i.epil.preheader ]
+  %epil.iter318 = phi i64 [ %epil.iter318.next, %for_body_ax176.3.i.epil ], [ 0, %for_body_ax176.3.i.epil.preheader ]
+  %.idx894.i.epil = shl nsw i64 %indvars.iv725.3.i.epil, 6
+  %1946 = getelementptr inbounds nuw i8, ptr %probs244.i, i64 %.idx894.i.epil
+  %1947 = getelementptr inbounds nuw i8, ptr %1946, i64 768
+  %1948 = load <16 x float>, ptr %1947, align 16, !tbaa !58
+  %1949 = fadd <16 x float> %tile_sum.rf_global233.sroa.0.0447.3.i.epil, %1948
+  %indvars.iv.next726.3.i.epil = add nuw nsw i64 %indvars.iv725.3.i.epil, 1
+  %epil.iter318.next = add i64 %epil.iter318, 1
+  %epil.iter318.cmp.not = icmp eq i64 %epil.iter318.next, %xtraiter317
+  br i1 %epil.iter318.cmp.not, label %for_end_ax177.3.i, label %for_body_ax176.3.i.epil, !prof !33, !llvm.loop !73
+
+for_end_ax177.3.i:                                ; preds = %for_body_ax176.3.i.epil, %for_end_ax177.3.i.loopexit.unr-lcssa, %for_end_ax177.2.i
+  %tile_sum.rf_global233.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax177.2.i ], [ %1945, %for_end_ax177.3.i.loopexit.unr-lcssa ], [ %1949, %for_body_ax176.3.i.epil ]
+  %tile_sum.rf234.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 0
+  %1950 = fadd float %tile_sum.rf234.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf234.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 1
+  %1951 = fadd float %tile_sum.rf234.sroa.0.4.vec.extract.3.i, %1950
+  %tile_sum.rf234.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 2
+  %1952 = fadd float %tile_sum.rf234.sroa.0.8.vec.extract.3.i, %1951
+  %tile_sum.rf234.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 3
+  %1953 = fadd float %tile_sum.rf234.sroa.0.12.vec.extract.3.i, %1952
+  %tile_sum.rf234.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 4
+  %1954 = fadd float %tile_sum.rf234.sroa.0.16.vec.extract.3.i, %1953
+  %tile_sum.rf234.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 5
+  %1955 = fadd float %tile_sum.rf234.sroa.0.20.vec.extract.3.i, %1954
+  %tile_sum.rf234.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 6
+  %1956 = fadd float %tile_sum.rf234.sroa.0.24.vec.extract.3.i, %1955
+  %tile_sum.rf234.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 7
+  %1957 = fadd float %tile_sum.rf234.sroa.0.28.vec.extract.3.i, %1956
+  %tile_sum.rf234.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 8
+  %1958 = fadd float %tile_sum.rf234.sroa.0.32.vec.extract.3.i, %1957
+  %tile_sum.rf234.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 9
+  %1959 = fadd float %tile_sum.rf234.sroa.0.36.vec.extract.3.i, %1958
+  %tile_sum.rf234.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 10
+  %1960 = fadd float %tile_sum.rf234.sroa.0.40.vec.extract.3.i, %1959
+  %tile_sum.rf234.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 11
+  %1961 = fadd float %tile_sum.rf234.sroa.0.44.vec.extract.3.i, %1960
+  %tile_sum.rf234.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 12
+  %1962 = fadd float %tile_sum.rf234.sroa.0.48.vec.extract.3.i, %1961
+  %tile_sum.rf234.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 13
+  %1963 = fadd float %tile_sum.rf234.sroa.0.52.vec.extract.3.i, %1962
+  %tile_sum.rf234.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 14
+  %1964 = fadd float %tile_sum.rf234.sroa.0.56.vec.extract.3.i, %1963
+  %tile_sum.rf234.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global233.sroa.0.0.lcssa.3.i, i64 15
+  %1965 = fadd float %tile_sum.rf234.sroa.0.60.vec.extract.3.i, %1964
+  %tile_sum239.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum239.sroa.0.8.vec.insert.i, float %1965, i64 3
+  %1966 = shl nuw nsw i64 %indvars.iv763.i, 2
+  %1967 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %1966
+  %1968 = load <4 x float>, ptr %1967, align 16, !tbaa !14
+  %old_max.i = select <4 x i1> %501, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1968
+  %1969 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %1966
+  %1970 = load <4 x float>, ptr %1969, align 16, !tbaa !12
+  %old_sum.i = select <4 x i1> %501, <4 x float> zeroinitializer, <4 x float> %1970
+  %1971 = fcmp ogt <4 x float> %old_max.i, %tile_max240.sroa.0.3.i
+  %1972 = fcmp oeq <4 x float> %tile_sum239.sroa.0.12.vec.insert.i, zeroinitializer
+  %1973 = select <4 x i1> %1972, <4 x i1> splat (i1 true), <4 x i1> %1971
+  %old_or_both.i = select <4 x i1> %1973, <4 x float> %old_max.i, <4 x float> %tile_max240.sroa.0.3.i
+  %1974 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1974, <4 x float> %tile_max240.sroa.0.3.i, <4 x float> %old_or_both.i
+  %1975 = fsub <4 x float> %old_max.i, %m.i
+  %1976 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1975, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %1977 = bitcast <4 x float> %1976 to <4 x i32>
+  %1978 = fadd <4 x float> %1976, splat (float 0xC168000FE0000000)
+  %1979 = fmul <4 x float> %1978, splat (float 0x3F2BD01060000000)
+  %1980 = fmul <4 x float> %1978, splat (float 0x3FE6300000000000)
+  %1981 = fsub <4 x float> %1975, %1980
+  %1982 = fadd <4 x float> %1979, %1981
+  %1983 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1982, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %1984 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1983, <4 x float> %1982, <4 x float> splat (float 0x3FA5558F20000000))
+  %1985 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1984, <4 x float> %1982, <4 x float> splat (float 0x3FC5554920000000))
+  %1986 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1985, <4 x float> %1982, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %1987 = fmul <4 x float> %1982, %1982
+  %1988 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1986, <4 x float> %1987, <4 x float> %1982)
+  %1989 = shl <4 x i32> %1977, splat (i32 23)
+  %1990 = bitcast <4 x i32> %1989 to <4 x float>
+  %1991 = fadd <4 x float> %1988, splat (float 1.000000e+00)
+  %1992 = fmul <4 x float> %1991, %1990
+  %1993 = fcmp olt <4 x float> %1975, splat (float -8.700000e+01)
+  %1994 = select <4 x i1> %1993, <4 x float> zeroinitializer, <4 x float> %1992
+  %1995 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1996 = select <4 x i1> %1995, <4 x float> %1994, <4 x float> zeroinitializer
+  %arg97.i = fsub <4 x float> %tile_max240.sroa.0.3.i, %m.i
+  %1997 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg97.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %1998 = bitcast <4 x float> %1997 to <4 x i32>
+  %1999 = fadd <4 x float> %1997, splat (float 0xC168000FE0000000)
+  %2000 = fmul <4 x float> %1999, splat (float 0x3F2BD01060000000)
+  %2001 = fmul <4 x float> %1999, splat (float 0x3FE6300000000000)
+  %2002 = fsub <4 x float> %arg97.i, %2001
+  %2003 = fadd <4 x float> %2000, %2002
+  %2004 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2003, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2005 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> %2003, <4 x float> splat (float 0x3FA5558F20000000))
+  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2005, <4 x float> %2003, <4 x float> splat (float 0x3FC5554920000000))
+  %2007 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2006, <4 x float> %2003, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2008 = fmul <4 x float> %2003, %2003
+  %2009 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2007, <4 x float> %2008, <4 x float> %2003)
+  %2010 = shl <4 x i32> %1998, splat (i32 23)
+  %2011 = bitcast <4 x i32> %2010 to <4 x float>
+  %2012 = fadd <4 x float> %2009, splat (float 1.000000e+00)
+  %2013 = fmul <4 x float> %2012, %2011
+  %2014 = fcmp olt <4 x float> %arg97.i, splat (float -8.700000e+01)
+  %2015 = select <4 x i1> %2014, <4 x float> zeroinitializer, <4 x float> %2013
+  %2016 = fcmp one <4 x float> %tile_sum239.sroa.0.12.vec.insert.i, zeroinitializer
+  %2017 = select <4 x i1> %2016, <4 x float> %2015, <4 x float> zeroinitializer
+  %2018 = fmul <4 x float> %old_sum.i, %1996
+  %2019 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2017, <4 x float> %tile_sum239.sroa.0.12.vec.insert.i, <4 x float> %2018)
+  store <4 x float> %m.i, ptr %1967, align 16, !tbaa !14
+  store <4 x float> %2019, ptr %1969, align 16, !tbaa !12
+  %2020 = shufflevector <4 x float> %2017, <4 x float> poison, <32 x i32> zeroinitializer
+  %2021 = shl nuw nsw i64 %indvars.iv763.i, 9
+  %2022 = shufflevector <4 x float> %1996, <4 x float> poison, <32 x i32> zeroinitializer
+  %2023 = shufflevector <4 x float> %2017, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2024 = shufflevector <4 x float> %1996, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2025 = shufflevector <4 x float> %2017, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2026 = shufflevector <4 x float> %1996, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2027 = shufflevector <4 x float> %2017, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2028 = shufflevector <4 x float> %1996, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2029 = zext nneg i32 %529 to i64
+  %2030 = mul nsw i64 %v_head, %2029
+  %2031 = select i1 %527, i32 64, i32 0
+  %2032 = mul nsw i64 %indvars.iv763.i, %v_head
+  %invariant.gep566.i = getelementptr i32, ptr %value_cache, i64 %2032
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end194.i, %for_end_ax192.3.i
-  %indvars.iv792.i = phi i64 [ 0, %for_end_ax192.3.i ], [ %indvars.iv.next793.i, %if_end194.i ]
-  br i1 %503, label %for_begin_line132.preheader.lr.ph.i, label %for_end_to129.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end179.i, %for_end_ax177.3.i
+  %indvars.iv759.i = phi i64 [ 0, %for_end_ax177.3.i ], [ %indvars.iv.next760.i, %if_end179.i ]
+  br i1 %503, label %for_begin_line117.preheader.lr.ph.i, label %for_end_to114.i, !prof !3
 
-for_begin_line132.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
-  %2066 = mul nuw nsw i64 %indvars.iv792.i, %507
-  %gep600.idx.i = shl i64 %indvars.iv792.i, 6
-  %gep600.i = getelementptr i8, ptr %invariant.gep599.i, i64 %gep600.idx.i
-  br label %for_begin_line132.preheader.i
+for_begin_line117.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2033 = mul nuw nsw i64 %indvars.iv759.i, %507
+  %gep567.idx.i = shl i64 %indvars.iv759.i, 6
+  %gep567.i = getelementptr i8, ptr %invariant.gep566.i, i64 %gep567.idx.i
+  br label %for_begin_line117.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end194.i
-  %2067 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2068 = tail call i32 %2067(i32 1, i32 %dev_id, ptr nonnull %scaled929931934.i)
-  %.not281.i = icmp eq i32 %2068, 0
-  br i1 %.not281.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !12
-
-for_begin_line132.preheader.i:                    ; preds = %for_begin_line132.preheader.i, %for_begin_line132.preheader.lr.ph.i
-  %indvars.iv768.i = phi i64 [ 0, %for_begin_line132.preheader.lr.ph.i ], [ %indvars.iv.next769.i, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.238.0492.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2625, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.204.0491.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2624, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.170.0490.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2619, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.136.0489.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2618, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.102.0488.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2613, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.0.0487.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2604, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.34.0486.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2607, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.68.0485.i = phi <16 x float> [ zeroinitializer, %for_begin_line132.preheader.lr.ph.i ], [ %2612, %for_begin_line132.preheader.i ]
-  %2069 = add nuw nsw i64 %indvars.iv768.i, %2066
-  %2070 = trunc i64 %2069 to i32
-  %2071 = shl i32 %2070, 2
-  %2072 = add i32 %2071, %2064
-  %2073 = sext i32 %2072 to i64
-  %2074 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2073
-  %2075 = load i64, ptr %2074, align 8, !tbaa !9
-  %2076 = getelementptr i32, ptr %value_cache, i64 %2075
-  %2077 = getelementptr i32, ptr %2076, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2077, i32 0, i32 2, i32 1)
-  %2078 = getelementptr i8, ptr %2076, i64 64
-  %2079 = getelementptr i32, ptr %2078, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2079, i32 0, i32 2, i32 1)
-  %2080 = getelementptr i8, ptr %2076, i64 128
-  %2081 = getelementptr i32, ptr %2080, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2081, i32 0, i32 2, i32 1)
-  %2082 = getelementptr i8, ptr %2076, i64 192
-  %2083 = getelementptr i32, ptr %2082, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2083, i32 0, i32 2, i32 1)
-  %2084 = getelementptr i8, ptr %2074, i64 8
-  %2085 = load i64, ptr %2084, align 8, !tbaa !9
-  %2086 = getelementptr i32, ptr %value_cache, i64 %2085
-  %2087 = getelementptr i32, ptr %2086, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2087, i32 0, i32 2, i32 1)
-  %2088 = getelementptr i8, ptr %2086, i64 64
-  %2089 = getelementptr i32, ptr %2088, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2089, i32 0, i32 2, i32 1)
-  %2090 = getelementptr i8, ptr %2086, i64 128
-  %2091 = getelementptr i32, ptr %2090, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2091, i32 0, i32 2, i32 1)
-  %2092 = getelementptr i8, ptr %2086, i64 192
-  %2093 = getelementptr i32, ptr %2092, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2093, i32 0, i32 2, i32 1)
-  %2094 = getelementptr i8, ptr %2074, i64 16
-  %2095 = load i64, ptr %2094, align 8, !tbaa !9
-  %2096 = getelementptr i32, ptr %value_cache, i64 %2095
-  %2097 = getelementptr i32, ptr %2096, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2097, i32 0, i32 2, i32 1)
-  %2098 = getelementptr i8, ptr %2096, i64 64
-  %2099 = getelementptr i32, ptr %2098, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2099, i32 0, i32 2, i32 1)
-  %2100 = getelementptr i8, ptr %2096, i64 128
-  %2101 = getelementptr i32, ptr %2100, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2101, i32 0, i32 2, i32 1)
-  %2102 = getelementptr i8, ptr %2096, i64 192
-  %2103 = getelementptr i32, ptr %2102, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2103, i32 0, i32 2, i32 1)
-  %2104 = getelementptr i8, ptr %2074, i64 24
-  %2105 = load i64, ptr %2104, align 8, !tbaa !9
-  %2106 = getelementptr i32, ptr %value_cache, i64 %2105
-  %2107 = getelementptr i32, ptr %2106, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2107, i32 0, i32 2, i32 1)
-  %2108 = getelementptr i8, ptr %2106, i64 64
-  %2109 = getelementptr i32, ptr %2108, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2109, i32 0, i32 2, i32 1)
-  %2110 = getelementptr i8, ptr %2106, i64 128
-  %2111 = getelementptr i32, ptr %2110, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2111, i32 0, i32 2, i32 1)
-  %2112 = getelementptr i8, ptr %2106, i64 192
-  %2113 = getelementptr i32, ptr %2112, i64 %2063
-  tail call void @llvm.prefetch.p0(ptr readonly %2113, i32 0, i32 2, i32 1)
-  %2114 = shl nsw i64 %indvars.iv768.i, 4
-  %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2114
-  %2116 = load float, ptr %2115, align 4, !tbaa !9
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2114
-  %2120 = load i64, ptr %2119, align 8, !tbaa !9
-  %gep505.i = getelementptr i32, ptr %gep600.i, i64 %2120
-  %2121 = load <16 x i32>, ptr %gep505.i, align 4, !tbaa !9
-  %2122 = shl <16 x i32> %2121, splat (i32 16)
+for_begin_line117.preheader.i:                    ; preds = %for_begin_line117.preheader.i, %for_begin_line117.preheader.lr.ph.i
+  %indvars.iv735.i = phi i64 [ 0, %for_begin_line117.preheader.lr.ph.i ], [ %indvars.iv.next736.i, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2590, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2589, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.170.0457.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2584, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.136.0456.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2583, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.102.0455.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2578, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.0.0454.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2569, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.34.0453.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2572, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.68.0452.i = phi <16 x float> [ zeroinitializer, %for_begin_line117.preheader.lr.ph.i ], [ %2577, %for_begin_line117.preheader.i ]
+  %2034 = add nuw nsw i64 %indvars.iv735.i, %2033
+  %2035 = trunc i64 %2034 to i32
+  %2036 = shl i32 %2035, 2
+  %2037 = add i32 %2036, %2031
+  %2038 = sext i32 %2037 to i64
+  %2039 = getelementptr inbounds i64, ptr %value_offsets246.i, i64 %2038
+  %2040 = load i64, ptr %2039, align 16, !tbaa !23
+  %2041 = getelementptr i32, ptr %value_cache, i64 %2040
+  %2042 = getelementptr i32, ptr %2041, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2042, i32 0, i32 2, i32 1)
+  %2043 = getelementptr i8, ptr %2041, i64 64
+  %2044 = getelementptr i32, ptr %2043, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2044, i32 0, i32 2, i32 1)
+  %2045 = getelementptr i8, ptr %2041, i64 128
+  %2046 = getelementptr i32, ptr %2045, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2046, i32 0, i32 2, i32 1)
+  %2047 = getelementptr i8, ptr %2041, i64 192
+  %2048 = getelementptr i32, ptr %2047, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2048, i32 0, i32 2, i32 1)
+  %2049 = getelementptr i8, ptr %2039, i64 8
+  %2050 = load i64, ptr %2049, align 8, !tbaa !23
+  %2051 = getelementptr i32, ptr %value_cache, i64 %2050
+  %2052 = getelementptr i32, ptr %2051, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2052, i32 0, i32 2, i32 1)
+  %2053 = getelementptr i8, ptr %2051, i64 64
+  %2054 = getelementptr i32, ptr %2053, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2054, i32 0, i32 2, i32 1)
+  %2055 = getelementptr i8, ptr %2051, i64 128
+  %2056 = getelementptr i32, ptr %2055, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2056, i32 0, i32 2, i32 1)
+  %2057 = getelementptr i8, ptr %2051, i64 192
+  %2058 = getelementptr i32, ptr %2057, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2058, i32 0, i32 2, i32 1)
+  %2059 = getelementptr i8, ptr %2039, i64 16
+  %2060 = load i64, ptr %2059, align 16, !tbaa !23
+  %2061 = getelementptr i32, ptr %value_cache, i64 %2060
+  %2062 = getelementptr i32, ptr %2061, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2062, i32 0, i32 2, i32 1)
+  %2063 = getelementptr i8, ptr %2061, i64 64
+  %2064 = getelementptr i32, ptr %2063, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2064, i32 0, i32 2, i32 1)
+  %2065 = getelementptr i8, ptr %2061, i64 128
+  %2066 = getelementptr i32, ptr %2065, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2066, i32 0, i32 2, i32 1)
+  %2067 = getelementptr i8, ptr %2061, i64 192
+  %2068 = getelementptr i32, ptr %2067, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2068, i32 0, i32 2, i32 1)
+  %2069 = getelementptr i8, ptr %2039, i64 24
+  %2070 = load i64, ptr %2069, align 8, !tbaa !23
+  %2071 = getelementptr i32, ptr %value_cache, i64 %2070
+  %2072 = getelementptr i32, ptr %2071, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2072, i32 0, i32 2, i32 1)
+  %2073 = getelementptr i8, ptr %2071, i64 64
+  %2074 = getelementptr i32, ptr %2073, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2074, i32 0, i32 2, i32 1)
+  %2075 = getelementptr i8, ptr %2071, i64 128
+  %2076 = getelementptr i32, ptr %2075, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2076, i32 0, i32 2, i32 1)
+  %2077 = getelementptr i8, ptr %2071, i64 192
+  %2078 = getelementptr i32, ptr %2077, i64 %2030
+  tail call void @llvm.prefetch.p0(ptr readonly %2078, i32 0, i32 2, i32 1)
+  %2079 = shl nsw i64 %indvars.iv735.i, 4
+  %2080 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2079
+  %2081 = load float, ptr %2080, align 16, !tbaa !58
+  %2082 = insertelement <16 x float> poison, float %2081, i64 0
+  %2083 = shufflevector <16 x float> %2082, <16 x float> poison, <16 x i32> zeroinitializer
+  %2084 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2079
+  %2085 = load i64, ptr %2084, align 16, !tbaa !23
+  %gep472.i = getelementptr i32, ptr %gep567.i, i64 %2085
+  %2086 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !9
+  %2087 = shl <16 x i32> %2086, splat (i32 16)
+  %2088 = bitcast <16 x i32> %2087 to <16 x float>
+  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2083, <16 x float> %2088, <16 x float> %full_acc229.sroa.0.0454.i)
+  %2090 = and <16 x i32> %2086, %108
+  %2091 = bitcast <16 x i32> %2090 to <16 x float>
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2083, <16 x float> %2091, <16 x float> %full_acc229.sroa.34.0453.i)
+  %2093 = getelementptr inbounds nuw i8, ptr %2080, i64 256
+  %2094 = load float, ptr %2093, align 16, !tbaa !58
+  %2095 = insertelement <16 x float> poison, float %2094, i64 0
+  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2088, <16 x float> %full_acc229.sroa.68.0452.i)
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2091, <16 x float> %full_acc229.sroa.102.0455.i)
+  %2099 = getelementptr inbounds nuw i8, ptr %2080, i64 512
+  %2100 = load float, ptr %2099, align 16, !tbaa !58
+  %2101 = insertelement <16 x float> poison, float %2100, i64 0
+  %2102 = shufflevector <16 x float> %2101, <16 x float> poison, <16 x i32> zeroinitializer
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2088, <16 x float> %full_acc229.sroa.136.0456.i)
+  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2091, <16 x float> %full_acc229.sroa.170.0457.i)
+  %2105 = getelementptr inbounds nuw i8, ptr %2080, i64 768
+  %2106 = load float, ptr %2105, align 16, !tbaa !58
+  %2107 = insertelement <16 x float> poison, float %2106, i64 0
+  %2108 = shufflevector <16 x float> %2107, <16 x float> poison, <16 x i32> zeroinitializer
+  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2108, <16 x float> %2088, <16 x float> %full_acc229.sroa.204.0458.i)
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2108, <16 x float> %2091, <16 x float> %full_acc229.sroa.238.0459.i)
+  %2111 = or disjoint i64 %2079, 1
+  %2112 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2111
+  %2113 = load float, ptr %2112, align 4, !tbaa !58
+  %2114 = insertelement <16 x float> poison, float %2113, i64 0
+  %2115 = shufflevector <16 x float> %2114, <16 x float> poison, <16 x i32> zeroinitializer
+  %2116 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2111
+  %2117 = load i64, ptr %2116, align 8, !tbaa !23
+  %gep476.i = getelementptr i32, ptr %gep567.i, i64 %2117
+  %2118 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !9
+  %2119 = shl <16 x i32> %2118, splat (i32 16)
+  %2120 = bitcast <16 x i32> %2119 to <16 x float>
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2120, <16 x float> %2089)
+  %2122 = and <16 x i32> %2118, %108
   %2123 = bitcast <16 x i32> %2122 to <16 x float>
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2123, <16 x float> %full_acc260.sroa.0.0487.i)
-  %2125 = and <16 x i32> %2121, %108
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %full_acc260.sroa.34.0486.i)
-  %2128 = getelementptr inbounds nuw i8, ptr %2115, i64 512
-  %2129 = load float, ptr %2128, align 4, !tbaa !9
-  %2130 = insertelement <16 x float> poison, float %2129, i64 0
-  %2131 = shufflevector <16 x float> %2130, <16 x float> poison, <16 x i32> zeroinitializer
-  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2123, <16 x float> %full_acc260.sroa.68.0485.i)
-  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2131, <16 x float> %2126, <16 x float> %full_acc260.sroa.102.0488.i)
-  %2134 = getelementptr inbounds nuw i8, ptr %2115, i64 1024
-  %2135 = load float, ptr %2134, align 4, !tbaa !9
-  %2136 = insertelement <16 x float> poison, float %2135, i64 0
-  %2137 = shufflevector <16 x float> %2136, <16 x float> poison, <16 x i32> zeroinitializer
-  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2123, <16 x float> %full_acc260.sroa.136.0489.i)
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2126, <16 x float> %full_acc260.sroa.170.0490.i)
-  %2140 = getelementptr inbounds nuw i8, ptr %2115, i64 1536
-  %2141 = load float, ptr %2140, align 4, !tbaa !9
-  %2142 = insertelement <16 x float> poison, float %2141, i64 0
-  %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2123, <16 x float> %full_acc260.sroa.204.0491.i)
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2126, <16 x float> %full_acc260.sroa.238.0492.i)
-  %2146 = or disjoint i64 %2114, 1
-  %2147 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2146
-  %2148 = load float, ptr %2147, align 4, !tbaa !9
-  %2149 = insertelement <16 x float> poison, float %2148, i64 0
-  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
-  %2151 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2146
-  %2152 = load i64, ptr %2151, align 8, !tbaa !9
-  %gep509.i = getelementptr i32, ptr %gep600.i, i64 %2152
-  %2153 = load <16 x i32>, ptr %gep509.i, align 4, !tbaa !9
-  %2154 = shl <16 x i32> %2153, splat (i32 16)
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> %2123, <16 x float> %2092)
+  %2125 = getelementptr inbounds nuw i8, ptr %2080, i64 260
+  %2126 = load float, ptr %2125, align 4, !tbaa !58
+  %2127 = insertelement <16 x float> poison, float %2126, i64 0
+  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2120, <16 x float> %2097)
+  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2128, <16 x float> %2123, <16 x float> %2098)
+  %2131 = getelementptr inbounds nuw i8, ptr %2080, i64 516
+  %2132 = load float, ptr %2131, align 4, !tbaa !58
+  %2133 = insertelement <16 x float> poison, float %2132, i64 0
+  %2134 = shufflevector <16 x float> %2133, <16 x float> poison, <16 x i32> zeroinitializer
+  %2135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2120, <16 x float> %2103)
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2134, <16 x float> %2123, <16 x float> %2104)
+  %2137 = getelementptr inbounds nuw i8, ptr %2080, i64 772
+  %2138 = load float, ptr %2137, align 4, !tbaa !58
+  %2139 = insertelement <16 x float> poison, float %2138, i64 0
+  %2140 = shufflevector <16 x float> %2139, <16 x float> poison, <16 x i32> zeroinitializer
+  %2141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %2120, <16 x float> %2109)
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> %2123, <16 x float> %2110)
+  %2143 = or disjoint i64 %2079, 2
+  %2144 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2143
+  %2145 = load float, ptr %2144, align 8, !tbaa !58
+  %2146 = insertelement <16 x float> poison, float %2145, i64 0
+  %2147 = shufflevector <16 x float> %2146, <16 x float> poison, <16 x i32> zeroinitializer
+  %2148 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2143
+  %2149 = load i64, ptr %2148, align 16, !tbaa !23
+  %gep480.i = getelementptr i32, ptr %gep567.i, i64 %2149
+  %2150 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !9
+  %2151 = shl <16 x i32> %2150, splat (i32 16)
+  %2152 = bitcast <16 x i32> %2151 to <16 x float>
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2152, <16 x float> %2121)
+  %2154 = and <16 x i32> %2150, %108
   %2155 = bitcast <16 x i32> %2154 to <16 x float>
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2155, <16 x float> %2124)
-  %2157 = and <16 x i32> %2153, %108
-  %2158 = bitcast <16 x i32> %2157 to <16 x float>
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2158, <16 x float> %2127)
-  %2160 = getelementptr inbounds nuw i8, ptr %2115, i64 516
-  %2161 = load float, ptr %2160, align 4, !tbaa !9
-  %2162 = insertelement <16 x float> poison, float %2161, i64 0
-  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
-  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2155, <16 x float> %2132)
-  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2158, <16 x float> %2133)
-  %2166 = getelementptr inbounds nuw i8, ptr %2115, i64 1028
-  %2167 = load float, ptr %2166, align 4, !tbaa !9
-  %2168 = insertelement <16 x float> poison, float %2167, i64 0
-  %2169 = shufflevector <16 x float> %2168, <16 x float> poison, <16 x i32> zeroinitializer
-  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2155, <16 x float> %2138)
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2158, <16 x float> %2139)
-  %2172 = getelementptr inbounds nuw i8, ptr %2115, i64 1540
-  %2173 = load float, ptr %2172, align 4, !tbaa !9
-  %2174 = insertelement <16 x float> poison, float %2173, i64 0
-  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2155, <16 x float> %2144)
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2158, <16 x float> %2145)
-  %2178 = or disjoint i64 %2114, 2
-  %2179 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2178
-  %2180 = load float, ptr %2179, align 4, !tbaa !9
-  %2181 = insertelement <16 x float> poison, float %2180, i64 0
-  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
-  %2183 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2178
-  %2184 = load i64, ptr %2183, align 8, !tbaa !9
-  %gep513.i = getelementptr i32, ptr %gep600.i, i64 %2184
-  %2185 = load <16 x i32>, ptr %gep513.i, align 4, !tbaa !9
-  %2186 = shl <16 x i32> %2185, splat (i32 16)
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2155, <16 x float> %2124)
+  %2157 = getelementptr inbounds nuw i8, ptr %2080, i64 264
+  %2158 = load float, ptr %2157, align 8, !tbaa !58
+  %2159 = insertelement <16 x float> poison, float %2158, i64 0
+  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2152, <16 x float> %2129)
+  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2160, <16 x float> %2155, <16 x float> %2130)
+  %2163 = getelementptr inbounds nuw i8, ptr %2080, i64 520
+  %2164 = load float, ptr %2163, align 8, !tbaa !58
+  %2165 = insertelement <16 x float> poison, float %2164, i64 0
+  %2166 = shufflevector <16 x float> %2165, <16 x float> poison, <16 x i32> zeroinitializer
+  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2152, <16 x float> %2135)
+  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2155, <16 x float> %2136)
+  %2169 = getelementptr inbounds nuw i8, ptr %2080, i64 776
+  %2170 = load float, ptr %2169, align 8, !tbaa !58
+  %2171 = insertelement <16 x float> poison, float %2170, i64 0
+  %2172 = shufflevector <16 x float> %2171, <16 x float> poison, <16 x i32> zeroinitializer
+  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> %2152, <16 x float> %2141)
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> %2155, <16 x float> %2142)
+  %2175 = or disjoint i64 %2079, 3
+  %2176 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2175
+  %2177 = load float, ptr %2176, align 4, !tbaa !58
+  %2178 = insertelement <16 x float> poison, float %2177, i64 0
+  %2179 = shufflevector <16 x float> %2178, <16 x float> poison, <16 x i32> zeroinitializer
+  %2180 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2175
+  %2181 = load i64, ptr %2180, align 8, !tbaa !23
+  %gep484.i = getelementptr i32, ptr %gep567.i, i64 %2181
+  %2182 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !9
+  %2183 = shl <16 x i32> %2182, splat (i32 16)
+  %2184 = bitcast <16 x i32> %2183 to <16 x float>
+  %2185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2184, <16 x float> %2153)
+  %2186 = and <16 x i32> %2182, %108
   %2187 = bitcast <16 x i32> %2186 to <16 x float>
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2187, <16 x float> %2156)
-  %2189 = and <16 x i32> %2185, %108
-  %2190 = bitcast <16 x i32> %2189 to <16 x float>
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2190, <16 x float> %2159)
-  %2192 = getelementptr inbounds nuw i8, ptr %2115, i64 520
-  %2193 = load float, ptr %2192, align 4, !tbaa !9
-  %2194 = insertelement <16 x float> poison, float %2193, i64 0
-  %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2187, <16 x float> %2164)
-  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2195, <16 x float> %2190, <16 x float> %2165)
-  %2198 = getelementptr inbounds nuw i8, ptr %2115, i64 1032
-  %2199 = load float, ptr %2198, align 4, !tbaa !9
-  %2200 = insertelement <16 x float> poison, float %2199, i64 0
-  %2201 = shufflevector <16 x float> %2200, <16 x float> poison, <16 x i32> zeroinitializer
-  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2187, <16 x float> %2170)
-  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2190, <16 x float> %2171)
-  %2204 = getelementptr inbounds nuw i8, ptr %2115, i64 1544
-  %2205 = load float, ptr %2204, align 4, !tbaa !9
-  %2206 = insertelement <16 x float> poison, float %2205, i64 0
-  %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2187, <16 x float> %2176)
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2190, <16 x float> %2177)
-  %2210 = or disjoint i64 %2114, 3
-  %2211 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2210
-  %2212 = load float, ptr %2211, align 4, !tbaa !9
-  %2213 = insertelement <16 x float> poison, float %2212, i64 0
-  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
-  %2215 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2210
-  %2216 = load i64, ptr %2215, align 8, !tbaa !9
-  %gep517.i = getelementptr i32, ptr %gep600.i, i64 %2216
-  %2217 = load <16 x i32>, ptr %gep517.i, align 4, !tbaa !9
-  %2218 = shl <16 x i32> %2217, splat (i32 16)
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2179, <16 x float> %2187, <16 x float> %2156)
+  %2189 = getelementptr inbounds nuw i8, ptr %2080, i64 268
+  %2190 = load float, ptr %2189, align 4, !tbaa !58
+  %2191 = insertelement <16 x float> poison, float %2190, i64 0
+  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2184, <16 x float> %2161)
+  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2187, <16 x float> %2162)
+  %2195 = getelementptr inbounds nuw i8, ptr %2080, i64 524
+  %2196 = load float, ptr %2195, align 4, !tbaa !58
+  %2197 = insertelement <16 x float> poison, float %2196, i64 0
+  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2184, <16 x float> %2167)
+  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2187, <16 x float> %2168)
+  %2201 = getelementptr inbounds nuw i8, ptr %2080, i64 780
+  %2202 = load float, ptr %2201, align 4, !tbaa !58
+  %2203 = insertelement <16 x float> poison, float %2202, i64 0
+  %2204 = shufflevector <16 x float> %2203, <16 x float> poison, <16 x i32> zeroinitializer
+  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2184, <16 x float> %2173)
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2187, <16 x float> %2174)
+  %2207 = or disjoint i64 %2079, 4
+  %2208 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2207
+  %2209 = load float, ptr %2208, align 16, !tbaa !58
+  %2210 = insertelement <16 x float> poison, float %2209, i64 0
+  %2211 = shufflevector <16 x float> %2210, <16 x float> poison, <16 x i32> zeroinitializer
+  %2212 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2207
+  %2213 = load i64, ptr %2212, align 16, !tbaa !23
+  %gep488.i = getelementptr i32, ptr %gep567.i, i64 %2213
+  %2214 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !9
+  %2215 = shl <16 x i32> %2214, splat (i32 16)
+  %2216 = bitcast <16 x i32> %2215 to <16 x float>
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2211, <16 x float> %2216, <16 x float> %2185)
+  %2218 = and <16 x i32> %2214, %108
   %2219 = bitcast <16 x i32> %2218 to <16 x float>
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2219, <16 x float> %2188)
-  %2221 = and <16 x i32> %2217, %108
-  %2222 = bitcast <16 x i32> %2221 to <16 x float>
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2214, <16 x float> %2222, <16 x float> %2191)
-  %2224 = getelementptr inbounds nuw i8, ptr %2115, i64 524
-  %2225 = load float, ptr %2224, align 4, !tbaa !9
-  %2226 = insertelement <16 x float> poison, float %2225, i64 0
-  %2227 = shufflevector <16 x float> %2226, <16 x float> poison, <16 x i32> zeroinitializer
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2219, <16 x float> %2196)
-  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2222, <16 x float> %2197)
-  %2230 = getelementptr inbounds nuw i8, ptr %2115, i64 1036
-  %2231 = load float, ptr %2230, align 4, !tbaa !9
-  %2232 = insertelement <16 x float> poison, float %2231, i64 0
-  %2233 = shufflevector <16 x float> %2232, <16 x float> poison, <16 x i32> zeroinitializer
-  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2219, <16 x float> %2202)
-  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2222, <16 x float> %2203)
-  %2236 = getelementptr inbounds nuw i8, ptr %2115, i64 1548
-  %2237 = load float, ptr %2236, align 4, !tbaa !9
-  %2238 = insertelement <16 x float> poison, float %2237, i64 0
-  %2239 = shufflevector <16 x float> %2238, <16 x float> poison, <16 x i32> zeroinitializer
-  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2219, <16 x float> %2208)
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2222, <16 x float> %2209)
-  %2242 = or disjoint i64 %2114, 4
-  %2243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2242
-  %2244 = load float, ptr %2243, align 4, !tbaa !9
-  %2245 = insertelement <16 x float> poison, float %2244, i64 0
-  %2246 = shufflevector <16 x float> %2245, <16 x float> poison, <16 x i32> zeroinitializer
-  %2247 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2242
-  %2248 = load i64, ptr %2247, align 8, !tbaa !9
-  %gep521.i = getelementptr i32, ptr %gep600.i, i64 %2248
-  %2249 = load <16 x i32>, ptr %gep521.i, align 4, !tbaa !9
-  %2250 = shl <16 x i32> %2249, splat (i32 16)
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2211, <16 x float> %2219, <16 x float> %2188)
+  %2221 = getelementptr inbounds nuw i8, ptr %2080, i64 272
+  %2222 = load float, ptr %2221, align 16, !tbaa !58
+  %2223 = insertelement <16 x float> poison, float %2222, i64 0
+  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2216, <16 x float> %2193)
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2219, <16 x float> %2194)
+  %2227 = getelementptr inbounds nuw i8, ptr %2080, i64 528
+  %2228 = load float, ptr %2227, align 16, !tbaa !58
+  %2229 = insertelement <16 x float> poison, float %2228, i64 0
+  %2230 = shufflevector <16 x float> %2229, <16 x float> poison, <16 x i32> zeroinitializer
+  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2216, <16 x float> %2199)
+  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2230, <16 x float> %2219, <16 x float> %2200)
+  %2233 = getelementptr inbounds nuw i8, ptr %2080, i64 784
+  %2234 = load float, ptr %2233, align 16, !tbaa !58
+  %2235 = insertelement <16 x float> poison, float %2234, i64 0
+  %2236 = shufflevector <16 x float> %2235, <16 x float> poison, <16 x i32> zeroinitializer
+  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2236, <16 x float> %2216, <16 x float> %2205)
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2236, <16 x float> %2219, <16 x float> %2206)
+  %2239 = or disjoint i64 %2079, 5
+  %2240 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2239
+  %2241 = load float, ptr %2240, align 4, !tbaa !58
+  %2242 = insertelement <16 x float> poison, float %2241, i64 0
+  %2243 = shufflevector <16 x float> %2242, <16 x float> poison, <16 x i32> zeroinitializer
+  %2244 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2239
+  %2245 = load i64, ptr %2244, align 8, !tbaa !23
+  %gep492.i = getelementptr i32, ptr %gep567.i, i64 %2245
+  %2246 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !9
+  %2247 = shl <16 x i32> %2246, splat (i32 16)
+  %2248 = bitcast <16 x i32> %2247 to <16 x float>
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2243, <16 x float> %2248, <16 x float> %2217)
+  %2250 = and <16 x i32> %2246, %108
   %2251 = bitcast <16 x i32> %2250 to <16 x float>
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2251, <16 x float> %2220)
-  %2253 = and <16 x i32> %2249, %108
-  %2254 = bitcast <16 x i32> %2253 to <16 x float>
-  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> %2254, <16 x float> %2223)
-  %2256 = getelementptr inbounds nuw i8, ptr %2115, i64 528
-  %2257 = load float, ptr %2256, align 4, !tbaa !9
-  %2258 = insertelement <16 x float> poison, float %2257, i64 0
-  %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2251, <16 x float> %2228)
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2254, <16 x float> %2229)
-  %2262 = getelementptr inbounds nuw i8, ptr %2115, i64 1040
-  %2263 = load float, ptr %2262, align 4, !tbaa !9
-  %2264 = insertelement <16 x float> poison, float %2263, i64 0
-  %2265 = shufflevector <16 x float> %2264, <16 x float> poison, <16 x i32> zeroinitializer
-  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2251, <16 x float> %2234)
-  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2254, <16 x float> %2235)
-  %2268 = getelementptr inbounds nuw i8, ptr %2115, i64 1552
-  %2269 = load float, ptr %2268, align 4, !tbaa !9
-  %2270 = insertelement <16 x float> poison, float %2269, i64 0
-  %2271 = shufflevector <16 x float> %2270, <16 x float> poison, <16 x i32> zeroinitializer
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2251, <16 x float> %2240)
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2254, <16 x float> %2241)
-  %2274 = or disjoint i64 %2114, 5
-  %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
-  %2276 = load float, ptr %2275, align 4, !tbaa !9
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2274
-  %2280 = load i64, ptr %2279, align 8, !tbaa !9
-  %gep525.i = getelementptr i32, ptr %gep600.i, i64 %2280
-  %2281 = load <16 x i32>, ptr %gep525.i, align 4, !tbaa !9
-  %2282 = shl <16 x i32> %2281, splat (i32 16)
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2243, <16 x float> %2251, <16 x float> %2220)
+  %2253 = getelementptr inbounds nuw i8, ptr %2080, i64 276
+  %2254 = load float, ptr %2253, align 4, !tbaa !58
+  %2255 = insertelement <16 x float> poison, float %2254, i64 0
+  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2248, <16 x float> %2225)
+  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2251, <16 x float> %2226)
+  %2259 = getelementptr inbounds nuw i8, ptr %2080, i64 532
+  %2260 = load float, ptr %2259, align 4, !tbaa !58
+  %2261 = insertelement <16 x float> poison, float %2260, i64 0
+  %2262 = shufflevector <16 x float> %2261, <16 x float> poison, <16 x i32> zeroinitializer
+  %2263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2248, <16 x float> %2231)
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2251, <16 x float> %2232)
+  %2265 = getelementptr inbounds nuw i8, ptr %2080, i64 788
+  %2266 = load float, ptr %2265, align 4, !tbaa !58
+  %2267 = insertelement <16 x float> poison, float %2266, i64 0
+  %2268 = shufflevector <16 x float> %2267, <16 x float> poison, <16 x i32> zeroinitializer
+  %2269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2268, <16 x float> %2248, <16 x float> %2237)
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2268, <16 x float> %2251, <16 x float> %2238)
+  %2271 = or disjoint i64 %2079, 6
+  %2272 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2271
+  %2273 = load float, ptr %2272, align 8, !tbaa !58
+  %2274 = insertelement <16 x float> poison, float %2273, i64 0
+  %2275 = shufflevector <16 x float> %2274, <16 x float> poison, <16 x i32> zeroinitializer
+  %2276 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2271
+  %2277 = load i64, ptr %2276, align 16, !tbaa !23
+  %gep496.i = getelementptr i32, ptr %gep567.i, i64 %2277
+  %2278 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !9
+  %2279 = shl <16 x i32> %2278, splat (i32 16)
+  %2280 = bitcast <16 x i32> %2279 to <16 x float>
+  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2280, <16 x float> %2249)
+  %2282 = and <16 x i32> %2278, %108
   %2283 = bitcast <16 x i32> %2282 to <16 x float>
-  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2283, <16 x float> %2252)
-  %2285 = and <16 x i32> %2281, %108
-  %2286 = bitcast <16 x i32> %2285 to <16 x float>
-  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2286, <16 x float> %2255)
-  %2288 = getelementptr inbounds nuw i8, ptr %2115, i64 532
-  %2289 = load float, ptr %2288, align 4, !tbaa !9
-  %2290 = insertelement <16 x float> poison, float %2289, i64 0
-  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2283, <16 x float> %2260)
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2286, <16 x float> %2261)
-  %2294 = getelementptr inbounds nuw i8, ptr %2115, i64 1044
-  %2295 = load float, ptr %2294, align 4, !tbaa !9
-  %2296 = insertelement <16 x float> poison, float %2295, i64 0
-  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
-  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2283, <16 x float> %2266)
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2286, <16 x float> %2267)
-  %2300 = getelementptr inbounds nuw i8, ptr %2115, i64 1556
-  %2301 = load float, ptr %2300, align 4, !tbaa !9
-  %2302 = insertelement <16 x float> poison, float %2301, i64 0
-  %2303 = shufflevector <16 x float> %2302, <16 x float> poison, <16 x i32> zeroinitializer
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2283, <16 x float> %2272)
-  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2303, <16 x float> %2286, <16 x float> %2273)
-  %2306 = or disjoint i64 %2114, 6
-  %2307 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2306
-  %2308 = load float, ptr %2307, align 4, !tbaa !9
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2306
-  %2312 = load i64, ptr %2311, align 8, !tbaa !9
-  %gep529.i = getelementptr i32, ptr %gep600.i, i64 %2312
-  %2313 = load <16 x i32>, ptr %gep529.i, align 4, !tbaa !9
-  %2314 = shl <16 x i32> %2313, splat (i32 16)
+  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2283, <16 x float> %2252)
+  %2285 = getelementptr inbounds nuw i8, ptr %2080, i64 280
+  %2286 = load float, ptr %2285, align 8, !tbaa !58
+  %2287 = insertelement <16 x float> poison, float %2286, i64 0
+  %2288 = shufflevector <16 x float> %2287, <16 x float> poison, <16 x i32> zeroinitializer
+  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2280, <16 x float> %2257)
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2288, <16 x float> %2283, <16 x float> %2258)
+  %2291 = getelementptr inbounds nuw i8, ptr %2080, i64 536
+  %2292 = load float, ptr %2291, align 8, !tbaa !58
+  %2293 = insertelement <16 x float> poison, float %2292, i64 0
+  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
+  %2295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2280, <16 x float> %2263)
+  %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2283, <16 x float> %2264)
+  %2297 = getelementptr inbounds nuw i8, ptr %2080, i64 792
+  %2298 = load float, ptr %2297, align 8, !tbaa !58
+  %2299 = insertelement <16 x float> poison, float %2298, i64 0
+  %2300 = shufflevector <16 x float> %2299, <16 x float> poison, <16 x i32> zeroinitializer
+  %2301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> %2280, <16 x float> %2269)
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2300, <16 x float> %2283, <16 x float> %2270)
+  %2303 = or disjoint i64 %2079, 7
+  %2304 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2303
+  %2305 = load float, ptr %2304, align 4, !tbaa !58
+  %2306 = insertelement <16 x float> poison, float %2305, i64 0
+  %2307 = shufflevector <16 x float> %2306, <16 x float> poison, <16 x i32> zeroinitializer
+  %2308 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2303
+  %2309 = load i64, ptr %2308, align 8, !tbaa !23
+  %gep500.i = getelementptr i32, ptr %gep567.i, i64 %2309
+  %2310 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !9
+  %2311 = shl <16 x i32> %2310, splat (i32 16)
+  %2312 = bitcast <16 x i32> %2311 to <16 x float>
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %2312, <16 x float> %2281)
+  %2314 = and <16 x i32> %2310, %108
   %2315 = bitcast <16 x i32> %2314 to <16 x float>
-  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2315, <16 x float> %2284)
-  %2317 = and <16 x i32> %2313, %108
-  %2318 = bitcast <16 x i32> %2317 to <16 x float>
-  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2318, <16 x float> %2287)
-  %2320 = getelementptr inbounds nuw i8, ptr %2115, i64 536
-  %2321 = load float, ptr %2320, align 4, !tbaa !9
-  %2322 = insertelement <16 x float> poison, float %2321, i64 0
-  %2323 = shufflevector <16 x float> %2322, <16 x float> poison, <16 x i32> zeroinitializer
-  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2315, <16 x float> %2292)
-  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2323, <16 x float> %2318, <16 x float> %2293)
-  %2326 = getelementptr inbounds nuw i8, ptr %2115, i64 1048
-  %2327 = load float, ptr %2326, align 4, !tbaa !9
-  %2328 = insertelement <16 x float> poison, float %2327, i64 0
-  %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
-  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2315, <16 x float> %2298)
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2318, <16 x float> %2299)
-  %2332 = getelementptr inbounds nuw i8, ptr %2115, i64 1560
-  %2333 = load float, ptr %2332, align 4, !tbaa !9
-  %2334 = insertelement <16 x float> poison, float %2333, i64 0
-  %2335 = shufflevector <16 x float> %2334, <16 x float> poison, <16 x i32> zeroinitializer
-  %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %2315, <16 x float> %2304)
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2335, <16 x float> %2318, <16 x float> %2305)
-  %2338 = or disjoint i64 %2114, 7
-  %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
-  %2340 = load float, ptr %2339, align 4, !tbaa !9
-  %2341 = insertelement <16 x float> poison, float %2340, i64 0
-  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
-  %2343 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2338
-  %2344 = load i64, ptr %2343, align 8, !tbaa !9
-  %gep533.i = getelementptr i32, ptr %gep600.i, i64 %2344
-  %2345 = load <16 x i32>, ptr %gep533.i, align 4, !tbaa !9
-  %2346 = shl <16 x i32> %2345, splat (i32 16)
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %2315, <16 x float> %2284)
+  %2317 = getelementptr inbounds nuw i8, ptr %2080, i64 284
+  %2318 = load float, ptr %2317, align 4, !tbaa !58
+  %2319 = insertelement <16 x float> poison, float %2318, i64 0
+  %2320 = shufflevector <16 x float> %2319, <16 x float> poison, <16 x i32> zeroinitializer
+  %2321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2312, <16 x float> %2289)
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2320, <16 x float> %2315, <16 x float> %2290)
+  %2323 = getelementptr inbounds nuw i8, ptr %2080, i64 540
+  %2324 = load float, ptr %2323, align 4, !tbaa !58
+  %2325 = insertelement <16 x float> poison, float %2324, i64 0
+  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
+  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2312, <16 x float> %2295)
+  %2328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2315, <16 x float> %2296)
+  %2329 = getelementptr inbounds nuw i8, ptr %2080, i64 796
+  %2330 = load float, ptr %2329, align 4, !tbaa !58
+  %2331 = insertelement <16 x float> poison, float %2330, i64 0
+  %2332 = shufflevector <16 x float> %2331, <16 x float> poison, <16 x i32> zeroinitializer
+  %2333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2332, <16 x float> %2312, <16 x float> %2301)
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2332, <16 x float> %2315, <16 x float> %2302)
+  %2335 = or disjoint i64 %2079, 8
+  %2336 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2335
+  %2337 = load float, ptr %2336, align 16, !tbaa !58
+  %2338 = insertelement <16 x float> poison, float %2337, i64 0
+  %2339 = shufflevector <16 x float> %2338, <16 x float> poison, <16 x i32> zeroinitializer
+  %2340 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2335
+  %2341 = load i64, ptr %2340, align 16, !tbaa !23
+  %gep504.i = getelementptr i32, ptr %gep567.i, i64 %2341
+  %2342 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !9
+  %2343 = shl <16 x i32> %2342, splat (i32 16)
+  %2344 = bitcast <16 x i32> %2343 to <16 x float>
+  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2339, <16 x float> %2344, <16 x float> %2313)
+  %2346 = and <16 x i32> %2342, %108
   %2347 = bitcast <16 x i32> %2346 to <16 x float>
-  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2347, <16 x float> %2316)
-  %2349 = and <16 x i32> %2345, %108
-  %2350 = bitcast <16 x i32> %2349 to <16 x float>
-  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2350, <16 x float> %2319)
-  %2352 = getelementptr inbounds nuw i8, ptr %2115, i64 540
-  %2353 = load float, ptr %2352, align 4, !tbaa !9
-  %2354 = insertelement <16 x float> poison, float %2353, i64 0
-  %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
-  %2356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2347, <16 x float> %2324)
-  %2357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2350, <16 x float> %2325)
-  %2358 = getelementptr inbounds nuw i8, ptr %2115, i64 1052
-  %2359 = load float, ptr %2358, align 4, !tbaa !9
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2347, <16 x float> %2330)
-  %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2350, <16 x float> %2331)
-  %2364 = getelementptr inbounds nuw i8, ptr %2115, i64 1564
-  %2365 = load float, ptr %2364, align 4, !tbaa !9
-  %2366 = insertelement <16 x float> poison, float %2365, i64 0
-  %2367 = shufflevector <16 x float> %2366, <16 x float> poison, <16 x i32> zeroinitializer
-  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2347, <16 x float> %2336)
-  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2350, <16 x float> %2337)
-  %2370 = or disjoint i64 %2114, 8
-  %2371 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2370
-  %2372 = load float, ptr %2371, align 4, !tbaa !9
-  %2373 = insertelement <16 x float> poison, float %2372, i64 0
-  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
-  %2375 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2370
-  %2376 = load i64, ptr %2375, align 8, !tbaa !9
-  %gep537.i = getelementptr i32, ptr %gep600.i, i64 %2376
-  %2377 = load <16 x i32>, ptr %gep537.i, align 4, !tbaa !9
-  %2378 = shl <16 x i32> %2377, splat (i32 16)
+  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2339, <16 x float> %2347, <16 x float> %2316)
+  %2349 = getelementptr inbounds nuw i8, ptr %2080, i64 288
+  %2350 = load float, ptr %2349, align 16, !tbaa !58
+  %2351 = insertelement <16 x float> poison, float %2350, i64 0
+  %2352 = shufflevector <16 x float> %2351, <16 x float> poison, <16 x i32> zeroinitializer
+  %2353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2344, <16 x float> %2321)
+  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2352, <16 x float> %2347, <16 x float> %2322)
+  %2355 = getelementptr inbounds nuw i8, ptr %2080, i64 544
+  %2356 = load float, ptr %2355, align 16, !tbaa !58
+  %2357 = insertelement <16 x float> poison, float %2356, i64 0
+  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
+  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2358, <16 x float> %2344, <16 x float> %2327)
+  %2360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2358, <16 x float> %2347, <16 x float> %2328)
+  %2361 = getelementptr inbounds nuw i8, ptr %2080, i64 800
+  %2362 = load float, ptr %2361, align 16, !tbaa !58
+  %2363 = insertelement <16 x float> poison, float %2362, i64 0
+  %2364 = shufflevector <16 x float> %2363, <16 x float> poison, <16 x i32> zeroinitializer
+  %2365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2364, <16 x float> %2344, <16 x float> %2333)
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2364, <16 x float> %2347, <16 x float> %2334)
+  %2367 = or disjoint i64 %2079, 9
+  %2368 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2367
+  %2369 = load float, ptr %2368, align 4, !tbaa !58
+  %2370 = insertelement <16 x float> poison, float %2369, i64 0
+  %2371 = shufflevector <16 x float> %2370, <16 x float> poison, <16 x i32> zeroinitializer
+  %2372 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2367
+  %2373 = load i64, ptr %2372, align 8, !tbaa !23
+  %gep508.i = getelementptr i32, ptr %gep567.i, i64 %2373
+  %2374 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !9
+  %2375 = shl <16 x i32> %2374, splat (i32 16)
+  %2376 = bitcast <16 x i32> %2375 to <16 x float>
+  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2371, <16 x float> %2376, <16 x float> %2345)
+  %2378 = and <16 x i32> %2374, %108
   %2379 = bitcast <16 x i32> %2378 to <16 x float>
-  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2379, <16 x float> %2348)
-  %2381 = and <16 x i32> %2377, %108
-  %2382 = bitcast <16 x i32> %2381 to <16 x float>
-  %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2382, <16 x float> %2351)
-  %2384 = getelementptr inbounds nuw i8, ptr %2115, i64 544
-  %2385 = load float, ptr %2384, align 4, !tbaa !9
-  %2386 = insertelement <16 x float> poison, float %2385, i64 0
-  %2387 = shufflevector <16 x float> %2386, <16 x float> poison, <16 x i32> zeroinitializer
-  %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2379, <16 x float> %2356)
-  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2387, <16 x float> %2382, <16 x float> %2357)
-  %2390 = getelementptr inbounds nuw i8, ptr %2115, i64 1056
-  %2391 = load float, ptr %2390, align 4, !tbaa !9
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2379, <16 x float> %2362)
-  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2382, <16 x float> %2363)
-  %2396 = getelementptr inbounds nuw i8, ptr %2115, i64 1568
-  %2397 = load float, ptr %2396, align 4, !tbaa !9
-  %2398 = insertelement <16 x float> poison, float %2397, i64 0
-  %2399 = shufflevector <16 x float> %2398, <16 x float> poison, <16 x i32> zeroinitializer
-  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2379, <16 x float> %2368)
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2382, <16 x float> %2369)
-  %2402 = or disjoint i64 %2114, 9
-  %2403 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2402
-  %2404 = load float, ptr %2403, align 4, !tbaa !9
-  %2405 = insertelement <16 x float> poison, float %2404, i64 0
-  %2406 = shufflevector <16 x float> %2405, <16 x float> poison, <16 x i32> zeroinitializer
-  %2407 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2402
-  %2408 = load i64, ptr %2407, align 8, !tbaa !9
-  %gep541.i = getelementptr i32, ptr %gep600.i, i64 %2408
-  %2409 = load <16 x i32>, ptr %gep541.i, align 4, !tbaa !9
-  %2410 = shl <16 x i32> %2409, splat (i32 16)
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2371, <16 x float> %2379, <16 x float> %2348)
+  %2381 = getelementptr inbounds nuw i8, ptr %2080, i64 292
+  %2382 = load float, ptr %2381, align 4, !tbaa !58
+  %2383 = insertelement <16 x float> poison, float %2382, i64 0
+  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2376, <16 x float> %2353)
+  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2379, <16 x float> %2354)
+  %2387 = getelementptr inbounds nuw i8, ptr %2080, i64 548
+  %2388 = load float, ptr %2387, align 4, !tbaa !58
+  %2389 = insertelement <16 x float> poison, float %2388, i64 0
+  %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2376, <16 x float> %2359)
+  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2379, <16 x float> %2360)
+  %2393 = getelementptr inbounds nuw i8, ptr %2080, i64 804
+  %2394 = load float, ptr %2393, align 4, !tbaa !58
+  %2395 = insertelement <16 x float> poison, float %2394, i64 0
+  %2396 = shufflevector <16 x float> %2395, <16 x float> poison, <16 x i32> zeroinitializer
+  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2376, <16 x float> %2365)
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2379, <16 x float> %2366)
+  %2399 = or disjoint i64 %2079, 10
+  %2400 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2399
+  %2401 = load float, ptr %2400, align 8, !tbaa !58
+  %2402 = insertelement <16 x float> poison, float %2401, i64 0
+  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
+  %2404 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2399
+  %2405 = load i64, ptr %2404, align 16, !tbaa !23
+  %gep512.i = getelementptr i32, ptr %gep567.i, i64 %2405
+  %2406 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !9
+  %2407 = shl <16 x i32> %2406, splat (i32 16)
+  %2408 = bitcast <16 x i32> %2407 to <16 x float>
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2408, <16 x float> %2377)
+  %2410 = and <16 x i32> %2406, %108
   %2411 = bitcast <16 x i32> %2410 to <16 x float>
-  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2411, <16 x float> %2380)
-  %2413 = and <16 x i32> %2409, %108
-  %2414 = bitcast <16 x i32> %2413 to <16 x float>
-  %2415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2406, <16 x float> %2414, <16 x float> %2383)
-  %2416 = getelementptr inbounds nuw i8, ptr %2115, i64 548
-  %2417 = load float, ptr %2416, align 4, !tbaa !9
-  %2418 = insertelement <16 x float> poison, float %2417, i64 0
-  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
-  %2420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2411, <16 x float> %2388)
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2414, <16 x float> %2389)
-  %2422 = getelementptr inbounds nuw i8, ptr %2115, i64 1060
-  %2423 = load float, ptr %2422, align 4, !tbaa !9
-  %2424 = insertelement <16 x float> poison, float %2423, i64 0
-  %2425 = shufflevector <16 x float> %2424, <16 x float> poison, <16 x i32> zeroinitializer
-  %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2425, <16 x float> %2411, <16 x float> %2394)
-  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2425, <16 x float> %2414, <16 x float> %2395)
-  %2428 = getelementptr inbounds nuw i8, ptr %2115, i64 1572
-  %2429 = load float, ptr %2428, align 4, !tbaa !9
-  %2430 = insertelement <16 x float> poison, float %2429, i64 0
-  %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2411, <16 x float> %2400)
-  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2431, <16 x float> %2414, <16 x float> %2401)
-  %2434 = or disjoint i64 %2114, 10
-  %2435 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2434
-  %2436 = load float, ptr %2435, align 4, !tbaa !9
-  %2437 = insertelement <16 x float> poison, float %2436, i64 0
-  %2438 = shufflevector <16 x float> %2437, <16 x float> poison, <16 x i32> zeroinitializer
-  %2439 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2434
-  %2440 = load i64, ptr %2439, align 8, !tbaa !9
-  %gep545.i = getelementptr i32, ptr %gep600.i, i64 %2440
-  %2441 = load <16 x i32>, ptr %gep545.i, align 4, !tbaa !9
-  %2442 = shl <16 x i32> %2441, splat (i32 16)
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2411, <16 x float> %2380)
+  %2413 = getelementptr inbounds nuw i8, ptr %2080, i64 296
+  %2414 = load float, ptr %2413, align 8, !tbaa !58
+  %2415 = insertelement <16 x float> poison, float %2414, i64 0
+  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2408, <16 x float> %2385)
+  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2411, <16 x float> %2386)
+  %2419 = getelementptr inbounds nuw i8, ptr %2080, i64 552
+  %2420 = load float, ptr %2419, align 8, !tbaa !58
+  %2421 = insertelement <16 x float> poison, float %2420, i64 0
+  %2422 = shufflevector <16 x float> %2421, <16 x float> poison, <16 x i32> zeroinitializer
+  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2422, <16 x float> %2408, <16 x float> %2391)
+  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2422, <16 x float> %2411, <16 x float> %2392)
+  %2425 = getelementptr inbounds nuw i8, ptr %2080, i64 808
+  %2426 = load float, ptr %2425, align 8, !tbaa !58
+  %2427 = insertelement <16 x float> poison, float %2426, i64 0
+  %2428 = shufflevector <16 x float> %2427, <16 x float> poison, <16 x i32> zeroinitializer
+  %2429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2408, <16 x float> %2397)
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2411, <16 x float> %2398)
+  %2431 = or disjoint i64 %2079, 11
+  %2432 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2431
+  %2433 = load float, ptr %2432, align 4, !tbaa !58
+  %2434 = insertelement <16 x float> poison, float %2433, i64 0
+  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
+  %2436 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2431
+  %2437 = load i64, ptr %2436, align 8, !tbaa !23
+  %gep516.i = getelementptr i32, ptr %gep567.i, i64 %2437
+  %2438 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !9
+  %2439 = shl <16 x i32> %2438, splat (i32 16)
+  %2440 = bitcast <16 x i32> %2439 to <16 x float>
+  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2440, <16 x float> %2409)
+  %2442 = and <16 x i32> %2438, %108
   %2443 = bitcast <16 x i32> %2442 to <16 x float>
-  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2443, <16 x float> %2412)
-  %2445 = and <16 x i32> %2441, %108
-  %2446 = bitcast <16 x i32> %2445 to <16 x float>
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2446, <16 x float> %2415)
-  %2448 = getelementptr inbounds nuw i8, ptr %2115, i64 552
-  %2449 = load float, ptr %2448, align 4, !tbaa !9
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2443, <16 x float> %2420)
-  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2446, <16 x float> %2421)
-  %2454 = getelementptr inbounds nuw i8, ptr %2115, i64 1064
-  %2455 = load float, ptr %2454, align 4, !tbaa !9
-  %2456 = insertelement <16 x float> poison, float %2455, i64 0
-  %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
-  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2457, <16 x float> %2443, <16 x float> %2426)
-  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2457, <16 x float> %2446, <16 x float> %2427)
-  %2460 = getelementptr inbounds nuw i8, ptr %2115, i64 1576
-  %2461 = load float, ptr %2460, align 4, !tbaa !9
-  %2462 = insertelement <16 x float> poison, float %2461, i64 0
-  %2463 = shufflevector <16 x float> %2462, <16 x float> poison, <16 x i32> zeroinitializer
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2443, <16 x float> %2432)
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2446, <16 x float> %2433)
-  %2466 = or disjoint i64 %2114, 11
-  %2467 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2466
-  %2468 = load float, ptr %2467, align 4, !tbaa !9
-  %2469 = insertelement <16 x float> poison, float %2468, i64 0
-  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
-  %2471 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2466
-  %2472 = load i64, ptr %2471, align 8, !tbaa !9
-  %gep549.i = getelementptr i32, ptr %gep600.i, i64 %2472
-  %2473 = load <16 x i32>, ptr %gep549.i, align 4, !tbaa !9
-  %2474 = shl <16 x i32> %2473, splat (i32 16)
+  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2443, <16 x float> %2412)
+  %2445 = getelementptr inbounds nuw i8, ptr %2080, i64 300
+  %2446 = load float, ptr %2445, align 4, !tbaa !58
+  %2447 = insertelement <16 x float> poison, float %2446, i64 0
+  %2448 = shufflevector <16 x float> %2447, <16 x float> poison, <16 x i32> zeroinitializer
+  %2449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2448, <16 x float> %2440, <16 x float> %2417)
+  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2448, <16 x float> %2443, <16 x float> %2418)
+  %2451 = getelementptr inbounds nuw i8, ptr %2080, i64 556
+  %2452 = load float, ptr %2451, align 4, !tbaa !58
+  %2453 = insertelement <16 x float> poison, float %2452, i64 0
+  %2454 = shufflevector <16 x float> %2453, <16 x float> poison, <16 x i32> zeroinitializer
+  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2440, <16 x float> %2423)
+  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2443, <16 x float> %2424)
+  %2457 = getelementptr inbounds nuw i8, ptr %2080, i64 812
+  %2458 = load float, ptr %2457, align 4, !tbaa !58
+  %2459 = insertelement <16 x float> poison, float %2458, i64 0
+  %2460 = shufflevector <16 x float> %2459, <16 x float> poison, <16 x i32> zeroinitializer
+  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2460, <16 x float> %2440, <16 x float> %2429)
+  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2460, <16 x float> %2443, <16 x float> %2430)
+  %2463 = or disjoint i64 %2079, 12
+  %2464 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2463
+  %2465 = load float, ptr %2464, align 16, !tbaa !58
+  %2466 = insertelement <16 x float> poison, float %2465, i64 0
+  %2467 = shufflevector <16 x float> %2466, <16 x float> poison, <16 x i32> zeroinitializer
+  %2468 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2463
+  %2469 = load i64, ptr %2468, align 16, !tbaa !23
+  %gep520.i = getelementptr i32, ptr %gep567.i, i64 %2469
+  %2470 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !9
+  %2471 = shl <16 x i32> %2470, splat (i32 16)
+  %2472 = bitcast <16 x i32> %2471 to <16 x float>
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2472, <16 x float> %2441)
+  %2474 = and <16 x i32> %2470, %108
   %2475 = bitcast <16 x i32> %2474 to <16 x float>
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2475, <16 x float> %2444)
-  %2477 = and <16 x i32> %2473, %108
-  %2478 = bitcast <16 x i32> %2477 to <16 x float>
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2478, <16 x float> %2447)
-  %2480 = getelementptr inbounds nuw i8, ptr %2115, i64 556
-  %2481 = load float, ptr %2480, align 4, !tbaa !9
-  %2482 = insertelement <16 x float> poison, float %2481, i64 0
-  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2475, <16 x float> %2452)
-  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2478, <16 x float> %2453)
-  %2486 = getelementptr inbounds nuw i8, ptr %2115, i64 1068
-  %2487 = load float, ptr %2486, align 4, !tbaa !9
-  %2488 = insertelement <16 x float> poison, float %2487, i64 0
-  %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2489, <16 x float> %2475, <16 x float> %2458)
-  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2489, <16 x float> %2478, <16 x float> %2459)
-  %2492 = getelementptr inbounds nuw i8, ptr %2115, i64 1580
-  %2493 = load float, ptr %2492, align 4, !tbaa !9
-  %2494 = insertelement <16 x float> poison, float %2493, i64 0
-  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2475, <16 x float> %2464)
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2495, <16 x float> %2478, <16 x float> %2465)
-  %2498 = or disjoint i64 %2114, 12
-  %2499 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2498
-  %2500 = load float, ptr %2499, align 4, !tbaa !9
-  %2501 = insertelement <16 x float> poison, float %2500, i64 0
-  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
-  %2503 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2498
-  %2504 = load i64, ptr %2503, align 8, !tbaa !9
-  %gep553.i = getelementptr i32, ptr %gep600.i, i64 %2504
-  %2505 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !9
-  %2506 = shl <16 x i32> %2505, splat (i32 16)
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2475, <16 x float> %2444)
+  %2477 = getelementptr inbounds nuw i8, ptr %2080, i64 304
+  %2478 = load float, ptr %2477, align 16, !tbaa !58
+  %2479 = insertelement <16 x float> poison, float %2478, i64 0
+  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
+  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2472, <16 x float> %2449)
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2480, <16 x float> %2475, <16 x float> %2450)
+  %2483 = getelementptr inbounds nuw i8, ptr %2080, i64 560
+  %2484 = load float, ptr %2483, align 16, !tbaa !58
+  %2485 = insertelement <16 x float> poison, float %2484, i64 0
+  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
+  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2486, <16 x float> %2472, <16 x float> %2455)
+  %2488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2486, <16 x float> %2475, <16 x float> %2456)
+  %2489 = getelementptr inbounds nuw i8, ptr %2080, i64 816
+  %2490 = load float, ptr %2489, align 16, !tbaa !58
+  %2491 = insertelement <16 x float> poison, float %2490, i64 0
+  %2492 = shufflevector <16 x float> %2491, <16 x float> poison, <16 x i32> zeroinitializer
+  %2493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2492, <16 x float> %2472, <16 x float> %2461)
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2492, <16 x float> %2475, <16 x float> %2462)
+  %2495 = or disjoint i64 %2079, 13
+  %2496 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2495
+  %2497 = load float, ptr %2496, align 4, !tbaa !58
+  %2498 = insertelement <16 x float> poison, float %2497, i64 0
+  %2499 = shufflevector <16 x float> %2498, <16 x float> poison, <16 x i32> zeroinitializer
+  %2500 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2495
+  %2501 = load i64, ptr %2500, align 8, !tbaa !23
+  %gep524.i = getelementptr i32, ptr %gep567.i, i64 %2501
+  %2502 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !9
+  %2503 = shl <16 x i32> %2502, splat (i32 16)
+  %2504 = bitcast <16 x i32> %2503 to <16 x float>
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %2504, <16 x float> %2473)
+  %2506 = and <16 x i32> %2502, %108
   %2507 = bitcast <16 x i32> %2506 to <16 x float>
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2507, <16 x float> %2476)
-  %2509 = and <16 x i32> %2505, %108
-  %2510 = bitcast <16 x i32> %2509 to <16 x float>
-  %2511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2510, <16 x float> %2479)
-  %2512 = getelementptr inbounds nuw i8, ptr %2115, i64 560
-  %2513 = load float, ptr %2512, align 4, !tbaa !9
-  %2514 = insertelement <16 x float> poison, float %2513, i64 0
-  %2515 = shufflevector <16 x float> %2514, <16 x float> poison, <16 x i32> zeroinitializer
-  %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2507, <16 x float> %2484)
-  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2515, <16 x float> %2510, <16 x float> %2485)
-  %2518 = getelementptr inbounds nuw i8, ptr %2115, i64 1072
-  %2519 = load float, ptr %2518, align 4, !tbaa !9
-  %2520 = insertelement <16 x float> poison, float %2519, i64 0
-  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2521, <16 x float> %2507, <16 x float> %2490)
-  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2521, <16 x float> %2510, <16 x float> %2491)
-  %2524 = getelementptr inbounds nuw i8, ptr %2115, i64 1584
-  %2525 = load float, ptr %2524, align 4, !tbaa !9
-  %2526 = insertelement <16 x float> poison, float %2525, i64 0
-  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
-  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2507, <16 x float> %2496)
-  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2510, <16 x float> %2497)
-  %2530 = or disjoint i64 %2114, 13
-  %2531 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2530
-  %2532 = load float, ptr %2531, align 4, !tbaa !9
-  %2533 = insertelement <16 x float> poison, float %2532, i64 0
-  %2534 = shufflevector <16 x float> %2533, <16 x float> poison, <16 x i32> zeroinitializer
-  %2535 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2530
-  %2536 = load i64, ptr %2535, align 8, !tbaa !9
-  %gep557.i = getelementptr i32, ptr %gep600.i, i64 %2536
-  %2537 = load <16 x i32>, ptr %gep557.i, align 4, !tbaa !9
-  %2538 = shl <16 x i32> %2537, splat (i32 16)
+  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %2507, <16 x float> %2476)
+  %2509 = getelementptr inbounds nuw i8, ptr %2080, i64 308
+  %2510 = load float, ptr %2509, align 4, !tbaa !58
+  %2511 = insertelement <16 x float> poison, float %2510, i64 0
+  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
+  %2513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2504, <16 x float> %2481)
+  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2512, <16 x float> %2507, <16 x float> %2482)
+  %2515 = getelementptr inbounds nuw i8, ptr %2080, i64 564
+  %2516 = load float, ptr %2515, align 4, !tbaa !58
+  %2517 = insertelement <16 x float> poison, float %2516, i64 0
+  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
+  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2504, <16 x float> %2487)
+  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2518, <16 x float> %2507, <16 x float> %2488)
+  %2521 = getelementptr inbounds nuw i8, ptr %2080, i64 820
+  %2522 = load float, ptr %2521, align 4, !tbaa !58
+  %2523 = insertelement <16 x float> poison, float %2522, i64 0
+  %2524 = shufflevector <16 x float> %2523, <16 x float> poison, <16 x i32> zeroinitializer
+  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2524, <16 x float> %2504, <16 x float> %2493)
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2524, <16 x float> %2507, <16 x float> %2494)
+  %2527 = or disjoint i64 %2079, 14
+  %2528 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2527
+  %2529 = load float, ptr %2528, align 8, !tbaa !58
+  %2530 = insertelement <16 x float> poison, float %2529, i64 0
+  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
+  %2532 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2527
+  %2533 = load i64, ptr %2532, align 16, !tbaa !23
+  %gep528.i = getelementptr i32, ptr %gep567.i, i64 %2533
+  %2534 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !9
+  %2535 = shl <16 x i32> %2534, splat (i32 16)
+  %2536 = bitcast <16 x i32> %2535 to <16 x float>
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2531, <16 x float> %2536, <16 x float> %2505)
+  %2538 = and <16 x i32> %2534, %108
   %2539 = bitcast <16 x i32> %2538 to <16 x float>
-  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2534, <16 x float> %2539, <16 x float> %2508)
-  %2541 = and <16 x i32> %2537, %108
-  %2542 = bitcast <16 x i32> %2541 to <16 x float>
-  %2543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2534, <16 x float> %2542, <16 x float> %2511)
-  %2544 = getelementptr inbounds nuw i8, ptr %2115, i64 564
-  %2545 = load float, ptr %2544, align 4, !tbaa !9
-  %2546 = insertelement <16 x float> poison, float %2545, i64 0
-  %2547 = shufflevector <16 x float> %2546, <16 x float> poison, <16 x i32> zeroinitializer
-  %2548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2547, <16 x float> %2539, <16 x float> %2516)
-  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2547, <16 x float> %2542, <16 x float> %2517)
-  %2550 = getelementptr inbounds nuw i8, ptr %2115, i64 1076
-  %2551 = load float, ptr %2550, align 4, !tbaa !9
-  %2552 = insertelement <16 x float> poison, float %2551, i64 0
-  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
-  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2539, <16 x float> %2522)
-  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2542, <16 x float> %2523)
-  %2556 = getelementptr inbounds nuw i8, ptr %2115, i64 1588
-  %2557 = load float, ptr %2556, align 4, !tbaa !9
-  %2558 = insertelement <16 x float> poison, float %2557, i64 0
-  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
-  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2539, <16 x float> %2528)
-  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2542, <16 x float> %2529)
-  %2562 = or disjoint i64 %2114, 14
-  %2563 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2562
-  %2564 = load float, ptr %2563, align 4, !tbaa !9
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2562
-  %2568 = load i64, ptr %2567, align 8, !tbaa !9
-  %gep561.i = getelementptr i32, ptr %gep600.i, i64 %2568
-  %2569 = load <16 x i32>, ptr %gep561.i, align 4, !tbaa !9
-  %2570 = shl <16 x i32> %2569, splat (i32 16)
+  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2531, <16 x float> %2539, <16 x float> %2508)
+  %2541 = getelementptr inbounds nuw i8, ptr %2080, i64 312
+  %2542 = load float, ptr %2541, align 8, !tbaa !58
+  %2543 = insertelement <16 x float> poison, float %2542, i64 0
+  %2544 = shufflevector <16 x float> %2543, <16 x float> poison, <16 x i32> zeroinitializer
+  %2545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2536, <16 x float> %2513)
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2544, <16 x float> %2539, <16 x float> %2514)
+  %2547 = getelementptr inbounds nuw i8, ptr %2080, i64 568
+  %2548 = load float, ptr %2547, align 8, !tbaa !58
+  %2549 = insertelement <16 x float> poison, float %2548, i64 0
+  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2536, <16 x float> %2519)
+  %2552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2539, <16 x float> %2520)
+  %2553 = getelementptr inbounds nuw i8, ptr %2080, i64 824
+  %2554 = load float, ptr %2553, align 8, !tbaa !58
+  %2555 = insertelement <16 x float> poison, float %2554, i64 0
+  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2556, <16 x float> %2536, <16 x float> %2525)
+  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2556, <16 x float> %2539, <16 x float> %2526)
+  %2559 = or disjoint i64 %2079, 15
+  %2560 = getelementptr inbounds nuw float, ptr %probs244.i, i64 %2559
+  %2561 = load float, ptr %2560, align 4, !tbaa !58
+  %2562 = insertelement <16 x float> poison, float %2561, i64 0
+  %2563 = shufflevector <16 x float> %2562, <16 x float> poison, <16 x i32> zeroinitializer
+  %2564 = getelementptr inbounds nuw i64, ptr %value_offsets246.i, i64 %2559
+  %2565 = load i64, ptr %2564, align 8, !tbaa !23
+  %gep532.i = getelementptr i32, ptr %gep567.i, i64 %2565
+  %2566 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !9
+  %2567 = shl <16 x i32> %2566, splat (i32 16)
+  %2568 = bitcast <16 x i32> %2567 to <16 x float>
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2568, <16 x float> %2537)
+  %2570 = and <16 x i32> %2566, %108
   %2571 = bitcast <16 x i32> %2570 to <16 x float>
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2571, <16 x float> %2540)
-  %2573 = and <16 x i32> %2569, %108
-  %2574 = bitcast <16 x i32> %2573 to <16 x float>
-  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2574, <16 x float> %2543)
-  %2576 = getelementptr inbounds nuw i8, ptr %2115, i64 568
-  %2577 = load float, ptr %2576, align 4, !tbaa !9
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2571, <16 x float> %2548)
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2574, <16 x float> %2549)
-  %2582 = getelementptr inbounds nuw i8, ptr %2115, i64 1080
-  %2583 = load float, ptr %2582, align 4, !tbaa !9
-  %2584 = insertelement <16 x float> poison, float %2583, i64 0
-  %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
-  %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2585, <16 x float> %2571, <16 x float> %2554)
-  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2585, <16 x float> %2574, <16 x float> %2555)
-  %2588 = getelementptr inbounds nuw i8, ptr %2115, i64 1592
-  %2589 = load float, ptr %2588, align 4, !tbaa !9
-  %2590 = insertelement <16 x float> poison, float %2589, i64 0
-  %2591 = shufflevector <16 x float> %2590, <16 x float> poison, <16 x i32> zeroinitializer
-  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2571, <16 x float> %2560)
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2574, <16 x float> %2561)
-  %2594 = or disjoint i64 %2114, 15
-  %2595 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2594
-  %2596 = load float, ptr %2595, align 4, !tbaa !9
-  %2597 = insertelement <16 x float> poison, float %2596, i64 0
-  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
-  %2599 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2594
-  %2600 = load i64, ptr %2599, align 8, !tbaa !9
-  %gep565.i = getelementptr i32, ptr %gep600.i, i64 %2600
-  %2601 = load <16 x i32>, ptr %gep565.i, align 4, !tbaa !9
-  %2602 = shl <16 x i32> %2601, splat (i32 16)
-  %2603 = bitcast <16 x i32> %2602 to <16 x float>
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2598, <16 x float> %2603, <16 x float> %2572)
-  %2605 = and <16 x i32> %2601, %108
-  %2606 = bitcast <16 x i32> %2605 to <16 x float>
-  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2598, <16 x float> %2606, <16 x float> %2575)
-  %2608 = getelementptr inbounds nuw i8, ptr %2115, i64 572
-  %2609 = load float, ptr %2608, align 4, !tbaa !9
-  %2610 = insertelement <16 x float> poison, float %2609, i64 0
-  %2611 = shufflevector <16 x float> %2610, <16 x float> poison, <16 x i32> zeroinitializer
-  %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2603, <16 x float> %2580)
-  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2611, <16 x float> %2606, <16 x float> %2581)
-  %2614 = getelementptr inbounds nuw i8, ptr %2115, i64 1084
-  %2615 = load float, ptr %2614, align 4, !tbaa !9
-  %2616 = insertelement <16 x float> poison, float %2615, i64 0
-  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2603, <16 x float> %2586)
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2606, <16 x float> %2587)
-  %2620 = getelementptr inbounds nuw i8, ptr %2115, i64 1596
-  %2621 = load float, ptr %2620, align 4, !tbaa !9
-  %2622 = insertelement <16 x float> poison, float %2621, i64 0
-  %2623 = shufflevector <16 x float> %2622, <16 x float> poison, <16 x i32> zeroinitializer
-  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2603, <16 x float> %2592)
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2606, <16 x float> %2593)
-  %indvars.iv.next769.i = add nuw nsw i64 %indvars.iv768.i, 1
-  %exitcond772.not.i = icmp eq i64 %indvars.iv.next769.i, %507
-  br i1 %exitcond772.not.i, label %for_end_to129.i, label %for_begin_line132.preheader.i, !prof !4
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2563, <16 x float> %2571, <16 x float> %2540)
+  %2573 = getelementptr inbounds nuw i8, ptr %2080, i64 316
+  %2574 = load float, ptr %2573, align 4, !tbaa !58
+  %2575 = insertelement <16 x float> poison, float %2574, i64 0
+  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
+  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2568, <16 x float> %2545)
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2571, <16 x float> %2546)
+  %2579 = getelementptr inbounds nuw i8, ptr %2080, i64 572
+  %2580 = load float, ptr %2579, align 4, !tbaa !58
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2568, <16 x float> %2551)
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2571, <16 x float> %2552)
+  %2585 = getelementptr inbounds nuw i8, ptr %2080, i64 828
+  %2586 = load float, ptr %2585, align 4, !tbaa !58
+  %2587 = insertelement <16 x float> poison, float %2586, i64 0
+  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2568, <16 x float> %2557)
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2571, <16 x float> %2558)
+  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
+  %exitcond739.not.i = icmp eq i64 %indvars.iv.next736.i, %507
+  br i1 %exitcond739.not.i, label %for_end_to114.i, label %for_begin_line117.preheader.i, !prof !4
 
-for_end_to129.i:                                  ; preds = %for_begin_line132.preheader.i, %for_body_d_0_m.i
-  %full_acc260.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2612, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2607, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2604, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2618, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2619, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2624, %for_begin_line132.preheader.i ]
-  %full_acc260.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2625, %for_begin_line132.preheader.i ]
-  br i1 %.not648.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !62
+for_end_to114.i:                                  ; preds = %for_begin_line117.preheader.i, %for_body_d_0_m.i
+  %full_acc229.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2577, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2569, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2578, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2583, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2584, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2589, %for_begin_line117.preheader.i ]
+  %full_acc229.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2590, %for_begin_line117.preheader.i ]
+  br i1 %.not617.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !74
 
-for_body_ti.lr.ph.i:                              ; preds = %for_end_to129.i
-  %gep632.idx.i = shl i64 %indvars.iv792.i, 6
-  %gep632.i = getelementptr i8, ptr %invariant.gep599.i, i64 %gep632.idx.i
-  br i1 %525, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !47
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to114.i
+  %gep599.idx.i = shl i64 %indvars.iv759.i, 6
+  %gep599.i = getelementptr i8, ptr %invariant.gep566.i, i64 %gep599.idx.i
+  br i1 %525, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !57
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod325.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !25
+  br i1 %lcmp.mod341.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !34
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv773.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next774.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2711, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init312 = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init314 = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2719, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init316 = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init318 = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2725, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init320 = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2726, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init322 = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2731, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init324 = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2732, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod334)
-  %2626 = add nuw nsw i64 %indvars.iv773.i.epil.init, %506
-  %2627 = getelementptr inbounds float, ptr %probs.i, i64 %2626
-  %2628 = load float, ptr %2627, align 4, !tbaa !9
-  %2629 = insertelement <16 x float> poison, float %2628, i64 0
-  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
-  %2631 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2626
-  %2632 = load i64, ptr %2631, align 8, !tbaa !9
-  %gep591.i.epil = getelementptr i32, ptr %gep632.i, i64 %2632
-  %2633 = load <16 x i32>, ptr %gep591.i.epil, align 4, !tbaa !9
-  %2634 = shl <16 x i32> %2633, splat (i32 16)
-  %2635 = bitcast <16 x i32> %2634 to <16 x float>
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2635, <16 x float> %.epil.init)
-  %2637 = and <16 x i32> %2633, %108
-  %2638 = bitcast <16 x i32> %2637 to <16 x float>
-  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2638, <16 x float> %.epil.init312)
-  %2640 = getelementptr i8, ptr %2627, i64 512
-  %2641 = load float, ptr %2640, align 4, !tbaa !9
-  %2642 = insertelement <16 x float> poison, float %2641, i64 0
-  %2643 = shufflevector <16 x float> %2642, <16 x float> poison, <16 x i32> zeroinitializer
-  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2643, <16 x float> %2635, <16 x float> %.epil.init314)
-  %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2643, <16 x float> %2638, <16 x float> %.epil.init316)
-  %2646 = getelementptr i8, ptr %2627, i64 1024
-  %2647 = load float, ptr %2646, align 4, !tbaa !9
-  %2648 = insertelement <16 x float> poison, float %2647, i64 0
-  %2649 = shufflevector <16 x float> %2648, <16 x float> poison, <16 x i32> zeroinitializer
-  %2650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2649, <16 x float> %2635, <16 x float> %.epil.init318)
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2649, <16 x float> %2638, <16 x float> %.epil.init320)
-  %2652 = getelementptr i8, ptr %2627, i64 1536
-  %2653 = load float, ptr %2652, align 4, !tbaa !9
-  %2654 = insertelement <16 x float> poison, float %2653, i64 0
-  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2635, <16 x float> %.epil.init322)
-  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2655, <16 x float> %2638, <16 x float> %.epil.init324)
+  %indvars.iv740.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next741.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc229.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2676, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init328 = phi <16 x float> [ %full_acc229.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init330 = phi <16 x float> [ %full_acc229.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2684, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init332 = phi <16 x float> [ %full_acc229.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init334 = phi <16 x float> [ %full_acc229.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2690, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init336 = phi <16 x float> [ %full_acc229.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2691, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init338 = phi <16 x float> [ %full_acc229.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2696, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init340 = phi <16 x float> [ %full_acc229.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2697, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod350)
+  %2591 = add nuw nsw i64 %indvars.iv740.i.epil.init, %506
+  %2592 = getelementptr inbounds float, ptr %probs244.i, i64 %2591
+  %2593 = load float, ptr %2592, align 4, !tbaa !58
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = getelementptr inbounds i64, ptr %value_offsets246.i, i64 %2591
+  %2597 = load i64, ptr %2596, align 8, !tbaa !23
+  %gep558.i.epil = getelementptr i32, ptr %gep599.i, i64 %2597
+  %2598 = load <16 x i32>, ptr %gep558.i.epil, align 4, !tbaa !9
+  %2599 = shl <16 x i32> %2598, splat (i32 16)
+  %2600 = bitcast <16 x i32> %2599 to <16 x float>
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2600, <16 x float> %.epil.init)
+  %2602 = and <16 x i32> %2598, %108
+  %2603 = bitcast <16 x i32> %2602 to <16 x float>
+  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2603, <16 x float> %.epil.init328)
+  %2605 = getelementptr i8, ptr %2592, i64 256
+  %2606 = load float, ptr %2605, align 4, !tbaa !58
+  %2607 = insertelement <16 x float> poison, float %2606, i64 0
+  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
+  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2608, <16 x float> %2600, <16 x float> %.epil.init330)
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2608, <16 x float> %2603, <16 x float> %.epil.init332)
+  %2611 = getelementptr i8, ptr %2592, i64 512
+  %2612 = load float, ptr %2611, align 4, !tbaa !58
+  %2613 = insertelement <16 x float> poison, float %2612, i64 0
+  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
+  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2614, <16 x float> %2600, <16 x float> %.epil.init334)
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2614, <16 x float> %2603, <16 x float> %.epil.init336)
+  %2617 = getelementptr i8, ptr %2592, i64 768
+  %2618 = load float, ptr %2617, align 4, !tbaa !58
+  %2619 = insertelement <16 x float> poison, float %2618, i64 0
+  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2600, <16 x float> %.epil.init338)
+  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2620, <16 x float> %2603, <16 x float> %.epil.init340)
   br label %for_begin_ax4_0.preheader.i
 
-for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to129.i
-  %.lcssa578.i = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_end_to129.i ], [ %2732, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2657, %for_body_ti.i.epil.preheader ]
-  %.lcssa576.i = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_end_to129.i ], [ %2731, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2656, %for_body_ti.i.epil.preheader ]
-  %.lcssa574.i = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_end_to129.i ], [ %2726, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2651, %for_body_ti.i.epil.preheader ]
-  %.lcssa572.i = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_end_to129.i ], [ %2725, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2650, %for_body_ti.i.epil.preheader ]
-  %.lcssa570.i = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_end_to129.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2645, %for_body_ti.i.epil.preheader ]
-  %.lcssa568.i = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_end_to129.i ], [ %2719, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2644, %for_body_ti.i.epil.preheader ]
-  %.lcssa566.i = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_end_to129.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2639, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_end_to129.i ], [ %2711, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2636, %for_body_ti.i.epil.preheader ]
-  %2658 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa566.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2659 = shl nuw nsw i64 %indvars.iv792.i, 5
-  %2660 = add nuw nsw i64 %2659, %2054
-  br i1 %499, label %if_end146.i, label %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge, !prof !8
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to114.i
+  %.lcssa545.i = phi <16 x float> [ %full_acc229.sroa.238.0.lcssa.i, %for_end_to114.i ], [ %2697, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2622, %for_body_ti.i.epil.preheader ]
+  %.lcssa543.i = phi <16 x float> [ %full_acc229.sroa.204.0.lcssa.i, %for_end_to114.i ], [ %2696, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2621, %for_body_ti.i.epil.preheader ]
+  %.lcssa541.i = phi <16 x float> [ %full_acc229.sroa.170.0.lcssa.i, %for_end_to114.i ], [ %2691, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2616, %for_body_ti.i.epil.preheader ]
+  %.lcssa539.i = phi <16 x float> [ %full_acc229.sroa.136.0.lcssa.i, %for_end_to114.i ], [ %2690, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2615, %for_body_ti.i.epil.preheader ]
+  %.lcssa537.i = phi <16 x float> [ %full_acc229.sroa.102.0.lcssa.i, %for_end_to114.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2610, %for_body_ti.i.epil.preheader ]
+  %.lcssa535.i = phi <16 x float> [ %full_acc229.sroa.68.0.lcssa.i, %for_end_to114.i ], [ %2684, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2609, %for_body_ti.i.epil.preheader ]
+  %.lcssa533.i = phi <16 x float> [ %full_acc229.sroa.34.0.lcssa.i, %for_end_to114.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2604, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc229.sroa.0.0.lcssa.i, %for_end_to114.i ], [ %2676, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2601, %for_body_ti.i.epil.preheader ]
+  %2623 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa533.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2624 = shl nuw nsw i64 %indvars.iv759.i, 5
+  %2625 = add nuw nsw i64 %2624, %2021
+  br i1 %499, label %if_end131.i, label %for_begin_ax4_0.preheader.i.if_end131.i_crit_edge, !prof !8
 
-for_begin_ax4_0.preheader.i.if_end146.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2660
+for_begin_ax4_0.preheader.i.if_end131.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2625
   %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !9
-  br label %if_end146.i
+  br label %if_end131.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv773.i = phi i64 [ %indvars.iv.next774.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2661 = phi <16 x float> [ %2711, %for_body_ti.i ], [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2662 = phi <16 x float> [ %2714, %for_body_ti.i ], [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2663 = phi <16 x float> [ %2719, %for_body_ti.i ], [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2664 = phi <16 x float> [ %2720, %for_body_ti.i ], [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2665 = phi <16 x float> [ %2725, %for_body_ti.i ], [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2666 = phi <16 x float> [ %2726, %for_body_ti.i ], [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2667 = phi <16 x float> [ %2731, %for_body_ti.i ], [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2668 = phi <16 x float> [ %2732, %for_body_ti.i ], [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %niter336 = phi i64 [ %niter336.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2669 = add nuw nsw i64 %indvars.iv773.i, %506
-  %2670 = getelementptr inbounds float, ptr %probs.i, i64 %2669
-  %2671 = load float, ptr %2670, align 4, !tbaa !9
-  %2672 = insertelement <16 x float> poison, float %2671, i64 0
-  %2673 = shufflevector <16 x float> %2672, <16 x float> poison, <16 x i32> zeroinitializer
-  %2674 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2669
-  %2675 = load i64, ptr %2674, align 8, !tbaa !9
-  %gep591.i = getelementptr i32, ptr %gep632.i, i64 %2675
-  %2676 = load <16 x i32>, ptr %gep591.i, align 4, !tbaa !9
-  %2677 = shl <16 x i32> %2676, splat (i32 16)
+  %indvars.iv740.i = phi i64 [ %indvars.iv.next741.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2626 = phi <16 x float> [ %2676, %for_body_ti.i ], [ %full_acc229.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2627 = phi <16 x float> [ %2679, %for_body_ti.i ], [ %full_acc229.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2628 = phi <16 x float> [ %2684, %for_body_ti.i ], [ %full_acc229.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2629 = phi <16 x float> [ %2685, %for_body_ti.i ], [ %full_acc229.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2630 = phi <16 x float> [ %2690, %for_body_ti.i ], [ %full_acc229.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2631 = phi <16 x float> [ %2691, %for_body_ti.i ], [ %full_acc229.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2632 = phi <16 x float> [ %2696, %for_body_ti.i ], [ %full_acc229.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2633 = phi <16 x float> [ %2697, %for_body_ti.i ], [ %full_acc229.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter352 = phi i64 [ %niter352.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2634 = add nuw nsw i64 %indvars.iv740.i, %506
+  %2635 = getelementptr inbounds float, ptr %probs244.i, i64 %2634
+  %2636 = load float, ptr %2635, align 8, !tbaa !58
+  %2637 = insertelement <16 x float> poison, float %2636, i64 0
+  %2638 = shufflevector <16 x float> %2637, <16 x float> poison, <16 x i32> zeroinitializer
+  %2639 = getelementptr inbounds i64, ptr %value_offsets246.i, i64 %2634
+  %2640 = load i64, ptr %2639, align 16, !tbaa !23
+  %gep558.i = getelementptr i32, ptr %gep599.i, i64 %2640
+  %2641 = load <16 x i32>, ptr %gep558.i, align 4, !tbaa !9
+  %2642 = shl <16 x i32> %2641, splat (i32 16)
+  %2643 = bitcast <16 x i32> %2642 to <16 x float>
+  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2643, <16 x float> %2626)
+  %2645 = and <16 x i32> %2641, %108
+  %2646 = bitcast <16 x i32> %2645 to <16 x float>
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2646, <16 x float> %2627)
+  %2648 = getelementptr i8, ptr %2635, i64 256
+  %2649 = load float, ptr %2648, align 8, !tbaa !58
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2651, <16 x float> %2643, <16 x float> %2628)
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2651, <16 x float> %2646, <16 x float> %2629)
+  %2654 = getelementptr i8, ptr %2635, i64 512
+  %2655 = load float, ptr %2654, align 8, !tbaa !58
+  %2656 = insertelement <16 x float> poison, float %2655, i64 0
+  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2657, <16 x float> %2643, <16 x float> %2630)
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2657, <16 x float> %2646, <16 x float> %2631)
+  %2660 = getelementptr i8, ptr %2635, i64 768
+  %2661 = load float, ptr %2660, align 8, !tbaa !58
+  %2662 = insertelement <16 x float> poison, float %2661, i64 0
+  %2663 = shufflevector <16 x float> %2662, <16 x float> poison, <16 x i32> zeroinitializer
+  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2663, <16 x float> %2643, <16 x float> %2632)
+  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2663, <16 x float> %2646, <16 x float> %2633)
+  %indvars.iv.next741.i = or disjoint i64 %indvars.iv740.i, 1
+  %2666 = add nuw nsw i64 %indvars.iv.next741.i, %506
+  %2667 = getelementptr inbounds float, ptr %probs244.i, i64 %2666
+  %2668 = load float, ptr %2667, align 4, !tbaa !58
+  %2669 = insertelement <16 x float> poison, float %2668, i64 0
+  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
+  %2671 = getelementptr inbounds i64, ptr %value_offsets246.i, i64 %2666
+  %2672 = load i64, ptr %2671, align 8, !tbaa !23
+  %gep558.i.1 = getelementptr i32, ptr %gep599.i, i64 %2672
+  %2673 = load <16 x i32>, ptr %gep558.i.1, align 4, !tbaa !9
+  %2674 = shl <16 x i32> %2673, splat (i32 16)
+  %2675 = bitcast <16 x i32> %2674 to <16 x float>
+  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2675, <16 x float> %2644)
+  %2677 = and <16 x i32> %2673, %108
   %2678 = bitcast <16 x i32> %2677 to <16 x float>
-  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2673, <16 x float> %2678, <16 x float> %2661)
-  %2680 = and <16 x i32> %2676, %108
-  %2681 = bitcast <16 x i32> %2680 to <16 x float>
-  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2673, <16 x float> %2681, <16 x float> %2662)
-  %2683 = getelementptr i8, ptr %2670, i64 512
-  %2684 = load float, ptr %2683, align 4, !tbaa !9
-  %2685 = insertelement <16 x float> poison, float %2684, i64 0
-  %2686 = shufflevector <16 x float> %2685, <16 x float> poison, <16 x i32> zeroinitializer
-  %2687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2678, <16 x float> %2663)
-  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2681, <16 x float> %2664)
-  %2689 = getelementptr i8, ptr %2670, i64 1024
-  %2690 = load float, ptr %2689, align 4, !tbaa !9
-  %2691 = insertelement <16 x float> poison, float %2690, i64 0
-  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
-  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2678, <16 x float> %2665)
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2692, <16 x float> %2681, <16 x float> %2666)
-  %2695 = getelementptr i8, ptr %2670, i64 1536
-  %2696 = load float, ptr %2695, align 4, !tbaa !9
-  %2697 = insertelement <16 x float> poison, float %2696, i64 0
-  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2698, <16 x float> %2678, <16 x float> %2667)
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2698, <16 x float> %2681, <16 x float> %2668)
-  %indvars.iv.next774.i = or disjoint i64 %indvars.iv773.i, 1
-  %2701 = add nuw nsw i64 %indvars.iv.next774.i, %506
-  %2702 = getelementptr inbounds float, ptr %probs.i, i64 %2701
-  %2703 = load float, ptr %2702, align 4, !tbaa !9
-  %2704 = insertelement <16 x float> poison, float %2703, i64 0
-  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
-  %2706 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2701
-  %2707 = load i64, ptr %2706, align 8, !tbaa !9
-  %gep591.i.1 = getelementptr i32, ptr %gep632.i, i64 %2707
-  %2708 = load <16 x i32>, ptr %gep591.i.1, align 4, !tbaa !9
-  %2709 = shl <16 x i32> %2708, splat (i32 16)
-  %2710 = bitcast <16 x i32> %2709 to <16 x float>
-  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2710, <16 x float> %2679)
-  %2712 = and <16 x i32> %2708, %108
-  %2713 = bitcast <16 x i32> %2712 to <16 x float>
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2705, <16 x float> %2713, <16 x float> %2682)
-  %2715 = getelementptr i8, ptr %2702, i64 512
-  %2716 = load float, ptr %2715, align 4, !tbaa !9
-  %2717 = insertelement <16 x float> poison, float %2716, i64 0
-  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2710, <16 x float> %2687)
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2718, <16 x float> %2713, <16 x float> %2688)
-  %2721 = getelementptr i8, ptr %2702, i64 1024
-  %2722 = load float, ptr %2721, align 4, !tbaa !9
-  %2723 = insertelement <16 x float> poison, float %2722, i64 0
-  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2724, <16 x float> %2710, <16 x float> %2693)
-  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2724, <16 x float> %2713, <16 x float> %2694)
-  %2727 = getelementptr i8, ptr %2702, i64 1536
-  %2728 = load float, ptr %2727, align 4, !tbaa !9
-  %2729 = insertelement <16 x float> poison, float %2728, i64 0
-  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
-  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2710, <16 x float> %2699)
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2730, <16 x float> %2713, <16 x float> %2700)
-  %indvars.iv.next774.i.1 = add nuw nsw i64 %indvars.iv773.i, 2
-  %niter336.next.1 = add i64 %niter336, 2
-  %niter336.ncmp.1 = icmp eq i64 %niter336.next.1, %unroll_iter335
-  br i1 %niter336.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !48, !llvm.loop !63
+  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2670, <16 x float> %2678, <16 x float> %2647)
+  %2680 = getelementptr i8, ptr %2667, i64 256
+  %2681 = load float, ptr %2680, align 4, !tbaa !58
+  %2682 = insertelement <16 x float> poison, float %2681, i64 0
+  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2675, <16 x float> %2652)
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2683, <16 x float> %2678, <16 x float> %2653)
+  %2686 = getelementptr i8, ptr %2667, i64 512
+  %2687 = load float, ptr %2686, align 4, !tbaa !58
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2675, <16 x float> %2658)
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2678, <16 x float> %2659)
+  %2692 = getelementptr i8, ptr %2667, i64 768
+  %2693 = load float, ptr %2692, align 4, !tbaa !58
+  %2694 = insertelement <16 x float> poison, float %2693, i64 0
+  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
+  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2675, <16 x float> %2664)
+  %2697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2695, <16 x float> %2678, <16 x float> %2665)
+  %indvars.iv.next741.i.1 = add nuw nsw i64 %indvars.iv740.i, 2
+  %niter352.next.1 = add i64 %niter352, 2
+  %niter352.ncmp.1 = icmp eq i64 %niter352.next.1, %unroll_iter351
+  br i1 %niter352.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !60, !llvm.loop !75
 
-if_end146.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2733 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end146.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2734 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2660
-  %2735 = fmul <32 x float> %2055, %2733
-  %2736 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2053, <32 x float> %2658, <32 x float> %2735)
-  store <32 x float> %2736, ptr %2734, align 4, !tbaa !9
-  %2737 = shufflevector <16 x float> %.lcssa568.i, <16 x float> %.lcssa570.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %499, label %if_end162.i, label %if_end146.if_end162_crit_edge.i, !prof !8
+if_end131.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end131.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2698 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end131.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2699 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2625
+  %2700 = fmul <32 x float> %2022, %2698
+  %2701 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2020, <32 x float> %2623, <32 x float> %2700)
+  store <32 x float> %2701, ptr %2699, align 4, !tbaa !9
+  %2702 = shufflevector <16 x float> %.lcssa535.i, <16 x float> %.lcssa537.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %499, label %if_end147.i, label %if_end131.if_end147_crit_edge.i, !prof !8
 
-if_end146.if_end162_crit_edge.i:                  ; preds = %if_end146.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2734, i64 512
+if_end131.if_end147_crit_edge.i:                  ; preds = %if_end131.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2699, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
-  br label %if_end162.i
+  br label %if_end147.i
 
-if_end162.i:                                      ; preds = %if_end146.if_end162_crit_edge.i, %if_end146.i
-  %2738 = phi <32 x float> [ %.pre.i, %if_end146.if_end162_crit_edge.i ], [ zeroinitializer, %if_end146.i ]
-  %2739 = getelementptr inbounds nuw i8, ptr %2734, i64 512
-  %2740 = fmul <32 x float> %2057, %2738
-  %2741 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2056, <32 x float> %2737, <32 x float> %2740)
-  store <32 x float> %2741, ptr %2739, align 4, !tbaa !9
-  %2742 = shufflevector <16 x float> %.lcssa572.i, <16 x float> %.lcssa574.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %499, label %if_end178.i, label %if_end162.if_end178_crit_edge.i, !prof !8
+if_end147.i:                                      ; preds = %if_end131.if_end147_crit_edge.i, %if_end131.i
+  %2703 = phi <32 x float> [ %.pre.i, %if_end131.if_end147_crit_edge.i ], [ zeroinitializer, %if_end131.i ]
+  %2704 = getelementptr inbounds nuw i8, ptr %2699, i64 512
+  %2705 = fmul <32 x float> %2024, %2703
+  %2706 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2023, <32 x float> %2702, <32 x float> %2705)
+  store <32 x float> %2706, ptr %2704, align 4, !tbaa !9
+  %2707 = shufflevector <16 x float> %.lcssa539.i, <16 x float> %.lcssa541.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %499, label %if_end163.i, label %if_end147.if_end163_crit_edge.i, !prof !8
 
-if_end162.if_end178_crit_edge.i:                  ; preds = %if_end162.i
-  %.phi.trans.insert905.i = getelementptr inbounds nuw i8, ptr %2734, i64 1024
-  %.pre906.i = load <32 x float>, ptr %.phi.trans.insert905.i, align 4, !tbaa !9
-  br label %if_end178.i
+if_end147.if_end163_crit_edge.i:                  ; preds = %if_end147.i
+  %.phi.trans.insert872.i = getelementptr inbounds nuw i8, ptr %2699, i64 1024
+  %.pre873.i = load <32 x float>, ptr %.phi.trans.insert872.i, align 4, !tbaa !9
+  br label %if_end163.i
 
-if_end178.i:                                      ; preds = %if_end162.if_end178_crit_edge.i, %if_end162.i
-  %2743 = phi <32 x float> [ %.pre906.i, %if_end162.if_end178_crit_edge.i ], [ zeroinitializer, %if_end162.i ]
-  %2744 = getelementptr inbounds nuw i8, ptr %2734, i64 1024
-  %2745 = fmul <32 x float> %2059, %2743
-  %2746 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2058, <32 x float> %2742, <32 x float> %2745)
-  store <32 x float> %2746, ptr %2744, align 4, !tbaa !9
-  %2747 = shufflevector <16 x float> %.lcssa576.i, <16 x float> %.lcssa578.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %499, label %if_end194.i, label %if_end178.if_end194_crit_edge.i, !prof !8
+if_end163.i:                                      ; preds = %if_end147.if_end163_crit_edge.i, %if_end147.i
+  %2708 = phi <32 x float> [ %.pre873.i, %if_end147.if_end163_crit_edge.i ], [ zeroinitializer, %if_end147.i ]
+  %2709 = getelementptr inbounds nuw i8, ptr %2699, i64 1024
+  %2710 = fmul <32 x float> %2026, %2708
+  %2711 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2025, <32 x float> %2707, <32 x float> %2710)
+  store <32 x float> %2711, ptr %2709, align 4, !tbaa !9
+  %2712 = shufflevector <16 x float> %.lcssa543.i, <16 x float> %.lcssa545.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %499, label %if_end179.i, label %if_end163.if_end179_crit_edge.i, !prof !8
 
-if_end178.if_end194_crit_edge.i:                  ; preds = %if_end178.i
-  %.phi.trans.insert907.i = getelementptr inbounds nuw i8, ptr %2734, i64 1536
-  %.pre908.i = load <32 x float>, ptr %.phi.trans.insert907.i, align 4, !tbaa !9
-  br label %if_end194.i
+if_end163.if_end179_crit_edge.i:                  ; preds = %if_end163.i
+  %.phi.trans.insert874.i = getelementptr inbounds nuw i8, ptr %2699, i64 1536
+  %.pre875.i = load <32 x float>, ptr %.phi.trans.insert874.i, align 4, !tbaa !9
+  br label %if_end179.i
 
-if_end194.i:                                      ; preds = %if_end178.if_end194_crit_edge.i, %if_end178.i
-  %2748 = phi <32 x float> [ %.pre908.i, %if_end178.if_end194_crit_edge.i ], [ zeroinitializer, %if_end178.i ]
-  %2749 = getelementptr inbounds nuw i8, ptr %2734, i64 1536
-  %2750 = fmul <32 x float> %2061, %2748
-  %2751 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2060, <32 x float> %2747, <32 x float> %2750)
-  store <32 x float> %2751, ptr %2749, align 4, !tbaa !9
-  %indvars.iv.next793.i = add nuw nsw i64 %indvars.iv792.i, 1
-  %exitcond795.not.i = icmp eq i64 %indvars.iv.next793.i, 4
-  br i1 %exitcond795.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
+if_end179.i:                                      ; preds = %if_end163.if_end179_crit_edge.i, %if_end163.i
+  %2713 = phi <32 x float> [ %.pre875.i, %if_end163.if_end179_crit_edge.i ], [ zeroinitializer, %if_end163.i ]
+  %2714 = getelementptr inbounds nuw i8, ptr %2699, i64 1536
+  %2715 = fmul <32 x float> %2028, %2713
+  %2716 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2027, <32 x float> %2712, <32 x float> %2715)
+  store <32 x float> %2716, ptr %2714, align 4, !tbaa !9
+  %indvars.iv.next760.i = add nuw nsw i64 %indvars.iv759.i, 1
+  %exitcond762.not.i = icmp eq i64 %indvars.iv.next760.i, 4
+  br i1 %exitcond762.not.i, label %for_begin_kv_head.loopexit.i, label %for_body_d_0_m.i, !prof !11
 
-if_end196.i:                                      ; preds = %for_end_d_0_m.i
-  %2752 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2753 = tail call i32 %2752(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not282.i = icmp eq i32 %2753, 0
-  br i1 %.not282.i, label %if_end199.i, label %fused_decode_compute_.exit, !prof !12
-
-if_end199.i:                                      ; preds = %if_end196.i
-  %2754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2755 = tail call i32 %2754(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not283.i = icmp eq i32 %2755, 0
-  br i1 %.not283.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !12
-
-if_end205.i:                                      ; preds = %for_end_kv_head.i
-  %2756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2757 = tail call i32 %2756(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not280.i = icmp eq i32 %2757, 0
-  %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not280.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !12
-
-for_body_tile211.i:                               ; preds = %for_body_tile211.i, %for_begin_tile210.preheader.i
-  %indvars.iv820.i = phi i64 [ %indvars.iv.next821.i, %for_body_tile211.i ], [ 0, %for_begin_tile210.preheader.i ]
-  %2758 = shl nuw nsw i64 %indvars.iv820.i, 2
-  %2759 = add nuw nsw i64 %2758, %234
-  %2760 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2758
-  %2761 = load float, ptr %2760, align 16, !tbaa !15
-  %2762 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2759
-  store float %2761, ptr %2762, align 4, !tbaa !9
-  %2763 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2758
-  %2764 = load float, ptr %2763, align 16, !tbaa !13
-  %2765 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2759
-  store float %2764, ptr %2765, align 4, !tbaa !9
-  %2766 = or disjoint i64 %2758, 1
-  %2767 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2766
-  %2768 = load float, ptr %2767, align 4, !tbaa !15
-  %2769 = or disjoint i64 %2759, 1
-  %2770 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2769
-  store float %2768, ptr %2770, align 4, !tbaa !9
-  %2771 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2766
-  %2772 = load float, ptr %2771, align 4, !tbaa !13
-  %2773 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2769
-  store float %2772, ptr %2773, align 4, !tbaa !9
-  %2774 = or disjoint i64 %2758, 2
-  %2775 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2774
-  %2776 = load float, ptr %2775, align 8, !tbaa !15
-  %2777 = or disjoint i64 %2759, 2
-  %2778 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2777
-  store float %2776, ptr %2778, align 4, !tbaa !9
-  %2779 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2774
-  %2780 = load float, ptr %2779, align 8, !tbaa !13
-  %2781 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2777
-  store float %2780, ptr %2781, align 4, !tbaa !9
-  %2782 = or disjoint i64 %2758, 3
-  %2783 = getelementptr inbounds nuw float, ptr %row_max276.i, i64 %2782
-  %2784 = load float, ptr %2783, align 4, !tbaa !15
-  %2785 = or disjoint i64 %2759, 3
-  %2786 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2785
-  store float %2784, ptr %2786, align 4, !tbaa !9
-  %2787 = getelementptr inbounds nuw float, ptr %row_sum275.i, i64 %2782
-  %2788 = load float, ptr %2787, align 4, !tbaa !13
-  %2789 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2785
-  store float %2788, ptr %2789, align 4, !tbaa !9
-  %2790 = shl nuw nsw i64 %indvars.iv820.i, 9
-  %2791 = getelementptr inbounds nuw float, ptr %235, i64 %2790
-  %2792 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2790
+for_body_tile181.i:                               ; preds = %for_body_tile181.i, %for_begin_tile180.preheader.i
+  %indvars.iv787.i = phi i64 [ %indvars.iv.next788.i, %for_body_tile181.i ], [ 0, %for_begin_tile180.preheader.i ]
+  %2717 = shl nuw nsw i64 %indvars.iv787.i, 2
+  %2718 = add nuw nsw i64 %2717, %231
+  %2719 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %2717
+  %2720 = load float, ptr %2719, align 16, !tbaa !14
+  %2721 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2718
+  store float %2720, ptr %2721, align 4, !tbaa !9
+  %2722 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %2717
+  %2723 = load float, ptr %2722, align 16, !tbaa !12
+  %2724 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2718
+  store float %2723, ptr %2724, align 4, !tbaa !9
+  %2725 = or disjoint i64 %2717, 1
+  %2726 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %2725
+  %2727 = load float, ptr %2726, align 4, !tbaa !14
+  %2728 = or disjoint i64 %2718, 1
+  %2729 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2728
+  store float %2727, ptr %2729, align 4, !tbaa !9
+  %2730 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %2725
+  %2731 = load float, ptr %2730, align 4, !tbaa !12
+  %2732 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2728
+  store float %2731, ptr %2732, align 4, !tbaa !9
+  %2733 = or disjoint i64 %2717, 2
+  %2734 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %2733
+  %2735 = load float, ptr %2734, align 8, !tbaa !14
+  %2736 = or disjoint i64 %2718, 2
+  %2737 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2736
+  store float %2735, ptr %2737, align 4, !tbaa !9
+  %2738 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %2733
+  %2739 = load float, ptr %2738, align 8, !tbaa !12
+  %2740 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2736
+  store float %2739, ptr %2740, align 4, !tbaa !9
+  %2741 = or disjoint i64 %2717, 3
+  %2742 = getelementptr inbounds nuw float, ptr %row_max250.i, i64 %2741
+  %2743 = load float, ptr %2742, align 4, !tbaa !14
+  %2744 = or disjoint i64 %2718, 3
+  %2745 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2744
+  store float %2743, ptr %2745, align 4, !tbaa !9
+  %2746 = getelementptr inbounds nuw float, ptr %row_sum249.i, i64 %2741
+  %2747 = load float, ptr %2746, align 4, !tbaa !12
+  %2748 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2744
+  store float %2747, ptr %2748, align 4, !tbaa !9
+  %2749 = shl nuw nsw i64 %indvars.iv787.i, 9
+  %2750 = getelementptr inbounds nuw float, ptr %232, i64 %2749
+  %2751 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2749
+  %2752 = load <32 x float>, ptr %2751, align 4, !tbaa !9
+  store <32 x float> %2752, ptr %2750, align 4, !tbaa !9
+  %2753 = getelementptr inbounds nuw i8, ptr %2751, i64 128
+  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !9
+  %2755 = getelementptr inbounds nuw i8, ptr %2750, i64 128
+  store <32 x float> %2754, ptr %2755, align 4, !tbaa !9
+  %2756 = getelementptr inbounds nuw i8, ptr %2751, i64 256
+  %2757 = load <32 x float>, ptr %2756, align 4, !tbaa !9
+  %2758 = getelementptr inbounds nuw i8, ptr %2750, i64 256
+  store <32 x float> %2757, ptr %2758, align 4, !tbaa !9
+  %2759 = getelementptr inbounds nuw i8, ptr %2751, i64 384
+  %2760 = load <32 x float>, ptr %2759, align 4, !tbaa !9
+  %2761 = getelementptr inbounds nuw i8, ptr %2750, i64 384
+  store <32 x float> %2760, ptr %2761, align 4, !tbaa !9
+  %2762 = getelementptr inbounds nuw i8, ptr %2750, i64 512
+  %2763 = getelementptr inbounds nuw i8, ptr %2751, i64 512
+  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !9
+  store <32 x float> %2764, ptr %2762, align 4, !tbaa !9
+  %2765 = getelementptr inbounds nuw i8, ptr %2751, i64 640
+  %2766 = load <32 x float>, ptr %2765, align 4, !tbaa !9
+  %2767 = getelementptr inbounds nuw i8, ptr %2750, i64 640
+  store <32 x float> %2766, ptr %2767, align 4, !tbaa !9
+  %2768 = getelementptr inbounds nuw i8, ptr %2751, i64 768
+  %2769 = load <32 x float>, ptr %2768, align 4, !tbaa !9
+  %2770 = getelementptr inbounds nuw i8, ptr %2750, i64 768
+  store <32 x float> %2769, ptr %2770, align 4, !tbaa !9
+  %2771 = getelementptr inbounds nuw i8, ptr %2751, i64 896
+  %2772 = load <32 x float>, ptr %2771, align 4, !tbaa !9
+  %2773 = getelementptr inbounds nuw i8, ptr %2750, i64 896
+  store <32 x float> %2772, ptr %2773, align 4, !tbaa !9
+  %2774 = getelementptr inbounds nuw i8, ptr %2750, i64 1024
+  %2775 = getelementptr inbounds nuw i8, ptr %2751, i64 1024
+  %2776 = load <32 x float>, ptr %2775, align 4, !tbaa !9
+  store <32 x float> %2776, ptr %2774, align 4, !tbaa !9
+  %2777 = getelementptr inbounds nuw i8, ptr %2751, i64 1152
+  %2778 = load <32 x float>, ptr %2777, align 4, !tbaa !9
+  %2779 = getelementptr inbounds nuw i8, ptr %2750, i64 1152
+  store <32 x float> %2778, ptr %2779, align 4, !tbaa !9
+  %2780 = getelementptr inbounds nuw i8, ptr %2751, i64 1280
+  %2781 = load <32 x float>, ptr %2780, align 4, !tbaa !9
+  %2782 = getelementptr inbounds nuw i8, ptr %2750, i64 1280
+  store <32 x float> %2781, ptr %2782, align 4, !tbaa !9
+  %2783 = getelementptr inbounds nuw i8, ptr %2751, i64 1408
+  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !9
+  %2785 = getelementptr inbounds nuw i8, ptr %2750, i64 1408
+  store <32 x float> %2784, ptr %2785, align 4, !tbaa !9
+  %2786 = getelementptr inbounds nuw i8, ptr %2750, i64 1536
+  %2787 = getelementptr inbounds nuw i8, ptr %2751, i64 1536
+  %2788 = load <32 x float>, ptr %2787, align 4, !tbaa !9
+  store <32 x float> %2788, ptr %2786, align 4, !tbaa !9
+  %2789 = getelementptr inbounds nuw i8, ptr %2751, i64 1664
+  %2790 = load <32 x float>, ptr %2789, align 4, !tbaa !9
+  %2791 = getelementptr inbounds nuw i8, ptr %2750, i64 1664
+  store <32 x float> %2790, ptr %2791, align 4, !tbaa !9
+  %2792 = getelementptr inbounds nuw i8, ptr %2751, i64 1792
   %2793 = load <32 x float>, ptr %2792, align 4, !tbaa !9
-  store <32 x float> %2793, ptr %2791, align 4, !tbaa !9
-  %2794 = getelementptr inbounds nuw i8, ptr %2792, i64 128
-  %2795 = load <32 x float>, ptr %2794, align 4, !tbaa !9
-  %2796 = getelementptr inbounds nuw i8, ptr %2791, i64 128
-  store <32 x float> %2795, ptr %2796, align 4, !tbaa !9
-  %2797 = getelementptr inbounds nuw i8, ptr %2792, i64 256
-  %2798 = load <32 x float>, ptr %2797, align 4, !tbaa !9
-  %2799 = getelementptr inbounds nuw i8, ptr %2791, i64 256
-  store <32 x float> %2798, ptr %2799, align 4, !tbaa !9
-  %2800 = getelementptr inbounds nuw i8, ptr %2792, i64 384
-  %2801 = load <32 x float>, ptr %2800, align 4, !tbaa !9
-  %2802 = getelementptr inbounds nuw i8, ptr %2791, i64 384
-  store <32 x float> %2801, ptr %2802, align 4, !tbaa !9
-  %2803 = getelementptr inbounds nuw i8, ptr %2791, i64 512
-  %2804 = getelementptr inbounds nuw i8, ptr %2792, i64 512
-  %2805 = load <32 x float>, ptr %2804, align 4, !tbaa !9
-  store <32 x float> %2805, ptr %2803, align 4, !tbaa !9
-  %2806 = getelementptr inbounds nuw i8, ptr %2792, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !9
-  %2808 = getelementptr inbounds nuw i8, ptr %2791, i64 640
-  store <32 x float> %2807, ptr %2808, align 4, !tbaa !9
-  %2809 = getelementptr inbounds nuw i8, ptr %2792, i64 768
-  %2810 = load <32 x float>, ptr %2809, align 4, !tbaa !9
-  %2811 = getelementptr inbounds nuw i8, ptr %2791, i64 768
-  store <32 x float> %2810, ptr %2811, align 4, !tbaa !9
-  %2812 = getelementptr inbounds nuw i8, ptr %2792, i64 896
-  %2813 = load <32 x float>, ptr %2812, align 4, !tbaa !9
-  %2814 = getelementptr inbounds nuw i8, ptr %2791, i64 896
-  store <32 x float> %2813, ptr %2814, align 4, !tbaa !9
-  %2815 = getelementptr inbounds nuw i8, ptr %2791, i64 1024
-  %2816 = getelementptr inbounds nuw i8, ptr %2792, i64 1024
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !9
-  store <32 x float> %2817, ptr %2815, align 4, !tbaa !9
-  %2818 = getelementptr inbounds nuw i8, ptr %2792, i64 1152
-  %2819 = load <32 x float>, ptr %2818, align 4, !tbaa !9
-  %2820 = getelementptr inbounds nuw i8, ptr %2791, i64 1152
-  store <32 x float> %2819, ptr %2820, align 4, !tbaa !9
-  %2821 = getelementptr inbounds nuw i8, ptr %2792, i64 1280
-  %2822 = load <32 x float>, ptr %2821, align 4, !tbaa !9
-  %2823 = getelementptr inbounds nuw i8, ptr %2791, i64 1280
-  store <32 x float> %2822, ptr %2823, align 4, !tbaa !9
-  %2824 = getelementptr inbounds nuw i8, ptr %2792, i64 1408
-  %2825 = load <32 x float>, ptr %2824, align 4, !tbaa !9
-  %2826 = getelementptr inbounds nuw i8, ptr %2791, i64 1408
-  store <32 x float> %2825, ptr %2826, align 4, !tbaa !9
-  %2827 = getelementptr inbounds nuw i8, ptr %2791, i64 1536
-  %2828 = getelementptr inbounds nuw i8, ptr %2792, i64 1536
-  %2829 = load <32 x float>, ptr %2828, align 4, !tbaa !9
-  store <32 x float> %2829, ptr %2827, align 4, !tbaa !9
-  %2830 = getelementptr inbounds nuw i8, ptr %2792, i64 1664
-  %2831 = load <32 x float>, ptr %2830, align 4, !tbaa !9
-  %2832 = getelementptr inbounds nuw i8, ptr %2791, i64 1664
-  store <32 x float> %2831, ptr %2832, align 4, !tbaa !9
-  %2833 = getelementptr inbounds nuw i8, ptr %2792, i64 1792
-  %2834 = load <32 x float>, ptr %2833, align 4, !tbaa !9
-  %2835 = getelementptr inbounds nuw i8, ptr %2791, i64 1792
-  store <32 x float> %2834, ptr %2835, align 4, !tbaa !9
-  %2836 = getelementptr inbounds nuw i8, ptr %2792, i64 1920
-  %2837 = load <32 x float>, ptr %2836, align 4, !tbaa !9
-  %2838 = getelementptr inbounds nuw i8, ptr %2791, i64 1920
-  store <32 x float> %2837, ptr %2838, align 4, !tbaa !9
-  %indvars.iv.next821.i = add nuw nsw i64 %indvars.iv820.i, 1
-  %exitcond823.not.i = icmp eq i64 %indvars.iv.next821.i, 8
-  br i1 %exitcond823.not.i, label %for_end_tile212.i, label %for_body_tile211.i, !prof !11
+  %2794 = getelementptr inbounds nuw i8, ptr %2750, i64 1792
+  store <32 x float> %2793, ptr %2794, align 4, !tbaa !9
+  %2795 = getelementptr inbounds nuw i8, ptr %2751, i64 1920
+  %2796 = load <32 x float>, ptr %2795, align 4, !tbaa !9
+  %2797 = getelementptr inbounds nuw i8, ptr %2750, i64 1920
+  store <32 x float> %2796, ptr %2797, align 4, !tbaa !9
+  %indvars.iv.next788.i = add nuw nsw i64 %indvars.iv787.i, 1
+  %exitcond790.not.i = icmp eq i64 %indvars.iv.next788.i, 8
+  br i1 %exitcond790.not.i, label %for_end_tile182.i, label %for_body_tile181.i, !prof !11
 
-for_end_tile212.i:                                ; preds = %for_body_tile211.i, %if_end230.us.3.i
-  %2839 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2840 = tail call i32 %2839(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2840, 0
-  br i1 %.not.i, label %if_end247.i, label %fused_decode_compute_.exit, !prof !12
+for_end_tile182.i:                                ; preds = %for_body_tile181.i, %if_end200.us.3.i
+  %2798 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2799 = tail call i32 %2798(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2799, 0
+  br i1 %.not.i, label %if_end217.i, label %fused_decode_compute_.exit, !prof !45
 
-if_end247.i:                                      ; preds = %for_end_tile212.i
-  %2841 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2842 = tail call i32 %2841(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not277.i = icmp eq i32 %2842, 0
-  br i1 %.not277.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !12
+if_end217.i:                                      ; preds = %for_end_tile182.i
+  %2800 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2801 = tail call i32 %2800(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not251.i = icmp eq i32 %2801, 0
+  br i1 %.not251.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !45
 
-fused_decode_compute_.exit:                       ; preds = %if_end247.i, %for_end_tile212.i, %if_end205.i, %if_end199.i, %if_end196.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end34.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end199.i ], [ -1, %if_end196.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end34.i ], [ -1, %if_end205.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile212.i ], [ -1, %if_end247.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum275.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max276.i)
+fused_decode_compute_.exit:                       ; preds = %if_end217.i, %for_end_tile182.i, %for_begin_r.preheader.i, %for_body_to.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_begin_r.preheader.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_tile182.i ], [ -1, %if_end217.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %scaled238.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %probs244.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %scores245.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %value_offsets246.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %key_offsets247.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum249.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max250.i)
   ret i32 %common.ret.op.i
 }
 
@@ -10589,15 +10521,22 @@ declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
 declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
 
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr>, <4 x i1>, <4 x i32>) #5
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #5
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #6
 
 attributes #0 = { "target-cpu"="x86-64-v4" }
 attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -10613,58 +10552,70 @@ attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !9 = !{!10, !10, i64 0}
 !10 = !{!"tvm-alias", !7}
 !11 = !{!"branch_weights", i32 1, i32 1048575}
-!12 = !{!"branch_weights", i32 1, i32 1048576}
-!13 = !{!14, !14, i64 0}
-!14 = !{!"buffer4", !7, i64 0}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"buffer5", !7, i64 0}
-!17 = distinct !{!17, !18}
-!18 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!19 = distinct !{!19, !18}
-!20 = !{!"branch_weights", i32 6096, i32 2147477552}
-!21 = !{!"branch_weights", i32 8128, i32 2147475520}
-!22 = distinct !{!22, !23}
-!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!24 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!25 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!26 = distinct !{!26, !27, !28}
-!27 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!28 = !{!"llvm.loop.unroll.disable"}
-!29 = distinct !{!29, !23}
-!30 = distinct !{!30, !27, !28}
-!31 = distinct !{!31, !23}
-!32 = distinct !{!32, !27, !28}
-!33 = distinct !{!33, !23}
-!34 = distinct !{!34, !27, !28}
-!35 = !{!"branch_weights", i32 14224, i32 2147469424}
-!36 = !{!"branch_weights", i32 16256, i32 2147467392}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!39 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!40 = distinct !{!40, !27, !28}
-!41 = distinct !{!41, !38}
-!42 = distinct !{!42, !27, !28}
-!43 = distinct !{!43, !38}
-!44 = distinct !{!44, !27, !28}
-!45 = distinct !{!45, !38}
-!46 = distinct !{!46, !27, !28}
-!47 = !{!"branch_weights", i32 2032, i32 2147481616}
-!48 = !{!"branch_weights", i32 4064, i32 2147479584}
-!49 = distinct !{!49, !50}
-!50 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!51 = distinct !{!51, !50}
-!52 = distinct !{!52, !50}
-!53 = distinct !{!53, !50}
-!54 = distinct !{!54, !38}
-!55 = distinct !{!55, !27, !28}
-!56 = distinct !{!56, !38}
-!57 = distinct !{!57, !27, !28}
-!58 = distinct !{!58, !38}
-!59 = distinct !{!59, !27, !28}
-!60 = distinct !{!60, !38}
-!61 = distinct !{!61, !27, !28}
-!62 = !{!"branch_weights", i32 1, i32 127}
-!63 = distinct !{!63, !50}
+!12 = !{!13, !13, i64 0}
+!13 = !{!"buffer4", !7, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"buffer5", !7, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer6", !7, i64 0}
+!18 = !{!"branch_weights", i32 127, i32 33554289}
+!19 = distinct !{!19, !20, !21, !22}
+!20 = !{!"llvm.loop.isvectorized", i32 1}
+!21 = !{!"llvm.loop.unroll.runtime.disable"}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!23 = !{!24, !24, i64 0}
+!24 = !{!"buffer7", !7, i64 0}
+!25 = distinct !{!25, !20, !21, !22}
+!26 = !{!"branch_weights", i32 6096, i32 2147477552}
+!27 = !{!28, !28, i64 0}
+!28 = !{!"buffer8", !7, i64 0}
+!29 = !{!30, !30, i64 0}
+!30 = !{!"buffer9", !7, i64 0}
+!31 = !{!"branch_weights", i32 8128, i32 2147475520}
+!32 = distinct !{!32, !22}
+!33 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!34 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!35 = distinct !{!35, !36, !37}
+!36 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!37 = !{!"llvm.loop.unroll.disable"}
+!38 = distinct !{!38, !22}
+!39 = distinct !{!39, !36, !37}
+!40 = distinct !{!40, !22}
+!41 = distinct !{!41, !36, !37}
+!42 = distinct !{!42, !22}
+!43 = distinct !{!43, !36, !37}
+!44 = !{!"branch_weights", i32 14224, i32 2147469424}
+!45 = !{!"branch_weights", i32 1, i32 1048576}
+!46 = !{!"branch_weights", i32 16256, i32 2147467392}
+!47 = distinct !{!47, !48}
+!48 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!49 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!50 = distinct !{!50, !36, !37}
+!51 = distinct !{!51, !48}
+!52 = distinct !{!52, !36, !37}
+!53 = distinct !{!53, !48}
+!54 = distinct !{!54, !36, !37}
+!55 = distinct !{!55, !48}
+!56 = distinct !{!56, !36, !37}
+!57 = !{!"branch_weights", i32 2032, i32 2147481616}
+!58 = !{!59, !59, i64 0}
+!59 = !{!"buffer10", !7, i64 0}
+!60 = !{!"branch_weights", i32 4064, i32 2147479584}
+!61 = distinct !{!61, !62}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!63 = distinct !{!63, !62}
+!64 = distinct !{!64, !62}
+!65 = distinct !{!65, !62}
+!66 = distinct !{!66, !48}
+!67 = distinct !{!67, !36, !37}
+!68 = distinct !{!68, !48}
+!69 = distinct !{!69, !36, !37}
+!70 = distinct !{!70, !48}
+!71 = distinct !{!71, !36, !37}
+!72 = distinct !{!72, !48}
+!73 = distinct !{!73, !36, !37}
+!74 = !{!"branch_weights", i32 1, i32 127}
+!75 = distinct !{!75, !62}
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
@@ -11301,32 +11252,32 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
 !10 = !{!11, !11, i64 0}
-!11 = !{!"buffer6.w128.b0", !12, i64 0}
-!12 = !{!"buffer6.w256.b0", !13, i64 0}
-!13 = !{!"buffer6.w512.b0", !14, i64 0}
-!14 = !{!"buffer6.w1024.b0", !15, i64 0}
-!15 = !{!"buffer6", !5, i64 0}
+!11 = !{!"buffer11.w128.b0", !12, i64 0}
+!12 = !{!"buffer11.w256.b0", !13, i64 0}
+!13 = !{!"buffer11.w512.b0", !14, i64 0}
+!14 = !{!"buffer11.w1024.b0", !15, i64 0}
+!15 = !{!"buffer11", !5, i64 0}
 !16 = !{!17, !17, i64 0}
-!17 = !{!"buffer7.w128.b0", !18, i64 0}
-!18 = !{!"buffer7.w256.b0", !19, i64 0}
-!19 = !{!"buffer7.w512.b0", !20, i64 0}
-!20 = !{!"buffer7.w1024.b0", !21, i64 0}
-!21 = !{!"buffer7", !5, i64 0}
+!17 = !{!"buffer12.w128.b0", !18, i64 0}
+!18 = !{!"buffer12.w256.b0", !19, i64 0}
+!19 = !{!"buffer12.w512.b0", !20, i64 0}
+!20 = !{!"buffer12.w1024.b0", !21, i64 0}
+!21 = !{!"buffer12", !5, i64 0}
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
 !25 = !{!26, !26, i64 0}
-!26 = !{!"buffer8.w128.b0", !27, i64 0}
-!27 = !{!"buffer8.w256.b0", !28, i64 0}
-!28 = !{!"buffer8.w512.b0", !29, i64 0}
-!29 = !{!"buffer8.w1024.b0", !30, i64 0}
-!30 = !{!"buffer8", !5, i64 0}
+!26 = !{!"buffer13.w128.b0", !27, i64 0}
+!27 = !{!"buffer13.w256.b0", !28, i64 0}
+!28 = !{!"buffer13.w512.b0", !29, i64 0}
+!29 = !{!"buffer13.w1024.b0", !30, i64 0}
+!30 = !{!"buffer13", !5, i64 0}
 !31 = !{!"branch_weights", i32 127, i32 134217601}
 !32 = !{!30, !30, i64 0}
 !33 = !{!34, !34, i64 0}
-!34 = !{!"buffer9", !5, i64 0}
+!34 = !{!"buffer14", !5, i64 0}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer10", !5, i64 0}
+!36 = !{!"buffer15", !5, i64 0}
 !37 = distinct !{!37, !38}
 !38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
 source_filename = "TVMMod"
@@ -11960,31 +11911,31 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
 !10 = !{!11, !11, i64 0}
-!11 = !{!"buffer11.w128.b0", !12, i64 0}
-!12 = !{!"buffer11.w256.b0", !13, i64 0}
-!13 = !{!"buffer11.w512.b0", !14, i64 0}
-!14 = !{!"buffer11.w1024.b0", !15, i64 0}
-!15 = !{!"buffer11", !5, i64 0}
+!11 = !{!"buffer16.w128.b0", !12, i64 0}
+!12 = !{!"buffer16.w256.b0", !13, i64 0}
+!13 = !{!"buffer16.w512.b0", !14, i64 0}
+!14 = !{!"buffer16.w1024.b0", !15, i64 0}
+!15 = !{!"buffer16", !5, i64 0}
 !16 = !{!17, !17, i64 0}
-!17 = !{!"buffer12.w128.b0", !18, i64 0}
-!18 = !{!"buffer12.w256.b0", !19, i64 0}
-!19 = !{!"buffer12.w512.b0", !20, i64 0}
-!20 = !{!"buffer12.w1024.b0", !21, i64 0}
-!21 = !{!"buffer12", !5, i64 0}
+!17 = !{!"buffer17.w128.b0", !18, i64 0}
+!18 = !{!"buffer17.w256.b0", !19, i64 0}
+!19 = !{!"buffer17.w512.b0", !20, i64 0}
+!20 = !{!"buffer17.w1024.b0", !21, i64 0}
+!21 = !{!"buffer17", !5, i64 0}
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
 !25 = !{!26, !26, i64 0}
-!26 = !{!"buffer13.w128.b0", !27, i64 0}
-!27 = !{!"buffer13.w256.b0", !28, i64 0}
-!28 = !{!"buffer13.w512.b0", !29, i64 0}
-!29 = !{!"buffer13.w1024.b0", !30, i64 0}
-!30 = !{!"buffer13", !5, i64 0}
+!26 = !{!"buffer18.w128.b0", !27, i64 0}
+!27 = !{!"buffer18.w256.b0", !28, i64 0}
+!28 = !{!"buffer18.w512.b0", !29, i64 0}
+!29 = !{!"buffer18.w1024.b0", !30, i64 0}
+!30 = !{!"buffer18", !5, i64 0}
 !31 = !{!"branch_weights", i32 127, i32 134217601}
 !32 = !{!30, !30, i64 0}
 !33 = !{!34, !34, i64 0}
-!34 = !{!"buffer14", !5, i64 0}
+!34 = !{!"buffer19", !5, i64 0}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer15", !5, i64 0}
+!36 = !{!"buffer20", !5, i64 0}
 !37 = distinct !{!37, !38}
 !38 = !{!"llvm.loop.estimated_trip_count", i32 262144}

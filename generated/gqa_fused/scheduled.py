@@ -841,7 +841,7 @@ class Module:
                 places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 16
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 16, context_lens[seq]) - range_begin, 0)
-                num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
+                num_steps: T.let[T.int32] = T.max((range_len + 64 - 1) // 64, 1)
                 for tile in range(8):
                     with T.sblock("query_tile"):
                         vtile = T.axis.spatial(8, tile)
@@ -880,20 +880,20 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        tile_start: T.let[T.int32] = range_begin + vstep * 128
-                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
+                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        tile_start: T.let[T.int32] = range_begin + vstep * 64
+                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 64, 64)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 16 - 1) // 16 * 16)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 128, (valid_len + 16 - 1) // 16 * 16)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(key_offsets[0:256])
+                            T.writes(key_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -902,11 +902,11 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(value_offsets[0:256])
+                            T.writes(value_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -919,7 +919,7 @@ class Module:
                                 T.reads()
                                 T.writes()
                                 is_last: T.let[T.bool] = vkv == 7
-                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 64, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
@@ -928,18 +928,18 @@ class Module:
                                         vgt = T.axis.spatial(1, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 4, 128))
-                                        probs = T.sblock_alloc_buffer((1, 4, 128))
+                                        scores = T.sblock_alloc_buffer((1, 4, 64))
+                                        probs = T.sblock_alloc_buffer((1, 4, 64))
                                         tile_max = T.sblock_alloc_buffer((1, 4))
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
                                         alpha = T.sblock_alloc_buffer((1, 4))
                                         beta = T.sblock_alloc_buffer((1, 4))
                                         first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(scores[0, 0:4, 0:128])
-                                            scores_rf = T.sblock_alloc_buffer((1, 4, 128, 16))
-                                            scores_rf_global = T.sblock_alloc_buffer((1, 4, 128, 16))
+                                            T.reads(q_tile[first, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:128])
+                                            T.writes(scores[0, 0:4, 0:64])
+                                            scores_rf = T.sblock_alloc_buffer((1, 4, 64, 16))
+                                            scores_rf_global = T.sblock_alloc_buffer((1, 4, 64, 16))
                                             for i, to in T.grid(1, (valid_len + 16 - 1) // 16):
                                                 for ax1_0 in range(8):
                                                     for line in range(8):
@@ -951,10 +951,10 @@ class Module:
                                                                     for ax0_init in T.vectorized(16):
                                                                         with T.sblock("scores_rf_init"):
                                                                             vd_1 = T.axis.spatial(16, ax0_init)
-                                                                            vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1_init)
+                                                                            vt = T.axis.spatial(64, to * 16 + ax1_0 * 2 + ax1_1_init)
                                                                             vi = T.axis.spatial(1, ax2_init)
                                                                             vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1_init)
-                                                                            T.where(to < 8)
+                                                                            T.where(to < 4)
                                                                             T.reads()
                                                                             T.writes(scores_rf_global[0, vr, vt, vd_1])
                                                                             scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
@@ -965,11 +965,11 @@ class Module:
                                                                         for ax0 in T.vectorized(16):
                                                                             with T.sblock("scores_rf_update"):
                                                                                 vd_1 = T.axis.spatial(16, ax0)
-                                                                                vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1)
+                                                                                vt = T.axis.spatial(64, to * 16 + ax1_0 * 2 + ax1_1)
                                                                                 vi = T.axis.spatial(1, ax2)
                                                                                 vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1)
                                                                                 vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
-                                                                                T.where(to < 8)
+                                                                                T.where(to < 4)
                                                                                 T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + key_head + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                                                 T.writes(scores_rf_global[0, vr, vt, vd_1])
                                                                                 scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
@@ -979,16 +979,16 @@ class Module:
                                                                     for ax3 in T.vectorized(16):
                                                                         with T.sblock("scores.rf_global"):
                                                                             v0, v1 = T.axis.remap("SS", [ax0, ax1])
-                                                                            v2 = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax2)
+                                                                            v2 = T.axis.spatial(64, to * 16 + ax1_0 * 2 + ax2)
                                                                             v3 = T.axis.spatial(16, ax3)
-                                                                            T.where(to < 8)
+                                                                            T.where(to < 4)
                                                                             T.reads(scores_rf_global[v0, v1, v2, v3])
                                                                             T.writes(scores_rf[v0, v1, v2, v3])
                                                                             scores_rf[v0, v1, v2, v3] = scores_rf_global[v0, v1, v2, v3]
                                                 for r in range(4):
                                                     for ti_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(128, to * 16 + ti_init)
+                                                            vt = T.axis.spatial(64, to * 16 + ti_init)
                                                             vi, vr = T.axis.remap("SS", [i, r])
                                                             T.reads()
                                                             T.writes(scores[0, vr, vt])
@@ -1037,9 +1037,9 @@ class Module:
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
-                                                    scaled = T.sblock_alloc_buffer((4, 128))
+                                                    T.reads(scores[vslot, 0:4, 0:64])
+                                                    T.writes(probs[vslot, 0:4, 0:64], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    scaled = T.sblock_alloc_buffer((4, 64))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     peak_rf = T.sblock_alloc_buffer((4, 16))
                                                     peak_rf_global = T.sblock_alloc_buffer((4, 16))
@@ -1048,7 +1048,7 @@ class Module:
                                                     for r, to in T.grid(4, (valid_len + 16 - 1) // 16):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("scaled"):
-                                                                vo = T.axis.spatial(8, to)
+                                                                vo = T.axis.spatial(4, to)
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
                                                                 T.reads(scores[vslot, vr, vo * 16 + vi])
                                                                 T.writes(scaled[vr, vo * 16 + vi])
@@ -1100,7 +1100,7 @@ class Module:
                                                     for r, to in T.grid(4, (valid_len + 16 - 1) // 16):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("probs"):
-                                                                vt = T.axis.spatial(128, to * 16 + ti)
+                                                                vt = T.axis.spatial(64, to * 16 + ti)
                                                                 vr = T.axis.spatial(4, r)
                                                                 T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                                 T.writes(probs[vslot, vr, vt])
@@ -1228,7 +1228,7 @@ class Module:
                                                                 for d_3 in T.unroll(2):
                                                                     for d_2 in T.vectorized(16):
                                                                         with T.sblock("full_groups_update"):
-                                                                            vt = T.axis.reduce(128, to * 16 + ti)
+                                                                            vt = T.axis.reduce(64, to * 16 + ti)
                                                                             vi = T.axis.spatial(1, i_m)
                                                                             vr = T.axis.spatial(4, r_0_m * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
@@ -1252,7 +1252,7 @@ class Module:
                                                             for d_3 in T.unroll(2):
                                                                 for d_2 in T.vectorized(16):
                                                                     with T.sblock("tile_acc_update"):
-                                                                        vt = T.axis.reduce(128, ti + num_full * 16)
+                                                                        vt = T.axis.reduce(64, ti + num_full * 16)
                                                                         vi = T.axis.spatial(1, i_m)
                                                                         vr = T.axis.spatial(4, r_0_m * 4 + r_1)
                                                                         vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)

@@ -629,7 +629,7 @@ class Module:
                 places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 16
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 16, context_lens[seq]) - range_begin, 0)
-                num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
+                num_steps: T.let[T.int32] = T.max((range_len + 64 - 1) // 64, 1)
                 for tile in range(8):
                     with T.sblock("query_tile"):
                         vtile = T.axis.spatial(8, tile)
@@ -649,20 +649,20 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
-                        tile_start: T.let[T.int32] = range_begin + vstep * 128
-                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
+                        key_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((128,), "int64")
+                        tile_start: T.let[T.int32] = range_begin + vstep * 64
+                        valid_len: T.let[T.int32] = T.min(range_len - vstep * 64, 64)
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 16 - 1) // 16 * 16)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 128, (valid_len + 16 - 1) // 16 * 16)
                         last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(key_offsets[0:256])
+                            T.writes(key_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -671,11 +671,11 @@ class Module:
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks], row_starts[seq])
-                            T.writes(value_offsets[0:256])
+                            T.writes(value_offsets[0:128])
                             row_start: T.let[T.int32] = row_starts[seq]
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(256, t)
+                                    vt = T.axis.spatial(128, t)
                                     T.reads(block_table[seq, row_start + T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last)
@@ -688,7 +688,7 @@ class Module:
                                 T.reads()
                                 T.writes()
                                 is_last: T.let[T.bool] = vkv == 7
-                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 64, 0)
                                 next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 with T.sblock("next_keys"):
                                     T.reads()
@@ -705,19 +705,19 @@ class Module:
                                         vgt = T.axis.spatial(1, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 4, 128))
-                                        probs = T.sblock_alloc_buffer((1, 4, 128))
+                                        scores = T.sblock_alloc_buffer((1, 4, 64))
+                                        probs = T.sblock_alloc_buffer((1, 4, 64))
                                         tile_max = T.sblock_alloc_buffer((1, 4))
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
                                         alpha = T.sblock_alloc_buffer((1, 4))
                                         beta = T.sblock_alloc_buffer((1, 4))
                                         first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first, 0:4, 0:128], key_cache[0:k_span], key_offsets[0:256])
-                                            T.writes(scores[0, 0:4, 0:128])
+                                            T.reads(q_tile[first, 0:4, 0:128], key_cache[0:k_span], key_offsets[0:128])
+                                            T.writes(scores[0, 0:4, 0:64])
                                             for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 4, 128):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(128, to * 16 + ti)
+                                                    vt = T.axis.spatial(64, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
                                                     T.reads(q_tile[first + vi, vr, vd], key_cache[T.Cast("int64", vd) // T.int64(2) + key_offsets[vt] + key_head + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                     T.writes(scores[0, vr, vt])
@@ -730,20 +730,20 @@ class Module:
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
-                                                    scaled = T.sblock_alloc_buffer((4, 128))
+                                                    T.reads(scores[vslot, 0:4, 0:64])
+                                                    T.writes(probs[vslot, 0:4, 0:64], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    scaled = T.sblock_alloc_buffer((4, 64))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     for r, to, ti in T.grid(4, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("scaled"):
-                                                            vo = T.axis.spatial(8, to)
+                                                            vo = T.axis.spatial(4, to)
                                                             vi, vr = T.axis.remap("SS", [ti, r])
                                                             T.reads(scores[vslot, vr, vo * 16 + vi])
                                                             T.writes(scaled[vr, vo * 16 + vi])
                                                             scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
                                                     for r, to, ti in T.grid(4, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("peak"):
-                                                            vt = T.axis.reduce(128, to * 16 + ti)
+                                                            vt = T.axis.reduce(64, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt])
                                                             T.writes(peak[vr])
@@ -758,7 +758,7 @@ class Module:
                                                             tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for r, to, ti in T.grid(4, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("probs"):
-                                                            vt = T.axis.spatial(128, to * 16 + ti)
+                                                            vt = T.axis.spatial(64, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(probs[vslot, vr, vt])
@@ -773,7 +773,7 @@ class Module:
                                                             probs[vslot, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                                                     for r, to, ti in T.grid(4, (valid_len + 16 - 1) // 16, 16):
                                                         with T.sblock("tile_sum"):
-                                                            vt = T.axis.reduce(128, to * 16 + ti)
+                                                            vt = T.axis.reduce(64, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(probs[vslot, vr, vt])
                                                             T.writes(tile_sum[vslot, vr])
@@ -836,7 +836,7 @@ class Module:
                                             full_acc = T.sblock_alloc_buffer((1, 4, 128))
                                             for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(128, to * 16 + ti)
+                                                    vt = T.axis.reduce(64, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                     T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                     T.writes(full_acc[vi, vr, vd])
@@ -845,7 +845,7 @@ class Module:
                                                     full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                             for i, ti, r, d in T.grid(1, valid_len % 16 + 1 - 1, 4, 128):
                                                 with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(128, num_full * 16 + ti)
+                                                    vt = T.axis.reduce(64, num_full * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                     T.reads(full_acc[vi, vr, vd], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                     T.writes(tile_acc[0, vr, vd])

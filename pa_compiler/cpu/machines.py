@@ -18,7 +18,8 @@ class Machine(NamedTuple):
 
     Attributes:
         second_level: Bytes of the second-level cache for one head's tile of keys and values; the next tile, which is
-            fetched meanwhile, takes as many again. Half of it with several kv heads, whose lines share sets.
+            fetched meanwhile, takes as many again. Half of it in a sweep through several kv heads.
+        shared_sets: What it is divided by with several kv heads, whose lines share sets, where there is no sweep.
         attend_bytes: Bytes of a tile of keys and values of a head in attend, as they are multiplied.
         kv_tile: Tokens whose scores are held at once in the fused kernel, at most: long enough to amortise the rescale
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
@@ -39,6 +40,7 @@ class Machine(NamedTuple):
     """
 
     second_level: int
+    shared_sets: int = 2
     attend_bytes: int = 1 << 17
     kv_tile: int = 128
     heads_in_lanes: int = 16
@@ -55,8 +57,17 @@ class Machine(NamedTuple):
 
 AVX2 = Machine(second_level=1 << 17)
 """Zen 1, with 512 KB of second-level cache; and what has no AVX."""
-AVX512 = Machine(second_level=1 << 17, attend_bytes=1 << 16, attend_vectors=2, broadcast_registers=0)
-"""Ice Lake, with 1.25 MB of second-level cache, of which no more has been tried."""
+AVX512 = Machine(
+    second_level=1 << 17,
+    shared_sets=4,
+    attend_bytes=1 << 16,
+    heads_in_lanes=1024,
+    sweep_intensity=3,
+    attend_vectors=2,
+    broadcast_registers=0,
+)
+"""Ice Lake, of which two operands are loaded while two vectors of 16 are multiplied, and less where another guest has the
+other thread of the core. So no strategy is taken that loads an operand for each product: heads never lie in lanes."""
 AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 """Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
 AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)

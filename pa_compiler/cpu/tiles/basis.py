@@ -83,12 +83,13 @@ class Basis(NamedTuple):
         """Whether the matmuls multiply what lies in the caches, and convert nothing."""
         return self.keys.dtype == "float32" or (self.dot_pairs and not self.keys.apart)
 
-    def kv_tile(self, token_group: int) -> int:
+    def kv_tile(self, token_group: int, sweep: str | None = None) -> int:
         """Tokens of one step: what fits in the second-level cache, in whole groups; in the staged pipeline a block."""
         spec = self.spec
         if not self.fused:
             return spec.block_size
-        share = self.machine.second_level // (1 if spec.num_kv_heads == 1 else 2)
+        parts = 2 if sweep else self.machine.shared_sets
+        share = self.machine.second_level // (1 if spec.num_kv_heads == 1 else parts)
         elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
         tokens = min(self.machine.kv_tile, share // spec.cache_bytes(elements))
         return max(1, tokens // token_group) * token_group
@@ -120,7 +121,7 @@ class Basis(NamedTuple):
         """The fields that every strategy fills alike."""
         return {
             "row_tile": self.rows,
-            "kv_tile": self.kv_tile(token_group),
+            "kv_tile": self.kv_tile(token_group, sweep),
             "token_group": token_group,
             "keys": self.keys,
             "values": self.values,
