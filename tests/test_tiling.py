@@ -99,9 +99,10 @@ def test_tiles_of_many_rows(features, dtype):
     [  # with 16, 8 and 4 lanes
         (1, "NHD", "fused", ("head_dim_in_lanes",) * 3),
         (8, "NHD", "fused", ("head_dim_in_lanes",) * 3),
-        (16, "NHD", "fused", ("heads_in_lanes",) * 3),
+        (16, "NHD", "fused", ("head_dim_in_lanes", "heads_in_lanes", "heads_in_lanes")),  # one vector of 16
         (24, "HND", "fused", ("head_dim_in_lanes",) * 3),  # two tiles of 12
-        (31, "HND", "fused", ("heads_in_lanes",) * 3),  # two tiles of 16, the second with a row of padding
+        # two tiles of 16, the second with a row of padding
+        (31, "HND", "fused", ("head_dim_in_lanes", "heads_in_lanes", "heads_in_lanes")),
         (16, "NHD", "staged", ("head_dim_in_lanes",) * 3),
         (1, "packed", "fused", ("tokens_in_lanes",) * 3),
         (16, "packed", "staged", ("tokens_in_lanes",) * 3),

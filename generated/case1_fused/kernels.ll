@@ -712,7 +712,7 @@ for_begin_s.i:                                    ; preds = %if_end247.i
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv762.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_s.i ]
   %114 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total285570.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2062, %for_begin_s.i ]
+  %total285570.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2027, %for_begin_s.i ]
   %115 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %115(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %116 = icmp eq ptr %q_tile.i, null
@@ -896,7 +896,7 @@ for_begin_step.i:                                 ; preds = %if_end210.i
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax1.i
   %231 = phi <16 x float> [ %114, %for_end_ax1.i ], [ %m.i, %for_begin_step.i ]
-  %total286.i96 = phi <16 x float> [ %total285570.i, %for_end_ax1.i ], [ %2062, %for_begin_step.i ]
+  %total286.i96 = phi <16 x float> [ %total285570.i, %for_end_ax1.i ], [ %2027, %for_begin_step.i ]
   %indvars.iv732.i95 = phi i64 [ 0, %for_end_ax1.i ], [ %indvars.iv.next733.i, %for_begin_step.i ]
   %indvars.iv732.i95.tr = trunc i64 %indvars.iv732.i95 to i32
   %232 = shl i32 %indvars.iv732.i95.tr, 7
@@ -918,112 +918,112 @@ for_begin_r231.preheader.i:                       ; preds = %for_end_step.i
   %row_max276.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %240 = getelementptr inbounds nuw float, ptr %partial_max, i64 %239
   store float %row_max276.sroa.0.0.vec.extract.i, ptr %240, align 4, !tbaa !9
-  %row_sum275.sroa.0.0.vec.extract.i = extractelement <16 x float> %2062, i64 0
+  %row_sum275.sroa.0.0.vec.extract.i = extractelement <16 x float> %2027, i64 0
   %241 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %239
   store float %row_sum275.sroa.0.0.vec.extract.i, ptr %241, align 4, !tbaa !9
   %row_max276.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %242 = or disjoint i64 %239, 1
   %243 = getelementptr inbounds nuw float, ptr %partial_max, i64 %242
   store float %row_max276.sroa.0.4.vec.extract.i, ptr %243, align 4, !tbaa !9
-  %row_sum275.sroa.0.4.vec.extract.i = extractelement <16 x float> %2062, i64 1
+  %row_sum275.sroa.0.4.vec.extract.i = extractelement <16 x float> %2027, i64 1
   %244 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %242
   store float %row_sum275.sroa.0.4.vec.extract.i, ptr %244, align 4, !tbaa !9
   %row_max276.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %245 = or disjoint i64 %239, 2
   %246 = getelementptr inbounds nuw float, ptr %partial_max, i64 %245
   store float %row_max276.sroa.0.8.vec.extract.i, ptr %246, align 4, !tbaa !9
-  %row_sum275.sroa.0.8.vec.extract.i = extractelement <16 x float> %2062, i64 2
+  %row_sum275.sroa.0.8.vec.extract.i = extractelement <16 x float> %2027, i64 2
   %247 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %245
   store float %row_sum275.sroa.0.8.vec.extract.i, ptr %247, align 4, !tbaa !9
   %row_max276.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %248 = or disjoint i64 %239, 3
   %249 = getelementptr inbounds nuw float, ptr %partial_max, i64 %248
   store float %row_max276.sroa.0.12.vec.extract.i, ptr %249, align 4, !tbaa !9
-  %row_sum275.sroa.0.12.vec.extract.i = extractelement <16 x float> %2062, i64 3
+  %row_sum275.sroa.0.12.vec.extract.i = extractelement <16 x float> %2027, i64 3
   %250 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %248
   store float %row_sum275.sroa.0.12.vec.extract.i, ptr %250, align 4, !tbaa !9
   %row_max276.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %251 = or disjoint i64 %239, 4
   %252 = getelementptr inbounds nuw float, ptr %partial_max, i64 %251
   store float %row_max276.sroa.0.16.vec.extract.i, ptr %252, align 4, !tbaa !9
-  %row_sum275.sroa.0.16.vec.extract.i = extractelement <16 x float> %2062, i64 4
+  %row_sum275.sroa.0.16.vec.extract.i = extractelement <16 x float> %2027, i64 4
   %253 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %251
   store float %row_sum275.sroa.0.16.vec.extract.i, ptr %253, align 4, !tbaa !9
   %row_max276.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %254 = or disjoint i64 %239, 5
   %255 = getelementptr inbounds nuw float, ptr %partial_max, i64 %254
   store float %row_max276.sroa.0.20.vec.extract.i, ptr %255, align 4, !tbaa !9
-  %row_sum275.sroa.0.20.vec.extract.i = extractelement <16 x float> %2062, i64 5
+  %row_sum275.sroa.0.20.vec.extract.i = extractelement <16 x float> %2027, i64 5
   %256 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %254
   store float %row_sum275.sroa.0.20.vec.extract.i, ptr %256, align 4, !tbaa !9
   %row_max276.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %257 = or disjoint i64 %239, 6
   %258 = getelementptr inbounds nuw float, ptr %partial_max, i64 %257
   store float %row_max276.sroa.0.24.vec.extract.i, ptr %258, align 4, !tbaa !9
-  %row_sum275.sroa.0.24.vec.extract.i = extractelement <16 x float> %2062, i64 6
+  %row_sum275.sroa.0.24.vec.extract.i = extractelement <16 x float> %2027, i64 6
   %259 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %257
   store float %row_sum275.sroa.0.24.vec.extract.i, ptr %259, align 4, !tbaa !9
   %row_max276.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %260 = or disjoint i64 %239, 7
   %261 = getelementptr inbounds nuw float, ptr %partial_max, i64 %260
   store float %row_max276.sroa.0.28.vec.extract.i, ptr %261, align 4, !tbaa !9
-  %row_sum275.sroa.0.28.vec.extract.i = extractelement <16 x float> %2062, i64 7
+  %row_sum275.sroa.0.28.vec.extract.i = extractelement <16 x float> %2027, i64 7
   %262 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %260
   store float %row_sum275.sroa.0.28.vec.extract.i, ptr %262, align 4, !tbaa !9
   %row_max276.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %263 = or disjoint i64 %239, 8
   %264 = getelementptr inbounds nuw float, ptr %partial_max, i64 %263
   store float %row_max276.sroa.0.32.vec.extract.i, ptr %264, align 4, !tbaa !9
-  %row_sum275.sroa.0.32.vec.extract.i = extractelement <16 x float> %2062, i64 8
+  %row_sum275.sroa.0.32.vec.extract.i = extractelement <16 x float> %2027, i64 8
   %265 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %263
   store float %row_sum275.sroa.0.32.vec.extract.i, ptr %265, align 4, !tbaa !9
   %row_max276.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %266 = or disjoint i64 %239, 9
   %267 = getelementptr inbounds nuw float, ptr %partial_max, i64 %266
   store float %row_max276.sroa.0.36.vec.extract.i, ptr %267, align 4, !tbaa !9
-  %row_sum275.sroa.0.36.vec.extract.i = extractelement <16 x float> %2062, i64 9
+  %row_sum275.sroa.0.36.vec.extract.i = extractelement <16 x float> %2027, i64 9
   %268 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %266
   store float %row_sum275.sroa.0.36.vec.extract.i, ptr %268, align 4, !tbaa !9
   %row_max276.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %269 = or disjoint i64 %239, 10
   %270 = getelementptr inbounds nuw float, ptr %partial_max, i64 %269
   store float %row_max276.sroa.0.40.vec.extract.i, ptr %270, align 4, !tbaa !9
-  %row_sum275.sroa.0.40.vec.extract.i = extractelement <16 x float> %2062, i64 10
+  %row_sum275.sroa.0.40.vec.extract.i = extractelement <16 x float> %2027, i64 10
   %271 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %269
   store float %row_sum275.sroa.0.40.vec.extract.i, ptr %271, align 4, !tbaa !9
   %row_max276.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %272 = or disjoint i64 %239, 11
   %273 = getelementptr inbounds nuw float, ptr %partial_max, i64 %272
   store float %row_max276.sroa.0.44.vec.extract.i, ptr %273, align 4, !tbaa !9
-  %row_sum275.sroa.0.44.vec.extract.i = extractelement <16 x float> %2062, i64 11
+  %row_sum275.sroa.0.44.vec.extract.i = extractelement <16 x float> %2027, i64 11
   %274 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %272
   store float %row_sum275.sroa.0.44.vec.extract.i, ptr %274, align 4, !tbaa !9
   %row_max276.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %275 = or disjoint i64 %239, 12
   %276 = getelementptr inbounds nuw float, ptr %partial_max, i64 %275
   store float %row_max276.sroa.0.48.vec.extract.i, ptr %276, align 4, !tbaa !9
-  %row_sum275.sroa.0.48.vec.extract.i = extractelement <16 x float> %2062, i64 12
+  %row_sum275.sroa.0.48.vec.extract.i = extractelement <16 x float> %2027, i64 12
   %277 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %275
   store float %row_sum275.sroa.0.48.vec.extract.i, ptr %277, align 4, !tbaa !9
   %row_max276.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %278 = or disjoint i64 %239, 13
   %279 = getelementptr inbounds nuw float, ptr %partial_max, i64 %278
   store float %row_max276.sroa.0.52.vec.extract.i, ptr %279, align 4, !tbaa !9
-  %row_sum275.sroa.0.52.vec.extract.i = extractelement <16 x float> %2062, i64 13
+  %row_sum275.sroa.0.52.vec.extract.i = extractelement <16 x float> %2027, i64 13
   %280 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %278
   store float %row_sum275.sroa.0.52.vec.extract.i, ptr %280, align 4, !tbaa !9
   %row_max276.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %281 = or disjoint i64 %239, 14
   %282 = getelementptr inbounds nuw float, ptr %partial_max, i64 %281
   store float %row_max276.sroa.0.56.vec.extract.i, ptr %282, align 4, !tbaa !9
-  %row_sum275.sroa.0.56.vec.extract.i = extractelement <16 x float> %2062, i64 14
+  %row_sum275.sroa.0.56.vec.extract.i = extractelement <16 x float> %2027, i64 14
   %283 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %281
   store float %row_sum275.sroa.0.56.vec.extract.i, ptr %283, align 4, !tbaa !9
   %row_max276.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %284 = or disjoint i64 %239, 15
   %285 = getelementptr inbounds nuw float, ptr %partial_max, i64 %284
   store float %row_max276.sroa.0.60.vec.extract.i, ptr %285, align 4, !tbaa !9
-  %row_sum275.sroa.0.60.vec.extract.i = extractelement <16 x float> %2062, i64 15
+  %row_sum275.sroa.0.60.vec.extract.i = extractelement <16 x float> %2027, i64 15
   %286 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %284
   store float %row_sum275.sroa.0.60.vec.extract.i, ptr %286, align 4, !tbaa !9
   %.idx.i = shl nuw nsw i64 %238, 13
@@ -1424,7 +1424,7 @@ for_body_to.i:                                    ; preds = %for_begin_to.i, %fo
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
   %545 = shl nsw i64 %indvars.iv650.i, 4
-  %invariant.gep937.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %545
+  %invariant.gep939.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %545
   %gep = getelementptr inbounds nuw i64, ptr %invariant.gep, i64 %545
   br label %for_begin_line.preheader.i
 
@@ -1445,8 +1445,8 @@ for_body_to59.us.i.preheader.new:                 ; preds = %for_body_to59.us.i.
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %549 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
-  %scaled902.i = tail call ptr %549(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %550 = icmp eq ptr %scaled902.i, null
+  %scaled904.i = tail call ptr %549(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %550 = icmp eq ptr %scaled904.i, null
   br i1 %550, label %fused_decode_compute_.exit, label %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge, !prof !8
 
 for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge: ; preds = %for_end_to.thread.i
@@ -3057,7 +3057,7 @@ for_body_to59.us.15.i:                            ; preds = %for_body_to59.us.15
   br i1 %niter284.ncmp.3, label %for_begin_r63.preheader.i.loopexit.unr-lcssa, label %for_body_to59.us.15.i, !prof !16, !llvm.loop !52
 
 for_begin_r.preheader.i:                          ; preds = %for_end_ax3_044.i
-  %invariant.gep939.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %545
+  %invariant.gep941.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %545
   br label %for_body_r.i
 
 for_begin_line.preheader.i:                       ; preds = %for_end_ax3_044.i, %for_begin_ax1_0.preheader.i
@@ -3083,15 +3083,15 @@ for_begin_line.preheader.i:                       ; preds = %for_end_ax3_044.i, 
   tail call void @llvm.prefetch.p0(ptr readonly %1520, i32 0, i32 2, i32 1)
   %1521 = getelementptr i8, ptr %1518, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1521, i32 0, i32 2, i32 1)
-  %gep938.i = getelementptr inbounds nuw i64, ptr %invariant.gep937.i, i64 %1509
-  %1522 = getelementptr inbounds nuw i8, ptr %gep938.i, i64 8
+  %gep940.i = getelementptr inbounds nuw i64, ptr %invariant.gep939.i, i64 %1509
+  %1522 = getelementptr inbounds nuw i8, ptr %gep940.i, i64 8
   %.idx895.i = shl nuw nsw i64 %indvars.iv642.i, 7
-  %invariant.gep936.i = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx895.i
+  %invariant.gep938.i = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx895.i
   br label %for_begin_ax4.preheader.i
 
 for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.preheader.i, %for_begin_line.preheader.i
   %indvars.iv638.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next639.i, %for_begin_ax4.preheader.i ]
-  %1523 = load i64, ptr %gep938.i, align 8, !tbaa !9
+  %1523 = load i64, ptr %gep940.i, align 8, !tbaa !9
   %1524 = getelementptr i32, ptr %key_cache, i64 %1523
   %1525 = load i64, ptr %1522, align 8, !tbaa !9
   %1526 = getelementptr i32, ptr %key_cache, i64 %1525
@@ -3271,7 +3271,7 @@ for_begin_ax4.preheader.i:                        ; preds = %for_begin_ax4.prehe
   %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1684, <16 x float> %1679)
   %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1687, <16 x float> %1680)
   %.idx894.i = shl nuw nsw i64 %indvars.iv638.i, 12
-  %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep936.i, i64 %.idx894.i
+  %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep938.i, i64 %.idx894.i
   store <16 x float> %1685, ptr %gep.i, align 4, !tbaa !9
   %1701 = getelementptr inbounds nuw i8, ptr %gep.i, i64 64
   store <16 x float> %1688, ptr %1701, align 4, !tbaa !9
@@ -3299,8 +3299,8 @@ for_end_ax3_044.i:                                ; preds = %for_begin_ax4.prehe
 for_body_r.i:                                     ; preds = %for_body_r.i, %for_begin_r.preheader.i
   %indvars.iv646.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next647.i, %for_body_r.i ]
   %.idx896.i = shl nuw nsw i64 %indvars.iv646.i, 9
-  %gep940.i = getelementptr inbounds nuw i8, ptr %invariant.gep939.i, i64 %.idx896.i
-  store <16 x float> zeroinitializer, ptr %gep940.i, align 4, !tbaa !9
+  %gep942.i = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %.idx896.i
+  store <16 x float> zeroinitializer, ptr %gep942.i, align 4, !tbaa !9
   %.idx897.i = shl nuw nsw i64 %indvars.iv646.i, 10
   %1708 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx897.i
   %sum_0.i = load <16 x float>, ptr %1708, align 4, !tbaa !9
@@ -3380,7 +3380,7 @@ for_body_r.i:                                     ; preds = %for_body_r.i, %for_
   %1753 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
   %1754 = fadd <16 x float> %1753, %1752
   %1755 = fadd <16 x float> %1754, zeroinitializer
-  store <16 x float> %1755, ptr %gep940.i, align 4, !tbaa !9
+  store <16 x float> %1755, ptr %gep942.i, align 4, !tbaa !9
   %indvars.iv.next647.i = add nuw nsw i64 %indvars.iv646.i, 1
   %exitcond649.not.i = icmp eq i64 %indvars.iv.next647.i, 16
   br i1 %exitcond649.not.i, label %for_end_r.i, label %for_body_r.i, !prof !11
@@ -3424,7 +3424,7 @@ for_body_to59.us.15.i.epil:                       ; preds = %for_body_to59.us.15
 
 for_begin_r63.preheader.i:                        ; preds = %for_body_to59.us.15.i.epil, %for_begin_r63.preheader.i.loopexit.unr-lcssa, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge
   %wide.trip.count667.i.pre-phi = phi i64 [ %.pre131, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge ], [ %wide.trip.count653.i, %for_body_to59.us.15.i.epil ], [ %wide.trip.count653.i, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
-  %scaled903905.i = phi ptr [ %scaled902.i, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge ], [ %scaled.i, %for_body_to59.us.15.i.epil ], [ %scaled.i, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
+  %scaled905907.i = phi ptr [ %scaled904.i, %for_end_to.thread.i.for_begin_r63.preheader.i_crit_edge ], [ %scaled.i, %for_body_to59.us.15.i.epil ], [ %scaled.i, %for_begin_r63.preheader.i.loopexit.unr-lcssa ]
   %1770 = add nsw i64 %wide.trip.count667.i.pre-phi, -1
   %xtraiter285 = and i64 %wide.trip.count667.i.pre-phi, 7
   %1771 = icmp ult i64 %1770, 7
@@ -3449,7 +3449,7 @@ for_begin_ax168.preheader.i:                      ; preds = %for_end_ax170.i, %f
 
 for_body_ax169.lr.ph.i:                           ; preds = %for_begin_ax168.preheader.i
   %.idx899.i = shl nuw nsw i64 %indvars.iv669.i, 9
-  %invariant.gep941.i = getelementptr inbounds nuw i8, ptr %scaled903905.i, i64 %.idx899.i
+  %invariant.gep943.i = getelementptr inbounds nuw i8, ptr %scaled905907.i, i64 %.idx899.i
   br i1 %1771, label %for_body_ax169.i.epil.preheader, label %for_body_ax169.i, !prof !57
 
 for_body_ax169.i:                                 ; preds = %for_body_ax169.i, %for_body_ax169.lr.ph.i
@@ -3457,50 +3457,50 @@ for_body_ax169.i:                                 ; preds = %for_body_ax169.i, %
   %peak.rf_global266.sroa.0.0469.i = phi <16 x float> [ %1807, %for_body_ax169.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax169.lr.ph.i ]
   %niter291 = phi i64 [ %niter291.next.7, %for_body_ax169.i ], [ 0, %for_body_ax169.lr.ph.i ]
   %.idx898.i = shl nsw i64 %indvars.iv664.i, 6
-  %gep942.i = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %.idx898.i
-  %1777 = load <16 x float>, ptr %gep942.i, align 4, !tbaa !9
+  %gep944.i = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx898.i
+  %1777 = load <16 x float>, ptr %gep944.i, align 4, !tbaa !9
   %1778 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0469.i, %1777
   %1779 = select <16 x i1> %1778, <16 x float> %peak.rf_global266.sroa.0.0469.i, <16 x float> %1777
   %indvars.iv.next665.i = shl i64 %indvars.iv664.i, 6
-  %1780 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i
-  %gep942.i.1 = getelementptr inbounds nuw i8, ptr %1780, i64 64
-  %1781 = load <16 x float>, ptr %gep942.i.1, align 4, !tbaa !9
+  %1780 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i
+  %gep944.i.1 = getelementptr inbounds nuw i8, ptr %1780, i64 64
+  %1781 = load <16 x float>, ptr %gep944.i.1, align 4, !tbaa !9
   %1782 = fcmp ogt <16 x float> %1779, %1781
   %1783 = select <16 x i1> %1782, <16 x float> %1779, <16 x float> %1781
   %indvars.iv.next665.i.1 = shl i64 %indvars.iv664.i, 6
-  %1784 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.1
-  %gep942.i.2 = getelementptr inbounds nuw i8, ptr %1784, i64 128
-  %1785 = load <16 x float>, ptr %gep942.i.2, align 4, !tbaa !9
+  %1784 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.1
+  %gep944.i.2 = getelementptr inbounds nuw i8, ptr %1784, i64 128
+  %1785 = load <16 x float>, ptr %gep944.i.2, align 4, !tbaa !9
   %1786 = fcmp ogt <16 x float> %1783, %1785
   %1787 = select <16 x i1> %1786, <16 x float> %1783, <16 x float> %1785
   %indvars.iv.next665.i.2 = shl i64 %indvars.iv664.i, 6
-  %1788 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.2
-  %gep942.i.3 = getelementptr inbounds nuw i8, ptr %1788, i64 192
-  %1789 = load <16 x float>, ptr %gep942.i.3, align 4, !tbaa !9
+  %1788 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.2
+  %gep944.i.3 = getelementptr inbounds nuw i8, ptr %1788, i64 192
+  %1789 = load <16 x float>, ptr %gep944.i.3, align 4, !tbaa !9
   %1790 = fcmp ogt <16 x float> %1787, %1789
   %1791 = select <16 x i1> %1790, <16 x float> %1787, <16 x float> %1789
   %indvars.iv.next665.i.3 = shl i64 %indvars.iv664.i, 6
-  %1792 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.3
-  %gep942.i.4 = getelementptr inbounds nuw i8, ptr %1792, i64 256
-  %1793 = load <16 x float>, ptr %gep942.i.4, align 4, !tbaa !9
+  %1792 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.3
+  %gep944.i.4 = getelementptr inbounds nuw i8, ptr %1792, i64 256
+  %1793 = load <16 x float>, ptr %gep944.i.4, align 4, !tbaa !9
   %1794 = fcmp ogt <16 x float> %1791, %1793
   %1795 = select <16 x i1> %1794, <16 x float> %1791, <16 x float> %1793
   %indvars.iv.next665.i.4 = shl i64 %indvars.iv664.i, 6
-  %1796 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.4
-  %gep942.i.5 = getelementptr inbounds nuw i8, ptr %1796, i64 320
-  %1797 = load <16 x float>, ptr %gep942.i.5, align 4, !tbaa !9
+  %1796 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.4
+  %gep944.i.5 = getelementptr inbounds nuw i8, ptr %1796, i64 320
+  %1797 = load <16 x float>, ptr %gep944.i.5, align 4, !tbaa !9
   %1798 = fcmp ogt <16 x float> %1795, %1797
   %1799 = select <16 x i1> %1798, <16 x float> %1795, <16 x float> %1797
   %indvars.iv.next665.i.5 = shl i64 %indvars.iv664.i, 6
-  %1800 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.5
-  %gep942.i.6 = getelementptr inbounds nuw i8, ptr %1800, i64 384
-  %1801 = load <16 x float>, ptr %gep942.i.6, align 4, !tbaa !9
+  %1800 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.5
+  %gep944.i.6 = getelementptr inbounds nuw i8, ptr %1800, i64 384
+  %1801 = load <16 x float>, ptr %gep944.i.6, align 4, !tbaa !9
   %1802 = fcmp ogt <16 x float> %1799, %1801
   %1803 = select <16 x i1> %1802, <16 x float> %1799, <16 x float> %1801
   %indvars.iv.next665.i.6 = shl i64 %indvars.iv664.i, 6
-  %1804 = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %indvars.iv.next665.i.6
-  %gep942.i.7 = getelementptr inbounds nuw i8, ptr %1804, i64 448
-  %1805 = load <16 x float>, ptr %gep942.i.7, align 4, !tbaa !9
+  %1804 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next665.i.6
+  %gep944.i.7 = getelementptr inbounds nuw i8, ptr %1804, i64 448
+  %1805 = load <16 x float>, ptr %gep944.i.7, align 4, !tbaa !9
   %1806 = fcmp ogt <16 x float> %1803, %1805
   %1807 = select <16 x i1> %1806, <16 x float> %1803, <16 x float> %1805
   %indvars.iv.next665.i.7 = add nuw nsw i64 %indvars.iv664.i, 8
@@ -3522,8 +3522,8 @@ for_body_ax169.i.epil:                            ; preds = %for_body_ax169.i.ep
   %peak.rf_global266.sroa.0.0469.i.epil = phi <16 x float> [ %peak.rf_global266.sroa.0.0469.i.epil.init, %for_body_ax169.i.epil.preheader ], [ %1810, %for_body_ax169.i.epil ]
   %epil.iter286 = phi i64 [ 0, %for_body_ax169.i.epil.preheader ], [ %epil.iter286.next, %for_body_ax169.i.epil ]
   %.idx898.i.epil = shl nsw i64 %indvars.iv664.i.epil, 6
-  %gep942.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep941.i, i64 %.idx898.i.epil
-  %1808 = load <16 x float>, ptr %gep942.i.epil, align 4, !tbaa !9
+  %gep944.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx898.i.epil
+  %1808 = load <16 x float>, ptr %gep944.i.epil, align 4, !tbaa !9
   %1809 = fcmp ogt <16 x float> %peak.rf_global266.sroa.0.0469.i.epil, %1808
   %1810 = select <16 x i1> %1809, <16 x float> %peak.rf_global266.sroa.0.0469.i.epil, <16 x float> %1808
   %indvars.iv.next665.i.epil = add nuw nsw i64 %indvars.iv664.i.epil, 1
@@ -3601,7 +3601,7 @@ for_body_to86.us.i:                               ; preds = %for_body_to86.us.i,
   %niter297 = phi i64 [ %niter297.next.1, %for_body_to86.us.i ], [ 0, %for_begin_to85.preheader.us.i ]
   %1849 = shl nsw i64 %indvars.iv677.i, 4
   %1850 = add nuw nsw i64 %1849, %1848
-  %1851 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1850
+  %1851 = getelementptr inbounds nuw float, ptr %scaled905907.i, i64 %1850
   %1852 = load <16 x float>, ptr %1851, align 4, !tbaa !9
   %arg.us.i = fsub <16 x float> %1852, %1847
   %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
@@ -3628,7 +3628,7 @@ for_body_to86.us.i:                               ; preds = %for_body_to86.us.i,
   %indvars.iv.next678.i = shl i64 %indvars.iv677.i, 4
   %1873 = or disjoint i64 %indvars.iv.next678.i, 16
   %1874 = add nuw nsw i64 %1873, %1848
-  %1875 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1874
+  %1875 = getelementptr inbounds nuw float, ptr %scaled905907.i, i64 %1874
   %1876 = load <16 x float>, ptr %1875, align 4, !tbaa !9
   %arg.us.i.1 = fsub <16 x float> %1876, %1847
   %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
@@ -3665,7 +3665,7 @@ for_body_to86.us.i.epil.preheader:                ; preds = %for_begin_to85.for_
   tail call void @llvm.assume(i1 %lcmp.mod295)
   %1897 = shl nsw i64 %indvars.iv677.i.epil.init, 4
   %1898 = add nuw nsw i64 %1897, %1848
-  %1899 = getelementptr inbounds nuw float, ptr %scaled903905.i, i64 %1898
+  %1899 = getelementptr inbounds nuw float, ptr %scaled905907.i, i64 %1898
   %1900 = load <16 x float>, ptr %1899, align 4, !tbaa !9
   %arg.us.i.epil = fsub <16 x float> %1900, %1847
   %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %225)
@@ -3718,7 +3718,7 @@ for_begin_ax195.preheader.i:                      ; preds = %for_end_ax197.i, %f
 
 for_body_ax196.lr.ph.i:                           ; preds = %for_begin_ax195.preheader.i
   %.idx901.i = shl nuw nsw i64 %indvars.iv691.i, 9
-  %invariant.gep943.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx901.i
+  %invariant.gep945.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx901.i
   br i1 %1922, label %for_body_ax196.i.epil.preheader, label %for_body_ax196.i, !prof !57
 
 for_end_r92.i:                                    ; preds = %for_end_ax197.i
@@ -3789,57 +3789,57 @@ for_end_r92.i:                                    ; preds = %for_end_ax197.i
   %1979 = and i32 %483, -16
   %1980 = sext i32 %1979 to i64
   %wide.trip.count702.i = zext nneg i32 %1975 to i64
-  %invariant.gep949.i = getelementptr float, ptr %probs.i, i64 %1980
-  %invariant.gep947.i = getelementptr i64, ptr %value_offsets.i, i64 %1980
+  %invariant.gep951.i = getelementptr float, ptr %probs.i, i64 %1980
+  %invariant.gep949.i = getelementptr i64, ptr %value_offsets.i, i64 %1980
   %xtraiter306 = and i64 %235, 1
   %1981 = icmp eq i32 %234, 1
   %unroll_iter332 = and i64 %235, 14
   %lcmp.mod322.not = icmp eq i64 %xtraiter306, 0
   %lcmp.mod331 = icmp ne i64 %xtraiter306, 0
-  br label %for_begin_d_0_m.preheader.i
+  br label %for_begin_r_0_m.preheader.i
 
 for_body_ax196.i:                                 ; preds = %for_body_ax196.i, %for_body_ax196.lr.ph.i
   %indvars.iv686.i = phi i64 [ %indvars.iv.next687.i.7, %for_body_ax196.i ], [ 0, %for_body_ax196.lr.ph.i ]
   %tile_sum.rf_global264.sroa.0.0475.i = phi <16 x float> [ %2004, %for_body_ax196.i ], [ zeroinitializer, %for_body_ax196.lr.ph.i ]
   %niter304 = phi i64 [ %niter304.next.7, %for_body_ax196.i ], [ 0, %for_body_ax196.lr.ph.i ]
   %.idx900.i = shl nsw i64 %indvars.iv686.i, 6
-  %gep944.i = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx900.i
-  %1982 = load <16 x float>, ptr %gep944.i, align 4, !tbaa !9
+  %gep946.i = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %.idx900.i
+  %1982 = load <16 x float>, ptr %gep946.i, align 4, !tbaa !9
   %1983 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0475.i, %1982
   %indvars.iv.next687.i = shl i64 %indvars.iv686.i, 6
-  %1984 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i
-  %gep944.i.1 = getelementptr inbounds nuw i8, ptr %1984, i64 64
-  %1985 = load <16 x float>, ptr %gep944.i.1, align 4, !tbaa !9
+  %1984 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i
+  %gep946.i.1 = getelementptr inbounds nuw i8, ptr %1984, i64 64
+  %1985 = load <16 x float>, ptr %gep946.i.1, align 4, !tbaa !9
   %1986 = fadd <16 x float> %1983, %1985
   %indvars.iv.next687.i.1 = shl i64 %indvars.iv686.i, 6
-  %1987 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.1
-  %gep944.i.2 = getelementptr inbounds nuw i8, ptr %1987, i64 128
-  %1988 = load <16 x float>, ptr %gep944.i.2, align 4, !tbaa !9
+  %1987 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.1
+  %gep946.i.2 = getelementptr inbounds nuw i8, ptr %1987, i64 128
+  %1988 = load <16 x float>, ptr %gep946.i.2, align 4, !tbaa !9
   %1989 = fadd <16 x float> %1986, %1988
   %indvars.iv.next687.i.2 = shl i64 %indvars.iv686.i, 6
-  %1990 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.2
-  %gep944.i.3 = getelementptr inbounds nuw i8, ptr %1990, i64 192
-  %1991 = load <16 x float>, ptr %gep944.i.3, align 4, !tbaa !9
+  %1990 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.2
+  %gep946.i.3 = getelementptr inbounds nuw i8, ptr %1990, i64 192
+  %1991 = load <16 x float>, ptr %gep946.i.3, align 4, !tbaa !9
   %1992 = fadd <16 x float> %1989, %1991
   %indvars.iv.next687.i.3 = shl i64 %indvars.iv686.i, 6
-  %1993 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.3
-  %gep944.i.4 = getelementptr inbounds nuw i8, ptr %1993, i64 256
-  %1994 = load <16 x float>, ptr %gep944.i.4, align 4, !tbaa !9
+  %1993 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.3
+  %gep946.i.4 = getelementptr inbounds nuw i8, ptr %1993, i64 256
+  %1994 = load <16 x float>, ptr %gep946.i.4, align 4, !tbaa !9
   %1995 = fadd <16 x float> %1992, %1994
   %indvars.iv.next687.i.4 = shl i64 %indvars.iv686.i, 6
-  %1996 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.4
-  %gep944.i.5 = getelementptr inbounds nuw i8, ptr %1996, i64 320
-  %1997 = load <16 x float>, ptr %gep944.i.5, align 4, !tbaa !9
+  %1996 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.4
+  %gep946.i.5 = getelementptr inbounds nuw i8, ptr %1996, i64 320
+  %1997 = load <16 x float>, ptr %gep946.i.5, align 4, !tbaa !9
   %1998 = fadd <16 x float> %1995, %1997
   %indvars.iv.next687.i.5 = shl i64 %indvars.iv686.i, 6
-  %1999 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.5
-  %gep944.i.6 = getelementptr inbounds nuw i8, ptr %1999, i64 384
-  %2000 = load <16 x float>, ptr %gep944.i.6, align 4, !tbaa !9
+  %1999 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.5
+  %gep946.i.6 = getelementptr inbounds nuw i8, ptr %1999, i64 384
+  %2000 = load <16 x float>, ptr %gep946.i.6, align 4, !tbaa !9
   %2001 = fadd <16 x float> %1998, %2000
   %indvars.iv.next687.i.6 = shl i64 %indvars.iv686.i, 6
-  %2002 = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %indvars.iv.next687.i.6
-  %gep944.i.7 = getelementptr inbounds nuw i8, ptr %2002, i64 448
-  %2003 = load <16 x float>, ptr %gep944.i.7, align 4, !tbaa !9
+  %2002 = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %indvars.iv.next687.i.6
+  %gep946.i.7 = getelementptr inbounds nuw i8, ptr %2002, i64 448
+  %2003 = load <16 x float>, ptr %gep946.i.7, align 4, !tbaa !9
   %2004 = fadd <16 x float> %2001, %2003
   %indvars.iv.next687.i.7 = add nuw nsw i64 %indvars.iv686.i, 8
   %niter304.next.7 = add i64 %niter304, 8
@@ -3860,8 +3860,8 @@ for_body_ax196.i.epil:                            ; preds = %for_body_ax196.i.ep
   %tile_sum.rf_global264.sroa.0.0475.i.epil = phi <16 x float> [ %tile_sum.rf_global264.sroa.0.0475.i.epil.init, %for_body_ax196.i.epil.preheader ], [ %2006, %for_body_ax196.i.epil ]
   %epil.iter299 = phi i64 [ 0, %for_body_ax196.i.epil.preheader ], [ %epil.iter299.next, %for_body_ax196.i.epil ]
   %.idx900.i.epil = shl nsw i64 %indvars.iv686.i.epil, 6
-  %gep944.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep943.i, i64 %.idx900.i.epil
-  %2005 = load <16 x float>, ptr %gep944.i.epil, align 4, !tbaa !9
+  %gep946.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep945.i, i64 %.idx900.i.epil
+  %2005 = load <16 x float>, ptr %gep946.i.epil, align 4, !tbaa !9
   %2006 = fadd <16 x float> %tile_sum.rf_global264.sroa.0.0475.i.epil, %2005
   %indvars.iv.next687.i.epil = add nuw nsw i64 %indvars.iv686.i.epil, 1
   %epil.iter299.next = add i64 %epil.iter299, 1
@@ -3908,629 +3908,594 @@ for_end_ax197.i:                                  ; preds = %for_body_ax196.i.ep
   %exitcond694.not.i = icmp eq i64 %indvars.iv.next692.i, 16
   br i1 %exitcond694.not.i, label %for_end_r92.i, label %for_begin_ax195.preheader.i, !prof !11
 
-for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_end_r92.i
-  %indvars.iv728.i = phi i64 [ 0, %for_end_r92.i ], [ %indvars.iv.next729.i, %for_end_d_0_m.i ]
-  %2024 = shl i64 %indvars.iv728.i, 2
-  %2025 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2024
-  %2026 = load float, ptr %2025, align 16, !tbaa !99
-  %2027 = insertelement <32 x float> poison, float %2026, i64 0
-  %2028 = shufflevector <32 x float> %2027, <32 x float> poison, <32 x i32> zeroinitializer
-  %2029 = shl nuw nsw i64 %indvars.iv728.i, 9
-  %2030 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2024
-  %2031 = load float, ptr %2030, align 16, !tbaa !100
-  %2032 = insertelement <32 x float> poison, float %2031, i64 0
-  %2033 = shufflevector <32 x float> %2032, <32 x float> poison, <32 x i32> zeroinitializer
-  %2034 = or disjoint i64 %2024, 1
-  %2035 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2034
-  %2036 = load float, ptr %2035, align 4, !tbaa !99
-  %2037 = insertelement <32 x float> poison, float %2036, i64 0
-  %2038 = shufflevector <32 x float> %2037, <32 x float> poison, <32 x i32> zeroinitializer
-  %2039 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2034
-  %2040 = load float, ptr %2039, align 4, !tbaa !100
-  %2041 = insertelement <32 x float> poison, float %2040, i64 0
-  %2042 = shufflevector <32 x float> %2041, <32 x float> poison, <32 x i32> zeroinitializer
-  %2043 = or disjoint i64 %2024, 2
-  %2044 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2043
-  %2045 = load float, ptr %2044, align 8, !tbaa !99
-  %2046 = insertelement <32 x float> poison, float %2045, i64 0
-  %2047 = shufflevector <32 x float> %2046, <32 x float> poison, <32 x i32> zeroinitializer
-  %2048 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2043
-  %2049 = load float, ptr %2048, align 8, !tbaa !100
-  %2050 = insertelement <32 x float> poison, float %2049, i64 0
-  %2051 = shufflevector <32 x float> %2050, <32 x float> poison, <32 x i32> zeroinitializer
-  %2052 = or disjoint i64 %2024, 3
-  %2053 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2052
-  %2054 = load float, ptr %2053, align 4, !tbaa !99
-  %2055 = insertelement <32 x float> poison, float %2054, i64 0
-  %2056 = shufflevector <32 x float> %2055, <32 x float> poison, <32 x i32> zeroinitializer
-  %2057 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2052
-  %2058 = load float, ptr %2057, align 4, !tbaa !100
-  %2059 = insertelement <32 x float> poison, float %2058, i64 0
-  %2060 = shufflevector <32 x float> %2059, <32 x float> poison, <32 x i32> zeroinitializer
-  %invariant.gep945.i = getelementptr inbounds nuw float, ptr %probs.i, i64 %2029
-  %gep950.i = getelementptr float, ptr %invariant.gep949.i, i64 %2029
-  br label %for_body_d_0_m.i
+for_begin_r_0_m.preheader.i:                      ; preds = %for_end_r_0_m.i, %for_end_r92.i
+  %indvars.iv728.i = phi i64 [ 0, %for_end_r92.i ], [ %indvars.iv.next729.i, %for_end_r_0_m.i ]
+  %2024 = shl nuw nsw i64 %indvars.iv728.i, 5
+  %2025 = shl i64 %indvars.iv728.i, 2
+  %invariant.gep497.idx.i = shl i64 %indvars.iv728.i, 6
+  %invariant.gep497.i = getelementptr i8, ptr %value_cache, i64 %invariant.gep497.idx.i
+  br label %for_body_r_0_m.i
 
-for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
-  %2061 = fmul <16 x float> %old_sum.i, %1953
-  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1974, <16 x float> %1928, <16 x float> %2061)
-  %2063 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2064 = tail call i32 %2063(i32 1, i32 %dev_id, ptr nonnull %scaled903905.i)
-  %.not279.i = icmp eq i32 %2064, 0
+for_end_d_0_m.i:                                  ; preds = %for_end_r_0_m.i
+  %2026 = fmul <16 x float> %old_sum.i, %1953
+  %2027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1974, <16 x float> %1928, <16 x float> %2026)
+  %2028 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2029 = tail call i32 %2028(i32 1, i32 %dev_id, ptr nonnull %scaled905907.i)
+  %.not279.i = icmp eq i32 %2029, 0
   br i1 %.not279.i, label %if_end201.i, label %fused_decode_compute_.exit, !prof !53
 
-for_body_d_0_m.i:                                 ; preds = %if_end199.i, %for_begin_d_0_m.preheader.i
-  %indvars.iv723.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next724.i, %if_end199.i ]
+for_body_r_0_m.i:                                 ; preds = %if_end199.i, %for_begin_r_0_m.preheader.i
+  %indvars.iv723.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next724.i, %if_end199.i ]
   br i1 %1976, label %for_begin_line137.preheader.lr.ph.i, label %for_end_to134.i, !prof !3
 
-for_begin_line137.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
-  %2065 = add nuw nsw i64 %indvars.iv723.i, %2024
-  %2066 = trunc nuw nsw i64 %2065 to i32
-  %reass.mul.i = mul i32 %1975, %2066
-  %2067 = add i32 %reass.mul.i, %1978
-  %invariant.gep497.idx.i = shl i64 %indvars.iv723.i, 6
-  %invariant.gep497.i = getelementptr i8, ptr %value_cache, i64 %invariant.gep497.idx.i
+for_begin_line137.preheader.lr.ph.i:              ; preds = %for_body_r_0_m.i
+  %2030 = add nuw nsw i64 %indvars.iv723.i, %2025
+  %2031 = trunc nuw nsw i64 %2030 to i32
+  %reass.mul.i = mul i32 %1975, %2031
+  %2032 = add i32 %reass.mul.i, %1978
+  %.idx902.i = shl nuw nsw i64 %indvars.iv723.i, 11
+  %invariant.gep947.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx902.i
   br label %for_begin_line137.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end199.i
+for_end_r_0_m.i:                                  ; preds = %if_end199.i
   %indvars.iv.next729.i = add nuw nsw i64 %indvars.iv728.i, 1
   %exitcond731.not.i = icmp eq i64 %indvars.iv.next729.i, 4
-  br i1 %exitcond731.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !11
+  br i1 %exitcond731.not.i, label %for_end_d_0_m.i, label %for_begin_r_0_m.preheader.i, !prof !11
 
 for_begin_line137.preheader.i:                    ; preds = %for_begin_line137.preheader.i, %for_begin_line137.preheader.lr.ph.i
   %indvars.iv699.i = phi i64 [ 0, %for_begin_line137.preheader.lr.ph.i ], [ %indvars.iv.next700.i, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.238.0487.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2572, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.204.0486.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2571, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.170.0485.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2566, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.0.0484.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2551, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.34.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2554, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.68.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2559, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.102.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2560, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.136.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2565, %for_begin_line137.preheader.i ]
-  %2068 = trunc nuw nsw i64 %indvars.iv699.i to i32
-  %2069 = add i32 %2067, %2068
-  %2070 = sext i32 %2069 to i64
-  %2071 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2070
-  %2072 = load i64, ptr %2071, align 8, !tbaa !9
-  %2073 = getelementptr i32, ptr %value_cache, i64 %2072
-  tail call void @llvm.prefetch.p0(ptr readonly %2073, i32 0, i32 2, i32 1)
-  %2074 = getelementptr i8, ptr %2073, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %2074, i32 0, i32 2, i32 1)
-  %2075 = getelementptr i8, ptr %2073, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %2075, i32 0, i32 2, i32 1)
-  %2076 = getelementptr i8, ptr %2073, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %2076, i32 0, i32 2, i32 1)
-  %2077 = shl nsw i64 %indvars.iv699.i, 4
-  %gep946.i = getelementptr inbounds nuw float, ptr %invariant.gep945.i, i64 %2077
-  %2078 = load float, ptr %gep946.i, align 4, !tbaa !9
-  %2079 = insertelement <16 x float> poison, float %2078, i64 0
-  %2080 = shufflevector <16 x float> %2079, <16 x float> poison, <16 x i32> zeroinitializer
-  %2081 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2077
-  %2082 = load i64, ptr %2081, align 8, !tbaa !9
-  %gep498.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2082
-  %2083 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !9
-  %2084 = shl <16 x i32> %2083, splat (i32 16)
-  %2085 = bitcast <16 x i32> %2084 to <16 x float>
-  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2085, <16 x float> %full_acc260.sroa.0.0484.i)
-  %2087 = and <16 x i32> %2083, %106
-  %2088 = bitcast <16 x i32> %2087 to <16 x float>
-  %2089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> %2088, <16 x float> %full_acc260.sroa.34.0483.i)
-  %2090 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 512
-  %2091 = load float, ptr %2090, align 4, !tbaa !9
-  %2092 = insertelement <16 x float> poison, float %2091, i64 0
-  %2093 = shufflevector <16 x float> %2092, <16 x float> poison, <16 x i32> zeroinitializer
-  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2085, <16 x float> %full_acc260.sroa.68.0482.i)
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2093, <16 x float> %2088, <16 x float> %full_acc260.sroa.102.0481.i)
-  %2096 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1024
-  %2097 = load float, ptr %2096, align 4, !tbaa !9
-  %2098 = insertelement <16 x float> poison, float %2097, i64 0
-  %2099 = shufflevector <16 x float> %2098, <16 x float> poison, <16 x i32> zeroinitializer
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2085, <16 x float> %full_acc260.sroa.136.0480.i)
-  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2088, <16 x float> %full_acc260.sroa.170.0485.i)
-  %2102 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1536
-  %2103 = load float, ptr %2102, align 4, !tbaa !9
-  %2104 = insertelement <16 x float> poison, float %2103, i64 0
-  %2105 = shufflevector <16 x float> %2104, <16 x float> poison, <16 x i32> zeroinitializer
-  %2106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2085, <16 x float> %full_acc260.sroa.204.0486.i)
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2088, <16 x float> %full_acc260.sroa.238.0487.i)
-  %2108 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 4
-  %2109 = load float, ptr %2108, align 4, !tbaa !9
-  %2110 = insertelement <16 x float> poison, float %2109, i64 0
-  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
-  %2112 = getelementptr inbounds nuw i8, ptr %2081, i64 8
-  %2113 = load i64, ptr %2112, align 8, !tbaa !9
-  %gep500.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2113
-  %2114 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !9
-  %2115 = shl <16 x i32> %2114, splat (i32 16)
-  %2116 = bitcast <16 x i32> %2115 to <16 x float>
-  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2116, <16 x float> %2086)
-  %2118 = and <16 x i32> %2114, %106
-  %2119 = bitcast <16 x i32> %2118 to <16 x float>
-  %2120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2119, <16 x float> %2089)
-  %2121 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 516
-  %2122 = load float, ptr %2121, align 4, !tbaa !9
-  %2123 = insertelement <16 x float> poison, float %2122, i64 0
-  %2124 = shufflevector <16 x float> %2123, <16 x float> poison, <16 x i32> zeroinitializer
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2116, <16 x float> %2094)
-  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2119, <16 x float> %2095)
-  %2127 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1028
-  %2128 = load float, ptr %2127, align 4, !tbaa !9
-  %2129 = insertelement <16 x float> poison, float %2128, i64 0
-  %2130 = shufflevector <16 x float> %2129, <16 x float> poison, <16 x i32> zeroinitializer
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2116, <16 x float> %2100)
-  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2130, <16 x float> %2119, <16 x float> %2101)
-  %2133 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1540
-  %2134 = load float, ptr %2133, align 4, !tbaa !9
-  %2135 = insertelement <16 x float> poison, float %2134, i64 0
-  %2136 = shufflevector <16 x float> %2135, <16 x float> poison, <16 x i32> zeroinitializer
-  %2137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2116, <16 x float> %2106)
-  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2119, <16 x float> %2107)
-  %2139 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 8
-  %2140 = load float, ptr %2139, align 4, !tbaa !9
-  %2141 = insertelement <16 x float> poison, float %2140, i64 0
-  %2142 = shufflevector <16 x float> %2141, <16 x float> poison, <16 x i32> zeroinitializer
-  %2143 = getelementptr inbounds nuw i8, ptr %2081, i64 16
-  %2144 = load i64, ptr %2143, align 8, !tbaa !9
-  %gep502.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2144
-  %2145 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !9
-  %2146 = shl <16 x i32> %2145, splat (i32 16)
-  %2147 = bitcast <16 x i32> %2146 to <16 x float>
-  %2148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2147, <16 x float> %2117)
-  %2149 = and <16 x i32> %2145, %106
-  %2150 = bitcast <16 x i32> %2149 to <16 x float>
-  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2150, <16 x float> %2120)
-  %2152 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 520
-  %2153 = load float, ptr %2152, align 4, !tbaa !9
-  %2154 = insertelement <16 x float> poison, float %2153, i64 0
-  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2147, <16 x float> %2125)
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2150, <16 x float> %2126)
-  %2158 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1032
-  %2159 = load float, ptr %2158, align 4, !tbaa !9
-  %2160 = insertelement <16 x float> poison, float %2159, i64 0
-  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
-  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2147, <16 x float> %2131)
-  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2150, <16 x float> %2132)
-  %2164 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1544
-  %2165 = load float, ptr %2164, align 4, !tbaa !9
-  %2166 = insertelement <16 x float> poison, float %2165, i64 0
-  %2167 = shufflevector <16 x float> %2166, <16 x float> poison, <16 x i32> zeroinitializer
-  %2168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2147, <16 x float> %2137)
-  %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2167, <16 x float> %2150, <16 x float> %2138)
-  %2170 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 12
-  %2171 = load float, ptr %2170, align 4, !tbaa !9
-  %2172 = insertelement <16 x float> poison, float %2171, i64 0
-  %2173 = shufflevector <16 x float> %2172, <16 x float> poison, <16 x i32> zeroinitializer
-  %2174 = getelementptr inbounds nuw i8, ptr %2081, i64 24
-  %2175 = load i64, ptr %2174, align 8, !tbaa !9
-  %gep504.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2175
-  %2176 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !9
-  %2177 = shl <16 x i32> %2176, splat (i32 16)
-  %2178 = bitcast <16 x i32> %2177 to <16 x float>
-  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2178, <16 x float> %2148)
-  %2180 = and <16 x i32> %2176, %106
-  %2181 = bitcast <16 x i32> %2180 to <16 x float>
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2181, <16 x float> %2151)
-  %2183 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 524
-  %2184 = load float, ptr %2183, align 4, !tbaa !9
-  %2185 = insertelement <16 x float> poison, float %2184, i64 0
-  %2186 = shufflevector <16 x float> %2185, <16 x float> poison, <16 x i32> zeroinitializer
-  %2187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2178, <16 x float> %2156)
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2181, <16 x float> %2157)
-  %2189 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1036
-  %2190 = load float, ptr %2189, align 4, !tbaa !9
-  %2191 = insertelement <16 x float> poison, float %2190, i64 0
-  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
-  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2178, <16 x float> %2162)
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2181, <16 x float> %2163)
-  %2195 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1548
-  %2196 = load float, ptr %2195, align 4, !tbaa !9
-  %2197 = insertelement <16 x float> poison, float %2196, i64 0
-  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2178, <16 x float> %2168)
-  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2181, <16 x float> %2169)
-  %2201 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 16
-  %2202 = load float, ptr %2201, align 4, !tbaa !9
-  %2203 = insertelement <16 x float> poison, float %2202, i64 0
-  %2204 = shufflevector <16 x float> %2203, <16 x float> poison, <16 x i32> zeroinitializer
-  %2205 = getelementptr inbounds nuw i8, ptr %2081, i64 32
-  %2206 = load i64, ptr %2205, align 8, !tbaa !9
-  %gep506.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2206
-  %2207 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !9
-  %2208 = shl <16 x i32> %2207, splat (i32 16)
-  %2209 = bitcast <16 x i32> %2208 to <16 x float>
-  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2209, <16 x float> %2179)
-  %2211 = and <16 x i32> %2207, %106
-  %2212 = bitcast <16 x i32> %2211 to <16 x float>
-  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2212, <16 x float> %2182)
-  %2214 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 528
-  %2215 = load float, ptr %2214, align 4, !tbaa !9
-  %2216 = insertelement <16 x float> poison, float %2215, i64 0
-  %2217 = shufflevector <16 x float> %2216, <16 x float> poison, <16 x i32> zeroinitializer
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2209, <16 x float> %2187)
-  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2217, <16 x float> %2212, <16 x float> %2188)
-  %2220 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1040
-  %2221 = load float, ptr %2220, align 4, !tbaa !9
-  %2222 = insertelement <16 x float> poison, float %2221, i64 0
-  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
-  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2209, <16 x float> %2193)
-  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2212, <16 x float> %2194)
-  %2226 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1552
-  %2227 = load float, ptr %2226, align 4, !tbaa !9
-  %2228 = insertelement <16 x float> poison, float %2227, i64 0
-  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
-  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2209, <16 x float> %2199)
-  %2231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2229, <16 x float> %2212, <16 x float> %2200)
-  %2232 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 20
-  %2233 = load float, ptr %2232, align 4, !tbaa !9
-  %2234 = insertelement <16 x float> poison, float %2233, i64 0
-  %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
-  %2236 = getelementptr inbounds nuw i8, ptr %2081, i64 40
-  %2237 = load i64, ptr %2236, align 8, !tbaa !9
-  %gep508.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2237
-  %2238 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !9
-  %2239 = shl <16 x i32> %2238, splat (i32 16)
-  %2240 = bitcast <16 x i32> %2239 to <16 x float>
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2240, <16 x float> %2210)
-  %2242 = and <16 x i32> %2238, %106
-  %2243 = bitcast <16 x i32> %2242 to <16 x float>
-  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2243, <16 x float> %2213)
-  %2245 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 532
-  %2246 = load float, ptr %2245, align 4, !tbaa !9
-  %2247 = insertelement <16 x float> poison, float %2246, i64 0
-  %2248 = shufflevector <16 x float> %2247, <16 x float> poison, <16 x i32> zeroinitializer
-  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2240, <16 x float> %2218)
-  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2243, <16 x float> %2219)
-  %2251 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1044
-  %2252 = load float, ptr %2251, align 4, !tbaa !9
-  %2253 = insertelement <16 x float> poison, float %2252, i64 0
-  %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
-  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2240, <16 x float> %2224)
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2243, <16 x float> %2225)
-  %2257 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1556
-  %2258 = load float, ptr %2257, align 4, !tbaa !9
-  %2259 = insertelement <16 x float> poison, float %2258, i64 0
-  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
-  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2240, <16 x float> %2230)
-  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2243, <16 x float> %2231)
-  %2263 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 24
-  %2264 = load float, ptr %2263, align 4, !tbaa !9
-  %2265 = insertelement <16 x float> poison, float %2264, i64 0
-  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
-  %2267 = getelementptr inbounds nuw i8, ptr %2081, i64 48
-  %2268 = load i64, ptr %2267, align 8, !tbaa !9
-  %gep510.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2268
-  %2269 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !9
-  %2270 = shl <16 x i32> %2269, splat (i32 16)
-  %2271 = bitcast <16 x i32> %2270 to <16 x float>
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2271, <16 x float> %2241)
-  %2273 = and <16 x i32> %2269, %106
-  %2274 = bitcast <16 x i32> %2273 to <16 x float>
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2266, <16 x float> %2274, <16 x float> %2244)
-  %2276 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 536
-  %2277 = load float, ptr %2276, align 4, !tbaa !9
-  %2278 = insertelement <16 x float> poison, float %2277, i64 0
-  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2271, <16 x float> %2249)
-  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2274, <16 x float> %2250)
-  %2282 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1048
-  %2283 = load float, ptr %2282, align 4, !tbaa !9
-  %2284 = insertelement <16 x float> poison, float %2283, i64 0
-  %2285 = shufflevector <16 x float> %2284, <16 x float> poison, <16 x i32> zeroinitializer
-  %2286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2285, <16 x float> %2271, <16 x float> %2255)
-  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2285, <16 x float> %2274, <16 x float> %2256)
-  %2288 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1560
-  %2289 = load float, ptr %2288, align 4, !tbaa !9
-  %2290 = insertelement <16 x float> poison, float %2289, i64 0
-  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2271, <16 x float> %2261)
-  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2274, <16 x float> %2262)
-  %2294 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 28
-  %2295 = load float, ptr %2294, align 4, !tbaa !9
-  %2296 = insertelement <16 x float> poison, float %2295, i64 0
-  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
-  %2298 = getelementptr inbounds nuw i8, ptr %2081, i64 56
-  %2299 = load i64, ptr %2298, align 8, !tbaa !9
-  %gep512.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2299
-  %2300 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !9
-  %2301 = shl <16 x i32> %2300, splat (i32 16)
-  %2302 = bitcast <16 x i32> %2301 to <16 x float>
-  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2302, <16 x float> %2272)
-  %2304 = and <16 x i32> %2300, %106
-  %2305 = bitcast <16 x i32> %2304 to <16 x float>
-  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2305, <16 x float> %2275)
-  %2307 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 540
-  %2308 = load float, ptr %2307, align 4, !tbaa !9
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2302, <16 x float> %2280)
-  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2305, <16 x float> %2281)
-  %2313 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1052
-  %2314 = load float, ptr %2313, align 4, !tbaa !9
-  %2315 = insertelement <16 x float> poison, float %2314, i64 0
-  %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2316, <16 x float> %2302, <16 x float> %2286)
-  %2318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2316, <16 x float> %2305, <16 x float> %2287)
-  %2319 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1564
-  %2320 = load float, ptr %2319, align 4, !tbaa !9
-  %2321 = insertelement <16 x float> poison, float %2320, i64 0
-  %2322 = shufflevector <16 x float> %2321, <16 x float> poison, <16 x i32> zeroinitializer
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2302, <16 x float> %2292)
-  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2305, <16 x float> %2293)
-  %2325 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 32
-  %2326 = load float, ptr %2325, align 4, !tbaa !9
-  %2327 = insertelement <16 x float> poison, float %2326, i64 0
-  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
-  %2329 = getelementptr inbounds nuw i8, ptr %2081, i64 64
-  %2330 = load i64, ptr %2329, align 8, !tbaa !9
-  %gep514.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2330
-  %2331 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !9
-  %2332 = shl <16 x i32> %2331, splat (i32 16)
-  %2333 = bitcast <16 x i32> %2332 to <16 x float>
-  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2333, <16 x float> %2303)
-  %2335 = and <16 x i32> %2331, %106
-  %2336 = bitcast <16 x i32> %2335 to <16 x float>
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2336, <16 x float> %2306)
-  %2338 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 544
-  %2339 = load float, ptr %2338, align 4, !tbaa !9
-  %2340 = insertelement <16 x float> poison, float %2339, i64 0
-  %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2333, <16 x float> %2311)
-  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2336, <16 x float> %2312)
-  %2344 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1056
-  %2345 = load float, ptr %2344, align 4, !tbaa !9
-  %2346 = insertelement <16 x float> poison, float %2345, i64 0
-  %2347 = shufflevector <16 x float> %2346, <16 x float> poison, <16 x i32> zeroinitializer
-  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2333, <16 x float> %2317)
-  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2336, <16 x float> %2318)
-  %2350 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1568
-  %2351 = load float, ptr %2350, align 4, !tbaa !9
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2333, <16 x float> %2323)
-  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2336, <16 x float> %2324)
-  %2356 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 36
-  %2357 = load float, ptr %2356, align 4, !tbaa !9
-  %2358 = insertelement <16 x float> poison, float %2357, i64 0
-  %2359 = shufflevector <16 x float> %2358, <16 x float> poison, <16 x i32> zeroinitializer
-  %2360 = getelementptr inbounds nuw i8, ptr %2081, i64 72
-  %2361 = load i64, ptr %2360, align 8, !tbaa !9
-  %gep516.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2361
-  %2362 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !9
-  %2363 = shl <16 x i32> %2362, splat (i32 16)
-  %2364 = bitcast <16 x i32> %2363 to <16 x float>
-  %2365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2359, <16 x float> %2364, <16 x float> %2334)
-  %2366 = and <16 x i32> %2362, %106
-  %2367 = bitcast <16 x i32> %2366 to <16 x float>
-  %2368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2359, <16 x float> %2367, <16 x float> %2337)
-  %2369 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 548
-  %2370 = load float, ptr %2369, align 4, !tbaa !9
-  %2371 = insertelement <16 x float> poison, float %2370, i64 0
-  %2372 = shufflevector <16 x float> %2371, <16 x float> poison, <16 x i32> zeroinitializer
-  %2373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> %2364, <16 x float> %2342)
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> %2367, <16 x float> %2343)
-  %2375 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1060
-  %2376 = load float, ptr %2375, align 4, !tbaa !9
-  %2377 = insertelement <16 x float> poison, float %2376, i64 0
-  %2378 = shufflevector <16 x float> %2377, <16 x float> poison, <16 x i32> zeroinitializer
-  %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2364, <16 x float> %2348)
-  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2367, <16 x float> %2349)
-  %2381 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1572
-  %2382 = load float, ptr %2381, align 4, !tbaa !9
-  %2383 = insertelement <16 x float> poison, float %2382, i64 0
-  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
-  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2364, <16 x float> %2354)
-  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2367, <16 x float> %2355)
-  %2387 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 40
-  %2388 = load float, ptr %2387, align 4, !tbaa !9
-  %2389 = insertelement <16 x float> poison, float %2388, i64 0
-  %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
-  %2391 = getelementptr inbounds nuw i8, ptr %2081, i64 80
-  %2392 = load i64, ptr %2391, align 8, !tbaa !9
-  %gep518.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2392
-  %2393 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !9
-  %2394 = shl <16 x i32> %2393, splat (i32 16)
-  %2395 = bitcast <16 x i32> %2394 to <16 x float>
-  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2395, <16 x float> %2365)
-  %2397 = and <16 x i32> %2393, %106
-  %2398 = bitcast <16 x i32> %2397 to <16 x float>
-  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2390, <16 x float> %2398, <16 x float> %2368)
-  %2400 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 552
-  %2401 = load float, ptr %2400, align 4, !tbaa !9
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2395, <16 x float> %2373)
-  %2405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2398, <16 x float> %2374)
-  %2406 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1064
-  %2407 = load float, ptr %2406, align 4, !tbaa !9
-  %2408 = insertelement <16 x float> poison, float %2407, i64 0
-  %2409 = shufflevector <16 x float> %2408, <16 x float> poison, <16 x i32> zeroinitializer
-  %2410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2409, <16 x float> %2395, <16 x float> %2379)
-  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2409, <16 x float> %2398, <16 x float> %2380)
-  %2412 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1576
-  %2413 = load float, ptr %2412, align 4, !tbaa !9
-  %2414 = insertelement <16 x float> poison, float %2413, i64 0
-  %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2415, <16 x float> %2395, <16 x float> %2385)
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2415, <16 x float> %2398, <16 x float> %2386)
-  %2418 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 44
-  %2419 = load float, ptr %2418, align 4, !tbaa !9
-  %2420 = insertelement <16 x float> poison, float %2419, i64 0
-  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
-  %2422 = getelementptr inbounds nuw i8, ptr %2081, i64 88
-  %2423 = load i64, ptr %2422, align 8, !tbaa !9
-  %gep520.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2423
-  %2424 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !9
-  %2425 = shl <16 x i32> %2424, splat (i32 16)
-  %2426 = bitcast <16 x i32> %2425 to <16 x float>
-  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2426, <16 x float> %2396)
-  %2428 = and <16 x i32> %2424, %106
-  %2429 = bitcast <16 x i32> %2428 to <16 x float>
-  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2421, <16 x float> %2429, <16 x float> %2399)
-  %2431 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 556
-  %2432 = load float, ptr %2431, align 4, !tbaa !9
-  %2433 = insertelement <16 x float> poison, float %2432, i64 0
-  %2434 = shufflevector <16 x float> %2433, <16 x float> poison, <16 x i32> zeroinitializer
-  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %2426, <16 x float> %2404)
-  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2434, <16 x float> %2429, <16 x float> %2405)
-  %2437 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1068
-  %2438 = load float, ptr %2437, align 4, !tbaa !9
-  %2439 = insertelement <16 x float> poison, float %2438, i64 0
-  %2440 = shufflevector <16 x float> %2439, <16 x float> poison, <16 x i32> zeroinitializer
-  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2426, <16 x float> %2410)
-  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2429, <16 x float> %2411)
-  %2443 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1580
-  %2444 = load float, ptr %2443, align 4, !tbaa !9
-  %2445 = insertelement <16 x float> poison, float %2444, i64 0
-  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2426, <16 x float> %2416)
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2429, <16 x float> %2417)
-  %2449 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 48
-  %2450 = load float, ptr %2449, align 4, !tbaa !9
-  %2451 = insertelement <16 x float> poison, float %2450, i64 0
-  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
-  %2453 = getelementptr inbounds nuw i8, ptr %2081, i64 96
-  %2454 = load i64, ptr %2453, align 8, !tbaa !9
-  %gep522.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2454
-  %2455 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !9
-  %2456 = shl <16 x i32> %2455, splat (i32 16)
-  %2457 = bitcast <16 x i32> %2456 to <16 x float>
-  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2457, <16 x float> %2427)
-  %2459 = and <16 x i32> %2455, %106
-  %2460 = bitcast <16 x i32> %2459 to <16 x float>
-  %2461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2460, <16 x float> %2430)
-  %2462 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 560
-  %2463 = load float, ptr %2462, align 4, !tbaa !9
-  %2464 = insertelement <16 x float> poison, float %2463, i64 0
-  %2465 = shufflevector <16 x float> %2464, <16 x float> poison, <16 x i32> zeroinitializer
-  %2466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2457, <16 x float> %2435)
-  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2460, <16 x float> %2436)
-  %2468 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1072
-  %2469 = load float, ptr %2468, align 4, !tbaa !9
-  %2470 = insertelement <16 x float> poison, float %2469, i64 0
-  %2471 = shufflevector <16 x float> %2470, <16 x float> poison, <16 x i32> zeroinitializer
-  %2472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2457, <16 x float> %2441)
-  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2471, <16 x float> %2460, <16 x float> %2442)
-  %2474 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1584
-  %2475 = load float, ptr %2474, align 4, !tbaa !9
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2457, <16 x float> %2447)
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2460, <16 x float> %2448)
-  %2480 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 52
-  %2481 = load float, ptr %2480, align 4, !tbaa !9
-  %2482 = insertelement <16 x float> poison, float %2481, i64 0
-  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
-  %2484 = getelementptr inbounds nuw i8, ptr %2081, i64 104
-  %2485 = load i64, ptr %2484, align 8, !tbaa !9
-  %gep524.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2485
-  %2486 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !9
-  %2487 = shl <16 x i32> %2486, splat (i32 16)
-  %2488 = bitcast <16 x i32> %2487 to <16 x float>
-  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2488, <16 x float> %2458)
-  %2490 = and <16 x i32> %2486, %106
-  %2491 = bitcast <16 x i32> %2490 to <16 x float>
-  %2492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2483, <16 x float> %2491, <16 x float> %2461)
-  %2493 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 564
-  %2494 = load float, ptr %2493, align 4, !tbaa !9
-  %2495 = insertelement <16 x float> poison, float %2494, i64 0
-  %2496 = shufflevector <16 x float> %2495, <16 x float> poison, <16 x i32> zeroinitializer
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2488, <16 x float> %2466)
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2491, <16 x float> %2467)
-  %2499 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1076
-  %2500 = load float, ptr %2499, align 4, !tbaa !9
-  %2501 = insertelement <16 x float> poison, float %2500, i64 0
-  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2488, <16 x float> %2472)
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2502, <16 x float> %2491, <16 x float> %2473)
-  %2505 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1588
-  %2506 = load float, ptr %2505, align 4, !tbaa !9
-  %2507 = insertelement <16 x float> poison, float %2506, i64 0
-  %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2488, <16 x float> %2478)
-  %2510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2508, <16 x float> %2491, <16 x float> %2479)
-  %2511 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 56
-  %2512 = load float, ptr %2511, align 4, !tbaa !9
-  %2513 = insertelement <16 x float> poison, float %2512, i64 0
-  %2514 = shufflevector <16 x float> %2513, <16 x float> poison, <16 x i32> zeroinitializer
-  %2515 = getelementptr inbounds nuw i8, ptr %2081, i64 112
-  %2516 = load i64, ptr %2515, align 8, !tbaa !9
-  %gep526.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2516
-  %2517 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !9
-  %2518 = shl <16 x i32> %2517, splat (i32 16)
-  %2519 = bitcast <16 x i32> %2518 to <16 x float>
-  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2514, <16 x float> %2519, <16 x float> %2489)
-  %2521 = and <16 x i32> %2517, %106
-  %2522 = bitcast <16 x i32> %2521 to <16 x float>
-  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2514, <16 x float> %2522, <16 x float> %2492)
-  %2524 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 568
-  %2525 = load float, ptr %2524, align 4, !tbaa !9
-  %2526 = insertelement <16 x float> poison, float %2525, i64 0
-  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
-  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2519, <16 x float> %2497)
-  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2527, <16 x float> %2522, <16 x float> %2498)
-  %2530 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1080
-  %2531 = load float, ptr %2530, align 4, !tbaa !9
-  %2532 = insertelement <16 x float> poison, float %2531, i64 0
-  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
-  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2519, <16 x float> %2503)
-  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2522, <16 x float> %2504)
-  %2536 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1592
-  %2537 = load float, ptr %2536, align 4, !tbaa !9
-  %2538 = insertelement <16 x float> poison, float %2537, i64 0
-  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
-  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2519, <16 x float> %2509)
-  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2522, <16 x float> %2510)
-  %2542 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 60
-  %2543 = load float, ptr %2542, align 4, !tbaa !9
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = getelementptr inbounds nuw i8, ptr %2081, i64 120
-  %2547 = load i64, ptr %2546, align 8, !tbaa !9
-  %gep528.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2547
-  %2548 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !9
-  %2549 = shl <16 x i32> %2548, splat (i32 16)
-  %2550 = bitcast <16 x i32> %2549 to <16 x float>
-  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2550, <16 x float> %2520)
-  %2552 = and <16 x i32> %2548, %106
-  %2553 = bitcast <16 x i32> %2552 to <16 x float>
-  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2553, <16 x float> %2523)
-  %2555 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 572
-  %2556 = load float, ptr %2555, align 4, !tbaa !9
-  %2557 = insertelement <16 x float> poison, float %2556, i64 0
-  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
-  %2559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2558, <16 x float> %2550, <16 x float> %2528)
-  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2558, <16 x float> %2553, <16 x float> %2529)
-  %2561 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1084
-  %2562 = load float, ptr %2561, align 4, !tbaa !9
-  %2563 = insertelement <16 x float> poison, float %2562, i64 0
-  %2564 = shufflevector <16 x float> %2563, <16 x float> poison, <16 x i32> zeroinitializer
-  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2550, <16 x float> %2534)
-  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2564, <16 x float> %2553, <16 x float> %2535)
-  %2567 = getelementptr inbounds nuw i8, ptr %gep946.i, i64 1596
-  %2568 = load float, ptr %2567, align 4, !tbaa !9
-  %2569 = insertelement <16 x float> poison, float %2568, i64 0
-  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
-  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2550, <16 x float> %2540)
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2553, <16 x float> %2541)
+  %full_acc260.sroa.238.0487.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2537, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.204.0486.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2536, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.170.0485.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2531, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.0.0484.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2516, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.34.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2519, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.68.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2524, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.102.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2525, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.136.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_line137.preheader.lr.ph.i ], [ %2530, %for_begin_line137.preheader.i ]
+  %2033 = trunc nuw nsw i64 %indvars.iv699.i to i32
+  %2034 = add i32 %2032, %2033
+  %2035 = sext i32 %2034 to i64
+  %2036 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2035
+  %2037 = load i64, ptr %2036, align 8, !tbaa !9
+  %2038 = getelementptr i32, ptr %value_cache, i64 %2037
+  tail call void @llvm.prefetch.p0(ptr readonly %2038, i32 0, i32 2, i32 1)
+  %2039 = getelementptr i8, ptr %2038, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %2039, i32 0, i32 2, i32 1)
+  %2040 = getelementptr i8, ptr %2038, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %2040, i32 0, i32 2, i32 1)
+  %2041 = getelementptr i8, ptr %2038, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %2041, i32 0, i32 2, i32 1)
+  %2042 = shl nsw i64 %indvars.iv699.i, 4
+  %gep948.i = getelementptr inbounds nuw float, ptr %invariant.gep947.i, i64 %2042
+  %2043 = load float, ptr %gep948.i, align 4, !tbaa !9
+  %2044 = insertelement <16 x float> poison, float %2043, i64 0
+  %2045 = shufflevector <16 x float> %2044, <16 x float> poison, <16 x i32> zeroinitializer
+  %2046 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2042
+  %2047 = load i64, ptr %2046, align 8, !tbaa !9
+  %gep498.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2047
+  %2048 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !9
+  %2049 = shl <16 x i32> %2048, splat (i32 16)
+  %2050 = bitcast <16 x i32> %2049 to <16 x float>
+  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2045, <16 x float> %2050, <16 x float> %full_acc260.sroa.0.0484.i)
+  %2052 = and <16 x i32> %2048, %106
+  %2053 = bitcast <16 x i32> %2052 to <16 x float>
+  %2054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2045, <16 x float> %2053, <16 x float> %full_acc260.sroa.34.0483.i)
+  %2055 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 512
+  %2056 = load float, ptr %2055, align 4, !tbaa !9
+  %2057 = insertelement <16 x float> poison, float %2056, i64 0
+  %2058 = shufflevector <16 x float> %2057, <16 x float> poison, <16 x i32> zeroinitializer
+  %2059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2050, <16 x float> %full_acc260.sroa.68.0482.i)
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2053, <16 x float> %full_acc260.sroa.102.0481.i)
+  %2061 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1024
+  %2062 = load float, ptr %2061, align 4, !tbaa !9
+  %2063 = insertelement <16 x float> poison, float %2062, i64 0
+  %2064 = shufflevector <16 x float> %2063, <16 x float> poison, <16 x i32> zeroinitializer
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2050, <16 x float> %full_acc260.sroa.136.0480.i)
+  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2053, <16 x float> %full_acc260.sroa.170.0485.i)
+  %2067 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1536
+  %2068 = load float, ptr %2067, align 4, !tbaa !9
+  %2069 = insertelement <16 x float> poison, float %2068, i64 0
+  %2070 = shufflevector <16 x float> %2069, <16 x float> poison, <16 x i32> zeroinitializer
+  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> %2050, <16 x float> %full_acc260.sroa.204.0486.i)
+  %2072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2070, <16 x float> %2053, <16 x float> %full_acc260.sroa.238.0487.i)
+  %2073 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 4
+  %2074 = load float, ptr %2073, align 4, !tbaa !9
+  %2075 = insertelement <16 x float> poison, float %2074, i64 0
+  %2076 = shufflevector <16 x float> %2075, <16 x float> poison, <16 x i32> zeroinitializer
+  %2077 = getelementptr inbounds nuw i8, ptr %2046, i64 8
+  %2078 = load i64, ptr %2077, align 8, !tbaa !9
+  %gep500.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2078
+  %2079 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !9
+  %2080 = shl <16 x i32> %2079, splat (i32 16)
+  %2081 = bitcast <16 x i32> %2080 to <16 x float>
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2081, <16 x float> %2051)
+  %2083 = and <16 x i32> %2079, %106
+  %2084 = bitcast <16 x i32> %2083 to <16 x float>
+  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2084, <16 x float> %2054)
+  %2086 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 516
+  %2087 = load float, ptr %2086, align 4, !tbaa !9
+  %2088 = insertelement <16 x float> poison, float %2087, i64 0
+  %2089 = shufflevector <16 x float> %2088, <16 x float> poison, <16 x i32> zeroinitializer
+  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2081, <16 x float> %2059)
+  %2091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2084, <16 x float> %2060)
+  %2092 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1028
+  %2093 = load float, ptr %2092, align 4, !tbaa !9
+  %2094 = insertelement <16 x float> poison, float %2093, i64 0
+  %2095 = shufflevector <16 x float> %2094, <16 x float> poison, <16 x i32> zeroinitializer
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2081, <16 x float> %2065)
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2095, <16 x float> %2084, <16 x float> %2066)
+  %2098 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1540
+  %2099 = load float, ptr %2098, align 4, !tbaa !9
+  %2100 = insertelement <16 x float> poison, float %2099, i64 0
+  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2081, <16 x float> %2071)
+  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2084, <16 x float> %2072)
+  %2104 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 8
+  %2105 = load float, ptr %2104, align 4, !tbaa !9
+  %2106 = insertelement <16 x float> poison, float %2105, i64 0
+  %2107 = shufflevector <16 x float> %2106, <16 x float> poison, <16 x i32> zeroinitializer
+  %2108 = getelementptr inbounds nuw i8, ptr %2046, i64 16
+  %2109 = load i64, ptr %2108, align 8, !tbaa !9
+  %gep502.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2109
+  %2110 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !9
+  %2111 = shl <16 x i32> %2110, splat (i32 16)
+  %2112 = bitcast <16 x i32> %2111 to <16 x float>
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2112, <16 x float> %2082)
+  %2114 = and <16 x i32> %2110, %106
+  %2115 = bitcast <16 x i32> %2114 to <16 x float>
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2115, <16 x float> %2085)
+  %2117 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 520
+  %2118 = load float, ptr %2117, align 4, !tbaa !9
+  %2119 = insertelement <16 x float> poison, float %2118, i64 0
+  %2120 = shufflevector <16 x float> %2119, <16 x float> poison, <16 x i32> zeroinitializer
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2112, <16 x float> %2090)
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2115, <16 x float> %2091)
+  %2123 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1032
+  %2124 = load float, ptr %2123, align 4, !tbaa !9
+  %2125 = insertelement <16 x float> poison, float %2124, i64 0
+  %2126 = shufflevector <16 x float> %2125, <16 x float> poison, <16 x i32> zeroinitializer
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2112, <16 x float> %2096)
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2115, <16 x float> %2097)
+  %2129 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1544
+  %2130 = load float, ptr %2129, align 4, !tbaa !9
+  %2131 = insertelement <16 x float> poison, float %2130, i64 0
+  %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2112, <16 x float> %2102)
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2115, <16 x float> %2103)
+  %2135 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 12
+  %2136 = load float, ptr %2135, align 4, !tbaa !9
+  %2137 = insertelement <16 x float> poison, float %2136, i64 0
+  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
+  %2139 = getelementptr inbounds nuw i8, ptr %2046, i64 24
+  %2140 = load i64, ptr %2139, align 8, !tbaa !9
+  %gep504.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2140
+  %2141 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !9
+  %2142 = shl <16 x i32> %2141, splat (i32 16)
+  %2143 = bitcast <16 x i32> %2142 to <16 x float>
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2143, <16 x float> %2113)
+  %2145 = and <16 x i32> %2141, %106
+  %2146 = bitcast <16 x i32> %2145 to <16 x float>
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2138, <16 x float> %2146, <16 x float> %2116)
+  %2148 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 524
+  %2149 = load float, ptr %2148, align 4, !tbaa !9
+  %2150 = insertelement <16 x float> poison, float %2149, i64 0
+  %2151 = shufflevector <16 x float> %2150, <16 x float> poison, <16 x i32> zeroinitializer
+  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2143, <16 x float> %2121)
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %2146, <16 x float> %2122)
+  %2154 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1036
+  %2155 = load float, ptr %2154, align 4, !tbaa !9
+  %2156 = insertelement <16 x float> poison, float %2155, i64 0
+  %2157 = shufflevector <16 x float> %2156, <16 x float> poison, <16 x i32> zeroinitializer
+  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2143, <16 x float> %2127)
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2157, <16 x float> %2146, <16 x float> %2128)
+  %2160 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1548
+  %2161 = load float, ptr %2160, align 4, !tbaa !9
+  %2162 = insertelement <16 x float> poison, float %2161, i64 0
+  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
+  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2143, <16 x float> %2133)
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2163, <16 x float> %2146, <16 x float> %2134)
+  %2166 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 16
+  %2167 = load float, ptr %2166, align 4, !tbaa !9
+  %2168 = insertelement <16 x float> poison, float %2167, i64 0
+  %2169 = shufflevector <16 x float> %2168, <16 x float> poison, <16 x i32> zeroinitializer
+  %2170 = getelementptr inbounds nuw i8, ptr %2046, i64 32
+  %2171 = load i64, ptr %2170, align 8, !tbaa !9
+  %gep506.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2171
+  %2172 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !9
+  %2173 = shl <16 x i32> %2172, splat (i32 16)
+  %2174 = bitcast <16 x i32> %2173 to <16 x float>
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2174, <16 x float> %2144)
+  %2176 = and <16 x i32> %2172, %106
+  %2177 = bitcast <16 x i32> %2176 to <16 x float>
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2177, <16 x float> %2147)
+  %2179 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 528
+  %2180 = load float, ptr %2179, align 4, !tbaa !9
+  %2181 = insertelement <16 x float> poison, float %2180, i64 0
+  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
+  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2174, <16 x float> %2152)
+  %2184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2182, <16 x float> %2177, <16 x float> %2153)
+  %2185 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1040
+  %2186 = load float, ptr %2185, align 4, !tbaa !9
+  %2187 = insertelement <16 x float> poison, float %2186, i64 0
+  %2188 = shufflevector <16 x float> %2187, <16 x float> poison, <16 x i32> zeroinitializer
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2188, <16 x float> %2174, <16 x float> %2158)
+  %2190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2188, <16 x float> %2177, <16 x float> %2159)
+  %2191 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1552
+  %2192 = load float, ptr %2191, align 4, !tbaa !9
+  %2193 = insertelement <16 x float> poison, float %2192, i64 0
+  %2194 = shufflevector <16 x float> %2193, <16 x float> poison, <16 x i32> zeroinitializer
+  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2174, <16 x float> %2164)
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2194, <16 x float> %2177, <16 x float> %2165)
+  %2197 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 20
+  %2198 = load float, ptr %2197, align 4, !tbaa !9
+  %2199 = insertelement <16 x float> poison, float %2198, i64 0
+  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
+  %2201 = getelementptr inbounds nuw i8, ptr %2046, i64 40
+  %2202 = load i64, ptr %2201, align 8, !tbaa !9
+  %gep508.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2202
+  %2203 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !9
+  %2204 = shl <16 x i32> %2203, splat (i32 16)
+  %2205 = bitcast <16 x i32> %2204 to <16 x float>
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2205, <16 x float> %2175)
+  %2207 = and <16 x i32> %2203, %106
+  %2208 = bitcast <16 x i32> %2207 to <16 x float>
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2208, <16 x float> %2178)
+  %2210 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 532
+  %2211 = load float, ptr %2210, align 4, !tbaa !9
+  %2212 = insertelement <16 x float> poison, float %2211, i64 0
+  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
+  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2205, <16 x float> %2183)
+  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2208, <16 x float> %2184)
+  %2216 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1044
+  %2217 = load float, ptr %2216, align 4, !tbaa !9
+  %2218 = insertelement <16 x float> poison, float %2217, i64 0
+  %2219 = shufflevector <16 x float> %2218, <16 x float> poison, <16 x i32> zeroinitializer
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2205, <16 x float> %2189)
+  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2208, <16 x float> %2190)
+  %2222 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1556
+  %2223 = load float, ptr %2222, align 4, !tbaa !9
+  %2224 = insertelement <16 x float> poison, float %2223, i64 0
+  %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2205, <16 x float> %2195)
+  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2208, <16 x float> %2196)
+  %2228 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 24
+  %2229 = load float, ptr %2228, align 4, !tbaa !9
+  %2230 = insertelement <16 x float> poison, float %2229, i64 0
+  %2231 = shufflevector <16 x float> %2230, <16 x float> poison, <16 x i32> zeroinitializer
+  %2232 = getelementptr inbounds nuw i8, ptr %2046, i64 48
+  %2233 = load i64, ptr %2232, align 8, !tbaa !9
+  %gep510.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2233
+  %2234 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !9
+  %2235 = shl <16 x i32> %2234, splat (i32 16)
+  %2236 = bitcast <16 x i32> %2235 to <16 x float>
+  %2237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2236, <16 x float> %2206)
+  %2238 = and <16 x i32> %2234, %106
+  %2239 = bitcast <16 x i32> %2238 to <16 x float>
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2231, <16 x float> %2239, <16 x float> %2209)
+  %2241 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 536
+  %2242 = load float, ptr %2241, align 4, !tbaa !9
+  %2243 = insertelement <16 x float> poison, float %2242, i64 0
+  %2244 = shufflevector <16 x float> %2243, <16 x float> poison, <16 x i32> zeroinitializer
+  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2244, <16 x float> %2236, <16 x float> %2214)
+  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2244, <16 x float> %2239, <16 x float> %2215)
+  %2247 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1048
+  %2248 = load float, ptr %2247, align 4, !tbaa !9
+  %2249 = insertelement <16 x float> poison, float %2248, i64 0
+  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
+  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2236, <16 x float> %2220)
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2239, <16 x float> %2221)
+  %2253 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1560
+  %2254 = load float, ptr %2253, align 4, !tbaa !9
+  %2255 = insertelement <16 x float> poison, float %2254, i64 0
+  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2236, <16 x float> %2226)
+  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2256, <16 x float> %2239, <16 x float> %2227)
+  %2259 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 28
+  %2260 = load float, ptr %2259, align 4, !tbaa !9
+  %2261 = insertelement <16 x float> poison, float %2260, i64 0
+  %2262 = shufflevector <16 x float> %2261, <16 x float> poison, <16 x i32> zeroinitializer
+  %2263 = getelementptr inbounds nuw i8, ptr %2046, i64 56
+  %2264 = load i64, ptr %2263, align 8, !tbaa !9
+  %gep512.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2264
+  %2265 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !9
+  %2266 = shl <16 x i32> %2265, splat (i32 16)
+  %2267 = bitcast <16 x i32> %2266 to <16 x float>
+  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2267, <16 x float> %2237)
+  %2269 = and <16 x i32> %2265, %106
+  %2270 = bitcast <16 x i32> %2269 to <16 x float>
+  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2262, <16 x float> %2270, <16 x float> %2240)
+  %2272 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 540
+  %2273 = load float, ptr %2272, align 4, !tbaa !9
+  %2274 = insertelement <16 x float> poison, float %2273, i64 0
+  %2275 = shufflevector <16 x float> %2274, <16 x float> poison, <16 x i32> zeroinitializer
+  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2267, <16 x float> %2245)
+  %2277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2270, <16 x float> %2246)
+  %2278 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1052
+  %2279 = load float, ptr %2278, align 4, !tbaa !9
+  %2280 = insertelement <16 x float> poison, float %2279, i64 0
+  %2281 = shufflevector <16 x float> %2280, <16 x float> poison, <16 x i32> zeroinitializer
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2267, <16 x float> %2251)
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2281, <16 x float> %2270, <16 x float> %2252)
+  %2284 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1564
+  %2285 = load float, ptr %2284, align 4, !tbaa !9
+  %2286 = insertelement <16 x float> poison, float %2285, i64 0
+  %2287 = shufflevector <16 x float> %2286, <16 x float> poison, <16 x i32> zeroinitializer
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2287, <16 x float> %2267, <16 x float> %2257)
+  %2289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2287, <16 x float> %2270, <16 x float> %2258)
+  %2290 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 32
+  %2291 = load float, ptr %2290, align 4, !tbaa !9
+  %2292 = insertelement <16 x float> poison, float %2291, i64 0
+  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
+  %2294 = getelementptr inbounds nuw i8, ptr %2046, i64 64
+  %2295 = load i64, ptr %2294, align 8, !tbaa !9
+  %gep514.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2295
+  %2296 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !9
+  %2297 = shl <16 x i32> %2296, splat (i32 16)
+  %2298 = bitcast <16 x i32> %2297 to <16 x float>
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2298, <16 x float> %2268)
+  %2300 = and <16 x i32> %2296, %106
+  %2301 = bitcast <16 x i32> %2300 to <16 x float>
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2293, <16 x float> %2301, <16 x float> %2271)
+  %2303 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 544
+  %2304 = load float, ptr %2303, align 4, !tbaa !9
+  %2305 = insertelement <16 x float> poison, float %2304, i64 0
+  %2306 = shufflevector <16 x float> %2305, <16 x float> poison, <16 x i32> zeroinitializer
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2306, <16 x float> %2298, <16 x float> %2276)
+  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2306, <16 x float> %2301, <16 x float> %2277)
+  %2309 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1056
+  %2310 = load float, ptr %2309, align 4, !tbaa !9
+  %2311 = insertelement <16 x float> poison, float %2310, i64 0
+  %2312 = shufflevector <16 x float> %2311, <16 x float> poison, <16 x i32> zeroinitializer
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2298, <16 x float> %2282)
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2301, <16 x float> %2283)
+  %2315 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1568
+  %2316 = load float, ptr %2315, align 4, !tbaa !9
+  %2317 = insertelement <16 x float> poison, float %2316, i64 0
+  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
+  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2298, <16 x float> %2288)
+  %2320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2301, <16 x float> %2289)
+  %2321 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 36
+  %2322 = load float, ptr %2321, align 4, !tbaa !9
+  %2323 = insertelement <16 x float> poison, float %2322, i64 0
+  %2324 = shufflevector <16 x float> %2323, <16 x float> poison, <16 x i32> zeroinitializer
+  %2325 = getelementptr inbounds nuw i8, ptr %2046, i64 72
+  %2326 = load i64, ptr %2325, align 8, !tbaa !9
+  %gep516.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2326
+  %2327 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !9
+  %2328 = shl <16 x i32> %2327, splat (i32 16)
+  %2329 = bitcast <16 x i32> %2328 to <16 x float>
+  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2329, <16 x float> %2299)
+  %2331 = and <16 x i32> %2327, %106
+  %2332 = bitcast <16 x i32> %2331 to <16 x float>
+  %2333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2332, <16 x float> %2302)
+  %2334 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 548
+  %2335 = load float, ptr %2334, align 4, !tbaa !9
+  %2336 = insertelement <16 x float> poison, float %2335, i64 0
+  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
+  %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2329, <16 x float> %2307)
+  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2332, <16 x float> %2308)
+  %2340 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1060
+  %2341 = load float, ptr %2340, align 4, !tbaa !9
+  %2342 = insertelement <16 x float> poison, float %2341, i64 0
+  %2343 = shufflevector <16 x float> %2342, <16 x float> poison, <16 x i32> zeroinitializer
+  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2343, <16 x float> %2329, <16 x float> %2313)
+  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2343, <16 x float> %2332, <16 x float> %2314)
+  %2346 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1572
+  %2347 = load float, ptr %2346, align 4, !tbaa !9
+  %2348 = insertelement <16 x float> poison, float %2347, i64 0
+  %2349 = shufflevector <16 x float> %2348, <16 x float> poison, <16 x i32> zeroinitializer
+  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2349, <16 x float> %2329, <16 x float> %2319)
+  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2349, <16 x float> %2332, <16 x float> %2320)
+  %2352 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 40
+  %2353 = load float, ptr %2352, align 4, !tbaa !9
+  %2354 = insertelement <16 x float> poison, float %2353, i64 0
+  %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
+  %2356 = getelementptr inbounds nuw i8, ptr %2046, i64 80
+  %2357 = load i64, ptr %2356, align 8, !tbaa !9
+  %gep518.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2357
+  %2358 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !9
+  %2359 = shl <16 x i32> %2358, splat (i32 16)
+  %2360 = bitcast <16 x i32> %2359 to <16 x float>
+  %2361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2360, <16 x float> %2330)
+  %2362 = and <16 x i32> %2358, %106
+  %2363 = bitcast <16 x i32> %2362 to <16 x float>
+  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2363, <16 x float> %2333)
+  %2365 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 552
+  %2366 = load float, ptr %2365, align 4, !tbaa !9
+  %2367 = insertelement <16 x float> poison, float %2366, i64 0
+  %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2368, <16 x float> %2360, <16 x float> %2338)
+  %2370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2368, <16 x float> %2363, <16 x float> %2339)
+  %2371 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1064
+  %2372 = load float, ptr %2371, align 4, !tbaa !9
+  %2373 = insertelement <16 x float> poison, float %2372, i64 0
+  %2374 = shufflevector <16 x float> %2373, <16 x float> poison, <16 x i32> zeroinitializer
+  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2360, <16 x float> %2344)
+  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2374, <16 x float> %2363, <16 x float> %2345)
+  %2377 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1576
+  %2378 = load float, ptr %2377, align 4, !tbaa !9
+  %2379 = insertelement <16 x float> poison, float %2378, i64 0
+  %2380 = shufflevector <16 x float> %2379, <16 x float> poison, <16 x i32> zeroinitializer
+  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2380, <16 x float> %2360, <16 x float> %2350)
+  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2380, <16 x float> %2363, <16 x float> %2351)
+  %2383 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 44
+  %2384 = load float, ptr %2383, align 4, !tbaa !9
+  %2385 = insertelement <16 x float> poison, float %2384, i64 0
+  %2386 = shufflevector <16 x float> %2385, <16 x float> poison, <16 x i32> zeroinitializer
+  %2387 = getelementptr inbounds nuw i8, ptr %2046, i64 88
+  %2388 = load i64, ptr %2387, align 8, !tbaa !9
+  %gep520.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2388
+  %2389 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !9
+  %2390 = shl <16 x i32> %2389, splat (i32 16)
+  %2391 = bitcast <16 x i32> %2390 to <16 x float>
+  %2392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2391, <16 x float> %2361)
+  %2393 = and <16 x i32> %2389, %106
+  %2394 = bitcast <16 x i32> %2393 to <16 x float>
+  %2395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2386, <16 x float> %2394, <16 x float> %2364)
+  %2396 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 556
+  %2397 = load float, ptr %2396, align 4, !tbaa !9
+  %2398 = insertelement <16 x float> poison, float %2397, i64 0
+  %2399 = shufflevector <16 x float> %2398, <16 x float> poison, <16 x i32> zeroinitializer
+  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2391, <16 x float> %2369)
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2394, <16 x float> %2370)
+  %2402 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1068
+  %2403 = load float, ptr %2402, align 4, !tbaa !9
+  %2404 = insertelement <16 x float> poison, float %2403, i64 0
+  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2391, <16 x float> %2375)
+  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2394, <16 x float> %2376)
+  %2408 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1580
+  %2409 = load float, ptr %2408, align 4, !tbaa !9
+  %2410 = insertelement <16 x float> poison, float %2409, i64 0
+  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
+  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2391, <16 x float> %2381)
+  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2394, <16 x float> %2382)
+  %2414 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 48
+  %2415 = load float, ptr %2414, align 4, !tbaa !9
+  %2416 = insertelement <16 x float> poison, float %2415, i64 0
+  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
+  %2418 = getelementptr inbounds nuw i8, ptr %2046, i64 96
+  %2419 = load i64, ptr %2418, align 8, !tbaa !9
+  %gep522.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2419
+  %2420 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !9
+  %2421 = shl <16 x i32> %2420, splat (i32 16)
+  %2422 = bitcast <16 x i32> %2421 to <16 x float>
+  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2422, <16 x float> %2392)
+  %2424 = and <16 x i32> %2420, %106
+  %2425 = bitcast <16 x i32> %2424 to <16 x float>
+  %2426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2425, <16 x float> %2395)
+  %2427 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 560
+  %2428 = load float, ptr %2427, align 4, !tbaa !9
+  %2429 = insertelement <16 x float> poison, float %2428, i64 0
+  %2430 = shufflevector <16 x float> %2429, <16 x float> poison, <16 x i32> zeroinitializer
+  %2431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2422, <16 x float> %2400)
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2430, <16 x float> %2425, <16 x float> %2401)
+  %2433 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1072
+  %2434 = load float, ptr %2433, align 4, !tbaa !9
+  %2435 = insertelement <16 x float> poison, float %2434, i64 0
+  %2436 = shufflevector <16 x float> %2435, <16 x float> poison, <16 x i32> zeroinitializer
+  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2436, <16 x float> %2422, <16 x float> %2406)
+  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2436, <16 x float> %2425, <16 x float> %2407)
+  %2439 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1584
+  %2440 = load float, ptr %2439, align 4, !tbaa !9
+  %2441 = insertelement <16 x float> poison, float %2440, i64 0
+  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
+  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %2422, <16 x float> %2412)
+  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %2425, <16 x float> %2413)
+  %2445 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 52
+  %2446 = load float, ptr %2445, align 4, !tbaa !9
+  %2447 = insertelement <16 x float> poison, float %2446, i64 0
+  %2448 = shufflevector <16 x float> %2447, <16 x float> poison, <16 x i32> zeroinitializer
+  %2449 = getelementptr inbounds nuw i8, ptr %2046, i64 104
+  %2450 = load i64, ptr %2449, align 8, !tbaa !9
+  %gep524.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2450
+  %2451 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !9
+  %2452 = shl <16 x i32> %2451, splat (i32 16)
+  %2453 = bitcast <16 x i32> %2452 to <16 x float>
+  %2454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2448, <16 x float> %2453, <16 x float> %2423)
+  %2455 = and <16 x i32> %2451, %106
+  %2456 = bitcast <16 x i32> %2455 to <16 x float>
+  %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2448, <16 x float> %2456, <16 x float> %2426)
+  %2458 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 564
+  %2459 = load float, ptr %2458, align 4, !tbaa !9
+  %2460 = insertelement <16 x float> poison, float %2459, i64 0
+  %2461 = shufflevector <16 x float> %2460, <16 x float> poison, <16 x i32> zeroinitializer
+  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2461, <16 x float> %2453, <16 x float> %2431)
+  %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2461, <16 x float> %2456, <16 x float> %2432)
+  %2464 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1076
+  %2465 = load float, ptr %2464, align 4, !tbaa !9
+  %2466 = insertelement <16 x float> poison, float %2465, i64 0
+  %2467 = shufflevector <16 x float> %2466, <16 x float> poison, <16 x i32> zeroinitializer
+  %2468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2453, <16 x float> %2437)
+  %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2467, <16 x float> %2456, <16 x float> %2438)
+  %2470 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1588
+  %2471 = load float, ptr %2470, align 4, !tbaa !9
+  %2472 = insertelement <16 x float> poison, float %2471, i64 0
+  %2473 = shufflevector <16 x float> %2472, <16 x float> poison, <16 x i32> zeroinitializer
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2473, <16 x float> %2453, <16 x float> %2443)
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2473, <16 x float> %2456, <16 x float> %2444)
+  %2476 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 56
+  %2477 = load float, ptr %2476, align 4, !tbaa !9
+  %2478 = insertelement <16 x float> poison, float %2477, i64 0
+  %2479 = shufflevector <16 x float> %2478, <16 x float> poison, <16 x i32> zeroinitializer
+  %2480 = getelementptr inbounds nuw i8, ptr %2046, i64 112
+  %2481 = load i64, ptr %2480, align 8, !tbaa !9
+  %gep526.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2481
+  %2482 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !9
+  %2483 = shl <16 x i32> %2482, splat (i32 16)
+  %2484 = bitcast <16 x i32> %2483 to <16 x float>
+  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2479, <16 x float> %2484, <16 x float> %2454)
+  %2486 = and <16 x i32> %2482, %106
+  %2487 = bitcast <16 x i32> %2486 to <16 x float>
+  %2488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2479, <16 x float> %2487, <16 x float> %2457)
+  %2489 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 568
+  %2490 = load float, ptr %2489, align 4, !tbaa !9
+  %2491 = insertelement <16 x float> poison, float %2490, i64 0
+  %2492 = shufflevector <16 x float> %2491, <16 x float> poison, <16 x i32> zeroinitializer
+  %2493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2492, <16 x float> %2484, <16 x float> %2462)
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2492, <16 x float> %2487, <16 x float> %2463)
+  %2495 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1080
+  %2496 = load float, ptr %2495, align 4, !tbaa !9
+  %2497 = insertelement <16 x float> poison, float %2496, i64 0
+  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2498, <16 x float> %2484, <16 x float> %2468)
+  %2500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2498, <16 x float> %2487, <16 x float> %2469)
+  %2501 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1592
+  %2502 = load float, ptr %2501, align 4, !tbaa !9
+  %2503 = insertelement <16 x float> poison, float %2502, i64 0
+  %2504 = shufflevector <16 x float> %2503, <16 x float> poison, <16 x i32> zeroinitializer
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2504, <16 x float> %2484, <16 x float> %2474)
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2504, <16 x float> %2487, <16 x float> %2475)
+  %2507 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 60
+  %2508 = load float, ptr %2507, align 4, !tbaa !9
+  %2509 = insertelement <16 x float> poison, float %2508, i64 0
+  %2510 = shufflevector <16 x float> %2509, <16 x float> poison, <16 x i32> zeroinitializer
+  %2511 = getelementptr inbounds nuw i8, ptr %2046, i64 120
+  %2512 = load i64, ptr %2511, align 8, !tbaa !9
+  %gep528.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2512
+  %2513 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !9
+  %2514 = shl <16 x i32> %2513, splat (i32 16)
+  %2515 = bitcast <16 x i32> %2514 to <16 x float>
+  %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2510, <16 x float> %2515, <16 x float> %2485)
+  %2517 = and <16 x i32> %2513, %106
+  %2518 = bitcast <16 x i32> %2517 to <16 x float>
+  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2510, <16 x float> %2518, <16 x float> %2488)
+  %2520 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 572
+  %2521 = load float, ptr %2520, align 4, !tbaa !9
+  %2522 = insertelement <16 x float> poison, float %2521, i64 0
+  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
+  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2515, <16 x float> %2493)
+  %2525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2518, <16 x float> %2494)
+  %2526 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1084
+  %2527 = load float, ptr %2526, align 4, !tbaa !9
+  %2528 = insertelement <16 x float> poison, float %2527, i64 0
+  %2529 = shufflevector <16 x float> %2528, <16 x float> poison, <16 x i32> zeroinitializer
+  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2529, <16 x float> %2515, <16 x float> %2499)
+  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2529, <16 x float> %2518, <16 x float> %2500)
+  %2532 = getelementptr inbounds nuw i8, ptr %gep948.i, i64 1596
+  %2533 = load float, ptr %2532, align 4, !tbaa !9
+  %2534 = insertelement <16 x float> poison, float %2533, i64 0
+  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
+  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2515, <16 x float> %2505)
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2535, <16 x float> %2518, <16 x float> %2506)
   %indvars.iv.next700.i = add nuw nsw i64 %indvars.iv699.i, 1
   %exitcond703.not.i = icmp eq i64 %indvars.iv.next700.i, %wide.trip.count702.i
   br i1 %exitcond703.not.i, label %for_end_to134.i, label %for_begin_line137.preheader.i, !prof !4
 
-for_end_to134.i:                                  ; preds = %for_begin_line137.preheader.i, %for_body_d_0_m.i
-  %full_acc260.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2565, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2560, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2559, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2554, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2551, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2571, %for_begin_line137.preheader.i ]
-  %full_acc260.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_line137.preheader.i ]
-  br i1 %.not577.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !101
+for_end_to134.i:                                  ; preds = %for_begin_line137.preheader.i, %for_body_r_0_m.i
+  %full_acc260.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2530, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2525, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2524, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2519, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2516, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2531, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2536, %for_begin_line137.preheader.i ]
+  %full_acc260.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_r_0_m.i ], [ %2537, %for_begin_line137.preheader.i ]
+  br i1 %.not577.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !99
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to134.i
-  %invariant.gep552.idx.i = shl i64 %indvars.iv723.i, 6
-  %invariant.gep552.i = getelementptr i8, ptr %value_cache, i64 %invariant.gep552.idx.i
+  %.idx903.i = shl i64 %indvars.iv723.i, 11
+  %gep952.i = getelementptr i8, ptr %invariant.gep951.i, i64 %.idx903.i
   br i1 %1981, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !65
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
@@ -4538,554 +4503,590 @@ for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next705.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2652, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init309 = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2655, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init311 = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2660, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init313 = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2661, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init315 = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2666, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init317 = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2667, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init319 = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2672, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init321 = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2617, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init309 = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2620, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init311 = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2625, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init313 = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2626, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init315 = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2631, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init317 = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2632, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init319 = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2637, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init321 = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2638, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod331)
-  %2573 = getelementptr float, ptr %gep950.i, i64 %indvars.iv704.i.epil.init
-  %2574 = load float, ptr %2573, align 4, !tbaa !9
-  %2575 = insertelement <16 x float> poison, float %2574, i64 0
-  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep948.i.epil = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv704.i.epil.init
-  %2577 = load i64, ptr %gep948.i.epil, align 8, !tbaa !9
-  %gep553.i.epil = getelementptr i32, ptr %invariant.gep552.i, i64 %2577
-  %2578 = load <16 x i32>, ptr %gep553.i.epil, align 4, !tbaa !9
-  %2579 = shl <16 x i32> %2578, splat (i32 16)
-  %2580 = bitcast <16 x i32> %2579 to <16 x float>
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2580, <16 x float> %.epil.init)
-  %2582 = and <16 x i32> %2578, %106
-  %2583 = bitcast <16 x i32> %2582 to <16 x float>
-  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2576, <16 x float> %2583, <16 x float> %.epil.init309)
-  %2585 = getelementptr i8, ptr %2573, i64 512
-  %2586 = load float, ptr %2585, align 4, !tbaa !9
-  %2587 = insertelement <16 x float> poison, float %2586, i64 0
-  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2580, <16 x float> %.epil.init311)
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2588, <16 x float> %2583, <16 x float> %.epil.init313)
-  %2591 = getelementptr i8, ptr %2573, i64 1024
-  %2592 = load float, ptr %2591, align 4, !tbaa !9
-  %2593 = insertelement <16 x float> poison, float %2592, i64 0
-  %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2580, <16 x float> %.epil.init315)
-  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2583, <16 x float> %.epil.init317)
-  %2597 = getelementptr i8, ptr %2573, i64 1536
-  %2598 = load float, ptr %2597, align 4, !tbaa !9
-  %2599 = insertelement <16 x float> poison, float %2598, i64 0
-  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2580, <16 x float> %.epil.init319)
-  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2583, <16 x float> %.epil.init321)
+  %2538 = getelementptr float, ptr %gep952.i, i64 %indvars.iv704.i.epil.init
+  %2539 = load float, ptr %2538, align 4, !tbaa !9
+  %2540 = insertelement <16 x float> poison, float %2539, i64 0
+  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep950.i.epil = getelementptr i64, ptr %invariant.gep949.i, i64 %indvars.iv704.i.epil.init
+  %2542 = load i64, ptr %gep950.i.epil, align 8, !tbaa !9
+  %gep553.i.epil = getelementptr i32, ptr %invariant.gep497.i, i64 %2542
+  %2543 = load <16 x i32>, ptr %gep553.i.epil, align 4, !tbaa !9
+  %2544 = shl <16 x i32> %2543, splat (i32 16)
+  %2545 = bitcast <16 x i32> %2544 to <16 x float>
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2541, <16 x float> %2545, <16 x float> %.epil.init)
+  %2547 = and <16 x i32> %2543, %106
+  %2548 = bitcast <16 x i32> %2547 to <16 x float>
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2541, <16 x float> %2548, <16 x float> %.epil.init309)
+  %2550 = getelementptr i8, ptr %2538, i64 512
+  %2551 = load float, ptr %2550, align 4, !tbaa !9
+  %2552 = insertelement <16 x float> poison, float %2551, i64 0
+  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
+  %2554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2545, <16 x float> %.epil.init311)
+  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2548, <16 x float> %.epil.init313)
+  %2556 = getelementptr i8, ptr %2538, i64 1024
+  %2557 = load float, ptr %2556, align 4, !tbaa !9
+  %2558 = insertelement <16 x float> poison, float %2557, i64 0
+  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
+  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2545, <16 x float> %.epil.init315)
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2559, <16 x float> %2548, <16 x float> %.epil.init317)
+  %2562 = getelementptr i8, ptr %2538, i64 1536
+  %2563 = load float, ptr %2562, align 4, !tbaa !9
+  %2564 = insertelement <16 x float> poison, float %2563, i64 0
+  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
+  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2545, <16 x float> %.epil.init319)
+  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2548, <16 x float> %.epil.init321)
   br label %for_begin_ax4_0.preheader.i
 
 for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to134.i
-  %.lcssa542.i = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_end_to134.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2602, %for_body_ti.i.epil.preheader ]
-  %.lcssa540.i = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_end_to134.i ], [ %2672, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2601, %for_body_ti.i.epil.preheader ]
-  %.lcssa538.i = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_end_to134.i ], [ %2667, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2596, %for_body_ti.i.epil.preheader ]
-  %.lcssa536.i = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_end_to134.i ], [ %2666, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2595, %for_body_ti.i.epil.preheader ]
-  %.lcssa534.i = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_end_to134.i ], [ %2661, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
-  %.lcssa532.i = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_end_to134.i ], [ %2660, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2589, %for_body_ti.i.epil.preheader ]
-  %.lcssa530.i = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_end_to134.i ], [ %2655, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2584, %for_body_ti.i.epil.preheader ]
-  %.lcssa529.i = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_end_to134.i ], [ %2652, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2581, %for_body_ti.i.epil.preheader ]
-  %2603 = shufflevector <16 x float> %.lcssa529.i, <16 x float> %.lcssa530.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2604 = shl nuw nsw i64 %indvars.iv723.i, 5
-  %2605 = add nuw nsw i64 %2604, %2029
+  %.lcssa542.i = phi <16 x float> [ %full_acc260.sroa.238.0.lcssa.i, %for_end_to134.i ], [ %2638, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2567, %for_body_ti.i.epil.preheader ]
+  %.lcssa540.i = phi <16 x float> [ %full_acc260.sroa.204.0.lcssa.i, %for_end_to134.i ], [ %2637, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2566, %for_body_ti.i.epil.preheader ]
+  %.lcssa538.i = phi <16 x float> [ %full_acc260.sroa.170.0.lcssa.i, %for_end_to134.i ], [ %2632, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2561, %for_body_ti.i.epil.preheader ]
+  %.lcssa536.i = phi <16 x float> [ %full_acc260.sroa.136.0.lcssa.i, %for_end_to134.i ], [ %2631, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2560, %for_body_ti.i.epil.preheader ]
+  %.lcssa534.i = phi <16 x float> [ %full_acc260.sroa.102.0.lcssa.i, %for_end_to134.i ], [ %2626, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2555, %for_body_ti.i.epil.preheader ]
+  %.lcssa532.i = phi <16 x float> [ %full_acc260.sroa.68.0.lcssa.i, %for_end_to134.i ], [ %2625, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2554, %for_body_ti.i.epil.preheader ]
+  %.lcssa530.i = phi <16 x float> [ %full_acc260.sroa.34.0.lcssa.i, %for_end_to134.i ], [ %2620, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2549, %for_body_ti.i.epil.preheader ]
+  %.lcssa529.i = phi <16 x float> [ %full_acc260.sroa.0.0.lcssa.i, %for_end_to134.i ], [ %2617, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2546, %for_body_ti.i.epil.preheader ]
+  %2568 = shufflevector <16 x float> %.lcssa529.i, <16 x float> %.lcssa530.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2569 = shl nuw nsw i64 %indvars.iv723.i, 9
+  %2570 = add nuw nsw i64 %2569, %2024
   br i1 %1923, label %if_end151.i, label %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge, !prof !8
 
 for_begin_ax4_0.preheader.i.if_end151.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2605
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2570
   %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !9
   br label %if_end151.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2606 = phi <16 x float> [ %2652, %for_body_ti.i ], [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2607 = phi <16 x float> [ %2655, %for_body_ti.i ], [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2608 = phi <16 x float> [ %2660, %for_body_ti.i ], [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2609 = phi <16 x float> [ %2661, %for_body_ti.i ], [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2610 = phi <16 x float> [ %2666, %for_body_ti.i ], [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2611 = phi <16 x float> [ %2667, %for_body_ti.i ], [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2612 = phi <16 x float> [ %2672, %for_body_ti.i ], [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2613 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2571 = phi <16 x float> [ %2617, %for_body_ti.i ], [ %full_acc260.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2572 = phi <16 x float> [ %2620, %for_body_ti.i ], [ %full_acc260.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2573 = phi <16 x float> [ %2625, %for_body_ti.i ], [ %full_acc260.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2574 = phi <16 x float> [ %2626, %for_body_ti.i ], [ %full_acc260.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2575 = phi <16 x float> [ %2631, %for_body_ti.i ], [ %full_acc260.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2576 = phi <16 x float> [ %2632, %for_body_ti.i ], [ %full_acc260.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2577 = phi <16 x float> [ %2637, %for_body_ti.i ], [ %full_acc260.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2578 = phi <16 x float> [ %2638, %for_body_ti.i ], [ %full_acc260.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter333 = phi i64 [ %niter333.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2614 = getelementptr float, ptr %gep950.i, i64 %indvars.iv704.i
-  %2615 = load float, ptr %2614, align 4, !tbaa !9
-  %2616 = insertelement <16 x float> poison, float %2615, i64 0
-  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep948.i = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv704.i
-  %2618 = load i64, ptr %gep948.i, align 8, !tbaa !9
-  %gep553.i = getelementptr i32, ptr %invariant.gep552.i, i64 %2618
-  %2619 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !9
-  %2620 = shl <16 x i32> %2619, splat (i32 16)
-  %2621 = bitcast <16 x i32> %2620 to <16 x float>
-  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2621, <16 x float> %2606)
-  %2623 = and <16 x i32> %2619, %106
-  %2624 = bitcast <16 x i32> %2623 to <16 x float>
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2617, <16 x float> %2624, <16 x float> %2607)
-  %2626 = getelementptr i8, ptr %2614, i64 512
-  %2627 = load float, ptr %2626, align 4, !tbaa !9
-  %2628 = insertelement <16 x float> poison, float %2627, i64 0
-  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> %2621, <16 x float> %2608)
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> %2624, <16 x float> %2609)
-  %2632 = getelementptr i8, ptr %2614, i64 1024
-  %2633 = load float, ptr %2632, align 4, !tbaa !9
-  %2634 = insertelement <16 x float> poison, float %2633, i64 0
-  %2635 = shufflevector <16 x float> %2634, <16 x float> poison, <16 x i32> zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2635, <16 x float> %2621, <16 x float> %2610)
-  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2635, <16 x float> %2624, <16 x float> %2611)
-  %2638 = getelementptr i8, ptr %2614, i64 1536
-  %2639 = load float, ptr %2638, align 4, !tbaa !9
-  %2640 = insertelement <16 x float> poison, float %2639, i64 0
-  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2621, <16 x float> %2612)
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2624, <16 x float> %2613)
+  %2579 = getelementptr float, ptr %gep952.i, i64 %indvars.iv704.i
+  %2580 = load float, ptr %2579, align 4, !tbaa !9
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep950.i = getelementptr i64, ptr %invariant.gep949.i, i64 %indvars.iv704.i
+  %2583 = load i64, ptr %gep950.i, align 8, !tbaa !9
+  %gep553.i = getelementptr i32, ptr %invariant.gep497.i, i64 %2583
+  %2584 = load <16 x i32>, ptr %gep553.i, align 4, !tbaa !9
+  %2585 = shl <16 x i32> %2584, splat (i32 16)
+  %2586 = bitcast <16 x i32> %2585 to <16 x float>
+  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2586, <16 x float> %2571)
+  %2588 = and <16 x i32> %2584, %106
+  %2589 = bitcast <16 x i32> %2588 to <16 x float>
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2589, <16 x float> %2572)
+  %2591 = getelementptr i8, ptr %2579, i64 512
+  %2592 = load float, ptr %2591, align 4, !tbaa !9
+  %2593 = insertelement <16 x float> poison, float %2592, i64 0
+  %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
+  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2586, <16 x float> %2573)
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2589, <16 x float> %2574)
+  %2597 = getelementptr i8, ptr %2579, i64 1024
+  %2598 = load float, ptr %2597, align 4, !tbaa !9
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2586, <16 x float> %2575)
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2589, <16 x float> %2576)
+  %2603 = getelementptr i8, ptr %2579, i64 1536
+  %2604 = load float, ptr %2603, align 4, !tbaa !9
+  %2605 = insertelement <16 x float> poison, float %2604, i64 0
+  %2606 = shufflevector <16 x float> %2605, <16 x float> poison, <16 x i32> zeroinitializer
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2586, <16 x float> %2577)
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2589, <16 x float> %2578)
   %indvars.iv.next705.i = or disjoint i64 %indvars.iv704.i, 1
-  %2644 = getelementptr float, ptr %gep950.i, i64 %indvars.iv.next705.i
-  %2645 = load float, ptr %2644, align 4, !tbaa !9
-  %2646 = insertelement <16 x float> poison, float %2645, i64 0
-  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep948.i.1 = getelementptr i64, ptr %invariant.gep947.i, i64 %indvars.iv.next705.i
-  %2648 = load i64, ptr %gep948.i.1, align 8, !tbaa !9
-  %gep553.i.1 = getelementptr i32, ptr %invariant.gep552.i, i64 %2648
-  %2649 = load <16 x i32>, ptr %gep553.i.1, align 4, !tbaa !9
-  %2650 = shl <16 x i32> %2649, splat (i32 16)
-  %2651 = bitcast <16 x i32> %2650 to <16 x float>
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2651, <16 x float> %2622)
-  %2653 = and <16 x i32> %2649, %106
-  %2654 = bitcast <16 x i32> %2653 to <16 x float>
-  %2655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2647, <16 x float> %2654, <16 x float> %2625)
-  %2656 = getelementptr i8, ptr %2644, i64 512
-  %2657 = load float, ptr %2656, align 4, !tbaa !9
-  %2658 = insertelement <16 x float> poison, float %2657, i64 0
-  %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2651, <16 x float> %2630)
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2654, <16 x float> %2631)
-  %2662 = getelementptr i8, ptr %2644, i64 1024
-  %2663 = load float, ptr %2662, align 4, !tbaa !9
-  %2664 = insertelement <16 x float> poison, float %2663, i64 0
-  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
-  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2651, <16 x float> %2636)
-  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2654, <16 x float> %2637)
-  %2668 = getelementptr i8, ptr %2644, i64 1536
-  %2669 = load float, ptr %2668, align 4, !tbaa !9
-  %2670 = insertelement <16 x float> poison, float %2669, i64 0
-  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
-  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2651, <16 x float> %2642)
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2654, <16 x float> %2643)
+  %2609 = getelementptr float, ptr %gep952.i, i64 %indvars.iv.next705.i
+  %2610 = load float, ptr %2609, align 4, !tbaa !9
+  %2611 = insertelement <16 x float> poison, float %2610, i64 0
+  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep950.i.1 = getelementptr i64, ptr %invariant.gep949.i, i64 %indvars.iv.next705.i
+  %2613 = load i64, ptr %gep950.i.1, align 8, !tbaa !9
+  %gep553.i.1 = getelementptr i32, ptr %invariant.gep497.i, i64 %2613
+  %2614 = load <16 x i32>, ptr %gep553.i.1, align 4, !tbaa !9
+  %2615 = shl <16 x i32> %2614, splat (i32 16)
+  %2616 = bitcast <16 x i32> %2615 to <16 x float>
+  %2617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2616, <16 x float> %2587)
+  %2618 = and <16 x i32> %2614, %106
+  %2619 = bitcast <16 x i32> %2618 to <16 x float>
+  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2619, <16 x float> %2590)
+  %2621 = getelementptr i8, ptr %2609, i64 512
+  %2622 = load float, ptr %2621, align 4, !tbaa !9
+  %2623 = insertelement <16 x float> poison, float %2622, i64 0
+  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2624, <16 x float> %2616, <16 x float> %2595)
+  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2624, <16 x float> %2619, <16 x float> %2596)
+  %2627 = getelementptr i8, ptr %2609, i64 1024
+  %2628 = load float, ptr %2627, align 4, !tbaa !9
+  %2629 = insertelement <16 x float> poison, float %2628, i64 0
+  %2630 = shufflevector <16 x float> %2629, <16 x float> poison, <16 x i32> zeroinitializer
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2616, <16 x float> %2601)
+  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2630, <16 x float> %2619, <16 x float> %2602)
+  %2633 = getelementptr i8, ptr %2609, i64 1536
+  %2634 = load float, ptr %2633, align 4, !tbaa !9
+  %2635 = insertelement <16 x float> poison, float %2634, i64 0
+  %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2616, <16 x float> %2607)
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2619, <16 x float> %2608)
   %indvars.iv.next705.i.1 = add nuw nsw i64 %indvars.iv704.i, 2
   %niter333.next.1 = add i64 %niter333, 2
   %niter333.ncmp.1 = icmp eq i64 %niter333.next.1, %unroll_iter332
-  br i1 %niter333.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !66, !llvm.loop !102
+  br i1 %niter333.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !66, !llvm.loop !100
 
 if_end151.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2674 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2675 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2605
-  %2676 = fmul <32 x float> %2033, %2674
-  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2028, <32 x float> %2603, <32 x float> %2676)
-  store <32 x float> %2677, ptr %2675, align 4, !tbaa !9
-  %2678 = shufflevector <16 x float> %.lcssa532.i, <16 x float> %.lcssa534.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2639 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end151.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2640 = shl nuw nsw i64 %indvars.iv723.i, 2
+  %2641 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2640
+  %2642 = load float, ptr %2641, align 16, !tbaa !101
+  %2643 = insertelement <32 x float> poison, float %2642, i64 0
+  %2644 = shufflevector <32 x float> %2643, <32 x float> poison, <32 x i32> zeroinitializer
+  %2645 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2570
+  %2646 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2640
+  %2647 = load float, ptr %2646, align 16, !tbaa !102
+  %2648 = insertelement <32 x float> poison, float %2647, i64 0
+  %2649 = shufflevector <32 x float> %2648, <32 x float> poison, <32 x i32> zeroinitializer
+  %2650 = fmul <32 x float> %2639, %2649
+  %2651 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2644, <32 x float> %2568, <32 x float> %2650)
+  store <32 x float> %2651, ptr %2645, align 4, !tbaa !9
+  %2652 = shufflevector <16 x float> %.lcssa532.i, <16 x float> %.lcssa534.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %1923, label %if_end167.i, label %if_end151.if_end167_crit_edge.i, !prof !8
 
 if_end151.if_end167_crit_edge.i:                  ; preds = %if_end151.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2675, i64 512
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2645, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !9
   br label %if_end167.i
 
 if_end167.i:                                      ; preds = %if_end151.if_end167_crit_edge.i, %if_end151.i
-  %2679 = phi <32 x float> [ %.pre.i, %if_end151.if_end167_crit_edge.i ], [ zeroinitializer, %if_end151.i ]
-  %2680 = getelementptr inbounds nuw i8, ptr %2675, i64 512
-  %2681 = fmul <32 x float> %2042, %2679
-  %2682 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2038, <32 x float> %2678, <32 x float> %2681)
-  store <32 x float> %2682, ptr %2680, align 4, !tbaa !9
-  %2683 = shufflevector <16 x float> %.lcssa536.i, <16 x float> %.lcssa538.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2653 = phi <32 x float> [ %.pre.i, %if_end151.if_end167_crit_edge.i ], [ zeroinitializer, %if_end151.i ]
+  %2654 = or disjoint i64 %2640, 1
+  %2655 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2654
+  %2656 = load float, ptr %2655, align 4, !tbaa !101
+  %2657 = insertelement <32 x float> poison, float %2656, i64 0
+  %2658 = shufflevector <32 x float> %2657, <32 x float> poison, <32 x i32> zeroinitializer
+  %2659 = getelementptr inbounds nuw i8, ptr %2645, i64 512
+  %2660 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2654
+  %2661 = load float, ptr %2660, align 4, !tbaa !102
+  %2662 = insertelement <32 x float> poison, float %2661, i64 0
+  %2663 = shufflevector <32 x float> %2662, <32 x float> poison, <32 x i32> zeroinitializer
+  %2664 = fmul <32 x float> %2653, %2663
+  %2665 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2658, <32 x float> %2652, <32 x float> %2664)
+  store <32 x float> %2665, ptr %2659, align 4, !tbaa !9
+  %2666 = shufflevector <16 x float> %.lcssa536.i, <16 x float> %.lcssa538.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %1923, label %if_end183.i, label %if_end167.if_end183_crit_edge.i, !prof !8
 
 if_end167.if_end183_crit_edge.i:                  ; preds = %if_end167.i
-  %.phi.trans.insert884.i = getelementptr inbounds nuw i8, ptr %2675, i64 1024
+  %.phi.trans.insert884.i = getelementptr inbounds nuw i8, ptr %2645, i64 1024
   %.pre885.i = load <32 x float>, ptr %.phi.trans.insert884.i, align 4, !tbaa !9
   br label %if_end183.i
 
 if_end183.i:                                      ; preds = %if_end167.if_end183_crit_edge.i, %if_end167.i
-  %2684 = phi <32 x float> [ %.pre885.i, %if_end167.if_end183_crit_edge.i ], [ zeroinitializer, %if_end167.i ]
-  %2685 = getelementptr inbounds nuw i8, ptr %2675, i64 1024
-  %2686 = fmul <32 x float> %2051, %2684
-  %2687 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2047, <32 x float> %2683, <32 x float> %2686)
-  store <32 x float> %2687, ptr %2685, align 4, !tbaa !9
-  %2688 = shufflevector <16 x float> %.lcssa540.i, <16 x float> %.lcssa542.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2667 = phi <32 x float> [ %.pre885.i, %if_end167.if_end183_crit_edge.i ], [ zeroinitializer, %if_end167.i ]
+  %2668 = or disjoint i64 %2640, 2
+  %2669 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2668
+  %2670 = load float, ptr %2669, align 8, !tbaa !101
+  %2671 = insertelement <32 x float> poison, float %2670, i64 0
+  %2672 = shufflevector <32 x float> %2671, <32 x float> poison, <32 x i32> zeroinitializer
+  %2673 = getelementptr inbounds nuw i8, ptr %2645, i64 1024
+  %2674 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2668
+  %2675 = load float, ptr %2674, align 8, !tbaa !102
+  %2676 = insertelement <32 x float> poison, float %2675, i64 0
+  %2677 = shufflevector <32 x float> %2676, <32 x float> poison, <32 x i32> zeroinitializer
+  %2678 = fmul <32 x float> %2667, %2677
+  %2679 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2672, <32 x float> %2666, <32 x float> %2678)
+  store <32 x float> %2679, ptr %2673, align 4, !tbaa !9
+  %2680 = shufflevector <16 x float> %.lcssa540.i, <16 x float> %.lcssa542.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   br i1 %1923, label %if_end199.i, label %if_end183.if_end199_crit_edge.i, !prof !8
 
 if_end183.if_end199_crit_edge.i:                  ; preds = %if_end183.i
-  %.phi.trans.insert886.i = getelementptr inbounds nuw i8, ptr %2675, i64 1536
+  %.phi.trans.insert886.i = getelementptr inbounds nuw i8, ptr %2645, i64 1536
   %.pre887.i = load <32 x float>, ptr %.phi.trans.insert886.i, align 4, !tbaa !9
   br label %if_end199.i
 
 if_end199.i:                                      ; preds = %if_end183.if_end199_crit_edge.i, %if_end183.i
-  %2689 = phi <32 x float> [ %.pre887.i, %if_end183.if_end199_crit_edge.i ], [ zeroinitializer, %if_end183.i ]
-  %2690 = getelementptr inbounds nuw i8, ptr %2675, i64 1536
-  %2691 = fmul <32 x float> %2060, %2689
-  %2692 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2056, <32 x float> %2688, <32 x float> %2691)
-  store <32 x float> %2692, ptr %2690, align 4, !tbaa !9
+  %2681 = phi <32 x float> [ %.pre887.i, %if_end183.if_end199_crit_edge.i ], [ zeroinitializer, %if_end183.i ]
+  %2682 = or disjoint i64 %2640, 3
+  %2683 = getelementptr inbounds nuw float, ptr %beta272.i, i64 %2682
+  %2684 = load float, ptr %2683, align 4, !tbaa !101
+  %2685 = insertelement <32 x float> poison, float %2684, i64 0
+  %2686 = shufflevector <32 x float> %2685, <32 x float> poison, <32 x i32> zeroinitializer
+  %2687 = getelementptr inbounds nuw i8, ptr %2645, i64 1536
+  %2688 = getelementptr inbounds nuw float, ptr %alpha273.i, i64 %2682
+  %2689 = load float, ptr %2688, align 4, !tbaa !102
+  %2690 = insertelement <32 x float> poison, float %2689, i64 0
+  %2691 = shufflevector <32 x float> %2690, <32 x float> poison, <32 x i32> zeroinitializer
+  %2692 = fmul <32 x float> %2681, %2691
+  %2693 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2686, <32 x float> %2680, <32 x float> %2692)
+  store <32 x float> %2693, ptr %2687, align 4, !tbaa !9
   %indvars.iv.next724.i = add nuw nsw i64 %indvars.iv723.i, 1
   %exitcond727.not.i = icmp eq i64 %indvars.iv.next724.i, 4
-  br i1 %exitcond727.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !11
+  br i1 %exitcond727.not.i, label %for_end_r_0_m.i, label %for_body_r_0_m.i, !prof !11
 
-if_end201.i:                                      ; preds = %for_end_r_0_m.i
-  %2693 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2694 = tail call i32 %2693(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not280.i = icmp eq i32 %2694, 0
+if_end201.i:                                      ; preds = %for_end_d_0_m.i
+  %2694 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2695 = tail call i32 %2694(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not280.i = icmp eq i32 %2695, 0
   br i1 %.not280.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !53
 
 if_end204.i:                                      ; preds = %if_end201.i
-  %2695 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2696 = tail call i32 %2695(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not281.i = icmp eq i32 %2696, 0
+  %2696 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2697 = tail call i32 %2696(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not281.i = icmp eq i32 %2697, 0
   br i1 %.not281.i, label %if_end207.i, label %fused_decode_compute_.exit, !prof !53
 
 if_end207.i:                                      ; preds = %if_end204.i
-  %2697 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2698 = tail call i32 %2697(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not282.i = icmp eq i32 %2698, 0
+  %2698 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2699 = tail call i32 %2698(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not282.i = icmp eq i32 %2699, 0
   br i1 %.not282.i, label %if_end210.i, label %fused_decode_compute_.exit, !prof !53
 
 if_end210.i:                                      ; preds = %if_end207.i
-  %2699 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2700 = tail call i32 %2699(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not283.i = icmp eq i32 %2700, 0
+  %2700 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2701 = tail call i32 %2700(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not283.i = icmp eq i32 %2701, 0
   br i1 %.not283.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !53
 
 if_then215.i:                                     ; preds = %for_end_step.i
-  %2701 = fdiv <16 x float> splat (float 1.000000e+00), %2062
-  %2702 = fcmp oeq <16 x float> %2062, zeroinitializer
-  %2703 = select <16 x i1> %2702, <16 x float> zeroinitializer, <16 x float> %2701
-  store <16 x float> %2703, ptr %factor255.i, align 16, !tbaa !103
-  %2704 = mul nsw i64 %119, %out_batch
-  %2705 = getelementptr float, ptr %out, i64 %2704
+  %2702 = fdiv <16 x float> splat (float 1.000000e+00), %2027
+  %2703 = fcmp oeq <16 x float> %2027, zeroinitializer
+  %2704 = select <16 x i1> %2703, <16 x float> zeroinitializer, <16 x float> %2702
+  store <16 x float> %2704, ptr %factor255.i, align 16, !tbaa !103
+  %2705 = mul nsw i64 %119, %out_batch
+  %2706 = getelementptr float, ptr %out, i64 %2705
   br label %for_begin_d_0.preheader.i
 
 if_end216.i:                                      ; preds = %if_end230.15.i, %for_begin_r231.preheader.i
-  %2706 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2707 = tail call i32 %2706(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2707, 0
+  %2707 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2708 = tail call i32 %2707(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2708, 0
   br i1 %.not.i, label %if_end247.i, label %fused_decode_compute_.exit, !prof !53
 
 for_begin_r223.preheader.i:                       ; preds = %for_begin_d_0.preheader.i
-  %2708 = mul nsw i64 %119, %lse_batch
-  %2709 = getelementptr float, ptr %lse, i64 %2708
-  %2710 = shl nuw nsw i32 %213, 23
-  %2711 = add nuw i32 %2710, 16777216
-  %2712 = bitcast i32 %2711 to float
-  %row_sum275.sroa.0.0.vec.extract802.i = extractelement <16 x float> %2062, i64 0
-  %2713 = fcmp oeq float %row_sum275.sroa.0.0.vec.extract802.i, 0.000000e+00
-  br i1 %2713, label %if_end230.i, label %if_else229.i
+  %2709 = mul nsw i64 %119, %lse_batch
+  %2710 = getelementptr float, ptr %lse, i64 %2709
+  %2711 = shl nuw nsw i32 %213, 23
+  %2712 = add nuw i32 %2711, 16777216
+  %2713 = bitcast i32 %2712 to float
+  %row_sum275.sroa.0.0.vec.extract802.i = extractelement <16 x float> %2027, i64 0
+  %2714 = fcmp oeq float %row_sum275.sroa.0.0.vec.extract802.i, 0.000000e+00
+  br i1 %2714, label %if_end230.i, label %if_else229.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %if_then215.i
   %indvars.iv754.i = phi i64 [ 0, %if_then215.i ], [ %indvars.iv.next755.i.1, %for_begin_d_0.preheader.i ]
-  %2714 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv754.i
-  %2715 = load float, ptr %2714, align 8, !tbaa !110
-  %2716 = insertelement <32 x float> poison, float %2715, i64 0
-  %2717 = shufflevector <32 x float> %2716, <32 x float> poison, <32 x i32> zeroinitializer
-  %2718 = mul nsw i64 %indvars.iv754.i, %out_head
-  %invariant.gep565.i = getelementptr float, ptr %2705, i64 %2718
+  %2715 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv754.i
+  %2716 = load float, ptr %2715, align 8, !tbaa !110
+  %2717 = insertelement <32 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <32 x float> %2717, <32 x float> poison, <32 x i32> zeroinitializer
+  %2719 = mul nsw i64 %indvars.iv754.i, %out_head
+  %invariant.gep565.i = getelementptr float, ptr %2706, i64 %2719
   %.idx66 = shl nuw nsw i64 %indvars.iv754.i, 9
-  %2719 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66
-  %2720 = load <32 x float>, ptr %2719, align 4, !tbaa !9
-  %2721 = fmul <32 x float> %2720, %2717
-  store <32 x float> %2721, ptr %invariant.gep565.i, align 4, !tbaa !9
-  %2722 = getelementptr inbounds nuw i8, ptr %2719, i64 128
-  %2723 = load <32 x float>, ptr %2722, align 4, !tbaa !9
-  %2724 = fmul <32 x float> %2717, %2723
+  %2720 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66
+  %2721 = load <32 x float>, ptr %2720, align 4, !tbaa !9
+  %2722 = fmul <32 x float> %2721, %2718
+  store <32 x float> %2722, ptr %invariant.gep565.i, align 4, !tbaa !9
+  %2723 = getelementptr inbounds nuw i8, ptr %2720, i64 128
+  %2724 = load <32 x float>, ptr %2723, align 4, !tbaa !9
+  %2725 = fmul <32 x float> %2718, %2724
   %gep566.1.i = getelementptr i8, ptr %invariant.gep565.i, i64 128
-  store <32 x float> %2724, ptr %gep566.1.i, align 4, !tbaa !9
-  %2725 = getelementptr inbounds nuw i8, ptr %2719, i64 256
-  %2726 = load <32 x float>, ptr %2725, align 4, !tbaa !9
-  %2727 = fmul <32 x float> %2717, %2726
+  store <32 x float> %2725, ptr %gep566.1.i, align 4, !tbaa !9
+  %2726 = getelementptr inbounds nuw i8, ptr %2720, i64 256
+  %2727 = load <32 x float>, ptr %2726, align 4, !tbaa !9
+  %2728 = fmul <32 x float> %2718, %2727
   %gep566.2.i = getelementptr i8, ptr %invariant.gep565.i, i64 256
-  store <32 x float> %2727, ptr %gep566.2.i, align 4, !tbaa !9
-  %2728 = getelementptr inbounds nuw i8, ptr %2719, i64 384
-  %2729 = load <32 x float>, ptr %2728, align 4, !tbaa !9
-  %2730 = fmul <32 x float> %2717, %2729
+  store <32 x float> %2728, ptr %gep566.2.i, align 4, !tbaa !9
+  %2729 = getelementptr inbounds nuw i8, ptr %2720, i64 384
+  %2730 = load <32 x float>, ptr %2729, align 4, !tbaa !9
+  %2731 = fmul <32 x float> %2718, %2730
   %gep566.3.i = getelementptr i8, ptr %invariant.gep565.i, i64 384
-  store <32 x float> %2730, ptr %gep566.3.i, align 4, !tbaa !9
+  store <32 x float> %2731, ptr %gep566.3.i, align 4, !tbaa !9
   %indvars.iv.next755.i = or disjoint i64 %indvars.iv754.i, 1
-  %2731 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv.next755.i
-  %2732 = load float, ptr %2731, align 4, !tbaa !110
-  %2733 = insertelement <32 x float> poison, float %2732, i64 0
-  %2734 = shufflevector <32 x float> %2733, <32 x float> poison, <32 x i32> zeroinitializer
-  %2735 = mul nsw i64 %indvars.iv.next755.i, %out_head
-  %invariant.gep565.i.1 = getelementptr float, ptr %2705, i64 %2735
+  %2732 = getelementptr inbounds nuw float, ptr %factor255.i, i64 %indvars.iv.next755.i
+  %2733 = load float, ptr %2732, align 4, !tbaa !110
+  %2734 = insertelement <32 x float> poison, float %2733, i64 0
+  %2735 = shufflevector <32 x float> %2734, <32 x float> poison, <32 x i32> zeroinitializer
+  %2736 = mul nsw i64 %indvars.iv.next755.i, %out_head
+  %invariant.gep565.i.1 = getelementptr float, ptr %2706, i64 %2736
   %.idx66.1 = shl nuw nsw i64 %indvars.iv.next755.i, 9
-  %2736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66.1
-  %2737 = load <32 x float>, ptr %2736, align 4, !tbaa !9
-  %2738 = fmul <32 x float> %2737, %2734
-  store <32 x float> %2738, ptr %invariant.gep565.i.1, align 4, !tbaa !9
-  %2739 = getelementptr inbounds nuw i8, ptr %2736, i64 128
-  %2740 = load <32 x float>, ptr %2739, align 4, !tbaa !9
-  %2741 = fmul <32 x float> %2734, %2740
+  %2737 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx66.1
+  %2738 = load <32 x float>, ptr %2737, align 4, !tbaa !9
+  %2739 = fmul <32 x float> %2738, %2735
+  store <32 x float> %2739, ptr %invariant.gep565.i.1, align 4, !tbaa !9
+  %2740 = getelementptr inbounds nuw i8, ptr %2737, i64 128
+  %2741 = load <32 x float>, ptr %2740, align 4, !tbaa !9
+  %2742 = fmul <32 x float> %2735, %2741
   %gep566.1.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 128
-  store <32 x float> %2741, ptr %gep566.1.i.1, align 4, !tbaa !9
-  %2742 = getelementptr inbounds nuw i8, ptr %2736, i64 256
-  %2743 = load <32 x float>, ptr %2742, align 4, !tbaa !9
-  %2744 = fmul <32 x float> %2734, %2743
+  store <32 x float> %2742, ptr %gep566.1.i.1, align 4, !tbaa !9
+  %2743 = getelementptr inbounds nuw i8, ptr %2737, i64 256
+  %2744 = load <32 x float>, ptr %2743, align 4, !tbaa !9
+  %2745 = fmul <32 x float> %2735, %2744
   %gep566.2.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 256
-  store <32 x float> %2744, ptr %gep566.2.i.1, align 4, !tbaa !9
-  %2745 = getelementptr inbounds nuw i8, ptr %2736, i64 384
-  %2746 = load <32 x float>, ptr %2745, align 4, !tbaa !9
-  %2747 = fmul <32 x float> %2734, %2746
+  store <32 x float> %2745, ptr %gep566.2.i.1, align 4, !tbaa !9
+  %2746 = getelementptr inbounds nuw i8, ptr %2737, i64 384
+  %2747 = load <32 x float>, ptr %2746, align 4, !tbaa !9
+  %2748 = fmul <32 x float> %2735, %2747
   %gep566.3.i.1 = getelementptr i8, ptr %invariant.gep565.i.1, i64 384
-  store <32 x float> %2747, ptr %gep566.3.i.1, align 4, !tbaa !9
+  store <32 x float> %2748, ptr %gep566.3.i.1, align 4, !tbaa !9
   %indvars.iv.next755.i.1 = add nuw nsw i64 %indvars.iv754.i, 2
   %exitcond757.not.i.1 = icmp eq i64 %indvars.iv.next755.i.1, 16
   br i1 %exitcond757.not.i.1, label %for_begin_r223.preheader.i, label %for_begin_d_0.preheader.i, !prof !11, !llvm.loop !111
 
 if_else229.i:                                     ; preds = %for_begin_r223.preheader.i
-  %2748 = fmul float %row_sum275.sroa.0.0.vec.extract802.i, %2712
-  %2749 = tail call float @llvm.log.f32(float %2748)
+  %2749 = fmul float %row_sum275.sroa.0.0.vec.extract802.i, %2713
+  %2750 = tail call float @llvm.log.f32(float %2749)
   %row_max276.sroa.0.0.vec.extract770.i = extractelement <16 x float> %m.i, i64 0
-  %2750 = fadd float %row_max276.sroa.0.0.vec.extract770.i, %2749
+  %2751 = fadd float %row_max276.sroa.0.0.vec.extract770.i, %2750
   br label %if_end230.i
 
 if_end230.i:                                      ; preds = %if_else229.i, %for_begin_r223.preheader.i
-  %2751 = phi float [ %2750, %if_else229.i ], [ 0xFFF0000000000000, %for_begin_r223.preheader.i ]
-  store float %2751, ptr %2709, align 4, !tbaa !9
-  %row_sum275.sroa.0.4.vec.extract804.i = extractelement <16 x float> %2062, i64 1
-  %2752 = fcmp oeq float %row_sum275.sroa.0.4.vec.extract804.i, 0.000000e+00
-  br i1 %2752, label %if_end230.1.i, label %if_else229.1.i
+  %2752 = phi float [ %2751, %if_else229.i ], [ 0xFFF0000000000000, %for_begin_r223.preheader.i ]
+  store float %2752, ptr %2710, align 4, !tbaa !9
+  %row_sum275.sroa.0.4.vec.extract804.i = extractelement <16 x float> %2027, i64 1
+  %2753 = fcmp oeq float %row_sum275.sroa.0.4.vec.extract804.i, 0.000000e+00
+  br i1 %2753, label %if_end230.1.i, label %if_else229.1.i
 
 if_else229.1.i:                                   ; preds = %if_end230.i
-  %2753 = fmul float %row_sum275.sroa.0.4.vec.extract804.i, %2712
-  %2754 = tail call float @llvm.log.f32(float %2753)
+  %2754 = fmul float %row_sum275.sroa.0.4.vec.extract804.i, %2713
+  %2755 = tail call float @llvm.log.f32(float %2754)
   %row_max276.sroa.0.4.vec.extract772.i = extractelement <16 x float> %m.i, i64 1
-  %2755 = fadd float %row_max276.sroa.0.4.vec.extract772.i, %2754
+  %2756 = fadd float %row_max276.sroa.0.4.vec.extract772.i, %2755
   br label %if_end230.1.i
 
 if_end230.1.i:                                    ; preds = %if_else229.1.i, %if_end230.i
-  %2756 = phi float [ %2755, %if_else229.1.i ], [ 0xFFF0000000000000, %if_end230.i ]
-  %2757 = getelementptr i8, ptr %2709, i64 4
-  store float %2756, ptr %2757, align 4, !tbaa !9
-  %row_sum275.sroa.0.8.vec.extract806.i = extractelement <16 x float> %2062, i64 2
-  %2758 = fcmp oeq float %row_sum275.sroa.0.8.vec.extract806.i, 0.000000e+00
-  br i1 %2758, label %if_end230.2.i, label %if_else229.2.i
+  %2757 = phi float [ %2756, %if_else229.1.i ], [ 0xFFF0000000000000, %if_end230.i ]
+  %2758 = getelementptr i8, ptr %2710, i64 4
+  store float %2757, ptr %2758, align 4, !tbaa !9
+  %row_sum275.sroa.0.8.vec.extract806.i = extractelement <16 x float> %2027, i64 2
+  %2759 = fcmp oeq float %row_sum275.sroa.0.8.vec.extract806.i, 0.000000e+00
+  br i1 %2759, label %if_end230.2.i, label %if_else229.2.i
 
 if_else229.2.i:                                   ; preds = %if_end230.1.i
-  %2759 = fmul float %row_sum275.sroa.0.8.vec.extract806.i, %2712
-  %2760 = tail call float @llvm.log.f32(float %2759)
+  %2760 = fmul float %row_sum275.sroa.0.8.vec.extract806.i, %2713
+  %2761 = tail call float @llvm.log.f32(float %2760)
   %row_max276.sroa.0.8.vec.extract774.i = extractelement <16 x float> %m.i, i64 2
-  %2761 = fadd float %row_max276.sroa.0.8.vec.extract774.i, %2760
+  %2762 = fadd float %row_max276.sroa.0.8.vec.extract774.i, %2761
   br label %if_end230.2.i
 
 if_end230.2.i:                                    ; preds = %if_else229.2.i, %if_end230.1.i
-  %2762 = phi float [ %2761, %if_else229.2.i ], [ 0xFFF0000000000000, %if_end230.1.i ]
-  %2763 = getelementptr i8, ptr %2709, i64 8
-  store float %2762, ptr %2763, align 4, !tbaa !9
-  %row_sum275.sroa.0.12.vec.extract808.i = extractelement <16 x float> %2062, i64 3
-  %2764 = fcmp oeq float %row_sum275.sroa.0.12.vec.extract808.i, 0.000000e+00
-  br i1 %2764, label %if_end230.3.i, label %if_else229.3.i
+  %2763 = phi float [ %2762, %if_else229.2.i ], [ 0xFFF0000000000000, %if_end230.1.i ]
+  %2764 = getelementptr i8, ptr %2710, i64 8
+  store float %2763, ptr %2764, align 4, !tbaa !9
+  %row_sum275.sroa.0.12.vec.extract808.i = extractelement <16 x float> %2027, i64 3
+  %2765 = fcmp oeq float %row_sum275.sroa.0.12.vec.extract808.i, 0.000000e+00
+  br i1 %2765, label %if_end230.3.i, label %if_else229.3.i
 
 if_else229.3.i:                                   ; preds = %if_end230.2.i
-  %2765 = fmul float %row_sum275.sroa.0.12.vec.extract808.i, %2712
-  %2766 = tail call float @llvm.log.f32(float %2765)
+  %2766 = fmul float %row_sum275.sroa.0.12.vec.extract808.i, %2713
+  %2767 = tail call float @llvm.log.f32(float %2766)
   %row_max276.sroa.0.12.vec.extract776.i = extractelement <16 x float> %m.i, i64 3
-  %2767 = fadd float %row_max276.sroa.0.12.vec.extract776.i, %2766
+  %2768 = fadd float %row_max276.sroa.0.12.vec.extract776.i, %2767
   br label %if_end230.3.i
 
 if_end230.3.i:                                    ; preds = %if_else229.3.i, %if_end230.2.i
-  %2768 = phi float [ %2767, %if_else229.3.i ], [ 0xFFF0000000000000, %if_end230.2.i ]
-  %2769 = getelementptr i8, ptr %2709, i64 12
-  store float %2768, ptr %2769, align 4, !tbaa !9
-  %row_sum275.sroa.0.16.vec.extract810.i = extractelement <16 x float> %2062, i64 4
-  %2770 = fcmp oeq float %row_sum275.sroa.0.16.vec.extract810.i, 0.000000e+00
-  br i1 %2770, label %if_end230.4.i, label %if_else229.4.i
+  %2769 = phi float [ %2768, %if_else229.3.i ], [ 0xFFF0000000000000, %if_end230.2.i ]
+  %2770 = getelementptr i8, ptr %2710, i64 12
+  store float %2769, ptr %2770, align 4, !tbaa !9
+  %row_sum275.sroa.0.16.vec.extract810.i = extractelement <16 x float> %2027, i64 4
+  %2771 = fcmp oeq float %row_sum275.sroa.0.16.vec.extract810.i, 0.000000e+00
+  br i1 %2771, label %if_end230.4.i, label %if_else229.4.i
 
 if_else229.4.i:                                   ; preds = %if_end230.3.i
-  %2771 = fmul float %row_sum275.sroa.0.16.vec.extract810.i, %2712
-  %2772 = tail call float @llvm.log.f32(float %2771)
+  %2772 = fmul float %row_sum275.sroa.0.16.vec.extract810.i, %2713
+  %2773 = tail call float @llvm.log.f32(float %2772)
   %row_max276.sroa.0.16.vec.extract778.i = extractelement <16 x float> %m.i, i64 4
-  %2773 = fadd float %row_max276.sroa.0.16.vec.extract778.i, %2772
+  %2774 = fadd float %row_max276.sroa.0.16.vec.extract778.i, %2773
   br label %if_end230.4.i
 
 if_end230.4.i:                                    ; preds = %if_else229.4.i, %if_end230.3.i
-  %2774 = phi float [ %2773, %if_else229.4.i ], [ 0xFFF0000000000000, %if_end230.3.i ]
-  %2775 = getelementptr i8, ptr %2709, i64 16
-  store float %2774, ptr %2775, align 4, !tbaa !9
-  %row_sum275.sroa.0.20.vec.extract812.i = extractelement <16 x float> %2062, i64 5
-  %2776 = fcmp oeq float %row_sum275.sroa.0.20.vec.extract812.i, 0.000000e+00
-  br i1 %2776, label %if_end230.5.i, label %if_else229.5.i
+  %2775 = phi float [ %2774, %if_else229.4.i ], [ 0xFFF0000000000000, %if_end230.3.i ]
+  %2776 = getelementptr i8, ptr %2710, i64 16
+  store float %2775, ptr %2776, align 4, !tbaa !9
+  %row_sum275.sroa.0.20.vec.extract812.i = extractelement <16 x float> %2027, i64 5
+  %2777 = fcmp oeq float %row_sum275.sroa.0.20.vec.extract812.i, 0.000000e+00
+  br i1 %2777, label %if_end230.5.i, label %if_else229.5.i
 
 if_else229.5.i:                                   ; preds = %if_end230.4.i
-  %2777 = fmul float %row_sum275.sroa.0.20.vec.extract812.i, %2712
-  %2778 = tail call float @llvm.log.f32(float %2777)
+  %2778 = fmul float %row_sum275.sroa.0.20.vec.extract812.i, %2713
+  %2779 = tail call float @llvm.log.f32(float %2778)
   %row_max276.sroa.0.20.vec.extract780.i = extractelement <16 x float> %m.i, i64 5
-  %2779 = fadd float %row_max276.sroa.0.20.vec.extract780.i, %2778
+  %2780 = fadd float %row_max276.sroa.0.20.vec.extract780.i, %2779
   br label %if_end230.5.i
 
 if_end230.5.i:                                    ; preds = %if_else229.5.i, %if_end230.4.i
-  %2780 = phi float [ %2779, %if_else229.5.i ], [ 0xFFF0000000000000, %if_end230.4.i ]
-  %2781 = getelementptr i8, ptr %2709, i64 20
-  store float %2780, ptr %2781, align 4, !tbaa !9
-  %row_sum275.sroa.0.24.vec.extract814.i = extractelement <16 x float> %2062, i64 6
-  %2782 = fcmp oeq float %row_sum275.sroa.0.24.vec.extract814.i, 0.000000e+00
-  br i1 %2782, label %if_end230.6.i, label %if_else229.6.i
+  %2781 = phi float [ %2780, %if_else229.5.i ], [ 0xFFF0000000000000, %if_end230.4.i ]
+  %2782 = getelementptr i8, ptr %2710, i64 20
+  store float %2781, ptr %2782, align 4, !tbaa !9
+  %row_sum275.sroa.0.24.vec.extract814.i = extractelement <16 x float> %2027, i64 6
+  %2783 = fcmp oeq float %row_sum275.sroa.0.24.vec.extract814.i, 0.000000e+00
+  br i1 %2783, label %if_end230.6.i, label %if_else229.6.i
 
 if_else229.6.i:                                   ; preds = %if_end230.5.i
-  %2783 = fmul float %row_sum275.sroa.0.24.vec.extract814.i, %2712
-  %2784 = tail call float @llvm.log.f32(float %2783)
+  %2784 = fmul float %row_sum275.sroa.0.24.vec.extract814.i, %2713
+  %2785 = tail call float @llvm.log.f32(float %2784)
   %row_max276.sroa.0.24.vec.extract782.i = extractelement <16 x float> %m.i, i64 6
-  %2785 = fadd float %row_max276.sroa.0.24.vec.extract782.i, %2784
+  %2786 = fadd float %row_max276.sroa.0.24.vec.extract782.i, %2785
   br label %if_end230.6.i
 
 if_end230.6.i:                                    ; preds = %if_else229.6.i, %if_end230.5.i
-  %2786 = phi float [ %2785, %if_else229.6.i ], [ 0xFFF0000000000000, %if_end230.5.i ]
-  %2787 = getelementptr i8, ptr %2709, i64 24
-  store float %2786, ptr %2787, align 4, !tbaa !9
-  %row_sum275.sroa.0.28.vec.extract816.i = extractelement <16 x float> %2062, i64 7
-  %2788 = fcmp oeq float %row_sum275.sroa.0.28.vec.extract816.i, 0.000000e+00
-  br i1 %2788, label %if_end230.7.i, label %if_else229.7.i
+  %2787 = phi float [ %2786, %if_else229.6.i ], [ 0xFFF0000000000000, %if_end230.5.i ]
+  %2788 = getelementptr i8, ptr %2710, i64 24
+  store float %2787, ptr %2788, align 4, !tbaa !9
+  %row_sum275.sroa.0.28.vec.extract816.i = extractelement <16 x float> %2027, i64 7
+  %2789 = fcmp oeq float %row_sum275.sroa.0.28.vec.extract816.i, 0.000000e+00
+  br i1 %2789, label %if_end230.7.i, label %if_else229.7.i
 
 if_else229.7.i:                                   ; preds = %if_end230.6.i
-  %2789 = fmul float %row_sum275.sroa.0.28.vec.extract816.i, %2712
-  %2790 = tail call float @llvm.log.f32(float %2789)
+  %2790 = fmul float %row_sum275.sroa.0.28.vec.extract816.i, %2713
+  %2791 = tail call float @llvm.log.f32(float %2790)
   %row_max276.sroa.0.28.vec.extract784.i = extractelement <16 x float> %m.i, i64 7
-  %2791 = fadd float %row_max276.sroa.0.28.vec.extract784.i, %2790
+  %2792 = fadd float %row_max276.sroa.0.28.vec.extract784.i, %2791
   br label %if_end230.7.i
 
 if_end230.7.i:                                    ; preds = %if_else229.7.i, %if_end230.6.i
-  %2792 = phi float [ %2791, %if_else229.7.i ], [ 0xFFF0000000000000, %if_end230.6.i ]
-  %2793 = getelementptr i8, ptr %2709, i64 28
-  store float %2792, ptr %2793, align 4, !tbaa !9
-  %row_sum275.sroa.0.32.vec.extract818.i = extractelement <16 x float> %2062, i64 8
-  %2794 = fcmp oeq float %row_sum275.sroa.0.32.vec.extract818.i, 0.000000e+00
-  br i1 %2794, label %if_end230.8.i, label %if_else229.8.i
+  %2793 = phi float [ %2792, %if_else229.7.i ], [ 0xFFF0000000000000, %if_end230.6.i ]
+  %2794 = getelementptr i8, ptr %2710, i64 28
+  store float %2793, ptr %2794, align 4, !tbaa !9
+  %row_sum275.sroa.0.32.vec.extract818.i = extractelement <16 x float> %2027, i64 8
+  %2795 = fcmp oeq float %row_sum275.sroa.0.32.vec.extract818.i, 0.000000e+00
+  br i1 %2795, label %if_end230.8.i, label %if_else229.8.i
 
 if_else229.8.i:                                   ; preds = %if_end230.7.i
-  %2795 = fmul float %row_sum275.sroa.0.32.vec.extract818.i, %2712
-  %2796 = tail call float @llvm.log.f32(float %2795)
+  %2796 = fmul float %row_sum275.sroa.0.32.vec.extract818.i, %2713
+  %2797 = tail call float @llvm.log.f32(float %2796)
   %row_max276.sroa.0.32.vec.extract786.i = extractelement <16 x float> %m.i, i64 8
-  %2797 = fadd float %row_max276.sroa.0.32.vec.extract786.i, %2796
+  %2798 = fadd float %row_max276.sroa.0.32.vec.extract786.i, %2797
   br label %if_end230.8.i
 
 if_end230.8.i:                                    ; preds = %if_else229.8.i, %if_end230.7.i
-  %2798 = phi float [ %2797, %if_else229.8.i ], [ 0xFFF0000000000000, %if_end230.7.i ]
-  %2799 = getelementptr i8, ptr %2709, i64 32
-  store float %2798, ptr %2799, align 4, !tbaa !9
-  %row_sum275.sroa.0.36.vec.extract820.i = extractelement <16 x float> %2062, i64 9
-  %2800 = fcmp oeq float %row_sum275.sroa.0.36.vec.extract820.i, 0.000000e+00
-  br i1 %2800, label %if_end230.9.i, label %if_else229.9.i
+  %2799 = phi float [ %2798, %if_else229.8.i ], [ 0xFFF0000000000000, %if_end230.7.i ]
+  %2800 = getelementptr i8, ptr %2710, i64 32
+  store float %2799, ptr %2800, align 4, !tbaa !9
+  %row_sum275.sroa.0.36.vec.extract820.i = extractelement <16 x float> %2027, i64 9
+  %2801 = fcmp oeq float %row_sum275.sroa.0.36.vec.extract820.i, 0.000000e+00
+  br i1 %2801, label %if_end230.9.i, label %if_else229.9.i
 
 if_else229.9.i:                                   ; preds = %if_end230.8.i
-  %2801 = fmul float %row_sum275.sroa.0.36.vec.extract820.i, %2712
-  %2802 = tail call float @llvm.log.f32(float %2801)
+  %2802 = fmul float %row_sum275.sroa.0.36.vec.extract820.i, %2713
+  %2803 = tail call float @llvm.log.f32(float %2802)
   %row_max276.sroa.0.36.vec.extract788.i = extractelement <16 x float> %m.i, i64 9
-  %2803 = fadd float %row_max276.sroa.0.36.vec.extract788.i, %2802
+  %2804 = fadd float %row_max276.sroa.0.36.vec.extract788.i, %2803
   br label %if_end230.9.i
 
 if_end230.9.i:                                    ; preds = %if_else229.9.i, %if_end230.8.i
-  %2804 = phi float [ %2803, %if_else229.9.i ], [ 0xFFF0000000000000, %if_end230.8.i ]
-  %2805 = getelementptr i8, ptr %2709, i64 36
-  store float %2804, ptr %2805, align 4, !tbaa !9
-  %row_sum275.sroa.0.40.vec.extract822.i = extractelement <16 x float> %2062, i64 10
-  %2806 = fcmp oeq float %row_sum275.sroa.0.40.vec.extract822.i, 0.000000e+00
-  br i1 %2806, label %if_end230.10.i, label %if_else229.10.i
+  %2805 = phi float [ %2804, %if_else229.9.i ], [ 0xFFF0000000000000, %if_end230.8.i ]
+  %2806 = getelementptr i8, ptr %2710, i64 36
+  store float %2805, ptr %2806, align 4, !tbaa !9
+  %row_sum275.sroa.0.40.vec.extract822.i = extractelement <16 x float> %2027, i64 10
+  %2807 = fcmp oeq float %row_sum275.sroa.0.40.vec.extract822.i, 0.000000e+00
+  br i1 %2807, label %if_end230.10.i, label %if_else229.10.i
 
 if_else229.10.i:                                  ; preds = %if_end230.9.i
-  %2807 = fmul float %row_sum275.sroa.0.40.vec.extract822.i, %2712
-  %2808 = tail call float @llvm.log.f32(float %2807)
+  %2808 = fmul float %row_sum275.sroa.0.40.vec.extract822.i, %2713
+  %2809 = tail call float @llvm.log.f32(float %2808)
   %row_max276.sroa.0.40.vec.extract790.i = extractelement <16 x float> %m.i, i64 10
-  %2809 = fadd float %row_max276.sroa.0.40.vec.extract790.i, %2808
+  %2810 = fadd float %row_max276.sroa.0.40.vec.extract790.i, %2809
   br label %if_end230.10.i
 
 if_end230.10.i:                                   ; preds = %if_else229.10.i, %if_end230.9.i
-  %2810 = phi float [ %2809, %if_else229.10.i ], [ 0xFFF0000000000000, %if_end230.9.i ]
-  %2811 = getelementptr i8, ptr %2709, i64 40
-  store float %2810, ptr %2811, align 4, !tbaa !9
-  %row_sum275.sroa.0.44.vec.extract824.i = extractelement <16 x float> %2062, i64 11
-  %2812 = fcmp oeq float %row_sum275.sroa.0.44.vec.extract824.i, 0.000000e+00
-  br i1 %2812, label %if_end230.11.i, label %if_else229.11.i
+  %2811 = phi float [ %2810, %if_else229.10.i ], [ 0xFFF0000000000000, %if_end230.9.i ]
+  %2812 = getelementptr i8, ptr %2710, i64 40
+  store float %2811, ptr %2812, align 4, !tbaa !9
+  %row_sum275.sroa.0.44.vec.extract824.i = extractelement <16 x float> %2027, i64 11
+  %2813 = fcmp oeq float %row_sum275.sroa.0.44.vec.extract824.i, 0.000000e+00
+  br i1 %2813, label %if_end230.11.i, label %if_else229.11.i
 
 if_else229.11.i:                                  ; preds = %if_end230.10.i
-  %2813 = fmul float %row_sum275.sroa.0.44.vec.extract824.i, %2712
-  %2814 = tail call float @llvm.log.f32(float %2813)
+  %2814 = fmul float %row_sum275.sroa.0.44.vec.extract824.i, %2713
+  %2815 = tail call float @llvm.log.f32(float %2814)
   %row_max276.sroa.0.44.vec.extract792.i = extractelement <16 x float> %m.i, i64 11
-  %2815 = fadd float %row_max276.sroa.0.44.vec.extract792.i, %2814
+  %2816 = fadd float %row_max276.sroa.0.44.vec.extract792.i, %2815
   br label %if_end230.11.i
 
 if_end230.11.i:                                   ; preds = %if_else229.11.i, %if_end230.10.i
-  %2816 = phi float [ %2815, %if_else229.11.i ], [ 0xFFF0000000000000, %if_end230.10.i ]
-  %2817 = getelementptr i8, ptr %2709, i64 44
-  store float %2816, ptr %2817, align 4, !tbaa !9
-  %row_sum275.sroa.0.48.vec.extract826.i = extractelement <16 x float> %2062, i64 12
-  %2818 = fcmp oeq float %row_sum275.sroa.0.48.vec.extract826.i, 0.000000e+00
-  br i1 %2818, label %if_end230.12.i, label %if_else229.12.i
+  %2817 = phi float [ %2816, %if_else229.11.i ], [ 0xFFF0000000000000, %if_end230.10.i ]
+  %2818 = getelementptr i8, ptr %2710, i64 44
+  store float %2817, ptr %2818, align 4, !tbaa !9
+  %row_sum275.sroa.0.48.vec.extract826.i = extractelement <16 x float> %2027, i64 12
+  %2819 = fcmp oeq float %row_sum275.sroa.0.48.vec.extract826.i, 0.000000e+00
+  br i1 %2819, label %if_end230.12.i, label %if_else229.12.i
 
 if_else229.12.i:                                  ; preds = %if_end230.11.i
-  %2819 = fmul float %row_sum275.sroa.0.48.vec.extract826.i, %2712
-  %2820 = tail call float @llvm.log.f32(float %2819)
+  %2820 = fmul float %row_sum275.sroa.0.48.vec.extract826.i, %2713
+  %2821 = tail call float @llvm.log.f32(float %2820)
   %row_max276.sroa.0.48.vec.extract794.i = extractelement <16 x float> %m.i, i64 12
-  %2821 = fadd float %row_max276.sroa.0.48.vec.extract794.i, %2820
+  %2822 = fadd float %row_max276.sroa.0.48.vec.extract794.i, %2821
   br label %if_end230.12.i
 
 if_end230.12.i:                                   ; preds = %if_else229.12.i, %if_end230.11.i
-  %2822 = phi float [ %2821, %if_else229.12.i ], [ 0xFFF0000000000000, %if_end230.11.i ]
-  %2823 = getelementptr i8, ptr %2709, i64 48
-  store float %2822, ptr %2823, align 4, !tbaa !9
-  %row_sum275.sroa.0.52.vec.extract828.i = extractelement <16 x float> %2062, i64 13
-  %2824 = fcmp oeq float %row_sum275.sroa.0.52.vec.extract828.i, 0.000000e+00
-  br i1 %2824, label %if_end230.13.i, label %if_else229.13.i
+  %2823 = phi float [ %2822, %if_else229.12.i ], [ 0xFFF0000000000000, %if_end230.11.i ]
+  %2824 = getelementptr i8, ptr %2710, i64 48
+  store float %2823, ptr %2824, align 4, !tbaa !9
+  %row_sum275.sroa.0.52.vec.extract828.i = extractelement <16 x float> %2027, i64 13
+  %2825 = fcmp oeq float %row_sum275.sroa.0.52.vec.extract828.i, 0.000000e+00
+  br i1 %2825, label %if_end230.13.i, label %if_else229.13.i
 
 if_else229.13.i:                                  ; preds = %if_end230.12.i
-  %2825 = fmul float %row_sum275.sroa.0.52.vec.extract828.i, %2712
-  %2826 = tail call float @llvm.log.f32(float %2825)
+  %2826 = fmul float %row_sum275.sroa.0.52.vec.extract828.i, %2713
+  %2827 = tail call float @llvm.log.f32(float %2826)
   %row_max276.sroa.0.52.vec.extract796.i = extractelement <16 x float> %m.i, i64 13
-  %2827 = fadd float %row_max276.sroa.0.52.vec.extract796.i, %2826
+  %2828 = fadd float %row_max276.sroa.0.52.vec.extract796.i, %2827
   br label %if_end230.13.i
 
 if_end230.13.i:                                   ; preds = %if_else229.13.i, %if_end230.12.i
-  %2828 = phi float [ %2827, %if_else229.13.i ], [ 0xFFF0000000000000, %if_end230.12.i ]
-  %2829 = getelementptr i8, ptr %2709, i64 52
-  store float %2828, ptr %2829, align 4, !tbaa !9
-  %row_sum275.sroa.0.56.vec.extract830.i = extractelement <16 x float> %2062, i64 14
-  %2830 = fcmp oeq float %row_sum275.sroa.0.56.vec.extract830.i, 0.000000e+00
-  br i1 %2830, label %if_end230.14.i, label %if_else229.14.i
+  %2829 = phi float [ %2828, %if_else229.13.i ], [ 0xFFF0000000000000, %if_end230.12.i ]
+  %2830 = getelementptr i8, ptr %2710, i64 52
+  store float %2829, ptr %2830, align 4, !tbaa !9
+  %row_sum275.sroa.0.56.vec.extract830.i = extractelement <16 x float> %2027, i64 14
+  %2831 = fcmp oeq float %row_sum275.sroa.0.56.vec.extract830.i, 0.000000e+00
+  br i1 %2831, label %if_end230.14.i, label %if_else229.14.i
 
 if_else229.14.i:                                  ; preds = %if_end230.13.i
-  %2831 = fmul float %row_sum275.sroa.0.56.vec.extract830.i, %2712
-  %2832 = tail call float @llvm.log.f32(float %2831)
+  %2832 = fmul float %row_sum275.sroa.0.56.vec.extract830.i, %2713
+  %2833 = tail call float @llvm.log.f32(float %2832)
   %row_max276.sroa.0.56.vec.extract798.i = extractelement <16 x float> %m.i, i64 14
-  %2833 = fadd float %row_max276.sroa.0.56.vec.extract798.i, %2832
+  %2834 = fadd float %row_max276.sroa.0.56.vec.extract798.i, %2833
   br label %if_end230.14.i
 
 if_end230.14.i:                                   ; preds = %if_else229.14.i, %if_end230.13.i
-  %2834 = phi float [ %2833, %if_else229.14.i ], [ 0xFFF0000000000000, %if_end230.13.i ]
-  %2835 = getelementptr i8, ptr %2709, i64 56
-  store float %2834, ptr %2835, align 4, !tbaa !9
-  %row_sum275.sroa.0.60.vec.extract832.i = extractelement <16 x float> %2062, i64 15
-  %2836 = fcmp oeq float %row_sum275.sroa.0.60.vec.extract832.i, 0.000000e+00
-  br i1 %2836, label %if_end230.15.i, label %if_else229.15.i
+  %2835 = phi float [ %2834, %if_else229.14.i ], [ 0xFFF0000000000000, %if_end230.13.i ]
+  %2836 = getelementptr i8, ptr %2710, i64 56
+  store float %2835, ptr %2836, align 4, !tbaa !9
+  %row_sum275.sroa.0.60.vec.extract832.i = extractelement <16 x float> %2027, i64 15
+  %2837 = fcmp oeq float %row_sum275.sroa.0.60.vec.extract832.i, 0.000000e+00
+  br i1 %2837, label %if_end230.15.i, label %if_else229.15.i
 
 if_else229.15.i:                                  ; preds = %if_end230.14.i
-  %2837 = fmul float %row_sum275.sroa.0.60.vec.extract832.i, %2712
-  %2838 = tail call float @llvm.log.f32(float %2837)
+  %2838 = fmul float %row_sum275.sroa.0.60.vec.extract832.i, %2713
+  %2839 = tail call float @llvm.log.f32(float %2838)
   %row_max276.sroa.0.60.vec.extract800.i = extractelement <16 x float> %m.i, i64 15
-  %2839 = fadd float %row_max276.sroa.0.60.vec.extract800.i, %2838
+  %2840 = fadd float %row_max276.sroa.0.60.vec.extract800.i, %2839
   br label %if_end230.15.i
 
 if_end230.15.i:                                   ; preds = %if_else229.15.i, %if_end230.14.i
-  %2840 = phi float [ %2839, %if_else229.15.i ], [ 0xFFF0000000000000, %if_end230.14.i ]
-  %2841 = getelementptr i8, ptr %2709, i64 60
-  store float %2840, ptr %2841, align 4, !tbaa !9
+  %2841 = phi float [ %2840, %if_else229.15.i ], [ 0xFFF0000000000000, %if_end230.14.i ]
+  %2842 = getelementptr i8, ptr %2710, i64 60
+  store float %2841, ptr %2842, align 4, !tbaa !9
   br label %if_end216.i
 
 if_end247.i:                                      ; preds = %if_end216.i
-  %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not278.i = icmp eq i32 %2843, 0
+  %2843 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %2844 = tail call i32 %2843(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not278.i = icmp eq i32 %2844, 0
   br i1 %.not278.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !53
 
-fused_decode_compute_.exit:                       ; preds = %if_end247.i, %if_end216.i, %if_end210.i, %if_end207.i, %if_end204.i, %if_end201.i, %for_end_r_0_m.i, %for_end_r.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end34.i, %for_end_t24.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_end_r.i ], [ -1, %if_end210.i ], [ -1, %if_end207.i ], [ -1, %if_end204.i ], [ -1, %if_end201.i ], [ -1, %for_end_r_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end34.i ], [ -1, %for_end_t24.i ], [ -1, %if_end15.i ], [ -1, %if_end.i ], [ -1, %if_end216.i ], [ -1, %if_end247.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ]
+fused_decode_compute_.exit:                       ; preds = %if_end247.i, %if_end216.i, %if_end210.i, %if_end207.i, %if_end204.i, %if_end201.i, %for_end_d_0_m.i, %for_end_r.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end34.i, %for_end_t24.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end51 ], [ -1, %for_end_r.i ], [ -1, %if_end210.i ], [ -1, %if_end207.i ], [ -1, %if_end204.i ], [ -1, %if_end201.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end34.i ], [ -1, %for_end_t24.i ], [ -1, %if_end15.i ], [ -1, %if_end.i ], [ -1, %if_end216.i ], [ -1, %if_end247.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor255.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %peak268.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum269.i)
@@ -5248,10 +5249,10 @@ attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !96 = distinct !{!96, !60}
 !97 = distinct !{!97, !22, !23}
 !98 = !{!81, !81, i64 0}
-!99 = !{!95, !95, i64 0}
-!100 = !{!88, !88, i64 0}
-!101 = !{!"branch_weights", i32 1, i32 127}
-!102 = distinct !{!102, !68}
+!99 = !{!"branch_weights", i32 1, i32 127}
+!100 = distinct !{!100, !68}
+!101 = !{!95, !95, i64 0}
+!102 = !{!88, !88, i64 0}
 !103 = !{!104, !104, i64 0}
 !104 = !{!"buffer5.w64.b0", !105, i64 0}
 !105 = !{!"buffer5.w128.b0", !106, i64 0}
@@ -5273,8 +5274,6 @@ target triple = "x86_64-conda-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 64
-  %beta37.i = alloca [16 x float], align 64
-  %alpha38.i = alloca [16 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5375,8 +5374,6 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
@@ -5399,16 +5396,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv66.i, 0
   %50 = insertelement <16 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
   %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv66.i, %47
   %53 = shl nsw i64 %52, 4
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
@@ -5442,7 +5439,6 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -5465,481 +5461,649 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !17
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 13
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  %108 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
+  %109 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %49, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !24
-  %110 = insertelement <16 x float> poison, float %109, i64 0
-  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !25
-  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
-  %.scalar = fmul float %115, 0.000000e+00
-  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !8
-  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !8
-  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !8
-  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
-  %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
+  %110 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %112 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %113 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %114 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %115 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %116 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %117 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %118 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %119 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %120 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %121 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %122 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %123 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %124 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %125 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %126 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %127 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %128 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %129 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %130 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %131 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %132 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %133 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %134 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %135 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %136 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %137 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %138 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %139 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  br label %for_begin_r_0.preheader.i
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
+  %140 = fmul <16 x float> %83, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %143 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %144 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %145 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %146 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %147 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %148 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %149 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %150 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %151 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %152 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %153 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %154 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %155 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %156 = fmul <16 x float> %83, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %158 = fmul <16 x float> %83, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %160 = fmul <16 x float> %83, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %162 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %164 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %166 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %167 = shufflevector <16 x float> %166, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %168 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %170 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %172 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
+  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %174 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
+  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %176 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %178 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
+  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %180 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
+  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %182 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %184 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
+  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  br label %for_begin_r_0.preheader.us.i
+
+for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
+  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
+  %186 = shl nuw nsw i64 %indvars.iv62.i, 4
+  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %186
+  %187 = getelementptr inbounds nuw float, ptr %acc.i, i64 %186
+  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !8
+  %188 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %188, <16 x float> %141)
+  store <16 x float> %189, ptr %187, align 4, !tbaa !8
+  %190 = getelementptr inbounds nuw i8, ptr %187, i64 512
+  store <16 x float> zeroinitializer, ptr %190, align 4, !tbaa !8
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
+  %191 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %191, <16 x float> %157)
+  store <16 x float> %192, ptr %190, align 4, !tbaa !8
+  %193 = getelementptr inbounds nuw i8, ptr %187, i64 1024
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !8
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
+  %194 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %194, <16 x float> %159)
+  store <16 x float> %195, ptr %193, align 4, !tbaa !8
+  %196 = getelementptr inbounds nuw i8, ptr %187, i64 1536
+  store <16 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
+  %197 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %197, <16 x float> %161)
+  store <16 x float> %198, ptr %196, align 4, !tbaa !8
+  %199 = getelementptr inbounds nuw i8, ptr %187, i64 2048
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
+  %200 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %200, <16 x float> %163)
+  store <16 x float> %201, ptr %199, align 4, !tbaa !8
+  %202 = getelementptr inbounds nuw i8, ptr %187, i64 2560
+  store <16 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
+  %203 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %203, <16 x float> %165)
+  store <16 x float> %204, ptr %202, align 4, !tbaa !8
+  %205 = getelementptr inbounds nuw i8, ptr %187, i64 3072
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
+  %206 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %206, <16 x float> %167)
+  store <16 x float> %207, ptr %205, align 4, !tbaa !8
+  %208 = getelementptr inbounds nuw i8, ptr %187, i64 3584
+  store <16 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
+  %209 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %209, <16 x float> %169)
+  store <16 x float> %210, ptr %208, align 4, !tbaa !8
+  %211 = getelementptr inbounds nuw i8, ptr %187, i64 4096
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
+  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
+  %212 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %212, <16 x float> %171)
+  store <16 x float> %213, ptr %211, align 4, !tbaa !8
+  %214 = getelementptr inbounds nuw i8, ptr %187, i64 4608
+  store <16 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
+  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
+  %215 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %215, <16 x float> %173)
+  store <16 x float> %216, ptr %214, align 4, !tbaa !8
+  %217 = getelementptr inbounds nuw i8, ptr %187, i64 5120
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
+  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
+  %218 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %218, <16 x float> %175)
+  store <16 x float> %219, ptr %217, align 4, !tbaa !8
+  %220 = getelementptr inbounds nuw i8, ptr %187, i64 5632
+  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
+  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
+  %221 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %221, <16 x float> %177)
+  store <16 x float> %222, ptr %220, align 4, !tbaa !8
+  %223 = getelementptr inbounds nuw i8, ptr %187, i64 6144
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
+  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
+  %224 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
+  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %152, <16 x float> %224, <16 x float> %179)
+  store <16 x float> %225, ptr %223, align 4, !tbaa !8
+  %226 = getelementptr inbounds nuw i8, ptr %187, i64 6656
+  store <16 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
+  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
+  %227 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %227, <16 x float> %181)
+  store <16 x float> %228, ptr %226, align 4, !tbaa !8
+  %229 = getelementptr inbounds nuw i8, ptr %187, i64 7168
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
+  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
+  %230 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %230, <16 x float> %183)
+  store <16 x float> %231, ptr %229, align 4, !tbaa !8
+  %232 = getelementptr inbounds nuw i8, ptr %187, i64 7680
+  store <16 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
+  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
+  %233 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %233, <16 x float> %185)
+  store <16 x float> %234, ptr %232, align 4, !tbaa !8
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 8
+  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   %sext33 = shl i64 %24, 32
-  %149 = ashr exact i64 %sext33, 32
-  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !8
-  %152 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %153 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %154 = select <16 x i1> %153, <16 x float> zeroinitializer, <16 x float> %152
-  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !27
-  %155 = mul nsw i64 %out_batch, %149
-  %156 = getelementptr float, ptr %out, i64 %155
+  %235 = ashr exact i64 %sext33, 32
+  %236 = getelementptr inbounds i32, ptr %context_lens, i64 %235
+  %237 = load i32, ptr %236, align 4, !tbaa !8
+  %238 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %239 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %240 = select <16 x i1> %239, <16 x float> zeroinitializer, <16 x float> %238
+  store <16 x float> %240, ptr %factor34.i, align 16, !tbaa !11
+  %241 = mul nsw i64 %out_batch, %235
+  %242 = getelementptr float, ptr %out, i64 %241
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !24
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = shl nuw nsw i64 %indvars.iv.i, 7
-  %162 = getelementptr float, ptr %107, i64 %161
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !25
-  %165 = insertelement <16 x float> poison, float %164, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
-  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
-  %170 = fmul <16 x float> %169, %166
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !8
-  %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
-  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
-  %176 = fmul <16 x float> %166, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !8
-  %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
-  %182 = fmul <16 x float> %166, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !8
-  %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
-  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
-  %188 = fmul <16 x float> %166, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !8
-  %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
-  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
-  %194 = fmul <16 x float> %166, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !8
-  %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
-  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
-  %200 = fmul <16 x float> %166, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !8
-  %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
-  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
-  %206 = fmul <16 x float> %166, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !8
-  %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
-  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
-  %212 = fmul <16 x float> %166, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !8
+for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
+  %243 = shl nuw nsw i64 %indvars.iv.i, 4
+  %invariant.gep.i = getelementptr float, ptr %107, i64 %243
+  %244 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
+  %245 = getelementptr inbounds nuw float, ptr %acc.i, i64 %243
+  %246 = load <16 x float>, ptr %245, align 4, !tbaa !8
+  %247 = fmul <16 x float> %110, %246
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %244, <16 x float> %247)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !8
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
+  %249 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %250 = getelementptr inbounds nuw i8, ptr %245, i64 512
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
+  %252 = fmul <16 x float> %112, %251
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %249, <16 x float> %252)
+  store <16 x float> %253, ptr %250, align 4, !tbaa !8
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
+  %254 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw i8, ptr %245, i64 1024
+  %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
+  %257 = fmul <16 x float> %113, %256
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %254, <16 x float> %257)
+  store <16 x float> %258, ptr %255, align 4, !tbaa !8
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
+  %259 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %260 = getelementptr inbounds nuw i8, ptr %245, i64 1536
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
+  %262 = fmul <16 x float> %115, %261
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %114, <16 x float> %259, <16 x float> %262)
+  store <16 x float> %263, ptr %260, align 4, !tbaa !8
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
+  %264 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw i8, ptr %245, i64 2048
+  %266 = load <16 x float>, ptr %265, align 4, !tbaa !8
+  %267 = fmul <16 x float> %117, %266
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %264, <16 x float> %267)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !8
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
+  %269 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw i8, ptr %245, i64 2560
+  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
+  %272 = fmul <16 x float> %119, %271
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %118, <16 x float> %269, <16 x float> %272)
+  store <16 x float> %273, ptr %270, align 4, !tbaa !8
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
+  %274 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw i8, ptr %245, i64 3072
+  %276 = load <16 x float>, ptr %275, align 4, !tbaa !8
+  %277 = fmul <16 x float> %121, %276
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %274, <16 x float> %277)
+  store <16 x float> %278, ptr %275, align 4, !tbaa !8
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
+  %279 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw i8, ptr %245, i64 3584
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
+  %282 = fmul <16 x float> %123, %281
+  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %279, <16 x float> %282)
+  store <16 x float> %283, ptr %280, align 4, !tbaa !8
+  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
+  %284 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
+  %285 = getelementptr inbounds nuw i8, ptr %245, i64 4096
+  %286 = load <16 x float>, ptr %285, align 4, !tbaa !8
+  %287 = fmul <16 x float> %125, %286
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %124, <16 x float> %284, <16 x float> %287)
+  store <16 x float> %288, ptr %285, align 4, !tbaa !8
+  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
+  %289 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw i8, ptr %245, i64 4608
+  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
+  %292 = fmul <16 x float> %127, %291
+  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %289, <16 x float> %292)
+  store <16 x float> %293, ptr %290, align 4, !tbaa !8
+  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
+  %294 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw i8, ptr %245, i64 5120
+  %296 = load <16 x float>, ptr %295, align 4, !tbaa !8
+  %297 = fmul <16 x float> %129, %296
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %294, <16 x float> %297)
+  store <16 x float> %298, ptr %295, align 4, !tbaa !8
+  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
+  %299 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
+  %300 = getelementptr inbounds nuw i8, ptr %245, i64 5632
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
+  %302 = fmul <16 x float> %131, %301
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %299, <16 x float> %302)
+  store <16 x float> %303, ptr %300, align 4, !tbaa !8
+  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
+  %304 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
+  %305 = getelementptr inbounds nuw i8, ptr %245, i64 6144
+  %306 = load <16 x float>, ptr %305, align 4, !tbaa !8
+  %307 = fmul <16 x float> %133, %306
+  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %304, <16 x float> %307)
+  store <16 x float> %308, ptr %305, align 4, !tbaa !8
+  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
+  %309 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
+  %310 = getelementptr inbounds nuw i8, ptr %245, i64 6656
+  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
+  %312 = fmul <16 x float> %135, %311
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %309, <16 x float> %312)
+  store <16 x float> %313, ptr %310, align 4, !tbaa !8
+  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
+  %314 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw i8, ptr %245, i64 7168
+  %316 = load <16 x float>, ptr %315, align 4, !tbaa !8
+  %317 = fmul <16 x float> %137, %316
+  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %314, <16 x float> %317)
+  store <16 x float> %318, ptr %315, align 4, !tbaa !8
+  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
+  %319 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw i8, ptr %245, i64 7680
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
+  %322 = fmul <16 x float> %139, %321
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %319, <16 x float> %322)
+  store <16 x float> %323, ptr %320, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !34
+for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
+  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !35
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %156, i64 %218
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
-  %221 = fmul <16 x float> %220, %217
-  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !8
-  %222 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !8
-  %224 = fmul <16 x float> %217, %223
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !8
-  %225 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !8
-  %227 = fmul <16 x float> %217, %226
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !8
-  %228 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !8
-  %230 = fmul <16 x float> %217, %229
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !8
-  %231 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !8
-  %233 = fmul <16 x float> %217, %232
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !8
-  %234 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !8
-  %236 = fmul <16 x float> %217, %235
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !8
-  %237 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %238 = load <16 x float>, ptr %237, align 4, !tbaa !8
-  %239 = fmul <16 x float> %217, %238
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !8
-  %240 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
-  %242 = fmul <16 x float> %217, %241
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !8
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
+  %324 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %325 = load float, ptr %324, align 4, !tbaa !19
+  %326 = insertelement <16 x float> poison, float %325, i64 0
+  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
+  %328 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr float, ptr %242, i64 %328
+  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
+  %329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !8
+  %331 = fmul <16 x float> %330, %327
+  store <16 x float> %331, ptr %invariant.gep49.i, align 4, !tbaa !8
+  %332 = getelementptr inbounds nuw i8, ptr %329, i64 64
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !8
+  %334 = fmul <16 x float> %327, %333
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x float> %334, ptr %gep50.1.i, align 4, !tbaa !8
+  %335 = getelementptr inbounds nuw i8, ptr %329, i64 128
+  %336 = load <16 x float>, ptr %335, align 4, !tbaa !8
+  %337 = fmul <16 x float> %327, %336
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x float> %337, ptr %gep50.2.i, align 4, !tbaa !8
+  %338 = getelementptr inbounds nuw i8, ptr %329, i64 192
+  %339 = load <16 x float>, ptr %338, align 4, !tbaa !8
+  %340 = fmul <16 x float> %327, %339
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x float> %340, ptr %gep50.3.i, align 4, !tbaa !8
+  %341 = getelementptr inbounds nuw i8, ptr %329, i64 256
+  %342 = load <16 x float>, ptr %341, align 4, !tbaa !8
+  %343 = fmul <16 x float> %327, %342
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
+  store <16 x float> %343, ptr %gep50.4.i, align 4, !tbaa !8
+  %344 = getelementptr inbounds nuw i8, ptr %329, i64 320
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !8
+  %346 = fmul <16 x float> %327, %345
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
+  store <16 x float> %346, ptr %gep50.5.i, align 4, !tbaa !8
+  %347 = getelementptr inbounds nuw i8, ptr %329, i64 384
+  %348 = load <16 x float>, ptr %347, align 4, !tbaa !8
+  %349 = fmul <16 x float> %327, %348
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
+  store <16 x float> %349, ptr %gep50.6.i, align 4, !tbaa !8
+  %350 = getelementptr inbounds nuw i8, ptr %329, i64 448
+  %351 = load <16 x float>, ptr %350, align 4, !tbaa !8
+  %352 = fmul <16 x float> %327, %351
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
+  store <16 x float> %352, ptr %gep50.7.i, align 4, !tbaa !8
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 16
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %243 = add nsw i32 %151, -1
-  %244 = sitofp i32 %243 to float
-  %245 = bitcast float %244 to i32
-  %246 = ashr i32 %245, 23
-  %247 = tail call i32 @llvm.smax.i32(i32 %246, i32 125)
-  %248 = mul nsw i64 %lse_batch, %149
-  %249 = getelementptr float, ptr %lse, i64 %248
-  %250 = shl nuw nsw i32 %247, 23
-  %251 = add nuw i32 %250, 16777216
-  %252 = bitcast i32 %251 to float
+  %353 = add nsw i32 %237, -1
+  %354 = sitofp i32 %353 to float
+  %355 = bitcast float %354 to i32
+  %356 = ashr i32 %355, 23
+  %357 = tail call i32 @llvm.smax.i32(i32 %356, i32 125)
+  %358 = mul nsw i64 %lse_batch, %235
+  %359 = getelementptr float, ptr %lse, i64 %358
+  %360 = shl nuw nsw i32 %357, 23
+  %361 = add nuw i32 %360, 16777216
+  %362 = bitcast i32 %361 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %253 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end30.i, label %if_else.i
+  %363 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %363, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %254 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %252
-  %255 = tail call float @llvm.log.f32(float %254)
+  %364 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %362
+  %365 = tail call float @llvm.log.f32(float %364)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %256 = fadd float %row_max40.sroa.0.0.vec.extract.i, %255
+  %366 = fadd float %row_max40.sroa.0.0.vec.extract.i, %365
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %257 = phi float [ %256, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %257, ptr %249, align 4, !tbaa !8
+  %367 = phi float [ %366, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %367, ptr %359, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %258 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end30.1.i, label %if_else.1.i
+  %368 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %368, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %259 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %252
-  %260 = tail call float @llvm.log.f32(float %259)
+  %369 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %362
+  %370 = tail call float @llvm.log.f32(float %369)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %261 = fadd float %row_max40.sroa.0.4.vec.extract.i, %260
+  %371 = fadd float %row_max40.sroa.0.4.vec.extract.i, %370
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %262 = phi float [ %261, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %263 = getelementptr i8, ptr %249, i64 4
-  store float %262, ptr %263, align 4, !tbaa !8
+  %372 = phi float [ %371, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %373 = getelementptr i8, ptr %359, i64 4
+  store float %372, ptr %373, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %264 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %264, label %if_end30.2.i, label %if_else.2.i
+  %374 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %374, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %265 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %252
-  %266 = tail call float @llvm.log.f32(float %265)
+  %375 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %362
+  %376 = tail call float @llvm.log.f32(float %375)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %267 = fadd float %row_max40.sroa.0.8.vec.extract.i, %266
+  %377 = fadd float %row_max40.sroa.0.8.vec.extract.i, %376
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %268 = phi float [ %267, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %269 = getelementptr i8, ptr %249, i64 8
-  store float %268, ptr %269, align 4, !tbaa !8
+  %378 = phi float [ %377, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %379 = getelementptr i8, ptr %359, i64 8
+  store float %378, ptr %379, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %270 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %270, label %if_end30.3.i, label %if_else.3.i
+  %380 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %380, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %271 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %252
-  %272 = tail call float @llvm.log.f32(float %271)
+  %381 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %362
+  %382 = tail call float @llvm.log.f32(float %381)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %273 = fadd float %row_max40.sroa.0.12.vec.extract.i, %272
+  %383 = fadd float %row_max40.sroa.0.12.vec.extract.i, %382
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %274 = phi float [ %273, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %275 = getelementptr i8, ptr %249, i64 12
-  store float %274, ptr %275, align 4, !tbaa !8
+  %384 = phi float [ %383, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %385 = getelementptr i8, ptr %359, i64 12
+  store float %384, ptr %385, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %276 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %276, label %if_end30.4.i, label %if_else.4.i
+  %386 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %386, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %277 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %252
-  %278 = tail call float @llvm.log.f32(float %277)
+  %387 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %362
+  %388 = tail call float @llvm.log.f32(float %387)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %279 = fadd float %row_max40.sroa.0.16.vec.extract.i, %278
+  %389 = fadd float %row_max40.sroa.0.16.vec.extract.i, %388
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %280 = phi float [ %279, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %281 = getelementptr i8, ptr %249, i64 16
-  store float %280, ptr %281, align 4, !tbaa !8
+  %390 = phi float [ %389, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %391 = getelementptr i8, ptr %359, i64 16
+  store float %390, ptr %391, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %282 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %282, label %if_end30.5.i, label %if_else.5.i
+  %392 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %392, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %283 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %252
-  %284 = tail call float @llvm.log.f32(float %283)
+  %393 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %362
+  %394 = tail call float @llvm.log.f32(float %393)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %285 = fadd float %row_max40.sroa.0.20.vec.extract.i, %284
+  %395 = fadd float %row_max40.sroa.0.20.vec.extract.i, %394
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %286 = phi float [ %285, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %287 = getelementptr i8, ptr %249, i64 20
-  store float %286, ptr %287, align 4, !tbaa !8
+  %396 = phi float [ %395, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %397 = getelementptr i8, ptr %359, i64 20
+  store float %396, ptr %397, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %288 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end30.6.i, label %if_else.6.i
+  %398 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %398, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %289 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %252
-  %290 = tail call float @llvm.log.f32(float %289)
+  %399 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %362
+  %400 = tail call float @llvm.log.f32(float %399)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %291 = fadd float %row_max40.sroa.0.24.vec.extract.i, %290
+  %401 = fadd float %row_max40.sroa.0.24.vec.extract.i, %400
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %292 = phi float [ %291, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %293 = getelementptr i8, ptr %249, i64 24
-  store float %292, ptr %293, align 4, !tbaa !8
+  %402 = phi float [ %401, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %403 = getelementptr i8, ptr %359, i64 24
+  store float %402, ptr %403, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %294 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %294, label %if_end30.7.i, label %if_else.7.i
+  %404 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %404, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %295 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %252
-  %296 = tail call float @llvm.log.f32(float %295)
+  %405 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %362
+  %406 = tail call float @llvm.log.f32(float %405)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %297 = fadd float %row_max40.sroa.0.28.vec.extract.i, %296
+  %407 = fadd float %row_max40.sroa.0.28.vec.extract.i, %406
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %298 = phi float [ %297, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %299 = getelementptr i8, ptr %249, i64 28
-  store float %298, ptr %299, align 4, !tbaa !8
+  %408 = phi float [ %407, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %409 = getelementptr i8, ptr %359, i64 28
+  store float %408, ptr %409, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %300 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %300, label %if_end30.8.i, label %if_else.8.i
+  %410 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %410, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %301 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %252
-  %302 = tail call float @llvm.log.f32(float %301)
+  %411 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %362
+  %412 = tail call float @llvm.log.f32(float %411)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %303 = fadd float %row_max40.sroa.0.32.vec.extract.i, %302
+  %413 = fadd float %row_max40.sroa.0.32.vec.extract.i, %412
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %304 = phi float [ %303, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %305 = getelementptr i8, ptr %249, i64 32
-  store float %304, ptr %305, align 4, !tbaa !8
+  %414 = phi float [ %413, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %415 = getelementptr i8, ptr %359, i64 32
+  store float %414, ptr %415, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %306 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %306, label %if_end30.9.i, label %if_else.9.i
+  %416 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %416, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %307 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %252
-  %308 = tail call float @llvm.log.f32(float %307)
+  %417 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %362
+  %418 = tail call float @llvm.log.f32(float %417)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %309 = fadd float %row_max40.sroa.0.36.vec.extract.i, %308
+  %419 = fadd float %row_max40.sroa.0.36.vec.extract.i, %418
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %311 = getelementptr i8, ptr %249, i64 36
-  store float %310, ptr %311, align 4, !tbaa !8
+  %420 = phi float [ %419, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %421 = getelementptr i8, ptr %359, i64 36
+  store float %420, ptr %421, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %312 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %312, label %if_end30.10.i, label %if_else.10.i
+  %422 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %422, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %313 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %252
-  %314 = tail call float @llvm.log.f32(float %313)
+  %423 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %362
+  %424 = tail call float @llvm.log.f32(float %423)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %315 = fadd float %row_max40.sroa.0.40.vec.extract.i, %314
+  %425 = fadd float %row_max40.sroa.0.40.vec.extract.i, %424
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %316 = phi float [ %315, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %317 = getelementptr i8, ptr %249, i64 40
-  store float %316, ptr %317, align 4, !tbaa !8
+  %426 = phi float [ %425, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %427 = getelementptr i8, ptr %359, i64 40
+  store float %426, ptr %427, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %318 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %318, label %if_end30.11.i, label %if_else.11.i
+  %428 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %428, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %319 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %252
-  %320 = tail call float @llvm.log.f32(float %319)
+  %429 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %362
+  %430 = tail call float @llvm.log.f32(float %429)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %321 = fadd float %row_max40.sroa.0.44.vec.extract.i, %320
+  %431 = fadd float %row_max40.sroa.0.44.vec.extract.i, %430
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %322 = phi float [ %321, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %323 = getelementptr i8, ptr %249, i64 44
-  store float %322, ptr %323, align 4, !tbaa !8
+  %432 = phi float [ %431, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %433 = getelementptr i8, ptr %359, i64 44
+  store float %432, ptr %433, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %324 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %324, label %if_end30.12.i, label %if_else.12.i
+  %434 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %434, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %325 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %252
-  %326 = tail call float @llvm.log.f32(float %325)
+  %435 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %362
+  %436 = tail call float @llvm.log.f32(float %435)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %327 = fadd float %row_max40.sroa.0.48.vec.extract.i, %326
+  %437 = fadd float %row_max40.sroa.0.48.vec.extract.i, %436
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %328 = phi float [ %327, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %329 = getelementptr i8, ptr %249, i64 48
-  store float %328, ptr %329, align 4, !tbaa !8
+  %438 = phi float [ %437, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %439 = getelementptr i8, ptr %359, i64 48
+  store float %438, ptr %439, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %330 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %330, label %if_end30.13.i, label %if_else.13.i
+  %440 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %440, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %331 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %252
-  %332 = tail call float @llvm.log.f32(float %331)
+  %441 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %362
+  %442 = tail call float @llvm.log.f32(float %441)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %333 = fadd float %row_max40.sroa.0.52.vec.extract.i, %332
+  %443 = fadd float %row_max40.sroa.0.52.vec.extract.i, %442
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %334 = phi float [ %333, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %335 = getelementptr i8, ptr %249, i64 52
-  store float %334, ptr %335, align 4, !tbaa !8
+  %444 = phi float [ %443, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %445 = getelementptr i8, ptr %359, i64 52
+  store float %444, ptr %445, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %336 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %336, label %if_end30.14.i, label %if_else.14.i
+  %446 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %446, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %337 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %252
-  %338 = tail call float @llvm.log.f32(float %337)
+  %447 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %362
+  %448 = tail call float @llvm.log.f32(float %447)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %339 = fadd float %row_max40.sroa.0.56.vec.extract.i, %338
+  %449 = fadd float %row_max40.sroa.0.56.vec.extract.i, %448
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %340 = phi float [ %339, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %341 = getelementptr i8, ptr %249, i64 56
-  store float %340, ptr %341, align 4, !tbaa !8
+  %450 = phi float [ %449, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %451 = getelementptr i8, ptr %359, i64 56
+  store float %450, ptr %451, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %342 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %342, label %if_end30.15.i, label %if_else.15.i
+  %452 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %452, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %343 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %252
-  %344 = tail call float @llvm.log.f32(float %343)
+  %453 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %362
+  %454 = tail call float @llvm.log.f32(float %453)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %345 = fadd float %row_max40.sroa.0.60.vec.extract.i, %344
+  %455 = fadd float %row_max40.sroa.0.60.vec.extract.i, %454
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %346 = phi float [ %345, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %347 = getelementptr i8, ptr %249, i64 60
-  store float %346, ptr %347, align 4, !tbaa !8
-  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %349 = tail call i32 %348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %349, 0
+  %456 = phi float [ %455, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %457 = getelementptr i8, ptr %359, i64 60
+  store float %456, ptr %457, align 4, !tbaa !8
+  %458 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %459 = tail call i32 %458(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %459, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5984,29 +6148,13 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!11, !11, i64 0}
-!11 = !{!"buffer6.w64.b0", !12, i64 0}
-!12 = !{!"buffer6.w128.b0", !13, i64 0}
-!13 = !{!"buffer6.w256.b0", !14, i64 0}
-!14 = !{!"buffer6.w512.b0", !15, i64 0}
-!15 = !{!"buffer6.w1024.b0", !16, i64 0}
-!16 = !{!"buffer6", !5, i64 0}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer7.w64.b0", !19, i64 0}
-!19 = !{!"buffer7.w128.b0", !20, i64 0}
-!20 = !{!"buffer7.w256.b0", !21, i64 0}
-!21 = !{!"buffer7.w512.b0", !22, i64 0}
-!22 = !{!"buffer7.w1024.b0", !23, i64 0}
-!23 = !{!"buffer7", !5, i64 0}
-!24 = !{!23, !23, i64 0}
-!25 = !{!16, !16, i64 0}
-!26 = !{!"branch_weights", i32 1, i32 1048575}
-!27 = !{!28, !28, i64 0}
-!28 = !{!"buffer8.w64.b0", !29, i64 0}
-!29 = !{!"buffer8.w128.b0", !30, i64 0}
-!30 = !{!"buffer8.w256.b0", !31, i64 0}
-!31 = !{!"buffer8.w512.b0", !32, i64 0}
-!32 = !{!"buffer8.w1024.b0", !33, i64 0}
-!33 = !{!"buffer8", !5, i64 0}
-!34 = !{!"branch_weights", i32 127, i32 134217601}
-!35 = !{!33, !33, i64 0}
+!10 = !{!"branch_weights", i32 1, i32 1048575}
+!11 = !{!12, !12, i64 0}
+!12 = !{!"buffer6.w64.b0", !13, i64 0}
+!13 = !{!"buffer6.w128.b0", !14, i64 0}
+!14 = !{!"buffer6.w256.b0", !15, i64 0}
+!15 = !{!"buffer6.w512.b0", !16, i64 0}
+!16 = !{!"buffer6.w1024.b0", !17, i64 0}
+!17 = !{!"buffer6", !5, i64 0}
+!18 = !{!"branch_weights", i32 127, i32 134217601}
+!19 = !{!17, !17, i64 0}

@@ -433,7 +433,7 @@ class Module:
                                             tile_acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
                                             tile_acc_global = T.sblock_alloc_buffer((1, 16, 64, 2))
-                                            for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
+                                            for i_m, d_0_m, r_0_m in T.grid(1, 4, 4):
                                                 for r_1_init in T.unroll(4):
                                                     for d_1_init in T.unroll(1):
                                                         for d_3_init in T.unroll(2):
@@ -447,7 +447,7 @@ class Module:
                                                                     full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
                                                     for line in range(4):
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (((r_0_m * 4 + d_0_m) * num_full + to) * 4 + line) // 4] + next_head * v_head + T.Cast("int64", (((r_0_m * 4 + d_0_m) * num_full + to) * 4 + line) % 4 * 16)]), 0, 2, 1)
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (((d_0_m * 4 + r_0_m) * num_full + to) * 4 + line) // 4] + next_head * v_head + T.Cast("int64", (((d_0_m * 4 + r_0_m) * num_full + to) * 4 + line) % 4 * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
                                                         for r_1 in T.unroll(4):
                                                             for d_1 in T.unroll(1):
@@ -633,7 +633,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 16, 8):
+                        for i, d_0, r_0 in T.grid(1, 8, 16):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):

@@ -5162,8 +5162,6 @@ target triple = "aarch64-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 16
-  %beta37.i = alloca [16 x float], align 16
-  %alpha38.i = alloca [16 x float], align 16
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5264,8 +5262,6 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
@@ -5288,16 +5284,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv66.i, 0
   %50 = insertelement <16 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
   %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv66.i, %47
   %53 = shl nsw i64 %52, 4
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
@@ -5331,7 +5327,6 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -5354,913 +5349,769 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !17
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 13
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  %108 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> zeroinitializer
+  %109 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> zeroinitializer
+  br i1 %49, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !24
-  %110 = insertelement <4 x float> poison, float %109, i64 0
-  %111 = shufflevector <4 x float> %110, <4 x float> poison, <4 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !25
-  %invariant.gep84.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  %.scalar = fmul float %115, 0.000000e+00
-  %116 = insertelement <4 x float> poison, float %.scalar, i64 0
-  %117 = shufflevector <4 x float> %116, <4 x float> poison, <4 x i32> zeroinitializer
-  store <4 x float> zeroinitializer, ptr %invariant.gep84.i, align 4, !tbaa !8
-  %118 = load <4 x float>, ptr %113, align 4, !tbaa !8
-  %119 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %118, <4 x float> %117)
-  store <4 x float> %119, ptr %invariant.gep84.i, align 4, !tbaa !8
-  %gep.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 16
-  store <4 x float> zeroinitializer, ptr %gep.i.1, align 4, !tbaa !8
-  %120 = getelementptr i8, ptr %113, i64 16
-  %121 = load <4 x float>, ptr %120, align 4, !tbaa !8
-  %122 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %121, <4 x float> %117)
-  store <4 x float> %122, ptr %gep.i.1, align 4, !tbaa !8
-  %gep.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 32
-  store <4 x float> zeroinitializer, ptr %gep.i.2, align 4, !tbaa !8
-  %123 = getelementptr i8, ptr %113, i64 32
-  %124 = load <4 x float>, ptr %123, align 4, !tbaa !8
-  %125 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %124, <4 x float> %117)
-  store <4 x float> %125, ptr %gep.i.2, align 4, !tbaa !8
-  %gep.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 48
-  store <4 x float> zeroinitializer, ptr %gep.i.3, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 48
-  %127 = load <4 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %127, <4 x float> %117)
-  store <4 x float> %128, ptr %gep.i.3, align 4, !tbaa !8
-  %gep.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 64
-  store <4 x float> zeroinitializer, ptr %gep.i.4, align 4, !tbaa !8
-  %129 = getelementptr i8, ptr %113, i64 64
-  %130 = load <4 x float>, ptr %129, align 4, !tbaa !8
-  %131 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %130, <4 x float> %117)
-  store <4 x float> %131, ptr %gep.i.4, align 4, !tbaa !8
-  %gep.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 80
-  store <4 x float> zeroinitializer, ptr %gep.i.5, align 4, !tbaa !8
-  %132 = getelementptr i8, ptr %113, i64 80
-  %133 = load <4 x float>, ptr %132, align 4, !tbaa !8
-  %134 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %133, <4 x float> %117)
-  store <4 x float> %134, ptr %gep.i.5, align 4, !tbaa !8
-  %gep.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 96
-  store <4 x float> zeroinitializer, ptr %gep.i.6, align 4, !tbaa !8
-  %135 = getelementptr i8, ptr %113, i64 96
-  %136 = load <4 x float>, ptr %135, align 4, !tbaa !8
-  %137 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %136, <4 x float> %117)
-  store <4 x float> %137, ptr %gep.i.6, align 4, !tbaa !8
-  %gep.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 112
-  store <4 x float> zeroinitializer, ptr %gep.i.7, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 112
-  %139 = load <4 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %139, <4 x float> %117)
-  store <4 x float> %140, ptr %gep.i.7, align 4, !tbaa !8
-  %gep.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 128
-  store <4 x float> zeroinitializer, ptr %gep.i.8, align 4, !tbaa !8
-  %141 = getelementptr i8, ptr %113, i64 128
-  %142 = load <4 x float>, ptr %141, align 4, !tbaa !8
-  %143 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %142, <4 x float> %117)
-  store <4 x float> %143, ptr %gep.i.8, align 4, !tbaa !8
-  %gep.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 144
-  store <4 x float> zeroinitializer, ptr %gep.i.9, align 4, !tbaa !8
-  %144 = getelementptr i8, ptr %113, i64 144
-  %145 = load <4 x float>, ptr %144, align 4, !tbaa !8
-  %146 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %145, <4 x float> %117)
-  store <4 x float> %146, ptr %gep.i.9, align 4, !tbaa !8
-  %gep.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 160
-  store <4 x float> zeroinitializer, ptr %gep.i.10, align 4, !tbaa !8
-  %147 = getelementptr i8, ptr %113, i64 160
-  %148 = load <4 x float>, ptr %147, align 4, !tbaa !8
-  %149 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %148, <4 x float> %117)
-  store <4 x float> %149, ptr %gep.i.10, align 4, !tbaa !8
-  %gep.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 176
-  store <4 x float> zeroinitializer, ptr %gep.i.11, align 4, !tbaa !8
-  %150 = getelementptr i8, ptr %113, i64 176
-  %151 = load <4 x float>, ptr %150, align 4, !tbaa !8
-  %152 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %151, <4 x float> %117)
-  store <4 x float> %152, ptr %gep.i.11, align 4, !tbaa !8
-  %gep.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 192
-  store <4 x float> zeroinitializer, ptr %gep.i.12, align 4, !tbaa !8
-  %153 = getelementptr i8, ptr %113, i64 192
-  %154 = load <4 x float>, ptr %153, align 4, !tbaa !8
-  %155 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %154, <4 x float> %117)
-  store <4 x float> %155, ptr %gep.i.12, align 4, !tbaa !8
-  %gep.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 208
-  store <4 x float> zeroinitializer, ptr %gep.i.13, align 4, !tbaa !8
-  %156 = getelementptr i8, ptr %113, i64 208
-  %157 = load <4 x float>, ptr %156, align 4, !tbaa !8
-  %158 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %157, <4 x float> %117)
-  store <4 x float> %158, ptr %gep.i.13, align 4, !tbaa !8
-  %gep.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 224
-  store <4 x float> zeroinitializer, ptr %gep.i.14, align 4, !tbaa !8
-  %159 = getelementptr i8, ptr %113, i64 224
-  %160 = load <4 x float>, ptr %159, align 4, !tbaa !8
-  %161 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %160, <4 x float> %117)
-  store <4 x float> %161, ptr %gep.i.14, align 4, !tbaa !8
-  %gep.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 240
-  store <4 x float> zeroinitializer, ptr %gep.i.15, align 4, !tbaa !8
-  %162 = getelementptr i8, ptr %113, i64 240
-  %163 = load <4 x float>, ptr %162, align 4, !tbaa !8
-  %164 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %163, <4 x float> %117)
-  store <4 x float> %164, ptr %gep.i.15, align 4, !tbaa !8
-  %gep.i.16 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 256
-  store <4 x float> zeroinitializer, ptr %gep.i.16, align 4, !tbaa !8
-  %165 = getelementptr i8, ptr %113, i64 256
-  %166 = load <4 x float>, ptr %165, align 4, !tbaa !8
-  %167 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %166, <4 x float> %117)
-  store <4 x float> %167, ptr %gep.i.16, align 4, !tbaa !8
-  %gep.i.17 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 272
-  store <4 x float> zeroinitializer, ptr %gep.i.17, align 4, !tbaa !8
-  %168 = getelementptr i8, ptr %113, i64 272
-  %169 = load <4 x float>, ptr %168, align 4, !tbaa !8
-  %170 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %169, <4 x float> %117)
-  store <4 x float> %170, ptr %gep.i.17, align 4, !tbaa !8
-  %gep.i.18 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 288
-  store <4 x float> zeroinitializer, ptr %gep.i.18, align 4, !tbaa !8
-  %171 = getelementptr i8, ptr %113, i64 288
-  %172 = load <4 x float>, ptr %171, align 4, !tbaa !8
-  %173 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %172, <4 x float> %117)
-  store <4 x float> %173, ptr %gep.i.18, align 4, !tbaa !8
-  %gep.i.19 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 304
-  store <4 x float> zeroinitializer, ptr %gep.i.19, align 4, !tbaa !8
-  %174 = getelementptr i8, ptr %113, i64 304
-  %175 = load <4 x float>, ptr %174, align 4, !tbaa !8
-  %176 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %175, <4 x float> %117)
-  store <4 x float> %176, ptr %gep.i.19, align 4, !tbaa !8
-  %gep.i.20 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 320
-  store <4 x float> zeroinitializer, ptr %gep.i.20, align 4, !tbaa !8
-  %177 = getelementptr i8, ptr %113, i64 320
-  %178 = load <4 x float>, ptr %177, align 4, !tbaa !8
-  %179 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %178, <4 x float> %117)
-  store <4 x float> %179, ptr %gep.i.20, align 4, !tbaa !8
-  %gep.i.21 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 336
-  store <4 x float> zeroinitializer, ptr %gep.i.21, align 4, !tbaa !8
-  %180 = getelementptr i8, ptr %113, i64 336
-  %181 = load <4 x float>, ptr %180, align 4, !tbaa !8
-  %182 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %181, <4 x float> %117)
-  store <4 x float> %182, ptr %gep.i.21, align 4, !tbaa !8
-  %gep.i.22 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 352
-  store <4 x float> zeroinitializer, ptr %gep.i.22, align 4, !tbaa !8
-  %183 = getelementptr i8, ptr %113, i64 352
-  %184 = load <4 x float>, ptr %183, align 4, !tbaa !8
-  %185 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %184, <4 x float> %117)
-  store <4 x float> %185, ptr %gep.i.22, align 4, !tbaa !8
-  %gep.i.23 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 368
-  store <4 x float> zeroinitializer, ptr %gep.i.23, align 4, !tbaa !8
-  %186 = getelementptr i8, ptr %113, i64 368
-  %187 = load <4 x float>, ptr %186, align 4, !tbaa !8
-  %188 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %187, <4 x float> %117)
-  store <4 x float> %188, ptr %gep.i.23, align 4, !tbaa !8
-  %gep.i.24 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 384
-  store <4 x float> zeroinitializer, ptr %gep.i.24, align 4, !tbaa !8
-  %189 = getelementptr i8, ptr %113, i64 384
-  %190 = load <4 x float>, ptr %189, align 4, !tbaa !8
-  %191 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %190, <4 x float> %117)
-  store <4 x float> %191, ptr %gep.i.24, align 4, !tbaa !8
-  %gep.i.25 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 400
-  store <4 x float> zeroinitializer, ptr %gep.i.25, align 4, !tbaa !8
-  %192 = getelementptr i8, ptr %113, i64 400
-  %193 = load <4 x float>, ptr %192, align 4, !tbaa !8
-  %194 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %193, <4 x float> %117)
-  store <4 x float> %194, ptr %gep.i.25, align 4, !tbaa !8
-  %gep.i.26 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 416
-  store <4 x float> zeroinitializer, ptr %gep.i.26, align 4, !tbaa !8
-  %195 = getelementptr i8, ptr %113, i64 416
-  %196 = load <4 x float>, ptr %195, align 4, !tbaa !8
-  %197 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %196, <4 x float> %117)
-  store <4 x float> %197, ptr %gep.i.26, align 4, !tbaa !8
-  %gep.i.27 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 432
-  store <4 x float> zeroinitializer, ptr %gep.i.27, align 4, !tbaa !8
-  %198 = getelementptr i8, ptr %113, i64 432
-  %199 = load <4 x float>, ptr %198, align 4, !tbaa !8
-  %200 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %199, <4 x float> %117)
-  store <4 x float> %200, ptr %gep.i.27, align 4, !tbaa !8
-  %gep.i.28 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 448
-  store <4 x float> zeroinitializer, ptr %gep.i.28, align 4, !tbaa !8
-  %201 = getelementptr i8, ptr %113, i64 448
-  %202 = load <4 x float>, ptr %201, align 4, !tbaa !8
-  %203 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %202, <4 x float> %117)
-  store <4 x float> %203, ptr %gep.i.28, align 4, !tbaa !8
-  %gep.i.29 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 464
-  store <4 x float> zeroinitializer, ptr %gep.i.29, align 4, !tbaa !8
-  %204 = getelementptr i8, ptr %113, i64 464
-  %205 = load <4 x float>, ptr %204, align 4, !tbaa !8
-  %206 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %205, <4 x float> %117)
-  store <4 x float> %206, ptr %gep.i.29, align 4, !tbaa !8
-  %gep.i.30 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 480
-  store <4 x float> zeroinitializer, ptr %gep.i.30, align 4, !tbaa !8
-  %207 = getelementptr i8, ptr %113, i64 480
-  %208 = load <4 x float>, ptr %207, align 4, !tbaa !8
-  %209 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %208, <4 x float> %117)
-  store <4 x float> %209, ptr %gep.i.30, align 4, !tbaa !8
-  %gep.i.31 = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 496
-  store <4 x float> zeroinitializer, ptr %gep.i.31, align 4, !tbaa !8
-  %210 = getelementptr i8, ptr %113, i64 496
-  %211 = load <4 x float>, ptr %210, align 4, !tbaa !8
-  %212 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %111, <4 x float> %211, <4 x float> %117)
-  store <4 x float> %212, ptr %gep.i.31, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
+  %110 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %111 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %112 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %113 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %114 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %115 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %116 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %117 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %118 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %119 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %120 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %121 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %122 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %123 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %124 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %125 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %126 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %127 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %128 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %129 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %130 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %131 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %132 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %133 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %134 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %135 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %136 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %137 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %138 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %139 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  br label %for_begin_r_0.preheader.i
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
+  %140 = fmul <4 x float> %109, zeroinitializer
+  %141 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %142 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %143 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %144 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 2, i32 2, i32 2, i32 2>
+  %145 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %146 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 3, i32 3, i32 3, i32 3>
+  %147 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %148 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 4, i32 4, i32 4, i32 4>
+  %149 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %150 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 5, i32 5, i32 5, i32 5>
+  %151 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %152 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 6, i32 6, i32 6, i32 6>
+  %153 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %154 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 7, i32 7, i32 7, i32 7>
+  %155 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %156 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 8, i32 8, i32 8, i32 8>
+  %157 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %158 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 9, i32 9, i32 9, i32 9>
+  %159 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %160 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 10, i32 10, i32 10, i32 10>
+  %161 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %162 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 11, i32 11, i32 11, i32 11>
+  %163 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %164 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 12, i32 12, i32 12, i32 12>
+  %165 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %166 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 13, i32 13, i32 13, i32 13>
+  %167 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %168 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 14, i32 14, i32 14, i32 14>
+  %169 = shufflevector <16 x float> %104, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %170 = shufflevector <16 x float> %83, <16 x float> poison, <4 x i32> <i32 15, i32 15, i32 15, i32 15>
+  %171 = fmul <4 x float> %142, zeroinitializer
+  %172 = fmul <4 x float> %144, zeroinitializer
+  %173 = fmul <4 x float> %146, zeroinitializer
+  %174 = fmul <4 x float> %148, zeroinitializer
+  %175 = fmul <4 x float> %150, zeroinitializer
+  %176 = fmul <4 x float> %152, zeroinitializer
+  %177 = fmul <4 x float> %154, zeroinitializer
+  %178 = fmul <4 x float> %156, zeroinitializer
+  %179 = fmul <4 x float> %158, zeroinitializer
+  %180 = fmul <4 x float> %160, zeroinitializer
+  %181 = fmul <4 x float> %162, zeroinitializer
+  %182 = fmul <4 x float> %164, zeroinitializer
+  %183 = fmul <4 x float> %166, zeroinitializer
+  %184 = fmul <4 x float> %168, zeroinitializer
+  %185 = fmul <4 x float> %170, zeroinitializer
+  br label %for_begin_r_0.preheader.us.i
+
+for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
+  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
+  %186 = shl nuw nsw i64 %indvars.iv62.i, 2
+  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %186
+  %187 = getelementptr inbounds nuw float, ptr %acc.i, i64 %186
+  store <4 x float> zeroinitializer, ptr %187, align 4, !tbaa !8
+  %188 = load <4 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
+  %189 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %108, <4 x float> %188, <4 x float> %140)
+  store <4 x float> %189, ptr %187, align 4, !tbaa !8
+  %190 = getelementptr inbounds nuw i8, ptr %187, i64 512
+  store <4 x float> zeroinitializer, ptr %190, align 4, !tbaa !8
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 512
+  %191 = load <4 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %192 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %141, <4 x float> %191, <4 x float> %171)
+  store <4 x float> %192, ptr %190, align 4, !tbaa !8
+  %193 = getelementptr inbounds nuw i8, ptr %187, i64 1024
+  store <4 x float> zeroinitializer, ptr %193, align 4, !tbaa !8
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
+  %194 = load <4 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %195 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %143, <4 x float> %194, <4 x float> %172)
+  store <4 x float> %195, ptr %193, align 4, !tbaa !8
+  %196 = getelementptr inbounds nuw i8, ptr %187, i64 1536
+  store <4 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1536
+  %197 = load <4 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %198 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %145, <4 x float> %197, <4 x float> %173)
+  store <4 x float> %198, ptr %196, align 4, !tbaa !8
+  %199 = getelementptr inbounds nuw i8, ptr %187, i64 2048
+  store <4 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
+  %200 = load <4 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %201 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %147, <4 x float> %200, <4 x float> %174)
+  store <4 x float> %201, ptr %199, align 4, !tbaa !8
+  %202 = getelementptr inbounds nuw i8, ptr %187, i64 2560
+  store <4 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2560
+  %203 = load <4 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %204 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %149, <4 x float> %203, <4 x float> %175)
+  store <4 x float> %204, ptr %202, align 4, !tbaa !8
+  %205 = getelementptr inbounds nuw i8, ptr %187, i64 3072
+  store <4 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
+  %206 = load <4 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %207 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %151, <4 x float> %206, <4 x float> %176)
+  store <4 x float> %207, ptr %205, align 4, !tbaa !8
+  %208 = getelementptr inbounds nuw i8, ptr %187, i64 3584
+  store <4 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3584
+  %209 = load <4 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %210 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %153, <4 x float> %209, <4 x float> %177)
+  store <4 x float> %210, ptr %208, align 4, !tbaa !8
+  %211 = getelementptr inbounds nuw i8, ptr %187, i64 4096
+  store <4 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
+  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
+  %212 = load <4 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
+  %213 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %155, <4 x float> %212, <4 x float> %178)
+  store <4 x float> %213, ptr %211, align 4, !tbaa !8
+  %214 = getelementptr inbounds nuw i8, ptr %187, i64 4608
+  store <4 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
+  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4608
+  %215 = load <4 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
+  %216 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %157, <4 x float> %215, <4 x float> %179)
+  store <4 x float> %216, ptr %214, align 4, !tbaa !8
+  %217 = getelementptr inbounds nuw i8, ptr %187, i64 5120
+  store <4 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
+  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
+  %218 = load <4 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
+  %219 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %159, <4 x float> %218, <4 x float> %180)
+  store <4 x float> %219, ptr %217, align 4, !tbaa !8
+  %220 = getelementptr inbounds nuw i8, ptr %187, i64 5632
+  store <4 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
+  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5632
+  %221 = load <4 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
+  %222 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %161, <4 x float> %221, <4 x float> %181)
+  store <4 x float> %222, ptr %220, align 4, !tbaa !8
+  %223 = getelementptr inbounds nuw i8, ptr %187, i64 6144
+  store <4 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
+  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
+  %224 = load <4 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
+  %225 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %163, <4 x float> %224, <4 x float> %182)
+  store <4 x float> %225, ptr %223, align 4, !tbaa !8
+  %226 = getelementptr inbounds nuw i8, ptr %187, i64 6656
+  store <4 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
+  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6656
+  %227 = load <4 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
+  %228 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %165, <4 x float> %227, <4 x float> %183)
+  store <4 x float> %228, ptr %226, align 4, !tbaa !8
+  %229 = getelementptr inbounds nuw i8, ptr %187, i64 7168
+  store <4 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
+  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
+  %230 = load <4 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
+  %231 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %167, <4 x float> %230, <4 x float> %184)
+  store <4 x float> %231, ptr %229, align 4, !tbaa !8
+  %232 = getelementptr inbounds nuw i8, ptr %187, i64 7680
+  store <4 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
+  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7680
+  %233 = load <4 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
+  %234 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %169, <4 x float> %233, <4 x float> %185)
+  store <4 x float> %234, ptr %232, align 4, !tbaa !8
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 32
+  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   %sext33 = shl i64 %24, 32
-  %213 = ashr exact i64 %sext33, 32
-  %214 = getelementptr inbounds i32, ptr %context_lens, i64 %213
-  %215 = load i32, ptr %214, align 4, !tbaa !8
-  %216 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %217 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %218 = select <16 x i1> %217, <16 x float> zeroinitializer, <16 x float> %216
-  store <16 x float> %218, ptr %factor34.i, align 16, !tbaa !27
-  %219 = mul nsw i64 %out_batch, %213
-  %220 = getelementptr float, ptr %out, i64 %219
+  %235 = ashr exact i64 %sext33, 32
+  %236 = getelementptr inbounds i32, ptr %context_lens, i64 %235
+  %237 = load i32, ptr %236, align 4, !tbaa !8
+  %238 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %239 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %240 = select <16 x i1> %239, <16 x float> zeroinitializer, <16 x float> %238
+  store <16 x float> %240, ptr %factor34.i, align 16, !tbaa !11
+  %241 = mul nsw i64 %out_batch, %235
+  %242 = getelementptr float, ptr %out, i64 %241
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %221 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %222 = load float, ptr %221, align 4, !tbaa !24
-  %223 = insertelement <4 x float> poison, float %222, i64 0
-  %224 = shufflevector <4 x float> %223, <4 x float> poison, <4 x i32> zeroinitializer
-  %225 = shl nuw nsw i64 %indvars.iv.i, 7
-  %226 = getelementptr float, ptr %107, i64 %225
-  %227 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %228 = load float, ptr %227, align 4, !tbaa !25
-  %229 = insertelement <4 x float> poison, float %228, i64 0
-  %230 = shufflevector <4 x float> %229, <4 x float> poison, <4 x i32> zeroinitializer
-  %231 = load <4 x float>, ptr %226, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw float, ptr %acc.i, i64 %225
-  %233 = load <4 x float>, ptr %232, align 4, !tbaa !8
-  %234 = fmul <4 x float> %233, %230
-  %235 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %231, <4 x float> %234)
-  store <4 x float> %235, ptr %232, align 4, !tbaa !8
-  %236 = getelementptr i8, ptr %226, i64 16
-  %237 = load <4 x float>, ptr %236, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw i8, ptr %232, i64 16
-  %239 = load <4 x float>, ptr %238, align 4, !tbaa !8
-  %240 = fmul <4 x float> %230, %239
-  %241 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %237, <4 x float> %240)
-  store <4 x float> %241, ptr %238, align 4, !tbaa !8
-  %242 = getelementptr i8, ptr %226, i64 32
-  %243 = load <4 x float>, ptr %242, align 4, !tbaa !8
-  %244 = getelementptr inbounds nuw i8, ptr %232, i64 32
-  %245 = load <4 x float>, ptr %244, align 4, !tbaa !8
-  %246 = fmul <4 x float> %230, %245
-  %247 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %243, <4 x float> %246)
-  store <4 x float> %247, ptr %244, align 4, !tbaa !8
-  %248 = getelementptr i8, ptr %226, i64 48
-  %249 = load <4 x float>, ptr %248, align 4, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %232, i64 48
+for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
+  %243 = shl nuw nsw i64 %indvars.iv.i, 2
+  %invariant.gep.i = getelementptr float, ptr %107, i64 %243
+  %244 = load <4 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
+  %245 = getelementptr inbounds nuw float, ptr %acc.i, i64 %243
+  %246 = load <4 x float>, ptr %245, align 4, !tbaa !8
+  %247 = fmul <4 x float> %109, %246
+  %248 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %108, <4 x float> %244, <4 x float> %247)
+  store <4 x float> %248, ptr %245, align 4, !tbaa !8
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 512
+  %249 = load <4 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %250 = getelementptr inbounds nuw i8, ptr %245, i64 512
   %251 = load <4 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <4 x float> %230, %251
-  %253 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %249, <4 x float> %252)
+  %252 = fmul <4 x float> %111, %251
+  %253 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %110, <4 x float> %249, <4 x float> %252)
   store <4 x float> %253, ptr %250, align 4, !tbaa !8
-  %254 = getelementptr i8, ptr %226, i64 64
-  %255 = load <4 x float>, ptr %254, align 4, !tbaa !8
-  %256 = getelementptr inbounds nuw i8, ptr %232, i64 64
-  %257 = load <4 x float>, ptr %256, align 4, !tbaa !8
-  %258 = fmul <4 x float> %230, %257
-  %259 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %255, <4 x float> %258)
-  store <4 x float> %259, ptr %256, align 4, !tbaa !8
-  %260 = getelementptr i8, ptr %226, i64 80
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
+  %254 = load <4 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw i8, ptr %245, i64 1024
+  %256 = load <4 x float>, ptr %255, align 4, !tbaa !8
+  %257 = fmul <4 x float> %113, %256
+  %258 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %112, <4 x float> %254, <4 x float> %257)
+  store <4 x float> %258, ptr %255, align 4, !tbaa !8
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 1536
+  %259 = load <4 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %260 = getelementptr inbounds nuw i8, ptr %245, i64 1536
   %261 = load <4 x float>, ptr %260, align 4, !tbaa !8
-  %262 = getelementptr inbounds nuw i8, ptr %232, i64 80
-  %263 = load <4 x float>, ptr %262, align 4, !tbaa !8
-  %264 = fmul <4 x float> %230, %263
-  %265 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %261, <4 x float> %264)
-  store <4 x float> %265, ptr %262, align 4, !tbaa !8
-  %266 = getelementptr i8, ptr %226, i64 96
-  %267 = load <4 x float>, ptr %266, align 4, !tbaa !8
-  %268 = getelementptr inbounds nuw i8, ptr %232, i64 96
-  %269 = load <4 x float>, ptr %268, align 4, !tbaa !8
-  %270 = fmul <4 x float> %230, %269
-  %271 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %267, <4 x float> %270)
-  store <4 x float> %271, ptr %268, align 4, !tbaa !8
-  %272 = getelementptr i8, ptr %226, i64 112
-  %273 = load <4 x float>, ptr %272, align 4, !tbaa !8
-  %274 = getelementptr inbounds nuw i8, ptr %232, i64 112
-  %275 = load <4 x float>, ptr %274, align 4, !tbaa !8
-  %276 = fmul <4 x float> %230, %275
-  %277 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %273, <4 x float> %276)
-  store <4 x float> %277, ptr %274, align 4, !tbaa !8
-  %278 = getelementptr i8, ptr %226, i64 128
-  %279 = load <4 x float>, ptr %278, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %232, i64 128
+  %262 = fmul <4 x float> %115, %261
+  %263 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %114, <4 x float> %259, <4 x float> %262)
+  store <4 x float> %263, ptr %260, align 4, !tbaa !8
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
+  %264 = load <4 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw i8, ptr %245, i64 2048
+  %266 = load <4 x float>, ptr %265, align 4, !tbaa !8
+  %267 = fmul <4 x float> %117, %266
+  %268 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %116, <4 x float> %264, <4 x float> %267)
+  store <4 x float> %268, ptr %265, align 4, !tbaa !8
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 2560
+  %269 = load <4 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw i8, ptr %245, i64 2560
+  %271 = load <4 x float>, ptr %270, align 4, !tbaa !8
+  %272 = fmul <4 x float> %119, %271
+  %273 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %118, <4 x float> %269, <4 x float> %272)
+  store <4 x float> %273, ptr %270, align 4, !tbaa !8
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
+  %274 = load <4 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw i8, ptr %245, i64 3072
+  %276 = load <4 x float>, ptr %275, align 4, !tbaa !8
+  %277 = fmul <4 x float> %121, %276
+  %278 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %120, <4 x float> %274, <4 x float> %277)
+  store <4 x float> %278, ptr %275, align 4, !tbaa !8
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 3584
+  %279 = load <4 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw i8, ptr %245, i64 3584
   %281 = load <4 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <4 x float> %230, %281
-  %283 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %279, <4 x float> %282)
+  %282 = fmul <4 x float> %123, %281
+  %283 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %122, <4 x float> %279, <4 x float> %282)
   store <4 x float> %283, ptr %280, align 4, !tbaa !8
-  %284 = getelementptr i8, ptr %226, i64 144
-  %285 = load <4 x float>, ptr %284, align 4, !tbaa !8
-  %286 = getelementptr inbounds nuw i8, ptr %232, i64 144
-  %287 = load <4 x float>, ptr %286, align 4, !tbaa !8
-  %288 = fmul <4 x float> %230, %287
-  %289 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %285, <4 x float> %288)
-  store <4 x float> %289, ptr %286, align 4, !tbaa !8
-  %290 = getelementptr i8, ptr %226, i64 160
+  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
+  %284 = load <4 x float>, ptr %gep.8.i, align 4, !tbaa !8
+  %285 = getelementptr inbounds nuw i8, ptr %245, i64 4096
+  %286 = load <4 x float>, ptr %285, align 4, !tbaa !8
+  %287 = fmul <4 x float> %125, %286
+  %288 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %124, <4 x float> %284, <4 x float> %287)
+  store <4 x float> %288, ptr %285, align 4, !tbaa !8
+  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 4608
+  %289 = load <4 x float>, ptr %gep.9.i, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw i8, ptr %245, i64 4608
   %291 = load <4 x float>, ptr %290, align 4, !tbaa !8
-  %292 = getelementptr inbounds nuw i8, ptr %232, i64 160
-  %293 = load <4 x float>, ptr %292, align 4, !tbaa !8
-  %294 = fmul <4 x float> %230, %293
-  %295 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %291, <4 x float> %294)
-  store <4 x float> %295, ptr %292, align 4, !tbaa !8
-  %296 = getelementptr i8, ptr %226, i64 176
-  %297 = load <4 x float>, ptr %296, align 4, !tbaa !8
-  %298 = getelementptr inbounds nuw i8, ptr %232, i64 176
-  %299 = load <4 x float>, ptr %298, align 4, !tbaa !8
-  %300 = fmul <4 x float> %230, %299
-  %301 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %297, <4 x float> %300)
-  store <4 x float> %301, ptr %298, align 4, !tbaa !8
-  %302 = getelementptr i8, ptr %226, i64 192
-  %303 = load <4 x float>, ptr %302, align 4, !tbaa !8
-  %304 = getelementptr inbounds nuw i8, ptr %232, i64 192
-  %305 = load <4 x float>, ptr %304, align 4, !tbaa !8
-  %306 = fmul <4 x float> %230, %305
-  %307 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %303, <4 x float> %306)
-  store <4 x float> %307, ptr %304, align 4, !tbaa !8
-  %308 = getelementptr i8, ptr %226, i64 208
-  %309 = load <4 x float>, ptr %308, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %232, i64 208
+  %292 = fmul <4 x float> %127, %291
+  %293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %126, <4 x float> %289, <4 x float> %292)
+  store <4 x float> %293, ptr %290, align 4, !tbaa !8
+  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
+  %294 = load <4 x float>, ptr %gep.10.i, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw i8, ptr %245, i64 5120
+  %296 = load <4 x float>, ptr %295, align 4, !tbaa !8
+  %297 = fmul <4 x float> %129, %296
+  %298 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %128, <4 x float> %294, <4 x float> %297)
+  store <4 x float> %298, ptr %295, align 4, !tbaa !8
+  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 5632
+  %299 = load <4 x float>, ptr %gep.11.i, align 4, !tbaa !8
+  %300 = getelementptr inbounds nuw i8, ptr %245, i64 5632
+  %301 = load <4 x float>, ptr %300, align 4, !tbaa !8
+  %302 = fmul <4 x float> %131, %301
+  %303 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %130, <4 x float> %299, <4 x float> %302)
+  store <4 x float> %303, ptr %300, align 4, !tbaa !8
+  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
+  %304 = load <4 x float>, ptr %gep.12.i, align 4, !tbaa !8
+  %305 = getelementptr inbounds nuw i8, ptr %245, i64 6144
+  %306 = load <4 x float>, ptr %305, align 4, !tbaa !8
+  %307 = fmul <4 x float> %133, %306
+  %308 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %132, <4 x float> %304, <4 x float> %307)
+  store <4 x float> %308, ptr %305, align 4, !tbaa !8
+  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 6656
+  %309 = load <4 x float>, ptr %gep.13.i, align 4, !tbaa !8
+  %310 = getelementptr inbounds nuw i8, ptr %245, i64 6656
   %311 = load <4 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <4 x float> %230, %311
-  %313 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %309, <4 x float> %312)
+  %312 = fmul <4 x float> %135, %311
+  %313 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %134, <4 x float> %309, <4 x float> %312)
   store <4 x float> %313, ptr %310, align 4, !tbaa !8
-  %314 = getelementptr i8, ptr %226, i64 224
-  %315 = load <4 x float>, ptr %314, align 4, !tbaa !8
-  %316 = getelementptr inbounds nuw i8, ptr %232, i64 224
-  %317 = load <4 x float>, ptr %316, align 4, !tbaa !8
-  %318 = fmul <4 x float> %230, %317
-  %319 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %315, <4 x float> %318)
-  store <4 x float> %319, ptr %316, align 4, !tbaa !8
-  %320 = getelementptr i8, ptr %226, i64 240
+  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
+  %314 = load <4 x float>, ptr %gep.14.i, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw i8, ptr %245, i64 7168
+  %316 = load <4 x float>, ptr %315, align 4, !tbaa !8
+  %317 = fmul <4 x float> %137, %316
+  %318 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %136, <4 x float> %314, <4 x float> %317)
+  store <4 x float> %318, ptr %315, align 4, !tbaa !8
+  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 7680
+  %319 = load <4 x float>, ptr %gep.15.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw i8, ptr %245, i64 7680
   %321 = load <4 x float>, ptr %320, align 4, !tbaa !8
-  %322 = getelementptr inbounds nuw i8, ptr %232, i64 240
-  %323 = load <4 x float>, ptr %322, align 4, !tbaa !8
-  %324 = fmul <4 x float> %230, %323
-  %325 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %321, <4 x float> %324)
-  store <4 x float> %325, ptr %322, align 4, !tbaa !8
-  %326 = getelementptr i8, ptr %226, i64 256
-  %327 = load <4 x float>, ptr %326, align 4, !tbaa !8
-  %328 = getelementptr inbounds nuw i8, ptr %232, i64 256
-  %329 = load <4 x float>, ptr %328, align 4, !tbaa !8
-  %330 = fmul <4 x float> %230, %329
-  %331 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %327, <4 x float> %330)
-  store <4 x float> %331, ptr %328, align 4, !tbaa !8
-  %332 = getelementptr i8, ptr %226, i64 272
-  %333 = load <4 x float>, ptr %332, align 4, !tbaa !8
-  %334 = getelementptr inbounds nuw i8, ptr %232, i64 272
-  %335 = load <4 x float>, ptr %334, align 4, !tbaa !8
-  %336 = fmul <4 x float> %230, %335
-  %337 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %333, <4 x float> %336)
-  store <4 x float> %337, ptr %334, align 4, !tbaa !8
-  %338 = getelementptr i8, ptr %226, i64 288
-  %339 = load <4 x float>, ptr %338, align 4, !tbaa !8
-  %340 = getelementptr inbounds nuw i8, ptr %232, i64 288
-  %341 = load <4 x float>, ptr %340, align 4, !tbaa !8
-  %342 = fmul <4 x float> %230, %341
-  %343 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %339, <4 x float> %342)
-  store <4 x float> %343, ptr %340, align 4, !tbaa !8
-  %344 = getelementptr i8, ptr %226, i64 304
-  %345 = load <4 x float>, ptr %344, align 4, !tbaa !8
-  %346 = getelementptr inbounds nuw i8, ptr %232, i64 304
-  %347 = load <4 x float>, ptr %346, align 4, !tbaa !8
-  %348 = fmul <4 x float> %230, %347
-  %349 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %345, <4 x float> %348)
-  store <4 x float> %349, ptr %346, align 4, !tbaa !8
-  %350 = getelementptr i8, ptr %226, i64 320
-  %351 = load <4 x float>, ptr %350, align 4, !tbaa !8
-  %352 = getelementptr inbounds nuw i8, ptr %232, i64 320
-  %353 = load <4 x float>, ptr %352, align 4, !tbaa !8
-  %354 = fmul <4 x float> %230, %353
-  %355 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %351, <4 x float> %354)
-  store <4 x float> %355, ptr %352, align 4, !tbaa !8
-  %356 = getelementptr i8, ptr %226, i64 336
-  %357 = load <4 x float>, ptr %356, align 4, !tbaa !8
-  %358 = getelementptr inbounds nuw i8, ptr %232, i64 336
-  %359 = load <4 x float>, ptr %358, align 4, !tbaa !8
-  %360 = fmul <4 x float> %230, %359
-  %361 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %357, <4 x float> %360)
-  store <4 x float> %361, ptr %358, align 4, !tbaa !8
-  %362 = getelementptr i8, ptr %226, i64 352
-  %363 = load <4 x float>, ptr %362, align 4, !tbaa !8
-  %364 = getelementptr inbounds nuw i8, ptr %232, i64 352
-  %365 = load <4 x float>, ptr %364, align 4, !tbaa !8
-  %366 = fmul <4 x float> %230, %365
-  %367 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %363, <4 x float> %366)
-  store <4 x float> %367, ptr %364, align 4, !tbaa !8
-  %368 = getelementptr i8, ptr %226, i64 368
-  %369 = load <4 x float>, ptr %368, align 4, !tbaa !8
-  %370 = getelementptr inbounds nuw i8, ptr %232, i64 368
-  %371 = load <4 x float>, ptr %370, align 4, !tbaa !8
-  %372 = fmul <4 x float> %230, %371
-  %373 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %369, <4 x float> %372)
-  store <4 x float> %373, ptr %370, align 4, !tbaa !8
-  %374 = getelementptr i8, ptr %226, i64 384
-  %375 = load <4 x float>, ptr %374, align 4, !tbaa !8
-  %376 = getelementptr inbounds nuw i8, ptr %232, i64 384
-  %377 = load <4 x float>, ptr %376, align 4, !tbaa !8
-  %378 = fmul <4 x float> %230, %377
-  %379 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %375, <4 x float> %378)
-  store <4 x float> %379, ptr %376, align 4, !tbaa !8
-  %380 = getelementptr i8, ptr %226, i64 400
-  %381 = load <4 x float>, ptr %380, align 4, !tbaa !8
-  %382 = getelementptr inbounds nuw i8, ptr %232, i64 400
-  %383 = load <4 x float>, ptr %382, align 4, !tbaa !8
-  %384 = fmul <4 x float> %230, %383
-  %385 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %381, <4 x float> %384)
-  store <4 x float> %385, ptr %382, align 4, !tbaa !8
-  %386 = getelementptr i8, ptr %226, i64 416
-  %387 = load <4 x float>, ptr %386, align 4, !tbaa !8
-  %388 = getelementptr inbounds nuw i8, ptr %232, i64 416
-  %389 = load <4 x float>, ptr %388, align 4, !tbaa !8
-  %390 = fmul <4 x float> %230, %389
-  %391 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %387, <4 x float> %390)
-  store <4 x float> %391, ptr %388, align 4, !tbaa !8
-  %392 = getelementptr i8, ptr %226, i64 432
-  %393 = load <4 x float>, ptr %392, align 4, !tbaa !8
-  %394 = getelementptr inbounds nuw i8, ptr %232, i64 432
-  %395 = load <4 x float>, ptr %394, align 4, !tbaa !8
-  %396 = fmul <4 x float> %230, %395
-  %397 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %393, <4 x float> %396)
-  store <4 x float> %397, ptr %394, align 4, !tbaa !8
-  %398 = getelementptr i8, ptr %226, i64 448
-  %399 = load <4 x float>, ptr %398, align 4, !tbaa !8
-  %400 = getelementptr inbounds nuw i8, ptr %232, i64 448
-  %401 = load <4 x float>, ptr %400, align 4, !tbaa !8
-  %402 = fmul <4 x float> %230, %401
-  %403 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %399, <4 x float> %402)
-  store <4 x float> %403, ptr %400, align 4, !tbaa !8
-  %404 = getelementptr i8, ptr %226, i64 464
-  %405 = load <4 x float>, ptr %404, align 4, !tbaa !8
-  %406 = getelementptr inbounds nuw i8, ptr %232, i64 464
-  %407 = load <4 x float>, ptr %406, align 4, !tbaa !8
-  %408 = fmul <4 x float> %230, %407
-  %409 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %405, <4 x float> %408)
-  store <4 x float> %409, ptr %406, align 4, !tbaa !8
-  %410 = getelementptr i8, ptr %226, i64 480
-  %411 = load <4 x float>, ptr %410, align 4, !tbaa !8
-  %412 = getelementptr inbounds nuw i8, ptr %232, i64 480
-  %413 = load <4 x float>, ptr %412, align 4, !tbaa !8
-  %414 = fmul <4 x float> %230, %413
-  %415 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %411, <4 x float> %414)
-  store <4 x float> %415, ptr %412, align 4, !tbaa !8
-  %416 = getelementptr i8, ptr %226, i64 496
-  %417 = load <4 x float>, ptr %416, align 4, !tbaa !8
-  %418 = getelementptr inbounds nuw i8, ptr %232, i64 496
-  %419 = load <4 x float>, ptr %418, align 4, !tbaa !8
-  %420 = fmul <4 x float> %230, %419
-  %421 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %224, <4 x float> %417, <4 x float> %420)
-  store <4 x float> %421, ptr %418, align 4, !tbaa !8
+  %322 = fmul <4 x float> %139, %321
+  %323 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %138, <4 x float> %319, <4 x float> %322)
+  store <4 x float> %323, ptr %320, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !34
+for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
+  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %422 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %423 = load float, ptr %422, align 4, !tbaa !35
-  %424 = insertelement <4 x float> poison, float %423, i64 0
-  %425 = shufflevector <4 x float> %424, <4 x float> poison, <4 x i32> zeroinitializer
-  %426 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %220, i64 %426
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %428 = load <4 x float>, ptr %427, align 4, !tbaa !8
-  %429 = fmul <4 x float> %428, %425
-  store <4 x float> %429, ptr %invariant.gep.i, align 4, !tbaa !8
-  %430 = getelementptr inbounds nuw i8, ptr %427, i64 16
-  %431 = load <4 x float>, ptr %430, align 4, !tbaa !8
-  %432 = fmul <4 x float> %425, %431
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 16
-  store <4 x float> %432, ptr %gep.1.i, align 4, !tbaa !8
-  %433 = getelementptr inbounds nuw i8, ptr %427, i64 32
-  %434 = load <4 x float>, ptr %433, align 4, !tbaa !8
-  %435 = fmul <4 x float> %425, %434
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <4 x float> %435, ptr %gep.2.i, align 4, !tbaa !8
-  %436 = getelementptr inbounds nuw i8, ptr %427, i64 48
-  %437 = load <4 x float>, ptr %436, align 4, !tbaa !8
-  %438 = fmul <4 x float> %425, %437
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 48
-  store <4 x float> %438, ptr %gep.3.i, align 4, !tbaa !8
-  %439 = getelementptr inbounds nuw i8, ptr %427, i64 64
-  %440 = load <4 x float>, ptr %439, align 4, !tbaa !8
-  %441 = fmul <4 x float> %425, %440
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <4 x float> %441, ptr %gep.4.i, align 4, !tbaa !8
-  %442 = getelementptr inbounds nuw i8, ptr %427, i64 80
-  %443 = load <4 x float>, ptr %442, align 4, !tbaa !8
-  %444 = fmul <4 x float> %425, %443
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 80
-  store <4 x float> %444, ptr %gep.5.i, align 4, !tbaa !8
-  %445 = getelementptr inbounds nuw i8, ptr %427, i64 96
-  %446 = load <4 x float>, ptr %445, align 4, !tbaa !8
-  %447 = fmul <4 x float> %425, %446
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <4 x float> %447, ptr %gep.6.i, align 4, !tbaa !8
-  %448 = getelementptr inbounds nuw i8, ptr %427, i64 112
-  %449 = load <4 x float>, ptr %448, align 4, !tbaa !8
-  %450 = fmul <4 x float> %425, %449
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 112
-  store <4 x float> %450, ptr %gep.7.i, align 4, !tbaa !8
-  %451 = getelementptr inbounds nuw i8, ptr %427, i64 128
-  %452 = load <4 x float>, ptr %451, align 4, !tbaa !8
-  %453 = fmul <4 x float> %425, %452
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <4 x float> %453, ptr %gep.8.i, align 4, !tbaa !8
-  %454 = getelementptr inbounds nuw i8, ptr %427, i64 144
-  %455 = load <4 x float>, ptr %454, align 4, !tbaa !8
-  %456 = fmul <4 x float> %425, %455
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 144
-  store <4 x float> %456, ptr %gep.9.i, align 4, !tbaa !8
-  %457 = getelementptr inbounds nuw i8, ptr %427, i64 160
-  %458 = load <4 x float>, ptr %457, align 4, !tbaa !8
-  %459 = fmul <4 x float> %425, %458
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <4 x float> %459, ptr %gep.10.i, align 4, !tbaa !8
-  %460 = getelementptr inbounds nuw i8, ptr %427, i64 176
-  %461 = load <4 x float>, ptr %460, align 4, !tbaa !8
-  %462 = fmul <4 x float> %425, %461
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 176
-  store <4 x float> %462, ptr %gep.11.i, align 4, !tbaa !8
-  %463 = getelementptr inbounds nuw i8, ptr %427, i64 192
-  %464 = load <4 x float>, ptr %463, align 4, !tbaa !8
-  %465 = fmul <4 x float> %425, %464
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <4 x float> %465, ptr %gep.12.i, align 4, !tbaa !8
-  %466 = getelementptr inbounds nuw i8, ptr %427, i64 208
-  %467 = load <4 x float>, ptr %466, align 4, !tbaa !8
-  %468 = fmul <4 x float> %425, %467
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 208
-  store <4 x float> %468, ptr %gep.13.i, align 4, !tbaa !8
-  %469 = getelementptr inbounds nuw i8, ptr %427, i64 224
-  %470 = load <4 x float>, ptr %469, align 4, !tbaa !8
-  %471 = fmul <4 x float> %425, %470
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <4 x float> %471, ptr %gep.14.i, align 4, !tbaa !8
-  %472 = getelementptr inbounds nuw i8, ptr %427, i64 240
-  %473 = load <4 x float>, ptr %472, align 4, !tbaa !8
-  %474 = fmul <4 x float> %425, %473
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 240
-  store <4 x float> %474, ptr %gep.15.i, align 4, !tbaa !8
-  %475 = getelementptr inbounds nuw i8, ptr %427, i64 256
-  %476 = load <4 x float>, ptr %475, align 4, !tbaa !8
-  %477 = fmul <4 x float> %425, %476
-  %gep.16.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <4 x float> %477, ptr %gep.16.i, align 4, !tbaa !8
-  %478 = getelementptr inbounds nuw i8, ptr %427, i64 272
-  %479 = load <4 x float>, ptr %478, align 4, !tbaa !8
-  %480 = fmul <4 x float> %425, %479
-  %gep.17.i = getelementptr i8, ptr %invariant.gep.i, i64 272
-  store <4 x float> %480, ptr %gep.17.i, align 4, !tbaa !8
-  %481 = getelementptr inbounds nuw i8, ptr %427, i64 288
-  %482 = load <4 x float>, ptr %481, align 4, !tbaa !8
-  %483 = fmul <4 x float> %425, %482
-  %gep.18.i = getelementptr i8, ptr %invariant.gep.i, i64 288
-  store <4 x float> %483, ptr %gep.18.i, align 4, !tbaa !8
-  %484 = getelementptr inbounds nuw i8, ptr %427, i64 304
-  %485 = load <4 x float>, ptr %484, align 4, !tbaa !8
-  %486 = fmul <4 x float> %425, %485
-  %gep.19.i = getelementptr i8, ptr %invariant.gep.i, i64 304
-  store <4 x float> %486, ptr %gep.19.i, align 4, !tbaa !8
-  %487 = getelementptr inbounds nuw i8, ptr %427, i64 320
-  %488 = load <4 x float>, ptr %487, align 4, !tbaa !8
-  %489 = fmul <4 x float> %425, %488
-  %gep.20.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <4 x float> %489, ptr %gep.20.i, align 4, !tbaa !8
-  %490 = getelementptr inbounds nuw i8, ptr %427, i64 336
-  %491 = load <4 x float>, ptr %490, align 4, !tbaa !8
-  %492 = fmul <4 x float> %425, %491
-  %gep.21.i = getelementptr i8, ptr %invariant.gep.i, i64 336
-  store <4 x float> %492, ptr %gep.21.i, align 4, !tbaa !8
-  %493 = getelementptr inbounds nuw i8, ptr %427, i64 352
-  %494 = load <4 x float>, ptr %493, align 4, !tbaa !8
-  %495 = fmul <4 x float> %425, %494
-  %gep.22.i = getelementptr i8, ptr %invariant.gep.i, i64 352
-  store <4 x float> %495, ptr %gep.22.i, align 4, !tbaa !8
-  %496 = getelementptr inbounds nuw i8, ptr %427, i64 368
-  %497 = load <4 x float>, ptr %496, align 4, !tbaa !8
-  %498 = fmul <4 x float> %425, %497
-  %gep.23.i = getelementptr i8, ptr %invariant.gep.i, i64 368
-  store <4 x float> %498, ptr %gep.23.i, align 4, !tbaa !8
-  %499 = getelementptr inbounds nuw i8, ptr %427, i64 384
-  %500 = load <4 x float>, ptr %499, align 4, !tbaa !8
-  %501 = fmul <4 x float> %425, %500
-  %gep.24.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <4 x float> %501, ptr %gep.24.i, align 4, !tbaa !8
-  %502 = getelementptr inbounds nuw i8, ptr %427, i64 400
-  %503 = load <4 x float>, ptr %502, align 4, !tbaa !8
-  %504 = fmul <4 x float> %425, %503
-  %gep.25.i = getelementptr i8, ptr %invariant.gep.i, i64 400
-  store <4 x float> %504, ptr %gep.25.i, align 4, !tbaa !8
-  %505 = getelementptr inbounds nuw i8, ptr %427, i64 416
-  %506 = load <4 x float>, ptr %505, align 4, !tbaa !8
-  %507 = fmul <4 x float> %425, %506
-  %gep.26.i = getelementptr i8, ptr %invariant.gep.i, i64 416
-  store <4 x float> %507, ptr %gep.26.i, align 4, !tbaa !8
-  %508 = getelementptr inbounds nuw i8, ptr %427, i64 432
-  %509 = load <4 x float>, ptr %508, align 4, !tbaa !8
-  %510 = fmul <4 x float> %425, %509
-  %gep.27.i = getelementptr i8, ptr %invariant.gep.i, i64 432
-  store <4 x float> %510, ptr %gep.27.i, align 4, !tbaa !8
-  %511 = getelementptr inbounds nuw i8, ptr %427, i64 448
-  %512 = load <4 x float>, ptr %511, align 4, !tbaa !8
-  %513 = fmul <4 x float> %425, %512
-  %gep.28.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <4 x float> %513, ptr %gep.28.i, align 4, !tbaa !8
-  %514 = getelementptr inbounds nuw i8, ptr %427, i64 464
-  %515 = load <4 x float>, ptr %514, align 4, !tbaa !8
-  %516 = fmul <4 x float> %425, %515
-  %gep.29.i = getelementptr i8, ptr %invariant.gep.i, i64 464
-  store <4 x float> %516, ptr %gep.29.i, align 4, !tbaa !8
-  %517 = getelementptr inbounds nuw i8, ptr %427, i64 480
-  %518 = load <4 x float>, ptr %517, align 4, !tbaa !8
-  %519 = fmul <4 x float> %425, %518
-  %gep.30.i = getelementptr i8, ptr %invariant.gep.i, i64 480
-  store <4 x float> %519, ptr %gep.30.i, align 4, !tbaa !8
-  %520 = getelementptr inbounds nuw i8, ptr %427, i64 496
-  %521 = load <4 x float>, ptr %520, align 4, !tbaa !8
-  %522 = fmul <4 x float> %425, %521
-  %gep.31.i = getelementptr i8, ptr %invariant.gep.i, i64 496
-  store <4 x float> %522, ptr %gep.31.i, align 4, !tbaa !8
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
+  %324 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %325 = load float, ptr %324, align 4, !tbaa !19
+  %326 = insertelement <4 x float> poison, float %325, i64 0
+  %327 = shufflevector <4 x float> %326, <4 x float> poison, <4 x i32> zeroinitializer
+  %328 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr float, ptr %242, i64 %328
+  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
+  %329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %330 = load <4 x float>, ptr %329, align 4, !tbaa !8
+  %331 = fmul <4 x float> %330, %327
+  store <4 x float> %331, ptr %invariant.gep49.i, align 4, !tbaa !8
+  %332 = getelementptr inbounds nuw i8, ptr %329, i64 16
+  %333 = load <4 x float>, ptr %332, align 4, !tbaa !8
+  %334 = fmul <4 x float> %327, %333
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 16
+  store <4 x float> %334, ptr %gep50.1.i, align 4, !tbaa !8
+  %335 = getelementptr inbounds nuw i8, ptr %329, i64 32
+  %336 = load <4 x float>, ptr %335, align 4, !tbaa !8
+  %337 = fmul <4 x float> %327, %336
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <4 x float> %337, ptr %gep50.2.i, align 4, !tbaa !8
+  %338 = getelementptr inbounds nuw i8, ptr %329, i64 48
+  %339 = load <4 x float>, ptr %338, align 4, !tbaa !8
+  %340 = fmul <4 x float> %327, %339
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 48
+  store <4 x float> %340, ptr %gep50.3.i, align 4, !tbaa !8
+  %341 = getelementptr inbounds nuw i8, ptr %329, i64 64
+  %342 = load <4 x float>, ptr %341, align 4, !tbaa !8
+  %343 = fmul <4 x float> %327, %342
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <4 x float> %343, ptr %gep50.4.i, align 4, !tbaa !8
+  %344 = getelementptr inbounds nuw i8, ptr %329, i64 80
+  %345 = load <4 x float>, ptr %344, align 4, !tbaa !8
+  %346 = fmul <4 x float> %327, %345
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 80
+  store <4 x float> %346, ptr %gep50.5.i, align 4, !tbaa !8
+  %347 = getelementptr inbounds nuw i8, ptr %329, i64 96
+  %348 = load <4 x float>, ptr %347, align 4, !tbaa !8
+  %349 = fmul <4 x float> %327, %348
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <4 x float> %349, ptr %gep50.6.i, align 4, !tbaa !8
+  %350 = getelementptr inbounds nuw i8, ptr %329, i64 112
+  %351 = load <4 x float>, ptr %350, align 4, !tbaa !8
+  %352 = fmul <4 x float> %327, %351
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 112
+  store <4 x float> %352, ptr %gep50.7.i, align 4, !tbaa !8
+  %353 = getelementptr inbounds nuw i8, ptr %329, i64 128
+  %354 = load <4 x float>, ptr %353, align 4, !tbaa !8
+  %355 = fmul <4 x float> %327, %354
+  %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <4 x float> %355, ptr %gep50.8.i, align 4, !tbaa !8
+  %356 = getelementptr inbounds nuw i8, ptr %329, i64 144
+  %357 = load <4 x float>, ptr %356, align 4, !tbaa !8
+  %358 = fmul <4 x float> %327, %357
+  %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 144
+  store <4 x float> %358, ptr %gep50.9.i, align 4, !tbaa !8
+  %359 = getelementptr inbounds nuw i8, ptr %329, i64 160
+  %360 = load <4 x float>, ptr %359, align 4, !tbaa !8
+  %361 = fmul <4 x float> %327, %360
+  %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <4 x float> %361, ptr %gep50.10.i, align 4, !tbaa !8
+  %362 = getelementptr inbounds nuw i8, ptr %329, i64 176
+  %363 = load <4 x float>, ptr %362, align 4, !tbaa !8
+  %364 = fmul <4 x float> %327, %363
+  %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 176
+  store <4 x float> %364, ptr %gep50.11.i, align 4, !tbaa !8
+  %365 = getelementptr inbounds nuw i8, ptr %329, i64 192
+  %366 = load <4 x float>, ptr %365, align 4, !tbaa !8
+  %367 = fmul <4 x float> %327, %366
+  %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <4 x float> %367, ptr %gep50.12.i, align 4, !tbaa !8
+  %368 = getelementptr inbounds nuw i8, ptr %329, i64 208
+  %369 = load <4 x float>, ptr %368, align 4, !tbaa !8
+  %370 = fmul <4 x float> %327, %369
+  %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 208
+  store <4 x float> %370, ptr %gep50.13.i, align 4, !tbaa !8
+  %371 = getelementptr inbounds nuw i8, ptr %329, i64 224
+  %372 = load <4 x float>, ptr %371, align 4, !tbaa !8
+  %373 = fmul <4 x float> %327, %372
+  %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <4 x float> %373, ptr %gep50.14.i, align 4, !tbaa !8
+  %374 = getelementptr inbounds nuw i8, ptr %329, i64 240
+  %375 = load <4 x float>, ptr %374, align 4, !tbaa !8
+  %376 = fmul <4 x float> %327, %375
+  %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 240
+  store <4 x float> %376, ptr %gep50.15.i, align 4, !tbaa !8
+  %377 = getelementptr inbounds nuw i8, ptr %329, i64 256
+  %378 = load <4 x float>, ptr %377, align 4, !tbaa !8
+  %379 = fmul <4 x float> %327, %378
+  %gep50.16.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
+  store <4 x float> %379, ptr %gep50.16.i, align 4, !tbaa !8
+  %380 = getelementptr inbounds nuw i8, ptr %329, i64 272
+  %381 = load <4 x float>, ptr %380, align 4, !tbaa !8
+  %382 = fmul <4 x float> %327, %381
+  %gep50.17.i = getelementptr i8, ptr %invariant.gep49.i, i64 272
+  store <4 x float> %382, ptr %gep50.17.i, align 4, !tbaa !8
+  %383 = getelementptr inbounds nuw i8, ptr %329, i64 288
+  %384 = load <4 x float>, ptr %383, align 4, !tbaa !8
+  %385 = fmul <4 x float> %327, %384
+  %gep50.18.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
+  store <4 x float> %385, ptr %gep50.18.i, align 4, !tbaa !8
+  %386 = getelementptr inbounds nuw i8, ptr %329, i64 304
+  %387 = load <4 x float>, ptr %386, align 4, !tbaa !8
+  %388 = fmul <4 x float> %327, %387
+  %gep50.19.i = getelementptr i8, ptr %invariant.gep49.i, i64 304
+  store <4 x float> %388, ptr %gep50.19.i, align 4, !tbaa !8
+  %389 = getelementptr inbounds nuw i8, ptr %329, i64 320
+  %390 = load <4 x float>, ptr %389, align 4, !tbaa !8
+  %391 = fmul <4 x float> %327, %390
+  %gep50.20.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
+  store <4 x float> %391, ptr %gep50.20.i, align 4, !tbaa !8
+  %392 = getelementptr inbounds nuw i8, ptr %329, i64 336
+  %393 = load <4 x float>, ptr %392, align 4, !tbaa !8
+  %394 = fmul <4 x float> %327, %393
+  %gep50.21.i = getelementptr i8, ptr %invariant.gep49.i, i64 336
+  store <4 x float> %394, ptr %gep50.21.i, align 4, !tbaa !8
+  %395 = getelementptr inbounds nuw i8, ptr %329, i64 352
+  %396 = load <4 x float>, ptr %395, align 4, !tbaa !8
+  %397 = fmul <4 x float> %327, %396
+  %gep50.22.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
+  store <4 x float> %397, ptr %gep50.22.i, align 4, !tbaa !8
+  %398 = getelementptr inbounds nuw i8, ptr %329, i64 368
+  %399 = load <4 x float>, ptr %398, align 4, !tbaa !8
+  %400 = fmul <4 x float> %327, %399
+  %gep50.23.i = getelementptr i8, ptr %invariant.gep49.i, i64 368
+  store <4 x float> %400, ptr %gep50.23.i, align 4, !tbaa !8
+  %401 = getelementptr inbounds nuw i8, ptr %329, i64 384
+  %402 = load <4 x float>, ptr %401, align 4, !tbaa !8
+  %403 = fmul <4 x float> %327, %402
+  %gep50.24.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
+  store <4 x float> %403, ptr %gep50.24.i, align 4, !tbaa !8
+  %404 = getelementptr inbounds nuw i8, ptr %329, i64 400
+  %405 = load <4 x float>, ptr %404, align 4, !tbaa !8
+  %406 = fmul <4 x float> %327, %405
+  %gep50.25.i = getelementptr i8, ptr %invariant.gep49.i, i64 400
+  store <4 x float> %406, ptr %gep50.25.i, align 4, !tbaa !8
+  %407 = getelementptr inbounds nuw i8, ptr %329, i64 416
+  %408 = load <4 x float>, ptr %407, align 4, !tbaa !8
+  %409 = fmul <4 x float> %327, %408
+  %gep50.26.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
+  store <4 x float> %409, ptr %gep50.26.i, align 4, !tbaa !8
+  %410 = getelementptr inbounds nuw i8, ptr %329, i64 432
+  %411 = load <4 x float>, ptr %410, align 4, !tbaa !8
+  %412 = fmul <4 x float> %327, %411
+  %gep50.27.i = getelementptr i8, ptr %invariant.gep49.i, i64 432
+  store <4 x float> %412, ptr %gep50.27.i, align 4, !tbaa !8
+  %413 = getelementptr inbounds nuw i8, ptr %329, i64 448
+  %414 = load <4 x float>, ptr %413, align 4, !tbaa !8
+  %415 = fmul <4 x float> %327, %414
+  %gep50.28.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
+  store <4 x float> %415, ptr %gep50.28.i, align 4, !tbaa !8
+  %416 = getelementptr inbounds nuw i8, ptr %329, i64 464
+  %417 = load <4 x float>, ptr %416, align 4, !tbaa !8
+  %418 = fmul <4 x float> %327, %417
+  %gep50.29.i = getelementptr i8, ptr %invariant.gep49.i, i64 464
+  store <4 x float> %418, ptr %gep50.29.i, align 4, !tbaa !8
+  %419 = getelementptr inbounds nuw i8, ptr %329, i64 480
+  %420 = load <4 x float>, ptr %419, align 4, !tbaa !8
+  %421 = fmul <4 x float> %327, %420
+  %gep50.30.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
+  store <4 x float> %421, ptr %gep50.30.i, align 4, !tbaa !8
+  %422 = getelementptr inbounds nuw i8, ptr %329, i64 496
+  %423 = load <4 x float>, ptr %422, align 4, !tbaa !8
+  %424 = fmul <4 x float> %327, %423
+  %gep50.31.i = getelementptr i8, ptr %invariant.gep49.i, i64 496
+  store <4 x float> %424, ptr %gep50.31.i, align 4, !tbaa !8
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 16
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %523 = add nsw i32 %215, -1
-  %524 = sitofp i32 %523 to float
-  %525 = bitcast float %524 to i32
-  %526 = ashr i32 %525, 23
-  %527 = tail call i32 @llvm.smax.i32(i32 %526, i32 125)
-  %528 = mul nsw i64 %lse_batch, %213
-  %529 = getelementptr float, ptr %lse, i64 %528
-  %530 = shl nuw nsw i32 %527, 23
-  %531 = add nuw i32 %530, 16777216
-  %532 = bitcast i32 %531 to float
+  %425 = add nsw i32 %237, -1
+  %426 = sitofp i32 %425 to float
+  %427 = bitcast float %426 to i32
+  %428 = ashr i32 %427, 23
+  %429 = tail call i32 @llvm.smax.i32(i32 %428, i32 125)
+  %430 = mul nsw i64 %lse_batch, %235
+  %431 = getelementptr float, ptr %lse, i64 %430
+  %432 = shl nuw nsw i32 %429, 23
+  %433 = add nuw i32 %432, 16777216
+  %434 = bitcast i32 %433 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %533 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %533, label %if_end30.i, label %if_else.i
+  %435 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %435, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %534 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %532
-  %535 = tail call float @llvm.log.f32(float %534)
+  %436 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %434
+  %437 = tail call float @llvm.log.f32(float %436)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %536 = fadd float %row_max40.sroa.0.0.vec.extract.i, %535
+  %438 = fadd float %row_max40.sroa.0.0.vec.extract.i, %437
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %537 = phi float [ %536, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %537, ptr %529, align 4, !tbaa !8
+  %439 = phi float [ %438, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %439, ptr %431, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %538 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %538, label %if_end30.1.i, label %if_else.1.i
+  %440 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %440, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %539 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %532
-  %540 = tail call float @llvm.log.f32(float %539)
+  %441 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %434
+  %442 = tail call float @llvm.log.f32(float %441)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %541 = fadd float %row_max40.sroa.0.4.vec.extract.i, %540
+  %443 = fadd float %row_max40.sroa.0.4.vec.extract.i, %442
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %542 = phi float [ %541, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %543 = getelementptr i8, ptr %529, i64 4
-  store float %542, ptr %543, align 4, !tbaa !8
+  %444 = phi float [ %443, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %445 = getelementptr i8, ptr %431, i64 4
+  store float %444, ptr %445, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %544 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %544, label %if_end30.2.i, label %if_else.2.i
+  %446 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %446, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %545 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %532
-  %546 = tail call float @llvm.log.f32(float %545)
+  %447 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %434
+  %448 = tail call float @llvm.log.f32(float %447)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %547 = fadd float %row_max40.sroa.0.8.vec.extract.i, %546
+  %449 = fadd float %row_max40.sroa.0.8.vec.extract.i, %448
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %548 = phi float [ %547, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %549 = getelementptr i8, ptr %529, i64 8
-  store float %548, ptr %549, align 4, !tbaa !8
+  %450 = phi float [ %449, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %451 = getelementptr i8, ptr %431, i64 8
+  store float %450, ptr %451, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %550 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %550, label %if_end30.3.i, label %if_else.3.i
+  %452 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %452, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %551 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %532
-  %552 = tail call float @llvm.log.f32(float %551)
+  %453 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %434
+  %454 = tail call float @llvm.log.f32(float %453)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %553 = fadd float %row_max40.sroa.0.12.vec.extract.i, %552
+  %455 = fadd float %row_max40.sroa.0.12.vec.extract.i, %454
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %554 = phi float [ %553, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %555 = getelementptr i8, ptr %529, i64 12
-  store float %554, ptr %555, align 4, !tbaa !8
+  %456 = phi float [ %455, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %457 = getelementptr i8, ptr %431, i64 12
+  store float %456, ptr %457, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %556 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %556, label %if_end30.4.i, label %if_else.4.i
+  %458 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %458, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %557 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %532
-  %558 = tail call float @llvm.log.f32(float %557)
+  %459 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %434
+  %460 = tail call float @llvm.log.f32(float %459)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %559 = fadd float %row_max40.sroa.0.16.vec.extract.i, %558
+  %461 = fadd float %row_max40.sroa.0.16.vec.extract.i, %460
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %560 = phi float [ %559, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %561 = getelementptr i8, ptr %529, i64 16
-  store float %560, ptr %561, align 4, !tbaa !8
+  %462 = phi float [ %461, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %463 = getelementptr i8, ptr %431, i64 16
+  store float %462, ptr %463, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %562 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %562, label %if_end30.5.i, label %if_else.5.i
+  %464 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %464, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %563 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %532
-  %564 = tail call float @llvm.log.f32(float %563)
+  %465 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %434
+  %466 = tail call float @llvm.log.f32(float %465)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %565 = fadd float %row_max40.sroa.0.20.vec.extract.i, %564
+  %467 = fadd float %row_max40.sroa.0.20.vec.extract.i, %466
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %566 = phi float [ %565, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %567 = getelementptr i8, ptr %529, i64 20
-  store float %566, ptr %567, align 4, !tbaa !8
+  %468 = phi float [ %467, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %469 = getelementptr i8, ptr %431, i64 20
+  store float %468, ptr %469, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %568 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %568, label %if_end30.6.i, label %if_else.6.i
+  %470 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %470, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %569 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %532
-  %570 = tail call float @llvm.log.f32(float %569)
+  %471 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %434
+  %472 = tail call float @llvm.log.f32(float %471)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %571 = fadd float %row_max40.sroa.0.24.vec.extract.i, %570
+  %473 = fadd float %row_max40.sroa.0.24.vec.extract.i, %472
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %572 = phi float [ %571, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %573 = getelementptr i8, ptr %529, i64 24
-  store float %572, ptr %573, align 4, !tbaa !8
+  %474 = phi float [ %473, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %475 = getelementptr i8, ptr %431, i64 24
+  store float %474, ptr %475, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %574 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %574, label %if_end30.7.i, label %if_else.7.i
+  %476 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %476, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %575 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %532
-  %576 = tail call float @llvm.log.f32(float %575)
+  %477 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %434
+  %478 = tail call float @llvm.log.f32(float %477)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %577 = fadd float %row_max40.sroa.0.28.vec.extract.i, %576
+  %479 = fadd float %row_max40.sroa.0.28.vec.extract.i, %478
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %578 = phi float [ %577, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %579 = getelementptr i8, ptr %529, i64 28
-  store float %578, ptr %579, align 4, !tbaa !8
+  %480 = phi float [ %479, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %481 = getelementptr i8, ptr %431, i64 28
+  store float %480, ptr %481, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %580 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %580, label %if_end30.8.i, label %if_else.8.i
+  %482 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %482, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %581 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %532
-  %582 = tail call float @llvm.log.f32(float %581)
+  %483 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %434
+  %484 = tail call float @llvm.log.f32(float %483)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %583 = fadd float %row_max40.sroa.0.32.vec.extract.i, %582
+  %485 = fadd float %row_max40.sroa.0.32.vec.extract.i, %484
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %584 = phi float [ %583, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %585 = getelementptr i8, ptr %529, i64 32
-  store float %584, ptr %585, align 4, !tbaa !8
+  %486 = phi float [ %485, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %487 = getelementptr i8, ptr %431, i64 32
+  store float %486, ptr %487, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %586 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %586, label %if_end30.9.i, label %if_else.9.i
+  %488 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %488, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %587 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %532
-  %588 = tail call float @llvm.log.f32(float %587)
+  %489 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %434
+  %490 = tail call float @llvm.log.f32(float %489)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %589 = fadd float %row_max40.sroa.0.36.vec.extract.i, %588
+  %491 = fadd float %row_max40.sroa.0.36.vec.extract.i, %490
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %590 = phi float [ %589, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %591 = getelementptr i8, ptr %529, i64 36
-  store float %590, ptr %591, align 4, !tbaa !8
+  %492 = phi float [ %491, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %493 = getelementptr i8, ptr %431, i64 36
+  store float %492, ptr %493, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %592 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %592, label %if_end30.10.i, label %if_else.10.i
+  %494 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %494, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %593 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %532
-  %594 = tail call float @llvm.log.f32(float %593)
+  %495 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %434
+  %496 = tail call float @llvm.log.f32(float %495)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %595 = fadd float %row_max40.sroa.0.40.vec.extract.i, %594
+  %497 = fadd float %row_max40.sroa.0.40.vec.extract.i, %496
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %596 = phi float [ %595, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %597 = getelementptr i8, ptr %529, i64 40
-  store float %596, ptr %597, align 4, !tbaa !8
+  %498 = phi float [ %497, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %499 = getelementptr i8, ptr %431, i64 40
+  store float %498, ptr %499, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %598 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %598, label %if_end30.11.i, label %if_else.11.i
+  %500 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %500, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %599 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %532
-  %600 = tail call float @llvm.log.f32(float %599)
+  %501 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %434
+  %502 = tail call float @llvm.log.f32(float %501)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %601 = fadd float %row_max40.sroa.0.44.vec.extract.i, %600
+  %503 = fadd float %row_max40.sroa.0.44.vec.extract.i, %502
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %602 = phi float [ %601, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %603 = getelementptr i8, ptr %529, i64 44
-  store float %602, ptr %603, align 4, !tbaa !8
+  %504 = phi float [ %503, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %505 = getelementptr i8, ptr %431, i64 44
+  store float %504, ptr %505, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %604 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %604, label %if_end30.12.i, label %if_else.12.i
+  %506 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %506, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %605 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %532
-  %606 = tail call float @llvm.log.f32(float %605)
+  %507 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %434
+  %508 = tail call float @llvm.log.f32(float %507)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %607 = fadd float %row_max40.sroa.0.48.vec.extract.i, %606
+  %509 = fadd float %row_max40.sroa.0.48.vec.extract.i, %508
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %608 = phi float [ %607, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %609 = getelementptr i8, ptr %529, i64 48
-  store float %608, ptr %609, align 4, !tbaa !8
+  %510 = phi float [ %509, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %511 = getelementptr i8, ptr %431, i64 48
+  store float %510, ptr %511, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %610 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %610, label %if_end30.13.i, label %if_else.13.i
+  %512 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %512, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %611 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %532
-  %612 = tail call float @llvm.log.f32(float %611)
+  %513 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %434
+  %514 = tail call float @llvm.log.f32(float %513)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %613 = fadd float %row_max40.sroa.0.52.vec.extract.i, %612
+  %515 = fadd float %row_max40.sroa.0.52.vec.extract.i, %514
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %614 = phi float [ %613, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %615 = getelementptr i8, ptr %529, i64 52
-  store float %614, ptr %615, align 4, !tbaa !8
+  %516 = phi float [ %515, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %517 = getelementptr i8, ptr %431, i64 52
+  store float %516, ptr %517, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %616 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %616, label %if_end30.14.i, label %if_else.14.i
+  %518 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %518, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %617 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %532
-  %618 = tail call float @llvm.log.f32(float %617)
+  %519 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %434
+  %520 = tail call float @llvm.log.f32(float %519)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %619 = fadd float %row_max40.sroa.0.56.vec.extract.i, %618
+  %521 = fadd float %row_max40.sroa.0.56.vec.extract.i, %520
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %620 = phi float [ %619, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %621 = getelementptr i8, ptr %529, i64 56
-  store float %620, ptr %621, align 4, !tbaa !8
+  %522 = phi float [ %521, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %523 = getelementptr i8, ptr %431, i64 56
+  store float %522, ptr %523, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %622 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %622, label %if_end30.15.i, label %if_else.15.i
+  %524 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %524, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %623 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %532
-  %624 = tail call float @llvm.log.f32(float %623)
+  %525 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %434
+  %526 = tail call float @llvm.log.f32(float %525)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %625 = fadd float %row_max40.sroa.0.60.vec.extract.i, %624
+  %527 = fadd float %row_max40.sroa.0.60.vec.extract.i, %526
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %626 = phi float [ %625, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %627 = getelementptr i8, ptr %529, i64 60
-  store float %626, ptr %627, align 4, !tbaa !8
-  %628 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %629 = tail call i32 %628(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %629, 0
+  %528 = phi float [ %527, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %529 = getelementptr i8, ptr %431, i64 60
+  store float %528, ptr %529, align 4, !tbaa !8
+  %530 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %531 = tail call i32 %530(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %531, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6305,29 +6156,13 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!11, !11, i64 0}
-!11 = !{!"buffer0.w64.b0", !12, i64 0}
-!12 = !{!"buffer0.w128.b0", !13, i64 0}
-!13 = !{!"buffer0.w256.b0", !14, i64 0}
-!14 = !{!"buffer0.w512.b0", !15, i64 0}
-!15 = !{!"buffer0.w1024.b0", !16, i64 0}
-!16 = !{!"buffer0", !5, i64 0}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer1.w64.b0", !19, i64 0}
-!19 = !{!"buffer1.w128.b0", !20, i64 0}
-!20 = !{!"buffer1.w256.b0", !21, i64 0}
-!21 = !{!"buffer1.w512.b0", !22, i64 0}
-!22 = !{!"buffer1.w1024.b0", !23, i64 0}
-!23 = !{!"buffer1", !5, i64 0}
-!24 = !{!23, !23, i64 0}
-!25 = !{!16, !16, i64 0}
-!26 = !{!"branch_weights", i32 1, i32 1048575}
-!27 = !{!28, !28, i64 0}
-!28 = !{!"buffer2.w64.b0", !29, i64 0}
-!29 = !{!"buffer2.w128.b0", !30, i64 0}
-!30 = !{!"buffer2.w256.b0", !31, i64 0}
-!31 = !{!"buffer2.w512.b0", !32, i64 0}
-!32 = !{!"buffer2.w1024.b0", !33, i64 0}
-!33 = !{!"buffer2", !5, i64 0}
-!34 = !{!"branch_weights", i32 127, i32 134217601}
-!35 = !{!33, !33, i64 0}
+!10 = !{!"branch_weights", i32 1, i32 1048575}
+!11 = !{!12, !12, i64 0}
+!12 = !{!"buffer0.w64.b0", !13, i64 0}
+!13 = !{!"buffer0.w128.b0", !14, i64 0}
+!14 = !{!"buffer0.w256.b0", !15, i64 0}
+!15 = !{!"buffer0.w512.b0", !16, i64 0}
+!16 = !{!"buffer0.w1024.b0", !17, i64 0}
+!17 = !{!"buffer0", !5, i64 0}
+!18 = !{!"branch_weights", i32 127, i32 134217601}
+!19 = !{!17, !17, i64 0}

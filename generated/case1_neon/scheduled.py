@@ -598,7 +598,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 16, 32):
+                        for i, d_0, r_0 in T.grid(1, 32, 16):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(4):

@@ -149,7 +149,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(tile_acc[vs, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[vs, 0:16, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 4, 4):
+                        for i, d_0, r_0 in T.grid(1, 4, 4):
                             for r_1 in T.unroll(4):
                                 for d_1_0 in T.unroll(2):
                                     for d_1_1 in T.vectorized(16):
@@ -195,7 +195,7 @@ class Module:
                     T.reads()
                     T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                    for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
+                    for i_m, d_0_m, r_0_m in T.grid(1, 4, 4):
                         for r_1_init in T.unroll(4):
                             for d_1_init in T.unroll(2):
                                 for d_3_init in T.unroll(1):

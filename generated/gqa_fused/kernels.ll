@@ -10757,10 +10757,10 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   %52 = icmp sgt i32 %num_partials, 0
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %224, %for_end_r_0.i ], [ 0, %for_begin_step.preheader.i ]
-  %53 = phi <32 x float> [ %m.i, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <32 x float> [ %118, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %514, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <32 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <32 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -10835,367 +10835,1478 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
   %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  br i1 %60, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %120 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %121 = load float, ptr %120, align 4, !tbaa !22
-  %122 = insertelement <16 x float> poison, float %121, i64 0
-  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
-  %124 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %125 = getelementptr float, ptr %119, i64 %124
-  %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %127 = load float, ptr %126, align 4, !tbaa !23
-  %128 = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
-  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !8
-  %129 = load <16 x float>, ptr %125, align 4, !tbaa !8
-  %.scalar = fmul float %127, 0.000000e+00
-  %130 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %131)
-  store <16 x float> %132, ptr %128, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %128, i64 64
+for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
+  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.1, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
+  %120 = shl nuw nsw i64 %indvars.iv61.i, 7
+  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
+  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %123 = load float, ptr %122, align 8, !tbaa !22
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %119, i64 %120
+  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %128 = load float, ptr %127, align 8, !tbaa !23
+  %.scalar = fmul float %128, 0.000000e+00
+  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
+  store <16 x float> %131, ptr %121, align 4, !tbaa !8
+  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
+  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 7
+  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %125, i64 64
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %131)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %128, i64 128
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %125, i64 128
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %139, <16 x float> %131)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %128, i64 192
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %125, i64 192
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %143, <16 x float> %131)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %128, i64 256
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %125, i64 256
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %147, <16 x float> %131)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %149 = getelementptr inbounds nuw i8, ptr %128, i64 320
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
-  %150 = getelementptr i8, ptr %125, i64 320
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %151, <16 x float> %131)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !8
-  %153 = getelementptr inbounds nuw i8, ptr %128, i64 384
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
-  %154 = getelementptr i8, ptr %125, i64 384
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %155, <16 x float> %131)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !8
-  %157 = getelementptr inbounds nuw i8, ptr %128, i64 448
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
-  %158 = getelementptr i8, ptr %125, i64 448
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %159, <16 x float> %131)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
+  %134 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %135 = load float, ptr %134, align 4, !tbaa !22
+  %136 = insertelement <16 x float> poison, float %135, i64 0
+  %137 = shufflevector <16 x float> %136, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %119, i64 %132
+  %138 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %139 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %140 = load float, ptr %139, align 4, !tbaa !23
+  %.scalar.1 = fmul float %140, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %137, <16 x float> %138, <16 x float> %142)
+  store <16 x float> %143, ptr %133, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = add nuw nsw i64 %indvars.iv61.i, 2
+  %exitcond64.not.i.1 = icmp eq i64 %indvars.iv.next62.i.1, 32
+  br i1 %exitcond64.not.i.1, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %161 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %162 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %163 = select <32 x i1> %162, <32 x float> zeroinitializer, <32 x float> %161
-  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !25
-  %sext = shl i64 %20, 32
-  %164 = ashr exact i64 %sext, 32
-  %165 = mul nsw i64 %out_batch, %164
-  %166 = getelementptr i16, ptr %out, i64 %165
-  br label %for_begin_d_019.preheader.i
+for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
+  %invariant.gep.us.1.i = getelementptr i8, ptr %119, i64 64
+  br label %for_body_r_0.us.us.1.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %167 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %168 = load float, ptr %167, align 4, !tbaa !22
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = shl nuw nsw i64 %indvars.iv.i, 7
-  %172 = getelementptr float, ptr %119, i64 %171
-  %173 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %174 = load float, ptr %173, align 4, !tbaa !23
+for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
+  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
+  %144 = shl nuw nsw i64 %indvars.iv61.1.i, 7
+  %145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %144
+  %146 = getelementptr inbounds nuw i8, ptr %145, i64 64
+  store <16 x float> zeroinitializer, ptr %146, align 4, !tbaa !8
+  %147 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
+  %148 = load float, ptr %147, align 16, !tbaa !22
+  %149 = insertelement <16 x float> poison, float %148, i64 0
+  %150 = shufflevector <16 x float> %149, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %144
+  %151 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %152 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
+  %153 = load float, ptr %152, align 16, !tbaa !23
+  %.scalar30 = fmul float %153, 0.000000e+00
+  %154 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
+  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %151, <16 x float> %155)
+  store <16 x float> %156, ptr %146, align 4, !tbaa !8
+  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
+  %157 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
+  %158 = getelementptr inbounds nuw float, ptr %acc.i, i64 %157
+  %159 = getelementptr inbounds nuw i8, ptr %158, i64 64
+  store <16 x float> zeroinitializer, ptr %159, align 4, !tbaa !8
+  %160 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
+  %161 = load float, ptr %160, align 4, !tbaa !22
+  %162 = insertelement <16 x float> poison, float %161, i64 0
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %157
+  %164 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
+  %165 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
+  %166 = load float, ptr %165, align 4, !tbaa !23
+  %.scalar30.1 = fmul float %166, 0.000000e+00
+  %167 = insertelement <16 x float> poison, float %.scalar30.1, i64 0
+  %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
+  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %164, <16 x float> %168)
+  store <16 x float> %169, ptr %159, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
+  %170 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
+  %171 = getelementptr inbounds nuw float, ptr %acc.i, i64 %170
+  %172 = getelementptr inbounds nuw i8, ptr %171, i64 64
+  store <16 x float> zeroinitializer, ptr %172, align 4, !tbaa !8
+  %173 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
+  %174 = load float, ptr %173, align 8, !tbaa !22
   %175 = insertelement <16 x float> poison, float %174, i64 0
   %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = load <16 x float>, ptr %172, align 4, !tbaa !8
-  %178 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = fmul <16 x float> %179, %176
-  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %177, <16 x float> %180)
-  store <16 x float> %181, ptr %178, align 4, !tbaa !8
-  %182 = getelementptr i8, ptr %172, i64 64
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !8
-  %184 = getelementptr inbounds nuw i8, ptr %178, i64 64
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
-  %186 = fmul <16 x float> %176, %185
-  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %183, <16 x float> %186)
-  store <16 x float> %187, ptr %184, align 4, !tbaa !8
-  %188 = getelementptr i8, ptr %172, i64 128
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !8
-  %190 = getelementptr inbounds nuw i8, ptr %178, i64 128
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
-  %192 = fmul <16 x float> %176, %191
-  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %189, <16 x float> %192)
-  store <16 x float> %193, ptr %190, align 4, !tbaa !8
-  %194 = getelementptr i8, ptr %172, i64 192
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !8
-  %196 = getelementptr inbounds nuw i8, ptr %178, i64 192
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
-  %198 = fmul <16 x float> %176, %197
-  %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %195, <16 x float> %198)
-  store <16 x float> %199, ptr %196, align 4, !tbaa !8
-  %200 = getelementptr i8, ptr %172, i64 256
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %178, i64 256
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
-  %204 = fmul <16 x float> %176, %203
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %201, <16 x float> %204)
-  store <16 x float> %205, ptr %202, align 4, !tbaa !8
-  %206 = getelementptr i8, ptr %172, i64 320
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %178, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
-  %210 = fmul <16 x float> %176, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 4, !tbaa !8
-  %212 = getelementptr i8, ptr %172, i64 384
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %178, i64 384
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !8
-  %216 = fmul <16 x float> %176, %215
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %213, <16 x float> %216)
-  store <16 x float> %217, ptr %214, align 4, !tbaa !8
-  %218 = getelementptr i8, ptr %172, i64 448
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %178, i64 448
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !8
-  %222 = fmul <16 x float> %176, %221
-  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %219, <16 x float> %222)
-  store <16 x float> %223, ptr %220, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
+  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %170
+  %177 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
+  %178 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
+  %179 = load float, ptr %178, align 8, !tbaa !23
+  %.scalar30.2 = fmul float %179, 0.000000e+00
+  %180 = insertelement <16 x float> poison, float %.scalar30.2, i64 0
+  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> zeroinitializer
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %177, <16 x float> %181)
+  store <16 x float> %182, ptr %172, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
+  %183 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
+  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %183
+  %185 = getelementptr inbounds nuw i8, ptr %184, i64 64
+  store <16 x float> zeroinitializer, ptr %185, align 4, !tbaa !8
+  %186 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
+  %187 = load float, ptr %186, align 4, !tbaa !22
+  %188 = insertelement <16 x float> poison, float %187, i64 0
+  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %183
+  %190 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
+  %191 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
+  %192 = load float, ptr %191, align 4, !tbaa !23
+  %.scalar30.3 = fmul float %192, 0.000000e+00
+  %193 = insertelement <16 x float> poison, float %.scalar30.3, i64 0
+  %194 = shufflevector <16 x float> %193, <16 x float> poison, <16 x i32> zeroinitializer
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %190, <16 x float> %194)
+  store <16 x float> %195, ptr %185, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
+  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
+  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %224 = add nuw nsw i32 %step46.i, 1
-  %exitcond64.not.i = icmp eq i32 %224, %num_partials
-  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
+  %invariant.gep.us.2.i = getelementptr i8, ptr %119, i64 128
+  br label %for_body_r_0.us.us.2.i
 
-for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv69.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next70.i, %for_begin_d_019.preheader.i ]
-  %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv69.i
-  %226 = load float, ptr %225, align 4, !tbaa !32
+for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
+  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
+  %196 = shl nuw nsw i64 %indvars.iv61.2.i, 7
+  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
+  %198 = getelementptr inbounds nuw i8, ptr %197, i64 128
+  store <16 x float> zeroinitializer, ptr %198, align 4, !tbaa !8
+  %199 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
+  %200 = load float, ptr %199, align 16, !tbaa !22
+  %201 = insertelement <16 x float> poison, float %200, i64 0
+  %202 = shufflevector <16 x float> %201, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %196
+  %203 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %204 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
+  %205 = load float, ptr %204, align 16, !tbaa !23
+  %.scalar31 = fmul float %205, 0.000000e+00
+  %206 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %207 = shufflevector <16 x float> %206, <16 x float> poison, <16 x i32> zeroinitializer
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %203, <16 x float> %207)
+  store <16 x float> %208, ptr %198, align 4, !tbaa !8
+  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
+  %209 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
+  %210 = getelementptr inbounds nuw float, ptr %acc.i, i64 %209
+  %211 = getelementptr inbounds nuw i8, ptr %210, i64 128
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
+  %212 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
+  %213 = load float, ptr %212, align 4, !tbaa !22
+  %214 = insertelement <16 x float> poison, float %213, i64 0
+  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %209
+  %216 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
+  %217 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
+  %218 = load float, ptr %217, align 4, !tbaa !23
+  %.scalar31.1 = fmul float %218, 0.000000e+00
+  %219 = insertelement <16 x float> poison, float %.scalar31.1, i64 0
+  %220 = shufflevector <16 x float> %219, <16 x float> poison, <16 x i32> zeroinitializer
+  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %216, <16 x float> %220)
+  store <16 x float> %221, ptr %211, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
+  %222 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
+  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
+  %224 = getelementptr inbounds nuw i8, ptr %223, i64 128
+  store <16 x float> zeroinitializer, ptr %224, align 4, !tbaa !8
+  %225 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
+  %226 = load float, ptr %225, align 8, !tbaa !22
   %227 = insertelement <16 x float> poison, float %226, i64 0
   %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %229 = mul nsw i64 %indvars.iv69.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %166, i64 %229
-  %.idx = shl nuw nsw i64 %indvars.iv69.i, 9
-  %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
-  %232 = fmul <16 x float> %231, %228
-  %233 = bitcast <16 x float> %232 to <16 x i32>
-  %234 = lshr <16 x i32> %233, splat (i32 16)
-  %235 = and <16 x i32> %234, splat (i32 1)
-  %236 = add nuw <16 x i32> %233, splat (i32 32767)
-  %237 = add nuw <16 x i32> %236, %235
-  %238 = lshr <16 x i32> %237, splat (i32 16)
-  %239 = trunc nuw <16 x i32> %238 to <16 x i16>
-  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !8
-  %240 = getelementptr inbounds nuw i8, ptr %230, i64 64
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
-  %242 = fmul <16 x float> %228, %241
-  %243 = bitcast <16 x float> %242 to <16 x i32>
-  %244 = lshr <16 x i32> %243, splat (i32 16)
-  %245 = and <16 x i32> %244, splat (i32 1)
-  %246 = add nuw <16 x i32> %243, splat (i32 32767)
-  %247 = add nuw <16 x i32> %246, %245
-  %248 = lshr <16 x i32> %247, splat (i32 16)
-  %249 = trunc nuw <16 x i32> %248 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %230, i64 128
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <16 x float> %228, %251
-  %253 = bitcast <16 x float> %252 to <16 x i32>
-  %254 = lshr <16 x i32> %253, splat (i32 16)
-  %255 = and <16 x i32> %254, splat (i32 1)
-  %256 = add nuw <16 x i32> %253, splat (i32 32767)
-  %257 = add nuw <16 x i32> %256, %255
-  %258 = lshr <16 x i32> %257, splat (i32 16)
-  %259 = trunc nuw <16 x i32> %258 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %230, i64 192
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %228, %261
-  %263 = bitcast <16 x float> %262 to <16 x i32>
-  %264 = lshr <16 x i32> %263, splat (i32 16)
-  %265 = and <16 x i32> %264, splat (i32 1)
-  %266 = add nuw <16 x i32> %263, splat (i32 32767)
-  %267 = add nuw <16 x i32> %266, %265
-  %268 = lshr <16 x i32> %267, splat (i32 16)
-  %269 = trunc nuw <16 x i32> %268 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %230, i64 256
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <16 x float> %228, %271
-  %273 = bitcast <16 x float> %272 to <16 x i32>
-  %274 = lshr <16 x i32> %273, splat (i32 16)
-  %275 = and <16 x i32> %274, splat (i32 1)
-  %276 = add nuw <16 x i32> %273, splat (i32 32767)
-  %277 = add nuw <16 x i32> %276, %275
-  %278 = lshr <16 x i32> %277, splat (i32 16)
-  %279 = trunc nuw <16 x i32> %278 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %230, i64 320
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %228, %281
-  %283 = bitcast <16 x float> %282 to <16 x i32>
-  %284 = lshr <16 x i32> %283, splat (i32 16)
-  %285 = and <16 x i32> %284, splat (i32 1)
-  %286 = add nuw <16 x i32> %283, splat (i32 32767)
-  %287 = add nuw <16 x i32> %286, %285
-  %288 = lshr <16 x i32> %287, splat (i32 16)
-  %289 = trunc nuw <16 x i32> %288 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %230, i64 384
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %228, %291
-  %293 = bitcast <16 x float> %292 to <16 x i32>
-  %294 = lshr <16 x i32> %293, splat (i32 16)
-  %295 = and <16 x i32> %294, splat (i32 1)
-  %296 = add nuw <16 x i32> %293, splat (i32 32767)
-  %297 = add nuw <16 x i32> %296, %295
-  %298 = lshr <16 x i32> %297, splat (i32 16)
-  %299 = trunc nuw <16 x i32> %298 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %230, i64 448
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <16 x float> %228, %301
-  %303 = bitcast <16 x float> %302 to <16 x i32>
-  %304 = lshr <16 x i32> %303, splat (i32 16)
-  %305 = and <16 x i32> %304, splat (i32 1)
-  %306 = add nuw <16 x i32> %303, splat (i32 32767)
-  %307 = add nuw <16 x i32> %306, %305
-  %308 = lshr <16 x i32> %307, splat (i32 16)
-  %309 = trunc nuw <16 x i32> %308 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !8
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 32
-  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %222
+  %229 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
+  %230 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
+  %231 = load float, ptr %230, align 8, !tbaa !23
+  %.scalar31.2 = fmul float %231, 0.000000e+00
+  %232 = insertelement <16 x float> poison, float %.scalar31.2, i64 0
+  %233 = shufflevector <16 x float> %232, <16 x float> poison, <16 x i32> zeroinitializer
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %229, <16 x float> %233)
+  store <16 x float> %234, ptr %224, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
+  %235 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
+  %236 = getelementptr inbounds nuw float, ptr %acc.i, i64 %235
+  %237 = getelementptr inbounds nuw i8, ptr %236, i64 128
+  store <16 x float> zeroinitializer, ptr %237, align 4, !tbaa !8
+  %238 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
+  %239 = load float, ptr %238, align 4, !tbaa !22
+  %240 = insertelement <16 x float> poison, float %239, i64 0
+  %241 = shufflevector <16 x float> %240, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %235
+  %242 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
+  %243 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
+  %244 = load float, ptr %243, align 4, !tbaa !23
+  %.scalar31.3 = fmul float %244, 0.000000e+00
+  %245 = insertelement <16 x float> poison, float %.scalar31.3, i64 0
+  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
+  %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %241, <16 x float> %242, <16 x float> %246)
+  store <16 x float> %247, ptr %237, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
+  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
+  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !29
+
+for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
+  %invariant.gep.us.3.i = getelementptr i8, ptr %119, i64 192
+  br label %for_body_r_0.us.us.3.i
+
+for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
+  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
+  %248 = shl nuw nsw i64 %indvars.iv61.3.i, 7
+  %249 = getelementptr inbounds nuw float, ptr %acc.i, i64 %248
+  %250 = getelementptr inbounds nuw i8, ptr %249, i64 192
+  store <16 x float> zeroinitializer, ptr %250, align 4, !tbaa !8
+  %251 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
+  %252 = load float, ptr %251, align 16, !tbaa !22
+  %253 = insertelement <16 x float> poison, float %252, i64 0
+  %254 = shufflevector <16 x float> %253, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %248
+  %255 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %256 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
+  %257 = load float, ptr %256, align 16, !tbaa !23
+  %.scalar32 = fmul float %257, 0.000000e+00
+  %258 = insertelement <16 x float> poison, float %.scalar32, i64 0
+  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %254, <16 x float> %255, <16 x float> %259)
+  store <16 x float> %260, ptr %250, align 4, !tbaa !8
+  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
+  %261 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
+  %262 = getelementptr inbounds nuw float, ptr %acc.i, i64 %261
+  %263 = getelementptr inbounds nuw i8, ptr %262, i64 192
+  store <16 x float> zeroinitializer, ptr %263, align 4, !tbaa !8
+  %264 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
+  %265 = load float, ptr %264, align 4, !tbaa !22
+  %266 = insertelement <16 x float> poison, float %265, i64 0
+  %267 = shufflevector <16 x float> %266, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %261
+  %268 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
+  %269 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
+  %270 = load float, ptr %269, align 4, !tbaa !23
+  %.scalar32.1 = fmul float %270, 0.000000e+00
+  %271 = insertelement <16 x float> poison, float %.scalar32.1, i64 0
+  %272 = shufflevector <16 x float> %271, <16 x float> poison, <16 x i32> zeroinitializer
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %267, <16 x float> %268, <16 x float> %272)
+  store <16 x float> %273, ptr %263, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
+  %274 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
+  %275 = getelementptr inbounds nuw float, ptr %acc.i, i64 %274
+  %276 = getelementptr inbounds nuw i8, ptr %275, i64 192
+  store <16 x float> zeroinitializer, ptr %276, align 4, !tbaa !8
+  %277 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
+  %278 = load float, ptr %277, align 8, !tbaa !22
+  %279 = insertelement <16 x float> poison, float %278, i64 0
+  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %274
+  %281 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
+  %282 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
+  %283 = load float, ptr %282, align 8, !tbaa !23
+  %.scalar32.2 = fmul float %283, 0.000000e+00
+  %284 = insertelement <16 x float> poison, float %.scalar32.2, i64 0
+  %285 = shufflevector <16 x float> %284, <16 x float> poison, <16 x i32> zeroinitializer
+  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %281, <16 x float> %285)
+  store <16 x float> %286, ptr %276, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
+  %287 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
+  %288 = getelementptr inbounds nuw float, ptr %acc.i, i64 %287
+  %289 = getelementptr inbounds nuw i8, ptr %288, i64 192
+  store <16 x float> zeroinitializer, ptr %289, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
+  %291 = load float, ptr %290, align 4, !tbaa !22
+  %292 = insertelement <16 x float> poison, float %291, i64 0
+  %293 = shufflevector <16 x float> %292, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %287
+  %294 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
+  %296 = load float, ptr %295, align 4, !tbaa !23
+  %.scalar32.3 = fmul float %296, 0.000000e+00
+  %297 = insertelement <16 x float> poison, float %.scalar32.3, i64 0
+  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
+  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %294, <16 x float> %298)
+  store <16 x float> %299, ptr %289, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
+  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
+  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !30
+
+for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
+  %invariant.gep.us.4.i = getelementptr i8, ptr %119, i64 256
+  br label %for_body_r_0.us.us.4.i
+
+for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
+  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
+  %300 = shl nuw nsw i64 %indvars.iv61.4.i, 7
+  %301 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
+  %302 = getelementptr inbounds nuw i8, ptr %301, i64 256
+  store <16 x float> zeroinitializer, ptr %302, align 4, !tbaa !8
+  %303 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
+  %304 = load float, ptr %303, align 16, !tbaa !22
+  %305 = insertelement <16 x float> poison, float %304, i64 0
+  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %300
+  %307 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %308 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
+  %309 = load float, ptr %308, align 16, !tbaa !23
+  %.scalar33 = fmul float %309, 0.000000e+00
+  %310 = insertelement <16 x float> poison, float %.scalar33, i64 0
+  %311 = shufflevector <16 x float> %310, <16 x float> poison, <16 x i32> zeroinitializer
+  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %307, <16 x float> %311)
+  store <16 x float> %312, ptr %302, align 4, !tbaa !8
+  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
+  %313 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
+  %314 = getelementptr inbounds nuw float, ptr %acc.i, i64 %313
+  %315 = getelementptr inbounds nuw i8, ptr %314, i64 256
+  store <16 x float> zeroinitializer, ptr %315, align 4, !tbaa !8
+  %316 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
+  %317 = load float, ptr %316, align 4, !tbaa !22
+  %318 = insertelement <16 x float> poison, float %317, i64 0
+  %319 = shufflevector <16 x float> %318, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %313
+  %320 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
+  %321 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
+  %322 = load float, ptr %321, align 4, !tbaa !23
+  %.scalar33.1 = fmul float %322, 0.000000e+00
+  %323 = insertelement <16 x float> poison, float %.scalar33.1, i64 0
+  %324 = shufflevector <16 x float> %323, <16 x float> poison, <16 x i32> zeroinitializer
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %320, <16 x float> %324)
+  store <16 x float> %325, ptr %315, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
+  %326 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
+  %327 = getelementptr inbounds nuw float, ptr %acc.i, i64 %326
+  %328 = getelementptr inbounds nuw i8, ptr %327, i64 256
+  store <16 x float> zeroinitializer, ptr %328, align 4, !tbaa !8
+  %329 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
+  %330 = load float, ptr %329, align 8, !tbaa !22
+  %331 = insertelement <16 x float> poison, float %330, i64 0
+  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %326
+  %333 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
+  %334 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
+  %335 = load float, ptr %334, align 8, !tbaa !23
+  %.scalar33.2 = fmul float %335, 0.000000e+00
+  %336 = insertelement <16 x float> poison, float %.scalar33.2, i64 0
+  %337 = shufflevector <16 x float> %336, <16 x float> poison, <16 x i32> zeroinitializer
+  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %333, <16 x float> %337)
+  store <16 x float> %338, ptr %328, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
+  %339 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
+  %340 = getelementptr inbounds nuw float, ptr %acc.i, i64 %339
+  %341 = getelementptr inbounds nuw i8, ptr %340, i64 256
+  store <16 x float> zeroinitializer, ptr %341, align 4, !tbaa !8
+  %342 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
+  %343 = load float, ptr %342, align 4, !tbaa !22
+  %344 = insertelement <16 x float> poison, float %343, i64 0
+  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %339
+  %346 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
+  %347 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
+  %348 = load float, ptr %347, align 4, !tbaa !23
+  %.scalar33.3 = fmul float %348, 0.000000e+00
+  %349 = insertelement <16 x float> poison, float %.scalar33.3, i64 0
+  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %346, <16 x float> %350)
+  store <16 x float> %351, ptr %341, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
+  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
+  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !31
+
+for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
+  %invariant.gep.us.5.i = getelementptr i8, ptr %119, i64 320
+  br label %for_body_r_0.us.us.5.i
+
+for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
+  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
+  %352 = shl nuw nsw i64 %indvars.iv61.5.i, 7
+  %353 = getelementptr inbounds nuw float, ptr %acc.i, i64 %352
+  %354 = getelementptr inbounds nuw i8, ptr %353, i64 320
+  store <16 x float> zeroinitializer, ptr %354, align 4, !tbaa !8
+  %355 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
+  %356 = load float, ptr %355, align 16, !tbaa !22
+  %357 = insertelement <16 x float> poison, float %356, i64 0
+  %358 = shufflevector <16 x float> %357, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %352
+  %359 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %360 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
+  %361 = load float, ptr %360, align 16, !tbaa !23
+  %.scalar34 = fmul float %361, 0.000000e+00
+  %362 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %363 = shufflevector <16 x float> %362, <16 x float> poison, <16 x i32> zeroinitializer
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %358, <16 x float> %359, <16 x float> %363)
+  store <16 x float> %364, ptr %354, align 4, !tbaa !8
+  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
+  %365 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
+  %366 = getelementptr inbounds nuw float, ptr %acc.i, i64 %365
+  %367 = getelementptr inbounds nuw i8, ptr %366, i64 320
+  store <16 x float> zeroinitializer, ptr %367, align 4, !tbaa !8
+  %368 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
+  %369 = load float, ptr %368, align 4, !tbaa !22
+  %370 = insertelement <16 x float> poison, float %369, i64 0
+  %371 = shufflevector <16 x float> %370, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %365
+  %372 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
+  %373 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
+  %374 = load float, ptr %373, align 4, !tbaa !23
+  %.scalar34.1 = fmul float %374, 0.000000e+00
+  %375 = insertelement <16 x float> poison, float %.scalar34.1, i64 0
+  %376 = shufflevector <16 x float> %375, <16 x float> poison, <16 x i32> zeroinitializer
+  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %372, <16 x float> %376)
+  store <16 x float> %377, ptr %367, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
+  %378 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
+  %379 = getelementptr inbounds nuw float, ptr %acc.i, i64 %378
+  %380 = getelementptr inbounds nuw i8, ptr %379, i64 320
+  store <16 x float> zeroinitializer, ptr %380, align 4, !tbaa !8
+  %381 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
+  %382 = load float, ptr %381, align 8, !tbaa !22
+  %383 = insertelement <16 x float> poison, float %382, i64 0
+  %384 = shufflevector <16 x float> %383, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %378
+  %385 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
+  %386 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
+  %387 = load float, ptr %386, align 8, !tbaa !23
+  %.scalar34.2 = fmul float %387, 0.000000e+00
+  %388 = insertelement <16 x float> poison, float %.scalar34.2, i64 0
+  %389 = shufflevector <16 x float> %388, <16 x float> poison, <16 x i32> zeroinitializer
+  %390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %385, <16 x float> %389)
+  store <16 x float> %390, ptr %380, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
+  %391 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
+  %392 = getelementptr inbounds nuw float, ptr %acc.i, i64 %391
+  %393 = getelementptr inbounds nuw i8, ptr %392, i64 320
+  store <16 x float> zeroinitializer, ptr %393, align 4, !tbaa !8
+  %394 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
+  %395 = load float, ptr %394, align 4, !tbaa !22
+  %396 = insertelement <16 x float> poison, float %395, i64 0
+  %397 = shufflevector <16 x float> %396, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %391
+  %398 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
+  %399 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
+  %400 = load float, ptr %399, align 4, !tbaa !23
+  %.scalar34.3 = fmul float %400, 0.000000e+00
+  %401 = insertelement <16 x float> poison, float %.scalar34.3, i64 0
+  %402 = shufflevector <16 x float> %401, <16 x float> poison, <16 x i32> zeroinitializer
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %397, <16 x float> %398, <16 x float> %402)
+  store <16 x float> %403, ptr %393, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
+  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
+  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !32
+
+for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
+  %invariant.gep.us.6.i = getelementptr i8, ptr %119, i64 384
+  br label %for_body_r_0.us.us.6.i
+
+for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
+  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
+  %404 = shl nuw nsw i64 %indvars.iv61.6.i, 7
+  %405 = getelementptr inbounds nuw float, ptr %acc.i, i64 %404
+  %406 = getelementptr inbounds nuw i8, ptr %405, i64 384
+  store <16 x float> zeroinitializer, ptr %406, align 4, !tbaa !8
+  %407 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
+  %408 = load float, ptr %407, align 16, !tbaa !22
+  %409 = insertelement <16 x float> poison, float %408, i64 0
+  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %404
+  %411 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %412 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
+  %413 = load float, ptr %412, align 16, !tbaa !23
+  %.scalar35 = fmul float %413, 0.000000e+00
+  %414 = insertelement <16 x float> poison, float %.scalar35, i64 0
+  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
+  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %411, <16 x float> %415)
+  store <16 x float> %416, ptr %406, align 4, !tbaa !8
+  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
+  %417 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
+  %418 = getelementptr inbounds nuw float, ptr %acc.i, i64 %417
+  %419 = getelementptr inbounds nuw i8, ptr %418, i64 384
+  store <16 x float> zeroinitializer, ptr %419, align 4, !tbaa !8
+  %420 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
+  %421 = load float, ptr %420, align 4, !tbaa !22
+  %422 = insertelement <16 x float> poison, float %421, i64 0
+  %423 = shufflevector <16 x float> %422, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %417
+  %424 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
+  %425 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
+  %426 = load float, ptr %425, align 4, !tbaa !23
+  %.scalar35.1 = fmul float %426, 0.000000e+00
+  %427 = insertelement <16 x float> poison, float %.scalar35.1, i64 0
+  %428 = shufflevector <16 x float> %427, <16 x float> poison, <16 x i32> zeroinitializer
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %424, <16 x float> %428)
+  store <16 x float> %429, ptr %419, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
+  %430 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
+  %431 = getelementptr inbounds nuw float, ptr %acc.i, i64 %430
+  %432 = getelementptr inbounds nuw i8, ptr %431, i64 384
+  store <16 x float> zeroinitializer, ptr %432, align 4, !tbaa !8
+  %433 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
+  %434 = load float, ptr %433, align 8, !tbaa !22
+  %435 = insertelement <16 x float> poison, float %434, i64 0
+  %436 = shufflevector <16 x float> %435, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %430
+  %437 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
+  %438 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
+  %439 = load float, ptr %438, align 8, !tbaa !23
+  %.scalar35.2 = fmul float %439, 0.000000e+00
+  %440 = insertelement <16 x float> poison, float %.scalar35.2, i64 0
+  %441 = shufflevector <16 x float> %440, <16 x float> poison, <16 x i32> zeroinitializer
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %436, <16 x float> %437, <16 x float> %441)
+  store <16 x float> %442, ptr %432, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
+  %443 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
+  %444 = getelementptr inbounds nuw float, ptr %acc.i, i64 %443
+  %445 = getelementptr inbounds nuw i8, ptr %444, i64 384
+  store <16 x float> zeroinitializer, ptr %445, align 4, !tbaa !8
+  %446 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
+  %447 = load float, ptr %446, align 4, !tbaa !22
+  %448 = insertelement <16 x float> poison, float %447, i64 0
+  %449 = shufflevector <16 x float> %448, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %443
+  %450 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
+  %451 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
+  %452 = load float, ptr %451, align 4, !tbaa !23
+  %.scalar35.3 = fmul float %452, 0.000000e+00
+  %453 = insertelement <16 x float> poison, float %.scalar35.3, i64 0
+  %454 = shufflevector <16 x float> %453, <16 x float> poison, <16 x i32> zeroinitializer
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %450, <16 x float> %454)
+  store <16 x float> %455, ptr %445, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
+  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
+  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !33
+
+for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
+  %invariant.gep.us.7.i = getelementptr i8, ptr %119, i64 448
+  br label %for_body_r_0.us.us.7.i
+
+for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
+  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
+  %456 = shl nuw nsw i64 %indvars.iv61.7.i, 7
+  %457 = getelementptr inbounds nuw float, ptr %acc.i, i64 %456
+  %458 = getelementptr inbounds nuw i8, ptr %457, i64 448
+  store <16 x float> zeroinitializer, ptr %458, align 4, !tbaa !8
+  %459 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
+  %460 = load float, ptr %459, align 16, !tbaa !22
+  %461 = insertelement <16 x float> poison, float %460, i64 0
+  %462 = shufflevector <16 x float> %461, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %456
+  %463 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %464 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
+  %465 = load float, ptr %464, align 16, !tbaa !23
+  %.scalar36 = fmul float %465, 0.000000e+00
+  %466 = insertelement <16 x float> poison, float %.scalar36, i64 0
+  %467 = shufflevector <16 x float> %466, <16 x float> poison, <16 x i32> zeroinitializer
+  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %462, <16 x float> %463, <16 x float> %467)
+  store <16 x float> %468, ptr %458, align 4, !tbaa !8
+  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
+  %469 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
+  %470 = getelementptr inbounds nuw float, ptr %acc.i, i64 %469
+  %471 = getelementptr inbounds nuw i8, ptr %470, i64 448
+  store <16 x float> zeroinitializer, ptr %471, align 4, !tbaa !8
+  %472 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
+  %473 = load float, ptr %472, align 4, !tbaa !22
+  %474 = insertelement <16 x float> poison, float %473, i64 0
+  %475 = shufflevector <16 x float> %474, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %469
+  %476 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
+  %477 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
+  %478 = load float, ptr %477, align 4, !tbaa !23
+  %.scalar36.1 = fmul float %478, 0.000000e+00
+  %479 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
+  %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %476, <16 x float> %480)
+  store <16 x float> %481, ptr %471, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
+  %482 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
+  %483 = getelementptr inbounds nuw float, ptr %acc.i, i64 %482
+  %484 = getelementptr inbounds nuw i8, ptr %483, i64 448
+  store <16 x float> zeroinitializer, ptr %484, align 4, !tbaa !8
+  %485 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
+  %486 = load float, ptr %485, align 8, !tbaa !22
+  %487 = insertelement <16 x float> poison, float %486, i64 0
+  %488 = shufflevector <16 x float> %487, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %482
+  %489 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
+  %490 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
+  %491 = load float, ptr %490, align 8, !tbaa !23
+  %.scalar36.2 = fmul float %491, 0.000000e+00
+  %492 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
+  %493 = shufflevector <16 x float> %492, <16 x float> poison, <16 x i32> zeroinitializer
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %488, <16 x float> %489, <16 x float> %493)
+  store <16 x float> %494, ptr %484, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
+  %495 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
+  %496 = getelementptr inbounds nuw float, ptr %acc.i, i64 %495
+  %497 = getelementptr inbounds nuw i8, ptr %496, i64 448
+  store <16 x float> zeroinitializer, ptr %497, align 4, !tbaa !8
+  %498 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
+  %499 = load float, ptr %498, align 4, !tbaa !22
+  %500 = insertelement <16 x float> poison, float %499, i64 0
+  %501 = shufflevector <16 x float> %500, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %495
+  %502 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
+  %503 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
+  %504 = load float, ptr %503, align 4, !tbaa !23
+  %.scalar36.3 = fmul float %504, 0.000000e+00
+  %505 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
+  %506 = shufflevector <16 x float> %505, <16 x float> poison, <16 x i32> zeroinitializer
+  %507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %502, <16 x float> %506)
+  store <16 x float> %507, ptr %497, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
+  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
+  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !34
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %508 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %509 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %510 = select <32 x i1> %509, <32 x float> zeroinitializer, <32 x float> %508
+  store <32 x float> %510, ptr %factor34.i, align 16, !tbaa !35
+  %sext = shl i64 %20, 32
+  %511 = ashr exact i64 %sext, 32
+  %512 = mul nsw i64 %out_batch, %511
+  %513 = getelementptr i16, ptr %out, i64 %512
+  br label %for_begin_d_019.preheader.i
+
+for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
+  %514 = add nuw nsw i32 %step46.i, 1
+  %exitcond69.not.i = icmp eq i32 %514, %num_partials
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !41
+
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
+  %515 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %516 = load float, ptr %515, align 16, !tbaa !22
+  %517 = insertelement <16 x float> poison, float %516, i64 0
+  %518 = shufflevector <16 x float> %517, <16 x float> poison, <16 x i32> zeroinitializer
+  %519 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep.i = getelementptr float, ptr %119, i64 %519
+  %520 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %521 = getelementptr inbounds nuw float, ptr %acc.i, i64 %519
+  %522 = load <16 x float>, ptr %521, align 4, !tbaa !8
+  %523 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %524 = load float, ptr %523, align 16, !tbaa !23
+  %525 = insertelement <16 x float> poison, float %524, i64 0
+  %526 = shufflevector <16 x float> %525, <16 x float> poison, <16 x i32> zeroinitializer
+  %527 = fmul <16 x float> %522, %526
+  %528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %518, <16 x float> %520, <16 x float> %527)
+  store <16 x float> %528, ptr %521, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %529 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %530 = load float, ptr %529, align 4, !tbaa !22
+  %531 = insertelement <16 x float> poison, float %530, i64 0
+  %532 = shufflevector <16 x float> %531, <16 x float> poison, <16 x i32> zeroinitializer
+  %533 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep.i.1 = getelementptr float, ptr %119, i64 %533
+  %534 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %535 = getelementptr inbounds nuw float, ptr %acc.i, i64 %533
+  %536 = load <16 x float>, ptr %535, align 4, !tbaa !8
+  %537 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %538 = load float, ptr %537, align 4, !tbaa !23
+  %539 = insertelement <16 x float> poison, float %538, i64 0
+  %540 = shufflevector <16 x float> %539, <16 x float> poison, <16 x i32> zeroinitializer
+  %541 = fmul <16 x float> %536, %540
+  %542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %532, <16 x float> %534, <16 x float> %541)
+  store <16 x float> %542, ptr %535, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %543 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %544 = load float, ptr %543, align 8, !tbaa !22
+  %545 = insertelement <16 x float> poison, float %544, i64 0
+  %546 = shufflevector <16 x float> %545, <16 x float> poison, <16 x i32> zeroinitializer
+  %547 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
+  %gep.i.2 = getelementptr float, ptr %119, i64 %547
+  %548 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %549 = getelementptr inbounds nuw float, ptr %acc.i, i64 %547
+  %550 = load <16 x float>, ptr %549, align 4, !tbaa !8
+  %551 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %552 = load float, ptr %551, align 8, !tbaa !23
+  %553 = insertelement <16 x float> poison, float %552, i64 0
+  %554 = shufflevector <16 x float> %553, <16 x float> poison, <16 x i32> zeroinitializer
+  %555 = fmul <16 x float> %550, %554
+  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %546, <16 x float> %548, <16 x float> %555)
+  store <16 x float> %556, ptr %549, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %557 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %558 = load float, ptr %557, align 4, !tbaa !22
+  %559 = insertelement <16 x float> poison, float %558, i64 0
+  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
+  %561 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
+  %gep.i.3 = getelementptr float, ptr %119, i64 %561
+  %562 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %563 = getelementptr inbounds nuw float, ptr %acc.i, i64 %561
+  %564 = load <16 x float>, ptr %563, align 4, !tbaa !8
+  %565 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %566 = load float, ptr %565, align 4, !tbaa !23
+  %567 = insertelement <16 x float> poison, float %566, i64 0
+  %568 = shufflevector <16 x float> %567, <16 x float> poison, <16 x i32> zeroinitializer
+  %569 = fmul <16 x float> %564, %568
+  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %562, <16 x float> %569)
+  store <16 x float> %570, ptr %563, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
+  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !42
+
+for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
+  %invariant.gep.1.i = getelementptr i8, ptr %119, i64 64
+  br label %for_body_r_0.1.i
+
+for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
+  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
+  %571 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
+  %572 = load float, ptr %571, align 16, !tbaa !22
+  %573 = insertelement <16 x float> poison, float %572, i64 0
+  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
+  %575 = shl nuw nsw i64 %indvars.iv.1.i, 7
+  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %575
+  %576 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %577 = getelementptr inbounds nuw float, ptr %acc.i, i64 %575
+  %578 = getelementptr inbounds nuw i8, ptr %577, i64 64
+  %579 = load <16 x float>, ptr %578, align 4, !tbaa !8
+  %580 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
+  %581 = load float, ptr %580, align 16, !tbaa !23
+  %582 = insertelement <16 x float> poison, float %581, i64 0
+  %583 = shufflevector <16 x float> %582, <16 x float> poison, <16 x i32> zeroinitializer
+  %584 = fmul <16 x float> %579, %583
+  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %576, <16 x float> %584)
+  store <16 x float> %585, ptr %578, align 4, !tbaa !8
+  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
+  %586 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
+  %587 = load float, ptr %586, align 4, !tbaa !22
+  %588 = insertelement <16 x float> poison, float %587, i64 0
+  %589 = shufflevector <16 x float> %588, <16 x float> poison, <16 x i32> zeroinitializer
+  %590 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
+  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %590
+  %591 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
+  %592 = getelementptr inbounds nuw float, ptr %acc.i, i64 %590
+  %593 = getelementptr inbounds nuw i8, ptr %592, i64 64
+  %594 = load <16 x float>, ptr %593, align 4, !tbaa !8
+  %595 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
+  %596 = load float, ptr %595, align 4, !tbaa !23
+  %597 = insertelement <16 x float> poison, float %596, i64 0
+  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
+  %599 = fmul <16 x float> %594, %598
+  %600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %589, <16 x float> %591, <16 x float> %599)
+  store <16 x float> %600, ptr %593, align 4, !tbaa !8
+  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
+  %601 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
+  %602 = load float, ptr %601, align 8, !tbaa !22
+  %603 = insertelement <16 x float> poison, float %602, i64 0
+  %604 = shufflevector <16 x float> %603, <16 x float> poison, <16 x i32> zeroinitializer
+  %605 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
+  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %605
+  %606 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
+  %607 = getelementptr inbounds nuw float, ptr %acc.i, i64 %605
+  %608 = getelementptr inbounds nuw i8, ptr %607, i64 64
+  %609 = load <16 x float>, ptr %608, align 4, !tbaa !8
+  %610 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
+  %611 = load float, ptr %610, align 8, !tbaa !23
+  %612 = insertelement <16 x float> poison, float %611, i64 0
+  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
+  %614 = fmul <16 x float> %609, %613
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %604, <16 x float> %606, <16 x float> %614)
+  store <16 x float> %615, ptr %608, align 4, !tbaa !8
+  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
+  %616 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
+  %617 = load float, ptr %616, align 4, !tbaa !22
+  %618 = insertelement <16 x float> poison, float %617, i64 0
+  %619 = shufflevector <16 x float> %618, <16 x float> poison, <16 x i32> zeroinitializer
+  %620 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
+  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %620
+  %621 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
+  %622 = getelementptr inbounds nuw float, ptr %acc.i, i64 %620
+  %623 = getelementptr inbounds nuw i8, ptr %622, i64 64
+  %624 = load <16 x float>, ptr %623, align 4, !tbaa !8
+  %625 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
+  %626 = load float, ptr %625, align 4, !tbaa !23
+  %627 = insertelement <16 x float> poison, float %626, i64 0
+  %628 = shufflevector <16 x float> %627, <16 x float> poison, <16 x i32> zeroinitializer
+  %629 = fmul <16 x float> %624, %628
+  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %621, <16 x float> %629)
+  store <16 x float> %630, ptr %623, align 4, !tbaa !8
+  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
+  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
+  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !43
+
+for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
+  %invariant.gep.2.i = getelementptr i8, ptr %119, i64 128
+  br label %for_body_r_0.2.i
+
+for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
+  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
+  %631 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
+  %632 = load float, ptr %631, align 16, !tbaa !22
+  %633 = insertelement <16 x float> poison, float %632, i64 0
+  %634 = shufflevector <16 x float> %633, <16 x float> poison, <16 x i32> zeroinitializer
+  %635 = shl nuw nsw i64 %indvars.iv.2.i, 7
+  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %635
+  %636 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %637 = getelementptr inbounds nuw float, ptr %acc.i, i64 %635
+  %638 = getelementptr inbounds nuw i8, ptr %637, i64 128
+  %639 = load <16 x float>, ptr %638, align 4, !tbaa !8
+  %640 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
+  %641 = load float, ptr %640, align 16, !tbaa !23
+  %642 = insertelement <16 x float> poison, float %641, i64 0
+  %643 = shufflevector <16 x float> %642, <16 x float> poison, <16 x i32> zeroinitializer
+  %644 = fmul <16 x float> %639, %643
+  %645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %634, <16 x float> %636, <16 x float> %644)
+  store <16 x float> %645, ptr %638, align 4, !tbaa !8
+  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
+  %646 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
+  %647 = load float, ptr %646, align 4, !tbaa !22
+  %648 = insertelement <16 x float> poison, float %647, i64 0
+  %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
+  %650 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
+  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %650
+  %651 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
+  %652 = getelementptr inbounds nuw float, ptr %acc.i, i64 %650
+  %653 = getelementptr inbounds nuw i8, ptr %652, i64 128
+  %654 = load <16 x float>, ptr %653, align 4, !tbaa !8
+  %655 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
+  %656 = load float, ptr %655, align 4, !tbaa !23
+  %657 = insertelement <16 x float> poison, float %656, i64 0
+  %658 = shufflevector <16 x float> %657, <16 x float> poison, <16 x i32> zeroinitializer
+  %659 = fmul <16 x float> %654, %658
+  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %649, <16 x float> %651, <16 x float> %659)
+  store <16 x float> %660, ptr %653, align 4, !tbaa !8
+  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
+  %661 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
+  %662 = load float, ptr %661, align 8, !tbaa !22
+  %663 = insertelement <16 x float> poison, float %662, i64 0
+  %664 = shufflevector <16 x float> %663, <16 x float> poison, <16 x i32> zeroinitializer
+  %665 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
+  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %665
+  %666 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
+  %667 = getelementptr inbounds nuw float, ptr %acc.i, i64 %665
+  %668 = getelementptr inbounds nuw i8, ptr %667, i64 128
+  %669 = load <16 x float>, ptr %668, align 4, !tbaa !8
+  %670 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
+  %671 = load float, ptr %670, align 8, !tbaa !23
+  %672 = insertelement <16 x float> poison, float %671, i64 0
+  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
+  %674 = fmul <16 x float> %669, %673
+  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %664, <16 x float> %666, <16 x float> %674)
+  store <16 x float> %675, ptr %668, align 4, !tbaa !8
+  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
+  %676 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
+  %677 = load float, ptr %676, align 4, !tbaa !22
+  %678 = insertelement <16 x float> poison, float %677, i64 0
+  %679 = shufflevector <16 x float> %678, <16 x float> poison, <16 x i32> zeroinitializer
+  %680 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
+  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %680
+  %681 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
+  %682 = getelementptr inbounds nuw float, ptr %acc.i, i64 %680
+  %683 = getelementptr inbounds nuw i8, ptr %682, i64 128
+  %684 = load <16 x float>, ptr %683, align 4, !tbaa !8
+  %685 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
+  %686 = load float, ptr %685, align 4, !tbaa !23
+  %687 = insertelement <16 x float> poison, float %686, i64 0
+  %688 = shufflevector <16 x float> %687, <16 x float> poison, <16 x i32> zeroinitializer
+  %689 = fmul <16 x float> %684, %688
+  %690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %681, <16 x float> %689)
+  store <16 x float> %690, ptr %683, align 4, !tbaa !8
+  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
+  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
+  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !44
+
+for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
+  %invariant.gep.3.i = getelementptr i8, ptr %119, i64 192
+  br label %for_body_r_0.3.i
+
+for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
+  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
+  %691 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
+  %692 = load float, ptr %691, align 16, !tbaa !22
+  %693 = insertelement <16 x float> poison, float %692, i64 0
+  %694 = shufflevector <16 x float> %693, <16 x float> poison, <16 x i32> zeroinitializer
+  %695 = shl nuw nsw i64 %indvars.iv.3.i, 7
+  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %695
+  %696 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %697 = getelementptr inbounds nuw float, ptr %acc.i, i64 %695
+  %698 = getelementptr inbounds nuw i8, ptr %697, i64 192
+  %699 = load <16 x float>, ptr %698, align 4, !tbaa !8
+  %700 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
+  %701 = load float, ptr %700, align 16, !tbaa !23
+  %702 = insertelement <16 x float> poison, float %701, i64 0
+  %703 = shufflevector <16 x float> %702, <16 x float> poison, <16 x i32> zeroinitializer
+  %704 = fmul <16 x float> %699, %703
+  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %696, <16 x float> %704)
+  store <16 x float> %705, ptr %698, align 4, !tbaa !8
+  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
+  %706 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
+  %707 = load float, ptr %706, align 4, !tbaa !22
+  %708 = insertelement <16 x float> poison, float %707, i64 0
+  %709 = shufflevector <16 x float> %708, <16 x float> poison, <16 x i32> zeroinitializer
+  %710 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
+  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %710
+  %711 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
+  %712 = getelementptr inbounds nuw float, ptr %acc.i, i64 %710
+  %713 = getelementptr inbounds nuw i8, ptr %712, i64 192
+  %714 = load <16 x float>, ptr %713, align 4, !tbaa !8
+  %715 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
+  %716 = load float, ptr %715, align 4, !tbaa !23
+  %717 = insertelement <16 x float> poison, float %716, i64 0
+  %718 = shufflevector <16 x float> %717, <16 x float> poison, <16 x i32> zeroinitializer
+  %719 = fmul <16 x float> %714, %718
+  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %711, <16 x float> %719)
+  store <16 x float> %720, ptr %713, align 4, !tbaa !8
+  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
+  %721 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
+  %722 = load float, ptr %721, align 8, !tbaa !22
+  %723 = insertelement <16 x float> poison, float %722, i64 0
+  %724 = shufflevector <16 x float> %723, <16 x float> poison, <16 x i32> zeroinitializer
+  %725 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
+  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %725
+  %726 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
+  %727 = getelementptr inbounds nuw float, ptr %acc.i, i64 %725
+  %728 = getelementptr inbounds nuw i8, ptr %727, i64 192
+  %729 = load <16 x float>, ptr %728, align 4, !tbaa !8
+  %730 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
+  %731 = load float, ptr %730, align 8, !tbaa !23
+  %732 = insertelement <16 x float> poison, float %731, i64 0
+  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
+  %734 = fmul <16 x float> %729, %733
+  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %724, <16 x float> %726, <16 x float> %734)
+  store <16 x float> %735, ptr %728, align 4, !tbaa !8
+  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
+  %736 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
+  %737 = load float, ptr %736, align 4, !tbaa !22
+  %738 = insertelement <16 x float> poison, float %737, i64 0
+  %739 = shufflevector <16 x float> %738, <16 x float> poison, <16 x i32> zeroinitializer
+  %740 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
+  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %740
+  %741 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
+  %742 = getelementptr inbounds nuw float, ptr %acc.i, i64 %740
+  %743 = getelementptr inbounds nuw i8, ptr %742, i64 192
+  %744 = load <16 x float>, ptr %743, align 4, !tbaa !8
+  %745 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
+  %746 = load float, ptr %745, align 4, !tbaa !23
+  %747 = insertelement <16 x float> poison, float %746, i64 0
+  %748 = shufflevector <16 x float> %747, <16 x float> poison, <16 x i32> zeroinitializer
+  %749 = fmul <16 x float> %744, %748
+  %750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %739, <16 x float> %741, <16 x float> %749)
+  store <16 x float> %750, ptr %743, align 4, !tbaa !8
+  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
+  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
+  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !45
+
+for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
+  %invariant.gep.4.i = getelementptr i8, ptr %119, i64 256
+  br label %for_body_r_0.4.i
+
+for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
+  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
+  %751 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
+  %752 = load float, ptr %751, align 16, !tbaa !22
+  %753 = insertelement <16 x float> poison, float %752, i64 0
+  %754 = shufflevector <16 x float> %753, <16 x float> poison, <16 x i32> zeroinitializer
+  %755 = shl nuw nsw i64 %indvars.iv.4.i, 7
+  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %755
+  %756 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %757 = getelementptr inbounds nuw float, ptr %acc.i, i64 %755
+  %758 = getelementptr inbounds nuw i8, ptr %757, i64 256
+  %759 = load <16 x float>, ptr %758, align 4, !tbaa !8
+  %760 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
+  %761 = load float, ptr %760, align 16, !tbaa !23
+  %762 = insertelement <16 x float> poison, float %761, i64 0
+  %763 = shufflevector <16 x float> %762, <16 x float> poison, <16 x i32> zeroinitializer
+  %764 = fmul <16 x float> %759, %763
+  %765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %756, <16 x float> %764)
+  store <16 x float> %765, ptr %758, align 4, !tbaa !8
+  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
+  %766 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
+  %767 = load float, ptr %766, align 4, !tbaa !22
+  %768 = insertelement <16 x float> poison, float %767, i64 0
+  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
+  %770 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
+  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %770
+  %771 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
+  %772 = getelementptr inbounds nuw float, ptr %acc.i, i64 %770
+  %773 = getelementptr inbounds nuw i8, ptr %772, i64 256
+  %774 = load <16 x float>, ptr %773, align 4, !tbaa !8
+  %775 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
+  %776 = load float, ptr %775, align 4, !tbaa !23
+  %777 = insertelement <16 x float> poison, float %776, i64 0
+  %778 = shufflevector <16 x float> %777, <16 x float> poison, <16 x i32> zeroinitializer
+  %779 = fmul <16 x float> %774, %778
+  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %771, <16 x float> %779)
+  store <16 x float> %780, ptr %773, align 4, !tbaa !8
+  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
+  %781 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
+  %782 = load float, ptr %781, align 8, !tbaa !22
+  %783 = insertelement <16 x float> poison, float %782, i64 0
+  %784 = shufflevector <16 x float> %783, <16 x float> poison, <16 x i32> zeroinitializer
+  %785 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
+  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %785
+  %786 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
+  %787 = getelementptr inbounds nuw float, ptr %acc.i, i64 %785
+  %788 = getelementptr inbounds nuw i8, ptr %787, i64 256
+  %789 = load <16 x float>, ptr %788, align 4, !tbaa !8
+  %790 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
+  %791 = load float, ptr %790, align 8, !tbaa !23
+  %792 = insertelement <16 x float> poison, float %791, i64 0
+  %793 = shufflevector <16 x float> %792, <16 x float> poison, <16 x i32> zeroinitializer
+  %794 = fmul <16 x float> %789, %793
+  %795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %784, <16 x float> %786, <16 x float> %794)
+  store <16 x float> %795, ptr %788, align 4, !tbaa !8
+  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
+  %796 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
+  %797 = load float, ptr %796, align 4, !tbaa !22
+  %798 = insertelement <16 x float> poison, float %797, i64 0
+  %799 = shufflevector <16 x float> %798, <16 x float> poison, <16 x i32> zeroinitializer
+  %800 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
+  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %800
+  %801 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
+  %802 = getelementptr inbounds nuw float, ptr %acc.i, i64 %800
+  %803 = getelementptr inbounds nuw i8, ptr %802, i64 256
+  %804 = load <16 x float>, ptr %803, align 4, !tbaa !8
+  %805 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
+  %806 = load float, ptr %805, align 4, !tbaa !23
+  %807 = insertelement <16 x float> poison, float %806, i64 0
+  %808 = shufflevector <16 x float> %807, <16 x float> poison, <16 x i32> zeroinitializer
+  %809 = fmul <16 x float> %804, %808
+  %810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %799, <16 x float> %801, <16 x float> %809)
+  store <16 x float> %810, ptr %803, align 4, !tbaa !8
+  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
+  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
+  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !46
+
+for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
+  %invariant.gep.5.i = getelementptr i8, ptr %119, i64 320
+  br label %for_body_r_0.5.i
+
+for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
+  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
+  %811 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
+  %812 = load float, ptr %811, align 16, !tbaa !22
+  %813 = insertelement <16 x float> poison, float %812, i64 0
+  %814 = shufflevector <16 x float> %813, <16 x float> poison, <16 x i32> zeroinitializer
+  %815 = shl nuw nsw i64 %indvars.iv.5.i, 7
+  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %815
+  %816 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %817 = getelementptr inbounds nuw float, ptr %acc.i, i64 %815
+  %818 = getelementptr inbounds nuw i8, ptr %817, i64 320
+  %819 = load <16 x float>, ptr %818, align 4, !tbaa !8
+  %820 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
+  %821 = load float, ptr %820, align 16, !tbaa !23
+  %822 = insertelement <16 x float> poison, float %821, i64 0
+  %823 = shufflevector <16 x float> %822, <16 x float> poison, <16 x i32> zeroinitializer
+  %824 = fmul <16 x float> %819, %823
+  %825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %814, <16 x float> %816, <16 x float> %824)
+  store <16 x float> %825, ptr %818, align 4, !tbaa !8
+  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
+  %826 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
+  %827 = load float, ptr %826, align 4, !tbaa !22
+  %828 = insertelement <16 x float> poison, float %827, i64 0
+  %829 = shufflevector <16 x float> %828, <16 x float> poison, <16 x i32> zeroinitializer
+  %830 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
+  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %830
+  %831 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
+  %832 = getelementptr inbounds nuw float, ptr %acc.i, i64 %830
+  %833 = getelementptr inbounds nuw i8, ptr %832, i64 320
+  %834 = load <16 x float>, ptr %833, align 4, !tbaa !8
+  %835 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
+  %836 = load float, ptr %835, align 4, !tbaa !23
+  %837 = insertelement <16 x float> poison, float %836, i64 0
+  %838 = shufflevector <16 x float> %837, <16 x float> poison, <16 x i32> zeroinitializer
+  %839 = fmul <16 x float> %834, %838
+  %840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %829, <16 x float> %831, <16 x float> %839)
+  store <16 x float> %840, ptr %833, align 4, !tbaa !8
+  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
+  %841 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
+  %842 = load float, ptr %841, align 8, !tbaa !22
+  %843 = insertelement <16 x float> poison, float %842, i64 0
+  %844 = shufflevector <16 x float> %843, <16 x float> poison, <16 x i32> zeroinitializer
+  %845 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
+  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %845
+  %846 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
+  %847 = getelementptr inbounds nuw float, ptr %acc.i, i64 %845
+  %848 = getelementptr inbounds nuw i8, ptr %847, i64 320
+  %849 = load <16 x float>, ptr %848, align 4, !tbaa !8
+  %850 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
+  %851 = load float, ptr %850, align 8, !tbaa !23
+  %852 = insertelement <16 x float> poison, float %851, i64 0
+  %853 = shufflevector <16 x float> %852, <16 x float> poison, <16 x i32> zeroinitializer
+  %854 = fmul <16 x float> %849, %853
+  %855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %844, <16 x float> %846, <16 x float> %854)
+  store <16 x float> %855, ptr %848, align 4, !tbaa !8
+  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
+  %856 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
+  %857 = load float, ptr %856, align 4, !tbaa !22
+  %858 = insertelement <16 x float> poison, float %857, i64 0
+  %859 = shufflevector <16 x float> %858, <16 x float> poison, <16 x i32> zeroinitializer
+  %860 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
+  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %860
+  %861 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
+  %862 = getelementptr inbounds nuw float, ptr %acc.i, i64 %860
+  %863 = getelementptr inbounds nuw i8, ptr %862, i64 320
+  %864 = load <16 x float>, ptr %863, align 4, !tbaa !8
+  %865 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
+  %866 = load float, ptr %865, align 4, !tbaa !23
+  %867 = insertelement <16 x float> poison, float %866, i64 0
+  %868 = shufflevector <16 x float> %867, <16 x float> poison, <16 x i32> zeroinitializer
+  %869 = fmul <16 x float> %864, %868
+  %870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %859, <16 x float> %861, <16 x float> %869)
+  store <16 x float> %870, ptr %863, align 4, !tbaa !8
+  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
+  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
+  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !47
+
+for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
+  %invariant.gep.6.i = getelementptr i8, ptr %119, i64 384
+  br label %for_body_r_0.6.i
+
+for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
+  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
+  %871 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
+  %872 = load float, ptr %871, align 16, !tbaa !22
+  %873 = insertelement <16 x float> poison, float %872, i64 0
+  %874 = shufflevector <16 x float> %873, <16 x float> poison, <16 x i32> zeroinitializer
+  %875 = shl nuw nsw i64 %indvars.iv.6.i, 7
+  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %875
+  %876 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %877 = getelementptr inbounds nuw float, ptr %acc.i, i64 %875
+  %878 = getelementptr inbounds nuw i8, ptr %877, i64 384
+  %879 = load <16 x float>, ptr %878, align 4, !tbaa !8
+  %880 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
+  %881 = load float, ptr %880, align 16, !tbaa !23
+  %882 = insertelement <16 x float> poison, float %881, i64 0
+  %883 = shufflevector <16 x float> %882, <16 x float> poison, <16 x i32> zeroinitializer
+  %884 = fmul <16 x float> %879, %883
+  %885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %874, <16 x float> %876, <16 x float> %884)
+  store <16 x float> %885, ptr %878, align 4, !tbaa !8
+  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
+  %886 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
+  %887 = load float, ptr %886, align 4, !tbaa !22
+  %888 = insertelement <16 x float> poison, float %887, i64 0
+  %889 = shufflevector <16 x float> %888, <16 x float> poison, <16 x i32> zeroinitializer
+  %890 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
+  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %890
+  %891 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
+  %892 = getelementptr inbounds nuw float, ptr %acc.i, i64 %890
+  %893 = getelementptr inbounds nuw i8, ptr %892, i64 384
+  %894 = load <16 x float>, ptr %893, align 4, !tbaa !8
+  %895 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
+  %896 = load float, ptr %895, align 4, !tbaa !23
+  %897 = insertelement <16 x float> poison, float %896, i64 0
+  %898 = shufflevector <16 x float> %897, <16 x float> poison, <16 x i32> zeroinitializer
+  %899 = fmul <16 x float> %894, %898
+  %900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %889, <16 x float> %891, <16 x float> %899)
+  store <16 x float> %900, ptr %893, align 4, !tbaa !8
+  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
+  %901 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
+  %902 = load float, ptr %901, align 8, !tbaa !22
+  %903 = insertelement <16 x float> poison, float %902, i64 0
+  %904 = shufflevector <16 x float> %903, <16 x float> poison, <16 x i32> zeroinitializer
+  %905 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
+  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %905
+  %906 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
+  %907 = getelementptr inbounds nuw float, ptr %acc.i, i64 %905
+  %908 = getelementptr inbounds nuw i8, ptr %907, i64 384
+  %909 = load <16 x float>, ptr %908, align 4, !tbaa !8
+  %910 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
+  %911 = load float, ptr %910, align 8, !tbaa !23
+  %912 = insertelement <16 x float> poison, float %911, i64 0
+  %913 = shufflevector <16 x float> %912, <16 x float> poison, <16 x i32> zeroinitializer
+  %914 = fmul <16 x float> %909, %913
+  %915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %904, <16 x float> %906, <16 x float> %914)
+  store <16 x float> %915, ptr %908, align 4, !tbaa !8
+  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
+  %916 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
+  %917 = load float, ptr %916, align 4, !tbaa !22
+  %918 = insertelement <16 x float> poison, float %917, i64 0
+  %919 = shufflevector <16 x float> %918, <16 x float> poison, <16 x i32> zeroinitializer
+  %920 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
+  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %920
+  %921 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
+  %922 = getelementptr inbounds nuw float, ptr %acc.i, i64 %920
+  %923 = getelementptr inbounds nuw i8, ptr %922, i64 384
+  %924 = load <16 x float>, ptr %923, align 4, !tbaa !8
+  %925 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
+  %926 = load float, ptr %925, align 4, !tbaa !23
+  %927 = insertelement <16 x float> poison, float %926, i64 0
+  %928 = shufflevector <16 x float> %927, <16 x float> poison, <16 x i32> zeroinitializer
+  %929 = fmul <16 x float> %924, %928
+  %930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %919, <16 x float> %921, <16 x float> %929)
+  store <16 x float> %930, ptr %923, align 4, !tbaa !8
+  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
+  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
+  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !48
+
+for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
+  %invariant.gep.7.i = getelementptr i8, ptr %119, i64 448
+  br label %for_body_r_0.7.i
+
+for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
+  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
+  %931 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
+  %932 = load float, ptr %931, align 16, !tbaa !22
+  %933 = insertelement <16 x float> poison, float %932, i64 0
+  %934 = shufflevector <16 x float> %933, <16 x float> poison, <16 x i32> zeroinitializer
+  %935 = shl nuw nsw i64 %indvars.iv.7.i, 7
+  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %935
+  %936 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %937 = getelementptr inbounds nuw float, ptr %acc.i, i64 %935
+  %938 = getelementptr inbounds nuw i8, ptr %937, i64 448
+  %939 = load <16 x float>, ptr %938, align 4, !tbaa !8
+  %940 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
+  %941 = load float, ptr %940, align 16, !tbaa !23
+  %942 = insertelement <16 x float> poison, float %941, i64 0
+  %943 = shufflevector <16 x float> %942, <16 x float> poison, <16 x i32> zeroinitializer
+  %944 = fmul <16 x float> %939, %943
+  %945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %934, <16 x float> %936, <16 x float> %944)
+  store <16 x float> %945, ptr %938, align 4, !tbaa !8
+  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
+  %946 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
+  %947 = load float, ptr %946, align 4, !tbaa !22
+  %948 = insertelement <16 x float> poison, float %947, i64 0
+  %949 = shufflevector <16 x float> %948, <16 x float> poison, <16 x i32> zeroinitializer
+  %950 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
+  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %950
+  %951 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
+  %952 = getelementptr inbounds nuw float, ptr %acc.i, i64 %950
+  %953 = getelementptr inbounds nuw i8, ptr %952, i64 448
+  %954 = load <16 x float>, ptr %953, align 4, !tbaa !8
+  %955 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
+  %956 = load float, ptr %955, align 4, !tbaa !23
+  %957 = insertelement <16 x float> poison, float %956, i64 0
+  %958 = shufflevector <16 x float> %957, <16 x float> poison, <16 x i32> zeroinitializer
+  %959 = fmul <16 x float> %954, %958
+  %960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %949, <16 x float> %951, <16 x float> %959)
+  store <16 x float> %960, ptr %953, align 4, !tbaa !8
+  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
+  %961 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
+  %962 = load float, ptr %961, align 8, !tbaa !22
+  %963 = insertelement <16 x float> poison, float %962, i64 0
+  %964 = shufflevector <16 x float> %963, <16 x float> poison, <16 x i32> zeroinitializer
+  %965 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
+  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %965
+  %966 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
+  %967 = getelementptr inbounds nuw float, ptr %acc.i, i64 %965
+  %968 = getelementptr inbounds nuw i8, ptr %967, i64 448
+  %969 = load <16 x float>, ptr %968, align 4, !tbaa !8
+  %970 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
+  %971 = load float, ptr %970, align 8, !tbaa !23
+  %972 = insertelement <16 x float> poison, float %971, i64 0
+  %973 = shufflevector <16 x float> %972, <16 x float> poison, <16 x i32> zeroinitializer
+  %974 = fmul <16 x float> %969, %973
+  %975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %964, <16 x float> %966, <16 x float> %974)
+  store <16 x float> %975, ptr %968, align 4, !tbaa !8
+  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
+  %976 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
+  %977 = load float, ptr %976, align 4, !tbaa !22
+  %978 = insertelement <16 x float> poison, float %977, i64 0
+  %979 = shufflevector <16 x float> %978, <16 x float> poison, <16 x i32> zeroinitializer
+  %980 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
+  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %980
+  %981 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
+  %982 = getelementptr inbounds nuw float, ptr %acc.i, i64 %980
+  %983 = getelementptr inbounds nuw i8, ptr %982, i64 448
+  %984 = load <16 x float>, ptr %983, align 4, !tbaa !8
+  %985 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
+  %986 = load float, ptr %985, align 4, !tbaa !23
+  %987 = insertelement <16 x float> poison, float %986, i64 0
+  %988 = shufflevector <16 x float> %987, <16 x float> poison, <16 x i32> zeroinitializer
+  %989 = fmul <16 x float> %984, %988
+  %990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %979, <16 x float> %981, <16 x float> %989)
+  store <16 x float> %990, ptr %983, align 4, !tbaa !8
+  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
+  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
+  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !49
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
+  %991 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %992 = load float, ptr %991, align 4, !tbaa !50
+  %993 = insertelement <16 x float> poison, float %992, i64 0
+  %994 = shufflevector <16 x float> %993, <16 x float> poison, <16 x i32> zeroinitializer
+  %995 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %513, i64 %995
+  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
+  %996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %997 = load <16 x float>, ptr %996, align 4, !tbaa !8
+  %998 = fmul <16 x float> %997, %994
+  %999 = bitcast <16 x float> %998 to <16 x i32>
+  %1000 = lshr <16 x i32> %999, splat (i32 16)
+  %1001 = and <16 x i32> %1000, splat (i32 1)
+  %1002 = add nuw <16 x i32> %999, splat (i32 32767)
+  %1003 = add nuw <16 x i32> %1002, %1001
+  %1004 = lshr <16 x i32> %1003, splat (i32 16)
+  %1005 = trunc nuw <16 x i32> %1004 to <16 x i16>
+  store <16 x i16> %1005, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %1006 = getelementptr inbounds nuw i8, ptr %996, i64 64
+  %1007 = load <16 x float>, ptr %1006, align 4, !tbaa !8
+  %1008 = fmul <16 x float> %994, %1007
+  %1009 = bitcast <16 x float> %1008 to <16 x i32>
+  %1010 = lshr <16 x i32> %1009, splat (i32 16)
+  %1011 = and <16 x i32> %1010, splat (i32 1)
+  %1012 = add nuw <16 x i32> %1009, splat (i32 32767)
+  %1013 = add nuw <16 x i32> %1012, %1011
+  %1014 = lshr <16 x i32> %1013, splat (i32 16)
+  %1015 = trunc nuw <16 x i32> %1014 to <16 x i16>
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <16 x i16> %1015, ptr %gep50.1.i, align 2, !tbaa !8
+  %1016 = getelementptr inbounds nuw i8, ptr %996, i64 128
+  %1017 = load <16 x float>, ptr %1016, align 4, !tbaa !8
+  %1018 = fmul <16 x float> %994, %1017
+  %1019 = bitcast <16 x float> %1018 to <16 x i32>
+  %1020 = lshr <16 x i32> %1019, splat (i32 16)
+  %1021 = and <16 x i32> %1020, splat (i32 1)
+  %1022 = add nuw <16 x i32> %1019, splat (i32 32767)
+  %1023 = add nuw <16 x i32> %1022, %1021
+  %1024 = lshr <16 x i32> %1023, splat (i32 16)
+  %1025 = trunc nuw <16 x i32> %1024 to <16 x i16>
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x i16> %1025, ptr %gep50.2.i, align 2, !tbaa !8
+  %1026 = getelementptr inbounds nuw i8, ptr %996, i64 192
+  %1027 = load <16 x float>, ptr %1026, align 4, !tbaa !8
+  %1028 = fmul <16 x float> %994, %1027
+  %1029 = bitcast <16 x float> %1028 to <16 x i32>
+  %1030 = lshr <16 x i32> %1029, splat (i32 16)
+  %1031 = and <16 x i32> %1030, splat (i32 1)
+  %1032 = add nuw <16 x i32> %1029, splat (i32 32767)
+  %1033 = add nuw <16 x i32> %1032, %1031
+  %1034 = lshr <16 x i32> %1033, splat (i32 16)
+  %1035 = trunc nuw <16 x i32> %1034 to <16 x i16>
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <16 x i16> %1035, ptr %gep50.3.i, align 2, !tbaa !8
+  %1036 = getelementptr inbounds nuw i8, ptr %996, i64 256
+  %1037 = load <16 x float>, ptr %1036, align 4, !tbaa !8
+  %1038 = fmul <16 x float> %994, %1037
+  %1039 = bitcast <16 x float> %1038 to <16 x i32>
+  %1040 = lshr <16 x i32> %1039, splat (i32 16)
+  %1041 = and <16 x i32> %1040, splat (i32 1)
+  %1042 = add nuw <16 x i32> %1039, splat (i32 32767)
+  %1043 = add nuw <16 x i32> %1042, %1041
+  %1044 = lshr <16 x i32> %1043, splat (i32 16)
+  %1045 = trunc nuw <16 x i32> %1044 to <16 x i16>
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x i16> %1045, ptr %gep50.4.i, align 2, !tbaa !8
+  %1046 = getelementptr inbounds nuw i8, ptr %996, i64 320
+  %1047 = load <16 x float>, ptr %1046, align 4, !tbaa !8
+  %1048 = fmul <16 x float> %994, %1047
+  %1049 = bitcast <16 x float> %1048 to <16 x i32>
+  %1050 = lshr <16 x i32> %1049, splat (i32 16)
+  %1051 = and <16 x i32> %1050, splat (i32 1)
+  %1052 = add nuw <16 x i32> %1049, splat (i32 32767)
+  %1053 = add nuw <16 x i32> %1052, %1051
+  %1054 = lshr <16 x i32> %1053, splat (i32 16)
+  %1055 = trunc nuw <16 x i32> %1054 to <16 x i16>
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <16 x i16> %1055, ptr %gep50.5.i, align 2, !tbaa !8
+  %1056 = getelementptr inbounds nuw i8, ptr %996, i64 384
+  %1057 = load <16 x float>, ptr %1056, align 4, !tbaa !8
+  %1058 = fmul <16 x float> %994, %1057
+  %1059 = bitcast <16 x float> %1058 to <16 x i32>
+  %1060 = lshr <16 x i32> %1059, splat (i32 16)
+  %1061 = and <16 x i32> %1060, splat (i32 1)
+  %1062 = add nuw <16 x i32> %1059, splat (i32 32767)
+  %1063 = add nuw <16 x i32> %1062, %1061
+  %1064 = lshr <16 x i32> %1063, splat (i32 16)
+  %1065 = trunc nuw <16 x i32> %1064 to <16 x i16>
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x i16> %1065, ptr %gep50.6.i, align 2, !tbaa !8
+  %1066 = getelementptr inbounds nuw i8, ptr %996, i64 448
+  %1067 = load <16 x float>, ptr %1066, align 4, !tbaa !8
+  %1068 = fmul <16 x float> %994, %1067
+  %1069 = bitcast <16 x float> %1068 to <16 x i32>
+  %1070 = lshr <16 x i32> %1069, splat (i32 16)
+  %1071 = and <16 x i32> %1070, splat (i32 1)
+  %1072 = add nuw <16 x i32> %1069, splat (i32 32767)
+  %1073 = add nuw <16 x i32> %1072, %1071
+  %1074 = lshr <16 x i32> %1073, splat (i32 16)
+  %1075 = trunc nuw <16 x i32> %1074 to <16 x i16>
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <16 x i16> %1075, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 32
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %310 = add nsw i32 %num_keys, -1
-  %311 = sitofp i32 %310 to float
-  %312 = bitcast float %311 to i32
-  %313 = ashr i32 %312, 23
-  %314 = mul nsw i64 %lse_batch, %164
-  %315 = getelementptr float, ptr %lse, i64 %314
-  %316 = tail call i32 @llvm.smax.i32(i32 %313, i32 125)
-  %317 = shl nuw nsw i32 %316, 23
-  %318 = add nuw i32 %317, 16777216
-  %319 = bitcast i32 %318 to float
+  %1076 = add nsw i32 %num_keys, -1
+  %1077 = sitofp i32 %1076 to float
+  %1078 = bitcast float %1077 to i32
+  %1079 = ashr i32 %1078, 23
+  %1080 = mul nsw i64 %lse_batch, %511
+  %1081 = getelementptr float, ptr %lse, i64 %1080
+  %1082 = tail call i32 @llvm.smax.i32(i32 %1079, i32 125)
+  %1083 = shl nuw nsw i32 %1082, 23
+  %1084 = add nuw i32 %1083, 16777216
+  %1085 = bitcast i32 %1084 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv73.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next74.i.3, %if_end30.i.3 ]
-  %320 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv73.i
-  %321 = load float, ptr %320, align 16, !tbaa !33
-  %322 = fcmp oeq float %321, 0.000000e+00
-  br i1 %322, label %if_end30.i, label %if_else.i
+  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
+  %1086 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
+  %1087 = load float, ptr %1086, align 16, !tbaa !51
+  %1088 = fcmp oeq float %1087, 0.000000e+00
+  br i1 %1088, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %324 = tail call i32 %323(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %324, 0
+  %1089 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1090 = tail call i32 %1089(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %1090, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_attend_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %325 = fmul float %321, %319
-  %326 = tail call float @llvm.log.f32(float %325)
-  %327 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv73.i
-  %328 = load float, ptr %327, align 16, !tbaa !35
-  %329 = fadd float %326, %328
+  %1091 = fmul float %1087, %1085
+  %1092 = tail call float @llvm.log.f32(float %1091)
+  %1093 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
+  %1094 = load float, ptr %1093, align 16, !tbaa !53
+  %1095 = fadd float %1092, %1094
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %330 = phi float [ %329, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %331 = getelementptr float, ptr %315, i64 %indvars.iv73.i
-  store float %330, ptr %331, align 4, !tbaa !8
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1
-  %332 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i
-  %333 = load float, ptr %332, align 4, !tbaa !33
-  %334 = fcmp oeq float %333, 0.000000e+00
-  br i1 %334, label %if_end30.i.1, label %if_else.i.1
+  %1096 = phi float [ %1095, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %1097 = getelementptr float, ptr %1081, i64 %indvars.iv78.i
+  store float %1096, ptr %1097, align 4, !tbaa !8
+  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
+  %1098 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
+  %1099 = load float, ptr %1098, align 4, !tbaa !51
+  %1100 = fcmp oeq float %1099, 0.000000e+00
+  br i1 %1100, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %335 = fmul float %333, %319
-  %336 = tail call float @llvm.log.f32(float %335)
-  %337 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i
-  %338 = load float, ptr %337, align 4, !tbaa !35
-  %339 = fadd float %336, %338
+  %1101 = fmul float %1099, %1085
+  %1102 = tail call float @llvm.log.f32(float %1101)
+  %1103 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
+  %1104 = load float, ptr %1103, align 4, !tbaa !53
+  %1105 = fadd float %1102, %1104
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %340 = phi float [ %339, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %341 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i
-  store float %340, ptr %341, align 4, !tbaa !8
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2
-  %342 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.1
-  %343 = load float, ptr %342, align 8, !tbaa !33
-  %344 = fcmp oeq float %343, 0.000000e+00
-  br i1 %344, label %if_end30.i.2, label %if_else.i.2
+  %1106 = phi float [ %1105, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %1107 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i
+  store float %1106, ptr %1107, align 4, !tbaa !8
+  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
+  %1108 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
+  %1109 = load float, ptr %1108, align 8, !tbaa !51
+  %1110 = fcmp oeq float %1109, 0.000000e+00
+  br i1 %1110, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %345 = fmul float %343, %319
-  %346 = tail call float @llvm.log.f32(float %345)
-  %347 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.1
-  %348 = load float, ptr %347, align 8, !tbaa !35
-  %349 = fadd float %346, %348
+  %1111 = fmul float %1109, %1085
+  %1112 = tail call float @llvm.log.f32(float %1111)
+  %1113 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
+  %1114 = load float, ptr %1113, align 8, !tbaa !53
+  %1115 = fadd float %1112, %1114
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %350 = phi float [ %349, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %351 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.1
-  store float %350, ptr %351, align 4, !tbaa !8
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3
-  %352 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.2
-  %353 = load float, ptr %352, align 4, !tbaa !33
-  %354 = fcmp oeq float %353, 0.000000e+00
-  br i1 %354, label %if_end30.i.3, label %if_else.i.3
+  %1116 = phi float [ %1115, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %1117 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i.1
+  store float %1116, ptr %1117, align 4, !tbaa !8
+  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
+  %1118 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
+  %1119 = load float, ptr %1118, align 4, !tbaa !51
+  %1120 = fcmp oeq float %1119, 0.000000e+00
+  br i1 %1120, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %355 = fmul float %353, %319
-  %356 = tail call float @llvm.log.f32(float %355)
-  %357 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.2
-  %358 = load float, ptr %357, align 4, !tbaa !35
-  %359 = fadd float %356, %358
+  %1121 = fmul float %1119, %1085
+  %1122 = tail call float @llvm.log.f32(float %1121)
+  %1123 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
+  %1124 = load float, ptr %1123, align 4, !tbaa !53
+  %1125 = fadd float %1122, %1124
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %360 = phi float [ %359, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %361 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.2
-  store float %360, ptr %361, align 4, !tbaa !8
-  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
-  %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
-  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
+  %1126 = phi float [ %1125, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %1127 = getelementptr float, ptr %1081, i64 %indvars.iv.next79.i.2
+  store float %1126, ptr %1127, align 4, !tbaa !8
+  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
+  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 32
+  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !55
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -11266,20 +12377,37 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = !{!26, !26, i64 0}
-!26 = !{!"buffer13.w128.b0", !27, i64 0}
-!27 = !{!"buffer13.w256.b0", !28, i64 0}
-!28 = !{!"buffer13.w512.b0", !29, i64 0}
-!29 = !{!"buffer13.w1024.b0", !30, i64 0}
-!30 = !{!"buffer13", !5, i64 0}
-!31 = !{!"branch_weights", i32 127, i32 134217601}
-!32 = !{!30, !30, i64 0}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer14", !5, i64 0}
+!25 = distinct !{!25, !26}
+!26 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!29 = distinct !{!29, !28}
+!30 = distinct !{!30, !28}
+!31 = distinct !{!31, !28}
+!32 = distinct !{!32, !28}
+!33 = distinct !{!33, !28}
+!34 = distinct !{!34, !28}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer15", !5, i64 0}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!36 = !{!"buffer13.w128.b0", !37, i64 0}
+!37 = !{!"buffer13.w256.b0", !38, i64 0}
+!38 = !{!"buffer13.w512.b0", !39, i64 0}
+!39 = !{!"buffer13.w1024.b0", !40, i64 0}
+!40 = !{!"buffer13", !5, i64 0}
+!41 = !{!"branch_weights", i32 127, i32 134217601}
+!42 = distinct !{!42, !28}
+!43 = distinct !{!43, !28}
+!44 = distinct !{!44, !28}
+!45 = distinct !{!45, !28}
+!46 = distinct !{!46, !28}
+!47 = distinct !{!47, !28}
+!48 = distinct !{!48, !28}
+!49 = distinct !{!49, !28}
+!50 = !{!40, !40, i64 0}
+!51 = !{!52, !52, i64 0}
+!52 = !{!"buffer14", !5, i64 0}
+!53 = !{!54, !54, i64 0}
+!54 = !{!"buffer15", !5, i64 0}
+!55 = distinct !{!55, !28}
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
@@ -11421,16 +12549,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_d_0.i ]
+  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv69.i, 0
   %50 = insertelement <32 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <32 x i1> %50, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %51, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %48
   %old_sum.i = select <32 x i1> %51, <32 x float> zeroinitializer, <32 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv69.i, %47
   %53 = shl nsw i64 %52, 5
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <32 x float>, ptr %54, align 4, !tbaa !8
@@ -11492,369 +12620,1480 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  br i1 %49, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !22
-  %110 = insertelement <16 x float> poison, float %109, i64 0
-  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !23
-  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
-  %.scalar = fmul float %115, 0.000000e+00
-  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !8
-  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
+for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
+  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.1, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv61.i, 7
+  %109 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  store <16 x float> zeroinitializer, ptr %109, align 4, !tbaa !8
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %111 = load float, ptr %110, align 8, !tbaa !22
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %107, i64 %108
+  %114 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %116 = load float, ptr %115, align 8, !tbaa !23
+  %.scalar = fmul float %116, 0.000000e+00
+  %117 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %114, <16 x float> %118)
+  store <16 x float> %119, ptr %109, align 4, !tbaa !8
+  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
+  %120 = shl nuw nsw i64 %indvars.iv.next62.i, 7
+  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
   store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !8
-  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !8
-  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
-  %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
+  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %123 = load float, ptr %122, align 4, !tbaa !22
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %107, i64 %120
+  %126 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %128 = load float, ptr %127, align 4, !tbaa !23
+  %.scalar.1 = fmul float %128, 0.000000e+00
+  %129 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
+  store <16 x float> %131, ptr %121, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = add nuw nsw i64 %indvars.iv61.i, 2
+  %exitcond64.not.i.1 = icmp eq i64 %indvars.iv.next62.i.1, 32
+  br i1 %exitcond64.not.i.1, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
+  %invariant.gep.us.1.i = getelementptr i8, ptr %107, i64 64
+  br label %for_body_r_0.us.us.1.i
+
+for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
+  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
+  %132 = shl nuw nsw i64 %indvars.iv61.1.i, 7
+  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
+  %134 = getelementptr inbounds nuw i8, ptr %133, i64 64
+  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !8
+  %135 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
+  %136 = load float, ptr %135, align 16, !tbaa !22
+  %137 = insertelement <16 x float> poison, float %136, i64 0
+  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %132
+  %139 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %140 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
+  %141 = load float, ptr %140, align 16, !tbaa !23
+  %.scalar36 = fmul float %141, 0.000000e+00
+  %142 = insertelement <16 x float> poison, float %.scalar36, i64 0
+  %143 = shufflevector <16 x float> %142, <16 x float> poison, <16 x i32> zeroinitializer
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %139, <16 x float> %143)
+  store <16 x float> %144, ptr %134, align 4, !tbaa !8
+  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
+  %145 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
+  %146 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %147 = getelementptr inbounds nuw i8, ptr %146, i64 64
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !8
+  %148 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
+  %149 = load float, ptr %148, align 4, !tbaa !22
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %145
+  %152 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
+  %153 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
+  %154 = load float, ptr %153, align 4, !tbaa !23
+  %.scalar36.1 = fmul float %154, 0.000000e+00
+  %155 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
+  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
+  %157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %152, <16 x float> %156)
+  store <16 x float> %157, ptr %147, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
+  %158 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
+  %159 = getelementptr inbounds nuw float, ptr %acc.i, i64 %158
+  %160 = getelementptr inbounds nuw i8, ptr %159, i64 64
+  store <16 x float> zeroinitializer, ptr %160, align 4, !tbaa !8
+  %161 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
+  %162 = load float, ptr %161, align 8, !tbaa !22
+  %163 = insertelement <16 x float> poison, float %162, i64 0
+  %164 = shufflevector <16 x float> %163, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %158
+  %165 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
+  %166 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
+  %167 = load float, ptr %166, align 8, !tbaa !23
+  %.scalar36.2 = fmul float %167, 0.000000e+00
+  %168 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
+  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> zeroinitializer
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %165, <16 x float> %169)
+  store <16 x float> %170, ptr %160, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
+  %171 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
+  %172 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
+  %173 = getelementptr inbounds nuw i8, ptr %172, i64 64
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !8
+  %174 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
+  %175 = load float, ptr %174, align 4, !tbaa !22
+  %176 = insertelement <16 x float> poison, float %175, i64 0
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %171
+  %178 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
+  %179 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
+  %180 = load float, ptr %179, align 4, !tbaa !23
+  %.scalar36.3 = fmul float %180, 0.000000e+00
+  %181 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
+  %182 = shufflevector <16 x float> %181, <16 x float> poison, <16 x i32> zeroinitializer
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %177, <16 x float> %178, <16 x float> %182)
+  store <16 x float> %183, ptr %173, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
+  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
+  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
+
+for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
+  %invariant.gep.us.2.i = getelementptr i8, ptr %107, i64 128
+  br label %for_body_r_0.us.us.2.i
+
+for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
+  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
+  %184 = shl nuw nsw i64 %indvars.iv61.2.i, 7
+  %185 = getelementptr inbounds nuw float, ptr %acc.i, i64 %184
+  %186 = getelementptr inbounds nuw i8, ptr %185, i64 128
+  store <16 x float> zeroinitializer, ptr %186, align 4, !tbaa !8
+  %187 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
+  %188 = load float, ptr %187, align 16, !tbaa !22
+  %189 = insertelement <16 x float> poison, float %188, i64 0
+  %190 = shufflevector <16 x float> %189, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %184
+  %191 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %192 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
+  %193 = load float, ptr %192, align 16, !tbaa !23
+  %.scalar37 = fmul float %193, 0.000000e+00
+  %194 = insertelement <16 x float> poison, float %.scalar37, i64 0
+  %195 = shufflevector <16 x float> %194, <16 x float> poison, <16 x i32> zeroinitializer
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %190, <16 x float> %191, <16 x float> %195)
+  store <16 x float> %196, ptr %186, align 4, !tbaa !8
+  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
+  %197 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
+  %198 = getelementptr inbounds nuw float, ptr %acc.i, i64 %197
+  %199 = getelementptr inbounds nuw i8, ptr %198, i64 128
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
+  %200 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
+  %201 = load float, ptr %200, align 4, !tbaa !22
+  %202 = insertelement <16 x float> poison, float %201, i64 0
+  %203 = shufflevector <16 x float> %202, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %197
+  %204 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
+  %205 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
+  %206 = load float, ptr %205, align 4, !tbaa !23
+  %.scalar37.1 = fmul float %206, 0.000000e+00
+  %207 = insertelement <16 x float> poison, float %.scalar37.1, i64 0
+  %208 = shufflevector <16 x float> %207, <16 x float> poison, <16 x i32> zeroinitializer
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %204, <16 x float> %208)
+  store <16 x float> %209, ptr %199, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
+  %210 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
+  %211 = getelementptr inbounds nuw float, ptr %acc.i, i64 %210
+  %212 = getelementptr inbounds nuw i8, ptr %211, i64 128
+  store <16 x float> zeroinitializer, ptr %212, align 4, !tbaa !8
+  %213 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
+  %214 = load float, ptr %213, align 8, !tbaa !22
+  %215 = insertelement <16 x float> poison, float %214, i64 0
+  %216 = shufflevector <16 x float> %215, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %210
+  %217 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
+  %218 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
+  %219 = load float, ptr %218, align 8, !tbaa !23
+  %.scalar37.2 = fmul float %219, 0.000000e+00
+  %220 = insertelement <16 x float> poison, float %.scalar37.2, i64 0
+  %221 = shufflevector <16 x float> %220, <16 x float> poison, <16 x i32> zeroinitializer
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %216, <16 x float> %217, <16 x float> %221)
+  store <16 x float> %222, ptr %212, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
+  %223 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
+  %224 = getelementptr inbounds nuw float, ptr %acc.i, i64 %223
+  %225 = getelementptr inbounds nuw i8, ptr %224, i64 128
+  store <16 x float> zeroinitializer, ptr %225, align 4, !tbaa !8
+  %226 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
+  %227 = load float, ptr %226, align 4, !tbaa !22
+  %228 = insertelement <16 x float> poison, float %227, i64 0
+  %229 = shufflevector <16 x float> %228, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %223
+  %230 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
+  %231 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
+  %232 = load float, ptr %231, align 4, !tbaa !23
+  %.scalar37.3 = fmul float %232, 0.000000e+00
+  %233 = insertelement <16 x float> poison, float %.scalar37.3, i64 0
+  %234 = shufflevector <16 x float> %233, <16 x float> poison, <16 x i32> zeroinitializer
+  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %230, <16 x float> %234)
+  store <16 x float> %235, ptr %225, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
+  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
+  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !29
+
+for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
+  %invariant.gep.us.3.i = getelementptr i8, ptr %107, i64 192
+  br label %for_body_r_0.us.us.3.i
+
+for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
+  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
+  %236 = shl nuw nsw i64 %indvars.iv61.3.i, 7
+  %237 = getelementptr inbounds nuw float, ptr %acc.i, i64 %236
+  %238 = getelementptr inbounds nuw i8, ptr %237, i64 192
+  store <16 x float> zeroinitializer, ptr %238, align 4, !tbaa !8
+  %239 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
+  %240 = load float, ptr %239, align 16, !tbaa !22
+  %241 = insertelement <16 x float> poison, float %240, i64 0
+  %242 = shufflevector <16 x float> %241, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %236
+  %243 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %244 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
+  %245 = load float, ptr %244, align 16, !tbaa !23
+  %.scalar38 = fmul float %245, 0.000000e+00
+  %246 = insertelement <16 x float> poison, float %.scalar38, i64 0
+  %247 = shufflevector <16 x float> %246, <16 x float> poison, <16 x i32> zeroinitializer
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %242, <16 x float> %243, <16 x float> %247)
+  store <16 x float> %248, ptr %238, align 4, !tbaa !8
+  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
+  %249 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
+  %250 = getelementptr inbounds nuw float, ptr %acc.i, i64 %249
+  %251 = getelementptr inbounds nuw i8, ptr %250, i64 192
+  store <16 x float> zeroinitializer, ptr %251, align 4, !tbaa !8
+  %252 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
+  %253 = load float, ptr %252, align 4, !tbaa !22
+  %254 = insertelement <16 x float> poison, float %253, i64 0
+  %255 = shufflevector <16 x float> %254, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %249
+  %256 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
+  %257 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
+  %258 = load float, ptr %257, align 4, !tbaa !23
+  %.scalar38.1 = fmul float %258, 0.000000e+00
+  %259 = insertelement <16 x float> poison, float %.scalar38.1, i64 0
+  %260 = shufflevector <16 x float> %259, <16 x float> poison, <16 x i32> zeroinitializer
+  %261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %256, <16 x float> %260)
+  store <16 x float> %261, ptr %251, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
+  %262 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
+  %263 = getelementptr inbounds nuw float, ptr %acc.i, i64 %262
+  %264 = getelementptr inbounds nuw i8, ptr %263, i64 192
+  store <16 x float> zeroinitializer, ptr %264, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
+  %266 = load float, ptr %265, align 8, !tbaa !22
+  %267 = insertelement <16 x float> poison, float %266, i64 0
+  %268 = shufflevector <16 x float> %267, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %262
+  %269 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
+  %271 = load float, ptr %270, align 8, !tbaa !23
+  %.scalar38.2 = fmul float %271, 0.000000e+00
+  %272 = insertelement <16 x float> poison, float %.scalar38.2, i64 0
+  %273 = shufflevector <16 x float> %272, <16 x float> poison, <16 x i32> zeroinitializer
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %268, <16 x float> %269, <16 x float> %273)
+  store <16 x float> %274, ptr %264, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
+  %275 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
+  %276 = getelementptr inbounds nuw float, ptr %acc.i, i64 %275
+  %277 = getelementptr inbounds nuw i8, ptr %276, i64 192
+  store <16 x float> zeroinitializer, ptr %277, align 4, !tbaa !8
+  %278 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
+  %279 = load float, ptr %278, align 4, !tbaa !22
+  %280 = insertelement <16 x float> poison, float %279, i64 0
+  %281 = shufflevector <16 x float> %280, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %275
+  %282 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
+  %283 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
+  %284 = load float, ptr %283, align 4, !tbaa !23
+  %.scalar38.3 = fmul float %284, 0.000000e+00
+  %285 = insertelement <16 x float> poison, float %.scalar38.3, i64 0
+  %286 = shufflevector <16 x float> %285, <16 x float> poison, <16 x i32> zeroinitializer
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %282, <16 x float> %286)
+  store <16 x float> %287, ptr %277, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
+  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
+  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !30
+
+for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
+  %invariant.gep.us.4.i = getelementptr i8, ptr %107, i64 256
+  br label %for_body_r_0.us.us.4.i
+
+for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
+  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
+  %288 = shl nuw nsw i64 %indvars.iv61.4.i, 7
+  %289 = getelementptr inbounds nuw float, ptr %acc.i, i64 %288
+  %290 = getelementptr inbounds nuw i8, ptr %289, i64 256
+  store <16 x float> zeroinitializer, ptr %290, align 4, !tbaa !8
+  %291 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
+  %292 = load float, ptr %291, align 16, !tbaa !22
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %288
+  %295 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %296 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
+  %297 = load float, ptr %296, align 16, !tbaa !23
+  %.scalar39 = fmul float %297, 0.000000e+00
+  %298 = insertelement <16 x float> poison, float %.scalar39, i64 0
+  %299 = shufflevector <16 x float> %298, <16 x float> poison, <16 x i32> zeroinitializer
+  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %295, <16 x float> %299)
+  store <16 x float> %300, ptr %290, align 4, !tbaa !8
+  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
+  %301 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
+  %302 = getelementptr inbounds nuw float, ptr %acc.i, i64 %301
+  %303 = getelementptr inbounds nuw i8, ptr %302, i64 256
+  store <16 x float> zeroinitializer, ptr %303, align 4, !tbaa !8
+  %304 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
+  %305 = load float, ptr %304, align 4, !tbaa !22
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %301
+  %308 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
+  %309 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
+  %310 = load float, ptr %309, align 4, !tbaa !23
+  %.scalar39.1 = fmul float %310, 0.000000e+00
+  %311 = insertelement <16 x float> poison, float %.scalar39.1, i64 0
+  %312 = shufflevector <16 x float> %311, <16 x float> poison, <16 x i32> zeroinitializer
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %308, <16 x float> %312)
+  store <16 x float> %313, ptr %303, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
+  %314 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
+  %315 = getelementptr inbounds nuw float, ptr %acc.i, i64 %314
+  %316 = getelementptr inbounds nuw i8, ptr %315, i64 256
+  store <16 x float> zeroinitializer, ptr %316, align 4, !tbaa !8
+  %317 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
+  %318 = load float, ptr %317, align 8, !tbaa !22
+  %319 = insertelement <16 x float> poison, float %318, i64 0
+  %320 = shufflevector <16 x float> %319, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %314
+  %321 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
+  %322 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
+  %323 = load float, ptr %322, align 8, !tbaa !23
+  %.scalar39.2 = fmul float %323, 0.000000e+00
+  %324 = insertelement <16 x float> poison, float %.scalar39.2, i64 0
+  %325 = shufflevector <16 x float> %324, <16 x float> poison, <16 x i32> zeroinitializer
+  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %321, <16 x float> %325)
+  store <16 x float> %326, ptr %316, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
+  %327 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
+  %328 = getelementptr inbounds nuw float, ptr %acc.i, i64 %327
+  %329 = getelementptr inbounds nuw i8, ptr %328, i64 256
+  store <16 x float> zeroinitializer, ptr %329, align 4, !tbaa !8
+  %330 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
+  %331 = load float, ptr %330, align 4, !tbaa !22
+  %332 = insertelement <16 x float> poison, float %331, i64 0
+  %333 = shufflevector <16 x float> %332, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %327
+  %334 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
+  %335 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
+  %336 = load float, ptr %335, align 4, !tbaa !23
+  %.scalar39.3 = fmul float %336, 0.000000e+00
+  %337 = insertelement <16 x float> poison, float %.scalar39.3, i64 0
+  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
+  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %334, <16 x float> %338)
+  store <16 x float> %339, ptr %329, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
+  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
+  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !31
+
+for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
+  %invariant.gep.us.5.i = getelementptr i8, ptr %107, i64 320
+  br label %for_body_r_0.us.us.5.i
+
+for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
+  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
+  %340 = shl nuw nsw i64 %indvars.iv61.5.i, 7
+  %341 = getelementptr inbounds nuw float, ptr %acc.i, i64 %340
+  %342 = getelementptr inbounds nuw i8, ptr %341, i64 320
+  store <16 x float> zeroinitializer, ptr %342, align 4, !tbaa !8
+  %343 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
+  %344 = load float, ptr %343, align 16, !tbaa !22
+  %345 = insertelement <16 x float> poison, float %344, i64 0
+  %346 = shufflevector <16 x float> %345, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %340
+  %347 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %348 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
+  %349 = load float, ptr %348, align 16, !tbaa !23
+  %.scalar40 = fmul float %349, 0.000000e+00
+  %350 = insertelement <16 x float> poison, float %.scalar40, i64 0
+  %351 = shufflevector <16 x float> %350, <16 x float> poison, <16 x i32> zeroinitializer
+  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %347, <16 x float> %351)
+  store <16 x float> %352, ptr %342, align 4, !tbaa !8
+  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
+  %353 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
+  %354 = getelementptr inbounds nuw float, ptr %acc.i, i64 %353
+  %355 = getelementptr inbounds nuw i8, ptr %354, i64 320
+  store <16 x float> zeroinitializer, ptr %355, align 4, !tbaa !8
+  %356 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
+  %357 = load float, ptr %356, align 4, !tbaa !22
+  %358 = insertelement <16 x float> poison, float %357, i64 0
+  %359 = shufflevector <16 x float> %358, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %353
+  %360 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
+  %361 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
+  %362 = load float, ptr %361, align 4, !tbaa !23
+  %.scalar40.1 = fmul float %362, 0.000000e+00
+  %363 = insertelement <16 x float> poison, float %.scalar40.1, i64 0
+  %364 = shufflevector <16 x float> %363, <16 x float> poison, <16 x i32> zeroinitializer
+  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %360, <16 x float> %364)
+  store <16 x float> %365, ptr %355, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
+  %366 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
+  %367 = getelementptr inbounds nuw float, ptr %acc.i, i64 %366
+  %368 = getelementptr inbounds nuw i8, ptr %367, i64 320
+  store <16 x float> zeroinitializer, ptr %368, align 4, !tbaa !8
+  %369 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
+  %370 = load float, ptr %369, align 8, !tbaa !22
+  %371 = insertelement <16 x float> poison, float %370, i64 0
+  %372 = shufflevector <16 x float> %371, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %366
+  %373 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
+  %374 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
+  %375 = load float, ptr %374, align 8, !tbaa !23
+  %.scalar40.2 = fmul float %375, 0.000000e+00
+  %376 = insertelement <16 x float> poison, float %.scalar40.2, i64 0
+  %377 = shufflevector <16 x float> %376, <16 x float> poison, <16 x i32> zeroinitializer
+  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %373, <16 x float> %377)
+  store <16 x float> %378, ptr %368, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
+  %379 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
+  %380 = getelementptr inbounds nuw float, ptr %acc.i, i64 %379
+  %381 = getelementptr inbounds nuw i8, ptr %380, i64 320
+  store <16 x float> zeroinitializer, ptr %381, align 4, !tbaa !8
+  %382 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
+  %383 = load float, ptr %382, align 4, !tbaa !22
+  %384 = insertelement <16 x float> poison, float %383, i64 0
+  %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %379
+  %386 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
+  %387 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
+  %388 = load float, ptr %387, align 4, !tbaa !23
+  %.scalar40.3 = fmul float %388, 0.000000e+00
+  %389 = insertelement <16 x float> poison, float %.scalar40.3, i64 0
+  %390 = shufflevector <16 x float> %389, <16 x float> poison, <16 x i32> zeroinitializer
+  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %386, <16 x float> %390)
+  store <16 x float> %391, ptr %381, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
+  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
+  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !32
+
+for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
+  %invariant.gep.us.6.i = getelementptr i8, ptr %107, i64 384
+  br label %for_body_r_0.us.us.6.i
+
+for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
+  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
+  %392 = shl nuw nsw i64 %indvars.iv61.6.i, 7
+  %393 = getelementptr inbounds nuw float, ptr %acc.i, i64 %392
+  %394 = getelementptr inbounds nuw i8, ptr %393, i64 384
+  store <16 x float> zeroinitializer, ptr %394, align 4, !tbaa !8
+  %395 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
+  %396 = load float, ptr %395, align 16, !tbaa !22
+  %397 = insertelement <16 x float> poison, float %396, i64 0
+  %398 = shufflevector <16 x float> %397, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %392
+  %399 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %400 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
+  %401 = load float, ptr %400, align 16, !tbaa !23
+  %.scalar41 = fmul float %401, 0.000000e+00
+  %402 = insertelement <16 x float> poison, float %.scalar41, i64 0
+  %403 = shufflevector <16 x float> %402, <16 x float> poison, <16 x i32> zeroinitializer
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %399, <16 x float> %403)
+  store <16 x float> %404, ptr %394, align 4, !tbaa !8
+  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
+  %405 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
+  %406 = getelementptr inbounds nuw float, ptr %acc.i, i64 %405
+  %407 = getelementptr inbounds nuw i8, ptr %406, i64 384
+  store <16 x float> zeroinitializer, ptr %407, align 4, !tbaa !8
+  %408 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
+  %409 = load float, ptr %408, align 4, !tbaa !22
+  %410 = insertelement <16 x float> poison, float %409, i64 0
+  %411 = shufflevector <16 x float> %410, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %405
+  %412 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
+  %413 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
+  %414 = load float, ptr %413, align 4, !tbaa !23
+  %.scalar41.1 = fmul float %414, 0.000000e+00
+  %415 = insertelement <16 x float> poison, float %.scalar41.1, i64 0
+  %416 = shufflevector <16 x float> %415, <16 x float> poison, <16 x i32> zeroinitializer
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %411, <16 x float> %412, <16 x float> %416)
+  store <16 x float> %417, ptr %407, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
+  %418 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
+  %419 = getelementptr inbounds nuw float, ptr %acc.i, i64 %418
+  %420 = getelementptr inbounds nuw i8, ptr %419, i64 384
+  store <16 x float> zeroinitializer, ptr %420, align 4, !tbaa !8
+  %421 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
+  %422 = load float, ptr %421, align 8, !tbaa !22
+  %423 = insertelement <16 x float> poison, float %422, i64 0
+  %424 = shufflevector <16 x float> %423, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %418
+  %425 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
+  %426 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
+  %427 = load float, ptr %426, align 8, !tbaa !23
+  %.scalar41.2 = fmul float %427, 0.000000e+00
+  %428 = insertelement <16 x float> poison, float %.scalar41.2, i64 0
+  %429 = shufflevector <16 x float> %428, <16 x float> poison, <16 x i32> zeroinitializer
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %425, <16 x float> %429)
+  store <16 x float> %430, ptr %420, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
+  %431 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
+  %432 = getelementptr inbounds nuw float, ptr %acc.i, i64 %431
+  %433 = getelementptr inbounds nuw i8, ptr %432, i64 384
+  store <16 x float> zeroinitializer, ptr %433, align 4, !tbaa !8
+  %434 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
+  %435 = load float, ptr %434, align 4, !tbaa !22
+  %436 = insertelement <16 x float> poison, float %435, i64 0
+  %437 = shufflevector <16 x float> %436, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %431
+  %438 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
+  %439 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
+  %440 = load float, ptr %439, align 4, !tbaa !23
+  %.scalar41.3 = fmul float %440, 0.000000e+00
+  %441 = insertelement <16 x float> poison, float %.scalar41.3, i64 0
+  %442 = shufflevector <16 x float> %441, <16 x float> poison, <16 x i32> zeroinitializer
+  %443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %438, <16 x float> %442)
+  store <16 x float> %443, ptr %433, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
+  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
+  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !33
+
+for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
+  %invariant.gep.us.7.i = getelementptr i8, ptr %107, i64 448
+  br label %for_body_r_0.us.us.7.i
+
+for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
+  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
+  %444 = shl nuw nsw i64 %indvars.iv61.7.i, 7
+  %445 = getelementptr inbounds nuw float, ptr %acc.i, i64 %444
+  %446 = getelementptr inbounds nuw i8, ptr %445, i64 448
+  store <16 x float> zeroinitializer, ptr %446, align 4, !tbaa !8
+  %447 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
+  %448 = load float, ptr %447, align 16, !tbaa !22
+  %449 = insertelement <16 x float> poison, float %448, i64 0
+  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %444
+  %451 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %452 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
+  %453 = load float, ptr %452, align 16, !tbaa !23
+  %.scalar42 = fmul float %453, 0.000000e+00
+  %454 = insertelement <16 x float> poison, float %.scalar42, i64 0
+  %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %451, <16 x float> %455)
+  store <16 x float> %456, ptr %446, align 4, !tbaa !8
+  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
+  %457 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
+  %458 = getelementptr inbounds nuw float, ptr %acc.i, i64 %457
+  %459 = getelementptr inbounds nuw i8, ptr %458, i64 448
+  store <16 x float> zeroinitializer, ptr %459, align 4, !tbaa !8
+  %460 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
+  %461 = load float, ptr %460, align 4, !tbaa !22
+  %462 = insertelement <16 x float> poison, float %461, i64 0
+  %463 = shufflevector <16 x float> %462, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %457
+  %464 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
+  %465 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
+  %466 = load float, ptr %465, align 4, !tbaa !23
+  %.scalar42.1 = fmul float %466, 0.000000e+00
+  %467 = insertelement <16 x float> poison, float %.scalar42.1, i64 0
+  %468 = shufflevector <16 x float> %467, <16 x float> poison, <16 x i32> zeroinitializer
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %463, <16 x float> %464, <16 x float> %468)
+  store <16 x float> %469, ptr %459, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
+  %470 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
+  %471 = getelementptr inbounds nuw float, ptr %acc.i, i64 %470
+  %472 = getelementptr inbounds nuw i8, ptr %471, i64 448
+  store <16 x float> zeroinitializer, ptr %472, align 4, !tbaa !8
+  %473 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
+  %474 = load float, ptr %473, align 8, !tbaa !22
+  %475 = insertelement <16 x float> poison, float %474, i64 0
+  %476 = shufflevector <16 x float> %475, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %470
+  %477 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
+  %478 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
+  %479 = load float, ptr %478, align 8, !tbaa !23
+  %.scalar42.2 = fmul float %479, 0.000000e+00
+  %480 = insertelement <16 x float> poison, float %.scalar42.2, i64 0
+  %481 = shufflevector <16 x float> %480, <16 x float> poison, <16 x i32> zeroinitializer
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %476, <16 x float> %477, <16 x float> %481)
+  store <16 x float> %482, ptr %472, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
+  %483 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
+  %484 = getelementptr inbounds nuw float, ptr %acc.i, i64 %483
+  %485 = getelementptr inbounds nuw i8, ptr %484, i64 448
+  store <16 x float> zeroinitializer, ptr %485, align 4, !tbaa !8
+  %486 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
+  %487 = load float, ptr %486, align 4, !tbaa !22
+  %488 = insertelement <16 x float> poison, float %487, i64 0
+  %489 = shufflevector <16 x float> %488, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %483
+  %490 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
+  %491 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
+  %492 = load float, ptr %491, align 4, !tbaa !23
+  %.scalar42.3 = fmul float %492, 0.000000e+00
+  %493 = insertelement <16 x float> poison, float %.scalar42.3, i64 0
+  %494 = shufflevector <16 x float> %493, <16 x float> poison, <16 x i32> zeroinitializer
+  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %489, <16 x float> %490, <16 x float> %494)
+  store <16 x float> %495, ptr %485, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
+  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
+  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !34
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
   %sext33 = shl i64 %24, 32
-  %149 = ashr exact i64 %sext33, 32
-  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !8
-  %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !25
-  %155 = mul nsw i64 %out_batch, %149
-  %156 = getelementptr i16, ptr %out, i64 %155
+  %496 = ashr exact i64 %sext33, 32
+  %497 = getelementptr inbounds i32, ptr %context_lens, i64 %496
+  %498 = load i32, ptr %497, align 4, !tbaa !8
+  %499 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %500 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %501 = select <32 x i1> %500, <32 x float> zeroinitializer, <32 x float> %499
+  store <32 x float> %501, ptr %factor34.i, align 16, !tbaa !35
+  %502 = mul nsw i64 %out_batch, %496
+  %503 = getelementptr i16, ptr %out, i64 %502
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !22
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = shl nuw nsw i64 %indvars.iv.i, 7
-  %162 = getelementptr float, ptr %107, i64 %161
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !23
-  %165 = insertelement <16 x float> poison, float %164, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
-  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
-  %170 = fmul <16 x float> %169, %166
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !8
-  %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
-  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
-  %176 = fmul <16 x float> %166, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !8
-  %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
-  %182 = fmul <16 x float> %166, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !8
-  %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
-  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
-  %188 = fmul <16 x float> %166, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !8
-  %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
-  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
-  %194 = fmul <16 x float> %166, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !8
-  %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
-  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
-  %200 = fmul <16 x float> %166, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !8
-  %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
-  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
-  %206 = fmul <16 x float> %166, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !8
-  %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
-  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
-  %212 = fmul <16 x float> %166, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
+for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !41
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
+  %504 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %505 = load float, ptr %504, align 16, !tbaa !22
+  %506 = insertelement <16 x float> poison, float %505, i64 0
+  %507 = shufflevector <16 x float> %506, <16 x float> poison, <16 x i32> zeroinitializer
+  %508 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep.i = getelementptr float, ptr %107, i64 %508
+  %509 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %510 = getelementptr inbounds nuw float, ptr %acc.i, i64 %508
+  %511 = load <16 x float>, ptr %510, align 4, !tbaa !8
+  %512 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %513 = load float, ptr %512, align 16, !tbaa !23
+  %514 = insertelement <16 x float> poison, float %513, i64 0
+  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
+  %516 = fmul <16 x float> %511, %515
+  %517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %507, <16 x float> %509, <16 x float> %516)
+  store <16 x float> %517, ptr %510, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %518 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %519 = load float, ptr %518, align 4, !tbaa !22
+  %520 = insertelement <16 x float> poison, float %519, i64 0
+  %521 = shufflevector <16 x float> %520, <16 x float> poison, <16 x i32> zeroinitializer
+  %522 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep.i.1 = getelementptr float, ptr %107, i64 %522
+  %523 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %524 = getelementptr inbounds nuw float, ptr %acc.i, i64 %522
+  %525 = load <16 x float>, ptr %524, align 4, !tbaa !8
+  %526 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %527 = load float, ptr %526, align 4, !tbaa !23
+  %528 = insertelement <16 x float> poison, float %527, i64 0
+  %529 = shufflevector <16 x float> %528, <16 x float> poison, <16 x i32> zeroinitializer
+  %530 = fmul <16 x float> %525, %529
+  %531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %521, <16 x float> %523, <16 x float> %530)
+  store <16 x float> %531, ptr %524, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %532 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %533 = load float, ptr %532, align 8, !tbaa !22
+  %534 = insertelement <16 x float> poison, float %533, i64 0
+  %535 = shufflevector <16 x float> %534, <16 x float> poison, <16 x i32> zeroinitializer
+  %536 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
+  %gep.i.2 = getelementptr float, ptr %107, i64 %536
+  %537 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %538 = getelementptr inbounds nuw float, ptr %acc.i, i64 %536
+  %539 = load <16 x float>, ptr %538, align 4, !tbaa !8
+  %540 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %541 = load float, ptr %540, align 8, !tbaa !23
+  %542 = insertelement <16 x float> poison, float %541, i64 0
+  %543 = shufflevector <16 x float> %542, <16 x float> poison, <16 x i32> zeroinitializer
+  %544 = fmul <16 x float> %539, %543
+  %545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %535, <16 x float> %537, <16 x float> %544)
+  store <16 x float> %545, ptr %538, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %546 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %547 = load float, ptr %546, align 4, !tbaa !22
+  %548 = insertelement <16 x float> poison, float %547, i64 0
+  %549 = shufflevector <16 x float> %548, <16 x float> poison, <16 x i32> zeroinitializer
+  %550 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
+  %gep.i.3 = getelementptr float, ptr %107, i64 %550
+  %551 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %552 = getelementptr inbounds nuw float, ptr %acc.i, i64 %550
+  %553 = load <16 x float>, ptr %552, align 4, !tbaa !8
+  %554 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %555 = load float, ptr %554, align 4, !tbaa !23
+  %556 = insertelement <16 x float> poison, float %555, i64 0
+  %557 = shufflevector <16 x float> %556, <16 x float> poison, <16 x i32> zeroinitializer
+  %558 = fmul <16 x float> %553, %557
+  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %549, <16 x float> %551, <16 x float> %558)
+  store <16 x float> %559, ptr %552, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
+  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !42
+
+for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
+  %invariant.gep.1.i = getelementptr i8, ptr %107, i64 64
+  br label %for_body_r_0.1.i
+
+for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
+  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
+  %560 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
+  %561 = load float, ptr %560, align 16, !tbaa !22
+  %562 = insertelement <16 x float> poison, float %561, i64 0
+  %563 = shufflevector <16 x float> %562, <16 x float> poison, <16 x i32> zeroinitializer
+  %564 = shl nuw nsw i64 %indvars.iv.1.i, 7
+  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %564
+  %565 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %566 = getelementptr inbounds nuw float, ptr %acc.i, i64 %564
+  %567 = getelementptr inbounds nuw i8, ptr %566, i64 64
+  %568 = load <16 x float>, ptr %567, align 4, !tbaa !8
+  %569 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
+  %570 = load float, ptr %569, align 16, !tbaa !23
+  %571 = insertelement <16 x float> poison, float %570, i64 0
+  %572 = shufflevector <16 x float> %571, <16 x float> poison, <16 x i32> zeroinitializer
+  %573 = fmul <16 x float> %568, %572
+  %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %563, <16 x float> %565, <16 x float> %573)
+  store <16 x float> %574, ptr %567, align 4, !tbaa !8
+  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
+  %575 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
+  %576 = load float, ptr %575, align 4, !tbaa !22
+  %577 = insertelement <16 x float> poison, float %576, i64 0
+  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
+  %579 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
+  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %579
+  %580 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
+  %581 = getelementptr inbounds nuw float, ptr %acc.i, i64 %579
+  %582 = getelementptr inbounds nuw i8, ptr %581, i64 64
+  %583 = load <16 x float>, ptr %582, align 4, !tbaa !8
+  %584 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
+  %585 = load float, ptr %584, align 4, !tbaa !23
+  %586 = insertelement <16 x float> poison, float %585, i64 0
+  %587 = shufflevector <16 x float> %586, <16 x float> poison, <16 x i32> zeroinitializer
+  %588 = fmul <16 x float> %583, %587
+  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %580, <16 x float> %588)
+  store <16 x float> %589, ptr %582, align 4, !tbaa !8
+  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
+  %590 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
+  %591 = load float, ptr %590, align 8, !tbaa !22
+  %592 = insertelement <16 x float> poison, float %591, i64 0
+  %593 = shufflevector <16 x float> %592, <16 x float> poison, <16 x i32> zeroinitializer
+  %594 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
+  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %594
+  %595 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
+  %596 = getelementptr inbounds nuw float, ptr %acc.i, i64 %594
+  %597 = getelementptr inbounds nuw i8, ptr %596, i64 64
+  %598 = load <16 x float>, ptr %597, align 4, !tbaa !8
+  %599 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
+  %600 = load float, ptr %599, align 8, !tbaa !23
+  %601 = insertelement <16 x float> poison, float %600, i64 0
+  %602 = shufflevector <16 x float> %601, <16 x float> poison, <16 x i32> zeroinitializer
+  %603 = fmul <16 x float> %598, %602
+  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %595, <16 x float> %603)
+  store <16 x float> %604, ptr %597, align 4, !tbaa !8
+  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
+  %605 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
+  %606 = load float, ptr %605, align 4, !tbaa !22
+  %607 = insertelement <16 x float> poison, float %606, i64 0
+  %608 = shufflevector <16 x float> %607, <16 x float> poison, <16 x i32> zeroinitializer
+  %609 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
+  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %609
+  %610 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
+  %611 = getelementptr inbounds nuw float, ptr %acc.i, i64 %609
+  %612 = getelementptr inbounds nuw i8, ptr %611, i64 64
+  %613 = load <16 x float>, ptr %612, align 4, !tbaa !8
+  %614 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
+  %615 = load float, ptr %614, align 4, !tbaa !23
+  %616 = insertelement <16 x float> poison, float %615, i64 0
+  %617 = shufflevector <16 x float> %616, <16 x float> poison, <16 x i32> zeroinitializer
+  %618 = fmul <16 x float> %613, %617
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %608, <16 x float> %610, <16 x float> %618)
+  store <16 x float> %619, ptr %612, align 4, !tbaa !8
+  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
+  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
+  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !43
+
+for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
+  %invariant.gep.2.i = getelementptr i8, ptr %107, i64 128
+  br label %for_body_r_0.2.i
+
+for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
+  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
+  %620 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
+  %621 = load float, ptr %620, align 16, !tbaa !22
+  %622 = insertelement <16 x float> poison, float %621, i64 0
+  %623 = shufflevector <16 x float> %622, <16 x float> poison, <16 x i32> zeroinitializer
+  %624 = shl nuw nsw i64 %indvars.iv.2.i, 7
+  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %624
+  %625 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %626 = getelementptr inbounds nuw float, ptr %acc.i, i64 %624
+  %627 = getelementptr inbounds nuw i8, ptr %626, i64 128
+  %628 = load <16 x float>, ptr %627, align 4, !tbaa !8
+  %629 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
+  %630 = load float, ptr %629, align 16, !tbaa !23
+  %631 = insertelement <16 x float> poison, float %630, i64 0
+  %632 = shufflevector <16 x float> %631, <16 x float> poison, <16 x i32> zeroinitializer
+  %633 = fmul <16 x float> %628, %632
+  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %625, <16 x float> %633)
+  store <16 x float> %634, ptr %627, align 4, !tbaa !8
+  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
+  %635 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
+  %636 = load float, ptr %635, align 4, !tbaa !22
+  %637 = insertelement <16 x float> poison, float %636, i64 0
+  %638 = shufflevector <16 x float> %637, <16 x float> poison, <16 x i32> zeroinitializer
+  %639 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
+  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %639
+  %640 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
+  %641 = getelementptr inbounds nuw float, ptr %acc.i, i64 %639
+  %642 = getelementptr inbounds nuw i8, ptr %641, i64 128
+  %643 = load <16 x float>, ptr %642, align 4, !tbaa !8
+  %644 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
+  %645 = load float, ptr %644, align 4, !tbaa !23
+  %646 = insertelement <16 x float> poison, float %645, i64 0
+  %647 = shufflevector <16 x float> %646, <16 x float> poison, <16 x i32> zeroinitializer
+  %648 = fmul <16 x float> %643, %647
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %638, <16 x float> %640, <16 x float> %648)
+  store <16 x float> %649, ptr %642, align 4, !tbaa !8
+  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
+  %650 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
+  %651 = load float, ptr %650, align 8, !tbaa !22
+  %652 = insertelement <16 x float> poison, float %651, i64 0
+  %653 = shufflevector <16 x float> %652, <16 x float> poison, <16 x i32> zeroinitializer
+  %654 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
+  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %654
+  %655 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
+  %656 = getelementptr inbounds nuw float, ptr %acc.i, i64 %654
+  %657 = getelementptr inbounds nuw i8, ptr %656, i64 128
+  %658 = load <16 x float>, ptr %657, align 4, !tbaa !8
+  %659 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
+  %660 = load float, ptr %659, align 8, !tbaa !23
+  %661 = insertelement <16 x float> poison, float %660, i64 0
+  %662 = shufflevector <16 x float> %661, <16 x float> poison, <16 x i32> zeroinitializer
+  %663 = fmul <16 x float> %658, %662
+  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %653, <16 x float> %655, <16 x float> %663)
+  store <16 x float> %664, ptr %657, align 4, !tbaa !8
+  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
+  %665 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
+  %666 = load float, ptr %665, align 4, !tbaa !22
+  %667 = insertelement <16 x float> poison, float %666, i64 0
+  %668 = shufflevector <16 x float> %667, <16 x float> poison, <16 x i32> zeroinitializer
+  %669 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
+  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %669
+  %670 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
+  %671 = getelementptr inbounds nuw float, ptr %acc.i, i64 %669
+  %672 = getelementptr inbounds nuw i8, ptr %671, i64 128
+  %673 = load <16 x float>, ptr %672, align 4, !tbaa !8
+  %674 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
+  %675 = load float, ptr %674, align 4, !tbaa !23
+  %676 = insertelement <16 x float> poison, float %675, i64 0
+  %677 = shufflevector <16 x float> %676, <16 x float> poison, <16 x i32> zeroinitializer
+  %678 = fmul <16 x float> %673, %677
+  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %668, <16 x float> %670, <16 x float> %678)
+  store <16 x float> %679, ptr %672, align 4, !tbaa !8
+  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
+  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
+  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !44
+
+for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
+  %invariant.gep.3.i = getelementptr i8, ptr %107, i64 192
+  br label %for_body_r_0.3.i
+
+for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
+  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
+  %680 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
+  %681 = load float, ptr %680, align 16, !tbaa !22
+  %682 = insertelement <16 x float> poison, float %681, i64 0
+  %683 = shufflevector <16 x float> %682, <16 x float> poison, <16 x i32> zeroinitializer
+  %684 = shl nuw nsw i64 %indvars.iv.3.i, 7
+  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %684
+  %685 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %686 = getelementptr inbounds nuw float, ptr %acc.i, i64 %684
+  %687 = getelementptr inbounds nuw i8, ptr %686, i64 192
+  %688 = load <16 x float>, ptr %687, align 4, !tbaa !8
+  %689 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
+  %690 = load float, ptr %689, align 16, !tbaa !23
+  %691 = insertelement <16 x float> poison, float %690, i64 0
+  %692 = shufflevector <16 x float> %691, <16 x float> poison, <16 x i32> zeroinitializer
+  %693 = fmul <16 x float> %688, %692
+  %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %683, <16 x float> %685, <16 x float> %693)
+  store <16 x float> %694, ptr %687, align 4, !tbaa !8
+  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
+  %695 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
+  %696 = load float, ptr %695, align 4, !tbaa !22
+  %697 = insertelement <16 x float> poison, float %696, i64 0
+  %698 = shufflevector <16 x float> %697, <16 x float> poison, <16 x i32> zeroinitializer
+  %699 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
+  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %699
+  %700 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
+  %701 = getelementptr inbounds nuw float, ptr %acc.i, i64 %699
+  %702 = getelementptr inbounds nuw i8, ptr %701, i64 192
+  %703 = load <16 x float>, ptr %702, align 4, !tbaa !8
+  %704 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
+  %705 = load float, ptr %704, align 4, !tbaa !23
+  %706 = insertelement <16 x float> poison, float %705, i64 0
+  %707 = shufflevector <16 x float> %706, <16 x float> poison, <16 x i32> zeroinitializer
+  %708 = fmul <16 x float> %703, %707
+  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %698, <16 x float> %700, <16 x float> %708)
+  store <16 x float> %709, ptr %702, align 4, !tbaa !8
+  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
+  %710 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
+  %711 = load float, ptr %710, align 8, !tbaa !22
+  %712 = insertelement <16 x float> poison, float %711, i64 0
+  %713 = shufflevector <16 x float> %712, <16 x float> poison, <16 x i32> zeroinitializer
+  %714 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
+  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %714
+  %715 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
+  %716 = getelementptr inbounds nuw float, ptr %acc.i, i64 %714
+  %717 = getelementptr inbounds nuw i8, ptr %716, i64 192
+  %718 = load <16 x float>, ptr %717, align 4, !tbaa !8
+  %719 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
+  %720 = load float, ptr %719, align 8, !tbaa !23
+  %721 = insertelement <16 x float> poison, float %720, i64 0
+  %722 = shufflevector <16 x float> %721, <16 x float> poison, <16 x i32> zeroinitializer
+  %723 = fmul <16 x float> %718, %722
+  %724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %715, <16 x float> %723)
+  store <16 x float> %724, ptr %717, align 4, !tbaa !8
+  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
+  %725 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
+  %726 = load float, ptr %725, align 4, !tbaa !22
+  %727 = insertelement <16 x float> poison, float %726, i64 0
+  %728 = shufflevector <16 x float> %727, <16 x float> poison, <16 x i32> zeroinitializer
+  %729 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
+  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %729
+  %730 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
+  %731 = getelementptr inbounds nuw float, ptr %acc.i, i64 %729
+  %732 = getelementptr inbounds nuw i8, ptr %731, i64 192
+  %733 = load <16 x float>, ptr %732, align 4, !tbaa !8
+  %734 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
+  %735 = load float, ptr %734, align 4, !tbaa !23
+  %736 = insertelement <16 x float> poison, float %735, i64 0
+  %737 = shufflevector <16 x float> %736, <16 x float> poison, <16 x i32> zeroinitializer
+  %738 = fmul <16 x float> %733, %737
+  %739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %730, <16 x float> %738)
+  store <16 x float> %739, ptr %732, align 4, !tbaa !8
+  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
+  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
+  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !45
+
+for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
+  %invariant.gep.4.i = getelementptr i8, ptr %107, i64 256
+  br label %for_body_r_0.4.i
+
+for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
+  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
+  %740 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
+  %741 = load float, ptr %740, align 16, !tbaa !22
+  %742 = insertelement <16 x float> poison, float %741, i64 0
+  %743 = shufflevector <16 x float> %742, <16 x float> poison, <16 x i32> zeroinitializer
+  %744 = shl nuw nsw i64 %indvars.iv.4.i, 7
+  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %744
+  %745 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %746 = getelementptr inbounds nuw float, ptr %acc.i, i64 %744
+  %747 = getelementptr inbounds nuw i8, ptr %746, i64 256
+  %748 = load <16 x float>, ptr %747, align 4, !tbaa !8
+  %749 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
+  %750 = load float, ptr %749, align 16, !tbaa !23
+  %751 = insertelement <16 x float> poison, float %750, i64 0
+  %752 = shufflevector <16 x float> %751, <16 x float> poison, <16 x i32> zeroinitializer
+  %753 = fmul <16 x float> %748, %752
+  %754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %743, <16 x float> %745, <16 x float> %753)
+  store <16 x float> %754, ptr %747, align 4, !tbaa !8
+  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
+  %755 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
+  %756 = load float, ptr %755, align 4, !tbaa !22
+  %757 = insertelement <16 x float> poison, float %756, i64 0
+  %758 = shufflevector <16 x float> %757, <16 x float> poison, <16 x i32> zeroinitializer
+  %759 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
+  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %759
+  %760 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
+  %761 = getelementptr inbounds nuw float, ptr %acc.i, i64 %759
+  %762 = getelementptr inbounds nuw i8, ptr %761, i64 256
+  %763 = load <16 x float>, ptr %762, align 4, !tbaa !8
+  %764 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
+  %765 = load float, ptr %764, align 4, !tbaa !23
+  %766 = insertelement <16 x float> poison, float %765, i64 0
+  %767 = shufflevector <16 x float> %766, <16 x float> poison, <16 x i32> zeroinitializer
+  %768 = fmul <16 x float> %763, %767
+  %769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %758, <16 x float> %760, <16 x float> %768)
+  store <16 x float> %769, ptr %762, align 4, !tbaa !8
+  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
+  %770 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
+  %771 = load float, ptr %770, align 8, !tbaa !22
+  %772 = insertelement <16 x float> poison, float %771, i64 0
+  %773 = shufflevector <16 x float> %772, <16 x float> poison, <16 x i32> zeroinitializer
+  %774 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
+  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %774
+  %775 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
+  %776 = getelementptr inbounds nuw float, ptr %acc.i, i64 %774
+  %777 = getelementptr inbounds nuw i8, ptr %776, i64 256
+  %778 = load <16 x float>, ptr %777, align 4, !tbaa !8
+  %779 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
+  %780 = load float, ptr %779, align 8, !tbaa !23
+  %781 = insertelement <16 x float> poison, float %780, i64 0
+  %782 = shufflevector <16 x float> %781, <16 x float> poison, <16 x i32> zeroinitializer
+  %783 = fmul <16 x float> %778, %782
+  %784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %773, <16 x float> %775, <16 x float> %783)
+  store <16 x float> %784, ptr %777, align 4, !tbaa !8
+  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
+  %785 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
+  %786 = load float, ptr %785, align 4, !tbaa !22
+  %787 = insertelement <16 x float> poison, float %786, i64 0
+  %788 = shufflevector <16 x float> %787, <16 x float> poison, <16 x i32> zeroinitializer
+  %789 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
+  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %789
+  %790 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
+  %791 = getelementptr inbounds nuw float, ptr %acc.i, i64 %789
+  %792 = getelementptr inbounds nuw i8, ptr %791, i64 256
+  %793 = load <16 x float>, ptr %792, align 4, !tbaa !8
+  %794 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
+  %795 = load float, ptr %794, align 4, !tbaa !23
+  %796 = insertelement <16 x float> poison, float %795, i64 0
+  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
+  %798 = fmul <16 x float> %793, %797
+  %799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %788, <16 x float> %790, <16 x float> %798)
+  store <16 x float> %799, ptr %792, align 4, !tbaa !8
+  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
+  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
+  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !46
+
+for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
+  %invariant.gep.5.i = getelementptr i8, ptr %107, i64 320
+  br label %for_body_r_0.5.i
+
+for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
+  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
+  %800 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
+  %801 = load float, ptr %800, align 16, !tbaa !22
+  %802 = insertelement <16 x float> poison, float %801, i64 0
+  %803 = shufflevector <16 x float> %802, <16 x float> poison, <16 x i32> zeroinitializer
+  %804 = shl nuw nsw i64 %indvars.iv.5.i, 7
+  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %804
+  %805 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %806 = getelementptr inbounds nuw float, ptr %acc.i, i64 %804
+  %807 = getelementptr inbounds nuw i8, ptr %806, i64 320
+  %808 = load <16 x float>, ptr %807, align 4, !tbaa !8
+  %809 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
+  %810 = load float, ptr %809, align 16, !tbaa !23
+  %811 = insertelement <16 x float> poison, float %810, i64 0
+  %812 = shufflevector <16 x float> %811, <16 x float> poison, <16 x i32> zeroinitializer
+  %813 = fmul <16 x float> %808, %812
+  %814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %803, <16 x float> %805, <16 x float> %813)
+  store <16 x float> %814, ptr %807, align 4, !tbaa !8
+  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
+  %815 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
+  %816 = load float, ptr %815, align 4, !tbaa !22
+  %817 = insertelement <16 x float> poison, float %816, i64 0
+  %818 = shufflevector <16 x float> %817, <16 x float> poison, <16 x i32> zeroinitializer
+  %819 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
+  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %819
+  %820 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
+  %821 = getelementptr inbounds nuw float, ptr %acc.i, i64 %819
+  %822 = getelementptr inbounds nuw i8, ptr %821, i64 320
+  %823 = load <16 x float>, ptr %822, align 4, !tbaa !8
+  %824 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
+  %825 = load float, ptr %824, align 4, !tbaa !23
+  %826 = insertelement <16 x float> poison, float %825, i64 0
+  %827 = shufflevector <16 x float> %826, <16 x float> poison, <16 x i32> zeroinitializer
+  %828 = fmul <16 x float> %823, %827
+  %829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %818, <16 x float> %820, <16 x float> %828)
+  store <16 x float> %829, ptr %822, align 4, !tbaa !8
+  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
+  %830 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
+  %831 = load float, ptr %830, align 8, !tbaa !22
+  %832 = insertelement <16 x float> poison, float %831, i64 0
+  %833 = shufflevector <16 x float> %832, <16 x float> poison, <16 x i32> zeroinitializer
+  %834 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
+  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %834
+  %835 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
+  %836 = getelementptr inbounds nuw float, ptr %acc.i, i64 %834
+  %837 = getelementptr inbounds nuw i8, ptr %836, i64 320
+  %838 = load <16 x float>, ptr %837, align 4, !tbaa !8
+  %839 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
+  %840 = load float, ptr %839, align 8, !tbaa !23
+  %841 = insertelement <16 x float> poison, float %840, i64 0
+  %842 = shufflevector <16 x float> %841, <16 x float> poison, <16 x i32> zeroinitializer
+  %843 = fmul <16 x float> %838, %842
+  %844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %833, <16 x float> %835, <16 x float> %843)
+  store <16 x float> %844, ptr %837, align 4, !tbaa !8
+  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
+  %845 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
+  %846 = load float, ptr %845, align 4, !tbaa !22
+  %847 = insertelement <16 x float> poison, float %846, i64 0
+  %848 = shufflevector <16 x float> %847, <16 x float> poison, <16 x i32> zeroinitializer
+  %849 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
+  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %849
+  %850 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
+  %851 = getelementptr inbounds nuw float, ptr %acc.i, i64 %849
+  %852 = getelementptr inbounds nuw i8, ptr %851, i64 320
+  %853 = load <16 x float>, ptr %852, align 4, !tbaa !8
+  %854 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
+  %855 = load float, ptr %854, align 4, !tbaa !23
+  %856 = insertelement <16 x float> poison, float %855, i64 0
+  %857 = shufflevector <16 x float> %856, <16 x float> poison, <16 x i32> zeroinitializer
+  %858 = fmul <16 x float> %853, %857
+  %859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %848, <16 x float> %850, <16 x float> %858)
+  store <16 x float> %859, ptr %852, align 4, !tbaa !8
+  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
+  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
+  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !47
+
+for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
+  %invariant.gep.6.i = getelementptr i8, ptr %107, i64 384
+  br label %for_body_r_0.6.i
+
+for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
+  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
+  %860 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
+  %861 = load float, ptr %860, align 16, !tbaa !22
+  %862 = insertelement <16 x float> poison, float %861, i64 0
+  %863 = shufflevector <16 x float> %862, <16 x float> poison, <16 x i32> zeroinitializer
+  %864 = shl nuw nsw i64 %indvars.iv.6.i, 7
+  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %864
+  %865 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %866 = getelementptr inbounds nuw float, ptr %acc.i, i64 %864
+  %867 = getelementptr inbounds nuw i8, ptr %866, i64 384
+  %868 = load <16 x float>, ptr %867, align 4, !tbaa !8
+  %869 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
+  %870 = load float, ptr %869, align 16, !tbaa !23
+  %871 = insertelement <16 x float> poison, float %870, i64 0
+  %872 = shufflevector <16 x float> %871, <16 x float> poison, <16 x i32> zeroinitializer
+  %873 = fmul <16 x float> %868, %872
+  %874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %863, <16 x float> %865, <16 x float> %873)
+  store <16 x float> %874, ptr %867, align 4, !tbaa !8
+  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
+  %875 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
+  %876 = load float, ptr %875, align 4, !tbaa !22
+  %877 = insertelement <16 x float> poison, float %876, i64 0
+  %878 = shufflevector <16 x float> %877, <16 x float> poison, <16 x i32> zeroinitializer
+  %879 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
+  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %879
+  %880 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
+  %881 = getelementptr inbounds nuw float, ptr %acc.i, i64 %879
+  %882 = getelementptr inbounds nuw i8, ptr %881, i64 384
+  %883 = load <16 x float>, ptr %882, align 4, !tbaa !8
+  %884 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
+  %885 = load float, ptr %884, align 4, !tbaa !23
+  %886 = insertelement <16 x float> poison, float %885, i64 0
+  %887 = shufflevector <16 x float> %886, <16 x float> poison, <16 x i32> zeroinitializer
+  %888 = fmul <16 x float> %883, %887
+  %889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %878, <16 x float> %880, <16 x float> %888)
+  store <16 x float> %889, ptr %882, align 4, !tbaa !8
+  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
+  %890 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
+  %891 = load float, ptr %890, align 8, !tbaa !22
+  %892 = insertelement <16 x float> poison, float %891, i64 0
+  %893 = shufflevector <16 x float> %892, <16 x float> poison, <16 x i32> zeroinitializer
+  %894 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
+  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %894
+  %895 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
+  %896 = getelementptr inbounds nuw float, ptr %acc.i, i64 %894
+  %897 = getelementptr inbounds nuw i8, ptr %896, i64 384
+  %898 = load <16 x float>, ptr %897, align 4, !tbaa !8
+  %899 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
+  %900 = load float, ptr %899, align 8, !tbaa !23
+  %901 = insertelement <16 x float> poison, float %900, i64 0
+  %902 = shufflevector <16 x float> %901, <16 x float> poison, <16 x i32> zeroinitializer
+  %903 = fmul <16 x float> %898, %902
+  %904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %893, <16 x float> %895, <16 x float> %903)
+  store <16 x float> %904, ptr %897, align 4, !tbaa !8
+  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
+  %905 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
+  %906 = load float, ptr %905, align 4, !tbaa !22
+  %907 = insertelement <16 x float> poison, float %906, i64 0
+  %908 = shufflevector <16 x float> %907, <16 x float> poison, <16 x i32> zeroinitializer
+  %909 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
+  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %909
+  %910 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
+  %911 = getelementptr inbounds nuw float, ptr %acc.i, i64 %909
+  %912 = getelementptr inbounds nuw i8, ptr %911, i64 384
+  %913 = load <16 x float>, ptr %912, align 4, !tbaa !8
+  %914 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
+  %915 = load float, ptr %914, align 4, !tbaa !23
+  %916 = insertelement <16 x float> poison, float %915, i64 0
+  %917 = shufflevector <16 x float> %916, <16 x float> poison, <16 x i32> zeroinitializer
+  %918 = fmul <16 x float> %913, %917
+  %919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %908, <16 x float> %910, <16 x float> %918)
+  store <16 x float> %919, ptr %912, align 4, !tbaa !8
+  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
+  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
+  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !48
+
+for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
+  %invariant.gep.7.i = getelementptr i8, ptr %107, i64 448
+  br label %for_body_r_0.7.i
+
+for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
+  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
+  %920 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
+  %921 = load float, ptr %920, align 16, !tbaa !22
+  %922 = insertelement <16 x float> poison, float %921, i64 0
+  %923 = shufflevector <16 x float> %922, <16 x float> poison, <16 x i32> zeroinitializer
+  %924 = shl nuw nsw i64 %indvars.iv.7.i, 7
+  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %924
+  %925 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %926 = getelementptr inbounds nuw float, ptr %acc.i, i64 %924
+  %927 = getelementptr inbounds nuw i8, ptr %926, i64 448
+  %928 = load <16 x float>, ptr %927, align 4, !tbaa !8
+  %929 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
+  %930 = load float, ptr %929, align 16, !tbaa !23
+  %931 = insertelement <16 x float> poison, float %930, i64 0
+  %932 = shufflevector <16 x float> %931, <16 x float> poison, <16 x i32> zeroinitializer
+  %933 = fmul <16 x float> %928, %932
+  %934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %923, <16 x float> %925, <16 x float> %933)
+  store <16 x float> %934, ptr %927, align 4, !tbaa !8
+  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
+  %935 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
+  %936 = load float, ptr %935, align 4, !tbaa !22
+  %937 = insertelement <16 x float> poison, float %936, i64 0
+  %938 = shufflevector <16 x float> %937, <16 x float> poison, <16 x i32> zeroinitializer
+  %939 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
+  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %939
+  %940 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
+  %941 = getelementptr inbounds nuw float, ptr %acc.i, i64 %939
+  %942 = getelementptr inbounds nuw i8, ptr %941, i64 448
+  %943 = load <16 x float>, ptr %942, align 4, !tbaa !8
+  %944 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
+  %945 = load float, ptr %944, align 4, !tbaa !23
+  %946 = insertelement <16 x float> poison, float %945, i64 0
+  %947 = shufflevector <16 x float> %946, <16 x float> poison, <16 x i32> zeroinitializer
+  %948 = fmul <16 x float> %943, %947
+  %949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %938, <16 x float> %940, <16 x float> %948)
+  store <16 x float> %949, ptr %942, align 4, !tbaa !8
+  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
+  %950 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
+  %951 = load float, ptr %950, align 8, !tbaa !22
+  %952 = insertelement <16 x float> poison, float %951, i64 0
+  %953 = shufflevector <16 x float> %952, <16 x float> poison, <16 x i32> zeroinitializer
+  %954 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
+  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %954
+  %955 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
+  %956 = getelementptr inbounds nuw float, ptr %acc.i, i64 %954
+  %957 = getelementptr inbounds nuw i8, ptr %956, i64 448
+  %958 = load <16 x float>, ptr %957, align 4, !tbaa !8
+  %959 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
+  %960 = load float, ptr %959, align 8, !tbaa !23
+  %961 = insertelement <16 x float> poison, float %960, i64 0
+  %962 = shufflevector <16 x float> %961, <16 x float> poison, <16 x i32> zeroinitializer
+  %963 = fmul <16 x float> %958, %962
+  %964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %953, <16 x float> %955, <16 x float> %963)
+  store <16 x float> %964, ptr %957, align 4, !tbaa !8
+  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
+  %965 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
+  %966 = load float, ptr %965, align 4, !tbaa !22
+  %967 = insertelement <16 x float> poison, float %966, i64 0
+  %968 = shufflevector <16 x float> %967, <16 x float> poison, <16 x i32> zeroinitializer
+  %969 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
+  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %969
+  %970 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
+  %971 = getelementptr inbounds nuw float, ptr %acc.i, i64 %969
+  %972 = getelementptr inbounds nuw i8, ptr %971, i64 448
+  %973 = load <16 x float>, ptr %972, align 4, !tbaa !8
+  %974 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
+  %975 = load float, ptr %974, align 4, !tbaa !23
+  %976 = insertelement <16 x float> poison, float %975, i64 0
+  %977 = shufflevector <16 x float> %976, <16 x float> poison, <16 x i32> zeroinitializer
+  %978 = fmul <16 x float> %973, %977
+  %979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %968, <16 x float> %970, <16 x float> %978)
+  store <16 x float> %979, ptr %972, align 4, !tbaa !8
+  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
+  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
+  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !49
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !32
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
-  %221 = fmul <16 x float> %220, %217
-  %222 = bitcast <16 x float> %221 to <16 x i32>
-  %223 = lshr <16 x i32> %222, splat (i32 16)
-  %224 = and <16 x i32> %223, splat (i32 1)
-  %225 = add nuw <16 x i32> %222, splat (i32 32767)
-  %226 = add nuw <16 x i32> %225, %224
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
-  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !8
-  %231 = fmul <16 x float> %217, %230
-  %232 = bitcast <16 x float> %231 to <16 x i32>
-  %233 = lshr <16 x i32> %232, splat (i32 16)
-  %234 = and <16 x i32> %233, splat (i32 1)
-  %235 = add nuw <16 x i32> %232, splat (i32 32767)
-  %236 = add nuw <16 x i32> %235, %234
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !8
-  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !8
-  %241 = fmul <16 x float> %217, %240
-  %242 = bitcast <16 x float> %241 to <16 x i32>
-  %243 = lshr <16 x i32> %242, splat (i32 16)
-  %244 = and <16 x i32> %243, splat (i32 1)
-  %245 = add nuw <16 x i32> %242, splat (i32 32767)
-  %246 = add nuw <16 x i32> %245, %244
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !8
-  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !8
-  %251 = fmul <16 x float> %217, %250
-  %252 = bitcast <16 x float> %251 to <16 x i32>
-  %253 = lshr <16 x i32> %252, splat (i32 16)
-  %254 = and <16 x i32> %253, splat (i32 1)
-  %255 = add nuw <16 x i32> %252, splat (i32 32767)
-  %256 = add nuw <16 x i32> %255, %254
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !8
-  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !8
-  %261 = fmul <16 x float> %217, %260
-  %262 = bitcast <16 x float> %261 to <16 x i32>
-  %263 = lshr <16 x i32> %262, splat (i32 16)
-  %264 = and <16 x i32> %263, splat (i32 1)
-  %265 = add nuw <16 x i32> %262, splat (i32 32767)
-  %266 = add nuw <16 x i32> %265, %264
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !8
-  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !8
-  %271 = fmul <16 x float> %217, %270
-  %272 = bitcast <16 x float> %271 to <16 x i32>
-  %273 = lshr <16 x i32> %272, splat (i32 16)
-  %274 = and <16 x i32> %273, splat (i32 1)
-  %275 = add nuw <16 x i32> %272, splat (i32 32767)
-  %276 = add nuw <16 x i32> %275, %274
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !8
-  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %280 = load <16 x float>, ptr %279, align 4, !tbaa !8
-  %281 = fmul <16 x float> %217, %280
-  %282 = bitcast <16 x float> %281 to <16 x i32>
-  %283 = lshr <16 x i32> %282, splat (i32 16)
-  %284 = and <16 x i32> %283, splat (i32 1)
-  %285 = add nuw <16 x i32> %282, splat (i32 32767)
-  %286 = add nuw <16 x i32> %285, %284
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !8
-  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !8
-  %291 = fmul <16 x float> %217, %290
-  %292 = bitcast <16 x float> %291 to <16 x i32>
-  %293 = lshr <16 x i32> %292, splat (i32 16)
-  %294 = and <16 x i32> %293, splat (i32 1)
-  %295 = add nuw <16 x i32> %292, splat (i32 32767)
-  %296 = add nuw <16 x i32> %295, %294
-  %297 = lshr <16 x i32> %296, splat (i32 16)
-  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !8
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_019.preheader.i ]
+  %980 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv77.i
+  %981 = load float, ptr %980, align 4, !tbaa !50
+  %982 = insertelement <16 x float> poison, float %981, i64 0
+  %983 = shufflevector <16 x float> %982, <16 x float> poison, <16 x i32> zeroinitializer
+  %984 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %503, i64 %984
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %985 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %986 = load <16 x float>, ptr %985, align 4, !tbaa !8
+  %987 = fmul <16 x float> %986, %983
+  %988 = bitcast <16 x float> %987 to <16 x i32>
+  %989 = lshr <16 x i32> %988, splat (i32 16)
+  %990 = and <16 x i32> %989, splat (i32 1)
+  %991 = add nuw <16 x i32> %988, splat (i32 32767)
+  %992 = add nuw <16 x i32> %991, %990
+  %993 = lshr <16 x i32> %992, splat (i32 16)
+  %994 = trunc nuw <16 x i32> %993 to <16 x i16>
+  store <16 x i16> %994, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %995 = getelementptr inbounds nuw i8, ptr %985, i64 64
+  %996 = load <16 x float>, ptr %995, align 4, !tbaa !8
+  %997 = fmul <16 x float> %983, %996
+  %998 = bitcast <16 x float> %997 to <16 x i32>
+  %999 = lshr <16 x i32> %998, splat (i32 16)
+  %1000 = and <16 x i32> %999, splat (i32 1)
+  %1001 = add nuw <16 x i32> %998, splat (i32 32767)
+  %1002 = add nuw <16 x i32> %1001, %1000
+  %1003 = lshr <16 x i32> %1002, splat (i32 16)
+  %1004 = trunc nuw <16 x i32> %1003 to <16 x i16>
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <16 x i16> %1004, ptr %gep50.1.i, align 2, !tbaa !8
+  %1005 = getelementptr inbounds nuw i8, ptr %985, i64 128
+  %1006 = load <16 x float>, ptr %1005, align 4, !tbaa !8
+  %1007 = fmul <16 x float> %983, %1006
+  %1008 = bitcast <16 x float> %1007 to <16 x i32>
+  %1009 = lshr <16 x i32> %1008, splat (i32 16)
+  %1010 = and <16 x i32> %1009, splat (i32 1)
+  %1011 = add nuw <16 x i32> %1008, splat (i32 32767)
+  %1012 = add nuw <16 x i32> %1011, %1010
+  %1013 = lshr <16 x i32> %1012, splat (i32 16)
+  %1014 = trunc nuw <16 x i32> %1013 to <16 x i16>
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x i16> %1014, ptr %gep50.2.i, align 2, !tbaa !8
+  %1015 = getelementptr inbounds nuw i8, ptr %985, i64 192
+  %1016 = load <16 x float>, ptr %1015, align 4, !tbaa !8
+  %1017 = fmul <16 x float> %983, %1016
+  %1018 = bitcast <16 x float> %1017 to <16 x i32>
+  %1019 = lshr <16 x i32> %1018, splat (i32 16)
+  %1020 = and <16 x i32> %1019, splat (i32 1)
+  %1021 = add nuw <16 x i32> %1018, splat (i32 32767)
+  %1022 = add nuw <16 x i32> %1021, %1020
+  %1023 = lshr <16 x i32> %1022, splat (i32 16)
+  %1024 = trunc nuw <16 x i32> %1023 to <16 x i16>
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <16 x i16> %1024, ptr %gep50.3.i, align 2, !tbaa !8
+  %1025 = getelementptr inbounds nuw i8, ptr %985, i64 256
+  %1026 = load <16 x float>, ptr %1025, align 4, !tbaa !8
+  %1027 = fmul <16 x float> %983, %1026
+  %1028 = bitcast <16 x float> %1027 to <16 x i32>
+  %1029 = lshr <16 x i32> %1028, splat (i32 16)
+  %1030 = and <16 x i32> %1029, splat (i32 1)
+  %1031 = add nuw <16 x i32> %1028, splat (i32 32767)
+  %1032 = add nuw <16 x i32> %1031, %1030
+  %1033 = lshr <16 x i32> %1032, splat (i32 16)
+  %1034 = trunc nuw <16 x i32> %1033 to <16 x i16>
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x i16> %1034, ptr %gep50.4.i, align 2, !tbaa !8
+  %1035 = getelementptr inbounds nuw i8, ptr %985, i64 320
+  %1036 = load <16 x float>, ptr %1035, align 4, !tbaa !8
+  %1037 = fmul <16 x float> %983, %1036
+  %1038 = bitcast <16 x float> %1037 to <16 x i32>
+  %1039 = lshr <16 x i32> %1038, splat (i32 16)
+  %1040 = and <16 x i32> %1039, splat (i32 1)
+  %1041 = add nuw <16 x i32> %1038, splat (i32 32767)
+  %1042 = add nuw <16 x i32> %1041, %1040
+  %1043 = lshr <16 x i32> %1042, splat (i32 16)
+  %1044 = trunc nuw <16 x i32> %1043 to <16 x i16>
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <16 x i16> %1044, ptr %gep50.5.i, align 2, !tbaa !8
+  %1045 = getelementptr inbounds nuw i8, ptr %985, i64 384
+  %1046 = load <16 x float>, ptr %1045, align 4, !tbaa !8
+  %1047 = fmul <16 x float> %983, %1046
+  %1048 = bitcast <16 x float> %1047 to <16 x i32>
+  %1049 = lshr <16 x i32> %1048, splat (i32 16)
+  %1050 = and <16 x i32> %1049, splat (i32 1)
+  %1051 = add nuw <16 x i32> %1048, splat (i32 32767)
+  %1052 = add nuw <16 x i32> %1051, %1050
+  %1053 = lshr <16 x i32> %1052, splat (i32 16)
+  %1054 = trunc nuw <16 x i32> %1053 to <16 x i16>
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x i16> %1054, ptr %gep50.6.i, align 2, !tbaa !8
+  %1055 = getelementptr inbounds nuw i8, ptr %985, i64 448
+  %1056 = load <16 x float>, ptr %1055, align 4, !tbaa !8
+  %1057 = fmul <16 x float> %983, %1056
+  %1058 = bitcast <16 x float> %1057 to <16 x i32>
+  %1059 = lshr <16 x i32> %1058, splat (i32 16)
+  %1060 = and <16 x i32> %1059, splat (i32 1)
+  %1061 = add nuw <16 x i32> %1058, splat (i32 32767)
+  %1062 = add nuw <16 x i32> %1061, %1060
+  %1063 = lshr <16 x i32> %1062, splat (i32 16)
+  %1064 = trunc nuw <16 x i32> %1063 to <16 x i16>
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <16 x i16> %1064, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 32
+  br i1 %exitcond80.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %299 = add nsw i32 %151, -1
-  %300 = sitofp i32 %299 to float
-  %301 = bitcast float %300 to i32
-  %302 = ashr i32 %301, 23
-  %303 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
-  %304 = mul nsw i64 %lse_batch, %149
-  %305 = getelementptr float, ptr %lse, i64 %304
-  %306 = shl nuw nsw i32 %303, 23
-  %307 = add nuw i32 %306, 16777216
-  %308 = bitcast i32 %307 to float
+  %1065 = add nsw i32 %498, -1
+  %1066 = sitofp i32 %1065 to float
+  %1067 = bitcast float %1066 to i32
+  %1068 = ashr i32 %1067, 23
+  %1069 = tail call i32 @llvm.smax.i32(i32 %1068, i32 125)
+  %1070 = mul nsw i64 %lse_batch, %496
+  %1071 = getelementptr float, ptr %lse, i64 %1070
+  %1072 = shl nuw nsw i32 %1069, 23
+  %1073 = add nuw i32 %1072, 16777216
+  %1074 = bitcast i32 %1073 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !33
-  %311 = fcmp oeq float %310, 0.000000e+00
-  br i1 %311, label %if_end30.i, label %if_else.i
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next82.i.3, %if_end30.i.3 ]
+  %1075 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i
+  %1076 = load float, ptr %1075, align 16, !tbaa !51
+  %1077 = fcmp oeq float %1076, 0.000000e+00
+  br i1 %1077, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %313, 0
+  %1078 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1079 = tail call i32 %1078(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %1079, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %314 = fmul float %310, %308
-  %315 = tail call float @llvm.log.f32(float %314)
-  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !35
-  %318 = fadd float %315, %317
+  %1080 = fmul float %1076, %1074
+  %1081 = tail call float @llvm.log.f32(float %1080)
+  %1082 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i
+  %1083 = load float, ptr %1082, align 16, !tbaa !53
+  %1084 = fadd float %1081, %1083
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
-  store float %319, ptr %320, align 4, !tbaa !8
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !33
-  %323 = fcmp oeq float %322, 0.000000e+00
-  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+  %1085 = phi float [ %1084, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %1086 = getelementptr float, ptr %1071, i64 %indvars.iv81.i
+  store float %1085, ptr %1086, align 4, !tbaa !8
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %1087 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i
+  %1088 = load float, ptr %1087, align 4, !tbaa !51
+  %1089 = fcmp oeq float %1088, 0.000000e+00
+  br i1 %1089, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %324 = fmul float %322, %308
-  %325 = tail call float @llvm.log.f32(float %324)
-  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !35
-  %328 = fadd float %325, %327
+  %1090 = fmul float %1088, %1074
+  %1091 = tail call float @llvm.log.f32(float %1090)
+  %1092 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i
+  %1093 = load float, ptr %1092, align 4, !tbaa !53
+  %1094 = fadd float %1091, %1093
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
-  store float %329, ptr %330, align 4, !tbaa !8
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !33
-  %333 = fcmp oeq float %332, 0.000000e+00
-  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+  %1095 = phi float [ %1094, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %1096 = getelementptr float, ptr %1071, i64 %indvars.iv.next82.i
+  store float %1095, ptr %1096, align 4, !tbaa !8
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %1097 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.1
+  %1098 = load float, ptr %1097, align 8, !tbaa !51
+  %1099 = fcmp oeq float %1098, 0.000000e+00
+  br i1 %1099, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %334 = fmul float %332, %308
-  %335 = tail call float @llvm.log.f32(float %334)
-  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !35
-  %338 = fadd float %335, %337
+  %1100 = fmul float %1098, %1074
+  %1101 = tail call float @llvm.log.f32(float %1100)
+  %1102 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.1
+  %1103 = load float, ptr %1102, align 8, !tbaa !53
+  %1104 = fadd float %1101, %1103
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
-  store float %339, ptr %340, align 4, !tbaa !8
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !33
-  %343 = fcmp oeq float %342, 0.000000e+00
-  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+  %1105 = phi float [ %1104, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %1106 = getelementptr float, ptr %1071, i64 %indvars.iv.next82.i.1
+  store float %1105, ptr %1106, align 4, !tbaa !8
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %1107 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.2
+  %1108 = load float, ptr %1107, align 4, !tbaa !51
+  %1109 = fcmp oeq float %1108, 0.000000e+00
+  br i1 %1109, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %344 = fmul float %342, %308
-  %345 = tail call float @llvm.log.f32(float %344)
-  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !35
-  %348 = fadd float %345, %347
+  %1110 = fmul float %1108, %1074
+  %1111 = tail call float @llvm.log.f32(float %1110)
+  %1112 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.2
+  %1113 = load float, ptr %1112, align 4, !tbaa !53
+  %1114 = fadd float %1111, %1113
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
-  store float %349, ptr %350, align 4, !tbaa !8
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
+  %1115 = phi float [ %1114, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %1116 = getelementptr float, ptr %1071, i64 %indvars.iv.next82.i.2
+  store float %1115, ptr %1116, align 4, !tbaa !8
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 32
+  br i1 %exitcond84.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !55
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -11925,17 +14164,34 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = !{!26, !26, i64 0}
-!26 = !{!"buffer18.w128.b0", !27, i64 0}
-!27 = !{!"buffer18.w256.b0", !28, i64 0}
-!28 = !{!"buffer18.w512.b0", !29, i64 0}
-!29 = !{!"buffer18.w1024.b0", !30, i64 0}
-!30 = !{!"buffer18", !5, i64 0}
-!31 = !{!"branch_weights", i32 127, i32 134217601}
-!32 = !{!30, !30, i64 0}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer19", !5, i64 0}
+!25 = distinct !{!25, !26}
+!26 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!29 = distinct !{!29, !28}
+!30 = distinct !{!30, !28}
+!31 = distinct !{!31, !28}
+!32 = distinct !{!32, !28}
+!33 = distinct !{!33, !28}
+!34 = distinct !{!34, !28}
 !35 = !{!36, !36, i64 0}
-!36 = !{!"buffer20", !5, i64 0}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!36 = !{!"buffer18.w128.b0", !37, i64 0}
+!37 = !{!"buffer18.w256.b0", !38, i64 0}
+!38 = !{!"buffer18.w512.b0", !39, i64 0}
+!39 = !{!"buffer18.w1024.b0", !40, i64 0}
+!40 = !{!"buffer18", !5, i64 0}
+!41 = !{!"branch_weights", i32 127, i32 134217601}
+!42 = distinct !{!42, !28}
+!43 = distinct !{!43, !28}
+!44 = distinct !{!44, !28}
+!45 = distinct !{!45, !28}
+!46 = distinct !{!46, !28}
+!47 = distinct !{!47, !28}
+!48 = distinct !{!48, !28}
+!49 = distinct !{!49, !28}
+!50 = !{!40, !40, i64 0}
+!51 = !{!52, !52, i64 0}
+!52 = !{!"buffer19", !5, i64 0}
+!53 = !{!54, !54, i64 0}
+!54 = !{!"buffer20", !5, i64 0}
+!55 = distinct !{!55, !28}

@@ -15074,10 +15074,10 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
   %52 = icmp sgt i32 %num_partials, 0
   br i1 %52, label %for_body_step.i, label %for_end_step.i, !prof !7
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %step46.i = phi i32 [ %224, %for_end_r_0.i ], [ 0, %for_begin_step.preheader.i ]
-  %53 = phi <32 x float> [ %m.i, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
-  %total4145.i = phi <32 x float> [ %118, %for_end_r_0.i ], [ undef, %for_begin_step.preheader.i ]
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %step46.i = phi i32 [ %538, %for_end_d_0.i ], [ 0, %for_begin_step.preheader.i ]
+  %53 = phi <32 x float> [ %m.i, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
+  %total4145.i = phi <32 x float> [ %118, %for_end_d_0.i ], [ undef, %for_begin_step.preheader.i ]
   %54 = sub nsw i32 %step46.i, %num_shared
   %55 = mul nsw i32 %54, %partial_step
   %56 = add nsw i32 %55, %partial_start
@@ -15152,367 +15152,1512 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %116, <32 x float> %70, <32 x float> %117)
   %.idx.i = shl nsw i64 %64, 14
   %119 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %60, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  br i1 %60, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %120 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %121 = load float, ptr %120, align 4, !tbaa !22
-  %122 = insertelement <16 x float> poison, float %121, i64 0
-  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
-  %124 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %125 = getelementptr float, ptr %119, i64 %124
-  %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %127 = load float, ptr %126, align 4, !tbaa !23
-  %128 = getelementptr inbounds nuw float, ptr %acc.i, i64 %124
-  store <16 x float> zeroinitializer, ptr %128, align 4, !tbaa !8
-  %129 = load <16 x float>, ptr %125, align 4, !tbaa !8
-  %.scalar = fmul float %127, 0.000000e+00
-  %130 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %129, <16 x float> %131)
-  store <16 x float> %132, ptr %128, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %128, i64 64
+for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
+  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
+  %120 = shl nuw nsw i64 %indvars.iv61.i, 7
+  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
+  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
+  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %123 = load float, ptr %122, align 16, !tbaa !22
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %119, i64 %120
+  %126 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %128 = load float, ptr %127, align 16, !tbaa !23
+  %.scalar = fmul float %128, 0.000000e+00
+  %129 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
+  store <16 x float> %131, ptr %121, align 4, !tbaa !8
+  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
+  %132 = shl nuw nsw i64 %indvars.iv.next62.i, 7
+  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %125, i64 64
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %135, <16 x float> %131)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %128, i64 128
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %125, i64 128
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %139, <16 x float> %131)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %128, i64 192
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %125, i64 192
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %143, <16 x float> %131)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %128, i64 256
+  %134 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %135 = load float, ptr %134, align 4, !tbaa !22
+  %136 = insertelement <16 x float> poison, float %135, i64 0
+  %137 = shufflevector <16 x float> %136, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %119, i64 %132
+  %138 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %139 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %140 = load float, ptr %139, align 4, !tbaa !23
+  %.scalar.1 = fmul float %140, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %137, <16 x float> %138, <16 x float> %142)
+  store <16 x float> %143, ptr %133, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
+  %144 = shl nuw nsw i64 %indvars.iv.next62.i.1, 7
+  %145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %144
   store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %125, i64 256
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %147, <16 x float> %131)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %149 = getelementptr inbounds nuw i8, ptr %128, i64 320
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
-  %150 = getelementptr i8, ptr %125, i64 320
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %151, <16 x float> %131)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !8
-  %153 = getelementptr inbounds nuw i8, ptr %128, i64 384
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
-  %154 = getelementptr i8, ptr %125, i64 384
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %155, <16 x float> %131)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !8
-  %157 = getelementptr inbounds nuw i8, ptr %128, i64 448
+  %146 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
+  %147 = load float, ptr %146, align 8, !tbaa !22
+  %148 = insertelement <16 x float> poison, float %147, i64 0
+  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.2 = getelementptr float, ptr %119, i64 %144
+  %150 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
+  %151 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
+  %152 = load float, ptr %151, align 8, !tbaa !23
+  %.scalar.2 = fmul float %152, 0.000000e+00
+  %153 = insertelement <16 x float> poison, float %.scalar.2, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %150, <16 x float> %154)
+  store <16 x float> %155, ptr %145, align 4, !tbaa !8
+  %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
+  %156 = shl nuw nsw i64 %indvars.iv.next62.i.2, 7
+  %157 = getelementptr inbounds nuw float, ptr %acc.i, i64 %156
   store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
-  %158 = getelementptr i8, ptr %125, i64 448
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %159, <16 x float> %131)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
+  %158 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
+  %159 = load float, ptr %158, align 4, !tbaa !22
+  %160 = insertelement <16 x float> poison, float %159, i64 0
+  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.3 = getelementptr float, ptr %119, i64 %156
+  %162 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
+  %164 = load float, ptr %163, align 4, !tbaa !23
+  %.scalar.3 = fmul float %164, 0.000000e+00
+  %165 = insertelement <16 x float> poison, float %.scalar.3, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %162, <16 x float> %166)
+  store <16 x float> %167, ptr %157, align 4, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 32
+  br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
+  %invariant.gep.us.1.i = getelementptr i8, ptr %119, i64 64
+  br label %for_body_r_0.us.us.1.i
+
+for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
+  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
+  %168 = shl nuw nsw i64 %indvars.iv61.1.i, 7
+  %169 = getelementptr inbounds nuw float, ptr %acc.i, i64 %168
+  %170 = getelementptr inbounds nuw i8, ptr %169, i64 64
+  store <16 x float> zeroinitializer, ptr %170, align 4, !tbaa !8
+  %171 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
+  %172 = load float, ptr %171, align 16, !tbaa !22
+  %173 = insertelement <16 x float> poison, float %172, i64 0
+  %174 = shufflevector <16 x float> %173, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %168
+  %175 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %176 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
+  %177 = load float, ptr %176, align 16, !tbaa !23
+  %.scalar30 = fmul float %177, 0.000000e+00
+  %178 = insertelement <16 x float> poison, float %.scalar30, i64 0
+  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> zeroinitializer
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %174, <16 x float> %175, <16 x float> %179)
+  store <16 x float> %180, ptr %170, align 4, !tbaa !8
+  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
+  %181 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
+  %182 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
+  %183 = getelementptr inbounds nuw i8, ptr %182, i64 64
+  store <16 x float> zeroinitializer, ptr %183, align 4, !tbaa !8
+  %184 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
+  %185 = load float, ptr %184, align 4, !tbaa !22
+  %186 = insertelement <16 x float> poison, float %185, i64 0
+  %187 = shufflevector <16 x float> %186, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %181
+  %188 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
+  %189 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
+  %190 = load float, ptr %189, align 4, !tbaa !23
+  %.scalar30.1 = fmul float %190, 0.000000e+00
+  %191 = insertelement <16 x float> poison, float %.scalar30.1, i64 0
+  %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
+  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %187, <16 x float> %188, <16 x float> %192)
+  store <16 x float> %193, ptr %183, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
+  %194 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
+  %195 = getelementptr inbounds nuw float, ptr %acc.i, i64 %194
+  %196 = getelementptr inbounds nuw i8, ptr %195, i64 64
+  store <16 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
+  %197 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
+  %198 = load float, ptr %197, align 8, !tbaa !22
+  %199 = insertelement <16 x float> poison, float %198, i64 0
+  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %194
+  %201 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
+  %202 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
+  %203 = load float, ptr %202, align 8, !tbaa !23
+  %.scalar30.2 = fmul float %203, 0.000000e+00
+  %204 = insertelement <16 x float> poison, float %.scalar30.2, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %201, <16 x float> %205)
+  store <16 x float> %206, ptr %196, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
+  %207 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
+  %208 = getelementptr inbounds nuw float, ptr %acc.i, i64 %207
+  %209 = getelementptr inbounds nuw i8, ptr %208, i64 64
+  store <16 x float> zeroinitializer, ptr %209, align 4, !tbaa !8
+  %210 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
+  %211 = load float, ptr %210, align 4, !tbaa !22
+  %212 = insertelement <16 x float> poison, float %211, i64 0
+  %213 = shufflevector <16 x float> %212, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %207
+  %214 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
+  %215 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
+  %216 = load float, ptr %215, align 4, !tbaa !23
+  %.scalar30.3 = fmul float %216, 0.000000e+00
+  %217 = insertelement <16 x float> poison, float %.scalar30.3, i64 0
+  %218 = shufflevector <16 x float> %217, <16 x float> poison, <16 x i32> zeroinitializer
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %214, <16 x float> %218)
+  store <16 x float> %219, ptr %209, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
+  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
+  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
+
+for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
+  %invariant.gep.us.2.i = getelementptr i8, ptr %119, i64 128
+  br label %for_body_r_0.us.us.2.i
+
+for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
+  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
+  %220 = shl nuw nsw i64 %indvars.iv61.2.i, 7
+  %221 = getelementptr inbounds nuw float, ptr %acc.i, i64 %220
+  %222 = getelementptr inbounds nuw i8, ptr %221, i64 128
+  store <16 x float> zeroinitializer, ptr %222, align 4, !tbaa !8
+  %223 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
+  %224 = load float, ptr %223, align 16, !tbaa !22
+  %225 = insertelement <16 x float> poison, float %224, i64 0
+  %226 = shufflevector <16 x float> %225, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %220
+  %227 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %228 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
+  %229 = load float, ptr %228, align 16, !tbaa !23
+  %.scalar31 = fmul float %229, 0.000000e+00
+  %230 = insertelement <16 x float> poison, float %.scalar31, i64 0
+  %231 = shufflevector <16 x float> %230, <16 x float> poison, <16 x i32> zeroinitializer
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> %227, <16 x float> %231)
+  store <16 x float> %232, ptr %222, align 4, !tbaa !8
+  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
+  %233 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
+  %234 = getelementptr inbounds nuw float, ptr %acc.i, i64 %233
+  %235 = getelementptr inbounds nuw i8, ptr %234, i64 128
+  store <16 x float> zeroinitializer, ptr %235, align 4, !tbaa !8
+  %236 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
+  %237 = load float, ptr %236, align 4, !tbaa !22
+  %238 = insertelement <16 x float> poison, float %237, i64 0
+  %239 = shufflevector <16 x float> %238, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %233
+  %240 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
+  %241 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
+  %242 = load float, ptr %241, align 4, !tbaa !23
+  %.scalar31.1 = fmul float %242, 0.000000e+00
+  %243 = insertelement <16 x float> poison, float %.scalar31.1, i64 0
+  %244 = shufflevector <16 x float> %243, <16 x float> poison, <16 x i32> zeroinitializer
+  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %239, <16 x float> %240, <16 x float> %244)
+  store <16 x float> %245, ptr %235, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
+  %246 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
+  %247 = getelementptr inbounds nuw float, ptr %acc.i, i64 %246
+  %248 = getelementptr inbounds nuw i8, ptr %247, i64 128
+  store <16 x float> zeroinitializer, ptr %248, align 4, !tbaa !8
+  %249 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
+  %250 = load float, ptr %249, align 8, !tbaa !22
+  %251 = insertelement <16 x float> poison, float %250, i64 0
+  %252 = shufflevector <16 x float> %251, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %246
+  %253 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
+  %254 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
+  %255 = load float, ptr %254, align 8, !tbaa !23
+  %.scalar31.2 = fmul float %255, 0.000000e+00
+  %256 = insertelement <16 x float> poison, float %.scalar31.2, i64 0
+  %257 = shufflevector <16 x float> %256, <16 x float> poison, <16 x i32> zeroinitializer
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %252, <16 x float> %253, <16 x float> %257)
+  store <16 x float> %258, ptr %248, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
+  %259 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
+  %260 = getelementptr inbounds nuw float, ptr %acc.i, i64 %259
+  %261 = getelementptr inbounds nuw i8, ptr %260, i64 128
+  store <16 x float> zeroinitializer, ptr %261, align 4, !tbaa !8
+  %262 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
+  %263 = load float, ptr %262, align 4, !tbaa !22
+  %264 = insertelement <16 x float> poison, float %263, i64 0
+  %265 = shufflevector <16 x float> %264, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %259
+  %266 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
+  %267 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
+  %268 = load float, ptr %267, align 4, !tbaa !23
+  %.scalar31.3 = fmul float %268, 0.000000e+00
+  %269 = insertelement <16 x float> poison, float %.scalar31.3, i64 0
+  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
+  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %266, <16 x float> %270)
+  store <16 x float> %271, ptr %261, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
+  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
+  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !28
+
+for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
+  %invariant.gep.us.3.i = getelementptr i8, ptr %119, i64 192
+  br label %for_body_r_0.us.us.3.i
+
+for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
+  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
+  %272 = shl nuw nsw i64 %indvars.iv61.3.i, 7
+  %273 = getelementptr inbounds nuw float, ptr %acc.i, i64 %272
+  %274 = getelementptr inbounds nuw i8, ptr %273, i64 192
+  store <16 x float> zeroinitializer, ptr %274, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
+  %276 = load float, ptr %275, align 16, !tbaa !22
+  %277 = insertelement <16 x float> poison, float %276, i64 0
+  %278 = shufflevector <16 x float> %277, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %272
+  %279 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
+  %281 = load float, ptr %280, align 16, !tbaa !23
+  %.scalar32 = fmul float %281, 0.000000e+00
+  %282 = insertelement <16 x float> poison, float %.scalar32, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %278, <16 x float> %279, <16 x float> %283)
+  store <16 x float> %284, ptr %274, align 4, !tbaa !8
+  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
+  %285 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
+  %286 = getelementptr inbounds nuw float, ptr %acc.i, i64 %285
+  %287 = getelementptr inbounds nuw i8, ptr %286, i64 192
+  store <16 x float> zeroinitializer, ptr %287, align 4, !tbaa !8
+  %288 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
+  %289 = load float, ptr %288, align 4, !tbaa !22
+  %290 = insertelement <16 x float> poison, float %289, i64 0
+  %291 = shufflevector <16 x float> %290, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %285
+  %292 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
+  %293 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
+  %294 = load float, ptr %293, align 4, !tbaa !23
+  %.scalar32.1 = fmul float %294, 0.000000e+00
+  %295 = insertelement <16 x float> poison, float %.scalar32.1, i64 0
+  %296 = shufflevector <16 x float> %295, <16 x float> poison, <16 x i32> zeroinitializer
+  %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %292, <16 x float> %296)
+  store <16 x float> %297, ptr %287, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
+  %298 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
+  %299 = getelementptr inbounds nuw float, ptr %acc.i, i64 %298
+  %300 = getelementptr inbounds nuw i8, ptr %299, i64 192
+  store <16 x float> zeroinitializer, ptr %300, align 4, !tbaa !8
+  %301 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
+  %302 = load float, ptr %301, align 8, !tbaa !22
+  %303 = insertelement <16 x float> poison, float %302, i64 0
+  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %298
+  %305 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
+  %306 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
+  %307 = load float, ptr %306, align 8, !tbaa !23
+  %.scalar32.2 = fmul float %307, 0.000000e+00
+  %308 = insertelement <16 x float> poison, float %.scalar32.2, i64 0
+  %309 = shufflevector <16 x float> %308, <16 x float> poison, <16 x i32> zeroinitializer
+  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %305, <16 x float> %309)
+  store <16 x float> %310, ptr %300, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
+  %311 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
+  %312 = getelementptr inbounds nuw float, ptr %acc.i, i64 %311
+  %313 = getelementptr inbounds nuw i8, ptr %312, i64 192
+  store <16 x float> zeroinitializer, ptr %313, align 4, !tbaa !8
+  %314 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
+  %315 = load float, ptr %314, align 4, !tbaa !22
+  %316 = insertelement <16 x float> poison, float %315, i64 0
+  %317 = shufflevector <16 x float> %316, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %311
+  %318 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
+  %319 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
+  %320 = load float, ptr %319, align 4, !tbaa !23
+  %.scalar32.3 = fmul float %320, 0.000000e+00
+  %321 = insertelement <16 x float> poison, float %.scalar32.3, i64 0
+  %322 = shufflevector <16 x float> %321, <16 x float> poison, <16 x i32> zeroinitializer
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %318, <16 x float> %322)
+  store <16 x float> %323, ptr %313, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
+  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
+  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !29
+
+for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
+  %invariant.gep.us.4.i = getelementptr i8, ptr %119, i64 256
+  br label %for_body_r_0.us.us.4.i
+
+for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
+  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
+  %324 = shl nuw nsw i64 %indvars.iv61.4.i, 7
+  %325 = getelementptr inbounds nuw float, ptr %acc.i, i64 %324
+  %326 = getelementptr inbounds nuw i8, ptr %325, i64 256
+  store <16 x float> zeroinitializer, ptr %326, align 4, !tbaa !8
+  %327 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
+  %328 = load float, ptr %327, align 16, !tbaa !22
+  %329 = insertelement <16 x float> poison, float %328, i64 0
+  %330 = shufflevector <16 x float> %329, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %324
+  %331 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %332 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
+  %333 = load float, ptr %332, align 16, !tbaa !23
+  %.scalar33 = fmul float %333, 0.000000e+00
+  %334 = insertelement <16 x float> poison, float %.scalar33, i64 0
+  %335 = shufflevector <16 x float> %334, <16 x float> poison, <16 x i32> zeroinitializer
+  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %331, <16 x float> %335)
+  store <16 x float> %336, ptr %326, align 4, !tbaa !8
+  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
+  %337 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
+  %338 = getelementptr inbounds nuw float, ptr %acc.i, i64 %337
+  %339 = getelementptr inbounds nuw i8, ptr %338, i64 256
+  store <16 x float> zeroinitializer, ptr %339, align 4, !tbaa !8
+  %340 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
+  %341 = load float, ptr %340, align 4, !tbaa !22
+  %342 = insertelement <16 x float> poison, float %341, i64 0
+  %343 = shufflevector <16 x float> %342, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %337
+  %344 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
+  %345 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
+  %346 = load float, ptr %345, align 4, !tbaa !23
+  %.scalar33.1 = fmul float %346, 0.000000e+00
+  %347 = insertelement <16 x float> poison, float %.scalar33.1, i64 0
+  %348 = shufflevector <16 x float> %347, <16 x float> poison, <16 x i32> zeroinitializer
+  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %343, <16 x float> %344, <16 x float> %348)
+  store <16 x float> %349, ptr %339, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
+  %350 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
+  %351 = getelementptr inbounds nuw float, ptr %acc.i, i64 %350
+  %352 = getelementptr inbounds nuw i8, ptr %351, i64 256
+  store <16 x float> zeroinitializer, ptr %352, align 4, !tbaa !8
+  %353 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
+  %354 = load float, ptr %353, align 8, !tbaa !22
+  %355 = insertelement <16 x float> poison, float %354, i64 0
+  %356 = shufflevector <16 x float> %355, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %350
+  %357 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
+  %358 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
+  %359 = load float, ptr %358, align 8, !tbaa !23
+  %.scalar33.2 = fmul float %359, 0.000000e+00
+  %360 = insertelement <16 x float> poison, float %.scalar33.2, i64 0
+  %361 = shufflevector <16 x float> %360, <16 x float> poison, <16 x i32> zeroinitializer
+  %362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %356, <16 x float> %357, <16 x float> %361)
+  store <16 x float> %362, ptr %352, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
+  %363 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
+  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %363
+  %365 = getelementptr inbounds nuw i8, ptr %364, i64 256
+  store <16 x float> zeroinitializer, ptr %365, align 4, !tbaa !8
+  %366 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
+  %367 = load float, ptr %366, align 4, !tbaa !22
+  %368 = insertelement <16 x float> poison, float %367, i64 0
+  %369 = shufflevector <16 x float> %368, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %363
+  %370 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
+  %371 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
+  %372 = load float, ptr %371, align 4, !tbaa !23
+  %.scalar33.3 = fmul float %372, 0.000000e+00
+  %373 = insertelement <16 x float> poison, float %.scalar33.3, i64 0
+  %374 = shufflevector <16 x float> %373, <16 x float> poison, <16 x i32> zeroinitializer
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %370, <16 x float> %374)
+  store <16 x float> %375, ptr %365, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
+  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
+  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !30
+
+for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
+  %invariant.gep.us.5.i = getelementptr i8, ptr %119, i64 320
+  br label %for_body_r_0.us.us.5.i
+
+for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
+  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
+  %376 = shl nuw nsw i64 %indvars.iv61.5.i, 7
+  %377 = getelementptr inbounds nuw float, ptr %acc.i, i64 %376
+  %378 = getelementptr inbounds nuw i8, ptr %377, i64 320
+  store <16 x float> zeroinitializer, ptr %378, align 4, !tbaa !8
+  %379 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
+  %380 = load float, ptr %379, align 16, !tbaa !22
+  %381 = insertelement <16 x float> poison, float %380, i64 0
+  %382 = shufflevector <16 x float> %381, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %376
+  %383 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %384 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
+  %385 = load float, ptr %384, align 16, !tbaa !23
+  %.scalar34 = fmul float %385, 0.000000e+00
+  %386 = insertelement <16 x float> poison, float %.scalar34, i64 0
+  %387 = shufflevector <16 x float> %386, <16 x float> poison, <16 x i32> zeroinitializer
+  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %382, <16 x float> %383, <16 x float> %387)
+  store <16 x float> %388, ptr %378, align 4, !tbaa !8
+  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
+  %389 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
+  %390 = getelementptr inbounds nuw float, ptr %acc.i, i64 %389
+  %391 = getelementptr inbounds nuw i8, ptr %390, i64 320
+  store <16 x float> zeroinitializer, ptr %391, align 4, !tbaa !8
+  %392 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
+  %393 = load float, ptr %392, align 4, !tbaa !22
+  %394 = insertelement <16 x float> poison, float %393, i64 0
+  %395 = shufflevector <16 x float> %394, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %389
+  %396 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
+  %397 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
+  %398 = load float, ptr %397, align 4, !tbaa !23
+  %.scalar34.1 = fmul float %398, 0.000000e+00
+  %399 = insertelement <16 x float> poison, float %.scalar34.1, i64 0
+  %400 = shufflevector <16 x float> %399, <16 x float> poison, <16 x i32> zeroinitializer
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %395, <16 x float> %396, <16 x float> %400)
+  store <16 x float> %401, ptr %391, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
+  %402 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
+  %403 = getelementptr inbounds nuw float, ptr %acc.i, i64 %402
+  %404 = getelementptr inbounds nuw i8, ptr %403, i64 320
+  store <16 x float> zeroinitializer, ptr %404, align 4, !tbaa !8
+  %405 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
+  %406 = load float, ptr %405, align 8, !tbaa !22
+  %407 = insertelement <16 x float> poison, float %406, i64 0
+  %408 = shufflevector <16 x float> %407, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %402
+  %409 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
+  %410 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
+  %411 = load float, ptr %410, align 8, !tbaa !23
+  %.scalar34.2 = fmul float %411, 0.000000e+00
+  %412 = insertelement <16 x float> poison, float %.scalar34.2, i64 0
+  %413 = shufflevector <16 x float> %412, <16 x float> poison, <16 x i32> zeroinitializer
+  %414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %409, <16 x float> %413)
+  store <16 x float> %414, ptr %404, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
+  %415 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
+  %416 = getelementptr inbounds nuw float, ptr %acc.i, i64 %415
+  %417 = getelementptr inbounds nuw i8, ptr %416, i64 320
+  store <16 x float> zeroinitializer, ptr %417, align 4, !tbaa !8
+  %418 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
+  %419 = load float, ptr %418, align 4, !tbaa !22
+  %420 = insertelement <16 x float> poison, float %419, i64 0
+  %421 = shufflevector <16 x float> %420, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %415
+  %422 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
+  %423 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
+  %424 = load float, ptr %423, align 4, !tbaa !23
+  %.scalar34.3 = fmul float %424, 0.000000e+00
+  %425 = insertelement <16 x float> poison, float %.scalar34.3, i64 0
+  %426 = shufflevector <16 x float> %425, <16 x float> poison, <16 x i32> zeroinitializer
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %422, <16 x float> %426)
+  store <16 x float> %427, ptr %417, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
+  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
+  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !31
+
+for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
+  %invariant.gep.us.6.i = getelementptr i8, ptr %119, i64 384
+  br label %for_body_r_0.us.us.6.i
+
+for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
+  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
+  %428 = shl nuw nsw i64 %indvars.iv61.6.i, 7
+  %429 = getelementptr inbounds nuw float, ptr %acc.i, i64 %428
+  %430 = getelementptr inbounds nuw i8, ptr %429, i64 384
+  store <16 x float> zeroinitializer, ptr %430, align 4, !tbaa !8
+  %431 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
+  %432 = load float, ptr %431, align 16, !tbaa !22
+  %433 = insertelement <16 x float> poison, float %432, i64 0
+  %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %428
+  %435 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %436 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
+  %437 = load float, ptr %436, align 16, !tbaa !23
+  %.scalar35 = fmul float %437, 0.000000e+00
+  %438 = insertelement <16 x float> poison, float %.scalar35, i64 0
+  %439 = shufflevector <16 x float> %438, <16 x float> poison, <16 x i32> zeroinitializer
+  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %435, <16 x float> %439)
+  store <16 x float> %440, ptr %430, align 4, !tbaa !8
+  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
+  %441 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
+  %442 = getelementptr inbounds nuw float, ptr %acc.i, i64 %441
+  %443 = getelementptr inbounds nuw i8, ptr %442, i64 384
+  store <16 x float> zeroinitializer, ptr %443, align 4, !tbaa !8
+  %444 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
+  %445 = load float, ptr %444, align 4, !tbaa !22
+  %446 = insertelement <16 x float> poison, float %445, i64 0
+  %447 = shufflevector <16 x float> %446, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %441
+  %448 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
+  %449 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
+  %450 = load float, ptr %449, align 4, !tbaa !23
+  %.scalar35.1 = fmul float %450, 0.000000e+00
+  %451 = insertelement <16 x float> poison, float %.scalar35.1, i64 0
+  %452 = shufflevector <16 x float> %451, <16 x float> poison, <16 x i32> zeroinitializer
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %448, <16 x float> %452)
+  store <16 x float> %453, ptr %443, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
+  %454 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
+  %455 = getelementptr inbounds nuw float, ptr %acc.i, i64 %454
+  %456 = getelementptr inbounds nuw i8, ptr %455, i64 384
+  store <16 x float> zeroinitializer, ptr %456, align 4, !tbaa !8
+  %457 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
+  %458 = load float, ptr %457, align 8, !tbaa !22
+  %459 = insertelement <16 x float> poison, float %458, i64 0
+  %460 = shufflevector <16 x float> %459, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %454
+  %461 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
+  %462 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
+  %463 = load float, ptr %462, align 8, !tbaa !23
+  %.scalar35.2 = fmul float %463, 0.000000e+00
+  %464 = insertelement <16 x float> poison, float %.scalar35.2, i64 0
+  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
+  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %461, <16 x float> %465)
+  store <16 x float> %466, ptr %456, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
+  %467 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
+  %468 = getelementptr inbounds nuw float, ptr %acc.i, i64 %467
+  %469 = getelementptr inbounds nuw i8, ptr %468, i64 384
+  store <16 x float> zeroinitializer, ptr %469, align 4, !tbaa !8
+  %470 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
+  %471 = load float, ptr %470, align 4, !tbaa !22
+  %472 = insertelement <16 x float> poison, float %471, i64 0
+  %473 = shufflevector <16 x float> %472, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %467
+  %474 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
+  %475 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
+  %476 = load float, ptr %475, align 4, !tbaa !23
+  %.scalar35.3 = fmul float %476, 0.000000e+00
+  %477 = insertelement <16 x float> poison, float %.scalar35.3, i64 0
+  %478 = shufflevector <16 x float> %477, <16 x float> poison, <16 x i32> zeroinitializer
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %474, <16 x float> %478)
+  store <16 x float> %479, ptr %469, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
+  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
+  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !32
+
+for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
+  %invariant.gep.us.7.i = getelementptr i8, ptr %119, i64 448
+  br label %for_body_r_0.us.us.7.i
+
+for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
+  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
+  %480 = shl nuw nsw i64 %indvars.iv61.7.i, 7
+  %481 = getelementptr inbounds nuw float, ptr %acc.i, i64 %480
+  %482 = getelementptr inbounds nuw i8, ptr %481, i64 448
+  store <16 x float> zeroinitializer, ptr %482, align 4, !tbaa !8
+  %483 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
+  %484 = load float, ptr %483, align 16, !tbaa !22
+  %485 = insertelement <16 x float> poison, float %484, i64 0
+  %486 = shufflevector <16 x float> %485, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %480
+  %487 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %488 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
+  %489 = load float, ptr %488, align 16, !tbaa !23
+  %.scalar36 = fmul float %489, 0.000000e+00
+  %490 = insertelement <16 x float> poison, float %.scalar36, i64 0
+  %491 = shufflevector <16 x float> %490, <16 x float> poison, <16 x i32> zeroinitializer
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %486, <16 x float> %487, <16 x float> %491)
+  store <16 x float> %492, ptr %482, align 4, !tbaa !8
+  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
+  %493 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
+  %494 = getelementptr inbounds nuw float, ptr %acc.i, i64 %493
+  %495 = getelementptr inbounds nuw i8, ptr %494, i64 448
+  store <16 x float> zeroinitializer, ptr %495, align 4, !tbaa !8
+  %496 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
+  %497 = load float, ptr %496, align 4, !tbaa !22
+  %498 = insertelement <16 x float> poison, float %497, i64 0
+  %499 = shufflevector <16 x float> %498, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %493
+  %500 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
+  %501 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
+  %502 = load float, ptr %501, align 4, !tbaa !23
+  %.scalar36.1 = fmul float %502, 0.000000e+00
+  %503 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
+  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
+  %505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %499, <16 x float> %500, <16 x float> %504)
+  store <16 x float> %505, ptr %495, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
+  %506 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
+  %507 = getelementptr inbounds nuw float, ptr %acc.i, i64 %506
+  %508 = getelementptr inbounds nuw i8, ptr %507, i64 448
+  store <16 x float> zeroinitializer, ptr %508, align 4, !tbaa !8
+  %509 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
+  %510 = load float, ptr %509, align 8, !tbaa !22
+  %511 = insertelement <16 x float> poison, float %510, i64 0
+  %512 = shufflevector <16 x float> %511, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %506
+  %513 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
+  %514 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
+  %515 = load float, ptr %514, align 8, !tbaa !23
+  %.scalar36.2 = fmul float %515, 0.000000e+00
+  %516 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
+  %517 = shufflevector <16 x float> %516, <16 x float> poison, <16 x i32> zeroinitializer
+  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %512, <16 x float> %513, <16 x float> %517)
+  store <16 x float> %518, ptr %508, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
+  %519 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
+  %520 = getelementptr inbounds nuw float, ptr %acc.i, i64 %519
+  %521 = getelementptr inbounds nuw i8, ptr %520, i64 448
+  store <16 x float> zeroinitializer, ptr %521, align 4, !tbaa !8
+  %522 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
+  %523 = load float, ptr %522, align 4, !tbaa !22
+  %524 = insertelement <16 x float> poison, float %523, i64 0
+  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %519
+  %526 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
+  %527 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
+  %528 = load float, ptr %527, align 4, !tbaa !23
+  %.scalar36.3 = fmul float %528, 0.000000e+00
+  %529 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
+  %530 = shufflevector <16 x float> %529, <16 x float> poison, <16 x i32> zeroinitializer
+  %531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %526, <16 x float> %530)
+  store <16 x float> %531, ptr %521, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
+  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
+  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !33
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %118, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %161 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %162 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %163 = select <32 x i1> %162, <32 x float> zeroinitializer, <32 x float> %161
-  store <32 x float> %163, ptr %factor34.i, align 16, !tbaa !25
+  %532 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %533 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %534 = select <32 x i1> %533, <32 x float> zeroinitializer, <32 x float> %532
+  store <32 x float> %534, ptr %factor34.i, align 16, !tbaa !34
   %sext = shl i64 %20, 32
-  %164 = ashr exact i64 %sext, 32
-  %165 = mul nsw i64 %out_batch, %164
-  %166 = getelementptr i16, ptr %out, i64 %165
+  %535 = ashr exact i64 %sext, 32
+  %536 = mul nsw i64 %out_batch, %535
+  %537 = getelementptr i16, ptr %out, i64 %536
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %167 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %168 = load float, ptr %167, align 4, !tbaa !22
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = shl nuw nsw i64 %indvars.iv.i, 7
-  %172 = getelementptr float, ptr %119, i64 %171
-  %173 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %174 = load float, ptr %173, align 4, !tbaa !23
-  %175 = insertelement <16 x float> poison, float %174, i64 0
-  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = load <16 x float>, ptr %172, align 4, !tbaa !8
-  %178 = getelementptr inbounds nuw float, ptr %acc.i, i64 %171
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = fmul <16 x float> %179, %176
-  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %177, <16 x float> %180)
-  store <16 x float> %181, ptr %178, align 4, !tbaa !8
-  %182 = getelementptr i8, ptr %172, i64 64
-  %183 = load <16 x float>, ptr %182, align 4, !tbaa !8
-  %184 = getelementptr inbounds nuw i8, ptr %178, i64 64
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
-  %186 = fmul <16 x float> %176, %185
-  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %183, <16 x float> %186)
-  store <16 x float> %187, ptr %184, align 4, !tbaa !8
-  %188 = getelementptr i8, ptr %172, i64 128
-  %189 = load <16 x float>, ptr %188, align 4, !tbaa !8
-  %190 = getelementptr inbounds nuw i8, ptr %178, i64 128
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
-  %192 = fmul <16 x float> %176, %191
-  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %189, <16 x float> %192)
-  store <16 x float> %193, ptr %190, align 4, !tbaa !8
-  %194 = getelementptr i8, ptr %172, i64 192
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !8
-  %196 = getelementptr inbounds nuw i8, ptr %178, i64 192
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
-  %198 = fmul <16 x float> %176, %197
-  %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %195, <16 x float> %198)
-  store <16 x float> %199, ptr %196, align 4, !tbaa !8
-  %200 = getelementptr i8, ptr %172, i64 256
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
-  %202 = getelementptr inbounds nuw i8, ptr %178, i64 256
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
-  %204 = fmul <16 x float> %176, %203
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %201, <16 x float> %204)
-  store <16 x float> %205, ptr %202, align 4, !tbaa !8
-  %206 = getelementptr i8, ptr %172, i64 320
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
-  %208 = getelementptr inbounds nuw i8, ptr %178, i64 320
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
-  %210 = fmul <16 x float> %176, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 4, !tbaa !8
-  %212 = getelementptr i8, ptr %172, i64 384
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
-  %214 = getelementptr inbounds nuw i8, ptr %178, i64 384
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !8
-  %216 = fmul <16 x float> %176, %215
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %213, <16 x float> %216)
-  store <16 x float> %217, ptr %214, align 4, !tbaa !8
-  %218 = getelementptr i8, ptr %172, i64 448
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
-  %220 = getelementptr inbounds nuw i8, ptr %178, i64 448
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !8
-  %222 = fmul <16 x float> %176, %221
-  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %219, <16 x float> %222)
-  store <16 x float> %223, ptr %220, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
+for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
+  %538 = add nuw nsw i32 %step46.i, 1
+  %exitcond69.not.i = icmp eq i32 %538, %num_partials
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !40
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %224 = add nuw nsw i32 %step46.i, 1
-  %exitcond64.not.i = icmp eq i32 %224, %num_partials
-  br i1 %exitcond64.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
+  %539 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %540 = load float, ptr %539, align 16, !tbaa !22
+  %541 = insertelement <16 x float> poison, float %540, i64 0
+  %542 = shufflevector <16 x float> %541, <16 x float> poison, <16 x i32> zeroinitializer
+  %543 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep.i = getelementptr float, ptr %119, i64 %543
+  %544 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %545 = getelementptr inbounds nuw float, ptr %acc.i, i64 %543
+  %546 = load <16 x float>, ptr %545, align 4, !tbaa !8
+  %547 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %548 = load float, ptr %547, align 16, !tbaa !23
+  %549 = insertelement <16 x float> poison, float %548, i64 0
+  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
+  %551 = fmul <16 x float> %546, %550
+  %552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %542, <16 x float> %544, <16 x float> %551)
+  store <16 x float> %552, ptr %545, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %553 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %554 = load float, ptr %553, align 4, !tbaa !22
+  %555 = insertelement <16 x float> poison, float %554, i64 0
+  %556 = shufflevector <16 x float> %555, <16 x float> poison, <16 x i32> zeroinitializer
+  %557 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep.i.1 = getelementptr float, ptr %119, i64 %557
+  %558 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %559 = getelementptr inbounds nuw float, ptr %acc.i, i64 %557
+  %560 = load <16 x float>, ptr %559, align 4, !tbaa !8
+  %561 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %562 = load float, ptr %561, align 4, !tbaa !23
+  %563 = insertelement <16 x float> poison, float %562, i64 0
+  %564 = shufflevector <16 x float> %563, <16 x float> poison, <16 x i32> zeroinitializer
+  %565 = fmul <16 x float> %560, %564
+  %566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %556, <16 x float> %558, <16 x float> %565)
+  store <16 x float> %566, ptr %559, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %567 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %568 = load float, ptr %567, align 8, !tbaa !22
+  %569 = insertelement <16 x float> poison, float %568, i64 0
+  %570 = shufflevector <16 x float> %569, <16 x float> poison, <16 x i32> zeroinitializer
+  %571 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
+  %gep.i.2 = getelementptr float, ptr %119, i64 %571
+  %572 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %573 = getelementptr inbounds nuw float, ptr %acc.i, i64 %571
+  %574 = load <16 x float>, ptr %573, align 4, !tbaa !8
+  %575 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %576 = load float, ptr %575, align 8, !tbaa !23
+  %577 = insertelement <16 x float> poison, float %576, i64 0
+  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
+  %579 = fmul <16 x float> %574, %578
+  %580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %570, <16 x float> %572, <16 x float> %579)
+  store <16 x float> %580, ptr %573, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %581 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %582 = load float, ptr %581, align 4, !tbaa !22
+  %583 = insertelement <16 x float> poison, float %582, i64 0
+  %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
+  %585 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
+  %gep.i.3 = getelementptr float, ptr %119, i64 %585
+  %586 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %587 = getelementptr inbounds nuw float, ptr %acc.i, i64 %585
+  %588 = load <16 x float>, ptr %587, align 4, !tbaa !8
+  %589 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %590 = load float, ptr %589, align 4, !tbaa !23
+  %591 = insertelement <16 x float> poison, float %590, i64 0
+  %592 = shufflevector <16 x float> %591, <16 x float> poison, <16 x i32> zeroinitializer
+  %593 = fmul <16 x float> %588, %592
+  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %586, <16 x float> %593)
+  store <16 x float> %594, ptr %587, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
+  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !41
+
+for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
+  %invariant.gep.1.i = getelementptr i8, ptr %119, i64 64
+  br label %for_body_r_0.1.i
+
+for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
+  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
+  %595 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
+  %596 = load float, ptr %595, align 16, !tbaa !22
+  %597 = insertelement <16 x float> poison, float %596, i64 0
+  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
+  %599 = shl nuw nsw i64 %indvars.iv.1.i, 7
+  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %599
+  %600 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %601 = getelementptr inbounds nuw float, ptr %acc.i, i64 %599
+  %602 = getelementptr inbounds nuw i8, ptr %601, i64 64
+  %603 = load <16 x float>, ptr %602, align 4, !tbaa !8
+  %604 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
+  %605 = load float, ptr %604, align 16, !tbaa !23
+  %606 = insertelement <16 x float> poison, float %605, i64 0
+  %607 = shufflevector <16 x float> %606, <16 x float> poison, <16 x i32> zeroinitializer
+  %608 = fmul <16 x float> %603, %607
+  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %600, <16 x float> %608)
+  store <16 x float> %609, ptr %602, align 4, !tbaa !8
+  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
+  %610 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
+  %611 = load float, ptr %610, align 4, !tbaa !22
+  %612 = insertelement <16 x float> poison, float %611, i64 0
+  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
+  %614 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
+  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %614
+  %615 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
+  %616 = getelementptr inbounds nuw float, ptr %acc.i, i64 %614
+  %617 = getelementptr inbounds nuw i8, ptr %616, i64 64
+  %618 = load <16 x float>, ptr %617, align 4, !tbaa !8
+  %619 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
+  %620 = load float, ptr %619, align 4, !tbaa !23
+  %621 = insertelement <16 x float> poison, float %620, i64 0
+  %622 = shufflevector <16 x float> %621, <16 x float> poison, <16 x i32> zeroinitializer
+  %623 = fmul <16 x float> %618, %622
+  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %615, <16 x float> %623)
+  store <16 x float> %624, ptr %617, align 4, !tbaa !8
+  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
+  %625 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
+  %626 = load float, ptr %625, align 8, !tbaa !22
+  %627 = insertelement <16 x float> poison, float %626, i64 0
+  %628 = shufflevector <16 x float> %627, <16 x float> poison, <16 x i32> zeroinitializer
+  %629 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
+  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %629
+  %630 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
+  %631 = getelementptr inbounds nuw float, ptr %acc.i, i64 %629
+  %632 = getelementptr inbounds nuw i8, ptr %631, i64 64
+  %633 = load <16 x float>, ptr %632, align 4, !tbaa !8
+  %634 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
+  %635 = load float, ptr %634, align 8, !tbaa !23
+  %636 = insertelement <16 x float> poison, float %635, i64 0
+  %637 = shufflevector <16 x float> %636, <16 x float> poison, <16 x i32> zeroinitializer
+  %638 = fmul <16 x float> %633, %637
+  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %630, <16 x float> %638)
+  store <16 x float> %639, ptr %632, align 4, !tbaa !8
+  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
+  %640 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
+  %641 = load float, ptr %640, align 4, !tbaa !22
+  %642 = insertelement <16 x float> poison, float %641, i64 0
+  %643 = shufflevector <16 x float> %642, <16 x float> poison, <16 x i32> zeroinitializer
+  %644 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
+  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %644
+  %645 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
+  %646 = getelementptr inbounds nuw float, ptr %acc.i, i64 %644
+  %647 = getelementptr inbounds nuw i8, ptr %646, i64 64
+  %648 = load <16 x float>, ptr %647, align 4, !tbaa !8
+  %649 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
+  %650 = load float, ptr %649, align 4, !tbaa !23
+  %651 = insertelement <16 x float> poison, float %650, i64 0
+  %652 = shufflevector <16 x float> %651, <16 x float> poison, <16 x i32> zeroinitializer
+  %653 = fmul <16 x float> %648, %652
+  %654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %645, <16 x float> %653)
+  store <16 x float> %654, ptr %647, align 4, !tbaa !8
+  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
+  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
+  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !42
+
+for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
+  %invariant.gep.2.i = getelementptr i8, ptr %119, i64 128
+  br label %for_body_r_0.2.i
+
+for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
+  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
+  %655 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
+  %656 = load float, ptr %655, align 16, !tbaa !22
+  %657 = insertelement <16 x float> poison, float %656, i64 0
+  %658 = shufflevector <16 x float> %657, <16 x float> poison, <16 x i32> zeroinitializer
+  %659 = shl nuw nsw i64 %indvars.iv.2.i, 7
+  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %659
+  %660 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %661 = getelementptr inbounds nuw float, ptr %acc.i, i64 %659
+  %662 = getelementptr inbounds nuw i8, ptr %661, i64 128
+  %663 = load <16 x float>, ptr %662, align 4, !tbaa !8
+  %664 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
+  %665 = load float, ptr %664, align 16, !tbaa !23
+  %666 = insertelement <16 x float> poison, float %665, i64 0
+  %667 = shufflevector <16 x float> %666, <16 x float> poison, <16 x i32> zeroinitializer
+  %668 = fmul <16 x float> %663, %667
+  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %660, <16 x float> %668)
+  store <16 x float> %669, ptr %662, align 4, !tbaa !8
+  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
+  %670 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
+  %671 = load float, ptr %670, align 4, !tbaa !22
+  %672 = insertelement <16 x float> poison, float %671, i64 0
+  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
+  %674 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
+  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %674
+  %675 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
+  %676 = getelementptr inbounds nuw float, ptr %acc.i, i64 %674
+  %677 = getelementptr inbounds nuw i8, ptr %676, i64 128
+  %678 = load <16 x float>, ptr %677, align 4, !tbaa !8
+  %679 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
+  %680 = load float, ptr %679, align 4, !tbaa !23
+  %681 = insertelement <16 x float> poison, float %680, i64 0
+  %682 = shufflevector <16 x float> %681, <16 x float> poison, <16 x i32> zeroinitializer
+  %683 = fmul <16 x float> %678, %682
+  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %675, <16 x float> %683)
+  store <16 x float> %684, ptr %677, align 4, !tbaa !8
+  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
+  %685 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
+  %686 = load float, ptr %685, align 8, !tbaa !22
+  %687 = insertelement <16 x float> poison, float %686, i64 0
+  %688 = shufflevector <16 x float> %687, <16 x float> poison, <16 x i32> zeroinitializer
+  %689 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
+  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %689
+  %690 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
+  %691 = getelementptr inbounds nuw float, ptr %acc.i, i64 %689
+  %692 = getelementptr inbounds nuw i8, ptr %691, i64 128
+  %693 = load <16 x float>, ptr %692, align 4, !tbaa !8
+  %694 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
+  %695 = load float, ptr %694, align 8, !tbaa !23
+  %696 = insertelement <16 x float> poison, float %695, i64 0
+  %697 = shufflevector <16 x float> %696, <16 x float> poison, <16 x i32> zeroinitializer
+  %698 = fmul <16 x float> %693, %697
+  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %698)
+  store <16 x float> %699, ptr %692, align 4, !tbaa !8
+  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
+  %700 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
+  %701 = load float, ptr %700, align 4, !tbaa !22
+  %702 = insertelement <16 x float> poison, float %701, i64 0
+  %703 = shufflevector <16 x float> %702, <16 x float> poison, <16 x i32> zeroinitializer
+  %704 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
+  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %704
+  %705 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
+  %706 = getelementptr inbounds nuw float, ptr %acc.i, i64 %704
+  %707 = getelementptr inbounds nuw i8, ptr %706, i64 128
+  %708 = load <16 x float>, ptr %707, align 4, !tbaa !8
+  %709 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
+  %710 = load float, ptr %709, align 4, !tbaa !23
+  %711 = insertelement <16 x float> poison, float %710, i64 0
+  %712 = shufflevector <16 x float> %711, <16 x float> poison, <16 x i32> zeroinitializer
+  %713 = fmul <16 x float> %708, %712
+  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %705, <16 x float> %713)
+  store <16 x float> %714, ptr %707, align 4, !tbaa !8
+  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
+  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
+  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !43
+
+for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
+  %invariant.gep.3.i = getelementptr i8, ptr %119, i64 192
+  br label %for_body_r_0.3.i
+
+for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
+  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
+  %715 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
+  %716 = load float, ptr %715, align 16, !tbaa !22
+  %717 = insertelement <16 x float> poison, float %716, i64 0
+  %718 = shufflevector <16 x float> %717, <16 x float> poison, <16 x i32> zeroinitializer
+  %719 = shl nuw nsw i64 %indvars.iv.3.i, 7
+  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %719
+  %720 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %721 = getelementptr inbounds nuw float, ptr %acc.i, i64 %719
+  %722 = getelementptr inbounds nuw i8, ptr %721, i64 192
+  %723 = load <16 x float>, ptr %722, align 4, !tbaa !8
+  %724 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
+  %725 = load float, ptr %724, align 16, !tbaa !23
+  %726 = insertelement <16 x float> poison, float %725, i64 0
+  %727 = shufflevector <16 x float> %726, <16 x float> poison, <16 x i32> zeroinitializer
+  %728 = fmul <16 x float> %723, %727
+  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %718, <16 x float> %720, <16 x float> %728)
+  store <16 x float> %729, ptr %722, align 4, !tbaa !8
+  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
+  %730 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
+  %731 = load float, ptr %730, align 4, !tbaa !22
+  %732 = insertelement <16 x float> poison, float %731, i64 0
+  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
+  %734 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
+  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %734
+  %735 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
+  %736 = getelementptr inbounds nuw float, ptr %acc.i, i64 %734
+  %737 = getelementptr inbounds nuw i8, ptr %736, i64 192
+  %738 = load <16 x float>, ptr %737, align 4, !tbaa !8
+  %739 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
+  %740 = load float, ptr %739, align 4, !tbaa !23
+  %741 = insertelement <16 x float> poison, float %740, i64 0
+  %742 = shufflevector <16 x float> %741, <16 x float> poison, <16 x i32> zeroinitializer
+  %743 = fmul <16 x float> %738, %742
+  %744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %733, <16 x float> %735, <16 x float> %743)
+  store <16 x float> %744, ptr %737, align 4, !tbaa !8
+  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
+  %745 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
+  %746 = load float, ptr %745, align 8, !tbaa !22
+  %747 = insertelement <16 x float> poison, float %746, i64 0
+  %748 = shufflevector <16 x float> %747, <16 x float> poison, <16 x i32> zeroinitializer
+  %749 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
+  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %749
+  %750 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
+  %751 = getelementptr inbounds nuw float, ptr %acc.i, i64 %749
+  %752 = getelementptr inbounds nuw i8, ptr %751, i64 192
+  %753 = load <16 x float>, ptr %752, align 4, !tbaa !8
+  %754 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
+  %755 = load float, ptr %754, align 8, !tbaa !23
+  %756 = insertelement <16 x float> poison, float %755, i64 0
+  %757 = shufflevector <16 x float> %756, <16 x float> poison, <16 x i32> zeroinitializer
+  %758 = fmul <16 x float> %753, %757
+  %759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %748, <16 x float> %750, <16 x float> %758)
+  store <16 x float> %759, ptr %752, align 4, !tbaa !8
+  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
+  %760 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
+  %761 = load float, ptr %760, align 4, !tbaa !22
+  %762 = insertelement <16 x float> poison, float %761, i64 0
+  %763 = shufflevector <16 x float> %762, <16 x float> poison, <16 x i32> zeroinitializer
+  %764 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
+  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %764
+  %765 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
+  %766 = getelementptr inbounds nuw float, ptr %acc.i, i64 %764
+  %767 = getelementptr inbounds nuw i8, ptr %766, i64 192
+  %768 = load <16 x float>, ptr %767, align 4, !tbaa !8
+  %769 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
+  %770 = load float, ptr %769, align 4, !tbaa !23
+  %771 = insertelement <16 x float> poison, float %770, i64 0
+  %772 = shufflevector <16 x float> %771, <16 x float> poison, <16 x i32> zeroinitializer
+  %773 = fmul <16 x float> %768, %772
+  %774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %763, <16 x float> %765, <16 x float> %773)
+  store <16 x float> %774, ptr %767, align 4, !tbaa !8
+  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
+  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
+  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !44
+
+for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
+  %invariant.gep.4.i = getelementptr i8, ptr %119, i64 256
+  br label %for_body_r_0.4.i
+
+for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
+  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
+  %775 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
+  %776 = load float, ptr %775, align 16, !tbaa !22
+  %777 = insertelement <16 x float> poison, float %776, i64 0
+  %778 = shufflevector <16 x float> %777, <16 x float> poison, <16 x i32> zeroinitializer
+  %779 = shl nuw nsw i64 %indvars.iv.4.i, 7
+  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %779
+  %780 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %781 = getelementptr inbounds nuw float, ptr %acc.i, i64 %779
+  %782 = getelementptr inbounds nuw i8, ptr %781, i64 256
+  %783 = load <16 x float>, ptr %782, align 4, !tbaa !8
+  %784 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
+  %785 = load float, ptr %784, align 16, !tbaa !23
+  %786 = insertelement <16 x float> poison, float %785, i64 0
+  %787 = shufflevector <16 x float> %786, <16 x float> poison, <16 x i32> zeroinitializer
+  %788 = fmul <16 x float> %783, %787
+  %789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %778, <16 x float> %780, <16 x float> %788)
+  store <16 x float> %789, ptr %782, align 4, !tbaa !8
+  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
+  %790 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
+  %791 = load float, ptr %790, align 4, !tbaa !22
+  %792 = insertelement <16 x float> poison, float %791, i64 0
+  %793 = shufflevector <16 x float> %792, <16 x float> poison, <16 x i32> zeroinitializer
+  %794 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
+  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %794
+  %795 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
+  %796 = getelementptr inbounds nuw float, ptr %acc.i, i64 %794
+  %797 = getelementptr inbounds nuw i8, ptr %796, i64 256
+  %798 = load <16 x float>, ptr %797, align 4, !tbaa !8
+  %799 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
+  %800 = load float, ptr %799, align 4, !tbaa !23
+  %801 = insertelement <16 x float> poison, float %800, i64 0
+  %802 = shufflevector <16 x float> %801, <16 x float> poison, <16 x i32> zeroinitializer
+  %803 = fmul <16 x float> %798, %802
+  %804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %793, <16 x float> %795, <16 x float> %803)
+  store <16 x float> %804, ptr %797, align 4, !tbaa !8
+  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
+  %805 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
+  %806 = load float, ptr %805, align 8, !tbaa !22
+  %807 = insertelement <16 x float> poison, float %806, i64 0
+  %808 = shufflevector <16 x float> %807, <16 x float> poison, <16 x i32> zeroinitializer
+  %809 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
+  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %809
+  %810 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
+  %811 = getelementptr inbounds nuw float, ptr %acc.i, i64 %809
+  %812 = getelementptr inbounds nuw i8, ptr %811, i64 256
+  %813 = load <16 x float>, ptr %812, align 4, !tbaa !8
+  %814 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
+  %815 = load float, ptr %814, align 8, !tbaa !23
+  %816 = insertelement <16 x float> poison, float %815, i64 0
+  %817 = shufflevector <16 x float> %816, <16 x float> poison, <16 x i32> zeroinitializer
+  %818 = fmul <16 x float> %813, %817
+  %819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %808, <16 x float> %810, <16 x float> %818)
+  store <16 x float> %819, ptr %812, align 4, !tbaa !8
+  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
+  %820 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
+  %821 = load float, ptr %820, align 4, !tbaa !22
+  %822 = insertelement <16 x float> poison, float %821, i64 0
+  %823 = shufflevector <16 x float> %822, <16 x float> poison, <16 x i32> zeroinitializer
+  %824 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
+  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %824
+  %825 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
+  %826 = getelementptr inbounds nuw float, ptr %acc.i, i64 %824
+  %827 = getelementptr inbounds nuw i8, ptr %826, i64 256
+  %828 = load <16 x float>, ptr %827, align 4, !tbaa !8
+  %829 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
+  %830 = load float, ptr %829, align 4, !tbaa !23
+  %831 = insertelement <16 x float> poison, float %830, i64 0
+  %832 = shufflevector <16 x float> %831, <16 x float> poison, <16 x i32> zeroinitializer
+  %833 = fmul <16 x float> %828, %832
+  %834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %823, <16 x float> %825, <16 x float> %833)
+  store <16 x float> %834, ptr %827, align 4, !tbaa !8
+  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
+  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
+  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !45
+
+for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
+  %invariant.gep.5.i = getelementptr i8, ptr %119, i64 320
+  br label %for_body_r_0.5.i
+
+for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
+  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
+  %835 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
+  %836 = load float, ptr %835, align 16, !tbaa !22
+  %837 = insertelement <16 x float> poison, float %836, i64 0
+  %838 = shufflevector <16 x float> %837, <16 x float> poison, <16 x i32> zeroinitializer
+  %839 = shl nuw nsw i64 %indvars.iv.5.i, 7
+  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %839
+  %840 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %841 = getelementptr inbounds nuw float, ptr %acc.i, i64 %839
+  %842 = getelementptr inbounds nuw i8, ptr %841, i64 320
+  %843 = load <16 x float>, ptr %842, align 4, !tbaa !8
+  %844 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
+  %845 = load float, ptr %844, align 16, !tbaa !23
+  %846 = insertelement <16 x float> poison, float %845, i64 0
+  %847 = shufflevector <16 x float> %846, <16 x float> poison, <16 x i32> zeroinitializer
+  %848 = fmul <16 x float> %843, %847
+  %849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %838, <16 x float> %840, <16 x float> %848)
+  store <16 x float> %849, ptr %842, align 4, !tbaa !8
+  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
+  %850 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
+  %851 = load float, ptr %850, align 4, !tbaa !22
+  %852 = insertelement <16 x float> poison, float %851, i64 0
+  %853 = shufflevector <16 x float> %852, <16 x float> poison, <16 x i32> zeroinitializer
+  %854 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
+  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %854
+  %855 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
+  %856 = getelementptr inbounds nuw float, ptr %acc.i, i64 %854
+  %857 = getelementptr inbounds nuw i8, ptr %856, i64 320
+  %858 = load <16 x float>, ptr %857, align 4, !tbaa !8
+  %859 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
+  %860 = load float, ptr %859, align 4, !tbaa !23
+  %861 = insertelement <16 x float> poison, float %860, i64 0
+  %862 = shufflevector <16 x float> %861, <16 x float> poison, <16 x i32> zeroinitializer
+  %863 = fmul <16 x float> %858, %862
+  %864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %853, <16 x float> %855, <16 x float> %863)
+  store <16 x float> %864, ptr %857, align 4, !tbaa !8
+  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
+  %865 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
+  %866 = load float, ptr %865, align 8, !tbaa !22
+  %867 = insertelement <16 x float> poison, float %866, i64 0
+  %868 = shufflevector <16 x float> %867, <16 x float> poison, <16 x i32> zeroinitializer
+  %869 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
+  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %869
+  %870 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
+  %871 = getelementptr inbounds nuw float, ptr %acc.i, i64 %869
+  %872 = getelementptr inbounds nuw i8, ptr %871, i64 320
+  %873 = load <16 x float>, ptr %872, align 4, !tbaa !8
+  %874 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
+  %875 = load float, ptr %874, align 8, !tbaa !23
+  %876 = insertelement <16 x float> poison, float %875, i64 0
+  %877 = shufflevector <16 x float> %876, <16 x float> poison, <16 x i32> zeroinitializer
+  %878 = fmul <16 x float> %873, %877
+  %879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %868, <16 x float> %870, <16 x float> %878)
+  store <16 x float> %879, ptr %872, align 4, !tbaa !8
+  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
+  %880 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
+  %881 = load float, ptr %880, align 4, !tbaa !22
+  %882 = insertelement <16 x float> poison, float %881, i64 0
+  %883 = shufflevector <16 x float> %882, <16 x float> poison, <16 x i32> zeroinitializer
+  %884 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
+  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %884
+  %885 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
+  %886 = getelementptr inbounds nuw float, ptr %acc.i, i64 %884
+  %887 = getelementptr inbounds nuw i8, ptr %886, i64 320
+  %888 = load <16 x float>, ptr %887, align 4, !tbaa !8
+  %889 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
+  %890 = load float, ptr %889, align 4, !tbaa !23
+  %891 = insertelement <16 x float> poison, float %890, i64 0
+  %892 = shufflevector <16 x float> %891, <16 x float> poison, <16 x i32> zeroinitializer
+  %893 = fmul <16 x float> %888, %892
+  %894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %883, <16 x float> %885, <16 x float> %893)
+  store <16 x float> %894, ptr %887, align 4, !tbaa !8
+  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
+  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
+  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !46
+
+for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
+  %invariant.gep.6.i = getelementptr i8, ptr %119, i64 384
+  br label %for_body_r_0.6.i
+
+for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
+  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
+  %895 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
+  %896 = load float, ptr %895, align 16, !tbaa !22
+  %897 = insertelement <16 x float> poison, float %896, i64 0
+  %898 = shufflevector <16 x float> %897, <16 x float> poison, <16 x i32> zeroinitializer
+  %899 = shl nuw nsw i64 %indvars.iv.6.i, 7
+  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %899
+  %900 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %901 = getelementptr inbounds nuw float, ptr %acc.i, i64 %899
+  %902 = getelementptr inbounds nuw i8, ptr %901, i64 384
+  %903 = load <16 x float>, ptr %902, align 4, !tbaa !8
+  %904 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
+  %905 = load float, ptr %904, align 16, !tbaa !23
+  %906 = insertelement <16 x float> poison, float %905, i64 0
+  %907 = shufflevector <16 x float> %906, <16 x float> poison, <16 x i32> zeroinitializer
+  %908 = fmul <16 x float> %903, %907
+  %909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %898, <16 x float> %900, <16 x float> %908)
+  store <16 x float> %909, ptr %902, align 4, !tbaa !8
+  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
+  %910 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
+  %911 = load float, ptr %910, align 4, !tbaa !22
+  %912 = insertelement <16 x float> poison, float %911, i64 0
+  %913 = shufflevector <16 x float> %912, <16 x float> poison, <16 x i32> zeroinitializer
+  %914 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
+  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %914
+  %915 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
+  %916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %914
+  %917 = getelementptr inbounds nuw i8, ptr %916, i64 384
+  %918 = load <16 x float>, ptr %917, align 4, !tbaa !8
+  %919 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
+  %920 = load float, ptr %919, align 4, !tbaa !23
+  %921 = insertelement <16 x float> poison, float %920, i64 0
+  %922 = shufflevector <16 x float> %921, <16 x float> poison, <16 x i32> zeroinitializer
+  %923 = fmul <16 x float> %918, %922
+  %924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %913, <16 x float> %915, <16 x float> %923)
+  store <16 x float> %924, ptr %917, align 4, !tbaa !8
+  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
+  %925 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
+  %926 = load float, ptr %925, align 8, !tbaa !22
+  %927 = insertelement <16 x float> poison, float %926, i64 0
+  %928 = shufflevector <16 x float> %927, <16 x float> poison, <16 x i32> zeroinitializer
+  %929 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
+  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %929
+  %930 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
+  %931 = getelementptr inbounds nuw float, ptr %acc.i, i64 %929
+  %932 = getelementptr inbounds nuw i8, ptr %931, i64 384
+  %933 = load <16 x float>, ptr %932, align 4, !tbaa !8
+  %934 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
+  %935 = load float, ptr %934, align 8, !tbaa !23
+  %936 = insertelement <16 x float> poison, float %935, i64 0
+  %937 = shufflevector <16 x float> %936, <16 x float> poison, <16 x i32> zeroinitializer
+  %938 = fmul <16 x float> %933, %937
+  %939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %928, <16 x float> %930, <16 x float> %938)
+  store <16 x float> %939, ptr %932, align 4, !tbaa !8
+  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
+  %940 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
+  %941 = load float, ptr %940, align 4, !tbaa !22
+  %942 = insertelement <16 x float> poison, float %941, i64 0
+  %943 = shufflevector <16 x float> %942, <16 x float> poison, <16 x i32> zeroinitializer
+  %944 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
+  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %944
+  %945 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
+  %946 = getelementptr inbounds nuw float, ptr %acc.i, i64 %944
+  %947 = getelementptr inbounds nuw i8, ptr %946, i64 384
+  %948 = load <16 x float>, ptr %947, align 4, !tbaa !8
+  %949 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
+  %950 = load float, ptr %949, align 4, !tbaa !23
+  %951 = insertelement <16 x float> poison, float %950, i64 0
+  %952 = shufflevector <16 x float> %951, <16 x float> poison, <16 x i32> zeroinitializer
+  %953 = fmul <16 x float> %948, %952
+  %954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %943, <16 x float> %945, <16 x float> %953)
+  store <16 x float> %954, ptr %947, align 4, !tbaa !8
+  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
+  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
+  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !47
+
+for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
+  %invariant.gep.7.i = getelementptr i8, ptr %119, i64 448
+  br label %for_body_r_0.7.i
+
+for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
+  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
+  %955 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
+  %956 = load float, ptr %955, align 16, !tbaa !22
+  %957 = insertelement <16 x float> poison, float %956, i64 0
+  %958 = shufflevector <16 x float> %957, <16 x float> poison, <16 x i32> zeroinitializer
+  %959 = shl nuw nsw i64 %indvars.iv.7.i, 7
+  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %959
+  %960 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %961 = getelementptr inbounds nuw float, ptr %acc.i, i64 %959
+  %962 = getelementptr inbounds nuw i8, ptr %961, i64 448
+  %963 = load <16 x float>, ptr %962, align 4, !tbaa !8
+  %964 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
+  %965 = load float, ptr %964, align 16, !tbaa !23
+  %966 = insertelement <16 x float> poison, float %965, i64 0
+  %967 = shufflevector <16 x float> %966, <16 x float> poison, <16 x i32> zeroinitializer
+  %968 = fmul <16 x float> %963, %967
+  %969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %958, <16 x float> %960, <16 x float> %968)
+  store <16 x float> %969, ptr %962, align 4, !tbaa !8
+  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
+  %970 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
+  %971 = load float, ptr %970, align 4, !tbaa !22
+  %972 = insertelement <16 x float> poison, float %971, i64 0
+  %973 = shufflevector <16 x float> %972, <16 x float> poison, <16 x i32> zeroinitializer
+  %974 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
+  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %974
+  %975 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
+  %976 = getelementptr inbounds nuw float, ptr %acc.i, i64 %974
+  %977 = getelementptr inbounds nuw i8, ptr %976, i64 448
+  %978 = load <16 x float>, ptr %977, align 4, !tbaa !8
+  %979 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
+  %980 = load float, ptr %979, align 4, !tbaa !23
+  %981 = insertelement <16 x float> poison, float %980, i64 0
+  %982 = shufflevector <16 x float> %981, <16 x float> poison, <16 x i32> zeroinitializer
+  %983 = fmul <16 x float> %978, %982
+  %984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %973, <16 x float> %975, <16 x float> %983)
+  store <16 x float> %984, ptr %977, align 4, !tbaa !8
+  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
+  %985 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
+  %986 = load float, ptr %985, align 8, !tbaa !22
+  %987 = insertelement <16 x float> poison, float %986, i64 0
+  %988 = shufflevector <16 x float> %987, <16 x float> poison, <16 x i32> zeroinitializer
+  %989 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
+  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %989
+  %990 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
+  %991 = getelementptr inbounds nuw float, ptr %acc.i, i64 %989
+  %992 = getelementptr inbounds nuw i8, ptr %991, i64 448
+  %993 = load <16 x float>, ptr %992, align 4, !tbaa !8
+  %994 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
+  %995 = load float, ptr %994, align 8, !tbaa !23
+  %996 = insertelement <16 x float> poison, float %995, i64 0
+  %997 = shufflevector <16 x float> %996, <16 x float> poison, <16 x i32> zeroinitializer
+  %998 = fmul <16 x float> %993, %997
+  %999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %988, <16 x float> %990, <16 x float> %998)
+  store <16 x float> %999, ptr %992, align 4, !tbaa !8
+  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
+  %1000 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
+  %1001 = load float, ptr %1000, align 4, !tbaa !22
+  %1002 = insertelement <16 x float> poison, float %1001, i64 0
+  %1003 = shufflevector <16 x float> %1002, <16 x float> poison, <16 x i32> zeroinitializer
+  %1004 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
+  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %1004
+  %1005 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
+  %1006 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1004
+  %1007 = getelementptr inbounds nuw i8, ptr %1006, i64 448
+  %1008 = load <16 x float>, ptr %1007, align 4, !tbaa !8
+  %1009 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
+  %1010 = load float, ptr %1009, align 4, !tbaa !23
+  %1011 = insertelement <16 x float> poison, float %1010, i64 0
+  %1012 = shufflevector <16 x float> %1011, <16 x float> poison, <16 x i32> zeroinitializer
+  %1013 = fmul <16 x float> %1008, %1012
+  %1014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1003, <16 x float> %1005, <16 x float> %1013)
+  store <16 x float> %1014, ptr %1007, align 4, !tbaa !8
+  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
+  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
+  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !48
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv69.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next70.i, %for_begin_d_019.preheader.i ]
-  %225 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv69.i
-  %226 = load float, ptr %225, align 4, !tbaa !32
-  %227 = insertelement <16 x float> poison, float %226, i64 0
-  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %229 = mul nsw i64 %indvars.iv69.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %166, i64 %229
-  %.idx = shl nuw nsw i64 %indvars.iv69.i, 9
-  %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
-  %232 = fmul <16 x float> %231, %228
-  %233 = bitcast <16 x float> %232 to <16 x i32>
-  %234 = lshr <16 x i32> %233, splat (i32 16)
-  %235 = and <16 x i32> %234, splat (i32 1)
-  %236 = add nuw <16 x i32> %233, splat (i32 32767)
-  %237 = add nuw <16 x i32> %236, %235
-  %238 = lshr <16 x i32> %237, splat (i32 16)
-  %239 = trunc nuw <16 x i32> %238 to <16 x i16>
-  store <16 x i16> %239, ptr %invariant.gep.i, align 2, !tbaa !8
-  %240 = getelementptr inbounds nuw i8, ptr %230, i64 64
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
-  %242 = fmul <16 x float> %228, %241
-  %243 = bitcast <16 x float> %242 to <16 x i32>
-  %244 = lshr <16 x i32> %243, splat (i32 16)
-  %245 = and <16 x i32> %244, splat (i32 1)
-  %246 = add nuw <16 x i32> %243, splat (i32 32767)
-  %247 = add nuw <16 x i32> %246, %245
-  %248 = lshr <16 x i32> %247, splat (i32 16)
-  %249 = trunc nuw <16 x i32> %248 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %249, ptr %gep.1.i, align 2, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %230, i64 128
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <16 x float> %228, %251
-  %253 = bitcast <16 x float> %252 to <16 x i32>
-  %254 = lshr <16 x i32> %253, splat (i32 16)
-  %255 = and <16 x i32> %254, splat (i32 1)
-  %256 = add nuw <16 x i32> %253, splat (i32 32767)
-  %257 = add nuw <16 x i32> %256, %255
-  %258 = lshr <16 x i32> %257, splat (i32 16)
-  %259 = trunc nuw <16 x i32> %258 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %259, ptr %gep.2.i, align 2, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %230, i64 192
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %228, %261
-  %263 = bitcast <16 x float> %262 to <16 x i32>
-  %264 = lshr <16 x i32> %263, splat (i32 16)
-  %265 = and <16 x i32> %264, splat (i32 1)
-  %266 = add nuw <16 x i32> %263, splat (i32 32767)
-  %267 = add nuw <16 x i32> %266, %265
-  %268 = lshr <16 x i32> %267, splat (i32 16)
-  %269 = trunc nuw <16 x i32> %268 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %269, ptr %gep.3.i, align 2, !tbaa !8
-  %270 = getelementptr inbounds nuw i8, ptr %230, i64 256
-  %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = fmul <16 x float> %228, %271
-  %273 = bitcast <16 x float> %272 to <16 x i32>
-  %274 = lshr <16 x i32> %273, splat (i32 16)
-  %275 = and <16 x i32> %274, splat (i32 1)
-  %276 = add nuw <16 x i32> %273, splat (i32 32767)
-  %277 = add nuw <16 x i32> %276, %275
-  %278 = lshr <16 x i32> %277, splat (i32 16)
-  %279 = trunc nuw <16 x i32> %278 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %279, ptr %gep.4.i, align 2, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %230, i64 320
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %228, %281
-  %283 = bitcast <16 x float> %282 to <16 x i32>
-  %284 = lshr <16 x i32> %283, splat (i32 16)
-  %285 = and <16 x i32> %284, splat (i32 1)
-  %286 = add nuw <16 x i32> %283, splat (i32 32767)
-  %287 = add nuw <16 x i32> %286, %285
-  %288 = lshr <16 x i32> %287, splat (i32 16)
-  %289 = trunc nuw <16 x i32> %288 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %289, ptr %gep.5.i, align 2, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %230, i64 384
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %228, %291
-  %293 = bitcast <16 x float> %292 to <16 x i32>
-  %294 = lshr <16 x i32> %293, splat (i32 16)
-  %295 = and <16 x i32> %294, splat (i32 1)
-  %296 = add nuw <16 x i32> %293, splat (i32 32767)
-  %297 = add nuw <16 x i32> %296, %295
-  %298 = lshr <16 x i32> %297, splat (i32 16)
-  %299 = trunc nuw <16 x i32> %298 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %299, ptr %gep.6.i, align 2, !tbaa !8
-  %300 = getelementptr inbounds nuw i8, ptr %230, i64 448
-  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
-  %302 = fmul <16 x float> %228, %301
-  %303 = bitcast <16 x float> %302 to <16 x i32>
-  %304 = lshr <16 x i32> %303, splat (i32 16)
-  %305 = and <16 x i32> %304, splat (i32 1)
-  %306 = add nuw <16 x i32> %303, splat (i32 32767)
-  %307 = add nuw <16 x i32> %306, %305
-  %308 = lshr <16 x i32> %307, splat (i32 16)
-  %309 = trunc nuw <16 x i32> %308 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %309, ptr %gep.7.i, align 2, !tbaa !8
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, 32
-  br i1 %exitcond72.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
+  %1015 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %1016 = load float, ptr %1015, align 4, !tbaa !49
+  %1017 = insertelement <16 x float> poison, float %1016, i64 0
+  %1018 = shufflevector <16 x float> %1017, <16 x float> poison, <16 x i32> zeroinitializer
+  %1019 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %537, i64 %1019
+  %.idx = shl nuw nsw i64 %indvars.iv74.i, 9
+  %1020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %1021 = load <16 x float>, ptr %1020, align 4, !tbaa !8
+  %1022 = fmul <16 x float> %1021, %1018
+  %1023 = bitcast <16 x float> %1022 to <16 x i32>
+  %1024 = lshr <16 x i32> %1023, splat (i32 16)
+  %1025 = and <16 x i32> %1024, splat (i32 1)
+  %1026 = add nuw <16 x i32> %1023, splat (i32 32767)
+  %1027 = add nuw <16 x i32> %1026, %1025
+  %1028 = lshr <16 x i32> %1027, splat (i32 16)
+  %1029 = trunc nuw <16 x i32> %1028 to <16 x i16>
+  store <16 x i16> %1029, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %1030 = getelementptr inbounds nuw i8, ptr %1020, i64 64
+  %1031 = load <16 x float>, ptr %1030, align 4, !tbaa !8
+  %1032 = fmul <16 x float> %1018, %1031
+  %1033 = bitcast <16 x float> %1032 to <16 x i32>
+  %1034 = lshr <16 x i32> %1033, splat (i32 16)
+  %1035 = and <16 x i32> %1034, splat (i32 1)
+  %1036 = add nuw <16 x i32> %1033, splat (i32 32767)
+  %1037 = add nuw <16 x i32> %1036, %1035
+  %1038 = lshr <16 x i32> %1037, splat (i32 16)
+  %1039 = trunc nuw <16 x i32> %1038 to <16 x i16>
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <16 x i16> %1039, ptr %gep50.1.i, align 2, !tbaa !8
+  %1040 = getelementptr inbounds nuw i8, ptr %1020, i64 128
+  %1041 = load <16 x float>, ptr %1040, align 4, !tbaa !8
+  %1042 = fmul <16 x float> %1018, %1041
+  %1043 = bitcast <16 x float> %1042 to <16 x i32>
+  %1044 = lshr <16 x i32> %1043, splat (i32 16)
+  %1045 = and <16 x i32> %1044, splat (i32 1)
+  %1046 = add nuw <16 x i32> %1043, splat (i32 32767)
+  %1047 = add nuw <16 x i32> %1046, %1045
+  %1048 = lshr <16 x i32> %1047, splat (i32 16)
+  %1049 = trunc nuw <16 x i32> %1048 to <16 x i16>
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x i16> %1049, ptr %gep50.2.i, align 2, !tbaa !8
+  %1050 = getelementptr inbounds nuw i8, ptr %1020, i64 192
+  %1051 = load <16 x float>, ptr %1050, align 4, !tbaa !8
+  %1052 = fmul <16 x float> %1018, %1051
+  %1053 = bitcast <16 x float> %1052 to <16 x i32>
+  %1054 = lshr <16 x i32> %1053, splat (i32 16)
+  %1055 = and <16 x i32> %1054, splat (i32 1)
+  %1056 = add nuw <16 x i32> %1053, splat (i32 32767)
+  %1057 = add nuw <16 x i32> %1056, %1055
+  %1058 = lshr <16 x i32> %1057, splat (i32 16)
+  %1059 = trunc nuw <16 x i32> %1058 to <16 x i16>
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <16 x i16> %1059, ptr %gep50.3.i, align 2, !tbaa !8
+  %1060 = getelementptr inbounds nuw i8, ptr %1020, i64 256
+  %1061 = load <16 x float>, ptr %1060, align 4, !tbaa !8
+  %1062 = fmul <16 x float> %1018, %1061
+  %1063 = bitcast <16 x float> %1062 to <16 x i32>
+  %1064 = lshr <16 x i32> %1063, splat (i32 16)
+  %1065 = and <16 x i32> %1064, splat (i32 1)
+  %1066 = add nuw <16 x i32> %1063, splat (i32 32767)
+  %1067 = add nuw <16 x i32> %1066, %1065
+  %1068 = lshr <16 x i32> %1067, splat (i32 16)
+  %1069 = trunc nuw <16 x i32> %1068 to <16 x i16>
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x i16> %1069, ptr %gep50.4.i, align 2, !tbaa !8
+  %1070 = getelementptr inbounds nuw i8, ptr %1020, i64 320
+  %1071 = load <16 x float>, ptr %1070, align 4, !tbaa !8
+  %1072 = fmul <16 x float> %1018, %1071
+  %1073 = bitcast <16 x float> %1072 to <16 x i32>
+  %1074 = lshr <16 x i32> %1073, splat (i32 16)
+  %1075 = and <16 x i32> %1074, splat (i32 1)
+  %1076 = add nuw <16 x i32> %1073, splat (i32 32767)
+  %1077 = add nuw <16 x i32> %1076, %1075
+  %1078 = lshr <16 x i32> %1077, splat (i32 16)
+  %1079 = trunc nuw <16 x i32> %1078 to <16 x i16>
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <16 x i16> %1079, ptr %gep50.5.i, align 2, !tbaa !8
+  %1080 = getelementptr inbounds nuw i8, ptr %1020, i64 384
+  %1081 = load <16 x float>, ptr %1080, align 4, !tbaa !8
+  %1082 = fmul <16 x float> %1018, %1081
+  %1083 = bitcast <16 x float> %1082 to <16 x i32>
+  %1084 = lshr <16 x i32> %1083, splat (i32 16)
+  %1085 = and <16 x i32> %1084, splat (i32 1)
+  %1086 = add nuw <16 x i32> %1083, splat (i32 32767)
+  %1087 = add nuw <16 x i32> %1086, %1085
+  %1088 = lshr <16 x i32> %1087, splat (i32 16)
+  %1089 = trunc nuw <16 x i32> %1088 to <16 x i16>
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x i16> %1089, ptr %gep50.6.i, align 2, !tbaa !8
+  %1090 = getelementptr inbounds nuw i8, ptr %1020, i64 448
+  %1091 = load <16 x float>, ptr %1090, align 4, !tbaa !8
+  %1092 = fmul <16 x float> %1018, %1091
+  %1093 = bitcast <16 x float> %1092 to <16 x i32>
+  %1094 = lshr <16 x i32> %1093, splat (i32 16)
+  %1095 = and <16 x i32> %1094, splat (i32 1)
+  %1096 = add nuw <16 x i32> %1093, splat (i32 32767)
+  %1097 = add nuw <16 x i32> %1096, %1095
+  %1098 = lshr <16 x i32> %1097, splat (i32 16)
+  %1099 = trunc nuw <16 x i32> %1098 to <16 x i16>
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <16 x i16> %1099, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 32
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %310 = add nsw i32 %num_keys, -1
-  %311 = sitofp i32 %310 to float
-  %312 = bitcast float %311 to i32
-  %313 = ashr i32 %312, 23
-  %314 = mul nsw i64 %lse_batch, %164
-  %315 = getelementptr float, ptr %lse, i64 %314
-  %316 = tail call i32 @llvm.smax.i32(i32 %313, i32 125)
-  %317 = shl nuw nsw i32 %316, 23
-  %318 = add nuw i32 %317, 16777216
-  %319 = bitcast i32 %318 to float
+  %1100 = add nsw i32 %num_keys, -1
+  %1101 = sitofp i32 %1100 to float
+  %1102 = bitcast float %1101 to i32
+  %1103 = ashr i32 %1102, 23
+  %1104 = mul nsw i64 %lse_batch, %535
+  %1105 = getelementptr float, ptr %lse, i64 %1104
+  %1106 = tail call i32 @llvm.smax.i32(i32 %1103, i32 125)
+  %1107 = shl nuw nsw i32 %1106, 23
+  %1108 = add nuw i32 %1107, 16777216
+  %1109 = bitcast i32 %1108 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv73.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next74.i.3, %if_end30.i.3 ]
-  %320 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv73.i
-  %321 = load float, ptr %320, align 16, !tbaa !33
-  %322 = fcmp oeq float %321, 0.000000e+00
-  br i1 %322, label %if_end30.i, label %if_else.i
+  %indvars.iv78.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next79.i.3, %if_end30.i.3 ]
+  %1110 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv78.i
+  %1111 = load float, ptr %1110, align 16, !tbaa !50
+  %1112 = fcmp oeq float %1111, 0.000000e+00
+  br i1 %1112, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %323 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %324 = tail call i32 %323(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %324, 0
+  %1113 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1114 = tail call i32 %1113(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %1114, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_attend_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %325 = fmul float %321, %319
-  %326 = tail call float @llvm.log.f32(float %325)
-  %327 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv73.i
-  %328 = load float, ptr %327, align 16, !tbaa !35
-  %329 = fadd float %326, %328
+  %1115 = fmul float %1111, %1109
+  %1116 = tail call float @llvm.log.f32(float %1115)
+  %1117 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv78.i
+  %1118 = load float, ptr %1117, align 16, !tbaa !52
+  %1119 = fadd float %1116, %1118
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %330 = phi float [ %329, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %331 = getelementptr float, ptr %315, i64 %indvars.iv73.i
-  store float %330, ptr %331, align 4, !tbaa !8
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1
-  %332 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i
-  %333 = load float, ptr %332, align 4, !tbaa !33
-  %334 = fcmp oeq float %333, 0.000000e+00
-  br i1 %334, label %if_end30.i.1, label %if_else.i.1
+  %1120 = phi float [ %1119, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %1121 = getelementptr float, ptr %1105, i64 %indvars.iv78.i
+  store float %1120, ptr %1121, align 4, !tbaa !8
+  %indvars.iv.next79.i = or disjoint i64 %indvars.iv78.i, 1
+  %1122 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i
+  %1123 = load float, ptr %1122, align 4, !tbaa !50
+  %1124 = fcmp oeq float %1123, 0.000000e+00
+  br i1 %1124, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %335 = fmul float %333, %319
-  %336 = tail call float @llvm.log.f32(float %335)
-  %337 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i
-  %338 = load float, ptr %337, align 4, !tbaa !35
-  %339 = fadd float %336, %338
+  %1125 = fmul float %1123, %1109
+  %1126 = tail call float @llvm.log.f32(float %1125)
+  %1127 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i
+  %1128 = load float, ptr %1127, align 4, !tbaa !52
+  %1129 = fadd float %1126, %1128
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %340 = phi float [ %339, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %341 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i
-  store float %340, ptr %341, align 4, !tbaa !8
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2
-  %342 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.1
-  %343 = load float, ptr %342, align 8, !tbaa !33
-  %344 = fcmp oeq float %343, 0.000000e+00
-  br i1 %344, label %if_end30.i.2, label %if_else.i.2
+  %1130 = phi float [ %1129, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %1131 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i
+  store float %1130, ptr %1131, align 4, !tbaa !8
+  %indvars.iv.next79.i.1 = or disjoint i64 %indvars.iv78.i, 2
+  %1132 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.1
+  %1133 = load float, ptr %1132, align 8, !tbaa !50
+  %1134 = fcmp oeq float %1133, 0.000000e+00
+  br i1 %1134, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %345 = fmul float %343, %319
-  %346 = tail call float @llvm.log.f32(float %345)
-  %347 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.1
-  %348 = load float, ptr %347, align 8, !tbaa !35
-  %349 = fadd float %346, %348
+  %1135 = fmul float %1133, %1109
+  %1136 = tail call float @llvm.log.f32(float %1135)
+  %1137 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.1
+  %1138 = load float, ptr %1137, align 8, !tbaa !52
+  %1139 = fadd float %1136, %1138
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %350 = phi float [ %349, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %351 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.1
-  store float %350, ptr %351, align 4, !tbaa !8
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3
-  %352 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next74.i.2
-  %353 = load float, ptr %352, align 4, !tbaa !33
-  %354 = fcmp oeq float %353, 0.000000e+00
-  br i1 %354, label %if_end30.i.3, label %if_else.i.3
+  %1140 = phi float [ %1139, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %1141 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i.1
+  store float %1140, ptr %1141, align 4, !tbaa !8
+  %indvars.iv.next79.i.2 = or disjoint i64 %indvars.iv78.i, 3
+  %1142 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next79.i.2
+  %1143 = load float, ptr %1142, align 4, !tbaa !50
+  %1144 = fcmp oeq float %1143, 0.000000e+00
+  br i1 %1144, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %355 = fmul float %353, %319
-  %356 = tail call float @llvm.log.f32(float %355)
-  %357 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next74.i.2
-  %358 = load float, ptr %357, align 4, !tbaa !35
-  %359 = fadd float %356, %358
+  %1145 = fmul float %1143, %1109
+  %1146 = tail call float @llvm.log.f32(float %1145)
+  %1147 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next79.i.2
+  %1148 = load float, ptr %1147, align 4, !tbaa !52
+  %1149 = fadd float %1146, %1148
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %360 = phi float [ %359, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %361 = getelementptr float, ptr %315, i64 %indvars.iv.next74.i.2
-  store float %360, ptr %361, align 4, !tbaa !8
-  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
-  %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
-  br i1 %exitcond76.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
+  %1150 = phi float [ %1149, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %1151 = getelementptr float, ptr %1105, i64 %indvars.iv.next79.i.2
+  store float %1150, ptr %1151, align 4, !tbaa !8
+  %indvars.iv.next79.i.3 = add nuw nsw i64 %indvars.iv78.i, 4
+  %exitcond81.not.i.3 = icmp eq i64 %indvars.iv.next79.i.3, 32
+  br i1 %exitcond81.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !54
 
 merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
@@ -15583,20 +16728,36 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = !{!26, !26, i64 0}
-!26 = !{!"buffer19.w128.b0", !27, i64 0}
-!27 = !{!"buffer19.w256.b0", !28, i64 0}
-!28 = !{!"buffer19.w512.b0", !29, i64 0}
-!29 = !{!"buffer19.w1024.b0", !30, i64 0}
-!30 = !{!"buffer19", !5, i64 0}
-!31 = !{!"branch_weights", i32 127, i32 134217601}
-!32 = !{!30, !30, i64 0}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer20", !5, i64 0}
-!35 = !{!36, !36, i64 0}
-!36 = !{!"buffer21", !5, i64 0}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!25 = distinct !{!25, !26}
+!26 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!27 = distinct !{!27, !26}
+!28 = distinct !{!28, !26}
+!29 = distinct !{!29, !26}
+!30 = distinct !{!30, !26}
+!31 = distinct !{!31, !26}
+!32 = distinct !{!32, !26}
+!33 = distinct !{!33, !26}
+!34 = !{!35, !35, i64 0}
+!35 = !{!"buffer19.w128.b0", !36, i64 0}
+!36 = !{!"buffer19.w256.b0", !37, i64 0}
+!37 = !{!"buffer19.w512.b0", !38, i64 0}
+!38 = !{!"buffer19.w1024.b0", !39, i64 0}
+!39 = !{!"buffer19", !5, i64 0}
+!40 = !{!"branch_weights", i32 127, i32 134217601}
+!41 = distinct !{!41, !26}
+!42 = distinct !{!42, !26}
+!43 = distinct !{!43, !26}
+!44 = distinct !{!44, !26}
+!45 = distinct !{!45, !26}
+!46 = distinct !{!46, !26}
+!47 = distinct !{!47, !26}
+!48 = distinct !{!48, !26}
+!49 = !{!39, !39, i64 0}
+!50 = !{!51, !51, i64 0}
+!51 = !{!"buffer20", !5, i64 0}
+!52 = !{!53, !53, i64 0}
+!53 = !{!"buffer21", !5, i64 0}
+!54 = distinct !{!54, !26}
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
@@ -15738,16 +16899,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_d_0.i ]
+  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv69.i, 0
   %50 = insertelement <32 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <32 x i1> %50, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %51, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %48
   %old_sum.i = select <32 x i1> %51, <32 x float> zeroinitializer, <32 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv69.i, %47
   %53 = shl nsw i64 %52, 5
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <32 x float>, ptr %54, align 4, !tbaa !8
@@ -15809,369 +16970,1514 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  br i1 %49, label %for_body_r_0.us.us.i, label %for_body_r_0.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !22
-  %110 = insertelement <16 x float> poison, float %109, i64 0
-  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !23
-  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
-  %.scalar = fmul float %115, 0.000000e+00
-  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !8
-  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
+for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_body_step.i
+  %indvars.iv61.i = phi i64 [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv61.i, 7
+  %109 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  store <16 x float> zeroinitializer, ptr %109, align 4, !tbaa !8
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %111 = load float, ptr %110, align 16, !tbaa !22
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %107, i64 %108
+  %114 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %116 = load float, ptr %115, align 16, !tbaa !23
+  %.scalar = fmul float %116, 0.000000e+00
+  %117 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %114, <16 x float> %118)
+  store <16 x float> %119, ptr %109, align 4, !tbaa !8
+  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
+  %120 = shl nuw nsw i64 %indvars.iv.next62.i, 7
+  %121 = getelementptr inbounds nuw float, ptr %acc.i, i64 %120
   store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !8
-  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !8
-  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
-  %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
+  %122 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %123 = load float, ptr %122, align 4, !tbaa !22
+  %124 = insertelement <16 x float> poison, float %123, i64 0
+  %125 = shufflevector <16 x float> %124, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %107, i64 %120
+  %126 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %127 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %128 = load float, ptr %127, align 4, !tbaa !23
+  %.scalar.1 = fmul float %128, 0.000000e+00
+  %129 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> %126, <16 x float> %130)
+  store <16 x float> %131, ptr %121, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
+  %132 = shl nuw nsw i64 %indvars.iv.next62.i.1, 7
+  %133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %132
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
+  %134 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
+  %135 = load float, ptr %134, align 8, !tbaa !22
+  %136 = insertelement <16 x float> poison, float %135, i64 0
+  %137 = shufflevector <16 x float> %136, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.2 = getelementptr float, ptr %107, i64 %132
+  %138 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
+  %139 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
+  %140 = load float, ptr %139, align 8, !tbaa !23
+  %.scalar.2 = fmul float %140, 0.000000e+00
+  %141 = insertelement <16 x float> poison, float %.scalar.2, i64 0
+  %142 = shufflevector <16 x float> %141, <16 x float> poison, <16 x i32> zeroinitializer
+  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %137, <16 x float> %138, <16 x float> %142)
+  store <16 x float> %143, ptr %133, align 4, !tbaa !8
+  %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
+  %144 = shl nuw nsw i64 %indvars.iv.next62.i.2, 7
+  %145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %144
   store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !24
+  %146 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
+  %147 = load float, ptr %146, align 4, !tbaa !22
+  %148 = insertelement <16 x float> poison, float %147, i64 0
+  %149 = shufflevector <16 x float> %148, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.3 = getelementptr float, ptr %107, i64 %144
+  %150 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
+  %151 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
+  %152 = load float, ptr %151, align 4, !tbaa !23
+  %.scalar.3 = fmul float %152, 0.000000e+00
+  %153 = insertelement <16 x float> poison, float %.scalar.3, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %150, <16 x float> %154)
+  store <16 x float> %155, ptr %145, align 4, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 32
+  br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !24, !llvm.loop !25
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
+  %invariant.gep.us.1.i = getelementptr i8, ptr %107, i64 64
+  br label %for_body_r_0.us.us.1.i
+
+for_body_r_0.us.us.1.i:                           ; preds = %for_body_r_0.us.us.1.i, %for_end_r_0.split.us.us.i
+  %indvars.iv61.1.i = phi i64 [ 0, %for_end_r_0.split.us.us.i ], [ %indvars.iv.next62.1.i.3, %for_body_r_0.us.us.1.i ]
+  %156 = shl nuw nsw i64 %indvars.iv61.1.i, 7
+  %157 = getelementptr inbounds nuw float, ptr %acc.i, i64 %156
+  %158 = getelementptr inbounds nuw i8, ptr %157, i64 64
+  store <16 x float> zeroinitializer, ptr %158, align 4, !tbaa !8
+  %159 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.1.i
+  %160 = load float, ptr %159, align 16, !tbaa !22
+  %161 = insertelement <16 x float> poison, float %160, i64 0
+  %162 = shufflevector <16 x float> %161, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i = getelementptr float, ptr %invariant.gep.us.1.i, i64 %156
+  %163 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %164 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.1.i
+  %165 = load float, ptr %164, align 16, !tbaa !23
+  %.scalar36 = fmul float %165, 0.000000e+00
+  %166 = insertelement <16 x float> poison, float %.scalar36, i64 0
+  %167 = shufflevector <16 x float> %166, <16 x float> poison, <16 x i32> zeroinitializer
+  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %162, <16 x float> %163, <16 x float> %167)
+  store <16 x float> %168, ptr %158, align 4, !tbaa !8
+  %indvars.iv.next62.1.i = or disjoint i64 %indvars.iv61.1.i, 1
+  %169 = shl nuw nsw i64 %indvars.iv.next62.1.i, 7
+  %170 = getelementptr inbounds nuw float, ptr %acc.i, i64 %169
+  %171 = getelementptr inbounds nuw i8, ptr %170, i64 64
+  store <16 x float> zeroinitializer, ptr %171, align 4, !tbaa !8
+  %172 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i
+  %173 = load float, ptr %172, align 4, !tbaa !22
+  %174 = insertelement <16 x float> poison, float %173, i64 0
+  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.1 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %169
+  %176 = load <16 x float>, ptr %gep.us.us.1.i.1, align 4, !tbaa !8
+  %177 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i
+  %178 = load float, ptr %177, align 4, !tbaa !23
+  %.scalar36.1 = fmul float %178, 0.000000e+00
+  %179 = insertelement <16 x float> poison, float %.scalar36.1, i64 0
+  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
+  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %176, <16 x float> %180)
+  store <16 x float> %181, ptr %171, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.1 = or disjoint i64 %indvars.iv61.1.i, 2
+  %182 = shl nuw nsw i64 %indvars.iv.next62.1.i.1, 7
+  %183 = getelementptr inbounds nuw float, ptr %acc.i, i64 %182
+  %184 = getelementptr inbounds nuw i8, ptr %183, i64 64
+  store <16 x float> zeroinitializer, ptr %184, align 4, !tbaa !8
+  %185 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.1
+  %186 = load float, ptr %185, align 8, !tbaa !22
+  %187 = insertelement <16 x float> poison, float %186, i64 0
+  %188 = shufflevector <16 x float> %187, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.2 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %182
+  %189 = load <16 x float>, ptr %gep.us.us.1.i.2, align 4, !tbaa !8
+  %190 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.1
+  %191 = load float, ptr %190, align 8, !tbaa !23
+  %.scalar36.2 = fmul float %191, 0.000000e+00
+  %192 = insertelement <16 x float> poison, float %.scalar36.2, i64 0
+  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %188, <16 x float> %189, <16 x float> %193)
+  store <16 x float> %194, ptr %184, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.2 = or disjoint i64 %indvars.iv61.1.i, 3
+  %195 = shl nuw nsw i64 %indvars.iv.next62.1.i.2, 7
+  %196 = getelementptr inbounds nuw float, ptr %acc.i, i64 %195
+  %197 = getelementptr inbounds nuw i8, ptr %196, i64 64
+  store <16 x float> zeroinitializer, ptr %197, align 4, !tbaa !8
+  %198 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.1.i.2
+  %199 = load float, ptr %198, align 4, !tbaa !22
+  %200 = insertelement <16 x float> poison, float %199, i64 0
+  %201 = shufflevector <16 x float> %200, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.1.i.3 = getelementptr float, ptr %invariant.gep.us.1.i, i64 %195
+  %202 = load <16 x float>, ptr %gep.us.us.1.i.3, align 4, !tbaa !8
+  %203 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.1.i.2
+  %204 = load float, ptr %203, align 4, !tbaa !23
+  %.scalar36.3 = fmul float %204, 0.000000e+00
+  %205 = insertelement <16 x float> poison, float %.scalar36.3, i64 0
+  %206 = shufflevector <16 x float> %205, <16 x float> poison, <16 x i32> zeroinitializer
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %201, <16 x float> %202, <16 x float> %206)
+  store <16 x float> %207, ptr %197, align 4, !tbaa !8
+  %indvars.iv.next62.1.i.3 = add nuw nsw i64 %indvars.iv61.1.i, 4
+  %exitcond64.1.not.i.3 = icmp eq i64 %indvars.iv.next62.1.i.3, 32
+  br i1 %exitcond64.1.not.i.3, label %for_end_r_0.split.us.us.1.i, label %for_body_r_0.us.us.1.i, !prof !24, !llvm.loop !27
+
+for_end_r_0.split.us.us.1.i:                      ; preds = %for_body_r_0.us.us.1.i
+  %invariant.gep.us.2.i = getelementptr i8, ptr %107, i64 128
+  br label %for_body_r_0.us.us.2.i
+
+for_body_r_0.us.us.2.i:                           ; preds = %for_body_r_0.us.us.2.i, %for_end_r_0.split.us.us.1.i
+  %indvars.iv61.2.i = phi i64 [ 0, %for_end_r_0.split.us.us.1.i ], [ %indvars.iv.next62.2.i.3, %for_body_r_0.us.us.2.i ]
+  %208 = shl nuw nsw i64 %indvars.iv61.2.i, 7
+  %209 = getelementptr inbounds nuw float, ptr %acc.i, i64 %208
+  %210 = getelementptr inbounds nuw i8, ptr %209, i64 128
+  store <16 x float> zeroinitializer, ptr %210, align 4, !tbaa !8
+  %211 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.2.i
+  %212 = load float, ptr %211, align 16, !tbaa !22
+  %213 = insertelement <16 x float> poison, float %212, i64 0
+  %214 = shufflevector <16 x float> %213, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i = getelementptr float, ptr %invariant.gep.us.2.i, i64 %208
+  %215 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %216 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.2.i
+  %217 = load float, ptr %216, align 16, !tbaa !23
+  %.scalar37 = fmul float %217, 0.000000e+00
+  %218 = insertelement <16 x float> poison, float %.scalar37, i64 0
+  %219 = shufflevector <16 x float> %218, <16 x float> poison, <16 x i32> zeroinitializer
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %215, <16 x float> %219)
+  store <16 x float> %220, ptr %210, align 4, !tbaa !8
+  %indvars.iv.next62.2.i = or disjoint i64 %indvars.iv61.2.i, 1
+  %221 = shl nuw nsw i64 %indvars.iv.next62.2.i, 7
+  %222 = getelementptr inbounds nuw float, ptr %acc.i, i64 %221
+  %223 = getelementptr inbounds nuw i8, ptr %222, i64 128
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
+  %224 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i
+  %225 = load float, ptr %224, align 4, !tbaa !22
+  %226 = insertelement <16 x float> poison, float %225, i64 0
+  %227 = shufflevector <16 x float> %226, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.1 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %221
+  %228 = load <16 x float>, ptr %gep.us.us.2.i.1, align 4, !tbaa !8
+  %229 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i
+  %230 = load float, ptr %229, align 4, !tbaa !23
+  %.scalar37.1 = fmul float %230, 0.000000e+00
+  %231 = insertelement <16 x float> poison, float %.scalar37.1, i64 0
+  %232 = shufflevector <16 x float> %231, <16 x float> poison, <16 x i32> zeroinitializer
+  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %228, <16 x float> %232)
+  store <16 x float> %233, ptr %223, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.1 = or disjoint i64 %indvars.iv61.2.i, 2
+  %234 = shl nuw nsw i64 %indvars.iv.next62.2.i.1, 7
+  %235 = getelementptr inbounds nuw float, ptr %acc.i, i64 %234
+  %236 = getelementptr inbounds nuw i8, ptr %235, i64 128
+  store <16 x float> zeroinitializer, ptr %236, align 4, !tbaa !8
+  %237 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.1
+  %238 = load float, ptr %237, align 8, !tbaa !22
+  %239 = insertelement <16 x float> poison, float %238, i64 0
+  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.2 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %234
+  %241 = load <16 x float>, ptr %gep.us.us.2.i.2, align 4, !tbaa !8
+  %242 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.1
+  %243 = load float, ptr %242, align 8, !tbaa !23
+  %.scalar37.2 = fmul float %243, 0.000000e+00
+  %244 = insertelement <16 x float> poison, float %.scalar37.2, i64 0
+  %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %241, <16 x float> %245)
+  store <16 x float> %246, ptr %236, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.2 = or disjoint i64 %indvars.iv61.2.i, 3
+  %247 = shl nuw nsw i64 %indvars.iv.next62.2.i.2, 7
+  %248 = getelementptr inbounds nuw float, ptr %acc.i, i64 %247
+  %249 = getelementptr inbounds nuw i8, ptr %248, i64 128
+  store <16 x float> zeroinitializer, ptr %249, align 4, !tbaa !8
+  %250 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.2.i.2
+  %251 = load float, ptr %250, align 4, !tbaa !22
+  %252 = insertelement <16 x float> poison, float %251, i64 0
+  %253 = shufflevector <16 x float> %252, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.2.i.3 = getelementptr float, ptr %invariant.gep.us.2.i, i64 %247
+  %254 = load <16 x float>, ptr %gep.us.us.2.i.3, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.2.i.2
+  %256 = load float, ptr %255, align 4, !tbaa !23
+  %.scalar37.3 = fmul float %256, 0.000000e+00
+  %257 = insertelement <16 x float> poison, float %.scalar37.3, i64 0
+  %258 = shufflevector <16 x float> %257, <16 x float> poison, <16 x i32> zeroinitializer
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %254, <16 x float> %258)
+  store <16 x float> %259, ptr %249, align 4, !tbaa !8
+  %indvars.iv.next62.2.i.3 = add nuw nsw i64 %indvars.iv61.2.i, 4
+  %exitcond64.2.not.i.3 = icmp eq i64 %indvars.iv.next62.2.i.3, 32
+  br i1 %exitcond64.2.not.i.3, label %for_end_r_0.split.us.us.2.i, label %for_body_r_0.us.us.2.i, !prof !24, !llvm.loop !28
+
+for_end_r_0.split.us.us.2.i:                      ; preds = %for_body_r_0.us.us.2.i
+  %invariant.gep.us.3.i = getelementptr i8, ptr %107, i64 192
+  br label %for_body_r_0.us.us.3.i
+
+for_body_r_0.us.us.3.i:                           ; preds = %for_body_r_0.us.us.3.i, %for_end_r_0.split.us.us.2.i
+  %indvars.iv61.3.i = phi i64 [ 0, %for_end_r_0.split.us.us.2.i ], [ %indvars.iv.next62.3.i.3, %for_body_r_0.us.us.3.i ]
+  %260 = shl nuw nsw i64 %indvars.iv61.3.i, 7
+  %261 = getelementptr inbounds nuw float, ptr %acc.i, i64 %260
+  %262 = getelementptr inbounds nuw i8, ptr %261, i64 192
+  store <16 x float> zeroinitializer, ptr %262, align 4, !tbaa !8
+  %263 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.3.i
+  %264 = load float, ptr %263, align 16, !tbaa !22
+  %265 = insertelement <16 x float> poison, float %264, i64 0
+  %266 = shufflevector <16 x float> %265, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i = getelementptr float, ptr %invariant.gep.us.3.i, i64 %260
+  %267 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %268 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.3.i
+  %269 = load float, ptr %268, align 16, !tbaa !23
+  %.scalar38 = fmul float %269, 0.000000e+00
+  %270 = insertelement <16 x float> poison, float %.scalar38, i64 0
+  %271 = shufflevector <16 x float> %270, <16 x float> poison, <16 x i32> zeroinitializer
+  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %266, <16 x float> %267, <16 x float> %271)
+  store <16 x float> %272, ptr %262, align 4, !tbaa !8
+  %indvars.iv.next62.3.i = or disjoint i64 %indvars.iv61.3.i, 1
+  %273 = shl nuw nsw i64 %indvars.iv.next62.3.i, 7
+  %274 = getelementptr inbounds nuw float, ptr %acc.i, i64 %273
+  %275 = getelementptr inbounds nuw i8, ptr %274, i64 192
+  store <16 x float> zeroinitializer, ptr %275, align 4, !tbaa !8
+  %276 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i
+  %277 = load float, ptr %276, align 4, !tbaa !22
+  %278 = insertelement <16 x float> poison, float %277, i64 0
+  %279 = shufflevector <16 x float> %278, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.1 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %273
+  %280 = load <16 x float>, ptr %gep.us.us.3.i.1, align 4, !tbaa !8
+  %281 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i
+  %282 = load float, ptr %281, align 4, !tbaa !23
+  %.scalar38.1 = fmul float %282, 0.000000e+00
+  %283 = insertelement <16 x float> poison, float %.scalar38.1, i64 0
+  %284 = shufflevector <16 x float> %283, <16 x float> poison, <16 x i32> zeroinitializer
+  %285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %280, <16 x float> %284)
+  store <16 x float> %285, ptr %275, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.1 = or disjoint i64 %indvars.iv61.3.i, 2
+  %286 = shl nuw nsw i64 %indvars.iv.next62.3.i.1, 7
+  %287 = getelementptr inbounds nuw float, ptr %acc.i, i64 %286
+  %288 = getelementptr inbounds nuw i8, ptr %287, i64 192
+  store <16 x float> zeroinitializer, ptr %288, align 4, !tbaa !8
+  %289 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.1
+  %290 = load float, ptr %289, align 8, !tbaa !22
+  %291 = insertelement <16 x float> poison, float %290, i64 0
+  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.2 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %286
+  %293 = load <16 x float>, ptr %gep.us.us.3.i.2, align 4, !tbaa !8
+  %294 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.1
+  %295 = load float, ptr %294, align 8, !tbaa !23
+  %.scalar38.2 = fmul float %295, 0.000000e+00
+  %296 = insertelement <16 x float> poison, float %.scalar38.2, i64 0
+  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %293, <16 x float> %297)
+  store <16 x float> %298, ptr %288, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.2 = or disjoint i64 %indvars.iv61.3.i, 3
+  %299 = shl nuw nsw i64 %indvars.iv.next62.3.i.2, 7
+  %300 = getelementptr inbounds nuw float, ptr %acc.i, i64 %299
+  %301 = getelementptr inbounds nuw i8, ptr %300, i64 192
+  store <16 x float> zeroinitializer, ptr %301, align 4, !tbaa !8
+  %302 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.3.i.2
+  %303 = load float, ptr %302, align 4, !tbaa !22
+  %304 = insertelement <16 x float> poison, float %303, i64 0
+  %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.3.i.3 = getelementptr float, ptr %invariant.gep.us.3.i, i64 %299
+  %306 = load <16 x float>, ptr %gep.us.us.3.i.3, align 4, !tbaa !8
+  %307 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.3.i.2
+  %308 = load float, ptr %307, align 4, !tbaa !23
+  %.scalar38.3 = fmul float %308, 0.000000e+00
+  %309 = insertelement <16 x float> poison, float %.scalar38.3, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %306, <16 x float> %310)
+  store <16 x float> %311, ptr %301, align 4, !tbaa !8
+  %indvars.iv.next62.3.i.3 = add nuw nsw i64 %indvars.iv61.3.i, 4
+  %exitcond64.3.not.i.3 = icmp eq i64 %indvars.iv.next62.3.i.3, 32
+  br i1 %exitcond64.3.not.i.3, label %for_end_r_0.split.us.us.3.i, label %for_body_r_0.us.us.3.i, !prof !24, !llvm.loop !29
+
+for_end_r_0.split.us.us.3.i:                      ; preds = %for_body_r_0.us.us.3.i
+  %invariant.gep.us.4.i = getelementptr i8, ptr %107, i64 256
+  br label %for_body_r_0.us.us.4.i
+
+for_body_r_0.us.us.4.i:                           ; preds = %for_body_r_0.us.us.4.i, %for_end_r_0.split.us.us.3.i
+  %indvars.iv61.4.i = phi i64 [ 0, %for_end_r_0.split.us.us.3.i ], [ %indvars.iv.next62.4.i.3, %for_body_r_0.us.us.4.i ]
+  %312 = shl nuw nsw i64 %indvars.iv61.4.i, 7
+  %313 = getelementptr inbounds nuw float, ptr %acc.i, i64 %312
+  %314 = getelementptr inbounds nuw i8, ptr %313, i64 256
+  store <16 x float> zeroinitializer, ptr %314, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.4.i
+  %316 = load float, ptr %315, align 16, !tbaa !22
+  %317 = insertelement <16 x float> poison, float %316, i64 0
+  %318 = shufflevector <16 x float> %317, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i = getelementptr float, ptr %invariant.gep.us.4.i, i64 %312
+  %319 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.4.i
+  %321 = load float, ptr %320, align 16, !tbaa !23
+  %.scalar39 = fmul float %321, 0.000000e+00
+  %322 = insertelement <16 x float> poison, float %.scalar39, i64 0
+  %323 = shufflevector <16 x float> %322, <16 x float> poison, <16 x i32> zeroinitializer
+  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %319, <16 x float> %323)
+  store <16 x float> %324, ptr %314, align 4, !tbaa !8
+  %indvars.iv.next62.4.i = or disjoint i64 %indvars.iv61.4.i, 1
+  %325 = shl nuw nsw i64 %indvars.iv.next62.4.i, 7
+  %326 = getelementptr inbounds nuw float, ptr %acc.i, i64 %325
+  %327 = getelementptr inbounds nuw i8, ptr %326, i64 256
+  store <16 x float> zeroinitializer, ptr %327, align 4, !tbaa !8
+  %328 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i
+  %329 = load float, ptr %328, align 4, !tbaa !22
+  %330 = insertelement <16 x float> poison, float %329, i64 0
+  %331 = shufflevector <16 x float> %330, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.1 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %325
+  %332 = load <16 x float>, ptr %gep.us.us.4.i.1, align 4, !tbaa !8
+  %333 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i
+  %334 = load float, ptr %333, align 4, !tbaa !23
+  %.scalar39.1 = fmul float %334, 0.000000e+00
+  %335 = insertelement <16 x float> poison, float %.scalar39.1, i64 0
+  %336 = shufflevector <16 x float> %335, <16 x float> poison, <16 x i32> zeroinitializer
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %331, <16 x float> %332, <16 x float> %336)
+  store <16 x float> %337, ptr %327, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.1 = or disjoint i64 %indvars.iv61.4.i, 2
+  %338 = shl nuw nsw i64 %indvars.iv.next62.4.i.1, 7
+  %339 = getelementptr inbounds nuw float, ptr %acc.i, i64 %338
+  %340 = getelementptr inbounds nuw i8, ptr %339, i64 256
+  store <16 x float> zeroinitializer, ptr %340, align 4, !tbaa !8
+  %341 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.1
+  %342 = load float, ptr %341, align 8, !tbaa !22
+  %343 = insertelement <16 x float> poison, float %342, i64 0
+  %344 = shufflevector <16 x float> %343, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.2 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %338
+  %345 = load <16 x float>, ptr %gep.us.us.4.i.2, align 4, !tbaa !8
+  %346 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.1
+  %347 = load float, ptr %346, align 8, !tbaa !23
+  %.scalar39.2 = fmul float %347, 0.000000e+00
+  %348 = insertelement <16 x float> poison, float %.scalar39.2, i64 0
+  %349 = shufflevector <16 x float> %348, <16 x float> poison, <16 x i32> zeroinitializer
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %344, <16 x float> %345, <16 x float> %349)
+  store <16 x float> %350, ptr %340, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.2 = or disjoint i64 %indvars.iv61.4.i, 3
+  %351 = shl nuw nsw i64 %indvars.iv.next62.4.i.2, 7
+  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351
+  %353 = getelementptr inbounds nuw i8, ptr %352, i64 256
+  store <16 x float> zeroinitializer, ptr %353, align 4, !tbaa !8
+  %354 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.4.i.2
+  %355 = load float, ptr %354, align 4, !tbaa !22
+  %356 = insertelement <16 x float> poison, float %355, i64 0
+  %357 = shufflevector <16 x float> %356, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.4.i.3 = getelementptr float, ptr %invariant.gep.us.4.i, i64 %351
+  %358 = load <16 x float>, ptr %gep.us.us.4.i.3, align 4, !tbaa !8
+  %359 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.4.i.2
+  %360 = load float, ptr %359, align 4, !tbaa !23
+  %.scalar39.3 = fmul float %360, 0.000000e+00
+  %361 = insertelement <16 x float> poison, float %.scalar39.3, i64 0
+  %362 = shufflevector <16 x float> %361, <16 x float> poison, <16 x i32> zeroinitializer
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %357, <16 x float> %358, <16 x float> %362)
+  store <16 x float> %363, ptr %353, align 4, !tbaa !8
+  %indvars.iv.next62.4.i.3 = add nuw nsw i64 %indvars.iv61.4.i, 4
+  %exitcond64.4.not.i.3 = icmp eq i64 %indvars.iv.next62.4.i.3, 32
+  br i1 %exitcond64.4.not.i.3, label %for_end_r_0.split.us.us.4.i, label %for_body_r_0.us.us.4.i, !prof !24, !llvm.loop !30
+
+for_end_r_0.split.us.us.4.i:                      ; preds = %for_body_r_0.us.us.4.i
+  %invariant.gep.us.5.i = getelementptr i8, ptr %107, i64 320
+  br label %for_body_r_0.us.us.5.i
+
+for_body_r_0.us.us.5.i:                           ; preds = %for_body_r_0.us.us.5.i, %for_end_r_0.split.us.us.4.i
+  %indvars.iv61.5.i = phi i64 [ 0, %for_end_r_0.split.us.us.4.i ], [ %indvars.iv.next62.5.i.3, %for_body_r_0.us.us.5.i ]
+  %364 = shl nuw nsw i64 %indvars.iv61.5.i, 7
+  %365 = getelementptr inbounds nuw float, ptr %acc.i, i64 %364
+  %366 = getelementptr inbounds nuw i8, ptr %365, i64 320
+  store <16 x float> zeroinitializer, ptr %366, align 4, !tbaa !8
+  %367 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.5.i
+  %368 = load float, ptr %367, align 16, !tbaa !22
+  %369 = insertelement <16 x float> poison, float %368, i64 0
+  %370 = shufflevector <16 x float> %369, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i = getelementptr float, ptr %invariant.gep.us.5.i, i64 %364
+  %371 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %372 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.5.i
+  %373 = load float, ptr %372, align 16, !tbaa !23
+  %.scalar40 = fmul float %373, 0.000000e+00
+  %374 = insertelement <16 x float> poison, float %.scalar40, i64 0
+  %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
+  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %371, <16 x float> %375)
+  store <16 x float> %376, ptr %366, align 4, !tbaa !8
+  %indvars.iv.next62.5.i = or disjoint i64 %indvars.iv61.5.i, 1
+  %377 = shl nuw nsw i64 %indvars.iv.next62.5.i, 7
+  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %377
+  %379 = getelementptr inbounds nuw i8, ptr %378, i64 320
+  store <16 x float> zeroinitializer, ptr %379, align 4, !tbaa !8
+  %380 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i
+  %381 = load float, ptr %380, align 4, !tbaa !22
+  %382 = insertelement <16 x float> poison, float %381, i64 0
+  %383 = shufflevector <16 x float> %382, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.1 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %377
+  %384 = load <16 x float>, ptr %gep.us.us.5.i.1, align 4, !tbaa !8
+  %385 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i
+  %386 = load float, ptr %385, align 4, !tbaa !23
+  %.scalar40.1 = fmul float %386, 0.000000e+00
+  %387 = insertelement <16 x float> poison, float %.scalar40.1, i64 0
+  %388 = shufflevector <16 x float> %387, <16 x float> poison, <16 x i32> zeroinitializer
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %384, <16 x float> %388)
+  store <16 x float> %389, ptr %379, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.1 = or disjoint i64 %indvars.iv61.5.i, 2
+  %390 = shl nuw nsw i64 %indvars.iv.next62.5.i.1, 7
+  %391 = getelementptr inbounds nuw float, ptr %acc.i, i64 %390
+  %392 = getelementptr inbounds nuw i8, ptr %391, i64 320
+  store <16 x float> zeroinitializer, ptr %392, align 4, !tbaa !8
+  %393 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.1
+  %394 = load float, ptr %393, align 8, !tbaa !22
+  %395 = insertelement <16 x float> poison, float %394, i64 0
+  %396 = shufflevector <16 x float> %395, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.2 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %390
+  %397 = load <16 x float>, ptr %gep.us.us.5.i.2, align 4, !tbaa !8
+  %398 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.1
+  %399 = load float, ptr %398, align 8, !tbaa !23
+  %.scalar40.2 = fmul float %399, 0.000000e+00
+  %400 = insertelement <16 x float> poison, float %.scalar40.2, i64 0
+  %401 = shufflevector <16 x float> %400, <16 x float> poison, <16 x i32> zeroinitializer
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %397, <16 x float> %401)
+  store <16 x float> %402, ptr %392, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.2 = or disjoint i64 %indvars.iv61.5.i, 3
+  %403 = shl nuw nsw i64 %indvars.iv.next62.5.i.2, 7
+  %404 = getelementptr inbounds nuw float, ptr %acc.i, i64 %403
+  %405 = getelementptr inbounds nuw i8, ptr %404, i64 320
+  store <16 x float> zeroinitializer, ptr %405, align 4, !tbaa !8
+  %406 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.5.i.2
+  %407 = load float, ptr %406, align 4, !tbaa !22
+  %408 = insertelement <16 x float> poison, float %407, i64 0
+  %409 = shufflevector <16 x float> %408, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.5.i.3 = getelementptr float, ptr %invariant.gep.us.5.i, i64 %403
+  %410 = load <16 x float>, ptr %gep.us.us.5.i.3, align 4, !tbaa !8
+  %411 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.5.i.2
+  %412 = load float, ptr %411, align 4, !tbaa !23
+  %.scalar40.3 = fmul float %412, 0.000000e+00
+  %413 = insertelement <16 x float> poison, float %.scalar40.3, i64 0
+  %414 = shufflevector <16 x float> %413, <16 x float> poison, <16 x i32> zeroinitializer
+  %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %410, <16 x float> %414)
+  store <16 x float> %415, ptr %405, align 4, !tbaa !8
+  %indvars.iv.next62.5.i.3 = add nuw nsw i64 %indvars.iv61.5.i, 4
+  %exitcond64.5.not.i.3 = icmp eq i64 %indvars.iv.next62.5.i.3, 32
+  br i1 %exitcond64.5.not.i.3, label %for_end_r_0.split.us.us.5.i, label %for_body_r_0.us.us.5.i, !prof !24, !llvm.loop !31
+
+for_end_r_0.split.us.us.5.i:                      ; preds = %for_body_r_0.us.us.5.i
+  %invariant.gep.us.6.i = getelementptr i8, ptr %107, i64 384
+  br label %for_body_r_0.us.us.6.i
+
+for_body_r_0.us.us.6.i:                           ; preds = %for_body_r_0.us.us.6.i, %for_end_r_0.split.us.us.5.i
+  %indvars.iv61.6.i = phi i64 [ 0, %for_end_r_0.split.us.us.5.i ], [ %indvars.iv.next62.6.i.3, %for_body_r_0.us.us.6.i ]
+  %416 = shl nuw nsw i64 %indvars.iv61.6.i, 7
+  %417 = getelementptr inbounds nuw float, ptr %acc.i, i64 %416
+  %418 = getelementptr inbounds nuw i8, ptr %417, i64 384
+  store <16 x float> zeroinitializer, ptr %418, align 4, !tbaa !8
+  %419 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.6.i
+  %420 = load float, ptr %419, align 16, !tbaa !22
+  %421 = insertelement <16 x float> poison, float %420, i64 0
+  %422 = shufflevector <16 x float> %421, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i = getelementptr float, ptr %invariant.gep.us.6.i, i64 %416
+  %423 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %424 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.6.i
+  %425 = load float, ptr %424, align 16, !tbaa !23
+  %.scalar41 = fmul float %425, 0.000000e+00
+  %426 = insertelement <16 x float> poison, float %.scalar41, i64 0
+  %427 = shufflevector <16 x float> %426, <16 x float> poison, <16 x i32> zeroinitializer
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %422, <16 x float> %423, <16 x float> %427)
+  store <16 x float> %428, ptr %418, align 4, !tbaa !8
+  %indvars.iv.next62.6.i = or disjoint i64 %indvars.iv61.6.i, 1
+  %429 = shl nuw nsw i64 %indvars.iv.next62.6.i, 7
+  %430 = getelementptr inbounds nuw float, ptr %acc.i, i64 %429
+  %431 = getelementptr inbounds nuw i8, ptr %430, i64 384
+  store <16 x float> zeroinitializer, ptr %431, align 4, !tbaa !8
+  %432 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i
+  %433 = load float, ptr %432, align 4, !tbaa !22
+  %434 = insertelement <16 x float> poison, float %433, i64 0
+  %435 = shufflevector <16 x float> %434, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.1 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %429
+  %436 = load <16 x float>, ptr %gep.us.us.6.i.1, align 4, !tbaa !8
+  %437 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i
+  %438 = load float, ptr %437, align 4, !tbaa !23
+  %.scalar41.1 = fmul float %438, 0.000000e+00
+  %439 = insertelement <16 x float> poison, float %.scalar41.1, i64 0
+  %440 = shufflevector <16 x float> %439, <16 x float> poison, <16 x i32> zeroinitializer
+  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %436, <16 x float> %440)
+  store <16 x float> %441, ptr %431, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.1 = or disjoint i64 %indvars.iv61.6.i, 2
+  %442 = shl nuw nsw i64 %indvars.iv.next62.6.i.1, 7
+  %443 = getelementptr inbounds nuw float, ptr %acc.i, i64 %442
+  %444 = getelementptr inbounds nuw i8, ptr %443, i64 384
+  store <16 x float> zeroinitializer, ptr %444, align 4, !tbaa !8
+  %445 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.1
+  %446 = load float, ptr %445, align 8, !tbaa !22
+  %447 = insertelement <16 x float> poison, float %446, i64 0
+  %448 = shufflevector <16 x float> %447, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.2 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %442
+  %449 = load <16 x float>, ptr %gep.us.us.6.i.2, align 4, !tbaa !8
+  %450 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.1
+  %451 = load float, ptr %450, align 8, !tbaa !23
+  %.scalar41.2 = fmul float %451, 0.000000e+00
+  %452 = insertelement <16 x float> poison, float %.scalar41.2, i64 0
+  %453 = shufflevector <16 x float> %452, <16 x float> poison, <16 x i32> zeroinitializer
+  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %448, <16 x float> %449, <16 x float> %453)
+  store <16 x float> %454, ptr %444, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.2 = or disjoint i64 %indvars.iv61.6.i, 3
+  %455 = shl nuw nsw i64 %indvars.iv.next62.6.i.2, 7
+  %456 = getelementptr inbounds nuw float, ptr %acc.i, i64 %455
+  %457 = getelementptr inbounds nuw i8, ptr %456, i64 384
+  store <16 x float> zeroinitializer, ptr %457, align 4, !tbaa !8
+  %458 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.6.i.2
+  %459 = load float, ptr %458, align 4, !tbaa !22
+  %460 = insertelement <16 x float> poison, float %459, i64 0
+  %461 = shufflevector <16 x float> %460, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.6.i.3 = getelementptr float, ptr %invariant.gep.us.6.i, i64 %455
+  %462 = load <16 x float>, ptr %gep.us.us.6.i.3, align 4, !tbaa !8
+  %463 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.6.i.2
+  %464 = load float, ptr %463, align 4, !tbaa !23
+  %.scalar41.3 = fmul float %464, 0.000000e+00
+  %465 = insertelement <16 x float> poison, float %.scalar41.3, i64 0
+  %466 = shufflevector <16 x float> %465, <16 x float> poison, <16 x i32> zeroinitializer
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %461, <16 x float> %462, <16 x float> %466)
+  store <16 x float> %467, ptr %457, align 4, !tbaa !8
+  %indvars.iv.next62.6.i.3 = add nuw nsw i64 %indvars.iv61.6.i, 4
+  %exitcond64.6.not.i.3 = icmp eq i64 %indvars.iv.next62.6.i.3, 32
+  br i1 %exitcond64.6.not.i.3, label %for_end_r_0.split.us.us.6.i, label %for_body_r_0.us.us.6.i, !prof !24, !llvm.loop !32
+
+for_end_r_0.split.us.us.6.i:                      ; preds = %for_body_r_0.us.us.6.i
+  %invariant.gep.us.7.i = getelementptr i8, ptr %107, i64 448
+  br label %for_body_r_0.us.us.7.i
+
+for_body_r_0.us.us.7.i:                           ; preds = %for_body_r_0.us.us.7.i, %for_end_r_0.split.us.us.6.i
+  %indvars.iv61.7.i = phi i64 [ 0, %for_end_r_0.split.us.us.6.i ], [ %indvars.iv.next62.7.i.3, %for_body_r_0.us.us.7.i ]
+  %468 = shl nuw nsw i64 %indvars.iv61.7.i, 7
+  %469 = getelementptr inbounds nuw float, ptr %acc.i, i64 %468
+  %470 = getelementptr inbounds nuw i8, ptr %469, i64 448
+  store <16 x float> zeroinitializer, ptr %470, align 4, !tbaa !8
+  %471 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.7.i
+  %472 = load float, ptr %471, align 16, !tbaa !22
+  %473 = insertelement <16 x float> poison, float %472, i64 0
+  %474 = shufflevector <16 x float> %473, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i = getelementptr float, ptr %invariant.gep.us.7.i, i64 %468
+  %475 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %476 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.7.i
+  %477 = load float, ptr %476, align 16, !tbaa !23
+  %.scalar42 = fmul float %477, 0.000000e+00
+  %478 = insertelement <16 x float> poison, float %.scalar42, i64 0
+  %479 = shufflevector <16 x float> %478, <16 x float> poison, <16 x i32> zeroinitializer
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %474, <16 x float> %475, <16 x float> %479)
+  store <16 x float> %480, ptr %470, align 4, !tbaa !8
+  %indvars.iv.next62.7.i = or disjoint i64 %indvars.iv61.7.i, 1
+  %481 = shl nuw nsw i64 %indvars.iv.next62.7.i, 7
+  %482 = getelementptr inbounds nuw float, ptr %acc.i, i64 %481
+  %483 = getelementptr inbounds nuw i8, ptr %482, i64 448
+  store <16 x float> zeroinitializer, ptr %483, align 4, !tbaa !8
+  %484 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i
+  %485 = load float, ptr %484, align 4, !tbaa !22
+  %486 = insertelement <16 x float> poison, float %485, i64 0
+  %487 = shufflevector <16 x float> %486, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.1 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %481
+  %488 = load <16 x float>, ptr %gep.us.us.7.i.1, align 4, !tbaa !8
+  %489 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i
+  %490 = load float, ptr %489, align 4, !tbaa !23
+  %.scalar42.1 = fmul float %490, 0.000000e+00
+  %491 = insertelement <16 x float> poison, float %.scalar42.1, i64 0
+  %492 = shufflevector <16 x float> %491, <16 x float> poison, <16 x i32> zeroinitializer
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %487, <16 x float> %488, <16 x float> %492)
+  store <16 x float> %493, ptr %483, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.1 = or disjoint i64 %indvars.iv61.7.i, 2
+  %494 = shl nuw nsw i64 %indvars.iv.next62.7.i.1, 7
+  %495 = getelementptr inbounds nuw float, ptr %acc.i, i64 %494
+  %496 = getelementptr inbounds nuw i8, ptr %495, i64 448
+  store <16 x float> zeroinitializer, ptr %496, align 4, !tbaa !8
+  %497 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.1
+  %498 = load float, ptr %497, align 8, !tbaa !22
+  %499 = insertelement <16 x float> poison, float %498, i64 0
+  %500 = shufflevector <16 x float> %499, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.2 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %494
+  %501 = load <16 x float>, ptr %gep.us.us.7.i.2, align 4, !tbaa !8
+  %502 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.1
+  %503 = load float, ptr %502, align 8, !tbaa !23
+  %.scalar42.2 = fmul float %503, 0.000000e+00
+  %504 = insertelement <16 x float> poison, float %.scalar42.2, i64 0
+  %505 = shufflevector <16 x float> %504, <16 x float> poison, <16 x i32> zeroinitializer
+  %506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %500, <16 x float> %501, <16 x float> %505)
+  store <16 x float> %506, ptr %496, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.2 = or disjoint i64 %indvars.iv61.7.i, 3
+  %507 = shl nuw nsw i64 %indvars.iv.next62.7.i.2, 7
+  %508 = getelementptr inbounds nuw float, ptr %acc.i, i64 %507
+  %509 = getelementptr inbounds nuw i8, ptr %508, i64 448
+  store <16 x float> zeroinitializer, ptr %509, align 4, !tbaa !8
+  %510 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.7.i.2
+  %511 = load float, ptr %510, align 4, !tbaa !22
+  %512 = insertelement <16 x float> poison, float %511, i64 0
+  %513 = shufflevector <16 x float> %512, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.7.i.3 = getelementptr float, ptr %invariant.gep.us.7.i, i64 %507
+  %514 = load <16 x float>, ptr %gep.us.us.7.i.3, align 4, !tbaa !8
+  %515 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.7.i.2
+  %516 = load float, ptr %515, align 4, !tbaa !23
+  %.scalar42.3 = fmul float %516, 0.000000e+00
+  %517 = insertelement <16 x float> poison, float %.scalar42.3, i64 0
+  %518 = shufflevector <16 x float> %517, <16 x float> poison, <16 x i32> zeroinitializer
+  %519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %513, <16 x float> %514, <16 x float> %518)
+  store <16 x float> %519, ptr %509, align 4, !tbaa !8
+  %indvars.iv.next62.7.i.3 = add nuw nsw i64 %indvars.iv61.7.i, 4
+  %exitcond64.7.not.i.3 = icmp eq i64 %indvars.iv.next62.7.i.3, 32
+  br i1 %exitcond64.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.us.us.7.i, !prof !24, !llvm.loop !33
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
   %sext33 = shl i64 %24, 32
-  %149 = ashr exact i64 %sext33, 32
-  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
-  %151 = load i32, ptr %150, align 4, !tbaa !8
-  %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !25
-  %155 = mul nsw i64 %out_batch, %149
-  %156 = getelementptr i16, ptr %out, i64 %155
+  %520 = ashr exact i64 %sext33, 32
+  %521 = getelementptr inbounds i32, ptr %context_lens, i64 %520
+  %522 = load i32, ptr %521, align 4, !tbaa !8
+  %523 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %524 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %525 = select <32 x i1> %524, <32 x float> zeroinitializer, <32 x float> %523
+  store <32 x float> %525, ptr %factor34.i, align 16, !tbaa !34
+  %526 = mul nsw i64 %out_batch, %520
+  %527 = getelementptr i16, ptr %out, i64 %526
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !22
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = shl nuw nsw i64 %indvars.iv.i, 7
-  %162 = getelementptr float, ptr %107, i64 %161
-  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !23
-  %165 = insertelement <16 x float> poison, float %164, i64 0
-  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
-  %167 = load <16 x float>, ptr %162, align 4, !tbaa !8
-  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
-  %170 = fmul <16 x float> %169, %166
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !8
-  %172 = getelementptr i8, ptr %162, i64 64
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !8
-  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
-  %176 = fmul <16 x float> %166, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !8
-  %178 = getelementptr i8, ptr %162, i64 128
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
-  %182 = fmul <16 x float> %166, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !8
-  %184 = getelementptr i8, ptr %162, i64 192
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !8
-  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
-  %188 = fmul <16 x float> %166, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !8
-  %190 = getelementptr i8, ptr %162, i64 256
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !8
-  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
-  %194 = fmul <16 x float> %166, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !8
-  %196 = getelementptr i8, ptr %162, i64 320
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !8
-  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
-  %200 = fmul <16 x float> %166, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !8
-  %202 = getelementptr i8, ptr %162, i64 384
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !8
-  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
-  %206 = fmul <16 x float> %166, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !8
-  %208 = getelementptr i8, ptr %162, i64 448
-  %209 = load <16 x float>, ptr %208, align 4, !tbaa !8
-  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
-  %212 = fmul <16 x float> %166, %211
-  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
-  store <16 x float> %213, ptr %210, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !24
+for_end_d_0.i:                                    ; preds = %for_body_r_0.7.i, %for_body_r_0.us.us.7.i
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !40
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !31
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_r_0.i ], [ 0, %for_body_step.i ]
+  %528 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %529 = load float, ptr %528, align 16, !tbaa !22
+  %530 = insertelement <16 x float> poison, float %529, i64 0
+  %531 = shufflevector <16 x float> %530, <16 x float> poison, <16 x i32> zeroinitializer
+  %532 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep.i = getelementptr float, ptr %107, i64 %532
+  %533 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %534 = getelementptr inbounds nuw float, ptr %acc.i, i64 %532
+  %535 = load <16 x float>, ptr %534, align 4, !tbaa !8
+  %536 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %537 = load float, ptr %536, align 16, !tbaa !23
+  %538 = insertelement <16 x float> poison, float %537, i64 0
+  %539 = shufflevector <16 x float> %538, <16 x float> poison, <16 x i32> zeroinitializer
+  %540 = fmul <16 x float> %535, %539
+  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %531, <16 x float> %533, <16 x float> %540)
+  store <16 x float> %541, ptr %534, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %542 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %543 = load float, ptr %542, align 4, !tbaa !22
+  %544 = insertelement <16 x float> poison, float %543, i64 0
+  %545 = shufflevector <16 x float> %544, <16 x float> poison, <16 x i32> zeroinitializer
+  %546 = shl nuw nsw i64 %indvars.iv.next.i, 7
+  %gep.i.1 = getelementptr float, ptr %107, i64 %546
+  %547 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %548 = getelementptr inbounds nuw float, ptr %acc.i, i64 %546
+  %549 = load <16 x float>, ptr %548, align 4, !tbaa !8
+  %550 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %551 = load float, ptr %550, align 4, !tbaa !23
+  %552 = insertelement <16 x float> poison, float %551, i64 0
+  %553 = shufflevector <16 x float> %552, <16 x float> poison, <16 x i32> zeroinitializer
+  %554 = fmul <16 x float> %549, %553
+  %555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %545, <16 x float> %547, <16 x float> %554)
+  store <16 x float> %555, ptr %548, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %556 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %557 = load float, ptr %556, align 8, !tbaa !22
+  %558 = insertelement <16 x float> poison, float %557, i64 0
+  %559 = shufflevector <16 x float> %558, <16 x float> poison, <16 x i32> zeroinitializer
+  %560 = shl nuw nsw i64 %indvars.iv.next.i.1, 7
+  %gep.i.2 = getelementptr float, ptr %107, i64 %560
+  %561 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %562 = getelementptr inbounds nuw float, ptr %acc.i, i64 %560
+  %563 = load <16 x float>, ptr %562, align 4, !tbaa !8
+  %564 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %565 = load float, ptr %564, align 8, !tbaa !23
+  %566 = insertelement <16 x float> poison, float %565, i64 0
+  %567 = shufflevector <16 x float> %566, <16 x float> poison, <16 x i32> zeroinitializer
+  %568 = fmul <16 x float> %563, %567
+  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %559, <16 x float> %561, <16 x float> %568)
+  store <16 x float> %569, ptr %562, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %570 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %571 = load float, ptr %570, align 4, !tbaa !22
+  %572 = insertelement <16 x float> poison, float %571, i64 0
+  %573 = shufflevector <16 x float> %572, <16 x float> poison, <16 x i32> zeroinitializer
+  %574 = shl nuw nsw i64 %indvars.iv.next.i.2, 7
+  %gep.i.3 = getelementptr float, ptr %107, i64 %574
+  %575 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %576 = getelementptr inbounds nuw float, ptr %acc.i, i64 %574
+  %577 = load <16 x float>, ptr %576, align 4, !tbaa !8
+  %578 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %579 = load float, ptr %578, align 4, !tbaa !23
+  %580 = insertelement <16 x float> poison, float %579, i64 0
+  %581 = shufflevector <16 x float> %580, <16 x float> poison, <16 x i32> zeroinitializer
+  %582 = fmul <16 x float> %577, %581
+  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %573, <16 x float> %575, <16 x float> %582)
+  store <16 x float> %583, ptr %576, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 32
+  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !24, !llvm.loop !41
+
+for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
+  %invariant.gep.1.i = getelementptr i8, ptr %107, i64 64
+  br label %for_body_r_0.1.i
+
+for_body_r_0.1.i:                                 ; preds = %for_body_r_0.1.i, %for_end_r_0.split.i
+  %indvars.iv.1.i = phi i64 [ 0, %for_end_r_0.split.i ], [ %indvars.iv.next.1.i.3, %for_body_r_0.1.i ]
+  %584 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.1.i
+  %585 = load float, ptr %584, align 16, !tbaa !22
+  %586 = insertelement <16 x float> poison, float %585, i64 0
+  %587 = shufflevector <16 x float> %586, <16 x float> poison, <16 x i32> zeroinitializer
+  %588 = shl nuw nsw i64 %indvars.iv.1.i, 7
+  %gep.1.i = getelementptr float, ptr %invariant.gep.1.i, i64 %588
+  %589 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %590 = getelementptr inbounds nuw float, ptr %acc.i, i64 %588
+  %591 = getelementptr inbounds nuw i8, ptr %590, i64 64
+  %592 = load <16 x float>, ptr %591, align 4, !tbaa !8
+  %593 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.1.i
+  %594 = load float, ptr %593, align 16, !tbaa !23
+  %595 = insertelement <16 x float> poison, float %594, i64 0
+  %596 = shufflevector <16 x float> %595, <16 x float> poison, <16 x i32> zeroinitializer
+  %597 = fmul <16 x float> %592, %596
+  %598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %587, <16 x float> %589, <16 x float> %597)
+  store <16 x float> %598, ptr %591, align 4, !tbaa !8
+  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
+  %599 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i
+  %600 = load float, ptr %599, align 4, !tbaa !22
+  %601 = insertelement <16 x float> poison, float %600, i64 0
+  %602 = shufflevector <16 x float> %601, <16 x float> poison, <16 x i32> zeroinitializer
+  %603 = shl nuw nsw i64 %indvars.iv.next.1.i, 7
+  %gep.1.i.1 = getelementptr float, ptr %invariant.gep.1.i, i64 %603
+  %604 = load <16 x float>, ptr %gep.1.i.1, align 4, !tbaa !8
+  %605 = getelementptr inbounds nuw float, ptr %acc.i, i64 %603
+  %606 = getelementptr inbounds nuw i8, ptr %605, i64 64
+  %607 = load <16 x float>, ptr %606, align 4, !tbaa !8
+  %608 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i
+  %609 = load float, ptr %608, align 4, !tbaa !23
+  %610 = insertelement <16 x float> poison, float %609, i64 0
+  %611 = shufflevector <16 x float> %610, <16 x float> poison, <16 x i32> zeroinitializer
+  %612 = fmul <16 x float> %607, %611
+  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %604, <16 x float> %612)
+  store <16 x float> %613, ptr %606, align 4, !tbaa !8
+  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
+  %614 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.1
+  %615 = load float, ptr %614, align 8, !tbaa !22
+  %616 = insertelement <16 x float> poison, float %615, i64 0
+  %617 = shufflevector <16 x float> %616, <16 x float> poison, <16 x i32> zeroinitializer
+  %618 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 7
+  %gep.1.i.2 = getelementptr float, ptr %invariant.gep.1.i, i64 %618
+  %619 = load <16 x float>, ptr %gep.1.i.2, align 4, !tbaa !8
+  %620 = getelementptr inbounds nuw float, ptr %acc.i, i64 %618
+  %621 = getelementptr inbounds nuw i8, ptr %620, i64 64
+  %622 = load <16 x float>, ptr %621, align 4, !tbaa !8
+  %623 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.1
+  %624 = load float, ptr %623, align 8, !tbaa !23
+  %625 = insertelement <16 x float> poison, float %624, i64 0
+  %626 = shufflevector <16 x float> %625, <16 x float> poison, <16 x i32> zeroinitializer
+  %627 = fmul <16 x float> %622, %626
+  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %617, <16 x float> %619, <16 x float> %627)
+  store <16 x float> %628, ptr %621, align 4, !tbaa !8
+  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
+  %629 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.1.i.2
+  %630 = load float, ptr %629, align 4, !tbaa !22
+  %631 = insertelement <16 x float> poison, float %630, i64 0
+  %632 = shufflevector <16 x float> %631, <16 x float> poison, <16 x i32> zeroinitializer
+  %633 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 7
+  %gep.1.i.3 = getelementptr float, ptr %invariant.gep.1.i, i64 %633
+  %634 = load <16 x float>, ptr %gep.1.i.3, align 4, !tbaa !8
+  %635 = getelementptr inbounds nuw float, ptr %acc.i, i64 %633
+  %636 = getelementptr inbounds nuw i8, ptr %635, i64 64
+  %637 = load <16 x float>, ptr %636, align 4, !tbaa !8
+  %638 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.1.i.2
+  %639 = load float, ptr %638, align 4, !tbaa !23
+  %640 = insertelement <16 x float> poison, float %639, i64 0
+  %641 = shufflevector <16 x float> %640, <16 x float> poison, <16 x i32> zeroinitializer
+  %642 = fmul <16 x float> %637, %641
+  %643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %632, <16 x float> %634, <16 x float> %642)
+  store <16 x float> %643, ptr %636, align 4, !tbaa !8
+  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
+  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 32
+  br i1 %exitcond.1.not.i.3, label %for_end_r_0.split.1.i, label %for_body_r_0.1.i, !prof !24, !llvm.loop !42
+
+for_end_r_0.split.1.i:                            ; preds = %for_body_r_0.1.i
+  %invariant.gep.2.i = getelementptr i8, ptr %107, i64 128
+  br label %for_body_r_0.2.i
+
+for_body_r_0.2.i:                                 ; preds = %for_body_r_0.2.i, %for_end_r_0.split.1.i
+  %indvars.iv.2.i = phi i64 [ 0, %for_end_r_0.split.1.i ], [ %indvars.iv.next.2.i.3, %for_body_r_0.2.i ]
+  %644 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.2.i
+  %645 = load float, ptr %644, align 16, !tbaa !22
+  %646 = insertelement <16 x float> poison, float %645, i64 0
+  %647 = shufflevector <16 x float> %646, <16 x float> poison, <16 x i32> zeroinitializer
+  %648 = shl nuw nsw i64 %indvars.iv.2.i, 7
+  %gep.2.i = getelementptr float, ptr %invariant.gep.2.i, i64 %648
+  %649 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %650 = getelementptr inbounds nuw float, ptr %acc.i, i64 %648
+  %651 = getelementptr inbounds nuw i8, ptr %650, i64 128
+  %652 = load <16 x float>, ptr %651, align 4, !tbaa !8
+  %653 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.2.i
+  %654 = load float, ptr %653, align 16, !tbaa !23
+  %655 = insertelement <16 x float> poison, float %654, i64 0
+  %656 = shufflevector <16 x float> %655, <16 x float> poison, <16 x i32> zeroinitializer
+  %657 = fmul <16 x float> %652, %656
+  %658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %647, <16 x float> %649, <16 x float> %657)
+  store <16 x float> %658, ptr %651, align 4, !tbaa !8
+  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
+  %659 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i
+  %660 = load float, ptr %659, align 4, !tbaa !22
+  %661 = insertelement <16 x float> poison, float %660, i64 0
+  %662 = shufflevector <16 x float> %661, <16 x float> poison, <16 x i32> zeroinitializer
+  %663 = shl nuw nsw i64 %indvars.iv.next.2.i, 7
+  %gep.2.i.1 = getelementptr float, ptr %invariant.gep.2.i, i64 %663
+  %664 = load <16 x float>, ptr %gep.2.i.1, align 4, !tbaa !8
+  %665 = getelementptr inbounds nuw float, ptr %acc.i, i64 %663
+  %666 = getelementptr inbounds nuw i8, ptr %665, i64 128
+  %667 = load <16 x float>, ptr %666, align 4, !tbaa !8
+  %668 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i
+  %669 = load float, ptr %668, align 4, !tbaa !23
+  %670 = insertelement <16 x float> poison, float %669, i64 0
+  %671 = shufflevector <16 x float> %670, <16 x float> poison, <16 x i32> zeroinitializer
+  %672 = fmul <16 x float> %667, %671
+  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %664, <16 x float> %672)
+  store <16 x float> %673, ptr %666, align 4, !tbaa !8
+  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
+  %674 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.1
+  %675 = load float, ptr %674, align 8, !tbaa !22
+  %676 = insertelement <16 x float> poison, float %675, i64 0
+  %677 = shufflevector <16 x float> %676, <16 x float> poison, <16 x i32> zeroinitializer
+  %678 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 7
+  %gep.2.i.2 = getelementptr float, ptr %invariant.gep.2.i, i64 %678
+  %679 = load <16 x float>, ptr %gep.2.i.2, align 4, !tbaa !8
+  %680 = getelementptr inbounds nuw float, ptr %acc.i, i64 %678
+  %681 = getelementptr inbounds nuw i8, ptr %680, i64 128
+  %682 = load <16 x float>, ptr %681, align 4, !tbaa !8
+  %683 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.1
+  %684 = load float, ptr %683, align 8, !tbaa !23
+  %685 = insertelement <16 x float> poison, float %684, i64 0
+  %686 = shufflevector <16 x float> %685, <16 x float> poison, <16 x i32> zeroinitializer
+  %687 = fmul <16 x float> %682, %686
+  %688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %679, <16 x float> %687)
+  store <16 x float> %688, ptr %681, align 4, !tbaa !8
+  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
+  %689 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.2.i.2
+  %690 = load float, ptr %689, align 4, !tbaa !22
+  %691 = insertelement <16 x float> poison, float %690, i64 0
+  %692 = shufflevector <16 x float> %691, <16 x float> poison, <16 x i32> zeroinitializer
+  %693 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 7
+  %gep.2.i.3 = getelementptr float, ptr %invariant.gep.2.i, i64 %693
+  %694 = load <16 x float>, ptr %gep.2.i.3, align 4, !tbaa !8
+  %695 = getelementptr inbounds nuw float, ptr %acc.i, i64 %693
+  %696 = getelementptr inbounds nuw i8, ptr %695, i64 128
+  %697 = load <16 x float>, ptr %696, align 4, !tbaa !8
+  %698 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.2.i.2
+  %699 = load float, ptr %698, align 4, !tbaa !23
+  %700 = insertelement <16 x float> poison, float %699, i64 0
+  %701 = shufflevector <16 x float> %700, <16 x float> poison, <16 x i32> zeroinitializer
+  %702 = fmul <16 x float> %697, %701
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %694, <16 x float> %702)
+  store <16 x float> %703, ptr %696, align 4, !tbaa !8
+  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
+  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 32
+  br i1 %exitcond.2.not.i.3, label %for_end_r_0.split.2.i, label %for_body_r_0.2.i, !prof !24, !llvm.loop !43
+
+for_end_r_0.split.2.i:                            ; preds = %for_body_r_0.2.i
+  %invariant.gep.3.i = getelementptr i8, ptr %107, i64 192
+  br label %for_body_r_0.3.i
+
+for_body_r_0.3.i:                                 ; preds = %for_body_r_0.3.i, %for_end_r_0.split.2.i
+  %indvars.iv.3.i = phi i64 [ 0, %for_end_r_0.split.2.i ], [ %indvars.iv.next.3.i.3, %for_body_r_0.3.i ]
+  %704 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.3.i
+  %705 = load float, ptr %704, align 16, !tbaa !22
+  %706 = insertelement <16 x float> poison, float %705, i64 0
+  %707 = shufflevector <16 x float> %706, <16 x float> poison, <16 x i32> zeroinitializer
+  %708 = shl nuw nsw i64 %indvars.iv.3.i, 7
+  %gep.3.i = getelementptr float, ptr %invariant.gep.3.i, i64 %708
+  %709 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %710 = getelementptr inbounds nuw float, ptr %acc.i, i64 %708
+  %711 = getelementptr inbounds nuw i8, ptr %710, i64 192
+  %712 = load <16 x float>, ptr %711, align 4, !tbaa !8
+  %713 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.3.i
+  %714 = load float, ptr %713, align 16, !tbaa !23
+  %715 = insertelement <16 x float> poison, float %714, i64 0
+  %716 = shufflevector <16 x float> %715, <16 x float> poison, <16 x i32> zeroinitializer
+  %717 = fmul <16 x float> %712, %716
+  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %707, <16 x float> %709, <16 x float> %717)
+  store <16 x float> %718, ptr %711, align 4, !tbaa !8
+  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
+  %719 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i
+  %720 = load float, ptr %719, align 4, !tbaa !22
+  %721 = insertelement <16 x float> poison, float %720, i64 0
+  %722 = shufflevector <16 x float> %721, <16 x float> poison, <16 x i32> zeroinitializer
+  %723 = shl nuw nsw i64 %indvars.iv.next.3.i, 7
+  %gep.3.i.1 = getelementptr float, ptr %invariant.gep.3.i, i64 %723
+  %724 = load <16 x float>, ptr %gep.3.i.1, align 4, !tbaa !8
+  %725 = getelementptr inbounds nuw float, ptr %acc.i, i64 %723
+  %726 = getelementptr inbounds nuw i8, ptr %725, i64 192
+  %727 = load <16 x float>, ptr %726, align 4, !tbaa !8
+  %728 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i
+  %729 = load float, ptr %728, align 4, !tbaa !23
+  %730 = insertelement <16 x float> poison, float %729, i64 0
+  %731 = shufflevector <16 x float> %730, <16 x float> poison, <16 x i32> zeroinitializer
+  %732 = fmul <16 x float> %727, %731
+  %733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %732)
+  store <16 x float> %733, ptr %726, align 4, !tbaa !8
+  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
+  %734 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.1
+  %735 = load float, ptr %734, align 8, !tbaa !22
+  %736 = insertelement <16 x float> poison, float %735, i64 0
+  %737 = shufflevector <16 x float> %736, <16 x float> poison, <16 x i32> zeroinitializer
+  %738 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 7
+  %gep.3.i.2 = getelementptr float, ptr %invariant.gep.3.i, i64 %738
+  %739 = load <16 x float>, ptr %gep.3.i.2, align 4, !tbaa !8
+  %740 = getelementptr inbounds nuw float, ptr %acc.i, i64 %738
+  %741 = getelementptr inbounds nuw i8, ptr %740, i64 192
+  %742 = load <16 x float>, ptr %741, align 4, !tbaa !8
+  %743 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.1
+  %744 = load float, ptr %743, align 8, !tbaa !23
+  %745 = insertelement <16 x float> poison, float %744, i64 0
+  %746 = shufflevector <16 x float> %745, <16 x float> poison, <16 x i32> zeroinitializer
+  %747 = fmul <16 x float> %742, %746
+  %748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %737, <16 x float> %739, <16 x float> %747)
+  store <16 x float> %748, ptr %741, align 4, !tbaa !8
+  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
+  %749 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.3.i.2
+  %750 = load float, ptr %749, align 4, !tbaa !22
+  %751 = insertelement <16 x float> poison, float %750, i64 0
+  %752 = shufflevector <16 x float> %751, <16 x float> poison, <16 x i32> zeroinitializer
+  %753 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 7
+  %gep.3.i.3 = getelementptr float, ptr %invariant.gep.3.i, i64 %753
+  %754 = load <16 x float>, ptr %gep.3.i.3, align 4, !tbaa !8
+  %755 = getelementptr inbounds nuw float, ptr %acc.i, i64 %753
+  %756 = getelementptr inbounds nuw i8, ptr %755, i64 192
+  %757 = load <16 x float>, ptr %756, align 4, !tbaa !8
+  %758 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.3.i.2
+  %759 = load float, ptr %758, align 4, !tbaa !23
+  %760 = insertelement <16 x float> poison, float %759, i64 0
+  %761 = shufflevector <16 x float> %760, <16 x float> poison, <16 x i32> zeroinitializer
+  %762 = fmul <16 x float> %757, %761
+  %763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %752, <16 x float> %754, <16 x float> %762)
+  store <16 x float> %763, ptr %756, align 4, !tbaa !8
+  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
+  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 32
+  br i1 %exitcond.3.not.i.3, label %for_end_r_0.split.3.i, label %for_body_r_0.3.i, !prof !24, !llvm.loop !44
+
+for_end_r_0.split.3.i:                            ; preds = %for_body_r_0.3.i
+  %invariant.gep.4.i = getelementptr i8, ptr %107, i64 256
+  br label %for_body_r_0.4.i
+
+for_body_r_0.4.i:                                 ; preds = %for_body_r_0.4.i, %for_end_r_0.split.3.i
+  %indvars.iv.4.i = phi i64 [ 0, %for_end_r_0.split.3.i ], [ %indvars.iv.next.4.i.3, %for_body_r_0.4.i ]
+  %764 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.4.i
+  %765 = load float, ptr %764, align 16, !tbaa !22
+  %766 = insertelement <16 x float> poison, float %765, i64 0
+  %767 = shufflevector <16 x float> %766, <16 x float> poison, <16 x i32> zeroinitializer
+  %768 = shl nuw nsw i64 %indvars.iv.4.i, 7
+  %gep.4.i = getelementptr float, ptr %invariant.gep.4.i, i64 %768
+  %769 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %770 = getelementptr inbounds nuw float, ptr %acc.i, i64 %768
+  %771 = getelementptr inbounds nuw i8, ptr %770, i64 256
+  %772 = load <16 x float>, ptr %771, align 4, !tbaa !8
+  %773 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.4.i
+  %774 = load float, ptr %773, align 16, !tbaa !23
+  %775 = insertelement <16 x float> poison, float %774, i64 0
+  %776 = shufflevector <16 x float> %775, <16 x float> poison, <16 x i32> zeroinitializer
+  %777 = fmul <16 x float> %772, %776
+  %778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %767, <16 x float> %769, <16 x float> %777)
+  store <16 x float> %778, ptr %771, align 4, !tbaa !8
+  %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
+  %779 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i
+  %780 = load float, ptr %779, align 4, !tbaa !22
+  %781 = insertelement <16 x float> poison, float %780, i64 0
+  %782 = shufflevector <16 x float> %781, <16 x float> poison, <16 x i32> zeroinitializer
+  %783 = shl nuw nsw i64 %indvars.iv.next.4.i, 7
+  %gep.4.i.1 = getelementptr float, ptr %invariant.gep.4.i, i64 %783
+  %784 = load <16 x float>, ptr %gep.4.i.1, align 4, !tbaa !8
+  %785 = getelementptr inbounds nuw float, ptr %acc.i, i64 %783
+  %786 = getelementptr inbounds nuw i8, ptr %785, i64 256
+  %787 = load <16 x float>, ptr %786, align 4, !tbaa !8
+  %788 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i
+  %789 = load float, ptr %788, align 4, !tbaa !23
+  %790 = insertelement <16 x float> poison, float %789, i64 0
+  %791 = shufflevector <16 x float> %790, <16 x float> poison, <16 x i32> zeroinitializer
+  %792 = fmul <16 x float> %787, %791
+  %793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %782, <16 x float> %784, <16 x float> %792)
+  store <16 x float> %793, ptr %786, align 4, !tbaa !8
+  %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
+  %794 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.1
+  %795 = load float, ptr %794, align 8, !tbaa !22
+  %796 = insertelement <16 x float> poison, float %795, i64 0
+  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
+  %798 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 7
+  %gep.4.i.2 = getelementptr float, ptr %invariant.gep.4.i, i64 %798
+  %799 = load <16 x float>, ptr %gep.4.i.2, align 4, !tbaa !8
+  %800 = getelementptr inbounds nuw float, ptr %acc.i, i64 %798
+  %801 = getelementptr inbounds nuw i8, ptr %800, i64 256
+  %802 = load <16 x float>, ptr %801, align 4, !tbaa !8
+  %803 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.1
+  %804 = load float, ptr %803, align 8, !tbaa !23
+  %805 = insertelement <16 x float> poison, float %804, i64 0
+  %806 = shufflevector <16 x float> %805, <16 x float> poison, <16 x i32> zeroinitializer
+  %807 = fmul <16 x float> %802, %806
+  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %799, <16 x float> %807)
+  store <16 x float> %808, ptr %801, align 4, !tbaa !8
+  %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
+  %809 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.4.i.2
+  %810 = load float, ptr %809, align 4, !tbaa !22
+  %811 = insertelement <16 x float> poison, float %810, i64 0
+  %812 = shufflevector <16 x float> %811, <16 x float> poison, <16 x i32> zeroinitializer
+  %813 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 7
+  %gep.4.i.3 = getelementptr float, ptr %invariant.gep.4.i, i64 %813
+  %814 = load <16 x float>, ptr %gep.4.i.3, align 4, !tbaa !8
+  %815 = getelementptr inbounds nuw float, ptr %acc.i, i64 %813
+  %816 = getelementptr inbounds nuw i8, ptr %815, i64 256
+  %817 = load <16 x float>, ptr %816, align 4, !tbaa !8
+  %818 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.4.i.2
+  %819 = load float, ptr %818, align 4, !tbaa !23
+  %820 = insertelement <16 x float> poison, float %819, i64 0
+  %821 = shufflevector <16 x float> %820, <16 x float> poison, <16 x i32> zeroinitializer
+  %822 = fmul <16 x float> %817, %821
+  %823 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %812, <16 x float> %814, <16 x float> %822)
+  store <16 x float> %823, ptr %816, align 4, !tbaa !8
+  %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
+  %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 32
+  br i1 %exitcond.4.not.i.3, label %for_end_r_0.split.4.i, label %for_body_r_0.4.i, !prof !24, !llvm.loop !45
+
+for_end_r_0.split.4.i:                            ; preds = %for_body_r_0.4.i
+  %invariant.gep.5.i = getelementptr i8, ptr %107, i64 320
+  br label %for_body_r_0.5.i
+
+for_body_r_0.5.i:                                 ; preds = %for_body_r_0.5.i, %for_end_r_0.split.4.i
+  %indvars.iv.5.i = phi i64 [ 0, %for_end_r_0.split.4.i ], [ %indvars.iv.next.5.i.3, %for_body_r_0.5.i ]
+  %824 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.5.i
+  %825 = load float, ptr %824, align 16, !tbaa !22
+  %826 = insertelement <16 x float> poison, float %825, i64 0
+  %827 = shufflevector <16 x float> %826, <16 x float> poison, <16 x i32> zeroinitializer
+  %828 = shl nuw nsw i64 %indvars.iv.5.i, 7
+  %gep.5.i = getelementptr float, ptr %invariant.gep.5.i, i64 %828
+  %829 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %830 = getelementptr inbounds nuw float, ptr %acc.i, i64 %828
+  %831 = getelementptr inbounds nuw i8, ptr %830, i64 320
+  %832 = load <16 x float>, ptr %831, align 4, !tbaa !8
+  %833 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.5.i
+  %834 = load float, ptr %833, align 16, !tbaa !23
+  %835 = insertelement <16 x float> poison, float %834, i64 0
+  %836 = shufflevector <16 x float> %835, <16 x float> poison, <16 x i32> zeroinitializer
+  %837 = fmul <16 x float> %832, %836
+  %838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %827, <16 x float> %829, <16 x float> %837)
+  store <16 x float> %838, ptr %831, align 4, !tbaa !8
+  %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
+  %839 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i
+  %840 = load float, ptr %839, align 4, !tbaa !22
+  %841 = insertelement <16 x float> poison, float %840, i64 0
+  %842 = shufflevector <16 x float> %841, <16 x float> poison, <16 x i32> zeroinitializer
+  %843 = shl nuw nsw i64 %indvars.iv.next.5.i, 7
+  %gep.5.i.1 = getelementptr float, ptr %invariant.gep.5.i, i64 %843
+  %844 = load <16 x float>, ptr %gep.5.i.1, align 4, !tbaa !8
+  %845 = getelementptr inbounds nuw float, ptr %acc.i, i64 %843
+  %846 = getelementptr inbounds nuw i8, ptr %845, i64 320
+  %847 = load <16 x float>, ptr %846, align 4, !tbaa !8
+  %848 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i
+  %849 = load float, ptr %848, align 4, !tbaa !23
+  %850 = insertelement <16 x float> poison, float %849, i64 0
+  %851 = shufflevector <16 x float> %850, <16 x float> poison, <16 x i32> zeroinitializer
+  %852 = fmul <16 x float> %847, %851
+  %853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %842, <16 x float> %844, <16 x float> %852)
+  store <16 x float> %853, ptr %846, align 4, !tbaa !8
+  %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
+  %854 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.1
+  %855 = load float, ptr %854, align 8, !tbaa !22
+  %856 = insertelement <16 x float> poison, float %855, i64 0
+  %857 = shufflevector <16 x float> %856, <16 x float> poison, <16 x i32> zeroinitializer
+  %858 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 7
+  %gep.5.i.2 = getelementptr float, ptr %invariant.gep.5.i, i64 %858
+  %859 = load <16 x float>, ptr %gep.5.i.2, align 4, !tbaa !8
+  %860 = getelementptr inbounds nuw float, ptr %acc.i, i64 %858
+  %861 = getelementptr inbounds nuw i8, ptr %860, i64 320
+  %862 = load <16 x float>, ptr %861, align 4, !tbaa !8
+  %863 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.1
+  %864 = load float, ptr %863, align 8, !tbaa !23
+  %865 = insertelement <16 x float> poison, float %864, i64 0
+  %866 = shufflevector <16 x float> %865, <16 x float> poison, <16 x i32> zeroinitializer
+  %867 = fmul <16 x float> %862, %866
+  %868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %857, <16 x float> %859, <16 x float> %867)
+  store <16 x float> %868, ptr %861, align 4, !tbaa !8
+  %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
+  %869 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.5.i.2
+  %870 = load float, ptr %869, align 4, !tbaa !22
+  %871 = insertelement <16 x float> poison, float %870, i64 0
+  %872 = shufflevector <16 x float> %871, <16 x float> poison, <16 x i32> zeroinitializer
+  %873 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 7
+  %gep.5.i.3 = getelementptr float, ptr %invariant.gep.5.i, i64 %873
+  %874 = load <16 x float>, ptr %gep.5.i.3, align 4, !tbaa !8
+  %875 = getelementptr inbounds nuw float, ptr %acc.i, i64 %873
+  %876 = getelementptr inbounds nuw i8, ptr %875, i64 320
+  %877 = load <16 x float>, ptr %876, align 4, !tbaa !8
+  %878 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.5.i.2
+  %879 = load float, ptr %878, align 4, !tbaa !23
+  %880 = insertelement <16 x float> poison, float %879, i64 0
+  %881 = shufflevector <16 x float> %880, <16 x float> poison, <16 x i32> zeroinitializer
+  %882 = fmul <16 x float> %877, %881
+  %883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %872, <16 x float> %874, <16 x float> %882)
+  store <16 x float> %883, ptr %876, align 4, !tbaa !8
+  %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
+  %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 32
+  br i1 %exitcond.5.not.i.3, label %for_end_r_0.split.5.i, label %for_body_r_0.5.i, !prof !24, !llvm.loop !46
+
+for_end_r_0.split.5.i:                            ; preds = %for_body_r_0.5.i
+  %invariant.gep.6.i = getelementptr i8, ptr %107, i64 384
+  br label %for_body_r_0.6.i
+
+for_body_r_0.6.i:                                 ; preds = %for_body_r_0.6.i, %for_end_r_0.split.5.i
+  %indvars.iv.6.i = phi i64 [ 0, %for_end_r_0.split.5.i ], [ %indvars.iv.next.6.i.3, %for_body_r_0.6.i ]
+  %884 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.6.i
+  %885 = load float, ptr %884, align 16, !tbaa !22
+  %886 = insertelement <16 x float> poison, float %885, i64 0
+  %887 = shufflevector <16 x float> %886, <16 x float> poison, <16 x i32> zeroinitializer
+  %888 = shl nuw nsw i64 %indvars.iv.6.i, 7
+  %gep.6.i = getelementptr float, ptr %invariant.gep.6.i, i64 %888
+  %889 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %890 = getelementptr inbounds nuw float, ptr %acc.i, i64 %888
+  %891 = getelementptr inbounds nuw i8, ptr %890, i64 384
+  %892 = load <16 x float>, ptr %891, align 4, !tbaa !8
+  %893 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.6.i
+  %894 = load float, ptr %893, align 16, !tbaa !23
+  %895 = insertelement <16 x float> poison, float %894, i64 0
+  %896 = shufflevector <16 x float> %895, <16 x float> poison, <16 x i32> zeroinitializer
+  %897 = fmul <16 x float> %892, %896
+  %898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %887, <16 x float> %889, <16 x float> %897)
+  store <16 x float> %898, ptr %891, align 4, !tbaa !8
+  %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
+  %899 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i
+  %900 = load float, ptr %899, align 4, !tbaa !22
+  %901 = insertelement <16 x float> poison, float %900, i64 0
+  %902 = shufflevector <16 x float> %901, <16 x float> poison, <16 x i32> zeroinitializer
+  %903 = shl nuw nsw i64 %indvars.iv.next.6.i, 7
+  %gep.6.i.1 = getelementptr float, ptr %invariant.gep.6.i, i64 %903
+  %904 = load <16 x float>, ptr %gep.6.i.1, align 4, !tbaa !8
+  %905 = getelementptr inbounds nuw float, ptr %acc.i, i64 %903
+  %906 = getelementptr inbounds nuw i8, ptr %905, i64 384
+  %907 = load <16 x float>, ptr %906, align 4, !tbaa !8
+  %908 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i
+  %909 = load float, ptr %908, align 4, !tbaa !23
+  %910 = insertelement <16 x float> poison, float %909, i64 0
+  %911 = shufflevector <16 x float> %910, <16 x float> poison, <16 x i32> zeroinitializer
+  %912 = fmul <16 x float> %907, %911
+  %913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %902, <16 x float> %904, <16 x float> %912)
+  store <16 x float> %913, ptr %906, align 4, !tbaa !8
+  %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
+  %914 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.1
+  %915 = load float, ptr %914, align 8, !tbaa !22
+  %916 = insertelement <16 x float> poison, float %915, i64 0
+  %917 = shufflevector <16 x float> %916, <16 x float> poison, <16 x i32> zeroinitializer
+  %918 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 7
+  %gep.6.i.2 = getelementptr float, ptr %invariant.gep.6.i, i64 %918
+  %919 = load <16 x float>, ptr %gep.6.i.2, align 4, !tbaa !8
+  %920 = getelementptr inbounds nuw float, ptr %acc.i, i64 %918
+  %921 = getelementptr inbounds nuw i8, ptr %920, i64 384
+  %922 = load <16 x float>, ptr %921, align 4, !tbaa !8
+  %923 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.1
+  %924 = load float, ptr %923, align 8, !tbaa !23
+  %925 = insertelement <16 x float> poison, float %924, i64 0
+  %926 = shufflevector <16 x float> %925, <16 x float> poison, <16 x i32> zeroinitializer
+  %927 = fmul <16 x float> %922, %926
+  %928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %917, <16 x float> %919, <16 x float> %927)
+  store <16 x float> %928, ptr %921, align 4, !tbaa !8
+  %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
+  %929 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.6.i.2
+  %930 = load float, ptr %929, align 4, !tbaa !22
+  %931 = insertelement <16 x float> poison, float %930, i64 0
+  %932 = shufflevector <16 x float> %931, <16 x float> poison, <16 x i32> zeroinitializer
+  %933 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 7
+  %gep.6.i.3 = getelementptr float, ptr %invariant.gep.6.i, i64 %933
+  %934 = load <16 x float>, ptr %gep.6.i.3, align 4, !tbaa !8
+  %935 = getelementptr inbounds nuw float, ptr %acc.i, i64 %933
+  %936 = getelementptr inbounds nuw i8, ptr %935, i64 384
+  %937 = load <16 x float>, ptr %936, align 4, !tbaa !8
+  %938 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.6.i.2
+  %939 = load float, ptr %938, align 4, !tbaa !23
+  %940 = insertelement <16 x float> poison, float %939, i64 0
+  %941 = shufflevector <16 x float> %940, <16 x float> poison, <16 x i32> zeroinitializer
+  %942 = fmul <16 x float> %937, %941
+  %943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %932, <16 x float> %934, <16 x float> %942)
+  store <16 x float> %943, ptr %936, align 4, !tbaa !8
+  %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
+  %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 32
+  br i1 %exitcond.6.not.i.3, label %for_end_r_0.split.6.i, label %for_body_r_0.6.i, !prof !24, !llvm.loop !47
+
+for_end_r_0.split.6.i:                            ; preds = %for_body_r_0.6.i
+  %invariant.gep.7.i = getelementptr i8, ptr %107, i64 448
+  br label %for_body_r_0.7.i
+
+for_body_r_0.7.i:                                 ; preds = %for_body_r_0.7.i, %for_end_r_0.split.6.i
+  %indvars.iv.7.i = phi i64 [ 0, %for_end_r_0.split.6.i ], [ %indvars.iv.next.7.i.3, %for_body_r_0.7.i ]
+  %944 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.7.i
+  %945 = load float, ptr %944, align 16, !tbaa !22
+  %946 = insertelement <16 x float> poison, float %945, i64 0
+  %947 = shufflevector <16 x float> %946, <16 x float> poison, <16 x i32> zeroinitializer
+  %948 = shl nuw nsw i64 %indvars.iv.7.i, 7
+  %gep.7.i = getelementptr float, ptr %invariant.gep.7.i, i64 %948
+  %949 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %950 = getelementptr inbounds nuw float, ptr %acc.i, i64 %948
+  %951 = getelementptr inbounds nuw i8, ptr %950, i64 448
+  %952 = load <16 x float>, ptr %951, align 4, !tbaa !8
+  %953 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.7.i
+  %954 = load float, ptr %953, align 16, !tbaa !23
+  %955 = insertelement <16 x float> poison, float %954, i64 0
+  %956 = shufflevector <16 x float> %955, <16 x float> poison, <16 x i32> zeroinitializer
+  %957 = fmul <16 x float> %952, %956
+  %958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %947, <16 x float> %949, <16 x float> %957)
+  store <16 x float> %958, ptr %951, align 4, !tbaa !8
+  %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
+  %959 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i
+  %960 = load float, ptr %959, align 4, !tbaa !22
+  %961 = insertelement <16 x float> poison, float %960, i64 0
+  %962 = shufflevector <16 x float> %961, <16 x float> poison, <16 x i32> zeroinitializer
+  %963 = shl nuw nsw i64 %indvars.iv.next.7.i, 7
+  %gep.7.i.1 = getelementptr float, ptr %invariant.gep.7.i, i64 %963
+  %964 = load <16 x float>, ptr %gep.7.i.1, align 4, !tbaa !8
+  %965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %963
+  %966 = getelementptr inbounds nuw i8, ptr %965, i64 448
+  %967 = load <16 x float>, ptr %966, align 4, !tbaa !8
+  %968 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i
+  %969 = load float, ptr %968, align 4, !tbaa !23
+  %970 = insertelement <16 x float> poison, float %969, i64 0
+  %971 = shufflevector <16 x float> %970, <16 x float> poison, <16 x i32> zeroinitializer
+  %972 = fmul <16 x float> %967, %971
+  %973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %962, <16 x float> %964, <16 x float> %972)
+  store <16 x float> %973, ptr %966, align 4, !tbaa !8
+  %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
+  %974 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.1
+  %975 = load float, ptr %974, align 8, !tbaa !22
+  %976 = insertelement <16 x float> poison, float %975, i64 0
+  %977 = shufflevector <16 x float> %976, <16 x float> poison, <16 x i32> zeroinitializer
+  %978 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 7
+  %gep.7.i.2 = getelementptr float, ptr %invariant.gep.7.i, i64 %978
+  %979 = load <16 x float>, ptr %gep.7.i.2, align 4, !tbaa !8
+  %980 = getelementptr inbounds nuw float, ptr %acc.i, i64 %978
+  %981 = getelementptr inbounds nuw i8, ptr %980, i64 448
+  %982 = load <16 x float>, ptr %981, align 4, !tbaa !8
+  %983 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.1
+  %984 = load float, ptr %983, align 8, !tbaa !23
+  %985 = insertelement <16 x float> poison, float %984, i64 0
+  %986 = shufflevector <16 x float> %985, <16 x float> poison, <16 x i32> zeroinitializer
+  %987 = fmul <16 x float> %982, %986
+  %988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %977, <16 x float> %979, <16 x float> %987)
+  store <16 x float> %988, ptr %981, align 4, !tbaa !8
+  %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
+  %989 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.7.i.2
+  %990 = load float, ptr %989, align 4, !tbaa !22
+  %991 = insertelement <16 x float> poison, float %990, i64 0
+  %992 = shufflevector <16 x float> %991, <16 x float> poison, <16 x i32> zeroinitializer
+  %993 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 7
+  %gep.7.i.3 = getelementptr float, ptr %invariant.gep.7.i, i64 %993
+  %994 = load <16 x float>, ptr %gep.7.i.3, align 4, !tbaa !8
+  %995 = getelementptr inbounds nuw float, ptr %acc.i, i64 %993
+  %996 = getelementptr inbounds nuw i8, ptr %995, i64 448
+  %997 = load <16 x float>, ptr %996, align 4, !tbaa !8
+  %998 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.7.i.2
+  %999 = load float, ptr %998, align 4, !tbaa !23
+  %1000 = insertelement <16 x float> poison, float %999, i64 0
+  %1001 = shufflevector <16 x float> %1000, <16 x float> poison, <16 x i32> zeroinitializer
+  %1002 = fmul <16 x float> %997, %1001
+  %1003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %992, <16 x float> %994, <16 x float> %1002)
+  store <16 x float> %1003, ptr %996, align 4, !tbaa !8
+  %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
+  %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 32
+  br i1 %exitcond.7.not.i.3, label %for_end_d_0.i, label %for_body_r_0.7.i, !prof !24, !llvm.loop !48
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !32
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !8
-  %221 = fmul <16 x float> %220, %217
-  %222 = bitcast <16 x float> %221 to <16 x i32>
-  %223 = lshr <16 x i32> %222, splat (i32 16)
-  %224 = and <16 x i32> %223, splat (i32 1)
-  %225 = add nuw <16 x i32> %222, splat (i32 32767)
-  %226 = add nuw <16 x i32> %225, %224
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
-  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !8
-  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !8
-  %231 = fmul <16 x float> %217, %230
-  %232 = bitcast <16 x float> %231 to <16 x i32>
-  %233 = lshr <16 x i32> %232, splat (i32 16)
-  %234 = and <16 x i32> %233, splat (i32 1)
-  %235 = add nuw <16 x i32> %232, splat (i32 32767)
-  %236 = add nuw <16 x i32> %235, %234
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !8
-  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !8
-  %241 = fmul <16 x float> %217, %240
-  %242 = bitcast <16 x float> %241 to <16 x i32>
-  %243 = lshr <16 x i32> %242, splat (i32 16)
-  %244 = and <16 x i32> %243, splat (i32 1)
-  %245 = add nuw <16 x i32> %242, splat (i32 32767)
-  %246 = add nuw <16 x i32> %245, %244
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !8
-  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !8
-  %251 = fmul <16 x float> %217, %250
-  %252 = bitcast <16 x float> %251 to <16 x i32>
-  %253 = lshr <16 x i32> %252, splat (i32 16)
-  %254 = and <16 x i32> %253, splat (i32 1)
-  %255 = add nuw <16 x i32> %252, splat (i32 32767)
-  %256 = add nuw <16 x i32> %255, %254
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !8
-  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !8
-  %261 = fmul <16 x float> %217, %260
-  %262 = bitcast <16 x float> %261 to <16 x i32>
-  %263 = lshr <16 x i32> %262, splat (i32 16)
-  %264 = and <16 x i32> %263, splat (i32 1)
-  %265 = add nuw <16 x i32> %262, splat (i32 32767)
-  %266 = add nuw <16 x i32> %265, %264
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !8
-  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !8
-  %271 = fmul <16 x float> %217, %270
-  %272 = bitcast <16 x float> %271 to <16 x i32>
-  %273 = lshr <16 x i32> %272, splat (i32 16)
-  %274 = and <16 x i32> %273, splat (i32 1)
-  %275 = add nuw <16 x i32> %272, splat (i32 32767)
-  %276 = add nuw <16 x i32> %275, %274
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !8
-  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
-  %280 = load <16 x float>, ptr %279, align 4, !tbaa !8
-  %281 = fmul <16 x float> %217, %280
-  %282 = bitcast <16 x float> %281 to <16 x i32>
-  %283 = lshr <16 x i32> %282, splat (i32 16)
-  %284 = and <16 x i32> %283, splat (i32 1)
-  %285 = add nuw <16 x i32> %282, splat (i32 32767)
-  %286 = add nuw <16 x i32> %285, %284
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !8
-  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !8
-  %291 = fmul <16 x float> %217, %290
-  %292 = bitcast <16 x float> %291 to <16 x i32>
-  %293 = lshr <16 x i32> %292, splat (i32 16)
-  %294 = and <16 x i32> %293, splat (i32 1)
-  %295 = add nuw <16 x i32> %292, splat (i32 32767)
-  %296 = add nuw <16 x i32> %295, %294
-  %297 = lshr <16 x i32> %296, splat (i32 16)
-  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !8
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_019.preheader.i ]
+  %1004 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv77.i
+  %1005 = load float, ptr %1004, align 4, !tbaa !49
+  %1006 = insertelement <16 x float> poison, float %1005, i64 0
+  %1007 = shufflevector <16 x float> %1006, <16 x float> poison, <16 x i32> zeroinitializer
+  %1008 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %527, i64 %1008
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %1009 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %1010 = load <16 x float>, ptr %1009, align 4, !tbaa !8
+  %1011 = fmul <16 x float> %1010, %1007
+  %1012 = bitcast <16 x float> %1011 to <16 x i32>
+  %1013 = lshr <16 x i32> %1012, splat (i32 16)
+  %1014 = and <16 x i32> %1013, splat (i32 1)
+  %1015 = add nuw <16 x i32> %1012, splat (i32 32767)
+  %1016 = add nuw <16 x i32> %1015, %1014
+  %1017 = lshr <16 x i32> %1016, splat (i32 16)
+  %1018 = trunc nuw <16 x i32> %1017 to <16 x i16>
+  store <16 x i16> %1018, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %1019 = getelementptr inbounds nuw i8, ptr %1009, i64 64
+  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !8
+  %1021 = fmul <16 x float> %1007, %1020
+  %1022 = bitcast <16 x float> %1021 to <16 x i32>
+  %1023 = lshr <16 x i32> %1022, splat (i32 16)
+  %1024 = and <16 x i32> %1023, splat (i32 1)
+  %1025 = add nuw <16 x i32> %1022, splat (i32 32767)
+  %1026 = add nuw <16 x i32> %1025, %1024
+  %1027 = lshr <16 x i32> %1026, splat (i32 16)
+  %1028 = trunc nuw <16 x i32> %1027 to <16 x i16>
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <16 x i16> %1028, ptr %gep50.1.i, align 2, !tbaa !8
+  %1029 = getelementptr inbounds nuw i8, ptr %1009, i64 128
+  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !8
+  %1031 = fmul <16 x float> %1007, %1030
+  %1032 = bitcast <16 x float> %1031 to <16 x i32>
+  %1033 = lshr <16 x i32> %1032, splat (i32 16)
+  %1034 = and <16 x i32> %1033, splat (i32 1)
+  %1035 = add nuw <16 x i32> %1032, splat (i32 32767)
+  %1036 = add nuw <16 x i32> %1035, %1034
+  %1037 = lshr <16 x i32> %1036, splat (i32 16)
+  %1038 = trunc nuw <16 x i32> %1037 to <16 x i16>
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x i16> %1038, ptr %gep50.2.i, align 2, !tbaa !8
+  %1039 = getelementptr inbounds nuw i8, ptr %1009, i64 192
+  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !8
+  %1041 = fmul <16 x float> %1007, %1040
+  %1042 = bitcast <16 x float> %1041 to <16 x i32>
+  %1043 = lshr <16 x i32> %1042, splat (i32 16)
+  %1044 = and <16 x i32> %1043, splat (i32 1)
+  %1045 = add nuw <16 x i32> %1042, splat (i32 32767)
+  %1046 = add nuw <16 x i32> %1045, %1044
+  %1047 = lshr <16 x i32> %1046, splat (i32 16)
+  %1048 = trunc nuw <16 x i32> %1047 to <16 x i16>
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <16 x i16> %1048, ptr %gep50.3.i, align 2, !tbaa !8
+  %1049 = getelementptr inbounds nuw i8, ptr %1009, i64 256
+  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !8
+  %1051 = fmul <16 x float> %1007, %1050
+  %1052 = bitcast <16 x float> %1051 to <16 x i32>
+  %1053 = lshr <16 x i32> %1052, splat (i32 16)
+  %1054 = and <16 x i32> %1053, splat (i32 1)
+  %1055 = add nuw <16 x i32> %1052, splat (i32 32767)
+  %1056 = add nuw <16 x i32> %1055, %1054
+  %1057 = lshr <16 x i32> %1056, splat (i32 16)
+  %1058 = trunc nuw <16 x i32> %1057 to <16 x i16>
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x i16> %1058, ptr %gep50.4.i, align 2, !tbaa !8
+  %1059 = getelementptr inbounds nuw i8, ptr %1009, i64 320
+  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !8
+  %1061 = fmul <16 x float> %1007, %1060
+  %1062 = bitcast <16 x float> %1061 to <16 x i32>
+  %1063 = lshr <16 x i32> %1062, splat (i32 16)
+  %1064 = and <16 x i32> %1063, splat (i32 1)
+  %1065 = add nuw <16 x i32> %1062, splat (i32 32767)
+  %1066 = add nuw <16 x i32> %1065, %1064
+  %1067 = lshr <16 x i32> %1066, splat (i32 16)
+  %1068 = trunc nuw <16 x i32> %1067 to <16 x i16>
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <16 x i16> %1068, ptr %gep50.5.i, align 2, !tbaa !8
+  %1069 = getelementptr inbounds nuw i8, ptr %1009, i64 384
+  %1070 = load <16 x float>, ptr %1069, align 4, !tbaa !8
+  %1071 = fmul <16 x float> %1007, %1070
+  %1072 = bitcast <16 x float> %1071 to <16 x i32>
+  %1073 = lshr <16 x i32> %1072, splat (i32 16)
+  %1074 = and <16 x i32> %1073, splat (i32 1)
+  %1075 = add nuw <16 x i32> %1072, splat (i32 32767)
+  %1076 = add nuw <16 x i32> %1075, %1074
+  %1077 = lshr <16 x i32> %1076, splat (i32 16)
+  %1078 = trunc nuw <16 x i32> %1077 to <16 x i16>
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x i16> %1078, ptr %gep50.6.i, align 2, !tbaa !8
+  %1079 = getelementptr inbounds nuw i8, ptr %1009, i64 448
+  %1080 = load <16 x float>, ptr %1079, align 4, !tbaa !8
+  %1081 = fmul <16 x float> %1007, %1080
+  %1082 = bitcast <16 x float> %1081 to <16 x i32>
+  %1083 = lshr <16 x i32> %1082, splat (i32 16)
+  %1084 = and <16 x i32> %1083, splat (i32 1)
+  %1085 = add nuw <16 x i32> %1082, splat (i32 32767)
+  %1086 = add nuw <16 x i32> %1085, %1084
+  %1087 = lshr <16 x i32> %1086, splat (i32 16)
+  %1088 = trunc nuw <16 x i32> %1087 to <16 x i16>
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <16 x i16> %1088, ptr %gep50.7.i, align 2, !tbaa !8
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 32
+  br i1 %exitcond80.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !24
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %299 = add nsw i32 %151, -1
-  %300 = sitofp i32 %299 to float
-  %301 = bitcast float %300 to i32
-  %302 = ashr i32 %301, 23
-  %303 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
-  %304 = mul nsw i64 %lse_batch, %149
-  %305 = getelementptr float, ptr %lse, i64 %304
-  %306 = shl nuw nsw i32 %303, 23
-  %307 = add nuw i32 %306, 16777216
-  %308 = bitcast i32 %307 to float
+  %1089 = add nsw i32 %522, -1
+  %1090 = sitofp i32 %1089 to float
+  %1091 = bitcast float %1090 to i32
+  %1092 = ashr i32 %1091, 23
+  %1093 = tail call i32 @llvm.smax.i32(i32 %1092, i32 125)
+  %1094 = mul nsw i64 %lse_batch, %520
+  %1095 = getelementptr float, ptr %lse, i64 %1094
+  %1096 = shl nuw nsw i32 %1093, 23
+  %1097 = add nuw i32 %1096, 16777216
+  %1098 = bitcast i32 %1097 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !33
-  %311 = fcmp oeq float %310, 0.000000e+00
-  br i1 %311, label %if_end30.i, label %if_else.i
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next82.i.3, %if_end30.i.3 ]
+  %1099 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i
+  %1100 = load float, ptr %1099, align 16, !tbaa !50
+  %1101 = fcmp oeq float %1100, 0.000000e+00
+  br i1 %1101, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %313, 0
+  %1102 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1103 = tail call i32 %1102(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %1103, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %314 = fmul float %310, %308
-  %315 = tail call float @llvm.log.f32(float %314)
-  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !35
-  %318 = fadd float %315, %317
+  %1104 = fmul float %1100, %1098
+  %1105 = tail call float @llvm.log.f32(float %1104)
+  %1106 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i
+  %1107 = load float, ptr %1106, align 16, !tbaa !52
+  %1108 = fadd float %1105, %1107
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
-  store float %319, ptr %320, align 4, !tbaa !8
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !33
-  %323 = fcmp oeq float %322, 0.000000e+00
-  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+  %1109 = phi float [ %1108, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %1110 = getelementptr float, ptr %1095, i64 %indvars.iv81.i
+  store float %1109, ptr %1110, align 4, !tbaa !8
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %1111 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i
+  %1112 = load float, ptr %1111, align 4, !tbaa !50
+  %1113 = fcmp oeq float %1112, 0.000000e+00
+  br i1 %1113, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %324 = fmul float %322, %308
-  %325 = tail call float @llvm.log.f32(float %324)
-  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !35
-  %328 = fadd float %325, %327
+  %1114 = fmul float %1112, %1098
+  %1115 = tail call float @llvm.log.f32(float %1114)
+  %1116 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i
+  %1117 = load float, ptr %1116, align 4, !tbaa !52
+  %1118 = fadd float %1115, %1117
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
-  store float %329, ptr %330, align 4, !tbaa !8
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !33
-  %333 = fcmp oeq float %332, 0.000000e+00
-  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+  %1119 = phi float [ %1118, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %1120 = getelementptr float, ptr %1095, i64 %indvars.iv.next82.i
+  store float %1119, ptr %1120, align 4, !tbaa !8
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %1121 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.1
+  %1122 = load float, ptr %1121, align 8, !tbaa !50
+  %1123 = fcmp oeq float %1122, 0.000000e+00
+  br i1 %1123, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %334 = fmul float %332, %308
-  %335 = tail call float @llvm.log.f32(float %334)
-  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !35
-  %338 = fadd float %335, %337
+  %1124 = fmul float %1122, %1098
+  %1125 = tail call float @llvm.log.f32(float %1124)
+  %1126 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.1
+  %1127 = load float, ptr %1126, align 8, !tbaa !52
+  %1128 = fadd float %1125, %1127
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
-  store float %339, ptr %340, align 4, !tbaa !8
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !33
-  %343 = fcmp oeq float %342, 0.000000e+00
-  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+  %1129 = phi float [ %1128, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %1130 = getelementptr float, ptr %1095, i64 %indvars.iv.next82.i.1
+  store float %1129, ptr %1130, align 4, !tbaa !8
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %1131 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.2
+  %1132 = load float, ptr %1131, align 4, !tbaa !50
+  %1133 = fcmp oeq float %1132, 0.000000e+00
+  br i1 %1133, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %344 = fmul float %342, %308
-  %345 = tail call float @llvm.log.f32(float %344)
-  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !35
-  %348 = fadd float %345, %347
+  %1134 = fmul float %1132, %1098
+  %1135 = tail call float @llvm.log.f32(float %1134)
+  %1136 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.2
+  %1137 = load float, ptr %1136, align 4, !tbaa !52
+  %1138 = fadd float %1135, %1137
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
-  store float %349, ptr %350, align 4, !tbaa !8
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !37
+  %1139 = phi float [ %1138, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %1140 = getelementptr float, ptr %1095, i64 %indvars.iv.next82.i.2
+  store float %1139, ptr %1140, align 4, !tbaa !8
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 32
+  br i1 %exitcond84.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !24, !llvm.loop !54
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -16242,17 +18548,33 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !22 = !{!21, !21, i64 0}
 !23 = !{!15, !15, i64 0}
 !24 = !{!"branch_weights", i32 1, i32 1048575}
-!25 = !{!26, !26, i64 0}
-!26 = !{!"buffer24.w128.b0", !27, i64 0}
-!27 = !{!"buffer24.w256.b0", !28, i64 0}
-!28 = !{!"buffer24.w512.b0", !29, i64 0}
-!29 = !{!"buffer24.w1024.b0", !30, i64 0}
-!30 = !{!"buffer24", !5, i64 0}
-!31 = !{!"branch_weights", i32 127, i32 134217601}
-!32 = !{!30, !30, i64 0}
-!33 = !{!34, !34, i64 0}
-!34 = !{!"buffer25", !5, i64 0}
-!35 = !{!36, !36, i64 0}
-!36 = !{!"buffer26", !5, i64 0}
-!37 = distinct !{!37, !38}
-!38 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!25 = distinct !{!25, !26}
+!26 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!27 = distinct !{!27, !26}
+!28 = distinct !{!28, !26}
+!29 = distinct !{!29, !26}
+!30 = distinct !{!30, !26}
+!31 = distinct !{!31, !26}
+!32 = distinct !{!32, !26}
+!33 = distinct !{!33, !26}
+!34 = !{!35, !35, i64 0}
+!35 = !{!"buffer24.w128.b0", !36, i64 0}
+!36 = !{!"buffer24.w256.b0", !37, i64 0}
+!37 = !{!"buffer24.w512.b0", !38, i64 0}
+!38 = !{!"buffer24.w1024.b0", !39, i64 0}
+!39 = !{!"buffer24", !5, i64 0}
+!40 = !{!"branch_weights", i32 127, i32 134217601}
+!41 = distinct !{!41, !26}
+!42 = distinct !{!42, !26}
+!43 = distinct !{!43, !26}
+!44 = distinct !{!44, !26}
+!45 = distinct !{!45, !26}
+!46 = distinct !{!46, !26}
+!47 = distinct !{!47, !26}
+!48 = distinct !{!48, !26}
+!49 = !{!39, !39, i64 0}
+!50 = !{!51, !51, i64 0}
+!51 = !{!"buffer25", !5, i64 0}
+!52 = !{!53, !53, i64 0}
+!53 = !{!"buffer26", !5, i64 0}
+!54 = distinct !{!54, !26}

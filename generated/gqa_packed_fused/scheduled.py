@@ -839,7 +839,7 @@ class Module:
                                                 with T.sblock("fold"):
                                                     T.reads(tile_acc[0, 0:16, 0:128], alpha[0, 0:16], beta[0, 0:16])
                                                     T.writes(acc[first, 0:16, 0:128])
-                                                    for i, r_0, d_0 in T.grid(1, 16, 1):
+                                                    for i, d_0, r_0 in T.grid(1, 1, 16):
                                                         for r_1 in T.unroll(1):
                                                             for d_1_0 in T.unroll(8):
                                                                 for d_1_1 in T.vectorized(16):
@@ -1401,7 +1401,7 @@ class Module:
                                             with T.sblock("fold"):
                                                 T.reads(tile_acc[0, 0:4, 0:128], alpha[0, 0:4], beta[0, 0:4])
                                                 T.writes(acc[first, 0:4, 0:128])
-                                                for i, r_0, d_0 in T.grid(1, 4, 1):
+                                                for i, d_0, r_0 in T.grid(1, 1, 4):
                                                     for r_1 in T.unroll(1):
                                                         for d_1_0 in T.unroll(8):
                                                             for d_1_1 in T.vectorized(16):
@@ -1535,7 +1535,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
                         T.writes(acc[0, 0:32, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 32, 8):
+                        for i, d_0, r_0 in T.grid(1, 8, 32):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):
@@ -1644,7 +1644,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:32, 0:128], alpha[0, 0:32], beta[0, 0:32])
                         T.writes(acc[0, 0:32, 0:128])
-                        for i, r_0, d_0 in T.grid(1, 32, 8):
+                        for i, d_0, r_0 in T.grid(1, 8, 32):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):

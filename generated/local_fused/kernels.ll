@@ -4873,8 +4873,6 @@ target triple = "x86_64-conda-linux-gnu"
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor34.i = alloca [16 x float], align 64
-  %beta37.i = alloca [16 x float], align 64
-  %alpha38.i = alloca [16 x float], align 64
   %context_lens.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -4975,8 +4973,6 @@ if_end24:                                         ; preds = %if_then22, %if_end2
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
@@ -4999,16 +4995,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv66.i, 0
   %50 = insertelement <16 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
   %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv66.i, %47
   %53 = shl nsw i64 %52, 4
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <16 x float>, ptr %54, align 4, !tbaa !8
@@ -5042,7 +5038,6 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !10
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -5065,319 +5060,350 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !17
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  %108 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> zeroinitializer
+  %109 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %49, label %for_begin_r_0.preheader.us.preheader.i, label %for_begin_r_0.preheader.preheader.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !24
-  %110 = insertelement <16 x float> poison, float %109, i64 0
-  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 8
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !25
-  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !8
-  %117 = load <16 x float>, ptr %113, align 4, !tbaa !8
-  %.scalar = fmul float %115, 0.000000e+00
-  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
-  store <16 x float> %120, ptr %116, align 4, !tbaa !8
-  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
-  store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !8
-  %122 = getelementptr i8, ptr %113, i64 64
-  %123 = load <16 x float>, ptr %122, align 4, !tbaa !8
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
-  store <16 x float> %124, ptr %121, align 4, !tbaa !8
-  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
-  store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 128
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
-  store <16 x float> %128, ptr %125, align 4, !tbaa !8
-  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
-  store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !8
-  %130 = getelementptr i8, ptr %113, i64 192
-  %131 = load <16 x float>, ptr %130, align 4, !tbaa !8
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
-  store <16 x float> %132, ptr %129, align 4, !tbaa !8
-  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
-  store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !8
-  %134 = getelementptr i8, ptr %113, i64 256
-  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
-  store <16 x float> %136, ptr %133, align 4, !tbaa !8
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
-  store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 320
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
-  store <16 x float> %140, ptr %137, align 4, !tbaa !8
-  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
-  store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !8
-  %142 = getelementptr i8, ptr %113, i64 384
-  %143 = load <16 x float>, ptr %142, align 4, !tbaa !8
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
-  store <16 x float> %144, ptr %141, align 4, !tbaa !8
-  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
-  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !8
-  %146 = getelementptr i8, ptr %113, i64 448
-  %147 = load <16 x float>, ptr %146, align 4, !tbaa !8
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
-  store <16 x float> %148, ptr %145, align 4, !tbaa !8
-  %149 = getelementptr inbounds nuw i8, ptr %116, i64 512
-  store <16 x float> zeroinitializer, ptr %149, align 4, !tbaa !8
-  %150 = getelementptr i8, ptr %113, i64 512
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %151, <16 x float> %119)
-  store <16 x float> %152, ptr %149, align 4, !tbaa !8
-  %153 = getelementptr inbounds nuw i8, ptr %116, i64 576
-  store <16 x float> zeroinitializer, ptr %153, align 4, !tbaa !8
-  %154 = getelementptr i8, ptr %113, i64 576
-  %155 = load <16 x float>, ptr %154, align 4, !tbaa !8
-  %156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %155, <16 x float> %119)
-  store <16 x float> %156, ptr %153, align 4, !tbaa !8
-  %157 = getelementptr inbounds nuw i8, ptr %116, i64 640
-  store <16 x float> zeroinitializer, ptr %157, align 4, !tbaa !8
-  %158 = getelementptr i8, ptr %113, i64 640
-  %159 = load <16 x float>, ptr %158, align 4, !tbaa !8
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %159, <16 x float> %119)
-  store <16 x float> %160, ptr %157, align 4, !tbaa !8
-  %161 = getelementptr inbounds nuw i8, ptr %116, i64 704
-  store <16 x float> zeroinitializer, ptr %161, align 4, !tbaa !8
-  %162 = getelementptr i8, ptr %113, i64 704
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !8
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %163, <16 x float> %119)
-  store <16 x float> %164, ptr %161, align 4, !tbaa !8
-  %165 = getelementptr inbounds nuw i8, ptr %116, i64 768
-  store <16 x float> zeroinitializer, ptr %165, align 4, !tbaa !8
-  %166 = getelementptr i8, ptr %113, i64 768
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !8
-  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %167, <16 x float> %119)
-  store <16 x float> %168, ptr %165, align 4, !tbaa !8
-  %169 = getelementptr inbounds nuw i8, ptr %116, i64 832
-  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !8
-  %170 = getelementptr i8, ptr %113, i64 832
-  %171 = load <16 x float>, ptr %170, align 4, !tbaa !8
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %171, <16 x float> %119)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !8
-  %173 = getelementptr inbounds nuw i8, ptr %116, i64 896
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !8
-  %174 = getelementptr i8, ptr %113, i64 896
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %175, <16 x float> %119)
-  store <16 x float> %176, ptr %173, align 4, !tbaa !8
-  %177 = getelementptr inbounds nuw i8, ptr %116, i64 960
-  store <16 x float> zeroinitializer, ptr %177, align 4, !tbaa !8
-  %178 = getelementptr i8, ptr %113, i64 960
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !8
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %179, <16 x float> %119)
-  store <16 x float> %180, ptr %177, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+for_begin_r_0.preheader.preheader.i:              ; preds = %for_body_step.i
+  %110 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %112 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %113 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %114 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %115 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %116 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %117 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %118 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %119 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %120 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %121 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %122 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %123 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %124 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %125 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %126 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %127 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %128 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %129 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %130 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %131 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %132 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %133 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %134 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %135 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %136 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %137 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %138 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %139 = shufflevector <16 x float> %83, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  br label %for_begin_r_0.preheader.i
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_begin_r_0.preheader.us.preheader.i:           ; preds = %for_body_step.i
+  %140 = fmul <16 x float> %83, <float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %143 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %144 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %145 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %146 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %147 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %148 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %149 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %150 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %151 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %152 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %153 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %154 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %155 = shufflevector <16 x float> %104, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  %156 = fmul <16 x float> %83, <float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %158 = fmul <16 x float> %83, <float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %160 = fmul <16 x float> %83, <float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %162 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> <i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4, i32 4>
+  %164 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> <i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5, i32 5>
+  %166 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %167 = shufflevector <16 x float> %166, <16 x float> poison, <16 x i32> <i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6, i32 6>
+  %168 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %169 = shufflevector <16 x float> %168, <16 x float> poison, <16 x i32> <i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7, i32 7>
+  %170 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison, float poison>
+  %171 = shufflevector <16 x float> %170, <16 x float> poison, <16 x i32> <i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8, i32 8>
+  %172 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison, float poison>
+  %173 = shufflevector <16 x float> %172, <16 x float> poison, <16 x i32> <i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9, i32 9>
+  %174 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison, float poison>
+  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> <i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10, i32 10>
+  %176 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison, float poison>
+  %177 = shufflevector <16 x float> %176, <16 x float> poison, <16 x i32> <i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11, i32 11>
+  %178 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison, float poison>
+  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> <i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12, i32 12>
+  %180 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison, float poison>
+  %181 = shufflevector <16 x float> %180, <16 x float> poison, <16 x i32> <i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13, i32 13>
+  %182 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00, float poison>
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> <i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14, i32 14>
+  %184 = fmul <16 x float> %83, <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float 0.000000e+00>
+  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> <i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15, i32 15>
+  br label %for_begin_r_0.preheader.us.i
+
+for_begin_r_0.preheader.us.i:                     ; preds = %for_begin_r_0.preheader.us.i, %for_begin_r_0.preheader.us.preheader.i
+  %indvars.iv62.i = phi i64 [ 0, %for_begin_r_0.preheader.us.preheader.i ], [ %indvars.iv.next63.i, %for_begin_r_0.preheader.us.i ]
+  %186 = shl nuw nsw i64 %indvars.iv62.i, 4
+  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %186
+  %187 = getelementptr inbounds nuw float, ptr %acc.i, i64 %186
+  store <16 x float> zeroinitializer, ptr %187, align 4, !tbaa !8
+  %188 = load <16 x float>, ptr %invariant.gep.us.i, align 4, !tbaa !8
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %188, <16 x float> %141)
+  store <16 x float> %189, ptr %187, align 4, !tbaa !8
+  %190 = getelementptr inbounds nuw i8, ptr %187, i64 1024
+  store <16 x float> zeroinitializer, ptr %190, align 4, !tbaa !8
+  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 1024
+  %191 = load <16 x float>, ptr %gep.us.us.1.i, align 4, !tbaa !8
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %142, <16 x float> %191, <16 x float> %157)
+  store <16 x float> %192, ptr %190, align 4, !tbaa !8
+  %193 = getelementptr inbounds nuw i8, ptr %187, i64 2048
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !8
+  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 2048
+  %194 = load <16 x float>, ptr %gep.us.us.2.i, align 4, !tbaa !8
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %194, <16 x float> %159)
+  store <16 x float> %195, ptr %193, align 4, !tbaa !8
+  %196 = getelementptr inbounds nuw i8, ptr %187, i64 3072
+  store <16 x float> zeroinitializer, ptr %196, align 4, !tbaa !8
+  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 3072
+  %197 = load <16 x float>, ptr %gep.us.us.3.i, align 4, !tbaa !8
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %197, <16 x float> %161)
+  store <16 x float> %198, ptr %196, align 4, !tbaa !8
+  %199 = getelementptr inbounds nuw i8, ptr %187, i64 4096
+  store <16 x float> zeroinitializer, ptr %199, align 4, !tbaa !8
+  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 4096
+  %200 = load <16 x float>, ptr %gep.us.us.4.i, align 4, !tbaa !8
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %144, <16 x float> %200, <16 x float> %163)
+  store <16 x float> %201, ptr %199, align 4, !tbaa !8
+  %202 = getelementptr inbounds nuw i8, ptr %187, i64 5120
+  store <16 x float> zeroinitializer, ptr %202, align 4, !tbaa !8
+  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 5120
+  %203 = load <16 x float>, ptr %gep.us.us.5.i, align 4, !tbaa !8
+  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %203, <16 x float> %165)
+  store <16 x float> %204, ptr %202, align 4, !tbaa !8
+  %205 = getelementptr inbounds nuw i8, ptr %187, i64 6144
+  store <16 x float> zeroinitializer, ptr %205, align 4, !tbaa !8
+  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 6144
+  %206 = load <16 x float>, ptr %gep.us.us.6.i, align 4, !tbaa !8
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %206, <16 x float> %167)
+  store <16 x float> %207, ptr %205, align 4, !tbaa !8
+  %208 = getelementptr inbounds nuw i8, ptr %187, i64 7168
+  store <16 x float> zeroinitializer, ptr %208, align 4, !tbaa !8
+  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 7168
+  %209 = load <16 x float>, ptr %gep.us.us.7.i, align 4, !tbaa !8
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %147, <16 x float> %209, <16 x float> %169)
+  store <16 x float> %210, ptr %208, align 4, !tbaa !8
+  %211 = getelementptr inbounds nuw i8, ptr %187, i64 8192
+  store <16 x float> zeroinitializer, ptr %211, align 4, !tbaa !8
+  %gep.us.us.8.i = getelementptr i8, ptr %invariant.gep.us.i, i64 8192
+  %212 = load <16 x float>, ptr %gep.us.us.8.i, align 4, !tbaa !8
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %212, <16 x float> %171)
+  store <16 x float> %213, ptr %211, align 4, !tbaa !8
+  %214 = getelementptr inbounds nuw i8, ptr %187, i64 9216
+  store <16 x float> zeroinitializer, ptr %214, align 4, !tbaa !8
+  %gep.us.us.9.i = getelementptr i8, ptr %invariant.gep.us.i, i64 9216
+  %215 = load <16 x float>, ptr %gep.us.us.9.i, align 4, !tbaa !8
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %149, <16 x float> %215, <16 x float> %173)
+  store <16 x float> %216, ptr %214, align 4, !tbaa !8
+  %217 = getelementptr inbounds nuw i8, ptr %187, i64 10240
+  store <16 x float> zeroinitializer, ptr %217, align 4, !tbaa !8
+  %gep.us.us.10.i = getelementptr i8, ptr %invariant.gep.us.i, i64 10240
+  %218 = load <16 x float>, ptr %gep.us.us.10.i, align 4, !tbaa !8
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %218, <16 x float> %175)
+  store <16 x float> %219, ptr %217, align 4, !tbaa !8
+  %220 = getelementptr inbounds nuw i8, ptr %187, i64 11264
+  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !8
+  %gep.us.us.11.i = getelementptr i8, ptr %invariant.gep.us.i, i64 11264
+  %221 = load <16 x float>, ptr %gep.us.us.11.i, align 4, !tbaa !8
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %221, <16 x float> %177)
+  store <16 x float> %222, ptr %220, align 4, !tbaa !8
+  %223 = getelementptr inbounds nuw i8, ptr %187, i64 12288
+  store <16 x float> zeroinitializer, ptr %223, align 4, !tbaa !8
+  %gep.us.us.12.i = getelementptr i8, ptr %invariant.gep.us.i, i64 12288
+  %224 = load <16 x float>, ptr %gep.us.us.12.i, align 4, !tbaa !8
+  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %152, <16 x float> %224, <16 x float> %179)
+  store <16 x float> %225, ptr %223, align 4, !tbaa !8
+  %226 = getelementptr inbounds nuw i8, ptr %187, i64 13312
+  store <16 x float> zeroinitializer, ptr %226, align 4, !tbaa !8
+  %gep.us.us.13.i = getelementptr i8, ptr %invariant.gep.us.i, i64 13312
+  %227 = load <16 x float>, ptr %gep.us.us.13.i, align 4, !tbaa !8
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %227, <16 x float> %181)
+  store <16 x float> %228, ptr %226, align 4, !tbaa !8
+  %229 = getelementptr inbounds nuw i8, ptr %187, i64 14336
+  store <16 x float> zeroinitializer, ptr %229, align 4, !tbaa !8
+  %gep.us.us.14.i = getelementptr i8, ptr %invariant.gep.us.i, i64 14336
+  %230 = load <16 x float>, ptr %gep.us.us.14.i, align 4, !tbaa !8
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %230, <16 x float> %183)
+  store <16 x float> %231, ptr %229, align 4, !tbaa !8
+  %232 = getelementptr inbounds nuw i8, ptr %187, i64 15360
+  store <16 x float> zeroinitializer, ptr %232, align 4, !tbaa !8
+  %gep.us.us.15.i = getelementptr i8, ptr %invariant.gep.us.i, i64 15360
+  %233 = load <16 x float>, ptr %gep.us.us.15.i, align 4, !tbaa !8
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %233, <16 x float> %185)
+  store <16 x float> %234, ptr %232, align 4, !tbaa !8
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 16
+  br i1 %exitcond65.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !10
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   %sext33 = shl i64 %24, 32
-  %181 = ashr exact i64 %sext33, 32
-  %182 = getelementptr inbounds i32, ptr %context_lens, i64 %181
-  %183 = load i32, ptr %182, align 4, !tbaa !8
-  %184 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %185 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %186 = select <16 x i1> %185, <16 x float> zeroinitializer, <16 x float> %184
-  store <16 x float> %186, ptr %factor34.i, align 16, !tbaa !27
-  %187 = mul nsw i64 %out_batch, %181
-  %188 = getelementptr i16, ptr %out, i64 %187
+  %235 = ashr exact i64 %sext33, 32
+  %236 = getelementptr inbounds i32, ptr %context_lens, i64 %235
+  %237 = load i32, ptr %236, align 4, !tbaa !8
+  %238 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %239 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %240 = select <16 x i1> %239, <16 x float> zeroinitializer, <16 x float> %238
+  store <16 x float> %240, ptr %factor34.i, align 16, !tbaa !11
+  %241 = mul nsw i64 %out_batch, %235
+  %242 = getelementptr i16, ptr %out, i64 %241
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %189 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %190 = load float, ptr %189, align 4, !tbaa !24
-  %191 = insertelement <16 x float> poison, float %190, i64 0
-  %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
-  %193 = shl nuw nsw i64 %indvars.iv.i, 8
-  %194 = getelementptr float, ptr %107, i64 %193
-  %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %196 = load float, ptr %195, align 4, !tbaa !25
-  %197 = insertelement <16 x float> poison, float %196, i64 0
-  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
-  %199 = load <16 x float>, ptr %194, align 4, !tbaa !8
-  %200 = getelementptr inbounds nuw float, ptr %acc.i, i64 %193
-  %201 = load <16 x float>, ptr %200, align 4, !tbaa !8
-  %202 = fmul <16 x float> %201, %198
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %199, <16 x float> %202)
-  store <16 x float> %203, ptr %200, align 4, !tbaa !8
-  %204 = getelementptr i8, ptr %194, i64 64
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
-  %206 = getelementptr inbounds nuw i8, ptr %200, i64 64
-  %207 = load <16 x float>, ptr %206, align 4, !tbaa !8
-  %208 = fmul <16 x float> %198, %207
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %205, <16 x float> %208)
-  store <16 x float> %209, ptr %206, align 4, !tbaa !8
-  %210 = getelementptr i8, ptr %194, i64 128
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
-  %212 = getelementptr inbounds nuw i8, ptr %200, i64 128
-  %213 = load <16 x float>, ptr %212, align 4, !tbaa !8
-  %214 = fmul <16 x float> %198, %213
-  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %211, <16 x float> %214)
-  store <16 x float> %215, ptr %212, align 4, !tbaa !8
-  %216 = getelementptr i8, ptr %194, i64 192
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !8
-  %218 = getelementptr inbounds nuw i8, ptr %200, i64 192
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !8
-  %220 = fmul <16 x float> %198, %219
-  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %217, <16 x float> %220)
-  store <16 x float> %221, ptr %218, align 4, !tbaa !8
-  %222 = getelementptr i8, ptr %194, i64 256
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !8
-  %224 = getelementptr inbounds nuw i8, ptr %200, i64 256
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !8
-  %226 = fmul <16 x float> %198, %225
-  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %223, <16 x float> %226)
-  store <16 x float> %227, ptr %224, align 4, !tbaa !8
-  %228 = getelementptr i8, ptr %194, i64 320
-  %229 = load <16 x float>, ptr %228, align 4, !tbaa !8
-  %230 = getelementptr inbounds nuw i8, ptr %200, i64 320
-  %231 = load <16 x float>, ptr %230, align 4, !tbaa !8
-  %232 = fmul <16 x float> %198, %231
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %229, <16 x float> %232)
-  store <16 x float> %233, ptr %230, align 4, !tbaa !8
-  %234 = getelementptr i8, ptr %194, i64 384
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !8
-  %236 = getelementptr inbounds nuw i8, ptr %200, i64 384
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !8
-  %238 = fmul <16 x float> %198, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 4, !tbaa !8
-  %240 = getelementptr i8, ptr %194, i64 448
-  %241 = load <16 x float>, ptr %240, align 4, !tbaa !8
-  %242 = getelementptr inbounds nuw i8, ptr %200, i64 448
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !8
-  %244 = fmul <16 x float> %198, %243
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %241, <16 x float> %244)
-  store <16 x float> %245, ptr %242, align 4, !tbaa !8
-  %246 = getelementptr i8, ptr %194, i64 512
-  %247 = load <16 x float>, ptr %246, align 4, !tbaa !8
-  %248 = getelementptr inbounds nuw i8, ptr %200, i64 512
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !8
-  %250 = fmul <16 x float> %198, %249
-  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %247, <16 x float> %250)
-  store <16 x float> %251, ptr %248, align 4, !tbaa !8
-  %252 = getelementptr i8, ptr %194, i64 576
-  %253 = load <16 x float>, ptr %252, align 4, !tbaa !8
-  %254 = getelementptr inbounds nuw i8, ptr %200, i64 576
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !8
-  %256 = fmul <16 x float> %198, %255
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %253, <16 x float> %256)
-  store <16 x float> %257, ptr %254, align 4, !tbaa !8
-  %258 = getelementptr i8, ptr %194, i64 640
-  %259 = load <16 x float>, ptr %258, align 4, !tbaa !8
-  %260 = getelementptr inbounds nuw i8, ptr %200, i64 640
+for_begin_r_0.preheader.i:                        ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.preheader.i ], [ %indvars.iv.next.i, %for_begin_r_0.preheader.i ]
+  %243 = shl nuw nsw i64 %indvars.iv.i, 4
+  %invariant.gep.i = getelementptr float, ptr %107, i64 %243
+  %244 = load <16 x float>, ptr %invariant.gep.i, align 4, !tbaa !8
+  %245 = getelementptr inbounds nuw float, ptr %acc.i, i64 %243
+  %246 = load <16 x float>, ptr %245, align 4, !tbaa !8
+  %247 = fmul <16 x float> %110, %246
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %108, <16 x float> %244, <16 x float> %247)
+  store <16 x float> %248, ptr %245, align 4, !tbaa !8
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 1024
+  %249 = load <16 x float>, ptr %gep.1.i, align 4, !tbaa !8
+  %250 = getelementptr inbounds nuw i8, ptr %245, i64 1024
+  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
+  %252 = fmul <16 x float> %112, %251
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %249, <16 x float> %252)
+  store <16 x float> %253, ptr %250, align 4, !tbaa !8
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 2048
+  %254 = load <16 x float>, ptr %gep.2.i, align 4, !tbaa !8
+  %255 = getelementptr inbounds nuw i8, ptr %245, i64 2048
+  %256 = load <16 x float>, ptr %255, align 4, !tbaa !8
+  %257 = fmul <16 x float> %113, %256
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %254, <16 x float> %257)
+  store <16 x float> %258, ptr %255, align 4, !tbaa !8
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 3072
+  %259 = load <16 x float>, ptr %gep.3.i, align 4, !tbaa !8
+  %260 = getelementptr inbounds nuw i8, ptr %245, i64 3072
   %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = fmul <16 x float> %198, %261
-  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %259, <16 x float> %262)
+  %262 = fmul <16 x float> %115, %261
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %114, <16 x float> %259, <16 x float> %262)
   store <16 x float> %263, ptr %260, align 4, !tbaa !8
-  %264 = getelementptr i8, ptr %194, i64 704
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !8
-  %266 = getelementptr inbounds nuw i8, ptr %200, i64 704
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !8
-  %268 = fmul <16 x float> %198, %267
-  %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %265, <16 x float> %268)
-  store <16 x float> %269, ptr %266, align 4, !tbaa !8
-  %270 = getelementptr i8, ptr %194, i64 768
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 4096
+  %264 = load <16 x float>, ptr %gep.4.i, align 4, !tbaa !8
+  %265 = getelementptr inbounds nuw i8, ptr %245, i64 4096
+  %266 = load <16 x float>, ptr %265, align 4, !tbaa !8
+  %267 = fmul <16 x float> %117, %266
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %264, <16 x float> %267)
+  store <16 x float> %268, ptr %265, align 4, !tbaa !8
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 5120
+  %269 = load <16 x float>, ptr %gep.5.i, align 4, !tbaa !8
+  %270 = getelementptr inbounds nuw i8, ptr %245, i64 5120
   %271 = load <16 x float>, ptr %270, align 4, !tbaa !8
-  %272 = getelementptr inbounds nuw i8, ptr %200, i64 768
-  %273 = load <16 x float>, ptr %272, align 4, !tbaa !8
-  %274 = fmul <16 x float> %198, %273
-  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %271, <16 x float> %274)
-  store <16 x float> %275, ptr %272, align 4, !tbaa !8
-  %276 = getelementptr i8, ptr %194, i64 832
-  %277 = load <16 x float>, ptr %276, align 4, !tbaa !8
-  %278 = getelementptr inbounds nuw i8, ptr %200, i64 832
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !8
-  %280 = fmul <16 x float> %198, %279
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %277, <16 x float> %280)
-  store <16 x float> %281, ptr %278, align 4, !tbaa !8
-  %282 = getelementptr i8, ptr %194, i64 896
-  %283 = load <16 x float>, ptr %282, align 4, !tbaa !8
-  %284 = getelementptr inbounds nuw i8, ptr %200, i64 896
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !8
-  %286 = fmul <16 x float> %198, %285
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %283, <16 x float> %286)
-  store <16 x float> %287, ptr %284, align 4, !tbaa !8
-  %288 = getelementptr i8, ptr %194, i64 960
-  %289 = load <16 x float>, ptr %288, align 4, !tbaa !8
-  %290 = getelementptr inbounds nuw i8, ptr %200, i64 960
+  %272 = fmul <16 x float> %119, %271
+  %273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %118, <16 x float> %269, <16 x float> %272)
+  store <16 x float> %273, ptr %270, align 4, !tbaa !8
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 6144
+  %274 = load <16 x float>, ptr %gep.6.i, align 4, !tbaa !8
+  %275 = getelementptr inbounds nuw i8, ptr %245, i64 6144
+  %276 = load <16 x float>, ptr %275, align 4, !tbaa !8
+  %277 = fmul <16 x float> %121, %276
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %120, <16 x float> %274, <16 x float> %277)
+  store <16 x float> %278, ptr %275, align 4, !tbaa !8
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 7168
+  %279 = load <16 x float>, ptr %gep.7.i, align 4, !tbaa !8
+  %280 = getelementptr inbounds nuw i8, ptr %245, i64 7168
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
+  %282 = fmul <16 x float> %123, %281
+  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %279, <16 x float> %282)
+  store <16 x float> %283, ptr %280, align 4, !tbaa !8
+  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 8192
+  %284 = load <16 x float>, ptr %gep.8.i, align 4, !tbaa !8
+  %285 = getelementptr inbounds nuw i8, ptr %245, i64 8192
+  %286 = load <16 x float>, ptr %285, align 4, !tbaa !8
+  %287 = fmul <16 x float> %125, %286
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %124, <16 x float> %284, <16 x float> %287)
+  store <16 x float> %288, ptr %285, align 4, !tbaa !8
+  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 9216
+  %289 = load <16 x float>, ptr %gep.9.i, align 4, !tbaa !8
+  %290 = getelementptr inbounds nuw i8, ptr %245, i64 9216
   %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = fmul <16 x float> %198, %291
-  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %289, <16 x float> %292)
+  %292 = fmul <16 x float> %127, %291
+  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %289, <16 x float> %292)
   store <16 x float> %293, ptr %290, align 4, !tbaa !8
+  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 10240
+  %294 = load <16 x float>, ptr %gep.10.i, align 4, !tbaa !8
+  %295 = getelementptr inbounds nuw i8, ptr %245, i64 10240
+  %296 = load <16 x float>, ptr %295, align 4, !tbaa !8
+  %297 = fmul <16 x float> %129, %296
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %294, <16 x float> %297)
+  store <16 x float> %298, ptr %295, align 4, !tbaa !8
+  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 11264
+  %299 = load <16 x float>, ptr %gep.11.i, align 4, !tbaa !8
+  %300 = getelementptr inbounds nuw i8, ptr %245, i64 11264
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !8
+  %302 = fmul <16 x float> %131, %301
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %299, <16 x float> %302)
+  store <16 x float> %303, ptr %300, align 4, !tbaa !8
+  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 12288
+  %304 = load <16 x float>, ptr %gep.12.i, align 4, !tbaa !8
+  %305 = getelementptr inbounds nuw i8, ptr %245, i64 12288
+  %306 = load <16 x float>, ptr %305, align 4, !tbaa !8
+  %307 = fmul <16 x float> %133, %306
+  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %304, <16 x float> %307)
+  store <16 x float> %308, ptr %305, align 4, !tbaa !8
+  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 13312
+  %309 = load <16 x float>, ptr %gep.13.i, align 4, !tbaa !8
+  %310 = getelementptr inbounds nuw i8, ptr %245, i64 13312
+  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
+  %312 = fmul <16 x float> %135, %311
+  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %134, <16 x float> %309, <16 x float> %312)
+  store <16 x float> %313, ptr %310, align 4, !tbaa !8
+  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 14336
+  %314 = load <16 x float>, ptr %gep.14.i, align 4, !tbaa !8
+  %315 = getelementptr inbounds nuw i8, ptr %245, i64 14336
+  %316 = load <16 x float>, ptr %315, align 4, !tbaa !8
+  %317 = fmul <16 x float> %137, %316
+  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %136, <16 x float> %314, <16 x float> %317)
+  store <16 x float> %318, ptr %315, align 4, !tbaa !8
+  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 15360
+  %319 = load <16 x float>, ptr %gep.15.i, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw i8, ptr %245, i64 15360
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
+  %322 = fmul <16 x float> %139, %321
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %319, <16 x float> %322)
+  store <16 x float> %323, ptr %320, align 4, !tbaa !8
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !10
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !34
+for_end_d_0.i:                                    ; preds = %for_begin_r_0.preheader.i, %for_begin_r_0.preheader.us.i
+  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %294 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %295 = load float, ptr %294, align 4, !tbaa !35
-  %296 = insertelement <16 x float> poison, float %295, i64 0
-  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
-  %298 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %188, i64 %298
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 10
-  %299 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %300 = load <16 x float>, ptr %299, align 4, !tbaa !8
-  %301 = fmul <16 x float> %300, %297
-  %302 = bitcast <16 x float> %301 to <16 x i32>
-  %303 = lshr <16 x i32> %302, splat (i32 16)
-  %304 = and <16 x i32> %303, splat (i32 1)
-  %305 = add nuw <16 x i32> %302, splat (i32 32767)
-  %306 = add nuw <16 x i32> %305, %304
-  %307 = lshr <16 x i32> %306, splat (i32 16)
-  %308 = trunc nuw <16 x i32> %307 to <16 x i16>
-  store <16 x i16> %308, ptr %invariant.gep.i, align 2, !tbaa !8
-  %309 = getelementptr inbounds nuw i8, ptr %299, i64 64
-  %310 = load <16 x float>, ptr %309, align 4, !tbaa !8
-  %311 = fmul <16 x float> %297, %310
-  %312 = bitcast <16 x float> %311 to <16 x i32>
-  %313 = lshr <16 x i32> %312, splat (i32 16)
-  %314 = and <16 x i32> %313, splat (i32 1)
-  %315 = add nuw <16 x i32> %312, splat (i32 32767)
-  %316 = add nuw <16 x i32> %315, %314
-  %317 = lshr <16 x i32> %316, splat (i32 16)
-  %318 = trunc nuw <16 x i32> %317 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %318, ptr %gep.1.i, align 2, !tbaa !8
-  %319 = getelementptr inbounds nuw i8, ptr %299, i64 128
-  %320 = load <16 x float>, ptr %319, align 4, !tbaa !8
-  %321 = fmul <16 x float> %297, %320
-  %322 = bitcast <16 x float> %321 to <16 x i32>
-  %323 = lshr <16 x i32> %322, splat (i32 16)
-  %324 = and <16 x i32> %323, splat (i32 1)
-  %325 = add nuw <16 x i32> %322, splat (i32 32767)
-  %326 = add nuw <16 x i32> %325, %324
-  %327 = lshr <16 x i32> %326, splat (i32 16)
-  %328 = trunc nuw <16 x i32> %327 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %328, ptr %gep.2.i, align 2, !tbaa !8
-  %329 = getelementptr inbounds nuw i8, ptr %299, i64 192
+  %indvars.iv74.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next75.i, %for_begin_d_019.preheader.i ]
+  %324 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv74.i
+  %325 = load float, ptr %324, align 4, !tbaa !19
+  %326 = insertelement <16 x float> poison, float %325, i64 0
+  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
+  %328 = mul nsw i64 %indvars.iv74.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %242, i64 %328
+  %.idx = shl nuw nsw i64 %indvars.iv74.i, 10
+  %329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
   %330 = load <16 x float>, ptr %329, align 4, !tbaa !8
-  %331 = fmul <16 x float> %297, %330
+  %331 = fmul <16 x float> %330, %327
   %332 = bitcast <16 x float> %331 to <16 x i32>
   %333 = lshr <16 x i32> %332, splat (i32 16)
   %334 = and <16 x i32> %333, splat (i32 1)
@@ -5385,11 +5411,10 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %336 = add nuw <16 x i32> %335, %334
   %337 = lshr <16 x i32> %336, splat (i32 16)
   %338 = trunc nuw <16 x i32> %337 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %338, ptr %gep.3.i, align 2, !tbaa !8
-  %339 = getelementptr inbounds nuw i8, ptr %299, i64 256
+  store <16 x i16> %338, ptr %invariant.gep49.i, align 2, !tbaa !8
+  %339 = getelementptr inbounds nuw i8, ptr %329, i64 64
   %340 = load <16 x float>, ptr %339, align 4, !tbaa !8
-  %341 = fmul <16 x float> %297, %340
+  %341 = fmul <16 x float> %327, %340
   %342 = bitcast <16 x float> %341 to <16 x i32>
   %343 = lshr <16 x i32> %342, splat (i32 16)
   %344 = and <16 x i32> %343, splat (i32 1)
@@ -5397,11 +5422,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %346 = add nuw <16 x i32> %345, %344
   %347 = lshr <16 x i32> %346, splat (i32 16)
   %348 = trunc nuw <16 x i32> %347 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %348, ptr %gep.4.i, align 2, !tbaa !8
-  %349 = getelementptr inbounds nuw i8, ptr %299, i64 320
+  %gep50.1.i = getelementptr i8, ptr %invariant.gep49.i, i64 32
+  store <16 x i16> %348, ptr %gep50.1.i, align 2, !tbaa !8
+  %349 = getelementptr inbounds nuw i8, ptr %329, i64 128
   %350 = load <16 x float>, ptr %349, align 4, !tbaa !8
-  %351 = fmul <16 x float> %297, %350
+  %351 = fmul <16 x float> %327, %350
   %352 = bitcast <16 x float> %351 to <16 x i32>
   %353 = lshr <16 x i32> %352, splat (i32 16)
   %354 = and <16 x i32> %353, splat (i32 1)
@@ -5409,11 +5434,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %356 = add nuw <16 x i32> %355, %354
   %357 = lshr <16 x i32> %356, splat (i32 16)
   %358 = trunc nuw <16 x i32> %357 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %358, ptr %gep.5.i, align 2, !tbaa !8
-  %359 = getelementptr inbounds nuw i8, ptr %299, i64 384
+  %gep50.2.i = getelementptr i8, ptr %invariant.gep49.i, i64 64
+  store <16 x i16> %358, ptr %gep50.2.i, align 2, !tbaa !8
+  %359 = getelementptr inbounds nuw i8, ptr %329, i64 192
   %360 = load <16 x float>, ptr %359, align 4, !tbaa !8
-  %361 = fmul <16 x float> %297, %360
+  %361 = fmul <16 x float> %327, %360
   %362 = bitcast <16 x float> %361 to <16 x i32>
   %363 = lshr <16 x i32> %362, splat (i32 16)
   %364 = and <16 x i32> %363, splat (i32 1)
@@ -5421,11 +5446,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %366 = add nuw <16 x i32> %365, %364
   %367 = lshr <16 x i32> %366, splat (i32 16)
   %368 = trunc nuw <16 x i32> %367 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %368, ptr %gep.6.i, align 2, !tbaa !8
-  %369 = getelementptr inbounds nuw i8, ptr %299, i64 448
+  %gep50.3.i = getelementptr i8, ptr %invariant.gep49.i, i64 96
+  store <16 x i16> %368, ptr %gep50.3.i, align 2, !tbaa !8
+  %369 = getelementptr inbounds nuw i8, ptr %329, i64 256
   %370 = load <16 x float>, ptr %369, align 4, !tbaa !8
-  %371 = fmul <16 x float> %297, %370
+  %371 = fmul <16 x float> %327, %370
   %372 = bitcast <16 x float> %371 to <16 x i32>
   %373 = lshr <16 x i32> %372, splat (i32 16)
   %374 = and <16 x i32> %373, splat (i32 1)
@@ -5433,11 +5458,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %376 = add nuw <16 x i32> %375, %374
   %377 = lshr <16 x i32> %376, splat (i32 16)
   %378 = trunc nuw <16 x i32> %377 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %378, ptr %gep.7.i, align 2, !tbaa !8
-  %379 = getelementptr inbounds nuw i8, ptr %299, i64 512
+  %gep50.4.i = getelementptr i8, ptr %invariant.gep49.i, i64 128
+  store <16 x i16> %378, ptr %gep50.4.i, align 2, !tbaa !8
+  %379 = getelementptr inbounds nuw i8, ptr %329, i64 320
   %380 = load <16 x float>, ptr %379, align 4, !tbaa !8
-  %381 = fmul <16 x float> %297, %380
+  %381 = fmul <16 x float> %327, %380
   %382 = bitcast <16 x float> %381 to <16 x i32>
   %383 = lshr <16 x i32> %382, splat (i32 16)
   %384 = and <16 x i32> %383, splat (i32 1)
@@ -5445,11 +5470,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %386 = add nuw <16 x i32> %385, %384
   %387 = lshr <16 x i32> %386, splat (i32 16)
   %388 = trunc nuw <16 x i32> %387 to <16 x i16>
-  %gep.8.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x i16> %388, ptr %gep.8.i, align 2, !tbaa !8
-  %389 = getelementptr inbounds nuw i8, ptr %299, i64 576
+  %gep50.5.i = getelementptr i8, ptr %invariant.gep49.i, i64 160
+  store <16 x i16> %388, ptr %gep50.5.i, align 2, !tbaa !8
+  %389 = getelementptr inbounds nuw i8, ptr %329, i64 384
   %390 = load <16 x float>, ptr %389, align 4, !tbaa !8
-  %391 = fmul <16 x float> %297, %390
+  %391 = fmul <16 x float> %327, %390
   %392 = bitcast <16 x float> %391 to <16 x i32>
   %393 = lshr <16 x i32> %392, splat (i32 16)
   %394 = and <16 x i32> %393, splat (i32 1)
@@ -5457,11 +5482,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %396 = add nuw <16 x i32> %395, %394
   %397 = lshr <16 x i32> %396, splat (i32 16)
   %398 = trunc nuw <16 x i32> %397 to <16 x i16>
-  %gep.9.i = getelementptr i8, ptr %invariant.gep.i, i64 288
-  store <16 x i16> %398, ptr %gep.9.i, align 2, !tbaa !8
-  %399 = getelementptr inbounds nuw i8, ptr %299, i64 640
+  %gep50.6.i = getelementptr i8, ptr %invariant.gep49.i, i64 192
+  store <16 x i16> %398, ptr %gep50.6.i, align 2, !tbaa !8
+  %399 = getelementptr inbounds nuw i8, ptr %329, i64 448
   %400 = load <16 x float>, ptr %399, align 4, !tbaa !8
-  %401 = fmul <16 x float> %297, %400
+  %401 = fmul <16 x float> %327, %400
   %402 = bitcast <16 x float> %401 to <16 x i32>
   %403 = lshr <16 x i32> %402, splat (i32 16)
   %404 = and <16 x i32> %403, splat (i32 1)
@@ -5469,11 +5494,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %406 = add nuw <16 x i32> %405, %404
   %407 = lshr <16 x i32> %406, splat (i32 16)
   %408 = trunc nuw <16 x i32> %407 to <16 x i16>
-  %gep.10.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x i16> %408, ptr %gep.10.i, align 2, !tbaa !8
-  %409 = getelementptr inbounds nuw i8, ptr %299, i64 704
+  %gep50.7.i = getelementptr i8, ptr %invariant.gep49.i, i64 224
+  store <16 x i16> %408, ptr %gep50.7.i, align 2, !tbaa !8
+  %409 = getelementptr inbounds nuw i8, ptr %329, i64 512
   %410 = load <16 x float>, ptr %409, align 4, !tbaa !8
-  %411 = fmul <16 x float> %297, %410
+  %411 = fmul <16 x float> %327, %410
   %412 = bitcast <16 x float> %411 to <16 x i32>
   %413 = lshr <16 x i32> %412, splat (i32 16)
   %414 = and <16 x i32> %413, splat (i32 1)
@@ -5481,11 +5506,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %416 = add nuw <16 x i32> %415, %414
   %417 = lshr <16 x i32> %416, splat (i32 16)
   %418 = trunc nuw <16 x i32> %417 to <16 x i16>
-  %gep.11.i = getelementptr i8, ptr %invariant.gep.i, i64 352
-  store <16 x i16> %418, ptr %gep.11.i, align 2, !tbaa !8
-  %419 = getelementptr inbounds nuw i8, ptr %299, i64 768
+  %gep50.8.i = getelementptr i8, ptr %invariant.gep49.i, i64 256
+  store <16 x i16> %418, ptr %gep50.8.i, align 2, !tbaa !8
+  %419 = getelementptr inbounds nuw i8, ptr %329, i64 576
   %420 = load <16 x float>, ptr %419, align 4, !tbaa !8
-  %421 = fmul <16 x float> %297, %420
+  %421 = fmul <16 x float> %327, %420
   %422 = bitcast <16 x float> %421 to <16 x i32>
   %423 = lshr <16 x i32> %422, splat (i32 16)
   %424 = and <16 x i32> %423, splat (i32 1)
@@ -5493,11 +5518,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %426 = add nuw <16 x i32> %425, %424
   %427 = lshr <16 x i32> %426, splat (i32 16)
   %428 = trunc nuw <16 x i32> %427 to <16 x i16>
-  %gep.12.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x i16> %428, ptr %gep.12.i, align 2, !tbaa !8
-  %429 = getelementptr inbounds nuw i8, ptr %299, i64 832
+  %gep50.9.i = getelementptr i8, ptr %invariant.gep49.i, i64 288
+  store <16 x i16> %428, ptr %gep50.9.i, align 2, !tbaa !8
+  %429 = getelementptr inbounds nuw i8, ptr %329, i64 640
   %430 = load <16 x float>, ptr %429, align 4, !tbaa !8
-  %431 = fmul <16 x float> %297, %430
+  %431 = fmul <16 x float> %327, %430
   %432 = bitcast <16 x float> %431 to <16 x i32>
   %433 = lshr <16 x i32> %432, splat (i32 16)
   %434 = and <16 x i32> %433, splat (i32 1)
@@ -5505,11 +5530,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %436 = add nuw <16 x i32> %435, %434
   %437 = lshr <16 x i32> %436, splat (i32 16)
   %438 = trunc nuw <16 x i32> %437 to <16 x i16>
-  %gep.13.i = getelementptr i8, ptr %invariant.gep.i, i64 416
-  store <16 x i16> %438, ptr %gep.13.i, align 2, !tbaa !8
-  %439 = getelementptr inbounds nuw i8, ptr %299, i64 896
+  %gep50.10.i = getelementptr i8, ptr %invariant.gep49.i, i64 320
+  store <16 x i16> %438, ptr %gep50.10.i, align 2, !tbaa !8
+  %439 = getelementptr inbounds nuw i8, ptr %329, i64 704
   %440 = load <16 x float>, ptr %439, align 4, !tbaa !8
-  %441 = fmul <16 x float> %297, %440
+  %441 = fmul <16 x float> %327, %440
   %442 = bitcast <16 x float> %441 to <16 x i32>
   %443 = lshr <16 x i32> %442, splat (i32 16)
   %444 = and <16 x i32> %443, splat (i32 1)
@@ -5517,11 +5542,11 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %446 = add nuw <16 x i32> %445, %444
   %447 = lshr <16 x i32> %446, splat (i32 16)
   %448 = trunc nuw <16 x i32> %447 to <16 x i16>
-  %gep.14.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x i16> %448, ptr %gep.14.i, align 2, !tbaa !8
-  %449 = getelementptr inbounds nuw i8, ptr %299, i64 960
+  %gep50.11.i = getelementptr i8, ptr %invariant.gep49.i, i64 352
+  store <16 x i16> %448, ptr %gep50.11.i, align 2, !tbaa !8
+  %449 = getelementptr inbounds nuw i8, ptr %329, i64 768
   %450 = load <16 x float>, ptr %449, align 4, !tbaa !8
-  %451 = fmul <16 x float> %297, %450
+  %451 = fmul <16 x float> %327, %450
   %452 = bitcast <16 x float> %451 to <16 x i32>
   %453 = lshr <16 x i32> %452, splat (i32 16)
   %454 = and <16 x i32> %453, splat (i32 1)
@@ -5529,273 +5554,307 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   %456 = add nuw <16 x i32> %455, %454
   %457 = lshr <16 x i32> %456, splat (i32 16)
   %458 = trunc nuw <16 x i32> %457 to <16 x i16>
-  %gep.15.i = getelementptr i8, ptr %invariant.gep.i, i64 480
-  store <16 x i16> %458, ptr %gep.15.i, align 2, !tbaa !8
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+  %gep50.12.i = getelementptr i8, ptr %invariant.gep49.i, i64 384
+  store <16 x i16> %458, ptr %gep50.12.i, align 2, !tbaa !8
+  %459 = getelementptr inbounds nuw i8, ptr %329, i64 832
+  %460 = load <16 x float>, ptr %459, align 4, !tbaa !8
+  %461 = fmul <16 x float> %327, %460
+  %462 = bitcast <16 x float> %461 to <16 x i32>
+  %463 = lshr <16 x i32> %462, splat (i32 16)
+  %464 = and <16 x i32> %463, splat (i32 1)
+  %465 = add nuw <16 x i32> %462, splat (i32 32767)
+  %466 = add nuw <16 x i32> %465, %464
+  %467 = lshr <16 x i32> %466, splat (i32 16)
+  %468 = trunc nuw <16 x i32> %467 to <16 x i16>
+  %gep50.13.i = getelementptr i8, ptr %invariant.gep49.i, i64 416
+  store <16 x i16> %468, ptr %gep50.13.i, align 2, !tbaa !8
+  %469 = getelementptr inbounds nuw i8, ptr %329, i64 896
+  %470 = load <16 x float>, ptr %469, align 4, !tbaa !8
+  %471 = fmul <16 x float> %327, %470
+  %472 = bitcast <16 x float> %471 to <16 x i32>
+  %473 = lshr <16 x i32> %472, splat (i32 16)
+  %474 = and <16 x i32> %473, splat (i32 1)
+  %475 = add nuw <16 x i32> %472, splat (i32 32767)
+  %476 = add nuw <16 x i32> %475, %474
+  %477 = lshr <16 x i32> %476, splat (i32 16)
+  %478 = trunc nuw <16 x i32> %477 to <16 x i16>
+  %gep50.14.i = getelementptr i8, ptr %invariant.gep49.i, i64 448
+  store <16 x i16> %478, ptr %gep50.14.i, align 2, !tbaa !8
+  %479 = getelementptr inbounds nuw i8, ptr %329, i64 960
+  %480 = load <16 x float>, ptr %479, align 4, !tbaa !8
+  %481 = fmul <16 x float> %327, %480
+  %482 = bitcast <16 x float> %481 to <16 x i32>
+  %483 = lshr <16 x i32> %482, splat (i32 16)
+  %484 = and <16 x i32> %483, splat (i32 1)
+  %485 = add nuw <16 x i32> %482, splat (i32 32767)
+  %486 = add nuw <16 x i32> %485, %484
+  %487 = lshr <16 x i32> %486, splat (i32 16)
+  %488 = trunc nuw <16 x i32> %487 to <16 x i16>
+  %gep50.15.i = getelementptr i8, ptr %invariant.gep49.i, i64 480
+  store <16 x i16> %488, ptr %gep50.15.i, align 2, !tbaa !8
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond77.not.i = icmp eq i64 %indvars.iv.next75.i, 16
+  br i1 %exitcond77.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !10
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %459 = add nsw i32 %183, -1
-  %460 = sitofp i32 %459 to float
-  %461 = bitcast float %460 to i32
-  %462 = ashr i32 %461, 23
-  %463 = tail call i32 @llvm.smax.i32(i32 %462, i32 125)
-  %464 = mul nsw i64 %lse_batch, %181
-  %465 = getelementptr float, ptr %lse, i64 %464
-  %466 = shl nuw nsw i32 %463, 23
-  %467 = add nuw i32 %466, 16777216
-  %468 = bitcast i32 %467 to float
+  %489 = add nsw i32 %237, -1
+  %490 = sitofp i32 %489 to float
+  %491 = bitcast float %490 to i32
+  %492 = ashr i32 %491, 23
+  %493 = tail call i32 @llvm.smax.i32(i32 %492, i32 125)
+  %494 = mul nsw i64 %lse_batch, %235
+  %495 = getelementptr float, ptr %lse, i64 %494
+  %496 = shl nuw nsw i32 %493, 23
+  %497 = add nuw i32 %496, 16777216
+  %498 = bitcast i32 %497 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %469 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %469, label %if_end30.i, label %if_else.i
+  %499 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %499, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %470 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %468
-  %471 = tail call float @llvm.log.f32(float %470)
+  %500 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %498
+  %501 = tail call float @llvm.log.f32(float %500)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %472 = fadd float %row_max40.sroa.0.0.vec.extract.i, %471
+  %502 = fadd float %row_max40.sroa.0.0.vec.extract.i, %501
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %473 = phi float [ %472, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %473, ptr %465, align 4, !tbaa !8
+  %503 = phi float [ %502, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %503, ptr %495, align 4, !tbaa !8
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %474 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %474, label %if_end30.1.i, label %if_else.1.i
+  %504 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %504, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %475 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %468
-  %476 = tail call float @llvm.log.f32(float %475)
+  %505 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %498
+  %506 = tail call float @llvm.log.f32(float %505)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %477 = fadd float %row_max40.sroa.0.4.vec.extract.i, %476
+  %507 = fadd float %row_max40.sroa.0.4.vec.extract.i, %506
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %478 = phi float [ %477, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %479 = getelementptr i8, ptr %465, i64 4
-  store float %478, ptr %479, align 4, !tbaa !8
+  %508 = phi float [ %507, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %509 = getelementptr i8, ptr %495, i64 4
+  store float %508, ptr %509, align 4, !tbaa !8
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %480 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %480, label %if_end30.2.i, label %if_else.2.i
+  %510 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %510, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %481 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %468
-  %482 = tail call float @llvm.log.f32(float %481)
+  %511 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %498
+  %512 = tail call float @llvm.log.f32(float %511)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %483 = fadd float %row_max40.sroa.0.8.vec.extract.i, %482
+  %513 = fadd float %row_max40.sroa.0.8.vec.extract.i, %512
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %484 = phi float [ %483, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %485 = getelementptr i8, ptr %465, i64 8
-  store float %484, ptr %485, align 4, !tbaa !8
+  %514 = phi float [ %513, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %515 = getelementptr i8, ptr %495, i64 8
+  store float %514, ptr %515, align 4, !tbaa !8
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %486 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %486, label %if_end30.3.i, label %if_else.3.i
+  %516 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %516, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %487 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %468
-  %488 = tail call float @llvm.log.f32(float %487)
+  %517 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %498
+  %518 = tail call float @llvm.log.f32(float %517)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %489 = fadd float %row_max40.sroa.0.12.vec.extract.i, %488
+  %519 = fadd float %row_max40.sroa.0.12.vec.extract.i, %518
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %490 = phi float [ %489, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %491 = getelementptr i8, ptr %465, i64 12
-  store float %490, ptr %491, align 4, !tbaa !8
+  %520 = phi float [ %519, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %521 = getelementptr i8, ptr %495, i64 12
+  store float %520, ptr %521, align 4, !tbaa !8
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %492 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %492, label %if_end30.4.i, label %if_else.4.i
+  %522 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %522, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %493 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %468
-  %494 = tail call float @llvm.log.f32(float %493)
+  %523 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %498
+  %524 = tail call float @llvm.log.f32(float %523)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %495 = fadd float %row_max40.sroa.0.16.vec.extract.i, %494
+  %525 = fadd float %row_max40.sroa.0.16.vec.extract.i, %524
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %496 = phi float [ %495, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %497 = getelementptr i8, ptr %465, i64 16
-  store float %496, ptr %497, align 4, !tbaa !8
+  %526 = phi float [ %525, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %527 = getelementptr i8, ptr %495, i64 16
+  store float %526, ptr %527, align 4, !tbaa !8
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %498 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %498, label %if_end30.5.i, label %if_else.5.i
+  %528 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %528, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %499 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %468
-  %500 = tail call float @llvm.log.f32(float %499)
+  %529 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %498
+  %530 = tail call float @llvm.log.f32(float %529)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %501 = fadd float %row_max40.sroa.0.20.vec.extract.i, %500
+  %531 = fadd float %row_max40.sroa.0.20.vec.extract.i, %530
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %502 = phi float [ %501, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %503 = getelementptr i8, ptr %465, i64 20
-  store float %502, ptr %503, align 4, !tbaa !8
+  %532 = phi float [ %531, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %533 = getelementptr i8, ptr %495, i64 20
+  store float %532, ptr %533, align 4, !tbaa !8
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %504 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %504, label %if_end30.6.i, label %if_else.6.i
+  %534 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %534, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %505 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %468
-  %506 = tail call float @llvm.log.f32(float %505)
+  %535 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %498
+  %536 = tail call float @llvm.log.f32(float %535)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %507 = fadd float %row_max40.sroa.0.24.vec.extract.i, %506
+  %537 = fadd float %row_max40.sroa.0.24.vec.extract.i, %536
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %508 = phi float [ %507, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %509 = getelementptr i8, ptr %465, i64 24
-  store float %508, ptr %509, align 4, !tbaa !8
+  %538 = phi float [ %537, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %539 = getelementptr i8, ptr %495, i64 24
+  store float %538, ptr %539, align 4, !tbaa !8
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %510 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %510, label %if_end30.7.i, label %if_else.7.i
+  %540 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %540, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %511 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %468
-  %512 = tail call float @llvm.log.f32(float %511)
+  %541 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %498
+  %542 = tail call float @llvm.log.f32(float %541)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %513 = fadd float %row_max40.sroa.0.28.vec.extract.i, %512
+  %543 = fadd float %row_max40.sroa.0.28.vec.extract.i, %542
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %514 = phi float [ %513, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %515 = getelementptr i8, ptr %465, i64 28
-  store float %514, ptr %515, align 4, !tbaa !8
+  %544 = phi float [ %543, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %545 = getelementptr i8, ptr %495, i64 28
+  store float %544, ptr %545, align 4, !tbaa !8
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %516 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %516, label %if_end30.8.i, label %if_else.8.i
+  %546 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %546, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %517 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %468
-  %518 = tail call float @llvm.log.f32(float %517)
+  %547 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %498
+  %548 = tail call float @llvm.log.f32(float %547)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %519 = fadd float %row_max40.sroa.0.32.vec.extract.i, %518
+  %549 = fadd float %row_max40.sroa.0.32.vec.extract.i, %548
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %520 = phi float [ %519, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %521 = getelementptr i8, ptr %465, i64 32
-  store float %520, ptr %521, align 4, !tbaa !8
+  %550 = phi float [ %549, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %551 = getelementptr i8, ptr %495, i64 32
+  store float %550, ptr %551, align 4, !tbaa !8
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %522 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %522, label %if_end30.9.i, label %if_else.9.i
+  %552 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %552, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %523 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %468
-  %524 = tail call float @llvm.log.f32(float %523)
+  %553 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %498
+  %554 = tail call float @llvm.log.f32(float %553)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %525 = fadd float %row_max40.sroa.0.36.vec.extract.i, %524
+  %555 = fadd float %row_max40.sroa.0.36.vec.extract.i, %554
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %526 = phi float [ %525, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %527 = getelementptr i8, ptr %465, i64 36
-  store float %526, ptr %527, align 4, !tbaa !8
+  %556 = phi float [ %555, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %557 = getelementptr i8, ptr %495, i64 36
+  store float %556, ptr %557, align 4, !tbaa !8
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %528 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %528, label %if_end30.10.i, label %if_else.10.i
+  %558 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %558, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %529 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %468
-  %530 = tail call float @llvm.log.f32(float %529)
+  %559 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %498
+  %560 = tail call float @llvm.log.f32(float %559)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %531 = fadd float %row_max40.sroa.0.40.vec.extract.i, %530
+  %561 = fadd float %row_max40.sroa.0.40.vec.extract.i, %560
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %532 = phi float [ %531, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %533 = getelementptr i8, ptr %465, i64 40
-  store float %532, ptr %533, align 4, !tbaa !8
+  %562 = phi float [ %561, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %563 = getelementptr i8, ptr %495, i64 40
+  store float %562, ptr %563, align 4, !tbaa !8
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %534 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %534, label %if_end30.11.i, label %if_else.11.i
+  %564 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %564, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %535 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %468
-  %536 = tail call float @llvm.log.f32(float %535)
+  %565 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %498
+  %566 = tail call float @llvm.log.f32(float %565)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %537 = fadd float %row_max40.sroa.0.44.vec.extract.i, %536
+  %567 = fadd float %row_max40.sroa.0.44.vec.extract.i, %566
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %538 = phi float [ %537, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %539 = getelementptr i8, ptr %465, i64 44
-  store float %538, ptr %539, align 4, !tbaa !8
+  %568 = phi float [ %567, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %569 = getelementptr i8, ptr %495, i64 44
+  store float %568, ptr %569, align 4, !tbaa !8
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %540 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %540, label %if_end30.12.i, label %if_else.12.i
+  %570 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %570, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %541 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %468
-  %542 = tail call float @llvm.log.f32(float %541)
+  %571 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %498
+  %572 = tail call float @llvm.log.f32(float %571)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %543 = fadd float %row_max40.sroa.0.48.vec.extract.i, %542
+  %573 = fadd float %row_max40.sroa.0.48.vec.extract.i, %572
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %544 = phi float [ %543, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %545 = getelementptr i8, ptr %465, i64 48
-  store float %544, ptr %545, align 4, !tbaa !8
+  %574 = phi float [ %573, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %575 = getelementptr i8, ptr %495, i64 48
+  store float %574, ptr %575, align 4, !tbaa !8
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %546 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %546, label %if_end30.13.i, label %if_else.13.i
+  %576 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %576, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %547 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %468
-  %548 = tail call float @llvm.log.f32(float %547)
+  %577 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %498
+  %578 = tail call float @llvm.log.f32(float %577)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %549 = fadd float %row_max40.sroa.0.52.vec.extract.i, %548
+  %579 = fadd float %row_max40.sroa.0.52.vec.extract.i, %578
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %550 = phi float [ %549, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %551 = getelementptr i8, ptr %465, i64 52
-  store float %550, ptr %551, align 4, !tbaa !8
+  %580 = phi float [ %579, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %581 = getelementptr i8, ptr %495, i64 52
+  store float %580, ptr %581, align 4, !tbaa !8
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %552 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %552, label %if_end30.14.i, label %if_else.14.i
+  %582 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %582, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %553 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %468
-  %554 = tail call float @llvm.log.f32(float %553)
+  %583 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %498
+  %584 = tail call float @llvm.log.f32(float %583)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %555 = fadd float %row_max40.sroa.0.56.vec.extract.i, %554
+  %585 = fadd float %row_max40.sroa.0.56.vec.extract.i, %584
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %556 = phi float [ %555, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %557 = getelementptr i8, ptr %465, i64 56
-  store float %556, ptr %557, align 4, !tbaa !8
+  %586 = phi float [ %585, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %587 = getelementptr i8, ptr %495, i64 56
+  store float %586, ptr %587, align 4, !tbaa !8
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %558 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %558, label %if_end30.15.i, label %if_else.15.i
+  %588 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %588, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %559 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %468
-  %560 = tail call float @llvm.log.f32(float %559)
+  %589 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %498
+  %590 = tail call float @llvm.log.f32(float %589)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %561 = fadd float %row_max40.sroa.0.60.vec.extract.i, %560
+  %591 = fadd float %row_max40.sroa.0.60.vec.extract.i, %590
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %562 = phi float [ %561, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %563 = getelementptr i8, ptr %465, i64 60
-  store float %562, ptr %563, align 4, !tbaa !8
-  %564 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %565 = tail call i32 %564(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %565, 0
+  %592 = phi float [ %591, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %593 = getelementptr i8, ptr %495, i64 60
+  store float %592, ptr %593, align 4, !tbaa !8
+  %594 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %595 = tail call i32 %594(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %595, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5840,29 +5899,13 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !7 = !{!"branch_weights", i32 127, i32 1}
 !8 = !{!9, !9, i64 0}
 !9 = !{!"tvm-alias", !5}
-!10 = !{!11, !11, i64 0}
-!11 = !{!"buffer8.w64.b0", !12, i64 0}
-!12 = !{!"buffer8.w128.b0", !13, i64 0}
-!13 = !{!"buffer8.w256.b0", !14, i64 0}
-!14 = !{!"buffer8.w512.b0", !15, i64 0}
-!15 = !{!"buffer8.w1024.b0", !16, i64 0}
-!16 = !{!"buffer8", !5, i64 0}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer9.w64.b0", !19, i64 0}
-!19 = !{!"buffer9.w128.b0", !20, i64 0}
-!20 = !{!"buffer9.w256.b0", !21, i64 0}
-!21 = !{!"buffer9.w512.b0", !22, i64 0}
-!22 = !{!"buffer9.w1024.b0", !23, i64 0}
-!23 = !{!"buffer9", !5, i64 0}
-!24 = !{!23, !23, i64 0}
-!25 = !{!16, !16, i64 0}
-!26 = !{!"branch_weights", i32 1, i32 1048575}
-!27 = !{!28, !28, i64 0}
-!28 = !{!"buffer10.w64.b0", !29, i64 0}
-!29 = !{!"buffer10.w128.b0", !30, i64 0}
-!30 = !{!"buffer10.w256.b0", !31, i64 0}
-!31 = !{!"buffer10.w512.b0", !32, i64 0}
-!32 = !{!"buffer10.w1024.b0", !33, i64 0}
-!33 = !{!"buffer10", !5, i64 0}
-!34 = !{!"branch_weights", i32 127, i32 134217601}
-!35 = !{!33, !33, i64 0}
+!10 = !{!"branch_weights", i32 1, i32 1048575}
+!11 = !{!12, !12, i64 0}
+!12 = !{!"buffer8.w64.b0", !13, i64 0}
+!13 = !{!"buffer8.w128.b0", !14, i64 0}
+!14 = !{!"buffer8.w256.b0", !15, i64 0}
+!15 = !{!"buffer8.w512.b0", !16, i64 0}
+!16 = !{!"buffer8.w1024.b0", !17, i64 0}
+!17 = !{!"buffer8", !5, i64 0}
+!18 = !{!"branch_weights", i32 127, i32 134217601}
+!19 = !{!17, !17, i64 0}

@@ -508,7 +508,7 @@ class Module:
                                                                     T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc_rf[vto, vi, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + full_acc_rf[vto, vi, vr, vd // 32, vd % 2, vd % 32 // 2]
-                                            for i_m, r_0_m, d_0_m in T.grid(8, 1, 4):
+                                            for i_m, d_0_m, r_0_m in T.grid(8, 4, 1):
                                                 for r_1_init in T.unroll(2):
                                                     for d_1_init in T.unroll(2):
                                                         for d_3_init in T.unroll(2):
@@ -681,7 +681,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:16, 0:256], alpha[0, 0:16], beta[0, 0:16])
                         T.writes(acc[0, 0:16, 0:256])
-                        for i, r_0, d_0 in T.grid(1, 16, 16):
+                        for i, d_0, r_0 in T.grid(1, 16, 16):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):

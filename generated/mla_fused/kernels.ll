@@ -692,7 +692,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %.not = icmp eq i64 %133, 0
   %134 = zext i32 %92 to i64
   %135 = and i64 %46, 4294967295
-  %wide.trip.count1153.i = and i64 %40, 2147483647
+  %wide.trip.count1157.i = and i64 %40, 2147483647
   %136 = getelementptr inbounds nuw i8, ptr %tile_max734.i, i64 32
   %137 = mul i64 %q_batch, %94
   %138 = shl i64 %137, 1
@@ -773,70 +773,70 @@ for_body_s.lr.ph.i:                               ; preds = %if_end51
   %213 = getelementptr i8, ptr %212, i64 %141
   %214 = getelementptr i8, ptr %213, i64 1152
   %.mask = and i64 %q_head, 4611686018427387904
-  %stride.check291 = icmp ne i64 %.mask, 0
-  %broadcast.splatinsert294 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat295 = shufflevector <8 x float> %broadcast.splatinsert294, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask305 = and i64 %q_head, 4611686018427387904
-  %stride.check270 = icmp ne i64 %.mask305, 0
-  %broadcast.splatinsert273 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat274 = shufflevector <8 x float> %broadcast.splatinsert273, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask306 = and i64 %q_head, 4611686018427387904
-  %stride.check248 = icmp ne i64 %.mask306, 0
-  %broadcast.splatinsert251 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat252 = shufflevector <8 x float> %broadcast.splatinsert251, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask307 = and i64 %q_head, 4611686018427387904
-  %stride.check226 = icmp ne i64 %.mask307, 0
-  %broadcast.splatinsert229 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat230 = shufflevector <8 x float> %broadcast.splatinsert229, <8 x float> poison, <8 x i32> zeroinitializer
-  %.mask308 = and i64 %q_head, 4611686018427387904
-  %stride.check204 = icmp ne i64 %.mask308, 0
-  %broadcast.splatinsert207 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat208 = shufflevector <8 x float> %broadcast.splatinsert207, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check295 = icmp ne i64 %.mask, 0
+  %broadcast.splatinsert298 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat299 = shufflevector <8 x float> %broadcast.splatinsert298, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask309 = and i64 %q_head, 4611686018427387904
-  %stride.check182 = icmp ne i64 %.mask309, 0
-  %broadcast.splatinsert185 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat186 = shufflevector <8 x float> %broadcast.splatinsert185, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check274 = icmp ne i64 %.mask309, 0
+  %broadcast.splatinsert277 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat278 = shufflevector <8 x float> %broadcast.splatinsert277, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask310 = and i64 %q_head, 4611686018427387904
-  %stride.check160 = icmp ne i64 %.mask310, 0
-  %broadcast.splatinsert163 = insertelement <8 x float> poison, float %query_scale, i64 0
-  %broadcast.splat164 = shufflevector <8 x float> %broadcast.splatinsert163, <8 x float> poison, <8 x i32> zeroinitializer
+  %stride.check252 = icmp ne i64 %.mask310, 0
+  %broadcast.splatinsert255 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat256 = shufflevector <8 x float> %broadcast.splatinsert255, <8 x float> poison, <8 x i32> zeroinitializer
   %.mask311 = and i64 %q_head, 4611686018427387904
-  %stride.check = icmp ne i64 %.mask311, 0
+  %stride.check230 = icmp ne i64 %.mask311, 0
+  %broadcast.splatinsert233 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat234 = shufflevector <8 x float> %broadcast.splatinsert233, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask312 = and i64 %q_head, 4611686018427387904
+  %stride.check208 = icmp ne i64 %.mask312, 0
+  %broadcast.splatinsert211 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat212 = shufflevector <8 x float> %broadcast.splatinsert211, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask313 = and i64 %q_head, 4611686018427387904
+  %stride.check186 = icmp ne i64 %.mask313, 0
+  %broadcast.splatinsert189 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat190 = shufflevector <8 x float> %broadcast.splatinsert189, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask314 = and i64 %q_head, 4611686018427387904
+  %stride.check164 = icmp ne i64 %.mask314, 0
+  %broadcast.splatinsert167 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat168 = shufflevector <8 x float> %broadcast.splatinsert167, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask315 = and i64 %q_head, 4611686018427387904
+  %stride.check = icmp ne i64 %.mask315, 0
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
   %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end716.i
-  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
-  %exitcond1154.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1153.i
-  br i1 %exitcond1154.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
+  %indvars.iv.next1153.i = add nuw nsw i64 %indvars.iv1152.i, 1
+  %exitcond1158.not.i = icmp eq i64 %indvars.iv.next1153.i, %wide.trip.count1157.i
+  br i1 %exitcond1158.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !4
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1148.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1149.i, %for_begin_s.i ]
-  %215 = mul i64 %174, %indvars.iv1148.i
-  %scevgep286 = getelementptr i8, ptr %176, i64 %215
-  %scevgep287 = getelementptr i8, ptr %179, i64 %215
-  %216 = mul i64 %170, %indvars.iv1148.i
-  %scevgep265 = getelementptr i8, ptr %181, i64 %216
-  %scevgep266 = getelementptr i8, ptr %184, i64 %216
-  %217 = mul i64 %165, %indvars.iv1148.i
-  %scevgep243 = getelementptr i8, ptr %186, i64 %217
-  %scevgep244 = getelementptr i8, ptr %189, i64 %217
-  %218 = mul i64 %160, %indvars.iv1148.i
-  %scevgep221 = getelementptr i8, ptr %191, i64 %218
-  %scevgep222 = getelementptr i8, ptr %194, i64 %218
-  %219 = mul i64 %155, %indvars.iv1148.i
-  %scevgep199 = getelementptr i8, ptr %196, i64 %219
-  %scevgep200 = getelementptr i8, ptr %199, i64 %219
-  %220 = mul i64 %150, %indvars.iv1148.i
-  %scevgep177 = getelementptr i8, ptr %201, i64 %220
-  %scevgep178 = getelementptr i8, ptr %204, i64 %220
-  %221 = mul i64 %145, %indvars.iv1148.i
-  %scevgep155 = getelementptr i8, ptr %206, i64 %221
-  %scevgep156 = getelementptr i8, ptr %209, i64 %221
-  %222 = mul i64 %140, %indvars.iv1148.i
-  %scevgep149 = getelementptr i8, ptr %211, i64 %222
-  %scevgep150 = getelementptr i8, ptr %214, i64 %222
+  %indvars.iv1152.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1153.i, %for_begin_s.i ]
+  %215 = mul i64 %174, %indvars.iv1152.i
+  %scevgep290 = getelementptr i8, ptr %176, i64 %215
+  %scevgep291 = getelementptr i8, ptr %179, i64 %215
+  %216 = mul i64 %170, %indvars.iv1152.i
+  %scevgep269 = getelementptr i8, ptr %181, i64 %216
+  %scevgep270 = getelementptr i8, ptr %184, i64 %216
+  %217 = mul i64 %165, %indvars.iv1152.i
+  %scevgep247 = getelementptr i8, ptr %186, i64 %217
+  %scevgep248 = getelementptr i8, ptr %189, i64 %217
+  %218 = mul i64 %160, %indvars.iv1152.i
+  %scevgep225 = getelementptr i8, ptr %191, i64 %218
+  %scevgep226 = getelementptr i8, ptr %194, i64 %218
+  %219 = mul i64 %155, %indvars.iv1152.i
+  %scevgep203 = getelementptr i8, ptr %196, i64 %219
+  %scevgep204 = getelementptr i8, ptr %199, i64 %219
+  %220 = mul i64 %150, %indvars.iv1152.i
+  %scevgep181 = getelementptr i8, ptr %201, i64 %220
+  %scevgep182 = getelementptr i8, ptr %204, i64 %220
+  %221 = mul i64 %145, %indvars.iv1152.i
+  %scevgep159 = getelementptr i8, ptr %206, i64 %221
+  %scevgep160 = getelementptr i8, ptr %209, i64 %221
+  %222 = mul i64 %140, %indvars.iv1152.i
+  %scevgep153 = getelementptr i8, ptr %211, i64 %222
+  %scevgep154 = getelementptr i8, ptr %214, i64 %222
   %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %q_tile.i = tail call ptr %223(i32 1, i32 %dev_id, i64 147456, i32 0, i32 32)
   %224 = icmp eq ptr %q_tile.i, null
@@ -849,179 +849,179 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %226, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %227 = add nsw i64 %indvars.iv1148.i, %94
+  %227 = add nsw i64 %indvars.iv1152.i, %94
   %228 = getelementptr inbounds i32, ptr %context_lens, i64 %227
   %229 = load i32, ptr %228, align 4, !tbaa !9
   %230 = mul nsw i64 %227, %q_batch
   %231 = getelementptr i16, ptr %query, i64 %230
-  %scevgep285 = getelementptr i8, ptr %q_tile.i, i64 18432
-  %bound0288 = icmp ult ptr %q_tile.i, %scevgep287
-  %bound1289 = icmp ult ptr %scevgep286, %scevgep285
-  %found.conflict290 = and i1 %bound0288, %bound1289
-  %232 = or i1 %found.conflict290, %stride.check291
+  %scevgep289 = getelementptr i8, ptr %q_tile.i, i64 18432
+  %bound0292 = icmp ult ptr %q_tile.i, %scevgep291
+  %bound1293 = icmp ult ptr %scevgep290, %scevgep289
+  %found.conflict294 = and i1 %bound0292, %bound1293
+  %232 = or i1 %found.conflict294, %stride.check295
   br label %for_begin_d.preheader.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv866.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next867.i, %for_end_d.i ]
-  %233 = mul nsw i64 %indvars.iv866.i, %q_head
+  %indvars.iv870.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next871.i, %for_end_d.i ]
+  %233 = mul nsw i64 %indvars.iv870.i, %q_head
   %invariant.gep.i = getelementptr i16, ptr %231, i64 %233
-  %invariant.gep1233.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.i
-  br i1 %232, label %for_body_d.i, label %vector.body296, !prof !11
+  %invariant.gep1238.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.i
+  br i1 %232, label %for_body_d.i, label %vector.body300, !prof !11
 
-vector.body296:                                   ; preds = %vector.body296, %for_begin_d.preheader.i
-  %index297 = phi i64 [ %index.next302.2, %vector.body296 ], [ 0, %for_begin_d.preheader.i ]
-  %vec.ind298 = phi <8 x i64> [ %vec.ind.next303.2, %vector.body296 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.i ]
-  %234 = shl i64 %index297, 2
+vector.body300:                                   ; preds = %vector.body300, %for_begin_d.preheader.i
+  %index301 = phi i64 [ %index.next306.2, %vector.body300 ], [ 0, %for_begin_d.preheader.i ]
+  %vec.ind302 = phi <8 x i64> [ %vec.ind.next307.2, %vector.body300 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.i ]
+  %234 = shl i64 %index301, 2
   %235 = getelementptr i8, ptr %invariant.gep.i, i64 %234
-  %wide.vec299 = load <16 x i16>, ptr %235, align 2, !tbaa !9, !alias.scope !12
-  %strided.vec300 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec301 = shufflevector <16 x i16> %wide.vec299, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %236 = zext <8 x i16> %strided.vec301 to <8 x i32>
+  %wide.vec303 = load <16 x i16>, ptr %235, align 2, !tbaa !9, !alias.scope !12
+  %strided.vec304 = shufflevector <16 x i16> %wide.vec303, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec305 = shufflevector <16 x i16> %wide.vec303, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %236 = zext <8 x i16> %strided.vec305 to <8 x i32>
   %237 = shl nuw <8 x i32> %236, splat (i32 16)
   %238 = bitcast <8 x i32> %237 to <8 x float>
-  %239 = fmul <8 x float> %broadcast.splat295, %238
+  %239 = fmul <8 x float> %broadcast.splat299, %238
   %240 = bitcast <8 x float> %239 to <8 x i32>
-  %241 = zext <8 x i16> %strided.vec300 to <8 x i32>
+  %241 = zext <8 x i16> %strided.vec304 to <8 x i32>
   %242 = shl nuw <8 x i32> %241, splat (i32 16)
   %243 = bitcast <8 x i32> %242 to <8 x float>
-  %244 = fmul <8 x float> %broadcast.splat295, %243
+  %244 = fmul <8 x float> %broadcast.splat299, %243
   %245 = bitcast <8 x float> %244 to <8 x i32>
   %246 = lshr <8 x i32> %245, splat (i32 16)
   %247 = or <8 x i32> %246, %240
-  %248 = shl nuw nsw <8 x i64> %vec.ind298, splat (i64 6)
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %248
+  %248 = shl nuw nsw <8 x i64> %vec.ind302, splat (i64 6)
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, <8 x i64> %248
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %247, <8 x ptr> align 4 %249, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
-  %index.next302 = shl i64 %index297, 2
-  %250 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302
+  %index.next306 = shl i64 %index301, 2
+  %250 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next306
   %251 = getelementptr i8, ptr %250, i64 32
-  %wide.vec299.1 = load <16 x i16>, ptr %251, align 2, !tbaa !9, !alias.scope !12
-  %strided.vec300.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec301.1 = shufflevector <16 x i16> %wide.vec299.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %252 = zext <8 x i16> %strided.vec301.1 to <8 x i32>
+  %wide.vec303.1 = load <16 x i16>, ptr %251, align 2, !tbaa !9, !alias.scope !12
+  %strided.vec304.1 = shufflevector <16 x i16> %wide.vec303.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec305.1 = shufflevector <16 x i16> %wide.vec303.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %252 = zext <8 x i16> %strided.vec305.1 to <8 x i32>
   %253 = shl nuw <8 x i32> %252, splat (i32 16)
   %254 = bitcast <8 x i32> %253 to <8 x float>
-  %255 = fmul <8 x float> %broadcast.splat295, %254
+  %255 = fmul <8 x float> %broadcast.splat299, %254
   %256 = bitcast <8 x float> %255 to <8 x i32>
-  %257 = zext <8 x i16> %strided.vec300.1 to <8 x i32>
+  %257 = zext <8 x i16> %strided.vec304.1 to <8 x i32>
   %258 = shl nuw <8 x i32> %257, splat (i32 16)
   %259 = bitcast <8 x i32> %258 to <8 x float>
-  %260 = fmul <8 x float> %broadcast.splat295, %259
+  %260 = fmul <8 x float> %broadcast.splat299, %259
   %261 = bitcast <8 x float> %260 to <8 x i32>
   %262 = lshr <8 x i32> %261, splat (i32 16)
   %263 = or <8 x i32> %262, %256
-  %vec.ind.next303 = shl <8 x i64> %vec.ind298, splat (i64 6)
-  %264 = add <8 x i64> %vec.ind.next303, splat (i64 512)
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %264
+  %vec.ind.next307 = shl <8 x i64> %vec.ind302, splat (i64 6)
+  %264 = add <8 x i64> %vec.ind.next307, splat (i64 512)
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, <8 x i64> %264
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %263, <8 x ptr> align 4 %265, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
-  %index.next302.1 = shl i64 %index297, 2
-  %266 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next302.1
+  %index.next306.1 = shl i64 %index301, 2
+  %266 = getelementptr i8, ptr %invariant.gep.i, i64 %index.next306.1
   %267 = getelementptr i8, ptr %266, i64 64
-  %wide.vec299.2 = load <16 x i16>, ptr %267, align 2, !tbaa !9, !alias.scope !12
-  %strided.vec300.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec301.2 = shufflevector <16 x i16> %wide.vec299.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %268 = zext <8 x i16> %strided.vec301.2 to <8 x i32>
+  %wide.vec303.2 = load <16 x i16>, ptr %267, align 2, !tbaa !9, !alias.scope !12
+  %strided.vec304.2 = shufflevector <16 x i16> %wide.vec303.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec305.2 = shufflevector <16 x i16> %wide.vec303.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %268 = zext <8 x i16> %strided.vec305.2 to <8 x i32>
   %269 = shl nuw <8 x i32> %268, splat (i32 16)
   %270 = bitcast <8 x i32> %269 to <8 x float>
-  %271 = fmul <8 x float> %broadcast.splat295, %270
+  %271 = fmul <8 x float> %broadcast.splat299, %270
   %272 = bitcast <8 x float> %271 to <8 x i32>
-  %273 = zext <8 x i16> %strided.vec300.2 to <8 x i32>
+  %273 = zext <8 x i16> %strided.vec304.2 to <8 x i32>
   %274 = shl nuw <8 x i32> %273, splat (i32 16)
   %275 = bitcast <8 x i32> %274 to <8 x float>
-  %276 = fmul <8 x float> %broadcast.splat295, %275
+  %276 = fmul <8 x float> %broadcast.splat299, %275
   %277 = bitcast <8 x float> %276 to <8 x i32>
   %278 = lshr <8 x i32> %277, splat (i32 16)
   %279 = or <8 x i32> %278, %272
-  %vec.ind.next303.1 = shl <8 x i64> %vec.ind298, splat (i64 6)
-  %280 = add <8 x i64> %vec.ind.next303.1, splat (i64 1024)
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, <8 x i64> %280
+  %vec.ind.next307.1 = shl <8 x i64> %vec.ind302, splat (i64 6)
+  %280 = add <8 x i64> %vec.ind.next307.1, splat (i64 1024)
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, <8 x i64> %280
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %279, <8 x ptr> align 4 %281, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !15, !noalias !12
-  %index.next302.2 = add nuw nsw i64 %index297, 24
-  %vec.ind.next303.2 = add nuw nsw <8 x i64> %vec.ind298, splat (i64 24)
-  %282 = icmp eq i64 %index.next302.2, 288
-  br i1 %282, label %for_end_d.i, label %vector.body296, !prof !17, !llvm.loop !18
+  %index.next306.2 = add nuw nsw i64 %index301, 24
+  %vec.ind.next307.2 = add nuw nsw <8 x i64> %vec.ind302, splat (i64 24)
+  %282 = icmp eq i64 %index.next306.2, 288
+  br i1 %282, label %for_end_d.i, label %vector.body300, !prof !17, !llvm.loop !18
 
 for_begin_d.preheader.1.i:                        ; preds = %for_begin_d.preheader.1.i.preheader, %for_end_d.1.i
-  %indvars.iv866.1.i = phi i64 [ %indvars.iv.next867.1.i, %for_end_d.1.i ], [ 0, %for_begin_d.preheader.1.i.preheader ]
-  %283 = add nuw nsw i64 %indvars.iv866.1.i, 16
+  %indvars.iv870.1.i = phi i64 [ %indvars.iv.next871.1.i, %for_end_d.1.i ], [ 0, %for_begin_d.preheader.1.i.preheader ]
+  %283 = add nuw nsw i64 %indvars.iv870.1.i, 16
   %284 = mul nsw i64 %283, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %231, i64 %284
-  %invariant.gep1235.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.1.i
-  br i1 %1198, label %for_body_d.1.i, label %vector.body275, !prof !11
+  %invariant.gep1240.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.1.i
+  br i1 %1198, label %for_body_d.1.i, label %vector.body279, !prof !11
 
-vector.body275:                                   ; preds = %vector.body275, %for_begin_d.preheader.1.i
-  %index276 = phi i64 [ %index.next281.2, %vector.body275 ], [ 0, %for_begin_d.preheader.1.i ]
-  %vec.ind277 = phi <8 x i64> [ %vec.ind.next282.2, %vector.body275 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.1.i ]
-  %285 = shl i64 %index276, 2
+vector.body279:                                   ; preds = %vector.body279, %for_begin_d.preheader.1.i
+  %index280 = phi i64 [ %index.next285.2, %vector.body279 ], [ 0, %for_begin_d.preheader.1.i ]
+  %vec.ind281 = phi <8 x i64> [ %vec.ind.next286.2, %vector.body279 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.1.i ]
+  %285 = shl i64 %index280, 2
   %286 = getelementptr i8, ptr %invariant.gep.1.i, i64 %285
-  %wide.vec278 = load <16 x i16>, ptr %286, align 2, !tbaa !9, !alias.scope !22
-  %strided.vec279 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec280 = shufflevector <16 x i16> %wide.vec278, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %287 = zext <8 x i16> %strided.vec280 to <8 x i32>
+  %wide.vec282 = load <16 x i16>, ptr %286, align 2, !tbaa !9, !alias.scope !22
+  %strided.vec283 = shufflevector <16 x i16> %wide.vec282, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec284 = shufflevector <16 x i16> %wide.vec282, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %287 = zext <8 x i16> %strided.vec284 to <8 x i32>
   %288 = shl nuw <8 x i32> %287, splat (i32 16)
   %289 = bitcast <8 x i32> %288 to <8 x float>
-  %290 = fmul <8 x float> %broadcast.splat274, %289
+  %290 = fmul <8 x float> %broadcast.splat278, %289
   %291 = bitcast <8 x float> %290 to <8 x i32>
-  %292 = zext <8 x i16> %strided.vec279 to <8 x i32>
+  %292 = zext <8 x i16> %strided.vec283 to <8 x i32>
   %293 = shl nuw <8 x i32> %292, splat (i32 16)
   %294 = bitcast <8 x i32> %293 to <8 x float>
-  %295 = fmul <8 x float> %broadcast.splat274, %294
+  %295 = fmul <8 x float> %broadcast.splat278, %294
   %296 = bitcast <8 x float> %295 to <8 x i32>
   %297 = lshr <8 x i32> %296, splat (i32 16)
   %298 = or <8 x i32> %297, %291
-  %299 = shl nuw nsw <8 x i64> %vec.ind277, splat (i64 6)
-  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %299
+  %299 = shl nuw nsw <8 x i64> %vec.ind281, splat (i64 6)
+  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, <8 x i64> %299
   %301 = getelementptr inbounds nuw i8, <8 x ptr> %300, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %298, <8 x ptr> align 4 %301, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
-  %index.next281 = shl i64 %index276, 2
-  %302 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281
+  %index.next285 = shl i64 %index280, 2
+  %302 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next285
   %303 = getelementptr i8, ptr %302, i64 32
-  %wide.vec278.1 = load <16 x i16>, ptr %303, align 2, !tbaa !9, !alias.scope !22
-  %strided.vec279.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec280.1 = shufflevector <16 x i16> %wide.vec278.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %304 = zext <8 x i16> %strided.vec280.1 to <8 x i32>
+  %wide.vec282.1 = load <16 x i16>, ptr %303, align 2, !tbaa !9, !alias.scope !22
+  %strided.vec283.1 = shufflevector <16 x i16> %wide.vec282.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec284.1 = shufflevector <16 x i16> %wide.vec282.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %304 = zext <8 x i16> %strided.vec284.1 to <8 x i32>
   %305 = shl nuw <8 x i32> %304, splat (i32 16)
   %306 = bitcast <8 x i32> %305 to <8 x float>
-  %307 = fmul <8 x float> %broadcast.splat274, %306
+  %307 = fmul <8 x float> %broadcast.splat278, %306
   %308 = bitcast <8 x float> %307 to <8 x i32>
-  %309 = zext <8 x i16> %strided.vec279.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec283.1 to <8 x i32>
   %310 = shl nuw <8 x i32> %309, splat (i32 16)
   %311 = bitcast <8 x i32> %310 to <8 x float>
-  %312 = fmul <8 x float> %broadcast.splat274, %311
+  %312 = fmul <8 x float> %broadcast.splat278, %311
   %313 = bitcast <8 x float> %312 to <8 x i32>
   %314 = lshr <8 x i32> %313, splat (i32 16)
   %315 = or <8 x i32> %314, %308
-  %vec.ind.next282 = shl <8 x i64> %vec.ind277, splat (i64 6)
-  %316 = add <8 x i64> %vec.ind.next282, splat (i64 512)
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %316
+  %vec.ind.next286 = shl <8 x i64> %vec.ind281, splat (i64 6)
+  %316 = add <8 x i64> %vec.ind.next286, splat (i64 512)
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, <8 x i64> %316
   %318 = getelementptr inbounds nuw i8, <8 x ptr> %317, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %315, <8 x ptr> align 4 %318, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
-  %index.next281.1 = shl i64 %index276, 2
-  %319 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next281.1
+  %index.next285.1 = shl i64 %index280, 2
+  %319 = getelementptr i8, ptr %invariant.gep.1.i, i64 %index.next285.1
   %320 = getelementptr i8, ptr %319, i64 64
-  %wide.vec278.2 = load <16 x i16>, ptr %320, align 2, !tbaa !9, !alias.scope !22
-  %strided.vec279.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec280.2 = shufflevector <16 x i16> %wide.vec278.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %321 = zext <8 x i16> %strided.vec280.2 to <8 x i32>
+  %wide.vec282.2 = load <16 x i16>, ptr %320, align 2, !tbaa !9, !alias.scope !22
+  %strided.vec283.2 = shufflevector <16 x i16> %wide.vec282.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec284.2 = shufflevector <16 x i16> %wide.vec282.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %321 = zext <8 x i16> %strided.vec284.2 to <8 x i32>
   %322 = shl nuw <8 x i32> %321, splat (i32 16)
   %323 = bitcast <8 x i32> %322 to <8 x float>
-  %324 = fmul <8 x float> %broadcast.splat274, %323
+  %324 = fmul <8 x float> %broadcast.splat278, %323
   %325 = bitcast <8 x float> %324 to <8 x i32>
-  %326 = zext <8 x i16> %strided.vec279.2 to <8 x i32>
+  %326 = zext <8 x i16> %strided.vec283.2 to <8 x i32>
   %327 = shl nuw <8 x i32> %326, splat (i32 16)
   %328 = bitcast <8 x i32> %327 to <8 x float>
-  %329 = fmul <8 x float> %broadcast.splat274, %328
+  %329 = fmul <8 x float> %broadcast.splat278, %328
   %330 = bitcast <8 x float> %329 to <8 x i32>
   %331 = lshr <8 x i32> %330, splat (i32 16)
   %332 = or <8 x i32> %331, %325
-  %vec.ind.next282.1 = shl <8 x i64> %vec.ind277, splat (i64 6)
-  %333 = add <8 x i64> %vec.ind.next282.1, splat (i64 1024)
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, <8 x i64> %333
+  %vec.ind.next286.1 = shl <8 x i64> %vec.ind281, splat (i64 6)
+  %333 = add <8 x i64> %vec.ind.next286.1, splat (i64 1024)
+  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, <8 x i64> %333
   %335 = getelementptr inbounds nuw i8, <8 x ptr> %334, i64 18432
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %332, <8 x ptr> align 4 %335, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !25, !noalias !22
-  %index.next281.2 = add nuw nsw i64 %index276, 24
-  %vec.ind.next282.2 = add nuw nsw <8 x i64> %vec.ind277, splat (i64 24)
-  %336 = icmp eq i64 %index.next281.2, 288
-  br i1 %336, label %for_end_d.1.i, label %vector.body275, !prof !17, !llvm.loop !27
+  %index.next285.2 = add nuw nsw i64 %index280, 24
+  %vec.ind.next286.2 = add nuw nsw <8 x i64> %vec.ind281, splat (i64 24)
+  %336 = icmp eq i64 %index.next285.2, 288
+  br i1 %336, label %for_end_d.1.i, label %vector.body279, !prof !17, !llvm.loop !27
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_begin_d.preheader.1.i
   %indvars.iv.1.i = phi i64 [ %indvars.iv.next.1.i.3, %for_body_d.1.i ], [ 0, %for_begin_d.preheader.1.i ]
@@ -1042,9 +1042,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %349 = bitcast float %348 to i32
   %350 = lshr i32 %349, 16
   %351 = or i32 %350, %343
-  %.idx1174.i = shl nuw nsw i64 %indvars.iv.1.i, 6
-  %gep1236.i = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i
-  %352 = getelementptr inbounds nuw i8, ptr %gep1236.i, i64 18432
+  %.idx1178.i = shl nuw nsw i64 %indvars.iv.1.i, 6
+  %gep1241.i = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1178.i
+  %352 = getelementptr inbounds nuw i8, ptr %gep1241.i, i64 18432
   store i32 %351, ptr %352, align 4, !tbaa !9
   %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
   %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
@@ -1064,9 +1064,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %365 = bitcast float %364 to i32
   %366 = lshr i32 %365, 16
   %367 = or i32 %366, %359
-  %.idx1174.i.1 = shl nuw nsw i64 %indvars.iv.next.1.i, 6
-  %gep1236.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.1
-  %368 = getelementptr inbounds nuw i8, ptr %gep1236.i.1, i64 18432
+  %.idx1178.i.1 = shl nuw nsw i64 %indvars.iv.next.1.i, 6
+  %gep1241.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1178.i.1
+  %368 = getelementptr inbounds nuw i8, ptr %gep1241.i.1, i64 18432
   store i32 %367, ptr %368, align 4, !tbaa !9
   %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
   %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
@@ -1086,9 +1086,9 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %381 = bitcast float %380 to i32
   %382 = lshr i32 %381, 16
   %383 = or i32 %382, %375
-  %.idx1174.i.2 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 6
-  %gep1236.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.2
-  %384 = getelementptr inbounds nuw i8, ptr %gep1236.i.2, i64 18432
+  %.idx1178.i.2 = shl nuw nsw i64 %indvars.iv.next.1.i.1, 6
+  %gep1241.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1178.i.2
+  %384 = getelementptr inbounds nuw i8, ptr %gep1241.i.2, i64 18432
   store i32 %383, ptr %384, align 4, !tbaa !9
   %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
   %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
@@ -1108,110 +1108,110 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %397 = bitcast float %396 to i32
   %398 = lshr i32 %397, 16
   %399 = or i32 %398, %391
-  %.idx1174.i.3 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 6
-  %gep1236.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1235.i, i64 %.idx1174.i.3
-  %400 = getelementptr inbounds nuw i8, ptr %gep1236.i.3, i64 18432
+  %.idx1178.i.3 = shl nuw nsw i64 %indvars.iv.next.1.i.2, 6
+  %gep1241.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1240.i, i64 %.idx1178.i.3
+  %400 = getelementptr inbounds nuw i8, ptr %gep1241.i.3, i64 18432
   store i32 %399, ptr %400, align 4, !tbaa !9
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 288
   br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !28, !llvm.loop !29
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body275
-  %indvars.iv.next867.1.i = add nuw nsw i64 %indvars.iv866.1.i, 1
-  %exitcond870.1.not.i = icmp eq i64 %indvars.iv.next867.1.i, 16
-  br i1 %exitcond870.1.not.i, label %for_begin_d.preheader.2.i.preheader, label %for_begin_d.preheader.1.i, !prof !31
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body279
+  %indvars.iv.next871.1.i = add nuw nsw i64 %indvars.iv870.1.i, 1
+  %exitcond874.1.not.i = icmp eq i64 %indvars.iv.next871.1.i, 16
+  br i1 %exitcond874.1.not.i, label %for_begin_d.preheader.2.i.preheader, label %for_begin_d.preheader.1.i, !prof !31
 
 for_begin_d.preheader.2.i.preheader:              ; preds = %for_end_d.1.i
-  %scevgep241 = getelementptr i8, ptr %q_tile.i, i64 36864
-  %scevgep242 = getelementptr i8, ptr %q_tile.i, i64 55296
-  %bound0245 = icmp ult ptr %scevgep241, %scevgep244
-  %bound1246 = icmp ult ptr %scevgep243, %scevgep242
-  %found.conflict247 = and i1 %bound0245, %bound1246
-  %401 = or i1 %found.conflict247, %stride.check248
+  %scevgep245 = getelementptr i8, ptr %q_tile.i, i64 36864
+  %scevgep246 = getelementptr i8, ptr %q_tile.i, i64 55296
+  %bound0249 = icmp ult ptr %scevgep245, %scevgep248
+  %bound1250 = icmp ult ptr %scevgep247, %scevgep246
+  %found.conflict251 = and i1 %bound0249, %bound1250
+  %401 = or i1 %found.conflict251, %stride.check252
   br label %for_begin_d.preheader.2.i
 
 for_begin_d.preheader.2.i:                        ; preds = %for_end_d.2.i, %for_begin_d.preheader.2.i.preheader
-  %indvars.iv866.2.i = phi i64 [ %indvars.iv.next867.2.i, %for_end_d.2.i ], [ 0, %for_begin_d.preheader.2.i.preheader ]
-  %402 = add nuw nsw i64 %indvars.iv866.2.i, 32
+  %indvars.iv870.2.i = phi i64 [ %indvars.iv.next871.2.i, %for_end_d.2.i ], [ 0, %for_begin_d.preheader.2.i.preheader ]
+  %402 = add nuw nsw i64 %indvars.iv870.2.i, 32
   %403 = mul nsw i64 %402, %q_head
   %invariant.gep.2.i = getelementptr i16, ptr %231, i64 %403
-  %invariant.gep1237.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.2.i
-  br i1 %401, label %for_body_d.2.i, label %vector.body253, !prof !11
+  %invariant.gep1242.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.2.i
+  br i1 %401, label %for_body_d.2.i, label %vector.body257, !prof !11
 
-vector.body253:                                   ; preds = %vector.body253, %for_begin_d.preheader.2.i
-  %index254 = phi i64 [ %index.next259.2, %vector.body253 ], [ 0, %for_begin_d.preheader.2.i ]
-  %vec.ind255 = phi <8 x i64> [ %vec.ind.next260.2, %vector.body253 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.2.i ]
-  %404 = shl i64 %index254, 2
+vector.body257:                                   ; preds = %vector.body257, %for_begin_d.preheader.2.i
+  %index258 = phi i64 [ %index.next263.2, %vector.body257 ], [ 0, %for_begin_d.preheader.2.i ]
+  %vec.ind259 = phi <8 x i64> [ %vec.ind.next264.2, %vector.body257 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.2.i ]
+  %404 = shl i64 %index258, 2
   %405 = getelementptr i8, ptr %invariant.gep.2.i, i64 %404
-  %wide.vec256 = load <16 x i16>, ptr %405, align 2, !tbaa !9, !alias.scope !32
-  %strided.vec257 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec258 = shufflevector <16 x i16> %wide.vec256, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %406 = zext <8 x i16> %strided.vec258 to <8 x i32>
+  %wide.vec260 = load <16 x i16>, ptr %405, align 2, !tbaa !9, !alias.scope !32
+  %strided.vec261 = shufflevector <16 x i16> %wide.vec260, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec262 = shufflevector <16 x i16> %wide.vec260, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %406 = zext <8 x i16> %strided.vec262 to <8 x i32>
   %407 = shl nuw <8 x i32> %406, splat (i32 16)
   %408 = bitcast <8 x i32> %407 to <8 x float>
-  %409 = fmul <8 x float> %broadcast.splat252, %408
+  %409 = fmul <8 x float> %broadcast.splat256, %408
   %410 = bitcast <8 x float> %409 to <8 x i32>
-  %411 = zext <8 x i16> %strided.vec257 to <8 x i32>
+  %411 = zext <8 x i16> %strided.vec261 to <8 x i32>
   %412 = shl nuw <8 x i32> %411, splat (i32 16)
   %413 = bitcast <8 x i32> %412 to <8 x float>
-  %414 = fmul <8 x float> %broadcast.splat252, %413
+  %414 = fmul <8 x float> %broadcast.splat256, %413
   %415 = bitcast <8 x float> %414 to <8 x i32>
   %416 = lshr <8 x i32> %415, splat (i32 16)
   %417 = or <8 x i32> %416, %410
-  %418 = shl nuw nsw <8 x i64> %vec.ind255, splat (i64 6)
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %418
+  %418 = shl nuw nsw <8 x i64> %vec.ind259, splat (i64 6)
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, <8 x i64> %418
   %420 = getelementptr inbounds nuw i8, <8 x ptr> %419, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %417, <8 x ptr> align 4 %420, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
-  %index.next259 = shl i64 %index254, 2
-  %421 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259
+  %index.next263 = shl i64 %index258, 2
+  %421 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next263
   %422 = getelementptr i8, ptr %421, i64 32
-  %wide.vec256.1 = load <16 x i16>, ptr %422, align 2, !tbaa !9, !alias.scope !32
-  %strided.vec257.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec258.1 = shufflevector <16 x i16> %wide.vec256.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %423 = zext <8 x i16> %strided.vec258.1 to <8 x i32>
+  %wide.vec260.1 = load <16 x i16>, ptr %422, align 2, !tbaa !9, !alias.scope !32
+  %strided.vec261.1 = shufflevector <16 x i16> %wide.vec260.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec262.1 = shufflevector <16 x i16> %wide.vec260.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %423 = zext <8 x i16> %strided.vec262.1 to <8 x i32>
   %424 = shl nuw <8 x i32> %423, splat (i32 16)
   %425 = bitcast <8 x i32> %424 to <8 x float>
-  %426 = fmul <8 x float> %broadcast.splat252, %425
+  %426 = fmul <8 x float> %broadcast.splat256, %425
   %427 = bitcast <8 x float> %426 to <8 x i32>
-  %428 = zext <8 x i16> %strided.vec257.1 to <8 x i32>
+  %428 = zext <8 x i16> %strided.vec261.1 to <8 x i32>
   %429 = shl nuw <8 x i32> %428, splat (i32 16)
   %430 = bitcast <8 x i32> %429 to <8 x float>
-  %431 = fmul <8 x float> %broadcast.splat252, %430
+  %431 = fmul <8 x float> %broadcast.splat256, %430
   %432 = bitcast <8 x float> %431 to <8 x i32>
   %433 = lshr <8 x i32> %432, splat (i32 16)
   %434 = or <8 x i32> %433, %427
-  %vec.ind.next260 = shl <8 x i64> %vec.ind255, splat (i64 6)
-  %435 = add <8 x i64> %vec.ind.next260, splat (i64 512)
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %435
+  %vec.ind.next264 = shl <8 x i64> %vec.ind259, splat (i64 6)
+  %435 = add <8 x i64> %vec.ind.next264, splat (i64 512)
+  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, <8 x i64> %435
   %437 = getelementptr inbounds nuw i8, <8 x ptr> %436, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %434, <8 x ptr> align 4 %437, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
-  %index.next259.1 = shl i64 %index254, 2
-  %438 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next259.1
+  %index.next263.1 = shl i64 %index258, 2
+  %438 = getelementptr i8, ptr %invariant.gep.2.i, i64 %index.next263.1
   %439 = getelementptr i8, ptr %438, i64 64
-  %wide.vec256.2 = load <16 x i16>, ptr %439, align 2, !tbaa !9, !alias.scope !32
-  %strided.vec257.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec258.2 = shufflevector <16 x i16> %wide.vec256.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %440 = zext <8 x i16> %strided.vec258.2 to <8 x i32>
+  %wide.vec260.2 = load <16 x i16>, ptr %439, align 2, !tbaa !9, !alias.scope !32
+  %strided.vec261.2 = shufflevector <16 x i16> %wide.vec260.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec262.2 = shufflevector <16 x i16> %wide.vec260.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %440 = zext <8 x i16> %strided.vec262.2 to <8 x i32>
   %441 = shl nuw <8 x i32> %440, splat (i32 16)
   %442 = bitcast <8 x i32> %441 to <8 x float>
-  %443 = fmul <8 x float> %broadcast.splat252, %442
+  %443 = fmul <8 x float> %broadcast.splat256, %442
   %444 = bitcast <8 x float> %443 to <8 x i32>
-  %445 = zext <8 x i16> %strided.vec257.2 to <8 x i32>
+  %445 = zext <8 x i16> %strided.vec261.2 to <8 x i32>
   %446 = shl nuw <8 x i32> %445, splat (i32 16)
   %447 = bitcast <8 x i32> %446 to <8 x float>
-  %448 = fmul <8 x float> %broadcast.splat252, %447
+  %448 = fmul <8 x float> %broadcast.splat256, %447
   %449 = bitcast <8 x float> %448 to <8 x i32>
   %450 = lshr <8 x i32> %449, splat (i32 16)
   %451 = or <8 x i32> %450, %444
-  %vec.ind.next260.1 = shl <8 x i64> %vec.ind255, splat (i64 6)
-  %452 = add <8 x i64> %vec.ind.next260.1, splat (i64 1024)
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, <8 x i64> %452
+  %vec.ind.next264.1 = shl <8 x i64> %vec.ind259, splat (i64 6)
+  %452 = add <8 x i64> %vec.ind.next264.1, splat (i64 1024)
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, <8 x i64> %452
   %454 = getelementptr inbounds nuw i8, <8 x ptr> %453, i64 36864
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %451, <8 x ptr> align 4 %454, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !35, !noalias !32
-  %index.next259.2 = add nuw nsw i64 %index254, 24
-  %vec.ind.next260.2 = add nuw nsw <8 x i64> %vec.ind255, splat (i64 24)
-  %455 = icmp eq i64 %index.next259.2, 288
-  br i1 %455, label %for_end_d.2.i, label %vector.body253, !prof !17, !llvm.loop !37
+  %index.next263.2 = add nuw nsw i64 %index258, 24
+  %vec.ind.next264.2 = add nuw nsw <8 x i64> %vec.ind259, splat (i64 24)
+  %455 = icmp eq i64 %index.next263.2, 288
+  br i1 %455, label %for_end_d.2.i, label %vector.body257, !prof !17, !llvm.loop !37
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_begin_d.preheader.2.i
   %indvars.iv.2.i = phi i64 [ %indvars.iv.next.2.i.3, %for_body_d.2.i ], [ 0, %for_begin_d.preheader.2.i ]
@@ -1232,9 +1232,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %468 = bitcast float %467 to i32
   %469 = lshr i32 %468, 16
   %470 = or i32 %469, %462
-  %.idx1175.i = shl nuw nsw i64 %indvars.iv.2.i, 6
-  %gep1238.i = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i
-  %471 = getelementptr inbounds nuw i8, ptr %gep1238.i, i64 36864
+  %.idx1179.i = shl nuw nsw i64 %indvars.iv.2.i, 6
+  %gep1243.i = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1179.i
+  %471 = getelementptr inbounds nuw i8, ptr %gep1243.i, i64 36864
   store i32 %470, ptr %471, align 4, !tbaa !9
   %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
   %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
@@ -1254,9 +1254,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %484 = bitcast float %483 to i32
   %485 = lshr i32 %484, 16
   %486 = or i32 %485, %478
-  %.idx1175.i.1 = shl nuw nsw i64 %indvars.iv.next.2.i, 6
-  %gep1238.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.1
-  %487 = getelementptr inbounds nuw i8, ptr %gep1238.i.1, i64 36864
+  %.idx1179.i.1 = shl nuw nsw i64 %indvars.iv.next.2.i, 6
+  %gep1243.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1179.i.1
+  %487 = getelementptr inbounds nuw i8, ptr %gep1243.i.1, i64 36864
   store i32 %486, ptr %487, align 4, !tbaa !9
   %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
   %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
@@ -1276,9 +1276,9 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %500 = bitcast float %499 to i32
   %501 = lshr i32 %500, 16
   %502 = or i32 %501, %494
-  %.idx1175.i.2 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 6
-  %gep1238.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.2
-  %503 = getelementptr inbounds nuw i8, ptr %gep1238.i.2, i64 36864
+  %.idx1179.i.2 = shl nuw nsw i64 %indvars.iv.next.2.i.1, 6
+  %gep1243.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1179.i.2
+  %503 = getelementptr inbounds nuw i8, ptr %gep1243.i.2, i64 36864
   store i32 %502, ptr %503, align 4, !tbaa !9
   %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
   %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
@@ -1298,110 +1298,110 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %516 = bitcast float %515 to i32
   %517 = lshr i32 %516, 16
   %518 = or i32 %517, %510
-  %.idx1175.i.3 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 6
-  %gep1238.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1237.i, i64 %.idx1175.i.3
-  %519 = getelementptr inbounds nuw i8, ptr %gep1238.i.3, i64 36864
+  %.idx1179.i.3 = shl nuw nsw i64 %indvars.iv.next.2.i.2, 6
+  %gep1243.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1242.i, i64 %.idx1179.i.3
+  %519 = getelementptr inbounds nuw i8, ptr %gep1243.i.3, i64 36864
   store i32 %518, ptr %519, align 4, !tbaa !9
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 288
   br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !28, !llvm.loop !38
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body253
-  %indvars.iv.next867.2.i = add nuw nsw i64 %indvars.iv866.2.i, 1
-  %exitcond870.2.not.i = icmp eq i64 %indvars.iv.next867.2.i, 16
-  br i1 %exitcond870.2.not.i, label %for_begin_d.preheader.3.i.preheader, label %for_begin_d.preheader.2.i, !prof !31
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body257
+  %indvars.iv.next871.2.i = add nuw nsw i64 %indvars.iv870.2.i, 1
+  %exitcond874.2.not.i = icmp eq i64 %indvars.iv.next871.2.i, 16
+  br i1 %exitcond874.2.not.i, label %for_begin_d.preheader.3.i.preheader, label %for_begin_d.preheader.2.i, !prof !31
 
 for_begin_d.preheader.3.i.preheader:              ; preds = %for_end_d.2.i
-  %scevgep219 = getelementptr i8, ptr %q_tile.i, i64 55296
-  %scevgep220 = getelementptr i8, ptr %q_tile.i, i64 73728
-  %bound0223 = icmp ult ptr %scevgep219, %scevgep222
-  %bound1224 = icmp ult ptr %scevgep221, %scevgep220
-  %found.conflict225 = and i1 %bound0223, %bound1224
-  %520 = or i1 %found.conflict225, %stride.check226
+  %scevgep223 = getelementptr i8, ptr %q_tile.i, i64 55296
+  %scevgep224 = getelementptr i8, ptr %q_tile.i, i64 73728
+  %bound0227 = icmp ult ptr %scevgep223, %scevgep226
+  %bound1228 = icmp ult ptr %scevgep225, %scevgep224
+  %found.conflict229 = and i1 %bound0227, %bound1228
+  %520 = or i1 %found.conflict229, %stride.check230
   br label %for_begin_d.preheader.3.i
 
 for_begin_d.preheader.3.i:                        ; preds = %for_end_d.3.i, %for_begin_d.preheader.3.i.preheader
-  %indvars.iv866.3.i = phi i64 [ %indvars.iv.next867.3.i, %for_end_d.3.i ], [ 0, %for_begin_d.preheader.3.i.preheader ]
-  %521 = add nuw nsw i64 %indvars.iv866.3.i, 48
+  %indvars.iv870.3.i = phi i64 [ %indvars.iv.next871.3.i, %for_end_d.3.i ], [ 0, %for_begin_d.preheader.3.i.preheader ]
+  %521 = add nuw nsw i64 %indvars.iv870.3.i, 48
   %522 = mul nsw i64 %521, %q_head
   %invariant.gep.3.i = getelementptr i16, ptr %231, i64 %522
-  %invariant.gep1239.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.3.i
-  br i1 %520, label %for_body_d.3.i, label %vector.body231, !prof !11
+  %invariant.gep1244.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.3.i
+  br i1 %520, label %for_body_d.3.i, label %vector.body235, !prof !11
 
-vector.body231:                                   ; preds = %vector.body231, %for_begin_d.preheader.3.i
-  %index232 = phi i64 [ %index.next237.2, %vector.body231 ], [ 0, %for_begin_d.preheader.3.i ]
-  %vec.ind233 = phi <8 x i64> [ %vec.ind.next238.2, %vector.body231 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.3.i ]
-  %523 = shl i64 %index232, 2
+vector.body235:                                   ; preds = %vector.body235, %for_begin_d.preheader.3.i
+  %index236 = phi i64 [ %index.next241.2, %vector.body235 ], [ 0, %for_begin_d.preheader.3.i ]
+  %vec.ind237 = phi <8 x i64> [ %vec.ind.next242.2, %vector.body235 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.3.i ]
+  %523 = shl i64 %index236, 2
   %524 = getelementptr i8, ptr %invariant.gep.3.i, i64 %523
-  %wide.vec234 = load <16 x i16>, ptr %524, align 2, !tbaa !9, !alias.scope !39
-  %strided.vec235 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec236 = shufflevector <16 x i16> %wide.vec234, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %525 = zext <8 x i16> %strided.vec236 to <8 x i32>
+  %wide.vec238 = load <16 x i16>, ptr %524, align 2, !tbaa !9, !alias.scope !39
+  %strided.vec239 = shufflevector <16 x i16> %wide.vec238, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec240 = shufflevector <16 x i16> %wide.vec238, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %525 = zext <8 x i16> %strided.vec240 to <8 x i32>
   %526 = shl nuw <8 x i32> %525, splat (i32 16)
   %527 = bitcast <8 x i32> %526 to <8 x float>
-  %528 = fmul <8 x float> %broadcast.splat230, %527
+  %528 = fmul <8 x float> %broadcast.splat234, %527
   %529 = bitcast <8 x float> %528 to <8 x i32>
-  %530 = zext <8 x i16> %strided.vec235 to <8 x i32>
+  %530 = zext <8 x i16> %strided.vec239 to <8 x i32>
   %531 = shl nuw <8 x i32> %530, splat (i32 16)
   %532 = bitcast <8 x i32> %531 to <8 x float>
-  %533 = fmul <8 x float> %broadcast.splat230, %532
+  %533 = fmul <8 x float> %broadcast.splat234, %532
   %534 = bitcast <8 x float> %533 to <8 x i32>
   %535 = lshr <8 x i32> %534, splat (i32 16)
   %536 = or <8 x i32> %535, %529
-  %537 = shl nuw nsw <8 x i64> %vec.ind233, splat (i64 6)
-  %538 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %537
+  %537 = shl nuw nsw <8 x i64> %vec.ind237, splat (i64 6)
+  %538 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, <8 x i64> %537
   %539 = getelementptr inbounds nuw i8, <8 x ptr> %538, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %536, <8 x ptr> align 4 %539, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
-  %index.next237 = shl i64 %index232, 2
-  %540 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237
+  %index.next241 = shl i64 %index236, 2
+  %540 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next241
   %541 = getelementptr i8, ptr %540, i64 32
-  %wide.vec234.1 = load <16 x i16>, ptr %541, align 2, !tbaa !9, !alias.scope !39
-  %strided.vec235.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec236.1 = shufflevector <16 x i16> %wide.vec234.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %542 = zext <8 x i16> %strided.vec236.1 to <8 x i32>
+  %wide.vec238.1 = load <16 x i16>, ptr %541, align 2, !tbaa !9, !alias.scope !39
+  %strided.vec239.1 = shufflevector <16 x i16> %wide.vec238.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec240.1 = shufflevector <16 x i16> %wide.vec238.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %542 = zext <8 x i16> %strided.vec240.1 to <8 x i32>
   %543 = shl nuw <8 x i32> %542, splat (i32 16)
   %544 = bitcast <8 x i32> %543 to <8 x float>
-  %545 = fmul <8 x float> %broadcast.splat230, %544
+  %545 = fmul <8 x float> %broadcast.splat234, %544
   %546 = bitcast <8 x float> %545 to <8 x i32>
-  %547 = zext <8 x i16> %strided.vec235.1 to <8 x i32>
+  %547 = zext <8 x i16> %strided.vec239.1 to <8 x i32>
   %548 = shl nuw <8 x i32> %547, splat (i32 16)
   %549 = bitcast <8 x i32> %548 to <8 x float>
-  %550 = fmul <8 x float> %broadcast.splat230, %549
+  %550 = fmul <8 x float> %broadcast.splat234, %549
   %551 = bitcast <8 x float> %550 to <8 x i32>
   %552 = lshr <8 x i32> %551, splat (i32 16)
   %553 = or <8 x i32> %552, %546
-  %vec.ind.next238 = shl <8 x i64> %vec.ind233, splat (i64 6)
-  %554 = add <8 x i64> %vec.ind.next238, splat (i64 512)
-  %555 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %554
+  %vec.ind.next242 = shl <8 x i64> %vec.ind237, splat (i64 6)
+  %554 = add <8 x i64> %vec.ind.next242, splat (i64 512)
+  %555 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, <8 x i64> %554
   %556 = getelementptr inbounds nuw i8, <8 x ptr> %555, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %553, <8 x ptr> align 4 %556, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
-  %index.next237.1 = shl i64 %index232, 2
-  %557 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next237.1
+  %index.next241.1 = shl i64 %index236, 2
+  %557 = getelementptr i8, ptr %invariant.gep.3.i, i64 %index.next241.1
   %558 = getelementptr i8, ptr %557, i64 64
-  %wide.vec234.2 = load <16 x i16>, ptr %558, align 2, !tbaa !9, !alias.scope !39
-  %strided.vec235.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec236.2 = shufflevector <16 x i16> %wide.vec234.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %559 = zext <8 x i16> %strided.vec236.2 to <8 x i32>
+  %wide.vec238.2 = load <16 x i16>, ptr %558, align 2, !tbaa !9, !alias.scope !39
+  %strided.vec239.2 = shufflevector <16 x i16> %wide.vec238.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec240.2 = shufflevector <16 x i16> %wide.vec238.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %559 = zext <8 x i16> %strided.vec240.2 to <8 x i32>
   %560 = shl nuw <8 x i32> %559, splat (i32 16)
   %561 = bitcast <8 x i32> %560 to <8 x float>
-  %562 = fmul <8 x float> %broadcast.splat230, %561
+  %562 = fmul <8 x float> %broadcast.splat234, %561
   %563 = bitcast <8 x float> %562 to <8 x i32>
-  %564 = zext <8 x i16> %strided.vec235.2 to <8 x i32>
+  %564 = zext <8 x i16> %strided.vec239.2 to <8 x i32>
   %565 = shl nuw <8 x i32> %564, splat (i32 16)
   %566 = bitcast <8 x i32> %565 to <8 x float>
-  %567 = fmul <8 x float> %broadcast.splat230, %566
+  %567 = fmul <8 x float> %broadcast.splat234, %566
   %568 = bitcast <8 x float> %567 to <8 x i32>
   %569 = lshr <8 x i32> %568, splat (i32 16)
   %570 = or <8 x i32> %569, %563
-  %vec.ind.next238.1 = shl <8 x i64> %vec.ind233, splat (i64 6)
-  %571 = add <8 x i64> %vec.ind.next238.1, splat (i64 1024)
-  %572 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, <8 x i64> %571
+  %vec.ind.next242.1 = shl <8 x i64> %vec.ind237, splat (i64 6)
+  %571 = add <8 x i64> %vec.ind.next242.1, splat (i64 1024)
+  %572 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, <8 x i64> %571
   %573 = getelementptr inbounds nuw i8, <8 x ptr> %572, i64 55296
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %570, <8 x ptr> align 4 %573, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !42, !noalias !39
-  %index.next237.2 = add nuw nsw i64 %index232, 24
-  %vec.ind.next238.2 = add nuw nsw <8 x i64> %vec.ind233, splat (i64 24)
-  %574 = icmp eq i64 %index.next237.2, 288
-  br i1 %574, label %for_end_d.3.i, label %vector.body231, !prof !17, !llvm.loop !44
+  %index.next241.2 = add nuw nsw i64 %index236, 24
+  %vec.ind.next242.2 = add nuw nsw <8 x i64> %vec.ind237, splat (i64 24)
+  %574 = icmp eq i64 %index.next241.2, 288
+  br i1 %574, label %for_end_d.3.i, label %vector.body235, !prof !17, !llvm.loop !44
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_begin_d.preheader.3.i
   %indvars.iv.3.i = phi i64 [ %indvars.iv.next.3.i.3, %for_body_d.3.i ], [ 0, %for_begin_d.preheader.3.i ]
@@ -1422,9 +1422,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %587 = bitcast float %586 to i32
   %588 = lshr i32 %587, 16
   %589 = or i32 %588, %581
-  %.idx1176.i = shl nuw nsw i64 %indvars.iv.3.i, 6
-  %gep1240.i = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i
-  %590 = getelementptr inbounds nuw i8, ptr %gep1240.i, i64 55296
+  %.idx1180.i = shl nuw nsw i64 %indvars.iv.3.i, 6
+  %gep1245.i = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1180.i
+  %590 = getelementptr inbounds nuw i8, ptr %gep1245.i, i64 55296
   store i32 %589, ptr %590, align 4, !tbaa !9
   %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
   %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
@@ -1444,9 +1444,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %603 = bitcast float %602 to i32
   %604 = lshr i32 %603, 16
   %605 = or i32 %604, %597
-  %.idx1176.i.1 = shl nuw nsw i64 %indvars.iv.next.3.i, 6
-  %gep1240.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.1
-  %606 = getelementptr inbounds nuw i8, ptr %gep1240.i.1, i64 55296
+  %.idx1180.i.1 = shl nuw nsw i64 %indvars.iv.next.3.i, 6
+  %gep1245.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1180.i.1
+  %606 = getelementptr inbounds nuw i8, ptr %gep1245.i.1, i64 55296
   store i32 %605, ptr %606, align 4, !tbaa !9
   %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
   %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
@@ -1466,9 +1466,9 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %619 = bitcast float %618 to i32
   %620 = lshr i32 %619, 16
   %621 = or i32 %620, %613
-  %.idx1176.i.2 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 6
-  %gep1240.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.2
-  %622 = getelementptr inbounds nuw i8, ptr %gep1240.i.2, i64 55296
+  %.idx1180.i.2 = shl nuw nsw i64 %indvars.iv.next.3.i.1, 6
+  %gep1245.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1180.i.2
+  %622 = getelementptr inbounds nuw i8, ptr %gep1245.i.2, i64 55296
   store i32 %621, ptr %622, align 4, !tbaa !9
   %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
   %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
@@ -1488,110 +1488,110 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %635 = bitcast float %634 to i32
   %636 = lshr i32 %635, 16
   %637 = or i32 %636, %629
-  %.idx1176.i.3 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 6
-  %gep1240.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1239.i, i64 %.idx1176.i.3
-  %638 = getelementptr inbounds nuw i8, ptr %gep1240.i.3, i64 55296
+  %.idx1180.i.3 = shl nuw nsw i64 %indvars.iv.next.3.i.2, 6
+  %gep1245.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1244.i, i64 %.idx1180.i.3
+  %638 = getelementptr inbounds nuw i8, ptr %gep1245.i.3, i64 55296
   store i32 %637, ptr %638, align 4, !tbaa !9
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 288
   br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !28, !llvm.loop !45
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body231
-  %indvars.iv.next867.3.i = add nuw nsw i64 %indvars.iv866.3.i, 1
-  %exitcond870.3.not.i = icmp eq i64 %indvars.iv.next867.3.i, 16
-  br i1 %exitcond870.3.not.i, label %for_begin_d.preheader.4.i.preheader, label %for_begin_d.preheader.3.i, !prof !31
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body235
+  %indvars.iv.next871.3.i = add nuw nsw i64 %indvars.iv870.3.i, 1
+  %exitcond874.3.not.i = icmp eq i64 %indvars.iv.next871.3.i, 16
+  br i1 %exitcond874.3.not.i, label %for_begin_d.preheader.4.i.preheader, label %for_begin_d.preheader.3.i, !prof !31
 
 for_begin_d.preheader.4.i.preheader:              ; preds = %for_end_d.3.i
-  %scevgep197 = getelementptr i8, ptr %q_tile.i, i64 73728
-  %scevgep198 = getelementptr i8, ptr %q_tile.i, i64 92160
-  %bound0201 = icmp ult ptr %scevgep197, %scevgep200
-  %bound1202 = icmp ult ptr %scevgep199, %scevgep198
-  %found.conflict203 = and i1 %bound0201, %bound1202
-  %639 = or i1 %found.conflict203, %stride.check204
+  %scevgep201 = getelementptr i8, ptr %q_tile.i, i64 73728
+  %scevgep202 = getelementptr i8, ptr %q_tile.i, i64 92160
+  %bound0205 = icmp ult ptr %scevgep201, %scevgep204
+  %bound1206 = icmp ult ptr %scevgep203, %scevgep202
+  %found.conflict207 = and i1 %bound0205, %bound1206
+  %639 = or i1 %found.conflict207, %stride.check208
   br label %for_begin_d.preheader.4.i
 
 for_begin_d.preheader.4.i:                        ; preds = %for_end_d.4.i, %for_begin_d.preheader.4.i.preheader
-  %indvars.iv866.4.i = phi i64 [ %indvars.iv.next867.4.i, %for_end_d.4.i ], [ 0, %for_begin_d.preheader.4.i.preheader ]
-  %640 = add nuw nsw i64 %indvars.iv866.4.i, 64
+  %indvars.iv870.4.i = phi i64 [ %indvars.iv.next871.4.i, %for_end_d.4.i ], [ 0, %for_begin_d.preheader.4.i.preheader ]
+  %640 = add nuw nsw i64 %indvars.iv870.4.i, 64
   %641 = mul nsw i64 %640, %q_head
   %invariant.gep.4.i = getelementptr i16, ptr %231, i64 %641
-  %invariant.gep1241.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.4.i
-  br i1 %639, label %for_body_d.4.i, label %vector.body209, !prof !11
+  %invariant.gep1246.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.4.i
+  br i1 %639, label %for_body_d.4.i, label %vector.body213, !prof !11
 
-vector.body209:                                   ; preds = %vector.body209, %for_begin_d.preheader.4.i
-  %index210 = phi i64 [ %index.next215.2, %vector.body209 ], [ 0, %for_begin_d.preheader.4.i ]
-  %vec.ind211 = phi <8 x i64> [ %vec.ind.next216.2, %vector.body209 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.4.i ]
-  %642 = shl i64 %index210, 2
+vector.body213:                                   ; preds = %vector.body213, %for_begin_d.preheader.4.i
+  %index214 = phi i64 [ %index.next219.2, %vector.body213 ], [ 0, %for_begin_d.preheader.4.i ]
+  %vec.ind215 = phi <8 x i64> [ %vec.ind.next220.2, %vector.body213 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.4.i ]
+  %642 = shl i64 %index214, 2
   %643 = getelementptr i8, ptr %invariant.gep.4.i, i64 %642
-  %wide.vec212 = load <16 x i16>, ptr %643, align 2, !tbaa !9, !alias.scope !46
-  %strided.vec213 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec214 = shufflevector <16 x i16> %wide.vec212, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %644 = zext <8 x i16> %strided.vec214 to <8 x i32>
+  %wide.vec216 = load <16 x i16>, ptr %643, align 2, !tbaa !9, !alias.scope !46
+  %strided.vec217 = shufflevector <16 x i16> %wide.vec216, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec218 = shufflevector <16 x i16> %wide.vec216, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %644 = zext <8 x i16> %strided.vec218 to <8 x i32>
   %645 = shl nuw <8 x i32> %644, splat (i32 16)
   %646 = bitcast <8 x i32> %645 to <8 x float>
-  %647 = fmul <8 x float> %broadcast.splat208, %646
+  %647 = fmul <8 x float> %broadcast.splat212, %646
   %648 = bitcast <8 x float> %647 to <8 x i32>
-  %649 = zext <8 x i16> %strided.vec213 to <8 x i32>
+  %649 = zext <8 x i16> %strided.vec217 to <8 x i32>
   %650 = shl nuw <8 x i32> %649, splat (i32 16)
   %651 = bitcast <8 x i32> %650 to <8 x float>
-  %652 = fmul <8 x float> %broadcast.splat208, %651
+  %652 = fmul <8 x float> %broadcast.splat212, %651
   %653 = bitcast <8 x float> %652 to <8 x i32>
   %654 = lshr <8 x i32> %653, splat (i32 16)
   %655 = or <8 x i32> %654, %648
-  %656 = shl nuw nsw <8 x i64> %vec.ind211, splat (i64 6)
-  %657 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %656
+  %656 = shl nuw nsw <8 x i64> %vec.ind215, splat (i64 6)
+  %657 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, <8 x i64> %656
   %658 = getelementptr inbounds nuw i8, <8 x ptr> %657, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %655, <8 x ptr> align 4 %658, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
-  %index.next215 = shl i64 %index210, 2
-  %659 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215
+  %index.next219 = shl i64 %index214, 2
+  %659 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next219
   %660 = getelementptr i8, ptr %659, i64 32
-  %wide.vec212.1 = load <16 x i16>, ptr %660, align 2, !tbaa !9, !alias.scope !46
-  %strided.vec213.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec214.1 = shufflevector <16 x i16> %wide.vec212.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %661 = zext <8 x i16> %strided.vec214.1 to <8 x i32>
+  %wide.vec216.1 = load <16 x i16>, ptr %660, align 2, !tbaa !9, !alias.scope !46
+  %strided.vec217.1 = shufflevector <16 x i16> %wide.vec216.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec218.1 = shufflevector <16 x i16> %wide.vec216.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %661 = zext <8 x i16> %strided.vec218.1 to <8 x i32>
   %662 = shl nuw <8 x i32> %661, splat (i32 16)
   %663 = bitcast <8 x i32> %662 to <8 x float>
-  %664 = fmul <8 x float> %broadcast.splat208, %663
+  %664 = fmul <8 x float> %broadcast.splat212, %663
   %665 = bitcast <8 x float> %664 to <8 x i32>
-  %666 = zext <8 x i16> %strided.vec213.1 to <8 x i32>
+  %666 = zext <8 x i16> %strided.vec217.1 to <8 x i32>
   %667 = shl nuw <8 x i32> %666, splat (i32 16)
   %668 = bitcast <8 x i32> %667 to <8 x float>
-  %669 = fmul <8 x float> %broadcast.splat208, %668
+  %669 = fmul <8 x float> %broadcast.splat212, %668
   %670 = bitcast <8 x float> %669 to <8 x i32>
   %671 = lshr <8 x i32> %670, splat (i32 16)
   %672 = or <8 x i32> %671, %665
-  %vec.ind.next216 = shl <8 x i64> %vec.ind211, splat (i64 6)
-  %673 = add <8 x i64> %vec.ind.next216, splat (i64 512)
-  %674 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %673
+  %vec.ind.next220 = shl <8 x i64> %vec.ind215, splat (i64 6)
+  %673 = add <8 x i64> %vec.ind.next220, splat (i64 512)
+  %674 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, <8 x i64> %673
   %675 = getelementptr inbounds nuw i8, <8 x ptr> %674, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %672, <8 x ptr> align 4 %675, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
-  %index.next215.1 = shl i64 %index210, 2
-  %676 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next215.1
+  %index.next219.1 = shl i64 %index214, 2
+  %676 = getelementptr i8, ptr %invariant.gep.4.i, i64 %index.next219.1
   %677 = getelementptr i8, ptr %676, i64 64
-  %wide.vec212.2 = load <16 x i16>, ptr %677, align 2, !tbaa !9, !alias.scope !46
-  %strided.vec213.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec214.2 = shufflevector <16 x i16> %wide.vec212.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %678 = zext <8 x i16> %strided.vec214.2 to <8 x i32>
+  %wide.vec216.2 = load <16 x i16>, ptr %677, align 2, !tbaa !9, !alias.scope !46
+  %strided.vec217.2 = shufflevector <16 x i16> %wide.vec216.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec218.2 = shufflevector <16 x i16> %wide.vec216.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %678 = zext <8 x i16> %strided.vec218.2 to <8 x i32>
   %679 = shl nuw <8 x i32> %678, splat (i32 16)
   %680 = bitcast <8 x i32> %679 to <8 x float>
-  %681 = fmul <8 x float> %broadcast.splat208, %680
+  %681 = fmul <8 x float> %broadcast.splat212, %680
   %682 = bitcast <8 x float> %681 to <8 x i32>
-  %683 = zext <8 x i16> %strided.vec213.2 to <8 x i32>
+  %683 = zext <8 x i16> %strided.vec217.2 to <8 x i32>
   %684 = shl nuw <8 x i32> %683, splat (i32 16)
   %685 = bitcast <8 x i32> %684 to <8 x float>
-  %686 = fmul <8 x float> %broadcast.splat208, %685
+  %686 = fmul <8 x float> %broadcast.splat212, %685
   %687 = bitcast <8 x float> %686 to <8 x i32>
   %688 = lshr <8 x i32> %687, splat (i32 16)
   %689 = or <8 x i32> %688, %682
-  %vec.ind.next216.1 = shl <8 x i64> %vec.ind211, splat (i64 6)
-  %690 = add <8 x i64> %vec.ind.next216.1, splat (i64 1024)
-  %691 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, <8 x i64> %690
+  %vec.ind.next220.1 = shl <8 x i64> %vec.ind215, splat (i64 6)
+  %690 = add <8 x i64> %vec.ind.next220.1, splat (i64 1024)
+  %691 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, <8 x i64> %690
   %692 = getelementptr inbounds nuw i8, <8 x ptr> %691, i64 73728
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %689, <8 x ptr> align 4 %692, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !49, !noalias !46
-  %index.next215.2 = add nuw nsw i64 %index210, 24
-  %vec.ind.next216.2 = add nuw nsw <8 x i64> %vec.ind211, splat (i64 24)
-  %693 = icmp eq i64 %index.next215.2, 288
-  br i1 %693, label %for_end_d.4.i, label %vector.body209, !prof !17, !llvm.loop !51
+  %index.next219.2 = add nuw nsw i64 %index214, 24
+  %vec.ind.next220.2 = add nuw nsw <8 x i64> %vec.ind215, splat (i64 24)
+  %693 = icmp eq i64 %index.next219.2, 288
+  br i1 %693, label %for_end_d.4.i, label %vector.body213, !prof !17, !llvm.loop !51
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_begin_d.preheader.4.i
   %indvars.iv.4.i = phi i64 [ %indvars.iv.next.4.i.3, %for_body_d.4.i ], [ 0, %for_begin_d.preheader.4.i ]
@@ -1612,9 +1612,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %706 = bitcast float %705 to i32
   %707 = lshr i32 %706, 16
   %708 = or i32 %707, %700
-  %.idx1177.i = shl nuw nsw i64 %indvars.iv.4.i, 6
-  %gep1242.i = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i
-  %709 = getelementptr inbounds nuw i8, ptr %gep1242.i, i64 73728
+  %.idx1181.i = shl nuw nsw i64 %indvars.iv.4.i, 6
+  %gep1247.i = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, i64 %.idx1181.i
+  %709 = getelementptr inbounds nuw i8, ptr %gep1247.i, i64 73728
   store i32 %708, ptr %709, align 4, !tbaa !9
   %indvars.iv.next.4.i = or disjoint i64 %indvars.iv.4.i, 1
   %gep.4.idx.i.1 = shl i64 %indvars.iv.next.4.i, 2
@@ -1634,9 +1634,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %722 = bitcast float %721 to i32
   %723 = lshr i32 %722, 16
   %724 = or i32 %723, %716
-  %.idx1177.i.1 = shl nuw nsw i64 %indvars.iv.next.4.i, 6
-  %gep1242.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.1
-  %725 = getelementptr inbounds nuw i8, ptr %gep1242.i.1, i64 73728
+  %.idx1181.i.1 = shl nuw nsw i64 %indvars.iv.next.4.i, 6
+  %gep1247.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, i64 %.idx1181.i.1
+  %725 = getelementptr inbounds nuw i8, ptr %gep1247.i.1, i64 73728
   store i32 %724, ptr %725, align 4, !tbaa !9
   %indvars.iv.next.4.i.1 = or disjoint i64 %indvars.iv.4.i, 2
   %gep.4.idx.i.2 = shl i64 %indvars.iv.next.4.i.1, 2
@@ -1656,9 +1656,9 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %738 = bitcast float %737 to i32
   %739 = lshr i32 %738, 16
   %740 = or i32 %739, %732
-  %.idx1177.i.2 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 6
-  %gep1242.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.2
-  %741 = getelementptr inbounds nuw i8, ptr %gep1242.i.2, i64 73728
+  %.idx1181.i.2 = shl nuw nsw i64 %indvars.iv.next.4.i.1, 6
+  %gep1247.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, i64 %.idx1181.i.2
+  %741 = getelementptr inbounds nuw i8, ptr %gep1247.i.2, i64 73728
   store i32 %740, ptr %741, align 4, !tbaa !9
   %indvars.iv.next.4.i.2 = or disjoint i64 %indvars.iv.4.i, 3
   %gep.4.idx.i.3 = shl i64 %indvars.iv.next.4.i.2, 2
@@ -1678,110 +1678,110 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   %754 = bitcast float %753 to i32
   %755 = lshr i32 %754, 16
   %756 = or i32 %755, %748
-  %.idx1177.i.3 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 6
-  %gep1242.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1241.i, i64 %.idx1177.i.3
-  %757 = getelementptr inbounds nuw i8, ptr %gep1242.i.3, i64 73728
+  %.idx1181.i.3 = shl nuw nsw i64 %indvars.iv.next.4.i.2, 6
+  %gep1247.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1246.i, i64 %.idx1181.i.3
+  %757 = getelementptr inbounds nuw i8, ptr %gep1247.i.3, i64 73728
   store i32 %756, ptr %757, align 4, !tbaa !9
   %indvars.iv.next.4.i.3 = add nuw nsw i64 %indvars.iv.4.i, 4
   %exitcond.4.not.i.3 = icmp eq i64 %indvars.iv.next.4.i.3, 288
   br i1 %exitcond.4.not.i.3, label %for_end_d.4.i, label %for_body_d.4.i, !prof !28, !llvm.loop !52
 
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body209
-  %indvars.iv.next867.4.i = add nuw nsw i64 %indvars.iv866.4.i, 1
-  %exitcond870.4.not.i = icmp eq i64 %indvars.iv.next867.4.i, 16
-  br i1 %exitcond870.4.not.i, label %for_begin_d.preheader.5.i.preheader, label %for_begin_d.preheader.4.i, !prof !31
+for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body213
+  %indvars.iv.next871.4.i = add nuw nsw i64 %indvars.iv870.4.i, 1
+  %exitcond874.4.not.i = icmp eq i64 %indvars.iv.next871.4.i, 16
+  br i1 %exitcond874.4.not.i, label %for_begin_d.preheader.5.i.preheader, label %for_begin_d.preheader.4.i, !prof !31
 
 for_begin_d.preheader.5.i.preheader:              ; preds = %for_end_d.4.i
-  %scevgep175 = getelementptr i8, ptr %q_tile.i, i64 92160
-  %scevgep176 = getelementptr i8, ptr %q_tile.i, i64 110592
-  %bound0179 = icmp ult ptr %scevgep175, %scevgep178
-  %bound1180 = icmp ult ptr %scevgep177, %scevgep176
-  %found.conflict181 = and i1 %bound0179, %bound1180
-  %758 = or i1 %found.conflict181, %stride.check182
+  %scevgep179 = getelementptr i8, ptr %q_tile.i, i64 92160
+  %scevgep180 = getelementptr i8, ptr %q_tile.i, i64 110592
+  %bound0183 = icmp ult ptr %scevgep179, %scevgep182
+  %bound1184 = icmp ult ptr %scevgep181, %scevgep180
+  %found.conflict185 = and i1 %bound0183, %bound1184
+  %758 = or i1 %found.conflict185, %stride.check186
   br label %for_begin_d.preheader.5.i
 
 for_begin_d.preheader.5.i:                        ; preds = %for_end_d.5.i, %for_begin_d.preheader.5.i.preheader
-  %indvars.iv866.5.i = phi i64 [ %indvars.iv.next867.5.i, %for_end_d.5.i ], [ 0, %for_begin_d.preheader.5.i.preheader ]
-  %759 = add nuw nsw i64 %indvars.iv866.5.i, 80
+  %indvars.iv870.5.i = phi i64 [ %indvars.iv.next871.5.i, %for_end_d.5.i ], [ 0, %for_begin_d.preheader.5.i.preheader ]
+  %759 = add nuw nsw i64 %indvars.iv870.5.i, 80
   %760 = mul nsw i64 %759, %q_head
   %invariant.gep.5.i = getelementptr i16, ptr %231, i64 %760
-  %invariant.gep1243.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.5.i
-  br i1 %758, label %for_body_d.5.i, label %vector.body187, !prof !11
+  %invariant.gep1248.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.5.i
+  br i1 %758, label %for_body_d.5.i, label %vector.body191, !prof !11
 
-vector.body187:                                   ; preds = %vector.body187, %for_begin_d.preheader.5.i
-  %index188 = phi i64 [ %index.next193.2, %vector.body187 ], [ 0, %for_begin_d.preheader.5.i ]
-  %vec.ind189 = phi <8 x i64> [ %vec.ind.next194.2, %vector.body187 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.5.i ]
-  %761 = shl i64 %index188, 2
+vector.body191:                                   ; preds = %vector.body191, %for_begin_d.preheader.5.i
+  %index192 = phi i64 [ %index.next197.2, %vector.body191 ], [ 0, %for_begin_d.preheader.5.i ]
+  %vec.ind193 = phi <8 x i64> [ %vec.ind.next198.2, %vector.body191 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.5.i ]
+  %761 = shl i64 %index192, 2
   %762 = getelementptr i8, ptr %invariant.gep.5.i, i64 %761
-  %wide.vec190 = load <16 x i16>, ptr %762, align 2, !tbaa !9, !alias.scope !53
-  %strided.vec191 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec192 = shufflevector <16 x i16> %wide.vec190, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %763 = zext <8 x i16> %strided.vec192 to <8 x i32>
+  %wide.vec194 = load <16 x i16>, ptr %762, align 2, !tbaa !9, !alias.scope !53
+  %strided.vec195 = shufflevector <16 x i16> %wide.vec194, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec196 = shufflevector <16 x i16> %wide.vec194, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %763 = zext <8 x i16> %strided.vec196 to <8 x i32>
   %764 = shl nuw <8 x i32> %763, splat (i32 16)
   %765 = bitcast <8 x i32> %764 to <8 x float>
-  %766 = fmul <8 x float> %broadcast.splat186, %765
+  %766 = fmul <8 x float> %broadcast.splat190, %765
   %767 = bitcast <8 x float> %766 to <8 x i32>
-  %768 = zext <8 x i16> %strided.vec191 to <8 x i32>
+  %768 = zext <8 x i16> %strided.vec195 to <8 x i32>
   %769 = shl nuw <8 x i32> %768, splat (i32 16)
   %770 = bitcast <8 x i32> %769 to <8 x float>
-  %771 = fmul <8 x float> %broadcast.splat186, %770
+  %771 = fmul <8 x float> %broadcast.splat190, %770
   %772 = bitcast <8 x float> %771 to <8 x i32>
   %773 = lshr <8 x i32> %772, splat (i32 16)
   %774 = or <8 x i32> %773, %767
-  %775 = shl nuw nsw <8 x i64> %vec.ind189, splat (i64 6)
-  %776 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %775
+  %775 = shl nuw nsw <8 x i64> %vec.ind193, splat (i64 6)
+  %776 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, <8 x i64> %775
   %777 = getelementptr inbounds nuw i8, <8 x ptr> %776, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %774, <8 x ptr> align 4 %777, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
-  %index.next193 = shl i64 %index188, 2
-  %778 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193
+  %index.next197 = shl i64 %index192, 2
+  %778 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next197
   %779 = getelementptr i8, ptr %778, i64 32
-  %wide.vec190.1 = load <16 x i16>, ptr %779, align 2, !tbaa !9, !alias.scope !53
-  %strided.vec191.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec192.1 = shufflevector <16 x i16> %wide.vec190.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %780 = zext <8 x i16> %strided.vec192.1 to <8 x i32>
+  %wide.vec194.1 = load <16 x i16>, ptr %779, align 2, !tbaa !9, !alias.scope !53
+  %strided.vec195.1 = shufflevector <16 x i16> %wide.vec194.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec196.1 = shufflevector <16 x i16> %wide.vec194.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %780 = zext <8 x i16> %strided.vec196.1 to <8 x i32>
   %781 = shl nuw <8 x i32> %780, splat (i32 16)
   %782 = bitcast <8 x i32> %781 to <8 x float>
-  %783 = fmul <8 x float> %broadcast.splat186, %782
+  %783 = fmul <8 x float> %broadcast.splat190, %782
   %784 = bitcast <8 x float> %783 to <8 x i32>
-  %785 = zext <8 x i16> %strided.vec191.1 to <8 x i32>
+  %785 = zext <8 x i16> %strided.vec195.1 to <8 x i32>
   %786 = shl nuw <8 x i32> %785, splat (i32 16)
   %787 = bitcast <8 x i32> %786 to <8 x float>
-  %788 = fmul <8 x float> %broadcast.splat186, %787
+  %788 = fmul <8 x float> %broadcast.splat190, %787
   %789 = bitcast <8 x float> %788 to <8 x i32>
   %790 = lshr <8 x i32> %789, splat (i32 16)
   %791 = or <8 x i32> %790, %784
-  %vec.ind.next194 = shl <8 x i64> %vec.ind189, splat (i64 6)
-  %792 = add <8 x i64> %vec.ind.next194, splat (i64 512)
-  %793 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %792
+  %vec.ind.next198 = shl <8 x i64> %vec.ind193, splat (i64 6)
+  %792 = add <8 x i64> %vec.ind.next198, splat (i64 512)
+  %793 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, <8 x i64> %792
   %794 = getelementptr inbounds nuw i8, <8 x ptr> %793, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %791, <8 x ptr> align 4 %794, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
-  %index.next193.1 = shl i64 %index188, 2
-  %795 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next193.1
+  %index.next197.1 = shl i64 %index192, 2
+  %795 = getelementptr i8, ptr %invariant.gep.5.i, i64 %index.next197.1
   %796 = getelementptr i8, ptr %795, i64 64
-  %wide.vec190.2 = load <16 x i16>, ptr %796, align 2, !tbaa !9, !alias.scope !53
-  %strided.vec191.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec192.2 = shufflevector <16 x i16> %wide.vec190.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %797 = zext <8 x i16> %strided.vec192.2 to <8 x i32>
+  %wide.vec194.2 = load <16 x i16>, ptr %796, align 2, !tbaa !9, !alias.scope !53
+  %strided.vec195.2 = shufflevector <16 x i16> %wide.vec194.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec196.2 = shufflevector <16 x i16> %wide.vec194.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %797 = zext <8 x i16> %strided.vec196.2 to <8 x i32>
   %798 = shl nuw <8 x i32> %797, splat (i32 16)
   %799 = bitcast <8 x i32> %798 to <8 x float>
-  %800 = fmul <8 x float> %broadcast.splat186, %799
+  %800 = fmul <8 x float> %broadcast.splat190, %799
   %801 = bitcast <8 x float> %800 to <8 x i32>
-  %802 = zext <8 x i16> %strided.vec191.2 to <8 x i32>
+  %802 = zext <8 x i16> %strided.vec195.2 to <8 x i32>
   %803 = shl nuw <8 x i32> %802, splat (i32 16)
   %804 = bitcast <8 x i32> %803 to <8 x float>
-  %805 = fmul <8 x float> %broadcast.splat186, %804
+  %805 = fmul <8 x float> %broadcast.splat190, %804
   %806 = bitcast <8 x float> %805 to <8 x i32>
   %807 = lshr <8 x i32> %806, splat (i32 16)
   %808 = or <8 x i32> %807, %801
-  %vec.ind.next194.1 = shl <8 x i64> %vec.ind189, splat (i64 6)
-  %809 = add <8 x i64> %vec.ind.next194.1, splat (i64 1024)
-  %810 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, <8 x i64> %809
+  %vec.ind.next198.1 = shl <8 x i64> %vec.ind193, splat (i64 6)
+  %809 = add <8 x i64> %vec.ind.next198.1, splat (i64 1024)
+  %810 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, <8 x i64> %809
   %811 = getelementptr inbounds nuw i8, <8 x ptr> %810, i64 92160
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %808, <8 x ptr> align 4 %811, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !56, !noalias !53
-  %index.next193.2 = add nuw nsw i64 %index188, 24
-  %vec.ind.next194.2 = add nuw nsw <8 x i64> %vec.ind189, splat (i64 24)
-  %812 = icmp eq i64 %index.next193.2, 288
-  br i1 %812, label %for_end_d.5.i, label %vector.body187, !prof !17, !llvm.loop !58
+  %index.next197.2 = add nuw nsw i64 %index192, 24
+  %vec.ind.next198.2 = add nuw nsw <8 x i64> %vec.ind193, splat (i64 24)
+  %812 = icmp eq i64 %index.next197.2, 288
+  br i1 %812, label %for_end_d.5.i, label %vector.body191, !prof !17, !llvm.loop !58
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_begin_d.preheader.5.i
   %indvars.iv.5.i = phi i64 [ %indvars.iv.next.5.i.3, %for_body_d.5.i ], [ 0, %for_begin_d.preheader.5.i ]
@@ -1802,9 +1802,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %825 = bitcast float %824 to i32
   %826 = lshr i32 %825, 16
   %827 = or i32 %826, %819
-  %.idx1178.i = shl nuw nsw i64 %indvars.iv.5.i, 6
-  %gep1244.i = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i
-  %828 = getelementptr inbounds nuw i8, ptr %gep1244.i, i64 92160
+  %.idx1182.i = shl nuw nsw i64 %indvars.iv.5.i, 6
+  %gep1249.i = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, i64 %.idx1182.i
+  %828 = getelementptr inbounds nuw i8, ptr %gep1249.i, i64 92160
   store i32 %827, ptr %828, align 4, !tbaa !9
   %indvars.iv.next.5.i = or disjoint i64 %indvars.iv.5.i, 1
   %gep.5.idx.i.1 = shl i64 %indvars.iv.next.5.i, 2
@@ -1824,9 +1824,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %841 = bitcast float %840 to i32
   %842 = lshr i32 %841, 16
   %843 = or i32 %842, %835
-  %.idx1178.i.1 = shl nuw nsw i64 %indvars.iv.next.5.i, 6
-  %gep1244.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.1
-  %844 = getelementptr inbounds nuw i8, ptr %gep1244.i.1, i64 92160
+  %.idx1182.i.1 = shl nuw nsw i64 %indvars.iv.next.5.i, 6
+  %gep1249.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, i64 %.idx1182.i.1
+  %844 = getelementptr inbounds nuw i8, ptr %gep1249.i.1, i64 92160
   store i32 %843, ptr %844, align 4, !tbaa !9
   %indvars.iv.next.5.i.1 = or disjoint i64 %indvars.iv.5.i, 2
   %gep.5.idx.i.2 = shl i64 %indvars.iv.next.5.i.1, 2
@@ -1846,9 +1846,9 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %857 = bitcast float %856 to i32
   %858 = lshr i32 %857, 16
   %859 = or i32 %858, %851
-  %.idx1178.i.2 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 6
-  %gep1244.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.2
-  %860 = getelementptr inbounds nuw i8, ptr %gep1244.i.2, i64 92160
+  %.idx1182.i.2 = shl nuw nsw i64 %indvars.iv.next.5.i.1, 6
+  %gep1249.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, i64 %.idx1182.i.2
+  %860 = getelementptr inbounds nuw i8, ptr %gep1249.i.2, i64 92160
   store i32 %859, ptr %860, align 4, !tbaa !9
   %indvars.iv.next.5.i.2 = or disjoint i64 %indvars.iv.5.i, 3
   %gep.5.idx.i.3 = shl i64 %indvars.iv.next.5.i.2, 2
@@ -1868,110 +1868,110 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   %873 = bitcast float %872 to i32
   %874 = lshr i32 %873, 16
   %875 = or i32 %874, %867
-  %.idx1178.i.3 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 6
-  %gep1244.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1243.i, i64 %.idx1178.i.3
-  %876 = getelementptr inbounds nuw i8, ptr %gep1244.i.3, i64 92160
+  %.idx1182.i.3 = shl nuw nsw i64 %indvars.iv.next.5.i.2, 6
+  %gep1249.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1248.i, i64 %.idx1182.i.3
+  %876 = getelementptr inbounds nuw i8, ptr %gep1249.i.3, i64 92160
   store i32 %875, ptr %876, align 4, !tbaa !9
   %indvars.iv.next.5.i.3 = add nuw nsw i64 %indvars.iv.5.i, 4
   %exitcond.5.not.i.3 = icmp eq i64 %indvars.iv.next.5.i.3, 288
   br i1 %exitcond.5.not.i.3, label %for_end_d.5.i, label %for_body_d.5.i, !prof !28, !llvm.loop !59
 
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body187
-  %indvars.iv.next867.5.i = add nuw nsw i64 %indvars.iv866.5.i, 1
-  %exitcond870.5.not.i = icmp eq i64 %indvars.iv.next867.5.i, 16
-  br i1 %exitcond870.5.not.i, label %for_begin_d.preheader.6.i.preheader, label %for_begin_d.preheader.5.i, !prof !31
+for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body191
+  %indvars.iv.next871.5.i = add nuw nsw i64 %indvars.iv870.5.i, 1
+  %exitcond874.5.not.i = icmp eq i64 %indvars.iv.next871.5.i, 16
+  br i1 %exitcond874.5.not.i, label %for_begin_d.preheader.6.i.preheader, label %for_begin_d.preheader.5.i, !prof !31
 
 for_begin_d.preheader.6.i.preheader:              ; preds = %for_end_d.5.i
-  %scevgep153 = getelementptr i8, ptr %q_tile.i, i64 110592
-  %scevgep154 = getelementptr i8, ptr %q_tile.i, i64 129024
-  %bound0157 = icmp ult ptr %scevgep153, %scevgep156
-  %bound1158 = icmp ult ptr %scevgep155, %scevgep154
-  %found.conflict159 = and i1 %bound0157, %bound1158
-  %877 = or i1 %found.conflict159, %stride.check160
+  %scevgep157 = getelementptr i8, ptr %q_tile.i, i64 110592
+  %scevgep158 = getelementptr i8, ptr %q_tile.i, i64 129024
+  %bound0161 = icmp ult ptr %scevgep157, %scevgep160
+  %bound1162 = icmp ult ptr %scevgep159, %scevgep158
+  %found.conflict163 = and i1 %bound0161, %bound1162
+  %877 = or i1 %found.conflict163, %stride.check164
   br label %for_begin_d.preheader.6.i
 
 for_begin_d.preheader.6.i:                        ; preds = %for_end_d.6.i, %for_begin_d.preheader.6.i.preheader
-  %indvars.iv866.6.i = phi i64 [ %indvars.iv.next867.6.i, %for_end_d.6.i ], [ 0, %for_begin_d.preheader.6.i.preheader ]
-  %878 = add nuw nsw i64 %indvars.iv866.6.i, 96
+  %indvars.iv870.6.i = phi i64 [ %indvars.iv.next871.6.i, %for_end_d.6.i ], [ 0, %for_begin_d.preheader.6.i.preheader ]
+  %878 = add nuw nsw i64 %indvars.iv870.6.i, 96
   %879 = mul nsw i64 %878, %q_head
   %invariant.gep.6.i = getelementptr i16, ptr %231, i64 %879
-  %invariant.gep1245.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.6.i
-  br i1 %877, label %for_body_d.6.i, label %vector.body165, !prof !11
+  %invariant.gep1250.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.6.i
+  br i1 %877, label %for_body_d.6.i, label %vector.body169, !prof !11
 
-vector.body165:                                   ; preds = %vector.body165, %for_begin_d.preheader.6.i
-  %index166 = phi i64 [ %index.next171.2, %vector.body165 ], [ 0, %for_begin_d.preheader.6.i ]
-  %vec.ind167 = phi <8 x i64> [ %vec.ind.next172.2, %vector.body165 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.6.i ]
-  %880 = shl i64 %index166, 2
+vector.body169:                                   ; preds = %vector.body169, %for_begin_d.preheader.6.i
+  %index170 = phi i64 [ %index.next175.2, %vector.body169 ], [ 0, %for_begin_d.preheader.6.i ]
+  %vec.ind171 = phi <8 x i64> [ %vec.ind.next176.2, %vector.body169 ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %for_begin_d.preheader.6.i ]
+  %880 = shl i64 %index170, 2
   %881 = getelementptr i8, ptr %invariant.gep.6.i, i64 %880
-  %wide.vec168 = load <16 x i16>, ptr %881, align 2, !tbaa !9, !alias.scope !60
-  %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %882 = zext <8 x i16> %strided.vec170 to <8 x i32>
+  %wide.vec172 = load <16 x i16>, ptr %881, align 2, !tbaa !9, !alias.scope !60
+  %strided.vec173 = shufflevector <16 x i16> %wide.vec172, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec174 = shufflevector <16 x i16> %wide.vec172, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %882 = zext <8 x i16> %strided.vec174 to <8 x i32>
   %883 = shl nuw <8 x i32> %882, splat (i32 16)
   %884 = bitcast <8 x i32> %883 to <8 x float>
-  %885 = fmul <8 x float> %broadcast.splat164, %884
+  %885 = fmul <8 x float> %broadcast.splat168, %884
   %886 = bitcast <8 x float> %885 to <8 x i32>
-  %887 = zext <8 x i16> %strided.vec169 to <8 x i32>
+  %887 = zext <8 x i16> %strided.vec173 to <8 x i32>
   %888 = shl nuw <8 x i32> %887, splat (i32 16)
   %889 = bitcast <8 x i32> %888 to <8 x float>
-  %890 = fmul <8 x float> %broadcast.splat164, %889
+  %890 = fmul <8 x float> %broadcast.splat168, %889
   %891 = bitcast <8 x float> %890 to <8 x i32>
   %892 = lshr <8 x i32> %891, splat (i32 16)
   %893 = or <8 x i32> %892, %886
-  %894 = shl nuw nsw <8 x i64> %vec.ind167, splat (i64 6)
-  %895 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %894
+  %894 = shl nuw nsw <8 x i64> %vec.ind171, splat (i64 6)
+  %895 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, <8 x i64> %894
   %896 = getelementptr inbounds nuw i8, <8 x ptr> %895, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %893, <8 x ptr> align 4 %896, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
-  %index.next171 = shl i64 %index166, 2
-  %897 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171
+  %index.next175 = shl i64 %index170, 2
+  %897 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next175
   %898 = getelementptr i8, ptr %897, i64 32
-  %wide.vec168.1 = load <16 x i16>, ptr %898, align 2, !tbaa !9, !alias.scope !60
-  %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %899 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
+  %wide.vec172.1 = load <16 x i16>, ptr %898, align 2, !tbaa !9, !alias.scope !60
+  %strided.vec173.1 = shufflevector <16 x i16> %wide.vec172.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec174.1 = shufflevector <16 x i16> %wide.vec172.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %899 = zext <8 x i16> %strided.vec174.1 to <8 x i32>
   %900 = shl nuw <8 x i32> %899, splat (i32 16)
   %901 = bitcast <8 x i32> %900 to <8 x float>
-  %902 = fmul <8 x float> %broadcast.splat164, %901
+  %902 = fmul <8 x float> %broadcast.splat168, %901
   %903 = bitcast <8 x float> %902 to <8 x i32>
-  %904 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
+  %904 = zext <8 x i16> %strided.vec173.1 to <8 x i32>
   %905 = shl nuw <8 x i32> %904, splat (i32 16)
   %906 = bitcast <8 x i32> %905 to <8 x float>
-  %907 = fmul <8 x float> %broadcast.splat164, %906
+  %907 = fmul <8 x float> %broadcast.splat168, %906
   %908 = bitcast <8 x float> %907 to <8 x i32>
   %909 = lshr <8 x i32> %908, splat (i32 16)
   %910 = or <8 x i32> %909, %903
-  %vec.ind.next172 = shl <8 x i64> %vec.ind167, splat (i64 6)
-  %911 = add <8 x i64> %vec.ind.next172, splat (i64 512)
-  %912 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %911
+  %vec.ind.next176 = shl <8 x i64> %vec.ind171, splat (i64 6)
+  %911 = add <8 x i64> %vec.ind.next176, splat (i64 512)
+  %912 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, <8 x i64> %911
   %913 = getelementptr inbounds nuw i8, <8 x ptr> %912, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %910, <8 x ptr> align 4 %913, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
-  %index.next171.1 = shl i64 %index166, 2
-  %914 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next171.1
+  %index.next175.1 = shl i64 %index170, 2
+  %914 = getelementptr i8, ptr %invariant.gep.6.i, i64 %index.next175.1
   %915 = getelementptr i8, ptr %914, i64 64
-  %wide.vec168.2 = load <16 x i16>, ptr %915, align 2, !tbaa !9, !alias.scope !60
-  %strided.vec169.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec170.2 = shufflevector <16 x i16> %wide.vec168.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %916 = zext <8 x i16> %strided.vec170.2 to <8 x i32>
+  %wide.vec172.2 = load <16 x i16>, ptr %915, align 2, !tbaa !9, !alias.scope !60
+  %strided.vec173.2 = shufflevector <16 x i16> %wide.vec172.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec174.2 = shufflevector <16 x i16> %wide.vec172.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %916 = zext <8 x i16> %strided.vec174.2 to <8 x i32>
   %917 = shl nuw <8 x i32> %916, splat (i32 16)
   %918 = bitcast <8 x i32> %917 to <8 x float>
-  %919 = fmul <8 x float> %broadcast.splat164, %918
+  %919 = fmul <8 x float> %broadcast.splat168, %918
   %920 = bitcast <8 x float> %919 to <8 x i32>
-  %921 = zext <8 x i16> %strided.vec169.2 to <8 x i32>
+  %921 = zext <8 x i16> %strided.vec173.2 to <8 x i32>
   %922 = shl nuw <8 x i32> %921, splat (i32 16)
   %923 = bitcast <8 x i32> %922 to <8 x float>
-  %924 = fmul <8 x float> %broadcast.splat164, %923
+  %924 = fmul <8 x float> %broadcast.splat168, %923
   %925 = bitcast <8 x float> %924 to <8 x i32>
   %926 = lshr <8 x i32> %925, splat (i32 16)
   %927 = or <8 x i32> %926, %920
-  %vec.ind.next172.1 = shl <8 x i64> %vec.ind167, splat (i64 6)
-  %928 = add <8 x i64> %vec.ind.next172.1, splat (i64 1024)
-  %929 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, <8 x i64> %928
+  %vec.ind.next176.1 = shl <8 x i64> %vec.ind171, splat (i64 6)
+  %928 = add <8 x i64> %vec.ind.next176.1, splat (i64 1024)
+  %929 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, <8 x i64> %928
   %930 = getelementptr inbounds nuw i8, <8 x ptr> %929, i64 110592
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %927, <8 x ptr> align 4 %930, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !63, !noalias !60
-  %index.next171.2 = add nuw nsw i64 %index166, 24
-  %vec.ind.next172.2 = add nuw nsw <8 x i64> %vec.ind167, splat (i64 24)
-  %931 = icmp eq i64 %index.next171.2, 288
-  br i1 %931, label %for_end_d.6.i, label %vector.body165, !prof !17, !llvm.loop !65
+  %index.next175.2 = add nuw nsw i64 %index170, 24
+  %vec.ind.next176.2 = add nuw nsw <8 x i64> %vec.ind171, splat (i64 24)
+  %931 = icmp eq i64 %index.next175.2, 288
+  br i1 %931, label %for_end_d.6.i, label %vector.body169, !prof !17, !llvm.loop !65
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_begin_d.preheader.6.i
   %indvars.iv.6.i = phi i64 [ %indvars.iv.next.6.i.3, %for_body_d.6.i ], [ 0, %for_begin_d.preheader.6.i ]
@@ -1992,9 +1992,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %944 = bitcast float %943 to i32
   %945 = lshr i32 %944, 16
   %946 = or i32 %945, %938
-  %.idx1179.i = shl nuw nsw i64 %indvars.iv.6.i, 6
-  %gep1246.i = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i
-  %947 = getelementptr inbounds nuw i8, ptr %gep1246.i, i64 110592
+  %.idx1183.i = shl nuw nsw i64 %indvars.iv.6.i, 6
+  %gep1251.i = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, i64 %.idx1183.i
+  %947 = getelementptr inbounds nuw i8, ptr %gep1251.i, i64 110592
   store i32 %946, ptr %947, align 4, !tbaa !9
   %indvars.iv.next.6.i = or disjoint i64 %indvars.iv.6.i, 1
   %gep.6.idx.i.1 = shl i64 %indvars.iv.next.6.i, 2
@@ -2014,9 +2014,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %960 = bitcast float %959 to i32
   %961 = lshr i32 %960, 16
   %962 = or i32 %961, %954
-  %.idx1179.i.1 = shl nuw nsw i64 %indvars.iv.next.6.i, 6
-  %gep1246.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.1
-  %963 = getelementptr inbounds nuw i8, ptr %gep1246.i.1, i64 110592
+  %.idx1183.i.1 = shl nuw nsw i64 %indvars.iv.next.6.i, 6
+  %gep1251.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, i64 %.idx1183.i.1
+  %963 = getelementptr inbounds nuw i8, ptr %gep1251.i.1, i64 110592
   store i32 %962, ptr %963, align 4, !tbaa !9
   %indvars.iv.next.6.i.1 = or disjoint i64 %indvars.iv.6.i, 2
   %gep.6.idx.i.2 = shl i64 %indvars.iv.next.6.i.1, 2
@@ -2036,9 +2036,9 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %976 = bitcast float %975 to i32
   %977 = lshr i32 %976, 16
   %978 = or i32 %977, %970
-  %.idx1179.i.2 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 6
-  %gep1246.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.2
-  %979 = getelementptr inbounds nuw i8, ptr %gep1246.i.2, i64 110592
+  %.idx1183.i.2 = shl nuw nsw i64 %indvars.iv.next.6.i.1, 6
+  %gep1251.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, i64 %.idx1183.i.2
+  %979 = getelementptr inbounds nuw i8, ptr %gep1251.i.2, i64 110592
   store i32 %978, ptr %979, align 4, !tbaa !9
   %indvars.iv.next.6.i.2 = or disjoint i64 %indvars.iv.6.i, 3
   %gep.6.idx.i.3 = shl i64 %indvars.iv.next.6.i.2, 2
@@ -2058,34 +2058,34 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   %992 = bitcast float %991 to i32
   %993 = lshr i32 %992, 16
   %994 = or i32 %993, %986
-  %.idx1179.i.3 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 6
-  %gep1246.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1245.i, i64 %.idx1179.i.3
-  %995 = getelementptr inbounds nuw i8, ptr %gep1246.i.3, i64 110592
+  %.idx1183.i.3 = shl nuw nsw i64 %indvars.iv.next.6.i.2, 6
+  %gep1251.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1250.i, i64 %.idx1183.i.3
+  %995 = getelementptr inbounds nuw i8, ptr %gep1251.i.3, i64 110592
   store i32 %994, ptr %995, align 4, !tbaa !9
   %indvars.iv.next.6.i.3 = add nuw nsw i64 %indvars.iv.6.i, 4
   %exitcond.6.not.i.3 = icmp eq i64 %indvars.iv.next.6.i.3, 288
   br i1 %exitcond.6.not.i.3, label %for_end_d.6.i, label %for_body_d.6.i, !prof !28, !llvm.loop !66
 
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body165
-  %indvars.iv.next867.6.i = add nuw nsw i64 %indvars.iv866.6.i, 1
-  %exitcond870.6.not.i = icmp eq i64 %indvars.iv.next867.6.i, 16
-  br i1 %exitcond870.6.not.i, label %for_begin_d.preheader.7.i.preheader, label %for_begin_d.preheader.6.i, !prof !31
+for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body169
+  %indvars.iv.next871.6.i = add nuw nsw i64 %indvars.iv870.6.i, 1
+  %exitcond874.6.not.i = icmp eq i64 %indvars.iv.next871.6.i, 16
+  br i1 %exitcond874.6.not.i, label %for_begin_d.preheader.7.i.preheader, label %for_begin_d.preheader.6.i, !prof !31
 
 for_begin_d.preheader.7.i.preheader:              ; preds = %for_end_d.6.i
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 129024
-  %scevgep148 = getelementptr i8, ptr %q_tile.i, i64 147456
-  %bound0 = icmp ult ptr %scevgep, %scevgep150
-  %bound1 = icmp ult ptr %scevgep149, %scevgep148
+  %scevgep152 = getelementptr i8, ptr %q_tile.i, i64 147456
+  %bound0 = icmp ult ptr %scevgep, %scevgep154
+  %bound1 = icmp ult ptr %scevgep153, %scevgep152
   %found.conflict = and i1 %bound0, %bound1
   %996 = or i1 %found.conflict, %stride.check
   br label %for_begin_d.preheader.7.i
 
 for_begin_d.preheader.7.i:                        ; preds = %for_end_d.7.i, %for_begin_d.preheader.7.i.preheader
-  %indvars.iv866.7.i = phi i64 [ %indvars.iv.next867.7.i, %for_end_d.7.i ], [ 0, %for_begin_d.preheader.7.i.preheader ]
-  %997 = add nuw nsw i64 %indvars.iv866.7.i, 112
+  %indvars.iv870.7.i = phi i64 [ %indvars.iv.next871.7.i, %for_end_d.7.i ], [ 0, %for_begin_d.preheader.7.i.preheader ]
+  %997 = add nuw nsw i64 %indvars.iv870.7.i, 112
   %998 = mul nsw i64 %997, %q_head
   %invariant.gep.7.i = getelementptr i16, ptr %231, i64 %998
-  %invariant.gep1247.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv866.7.i
+  %invariant.gep1252.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %indvars.iv870.7.i
   br i1 %996, label %for_body_d.7.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %vector.body, %for_begin_d.preheader.7.i
@@ -2095,8 +2095,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1000 = getelementptr i8, ptr %invariant.gep.7.i, i64 %999
   %wide.vec = load <16 x i16>, ptr %1000, align 2, !tbaa !9, !alias.scope !67
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec151 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1001 = zext <8 x i16> %strided.vec151 to <8 x i32>
+  %strided.vec155 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1001 = zext <8 x i16> %strided.vec155 to <8 x i32>
   %1002 = shl nuw <8 x i32> %1001, splat (i32 16)
   %1003 = bitcast <8 x i32> %1002 to <8 x float>
   %1004 = fmul <8 x float> %broadcast.splat, %1003
@@ -2109,7 +2109,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1011 = lshr <8 x i32> %1010, splat (i32 16)
   %1012 = or <8 x i32> %1011, %1005
   %1013 = shl nuw nsw <8 x i64> %vec.ind, splat (i64 6)
-  %1014 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1013
+  %1014 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, <8 x i64> %1013
   %1015 = getelementptr inbounds nuw i8, <8 x ptr> %1014, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1012, <8 x ptr> align 4 %1015, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next = shl i64 %index, 2
@@ -2117,8 +2117,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1017 = getelementptr i8, ptr %1016, i64 32
   %wide.vec.1 = load <16 x i16>, ptr %1017, align 2, !tbaa !9, !alias.scope !67
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec151.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1018 = zext <8 x i16> %strided.vec151.1 to <8 x i32>
+  %strided.vec155.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1018 = zext <8 x i16> %strided.vec155.1 to <8 x i32>
   %1019 = shl nuw <8 x i32> %1018, splat (i32 16)
   %1020 = bitcast <8 x i32> %1019 to <8 x float>
   %1021 = fmul <8 x float> %broadcast.splat, %1020
@@ -2132,7 +2132,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1029 = or <8 x i32> %1028, %1022
   %vec.ind.next = shl <8 x i64> %vec.ind, splat (i64 6)
   %1030 = add <8 x i64> %vec.ind.next, splat (i64 512)
-  %1031 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1030
+  %1031 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, <8 x i64> %1030
   %1032 = getelementptr inbounds nuw i8, <8 x ptr> %1031, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1029, <8 x ptr> align 4 %1032, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next.1 = shl i64 %index, 2
@@ -2140,8 +2140,8 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1034 = getelementptr i8, ptr %1033, i64 64
   %wide.vec.2 = load <16 x i16>, ptr %1034, align 2, !tbaa !9, !alias.scope !67
   %strided.vec.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
-  %strided.vec151.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %1035 = zext <8 x i16> %strided.vec151.2 to <8 x i32>
+  %strided.vec155.2 = shufflevector <16 x i16> %wide.vec.2, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %1035 = zext <8 x i16> %strided.vec155.2 to <8 x i32>
   %1036 = shl nuw <8 x i32> %1035, splat (i32 16)
   %1037 = bitcast <8 x i32> %1036 to <8 x float>
   %1038 = fmul <8 x float> %broadcast.splat, %1037
@@ -2155,7 +2155,7 @@ vector.body:                                      ; preds = %vector.body, %for_b
   %1046 = or <8 x i32> %1045, %1039
   %vec.ind.next.1 = shl <8 x i64> %vec.ind, splat (i64 6)
   %1047 = add <8 x i64> %vec.ind.next.1, splat (i64 1024)
-  %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, <8 x i64> %1047
+  %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, <8 x i64> %1047
   %1049 = getelementptr inbounds nuw i8, <8 x ptr> %1048, i64 129024
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %1046, <8 x ptr> align 4 %1049, <8 x i1> splat (i1 true)), !tbaa !9, !alias.scope !70, !noalias !67
   %index.next.2 = add nuw nsw i64 %index, 24
@@ -2182,9 +2182,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1063 = bitcast float %1062 to i32
   %1064 = lshr i32 %1063, 16
   %1065 = or i32 %1064, %1057
-  %.idx1180.i = shl nuw nsw i64 %indvars.iv.7.i, 6
-  %gep1248.i = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i
-  %1066 = getelementptr inbounds nuw i8, ptr %gep1248.i, i64 129024
+  %.idx1184.i = shl nuw nsw i64 %indvars.iv.7.i, 6
+  %gep1253.i = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, i64 %.idx1184.i
+  %1066 = getelementptr inbounds nuw i8, ptr %gep1253.i, i64 129024
   store i32 %1065, ptr %1066, align 4, !tbaa !9
   %indvars.iv.next.7.i = or disjoint i64 %indvars.iv.7.i, 1
   %gep.7.idx.i.1 = shl i64 %indvars.iv.next.7.i, 2
@@ -2204,9 +2204,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1079 = bitcast float %1078 to i32
   %1080 = lshr i32 %1079, 16
   %1081 = or i32 %1080, %1073
-  %.idx1180.i.1 = shl nuw nsw i64 %indvars.iv.next.7.i, 6
-  %gep1248.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.1
-  %1082 = getelementptr inbounds nuw i8, ptr %gep1248.i.1, i64 129024
+  %.idx1184.i.1 = shl nuw nsw i64 %indvars.iv.next.7.i, 6
+  %gep1253.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, i64 %.idx1184.i.1
+  %1082 = getelementptr inbounds nuw i8, ptr %gep1253.i.1, i64 129024
   store i32 %1081, ptr %1082, align 4, !tbaa !9
   %indvars.iv.next.7.i.1 = or disjoint i64 %indvars.iv.7.i, 2
   %gep.7.idx.i.2 = shl i64 %indvars.iv.next.7.i.1, 2
@@ -2226,9 +2226,9 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1095 = bitcast float %1094 to i32
   %1096 = lshr i32 %1095, 16
   %1097 = or i32 %1096, %1089
-  %.idx1180.i.2 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 6
-  %gep1248.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.2
-  %1098 = getelementptr inbounds nuw i8, ptr %gep1248.i.2, i64 129024
+  %.idx1184.i.2 = shl nuw nsw i64 %indvars.iv.next.7.i.1, 6
+  %gep1253.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, i64 %.idx1184.i.2
+  %1098 = getelementptr inbounds nuw i8, ptr %gep1253.i.2, i64 129024
   store i32 %1097, ptr %1098, align 4, !tbaa !9
   %indvars.iv.next.7.i.2 = or disjoint i64 %indvars.iv.7.i, 3
   %gep.7.idx.i.3 = shl i64 %indvars.iv.next.7.i.2, 2
@@ -2248,18 +2248,18 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   %1111 = bitcast float %1110 to i32
   %1112 = lshr i32 %1111, 16
   %1113 = or i32 %1112, %1105
-  %.idx1180.i.3 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 6
-  %gep1248.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1247.i, i64 %.idx1180.i.3
-  %1114 = getelementptr inbounds nuw i8, ptr %gep1248.i.3, i64 129024
+  %.idx1184.i.3 = shl nuw nsw i64 %indvars.iv.next.7.i.2, 6
+  %gep1253.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1252.i, i64 %.idx1184.i.3
+  %1114 = getelementptr inbounds nuw i8, ptr %gep1253.i.3, i64 129024
   store i32 %1113, ptr %1114, align 4, !tbaa !9
   %indvars.iv.next.7.i.3 = add nuw nsw i64 %indvars.iv.7.i, 4
   %exitcond.7.not.i.3 = icmp eq i64 %indvars.iv.next.7.i.3, 288
   br i1 %exitcond.7.not.i.3, label %for_end_d.7.i, label %for_body_d.7.i, !prof !28, !llvm.loop !73
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body
-  %indvars.iv.next867.7.i = add nuw nsw i64 %indvars.iv866.7.i, 1
-  %exitcond870.7.not.i = icmp eq i64 %indvars.iv.next867.7.i, 16
-  br i1 %exitcond870.7.not.i, label %for_end_r.7.i, label %for_begin_d.preheader.7.i, !prof !31
+  %indvars.iv.next871.7.i = add nuw nsw i64 %indvars.iv870.7.i, 1
+  %exitcond874.7.not.i = icmp eq i64 %indvars.iv.next871.7.i, 16
+  br i1 %exitcond874.7.not.i, label %for_end_r.7.i, label %for_begin_d.preheader.7.i, !prof !31
 
 for_end_r.7.i:                                    ; preds = %for_end_d.7.i
   %1115 = add nsw i32 %229, -1
@@ -2288,7 +2288,7 @@ for_end_r.7.i:                                    ; preds = %for_end_d.7.i
   %1135 = shufflevector <64 x float> %1134, <64 x float> poison, <64 x i32> zeroinitializer
   %1136 = zext nneg i32 %1123 to i64
   %1137 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1102.i = zext nneg i32 %1124 to i64
+  %wide.trip.count1106.i = zext nneg i32 %1124 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_d.preheader.i
@@ -2310,9 +2310,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1150 = bitcast float %1149 to i32
   %1151 = lshr i32 %1150, 16
   %1152 = or i32 %1151, %1144
-  %.idx1173.i = shl nuw nsw i64 %indvars.iv.i, 6
-  %gep1234.i = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i
-  store i32 %1152, ptr %gep1234.i, align 4, !tbaa !9
+  %.idx1177.i = shl nuw nsw i64 %indvars.iv.i, 6
+  %gep1239.i = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1177.i
+  store i32 %1152, ptr %gep1239.i, align 4, !tbaa !9
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -2331,9 +2331,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1165 = bitcast float %1164 to i32
   %1166 = lshr i32 %1165, 16
   %1167 = or i32 %1166, %1159
-  %.idx1173.i.1 = shl nuw nsw i64 %indvars.iv.next.i, 6
-  %gep1234.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.1
-  store i32 %1167, ptr %gep1234.i.1, align 4, !tbaa !9
+  %.idx1177.i.1 = shl nuw nsw i64 %indvars.iv.next.i, 6
+  %gep1239.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1177.i.1
+  store i32 %1167, ptr %gep1239.i.1, align 4, !tbaa !9
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
@@ -2352,9 +2352,9 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1180 = bitcast float %1179 to i32
   %1181 = lshr i32 %1180, 16
   %1182 = or i32 %1181, %1174
-  %.idx1173.i.2 = shl nuw nsw i64 %indvars.iv.next.i.1, 6
-  %gep1234.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.2
-  store i32 %1182, ptr %gep1234.i.2, align 4, !tbaa !9
+  %.idx1177.i.2 = shl nuw nsw i64 %indvars.iv.next.i.1, 6
+  %gep1239.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1177.i.2
+  store i32 %1182, ptr %gep1239.i.2, align 4, !tbaa !9
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
@@ -2373,37 +2373,37 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %1195 = bitcast float %1194 to i32
   %1196 = lshr i32 %1195, 16
   %1197 = or i32 %1196, %1189
-  %.idx1173.i.3 = shl nuw nsw i64 %indvars.iv.next.i.2, 6
-  %gep1234.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1233.i, i64 %.idx1173.i.3
-  store i32 %1197, ptr %gep1234.i.3, align 4, !tbaa !9
+  %.idx1177.i.3 = shl nuw nsw i64 %indvars.iv.next.i.2, 6
+  %gep1239.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1238.i, i64 %.idx1177.i.3
+  store i32 %1197, ptr %gep1239.i.3, align 4, !tbaa !9
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 288
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !28, !llvm.loop !74
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body296
-  %indvars.iv.next867.i = add nuw nsw i64 %indvars.iv866.i, 1
-  %exitcond870.not.i = icmp eq i64 %indvars.iv.next867.i, 16
-  br i1 %exitcond870.not.i, label %for_begin_d.preheader.1.i.preheader, label %for_begin_d.preheader.i, !prof !31
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body300
+  %indvars.iv.next871.i = add nuw nsw i64 %indvars.iv870.i, 1
+  %exitcond874.not.i = icmp eq i64 %indvars.iv.next871.i, 16
+  br i1 %exitcond874.not.i, label %for_begin_d.preheader.1.i.preheader, label %for_begin_d.preheader.i, !prof !31
 
 for_begin_d.preheader.1.i.preheader:              ; preds = %for_end_d.i
-  %scevgep263 = getelementptr i8, ptr %q_tile.i, i64 18432
-  %scevgep264 = getelementptr i8, ptr %q_tile.i, i64 36864
-  %bound0267 = icmp ult ptr %scevgep263, %scevgep266
-  %bound1268 = icmp ult ptr %scevgep265, %scevgep264
-  %found.conflict269 = and i1 %bound0267, %bound1268
-  %1198 = or i1 %found.conflict269, %stride.check270
+  %scevgep267 = getelementptr i8, ptr %q_tile.i, i64 18432
+  %scevgep268 = getelementptr i8, ptr %q_tile.i, i64 36864
+  %bound0271 = icmp ult ptr %scevgep267, %scevgep270
+  %bound1272 = icmp ult ptr %scevgep269, %scevgep268
+  %found.conflict273 = and i1 %bound0271, %bound1272
+  %1198 = or i1 %found.conflict273, %stride.check274
   br label %for_begin_d.preheader.1.i
 
 for_begin_step.i:                                 ; preds = %for_end_group_tile.i, %for_end_r.7.i
   %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_group_tile.i ], [ %1137, %for_end_r.7.i ]
-  %indvars.iv1099.i = phi i64 [ %indvars.iv.next1100.i, %for_end_group_tile.i ], [ 0, %for_end_r.7.i ]
+  %indvars.iv1103.i = phi i64 [ %indvars.iv.next1104.i, %for_end_group_tile.i ], [ 0, %for_end_r.7.i ]
   %1199 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1)
   %1200 = tail call i64 @llvm.umin.i64(i64 %1199, i64 128)
-  %exitcond1103.not.i = icmp eq i64 %indvars.iv1099.i, %wide.trip.count1102.i
-  br i1 %exitcond1103.not.i, label %for_begin_tile674.preheader.i, label %for_body_step.i, !prof !75
+  %exitcond1107.not.i = icmp eq i64 %indvars.iv1103.i, %wide.trip.count1106.i
+  br i1 %exitcond1107.not.i, label %for_begin_tile674.preheader.i, label %for_body_step.i, !prof !75
 
 for_begin_tile674.preheader.i:                    ; preds = %for_begin_step.i
-  %1201 = add nuw nsw i64 %indvars.iv1148.i, %135
+  %1201 = add nuw nsw i64 %indvars.iv1152.i, %135
   %1202 = shl nuw nsw i64 %1201, 7
   %.idx.i = shl nuw nsw i64 %1201, 18
   %1203 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -2417,16 +2417,16 @@ for_begin_tile674.preheader.i:                    ; preds = %for_begin_step.i
   br i1 %.not, label %for_body_tile675.i, label %for_body_tile675.us.i
 
 for_body_tile675.us.i:                            ; preds = %if_end699.us.15.i, %for_begin_tile674.preheader.i
-  %indvars.iv1144.i = phi i64 [ %indvars.iv.next1145.i, %if_end699.us.15.i ], [ 0, %for_begin_tile674.preheader.i ]
-  %1211 = shl nuw nsw i64 %indvars.iv1144.i, 4
+  %indvars.iv1148.i = phi i64 [ %indvars.iv.next1149.i, %if_end699.us.15.i ], [ 0, %for_begin_tile674.preheader.i ]
+  %1211 = shl nuw nsw i64 %indvars.iv1148.i, 4
   %1212 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %1211
   %total.us.i = load <16 x float>, ptr %1212, align 16
   %1213 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
   %1214 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
   %1215 = select <16 x i1> %1214, <16 x float> zeroinitializer, <16 x float> %1213
   store <16 x float> %1215, ptr %factor724.i, align 16, !tbaa !76
-  %.idx1183.i = shl nuw nsw i64 %indvars.iv1144.i, 15
-  %invariant.gep1286.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1183.i
+  %.idx1187.i = shl nuw nsw i64 %indvars.iv1148.i, 15
+  %invariant.gep1299.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx1187.i
   br label %for_begin_d_0687.preheader.us.i
 
 if_else698.us.i:                                  ; preds = %for_begin_r692.preheader.us.i
@@ -2710,20 +2710,20 @@ if_end699.us.15.i:                                ; preds = %if_else698.us.15.i,
   %1385 = phi float [ %1384, %if_else698.us.15.i ], [ 0xFFF0000000000000, %if_end699.us.14.i ]
   %1386 = getelementptr i8, ptr %1434, i64 60
   store float %1385, ptr %1386, align 4, !tbaa !9
-  %indvars.iv.next1145.i = add nuw nsw i64 %indvars.iv1144.i, 1
-  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1145.i, 8
-  br i1 %exitcond1147.not.i, label %for_end_tile676.i, label %for_body_tile675.us.i, !prof !31
+  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
+  %exitcond1151.not.i = icmp eq i64 %indvars.iv.next1149.i, 8
+  br i1 %exitcond1151.not.i, label %for_end_tile676.i, label %for_body_tile675.us.i, !prof !31
 
 for_end_d_0689.us.i:                              ; preds = %for_body_d_0688.us.i
-  %indvars.iv.next1137.i = add nuw nsw i64 %indvars.iv1136.i, 1
-  %exitcond1139.not.i = icmp eq i64 %indvars.iv.next1137.i, 16
-  br i1 %exitcond1139.not.i, label %for_begin_r692.preheader.us.i, label %for_begin_d_0687.preheader.us.i, !prof !31
+  %indvars.iv.next1141.i = add nuw nsw i64 %indvars.iv1140.i, 1
+  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1141.i, 16
+  br i1 %exitcond1143.not.i, label %for_begin_r692.preheader.us.i, label %for_begin_d_0687.preheader.us.i, !prof !31
 
 for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.preheader.us.i, %for_body_d_0688.us.i
-  %indvars.iv1132.i = phi i64 [ 0, %for_begin_d_0687.preheader.us.i ], [ %indvars.iv.next1133.i.3, %for_body_d_0688.us.i ]
-  %1387 = shl nuw nsw i64 %indvars.iv1132.i, 4
-  %gep1285.i = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1387
-  %1388 = load <16 x float>, ptr %gep1285.i, align 4, !tbaa !9
+  %indvars.iv1136.i = phi i64 [ 0, %for_begin_d_0687.preheader.us.i ], [ %indvars.iv.next1137.i.3, %for_body_d_0688.us.i ]
+  %1387 = shl nuw nsw i64 %indvars.iv1136.i, 4
+  %gep1298.i = getelementptr inbounds nuw float, ptr %gep1300.i, i64 %1387
+  %1388 = load <16 x float>, ptr %gep1298.i, align 4, !tbaa !9
   %1389 = fmul <16 x float> %1430, %1388
   %1390 = bitcast <16 x float> %1389 to <16 x i32>
   %1391 = lshr <16 x i32> %1390, splat (i32 16)
@@ -2732,12 +2732,12 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1394 = add nuw <16 x i32> %1393, %1392
   %1395 = lshr <16 x i32> %1394, splat (i32 16)
   %1396 = trunc nuw <16 x i32> %1395 to <16 x i16>
-  %gep843.us.i = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1387
-  store <16 x i16> %1396, ptr %gep843.us.i, align 2, !tbaa !9
-  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 4
-  %1397 = or disjoint i64 %indvars.iv.next1133.i, 16
-  %gep1285.i.1 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1397
-  %1398 = load <16 x float>, ptr %gep1285.i.1, align 4, !tbaa !9
+  %gep847.us.i = getelementptr i16, ptr %invariant.gep846.us.i, i64 %1387
+  store <16 x i16> %1396, ptr %gep847.us.i, align 2, !tbaa !9
+  %indvars.iv.next1137.i = shl i64 %indvars.iv1136.i, 4
+  %1397 = or disjoint i64 %indvars.iv.next1137.i, 16
+  %gep1298.i.1 = getelementptr inbounds nuw float, ptr %gep1300.i, i64 %1397
+  %1398 = load <16 x float>, ptr %gep1298.i.1, align 4, !tbaa !9
   %1399 = fmul <16 x float> %1430, %1398
   %1400 = bitcast <16 x float> %1399 to <16 x i32>
   %1401 = lshr <16 x i32> %1400, splat (i32 16)
@@ -2746,12 +2746,12 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1404 = add nuw <16 x i32> %1403, %1402
   %1405 = lshr <16 x i32> %1404, splat (i32 16)
   %1406 = trunc nuw <16 x i32> %1405 to <16 x i16>
-  %gep843.us.i.1 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1397
-  store <16 x i16> %1406, ptr %gep843.us.i.1, align 2, !tbaa !9
-  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 4
-  %1407 = or disjoint i64 %indvars.iv.next1133.i.1, 32
-  %gep1285.i.2 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1407
-  %1408 = load <16 x float>, ptr %gep1285.i.2, align 4, !tbaa !9
+  %gep847.us.i.1 = getelementptr i16, ptr %invariant.gep846.us.i, i64 %1397
+  store <16 x i16> %1406, ptr %gep847.us.i.1, align 2, !tbaa !9
+  %indvars.iv.next1137.i.1 = shl i64 %indvars.iv1136.i, 4
+  %1407 = or disjoint i64 %indvars.iv.next1137.i.1, 32
+  %gep1298.i.2 = getelementptr inbounds nuw float, ptr %gep1300.i, i64 %1407
+  %1408 = load <16 x float>, ptr %gep1298.i.2, align 4, !tbaa !9
   %1409 = fmul <16 x float> %1430, %1408
   %1410 = bitcast <16 x float> %1409 to <16 x i32>
   %1411 = lshr <16 x i32> %1410, splat (i32 16)
@@ -2760,12 +2760,12 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1414 = add nuw <16 x i32> %1413, %1412
   %1415 = lshr <16 x i32> %1414, splat (i32 16)
   %1416 = trunc nuw <16 x i32> %1415 to <16 x i16>
-  %gep843.us.i.2 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1407
-  store <16 x i16> %1416, ptr %gep843.us.i.2, align 2, !tbaa !9
-  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 4
-  %1417 = or disjoint i64 %indvars.iv.next1133.i.2, 48
-  %gep1285.i.3 = getelementptr inbounds nuw float, ptr %gep1287.i, i64 %1417
-  %1418 = load <16 x float>, ptr %gep1285.i.3, align 4, !tbaa !9
+  %gep847.us.i.2 = getelementptr i16, ptr %invariant.gep846.us.i, i64 %1407
+  store <16 x i16> %1416, ptr %gep847.us.i.2, align 2, !tbaa !9
+  %indvars.iv.next1137.i.2 = shl i64 %indvars.iv1136.i, 4
+  %1417 = or disjoint i64 %indvars.iv.next1137.i.2, 48
+  %gep1298.i.3 = getelementptr inbounds nuw float, ptr %gep1300.i, i64 %1417
+  %1418 = load <16 x float>, ptr %gep1298.i.3, align 4, !tbaa !9
   %1419 = fmul <16 x float> %1430, %1418
   %1420 = bitcast <16 x float> %1419 to <16 x i32>
   %1421 = lshr <16 x i32> %1420, splat (i32 16)
@@ -2774,23 +2774,23 @@ for_body_d_0688.us.i:                             ; preds = %for_begin_d_0687.pr
   %1424 = add nuw <16 x i32> %1423, %1422
   %1425 = lshr <16 x i32> %1424, splat (i32 16)
   %1426 = trunc nuw <16 x i32> %1425 to <16 x i16>
-  %gep843.us.i.3 = getelementptr i16, ptr %invariant.gep842.us.i, i64 %1417
-  store <16 x i16> %1426, ptr %gep843.us.i.3, align 2, !tbaa !9
-  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
-  %exitcond1135.not.i.3 = icmp eq i64 %indvars.iv.next1133.i.3, 32
-  br i1 %exitcond1135.not.i.3, label %for_end_d_0689.us.i, label %for_body_d_0688.us.i, !prof !31, !llvm.loop !87
+  %gep847.us.i.3 = getelementptr i16, ptr %invariant.gep846.us.i, i64 %1417
+  store <16 x i16> %1426, ptr %gep847.us.i.3, align 2, !tbaa !9
+  %indvars.iv.next1137.i.3 = add nuw nsw i64 %indvars.iv1136.i, 4
+  %exitcond1139.not.i.3 = icmp eq i64 %indvars.iv.next1137.i.3, 32
+  br i1 %exitcond1139.not.i.3, label %for_end_d_0689.us.i, label %for_body_d_0688.us.i, !prof !31, !llvm.loop !87
 
 for_begin_d_0687.preheader.us.i:                  ; preds = %for_end_d_0689.us.i, %for_body_tile675.us.i
-  %indvars.iv1136.i = phi i64 [ %indvars.iv.next1137.i, %for_end_d_0689.us.i ], [ 0, %for_body_tile675.us.i ]
-  %1427 = getelementptr inbounds nuw float, ptr %factor724.i, i64 %indvars.iv1136.i
+  %indvars.iv1140.i = phi i64 [ %indvars.iv.next1141.i, %for_end_d_0689.us.i ], [ 0, %for_body_tile675.us.i ]
+  %1427 = getelementptr inbounds nuw float, ptr %factor724.i, i64 %indvars.iv1140.i
   %1428 = load float, ptr %1427, align 4, !tbaa !89
   %1429 = insertelement <16 x float> poison, float %1428, i64 0
   %1430 = shufflevector <16 x float> %1429, <16 x float> poison, <16 x i32> zeroinitializer
-  %1431 = add nuw nsw i64 %indvars.iv1136.i, %1211
+  %1431 = add nuw nsw i64 %indvars.iv1140.i, %1211
   %1432 = mul nsw i64 %1431, %out_head
-  %invariant.gep842.us.i = getelementptr i16, ptr %1205, i64 %1432
-  %.idx1182.i = shl nuw nsw i64 %indvars.iv1136.i, 11
-  %gep1287.i = getelementptr inbounds nuw i8, ptr %invariant.gep1286.i, i64 %.idx1182.i
+  %invariant.gep846.us.i = getelementptr i16, ptr %1205, i64 %1432
+  %.idx1186.i = shl nuw nsw i64 %indvars.iv1140.i, 11
+  %gep1300.i = getelementptr inbounds nuw i8, ptr %invariant.gep1299.i, i64 %.idx1186.i
   br label %for_body_d_0688.us.i
 
 for_begin_r692.preheader.us.i:                    ; preds = %for_end_d_0689.us.i
@@ -2806,15 +2806,15 @@ for_body_step.i:                                  ; preds = %for_begin_step.i
   br i1 %1437, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %1438 = shl nsw i64 %indvars.iv1099.i, 7
+  %1438 = shl nsw i64 %indvars.iv1103.i, 7
   %1439 = sub nsw i64 %1137, %1438
-  %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
+  %indvars.iv.next1104.i = add nuw nsw i64 %indvars.iv1103.i, 1
   %1440 = trunc nsw i64 %1439 to i32
   %1441 = tail call i32 @llvm.smin.i32(i32 %1440, i32 128)
   %1442 = add nsw i32 %1441, 63
   %1443 = ashr i32 %1442, 6
   %1444 = and i32 %1442, -64
-  %1445 = icmp samesign ult i64 %indvars.iv.next1100.i, %1136
+  %1445 = icmp samesign ult i64 %indvars.iv.next1104.i, %1136
   %1446 = select i1 %1445, i32 256, i32 %1444
   %1447 = icmp sgt i32 %1446, 0
   br i1 %1447, label %for_body_t.lr.ph.i, label %for_begin_group_tile.preheader.i, !prof !3
@@ -2830,122 +2830,122 @@ for_body_t.lr.ph.i:                               ; preds = %if_end5.i
 for_begin_group_tile.preheader.i:                 ; preds = %for_body_t.i, %if_end5.i
   %1450 = icmp sgt i32 %1443, 0
   %1451 = icmp sgt i64 %1439, 0
-  %1452 = icmp eq i64 %indvars.iv1099.i, 0
+  %1452 = icmp eq i64 %indvars.iv1103.i, 0
   %1453 = insertelement <16 x i1> poison, i1 %1452, i64 0
   %1454 = shufflevector <16 x i1> %1453, <16 x i1> poison, <16 x i32> zeroinitializer
   %1455 = select i1 %1445, i64 128, i64 0
-  %wide.trip.count909.i = zext i32 %1443 to i64
-  %1456 = add nsw i64 %wide.trip.count909.i, -1
-  %xtraiter = and i64 %wide.trip.count909.i, 1
+  %wide.trip.count913.i = zext i32 %1443 to i64
+  %1456 = add nsw i64 %wide.trip.count913.i, -1
+  %xtraiter = and i64 %wide.trip.count913.i, 1
   %1457 = icmp eq i64 %1456, 0
-  %unroll_iter = and i64 %wide.trip.count909.i, 2147483646
+  %unroll_iter = and i64 %wide.trip.count913.i, 2147483646
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod327 = icmp ne i64 %xtraiter, 0
-  %xtraiter328 = and i64 %wide.trip.count909.i, 3
+  %lcmp.mod332 = icmp ne i64 %xtraiter, 0
+  %xtraiter333 = and i64 %wide.trip.count913.i, 3
   %1458 = icmp ult i32 %1443, 4
-  %unroll_iter332 = and i64 %wide.trip.count909.i, 2147483644
-  %lcmp.mod329.not = icmp eq i64 %xtraiter328, 0
-  %lcmp.mod331 = icmp ne i64 %xtraiter328, 0
-  %xtraiter334 = and i64 %wide.trip.count909.i, 1
+  %unroll_iter337 = and i64 %wide.trip.count913.i, 2147483644
+  %lcmp.mod334.not = icmp eq i64 %xtraiter333, 0
+  %lcmp.mod336 = icmp ne i64 %xtraiter333, 0
+  %xtraiter339 = and i64 %wide.trip.count913.i, 1
   %1459 = icmp eq i64 %1456, 0
-  %unroll_iter338 = and i64 %wide.trip.count909.i, 2147483646
-  %lcmp.mod336.not = icmp eq i64 %xtraiter334, 0
-  %lcmp.mod337 = icmp ne i64 %xtraiter334, 0
-  %xtraiter340 = and i64 %wide.trip.count909.i, 3
+  %unroll_iter343 = and i64 %wide.trip.count913.i, 2147483646
+  %lcmp.mod341.not = icmp eq i64 %xtraiter339, 0
+  %lcmp.mod342 = icmp ne i64 %xtraiter339, 0
+  %xtraiter345 = and i64 %wide.trip.count913.i, 3
   %1460 = icmp ult i32 %1443, 4
-  %unroll_iter345 = and i64 %wide.trip.count909.i, 2147483644
-  %lcmp.mod342.not = icmp eq i64 %xtraiter340, 0
-  %lcmp.mod344 = icmp ne i64 %xtraiter340, 0
-  %xtraiter347 = and i64 %wide.trip.count909.i, 3
+  %unroll_iter350 = and i64 %wide.trip.count913.i, 2147483644
+  %lcmp.mod347.not = icmp eq i64 %xtraiter345, 0
+  %lcmp.mod349 = icmp ne i64 %xtraiter345, 0
+  %xtraiter352 = and i64 %wide.trip.count913.i, 3
   %1461 = icmp ult i32 %1443, 4
-  %unroll_iter351 = and i64 %wide.trip.count909.i, 2147483644
-  %lcmp.mod349.not = icmp eq i64 %xtraiter347, 0
-  %lcmp.mod350 = icmp ne i64 %xtraiter347, 0
-  %xtraiter353 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter356 = and i64 %wide.trip.count913.i, 2147483644
+  %lcmp.mod354.not = icmp eq i64 %xtraiter352, 0
+  %lcmp.mod355 = icmp ne i64 %xtraiter352, 0
+  %xtraiter358 = and i64 %wide.trip.count913.i, 7
   %1462 = icmp ult i32 %1443, 8
-  %unroll_iter357 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod355.not = icmp eq i64 %xtraiter353, 0
-  %lcmp.mod356 = icmp ne i64 %xtraiter353, 0
-  %xtraiter359 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter362 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod360.not = icmp eq i64 %xtraiter358, 0
+  %lcmp.mod361 = icmp ne i64 %xtraiter358, 0
+  %xtraiter364 = and i64 %wide.trip.count913.i, 7
   %1463 = icmp ult i32 %1443, 8
-  %unroll_iter363 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod361.not = icmp eq i64 %xtraiter359, 0
-  %lcmp.mod362 = icmp ne i64 %xtraiter359, 0
-  %xtraiter365 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter368 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod366.not = icmp eq i64 %xtraiter364, 0
+  %lcmp.mod367 = icmp ne i64 %xtraiter364, 0
+  %xtraiter370 = and i64 %wide.trip.count913.i, 7
   %1464 = icmp ult i32 %1443, 8
-  %unroll_iter369 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod367.not = icmp eq i64 %xtraiter365, 0
-  %lcmp.mod368 = icmp ne i64 %xtraiter365, 0
-  %xtraiter371 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter374 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod372.not = icmp eq i64 %xtraiter370, 0
+  %lcmp.mod373 = icmp ne i64 %xtraiter370, 0
+  %xtraiter376 = and i64 %wide.trip.count913.i, 7
   %1465 = icmp ult i32 %1443, 8
-  %unroll_iter375 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod373.not = icmp eq i64 %xtraiter371, 0
-  %lcmp.mod374 = icmp ne i64 %xtraiter371, 0
-  %xtraiter377 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter380 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod378.not = icmp eq i64 %xtraiter376, 0
+  %lcmp.mod379 = icmp ne i64 %xtraiter376, 0
+  %xtraiter382 = and i64 %wide.trip.count913.i, 7
   %1466 = icmp ult i32 %1443, 8
-  %unroll_iter381 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod379.not = icmp eq i64 %xtraiter377, 0
-  %lcmp.mod380 = icmp ne i64 %xtraiter377, 0
-  %xtraiter383 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter386 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod384.not = icmp eq i64 %xtraiter382, 0
+  %lcmp.mod385 = icmp ne i64 %xtraiter382, 0
+  %xtraiter388 = and i64 %wide.trip.count913.i, 7
   %1467 = icmp ult i32 %1443, 8
-  %unroll_iter387 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod385.not = icmp eq i64 %xtraiter383, 0
-  %lcmp.mod386 = icmp ne i64 %xtraiter383, 0
-  %xtraiter389 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter392 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod390.not = icmp eq i64 %xtraiter388, 0
+  %lcmp.mod391 = icmp ne i64 %xtraiter388, 0
+  %xtraiter394 = and i64 %wide.trip.count913.i, 7
   %1468 = icmp ult i32 %1443, 8
-  %unroll_iter393 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod391.not = icmp eq i64 %xtraiter389, 0
-  %lcmp.mod392 = icmp ne i64 %xtraiter389, 0
-  %xtraiter395 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter398 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod396.not = icmp eq i64 %xtraiter394, 0
+  %lcmp.mod397 = icmp ne i64 %xtraiter394, 0
+  %xtraiter400 = and i64 %wide.trip.count913.i, 7
   %1469 = icmp ult i32 %1443, 8
-  %unroll_iter399 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod397.not = icmp eq i64 %xtraiter395, 0
-  %lcmp.mod398 = icmp ne i64 %xtraiter395, 0
-  %xtraiter401 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter404 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod402.not = icmp eq i64 %xtraiter400, 0
+  %lcmp.mod403 = icmp ne i64 %xtraiter400, 0
+  %xtraiter406 = and i64 %wide.trip.count913.i, 7
   %1470 = icmp ult i32 %1443, 8
-  %unroll_iter405 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod403.not = icmp eq i64 %xtraiter401, 0
-  %lcmp.mod404 = icmp ne i64 %xtraiter401, 0
-  %xtraiter407 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter410 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod408.not = icmp eq i64 %xtraiter406, 0
+  %lcmp.mod409 = icmp ne i64 %xtraiter406, 0
+  %xtraiter412 = and i64 %wide.trip.count913.i, 7
   %1471 = icmp ult i32 %1443, 8
-  %unroll_iter411 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod409.not = icmp eq i64 %xtraiter407, 0
-  %lcmp.mod410 = icmp ne i64 %xtraiter407, 0
-  %xtraiter413 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter416 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod414.not = icmp eq i64 %xtraiter412, 0
+  %lcmp.mod415 = icmp ne i64 %xtraiter412, 0
+  %xtraiter418 = and i64 %wide.trip.count913.i, 7
   %1472 = icmp ult i32 %1443, 8
-  %unroll_iter417 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod415.not = icmp eq i64 %xtraiter413, 0
-  %lcmp.mod416 = icmp ne i64 %xtraiter413, 0
-  %xtraiter419 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter422 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod420.not = icmp eq i64 %xtraiter418, 0
+  %lcmp.mod421 = icmp ne i64 %xtraiter418, 0
+  %xtraiter424 = and i64 %wide.trip.count913.i, 7
   %1473 = icmp ult i32 %1443, 8
-  %unroll_iter423 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod421.not = icmp eq i64 %xtraiter419, 0
-  %lcmp.mod422 = icmp ne i64 %xtraiter419, 0
-  %xtraiter425 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter428 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod426.not = icmp eq i64 %xtraiter424, 0
+  %lcmp.mod427 = icmp ne i64 %xtraiter424, 0
+  %xtraiter430 = and i64 %wide.trip.count913.i, 7
   %1474 = icmp ult i32 %1443, 8
-  %unroll_iter429 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod427.not = icmp eq i64 %xtraiter425, 0
-  %lcmp.mod428 = icmp ne i64 %xtraiter425, 0
-  %xtraiter431 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter434 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod432.not = icmp eq i64 %xtraiter430, 0
+  %lcmp.mod433 = icmp ne i64 %xtraiter430, 0
+  %xtraiter436 = and i64 %wide.trip.count913.i, 7
   %1475 = icmp ult i32 %1443, 8
-  %unroll_iter435 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod433.not = icmp eq i64 %xtraiter431, 0
-  %lcmp.mod434 = icmp ne i64 %xtraiter431, 0
-  %xtraiter437 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter440 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod438.not = icmp eq i64 %xtraiter436, 0
+  %lcmp.mod439 = icmp ne i64 %xtraiter436, 0
+  %xtraiter442 = and i64 %wide.trip.count913.i, 7
   %1476 = icmp ult i32 %1443, 8
-  %unroll_iter441 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod439.not = icmp eq i64 %xtraiter437, 0
-  %lcmp.mod440 = icmp ne i64 %xtraiter437, 0
-  %xtraiter443 = and i64 %wide.trip.count909.i, 7
+  %unroll_iter446 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod444.not = icmp eq i64 %xtraiter442, 0
+  %lcmp.mod445 = icmp ne i64 %xtraiter442, 0
+  %xtraiter448 = and i64 %wide.trip.count913.i, 7
   %1477 = icmp ult i32 %1443, 8
-  %unroll_iter447 = and i64 %wide.trip.count909.i, 2147483640
-  %lcmp.mod445.not = icmp eq i64 %xtraiter443, 0
-  %lcmp.mod446 = icmp ne i64 %xtraiter443, 0
+  %unroll_iter452 = and i64 %wide.trip.count913.i, 2147483640
+  %lcmp.mod450.not = icmp eq i64 %xtraiter448, 0
+  %lcmp.mod451 = icmp ne i64 %xtraiter448, 0
   br label %for_body_group_tile.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv875.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next876.i.3, %for_body_t.i ]
-  %1478 = add nuw nsw i64 %1448, %indvars.iv875.i
+  %indvars.iv879.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next880.i.3, %for_body_t.i ]
+  %1478 = add nuw nsw i64 %1448, %indvars.iv879.i
   %1479 = trunc i64 %1478 to i32
   %1480 = tail call i32 @llvm.smin.i32(i32 %1479, i32 %1127)
   %1481 = sext i32 %1480 to i64
@@ -2957,10 +2957,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1485 = mul nsw i64 %1484, %k_row
   %1486 = mul nsw i64 %k_block, %block.i
   %1487 = add nsw i64 %1485, %1486
-  %1488 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv875.i
+  %1488 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv879.i
   store i64 %1487, ptr %1488, align 8, !tbaa !9
-  %indvars.iv.next876.i = or disjoint i64 %indvars.iv875.i, 1
-  %1489 = add nuw nsw i64 %1448, %indvars.iv.next876.i
+  %indvars.iv.next880.i = or disjoint i64 %indvars.iv879.i, 1
+  %1489 = add nuw nsw i64 %1448, %indvars.iv.next880.i
   %1490 = trunc i64 %1489 to i32
   %1491 = tail call i32 @llvm.smin.i32(i32 %1490, i32 %1127)
   %1492 = sext i32 %1491 to i64
@@ -2972,10 +2972,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1496 = mul nsw i64 %1495, %k_row
   %1497 = mul nsw i64 %k_block, %block.i.1
   %1498 = add nsw i64 %1496, %1497
-  %1499 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i
+  %1499 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next880.i
   store i64 %1498, ptr %1499, align 8, !tbaa !9
-  %indvars.iv.next876.i.1 = or disjoint i64 %indvars.iv875.i, 2
-  %1500 = add nuw nsw i64 %1448, %indvars.iv.next876.i.1
+  %indvars.iv.next880.i.1 = or disjoint i64 %indvars.iv879.i, 2
+  %1500 = add nuw nsw i64 %1448, %indvars.iv.next880.i.1
   %1501 = trunc i64 %1500 to i32
   %1502 = tail call i32 @llvm.smin.i32(i32 %1501, i32 %1127)
   %1503 = sext i32 %1502 to i64
@@ -2987,10 +2987,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1507 = mul nsw i64 %1506, %k_row
   %1508 = mul nsw i64 %k_block, %block.i.2
   %1509 = add nsw i64 %1507, %1508
-  %1510 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.1
+  %1510 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next880.i.1
   store i64 %1509, ptr %1510, align 8, !tbaa !9
-  %indvars.iv.next876.i.2 = or disjoint i64 %indvars.iv875.i, 3
-  %1511 = add nuw nsw i64 %1448, %indvars.iv.next876.i.2
+  %indvars.iv.next880.i.2 = or disjoint i64 %indvars.iv879.i, 3
+  %1511 = add nuw nsw i64 %1448, %indvars.iv.next880.i.2
   %1512 = trunc i64 %1511 to i32
   %1513 = tail call i32 @llvm.smin.i32(i32 %1512, i32 %1127)
   %1514 = sext i32 %1513 to i64
@@ -3002,19 +3002,19 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1518 = mul nsw i64 %1517, %k_row
   %1519 = mul nsw i64 %k_block, %block.i.3
   %1520 = add nsw i64 %1518, %1519
-  %1521 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next876.i.2
+  %1521 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next880.i.2
   store i64 %1520, ptr %1521, align 8, !tbaa !9
-  %indvars.iv.next876.i.3 = add nuw nsw i64 %indvars.iv875.i, 4
-  %exitcond878.not.i.3 = icmp eq i64 %indvars.iv.next876.i.3, %wide.trip.count.i
-  br i1 %exitcond878.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !4, !llvm.loop !90
+  %indvars.iv.next880.i.3 = add nuw nsw i64 %indvars.iv879.i, 4
+  %exitcond882.not.i.3 = icmp eq i64 %indvars.iv.next880.i.3, %wide.trip.count.i
+  br i1 %exitcond882.not.i.3, label %for_begin_group_tile.preheader.i, label %for_body_t.i, !prof !4, !llvm.loop !90
 
 for_begin_group_tile.i:                           ; preds = %if_end666.i
-  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
-  %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1096.i, 8
-  br i1 %exitcond1098.not.i, label %for_end_group_tile.i, label %for_body_group_tile.i, !prof !31
+  %indvars.iv.next1100.i = add nuw nsw i64 %indvars.iv1099.i, 1
+  %exitcond1102.not.i = icmp eq i64 %indvars.iv.next1100.i, 8
+  br i1 %exitcond1102.not.i, label %for_end_group_tile.i, label %for_body_group_tile.i, !prof !31
 
 for_body_group_tile.i:                            ; preds = %for_begin_group_tile.i, %for_begin_group_tile.preheader.i
-  %indvars.iv1095.i = phi i64 [ 0, %for_begin_group_tile.preheader.i ], [ %indvars.iv.next1096.i, %for_begin_group_tile.i ]
+  %indvars.iv1099.i = phi i64 [ 0, %for_begin_group_tile.preheader.i ], [ %indvars.iv.next1100.i, %for_begin_group_tile.i ]
   %1522 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %scores.i = tail call ptr %1522(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1523 = icmp eq ptr %scores.i, null
@@ -3037,17 +3037,17 @@ for_begin_to.preheader.i:                         ; preds = %if_end8.i
   br i1 %1450, label %for_body_to.lr.ph.i, label %for_end_to.i, !prof !3
 
 for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
-  %.idx1185.i = mul nuw nsw i64 %indvars.iv1095.i, 18432
-  %invariant.gep1249.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1185.i
+  %.idx1189.i = mul nuw nsw i64 %indvars.iv1099.i, 18432
+  %invariant.gep1254.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx1189.i
   br label %for_body_to.i
 
 for_begin_to.i:                                   ; preds = %for_end_ax0.i
-  %indvars.iv.next907.i = add nuw nsw i64 %indvars.iv906.i, 1
-  %exitcond910.not.i = icmp eq i64 %indvars.iv.next907.i, %wide.trip.count909.i
-  br i1 %exitcond910.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
+  %indvars.iv.next911.i = add nuw nsw i64 %indvars.iv910.i, 1
+  %exitcond914.not.i = icmp eq i64 %indvars.iv.next911.i, %wide.trip.count913.i
+  br i1 %exitcond914.not.i, label %for_end_to.i, label %for_body_to.i, !prof !4
 
 for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
-  %indvars.iv906.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next907.i, %for_begin_to.i ]
+  %indvars.iv910.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next911.i, %for_begin_to.i ]
   %1528 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
   %by_token.i = tail call ptr %1528(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %1529 = icmp eq ptr %by_token.i, null
@@ -3064,7 +3064,7 @@ if_end14.i:                                       ; preds = %for_body_to.i
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %1532 = shl nsw i64 %indvars.iv906.i, 6
+  %1532 = shl nsw i64 %indvars.iv910.i, 6
   %1533 = add nuw nsw i64 %1532, %1455
   %1534 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1532
   %1535 = getelementptr inbounds nuw i8, ptr %1534, i64 128
@@ -3074,8 +3074,8 @@ if_end14.i:                                       ; preds = %for_body_to.i
   br label %for_begin_line.preheader.i
 
 for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %if_end14.i
-  %indvars.iv895.i = phi i64 [ 0, %if_end14.i ], [ %indvars.iv.next896.i, %for_end_line28.i ]
-  %1539 = shl nuw nsw i64 %indvars.iv895.i, 6
+  %indvars.iv899.i = phi i64 [ 0, %if_end14.i ], [ %indvars.iv.next900.i, %for_end_line28.i ]
+  %1539 = shl nuw nsw i64 %indvars.iv899.i, 6
   %1540 = trunc nuw nsw i64 %1539 to i32
   %1541 = udiv i32 %1540, 18
   %1542 = and i32 %1541, 15
@@ -3336,9 +3336,9 @@ for_begin_line.preheader.i:                       ; preds = %for_end_line28.i, %
   %1765 = getelementptr i8, ptr %key_cache, i64 %1539
   %1766 = getelementptr i32, ptr %1765, i64 %1764
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1766, i64 %96)
-  %.idx1184.i = shl nuw nsw i64 %indvars.iv895.i, 10
-  %gep1250.i = getelementptr inbounds nuw i8, ptr %invariant.gep1249.i, i64 %.idx1184.i
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %gep1250.i, i64 64)
+  %.idx1188.i = shl nuw nsw i64 %indvars.iv899.i, 10
+  %gep1255.i = getelementptr inbounds nuw i8, ptr %invariant.gep1254.i, i64 %.idx1188.i
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr nonnull %gep1255.i, i64 64)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
   %invariant.op778.i = or disjoint i64 %1539, 16
   br label %for_body_line17.i
@@ -3351,12 +3351,12 @@ for_end_d_0.i:                                    ; preds = %for_end_line28.i
   tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %1768, i64 64)
   %1769 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 3072
   tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1769, i64 64)
-  %invariant.gep1251.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1532
+  %invariant.gep1256.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1532
   br label %for_body_ax0.i
 
 for_body_line17.i:                                ; preds = %for_body_line17.i, %for_begin_line.preheader.i
-  %indvars.iv880.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next881.i.1, %for_body_line17.i ]
-  %.reass779.i = add nuw nsw i64 %indvars.iv880.i, %invariant.op778.i
+  %indvars.iv884.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next885.i.1, %for_body_line17.i ]
+  %.reass779.i = add nuw nsw i64 %indvars.iv884.i, %invariant.op778.i
   %1770 = udiv i64 %.reass779.i, 18
   %1771 = and i64 %1770, 15
   %1772 = mul nsw i64 %1771, %k_row
@@ -3372,8 +3372,8 @@ for_body_line17.i:                                ; preds = %for_body_line17.i, 
   %1781 = getelementptr i32, ptr %1780, i64 %1778
   %1782 = getelementptr i32, ptr %1781, i64 %1772
   tail call void @llvm.prefetch.p0(ptr %1782, i32 0, i32 2, i32 1)
-  %indvars.iv.next881.i = or disjoint i64 %indvars.iv880.i, 1
-  %.reass779.i.1 = add nuw nsw i64 %indvars.iv.next881.i, %invariant.op778.i
+  %indvars.iv.next885.i = or disjoint i64 %indvars.iv884.i, 1
+  %.reass779.i.1 = add nuw nsw i64 %indvars.iv.next885.i, %invariant.op778.i
   %1783 = udiv i64 %.reass779.i.1, 18
   %1784 = and i64 %1783, 15
   %1785 = mul nsw i64 %1784, %k_row
@@ -3383,9 +3383,9 @@ for_body_line17.i:                                ; preds = %for_body_line17.i, 
   %1788 = getelementptr i32, ptr %1787, i64 %1778
   %1789 = getelementptr i32, ptr %1788, i64 %1785
   tail call void @llvm.prefetch.p0(ptr %1789, i32 0, i32 2, i32 1)
-  %indvars.iv.next881.i.1 = add nuw nsw i64 %indvars.iv880.i, 2
-  %exitcond884.not.i.1 = icmp eq i64 %indvars.iv.next881.i.1, 16
-  br i1 %exitcond884.not.i.1, label %for_end_line18.i, label %for_body_line17.i, !prof !31, !llvm.loop !92
+  %indvars.iv.next885.i.1 = add nuw nsw i64 %indvars.iv884.i, 2
+  %exitcond888.not.i.1 = icmp eq i64 %indvars.iv.next885.i.1, 16
+  br i1 %exitcond888.not.i.1, label %for_end_line18.i, label %for_body_line17.i, !prof !31, !llvm.loop !92
 
 for_end_line18.i:                                 ; preds = %for_body_line17.i
   %1790 = load i64, ptr %1535, align 8, !tbaa !9
@@ -3396,13 +3396,13 @@ for_end_line18.i:                                 ; preds = %for_body_line17.i
   br label %for_body_line22.i
 
 for_body_line22.i:                                ; preds = %for_body_line22.i, %for_end_line18.i
-  %indvars.iv885.i = phi i64 [ 0, %for_end_line18.i ], [ %indvars.iv.next886.i.1, %for_body_line22.i ]
-  %1793 = add nuw nsw i64 %indvars.iv885.i, %1539
+  %indvars.iv889.i = phi i64 [ 0, %for_end_line18.i ], [ %indvars.iv.next890.i.1, %for_body_line22.i ]
+  %1793 = add nuw nsw i64 %indvars.iv889.i, %1539
   %1794 = or disjoint i64 %1793, 32
   %1795 = udiv i64 %1794, 18
   %1796 = and i64 %1795, 15
   %1797 = mul nsw i64 %1796, %k_row
-  %1798 = add nuw nsw i64 %1792, %indvars.iv885.i
+  %1798 = add nuw nsw i64 %1792, %indvars.iv889.i
   %1799 = trunc nuw nsw i64 %1798 to i32
   %1800 = udiv i32 %1799, 18
   %1801 = add nuw nsw i32 %1800, %1538
@@ -3416,8 +3416,8 @@ for_body_line22.i:                                ; preds = %for_body_line22.i, 
   %1808 = getelementptr i32, ptr %1807, i64 %1804
   %1809 = getelementptr i32, ptr %1808, i64 %1797
   tail call void @llvm.prefetch.p0(ptr %1809, i32 0, i32 2, i32 1)
-  %indvars.iv.next886.i = or disjoint i64 %indvars.iv885.i, 1
-  %1810 = add nuw nsw i64 %indvars.iv.next886.i, %1539
+  %indvars.iv.next890.i = or disjoint i64 %indvars.iv889.i, 1
+  %1810 = add nuw nsw i64 %indvars.iv.next890.i, %1539
   %1811 = or disjoint i64 %1810, 32
   %1812 = udiv i64 %1811, 18
   %1813 = and i64 %1812, 15
@@ -3429,9 +3429,9 @@ for_body_line22.i:                                ; preds = %for_body_line22.i, 
   %1818 = getelementptr i32, ptr %1817, i64 %1804
   %1819 = getelementptr i32, ptr %1818, i64 %1814
   tail call void @llvm.prefetch.p0(ptr %1819, i32 0, i32 2, i32 1)
-  %indvars.iv.next886.i.1 = add nuw nsw i64 %indvars.iv885.i, 2
-  %exitcond889.not.i.1 = icmp eq i64 %indvars.iv.next886.i.1, 16
-  br i1 %exitcond889.not.i.1, label %for_end_line23.i, label %for_body_line22.i, !prof !31, !llvm.loop !94
+  %indvars.iv.next890.i.1 = add nuw nsw i64 %indvars.iv889.i, 2
+  %exitcond893.not.i.1 = icmp eq i64 %indvars.iv.next890.i.1, 16
+  br i1 %exitcond893.not.i.1, label %for_end_line23.i, label %for_body_line22.i, !prof !31, !llvm.loop !94
 
 for_end_line23.i:                                 ; preds = %for_body_line22.i
   %1820 = load i64, ptr %1536, align 8, !tbaa !9
@@ -3442,13 +3442,13 @@ for_end_line23.i:                                 ; preds = %for_body_line22.i
   br label %for_body_line27.i
 
 for_body_line27.i:                                ; preds = %for_body_line27.i, %for_end_line23.i
-  %indvars.iv890.i = phi i64 [ 0, %for_end_line23.i ], [ %indvars.iv.next891.i.1, %for_body_line27.i ]
-  %1823 = add nuw nsw i64 %indvars.iv890.i, %1539
+  %indvars.iv894.i = phi i64 [ 0, %for_end_line23.i ], [ %indvars.iv.next895.i.1, %for_body_line27.i ]
+  %1823 = add nuw nsw i64 %indvars.iv894.i, %1539
   %1824 = or disjoint i64 %1823, 48
   %1825 = udiv i64 %1824, 18
   %1826 = and i64 %1825, 15
   %1827 = mul nsw i64 %1826, %k_row
-  %1828 = add nuw nsw i64 %1822, %indvars.iv890.i
+  %1828 = add nuw nsw i64 %1822, %indvars.iv894.i
   %1829 = trunc nuw nsw i64 %1828 to i32
   %1830 = udiv i32 %1829, 18
   %1831 = add nuw nsw i32 %1830, %1538
@@ -3462,8 +3462,8 @@ for_body_line27.i:                                ; preds = %for_body_line27.i, 
   %1838 = getelementptr i32, ptr %1837, i64 %1834
   %1839 = getelementptr i32, ptr %1838, i64 %1827
   tail call void @llvm.prefetch.p0(ptr %1839, i32 0, i32 2, i32 1)
-  %indvars.iv.next891.i = or disjoint i64 %indvars.iv890.i, 1
-  %1840 = add nuw nsw i64 %indvars.iv.next891.i, %1539
+  %indvars.iv.next895.i = or disjoint i64 %indvars.iv894.i, 1
+  %1840 = add nuw nsw i64 %indvars.iv.next895.i, %1539
   %1841 = or disjoint i64 %1840, 48
   %1842 = udiv i64 %1841, 18
   %1843 = and i64 %1842, 15
@@ -3475,23 +3475,23 @@ for_body_line27.i:                                ; preds = %for_body_line27.i, 
   %1848 = getelementptr i32, ptr %1847, i64 %1834
   %1849 = getelementptr i32, ptr %1848, i64 %1844
   tail call void @llvm.prefetch.p0(ptr %1849, i32 0, i32 2, i32 1)
-  %indvars.iv.next891.i.1 = add nuw nsw i64 %indvars.iv890.i, 2
-  %exitcond894.not.i.1 = icmp eq i64 %indvars.iv.next891.i.1, 16
-  br i1 %exitcond894.not.i.1, label %for_end_line28.i, label %for_body_line27.i, !prof !31, !llvm.loop !95
+  %indvars.iv.next895.i.1 = add nuw nsw i64 %indvars.iv894.i, 2
+  %exitcond898.not.i.1 = icmp eq i64 %indvars.iv.next895.i.1, 16
+  br i1 %exitcond898.not.i.1, label %for_end_line28.i, label %for_body_line27.i, !prof !31, !llvm.loop !95
 
 for_end_line28.i:                                 ; preds = %for_body_line27.i
   %1850 = load i64, ptr %1537, align 8, !tbaa !9
   %1851 = getelementptr i32, ptr %1765, i64 %1850
   tail call void @llvm.x86.tileloadd64(i8 4, ptr %1851, i64 %96)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %indvars.iv.next896.i = add nuw nsw i64 %indvars.iv895.i, 1
-  %exitcond901.not.i = icmp eq i64 %indvars.iv.next896.i, 18
-  br i1 %exitcond901.not.i, label %for_end_d_0.i, label %for_begin_line.preheader.i, !prof !31
+  %indvars.iv.next900.i = add nuw nsw i64 %indvars.iv899.i, 1
+  %exitcond905.not.i = icmp eq i64 %indvars.iv.next900.i, 18
+  br i1 %exitcond905.not.i, label %for_end_d_0.i, label %for_begin_line.preheader.i, !prof !31
 
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_end_d_0.i
-  %indvars.iv902.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next903.i, %for_body_ax0.i ]
-  %.idx1186.i = shl nuw nsw i64 %indvars.iv902.i, 10
-  %1852 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1186.i
+  %indvars.iv906.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next907.i, %for_body_ax0.i ]
+  %.idx1190.i = shl nuw nsw i64 %indvars.iv906.i, 10
+  %1852 = getelementptr inbounds nuw i8, ptr %by_token.i, i64 %.idx1190.i
   %v.i = load <16 x float>, ptr %1852, align 4, !tbaa !9
   %1853 = getelementptr inbounds nuw i8, ptr %1852, i64 64
   %v32.i = load <16 x float>, ptr %1853, align 4, !tbaa !9
@@ -3572,57 +3572,57 @@ for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %fo
   %1914 = shufflevector <16 x float> %1890, <16 x float> %1891, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1915 = shufflevector <16 x float> %1898, <16 x float> %1899, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %1916 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %.idx1187.i = shl nuw nsw i64 %indvars.iv902.i, 6
-  %gep1252.i = getelementptr inbounds nuw i8, ptr %invariant.gep1251.i, i64 %.idx1187.i
-  store <16 x float> %1916, ptr %gep1252.i, align 4, !tbaa !9
+  %.idx1191.i = shl nuw nsw i64 %indvars.iv906.i, 6
+  %gep1257.i = getelementptr inbounds nuw i8, ptr %invariant.gep1256.i, i64 %.idx1191.i
+  store <16 x float> %1916, ptr %gep1257.i, align 4, !tbaa !9
   %1917 = shufflevector <16 x float> %1900, <16 x float> %1901, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1918 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 512
+  %1918 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 512
   store <16 x float> %1917, ptr %1918, align 4, !tbaa !9
   %1919 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1920 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1024
+  %1920 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 1024
   store <16 x float> %1919, ptr %1920, align 4, !tbaa !9
   %1921 = shufflevector <16 x float> %1902, <16 x float> %1903, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1922 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 1536
+  %1922 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 1536
   store <16 x float> %1921, ptr %1922, align 4, !tbaa !9
   %1923 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1924 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2048
+  %1924 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 2048
   store <16 x float> %1923, ptr %1924, align 4, !tbaa !9
   %1925 = shufflevector <16 x float> %1904, <16 x float> %1905, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1926 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 2560
+  %1926 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 2560
   store <16 x float> %1925, ptr %1926, align 4, !tbaa !9
   %1927 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1928 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3072
+  %1928 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 3072
   store <16 x float> %1927, ptr %1928, align 4, !tbaa !9
   %1929 = shufflevector <16 x float> %1906, <16 x float> %1907, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1930 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 3584
+  %1930 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 3584
   store <16 x float> %1929, ptr %1930, align 4, !tbaa !9
   %1931 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1932 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4096
+  %1932 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 4096
   store <16 x float> %1931, ptr %1932, align 4, !tbaa !9
   %1933 = shufflevector <16 x float> %1908, <16 x float> %1909, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1934 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 4608
+  %1934 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 4608
   store <16 x float> %1933, ptr %1934, align 4, !tbaa !9
   %1935 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1936 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5120
+  %1936 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 5120
   store <16 x float> %1935, ptr %1936, align 4, !tbaa !9
   %1937 = shufflevector <16 x float> %1910, <16 x float> %1911, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1938 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 5632
+  %1938 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 5632
   store <16 x float> %1937, ptr %1938, align 4, !tbaa !9
   %1939 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1940 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6144
+  %1940 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 6144
   store <16 x float> %1939, ptr %1940, align 4, !tbaa !9
   %1941 = shufflevector <16 x float> %1912, <16 x float> %1913, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1942 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 6656
+  %1942 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 6656
   store <16 x float> %1941, ptr %1942, align 4, !tbaa !9
   %1943 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1944 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7168
+  %1944 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 7168
   store <16 x float> %1943, ptr %1944, align 4, !tbaa !9
   %1945 = shufflevector <16 x float> %1914, <16 x float> %1915, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1946 = getelementptr inbounds nuw i8, ptr %gep1252.i, i64 7680
+  %1946 = getelementptr inbounds nuw i8, ptr %gep1257.i, i64 7680
   store <16 x float> %1945, ptr %1946, align 4, !tbaa !9
-  %indvars.iv.next903.i = add nuw nsw i64 %indvars.iv902.i, 1
-  %exitcond905.not.i = icmp eq i64 %indvars.iv.next903.i, 4
-  br i1 %exitcond905.not.i, label %for_end_ax0.i, label %for_body_ax0.i, !prof !31
+  %indvars.iv.next907.i = add nuw nsw i64 %indvars.iv906.i, 1
+  %exitcond909.not.i = icmp eq i64 %indvars.iv.next907.i, 4
+  br i1 %exitcond909.not.i, label %for_end_ax0.i, label %for_body_ax0.i, !prof !31
 
 for_end_ax0.i:                                    ; preds = %for_body_ax0.i
   %1947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
@@ -3643,17 +3643,17 @@ if_end196.i:                                      ; preds = %if_end193.i
   br i1 %1952, label %fused_decode_compute_.exit, label %for_begin_to206.preheader.i, !prof !8
 
 for_begin_to206.preheader.i:                      ; preds = %for_end_to208.i, %if_end196.i
-  %indvars.iv916.i = phi i64 [ %indvars.iv.next917.i, %for_end_to208.i ], [ 0, %if_end196.i ]
+  %indvars.iv920.i = phi i64 [ %indvars.iv.next921.i, %for_end_to208.i ], [ 0, %if_end196.i ]
   br i1 %1450, label %for_body_to207.lr.ph.i, label %for_end_to208.i, !prof !3
 
 for_body_to207.lr.ph.i:                           ; preds = %for_begin_to206.preheader.i
-  %1953 = shl nuw nsw i64 %indvars.iv916.i, 7
+  %1953 = shl nuw nsw i64 %indvars.iv920.i, 7
   br i1 %1457, label %for_body_to207.i.epil.preheader, label %for_body_to207.i, !prof !96
 
 for_body_to207.i:                                 ; preds = %for_body_to207.i, %for_body_to207.lr.ph.i
-  %indvars.iv911.i = phi i64 [ %indvars.iv.next912.i.1, %for_body_to207.i ], [ 0, %for_body_to207.lr.ph.i ]
+  %indvars.iv915.i = phi i64 [ %indvars.iv.next916.i.1, %for_body_to207.i ], [ 0, %for_body_to207.lr.ph.i ]
   %niter = phi i64 [ %niter.next.1, %for_body_to207.i ], [ 0, %for_body_to207.lr.ph.i ]
-  %1954 = shl nsw i64 %indvars.iv911.i, 6
+  %1954 = shl nsw i64 %indvars.iv915.i, 6
   %1955 = add nuw nsw i64 %1954, %1953
   %1956 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1955
   %1957 = load <64 x float>, ptr %1956, align 4, !tbaa !9
@@ -3666,8 +3666,8 @@ for_body_to207.i:                                 ; preds = %for_body_to207.i, %
   %1964 = select <64 x i1> %1963, <64 x float> %1958, <64 x float> splat (float 0xFFF0000000000000)
   %1965 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1955
   store <64 x float> %1964, ptr %1965, align 4, !tbaa !9
-  %indvars.iv.next912.i = shl i64 %indvars.iv911.i, 6
-  %1966 = or disjoint i64 %indvars.iv.next912.i, 64
+  %indvars.iv.next916.i = shl i64 %indvars.iv915.i, 6
+  %1966 = or disjoint i64 %indvars.iv.next916.i, 64
   %1967 = add nuw nsw i64 %1966, %1953
   %1968 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1967
   %1969 = load <64 x float>, ptr %1968, align 4, !tbaa !9
@@ -3680,7 +3680,7 @@ for_body_to207.i:                                 ; preds = %for_body_to207.i, %
   %1976 = select <64 x i1> %1975, <64 x float> %1970, <64 x float> splat (float 0xFFF0000000000000)
   %1977 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1967
   store <64 x float> %1976, ptr %1977, align 4, !tbaa !9
-  %indvars.iv.next912.i.1 = add nuw nsw i64 %indvars.iv911.i, 2
+  %indvars.iv.next916.i.1 = add nuw nsw i64 %indvars.iv915.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_end_to208.i.loopexit.unr-lcssa, label %for_body_to207.i, !prof !97, !llvm.loop !98
@@ -3689,9 +3689,9 @@ for_end_to208.i.loopexit.unr-lcssa:               ; preds = %for_body_to207.i
   br i1 %lcmp.mod.not, label %for_end_to208.i, label %for_body_to207.i.epil.preheader, !prof !100
 
 for_body_to207.i.epil.preheader:                  ; preds = %for_end_to208.i.loopexit.unr-lcssa, %for_body_to207.lr.ph.i
-  %indvars.iv911.i.epil.init = phi i64 [ 0, %for_body_to207.lr.ph.i ], [ %indvars.iv.next912.i.1, %for_end_to208.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod327)
-  %1978 = shl nsw i64 %indvars.iv911.i.epil.init, 6
+  %indvars.iv915.i.epil.init = phi i64 [ 0, %for_body_to207.lr.ph.i ], [ %indvars.iv.next916.i.1, %for_end_to208.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod332)
+  %1978 = shl nsw i64 %indvars.iv915.i.epil.init, 6
   %1979 = add nuw nsw i64 %1978, %1953
   %1980 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1979
   %1981 = load <64 x float>, ptr %1980, align 4, !tbaa !9
@@ -3707,47 +3707,47 @@ for_body_to207.i.epil.preheader:                  ; preds = %for_end_to208.i.loo
   br label %for_end_to208.i
 
 for_end_to208.i:                                  ; preds = %for_body_to207.i.epil.preheader, %for_end_to208.i.loopexit.unr-lcssa, %for_begin_to206.preheader.i
-  %indvars.iv.next917.i = add nuw nsw i64 %indvars.iv916.i, 1
-  %exitcond919.not.i = icmp eq i64 %indvars.iv.next917.i, 16
-  br i1 %exitcond919.not.i, label %for_begin_to216.preheader.i, label %for_begin_to206.preheader.i, !prof !31
+  %indvars.iv.next921.i = add nuw nsw i64 %indvars.iv920.i, 1
+  %exitcond923.not.i = icmp eq i64 %indvars.iv.next921.i, 16
+  br i1 %exitcond923.not.i, label %for_begin_to216.preheader.i, label %for_begin_to206.preheader.i, !prof !31
 
 for_begin_to216.preheader.i:                      ; preds = %for_end_to218.i, %for_end_to208.i
-  %indvars.iv925.i = phi i64 [ %indvars.iv.next926.i, %for_end_to218.i ], [ 0, %for_end_to208.i ]
+  %indvars.iv929.i = phi i64 [ %indvars.iv.next930.i, %for_end_to218.i ], [ 0, %for_end_to208.i ]
   br i1 %1450, label %for_body_to217.lr.ph.i, label %for_end_to218.i, !prof !3
 
 for_body_to217.lr.ph.i:                           ; preds = %for_begin_to216.preheader.i
-  %.idx1189.i = shl nuw nsw i64 %indvars.iv925.i, 9
-  %invariant.gep1253.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1189.i
+  %.idx1193.i = shl nuw nsw i64 %indvars.iv929.i, 9
+  %invariant.gep1258.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1193.i
   br i1 %1458, label %for_body_to217.i.epil.preheader, label %for_body_to217.i, !prof !101
 
 for_end_r213.i:                                   ; preds = %for_end_to218.i
   br i1 %1451, label %if_then288.15.i, label %if_end289.15.i
 
 for_body_to217.i:                                 ; preds = %for_body_to217.i, %for_body_to217.lr.ph.i
-  %indvars.iv920.i = phi i64 [ %indvars.iv.next921.i.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
+  %indvars.iv924.i = phi i64 [ %indvars.iv.next925.i.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
   %peak.rf_global729.sroa.0.0794.i = phi <16 x float> [ %2052, %for_body_to217.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to217.lr.ph.i ]
-  %niter333 = phi i64 [ %niter333.next.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
-  %.idx1188.i = shl nsw i64 %indvars.iv920.i, 8
-  %gep1254.i = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i
-  %1990 = load <16 x float>, ptr %gep1254.i, align 4, !tbaa !9
+  %niter338 = phi i64 [ %niter338.next.3, %for_body_to217.i ], [ 0, %for_body_to217.lr.ph.i ]
+  %.idx1192.i = shl nsw i64 %indvars.iv924.i, 8
+  %gep1259.i = getelementptr inbounds nuw i8, ptr %invariant.gep1258.i, i64 %.idx1192.i
+  %1990 = load <16 x float>, ptr %gep1259.i, align 4, !tbaa !9
   %1991 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i, %1990
   %1992 = select <16 x i1> %1991, <16 x float> %peak.rf_global729.sroa.0.0794.i, <16 x float> %1990
-  %1993 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 64
+  %1993 = getelementptr inbounds nuw i8, ptr %gep1259.i, i64 64
   %1994 = load <16 x float>, ptr %1993, align 4, !tbaa !9
   %1995 = fcmp ogt <16 x float> %1992, %1994
   %1996 = select <16 x i1> %1995, <16 x float> %1992, <16 x float> %1994
-  %1997 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 128
+  %1997 = getelementptr inbounds nuw i8, ptr %gep1259.i, i64 128
   %1998 = load <16 x float>, ptr %1997, align 4, !tbaa !9
   %1999 = fcmp ogt <16 x float> %1996, %1998
   %2000 = select <16 x i1> %1999, <16 x float> %1996, <16 x float> %1998
-  %2001 = getelementptr inbounds nuw i8, ptr %gep1254.i, i64 192
+  %2001 = getelementptr inbounds nuw i8, ptr %gep1259.i, i64 192
   %2002 = load <16 x float>, ptr %2001, align 4, !tbaa !9
   %2003 = fcmp ogt <16 x float> %2000, %2002
   %2004 = select <16 x i1> %2003, <16 x float> %2000, <16 x float> %2002
-  %indvars.iv.next921.i = shl i64 %indvars.iv920.i, 8
-  %2005 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i
-  %gep1254.i.1 = getelementptr inbounds nuw i8, ptr %2005, i64 256
-  %2006 = load <16 x float>, ptr %gep1254.i.1, align 4, !tbaa !9
+  %indvars.iv.next925.i = shl i64 %indvars.iv924.i, 8
+  %2005 = getelementptr inbounds nuw i8, ptr %invariant.gep1258.i, i64 %indvars.iv.next925.i
+  %gep1259.i.1 = getelementptr inbounds nuw i8, ptr %2005, i64 256
+  %2006 = load <16 x float>, ptr %gep1259.i.1, align 4, !tbaa !9
   %2007 = fcmp ogt <16 x float> %2004, %2006
   %2008 = select <16 x i1> %2007, <16 x float> %2004, <16 x float> %2006
   %2009 = getelementptr inbounds nuw i8, ptr %2005, i64 320
@@ -3762,10 +3762,10 @@ for_body_to217.i:                                 ; preds = %for_body_to217.i, %
   %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !9
   %2019 = fcmp ogt <16 x float> %2016, %2018
   %2020 = select <16 x i1> %2019, <16 x float> %2016, <16 x float> %2018
-  %indvars.iv.next921.i.1 = shl i64 %indvars.iv920.i, 8
-  %2021 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.1
-  %gep1254.i.2 = getelementptr inbounds nuw i8, ptr %2021, i64 512
-  %2022 = load <16 x float>, ptr %gep1254.i.2, align 4, !tbaa !9
+  %indvars.iv.next925.i.1 = shl i64 %indvars.iv924.i, 8
+  %2021 = getelementptr inbounds nuw i8, ptr %invariant.gep1258.i, i64 %indvars.iv.next925.i.1
+  %gep1259.i.2 = getelementptr inbounds nuw i8, ptr %2021, i64 512
+  %2022 = load <16 x float>, ptr %gep1259.i.2, align 4, !tbaa !9
   %2023 = fcmp ogt <16 x float> %2020, %2022
   %2024 = select <16 x i1> %2023, <16 x float> %2020, <16 x float> %2022
   %2025 = getelementptr inbounds nuw i8, ptr %2021, i64 576
@@ -3780,10 +3780,10 @@ for_body_to217.i:                                 ; preds = %for_body_to217.i, %
   %2034 = load <16 x float>, ptr %2033, align 4, !tbaa !9
   %2035 = fcmp ogt <16 x float> %2032, %2034
   %2036 = select <16 x i1> %2035, <16 x float> %2032, <16 x float> %2034
-  %indvars.iv.next921.i.2 = shl i64 %indvars.iv920.i, 8
-  %2037 = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %indvars.iv.next921.i.2
-  %gep1254.i.3 = getelementptr inbounds nuw i8, ptr %2037, i64 768
-  %2038 = load <16 x float>, ptr %gep1254.i.3, align 4, !tbaa !9
+  %indvars.iv.next925.i.2 = shl i64 %indvars.iv924.i, 8
+  %2037 = getelementptr inbounds nuw i8, ptr %invariant.gep1258.i, i64 %indvars.iv.next925.i.2
+  %gep1259.i.3 = getelementptr inbounds nuw i8, ptr %2037, i64 768
+  %2038 = load <16 x float>, ptr %gep1259.i.3, align 4, !tbaa !9
   %2039 = fcmp ogt <16 x float> %2036, %2038
   %2040 = select <16 x i1> %2039, <16 x float> %2036, <16 x float> %2038
   %2041 = getelementptr inbounds nuw i8, ptr %2037, i64 832
@@ -3798,54 +3798,54 @@ for_body_to217.i:                                 ; preds = %for_body_to217.i, %
   %2050 = load <16 x float>, ptr %2049, align 4, !tbaa !9
   %2051 = fcmp ogt <16 x float> %2048, %2050
   %2052 = select <16 x i1> %2051, <16 x float> %2048, <16 x float> %2050
-  %indvars.iv.next921.i.3 = add nuw nsw i64 %indvars.iv920.i, 4
-  %niter333.next.3 = add i64 %niter333, 4
-  %niter333.ncmp.3 = icmp eq i64 %niter333.next.3, %unroll_iter332
-  br i1 %niter333.ncmp.3, label %for_end_to218.i.loopexit.unr-lcssa, label %for_body_to217.i, !prof !102, !llvm.loop !103
+  %indvars.iv.next925.i.3 = add nuw nsw i64 %indvars.iv924.i, 4
+  %niter338.next.3 = add i64 %niter338, 4
+  %niter338.ncmp.3 = icmp eq i64 %niter338.next.3, %unroll_iter337
+  br i1 %niter338.ncmp.3, label %for_end_to218.i.loopexit.unr-lcssa, label %for_body_to217.i, !prof !102, !llvm.loop !103
 
 for_end_to218.i.loopexit.unr-lcssa:               ; preds = %for_body_to217.i
-  br i1 %lcmp.mod329.not, label %for_end_to218.i, label %for_body_to217.i.epil.preheader, !prof !105
+  br i1 %lcmp.mod334.not, label %for_end_to218.i, label %for_body_to217.i.epil.preheader, !prof !105
 
 for_body_to217.i.epil.preheader:                  ; preds = %for_end_to218.i.loopexit.unr-lcssa, %for_body_to217.lr.ph.i
-  %indvars.iv920.i.epil.init = phi i64 [ 0, %for_body_to217.lr.ph.i ], [ %indvars.iv.next921.i.3, %for_end_to218.i.loopexit.unr-lcssa ]
+  %indvars.iv924.i.epil.init = phi i64 [ 0, %for_body_to217.lr.ph.i ], [ %indvars.iv.next925.i.3, %for_end_to218.i.loopexit.unr-lcssa ]
   %peak.rf_global729.sroa.0.0794.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to217.lr.ph.i ], [ %2052, %for_end_to218.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod331)
+  tail call void @llvm.assume(i1 %lcmp.mod336)
   br label %for_body_to217.i.epil
 
 for_body_to217.i.epil:                            ; preds = %for_body_to217.i.epil, %for_body_to217.i.epil.preheader
-  %indvars.iv920.i.epil = phi i64 [ %indvars.iv920.i.epil.init, %for_body_to217.i.epil.preheader ], [ %indvars.iv.next921.i.epil, %for_body_to217.i.epil ]
+  %indvars.iv924.i.epil = phi i64 [ %indvars.iv924.i.epil.init, %for_body_to217.i.epil.preheader ], [ %indvars.iv.next925.i.epil, %for_body_to217.i.epil ]
   %peak.rf_global729.sroa.0.0794.i.epil = phi <16 x float> [ %peak.rf_global729.sroa.0.0794.i.epil.init, %for_body_to217.i.epil.preheader ], [ %2067, %for_body_to217.i.epil ]
   %epil.iter = phi i64 [ 0, %for_body_to217.i.epil.preheader ], [ %epil.iter.next, %for_body_to217.i.epil ]
-  %.idx1188.i.epil = shl nsw i64 %indvars.iv920.i.epil, 8
-  %gep1254.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1253.i, i64 %.idx1188.i.epil
-  %2053 = load <16 x float>, ptr %gep1254.i.epil, align 4, !tbaa !9
+  %.idx1192.i.epil = shl nsw i64 %indvars.iv924.i.epil, 8
+  %gep1259.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1258.i, i64 %.idx1192.i.epil
+  %2053 = load <16 x float>, ptr %gep1259.i.epil, align 4, !tbaa !9
   %2054 = fcmp ogt <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, %2053
   %2055 = select <16 x i1> %2054, <16 x float> %peak.rf_global729.sroa.0.0794.i.epil, <16 x float> %2053
-  %2056 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 64
+  %2056 = getelementptr inbounds nuw i8, ptr %gep1259.i.epil, i64 64
   %2057 = load <16 x float>, ptr %2056, align 4, !tbaa !9
   %2058 = fcmp ogt <16 x float> %2055, %2057
   %2059 = select <16 x i1> %2058, <16 x float> %2055, <16 x float> %2057
-  %2060 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 128
+  %2060 = getelementptr inbounds nuw i8, ptr %gep1259.i.epil, i64 128
   %2061 = load <16 x float>, ptr %2060, align 4, !tbaa !9
   %2062 = fcmp ogt <16 x float> %2059, %2061
   %2063 = select <16 x i1> %2062, <16 x float> %2059, <16 x float> %2061
-  %2064 = getelementptr inbounds nuw i8, ptr %gep1254.i.epil, i64 192
+  %2064 = getelementptr inbounds nuw i8, ptr %gep1259.i.epil, i64 192
   %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !9
   %2066 = fcmp ogt <16 x float> %2063, %2065
   %2067 = select <16 x i1> %2066, <16 x float> %2063, <16 x float> %2065
-  %indvars.iv.next921.i.epil = add nuw nsw i64 %indvars.iv920.i.epil, 1
+  %indvars.iv.next925.i.epil = add nuw nsw i64 %indvars.iv924.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter328
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter333
   br i1 %epil.iter.cmp.not, label %for_end_to218.i, label %for_body_to217.i.epil, !prof !100, !llvm.loop !106
 
 for_end_to218.i:                                  ; preds = %for_body_to217.i.epil, %for_end_to218.i.loopexit.unr-lcssa, %for_begin_to216.preheader.i
   %peak.rf_global729.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to216.preheader.i ], [ %2052, %for_end_to218.i.loopexit.unr-lcssa ], [ %2067, %for_body_to217.i.epil ]
-  %.idx1190.i = shl nuw nsw i64 %indvars.iv925.i, 6
-  %2068 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 %.idx1190.i
+  %.idx1194.i = shl nuw nsw i64 %indvars.iv929.i, 6
+  %2068 = getelementptr inbounds nuw i8, ptr %peak.rf731.i, i64 %.idx1194.i
   store <16 x float> %peak.rf_global729.sroa.0.0.lcssa.i, ptr %2068, align 16, !tbaa !109
-  %indvars.iv.next926.i = add nuw nsw i64 %indvars.iv925.i, 1
-  %exitcond928.not.i = icmp eq i64 %indvars.iv.next926.i, 16
-  br i1 %exitcond928.not.i, label %for_end_r213.i, label %for_begin_to216.preheader.i, !prof !31
+  %indvars.iv.next930.i = add nuw nsw i64 %indvars.iv929.i, 1
+  %exitcond932.not.i = icmp eq i64 %indvars.iv.next930.i, 16
+  br i1 %exitcond932.not.i, label %for_end_r213.i, label %for_begin_to216.preheader.i, !prof !31
 
 if_then288.15.i:                                  ; preds = %for_end_r213.i
   %v222.i = load <16 x float>, ptr %peak.rf731.i, align 16, !tbaa !111
@@ -3938,20 +3938,20 @@ if_end289.15.i:                                   ; preds = %if_then288.15.i, %f
   br label %for_begin_to295.preheader.i
 
 for_begin_to295.preheader.i:                      ; preds = %for_end_to297.i, %if_end289.15.i
-  %indvars.iv938.i = phi i64 [ 0, %if_end289.15.i ], [ %indvars.iv.next939.i, %for_end_to297.i ]
+  %indvars.iv942.i = phi i64 [ 0, %if_end289.15.i ], [ %indvars.iv.next943.i, %for_end_to297.i ]
   br i1 %1450, label %for_body_to296.lr.ph.i, label %for_end_to297.i, !prof !3
 
 for_body_to296.lr.ph.i:                           ; preds = %for_begin_to295.preheader.i
-  %2135 = getelementptr inbounds nuw float, ptr %tile_max734.i, i64 %indvars.iv938.i
+  %2135 = getelementptr inbounds nuw float, ptr %tile_max734.i, i64 %indvars.iv942.i
   %2136 = load float, ptr %2135, align 4, !tbaa !158
   %2137 = insertelement <64 x float> poison, float %2136, i64 0
   %2138 = shufflevector <64 x float> %2137, <64 x float> poison, <64 x i32> zeroinitializer
-  %2139 = shl nuw nsw i64 %indvars.iv938.i, 7
+  %2139 = shl nuw nsw i64 %indvars.iv942.i, 7
   br label %for_body_to296.i
 
 for_body_to296.i:                                 ; preds = %for_body_to296.i, %for_body_to296.lr.ph.i
-  %indvars.iv933.i = phi i64 [ 0, %for_body_to296.lr.ph.i ], [ %indvars.iv.next934.i, %for_body_to296.i ]
-  %2140 = shl nsw i64 %indvars.iv933.i, 6
+  %indvars.iv937.i = phi i64 [ 0, %for_body_to296.lr.ph.i ], [ %indvars.iv.next938.i, %for_body_to296.i ]
+  %2140 = shl nsw i64 %indvars.iv937.i, 6
   %2141 = add nuw nsw i64 %2140, %2139
   %2142 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2141
   %2143 = load <64 x float>, ptr %2142, align 4, !tbaa !9
@@ -3977,27 +3977,27 @@ for_body_to296.i:                                 ; preds = %for_body_to296.i, %
   %2162 = select <64 x i1> %2161, <64 x float> zeroinitializer, <64 x float> %2160
   %2163 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2141
   store <64 x float> %2162, ptr %2163, align 4, !tbaa !9
-  %indvars.iv.next934.i = add nuw nsw i64 %indvars.iv933.i, 1
-  %exitcond937.not.i = icmp eq i64 %indvars.iv.next934.i, %wide.trip.count909.i
-  br i1 %exitcond937.not.i, label %for_end_to297.i, label %for_body_to296.i, !prof !4
+  %indvars.iv.next938.i = add nuw nsw i64 %indvars.iv937.i, 1
+  %exitcond941.not.i = icmp eq i64 %indvars.iv.next938.i, %wide.trip.count913.i
+  br i1 %exitcond941.not.i, label %for_end_to297.i, label %for_body_to296.i, !prof !4
 
 for_end_to297.i:                                  ; preds = %for_body_to296.i, %for_begin_to295.preheader.i
-  %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
-  %exitcond941.not.i = icmp eq i64 %indvars.iv.next939.i, 16
-  br i1 %exitcond941.not.i, label %for_begin_to305.preheader.i, label %for_begin_to295.preheader.i, !prof !31
+  %indvars.iv.next943.i = add nuw nsw i64 %indvars.iv942.i, 1
+  %exitcond945.not.i = icmp eq i64 %indvars.iv.next943.i, 16
+  br i1 %exitcond945.not.i, label %for_begin_to305.preheader.i, label %for_begin_to295.preheader.i, !prof !31
 
 for_begin_to305.preheader.i:                      ; preds = %for_end_to307.i, %for_end_to297.i
-  %indvars.iv947.i = phi i64 [ %indvars.iv.next948.i, %for_end_to307.i ], [ 0, %for_end_to297.i ]
+  %indvars.iv951.i = phi i64 [ %indvars.iv.next952.i, %for_end_to307.i ], [ 0, %for_end_to297.i ]
   br i1 %1450, label %for_body_to306.lr.ph.i, label %for_end_to307.i, !prof !3
 
 for_body_to306.lr.ph.i:                           ; preds = %for_begin_to305.preheader.i
-  %2164 = shl nuw nsw i64 %indvars.iv947.i, 7
+  %2164 = shl nuw nsw i64 %indvars.iv951.i, 7
   br i1 %1459, label %for_body_to306.i.epil.preheader, label %for_body_to306.i, !prof !96
 
 for_body_to306.i:                                 ; preds = %for_body_to306.i, %for_body_to306.lr.ph.i
-  %indvars.iv942.i = phi i64 [ %indvars.iv.next943.i.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
-  %niter339 = phi i64 [ %niter339.next.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
-  %2165 = shl nsw i64 %indvars.iv942.i, 6
+  %indvars.iv946.i = phi i64 [ %indvars.iv.next947.i.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
+  %niter344 = phi i64 [ %niter344.next.1, %for_body_to306.i ], [ 0, %for_body_to306.lr.ph.i ]
+  %2165 = shl nsw i64 %indvars.iv946.i, 6
   %2166 = add nuw nsw i64 %2165, %2164
   %2167 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2166
   %2168 = load <64 x i32>, ptr %2167, align 4, !tbaa !9
@@ -4008,8 +4008,8 @@ for_body_to306.i:                                 ; preds = %for_body_to306.i, %
   %2173 = and <64 x i32> %2172, splat (i32 -65536)
   %2174 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2166
   store <64 x i32> %2173, ptr %2174, align 4, !tbaa !9
-  %indvars.iv.next943.i = shl i64 %indvars.iv942.i, 6
-  %2175 = or disjoint i64 %indvars.iv.next943.i, 64
+  %indvars.iv.next947.i = shl i64 %indvars.iv946.i, 6
+  %2175 = or disjoint i64 %indvars.iv.next947.i, 64
   %2176 = add nuw nsw i64 %2175, %2164
   %2177 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2176
   %2178 = load <64 x i32>, ptr %2177, align 4, !tbaa !9
@@ -4020,18 +4020,18 @@ for_body_to306.i:                                 ; preds = %for_body_to306.i, %
   %2183 = and <64 x i32> %2182, splat (i32 -65536)
   %2184 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2176
   store <64 x i32> %2183, ptr %2184, align 4, !tbaa !9
-  %indvars.iv.next943.i.1 = add nuw nsw i64 %indvars.iv942.i, 2
-  %niter339.next.1 = add i64 %niter339, 2
-  %niter339.ncmp.1 = icmp eq i64 %niter339.next.1, %unroll_iter338
-  br i1 %niter339.ncmp.1, label %for_end_to307.i.loopexit.unr-lcssa, label %for_body_to306.i, !prof !97, !llvm.loop !160
+  %indvars.iv.next947.i.1 = add nuw nsw i64 %indvars.iv946.i, 2
+  %niter344.next.1 = add i64 %niter344, 2
+  %niter344.ncmp.1 = icmp eq i64 %niter344.next.1, %unroll_iter343
+  br i1 %niter344.ncmp.1, label %for_end_to307.i.loopexit.unr-lcssa, label %for_body_to306.i, !prof !97, !llvm.loop !160
 
 for_end_to307.i.loopexit.unr-lcssa:               ; preds = %for_body_to306.i
-  br i1 %lcmp.mod336.not, label %for_end_to307.i, label %for_body_to306.i.epil.preheader, !prof !100
+  br i1 %lcmp.mod341.not, label %for_end_to307.i, label %for_body_to306.i.epil.preheader, !prof !100
 
 for_body_to306.i.epil.preheader:                  ; preds = %for_end_to307.i.loopexit.unr-lcssa, %for_body_to306.lr.ph.i
-  %indvars.iv942.i.epil.init = phi i64 [ 0, %for_body_to306.lr.ph.i ], [ %indvars.iv.next943.i.1, %for_end_to307.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod337)
-  %2185 = shl nsw i64 %indvars.iv942.i.epil.init, 6
+  %indvars.iv946.i.epil.init = phi i64 [ 0, %for_body_to306.lr.ph.i ], [ %indvars.iv.next947.i.1, %for_end_to307.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod342)
+  %2185 = shl nsw i64 %indvars.iv946.i.epil.init, 6
   %2186 = add nuw nsw i64 %2185, %2164
   %2187 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2186
   %2188 = load <64 x i32>, ptr %2187, align 4, !tbaa !9
@@ -4045,17 +4045,17 @@ for_body_to306.i.epil.preheader:                  ; preds = %for_end_to307.i.loo
   br label %for_end_to307.i
 
 for_end_to307.i:                                  ; preds = %for_body_to306.i.epil.preheader, %for_end_to307.i.loopexit.unr-lcssa, %for_begin_to305.preheader.i
-  %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
-  %exitcond950.not.i = icmp eq i64 %indvars.iv.next948.i, 16
-  br i1 %exitcond950.not.i, label %for_begin_to315.preheader.i, label %for_begin_to305.preheader.i, !prof !31
+  %indvars.iv.next952.i = add nuw nsw i64 %indvars.iv951.i, 1
+  %exitcond954.not.i = icmp eq i64 %indvars.iv.next952.i, 16
+  br i1 %exitcond954.not.i, label %for_begin_to315.preheader.i, label %for_begin_to305.preheader.i, !prof !31
 
 for_begin_to315.preheader.i:                      ; preds = %for_end_to317.i, %for_end_to307.i
-  %indvars.iv956.i = phi i64 [ %indvars.iv.next957.i, %for_end_to317.i ], [ 0, %for_end_to307.i ]
+  %indvars.iv960.i = phi i64 [ %indvars.iv.next961.i, %for_end_to317.i ], [ 0, %for_end_to307.i ]
   br i1 %1450, label %for_body_to316.lr.ph.i, label %for_end_to317.i, !prof !3
 
 for_body_to316.lr.ph.i:                           ; preds = %for_begin_to315.preheader.i
-  %.idx1192.i = shl nuw nsw i64 %indvars.iv956.i, 9
-  %invariant.gep1255.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1192.i
+  %.idx1196.i = shl nuw nsw i64 %indvars.iv960.i, 9
+  %invariant.gep1260.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1196.i
   br i1 %1460, label %for_body_to316.i.epil.preheader, label %for_body_to316.i, !prof !101
 
 for_end_r312.i:                                   ; preds = %for_end_to317.i
@@ -4078,26 +4078,26 @@ for_end_r312.i:                                   ; preds = %for_end_to317.i
   br label %for_begin_to485.preheader.i
 
 for_body_to316.i:                                 ; preds = %for_body_to316.i, %for_body_to316.lr.ph.i
-  %indvars.iv951.i = phi i64 [ %indvars.iv.next952.i.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
+  %indvars.iv955.i = phi i64 [ %indvars.iv.next956.i.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
   %tile_sum.rf_global728.sroa.0.0802.i = phi <16 x float> [ %2241, %for_body_to316.i ], [ zeroinitializer, %for_body_to316.lr.ph.i ]
-  %niter346 = phi i64 [ %niter346.next.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
-  %.idx1191.i = shl nsw i64 %indvars.iv951.i, 8
-  %gep1256.i = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i
-  %2195 = load <16 x float>, ptr %gep1256.i, align 4, !tbaa !9
+  %niter351 = phi i64 [ %niter351.next.3, %for_body_to316.i ], [ 0, %for_body_to316.lr.ph.i ]
+  %.idx1195.i = shl nsw i64 %indvars.iv955.i, 8
+  %gep1261.i = getelementptr inbounds nuw i8, ptr %invariant.gep1260.i, i64 %.idx1195.i
+  %2195 = load <16 x float>, ptr %gep1261.i, align 4, !tbaa !9
   %2196 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i, %2195
-  %2197 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 64
+  %2197 = getelementptr inbounds nuw i8, ptr %gep1261.i, i64 64
   %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !9
   %2199 = fadd <16 x float> %2196, %2198
-  %2200 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 128
+  %2200 = getelementptr inbounds nuw i8, ptr %gep1261.i, i64 128
   %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !9
   %2202 = fadd <16 x float> %2199, %2201
-  %2203 = getelementptr inbounds nuw i8, ptr %gep1256.i, i64 192
+  %2203 = getelementptr inbounds nuw i8, ptr %gep1261.i, i64 192
   %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !9
   %2205 = fadd <16 x float> %2202, %2204
-  %indvars.iv.next952.i = shl i64 %indvars.iv951.i, 8
-  %2206 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i
-  %gep1256.i.1 = getelementptr inbounds nuw i8, ptr %2206, i64 256
-  %2207 = load <16 x float>, ptr %gep1256.i.1, align 4, !tbaa !9
+  %indvars.iv.next956.i = shl i64 %indvars.iv955.i, 8
+  %2206 = getelementptr inbounds nuw i8, ptr %invariant.gep1260.i, i64 %indvars.iv.next956.i
+  %gep1261.i.1 = getelementptr inbounds nuw i8, ptr %2206, i64 256
+  %2207 = load <16 x float>, ptr %gep1261.i.1, align 4, !tbaa !9
   %2208 = fadd <16 x float> %2205, %2207
   %2209 = getelementptr inbounds nuw i8, ptr %2206, i64 320
   %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !9
@@ -4108,10 +4108,10 @@ for_body_to316.i:                                 ; preds = %for_body_to316.i, %
   %2215 = getelementptr inbounds nuw i8, ptr %2206, i64 448
   %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !9
   %2217 = fadd <16 x float> %2214, %2216
-  %indvars.iv.next952.i.1 = shl i64 %indvars.iv951.i, 8
-  %2218 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.1
-  %gep1256.i.2 = getelementptr inbounds nuw i8, ptr %2218, i64 512
-  %2219 = load <16 x float>, ptr %gep1256.i.2, align 4, !tbaa !9
+  %indvars.iv.next956.i.1 = shl i64 %indvars.iv955.i, 8
+  %2218 = getelementptr inbounds nuw i8, ptr %invariant.gep1260.i, i64 %indvars.iv.next956.i.1
+  %gep1261.i.2 = getelementptr inbounds nuw i8, ptr %2218, i64 512
+  %2219 = load <16 x float>, ptr %gep1261.i.2, align 4, !tbaa !9
   %2220 = fadd <16 x float> %2217, %2219
   %2221 = getelementptr inbounds nuw i8, ptr %2218, i64 576
   %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !9
@@ -4122,10 +4122,10 @@ for_body_to316.i:                                 ; preds = %for_body_to316.i, %
   %2227 = getelementptr inbounds nuw i8, ptr %2218, i64 704
   %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !9
   %2229 = fadd <16 x float> %2226, %2228
-  %indvars.iv.next952.i.2 = shl i64 %indvars.iv951.i, 8
-  %2230 = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %indvars.iv.next952.i.2
-  %gep1256.i.3 = getelementptr inbounds nuw i8, ptr %2230, i64 768
-  %2231 = load <16 x float>, ptr %gep1256.i.3, align 4, !tbaa !9
+  %indvars.iv.next956.i.2 = shl i64 %indvars.iv955.i, 8
+  %2230 = getelementptr inbounds nuw i8, ptr %invariant.gep1260.i, i64 %indvars.iv.next956.i.2
+  %gep1261.i.3 = getelementptr inbounds nuw i8, ptr %2230, i64 768
+  %2231 = load <16 x float>, ptr %gep1261.i.3, align 4, !tbaa !9
   %2232 = fadd <16 x float> %2229, %2231
   %2233 = getelementptr inbounds nuw i8, ptr %2230, i64 832
   %2234 = load <16 x float>, ptr %2233, align 4, !tbaa !9
@@ -4136,1675 +4136,1675 @@ for_body_to316.i:                                 ; preds = %for_body_to316.i, %
   %2239 = getelementptr inbounds nuw i8, ptr %2230, i64 960
   %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !9
   %2241 = fadd <16 x float> %2238, %2240
-  %indvars.iv.next952.i.3 = add nuw nsw i64 %indvars.iv951.i, 4
-  %niter346.next.3 = add i64 %niter346, 4
-  %niter346.ncmp.3 = icmp eq i64 %niter346.next.3, %unroll_iter345
-  br i1 %niter346.ncmp.3, label %for_end_to317.i.loopexit.unr-lcssa, label %for_body_to316.i, !prof !102, !llvm.loop !209
+  %indvars.iv.next956.i.3 = add nuw nsw i64 %indvars.iv955.i, 4
+  %niter351.next.3 = add i64 %niter351, 4
+  %niter351.ncmp.3 = icmp eq i64 %niter351.next.3, %unroll_iter350
+  br i1 %niter351.ncmp.3, label %for_end_to317.i.loopexit.unr-lcssa, label %for_body_to316.i, !prof !102, !llvm.loop !209
 
 for_end_to317.i.loopexit.unr-lcssa:               ; preds = %for_body_to316.i
-  br i1 %lcmp.mod342.not, label %for_end_to317.i, label %for_body_to316.i.epil.preheader, !prof !105
+  br i1 %lcmp.mod347.not, label %for_end_to317.i, label %for_body_to316.i.epil.preheader, !prof !105
 
 for_body_to316.i.epil.preheader:                  ; preds = %for_end_to317.i.loopexit.unr-lcssa, %for_body_to316.lr.ph.i
-  %indvars.iv951.i.epil.init = phi i64 [ 0, %for_body_to316.lr.ph.i ], [ %indvars.iv.next952.i.3, %for_end_to317.i.loopexit.unr-lcssa ]
+  %indvars.iv955.i.epil.init = phi i64 [ 0, %for_body_to316.lr.ph.i ], [ %indvars.iv.next956.i.3, %for_end_to317.i.loopexit.unr-lcssa ]
   %tile_sum.rf_global728.sroa.0.0802.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_to316.lr.ph.i ], [ %2241, %for_end_to317.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod344)
+  tail call void @llvm.assume(i1 %lcmp.mod349)
   br label %for_body_to316.i.epil
 
 for_body_to316.i.epil:                            ; preds = %for_body_to316.i.epil, %for_body_to316.i.epil.preheader
-  %indvars.iv951.i.epil = phi i64 [ %indvars.iv951.i.epil.init, %for_body_to316.i.epil.preheader ], [ %indvars.iv.next952.i.epil, %for_body_to316.i.epil ]
+  %indvars.iv955.i.epil = phi i64 [ %indvars.iv955.i.epil.init, %for_body_to316.i.epil.preheader ], [ %indvars.iv.next956.i.epil, %for_body_to316.i.epil ]
   %tile_sum.rf_global728.sroa.0.0802.i.epil = phi <16 x float> [ %tile_sum.rf_global728.sroa.0.0802.i.epil.init, %for_body_to316.i.epil.preheader ], [ %2252, %for_body_to316.i.epil ]
-  %epil.iter341 = phi i64 [ 0, %for_body_to316.i.epil.preheader ], [ %epil.iter341.next, %for_body_to316.i.epil ]
-  %.idx1191.i.epil = shl nsw i64 %indvars.iv951.i.epil, 8
-  %gep1256.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1255.i, i64 %.idx1191.i.epil
-  %2242 = load <16 x float>, ptr %gep1256.i.epil, align 4, !tbaa !9
+  %epil.iter346 = phi i64 [ 0, %for_body_to316.i.epil.preheader ], [ %epil.iter346.next, %for_body_to316.i.epil ]
+  %.idx1195.i.epil = shl nsw i64 %indvars.iv955.i.epil, 8
+  %gep1261.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1260.i, i64 %.idx1195.i.epil
+  %2242 = load <16 x float>, ptr %gep1261.i.epil, align 4, !tbaa !9
   %2243 = fadd <16 x float> %tile_sum.rf_global728.sroa.0.0802.i.epil, %2242
-  %2244 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 64
+  %2244 = getelementptr inbounds nuw i8, ptr %gep1261.i.epil, i64 64
   %2245 = load <16 x float>, ptr %2244, align 4, !tbaa !9
   %2246 = fadd <16 x float> %2243, %2245
-  %2247 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 128
+  %2247 = getelementptr inbounds nuw i8, ptr %gep1261.i.epil, i64 128
   %2248 = load <16 x float>, ptr %2247, align 4, !tbaa !9
   %2249 = fadd <16 x float> %2246, %2248
-  %2250 = getelementptr inbounds nuw i8, ptr %gep1256.i.epil, i64 192
+  %2250 = getelementptr inbounds nuw i8, ptr %gep1261.i.epil, i64 192
   %2251 = load <16 x float>, ptr %2250, align 4, !tbaa !9
   %2252 = fadd <16 x float> %2249, %2251
-  %indvars.iv.next952.i.epil = add nuw nsw i64 %indvars.iv951.i.epil, 1
-  %epil.iter341.next = add i64 %epil.iter341, 1
-  %epil.iter341.cmp.not = icmp eq i64 %epil.iter341.next, %xtraiter340
-  br i1 %epil.iter341.cmp.not, label %for_end_to317.i, label %for_body_to316.i.epil, !prof !100, !llvm.loop !210
+  %indvars.iv.next956.i.epil = add nuw nsw i64 %indvars.iv955.i.epil, 1
+  %epil.iter346.next = add i64 %epil.iter346, 1
+  %epil.iter346.cmp.not = icmp eq i64 %epil.iter346.next, %xtraiter345
+  br i1 %epil.iter346.cmp.not, label %for_end_to317.i, label %for_body_to316.i.epil, !prof !100, !llvm.loop !210
 
 for_end_to317.i:                                  ; preds = %for_body_to316.i.epil, %for_end_to317.i.loopexit.unr-lcssa, %for_begin_to315.preheader.i
   %tile_sum.rf_global728.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to315.preheader.i ], [ %2241, %for_end_to317.i.loopexit.unr-lcssa ], [ %2252, %for_body_to316.i.epil ]
-  %.idx1193.i = shl nuw nsw i64 %indvars.iv956.i, 6
-  %2253 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 %.idx1193.i
+  %.idx1197.i = shl nuw nsw i64 %indvars.iv960.i, 6
+  %2253 = getelementptr inbounds nuw i8, ptr %tile_sum.rf730.i, i64 %.idx1197.i
   store <16 x float> %tile_sum.rf_global728.sroa.0.0.lcssa.i, ptr %2253, align 16, !tbaa !211
-  %indvars.iv.next957.i = add nuw nsw i64 %indvars.iv956.i, 1
-  %exitcond959.not.i = icmp eq i64 %indvars.iv.next957.i, 16
-  br i1 %exitcond959.not.i, label %for_end_r312.i, label %for_begin_to315.preheader.i, !prof !31
+  %indvars.iv.next961.i = add nuw nsw i64 %indvars.iv960.i, 1
+  %exitcond963.not.i = icmp eq i64 %indvars.iv.next961.i, 16
+  br i1 %exitcond963.not.i, label %for_end_r312.i, label %for_begin_to315.preheader.i, !prof !31
 
 for_begin_to485.preheader.i:                      ; preds = %for_begin_to485.preheader.i.backedge, %for_end_r312.i
-  %indvars.iv965.i = phi i64 [ 0, %for_end_r312.i ], [ %indvars.iv965.i.be, %for_begin_to485.preheader.i.backedge ]
+  %indvars.iv969.i = phi i64 [ 0, %for_end_r312.i ], [ %indvars.iv969.i.be, %for_begin_to485.preheader.i.backedge ]
   br i1 %1450, label %for_body_to486.lr.ph.i, label %for_end_to487.thread.i, !prof !3
 
 for_body_to486.lr.ph.i:                           ; preds = %for_begin_to485.preheader.i
-  %.idx1194.i = shl nuw nsw i64 %indvars.iv965.i, 9
-  %invariant.gep1257.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1194.i
-  %.idx1195.i = shl nuw nsw i64 %indvars.iv965.i, 10
-  %invariant.gep1259.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1195.i
+  %.idx1198.i = shl nuw nsw i64 %indvars.iv969.i, 9
+  %invariant.gep1262.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1198.i
+  %.idx1199.i = shl nuw nsw i64 %indvars.iv969.i, 10
+  %invariant.gep1264.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1199.i
   br i1 %1461, label %for_body_to486.i.epil.preheader, label %for_body_to486.i, !prof !101
 
 for_body_to486.i:                                 ; preds = %for_body_to486.i, %for_body_to486.lr.ph.i
-  %indvars.iv960.i = phi i64 [ %indvars.iv.next961.i.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
-  %niter352 = phi i64 [ %niter352.next.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
-  %2254 = shl nsw i64 %indvars.iv960.i, 6
-  %gep1258.i = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2254
-  %2255 = load <64 x i32>, ptr %gep1258.i, align 4, !tbaa !9
+  %indvars.iv964.i = phi i64 [ %indvars.iv.next965.i.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
+  %niter357 = phi i64 [ %niter357.next.3, %for_body_to486.i ], [ 0, %for_body_to486.lr.ph.i ]
+  %2254 = shl nsw i64 %indvars.iv964.i, 6
+  %gep1263.i = getelementptr inbounds nuw float, ptr %invariant.gep1262.i, i64 %2254
+  %2255 = load <64 x i32>, ptr %gep1263.i, align 4, !tbaa !9
   %2256 = lshr <64 x i32> %2255, splat (i32 16)
-  %gep1260.i = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2254
-  store <64 x i32> %2256, ptr %gep1260.i, align 4, !tbaa !9
-  %indvars.iv.next961.i = shl i64 %indvars.iv960.i, 6
-  %2257 = or disjoint i64 %indvars.iv.next961.i, 64
-  %gep1258.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2257
-  %2258 = load <64 x i32>, ptr %gep1258.i.1, align 4, !tbaa !9
+  %gep1265.i = getelementptr inbounds nuw i32, ptr %invariant.gep1264.i, i64 %2254
+  store <64 x i32> %2256, ptr %gep1265.i, align 4, !tbaa !9
+  %indvars.iv.next965.i = shl i64 %indvars.iv964.i, 6
+  %2257 = or disjoint i64 %indvars.iv.next965.i, 64
+  %gep1263.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep1262.i, i64 %2257
+  %2258 = load <64 x i32>, ptr %gep1263.i.1, align 4, !tbaa !9
   %2259 = lshr <64 x i32> %2258, splat (i32 16)
-  %gep1260.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2257
-  store <64 x i32> %2259, ptr %gep1260.i.1, align 4, !tbaa !9
-  %indvars.iv.next961.i.1 = shl i64 %indvars.iv960.i, 6
-  %2260 = or disjoint i64 %indvars.iv.next961.i.1, 128
-  %gep1258.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2260
-  %2261 = load <64 x i32>, ptr %gep1258.i.2, align 4, !tbaa !9
+  %gep1265.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1264.i, i64 %2257
+  store <64 x i32> %2259, ptr %gep1265.i.1, align 4, !tbaa !9
+  %indvars.iv.next965.i.1 = shl i64 %indvars.iv964.i, 6
+  %2260 = or disjoint i64 %indvars.iv.next965.i.1, 128
+  %gep1263.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep1262.i, i64 %2260
+  %2261 = load <64 x i32>, ptr %gep1263.i.2, align 4, !tbaa !9
   %2262 = lshr <64 x i32> %2261, splat (i32 16)
-  %gep1260.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2260
-  store <64 x i32> %2262, ptr %gep1260.i.2, align 4, !tbaa !9
-  %indvars.iv.next961.i.2 = shl i64 %indvars.iv960.i, 6
-  %2263 = or disjoint i64 %indvars.iv.next961.i.2, 192
-  %gep1258.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2263
-  %2264 = load <64 x i32>, ptr %gep1258.i.3, align 4, !tbaa !9
+  %gep1265.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1264.i, i64 %2260
+  store <64 x i32> %2262, ptr %gep1265.i.2, align 4, !tbaa !9
+  %indvars.iv.next965.i.2 = shl i64 %indvars.iv964.i, 6
+  %2263 = or disjoint i64 %indvars.iv.next965.i.2, 192
+  %gep1263.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep1262.i, i64 %2263
+  %2264 = load <64 x i32>, ptr %gep1263.i.3, align 4, !tbaa !9
   %2265 = lshr <64 x i32> %2264, splat (i32 16)
-  %gep1260.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2263
-  store <64 x i32> %2265, ptr %gep1260.i.3, align 4, !tbaa !9
-  %indvars.iv.next961.i.3 = add nuw nsw i64 %indvars.iv960.i, 4
-  %niter352.next.3 = add i64 %niter352, 4
-  %niter352.ncmp.3 = icmp eq i64 %niter352.next.3, %unroll_iter351
-  br i1 %niter352.ncmp.3, label %for_end_to487.i.unr-lcssa, label %for_body_to486.i, !prof !102, !llvm.loop !212
+  %gep1265.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1264.i, i64 %2263
+  store <64 x i32> %2265, ptr %gep1265.i.3, align 4, !tbaa !9
+  %indvars.iv.next965.i.3 = add nuw nsw i64 %indvars.iv964.i, 4
+  %niter357.next.3 = add i64 %niter357, 4
+  %niter357.ncmp.3 = icmp eq i64 %niter357.next.3, %unroll_iter356
+  br i1 %niter357.ncmp.3, label %for_end_to487.i.unr-lcssa, label %for_body_to486.i, !prof !102, !llvm.loop !212
 
 for_end_to487.i.unr-lcssa:                        ; preds = %for_body_to486.i
-  br i1 %lcmp.mod349.not, label %for_end_to487.i, label %for_body_to486.i.epil.preheader, !prof !105
+  br i1 %lcmp.mod354.not, label %for_end_to487.i, label %for_body_to486.i.epil.preheader, !prof !105
 
 for_body_to486.i.epil.preheader:                  ; preds = %for_end_to487.i.unr-lcssa, %for_body_to486.lr.ph.i
-  %indvars.iv960.i.epil.init = phi i64 [ 0, %for_body_to486.lr.ph.i ], [ %indvars.iv.next961.i.3, %for_end_to487.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod350)
+  %indvars.iv964.i.epil.init = phi i64 [ 0, %for_body_to486.lr.ph.i ], [ %indvars.iv.next965.i.3, %for_end_to487.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod355)
   br label %for_body_to486.i.epil
 
 for_body_to486.i.epil:                            ; preds = %for_body_to486.i.epil, %for_body_to486.i.epil.preheader
-  %indvars.iv960.i.epil = phi i64 [ %indvars.iv960.i.epil.init, %for_body_to486.i.epil.preheader ], [ %indvars.iv.next961.i.epil, %for_body_to486.i.epil ]
-  %epil.iter348 = phi i64 [ 0, %for_body_to486.i.epil.preheader ], [ %epil.iter348.next, %for_body_to486.i.epil ]
-  %2266 = shl nsw i64 %indvars.iv960.i.epil, 6
-  %gep1258.i.epil = getelementptr inbounds nuw float, ptr %invariant.gep1257.i, i64 %2266
-  %2267 = load <64 x i32>, ptr %gep1258.i.epil, align 4, !tbaa !9
+  %indvars.iv964.i.epil = phi i64 [ %indvars.iv964.i.epil.init, %for_body_to486.i.epil.preheader ], [ %indvars.iv.next965.i.epil, %for_body_to486.i.epil ]
+  %epil.iter353 = phi i64 [ 0, %for_body_to486.i.epil.preheader ], [ %epil.iter353.next, %for_body_to486.i.epil ]
+  %2266 = shl nsw i64 %indvars.iv964.i.epil, 6
+  %gep1263.i.epil = getelementptr inbounds nuw float, ptr %invariant.gep1262.i, i64 %2266
+  %2267 = load <64 x i32>, ptr %gep1263.i.epil, align 4, !tbaa !9
   %2268 = lshr <64 x i32> %2267, splat (i32 16)
-  %gep1260.i.epil = getelementptr inbounds nuw i32, ptr %invariant.gep1259.i, i64 %2266
-  store <64 x i32> %2268, ptr %gep1260.i.epil, align 4, !tbaa !9
-  %indvars.iv.next961.i.epil = add nuw nsw i64 %indvars.iv960.i.epil, 1
-  %epil.iter348.next = add i64 %epil.iter348, 1
-  %epil.iter348.cmp.not = icmp eq i64 %epil.iter348.next, %xtraiter347
-  br i1 %epil.iter348.cmp.not, label %for_end_to487.i, label %for_body_to486.i.epil, !prof !100, !llvm.loop !213
+  %gep1265.i.epil = getelementptr inbounds nuw i32, ptr %invariant.gep1264.i, i64 %2266
+  store <64 x i32> %2268, ptr %gep1265.i.epil, align 4, !tbaa !9
+  %indvars.iv.next965.i.epil = add nuw nsw i64 %indvars.iv964.i.epil, 1
+  %epil.iter353.next = add i64 %epil.iter353, 1
+  %epil.iter353.cmp.not = icmp eq i64 %epil.iter353.next, %xtraiter352
+  br i1 %epil.iter353.cmp.not, label %for_end_to487.i, label %for_body_to486.i.epil, !prof !100, !llvm.loop !213
 
 for_end_to487.i:                                  ; preds = %for_body_to486.i.epil, %for_end_to487.i.unr-lcssa
-  %indvars.iv.next966.i = add nuw nsw i64 %indvars.iv965.i, 1
-  %exitcond968.not.i = icmp eq i64 %indvars.iv.next966.i, 16
-  br i1 %exitcond968.not.i, label %for_body_to496.i.preheader, label %for_begin_to485.preheader.i.backedge, !prof !31
+  %indvars.iv.next970.i = add nuw nsw i64 %indvars.iv969.i, 1
+  %exitcond972.not.i = icmp eq i64 %indvars.iv.next970.i, 16
+  br i1 %exitcond972.not.i, label %for_body_to496.i.preheader, label %for_begin_to485.preheader.i.backedge, !prof !31
 
 for_body_to496.i.preheader:                       ; preds = %for_end_to487.i
   br i1 %1462, label %for_body_to496.i.epil.preheader, label %for_body_to496.i, !prof !214
 
 for_end_to487.thread.i:                           ; preds = %for_begin_to485.preheader.i
-  %indvars.iv.next9661222.i = add nuw nsw i64 %indvars.iv965.i, 1
-  %exitcond968.not1223.i = icmp eq i64 %indvars.iv.next9661222.i, 16
-  br i1 %exitcond968.not1223.i, label %for_end_to497.15.i, label %for_begin_to485.preheader.i.backedge, !prof !31
+  %indvars.iv.next9701226.i = add nuw nsw i64 %indvars.iv969.i, 1
+  %exitcond972.not1227.i = icmp eq i64 %indvars.iv.next9701226.i, 16
+  br i1 %exitcond972.not1227.i, label %for_end_to497.15.i, label %for_begin_to485.preheader.i.backedge, !prof !31
 
 for_begin_to485.preheader.i.backedge:             ; preds = %for_end_to487.thread.i, %for_end_to487.i
-  %indvars.iv965.i.be = phi i64 [ %indvars.iv.next966.i, %for_end_to487.i ], [ %indvars.iv.next9661222.i, %for_end_to487.thread.i ]
+  %indvars.iv969.i.be = phi i64 [ %indvars.iv.next970.i, %for_end_to487.i ], [ %indvars.iv.next9701226.i, %for_end_to487.thread.i ]
   br label %for_begin_to485.preheader.i
 
 for_body_to496.i:                                 ; preds = %for_body_to496.i, %for_body_to496.i.preheader
-  %indvars.iv970.i = phi i64 [ %indvars.iv.next971.i.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
-  %niter358 = phi i64 [ %niter358.next.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
-  %2269 = shl nsw i64 %indvars.iv970.i, 6
+  %indvars.iv974.i = phi i64 [ %indvars.iv.next975.i.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
+  %niter363 = phi i64 [ %niter363.next.7, %for_body_to496.i ], [ 0, %for_body_to496.i.preheader ]
+  %2269 = shl nsw i64 %indvars.iv974.i, 6
   %2270 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2269
   %2271 = load <64 x i32>, ptr %2270, align 4, !tbaa !9
   %2272 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2269
   %2273 = getelementptr inbounds nuw i8, ptr %2272, i64 512
   store <64 x i32> %2271, ptr %2273, align 4, !tbaa !9
-  %indvars.iv.next971.i = shl i64 %indvars.iv970.i, 6
-  %2274 = or disjoint i64 %indvars.iv.next971.i, 64
+  %indvars.iv.next975.i = shl i64 %indvars.iv974.i, 6
+  %2274 = or disjoint i64 %indvars.iv.next975.i, 64
   %2275 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2274
   %2276 = load <64 x i32>, ptr %2275, align 4, !tbaa !9
   %2277 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2274
   %2278 = getelementptr inbounds nuw i8, ptr %2277, i64 512
   store <64 x i32> %2276, ptr %2278, align 4, !tbaa !9
-  %indvars.iv.next971.i.1 = shl i64 %indvars.iv970.i, 6
-  %2279 = or disjoint i64 %indvars.iv.next971.i.1, 128
+  %indvars.iv.next975.i.1 = shl i64 %indvars.iv974.i, 6
+  %2279 = or disjoint i64 %indvars.iv.next975.i.1, 128
   %2280 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2279
   %2281 = load <64 x i32>, ptr %2280, align 4, !tbaa !9
   %2282 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2279
   %2283 = getelementptr inbounds nuw i8, ptr %2282, i64 512
   store <64 x i32> %2281, ptr %2283, align 4, !tbaa !9
-  %indvars.iv.next971.i.2 = shl i64 %indvars.iv970.i, 6
-  %2284 = or disjoint i64 %indvars.iv.next971.i.2, 192
+  %indvars.iv.next975.i.2 = shl i64 %indvars.iv974.i, 6
+  %2284 = or disjoint i64 %indvars.iv.next975.i.2, 192
   %2285 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2284
   %2286 = load <64 x i32>, ptr %2285, align 4, !tbaa !9
   %2287 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2284
   %2288 = getelementptr inbounds nuw i8, ptr %2287, i64 512
   store <64 x i32> %2286, ptr %2288, align 4, !tbaa !9
-  %indvars.iv.next971.i.3 = shl i64 %indvars.iv970.i, 6
-  %2289 = or disjoint i64 %indvars.iv.next971.i.3, 256
+  %indvars.iv.next975.i.3 = shl i64 %indvars.iv974.i, 6
+  %2289 = or disjoint i64 %indvars.iv.next975.i.3, 256
   %2290 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2289
   %2291 = load <64 x i32>, ptr %2290, align 4, !tbaa !9
   %2292 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2289
   %2293 = getelementptr inbounds nuw i8, ptr %2292, i64 512
   store <64 x i32> %2291, ptr %2293, align 4, !tbaa !9
-  %indvars.iv.next971.i.4 = shl i64 %indvars.iv970.i, 6
-  %2294 = or disjoint i64 %indvars.iv.next971.i.4, 320
+  %indvars.iv.next975.i.4 = shl i64 %indvars.iv974.i, 6
+  %2294 = or disjoint i64 %indvars.iv.next975.i.4, 320
   %2295 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2294
   %2296 = load <64 x i32>, ptr %2295, align 4, !tbaa !9
   %2297 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2294
   %2298 = getelementptr inbounds nuw i8, ptr %2297, i64 512
   store <64 x i32> %2296, ptr %2298, align 4, !tbaa !9
-  %indvars.iv.next971.i.5 = shl i64 %indvars.iv970.i, 6
-  %2299 = or disjoint i64 %indvars.iv.next971.i.5, 384
+  %indvars.iv.next975.i.5 = shl i64 %indvars.iv974.i, 6
+  %2299 = or disjoint i64 %indvars.iv.next975.i.5, 384
   %2300 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2299
   %2301 = load <64 x i32>, ptr %2300, align 4, !tbaa !9
   %2302 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2299
   %2303 = getelementptr inbounds nuw i8, ptr %2302, i64 512
   store <64 x i32> %2301, ptr %2303, align 4, !tbaa !9
-  %indvars.iv.next971.i.6 = shl i64 %indvars.iv970.i, 6
-  %2304 = or disjoint i64 %indvars.iv.next971.i.6, 448
+  %indvars.iv.next975.i.6 = shl i64 %indvars.iv974.i, 6
+  %2304 = or disjoint i64 %indvars.iv.next975.i.6, 448
   %2305 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2304
   %2306 = load <64 x i32>, ptr %2305, align 4, !tbaa !9
   %2307 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2304
   %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 512
   store <64 x i32> %2306, ptr %2308, align 4, !tbaa !9
-  %indvars.iv.next971.i.7 = add nuw nsw i64 %indvars.iv970.i, 8
-  %niter358.next.7 = add i64 %niter358, 8
-  %niter358.ncmp.7 = icmp eq i64 %niter358.next.7, %unroll_iter357
-  br i1 %niter358.ncmp.7, label %for_body_to496.1.i.preheader.unr-lcssa, label %for_body_to496.i, !prof !215, !llvm.loop !216
+  %indvars.iv.next975.i.7 = add nuw nsw i64 %indvars.iv974.i, 8
+  %niter363.next.7 = add i64 %niter363, 8
+  %niter363.ncmp.7 = icmp eq i64 %niter363.next.7, %unroll_iter362
+  br i1 %niter363.ncmp.7, label %for_body_to496.1.i.preheader.unr-lcssa, label %for_body_to496.i, !prof !215, !llvm.loop !216
 
 for_body_to496.1.i.preheader.unr-lcssa:           ; preds = %for_body_to496.i
-  br i1 %lcmp.mod355.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod360.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil.preheader, !prof !218
 
 for_body_to496.i.epil.preheader:                  ; preds = %for_body_to496.1.i.preheader.unr-lcssa, %for_body_to496.i.preheader
-  %indvars.iv970.i.epil.init = phi i64 [ 0, %for_body_to496.i.preheader ], [ %indvars.iv.next971.i.7, %for_body_to496.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod356)
+  %indvars.iv974.i.epil.init = phi i64 [ 0, %for_body_to496.i.preheader ], [ %indvars.iv.next975.i.7, %for_body_to496.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod361)
   br label %for_body_to496.i.epil
 
 for_body_to496.i.epil:                            ; preds = %for_body_to496.i.epil, %for_body_to496.i.epil.preheader
-  %indvars.iv970.i.epil = phi i64 [ %indvars.iv.next971.i.epil, %for_body_to496.i.epil ], [ %indvars.iv970.i.epil.init, %for_body_to496.i.epil.preheader ]
-  %epil.iter354 = phi i64 [ %epil.iter354.next, %for_body_to496.i.epil ], [ 0, %for_body_to496.i.epil.preheader ]
-  %2309 = shl nsw i64 %indvars.iv970.i.epil, 6
+  %indvars.iv974.i.epil = phi i64 [ %indvars.iv.next975.i.epil, %for_body_to496.i.epil ], [ %indvars.iv974.i.epil.init, %for_body_to496.i.epil.preheader ]
+  %epil.iter359 = phi i64 [ %epil.iter359.next, %for_body_to496.i.epil ], [ 0, %for_body_to496.i.epil.preheader ]
+  %2309 = shl nsw i64 %indvars.iv974.i.epil, 6
   %2310 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2309
   %2311 = load <64 x i32>, ptr %2310, align 4, !tbaa !9
   %2312 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2309
   %2313 = getelementptr inbounds nuw i8, ptr %2312, i64 512
   store <64 x i32> %2311, ptr %2313, align 4, !tbaa !9
-  %indvars.iv.next971.i.epil = add nuw nsw i64 %indvars.iv970.i.epil, 1
-  %epil.iter354.next = add i64 %epil.iter354, 1
-  %epil.iter354.cmp.not = icmp eq i64 %epil.iter354.next, %xtraiter353
-  br i1 %epil.iter354.cmp.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil, !prof !105, !llvm.loop !219
+  %indvars.iv.next975.i.epil = add nuw nsw i64 %indvars.iv974.i.epil, 1
+  %epil.iter359.next = add i64 %epil.iter359, 1
+  %epil.iter359.cmp.not = icmp eq i64 %epil.iter359.next, %xtraiter358
+  br i1 %epil.iter359.cmp.not, label %for_body_to496.1.i.preheader, label %for_body_to496.i.epil, !prof !105, !llvm.loop !219
 
 for_body_to496.1.i.preheader:                     ; preds = %for_body_to496.i.epil, %for_body_to496.1.i.preheader.unr-lcssa
   br i1 %1463, label %for_body_to496.1.i.epil.preheader, label %for_body_to496.1.i, !prof !214
 
 for_body_to496.1.i:                               ; preds = %for_body_to496.1.i, %for_body_to496.1.i.preheader
-  %indvars.iv970.1.i = phi i64 [ %indvars.iv.next971.1.i.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
-  %niter364 = phi i64 [ %niter364.next.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
-  %2314 = shl nsw i64 %indvars.iv970.1.i, 6
+  %indvars.iv974.1.i = phi i64 [ %indvars.iv.next975.1.i.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
+  %niter369 = phi i64 [ %niter369.next.7, %for_body_to496.1.i ], [ 0, %for_body_to496.1.i.preheader ]
+  %2314 = shl nsw i64 %indvars.iv974.1.i, 6
   %2315 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2314
   %2316 = getelementptr inbounds nuw i8, ptr %2315, i64 512
   %2317 = load <64 x i32>, ptr %2316, align 4, !tbaa !9
   %2318 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2314
   %2319 = getelementptr inbounds nuw i8, ptr %2318, i64 1536
   store <64 x i32> %2317, ptr %2319, align 4, !tbaa !9
-  %indvars.iv.next971.1.i = shl i64 %indvars.iv970.1.i, 6
-  %2320 = or disjoint i64 %indvars.iv.next971.1.i, 64
+  %indvars.iv.next975.1.i = shl i64 %indvars.iv974.1.i, 6
+  %2320 = or disjoint i64 %indvars.iv.next975.1.i, 64
   %2321 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2320
   %2322 = getelementptr inbounds nuw i8, ptr %2321, i64 512
   %2323 = load <64 x i32>, ptr %2322, align 4, !tbaa !9
   %2324 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2320
   %2325 = getelementptr inbounds nuw i8, ptr %2324, i64 1536
   store <64 x i32> %2323, ptr %2325, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.1 = shl i64 %indvars.iv970.1.i, 6
-  %2326 = or disjoint i64 %indvars.iv.next971.1.i.1, 128
+  %indvars.iv.next975.1.i.1 = shl i64 %indvars.iv974.1.i, 6
+  %2326 = or disjoint i64 %indvars.iv.next975.1.i.1, 128
   %2327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2326
   %2328 = getelementptr inbounds nuw i8, ptr %2327, i64 512
   %2329 = load <64 x i32>, ptr %2328, align 4, !tbaa !9
   %2330 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2326
   %2331 = getelementptr inbounds nuw i8, ptr %2330, i64 1536
   store <64 x i32> %2329, ptr %2331, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.2 = shl i64 %indvars.iv970.1.i, 6
-  %2332 = or disjoint i64 %indvars.iv.next971.1.i.2, 192
+  %indvars.iv.next975.1.i.2 = shl i64 %indvars.iv974.1.i, 6
+  %2332 = or disjoint i64 %indvars.iv.next975.1.i.2, 192
   %2333 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2332
   %2334 = getelementptr inbounds nuw i8, ptr %2333, i64 512
   %2335 = load <64 x i32>, ptr %2334, align 4, !tbaa !9
   %2336 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2332
   %2337 = getelementptr inbounds nuw i8, ptr %2336, i64 1536
   store <64 x i32> %2335, ptr %2337, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.3 = shl i64 %indvars.iv970.1.i, 6
-  %2338 = or disjoint i64 %indvars.iv.next971.1.i.3, 256
+  %indvars.iv.next975.1.i.3 = shl i64 %indvars.iv974.1.i, 6
+  %2338 = or disjoint i64 %indvars.iv.next975.1.i.3, 256
   %2339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2338
   %2340 = getelementptr inbounds nuw i8, ptr %2339, i64 512
   %2341 = load <64 x i32>, ptr %2340, align 4, !tbaa !9
   %2342 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2338
   %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 1536
   store <64 x i32> %2341, ptr %2343, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.4 = shl i64 %indvars.iv970.1.i, 6
-  %2344 = or disjoint i64 %indvars.iv.next971.1.i.4, 320
+  %indvars.iv.next975.1.i.4 = shl i64 %indvars.iv974.1.i, 6
+  %2344 = or disjoint i64 %indvars.iv.next975.1.i.4, 320
   %2345 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2344
   %2346 = getelementptr inbounds nuw i8, ptr %2345, i64 512
   %2347 = load <64 x i32>, ptr %2346, align 4, !tbaa !9
   %2348 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2344
   %2349 = getelementptr inbounds nuw i8, ptr %2348, i64 1536
   store <64 x i32> %2347, ptr %2349, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.5 = shl i64 %indvars.iv970.1.i, 6
-  %2350 = or disjoint i64 %indvars.iv.next971.1.i.5, 384
+  %indvars.iv.next975.1.i.5 = shl i64 %indvars.iv974.1.i, 6
+  %2350 = or disjoint i64 %indvars.iv.next975.1.i.5, 384
   %2351 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2350
   %2352 = getelementptr inbounds nuw i8, ptr %2351, i64 512
   %2353 = load <64 x i32>, ptr %2352, align 4, !tbaa !9
   %2354 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2350
   %2355 = getelementptr inbounds nuw i8, ptr %2354, i64 1536
   store <64 x i32> %2353, ptr %2355, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.6 = shl i64 %indvars.iv970.1.i, 6
-  %2356 = or disjoint i64 %indvars.iv.next971.1.i.6, 448
+  %indvars.iv.next975.1.i.6 = shl i64 %indvars.iv974.1.i, 6
+  %2356 = or disjoint i64 %indvars.iv.next975.1.i.6, 448
   %2357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2356
   %2358 = getelementptr inbounds nuw i8, ptr %2357, i64 512
   %2359 = load <64 x i32>, ptr %2358, align 4, !tbaa !9
   %2360 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2356
   %2361 = getelementptr inbounds nuw i8, ptr %2360, i64 1536
   store <64 x i32> %2359, ptr %2361, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.7 = add nuw nsw i64 %indvars.iv970.1.i, 8
-  %niter364.next.7 = add i64 %niter364, 8
-  %niter364.ncmp.7 = icmp eq i64 %niter364.next.7, %unroll_iter363
-  br i1 %niter364.ncmp.7, label %for_body_to496.2.i.preheader.unr-lcssa, label %for_body_to496.1.i, !prof !215, !llvm.loop !220
+  %indvars.iv.next975.1.i.7 = add nuw nsw i64 %indvars.iv974.1.i, 8
+  %niter369.next.7 = add i64 %niter369, 8
+  %niter369.ncmp.7 = icmp eq i64 %niter369.next.7, %unroll_iter368
+  br i1 %niter369.ncmp.7, label %for_body_to496.2.i.preheader.unr-lcssa, label %for_body_to496.1.i, !prof !215, !llvm.loop !220
 
 for_body_to496.2.i.preheader.unr-lcssa:           ; preds = %for_body_to496.1.i
-  br i1 %lcmp.mod361.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod366.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil.preheader, !prof !218
 
 for_body_to496.1.i.epil.preheader:                ; preds = %for_body_to496.2.i.preheader.unr-lcssa, %for_body_to496.1.i.preheader
-  %indvars.iv970.1.i.epil.init = phi i64 [ 0, %for_body_to496.1.i.preheader ], [ %indvars.iv.next971.1.i.7, %for_body_to496.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod362)
+  %indvars.iv974.1.i.epil.init = phi i64 [ 0, %for_body_to496.1.i.preheader ], [ %indvars.iv.next975.1.i.7, %for_body_to496.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod367)
   br label %for_body_to496.1.i.epil
 
 for_body_to496.1.i.epil:                          ; preds = %for_body_to496.1.i.epil, %for_body_to496.1.i.epil.preheader
-  %indvars.iv970.1.i.epil = phi i64 [ %indvars.iv.next971.1.i.epil, %for_body_to496.1.i.epil ], [ %indvars.iv970.1.i.epil.init, %for_body_to496.1.i.epil.preheader ]
-  %epil.iter360 = phi i64 [ %epil.iter360.next, %for_body_to496.1.i.epil ], [ 0, %for_body_to496.1.i.epil.preheader ]
-  %2362 = shl nsw i64 %indvars.iv970.1.i.epil, 6
+  %indvars.iv974.1.i.epil = phi i64 [ %indvars.iv.next975.1.i.epil, %for_body_to496.1.i.epil ], [ %indvars.iv974.1.i.epil.init, %for_body_to496.1.i.epil.preheader ]
+  %epil.iter365 = phi i64 [ %epil.iter365.next, %for_body_to496.1.i.epil ], [ 0, %for_body_to496.1.i.epil.preheader ]
+  %2362 = shl nsw i64 %indvars.iv974.1.i.epil, 6
   %2363 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2362
   %2364 = getelementptr inbounds nuw i8, ptr %2363, i64 512
   %2365 = load <64 x i32>, ptr %2364, align 4, !tbaa !9
   %2366 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2362
   %2367 = getelementptr inbounds nuw i8, ptr %2366, i64 1536
   store <64 x i32> %2365, ptr %2367, align 4, !tbaa !9
-  %indvars.iv.next971.1.i.epil = add nuw nsw i64 %indvars.iv970.1.i.epil, 1
-  %epil.iter360.next = add i64 %epil.iter360, 1
-  %epil.iter360.cmp.not = icmp eq i64 %epil.iter360.next, %xtraiter359
-  br i1 %epil.iter360.cmp.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil, !prof !105, !llvm.loop !221
+  %indvars.iv.next975.1.i.epil = add nuw nsw i64 %indvars.iv974.1.i.epil, 1
+  %epil.iter365.next = add i64 %epil.iter365, 1
+  %epil.iter365.cmp.not = icmp eq i64 %epil.iter365.next, %xtraiter364
+  br i1 %epil.iter365.cmp.not, label %for_body_to496.2.i.preheader, label %for_body_to496.1.i.epil, !prof !105, !llvm.loop !221
 
 for_body_to496.2.i.preheader:                     ; preds = %for_body_to496.1.i.epil, %for_body_to496.2.i.preheader.unr-lcssa
   br i1 %1464, label %for_body_to496.2.i.epil.preheader, label %for_body_to496.2.i, !prof !214
 
 for_body_to496.2.i:                               ; preds = %for_body_to496.2.i, %for_body_to496.2.i.preheader
-  %indvars.iv970.2.i = phi i64 [ %indvars.iv.next971.2.i.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
-  %niter370 = phi i64 [ %niter370.next.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
-  %2368 = shl nsw i64 %indvars.iv970.2.i, 6
+  %indvars.iv974.2.i = phi i64 [ %indvars.iv.next975.2.i.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
+  %niter375 = phi i64 [ %niter375.next.7, %for_body_to496.2.i ], [ 0, %for_body_to496.2.i.preheader ]
+  %2368 = shl nsw i64 %indvars.iv974.2.i, 6
   %2369 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2368
   %2370 = getelementptr inbounds nuw i8, ptr %2369, i64 1024
   %2371 = load <64 x i32>, ptr %2370, align 4, !tbaa !9
   %2372 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2368
   %2373 = getelementptr inbounds nuw i8, ptr %2372, i64 2560
   store <64 x i32> %2371, ptr %2373, align 4, !tbaa !9
-  %indvars.iv.next971.2.i = shl i64 %indvars.iv970.2.i, 6
-  %2374 = or disjoint i64 %indvars.iv.next971.2.i, 64
+  %indvars.iv.next975.2.i = shl i64 %indvars.iv974.2.i, 6
+  %2374 = or disjoint i64 %indvars.iv.next975.2.i, 64
   %2375 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2374
   %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 1024
   %2377 = load <64 x i32>, ptr %2376, align 4, !tbaa !9
   %2378 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2374
   %2379 = getelementptr inbounds nuw i8, ptr %2378, i64 2560
   store <64 x i32> %2377, ptr %2379, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.1 = shl i64 %indvars.iv970.2.i, 6
-  %2380 = or disjoint i64 %indvars.iv.next971.2.i.1, 128
+  %indvars.iv.next975.2.i.1 = shl i64 %indvars.iv974.2.i, 6
+  %2380 = or disjoint i64 %indvars.iv.next975.2.i.1, 128
   %2381 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2380
   %2382 = getelementptr inbounds nuw i8, ptr %2381, i64 1024
   %2383 = load <64 x i32>, ptr %2382, align 4, !tbaa !9
   %2384 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2380
   %2385 = getelementptr inbounds nuw i8, ptr %2384, i64 2560
   store <64 x i32> %2383, ptr %2385, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.2 = shl i64 %indvars.iv970.2.i, 6
-  %2386 = or disjoint i64 %indvars.iv.next971.2.i.2, 192
+  %indvars.iv.next975.2.i.2 = shl i64 %indvars.iv974.2.i, 6
+  %2386 = or disjoint i64 %indvars.iv.next975.2.i.2, 192
   %2387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2386
   %2388 = getelementptr inbounds nuw i8, ptr %2387, i64 1024
   %2389 = load <64 x i32>, ptr %2388, align 4, !tbaa !9
   %2390 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2386
   %2391 = getelementptr inbounds nuw i8, ptr %2390, i64 2560
   store <64 x i32> %2389, ptr %2391, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.3 = shl i64 %indvars.iv970.2.i, 6
-  %2392 = or disjoint i64 %indvars.iv.next971.2.i.3, 256
+  %indvars.iv.next975.2.i.3 = shl i64 %indvars.iv974.2.i, 6
+  %2392 = or disjoint i64 %indvars.iv.next975.2.i.3, 256
   %2393 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2392
   %2394 = getelementptr inbounds nuw i8, ptr %2393, i64 1024
   %2395 = load <64 x i32>, ptr %2394, align 4, !tbaa !9
   %2396 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2392
   %2397 = getelementptr inbounds nuw i8, ptr %2396, i64 2560
   store <64 x i32> %2395, ptr %2397, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.4 = shl i64 %indvars.iv970.2.i, 6
-  %2398 = or disjoint i64 %indvars.iv.next971.2.i.4, 320
+  %indvars.iv.next975.2.i.4 = shl i64 %indvars.iv974.2.i, 6
+  %2398 = or disjoint i64 %indvars.iv.next975.2.i.4, 320
   %2399 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2398
   %2400 = getelementptr inbounds nuw i8, ptr %2399, i64 1024
   %2401 = load <64 x i32>, ptr %2400, align 4, !tbaa !9
   %2402 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2398
   %2403 = getelementptr inbounds nuw i8, ptr %2402, i64 2560
   store <64 x i32> %2401, ptr %2403, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.5 = shl i64 %indvars.iv970.2.i, 6
-  %2404 = or disjoint i64 %indvars.iv.next971.2.i.5, 384
+  %indvars.iv.next975.2.i.5 = shl i64 %indvars.iv974.2.i, 6
+  %2404 = or disjoint i64 %indvars.iv.next975.2.i.5, 384
   %2405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2404
   %2406 = getelementptr inbounds nuw i8, ptr %2405, i64 1024
   %2407 = load <64 x i32>, ptr %2406, align 4, !tbaa !9
   %2408 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2404
   %2409 = getelementptr inbounds nuw i8, ptr %2408, i64 2560
   store <64 x i32> %2407, ptr %2409, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.6 = shl i64 %indvars.iv970.2.i, 6
-  %2410 = or disjoint i64 %indvars.iv.next971.2.i.6, 448
+  %indvars.iv.next975.2.i.6 = shl i64 %indvars.iv974.2.i, 6
+  %2410 = or disjoint i64 %indvars.iv.next975.2.i.6, 448
   %2411 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2410
   %2412 = getelementptr inbounds nuw i8, ptr %2411, i64 1024
   %2413 = load <64 x i32>, ptr %2412, align 4, !tbaa !9
   %2414 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2410
   %2415 = getelementptr inbounds nuw i8, ptr %2414, i64 2560
   store <64 x i32> %2413, ptr %2415, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.7 = add nuw nsw i64 %indvars.iv970.2.i, 8
-  %niter370.next.7 = add i64 %niter370, 8
-  %niter370.ncmp.7 = icmp eq i64 %niter370.next.7, %unroll_iter369
-  br i1 %niter370.ncmp.7, label %for_body_to496.3.i.preheader.unr-lcssa, label %for_body_to496.2.i, !prof !215, !llvm.loop !222
+  %indvars.iv.next975.2.i.7 = add nuw nsw i64 %indvars.iv974.2.i, 8
+  %niter375.next.7 = add i64 %niter375, 8
+  %niter375.ncmp.7 = icmp eq i64 %niter375.next.7, %unroll_iter374
+  br i1 %niter375.ncmp.7, label %for_body_to496.3.i.preheader.unr-lcssa, label %for_body_to496.2.i, !prof !215, !llvm.loop !222
 
 for_body_to496.3.i.preheader.unr-lcssa:           ; preds = %for_body_to496.2.i
-  br i1 %lcmp.mod367.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod372.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil.preheader, !prof !218
 
 for_body_to496.2.i.epil.preheader:                ; preds = %for_body_to496.3.i.preheader.unr-lcssa, %for_body_to496.2.i.preheader
-  %indvars.iv970.2.i.epil.init = phi i64 [ 0, %for_body_to496.2.i.preheader ], [ %indvars.iv.next971.2.i.7, %for_body_to496.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod368)
+  %indvars.iv974.2.i.epil.init = phi i64 [ 0, %for_body_to496.2.i.preheader ], [ %indvars.iv.next975.2.i.7, %for_body_to496.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod373)
   br label %for_body_to496.2.i.epil
 
 for_body_to496.2.i.epil:                          ; preds = %for_body_to496.2.i.epil, %for_body_to496.2.i.epil.preheader
-  %indvars.iv970.2.i.epil = phi i64 [ %indvars.iv.next971.2.i.epil, %for_body_to496.2.i.epil ], [ %indvars.iv970.2.i.epil.init, %for_body_to496.2.i.epil.preheader ]
-  %epil.iter366 = phi i64 [ %epil.iter366.next, %for_body_to496.2.i.epil ], [ 0, %for_body_to496.2.i.epil.preheader ]
-  %2416 = shl nsw i64 %indvars.iv970.2.i.epil, 6
+  %indvars.iv974.2.i.epil = phi i64 [ %indvars.iv.next975.2.i.epil, %for_body_to496.2.i.epil ], [ %indvars.iv974.2.i.epil.init, %for_body_to496.2.i.epil.preheader ]
+  %epil.iter371 = phi i64 [ %epil.iter371.next, %for_body_to496.2.i.epil ], [ 0, %for_body_to496.2.i.epil.preheader ]
+  %2416 = shl nsw i64 %indvars.iv974.2.i.epil, 6
   %2417 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2416
   %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 1024
   %2419 = load <64 x i32>, ptr %2418, align 4, !tbaa !9
   %2420 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2416
   %2421 = getelementptr inbounds nuw i8, ptr %2420, i64 2560
   store <64 x i32> %2419, ptr %2421, align 4, !tbaa !9
-  %indvars.iv.next971.2.i.epil = add nuw nsw i64 %indvars.iv970.2.i.epil, 1
-  %epil.iter366.next = add i64 %epil.iter366, 1
-  %epil.iter366.cmp.not = icmp eq i64 %epil.iter366.next, %xtraiter365
-  br i1 %epil.iter366.cmp.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil, !prof !105, !llvm.loop !223
+  %indvars.iv.next975.2.i.epil = add nuw nsw i64 %indvars.iv974.2.i.epil, 1
+  %epil.iter371.next = add i64 %epil.iter371, 1
+  %epil.iter371.cmp.not = icmp eq i64 %epil.iter371.next, %xtraiter370
+  br i1 %epil.iter371.cmp.not, label %for_body_to496.3.i.preheader, label %for_body_to496.2.i.epil, !prof !105, !llvm.loop !223
 
 for_body_to496.3.i.preheader:                     ; preds = %for_body_to496.2.i.epil, %for_body_to496.3.i.preheader.unr-lcssa
   br i1 %1465, label %for_body_to496.3.i.epil.preheader, label %for_body_to496.3.i, !prof !214
 
 for_body_to496.3.i:                               ; preds = %for_body_to496.3.i, %for_body_to496.3.i.preheader
-  %indvars.iv970.3.i = phi i64 [ %indvars.iv.next971.3.i.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
-  %niter376 = phi i64 [ %niter376.next.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
-  %2422 = shl nsw i64 %indvars.iv970.3.i, 6
+  %indvars.iv974.3.i = phi i64 [ %indvars.iv.next975.3.i.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
+  %niter381 = phi i64 [ %niter381.next.7, %for_body_to496.3.i ], [ 0, %for_body_to496.3.i.preheader ]
+  %2422 = shl nsw i64 %indvars.iv974.3.i, 6
   %2423 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2422
   %2424 = getelementptr inbounds nuw i8, ptr %2423, i64 1536
   %2425 = load <64 x i32>, ptr %2424, align 4, !tbaa !9
   %2426 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2422
   %2427 = getelementptr inbounds nuw i8, ptr %2426, i64 3584
   store <64 x i32> %2425, ptr %2427, align 4, !tbaa !9
-  %indvars.iv.next971.3.i = shl i64 %indvars.iv970.3.i, 6
-  %2428 = or disjoint i64 %indvars.iv.next971.3.i, 64
+  %indvars.iv.next975.3.i = shl i64 %indvars.iv974.3.i, 6
+  %2428 = or disjoint i64 %indvars.iv.next975.3.i, 64
   %2429 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2428
   %2430 = getelementptr inbounds nuw i8, ptr %2429, i64 1536
   %2431 = load <64 x i32>, ptr %2430, align 4, !tbaa !9
   %2432 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2428
   %2433 = getelementptr inbounds nuw i8, ptr %2432, i64 3584
   store <64 x i32> %2431, ptr %2433, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.1 = shl i64 %indvars.iv970.3.i, 6
-  %2434 = or disjoint i64 %indvars.iv.next971.3.i.1, 128
+  %indvars.iv.next975.3.i.1 = shl i64 %indvars.iv974.3.i, 6
+  %2434 = or disjoint i64 %indvars.iv.next975.3.i.1, 128
   %2435 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2434
   %2436 = getelementptr inbounds nuw i8, ptr %2435, i64 1536
   %2437 = load <64 x i32>, ptr %2436, align 4, !tbaa !9
   %2438 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2434
   %2439 = getelementptr inbounds nuw i8, ptr %2438, i64 3584
   store <64 x i32> %2437, ptr %2439, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.2 = shl i64 %indvars.iv970.3.i, 6
-  %2440 = or disjoint i64 %indvars.iv.next971.3.i.2, 192
+  %indvars.iv.next975.3.i.2 = shl i64 %indvars.iv974.3.i, 6
+  %2440 = or disjoint i64 %indvars.iv.next975.3.i.2, 192
   %2441 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2440
   %2442 = getelementptr inbounds nuw i8, ptr %2441, i64 1536
   %2443 = load <64 x i32>, ptr %2442, align 4, !tbaa !9
   %2444 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2440
   %2445 = getelementptr inbounds nuw i8, ptr %2444, i64 3584
   store <64 x i32> %2443, ptr %2445, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.3 = shl i64 %indvars.iv970.3.i, 6
-  %2446 = or disjoint i64 %indvars.iv.next971.3.i.3, 256
+  %indvars.iv.next975.3.i.3 = shl i64 %indvars.iv974.3.i, 6
+  %2446 = or disjoint i64 %indvars.iv.next975.3.i.3, 256
   %2447 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2446
   %2448 = getelementptr inbounds nuw i8, ptr %2447, i64 1536
   %2449 = load <64 x i32>, ptr %2448, align 4, !tbaa !9
   %2450 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2446
   %2451 = getelementptr inbounds nuw i8, ptr %2450, i64 3584
   store <64 x i32> %2449, ptr %2451, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.4 = shl i64 %indvars.iv970.3.i, 6
-  %2452 = or disjoint i64 %indvars.iv.next971.3.i.4, 320
+  %indvars.iv.next975.3.i.4 = shl i64 %indvars.iv974.3.i, 6
+  %2452 = or disjoint i64 %indvars.iv.next975.3.i.4, 320
   %2453 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
   %2454 = getelementptr inbounds nuw i8, ptr %2453, i64 1536
   %2455 = load <64 x i32>, ptr %2454, align 4, !tbaa !9
   %2456 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2452
   %2457 = getelementptr inbounds nuw i8, ptr %2456, i64 3584
   store <64 x i32> %2455, ptr %2457, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.5 = shl i64 %indvars.iv970.3.i, 6
-  %2458 = or disjoint i64 %indvars.iv.next971.3.i.5, 384
+  %indvars.iv.next975.3.i.5 = shl i64 %indvars.iv974.3.i, 6
+  %2458 = or disjoint i64 %indvars.iv.next975.3.i.5, 384
   %2459 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2458
   %2460 = getelementptr inbounds nuw i8, ptr %2459, i64 1536
   %2461 = load <64 x i32>, ptr %2460, align 4, !tbaa !9
   %2462 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2458
   %2463 = getelementptr inbounds nuw i8, ptr %2462, i64 3584
   store <64 x i32> %2461, ptr %2463, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.6 = shl i64 %indvars.iv970.3.i, 6
-  %2464 = or disjoint i64 %indvars.iv.next971.3.i.6, 448
+  %indvars.iv.next975.3.i.6 = shl i64 %indvars.iv974.3.i, 6
+  %2464 = or disjoint i64 %indvars.iv.next975.3.i.6, 448
   %2465 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2464
   %2466 = getelementptr inbounds nuw i8, ptr %2465, i64 1536
   %2467 = load <64 x i32>, ptr %2466, align 4, !tbaa !9
   %2468 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2464
   %2469 = getelementptr inbounds nuw i8, ptr %2468, i64 3584
   store <64 x i32> %2467, ptr %2469, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.7 = add nuw nsw i64 %indvars.iv970.3.i, 8
-  %niter376.next.7 = add i64 %niter376, 8
-  %niter376.ncmp.7 = icmp eq i64 %niter376.next.7, %unroll_iter375
-  br i1 %niter376.ncmp.7, label %for_body_to496.4.i.preheader.unr-lcssa, label %for_body_to496.3.i, !prof !215, !llvm.loop !224
+  %indvars.iv.next975.3.i.7 = add nuw nsw i64 %indvars.iv974.3.i, 8
+  %niter381.next.7 = add i64 %niter381, 8
+  %niter381.ncmp.7 = icmp eq i64 %niter381.next.7, %unroll_iter380
+  br i1 %niter381.ncmp.7, label %for_body_to496.4.i.preheader.unr-lcssa, label %for_body_to496.3.i, !prof !215, !llvm.loop !224
 
 for_body_to496.4.i.preheader.unr-lcssa:           ; preds = %for_body_to496.3.i
-  br i1 %lcmp.mod373.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod378.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil.preheader, !prof !218
 
 for_body_to496.3.i.epil.preheader:                ; preds = %for_body_to496.4.i.preheader.unr-lcssa, %for_body_to496.3.i.preheader
-  %indvars.iv970.3.i.epil.init = phi i64 [ 0, %for_body_to496.3.i.preheader ], [ %indvars.iv.next971.3.i.7, %for_body_to496.4.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod374)
+  %indvars.iv974.3.i.epil.init = phi i64 [ 0, %for_body_to496.3.i.preheader ], [ %indvars.iv.next975.3.i.7, %for_body_to496.4.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod379)
   br label %for_body_to496.3.i.epil
 
 for_body_to496.3.i.epil:                          ; preds = %for_body_to496.3.i.epil, %for_body_to496.3.i.epil.preheader
-  %indvars.iv970.3.i.epil = phi i64 [ %indvars.iv.next971.3.i.epil, %for_body_to496.3.i.epil ], [ %indvars.iv970.3.i.epil.init, %for_body_to496.3.i.epil.preheader ]
-  %epil.iter372 = phi i64 [ %epil.iter372.next, %for_body_to496.3.i.epil ], [ 0, %for_body_to496.3.i.epil.preheader ]
-  %2470 = shl nsw i64 %indvars.iv970.3.i.epil, 6
+  %indvars.iv974.3.i.epil = phi i64 [ %indvars.iv.next975.3.i.epil, %for_body_to496.3.i.epil ], [ %indvars.iv974.3.i.epil.init, %for_body_to496.3.i.epil.preheader ]
+  %epil.iter377 = phi i64 [ %epil.iter377.next, %for_body_to496.3.i.epil ], [ 0, %for_body_to496.3.i.epil.preheader ]
+  %2470 = shl nsw i64 %indvars.iv974.3.i.epil, 6
   %2471 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2470
   %2472 = getelementptr inbounds nuw i8, ptr %2471, i64 1536
   %2473 = load <64 x i32>, ptr %2472, align 4, !tbaa !9
   %2474 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2470
   %2475 = getelementptr inbounds nuw i8, ptr %2474, i64 3584
   store <64 x i32> %2473, ptr %2475, align 4, !tbaa !9
-  %indvars.iv.next971.3.i.epil = add nuw nsw i64 %indvars.iv970.3.i.epil, 1
-  %epil.iter372.next = add i64 %epil.iter372, 1
-  %epil.iter372.cmp.not = icmp eq i64 %epil.iter372.next, %xtraiter371
-  br i1 %epil.iter372.cmp.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil, !prof !105, !llvm.loop !225
+  %indvars.iv.next975.3.i.epil = add nuw nsw i64 %indvars.iv974.3.i.epil, 1
+  %epil.iter377.next = add i64 %epil.iter377, 1
+  %epil.iter377.cmp.not = icmp eq i64 %epil.iter377.next, %xtraiter376
+  br i1 %epil.iter377.cmp.not, label %for_body_to496.4.i.preheader, label %for_body_to496.3.i.epil, !prof !105, !llvm.loop !225
 
 for_body_to496.4.i.preheader:                     ; preds = %for_body_to496.3.i.epil, %for_body_to496.4.i.preheader.unr-lcssa
   br i1 %1466, label %for_body_to496.4.i.epil.preheader, label %for_body_to496.4.i, !prof !214
 
 for_body_to496.4.i:                               ; preds = %for_body_to496.4.i, %for_body_to496.4.i.preheader
-  %indvars.iv970.4.i = phi i64 [ %indvars.iv.next971.4.i.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
-  %niter382 = phi i64 [ %niter382.next.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
-  %2476 = shl nsw i64 %indvars.iv970.4.i, 6
+  %indvars.iv974.4.i = phi i64 [ %indvars.iv.next975.4.i.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
+  %niter387 = phi i64 [ %niter387.next.7, %for_body_to496.4.i ], [ 0, %for_body_to496.4.i.preheader ]
+  %2476 = shl nsw i64 %indvars.iv974.4.i, 6
   %2477 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2476
   %2478 = getelementptr inbounds nuw i8, ptr %2477, i64 2048
   %2479 = load <64 x i32>, ptr %2478, align 4, !tbaa !9
   %2480 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2476
   %2481 = getelementptr inbounds nuw i8, ptr %2480, i64 4608
   store <64 x i32> %2479, ptr %2481, align 4, !tbaa !9
-  %indvars.iv.next971.4.i = shl i64 %indvars.iv970.4.i, 6
-  %2482 = or disjoint i64 %indvars.iv.next971.4.i, 64
+  %indvars.iv.next975.4.i = shl i64 %indvars.iv974.4.i, 6
+  %2482 = or disjoint i64 %indvars.iv.next975.4.i, 64
   %2483 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2482
   %2484 = getelementptr inbounds nuw i8, ptr %2483, i64 2048
   %2485 = load <64 x i32>, ptr %2484, align 4, !tbaa !9
   %2486 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2482
   %2487 = getelementptr inbounds nuw i8, ptr %2486, i64 4608
   store <64 x i32> %2485, ptr %2487, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.1 = shl i64 %indvars.iv970.4.i, 6
-  %2488 = or disjoint i64 %indvars.iv.next971.4.i.1, 128
+  %indvars.iv.next975.4.i.1 = shl i64 %indvars.iv974.4.i, 6
+  %2488 = or disjoint i64 %indvars.iv.next975.4.i.1, 128
   %2489 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2488
   %2490 = getelementptr inbounds nuw i8, ptr %2489, i64 2048
   %2491 = load <64 x i32>, ptr %2490, align 4, !tbaa !9
   %2492 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2488
   %2493 = getelementptr inbounds nuw i8, ptr %2492, i64 4608
   store <64 x i32> %2491, ptr %2493, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.2 = shl i64 %indvars.iv970.4.i, 6
-  %2494 = or disjoint i64 %indvars.iv.next971.4.i.2, 192
+  %indvars.iv.next975.4.i.2 = shl i64 %indvars.iv974.4.i, 6
+  %2494 = or disjoint i64 %indvars.iv.next975.4.i.2, 192
   %2495 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2494
   %2496 = getelementptr inbounds nuw i8, ptr %2495, i64 2048
   %2497 = load <64 x i32>, ptr %2496, align 4, !tbaa !9
   %2498 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2494
   %2499 = getelementptr inbounds nuw i8, ptr %2498, i64 4608
   store <64 x i32> %2497, ptr %2499, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.3 = shl i64 %indvars.iv970.4.i, 6
-  %2500 = or disjoint i64 %indvars.iv.next971.4.i.3, 256
+  %indvars.iv.next975.4.i.3 = shl i64 %indvars.iv974.4.i, 6
+  %2500 = or disjoint i64 %indvars.iv.next975.4.i.3, 256
   %2501 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2500
   %2502 = getelementptr inbounds nuw i8, ptr %2501, i64 2048
   %2503 = load <64 x i32>, ptr %2502, align 4, !tbaa !9
   %2504 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2500
   %2505 = getelementptr inbounds nuw i8, ptr %2504, i64 4608
   store <64 x i32> %2503, ptr %2505, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.4 = shl i64 %indvars.iv970.4.i, 6
-  %2506 = or disjoint i64 %indvars.iv.next971.4.i.4, 320
+  %indvars.iv.next975.4.i.4 = shl i64 %indvars.iv974.4.i, 6
+  %2506 = or disjoint i64 %indvars.iv.next975.4.i.4, 320
   %2507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2506
   %2508 = getelementptr inbounds nuw i8, ptr %2507, i64 2048
   %2509 = load <64 x i32>, ptr %2508, align 4, !tbaa !9
   %2510 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2506
   %2511 = getelementptr inbounds nuw i8, ptr %2510, i64 4608
   store <64 x i32> %2509, ptr %2511, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.5 = shl i64 %indvars.iv970.4.i, 6
-  %2512 = or disjoint i64 %indvars.iv.next971.4.i.5, 384
+  %indvars.iv.next975.4.i.5 = shl i64 %indvars.iv974.4.i, 6
+  %2512 = or disjoint i64 %indvars.iv.next975.4.i.5, 384
   %2513 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2512
   %2514 = getelementptr inbounds nuw i8, ptr %2513, i64 2048
   %2515 = load <64 x i32>, ptr %2514, align 4, !tbaa !9
   %2516 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2512
   %2517 = getelementptr inbounds nuw i8, ptr %2516, i64 4608
   store <64 x i32> %2515, ptr %2517, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.6 = shl i64 %indvars.iv970.4.i, 6
-  %2518 = or disjoint i64 %indvars.iv.next971.4.i.6, 448
+  %indvars.iv.next975.4.i.6 = shl i64 %indvars.iv974.4.i, 6
+  %2518 = or disjoint i64 %indvars.iv.next975.4.i.6, 448
   %2519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2518
   %2520 = getelementptr inbounds nuw i8, ptr %2519, i64 2048
   %2521 = load <64 x i32>, ptr %2520, align 4, !tbaa !9
   %2522 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2518
   %2523 = getelementptr inbounds nuw i8, ptr %2522, i64 4608
   store <64 x i32> %2521, ptr %2523, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.7 = add nuw nsw i64 %indvars.iv970.4.i, 8
-  %niter382.next.7 = add i64 %niter382, 8
-  %niter382.ncmp.7 = icmp eq i64 %niter382.next.7, %unroll_iter381
-  br i1 %niter382.ncmp.7, label %for_body_to496.5.i.preheader.unr-lcssa, label %for_body_to496.4.i, !prof !215, !llvm.loop !226
+  %indvars.iv.next975.4.i.7 = add nuw nsw i64 %indvars.iv974.4.i, 8
+  %niter387.next.7 = add i64 %niter387, 8
+  %niter387.ncmp.7 = icmp eq i64 %niter387.next.7, %unroll_iter386
+  br i1 %niter387.ncmp.7, label %for_body_to496.5.i.preheader.unr-lcssa, label %for_body_to496.4.i, !prof !215, !llvm.loop !226
 
 for_body_to496.5.i.preheader.unr-lcssa:           ; preds = %for_body_to496.4.i
-  br i1 %lcmp.mod379.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod384.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil.preheader, !prof !218
 
 for_body_to496.4.i.epil.preheader:                ; preds = %for_body_to496.5.i.preheader.unr-lcssa, %for_body_to496.4.i.preheader
-  %indvars.iv970.4.i.epil.init = phi i64 [ 0, %for_body_to496.4.i.preheader ], [ %indvars.iv.next971.4.i.7, %for_body_to496.5.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod380)
+  %indvars.iv974.4.i.epil.init = phi i64 [ 0, %for_body_to496.4.i.preheader ], [ %indvars.iv.next975.4.i.7, %for_body_to496.5.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod385)
   br label %for_body_to496.4.i.epil
 
 for_body_to496.4.i.epil:                          ; preds = %for_body_to496.4.i.epil, %for_body_to496.4.i.epil.preheader
-  %indvars.iv970.4.i.epil = phi i64 [ %indvars.iv.next971.4.i.epil, %for_body_to496.4.i.epil ], [ %indvars.iv970.4.i.epil.init, %for_body_to496.4.i.epil.preheader ]
-  %epil.iter378 = phi i64 [ %epil.iter378.next, %for_body_to496.4.i.epil ], [ 0, %for_body_to496.4.i.epil.preheader ]
-  %2524 = shl nsw i64 %indvars.iv970.4.i.epil, 6
+  %indvars.iv974.4.i.epil = phi i64 [ %indvars.iv.next975.4.i.epil, %for_body_to496.4.i.epil ], [ %indvars.iv974.4.i.epil.init, %for_body_to496.4.i.epil.preheader ]
+  %epil.iter383 = phi i64 [ %epil.iter383.next, %for_body_to496.4.i.epil ], [ 0, %for_body_to496.4.i.epil.preheader ]
+  %2524 = shl nsw i64 %indvars.iv974.4.i.epil, 6
   %2525 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2524
   %2526 = getelementptr inbounds nuw i8, ptr %2525, i64 2048
   %2527 = load <64 x i32>, ptr %2526, align 4, !tbaa !9
   %2528 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2524
   %2529 = getelementptr inbounds nuw i8, ptr %2528, i64 4608
   store <64 x i32> %2527, ptr %2529, align 4, !tbaa !9
-  %indvars.iv.next971.4.i.epil = add nuw nsw i64 %indvars.iv970.4.i.epil, 1
-  %epil.iter378.next = add i64 %epil.iter378, 1
-  %epil.iter378.cmp.not = icmp eq i64 %epil.iter378.next, %xtraiter377
-  br i1 %epil.iter378.cmp.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil, !prof !105, !llvm.loop !227
+  %indvars.iv.next975.4.i.epil = add nuw nsw i64 %indvars.iv974.4.i.epil, 1
+  %epil.iter383.next = add i64 %epil.iter383, 1
+  %epil.iter383.cmp.not = icmp eq i64 %epil.iter383.next, %xtraiter382
+  br i1 %epil.iter383.cmp.not, label %for_body_to496.5.i.preheader, label %for_body_to496.4.i.epil, !prof !105, !llvm.loop !227
 
 for_body_to496.5.i.preheader:                     ; preds = %for_body_to496.4.i.epil, %for_body_to496.5.i.preheader.unr-lcssa
   br i1 %1467, label %for_body_to496.5.i.epil.preheader, label %for_body_to496.5.i, !prof !214
 
 for_body_to496.5.i:                               ; preds = %for_body_to496.5.i, %for_body_to496.5.i.preheader
-  %indvars.iv970.5.i = phi i64 [ %indvars.iv.next971.5.i.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
-  %niter388 = phi i64 [ %niter388.next.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
-  %2530 = shl nsw i64 %indvars.iv970.5.i, 6
+  %indvars.iv974.5.i = phi i64 [ %indvars.iv.next975.5.i.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
+  %niter393 = phi i64 [ %niter393.next.7, %for_body_to496.5.i ], [ 0, %for_body_to496.5.i.preheader ]
+  %2530 = shl nsw i64 %indvars.iv974.5.i, 6
   %2531 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2530
   %2532 = getelementptr inbounds nuw i8, ptr %2531, i64 2560
   %2533 = load <64 x i32>, ptr %2532, align 4, !tbaa !9
   %2534 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2530
   %2535 = getelementptr inbounds nuw i8, ptr %2534, i64 5632
   store <64 x i32> %2533, ptr %2535, align 4, !tbaa !9
-  %indvars.iv.next971.5.i = shl i64 %indvars.iv970.5.i, 6
-  %2536 = or disjoint i64 %indvars.iv.next971.5.i, 64
+  %indvars.iv.next975.5.i = shl i64 %indvars.iv974.5.i, 6
+  %2536 = or disjoint i64 %indvars.iv.next975.5.i, 64
   %2537 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2536
   %2538 = getelementptr inbounds nuw i8, ptr %2537, i64 2560
   %2539 = load <64 x i32>, ptr %2538, align 4, !tbaa !9
   %2540 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2536
   %2541 = getelementptr inbounds nuw i8, ptr %2540, i64 5632
   store <64 x i32> %2539, ptr %2541, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.1 = shl i64 %indvars.iv970.5.i, 6
-  %2542 = or disjoint i64 %indvars.iv.next971.5.i.1, 128
+  %indvars.iv.next975.5.i.1 = shl i64 %indvars.iv974.5.i, 6
+  %2542 = or disjoint i64 %indvars.iv.next975.5.i.1, 128
   %2543 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2542
   %2544 = getelementptr inbounds nuw i8, ptr %2543, i64 2560
   %2545 = load <64 x i32>, ptr %2544, align 4, !tbaa !9
   %2546 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2542
   %2547 = getelementptr inbounds nuw i8, ptr %2546, i64 5632
   store <64 x i32> %2545, ptr %2547, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.2 = shl i64 %indvars.iv970.5.i, 6
-  %2548 = or disjoint i64 %indvars.iv.next971.5.i.2, 192
+  %indvars.iv.next975.5.i.2 = shl i64 %indvars.iv974.5.i, 6
+  %2548 = or disjoint i64 %indvars.iv.next975.5.i.2, 192
   %2549 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2548
   %2550 = getelementptr inbounds nuw i8, ptr %2549, i64 2560
   %2551 = load <64 x i32>, ptr %2550, align 4, !tbaa !9
   %2552 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2548
   %2553 = getelementptr inbounds nuw i8, ptr %2552, i64 5632
   store <64 x i32> %2551, ptr %2553, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.3 = shl i64 %indvars.iv970.5.i, 6
-  %2554 = or disjoint i64 %indvars.iv.next971.5.i.3, 256
+  %indvars.iv.next975.5.i.3 = shl i64 %indvars.iv974.5.i, 6
+  %2554 = or disjoint i64 %indvars.iv.next975.5.i.3, 256
   %2555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2554
   %2556 = getelementptr inbounds nuw i8, ptr %2555, i64 2560
   %2557 = load <64 x i32>, ptr %2556, align 4, !tbaa !9
   %2558 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2554
   %2559 = getelementptr inbounds nuw i8, ptr %2558, i64 5632
   store <64 x i32> %2557, ptr %2559, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.4 = shl i64 %indvars.iv970.5.i, 6
-  %2560 = or disjoint i64 %indvars.iv.next971.5.i.4, 320
+  %indvars.iv.next975.5.i.4 = shl i64 %indvars.iv974.5.i, 6
+  %2560 = or disjoint i64 %indvars.iv.next975.5.i.4, 320
   %2561 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2560
   %2562 = getelementptr inbounds nuw i8, ptr %2561, i64 2560
   %2563 = load <64 x i32>, ptr %2562, align 4, !tbaa !9
   %2564 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2560
   %2565 = getelementptr inbounds nuw i8, ptr %2564, i64 5632
   store <64 x i32> %2563, ptr %2565, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.5 = shl i64 %indvars.iv970.5.i, 6
-  %2566 = or disjoint i64 %indvars.iv.next971.5.i.5, 384
+  %indvars.iv.next975.5.i.5 = shl i64 %indvars.iv974.5.i, 6
+  %2566 = or disjoint i64 %indvars.iv.next975.5.i.5, 384
   %2567 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2566
   %2568 = getelementptr inbounds nuw i8, ptr %2567, i64 2560
   %2569 = load <64 x i32>, ptr %2568, align 4, !tbaa !9
   %2570 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2566
   %2571 = getelementptr inbounds nuw i8, ptr %2570, i64 5632
   store <64 x i32> %2569, ptr %2571, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.6 = shl i64 %indvars.iv970.5.i, 6
-  %2572 = or disjoint i64 %indvars.iv.next971.5.i.6, 448
+  %indvars.iv.next975.5.i.6 = shl i64 %indvars.iv974.5.i, 6
+  %2572 = or disjoint i64 %indvars.iv.next975.5.i.6, 448
   %2573 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2572
   %2574 = getelementptr inbounds nuw i8, ptr %2573, i64 2560
   %2575 = load <64 x i32>, ptr %2574, align 4, !tbaa !9
   %2576 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2572
   %2577 = getelementptr inbounds nuw i8, ptr %2576, i64 5632
   store <64 x i32> %2575, ptr %2577, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.7 = add nuw nsw i64 %indvars.iv970.5.i, 8
-  %niter388.next.7 = add i64 %niter388, 8
-  %niter388.ncmp.7 = icmp eq i64 %niter388.next.7, %unroll_iter387
-  br i1 %niter388.ncmp.7, label %for_body_to496.6.i.preheader.unr-lcssa, label %for_body_to496.5.i, !prof !215, !llvm.loop !228
+  %indvars.iv.next975.5.i.7 = add nuw nsw i64 %indvars.iv974.5.i, 8
+  %niter393.next.7 = add i64 %niter393, 8
+  %niter393.ncmp.7 = icmp eq i64 %niter393.next.7, %unroll_iter392
+  br i1 %niter393.ncmp.7, label %for_body_to496.6.i.preheader.unr-lcssa, label %for_body_to496.5.i, !prof !215, !llvm.loop !228
 
 for_body_to496.6.i.preheader.unr-lcssa:           ; preds = %for_body_to496.5.i
-  br i1 %lcmp.mod385.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod390.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil.preheader, !prof !218
 
 for_body_to496.5.i.epil.preheader:                ; preds = %for_body_to496.6.i.preheader.unr-lcssa, %for_body_to496.5.i.preheader
-  %indvars.iv970.5.i.epil.init = phi i64 [ 0, %for_body_to496.5.i.preheader ], [ %indvars.iv.next971.5.i.7, %for_body_to496.6.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod386)
+  %indvars.iv974.5.i.epil.init = phi i64 [ 0, %for_body_to496.5.i.preheader ], [ %indvars.iv.next975.5.i.7, %for_body_to496.6.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod391)
   br label %for_body_to496.5.i.epil
 
 for_body_to496.5.i.epil:                          ; preds = %for_body_to496.5.i.epil, %for_body_to496.5.i.epil.preheader
-  %indvars.iv970.5.i.epil = phi i64 [ %indvars.iv.next971.5.i.epil, %for_body_to496.5.i.epil ], [ %indvars.iv970.5.i.epil.init, %for_body_to496.5.i.epil.preheader ]
-  %epil.iter384 = phi i64 [ %epil.iter384.next, %for_body_to496.5.i.epil ], [ 0, %for_body_to496.5.i.epil.preheader ]
-  %2578 = shl nsw i64 %indvars.iv970.5.i.epil, 6
+  %indvars.iv974.5.i.epil = phi i64 [ %indvars.iv.next975.5.i.epil, %for_body_to496.5.i.epil ], [ %indvars.iv974.5.i.epil.init, %for_body_to496.5.i.epil.preheader ]
+  %epil.iter389 = phi i64 [ %epil.iter389.next, %for_body_to496.5.i.epil ], [ 0, %for_body_to496.5.i.epil.preheader ]
+  %2578 = shl nsw i64 %indvars.iv974.5.i.epil, 6
   %2579 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2578
   %2580 = getelementptr inbounds nuw i8, ptr %2579, i64 2560
   %2581 = load <64 x i32>, ptr %2580, align 4, !tbaa !9
   %2582 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2578
   %2583 = getelementptr inbounds nuw i8, ptr %2582, i64 5632
   store <64 x i32> %2581, ptr %2583, align 4, !tbaa !9
-  %indvars.iv.next971.5.i.epil = add nuw nsw i64 %indvars.iv970.5.i.epil, 1
-  %epil.iter384.next = add i64 %epil.iter384, 1
-  %epil.iter384.cmp.not = icmp eq i64 %epil.iter384.next, %xtraiter383
-  br i1 %epil.iter384.cmp.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil, !prof !105, !llvm.loop !229
+  %indvars.iv.next975.5.i.epil = add nuw nsw i64 %indvars.iv974.5.i.epil, 1
+  %epil.iter389.next = add i64 %epil.iter389, 1
+  %epil.iter389.cmp.not = icmp eq i64 %epil.iter389.next, %xtraiter388
+  br i1 %epil.iter389.cmp.not, label %for_body_to496.6.i.preheader, label %for_body_to496.5.i.epil, !prof !105, !llvm.loop !229
 
 for_body_to496.6.i.preheader:                     ; preds = %for_body_to496.5.i.epil, %for_body_to496.6.i.preheader.unr-lcssa
   br i1 %1468, label %for_body_to496.6.i.epil.preheader, label %for_body_to496.6.i, !prof !214
 
 for_body_to496.6.i:                               ; preds = %for_body_to496.6.i, %for_body_to496.6.i.preheader
-  %indvars.iv970.6.i = phi i64 [ %indvars.iv.next971.6.i.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
-  %niter394 = phi i64 [ %niter394.next.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
-  %2584 = shl nsw i64 %indvars.iv970.6.i, 6
+  %indvars.iv974.6.i = phi i64 [ %indvars.iv.next975.6.i.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
+  %niter399 = phi i64 [ %niter399.next.7, %for_body_to496.6.i ], [ 0, %for_body_to496.6.i.preheader ]
+  %2584 = shl nsw i64 %indvars.iv974.6.i, 6
   %2585 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2584
   %2586 = getelementptr inbounds nuw i8, ptr %2585, i64 3072
   %2587 = load <64 x i32>, ptr %2586, align 4, !tbaa !9
   %2588 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2584
   %2589 = getelementptr inbounds nuw i8, ptr %2588, i64 6656
   store <64 x i32> %2587, ptr %2589, align 4, !tbaa !9
-  %indvars.iv.next971.6.i = shl i64 %indvars.iv970.6.i, 6
-  %2590 = or disjoint i64 %indvars.iv.next971.6.i, 64
+  %indvars.iv.next975.6.i = shl i64 %indvars.iv974.6.i, 6
+  %2590 = or disjoint i64 %indvars.iv.next975.6.i, 64
   %2591 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2590
   %2592 = getelementptr inbounds nuw i8, ptr %2591, i64 3072
   %2593 = load <64 x i32>, ptr %2592, align 4, !tbaa !9
   %2594 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2590
   %2595 = getelementptr inbounds nuw i8, ptr %2594, i64 6656
   store <64 x i32> %2593, ptr %2595, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.1 = shl i64 %indvars.iv970.6.i, 6
-  %2596 = or disjoint i64 %indvars.iv.next971.6.i.1, 128
+  %indvars.iv.next975.6.i.1 = shl i64 %indvars.iv974.6.i, 6
+  %2596 = or disjoint i64 %indvars.iv.next975.6.i.1, 128
   %2597 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2596
   %2598 = getelementptr inbounds nuw i8, ptr %2597, i64 3072
   %2599 = load <64 x i32>, ptr %2598, align 4, !tbaa !9
   %2600 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2596
   %2601 = getelementptr inbounds nuw i8, ptr %2600, i64 6656
   store <64 x i32> %2599, ptr %2601, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.2 = shl i64 %indvars.iv970.6.i, 6
-  %2602 = or disjoint i64 %indvars.iv.next971.6.i.2, 192
+  %indvars.iv.next975.6.i.2 = shl i64 %indvars.iv974.6.i, 6
+  %2602 = or disjoint i64 %indvars.iv.next975.6.i.2, 192
   %2603 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2602
   %2604 = getelementptr inbounds nuw i8, ptr %2603, i64 3072
   %2605 = load <64 x i32>, ptr %2604, align 4, !tbaa !9
   %2606 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2602
   %2607 = getelementptr inbounds nuw i8, ptr %2606, i64 6656
   store <64 x i32> %2605, ptr %2607, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.3 = shl i64 %indvars.iv970.6.i, 6
-  %2608 = or disjoint i64 %indvars.iv.next971.6.i.3, 256
+  %indvars.iv.next975.6.i.3 = shl i64 %indvars.iv974.6.i, 6
+  %2608 = or disjoint i64 %indvars.iv.next975.6.i.3, 256
   %2609 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2608
   %2610 = getelementptr inbounds nuw i8, ptr %2609, i64 3072
   %2611 = load <64 x i32>, ptr %2610, align 4, !tbaa !9
   %2612 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2608
   %2613 = getelementptr inbounds nuw i8, ptr %2612, i64 6656
   store <64 x i32> %2611, ptr %2613, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.4 = shl i64 %indvars.iv970.6.i, 6
-  %2614 = or disjoint i64 %indvars.iv.next971.6.i.4, 320
+  %indvars.iv.next975.6.i.4 = shl i64 %indvars.iv974.6.i, 6
+  %2614 = or disjoint i64 %indvars.iv.next975.6.i.4, 320
   %2615 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2614
   %2616 = getelementptr inbounds nuw i8, ptr %2615, i64 3072
   %2617 = load <64 x i32>, ptr %2616, align 4, !tbaa !9
   %2618 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2614
   %2619 = getelementptr inbounds nuw i8, ptr %2618, i64 6656
   store <64 x i32> %2617, ptr %2619, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.5 = shl i64 %indvars.iv970.6.i, 6
-  %2620 = or disjoint i64 %indvars.iv.next971.6.i.5, 384
+  %indvars.iv.next975.6.i.5 = shl i64 %indvars.iv974.6.i, 6
+  %2620 = or disjoint i64 %indvars.iv.next975.6.i.5, 384
   %2621 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2620
   %2622 = getelementptr inbounds nuw i8, ptr %2621, i64 3072
   %2623 = load <64 x i32>, ptr %2622, align 4, !tbaa !9
   %2624 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2620
   %2625 = getelementptr inbounds nuw i8, ptr %2624, i64 6656
   store <64 x i32> %2623, ptr %2625, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.6 = shl i64 %indvars.iv970.6.i, 6
-  %2626 = or disjoint i64 %indvars.iv.next971.6.i.6, 448
+  %indvars.iv.next975.6.i.6 = shl i64 %indvars.iv974.6.i, 6
+  %2626 = or disjoint i64 %indvars.iv.next975.6.i.6, 448
   %2627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2626
   %2628 = getelementptr inbounds nuw i8, ptr %2627, i64 3072
   %2629 = load <64 x i32>, ptr %2628, align 4, !tbaa !9
   %2630 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2626
   %2631 = getelementptr inbounds nuw i8, ptr %2630, i64 6656
   store <64 x i32> %2629, ptr %2631, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.7 = add nuw nsw i64 %indvars.iv970.6.i, 8
-  %niter394.next.7 = add i64 %niter394, 8
-  %niter394.ncmp.7 = icmp eq i64 %niter394.next.7, %unroll_iter393
-  br i1 %niter394.ncmp.7, label %for_body_to496.7.i.preheader.unr-lcssa, label %for_body_to496.6.i, !prof !215, !llvm.loop !230
+  %indvars.iv.next975.6.i.7 = add nuw nsw i64 %indvars.iv974.6.i, 8
+  %niter399.next.7 = add i64 %niter399, 8
+  %niter399.ncmp.7 = icmp eq i64 %niter399.next.7, %unroll_iter398
+  br i1 %niter399.ncmp.7, label %for_body_to496.7.i.preheader.unr-lcssa, label %for_body_to496.6.i, !prof !215, !llvm.loop !230
 
 for_body_to496.7.i.preheader.unr-lcssa:           ; preds = %for_body_to496.6.i
-  br i1 %lcmp.mod391.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod396.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil.preheader, !prof !218
 
 for_body_to496.6.i.epil.preheader:                ; preds = %for_body_to496.7.i.preheader.unr-lcssa, %for_body_to496.6.i.preheader
-  %indvars.iv970.6.i.epil.init = phi i64 [ 0, %for_body_to496.6.i.preheader ], [ %indvars.iv.next971.6.i.7, %for_body_to496.7.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod392)
+  %indvars.iv974.6.i.epil.init = phi i64 [ 0, %for_body_to496.6.i.preheader ], [ %indvars.iv.next975.6.i.7, %for_body_to496.7.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod397)
   br label %for_body_to496.6.i.epil
 
 for_body_to496.6.i.epil:                          ; preds = %for_body_to496.6.i.epil, %for_body_to496.6.i.epil.preheader
-  %indvars.iv970.6.i.epil = phi i64 [ %indvars.iv.next971.6.i.epil, %for_body_to496.6.i.epil ], [ %indvars.iv970.6.i.epil.init, %for_body_to496.6.i.epil.preheader ]
-  %epil.iter390 = phi i64 [ %epil.iter390.next, %for_body_to496.6.i.epil ], [ 0, %for_body_to496.6.i.epil.preheader ]
-  %2632 = shl nsw i64 %indvars.iv970.6.i.epil, 6
+  %indvars.iv974.6.i.epil = phi i64 [ %indvars.iv.next975.6.i.epil, %for_body_to496.6.i.epil ], [ %indvars.iv974.6.i.epil.init, %for_body_to496.6.i.epil.preheader ]
+  %epil.iter395 = phi i64 [ %epil.iter395.next, %for_body_to496.6.i.epil ], [ 0, %for_body_to496.6.i.epil.preheader ]
+  %2632 = shl nsw i64 %indvars.iv974.6.i.epil, 6
   %2633 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2632
   %2634 = getelementptr inbounds nuw i8, ptr %2633, i64 3072
   %2635 = load <64 x i32>, ptr %2634, align 4, !tbaa !9
   %2636 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2632
   %2637 = getelementptr inbounds nuw i8, ptr %2636, i64 6656
   store <64 x i32> %2635, ptr %2637, align 4, !tbaa !9
-  %indvars.iv.next971.6.i.epil = add nuw nsw i64 %indvars.iv970.6.i.epil, 1
-  %epil.iter390.next = add i64 %epil.iter390, 1
-  %epil.iter390.cmp.not = icmp eq i64 %epil.iter390.next, %xtraiter389
-  br i1 %epil.iter390.cmp.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil, !prof !105, !llvm.loop !231
+  %indvars.iv.next975.6.i.epil = add nuw nsw i64 %indvars.iv974.6.i.epil, 1
+  %epil.iter395.next = add i64 %epil.iter395, 1
+  %epil.iter395.cmp.not = icmp eq i64 %epil.iter395.next, %xtraiter394
+  br i1 %epil.iter395.cmp.not, label %for_body_to496.7.i.preheader, label %for_body_to496.6.i.epil, !prof !105, !llvm.loop !231
 
 for_body_to496.7.i.preheader:                     ; preds = %for_body_to496.6.i.epil, %for_body_to496.7.i.preheader.unr-lcssa
   br i1 %1469, label %for_body_to496.7.i.epil.preheader, label %for_body_to496.7.i, !prof !214
 
 for_body_to496.7.i:                               ; preds = %for_body_to496.7.i, %for_body_to496.7.i.preheader
-  %indvars.iv970.7.i = phi i64 [ %indvars.iv.next971.7.i.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
-  %niter400 = phi i64 [ %niter400.next.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
-  %2638 = shl nsw i64 %indvars.iv970.7.i, 6
+  %indvars.iv974.7.i = phi i64 [ %indvars.iv.next975.7.i.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
+  %niter405 = phi i64 [ %niter405.next.7, %for_body_to496.7.i ], [ 0, %for_body_to496.7.i.preheader ]
+  %2638 = shl nsw i64 %indvars.iv974.7.i, 6
   %2639 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2638
   %2640 = getelementptr inbounds nuw i8, ptr %2639, i64 3584
   %2641 = load <64 x i32>, ptr %2640, align 4, !tbaa !9
   %2642 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2638
   %2643 = getelementptr inbounds nuw i8, ptr %2642, i64 7680
   store <64 x i32> %2641, ptr %2643, align 4, !tbaa !9
-  %indvars.iv.next971.7.i = shl i64 %indvars.iv970.7.i, 6
-  %2644 = or disjoint i64 %indvars.iv.next971.7.i, 64
+  %indvars.iv.next975.7.i = shl i64 %indvars.iv974.7.i, 6
+  %2644 = or disjoint i64 %indvars.iv.next975.7.i, 64
   %2645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2644
   %2646 = getelementptr inbounds nuw i8, ptr %2645, i64 3584
   %2647 = load <64 x i32>, ptr %2646, align 4, !tbaa !9
   %2648 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2644
   %2649 = getelementptr inbounds nuw i8, ptr %2648, i64 7680
   store <64 x i32> %2647, ptr %2649, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.1 = shl i64 %indvars.iv970.7.i, 6
-  %2650 = or disjoint i64 %indvars.iv.next971.7.i.1, 128
+  %indvars.iv.next975.7.i.1 = shl i64 %indvars.iv974.7.i, 6
+  %2650 = or disjoint i64 %indvars.iv.next975.7.i.1, 128
   %2651 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2650
   %2652 = getelementptr inbounds nuw i8, ptr %2651, i64 3584
   %2653 = load <64 x i32>, ptr %2652, align 4, !tbaa !9
   %2654 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2650
   %2655 = getelementptr inbounds nuw i8, ptr %2654, i64 7680
   store <64 x i32> %2653, ptr %2655, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.2 = shl i64 %indvars.iv970.7.i, 6
-  %2656 = or disjoint i64 %indvars.iv.next971.7.i.2, 192
+  %indvars.iv.next975.7.i.2 = shl i64 %indvars.iv974.7.i, 6
+  %2656 = or disjoint i64 %indvars.iv.next975.7.i.2, 192
   %2657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2656
   %2658 = getelementptr inbounds nuw i8, ptr %2657, i64 3584
   %2659 = load <64 x i32>, ptr %2658, align 4, !tbaa !9
   %2660 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2656
   %2661 = getelementptr inbounds nuw i8, ptr %2660, i64 7680
   store <64 x i32> %2659, ptr %2661, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.3 = shl i64 %indvars.iv970.7.i, 6
-  %2662 = or disjoint i64 %indvars.iv.next971.7.i.3, 256
+  %indvars.iv.next975.7.i.3 = shl i64 %indvars.iv974.7.i, 6
+  %2662 = or disjoint i64 %indvars.iv.next975.7.i.3, 256
   %2663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2662
   %2664 = getelementptr inbounds nuw i8, ptr %2663, i64 3584
   %2665 = load <64 x i32>, ptr %2664, align 4, !tbaa !9
   %2666 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2662
   %2667 = getelementptr inbounds nuw i8, ptr %2666, i64 7680
   store <64 x i32> %2665, ptr %2667, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.4 = shl i64 %indvars.iv970.7.i, 6
-  %2668 = or disjoint i64 %indvars.iv.next971.7.i.4, 320
+  %indvars.iv.next975.7.i.4 = shl i64 %indvars.iv974.7.i, 6
+  %2668 = or disjoint i64 %indvars.iv.next975.7.i.4, 320
   %2669 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2668
   %2670 = getelementptr inbounds nuw i8, ptr %2669, i64 3584
   %2671 = load <64 x i32>, ptr %2670, align 4, !tbaa !9
   %2672 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2668
   %2673 = getelementptr inbounds nuw i8, ptr %2672, i64 7680
   store <64 x i32> %2671, ptr %2673, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.5 = shl i64 %indvars.iv970.7.i, 6
-  %2674 = or disjoint i64 %indvars.iv.next971.7.i.5, 384
+  %indvars.iv.next975.7.i.5 = shl i64 %indvars.iv974.7.i, 6
+  %2674 = or disjoint i64 %indvars.iv.next975.7.i.5, 384
   %2675 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2674
   %2676 = getelementptr inbounds nuw i8, ptr %2675, i64 3584
   %2677 = load <64 x i32>, ptr %2676, align 4, !tbaa !9
   %2678 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2674
   %2679 = getelementptr inbounds nuw i8, ptr %2678, i64 7680
   store <64 x i32> %2677, ptr %2679, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.6 = shl i64 %indvars.iv970.7.i, 6
-  %2680 = or disjoint i64 %indvars.iv.next971.7.i.6, 448
+  %indvars.iv.next975.7.i.6 = shl i64 %indvars.iv974.7.i, 6
+  %2680 = or disjoint i64 %indvars.iv.next975.7.i.6, 448
   %2681 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2680
   %2682 = getelementptr inbounds nuw i8, ptr %2681, i64 3584
   %2683 = load <64 x i32>, ptr %2682, align 4, !tbaa !9
   %2684 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2680
   %2685 = getelementptr inbounds nuw i8, ptr %2684, i64 7680
   store <64 x i32> %2683, ptr %2685, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.7 = add nuw nsw i64 %indvars.iv970.7.i, 8
-  %niter400.next.7 = add i64 %niter400, 8
-  %niter400.ncmp.7 = icmp eq i64 %niter400.next.7, %unroll_iter399
-  br i1 %niter400.ncmp.7, label %for_body_to496.8.i.preheader.unr-lcssa, label %for_body_to496.7.i, !prof !215, !llvm.loop !232
+  %indvars.iv.next975.7.i.7 = add nuw nsw i64 %indvars.iv974.7.i, 8
+  %niter405.next.7 = add i64 %niter405, 8
+  %niter405.ncmp.7 = icmp eq i64 %niter405.next.7, %unroll_iter404
+  br i1 %niter405.ncmp.7, label %for_body_to496.8.i.preheader.unr-lcssa, label %for_body_to496.7.i, !prof !215, !llvm.loop !232
 
 for_body_to496.8.i.preheader.unr-lcssa:           ; preds = %for_body_to496.7.i
-  br i1 %lcmp.mod397.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod402.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil.preheader, !prof !218
 
 for_body_to496.7.i.epil.preheader:                ; preds = %for_body_to496.8.i.preheader.unr-lcssa, %for_body_to496.7.i.preheader
-  %indvars.iv970.7.i.epil.init = phi i64 [ 0, %for_body_to496.7.i.preheader ], [ %indvars.iv.next971.7.i.7, %for_body_to496.8.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod398)
+  %indvars.iv974.7.i.epil.init = phi i64 [ 0, %for_body_to496.7.i.preheader ], [ %indvars.iv.next975.7.i.7, %for_body_to496.8.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod403)
   br label %for_body_to496.7.i.epil
 
 for_body_to496.7.i.epil:                          ; preds = %for_body_to496.7.i.epil, %for_body_to496.7.i.epil.preheader
-  %indvars.iv970.7.i.epil = phi i64 [ %indvars.iv.next971.7.i.epil, %for_body_to496.7.i.epil ], [ %indvars.iv970.7.i.epil.init, %for_body_to496.7.i.epil.preheader ]
-  %epil.iter396 = phi i64 [ %epil.iter396.next, %for_body_to496.7.i.epil ], [ 0, %for_body_to496.7.i.epil.preheader ]
-  %2686 = shl nsw i64 %indvars.iv970.7.i.epil, 6
+  %indvars.iv974.7.i.epil = phi i64 [ %indvars.iv.next975.7.i.epil, %for_body_to496.7.i.epil ], [ %indvars.iv974.7.i.epil.init, %for_body_to496.7.i.epil.preheader ]
+  %epil.iter401 = phi i64 [ %epil.iter401.next, %for_body_to496.7.i.epil ], [ 0, %for_body_to496.7.i.epil.preheader ]
+  %2686 = shl nsw i64 %indvars.iv974.7.i.epil, 6
   %2687 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2686
   %2688 = getelementptr inbounds nuw i8, ptr %2687, i64 3584
   %2689 = load <64 x i32>, ptr %2688, align 4, !tbaa !9
   %2690 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2686
   %2691 = getelementptr inbounds nuw i8, ptr %2690, i64 7680
   store <64 x i32> %2689, ptr %2691, align 4, !tbaa !9
-  %indvars.iv.next971.7.i.epil = add nuw nsw i64 %indvars.iv970.7.i.epil, 1
-  %epil.iter396.next = add i64 %epil.iter396, 1
-  %epil.iter396.cmp.not = icmp eq i64 %epil.iter396.next, %xtraiter395
-  br i1 %epil.iter396.cmp.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil, !prof !105, !llvm.loop !233
+  %indvars.iv.next975.7.i.epil = add nuw nsw i64 %indvars.iv974.7.i.epil, 1
+  %epil.iter401.next = add i64 %epil.iter401, 1
+  %epil.iter401.cmp.not = icmp eq i64 %epil.iter401.next, %xtraiter400
+  br i1 %epil.iter401.cmp.not, label %for_body_to496.8.i.preheader, label %for_body_to496.7.i.epil, !prof !105, !llvm.loop !233
 
 for_body_to496.8.i.preheader:                     ; preds = %for_body_to496.7.i.epil, %for_body_to496.8.i.preheader.unr-lcssa
   br i1 %1470, label %for_body_to496.8.i.epil.preheader, label %for_body_to496.8.i, !prof !214
 
 for_body_to496.8.i:                               ; preds = %for_body_to496.8.i, %for_body_to496.8.i.preheader
-  %indvars.iv970.8.i = phi i64 [ %indvars.iv.next971.8.i.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
-  %niter406 = phi i64 [ %niter406.next.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
-  %2692 = shl nsw i64 %indvars.iv970.8.i, 6
+  %indvars.iv974.8.i = phi i64 [ %indvars.iv.next975.8.i.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
+  %niter411 = phi i64 [ %niter411.next.7, %for_body_to496.8.i ], [ 0, %for_body_to496.8.i.preheader ]
+  %2692 = shl nsw i64 %indvars.iv974.8.i, 6
   %2693 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2692
   %2694 = getelementptr inbounds nuw i8, ptr %2693, i64 4096
   %2695 = load <64 x i32>, ptr %2694, align 4, !tbaa !9
   %2696 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2692
   %2697 = getelementptr inbounds nuw i8, ptr %2696, i64 8704
   store <64 x i32> %2695, ptr %2697, align 4, !tbaa !9
-  %indvars.iv.next971.8.i = shl i64 %indvars.iv970.8.i, 6
-  %2698 = or disjoint i64 %indvars.iv.next971.8.i, 64
+  %indvars.iv.next975.8.i = shl i64 %indvars.iv974.8.i, 6
+  %2698 = or disjoint i64 %indvars.iv.next975.8.i, 64
   %2699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2698
   %2700 = getelementptr inbounds nuw i8, ptr %2699, i64 4096
   %2701 = load <64 x i32>, ptr %2700, align 4, !tbaa !9
   %2702 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2698
   %2703 = getelementptr inbounds nuw i8, ptr %2702, i64 8704
   store <64 x i32> %2701, ptr %2703, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.1 = shl i64 %indvars.iv970.8.i, 6
-  %2704 = or disjoint i64 %indvars.iv.next971.8.i.1, 128
+  %indvars.iv.next975.8.i.1 = shl i64 %indvars.iv974.8.i, 6
+  %2704 = or disjoint i64 %indvars.iv.next975.8.i.1, 128
   %2705 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2704
   %2706 = getelementptr inbounds nuw i8, ptr %2705, i64 4096
   %2707 = load <64 x i32>, ptr %2706, align 4, !tbaa !9
   %2708 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2704
   %2709 = getelementptr inbounds nuw i8, ptr %2708, i64 8704
   store <64 x i32> %2707, ptr %2709, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.2 = shl i64 %indvars.iv970.8.i, 6
-  %2710 = or disjoint i64 %indvars.iv.next971.8.i.2, 192
+  %indvars.iv.next975.8.i.2 = shl i64 %indvars.iv974.8.i, 6
+  %2710 = or disjoint i64 %indvars.iv.next975.8.i.2, 192
   %2711 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2710
   %2712 = getelementptr inbounds nuw i8, ptr %2711, i64 4096
   %2713 = load <64 x i32>, ptr %2712, align 4, !tbaa !9
   %2714 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2710
   %2715 = getelementptr inbounds nuw i8, ptr %2714, i64 8704
   store <64 x i32> %2713, ptr %2715, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.3 = shl i64 %indvars.iv970.8.i, 6
-  %2716 = or disjoint i64 %indvars.iv.next971.8.i.3, 256
+  %indvars.iv.next975.8.i.3 = shl i64 %indvars.iv974.8.i, 6
+  %2716 = or disjoint i64 %indvars.iv.next975.8.i.3, 256
   %2717 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2716
   %2718 = getelementptr inbounds nuw i8, ptr %2717, i64 4096
   %2719 = load <64 x i32>, ptr %2718, align 4, !tbaa !9
   %2720 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2716
   %2721 = getelementptr inbounds nuw i8, ptr %2720, i64 8704
   store <64 x i32> %2719, ptr %2721, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.4 = shl i64 %indvars.iv970.8.i, 6
-  %2722 = or disjoint i64 %indvars.iv.next971.8.i.4, 320
+  %indvars.iv.next975.8.i.4 = shl i64 %indvars.iv974.8.i, 6
+  %2722 = or disjoint i64 %indvars.iv.next975.8.i.4, 320
   %2723 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2722
   %2724 = getelementptr inbounds nuw i8, ptr %2723, i64 4096
   %2725 = load <64 x i32>, ptr %2724, align 4, !tbaa !9
   %2726 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2722
   %2727 = getelementptr inbounds nuw i8, ptr %2726, i64 8704
   store <64 x i32> %2725, ptr %2727, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.5 = shl i64 %indvars.iv970.8.i, 6
-  %2728 = or disjoint i64 %indvars.iv.next971.8.i.5, 384
+  %indvars.iv.next975.8.i.5 = shl i64 %indvars.iv974.8.i, 6
+  %2728 = or disjoint i64 %indvars.iv.next975.8.i.5, 384
   %2729 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2728
   %2730 = getelementptr inbounds nuw i8, ptr %2729, i64 4096
   %2731 = load <64 x i32>, ptr %2730, align 4, !tbaa !9
   %2732 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2728
   %2733 = getelementptr inbounds nuw i8, ptr %2732, i64 8704
   store <64 x i32> %2731, ptr %2733, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.6 = shl i64 %indvars.iv970.8.i, 6
-  %2734 = or disjoint i64 %indvars.iv.next971.8.i.6, 448
+  %indvars.iv.next975.8.i.6 = shl i64 %indvars.iv974.8.i, 6
+  %2734 = or disjoint i64 %indvars.iv.next975.8.i.6, 448
   %2735 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2734
   %2736 = getelementptr inbounds nuw i8, ptr %2735, i64 4096
   %2737 = load <64 x i32>, ptr %2736, align 4, !tbaa !9
   %2738 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2734
   %2739 = getelementptr inbounds nuw i8, ptr %2738, i64 8704
   store <64 x i32> %2737, ptr %2739, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.7 = add nuw nsw i64 %indvars.iv970.8.i, 8
-  %niter406.next.7 = add i64 %niter406, 8
-  %niter406.ncmp.7 = icmp eq i64 %niter406.next.7, %unroll_iter405
-  br i1 %niter406.ncmp.7, label %for_body_to496.9.i.preheader.unr-lcssa, label %for_body_to496.8.i, !prof !215, !llvm.loop !234
+  %indvars.iv.next975.8.i.7 = add nuw nsw i64 %indvars.iv974.8.i, 8
+  %niter411.next.7 = add i64 %niter411, 8
+  %niter411.ncmp.7 = icmp eq i64 %niter411.next.7, %unroll_iter410
+  br i1 %niter411.ncmp.7, label %for_body_to496.9.i.preheader.unr-lcssa, label %for_body_to496.8.i, !prof !215, !llvm.loop !234
 
 for_body_to496.9.i.preheader.unr-lcssa:           ; preds = %for_body_to496.8.i
-  br i1 %lcmp.mod403.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod408.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil.preheader, !prof !218
 
 for_body_to496.8.i.epil.preheader:                ; preds = %for_body_to496.9.i.preheader.unr-lcssa, %for_body_to496.8.i.preheader
-  %indvars.iv970.8.i.epil.init = phi i64 [ 0, %for_body_to496.8.i.preheader ], [ %indvars.iv.next971.8.i.7, %for_body_to496.9.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod404)
+  %indvars.iv974.8.i.epil.init = phi i64 [ 0, %for_body_to496.8.i.preheader ], [ %indvars.iv.next975.8.i.7, %for_body_to496.9.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod409)
   br label %for_body_to496.8.i.epil
 
 for_body_to496.8.i.epil:                          ; preds = %for_body_to496.8.i.epil, %for_body_to496.8.i.epil.preheader
-  %indvars.iv970.8.i.epil = phi i64 [ %indvars.iv.next971.8.i.epil, %for_body_to496.8.i.epil ], [ %indvars.iv970.8.i.epil.init, %for_body_to496.8.i.epil.preheader ]
-  %epil.iter402 = phi i64 [ %epil.iter402.next, %for_body_to496.8.i.epil ], [ 0, %for_body_to496.8.i.epil.preheader ]
-  %2740 = shl nsw i64 %indvars.iv970.8.i.epil, 6
+  %indvars.iv974.8.i.epil = phi i64 [ %indvars.iv.next975.8.i.epil, %for_body_to496.8.i.epil ], [ %indvars.iv974.8.i.epil.init, %for_body_to496.8.i.epil.preheader ]
+  %epil.iter407 = phi i64 [ %epil.iter407.next, %for_body_to496.8.i.epil ], [ 0, %for_body_to496.8.i.epil.preheader ]
+  %2740 = shl nsw i64 %indvars.iv974.8.i.epil, 6
   %2741 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2740
   %2742 = getelementptr inbounds nuw i8, ptr %2741, i64 4096
   %2743 = load <64 x i32>, ptr %2742, align 4, !tbaa !9
   %2744 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2740
   %2745 = getelementptr inbounds nuw i8, ptr %2744, i64 8704
   store <64 x i32> %2743, ptr %2745, align 4, !tbaa !9
-  %indvars.iv.next971.8.i.epil = add nuw nsw i64 %indvars.iv970.8.i.epil, 1
-  %epil.iter402.next = add i64 %epil.iter402, 1
-  %epil.iter402.cmp.not = icmp eq i64 %epil.iter402.next, %xtraiter401
-  br i1 %epil.iter402.cmp.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil, !prof !105, !llvm.loop !235
+  %indvars.iv.next975.8.i.epil = add nuw nsw i64 %indvars.iv974.8.i.epil, 1
+  %epil.iter407.next = add i64 %epil.iter407, 1
+  %epil.iter407.cmp.not = icmp eq i64 %epil.iter407.next, %xtraiter406
+  br i1 %epil.iter407.cmp.not, label %for_body_to496.9.i.preheader, label %for_body_to496.8.i.epil, !prof !105, !llvm.loop !235
 
 for_body_to496.9.i.preheader:                     ; preds = %for_body_to496.8.i.epil, %for_body_to496.9.i.preheader.unr-lcssa
   br i1 %1471, label %for_body_to496.9.i.epil.preheader, label %for_body_to496.9.i, !prof !214
 
 for_body_to496.9.i:                               ; preds = %for_body_to496.9.i, %for_body_to496.9.i.preheader
-  %indvars.iv970.9.i = phi i64 [ %indvars.iv.next971.9.i.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
-  %niter412 = phi i64 [ %niter412.next.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
-  %2746 = shl nsw i64 %indvars.iv970.9.i, 6
+  %indvars.iv974.9.i = phi i64 [ %indvars.iv.next975.9.i.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
+  %niter417 = phi i64 [ %niter417.next.7, %for_body_to496.9.i ], [ 0, %for_body_to496.9.i.preheader ]
+  %2746 = shl nsw i64 %indvars.iv974.9.i, 6
   %2747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2746
   %2748 = getelementptr inbounds nuw i8, ptr %2747, i64 4608
   %2749 = load <64 x i32>, ptr %2748, align 4, !tbaa !9
   %2750 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2746
   %2751 = getelementptr inbounds nuw i8, ptr %2750, i64 9728
   store <64 x i32> %2749, ptr %2751, align 4, !tbaa !9
-  %indvars.iv.next971.9.i = shl i64 %indvars.iv970.9.i, 6
-  %2752 = or disjoint i64 %indvars.iv.next971.9.i, 64
+  %indvars.iv.next975.9.i = shl i64 %indvars.iv974.9.i, 6
+  %2752 = or disjoint i64 %indvars.iv.next975.9.i, 64
   %2753 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2752
   %2754 = getelementptr inbounds nuw i8, ptr %2753, i64 4608
   %2755 = load <64 x i32>, ptr %2754, align 4, !tbaa !9
   %2756 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2752
   %2757 = getelementptr inbounds nuw i8, ptr %2756, i64 9728
   store <64 x i32> %2755, ptr %2757, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.1 = shl i64 %indvars.iv970.9.i, 6
-  %2758 = or disjoint i64 %indvars.iv.next971.9.i.1, 128
+  %indvars.iv.next975.9.i.1 = shl i64 %indvars.iv974.9.i, 6
+  %2758 = or disjoint i64 %indvars.iv.next975.9.i.1, 128
   %2759 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2758
   %2760 = getelementptr inbounds nuw i8, ptr %2759, i64 4608
   %2761 = load <64 x i32>, ptr %2760, align 4, !tbaa !9
   %2762 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2758
   %2763 = getelementptr inbounds nuw i8, ptr %2762, i64 9728
   store <64 x i32> %2761, ptr %2763, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.2 = shl i64 %indvars.iv970.9.i, 6
-  %2764 = or disjoint i64 %indvars.iv.next971.9.i.2, 192
+  %indvars.iv.next975.9.i.2 = shl i64 %indvars.iv974.9.i, 6
+  %2764 = or disjoint i64 %indvars.iv.next975.9.i.2, 192
   %2765 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2764
   %2766 = getelementptr inbounds nuw i8, ptr %2765, i64 4608
   %2767 = load <64 x i32>, ptr %2766, align 4, !tbaa !9
   %2768 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2764
   %2769 = getelementptr inbounds nuw i8, ptr %2768, i64 9728
   store <64 x i32> %2767, ptr %2769, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.3 = shl i64 %indvars.iv970.9.i, 6
-  %2770 = or disjoint i64 %indvars.iv.next971.9.i.3, 256
+  %indvars.iv.next975.9.i.3 = shl i64 %indvars.iv974.9.i, 6
+  %2770 = or disjoint i64 %indvars.iv.next975.9.i.3, 256
   %2771 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2770
   %2772 = getelementptr inbounds nuw i8, ptr %2771, i64 4608
   %2773 = load <64 x i32>, ptr %2772, align 4, !tbaa !9
   %2774 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2770
   %2775 = getelementptr inbounds nuw i8, ptr %2774, i64 9728
   store <64 x i32> %2773, ptr %2775, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.4 = shl i64 %indvars.iv970.9.i, 6
-  %2776 = or disjoint i64 %indvars.iv.next971.9.i.4, 320
+  %indvars.iv.next975.9.i.4 = shl i64 %indvars.iv974.9.i, 6
+  %2776 = or disjoint i64 %indvars.iv.next975.9.i.4, 320
   %2777 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2776
   %2778 = getelementptr inbounds nuw i8, ptr %2777, i64 4608
   %2779 = load <64 x i32>, ptr %2778, align 4, !tbaa !9
   %2780 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2776
   %2781 = getelementptr inbounds nuw i8, ptr %2780, i64 9728
   store <64 x i32> %2779, ptr %2781, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.5 = shl i64 %indvars.iv970.9.i, 6
-  %2782 = or disjoint i64 %indvars.iv.next971.9.i.5, 384
+  %indvars.iv.next975.9.i.5 = shl i64 %indvars.iv974.9.i, 6
+  %2782 = or disjoint i64 %indvars.iv.next975.9.i.5, 384
   %2783 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2782
   %2784 = getelementptr inbounds nuw i8, ptr %2783, i64 4608
   %2785 = load <64 x i32>, ptr %2784, align 4, !tbaa !9
   %2786 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2782
   %2787 = getelementptr inbounds nuw i8, ptr %2786, i64 9728
   store <64 x i32> %2785, ptr %2787, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.6 = shl i64 %indvars.iv970.9.i, 6
-  %2788 = or disjoint i64 %indvars.iv.next971.9.i.6, 448
+  %indvars.iv.next975.9.i.6 = shl i64 %indvars.iv974.9.i, 6
+  %2788 = or disjoint i64 %indvars.iv.next975.9.i.6, 448
   %2789 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2788
   %2790 = getelementptr inbounds nuw i8, ptr %2789, i64 4608
   %2791 = load <64 x i32>, ptr %2790, align 4, !tbaa !9
   %2792 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2788
   %2793 = getelementptr inbounds nuw i8, ptr %2792, i64 9728
   store <64 x i32> %2791, ptr %2793, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.7 = add nuw nsw i64 %indvars.iv970.9.i, 8
-  %niter412.next.7 = add i64 %niter412, 8
-  %niter412.ncmp.7 = icmp eq i64 %niter412.next.7, %unroll_iter411
-  br i1 %niter412.ncmp.7, label %for_body_to496.10.i.preheader.unr-lcssa, label %for_body_to496.9.i, !prof !215, !llvm.loop !236
+  %indvars.iv.next975.9.i.7 = add nuw nsw i64 %indvars.iv974.9.i, 8
+  %niter417.next.7 = add i64 %niter417, 8
+  %niter417.ncmp.7 = icmp eq i64 %niter417.next.7, %unroll_iter416
+  br i1 %niter417.ncmp.7, label %for_body_to496.10.i.preheader.unr-lcssa, label %for_body_to496.9.i, !prof !215, !llvm.loop !236
 
 for_body_to496.10.i.preheader.unr-lcssa:          ; preds = %for_body_to496.9.i
-  br i1 %lcmp.mod409.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod414.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil.preheader, !prof !218
 
 for_body_to496.9.i.epil.preheader:                ; preds = %for_body_to496.10.i.preheader.unr-lcssa, %for_body_to496.9.i.preheader
-  %indvars.iv970.9.i.epil.init = phi i64 [ 0, %for_body_to496.9.i.preheader ], [ %indvars.iv.next971.9.i.7, %for_body_to496.10.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod410)
+  %indvars.iv974.9.i.epil.init = phi i64 [ 0, %for_body_to496.9.i.preheader ], [ %indvars.iv.next975.9.i.7, %for_body_to496.10.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod415)
   br label %for_body_to496.9.i.epil
 
 for_body_to496.9.i.epil:                          ; preds = %for_body_to496.9.i.epil, %for_body_to496.9.i.epil.preheader
-  %indvars.iv970.9.i.epil = phi i64 [ %indvars.iv.next971.9.i.epil, %for_body_to496.9.i.epil ], [ %indvars.iv970.9.i.epil.init, %for_body_to496.9.i.epil.preheader ]
-  %epil.iter408 = phi i64 [ %epil.iter408.next, %for_body_to496.9.i.epil ], [ 0, %for_body_to496.9.i.epil.preheader ]
-  %2794 = shl nsw i64 %indvars.iv970.9.i.epil, 6
+  %indvars.iv974.9.i.epil = phi i64 [ %indvars.iv.next975.9.i.epil, %for_body_to496.9.i.epil ], [ %indvars.iv974.9.i.epil.init, %for_body_to496.9.i.epil.preheader ]
+  %epil.iter413 = phi i64 [ %epil.iter413.next, %for_body_to496.9.i.epil ], [ 0, %for_body_to496.9.i.epil.preheader ]
+  %2794 = shl nsw i64 %indvars.iv974.9.i.epil, 6
   %2795 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2794
   %2796 = getelementptr inbounds nuw i8, ptr %2795, i64 4608
   %2797 = load <64 x i32>, ptr %2796, align 4, !tbaa !9
   %2798 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2794
   %2799 = getelementptr inbounds nuw i8, ptr %2798, i64 9728
   store <64 x i32> %2797, ptr %2799, align 4, !tbaa !9
-  %indvars.iv.next971.9.i.epil = add nuw nsw i64 %indvars.iv970.9.i.epil, 1
-  %epil.iter408.next = add i64 %epil.iter408, 1
-  %epil.iter408.cmp.not = icmp eq i64 %epil.iter408.next, %xtraiter407
-  br i1 %epil.iter408.cmp.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil, !prof !105, !llvm.loop !237
+  %indvars.iv.next975.9.i.epil = add nuw nsw i64 %indvars.iv974.9.i.epil, 1
+  %epil.iter413.next = add i64 %epil.iter413, 1
+  %epil.iter413.cmp.not = icmp eq i64 %epil.iter413.next, %xtraiter412
+  br i1 %epil.iter413.cmp.not, label %for_body_to496.10.i.preheader, label %for_body_to496.9.i.epil, !prof !105, !llvm.loop !237
 
 for_body_to496.10.i.preheader:                    ; preds = %for_body_to496.9.i.epil, %for_body_to496.10.i.preheader.unr-lcssa
   br i1 %1472, label %for_body_to496.10.i.epil.preheader, label %for_body_to496.10.i, !prof !214
 
 for_body_to496.10.i:                              ; preds = %for_body_to496.10.i, %for_body_to496.10.i.preheader
-  %indvars.iv970.10.i = phi i64 [ %indvars.iv.next971.10.i.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
-  %niter418 = phi i64 [ %niter418.next.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
-  %2800 = shl nsw i64 %indvars.iv970.10.i, 6
+  %indvars.iv974.10.i = phi i64 [ %indvars.iv.next975.10.i.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
+  %niter423 = phi i64 [ %niter423.next.7, %for_body_to496.10.i ], [ 0, %for_body_to496.10.i.preheader ]
+  %2800 = shl nsw i64 %indvars.iv974.10.i, 6
   %2801 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2800
   %2802 = getelementptr inbounds nuw i8, ptr %2801, i64 5120
   %2803 = load <64 x i32>, ptr %2802, align 4, !tbaa !9
   %2804 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2800
   %2805 = getelementptr inbounds nuw i8, ptr %2804, i64 10752
   store <64 x i32> %2803, ptr %2805, align 4, !tbaa !9
-  %indvars.iv.next971.10.i = shl i64 %indvars.iv970.10.i, 6
-  %2806 = or disjoint i64 %indvars.iv.next971.10.i, 64
+  %indvars.iv.next975.10.i = shl i64 %indvars.iv974.10.i, 6
+  %2806 = or disjoint i64 %indvars.iv.next975.10.i, 64
   %2807 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2806
   %2808 = getelementptr inbounds nuw i8, ptr %2807, i64 5120
   %2809 = load <64 x i32>, ptr %2808, align 4, !tbaa !9
   %2810 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2806
   %2811 = getelementptr inbounds nuw i8, ptr %2810, i64 10752
   store <64 x i32> %2809, ptr %2811, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.1 = shl i64 %indvars.iv970.10.i, 6
-  %2812 = or disjoint i64 %indvars.iv.next971.10.i.1, 128
+  %indvars.iv.next975.10.i.1 = shl i64 %indvars.iv974.10.i, 6
+  %2812 = or disjoint i64 %indvars.iv.next975.10.i.1, 128
   %2813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2812
   %2814 = getelementptr inbounds nuw i8, ptr %2813, i64 5120
   %2815 = load <64 x i32>, ptr %2814, align 4, !tbaa !9
   %2816 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2812
   %2817 = getelementptr inbounds nuw i8, ptr %2816, i64 10752
   store <64 x i32> %2815, ptr %2817, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.2 = shl i64 %indvars.iv970.10.i, 6
-  %2818 = or disjoint i64 %indvars.iv.next971.10.i.2, 192
+  %indvars.iv.next975.10.i.2 = shl i64 %indvars.iv974.10.i, 6
+  %2818 = or disjoint i64 %indvars.iv.next975.10.i.2, 192
   %2819 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2818
   %2820 = getelementptr inbounds nuw i8, ptr %2819, i64 5120
   %2821 = load <64 x i32>, ptr %2820, align 4, !tbaa !9
   %2822 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2818
   %2823 = getelementptr inbounds nuw i8, ptr %2822, i64 10752
   store <64 x i32> %2821, ptr %2823, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.3 = shl i64 %indvars.iv970.10.i, 6
-  %2824 = or disjoint i64 %indvars.iv.next971.10.i.3, 256
+  %indvars.iv.next975.10.i.3 = shl i64 %indvars.iv974.10.i, 6
+  %2824 = or disjoint i64 %indvars.iv.next975.10.i.3, 256
   %2825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2824
   %2826 = getelementptr inbounds nuw i8, ptr %2825, i64 5120
   %2827 = load <64 x i32>, ptr %2826, align 4, !tbaa !9
   %2828 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2824
   %2829 = getelementptr inbounds nuw i8, ptr %2828, i64 10752
   store <64 x i32> %2827, ptr %2829, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.4 = shl i64 %indvars.iv970.10.i, 6
-  %2830 = or disjoint i64 %indvars.iv.next971.10.i.4, 320
+  %indvars.iv.next975.10.i.4 = shl i64 %indvars.iv974.10.i, 6
+  %2830 = or disjoint i64 %indvars.iv.next975.10.i.4, 320
   %2831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2830
   %2832 = getelementptr inbounds nuw i8, ptr %2831, i64 5120
   %2833 = load <64 x i32>, ptr %2832, align 4, !tbaa !9
   %2834 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2830
   %2835 = getelementptr inbounds nuw i8, ptr %2834, i64 10752
   store <64 x i32> %2833, ptr %2835, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.5 = shl i64 %indvars.iv970.10.i, 6
-  %2836 = or disjoint i64 %indvars.iv.next971.10.i.5, 384
+  %indvars.iv.next975.10.i.5 = shl i64 %indvars.iv974.10.i, 6
+  %2836 = or disjoint i64 %indvars.iv.next975.10.i.5, 384
   %2837 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2836
   %2838 = getelementptr inbounds nuw i8, ptr %2837, i64 5120
   %2839 = load <64 x i32>, ptr %2838, align 4, !tbaa !9
   %2840 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2836
   %2841 = getelementptr inbounds nuw i8, ptr %2840, i64 10752
   store <64 x i32> %2839, ptr %2841, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.6 = shl i64 %indvars.iv970.10.i, 6
-  %2842 = or disjoint i64 %indvars.iv.next971.10.i.6, 448
+  %indvars.iv.next975.10.i.6 = shl i64 %indvars.iv974.10.i, 6
+  %2842 = or disjoint i64 %indvars.iv.next975.10.i.6, 448
   %2843 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2842
   %2844 = getelementptr inbounds nuw i8, ptr %2843, i64 5120
   %2845 = load <64 x i32>, ptr %2844, align 4, !tbaa !9
   %2846 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2842
   %2847 = getelementptr inbounds nuw i8, ptr %2846, i64 10752
   store <64 x i32> %2845, ptr %2847, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.7 = add nuw nsw i64 %indvars.iv970.10.i, 8
-  %niter418.next.7 = add i64 %niter418, 8
-  %niter418.ncmp.7 = icmp eq i64 %niter418.next.7, %unroll_iter417
-  br i1 %niter418.ncmp.7, label %for_body_to496.11.i.preheader.unr-lcssa, label %for_body_to496.10.i, !prof !215, !llvm.loop !238
+  %indvars.iv.next975.10.i.7 = add nuw nsw i64 %indvars.iv974.10.i, 8
+  %niter423.next.7 = add i64 %niter423, 8
+  %niter423.ncmp.7 = icmp eq i64 %niter423.next.7, %unroll_iter422
+  br i1 %niter423.ncmp.7, label %for_body_to496.11.i.preheader.unr-lcssa, label %for_body_to496.10.i, !prof !215, !llvm.loop !238
 
 for_body_to496.11.i.preheader.unr-lcssa:          ; preds = %for_body_to496.10.i
-  br i1 %lcmp.mod415.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod420.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil.preheader, !prof !218
 
 for_body_to496.10.i.epil.preheader:               ; preds = %for_body_to496.11.i.preheader.unr-lcssa, %for_body_to496.10.i.preheader
-  %indvars.iv970.10.i.epil.init = phi i64 [ 0, %for_body_to496.10.i.preheader ], [ %indvars.iv.next971.10.i.7, %for_body_to496.11.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod416)
+  %indvars.iv974.10.i.epil.init = phi i64 [ 0, %for_body_to496.10.i.preheader ], [ %indvars.iv.next975.10.i.7, %for_body_to496.11.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod421)
   br label %for_body_to496.10.i.epil
 
 for_body_to496.10.i.epil:                         ; preds = %for_body_to496.10.i.epil, %for_body_to496.10.i.epil.preheader
-  %indvars.iv970.10.i.epil = phi i64 [ %indvars.iv.next971.10.i.epil, %for_body_to496.10.i.epil ], [ %indvars.iv970.10.i.epil.init, %for_body_to496.10.i.epil.preheader ]
-  %epil.iter414 = phi i64 [ %epil.iter414.next, %for_body_to496.10.i.epil ], [ 0, %for_body_to496.10.i.epil.preheader ]
-  %2848 = shl nsw i64 %indvars.iv970.10.i.epil, 6
+  %indvars.iv974.10.i.epil = phi i64 [ %indvars.iv.next975.10.i.epil, %for_body_to496.10.i.epil ], [ %indvars.iv974.10.i.epil.init, %for_body_to496.10.i.epil.preheader ]
+  %epil.iter419 = phi i64 [ %epil.iter419.next, %for_body_to496.10.i.epil ], [ 0, %for_body_to496.10.i.epil.preheader ]
+  %2848 = shl nsw i64 %indvars.iv974.10.i.epil, 6
   %2849 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2848
   %2850 = getelementptr inbounds nuw i8, ptr %2849, i64 5120
   %2851 = load <64 x i32>, ptr %2850, align 4, !tbaa !9
   %2852 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2848
   %2853 = getelementptr inbounds nuw i8, ptr %2852, i64 10752
   store <64 x i32> %2851, ptr %2853, align 4, !tbaa !9
-  %indvars.iv.next971.10.i.epil = add nuw nsw i64 %indvars.iv970.10.i.epil, 1
-  %epil.iter414.next = add i64 %epil.iter414, 1
-  %epil.iter414.cmp.not = icmp eq i64 %epil.iter414.next, %xtraiter413
-  br i1 %epil.iter414.cmp.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil, !prof !105, !llvm.loop !239
+  %indvars.iv.next975.10.i.epil = add nuw nsw i64 %indvars.iv974.10.i.epil, 1
+  %epil.iter419.next = add i64 %epil.iter419, 1
+  %epil.iter419.cmp.not = icmp eq i64 %epil.iter419.next, %xtraiter418
+  br i1 %epil.iter419.cmp.not, label %for_body_to496.11.i.preheader, label %for_body_to496.10.i.epil, !prof !105, !llvm.loop !239
 
 for_body_to496.11.i.preheader:                    ; preds = %for_body_to496.10.i.epil, %for_body_to496.11.i.preheader.unr-lcssa
   br i1 %1473, label %for_body_to496.11.i.epil.preheader, label %for_body_to496.11.i, !prof !214
 
 for_body_to496.11.i:                              ; preds = %for_body_to496.11.i, %for_body_to496.11.i.preheader
-  %indvars.iv970.11.i = phi i64 [ %indvars.iv.next971.11.i.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
-  %niter424 = phi i64 [ %niter424.next.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
-  %2854 = shl nsw i64 %indvars.iv970.11.i, 6
+  %indvars.iv974.11.i = phi i64 [ %indvars.iv.next975.11.i.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
+  %niter429 = phi i64 [ %niter429.next.7, %for_body_to496.11.i ], [ 0, %for_body_to496.11.i.preheader ]
+  %2854 = shl nsw i64 %indvars.iv974.11.i, 6
   %2855 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2854
   %2856 = getelementptr inbounds nuw i8, ptr %2855, i64 5632
   %2857 = load <64 x i32>, ptr %2856, align 4, !tbaa !9
   %2858 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2854
   %2859 = getelementptr inbounds nuw i8, ptr %2858, i64 11776
   store <64 x i32> %2857, ptr %2859, align 4, !tbaa !9
-  %indvars.iv.next971.11.i = shl i64 %indvars.iv970.11.i, 6
-  %2860 = or disjoint i64 %indvars.iv.next971.11.i, 64
+  %indvars.iv.next975.11.i = shl i64 %indvars.iv974.11.i, 6
+  %2860 = or disjoint i64 %indvars.iv.next975.11.i, 64
   %2861 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2860
   %2862 = getelementptr inbounds nuw i8, ptr %2861, i64 5632
   %2863 = load <64 x i32>, ptr %2862, align 4, !tbaa !9
   %2864 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2860
   %2865 = getelementptr inbounds nuw i8, ptr %2864, i64 11776
   store <64 x i32> %2863, ptr %2865, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.1 = shl i64 %indvars.iv970.11.i, 6
-  %2866 = or disjoint i64 %indvars.iv.next971.11.i.1, 128
+  %indvars.iv.next975.11.i.1 = shl i64 %indvars.iv974.11.i, 6
+  %2866 = or disjoint i64 %indvars.iv.next975.11.i.1, 128
   %2867 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2866
   %2868 = getelementptr inbounds nuw i8, ptr %2867, i64 5632
   %2869 = load <64 x i32>, ptr %2868, align 4, !tbaa !9
   %2870 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2866
   %2871 = getelementptr inbounds nuw i8, ptr %2870, i64 11776
   store <64 x i32> %2869, ptr %2871, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.2 = shl i64 %indvars.iv970.11.i, 6
-  %2872 = or disjoint i64 %indvars.iv.next971.11.i.2, 192
+  %indvars.iv.next975.11.i.2 = shl i64 %indvars.iv974.11.i, 6
+  %2872 = or disjoint i64 %indvars.iv.next975.11.i.2, 192
   %2873 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2872
   %2874 = getelementptr inbounds nuw i8, ptr %2873, i64 5632
   %2875 = load <64 x i32>, ptr %2874, align 4, !tbaa !9
   %2876 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2872
   %2877 = getelementptr inbounds nuw i8, ptr %2876, i64 11776
   store <64 x i32> %2875, ptr %2877, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.3 = shl i64 %indvars.iv970.11.i, 6
-  %2878 = or disjoint i64 %indvars.iv.next971.11.i.3, 256
+  %indvars.iv.next975.11.i.3 = shl i64 %indvars.iv974.11.i, 6
+  %2878 = or disjoint i64 %indvars.iv.next975.11.i.3, 256
   %2879 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2878
   %2880 = getelementptr inbounds nuw i8, ptr %2879, i64 5632
   %2881 = load <64 x i32>, ptr %2880, align 4, !tbaa !9
   %2882 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2878
   %2883 = getelementptr inbounds nuw i8, ptr %2882, i64 11776
   store <64 x i32> %2881, ptr %2883, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.4 = shl i64 %indvars.iv970.11.i, 6
-  %2884 = or disjoint i64 %indvars.iv.next971.11.i.4, 320
+  %indvars.iv.next975.11.i.4 = shl i64 %indvars.iv974.11.i, 6
+  %2884 = or disjoint i64 %indvars.iv.next975.11.i.4, 320
   %2885 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2884
   %2886 = getelementptr inbounds nuw i8, ptr %2885, i64 5632
   %2887 = load <64 x i32>, ptr %2886, align 4, !tbaa !9
   %2888 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2884
   %2889 = getelementptr inbounds nuw i8, ptr %2888, i64 11776
   store <64 x i32> %2887, ptr %2889, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.5 = shl i64 %indvars.iv970.11.i, 6
-  %2890 = or disjoint i64 %indvars.iv.next971.11.i.5, 384
+  %indvars.iv.next975.11.i.5 = shl i64 %indvars.iv974.11.i, 6
+  %2890 = or disjoint i64 %indvars.iv.next975.11.i.5, 384
   %2891 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2890
   %2892 = getelementptr inbounds nuw i8, ptr %2891, i64 5632
   %2893 = load <64 x i32>, ptr %2892, align 4, !tbaa !9
   %2894 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2890
   %2895 = getelementptr inbounds nuw i8, ptr %2894, i64 11776
   store <64 x i32> %2893, ptr %2895, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.6 = shl i64 %indvars.iv970.11.i, 6
-  %2896 = or disjoint i64 %indvars.iv.next971.11.i.6, 448
+  %indvars.iv.next975.11.i.6 = shl i64 %indvars.iv974.11.i, 6
+  %2896 = or disjoint i64 %indvars.iv.next975.11.i.6, 448
   %2897 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2896
   %2898 = getelementptr inbounds nuw i8, ptr %2897, i64 5632
   %2899 = load <64 x i32>, ptr %2898, align 4, !tbaa !9
   %2900 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2896
   %2901 = getelementptr inbounds nuw i8, ptr %2900, i64 11776
   store <64 x i32> %2899, ptr %2901, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.7 = add nuw nsw i64 %indvars.iv970.11.i, 8
-  %niter424.next.7 = add i64 %niter424, 8
-  %niter424.ncmp.7 = icmp eq i64 %niter424.next.7, %unroll_iter423
-  br i1 %niter424.ncmp.7, label %for_body_to496.12.i.preheader.unr-lcssa, label %for_body_to496.11.i, !prof !215, !llvm.loop !240
+  %indvars.iv.next975.11.i.7 = add nuw nsw i64 %indvars.iv974.11.i, 8
+  %niter429.next.7 = add i64 %niter429, 8
+  %niter429.ncmp.7 = icmp eq i64 %niter429.next.7, %unroll_iter428
+  br i1 %niter429.ncmp.7, label %for_body_to496.12.i.preheader.unr-lcssa, label %for_body_to496.11.i, !prof !215, !llvm.loop !240
 
 for_body_to496.12.i.preheader.unr-lcssa:          ; preds = %for_body_to496.11.i
-  br i1 %lcmp.mod421.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod426.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil.preheader, !prof !218
 
 for_body_to496.11.i.epil.preheader:               ; preds = %for_body_to496.12.i.preheader.unr-lcssa, %for_body_to496.11.i.preheader
-  %indvars.iv970.11.i.epil.init = phi i64 [ 0, %for_body_to496.11.i.preheader ], [ %indvars.iv.next971.11.i.7, %for_body_to496.12.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod422)
+  %indvars.iv974.11.i.epil.init = phi i64 [ 0, %for_body_to496.11.i.preheader ], [ %indvars.iv.next975.11.i.7, %for_body_to496.12.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod427)
   br label %for_body_to496.11.i.epil
 
 for_body_to496.11.i.epil:                         ; preds = %for_body_to496.11.i.epil, %for_body_to496.11.i.epil.preheader
-  %indvars.iv970.11.i.epil = phi i64 [ %indvars.iv.next971.11.i.epil, %for_body_to496.11.i.epil ], [ %indvars.iv970.11.i.epil.init, %for_body_to496.11.i.epil.preheader ]
-  %epil.iter420 = phi i64 [ %epil.iter420.next, %for_body_to496.11.i.epil ], [ 0, %for_body_to496.11.i.epil.preheader ]
-  %2902 = shl nsw i64 %indvars.iv970.11.i.epil, 6
+  %indvars.iv974.11.i.epil = phi i64 [ %indvars.iv.next975.11.i.epil, %for_body_to496.11.i.epil ], [ %indvars.iv974.11.i.epil.init, %for_body_to496.11.i.epil.preheader ]
+  %epil.iter425 = phi i64 [ %epil.iter425.next, %for_body_to496.11.i.epil ], [ 0, %for_body_to496.11.i.epil.preheader ]
+  %2902 = shl nsw i64 %indvars.iv974.11.i.epil, 6
   %2903 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2902
   %2904 = getelementptr inbounds nuw i8, ptr %2903, i64 5632
   %2905 = load <64 x i32>, ptr %2904, align 4, !tbaa !9
   %2906 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2902
   %2907 = getelementptr inbounds nuw i8, ptr %2906, i64 11776
   store <64 x i32> %2905, ptr %2907, align 4, !tbaa !9
-  %indvars.iv.next971.11.i.epil = add nuw nsw i64 %indvars.iv970.11.i.epil, 1
-  %epil.iter420.next = add i64 %epil.iter420, 1
-  %epil.iter420.cmp.not = icmp eq i64 %epil.iter420.next, %xtraiter419
-  br i1 %epil.iter420.cmp.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil, !prof !105, !llvm.loop !241
+  %indvars.iv.next975.11.i.epil = add nuw nsw i64 %indvars.iv974.11.i.epil, 1
+  %epil.iter425.next = add i64 %epil.iter425, 1
+  %epil.iter425.cmp.not = icmp eq i64 %epil.iter425.next, %xtraiter424
+  br i1 %epil.iter425.cmp.not, label %for_body_to496.12.i.preheader, label %for_body_to496.11.i.epil, !prof !105, !llvm.loop !241
 
 for_body_to496.12.i.preheader:                    ; preds = %for_body_to496.11.i.epil, %for_body_to496.12.i.preheader.unr-lcssa
   br i1 %1474, label %for_body_to496.12.i.epil.preheader, label %for_body_to496.12.i, !prof !214
 
 for_body_to496.12.i:                              ; preds = %for_body_to496.12.i, %for_body_to496.12.i.preheader
-  %indvars.iv970.12.i = phi i64 [ %indvars.iv.next971.12.i.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
-  %niter430 = phi i64 [ %niter430.next.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
-  %2908 = shl nsw i64 %indvars.iv970.12.i, 6
+  %indvars.iv974.12.i = phi i64 [ %indvars.iv.next975.12.i.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
+  %niter435 = phi i64 [ %niter435.next.7, %for_body_to496.12.i ], [ 0, %for_body_to496.12.i.preheader ]
+  %2908 = shl nsw i64 %indvars.iv974.12.i, 6
   %2909 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2908
   %2910 = getelementptr inbounds nuw i8, ptr %2909, i64 6144
   %2911 = load <64 x i32>, ptr %2910, align 4, !tbaa !9
   %2912 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2908
   %2913 = getelementptr inbounds nuw i8, ptr %2912, i64 12800
   store <64 x i32> %2911, ptr %2913, align 4, !tbaa !9
-  %indvars.iv.next971.12.i = shl i64 %indvars.iv970.12.i, 6
-  %2914 = or disjoint i64 %indvars.iv.next971.12.i, 64
+  %indvars.iv.next975.12.i = shl i64 %indvars.iv974.12.i, 6
+  %2914 = or disjoint i64 %indvars.iv.next975.12.i, 64
   %2915 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2914
   %2916 = getelementptr inbounds nuw i8, ptr %2915, i64 6144
   %2917 = load <64 x i32>, ptr %2916, align 4, !tbaa !9
   %2918 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2914
   %2919 = getelementptr inbounds nuw i8, ptr %2918, i64 12800
   store <64 x i32> %2917, ptr %2919, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.1 = shl i64 %indvars.iv970.12.i, 6
-  %2920 = or disjoint i64 %indvars.iv.next971.12.i.1, 128
+  %indvars.iv.next975.12.i.1 = shl i64 %indvars.iv974.12.i, 6
+  %2920 = or disjoint i64 %indvars.iv.next975.12.i.1, 128
   %2921 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2920
   %2922 = getelementptr inbounds nuw i8, ptr %2921, i64 6144
   %2923 = load <64 x i32>, ptr %2922, align 4, !tbaa !9
   %2924 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2920
   %2925 = getelementptr inbounds nuw i8, ptr %2924, i64 12800
   store <64 x i32> %2923, ptr %2925, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.2 = shl i64 %indvars.iv970.12.i, 6
-  %2926 = or disjoint i64 %indvars.iv.next971.12.i.2, 192
+  %indvars.iv.next975.12.i.2 = shl i64 %indvars.iv974.12.i, 6
+  %2926 = or disjoint i64 %indvars.iv.next975.12.i.2, 192
   %2927 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2926
   %2928 = getelementptr inbounds nuw i8, ptr %2927, i64 6144
   %2929 = load <64 x i32>, ptr %2928, align 4, !tbaa !9
   %2930 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2926
   %2931 = getelementptr inbounds nuw i8, ptr %2930, i64 12800
   store <64 x i32> %2929, ptr %2931, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.3 = shl i64 %indvars.iv970.12.i, 6
-  %2932 = or disjoint i64 %indvars.iv.next971.12.i.3, 256
+  %indvars.iv.next975.12.i.3 = shl i64 %indvars.iv974.12.i, 6
+  %2932 = or disjoint i64 %indvars.iv.next975.12.i.3, 256
   %2933 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2932
   %2934 = getelementptr inbounds nuw i8, ptr %2933, i64 6144
   %2935 = load <64 x i32>, ptr %2934, align 4, !tbaa !9
   %2936 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2932
   %2937 = getelementptr inbounds nuw i8, ptr %2936, i64 12800
   store <64 x i32> %2935, ptr %2937, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.4 = shl i64 %indvars.iv970.12.i, 6
-  %2938 = or disjoint i64 %indvars.iv.next971.12.i.4, 320
+  %indvars.iv.next975.12.i.4 = shl i64 %indvars.iv974.12.i, 6
+  %2938 = or disjoint i64 %indvars.iv.next975.12.i.4, 320
   %2939 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2938
   %2940 = getelementptr inbounds nuw i8, ptr %2939, i64 6144
   %2941 = load <64 x i32>, ptr %2940, align 4, !tbaa !9
   %2942 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2938
   %2943 = getelementptr inbounds nuw i8, ptr %2942, i64 12800
   store <64 x i32> %2941, ptr %2943, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.5 = shl i64 %indvars.iv970.12.i, 6
-  %2944 = or disjoint i64 %indvars.iv.next971.12.i.5, 384
+  %indvars.iv.next975.12.i.5 = shl i64 %indvars.iv974.12.i, 6
+  %2944 = or disjoint i64 %indvars.iv.next975.12.i.5, 384
   %2945 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2944
   %2946 = getelementptr inbounds nuw i8, ptr %2945, i64 6144
   %2947 = load <64 x i32>, ptr %2946, align 4, !tbaa !9
   %2948 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2944
   %2949 = getelementptr inbounds nuw i8, ptr %2948, i64 12800
   store <64 x i32> %2947, ptr %2949, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.6 = shl i64 %indvars.iv970.12.i, 6
-  %2950 = or disjoint i64 %indvars.iv.next971.12.i.6, 448
+  %indvars.iv.next975.12.i.6 = shl i64 %indvars.iv974.12.i, 6
+  %2950 = or disjoint i64 %indvars.iv.next975.12.i.6, 448
   %2951 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2950
   %2952 = getelementptr inbounds nuw i8, ptr %2951, i64 6144
   %2953 = load <64 x i32>, ptr %2952, align 4, !tbaa !9
   %2954 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2950
   %2955 = getelementptr inbounds nuw i8, ptr %2954, i64 12800
   store <64 x i32> %2953, ptr %2955, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.7 = add nuw nsw i64 %indvars.iv970.12.i, 8
-  %niter430.next.7 = add i64 %niter430, 8
-  %niter430.ncmp.7 = icmp eq i64 %niter430.next.7, %unroll_iter429
-  br i1 %niter430.ncmp.7, label %for_body_to496.13.i.preheader.unr-lcssa, label %for_body_to496.12.i, !prof !215, !llvm.loop !242
+  %indvars.iv.next975.12.i.7 = add nuw nsw i64 %indvars.iv974.12.i, 8
+  %niter435.next.7 = add i64 %niter435, 8
+  %niter435.ncmp.7 = icmp eq i64 %niter435.next.7, %unroll_iter434
+  br i1 %niter435.ncmp.7, label %for_body_to496.13.i.preheader.unr-lcssa, label %for_body_to496.12.i, !prof !215, !llvm.loop !242
 
 for_body_to496.13.i.preheader.unr-lcssa:          ; preds = %for_body_to496.12.i
-  br i1 %lcmp.mod427.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod432.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil.preheader, !prof !218
 
 for_body_to496.12.i.epil.preheader:               ; preds = %for_body_to496.13.i.preheader.unr-lcssa, %for_body_to496.12.i.preheader
-  %indvars.iv970.12.i.epil.init = phi i64 [ 0, %for_body_to496.12.i.preheader ], [ %indvars.iv.next971.12.i.7, %for_body_to496.13.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod428)
+  %indvars.iv974.12.i.epil.init = phi i64 [ 0, %for_body_to496.12.i.preheader ], [ %indvars.iv.next975.12.i.7, %for_body_to496.13.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod433)
   br label %for_body_to496.12.i.epil
 
 for_body_to496.12.i.epil:                         ; preds = %for_body_to496.12.i.epil, %for_body_to496.12.i.epil.preheader
-  %indvars.iv970.12.i.epil = phi i64 [ %indvars.iv.next971.12.i.epil, %for_body_to496.12.i.epil ], [ %indvars.iv970.12.i.epil.init, %for_body_to496.12.i.epil.preheader ]
-  %epil.iter426 = phi i64 [ %epil.iter426.next, %for_body_to496.12.i.epil ], [ 0, %for_body_to496.12.i.epil.preheader ]
-  %2956 = shl nsw i64 %indvars.iv970.12.i.epil, 6
+  %indvars.iv974.12.i.epil = phi i64 [ %indvars.iv.next975.12.i.epil, %for_body_to496.12.i.epil ], [ %indvars.iv974.12.i.epil.init, %for_body_to496.12.i.epil.preheader ]
+  %epil.iter431 = phi i64 [ %epil.iter431.next, %for_body_to496.12.i.epil ], [ 0, %for_body_to496.12.i.epil.preheader ]
+  %2956 = shl nsw i64 %indvars.iv974.12.i.epil, 6
   %2957 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2956
   %2958 = getelementptr inbounds nuw i8, ptr %2957, i64 6144
   %2959 = load <64 x i32>, ptr %2958, align 4, !tbaa !9
   %2960 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2956
   %2961 = getelementptr inbounds nuw i8, ptr %2960, i64 12800
   store <64 x i32> %2959, ptr %2961, align 4, !tbaa !9
-  %indvars.iv.next971.12.i.epil = add nuw nsw i64 %indvars.iv970.12.i.epil, 1
-  %epil.iter426.next = add i64 %epil.iter426, 1
-  %epil.iter426.cmp.not = icmp eq i64 %epil.iter426.next, %xtraiter425
-  br i1 %epil.iter426.cmp.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil, !prof !105, !llvm.loop !243
+  %indvars.iv.next975.12.i.epil = add nuw nsw i64 %indvars.iv974.12.i.epil, 1
+  %epil.iter431.next = add i64 %epil.iter431, 1
+  %epil.iter431.cmp.not = icmp eq i64 %epil.iter431.next, %xtraiter430
+  br i1 %epil.iter431.cmp.not, label %for_body_to496.13.i.preheader, label %for_body_to496.12.i.epil, !prof !105, !llvm.loop !243
 
 for_body_to496.13.i.preheader:                    ; preds = %for_body_to496.12.i.epil, %for_body_to496.13.i.preheader.unr-lcssa
   br i1 %1475, label %for_body_to496.13.i.epil.preheader, label %for_body_to496.13.i, !prof !214
 
 for_body_to496.13.i:                              ; preds = %for_body_to496.13.i, %for_body_to496.13.i.preheader
-  %indvars.iv970.13.i = phi i64 [ %indvars.iv.next971.13.i.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
-  %niter436 = phi i64 [ %niter436.next.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
-  %2962 = shl nsw i64 %indvars.iv970.13.i, 6
+  %indvars.iv974.13.i = phi i64 [ %indvars.iv.next975.13.i.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
+  %niter441 = phi i64 [ %niter441.next.7, %for_body_to496.13.i ], [ 0, %for_body_to496.13.i.preheader ]
+  %2962 = shl nsw i64 %indvars.iv974.13.i, 6
   %2963 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2962
   %2964 = getelementptr inbounds nuw i8, ptr %2963, i64 6656
   %2965 = load <64 x i32>, ptr %2964, align 4, !tbaa !9
   %2966 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2962
   %2967 = getelementptr inbounds nuw i8, ptr %2966, i64 13824
   store <64 x i32> %2965, ptr %2967, align 4, !tbaa !9
-  %indvars.iv.next971.13.i = shl i64 %indvars.iv970.13.i, 6
-  %2968 = or disjoint i64 %indvars.iv.next971.13.i, 64
+  %indvars.iv.next975.13.i = shl i64 %indvars.iv974.13.i, 6
+  %2968 = or disjoint i64 %indvars.iv.next975.13.i, 64
   %2969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2968
   %2970 = getelementptr inbounds nuw i8, ptr %2969, i64 6656
   %2971 = load <64 x i32>, ptr %2970, align 4, !tbaa !9
   %2972 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2968
   %2973 = getelementptr inbounds nuw i8, ptr %2972, i64 13824
   store <64 x i32> %2971, ptr %2973, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.1 = shl i64 %indvars.iv970.13.i, 6
-  %2974 = or disjoint i64 %indvars.iv.next971.13.i.1, 128
+  %indvars.iv.next975.13.i.1 = shl i64 %indvars.iv974.13.i, 6
+  %2974 = or disjoint i64 %indvars.iv.next975.13.i.1, 128
   %2975 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2974
   %2976 = getelementptr inbounds nuw i8, ptr %2975, i64 6656
   %2977 = load <64 x i32>, ptr %2976, align 4, !tbaa !9
   %2978 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2974
   %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 13824
   store <64 x i32> %2977, ptr %2979, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.2 = shl i64 %indvars.iv970.13.i, 6
-  %2980 = or disjoint i64 %indvars.iv.next971.13.i.2, 192
+  %indvars.iv.next975.13.i.2 = shl i64 %indvars.iv974.13.i, 6
+  %2980 = or disjoint i64 %indvars.iv.next975.13.i.2, 192
   %2981 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2980
   %2982 = getelementptr inbounds nuw i8, ptr %2981, i64 6656
   %2983 = load <64 x i32>, ptr %2982, align 4, !tbaa !9
   %2984 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2980
   %2985 = getelementptr inbounds nuw i8, ptr %2984, i64 13824
   store <64 x i32> %2983, ptr %2985, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.3 = shl i64 %indvars.iv970.13.i, 6
-  %2986 = or disjoint i64 %indvars.iv.next971.13.i.3, 256
+  %indvars.iv.next975.13.i.3 = shl i64 %indvars.iv974.13.i, 6
+  %2986 = or disjoint i64 %indvars.iv.next975.13.i.3, 256
   %2987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2986
   %2988 = getelementptr inbounds nuw i8, ptr %2987, i64 6656
   %2989 = load <64 x i32>, ptr %2988, align 4, !tbaa !9
   %2990 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2986
   %2991 = getelementptr inbounds nuw i8, ptr %2990, i64 13824
   store <64 x i32> %2989, ptr %2991, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.4 = shl i64 %indvars.iv970.13.i, 6
-  %2992 = or disjoint i64 %indvars.iv.next971.13.i.4, 320
+  %indvars.iv.next975.13.i.4 = shl i64 %indvars.iv974.13.i, 6
+  %2992 = or disjoint i64 %indvars.iv.next975.13.i.4, 320
   %2993 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2992
   %2994 = getelementptr inbounds nuw i8, ptr %2993, i64 6656
   %2995 = load <64 x i32>, ptr %2994, align 4, !tbaa !9
   %2996 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2992
   %2997 = getelementptr inbounds nuw i8, ptr %2996, i64 13824
   store <64 x i32> %2995, ptr %2997, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.5 = shl i64 %indvars.iv970.13.i, 6
-  %2998 = or disjoint i64 %indvars.iv.next971.13.i.5, 384
+  %indvars.iv.next975.13.i.5 = shl i64 %indvars.iv974.13.i, 6
+  %2998 = or disjoint i64 %indvars.iv.next975.13.i.5, 384
   %2999 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2998
   %3000 = getelementptr inbounds nuw i8, ptr %2999, i64 6656
   %3001 = load <64 x i32>, ptr %3000, align 4, !tbaa !9
   %3002 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %2998
   %3003 = getelementptr inbounds nuw i8, ptr %3002, i64 13824
   store <64 x i32> %3001, ptr %3003, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.6 = shl i64 %indvars.iv970.13.i, 6
-  %3004 = or disjoint i64 %indvars.iv.next971.13.i.6, 448
+  %indvars.iv.next975.13.i.6 = shl i64 %indvars.iv974.13.i, 6
+  %3004 = or disjoint i64 %indvars.iv.next975.13.i.6, 448
   %3005 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3004
   %3006 = getelementptr inbounds nuw i8, ptr %3005, i64 6656
   %3007 = load <64 x i32>, ptr %3006, align 4, !tbaa !9
   %3008 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3004
   %3009 = getelementptr inbounds nuw i8, ptr %3008, i64 13824
   store <64 x i32> %3007, ptr %3009, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.7 = add nuw nsw i64 %indvars.iv970.13.i, 8
-  %niter436.next.7 = add i64 %niter436, 8
-  %niter436.ncmp.7 = icmp eq i64 %niter436.next.7, %unroll_iter435
-  br i1 %niter436.ncmp.7, label %for_body_to496.14.i.preheader.unr-lcssa, label %for_body_to496.13.i, !prof !215, !llvm.loop !244
+  %indvars.iv.next975.13.i.7 = add nuw nsw i64 %indvars.iv974.13.i, 8
+  %niter441.next.7 = add i64 %niter441, 8
+  %niter441.ncmp.7 = icmp eq i64 %niter441.next.7, %unroll_iter440
+  br i1 %niter441.ncmp.7, label %for_body_to496.14.i.preheader.unr-lcssa, label %for_body_to496.13.i, !prof !215, !llvm.loop !244
 
 for_body_to496.14.i.preheader.unr-lcssa:          ; preds = %for_body_to496.13.i
-  br i1 %lcmp.mod433.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod438.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil.preheader, !prof !218
 
 for_body_to496.13.i.epil.preheader:               ; preds = %for_body_to496.14.i.preheader.unr-lcssa, %for_body_to496.13.i.preheader
-  %indvars.iv970.13.i.epil.init = phi i64 [ 0, %for_body_to496.13.i.preheader ], [ %indvars.iv.next971.13.i.7, %for_body_to496.14.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod434)
+  %indvars.iv974.13.i.epil.init = phi i64 [ 0, %for_body_to496.13.i.preheader ], [ %indvars.iv.next975.13.i.7, %for_body_to496.14.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod439)
   br label %for_body_to496.13.i.epil
 
 for_body_to496.13.i.epil:                         ; preds = %for_body_to496.13.i.epil, %for_body_to496.13.i.epil.preheader
-  %indvars.iv970.13.i.epil = phi i64 [ %indvars.iv.next971.13.i.epil, %for_body_to496.13.i.epil ], [ %indvars.iv970.13.i.epil.init, %for_body_to496.13.i.epil.preheader ]
-  %epil.iter432 = phi i64 [ %epil.iter432.next, %for_body_to496.13.i.epil ], [ 0, %for_body_to496.13.i.epil.preheader ]
-  %3010 = shl nsw i64 %indvars.iv970.13.i.epil, 6
+  %indvars.iv974.13.i.epil = phi i64 [ %indvars.iv.next975.13.i.epil, %for_body_to496.13.i.epil ], [ %indvars.iv974.13.i.epil.init, %for_body_to496.13.i.epil.preheader ]
+  %epil.iter437 = phi i64 [ %epil.iter437.next, %for_body_to496.13.i.epil ], [ 0, %for_body_to496.13.i.epil.preheader ]
+  %3010 = shl nsw i64 %indvars.iv974.13.i.epil, 6
   %3011 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3010
   %3012 = getelementptr inbounds nuw i8, ptr %3011, i64 6656
   %3013 = load <64 x i32>, ptr %3012, align 4, !tbaa !9
   %3014 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3010
   %3015 = getelementptr inbounds nuw i8, ptr %3014, i64 13824
   store <64 x i32> %3013, ptr %3015, align 4, !tbaa !9
-  %indvars.iv.next971.13.i.epil = add nuw nsw i64 %indvars.iv970.13.i.epil, 1
-  %epil.iter432.next = add i64 %epil.iter432, 1
-  %epil.iter432.cmp.not = icmp eq i64 %epil.iter432.next, %xtraiter431
-  br i1 %epil.iter432.cmp.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil, !prof !105, !llvm.loop !245
+  %indvars.iv.next975.13.i.epil = add nuw nsw i64 %indvars.iv974.13.i.epil, 1
+  %epil.iter437.next = add i64 %epil.iter437, 1
+  %epil.iter437.cmp.not = icmp eq i64 %epil.iter437.next, %xtraiter436
+  br i1 %epil.iter437.cmp.not, label %for_body_to496.14.i.preheader, label %for_body_to496.13.i.epil, !prof !105, !llvm.loop !245
 
 for_body_to496.14.i.preheader:                    ; preds = %for_body_to496.13.i.epil, %for_body_to496.14.i.preheader.unr-lcssa
   br i1 %1476, label %for_body_to496.14.i.epil.preheader, label %for_body_to496.14.i, !prof !214
 
 for_body_to496.14.i:                              ; preds = %for_body_to496.14.i, %for_body_to496.14.i.preheader
-  %indvars.iv970.14.i = phi i64 [ %indvars.iv.next971.14.i.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
-  %niter442 = phi i64 [ %niter442.next.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
-  %3016 = shl nsw i64 %indvars.iv970.14.i, 6
+  %indvars.iv974.14.i = phi i64 [ %indvars.iv.next975.14.i.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
+  %niter447 = phi i64 [ %niter447.next.7, %for_body_to496.14.i ], [ 0, %for_body_to496.14.i.preheader ]
+  %3016 = shl nsw i64 %indvars.iv974.14.i, 6
   %3017 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3016
   %3018 = getelementptr inbounds nuw i8, ptr %3017, i64 7168
   %3019 = load <64 x i32>, ptr %3018, align 4, !tbaa !9
   %3020 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3016
   %3021 = getelementptr inbounds nuw i8, ptr %3020, i64 14848
   store <64 x i32> %3019, ptr %3021, align 4, !tbaa !9
-  %indvars.iv.next971.14.i = shl i64 %indvars.iv970.14.i, 6
-  %3022 = or disjoint i64 %indvars.iv.next971.14.i, 64
+  %indvars.iv.next975.14.i = shl i64 %indvars.iv974.14.i, 6
+  %3022 = or disjoint i64 %indvars.iv.next975.14.i, 64
   %3023 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3022
   %3024 = getelementptr inbounds nuw i8, ptr %3023, i64 7168
   %3025 = load <64 x i32>, ptr %3024, align 4, !tbaa !9
   %3026 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3022
   %3027 = getelementptr inbounds nuw i8, ptr %3026, i64 14848
   store <64 x i32> %3025, ptr %3027, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.1 = shl i64 %indvars.iv970.14.i, 6
-  %3028 = or disjoint i64 %indvars.iv.next971.14.i.1, 128
+  %indvars.iv.next975.14.i.1 = shl i64 %indvars.iv974.14.i, 6
+  %3028 = or disjoint i64 %indvars.iv.next975.14.i.1, 128
   %3029 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3028
   %3030 = getelementptr inbounds nuw i8, ptr %3029, i64 7168
   %3031 = load <64 x i32>, ptr %3030, align 4, !tbaa !9
   %3032 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3028
   %3033 = getelementptr inbounds nuw i8, ptr %3032, i64 14848
   store <64 x i32> %3031, ptr %3033, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.2 = shl i64 %indvars.iv970.14.i, 6
-  %3034 = or disjoint i64 %indvars.iv.next971.14.i.2, 192
+  %indvars.iv.next975.14.i.2 = shl i64 %indvars.iv974.14.i, 6
+  %3034 = or disjoint i64 %indvars.iv.next975.14.i.2, 192
   %3035 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3034
   %3036 = getelementptr inbounds nuw i8, ptr %3035, i64 7168
   %3037 = load <64 x i32>, ptr %3036, align 4, !tbaa !9
   %3038 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3034
   %3039 = getelementptr inbounds nuw i8, ptr %3038, i64 14848
   store <64 x i32> %3037, ptr %3039, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.3 = shl i64 %indvars.iv970.14.i, 6
-  %3040 = or disjoint i64 %indvars.iv.next971.14.i.3, 256
+  %indvars.iv.next975.14.i.3 = shl i64 %indvars.iv974.14.i, 6
+  %3040 = or disjoint i64 %indvars.iv.next975.14.i.3, 256
   %3041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3040
   %3042 = getelementptr inbounds nuw i8, ptr %3041, i64 7168
   %3043 = load <64 x i32>, ptr %3042, align 4, !tbaa !9
   %3044 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3040
   %3045 = getelementptr inbounds nuw i8, ptr %3044, i64 14848
   store <64 x i32> %3043, ptr %3045, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.4 = shl i64 %indvars.iv970.14.i, 6
-  %3046 = or disjoint i64 %indvars.iv.next971.14.i.4, 320
+  %indvars.iv.next975.14.i.4 = shl i64 %indvars.iv974.14.i, 6
+  %3046 = or disjoint i64 %indvars.iv.next975.14.i.4, 320
   %3047 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3046
   %3048 = getelementptr inbounds nuw i8, ptr %3047, i64 7168
   %3049 = load <64 x i32>, ptr %3048, align 4, !tbaa !9
   %3050 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3046
   %3051 = getelementptr inbounds nuw i8, ptr %3050, i64 14848
   store <64 x i32> %3049, ptr %3051, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.5 = shl i64 %indvars.iv970.14.i, 6
-  %3052 = or disjoint i64 %indvars.iv.next971.14.i.5, 384
+  %indvars.iv.next975.14.i.5 = shl i64 %indvars.iv974.14.i, 6
+  %3052 = or disjoint i64 %indvars.iv.next975.14.i.5, 384
   %3053 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3052
   %3054 = getelementptr inbounds nuw i8, ptr %3053, i64 7168
   %3055 = load <64 x i32>, ptr %3054, align 4, !tbaa !9
   %3056 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3052
   %3057 = getelementptr inbounds nuw i8, ptr %3056, i64 14848
   store <64 x i32> %3055, ptr %3057, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.6 = shl i64 %indvars.iv970.14.i, 6
-  %3058 = or disjoint i64 %indvars.iv.next971.14.i.6, 448
+  %indvars.iv.next975.14.i.6 = shl i64 %indvars.iv974.14.i, 6
+  %3058 = or disjoint i64 %indvars.iv.next975.14.i.6, 448
   %3059 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3058
   %3060 = getelementptr inbounds nuw i8, ptr %3059, i64 7168
   %3061 = load <64 x i32>, ptr %3060, align 4, !tbaa !9
   %3062 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3058
   %3063 = getelementptr inbounds nuw i8, ptr %3062, i64 14848
   store <64 x i32> %3061, ptr %3063, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.7 = add nuw nsw i64 %indvars.iv970.14.i, 8
-  %niter442.next.7 = add i64 %niter442, 8
-  %niter442.ncmp.7 = icmp eq i64 %niter442.next.7, %unroll_iter441
-  br i1 %niter442.ncmp.7, label %for_body_to496.15.i.preheader.unr-lcssa, label %for_body_to496.14.i, !prof !215, !llvm.loop !246
+  %indvars.iv.next975.14.i.7 = add nuw nsw i64 %indvars.iv974.14.i, 8
+  %niter447.next.7 = add i64 %niter447, 8
+  %niter447.ncmp.7 = icmp eq i64 %niter447.next.7, %unroll_iter446
+  br i1 %niter447.ncmp.7, label %for_body_to496.15.i.preheader.unr-lcssa, label %for_body_to496.14.i, !prof !215, !llvm.loop !246
 
 for_body_to496.15.i.preheader.unr-lcssa:          ; preds = %for_body_to496.14.i
-  br i1 %lcmp.mod439.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod444.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil.preheader, !prof !218
 
 for_body_to496.14.i.epil.preheader:               ; preds = %for_body_to496.15.i.preheader.unr-lcssa, %for_body_to496.14.i.preheader
-  %indvars.iv970.14.i.epil.init = phi i64 [ 0, %for_body_to496.14.i.preheader ], [ %indvars.iv.next971.14.i.7, %for_body_to496.15.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod440)
+  %indvars.iv974.14.i.epil.init = phi i64 [ 0, %for_body_to496.14.i.preheader ], [ %indvars.iv.next975.14.i.7, %for_body_to496.15.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod445)
   br label %for_body_to496.14.i.epil
 
 for_body_to496.14.i.epil:                         ; preds = %for_body_to496.14.i.epil, %for_body_to496.14.i.epil.preheader
-  %indvars.iv970.14.i.epil = phi i64 [ %indvars.iv.next971.14.i.epil, %for_body_to496.14.i.epil ], [ %indvars.iv970.14.i.epil.init, %for_body_to496.14.i.epil.preheader ]
-  %epil.iter438 = phi i64 [ %epil.iter438.next, %for_body_to496.14.i.epil ], [ 0, %for_body_to496.14.i.epil.preheader ]
-  %3064 = shl nsw i64 %indvars.iv970.14.i.epil, 6
+  %indvars.iv974.14.i.epil = phi i64 [ %indvars.iv.next975.14.i.epil, %for_body_to496.14.i.epil ], [ %indvars.iv974.14.i.epil.init, %for_body_to496.14.i.epil.preheader ]
+  %epil.iter443 = phi i64 [ %epil.iter443.next, %for_body_to496.14.i.epil ], [ 0, %for_body_to496.14.i.epil.preheader ]
+  %3064 = shl nsw i64 %indvars.iv974.14.i.epil, 6
   %3065 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3064
   %3066 = getelementptr inbounds nuw i8, ptr %3065, i64 7168
   %3067 = load <64 x i32>, ptr %3066, align 4, !tbaa !9
   %3068 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3064
   %3069 = getelementptr inbounds nuw i8, ptr %3068, i64 14848
   store <64 x i32> %3067, ptr %3069, align 4, !tbaa !9
-  %indvars.iv.next971.14.i.epil = add nuw nsw i64 %indvars.iv970.14.i.epil, 1
-  %epil.iter438.next = add i64 %epil.iter438, 1
-  %epil.iter438.cmp.not = icmp eq i64 %epil.iter438.next, %xtraiter437
-  br i1 %epil.iter438.cmp.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil, !prof !105, !llvm.loop !247
+  %indvars.iv.next975.14.i.epil = add nuw nsw i64 %indvars.iv974.14.i.epil, 1
+  %epil.iter443.next = add i64 %epil.iter443, 1
+  %epil.iter443.cmp.not = icmp eq i64 %epil.iter443.next, %xtraiter442
+  br i1 %epil.iter443.cmp.not, label %for_body_to496.15.i.preheader, label %for_body_to496.14.i.epil, !prof !105, !llvm.loop !247
 
 for_body_to496.15.i.preheader:                    ; preds = %for_body_to496.14.i.epil, %for_body_to496.15.i.preheader.unr-lcssa
   br i1 %1477, label %for_body_to496.15.i.epil.preheader, label %for_body_to496.15.i, !prof !214
 
 for_body_to496.15.i:                              ; preds = %for_body_to496.15.i, %for_body_to496.15.i.preheader
-  %indvars.iv970.15.i = phi i64 [ %indvars.iv.next971.15.i.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
-  %niter448 = phi i64 [ %niter448.next.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
-  %3070 = shl nsw i64 %indvars.iv970.15.i, 6
+  %indvars.iv974.15.i = phi i64 [ %indvars.iv.next975.15.i.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
+  %niter453 = phi i64 [ %niter453.next.7, %for_body_to496.15.i ], [ 0, %for_body_to496.15.i.preheader ]
+  %3070 = shl nsw i64 %indvars.iv974.15.i, 6
   %3071 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3070
   %3072 = getelementptr inbounds nuw i8, ptr %3071, i64 7680
   %3073 = load <64 x i32>, ptr %3072, align 4, !tbaa !9
   %3074 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3070
   %3075 = getelementptr inbounds nuw i8, ptr %3074, i64 15872
   store <64 x i32> %3073, ptr %3075, align 4, !tbaa !9
-  %indvars.iv.next971.15.i = shl i64 %indvars.iv970.15.i, 6
-  %3076 = or disjoint i64 %indvars.iv.next971.15.i, 64
+  %indvars.iv.next975.15.i = shl i64 %indvars.iv974.15.i, 6
+  %3076 = or disjoint i64 %indvars.iv.next975.15.i, 64
   %3077 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3076
   %3078 = getelementptr inbounds nuw i8, ptr %3077, i64 7680
   %3079 = load <64 x i32>, ptr %3078, align 4, !tbaa !9
   %3080 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3076
   %3081 = getelementptr inbounds nuw i8, ptr %3080, i64 15872
   store <64 x i32> %3079, ptr %3081, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.1 = shl i64 %indvars.iv970.15.i, 6
-  %3082 = or disjoint i64 %indvars.iv.next971.15.i.1, 128
+  %indvars.iv.next975.15.i.1 = shl i64 %indvars.iv974.15.i, 6
+  %3082 = or disjoint i64 %indvars.iv.next975.15.i.1, 128
   %3083 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3082
   %3084 = getelementptr inbounds nuw i8, ptr %3083, i64 7680
   %3085 = load <64 x i32>, ptr %3084, align 4, !tbaa !9
   %3086 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3082
   %3087 = getelementptr inbounds nuw i8, ptr %3086, i64 15872
   store <64 x i32> %3085, ptr %3087, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.2 = shl i64 %indvars.iv970.15.i, 6
-  %3088 = or disjoint i64 %indvars.iv.next971.15.i.2, 192
+  %indvars.iv.next975.15.i.2 = shl i64 %indvars.iv974.15.i, 6
+  %3088 = or disjoint i64 %indvars.iv.next975.15.i.2, 192
   %3089 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3088
   %3090 = getelementptr inbounds nuw i8, ptr %3089, i64 7680
   %3091 = load <64 x i32>, ptr %3090, align 4, !tbaa !9
   %3092 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3088
   %3093 = getelementptr inbounds nuw i8, ptr %3092, i64 15872
   store <64 x i32> %3091, ptr %3093, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.3 = shl i64 %indvars.iv970.15.i, 6
-  %3094 = or disjoint i64 %indvars.iv.next971.15.i.3, 256
+  %indvars.iv.next975.15.i.3 = shl i64 %indvars.iv974.15.i, 6
+  %3094 = or disjoint i64 %indvars.iv.next975.15.i.3, 256
   %3095 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3094
   %3096 = getelementptr inbounds nuw i8, ptr %3095, i64 7680
   %3097 = load <64 x i32>, ptr %3096, align 4, !tbaa !9
   %3098 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3094
   %3099 = getelementptr inbounds nuw i8, ptr %3098, i64 15872
   store <64 x i32> %3097, ptr %3099, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.4 = shl i64 %indvars.iv970.15.i, 6
-  %3100 = or disjoint i64 %indvars.iv.next971.15.i.4, 320
+  %indvars.iv.next975.15.i.4 = shl i64 %indvars.iv974.15.i, 6
+  %3100 = or disjoint i64 %indvars.iv.next975.15.i.4, 320
   %3101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3100
   %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 7680
   %3103 = load <64 x i32>, ptr %3102, align 4, !tbaa !9
   %3104 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3100
   %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 15872
   store <64 x i32> %3103, ptr %3105, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.5 = shl i64 %indvars.iv970.15.i, 6
-  %3106 = or disjoint i64 %indvars.iv.next971.15.i.5, 384
+  %indvars.iv.next975.15.i.5 = shl i64 %indvars.iv974.15.i, 6
+  %3106 = or disjoint i64 %indvars.iv.next975.15.i.5, 384
   %3107 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3106
   %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 7680
   %3109 = load <64 x i32>, ptr %3108, align 4, !tbaa !9
   %3110 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3106
   %3111 = getelementptr inbounds nuw i8, ptr %3110, i64 15872
   store <64 x i32> %3109, ptr %3111, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.6 = shl i64 %indvars.iv970.15.i, 6
-  %3112 = or disjoint i64 %indvars.iv.next971.15.i.6, 448
+  %indvars.iv.next975.15.i.6 = shl i64 %indvars.iv974.15.i, 6
+  %3112 = or disjoint i64 %indvars.iv.next975.15.i.6, 448
   %3113 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3112
   %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 7680
   %3115 = load <64 x i32>, ptr %3114, align 4, !tbaa !9
   %3116 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3112
   %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 15872
   store <64 x i32> %3115, ptr %3117, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.7 = add nuw nsw i64 %indvars.iv970.15.i, 8
-  %niter448.next.7 = add i64 %niter448, 8
-  %niter448.ncmp.7 = icmp eq i64 %niter448.next.7, %unroll_iter447
-  br i1 %niter448.ncmp.7, label %for_end_to497.15.i.loopexit.unr-lcssa, label %for_body_to496.15.i, !prof !215, !llvm.loop !248
+  %indvars.iv.next975.15.i.7 = add nuw nsw i64 %indvars.iv974.15.i, 8
+  %niter453.next.7 = add i64 %niter453, 8
+  %niter453.ncmp.7 = icmp eq i64 %niter453.next.7, %unroll_iter452
+  br i1 %niter453.ncmp.7, label %for_end_to497.15.i.loopexit.unr-lcssa, label %for_body_to496.15.i, !prof !215, !llvm.loop !248
 
 for_end_to497.15.i.loopexit.unr-lcssa:            ; preds = %for_body_to496.15.i
-  br i1 %lcmp.mod445.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil.preheader, !prof !218
+  br i1 %lcmp.mod450.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil.preheader, !prof !218
 
 for_body_to496.15.i.epil.preheader:               ; preds = %for_end_to497.15.i.loopexit.unr-lcssa, %for_body_to496.15.i.preheader
-  %indvars.iv970.15.i.epil.init = phi i64 [ 0, %for_body_to496.15.i.preheader ], [ %indvars.iv.next971.15.i.7, %for_end_to497.15.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod446)
+  %indvars.iv974.15.i.epil.init = phi i64 [ 0, %for_body_to496.15.i.preheader ], [ %indvars.iv.next975.15.i.7, %for_end_to497.15.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod451)
   br label %for_body_to496.15.i.epil
 
 for_body_to496.15.i.epil:                         ; preds = %for_body_to496.15.i.epil, %for_body_to496.15.i.epil.preheader
-  %indvars.iv970.15.i.epil = phi i64 [ %indvars.iv.next971.15.i.epil, %for_body_to496.15.i.epil ], [ %indvars.iv970.15.i.epil.init, %for_body_to496.15.i.epil.preheader ]
-  %epil.iter444 = phi i64 [ %epil.iter444.next, %for_body_to496.15.i.epil ], [ 0, %for_body_to496.15.i.epil.preheader ]
-  %3118 = shl nsw i64 %indvars.iv970.15.i.epil, 6
+  %indvars.iv974.15.i.epil = phi i64 [ %indvars.iv.next975.15.i.epil, %for_body_to496.15.i.epil ], [ %indvars.iv974.15.i.epil.init, %for_body_to496.15.i.epil.preheader ]
+  %epil.iter449 = phi i64 [ %epil.iter449.next, %for_body_to496.15.i.epil ], [ 0, %for_body_to496.15.i.epil.preheader ]
+  %3118 = shl nsw i64 %indvars.iv974.15.i.epil, 6
   %3119 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3118
   %3120 = getelementptr inbounds nuw i8, ptr %3119, i64 7680
   %3121 = load <64 x i32>, ptr %3120, align 4, !tbaa !9
   %3122 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3118
   %3123 = getelementptr inbounds nuw i8, ptr %3122, i64 15872
   store <64 x i32> %3121, ptr %3123, align 4, !tbaa !9
-  %indvars.iv.next971.15.i.epil = add nuw nsw i64 %indvars.iv970.15.i.epil, 1
-  %epil.iter444.next = add i64 %epil.iter444, 1
-  %epil.iter444.cmp.not = icmp eq i64 %epil.iter444.next, %xtraiter443
-  br i1 %epil.iter444.cmp.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil, !prof !105, !llvm.loop !249
+  %indvars.iv.next975.15.i.epil = add nuw nsw i64 %indvars.iv974.15.i.epil, 1
+  %epil.iter449.next = add i64 %epil.iter449, 1
+  %epil.iter449.cmp.not = icmp eq i64 %epil.iter449.next, %xtraiter448
+  br i1 %epil.iter449.cmp.not, label %for_end_to497.15.i, label %for_body_to496.15.i.epil, !prof !105, !llvm.loop !249
 
 for_end_to497.15.i:                               ; preds = %for_body_to496.15.i.epil, %for_end_to497.15.i.loopexit.unr-lcssa, %for_end_to487.thread.i
   %3124 = shufflevector <16 x float> %v321.i, <16 x float> %v337.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
@@ -5887,7 +5887,7 @@ for_end_to497.15.i:                               ; preds = %for_body_to496.15.i
   %3201 = fadd <16 x float> %3174, %3200
   %3202 = fadd <16 x float> %3173, %3201
   %3203 = fadd <16 x float> %3172, %3202
-  %3204 = shl nuw nsw i64 %indvars.iv1095.i, 4
+  %3204 = shl nuw nsw i64 %indvars.iv1099.i, 4
   %3205 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %3204
   %3206 = load <16 x float>, ptr %3205, align 16, !tbaa !83
   %old_max.i = select <16 x i1> %1454, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %3206
@@ -5957,12 +5957,12 @@ for_end_to497.15.i:                               ; preds = %for_body_to496.15.i
   br i1 %3260, label %fused_decode_compute_.exit, label %for_body_p.i, !prof !8
 
 for_body_p.i:                                     ; preds = %for_end_to539.i, %for_end_to497.15.i
-  %indvars.iv1014.i = phi i64 [ %indvars.iv.next1015.i, %for_end_to539.i ], [ 0, %for_end_to497.15.i ]
+  %indvars.iv1018.i = phi i64 [ %indvars.iv.next1019.i, %for_end_to539.i ], [ 0, %for_end_to497.15.i ]
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %3261 = shl nuw nsw i64 %indvars.iv1014.i, 5
+  %3261 = shl nuw nsw i64 %indvars.iv1018.i, 5
   br i1 %1450, label %for_body_to538.lr.ph.i, label %for_end_to539.i, !prof !3
 
 for_body_to538.lr.ph.i:                           ; preds = %for_body_p.i
@@ -5970,8 +5970,8 @@ for_body_to538.lr.ph.i:                           ; preds = %for_body_p.i
   br label %for_body_to538.i
 
 for_body_to538.i:                                 ; preds = %if_end543.i, %for_body_to538.lr.ph.i
-  %indvars.iv1009.i = phi i64 [ 0, %for_body_to538.lr.ph.i ], [ %indvars.iv.next1010.i, %if_end543.i ]
-  %3262 = shl nsw i64 %indvars.iv1009.i, 6
+  %indvars.iv1013.i = phi i64 [ 0, %for_body_to538.lr.ph.i ], [ %indvars.iv.next1014.i, %if_end543.i ]
+  %3262 = shl nsw i64 %indvars.iv1013.i, 6
   %3263 = add nuw nsw i64 %3262, 64
   %.not751.i = icmp sgt i64 %3263, %1439
   br i1 %.not751.i, label %if_else544.i, label %for_body_s546.preheader.i
@@ -6055,14 +6055,14 @@ for_end_to539.i:                                  ; preds = %if_end543.i, %for_b
   tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3293, i64 1024)
   %3294 = getelementptr inbounds nuw i8, ptr %3291, i64 16448
   tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3294, i64 1024)
-  %indvars.iv.next1015.i = add nuw nsw i64 %indvars.iv1014.i, 1
-  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1015.i, 8
-  br i1 %exitcond1017.not.i, label %for_begin_w.preheader.i, label %for_body_p.i, !prof !31
+  %indvars.iv.next1019.i = add nuw nsw i64 %indvars.iv1018.i, 1
+  %exitcond1021.not.i = icmp eq i64 %indvars.iv.next1019.i, 8
+  br i1 %exitcond1021.not.i, label %for_begin_w.preheader.i, label %for_body_p.i, !prof !31
 
 if_end543.i:                                      ; preds = %for_body_s554.preheader.i, %for_body_s546.preheader.i
-  %indvars.iv.next1010.i = add nuw nsw i64 %indvars.iv1009.i, 1
-  %exitcond1013.not.i = icmp eq i64 %indvars.iv.next1010.i, %wide.trip.count909.i
-  br i1 %exitcond1013.not.i, label %for_end_to539.i, label %for_body_to538.i, !prof !4
+  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
+  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count913.i
+  br i1 %exitcond1017.not.i, label %for_end_to539.i, label %for_body_to538.i, !prof !4
 
 if_else544.i:                                     ; preds = %for_body_to538.i
   %3295 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
@@ -6071,57 +6071,57 @@ if_else544.i:                                     ; preds = %for_body_to538.i
   br i1 %3296, label %fused_decode_compute_.exit, label %for_begin_w_0.preheader.i, !prof !8
 
 for_begin_w_0.preheader.i:                        ; preds = %for_begin_w_0.preheader.i, %if_else544.i
-  %indvars.iv1001.i = phi i64 [ %indvars.iv.next1002.i.1, %for_begin_w_0.preheader.i ], [ 0, %if_else544.i ]
-  %3297 = and i64 %indvars.iv1001.i, 14
+  %indvars.iv1005.i = phi i64 [ %indvars.iv.next1006.i.1, %for_begin_w_0.preheader.i ], [ 0, %if_else544.i ]
+  %3297 = and i64 %indvars.iv1005.i, 14
   %3298 = mul nsw i64 %3297, %k_row
-  %3299 = or disjoint i64 %indvars.iv1001.i, %3262
+  %3299 = or disjoint i64 %indvars.iv1005.i, %3262
   %3300 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3299
   %3301 = icmp slt i64 %3299, %1439
   %3302 = insertelement <16 x i1> poison, i1 %3301, i64 0
   %3303 = shufflevector <16 x i1> %3302, <16 x i1> poison, <16 x i32> zeroinitializer
   %3304 = load i64, ptr %3300, align 8, !tbaa !9
-  %gep1262.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3304
-  %3305 = getelementptr i32, ptr %gep1262.i, i64 %3298
+  %gep1267.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3304
+  %3305 = getelementptr i32, ptr %gep1267.i, i64 %3298
   %3306 = load <16 x i32>, ptr %3305, align 4, !tbaa !9
   %3307 = select <16 x i1> %3303, <16 x i32> %3306, <16 x i32> zeroinitializer
-  %.idx = shl nuw nsw i64 %indvars.iv1001.i, 7
+  %.idx = shl nuw nsw i64 %indvars.iv1005.i, 7
   %3308 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx
   store <16 x i32> %3307, ptr %3308, align 4, !tbaa !9
   %3309 = load i64, ptr %3300, align 8, !tbaa !9
-  %gep1264.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3309
-  %3310 = getelementptr i8, ptr %gep1264.i, i64 64
+  %gep1269.i = getelementptr i32, ptr %invariant.gep811.i, i64 %3309
+  %3310 = getelementptr i8, ptr %gep1269.i, i64 64
   %3311 = getelementptr i32, ptr %3310, i64 %3298
   %3312 = load <16 x i32>, ptr %3311, align 4, !tbaa !9
   %3313 = select <16 x i1> %3303, <16 x i32> %3312, <16 x i32> zeroinitializer
   %3314 = getelementptr inbounds nuw i8, ptr %3308, i64 64
   store <16 x i32> %3313, ptr %3314, align 4, !tbaa !9
-  %indvars.iv.next1002.i = or disjoint i64 %indvars.iv1001.i, 1
-  %3315 = and i64 %indvars.iv.next1002.i, 15
+  %indvars.iv.next1006.i = or disjoint i64 %indvars.iv1005.i, 1
+  %3315 = and i64 %indvars.iv.next1006.i, 15
   %3316 = mul nsw i64 %3315, %k_row
-  %3317 = or disjoint i64 %indvars.iv.next1002.i, %3262
+  %3317 = or disjoint i64 %indvars.iv.next1006.i, %3262
   %3318 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %3317
   %3319 = icmp slt i64 %3317, %1439
   %3320 = insertelement <16 x i1> poison, i1 %3319, i64 0
   %3321 = shufflevector <16 x i1> %3320, <16 x i1> poison, <16 x i32> zeroinitializer
   %3322 = load i64, ptr %3318, align 8, !tbaa !9
-  %gep1262.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3322
-  %3323 = getelementptr i32, ptr %gep1262.i.1, i64 %3316
+  %gep1267.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3322
+  %3323 = getelementptr i32, ptr %gep1267.i.1, i64 %3316
   %3324 = load <16 x i32>, ptr %3323, align 4, !tbaa !9
   %3325 = select <16 x i1> %3321, <16 x i32> %3324, <16 x i32> zeroinitializer
-  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1002.i, 7
+  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1006.i, 7
   %3326 = getelementptr inbounds nuw i8, ptr %edge.i, i64 %.idx.1
   store <16 x i32> %3325, ptr %3326, align 4, !tbaa !9
   %3327 = load i64, ptr %3318, align 8, !tbaa !9
-  %gep1264.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3327
-  %3328 = getelementptr i8, ptr %gep1264.i.1, i64 64
+  %gep1269.i.1 = getelementptr i32, ptr %invariant.gep811.i, i64 %3327
+  %3328 = getelementptr i8, ptr %gep1269.i.1, i64 64
   %3329 = getelementptr i32, ptr %3328, i64 %3316
   %3330 = load <16 x i32>, ptr %3329, align 4, !tbaa !9
   %3331 = select <16 x i1> %3321, <16 x i32> %3330, <16 x i32> zeroinitializer
   %3332 = getelementptr inbounds nuw i8, ptr %3326, i64 64
   store <16 x i32> %3331, ptr %3332, align 4, !tbaa !9
-  %indvars.iv.next1002.i.1 = add nuw nsw i64 %indvars.iv1001.i, 2
-  %exitcond1004.not.i.1 = icmp eq i64 %indvars.iv.next1002.i.1, 64
-  br i1 %exitcond1004.not.i.1, label %for_body_s554.preheader.i, label %for_begin_w_0.preheader.i, !prof !31, !llvm.loop !270
+  %indvars.iv.next1006.i.1 = add nuw nsw i64 %indvars.iv1005.i, 2
+  %exitcond1008.not.i.1 = icmp eq i64 %indvars.iv.next1006.i.1, 64
+  br i1 %exitcond1008.not.i.1, label %for_body_s554.preheader.i, label %for_begin_w_0.preheader.i, !prof !31, !llvm.loop !270
 
 for_body_s554.preheader.i:                        ; preds = %for_begin_w_0.preheader.i
   %3333 = getelementptr inbounds nuw i32, ptr %prob_pairs.i, i64 %3262
@@ -6183,9 +6183,9 @@ for_begin_lane.preheader.i:                       ; preds = %for_begin_w.prehead
   br i1 %3352, label %if_end566.i, label %if_then565.i, !prof !75
 
 for_begin_w.preheader.i:                          ; preds = %for_begin_w.preheader.i, %for_end_to539.i
-  %indvars.iv1022.i = phi i64 [ %indvars.iv.next1023.i, %for_begin_w.preheader.i ], [ 0, %for_end_to539.i ]
+  %indvars.iv1026.i = phi i64 [ %indvars.iv.next1027.i, %for_begin_w.preheader.i ], [ 0, %for_end_to539.i ]
   %3353 = phi <16 x i32> [ %.fr, %for_begin_w.preheader.i ], [ zeroinitializer, %for_end_to539.i ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv1022.i, 10
+  %.idx65 = shl nuw nsw i64 %indvars.iv1026.i, 10
   %3354 = getelementptr inbounds nuw i8, ptr %acc532.i, i64 %.idx65
   %3355 = load <16 x i32>, ptr %3354, align 4, !tbaa !9
   %3356 = and <16 x i32> %3355, splat (i32 2139095040)
@@ -6251,9 +6251,9 @@ for_begin_w.preheader.i:                          ; preds = %for_begin_w.prehead
   %3416 = and <16 x i32> %3415, splat (i32 2139095040)
   %3417 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %3413, <16 x i32> %3416)
   %.fr = freeze <16 x i32> %3417
-  %indvars.iv.next1023.i = add nuw nsw i64 %indvars.iv1022.i, 1
-  %exitcond1025.not.i = icmp eq i64 %indvars.iv.next1023.i, 32
-  br i1 %exitcond1025.not.i, label %for_begin_lane.preheader.i, label %for_begin_w.preheader.i, !prof !31
+  %indvars.iv.next1027.i = add nuw nsw i64 %indvars.iv1026.i, 1
+  %exitcond1029.not.i = icmp eq i64 %indvars.iv.next1027.i, 32
+  br i1 %exitcond1029.not.i, label %for_begin_lane.preheader.i, label %for_begin_w.preheader.i, !prof !31
 
 if_then565.i:                                     ; preds = %for_begin_lane.preheader.i
   %3418 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !5
@@ -6278,14 +6278,14 @@ for_begin_w_0_init.preheader.preheader.i:         ; preds = %for_begin_p575.preh
   br label %for_end_p577.i
 
 for_begin_w_0_init.preheader.us.preheader.i:      ; preds = %for_begin_p575.preheader.i
-  %.idx1221.i = shl nuw nsw i64 %indvar.i, 10
-  %invariant.gep1265.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1221.i
+  %.idx1225.i = shl nuw nsw i64 %indvar.i, 10
+  %invariant.gep1270.i = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1225.i
   br label %for_begin_w_0_init.preheader.us.i
 
 for_begin_w_0_init.preheader.us.i:                ; preds = %for_begin_t580.for_end_t582_crit_edge.us.i, %for_begin_w_0_init.preheader.us.preheader.i
   %3424 = phi i1 [ true, %for_begin_w_0_init.preheader.us.preheader.i ], [ false, %for_begin_t580.for_end_t582_crit_edge.us.i ]
-  %indvar1037.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.preheader.i ], [ 1024, %for_begin_t580.for_end_t582_crit_edge.us.i ]
-  %scevgep.i = getelementptr nuw i8, ptr %3423, i64 %indvar1037.i
+  %indvar1041.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.preheader.i ], [ 1024, %for_begin_t580.for_end_t582_crit_edge.us.i ]
+  %scevgep.i = getelementptr nuw i8, ptr %3423, i64 %indvar1041.i
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(1024) %scevgep.i, i8 0, i64 1024, i1 false), !tbaa !9
   %3425 = insertelement <16 x i1> poison, i1 %3424, i64 0
   %3426 = shufflevector <16 x i1> %3425, <16 x i1> poison, <16 x i32> zeroinitializer
@@ -6323,12 +6323,12 @@ for_begin_w_0585.preheader.us.i:                  ; preds = %for_begin_w_0585.pr
   %3455 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3499, %for_begin_w_0585.preheader.us.i ]
   %3456 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3486, %for_begin_w_0585.preheader.us.i ]
   %3457 = phi <16 x float> [ zeroinitializer, %for_begin_w_0_init.preheader.us.i ], [ %3473, %for_begin_w_0585.preheader.us.i ]
-  %indvars.iv1046.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.i ], [ %indvars.iv.next1047.i, %for_begin_w_0585.preheader.us.i ]
-  %gep1266.i = getelementptr inbounds nuw i32, ptr %invariant.gep1265.i, i64 %indvars.iv1046.i
-  %3458 = getelementptr inbounds nuw i8, ptr %gep1266.i, i64 512
-  %3459 = and i64 %indvars.iv1046.i, 15
+  %indvars.iv1050.i = phi i64 [ 0, %for_begin_w_0_init.preheader.us.i ], [ %indvars.iv.next1051.i, %for_begin_w_0585.preheader.us.i ]
+  %gep1271.i = getelementptr inbounds nuw i32, ptr %invariant.gep1270.i, i64 %indvars.iv1050.i
+  %3458 = getelementptr inbounds nuw i8, ptr %gep1271.i, i64 512
+  %3459 = and i64 %indvars.iv1050.i, 15
   %3460 = mul nsw i64 %3459, %k_row
-  %3461 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1046.i
+  %3461 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1050.i
   %3462 = load float, ptr %3458, align 4, !tbaa !9
   %3463 = insertelement <16 x float> poison, float %3462, i64 0
   %3464 = shufflevector <16 x float> %3463, <16 x float> poison, <16 x i32> zeroinitializer
@@ -6552,8 +6552,8 @@ for_begin_w_0585.preheader.us.i:                  ; preds = %for_begin_w_0585.pr
   %3667 = bitcast <16 x i32> %3666 to <16 x float>
   %3668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3658, <16 x float> %3667, <16 x float> %3442)
   store <16 x float> %3668, ptr %3441, align 4, !tbaa !9
-  %indvars.iv.next1047.i = add nuw nsw i64 %indvars.iv1046.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1047.i, %1200
+  %indvars.iv.next1051.i = add nuw nsw i64 %indvars.iv1050.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next1051.i, %1200
   br i1 %exitcond.not, label %for_begin_t580.for_end_t582_crit_edge.us.i, label %for_begin_w_0585.preheader.us.i, !prof !4
 
 for_begin_t580.for_end_t582_crit_edge.us.i:       ; preds = %for_begin_w_0585.preheader.us.i
@@ -6561,12 +6561,12 @@ for_begin_t580.for_end_t582_crit_edge.us.i:       ; preds = %for_begin_w_0585.pr
 
 for_end_p577.i:                                   ; preds = %for_begin_t580.for_end_t582_crit_edge.us.i, %for_begin_w_0_init.preheader.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
-  %exitcond1052.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond1052.not.i, label %for_begin_p595.preheader.i, label %for_begin_p575.preheader.i, !prof !31
+  %exitcond1056.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1056.not.i, label %for_begin_p595.preheader.i, label %for_begin_p575.preheader.i, !prof !31
 
 for_begin_p595.preheader.i:                       ; preds = %for_begin_p595.preheader.i, %for_end_p577.i
-  %indvars.iv1066.i = phi i64 [ %indvars.iv.next1067.i, %for_begin_p595.preheader.i ], [ 0, %for_end_p577.i ]
-  %3669 = shl nuw nsw i64 %indvars.iv1066.i, 9
+  %indvars.iv1070.i = phi i64 [ %indvars.iv.next1071.i, %for_begin_p595.preheader.i ], [ 0, %for_end_p577.i ]
+  %3669 = shl nuw nsw i64 %indvars.iv1070.i, 9
   %3670 = getelementptr inbounds nuw float, ptr %element_acc.i, i64 %3669
   %3671 = load <16 x float>, ptr %3670, align 4, !tbaa !9
   %3672 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3669
@@ -6726,9 +6726,9 @@ for_begin_p595.preheader.i:                       ; preds = %for_begin_p595.preh
   %3795 = load <16 x float>, ptr %3794, align 4, !tbaa !9
   %3796 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3793
   store <16 x float> %3795, ptr %3796, align 4, !tbaa !9
-  %indvars.iv.next1067.i = add nuw nsw i64 %indvars.iv1066.i, 1
-  %exitcond1069.not.i = icmp eq i64 %indvars.iv.next1067.i, 16
-  br i1 %exitcond1069.not.i, label %for_end_r592.i, label %for_begin_p595.preheader.i, !prof !31
+  %indvars.iv.next1071.i = add nuw nsw i64 %indvars.iv1070.i, 1
+  %exitcond1073.not.i = icmp eq i64 %indvars.iv.next1071.i, 16
+  br i1 %exitcond1073.not.i, label %for_end_r592.i, label %for_begin_p595.preheader.i, !prof !31
 
 for_end_r592.i:                                   ; preds = %for_begin_p595.preheader.i
   %3797 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
@@ -6736,13 +6736,13 @@ for_end_r592.i:                                   ; preds = %for_begin_p595.preh
   %.not743.i = icmp eq i32 %3798, 0
   br i1 %.not743.i, label %if_end566.i, label %fused_decode_compute_.exit, !prof !75
 
-for_begin_r_0.preheader.i:                        ; preds = %for_begin_w_0616.preheader.i
-  %3799 = shl nuw nsw i64 %indvars.iv1095.i, 13
-  br label %for_begin_d_0629.preheader.i
+for_begin_d_0629.preheader.i:                     ; preds = %for_begin_w_0616.preheader.i
+  %3799 = shl nuw nsw i64 %indvars.iv1099.i, 13
+  br label %for_begin_r_0.preheader.i
 
 for_begin_w_0616.preheader.i:                     ; preds = %for_begin_w_0616.preheader.i, %if_end566.i
-  %indvars.iv1074.i = phi i64 [ %indvars.iv.next1075.i, %for_begin_w_0616.preheader.i ], [ 0, %if_end566.i ]
-  %3800 = shl nuw nsw i64 %indvars.iv1074.i, 9
+  %indvars.iv1078.i = phi i64 [ %indvars.iv.next1079.i, %for_begin_w_0616.preheader.i ], [ 0, %if_end566.i ]
+  %3800 = shl nuw nsw i64 %indvars.iv1078.i, 9
   %3801 = getelementptr inbounds nuw float, ptr %acc532.i, i64 %3800
   %v622.i = load <16 x float>, ptr %3801, align 4, !tbaa !9
   %3802 = getelementptr inbounds nuw i8, ptr %3801, i64 1024
@@ -6910,815 +6910,529 @@ for_begin_w_0616.preheader.i:                     ; preds = %for_begin_w_0616.pr
   %3902 = shufflevector <16 x float> %v622.15.i, <16 x float> %v624.15.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
   %3903 = getelementptr inbounds nuw i8, ptr %3804, i64 1984
   store <16 x float> %3902, ptr %3903, align 4, !tbaa !9
-  %indvars.iv.next1075.i = add nuw nsw i64 %indvars.iv1074.i, 1
-  %exitcond1077.not.i = icmp eq i64 %indvars.iv.next1075.i, 16
-  br i1 %exitcond1077.not.i, label %for_begin_r_0.preheader.i, label %for_begin_w_0616.preheader.i, !prof !31
+  %indvars.iv.next1079.i = add nuw nsw i64 %indvars.iv1078.i, 1
+  %exitcond1081.not.i = icmp eq i64 %indvars.iv.next1079.i, 16
+  br i1 %exitcond1081.not.i, label %for_begin_d_0629.preheader.i, label %for_begin_w_0616.preheader.i, !prof !31
 
-for_begin_d_0629.preheader.i:                     ; preds = %for_end_d_0631.i, %for_begin_r_0.preheader.i
-  %indvars.iv1091.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next1092.i, %for_end_d_0631.i ]
-  %3904 = getelementptr inbounds nuw float, ptr %beta735.i, i64 %indvars.iv1091.i
-  %3905 = load float, ptr %3904, align 4, !tbaa !272
-  %3906 = insertelement <16 x float> poison, float %3905, i64 0
-  %3907 = shufflevector <16 x float> %3906, <16 x float> poison, <16 x i32> zeroinitializer
-  %3908 = shl nuw nsw i64 %indvars.iv1091.i, 9
-  %3909 = add nuw nsw i64 %3908, %3799
-  %3910 = getelementptr inbounds nuw float, ptr %alpha736.i, i64 %indvars.iv1091.i
-  %3911 = load float, ptr %3910, align 4, !tbaa !273
-  %3912 = insertelement <16 x float> poison, float %3911, i64 0
-  %3913 = shufflevector <16 x float> %3912, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %1452, label %for_body_d_0630.us.preheader.i, label %for_body_d_0630.preheader.i, !prof !8
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.i, %for_begin_d_0629.preheader.i
+  %indvars.iv1093.i = phi i64 [ 0, %for_begin_d_0629.preheader.i ], [ %indvars.iv.next1094.i, %for_end_r_0.i ]
+  %3904 = shl nuw nsw i64 %indvars.iv1093.i, 7
+  %3905 = add nuw nsw i64 %3904, %3799
+  br i1 %1452, label %for_body_r_0.us.preheader.i, label %for_body_r_0.preheader.i, !prof !8
 
-for_body_d_0630.preheader.i:                      ; preds = %for_begin_d_0629.preheader.i
-  %3914 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
-  %3915 = load <16 x float>, ptr %3914, align 4, !tbaa !9
-  %3916 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
-  %3917 = load <16 x float>, ptr %3916, align 4, !tbaa !9
-  %3918 = fmul <16 x float> %3913, %3917
-  %3919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3915, <16 x float> %3918)
-  store <16 x float> %3919, ptr %3916, align 4, !tbaa !9
-  %3920 = getelementptr inbounds nuw i8, ptr %3914, i64 64
-  %3921 = load <16 x float>, ptr %3920, align 4, !tbaa !9
-  %3922 = getelementptr inbounds nuw i8, ptr %3916, i64 64
+for_body_r_0.preheader.i:                         ; preds = %for_begin_r_0.preheader.i
+  %invariant.gep1287.i = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3904
+  %invariant.gep1289.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %3905
+  br label %for_body_r_0.i
+
+for_body_r_0.us.preheader.i:                      ; preds = %for_begin_r_0.preheader.i
+  %invariant.gep1291.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %3905
+  %invariant.gep1293.i = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3904
+  br label %for_body_r_0.us.i
+
+for_body_r_0.us.i:                                ; preds = %for_body_r_0.us.i, %for_body_r_0.us.preheader.i
+  %indvars.iv1087.i = phi i64 [ 0, %for_body_r_0.us.preheader.i ], [ %indvars.iv.next1088.i, %for_body_r_0.us.i ]
+  %3906 = shl nuw nsw i64 %indvars.iv1087.i, 9
+  %gep1292.i = getelementptr inbounds nuw float, ptr %invariant.gep1291.i, i64 %3906
+  store <16 x float> zeroinitializer, ptr %gep1292.i, align 4, !tbaa !9
+  %3907 = getelementptr inbounds nuw float, ptr %beta735.i, i64 %indvars.iv1087.i
+  %3908 = load float, ptr %3907, align 4, !tbaa !272
+  %3909 = insertelement <16 x float> poison, float %3908, i64 0
+  %3910 = shufflevector <16 x float> %3909, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep1294.i = getelementptr inbounds nuw float, ptr %invariant.gep1293.i, i64 %3906
+  %3911 = load <16 x float>, ptr %gep1294.i, align 4, !tbaa !9
+  %3912 = getelementptr inbounds nuw float, ptr %alpha736.i, i64 %indvars.iv1087.i
+  %3913 = load float, ptr %3912, align 4, !tbaa !273
+  %.scalar = fmul float %3913, 0.000000e+00
+  %3914 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %3915 = shufflevector <16 x float> %3914, <16 x float> poison, <16 x i32> zeroinitializer
+  %3916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3911, <16 x float> %3915)
+  store <16 x float> %3916, ptr %gep1292.i, align 4, !tbaa !9
+  %3917 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 64
+  store <16 x float> zeroinitializer, ptr %3917, align 4, !tbaa !9
+  %3918 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 64
+  %3919 = load <16 x float>, ptr %3918, align 4, !tbaa !9
+  %3920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3919, <16 x float> %3915)
+  store <16 x float> %3920, ptr %3917, align 4, !tbaa !9
+  %3921 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 128
+  store <16 x float> zeroinitializer, ptr %3921, align 4, !tbaa !9
+  %3922 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 128
   %3923 = load <16 x float>, ptr %3922, align 4, !tbaa !9
-  %3924 = fmul <16 x float> %3913, %3923
-  %3925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3921, <16 x float> %3924)
-  store <16 x float> %3925, ptr %3922, align 4, !tbaa !9
-  %3926 = getelementptr inbounds nuw i8, ptr %3914, i64 128
+  %3924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3923, <16 x float> %3915)
+  store <16 x float> %3924, ptr %3921, align 4, !tbaa !9
+  %3925 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 192
+  store <16 x float> zeroinitializer, ptr %3925, align 4, !tbaa !9
+  %3926 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 192
   %3927 = load <16 x float>, ptr %3926, align 4, !tbaa !9
-  %3928 = getelementptr inbounds nuw i8, ptr %3916, i64 128
-  %3929 = load <16 x float>, ptr %3928, align 4, !tbaa !9
-  %3930 = fmul <16 x float> %3913, %3929
-  %3931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3927, <16 x float> %3930)
-  store <16 x float> %3931, ptr %3928, align 4, !tbaa !9
-  %3932 = getelementptr inbounds nuw i8, ptr %3914, i64 192
-  %3933 = load <16 x float>, ptr %3932, align 4, !tbaa !9
-  %3934 = getelementptr inbounds nuw i8, ptr %3916, i64 192
+  %3928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3927, <16 x float> %3915)
+  store <16 x float> %3928, ptr %3925, align 4, !tbaa !9
+  %3929 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 256
+  store <16 x float> zeroinitializer, ptr %3929, align 4, !tbaa !9
+  %3930 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 256
+  %3931 = load <16 x float>, ptr %3930, align 4, !tbaa !9
+  %3932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3931, <16 x float> %3915)
+  store <16 x float> %3932, ptr %3929, align 4, !tbaa !9
+  %3933 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 320
+  store <16 x float> zeroinitializer, ptr %3933, align 4, !tbaa !9
+  %3934 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 320
   %3935 = load <16 x float>, ptr %3934, align 4, !tbaa !9
-  %3936 = fmul <16 x float> %3913, %3935
-  %3937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3933, <16 x float> %3936)
-  store <16 x float> %3937, ptr %3934, align 4, !tbaa !9
-  %3938 = getelementptr inbounds nuw i8, ptr %3914, i64 256
+  %3936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3935, <16 x float> %3915)
+  store <16 x float> %3936, ptr %3933, align 4, !tbaa !9
+  %3937 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 384
+  store <16 x float> zeroinitializer, ptr %3937, align 4, !tbaa !9
+  %3938 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 384
   %3939 = load <16 x float>, ptr %3938, align 4, !tbaa !9
-  %3940 = getelementptr inbounds nuw i8, ptr %3916, i64 256
-  %3941 = load <16 x float>, ptr %3940, align 4, !tbaa !9
-  %3942 = fmul <16 x float> %3913, %3941
-  %3943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3939, <16 x float> %3942)
-  store <16 x float> %3943, ptr %3940, align 4, !tbaa !9
-  %3944 = getelementptr inbounds nuw i8, ptr %3914, i64 320
-  %3945 = load <16 x float>, ptr %3944, align 4, !tbaa !9
-  %3946 = getelementptr inbounds nuw i8, ptr %3916, i64 320
-  %3947 = load <16 x float>, ptr %3946, align 4, !tbaa !9
-  %3948 = fmul <16 x float> %3913, %3947
-  %3949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3945, <16 x float> %3948)
-  store <16 x float> %3949, ptr %3946, align 4, !tbaa !9
-  %3950 = getelementptr inbounds nuw i8, ptr %3914, i64 384
-  %3951 = load <16 x float>, ptr %3950, align 4, !tbaa !9
-  %3952 = getelementptr inbounds nuw i8, ptr %3916, i64 384
-  %3953 = load <16 x float>, ptr %3952, align 4, !tbaa !9
-  %3954 = fmul <16 x float> %3913, %3953
-  %3955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3951, <16 x float> %3954)
-  store <16 x float> %3955, ptr %3952, align 4, !tbaa !9
-  %3956 = getelementptr inbounds nuw i8, ptr %3914, i64 448
-  %3957 = load <16 x float>, ptr %3956, align 4, !tbaa !9
-  %3958 = getelementptr inbounds nuw i8, ptr %3916, i64 448
-  %3959 = load <16 x float>, ptr %3958, align 4, !tbaa !9
-  %3960 = fmul <16 x float> %3913, %3959
-  %3961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3957, <16 x float> %3960)
-  store <16 x float> %3961, ptr %3958, align 4, !tbaa !9
-  %3962 = getelementptr inbounds nuw i8, ptr %3914, i64 512
-  %3963 = load <16 x float>, ptr %3962, align 4, !tbaa !9
-  %3964 = getelementptr inbounds nuw i8, ptr %3916, i64 512
-  %3965 = load <16 x float>, ptr %3964, align 4, !tbaa !9
-  %3966 = fmul <16 x float> %3913, %3965
-  %3967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3963, <16 x float> %3966)
-  store <16 x float> %3967, ptr %3964, align 4, !tbaa !9
-  %3968 = getelementptr inbounds nuw i8, ptr %3914, i64 576
-  %3969 = load <16 x float>, ptr %3968, align 4, !tbaa !9
-  %3970 = getelementptr inbounds nuw i8, ptr %3916, i64 576
-  %3971 = load <16 x float>, ptr %3970, align 4, !tbaa !9
-  %3972 = fmul <16 x float> %3913, %3971
-  %3973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3969, <16 x float> %3972)
-  store <16 x float> %3973, ptr %3970, align 4, !tbaa !9
-  %3974 = getelementptr inbounds nuw i8, ptr %3914, i64 640
-  %3975 = load <16 x float>, ptr %3974, align 4, !tbaa !9
-  %3976 = getelementptr inbounds nuw i8, ptr %3916, i64 640
-  %3977 = load <16 x float>, ptr %3976, align 4, !tbaa !9
-  %3978 = fmul <16 x float> %3913, %3977
-  %3979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3975, <16 x float> %3978)
-  store <16 x float> %3979, ptr %3976, align 4, !tbaa !9
-  %3980 = getelementptr inbounds nuw i8, ptr %3914, i64 704
-  %3981 = load <16 x float>, ptr %3980, align 4, !tbaa !9
-  %3982 = getelementptr inbounds nuw i8, ptr %3916, i64 704
-  %3983 = load <16 x float>, ptr %3982, align 4, !tbaa !9
-  %3984 = fmul <16 x float> %3913, %3983
-  %3985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3981, <16 x float> %3984)
-  store <16 x float> %3985, ptr %3982, align 4, !tbaa !9
-  %3986 = getelementptr inbounds nuw i8, ptr %3914, i64 768
-  %3987 = load <16 x float>, ptr %3986, align 4, !tbaa !9
-  %3988 = getelementptr inbounds nuw i8, ptr %3916, i64 768
-  %3989 = load <16 x float>, ptr %3988, align 4, !tbaa !9
-  %3990 = fmul <16 x float> %3913, %3989
-  %3991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3987, <16 x float> %3990)
-  store <16 x float> %3991, ptr %3988, align 4, !tbaa !9
-  %3992 = getelementptr inbounds nuw i8, ptr %3914, i64 832
-  %3993 = load <16 x float>, ptr %3992, align 4, !tbaa !9
-  %3994 = getelementptr inbounds nuw i8, ptr %3916, i64 832
-  %3995 = load <16 x float>, ptr %3994, align 4, !tbaa !9
-  %3996 = fmul <16 x float> %3913, %3995
-  %3997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3993, <16 x float> %3996)
-  store <16 x float> %3997, ptr %3994, align 4, !tbaa !9
-  %3998 = getelementptr inbounds nuw i8, ptr %3914, i64 896
-  %3999 = load <16 x float>, ptr %3998, align 4, !tbaa !9
-  %4000 = getelementptr inbounds nuw i8, ptr %3916, i64 896
-  %4001 = load <16 x float>, ptr %4000, align 4, !tbaa !9
-  %4002 = fmul <16 x float> %3913, %4001
-  %4003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %3999, <16 x float> %4002)
-  store <16 x float> %4003, ptr %4000, align 4, !tbaa !9
-  %4004 = getelementptr inbounds nuw i8, ptr %3914, i64 960
-  %4005 = load <16 x float>, ptr %4004, align 4, !tbaa !9
-  %4006 = getelementptr inbounds nuw i8, ptr %3916, i64 960
-  %4007 = load <16 x float>, ptr %4006, align 4, !tbaa !9
-  %4008 = fmul <16 x float> %3913, %4007
-  %4009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4005, <16 x float> %4008)
-  store <16 x float> %4009, ptr %4006, align 4, !tbaa !9
-  %4010 = getelementptr inbounds nuw i8, ptr %3914, i64 1024
-  %4011 = load <16 x float>, ptr %4010, align 4, !tbaa !9
-  %4012 = getelementptr inbounds nuw i8, ptr %3916, i64 1024
-  %4013 = load <16 x float>, ptr %4012, align 4, !tbaa !9
-  %4014 = fmul <16 x float> %3913, %4013
-  %4015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4011, <16 x float> %4014)
-  store <16 x float> %4015, ptr %4012, align 4, !tbaa !9
-  %4016 = getelementptr inbounds nuw i8, ptr %3914, i64 1088
-  %4017 = load <16 x float>, ptr %4016, align 4, !tbaa !9
-  %4018 = getelementptr inbounds nuw i8, ptr %3916, i64 1088
-  %4019 = load <16 x float>, ptr %4018, align 4, !tbaa !9
-  %4020 = fmul <16 x float> %3913, %4019
-  %4021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4017, <16 x float> %4020)
-  store <16 x float> %4021, ptr %4018, align 4, !tbaa !9
-  %4022 = getelementptr inbounds nuw i8, ptr %3914, i64 1152
-  %4023 = load <16 x float>, ptr %4022, align 4, !tbaa !9
-  %4024 = getelementptr inbounds nuw i8, ptr %3916, i64 1152
-  %4025 = load <16 x float>, ptr %4024, align 4, !tbaa !9
-  %4026 = fmul <16 x float> %3913, %4025
-  %4027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4023, <16 x float> %4026)
-  store <16 x float> %4027, ptr %4024, align 4, !tbaa !9
-  %4028 = getelementptr inbounds nuw i8, ptr %3914, i64 1216
-  %4029 = load <16 x float>, ptr %4028, align 4, !tbaa !9
-  %4030 = getelementptr inbounds nuw i8, ptr %3916, i64 1216
-  %4031 = load <16 x float>, ptr %4030, align 4, !tbaa !9
-  %4032 = fmul <16 x float> %3913, %4031
-  %4033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4029, <16 x float> %4032)
-  store <16 x float> %4033, ptr %4030, align 4, !tbaa !9
-  %4034 = getelementptr inbounds nuw i8, ptr %3914, i64 1280
-  %4035 = load <16 x float>, ptr %4034, align 4, !tbaa !9
-  %4036 = getelementptr inbounds nuw i8, ptr %3916, i64 1280
-  %4037 = load <16 x float>, ptr %4036, align 4, !tbaa !9
-  %4038 = fmul <16 x float> %3913, %4037
-  %4039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4035, <16 x float> %4038)
-  store <16 x float> %4039, ptr %4036, align 4, !tbaa !9
-  %4040 = getelementptr inbounds nuw i8, ptr %3914, i64 1344
-  %4041 = load <16 x float>, ptr %4040, align 4, !tbaa !9
-  %4042 = getelementptr inbounds nuw i8, ptr %3916, i64 1344
-  %4043 = load <16 x float>, ptr %4042, align 4, !tbaa !9
-  %4044 = fmul <16 x float> %3913, %4043
-  %4045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4041, <16 x float> %4044)
-  store <16 x float> %4045, ptr %4042, align 4, !tbaa !9
-  %4046 = getelementptr inbounds nuw i8, ptr %3914, i64 1408
-  %4047 = load <16 x float>, ptr %4046, align 4, !tbaa !9
-  %4048 = getelementptr inbounds nuw i8, ptr %3916, i64 1408
-  %4049 = load <16 x float>, ptr %4048, align 4, !tbaa !9
-  %4050 = fmul <16 x float> %3913, %4049
-  %4051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4047, <16 x float> %4050)
-  store <16 x float> %4051, ptr %4048, align 4, !tbaa !9
-  %4052 = getelementptr inbounds nuw i8, ptr %3914, i64 1472
-  %4053 = load <16 x float>, ptr %4052, align 4, !tbaa !9
-  %4054 = getelementptr inbounds nuw i8, ptr %3916, i64 1472
-  %4055 = load <16 x float>, ptr %4054, align 4, !tbaa !9
-  %4056 = fmul <16 x float> %3913, %4055
-  %4057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4053, <16 x float> %4056)
-  store <16 x float> %4057, ptr %4054, align 4, !tbaa !9
-  %4058 = getelementptr inbounds nuw i8, ptr %3914, i64 1536
-  %4059 = load <16 x float>, ptr %4058, align 4, !tbaa !9
-  %4060 = getelementptr inbounds nuw i8, ptr %3916, i64 1536
-  %4061 = load <16 x float>, ptr %4060, align 4, !tbaa !9
-  %4062 = fmul <16 x float> %3913, %4061
-  %4063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4059, <16 x float> %4062)
-  store <16 x float> %4063, ptr %4060, align 4, !tbaa !9
-  %4064 = getelementptr inbounds nuw i8, ptr %3914, i64 1600
-  %4065 = load <16 x float>, ptr %4064, align 4, !tbaa !9
-  %4066 = getelementptr inbounds nuw i8, ptr %3916, i64 1600
-  %4067 = load <16 x float>, ptr %4066, align 4, !tbaa !9
-  %4068 = fmul <16 x float> %3913, %4067
-  %4069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4065, <16 x float> %4068)
-  store <16 x float> %4069, ptr %4066, align 4, !tbaa !9
-  %4070 = getelementptr inbounds nuw i8, ptr %3914, i64 1664
-  %4071 = load <16 x float>, ptr %4070, align 4, !tbaa !9
-  %4072 = getelementptr inbounds nuw i8, ptr %3916, i64 1664
-  %4073 = load <16 x float>, ptr %4072, align 4, !tbaa !9
-  %4074 = fmul <16 x float> %3913, %4073
-  %4075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4071, <16 x float> %4074)
-  store <16 x float> %4075, ptr %4072, align 4, !tbaa !9
-  %4076 = getelementptr inbounds nuw i8, ptr %3914, i64 1728
-  %4077 = load <16 x float>, ptr %4076, align 4, !tbaa !9
-  %4078 = getelementptr inbounds nuw i8, ptr %3916, i64 1728
-  %4079 = load <16 x float>, ptr %4078, align 4, !tbaa !9
-  %4080 = fmul <16 x float> %3913, %4079
-  %4081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4077, <16 x float> %4080)
-  store <16 x float> %4081, ptr %4078, align 4, !tbaa !9
-  %4082 = getelementptr inbounds nuw i8, ptr %3914, i64 1792
-  %4083 = load <16 x float>, ptr %4082, align 4, !tbaa !9
-  %4084 = getelementptr inbounds nuw i8, ptr %3916, i64 1792
-  %4085 = load <16 x float>, ptr %4084, align 4, !tbaa !9
-  %4086 = fmul <16 x float> %3913, %4085
-  %4087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4083, <16 x float> %4086)
-  store <16 x float> %4087, ptr %4084, align 4, !tbaa !9
-  %4088 = getelementptr inbounds nuw i8, ptr %3914, i64 1856
-  %4089 = load <16 x float>, ptr %4088, align 4, !tbaa !9
-  %4090 = getelementptr inbounds nuw i8, ptr %3916, i64 1856
-  %4091 = load <16 x float>, ptr %4090, align 4, !tbaa !9
-  %4092 = fmul <16 x float> %3913, %4091
-  %4093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4089, <16 x float> %4092)
-  store <16 x float> %4093, ptr %4090, align 4, !tbaa !9
-  %4094 = getelementptr inbounds nuw i8, ptr %3914, i64 1920
-  %4095 = load <16 x float>, ptr %4094, align 4, !tbaa !9
-  %4096 = getelementptr inbounds nuw i8, ptr %3916, i64 1920
-  %4097 = load <16 x float>, ptr %4096, align 4, !tbaa !9
-  %4098 = fmul <16 x float> %3913, %4097
-  %4099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4095, <16 x float> %4098)
-  store <16 x float> %4099, ptr %4096, align 4, !tbaa !9
-  %4100 = getelementptr inbounds nuw i8, ptr %3914, i64 1984
-  %4101 = load <16 x float>, ptr %4100, align 4, !tbaa !9
-  %4102 = getelementptr inbounds nuw i8, ptr %3916, i64 1984
-  %4103 = load <16 x float>, ptr %4102, align 4, !tbaa !9
-  %4104 = fmul <16 x float> %3913, %4103
-  %4105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4101, <16 x float> %4104)
-  store <16 x float> %4105, ptr %4102, align 4, !tbaa !9
-  br label %for_end_d_0631.i
+  %3940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3939, <16 x float> %3915)
+  store <16 x float> %3940, ptr %3937, align 4, !tbaa !9
+  %3941 = getelementptr inbounds nuw i8, ptr %gep1292.i, i64 448
+  store <16 x float> zeroinitializer, ptr %3941, align 4, !tbaa !9
+  %3942 = getelementptr inbounds nuw i8, ptr %gep1294.i, i64 448
+  %3943 = load <16 x float>, ptr %3942, align 4, !tbaa !9
+  %3944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3910, <16 x float> %3943, <16 x float> %3915)
+  store <16 x float> %3944, ptr %3941, align 4, !tbaa !9
+  %indvars.iv.next1088.i = add nuw nsw i64 %indvars.iv1087.i, 1
+  %exitcond1092.not.i = icmp eq i64 %indvars.iv.next1088.i, 16
+  br i1 %exitcond1092.not.i, label %for_end_r_0.i, label %for_body_r_0.us.i, !prof !31
 
-for_body_d_0630.us.preheader.i:                   ; preds = %for_begin_d_0629.preheader.i
-  %4106 = fmul <16 x float> %3913, zeroinitializer
-  %4107 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3909
-  store <16 x float> zeroinitializer, ptr %4107, align 4, !tbaa !9
-  %4108 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %3908
-  %4109 = load <16 x float>, ptr %4108, align 4, !tbaa !9
-  %4110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4109, <16 x float> %4106)
-  store <16 x float> %4110, ptr %4107, align 4, !tbaa !9
-  %4111 = getelementptr inbounds nuw i8, ptr %4107, i64 64
-  store <16 x float> zeroinitializer, ptr %4111, align 4, !tbaa !9
-  %4112 = getelementptr inbounds nuw i8, ptr %4108, i64 64
-  %4113 = load <16 x float>, ptr %4112, align 4, !tbaa !9
-  %4114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4113, <16 x float> %4106)
-  store <16 x float> %4114, ptr %4111, align 4, !tbaa !9
-  %4115 = getelementptr inbounds nuw i8, ptr %4107, i64 128
-  store <16 x float> zeroinitializer, ptr %4115, align 4, !tbaa !9
-  %4116 = getelementptr inbounds nuw i8, ptr %4108, i64 128
-  %4117 = load <16 x float>, ptr %4116, align 4, !tbaa !9
-  %4118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4117, <16 x float> %4106)
-  store <16 x float> %4118, ptr %4115, align 4, !tbaa !9
-  %4119 = getelementptr inbounds nuw i8, ptr %4107, i64 192
-  store <16 x float> zeroinitializer, ptr %4119, align 4, !tbaa !9
-  %4120 = getelementptr inbounds nuw i8, ptr %4108, i64 192
-  %4121 = load <16 x float>, ptr %4120, align 4, !tbaa !9
-  %4122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4121, <16 x float> %4106)
-  store <16 x float> %4122, ptr %4119, align 4, !tbaa !9
-  %4123 = getelementptr inbounds nuw i8, ptr %4107, i64 256
-  store <16 x float> zeroinitializer, ptr %4123, align 4, !tbaa !9
-  %4124 = getelementptr inbounds nuw i8, ptr %4108, i64 256
-  %4125 = load <16 x float>, ptr %4124, align 4, !tbaa !9
-  %4126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4125, <16 x float> %4106)
-  store <16 x float> %4126, ptr %4123, align 4, !tbaa !9
-  %4127 = getelementptr inbounds nuw i8, ptr %4107, i64 320
-  store <16 x float> zeroinitializer, ptr %4127, align 4, !tbaa !9
-  %4128 = getelementptr inbounds nuw i8, ptr %4108, i64 320
-  %4129 = load <16 x float>, ptr %4128, align 4, !tbaa !9
-  %4130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4129, <16 x float> %4106)
-  store <16 x float> %4130, ptr %4127, align 4, !tbaa !9
-  %4131 = getelementptr inbounds nuw i8, ptr %4107, i64 384
-  store <16 x float> zeroinitializer, ptr %4131, align 4, !tbaa !9
-  %4132 = getelementptr inbounds nuw i8, ptr %4108, i64 384
-  %4133 = load <16 x float>, ptr %4132, align 4, !tbaa !9
-  %4134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4133, <16 x float> %4106)
-  store <16 x float> %4134, ptr %4131, align 4, !tbaa !9
-  %4135 = getelementptr inbounds nuw i8, ptr %4107, i64 448
-  store <16 x float> zeroinitializer, ptr %4135, align 4, !tbaa !9
-  %4136 = getelementptr inbounds nuw i8, ptr %4108, i64 448
-  %4137 = load <16 x float>, ptr %4136, align 4, !tbaa !9
-  %4138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4137, <16 x float> %4106)
-  store <16 x float> %4138, ptr %4135, align 4, !tbaa !9
-  %4139 = getelementptr inbounds nuw i8, ptr %4107, i64 512
-  store <16 x float> zeroinitializer, ptr %4139, align 4, !tbaa !9
-  %4140 = getelementptr inbounds nuw i8, ptr %4108, i64 512
-  %4141 = load <16 x float>, ptr %4140, align 4, !tbaa !9
-  %4142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4141, <16 x float> %4106)
-  store <16 x float> %4142, ptr %4139, align 4, !tbaa !9
-  %4143 = getelementptr inbounds nuw i8, ptr %4107, i64 576
-  store <16 x float> zeroinitializer, ptr %4143, align 4, !tbaa !9
-  %4144 = getelementptr inbounds nuw i8, ptr %4108, i64 576
-  %4145 = load <16 x float>, ptr %4144, align 4, !tbaa !9
-  %4146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4145, <16 x float> %4106)
-  store <16 x float> %4146, ptr %4143, align 4, !tbaa !9
-  %4147 = getelementptr inbounds nuw i8, ptr %4107, i64 640
-  store <16 x float> zeroinitializer, ptr %4147, align 4, !tbaa !9
-  %4148 = getelementptr inbounds nuw i8, ptr %4108, i64 640
-  %4149 = load <16 x float>, ptr %4148, align 4, !tbaa !9
-  %4150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4149, <16 x float> %4106)
-  store <16 x float> %4150, ptr %4147, align 4, !tbaa !9
-  %4151 = getelementptr inbounds nuw i8, ptr %4107, i64 704
-  store <16 x float> zeroinitializer, ptr %4151, align 4, !tbaa !9
-  %4152 = getelementptr inbounds nuw i8, ptr %4108, i64 704
-  %4153 = load <16 x float>, ptr %4152, align 4, !tbaa !9
-  %4154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4153, <16 x float> %4106)
-  store <16 x float> %4154, ptr %4151, align 4, !tbaa !9
-  %4155 = getelementptr inbounds nuw i8, ptr %4107, i64 768
-  store <16 x float> zeroinitializer, ptr %4155, align 4, !tbaa !9
-  %4156 = getelementptr inbounds nuw i8, ptr %4108, i64 768
-  %4157 = load <16 x float>, ptr %4156, align 4, !tbaa !9
-  %4158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4157, <16 x float> %4106)
-  store <16 x float> %4158, ptr %4155, align 4, !tbaa !9
-  %4159 = getelementptr inbounds nuw i8, ptr %4107, i64 832
-  store <16 x float> zeroinitializer, ptr %4159, align 4, !tbaa !9
-  %4160 = getelementptr inbounds nuw i8, ptr %4108, i64 832
-  %4161 = load <16 x float>, ptr %4160, align 4, !tbaa !9
-  %4162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4161, <16 x float> %4106)
-  store <16 x float> %4162, ptr %4159, align 4, !tbaa !9
-  %4163 = getelementptr inbounds nuw i8, ptr %4107, i64 896
-  store <16 x float> zeroinitializer, ptr %4163, align 4, !tbaa !9
-  %4164 = getelementptr inbounds nuw i8, ptr %4108, i64 896
-  %4165 = load <16 x float>, ptr %4164, align 4, !tbaa !9
-  %4166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4165, <16 x float> %4106)
-  store <16 x float> %4166, ptr %4163, align 4, !tbaa !9
-  %4167 = getelementptr inbounds nuw i8, ptr %4107, i64 960
-  store <16 x float> zeroinitializer, ptr %4167, align 4, !tbaa !9
-  %4168 = getelementptr inbounds nuw i8, ptr %4108, i64 960
-  %4169 = load <16 x float>, ptr %4168, align 4, !tbaa !9
-  %4170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4169, <16 x float> %4106)
-  store <16 x float> %4170, ptr %4167, align 4, !tbaa !9
-  %4171 = getelementptr inbounds nuw i8, ptr %4107, i64 1024
-  store <16 x float> zeroinitializer, ptr %4171, align 4, !tbaa !9
-  %4172 = getelementptr inbounds nuw i8, ptr %4108, i64 1024
-  %4173 = load <16 x float>, ptr %4172, align 4, !tbaa !9
-  %4174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4173, <16 x float> %4106)
-  store <16 x float> %4174, ptr %4171, align 4, !tbaa !9
-  %4175 = getelementptr inbounds nuw i8, ptr %4107, i64 1088
-  store <16 x float> zeroinitializer, ptr %4175, align 4, !tbaa !9
-  %4176 = getelementptr inbounds nuw i8, ptr %4108, i64 1088
-  %4177 = load <16 x float>, ptr %4176, align 4, !tbaa !9
-  %4178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4177, <16 x float> %4106)
-  store <16 x float> %4178, ptr %4175, align 4, !tbaa !9
-  %4179 = getelementptr inbounds nuw i8, ptr %4107, i64 1152
-  store <16 x float> zeroinitializer, ptr %4179, align 4, !tbaa !9
-  %4180 = getelementptr inbounds nuw i8, ptr %4108, i64 1152
-  %4181 = load <16 x float>, ptr %4180, align 4, !tbaa !9
-  %4182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4181, <16 x float> %4106)
-  store <16 x float> %4182, ptr %4179, align 4, !tbaa !9
-  %4183 = getelementptr inbounds nuw i8, ptr %4107, i64 1216
-  store <16 x float> zeroinitializer, ptr %4183, align 4, !tbaa !9
-  %4184 = getelementptr inbounds nuw i8, ptr %4108, i64 1216
-  %4185 = load <16 x float>, ptr %4184, align 4, !tbaa !9
-  %4186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4185, <16 x float> %4106)
-  store <16 x float> %4186, ptr %4183, align 4, !tbaa !9
-  %4187 = getelementptr inbounds nuw i8, ptr %4107, i64 1280
-  store <16 x float> zeroinitializer, ptr %4187, align 4, !tbaa !9
-  %4188 = getelementptr inbounds nuw i8, ptr %4108, i64 1280
-  %4189 = load <16 x float>, ptr %4188, align 4, !tbaa !9
-  %4190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4189, <16 x float> %4106)
-  store <16 x float> %4190, ptr %4187, align 4, !tbaa !9
-  %4191 = getelementptr inbounds nuw i8, ptr %4107, i64 1344
-  store <16 x float> zeroinitializer, ptr %4191, align 4, !tbaa !9
-  %4192 = getelementptr inbounds nuw i8, ptr %4108, i64 1344
-  %4193 = load <16 x float>, ptr %4192, align 4, !tbaa !9
-  %4194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4193, <16 x float> %4106)
-  store <16 x float> %4194, ptr %4191, align 4, !tbaa !9
-  %4195 = getelementptr inbounds nuw i8, ptr %4107, i64 1408
-  store <16 x float> zeroinitializer, ptr %4195, align 4, !tbaa !9
-  %4196 = getelementptr inbounds nuw i8, ptr %4108, i64 1408
-  %4197 = load <16 x float>, ptr %4196, align 4, !tbaa !9
-  %4198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4197, <16 x float> %4106)
-  store <16 x float> %4198, ptr %4195, align 4, !tbaa !9
-  %4199 = getelementptr inbounds nuw i8, ptr %4107, i64 1472
-  store <16 x float> zeroinitializer, ptr %4199, align 4, !tbaa !9
-  %4200 = getelementptr inbounds nuw i8, ptr %4108, i64 1472
-  %4201 = load <16 x float>, ptr %4200, align 4, !tbaa !9
-  %4202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4201, <16 x float> %4106)
-  store <16 x float> %4202, ptr %4199, align 4, !tbaa !9
-  %4203 = getelementptr inbounds nuw i8, ptr %4107, i64 1536
-  store <16 x float> zeroinitializer, ptr %4203, align 4, !tbaa !9
-  %4204 = getelementptr inbounds nuw i8, ptr %4108, i64 1536
-  %4205 = load <16 x float>, ptr %4204, align 4, !tbaa !9
-  %4206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4205, <16 x float> %4106)
-  store <16 x float> %4206, ptr %4203, align 4, !tbaa !9
-  %4207 = getelementptr inbounds nuw i8, ptr %4107, i64 1600
-  store <16 x float> zeroinitializer, ptr %4207, align 4, !tbaa !9
-  %4208 = getelementptr inbounds nuw i8, ptr %4108, i64 1600
-  %4209 = load <16 x float>, ptr %4208, align 4, !tbaa !9
-  %4210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4209, <16 x float> %4106)
-  store <16 x float> %4210, ptr %4207, align 4, !tbaa !9
-  %4211 = getelementptr inbounds nuw i8, ptr %4107, i64 1664
-  store <16 x float> zeroinitializer, ptr %4211, align 4, !tbaa !9
-  %4212 = getelementptr inbounds nuw i8, ptr %4108, i64 1664
-  %4213 = load <16 x float>, ptr %4212, align 4, !tbaa !9
-  %4214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4213, <16 x float> %4106)
-  store <16 x float> %4214, ptr %4211, align 4, !tbaa !9
-  %4215 = getelementptr inbounds nuw i8, ptr %4107, i64 1728
-  store <16 x float> zeroinitializer, ptr %4215, align 4, !tbaa !9
-  %4216 = getelementptr inbounds nuw i8, ptr %4108, i64 1728
-  %4217 = load <16 x float>, ptr %4216, align 4, !tbaa !9
-  %4218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4217, <16 x float> %4106)
-  store <16 x float> %4218, ptr %4215, align 4, !tbaa !9
-  %4219 = getelementptr inbounds nuw i8, ptr %4107, i64 1792
-  store <16 x float> zeroinitializer, ptr %4219, align 4, !tbaa !9
-  %4220 = getelementptr inbounds nuw i8, ptr %4108, i64 1792
-  %4221 = load <16 x float>, ptr %4220, align 4, !tbaa !9
-  %4222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4221, <16 x float> %4106)
-  store <16 x float> %4222, ptr %4219, align 4, !tbaa !9
-  %4223 = getelementptr inbounds nuw i8, ptr %4107, i64 1856
-  store <16 x float> zeroinitializer, ptr %4223, align 4, !tbaa !9
-  %4224 = getelementptr inbounds nuw i8, ptr %4108, i64 1856
-  %4225 = load <16 x float>, ptr %4224, align 4, !tbaa !9
-  %4226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4225, <16 x float> %4106)
-  store <16 x float> %4226, ptr %4223, align 4, !tbaa !9
-  %4227 = getelementptr inbounds nuw i8, ptr %4107, i64 1920
-  store <16 x float> zeroinitializer, ptr %4227, align 4, !tbaa !9
-  %4228 = getelementptr inbounds nuw i8, ptr %4108, i64 1920
-  %4229 = load <16 x float>, ptr %4228, align 4, !tbaa !9
-  %4230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4229, <16 x float> %4106)
-  store <16 x float> %4230, ptr %4227, align 4, !tbaa !9
-  %4231 = getelementptr inbounds nuw i8, ptr %4107, i64 1984
-  store <16 x float> zeroinitializer, ptr %4231, align 4, !tbaa !9
-  %4232 = getelementptr inbounds nuw i8, ptr %4108, i64 1984
-  %4233 = load <16 x float>, ptr %4232, align 4, !tbaa !9
-  %4234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3907, <16 x float> %4233, <16 x float> %4106)
-  store <16 x float> %4234, ptr %4231, align 4, !tbaa !9
-  br label %for_end_d_0631.i
-
-for_end_r_0.i:                                    ; preds = %for_end_d_0631.i
-  %4235 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4236 = tail call i32 %4235(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not744.i = icmp eq i32 %4236, 0
+for_end_d_0631.i:                                 ; preds = %for_end_r_0.i
+  %3945 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %3946 = tail call i32 %3945(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not744.i = icmp eq i32 %3946, 0
   br i1 %.not744.i, label %if_end651.i, label %fused_decode_compute_.exit, !prof !75
 
-for_end_d_0631.i:                                 ; preds = %for_body_d_0630.us.preheader.i, %for_body_d_0630.preheader.i
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1094.not.i = icmp eq i64 %indvars.iv.next1092.i, 16
-  br i1 %exitcond1094.not.i, label %for_end_r_0.i, label %for_begin_d_0629.preheader.i, !prof !31
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_body_r_0.preheader.i
+  %indvars.iv1082.i = phi i64 [ 0, %for_body_r_0.preheader.i ], [ %indvars.iv.next1083.i, %for_body_r_0.i ]
+  %3947 = getelementptr inbounds nuw float, ptr %beta735.i, i64 %indvars.iv1082.i
+  %3948 = load float, ptr %3947, align 4, !tbaa !272
+  %3949 = insertelement <16 x float> poison, float %3948, i64 0
+  %3950 = shufflevector <16 x float> %3949, <16 x float> poison, <16 x i32> zeroinitializer
+  %3951 = shl nuw nsw i64 %indvars.iv1082.i, 9
+  %gep1288.i = getelementptr inbounds nuw float, ptr %invariant.gep1287.i, i64 %3951
+  %3952 = load <16 x float>, ptr %gep1288.i, align 4, !tbaa !9
+  %gep1290.i = getelementptr inbounds nuw float, ptr %invariant.gep1289.i, i64 %3951
+  %3953 = load <16 x float>, ptr %gep1290.i, align 4, !tbaa !9
+  %3954 = getelementptr inbounds nuw float, ptr %alpha736.i, i64 %indvars.iv1082.i
+  %3955 = load float, ptr %3954, align 4, !tbaa !273
+  %3956 = insertelement <16 x float> poison, float %3955, i64 0
+  %3957 = shufflevector <16 x float> %3956, <16 x float> poison, <16 x i32> zeroinitializer
+  %3958 = fmul <16 x float> %3953, %3957
+  %3959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3952, <16 x float> %3958)
+  store <16 x float> %3959, ptr %gep1290.i, align 4, !tbaa !9
+  %3960 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 64
+  %3961 = load <16 x float>, ptr %3960, align 4, !tbaa !9
+  %3962 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 64
+  %3963 = load <16 x float>, ptr %3962, align 4, !tbaa !9
+  %3964 = fmul <16 x float> %3957, %3963
+  %3965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3961, <16 x float> %3964)
+  store <16 x float> %3965, ptr %3962, align 4, !tbaa !9
+  %3966 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 128
+  %3967 = load <16 x float>, ptr %3966, align 4, !tbaa !9
+  %3968 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 128
+  %3969 = load <16 x float>, ptr %3968, align 4, !tbaa !9
+  %3970 = fmul <16 x float> %3957, %3969
+  %3971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3967, <16 x float> %3970)
+  store <16 x float> %3971, ptr %3968, align 4, !tbaa !9
+  %3972 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 192
+  %3973 = load <16 x float>, ptr %3972, align 4, !tbaa !9
+  %3974 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 192
+  %3975 = load <16 x float>, ptr %3974, align 4, !tbaa !9
+  %3976 = fmul <16 x float> %3957, %3975
+  %3977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3973, <16 x float> %3976)
+  store <16 x float> %3977, ptr %3974, align 4, !tbaa !9
+  %3978 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 256
+  %3979 = load <16 x float>, ptr %3978, align 4, !tbaa !9
+  %3980 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 256
+  %3981 = load <16 x float>, ptr %3980, align 4, !tbaa !9
+  %3982 = fmul <16 x float> %3957, %3981
+  %3983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3979, <16 x float> %3982)
+  store <16 x float> %3983, ptr %3980, align 4, !tbaa !9
+  %3984 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 320
+  %3985 = load <16 x float>, ptr %3984, align 4, !tbaa !9
+  %3986 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 320
+  %3987 = load <16 x float>, ptr %3986, align 4, !tbaa !9
+  %3988 = fmul <16 x float> %3957, %3987
+  %3989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3985, <16 x float> %3988)
+  store <16 x float> %3989, ptr %3986, align 4, !tbaa !9
+  %3990 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 384
+  %3991 = load <16 x float>, ptr %3990, align 4, !tbaa !9
+  %3992 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 384
+  %3993 = load <16 x float>, ptr %3992, align 4, !tbaa !9
+  %3994 = fmul <16 x float> %3957, %3993
+  %3995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3991, <16 x float> %3994)
+  store <16 x float> %3995, ptr %3992, align 4, !tbaa !9
+  %3996 = getelementptr inbounds nuw i8, ptr %gep1288.i, i64 448
+  %3997 = load <16 x float>, ptr %3996, align 4, !tbaa !9
+  %3998 = getelementptr inbounds nuw i8, ptr %gep1290.i, i64 448
+  %3999 = load <16 x float>, ptr %3998, align 4, !tbaa !9
+  %4000 = fmul <16 x float> %3957, %3999
+  %4001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3950, <16 x float> %3997, <16 x float> %4000)
+  store <16 x float> %4001, ptr %3998, align 4, !tbaa !9
+  %indvars.iv.next1083.i = add nuw nsw i64 %indvars.iv1082.i, 1
+  %exitcond1086.not.i = icmp eq i64 %indvars.iv.next1083.i, 16
+  br i1 %exitcond1086.not.i, label %for_end_r_0.i, label %for_body_r_0.i, !prof !31
 
-if_end651.i:                                      ; preds = %for_end_r_0.i
-  %4237 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4238 = tail call i32 %4237(i32 1, i32 %dev_id, ptr nonnull %acc532.i)
-  %.not745.i = icmp eq i32 %4238, 0
+for_end_r_0.i:                                    ; preds = %for_body_r_0.i, %for_body_r_0.us.i
+  %indvars.iv.next1094.i = add nuw nsw i64 %indvars.iv1093.i, 1
+  %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1094.i, 4
+  br i1 %exitcond1098.not.i, label %for_end_d_0631.i, label %for_begin_r_0.preheader.i, !prof !31
+
+if_end651.i:                                      ; preds = %for_end_d_0631.i
+  %4002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4003 = tail call i32 %4002(i32 1, i32 %dev_id, ptr nonnull %acc532.i)
+  %.not745.i = icmp eq i32 %4003, 0
   br i1 %.not745.i, label %if_end654.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end654.i:                                      ; preds = %if_end651.i
-  %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not746.i = icmp eq i32 %4240, 0
+  %4004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4005 = tail call i32 %4004(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not746.i = icmp eq i32 %4005, 0
   br i1 %.not746.i, label %if_end657.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end657.i:                                      ; preds = %if_end654.i
-  %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not747.i = icmp eq i32 %4242, 0
+  %4006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4007 = tail call i32 %4006(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not747.i = icmp eq i32 %4007, 0
   br i1 %.not747.i, label %if_end660.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end660.i:                                      ; preds = %if_end657.i
-  %4243 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4244 = tail call i32 %4243(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not748.i = icmp eq i32 %4244, 0
+  %4008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4009 = tail call i32 %4008(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not748.i = icmp eq i32 %4009, 0
   br i1 %.not748.i, label %if_end663.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end663.i:                                      ; preds = %if_end660.i
-  %4245 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4246 = tail call i32 %4245(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not749.i = icmp eq i32 %4246, 0
+  %4010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4011 = tail call i32 %4010(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not749.i = icmp eq i32 %4011, 0
   br i1 %.not749.i, label %if_end666.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end666.i:                                      ; preds = %if_end663.i
-  %4247 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4248 = tail call i32 %4247(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not750.i = icmp eq i32 %4248, 0
+  %4012 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4013 = tail call i32 %4012(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not750.i = icmp eq i32 %4013, 0
   br i1 %.not750.i, label %for_begin_group_tile.i, label %fused_decode_compute_.exit, !prof !75
 
 for_body_tile675.i:                               ; preds = %if_end680.loopexit765.i, %for_begin_tile674.preheader.i
-  %indvars.iv1128.i = phi i64 [ %indvars.iv.next1129.i, %if_end680.loopexit765.i ], [ 0, %for_begin_tile674.preheader.i ]
-  %4249 = shl nuw nsw i64 %indvars.iv1128.i, 4
-  %4250 = add nuw nsw i64 %4249, %1202
-  %4251 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4249
-  %4252 = load float, ptr %4251, align 16, !tbaa !83
-  %4253 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4250
-  store float %4252, ptr %4253, align 4, !tbaa !9
-  %4254 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4249
-  %4255 = load float, ptr %4254, align 16, !tbaa !85
-  %4256 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4250
-  store float %4255, ptr %4256, align 4, !tbaa !9
-  %4257 = or disjoint i64 %4249, 1
-  %4258 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4257
-  %4259 = load float, ptr %4258, align 4, !tbaa !83
-  %4260 = or disjoint i64 %4250, 1
-  %4261 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4260
-  store float %4259, ptr %4261, align 4, !tbaa !9
-  %4262 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4257
-  %4263 = load float, ptr %4262, align 4, !tbaa !85
-  %4264 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4260
-  store float %4263, ptr %4264, align 4, !tbaa !9
-  %4265 = or disjoint i64 %4249, 2
-  %4266 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4265
-  %4267 = load float, ptr %4266, align 8, !tbaa !83
-  %4268 = or disjoint i64 %4250, 2
-  %4269 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4268
-  store float %4267, ptr %4269, align 4, !tbaa !9
-  %4270 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4265
-  %4271 = load float, ptr %4270, align 8, !tbaa !85
-  %4272 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4268
-  store float %4271, ptr %4272, align 4, !tbaa !9
-  %4273 = or disjoint i64 %4249, 3
-  %4274 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4273
-  %4275 = load float, ptr %4274, align 4, !tbaa !83
-  %4276 = or disjoint i64 %4250, 3
-  %4277 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4276
-  store float %4275, ptr %4277, align 4, !tbaa !9
-  %4278 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4273
-  %4279 = load float, ptr %4278, align 4, !tbaa !85
-  %4280 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4276
-  store float %4279, ptr %4280, align 4, !tbaa !9
-  %4281 = or disjoint i64 %4249, 4
-  %4282 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4281
-  %4283 = load float, ptr %4282, align 16, !tbaa !83
-  %4284 = or disjoint i64 %4250, 4
-  %4285 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4284
-  store float %4283, ptr %4285, align 4, !tbaa !9
-  %4286 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4281
-  %4287 = load float, ptr %4286, align 16, !tbaa !85
-  %4288 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4284
-  store float %4287, ptr %4288, align 4, !tbaa !9
-  %4289 = or disjoint i64 %4249, 5
-  %4290 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4289
-  %4291 = load float, ptr %4290, align 4, !tbaa !83
-  %4292 = or disjoint i64 %4250, 5
-  %4293 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4292
-  store float %4291, ptr %4293, align 4, !tbaa !9
-  %4294 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4289
-  %4295 = load float, ptr %4294, align 4, !tbaa !85
-  %4296 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4292
-  store float %4295, ptr %4296, align 4, !tbaa !9
-  %4297 = or disjoint i64 %4249, 6
-  %4298 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4297
-  %4299 = load float, ptr %4298, align 8, !tbaa !83
-  %4300 = or disjoint i64 %4250, 6
-  %4301 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4300
-  store float %4299, ptr %4301, align 4, !tbaa !9
-  %4302 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4297
-  %4303 = load float, ptr %4302, align 8, !tbaa !85
-  %4304 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4300
-  store float %4303, ptr %4304, align 4, !tbaa !9
-  %4305 = or disjoint i64 %4249, 7
-  %4306 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4305
-  %4307 = load float, ptr %4306, align 4, !tbaa !83
-  %4308 = or disjoint i64 %4250, 7
-  %4309 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4308
-  store float %4307, ptr %4309, align 4, !tbaa !9
-  %4310 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4305
-  %4311 = load float, ptr %4310, align 4, !tbaa !85
-  %4312 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4308
-  store float %4311, ptr %4312, align 4, !tbaa !9
-  %4313 = or disjoint i64 %4249, 8
-  %4314 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4313
-  %4315 = load float, ptr %4314, align 16, !tbaa !83
-  %4316 = or disjoint i64 %4250, 8
-  %4317 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4316
-  store float %4315, ptr %4317, align 4, !tbaa !9
-  %4318 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4313
-  %4319 = load float, ptr %4318, align 16, !tbaa !85
-  %4320 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4316
-  store float %4319, ptr %4320, align 4, !tbaa !9
-  %4321 = or disjoint i64 %4249, 9
-  %4322 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4321
-  %4323 = load float, ptr %4322, align 4, !tbaa !83
-  %4324 = or disjoint i64 %4250, 9
-  %4325 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4324
-  store float %4323, ptr %4325, align 4, !tbaa !9
-  %4326 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4321
-  %4327 = load float, ptr %4326, align 4, !tbaa !85
-  %4328 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4324
-  store float %4327, ptr %4328, align 4, !tbaa !9
-  %4329 = or disjoint i64 %4249, 10
-  %4330 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4329
-  %4331 = load float, ptr %4330, align 8, !tbaa !83
-  %4332 = or disjoint i64 %4250, 10
-  %4333 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4332
-  store float %4331, ptr %4333, align 4, !tbaa !9
-  %4334 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4329
-  %4335 = load float, ptr %4334, align 8, !tbaa !85
-  %4336 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4332
-  store float %4335, ptr %4336, align 4, !tbaa !9
-  %4337 = or disjoint i64 %4249, 11
-  %4338 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4337
-  %4339 = load float, ptr %4338, align 4, !tbaa !83
-  %4340 = or disjoint i64 %4250, 11
-  %4341 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4340
-  store float %4339, ptr %4341, align 4, !tbaa !9
-  %4342 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4337
-  %4343 = load float, ptr %4342, align 4, !tbaa !85
-  %4344 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4340
-  store float %4343, ptr %4344, align 4, !tbaa !9
-  %4345 = or disjoint i64 %4249, 12
-  %4346 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4345
-  %4347 = load float, ptr %4346, align 16, !tbaa !83
-  %4348 = or disjoint i64 %4250, 12
-  %4349 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4348
-  store float %4347, ptr %4349, align 4, !tbaa !9
-  %4350 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4345
-  %4351 = load float, ptr %4350, align 16, !tbaa !85
-  %4352 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4348
-  store float %4351, ptr %4352, align 4, !tbaa !9
-  %4353 = or disjoint i64 %4249, 13
-  %4354 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4353
-  %4355 = load float, ptr %4354, align 4, !tbaa !83
-  %4356 = or disjoint i64 %4250, 13
-  %4357 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4356
-  store float %4355, ptr %4357, align 4, !tbaa !9
-  %4358 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4353
-  %4359 = load float, ptr %4358, align 4, !tbaa !85
-  %4360 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4356
-  store float %4359, ptr %4360, align 4, !tbaa !9
-  %4361 = or disjoint i64 %4249, 14
-  %4362 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4361
-  %4363 = load float, ptr %4362, align 8, !tbaa !83
-  %4364 = or disjoint i64 %4250, 14
-  %4365 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4364
-  store float %4363, ptr %4365, align 4, !tbaa !9
-  %4366 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4361
-  %4367 = load float, ptr %4366, align 8, !tbaa !85
-  %4368 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4364
-  store float %4367, ptr %4368, align 4, !tbaa !9
-  %4369 = or disjoint i64 %4249, 15
-  %4370 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4369
-  %4371 = load float, ptr %4370, align 4, !tbaa !83
-  %4372 = or disjoint i64 %4250, 15
-  %4373 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4372
-  store float %4371, ptr %4373, align 4, !tbaa !9
-  %4374 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4369
-  %4375 = load float, ptr %4374, align 4, !tbaa !85
-  %4376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4372
-  store float %4375, ptr %4376, align 4, !tbaa !9
-  %4377 = shl nuw nsw i64 %indvars.iv1128.i, 13
-  %4378 = getelementptr inbounds nuw float, ptr %1203, i64 %4377
-  %invariant.gep76 = getelementptr inbounds nuw float, ptr %acc.i, i64 %4377
+  %indvars.iv1132.i = phi i64 [ %indvars.iv.next1133.i, %if_end680.loopexit765.i ], [ 0, %for_begin_tile674.preheader.i ]
+  %4014 = shl nuw nsw i64 %indvars.iv1132.i, 4
+  %4015 = add nuw nsw i64 %4014, %1202
+  %4016 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4014
+  %4017 = load float, ptr %4016, align 16, !tbaa !83
+  %4018 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4015
+  store float %4017, ptr %4018, align 4, !tbaa !9
+  %4019 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4014
+  %4020 = load float, ptr %4019, align 16, !tbaa !85
+  %4021 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4015
+  store float %4020, ptr %4021, align 4, !tbaa !9
+  %4022 = or disjoint i64 %4014, 1
+  %4023 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4022
+  %4024 = load float, ptr %4023, align 4, !tbaa !83
+  %4025 = or disjoint i64 %4015, 1
+  %4026 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4025
+  store float %4024, ptr %4026, align 4, !tbaa !9
+  %4027 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4022
+  %4028 = load float, ptr %4027, align 4, !tbaa !85
+  %4029 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4025
+  store float %4028, ptr %4029, align 4, !tbaa !9
+  %4030 = or disjoint i64 %4014, 2
+  %4031 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4030
+  %4032 = load float, ptr %4031, align 8, !tbaa !83
+  %4033 = or disjoint i64 %4015, 2
+  %4034 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4033
+  store float %4032, ptr %4034, align 4, !tbaa !9
+  %4035 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4030
+  %4036 = load float, ptr %4035, align 8, !tbaa !85
+  %4037 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4033
+  store float %4036, ptr %4037, align 4, !tbaa !9
+  %4038 = or disjoint i64 %4014, 3
+  %4039 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4038
+  %4040 = load float, ptr %4039, align 4, !tbaa !83
+  %4041 = or disjoint i64 %4015, 3
+  %4042 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4041
+  store float %4040, ptr %4042, align 4, !tbaa !9
+  %4043 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4038
+  %4044 = load float, ptr %4043, align 4, !tbaa !85
+  %4045 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4041
+  store float %4044, ptr %4045, align 4, !tbaa !9
+  %4046 = or disjoint i64 %4014, 4
+  %4047 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4046
+  %4048 = load float, ptr %4047, align 16, !tbaa !83
+  %4049 = or disjoint i64 %4015, 4
+  %4050 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4049
+  store float %4048, ptr %4050, align 4, !tbaa !9
+  %4051 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4046
+  %4052 = load float, ptr %4051, align 16, !tbaa !85
+  %4053 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4049
+  store float %4052, ptr %4053, align 4, !tbaa !9
+  %4054 = or disjoint i64 %4014, 5
+  %4055 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4054
+  %4056 = load float, ptr %4055, align 4, !tbaa !83
+  %4057 = or disjoint i64 %4015, 5
+  %4058 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4057
+  store float %4056, ptr %4058, align 4, !tbaa !9
+  %4059 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4054
+  %4060 = load float, ptr %4059, align 4, !tbaa !85
+  %4061 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4057
+  store float %4060, ptr %4061, align 4, !tbaa !9
+  %4062 = or disjoint i64 %4014, 6
+  %4063 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4062
+  %4064 = load float, ptr %4063, align 8, !tbaa !83
+  %4065 = or disjoint i64 %4015, 6
+  %4066 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4065
+  store float %4064, ptr %4066, align 4, !tbaa !9
+  %4067 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4062
+  %4068 = load float, ptr %4067, align 8, !tbaa !85
+  %4069 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4065
+  store float %4068, ptr %4069, align 4, !tbaa !9
+  %4070 = or disjoint i64 %4014, 7
+  %4071 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4070
+  %4072 = load float, ptr %4071, align 4, !tbaa !83
+  %4073 = or disjoint i64 %4015, 7
+  %4074 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4073
+  store float %4072, ptr %4074, align 4, !tbaa !9
+  %4075 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4070
+  %4076 = load float, ptr %4075, align 4, !tbaa !85
+  %4077 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4073
+  store float %4076, ptr %4077, align 4, !tbaa !9
+  %4078 = or disjoint i64 %4014, 8
+  %4079 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4078
+  %4080 = load float, ptr %4079, align 16, !tbaa !83
+  %4081 = or disjoint i64 %4015, 8
+  %4082 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4081
+  store float %4080, ptr %4082, align 4, !tbaa !9
+  %4083 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4078
+  %4084 = load float, ptr %4083, align 16, !tbaa !85
+  %4085 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4081
+  store float %4084, ptr %4085, align 4, !tbaa !9
+  %4086 = or disjoint i64 %4014, 9
+  %4087 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4086
+  %4088 = load float, ptr %4087, align 4, !tbaa !83
+  %4089 = or disjoint i64 %4015, 9
+  %4090 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4089
+  store float %4088, ptr %4090, align 4, !tbaa !9
+  %4091 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4086
+  %4092 = load float, ptr %4091, align 4, !tbaa !85
+  %4093 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4089
+  store float %4092, ptr %4093, align 4, !tbaa !9
+  %4094 = or disjoint i64 %4014, 10
+  %4095 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4094
+  %4096 = load float, ptr %4095, align 8, !tbaa !83
+  %4097 = or disjoint i64 %4015, 10
+  %4098 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4097
+  store float %4096, ptr %4098, align 4, !tbaa !9
+  %4099 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4094
+  %4100 = load float, ptr %4099, align 8, !tbaa !85
+  %4101 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4097
+  store float %4100, ptr %4101, align 4, !tbaa !9
+  %4102 = or disjoint i64 %4014, 11
+  %4103 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4102
+  %4104 = load float, ptr %4103, align 4, !tbaa !83
+  %4105 = or disjoint i64 %4015, 11
+  %4106 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4105
+  store float %4104, ptr %4106, align 4, !tbaa !9
+  %4107 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4102
+  %4108 = load float, ptr %4107, align 4, !tbaa !85
+  %4109 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4105
+  store float %4108, ptr %4109, align 4, !tbaa !9
+  %4110 = or disjoint i64 %4014, 12
+  %4111 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4110
+  %4112 = load float, ptr %4111, align 16, !tbaa !83
+  %4113 = or disjoint i64 %4015, 12
+  %4114 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4113
+  store float %4112, ptr %4114, align 4, !tbaa !9
+  %4115 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4110
+  %4116 = load float, ptr %4115, align 16, !tbaa !85
+  %4117 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4113
+  store float %4116, ptr %4117, align 4, !tbaa !9
+  %4118 = or disjoint i64 %4014, 13
+  %4119 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4118
+  %4120 = load float, ptr %4119, align 4, !tbaa !83
+  %4121 = or disjoint i64 %4015, 13
+  %4122 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4121
+  store float %4120, ptr %4122, align 4, !tbaa !9
+  %4123 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4118
+  %4124 = load float, ptr %4123, align 4, !tbaa !85
+  %4125 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4121
+  store float %4124, ptr %4125, align 4, !tbaa !9
+  %4126 = or disjoint i64 %4014, 14
+  %4127 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4126
+  %4128 = load float, ptr %4127, align 8, !tbaa !83
+  %4129 = or disjoint i64 %4015, 14
+  %4130 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4129
+  store float %4128, ptr %4130, align 4, !tbaa !9
+  %4131 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4126
+  %4132 = load float, ptr %4131, align 8, !tbaa !85
+  %4133 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4129
+  store float %4132, ptr %4133, align 4, !tbaa !9
+  %4134 = or disjoint i64 %4014, 15
+  %4135 = getelementptr inbounds nuw float, ptr %row_max738.i, i64 %4134
+  %4136 = load float, ptr %4135, align 4, !tbaa !83
+  %4137 = or disjoint i64 %4015, 15
+  %4138 = getelementptr inbounds nuw float, ptr %partial_max, i64 %4137
+  store float %4136, ptr %4138, align 4, !tbaa !9
+  %4139 = getelementptr inbounds nuw float, ptr %row_sum737.i, i64 %4134
+  %4140 = load float, ptr %4139, align 4, !tbaa !85
+  %4141 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %4137
+  store float %4140, ptr %4141, align 4, !tbaa !9
+  %4142 = shl nuw nsw i64 %indvars.iv1132.i, 13
+  %4143 = getelementptr inbounds nuw float, ptr %1203, i64 %4142
+  %invariant.gep77 = getelementptr inbounds nuw float, ptr %acc.i, i64 %4142
   br label %for_begin_d_0710.preheader.i
 
 for_end_tile676.i:                                ; preds = %if_end680.loopexit765.i, %if_end699.us.15.i
-  %4379 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4380 = tail call i32 %4379(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %4380, 0
+  %4144 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4145 = tail call i32 %4144(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %4145, 0
   br i1 %.not.i, label %if_end716.i, label %fused_decode_compute_.exit, !prof !75
 
 if_end680.loopexit765.i:                          ; preds = %for_begin_d_0710.preheader.i
-  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
-  %exitcond1131.not.i = icmp eq i64 %indvars.iv.next1129.i, 8
-  br i1 %exitcond1131.not.i, label %for_end_tile676.i, label %for_body_tile675.i, !prof !31
+  %indvars.iv.next1133.i = add nuw nsw i64 %indvars.iv1132.i, 1
+  %exitcond1135.not.i = icmp eq i64 %indvars.iv.next1133.i, 8
+  br i1 %exitcond1135.not.i, label %for_end_tile676.i, label %for_body_tile675.i, !prof !31
 
 for_begin_d_0710.preheader.i:                     ; preds = %for_begin_d_0710.preheader.i, %for_body_tile675.i
-  %indvars.iv1124.i = phi i64 [ 0, %for_body_tile675.i ], [ %indvars.iv.next1125.i, %for_begin_d_0710.preheader.i ]
-  %4381 = shl nuw nsw i64 %indvars.iv1124.i, 9
-  %4382 = getelementptr inbounds nuw float, ptr %4378, i64 %4381
-  %gep77 = getelementptr inbounds nuw float, ptr %invariant.gep76, i64 %4381
-  %4383 = load <16 x float>, ptr %gep77, align 4, !tbaa !9
-  store <16 x float> %4383, ptr %4382, align 4, !tbaa !9
-  %4384 = getelementptr inbounds nuw i8, ptr %gep77, i64 64
-  %4385 = load <16 x float>, ptr %4384, align 4, !tbaa !9
-  %4386 = getelementptr inbounds nuw i8, ptr %4382, i64 64
-  store <16 x float> %4385, ptr %4386, align 4, !tbaa !9
-  %4387 = getelementptr inbounds nuw i8, ptr %gep77, i64 128
-  %4388 = load <16 x float>, ptr %4387, align 4, !tbaa !9
-  %4389 = getelementptr inbounds nuw i8, ptr %4382, i64 128
-  store <16 x float> %4388, ptr %4389, align 4, !tbaa !9
-  %4390 = getelementptr inbounds nuw i8, ptr %gep77, i64 192
-  %4391 = load <16 x float>, ptr %4390, align 4, !tbaa !9
-  %4392 = getelementptr inbounds nuw i8, ptr %4382, i64 192
-  store <16 x float> %4391, ptr %4392, align 4, !tbaa !9
-  %4393 = getelementptr inbounds nuw i8, ptr %gep77, i64 256
-  %4394 = load <16 x float>, ptr %4393, align 4, !tbaa !9
-  %4395 = getelementptr inbounds nuw i8, ptr %4382, i64 256
-  store <16 x float> %4394, ptr %4395, align 4, !tbaa !9
-  %4396 = getelementptr inbounds nuw i8, ptr %gep77, i64 320
-  %4397 = load <16 x float>, ptr %4396, align 4, !tbaa !9
-  %4398 = getelementptr inbounds nuw i8, ptr %4382, i64 320
-  store <16 x float> %4397, ptr %4398, align 4, !tbaa !9
-  %4399 = getelementptr inbounds nuw i8, ptr %gep77, i64 384
-  %4400 = load <16 x float>, ptr %4399, align 4, !tbaa !9
-  %4401 = getelementptr inbounds nuw i8, ptr %4382, i64 384
-  store <16 x float> %4400, ptr %4401, align 4, !tbaa !9
-  %4402 = getelementptr inbounds nuw i8, ptr %gep77, i64 448
-  %4403 = load <16 x float>, ptr %4402, align 4, !tbaa !9
-  %4404 = getelementptr inbounds nuw i8, ptr %4382, i64 448
-  store <16 x float> %4403, ptr %4404, align 4, !tbaa !9
-  %4405 = getelementptr inbounds nuw i8, ptr %gep77, i64 512
-  %4406 = load <16 x float>, ptr %4405, align 4, !tbaa !9
-  %4407 = getelementptr inbounds nuw i8, ptr %4382, i64 512
-  store <16 x float> %4406, ptr %4407, align 4, !tbaa !9
-  %4408 = getelementptr inbounds nuw i8, ptr %gep77, i64 576
-  %4409 = load <16 x float>, ptr %4408, align 4, !tbaa !9
-  %4410 = getelementptr inbounds nuw i8, ptr %4382, i64 576
-  store <16 x float> %4409, ptr %4410, align 4, !tbaa !9
-  %4411 = getelementptr inbounds nuw i8, ptr %gep77, i64 640
-  %4412 = load <16 x float>, ptr %4411, align 4, !tbaa !9
-  %4413 = getelementptr inbounds nuw i8, ptr %4382, i64 640
-  store <16 x float> %4412, ptr %4413, align 4, !tbaa !9
-  %4414 = getelementptr inbounds nuw i8, ptr %gep77, i64 704
-  %4415 = load <16 x float>, ptr %4414, align 4, !tbaa !9
-  %4416 = getelementptr inbounds nuw i8, ptr %4382, i64 704
-  store <16 x float> %4415, ptr %4416, align 4, !tbaa !9
-  %4417 = getelementptr inbounds nuw i8, ptr %gep77, i64 768
-  %4418 = load <16 x float>, ptr %4417, align 4, !tbaa !9
-  %4419 = getelementptr inbounds nuw i8, ptr %4382, i64 768
-  store <16 x float> %4418, ptr %4419, align 4, !tbaa !9
-  %4420 = getelementptr inbounds nuw i8, ptr %gep77, i64 832
-  %4421 = load <16 x float>, ptr %4420, align 4, !tbaa !9
-  %4422 = getelementptr inbounds nuw i8, ptr %4382, i64 832
-  store <16 x float> %4421, ptr %4422, align 4, !tbaa !9
-  %4423 = getelementptr inbounds nuw i8, ptr %gep77, i64 896
-  %4424 = load <16 x float>, ptr %4423, align 4, !tbaa !9
-  %4425 = getelementptr inbounds nuw i8, ptr %4382, i64 896
-  store <16 x float> %4424, ptr %4425, align 4, !tbaa !9
-  %4426 = getelementptr inbounds nuw i8, ptr %gep77, i64 960
-  %4427 = load <16 x float>, ptr %4426, align 4, !tbaa !9
-  %4428 = getelementptr inbounds nuw i8, ptr %4382, i64 960
-  store <16 x float> %4427, ptr %4428, align 4, !tbaa !9
-  %4429 = getelementptr inbounds nuw i8, ptr %gep77, i64 1024
-  %4430 = load <16 x float>, ptr %4429, align 4, !tbaa !9
-  %4431 = getelementptr inbounds nuw i8, ptr %4382, i64 1024
-  store <16 x float> %4430, ptr %4431, align 4, !tbaa !9
-  %4432 = getelementptr inbounds nuw i8, ptr %gep77, i64 1088
-  %4433 = load <16 x float>, ptr %4432, align 4, !tbaa !9
-  %4434 = getelementptr inbounds nuw i8, ptr %4382, i64 1088
-  store <16 x float> %4433, ptr %4434, align 4, !tbaa !9
-  %4435 = getelementptr inbounds nuw i8, ptr %gep77, i64 1152
-  %4436 = load <16 x float>, ptr %4435, align 4, !tbaa !9
-  %4437 = getelementptr inbounds nuw i8, ptr %4382, i64 1152
-  store <16 x float> %4436, ptr %4437, align 4, !tbaa !9
-  %4438 = getelementptr inbounds nuw i8, ptr %gep77, i64 1216
-  %4439 = load <16 x float>, ptr %4438, align 4, !tbaa !9
-  %4440 = getelementptr inbounds nuw i8, ptr %4382, i64 1216
-  store <16 x float> %4439, ptr %4440, align 4, !tbaa !9
-  %4441 = getelementptr inbounds nuw i8, ptr %gep77, i64 1280
-  %4442 = load <16 x float>, ptr %4441, align 4, !tbaa !9
-  %4443 = getelementptr inbounds nuw i8, ptr %4382, i64 1280
-  store <16 x float> %4442, ptr %4443, align 4, !tbaa !9
-  %4444 = getelementptr inbounds nuw i8, ptr %gep77, i64 1344
-  %4445 = load <16 x float>, ptr %4444, align 4, !tbaa !9
-  %4446 = getelementptr inbounds nuw i8, ptr %4382, i64 1344
-  store <16 x float> %4445, ptr %4446, align 4, !tbaa !9
-  %4447 = getelementptr inbounds nuw i8, ptr %gep77, i64 1408
-  %4448 = load <16 x float>, ptr %4447, align 4, !tbaa !9
-  %4449 = getelementptr inbounds nuw i8, ptr %4382, i64 1408
-  store <16 x float> %4448, ptr %4449, align 4, !tbaa !9
-  %4450 = getelementptr inbounds nuw i8, ptr %gep77, i64 1472
-  %4451 = load <16 x float>, ptr %4450, align 4, !tbaa !9
-  %4452 = getelementptr inbounds nuw i8, ptr %4382, i64 1472
-  store <16 x float> %4451, ptr %4452, align 4, !tbaa !9
-  %4453 = getelementptr inbounds nuw i8, ptr %gep77, i64 1536
-  %4454 = load <16 x float>, ptr %4453, align 4, !tbaa !9
-  %4455 = getelementptr inbounds nuw i8, ptr %4382, i64 1536
-  store <16 x float> %4454, ptr %4455, align 4, !tbaa !9
-  %4456 = getelementptr inbounds nuw i8, ptr %gep77, i64 1600
-  %4457 = load <16 x float>, ptr %4456, align 4, !tbaa !9
-  %4458 = getelementptr inbounds nuw i8, ptr %4382, i64 1600
-  store <16 x float> %4457, ptr %4458, align 4, !tbaa !9
-  %4459 = getelementptr inbounds nuw i8, ptr %gep77, i64 1664
-  %4460 = load <16 x float>, ptr %4459, align 4, !tbaa !9
-  %4461 = getelementptr inbounds nuw i8, ptr %4382, i64 1664
-  store <16 x float> %4460, ptr %4461, align 4, !tbaa !9
-  %4462 = getelementptr inbounds nuw i8, ptr %gep77, i64 1728
-  %4463 = load <16 x float>, ptr %4462, align 4, !tbaa !9
-  %4464 = getelementptr inbounds nuw i8, ptr %4382, i64 1728
-  store <16 x float> %4463, ptr %4464, align 4, !tbaa !9
-  %4465 = getelementptr inbounds nuw i8, ptr %gep77, i64 1792
-  %4466 = load <16 x float>, ptr %4465, align 4, !tbaa !9
-  %4467 = getelementptr inbounds nuw i8, ptr %4382, i64 1792
-  store <16 x float> %4466, ptr %4467, align 4, !tbaa !9
-  %4468 = getelementptr inbounds nuw i8, ptr %gep77, i64 1856
-  %4469 = load <16 x float>, ptr %4468, align 4, !tbaa !9
-  %4470 = getelementptr inbounds nuw i8, ptr %4382, i64 1856
-  store <16 x float> %4469, ptr %4470, align 4, !tbaa !9
-  %4471 = getelementptr inbounds nuw i8, ptr %gep77, i64 1920
-  %4472 = load <16 x float>, ptr %4471, align 4, !tbaa !9
-  %4473 = getelementptr inbounds nuw i8, ptr %4382, i64 1920
-  store <16 x float> %4472, ptr %4473, align 4, !tbaa !9
-  %4474 = getelementptr inbounds nuw i8, ptr %gep77, i64 1984
-  %4475 = load <16 x float>, ptr %4474, align 4, !tbaa !9
-  %4476 = getelementptr inbounds nuw i8, ptr %4382, i64 1984
-  store <16 x float> %4475, ptr %4476, align 4, !tbaa !9
-  %indvars.iv.next1125.i = add nuw nsw i64 %indvars.iv1124.i, 1
-  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1125.i, 16
-  br i1 %exitcond1127.not.i, label %if_end680.loopexit765.i, label %for_begin_d_0710.preheader.i, !prof !31
+  %indvars.iv1128.i = phi i64 [ 0, %for_body_tile675.i ], [ %indvars.iv.next1129.i, %for_begin_d_0710.preheader.i ]
+  %4146 = shl nuw nsw i64 %indvars.iv1128.i, 9
+  %4147 = getelementptr inbounds nuw float, ptr %4143, i64 %4146
+  %gep78 = getelementptr inbounds nuw float, ptr %invariant.gep77, i64 %4146
+  %4148 = load <16 x float>, ptr %gep78, align 4, !tbaa !9
+  store <16 x float> %4148, ptr %4147, align 4, !tbaa !9
+  %4149 = getelementptr inbounds nuw i8, ptr %gep78, i64 64
+  %4150 = load <16 x float>, ptr %4149, align 4, !tbaa !9
+  %4151 = getelementptr inbounds nuw i8, ptr %4147, i64 64
+  store <16 x float> %4150, ptr %4151, align 4, !tbaa !9
+  %4152 = getelementptr inbounds nuw i8, ptr %gep78, i64 128
+  %4153 = load <16 x float>, ptr %4152, align 4, !tbaa !9
+  %4154 = getelementptr inbounds nuw i8, ptr %4147, i64 128
+  store <16 x float> %4153, ptr %4154, align 4, !tbaa !9
+  %4155 = getelementptr inbounds nuw i8, ptr %gep78, i64 192
+  %4156 = load <16 x float>, ptr %4155, align 4, !tbaa !9
+  %4157 = getelementptr inbounds nuw i8, ptr %4147, i64 192
+  store <16 x float> %4156, ptr %4157, align 4, !tbaa !9
+  %4158 = getelementptr inbounds nuw i8, ptr %gep78, i64 256
+  %4159 = load <16 x float>, ptr %4158, align 4, !tbaa !9
+  %4160 = getelementptr inbounds nuw i8, ptr %4147, i64 256
+  store <16 x float> %4159, ptr %4160, align 4, !tbaa !9
+  %4161 = getelementptr inbounds nuw i8, ptr %gep78, i64 320
+  %4162 = load <16 x float>, ptr %4161, align 4, !tbaa !9
+  %4163 = getelementptr inbounds nuw i8, ptr %4147, i64 320
+  store <16 x float> %4162, ptr %4163, align 4, !tbaa !9
+  %4164 = getelementptr inbounds nuw i8, ptr %gep78, i64 384
+  %4165 = load <16 x float>, ptr %4164, align 4, !tbaa !9
+  %4166 = getelementptr inbounds nuw i8, ptr %4147, i64 384
+  store <16 x float> %4165, ptr %4166, align 4, !tbaa !9
+  %4167 = getelementptr inbounds nuw i8, ptr %gep78, i64 448
+  %4168 = load <16 x float>, ptr %4167, align 4, !tbaa !9
+  %4169 = getelementptr inbounds nuw i8, ptr %4147, i64 448
+  store <16 x float> %4168, ptr %4169, align 4, !tbaa !9
+  %4170 = getelementptr inbounds nuw i8, ptr %gep78, i64 512
+  %4171 = load <16 x float>, ptr %4170, align 4, !tbaa !9
+  %4172 = getelementptr inbounds nuw i8, ptr %4147, i64 512
+  store <16 x float> %4171, ptr %4172, align 4, !tbaa !9
+  %4173 = getelementptr inbounds nuw i8, ptr %gep78, i64 576
+  %4174 = load <16 x float>, ptr %4173, align 4, !tbaa !9
+  %4175 = getelementptr inbounds nuw i8, ptr %4147, i64 576
+  store <16 x float> %4174, ptr %4175, align 4, !tbaa !9
+  %4176 = getelementptr inbounds nuw i8, ptr %gep78, i64 640
+  %4177 = load <16 x float>, ptr %4176, align 4, !tbaa !9
+  %4178 = getelementptr inbounds nuw i8, ptr %4147, i64 640
+  store <16 x float> %4177, ptr %4178, align 4, !tbaa !9
+  %4179 = getelementptr inbounds nuw i8, ptr %gep78, i64 704
+  %4180 = load <16 x float>, ptr %4179, align 4, !tbaa !9
+  %4181 = getelementptr inbounds nuw i8, ptr %4147, i64 704
+  store <16 x float> %4180, ptr %4181, align 4, !tbaa !9
+  %4182 = getelementptr inbounds nuw i8, ptr %gep78, i64 768
+  %4183 = load <16 x float>, ptr %4182, align 4, !tbaa !9
+  %4184 = getelementptr inbounds nuw i8, ptr %4147, i64 768
+  store <16 x float> %4183, ptr %4184, align 4, !tbaa !9
+  %4185 = getelementptr inbounds nuw i8, ptr %gep78, i64 832
+  %4186 = load <16 x float>, ptr %4185, align 4, !tbaa !9
+  %4187 = getelementptr inbounds nuw i8, ptr %4147, i64 832
+  store <16 x float> %4186, ptr %4187, align 4, !tbaa !9
+  %4188 = getelementptr inbounds nuw i8, ptr %gep78, i64 896
+  %4189 = load <16 x float>, ptr %4188, align 4, !tbaa !9
+  %4190 = getelementptr inbounds nuw i8, ptr %4147, i64 896
+  store <16 x float> %4189, ptr %4190, align 4, !tbaa !9
+  %4191 = getelementptr inbounds nuw i8, ptr %gep78, i64 960
+  %4192 = load <16 x float>, ptr %4191, align 4, !tbaa !9
+  %4193 = getelementptr inbounds nuw i8, ptr %4147, i64 960
+  store <16 x float> %4192, ptr %4193, align 4, !tbaa !9
+  %4194 = getelementptr inbounds nuw i8, ptr %gep78, i64 1024
+  %4195 = load <16 x float>, ptr %4194, align 4, !tbaa !9
+  %4196 = getelementptr inbounds nuw i8, ptr %4147, i64 1024
+  store <16 x float> %4195, ptr %4196, align 4, !tbaa !9
+  %4197 = getelementptr inbounds nuw i8, ptr %gep78, i64 1088
+  %4198 = load <16 x float>, ptr %4197, align 4, !tbaa !9
+  %4199 = getelementptr inbounds nuw i8, ptr %4147, i64 1088
+  store <16 x float> %4198, ptr %4199, align 4, !tbaa !9
+  %4200 = getelementptr inbounds nuw i8, ptr %gep78, i64 1152
+  %4201 = load <16 x float>, ptr %4200, align 4, !tbaa !9
+  %4202 = getelementptr inbounds nuw i8, ptr %4147, i64 1152
+  store <16 x float> %4201, ptr %4202, align 4, !tbaa !9
+  %4203 = getelementptr inbounds nuw i8, ptr %gep78, i64 1216
+  %4204 = load <16 x float>, ptr %4203, align 4, !tbaa !9
+  %4205 = getelementptr inbounds nuw i8, ptr %4147, i64 1216
+  store <16 x float> %4204, ptr %4205, align 4, !tbaa !9
+  %4206 = getelementptr inbounds nuw i8, ptr %gep78, i64 1280
+  %4207 = load <16 x float>, ptr %4206, align 4, !tbaa !9
+  %4208 = getelementptr inbounds nuw i8, ptr %4147, i64 1280
+  store <16 x float> %4207, ptr %4208, align 4, !tbaa !9
+  %4209 = getelementptr inbounds nuw i8, ptr %gep78, i64 1344
+  %4210 = load <16 x float>, ptr %4209, align 4, !tbaa !9
+  %4211 = getelementptr inbounds nuw i8, ptr %4147, i64 1344
+  store <16 x float> %4210, ptr %4211, align 4, !tbaa !9
+  %4212 = getelementptr inbounds nuw i8, ptr %gep78, i64 1408
+  %4213 = load <16 x float>, ptr %4212, align 4, !tbaa !9
+  %4214 = getelementptr inbounds nuw i8, ptr %4147, i64 1408
+  store <16 x float> %4213, ptr %4214, align 4, !tbaa !9
+  %4215 = getelementptr inbounds nuw i8, ptr %gep78, i64 1472
+  %4216 = load <16 x float>, ptr %4215, align 4, !tbaa !9
+  %4217 = getelementptr inbounds nuw i8, ptr %4147, i64 1472
+  store <16 x float> %4216, ptr %4217, align 4, !tbaa !9
+  %4218 = getelementptr inbounds nuw i8, ptr %gep78, i64 1536
+  %4219 = load <16 x float>, ptr %4218, align 4, !tbaa !9
+  %4220 = getelementptr inbounds nuw i8, ptr %4147, i64 1536
+  store <16 x float> %4219, ptr %4220, align 4, !tbaa !9
+  %4221 = getelementptr inbounds nuw i8, ptr %gep78, i64 1600
+  %4222 = load <16 x float>, ptr %4221, align 4, !tbaa !9
+  %4223 = getelementptr inbounds nuw i8, ptr %4147, i64 1600
+  store <16 x float> %4222, ptr %4223, align 4, !tbaa !9
+  %4224 = getelementptr inbounds nuw i8, ptr %gep78, i64 1664
+  %4225 = load <16 x float>, ptr %4224, align 4, !tbaa !9
+  %4226 = getelementptr inbounds nuw i8, ptr %4147, i64 1664
+  store <16 x float> %4225, ptr %4226, align 4, !tbaa !9
+  %4227 = getelementptr inbounds nuw i8, ptr %gep78, i64 1728
+  %4228 = load <16 x float>, ptr %4227, align 4, !tbaa !9
+  %4229 = getelementptr inbounds nuw i8, ptr %4147, i64 1728
+  store <16 x float> %4228, ptr %4229, align 4, !tbaa !9
+  %4230 = getelementptr inbounds nuw i8, ptr %gep78, i64 1792
+  %4231 = load <16 x float>, ptr %4230, align 4, !tbaa !9
+  %4232 = getelementptr inbounds nuw i8, ptr %4147, i64 1792
+  store <16 x float> %4231, ptr %4232, align 4, !tbaa !9
+  %4233 = getelementptr inbounds nuw i8, ptr %gep78, i64 1856
+  %4234 = load <16 x float>, ptr %4233, align 4, !tbaa !9
+  %4235 = getelementptr inbounds nuw i8, ptr %4147, i64 1856
+  store <16 x float> %4234, ptr %4235, align 4, !tbaa !9
+  %4236 = getelementptr inbounds nuw i8, ptr %gep78, i64 1920
+  %4237 = load <16 x float>, ptr %4236, align 4, !tbaa !9
+  %4238 = getelementptr inbounds nuw i8, ptr %4147, i64 1920
+  store <16 x float> %4237, ptr %4238, align 4, !tbaa !9
+  %4239 = getelementptr inbounds nuw i8, ptr %gep78, i64 1984
+  %4240 = load <16 x float>, ptr %4239, align 4, !tbaa !9
+  %4241 = getelementptr inbounds nuw i8, ptr %4147, i64 1984
+  store <16 x float> %4240, ptr %4241, align 4, !tbaa !9
+  %indvars.iv.next1129.i = add nuw nsw i64 %indvars.iv1128.i, 1
+  %exitcond1131.not.i = icmp eq i64 %indvars.iv.next1129.i, 16
+  br i1 %exitcond1131.not.i, label %if_end680.loopexit765.i, label %for_begin_d_0710.preheader.i, !prof !31
 
 if_end716.i:                                      ; preds = %for_end_tile676.i
-  %4477 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
-  %4478 = tail call i32 %4477(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not739.i = icmp eq i32 %4478, 0
+  %4242 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !5
+  %4243 = tail call i32 %4242(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not739.i = icmp eq i32 %4243, 0
   br i1 %.not739.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !75
 
-fused_decode_compute_.exit:                       ; preds = %if_end716.i, %for_end_tile676.i, %if_end666.i, %if_end663.i, %if_end660.i, %if_end657.i, %if_end654.i, %if_end651.i, %for_end_r_0.i, %for_end_r592.i, %if_end566.i, %if_then565.i, %for_body_s554.preheader.i, %if_else544.i, %for_end_to497.15.i, %if_end196.i, %if_end193.i, %for_end_ax0.i, %for_end_to.i, %for_body_to.i, %if_end8.i, %for_end_group_tile.i, %for_body_group_tile.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
-  %common.ret.op.i = phi i32 [ -1, %for_body_group_tile.i ], [ -1, %if_else544.i ], [ 0, %if_end51 ], [ -1, %for_body_to.i ], [ -1, %for_body_step.i ], [ -1, %for_body_s554.preheader.i ], [ -1, %for_end_ax0.i ], [ -1, %if_end666.i ], [ -1, %if_end663.i ], [ -1, %if_end660.i ], [ -1, %if_end657.i ], [ -1, %if_end654.i ], [ -1, %if_end651.i ], [ -1, %for_end_r_0.i ], [ -1, %for_end_r592.i ], [ -1, %if_end566.i ], [ -1, %if_then565.i ], [ -1, %for_end_to497.15.i ], [ -1, %if_end196.i ], [ -1, %if_end193.i ], [ -1, %for_end_to.i ], [ -1, %if_end8.i ], [ -1, %for_end_group_tile.i ], [ -1, %for_body_s.i ], [ -1, %for_end_tile676.i ], [ -1, %if_end.i ], [ -1, %if_end716.i ], [ 0, %for_begin_s.i ]
+fused_decode_compute_.exit:                       ; preds = %if_end716.i, %for_end_tile676.i, %if_end666.i, %if_end663.i, %if_end660.i, %if_end657.i, %if_end654.i, %if_end651.i, %for_end_d_0631.i, %for_end_r592.i, %if_end566.i, %if_then565.i, %for_body_s554.preheader.i, %if_else544.i, %for_end_to497.15.i, %if_end196.i, %if_end193.i, %for_end_ax0.i, %for_end_to.i, %for_body_to.i, %if_end8.i, %for_end_group_tile.i, %for_body_group_tile.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end51
+  %common.ret.op.i = phi i32 [ -1, %for_body_group_tile.i ], [ -1, %if_else544.i ], [ 0, %if_end51 ], [ -1, %for_body_to.i ], [ -1, %for_body_step.i ], [ -1, %for_body_s554.preheader.i ], [ -1, %for_end_ax0.i ], [ -1, %if_end666.i ], [ -1, %if_end663.i ], [ -1, %if_end660.i ], [ -1, %if_end657.i ], [ -1, %if_end654.i ], [ -1, %if_end651.i ], [ -1, %for_end_d_0631.i ], [ -1, %for_end_r592.i ], [ -1, %if_end566.i ], [ -1, %if_then565.i ], [ -1, %for_end_to497.15.i ], [ -1, %if_end196.i ], [ -1, %if_end193.i ], [ -1, %for_end_to.i ], [ -1, %if_end8.i ], [ -1, %for_end_group_tile.i ], [ -1, %for_body_s.i ], [ -1, %for_end_tile676.i ], [ -1, %if_end.i ], [ -1, %if_end716.i ], [ 0, %for_begin_s.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor724.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum.rf730.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %peak.rf731.i)
@@ -8232,16 +7946,16 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %48 = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
-  %49 = icmp eq i64 %indvars.iv64.i, 0
+for_body_step.i:                                  ; preds = %for_end_d_0.i, %for_body_step.lr.ph.i
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_d_0.i ]
+  %48 = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d_0.i ]
+  %total4145.i = phi <128 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_d_0.i ]
+  %49 = icmp eq i64 %indvars.iv69.i, 0
   %50 = insertelement <128 x i1> poison, i1 %49, i64 0
   %51 = shufflevector <128 x i1> %50, <128 x i1> poison, <128 x i32> zeroinitializer
   %old_max.i = select <128 x i1> %51, <128 x float> splat (float 0xC6293E5940000000), <128 x float> %48
   %old_sum.i = select <128 x i1> %51, <128 x float> zeroinitializer, <128 x float> %total4145.i
-  %52 = add nsw i64 %indvars.iv64.i, %47
+  %52 = add nsw i64 %indvars.iv69.i, %47
   %53 = shl nsw i64 %52, 7
   %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
   %55 = load <128 x float>, ptr %54, align 4, !tbaa !8
@@ -8303,651 +8017,374 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %106 = tail call <128 x float> @llvm.fmuladd.v128f32(<128 x float> %104, <128 x float> %58, <128 x float> %105)
   %.idx.i = shl nsw i64 %52, 18
   %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !6
+  br i1 %49, label %for_begin_r_0.preheader.us.i, label %for_begin_r_0.preheader.i, !prof !6
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !18
-  %110 = insertelement <16 x float> poison, float %109, i64 0
-  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
-  %112 = shl nuw nsw i64 %indvars.iv60.i, 9
-  %113 = getelementptr float, ptr %107, i64 %112
-  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !19
-  %invariant.gep83.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
-  %.scalar = fmul float %115, 0.000000e+00
-  %116 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  store <16 x float> zeroinitializer, ptr %invariant.gep83.i, align 4, !tbaa !8
-  %118 = load <16 x float>, ptr %113, align 4, !tbaa !8
-  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %118, <16 x float> %117)
-  store <16 x float> %119, ptr %invariant.gep83.i, align 4, !tbaa !8
-  %gep84.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 64
-  store <16 x float> zeroinitializer, ptr %gep84.i.1, align 4, !tbaa !8
-  %120 = getelementptr i8, ptr %113, i64 64
-  %121 = load <16 x float>, ptr %120, align 4, !tbaa !8
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %121, <16 x float> %117)
-  store <16 x float> %122, ptr %gep84.i.1, align 4, !tbaa !8
-  %gep84.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 128
-  store <16 x float> zeroinitializer, ptr %gep84.i.2, align 4, !tbaa !8
-  %123 = getelementptr i8, ptr %113, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !8
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %124, <16 x float> %117)
-  store <16 x float> %125, ptr %gep84.i.2, align 4, !tbaa !8
-  %gep84.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 192
-  store <16 x float> zeroinitializer, ptr %gep84.i.3, align 4, !tbaa !8
-  %126 = getelementptr i8, ptr %113, i64 192
-  %127 = load <16 x float>, ptr %126, align 4, !tbaa !8
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %117)
-  store <16 x float> %128, ptr %gep84.i.3, align 4, !tbaa !8
-  %gep84.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 256
-  store <16 x float> zeroinitializer, ptr %gep84.i.4, align 4, !tbaa !8
-  %129 = getelementptr i8, ptr %113, i64 256
-  %130 = load <16 x float>, ptr %129, align 4, !tbaa !8
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %130, <16 x float> %117)
-  store <16 x float> %131, ptr %gep84.i.4, align 4, !tbaa !8
-  %gep84.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 320
-  store <16 x float> zeroinitializer, ptr %gep84.i.5, align 4, !tbaa !8
-  %132 = getelementptr i8, ptr %113, i64 320
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !8
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %133, <16 x float> %117)
-  store <16 x float> %134, ptr %gep84.i.5, align 4, !tbaa !8
-  %gep84.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 384
-  store <16 x float> zeroinitializer, ptr %gep84.i.6, align 4, !tbaa !8
-  %135 = getelementptr i8, ptr %113, i64 384
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !8
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %136, <16 x float> %117)
-  store <16 x float> %137, ptr %gep84.i.6, align 4, !tbaa !8
-  %gep84.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 448
-  store <16 x float> zeroinitializer, ptr %gep84.i.7, align 4, !tbaa !8
-  %138 = getelementptr i8, ptr %113, i64 448
-  %139 = load <16 x float>, ptr %138, align 4, !tbaa !8
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %117)
-  store <16 x float> %140, ptr %gep84.i.7, align 4, !tbaa !8
-  %gep84.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 512
-  store <16 x float> zeroinitializer, ptr %gep84.i.8, align 4, !tbaa !8
-  %141 = getelementptr i8, ptr %113, i64 512
-  %142 = load <16 x float>, ptr %141, align 4, !tbaa !8
-  %143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %142, <16 x float> %117)
-  store <16 x float> %143, ptr %gep84.i.8, align 4, !tbaa !8
-  %gep84.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 576
-  store <16 x float> zeroinitializer, ptr %gep84.i.9, align 4, !tbaa !8
-  %144 = getelementptr i8, ptr %113, i64 576
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !8
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %145, <16 x float> %117)
-  store <16 x float> %146, ptr %gep84.i.9, align 4, !tbaa !8
-  %gep84.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 640
-  store <16 x float> zeroinitializer, ptr %gep84.i.10, align 4, !tbaa !8
-  %147 = getelementptr i8, ptr %113, i64 640
-  %148 = load <16 x float>, ptr %147, align 4, !tbaa !8
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %148, <16 x float> %117)
-  store <16 x float> %149, ptr %gep84.i.10, align 4, !tbaa !8
-  %gep84.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 704
-  store <16 x float> zeroinitializer, ptr %gep84.i.11, align 4, !tbaa !8
-  %150 = getelementptr i8, ptr %113, i64 704
-  %151 = load <16 x float>, ptr %150, align 4, !tbaa !8
-  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %151, <16 x float> %117)
-  store <16 x float> %152, ptr %gep84.i.11, align 4, !tbaa !8
-  %gep84.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 768
-  store <16 x float> zeroinitializer, ptr %gep84.i.12, align 4, !tbaa !8
-  %153 = getelementptr i8, ptr %113, i64 768
-  %154 = load <16 x float>, ptr %153, align 4, !tbaa !8
-  %155 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %154, <16 x float> %117)
-  store <16 x float> %155, ptr %gep84.i.12, align 4, !tbaa !8
-  %gep84.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 832
-  store <16 x float> zeroinitializer, ptr %gep84.i.13, align 4, !tbaa !8
-  %156 = getelementptr i8, ptr %113, i64 832
-  %157 = load <16 x float>, ptr %156, align 4, !tbaa !8
-  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %157, <16 x float> %117)
-  store <16 x float> %158, ptr %gep84.i.13, align 4, !tbaa !8
-  %gep84.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 896
-  store <16 x float> zeroinitializer, ptr %gep84.i.14, align 4, !tbaa !8
-  %159 = getelementptr i8, ptr %113, i64 896
-  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
-  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %160, <16 x float> %117)
-  store <16 x float> %161, ptr %gep84.i.14, align 4, !tbaa !8
-  %gep84.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 960
-  store <16 x float> zeroinitializer, ptr %gep84.i.15, align 4, !tbaa !8
-  %162 = getelementptr i8, ptr %113, i64 960
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !8
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %163, <16 x float> %117)
-  store <16 x float> %164, ptr %gep84.i.15, align 4, !tbaa !8
-  %gep84.i.16 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1024
-  store <16 x float> zeroinitializer, ptr %gep84.i.16, align 4, !tbaa !8
-  %165 = getelementptr i8, ptr %113, i64 1024
-  %166 = load <16 x float>, ptr %165, align 4, !tbaa !8
-  %167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %166, <16 x float> %117)
-  store <16 x float> %167, ptr %gep84.i.16, align 4, !tbaa !8
-  %gep84.i.17 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1088
-  store <16 x float> zeroinitializer, ptr %gep84.i.17, align 4, !tbaa !8
-  %168 = getelementptr i8, ptr %113, i64 1088
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !8
-  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %169, <16 x float> %117)
-  store <16 x float> %170, ptr %gep84.i.17, align 4, !tbaa !8
-  %gep84.i.18 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1152
-  store <16 x float> zeroinitializer, ptr %gep84.i.18, align 4, !tbaa !8
-  %171 = getelementptr i8, ptr %113, i64 1152
-  %172 = load <16 x float>, ptr %171, align 4, !tbaa !8
-  %173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %172, <16 x float> %117)
-  store <16 x float> %173, ptr %gep84.i.18, align 4, !tbaa !8
-  %gep84.i.19 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1216
-  store <16 x float> zeroinitializer, ptr %gep84.i.19, align 4, !tbaa !8
-  %174 = getelementptr i8, ptr %113, i64 1216
-  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %175, <16 x float> %117)
-  store <16 x float> %176, ptr %gep84.i.19, align 4, !tbaa !8
-  %gep84.i.20 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1280
-  store <16 x float> zeroinitializer, ptr %gep84.i.20, align 4, !tbaa !8
-  %177 = getelementptr i8, ptr %113, i64 1280
-  %178 = load <16 x float>, ptr %177, align 4, !tbaa !8
-  %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %178, <16 x float> %117)
-  store <16 x float> %179, ptr %gep84.i.20, align 4, !tbaa !8
-  %gep84.i.21 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1344
-  store <16 x float> zeroinitializer, ptr %gep84.i.21, align 4, !tbaa !8
-  %180 = getelementptr i8, ptr %113, i64 1344
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !8
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %181, <16 x float> %117)
-  store <16 x float> %182, ptr %gep84.i.21, align 4, !tbaa !8
-  %gep84.i.22 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1408
-  store <16 x float> zeroinitializer, ptr %gep84.i.22, align 4, !tbaa !8
-  %183 = getelementptr i8, ptr %113, i64 1408
-  %184 = load <16 x float>, ptr %183, align 4, !tbaa !8
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %184, <16 x float> %117)
-  store <16 x float> %185, ptr %gep84.i.22, align 4, !tbaa !8
-  %gep84.i.23 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1472
-  store <16 x float> zeroinitializer, ptr %gep84.i.23, align 4, !tbaa !8
-  %186 = getelementptr i8, ptr %113, i64 1472
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !8
-  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %187, <16 x float> %117)
-  store <16 x float> %188, ptr %gep84.i.23, align 4, !tbaa !8
-  %gep84.i.24 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1536
-  store <16 x float> zeroinitializer, ptr %gep84.i.24, align 4, !tbaa !8
-  %189 = getelementptr i8, ptr %113, i64 1536
-  %190 = load <16 x float>, ptr %189, align 4, !tbaa !8
-  %191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %190, <16 x float> %117)
-  store <16 x float> %191, ptr %gep84.i.24, align 4, !tbaa !8
-  %gep84.i.25 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1600
-  store <16 x float> zeroinitializer, ptr %gep84.i.25, align 4, !tbaa !8
-  %192 = getelementptr i8, ptr %113, i64 1600
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !8
-  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %193, <16 x float> %117)
-  store <16 x float> %194, ptr %gep84.i.25, align 4, !tbaa !8
-  %gep84.i.26 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1664
-  store <16 x float> zeroinitializer, ptr %gep84.i.26, align 4, !tbaa !8
-  %195 = getelementptr i8, ptr %113, i64 1664
-  %196 = load <16 x float>, ptr %195, align 4, !tbaa !8
-  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %196, <16 x float> %117)
-  store <16 x float> %197, ptr %gep84.i.26, align 4, !tbaa !8
-  %gep84.i.27 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1728
-  store <16 x float> zeroinitializer, ptr %gep84.i.27, align 4, !tbaa !8
-  %198 = getelementptr i8, ptr %113, i64 1728
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !8
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %199, <16 x float> %117)
-  store <16 x float> %200, ptr %gep84.i.27, align 4, !tbaa !8
-  %gep84.i.28 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1792
-  store <16 x float> zeroinitializer, ptr %gep84.i.28, align 4, !tbaa !8
-  %201 = getelementptr i8, ptr %113, i64 1792
-  %202 = load <16 x float>, ptr %201, align 4, !tbaa !8
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %202, <16 x float> %117)
-  store <16 x float> %203, ptr %gep84.i.28, align 4, !tbaa !8
-  %gep84.i.29 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1856
-  store <16 x float> zeroinitializer, ptr %gep84.i.29, align 4, !tbaa !8
-  %204 = getelementptr i8, ptr %113, i64 1856
-  %205 = load <16 x float>, ptr %204, align 4, !tbaa !8
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %205, <16 x float> %117)
-  store <16 x float> %206, ptr %gep84.i.29, align 4, !tbaa !8
-  %gep84.i.30 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1920
-  store <16 x float> zeroinitializer, ptr %gep84.i.30, align 4, !tbaa !8
-  %207 = getelementptr i8, ptr %113, i64 1920
-  %208 = load <16 x float>, ptr %207, align 4, !tbaa !8
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %208, <16 x float> %117)
-  store <16 x float> %209, ptr %gep84.i.30, align 4, !tbaa !8
-  %gep84.i.31 = getelementptr inbounds nuw i8, ptr %invariant.gep83.i, i64 1984
-  store <16 x float> zeroinitializer, ptr %gep84.i.31, align 4, !tbaa !8
-  %210 = getelementptr i8, ptr %113, i64 1984
-  %211 = load <16 x float>, ptr %210, align 4, !tbaa !8
-  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %211, <16 x float> %117)
-  store <16 x float> %212, ptr %gep84.i.31, align 4, !tbaa !8
-  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 128
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !20
+for_begin_r_0.preheader.us.i:                     ; preds = %for_end_r_0.split.us.us.i, %for_body_step.i
+  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_end_r_0.split.us.us.i ], [ 0, %for_body_step.i ]
+  %108 = shl nuw nsw i64 %indvars.iv65.i, 4
+  %invariant.gep.us.i = getelementptr float, ptr %107, i64 %108
+  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
+  br label %for_body_r_0.us.us.i
 
-for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
-  %m44.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+for_body_r_0.us.us.i:                             ; preds = %for_body_r_0.us.us.i, %for_begin_r_0.preheader.us.i
+  %indvars.iv61.i = phi i64 [ 0, %for_begin_r_0.preheader.us.i ], [ %indvars.iv.next62.i.3, %for_body_r_0.us.us.i ]
+  %109 = shl nuw nsw i64 %indvars.iv61.i, 9
+  %gep91.i = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %109
+  store <16 x float> zeroinitializer, ptr %gep91.i, align 4, !tbaa !8
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv61.i
+  %111 = load float, ptr %110, align 16, !tbaa !18
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i = getelementptr float, ptr %invariant.gep.us.i, i64 %109
+  %114 = load <16 x float>, ptr %gep.us.us.i, align 4, !tbaa !8
+  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv61.i
+  %116 = load float, ptr %115, align 16, !tbaa !19
+  %.scalar = fmul float %116, 0.000000e+00
+  %117 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %114, <16 x float> %118)
+  store <16 x float> %119, ptr %gep91.i, align 4, !tbaa !8
+  %indvars.iv.next62.i = or disjoint i64 %indvars.iv61.i, 1
+  %120 = shl nuw nsw i64 %indvars.iv.next62.i, 9
+  %gep91.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %120
+  store <16 x float> zeroinitializer, ptr %gep91.i.1, align 4, !tbaa !8
+  %121 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i
+  %122 = load float, ptr %121, align 4, !tbaa !18
+  %123 = insertelement <16 x float> poison, float %122, i64 0
+  %124 = shufflevector <16 x float> %123, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.1 = getelementptr float, ptr %invariant.gep.us.i, i64 %120
+  %125 = load <16 x float>, ptr %gep.us.us.i.1, align 4, !tbaa !8
+  %126 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i
+  %127 = load float, ptr %126, align 4, !tbaa !19
+  %.scalar.1 = fmul float %127, 0.000000e+00
+  %128 = insertelement <16 x float> poison, float %.scalar.1, i64 0
+  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %124, <16 x float> %125, <16 x float> %129)
+  store <16 x float> %130, ptr %gep91.i.1, align 4, !tbaa !8
+  %indvars.iv.next62.i.1 = or disjoint i64 %indvars.iv61.i, 2
+  %131 = shl nuw nsw i64 %indvars.iv.next62.i.1, 9
+  %gep91.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %131
+  store <16 x float> zeroinitializer, ptr %gep91.i.2, align 4, !tbaa !8
+  %132 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.1
+  %133 = load float, ptr %132, align 8, !tbaa !18
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.2 = getelementptr float, ptr %invariant.gep.us.i, i64 %131
+  %136 = load <16 x float>, ptr %gep.us.us.i.2, align 4, !tbaa !8
+  %137 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.1
+  %138 = load float, ptr %137, align 8, !tbaa !19
+  %.scalar.2 = fmul float %138, 0.000000e+00
+  %139 = insertelement <16 x float> poison, float %.scalar.2, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %136, <16 x float> %140)
+  store <16 x float> %141, ptr %gep91.i.2, align 4, !tbaa !8
+  %indvars.iv.next62.i.2 = or disjoint i64 %indvars.iv61.i, 3
+  %142 = shl nuw nsw i64 %indvars.iv.next62.i.2, 9
+  %gep91.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep90.i, i64 %142
+  store <16 x float> zeroinitializer, ptr %gep91.i.3, align 4, !tbaa !8
+  %143 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next62.i.2
+  %144 = load float, ptr %143, align 4, !tbaa !18
+  %145 = insertelement <16 x float> poison, float %144, i64 0
+  %146 = shufflevector <16 x float> %145, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep.us.us.i.3 = getelementptr float, ptr %invariant.gep.us.i, i64 %142
+  %147 = load <16 x float>, ptr %gep.us.us.i.3, align 4, !tbaa !8
+  %148 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next62.i.2
+  %149 = load float, ptr %148, align 4, !tbaa !19
+  %.scalar.3 = fmul float %149, 0.000000e+00
+  %150 = insertelement <16 x float> poison, float %.scalar.3, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %146, <16 x float> %147, <16 x float> %151)
+  store <16 x float> %152, ptr %gep91.i.3, align 4, !tbaa !8
+  %indvars.iv.next62.i.3 = add nuw nsw i64 %indvars.iv61.i, 4
+  %exitcond64.not.i.3 = icmp eq i64 %indvars.iv.next62.i.3, 128
+  br i1 %exitcond64.not.i.3, label %for_end_r_0.split.us.us.i, label %for_body_r_0.us.us.i, !prof !20, !llvm.loop !21
+
+for_end_r_0.split.us.us.i:                        ; preds = %for_body_r_0.us.us.i
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
+  br i1 %exitcond68.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.us.i, !prof !20
+
+for_end_step.i:                                   ; preds = %for_end_d_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_d_0.i ]
+  %m44.lcssa.i = phi <128 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_d_0.i ]
   store <128 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <128 x float> %.lcssa.i, ptr %row_sum39.i, align 16
   %sext33 = shl i64 %24, 32
-  %213 = ashr exact i64 %sext33, 32
-  %214 = getelementptr inbounds i32, ptr %context_lens, i64 %213
-  %215 = load i32, ptr %214, align 4, !tbaa !8
-  %216 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
-  %217 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
-  %218 = select <128 x i1> %217, <128 x float> zeroinitializer, <128 x float> %216
-  store <128 x float> %218, ptr %factor34.i, align 16, !tbaa !21
-  %219 = mul nsw i64 %out_batch, %213
-  %220 = getelementptr i16, ptr %out, i64 %219
+  %153 = ashr exact i64 %sext33, 32
+  %154 = getelementptr inbounds i32, ptr %context_lens, i64 %153
+  %155 = load i32, ptr %154, align 4, !tbaa !8
+  %156 = fdiv <128 x float> splat (float 1.000000e+00), %.lcssa.i
+  %157 = fcmp oeq <128 x float> %.lcssa.i, zeroinitializer
+  %158 = select <128 x i1> %157, <128 x float> zeroinitializer, <128 x float> %156
+  store <128 x float> %158, ptr %factor34.i, align 16, !tbaa !23
+  %159 = mul nsw i64 %out_batch, %153
+  %160 = getelementptr i16, ptr %out, i64 %159
   br label %for_begin_d_019.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %221 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %222 = load float, ptr %221, align 4, !tbaa !18
-  %223 = insertelement <16 x float> poison, float %222, i64 0
-  %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
-  %225 = shl nuw nsw i64 %indvars.iv.i, 9
-  %226 = getelementptr float, ptr %107, i64 %225
-  %227 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %228 = load float, ptr %227, align 4, !tbaa !19
-  %229 = insertelement <16 x float> poison, float %228, i64 0
-  %230 = shufflevector <16 x float> %229, <16 x float> poison, <16 x i32> zeroinitializer
-  %231 = load <16 x float>, ptr %226, align 4, !tbaa !8
-  %232 = getelementptr inbounds nuw float, ptr %acc.i, i64 %225
-  %233 = load <16 x float>, ptr %232, align 4, !tbaa !8
-  %234 = fmul <16 x float> %233, %230
-  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %231, <16 x float> %234)
-  store <16 x float> %235, ptr %232, align 4, !tbaa !8
-  %236 = getelementptr i8, ptr %226, i64 64
-  %237 = load <16 x float>, ptr %236, align 4, !tbaa !8
-  %238 = getelementptr inbounds nuw i8, ptr %232, i64 64
-  %239 = load <16 x float>, ptr %238, align 4, !tbaa !8
-  %240 = fmul <16 x float> %230, %239
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %237, <16 x float> %240)
-  store <16 x float> %241, ptr %238, align 4, !tbaa !8
-  %242 = getelementptr i8, ptr %226, i64 128
-  %243 = load <16 x float>, ptr %242, align 4, !tbaa !8
-  %244 = getelementptr inbounds nuw i8, ptr %232, i64 128
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !8
-  %246 = fmul <16 x float> %230, %245
-  %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %243, <16 x float> %246)
-  store <16 x float> %247, ptr %244, align 4, !tbaa !8
-  %248 = getelementptr i8, ptr %226, i64 192
-  %249 = load <16 x float>, ptr %248, align 4, !tbaa !8
-  %250 = getelementptr inbounds nuw i8, ptr %232, i64 192
-  %251 = load <16 x float>, ptr %250, align 4, !tbaa !8
-  %252 = fmul <16 x float> %230, %251
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %249, <16 x float> %252)
-  store <16 x float> %253, ptr %250, align 4, !tbaa !8
-  %254 = getelementptr i8, ptr %226, i64 256
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !8
-  %256 = getelementptr inbounds nuw i8, ptr %232, i64 256
-  %257 = load <16 x float>, ptr %256, align 4, !tbaa !8
-  %258 = fmul <16 x float> %230, %257
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %255, <16 x float> %258)
-  store <16 x float> %259, ptr %256, align 4, !tbaa !8
-  %260 = getelementptr i8, ptr %226, i64 320
-  %261 = load <16 x float>, ptr %260, align 4, !tbaa !8
-  %262 = getelementptr inbounds nuw i8, ptr %232, i64 320
-  %263 = load <16 x float>, ptr %262, align 4, !tbaa !8
-  %264 = fmul <16 x float> %230, %263
-  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %261, <16 x float> %264)
-  store <16 x float> %265, ptr %262, align 4, !tbaa !8
-  %266 = getelementptr i8, ptr %226, i64 384
-  %267 = load <16 x float>, ptr %266, align 4, !tbaa !8
-  %268 = getelementptr inbounds nuw i8, ptr %232, i64 384
-  %269 = load <16 x float>, ptr %268, align 4, !tbaa !8
-  %270 = fmul <16 x float> %230, %269
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %267, <16 x float> %270)
-  store <16 x float> %271, ptr %268, align 4, !tbaa !8
-  %272 = getelementptr i8, ptr %226, i64 448
-  %273 = load <16 x float>, ptr %272, align 4, !tbaa !8
-  %274 = getelementptr inbounds nuw i8, ptr %232, i64 448
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !8
-  %276 = fmul <16 x float> %230, %275
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %273, <16 x float> %276)
-  store <16 x float> %277, ptr %274, align 4, !tbaa !8
-  %278 = getelementptr i8, ptr %226, i64 512
-  %279 = load <16 x float>, ptr %278, align 4, !tbaa !8
-  %280 = getelementptr inbounds nuw i8, ptr %232, i64 512
-  %281 = load <16 x float>, ptr %280, align 4, !tbaa !8
-  %282 = fmul <16 x float> %230, %281
-  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %279, <16 x float> %282)
-  store <16 x float> %283, ptr %280, align 4, !tbaa !8
-  %284 = getelementptr i8, ptr %226, i64 576
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !8
-  %286 = getelementptr inbounds nuw i8, ptr %232, i64 576
-  %287 = load <16 x float>, ptr %286, align 4, !tbaa !8
-  %288 = fmul <16 x float> %230, %287
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %285, <16 x float> %288)
-  store <16 x float> %289, ptr %286, align 4, !tbaa !8
-  %290 = getelementptr i8, ptr %226, i64 640
-  %291 = load <16 x float>, ptr %290, align 4, !tbaa !8
-  %292 = getelementptr inbounds nuw i8, ptr %232, i64 640
-  %293 = load <16 x float>, ptr %292, align 4, !tbaa !8
-  %294 = fmul <16 x float> %230, %293
-  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %291, <16 x float> %294)
-  store <16 x float> %295, ptr %292, align 4, !tbaa !8
-  %296 = getelementptr i8, ptr %226, i64 704
-  %297 = load <16 x float>, ptr %296, align 4, !tbaa !8
-  %298 = getelementptr inbounds nuw i8, ptr %232, i64 704
-  %299 = load <16 x float>, ptr %298, align 4, !tbaa !8
-  %300 = fmul <16 x float> %230, %299
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %297, <16 x float> %300)
-  store <16 x float> %301, ptr %298, align 4, !tbaa !8
-  %302 = getelementptr i8, ptr %226, i64 768
-  %303 = load <16 x float>, ptr %302, align 4, !tbaa !8
-  %304 = getelementptr inbounds nuw i8, ptr %232, i64 768
-  %305 = load <16 x float>, ptr %304, align 4, !tbaa !8
-  %306 = fmul <16 x float> %230, %305
-  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %303, <16 x float> %306)
-  store <16 x float> %307, ptr %304, align 4, !tbaa !8
-  %308 = getelementptr i8, ptr %226, i64 832
-  %309 = load <16 x float>, ptr %308, align 4, !tbaa !8
-  %310 = getelementptr inbounds nuw i8, ptr %232, i64 832
-  %311 = load <16 x float>, ptr %310, align 4, !tbaa !8
-  %312 = fmul <16 x float> %230, %311
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %309, <16 x float> %312)
-  store <16 x float> %313, ptr %310, align 4, !tbaa !8
-  %314 = getelementptr i8, ptr %226, i64 896
-  %315 = load <16 x float>, ptr %314, align 4, !tbaa !8
-  %316 = getelementptr inbounds nuw i8, ptr %232, i64 896
-  %317 = load <16 x float>, ptr %316, align 4, !tbaa !8
-  %318 = fmul <16 x float> %230, %317
-  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %315, <16 x float> %318)
-  store <16 x float> %319, ptr %316, align 4, !tbaa !8
-  %320 = getelementptr i8, ptr %226, i64 960
-  %321 = load <16 x float>, ptr %320, align 4, !tbaa !8
-  %322 = getelementptr inbounds nuw i8, ptr %232, i64 960
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !8
-  %324 = fmul <16 x float> %230, %323
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %321, <16 x float> %324)
-  store <16 x float> %325, ptr %322, align 4, !tbaa !8
-  %326 = getelementptr i8, ptr %226, i64 1024
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !8
-  %328 = getelementptr inbounds nuw i8, ptr %232, i64 1024
-  %329 = load <16 x float>, ptr %328, align 4, !tbaa !8
-  %330 = fmul <16 x float> %230, %329
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %327, <16 x float> %330)
-  store <16 x float> %331, ptr %328, align 4, !tbaa !8
-  %332 = getelementptr i8, ptr %226, i64 1088
-  %333 = load <16 x float>, ptr %332, align 4, !tbaa !8
-  %334 = getelementptr inbounds nuw i8, ptr %232, i64 1088
-  %335 = load <16 x float>, ptr %334, align 4, !tbaa !8
-  %336 = fmul <16 x float> %230, %335
-  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %333, <16 x float> %336)
-  store <16 x float> %337, ptr %334, align 4, !tbaa !8
-  %338 = getelementptr i8, ptr %226, i64 1152
-  %339 = load <16 x float>, ptr %338, align 4, !tbaa !8
-  %340 = getelementptr inbounds nuw i8, ptr %232, i64 1152
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !8
-  %342 = fmul <16 x float> %230, %341
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %339, <16 x float> %342)
-  store <16 x float> %343, ptr %340, align 4, !tbaa !8
-  %344 = getelementptr i8, ptr %226, i64 1216
-  %345 = load <16 x float>, ptr %344, align 4, !tbaa !8
-  %346 = getelementptr inbounds nuw i8, ptr %232, i64 1216
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !8
-  %348 = fmul <16 x float> %230, %347
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %345, <16 x float> %348)
-  store <16 x float> %349, ptr %346, align 4, !tbaa !8
-  %350 = getelementptr i8, ptr %226, i64 1280
-  %351 = load <16 x float>, ptr %350, align 4, !tbaa !8
-  %352 = getelementptr inbounds nuw i8, ptr %232, i64 1280
-  %353 = load <16 x float>, ptr %352, align 4, !tbaa !8
-  %354 = fmul <16 x float> %230, %353
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %351, <16 x float> %354)
-  store <16 x float> %355, ptr %352, align 4, !tbaa !8
-  %356 = getelementptr i8, ptr %226, i64 1344
-  %357 = load <16 x float>, ptr %356, align 4, !tbaa !8
-  %358 = getelementptr inbounds nuw i8, ptr %232, i64 1344
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !8
-  %360 = fmul <16 x float> %230, %359
-  %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %357, <16 x float> %360)
-  store <16 x float> %361, ptr %358, align 4, !tbaa !8
-  %362 = getelementptr i8, ptr %226, i64 1408
-  %363 = load <16 x float>, ptr %362, align 4, !tbaa !8
-  %364 = getelementptr inbounds nuw i8, ptr %232, i64 1408
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !8
-  %366 = fmul <16 x float> %230, %365
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %363, <16 x float> %366)
-  store <16 x float> %367, ptr %364, align 4, !tbaa !8
-  %368 = getelementptr i8, ptr %226, i64 1472
-  %369 = load <16 x float>, ptr %368, align 4, !tbaa !8
-  %370 = getelementptr inbounds nuw i8, ptr %232, i64 1472
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !8
-  %372 = fmul <16 x float> %230, %371
-  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %369, <16 x float> %372)
-  store <16 x float> %373, ptr %370, align 4, !tbaa !8
-  %374 = getelementptr i8, ptr %226, i64 1536
-  %375 = load <16 x float>, ptr %374, align 4, !tbaa !8
-  %376 = getelementptr inbounds nuw i8, ptr %232, i64 1536
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !8
-  %378 = fmul <16 x float> %230, %377
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %375, <16 x float> %378)
-  store <16 x float> %379, ptr %376, align 4, !tbaa !8
-  %380 = getelementptr i8, ptr %226, i64 1600
-  %381 = load <16 x float>, ptr %380, align 4, !tbaa !8
-  %382 = getelementptr inbounds nuw i8, ptr %232, i64 1600
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !8
-  %384 = fmul <16 x float> %230, %383
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %381, <16 x float> %384)
-  store <16 x float> %385, ptr %382, align 4, !tbaa !8
-  %386 = getelementptr i8, ptr %226, i64 1664
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !8
-  %388 = getelementptr inbounds nuw i8, ptr %232, i64 1664
-  %389 = load <16 x float>, ptr %388, align 4, !tbaa !8
-  %390 = fmul <16 x float> %230, %389
-  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %387, <16 x float> %390)
-  store <16 x float> %391, ptr %388, align 4, !tbaa !8
-  %392 = getelementptr i8, ptr %226, i64 1728
-  %393 = load <16 x float>, ptr %392, align 4, !tbaa !8
-  %394 = getelementptr inbounds nuw i8, ptr %232, i64 1728
-  %395 = load <16 x float>, ptr %394, align 4, !tbaa !8
-  %396 = fmul <16 x float> %230, %395
-  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %393, <16 x float> %396)
-  store <16 x float> %397, ptr %394, align 4, !tbaa !8
-  %398 = getelementptr i8, ptr %226, i64 1792
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !8
-  %400 = getelementptr inbounds nuw i8, ptr %232, i64 1792
-  %401 = load <16 x float>, ptr %400, align 4, !tbaa !8
-  %402 = fmul <16 x float> %230, %401
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %399, <16 x float> %402)
-  store <16 x float> %403, ptr %400, align 4, !tbaa !8
-  %404 = getelementptr i8, ptr %226, i64 1856
-  %405 = load <16 x float>, ptr %404, align 4, !tbaa !8
-  %406 = getelementptr inbounds nuw i8, ptr %232, i64 1856
-  %407 = load <16 x float>, ptr %406, align 4, !tbaa !8
-  %408 = fmul <16 x float> %230, %407
-  %409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %405, <16 x float> %408)
-  store <16 x float> %409, ptr %406, align 4, !tbaa !8
-  %410 = getelementptr i8, ptr %226, i64 1920
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !8
-  %412 = getelementptr inbounds nuw i8, ptr %232, i64 1920
-  %413 = load <16 x float>, ptr %412, align 4, !tbaa !8
-  %414 = fmul <16 x float> %230, %413
-  %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %411, <16 x float> %414)
-  store <16 x float> %415, ptr %412, align 4, !tbaa !8
-  %416 = getelementptr i8, ptr %226, i64 1984
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !8
-  %418 = getelementptr inbounds nuw i8, ptr %232, i64 1984
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !8
-  %420 = fmul <16 x float> %230, %419
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %417, <16 x float> %420)
-  store <16 x float> %421, ptr %418, align 4, !tbaa !8
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !20
+for_begin_r_0.preheader.i:                        ; preds = %for_end_r_0.split.i, %for_body_step.i
+  %indvars.iv57.i = phi i64 [ %indvars.iv.next58.i, %for_end_r_0.split.i ], [ 0, %for_body_step.i ]
+  %161 = shl nuw nsw i64 %indvars.iv57.i, 4
+  %invariant.gep.i = getelementptr float, ptr %107, i64 %161
+  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  br label %for_body_r_0.i
 
-for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
-  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !25
+for_end_d_0.i:                                    ; preds = %for_end_r_0.split.i, %for_end_r_0.split.us.us.i
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !27
+
+for_body_r_0.i:                                   ; preds = %for_body_r_0.i, %for_begin_r_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_r_0.preheader.i ], [ %indvars.iv.next.i.3, %for_body_r_0.i ]
+  %162 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %163 = load float, ptr %162, align 16, !tbaa !18
+  %164 = insertelement <16 x float> poison, float %163, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = shl nuw nsw i64 %indvars.iv.i, 9
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %166
+  %167 = load <16 x float>, ptr %gep.i, align 4, !tbaa !8
+  %gep89.i = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %166
+  %168 = load <16 x float>, ptr %gep89.i, align 4, !tbaa !8
+  %169 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %170 = load float, ptr %169, align 16, !tbaa !19
+  %171 = insertelement <16 x float> poison, float %170, i64 0
+  %172 = shufflevector <16 x float> %171, <16 x float> poison, <16 x i32> zeroinitializer
+  %173 = fmul <16 x float> %168, %172
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %167, <16 x float> %173)
+  store <16 x float> %174, ptr %gep89.i, align 4, !tbaa !8
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %175 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i
+  %176 = load float, ptr %175, align 4, !tbaa !18
+  %177 = insertelement <16 x float> poison, float %176, i64 0
+  %178 = shufflevector <16 x float> %177, <16 x float> poison, <16 x i32> zeroinitializer
+  %179 = shl nuw nsw i64 %indvars.iv.next.i, 9
+  %gep.i.1 = getelementptr float, ptr %invariant.gep.i, i64 %179
+  %180 = load <16 x float>, ptr %gep.i.1, align 4, !tbaa !8
+  %gep89.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %179
+  %181 = load <16 x float>, ptr %gep89.i.1, align 4, !tbaa !8
+  %182 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i
+  %183 = load float, ptr %182, align 4, !tbaa !19
+  %184 = insertelement <16 x float> poison, float %183, i64 0
+  %185 = shufflevector <16 x float> %184, <16 x float> poison, <16 x i32> zeroinitializer
+  %186 = fmul <16 x float> %181, %185
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %178, <16 x float> %180, <16 x float> %186)
+  store <16 x float> %187, ptr %gep89.i.1, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %188 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.1
+  %189 = load float, ptr %188, align 8, !tbaa !18
+  %190 = insertelement <16 x float> poison, float %189, i64 0
+  %191 = shufflevector <16 x float> %190, <16 x float> poison, <16 x i32> zeroinitializer
+  %192 = shl nuw nsw i64 %indvars.iv.next.i.1, 9
+  %gep.i.2 = getelementptr float, ptr %invariant.gep.i, i64 %192
+  %193 = load <16 x float>, ptr %gep.i.2, align 4, !tbaa !8
+  %gep89.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %192
+  %194 = load <16 x float>, ptr %gep89.i.2, align 4, !tbaa !8
+  %195 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.1
+  %196 = load float, ptr %195, align 8, !tbaa !19
+  %197 = insertelement <16 x float> poison, float %196, i64 0
+  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
+  %199 = fmul <16 x float> %194, %198
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %191, <16 x float> %193, <16 x float> %199)
+  store <16 x float> %200, ptr %gep89.i.2, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %201 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.next.i.2
+  %202 = load float, ptr %201, align 4, !tbaa !18
+  %203 = insertelement <16 x float> poison, float %202, i64 0
+  %204 = shufflevector <16 x float> %203, <16 x float> poison, <16 x i32> zeroinitializer
+  %205 = shl nuw nsw i64 %indvars.iv.next.i.2, 9
+  %gep.i.3 = getelementptr float, ptr %invariant.gep.i, i64 %205
+  %206 = load <16 x float>, ptr %gep.i.3, align 4, !tbaa !8
+  %gep89.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep88.i, i64 %205
+  %207 = load <16 x float>, ptr %gep89.i.3, align 4, !tbaa !8
+  %208 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.next.i.2
+  %209 = load float, ptr %208, align 4, !tbaa !19
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = fmul <16 x float> %207, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %206, <16 x float> %212)
+  store <16 x float> %213, ptr %gep89.i.3, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
+  br i1 %exitcond.not.i.3, label %for_end_r_0.split.i, label %for_body_r_0.i, !prof !20, !llvm.loop !28
+
+for_end_r_0.split.i:                              ; preds = %for_body_r_0.i
+  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1
+  %exitcond60.not.i = icmp eq i64 %indvars.iv.next58.i, 32
+  br i1 %exitcond60.not.i, label %for_end_d_0.i, label %for_begin_r_0.preheader.i, !prof !20
 
 for_begin_d_019.preheader.i:                      ; preds = %for_end_d_021.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_end_d_021.i ]
-  %422 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %423 = load float, ptr %422, align 4, !tbaa !26
-  %424 = insertelement <16 x float> poison, float %423, i64 0
-  %425 = shufflevector <16 x float> %424, <16 x float> poison, <16 x i32> zeroinitializer
-  %426 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %220, i64 %426
-  %.idx80.i = shl nuw nsw i64 %indvars.iv72.i, 11
-  %invariant.gep87.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx80.i
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_end_d_021.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv77.i
+  %215 = load float, ptr %214, align 4, !tbaa !29
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep49.i = getelementptr i16, ptr %160, i64 %218
+  %.idx85.i = shl nuw nsw i64 %indvars.iv77.i, 11
+  %invariant.gep94.i = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx85.i
   br label %for_body_d_020.i
 
 for_begin_r24.preheader.i:                        ; preds = %for_end_d_021.i
-  %427 = add nsw i32 %215, -1
-  %428 = sitofp i32 %427 to float
-  %429 = bitcast float %428 to i32
-  %430 = ashr i32 %429, 23
-  %431 = tail call i32 @llvm.smax.i32(i32 %430, i32 125)
-  %432 = mul nsw i64 %lse_batch, %213
-  %433 = getelementptr float, ptr %lse, i64 %432
-  %434 = shl nuw nsw i32 %431, 23
-  %435 = add nuw i32 %434, 16777216
-  %436 = bitcast i32 %435 to float
+  %219 = add nsw i32 %155, -1
+  %220 = sitofp i32 %219 to float
+  %221 = bitcast float %220 to i32
+  %222 = ashr i32 %221, 23
+  %223 = tail call i32 @llvm.smax.i32(i32 %222, i32 125)
+  %224 = mul nsw i64 %lse_batch, %153
+  %225 = getelementptr float, ptr %lse, i64 %224
+  %226 = shl nuw nsw i32 %223, 23
+  %227 = add nuw i32 %226, 16777216
+  %228 = bitcast i32 %227 to float
   br label %for_body_r25.i
 
 for_body_d_020.i:                                 ; preds = %for_body_d_020.i, %for_begin_d_019.preheader.i
-  %indvars.iv68.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d_020.i ]
-  %437 = shl nuw nsw i64 %indvars.iv68.i, 4
-  %gep88.i = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %437
-  %438 = load <16 x float>, ptr %gep88.i, align 4, !tbaa !8
-  %439 = fmul <16 x float> %425, %438
-  %440 = bitcast <16 x float> %439 to <16 x i32>
-  %441 = lshr <16 x i32> %440, splat (i32 16)
-  %442 = and <16 x i32> %441, splat (i32 1)
-  %443 = add nuw <16 x i32> %440, splat (i32 32767)
-  %444 = add nuw <16 x i32> %443, %442
-  %445 = lshr <16 x i32> %444, splat (i32 16)
-  %446 = trunc nuw <16 x i32> %445 to <16 x i16>
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %437
-  store <16 x i16> %446, ptr %gep.i, align 2, !tbaa !8
-  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 4
-  %447 = or disjoint i64 %indvars.iv.next69.i, 16
-  %gep88.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %447
-  %448 = load <16 x float>, ptr %gep88.i.1, align 4, !tbaa !8
-  %449 = fmul <16 x float> %425, %448
-  %450 = bitcast <16 x float> %449 to <16 x i32>
-  %451 = lshr <16 x i32> %450, splat (i32 16)
-  %452 = and <16 x i32> %451, splat (i32 1)
-  %453 = add nuw <16 x i32> %450, splat (i32 32767)
-  %454 = add nuw <16 x i32> %453, %452
-  %455 = lshr <16 x i32> %454, splat (i32 16)
-  %456 = trunc nuw <16 x i32> %455 to <16 x i16>
-  %gep.i.1 = getelementptr i16, ptr %invariant.gep.i, i64 %447
-  store <16 x i16> %456, ptr %gep.i.1, align 2, !tbaa !8
-  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 4
-  %457 = or disjoint i64 %indvars.iv.next69.i.1, 32
-  %gep88.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %457
-  %458 = load <16 x float>, ptr %gep88.i.2, align 4, !tbaa !8
-  %459 = fmul <16 x float> %425, %458
-  %460 = bitcast <16 x float> %459 to <16 x i32>
-  %461 = lshr <16 x i32> %460, splat (i32 16)
-  %462 = and <16 x i32> %461, splat (i32 1)
-  %463 = add nuw <16 x i32> %460, splat (i32 32767)
-  %464 = add nuw <16 x i32> %463, %462
-  %465 = lshr <16 x i32> %464, splat (i32 16)
-  %466 = trunc nuw <16 x i32> %465 to <16 x i16>
-  %gep.i.2 = getelementptr i16, ptr %invariant.gep.i, i64 %457
-  store <16 x i16> %466, ptr %gep.i.2, align 2, !tbaa !8
-  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 4
-  %467 = or disjoint i64 %indvars.iv.next69.i.2, 48
-  %gep88.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep87.i, i64 %467
-  %468 = load <16 x float>, ptr %gep88.i.3, align 4, !tbaa !8
-  %469 = fmul <16 x float> %425, %468
-  %470 = bitcast <16 x float> %469 to <16 x i32>
-  %471 = lshr <16 x i32> %470, splat (i32 16)
-  %472 = and <16 x i32> %471, splat (i32 1)
-  %473 = add nuw <16 x i32> %470, splat (i32 32767)
-  %474 = add nuw <16 x i32> %473, %472
-  %475 = lshr <16 x i32> %474, splat (i32 16)
-  %476 = trunc nuw <16 x i32> %475 to <16 x i16>
-  %gep.i.3 = getelementptr i16, ptr %invariant.gep.i, i64 %467
-  store <16 x i16> %476, ptr %gep.i.3, align 2, !tbaa !8
-  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4
-  %exitcond71.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 32
-  br i1 %exitcond71.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !27
+  %indvars.iv73.i = phi i64 [ 0, %for_begin_d_019.preheader.i ], [ %indvars.iv.next74.i.3, %for_body_d_020.i ]
+  %229 = shl nuw nsw i64 %indvars.iv73.i, 4
+  %gep95.i = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %229
+  %230 = load <16 x float>, ptr %gep95.i, align 4, !tbaa !8
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep50.i = getelementptr i16, ptr %invariant.gep49.i, i64 %229
+  store <16 x i16> %238, ptr %gep50.i, align 2, !tbaa !8
+  %indvars.iv.next74.i = shl i64 %indvars.iv73.i, 4
+  %239 = or disjoint i64 %indvars.iv.next74.i, 16
+  %gep95.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %239
+  %240 = load <16 x float>, ptr %gep95.i.1, align 4, !tbaa !8
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep50.i.1 = getelementptr i16, ptr %invariant.gep49.i, i64 %239
+  store <16 x i16> %248, ptr %gep50.i.1, align 2, !tbaa !8
+  %indvars.iv.next74.i.1 = shl i64 %indvars.iv73.i, 4
+  %249 = or disjoint i64 %indvars.iv.next74.i.1, 32
+  %gep95.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %249
+  %250 = load <16 x float>, ptr %gep95.i.2, align 4, !tbaa !8
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep50.i.2 = getelementptr i16, ptr %invariant.gep49.i, i64 %249
+  store <16 x i16> %258, ptr %gep50.i.2, align 2, !tbaa !8
+  %indvars.iv.next74.i.2 = shl i64 %indvars.iv73.i, 4
+  %259 = or disjoint i64 %indvars.iv.next74.i.2, 48
+  %gep95.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep94.i, i64 %259
+  %260 = load <16 x float>, ptr %gep95.i.3, align 4, !tbaa !8
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep50.i.3 = getelementptr i16, ptr %invariant.gep49.i, i64 %259
+  store <16 x i16> %268, ptr %gep50.i.3, align 2, !tbaa !8
+  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4
+  %exitcond76.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 32
+  br i1 %exitcond76.not.i.3, label %for_end_d_021.i, label %for_body_d_020.i, !prof !20, !llvm.loop !30
 
 for_end_d_021.i:                                  ; preds = %for_body_d_020.i
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 128
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 128
+  br i1 %exitcond80.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !20
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %477 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %478 = load float, ptr %477, align 16, !tbaa !29
-  %479 = fcmp oeq float %478, 0.000000e+00
-  br i1 %479, label %if_end30.i, label %if_else.i
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next82.i.3, %if_end30.i.3 ]
+  %269 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i
+  %270 = load float, ptr %269, align 16, !tbaa !31
+  %271 = fcmp oeq float %270, 0.000000e+00
+  br i1 %271, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %480 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %481 = tail call i32 %480(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %481, 0
+  %272 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %273 = tail call i32 %272(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %273, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %482 = fmul float %478, %436
-  %483 = tail call float @llvm.log.f32(float %482)
-  %484 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %485 = load float, ptr %484, align 16, !tbaa !31
-  %486 = fadd float %483, %485
+  %274 = fmul float %270, %228
+  %275 = tail call float @llvm.log.f32(float %274)
+  %276 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i
+  %277 = load float, ptr %276, align 16, !tbaa !33
+  %278 = fadd float %275, %277
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %487 = phi float [ %486, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %488 = getelementptr float, ptr %433, i64 %indvars.iv76.i
-  store float %487, ptr %488, align 4, !tbaa !8
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %489 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %490 = load float, ptr %489, align 4, !tbaa !29
-  %491 = fcmp oeq float %490, 0.000000e+00
-  br i1 %491, label %if_end30.i.1, label %if_else.i.1
+  %279 = phi float [ %278, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %280 = getelementptr float, ptr %225, i64 %indvars.iv81.i
+  store float %279, ptr %280, align 4, !tbaa !8
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %281 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i
+  %282 = load float, ptr %281, align 4, !tbaa !31
+  %283 = fcmp oeq float %282, 0.000000e+00
+  br i1 %283, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %492 = fmul float %490, %436
-  %493 = tail call float @llvm.log.f32(float %492)
-  %494 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %495 = load float, ptr %494, align 4, !tbaa !31
-  %496 = fadd float %493, %495
+  %284 = fmul float %282, %228
+  %285 = tail call float @llvm.log.f32(float %284)
+  %286 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i
+  %287 = load float, ptr %286, align 4, !tbaa !33
+  %288 = fadd float %285, %287
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %497 = phi float [ %496, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %498 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i
-  store float %497, ptr %498, align 4, !tbaa !8
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %499 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %500 = load float, ptr %499, align 8, !tbaa !29
-  %501 = fcmp oeq float %500, 0.000000e+00
-  br i1 %501, label %if_end30.i.2, label %if_else.i.2
+  %289 = phi float [ %288, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %290 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i
+  store float %289, ptr %290, align 4, !tbaa !8
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %291 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.1
+  %292 = load float, ptr %291, align 8, !tbaa !31
+  %293 = fcmp oeq float %292, 0.000000e+00
+  br i1 %293, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %502 = fmul float %500, %436
-  %503 = tail call float @llvm.log.f32(float %502)
-  %504 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %505 = load float, ptr %504, align 8, !tbaa !31
-  %506 = fadd float %503, %505
+  %294 = fmul float %292, %228
+  %295 = tail call float @llvm.log.f32(float %294)
+  %296 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.1
+  %297 = load float, ptr %296, align 8, !tbaa !33
+  %298 = fadd float %295, %297
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %507 = phi float [ %506, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %508 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i.1
-  store float %507, ptr %508, align 4, !tbaa !8
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %509 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %510 = load float, ptr %509, align 4, !tbaa !29
-  %511 = fcmp oeq float %510, 0.000000e+00
-  br i1 %511, label %if_end30.i.3, label %if_else.i.3
+  %299 = phi float [ %298, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %300 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i.1
+  store float %299, ptr %300, align 4, !tbaa !8
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %301 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.2
+  %302 = load float, ptr %301, align 4, !tbaa !31
+  %303 = fcmp oeq float %302, 0.000000e+00
+  br i1 %303, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %512 = fmul float %510, %436
-  %513 = tail call float @llvm.log.f32(float %512)
-  %514 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %515 = load float, ptr %514, align 4, !tbaa !31
-  %516 = fadd float %513, %515
+  %304 = fmul float %302, %228
+  %305 = tail call float @llvm.log.f32(float %304)
+  %306 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.2
+  %307 = load float, ptr %306, align 4, !tbaa !33
+  %308 = fadd float %305, %307
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %517 = phi float [ %516, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %518 = getelementptr float, ptr %433, i64 %indvars.iv.next77.i.2
-  store float %517, ptr %518, align 4, !tbaa !8
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 128
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !33
+  %309 = phi float [ %308, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %310 = getelementptr float, ptr %225, i64 %indvars.iv.next82.i.2
+  store float %309, ptr %310, align 4, !tbaa !8
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next82.i.3, 128
+  br i1 %exitcond84.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !20, !llvm.loop !35
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -9014,16 +8451,18 @@ attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !18 = !{!17, !17, i64 0}
 !19 = !{!13, !13, i64 0}
 !20 = !{!"branch_weights", i32 1, i32 1048575}
-!21 = !{!22, !22, i64 0}
-!22 = !{!"buffer10.w512.b0", !23, i64 0}
-!23 = !{!"buffer10.w1024.b0", !24, i64 0}
-!24 = !{!"buffer10", !5, i64 0}
-!25 = !{!"branch_weights", i32 127, i32 134217601}
-!26 = !{!24, !24, i64 0}
-!27 = distinct !{!27, !28}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!29 = !{!30, !30, i64 0}
-!30 = !{!"buffer11", !5, i64 0}
+!21 = distinct !{!21, !22}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!23 = !{!24, !24, i64 0}
+!24 = !{!"buffer10.w512.b0", !25, i64 0}
+!25 = !{!"buffer10.w1024.b0", !26, i64 0}
+!26 = !{!"buffer10", !5, i64 0}
+!27 = !{!"branch_weights", i32 127, i32 134217601}
+!28 = distinct !{!28, !22}
+!29 = !{!26, !26, i64 0}
+!30 = distinct !{!30, !22}
 !31 = !{!32, !32, i64 0}
-!32 = !{!"buffer12", !5, i64 0}
-!33 = distinct !{!33, !28}
+!32 = !{!"buffer11", !5, i64 0}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer12", !5, i64 0}
+!35 = distinct !{!35, !22}

@@ -748,7 +748,7 @@ class Module:
                                                         v_3: T.let[T.float32x16] = T.Shuffle([v, v_1], [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31])
                                                         turned[0, 0:16] = v_2
                                                         turned[8, 0:16] = v_3
-                                                for i, r_0, d_0 in T.grid(1, 16, 4):
+                                                for i, d_0, r_0 in T.grid(1, 4, 16):
                                                     for r_1 in T.unroll(1):
                                                         for d_1_0 in T.unroll(8):
                                                             for d_1_1 in T.vectorized(16):
@@ -881,7 +881,7 @@ class Module:
                     with T.sblock("fold"):
                         T.reads(partial_acc[slot, 0:128, 0:512], alpha[0, 0:128], beta[0, 0:128])
                         T.writes(acc[0, 0:128, 0:512])
-                        for i, r_0, d_0 in T.grid(1, 128, 32):
+                        for i, d_0, r_0 in T.grid(1, 32, 128):
                             for r_1 in T.unroll(1):
                                 for d_1_0 in T.unroll(1):
                                     for d_1_1 in T.vectorized(16):

@@ -61,13 +61,13 @@ AVX512 = Machine(
     second_level=1 << 17,
     shared_sets=4,
     attend_bytes=1 << 16,
-    heads_in_lanes=1024,
+    heads_in_lanes=32,
     sweep_intensity=3,
     attend_vectors=2,
     broadcast_registers=0,
 )
-"""Ice Lake, of which two operands are loaded while two vectors of 16 are multiplied, and less where another guest has the
-other thread of the core. So no strategy is taken that loads an operand for each product: heads never lie in lanes."""
+"""Ice Lake, which loads two operands while it multiplies two vectors of 16, and fewer while its other thread runs. So
+heads lie in lanes where there are two vectors of them, and a broadcast serves both."""
 AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
 """Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
 AMX = Machine(second_level=1 << 17, attend_vectors=2, broadcast_registers=0, pairs_codes=False)

@@ -74,8 +74,8 @@ _INTEGER_DOTS = {
 """The same of pairs of integers of 16 bits, in int32, the fastest first. vpdpwssd adds to a sum, vpmaddwd does not."""
 
 _WHOLE_VPDPWSSD = "+fast-dpwssd"
-"""LLVM's word for leaving vpdpwssd whole. Without it LLVM makes vpmaddwd and an addition of it, for sums that wait for one
-another; kernels have enough of them, and then each product takes two of the slots that it shares with all others."""
+"""LLVM's word for leaving vpdpwssd whole. Without it LLVM makes vpmaddwd and an addition of it, for sums that wait for
+one another; kernels have enough sums, and a product would take two of the slots that it shares with all others."""
 
 
 @dataclasses.dataclass(frozen=True)

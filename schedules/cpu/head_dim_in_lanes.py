@@ -123,16 +123,19 @@ def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 
 
 def _sum_tile(sch: Schedule, tiling: VectorTiling, sblock: str) -> LoopRV:
-    """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles."""
+    """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles.
+
+    Elements of values are read by all rows before the next ones are, while they are in the first-level cache.
+    """
     _, *tokens, row, dim = sch.get_loops(sblock)
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
-    sch.reorder(row_outer, dim_outer, *tokens, row, vector, half, lane)
+    sch.reorder(dim_outer, row_outer, *tokens, row, vector, half, lane)
     for loop in (*tokens[1:], vector, half, row):
         sch.unroll(loop)
     sch.vectorize(lane)
     sch.decompose_reduction(sblock, tokens[0])
-    return dim_outer
+    return row_outer
 
 
 def _fold_tile(sch: Schedule, tiling: VectorTiling) -> LoopRV:
@@ -141,7 +144,7 @@ def _fold_tile(sch: Schedule, tiling: VectorTiling) -> LoopRV:
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
     vector, lane = sch.split(dim, [None, tiling.pv_lanes * tiling.values.halves])
-    sch.reorder(row_outer, dim_outer, row, vector, lane)
+    sch.reorder(dim_outer, row_outer, row, vector, lane)
     if tiling.values.halves > 1:
         in_order = sch.cache_read("acc", "tile_acc", "global")
         sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.pv_lanes + i[-1], i[-2]))
@@ -150,7 +153,7 @@ def _fold_tile(sch: Schedule, tiling: VectorTiling) -> LoopRV:
     sch.unroll(row)
     sch.unroll(vector)
     sch.vectorize(lane)
-    return dim_outer
+    return row_outer
 
 
 def _sum_groups(sch: Schedule, tiling: VectorTiling, full: SBlockRV) -> None:
