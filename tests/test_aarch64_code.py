@@ -20,6 +20,18 @@ def test_the_matmul_of_heads_in_lanes_multiplies_by_lanes_of_registers(dtype, on
     assert best.stack_stores == best.broadcasts == best.arithmetic == 0
 
 
+@pytest.mark.parametrize("group", [4, 16])
+def test_packed_decode_multiplies_by_lanes_of_registers(group):
+    """Of pairs of bfloat16, whose broadcast takes a unit that multiplies: QK's and PV's loops have none."""
+    asm = compiler.emit(PagedAttentionSpec(group, 1, 128, 16, "bfloat16", kv_layout="packed"), V2, attend=False)["asm"]
+    counted = [assembly.count(loop.code) for loop in assembly.inner_loops(asm)]
+    qk, pv = (each for each in counted if each.dots >= 64)  # the other is of the last tokens of a tile
+    assert (qk.dots, pv.dots) == (64, 128)
+    for each in (qk, pv):
+        assert each.embedded == each.dots >= 0.65 * each.instructions
+        assert each.broadcasts == each.arithmetic == 0
+
+
 @pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
 def test_attend_multiplies_blocks_in_registers(kv_layout):
     """Three products and more for two operands that are loaded, and of QK's best loop 60 % are products."""

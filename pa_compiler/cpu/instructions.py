@@ -178,10 +178,12 @@ def _lower_lanes(call: Expr) -> Expr:
 
 def _lower(product: Product, call: Expr) -> Expr:
     """The instruction for whole vectors, plain operations for single lanes."""
-    from tvm.tirx import call_pure_extern
+    from tvm.tirx import Broadcast, call_pure_extern
 
     total, a, b = call.args
     lanes = total.ty.dtype.lanes
+    if isinstance(a, Broadcast):  # the one number for all lanes comes last, as bfdot has it
+        a, b = b, a
     if lanes == 1:
         return total + product.of_words(a, b)
     kind = "float32" if product is PAIRS else "int32"

@@ -14,6 +14,9 @@ from tvm.tirx import BufferRegion, For, IntImm
 
 from pa_compiler.tiles import LANES
 
+WORDS = 4
+"""Words of a vector."""
+
 
 def read_vectors(
     sch: Schedule, sums: SBlockRV, step: LoopRV, lanes: int, copied: bool, half: LoopRV | None = None
@@ -49,6 +52,24 @@ def read_vectors(
     sch.vectorize(lane)
     sch.annotate(read, LANES, 1)
     _as_it_is(sch, unrolled[-1], lane, half)
+
+
+def read_words(sch: Schedule, sums: SBlockRV, around: LoopRV) -> None:
+    """Read words of rows, the first operand of sums, in vectors: those of the loop below `around`, which is unrolled.
+
+    Where there are fewer than a vector has, each is left to a load of its own.
+    """
+    loops = [sch.get(each).loop_var for each in sch.get_loops(sums)]
+    depth = loops.index(sch.get(around).loop_var) + 1
+    if int(sch.get(sch.get_loops(sums)[depth]).extent) % WORDS:
+        return
+    read = sch.cache_read(sums, 0, "global", [sums])
+    sch.compute_at(read, around, preserve_unit_loops=True)
+    *unrolled, lane = sch.get_loops(read)[depth:]
+    for each in unrolled:
+        sch.unroll(each)
+    sch.vectorize(lane)
+    sch.annotate(read, LANES, 1)
 
 
 def _reads_element(sch: Schedule, sums: SBlockRV) -> None:

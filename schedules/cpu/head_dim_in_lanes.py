@@ -16,6 +16,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import functions, integers, scales
+from pa_compiler.schedules.cpu.by_element import read_words
 from pa_compiler.schedules.cpu.by_lanes import by_lanes
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
@@ -134,6 +135,8 @@ def _sum_tile(sch: Schedule, tiling: VectorTiling, sblock: str) -> LoopRV:
     for loop in (*tokens[1:], vector, half, row):
         sch.unroll(loop)
     sch.vectorize(lane)
+    if tiling.by_element and tiling.values.terms == 2 and tokens[1:]:
+        read_words(sch, sch.get_sblock(sblock), tokens[0])
     sch.decompose_reduction(sblock, tokens[0])
     return row_outer
 

@@ -14,6 +14,7 @@ from tvm.s_tir import Schedule
 
 from pa_compiler.kernels.ahead import KEYS
 from pa_compiler.schedules.cpu import attend, head_dim_in_lanes
+from pa_compiler.schedules.cpu.by_element import WORDS, read_words
 from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.spec import PACKED_TOKENS
@@ -30,7 +31,8 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     group, token, row, dim = sch.get_loops(scores)[-4:]
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     head_dim = int(sch.get(dim).extent)
-    pair = _PAIR if head_dim % _PAIR == 0 else 1
+    by_element = tiling.by_element and tiling.qk_rows > 1
+    pair = largest_divisor(head_dim, WORDS if by_element else _PAIR)
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     if tiling.prefetches:  # as many fetches in each step of a register tile, so that none is in question at run time
         rows_of_keys = head_dim * tiling.keys.terms // tiling.keys.word
@@ -48,6 +50,8 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     sch.split(sch.get_loops(sums)[-1], [None, lanes])
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
+    if by_element:
+        read_words(sch, scores, dim)
     sch.decompose_reduction(scores, dim_outer)
     if tiling.prefetches:
         fetch(sch, KEYS, group, shares=[row_outer, dim_outer])
