@@ -72,7 +72,7 @@ def test_what_a_page_says(module, made):
     for part in (
         "16 query heads on 1 kv head of 128, bfloat16 in, float32 out",
         "decode of 2 sequences of 307 tokens in all: ",
-        "heads_in_lanes yes 16 query heads in a tile: whole vectors of 16, and 16 or more.",
+        "heads_in_lanes no 16 query heads in a tile: heads lie in lanes from 32 on.",
         "tokens_in_lanes no kv_layout NHD has the elements of a row side by side.",
         f"library SHA-256 {module.checksum}",
         "pa-compiler report --target",
@@ -89,7 +89,7 @@ def test_decisions_are_those_of_explain(module):
         module.spec, module.target, module.manifest.features, module.pipeline, module.sources, Limits(90, 12)
     )
     assert of_manifest.facts == explain.decisions(module.spec, cpu, module.pipeline, Limits(90, 12))
-    assert [option.name for option in of_manifest.options if option.taken] == ["heads_in_lanes"]
+    assert [option.name for option in of_manifest.options if option.taken] == ["head_dim_in_lanes"]
     assert {loop.function for loop in of_manifest.loops} == {"fused_decode", "merge_partials"}
 
 
@@ -110,7 +110,7 @@ def test_a_loaded_module_has_no_texts_but_all_else(compiled, made, tmp_path):
     module.save(tmp_path / "pa.so")
     said = words(made(pa_compiler.load(tmp_path / "pa.so")))
     assert "This module was loaded from a library, which holds no texts of stages." in said
-    assert re.search("(heads_in_lanes|rows_in_tiles) yes", said)
+    assert re.search("(heads_in_lanes|head_dim_in_lanes|rows_in_tiles) yes", said)
     assert f"library SHA-256 {module.checksum}" in said
 
 
