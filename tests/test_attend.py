@@ -246,3 +246,7 @@ def test_not_every_module_has_it(compiled):
         module.attend(*ragged.arguments)
     with pytest.raises(NotImplementedError, match=r"^attend: "):
         module.plan(np.array([5]), np.array([0, 3]))
+
+
+def test_elements_of_a_head_of_which_few_tokens_fill_a_tile(compiled):
+    compiled(pa_compiler.PagedAttentionSpec(2, 1, 2048, 16, "float32")).verify(2, seed=1)

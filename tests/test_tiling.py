@@ -94,6 +94,16 @@ def test_tiles_of_many_rows(features, dtype):
         assert max(vectors_of_sums(tiles, cpu)) <= max(cpu.vector_sums, cpu.vector_registers // 2), rows
 
 
+@pytest.mark.parametrize("features", ["avx", "avx512f", "avx512f avx512vl avx512bf16", "neon", "neon bf16"])
+@pytest.mark.parametrize(("dtype", "kv_layout"), [("float32", "NHD"), ("bfloat16", "HND"), ("float32", "packed")])
+def test_a_tile_of_attend_has_several_groups_of_tokens(features, dtype, kv_layout):
+    """Of one group of few tokens schedules would not find the loop over groups: so head_dim 2048 was not compiled."""
+    cpu = CpuTarget("{}", frozenset(features.split()))
+    for head_dim in range(8, 8193, 56):
+        tiles = tiling.choose_attend(PagedAttentionSpec(2, 1, head_dim, 16, dtype, kv_layout=kv_layout), cpu)
+        assert tiles.kv_tile >= 2 * tiles.token_group or tiles.strategy == "tokens_in_lanes", head_dim
+
+
 @pytest.mark.parametrize(
     ("group", "layout", "pipeline", "strategies"),
     [  # with 16, 8 and 4 lanes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from c_calls import Kernels, Library, numpy_dtype
+from dlpack import Exported
 from tolerances import assert_same_bits
 
 import pa_compiler
@@ -46,13 +47,14 @@ class Twin:
 
     def append_kv(self, key, value, key_cache, value_cache, *arguments, **scales):
         """Caches and scales may be views: what the module writes is compared where it stands, and C's is a copy."""
-        copies = [None if each is None else each.copy() for each in (key_cache, value_cache)]
+        written = [each.array if isinstance(each, Exported) else each for each in (key_cache, value_cache)]
+        copies = [None if each is None else each.copy() for each in written]
         of_c = {name: None if scale is None else scale.copy() for name, scale in scales.items()}
         self.module.append_kv(key, value, key_cache, value_cache, *arguments, **scales)
         self.kernels.append_kv(key, value, *copies, *arguments, **of_c)
-        for name, copy in zip((key_cache, value_cache, *scales.values()), (*copies, *of_c.values()), strict=True):
+        for array, copy in zip((*written, *scales.values()), (*copies, *of_c.values()), strict=True):
             if copy is not None:
-                assert_same_bits(name, copy)
+                assert_same_bits(array, copy)
 
     def _both(self, name, arguments, words):
         found = getattr(self.module, name)(*arguments, **words)

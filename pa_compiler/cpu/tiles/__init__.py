@@ -100,8 +100,9 @@ def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str = "
     copied = elements * (ITEMSIZES[spec.dtype] if known.dot_pairs else ITEMSIZES["float32"])
     most = known.machine.attend_bytes // (spec.cache_bytes(elements) if packed and not in_blocks else copied)
     tiles = strategy.choose(known)
-    least = PACKED_TOKENS if decodes_in_step(spec) else tiles.token_group
-    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least, tiles.token_group))
+    groups = 1 if strategy is TokensInLanes else 2  # of one alone, other schedules would find no loop over groups
+    least = max(PACKED_TOKENS if decodes_in_step(spec) else 0, groups * tiles.token_group)
+    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(most, least))
     few_rows = known.rows // 2 if strategy is not TokensInLanes and (as_they_lie or known.rows > ATTEND_ROWS) else 0
     weight_sums = 0
     if decodes_in_step(spec):  # every schedule takes whole groups of so many tokens
