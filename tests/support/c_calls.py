@@ -81,7 +81,7 @@ def tensor(array):
         return Tensor()
     if isinstance(array, Exported):
         said = array._versioned.tensor
-        made = Tensor(said.data + said.byte_offset, said.shape, said.strides, said.ndim, of_dlpack(array))
+        made = Tensor((said.data or 0) + said.byte_offset, said.shape, said.strides, said.ndim, of_dlpack(array))
         made.kept = array
         return made
     rank, size = array.ndim, array.itemsize
