@@ -36,7 +36,6 @@ def read_vectors(
         return (*([] if copied else [i]), t, d // lanes, d % lanes)
 
     vector, step = sch.split(step, [None, min(lanes, int(sch.get(step).extent))])
-    depth = [sch.get(each).loop_var for each in sch.get_loops(sums)].index(sch.get(vector).loop_var) + 1
     for each in (vector, step):
         sch.unroll(each)
     if half is None:
@@ -45,13 +44,8 @@ def read_vectors(
         read = sch.reindex_cache_read(sums, 1, "global", place)
     else:
         read = sch.cache_read(sums, 1, "global", [sums])
-    sch.compute_at(read, vector, preserve_unit_loops=True)
-    *unrolled, lane = sch.get_loops(read)[depth:]
-    for each in unrolled:
-        sch.unroll(each)
-    sch.vectorize(lane)
-    sch.annotate(read, LANES, 1)
-    _as_it_is(sch, unrolled[-1], lane, half)
+    *_, outer, lane = _in_vectors(sch, read, sums, vector)
+    _as_it_is(sch, outer, lane, half)
 
 
 def read_words(sch: Schedule, sums: SBlockRV, around: LoopRV) -> None:
@@ -59,17 +53,25 @@ def read_words(sch: Schedule, sums: SBlockRV, around: LoopRV) -> None:
 
     Where there are fewer than a vector has, each is left to a load of its own.
     """
-    loops = [sch.get(each).loop_var for each in sch.get_loops(sums)]
-    depth = loops.index(sch.get(around).loop_var) + 1
-    if int(sch.get(sch.get_loops(sums)[depth]).extent) % WORDS:
-        return
-    read = sch.cache_read(sums, 0, "global", [sums])
+    if int(sch.get(_below(sch, sums, sums, around)[0]).extent) % WORDS == 0:
+        _in_vectors(sch, sch.cache_read(sums, 0, "global", [sums]), sums, around)
+
+
+def _in_vectors(sch: Schedule, read: SBlockRV, sums: SBlockRV, around: LoopRV) -> list[LoopRV]:
+    """Read in vectors below a loop around sums, for their lanes; the loops of it, the last over the lanes."""
     sch.compute_at(read, around, preserve_unit_loops=True)
-    *unrolled, lane = sch.get_loops(read)[depth:]
-    for each in unrolled:
+    loops = _below(sch, read, sums, around)
+    for each in loops[:-1]:
         sch.unroll(each)
-    sch.vectorize(lane)
+    sch.vectorize(loops[-1])
     sch.annotate(read, LANES, 1)
+    return loops
+
+
+def _below(sch: Schedule, sblock: SBlockRV, sums: SBlockRV, around: LoopRV) -> list[LoopRV]:
+    """The loops of an sblock below a loop around sums, in which it is too."""
+    of_sums = [sch.get(each).loop_var for each in sch.get_loops(sums)]
+    return sch.get_loops(sblock)[of_sums.index(sch.get(around).loop_var) + 1 :]
 
 
 def _reads_element(sch: Schedule, sums: SBlockRV) -> None:
