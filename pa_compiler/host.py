@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -184,10 +185,16 @@ def _interface(place: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
+    return _environment_of(tuple(installation.templates().items()))
+
+
+@functools.lru_cache(1)
+def _environment_of(templates: tuple[tuple[str, str], ...]) -> jinja2.Environment:
+    """With texts by their names, of which it keeps what it has made of them; who edits one gets another."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader(installation.templates()),
+        loader=jinja2.DictLoader(dict(templates)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -7,6 +7,7 @@ depends on them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -176,11 +177,15 @@ def _with_values(seq: list[Stmt]) -> list[Stmt]:
     from tvm import tirx
     from tvm.tirx import analysis
 
-    later: list[tuple[Span, set[Var]]] = []  # of the statements that have been passed, the last one first
+    @functools.cache
+    def used(at: int) -> set[Var]:
+        return set(analysis.undefined_vars(seq[at], []))
+
+    later: list[int] = []  # those with a location that have been passed, the last one first
     for at in reversed(range(len(seq))):
-        if isinstance(seq[at], tirx.Bind):
-            users = [span for span, used in reversed(later) if seq[at].var in used] or [span for span, _ in later[-1:]]
-            seq[at] = _with_location(seq[at], users[0]) if users else seq[at]
-        if (span := location(seq[at])) is not None:
-            later.append((span, set(analysis.undefined_vars(seq[at], []))))
+        if isinstance(seq[at], tirx.Bind) and later:
+            users = [user for user in reversed(later) if seq[at].var in used(user)] or later[-1:]
+            seq[at] = _with_location(seq[at], seq[users[0]].span)
+        if location(seq[at]) is not None:
+            later.append(at)
     return seq

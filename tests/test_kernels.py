@@ -241,7 +241,7 @@ def test_the_token_of_each_column_of_a_tile(cpu, heads, dtype, streams):
     spec = pa_compiler.PagedAttentionSpec(heads, 2, 32, 16, dtype)
     tiles = tiling.choose(spec, cpu, "fused")
     assert tiles.streams == streams
-    stage = token_offsets(spec, tiles, key_access(spec, tiles))
+    stage = token_offsets(spec, key_access(spec, tiles))
     blocks, size, block_stride, row_stride = 40, tiles.num_offsets, 1000, 7
 
     @script.prim_func(s_tir=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pa_compiler import interrupts
 from pa_compiler.backend import Links
-from pa_compiler.cpu import places, stack
+from pa_compiler.cpu import passes, places
 from pa_compiler.cpu.target import CpuTarget
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path, *, linked
         RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
     marked, known = places.mark(mod) if linked else (mod, ())
-    stack.pipeline()  # registers it, before there are threads
+    passes.pipeline()  # registers it, before there are threads
 
     def compiled(number: int, function: IRModule) -> tuple[str, str, list[int], list[int]]:
         emitted = emit(function, target, number)
@@ -128,6 +128,7 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
     # Nor do these leave less to LLVM, which simplifies indices, hoists what is invariant and drops empty loops itself.
     # Virtual threads and permuted layouts are of GPUs. An entry function would be one more name for a lone kernel.
     needless = [
+        passes.COMPACTION,  # of all buffers; the pipeline has its own
         "s_tir.HoistIfThenElse",
         "s_tir.InjectPermutedLayout",
         "s_tir.InjectVirtualThread",
@@ -138,7 +139,7 @@ def translate(mod: IRModule, target: CpuTarget) -> Executable:
         "tirx.RemoveNoOp",
     ]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        return tvm.compile(mod, target=Target(target.of_tvm), tir_pipeline=stack.pipeline())
+        return tvm.compile(mod, target=Target(target.of_tvm), tir_pipeline=passes.pipeline())
 
 
 def _without_debug_info(llvm: str) -> str:

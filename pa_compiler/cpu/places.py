@@ -1,6 +1,6 @@
 """Which sblock each instruction comes from: the places of a scheduled module, carried through LLVM as debug locations.
 
-locations.py carries them through TVM's passes (stack.py). TVM's code generator gives them to LLVM, and LLVM carries
+locations.py carries them through TVM's passes (passes.py). TVM's code generator gives them to LLVM, and LLVM carries
 them to the lines of the assembly. No instruction depends on them, and they are taken out of the texts.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tvm.s_tir import Schedule
+    from tvm.s_tir import SBlock, Schedule
     from tvm.s_tir.schedule import SBlockRV, StmtSRef
     from tvm.tirx import Stmt
 
@@ -20,11 +20,15 @@ def sblocks(sch: Schedule) -> list[SBlockRV]:
 
 def replace_body(sch: Schedule, place: StmtSRef, body: Stmt) -> None:
     """Give the sblock at a place another body."""
-    from tvm.s_tir import SBlock
+    new = with_body(place.stmt, body)
+    sch.state.replace(place, new, {place.stmt: new})
 
-    old = place.stmt
-    new = SBlock(
-        old.iter_vars, old.reads, old.writes, old.name_hint, body, old.init, old.alloc_buffers, old.match_buffers,
-        old.annotations,
+
+def with_body(sblock: SBlock, body: Stmt) -> SBlock:
+    """An sblock with another body."""
+    from tvm import s_tir
+
+    return s_tir.SBlock(
+        sblock.iter_vars, sblock.reads, sblock.writes, sblock.name_hint, body, sblock.init, sblock.alloc_buffers,
+        sblock.match_buffers, sblock.annotations,
     )  # fmt: skip
-    sch.state.replace(place, new, {old: new})

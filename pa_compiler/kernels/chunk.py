@@ -112,7 +112,7 @@ def tile_of(spec: PagedAttentionSpec, tiling: Tiling, place: Place, block_idx: E
 
 def look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
     """Where the tokens of a block lie."""
-    offsets_stage = token_offsets(spec, tiling, access)
+    offsets_stage = token_offsets(spec, access)
 
     @inline
     def stage(table, cache, tile, seq):

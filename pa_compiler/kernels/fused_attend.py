@@ -212,8 +212,8 @@ def _merge_range(rows: int, dim: int) -> Callable[..., None]:
 
 def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """A tile of tokens through the four stages: kv head by kv head, and in each tile of rows by tile of rows."""
-    key_offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
-    value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
+    key_offsets_stage = token_offsets(spec, key_access(spec, tiling))
+    value_offsets_stage = token_offsets(spec, value_access(spec, tiling))
     key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
     load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")

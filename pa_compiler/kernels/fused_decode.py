@@ -177,8 +177,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """Where the tokens of a tile lie in both caches, and of the next one where there is one."""
-    key_offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
-    value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
+    key_offsets_stage = token_offsets(spec, key_access(spec, tiling))
+    value_offsets_stage = token_offsets(spec, value_access(spec, tiling))
 
     @script.inline
     def stage(table, keys, values, tile, seq, last_token, has_next, first_token):

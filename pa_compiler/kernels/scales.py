@@ -98,14 +98,14 @@ def look_up_scales(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Sc
         return T.Cast("int64", slot - T.floormod(slot, unit) if unit > 1 else slot) * row_stride
 
     access = CacheAccess(slot_offset, _no_access, _no_access, _no_access, num_lines=1)
-    stages = [token_offsets(spec, tiling, access, name) for name in OFFSETS]
+    stages = [token_offsets(spec, access, name) for name in OFFSETS]
 
     def stage(scales: Scales | None, table: BlockTable, tile: Tile, seq: Expr, last: Expr, *held: Any) -> Scales | None:
         if scales is None or not spec.token_scales:
             return scales
         found = []
         for name, offsets_stage, cache in zip(OFFSETS, stages, scales[:2], strict=True):
-            offsets = allocate(name, (tiling.num_offsets,), "int64")
+            offsets = allocate(name, (tiling.padded_kv_tile,), "int64")
             found.append(cache._replace(offsets=offsets))
             offsets_stage(table, found[-1], tile, seq, last, tile.num_groups * tiling.token_group, *held)
         return scales._replace(keys=found[0], values=found[1])

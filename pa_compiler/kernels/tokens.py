@@ -75,9 +75,7 @@ class Tile(NamedTuple):
         return T.floordiv(self.valid_len, self.tiling.token_group)
 
 
-def token_offsets(
-    spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, name: str = "token_offsets"
-) -> Callable[..., None]:
+def token_offsets(spec: PagedAttentionSpec, access: CacheAccess, name: str = "token_offsets") -> Callable[..., None]:
     """cache.offsets[t] = words from the start of a cache to the token in column t of a tile, in kv head 0; int64.
 
     For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
@@ -86,7 +84,7 @@ def token_offsets(
     in none of them are not looked up: the first that is stands for them. Products with a stride are int64: caches of
     more than 2**31 elements are ordinary.
     """
-    block_size, size = spec.block_size, tiling.num_offsets
+    block_size = spec.block_size
 
     def held(position, first_token, last_token):
         position = T.min(position, last_token)
@@ -108,11 +106,11 @@ def token_offsets(
                 table.row_starts[seq],
                 *([] if runs is None else [whole(runs)]),
             )
-            T.writes(cache.offsets[0:size])
+            T.writes(whole(cache.offsets))
             row_start: T.let = table.row_starts[seq]
             for t in range(num_offsets):
                 with T.sblock("offset"):
-                    vt = T.axis.spatial(size, t)
+                    vt = T.axis.spatial(cache.offsets.shape[0], t)
                     token: T.let = held(tile.position(vt), first_token, last_token)
                     block: T.let = T.Cast("int64", table.entries[seq, row_start + entry(token, runs)])
                     slot: T.let = T.floormod(token, block_size)
