@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from pa_compiler.backend import Place
+from pa_compiler.statements import mapped
 
 if TYPE_CHECKING:
     from tvm.ir import Expr, Span
@@ -38,16 +39,10 @@ def _marked(statement: Stmt, places: list[Place], around: Place) -> Stmt:
     from tvm import s_tir, tirx
 
     match statement:
-        case s_tir.SBlockRealize(iter_values=values, predicate=predicate, block=sblock):
-            return s_tir.SBlockRealize(values, predicate, _marked(sblock, places, around))
-        case s_tir.SBlock(name_hint=name, body=body, init=init):
+        case s_tir.SBlock(name_hint=name):
             within = around._replace(parent=len(places))
             places.append(around._replace(name=name))
-            init = init and _marked(init, places, within)
-            return s_tir.SBlock(
-                statement.iter_vars, statement.reads, statement.writes, name, _marked(body, places, within), init,
-                statement.alloc_buffers, statement.match_buffers, statement.annotations,
-            )  # fmt: skip
+            return mapped(statement, lambda each: _marked(each, places, within))
         case tirx.BufferStore():
             return mark(statement, around.parent)
         case tirx.Evaluate(value=value):
@@ -70,25 +65,6 @@ def _fetched(value: Expr) -> str:
             return str(load.source.name)
         case _:
             return ""
-
-
-def mapped(statement: Stmt, of: Callable[[Stmt], Stmt]) -> Stmt:
-    """A statement with others in place of those in it; itself where it has none. It has no location."""
-    from tvm import tirx
-
-    match statement:
-        case tirx.SeqStmt():
-            return tirx.SeqStmt([of(each) for each in statement.seq])
-        case tirx.For(loop_var=var, min=least, extent=extent, kind=kind, body=body):
-            return tirx.For(var, least, extent, kind, of(body), statement.thread_binding, statement.annotations)
-        case tirx.AttrStmt(node=node, attr_key=key, value=value, body=body):
-            return tirx.AttrStmt(node, key, value, of(body))
-        case tirx.IfThenElse(condition=condition, then_case=then, else_case=otherwise):
-            return tirx.IfThenElse(condition, of(then), otherwise and of(otherwise))
-        case tirx.While(condition=condition, body=body):
-            return tirx.While(condition, of(body))
-        case _:
-            return statement
 
 
 def mark(statement: Stmt, place: int) -> Stmt:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
 from tvm import IRModule
-from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir import SBlock, Schedule
+from tvm.tirx import Stmt
 
 from pa_compiler.schedules.cpu import (
     append_kv,
@@ -25,6 +25,7 @@ from pa_compiler.schedules.cpu import (
     tokens_in_tiles,
 )
 from pa_compiler.schedules.cuda import threads as cuda_threads
+from pa_compiler.statements import parts
 from pa_compiler.tiles import Tiling, VectorTiling
 
 _STRATEGIES = {
@@ -71,7 +72,8 @@ def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Sched
     """What a strategy does to the PrimFunc that a schedule works on: for each stage that is there, in STAGES' order."""
     stages = _STRATEGIES[strategy].STAGES | append_kv.STAGES | merge_parts.STAGES
     scalar = _STRATEGIES[strategy].SCALAR | merge_parts.SCALAR
-    sblocks = _within(sch, sch.get_sblock("root"))
+    (root,) = _within(sch.mod[function].body)
+    sblocks = root.within
     if strays := list(_strays(sblocks, stages.keys() | scalar.keys())):
         raise ValueError(
             f"sblock: expected a stage of strategy {strategy}, one within a stage, or one that its SCALAR names, got "
@@ -86,8 +88,11 @@ class _Sblock(NamedTuple):
     within: list[_Sblock]
 
 
-def _within(sch: Schedule, sblock: SBlockRV) -> list[_Sblock]:
-    return [_Sblock(sch.get(child).name_hint, _within(sch, child)) for child in sch.get_child_blocks(sblock)]
+def _within(statement: Stmt) -> list[_Sblock]:
+    """The sblocks in a statement, but for those in another."""
+    if isinstance(statement, SBlock):
+        return [_Sblock(statement.name_hint, [each for part in parts(statement) for each in _within(part)])]
+    return [each for part in parts(statement) for each in _within(part)]
 
 
 def _names(sblocks: list[_Sblock]) -> set[str]:

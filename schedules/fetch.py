@@ -15,6 +15,7 @@ PASS, GROUP, SHARE, HERE = "pa.fetch.pass", "pa.fetch.group", "pa.fetch.share", 
 """The annotations of a loop; their value is the sblock that says what is fetched (kernels/ahead.py)."""
 AT_ONCE = "pa.fetch.at_once"
 """How many token groups an iteration of the GROUP loop takes, where that is more than one."""
+MARKS = (PASS, GROUP, SHARE, HERE, AT_ONCE)
 
 
 def fetch(

@@ -86,16 +86,12 @@ def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling, of_att
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
     attend, others = kernels.apart(unscheduled)
-    sch = scheduled(others, tiles)
-    if "fused_decode" in {variable.name_hint for variable in others.get_global_vars()}:
-        prefetch.insert(sch, spec, tiles, "fused_decode")
-    lowered = sch.mod
+    lowered = prefetch.insert(scheduled(others, tiles).mod, spec, {"fused_decode": tiles})
     interrupts.check()
     if of_attend is not None:
-        sch = scheduled(attend, of_attend)
-        for name in ("fused_attend", *([FEW_ROWS] if of_attend.few else [])):
-            prefetch.insert(sch, spec, of_attend.of_kernel(name), name)
-        lowered.update(sch.mod)
+        names = ("fused_attend", *([FEW_ROWS] if of_attend.few else []))
+        of_names = {name: of_attend.of_kernel(name) for name in names}
+        lowered.update(prefetch.insert(scheduled(attend, of_attend).mod, spec, of_names))
         interrupts.check()
     return Lowered(tensorir, tvmscript.text(lowered), lowered)
 

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler.cpu.products import INTEGERS, PAIRS, Product, definitions
-from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.statements import mapped, with_body, with_sblock
 from pa_compiler.tiles import LANES, Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
     from tvm.ir import Expr
-    from tvm.s_tir import Schedule
-    from tvm.s_tir.schedule import SBlockRV
+    from tvm.s_tir import SBlock
+    from tvm.tirx import PrimFunc, Stmt
 
 _LANES = "pa_compiler.lanes"
 _WIDEN = "pa_compiler.widen"
@@ -30,60 +30,80 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
     """The scheduled module with the instruction where a dot product of pairs is added to a sum, if the target has it.
 
     The tiling is decode's: where it multiplies no pairs, attend does not.
-
-    The module given may be changed: use it no more.
     """
+    from tvm import IRModule
+
     products = [product for product in (PAIRS, INTEGERS) if product.dots(target)]
     if not products or tiling.keys.terms == 1:
         return mod
-    from tvm.s_tir import Schedule
-
     _register()
-    sch = Schedule(mod)
-    for variable in mod.get_global_vars():
-        sch.work_on(variable.name_hint)
-        kept = [sblock for sblock in sblocks(sch) if _keep_lanes(sch, sblock)]
-        of_words = {lanes for sblock in kept for lanes in _vectorized(sch, sblock)}
-        for product in products:
-            sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock, product)]
-            if sums:
-                lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | product.dots(target).keys()
-                text = definitions(lanes, of_words, target, product)
-                sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", text)
-        for sblock in sblocks(sch):
-            _widen_copy(sch, sblock)
-    return sch.mod
+    return IRModule(
+        {variable: _selected(function, target, products) for variable, function in mod.functions.items()},
+        attrs=mod.attrs,
+    )
 
 
-def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
-    """The extents of vectorized loops around an sblock."""
-    from tvm.tirx import ForKind
+def _selected(function: PrimFunc, target: CpuTarget, products: list[Product]) -> PrimFunc:
+    from tvm.ir import StringImm
+    from tvm.s_tir import SBlock
+    from tvm.tirx import AttrStmt, BufferStore, For, ForKind, IntImm
 
-    loops = [sch.get(loop) for loop in sch.get_loops(sblock)]
-    return {int(loop.extent) for loop in loops if loop.kind == ForKind.VECTORIZED}
+    found: dict[str, set[int]] = {}  # by the operation, the extents of vectorized loops around it
+
+    def visit(statement: Stmt, vectors: frozenset[int] = frozenset()) -> Stmt:
+        match statement:
+            case SBlock(body=BufferStore(buffer=buffer, value=value, indices=indices)):
+                operation, value = _operation(statement, value, products)
+                if operation:
+                    found.setdefault(operation, set()).update(vectors)
+                return with_body(statement, BufferStore(buffer, value, indices), statement.init)
+            case SBlock():
+                vectors = frozenset()
+            case For(kind=ForKind.VECTORIZED, extent=extent):
+                vectors |= {int(extent)}
+        return mapped(statement, lambda each: visit(each, vectors))
+
+    def importing(text: str, statement: Stmt) -> Stmt:
+        return AttrStmt(IntImm("int32", 0), "pragma_import_llvm", StringImm(text), statement)
+
+    root = visit(function.body)
+    for product in products:
+        if product.op in found:
+            lanes = found[product.op] | product.dots(target).keys()
+            text = definitions(lanes, found.get(_LANES, set()), target, product)
+            root = with_sblock(root, mapped(root.block, functools.partial(importing, text)))
+    return function.with_body(root)
 
 
-def _replace_sum(sch: Schedule, sblock: SBlockRV, product: Product) -> bool:
-    """Let an sblock that adds a dot product of pairs call the operation; whether it is one."""
+def _operation(sblock: SBlock, value: Expr, products: list[Product]) -> tuple[str, Expr]:
+    """An operation of ours that stands for a sum or for words that are read for their lanes, and the value with it.
+
+    "" where the value is neither; where it is the words of two codes, it has the operation that makes those.
+    """
+    from tvm.ir import Call
+
+    if LANES in sblock.annotations:
+        return _LANES, Call(_LANES, [value], ret_ty="int32")
+    for product in products:
+        if (sums := _sums(value, product)) is not None:
+            return product.op, sums
+    return "", _widened_codes(value)
+
+
+def _sums(value: Expr, product: Product) -> Expr | None:
+    """The operation that adds a dot product of pairs, in place of a value that does; None where it does not."""
     import tvm_ffi
     from tvm.ir import Call
-    from tvm.tirx import Add, BufferStore, LShift, Mul, RShift
+    from tvm.tirx import Add, LShift, Mul, RShift
 
-    old = sch.get(sblock)
-    match old.body:
+    match value:
         case (
-            BufferStore(
-                value=Add(a=total, b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as added)
-            )
-            | BufferStore(value=Add(a=total, b=Add(a=Mul(a=RShift(a=LShift(a=a)), b=RShift(a=LShift(a=b)))) as added))
+            Add(a=total, b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as added)
+            | Add(a=total, b=Add(a=Mul(a=RShift(a=LShift(a=a)), b=RShift(a=LShift(a=b)))) as added)
         ) if tvm_ffi.structural_equal(added, product.of_words(a, b)):
-            pass
+            return Call(product.op, [total, _widened_codes(a), _widened_codes(b)], ret_ty=total.ty)
         case _:
-            return False
-    call = Call(product.op, [total, _widened_codes(a), _widened_codes(b)], ret_ty=total.ty)
-    store = BufferStore(old.body.buffer, call, old.body.indices)
-    replace_body(sch, sch.get_sref(sblock), store)
-    return True
+            return None
 
 
 def _widened_codes(word: Expr) -> Expr:
@@ -101,28 +121,6 @@ def _widened_codes(word: Expr) -> Expr:
             return Call(_WIDEN, [first, second], ret_ty="int32")
         case _:
             return word
-
-
-def _widen_copy(sch: Schedule, sblock: SBlockRV) -> None:
-    """Let an sblock that stores the words of two codes make them by the operation."""
-    from tvm.tirx import BufferStore
-
-    body = sch.get(sblock).body
-    if isinstance(body, BufferStore) and not (word := _widened_codes(body.value)).same_as(body.value):
-        replace_body(sch, sch.get_sref(sblock), BufferStore(body.buffer, word, body.indices))
-
-
-def _keep_lanes(sch: Schedule, sblock: SBlockRV) -> bool:
-    """Let an sblock that reads words for their lanes call the operation that says of which type; whether it is one."""
-    from tvm.ir import Call
-    from tvm.tirx import BufferStore
-
-    old = sch.get(sblock)
-    if LANES not in old.annotations:
-        return False
-    call = Call(_LANES, [old.body.value], ret_ty="int32")
-    replace_body(sch, sch.get_sref(sblock), BufferStore(old.body.buffer, call, old.body.indices))
-    return True
 
 
 @functools.cache

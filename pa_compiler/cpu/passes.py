@@ -16,11 +16,11 @@ import math
 from typing import TYPE_CHECKING
 
 from pa_compiler import locations
-from pa_compiler.cpu.sblocks import with_body
+from pa_compiler.statements import mapped, sblocks, with_loops
 
 if TYPE_CHECKING:
     from tvm import IRModule
-    from tvm.tirx import Buffer, PrimFunc, Stmt
+    from tvm.tirx import Buffer, For, PrimFunc, Stmt
     from tvm.transform import Pass, PassContext
 
 _NAME = "pa_compiler"
@@ -38,8 +38,7 @@ def pipeline() -> str:
 
     @tirx.transform.prim_func_pass(opt_level=0)
     def compact(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
-        root = function.body
-        return function.with_body(_with_sblock(root, with_body(root.block, _compact(root.block.body))))
+        return function.with_body(mapped(function.body, lambda root: mapped(root, _compact)))
 
     @tirx.transform.prim_func_pass(opt_level=0)
     def keep_on_stack(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
@@ -62,59 +61,34 @@ def pipeline() -> str:
     return _NAME
 
 
-def _compact(statement: Stmt, loops: tuple[Stmt, ...] = ()) -> Stmt:
-    """A statement inside of loops, with the buffers of innermost sblocks as small as what is used of them."""
+def _compact(statement: Stmt, loops: tuple[For, ...] = ()) -> Stmt:
+    """A statement inside of loops, with the buffers of innermost sblocks as small as what is used of them.
+
+    An sblock with buffers is innermost if no other with buffers in it is the kernel's. Those that TVM puts around loops
+    have no name.
+    """
     from tvm import s_tir, tirx
 
     match statement:
-        case s_tir.SBlockRealize(block=sblock):
-            if sblock.alloc_buffers and not _has_stages(sblock.body):
-                compacted = _compacted(statement, loops)
-                if all(map(_size, compacted.block.alloc_buffers)):
-                    return compacted
-            return _with_sblock(statement, with_body(sblock, _compact(sblock.body, loops)))
+        case s_tir.SBlockRealize(block=sblock) if sblock.alloc_buffers and not any(
+            within.alloc_buffers and within.name_hint for within in sblocks(sblock.body)
+        ):
+            compacted = _compacted(statement, loops)
+            if all(map(_size, compacted.block.alloc_buffers)):
+                return compacted
         case tirx.For():
-            return locations.mapped(statement, lambda body: _compact(body, (*loops, statement)))
-        case _:
-            return locations.mapped(statement, lambda each: _compact(each, loops))
+            loops = (*loops, statement)
+    return mapped(statement, lambda each: _compact(each, loops))
 
 
-def _compacted(statement: Stmt, loops: tuple[Stmt, ...]) -> Stmt:
+def _compacted(statement: Stmt, loops: tuple[For, ...]) -> Stmt:
     """What TVM's pass makes of a statement inside of loops, of which alone it knows how far they go."""
     import tvm
     from tvm import s_tir, tirx
 
-    around = functools.reduce(lambda inner, loop: _with_loop(loop, inner), reversed(loops), statement)
-    alone = tvm.IRModule({_NAME: tirx.PrimFunc([], around)})
+    alone = tvm.IRModule({_NAME: tirx.PrimFunc([], with_loops(loops, statement))})
     compacted = s_tir.transform.CompactBufferAllocation()(alone)[_NAME].body
     return functools.reduce(lambda outer, _: outer.body, loops, compacted)
-
-
-def _has_stages(statement: Stmt) -> bool:
-    """Whether sblocks of the kernel in a statement have buffers. Those that TVM puts around a loop have no name."""
-    from tvm import s_tir, tirx
-
-    match statement:
-        case s_tir.SBlockRealize(block=sblock):
-            return bool(sblock.name_hint and sblock.alloc_buffers) or _has_stages(sblock.body)
-        case tirx.SeqStmt(seq=seq):
-            return any(map(_has_stages, seq))
-        case tirx.IfThenElse(then_case=then, else_case=otherwise):
-            return _has_stages(then) or (otherwise is not None and _has_stages(otherwise))
-        case tirx.For(body=body) | tirx.AttrStmt(body=body) | tirx.While(body=body):
-            return _has_stages(body)
-        case _:
-            return False
-
-
-def _with_loop(loop: Stmt, body: Stmt) -> Stmt:
-    return locations.mapped(loop, lambda _: body)
-
-
-def _with_sblock(realized: Stmt, sblock: Stmt) -> Stmt:
-    from tvm import s_tir
-
-    return s_tir.SBlockRealize(realized.iter_values, realized.predicate, sblock)
 
 
 def _keep(statement: Stmt) -> Stmt:

@@ -8,40 +8,79 @@ They stand between inner loops: within one, every sum would be stored at each st
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.statements import mapped, sblocks, with_loops
 from pa_compiler.tiles import Tiling, divisors
 
 if TYPE_CHECKING:
+    from tvm import IRModule
     from tvm.ir import Expr
-    from tvm.s_tir import Schedule
-    from tvm.s_tir.schedule import LoopRV, SBlockRV
-    from tvm.tirx import For, Stmt, Var
+    from tvm.tirx import For, PrimFunc, Stmt
 
     from pa_compiler.kernels.ahead import Announced
     from pa_compiler.kernels.caches import Cache, CacheAccess
 
 
-def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling, function: str) -> None:
-    """Put prefetch instructions into a scheduled kernel, and take out what these and schedules have said for them."""
-    if not tiling.prefetches:
-        return
+def insert(mod: IRModule, spec: PagedAttentionSpec, tilings: Mapping[str, Tiling]) -> IRModule:
+    """A scheduled module with prefetch instructions in kernels that have tilings, by their names.
+
+    What these and their schedules have said for the instructions is not there any more.
+
+    Raises:
+        ValueError: a kernel says what is fetched, and no loop is marked for it.
+    """
+    from tvm import IRModule
+
+    def inserted(name: str, function: PrimFunc) -> PrimFunc:
+        fetches = name in tilings and tilings[name].prefetches
+        return _inserted(function, spec, tilings[name]) if fetches else function
+
+    functions = {variable: inserted(variable.name_hint, function) for variable, function in mod.functions.items()}
+    return IRModule(functions, attrs=mod.attrs)
+
+
+def _inserted(function: PrimFunc, spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    from tvm.s_tir import SBlockRealize
+    from tvm.tirx import For, SeqStmt
+
     from pa_compiler.kernels import ahead
     from pa_compiler.kernels.caches import key_access, value_access
+    from pa_compiler.schedules.fetch import HERE
 
-    sch.work_on(function)
     accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
     accesses[ahead.EARLY_KEYS] = accesses[ahead.KEYS]
-    said = [sblock for sblock in sblocks(sch) if sch.get(sblock).name_hint in accesses]
-    for sblock in said:
-        name = sch.get(sblock).name_hint
-        announced = ahead.announced(sch.get(sblock).body)
-        _remove(sch, sblock)
-        nests = _marked(sch, name)
-        for marked in nests:
-            _fetch(sch, marked, announced, accesses[name], tiling.token_group)
+    said = {
+        sblock.name_hint: ahead.announced(sblock.body)
+        for sblock in sblocks(function.body)
+        if sblock.name_hint in accesses
+    }
+    fetched: set[str] = set()
+
+    def visit(statement: Stmt, loops: tuple[For, ...] = ()) -> Stmt:
+        match statement:
+            case SeqStmt(seq=seq):
+                rest = [each for each in seq if not (isinstance(each, SBlockRealize) and each.block.name_hint in said)]
+                return SeqStmt([visit(each, loops) for each in rest])
+            case SBlockRealize():
+                loops = ()  # a schedule marks loops around sblocks of one
+            case For():
+                loops = (*loops, statement)
+                body, statement = visit(statement.body, loops), _unmarked(statement)
+                if (name := loops[-1].annotations.get(HERE)) in said:
+                    fetched.add(name)
+                    marked = [loop for loop in loops if name in [*loop.annotations.values()]]
+                    instructions = _fetch(marked, said[name], accesses[name], tiling.token_group)
+                    body = SeqStmt([instructions, *(body.seq if isinstance(body, SeqStmt) else [body])])
+                return with_loops([statement], body)
+        return mapped(statement, lambda each: visit(each, loops))
+
+    body = visit(function.body)
+    if missing := [name for name in said if name not in fetched]:
+        raise ValueError(f"{missing[0]}: expected a schedule that marks the loops in which it is fetched, got none")
+    return function.with_body(body)
 
 
 def fetching_passes(passes: int, group: int, lines: int) -> int:
@@ -53,26 +92,23 @@ def fetching_passes(passes: int, group: int, lines: int) -> int:
     return max(count for count in divisors(group) + [group * part for part in divisors(lines)] if count <= passes)
 
 
-def _fetch(sch: Schedule, marked: list[LoopRV], announced: Announced, access: CacheAccess, token_group: int) -> None:
-    """Put the instructions of one cache into its marked loops, and take the marks off."""
-    from tvm.tirx import SeqStmt
+def _fetch(marked: list[For], announced: Announced, access: CacheAccess, token_group: int) -> Stmt:
+    """The instructions of one cache, in loops that are marked for it, from the outermost to the innermost."""
+    from pa_compiler.schedules.fetch import AT_ONCE, GROUP, PASS, SHARE
 
-    from pa_compiler.schedules.fetch import AT_ONCE, GROUP, HERE, PASS, SHARE
+    passes, groups, shares = ([loop for loop in marked if mark in loop.annotations] for mark in (PASS, GROUP, SHARE))
+    token_group *= int(groups[0].annotations.get(AT_ONCE, 1))
+    return _instructions(announced, access, token_group, passes, groups, shares)
 
-    passes, groups, shares, here = (
-        [loop for loop in marked if mark in sch.get(loop).annotations] for mark in (PASS, GROUP, SHARE, HERE)
-    )
-    token_group *= int(sch.get(groups[0]).annotations.get(AT_ONCE, 1))
-    instructions = _instructions(
-        announced, access, token_group, *([sch.get(loop) for loop in loops] for loops in (passes, groups, shares))
-    )
-    for loop in marked:
-        for mark in (PASS, GROUP, SHARE, HERE, AT_ONCE):
-            if mark in sch.get(loop).annotations:
-                sch.unannotate(loop, mark)
-    old = sch.get(here[0])
-    body = SeqStmt([instructions, *(old.body.seq if isinstance(old.body, SeqStmt) else [old.body])])
-    _replace(sch, here[0], old, body)
+
+def _unmarked(loop: For) -> For:
+    """A loop without marks."""
+    from tvm.tirx import For
+
+    from pa_compiler.schedules.fetch import MARKS
+
+    rest = {key: value for key, value in loop.annotations.items() if key not in MARKS}
+    return For(loop.loop_var, loop.min, loop.extent, loop.kind, loop.body, loop.thread_binding, rest)
 
 
 def _instructions(
@@ -151,36 +187,3 @@ def _index(loops: list[For]) -> Expr | int:
     for loop in loops:
         index = index * int(loop.extent) + loop.loop_var
     return index
-
-
-def _marked(sch: Schedule, name: str) -> list[list[LoopRV]]:
-    """The loops that a schedule has marked for a cache, nest by nest, from the outermost to the innermost."""
-    from pa_compiler.schedules.fetch import HERE
-
-    nests: dict[Var, list[LoopRV]] = {}
-    for sblock in sblocks(sch):
-        loops = sch.get_loops(sblock)
-        marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]
-        for loop in marked:
-            if HERE in sch.get(loop).annotations:
-                nests.setdefault(sch.get(loop).loop_var, marked)
-    if nests:
-        return [*nests.values()]
-    raise ValueError(f"{name}: expected a schedule that marks the loops in which it is fetched, got none")
-
-
-def _remove(sch: Schedule, sblock: SBlockRV) -> None:
-    """Take an sblock out of the one around it."""
-    from tvm.tirx import SeqStmt
-
-    around, gone = sch.get_sref(sblock).parent, sch.get(sblock)
-    rest = [stmt for stmt in around.stmt.body.seq if not gone.same_as(getattr(stmt, "block", None))]
-    replace_body(sch, around, SeqStmt(rest))
-
-
-def _replace(sch: Schedule, loop: LoopRV, old: For, body: Stmt) -> None:
-    """Give a loop another body."""
-    from tvm.tirx import For
-
-    new = For(old.loop_var, old.min, old.extent, old.kind, body, old.thread_binding, old.annotations)
-    sch.state.replace(sch.get_sref(loop), new, {})

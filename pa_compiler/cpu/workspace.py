@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pa_compiler.cpu.sblocks import sblocks
+from pa_compiler.statements import sblocks
 from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
-    from tvm.s_tir import Schedule
-    from tvm.tirx import Buffer
+    from tvm.tirx import Buffer, PrimFunc
 
 _LINE = _HEAD = 64  # ScratchStack in templates/cpu/scratch.h: what it aligns to, and what lies before each buffer
 
@@ -21,16 +20,12 @@ def scratch_bytes(mod: IRModule, *tilings: Tiling) -> int:
     All buffers of a kernel count as if they were there at once. An extent that is no number is one of the tokens of a
     tile, of which there are kv_tile at most, in whole groups.
     """
-    from tvm.s_tir import Schedule
-
-    sch = Schedule(mod)
     tokens = max(tiles.padded_kv_tile for tiles in tilings)
-    return max(_of_kernel(sch, variable.name_hint, tokens) for variable in mod.get_global_vars())
+    return max(_of_kernel(function, tokens) for function in mod.functions.values())
 
 
-def _of_kernel(sch: Schedule, name: str, tokens: int) -> int:
-    sch.work_on(name)
-    return sum(_bytes(buffer, tokens) for each in sblocks(sch) for buffer in sch.get(each).alloc_buffers)
+def _of_kernel(function: PrimFunc, tokens: int) -> int:
+    return sum(_bytes(buffer, tokens) for sblock in sblocks(function.body) for buffer in sblock.alloc_buffers)
 
 
 def _bytes(buffer: Buffer, tokens: int) -> int:

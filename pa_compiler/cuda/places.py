@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pa_compiler import locations
 from pa_compiler.backend import Place
+from pa_compiler.statements import mapped
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -96,7 +97,7 @@ def _marked(statement: Stmt, place: PlaceOf) -> Stmt:
 
     if isinstance(statement, (tirx.BufferStore, tirx.Evaluate)):
         return locations.mark(statement, place(statement.span))
-    return locations.mapped(statement, lambda each: _marked(each, place))
+    return mapped(statement, lambda each: _marked(each, place))
 
 
 def _remark(statement: Stmt, place: PlaceOf, remarks: dict[Stmt, str]) -> Stmt:
@@ -105,7 +106,7 @@ def _remark(statement: Stmt, place: PlaceOf, remarks: dict[Stmt, str]) -> Stmt:
 
     if not isinstance(statement, (tirx.SeqStmt, tirx.AttrStmt, tirx.AllocBuffer, tirx.DeclBuffer)):
         remarks[statement] = f"{_SAYS} {place(statement.span)}"
-    locations.mapped(statement, lambda each: _remark(each, place, remarks))
+    mapped(statement, lambda each: _remark(each, place, remarks))
     return statement
 
 
@@ -119,7 +120,7 @@ def with_calls(mod: IRModule) -> IRModule:
         return tirx.Evaluate(tirx.call_extern("int32", _SAYS, place))
 
     def visit(statement: Stmt) -> Stmt:
-        inner = locations.mapped(statement, visit)
+        inner = mapped(statement, visit)
         if isinstance(statement, (tirx.SeqStmt, tirx.AttrStmt)):
             return inner
         return tirx.SeqStmt([call(statement), inner])
