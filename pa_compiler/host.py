@@ -148,7 +148,7 @@ def render_template(name: str, spec: PagedAttentionSpec, description: str, **val
 
 def render_text(name: str, values: Mapping[str, Any]) -> str:
     """A template with values."""
-    return _environment().get_template(name).render(values)
+    return _template(name).render(values)
 
 
 def headers(text: str) -> dict[str, str]:
@@ -166,31 +166,27 @@ def headers(text: str) -> dict[str, str]:
 
 def _interface(place: str) -> str:
     """The header with what a target's libraries and interface.py say to each other."""
-    return (
-        _environment()
-        .get_template(f"{place}.j2")
-        .render(
-            cpu_entry_points=CPU_ENTRY_POINTS,
-            cuda_entry_points=CUDA_ENTRY_POINTS,
-            threading=THREADING,
-            work_item_fields=[f"&WorkItem::{name}" for name in WorkItem._fields],
-            attend_item_fields=[f"&AttendItem::{name}" for name in AttendItem._fields],
-            prefix_item_fields=[f"&AttendItem::{'seq' if name == 'prefix' else name}" for name in PrefixItem._fields],
-            checks=[f"check_{name}" for name in CHECKS],
-            report_codes=REPORT_CODES,
-            report_fields=REPORT_FIELDS,
-            most_queries=GPU_QUERY_TOKENS,
-        )
+    return _template(f"{place}.j2").render(
+        cpu_entry_points=CPU_ENTRY_POINTS,
+        cuda_entry_points=CUDA_ENTRY_POINTS,
+        threading=THREADING,
+        work_item_fields=[f"&WorkItem::{name}" for name in WorkItem._fields],
+        attend_item_fields=[f"&AttendItem::{name}" for name in AttendItem._fields],
+        prefix_item_fields=[f"&AttendItem::{'seq' if name == 'prefix' else name}" for name in PrefixItem._fields],
+        checks=[f"check_{name}" for name in CHECKS],
+        report_codes=REPORT_CODES,
+        report_fields=REPORT_FIELDS,
+        most_queries=GPU_QUERY_TOKENS,
     )
 
 
-def _environment() -> jinja2.Environment:
-    return _environment_of(tuple(installation.templates().items()))
+def _template(name: str) -> jinja2.Template:
+    return _environment(tuple(installation.templates().items())).get_template(name)
 
 
 @functools.lru_cache(1)
-def _environment_of(templates: tuple[tuple[str, str], ...]) -> jinja2.Environment:
-    """With texts by their names, of which it keeps what it has made of them; who edits one gets another."""
+def _environment(templates: tuple[tuple[str, str], ...]) -> jinja2.Environment:
+    """With texts by their names. What it has made of them it keeps, for as long as nobody edits one."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -201,9 +197,9 @@ def _environment_of(templates: tuple[tuple[str, str], ...]) -> jinja2.Environmen
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
+    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals]
     filters += [_initializers, _members, _arguments, _address, _fill]
-    environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
+    environment.filters |= {each.__name__.removeprefix("_"): each for each in filters} | {"product": math.prod}
     return environment
 
 
@@ -294,10 +290,6 @@ def _intervals(spec: PagedAttentionSpec, many_tokens: bool = False) -> list[str]
     """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec, many_tokens).intervals)
     return [f"{{{begin}, {end}}}" for begin, end in texts]
-
-
-def _product(shape: Sequence[int]) -> int:
-    return math.prod(shape)
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:
