@@ -89,9 +89,11 @@ def worked_on():
             found.append((sch, variable.name_hint, schedules._strategy_of(variable.name_hint, tiles)[0]))
     assert {strategy for _, _, strategy in found} == set(schedules._STRATEGIES)
     within = schedules._within
-    known = {sch: within(sch, sch.get_sblock("root")) for sch, *_ in found}
+    known = {body: within(body) for body in (sch.mod[name].body for sch, name, _ in found)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedules, "_within", lambda sch, sblock: known[sch] if sch in known else within(sch, sblock))
+        patch.setattr(
+            schedules, "_within", lambda statement: known[statement] if statement in known else within(statement)
+        )
         yield found
 
 
