@@ -25,13 +25,23 @@ KV_ROTATIONS = ("hadamard", "none")
 """What keys and values are multiplied by before they become codes."""
 
 
+KV_DOTS = ("int8",)
+"""What queries, and weights of values, may become to be multiplied by codes."""
+
+DOTS_DIMS = 32
+"""What head_dim and value_dim are multiples of then: words of eight codes fill vectors of 4."""
+
+
 class CachesOfCodes:
-    """What a spec's fields kv_dtype and kv_scale mean."""
+    """What a spec's fields kv_dtype, kv_scale, kv_rotation and kv_dots mean."""
 
     dtype: str
     kv_dtype: str | None
     kv_scale: str | None
     kv_rotation: str | None
+    kv_dots: str | None
+    kv_layout: str
+    invariant: bool
     head_dim: int
     num_kv_heads: int
     block_size: int
@@ -80,6 +90,11 @@ class CachesOfCodes:
         return self.rotation == "hadamard"
 
     @property
+    def byte_dots(self) -> bool:
+        """Whether decode multiplies codes by integers of 8 bits, which queries and weights become."""
+        return self.kv_dots == "int8"
+
+    @property
     def codes_of_byte(self) -> int:
         """Elements that a byte of a cache holds, side by side in its last axis; 1 where an element has bytes."""
         return CODES_OF_BYTE.get(self.cache_dtype, 1)
@@ -104,13 +119,14 @@ class CachesOfCodes:
 
 
 def checked_kv_type(spec: CachesOfCodes) -> dict[str, str | None]:
-    """The fields kv_dtype, kv_scale and kv_rotation of a spec as they are kept: None where the caches hold dtype.
+    """The fields kv_dtype, kv_scale, kv_rotation and kv_dots of a spec as they are kept: None where caches hold dtype.
 
     Raises:
         TypeError: one of them is no string.
         ValueError: one of them is not known, does not go with the other, or other fields do not go with them.
     """
     fields = {"kv_dtype": (spec.dtype, *KV_TYPES), "kv_scale": SCALES, "kv_rotation": KV_ROTATIONS}
+    fields["kv_dots"] = KV_DOTS
     found: dict[str, str | None] = {}
     for name, choices in fields.items():
         value = getattr(spec, name)
@@ -123,7 +139,7 @@ def checked_kv_type(spec: CachesOfCodes) -> dict[str, str | None]:
         found["kv_dtype"] = None
     kv_dtype, kv_scale = found["kv_dtype"], found["kv_scale"]
     if kv_dtype is None:
-        for name in ("kv_scale", "kv_rotation"):
+        for name in ("kv_scale", "kv_rotation", "kv_dots"):
             if found[name] is not None:
                 raise ValueError(f"{name}: expected None without a kv_dtype other than dtype, got {found[name]!r}")
         return found
@@ -134,7 +150,22 @@ def checked_kv_type(spec: CachesOfCodes) -> dict[str, str | None]:
     if spec.shared_kv:
         raise ValueError(f"shared_kv: expected False with kv_dtype {kv_dtype}, got True")
     _check_dims(spec, kv_dtype, found["kv_rotation"])
+    if found["kv_dots"] is not None:
+        _check_dots(spec, kv_dtype, found["kv_dots"])
     return found
+
+
+def _check_dots(spec: CachesOfCodes, kv_dtype: str, kv_dots: str) -> None:
+    """Whether decode can multiply codes by integers of 8 bits, with errors below those of the codes."""
+    if kv_dtype != "int4":
+        raise ValueError(f"kv_dots: expected None with kv_dtype {kv_dtype}, or kv_dtype int4, got {kv_dots!r}")
+    if spec.kv_layout == "packed":
+        raise ValueError(f"kv_layout: expected NHD or HND with kv_dots {kv_dots}, got {spec.kv_layout!r}")
+    if spec.invariant:
+        raise ValueError(f"invariant: expected False with kv_dots {kv_dots}, which attend does not have, got True")
+    for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
+        if dim % DOTS_DIMS:
+            raise ValueError(f"{name}: expected a multiple of {DOTS_DIMS} with kv_dots {kv_dots}, got {dim}")
 
 
 def _check_dims(spec: CachesOfCodes, kv_dtype: str, kv_rotation: str | None) -> None:

@@ -40,6 +40,8 @@ def _parts(spec: PagedAttentionSpec) -> Iterator[str]:
     yield _SHORT[spec.dtype]
     if spec.has_scales:
         yield f"kv_{_SHORT[spec.cache_dtype]}_{spec.scales_of}" + ("_rotated" if spec.rotates else "")
+    if spec.kv_dots:
+        yield f"dots_{_SHORT[spec.kv_dots]}"
     if spec.result_dtype != spec.dtype:
         yield f"out_{_SHORT[spec.result_dtype]}"
     yield spec.kv_layout.lower()

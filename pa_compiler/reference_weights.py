@@ -203,10 +203,15 @@ def numbers_of(
             numbers = of_tokens[..., None] * codes
             added = np.abs(numbers)
         if kv_rotation not in (None, "none"):
-            numbers = numbers @ _sylvester(numbers.shape[-1])
+            numbers = rotated(numbers)
             # errors of either sign, of elements that are added up with either, are as large as they were on average
             added = np.maximum(np.abs(numbers), np.sqrt((added**2).mean(axis=-1, keepdims=True)))
     return numbers, added
+
+
+def rotated(numbers: np.ndarray) -> np.ndarray:
+    """The last axis times H / sqrt(dim), in float64."""
+    return numbers.astype(np.float64) @ _sylvester(numbers.shape[-1])
 
 
 @functools.cache

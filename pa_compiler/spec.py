@@ -33,7 +33,6 @@ _INTEGER_RANGES = {
     "window": (1, 1 << 30),
 }
 
-
 _SOFTCAPS = (1e-30, 1e30)
 """Soft caps that float32 holds, and their reciprocals."""
 
@@ -79,11 +78,11 @@ class PagedAttentionSpec(CachesOfCodes):
             "int4", two elements in a byte, of which the even one is in its low half. Each element then counts as often
             as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused", not with shared_kv.
         kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
-            "token_head", each head of each token, of int8, and of int4, which has a zero point besides. None: the first
-            of these that kv_dtype has.
+            "token_head", each head of each token, of int8 and int4, which has zero points besides. None: its first one.
         kv_rotation: "hadamard" multiplies keys and values by a Hadamard matrix before they become codes, which spreads
             what a few elements have: of int4, where it is the default, and int8, with a power of two for head_dim and
             value_dim. "none" does not.
+        kv_dots: "int8" has decode multiply codes of int4 by integers of 8 bits, as queries and weights become; or None
 
     Raises:
         TypeError: a field has the wrong type.
@@ -112,6 +111,7 @@ class PagedAttentionSpec(CachesOfCodes):
     kv_dtype: str | None = dataclasses.field(default=None, kw_only=True)
     kv_scale: str | None = dataclasses.field(default=None, kw_only=True)
     kv_rotation: str | None = dataclasses.field(default=None, kw_only=True)
+    kv_dots: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()

@@ -18,6 +18,9 @@ columns, of a tile of sums."""
 FEW_ROWS = "fused_attend_few"
 """The PrimFunc of attend that has the tiles of Tiling.few."""
 
+CODES_OF_WORD = 8
+"""Codes of 4 bits in a word of 32."""
+
 LANES = "pa.lanes"
 """The mark of an sblock that reads words in vectors, of whose lanes each is an operand of a product."""
 
@@ -28,25 +31,28 @@ class Element:
 
     Attributes:
         dtype: Type of an element in the cache.
-        word: Elements of a word: 2 of bfloat16, wherever they come in pairs, and of int4, else 1.
-        halves: Elements of head_dim that a word is taken apart into, each for a vector of its own: 2 where a word holds
-            two elements of one row, and is not multiplied as it is.
-        terms: Products that one step of a matmul adds up: 2 where a pair of numbers is an operand.
-        integers: Whether the numbers of a pair are integers of 16 bits, whose products are added up as those of 32
-            (kernels/integers.py); otherwise they are of bfloat16.
+        word: Elements of a word: 2 of bfloat16, wherever they come in pairs, and of int4, or 8 of int4, else 1.
+        halves: Operands that a word is taken apart into, each for a vector of its own: as many as elements of one row
+            where it is not multiplied as it is; 2 where four elements are an operand.
+        terms: Products that one step of a matmul adds up: 2 where a pair of numbers is an operand, 4 where it is four.
+        integers: Bits of the integers that the numbers of an operand are, 16 or 8, whose products are added up as those
+            of 32 (kernels/integers.py); 0: they are of bfloat16, or float32.
+        turned: Words of a row that are turned at a time (kernels/fours.py), and so the order in which a copy has its
+            elements; 0 where they stay in order.
     """
 
     dtype: str
     word: int = 1
     halves: int = 1
     terms: int = 1
-    integers: bool = False
+    integers: int = 0
+    turned: int = 0
 
     @property
     def word_dtype(self) -> str:
-        """The type of a word: dtype itself, or an integer for a pair, or for the codes of a byte."""
+        """The type of a word: dtype itself, or an integer for a pair, or for the codes of a byte, or of four."""
         if ITEMSIZES[self.dtype] == 1:
-            return "int8"
+            return "int8" if self.word < CODES_OF_WORD else "int32"
         return self.dtype if self.word == 1 else "int32"
 
     @property
@@ -188,7 +194,7 @@ class Tiling:
 
     def scales_tiles(self, spec: PagedAttentionSpec) -> bool:
         """Whether what a tile of values adds has a factor besides the softmax's: a head's scale, or a unit."""
-        return (spec.has_scales and not spec.token_scales) or self.values.integers
+        return (spec.has_scales and not spec.token_scales) or (self.values.integers > 0 and not spec.has_zeros)
 
     def pass_tiles(self, spec: PagedAttentionSpec) -> int:
         """Head tiles that go from scores to outputs at once."""

@@ -76,8 +76,9 @@ def test_types_in_the_order_of_what_they_keep(compiled):
 def test_every_type_that_a_spec_may_have():
     names = [accuracy.name_of(spec) for spec in accuracy.variants(SPEC)]
     assert names[0] == "float32"
-    assert names[-2:] == ["int8, token_head, rotated", "int4, token_head, not rotated"]
-    assert len(names) == len(set(names)) == 9
+    assert names[-4:-2] == ["int8, token_head, rotated", "int4, token_head, not rotated"]
+    assert names[-2:] == [f"int4, token_head, {rotated}, dots of int8" for rotated in ("rotated", "not rotated")]
+    assert len(names) == len(set(names)) == 11
     odd = dataclasses.replace(SPEC, head_dim=24)
     assert not any(spec.rotates for spec in accuracy.variants(odd))
 

@@ -169,13 +169,15 @@ def test_names_tell_specs_apart():
     }  # fmt: skip
     import dataclasses
 
-    assert fields.keys() | {"inputs", "kv_scale", "kv_rotation"} == {field.name for field in dataclasses.fields(BASE)}
+    of_codes = {"kv_scale", "kv_rotation", "kv_dots"}
+    assert fields.keys() | {"inputs"} | of_codes == {field.name for field in dataclasses.fields(BASE)}
     specs = [BASE, *(dataclasses.replace(BASE, **{name: value}) for name, value in fields.items())]
     specs += [dataclasses.replace(BASE, kv_dtype="float8_e5m2", kv_scale=scale) for scale in ("tensor", "head")]
     specs += [
         dataclasses.replace(BASE, head_dim=32, kv_dtype=dtype, kv_rotation=rotation)
         for dtype, rotation in (("int8", "hadamard"), ("int4", "hadamard"), ("int4", "none"))
     ]
+    specs.append(dataclasses.replace(BASE, head_dim=32, kv_dtype="int4", kv_dots="int8"))
     names = [naming.spec_name(spec) for spec in specs]
     assert len(set(names)) == len(names)
     assert all(name.isidentifier() for name in names)

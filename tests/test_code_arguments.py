@@ -15,6 +15,7 @@ from pa_compiler import PagedAttentionSpec
 PLAIN = PagedAttentionSpec(4, 2, 32, 16, "bfloat16")
 INT8 = dataclasses.replace(PLAIN, kv_dtype="int8")
 INT4 = dataclasses.replace(PLAIN, kv_dtype="int4")
+DOTS = {"kv_dtype": "int4", "kv_dots": "int8"}
 E4M3 = dataclasses.replace(PLAIN, kv_dtype="float8_e4m3fn", kv_scale="head")
 
 
@@ -56,6 +57,23 @@ E4M3 = dataclasses.replace(PLAIN, kv_dtype="float8_e4m3fn", kv_scale="head")
             "kv_scale: expected tensor or head with kv_dtype float8_e5m2",
         ),
         ({"kv_dtype": "int8", "shared_kv": True}, ValueError, "shared_kv: expected False with kv_dtype int8"),
+        ({"kv_dots": "int8"}, ValueError, "kv_dots: expected None without a kv_dtype other than dtype, got 'int8'"),
+        (
+            {"kv_dtype": "int8", "kv_dots": "int8"},
+            ValueError,
+            "kv_dots: expected None with kv_dtype int8, .* got 'int8'",
+        ),
+        (
+            {"kv_dtype": "float8_e5m2", "kv_dots": "int8"},
+            ValueError,
+            "kv_dots: expected None with kv_dtype float8_e5m2",
+        ),
+        (DOTS | {"kv_dots": "int16"}, ValueError, "kv_dots: expected one of int8, got 'int16'"),
+        (DOTS | {"kv_dots": 8}, TypeError, "kv_dots: expected a string, got 8"),
+        (DOTS | {"kv_layout": "packed"}, ValueError, "kv_layout: expected NHD or HND with kv_dots int8, got 'packed'"),
+        (DOTS | {"invariant": True}, ValueError, "invariant: expected False with kv_dots int8, .* got True"),
+        (DOTS | {"head_dim": 16}, ValueError, "head_dim: expected a multiple of 32 with kv_dots int8, got 16"),
+        (DOTS | {"value_dim": 16}, ValueError, "value_dim: expected a multiple of 32 with kv_dots int8, got 16"),
     ],
 )
 def test_a_spec_is_refused(fields, error, says):

@@ -244,7 +244,7 @@ def test_odd_strides_of_bfloat16_are_refused(compiled, figure, name, axis):
     odd[...] = cache
     out = inputs.out
     shown = re.escape(str(strides))
-    with pytest.raises(ValueError, match=rf"^{name}: expected strides in whole pairs of elements, got {shown}$"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected strides in multiples of 2 elements, got {shown}$"):
         compiled(spec).decode(*inputs.replace(**{name: odd}).arguments, out=out)
     assert_same_bits(out, inputs.out)
     figure("kinds", 1)

@@ -54,6 +54,7 @@ ALL_SPECS += [
     dataclasses.replace(spec, kv_dtype="int4", kv_rotation="none")
     for spec in (BASE, IN_TILE_REGISTERS, PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"))
 ]
+ALL_SPECS.append(PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_dtype="int4", kv_dots="int8"))
 
 ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
 

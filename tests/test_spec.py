@@ -116,6 +116,7 @@ def test_positional_order():
         "kv_dtype": None,
         "kv_scale": None,
         "kv_rotation": None,
+        "kv_dots": None,
     }
 
 

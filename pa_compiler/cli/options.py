@@ -17,7 +17,7 @@ from pa_compiler.backend import Extras
 from pa_compiler.cli import functions
 from pa_compiler.cli.text import flag
 from pa_compiler.compiler import PIPELINES
-from pa_compiler.kv_types import KV_ROTATIONS, KV_TYPES, SCALES
+from pa_compiler.kv_types import KV_DOTS, KV_ROTATIONS, KV_TYPES, SCALES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
 
@@ -123,6 +123,7 @@ def spec_fields(command: Callable[..., Any]) -> Callable[..., Any]:
         "kv_dtype": ((*DTYPES, *KV_TYPES), "Type of the caches: codes, with scales beside them, if not --dtype."),
         "kv_scale": (SCALES, "What has a scale of its own in caches of codes."),
         "kv_rotation": (KV_ROTATIONS, "What keys and values are multiplied by before they become codes."),
+        "kv_dots": (KV_DOTS, "What decode makes of queries, and of weights, to multiply codes of int4 by."),
         "out_dtype": (DTYPES, "Type of out."),
         "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
     }

@@ -73,6 +73,7 @@ def _codes(spec: PagedAttentionSpec) -> str:
     if not spec.has_scales:
         return ""
     rotated = ", of rotated keys and values" if spec.rotates else ""
+    rotated += f", which decode multiplies by {spec.kv_dots}" if spec.kv_dots else ""
     scale = "a scale and a zero point" if spec.has_zeros else "a scale"
     numbers = f"{spec.kv_dtype} with {scale} for {of[str(spec.scales_of)]}{rotated}"
     return f", {numbers}: {counted(spec.token_bytes, 'byte')} a token"

@@ -35,8 +35,9 @@ class Counts(NamedTuple):
     Attributes:
         instructions: All of them.
         fmas: Fused multiply-adds, of vectors and of scalars.
-        dots: Dot products of pairs of bfloat16, vdpbf16ps and bfdot, or of integers of 16 bits, vpdpwssd and vpmaddwd:
-            of two multiply-adds each; and products of tiles of bfloat16, tdpbf16ps.
+        dots: Dot products of pairs of bfloat16, vdpbf16ps and bfdot, or of integers of 16 bits, vpdpwssd and vpmaddwd,
+            of two multiply-adds each; or of four bytes, vpdpbusd, for which vpmaddwd stands too, behind vpmaddubsw; and
+            products of tiles of bfloat16, tdpbf16ps.
         arithmetic: Other float32 additions, products, divisions, minima and maxima.
         loads: Vector registers and operands that are read from memory as they lie there, from the stack too.
         broadcasts: Instructions that do nothing but copy one element to all lanes.
@@ -82,7 +83,7 @@ class Syntax(NamedTuple):
 X86 = Syntax(
     jump=re.compile(r"j\w+\s+(\.LBB\w+)"),
     fma=re.compile(r"vfn?m(add|sub)\d+[ps]s\s"),
-    dot=re.compile(r"v?(t?dpbf16ps|pmaddwd|pdpwssd)\s"),
+    dot=re.compile(r"(\{vex\}\s+)?v?(t?dpbf16ps|pmaddwd|pdpwssd|pdpbusd)\s"),
     arithmetic=re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s"),
     load=re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$"),
     broadcast=re.compile(r"v?p?broadcast\w+\s"),

@@ -46,8 +46,8 @@ LEGEND = {
     "n": "loops that are alike; the other numbers are of one pass through one of them",
     "all": "instructions",
     "FMA": "fused multiply-adds",
-    "dot": "dot products of pairs of bfloat16 or of integers, two FMAs each; a product of two blocks, bfmmla, is "
-    "two of them in each lane, and one of two tiles of AMX is 4,096 of them",
+    "dot": "dot products of pairs of bfloat16 or of integers, two FMAs each, or of four bytes, four each; a product of "
+    "two blocks, bfmmla, is two of them in each lane, and one of two tiles of AMX is 4,096 of them",
     "math": "other float32 arithmetic",
     "load": "vectors read from memory",
     "bcast": "broadcasts",
@@ -117,6 +117,8 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
             numbers = "integers of 16 bits" if tiles.keys.integers else "bfloat16"
             keys = f"converted to pairs of {numbers} in {'scratch' if tiles.copy_keys else 'registers'}"
         read = f"keys {keys}, {values}"
+    elif tiles.keys.terms == 4:
+        read = "keys read in place and multiplied four codes at a time by integers of 8 bits, values turned in scratch"
     elif tiles.copy_keys:
         read = "tiles converted to float32 in scratch, once for all their rows"
     elif tiles.keys.dtype == "float32":
@@ -157,7 +159,8 @@ def _in_turn(tiles: CpuTiling) -> str:
 
 
 def _partial(tiles: CpuTiling) -> str:
-    return f" x {tiles.qk_lanes} elements of head_dim" if not tiles.scores_in_lanes else ""
+    of = "elements" if tiles.keys.terms < 4 else "fours"
+    return f" x {tiles.qk_lanes} {of} of head_dim" if not tiles.scores_in_lanes else ""
 
 
 def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> list[tuple[str, str]]:

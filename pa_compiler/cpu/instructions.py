@@ -1,8 +1,8 @@
-"""Instructions that LLVM does not find by itself: dot products of pairs of bfloat16, and of integers of 16 bits.
+"""Instructions that LLVM does not find by itself: dot products of bfloat16, and of integers of 16 or 8 bits.
 
-They are vdpbf16ps or bfdot, and vpdpwssd or vpmaddwd. The kernels say what they compute in plain operations
-(kernels/elements.py), and on any other target those are compiled. Here sums of that form become calls of an operation
-of our own, which TVM vectorizes and lowers to LLVM's intrinsic (products.py).
+They are vdpbf16ps or bfdot, vpdpwssd or vpmaddwd, and vpdpbusd or vpmaddubsw. The kernels say what they compute in
+plain operations (kernels/elements.py), and on any other target those are compiled. Here sums of that form become calls
+of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic (products.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pa_compiler.cpu.products import INTEGERS, PAIRS, Product, definitions
+from pa_compiler.cpu.products import FOURS, INTEGERS, PAIRS, Product, definitions
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.statements import mapped, with_body, with_sblock
 from pa_compiler.tiles import LANES, Tiling
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.s_tir import SBlock
     from tvm.tirx import PrimFunc, Stmt
+
+PRODUCTS = (PAIRS, INTEGERS, FOURS)
 
 _LANES = "pa_compiler.lanes"
 _WIDEN = "pa_compiler.widen"
@@ -33,7 +35,7 @@ def select(mod: IRModule, target: CpuTarget, tiling: Tiling) -> IRModule:
     """
     from tvm import IRModule
 
-    products = [product for product in (PAIRS, INTEGERS) if product.dots(target)]
+    products = [product for product in PRODUCTS if product.dots(target)]
     if not products or tiling.keys.terms == 1:
         return mod
     _register()
@@ -94,12 +96,13 @@ def _sums(value: Expr, product: Product) -> Expr | None:
     """The operation that adds a dot product of pairs, in place of a value that does; None where it does not."""
     import tvm_ffi
     from tvm.ir import Call
-    from tvm.tirx import Add, LShift, Mul, RShift
+    from tvm.tirx import Add, BitwiseAnd, LShift, Mul, RShift
 
     match value:
         case (
             Add(a=total, b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as added)
             | Add(a=total, b=Add(a=Mul(a=RShift(a=LShift(a=a)), b=RShift(a=LShift(a=b)))) as added)
+            | Add(a=total, b=Add(a=Add(a=Add(a=Mul(a=RShift(a=LShift(a=a)), b=BitwiseAnd(a=b))))) as added)
         ) if tvm_ffi.structural_equal(added, product.of_words(a, b)):
             return Call(product.op, [total, _widened_codes(a), _widened_codes(b)], ret_ty=total.ty)
         case _:
@@ -132,7 +135,7 @@ def _register() -> None:
 
     pure = 1
     operations: list[tuple[str, str, Callable[[Any], Any]]] = [
-        *((each.op, "sum + product", functools.partial(_lower, each)) for each in (PAIRS, INTEGERS)),
+        *((each.op, "sum + product", functools.partial(_lower, each)) for each in PRODUCTS),
         (_LANES, "words", _lower_lanes),
         (_WIDEN, "the word of two codes", _lower_widen),
     ]
@@ -180,7 +183,7 @@ def _lower(product: Product, call: Expr) -> Expr:
 
     total, a, b = call.args
     lanes = total.ty.dtype.lanes
-    if isinstance(a, Broadcast):  # the one number for all lanes comes last, as bfdot has it
+    if product is not FOURS and isinstance(a, Broadcast):  # the one number for all lanes comes last, as bfdot has it
         a, b = b, a
     if lanes == 1:
         return total + product.of_words(a, b)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.cpu.target import VPMADDWD, CpuTarget
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -22,7 +22,7 @@ class Product(NamedTuple):
     Attributes:
         op: The name of the operation, (sum, a, b) -> sum + product.
         name: The name of its functions in LLVM, without the lanes.
-        number, sum: LLVM's types of the numbers of a pair, and of the sum.
+        number, sum: LLVM's types of the numbers of a word, and of the sum.
         short: The sum's in the names of intrinsics.
     """
 
@@ -35,13 +35,15 @@ class Product(NamedTuple):
     @property
     def of_words(self) -> Callable[[Expr, Expr], Expr]:
         """What the operation adds to a sum, in plain operations."""
-        from pa_compiler.kernels.elements import dot_integers, dot_pairs
+        from pa_compiler.kernels import elements
 
-        return dot_pairs if self is PAIRS else dot_integers
+        return (
+            elements.dot_pairs if self is PAIRS else elements.dot_integers if self is INTEGERS else elements.dot_fours
+        )
 
     def dots(self, target: CpuTarget) -> Mapping[int, str]:
         """The target's intrinsics by the lanes of their vectors; or none."""
-        return target.dots if self is PAIRS else target.integer_dots
+        return target.dots if self is PAIRS else target.integer_dots if self is INTEGERS else target.byte_dots
 
     def of_lanes(self, lanes: int) -> str:
         """The function of vectors of so many lanes."""
@@ -50,6 +52,8 @@ class Product(NamedTuple):
 
 PAIRS = Product("pa_compiler.dot_pairs", "pa_dot_pairs", "bfloat", "float", "f32")
 INTEGERS = Product("pa_compiler.dot_integers", "pa_dot_integers", "i16", "i32", "i32")
+FOURS = Product("pa_compiler.dot_fours", "pa_dot_fours", "i8", "i32", "i32")
+"""Of a word of signed bytes, a, and one of unsigned ones, b."""
 
 
 def definitions(lanes: Iterable[int], of_words: Iterable[int], target: CpuTarget, product: Product) -> str:
@@ -59,12 +63,12 @@ def definitions(lanes: Iterable[int], of_words: Iterable[int], target: CpuTarget
     """
     dots = product.dots(target)
     parts = {each: math.gcd(each, max(dots)) for each in sorted(set(lanes) - dots.keys())}
-    texts = [_instructions(dots) if product is PAIRS else _integer_instructions(dots)]
+    texts = [_instructions(dots) if product is PAIRS else _integer_instructions(dots, product)]
     texts += [_widened(part, min(dots), product) for part in sorted(set(parts.values()) - dots.keys())]
     texts += [_in_parts(each, part, product) for each, part in parts.items() if each != part]
     if product is INTEGERS:
         texts += [_widen(each) for each in sorted({*lanes, *dots})]
-    else:
+    elif product is PAIRS:
         texts += [_blocks(target.dot_blocks)] if target.dot_blocks else []
         texts += [_lanes(each) for each in sorted(of_words)]
     return " ".join(texts)
@@ -119,29 +123,38 @@ def _instructions(dots: Mapping[int, str]) -> str:
     )
 
 
-def _integer_instructions(dots: Mapping[int, str]) -> str:
-    """The same of integers, whose vpmaddwd leaves the addition to another instruction.
+def _integer_instructions(dots: Mapping[int, str], product: Product) -> str:
+    """The same of integers, whose vpmaddwd leaves the addition to another instruction, and vpmaddubsw half of it.
 
     A fence behind it, which is no instruction, keeps LLVM from adding products up before they are added to the sum:
     registers for them are none.
     """
     texts = []
     for lanes, intrinsic in dots.items():
-        words, numbers, floats = f"<{lanes} x i32>", f"<{2 * lanes} x i16>", f"<{lanes} x float>"
+        words, halves, floats = f"<{lanes} x i32>", f"<{2 * lanes} x i16>", f"<{lanes} x float>"
+        numbers, in_bytes = (f"<{4 * lanes} x i8>", True) if product is FOURS else (halves, False)
         fence = f"@llvm.arithmetic.fence.v{lanes}f32"
-        adds = "vpdpwssd" in intrinsic
+        adds = "vpdp" in intrinsic
+        operands = f"{numbers} %y, {numbers} %x" if in_bytes else f"{numbers} %x, {numbers} %y"
         given = f"{words}, {numbers}, {numbers}" if adds else f"{numbers}, {numbers}"
-        values = f"{words} %sum, {numbers} %x, {numbers} %y" if adds else f"{numbers} %x, {numbers} %y"
-        added = f"%r = call {words} @{intrinsic}({values}) "
+        found, declared = words, ""
+        added = f"%r = call {words} @{intrinsic}({words} %sum, {operands}) "
         if not adds:
+            products = f"%p = call {words} @{intrinsic}({operands}) "
+            if in_bytes:
+                found, pairs = halves, VPMADDWD[lanes]
+                ones = ", ".join(["i16 1"] * 2 * lanes)
+                declared = f"declare {words} @{pairs}({halves}, {halves}) "
+                products = f"%h = call {halves} @{intrinsic}({operands}) "
+                products += f"%p = call {words} @{pairs}({halves} %h, {halves} <{ones}>) "
             added = (
-                f"%p = call {words} @{intrinsic}({values}) %s = add {words} %sum, %p "
+                f"{products}%s = add {words} %sum, %p "
                 f"%f = bitcast {words} %s to {floats} %g = call {floats} {fence}({floats} %f) "
                 f"%r = bitcast {floats} %g to {words} "
             )
         texts.append(
-            f"declare {floats} {fence}({floats}) declare {words} @{intrinsic}({given}) "
-            f"define {words} @{INTEGERS.of_lanes(lanes)}"
+            f"declare {floats} {fence}({floats}) declare {found} @{intrinsic}({given}) {declared}"
+            f"define {words} @{product.of_lanes(lanes)}"
             f"({words} %sum, {words} %a, {words} %b) alwaysinline nounwind {{ "
             f"%x = bitcast {words} %a to {numbers} %y = bitcast {words} %b to {numbers} {added}ret {words} %r }}"
         )

@@ -63,15 +63,31 @@ bfmmla multiplies each row of one by each row of the other, and adds the pairs o
 
 
 _VPDPWSSD = {lanes: f"llvm.x86.avx512.vpdpwssd.{32 * lanes}" for lanes in (4, 8, 16)}
-_VPMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+VPMADDWD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 _INTEGER_DOTS = {
     frozenset({"avx512vnni", "avx512vl"}): _VPDPWSSD,
-    frozenset({"avx512bw", "avx512vl"}): _VPMADDWD,
+    frozenset({"avx512bw", "avx512vl"}): VPMADDWD,
     frozenset({"avxvnni"}): {lanes: _VPDPWSSD[lanes] for lanes in (4, 8)},
-    frozenset({"avx2"}): {lanes: _VPMADDWD[lanes] for lanes in (4, 8)},
+    frozenset({"avx2"}): {lanes: VPMADDWD[lanes] for lanes in (4, 8)},
 }
 """The same of pairs of integers of 16 bits, in int32, the fastest first. vpdpwssd adds to a sum, vpmaddwd does not."""
+
+_VPDPBUSD = {lanes: f"llvm.x86.avx512.vpdpbusd.{32 * lanes}" for lanes in (4, 8, 16)}
+_VPMADDUBSW = {
+    4: "llvm.x86.ssse3.pmadd.ub.sw.128",
+    8: "llvm.x86.avx2.pmadd.ub.sw",
+    16: "llvm.x86.avx512.pmaddubs.w.512",
+}
+
+_BYTE_DOTS = {
+    frozenset({"avx512vnni", "avx512vl"}): _VPDPBUSD,
+    frozenset({"avx512bw", "avx512vl"}): _VPMADDUBSW,
+    frozenset({"avxvnni"}): {lanes: _VPDPBUSD[lanes] for lanes in (4, 8)},
+    frozenset({"avx2"}): {lanes: _VPMADDUBSW[lanes] for lanes in (4, 8)},
+}
+"""The same of four bytes, unsigned ones by signed ones. vpdpbusd adds to a sum. vpmaddubsw leaves sums of two products,
+in 16 bits, of which vpmaddwd makes those of four."""
 
 _WHOLE_VPDPWSSD = "+fast-dpwssd"
 """LLVM's word for leaving vpdpwssd whole. Without it LLVM makes vpmaddwd and an addition of it, for sums that wait for
@@ -152,6 +168,11 @@ class CpuTarget:
     def integer_dots(self) -> Mapping[int, str]:
         """LLVM's intrinsics of the dot product of pairs of integers of 16 bits, by the int32 lanes of their vectors."""
         return next((intrinsics for sets, intrinsics in _INTEGER_DOTS.items() if sets <= self.features), {})
+
+    @property
+    def byte_dots(self) -> Mapping[int, str]:
+        """LLVM's intrinsics of the dot product of four bytes by the int32 lanes of their vectors."""
+        return next((intrinsics for sets, intrinsics in _BYTE_DOTS.items() if sets <= self.features), {})
 
     @property
     def tile_registers(self) -> bool:

@@ -16,9 +16,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
-from pa_compiler.kernels.elements import number, pair_halves, paired
+from pa_compiler.kernels.elements import four_codes, number, pair_halves, paired
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
-from pa_compiler.tiles import TILE_TOKENS, Element, Tiling
+from pa_compiler.tiles import CODES_OF_WORD, TILE_TOKENS, Element, Tiling
 from pa_compiler.tvmscript import inline
 
 
@@ -47,7 +47,8 @@ class CacheAccess(NamedTuple):
         element: (cache, t, head_offset, d) -> element d of token t as float32.
         pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
             2j and 2j + 1 of token i, or, where they are apart and no integers, j and j + head_dim / 2, so that both
-            are read in vectors; of values the element j of the tokens 2i and 2i + 1.
+            are read in vectors; of values the element j of the tokens 2i and 2i + 1. Of four the word of those of key i
+            that elements_of_operand says.
         line: (cache, token, nth, head_offset) -> the offset of the nth cache line, counted from the first one of
             `token` of a tile; each token has num_lines of them. token is 0 modulo PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
@@ -60,8 +61,11 @@ class CacheAccess(NamedTuple):
     num_lines: int
 
 
-def elements_of_pair(keys: Element, head_dim: int, j: Expr) -> tuple[Expr, Expr]:
-    """The two elements of head_dim that pair j of a key is of."""
+def elements_of_operand(keys: Element, head_dim: int, j: Expr) -> tuple[Expr, ...]:
+    """The elements of head_dim that pair, or four, j of a key is of."""
+    if keys.terms == 4:
+        first = T.floordiv(j, 2) * CODES_OF_WORD + T.floormod(j, 2)
+        return tuple(first + 2 * i for i in range(4))
     return (j, j + head_dim // 2) if keys.apart and not keys.integers else (2 * j, 2 * j + 1)
 
 
@@ -89,7 +93,7 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         return cache.memory[cache.offsets[first] + head_offset + in_row]
 
     def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
-        return paired(keys, *(pair(cache, t, head_offset, each) for each in elements_of_pair(keys, rows, j)))
+        return paired(keys, *(pair(cache, t, head_offset, each) for each in elements_of_operand(keys, rows, j)))
 
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; what is past the last row is it again
@@ -117,10 +121,10 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         return T.Cast("int64", T.floordiv(slot, values.word)) * row_stride
 
     def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
-        return number(values, _word(cache, t, head_offset, d), t)
+        return number(values, word_of(cache, t, head_offset, d), t)
 
     def pair(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
-        return _word(cache, 2 * i, head_offset, d)
+        return word_of(cache, 2 * i, head_offset, d)
 
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a row has a pair of tokens and twice the lines: its even token stands for the first half, its odd one for the
@@ -140,16 +144,19 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
         return T.Cast("int64", slot) * row_stride
 
     def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
-        return number(of, _word(cache, t, head_offset, T.floordiv(d, of.word)), d)
+        return number(of, word_of(cache, t, head_offset, T.floordiv(d, of.word)), d)
 
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         start = T.Cast("int64", T.floormod(nth, lines) * of.line_words)
         return cache.offsets[token + T.floordiv(nth, lines)] + head_offset + start
 
     def apart(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
-        return paired(of, *(_word(cache, t, head_offset, each) for each in elements_of_pair(of, dim, j)))
+        return paired(of, *(word_of(cache, t, head_offset, each) for each in elements_of_operand(of, dim, j)))
 
-    return CacheAccess(slot_offset, element, apart if of.apart else _word, line, lines)
+    def four(cache: Cache, t: Expr, head_offset: Expr, j: Expr) -> Expr:
+        return four_codes(word_of(cache, t, head_offset, T.floordiv(j, 2)), j)
+
+    return CacheAccess(slot_offset, element, four if of.terms == 4 else apart if of.apart else word_of, line, lines)
 
 
 def _rows_in_step(of: Element, dim: int) -> CacheAccess:
@@ -166,7 +173,7 @@ def _rows_in_step(of: Element, dim: int) -> CacheAccess:
         return rows.element(cache, t, head_offset + in_step(cache, t), d)
 
     def pair(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
-        return _word(cache, t, head_offset + in_step(cache, t), word)
+        return word_of(cache, t, head_offset + in_step(cache, t), word)
 
     def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         return rows.line(cache, token, nth, head_offset) + in_step(cache, token + T.floordiv(nth, rows.num_lines))
@@ -174,21 +181,21 @@ def _rows_in_step(of: Element, dim: int) -> CacheAccess:
     return CacheAccess(slot_offset, element, pair, line, rows.num_lines)
 
 
-def _word(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
+def word_of(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
     """A word of a token's row."""
     return cache.memory[cache.offsets[t] + head_offset + T.Cast("int64", word)]
 
 
 def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     """Element d of the rows of the tokens 2i and 2i + 1."""
-    first = _word(cache, 2 * i, head_offset, T.floordiv(d, 2))
-    second = _word(cache, 2 * i + 1, head_offset, T.floordiv(d, 2))
+    first = word_of(cache, 2 * i, head_offset, T.floordiv(d, 2))
+    second = word_of(cache, 2 * i + 1, head_offset, T.floordiv(d, 2))
     return pair_halves(first, second, d)
 
 
 def _pair_of_codes(of: Element, cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
     """The same where each element is a word."""
-    return paired(of, _word(cache, 2 * i, head_offset, d), _word(cache, 2 * i + 1, head_offset, d))
+    return paired(of, word_of(cache, 2 * i, head_offset, d), word_of(cache, 2 * i + 1, head_offset, d))
 
 
 def rows_from(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) -> Expr:
@@ -198,10 +205,15 @@ def rows_from(cache: Cache, first: Expr, row: Expr, head_offset: Expr, d: Expr) 
 
 
 def reader(access: CacheAccess, element: Element, copied: bool) -> Callable[[Cache, Expr, Expr, Expr], Expr]:
-    """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; of load_tile's copy if copied."""
+    """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; of load_tile's copy if copied.
+
+    Of words that are turned (fours.py) a copy has those of some heads, and head_offset says of which.
+    """
+    if element.turned:
+        return lambda cache, t, head_offset, d: cache.memory[T.Cast("int32", head_offset), t, d]
     if copied:
         return lambda cache, t, head_offset, d: cache.memory[t, d]
-    return access.pair if element.terms == 2 else access.element
+    return access.element if element.terms == 1 else access.pair
 
 
 def copy_shape(tiling: Tiling, element: Element, dim: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from tvm.script import tirx as T
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
+from pa_compiler.kernels.fours import place_of
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.rows import rows_of_tiles
 from pa_compiler.kernels.zero_points import sum_queries
@@ -28,7 +29,7 @@ def load_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None
                 T.reads()
                 T.writes()
                 load_query_stage(query, q_tile, vtile, rows_of(seq, vtile), query_scale, units)
-                sum_stage(q_tile, sums, vtile)
+                sum_stage(q_tile, sums, vtile, units)
 
     return stage
 
@@ -38,6 +39,7 @@ def finish_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
     tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
     normalize_stage = state.normalize(spec, tiling.row_tile)
     store_stage = state.store(tiling.row_tile, spec.result_dim)
+    place = place_of(tiling.values.turned) if tiling.values.turned else None
 
     @script.inline
     def stage(running, partial, is_whole, out, lse, seq, places, sinks):
@@ -46,7 +48,7 @@ def finish_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]
                 vtile = T.axis.spatial(tiles, tile)
                 T.reads()
                 T.writes()
-                result = T.meta_var(running._replace(slot=vtile))
+                result = T.meta_var(running._replace(slot=vtile, place=place))
                 if is_whole:
                     normalize_stage(result, out, lse, rows_of(seq, vtile), places, sinks)
                 else:

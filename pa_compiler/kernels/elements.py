@@ -8,13 +8,14 @@ scores and weights (kernels/scales.py). `paired` makes the word of two codes. Pa
 are and pass both by.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.tiles import Element
+from pa_compiler.tiles import CODES_OF_WORD, Element
 
 HIGH = -65536
 """The mask of a word's high half."""
@@ -22,8 +23,14 @@ LOW = 65535
 """The mask of a word's low half."""
 INFINITE = 0x7F800000
 """The exponent of infinities and NaN, where float32 has it."""
+FOUR_ONES = 0x01010101
+"""The word of four times 1."""
+FOUR_CODES = 0x0F0F0F0F
+"""The bits of four codes of 4 bits in the bytes of a word."""
 PAIR_OF_ONES = 0x3F803F80
 """The word of 1 and 1."""
+LARGEST_CODE = 15
+"""Of 4 bits."""
 
 
 def number(element: Element, word: Expr, index: Expr) -> Expr:
@@ -31,6 +38,9 @@ def number(element: Element, word: Expr, index: Expr) -> Expr:
 
     Of a code its number in units of UNITS.
     """
+    if element.word == CODES_OF_WORD:
+        code = T.shift_right(word, 4 * T.floormod(index, CODES_OF_WORD))
+        return T.Cast("float32", T.bitwise_and(code, LARGEST_CODE))
     if element.dtype == "int4":
         return nibble(word, index)
     if element.word == 2:
@@ -120,10 +130,36 @@ def dot_integers(a: Expr, b: Expr) -> Expr:
     return first + T.shift_right(a, 16) * T.shift_right(b, 16)
 
 
+def four_integers(*numbers: Expr) -> Expr:
+    """The word of the lowest bytes of four int32, the first one lowest: integers of 8 bits."""
+    return functools.reduce(
+        T.bitwise_or, (T.shift_left(T.bitwise_and(each, 255), 8 * place) for place, each in enumerate(numbers))
+    )
+
+
+def four_codes(word: Expr, index: Expr) -> Expr:
+    """The word of four of the codes of a word: those of an even place, or, where index % 2 says so, of an odd one."""
+    return T.bitwise_and(T.Select(T.floormod(index, 2) == 0, word, T.shift_right(word, 4)), FOUR_CODES)
+
+
+def dot_fours(numbers: Expr, codes: Expr) -> Expr:
+    """The dot product of a word of four integers of 8 bits and one of four codes of 4 bits, int32.
+
+    Added to an int32 sum it is vpdpbusd, or vpmaddubsw, vpmaddwd and an addition.
+    """
+    products = [
+        T.shift_right(T.shift_left(numbers, 24), 24) * T.bitwise_and(codes, 255),
+        T.shift_right(T.shift_left(numbers, 16), 24) * T.bitwise_and(T.shift_right(codes, 8), 255),
+        T.shift_right(T.shift_left(numbers, 8), 24) * T.bitwise_and(T.shift_right(codes, 16), 255),
+        T.shift_right(numbers, 24) * T.bitwise_and(T.shift_right(codes, 24), 255),
+    ]
+    return functools.reduce(operator.add, products)
+
+
 def product_of(element: Element) -> Callable[[Expr, Expr], Expr]:
     """What a step of a matmul adds to a sum: the product of two numbers, or the dot product of two words."""
     if element.integers:
-        return dot_integers
+        return dot_integers if element.terms == 2 else dot_fours
     return dot_pairs if element.terms == 2 else operator.mul
 
 

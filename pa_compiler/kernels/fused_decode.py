@@ -10,9 +10,10 @@ from tvm.tirx import PrimFunc
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, rows_in_place, state
 from pa_compiler.kernels.arrays import Arrays, BlockTable, without
-from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
+from pa_compiler.kernels.caches import Cache, key_access, key_copy_shape, load_tile
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.decode_rows import finish_rows, load_queries
+from pa_compiler.kernels.fours import copied_values, of_copy
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.integers import allocate_units
 from pa_compiler.kernels.load_query import query_shape
@@ -25,7 +26,7 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
-from pa_compiler.kernels.tokens import Tile, token_offsets
+from pa_compiler.kernels.tokens import Tile, look_up_tokens
 from pa_compiler.kernels.zero_points import allocate_sums, sum_zeros
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -46,7 +47,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     arrays, kv_tile = Arrays(spec, tiling), tiling.kv_tile
     tiles, rows = spec.num_kv_heads * tiling.row_tiles(spec), tiling.row_tile
     dim, masks_first = spec.result_dim, masks_first_tile(spec, in_step=tiling.rows_in_place)
-    look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
+    look_up, attend = look_up_tokens(spec, tiling), _attend_heads(spec, tiling)
     load_stage, finish = load_queries(spec, tiling), finish_rows(spec, tiling)
     scales_stage = look_up_scales(spec, tiling)
     functions = ScoreFunctions(spec)
@@ -175,29 +176,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     return without(fused_decode, *unused(spec))
 
 
-def _look_up(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """Where the tokens of a tile lie in both caches, and of the next one where there is one."""
-    key_offsets_stage = token_offsets(spec, key_access(spec, tiling))
-    value_offsets_stage = token_offsets(spec, value_access(spec, tiling))
-
-    @script.inline
-    def stage(table, keys, values, tile, seq, last_token, has_next, first_token):
-        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
-        last: T.let = last_token
-        key_offsets_stage(table, keys, tile, seq, last, num_offsets, first_token)
-        if not spec.shared_kv:
-            value_offsets_stage(table, values, tile, seq, last, num_offsets, first_token)
-
-    return stage
-
-
 def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """A tile of tokens through the four stages, kv head by kv head, or, in a sweep, all of them together."""
     head_steps = 1 if tiling.sweep else spec.num_kv_heads
     tile_steps = spec.num_kv_heads * tiling.row_tiles(spec) // (head_steps * tiling.pass_tiles(spec))
-    key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
+    key_copy, (value_copy, load_values) = key_copy_shape(spec, tiling), copied_values(spec, tiling)
     load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
-    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     announce_keys, announce_values = ahead.announce(ahead.KEYS), ahead.announce(ahead.VALUES)
     attend, k_dtype, v_dtype = _attend(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
 
@@ -225,7 +209,9 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
                     load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
-                values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)
+                values, in_values = T.meta_var(
+                    of_copy(value_cache, value_head, v_tile) if tiling.copy_values else (value_cache, value_head)
+                )
                 for group_tile in range(tile_steps):
                     with T.sblock("head_tile"):
                         vgt = T.axis.spatial(tile_steps, group_tile)
@@ -233,7 +219,7 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         T.writes()
                         first: T.let = vkv * tile_steps + vgt
                         attend(
-                            q_tile, first, keys, key_head, values, value_head, tile, running._replace(slot=first), step,
+                            q_tile, first, keys, key_head, values, in_values, tile, running._replace(slot=first), step,
                             num_steps, sequence,
                         )  # fmt: skip
 
@@ -243,7 +229,7 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile
-    in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
+    in_pairs, rows_of = tiling.values.terms > 1, rows_of_tiles(spec, tiling)
     update_stage = (update_in_place if tiling.value_pairs else pv_update)(spec, tiling)
     matmuls = qk_matmul(spec, tiling), pair_probs(tiling), update_stage
     qk_stage, pairs_stage, update_stage = rows_in_place.stages(spec, tiling) if tiling.rows_in_place else matmuls
@@ -270,6 +256,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         if of_tiles:
             weighted_beta = T.sblock_alloc_buffer((num_tiles, rows), "float32")
         zeros = T.meta_var(allocate_sums(spec, "zero_sums", num_tiles, rows))
+        lost = T.meta_var(allocate_sums(spec, "weight_lost", num_tiles, rows) if tiling.values.integers else None)
         exact = T.meta_var(weighted if of_tokens else probs)
         weights = T.meta_var(prob_pairs if in_pairs else exact)
         computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
@@ -287,13 +274,14 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, of_head.score, sequence.headroom, tile, tile.num_groups, scoring)
                 weigh_stage(probs, weighted if of_tokens else None, of_head, vslot, tile.num_groups)
-                zeros_stage(probs, zeros, of_head, vslot, tile.num_groups)
                 if in_pairs:
-                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups, weight_units)
+                    pairs_stage(exact, weights, tile_sum, vslot, tile.num_groups, weight_units, lost)
+                zeros_stage(probs, zeros, of_head, vslot, tile.num_groups, lost)
                 rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
                 factors_stage(Factors(alpha, beta, vslot), weighted_beta if of_tiles else None, of_head, weight_units)
         update_stage(
-            weights, values, value_head, tile, Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros),
+            weights, values, value_head, tile,
+            Factors(alpha, weighted_beta if of_tiles else beta, 0, zeros, None if of_tiles else weight_units),
             running._replace(slot=first), step, num_steps, computed,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.caches import elements_of_pair
+from pa_compiler.kernels.caches import elements_of_operand
 from pa_compiler.kernels.elements import pair_floats
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.integers import QUERY_GROUP, to_integers
@@ -30,10 +30,11 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
     turned = tiling.rows_in_place
-    convert = to_integers("query", "q_tile", capacity, head_dim, QUERY_GROUP)
 
     def of_pair(d):
-        return elements_of_pair(tiling.keys, head_dim, d)
+        return elements_of_operand(tiling.keys, head_dim, d)
+
+    convert = to_integers(tiling.keys, "query", "q_tile", capacity, head_dim, QUERY_GROUP, of_pair)
 
     def element(x, query_scale):
         return scaled(spec, T.Cast("float32", x), query_scale)
@@ -53,12 +54,16 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 given = T.meta_var([query[rows.all(slice(0, head_dim))]])
                 numbers = T.meta_var(lambda row, d: (of_row(query, rows, row, d, query_scale), given))
                 rotated = T.meta_var(rotate("query", numbers, capacity, head_dim))
-            if tiling.keys.integers:
+            if tiling.keys.integers > 0:
                 exact = T.sblock_alloc_buffer((capacity, head_dim), "float32")
                 for r, d in T.grid(capacity, head_dim):
                     with T.sblock("query_number"):
                         vr, vd = T.axis.remap("SS", [r, d])
-                        exact[vr, vd] = of_row(query, rows, vr, vd, query_scale)
+                        exact[vr, vd] = (
+                            of_row(query, rows, vr, vd, query_scale)
+                            if not spec.rotates
+                            else rotated[vr, vd] * T.float32(unit(head_dim))
+                        )
                 convert(lambda r, d: exact[r, d], q_tile, units, tile, head_dim // QUERY_GROUP)
             elif tiling.keys.terms == 2:
                 for r, d in T.grid(capacity, depth):

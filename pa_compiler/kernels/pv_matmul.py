@@ -22,7 +22,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
     much in it. A value that a mask, of which computed has the words, does not show counts as 0.
 
     Where pairs are multiplied it is the sum over t of dot_pairs(weights[slot, r, t], values of the tokens in the
-    columns 2t and 2t + 1). The value past an odd valid_len is replaced by 0.
+    columns 2t and 2t + 1). The value past an odd valid_len is replaced by 0. Of fours, which are numbers whatever
+    memory holds, nothing is replaced: weights of 0 leave them out.
 
     With few, of the first few_rows rows alone.
     """
@@ -33,13 +34,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
     product, zero = product_of(tiling.values), zero_of(tiling.values)
 
     def valid(word, t, tile):
-        if terms == 1 or tile.sight is not None:
+        if terms != 2 or tile.sight is not None:
             return word
         return T.bitwise_and(word, T.Select(2 * t + 1 < tile.valid_len, -1, LOW))
 
     def seen(value, t, tile):
         """What is multiplied by a weight of 0, since the window does not reach it, is 0 and not what memory holds."""
-        if tile.first_seen is None:
+        if tile.first_seen is None or terms == 4:
             return value
         if terms == 1:
             return T.Select(tile.sees(t), value, T.float32(0))
@@ -47,7 +48,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling, few: bool = False) -> Ca
 
     def shown(value, computed, slot, row, t):
         """The same of what a mask does not show."""
-        for word in words_of(computed, slot, row, t):
+        for word in words_of(computed, slot, row, t) if terms < 4 else ():
             if terms == 2:
                 return T.bitwise_and(value, word)
             return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), word))

@@ -43,12 +43,14 @@ def rotate(of: str, element: Element, rows: int, dim: int) -> Buffer:
     return target if dim > 1 else _copy(of, element, rows)
 
 
-def rotated_back(spec: PagedAttentionSpec, acc: Buffer, slot: Expr, rows: int) -> Callable[[Expr, Expr], Expr]:
-    """(row, d) -> acc[slot, row, d], rotated where values were."""
+def rotated_back(
+    spec: PagedAttentionSpec, element: Callable[[Expr, Expr], Expr], rows: int
+) -> Callable[[Expr, Expr], Expr]:
+    """(row, d) -> element(row, d), rotated where values were."""
     if not spec.rotates:
-        return lambda row, d: acc[slot, row, d]
+        return element
     dim = spec.result_dim
-    rotated = rotate("out", lambda row, d: (acc[slot, row, d], [acc[slot, row, d]]), rows, dim)
+    rotated = rotate("out", lambda row, d: (element(row, d), [element(row, d)]), rows, dim)
     return lambda row, d: rotated[row, d] * T.float32(unit(dim))
 
 

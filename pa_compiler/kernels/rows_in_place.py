@@ -35,7 +35,7 @@ def stages(spec: PagedAttentionSpec, tiling: Tiling) -> tuple[Callable[..., None
 def pairs_shape(tiling: Tiling, num_tiles: int) -> tuple[int, int, int]:
     """The shape of the words of weights of so many head tiles: of split_probs, in whole tiles, or of pair_probs."""
     if not tiling.rows_in_place:
-        return num_tiles, tiling.row_tile, tiling.padded_kv_tile // 2
+        return num_tiles, tiling.row_tile, tiling.padded_kv_tile // tiling.values.terms
     return num_tiles, weight_rows(tiling), tiling.padded_kv_tile
 
 
@@ -80,7 +80,7 @@ def split_probs(tiling: Tiling) -> Callable[..., None]:
     rows, num_rows, group, tokens = tiling.row_tile, weight_rows(tiling), tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(probs, words, tile_sum, slot, num_groups, units=None):
+    def stage(probs, words, tile_sum, slot, num_groups, units=None, lost=None):
         with T.sblock("split_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
             T.writes(words[slot, 0:num_rows, 0:tokens])

@@ -72,10 +72,11 @@ class Scoring(NamedTuple):
         """A score of a row and a column, scaled."""
         if self.factors is None:
             return Value(score * scale, [score])
+        number, reads = score, [score, self.factors[column]]
         if self.units is not None:
-            unit, factor = self.units.of_rows[self.units.slot, row], self.factors[column]
-            return Value(T.Cast("float32", score) * unit * factor, [score, unit, factor])
-        found = Value(score * self.factors[column], [score, self.factors[column]])
+            unit = self.units.of_rows[self.units.slot, row]
+            number, reads = T.Cast("float32", score) * unit, [*reads, unit]
+        found = Value(number * self.factors[column], reads)
         if self.zeros is None:
             return found
         total, of_token = self.zeros.sums[self.zeros.slot, row], self.zeros.tokens[column]

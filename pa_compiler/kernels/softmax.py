@@ -250,7 +250,7 @@ def pair_probs(tiling: Tiling) -> Callable[..., None]:
     sums, sum_stage = tiling.pairs_weights, _sum_pairs(tiling)
 
     @inline
-    def stage(probs, pairs, tile_sum, slot, num_groups, units=None):
+    def stage(probs, pairs, tile_sum, slot, num_groups, units=None, lost=None):
         with T.sblock("pair_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
             T.writes(pairs[slot, 0:rows, 0 : tokens // 2], *([tile_sum[slot, 0:rows]] if sums else []))

@@ -17,6 +17,7 @@ from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.headroom import lifted
 from pa_compiler.kernels.rotation import rotated_back
 from pa_compiler.kernels.rows import of_row
+from pa_compiler.kernels.sinks import add_sinks_to
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -35,12 +36,19 @@ class State(NamedTuple):
         row_max, row_sum: [slots, rows], float32.
         acc: [slots, rows, value_dim], float32; None where it is only in registers.
         slot: Which of the slots.
+        place: Where in acc an element of value_dim is; None: they are in order.
     """
 
     row_max: Buffer
     row_sum: Buffer
     acc: Buffer | None
     slot: Expr
+    place: Callable[[Expr], Expr] | None = None
+
+    def element(self, row: Expr, d: Expr) -> Expr:
+        """An element of acc."""
+        assert self.acc is not None
+        return self.acc[self.slot, row, d if self.place is None else self.place(d)]
 
     def started(self, step: Expr, row: Expr) -> tuple[Expr, Expr]:
         """row_max and row_sum of a row before a step: before step 0, of the empty state, whatever memory holds."""
@@ -53,6 +61,7 @@ class State(NamedTuple):
 class Factors(NamedTuple):
     """What two states are multiplied by when they are merged: [slots, rows], float32, of which one slot.
 
+    units: What sums of integers count, of each row; None: it is in `added`, or they are numbers.
     zeros: What every element of what is added lacks, of each row; None: nothing.
     """
 
@@ -60,11 +69,14 @@ class Factors(NamedTuple):
     added: Buffer
     slot: Expr
     zeros: Buffer | None = None
+    units: Buffer | None = None
 
     def completed(self, number: Expr, tile: Expr, row: Expr) -> Expr:
         """An element of what is added, with what it lacks."""
         if str(number.ty.dtype) == "int32":
             number = T.Cast("float32", number)
+        if self.units is not None:
+            number = number * self.units[tile, row]
         return number if self.zeros is None else number + self.zeros[tile, row]
 
 
@@ -200,7 +212,7 @@ def store(capacity: int, dim: int) -> Callable[..., None]:
                 with T.sblock("store_acc"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    partial.acc[of.at(vr, vd)] = state.acc[slot, vr, vd]
+                    partial.acc[of.at(vr, vd)] = state.element(vr, vd)
 
     return stage
 
@@ -213,7 +225,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
     copied: in vectors whatever their number. Where sinks are given, the sum has exp(sink - row_max) besides, which has
     no value; a sink of -inf is none. Where values are rotated before they become codes, acc is rotated back.
     """
-    dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
+    dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, add_sinks_to(capacity)
 
     @inline
     def stage(state, out, lse, rows, headroom, sinks):
@@ -237,7 +249,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                         vr = T.axis.spatial(capacity, r)
                         total: T.let = state.row_sum[slot, vr]
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
-            total_of = T.meta_var(rotated_back(spec, state.acc, slot, capacity))
+            total_of = T.meta_var(rotated_back(spec, state.element, capacity))
             maxima = T.meta_var(state.row_max if sinks is None else peak)
             sums = T.meta_var(state.row_sum if sinks is None else total_sum)
             if many_tokens:
@@ -263,36 +275,5 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
                         T.float32("-inf"),
                         maxima[place] + T.log(lifted(spec, sums[place], of_row(headroom, vr))),
                     )
-
-    return stage
-
-
-def _add_sinks(capacity: int) -> Callable[..., None]:
-    """peak and total: row_max and row_sum with each row's sink; factor: what acc is multiplied by to be out."""
-
-    @inline
-    def stage(state, sinks, rows, headroom, peak, total, factor):
-        slot = T.meta_var(state.slot)
-        kept = T.sblock_alloc_buffer((capacity,), "float32")
-        weight = T.sblock_alloc_buffer((capacity,), "float32")
-        for r in range(capacity):
-            with T.sblock("sink"):
-                vr = T.axis.spatial(capacity, r)
-                T.reads(state.row_max[slot, vr], state.row_sum[slot, vr], sinks[0 : sinks.shape[0]])
-                T.writes(peak[vr], kept[vr], weight[vr])
-                is_empty: T.let = state.row_sum[slot, vr] == T.float32(0)
-                sink: T.let = T.if_then_else(vr < rows.num, sinks[rows.at(vr)[1]], T.float32("-inf"))
-                m: T.let = T.Select(is_empty, sink, T.max(state.row_max[slot, vr], sink))
-                peak[vr] = m
-                store_exp(kept, (vr,), state.row_max[slot, vr] - m, T.Not(is_empty))
-                store_exp(weight, (vr,), sink - m, sink != T.float32("-inf"), of_row(headroom, vr))
-        for r in range(capacity):
-            with T.sblock("sum_with_sink"):
-                vr = T.axis.spatial(capacity, r)
-                total[vr] = kept[vr] * state.row_sum[slot, vr] + weight[vr]
-        for r in range(capacity):
-            with T.sblock("factor"):
-                vr = T.axis.spatial(capacity, r)
-                factor[vr] = T.Select(total[vr] == T.float32(0), T.float32(0), kept[vr] / total[vr])
 
     return stage

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.caches import CacheAccess, whole
+from pa_compiler.kernels.caches import CacheAccess, key_access, value_access, whole
 from pa_compiler.kernels.sight import Sight
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -115,5 +115,21 @@ def token_offsets(spec: PagedAttentionSpec, access: CacheAccess, name: str = "to
                     block: T.let = T.Cast("int64", table.entries[seq, row_start + entry(token, runs)])
                     slot: T.let = T.floormod(token, block_size)
                     cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)
+
+    return stage
+
+
+def look_up_tokens(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """Where the tokens of a tile lie in both caches, and of the next one where there is one."""
+    key_offsets_stage = token_offsets(spec, key_access(spec, tiling))
+    value_offsets_stage = token_offsets(spec, value_access(spec, tiling))
+
+    @inline
+    def stage(table, keys, values, tile, seq, last_token, has_next, first_token):
+        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, tile.num_groups * tiling.token_group)
+        last: T.let = last_token
+        key_offsets_stage(table, keys, tile, seq, last, num_offsets, first_token)
+        if not spec.shared_kv:
+            value_offsets_stage(table, values, tile, seq, last, num_offsets, first_token)
 
     return stage

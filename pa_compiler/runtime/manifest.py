@@ -26,7 +26,7 @@ from pa_compiler.score import Function
 from pa_compiler.score_checks import FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 
-FORMAT = 10
+FORMAT = 11
 """Of the manifest and of the library's entry points: load() refuses any other. Raised when either changes."""
 
 _FOOTER = struct.Struct("<QI32s12s")

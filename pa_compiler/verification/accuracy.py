@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pa_compiler.kv_types import KV_TYPES, LARGEST
+from pa_compiler.kv_types import KV_ROTATIONS, KV_TYPES, LARGEST
 from pa_compiler.reference_weights import Seen, Weighed, gathered, numbers_of, weigh
 from pa_compiler.runtime.arguments import NUMPY_DTYPES
 from pa_compiler.spec import PagedAttentionSpec
@@ -77,15 +77,14 @@ class Data(NamedTuple):
 
 def variants(spec: PagedAttentionSpec) -> list[PagedAttentionSpec]:
     """A spec with every type of cache that it may have, and with none of its own first."""
-    rows: list[tuple[str, str, str | None]] = [
-        (kv_dtype, kv_scale, None) for kv_dtype, scales in KV_TYPES.items() for kv_scale in scales
-    ]
-    rows += [("int8", "token_head", "hadamard"), ("int4", "token_head", "none")]
-    found = [dataclasses.replace(spec, kv_dtype=None, kv_scale=None, kv_rotation=None)]
-    for kv_dtype, kv_scale, kv_rotation in rows:
+    none: dict[str, Any] = dict.fromkeys(("kv_dtype", "kv_scale", "kv_rotation", "kv_dots"))
+    rows = [{"kv_dtype": kv_dtype, "kv_scale": scale} for kv_dtype, scales in KV_TYPES.items() for scale in scales]
+    rows += [{"kv_dtype": "int8", "kv_rotation": "hadamard"}, {"kv_dtype": "int4", "kv_rotation": "none"}]
+    rows += [{"kv_dtype": "int4", "kv_rotation": rotation, "kv_dots": "int8"} for rotation in KV_ROTATIONS]
+    found = [dataclasses.replace(spec, **none)]
+    for fields in rows:
         try:
-            fields: dict[str, Any] = {"kv_dtype": kv_dtype, "kv_scale": kv_scale, "kv_rotation": kv_rotation}
-            found.append(dataclasses.replace(spec, **fields))
+            found.append(dataclasses.replace(spec, **(none | fields)))
         except ValueError:  # as of a head_dim that no rotation takes
             continue
     return found
@@ -95,7 +94,8 @@ def name_of(spec: PagedAttentionSpec) -> str:
     """What a type of cache is called in tables."""
     scale = "" if spec.scales_of is None else f", {spec.scales_of}"
     rotation = {"hadamard": ", rotated", "none": ", not rotated", None: ""}[spec.rotation]
-    return f"{spec.cache_dtype}{scale}{rotation}"
+    dots = f", dots of {spec.kv_dots}" if spec.kv_dots else ""
+    return f"{spec.cache_dtype}{scale}{rotation}{dots}"
 
 
 def drawn(

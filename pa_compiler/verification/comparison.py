@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pa_compiler.reference_weights import Seen, Weighed, gathered, scales_of, tokens_of, weigh
+from pa_compiler.reference_weights import Seen, Weighed, gathered, numbers_of, rotated, scales_of, tokens_of, weigh
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification.inputs import constant_arrays
 from pa_compiler.verification.intervals import error_bound
@@ -16,14 +16,17 @@ from pa_compiler.verification.tolerances import (
     CAP_ERROR,
     ROUNDING,
     SUM_ERRORS,
+    half_a_unit,
     integer_scores,
     integer_weights,
     lse_bound,
-    multiplies_integers,
     of_weights,
     out_bound,
     score_bound,
 )
+
+MIDDLE_CODE = 7.5
+"""Of codes of 4 bits."""
 
 
 class Errors(NamedTuple):
@@ -100,7 +103,7 @@ def oracle(
         bias = _bias(alibi_slopes, found, seen.query_pos)
         of_scores = score_bound(spec, found.scores, bias)
         of_given, of_integers = np.zeros(()), np.zeros(())
-        if multiplies_integers(spec):
+        if half_a_unit(spec):
             caches = key_cache, value_cache, key_scale, value_scale
             of_query = query[row], block_table[sequence], scale
             of_given, of_integers = _of_integers(spec, *of_query, caches, kv_layout, found)
@@ -127,16 +130,23 @@ def _of_integers(
     kv_layout: str,
     seen: Weighed,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What integers of 16 bits add to the errors of one query token's scores, and to the bound on its out."""
+    """What integers add to the errors of one query token's scores, and to the bound on its out."""
     key_cache, value_cache, key_scale, value_scale = caches
-    codes, _ = gathered(key_cache, value_cache, blocks, seen.position, kv_layout)
-    of_keys, of_values = (
-        scales_of(each, blocks, seen.position, spec.num_kv_heads, spec.block_size) for each in (key_scale, value_scale)
-    )
-    factor = 1 / math.sqrt(spec.head_dim) if scale is None else float(scale)
+    keys, values = gathered(key_cache, value_cache, blocks, seen.position, kv_layout)
+    of_values = scales_of(value_scale, blocks, seen.position, spec.num_kv_heads, spec.block_size)
+    factor, half = 1 / math.sqrt(spec.head_dim) if scale is None else float(scale), half_a_unit(spec)
+    grouped, wrong = query.reshape(spec.num_kv_heads, spec.group, -1), seen.values
+    if spec.has_zeros:
+        middle = value_scale[..., [0, 0]].astype(np.float64)
+        middle[..., 1] *= -MIDDLE_CODE
+        wrong = numbers_of(values, middle, blocks, seen.position, spec.block_size, spec.rotation)[0]
+        of_values = of_values[..., 0]
+    if spec.rotates:
+        grouped = rotated(grouped)
     with np.errstate(invalid="ignore"):
-        of_scores = integer_scores(query.reshape(spec.num_kv_heads, spec.group, -1), codes * of_keys[:, None], factor)
-    return of_scores, integer_weights(spec, seen.weights, seen.values, of_values)
+        stored = numbers_of(keys.swapaxes(1, 2), key_scale, blocks, seen.position, spec.block_size, None)[0]
+        of_scores = integer_scores(grouped, stored.swapaxes(1, 2), factor, half)
+    return of_scores, integer_weights(spec, seen.weights, wrong, of_values, half)
 
 
 def _queries(

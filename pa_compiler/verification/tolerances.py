@@ -59,6 +59,10 @@ HALF_A_UNIT = 2.0**-15
 """Of a row's largest magnitude: by how much a query, or a weight, is wrong as an integer of 16 bits. The largest is
 2**14 units or more, and a number is rounded to the nearest (kernels/integers.py)."""
 
+HALF_OF_BYTES = (0.5 + 127 * 4 * ROUNDING) / 127
+"""The same as an integer of 8 bits, whose unit is a 127th of the largest magnitude. What divides by it, and the
+products with both, are rounded, each by ROUNDING of up to 127 units."""
+
 LONGEST_TILE = 512
 """Tokens whose weights have one unit, at most."""
 
@@ -127,9 +131,14 @@ def score_bound(spec: PagedAttentionSpec, scores: np.ndarray, bias: np.ndarray |
     return bound
 
 
-def multiplies_integers(spec: PagedAttentionSpec) -> bool:
-    """Whether codes may be multiplied by queries and weights of 16 bits: on CPUs that have instructions for it."""
-    return spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates
+def half_a_unit(spec: PagedAttentionSpec) -> float:
+    """By how much queries and weights are wrong, of a row's largest, where codes may be multiplied by integers; or 0.
+
+    Of 8 bits with kv_dots, and of 16 on CPUs that have instructions for it.
+    """
+    if spec.byte_dots:
+        return HALF_OF_BYTES
+    return HALF_A_UNIT if spec.kv_dtype == "int8" and spec.dtype != "float32" and not spec.rotates else 0.0
 
 
 def _added_up(errors: np.ndarray, axis: int) -> np.ndarray:
@@ -138,22 +147,25 @@ def _added_up(errors: np.ndarray, axis: int) -> np.ndarray:
     return np.minimum(errors.sum(axis=axis), SUM_ERRORS * np.sqrt((errors**2).sum(axis=axis)))
 
 
-def integer_scores(query: np.ndarray, keys: np.ndarray, factor: float) -> np.ndarray:
+def integer_scores(query: np.ndarray, keys: np.ndarray, factor: float, half: float) -> np.ndarray:
     """What the units of queries add to the error of each score.
 
     Args:
-        query: [num_kv_heads, group, head_dim].
-        keys: [num_kv_heads, head_dim, tokens], the oracle's.
+        query: [num_kv_heads, group, head_dim], as it is multiplied: rotated where keys are.
+        keys: [num_kv_heads, head_dim, tokens], what the cache says of them: zero points multiply the integers' sum.
         factor: The scale of scores.
+        half: half_a_unit.
 
     Returns:
         [num_kv_heads, group, tokens].
     """
-    step = HALF_A_UNIT * abs(factor) * np.abs(query.astype(np.float64)).max(axis=-1, initial=0)
+    step = half * abs(factor) * np.abs(query.astype(np.float64)).max(axis=-1, initial=0)
     return np.where(np.isfinite(step), step, 0)[..., None] * _added_up(np.abs(keys), axis=1)[:, None]
 
 
-def integer_weights(spec: PagedAttentionSpec, weights: np.ndarray, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def integer_weights(
+    spec: PagedAttentionSpec, weights: np.ndarray, values: np.ndarray, scale: np.ndarray, half: float
+) -> np.ndarray:
     """What the units of weights add to the bound on out of one query token [num_heads, result_dim].
 
     A weight is that of the softmax times the scale of the token's value, and its unit goes by the largest one in its
@@ -162,8 +174,10 @@ def integer_weights(spec: PagedAttentionSpec, weights: np.ndarray, values: np.nd
     Args:
         spec: What was computed.
         weights: [num_kv_heads, group, tokens], p.
-        values: [num_kv_heads, tokens, result_dim], v.
+        values: [num_kv_heads, tokens, result_dim], what weights are wrong with: v, or with zero points v less what it
+            were with the middle code in all elements, for which the kernels make up.
         scale: [num_kv_heads, tokens], of the values.
+        half: half_a_unit.
     """
     tokens = weights.shape[-1]
     scale = np.where(np.isfinite(scale), np.abs(scale), 0)
@@ -173,7 +187,7 @@ def integer_weights(spec: PagedAttentionSpec, weights: np.ndarray, values: np.nd
     maxima = np.maximum.reduceat(of_tile, starts, axis=-1) if tokens else of_tile
     padded = np.pad(maxima, ((0, 0), (0, 0), (1, 1)))
     around = np.maximum(np.maximum(padded[..., :-2], padded[..., 2:]), maxima)
-    step = HALF_A_UNIT * np.repeat(around, LONGEST_TILE, axis=-1)[..., :tokens] + LEAST_STEP * tokens
+    step = half * np.repeat(around, LONGEST_TILE, axis=-1)[..., :tokens] + LEAST_STEP * tokens
     found = [
         [_added_up(row[:, None] * of_head, axis=0) for row in rows] for rows, of_head in zip(step, codes, strict=True)
     ]

@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import functions, integers, scales
+from pa_compiler.schedules.cpu import fours, functions, integers, scales
 from pa_compiler.schedules.cpu.by_element import read_words
 from pa_compiler.schedules.cpu.by_lanes import by_lanes
 from pa_compiler.schedules.fetch import fetch
@@ -31,9 +31,12 @@ _MAX_ROW_LANES = 256
 
 def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
+    if tiling.keys.terms == 4:
+        halves = sch.cache_write("q_tile", 0, "global")
+        evens_first(sch, tiling.qk_lanes, tiling.keys.halves, halves)
     if tiling.keys.integers:
         integers.load_query(sch, tiling)
-    if tiling.keys.terms == 2:
+    if tiling.keys.terms > 1:
         return
     if tiling.keys.halves == 1:
         sch.vectorize(sch.split(sch.get_loops("q_tile")[-1], [None, tiling.qk_lanes])[1])
@@ -113,7 +116,7 @@ def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     evens_first(sch, tiling.pv_lanes, tiling.values.halves, "full_groups", "tile_acc")
     full = sch.get_sblock("full_groups")
     passes = [_fold_tile(sch, tiling), _sum_tile(sch, tiling, "tile_acc")]
-    if tiling.sweep:
+    if tiling.sweep and not tiling.copy_values:
         _sum_groups(sch, tiling, full)
     else:
         passes.append(_sum_tile(sch, tiling, "full_groups"))
@@ -215,7 +218,7 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
         vectorize_in_order(sch, tiling, "ordered")
 
 
-STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
+IN_PLACE: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "columns": functions.columns,
     "qk_matmul": qk_matmul,
@@ -229,7 +232,10 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "store_partial": store_partial,
     "normalize": normalize,
 } | scales.STAGES
-"""How each stage is scheduled, by the name of its sblock."""
+"""How each stage is scheduled where keys and values are read as they lie, by the name of its sblock."""
+
+STAGES = IN_PLACE | {"load_values": fours.load_values}
+"""The same with values that are turned first."""
 
 _AROUND = "loops around stages"
 SCALAR = {

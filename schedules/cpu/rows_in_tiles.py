@@ -128,7 +128,7 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     name: apply
-    for name, apply in head_dim_in_lanes.STAGES.items()
+    for name, apply in head_dim_in_lanes.IN_PLACE.items()
     if name not in ("columns", "visible_rows", "pv_matmul", "pv_update", "pair_probs", *scales.STAGES)
 } | {
     "qk_matmul": qk_matmul,

@@ -58,7 +58,7 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = (
-    head_dim_in_lanes.STAGES | attend.STAGES | {"qk_matmul": qk_matmul}
+    head_dim_in_lanes.IN_PLACE | attend.STAGES | {"qk_matmul": qk_matmul}
 )
 """How each stage is scheduled, by the name of its sblock."""
 

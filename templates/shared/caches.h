@@ -94,13 +94,13 @@ Cache<Of> AsCache(const char* name, const Array& array) {
   cache.memory.tensor.ndim = 1;
   cache.memory.shape[0] = array.empty() ? 0 : 1;  // where it begins is all that the kernels take from it
   cache.memory.strides[0] = 1;
-  if constexpr (Spec::kWordElements == 2) {
+  if constexpr (Spec::kWordElements > 1) {
     for (int64_t* stride : {&cache.block_stride.elements, &cache.row_stride.elements, &cache.head_stride.elements}) {
-      if (*stride % 2 != 0 && !array.empty()) {
-        Raise("ValueError", "%s: expected strides in whole pairs of elements, got %s", name,
-              ListText(array.strides, array.tensor.ndim).c_str());
+      if (*stride % Spec::kWordElements != 0 && !array.empty()) {
+        Raise("ValueError", "%s: expected strides in multiples of %" PRId64 " elements, got %s", name,
+              Spec::kWordElements, ListText(array.strides, array.tensor.ndim).c_str());
       }
-      *stride /= 2;
+      *stride /= Spec::kWordElements;
     }
     cache.memory.tensor.dtype = kInt32;
   }

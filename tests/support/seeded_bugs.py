@@ -34,8 +34,8 @@ FAULTS = {
     ),
     "out is not rotated back": Fault(
         f"{_KERNELS}rotation.py",
-        "    if not spec.rotates:\n        return lambda row, d: acc[slot, row, d]",
-        "    if True:\n        return lambda row, d: acc[slot, row, d]",
+        "    if not spec.rotates:\n        return element",
+        "    if True:\n        return element",
         _CODES,
     ),
     "codes of int8 are rounded down": Fault(
@@ -171,14 +171,14 @@ FAULTS = {
     ),
     "a soft cap that saturates early": Fault(f"{_KERNELS}functions.py", "_TANH_END = 9.0", "_TANH_END = 4.0", _SCORES),
     "a sink beside sums that are not rescaled": Fault(
-        f"{_KERNELS}state.py",
+        f"{_KERNELS}sinks.py",
         "kept[vr] * state.row_sum[slot, vr] + weight[vr]",
         "state.row_sum[slot, vr] + weight[vr]",
         _SCORES,
     ),
-    "the sink of another head": Fault(f"{_KERNELS}state.py", "sinks[rows.at(vr)[1]]", "sinks[vr]", _SCORES),
+    "the sink of another head": Fault(f"{_KERNELS}sinks.py", "sinks[rows.at(vr)[1]]", "sinks[vr]", _SCORES),
     "a sink without the sequence's headroom": Fault(
-        f"{_KERNELS}state.py", 'sink != T.float32("-inf"), of_row(headroom, vr))', 'sink != T.float32("-inf"))', _SCORES
+        f"{_KERNELS}sinks.py", 'sink != T.float32("-inf"), of_row(headroom, vr))', 'sink != T.float32("-inf"))', _SCORES
     ),
     "values before a window multiplied by 0": Fault(
         f"{_KERNELS}pv_matmul.py", "T.Select(tile.sees(t), value, T.float32(0))", "value", _SCORES

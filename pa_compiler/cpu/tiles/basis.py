@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from pa_compiler.cpu.machines import Machine, machine_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.key_ranges import split_blocks
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
-from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
+from pa_compiler.tiles import CODES_OF_WORD, Element, VectorTiling, divisors, equal_tile
 
 DOT_DIMS = 8
 """What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
@@ -58,14 +59,23 @@ class Basis(NamedTuple):
         return self.keys.terms == 2
 
     @property
+    def dot_fours(self) -> bool:
+        """Whether decode multiplies four codes of 4 bits at a time by integers of 8 bits."""
+        return self.keys.terms == 4
+
+    @property
     def qk_lanes(self) -> int:
         """VectorTiling.qk_lanes: of vectors of whole words, whether they are taken apart or not."""
+        if self.dot_fours:
+            return math.gcd(self.spec.head_dim // self.keys.word, self.target.vector_lanes)
         steps = self.keys.terms if self.keys.apart else self.values.halves
         return math.gcd(self.spec.head_dim // steps, self.target.vector_lanes)
 
     @property
     def pv_lanes(self) -> int:
         """VectorTiling.pv_lanes: two vectors of what is converted in words of 16 bits, of which one has as many."""
+        if self.values.turned:
+            return self.values.turned
         return math.gcd(self.spec.result_dim // self.values.halves, self.target.vector_lanes * self._converted_at_once)
 
     @property
@@ -139,7 +149,7 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     """What is known of a spec on a target before a strategy is chosen, for decode or for attend."""
     machine = machine_of(target, kernel)
     if spec.kv_dtype is not None:
-        return _of_codes(spec, target, pipeline, machine)
+        return _of_codes(spec, target, pipeline, machine, kernel)
     packed = spec.kv_layout == "packed"
     pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
     in_pairs = spec.dtype == "bfloat16" and pairs
@@ -152,22 +162,35 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, kernel: st
     return Basis(spec, target, pipeline, machine, rows(spec), keys, values)
 
 
-def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine) -> Basis:
+def _of_codes(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str, machine: Machine, kernel: str) -> Basis:
     """The same of caches of codes, each a word, which become bfloat16 where pairs are multiplied, else float32.
 
     Or integers of 16 bits, where multiplies_integers.
 
-    Two to a byte they become float32, and where queries are rotated, which are no numbers of bfloat16 then.
+    Two to a byte they become float32, and where queries are rotated, which are no numbers of bfloat16 then. Of a spec
+    with kv_dots decode multiplies four at a time, in words of eight, of which attend makes float32.
     """
+    if spec.byte_dots and pipeline == "fused":
+        return _of_bytes(spec, target, machine, kernel)
     whole_words = spec.head_dim % (2 * DOT_DIMS) == spec.result_dim % DOT_DIMS == 0
     pairs = target.dot_pairs and machine.pairs_codes and pipeline == "fused"
     dot_pairs = spec.dtype == "bfloat16" and pairs and whole_words
     element = Element(spec.cache_dtype, terms=2 if dot_pairs and not spec.rotates else 1)
     if pipeline == "fused" and whole_words and multiplies_integers(spec, target):
-        element = Element(spec.cache_dtype, terms=2, integers=True)
+        element = Element(spec.cache_dtype, terms=2, integers=16)
     if spec.codes_of_byte == 2:
         element = Element(spec.cache_dtype, word=2, halves=1 if spec.kv_layout == "packed" else 2)
     return Basis(spec, target, pipeline, machine, rows(spec), element, element)
+
+
+def _of_bytes(spec: PagedAttentionSpec, target: CpuTarget, machine: Machine, kernel: str) -> Basis:
+    """The same of a spec with kv_dots."""
+    keys = values = Element(spec.cache_dtype, CODES_OF_WORD, CODES_OF_WORD)
+    if kernel == "decode":
+        lanes = math.gcd(spec.result_dim // CODES_OF_WORD, target.vector_lanes)
+        keys = Element(spec.cache_dtype, CODES_OF_WORD, halves=2, terms=4, integers=8)
+        values = dataclasses.replace(keys, halves=1, turned=lanes)
+    return Basis(spec, target, "fused", machine, rows(spec), keys, values)
 
 
 def multiplies_integers(spec: PagedAttentionSpec, target: CpuTarget) -> bool:

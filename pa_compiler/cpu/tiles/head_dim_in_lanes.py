@@ -27,7 +27,7 @@ class HeadDimInLanes(CpuTiling):
         return cls(
             **common,
             copy_keys=False,
-            copy_values=False,
+            copy_values=basis.dot_fours,
             streams=math.gcd(common["kv_tile"], basis.machine.streams) if sweep else 1,
             qk_rows=qk_rows,
             qk_tokens=qk_tokens,

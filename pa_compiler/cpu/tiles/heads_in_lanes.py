@@ -21,6 +21,8 @@ class HeadsInLanes(CpuTiling):
         rows, lanes, sums = basis.rows, basis.target.vector_lanes, basis.target.vector_sums
         if not basis.fused:
             return False, f"It is the one strategy of pipeline {basis.pipeline} for kv_layout {basis.spec.kv_layout}."
+        if basis.dot_fours:
+            return False, "kv_dots int8 multiplies four elements of head_dim at a time, in lanes side by side."
         tile = f"{rows} query head{'' if rows == 1 else 's'} in a tile"
         if rows < basis.machine.heads_in_lanes:
             return False, f"{tile}: heads lie in lanes from {basis.machine.heads_in_lanes} on."
