@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -43,14 +44,16 @@ class PagedBuilder(CPUAttentionMetadataBuilder):
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = {name: layer for name, layer in layers.items() if isinstance(layer.impl, PagedImpl)}
         diffusion = vllm_config.diffusion_config is not None
-        chosen = choose_kernels(layers, kv_cache_spec.block_size, self.dtype, diffusion)
+        chosen = choose_kernels(layers, kv_cache_spec.block_size, vllm_config.model_config.dtype, diffusion)
         for name, layer in layers.items():
             layer.impl.kernels = chosen[name]
         self._all_chosen = len(layers) == len(layer_names) and None not in chosen.values()
+        # vLLM's own refuses pages that its kernel has not on this CPU, such as float8 without AVX-512.
+        basis = AttentionMetadataBuilder if self._all_chosen else CPUAttentionMetadataBuilder
+        basis.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """A step's CPUAttentionMetadata; without the schedule of vLLM's kernel where no layer asks for it."""
