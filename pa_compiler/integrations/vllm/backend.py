@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -51,9 +50,11 @@ class PagedBuilder(CPUAttentionMetadataBuilder):
         for name, layer in layers.items():
             layer.impl.kernels = chosen[name]
         self._all_chosen = len(layers) == len(layer_names) and None not in chosen.values()
-        # vLLM's own refuses pages that its kernel has not on this CPU, such as float8 without AVX-512.
-        basis = AttentionMetadataBuilder if self._all_chosen else CPUAttentionMetadataBuilder
-        basis.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
+        try:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        except NotImplementedError:  # vLLM's kernel has not such pages on this CPU, as of float8 without AVX-512
+            if not self._all_chosen:
+                raise
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """A step's CPUAttentionMetadata; without the schedule of vLLM's kernel where no layer asks for it."""
