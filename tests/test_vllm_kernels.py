@@ -14,7 +14,8 @@ with warnings.catch_warnings():
 
     from pa_compiler.integrations.vllm.backend import PagedImpl
 
-from vllm_layers import Sequences, make_layer
+import numpy as np
+from vllm_layers import Sequences, make_layer, numpy_of
 
 from pa_compiler.integrations.vllm.layers import choose_kernels, spec_of
 
@@ -29,6 +30,16 @@ FEATURES = {
 }
 STEPS = [{0: 3, 1: 50}, {0: 1, 1: 61, 2: 200}, {2: 1, 0: 1, 1: 1}, {1: 5, 0: 1}, {0: 130, 2: 1}]
 """Prompts, chunks of them, guesses, and single tokens, side by side; of sequences in any order."""
+
+
+FLOAT8 = {
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "scales of tensors": {"kv_cache_dtype": "fp8_e4m3", "scales": (0.007, 0.3)},
+    "scales of heads": {"kv_cache_dtype": "fp8", "scales": ([0.02, 0.006], [30.0, 0.004])},
+    "e5m2": {"kv_cache_dtype": "fp8_e5m2", "scales": (2e-5, 0.3)},
+    "gpt-oss": {"kv_cache_dtype": "fp8", "scales": (0.02, 0.02), "window": 40, "sinks": True},
+}
+"""With some scales a few elements are beyond the largest number, with others many are subnormal ones."""
 
 
 def ours(monkeypatch, dtype, block_size, **features):
@@ -49,6 +60,32 @@ def test_steps(monkeypatch, dtype, features):
     for counts in STEPS:
         _, wrong = sequences.step(counts)
         assert not wrong(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", FLOAT8.values(), ids=FLOAT8)
+def test_steps_on_float8(monkeypatch, dtype, features):
+    """Against float64 on the codes that NumPy makes; and pages have these codes, and nothing else is written."""
+    layer, spec = ours(monkeypatch, dtype, 64, **features)
+    assert spec.kv_layout == "packed"
+    assert spec.kv_dtype == ("float8_e5m2" if layer.kv_cache_dtype == "fp8_e5m2" else "float8_e4m3fn")
+    assert spec.scales_of == ("head" if layer._k_scale.ndim else "tensor")
+    sequences = Sequences(layer, 64)
+    for counts in STEPS:
+        _, wrong = sequences.step(counts)
+        assert not wrong(spec)
+    keys, values = (numpy_of(half) for half in sequences.pages.view(*sequences.pages.shape[:2], 2, -1).unbind(2))
+    kept = sequences.kept.view(np.uint8).transpose(0, 1, 3, 2, 4)  # [2, pages, heads, tokens, elements]
+    assert np.array_equal(keys.reshape(*keys.shape[:2], 64, 64), kept[0].swapaxes(2, 3))
+    assert np.array_equal(values.reshape(kept[1].shape), kept[1])
+
+
+def test_scales_that_change_count(monkeypatch):
+    """vLLM may load weights again while it runs, into the same memory."""
+    layer, spec = ours(monkeypatch, torch.float32, 64, kv_cache_dtype="fp8", scales=(0.02, 0.02))
+    layer._v_scale.fill_(0.3)
+    _, wrong = Sequences(layer, 64).step({0: 40})
+    assert not wrong(spec)
 
 
 @pytest.mark.parametrize(
@@ -101,16 +138,21 @@ def test_what_a_call_cannot_take_is_refused_before_anything_is_written(monkeypat
     assert (pages == 7).all()
 
 
-CHUNKS = {torch.float32: ([150], [70, 80], [1] * 150, [149, 1]), torch.bfloat16: ([150], [70, 80], [2] * 75)}
+CHUNKS = {
+    (torch.float32, "auto"): ([150], [70, 80], [1] * 150, [149, 1]),
+    (torch.float32, "fp8"): ([150], [70, 80], [1] * 150, [149, 1]),
+    (torch.bfloat16, "auto"): ([150], [70, 80], [2] * 75),
+    (torch.bfloat16, "fp8"): ([150], [70, 80], [2] * 75),
+}
 """Of bfloat16, a single token has the bits of a chunk only where the CPU has no AMX."""
 
 
-@pytest.mark.parametrize("dtype", CHUNKS, ids=str)
-def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch, dtype):
+@pytest.mark.parametrize(("dtype", "kv_cache_dtype"), CHUNKS, ids=str)
+def test_a_query_token_has_the_same_bits_in_any_step(monkeypatch, dtype, kv_cache_dtype):
     """In chunks of any size and in decode: in the packed layout, and so whatever vLLM's scheduler does."""
     outs = []
-    for chunks in CHUNKS[dtype]:
-        layer, _ = ours(monkeypatch, dtype, 64)
+    for chunks in CHUNKS[dtype, kv_cache_dtype]:
+        layer, _ = ours(monkeypatch, dtype, 64, kv_cache_dtype=kv_cache_dtype)
         sequences = Sequences(layer, 64)
         noise = torch.randn(3, 150, 8, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
         parts, begin = [], 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 import warnings
 from importlib.metadata import entry_points
 
@@ -16,6 +18,7 @@ with warnings.catch_warnings():
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from pa_compiler.integrations.vllm import backend
     from pa_compiler.integrations.vllm.backend import PagedImpl
 
 from vllm_layers import make_layer
@@ -27,6 +30,7 @@ from pa_compiler.integrations.vllm import BACKEND, layers, libraries, register
 
 STOCK = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
 SPEC = pa_compiler.PagedAttentionSpec(8, 2, 64, 64, "float32", kv_layout="packed")
+FLOAT8 = dataclasses.replace(SPEC, kv_dtype="float8_e5m2")
 
 
 @pytest.fixture
@@ -125,10 +129,35 @@ def test_what_the_kernels_have_not_is_left_to_vllm_and_said(layer, said, of, nam
     assert line.startswith(f"warning: pa_compiler leaves 1 layers to vLLM's kernel: model.layers.0.attn: {reason}")
 
 
-def test_pages_of_another_type_are_left_to_vllm(layer, said):
-    layer.kv_cache_dtype, layer.kv_cache_torch_dtype = "fp8_e4m3", torch.uint8
-    assert layers.choose_kernels({"attn": layer}, 64, torch.float32) == {"attn": None}
-    assert said[0].endswith("kv_cache_dtype 'fp8_e4m3', where expected are pages of the model's torch.float32")
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "int8_per_token_head", "fp8_inc", "nvfp4"])
+def test_pages_that_vllm_has_not_on_cpus_are_refused(monkeypatch, kv_cache_dtype):
+    """vLLM does not ask its kernel, which takes them for pages of the model's type and writes beyond them."""
+    layer = make_layer(PagedImpl, monkeypatch, torch.float32, kv_cache_dtype=kv_cache_dtype)
+    with pytest.raises(NotImplementedError) as caught:
+        layers.choose_kernels({"attn": layer}, 64, torch.float32)
+    expected = "auto, for the model's torch.float32, or one of fp8, fp8_e4m3, fp8_e5m2"
+    assert str(caught.value) == f"kv_cache_dtype: expected {expected}, on a CPU, got {kv_cache_dtype!r}"
+
+
+def test_what_vllms_own_kernel_has_not_is_an_error_only_where_a_layer_needs_it(layer, monkeypatch):
+    """As float8 on CPUs without AVX-512, or with heads of 80 elements."""
+
+    def refuse(*_):
+        raise NotImplementedError("FP8 KV cache")
+
+    monkeypatch.setattr(backend.CPUAttentionMetadataBuilder, "__init__", refuse)
+    monkeypatch.setattr(backend, "get_layers_from_vllm_config", lambda *_: {"attn": layer})
+    model = types.SimpleNamespace(dtype=torch.float32)
+    config = types.SimpleNamespace(diffusion_config=None, model_config=model)
+    of = (types.SimpleNamespace(block_size=64), ["attn"], config, torch.device("cpu"))
+    builder = backend.PagedBuilder(*of)
+    assert layer.impl.kernels.module.spec == SPEC
+    fields = ("num_actual_tokens", "max_query_len", "query_start_loc", "max_seq_len", "seq_lens", "block_table_tensor")
+    step = types.SimpleNamespace(**dict.fromkeys((*fields, "slot_mapping", "causal"), 1))
+    assert builder.build(0, step).scheduler_metadata is None
+    layer.use_mm_prefix = True
+    with pytest.raises(NotImplementedError, match=r"^FP8 KV cache$"):
+        backend.PagedBuilder(*of)
 
 
 def test_models_of_diffusion_are_left_to_vllm(layer, said):
@@ -158,10 +187,11 @@ SPECS = [
     SPEC,
     pa_compiler.PagedAttentionSpec(9, 3, 64, 128, "bfloat16", kv_layout="packed", window=512, softcap=30.5),
     pa_compiler.PagedAttentionSpec(4, 1, 33, 32, "float16", kv_layout="HND", alibi=True, sinks=True),
+    pa_compiler.PagedAttentionSpec(8, 2, 64, 64, "bfloat16", kv_dtype="float8_e4m3fn", kv_scale="head"),
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["plain", "window and cap", "of heads"])
+@pytest.mark.parametrize("spec", SPECS, ids=["plain", "window and cap", "of heads", "float8"])
 def test_the_command_that_builds_a_library(spec, tmp_path):
     program, *arguments = libraries.build_command(spec).split()
     assert program == "pa-compiler"
@@ -173,8 +203,9 @@ def test_the_command_that_builds_a_library(spec, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, compiled):
-    """The folder that PA_MODULES names, with the library of SPEC. Nothing can be compiled."""
+    """The folder that PA_MODULES names, with the libraries of SPEC and FLOAT8. Nothing can be compiled."""
     compiled(SPEC, attend=True).save(tmp_path / "a.so")
+    compiled(FLOAT8, attend=True).save(tmp_path / "float8.so")
     monkeypatch.setenv("PA_MODULES", str(tmp_path))
     monkeypatch.setattr(modules, "_MODULES", {})
 
@@ -195,6 +226,12 @@ def test_libraries_of_a_folder(folder, layer, said):
     command = "pa-compiler build --num-heads 8 --num-kv-heads 2 --head-dim 64 --block-size 32 --dtype float32"
     command += " --out-dtype float32 --kv-layout packed -o NAME.so"
     assert said[1].endswith(f"there is no TVM; to build it for PA_MODULES: {command}")
+
+
+def test_a_library_of_float8_in_a_folder(folder, monkeypatch):
+    layer = make_layer(PagedImpl, monkeypatch, torch.float32, kv_cache_dtype="fp8_e5m2")
+    found = layers.choose_kernels({"attn": layer}, 64, torch.float32)["attn"]
+    assert found.module.checksum == pa_compiler.load(folder / "float8.so").checksum
 
 
 def test_a_folder_that_is_wrong(folder, layer, monkeypatch):

@@ -94,17 +94,6 @@ def test_without_tvm_and_compilers(tmp_path):
     assert loaded["run"]["tokens"] == left["run"]["tokens"]
 
 
-@needs_smollm2
-def test_an_engine_whose_layers_stay_with_vllm(tmp_path):
-    """Its pages are quantised, which the log says: tokens are those of vLLM without the plug-in."""
-    runs = {"run": run_of([[7] * 40, [11, 5, 3]], dtype="bfloat16", kv_cache_dtype="fp8")}
-    theirs, _ = generate("smollm2", runs, tmp_path, ours=False)
-    ours, log = generate("smollm2", runs, tmp_path, ours=True)
-    reason = "kv_cache_dtype 'fp8', where expected are pages of the model's torch.bfloat16"
-    assert f"pa_compiler leaves 30 layers to vLLM's kernel: model.layers.0-29.self_attn.attn: {reason}" in log
-    assert ours["run"]["tokens"] == theirs["run"]["tokens"]
-
-
 @pytest.fixture
 def server(tmp_path):
     """(its address, its log): vLLM serves SmolLM2, on this machine's loopback alone."""

@@ -15,16 +15,19 @@ class DenseCalls:
     types, strides, indices and overlaps are checked by the library, as ever, before anything is written.
 
     Args:
-        module: With attend, of a spec whose functions take no inputs, and whose caches hold dtype.
+        module: With attend, of a spec whose functions take no inputs.
+        key_scale: Of the caches that calls are given, as Module.decode takes it; None without a kv_dtype.
+        value_scale: Likewise.
 
     Raises:
         ValueError: the module is another.
     """
 
-    def __init__(self, module: Module) -> None:
-        if module.spec.inputs or module.spec.has_scales or not module.has_attend:
-            raise ValueError(f"module: expected one with attend, without inputs and kv_dtype, got {module}")
+    def __init__(self, module: Module, key_scale: Any = None, value_scale: Any = None) -> None:
+        if module.spec.inputs or not module.has_attend:
+            raise ValueError(f"module: expected one with attend, without inputs, got {module}")
         self._module = module
+        self._scales = (key_scale, value_scale)
         self._absent_table = (None, None)  # a pair in place of a block table
 
     def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
@@ -35,7 +38,7 @@ class DenseCalls:
         """
         module = self._module
         module._append_kv.call_dense(
-            (key, value, key_cache, value_cache, slot_mapping, None, None), module._thread_numbers
+            (key, value, key_cache, value_cache, slot_mapping, *self._scales), module._thread_numbers
         )
 
     def decode(
@@ -57,7 +60,7 @@ class DenseCalls:
         """
         module = self._module
         tables = (block_table, *self._absent_table)
-        arrays = (query, key_cache, value_cache, *tables, context_lens, out, None, alibi_slopes, sinks, None, None)
+        arrays = (query, key_cache, value_cache, *tables, context_lens, out, None, alibi_slopes, sinks, *self._scales)
         module._decode.call_dense(arrays, (scale, *module._thread_numbers))
 
     def attend(
@@ -84,5 +87,5 @@ class DenseCalls:
         tables = (block_table, *self._absent_table)
         arrays = (query, key_cache, value_cache, *tables, context_lens, query_start_loc, out, None)
         attend.call_dense(
-            (*arrays, alibi_slopes, sinks, None, None, None), (scale, int(causal), *module._thread_numbers)
+            (*arrays, alibi_slopes, sinks, *self._scales, None), (scale, int(causal), *module._thread_numbers)
         )

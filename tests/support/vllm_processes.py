@@ -43,10 +43,11 @@ def prompts(name):
     return [ids[100 * index :][:length] for index, length in enumerate(LENGTHS)]
 
 
-def generate(name, runs, folder, *, ours, together=False, timeout=1800, **variables):
-    """(what vllm_run.py has found, what it has printed)."""
+def generate(model, runs, folder, *, ours, together=False, timeout=1800, **variables):
+    """(what vllm_run.py has found, what it has printed). model is a name of vllm_models, or a checkpoint's folder."""
     file, log = (Path(folder) / f"{'ours' if ours else 'theirs'}.{suffix}" for suffix in ("json", "log"))
-    asked = {"model": str(vllm_models.folder(name)), "runs": runs, "together": together, "file": str(file)}
+    checkpoint = model if isinstance(model, Path) else vllm_models.folder(model)
+    asked = {"model": str(checkpoint), "runs": runs, "together": together, "file": str(file)}
     command = [sys.executable, str(SUPPORT / "vllm_run.py"), json.dumps(asked)]
     environment = settings(ours=ours, **variables)
     with log.open("w") as output:

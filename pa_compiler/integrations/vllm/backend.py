@@ -43,14 +43,18 @@ class PagedBuilder(CPUAttentionMetadataBuilder):
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = {name: layer for name, layer in layers.items() if isinstance(layer.impl, PagedImpl)}
         diffusion = vllm_config.diffusion_config is not None
-        chosen = choose_kernels(layers, kv_cache_spec.block_size, self.dtype, diffusion)
+        chosen = choose_kernels(layers, kv_cache_spec.block_size, vllm_config.model_config.dtype, diffusion)
         for name, layer in layers.items():
             layer.impl.kernels = chosen[name]
         self._all_chosen = len(layers) == len(layer_names) and None not in chosen.values()
+        try:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        except NotImplementedError:  # vLLM's kernel has not such pages on this CPU, as of float8 without AVX-512
+            if not self._all_chosen:
+                raise
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """A step's CPUAttentionMetadata; without the schedule of vLLM's kernel where no layer asks for it."""

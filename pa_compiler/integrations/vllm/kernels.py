@@ -24,7 +24,7 @@ class Kernels:
 
     def __init__(self, module: Module, layer: Any) -> None:
         self.module = module
-        self._calls = DenseCalls(module)
+        self._calls = DenseCalls(module, *_scales(module.spec, layer))
         self._scale: float = layer.impl.scale
         sinks = layer.impl.sinks
         self._of_heads = (layer.impl.alibi_slopes, None if sinks is None else sinks.detach().float())
@@ -58,13 +58,19 @@ class Kernels:
         return self._caches
 
 
+def _scales(spec: PagedAttentionSpec, layer: Any) -> tuple[torch.Tensor, ...]:
+    """key_scale and value_scale of one of vLLM's Attention layers, views of its buffers; none without a kv_dtype."""
+    return (layer._k_scale.detach().view(-1), layer._v_scale.detach().view(-1)) if spec.has_scales else ()
+
+
 def split(spec: PagedAttentionSpec, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of pages [blocks, num_kv_heads, block_size, 2 * head_dim] as key and value caches of a spec.
 
-    Keys of a head lie in the first half of what a page has for it, values in the second, whatever their layout.
+    Keys of a head lie in the first half of what a page has for it, values in the second, whatever their layout. vLLM
+    gives codes as bytes.
     """
     blocks, heads = pages.shape[:2]
-    halves = pages.view(blocks, heads, 2, -1)
+    halves = pages.view(getattr(torch, spec.cache_dtype)).view(blocks, heads, 2, -1)
     keys, values = (
         halves[:, :, half].view(blocks, *shape[1:])
         for half, shape in enumerate((spec.key_cache_shape, spec.value_cache_shape))

@@ -20,6 +20,9 @@ logger = init_logger("vllm.pa_compiler")  # what is logged below vLLM's own name
 
 DIFFUSION = "diffusion_config, a model that generates by diffusion, where expected is attention that is causal"
 
+FLOAT8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+"""kv_dtype by vLLM's kv_cache_dtype: what pages may hold in place of the model's type, on a CPU."""
+
 
 def choose_kernels(
     layers: Mapping[str, Any], block_size: int, dtype: torch.dtype, diffusion: bool = False
@@ -36,6 +39,7 @@ def choose_kernels(
 
     Raises:
         FileNotFoundError, RuntimeError, ValueError: as libraries.module_of, about PA_MODULES.
+        NotImplementedError: pages are of a type that neither these kernels nor vLLM's have on a CPU.
     """
     found: dict[str, Module | str] = {}
     for name, layer in layers.items():
@@ -61,24 +65,31 @@ def _module_or_reason(layer: Any, block_size: int, dtype: torch.dtype) -> Module
 
 
 def spec_of(layer: Any, block_size: int, dtype: torch.dtype) -> PagedAttentionSpec | str:
-    """The spec of one of vLLM's Attention layers, or what it needs that the kernels have not."""
-    impl = layer.impl
+    """The spec of one of vLLM's Attention layers, or what it needs that the kernels have not.
+
+    Raises:
+        NotImplementedError: its pages are of a type that vLLM's kernel has not either, and would write beyond.
+    """
+    impl, kv_dtype = layer.impl, FLOAT8.get(layer.kv_cache_dtype)
+    if kv_dtype is None and layer.kv_cache_torch_dtype != dtype:
+        known = f"auto, for the model's {dtype}, or one of {', '.join(FLOAT8)}"
+        raise NotImplementedError(f"kv_cache_dtype: expected {known}, on a CPU, got {layer.kv_cache_dtype!r}")
     if impl.attn_type != AttentionType.DECODER:
         return f"attn_type {AttentionType(impl.attn_type).value!r}, where expected is 'decoder'"
-    if layer.kv_cache_torch_dtype != dtype:
-        return f"kv_cache_dtype {layer.kv_cache_dtype!r}, where expected are pages of the model's {dtype}"
     if layer.head_size_v != layer.head_size:
         return f"head_size_v {layer.head_size_v}, where expected is head_size, {layer.head_size}"
     if layer.use_mm_prefix:
         return "use_mm_prefix, images whose tokens see each other, where expected is attention that is causal"
     name = str(dtype).removeprefix("torch.")
-    transposed = block_size % 16 == 0 and (name != "bfloat16" or layer.head_size % 2 == 0)
+    transposed = block_size % 16 == 0 and (layer.head_size % 2 == 0 or (kv_dtype or name) != "bfloat16")
     fields: dict[str, Any] = {
         "window": None if impl.sliding_window == -1 else impl.sliding_window,
         "softcap": impl.logits_soft_cap or None,
         "alibi": impl.alibi_slopes is not None,
         "sinks": impl.sinks is not None,
         "kv_layout": "packed" if transposed else "HND",
+        "kv_dtype": kv_dtype,
+        "kv_scale": None if kv_dtype is None else "tensor" if layer._k_scale.numel() == 1 else "head",
     }
     try:
         return PagedAttentionSpec(layer.num_heads, layer.num_kv_heads, layer.head_size, block_size, name, **fields)
