@@ -710,550 +710,543 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !6
 
 if_end.i:                                         ; preds = %if_end57
-  %120 = shl nsw i32 %num_query, 2
-  %121 = add nsw i32 %120, 31
-  %122 = ashr i32 %121, 5
-  %123 = mul i32 %122, %num_kv_heads
-  %124 = tail call i32 @llvm.smin.i32(i32 %123, i32 16)
-  %125 = shl nsw i32 %124, 5
-  %126 = sext i32 %125 to i64
-  %127 = shl nuw nsw i64 %126, 2
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_max.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
-  %129 = icmp eq ptr %total_max.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
+  %120 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_max.i = tail call ptr %120(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %121 = icmp eq ptr %total_max.i, null
+  br i1 %121, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_sum.i = tail call ptr %130(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
-  %131 = icmp eq ptr %total_sum.i, null
-  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
+  %122 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_sum.i = tail call ptr %122(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %123 = icmp eq ptr %total_sum.i, null
+  br i1 %123, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %132 = shl nsw i32 %124, 12
-  %133 = sext i32 %132 to i64
-  %134 = shl nuw nsw i64 %133, 2
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_acc.i = tail call ptr %135(i32 1, i32 %dev_id, i64 %134, i32 2, i32 32)
-  %136 = icmp eq ptr %total_acc.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
+  %124 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_acc.i = tail call ptr %124(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %125 = icmp eq ptr %total_acc.i, null
+  br i1 %125, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %limits.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %138 = icmp eq ptr %limits.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %limits.i = tail call ptr %126(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %127 = icmp eq ptr %limits.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %places.i = tail call ptr %139(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %140 = icmp eq ptr %places.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %places.i = tail call ptr %128(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %129 = icmp eq ptr %places.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
 
 if_end14.i:                                       ; preds = %if_end11.i
   %sext = shl i64 %54, 32
-  %141 = ashr exact i64 %sext, 32
-  %142 = getelementptr inbounds i32, ptr %context_lens, i64 %141
-  %context_len.i = load i32, ptr %142, align 4, !tbaa !7
-  %143 = icmp sgt i64 %tree_start, -1
-  %144 = icmp slt i32 %123, 1
-  br i1 %144, label %for_end_tile81.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !9
+  %130 = ashr exact i64 %sext, 32
+  %131 = getelementptr inbounds i32, ptr %context_lens, i64 %130
+  %context_len.i = load i32, ptr %131, align 4, !tbaa !7
+  %132 = shl nsw i32 %num_query, 2
+  %133 = add nsw i32 %132, 31
+  %134 = ashr i32 %133, 5
+  %135 = icmp sgt i64 %tree_start, -1
+  %136 = mul nsw i32 %134, %num_kv_heads
+  %137 = icmp slt i32 %136, 1
+  br i1 %137, label %for_end_tile81.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !9
 
 for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end14.i
-  %145 = and i64 %70, 4294967295
-  %146 = icmp eq i64 %145, 0
-  %147 = icmp slt i32 %122, 0
-  %148 = insertelement <4 x float> poison, float %query_scale, i64 0
-  %149 = shufflevector <4 x float> %148, <4 x float> poison, <4 x i32> zeroinitializer
+  %138 = and i64 %70, 4294967295
+  %139 = icmp eq i64 %138, 0
+  %140 = icmp slt i32 %134, 0
+  %141 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %142 = shufflevector <4 x float> %141, <4 x float> poison, <4 x i32> zeroinitializer
   %sext75 = shl i64 %60, 32
-  %150 = ashr exact i64 %sext75, 32
-  %151 = shl i64 %q_head, 2
+  %143 = ashr exact i64 %sext75, 32
+  %144 = shl i64 %q_head, 2
   %sext76 = shl i64 %56, 32
-  %152 = ashr exact i64 %sext76, 32
-  %153 = icmp sgt i32 %122, -1
-  %154 = insertelement <32 x i32> poison, i32 %context_len.i, i64 0
-  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <32 x i32> zeroinitializer
-  %156 = or i1 %146, %143
-  %157 = insertelement <32 x i1> poison, i1 %156, i64 0
-  %158 = shufflevector <32 x i1> %157, <32 x i1> poison, <32 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %123 to i64
-  %159 = shl i32 %num_query, 1
+  %145 = ashr exact i64 %sext76, 32
+  %146 = icmp sgt i32 %134, -1
+  %147 = insertelement <32 x i32> poison, i32 %context_len.i, i64 0
+  %148 = shufflevector <32 x i32> %147, <32 x i32> poison, <32 x i32> zeroinitializer
+  %149 = or i1 %139, %135
+  %150 = insertelement <32 x i1> poison, i1 %149, i64 0
+  %151 = shufflevector <32 x i1> %150, <32 x i1> poison, <32 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %136 to i64
+  %152 = shl i32 %num_query, 1
   br label %for_begin_ax1_0.preheader.i
 
 for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
   %indvars.iv1381.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next1382.i, %for_body_r.peel.next.i ]
-  %160 = trunc nuw nsw i64 %indvars.iv1381.i to i32
-  %rmod.i = srem i32 %160, %122
-  %rdiv39.i = sdiv i32 %160, %122
-  %161 = icmp ne i32 %rmod.i, 0
-  %.not675.i = and i1 %147, %161
-  %162 = select i1 %.not675.i, i32 %122, i32 0
-  %163 = add nsw i32 %162, %rmod.i
-  %164 = shl nsw i32 %163, 3
-  %165 = shl nsw i32 %163, 5
-  %166 = sub nsw i32 %120, %165
-  %167 = shl nsw i32 %163, 4
-  %invariant.op909.i = sub i32 %167, %159
-  %168 = sext i1 %.not675.i to i32
-  %169 = sext i32 %163 to i64
-  %170 = shl nsw i64 %169, 3
-  %invariant.op911.i = add nsw i64 %170, %152
-  %171 = sext i32 %166 to i64
-  %172 = shl i64 %indvars.iv1381.i, 12
-  %173 = and i64 %172, 4294963200
-  %invariant.gep1849.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %173
+  %153 = trunc nuw nsw i64 %indvars.iv1381.i to i32
+  %rmod.i = srem i32 %153, %134
+  %rdiv39.i = sdiv i32 %153, %134
+  %154 = icmp ne i32 %rmod.i, 0
+  %.not675.i = and i1 %140, %154
+  %155 = select i1 %.not675.i, i32 %134, i32 0
+  %156 = add nsw i32 %155, %rmod.i
+  %157 = shl nsw i32 %156, 3
+  %158 = shl nsw i32 %156, 5
+  %159 = sub nsw i32 %132, %158
+  %160 = shl nsw i32 %156, 4
+  %invariant.op909.i = sub i32 %160, %152
+  %161 = sext i1 %.not675.i to i32
+  %162 = sext i32 %156 to i64
+  %163 = shl nsw i64 %162, 3
+  %invariant.op911.i = add nsw i64 %163, %145
+  %164 = sext i32 %159 to i64
+  %165 = shl i64 %indvars.iv1381.i, 12
+  %166 = and i64 %165, 4294963200
+  %invariant.gep1849.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %166
   br label %for_begin_ax2_0.preheader.i
 
 for_begin_tile79.preheader.i:                     ; preds = %for_body_r.peel.next.i
-  %174 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 4
-  %175 = load <2 x i32>, ptr %174, align 4
-  %exitcond1389.peel.not.i = icmp eq i32 %123, 1
-  %176 = extractelement <2 x i32> %175, i64 0
-  %177 = extractelement <2 x i32> %175, i64 1
+  %167 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 4
+  %168 = load <2 x i32>, ptr %167, align 4
+  %exitcond1389.peel.not.i = icmp eq i32 %136, 1
+  %169 = extractelement <2 x i32> %168, i64 0
+  %170 = extractelement <2 x i32> %168, i64 1
   br i1 %exitcond1389.peel.not.i, label %for_end_tile81.i, label %iter.check, !prof !10
 
 iter.check:                                       ; preds = %for_begin_tile79.preheader.i
-  %178 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %123, 6
+  %171 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %136, 6
   br i1 %min.iters.check, label %if_end92.i.preheader, label %vector.main.loop.iter.check, !prof !9
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check625 = icmp ult i32 %123, 34
+  %min.iters.check625 = icmp ult i32 %136, 34
   br i1 %min.iters.check625, label %vec.epilog.ph, label %vector.ph, !prof !9
 
 vector.ph:                                        ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %178, 31
-  %179 = icmp eq i64 %n.mod.vf, 0
-  %180 = select i1 %179, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %178, %180
-  %broadcast.splat = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat627 = shufflevector <2 x i32> %175, <2 x i32> poison, <8 x i32> zeroinitializer
+  %n.mod.vf = and i64 %171, 31
+  %172 = icmp eq i64 %n.mod.vf, 0
+  %173 = select i1 %172, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %171, %173
+  %broadcast.splat = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat627 = shufflevector <2 x i32> %168, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body
 
 vector.body:                                      ; preds = %vector.body, %vector.ph
   %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %193, %vector.body ]
-  %vec.phi628 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %194, %vector.body ]
-  %vec.phi629 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %195, %vector.body ]
-  %vec.phi630 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %196, %vector.body ]
-  %vec.phi631 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %197, %vector.body ]
-  %vec.phi632 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %198, %vector.body ]
-  %vec.phi633 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %199, %vector.body ]
-  %vec.phi634 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %200, %vector.body ]
-  %181 = shl i64 %index, 4
-  %182 = shl i64 %index, 4
-  %183 = shl i64 %index, 4
-  %184 = shl i64 %index, 4
-  %185 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %181
-  %186 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %182
-  %187 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %184
-  %189 = getelementptr inbounds nuw i8, ptr %185, i64 20
-  %190 = getelementptr inbounds nuw i8, ptr %186, i64 148
-  %191 = getelementptr inbounds nuw i8, ptr %187, i64 276
-  %192 = getelementptr inbounds nuw i8, ptr %188, i64 404
-  %wide.vec = load <32 x i32>, ptr %189, align 4, !tbaa !11
+  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %186, %vector.body ]
+  %vec.phi628 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %187, %vector.body ]
+  %vec.phi629 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %188, %vector.body ]
+  %vec.phi630 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %189, %vector.body ]
+  %vec.phi631 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %190, %vector.body ]
+  %vec.phi632 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %191, %vector.body ]
+  %vec.phi633 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %192, %vector.body ]
+  %vec.phi634 = phi <8 x i32> [ %broadcast.splat627, %vector.ph ], [ %193, %vector.body ]
+  %174 = shl i64 %index, 4
+  %175 = shl i64 %index, 4
+  %176 = shl i64 %index, 4
+  %177 = shl i64 %index, 4
+  %178 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %174
+  %179 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %175
+  %180 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %176
+  %181 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %177
+  %182 = getelementptr inbounds nuw i8, ptr %178, i64 20
+  %183 = getelementptr inbounds nuw i8, ptr %179, i64 148
+  %184 = getelementptr inbounds nuw i8, ptr %180, i64 276
+  %185 = getelementptr inbounds nuw i8, ptr %181, i64 404
+  %wide.vec = load <32 x i32>, ptr %182, align 4, !tbaa !11
   %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec635 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec636 = load <32 x i32>, ptr %190, align 4, !tbaa !11
+  %wide.vec636 = load <32 x i32>, ptr %183, align 4, !tbaa !11
   %strided.vec637 = shufflevector <32 x i32> %wide.vec636, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec638 = shufflevector <32 x i32> %wide.vec636, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec639 = load <32 x i32>, ptr %191, align 4, !tbaa !11
+  %wide.vec639 = load <32 x i32>, ptr %184, align 4, !tbaa !11
   %strided.vec640 = shufflevector <32 x i32> %wide.vec639, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec641 = shufflevector <32 x i32> %wide.vec639, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec642 = load <32 x i32>, ptr %192, align 4, !tbaa !11
+  %wide.vec642 = load <32 x i32>, ptr %185, align 4, !tbaa !11
   %strided.vec643 = shufflevector <32 x i32> %wide.vec642, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec644 = shufflevector <32 x i32> %wide.vec642, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %193 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec635)
-  %194 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi628, <8 x i32> %strided.vec638)
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi629, <8 x i32> %strided.vec641)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi630, <8 x i32> %strided.vec644)
-  %197 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi631, <8 x i32> %strided.vec)
-  %198 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi632, <8 x i32> %strided.vec637)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi633, <8 x i32> %strided.vec640)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi634, <8 x i32> %strided.vec643)
+  %186 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec635)
+  %187 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi628, <8 x i32> %strided.vec638)
+  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi629, <8 x i32> %strided.vec641)
+  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi630, <8 x i32> %strided.vec644)
+  %190 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi631, <8 x i32> %strided.vec)
+  %191 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi632, <8 x i32> %strided.vec637)
+  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi633, <8 x i32> %strided.vec640)
+  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi634, <8 x i32> %strided.vec643)
   %index.next = add nuw i64 %index, 32
-  %201 = icmp eq i64 %index.next, %n.vec
-  br i1 %201, label %vec.epilog.iter.check, label %vector.body, !prof !13, !llvm.loop !14
+  %194 = icmp eq i64 %index.next, %n.vec
+  br i1 %194, label %vec.epilog.iter.check, label %vector.body, !prof !13, !llvm.loop !14
 
 vec.epilog.iter.check:                            ; preds = %vector.body
-  %rdx.minmax647 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %197, <8 x i32> %198)
-  %rdx.minmax648 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax647, <8 x i32> %199)
-  %rdx.minmax649 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax648, <8 x i32> %200)
-  %202 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax649)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %193, <8 x i32> %194)
-  %rdx.minmax645 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %195)
-  %rdx.minmax646 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax645, <8 x i32> %196)
-  %203 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax646)
+  %rdx.minmax647 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %190, <8 x i32> %191)
+  %rdx.minmax648 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax647, <8 x i32> %192)
+  %rdx.minmax649 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax648, <8 x i32> %193)
+  %195 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax649)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %186, <8 x i32> %187)
+  %rdx.minmax645 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %188)
+  %rdx.minmax646 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax645, <8 x i32> %189)
+  %196 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax646)
   %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %180, 5
-  %204 = insertelement <2 x i32> poison, i32 %202, i64 0
-  %205 = insertelement <2 x i32> %204, i32 %203, i64 1
+  %min.epilog.iters.check = icmp samesign ult i64 %173, 5
+  %197 = insertelement <2 x i32> poison, i32 %195, i64 0
+  %198 = insertelement <2 x i32> %197, i32 %196, i64 1
   br i1 %min.epilog.iters.check, label %if_end92.i.preheader, label %vec.epilog.ph, !prof !19
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %206 = phi <2 x i32> [ %205, %vec.epilog.iter.check ], [ %175, %vector.main.loop.iter.check ]
-  %n.mod.vf651 = and i64 %178, 3
-  %207 = icmp eq i64 %n.mod.vf651, 0
-  %208 = select i1 %207, i64 4, i64 %n.mod.vf651
-  %n.vec652 = sub nsw i64 %178, %208
-  %209 = add nsw i64 %n.vec652, 1
-  %broadcast.splat654 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat656 = shufflevector <2 x i32> %206, <2 x i32> poison, <4 x i32> zeroinitializer
+  %199 = phi <2 x i32> [ %198, %vec.epilog.iter.check ], [ %168, %vector.main.loop.iter.check ]
+  %n.mod.vf651 = and i64 %171, 3
+  %200 = icmp eq i64 %n.mod.vf651, 0
+  %201 = select i1 %200, i64 4, i64 %n.mod.vf651
+  %n.vec652 = sub nsw i64 %171, %201
+  %202 = add nsw i64 %n.vec652, 1
+  %broadcast.splat654 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat656 = shufflevector <2 x i32> %199, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
   %index657 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next663, %vec.epilog.vector.body ]
-  %vec.phi658 = phi <4 x i32> [ %broadcast.splat654, %vec.epilog.ph ], [ %212, %vec.epilog.vector.body ]
-  %vec.phi659 = phi <4 x i32> [ %broadcast.splat656, %vec.epilog.ph ], [ %213, %vec.epilog.vector.body ]
+  %vec.phi658 = phi <4 x i32> [ %broadcast.splat654, %vec.epilog.ph ], [ %205, %vec.epilog.vector.body ]
+  %vec.phi659 = phi <4 x i32> [ %broadcast.splat656, %vec.epilog.ph ], [ %206, %vec.epilog.vector.body ]
   %offset.idx = shl i64 %index657, 4
-  %210 = getelementptr i8, ptr %reach647.i, i64 %offset.idx
-  %211 = getelementptr i8, ptr %210, i64 20
-  %wide.vec660 = load <16 x i32>, ptr %211, align 4, !tbaa !11
+  %203 = getelementptr i8, ptr %reach647.i, i64 %offset.idx
+  %204 = getelementptr i8, ptr %203, i64 20
+  %wide.vec660 = load <16 x i32>, ptr %204, align 4, !tbaa !11
   %strided.vec661 = shufflevector <16 x i32> %wide.vec660, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
   %strided.vec662 = shufflevector <16 x i32> %wide.vec660, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %212 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi658, <4 x i32> %strided.vec662)
-  %213 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi659, <4 x i32> %strided.vec661)
+  %205 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi658, <4 x i32> %strided.vec662)
+  %206 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi659, <4 x i32> %strided.vec661)
   %index.next663 = add nuw i64 %index657, 4
-  %214 = icmp eq i64 %index.next663, %n.vec652
-  br i1 %214, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
+  %207 = icmp eq i64 %index.next663, %n.vec652
+  br i1 %207, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %215 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %212)
-  %216 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %213)
+  %208 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %205)
+  %209 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %206)
   br label %if_end92.i.preheader
 
 if_end92.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1385.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
-  %span646.sroa.0.0925.i.ph = phi i32 [ %177, %iter.check ], [ %203, %vec.epilog.iter.check ], [ %215, %vec.epilog.middle.block ]
-  %span646.sroa.3.0924.i.ph = phi i32 [ %176, %iter.check ], [ %202, %vec.epilog.iter.check ], [ %216, %vec.epilog.middle.block ]
+  %indvars.iv1385.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %202, %vec.epilog.middle.block ]
+  %span646.sroa.0.0925.i.ph = phi i32 [ %170, %iter.check ], [ %196, %vec.epilog.iter.check ], [ %208, %vec.epilog.middle.block ]
+  %span646.sroa.3.0924.i.ph = phi i32 [ %169, %iter.check ], [ %195, %vec.epilog.iter.check ], [ %209, %vec.epilog.middle.block ]
   br label %if_end92.i
 
 for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
   %indvars.iv1368.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next1369.i, %for_end_ax2_0.i ]
-  %217 = trunc i64 %indvars.iv1368.i to i32
-  %218 = add i32 %164, %217
-  %219 = icmp slt i32 %218, %num_query
-  %220 = shl nuw nsw i64 %indvars.iv1368.i, 2
-  %221 = or disjoint i64 %220, 1
-  %222 = icmp slt i64 %221, %171
-  %223 = shl i32 %217, 1
-  %.reass910.i = add i32 %invariant.op909.i, %223
-  %224 = icmp slt i32 %.reass910.i, -1
-  %225 = or disjoint i64 %220, 3
-  %226 = icmp slt i64 %225, %171
+  %210 = trunc i64 %indvars.iv1368.i to i32
+  %211 = add i32 %157, %210
+  %212 = icmp slt i32 %211, %num_query
+  %213 = shl nuw nsw i64 %indvars.iv1368.i, 2
+  %214 = or disjoint i64 %213, 1
+  %215 = icmp slt i64 %214, %164
+  %216 = shl i32 %210, 1
+  %.reass910.i = add i32 %invariant.op909.i, %216
+  %217 = icmp slt i32 %.reass910.i, -1
+  %218 = or disjoint i64 %213, 3
+  %219 = icmp slt i64 %218, %164
   %.reass912.i = add nsw i64 %invariant.op911.i, %indvars.iv1368.i
-  %227 = mul nsw i64 %.reass912.i, %q_batch
-  %228 = getelementptr i16, ptr %query, i64 %227
-  %invariant.gep1851.i = getelementptr inbounds nuw float, ptr %invariant.gep1849.i, i64 %220
+  %220 = mul nsw i64 %.reass912.i, %q_batch
+  %221 = getelementptr i16, ptr %query, i64 %220
+  %invariant.gep1851.i = getelementptr inbounds nuw float, ptr %invariant.gep1849.i, i64 %213
   br label %for_body_ax2_0.i
 
 for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
-  %229 = icmp eq i32 %rmod.i, 0
-  %230 = or i1 %153, %229
-  %231 = select i1 %230, i32 0, i32 %122
-  %232 = add nsw i32 %231, %rmod.i
-  %233 = shl nsw i32 %232, 5
-  %234 = sub nsw i32 %120, %233
-  %235 = tail call i32 @llvm.smin.i32(i32 %234, i32 32)
-  %236 = add nsw i32 %235, -1
-  %237 = insertelement <32 x i32> poison, i32 %236, i64 0
-  %238 = shufflevector <32 x i32> %237, <32 x i32> poison, <32 x i32> zeroinitializer
-  %239 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %238, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>)
-  %240 = ashr <32 x i32> %239, splat (i32 2)
-  %241 = sext <32 x i32> %240 to <32 x i64>
-  %242 = sext i32 %232 to i64
-  %243 = shl nsw i64 %242, 3
-  %.scalar.i = add nsw i64 %243, %152
-  %244 = insertelement <32 x i64> poison, i64 %.scalar.i, i64 0
-  %245 = shufflevector <32 x i64> %244, <32 x i64> poison, <32 x i32> zeroinitializer
-  %246 = add <32 x i64> %245, %241
-  %247 = extractelement <32 x i64> %246, i64 0
-  %248 = getelementptr inbounds i32, ptr %token_positions, i64 %247
-  %249 = load i32, ptr %248, align 4, !tbaa !7
-  %250 = extractelement <32 x i64> %246, i64 1
-  %251 = getelementptr inbounds i32, ptr %token_positions, i64 %250
-  %252 = load i32, ptr %251, align 4, !tbaa !7
-  %253 = extractelement <32 x i64> %246, i64 2
-  %254 = getelementptr inbounds i32, ptr %token_positions, i64 %253
-  %255 = load i32, ptr %254, align 4, !tbaa !7
-  %256 = extractelement <32 x i64> %246, i64 3
-  %257 = getelementptr inbounds i32, ptr %token_positions, i64 %256
-  %258 = load i32, ptr %257, align 4, !tbaa !7
-  %259 = extractelement <32 x i64> %246, i64 4
-  %260 = getelementptr inbounds i32, ptr %token_positions, i64 %259
-  %261 = load i32, ptr %260, align 4, !tbaa !7
-  %262 = extractelement <32 x i64> %246, i64 5
-  %263 = getelementptr inbounds i32, ptr %token_positions, i64 %262
-  %264 = load i32, ptr %263, align 4, !tbaa !7
-  %265 = extractelement <32 x i64> %246, i64 6
-  %266 = getelementptr inbounds i32, ptr %token_positions, i64 %265
-  %267 = load i32, ptr %266, align 4, !tbaa !7
-  %268 = extractelement <32 x i64> %246, i64 7
-  %269 = getelementptr inbounds i32, ptr %token_positions, i64 %268
-  %270 = load i32, ptr %269, align 4, !tbaa !7
-  %271 = extractelement <32 x i64> %246, i64 8
-  %272 = getelementptr inbounds i32, ptr %token_positions, i64 %271
-  %273 = load i32, ptr %272, align 4, !tbaa !7
-  %274 = extractelement <32 x i64> %246, i64 9
-  %275 = getelementptr inbounds i32, ptr %token_positions, i64 %274
-  %276 = load i32, ptr %275, align 4, !tbaa !7
-  %277 = extractelement <32 x i64> %246, i64 10
-  %278 = getelementptr inbounds i32, ptr %token_positions, i64 %277
-  %279 = load i32, ptr %278, align 4, !tbaa !7
-  %280 = extractelement <32 x i64> %246, i64 11
-  %281 = getelementptr inbounds i32, ptr %token_positions, i64 %280
-  %282 = load i32, ptr %281, align 4, !tbaa !7
-  %283 = extractelement <32 x i64> %246, i64 12
-  %284 = getelementptr inbounds i32, ptr %token_positions, i64 %283
-  %285 = load i32, ptr %284, align 4, !tbaa !7
-  %286 = extractelement <32 x i64> %246, i64 13
-  %287 = getelementptr inbounds i32, ptr %token_positions, i64 %286
-  %288 = load i32, ptr %287, align 4, !tbaa !7
-  %289 = extractelement <32 x i64> %246, i64 14
-  %290 = getelementptr inbounds i32, ptr %token_positions, i64 %289
-  %291 = load i32, ptr %290, align 4, !tbaa !7
-  %292 = extractelement <32 x i64> %246, i64 15
-  %293 = getelementptr inbounds i32, ptr %token_positions, i64 %292
-  %294 = load i32, ptr %293, align 4, !tbaa !7
-  %295 = extractelement <32 x i64> %246, i64 16
-  %296 = getelementptr inbounds i32, ptr %token_positions, i64 %295
-  %297 = load i32, ptr %296, align 4, !tbaa !7
-  %298 = extractelement <32 x i64> %246, i64 17
-  %299 = getelementptr inbounds i32, ptr %token_positions, i64 %298
-  %300 = load i32, ptr %299, align 4, !tbaa !7
-  %301 = extractelement <32 x i64> %246, i64 18
-  %302 = getelementptr inbounds i32, ptr %token_positions, i64 %301
-  %303 = load i32, ptr %302, align 4, !tbaa !7
-  %304 = extractelement <32 x i64> %246, i64 19
-  %305 = getelementptr inbounds i32, ptr %token_positions, i64 %304
-  %306 = load i32, ptr %305, align 4, !tbaa !7
-  %307 = extractelement <32 x i64> %246, i64 20
-  %308 = getelementptr inbounds i32, ptr %token_positions, i64 %307
-  %309 = load i32, ptr %308, align 4, !tbaa !7
-  %310 = extractelement <32 x i64> %246, i64 21
-  %311 = getelementptr inbounds i32, ptr %token_positions, i64 %310
-  %312 = load i32, ptr %311, align 4, !tbaa !7
-  %313 = extractelement <32 x i64> %246, i64 22
-  %314 = getelementptr inbounds i32, ptr %token_positions, i64 %313
-  %315 = load i32, ptr %314, align 4, !tbaa !7
-  %316 = extractelement <32 x i64> %246, i64 23
-  %317 = getelementptr inbounds i32, ptr %token_positions, i64 %316
-  %318 = load i32, ptr %317, align 4, !tbaa !7
-  %319 = extractelement <32 x i64> %246, i64 24
-  %320 = getelementptr inbounds i32, ptr %token_positions, i64 %319
-  %321 = load i32, ptr %320, align 4, !tbaa !7
-  %322 = extractelement <32 x i64> %246, i64 25
-  %323 = getelementptr inbounds i32, ptr %token_positions, i64 %322
-  %324 = load i32, ptr %323, align 4, !tbaa !7
-  %325 = extractelement <32 x i64> %246, i64 26
-  %326 = getelementptr inbounds i32, ptr %token_positions, i64 %325
-  %327 = load i32, ptr %326, align 4, !tbaa !7
-  %328 = extractelement <32 x i64> %246, i64 27
-  %329 = getelementptr inbounds i32, ptr %token_positions, i64 %328
-  %330 = load i32, ptr %329, align 4, !tbaa !7
-  %331 = extractelement <32 x i64> %246, i64 28
-  %332 = getelementptr inbounds i32, ptr %token_positions, i64 %331
-  %333 = load i32, ptr %332, align 4, !tbaa !7
-  %334 = extractelement <32 x i64> %246, i64 29
-  %335 = getelementptr inbounds i32, ptr %token_positions, i64 %334
-  %336 = load i32, ptr %335, align 4, !tbaa !7
-  %337 = extractelement <32 x i64> %246, i64 30
-  %338 = getelementptr inbounds i32, ptr %token_positions, i64 %337
-  %339 = load i32, ptr %338, align 4, !tbaa !7
-  %340 = extractelement <32 x i64> %246, i64 31
-  %341 = getelementptr inbounds i32, ptr %token_positions, i64 %340
-  %342 = load i32, ptr %341, align 4, !tbaa !7
-  %343 = insertelement <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %249, i64 0
-  %344 = insertelement <32 x i32> %343, i32 %252, i64 1
-  %345 = insertelement <32 x i32> %344, i32 %255, i64 2
-  %346 = insertelement <32 x i32> %345, i32 %258, i64 3
-  %347 = insertelement <32 x i32> %346, i32 %261, i64 4
-  %348 = insertelement <32 x i32> %347, i32 %264, i64 5
-  %349 = insertelement <32 x i32> %348, i32 %267, i64 6
-  %350 = insertelement <32 x i32> %349, i32 %270, i64 7
-  %351 = insertelement <32 x i32> %350, i32 %273, i64 8
-  %352 = insertelement <32 x i32> %351, i32 %276, i64 9
-  %353 = insertelement <32 x i32> %352, i32 %279, i64 10
-  %354 = insertelement <32 x i32> %353, i32 %282, i64 11
-  %355 = insertelement <32 x i32> %354, i32 %285, i64 12
-  %356 = insertelement <32 x i32> %355, i32 %288, i64 13
-  %357 = insertelement <32 x i32> %356, i32 %291, i64 14
-  %358 = insertelement <32 x i32> %357, i32 %294, i64 15
-  %359 = insertelement <32 x i32> %358, i32 %297, i64 16
-  %360 = insertelement <32 x i32> %359, i32 %300, i64 17
-  %361 = insertelement <32 x i32> %360, i32 %303, i64 18
-  %362 = insertelement <32 x i32> %361, i32 %306, i64 19
-  %363 = insertelement <32 x i32> %362, i32 %309, i64 20
-  %364 = insertelement <32 x i32> %363, i32 %312, i64 21
-  %365 = insertelement <32 x i32> %364, i32 %315, i64 22
-  %366 = insertelement <32 x i32> %365, i32 %318, i64 23
-  %367 = insertelement <32 x i32> %366, i32 %321, i64 24
-  %368 = insertelement <32 x i32> %367, i32 %324, i64 25
-  %369 = insertelement <32 x i32> %368, i32 %327, i64 26
-  %370 = insertelement <32 x i32> %369, i32 %330, i64 27
-  %371 = insertelement <32 x i32> %370, i32 %333, i64 28
-  %372 = insertelement <32 x i32> %371, i32 %336, i64 29
-  %373 = insertelement <32 x i32> %372, i32 %339, i64 30
-  %position.i = insertelement <32 x i32> %373, i32 %342, i64 31
-  %374 = add nsw <32 x i32> %position.i, splat (i32 1)
-  %375 = select <32 x i1> %158, <32 x i32> %155, <32 x i32> %374
-  %376 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %375, <32 x i32> %155)
-  %377 = shl nsw i64 %indvars.iv1381.i, 5
-  %378 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %377
-  store <32 x i32> %376, ptr %378, align 4, !tbaa !7
-  %379 = add nsw <32 x i32> %375, splat (i32 -1)
-  %380 = sitofp <32 x i32> %379 to <32 x float>
-  %381 = bitcast <32 x float> %380 to <32 x i32>
-  %382 = ashr <32 x i32> %381, splat (i32 23)
-  %383 = tail call <32 x i32> @llvm.smax.v32i32(<32 x i32> %382, <32 x i32> splat (i32 125))
-  %384 = add nsw <32 x i32> %383, splat (i32 -125)
-  %385 = getelementptr inbounds nuw i32, ptr %places.i, i64 %377
-  store <32 x i32> %384, ptr %385, align 4, !tbaa !7
+  %222 = icmp eq i32 %rmod.i, 0
+  %223 = or i1 %146, %222
+  %224 = select i1 %223, i32 0, i32 %134
+  %225 = add nsw i32 %224, %rmod.i
+  %226 = shl nsw i32 %225, 5
+  %227 = sub nsw i32 %132, %226
+  %228 = tail call i32 @llvm.smin.i32(i32 %227, i32 32)
+  %229 = add nsw i32 %228, -1
+  %230 = insertelement <32 x i32> poison, i32 %229, i64 0
+  %231 = shufflevector <32 x i32> %230, <32 x i32> poison, <32 x i32> zeroinitializer
+  %232 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %231, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>)
+  %233 = ashr <32 x i32> %232, splat (i32 2)
+  %234 = sext <32 x i32> %233 to <32 x i64>
+  %235 = sext i32 %225 to i64
+  %236 = shl nsw i64 %235, 3
+  %.scalar.i = add nsw i64 %236, %145
+  %237 = insertelement <32 x i64> poison, i64 %.scalar.i, i64 0
+  %238 = shufflevector <32 x i64> %237, <32 x i64> poison, <32 x i32> zeroinitializer
+  %239 = add <32 x i64> %238, %234
+  %240 = extractelement <32 x i64> %239, i64 0
+  %241 = getelementptr inbounds i32, ptr %token_positions, i64 %240
+  %242 = load i32, ptr %241, align 4, !tbaa !7
+  %243 = extractelement <32 x i64> %239, i64 1
+  %244 = getelementptr inbounds i32, ptr %token_positions, i64 %243
+  %245 = load i32, ptr %244, align 4, !tbaa !7
+  %246 = extractelement <32 x i64> %239, i64 2
+  %247 = getelementptr inbounds i32, ptr %token_positions, i64 %246
+  %248 = load i32, ptr %247, align 4, !tbaa !7
+  %249 = extractelement <32 x i64> %239, i64 3
+  %250 = getelementptr inbounds i32, ptr %token_positions, i64 %249
+  %251 = load i32, ptr %250, align 4, !tbaa !7
+  %252 = extractelement <32 x i64> %239, i64 4
+  %253 = getelementptr inbounds i32, ptr %token_positions, i64 %252
+  %254 = load i32, ptr %253, align 4, !tbaa !7
+  %255 = extractelement <32 x i64> %239, i64 5
+  %256 = getelementptr inbounds i32, ptr %token_positions, i64 %255
+  %257 = load i32, ptr %256, align 4, !tbaa !7
+  %258 = extractelement <32 x i64> %239, i64 6
+  %259 = getelementptr inbounds i32, ptr %token_positions, i64 %258
+  %260 = load i32, ptr %259, align 4, !tbaa !7
+  %261 = extractelement <32 x i64> %239, i64 7
+  %262 = getelementptr inbounds i32, ptr %token_positions, i64 %261
+  %263 = load i32, ptr %262, align 4, !tbaa !7
+  %264 = extractelement <32 x i64> %239, i64 8
+  %265 = getelementptr inbounds i32, ptr %token_positions, i64 %264
+  %266 = load i32, ptr %265, align 4, !tbaa !7
+  %267 = extractelement <32 x i64> %239, i64 9
+  %268 = getelementptr inbounds i32, ptr %token_positions, i64 %267
+  %269 = load i32, ptr %268, align 4, !tbaa !7
+  %270 = extractelement <32 x i64> %239, i64 10
+  %271 = getelementptr inbounds i32, ptr %token_positions, i64 %270
+  %272 = load i32, ptr %271, align 4, !tbaa !7
+  %273 = extractelement <32 x i64> %239, i64 11
+  %274 = getelementptr inbounds i32, ptr %token_positions, i64 %273
+  %275 = load i32, ptr %274, align 4, !tbaa !7
+  %276 = extractelement <32 x i64> %239, i64 12
+  %277 = getelementptr inbounds i32, ptr %token_positions, i64 %276
+  %278 = load i32, ptr %277, align 4, !tbaa !7
+  %279 = extractelement <32 x i64> %239, i64 13
+  %280 = getelementptr inbounds i32, ptr %token_positions, i64 %279
+  %281 = load i32, ptr %280, align 4, !tbaa !7
+  %282 = extractelement <32 x i64> %239, i64 14
+  %283 = getelementptr inbounds i32, ptr %token_positions, i64 %282
+  %284 = load i32, ptr %283, align 4, !tbaa !7
+  %285 = extractelement <32 x i64> %239, i64 15
+  %286 = getelementptr inbounds i32, ptr %token_positions, i64 %285
+  %287 = load i32, ptr %286, align 4, !tbaa !7
+  %288 = extractelement <32 x i64> %239, i64 16
+  %289 = getelementptr inbounds i32, ptr %token_positions, i64 %288
+  %290 = load i32, ptr %289, align 4, !tbaa !7
+  %291 = extractelement <32 x i64> %239, i64 17
+  %292 = getelementptr inbounds i32, ptr %token_positions, i64 %291
+  %293 = load i32, ptr %292, align 4, !tbaa !7
+  %294 = extractelement <32 x i64> %239, i64 18
+  %295 = getelementptr inbounds i32, ptr %token_positions, i64 %294
+  %296 = load i32, ptr %295, align 4, !tbaa !7
+  %297 = extractelement <32 x i64> %239, i64 19
+  %298 = getelementptr inbounds i32, ptr %token_positions, i64 %297
+  %299 = load i32, ptr %298, align 4, !tbaa !7
+  %300 = extractelement <32 x i64> %239, i64 20
+  %301 = getelementptr inbounds i32, ptr %token_positions, i64 %300
+  %302 = load i32, ptr %301, align 4, !tbaa !7
+  %303 = extractelement <32 x i64> %239, i64 21
+  %304 = getelementptr inbounds i32, ptr %token_positions, i64 %303
+  %305 = load i32, ptr %304, align 4, !tbaa !7
+  %306 = extractelement <32 x i64> %239, i64 22
+  %307 = getelementptr inbounds i32, ptr %token_positions, i64 %306
+  %308 = load i32, ptr %307, align 4, !tbaa !7
+  %309 = extractelement <32 x i64> %239, i64 23
+  %310 = getelementptr inbounds i32, ptr %token_positions, i64 %309
+  %311 = load i32, ptr %310, align 4, !tbaa !7
+  %312 = extractelement <32 x i64> %239, i64 24
+  %313 = getelementptr inbounds i32, ptr %token_positions, i64 %312
+  %314 = load i32, ptr %313, align 4, !tbaa !7
+  %315 = extractelement <32 x i64> %239, i64 25
+  %316 = getelementptr inbounds i32, ptr %token_positions, i64 %315
+  %317 = load i32, ptr %316, align 4, !tbaa !7
+  %318 = extractelement <32 x i64> %239, i64 26
+  %319 = getelementptr inbounds i32, ptr %token_positions, i64 %318
+  %320 = load i32, ptr %319, align 4, !tbaa !7
+  %321 = extractelement <32 x i64> %239, i64 27
+  %322 = getelementptr inbounds i32, ptr %token_positions, i64 %321
+  %323 = load i32, ptr %322, align 4, !tbaa !7
+  %324 = extractelement <32 x i64> %239, i64 28
+  %325 = getelementptr inbounds i32, ptr %token_positions, i64 %324
+  %326 = load i32, ptr %325, align 4, !tbaa !7
+  %327 = extractelement <32 x i64> %239, i64 29
+  %328 = getelementptr inbounds i32, ptr %token_positions, i64 %327
+  %329 = load i32, ptr %328, align 4, !tbaa !7
+  %330 = extractelement <32 x i64> %239, i64 30
+  %331 = getelementptr inbounds i32, ptr %token_positions, i64 %330
+  %332 = load i32, ptr %331, align 4, !tbaa !7
+  %333 = extractelement <32 x i64> %239, i64 31
+  %334 = getelementptr inbounds i32, ptr %token_positions, i64 %333
+  %335 = load i32, ptr %334, align 4, !tbaa !7
+  %336 = insertelement <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %242, i64 0
+  %337 = insertelement <32 x i32> %336, i32 %245, i64 1
+  %338 = insertelement <32 x i32> %337, i32 %248, i64 2
+  %339 = insertelement <32 x i32> %338, i32 %251, i64 3
+  %340 = insertelement <32 x i32> %339, i32 %254, i64 4
+  %341 = insertelement <32 x i32> %340, i32 %257, i64 5
+  %342 = insertelement <32 x i32> %341, i32 %260, i64 6
+  %343 = insertelement <32 x i32> %342, i32 %263, i64 7
+  %344 = insertelement <32 x i32> %343, i32 %266, i64 8
+  %345 = insertelement <32 x i32> %344, i32 %269, i64 9
+  %346 = insertelement <32 x i32> %345, i32 %272, i64 10
+  %347 = insertelement <32 x i32> %346, i32 %275, i64 11
+  %348 = insertelement <32 x i32> %347, i32 %278, i64 12
+  %349 = insertelement <32 x i32> %348, i32 %281, i64 13
+  %350 = insertelement <32 x i32> %349, i32 %284, i64 14
+  %351 = insertelement <32 x i32> %350, i32 %287, i64 15
+  %352 = insertelement <32 x i32> %351, i32 %290, i64 16
+  %353 = insertelement <32 x i32> %352, i32 %293, i64 17
+  %354 = insertelement <32 x i32> %353, i32 %296, i64 18
+  %355 = insertelement <32 x i32> %354, i32 %299, i64 19
+  %356 = insertelement <32 x i32> %355, i32 %302, i64 20
+  %357 = insertelement <32 x i32> %356, i32 %305, i64 21
+  %358 = insertelement <32 x i32> %357, i32 %308, i64 22
+  %359 = insertelement <32 x i32> %358, i32 %311, i64 23
+  %360 = insertelement <32 x i32> %359, i32 %314, i64 24
+  %361 = insertelement <32 x i32> %360, i32 %317, i64 25
+  %362 = insertelement <32 x i32> %361, i32 %320, i64 26
+  %363 = insertelement <32 x i32> %362, i32 %323, i64 27
+  %364 = insertelement <32 x i32> %363, i32 %326, i64 28
+  %365 = insertelement <32 x i32> %364, i32 %329, i64 29
+  %366 = insertelement <32 x i32> %365, i32 %332, i64 30
+  %position.i = insertelement <32 x i32> %366, i32 %335, i64 31
+  %367 = add nsw <32 x i32> %position.i, splat (i32 1)
+  %368 = select <32 x i1> %151, <32 x i32> %148, <32 x i32> %367
+  %369 = tail call <32 x i32> @llvm.smin.v32i32(<32 x i32> %368, <32 x i32> %148)
+  %370 = shl nsw i64 %indvars.iv1381.i, 5
+  %371 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %370
+  store <32 x i32> %369, ptr %371, align 4, !tbaa !7
+  %372 = add nsw <32 x i32> %368, splat (i32 -1)
+  %373 = sitofp <32 x i32> %372 to <32 x float>
+  %374 = bitcast <32 x float> %373 to <32 x i32>
+  %375 = ashr <32 x i32> %374, splat (i32 23)
+  %376 = tail call <32 x i32> @llvm.smax.v32i32(<32 x i32> %375, <32 x i32> splat (i32 125))
+  %377 = add nsw <32 x i32> %376, splat (i32 -125)
+  %378 = getelementptr inbounds nuw i32, ptr %places.i, i64 %370
+  store <32 x i32> %377, ptr %378, align 4, !tbaa !7
   %.idx1711.i = shl i64 %indvars.iv1381.i, 4
-  %386 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1711.i
-  %387 = getelementptr inbounds nuw i8, ptr %386, i64 4
-  %388 = getelementptr inbounds nuw i8, ptr %386, i64 8
-  %389 = getelementptr inbounds nuw i8, ptr %386, i64 12
-  %390 = and i64 %377, 4294967264
-  %391 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %390
-  %own.peel.i = load i32, ptr %391, align 4, !tbaa !7
-  %gep1854.i = getelementptr inbounds nuw i8, ptr %391, i64 4
+  %379 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1711.i
+  %380 = getelementptr inbounds nuw i8, ptr %379, i64 4
+  %381 = getelementptr inbounds nuw i8, ptr %379, i64 8
+  %382 = getelementptr inbounds nuw i8, ptr %379, i64 12
+  %383 = and i64 %370, 4294967264
+  %384 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %383
+  %own.peel.i = load i32, ptr %384, align 4, !tbaa !7
+  %gep1854.i = getelementptr inbounds nuw i8, ptr %384, i64 4
   %own.i = load i32, ptr %gep1854.i, align 4, !tbaa !7
-  %392 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  %393 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1854.i.1 = getelementptr inbounds nuw i8, ptr %391, i64 8
+  %385 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %386 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1854.i.1 = getelementptr inbounds nuw i8, ptr %384, i64 8
   %own.i.1 = load i32, ptr %gep1854.i.1, align 4, !tbaa !7
-  %394 = tail call i32 @llvm.smin.i32(i32 %392, i32 %own.i.1)
-  %395 = tail call i32 @llvm.smax.i32(i32 %393, i32 %own.i.1)
-  %gep1854.i.2 = getelementptr inbounds nuw i8, ptr %391, i64 12
+  %387 = tail call i32 @llvm.smin.i32(i32 %385, i32 %own.i.1)
+  %388 = tail call i32 @llvm.smax.i32(i32 %386, i32 %own.i.1)
+  %gep1854.i.2 = getelementptr inbounds nuw i8, ptr %384, i64 12
   %own.i.2 = load i32, ptr %gep1854.i.2, align 4, !tbaa !7
-  %396 = tail call i32 @llvm.smin.i32(i32 %394, i32 %own.i.2)
-  %397 = tail call i32 @llvm.smax.i32(i32 %395, i32 %own.i.2)
-  %gep1854.i.3 = getelementptr inbounds nuw i8, ptr %391, i64 16
+  %389 = tail call i32 @llvm.smin.i32(i32 %387, i32 %own.i.2)
+  %390 = tail call i32 @llvm.smax.i32(i32 %388, i32 %own.i.2)
+  %gep1854.i.3 = getelementptr inbounds nuw i8, ptr %384, i64 16
   %own.i.3 = load i32, ptr %gep1854.i.3, align 4, !tbaa !7
-  %398 = tail call i32 @llvm.smin.i32(i32 %396, i32 %own.i.3)
-  %399 = tail call i32 @llvm.smax.i32(i32 %397, i32 %own.i.3)
-  %gep1854.i.4 = getelementptr inbounds nuw i8, ptr %391, i64 20
+  %391 = tail call i32 @llvm.smin.i32(i32 %389, i32 %own.i.3)
+  %392 = tail call i32 @llvm.smax.i32(i32 %390, i32 %own.i.3)
+  %gep1854.i.4 = getelementptr inbounds nuw i8, ptr %384, i64 20
   %own.i.4 = load i32, ptr %gep1854.i.4, align 4, !tbaa !7
-  %400 = tail call i32 @llvm.smin.i32(i32 %398, i32 %own.i.4)
-  %401 = tail call i32 @llvm.smax.i32(i32 %399, i32 %own.i.4)
-  %gep1854.i.5 = getelementptr inbounds nuw i8, ptr %391, i64 24
+  %393 = tail call i32 @llvm.smin.i32(i32 %391, i32 %own.i.4)
+  %394 = tail call i32 @llvm.smax.i32(i32 %392, i32 %own.i.4)
+  %gep1854.i.5 = getelementptr inbounds nuw i8, ptr %384, i64 24
   %own.i.5 = load i32, ptr %gep1854.i.5, align 4, !tbaa !7
-  %402 = tail call i32 @llvm.smin.i32(i32 %400, i32 %own.i.5)
-  %403 = tail call i32 @llvm.smax.i32(i32 %401, i32 %own.i.5)
-  %gep1854.i.6 = getelementptr inbounds nuw i8, ptr %391, i64 28
+  %395 = tail call i32 @llvm.smin.i32(i32 %393, i32 %own.i.5)
+  %396 = tail call i32 @llvm.smax.i32(i32 %394, i32 %own.i.5)
+  %gep1854.i.6 = getelementptr inbounds nuw i8, ptr %384, i64 28
   %own.i.6 = load i32, ptr %gep1854.i.6, align 4, !tbaa !7
-  %404 = tail call i32 @llvm.smin.i32(i32 %402, i32 %own.i.6)
-  %405 = tail call i32 @llvm.smax.i32(i32 %403, i32 %own.i.6)
-  %gep1854.i.7 = getelementptr inbounds nuw i8, ptr %391, i64 32
+  %397 = tail call i32 @llvm.smin.i32(i32 %395, i32 %own.i.6)
+  %398 = tail call i32 @llvm.smax.i32(i32 %396, i32 %own.i.6)
+  %gep1854.i.7 = getelementptr inbounds nuw i8, ptr %384, i64 32
   %own.i.7 = load i32, ptr %gep1854.i.7, align 4, !tbaa !7
-  %406 = tail call i32 @llvm.smin.i32(i32 %404, i32 %own.i.7)
-  %407 = tail call i32 @llvm.smax.i32(i32 %405, i32 %own.i.7)
-  %gep1854.i.8 = getelementptr inbounds nuw i8, ptr %391, i64 36
+  %399 = tail call i32 @llvm.smin.i32(i32 %397, i32 %own.i.7)
+  %400 = tail call i32 @llvm.smax.i32(i32 %398, i32 %own.i.7)
+  %gep1854.i.8 = getelementptr inbounds nuw i8, ptr %384, i64 36
   %own.i.8 = load i32, ptr %gep1854.i.8, align 4, !tbaa !7
-  %408 = tail call i32 @llvm.smin.i32(i32 %406, i32 %own.i.8)
-  %409 = tail call i32 @llvm.smax.i32(i32 %407, i32 %own.i.8)
-  %gep1854.i.9 = getelementptr inbounds nuw i8, ptr %391, i64 40
+  %401 = tail call i32 @llvm.smin.i32(i32 %399, i32 %own.i.8)
+  %402 = tail call i32 @llvm.smax.i32(i32 %400, i32 %own.i.8)
+  %gep1854.i.9 = getelementptr inbounds nuw i8, ptr %384, i64 40
   %own.i.9 = load i32, ptr %gep1854.i.9, align 4, !tbaa !7
-  %410 = tail call i32 @llvm.smin.i32(i32 %408, i32 %own.i.9)
-  %411 = tail call i32 @llvm.smax.i32(i32 %409, i32 %own.i.9)
-  %gep1854.i.10 = getelementptr inbounds nuw i8, ptr %391, i64 44
+  %403 = tail call i32 @llvm.smin.i32(i32 %401, i32 %own.i.9)
+  %404 = tail call i32 @llvm.smax.i32(i32 %402, i32 %own.i.9)
+  %gep1854.i.10 = getelementptr inbounds nuw i8, ptr %384, i64 44
   %own.i.10 = load i32, ptr %gep1854.i.10, align 4, !tbaa !7
-  %412 = tail call i32 @llvm.smin.i32(i32 %410, i32 %own.i.10)
-  %413 = tail call i32 @llvm.smax.i32(i32 %411, i32 %own.i.10)
-  %gep1854.i.11 = getelementptr inbounds nuw i8, ptr %391, i64 48
+  %405 = tail call i32 @llvm.smin.i32(i32 %403, i32 %own.i.10)
+  %406 = tail call i32 @llvm.smax.i32(i32 %404, i32 %own.i.10)
+  %gep1854.i.11 = getelementptr inbounds nuw i8, ptr %384, i64 48
   %own.i.11 = load i32, ptr %gep1854.i.11, align 4, !tbaa !7
-  %414 = tail call i32 @llvm.smin.i32(i32 %412, i32 %own.i.11)
-  %415 = tail call i32 @llvm.smax.i32(i32 %413, i32 %own.i.11)
-  %gep1854.i.12 = getelementptr inbounds nuw i8, ptr %391, i64 52
+  %407 = tail call i32 @llvm.smin.i32(i32 %405, i32 %own.i.11)
+  %408 = tail call i32 @llvm.smax.i32(i32 %406, i32 %own.i.11)
+  %gep1854.i.12 = getelementptr inbounds nuw i8, ptr %384, i64 52
   %own.i.12 = load i32, ptr %gep1854.i.12, align 4, !tbaa !7
-  %416 = tail call i32 @llvm.smin.i32(i32 %414, i32 %own.i.12)
-  %417 = tail call i32 @llvm.smax.i32(i32 %415, i32 %own.i.12)
-  %gep1854.i.13 = getelementptr inbounds nuw i8, ptr %391, i64 56
+  %409 = tail call i32 @llvm.smin.i32(i32 %407, i32 %own.i.12)
+  %410 = tail call i32 @llvm.smax.i32(i32 %408, i32 %own.i.12)
+  %gep1854.i.13 = getelementptr inbounds nuw i8, ptr %384, i64 56
   %own.i.13 = load i32, ptr %gep1854.i.13, align 4, !tbaa !7
-  %418 = tail call i32 @llvm.smin.i32(i32 %416, i32 %own.i.13)
-  %419 = tail call i32 @llvm.smax.i32(i32 %417, i32 %own.i.13)
-  %gep1854.i.14 = getelementptr inbounds nuw i8, ptr %391, i64 60
+  %411 = tail call i32 @llvm.smin.i32(i32 %409, i32 %own.i.13)
+  %412 = tail call i32 @llvm.smax.i32(i32 %410, i32 %own.i.13)
+  %gep1854.i.14 = getelementptr inbounds nuw i8, ptr %384, i64 60
   %own.i.14 = load i32, ptr %gep1854.i.14, align 4, !tbaa !7
-  %420 = tail call i32 @llvm.smin.i32(i32 %418, i32 %own.i.14)
-  %421 = tail call i32 @llvm.smax.i32(i32 %419, i32 %own.i.14)
-  %gep1854.i.15 = getelementptr inbounds nuw i8, ptr %391, i64 64
+  %413 = tail call i32 @llvm.smin.i32(i32 %411, i32 %own.i.14)
+  %414 = tail call i32 @llvm.smax.i32(i32 %412, i32 %own.i.14)
+  %gep1854.i.15 = getelementptr inbounds nuw i8, ptr %384, i64 64
   %own.i.15 = load i32, ptr %gep1854.i.15, align 4, !tbaa !7
-  %422 = tail call i32 @llvm.smin.i32(i32 %420, i32 %own.i.15)
-  %423 = tail call i32 @llvm.smax.i32(i32 %421, i32 %own.i.15)
-  %gep1854.i.16 = getelementptr inbounds nuw i8, ptr %391, i64 68
+  %415 = tail call i32 @llvm.smin.i32(i32 %413, i32 %own.i.15)
+  %416 = tail call i32 @llvm.smax.i32(i32 %414, i32 %own.i.15)
+  %gep1854.i.16 = getelementptr inbounds nuw i8, ptr %384, i64 68
   %own.i.16 = load i32, ptr %gep1854.i.16, align 4, !tbaa !7
-  %424 = tail call i32 @llvm.smin.i32(i32 %422, i32 %own.i.16)
-  %425 = tail call i32 @llvm.smax.i32(i32 %423, i32 %own.i.16)
-  %gep1854.i.17 = getelementptr inbounds nuw i8, ptr %391, i64 72
+  %417 = tail call i32 @llvm.smin.i32(i32 %415, i32 %own.i.16)
+  %418 = tail call i32 @llvm.smax.i32(i32 %416, i32 %own.i.16)
+  %gep1854.i.17 = getelementptr inbounds nuw i8, ptr %384, i64 72
   %own.i.17 = load i32, ptr %gep1854.i.17, align 4, !tbaa !7
-  %426 = tail call i32 @llvm.smin.i32(i32 %424, i32 %own.i.17)
-  %427 = tail call i32 @llvm.smax.i32(i32 %425, i32 %own.i.17)
-  %gep1854.i.18 = getelementptr inbounds nuw i8, ptr %391, i64 76
+  %419 = tail call i32 @llvm.smin.i32(i32 %417, i32 %own.i.17)
+  %420 = tail call i32 @llvm.smax.i32(i32 %418, i32 %own.i.17)
+  %gep1854.i.18 = getelementptr inbounds nuw i8, ptr %384, i64 76
   %own.i.18 = load i32, ptr %gep1854.i.18, align 4, !tbaa !7
-  %428 = tail call i32 @llvm.smin.i32(i32 %426, i32 %own.i.18)
-  %429 = tail call i32 @llvm.smax.i32(i32 %427, i32 %own.i.18)
-  %gep1854.i.19 = getelementptr inbounds nuw i8, ptr %391, i64 80
+  %421 = tail call i32 @llvm.smin.i32(i32 %419, i32 %own.i.18)
+  %422 = tail call i32 @llvm.smax.i32(i32 %420, i32 %own.i.18)
+  %gep1854.i.19 = getelementptr inbounds nuw i8, ptr %384, i64 80
   %own.i.19 = load i32, ptr %gep1854.i.19, align 4, !tbaa !7
-  %430 = tail call i32 @llvm.smin.i32(i32 %428, i32 %own.i.19)
-  %431 = tail call i32 @llvm.smax.i32(i32 %429, i32 %own.i.19)
-  %gep1854.i.20 = getelementptr inbounds nuw i8, ptr %391, i64 84
+  %423 = tail call i32 @llvm.smin.i32(i32 %421, i32 %own.i.19)
+  %424 = tail call i32 @llvm.smax.i32(i32 %422, i32 %own.i.19)
+  %gep1854.i.20 = getelementptr inbounds nuw i8, ptr %384, i64 84
   %own.i.20 = load i32, ptr %gep1854.i.20, align 4, !tbaa !7
-  %432 = tail call i32 @llvm.smin.i32(i32 %430, i32 %own.i.20)
-  %433 = tail call i32 @llvm.smax.i32(i32 %431, i32 %own.i.20)
-  %gep1854.i.21 = getelementptr inbounds nuw i8, ptr %391, i64 88
+  %425 = tail call i32 @llvm.smin.i32(i32 %423, i32 %own.i.20)
+  %426 = tail call i32 @llvm.smax.i32(i32 %424, i32 %own.i.20)
+  %gep1854.i.21 = getelementptr inbounds nuw i8, ptr %384, i64 88
   %own.i.21 = load i32, ptr %gep1854.i.21, align 4, !tbaa !7
-  %434 = tail call i32 @llvm.smin.i32(i32 %432, i32 %own.i.21)
-  %435 = tail call i32 @llvm.smax.i32(i32 %433, i32 %own.i.21)
-  %gep1854.i.22 = getelementptr inbounds nuw i8, ptr %391, i64 92
+  %427 = tail call i32 @llvm.smin.i32(i32 %425, i32 %own.i.21)
+  %428 = tail call i32 @llvm.smax.i32(i32 %426, i32 %own.i.21)
+  %gep1854.i.22 = getelementptr inbounds nuw i8, ptr %384, i64 92
   %own.i.22 = load i32, ptr %gep1854.i.22, align 4, !tbaa !7
-  %436 = tail call i32 @llvm.smin.i32(i32 %434, i32 %own.i.22)
-  %437 = tail call i32 @llvm.smax.i32(i32 %435, i32 %own.i.22)
-  %gep1854.i.23 = getelementptr inbounds nuw i8, ptr %391, i64 96
+  %429 = tail call i32 @llvm.smin.i32(i32 %427, i32 %own.i.22)
+  %430 = tail call i32 @llvm.smax.i32(i32 %428, i32 %own.i.22)
+  %gep1854.i.23 = getelementptr inbounds nuw i8, ptr %384, i64 96
   %own.i.23 = load i32, ptr %gep1854.i.23, align 4, !tbaa !7
-  %438 = tail call i32 @llvm.smin.i32(i32 %436, i32 %own.i.23)
-  %439 = tail call i32 @llvm.smax.i32(i32 %437, i32 %own.i.23)
-  %gep1854.i.24 = getelementptr inbounds nuw i8, ptr %391, i64 100
+  %431 = tail call i32 @llvm.smin.i32(i32 %429, i32 %own.i.23)
+  %432 = tail call i32 @llvm.smax.i32(i32 %430, i32 %own.i.23)
+  %gep1854.i.24 = getelementptr inbounds nuw i8, ptr %384, i64 100
   %own.i.24 = load i32, ptr %gep1854.i.24, align 4, !tbaa !7
-  %440 = tail call i32 @llvm.smin.i32(i32 %438, i32 %own.i.24)
-  %441 = tail call i32 @llvm.smax.i32(i32 %439, i32 %own.i.24)
-  %gep1854.i.25 = getelementptr inbounds nuw i8, ptr %391, i64 104
+  %433 = tail call i32 @llvm.smin.i32(i32 %431, i32 %own.i.24)
+  %434 = tail call i32 @llvm.smax.i32(i32 %432, i32 %own.i.24)
+  %gep1854.i.25 = getelementptr inbounds nuw i8, ptr %384, i64 104
   %own.i.25 = load i32, ptr %gep1854.i.25, align 4, !tbaa !7
-  %442 = tail call i32 @llvm.smin.i32(i32 %440, i32 %own.i.25)
-  %443 = tail call i32 @llvm.smax.i32(i32 %441, i32 %own.i.25)
-  %gep1854.i.26 = getelementptr inbounds nuw i8, ptr %391, i64 108
+  %435 = tail call i32 @llvm.smin.i32(i32 %433, i32 %own.i.25)
+  %436 = tail call i32 @llvm.smax.i32(i32 %434, i32 %own.i.25)
+  %gep1854.i.26 = getelementptr inbounds nuw i8, ptr %384, i64 108
   %own.i.26 = load i32, ptr %gep1854.i.26, align 4, !tbaa !7
-  %444 = tail call i32 @llvm.smin.i32(i32 %442, i32 %own.i.26)
-  %445 = tail call i32 @llvm.smax.i32(i32 %443, i32 %own.i.26)
-  %gep1854.i.27 = getelementptr inbounds nuw i8, ptr %391, i64 112
+  %437 = tail call i32 @llvm.smin.i32(i32 %435, i32 %own.i.26)
+  %438 = tail call i32 @llvm.smax.i32(i32 %436, i32 %own.i.26)
+  %gep1854.i.27 = getelementptr inbounds nuw i8, ptr %384, i64 112
   %own.i.27 = load i32, ptr %gep1854.i.27, align 4, !tbaa !7
-  %446 = tail call i32 @llvm.smin.i32(i32 %444, i32 %own.i.27)
-  %447 = tail call i32 @llvm.smax.i32(i32 %445, i32 %own.i.27)
-  %gep1854.i.28 = getelementptr inbounds nuw i8, ptr %391, i64 116
+  %439 = tail call i32 @llvm.smin.i32(i32 %437, i32 %own.i.27)
+  %440 = tail call i32 @llvm.smax.i32(i32 %438, i32 %own.i.27)
+  %gep1854.i.28 = getelementptr inbounds nuw i8, ptr %384, i64 116
   %own.i.28 = load i32, ptr %gep1854.i.28, align 4, !tbaa !7
-  %448 = tail call i32 @llvm.smin.i32(i32 %446, i32 %own.i.28)
-  %449 = tail call i32 @llvm.smax.i32(i32 %447, i32 %own.i.28)
-  %gep1854.i.29 = getelementptr inbounds nuw i8, ptr %391, i64 120
+  %441 = tail call i32 @llvm.smin.i32(i32 %439, i32 %own.i.28)
+  %442 = tail call i32 @llvm.smax.i32(i32 %440, i32 %own.i.28)
+  %gep1854.i.29 = getelementptr inbounds nuw i8, ptr %384, i64 120
   %own.i.29 = load i32, ptr %gep1854.i.29, align 4, !tbaa !7
-  %450 = tail call i32 @llvm.smin.i32(i32 %448, i32 %own.i.29)
-  %451 = tail call i32 @llvm.smax.i32(i32 %449, i32 %own.i.29)
-  %gep1854.i.30 = getelementptr inbounds nuw i8, ptr %391, i64 124
+  %443 = tail call i32 @llvm.smin.i32(i32 %441, i32 %own.i.29)
+  %444 = tail call i32 @llvm.smax.i32(i32 %442, i32 %own.i.29)
+  %gep1854.i.30 = getelementptr inbounds nuw i8, ptr %384, i64 124
   %own.i.30 = load i32, ptr %gep1854.i.30, align 4, !tbaa !7
-  %452 = tail call i32 @llvm.smin.i32(i32 %450, i32 %own.i.30)
-  %453 = tail call i32 @llvm.smax.i32(i32 %451, i32 %own.i.30)
-  %454 = shl i64 %indvars.iv1381.i, 14
-  %455 = and i64 %454, 17179852800
-  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %455
-  store i32 %452, ptr %386, align 16, !tbaa !11
-  store i32 %453, ptr %387, align 4, !tbaa !11
-  store i32 0, ptr %388, align 8, !tbaa !11
-  store i32 0, ptr %389, align 4, !tbaa !11
-  %456 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %377
-  store <32 x float> splat (float 0xC6293E5940000000), ptr %456, align 4, !tbaa !7
-  %457 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %377
-  store <32 x float> zeroinitializer, ptr %457, align 4, !tbaa !7
+  %445 = tail call i32 @llvm.smin.i32(i32 %443, i32 %own.i.30)
+  %446 = tail call i32 @llvm.smax.i32(i32 %444, i32 %own.i.30)
+  %447 = shl i64 %indvars.iv1381.i, 14
+  %448 = and i64 %447, 17179852800
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %448
+  store i32 %445, ptr %379, align 16, !tbaa !11
+  store i32 %446, ptr %380, align 4, !tbaa !11
+  store i32 0, ptr %381, align 8, !tbaa !11
+  store i32 0, ptr %382, align 4, !tbaa !11
+  %449 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %370
+  store <32 x float> splat (float 0xC6293E5940000000), ptr %449, align 4, !tbaa !7
+  %450 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %370
+  store <32 x float> zeroinitializer, ptr %450, align 4, !tbaa !7
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(16384) %scevgep.i, i8 0, i64 16384, i1 false), !tbaa !7
   %indvars.iv.next1382.i = add nuw nsw i64 %indvars.iv1381.i, 1
   %exitcond1384.not.i = icmp eq i64 %indvars.iv.next1382.i, %wide.trip.count.i
@@ -1261,7 +1254,7 @@ for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
 
 for_body_ax2_0.i:                                 ; preds = %if_end36.i, %for_begin_ax2_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end36.i ]
-  br i1 %219, label %if_then16.i, label %if_end17.i
+  br i1 %212, label %if_then16.i, label %if_end17.i
 
 for_end_ax2_0.i:                                  ; preds = %if_end36.i
   %indvars.iv.next1369.i = add nuw nsw i64 %indvars.iv1368.i, 1
@@ -1269,163 +1262,163 @@ for_end_ax2_0.i:                                  ; preds = %if_end36.i
   br i1 %exitcond1372.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !22
 
 if_then16.i:                                      ; preds = %for_body_ax2_0.i
-  %rdiv.i = sdiv i32 %160, %122
-  %458 = add nsw i32 %rdiv.i, %168
-  %459 = sext i32 %458 to i64
-  %460 = add nsw i64 %150, %459
-  %461 = mul i64 %151, %460
+  %rdiv.i = sdiv i32 %153, %134
+  %451 = add nsw i32 %rdiv.i, %161
+  %452 = sext i32 %451 to i64
+  %453 = add nsw i64 %143, %452
+  %454 = mul i64 %144, %453
   %.idx1706.i = shl i64 %indvars.iv.i, 3
-  %462 = getelementptr i8, ptr %228, i64 %.idx1706.i
-  %463 = getelementptr i16, ptr %462, i64 %461
-  %464 = load <4 x i16>, ptr %463, align 2, !tbaa !7
-  %465 = zext <4 x i16> %464 to <4 x i32>
-  %466 = shl nuw <4 x i32> %465, splat (i32 16)
-  %467 = bitcast <4 x i32> %466 to <4 x float>
-  %468 = fmul <4 x float> %149, %467
+  %455 = getelementptr i8, ptr %221, i64 %.idx1706.i
+  %456 = getelementptr i16, ptr %455, i64 %454
+  %457 = load <4 x i16>, ptr %456, align 2, !tbaa !7
+  %458 = zext <4 x i16> %457 to <4 x i32>
+  %459 = shl nuw <4 x i32> %458, splat (i32 16)
+  %460 = bitcast <4 x i32> %459 to <4 x float>
+  %461 = fmul <4 x float> %142, %460
   br label %if_end17.i
 
 if_end17.i:                                       ; preds = %if_then16.i, %for_body_ax2_0.i
-  %469 = phi <4 x float> [ %468, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
-  br i1 %222, label %if_then20.i, label %if_end22.i
+  %462 = phi <4 x float> [ %461, %if_then16.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  br i1 %215, label %if_then20.i, label %if_end22.i
 
 if_then20.i:                                      ; preds = %if_end17.i
-  %rdiv25.i = sdiv i32 %160, %122
-  %470 = add nsw i32 %rdiv25.i, %168
-  %471 = sext i32 %470 to i64
-  %472 = add nsw i64 %150, %471
-  %473 = shl nsw i64 %472, 2
-  %474 = or disjoint i64 %473, 1
-  %475 = mul nsw i64 %474, %q_head
+  %rdiv25.i = sdiv i32 %153, %134
+  %463 = add nsw i32 %rdiv25.i, %161
+  %464 = sext i32 %463 to i64
+  %465 = add nsw i64 %143, %464
+  %466 = shl nsw i64 %465, 2
+  %467 = or disjoint i64 %466, 1
+  %468 = mul nsw i64 %467, %q_head
   %.idx1707.i = shl i64 %indvars.iv.i, 3
-  %476 = getelementptr i8, ptr %228, i64 %.idx1707.i
-  %477 = getelementptr i16, ptr %476, i64 %475
-  %478 = load <4 x i16>, ptr %477, align 2, !tbaa !7
-  %479 = zext <4 x i16> %478 to <4 x i32>
-  %480 = shl nuw <4 x i32> %479, splat (i32 16)
-  %481 = bitcast <4 x i32> %480 to <4 x float>
-  %482 = fmul <4 x float> %149, %481
+  %469 = getelementptr i8, ptr %221, i64 %.idx1707.i
+  %470 = getelementptr i16, ptr %469, i64 %468
+  %471 = load <4 x i16>, ptr %470, align 2, !tbaa !7
+  %472 = zext <4 x i16> %471 to <4 x i32>
+  %473 = shl nuw <4 x i32> %472, splat (i32 16)
+  %474 = bitcast <4 x i32> %473 to <4 x float>
+  %475 = fmul <4 x float> %142, %474
   br label %if_end22.i
 
 if_end22.i:                                       ; preds = %if_then20.i, %if_end17.i
-  %483 = phi <4 x float> [ %482, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
-  br i1 %224, label %if_then27.i, label %if_end29.i
+  %476 = phi <4 x float> [ %475, %if_then20.i ], [ zeroinitializer, %if_end17.i ]
+  br i1 %217, label %if_then27.i, label %if_end29.i
 
 if_then27.i:                                      ; preds = %if_end22.i
-  %rdiv32.i = sdiv i32 %160, %122
-  %484 = add nsw i32 %rdiv32.i, %168
-  %485 = sext i32 %484 to i64
-  %486 = add nsw i64 %150, %485
-  %487 = shl nsw i64 %486, 2
-  %488 = or disjoint i64 %487, 2
-  %489 = mul nsw i64 %488, %q_head
+  %rdiv32.i = sdiv i32 %153, %134
+  %477 = add nsw i32 %rdiv32.i, %161
+  %478 = sext i32 %477 to i64
+  %479 = add nsw i64 %143, %478
+  %480 = shl nsw i64 %479, 2
+  %481 = or disjoint i64 %480, 2
+  %482 = mul nsw i64 %481, %q_head
   %.idx1708.i = shl i64 %indvars.iv.i, 3
-  %490 = getelementptr i8, ptr %228, i64 %.idx1708.i
-  %491 = getelementptr i16, ptr %490, i64 %489
-  %492 = load <4 x i16>, ptr %491, align 2, !tbaa !7
-  %493 = zext <4 x i16> %492 to <4 x i32>
-  %494 = shl nuw <4 x i32> %493, splat (i32 16)
-  %495 = bitcast <4 x i32> %494 to <4 x float>
-  %496 = fmul <4 x float> %149, %495
+  %483 = getelementptr i8, ptr %221, i64 %.idx1708.i
+  %484 = getelementptr i16, ptr %483, i64 %482
+  %485 = load <4 x i16>, ptr %484, align 2, !tbaa !7
+  %486 = zext <4 x i16> %485 to <4 x i32>
+  %487 = shl nuw <4 x i32> %486, splat (i32 16)
+  %488 = bitcast <4 x i32> %487 to <4 x float>
+  %489 = fmul <4 x float> %142, %488
   br label %if_end29.i
 
 if_end29.i:                                       ; preds = %if_then27.i, %if_end22.i
-  %497 = phi <4 x float> [ %496, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
-  br i1 %226, label %if_then34.i, label %if_end36.i
+  %490 = phi <4 x float> [ %489, %if_then27.i ], [ zeroinitializer, %if_end22.i ]
+  br i1 %219, label %if_then34.i, label %if_end36.i
 
 if_then34.i:                                      ; preds = %if_end29.i
-  %498 = add nsw i32 %rdiv39.i, %168
-  %499 = sext i32 %498 to i64
-  %500 = add nsw i64 %150, %499
-  %501 = shl nsw i64 %500, 2
-  %502 = or disjoint i64 %501, 3
-  %503 = mul nsw i64 %502, %q_head
+  %491 = add nsw i32 %rdiv39.i, %161
+  %492 = sext i32 %491 to i64
+  %493 = add nsw i64 %143, %492
+  %494 = shl nsw i64 %493, 2
+  %495 = or disjoint i64 %494, 3
+  %496 = mul nsw i64 %495, %q_head
   %.idx1709.i = shl i64 %indvars.iv.i, 3
-  %504 = getelementptr i8, ptr %228, i64 %.idx1709.i
-  %505 = getelementptr i16, ptr %504, i64 %503
-  %506 = load <4 x i16>, ptr %505, align 2, !tbaa !7
-  %507 = zext <4 x i16> %506 to <4 x i32>
-  %508 = shl nuw <4 x i32> %507, splat (i32 16)
-  %509 = bitcast <4 x i32> %508 to <4 x float>
-  %510 = fmul <4 x float> %149, %509
+  %497 = getelementptr i8, ptr %221, i64 %.idx1709.i
+  %498 = getelementptr i16, ptr %497, i64 %496
+  %499 = load <4 x i16>, ptr %498, align 2, !tbaa !7
+  %500 = zext <4 x i16> %499 to <4 x i32>
+  %501 = shl nuw <4 x i32> %500, splat (i32 16)
+  %502 = bitcast <4 x i32> %501 to <4 x float>
+  %503 = fmul <4 x float> %142, %502
   br label %if_end36.i
 
 if_end36.i:                                       ; preds = %if_then34.i, %if_end29.i
-  %511 = phi <4 x float> [ %510, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
-  %512 = shufflevector <4 x float> %469, <4 x float> %497, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %513 = shufflevector <4 x float> %483, <4 x float> %511, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %514 = shufflevector <4 x float> %469, <4 x float> %497, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %515 = shufflevector <4 x float> %483, <4 x float> %511, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %516 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %504 = phi <4 x float> [ %503, %if_then34.i ], [ zeroinitializer, %if_end29.i ]
+  %505 = shufflevector <4 x float> %462, <4 x float> %490, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %506 = shufflevector <4 x float> %476, <4 x float> %504, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %507 = shufflevector <4 x float> %462, <4 x float> %490, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %508 = shufflevector <4 x float> %476, <4 x float> %504, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %509 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx1710.i = shl nuw nsw i64 %indvars.iv.i, 9
   %gep1852.i = getelementptr inbounds nuw i8, ptr %invariant.gep1851.i, i64 %.idx1710.i
-  store <4 x float> %516, ptr %gep1852.i, align 4, !tbaa !7
-  %517 = shufflevector <4 x float> %512, <4 x float> %513, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %518 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 128
-  store <4 x float> %517, ptr %518, align 4, !tbaa !7
-  %519 = shufflevector <4 x float> %514, <4 x float> %515, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %520 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 256
-  store <4 x float> %519, ptr %520, align 4, !tbaa !7
-  %521 = shufflevector <4 x float> %514, <4 x float> %515, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %522 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 384
-  store <4 x float> %521, ptr %522, align 4, !tbaa !7
+  store <4 x float> %509, ptr %gep1852.i, align 4, !tbaa !7
+  %510 = shufflevector <4 x float> %505, <4 x float> %506, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %511 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 128
+  store <4 x float> %510, ptr %511, align 4, !tbaa !7
+  %512 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %513 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 256
+  store <4 x float> %512, ptr %513, align 4, !tbaa !7
+  %514 = shufflevector <4 x float> %507, <4 x float> %508, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %515 = getelementptr inbounds nuw i8, ptr %gep1852.i, i64 384
+  store <4 x float> %514, ptr %515, align 4, !tbaa !7
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !22
 
 for_end_tile81.i:                                 ; preds = %if_end92.i, %for_begin_tile79.preheader.i, %if_end14.i
-  %span646.sroa.3.0.lcssa.i = phi i32 [ %176, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %568, %if_end92.i ]
-  %span646.sroa.0.0.lcssa.i = phi i32 [ %177, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %565, %if_end92.i ]
-  %523 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %523, i32 %span646.sroa.3.0.lcssa.i)
-  %524 = shl nsw i32 %block_begin, 4
-  %525 = sub nsw i32 %key_end.i, %524
-  %526 = tail call i32 @llvm.smax.i32(i32 %525, i32 0)
-  %527 = add nuw nsw i32 %526, 4095
-  %528 = lshr i32 %527, 12
-  %.not1266.i = icmp eq i32 %528, 0
+  %span646.sroa.3.0.lcssa.i = phi i32 [ %169, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %561, %if_end92.i ]
+  %span646.sroa.0.0.lcssa.i = phi i32 [ %170, %for_begin_tile79.preheader.i ], [ undef, %if_end14.i ], [ %558, %if_end92.i ]
+  %516 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %516, i32 %span646.sroa.3.0.lcssa.i)
+  %517 = shl nsw i32 %block_begin, 4
+  %518 = sub nsw i32 %key_end.i, %517
+  %519 = tail call i32 @llvm.smax.i32(i32 %518, i32 0)
+  %520 = add nuw nsw i32 %519, 4095
+  %521 = lshr i32 %520, 12
+  %.not1266.i = icmp eq i32 %521, 0
   br i1 %.not1266.i, label %for_begin_tile491.preheader.i, label %for_body_number.lr.ph.i, !prof !9
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
-  %529 = mul nsw i64 %row_step, %141
-  %530 = getelementptr inbounds i32, ptr %row_starts, i64 %529
-  %531 = mul nsw i64 %table_seq, %141
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %531
-  %532 = icmp sgt i32 %num_kv_heads, 0
+  %522 = mul nsw i64 %row_step, %130
+  %523 = getelementptr inbounds i32, ptr %row_starts, i64 %522
+  %524 = mul nsw i64 %table_seq, %130
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %524
+  %525 = icmp sgt i32 %num_kv_heads, 0
   %sext77 = shl i64 %60, 32
-  %533 = ashr exact i64 %sext77, 32
-  %534 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %535 = insertelement <16 x float> poison, float %534, i64 0
-  %536 = bitcast <16 x float> %535 to <16 x i32>
-  %537 = shufflevector <16 x i32> %536, <16 x i32> poison, <16 x i32> zeroinitializer
-  %538 = icmp sgt i32 %122, 0
-  %539 = add nsw i32 %122, -1
-  %540 = mul nsw i64 %533, %k_head
-  %541 = insertelement <32 x float> poison, float %score_scale, i64 0
-  %542 = shufflevector <32 x float> %541, <32 x float> poison, <32 x i32> zeroinitializer
-  %543 = sext i32 %context_len.i to i64
+  %526 = ashr exact i64 %sext77, 32
+  %527 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %528 = insertelement <16 x float> poison, float %527, i64 0
+  %529 = bitcast <16 x float> %528 to <16 x i32>
+  %530 = shufflevector <16 x i32> %529, <16 x i32> poison, <16 x i32> zeroinitializer
+  %531 = icmp sgt i32 %134, 0
+  %532 = add nsw i32 %134, -1
+  %533 = mul nsw i64 %526, %k_head
+  %534 = insertelement <32 x float> poison, float %score_scale, i64 0
+  %535 = shufflevector <32 x float> %534, <32 x float> poison, <32 x i32> zeroinitializer
+  %536 = sext i32 %context_len.i to i64
   %sext78 = shl i64 %73, 32
-  %544 = ashr exact i64 %sext78, 32
-  %545 = add i64 %544, %tree_start
-  %546 = sub i64 %545, %543
-  %547 = mul nsw i64 %533, %v_head
-  %invariant.gep1114.i = getelementptr i32, ptr %value_cache, i64 %547
-  %548 = zext i32 %539 to i64
-  %549 = sext i32 %122 to i64
+  %537 = ashr exact i64 %sext78, 32
+  %538 = add i64 %537, %tree_start
+  %539 = sub i64 %538, %536
+  %540 = mul nsw i64 %526, %v_head
+  %invariant.gep1114.i = getelementptr i32, ptr %value_cache, i64 %540
+  %541 = zext i32 %532 to i64
+  %542 = sext i32 %134 to i64
   %wide.trip.count1589.i = and i64 %62, 4294967295
-  %wide.trip.count1584.i = zext nneg i32 %122 to i64
-  %550 = getelementptr i8, ptr %tree_mask, i64 %546
-  %wide.trip.count1603.i = zext nneg i32 %123 to i64
-  %551 = add i32 %524, %tree_size
-  %552 = sub i32 %context_len.i, %551
-  %553 = sub i32 %span646.sroa.0.0.lcssa.i, %524
-  %554 = mul i32 %block_begin, -16
-  %555 = add i64 %tree_start, %544
-  %556 = sub i64 %555, %543
-  %557 = add i32 %524, 4096
-  %558 = add i64 %tree_start, %544
-  %559 = sub i64 %558, %543
-  %560 = getelementptr i8, ptr %tree_mask, i64 %559
-  %561 = getelementptr i8, ptr %tree_mask, i64 %556
+  %wide.trip.count1584.i = zext nneg i32 %134 to i64
+  %543 = getelementptr i8, ptr %tree_mask, i64 %539
+  %wide.trip.count1603.i = zext nneg i32 %136 to i64
+  %544 = add i32 %517, %tree_size
+  %545 = sub i32 %context_len.i, %544
+  %546 = sub i32 %span646.sroa.0.0.lcssa.i, %517
+  %547 = mul i32 %block_begin, -16
+  %548 = add i64 %tree_start, %537
+  %549 = sub i64 %548, %536
+  %550 = add i32 %517, 4096
+  %551 = add i64 %tree_start, %537
+  %552 = sub i64 %551, %536
+  %553 = getelementptr i8, ptr %tree_mask, i64 %552
+  %554 = getelementptr i8, ptr %tree_mask, i64 %549
   %broadcast.splatinsert792 = insertelement <4 x i64> poison, i64 %k_row, i64 0
   %broadcast.splat793 = shufflevector <4 x i64> %broadcast.splatinsert792, <4 x i64> poison, <4 x i32> zeroinitializer
   %broadcast.splatinsert794 = insertelement <4 x i64> poison, i64 %k_block, i64 0
@@ -1438,89 +1431,89 @@ for_body_number.lr.ph.i:                          ; preds = %for_end_tile81.i
 
 if_end92.i:                                       ; preds = %if_end92.i, %if_end92.i.preheader
   %indvars.iv1385.i = phi i64 [ %indvars.iv.next1386.i, %if_end92.i ], [ %indvars.iv1385.i.ph, %if_end92.i.preheader ]
-  %span646.sroa.0.0925.i = phi i32 [ %565, %if_end92.i ], [ %span646.sroa.0.0925.i.ph, %if_end92.i.preheader ]
-  %span646.sroa.3.0924.i = phi i32 [ %568, %if_end92.i ], [ %span646.sroa.3.0924.i.ph, %if_end92.i.preheader ]
+  %span646.sroa.0.0925.i = phi i32 [ %558, %if_end92.i ], [ %span646.sroa.0.0925.i.ph, %if_end92.i.preheader ]
+  %span646.sroa.3.0924.i = phi i32 [ %561, %if_end92.i ], [ %span646.sroa.3.0924.i.ph, %if_end92.i.preheader ]
   %.idx1712.i = shl nsw i64 %indvars.iv1385.i, 4
-  %562 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1712.i
-  %563 = getelementptr inbounds nuw i8, ptr %562, i64 8
-  %564 = load i32, ptr %563, align 8, !tbaa !11
-  %565 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.0.0925.i, i32 %564)
-  %566 = getelementptr inbounds nuw i8, ptr %562, i64 4
-  %567 = load i32, ptr %566, align 4, !tbaa !11
-  %568 = tail call i32 @llvm.smax.i32(i32 %span646.sroa.3.0924.i, i32 %567)
+  %555 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1712.i
+  %556 = getelementptr inbounds nuw i8, ptr %555, i64 8
+  %557 = load i32, ptr %556, align 8, !tbaa !11
+  %558 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.0.0925.i, i32 %557)
+  %559 = getelementptr inbounds nuw i8, ptr %555, i64 4
+  %560 = load i32, ptr %559, align 4, !tbaa !11
+  %561 = tail call i32 @llvm.smax.i32(i32 %span646.sroa.3.0924.i, i32 %560)
   %indvars.iv.next1386.i = add nuw nsw i64 %indvars.iv1385.i, 1
   %exitcond1389.not.i = icmp eq i64 %indvars.iv.next1386.i, %wide.trip.count.i
   br i1 %exitcond1389.not.i, label %for_end_tile81.i, label %if_end92.i, !prof !23, !llvm.loop !24
 
 for_begin_number.i:                               ; preds = %if_end486.i
-  %569 = add nuw nsw i32 %number1245.i, 1
-  %exitcond1605.not.i = icmp eq i32 %569, %528
+  %562 = add nuw nsw i32 %number1245.i, 1
+  %exitcond1605.not.i = icmp eq i32 %562, %521
   %indvars.iv.next = add i32 %indvars.iv, -4096
   %indvars.iv.next357 = add i32 %indvars.iv356, -4096
   %indvars.iv.next365 = add i32 %indvars.iv364, -4096
   br i1 %exitcond1605.not.i, label %for_begin_tile491.preheader.i, label %for_body_number.i, !prof !10
 
 for_begin_tile491.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile81.i
-  br i1 %144, label %for_end_tile493.i, label %for_body_tile492.lr.ph.i, !prof !9
+  br i1 %137, label %for_end_tile493.i, label %for_body_tile492.lr.ph.i, !prof !9
 
 for_body_tile492.lr.ph.i:                         ; preds = %for_begin_tile491.preheader.i
-  %570 = and i64 %68, 2147483648
-  %.not = icmp eq i64 %570, 0
-  %571 = icmp slt i32 %122, 0
+  %563 = and i64 %68, 2147483648
+  %.not = icmp eq i64 %563, 0
+  %564 = icmp slt i32 %134, 0
   %sext93 = shl i64 %60, 32
-  %572 = ashr exact i64 %sext93, 32
-  %573 = and i64 %68, 4294967295
-  %574 = shl nuw nsw i64 %573, 5
-  %.idx657.i = shl nuw nsw i64 %573, 14
+  %565 = ashr exact i64 %sext93, 32
+  %566 = and i64 %68, 4294967295
+  %567 = shl nuw nsw i64 %566, 5
+  %.idx657.i = shl nuw nsw i64 %566, 14
   %sext94 = shl i64 %56, 32
-  %575 = ashr exact i64 %sext94, 32
-  %wide.trip.count1660.i = zext nneg i32 %123 to i64
+  %568 = ashr exact i64 %sext94, 32
+  %wide.trip.count1660.i = zext nneg i32 %136 to i64
   br i1 %.not, label %for_body_tile492.i.preheader, label %for_body_tile492.us.i
 
 for_body_tile492.i.preheader:                     ; preds = %for_body_tile492.lr.ph.i
   %scevgep805 = getelementptr i8, ptr %partial_acc, i64 %.idx657.i
-  %576 = getelementptr i8, ptr %partial_acc, i64 %.idx657.i
-  %scevgep808 = getelementptr i8, ptr %576, i64 512
+  %569 = getelementptr i8, ptr %partial_acc, i64 %.idx657.i
+  %scevgep808 = getelementptr i8, ptr %569, i64 512
   %scevgep812 = getelementptr i8, ptr %total_acc.i, i64 16256
   br label %for_body_tile492.i
 
 for_body_tile492.us.i:                            ; preds = %if_end497.us.i, %for_body_tile492.lr.ph.i
   %indvars.iv1657.i = phi i64 [ %indvars.iv.next1658.i, %if_end497.us.i ], [ 0, %for_body_tile492.lr.ph.i ]
-  %577 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %ordered.us.i = tail call ptr %577(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %578 = icmp eq ptr %ordered.us.i, null
-  br i1 %578, label %fused_attend_compute_.exit, label %if_end500.us.i, !prof !6
+  %570 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %ordered.us.i = tail call ptr %570(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %571 = icmp eq ptr %ordered.us.i, null
+  br i1 %571, label %fused_attend_compute_.exit, label %if_end500.us.i, !prof !6
 
 if_end500.us.i:                                   ; preds = %for_body_tile492.us.i
-  %579 = shl nsw i64 %indvars.iv1657.i, 5
-  %580 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %579
-  %total.us.i = load <32 x float>, ptr %580, align 4, !tbaa !7
-  %581 = fdiv <32 x float> splat (float 1.000000e+00), %total.us.i
-  %582 = fcmp oeq <32 x float> %total.us.i, zeroinitializer
-  %583 = select <32 x i1> %582, <32 x float> zeroinitializer, <32 x float> %581
-  store <32 x float> %583, ptr %factor621.i, align 16, !tbaa !25
-  %584 = shl i64 %indvars.iv1657.i, 12
-  %585 = and i64 %584, 4294963200
-  %invariant.gep235 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %585
+  %572 = shl nsw i64 %indvars.iv1657.i, 5
+  %573 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %572
+  %total.us.i = load <32 x float>, ptr %573, align 4, !tbaa !7
+  %574 = fdiv <32 x float> splat (float 1.000000e+00), %total.us.i
+  %575 = fcmp oeq <32 x float> %total.us.i, zeroinitializer
+  %576 = select <32 x i1> %575, <32 x float> zeroinitializer, <32 x float> %574
+  store <32 x float> %576, ptr %factor621.i, align 16, !tbaa !25
+  %577 = shl i64 %indvars.iv1657.i, 12
+  %578 = and i64 %577, 4294963200
+  %invariant.gep235 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %578
   br label %for_begin_d_0502.preheader.us.i
 
 for_end_r_0.us.i:                                 ; preds = %for_end_d_0504.us.i
-  %586 = trunc nuw nsw i64 %indvars.iv1657.i to i32
-  %rmod536.us.i = srem i32 %586, %122
-  %rdiv548.us.i = sdiv i32 %586, %122
-  %587 = icmp ne i32 %rmod536.us.i, 0
-  %.not661.us.i = and i1 %571, %587
-  %588 = select i1 %.not661.us.i, i32 %122, i32 0
-  %589 = add nsw i32 %588, %rmod536.us.i
-  %590 = shl nsw i32 %589, 5
-  %591 = sub nsw i32 %120, %590
-  %592 = icmp sgt i32 %591, 0
-  br i1 %592, label %for_begin_d_0542.preheader.lr.ph.us.i, label %for_end_r553.us.i, !prof !31
+  %579 = trunc nuw nsw i64 %indvars.iv1657.i to i32
+  %rmod536.us.i = srem i32 %579, %134
+  %rdiv548.us.i = sdiv i32 %579, %134
+  %580 = icmp ne i32 %rmod536.us.i, 0
+  %.not661.us.i = and i1 %564, %580
+  %581 = select i1 %.not661.us.i, i32 %134, i32 0
+  %582 = add nsw i32 %581, %rmod536.us.i
+  %583 = shl nsw i32 %582, 5
+  %584 = sub nsw i32 %132, %583
+  %585 = icmp sgt i32 %584, 0
+  br i1 %585, label %for_begin_d_0542.preheader.lr.ph.us.i, label %for_end_r553.us.i, !prof !31
 
 for_end_r553.us.i:                                ; preds = %if_end558.us.i.1, %for_end_r_0.us.i
-  %593 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %594 = tail call i32 %593(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not658.us.i = icmp eq i32 %594, 0
+  %586 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %587 = tail call i32 %586(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not658.us.i = icmp eq i32 %587, 0
   br i1 %.not658.us.i, label %if_end497.us.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end497.us.i:                                   ; preds = %for_end_r553.us.i
@@ -1530,63 +1523,63 @@ if_end497.us.i:                                   ; preds = %for_end_r553.us.i
 
 for_body_r552.us.i:                               ; preds = %for_body_r552.lr.ph.us.i, %if_end558.us.i.1
   %indvars.iv1651.i = phi i64 [ 0, %for_body_r552.lr.ph.us.i ], [ %indvars.iv.next1652.i.1, %if_end558.us.i.1 ]
-  %595 = add nuw nsw i64 %indvars.iv1651.i, %769
-  %596 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %595
-  %597 = load float, ptr %596, align 4, !tbaa !7
-  %598 = fcmp oeq float %597, 0.000000e+00
-  br i1 %598, label %if_end558.us.i, label %if_else557.us.i
+  %588 = add nuw nsw i64 %indvars.iv1651.i, %762
+  %589 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %588
+  %590 = load float, ptr %589, align 4, !tbaa !7
+  %591 = fcmp oeq float %590, 0.000000e+00
+  br i1 %591, label %if_end558.us.i, label %if_else557.us.i
 
 if_else557.us.i:                                  ; preds = %for_body_r552.us.i
-  %599 = getelementptr inbounds nuw i32, ptr %places.i, i64 %595
-  %600 = load i32, ptr %599, align 4, !tbaa !7
-  %601 = shl i32 %600, 23
-  %602 = add i32 %601, 1065353216
-  %603 = bitcast i32 %602 to float
-  %604 = fmul float %597, %603
-  %605 = tail call float @llvm.log.f32(float %604)
-  %606 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %595
-  %607 = load float, ptr %606, align 4, !tbaa !7
-  %608 = fadd float %607, %605
+  %592 = getelementptr inbounds nuw i32, ptr %places.i, i64 %588
+  %593 = load i32, ptr %592, align 4, !tbaa !7
+  %594 = shl i32 %593, 23
+  %595 = add i32 %594, 1065353216
+  %596 = bitcast i32 %595 to float
+  %597 = fmul float %590, %596
+  %598 = tail call float @llvm.log.f32(float %597)
+  %599 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %588
+  %600 = load float, ptr %599, align 4, !tbaa !7
+  %601 = fadd float %600, %598
   br label %if_end558.us.i
 
 if_end558.us.i:                                   ; preds = %if_else557.us.i, %for_body_r552.us.i
-  %609 = phi float [ %608, %if_else557.us.i ], [ 0xFFF0000000000000, %for_body_r552.us.i ]
-  %610 = and i64 %indvars.iv1651.i, 2
-  %611 = lshr i64 %indvars.iv1651.i, 2
-  %612 = add nsw i64 %611, %766
-  %613 = mul nsw i64 %612, %lse_batch
-  %614 = getelementptr float, ptr %768, i64 %613
-  %615 = getelementptr float, ptr %614, i64 %610
-  store float %609, ptr %615, align 4, !tbaa !7
+  %602 = phi float [ %601, %if_else557.us.i ], [ 0xFFF0000000000000, %for_body_r552.us.i ]
+  %603 = and i64 %indvars.iv1651.i, 2
+  %604 = lshr i64 %indvars.iv1651.i, 2
+  %605 = add nsw i64 %604, %759
+  %606 = mul nsw i64 %605, %lse_batch
+  %607 = getelementptr float, ptr %761, i64 %606
+  %608 = getelementptr float, ptr %607, i64 %603
+  store float %602, ptr %608, align 4, !tbaa !7
   %indvars.iv.next1652.i = or disjoint i64 %indvars.iv1651.i, 1
-  %616 = add nuw nsw i64 %indvars.iv.next1652.i, %769
-  %617 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %616
-  %618 = load float, ptr %617, align 4, !tbaa !7
-  %619 = fcmp oeq float %618, 0.000000e+00
-  br i1 %619, label %if_end558.us.i.1, label %if_else557.us.i.1
+  %609 = add nuw nsw i64 %indvars.iv.next1652.i, %762
+  %610 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %609
+  %611 = load float, ptr %610, align 4, !tbaa !7
+  %612 = fcmp oeq float %611, 0.000000e+00
+  br i1 %612, label %if_end558.us.i.1, label %if_else557.us.i.1
 
 if_else557.us.i.1:                                ; preds = %if_end558.us.i
-  %620 = getelementptr inbounds nuw i32, ptr %places.i, i64 %616
-  %621 = load i32, ptr %620, align 4, !tbaa !7
-  %622 = shl i32 %621, 23
-  %623 = add i32 %622, 1065353216
-  %624 = bitcast i32 %623 to float
-  %625 = fmul float %618, %624
-  %626 = tail call float @llvm.log.f32(float %625)
-  %627 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %616
-  %628 = load float, ptr %627, align 4, !tbaa !7
-  %629 = fadd float %628, %626
+  %613 = getelementptr inbounds nuw i32, ptr %places.i, i64 %609
+  %614 = load i32, ptr %613, align 4, !tbaa !7
+  %615 = shl i32 %614, 23
+  %616 = add i32 %615, 1065353216
+  %617 = bitcast i32 %616 to float
+  %618 = fmul float %611, %617
+  %619 = tail call float @llvm.log.f32(float %618)
+  %620 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %609
+  %621 = load float, ptr %620, align 4, !tbaa !7
+  %622 = fadd float %621, %619
   br label %if_end558.us.i.1
 
 if_end558.us.i.1:                                 ; preds = %if_else557.us.i.1, %if_end558.us.i
-  %630 = phi float [ %629, %if_else557.us.i.1 ], [ 0xFFF0000000000000, %if_end558.us.i ]
-  %631 = and i64 %indvars.iv.next1652.i, 3
-  %632 = lshr i64 %indvars.iv1651.i, 2
-  %633 = add nsw i64 %632, %766
-  %634 = mul nsw i64 %633, %lse_batch
-  %635 = getelementptr float, ptr %768, i64 %634
-  %636 = getelementptr float, ptr %635, i64 %631
-  store float %630, ptr %636, align 4, !tbaa !7
+  %623 = phi float [ %622, %if_else557.us.i.1 ], [ 0xFFF0000000000000, %if_end558.us.i ]
+  %624 = and i64 %indvars.iv.next1652.i, 3
+  %625 = lshr i64 %indvars.iv1651.i, 2
+  %626 = add nsw i64 %625, %759
+  %627 = mul nsw i64 %626, %lse_batch
+  %628 = getelementptr float, ptr %761, i64 %627
+  %629 = getelementptr float, ptr %628, i64 %624
+  store float %623, ptr %629, align 4, !tbaa !7
   %indvars.iv.next1652.i.1 = add nuw nsw i64 %indvars.iv1651.i, 2
   %exitcond1656.not.i.1 = icmp eq i64 %indvars.iv.next1652.i.1, %wide.trip.count1649.i
   br i1 %exitcond1656.not.i.1, label %for_end_r553.us.i, label %for_body_r552.us.i, !prof !10, !llvm.loop !33
@@ -1601,481 +1594,481 @@ for_begin_ax1_0507.preheader.us.i:                ; preds = %for_begin_d_0502.pr
   %.idx95 = shl nuw nsw i64 %indvars.iv1631.i, 11
   %gep238 = getelementptr inbounds nuw i8, ptr %invariant.gep237, i64 %.idx95
   %v513.us.i = load <4 x float>, ptr %gep238, align 4, !tbaa !7
-  %637 = getelementptr inbounds nuw i8, ptr %gep238, i64 128
-  %v515.us.i = load <4 x float>, ptr %637, align 4, !tbaa !7
-  %638 = getelementptr inbounds nuw i8, ptr %gep238, i64 256
-  %v517.us.i = load <4 x float>, ptr %638, align 4, !tbaa !7
-  %639 = getelementptr inbounds nuw i8, ptr %gep238, i64 384
-  %v519.us.i = load <4 x float>, ptr %639, align 4, !tbaa !7
-  %640 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %641 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %642 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %643 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %644 = shufflevector <4 x float> %640, <4 x float> %641, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %645 = shufflevector <4 x float> %640, <4 x float> %641, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %646 = shufflevector <4 x float> %642, <4 x float> %643, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %647 = shufflevector <4 x float> %642, <4 x float> %643, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %648 = getelementptr inbounds nuw i8, ptr %gep238, i64 512
-  %v513.us.1.i = load <4 x float>, ptr %648, align 4, !tbaa !7
-  %649 = getelementptr inbounds nuw i8, ptr %gep238, i64 640
-  %v515.us.1.i = load <4 x float>, ptr %649, align 4, !tbaa !7
-  %650 = getelementptr inbounds nuw i8, ptr %gep238, i64 768
-  %v517.us.1.i = load <4 x float>, ptr %650, align 4, !tbaa !7
-  %651 = getelementptr inbounds nuw i8, ptr %gep238, i64 896
-  %v519.us.1.i = load <4 x float>, ptr %651, align 4, !tbaa !7
-  %652 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %653 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %654 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %655 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %656 = shufflevector <4 x float> %652, <4 x float> %653, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %657 = shufflevector <4 x float> %652, <4 x float> %653, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %658 = shufflevector <4 x float> %654, <4 x float> %655, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %659 = shufflevector <4 x float> %654, <4 x float> %655, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %660 = getelementptr inbounds nuw i8, ptr %gep238, i64 1024
-  %v513.us.2.i = load <4 x float>, ptr %660, align 4, !tbaa !7
-  %661 = getelementptr inbounds nuw i8, ptr %gep238, i64 1152
-  %v515.us.2.i = load <4 x float>, ptr %661, align 4, !tbaa !7
-  %662 = getelementptr inbounds nuw i8, ptr %gep238, i64 1280
-  %v517.us.2.i = load <4 x float>, ptr %662, align 4, !tbaa !7
-  %663 = getelementptr inbounds nuw i8, ptr %gep238, i64 1408
-  %v519.us.2.i = load <4 x float>, ptr %663, align 4, !tbaa !7
-  %664 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %665 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %666 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %667 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %668 = shufflevector <4 x float> %664, <4 x float> %665, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %669 = shufflevector <4 x float> %664, <4 x float> %665, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %670 = shufflevector <4 x float> %666, <4 x float> %667, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %671 = shufflevector <4 x float> %666, <4 x float> %667, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %672 = getelementptr inbounds nuw i8, ptr %gep238, i64 1536
-  %v513.us.3.i = load <4 x float>, ptr %672, align 4, !tbaa !7
-  %673 = getelementptr inbounds nuw i8, ptr %gep238, i64 1664
-  %v515.us.3.i = load <4 x float>, ptr %673, align 4, !tbaa !7
-  %674 = getelementptr inbounds nuw i8, ptr %gep238, i64 1792
-  %v517.us.3.i = load <4 x float>, ptr %674, align 4, !tbaa !7
-  %675 = getelementptr inbounds nuw i8, ptr %gep238, i64 1920
-  %v519.us.3.i = load <4 x float>, ptr %675, align 4, !tbaa !7
-  %676 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %677 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %678 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %679 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %680 = shufflevector <4 x float> %676, <4 x float> %677, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %681 = shufflevector <4 x float> %644, <4 x float> %656, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %682 = shufflevector <4 x float> %668, <4 x float> %680, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %683 = shufflevector <8 x float> %681, <8 x float> %682, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %684 = shufflevector <4 x float> %676, <4 x float> %677, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %685 = shufflevector <4 x float> %645, <4 x float> %657, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %686 = shufflevector <4 x float> %669, <4 x float> %684, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %687 = shufflevector <8 x float> %685, <8 x float> %686, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %688 = shufflevector <4 x float> %678, <4 x float> %679, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %689 = shufflevector <4 x float> %646, <4 x float> %658, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %690 = shufflevector <4 x float> %670, <4 x float> %688, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %691 = shufflevector <8 x float> %689, <8 x float> %690, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %692 = shufflevector <4 x float> %678, <4 x float> %679, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %693 = shufflevector <4 x float> %647, <4 x float> %659, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %694 = shufflevector <4 x float> %671, <4 x float> %692, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %695 = shufflevector <8 x float> %693, <8 x float> %694, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %696 = fmul <16 x float> %746, %683
+  %630 = getelementptr inbounds nuw i8, ptr %gep238, i64 128
+  %v515.us.i = load <4 x float>, ptr %630, align 4, !tbaa !7
+  %631 = getelementptr inbounds nuw i8, ptr %gep238, i64 256
+  %v517.us.i = load <4 x float>, ptr %631, align 4, !tbaa !7
+  %632 = getelementptr inbounds nuw i8, ptr %gep238, i64 384
+  %v519.us.i = load <4 x float>, ptr %632, align 4, !tbaa !7
+  %633 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %634 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %635 = shufflevector <4 x float> %v513.us.i, <4 x float> %v517.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %636 = shufflevector <4 x float> %v515.us.i, <4 x float> %v519.us.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %637 = shufflevector <4 x float> %633, <4 x float> %634, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %638 = shufflevector <4 x float> %633, <4 x float> %634, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %639 = shufflevector <4 x float> %635, <4 x float> %636, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %640 = shufflevector <4 x float> %635, <4 x float> %636, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %641 = getelementptr inbounds nuw i8, ptr %gep238, i64 512
+  %v513.us.1.i = load <4 x float>, ptr %641, align 4, !tbaa !7
+  %642 = getelementptr inbounds nuw i8, ptr %gep238, i64 640
+  %v515.us.1.i = load <4 x float>, ptr %642, align 4, !tbaa !7
+  %643 = getelementptr inbounds nuw i8, ptr %gep238, i64 768
+  %v517.us.1.i = load <4 x float>, ptr %643, align 4, !tbaa !7
+  %644 = getelementptr inbounds nuw i8, ptr %gep238, i64 896
+  %v519.us.1.i = load <4 x float>, ptr %644, align 4, !tbaa !7
+  %645 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %646 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %647 = shufflevector <4 x float> %v513.us.1.i, <4 x float> %v517.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %648 = shufflevector <4 x float> %v515.us.1.i, <4 x float> %v519.us.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %649 = shufflevector <4 x float> %645, <4 x float> %646, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %650 = shufflevector <4 x float> %645, <4 x float> %646, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %651 = shufflevector <4 x float> %647, <4 x float> %648, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %652 = shufflevector <4 x float> %647, <4 x float> %648, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %653 = getelementptr inbounds nuw i8, ptr %gep238, i64 1024
+  %v513.us.2.i = load <4 x float>, ptr %653, align 4, !tbaa !7
+  %654 = getelementptr inbounds nuw i8, ptr %gep238, i64 1152
+  %v515.us.2.i = load <4 x float>, ptr %654, align 4, !tbaa !7
+  %655 = getelementptr inbounds nuw i8, ptr %gep238, i64 1280
+  %v517.us.2.i = load <4 x float>, ptr %655, align 4, !tbaa !7
+  %656 = getelementptr inbounds nuw i8, ptr %gep238, i64 1408
+  %v519.us.2.i = load <4 x float>, ptr %656, align 4, !tbaa !7
+  %657 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %658 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %659 = shufflevector <4 x float> %v513.us.2.i, <4 x float> %v517.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %660 = shufflevector <4 x float> %v515.us.2.i, <4 x float> %v519.us.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %661 = shufflevector <4 x float> %657, <4 x float> %658, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %662 = shufflevector <4 x float> %657, <4 x float> %658, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %663 = shufflevector <4 x float> %659, <4 x float> %660, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %664 = shufflevector <4 x float> %659, <4 x float> %660, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %665 = getelementptr inbounds nuw i8, ptr %gep238, i64 1536
+  %v513.us.3.i = load <4 x float>, ptr %665, align 4, !tbaa !7
+  %666 = getelementptr inbounds nuw i8, ptr %gep238, i64 1664
+  %v515.us.3.i = load <4 x float>, ptr %666, align 4, !tbaa !7
+  %667 = getelementptr inbounds nuw i8, ptr %gep238, i64 1792
+  %v517.us.3.i = load <4 x float>, ptr %667, align 4, !tbaa !7
+  %668 = getelementptr inbounds nuw i8, ptr %gep238, i64 1920
+  %v519.us.3.i = load <4 x float>, ptr %668, align 4, !tbaa !7
+  %669 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %670 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %671 = shufflevector <4 x float> %v513.us.3.i, <4 x float> %v517.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %672 = shufflevector <4 x float> %v515.us.3.i, <4 x float> %v519.us.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %673 = shufflevector <4 x float> %669, <4 x float> %670, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %674 = shufflevector <4 x float> %637, <4 x float> %649, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %675 = shufflevector <4 x float> %661, <4 x float> %673, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %676 = shufflevector <8 x float> %674, <8 x float> %675, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %677 = shufflevector <4 x float> %669, <4 x float> %670, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %678 = shufflevector <4 x float> %638, <4 x float> %650, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %679 = shufflevector <4 x float> %662, <4 x float> %677, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %680 = shufflevector <8 x float> %678, <8 x float> %679, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %681 = shufflevector <4 x float> %671, <4 x float> %672, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %682 = shufflevector <4 x float> %639, <4 x float> %651, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %683 = shufflevector <4 x float> %663, <4 x float> %681, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %684 = shufflevector <8 x float> %682, <8 x float> %683, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %685 = shufflevector <4 x float> %671, <4 x float> %672, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %686 = shufflevector <4 x float> %640, <4 x float> %652, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %687 = shufflevector <4 x float> %664, <4 x float> %685, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %688 = shufflevector <8 x float> %686, <8 x float> %687, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %689 = fmul <16 x float> %739, %676
   %.idx1733.i = shl nuw nsw i64 %indvars.iv1631.i, 6
   %gep1888.i = getelementptr inbounds nuw i8, ptr %invariant.gep1887.i, i64 %.idx1733.i
-  store <16 x float> %696, ptr %gep1888.i, align 4, !tbaa !7
-  %697 = fmul <16 x float> %750, %687
-  %698 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 512
-  store <16 x float> %697, ptr %698, align 4, !tbaa !7
-  %699 = fmul <16 x float> %754, %691
-  %700 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1024
-  store <16 x float> %699, ptr %700, align 4, !tbaa !7
-  %701 = fmul <16 x float> %758, %695
-  %702 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1536
-  store <16 x float> %701, ptr %702, align 4, !tbaa !7
+  store <16 x float> %689, ptr %gep1888.i, align 4, !tbaa !7
+  %690 = fmul <16 x float> %743, %680
+  %691 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 512
+  store <16 x float> %690, ptr %691, align 4, !tbaa !7
+  %692 = fmul <16 x float> %747, %684
+  %693 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1024
+  store <16 x float> %692, ptr %693, align 4, !tbaa !7
+  %694 = fmul <16 x float> %751, %688
+  %695 = getelementptr inbounds nuw i8, ptr %gep1888.i, i64 1536
+  store <16 x float> %694, ptr %695, align 4, !tbaa !7
   %indvars.iv.next1632.i = add nuw nsw i64 %indvars.iv1631.i, 1
   %exitcond1635.not.i = icmp eq i64 %indvars.iv.next1632.i, 8
   br i1 %exitcond1635.not.i, label %for_end_d_0504.us.i, label %for_begin_ax1_0507.preheader.us.i, !prof !22
 
 for_begin_d_0542.preheader.us.i:                  ; preds = %for_begin_d_0542.preheader.lr.ph.us.i, %for_begin_d_0542.preheader.us.i
   %indvars.iv1645.i = phi i64 [ 0, %for_begin_d_0542.preheader.lr.ph.us.i ], [ %indvars.iv.next1646.i, %for_begin_d_0542.preheader.us.i ]
-  %703 = and i64 %indvars.iv1645.i, 3
-  %704 = or disjoint i64 %703, %763
-  %705 = mul nsw i64 %704, %out_head
-  %706 = lshr i64 %indvars.iv1645.i, 2
-  %707 = add nsw i64 %706, %766
-  %708 = mul nsw i64 %707, %out_batch
-  %709 = getelementptr i16, ptr %out, i64 %708
-  %invariant.gep1257.us.i = getelementptr i16, ptr %709, i64 %705
+  %696 = and i64 %indvars.iv1645.i, 3
+  %697 = or disjoint i64 %696, %756
+  %698 = mul nsw i64 %697, %out_head
+  %699 = lshr i64 %indvars.iv1645.i, 2
+  %700 = add nsw i64 %699, %759
+  %701 = mul nsw i64 %700, %out_batch
+  %702 = getelementptr i16, ptr %out, i64 %701
+  %invariant.gep1257.us.i = getelementptr i16, ptr %702, i64 %698
   %.idx96 = shl nsw i64 %indvars.iv1645.i, 9
-  %710 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx96
-  %711 = load <32 x i32>, ptr %710, align 4, !tbaa !7
-  %712 = lshr <32 x i32> %711, splat (i32 16)
-  %713 = and <32 x i32> %712, splat (i32 1)
-  %714 = add nuw <32 x i32> %711, splat (i32 32767)
-  %715 = add nuw <32 x i32> %714, %713
-  %716 = lshr <32 x i32> %715, splat (i32 16)
-  %717 = trunc nuw <32 x i32> %716 to <32 x i16>
-  store <32 x i16> %717, ptr %invariant.gep1257.us.i, align 2, !tbaa !7
-  %718 = getelementptr inbounds nuw i8, ptr %710, i64 128
-  %719 = load <32 x i32>, ptr %718, align 4, !tbaa !7
-  %720 = lshr <32 x i32> %719, splat (i32 16)
-  %721 = and <32 x i32> %720, splat (i32 1)
-  %722 = add nuw <32 x i32> %719, splat (i32 32767)
-  %723 = add nuw <32 x i32> %722, %721
-  %724 = lshr <32 x i32> %723, splat (i32 16)
-  %725 = trunc nuw <32 x i32> %724 to <32 x i16>
+  %703 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx96
+  %704 = load <32 x i32>, ptr %703, align 4, !tbaa !7
+  %705 = lshr <32 x i32> %704, splat (i32 16)
+  %706 = and <32 x i32> %705, splat (i32 1)
+  %707 = add nuw <32 x i32> %704, splat (i32 32767)
+  %708 = add nuw <32 x i32> %707, %706
+  %709 = lshr <32 x i32> %708, splat (i32 16)
+  %710 = trunc nuw <32 x i32> %709 to <32 x i16>
+  store <32 x i16> %710, ptr %invariant.gep1257.us.i, align 2, !tbaa !7
+  %711 = getelementptr inbounds nuw i8, ptr %703, i64 128
+  %712 = load <32 x i32>, ptr %711, align 4, !tbaa !7
+  %713 = lshr <32 x i32> %712, splat (i32 16)
+  %714 = and <32 x i32> %713, splat (i32 1)
+  %715 = add nuw <32 x i32> %712, splat (i32 32767)
+  %716 = add nuw <32 x i32> %715, %714
+  %717 = lshr <32 x i32> %716, splat (i32 16)
+  %718 = trunc nuw <32 x i32> %717 to <32 x i16>
   %gep1258.us.1.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 64
-  store <32 x i16> %725, ptr %gep1258.us.1.i, align 2, !tbaa !7
-  %726 = getelementptr inbounds nuw i8, ptr %710, i64 256
-  %727 = load <32 x i32>, ptr %726, align 4, !tbaa !7
-  %728 = lshr <32 x i32> %727, splat (i32 16)
-  %729 = and <32 x i32> %728, splat (i32 1)
-  %730 = add nuw <32 x i32> %727, splat (i32 32767)
-  %731 = add nuw <32 x i32> %730, %729
-  %732 = lshr <32 x i32> %731, splat (i32 16)
-  %733 = trunc nuw <32 x i32> %732 to <32 x i16>
+  store <32 x i16> %718, ptr %gep1258.us.1.i, align 2, !tbaa !7
+  %719 = getelementptr inbounds nuw i8, ptr %703, i64 256
+  %720 = load <32 x i32>, ptr %719, align 4, !tbaa !7
+  %721 = lshr <32 x i32> %720, splat (i32 16)
+  %722 = and <32 x i32> %721, splat (i32 1)
+  %723 = add nuw <32 x i32> %720, splat (i32 32767)
+  %724 = add nuw <32 x i32> %723, %722
+  %725 = lshr <32 x i32> %724, splat (i32 16)
+  %726 = trunc nuw <32 x i32> %725 to <32 x i16>
   %gep1258.us.2.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 128
-  store <32 x i16> %733, ptr %gep1258.us.2.i, align 2, !tbaa !7
-  %734 = getelementptr inbounds nuw i8, ptr %710, i64 384
-  %735 = load <32 x i32>, ptr %734, align 4, !tbaa !7
-  %736 = lshr <32 x i32> %735, splat (i32 16)
-  %737 = and <32 x i32> %736, splat (i32 1)
-  %738 = add nuw <32 x i32> %735, splat (i32 32767)
-  %739 = add nuw <32 x i32> %738, %737
-  %740 = lshr <32 x i32> %739, splat (i32 16)
-  %741 = trunc nuw <32 x i32> %740 to <32 x i16>
+  store <32 x i16> %726, ptr %gep1258.us.2.i, align 2, !tbaa !7
+  %727 = getelementptr inbounds nuw i8, ptr %703, i64 384
+  %728 = load <32 x i32>, ptr %727, align 4, !tbaa !7
+  %729 = lshr <32 x i32> %728, splat (i32 16)
+  %730 = and <32 x i32> %729, splat (i32 1)
+  %731 = add nuw <32 x i32> %728, splat (i32 32767)
+  %732 = add nuw <32 x i32> %731, %730
+  %733 = lshr <32 x i32> %732, splat (i32 16)
+  %734 = trunc nuw <32 x i32> %733 to <32 x i16>
   %gep1258.us.3.i = getelementptr i8, ptr %invariant.gep1257.us.i, i64 192
-  store <32 x i16> %741, ptr %gep1258.us.3.i, align 2, !tbaa !7
+  store <32 x i16> %734, ptr %gep1258.us.3.i, align 2, !tbaa !7
   %indvars.iv.next1646.i = add nuw nsw i64 %indvars.iv1645.i, 1
   %exitcond1650.not.i = icmp eq i64 %indvars.iv.next1646.i, %wide.trip.count1649.i
   br i1 %exitcond1650.not.i, label %for_body_r552.lr.ph.us.i, label %for_begin_d_0542.preheader.us.i, !prof !10
 
 for_begin_d_0502.preheader.us.i:                  ; preds = %for_end_d_0504.us.i, %if_end500.us.i
   %indvars.iv1636.i = phi i64 [ %indvars.iv.next1637.i, %for_end_d_0504.us.i ], [ 0, %if_end500.us.i ]
-  %742 = shl nuw nsw i64 %indvars.iv1636.i, 2
-  %743 = getelementptr inbounds nuw float, ptr %factor621.i, i64 %742
-  %744 = load float, ptr %743, align 16, !tbaa !35
-  %745 = insertelement <16 x float> poison, float %744, i64 0
-  %746 = shufflevector <16 x float> %745, <16 x float> poison, <16 x i32> zeroinitializer
-  %747 = getelementptr inbounds nuw i8, ptr %743, i64 4
-  %748 = load float, ptr %747, align 4, !tbaa !35
-  %749 = insertelement <16 x float> poison, float %748, i64 0
-  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
-  %751 = getelementptr inbounds nuw i8, ptr %743, i64 8
-  %752 = load float, ptr %751, align 8, !tbaa !35
-  %753 = insertelement <16 x float> poison, float %752, i64 0
-  %754 = shufflevector <16 x float> %753, <16 x float> poison, <16 x i32> zeroinitializer
-  %755 = getelementptr inbounds nuw i8, ptr %743, i64 12
-  %756 = load float, ptr %755, align 4, !tbaa !35
-  %757 = insertelement <16 x float> poison, float %756, i64 0
-  %758 = shufflevector <16 x float> %757, <16 x float> poison, <16 x i32> zeroinitializer
+  %735 = shl nuw nsw i64 %indvars.iv1636.i, 2
+  %736 = getelementptr inbounds nuw float, ptr %factor621.i, i64 %735
+  %737 = load float, ptr %736, align 16, !tbaa !35
+  %738 = insertelement <16 x float> poison, float %737, i64 0
+  %739 = shufflevector <16 x float> %738, <16 x float> poison, <16 x i32> zeroinitializer
+  %740 = getelementptr inbounds nuw i8, ptr %736, i64 4
+  %741 = load float, ptr %740, align 4, !tbaa !35
+  %742 = insertelement <16 x float> poison, float %741, i64 0
+  %743 = shufflevector <16 x float> %742, <16 x float> poison, <16 x i32> zeroinitializer
+  %744 = getelementptr inbounds nuw i8, ptr %736, i64 8
+  %745 = load float, ptr %744, align 8, !tbaa !35
+  %746 = insertelement <16 x float> poison, float %745, i64 0
+  %747 = shufflevector <16 x float> %746, <16 x float> poison, <16 x i32> zeroinitializer
+  %748 = getelementptr inbounds nuw i8, ptr %736, i64 12
+  %749 = load float, ptr %748, align 4, !tbaa !35
+  %750 = insertelement <16 x float> poison, float %749, i64 0
+  %751 = shufflevector <16 x float> %750, <16 x float> poison, <16 x i32> zeroinitializer
   %.idx1734.i = shl nuw nsw i64 %indvars.iv1636.i, 11
   %invariant.gep1887.i = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx1734.i
-  %invariant.gep237 = getelementptr inbounds nuw float, ptr %invariant.gep235, i64 %742
+  %invariant.gep237 = getelementptr inbounds nuw float, ptr %invariant.gep235, i64 %735
   br label %for_begin_ax1_0507.preheader.us.i
 
 for_begin_d_0542.preheader.lr.ph.us.i:            ; preds = %for_end_r_0.us.i
-  %759 = sext i1 %.not661.us.i to i32
-  %760 = add nsw i32 %rdiv548.us.i, %759
-  %761 = sext i32 %760 to i64
-  %762 = add nsw i64 %572, %761
-  %763 = shl nsw i64 %762, 2
-  %764 = sext i32 %589 to i64
-  %765 = shl nsw i64 %764, 3
-  %766 = add nsw i64 %765, %575
-  %767 = tail call i32 @llvm.umin.i32(i32 %591, i32 32)
-  %wide.trip.count1649.i = zext nneg i32 %767 to i64
+  %752 = sext i1 %.not661.us.i to i32
+  %753 = add nsw i32 %rdiv548.us.i, %752
+  %754 = sext i32 %753 to i64
+  %755 = add nsw i64 %565, %754
+  %756 = shl nsw i64 %755, 2
+  %757 = sext i32 %582 to i64
+  %758 = shl nsw i64 %757, 3
+  %759 = add nsw i64 %758, %568
+  %760 = tail call i32 @llvm.umin.i32(i32 %584, i32 32)
+  %wide.trip.count1649.i = zext nneg i32 %760 to i64
   br label %for_begin_d_0542.preheader.us.i
 
 for_body_r552.lr.ph.us.i:                         ; preds = %for_begin_d_0542.preheader.us.i
-  %.idx662.us.i = shl nsw i64 %762, 4
-  %768 = getelementptr i8, ptr %lse, i64 %.idx662.us.i
-  %769 = and i64 %579, 4294967264
+  %.idx662.us.i = shl nsw i64 %755, 4
+  %761 = getelementptr i8, ptr %lse, i64 %.idx662.us.i
+  %762 = and i64 %572, 4294967264
   br label %for_body_r552.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv364 = phi i32 [ %indvars.iv.next365, %for_begin_number.i ], [ %554, %for_body_number.lr.ph.i ]
-  %indvars.iv361.in = phi i32 [ %indvars.iv361, %for_begin_number.i ], [ %524, %for_body_number.lr.ph.i ]
-  %indvars.iv356 = phi i32 [ %indvars.iv.next357, %for_begin_number.i ], [ %553, %for_body_number.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %552, %for_body_number.lr.ph.i ]
-  %number1245.i = phi i32 [ %569, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %indvars.iv364 = phi i32 [ %indvars.iv.next365, %for_begin_number.i ], [ %547, %for_body_number.lr.ph.i ]
+  %indvars.iv361.in = phi i32 [ %indvars.iv361, %for_begin_number.i ], [ %517, %for_body_number.lr.ph.i ]
+  %indvars.iv356 = phi i32 [ %indvars.iv.next357, %for_begin_number.i ], [ %546, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %545, %for_body_number.lr.ph.i ]
+  %number1245.i = phi i32 [ %562, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
   %smax738 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %770 = and i32 %smax738, 63
-  %771 = add i32 %indvars.iv, %770
-  %772 = sub i32 %771, %smax738
-  %773 = shl nuw nsw i32 %number1245.i, 12
-  %774 = add i32 %557, %773
-  %smin740 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %774)
-  %smin741 = tail call i32 @llvm.smin.i32(i32 %smin740, i32 %523)
-  %775 = add i32 %smin741, %indvars.iv364
-  %776 = add i32 %775, %770
-  %777 = sub i32 %776, %smax738
+  %763 = and i32 %smax738, 63
+  %764 = add i32 %indvars.iv, %763
+  %765 = sub i32 %764, %smax738
+  %766 = shl nuw nsw i32 %number1245.i, 12
+  %767 = add i32 %550, %766
+  %smin740 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %767)
+  %smin741 = tail call i32 @llvm.smin.i32(i32 %smin740, i32 %516)
+  %768 = add i32 %smin741, %indvars.iv364
+  %769 = add i32 %768, %763
+  %770 = sub i32 %769, %smax738
   %smax719 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %778 = add i32 %smax719, %indvars.iv361.in
-  %779 = and i32 %smax719, 63
-  %780 = sub i32 %778, %779
-  %781 = sext i32 %780 to i64
-  %782 = add i32 %indvars.iv, %779
-  %783 = sub i32 %782, %smax719
-  %784 = shl nuw nsw i32 %number1245.i, 12
-  %785 = add i32 %557, %784
-  %smin723 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %785)
-  %smin724 = tail call i32 @llvm.smin.i32(i32 %smin723, i32 %523)
-  %786 = add i32 %smin724, %indvars.iv364
-  %787 = add i32 %786, %779
-  %788 = sub i32 %787, %smax719
+  %771 = add i32 %smax719, %indvars.iv361.in
+  %772 = and i32 %smax719, 63
+  %773 = sub i32 %771, %772
+  %774 = sext i32 %773 to i64
+  %775 = add i32 %indvars.iv, %772
+  %776 = sub i32 %775, %smax719
+  %777 = shl nuw nsw i32 %number1245.i, 12
+  %778 = add i32 %550, %777
+  %smin723 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %778)
+  %smin724 = tail call i32 @llvm.smin.i32(i32 %smin723, i32 %516)
+  %779 = add i32 %smin724, %indvars.iv364
+  %780 = add i32 %779, %772
+  %781 = sub i32 %780, %smax719
   %smax704 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %789 = and i32 %smax704, 63
-  %790 = add i32 %indvars.iv, %789
-  %791 = sub i32 %790, %smax704
-  %792 = shl nuw nsw i32 %number1245.i, 12
-  %793 = add i32 %557, %792
-  %smin706 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %793)
-  %smin707 = tail call i32 @llvm.smin.i32(i32 %smin706, i32 %523)
-  %794 = add i32 %smin707, %indvars.iv364
-  %795 = add i32 %794, %789
-  %796 = sub i32 %795, %smax704
+  %782 = and i32 %smax704, 63
+  %783 = add i32 %indvars.iv, %782
+  %784 = sub i32 %783, %smax704
+  %785 = shl nuw nsw i32 %number1245.i, 12
+  %786 = add i32 %550, %785
+  %smin706 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %786)
+  %smin707 = tail call i32 @llvm.smin.i32(i32 %smin706, i32 %516)
+  %787 = add i32 %smin707, %indvars.iv364
+  %788 = add i32 %787, %782
+  %789 = sub i32 %788, %smax704
   %smax683 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %797 = and i32 %smax683, 63
-  %798 = add i32 %indvars.iv, %797
-  %799 = sub i32 %798, %smax683
-  %800 = shl nuw nsw i32 %number1245.i, 12
-  %801 = add i32 %557, %800
-  %smin685 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %801)
-  %smin686 = tail call i32 @llvm.smin.i32(i32 %smin685, i32 %523)
-  %802 = add i32 %smin686, %indvars.iv364
-  %803 = add i32 %802, %797
-  %804 = sub i32 %803, %smax683
+  %790 = and i32 %smax683, 63
+  %791 = add i32 %indvars.iv, %790
+  %792 = sub i32 %791, %smax683
+  %793 = shl nuw nsw i32 %number1245.i, 12
+  %794 = add i32 %550, %793
+  %smin685 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %794)
+  %smin686 = tail call i32 @llvm.smin.i32(i32 %smin685, i32 %516)
+  %795 = add i32 %smin686, %indvars.iv364
+  %796 = add i32 %795, %790
+  %797 = sub i32 %796, %smax683
   %smax668 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %805 = add i32 %smax668, %indvars.iv361.in
-  %806 = and i32 %smax668, 63
-  %807 = sub i32 %805, %806
-  %808 = sext i32 %807 to i64
-  %809 = add i32 %indvars.iv, %806
-  %810 = sub i32 %809, %smax668
-  %811 = shl nuw nsw i32 %number1245.i, 12
-  %812 = add i32 %557, %811
-  %smin671 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %812)
-  %smin672 = tail call i32 @llvm.smin.i32(i32 %smin671, i32 %523)
-  %813 = add i32 %smin672, %indvars.iv364
-  %814 = add i32 %813, %806
-  %815 = sub i32 %814, %smax668
+  %798 = add i32 %smax668, %indvars.iv361.in
+  %799 = and i32 %smax668, 63
+  %800 = sub i32 %798, %799
+  %801 = sext i32 %800 to i64
+  %802 = add i32 %indvars.iv, %799
+  %803 = sub i32 %802, %smax668
+  %804 = shl nuw nsw i32 %number1245.i, 12
+  %805 = add i32 %550, %804
+  %smin671 = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %805)
+  %smin672 = tail call i32 @llvm.smin.i32(i32 %smin671, i32 %516)
+  %806 = add i32 %smin672, %indvars.iv364
+  %807 = add i32 %806, %799
+  %808 = sub i32 %807, %smax668
   %smax666 = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %816 = and i32 %smax666, 63
-  %817 = add i32 %indvars.iv, %816
+  %809 = and i32 %smax666, 63
+  %810 = add i32 %indvars.iv, %809
   %indvars.iv361 = add i32 %indvars.iv361.in, 4096
   %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv356, i32 0)
-  %818 = and i32 %smax, 63
-  %819 = add i32 %indvars.iv, %818
-  %820 = sub i32 %819, %smax
+  %811 = and i32 %smax, 63
+  %812 = add i32 %indvars.iv, %811
+  %813 = sub i32 %812, %smax
   %smin = tail call i32 @llvm.smin.i32(i32 %span646.sroa.3.0.lcssa.i, i32 %indvars.iv361)
-  %smin363 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %523)
-  %821 = add i32 %smin363, %indvars.iv364
-  %822 = add i32 %821, %818
-  %823 = sub i32 %822, %smax
-  %824 = add i32 %indvars.iv364, %818
-  %825 = sub i32 %824, %smax
-  %826 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_max.i = tail call ptr %826(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %827 = icmp eq ptr %row_max.i, null
-  br i1 %827, label %fused_attend_compute_.exit, label %if_end94.i, !prof !6
+  %smin363 = tail call i32 @llvm.smin.i32(i32 %smin, i32 %516)
+  %814 = add i32 %smin363, %indvars.iv364
+  %815 = add i32 %814, %811
+  %816 = sub i32 %815, %smax
+  %817 = add i32 %indvars.iv364, %811
+  %818 = sub i32 %817, %smax
+  %819 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_max.i = tail call ptr %819(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %820 = icmp eq ptr %row_max.i, null
+  br i1 %820, label %fused_attend_compute_.exit, label %if_end94.i, !prof !6
 
 if_end94.i:                                       ; preds = %for_body_number.i
-  %828 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_sum.i = tail call ptr %828(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %829 = icmp eq ptr %row_sum.i, null
-  br i1 %829, label %fused_attend_compute_.exit, label %if_end97.i, !prof !6
+  %821 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_sum.i = tail call ptr %821(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %822 = icmp eq ptr %row_sum.i, null
+  br i1 %822, label %fused_attend_compute_.exit, label %if_end97.i, !prof !6
 
 if_end97.i:                                       ; preds = %if_end94.i
-  %830 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %830(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %831 = icmp eq ptr %acc.i, null
-  br i1 %831, label %fused_attend_compute_.exit, label %if_end100.i, !prof !6
+  %823 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %823(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %824 = icmp eq ptr %acc.i, null
+  br i1 %824, label %fused_attend_compute_.exit, label %if_end100.i, !prof !6
 
 if_end100.i:                                      ; preds = %if_end97.i
-  %832 = shl nsw i32 %number1245.i, 12
-  %833 = add nsw i32 %832, %524
-  %834 = add nsw i32 %833, 4096
-  %835 = sub i32 %span646.sroa.0.0.lcssa.i, %833
-  %unseen.i = tail call i32 @llvm.smax.i32(i32 %835, i32 0)
-  %836 = and i32 %unseen.i, 63
-  %837 = add nsw i32 %unseen.i, %833
-  %838 = sub i32 %837, %836
-  %839 = tail call i32 @llvm.smin.i32(i32 %834, i32 %key_end.i)
-  %840 = sub nsw i32 %839, %838
-  %.fr1271.i = freeze i32 %840
-  %841 = icmp slt i32 %.fr1271.i, 1
-  %842 = tail call i32 @llvm.smax.i32(i32 %.fr1271.i, i32 0)
-  %843 = add nuw nsw i32 %842, 63
-  %844 = lshr i32 %843, 6
-  %.not1267.i = icmp eq i32 %844, 0
+  %825 = shl nsw i32 %number1245.i, 12
+  %826 = add nsw i32 %825, %517
+  %827 = add nsw i32 %826, 4096
+  %828 = sub i32 %span646.sroa.0.0.lcssa.i, %826
+  %unseen.i = tail call i32 @llvm.smax.i32(i32 %828, i32 0)
+  %829 = and i32 %unseen.i, 63
+  %830 = add nsw i32 %unseen.i, %826
+  %831 = sub i32 %830, %829
+  %832 = tail call i32 @llvm.smin.i32(i32 %827, i32 %key_end.i)
+  %833 = sub nsw i32 %832, %831
+  %.fr1271.i = freeze i32 %833
+  %834 = icmp slt i32 %.fr1271.i, 1
+  %835 = tail call i32 @llvm.smax.i32(i32 %.fr1271.i, i32 0)
+  %836 = add nuw nsw i32 %835, 63
+  %837 = lshr i32 %836, 6
+  %.not1267.i = icmp eq i32 %837, 0
   br i1 %.not1267.i, label %for_begin_tile422.preheader.i, label %for_body_step.lr.ph.i, !prof !9
 
 for_body_step.lr.ph.i:                            ; preds = %if_end100.i
-  %845 = add nsw i32 %839, -1
-  %846 = sext i32 %838 to i64
-  %847 = sext i32 %839 to i64
-  %wide.trip.count1594.i = zext nneg i32 %844 to i64
-  %invariant.op.i = add nsw i64 %847, -64
-  %848 = getelementptr i8, ptr %560, i64 %781
-  %849 = getelementptr i8, ptr %561, i64 %808
-  %broadcast.splatinsert790 = insertelement <4 x i32> poison, i32 %845, i64 0
+  %838 = add nsw i32 %832, -1
+  %839 = sext i32 %831 to i64
+  %840 = sext i32 %832 to i64
+  %wide.trip.count1594.i = zext nneg i32 %837 to i64
+  %invariant.op.i = add nsw i64 %840, -64
+  %841 = getelementptr i8, ptr %553, i64 %774
+  %842 = getelementptr i8, ptr %554, i64 %801
+  %broadcast.splatinsert790 = insertelement <4 x i32> poison, i32 %838, i64 0
   %broadcast.splat791 = shufflevector <4 x i32> %broadcast.splatinsert790, <4 x i32> poison, <4 x i32> zeroinitializer
-  %broadcast.splatinsert770 = insertelement <4 x i32> poison, i32 %845, i64 0
+  %broadcast.splatinsert770 = insertelement <4 x i32> poison, i32 %838, i64 0
   %broadcast.splat771 = shufflevector <4 x i32> %broadcast.splatinsert770, <4 x i32> poison, <4 x i32> zeroinitializer
   br label %for_body_step.i
 
 for_begin_tile422.preheader.i:                    ; preds = %for_end_kv_head.i, %if_end100.i
-  %brmerge.i = or i1 %144, %841
+  %brmerge.i = or i1 %137, %834
   br i1 %brmerge.i, label %for_end_tile424.i, label %for_body_tile423.i, !prof !36
 
 for_body_step.i:                                  ; preds = %for_end_kv_head.i, %for_body_step.lr.ph.i
-  %indvars.iv368 = phi i32 [ %indvars.iv.next369, %for_end_kv_head.i ], [ %825, %for_body_step.lr.ph.i ]
-  %indvars.iv366 = phi i32 [ %indvars.iv.next367, %for_end_kv_head.i ], [ %823, %for_body_step.lr.ph.i ]
-  %indvars.iv358 = phi i32 [ %indvars.iv.next359, %for_end_kv_head.i ], [ %820, %for_body_step.lr.ph.i ]
+  %indvars.iv368 = phi i32 [ %indvars.iv.next369, %for_end_kv_head.i ], [ %818, %for_body_step.lr.ph.i ]
+  %indvars.iv366 = phi i32 [ %indvars.iv.next367, %for_end_kv_head.i ], [ %816, %for_body_step.lr.ph.i ]
+  %indvars.iv358 = phi i32 [ %indvars.iv.next359, %for_end_kv_head.i ], [ %813, %for_body_step.lr.ph.i ]
   %indvars.iv1591.i = phi i64 [ %indvars.iv.next1592.i, %for_end_kv_head.i ], [ 0, %for_body_step.lr.ph.i ]
+  %843 = mul nsw i64 %indvars.iv1591.i, -64
+  %844 = trunc i64 %843 to i32
+  %845 = add i32 %765, %844
+  %smax739 = tail call i32 @llvm.smax.i32(i32 %845, i32 0)
+  %846 = zext nneg i32 %smax739 to i64
+  %847 = trunc i64 %843 to i32
+  %848 = add i32 %770, %847
+  %849 = shl nuw nsw i64 %indvars.iv1591.i, 6
+  %scevgep720 = getelementptr i8, ptr %841, i64 %849
   %850 = mul nsw i64 %indvars.iv1591.i, -64
   %851 = trunc i64 %850 to i32
-  %852 = add i32 %772, %851
-  %smax739 = tail call i32 @llvm.smax.i32(i32 %852, i32 0)
-  %853 = zext nneg i32 %smax739 to i64
+  %852 = add i32 %776, %851
+  %smax721 = tail call i32 @llvm.smax.i32(i32 %852, i32 0)
+  %853 = zext nneg i32 %smax721 to i64
   %854 = trunc i64 %850 to i32
-  %855 = add i32 %777, %854
-  %856 = shl nuw nsw i64 %indvars.iv1591.i, 6
-  %scevgep720 = getelementptr i8, ptr %848, i64 %856
-  %857 = mul nsw i64 %indvars.iv1591.i, -64
-  %858 = trunc i64 %857 to i32
-  %859 = add i32 %783, %858
-  %smax721 = tail call i32 @llvm.smax.i32(i32 %859, i32 0)
-  %860 = zext nneg i32 %smax721 to i64
-  %861 = trunc i64 %857 to i32
-  %862 = add i32 %788, %861
-  %863 = shl i32 %smax721, 5
-  %864 = sext i32 %863 to i64
-  %865 = shl nsw i64 %864, 2
-  %866 = mul nsw i64 %indvars.iv1591.i, -64
-  %867 = trunc i64 %866 to i32
-  %868 = add i32 %791, %867
-  %smax705 = tail call i32 @llvm.smax.i32(i32 %868, i32 0)
-  %869 = zext nneg i32 %smax705 to i64
-  %870 = trunc i64 %866 to i32
-  %871 = add i32 %796, %870
-  %872 = shl i32 %smax705, 5
-  %873 = sext i32 %872 to i64
+  %855 = add i32 %781, %854
+  %856 = shl i32 %smax721, 5
+  %857 = sext i32 %856 to i64
+  %858 = shl nsw i64 %857, 2
+  %859 = mul nsw i64 %indvars.iv1591.i, -64
+  %860 = trunc i64 %859 to i32
+  %861 = add i32 %784, %860
+  %smax705 = tail call i32 @llvm.smax.i32(i32 %861, i32 0)
+  %862 = zext nneg i32 %smax705 to i64
+  %863 = trunc i64 %859 to i32
+  %864 = add i32 %789, %863
+  %865 = shl i32 %smax705, 5
+  %866 = sext i32 %865 to i64
+  %867 = mul nsw i64 %indvars.iv1591.i, -64
+  %868 = trunc i64 %867 to i32
+  %869 = add i32 %792, %868
+  %smax684 = tail call i32 @llvm.smax.i32(i32 %869, i32 0)
+  %870 = zext nneg i32 %smax684 to i64
+  %871 = trunc i64 %867 to i32
+  %872 = add i32 %797, %871
+  %873 = shl nuw nsw i64 %indvars.iv1591.i, 6
+  %scevgep = getelementptr i8, ptr %842, i64 %873
   %874 = mul nsw i64 %indvars.iv1591.i, -64
   %875 = trunc i64 %874 to i32
-  %876 = add i32 %799, %875
-  %smax684 = tail call i32 @llvm.smax.i32(i32 %876, i32 0)
-  %877 = zext nneg i32 %smax684 to i64
+  %876 = add i32 %803, %875
+  %smax669 = tail call i32 @llvm.smax.i32(i32 %876, i32 0)
+  %877 = zext nneg i32 %smax669 to i64
   %878 = trunc i64 %874 to i32
-  %879 = add i32 %804, %878
-  %880 = shl nuw nsw i64 %indvars.iv1591.i, 6
-  %scevgep = getelementptr i8, ptr %849, i64 %880
-  %881 = mul nsw i64 %indvars.iv1591.i, -64
-  %882 = trunc i64 %881 to i32
-  %883 = add i32 %810, %882
-  %smax669 = tail call i32 @llvm.smax.i32(i32 %883, i32 0)
-  %884 = zext nneg i32 %smax669 to i64
-  %885 = trunc i64 %881 to i32
-  %886 = add i32 %815, %885
-  %887 = shl i32 %smax669, 5
-  %888 = sext i32 %887 to i64
-  %889 = shl nsw i64 %888, 2
+  %879 = add i32 %808, %878
+  %880 = shl i32 %smax669, 5
+  %881 = sext i32 %880 to i64
+  %882 = shl nsw i64 %881, 2
   %indvars.iv1591.i.tr = trunc i64 %indvars.iv1591.i to i32
-  %890 = shl i32 %indvars.iv1591.i.tr, 6
-  %891 = add i32 %smax666, %890
-  %892 = sub i32 %817, %891
-  %smax667 = tail call i32 @llvm.smax.i32(i32 %892, i32 0)
-  %893 = shl i32 %smax667, 5
+  %883 = shl i32 %indvars.iv1591.i.tr, 6
+  %884 = add i32 %smax666, %883
+  %885 = sub i32 %810, %884
+  %smax667 = tail call i32 @llvm.smax.i32(i32 %885, i32 0)
+  %886 = shl i32 %smax667, 5
   %smax373 = tail call i32 @llvm.smax.i32(i32 %indvars.iv358, i32 0)
-  %894 = zext nneg i32 %smax373 to i64
-  %895 = shl nsw i64 %indvars.iv1591.i, 6
-  %896 = add nsw i64 %895, %846
-  %897 = trunc i64 %896 to i32
-  %898 = sub i32 %839, %897
-  %899 = tail call i32 @llvm.smin.i32(i32 %898, i32 64)
-  %900 = add nsw i32 %899, 7
-  %901 = ashr i32 %900, 3
-  %902 = and i32 %900, -8
-  %903 = icmp slt i64 %896, %invariant.op.i
-  %904 = select i1 %903, i32 128, i32 %902
-  %905 = icmp sgt i32 %904, 0
-  br i1 %905, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !31
+  %887 = zext nneg i32 %smax373 to i64
+  %888 = shl nsw i64 %indvars.iv1591.i, 6
+  %889 = add nsw i64 %888, %839
+  %890 = trunc i64 %889 to i32
+  %891 = sub i32 %832, %890
+  %892 = tail call i32 @llvm.smin.i32(i32 %891, i32 64)
+  %893 = add nsw i32 %892, 7
+  %894 = ashr i32 %893, 3
+  %895 = and i32 %893, -8
+  %896 = icmp slt i64 %889, %invariant.op.i
+  %897 = select i1 %896, i32 128, i32 %895
+  %898 = icmp sgt i32 %897, 0
+  br i1 %898, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !31
 
 for_body_t.lr.ph.i:                               ; preds = %for_body_step.i
-  %row_start.i = load i32, ptr %530, align 4, !tbaa !7
-  %906 = sext i32 %row_start.i to i64
-  %invariant.gep929.i = getelementptr i32, ptr %invariant.gep.i, i64 %906
-  %wide.trip.count1394.i = zext nneg i32 %904 to i64
-  %broadcast.splatinsert788 = insertelement <4 x i64> poison, i64 %896, i64 0
+  %row_start.i = load i32, ptr %523, align 4, !tbaa !7
+  %899 = sext i32 %row_start.i to i64
+  %invariant.gep929.i = getelementptr i32, ptr %invariant.gep.i, i64 %899
+  %wide.trip.count1394.i = zext nneg i32 %897 to i64
+  %broadcast.splatinsert788 = insertelement <4 x i64> poison, i64 %889, i64 0
   %broadcast.splat789 = shufflevector <4 x i64> %broadcast.splatinsert788, <4 x i64> poison, <4 x i32> zeroinitializer
   br label %vector.body796
 
 vector.body796:                                   ; preds = %vector.body796, %for_body_t.lr.ph.i
   %index797 = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %index.next800, %vector.body796 ]
   %vec.ind798 = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %for_body_t.lr.ph.i ], [ %vec.ind.next801, %vector.body796 ]
-  %907 = add nsw <4 x i64> %vec.ind798, %broadcast.splat789
-  %908 = trunc nsw <4 x i64> %907 to <4 x i32>
-  %909 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %908, <4 x i32> %broadcast.splat791)
-  %910 = sext <4 x i32> %909 to <4 x i64>
-  %911 = ashr <4 x i64> %910, splat (i64 4)
-  %912 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %911
-  %wide.masked.gather799 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %912, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
-  %913 = sext <4 x i32> %wide.masked.gather799 to <4 x i64>
-  %914 = and <4 x i64> %910, splat (i64 15)
-  %915 = mul nsw <4 x i64> %914, %broadcast.splat793
-  %916 = mul nsw <4 x i64> %broadcast.splat795, %913
-  %917 = add nsw <4 x i64> %915, %916
-  %918 = getelementptr inbounds nuw i64, ptr %key_offsets644.i, i64 %index797
-  store <4 x i64> %917, ptr %918, align 16, !tbaa !37
+  %900 = add nsw <4 x i64> %vec.ind798, %broadcast.splat789
+  %901 = trunc nsw <4 x i64> %900 to <4 x i32>
+  %902 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %901, <4 x i32> %broadcast.splat791)
+  %903 = sext <4 x i32> %902 to <4 x i64>
+  %904 = ashr <4 x i64> %903, splat (i64 4)
+  %905 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %904
+  %wide.masked.gather799 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %905, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
+  %906 = sext <4 x i32> %wide.masked.gather799 to <4 x i64>
+  %907 = and <4 x i64> %903, splat (i64 15)
+  %908 = mul nsw <4 x i64> %907, %broadcast.splat793
+  %909 = mul nsw <4 x i64> %broadcast.splat795, %906
+  %910 = add nsw <4 x i64> %908, %909
+  %911 = getelementptr inbounds nuw i64, ptr %key_offsets644.i, i64 %index797
+  store <4 x i64> %910, ptr %911, align 16, !tbaa !37
   %index.next800 = add nuw i64 %index797, 4
   %vec.ind.next801 = add nuw nsw <4 x i64> %vec.ind798, splat (i64 4)
-  %919 = icmp eq i64 %index.next800, %wide.trip.count1394.i
-  br i1 %919, label %vector.ph765, label %vector.body796, !prof !39, !llvm.loop !40
+  %912 = icmp eq i64 %index.next800, %wide.trip.count1394.i
+  br i1 %912, label %vector.ph765, label %vector.body796, !prof !39, !llvm.loop !40
 
 vector.ph765:                                     ; preds = %vector.body796
-  %broadcast.splatinsert768 = insertelement <4 x i64> poison, i64 %896, i64 0
+  %broadcast.splatinsert768 = insertelement <4 x i64> poison, i64 %889, i64 0
   %broadcast.splat769 = shufflevector <4 x i64> %broadcast.splatinsert768, <4 x i64> poison, <4 x i32> zeroinitializer
   br label %vector.body776
 
 vector.body776:                                   ; preds = %vector.body776, %vector.ph765
   %index777 = phi i64 [ 0, %vector.ph765 ], [ %index.next780, %vector.body776 ]
   %vec.ind778 = phi <4 x i64> [ <i64 0, i64 1, i64 2, i64 3>, %vector.ph765 ], [ %vec.ind.next781, %vector.body776 ]
-  %920 = add nsw <4 x i64> %vec.ind778, %broadcast.splat769
-  %921 = trunc nsw <4 x i64> %920 to <4 x i32>
-  %922 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %921, <4 x i32> %broadcast.splat771)
-  %923 = sext <4 x i32> %922 to <4 x i64>
-  %924 = ashr <4 x i64> %923, splat (i64 4)
-  %925 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %924
-  %wide.masked.gather779 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %925, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
-  %926 = sext <4 x i32> %wide.masked.gather779 to <4 x i64>
-  %927 = and <4 x i64> %923, splat (i64 15)
-  %928 = mul nsw <4 x i64> %927, %broadcast.splat773
-  %929 = mul nsw <4 x i64> %broadcast.splat775, %926
-  %930 = add nsw <4 x i64> %928, %929
-  %931 = getelementptr inbounds nuw i64, ptr %value_offsets643.i, i64 %index777
-  store <4 x i64> %930, ptr %931, align 16, !tbaa !42
+  %913 = add nsw <4 x i64> %vec.ind778, %broadcast.splat769
+  %914 = trunc nsw <4 x i64> %913 to <4 x i32>
+  %915 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %914, <4 x i32> %broadcast.splat771)
+  %916 = sext <4 x i32> %915 to <4 x i64>
+  %917 = ashr <4 x i64> %916, splat (i64 4)
+  %918 = getelementptr i32, ptr %invariant.gep929.i, <4 x i64> %917
+  %wide.masked.gather779 = tail call <4 x i32> @llvm.masked.gather.v4i32.v4p0(<4 x ptr> align 4 %918, <4 x i1> splat (i1 true), <4 x i32> poison), !tbaa !7
+  %919 = sext <4 x i32> %wide.masked.gather779 to <4 x i64>
+  %920 = and <4 x i64> %916, splat (i64 15)
+  %921 = mul nsw <4 x i64> %920, %broadcast.splat773
+  %922 = mul nsw <4 x i64> %broadcast.splat775, %919
+  %923 = add nsw <4 x i64> %921, %922
+  %924 = getelementptr inbounds nuw i64, ptr %value_offsets643.i, i64 %index777
+  store <4 x i64> %923, ptr %924, align 16, !tbaa !42
   %index.next780 = add nuw i64 %index777, 4
   %vec.ind.next781 = add nuw nsw <4 x i64> %vec.ind778, splat (i64 4)
-  %932 = icmp eq i64 %index.next780, %wide.trip.count1394.i
-  br i1 %932, label %for_begin_kv_head.preheader.i, label %vector.body776, !prof !39, !llvm.loop !44
+  %925 = icmp eq i64 %index.next780, %wide.trip.count1394.i
+  br i1 %925, label %for_begin_kv_head.preheader.i, label %vector.body776, !prof !39, !llvm.loop !44
 
 for_begin_kv_head.preheader.i:                    ; preds = %vector.body776, %for_body_step.i
-  br i1 %532, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !31
+  br i1 %525, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !31
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %933 = icmp sgt i32 %901, 0
-  %934 = add i32 %tree_size, %897
-  %935 = sub i32 %context_len.i, %934
-  %936 = tail call i32 @llvm.smax.i32(i32 %935, i32 0)
-  %937 = zext nneg i32 %936 to i64
-  %938 = icmp eq i64 %indvars.iv1591.i, 0
-  %939 = insertelement <32 x i1> poison, i1 %938, i64 0
-  %940 = shufflevector <32 x i1> %939, <32 x i1> poison, <32 x i32> zeroinitializer
-  %wide.trip.count1408.i = zext nneg i32 %901 to i64
-  %941 = getelementptr i8, ptr %550, i64 %896
-  %942 = getelementptr i8, ptr %941, i64 %937
-  %scevgep670 = getelementptr i8, ptr %scevgep, i64 %884
-  %scevgep722 = getelementptr i8, ptr %scevgep720, i64 %860
-  %broadcast.splatinsert752 = insertelement <8 x i32> poison, i32 %936, i64 0
+  %926 = icmp sgt i32 %894, 0
+  %927 = add i32 %tree_size, %890
+  %928 = sub i32 %context_len.i, %927
+  %929 = tail call i32 @llvm.smax.i32(i32 %928, i32 0)
+  %930 = zext nneg i32 %929 to i64
+  %931 = icmp eq i64 %indvars.iv1591.i, 0
+  %932 = insertelement <32 x i1> poison, i1 %931, i64 0
+  %933 = shufflevector <32 x i1> %932, <32 x i1> poison, <32 x i32> zeroinitializer
+  %wide.trip.count1408.i = zext nneg i32 %894 to i64
+  %934 = getelementptr i8, ptr %543, i64 %889
+  %935 = getelementptr i8, ptr %934, i64 %930
+  %scevgep670 = getelementptr i8, ptr %scevgep, i64 %877
+  %scevgep722 = getelementptr i8, ptr %scevgep720, i64 %853
+  %broadcast.splatinsert752 = insertelement <8 x i32> poison, i32 %929, i64 0
   %broadcast.splat753 = shufflevector <8 x i32> %broadcast.splatinsert752, <8 x i32> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert696 = insertelement <8 x i32> poison, i32 %936, i64 0
+  %broadcast.splatinsert696 = insertelement <8 x i32> poison, i32 %929, i64 0
   %broadcast.splat697 = shufflevector <8 x i32> %broadcast.splatinsert696, <8 x i32> poison, <8 x i32> zeroinitializer
   br label %for_body_kv_head.i
 
@@ -2086,10 +2079,10 @@ for_begin_kv_head.i:                              ; preds = %if_end417.i
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
   %indvars.iv1586.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1587.i, %for_begin_kv_head.i ]
-  %943 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %k_tile.i = tail call ptr %943(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
-  %944 = icmp eq ptr %k_tile.i, null
-  br i1 %944, label %fused_attend_compute_.exit, label %if_end116.i, !prof !6
+  %936 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %k_tile.i = tail call ptr %936(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %937 = icmp eq ptr %k_tile.i, null
+  br i1 %937, label %fused_attend_compute_.exit, label %if_end116.i, !prof !6
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
   %indvars.iv.next1592.i = add nuw nsw i64 %indvars.iv1591.i, 1
@@ -2100,654 +2093,654 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   br i1 %exitcond1595.not.i, label %for_begin_tile422.preheader.i, label %for_body_step.i, !prof !10
 
 if_end116.i:                                      ; preds = %for_body_kv_head.i
-  %945 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %v_tile.i = tail call ptr %945(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
-  %946 = icmp eq ptr %v_tile.i, null
-  br i1 %946, label %fused_attend_compute_.exit, label %if_end119.i, !prof !6
+  %938 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %v_tile.i = tail call ptr %938(i32 1, i32 %dev_id, i64 32768, i32 2, i32 32)
+  %939 = icmp eq ptr %v_tile.i, null
+  br i1 %939, label %fused_attend_compute_.exit, label %if_end119.i, !prof !6
 
 if_end119.i:                                      ; preds = %if_end116.i
-  %947 = add nsw i64 %indvars.iv1586.i, %533
-  br i1 %933, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !31
+  %940 = add nsw i64 %indvars.iv1586.i, %526
+  br i1 %926, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !31
 
 for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end119.i
-  %948 = mul nsw i64 %947, %k_head
-  %invariant.gep935.i = getelementptr i32, ptr %key_cache, i64 %948
+  %941 = mul nsw i64 %940, %k_head
+  %invariant.gep935.i = getelementptr i32, ptr %key_cache, i64 %941
   br label %for_begin_ti.preheader.i
 
 for_begin_ti126.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
-  %949 = mul nsw i64 %947, %v_head
-  %invariant.gep938.i = getelementptr i32, ptr %value_cache, i64 %949
+  %942 = mul nsw i64 %940, %v_head
+  %invariant.gep938.i = getelementptr i32, ptr %value_cache, i64 %942
   br label %for_begin_ti126.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
   %indvars.iv1405.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next1406.i, %for_begin_ti.preheader.i ]
   %.idx = shl nsw i64 %indvars.iv1405.i, 6
-  %950 = getelementptr inbounds nuw i8, ptr %key_offsets644.i, i64 %.idx
-  %951 = load i64, ptr %950, align 16, !tbaa !37
-  %gep.i = getelementptr i32, ptr %invariant.gep935.i, i64 %951
-  %952 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
-  %953 = shl <16 x i32> %952, splat (i32 16)
+  %943 = getelementptr inbounds nuw i8, ptr %key_offsets644.i, i64 %.idx
+  %944 = load i64, ptr %943, align 16, !tbaa !37
+  %gep.i = getelementptr i32, ptr %invariant.gep935.i, i64 %944
+  %945 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
+  %946 = shl <16 x i32> %945, splat (i32 16)
   %.idx79 = shl nsw i64 %indvars.iv1405.i, 12
-  %954 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
+  %947 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx79
+  store <16 x i32> %946, ptr %947, align 4, !tbaa !7
+  %948 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
+  %949 = and <16 x i32> %948, %530
+  %950 = getelementptr inbounds nuw i8, ptr %947, i64 64
+  store <16 x i32> %949, ptr %950, align 4, !tbaa !7
+  %951 = getelementptr i8, ptr %gep.i, i64 64
+  %952 = load <16 x i32>, ptr %951, align 4, !tbaa !7
+  %953 = shl <16 x i32> %952, splat (i32 16)
+  %954 = getelementptr inbounds nuw i8, ptr %947, i64 128
   store <16 x i32> %953, ptr %954, align 4, !tbaa !7
-  %955 = load <16 x i32>, ptr %gep.i, align 4, !tbaa !7
-  %956 = and <16 x i32> %955, %537
-  %957 = getelementptr inbounds nuw i8, ptr %954, i64 64
+  %955 = load <16 x i32>, ptr %951, align 4, !tbaa !7
+  %956 = and <16 x i32> %955, %530
+  %957 = getelementptr inbounds nuw i8, ptr %947, i64 192
   store <16 x i32> %956, ptr %957, align 4, !tbaa !7
-  %958 = getelementptr i8, ptr %gep.i, i64 64
+  %958 = getelementptr i8, ptr %gep.i, i64 128
   %959 = load <16 x i32>, ptr %958, align 4, !tbaa !7
   %960 = shl <16 x i32> %959, splat (i32 16)
-  %961 = getelementptr inbounds nuw i8, ptr %954, i64 128
+  %961 = getelementptr inbounds nuw i8, ptr %947, i64 256
   store <16 x i32> %960, ptr %961, align 4, !tbaa !7
   %962 = load <16 x i32>, ptr %958, align 4, !tbaa !7
-  %963 = and <16 x i32> %962, %537
-  %964 = getelementptr inbounds nuw i8, ptr %954, i64 192
+  %963 = and <16 x i32> %962, %530
+  %964 = getelementptr inbounds nuw i8, ptr %947, i64 320
   store <16 x i32> %963, ptr %964, align 4, !tbaa !7
-  %965 = getelementptr i8, ptr %gep.i, i64 128
+  %965 = getelementptr i8, ptr %gep.i, i64 192
   %966 = load <16 x i32>, ptr %965, align 4, !tbaa !7
   %967 = shl <16 x i32> %966, splat (i32 16)
-  %968 = getelementptr inbounds nuw i8, ptr %954, i64 256
+  %968 = getelementptr inbounds nuw i8, ptr %947, i64 384
   store <16 x i32> %967, ptr %968, align 4, !tbaa !7
   %969 = load <16 x i32>, ptr %965, align 4, !tbaa !7
-  %970 = and <16 x i32> %969, %537
-  %971 = getelementptr inbounds nuw i8, ptr %954, i64 320
+  %970 = and <16 x i32> %969, %530
+  %971 = getelementptr inbounds nuw i8, ptr %947, i64 448
   store <16 x i32> %970, ptr %971, align 4, !tbaa !7
-  %972 = getelementptr i8, ptr %gep.i, i64 192
-  %973 = load <16 x i32>, ptr %972, align 4, !tbaa !7
-  %974 = shl <16 x i32> %973, splat (i32 16)
-  %975 = getelementptr inbounds nuw i8, ptr %954, i64 384
-  store <16 x i32> %974, ptr %975, align 4, !tbaa !7
-  %976 = load <16 x i32>, ptr %972, align 4, !tbaa !7
-  %977 = and <16 x i32> %976, %537
-  %978 = getelementptr inbounds nuw i8, ptr %954, i64 448
-  store <16 x i32> %977, ptr %978, align 4, !tbaa !7
-  %979 = getelementptr inbounds nuw i8, ptr %950, i64 8
-  %980 = load i64, ptr %979, align 8, !tbaa !37
-  %gep.1.i = getelementptr i32, ptr %invariant.gep935.i, i64 %980
-  %981 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
+  %972 = getelementptr inbounds nuw i8, ptr %943, i64 8
+  %973 = load i64, ptr %972, align 8, !tbaa !37
+  %gep.1.i = getelementptr i32, ptr %invariant.gep935.i, i64 %973
+  %974 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
+  %975 = shl <16 x i32> %974, splat (i32 16)
+  %976 = getelementptr inbounds nuw i8, ptr %947, i64 512
+  store <16 x i32> %975, ptr %976, align 4, !tbaa !7
+  %977 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
+  %978 = and <16 x i32> %977, %530
+  %979 = getelementptr inbounds nuw i8, ptr %947, i64 576
+  store <16 x i32> %978, ptr %979, align 4, !tbaa !7
+  %980 = getelementptr i8, ptr %gep.1.i, i64 64
+  %981 = load <16 x i32>, ptr %980, align 4, !tbaa !7
   %982 = shl <16 x i32> %981, splat (i32 16)
-  %983 = getelementptr inbounds nuw i8, ptr %954, i64 512
+  %983 = getelementptr inbounds nuw i8, ptr %947, i64 640
   store <16 x i32> %982, ptr %983, align 4, !tbaa !7
-  %984 = load <16 x i32>, ptr %gep.1.i, align 4, !tbaa !7
-  %985 = and <16 x i32> %984, %537
-  %986 = getelementptr inbounds nuw i8, ptr %954, i64 576
+  %984 = load <16 x i32>, ptr %980, align 4, !tbaa !7
+  %985 = and <16 x i32> %984, %530
+  %986 = getelementptr inbounds nuw i8, ptr %947, i64 704
   store <16 x i32> %985, ptr %986, align 4, !tbaa !7
-  %987 = getelementptr i8, ptr %gep.1.i, i64 64
+  %987 = getelementptr i8, ptr %gep.1.i, i64 128
   %988 = load <16 x i32>, ptr %987, align 4, !tbaa !7
   %989 = shl <16 x i32> %988, splat (i32 16)
-  %990 = getelementptr inbounds nuw i8, ptr %954, i64 640
+  %990 = getelementptr inbounds nuw i8, ptr %947, i64 768
   store <16 x i32> %989, ptr %990, align 4, !tbaa !7
   %991 = load <16 x i32>, ptr %987, align 4, !tbaa !7
-  %992 = and <16 x i32> %991, %537
-  %993 = getelementptr inbounds nuw i8, ptr %954, i64 704
+  %992 = and <16 x i32> %991, %530
+  %993 = getelementptr inbounds nuw i8, ptr %947, i64 832
   store <16 x i32> %992, ptr %993, align 4, !tbaa !7
-  %994 = getelementptr i8, ptr %gep.1.i, i64 128
+  %994 = getelementptr i8, ptr %gep.1.i, i64 192
   %995 = load <16 x i32>, ptr %994, align 4, !tbaa !7
   %996 = shl <16 x i32> %995, splat (i32 16)
-  %997 = getelementptr inbounds nuw i8, ptr %954, i64 768
+  %997 = getelementptr inbounds nuw i8, ptr %947, i64 896
   store <16 x i32> %996, ptr %997, align 4, !tbaa !7
   %998 = load <16 x i32>, ptr %994, align 4, !tbaa !7
-  %999 = and <16 x i32> %998, %537
-  %1000 = getelementptr inbounds nuw i8, ptr %954, i64 832
+  %999 = and <16 x i32> %998, %530
+  %1000 = getelementptr inbounds nuw i8, ptr %947, i64 960
   store <16 x i32> %999, ptr %1000, align 4, !tbaa !7
-  %1001 = getelementptr i8, ptr %gep.1.i, i64 192
-  %1002 = load <16 x i32>, ptr %1001, align 4, !tbaa !7
-  %1003 = shl <16 x i32> %1002, splat (i32 16)
-  %1004 = getelementptr inbounds nuw i8, ptr %954, i64 896
-  store <16 x i32> %1003, ptr %1004, align 4, !tbaa !7
-  %1005 = load <16 x i32>, ptr %1001, align 4, !tbaa !7
-  %1006 = and <16 x i32> %1005, %537
-  %1007 = getelementptr inbounds nuw i8, ptr %954, i64 960
-  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !7
-  %1008 = getelementptr inbounds nuw i8, ptr %950, i64 16
-  %1009 = load i64, ptr %1008, align 16, !tbaa !37
-  %gep.2.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1009
-  %1010 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
+  %1001 = getelementptr inbounds nuw i8, ptr %943, i64 16
+  %1002 = load i64, ptr %1001, align 16, !tbaa !37
+  %gep.2.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1002
+  %1003 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
+  %1004 = shl <16 x i32> %1003, splat (i32 16)
+  %1005 = getelementptr inbounds nuw i8, ptr %947, i64 1024
+  store <16 x i32> %1004, ptr %1005, align 4, !tbaa !7
+  %1006 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
+  %1007 = and <16 x i32> %1006, %530
+  %1008 = getelementptr inbounds nuw i8, ptr %947, i64 1088
+  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !7
+  %1009 = getelementptr i8, ptr %gep.2.i, i64 64
+  %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !7
   %1011 = shl <16 x i32> %1010, splat (i32 16)
-  %1012 = getelementptr inbounds nuw i8, ptr %954, i64 1024
+  %1012 = getelementptr inbounds nuw i8, ptr %947, i64 1152
   store <16 x i32> %1011, ptr %1012, align 4, !tbaa !7
-  %1013 = load <16 x i32>, ptr %gep.2.i, align 4, !tbaa !7
-  %1014 = and <16 x i32> %1013, %537
-  %1015 = getelementptr inbounds nuw i8, ptr %954, i64 1088
+  %1013 = load <16 x i32>, ptr %1009, align 4, !tbaa !7
+  %1014 = and <16 x i32> %1013, %530
+  %1015 = getelementptr inbounds nuw i8, ptr %947, i64 1216
   store <16 x i32> %1014, ptr %1015, align 4, !tbaa !7
-  %1016 = getelementptr i8, ptr %gep.2.i, i64 64
+  %1016 = getelementptr i8, ptr %gep.2.i, i64 128
   %1017 = load <16 x i32>, ptr %1016, align 4, !tbaa !7
   %1018 = shl <16 x i32> %1017, splat (i32 16)
-  %1019 = getelementptr inbounds nuw i8, ptr %954, i64 1152
+  %1019 = getelementptr inbounds nuw i8, ptr %947, i64 1280
   store <16 x i32> %1018, ptr %1019, align 4, !tbaa !7
   %1020 = load <16 x i32>, ptr %1016, align 4, !tbaa !7
-  %1021 = and <16 x i32> %1020, %537
-  %1022 = getelementptr inbounds nuw i8, ptr %954, i64 1216
+  %1021 = and <16 x i32> %1020, %530
+  %1022 = getelementptr inbounds nuw i8, ptr %947, i64 1344
   store <16 x i32> %1021, ptr %1022, align 4, !tbaa !7
-  %1023 = getelementptr i8, ptr %gep.2.i, i64 128
+  %1023 = getelementptr i8, ptr %gep.2.i, i64 192
   %1024 = load <16 x i32>, ptr %1023, align 4, !tbaa !7
   %1025 = shl <16 x i32> %1024, splat (i32 16)
-  %1026 = getelementptr inbounds nuw i8, ptr %954, i64 1280
+  %1026 = getelementptr inbounds nuw i8, ptr %947, i64 1408
   store <16 x i32> %1025, ptr %1026, align 4, !tbaa !7
   %1027 = load <16 x i32>, ptr %1023, align 4, !tbaa !7
-  %1028 = and <16 x i32> %1027, %537
-  %1029 = getelementptr inbounds nuw i8, ptr %954, i64 1344
+  %1028 = and <16 x i32> %1027, %530
+  %1029 = getelementptr inbounds nuw i8, ptr %947, i64 1472
   store <16 x i32> %1028, ptr %1029, align 4, !tbaa !7
-  %1030 = getelementptr i8, ptr %gep.2.i, i64 192
-  %1031 = load <16 x i32>, ptr %1030, align 4, !tbaa !7
-  %1032 = shl <16 x i32> %1031, splat (i32 16)
-  %1033 = getelementptr inbounds nuw i8, ptr %954, i64 1408
-  store <16 x i32> %1032, ptr %1033, align 4, !tbaa !7
-  %1034 = load <16 x i32>, ptr %1030, align 4, !tbaa !7
-  %1035 = and <16 x i32> %1034, %537
-  %1036 = getelementptr inbounds nuw i8, ptr %954, i64 1472
-  store <16 x i32> %1035, ptr %1036, align 4, !tbaa !7
-  %1037 = getelementptr inbounds nuw i8, ptr %950, i64 24
-  %1038 = load i64, ptr %1037, align 8, !tbaa !37
-  %gep.3.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1038
-  %1039 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
+  %1030 = getelementptr inbounds nuw i8, ptr %943, i64 24
+  %1031 = load i64, ptr %1030, align 8, !tbaa !37
+  %gep.3.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1031
+  %1032 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
+  %1033 = shl <16 x i32> %1032, splat (i32 16)
+  %1034 = getelementptr inbounds nuw i8, ptr %947, i64 1536
+  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !7
+  %1035 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
+  %1036 = and <16 x i32> %1035, %530
+  %1037 = getelementptr inbounds nuw i8, ptr %947, i64 1600
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !7
+  %1038 = getelementptr i8, ptr %gep.3.i, i64 64
+  %1039 = load <16 x i32>, ptr %1038, align 4, !tbaa !7
   %1040 = shl <16 x i32> %1039, splat (i32 16)
-  %1041 = getelementptr inbounds nuw i8, ptr %954, i64 1536
+  %1041 = getelementptr inbounds nuw i8, ptr %947, i64 1664
   store <16 x i32> %1040, ptr %1041, align 4, !tbaa !7
-  %1042 = load <16 x i32>, ptr %gep.3.i, align 4, !tbaa !7
-  %1043 = and <16 x i32> %1042, %537
-  %1044 = getelementptr inbounds nuw i8, ptr %954, i64 1600
+  %1042 = load <16 x i32>, ptr %1038, align 4, !tbaa !7
+  %1043 = and <16 x i32> %1042, %530
+  %1044 = getelementptr inbounds nuw i8, ptr %947, i64 1728
   store <16 x i32> %1043, ptr %1044, align 4, !tbaa !7
-  %1045 = getelementptr i8, ptr %gep.3.i, i64 64
+  %1045 = getelementptr i8, ptr %gep.3.i, i64 128
   %1046 = load <16 x i32>, ptr %1045, align 4, !tbaa !7
   %1047 = shl <16 x i32> %1046, splat (i32 16)
-  %1048 = getelementptr inbounds nuw i8, ptr %954, i64 1664
+  %1048 = getelementptr inbounds nuw i8, ptr %947, i64 1792
   store <16 x i32> %1047, ptr %1048, align 4, !tbaa !7
   %1049 = load <16 x i32>, ptr %1045, align 4, !tbaa !7
-  %1050 = and <16 x i32> %1049, %537
-  %1051 = getelementptr inbounds nuw i8, ptr %954, i64 1728
+  %1050 = and <16 x i32> %1049, %530
+  %1051 = getelementptr inbounds nuw i8, ptr %947, i64 1856
   store <16 x i32> %1050, ptr %1051, align 4, !tbaa !7
-  %1052 = getelementptr i8, ptr %gep.3.i, i64 128
+  %1052 = getelementptr i8, ptr %gep.3.i, i64 192
   %1053 = load <16 x i32>, ptr %1052, align 4, !tbaa !7
   %1054 = shl <16 x i32> %1053, splat (i32 16)
-  %1055 = getelementptr inbounds nuw i8, ptr %954, i64 1792
+  %1055 = getelementptr inbounds nuw i8, ptr %947, i64 1920
   store <16 x i32> %1054, ptr %1055, align 4, !tbaa !7
   %1056 = load <16 x i32>, ptr %1052, align 4, !tbaa !7
-  %1057 = and <16 x i32> %1056, %537
-  %1058 = getelementptr inbounds nuw i8, ptr %954, i64 1856
+  %1057 = and <16 x i32> %1056, %530
+  %1058 = getelementptr inbounds nuw i8, ptr %947, i64 1984
   store <16 x i32> %1057, ptr %1058, align 4, !tbaa !7
-  %1059 = getelementptr i8, ptr %gep.3.i, i64 192
-  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !7
-  %1061 = shl <16 x i32> %1060, splat (i32 16)
-  %1062 = getelementptr inbounds nuw i8, ptr %954, i64 1920
-  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !7
-  %1063 = load <16 x i32>, ptr %1059, align 4, !tbaa !7
-  %1064 = and <16 x i32> %1063, %537
-  %1065 = getelementptr inbounds nuw i8, ptr %954, i64 1984
-  store <16 x i32> %1064, ptr %1065, align 4, !tbaa !7
-  %1066 = getelementptr inbounds nuw i8, ptr %950, i64 32
-  %1067 = load i64, ptr %1066, align 16, !tbaa !37
-  %gep.4.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1067
-  %1068 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
+  %1059 = getelementptr inbounds nuw i8, ptr %943, i64 32
+  %1060 = load i64, ptr %1059, align 16, !tbaa !37
+  %gep.4.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1060
+  %1061 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
+  %1062 = shl <16 x i32> %1061, splat (i32 16)
+  %1063 = getelementptr inbounds nuw i8, ptr %947, i64 2048
+  store <16 x i32> %1062, ptr %1063, align 4, !tbaa !7
+  %1064 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
+  %1065 = and <16 x i32> %1064, %530
+  %1066 = getelementptr inbounds nuw i8, ptr %947, i64 2112
+  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !7
+  %1067 = getelementptr i8, ptr %gep.4.i, i64 64
+  %1068 = load <16 x i32>, ptr %1067, align 4, !tbaa !7
   %1069 = shl <16 x i32> %1068, splat (i32 16)
-  %1070 = getelementptr inbounds nuw i8, ptr %954, i64 2048
+  %1070 = getelementptr inbounds nuw i8, ptr %947, i64 2176
   store <16 x i32> %1069, ptr %1070, align 4, !tbaa !7
-  %1071 = load <16 x i32>, ptr %gep.4.i, align 4, !tbaa !7
-  %1072 = and <16 x i32> %1071, %537
-  %1073 = getelementptr inbounds nuw i8, ptr %954, i64 2112
+  %1071 = load <16 x i32>, ptr %1067, align 4, !tbaa !7
+  %1072 = and <16 x i32> %1071, %530
+  %1073 = getelementptr inbounds nuw i8, ptr %947, i64 2240
   store <16 x i32> %1072, ptr %1073, align 4, !tbaa !7
-  %1074 = getelementptr i8, ptr %gep.4.i, i64 64
+  %1074 = getelementptr i8, ptr %gep.4.i, i64 128
   %1075 = load <16 x i32>, ptr %1074, align 4, !tbaa !7
   %1076 = shl <16 x i32> %1075, splat (i32 16)
-  %1077 = getelementptr inbounds nuw i8, ptr %954, i64 2176
+  %1077 = getelementptr inbounds nuw i8, ptr %947, i64 2304
   store <16 x i32> %1076, ptr %1077, align 4, !tbaa !7
   %1078 = load <16 x i32>, ptr %1074, align 4, !tbaa !7
-  %1079 = and <16 x i32> %1078, %537
-  %1080 = getelementptr inbounds nuw i8, ptr %954, i64 2240
+  %1079 = and <16 x i32> %1078, %530
+  %1080 = getelementptr inbounds nuw i8, ptr %947, i64 2368
   store <16 x i32> %1079, ptr %1080, align 4, !tbaa !7
-  %1081 = getelementptr i8, ptr %gep.4.i, i64 128
+  %1081 = getelementptr i8, ptr %gep.4.i, i64 192
   %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !7
   %1083 = shl <16 x i32> %1082, splat (i32 16)
-  %1084 = getelementptr inbounds nuw i8, ptr %954, i64 2304
+  %1084 = getelementptr inbounds nuw i8, ptr %947, i64 2432
   store <16 x i32> %1083, ptr %1084, align 4, !tbaa !7
   %1085 = load <16 x i32>, ptr %1081, align 4, !tbaa !7
-  %1086 = and <16 x i32> %1085, %537
-  %1087 = getelementptr inbounds nuw i8, ptr %954, i64 2368
+  %1086 = and <16 x i32> %1085, %530
+  %1087 = getelementptr inbounds nuw i8, ptr %947, i64 2496
   store <16 x i32> %1086, ptr %1087, align 4, !tbaa !7
-  %1088 = getelementptr i8, ptr %gep.4.i, i64 192
-  %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !7
-  %1090 = shl <16 x i32> %1089, splat (i32 16)
-  %1091 = getelementptr inbounds nuw i8, ptr %954, i64 2432
-  store <16 x i32> %1090, ptr %1091, align 4, !tbaa !7
-  %1092 = load <16 x i32>, ptr %1088, align 4, !tbaa !7
-  %1093 = and <16 x i32> %1092, %537
-  %1094 = getelementptr inbounds nuw i8, ptr %954, i64 2496
-  store <16 x i32> %1093, ptr %1094, align 4, !tbaa !7
-  %1095 = getelementptr inbounds nuw i8, ptr %950, i64 40
-  %1096 = load i64, ptr %1095, align 8, !tbaa !37
-  %gep.5.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1096
-  %1097 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
+  %1088 = getelementptr inbounds nuw i8, ptr %943, i64 40
+  %1089 = load i64, ptr %1088, align 8, !tbaa !37
+  %gep.5.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1089
+  %1090 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
+  %1091 = shl <16 x i32> %1090, splat (i32 16)
+  %1092 = getelementptr inbounds nuw i8, ptr %947, i64 2560
+  store <16 x i32> %1091, ptr %1092, align 4, !tbaa !7
+  %1093 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
+  %1094 = and <16 x i32> %1093, %530
+  %1095 = getelementptr inbounds nuw i8, ptr %947, i64 2624
+  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !7
+  %1096 = getelementptr i8, ptr %gep.5.i, i64 64
+  %1097 = load <16 x i32>, ptr %1096, align 4, !tbaa !7
   %1098 = shl <16 x i32> %1097, splat (i32 16)
-  %1099 = getelementptr inbounds nuw i8, ptr %954, i64 2560
+  %1099 = getelementptr inbounds nuw i8, ptr %947, i64 2688
   store <16 x i32> %1098, ptr %1099, align 4, !tbaa !7
-  %1100 = load <16 x i32>, ptr %gep.5.i, align 4, !tbaa !7
-  %1101 = and <16 x i32> %1100, %537
-  %1102 = getelementptr inbounds nuw i8, ptr %954, i64 2624
+  %1100 = load <16 x i32>, ptr %1096, align 4, !tbaa !7
+  %1101 = and <16 x i32> %1100, %530
+  %1102 = getelementptr inbounds nuw i8, ptr %947, i64 2752
   store <16 x i32> %1101, ptr %1102, align 4, !tbaa !7
-  %1103 = getelementptr i8, ptr %gep.5.i, i64 64
+  %1103 = getelementptr i8, ptr %gep.5.i, i64 128
   %1104 = load <16 x i32>, ptr %1103, align 4, !tbaa !7
   %1105 = shl <16 x i32> %1104, splat (i32 16)
-  %1106 = getelementptr inbounds nuw i8, ptr %954, i64 2688
+  %1106 = getelementptr inbounds nuw i8, ptr %947, i64 2816
   store <16 x i32> %1105, ptr %1106, align 4, !tbaa !7
   %1107 = load <16 x i32>, ptr %1103, align 4, !tbaa !7
-  %1108 = and <16 x i32> %1107, %537
-  %1109 = getelementptr inbounds nuw i8, ptr %954, i64 2752
+  %1108 = and <16 x i32> %1107, %530
+  %1109 = getelementptr inbounds nuw i8, ptr %947, i64 2880
   store <16 x i32> %1108, ptr %1109, align 4, !tbaa !7
-  %1110 = getelementptr i8, ptr %gep.5.i, i64 128
+  %1110 = getelementptr i8, ptr %gep.5.i, i64 192
   %1111 = load <16 x i32>, ptr %1110, align 4, !tbaa !7
   %1112 = shl <16 x i32> %1111, splat (i32 16)
-  %1113 = getelementptr inbounds nuw i8, ptr %954, i64 2816
+  %1113 = getelementptr inbounds nuw i8, ptr %947, i64 2944
   store <16 x i32> %1112, ptr %1113, align 4, !tbaa !7
   %1114 = load <16 x i32>, ptr %1110, align 4, !tbaa !7
-  %1115 = and <16 x i32> %1114, %537
-  %1116 = getelementptr inbounds nuw i8, ptr %954, i64 2880
+  %1115 = and <16 x i32> %1114, %530
+  %1116 = getelementptr inbounds nuw i8, ptr %947, i64 3008
   store <16 x i32> %1115, ptr %1116, align 4, !tbaa !7
-  %1117 = getelementptr i8, ptr %gep.5.i, i64 192
-  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !7
-  %1119 = shl <16 x i32> %1118, splat (i32 16)
-  %1120 = getelementptr inbounds nuw i8, ptr %954, i64 2944
-  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !7
-  %1121 = load <16 x i32>, ptr %1117, align 4, !tbaa !7
-  %1122 = and <16 x i32> %1121, %537
-  %1123 = getelementptr inbounds nuw i8, ptr %954, i64 3008
-  store <16 x i32> %1122, ptr %1123, align 4, !tbaa !7
-  %1124 = getelementptr inbounds nuw i8, ptr %950, i64 48
-  %1125 = load i64, ptr %1124, align 16, !tbaa !37
-  %gep.6.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1125
-  %1126 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
+  %1117 = getelementptr inbounds nuw i8, ptr %943, i64 48
+  %1118 = load i64, ptr %1117, align 16, !tbaa !37
+  %gep.6.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1118
+  %1119 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
+  %1120 = shl <16 x i32> %1119, splat (i32 16)
+  %1121 = getelementptr inbounds nuw i8, ptr %947, i64 3072
+  store <16 x i32> %1120, ptr %1121, align 4, !tbaa !7
+  %1122 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
+  %1123 = and <16 x i32> %1122, %530
+  %1124 = getelementptr inbounds nuw i8, ptr %947, i64 3136
+  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !7
+  %1125 = getelementptr i8, ptr %gep.6.i, i64 64
+  %1126 = load <16 x i32>, ptr %1125, align 4, !tbaa !7
   %1127 = shl <16 x i32> %1126, splat (i32 16)
-  %1128 = getelementptr inbounds nuw i8, ptr %954, i64 3072
+  %1128 = getelementptr inbounds nuw i8, ptr %947, i64 3200
   store <16 x i32> %1127, ptr %1128, align 4, !tbaa !7
-  %1129 = load <16 x i32>, ptr %gep.6.i, align 4, !tbaa !7
-  %1130 = and <16 x i32> %1129, %537
-  %1131 = getelementptr inbounds nuw i8, ptr %954, i64 3136
+  %1129 = load <16 x i32>, ptr %1125, align 4, !tbaa !7
+  %1130 = and <16 x i32> %1129, %530
+  %1131 = getelementptr inbounds nuw i8, ptr %947, i64 3264
   store <16 x i32> %1130, ptr %1131, align 4, !tbaa !7
-  %1132 = getelementptr i8, ptr %gep.6.i, i64 64
+  %1132 = getelementptr i8, ptr %gep.6.i, i64 128
   %1133 = load <16 x i32>, ptr %1132, align 4, !tbaa !7
   %1134 = shl <16 x i32> %1133, splat (i32 16)
-  %1135 = getelementptr inbounds nuw i8, ptr %954, i64 3200
+  %1135 = getelementptr inbounds nuw i8, ptr %947, i64 3328
   store <16 x i32> %1134, ptr %1135, align 4, !tbaa !7
   %1136 = load <16 x i32>, ptr %1132, align 4, !tbaa !7
-  %1137 = and <16 x i32> %1136, %537
-  %1138 = getelementptr inbounds nuw i8, ptr %954, i64 3264
+  %1137 = and <16 x i32> %1136, %530
+  %1138 = getelementptr inbounds nuw i8, ptr %947, i64 3392
   store <16 x i32> %1137, ptr %1138, align 4, !tbaa !7
-  %1139 = getelementptr i8, ptr %gep.6.i, i64 128
+  %1139 = getelementptr i8, ptr %gep.6.i, i64 192
   %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !7
   %1141 = shl <16 x i32> %1140, splat (i32 16)
-  %1142 = getelementptr inbounds nuw i8, ptr %954, i64 3328
+  %1142 = getelementptr inbounds nuw i8, ptr %947, i64 3456
   store <16 x i32> %1141, ptr %1142, align 4, !tbaa !7
   %1143 = load <16 x i32>, ptr %1139, align 4, !tbaa !7
-  %1144 = and <16 x i32> %1143, %537
-  %1145 = getelementptr inbounds nuw i8, ptr %954, i64 3392
+  %1144 = and <16 x i32> %1143, %530
+  %1145 = getelementptr inbounds nuw i8, ptr %947, i64 3520
   store <16 x i32> %1144, ptr %1145, align 4, !tbaa !7
-  %1146 = getelementptr i8, ptr %gep.6.i, i64 192
-  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !7
-  %1148 = shl <16 x i32> %1147, splat (i32 16)
-  %1149 = getelementptr inbounds nuw i8, ptr %954, i64 3456
-  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !7
-  %1150 = load <16 x i32>, ptr %1146, align 4, !tbaa !7
-  %1151 = and <16 x i32> %1150, %537
-  %1152 = getelementptr inbounds nuw i8, ptr %954, i64 3520
-  store <16 x i32> %1151, ptr %1152, align 4, !tbaa !7
-  %1153 = getelementptr inbounds nuw i8, ptr %950, i64 56
-  %1154 = load i64, ptr %1153, align 8, !tbaa !37
-  %gep.7.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1154
-  %1155 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1146 = getelementptr inbounds nuw i8, ptr %943, i64 56
+  %1147 = load i64, ptr %1146, align 8, !tbaa !37
+  %gep.7.i = getelementptr i32, ptr %invariant.gep935.i, i64 %1147
+  %1148 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1149 = shl <16 x i32> %1148, splat (i32 16)
+  %1150 = getelementptr inbounds nuw i8, ptr %947, i64 3584
+  store <16 x i32> %1149, ptr %1150, align 4, !tbaa !7
+  %1151 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
+  %1152 = and <16 x i32> %1151, %530
+  %1153 = getelementptr inbounds nuw i8, ptr %947, i64 3648
+  store <16 x i32> %1152, ptr %1153, align 4, !tbaa !7
+  %1154 = getelementptr i8, ptr %gep.7.i, i64 64
+  %1155 = load <16 x i32>, ptr %1154, align 4, !tbaa !7
   %1156 = shl <16 x i32> %1155, splat (i32 16)
-  %1157 = getelementptr inbounds nuw i8, ptr %954, i64 3584
+  %1157 = getelementptr inbounds nuw i8, ptr %947, i64 3712
   store <16 x i32> %1156, ptr %1157, align 4, !tbaa !7
-  %1158 = load <16 x i32>, ptr %gep.7.i, align 4, !tbaa !7
-  %1159 = and <16 x i32> %1158, %537
-  %1160 = getelementptr inbounds nuw i8, ptr %954, i64 3648
+  %1158 = load <16 x i32>, ptr %1154, align 4, !tbaa !7
+  %1159 = and <16 x i32> %1158, %530
+  %1160 = getelementptr inbounds nuw i8, ptr %947, i64 3776
   store <16 x i32> %1159, ptr %1160, align 4, !tbaa !7
-  %1161 = getelementptr i8, ptr %gep.7.i, i64 64
+  %1161 = getelementptr i8, ptr %gep.7.i, i64 128
   %1162 = load <16 x i32>, ptr %1161, align 4, !tbaa !7
   %1163 = shl <16 x i32> %1162, splat (i32 16)
-  %1164 = getelementptr inbounds nuw i8, ptr %954, i64 3712
+  %1164 = getelementptr inbounds nuw i8, ptr %947, i64 3840
   store <16 x i32> %1163, ptr %1164, align 4, !tbaa !7
   %1165 = load <16 x i32>, ptr %1161, align 4, !tbaa !7
-  %1166 = and <16 x i32> %1165, %537
-  %1167 = getelementptr inbounds nuw i8, ptr %954, i64 3776
+  %1166 = and <16 x i32> %1165, %530
+  %1167 = getelementptr inbounds nuw i8, ptr %947, i64 3904
   store <16 x i32> %1166, ptr %1167, align 4, !tbaa !7
-  %1168 = getelementptr i8, ptr %gep.7.i, i64 128
+  %1168 = getelementptr i8, ptr %gep.7.i, i64 192
   %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
   %1170 = shl <16 x i32> %1169, splat (i32 16)
-  %1171 = getelementptr inbounds nuw i8, ptr %954, i64 3840
+  %1171 = getelementptr inbounds nuw i8, ptr %947, i64 3968
   store <16 x i32> %1170, ptr %1171, align 4, !tbaa !7
   %1172 = load <16 x i32>, ptr %1168, align 4, !tbaa !7
-  %1173 = and <16 x i32> %1172, %537
-  %1174 = getelementptr inbounds nuw i8, ptr %954, i64 3904
+  %1173 = and <16 x i32> %1172, %530
+  %1174 = getelementptr inbounds nuw i8, ptr %947, i64 4032
   store <16 x i32> %1173, ptr %1174, align 4, !tbaa !7
-  %1175 = getelementptr i8, ptr %gep.7.i, i64 192
-  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !7
-  %1177 = shl <16 x i32> %1176, splat (i32 16)
-  %1178 = getelementptr inbounds nuw i8, ptr %954, i64 3968
-  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !7
-  %1179 = load <16 x i32>, ptr %1175, align 4, !tbaa !7
-  %1180 = and <16 x i32> %1179, %537
-  %1181 = getelementptr inbounds nuw i8, ptr %954, i64 4032
-  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !7
   %indvars.iv.next1406.i = add nuw nsw i64 %indvars.iv1405.i, 1
   %exitcond1409.not.i = icmp eq i64 %indvars.iv.next1406.i, %wide.trip.count1408.i
   br i1 %exitcond1409.not.i, label %for_begin_ti126.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !10
 
 for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti126.preheader.i, %if_end119.i
-  %1182 = trunc nuw nsw i64 %indvars.iv1586.i to i32
-  %factor.op.mul1239.i = shl i32 %1182, 3
-  br i1 %538, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !31
+  %1175 = trunc nuw nsw i64 %indvars.iv1586.i to i32
+  %factor.op.mul1239.i = shl i32 %1175, 3
+  br i1 %531, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !31
 
 for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
-  %1183 = mul nuw nsw i64 %indvars.iv1586.i, %549
+  %1176 = mul nuw nsw i64 %indvars.iv1586.i, %542
   br label %for_body_row_tile.i
 
 for_begin_ti126.preheader.i:                      ; preds = %for_begin_ti126.preheader.i, %for_begin_ti126.preheader.lr.ph.i
   %indvars.iv1414.i = phi i64 [ 0, %for_begin_ti126.preheader.lr.ph.i ], [ %indvars.iv.next1415.i, %for_begin_ti126.preheader.i ]
   %.idx80 = shl nsw i64 %indvars.iv1414.i, 6
-  %1184 = getelementptr inbounds nuw i8, ptr %value_offsets643.i, i64 %.idx80
-  %1185 = load i64, ptr %1184, align 16, !tbaa !42
-  %gep939.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1185
-  %1186 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
-  %1187 = shl <16 x i32> %1186, splat (i32 16)
+  %1177 = getelementptr inbounds nuw i8, ptr %value_offsets643.i, i64 %.idx80
+  %1178 = load i64, ptr %1177, align 16, !tbaa !42
+  %gep939.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1178
+  %1179 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
+  %1180 = shl <16 x i32> %1179, splat (i32 16)
   %.idx81 = shl nsw i64 %indvars.iv1414.i, 12
-  %1188 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
+  %1181 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx81
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !7
+  %1182 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
+  %1183 = and <16 x i32> %1182, %530
+  %1184 = getelementptr inbounds nuw i8, ptr %1181, i64 64
+  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !7
+  %1185 = getelementptr i8, ptr %gep939.i, i64 64
+  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !7
+  %1187 = shl <16 x i32> %1186, splat (i32 16)
+  %1188 = getelementptr inbounds nuw i8, ptr %1181, i64 128
   store <16 x i32> %1187, ptr %1188, align 4, !tbaa !7
-  %1189 = load <16 x i32>, ptr %gep939.i, align 4, !tbaa !7
-  %1190 = and <16 x i32> %1189, %537
-  %1191 = getelementptr inbounds nuw i8, ptr %1188, i64 64
+  %1189 = load <16 x i32>, ptr %1185, align 4, !tbaa !7
+  %1190 = and <16 x i32> %1189, %530
+  %1191 = getelementptr inbounds nuw i8, ptr %1181, i64 192
   store <16 x i32> %1190, ptr %1191, align 4, !tbaa !7
-  %1192 = getelementptr i8, ptr %gep939.i, i64 64
+  %1192 = getelementptr i8, ptr %gep939.i, i64 128
   %1193 = load <16 x i32>, ptr %1192, align 4, !tbaa !7
   %1194 = shl <16 x i32> %1193, splat (i32 16)
-  %1195 = getelementptr inbounds nuw i8, ptr %1188, i64 128
+  %1195 = getelementptr inbounds nuw i8, ptr %1181, i64 256
   store <16 x i32> %1194, ptr %1195, align 4, !tbaa !7
   %1196 = load <16 x i32>, ptr %1192, align 4, !tbaa !7
-  %1197 = and <16 x i32> %1196, %537
-  %1198 = getelementptr inbounds nuw i8, ptr %1188, i64 192
+  %1197 = and <16 x i32> %1196, %530
+  %1198 = getelementptr inbounds nuw i8, ptr %1181, i64 320
   store <16 x i32> %1197, ptr %1198, align 4, !tbaa !7
-  %1199 = getelementptr i8, ptr %gep939.i, i64 128
+  %1199 = getelementptr i8, ptr %gep939.i, i64 192
   %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !7
   %1201 = shl <16 x i32> %1200, splat (i32 16)
-  %1202 = getelementptr inbounds nuw i8, ptr %1188, i64 256
+  %1202 = getelementptr inbounds nuw i8, ptr %1181, i64 384
   store <16 x i32> %1201, ptr %1202, align 4, !tbaa !7
   %1203 = load <16 x i32>, ptr %1199, align 4, !tbaa !7
-  %1204 = and <16 x i32> %1203, %537
-  %1205 = getelementptr inbounds nuw i8, ptr %1188, i64 320
+  %1204 = and <16 x i32> %1203, %530
+  %1205 = getelementptr inbounds nuw i8, ptr %1181, i64 448
   store <16 x i32> %1204, ptr %1205, align 4, !tbaa !7
-  %1206 = getelementptr i8, ptr %gep939.i, i64 192
-  %1207 = load <16 x i32>, ptr %1206, align 4, !tbaa !7
-  %1208 = shl <16 x i32> %1207, splat (i32 16)
-  %1209 = getelementptr inbounds nuw i8, ptr %1188, i64 384
-  store <16 x i32> %1208, ptr %1209, align 4, !tbaa !7
-  %1210 = load <16 x i32>, ptr %1206, align 4, !tbaa !7
-  %1211 = and <16 x i32> %1210, %537
-  %1212 = getelementptr inbounds nuw i8, ptr %1188, i64 448
-  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !7
-  %1213 = getelementptr inbounds nuw i8, ptr %1184, i64 8
-  %1214 = load i64, ptr %1213, align 8, !tbaa !42
-  %gep939.1.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1214
-  %1215 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
+  %1206 = getelementptr inbounds nuw i8, ptr %1177, i64 8
+  %1207 = load i64, ptr %1206, align 8, !tbaa !42
+  %gep939.1.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1207
+  %1208 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
+  %1209 = shl <16 x i32> %1208, splat (i32 16)
+  %1210 = getelementptr inbounds nuw i8, ptr %1181, i64 512
+  store <16 x i32> %1209, ptr %1210, align 4, !tbaa !7
+  %1211 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
+  %1212 = and <16 x i32> %1211, %530
+  %1213 = getelementptr inbounds nuw i8, ptr %1181, i64 576
+  store <16 x i32> %1212, ptr %1213, align 4, !tbaa !7
+  %1214 = getelementptr i8, ptr %gep939.1.i, i64 64
+  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !7
   %1216 = shl <16 x i32> %1215, splat (i32 16)
-  %1217 = getelementptr inbounds nuw i8, ptr %1188, i64 512
+  %1217 = getelementptr inbounds nuw i8, ptr %1181, i64 640
   store <16 x i32> %1216, ptr %1217, align 4, !tbaa !7
-  %1218 = load <16 x i32>, ptr %gep939.1.i, align 4, !tbaa !7
-  %1219 = and <16 x i32> %1218, %537
-  %1220 = getelementptr inbounds nuw i8, ptr %1188, i64 576
+  %1218 = load <16 x i32>, ptr %1214, align 4, !tbaa !7
+  %1219 = and <16 x i32> %1218, %530
+  %1220 = getelementptr inbounds nuw i8, ptr %1181, i64 704
   store <16 x i32> %1219, ptr %1220, align 4, !tbaa !7
-  %1221 = getelementptr i8, ptr %gep939.1.i, i64 64
+  %1221 = getelementptr i8, ptr %gep939.1.i, i64 128
   %1222 = load <16 x i32>, ptr %1221, align 4, !tbaa !7
   %1223 = shl <16 x i32> %1222, splat (i32 16)
-  %1224 = getelementptr inbounds nuw i8, ptr %1188, i64 640
+  %1224 = getelementptr inbounds nuw i8, ptr %1181, i64 768
   store <16 x i32> %1223, ptr %1224, align 4, !tbaa !7
   %1225 = load <16 x i32>, ptr %1221, align 4, !tbaa !7
-  %1226 = and <16 x i32> %1225, %537
-  %1227 = getelementptr inbounds nuw i8, ptr %1188, i64 704
+  %1226 = and <16 x i32> %1225, %530
+  %1227 = getelementptr inbounds nuw i8, ptr %1181, i64 832
   store <16 x i32> %1226, ptr %1227, align 4, !tbaa !7
-  %1228 = getelementptr i8, ptr %gep939.1.i, i64 128
+  %1228 = getelementptr i8, ptr %gep939.1.i, i64 192
   %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !7
   %1230 = shl <16 x i32> %1229, splat (i32 16)
-  %1231 = getelementptr inbounds nuw i8, ptr %1188, i64 768
+  %1231 = getelementptr inbounds nuw i8, ptr %1181, i64 896
   store <16 x i32> %1230, ptr %1231, align 4, !tbaa !7
   %1232 = load <16 x i32>, ptr %1228, align 4, !tbaa !7
-  %1233 = and <16 x i32> %1232, %537
-  %1234 = getelementptr inbounds nuw i8, ptr %1188, i64 832
+  %1233 = and <16 x i32> %1232, %530
+  %1234 = getelementptr inbounds nuw i8, ptr %1181, i64 960
   store <16 x i32> %1233, ptr %1234, align 4, !tbaa !7
-  %1235 = getelementptr i8, ptr %gep939.1.i, i64 192
-  %1236 = load <16 x i32>, ptr %1235, align 4, !tbaa !7
-  %1237 = shl <16 x i32> %1236, splat (i32 16)
-  %1238 = getelementptr inbounds nuw i8, ptr %1188, i64 896
-  store <16 x i32> %1237, ptr %1238, align 4, !tbaa !7
-  %1239 = load <16 x i32>, ptr %1235, align 4, !tbaa !7
-  %1240 = and <16 x i32> %1239, %537
-  %1241 = getelementptr inbounds nuw i8, ptr %1188, i64 960
-  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !7
-  %1242 = getelementptr inbounds nuw i8, ptr %1184, i64 16
-  %1243 = load i64, ptr %1242, align 16, !tbaa !42
-  %gep939.2.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1243
-  %1244 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
+  %1235 = getelementptr inbounds nuw i8, ptr %1177, i64 16
+  %1236 = load i64, ptr %1235, align 16, !tbaa !42
+  %gep939.2.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1236
+  %1237 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
+  %1238 = shl <16 x i32> %1237, splat (i32 16)
+  %1239 = getelementptr inbounds nuw i8, ptr %1181, i64 1024
+  store <16 x i32> %1238, ptr %1239, align 4, !tbaa !7
+  %1240 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
+  %1241 = and <16 x i32> %1240, %530
+  %1242 = getelementptr inbounds nuw i8, ptr %1181, i64 1088
+  store <16 x i32> %1241, ptr %1242, align 4, !tbaa !7
+  %1243 = getelementptr i8, ptr %gep939.2.i, i64 64
+  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !7
   %1245 = shl <16 x i32> %1244, splat (i32 16)
-  %1246 = getelementptr inbounds nuw i8, ptr %1188, i64 1024
+  %1246 = getelementptr inbounds nuw i8, ptr %1181, i64 1152
   store <16 x i32> %1245, ptr %1246, align 4, !tbaa !7
-  %1247 = load <16 x i32>, ptr %gep939.2.i, align 4, !tbaa !7
-  %1248 = and <16 x i32> %1247, %537
-  %1249 = getelementptr inbounds nuw i8, ptr %1188, i64 1088
+  %1247 = load <16 x i32>, ptr %1243, align 4, !tbaa !7
+  %1248 = and <16 x i32> %1247, %530
+  %1249 = getelementptr inbounds nuw i8, ptr %1181, i64 1216
   store <16 x i32> %1248, ptr %1249, align 4, !tbaa !7
-  %1250 = getelementptr i8, ptr %gep939.2.i, i64 64
+  %1250 = getelementptr i8, ptr %gep939.2.i, i64 128
   %1251 = load <16 x i32>, ptr %1250, align 4, !tbaa !7
   %1252 = shl <16 x i32> %1251, splat (i32 16)
-  %1253 = getelementptr inbounds nuw i8, ptr %1188, i64 1152
+  %1253 = getelementptr inbounds nuw i8, ptr %1181, i64 1280
   store <16 x i32> %1252, ptr %1253, align 4, !tbaa !7
   %1254 = load <16 x i32>, ptr %1250, align 4, !tbaa !7
-  %1255 = and <16 x i32> %1254, %537
-  %1256 = getelementptr inbounds nuw i8, ptr %1188, i64 1216
+  %1255 = and <16 x i32> %1254, %530
+  %1256 = getelementptr inbounds nuw i8, ptr %1181, i64 1344
   store <16 x i32> %1255, ptr %1256, align 4, !tbaa !7
-  %1257 = getelementptr i8, ptr %gep939.2.i, i64 128
+  %1257 = getelementptr i8, ptr %gep939.2.i, i64 192
   %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !7
   %1259 = shl <16 x i32> %1258, splat (i32 16)
-  %1260 = getelementptr inbounds nuw i8, ptr %1188, i64 1280
+  %1260 = getelementptr inbounds nuw i8, ptr %1181, i64 1408
   store <16 x i32> %1259, ptr %1260, align 4, !tbaa !7
   %1261 = load <16 x i32>, ptr %1257, align 4, !tbaa !7
-  %1262 = and <16 x i32> %1261, %537
-  %1263 = getelementptr inbounds nuw i8, ptr %1188, i64 1344
+  %1262 = and <16 x i32> %1261, %530
+  %1263 = getelementptr inbounds nuw i8, ptr %1181, i64 1472
   store <16 x i32> %1262, ptr %1263, align 4, !tbaa !7
-  %1264 = getelementptr i8, ptr %gep939.2.i, i64 192
-  %1265 = load <16 x i32>, ptr %1264, align 4, !tbaa !7
-  %1266 = shl <16 x i32> %1265, splat (i32 16)
-  %1267 = getelementptr inbounds nuw i8, ptr %1188, i64 1408
-  store <16 x i32> %1266, ptr %1267, align 4, !tbaa !7
-  %1268 = load <16 x i32>, ptr %1264, align 4, !tbaa !7
-  %1269 = and <16 x i32> %1268, %537
-  %1270 = getelementptr inbounds nuw i8, ptr %1188, i64 1472
-  store <16 x i32> %1269, ptr %1270, align 4, !tbaa !7
-  %1271 = getelementptr inbounds nuw i8, ptr %1184, i64 24
-  %1272 = load i64, ptr %1271, align 8, !tbaa !42
-  %gep939.3.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1272
-  %1273 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
+  %1264 = getelementptr inbounds nuw i8, ptr %1177, i64 24
+  %1265 = load i64, ptr %1264, align 8, !tbaa !42
+  %gep939.3.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1265
+  %1266 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
+  %1267 = shl <16 x i32> %1266, splat (i32 16)
+  %1268 = getelementptr inbounds nuw i8, ptr %1181, i64 1536
+  store <16 x i32> %1267, ptr %1268, align 4, !tbaa !7
+  %1269 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
+  %1270 = and <16 x i32> %1269, %530
+  %1271 = getelementptr inbounds nuw i8, ptr %1181, i64 1600
+  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !7
+  %1272 = getelementptr i8, ptr %gep939.3.i, i64 64
+  %1273 = load <16 x i32>, ptr %1272, align 4, !tbaa !7
   %1274 = shl <16 x i32> %1273, splat (i32 16)
-  %1275 = getelementptr inbounds nuw i8, ptr %1188, i64 1536
+  %1275 = getelementptr inbounds nuw i8, ptr %1181, i64 1664
   store <16 x i32> %1274, ptr %1275, align 4, !tbaa !7
-  %1276 = load <16 x i32>, ptr %gep939.3.i, align 4, !tbaa !7
-  %1277 = and <16 x i32> %1276, %537
-  %1278 = getelementptr inbounds nuw i8, ptr %1188, i64 1600
+  %1276 = load <16 x i32>, ptr %1272, align 4, !tbaa !7
+  %1277 = and <16 x i32> %1276, %530
+  %1278 = getelementptr inbounds nuw i8, ptr %1181, i64 1728
   store <16 x i32> %1277, ptr %1278, align 4, !tbaa !7
-  %1279 = getelementptr i8, ptr %gep939.3.i, i64 64
+  %1279 = getelementptr i8, ptr %gep939.3.i, i64 128
   %1280 = load <16 x i32>, ptr %1279, align 4, !tbaa !7
   %1281 = shl <16 x i32> %1280, splat (i32 16)
-  %1282 = getelementptr inbounds nuw i8, ptr %1188, i64 1664
+  %1282 = getelementptr inbounds nuw i8, ptr %1181, i64 1792
   store <16 x i32> %1281, ptr %1282, align 4, !tbaa !7
   %1283 = load <16 x i32>, ptr %1279, align 4, !tbaa !7
-  %1284 = and <16 x i32> %1283, %537
-  %1285 = getelementptr inbounds nuw i8, ptr %1188, i64 1728
+  %1284 = and <16 x i32> %1283, %530
+  %1285 = getelementptr inbounds nuw i8, ptr %1181, i64 1856
   store <16 x i32> %1284, ptr %1285, align 4, !tbaa !7
-  %1286 = getelementptr i8, ptr %gep939.3.i, i64 128
+  %1286 = getelementptr i8, ptr %gep939.3.i, i64 192
   %1287 = load <16 x i32>, ptr %1286, align 4, !tbaa !7
   %1288 = shl <16 x i32> %1287, splat (i32 16)
-  %1289 = getelementptr inbounds nuw i8, ptr %1188, i64 1792
+  %1289 = getelementptr inbounds nuw i8, ptr %1181, i64 1920
   store <16 x i32> %1288, ptr %1289, align 4, !tbaa !7
   %1290 = load <16 x i32>, ptr %1286, align 4, !tbaa !7
-  %1291 = and <16 x i32> %1290, %537
-  %1292 = getelementptr inbounds nuw i8, ptr %1188, i64 1856
+  %1291 = and <16 x i32> %1290, %530
+  %1292 = getelementptr inbounds nuw i8, ptr %1181, i64 1984
   store <16 x i32> %1291, ptr %1292, align 4, !tbaa !7
-  %1293 = getelementptr i8, ptr %gep939.3.i, i64 192
-  %1294 = load <16 x i32>, ptr %1293, align 4, !tbaa !7
-  %1295 = shl <16 x i32> %1294, splat (i32 16)
-  %1296 = getelementptr inbounds nuw i8, ptr %1188, i64 1920
-  store <16 x i32> %1295, ptr %1296, align 4, !tbaa !7
-  %1297 = load <16 x i32>, ptr %1293, align 4, !tbaa !7
-  %1298 = and <16 x i32> %1297, %537
-  %1299 = getelementptr inbounds nuw i8, ptr %1188, i64 1984
-  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !7
-  %1300 = getelementptr inbounds nuw i8, ptr %1184, i64 32
-  %1301 = load i64, ptr %1300, align 16, !tbaa !42
-  %gep939.4.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1301
-  %1302 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
+  %1293 = getelementptr inbounds nuw i8, ptr %1177, i64 32
+  %1294 = load i64, ptr %1293, align 16, !tbaa !42
+  %gep939.4.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1294
+  %1295 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
+  %1296 = shl <16 x i32> %1295, splat (i32 16)
+  %1297 = getelementptr inbounds nuw i8, ptr %1181, i64 2048
+  store <16 x i32> %1296, ptr %1297, align 4, !tbaa !7
+  %1298 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
+  %1299 = and <16 x i32> %1298, %530
+  %1300 = getelementptr inbounds nuw i8, ptr %1181, i64 2112
+  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !7
+  %1301 = getelementptr i8, ptr %gep939.4.i, i64 64
+  %1302 = load <16 x i32>, ptr %1301, align 4, !tbaa !7
   %1303 = shl <16 x i32> %1302, splat (i32 16)
-  %1304 = getelementptr inbounds nuw i8, ptr %1188, i64 2048
+  %1304 = getelementptr inbounds nuw i8, ptr %1181, i64 2176
   store <16 x i32> %1303, ptr %1304, align 4, !tbaa !7
-  %1305 = load <16 x i32>, ptr %gep939.4.i, align 4, !tbaa !7
-  %1306 = and <16 x i32> %1305, %537
-  %1307 = getelementptr inbounds nuw i8, ptr %1188, i64 2112
+  %1305 = load <16 x i32>, ptr %1301, align 4, !tbaa !7
+  %1306 = and <16 x i32> %1305, %530
+  %1307 = getelementptr inbounds nuw i8, ptr %1181, i64 2240
   store <16 x i32> %1306, ptr %1307, align 4, !tbaa !7
-  %1308 = getelementptr i8, ptr %gep939.4.i, i64 64
+  %1308 = getelementptr i8, ptr %gep939.4.i, i64 128
   %1309 = load <16 x i32>, ptr %1308, align 4, !tbaa !7
   %1310 = shl <16 x i32> %1309, splat (i32 16)
-  %1311 = getelementptr inbounds nuw i8, ptr %1188, i64 2176
+  %1311 = getelementptr inbounds nuw i8, ptr %1181, i64 2304
   store <16 x i32> %1310, ptr %1311, align 4, !tbaa !7
   %1312 = load <16 x i32>, ptr %1308, align 4, !tbaa !7
-  %1313 = and <16 x i32> %1312, %537
-  %1314 = getelementptr inbounds nuw i8, ptr %1188, i64 2240
+  %1313 = and <16 x i32> %1312, %530
+  %1314 = getelementptr inbounds nuw i8, ptr %1181, i64 2368
   store <16 x i32> %1313, ptr %1314, align 4, !tbaa !7
-  %1315 = getelementptr i8, ptr %gep939.4.i, i64 128
+  %1315 = getelementptr i8, ptr %gep939.4.i, i64 192
   %1316 = load <16 x i32>, ptr %1315, align 4, !tbaa !7
   %1317 = shl <16 x i32> %1316, splat (i32 16)
-  %1318 = getelementptr inbounds nuw i8, ptr %1188, i64 2304
+  %1318 = getelementptr inbounds nuw i8, ptr %1181, i64 2432
   store <16 x i32> %1317, ptr %1318, align 4, !tbaa !7
   %1319 = load <16 x i32>, ptr %1315, align 4, !tbaa !7
-  %1320 = and <16 x i32> %1319, %537
-  %1321 = getelementptr inbounds nuw i8, ptr %1188, i64 2368
+  %1320 = and <16 x i32> %1319, %530
+  %1321 = getelementptr inbounds nuw i8, ptr %1181, i64 2496
   store <16 x i32> %1320, ptr %1321, align 4, !tbaa !7
-  %1322 = getelementptr i8, ptr %gep939.4.i, i64 192
-  %1323 = load <16 x i32>, ptr %1322, align 4, !tbaa !7
-  %1324 = shl <16 x i32> %1323, splat (i32 16)
-  %1325 = getelementptr inbounds nuw i8, ptr %1188, i64 2432
-  store <16 x i32> %1324, ptr %1325, align 4, !tbaa !7
-  %1326 = load <16 x i32>, ptr %1322, align 4, !tbaa !7
-  %1327 = and <16 x i32> %1326, %537
-  %1328 = getelementptr inbounds nuw i8, ptr %1188, i64 2496
-  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !7
-  %1329 = getelementptr inbounds nuw i8, ptr %1184, i64 40
-  %1330 = load i64, ptr %1329, align 8, !tbaa !42
-  %gep939.5.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1330
-  %1331 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
+  %1322 = getelementptr inbounds nuw i8, ptr %1177, i64 40
+  %1323 = load i64, ptr %1322, align 8, !tbaa !42
+  %gep939.5.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1323
+  %1324 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
+  %1325 = shl <16 x i32> %1324, splat (i32 16)
+  %1326 = getelementptr inbounds nuw i8, ptr %1181, i64 2560
+  store <16 x i32> %1325, ptr %1326, align 4, !tbaa !7
+  %1327 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
+  %1328 = and <16 x i32> %1327, %530
+  %1329 = getelementptr inbounds nuw i8, ptr %1181, i64 2624
+  store <16 x i32> %1328, ptr %1329, align 4, !tbaa !7
+  %1330 = getelementptr i8, ptr %gep939.5.i, i64 64
+  %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !7
   %1332 = shl <16 x i32> %1331, splat (i32 16)
-  %1333 = getelementptr inbounds nuw i8, ptr %1188, i64 2560
+  %1333 = getelementptr inbounds nuw i8, ptr %1181, i64 2688
   store <16 x i32> %1332, ptr %1333, align 4, !tbaa !7
-  %1334 = load <16 x i32>, ptr %gep939.5.i, align 4, !tbaa !7
-  %1335 = and <16 x i32> %1334, %537
-  %1336 = getelementptr inbounds nuw i8, ptr %1188, i64 2624
+  %1334 = load <16 x i32>, ptr %1330, align 4, !tbaa !7
+  %1335 = and <16 x i32> %1334, %530
+  %1336 = getelementptr inbounds nuw i8, ptr %1181, i64 2752
   store <16 x i32> %1335, ptr %1336, align 4, !tbaa !7
-  %1337 = getelementptr i8, ptr %gep939.5.i, i64 64
+  %1337 = getelementptr i8, ptr %gep939.5.i, i64 128
   %1338 = load <16 x i32>, ptr %1337, align 4, !tbaa !7
   %1339 = shl <16 x i32> %1338, splat (i32 16)
-  %1340 = getelementptr inbounds nuw i8, ptr %1188, i64 2688
+  %1340 = getelementptr inbounds nuw i8, ptr %1181, i64 2816
   store <16 x i32> %1339, ptr %1340, align 4, !tbaa !7
   %1341 = load <16 x i32>, ptr %1337, align 4, !tbaa !7
-  %1342 = and <16 x i32> %1341, %537
-  %1343 = getelementptr inbounds nuw i8, ptr %1188, i64 2752
+  %1342 = and <16 x i32> %1341, %530
+  %1343 = getelementptr inbounds nuw i8, ptr %1181, i64 2880
   store <16 x i32> %1342, ptr %1343, align 4, !tbaa !7
-  %1344 = getelementptr i8, ptr %gep939.5.i, i64 128
+  %1344 = getelementptr i8, ptr %gep939.5.i, i64 192
   %1345 = load <16 x i32>, ptr %1344, align 4, !tbaa !7
   %1346 = shl <16 x i32> %1345, splat (i32 16)
-  %1347 = getelementptr inbounds nuw i8, ptr %1188, i64 2816
+  %1347 = getelementptr inbounds nuw i8, ptr %1181, i64 2944
   store <16 x i32> %1346, ptr %1347, align 4, !tbaa !7
   %1348 = load <16 x i32>, ptr %1344, align 4, !tbaa !7
-  %1349 = and <16 x i32> %1348, %537
-  %1350 = getelementptr inbounds nuw i8, ptr %1188, i64 2880
+  %1349 = and <16 x i32> %1348, %530
+  %1350 = getelementptr inbounds nuw i8, ptr %1181, i64 3008
   store <16 x i32> %1349, ptr %1350, align 4, !tbaa !7
-  %1351 = getelementptr i8, ptr %gep939.5.i, i64 192
-  %1352 = load <16 x i32>, ptr %1351, align 4, !tbaa !7
-  %1353 = shl <16 x i32> %1352, splat (i32 16)
-  %1354 = getelementptr inbounds nuw i8, ptr %1188, i64 2944
-  store <16 x i32> %1353, ptr %1354, align 4, !tbaa !7
-  %1355 = load <16 x i32>, ptr %1351, align 4, !tbaa !7
-  %1356 = and <16 x i32> %1355, %537
-  %1357 = getelementptr inbounds nuw i8, ptr %1188, i64 3008
-  store <16 x i32> %1356, ptr %1357, align 4, !tbaa !7
-  %1358 = getelementptr inbounds nuw i8, ptr %1184, i64 48
-  %1359 = load i64, ptr %1358, align 16, !tbaa !42
-  %gep939.6.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1359
-  %1360 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
+  %1351 = getelementptr inbounds nuw i8, ptr %1177, i64 48
+  %1352 = load i64, ptr %1351, align 16, !tbaa !42
+  %gep939.6.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1352
+  %1353 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
+  %1354 = shl <16 x i32> %1353, splat (i32 16)
+  %1355 = getelementptr inbounds nuw i8, ptr %1181, i64 3072
+  store <16 x i32> %1354, ptr %1355, align 4, !tbaa !7
+  %1356 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
+  %1357 = and <16 x i32> %1356, %530
+  %1358 = getelementptr inbounds nuw i8, ptr %1181, i64 3136
+  store <16 x i32> %1357, ptr %1358, align 4, !tbaa !7
+  %1359 = getelementptr i8, ptr %gep939.6.i, i64 64
+  %1360 = load <16 x i32>, ptr %1359, align 4, !tbaa !7
   %1361 = shl <16 x i32> %1360, splat (i32 16)
-  %1362 = getelementptr inbounds nuw i8, ptr %1188, i64 3072
+  %1362 = getelementptr inbounds nuw i8, ptr %1181, i64 3200
   store <16 x i32> %1361, ptr %1362, align 4, !tbaa !7
-  %1363 = load <16 x i32>, ptr %gep939.6.i, align 4, !tbaa !7
-  %1364 = and <16 x i32> %1363, %537
-  %1365 = getelementptr inbounds nuw i8, ptr %1188, i64 3136
+  %1363 = load <16 x i32>, ptr %1359, align 4, !tbaa !7
+  %1364 = and <16 x i32> %1363, %530
+  %1365 = getelementptr inbounds nuw i8, ptr %1181, i64 3264
   store <16 x i32> %1364, ptr %1365, align 4, !tbaa !7
-  %1366 = getelementptr i8, ptr %gep939.6.i, i64 64
+  %1366 = getelementptr i8, ptr %gep939.6.i, i64 128
   %1367 = load <16 x i32>, ptr %1366, align 4, !tbaa !7
   %1368 = shl <16 x i32> %1367, splat (i32 16)
-  %1369 = getelementptr inbounds nuw i8, ptr %1188, i64 3200
+  %1369 = getelementptr inbounds nuw i8, ptr %1181, i64 3328
   store <16 x i32> %1368, ptr %1369, align 4, !tbaa !7
   %1370 = load <16 x i32>, ptr %1366, align 4, !tbaa !7
-  %1371 = and <16 x i32> %1370, %537
-  %1372 = getelementptr inbounds nuw i8, ptr %1188, i64 3264
+  %1371 = and <16 x i32> %1370, %530
+  %1372 = getelementptr inbounds nuw i8, ptr %1181, i64 3392
   store <16 x i32> %1371, ptr %1372, align 4, !tbaa !7
-  %1373 = getelementptr i8, ptr %gep939.6.i, i64 128
+  %1373 = getelementptr i8, ptr %gep939.6.i, i64 192
   %1374 = load <16 x i32>, ptr %1373, align 4, !tbaa !7
   %1375 = shl <16 x i32> %1374, splat (i32 16)
-  %1376 = getelementptr inbounds nuw i8, ptr %1188, i64 3328
+  %1376 = getelementptr inbounds nuw i8, ptr %1181, i64 3456
   store <16 x i32> %1375, ptr %1376, align 4, !tbaa !7
   %1377 = load <16 x i32>, ptr %1373, align 4, !tbaa !7
-  %1378 = and <16 x i32> %1377, %537
-  %1379 = getelementptr inbounds nuw i8, ptr %1188, i64 3392
+  %1378 = and <16 x i32> %1377, %530
+  %1379 = getelementptr inbounds nuw i8, ptr %1181, i64 3520
   store <16 x i32> %1378, ptr %1379, align 4, !tbaa !7
-  %1380 = getelementptr i8, ptr %gep939.6.i, i64 192
-  %1381 = load <16 x i32>, ptr %1380, align 4, !tbaa !7
-  %1382 = shl <16 x i32> %1381, splat (i32 16)
-  %1383 = getelementptr inbounds nuw i8, ptr %1188, i64 3456
-  store <16 x i32> %1382, ptr %1383, align 4, !tbaa !7
-  %1384 = load <16 x i32>, ptr %1380, align 4, !tbaa !7
-  %1385 = and <16 x i32> %1384, %537
-  %1386 = getelementptr inbounds nuw i8, ptr %1188, i64 3520
-  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !7
-  %1387 = getelementptr inbounds nuw i8, ptr %1184, i64 56
-  %1388 = load i64, ptr %1387, align 8, !tbaa !42
-  %gep939.7.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1388
-  %1389 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
+  %1380 = getelementptr inbounds nuw i8, ptr %1177, i64 56
+  %1381 = load i64, ptr %1380, align 8, !tbaa !42
+  %gep939.7.i = getelementptr i32, ptr %invariant.gep938.i, i64 %1381
+  %1382 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
+  %1383 = shl <16 x i32> %1382, splat (i32 16)
+  %1384 = getelementptr inbounds nuw i8, ptr %1181, i64 3584
+  store <16 x i32> %1383, ptr %1384, align 4, !tbaa !7
+  %1385 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
+  %1386 = and <16 x i32> %1385, %530
+  %1387 = getelementptr inbounds nuw i8, ptr %1181, i64 3648
+  store <16 x i32> %1386, ptr %1387, align 4, !tbaa !7
+  %1388 = getelementptr i8, ptr %gep939.7.i, i64 64
+  %1389 = load <16 x i32>, ptr %1388, align 4, !tbaa !7
   %1390 = shl <16 x i32> %1389, splat (i32 16)
-  %1391 = getelementptr inbounds nuw i8, ptr %1188, i64 3584
+  %1391 = getelementptr inbounds nuw i8, ptr %1181, i64 3712
   store <16 x i32> %1390, ptr %1391, align 4, !tbaa !7
-  %1392 = load <16 x i32>, ptr %gep939.7.i, align 4, !tbaa !7
-  %1393 = and <16 x i32> %1392, %537
-  %1394 = getelementptr inbounds nuw i8, ptr %1188, i64 3648
+  %1392 = load <16 x i32>, ptr %1388, align 4, !tbaa !7
+  %1393 = and <16 x i32> %1392, %530
+  %1394 = getelementptr inbounds nuw i8, ptr %1181, i64 3776
   store <16 x i32> %1393, ptr %1394, align 4, !tbaa !7
-  %1395 = getelementptr i8, ptr %gep939.7.i, i64 64
+  %1395 = getelementptr i8, ptr %gep939.7.i, i64 128
   %1396 = load <16 x i32>, ptr %1395, align 4, !tbaa !7
   %1397 = shl <16 x i32> %1396, splat (i32 16)
-  %1398 = getelementptr inbounds nuw i8, ptr %1188, i64 3712
+  %1398 = getelementptr inbounds nuw i8, ptr %1181, i64 3840
   store <16 x i32> %1397, ptr %1398, align 4, !tbaa !7
   %1399 = load <16 x i32>, ptr %1395, align 4, !tbaa !7
-  %1400 = and <16 x i32> %1399, %537
-  %1401 = getelementptr inbounds nuw i8, ptr %1188, i64 3776
+  %1400 = and <16 x i32> %1399, %530
+  %1401 = getelementptr inbounds nuw i8, ptr %1181, i64 3904
   store <16 x i32> %1400, ptr %1401, align 4, !tbaa !7
-  %1402 = getelementptr i8, ptr %gep939.7.i, i64 128
+  %1402 = getelementptr i8, ptr %gep939.7.i, i64 192
   %1403 = load <16 x i32>, ptr %1402, align 4, !tbaa !7
   %1404 = shl <16 x i32> %1403, splat (i32 16)
-  %1405 = getelementptr inbounds nuw i8, ptr %1188, i64 3840
+  %1405 = getelementptr inbounds nuw i8, ptr %1181, i64 3968
   store <16 x i32> %1404, ptr %1405, align 4, !tbaa !7
   %1406 = load <16 x i32>, ptr %1402, align 4, !tbaa !7
-  %1407 = and <16 x i32> %1406, %537
-  %1408 = getelementptr inbounds nuw i8, ptr %1188, i64 3904
+  %1407 = and <16 x i32> %1406, %530
+  %1408 = getelementptr inbounds nuw i8, ptr %1181, i64 4032
   store <16 x i32> %1407, ptr %1408, align 4, !tbaa !7
-  %1409 = getelementptr i8, ptr %gep939.7.i, i64 192
-  %1410 = load <16 x i32>, ptr %1409, align 4, !tbaa !7
-  %1411 = shl <16 x i32> %1410, splat (i32 16)
-  %1412 = getelementptr inbounds nuw i8, ptr %1188, i64 3968
-  store <16 x i32> %1411, ptr %1412, align 4, !tbaa !7
-  %1413 = load <16 x i32>, ptr %1409, align 4, !tbaa !7
-  %1414 = and <16 x i32> %1413, %537
-  %1415 = getelementptr inbounds nuw i8, ptr %1188, i64 4032
-  store <16 x i32> %1414, ptr %1415, align 4, !tbaa !7
   %indvars.iv.next1415.i = add nuw nsw i64 %indvars.iv1414.i, 1
   %exitcond1418.not.i = icmp eq i64 %indvars.iv.next1415.i, %wide.trip.count1408.i
   br i1 %exitcond1418.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti126.preheader.i, !prof !10
@@ -2759,81 +2752,81 @@ for_begin_row_tile.i:                             ; preds = %if_end411.i
 
 for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
   %indvars.iv1581.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next1582.i, %for_begin_row_tile.i ]
-  %1416 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scores.i = tail call ptr %1416(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1417 = icmp eq ptr %scores.i, null
-  br i1 %1417, label %fused_attend_compute_.exit, label %if_end132.i, !prof !6
+  %1409 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scores.i = tail call ptr %1409(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1410 = icmp eq ptr %scores.i, null
+  br i1 %1410, label %fused_attend_compute_.exit, label %if_end132.i, !prof !6
 
 for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
-  %1418 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1419 = tail call i32 %1418(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not666.i = icmp eq i32 %1419, 0
+  %1411 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1412 = tail call i32 %1411(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not666.i = icmp eq i32 %1412, 0
   br i1 %.not666.i, label %if_end417.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end132.i:                                      ; preds = %for_body_row_tile.i
-  %1420 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %probs.i = tail call ptr %1420(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1421 = icmp eq ptr %probs.i, null
-  br i1 %1421, label %fused_attend_compute_.exit, label %if_end135.i, !prof !6
+  %1413 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %probs.i = tail call ptr %1413(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1414 = icmp eq ptr %probs.i, null
+  br i1 %1414, label %fused_attend_compute_.exit, label %if_end135.i, !prof !6
 
 if_end135.i:                                      ; preds = %if_end132.i
-  %1422 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %edges.i = tail call ptr %1422(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1423 = icmp eq ptr %edges.i, null
-  br i1 %1423, label %fused_attend_compute_.exit, label %if_end138.i, !prof !6
+  %1415 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %edges.i = tail call ptr %1415(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1416 = icmp eq ptr %edges.i, null
+  br i1 %1416, label %fused_attend_compute_.exit, label %if_end138.i, !prof !6
 
 if_end138.i:                                      ; preds = %if_end135.i
-  %1424 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scaled.i = tail call ptr %1424(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1425 = icmp eq ptr %scaled.i, null
-  br i1 %1425, label %fused_attend_compute_.exit, label %if_end141.i, !prof !6
+  %1417 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scaled.i = tail call ptr %1417(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1418 = icmp eq ptr %scaled.i, null
+  br i1 %1418, label %fused_attend_compute_.exit, label %if_end141.i, !prof !6
 
 if_end141.i:                                      ; preds = %if_end138.i
-  %1426 = icmp eq i64 %indvars.iv1581.i, %548
-  %1427 = add nuw nsw i64 %indvars.iv1581.i, %1183
-  %.idx1713.i = shl i64 %1427, 4
-  %1428 = getelementptr i8, ptr %reach647.i, i64 %.idx1713.i
-  %1429 = getelementptr i8, ptr %1428, i64 4
-  %1430 = load i32, ptr %1429, align 4, !tbaa !11
-  %1431 = sext i32 %1430 to i64
-  %1432 = icmp slt i64 %896, %1431
-  br i1 %1432, label %if_then143.i, label %if_end144.i, !prof !6
+  %1419 = icmp eq i64 %indvars.iv1581.i, %541
+  %1420 = add nuw nsw i64 %indvars.iv1581.i, %1176
+  %.idx1713.i = shl i64 %1420, 4
+  %1421 = getelementptr i8, ptr %reach647.i, i64 %.idx1713.i
+  %1422 = getelementptr i8, ptr %1421, i64 4
+  %1423 = load i32, ptr %1422, align 4, !tbaa !11
+  %1424 = sext i32 %1423 to i64
+  %1425 = icmp slt i64 %889, %1424
+  br i1 %1425, label %if_then143.i, label %if_end144.i, !prof !6
 
 if_then143.i:                                     ; preds = %if_end141.i
-  %1433 = sub i32 %1430, %897
-  %valid_len146.i = tail call i32 @llvm.smin.i32(i32 %899, i32 %1433)
-  %1434 = trunc nsw i64 %1427 to i32
-  %1435 = urem i32 %1434, %122
-  %1436 = shl nuw nsw i32 %1435, 5
-  %1437 = sub nsw i32 %120, %1436
-  %1438 = load i32, ptr %1428, align 16, !tbaa !11
-  %1439 = sub nsw i32 %1438, %897
-  %1440 = tail call i32 @llvm.smin.i32(i32 %1439, i32 %valid_len146.i)
-  %1441 = tail call i32 @llvm.smin.i32(i32 %1440, i32 %935)
-  %1442 = select i1 %143, i32 %1441, i32 %1440
-  %1443 = tail call i32 @llvm.smax.i32(i32 %1442, i32 0)
-  %num_full.i = lshr i32 %1443, 3
-  %1444 = tail call i32 @llvm.smin.i32(i32 %1437, i32 32)
-  %1445 = icmp slt i32 %1437, 17
-  %1446 = add nsw i32 %valid_len146.i, 7
-  %1447 = ashr i32 %1446, 3
-  %1448 = icmp sgt i32 %1447, 0
-  br i1 %1445, label %if_then150.i, label %if_else152.i
+  %1426 = sub i32 %1423, %890
+  %valid_len146.i = tail call i32 @llvm.smin.i32(i32 %892, i32 %1426)
+  %1427 = trunc nsw i64 %1420 to i32
+  %1428 = urem i32 %1427, %134
+  %1429 = shl nuw nsw i32 %1428, 5
+  %1430 = sub nsw i32 %132, %1429
+  %1431 = load i32, ptr %1421, align 16, !tbaa !11
+  %1432 = sub nsw i32 %1431, %890
+  %1433 = tail call i32 @llvm.smin.i32(i32 %1432, i32 %valid_len146.i)
+  %1434 = tail call i32 @llvm.smin.i32(i32 %1433, i32 %928)
+  %1435 = select i1 %135, i32 %1434, i32 %1433
+  %1436 = tail call i32 @llvm.smax.i32(i32 %1435, i32 0)
+  %num_full.i = lshr i32 %1436, 3
+  %1437 = tail call i32 @llvm.smin.i32(i32 %1430, i32 32)
+  %1438 = icmp slt i32 %1430, 17
+  %1439 = add nsw i32 %valid_len146.i, 7
+  %1440 = ashr i32 %1439, 3
+  %1441 = icmp sgt i32 %1440, 0
+  br i1 %1438, label %if_then150.i, label %if_else152.i
 
 if_end144.i:                                      ; preds = %if_end403.i, %if_end358.i, %if_end141.i
-  %1449 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1450 = tail call i32 %1449(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not668.i = icmp eq i32 %1450, 0
+  %1442 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1443 = tail call i32 %1442(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not668.i = icmp eq i32 %1443, 0
   br i1 %.not668.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !32
 
 if_then150.i:                                     ; preds = %if_then143.i
-  br i1 %1448, label %for_begin_d_0.preheader.lr.ph.i, label %if_end151.i, !prof !31
+  br i1 %1441, label %for_begin_d_0.preheader.lr.ph.i, label %if_end151.i, !prof !31
 
 for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then150.i
-  %1451 = and i1 %903, %1426
-  %1452 = mul nuw nsw i32 %1447, %1182
-  %wide.trip.count1468.i = zext nneg i32 %1447 to i64
-  %invariant.gep219.idx = shl i64 %1427, 14
+  %1444 = and i1 %896, %1419
+  %1445 = mul nuw nsw i32 %1440, %1175
+  %wide.trip.count1468.i = zext nneg i32 %1440 to i64
+  %invariant.gep219.idx = shl i64 %1420, 14
   %invariant.gep219 = getelementptr i8, ptr %q_tile.i, i64 %invariant.gep219.idx
   br label %for_begin_d_0.preheader.i
 
@@ -2846,94 +2839,94 @@ for_begin_ti193.preheader.preheader.i:            ; preds = %if_end151.i
   br label %for_end_ax2.i
 
 if_else152.i:                                     ; preds = %if_then143.i
-  br i1 %1448, label %for_body_to161.lr.ph.i, label %if_end151.i, !prof !31
+  br i1 %1441, label %for_body_to161.lr.ph.i, label %if_end151.i, !prof !31
 
 for_body_to161.lr.ph.i:                           ; preds = %if_else152.i
-  %1453 = and i1 %903, %1426
-  %1454 = mul nuw nsw i32 %1447, %1182
-  %wide.trip.count1436.i = zext nneg i32 %1447 to i64
-  %.idx84 = shl i64 %1427, 14
+  %1446 = and i1 %896, %1419
+  %1447 = mul nuw nsw i32 %1440, %1175
+  %wide.trip.count1436.i = zext nneg i32 %1440 to i64
+  %.idx84 = shl i64 %1420, 14
   %invariant.gep217 = getelementptr i8, ptr %q_tile.i, i64 %.idx84
   br label %for_body_to161.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_d_0.preheader.lr.ph.i
   %indvars.iv1465.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next1466.i, %for_end_d_0.i ]
-  %1455 = shl nsw i64 %indvars.iv1465.i, 10
-  br i1 %1451, label %for_body_d_0.us.preheader.i, label %for_begin_d_2.preheader.i.preheader, !prof !6
+  %1448 = shl nsw i64 %indvars.iv1465.i, 10
+  br i1 %1444, label %for_body_d_0.us.preheader.i, label %for_begin_d_2.preheader.i.preheader, !prof !6
 
 for_begin_d_2.preheader.i.preheader:              ; preds = %for_begin_d_0.preheader.i
-  %1456 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1455
+  %1449 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1448
   br label %for_begin_d_2.preheader.i
 
 for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.preheader.i
-  %1457 = trunc i64 %indvars.iv1465.i to i32
-  %1458 = add i32 %1452, %1457
-  %1459 = shl i32 %1458, 3
-  %invariant.gep233 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1455
+  %1450 = trunc i64 %indvars.iv1465.i to i32
+  %1451 = add i32 %1445, %1450
+  %1452 = shl i32 %1451, 3
+  %invariant.gep233 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1448
   br label %for_body_d_0.us.i
 
 for_body_d_0.us.i:                                ; preds = %for_end_d_1.us.i, %for_body_d_0.us.preheader.i
   %indvars.iv1461.i = phi i64 [ 0, %for_body_d_0.us.preheader.i ], [ %indvars.iv.next1462.i, %for_end_d_1.us.i ]
-  %scores_global637.sroa.0.01001.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1550, %for_end_d_1.us.i ]
-  %scores_global637.sroa.4.01000.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1555, %for_end_d_1.us.i ]
-  %scores_global637.sroa.8.0999.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1560, %for_end_d_1.us.i ]
-  %scores_global637.sroa.12.0998.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1565, %for_end_d_1.us.i ]
-  %scores_global637.sroa.16.0997.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1570, %for_end_d_1.us.i ]
-  %scores_global637.sroa.20.0996.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1575, %for_end_d_1.us.i ]
-  %scores_global637.sroa.24.0995.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1580, %for_end_d_1.us.i ]
-  %scores_global637.sroa.28.0994.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1585, %for_end_d_1.us.i ]
+  %scores_global637.sroa.0.01001.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1543, %for_end_d_1.us.i ]
+  %scores_global637.sroa.4.01000.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1548, %for_end_d_1.us.i ]
+  %scores_global637.sroa.8.0999.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1553, %for_end_d_1.us.i ]
+  %scores_global637.sroa.12.0998.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1558, %for_end_d_1.us.i ]
+  %scores_global637.sroa.16.0997.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1563, %for_end_d_1.us.i ]
+  %scores_global637.sroa.20.0996.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1568, %for_end_d_1.us.i ]
+  %scores_global637.sroa.24.0995.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1573, %for_end_d_1.us.i ]
+  %scores_global637.sroa.28.0994.us.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.us.preheader.i ], [ %1578, %for_end_d_1.us.i ]
   %indvars.iv1461.i.tr = trunc i64 %indvars.iv1461.i to i32
-  %1460 = shl i32 %indvars.iv1461.i.tr, 1
-  %1461 = add i32 %1460, %1459
-  %1462 = srem i32 %1461, %num_kv_heads
-  %1463 = sext i32 %1462 to i64
-  %1464 = mul nsw i64 %k_head, %1463
-  %1465 = sdiv i32 %1461, %num_kv_heads
-  %1466 = sext i32 %1465 to i64
-  %1467 = getelementptr i64, ptr %key_offsets644.i, i64 %1466
-  %1468 = getelementptr i8, ptr %1467, i64 512
-  %1469 = load i64, ptr %1468, align 8, !tbaa !37
-  %1470 = getelementptr i32, ptr %key_cache, i64 %1469
-  %1471 = getelementptr i32, ptr %1470, i64 %540
-  %1472 = getelementptr i32, ptr %1471, i64 %1464
-  tail call void @llvm.prefetch.p0(ptr readonly %1472, i32 0, i32 2, i32 1)
-  %1473 = getelementptr i8, ptr %1470, i64 64
-  %1474 = getelementptr i32, ptr %1473, i64 %540
-  %1475 = getelementptr i32, ptr %1474, i64 %1464
-  tail call void @llvm.prefetch.p0(ptr readonly %1475, i32 0, i32 2, i32 1)
-  %1476 = getelementptr i8, ptr %1470, i64 128
-  %1477 = getelementptr i32, ptr %1476, i64 %540
-  %1478 = getelementptr i32, ptr %1477, i64 %1464
-  tail call void @llvm.prefetch.p0(ptr readonly %1478, i32 0, i32 2, i32 1)
-  %1479 = getelementptr i8, ptr %1470, i64 192
-  %1480 = getelementptr i32, ptr %1479, i64 %540
-  %1481 = getelementptr i32, ptr %1480, i64 %1464
-  tail call void @llvm.prefetch.p0(ptr readonly %1481, i32 0, i32 2, i32 1)
-  %1482 = or disjoint i32 %1461, 1
-  %1483 = srem i32 %1482, %num_kv_heads
-  %1484 = sext i32 %1483 to i64
-  %1485 = mul nsw i64 %k_head, %1484
-  %1486 = sdiv i32 %1482, %num_kv_heads
-  %1487 = sext i32 %1486 to i64
-  %1488 = getelementptr i64, ptr %key_offsets644.i, i64 %1487
-  %1489 = getelementptr i8, ptr %1488, i64 512
-  %1490 = load i64, ptr %1489, align 8, !tbaa !37
-  %1491 = getelementptr i32, ptr %key_cache, i64 %1490
-  %1492 = getelementptr i32, ptr %1491, i64 %540
-  %1493 = getelementptr i32, ptr %1492, i64 %1485
-  tail call void @llvm.prefetch.p0(ptr readonly %1493, i32 0, i32 2, i32 1)
-  %1494 = getelementptr i8, ptr %1491, i64 64
-  %1495 = getelementptr i32, ptr %1494, i64 %540
-  %1496 = getelementptr i32, ptr %1495, i64 %1485
-  tail call void @llvm.prefetch.p0(ptr readonly %1496, i32 0, i32 2, i32 1)
-  %1497 = getelementptr i8, ptr %1491, i64 128
-  %1498 = getelementptr i32, ptr %1497, i64 %540
-  %1499 = getelementptr i32, ptr %1498, i64 %1485
-  tail call void @llvm.prefetch.p0(ptr readonly %1499, i32 0, i32 2, i32 1)
-  %1500 = getelementptr i8, ptr %1491, i64 192
-  %1501 = getelementptr i32, ptr %1500, i64 %540
-  %1502 = getelementptr i32, ptr %1501, i64 %1485
-  tail call void @llvm.prefetch.p0(ptr readonly %1502, i32 0, i32 2, i32 1)
+  %1453 = shl i32 %indvars.iv1461.i.tr, 1
+  %1454 = add i32 %1453, %1452
+  %1455 = srem i32 %1454, %num_kv_heads
+  %1456 = sext i32 %1455 to i64
+  %1457 = mul nsw i64 %k_head, %1456
+  %1458 = sdiv i32 %1454, %num_kv_heads
+  %1459 = sext i32 %1458 to i64
+  %1460 = getelementptr i64, ptr %key_offsets644.i, i64 %1459
+  %1461 = getelementptr i8, ptr %1460, i64 512
+  %1462 = load i64, ptr %1461, align 8, !tbaa !37
+  %1463 = getelementptr i32, ptr %key_cache, i64 %1462
+  %1464 = getelementptr i32, ptr %1463, i64 %533
+  %1465 = getelementptr i32, ptr %1464, i64 %1457
+  tail call void @llvm.prefetch.p0(ptr readonly %1465, i32 0, i32 2, i32 1)
+  %1466 = getelementptr i8, ptr %1463, i64 64
+  %1467 = getelementptr i32, ptr %1466, i64 %533
+  %1468 = getelementptr i32, ptr %1467, i64 %1457
+  tail call void @llvm.prefetch.p0(ptr readonly %1468, i32 0, i32 2, i32 1)
+  %1469 = getelementptr i8, ptr %1463, i64 128
+  %1470 = getelementptr i32, ptr %1469, i64 %533
+  %1471 = getelementptr i32, ptr %1470, i64 %1457
+  tail call void @llvm.prefetch.p0(ptr readonly %1471, i32 0, i32 2, i32 1)
+  %1472 = getelementptr i8, ptr %1463, i64 192
+  %1473 = getelementptr i32, ptr %1472, i64 %533
+  %1474 = getelementptr i32, ptr %1473, i64 %1457
+  tail call void @llvm.prefetch.p0(ptr readonly %1474, i32 0, i32 2, i32 1)
+  %1475 = or disjoint i32 %1454, 1
+  %1476 = srem i32 %1475, %num_kv_heads
+  %1477 = sext i32 %1476 to i64
+  %1478 = mul nsw i64 %k_head, %1477
+  %1479 = sdiv i32 %1475, %num_kv_heads
+  %1480 = sext i32 %1479 to i64
+  %1481 = getelementptr i64, ptr %key_offsets644.i, i64 %1480
+  %1482 = getelementptr i8, ptr %1481, i64 512
+  %1483 = load i64, ptr %1482, align 8, !tbaa !37
+  %1484 = getelementptr i32, ptr %key_cache, i64 %1483
+  %1485 = getelementptr i32, ptr %1484, i64 %533
+  %1486 = getelementptr i32, ptr %1485, i64 %1478
+  tail call void @llvm.prefetch.p0(ptr readonly %1486, i32 0, i32 2, i32 1)
+  %1487 = getelementptr i8, ptr %1484, i64 64
+  %1488 = getelementptr i32, ptr %1487, i64 %533
+  %1489 = getelementptr i32, ptr %1488, i64 %1478
+  tail call void @llvm.prefetch.p0(ptr readonly %1489, i32 0, i32 2, i32 1)
+  %1490 = getelementptr i8, ptr %1484, i64 128
+  %1491 = getelementptr i32, ptr %1490, i64 %533
+  %1492 = getelementptr i32, ptr %1491, i64 %1478
+  tail call void @llvm.prefetch.p0(ptr readonly %1492, i32 0, i32 2, i32 1)
+  %1493 = getelementptr i8, ptr %1484, i64 192
+  %1494 = getelementptr i32, ptr %1493, i64 %533
+  %1495 = getelementptr i32, ptr %1494, i64 %1478
+  tail call void @llvm.prefetch.p0(ptr readonly %1495, i32 0, i32 2, i32 1)
   %.idx91 = shl i64 %indvars.iv1461.i, 12
   %gep232 = getelementptr i8, ptr %invariant.gep219, i64 %.idx91
   %.idx92 = shl nuw nsw i64 %indvars.iv1461.i, 7
@@ -2947,611 +2940,611 @@ for_end_d_1.us.i:                                 ; preds = %for_begin_d_2.prehe
 
 for_begin_d_2.preheader.us.i:                     ; preds = %for_begin_d_2.preheader.us.i, %for_body_d_0.us.i
   %indvars.iv1456.i = phi i64 [ %indvars.iv.next1457.i, %for_begin_d_2.preheader.us.i ], [ 0, %for_body_d_0.us.i ]
-  %scores_global637.sroa.0.1992.us.i = phi <16 x float> [ %1550, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.0.01001.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.4.1991.us.i = phi <16 x float> [ %1555, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.4.01000.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.8.1990.us.i = phi <16 x float> [ %1560, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.8.0999.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.12.1989.us.i = phi <16 x float> [ %1565, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.12.0998.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.16.1988.us.i = phi <16 x float> [ %1570, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.16.0997.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.20.1987.us.i = phi <16 x float> [ %1575, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.20.0996.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.24.1986.us.i = phi <16 x float> [ %1580, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.24.0995.us.i, %for_body_d_0.us.i ]
-  %scores_global637.sroa.28.1985.us.i = phi <16 x float> [ %1585, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.28.0994.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.0.1992.us.i = phi <16 x float> [ %1543, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.0.01001.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.4.1991.us.i = phi <16 x float> [ %1548, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.4.01000.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.8.1990.us.i = phi <16 x float> [ %1553, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.8.0999.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.12.1989.us.i = phi <16 x float> [ %1558, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.12.0998.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.16.1988.us.i = phi <16 x float> [ %1563, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.16.0997.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.20.1987.us.i = phi <16 x float> [ %1568, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.20.0996.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.24.1986.us.i = phi <16 x float> [ %1573, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.24.0995.us.i, %for_body_d_0.us.i ]
+  %scores_global637.sroa.28.1985.us.i = phi <16 x float> [ %1578, %for_begin_d_2.preheader.us.i ], [ %scores_global637.sroa.28.0994.us.i, %for_body_d_0.us.i ]
   %.idx90 = shl i64 %indvars.iv1456.i, 8
   %gep230 = getelementptr i8, ptr %gep232, i64 %.idx90
-  %1503 = load <16 x float>, ptr %gep230, align 4, !tbaa !7
-  %1504 = getelementptr inbounds nuw float, ptr %gep234, i64 %indvars.iv1456.i
-  %1505 = load float, ptr %1504, align 4, !tbaa !7
-  %1506 = insertelement <16 x float> poison, float %1505, i64 0
-  %1507 = shufflevector <16 x float> %1506, <16 x float> poison, <16 x i32> zeroinitializer
-  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1507, <16 x float> %scores_global637.sroa.0.1992.us.i)
-  %1509 = getelementptr inbounds nuw i8, ptr %1504, i64 512
-  %1510 = load float, ptr %1509, align 4, !tbaa !7
-  %1511 = insertelement <16 x float> poison, float %1510, i64 0
-  %1512 = shufflevector <16 x float> %1511, <16 x float> poison, <16 x i32> zeroinitializer
-  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1512, <16 x float> %scores_global637.sroa.4.1991.us.i)
-  %1514 = getelementptr inbounds nuw i8, ptr %1504, i64 1024
-  %1515 = load float, ptr %1514, align 4, !tbaa !7
-  %1516 = insertelement <16 x float> poison, float %1515, i64 0
-  %1517 = shufflevector <16 x float> %1516, <16 x float> poison, <16 x i32> zeroinitializer
-  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1517, <16 x float> %scores_global637.sroa.8.1990.us.i)
-  %1519 = getelementptr inbounds nuw i8, ptr %1504, i64 1536
-  %1520 = load float, ptr %1519, align 4, !tbaa !7
-  %1521 = insertelement <16 x float> poison, float %1520, i64 0
-  %1522 = shufflevector <16 x float> %1521, <16 x float> poison, <16 x i32> zeroinitializer
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1522, <16 x float> %scores_global637.sroa.12.1989.us.i)
-  %1524 = getelementptr inbounds nuw i8, ptr %1504, i64 2048
-  %1525 = load float, ptr %1524, align 4, !tbaa !7
-  %1526 = insertelement <16 x float> poison, float %1525, i64 0
-  %1527 = shufflevector <16 x float> %1526, <16 x float> poison, <16 x i32> zeroinitializer
-  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1527, <16 x float> %scores_global637.sroa.16.1988.us.i)
-  %1529 = getelementptr inbounds nuw i8, ptr %1504, i64 2560
-  %1530 = load float, ptr %1529, align 4, !tbaa !7
-  %1531 = insertelement <16 x float> poison, float %1530, i64 0
-  %1532 = shufflevector <16 x float> %1531, <16 x float> poison, <16 x i32> zeroinitializer
-  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1532, <16 x float> %scores_global637.sroa.20.1987.us.i)
-  %1534 = getelementptr inbounds nuw i8, ptr %1504, i64 3072
-  %1535 = load float, ptr %1534, align 4, !tbaa !7
-  %1536 = insertelement <16 x float> poison, float %1535, i64 0
-  %1537 = shufflevector <16 x float> %1536, <16 x float> poison, <16 x i32> zeroinitializer
-  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1537, <16 x float> %scores_global637.sroa.24.1986.us.i)
-  %1539 = getelementptr inbounds nuw i8, ptr %1504, i64 3584
+  %1496 = load <16 x float>, ptr %gep230, align 4, !tbaa !7
+  %1497 = getelementptr inbounds nuw float, ptr %gep234, i64 %indvars.iv1456.i
+  %1498 = load float, ptr %1497, align 4, !tbaa !7
+  %1499 = insertelement <16 x float> poison, float %1498, i64 0
+  %1500 = shufflevector <16 x float> %1499, <16 x float> poison, <16 x i32> zeroinitializer
+  %1501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1500, <16 x float> %scores_global637.sroa.0.1992.us.i)
+  %1502 = getelementptr inbounds nuw i8, ptr %1497, i64 512
+  %1503 = load float, ptr %1502, align 4, !tbaa !7
+  %1504 = insertelement <16 x float> poison, float %1503, i64 0
+  %1505 = shufflevector <16 x float> %1504, <16 x float> poison, <16 x i32> zeroinitializer
+  %1506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1505, <16 x float> %scores_global637.sroa.4.1991.us.i)
+  %1507 = getelementptr inbounds nuw i8, ptr %1497, i64 1024
+  %1508 = load float, ptr %1507, align 4, !tbaa !7
+  %1509 = insertelement <16 x float> poison, float %1508, i64 0
+  %1510 = shufflevector <16 x float> %1509, <16 x float> poison, <16 x i32> zeroinitializer
+  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1510, <16 x float> %scores_global637.sroa.8.1990.us.i)
+  %1512 = getelementptr inbounds nuw i8, ptr %1497, i64 1536
+  %1513 = load float, ptr %1512, align 4, !tbaa !7
+  %1514 = insertelement <16 x float> poison, float %1513, i64 0
+  %1515 = shufflevector <16 x float> %1514, <16 x float> poison, <16 x i32> zeroinitializer
+  %1516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1515, <16 x float> %scores_global637.sroa.12.1989.us.i)
+  %1517 = getelementptr inbounds nuw i8, ptr %1497, i64 2048
+  %1518 = load float, ptr %1517, align 4, !tbaa !7
+  %1519 = insertelement <16 x float> poison, float %1518, i64 0
+  %1520 = shufflevector <16 x float> %1519, <16 x float> poison, <16 x i32> zeroinitializer
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1520, <16 x float> %scores_global637.sroa.16.1988.us.i)
+  %1522 = getelementptr inbounds nuw i8, ptr %1497, i64 2560
+  %1523 = load float, ptr %1522, align 4, !tbaa !7
+  %1524 = insertelement <16 x float> poison, float %1523, i64 0
+  %1525 = shufflevector <16 x float> %1524, <16 x float> poison, <16 x i32> zeroinitializer
+  %1526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1525, <16 x float> %scores_global637.sroa.20.1987.us.i)
+  %1527 = getelementptr inbounds nuw i8, ptr %1497, i64 3072
+  %1528 = load float, ptr %1527, align 4, !tbaa !7
+  %1529 = insertelement <16 x float> poison, float %1528, i64 0
+  %1530 = shufflevector <16 x float> %1529, <16 x float> poison, <16 x i32> zeroinitializer
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1530, <16 x float> %scores_global637.sroa.24.1986.us.i)
+  %1532 = getelementptr inbounds nuw i8, ptr %1497, i64 3584
+  %1533 = load float, ptr %1532, align 4, !tbaa !7
+  %1534 = insertelement <16 x float> poison, float %1533, i64 0
+  %1535 = shufflevector <16 x float> %1534, <16 x float> poison, <16 x i32> zeroinitializer
+  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1535, <16 x float> %scores_global637.sroa.28.1985.us.i)
+  %1537 = getelementptr i8, ptr %gep230, i64 128
+  %1538 = load <16 x float>, ptr %1537, align 4, !tbaa !7
+  %1539 = getelementptr inbounds nuw i8, ptr %1497, i64 64
   %1540 = load float, ptr %1539, align 4, !tbaa !7
   %1541 = insertelement <16 x float> poison, float %1540, i64 0
   %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1503, <16 x float> %1542, <16 x float> %scores_global637.sroa.28.1985.us.i)
-  %1544 = getelementptr i8, ptr %gep230, i64 128
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !7
-  %1546 = getelementptr inbounds nuw i8, ptr %1504, i64 64
-  %1547 = load float, ptr %1546, align 4, !tbaa !7
-  %1548 = insertelement <16 x float> poison, float %1547, i64 0
-  %1549 = shufflevector <16 x float> %1548, <16 x float> poison, <16 x i32> zeroinitializer
-  %1550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1549, <16 x float> %1508)
-  %1551 = getelementptr inbounds nuw i8, ptr %1504, i64 576
-  %1552 = load float, ptr %1551, align 4, !tbaa !7
-  %1553 = insertelement <16 x float> poison, float %1552, i64 0
-  %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
-  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1554, <16 x float> %1513)
-  %1556 = getelementptr inbounds nuw i8, ptr %1504, i64 1088
-  %1557 = load float, ptr %1556, align 4, !tbaa !7
-  %1558 = insertelement <16 x float> poison, float %1557, i64 0
-  %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
-  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1559, <16 x float> %1518)
-  %1561 = getelementptr inbounds nuw i8, ptr %1504, i64 1600
-  %1562 = load float, ptr %1561, align 4, !tbaa !7
-  %1563 = insertelement <16 x float> poison, float %1562, i64 0
-  %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
-  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1564, <16 x float> %1523)
-  %1566 = getelementptr inbounds nuw i8, ptr %1504, i64 2112
-  %1567 = load float, ptr %1566, align 4, !tbaa !7
-  %1568 = insertelement <16 x float> poison, float %1567, i64 0
-  %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
-  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1569, <16 x float> %1528)
-  %1571 = getelementptr inbounds nuw i8, ptr %1504, i64 2624
-  %1572 = load float, ptr %1571, align 4, !tbaa !7
-  %1573 = insertelement <16 x float> poison, float %1572, i64 0
-  %1574 = shufflevector <16 x float> %1573, <16 x float> poison, <16 x i32> zeroinitializer
-  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1574, <16 x float> %1533)
-  %1576 = getelementptr inbounds nuw i8, ptr %1504, i64 3136
-  %1577 = load float, ptr %1576, align 4, !tbaa !7
-  %1578 = insertelement <16 x float> poison, float %1577, i64 0
-  %1579 = shufflevector <16 x float> %1578, <16 x float> poison, <16 x i32> zeroinitializer
-  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1579, <16 x float> %1538)
-  %1581 = getelementptr inbounds nuw i8, ptr %1504, i64 3648
-  %1582 = load float, ptr %1581, align 4, !tbaa !7
-  %1583 = insertelement <16 x float> poison, float %1582, i64 0
-  %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
-  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1584, <16 x float> %1543)
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1542, <16 x float> %1501)
+  %1544 = getelementptr inbounds nuw i8, ptr %1497, i64 576
+  %1545 = load float, ptr %1544, align 4, !tbaa !7
+  %1546 = insertelement <16 x float> poison, float %1545, i64 0
+  %1547 = shufflevector <16 x float> %1546, <16 x float> poison, <16 x i32> zeroinitializer
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1547, <16 x float> %1506)
+  %1549 = getelementptr inbounds nuw i8, ptr %1497, i64 1088
+  %1550 = load float, ptr %1549, align 4, !tbaa !7
+  %1551 = insertelement <16 x float> poison, float %1550, i64 0
+  %1552 = shufflevector <16 x float> %1551, <16 x float> poison, <16 x i32> zeroinitializer
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1552, <16 x float> %1511)
+  %1554 = getelementptr inbounds nuw i8, ptr %1497, i64 1600
+  %1555 = load float, ptr %1554, align 4, !tbaa !7
+  %1556 = insertelement <16 x float> poison, float %1555, i64 0
+  %1557 = shufflevector <16 x float> %1556, <16 x float> poison, <16 x i32> zeroinitializer
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1557, <16 x float> %1516)
+  %1559 = getelementptr inbounds nuw i8, ptr %1497, i64 2112
+  %1560 = load float, ptr %1559, align 4, !tbaa !7
+  %1561 = insertelement <16 x float> poison, float %1560, i64 0
+  %1562 = shufflevector <16 x float> %1561, <16 x float> poison, <16 x i32> zeroinitializer
+  %1563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1562, <16 x float> %1521)
+  %1564 = getelementptr inbounds nuw i8, ptr %1497, i64 2624
+  %1565 = load float, ptr %1564, align 4, !tbaa !7
+  %1566 = insertelement <16 x float> poison, float %1565, i64 0
+  %1567 = shufflevector <16 x float> %1566, <16 x float> poison, <16 x i32> zeroinitializer
+  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1567, <16 x float> %1526)
+  %1569 = getelementptr inbounds nuw i8, ptr %1497, i64 3136
+  %1570 = load float, ptr %1569, align 4, !tbaa !7
+  %1571 = insertelement <16 x float> poison, float %1570, i64 0
+  %1572 = shufflevector <16 x float> %1571, <16 x float> poison, <16 x i32> zeroinitializer
+  %1573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1572, <16 x float> %1531)
+  %1574 = getelementptr inbounds nuw i8, ptr %1497, i64 3648
+  %1575 = load float, ptr %1574, align 4, !tbaa !7
+  %1576 = insertelement <16 x float> poison, float %1575, i64 0
+  %1577 = shufflevector <16 x float> %1576, <16 x float> poison, <16 x i32> zeroinitializer
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1538, <16 x float> %1577, <16 x float> %1536)
   %indvars.iv.next1457.i = add nuw nsw i64 %indvars.iv1456.i, 1
   %exitcond1460.not.i = icmp eq i64 %indvars.iv.next1457.i, 16
   br i1 %exitcond1460.not.i, label %for_end_d_1.us.i, label %for_begin_d_2.preheader.us.i, !prof !22
 
 for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.3.i, %for_end_d_1.us.i
-  %.us-phi.i = phi <16 x float> [ %1585, %for_end_d_1.us.i ], [ %1931, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1003.i = phi <16 x float> [ %1580, %for_end_d_1.us.i ], [ %1926, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1004.i = phi <16 x float> [ %1575, %for_end_d_1.us.i ], [ %1921, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1005.i = phi <16 x float> [ %1570, %for_end_d_1.us.i ], [ %1916, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1006.i = phi <16 x float> [ %1565, %for_end_d_1.us.i ], [ %1911, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1007.i = phi <16 x float> [ %1560, %for_end_d_1.us.i ], [ %1906, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1008.i = phi <16 x float> [ %1555, %for_end_d_1.us.i ], [ %1901, %for_begin_d_2.preheader.3.i ]
-  %.us-phi1009.i = phi <16 x float> [ %1550, %for_end_d_1.us.i ], [ %1896, %for_begin_d_2.preheader.3.i ]
-  %1586 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1455
-  store <16 x float> %.us-phi1009.i, ptr %1586, align 4, !tbaa !7
-  %1587 = getelementptr inbounds nuw i8, ptr %1586, i64 128
-  store <16 x float> %.us-phi1008.i, ptr %1587, align 4, !tbaa !7
-  %1588 = getelementptr inbounds nuw i8, ptr %1586, i64 256
-  store <16 x float> %.us-phi1007.i, ptr %1588, align 4, !tbaa !7
-  %1589 = getelementptr inbounds nuw i8, ptr %1586, i64 384
-  store <16 x float> %.us-phi1006.i, ptr %1589, align 4, !tbaa !7
-  %1590 = getelementptr inbounds nuw i8, ptr %1586, i64 512
-  store <16 x float> %.us-phi1005.i, ptr %1590, align 4, !tbaa !7
-  %1591 = getelementptr inbounds nuw i8, ptr %1586, i64 640
-  store <16 x float> %.us-phi1004.i, ptr %1591, align 4, !tbaa !7
-  %1592 = getelementptr inbounds nuw i8, ptr %1586, i64 768
-  store <16 x float> %.us-phi1003.i, ptr %1592, align 4, !tbaa !7
-  %1593 = getelementptr inbounds nuw i8, ptr %1586, i64 896
-  store <16 x float> %.us-phi.i, ptr %1593, align 4, !tbaa !7
+  %.us-phi.i = phi <16 x float> [ %1578, %for_end_d_1.us.i ], [ %1924, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1003.i = phi <16 x float> [ %1573, %for_end_d_1.us.i ], [ %1919, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1004.i = phi <16 x float> [ %1568, %for_end_d_1.us.i ], [ %1914, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1005.i = phi <16 x float> [ %1563, %for_end_d_1.us.i ], [ %1909, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1006.i = phi <16 x float> [ %1558, %for_end_d_1.us.i ], [ %1904, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1007.i = phi <16 x float> [ %1553, %for_end_d_1.us.i ], [ %1899, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1008.i = phi <16 x float> [ %1548, %for_end_d_1.us.i ], [ %1894, %for_begin_d_2.preheader.3.i ]
+  %.us-phi1009.i = phi <16 x float> [ %1543, %for_end_d_1.us.i ], [ %1889, %for_begin_d_2.preheader.3.i ]
+  %1579 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1448
+  store <16 x float> %.us-phi1009.i, ptr %1579, align 4, !tbaa !7
+  %1580 = getelementptr inbounds nuw i8, ptr %1579, i64 128
+  store <16 x float> %.us-phi1008.i, ptr %1580, align 4, !tbaa !7
+  %1581 = getelementptr inbounds nuw i8, ptr %1579, i64 256
+  store <16 x float> %.us-phi1007.i, ptr %1581, align 4, !tbaa !7
+  %1582 = getelementptr inbounds nuw i8, ptr %1579, i64 384
+  store <16 x float> %.us-phi1006.i, ptr %1582, align 4, !tbaa !7
+  %1583 = getelementptr inbounds nuw i8, ptr %1579, i64 512
+  store <16 x float> %.us-phi1005.i, ptr %1583, align 4, !tbaa !7
+  %1584 = getelementptr inbounds nuw i8, ptr %1579, i64 640
+  store <16 x float> %.us-phi1004.i, ptr %1584, align 4, !tbaa !7
+  %1585 = getelementptr inbounds nuw i8, ptr %1579, i64 768
+  store <16 x float> %.us-phi1003.i, ptr %1585, align 4, !tbaa !7
+  %1586 = getelementptr inbounds nuw i8, ptr %1579, i64 896
+  store <16 x float> %.us-phi.i, ptr %1586, align 4, !tbaa !7
   %indvars.iv.next1466.i = add nuw nsw i64 %indvars.iv1465.i, 1
   %exitcond1469.not.i = icmp eq i64 %indvars.iv.next1466.i, %wide.trip.count1468.i
   br i1 %exitcond1469.not.i, label %if_end151.i, label %for_begin_d_0.preheader.i, !prof !10
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_2.preheader.i.preheader
   %indvars.iv1442.i = phi i64 [ %indvars.iv.next1443.i, %for_begin_d_2.preheader.i ], [ 0, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.0.1992.i = phi <16 x float> [ %1641, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.4.1991.i = phi <16 x float> [ %1646, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.8.1990.i = phi <16 x float> [ %1651, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.12.1989.i = phi <16 x float> [ %1656, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.16.1988.i = phi <16 x float> [ %1661, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.20.1987.i = phi <16 x float> [ %1666, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.24.1986.i = phi <16 x float> [ %1671, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
-  %scores_global637.sroa.28.1985.i = phi <16 x float> [ %1676, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.0.1992.i = phi <16 x float> [ %1634, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.4.1991.i = phi <16 x float> [ %1639, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.8.1990.i = phi <16 x float> [ %1644, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.12.1989.i = phi <16 x float> [ %1649, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.16.1988.i = phi <16 x float> [ %1654, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.20.1987.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.24.1986.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
+  %scores_global637.sroa.28.1985.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.i ], [ zeroinitializer, %for_begin_d_2.preheader.i.preheader ]
   %.idx86 = shl nuw nsw i64 %indvars.iv1442.i, 8
   %gep220 = getelementptr i8, ptr %invariant.gep219, i64 %.idx86
-  %1594 = load <16 x float>, ptr %gep220, align 4, !tbaa !7
-  %1595 = getelementptr inbounds nuw float, ptr %1456, i64 %indvars.iv1442.i
-  %1596 = load float, ptr %1595, align 4, !tbaa !7
-  %1597 = insertelement <16 x float> poison, float %1596, i64 0
-  %1598 = shufflevector <16 x float> %1597, <16 x float> poison, <16 x i32> zeroinitializer
-  %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1598, <16 x float> %scores_global637.sroa.0.1992.i)
-  %1600 = getelementptr inbounds nuw i8, ptr %1595, i64 512
-  %1601 = load float, ptr %1600, align 4, !tbaa !7
-  %1602 = insertelement <16 x float> poison, float %1601, i64 0
-  %1603 = shufflevector <16 x float> %1602, <16 x float> poison, <16 x i32> zeroinitializer
-  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1603, <16 x float> %scores_global637.sroa.4.1991.i)
-  %1605 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
-  %1606 = load float, ptr %1605, align 4, !tbaa !7
-  %1607 = insertelement <16 x float> poison, float %1606, i64 0
-  %1608 = shufflevector <16 x float> %1607, <16 x float> poison, <16 x i32> zeroinitializer
-  %1609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1608, <16 x float> %scores_global637.sroa.8.1990.i)
-  %1610 = getelementptr inbounds nuw i8, ptr %1595, i64 1536
-  %1611 = load float, ptr %1610, align 4, !tbaa !7
-  %1612 = insertelement <16 x float> poison, float %1611, i64 0
-  %1613 = shufflevector <16 x float> %1612, <16 x float> poison, <16 x i32> zeroinitializer
-  %1614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1613, <16 x float> %scores_global637.sroa.12.1989.i)
-  %1615 = getelementptr inbounds nuw i8, ptr %1595, i64 2048
-  %1616 = load float, ptr %1615, align 4, !tbaa !7
-  %1617 = insertelement <16 x float> poison, float %1616, i64 0
-  %1618 = shufflevector <16 x float> %1617, <16 x float> poison, <16 x i32> zeroinitializer
-  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1618, <16 x float> %scores_global637.sroa.16.1988.i)
-  %1620 = getelementptr inbounds nuw i8, ptr %1595, i64 2560
-  %1621 = load float, ptr %1620, align 4, !tbaa !7
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1623, <16 x float> %scores_global637.sroa.20.1987.i)
-  %1625 = getelementptr inbounds nuw i8, ptr %1595, i64 3072
-  %1626 = load float, ptr %1625, align 4, !tbaa !7
-  %1627 = insertelement <16 x float> poison, float %1626, i64 0
-  %1628 = shufflevector <16 x float> %1627, <16 x float> poison, <16 x i32> zeroinitializer
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1628, <16 x float> %scores_global637.sroa.24.1986.i)
-  %1630 = getelementptr inbounds nuw i8, ptr %1595, i64 3584
+  %1587 = load <16 x float>, ptr %gep220, align 4, !tbaa !7
+  %1588 = getelementptr inbounds nuw float, ptr %1449, i64 %indvars.iv1442.i
+  %1589 = load float, ptr %1588, align 4, !tbaa !7
+  %1590 = insertelement <16 x float> poison, float %1589, i64 0
+  %1591 = shufflevector <16 x float> %1590, <16 x float> poison, <16 x i32> zeroinitializer
+  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1591, <16 x float> %scores_global637.sroa.0.1992.i)
+  %1593 = getelementptr inbounds nuw i8, ptr %1588, i64 512
+  %1594 = load float, ptr %1593, align 4, !tbaa !7
+  %1595 = insertelement <16 x float> poison, float %1594, i64 0
+  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
+  %1597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1596, <16 x float> %scores_global637.sroa.4.1991.i)
+  %1598 = getelementptr inbounds nuw i8, ptr %1588, i64 1024
+  %1599 = load float, ptr %1598, align 4, !tbaa !7
+  %1600 = insertelement <16 x float> poison, float %1599, i64 0
+  %1601 = shufflevector <16 x float> %1600, <16 x float> poison, <16 x i32> zeroinitializer
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1601, <16 x float> %scores_global637.sroa.8.1990.i)
+  %1603 = getelementptr inbounds nuw i8, ptr %1588, i64 1536
+  %1604 = load float, ptr %1603, align 4, !tbaa !7
+  %1605 = insertelement <16 x float> poison, float %1604, i64 0
+  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
+  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1606, <16 x float> %scores_global637.sroa.12.1989.i)
+  %1608 = getelementptr inbounds nuw i8, ptr %1588, i64 2048
+  %1609 = load float, ptr %1608, align 4, !tbaa !7
+  %1610 = insertelement <16 x float> poison, float %1609, i64 0
+  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
+  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1611, <16 x float> %scores_global637.sroa.16.1988.i)
+  %1613 = getelementptr inbounds nuw i8, ptr %1588, i64 2560
+  %1614 = load float, ptr %1613, align 4, !tbaa !7
+  %1615 = insertelement <16 x float> poison, float %1614, i64 0
+  %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1616, <16 x float> %scores_global637.sroa.20.1987.i)
+  %1618 = getelementptr inbounds nuw i8, ptr %1588, i64 3072
+  %1619 = load float, ptr %1618, align 4, !tbaa !7
+  %1620 = insertelement <16 x float> poison, float %1619, i64 0
+  %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
+  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1621, <16 x float> %scores_global637.sroa.24.1986.i)
+  %1623 = getelementptr inbounds nuw i8, ptr %1588, i64 3584
+  %1624 = load float, ptr %1623, align 4, !tbaa !7
+  %1625 = insertelement <16 x float> poison, float %1624, i64 0
+  %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1587, <16 x float> %1626, <16 x float> %scores_global637.sroa.28.1985.i)
+  %1628 = getelementptr i8, ptr %gep220, i64 128
+  %1629 = load <16 x float>, ptr %1628, align 4, !tbaa !7
+  %1630 = getelementptr inbounds nuw i8, ptr %1588, i64 64
   %1631 = load float, ptr %1630, align 4, !tbaa !7
   %1632 = insertelement <16 x float> poison, float %1631, i64 0
   %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1594, <16 x float> %1633, <16 x float> %scores_global637.sroa.28.1985.i)
-  %1635 = getelementptr i8, ptr %gep220, i64 128
-  %1636 = load <16 x float>, ptr %1635, align 4, !tbaa !7
-  %1637 = getelementptr inbounds nuw i8, ptr %1595, i64 64
-  %1638 = load float, ptr %1637, align 4, !tbaa !7
-  %1639 = insertelement <16 x float> poison, float %1638, i64 0
-  %1640 = shufflevector <16 x float> %1639, <16 x float> poison, <16 x i32> zeroinitializer
-  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1640, <16 x float> %1599)
-  %1642 = getelementptr inbounds nuw i8, ptr %1595, i64 576
-  %1643 = load float, ptr %1642, align 4, !tbaa !7
-  %1644 = insertelement <16 x float> poison, float %1643, i64 0
-  %1645 = shufflevector <16 x float> %1644, <16 x float> poison, <16 x i32> zeroinitializer
-  %1646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1645, <16 x float> %1604)
-  %1647 = getelementptr inbounds nuw i8, ptr %1595, i64 1088
-  %1648 = load float, ptr %1647, align 4, !tbaa !7
-  %1649 = insertelement <16 x float> poison, float %1648, i64 0
-  %1650 = shufflevector <16 x float> %1649, <16 x float> poison, <16 x i32> zeroinitializer
-  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1650, <16 x float> %1609)
-  %1652 = getelementptr inbounds nuw i8, ptr %1595, i64 1600
-  %1653 = load float, ptr %1652, align 4, !tbaa !7
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1655, <16 x float> %1614)
-  %1657 = getelementptr inbounds nuw i8, ptr %1595, i64 2112
-  %1658 = load float, ptr %1657, align 4, !tbaa !7
-  %1659 = insertelement <16 x float> poison, float %1658, i64 0
-  %1660 = shufflevector <16 x float> %1659, <16 x float> poison, <16 x i32> zeroinitializer
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1660, <16 x float> %1619)
-  %1662 = getelementptr inbounds nuw i8, ptr %1595, i64 2624
-  %1663 = load float, ptr %1662, align 4, !tbaa !7
-  %1664 = insertelement <16 x float> poison, float %1663, i64 0
-  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1665, <16 x float> %1624)
-  %1667 = getelementptr inbounds nuw i8, ptr %1595, i64 3136
-  %1668 = load float, ptr %1667, align 4, !tbaa !7
-  %1669 = insertelement <16 x float> poison, float %1668, i64 0
-  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1670, <16 x float> %1629)
-  %1672 = getelementptr inbounds nuw i8, ptr %1595, i64 3648
-  %1673 = load float, ptr %1672, align 4, !tbaa !7
-  %1674 = insertelement <16 x float> poison, float %1673, i64 0
-  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1675, <16 x float> %1634)
+  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1633, <16 x float> %1592)
+  %1635 = getelementptr inbounds nuw i8, ptr %1588, i64 576
+  %1636 = load float, ptr %1635, align 4, !tbaa !7
+  %1637 = insertelement <16 x float> poison, float %1636, i64 0
+  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1638, <16 x float> %1597)
+  %1640 = getelementptr inbounds nuw i8, ptr %1588, i64 1088
+  %1641 = load float, ptr %1640, align 4, !tbaa !7
+  %1642 = insertelement <16 x float> poison, float %1641, i64 0
+  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1643, <16 x float> %1602)
+  %1645 = getelementptr inbounds nuw i8, ptr %1588, i64 1600
+  %1646 = load float, ptr %1645, align 4, !tbaa !7
+  %1647 = insertelement <16 x float> poison, float %1646, i64 0
+  %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
+  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1648, <16 x float> %1607)
+  %1650 = getelementptr inbounds nuw i8, ptr %1588, i64 2112
+  %1651 = load float, ptr %1650, align 4, !tbaa !7
+  %1652 = insertelement <16 x float> poison, float %1651, i64 0
+  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
+  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1653, <16 x float> %1612)
+  %1655 = getelementptr inbounds nuw i8, ptr %1588, i64 2624
+  %1656 = load float, ptr %1655, align 4, !tbaa !7
+  %1657 = insertelement <16 x float> poison, float %1656, i64 0
+  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
+  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1658, <16 x float> %1617)
+  %1660 = getelementptr inbounds nuw i8, ptr %1588, i64 3136
+  %1661 = load float, ptr %1660, align 4, !tbaa !7
+  %1662 = insertelement <16 x float> poison, float %1661, i64 0
+  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1663, <16 x float> %1622)
+  %1665 = getelementptr inbounds nuw i8, ptr %1588, i64 3648
+  %1666 = load float, ptr %1665, align 4, !tbaa !7
+  %1667 = insertelement <16 x float> poison, float %1666, i64 0
+  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1629, <16 x float> %1668, <16 x float> %1627)
   %indvars.iv.next1443.i = add nuw nsw i64 %indvars.iv1442.i, 1
   %exitcond1446.not.i = icmp eq i64 %indvars.iv.next1443.i, 16
   br i1 %exitcond1446.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !22
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1677 = getelementptr inbounds nuw i8, ptr %1456, i64 128
+  %1670 = getelementptr inbounds nuw i8, ptr %1449, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
   %indvars.iv1442.1.i = phi i64 [ %indvars.iv.next1443.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.0.1992.1.i = phi <16 x float> [ %1726, %for_begin_d_2.preheader.1.i ], [ %1641, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.4.1991.1.i = phi <16 x float> [ %1731, %for_begin_d_2.preheader.1.i ], [ %1646, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.8.1990.1.i = phi <16 x float> [ %1736, %for_begin_d_2.preheader.1.i ], [ %1651, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.12.1989.1.i = phi <16 x float> [ %1741, %for_begin_d_2.preheader.1.i ], [ %1656, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.16.1988.1.i = phi <16 x float> [ %1746, %for_begin_d_2.preheader.1.i ], [ %1661, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.20.1987.1.i = phi <16 x float> [ %1751, %for_begin_d_2.preheader.1.i ], [ %1666, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.24.1986.1.i = phi <16 x float> [ %1756, %for_begin_d_2.preheader.1.i ], [ %1671, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global637.sroa.28.1985.1.i = phi <16 x float> [ %1761, %for_begin_d_2.preheader.1.i ], [ %1676, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.0.1992.1.i = phi <16 x float> [ %1719, %for_begin_d_2.preheader.1.i ], [ %1634, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.4.1991.1.i = phi <16 x float> [ %1724, %for_begin_d_2.preheader.1.i ], [ %1639, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.8.1990.1.i = phi <16 x float> [ %1729, %for_begin_d_2.preheader.1.i ], [ %1644, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.12.1989.1.i = phi <16 x float> [ %1734, %for_begin_d_2.preheader.1.i ], [ %1649, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.16.1988.1.i = phi <16 x float> [ %1739, %for_begin_d_2.preheader.1.i ], [ %1654, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.20.1987.1.i = phi <16 x float> [ %1744, %for_begin_d_2.preheader.1.i ], [ %1659, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.24.1986.1.i = phi <16 x float> [ %1749, %for_begin_d_2.preheader.1.i ], [ %1664, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global637.sroa.28.1985.1.i = phi <16 x float> [ %1754, %for_begin_d_2.preheader.1.i ], [ %1669, %for_begin_d_2.preheader.1.i.preheader ]
   %.idx87 = shl i64 %indvars.iv1442.1.i, 8
   %gep222 = getelementptr i8, ptr %invariant.gep219, i64 %.idx87
-  %1678 = getelementptr i8, ptr %gep222, i64 4096
-  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !7
-  %1680 = getelementptr inbounds nuw float, ptr %1677, i64 %indvars.iv1442.1.i
-  %1681 = load float, ptr %1680, align 4, !tbaa !7
-  %1682 = insertelement <16 x float> poison, float %1681, i64 0
-  %1683 = shufflevector <16 x float> %1682, <16 x float> poison, <16 x i32> zeroinitializer
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1683, <16 x float> %scores_global637.sroa.0.1992.1.i)
-  %1685 = getelementptr inbounds nuw i8, ptr %1680, i64 512
-  %1686 = load float, ptr %1685, align 4, !tbaa !7
-  %1687 = insertelement <16 x float> poison, float %1686, i64 0
-  %1688 = shufflevector <16 x float> %1687, <16 x float> poison, <16 x i32> zeroinitializer
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1688, <16 x float> %scores_global637.sroa.4.1991.1.i)
-  %1690 = getelementptr inbounds nuw i8, ptr %1680, i64 1024
-  %1691 = load float, ptr %1690, align 4, !tbaa !7
-  %1692 = insertelement <16 x float> poison, float %1691, i64 0
-  %1693 = shufflevector <16 x float> %1692, <16 x float> poison, <16 x i32> zeroinitializer
-  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1693, <16 x float> %scores_global637.sroa.8.1990.1.i)
-  %1695 = getelementptr inbounds nuw i8, ptr %1680, i64 1536
-  %1696 = load float, ptr %1695, align 4, !tbaa !7
-  %1697 = insertelement <16 x float> poison, float %1696, i64 0
-  %1698 = shufflevector <16 x float> %1697, <16 x float> poison, <16 x i32> zeroinitializer
-  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1698, <16 x float> %scores_global637.sroa.12.1989.1.i)
-  %1700 = getelementptr inbounds nuw i8, ptr %1680, i64 2048
-  %1701 = load float, ptr %1700, align 4, !tbaa !7
-  %1702 = insertelement <16 x float> poison, float %1701, i64 0
-  %1703 = shufflevector <16 x float> %1702, <16 x float> poison, <16 x i32> zeroinitializer
-  %1704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1703, <16 x float> %scores_global637.sroa.16.1988.1.i)
-  %1705 = getelementptr inbounds nuw i8, ptr %1680, i64 2560
-  %1706 = load float, ptr %1705, align 4, !tbaa !7
-  %1707 = insertelement <16 x float> poison, float %1706, i64 0
-  %1708 = shufflevector <16 x float> %1707, <16 x float> poison, <16 x i32> zeroinitializer
-  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1708, <16 x float> %scores_global637.sroa.20.1987.1.i)
-  %1710 = getelementptr inbounds nuw i8, ptr %1680, i64 3072
-  %1711 = load float, ptr %1710, align 4, !tbaa !7
-  %1712 = insertelement <16 x float> poison, float %1711, i64 0
-  %1713 = shufflevector <16 x float> %1712, <16 x float> poison, <16 x i32> zeroinitializer
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1713, <16 x float> %scores_global637.sroa.24.1986.1.i)
-  %1715 = getelementptr inbounds nuw i8, ptr %1680, i64 3584
+  %1671 = getelementptr i8, ptr %gep222, i64 4096
+  %1672 = load <16 x float>, ptr %1671, align 4, !tbaa !7
+  %1673 = getelementptr inbounds nuw float, ptr %1670, i64 %indvars.iv1442.1.i
+  %1674 = load float, ptr %1673, align 4, !tbaa !7
+  %1675 = insertelement <16 x float> poison, float %1674, i64 0
+  %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1676, <16 x float> %scores_global637.sroa.0.1992.1.i)
+  %1678 = getelementptr inbounds nuw i8, ptr %1673, i64 512
+  %1679 = load float, ptr %1678, align 4, !tbaa !7
+  %1680 = insertelement <16 x float> poison, float %1679, i64 0
+  %1681 = shufflevector <16 x float> %1680, <16 x float> poison, <16 x i32> zeroinitializer
+  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1681, <16 x float> %scores_global637.sroa.4.1991.1.i)
+  %1683 = getelementptr inbounds nuw i8, ptr %1673, i64 1024
+  %1684 = load float, ptr %1683, align 4, !tbaa !7
+  %1685 = insertelement <16 x float> poison, float %1684, i64 0
+  %1686 = shufflevector <16 x float> %1685, <16 x float> poison, <16 x i32> zeroinitializer
+  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1686, <16 x float> %scores_global637.sroa.8.1990.1.i)
+  %1688 = getelementptr inbounds nuw i8, ptr %1673, i64 1536
+  %1689 = load float, ptr %1688, align 4, !tbaa !7
+  %1690 = insertelement <16 x float> poison, float %1689, i64 0
+  %1691 = shufflevector <16 x float> %1690, <16 x float> poison, <16 x i32> zeroinitializer
+  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1691, <16 x float> %scores_global637.sroa.12.1989.1.i)
+  %1693 = getelementptr inbounds nuw i8, ptr %1673, i64 2048
+  %1694 = load float, ptr %1693, align 4, !tbaa !7
+  %1695 = insertelement <16 x float> poison, float %1694, i64 0
+  %1696 = shufflevector <16 x float> %1695, <16 x float> poison, <16 x i32> zeroinitializer
+  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1696, <16 x float> %scores_global637.sroa.16.1988.1.i)
+  %1698 = getelementptr inbounds nuw i8, ptr %1673, i64 2560
+  %1699 = load float, ptr %1698, align 4, !tbaa !7
+  %1700 = insertelement <16 x float> poison, float %1699, i64 0
+  %1701 = shufflevector <16 x float> %1700, <16 x float> poison, <16 x i32> zeroinitializer
+  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1701, <16 x float> %scores_global637.sroa.20.1987.1.i)
+  %1703 = getelementptr inbounds nuw i8, ptr %1673, i64 3072
+  %1704 = load float, ptr %1703, align 4, !tbaa !7
+  %1705 = insertelement <16 x float> poison, float %1704, i64 0
+  %1706 = shufflevector <16 x float> %1705, <16 x float> poison, <16 x i32> zeroinitializer
+  %1707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1706, <16 x float> %scores_global637.sroa.24.1986.1.i)
+  %1708 = getelementptr inbounds nuw i8, ptr %1673, i64 3584
+  %1709 = load float, ptr %1708, align 4, !tbaa !7
+  %1710 = insertelement <16 x float> poison, float %1709, i64 0
+  %1711 = shufflevector <16 x float> %1710, <16 x float> poison, <16 x i32> zeroinitializer
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> %1711, <16 x float> %scores_global637.sroa.28.1985.1.i)
+  %1713 = getelementptr i8, ptr %gep222, i64 4224
+  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !7
+  %1715 = getelementptr inbounds nuw i8, ptr %1673, i64 64
   %1716 = load float, ptr %1715, align 4, !tbaa !7
   %1717 = insertelement <16 x float> poison, float %1716, i64 0
   %1718 = shufflevector <16 x float> %1717, <16 x float> poison, <16 x i32> zeroinitializer
-  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1679, <16 x float> %1718, <16 x float> %scores_global637.sroa.28.1985.1.i)
-  %1720 = getelementptr i8, ptr %gep222, i64 4224
-  %1721 = load <16 x float>, ptr %1720, align 4, !tbaa !7
-  %1722 = getelementptr inbounds nuw i8, ptr %1680, i64 64
-  %1723 = load float, ptr %1722, align 4, !tbaa !7
-  %1724 = insertelement <16 x float> poison, float %1723, i64 0
-  %1725 = shufflevector <16 x float> %1724, <16 x float> poison, <16 x i32> zeroinitializer
-  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1725, <16 x float> %1684)
-  %1727 = getelementptr inbounds nuw i8, ptr %1680, i64 576
-  %1728 = load float, ptr %1727, align 4, !tbaa !7
-  %1729 = insertelement <16 x float> poison, float %1728, i64 0
-  %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
-  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1730, <16 x float> %1689)
-  %1732 = getelementptr inbounds nuw i8, ptr %1680, i64 1088
-  %1733 = load float, ptr %1732, align 4, !tbaa !7
-  %1734 = insertelement <16 x float> poison, float %1733, i64 0
-  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
-  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1735, <16 x float> %1694)
-  %1737 = getelementptr inbounds nuw i8, ptr %1680, i64 1600
-  %1738 = load float, ptr %1737, align 4, !tbaa !7
-  %1739 = insertelement <16 x float> poison, float %1738, i64 0
-  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
-  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1740, <16 x float> %1699)
-  %1742 = getelementptr inbounds nuw i8, ptr %1680, i64 2112
-  %1743 = load float, ptr %1742, align 4, !tbaa !7
-  %1744 = insertelement <16 x float> poison, float %1743, i64 0
-  %1745 = shufflevector <16 x float> %1744, <16 x float> poison, <16 x i32> zeroinitializer
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1745, <16 x float> %1704)
-  %1747 = getelementptr inbounds nuw i8, ptr %1680, i64 2624
-  %1748 = load float, ptr %1747, align 4, !tbaa !7
-  %1749 = insertelement <16 x float> poison, float %1748, i64 0
-  %1750 = shufflevector <16 x float> %1749, <16 x float> poison, <16 x i32> zeroinitializer
-  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1750, <16 x float> %1709)
-  %1752 = getelementptr inbounds nuw i8, ptr %1680, i64 3136
-  %1753 = load float, ptr %1752, align 4, !tbaa !7
-  %1754 = insertelement <16 x float> poison, float %1753, i64 0
-  %1755 = shufflevector <16 x float> %1754, <16 x float> poison, <16 x i32> zeroinitializer
-  %1756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1755, <16 x float> %1714)
-  %1757 = getelementptr inbounds nuw i8, ptr %1680, i64 3648
-  %1758 = load float, ptr %1757, align 4, !tbaa !7
-  %1759 = insertelement <16 x float> poison, float %1758, i64 0
-  %1760 = shufflevector <16 x float> %1759, <16 x float> poison, <16 x i32> zeroinitializer
-  %1761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> %1760, <16 x float> %1719)
+  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1718, <16 x float> %1677)
+  %1720 = getelementptr inbounds nuw i8, ptr %1673, i64 576
+  %1721 = load float, ptr %1720, align 4, !tbaa !7
+  %1722 = insertelement <16 x float> poison, float %1721, i64 0
+  %1723 = shufflevector <16 x float> %1722, <16 x float> poison, <16 x i32> zeroinitializer
+  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1723, <16 x float> %1682)
+  %1725 = getelementptr inbounds nuw i8, ptr %1673, i64 1088
+  %1726 = load float, ptr %1725, align 4, !tbaa !7
+  %1727 = insertelement <16 x float> poison, float %1726, i64 0
+  %1728 = shufflevector <16 x float> %1727, <16 x float> poison, <16 x i32> zeroinitializer
+  %1729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1728, <16 x float> %1687)
+  %1730 = getelementptr inbounds nuw i8, ptr %1673, i64 1600
+  %1731 = load float, ptr %1730, align 4, !tbaa !7
+  %1732 = insertelement <16 x float> poison, float %1731, i64 0
+  %1733 = shufflevector <16 x float> %1732, <16 x float> poison, <16 x i32> zeroinitializer
+  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1733, <16 x float> %1692)
+  %1735 = getelementptr inbounds nuw i8, ptr %1673, i64 2112
+  %1736 = load float, ptr %1735, align 4, !tbaa !7
+  %1737 = insertelement <16 x float> poison, float %1736, i64 0
+  %1738 = shufflevector <16 x float> %1737, <16 x float> poison, <16 x i32> zeroinitializer
+  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1738, <16 x float> %1697)
+  %1740 = getelementptr inbounds nuw i8, ptr %1673, i64 2624
+  %1741 = load float, ptr %1740, align 4, !tbaa !7
+  %1742 = insertelement <16 x float> poison, float %1741, i64 0
+  %1743 = shufflevector <16 x float> %1742, <16 x float> poison, <16 x i32> zeroinitializer
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1743, <16 x float> %1702)
+  %1745 = getelementptr inbounds nuw i8, ptr %1673, i64 3136
+  %1746 = load float, ptr %1745, align 4, !tbaa !7
+  %1747 = insertelement <16 x float> poison, float %1746, i64 0
+  %1748 = shufflevector <16 x float> %1747, <16 x float> poison, <16 x i32> zeroinitializer
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1748, <16 x float> %1707)
+  %1750 = getelementptr inbounds nuw i8, ptr %1673, i64 3648
+  %1751 = load float, ptr %1750, align 4, !tbaa !7
+  %1752 = insertelement <16 x float> poison, float %1751, i64 0
+  %1753 = shufflevector <16 x float> %1752, <16 x float> poison, <16 x i32> zeroinitializer
+  %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1714, <16 x float> %1753, <16 x float> %1712)
   %indvars.iv.next1443.1.i = add nuw nsw i64 %indvars.iv1442.1.i, 1
   %exitcond1446.1.not.i = icmp eq i64 %indvars.iv.next1443.1.i, 16
   br i1 %exitcond1446.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !22
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1762 = getelementptr inbounds nuw i8, ptr %1456, i64 256
+  %1755 = getelementptr inbounds nuw i8, ptr %1449, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
   %indvars.iv1442.2.i = phi i64 [ %indvars.iv.next1443.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.0.1992.2.i = phi <16 x float> [ %1811, %for_begin_d_2.preheader.2.i ], [ %1726, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.4.1991.2.i = phi <16 x float> [ %1816, %for_begin_d_2.preheader.2.i ], [ %1731, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.8.1990.2.i = phi <16 x float> [ %1821, %for_begin_d_2.preheader.2.i ], [ %1736, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.12.1989.2.i = phi <16 x float> [ %1826, %for_begin_d_2.preheader.2.i ], [ %1741, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.16.1988.2.i = phi <16 x float> [ %1831, %for_begin_d_2.preheader.2.i ], [ %1746, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.20.1987.2.i = phi <16 x float> [ %1836, %for_begin_d_2.preheader.2.i ], [ %1751, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.24.1986.2.i = phi <16 x float> [ %1841, %for_begin_d_2.preheader.2.i ], [ %1756, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global637.sroa.28.1985.2.i = phi <16 x float> [ %1846, %for_begin_d_2.preheader.2.i ], [ %1761, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.0.1992.2.i = phi <16 x float> [ %1804, %for_begin_d_2.preheader.2.i ], [ %1719, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.4.1991.2.i = phi <16 x float> [ %1809, %for_begin_d_2.preheader.2.i ], [ %1724, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.8.1990.2.i = phi <16 x float> [ %1814, %for_begin_d_2.preheader.2.i ], [ %1729, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.12.1989.2.i = phi <16 x float> [ %1819, %for_begin_d_2.preheader.2.i ], [ %1734, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.16.1988.2.i = phi <16 x float> [ %1824, %for_begin_d_2.preheader.2.i ], [ %1739, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.20.1987.2.i = phi <16 x float> [ %1829, %for_begin_d_2.preheader.2.i ], [ %1744, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.24.1986.2.i = phi <16 x float> [ %1834, %for_begin_d_2.preheader.2.i ], [ %1749, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global637.sroa.28.1985.2.i = phi <16 x float> [ %1839, %for_begin_d_2.preheader.2.i ], [ %1754, %for_begin_d_2.preheader.2.i.preheader ]
   %.idx88 = shl i64 %indvars.iv1442.2.i, 8
   %gep224 = getelementptr i8, ptr %invariant.gep219, i64 %.idx88
-  %1763 = getelementptr i8, ptr %gep224, i64 8192
-  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !7
-  %1765 = getelementptr inbounds nuw float, ptr %1762, i64 %indvars.iv1442.2.i
-  %1766 = load float, ptr %1765, align 4, !tbaa !7
-  %1767 = insertelement <16 x float> poison, float %1766, i64 0
-  %1768 = shufflevector <16 x float> %1767, <16 x float> poison, <16 x i32> zeroinitializer
-  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1768, <16 x float> %scores_global637.sroa.0.1992.2.i)
-  %1770 = getelementptr inbounds nuw i8, ptr %1765, i64 512
-  %1771 = load float, ptr %1770, align 4, !tbaa !7
-  %1772 = insertelement <16 x float> poison, float %1771, i64 0
-  %1773 = shufflevector <16 x float> %1772, <16 x float> poison, <16 x i32> zeroinitializer
-  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1773, <16 x float> %scores_global637.sroa.4.1991.2.i)
-  %1775 = getelementptr inbounds nuw i8, ptr %1765, i64 1024
-  %1776 = load float, ptr %1775, align 4, !tbaa !7
-  %1777 = insertelement <16 x float> poison, float %1776, i64 0
-  %1778 = shufflevector <16 x float> %1777, <16 x float> poison, <16 x i32> zeroinitializer
-  %1779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1778, <16 x float> %scores_global637.sroa.8.1990.2.i)
-  %1780 = getelementptr inbounds nuw i8, ptr %1765, i64 1536
-  %1781 = load float, ptr %1780, align 4, !tbaa !7
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1783, <16 x float> %scores_global637.sroa.12.1989.2.i)
-  %1785 = getelementptr inbounds nuw i8, ptr %1765, i64 2048
-  %1786 = load float, ptr %1785, align 4, !tbaa !7
-  %1787 = insertelement <16 x float> poison, float %1786, i64 0
-  %1788 = shufflevector <16 x float> %1787, <16 x float> poison, <16 x i32> zeroinitializer
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1788, <16 x float> %scores_global637.sroa.16.1988.2.i)
-  %1790 = getelementptr inbounds nuw i8, ptr %1765, i64 2560
-  %1791 = load float, ptr %1790, align 4, !tbaa !7
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1793, <16 x float> %scores_global637.sroa.20.1987.2.i)
-  %1795 = getelementptr inbounds nuw i8, ptr %1765, i64 3072
-  %1796 = load float, ptr %1795, align 4, !tbaa !7
-  %1797 = insertelement <16 x float> poison, float %1796, i64 0
-  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1798, <16 x float> %scores_global637.sroa.24.1986.2.i)
-  %1800 = getelementptr inbounds nuw i8, ptr %1765, i64 3584
+  %1756 = getelementptr i8, ptr %gep224, i64 8192
+  %1757 = load <16 x float>, ptr %1756, align 4, !tbaa !7
+  %1758 = getelementptr inbounds nuw float, ptr %1755, i64 %indvars.iv1442.2.i
+  %1759 = load float, ptr %1758, align 4, !tbaa !7
+  %1760 = insertelement <16 x float> poison, float %1759, i64 0
+  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1761, <16 x float> %scores_global637.sroa.0.1992.2.i)
+  %1763 = getelementptr inbounds nuw i8, ptr %1758, i64 512
+  %1764 = load float, ptr %1763, align 4, !tbaa !7
+  %1765 = insertelement <16 x float> poison, float %1764, i64 0
+  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
+  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1766, <16 x float> %scores_global637.sroa.4.1991.2.i)
+  %1768 = getelementptr inbounds nuw i8, ptr %1758, i64 1024
+  %1769 = load float, ptr %1768, align 4, !tbaa !7
+  %1770 = insertelement <16 x float> poison, float %1769, i64 0
+  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1771, <16 x float> %scores_global637.sroa.8.1990.2.i)
+  %1773 = getelementptr inbounds nuw i8, ptr %1758, i64 1536
+  %1774 = load float, ptr %1773, align 4, !tbaa !7
+  %1775 = insertelement <16 x float> poison, float %1774, i64 0
+  %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1776, <16 x float> %scores_global637.sroa.12.1989.2.i)
+  %1778 = getelementptr inbounds nuw i8, ptr %1758, i64 2048
+  %1779 = load float, ptr %1778, align 4, !tbaa !7
+  %1780 = insertelement <16 x float> poison, float %1779, i64 0
+  %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
+  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1781, <16 x float> %scores_global637.sroa.16.1988.2.i)
+  %1783 = getelementptr inbounds nuw i8, ptr %1758, i64 2560
+  %1784 = load float, ptr %1783, align 4, !tbaa !7
+  %1785 = insertelement <16 x float> poison, float %1784, i64 0
+  %1786 = shufflevector <16 x float> %1785, <16 x float> poison, <16 x i32> zeroinitializer
+  %1787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1786, <16 x float> %scores_global637.sroa.20.1987.2.i)
+  %1788 = getelementptr inbounds nuw i8, ptr %1758, i64 3072
+  %1789 = load float, ptr %1788, align 4, !tbaa !7
+  %1790 = insertelement <16 x float> poison, float %1789, i64 0
+  %1791 = shufflevector <16 x float> %1790, <16 x float> poison, <16 x i32> zeroinitializer
+  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1791, <16 x float> %scores_global637.sroa.24.1986.2.i)
+  %1793 = getelementptr inbounds nuw i8, ptr %1758, i64 3584
+  %1794 = load float, ptr %1793, align 4, !tbaa !7
+  %1795 = insertelement <16 x float> poison, float %1794, i64 0
+  %1796 = shufflevector <16 x float> %1795, <16 x float> poison, <16 x i32> zeroinitializer
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %1796, <16 x float> %scores_global637.sroa.28.1985.2.i)
+  %1798 = getelementptr i8, ptr %gep224, i64 8320
+  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !7
+  %1800 = getelementptr inbounds nuw i8, ptr %1758, i64 64
   %1801 = load float, ptr %1800, align 4, !tbaa !7
   %1802 = insertelement <16 x float> poison, float %1801, i64 0
   %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1803, <16 x float> %scores_global637.sroa.28.1985.2.i)
-  %1805 = getelementptr i8, ptr %gep224, i64 8320
-  %1806 = load <16 x float>, ptr %1805, align 4, !tbaa !7
-  %1807 = getelementptr inbounds nuw i8, ptr %1765, i64 64
-  %1808 = load float, ptr %1807, align 4, !tbaa !7
-  %1809 = insertelement <16 x float> poison, float %1808, i64 0
-  %1810 = shufflevector <16 x float> %1809, <16 x float> poison, <16 x i32> zeroinitializer
-  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1810, <16 x float> %1769)
-  %1812 = getelementptr inbounds nuw i8, ptr %1765, i64 576
-  %1813 = load float, ptr %1812, align 4, !tbaa !7
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1815, <16 x float> %1774)
-  %1817 = getelementptr inbounds nuw i8, ptr %1765, i64 1088
-  %1818 = load float, ptr %1817, align 4, !tbaa !7
-  %1819 = insertelement <16 x float> poison, float %1818, i64 0
-  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1820, <16 x float> %1779)
-  %1822 = getelementptr inbounds nuw i8, ptr %1765, i64 1600
-  %1823 = load float, ptr %1822, align 4, !tbaa !7
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1825, <16 x float> %1784)
-  %1827 = getelementptr inbounds nuw i8, ptr %1765, i64 2112
-  %1828 = load float, ptr %1827, align 4, !tbaa !7
-  %1829 = insertelement <16 x float> poison, float %1828, i64 0
-  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1830, <16 x float> %1789)
-  %1832 = getelementptr inbounds nuw i8, ptr %1765, i64 2624
-  %1833 = load float, ptr %1832, align 4, !tbaa !7
-  %1834 = insertelement <16 x float> poison, float %1833, i64 0
-  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1835, <16 x float> %1794)
-  %1837 = getelementptr inbounds nuw i8, ptr %1765, i64 3136
-  %1838 = load float, ptr %1837, align 4, !tbaa !7
-  %1839 = insertelement <16 x float> poison, float %1838, i64 0
-  %1840 = shufflevector <16 x float> %1839, <16 x float> poison, <16 x i32> zeroinitializer
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1840, <16 x float> %1799)
-  %1842 = getelementptr inbounds nuw i8, ptr %1765, i64 3648
-  %1843 = load float, ptr %1842, align 4, !tbaa !7
-  %1844 = insertelement <16 x float> poison, float %1843, i64 0
-  %1845 = shufflevector <16 x float> %1844, <16 x float> poison, <16 x i32> zeroinitializer
-  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1806, <16 x float> %1845, <16 x float> %1804)
+  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1803, <16 x float> %1762)
+  %1805 = getelementptr inbounds nuw i8, ptr %1758, i64 576
+  %1806 = load float, ptr %1805, align 4, !tbaa !7
+  %1807 = insertelement <16 x float> poison, float %1806, i64 0
+  %1808 = shufflevector <16 x float> %1807, <16 x float> poison, <16 x i32> zeroinitializer
+  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1808, <16 x float> %1767)
+  %1810 = getelementptr inbounds nuw i8, ptr %1758, i64 1088
+  %1811 = load float, ptr %1810, align 4, !tbaa !7
+  %1812 = insertelement <16 x float> poison, float %1811, i64 0
+  %1813 = shufflevector <16 x float> %1812, <16 x float> poison, <16 x i32> zeroinitializer
+  %1814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1813, <16 x float> %1772)
+  %1815 = getelementptr inbounds nuw i8, ptr %1758, i64 1600
+  %1816 = load float, ptr %1815, align 4, !tbaa !7
+  %1817 = insertelement <16 x float> poison, float %1816, i64 0
+  %1818 = shufflevector <16 x float> %1817, <16 x float> poison, <16 x i32> zeroinitializer
+  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1818, <16 x float> %1777)
+  %1820 = getelementptr inbounds nuw i8, ptr %1758, i64 2112
+  %1821 = load float, ptr %1820, align 4, !tbaa !7
+  %1822 = insertelement <16 x float> poison, float %1821, i64 0
+  %1823 = shufflevector <16 x float> %1822, <16 x float> poison, <16 x i32> zeroinitializer
+  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1823, <16 x float> %1782)
+  %1825 = getelementptr inbounds nuw i8, ptr %1758, i64 2624
+  %1826 = load float, ptr %1825, align 4, !tbaa !7
+  %1827 = insertelement <16 x float> poison, float %1826, i64 0
+  %1828 = shufflevector <16 x float> %1827, <16 x float> poison, <16 x i32> zeroinitializer
+  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1828, <16 x float> %1787)
+  %1830 = getelementptr inbounds nuw i8, ptr %1758, i64 3136
+  %1831 = load float, ptr %1830, align 4, !tbaa !7
+  %1832 = insertelement <16 x float> poison, float %1831, i64 0
+  %1833 = shufflevector <16 x float> %1832, <16 x float> poison, <16 x i32> zeroinitializer
+  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1833, <16 x float> %1792)
+  %1835 = getelementptr inbounds nuw i8, ptr %1758, i64 3648
+  %1836 = load float, ptr %1835, align 4, !tbaa !7
+  %1837 = insertelement <16 x float> poison, float %1836, i64 0
+  %1838 = shufflevector <16 x float> %1837, <16 x float> poison, <16 x i32> zeroinitializer
+  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1838, <16 x float> %1797)
   %indvars.iv.next1443.2.i = add nuw nsw i64 %indvars.iv1442.2.i, 1
   %exitcond1446.2.not.i = icmp eq i64 %indvars.iv.next1443.2.i, 16
   br i1 %exitcond1446.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !22
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1847 = getelementptr inbounds nuw i8, ptr %1456, i64 384
+  %1840 = getelementptr inbounds nuw i8, ptr %1449, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
   %indvars.iv1442.3.i = phi i64 [ %indvars.iv.next1443.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.0.1992.3.i = phi <16 x float> [ %1896, %for_begin_d_2.preheader.3.i ], [ %1811, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.4.1991.3.i = phi <16 x float> [ %1901, %for_begin_d_2.preheader.3.i ], [ %1816, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.8.1990.3.i = phi <16 x float> [ %1906, %for_begin_d_2.preheader.3.i ], [ %1821, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.12.1989.3.i = phi <16 x float> [ %1911, %for_begin_d_2.preheader.3.i ], [ %1826, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.16.1988.3.i = phi <16 x float> [ %1916, %for_begin_d_2.preheader.3.i ], [ %1831, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.20.1987.3.i = phi <16 x float> [ %1921, %for_begin_d_2.preheader.3.i ], [ %1836, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.24.1986.3.i = phi <16 x float> [ %1926, %for_begin_d_2.preheader.3.i ], [ %1841, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global637.sroa.28.1985.3.i = phi <16 x float> [ %1931, %for_begin_d_2.preheader.3.i ], [ %1846, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.0.1992.3.i = phi <16 x float> [ %1889, %for_begin_d_2.preheader.3.i ], [ %1804, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.4.1991.3.i = phi <16 x float> [ %1894, %for_begin_d_2.preheader.3.i ], [ %1809, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.8.1990.3.i = phi <16 x float> [ %1899, %for_begin_d_2.preheader.3.i ], [ %1814, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.12.1989.3.i = phi <16 x float> [ %1904, %for_begin_d_2.preheader.3.i ], [ %1819, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.16.1988.3.i = phi <16 x float> [ %1909, %for_begin_d_2.preheader.3.i ], [ %1824, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.20.1987.3.i = phi <16 x float> [ %1914, %for_begin_d_2.preheader.3.i ], [ %1829, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.24.1986.3.i = phi <16 x float> [ %1919, %for_begin_d_2.preheader.3.i ], [ %1834, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global637.sroa.28.1985.3.i = phi <16 x float> [ %1924, %for_begin_d_2.preheader.3.i ], [ %1839, %for_begin_d_2.preheader.3.i.preheader ]
   %.idx89 = shl i64 %indvars.iv1442.3.i, 8
   %gep226 = getelementptr i8, ptr %invariant.gep219, i64 %.idx89
-  %1848 = getelementptr i8, ptr %gep226, i64 12288
-  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !7
-  %1850 = getelementptr inbounds nuw float, ptr %1847, i64 %indvars.iv1442.3.i
-  %1851 = load float, ptr %1850, align 4, !tbaa !7
-  %1852 = insertelement <16 x float> poison, float %1851, i64 0
-  %1853 = shufflevector <16 x float> %1852, <16 x float> poison, <16 x i32> zeroinitializer
-  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1853, <16 x float> %scores_global637.sroa.0.1992.3.i)
-  %1855 = getelementptr inbounds nuw i8, ptr %1850, i64 512
-  %1856 = load float, ptr %1855, align 4, !tbaa !7
-  %1857 = insertelement <16 x float> poison, float %1856, i64 0
-  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1858, <16 x float> %scores_global637.sroa.4.1991.3.i)
-  %1860 = getelementptr inbounds nuw i8, ptr %1850, i64 1024
-  %1861 = load float, ptr %1860, align 4, !tbaa !7
-  %1862 = insertelement <16 x float> poison, float %1861, i64 0
-  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1863, <16 x float> %scores_global637.sroa.8.1990.3.i)
-  %1865 = getelementptr inbounds nuw i8, ptr %1850, i64 1536
-  %1866 = load float, ptr %1865, align 4, !tbaa !7
-  %1867 = insertelement <16 x float> poison, float %1866, i64 0
-  %1868 = shufflevector <16 x float> %1867, <16 x float> poison, <16 x i32> zeroinitializer
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1868, <16 x float> %scores_global637.sroa.12.1989.3.i)
-  %1870 = getelementptr inbounds nuw i8, ptr %1850, i64 2048
-  %1871 = load float, ptr %1870, align 4, !tbaa !7
-  %1872 = insertelement <16 x float> poison, float %1871, i64 0
-  %1873 = shufflevector <16 x float> %1872, <16 x float> poison, <16 x i32> zeroinitializer
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1873, <16 x float> %scores_global637.sroa.16.1988.3.i)
-  %1875 = getelementptr inbounds nuw i8, ptr %1850, i64 2560
-  %1876 = load float, ptr %1875, align 4, !tbaa !7
-  %1877 = insertelement <16 x float> poison, float %1876, i64 0
-  %1878 = shufflevector <16 x float> %1877, <16 x float> poison, <16 x i32> zeroinitializer
-  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1878, <16 x float> %scores_global637.sroa.20.1987.3.i)
-  %1880 = getelementptr inbounds nuw i8, ptr %1850, i64 3072
-  %1881 = load float, ptr %1880, align 4, !tbaa !7
-  %1882 = insertelement <16 x float> poison, float %1881, i64 0
-  %1883 = shufflevector <16 x float> %1882, <16 x float> poison, <16 x i32> zeroinitializer
-  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1883, <16 x float> %scores_global637.sroa.24.1986.3.i)
-  %1885 = getelementptr inbounds nuw i8, ptr %1850, i64 3584
+  %1841 = getelementptr i8, ptr %gep226, i64 12288
+  %1842 = load <16 x float>, ptr %1841, align 4, !tbaa !7
+  %1843 = getelementptr inbounds nuw float, ptr %1840, i64 %indvars.iv1442.3.i
+  %1844 = load float, ptr %1843, align 4, !tbaa !7
+  %1845 = insertelement <16 x float> poison, float %1844, i64 0
+  %1846 = shufflevector <16 x float> %1845, <16 x float> poison, <16 x i32> zeroinitializer
+  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1846, <16 x float> %scores_global637.sroa.0.1992.3.i)
+  %1848 = getelementptr inbounds nuw i8, ptr %1843, i64 512
+  %1849 = load float, ptr %1848, align 4, !tbaa !7
+  %1850 = insertelement <16 x float> poison, float %1849, i64 0
+  %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
+  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1851, <16 x float> %scores_global637.sroa.4.1991.3.i)
+  %1853 = getelementptr inbounds nuw i8, ptr %1843, i64 1024
+  %1854 = load float, ptr %1853, align 4, !tbaa !7
+  %1855 = insertelement <16 x float> poison, float %1854, i64 0
+  %1856 = shufflevector <16 x float> %1855, <16 x float> poison, <16 x i32> zeroinitializer
+  %1857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1856, <16 x float> %scores_global637.sroa.8.1990.3.i)
+  %1858 = getelementptr inbounds nuw i8, ptr %1843, i64 1536
+  %1859 = load float, ptr %1858, align 4, !tbaa !7
+  %1860 = insertelement <16 x float> poison, float %1859, i64 0
+  %1861 = shufflevector <16 x float> %1860, <16 x float> poison, <16 x i32> zeroinitializer
+  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1861, <16 x float> %scores_global637.sroa.12.1989.3.i)
+  %1863 = getelementptr inbounds nuw i8, ptr %1843, i64 2048
+  %1864 = load float, ptr %1863, align 4, !tbaa !7
+  %1865 = insertelement <16 x float> poison, float %1864, i64 0
+  %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
+  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1866, <16 x float> %scores_global637.sroa.16.1988.3.i)
+  %1868 = getelementptr inbounds nuw i8, ptr %1843, i64 2560
+  %1869 = load float, ptr %1868, align 4, !tbaa !7
+  %1870 = insertelement <16 x float> poison, float %1869, i64 0
+  %1871 = shufflevector <16 x float> %1870, <16 x float> poison, <16 x i32> zeroinitializer
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1871, <16 x float> %scores_global637.sroa.20.1987.3.i)
+  %1873 = getelementptr inbounds nuw i8, ptr %1843, i64 3072
+  %1874 = load float, ptr %1873, align 4, !tbaa !7
+  %1875 = insertelement <16 x float> poison, float %1874, i64 0
+  %1876 = shufflevector <16 x float> %1875, <16 x float> poison, <16 x i32> zeroinitializer
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1876, <16 x float> %scores_global637.sroa.24.1986.3.i)
+  %1878 = getelementptr inbounds nuw i8, ptr %1843, i64 3584
+  %1879 = load float, ptr %1878, align 4, !tbaa !7
+  %1880 = insertelement <16 x float> poison, float %1879, i64 0
+  %1881 = shufflevector <16 x float> %1880, <16 x float> poison, <16 x i32> zeroinitializer
+  %1882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1881, <16 x float> %scores_global637.sroa.28.1985.3.i)
+  %1883 = getelementptr i8, ptr %gep226, i64 12416
+  %1884 = load <16 x float>, ptr %1883, align 4, !tbaa !7
+  %1885 = getelementptr inbounds nuw i8, ptr %1843, i64 64
   %1886 = load float, ptr %1885, align 4, !tbaa !7
   %1887 = insertelement <16 x float> poison, float %1886, i64 0
   %1888 = shufflevector <16 x float> %1887, <16 x float> poison, <16 x i32> zeroinitializer
-  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1888, <16 x float> %scores_global637.sroa.28.1985.3.i)
-  %1890 = getelementptr i8, ptr %gep226, i64 12416
-  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !7
-  %1892 = getelementptr inbounds nuw i8, ptr %1850, i64 64
-  %1893 = load float, ptr %1892, align 4, !tbaa !7
-  %1894 = insertelement <16 x float> poison, float %1893, i64 0
-  %1895 = shufflevector <16 x float> %1894, <16 x float> poison, <16 x i32> zeroinitializer
-  %1896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1895, <16 x float> %1854)
-  %1897 = getelementptr inbounds nuw i8, ptr %1850, i64 576
-  %1898 = load float, ptr %1897, align 4, !tbaa !7
-  %1899 = insertelement <16 x float> poison, float %1898, i64 0
-  %1900 = shufflevector <16 x float> %1899, <16 x float> poison, <16 x i32> zeroinitializer
-  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1900, <16 x float> %1859)
-  %1902 = getelementptr inbounds nuw i8, ptr %1850, i64 1088
-  %1903 = load float, ptr %1902, align 4, !tbaa !7
-  %1904 = insertelement <16 x float> poison, float %1903, i64 0
-  %1905 = shufflevector <16 x float> %1904, <16 x float> poison, <16 x i32> zeroinitializer
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1905, <16 x float> %1864)
-  %1907 = getelementptr inbounds nuw i8, ptr %1850, i64 1600
-  %1908 = load float, ptr %1907, align 4, !tbaa !7
-  %1909 = insertelement <16 x float> poison, float %1908, i64 0
-  %1910 = shufflevector <16 x float> %1909, <16 x float> poison, <16 x i32> zeroinitializer
-  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1910, <16 x float> %1869)
-  %1912 = getelementptr inbounds nuw i8, ptr %1850, i64 2112
-  %1913 = load float, ptr %1912, align 4, !tbaa !7
-  %1914 = insertelement <16 x float> poison, float %1913, i64 0
-  %1915 = shufflevector <16 x float> %1914, <16 x float> poison, <16 x i32> zeroinitializer
-  %1916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1915, <16 x float> %1874)
-  %1917 = getelementptr inbounds nuw i8, ptr %1850, i64 2624
-  %1918 = load float, ptr %1917, align 4, !tbaa !7
-  %1919 = insertelement <16 x float> poison, float %1918, i64 0
-  %1920 = shufflevector <16 x float> %1919, <16 x float> poison, <16 x i32> zeroinitializer
-  %1921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1920, <16 x float> %1879)
-  %1922 = getelementptr inbounds nuw i8, ptr %1850, i64 3136
-  %1923 = load float, ptr %1922, align 4, !tbaa !7
-  %1924 = insertelement <16 x float> poison, float %1923, i64 0
-  %1925 = shufflevector <16 x float> %1924, <16 x float> poison, <16 x i32> zeroinitializer
-  %1926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1925, <16 x float> %1884)
-  %1927 = getelementptr inbounds nuw i8, ptr %1850, i64 3648
-  %1928 = load float, ptr %1927, align 4, !tbaa !7
-  %1929 = insertelement <16 x float> poison, float %1928, i64 0
-  %1930 = shufflevector <16 x float> %1929, <16 x float> poison, <16 x i32> zeroinitializer
-  %1931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1930, <16 x float> %1889)
+  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1888, <16 x float> %1847)
+  %1890 = getelementptr inbounds nuw i8, ptr %1843, i64 576
+  %1891 = load float, ptr %1890, align 4, !tbaa !7
+  %1892 = insertelement <16 x float> poison, float %1891, i64 0
+  %1893 = shufflevector <16 x float> %1892, <16 x float> poison, <16 x i32> zeroinitializer
+  %1894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1893, <16 x float> %1852)
+  %1895 = getelementptr inbounds nuw i8, ptr %1843, i64 1088
+  %1896 = load float, ptr %1895, align 4, !tbaa !7
+  %1897 = insertelement <16 x float> poison, float %1896, i64 0
+  %1898 = shufflevector <16 x float> %1897, <16 x float> poison, <16 x i32> zeroinitializer
+  %1899 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1898, <16 x float> %1857)
+  %1900 = getelementptr inbounds nuw i8, ptr %1843, i64 1600
+  %1901 = load float, ptr %1900, align 4, !tbaa !7
+  %1902 = insertelement <16 x float> poison, float %1901, i64 0
+  %1903 = shufflevector <16 x float> %1902, <16 x float> poison, <16 x i32> zeroinitializer
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1903, <16 x float> %1862)
+  %1905 = getelementptr inbounds nuw i8, ptr %1843, i64 2112
+  %1906 = load float, ptr %1905, align 4, !tbaa !7
+  %1907 = insertelement <16 x float> poison, float %1906, i64 0
+  %1908 = shufflevector <16 x float> %1907, <16 x float> poison, <16 x i32> zeroinitializer
+  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1908, <16 x float> %1867)
+  %1910 = getelementptr inbounds nuw i8, ptr %1843, i64 2624
+  %1911 = load float, ptr %1910, align 4, !tbaa !7
+  %1912 = insertelement <16 x float> poison, float %1911, i64 0
+  %1913 = shufflevector <16 x float> %1912, <16 x float> poison, <16 x i32> zeroinitializer
+  %1914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1913, <16 x float> %1872)
+  %1915 = getelementptr inbounds nuw i8, ptr %1843, i64 3136
+  %1916 = load float, ptr %1915, align 4, !tbaa !7
+  %1917 = insertelement <16 x float> poison, float %1916, i64 0
+  %1918 = shufflevector <16 x float> %1917, <16 x float> poison, <16 x i32> zeroinitializer
+  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1918, <16 x float> %1877)
+  %1920 = getelementptr inbounds nuw i8, ptr %1843, i64 3648
+  %1921 = load float, ptr %1920, align 4, !tbaa !7
+  %1922 = insertelement <16 x float> poison, float %1921, i64 0
+  %1923 = shufflevector <16 x float> %1922, <16 x float> poison, <16 x i32> zeroinitializer
+  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1923, <16 x float> %1882)
   %indvars.iv.next1443.3.i = add nuw nsw i64 %indvars.iv1442.3.i, 1
   %exitcond1446.3.not.i = icmp eq i64 %indvars.iv.next1443.3.i, 16
   br i1 %exitcond1446.3.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.3.i, !prof !22
 
 for_body_to161.i:                                 ; preds = %for_end_d_0175.i, %for_body_to161.lr.ph.i
   %indvars.iv1433.i = phi i64 [ 0, %for_body_to161.lr.ph.i ], [ %indvars.iv.next1434.i, %for_end_d_0175.i ]
-  br i1 %1453, label %for_begin_line168.preheader.i, label %if_end167.i, !prof !6
+  br i1 %1446, label %for_begin_line168.preheader.i, label %if_end167.i, !prof !6
 
 for_begin_line168.preheader.i:                    ; preds = %for_body_to161.i
-  %1932 = trunc i64 %indvars.iv1433.i to i32
-  %1933 = add i32 %1454, %1932
-  %1934 = shl i32 %1933, 3
+  %1925 = trunc i64 %indvars.iv1433.i to i32
+  %1926 = add i32 %1447, %1925
+  %1927 = shl i32 %1926, 3
   br label %for_body_line169.i
 
 if_end167.i:                                      ; preds = %for_body_line169.i, %for_body_to161.i
-  %1935 = shl nsw i64 %indvars.iv1433.i, 10
-  %invariant.gep = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1935
+  %1928 = shl nsw i64 %indvars.iv1433.i, 10
+  %invariant.gep = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1928
   br label %for_begin_d_1178.preheader.i
 
 for_body_line169.i:                               ; preds = %for_body_line169.i, %for_begin_line168.preheader.i
-  %line172942.i = phi i32 [ 0, %for_begin_line168.preheader.i ], [ %1971, %for_body_line169.i ]
-  %1936 = lshr i32 %line172942.i, 2
-  %1937 = add nuw nsw i32 %1936, %1934
-  %1938 = srem i32 %1937, %num_kv_heads
-  %1939 = sext i32 %1938 to i64
-  %1940 = mul nsw i64 %k_head, %1939
-  %1941 = sdiv i32 %1937, %num_kv_heads
-  %1942 = sext i32 %1941 to i64
-  %1943 = getelementptr i64, ptr %key_offsets644.i, i64 %1942
-  %1944 = getelementptr i8, ptr %1943, i64 512
-  %1945 = load i64, ptr %1944, align 8, !tbaa !37
-  %1946 = shl nuw nsw i32 %line172942.i, 4
-  %1947 = and i32 %1946, 32
-  %1948 = zext nneg i32 %1947 to i64
-  %1949 = getelementptr i32, ptr %key_cache, i64 %1945
-  %1950 = getelementptr i32, ptr %1949, i64 %1948
-  %1951 = getelementptr i32, ptr %1950, i64 %540
-  %1952 = getelementptr i32, ptr %1951, i64 %1940
-  tail call void @llvm.prefetch.p0(ptr readonly %1952, i32 0, i32 2, i32 1)
-  %1953 = lshr i32 %line172942.i, 2
-  %1954 = add nuw nsw i32 %1953, %1934
-  %1955 = srem i32 %1954, %num_kv_heads
-  %1956 = sext i32 %1955 to i64
-  %1957 = mul nsw i64 %k_head, %1956
-  %1958 = sdiv i32 %1954, %num_kv_heads
-  %1959 = sext i32 %1958 to i64
-  %1960 = getelementptr i64, ptr %key_offsets644.i, i64 %1959
-  %1961 = getelementptr i8, ptr %1960, i64 512
-  %1962 = load i64, ptr %1961, align 8, !tbaa !37
-  %1963 = shl i32 %line172942.i, 4
-  %1964 = and i32 %1963, 32
-  %1965 = getelementptr i32, ptr %key_cache, i64 %1962
-  %1966 = zext nneg i32 %1964 to i64
-  %1967 = getelementptr i32, ptr %1965, i64 %1966
-  %1968 = getelementptr i8, ptr %1967, i64 64
-  %1969 = getelementptr i32, ptr %1968, i64 %540
-  %1970 = getelementptr i32, ptr %1969, i64 %1957
-  tail call void @llvm.prefetch.p0(ptr readonly %1970, i32 0, i32 2, i32 1)
-  %1971 = add nuw nsw i32 %line172942.i, 2
-  %exitcond1419.not.i.1 = icmp eq i32 %1971, 32
+  %line172942.i = phi i32 [ 0, %for_begin_line168.preheader.i ], [ %1964, %for_body_line169.i ]
+  %1929 = lshr i32 %line172942.i, 2
+  %1930 = add nuw nsw i32 %1929, %1927
+  %1931 = srem i32 %1930, %num_kv_heads
+  %1932 = sext i32 %1931 to i64
+  %1933 = mul nsw i64 %k_head, %1932
+  %1934 = sdiv i32 %1930, %num_kv_heads
+  %1935 = sext i32 %1934 to i64
+  %1936 = getelementptr i64, ptr %key_offsets644.i, i64 %1935
+  %1937 = getelementptr i8, ptr %1936, i64 512
+  %1938 = load i64, ptr %1937, align 8, !tbaa !37
+  %1939 = shl nuw nsw i32 %line172942.i, 4
+  %1940 = and i32 %1939, 32
+  %1941 = zext nneg i32 %1940 to i64
+  %1942 = getelementptr i32, ptr %key_cache, i64 %1938
+  %1943 = getelementptr i32, ptr %1942, i64 %1941
+  %1944 = getelementptr i32, ptr %1943, i64 %533
+  %1945 = getelementptr i32, ptr %1944, i64 %1933
+  tail call void @llvm.prefetch.p0(ptr readonly %1945, i32 0, i32 2, i32 1)
+  %1946 = lshr i32 %line172942.i, 2
+  %1947 = add nuw nsw i32 %1946, %1927
+  %1948 = srem i32 %1947, %num_kv_heads
+  %1949 = sext i32 %1948 to i64
+  %1950 = mul nsw i64 %k_head, %1949
+  %1951 = sdiv i32 %1947, %num_kv_heads
+  %1952 = sext i32 %1951 to i64
+  %1953 = getelementptr i64, ptr %key_offsets644.i, i64 %1952
+  %1954 = getelementptr i8, ptr %1953, i64 512
+  %1955 = load i64, ptr %1954, align 8, !tbaa !37
+  %1956 = shl i32 %line172942.i, 4
+  %1957 = and i32 %1956, 32
+  %1958 = getelementptr i32, ptr %key_cache, i64 %1955
+  %1959 = zext nneg i32 %1957 to i64
+  %1960 = getelementptr i32, ptr %1958, i64 %1959
+  %1961 = getelementptr i8, ptr %1960, i64 64
+  %1962 = getelementptr i32, ptr %1961, i64 %533
+  %1963 = getelementptr i32, ptr %1962, i64 %1950
+  tail call void @llvm.prefetch.p0(ptr readonly %1963, i32 0, i32 2, i32 1)
+  %1964 = add nuw nsw i32 %line172942.i, 2
+  %exitcond1419.not.i.1 = icmp eq i32 %1964, 32
   br i1 %exitcond1419.not.i.1, label %if_end167.i, label %for_body_line169.i, !prof !22, !llvm.loop !45
 
 for_begin_d_1178.preheader.i:                     ; preds = %for_end_d_1180.i, %if_end167.i
   %indvars.iv1429.i = phi i64 [ 0, %if_end167.i ], [ %indvars.iv.next1430.i, %for_end_d_1180.i ]
-  %scores_global165636.sroa.0.0970.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2027, %for_end_d_1180.i ]
-  %scores_global165636.sroa.4.0969.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2032, %for_end_d_1180.i ]
-  %scores_global165636.sroa.8.0968.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2037, %for_end_d_1180.i ]
-  %scores_global165636.sroa.12.0967.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2042, %for_end_d_1180.i ]
-  %scores_global165636.sroa.16.0966.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2047, %for_end_d_1180.i ]
-  %scores_global165636.sroa.20.0965.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2052, %for_end_d_1180.i ]
-  %scores_global165636.sroa.24.0964.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2057, %for_end_d_1180.i ]
-  %scores_global165636.sroa.28.0963.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2062, %for_end_d_1180.i ]
+  %scores_global165636.sroa.0.0970.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2020, %for_end_d_1180.i ]
+  %scores_global165636.sroa.4.0969.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2025, %for_end_d_1180.i ]
+  %scores_global165636.sroa.8.0968.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2030, %for_end_d_1180.i ]
+  %scores_global165636.sroa.12.0967.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2035, %for_end_d_1180.i ]
+  %scores_global165636.sroa.16.0966.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2040, %for_end_d_1180.i ]
+  %scores_global165636.sroa.20.0965.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2045, %for_end_d_1180.i ]
+  %scores_global165636.sroa.24.0964.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2050, %for_end_d_1180.i ]
+  %scores_global165636.sroa.28.0963.i = phi <32 x float> [ zeroinitializer, %if_end167.i ], [ %2055, %for_end_d_1180.i ]
   %.idx83 = shl i64 %indvars.iv1429.i, 12
   %gep = getelementptr i8, ptr %invariant.gep217, i64 %.idx83
   %.idx85 = shl nuw nsw i64 %indvars.iv1429.i, 7
@@ -3559,121 +3552,121 @@ for_begin_d_1178.preheader.i:                     ; preds = %for_end_d_1180.i, %
   br label %for_begin_d_2183.preheader.i
 
 for_end_d_0175.i:                                 ; preds = %for_end_d_1180.i
-  %1972 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1935
-  store <32 x float> %2027, ptr %1972, align 4, !tbaa !7
-  %1973 = getelementptr inbounds nuw i8, ptr %1972, i64 128
-  store <32 x float> %2032, ptr %1973, align 4, !tbaa !7
-  %1974 = getelementptr inbounds nuw i8, ptr %1972, i64 256
-  store <32 x float> %2037, ptr %1974, align 4, !tbaa !7
-  %1975 = getelementptr inbounds nuw i8, ptr %1972, i64 384
-  store <32 x float> %2042, ptr %1975, align 4, !tbaa !7
-  %1976 = getelementptr inbounds nuw i8, ptr %1972, i64 512
-  store <32 x float> %2047, ptr %1976, align 4, !tbaa !7
-  %1977 = getelementptr inbounds nuw i8, ptr %1972, i64 640
-  store <32 x float> %2052, ptr %1977, align 4, !tbaa !7
-  %1978 = getelementptr inbounds nuw i8, ptr %1972, i64 768
-  store <32 x float> %2057, ptr %1978, align 4, !tbaa !7
-  %1979 = getelementptr inbounds nuw i8, ptr %1972, i64 896
-  store <32 x float> %2062, ptr %1979, align 4, !tbaa !7
+  %1965 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %1928
+  store <32 x float> %2020, ptr %1965, align 4, !tbaa !7
+  %1966 = getelementptr inbounds nuw i8, ptr %1965, i64 128
+  store <32 x float> %2025, ptr %1966, align 4, !tbaa !7
+  %1967 = getelementptr inbounds nuw i8, ptr %1965, i64 256
+  store <32 x float> %2030, ptr %1967, align 4, !tbaa !7
+  %1968 = getelementptr inbounds nuw i8, ptr %1965, i64 384
+  store <32 x float> %2035, ptr %1968, align 4, !tbaa !7
+  %1969 = getelementptr inbounds nuw i8, ptr %1965, i64 512
+  store <32 x float> %2040, ptr %1969, align 4, !tbaa !7
+  %1970 = getelementptr inbounds nuw i8, ptr %1965, i64 640
+  store <32 x float> %2045, ptr %1970, align 4, !tbaa !7
+  %1971 = getelementptr inbounds nuw i8, ptr %1965, i64 768
+  store <32 x float> %2050, ptr %1971, align 4, !tbaa !7
+  %1972 = getelementptr inbounds nuw i8, ptr %1965, i64 896
+  store <32 x float> %2055, ptr %1972, align 4, !tbaa !7
   %indvars.iv.next1434.i = add nuw nsw i64 %indvars.iv1433.i, 1
   %exitcond1437.not.i = icmp eq i64 %indvars.iv.next1434.i, %wide.trip.count1436.i
   br i1 %exitcond1437.not.i, label %if_end151.i, label %for_body_to161.i, !prof !10
 
 for_begin_d_2183.preheader.i:                     ; preds = %for_begin_d_2183.preheader.i, %for_begin_d_1178.preheader.i
   %indvars.iv1424.i = phi i64 [ 0, %for_begin_d_1178.preheader.i ], [ %indvars.iv.next1425.i, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.0.1961.i = phi <32 x float> [ %scores_global165636.sroa.0.0970.i, %for_begin_d_1178.preheader.i ], [ %2027, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.4.1960.i = phi <32 x float> [ %scores_global165636.sroa.4.0969.i, %for_begin_d_1178.preheader.i ], [ %2032, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.8.1959.i = phi <32 x float> [ %scores_global165636.sroa.8.0968.i, %for_begin_d_1178.preheader.i ], [ %2037, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.12.1958.i = phi <32 x float> [ %scores_global165636.sroa.12.0967.i, %for_begin_d_1178.preheader.i ], [ %2042, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.16.1957.i = phi <32 x float> [ %scores_global165636.sroa.16.0966.i, %for_begin_d_1178.preheader.i ], [ %2047, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.20.1956.i = phi <32 x float> [ %scores_global165636.sroa.20.0965.i, %for_begin_d_1178.preheader.i ], [ %2052, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.24.1955.i = phi <32 x float> [ %scores_global165636.sroa.24.0964.i, %for_begin_d_1178.preheader.i ], [ %2057, %for_begin_d_2183.preheader.i ]
-  %scores_global165636.sroa.28.1954.i = phi <32 x float> [ %scores_global165636.sroa.28.0963.i, %for_begin_d_1178.preheader.i ], [ %2062, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.0.1961.i = phi <32 x float> [ %scores_global165636.sroa.0.0970.i, %for_begin_d_1178.preheader.i ], [ %2020, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.4.1960.i = phi <32 x float> [ %scores_global165636.sroa.4.0969.i, %for_begin_d_1178.preheader.i ], [ %2025, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.8.1959.i = phi <32 x float> [ %scores_global165636.sroa.8.0968.i, %for_begin_d_1178.preheader.i ], [ %2030, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.12.1958.i = phi <32 x float> [ %scores_global165636.sroa.12.0967.i, %for_begin_d_1178.preheader.i ], [ %2035, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.16.1957.i = phi <32 x float> [ %scores_global165636.sroa.16.0966.i, %for_begin_d_1178.preheader.i ], [ %2040, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.20.1956.i = phi <32 x float> [ %scores_global165636.sroa.20.0965.i, %for_begin_d_1178.preheader.i ], [ %2045, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.24.1955.i = phi <32 x float> [ %scores_global165636.sroa.24.0964.i, %for_begin_d_1178.preheader.i ], [ %2050, %for_begin_d_2183.preheader.i ]
+  %scores_global165636.sroa.28.1954.i = phi <32 x float> [ %scores_global165636.sroa.28.0963.i, %for_begin_d_1178.preheader.i ], [ %2055, %for_begin_d_2183.preheader.i ]
   %.idx82 = shl i64 %indvars.iv1424.i, 8
   %gep216 = getelementptr i8, ptr %gep, i64 %.idx82
-  %1980 = load <32 x float>, ptr %gep216, align 4, !tbaa !7
-  %1981 = getelementptr inbounds nuw float, ptr %gep218, i64 %indvars.iv1424.i
-  %1982 = load float, ptr %1981, align 4, !tbaa !7
-  %1983 = insertelement <32 x float> poison, float %1982, i64 0
-  %1984 = shufflevector <32 x float> %1983, <32 x float> poison, <32 x i32> zeroinitializer
-  %1985 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1984, <32 x float> %scores_global165636.sroa.0.1961.i)
-  %1986 = getelementptr inbounds nuw i8, ptr %1981, i64 512
-  %1987 = load float, ptr %1986, align 4, !tbaa !7
-  %1988 = insertelement <32 x float> poison, float %1987, i64 0
-  %1989 = shufflevector <32 x float> %1988, <32 x float> poison, <32 x i32> zeroinitializer
-  %1990 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1989, <32 x float> %scores_global165636.sroa.4.1960.i)
-  %1991 = getelementptr inbounds nuw i8, ptr %1981, i64 1024
-  %1992 = load float, ptr %1991, align 4, !tbaa !7
-  %1993 = insertelement <32 x float> poison, float %1992, i64 0
-  %1994 = shufflevector <32 x float> %1993, <32 x float> poison, <32 x i32> zeroinitializer
-  %1995 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1994, <32 x float> %scores_global165636.sroa.8.1959.i)
-  %1996 = getelementptr inbounds nuw i8, ptr %1981, i64 1536
-  %1997 = load float, ptr %1996, align 4, !tbaa !7
-  %1998 = insertelement <32 x float> poison, float %1997, i64 0
-  %1999 = shufflevector <32 x float> %1998, <32 x float> poison, <32 x i32> zeroinitializer
-  %2000 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %1999, <32 x float> %scores_global165636.sroa.12.1958.i)
-  %2001 = getelementptr inbounds nuw i8, ptr %1981, i64 2048
-  %2002 = load float, ptr %2001, align 4, !tbaa !7
-  %2003 = insertelement <32 x float> poison, float %2002, i64 0
-  %2004 = shufflevector <32 x float> %2003, <32 x float> poison, <32 x i32> zeroinitializer
-  %2005 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2004, <32 x float> %scores_global165636.sroa.16.1957.i)
-  %2006 = getelementptr inbounds nuw i8, ptr %1981, i64 2560
-  %2007 = load float, ptr %2006, align 4, !tbaa !7
-  %2008 = insertelement <32 x float> poison, float %2007, i64 0
-  %2009 = shufflevector <32 x float> %2008, <32 x float> poison, <32 x i32> zeroinitializer
-  %2010 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2009, <32 x float> %scores_global165636.sroa.20.1956.i)
-  %2011 = getelementptr inbounds nuw i8, ptr %1981, i64 3072
-  %2012 = load float, ptr %2011, align 4, !tbaa !7
-  %2013 = insertelement <32 x float> poison, float %2012, i64 0
-  %2014 = shufflevector <32 x float> %2013, <32 x float> poison, <32 x i32> zeroinitializer
-  %2015 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2014, <32 x float> %scores_global165636.sroa.24.1955.i)
-  %2016 = getelementptr inbounds nuw i8, ptr %1981, i64 3584
+  %1973 = load <32 x float>, ptr %gep216, align 4, !tbaa !7
+  %1974 = getelementptr inbounds nuw float, ptr %gep218, i64 %indvars.iv1424.i
+  %1975 = load float, ptr %1974, align 4, !tbaa !7
+  %1976 = insertelement <32 x float> poison, float %1975, i64 0
+  %1977 = shufflevector <32 x float> %1976, <32 x float> poison, <32 x i32> zeroinitializer
+  %1978 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %1977, <32 x float> %scores_global165636.sroa.0.1961.i)
+  %1979 = getelementptr inbounds nuw i8, ptr %1974, i64 512
+  %1980 = load float, ptr %1979, align 4, !tbaa !7
+  %1981 = insertelement <32 x float> poison, float %1980, i64 0
+  %1982 = shufflevector <32 x float> %1981, <32 x float> poison, <32 x i32> zeroinitializer
+  %1983 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %1982, <32 x float> %scores_global165636.sroa.4.1960.i)
+  %1984 = getelementptr inbounds nuw i8, ptr %1974, i64 1024
+  %1985 = load float, ptr %1984, align 4, !tbaa !7
+  %1986 = insertelement <32 x float> poison, float %1985, i64 0
+  %1987 = shufflevector <32 x float> %1986, <32 x float> poison, <32 x i32> zeroinitializer
+  %1988 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %1987, <32 x float> %scores_global165636.sroa.8.1959.i)
+  %1989 = getelementptr inbounds nuw i8, ptr %1974, i64 1536
+  %1990 = load float, ptr %1989, align 4, !tbaa !7
+  %1991 = insertelement <32 x float> poison, float %1990, i64 0
+  %1992 = shufflevector <32 x float> %1991, <32 x float> poison, <32 x i32> zeroinitializer
+  %1993 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %1992, <32 x float> %scores_global165636.sroa.12.1958.i)
+  %1994 = getelementptr inbounds nuw i8, ptr %1974, i64 2048
+  %1995 = load float, ptr %1994, align 4, !tbaa !7
+  %1996 = insertelement <32 x float> poison, float %1995, i64 0
+  %1997 = shufflevector <32 x float> %1996, <32 x float> poison, <32 x i32> zeroinitializer
+  %1998 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %1997, <32 x float> %scores_global165636.sroa.16.1957.i)
+  %1999 = getelementptr inbounds nuw i8, ptr %1974, i64 2560
+  %2000 = load float, ptr %1999, align 4, !tbaa !7
+  %2001 = insertelement <32 x float> poison, float %2000, i64 0
+  %2002 = shufflevector <32 x float> %2001, <32 x float> poison, <32 x i32> zeroinitializer
+  %2003 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %2002, <32 x float> %scores_global165636.sroa.20.1956.i)
+  %2004 = getelementptr inbounds nuw i8, ptr %1974, i64 3072
+  %2005 = load float, ptr %2004, align 4, !tbaa !7
+  %2006 = insertelement <32 x float> poison, float %2005, i64 0
+  %2007 = shufflevector <32 x float> %2006, <32 x float> poison, <32 x i32> zeroinitializer
+  %2008 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %2007, <32 x float> %scores_global165636.sroa.24.1955.i)
+  %2009 = getelementptr inbounds nuw i8, ptr %1974, i64 3584
+  %2010 = load float, ptr %2009, align 4, !tbaa !7
+  %2011 = insertelement <32 x float> poison, float %2010, i64 0
+  %2012 = shufflevector <32 x float> %2011, <32 x float> poison, <32 x i32> zeroinitializer
+  %2013 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> %2012, <32 x float> %scores_global165636.sroa.28.1954.i)
+  %2014 = getelementptr i8, ptr %gep216, i64 128
+  %2015 = load <32 x float>, ptr %2014, align 4, !tbaa !7
+  %2016 = getelementptr inbounds nuw i8, ptr %1974, i64 64
   %2017 = load float, ptr %2016, align 4, !tbaa !7
   %2018 = insertelement <32 x float> poison, float %2017, i64 0
   %2019 = shufflevector <32 x float> %2018, <32 x float> poison, <32 x i32> zeroinitializer
-  %2020 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1980, <32 x float> %2019, <32 x float> %scores_global165636.sroa.28.1954.i)
-  %2021 = getelementptr i8, ptr %gep216, i64 128
-  %2022 = load <32 x float>, ptr %2021, align 4, !tbaa !7
-  %2023 = getelementptr inbounds nuw i8, ptr %1981, i64 64
-  %2024 = load float, ptr %2023, align 4, !tbaa !7
-  %2025 = insertelement <32 x float> poison, float %2024, i64 0
-  %2026 = shufflevector <32 x float> %2025, <32 x float> poison, <32 x i32> zeroinitializer
-  %2027 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2026, <32 x float> %1985)
-  %2028 = getelementptr inbounds nuw i8, ptr %1981, i64 576
-  %2029 = load float, ptr %2028, align 4, !tbaa !7
-  %2030 = insertelement <32 x float> poison, float %2029, i64 0
-  %2031 = shufflevector <32 x float> %2030, <32 x float> poison, <32 x i32> zeroinitializer
-  %2032 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2031, <32 x float> %1990)
-  %2033 = getelementptr inbounds nuw i8, ptr %1981, i64 1088
-  %2034 = load float, ptr %2033, align 4, !tbaa !7
-  %2035 = insertelement <32 x float> poison, float %2034, i64 0
-  %2036 = shufflevector <32 x float> %2035, <32 x float> poison, <32 x i32> zeroinitializer
-  %2037 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2036, <32 x float> %1995)
-  %2038 = getelementptr inbounds nuw i8, ptr %1981, i64 1600
-  %2039 = load float, ptr %2038, align 4, !tbaa !7
-  %2040 = insertelement <32 x float> poison, float %2039, i64 0
-  %2041 = shufflevector <32 x float> %2040, <32 x float> poison, <32 x i32> zeroinitializer
-  %2042 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2041, <32 x float> %2000)
-  %2043 = getelementptr inbounds nuw i8, ptr %1981, i64 2112
-  %2044 = load float, ptr %2043, align 4, !tbaa !7
-  %2045 = insertelement <32 x float> poison, float %2044, i64 0
-  %2046 = shufflevector <32 x float> %2045, <32 x float> poison, <32 x i32> zeroinitializer
-  %2047 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2046, <32 x float> %2005)
-  %2048 = getelementptr inbounds nuw i8, ptr %1981, i64 2624
-  %2049 = load float, ptr %2048, align 4, !tbaa !7
-  %2050 = insertelement <32 x float> poison, float %2049, i64 0
-  %2051 = shufflevector <32 x float> %2050, <32 x float> poison, <32 x i32> zeroinitializer
-  %2052 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2051, <32 x float> %2010)
-  %2053 = getelementptr inbounds nuw i8, ptr %1981, i64 3136
-  %2054 = load float, ptr %2053, align 4, !tbaa !7
-  %2055 = insertelement <32 x float> poison, float %2054, i64 0
-  %2056 = shufflevector <32 x float> %2055, <32 x float> poison, <32 x i32> zeroinitializer
-  %2057 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2056, <32 x float> %2015)
-  %2058 = getelementptr inbounds nuw i8, ptr %1981, i64 3648
-  %2059 = load float, ptr %2058, align 4, !tbaa !7
-  %2060 = insertelement <32 x float> poison, float %2059, i64 0
-  %2061 = shufflevector <32 x float> %2060, <32 x float> poison, <32 x i32> zeroinitializer
-  %2062 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2022, <32 x float> %2061, <32 x float> %2020)
+  %2020 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2019, <32 x float> %1978)
+  %2021 = getelementptr inbounds nuw i8, ptr %1974, i64 576
+  %2022 = load float, ptr %2021, align 4, !tbaa !7
+  %2023 = insertelement <32 x float> poison, float %2022, i64 0
+  %2024 = shufflevector <32 x float> %2023, <32 x float> poison, <32 x i32> zeroinitializer
+  %2025 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2024, <32 x float> %1983)
+  %2026 = getelementptr inbounds nuw i8, ptr %1974, i64 1088
+  %2027 = load float, ptr %2026, align 4, !tbaa !7
+  %2028 = insertelement <32 x float> poison, float %2027, i64 0
+  %2029 = shufflevector <32 x float> %2028, <32 x float> poison, <32 x i32> zeroinitializer
+  %2030 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2029, <32 x float> %1988)
+  %2031 = getelementptr inbounds nuw i8, ptr %1974, i64 1600
+  %2032 = load float, ptr %2031, align 4, !tbaa !7
+  %2033 = insertelement <32 x float> poison, float %2032, i64 0
+  %2034 = shufflevector <32 x float> %2033, <32 x float> poison, <32 x i32> zeroinitializer
+  %2035 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2034, <32 x float> %1993)
+  %2036 = getelementptr inbounds nuw i8, ptr %1974, i64 2112
+  %2037 = load float, ptr %2036, align 4, !tbaa !7
+  %2038 = insertelement <32 x float> poison, float %2037, i64 0
+  %2039 = shufflevector <32 x float> %2038, <32 x float> poison, <32 x i32> zeroinitializer
+  %2040 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2039, <32 x float> %1998)
+  %2041 = getelementptr inbounds nuw i8, ptr %1974, i64 2624
+  %2042 = load float, ptr %2041, align 4, !tbaa !7
+  %2043 = insertelement <32 x float> poison, float %2042, i64 0
+  %2044 = shufflevector <32 x float> %2043, <32 x float> poison, <32 x i32> zeroinitializer
+  %2045 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2044, <32 x float> %2003)
+  %2046 = getelementptr inbounds nuw i8, ptr %1974, i64 3136
+  %2047 = load float, ptr %2046, align 4, !tbaa !7
+  %2048 = insertelement <32 x float> poison, float %2047, i64 0
+  %2049 = shufflevector <32 x float> %2048, <32 x float> poison, <32 x i32> zeroinitializer
+  %2050 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2049, <32 x float> %2008)
+  %2051 = getelementptr inbounds nuw i8, ptr %1974, i64 3648
+  %2052 = load float, ptr %2051, align 4, !tbaa !7
+  %2053 = insertelement <32 x float> poison, float %2052, i64 0
+  %2054 = shufflevector <32 x float> %2053, <32 x float> poison, <32 x i32> zeroinitializer
+  %2055 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2015, <32 x float> %2054, <32 x float> %2013)
   %indvars.iv.next1425.i = add nuw nsw i64 %indvars.iv1424.i, 1
   %exitcond1428.not.i = icmp eq i64 %indvars.iv.next1425.i, 16
   br i1 %exitcond1428.not.i, label %for_end_d_1180.i, label %for_begin_d_2183.preheader.i, !prof !22
@@ -3684,262 +3677,262 @@ for_end_d_1180.i:                                 ; preds = %for_begin_d_2183.pr
   br i1 %exitcond1432.not.i, label %for_end_d_0175.i, label %for_begin_d_1178.preheader.i, !prof !22
 
 for_begin_ti_1.preheader.i:                       ; preds = %for_end_ax2.i, %if_end151.i
-  %.us-phi10191033.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2132, %for_end_ax2.i ]
-  %.us-phi10201031.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2130, %for_end_ax2.i ]
-  %.us-phi10211030.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2128, %for_end_ax2.i ]
-  %.us-phi10221028.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2126, %for_end_ax2.i ]
-  %2063 = fcmp olt <32 x float> %.us-phi10221028.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %2064 = select <32 x i1> %2063, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.us-phi10221028.lcssa.i
-  %2065 = fcmp ogt <32 x float> %2064, %.us-phi10211030.lcssa.i
-  %2066 = select <32 x i1> %2065, <32 x float> %2064, <32 x float> %.us-phi10211030.lcssa.i
-  %2067 = fcmp ogt <32 x float> %2066, %.us-phi10201031.lcssa.i
-  %2068 = select <32 x i1> %2067, <32 x float> %2066, <32 x float> %.us-phi10201031.lcssa.i
-  %2069 = fcmp ogt <32 x float> %2068, %.us-phi10191033.lcssa.i
-  %2070 = select <32 x i1> %2069, <32 x float> %2068, <32 x float> %.us-phi10191033.lcssa.i
-  %2071 = sub nsw i32 %1447, %num_full.i
-  %2072 = icmp sgt i32 %2071, 0
-  br i1 %2072, label %for_begin_ti211.preheader.lr.ph.i, label %for_end_to208.i, !prof !31
+  %.us-phi10191033.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2125, %for_end_ax2.i ]
+  %.us-phi10201031.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2123, %for_end_ax2.i ]
+  %.us-phi10211030.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2121, %for_end_ax2.i ]
+  %.us-phi10221028.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end151.i ], [ %2119, %for_end_ax2.i ]
+  %2056 = fcmp olt <32 x float> %.us-phi10221028.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2057 = select <32 x i1> %2056, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.us-phi10221028.lcssa.i
+  %2058 = fcmp ogt <32 x float> %2057, %.us-phi10211030.lcssa.i
+  %2059 = select <32 x i1> %2058, <32 x float> %2057, <32 x float> %.us-phi10211030.lcssa.i
+  %2060 = fcmp ogt <32 x float> %2059, %.us-phi10201031.lcssa.i
+  %2061 = select <32 x i1> %2060, <32 x float> %2059, <32 x float> %.us-phi10201031.lcssa.i
+  %2062 = fcmp ogt <32 x float> %2061, %.us-phi10191033.lcssa.i
+  %2063 = select <32 x i1> %2062, <32 x float> %2061, <32 x float> %.us-phi10191033.lcssa.i
+  %2064 = sub nsw i32 %1440, %num_full.i
+  %2065 = icmp sgt i32 %2064, 0
+  br i1 %2065, label %for_begin_ti211.preheader.lr.ph.i, label %for_end_to208.i, !prof !31
 
 for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ti193.preheader.preheader.i
   %indvars.iv1477.i = phi i64 [ 0, %for_begin_ti193.preheader.preheader.i ], [ %indvars.iv.next1478.i, %for_end_ax2.i ]
-  %2073 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2126, %for_end_ax2.i ]
-  %2074 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2128, %for_end_ax2.i ]
-  %2075 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2130, %for_end_ax2.i ]
-  %2076 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2132, %for_end_ax2.i ]
-  %2077 = shl nsw i64 %indvars.iv1477.i, 8
-  %2078 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2077
-  %2079 = load <32 x float>, ptr %2078, align 4, !tbaa !7
-  %2080 = fmul <32 x float> %542, %2079
-  %2081 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2077
-  store <32 x float> %2080, ptr %2081, align 4, !tbaa !7
-  %2082 = or disjoint i64 %2077, 32
-  %2083 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2082
-  %2084 = load <32 x float>, ptr %2083, align 4, !tbaa !7
-  %2085 = fmul <32 x float> %542, %2084
-  %2086 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2082
-  store <32 x float> %2085, ptr %2086, align 4, !tbaa !7
-  %2087 = or disjoint i64 %2077, 64
-  %2088 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2087
-  %2089 = load <32 x float>, ptr %2088, align 4, !tbaa !7
-  %2090 = fmul <32 x float> %542, %2089
-  %2091 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2087
-  store <32 x float> %2090, ptr %2091, align 4, !tbaa !7
-  %2092 = or disjoint i64 %2077, 96
-  %2093 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2092
-  %2094 = load <32 x float>, ptr %2093, align 4, !tbaa !7
-  %2095 = fmul <32 x float> %542, %2094
-  %2096 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2092
-  store <32 x float> %2095, ptr %2096, align 4, !tbaa !7
-  %2097 = or disjoint i64 %2077, 128
-  %2098 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2097
-  %2099 = load <32 x float>, ptr %2098, align 4, !tbaa !7
-  %2100 = fmul <32 x float> %542, %2099
-  %2101 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2097
-  store <32 x float> %2100, ptr %2101, align 4, !tbaa !7
-  %2102 = or disjoint i64 %2077, 160
-  %2103 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2102
-  %2104 = load <32 x float>, ptr %2103, align 4, !tbaa !7
-  %2105 = fmul <32 x float> %542, %2104
-  %2106 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2102
-  store <32 x float> %2105, ptr %2106, align 4, !tbaa !7
-  %2107 = or disjoint i64 %2077, 192
-  %2108 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2107
-  %2109 = load <32 x float>, ptr %2108, align 4, !tbaa !7
-  %2110 = fmul <32 x float> %542, %2109
-  %2111 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2107
-  store <32 x float> %2110, ptr %2111, align 4, !tbaa !7
-  %2112 = or disjoint i64 %2077, 224
-  %2113 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2112
-  %2114 = load <32 x float>, ptr %2113, align 4, !tbaa !7
-  %2115 = fmul <32 x float> %542, %2114
-  %2116 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2112
-  store <32 x float> %2115, ptr %2116, align 4, !tbaa !7
-  %2117 = fcmp ogt <32 x float> %2073, %2080
-  %2118 = select <32 x i1> %2117, <32 x float> %2073, <32 x float> %2080
-  %2119 = fcmp ogt <32 x float> %2074, %2085
-  %2120 = select <32 x i1> %2119, <32 x float> %2074, <32 x float> %2085
-  %2121 = fcmp ogt <32 x float> %2075, %2090
-  %2122 = select <32 x i1> %2121, <32 x float> %2075, <32 x float> %2090
-  %2123 = fcmp ogt <32 x float> %2076, %2095
-  %2124 = select <32 x i1> %2123, <32 x float> %2076, <32 x float> %2095
-  %2125 = fcmp ogt <32 x float> %2118, %2100
-  %2126 = select <32 x i1> %2125, <32 x float> %2118, <32 x float> %2100
-  %2127 = fcmp ogt <32 x float> %2120, %2105
-  %2128 = select <32 x i1> %2127, <32 x float> %2120, <32 x float> %2105
-  %2129 = fcmp ogt <32 x float> %2122, %2110
-  %2130 = select <32 x i1> %2129, <32 x float> %2122, <32 x float> %2110
-  %2131 = fcmp ogt <32 x float> %2124, %2115
-  %2132 = select <32 x i1> %2131, <32 x float> %2124, <32 x float> %2115
+  %2066 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2119, %for_end_ax2.i ]
+  %2067 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2121, %for_end_ax2.i ]
+  %2068 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2123, %for_end_ax2.i ]
+  %2069 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti193.preheader.preheader.i ], [ %2125, %for_end_ax2.i ]
+  %2070 = shl nsw i64 %indvars.iv1477.i, 8
+  %2071 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2070
+  %2072 = load <32 x float>, ptr %2071, align 4, !tbaa !7
+  %2073 = fmul <32 x float> %535, %2072
+  %2074 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2070
+  store <32 x float> %2073, ptr %2074, align 4, !tbaa !7
+  %2075 = or disjoint i64 %2070, 32
+  %2076 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2075
+  %2077 = load <32 x float>, ptr %2076, align 4, !tbaa !7
+  %2078 = fmul <32 x float> %535, %2077
+  %2079 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2075
+  store <32 x float> %2078, ptr %2079, align 4, !tbaa !7
+  %2080 = or disjoint i64 %2070, 64
+  %2081 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2080
+  %2082 = load <32 x float>, ptr %2081, align 4, !tbaa !7
+  %2083 = fmul <32 x float> %535, %2082
+  %2084 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2080
+  store <32 x float> %2083, ptr %2084, align 4, !tbaa !7
+  %2085 = or disjoint i64 %2070, 96
+  %2086 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2085
+  %2087 = load <32 x float>, ptr %2086, align 4, !tbaa !7
+  %2088 = fmul <32 x float> %535, %2087
+  %2089 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2085
+  store <32 x float> %2088, ptr %2089, align 4, !tbaa !7
+  %2090 = or disjoint i64 %2070, 128
+  %2091 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2090
+  %2092 = load <32 x float>, ptr %2091, align 4, !tbaa !7
+  %2093 = fmul <32 x float> %535, %2092
+  %2094 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2090
+  store <32 x float> %2093, ptr %2094, align 4, !tbaa !7
+  %2095 = or disjoint i64 %2070, 160
+  %2096 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2095
+  %2097 = load <32 x float>, ptr %2096, align 4, !tbaa !7
+  %2098 = fmul <32 x float> %535, %2097
+  %2099 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2095
+  store <32 x float> %2098, ptr %2099, align 4, !tbaa !7
+  %2100 = or disjoint i64 %2070, 192
+  %2101 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2100
+  %2102 = load <32 x float>, ptr %2101, align 4, !tbaa !7
+  %2103 = fmul <32 x float> %535, %2102
+  %2104 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2100
+  store <32 x float> %2103, ptr %2104, align 4, !tbaa !7
+  %2105 = or disjoint i64 %2070, 224
+  %2106 = getelementptr inbounds nuw float, ptr %scores.i, i64 %2105
+  %2107 = load <32 x float>, ptr %2106, align 4, !tbaa !7
+  %2108 = fmul <32 x float> %535, %2107
+  %2109 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2105
+  store <32 x float> %2108, ptr %2109, align 4, !tbaa !7
+  %2110 = fcmp ogt <32 x float> %2066, %2073
+  %2111 = select <32 x i1> %2110, <32 x float> %2066, <32 x float> %2073
+  %2112 = fcmp ogt <32 x float> %2067, %2078
+  %2113 = select <32 x i1> %2112, <32 x float> %2067, <32 x float> %2078
+  %2114 = fcmp ogt <32 x float> %2068, %2083
+  %2115 = select <32 x i1> %2114, <32 x float> %2068, <32 x float> %2083
+  %2116 = fcmp ogt <32 x float> %2069, %2088
+  %2117 = select <32 x i1> %2116, <32 x float> %2069, <32 x float> %2088
+  %2118 = fcmp ogt <32 x float> %2111, %2093
+  %2119 = select <32 x i1> %2118, <32 x float> %2111, <32 x float> %2093
+  %2120 = fcmp ogt <32 x float> %2113, %2098
+  %2121 = select <32 x i1> %2120, <32 x float> %2113, <32 x float> %2098
+  %2122 = fcmp ogt <32 x float> %2115, %2103
+  %2123 = select <32 x i1> %2122, <32 x float> %2115, <32 x float> %2103
+  %2124 = fcmp ogt <32 x float> %2117, %2108
+  %2125 = select <32 x i1> %2124, <32 x float> %2117, <32 x float> %2108
   %indvars.iv.next1478.i = add nuw nsw i64 %indvars.iv1477.i, 1
   %exitcond1481.not.i = icmp eq i64 %indvars.iv.next1478.i, %wide.trip.count1480.i
   br i1 %exitcond1481.not.i, label %for_begin_ti_1.preheader.i, label %for_end_ax2.i, !prof !10
 
 for_begin_ti211.preheader.lr.ph.i:                ; preds = %for_begin_ti_1.preheader.i
-  %.idx1716.i = shl nsw i64 %1427, 7
-  %2133 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1716.i
-  %2134 = and i32 %1443, 2147483640
-  %2135 = add i32 %2134, %897
-  %wide.trip.count1493.i = zext nneg i32 %2071 to i64
+  %.idx1716.i = shl nsw i64 %1420, 7
+  %2126 = getelementptr inbounds nuw i8, ptr %limits.i, i64 %.idx1716.i
+  %2127 = and i32 %1436, 2147483640
+  %2128 = add i32 %2127, %890
+  %wide.trip.count1493.i = zext nneg i32 %2064 to i64
   br label %for_begin_ti211.preheader.i
 
 for_begin_ti211.preheader.i:                      ; preds = %for_begin_ti211.preheader.i, %for_begin_ti211.preheader.lr.ph.i
   %indvars.iv1490.i = phi i64 [ 0, %for_begin_ti211.preheader.lr.ph.i ], [ %indvars.iv.next1491.i, %for_begin_ti211.preheader.i ]
-  %2136 = trunc i64 %indvars.iv1490.i to i32
-  %2137 = add i32 %num_full.i, %2136
-  %2138 = shl i32 %2137, 8
-  %2139 = shl i32 %2136, 3
-  %2140 = add i32 %2135, %2139
-  %2141 = sext i32 %2138 to i64
-  %2142 = getelementptr inbounds float, ptr %scores.i, i64 %2141
-  %2143 = load <32 x float>, ptr %2142, align 4, !tbaa !7
-  %2144 = fmul <32 x float> %542, %2143
-  %2145 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2146 = insertelement <32 x i32> poison, i32 %2140, i64 0
-  %2147 = shufflevector <32 x i32> %2146, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2148 = icmp slt <32 x i32> %2147, %2145
-  %2149 = select <32 x i1> %2148, <32 x float> %2144, <32 x float> splat (float 0xFFF0000000000000)
-  %2150 = getelementptr inbounds float, ptr %scaled.i, i64 %2141
-  store <32 x float> %2149, ptr %2150, align 4, !tbaa !7
-  %2151 = or disjoint i64 %2141, 32
-  %2152 = getelementptr inbounds float, ptr %scores.i, i64 %2151
-  %2153 = load <32 x float>, ptr %2152, align 4, !tbaa !7
-  %2154 = fmul <32 x float> %542, %2153
-  %2155 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2156 = add i32 %2140, 1
-  %2157 = insertelement <32 x i32> poison, i32 %2156, i64 0
-  %2158 = shufflevector <32 x i32> %2157, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2159 = icmp slt <32 x i32> %2158, %2155
-  %2160 = select <32 x i1> %2159, <32 x float> %2154, <32 x float> splat (float 0xFFF0000000000000)
-  %2161 = getelementptr inbounds float, ptr %scaled.i, i64 %2151
-  store <32 x float> %2160, ptr %2161, align 4, !tbaa !7
-  %2162 = or disjoint i64 %2141, 64
-  %2163 = getelementptr inbounds float, ptr %scores.i, i64 %2162
-  %2164 = load <32 x float>, ptr %2163, align 4, !tbaa !7
-  %2165 = fmul <32 x float> %542, %2164
-  %2166 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2167 = add i32 %2140, 2
-  %2168 = insertelement <32 x i32> poison, i32 %2167, i64 0
-  %2169 = shufflevector <32 x i32> %2168, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2170 = icmp slt <32 x i32> %2169, %2166
-  %2171 = select <32 x i1> %2170, <32 x float> %2165, <32 x float> splat (float 0xFFF0000000000000)
-  %2172 = getelementptr inbounds float, ptr %scaled.i, i64 %2162
-  store <32 x float> %2171, ptr %2172, align 4, !tbaa !7
-  %2173 = or disjoint i64 %2141, 96
-  %2174 = getelementptr inbounds float, ptr %scores.i, i64 %2173
-  %2175 = load <32 x float>, ptr %2174, align 4, !tbaa !7
-  %2176 = fmul <32 x float> %542, %2175
-  %2177 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2178 = add i32 %2140, 3
-  %2179 = insertelement <32 x i32> poison, i32 %2178, i64 0
-  %2180 = shufflevector <32 x i32> %2179, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2181 = icmp slt <32 x i32> %2180, %2177
-  %2182 = select <32 x i1> %2181, <32 x float> %2176, <32 x float> splat (float 0xFFF0000000000000)
-  %2183 = getelementptr inbounds float, ptr %scaled.i, i64 %2173
-  store <32 x float> %2182, ptr %2183, align 4, !tbaa !7
-  %2184 = or disjoint i64 %2141, 128
-  %2185 = getelementptr inbounds float, ptr %scores.i, i64 %2184
-  %2186 = load <32 x float>, ptr %2185, align 4, !tbaa !7
-  %2187 = fmul <32 x float> %542, %2186
-  %2188 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2189 = add i32 %2140, 4
-  %2190 = insertelement <32 x i32> poison, i32 %2189, i64 0
-  %2191 = shufflevector <32 x i32> %2190, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2192 = icmp slt <32 x i32> %2191, %2188
-  %2193 = select <32 x i1> %2192, <32 x float> %2187, <32 x float> splat (float 0xFFF0000000000000)
-  %2194 = getelementptr inbounds float, ptr %scaled.i, i64 %2184
-  store <32 x float> %2193, ptr %2194, align 4, !tbaa !7
-  %2195 = or disjoint i64 %2141, 160
-  %2196 = getelementptr inbounds float, ptr %scores.i, i64 %2195
-  %2197 = load <32 x float>, ptr %2196, align 4, !tbaa !7
-  %2198 = fmul <32 x float> %542, %2197
-  %2199 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2200 = add i32 %2140, 5
-  %2201 = insertelement <32 x i32> poison, i32 %2200, i64 0
-  %2202 = shufflevector <32 x i32> %2201, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2203 = icmp slt <32 x i32> %2202, %2199
-  %2204 = select <32 x i1> %2203, <32 x float> %2198, <32 x float> splat (float 0xFFF0000000000000)
-  %2205 = getelementptr inbounds float, ptr %scaled.i, i64 %2195
-  store <32 x float> %2204, ptr %2205, align 4, !tbaa !7
-  %2206 = or disjoint i64 %2141, 192
-  %2207 = getelementptr inbounds float, ptr %scores.i, i64 %2206
-  %2208 = load <32 x float>, ptr %2207, align 4, !tbaa !7
-  %2209 = fmul <32 x float> %542, %2208
-  %2210 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2211 = add i32 %2140, 6
-  %2212 = insertelement <32 x i32> poison, i32 %2211, i64 0
-  %2213 = shufflevector <32 x i32> %2212, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2214 = icmp slt <32 x i32> %2213, %2210
-  %2215 = select <32 x i1> %2214, <32 x float> %2209, <32 x float> splat (float 0xFFF0000000000000)
-  %2216 = getelementptr inbounds float, ptr %scaled.i, i64 %2206
-  store <32 x float> %2215, ptr %2216, align 4, !tbaa !7
-  %2217 = or disjoint i64 %2141, 224
-  %2218 = getelementptr inbounds float, ptr %scores.i, i64 %2217
-  %2219 = load <32 x float>, ptr %2218, align 4, !tbaa !7
-  %2220 = fmul <32 x float> %542, %2219
-  %2221 = load <32 x i32>, ptr %2133, align 4, !tbaa !7
-  %2222 = add i32 %2140, 7
-  %2223 = insertelement <32 x i32> poison, i32 %2222, i64 0
-  %2224 = shufflevector <32 x i32> %2223, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2225 = icmp slt <32 x i32> %2224, %2221
-  %2226 = select <32 x i1> %2225, <32 x float> %2220, <32 x float> splat (float 0xFFF0000000000000)
-  %2227 = getelementptr inbounds float, ptr %scaled.i, i64 %2217
-  store <32 x float> %2226, ptr %2227, align 4, !tbaa !7
+  %2129 = trunc i64 %indvars.iv1490.i to i32
+  %2130 = add i32 %num_full.i, %2129
+  %2131 = shl i32 %2130, 8
+  %2132 = shl i32 %2129, 3
+  %2133 = add i32 %2128, %2132
+  %2134 = sext i32 %2131 to i64
+  %2135 = getelementptr inbounds float, ptr %scores.i, i64 %2134
+  %2136 = load <32 x float>, ptr %2135, align 4, !tbaa !7
+  %2137 = fmul <32 x float> %535, %2136
+  %2138 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2139 = insertelement <32 x i32> poison, i32 %2133, i64 0
+  %2140 = shufflevector <32 x i32> %2139, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2141 = icmp slt <32 x i32> %2140, %2138
+  %2142 = select <32 x i1> %2141, <32 x float> %2137, <32 x float> splat (float 0xFFF0000000000000)
+  %2143 = getelementptr inbounds float, ptr %scaled.i, i64 %2134
+  store <32 x float> %2142, ptr %2143, align 4, !tbaa !7
+  %2144 = or disjoint i64 %2134, 32
+  %2145 = getelementptr inbounds float, ptr %scores.i, i64 %2144
+  %2146 = load <32 x float>, ptr %2145, align 4, !tbaa !7
+  %2147 = fmul <32 x float> %535, %2146
+  %2148 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2149 = add i32 %2133, 1
+  %2150 = insertelement <32 x i32> poison, i32 %2149, i64 0
+  %2151 = shufflevector <32 x i32> %2150, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2152 = icmp slt <32 x i32> %2151, %2148
+  %2153 = select <32 x i1> %2152, <32 x float> %2147, <32 x float> splat (float 0xFFF0000000000000)
+  %2154 = getelementptr inbounds float, ptr %scaled.i, i64 %2144
+  store <32 x float> %2153, ptr %2154, align 4, !tbaa !7
+  %2155 = or disjoint i64 %2134, 64
+  %2156 = getelementptr inbounds float, ptr %scores.i, i64 %2155
+  %2157 = load <32 x float>, ptr %2156, align 4, !tbaa !7
+  %2158 = fmul <32 x float> %535, %2157
+  %2159 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2160 = add i32 %2133, 2
+  %2161 = insertelement <32 x i32> poison, i32 %2160, i64 0
+  %2162 = shufflevector <32 x i32> %2161, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2163 = icmp slt <32 x i32> %2162, %2159
+  %2164 = select <32 x i1> %2163, <32 x float> %2158, <32 x float> splat (float 0xFFF0000000000000)
+  %2165 = getelementptr inbounds float, ptr %scaled.i, i64 %2155
+  store <32 x float> %2164, ptr %2165, align 4, !tbaa !7
+  %2166 = or disjoint i64 %2134, 96
+  %2167 = getelementptr inbounds float, ptr %scores.i, i64 %2166
+  %2168 = load <32 x float>, ptr %2167, align 4, !tbaa !7
+  %2169 = fmul <32 x float> %535, %2168
+  %2170 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2171 = add i32 %2133, 3
+  %2172 = insertelement <32 x i32> poison, i32 %2171, i64 0
+  %2173 = shufflevector <32 x i32> %2172, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2174 = icmp slt <32 x i32> %2173, %2170
+  %2175 = select <32 x i1> %2174, <32 x float> %2169, <32 x float> splat (float 0xFFF0000000000000)
+  %2176 = getelementptr inbounds float, ptr %scaled.i, i64 %2166
+  store <32 x float> %2175, ptr %2176, align 4, !tbaa !7
+  %2177 = or disjoint i64 %2134, 128
+  %2178 = getelementptr inbounds float, ptr %scores.i, i64 %2177
+  %2179 = load <32 x float>, ptr %2178, align 4, !tbaa !7
+  %2180 = fmul <32 x float> %535, %2179
+  %2181 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2182 = add i32 %2133, 4
+  %2183 = insertelement <32 x i32> poison, i32 %2182, i64 0
+  %2184 = shufflevector <32 x i32> %2183, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2185 = icmp slt <32 x i32> %2184, %2181
+  %2186 = select <32 x i1> %2185, <32 x float> %2180, <32 x float> splat (float 0xFFF0000000000000)
+  %2187 = getelementptr inbounds float, ptr %scaled.i, i64 %2177
+  store <32 x float> %2186, ptr %2187, align 4, !tbaa !7
+  %2188 = or disjoint i64 %2134, 160
+  %2189 = getelementptr inbounds float, ptr %scores.i, i64 %2188
+  %2190 = load <32 x float>, ptr %2189, align 4, !tbaa !7
+  %2191 = fmul <32 x float> %535, %2190
+  %2192 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2193 = add i32 %2133, 5
+  %2194 = insertelement <32 x i32> poison, i32 %2193, i64 0
+  %2195 = shufflevector <32 x i32> %2194, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2196 = icmp slt <32 x i32> %2195, %2192
+  %2197 = select <32 x i1> %2196, <32 x float> %2191, <32 x float> splat (float 0xFFF0000000000000)
+  %2198 = getelementptr inbounds float, ptr %scaled.i, i64 %2188
+  store <32 x float> %2197, ptr %2198, align 4, !tbaa !7
+  %2199 = or disjoint i64 %2134, 192
+  %2200 = getelementptr inbounds float, ptr %scores.i, i64 %2199
+  %2201 = load <32 x float>, ptr %2200, align 4, !tbaa !7
+  %2202 = fmul <32 x float> %535, %2201
+  %2203 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2204 = add i32 %2133, 6
+  %2205 = insertelement <32 x i32> poison, i32 %2204, i64 0
+  %2206 = shufflevector <32 x i32> %2205, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2207 = icmp slt <32 x i32> %2206, %2203
+  %2208 = select <32 x i1> %2207, <32 x float> %2202, <32 x float> splat (float 0xFFF0000000000000)
+  %2209 = getelementptr inbounds float, ptr %scaled.i, i64 %2199
+  store <32 x float> %2208, ptr %2209, align 4, !tbaa !7
+  %2210 = or disjoint i64 %2134, 224
+  %2211 = getelementptr inbounds float, ptr %scores.i, i64 %2210
+  %2212 = load <32 x float>, ptr %2211, align 4, !tbaa !7
+  %2213 = fmul <32 x float> %535, %2212
+  %2214 = load <32 x i32>, ptr %2126, align 4, !tbaa !7
+  %2215 = add i32 %2133, 7
+  %2216 = insertelement <32 x i32> poison, i32 %2215, i64 0
+  %2217 = shufflevector <32 x i32> %2216, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2218 = icmp slt <32 x i32> %2217, %2214
+  %2219 = select <32 x i1> %2218, <32 x float> %2213, <32 x float> splat (float 0xFFF0000000000000)
+  %2220 = getelementptr inbounds float, ptr %scaled.i, i64 %2210
+  store <32 x float> %2219, ptr %2220, align 4, !tbaa !7
   %indvars.iv.next1491.i = add nuw nsw i64 %indvars.iv1490.i, 1
   %exitcond1494.not.i = icmp eq i64 %indvars.iv.next1491.i, %wide.trip.count1493.i
   br i1 %exitcond1494.not.i, label %for_end_to208.i, label %for_begin_ti211.preheader.i, !prof !10
 
 for_end_to208.i:                                  ; preds = %for_begin_ti211.preheader.i, %for_begin_ti_1.preheader.i
-  %2228 = icmp sgt i32 %1437, 0
-  %or.cond.i = and i1 %143, %2228
+  %2221 = icmp sgt i32 %1430, 0
+  %or.cond.i = and i1 %135, %2221
   br i1 %or.cond.i, label %for_body_r219.lr.ph.i, label %if_end217.i, !prof !47
 
 for_body_r219.lr.ph.i:                            ; preds = %for_end_to208.i
-  %2229 = icmp sgt i32 %valid_len146.i, %936
-  %2230 = zext nneg i32 %1435 to i64
-  %2231 = shl nuw nsw i64 %2230, 3
-  br i1 %2229, label %for_body_r219.i.us.preheader, label %if_end217.i, !prof !31
+  %2222 = icmp sgt i32 %valid_len146.i, %929
+  %2223 = zext nneg i32 %1428 to i64
+  %2224 = shl nuw nsw i64 %2223, 3
+  br i1 %2222, label %for_body_r219.i.us.preheader, label %if_end217.i, !prof !31
 
 for_body_r219.i.us.preheader:                     ; preds = %for_body_r219.lr.ph.i
-  %2232 = add i32 %indvars.iv368, %1430
-  %2233 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2232)
+  %2225 = add i32 %indvars.iv368, %1423
+  %2226 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2225)
+  %2227 = tail call i32 @llvm.smin.i32(i32 %2226, i32 64)
+  %smin371 = sext i32 %2227 to i64
+  %2228 = sub nsw i64 %smin371, %887
+  %smax372 = tail call i64 @llvm.smax.i64(i64 %2228, i64 1)
+  %2229 = tail call i32 @llvm.smin.i32(i32 %864, i32 %1426)
+  %2230 = tail call i32 @llvm.smin.i32(i32 %2229, i32 64)
+  %smin709 = sext i32 %2230 to i64
+  %2231 = sub nsw i64 %smin709, %862
+  %smax710 = tail call i64 @llvm.smax.i64(i64 %2231, i64 1)
+  %2232 = add nsw i64 %smax710, -1
+  %2233 = tail call i32 @llvm.smin.i32(i32 %855, i32 %1426)
   %2234 = tail call i32 @llvm.smin.i32(i32 %2233, i32 64)
-  %smin371 = sext i32 %2234 to i64
-  %2235 = sub nsw i64 %smin371, %894
-  %smax372 = tail call i64 @llvm.smax.i64(i64 %2235, i64 1)
-  %2236 = tail call i32 @llvm.smin.i32(i32 %871, i32 %1433)
-  %2237 = tail call i32 @llvm.smin.i32(i32 %2236, i32 64)
-  %smin709 = sext i32 %2237 to i64
-  %2238 = sub nsw i64 %smin709, %869
-  %smax710 = tail call i64 @llvm.smax.i64(i64 %2238, i64 1)
-  %2239 = add nsw i64 %smax710, -1
-  %2240 = tail call i32 @llvm.smin.i32(i32 %862, i32 %1433)
-  %2241 = tail call i32 @llvm.smin.i32(i32 %2240, i32 64)
-  %smin726 = sext i32 %2241 to i64
-  %2242 = sub nsw i64 %smin726, %860
-  %smax727 = tail call i64 @llvm.smax.i64(i64 %2242, i64 1)
+  %smin726 = sext i32 %2234 to i64
+  %2235 = sub nsw i64 %smin726, %853
+  %smax727 = tail call i64 @llvm.smax.i64(i64 %2235, i64 1)
   %scevgep728 = getelementptr i8, ptr %scevgep722, i64 %smax727
-  %scevgep730 = getelementptr i8, ptr %scaled.i, i64 %865
+  %scevgep730 = getelementptr i8, ptr %scaled.i, i64 %858
   %scevgep731 = getelementptr i8, ptr %scaled.i, i64 -124
-  %scevgep732 = getelementptr i8, ptr %scevgep731, i64 %865
-  %2243 = shl nuw nsw i64 %smax727, 7
-  %2244 = tail call i32 @llvm.smin.i32(i32 %855, i32 %1433)
-  %2245 = tail call i32 @llvm.smin.i32(i32 %2244, i32 64)
-  %smin743 = sext i32 %2245 to i64
-  %2246 = sub nsw i64 %smin743, %853
-  %smax744 = tail call i64 @llvm.smax.i64(i64 %2246, i64 1)
-  %min.iters.check746 = icmp slt i64 %2246, 24
-  %2247 = trunc i64 %2239 to i32
-  %mul.result712 = shl i32 %2247, 5
-  %mul.overflow713 = icmp ugt i32 %2247, 134217727
-  %2248 = icmp sgt i64 %2238, 4294967296
-  %invariant.op = or i1 %mul.overflow713, %2248
-  %mul.result716 = shl i64 %2239, 7
-  %smax733 = tail call i32 @llvm.smax.i32(i32 %1444, i32 1)
-  %2249 = add nsw i32 %smax733, -1
-  %2250 = zext nneg i32 %2249 to i64
-  %2251 = shl nuw nsw i64 %2250, 2
-  %2252 = getelementptr i8, ptr %scevgep732, i64 %2243
-  %scevgep734 = getelementptr i8, ptr %2252, i64 %2251
+  %scevgep732 = getelementptr i8, ptr %scevgep731, i64 %858
+  %2236 = shl nuw nsw i64 %smax727, 7
+  %2237 = tail call i32 @llvm.smin.i32(i32 %848, i32 %1426)
+  %2238 = tail call i32 @llvm.smin.i32(i32 %2237, i32 64)
+  %smin743 = sext i32 %2238 to i64
+  %2239 = sub nsw i64 %smin743, %846
+  %smax744 = tail call i64 @llvm.smax.i64(i64 %2239, i64 1)
+  %min.iters.check746 = icmp slt i64 %2239, 24
+  %2240 = trunc i64 %2232 to i32
+  %mul.result712 = shl i32 %2240, 5
+  %mul.overflow713 = icmp ugt i32 %2240, 134217727
+  %2241 = icmp sgt i64 %2231, 4294967296
+  %invariant.op = or i1 %mul.overflow713, %2241
+  %mul.result716 = shl i64 %2232, 7
+  %smax733 = tail call i32 @llvm.smax.i32(i32 %1437, i32 1)
+  %2242 = add nsw i32 %smax733, -1
+  %2243 = zext nneg i32 %2242 to i64
+  %2244 = shl nuw nsw i64 %2243, 2
+  %2245 = getelementptr i8, ptr %scevgep732, i64 %2236
+  %scevgep734 = getelementptr i8, ptr %2245, i64 %2244
   %n.vec749 = and i64 %smax744, 9223372036854775800
   %cmp.n762 = icmp eq i64 %smax744, %n.vec749
   %xtraiter = and i64 %smax744, 3
@@ -3948,30 +3941,30 @@ for_body_r219.i.us.preheader:                     ; preds = %for_body_r219.lr.ph
 
 for_body_r219.i.us:                               ; preds = %for_end_c.i.loopexit.us, %for_body_r219.i.us.preheader
   %indvar = phi i64 [ 0, %for_body_r219.i.us.preheader ], [ %indvar.next, %for_end_c.i.loopexit.us ]
-  %r2221048.i.us = phi i32 [ 0, %for_body_r219.i.us.preheader ], [ %2316, %for_end_c.i.loopexit.us ]
-  %2253 = lshr i32 %r2221048.i.us, 2
-  %2254 = zext nneg i32 %2253 to i64
-  %2255 = add nuw nsw i64 %2231, %2254
-  %2256 = mul nsw i64 %2255, %544
-  %2257 = getelementptr i8, ptr %942, i64 %2256
+  %r2221048.i.us = phi i32 [ 0, %for_body_r219.i.us.preheader ], [ %2309, %for_end_c.i.loopexit.us ]
+  %2246 = lshr i32 %r2221048.i.us, 2
+  %2247 = zext nneg i32 %2246 to i64
+  %2248 = add nuw nsw i64 %2224, %2247
+  %2249 = mul nsw i64 %2248, %537
+  %2250 = getelementptr i8, ptr %935, i64 %2249
   br i1 %min.iters.check746, label %for_body_c.i.us.preheader, label %vector.scevcheck703, !prof !9
 
 vector.scevcheck703:                              ; preds = %for_body_r219.i.us
-  %2258 = add i64 %indvar, %873
-  %2259 = shl i64 %2258, 2
-  %scevgep714 = getelementptr i8, ptr %scaled.i, i64 %2259
-  %2260 = add i32 %872, %r2221048.i.us
-  %2261 = add i32 %2260, %mul.result712
-  %2262 = icmp slt i32 %2261, %2260
-  %.reass = or i1 %2262, %invariant.op
-  %2263 = getelementptr i8, ptr %scevgep714, i64 %mul.result716
-  %2264 = icmp ult ptr %2263, %scevgep714
-  %2265 = or i1 %2264, %.reass
-  br i1 %2265, label %for_body_c.i.us.preheader, label %vector.memcheck718, !prof !9
+  %2251 = add i64 %indvar, %866
+  %2252 = shl i64 %2251, 2
+  %scevgep714 = getelementptr i8, ptr %scaled.i, i64 %2252
+  %2253 = add i32 %865, %r2221048.i.us
+  %2254 = add i32 %2253, %mul.result712
+  %2255 = icmp slt i32 %2254, %2253
+  %.reass = or i1 %2255, %invariant.op
+  %2256 = getelementptr i8, ptr %scevgep714, i64 %mul.result716
+  %2257 = icmp ult ptr %2256, %scevgep714
+  %2258 = or i1 %2257, %.reass
+  br i1 %2258, label %for_body_c.i.us.preheader, label %vector.memcheck718, !prof !9
 
 vector.memcheck718:                               ; preds = %vector.scevcheck703
-  %scevgep729 = getelementptr i8, ptr %scevgep728, i64 %2256
-  %bound0735 = icmp ult ptr %2257, %scevgep734
+  %scevgep729 = getelementptr i8, ptr %scevgep728, i64 %2249
+  %bound0735 = icmp ult ptr %2250, %scevgep734
   %bound1736 = icmp ult ptr %scevgep730, %scevgep729
   %found.conflict737 = and i1 %bound0735, %bound1736
   br i1 %found.conflict737, label %for_body_c.i.us.preheader, label %vector.ph747, !prof !9
@@ -3984,21 +3977,21 @@ vector.ph747:                                     ; preds = %vector.memcheck718
 vector.body754:                                   ; preds = %vector.body754, %vector.ph747
   %index755 = phi i64 [ 0, %vector.ph747 ], [ %index.next759, %vector.body754 ]
   %vec.ind756 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph747 ], [ %vec.ind.next760, %vector.body754 ]
-  %2266 = getelementptr i8, ptr %2257, i64 %index755
-  %wide.load757 = load <8 x i8>, ptr %2266, align 1, !tbaa !7, !alias.scope !48, !noalias !51
-  %2267 = icmp ne <8 x i8> %wide.load757, zeroinitializer
-  %2268 = add <8 x i32> %broadcast.splat753, %vec.ind756
-  %2269 = shl <8 x i32> %2268, splat (i32 5)
-  %2270 = add nsw <8 x i32> %2269, %broadcast.splat751
-  %2271 = sext <8 x i32> %2270 to <8 x i64>
-  %2272 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2271
-  %wide.masked.gather758 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2272, <8 x i1> %2267, <8 x float> poison), !tbaa !7, !alias.scope !51
-  %predphi = select <8 x i1> %2267, <8 x float> %wide.masked.gather758, <8 x float> splat (float 0xFFF0000000000000)
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2272, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !51
+  %2259 = getelementptr i8, ptr %2250, i64 %index755
+  %wide.load757 = load <8 x i8>, ptr %2259, align 1, !tbaa !7, !alias.scope !48, !noalias !51
+  %2260 = icmp ne <8 x i8> %wide.load757, zeroinitializer
+  %2261 = add <8 x i32> %broadcast.splat753, %vec.ind756
+  %2262 = shl <8 x i32> %2261, splat (i32 5)
+  %2263 = add nsw <8 x i32> %2262, %broadcast.splat751
+  %2264 = sext <8 x i32> %2263 to <8 x i64>
+  %2265 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %2264
+  %wide.masked.gather758 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2265, <8 x i1> %2260, <8 x float> poison), !tbaa !7, !alias.scope !51
+  %predphi = select <8 x i1> %2260, <8 x float> %wide.masked.gather758, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %2265, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !51
   %index.next759 = add nuw i64 %index755, 8
   %vec.ind.next760 = add <8 x i32> %vec.ind756, splat (i32 8)
-  %2273 = icmp eq i64 %index.next759, %n.vec749
-  br i1 %2273, label %middle.block761, label %vector.body754, !prof !53, !llvm.loop !54
+  %2266 = icmp eq i64 %index.next759, %n.vec749
+  br i1 %2266, label %middle.block761, label %vector.body754, !prof !53, !llvm.loop !54
 
 middle.block761:                                  ; preds = %vector.body754
   br i1 %cmp.n762, label %for_end_c.i.loopexit.us, label %for_body_c.i.us.preheader, !prof !56
@@ -4010,25 +4003,25 @@ for_body_c.i.us.preheader:                        ; preds = %middle.block761, %v
 for_body_c.i.us.prol:                             ; preds = %if_end225.i.us.prol, %for_body_c.i.us.preheader
   %indvars.iv1495.i.us.prol = phi i64 [ %indvars.iv.next1496.i.us.prol, %if_end225.i.us.prol ], [ %indvars.iv1495.i.us.ph, %for_body_c.i.us.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end225.i.us.prol ], [ 0, %for_body_c.i.us.preheader ]
-  %2274 = getelementptr i8, ptr %2257, i64 %indvars.iv1495.i.us.prol
-  %2275 = load i8, ptr %2274, align 1, !tbaa !7
-  %2276 = icmp eq i8 %2275, 0
-  %2277 = trunc i64 %indvars.iv1495.i.us.prol to i32
-  %.pre1672.i.us.prol = add i32 %936, %2277
+  %2267 = getelementptr i8, ptr %2250, i64 %indvars.iv1495.i.us.prol
+  %2268 = load i8, ptr %2267, align 1, !tbaa !7
+  %2269 = icmp eq i8 %2268, 0
+  %2270 = trunc i64 %indvars.iv1495.i.us.prol to i32
+  %.pre1672.i.us.prol = add i32 %929, %2270
   %.pre1674.i.us.prol = shl i32 %.pre1672.i.us.prol, 5
   %.pre1676.i.us.prol = add nsw i32 %.pre1674.i.us.prol, %r2221048.i.us
   %.pre1678.i.us.prol = sext i32 %.pre1676.i.us.prol to i64
-  br i1 %2276, label %if_end225.i.us.prol, label %if_else224.i.us.prol
+  br i1 %2269, label %if_end225.i.us.prol, label %if_else224.i.us.prol
 
 if_else224.i.us.prol:                             ; preds = %for_body_c.i.us.prol
-  %2278 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
-  %2279 = load float, ptr %2278, align 4, !tbaa !7
+  %2271 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
+  %2272 = load float, ptr %2271, align 4, !tbaa !7
   br label %if_end225.i.us.prol
 
 if_end225.i.us.prol:                              ; preds = %if_else224.i.us.prol, %for_body_c.i.us.prol
-  %2280 = phi float [ %2279, %if_else224.i.us.prol ], [ 0xFFF0000000000000, %for_body_c.i.us.prol ]
-  %2281 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
-  store float %2280, ptr %2281, align 4, !tbaa !7
+  %2273 = phi float [ %2272, %if_else224.i.us.prol ], [ 0xFFF0000000000000, %for_body_c.i.us.prol ]
+  %2274 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.prol
+  store float %2273, ptr %2274, align 4, !tbaa !7
   %indvars.iv.next1496.i.us.prol = add nuw nsw i64 %indvars.iv1495.i.us.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
@@ -4036,327 +4029,327 @@ if_end225.i.us.prol:                              ; preds = %if_else224.i.us.pro
 
 for_body_c.i.us.prol.loopexit:                    ; preds = %if_end225.i.us.prol, %for_body_c.i.us.preheader
   %indvars.iv1495.i.us.unr = phi i64 [ %indvars.iv1495.i.us.ph, %for_body_c.i.us.preheader ], [ %indvars.iv.next1496.i.us.prol, %if_end225.i.us.prol ]
-  %2282 = sub nsw i64 %indvars.iv1495.i.us.ph, %smax744
-  %2283 = icmp ugt i64 %2282, -4
-  br i1 %2283, label %for_end_c.i.loopexit.us, label %for_body_c.i.us, !prof !9
+  %2275 = sub nsw i64 %indvars.iv1495.i.us.ph, %smax744
+  %2276 = icmp ugt i64 %2275, -4
+  br i1 %2276, label %for_end_c.i.loopexit.us, label %for_body_c.i.us, !prof !9
 
 for_body_c.i.us:                                  ; preds = %if_end225.i.us.3, %for_body_c.i.us.prol.loopexit
   %indvars.iv1495.i.us = phi i64 [ %indvars.iv.next1496.i.us.3, %if_end225.i.us.3 ], [ %indvars.iv1495.i.us.unr, %for_body_c.i.us.prol.loopexit ]
-  %2284 = getelementptr i8, ptr %2257, i64 %indvars.iv1495.i.us
-  %2285 = load i8, ptr %2284, align 1, !tbaa !7
-  %2286 = icmp eq i8 %2285, 0
-  %2287 = trunc i64 %indvars.iv1495.i.us to i32
-  %.pre1672.i.us = add i32 %936, %2287
+  %2277 = getelementptr i8, ptr %2250, i64 %indvars.iv1495.i.us
+  %2278 = load i8, ptr %2277, align 1, !tbaa !7
+  %2279 = icmp eq i8 %2278, 0
+  %2280 = trunc i64 %indvars.iv1495.i.us to i32
+  %.pre1672.i.us = add i32 %929, %2280
   %.pre1674.i.us = shl i32 %.pre1672.i.us, 5
   %.pre1676.i.us = add nsw i32 %.pre1674.i.us, %r2221048.i.us
   %.pre1678.i.us = sext i32 %.pre1676.i.us to i64
-  br i1 %2286, label %if_end225.i.us, label %if_else224.i.us
+  br i1 %2279, label %if_end225.i.us, label %if_else224.i.us
 
 if_else224.i.us:                                  ; preds = %for_body_c.i.us
-  %2288 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
-  %2289 = load float, ptr %2288, align 4, !tbaa !7
+  %2281 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
+  %2282 = load float, ptr %2281, align 4, !tbaa !7
   br label %if_end225.i.us
 
 if_end225.i.us:                                   ; preds = %if_else224.i.us, %for_body_c.i.us
-  %2290 = phi float [ %2289, %if_else224.i.us ], [ 0xFFF0000000000000, %for_body_c.i.us ]
-  %2291 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
-  store float %2290, ptr %2291, align 4, !tbaa !7
+  %2283 = phi float [ %2282, %if_else224.i.us ], [ 0xFFF0000000000000, %for_body_c.i.us ]
+  %2284 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us
+  store float %2283, ptr %2284, align 4, !tbaa !7
   %indvars.iv.next1496.i.us = add nuw nsw i64 %indvars.iv1495.i.us, 1
-  %2292 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us
-  %2293 = load i8, ptr %2292, align 1, !tbaa !7
-  %2294 = icmp eq i8 %2293, 0
-  %2295 = trunc i64 %indvars.iv.next1496.i.us to i32
-  %.pre1672.i.us.1 = add i32 %936, %2295
+  %2285 = getelementptr i8, ptr %2250, i64 %indvars.iv.next1496.i.us
+  %2286 = load i8, ptr %2285, align 1, !tbaa !7
+  %2287 = icmp eq i8 %2286, 0
+  %2288 = trunc i64 %indvars.iv.next1496.i.us to i32
+  %.pre1672.i.us.1 = add i32 %929, %2288
   %.pre1674.i.us.1 = shl i32 %.pre1672.i.us.1, 5
   %.pre1676.i.us.1 = add nsw i32 %.pre1674.i.us.1, %r2221048.i.us
   %.pre1678.i.us.1 = sext i32 %.pre1676.i.us.1 to i64
-  br i1 %2294, label %if_end225.i.us.1, label %if_else224.i.us.1
+  br i1 %2287, label %if_end225.i.us.1, label %if_else224.i.us.1
 
 if_else224.i.us.1:                                ; preds = %if_end225.i.us
-  %2296 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
-  %2297 = load float, ptr %2296, align 4, !tbaa !7
+  %2289 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
+  %2290 = load float, ptr %2289, align 4, !tbaa !7
   br label %if_end225.i.us.1
 
 if_end225.i.us.1:                                 ; preds = %if_else224.i.us.1, %if_end225.i.us
-  %2298 = phi float [ %2297, %if_else224.i.us.1 ], [ 0xFFF0000000000000, %if_end225.i.us ]
-  %2299 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
-  store float %2298, ptr %2299, align 4, !tbaa !7
+  %2291 = phi float [ %2290, %if_else224.i.us.1 ], [ 0xFFF0000000000000, %if_end225.i.us ]
+  %2292 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.1
+  store float %2291, ptr %2292, align 4, !tbaa !7
   %indvars.iv.next1496.i.us.1 = add nuw nsw i64 %indvars.iv1495.i.us, 2
-  %2300 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us.1
-  %2301 = load i8, ptr %2300, align 1, !tbaa !7
-  %2302 = icmp eq i8 %2301, 0
-  %2303 = trunc i64 %indvars.iv.next1496.i.us.1 to i32
-  %.pre1672.i.us.2 = add i32 %936, %2303
+  %2293 = getelementptr i8, ptr %2250, i64 %indvars.iv.next1496.i.us.1
+  %2294 = load i8, ptr %2293, align 1, !tbaa !7
+  %2295 = icmp eq i8 %2294, 0
+  %2296 = trunc i64 %indvars.iv.next1496.i.us.1 to i32
+  %.pre1672.i.us.2 = add i32 %929, %2296
   %.pre1674.i.us.2 = shl i32 %.pre1672.i.us.2, 5
   %.pre1676.i.us.2 = add nsw i32 %.pre1674.i.us.2, %r2221048.i.us
   %.pre1678.i.us.2 = sext i32 %.pre1676.i.us.2 to i64
-  br i1 %2302, label %if_end225.i.us.2, label %if_else224.i.us.2
+  br i1 %2295, label %if_end225.i.us.2, label %if_else224.i.us.2
 
 if_else224.i.us.2:                                ; preds = %if_end225.i.us.1
-  %2304 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
-  %2305 = load float, ptr %2304, align 4, !tbaa !7
+  %2297 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
+  %2298 = load float, ptr %2297, align 4, !tbaa !7
   br label %if_end225.i.us.2
 
 if_end225.i.us.2:                                 ; preds = %if_else224.i.us.2, %if_end225.i.us.1
-  %2306 = phi float [ %2305, %if_else224.i.us.2 ], [ 0xFFF0000000000000, %if_end225.i.us.1 ]
-  %2307 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
-  store float %2306, ptr %2307, align 4, !tbaa !7
+  %2299 = phi float [ %2298, %if_else224.i.us.2 ], [ 0xFFF0000000000000, %if_end225.i.us.1 ]
+  %2300 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.2
+  store float %2299, ptr %2300, align 4, !tbaa !7
   %indvars.iv.next1496.i.us.2 = add nuw nsw i64 %indvars.iv1495.i.us, 3
-  %2308 = getelementptr i8, ptr %2257, i64 %indvars.iv.next1496.i.us.2
-  %2309 = load i8, ptr %2308, align 1, !tbaa !7
-  %2310 = icmp eq i8 %2309, 0
-  %2311 = trunc i64 %indvars.iv.next1496.i.us.2 to i32
-  %.pre1672.i.us.3 = add i32 %936, %2311
+  %2301 = getelementptr i8, ptr %2250, i64 %indvars.iv.next1496.i.us.2
+  %2302 = load i8, ptr %2301, align 1, !tbaa !7
+  %2303 = icmp eq i8 %2302, 0
+  %2304 = trunc i64 %indvars.iv.next1496.i.us.2 to i32
+  %.pre1672.i.us.3 = add i32 %929, %2304
   %.pre1674.i.us.3 = shl i32 %.pre1672.i.us.3, 5
   %.pre1676.i.us.3 = add nsw i32 %.pre1674.i.us.3, %r2221048.i.us
   %.pre1678.i.us.3 = sext i32 %.pre1676.i.us.3 to i64
-  br i1 %2310, label %if_end225.i.us.3, label %if_else224.i.us.3
+  br i1 %2303, label %if_end225.i.us.3, label %if_else224.i.us.3
 
 if_else224.i.us.3:                                ; preds = %if_end225.i.us.2
-  %2312 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
-  %2313 = load float, ptr %2312, align 4, !tbaa !7
+  %2305 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
+  %2306 = load float, ptr %2305, align 4, !tbaa !7
   br label %if_end225.i.us.3
 
 if_end225.i.us.3:                                 ; preds = %if_else224.i.us.3, %if_end225.i.us.2
-  %2314 = phi float [ %2313, %if_else224.i.us.3 ], [ 0xFFF0000000000000, %if_end225.i.us.2 ]
-  %2315 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
-  store float %2314, ptr %2315, align 4, !tbaa !7
+  %2307 = phi float [ %2306, %if_else224.i.us.3 ], [ 0xFFF0000000000000, %if_end225.i.us.2 ]
+  %2308 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1678.i.us.3
+  store float %2307, ptr %2308, align 4, !tbaa !7
   %indvars.iv.next1496.i.us.3 = add nuw nsw i64 %indvars.iv1495.i.us, 4
   %exitcond.not.3 = icmp eq i64 %indvars.iv.next1496.i.us.3, %smax372
   br i1 %exitcond.not.3, label %for_end_c.i.loopexit.us, label %for_body_c.i.us, !prof !60, !llvm.loop !61
 
 for_end_c.i.loopexit.us:                          ; preds = %if_end225.i.us.3, %for_body_c.i.us.prol.loopexit, %middle.block761
-  %2316 = add nuw nsw i32 %r2221048.i.us, 1
-  %2317 = icmp slt i32 %2316, %1444
+  %2309 = add nuw nsw i32 %r2221048.i.us, 1
+  %2310 = icmp slt i32 %2309, %1437
   %indvar.next = add i64 %indvar, 1
-  br i1 %2317, label %for_body_r219.i.us, label %if_end217.i, !prof !62
+  br i1 %2310, label %for_body_r219.i.us, label %if_end217.i, !prof !62
 
 if_end217.i:                                      ; preds = %for_end_c.i.loopexit.us, %for_body_r219.lr.ph.i, %for_end_to208.i
-  br i1 %2072, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1231.preheader.i, !prof !31
+  br i1 %2065, label %for_begin_ti_0.preheader.preheader.i, label %for_begin_ti_1231.preheader.i, !prof !31
 
 for_begin_ti_0.preheader.preheader.i:             ; preds = %if_end217.i
-  %wide.trip.count1504.i = zext nneg i32 %2071 to i64
+  %wide.trip.count1504.i = zext nneg i32 %2064 to i64
   br label %for_begin_ti_0.preheader.i
 
 for_begin_ti_1231.preheader.i:                    ; preds = %for_begin_ti_0.preheader.i, %if_end217.i
-  %.lcssa10511059.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2372, %for_begin_ti_0.preheader.i ]
-  %.lcssa10501057.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2368, %for_begin_ti_0.preheader.i ]
-  %.lcssa10491055.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2364, %for_begin_ti_0.preheader.i ]
-  %.lcssa1053.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2360, %for_begin_ti_0.preheader.i ]
-  %2318 = fcmp olt <32 x float> %.lcssa1053.lcssa.i, splat (float 0xC7EFFFFFE0000000)
-  %2319 = select <32 x i1> %2318, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.lcssa1053.lcssa.i
-  %2320 = fcmp ogt <32 x float> %2319, %.lcssa10491055.lcssa.i
-  %2321 = select <32 x i1> %2320, <32 x float> %2319, <32 x float> %.lcssa10491055.lcssa.i
-  %2322 = fcmp ogt <32 x float> %2321, %.lcssa10501057.lcssa.i
-  %2323 = select <32 x i1> %2322, <32 x float> %2321, <32 x float> %.lcssa10501057.lcssa.i
-  %2324 = fcmp ogt <32 x float> %2323, %.lcssa10511059.lcssa.i
-  %2325 = select <32 x i1> %2324, <32 x float> %2323, <32 x float> %.lcssa10511059.lcssa.i
-  %2326 = fcmp ogt <32 x float> %2070, %2325
-  %2327 = select <32 x i1> %2326, <32 x float> %2070, <32 x float> %2325
-  %2328 = icmp sgt i32 %valid_len146.i, 0
-  %2329 = insertelement <32 x i1> poison, i1 %2328, i64 0
-  %2330 = shufflevector <32 x i1> %2329, <32 x i1> poison, <32 x i32> zeroinitializer
-  %2331 = select <32 x i1> %2330, <32 x float> %2327, <32 x float> splat (float 0xC6293E5940000000)
-  %2332 = shl nsw i64 %1427, 5
-  br i1 %1448, label %for_begin_ti241.preheader.lr.ph.i, label %for_end_to238.i, !prof !31
+  %.lcssa10511059.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2365, %for_begin_ti_0.preheader.i ]
+  %.lcssa10501057.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2361, %for_begin_ti_0.preheader.i ]
+  %.lcssa10491055.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2357, %for_begin_ti_0.preheader.i ]
+  %.lcssa1053.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %if_end217.i ], [ %2353, %for_begin_ti_0.preheader.i ]
+  %2311 = fcmp olt <32 x float> %.lcssa1053.lcssa.i, splat (float 0xC7EFFFFFE0000000)
+  %2312 = select <32 x i1> %2311, <32 x float> splat (float 0xC7EFFFFFE0000000), <32 x float> %.lcssa1053.lcssa.i
+  %2313 = fcmp ogt <32 x float> %2312, %.lcssa10491055.lcssa.i
+  %2314 = select <32 x i1> %2313, <32 x float> %2312, <32 x float> %.lcssa10491055.lcssa.i
+  %2315 = fcmp ogt <32 x float> %2314, %.lcssa10501057.lcssa.i
+  %2316 = select <32 x i1> %2315, <32 x float> %2314, <32 x float> %.lcssa10501057.lcssa.i
+  %2317 = fcmp ogt <32 x float> %2316, %.lcssa10511059.lcssa.i
+  %2318 = select <32 x i1> %2317, <32 x float> %2316, <32 x float> %.lcssa10511059.lcssa.i
+  %2319 = fcmp ogt <32 x float> %2063, %2318
+  %2320 = select <32 x i1> %2319, <32 x float> %2063, <32 x float> %2318
+  %2321 = icmp sgt i32 %valid_len146.i, 0
+  %2322 = insertelement <32 x i1> poison, i1 %2321, i64 0
+  %2323 = shufflevector <32 x i1> %2322, <32 x i1> poison, <32 x i32> zeroinitializer
+  %2324 = select <32 x i1> %2323, <32 x float> %2320, <32 x float> splat (float 0xC6293E5940000000)
+  %2325 = shl nsw i64 %1420, 5
+  br i1 %1441, label %for_begin_ti241.preheader.lr.ph.i, label %for_end_to238.i, !prof !31
 
 for_begin_ti_0.preheader.i:                       ; preds = %for_begin_ti_0.preheader.i, %for_begin_ti_0.preheader.preheader.i
   %indvars.iv1501.i = phi i64 [ 0, %for_begin_ti_0.preheader.preheader.i ], [ %indvars.iv.next1502.i, %for_begin_ti_0.preheader.i ]
-  %2333 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2360, %for_begin_ti_0.preheader.i ]
-  %2334 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2364, %for_begin_ti_0.preheader.i ]
-  %2335 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2368, %for_begin_ti_0.preheader.i ]
-  %2336 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2372, %for_begin_ti_0.preheader.i ]
-  %2337 = trunc i64 %indvars.iv1501.i to i32
-  %2338 = add i32 %num_full.i, %2337
-  %2339 = shl i32 %2338, 8
-  %2340 = sext i32 %2339 to i64
-  %2341 = getelementptr inbounds float, ptr %scaled.i, i64 %2340
-  %2342 = load <32 x float>, ptr %2341, align 4, !tbaa !7
-  %2343 = fcmp ogt <32 x float> %2333, %2342
-  %2344 = select <32 x i1> %2343, <32 x float> %2333, <32 x float> %2342
-  %2345 = getelementptr i8, ptr %2341, i64 128
-  %2346 = load <32 x float>, ptr %2345, align 4, !tbaa !7
-  %2347 = fcmp ogt <32 x float> %2334, %2346
-  %2348 = select <32 x i1> %2347, <32 x float> %2334, <32 x float> %2346
-  %2349 = getelementptr i8, ptr %2341, i64 256
-  %2350 = load <32 x float>, ptr %2349, align 4, !tbaa !7
-  %2351 = fcmp ogt <32 x float> %2335, %2350
-  %2352 = select <32 x i1> %2351, <32 x float> %2335, <32 x float> %2350
-  %2353 = getelementptr i8, ptr %2341, i64 384
-  %2354 = load <32 x float>, ptr %2353, align 4, !tbaa !7
-  %2355 = fcmp ogt <32 x float> %2336, %2354
-  %2356 = select <32 x i1> %2355, <32 x float> %2336, <32 x float> %2354
-  %2357 = getelementptr i8, ptr %2341, i64 512
-  %2358 = load <32 x float>, ptr %2357, align 4, !tbaa !7
-  %2359 = fcmp ogt <32 x float> %2344, %2358
-  %2360 = select <32 x i1> %2359, <32 x float> %2344, <32 x float> %2358
-  %2361 = getelementptr i8, ptr %2341, i64 640
-  %2362 = load <32 x float>, ptr %2361, align 4, !tbaa !7
-  %2363 = fcmp ogt <32 x float> %2348, %2362
-  %2364 = select <32 x i1> %2363, <32 x float> %2348, <32 x float> %2362
-  %2365 = getelementptr i8, ptr %2341, i64 768
-  %2366 = load <32 x float>, ptr %2365, align 4, !tbaa !7
-  %2367 = fcmp ogt <32 x float> %2352, %2366
-  %2368 = select <32 x i1> %2367, <32 x float> %2352, <32 x float> %2366
-  %2369 = getelementptr i8, ptr %2341, i64 896
-  %2370 = load <32 x float>, ptr %2369, align 4, !tbaa !7
-  %2371 = fcmp ogt <32 x float> %2356, %2370
-  %2372 = select <32 x i1> %2371, <32 x float> %2356, <32 x float> %2370
+  %2326 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2353, %for_begin_ti_0.preheader.i ]
+  %2327 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2357, %for_begin_ti_0.preheader.i ]
+  %2328 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2361, %for_begin_ti_0.preheader.i ]
+  %2329 = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti_0.preheader.preheader.i ], [ %2365, %for_begin_ti_0.preheader.i ]
+  %2330 = trunc i64 %indvars.iv1501.i to i32
+  %2331 = add i32 %num_full.i, %2330
+  %2332 = shl i32 %2331, 8
+  %2333 = sext i32 %2332 to i64
+  %2334 = getelementptr inbounds float, ptr %scaled.i, i64 %2333
+  %2335 = load <32 x float>, ptr %2334, align 4, !tbaa !7
+  %2336 = fcmp ogt <32 x float> %2326, %2335
+  %2337 = select <32 x i1> %2336, <32 x float> %2326, <32 x float> %2335
+  %2338 = getelementptr i8, ptr %2334, i64 128
+  %2339 = load <32 x float>, ptr %2338, align 4, !tbaa !7
+  %2340 = fcmp ogt <32 x float> %2327, %2339
+  %2341 = select <32 x i1> %2340, <32 x float> %2327, <32 x float> %2339
+  %2342 = getelementptr i8, ptr %2334, i64 256
+  %2343 = load <32 x float>, ptr %2342, align 4, !tbaa !7
+  %2344 = fcmp ogt <32 x float> %2328, %2343
+  %2345 = select <32 x i1> %2344, <32 x float> %2328, <32 x float> %2343
+  %2346 = getelementptr i8, ptr %2334, i64 384
+  %2347 = load <32 x float>, ptr %2346, align 4, !tbaa !7
+  %2348 = fcmp ogt <32 x float> %2329, %2347
+  %2349 = select <32 x i1> %2348, <32 x float> %2329, <32 x float> %2347
+  %2350 = getelementptr i8, ptr %2334, i64 512
+  %2351 = load <32 x float>, ptr %2350, align 4, !tbaa !7
+  %2352 = fcmp ogt <32 x float> %2337, %2351
+  %2353 = select <32 x i1> %2352, <32 x float> %2337, <32 x float> %2351
+  %2354 = getelementptr i8, ptr %2334, i64 640
+  %2355 = load <32 x float>, ptr %2354, align 4, !tbaa !7
+  %2356 = fcmp ogt <32 x float> %2341, %2355
+  %2357 = select <32 x i1> %2356, <32 x float> %2341, <32 x float> %2355
+  %2358 = getelementptr i8, ptr %2334, i64 768
+  %2359 = load <32 x float>, ptr %2358, align 4, !tbaa !7
+  %2360 = fcmp ogt <32 x float> %2345, %2359
+  %2361 = select <32 x i1> %2360, <32 x float> %2345, <32 x float> %2359
+  %2362 = getelementptr i8, ptr %2334, i64 896
+  %2363 = load <32 x float>, ptr %2362, align 4, !tbaa !7
+  %2364 = fcmp ogt <32 x float> %2349, %2363
+  %2365 = select <32 x i1> %2364, <32 x float> %2349, <32 x float> %2363
   %indvars.iv.next1502.i = add nuw nsw i64 %indvars.iv1501.i, 1
   %exitcond1505.not.i = icmp eq i64 %indvars.iv.next1502.i, %wide.trip.count1504.i
   br i1 %exitcond1505.not.i, label %for_begin_ti_1231.preheader.i, label %for_begin_ti_0.preheader.i, !prof !10
 
 for_begin_ti241.preheader.lr.ph.i:                ; preds = %for_begin_ti_1231.preheader.i
-  %2373 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2332
-  %2374 = load <32 x i32>, ptr %2373, align 4, !tbaa !7
-  %2375 = sitofp <32 x i32> %2374 to <32 x float>
-  %2376 = fsub <32 x float> splat (float 0x4168000FE0000000), %2375
-  %2377 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2375, <32 x float> splat (float 0x3FE62E4300000000), <32 x float> splat (float -8.700000e+01))
-  %wide.trip.count1521.i = zext nneg i32 %1447 to i64
+  %2366 = getelementptr inbounds nuw i32, ptr %places.i, i64 %2325
+  %2367 = load <32 x i32>, ptr %2366, align 4, !tbaa !7
+  %2368 = sitofp <32 x i32> %2367 to <32 x float>
+  %2369 = fsub <32 x float> splat (float 0x4168000FE0000000), %2368
+  %2370 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2368, <32 x float> splat (float 0x3FE62E4300000000), <32 x float> splat (float -8.700000e+01))
+  %wide.trip.count1521.i = zext nneg i32 %1440 to i64
   br label %for_begin_ti241.preheader.i
 
 for_begin_ti241.preheader.i:                      ; preds = %for_end_ax0.i, %for_begin_ti241.preheader.lr.ph.i
   %indvars.iv1518.i = phi i64 [ 0, %for_begin_ti241.preheader.lr.ph.i ], [ %indvars.iv.next1519.i, %for_end_ax0.i ]
   %tile_sum641.sroa.0.01071.i = phi <32 x float> [ zeroinitializer, %for_begin_ti241.preheader.lr.ph.i ], [ %.us-phi1070.i, %for_end_ax0.i ]
-  %2378 = shl nsw i64 %indvars.iv1518.i, 8
+  %2371 = shl nsw i64 %indvars.iv1518.i, 8
   br label %for_body_ti242.i
 
 for_end_to238.i:                                  ; preds = %for_end_ax0.i, %for_begin_ti_1231.preheader.i
   %tile_sum641.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ti_1231.preheader.i ], [ %.us-phi1070.i, %for_end_ax0.i ]
-  %2379 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %2332
-  %2380 = load <32 x float>, ptr %2379, align 4, !tbaa !7
-  %old_max.i = select <32 x i1> %940, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %2380
-  %2381 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %2332
-  %2382 = load <32 x float>, ptr %2381, align 4, !tbaa !7
-  %old_sum.i = select <32 x i1> %940, <32 x float> zeroinitializer, <32 x float> %2382
-  %2383 = fcmp ogt <32 x float> %old_max.i, %2331
-  %2384 = fcmp oeq <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
-  %2385 = select <32 x i1> %2384, <32 x i1> splat (i1 true), <32 x i1> %2383
-  %old_or_both.i = select <32 x i1> %2385, <32 x float> %old_max.i, <32 x float> %2331
-  %2386 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %2386, <32 x float> %2331, <32 x float> %old_or_both.i
-  %2387 = fsub <32 x float> %old_max.i, %m.i
-  %2388 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2387, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %2389 = bitcast <32 x float> %2388 to <32 x i32>
-  %2390 = fadd <32 x float> %2388, splat (float 0xC168000FE0000000)
-  %2391 = fmul <32 x float> %2390, splat (float 0x3F2BD01060000000)
-  %2392 = fmul <32 x float> %2390, splat (float 0x3FE6300000000000)
-  %2393 = fsub <32 x float> %2387, %2392
-  %2394 = fadd <32 x float> %2391, %2393
-  %2395 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2394, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %2396 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2395, <32 x float> %2394, <32 x float> splat (float 0x3FA5558F20000000))
-  %2397 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2396, <32 x float> %2394, <32 x float> splat (float 0x3FC5554920000000))
-  %2398 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2397, <32 x float> %2394, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %2399 = fmul <32 x float> %2394, %2394
-  %2400 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2398, <32 x float> %2399, <32 x float> %2394)
-  %2401 = shl <32 x i32> %2389, splat (i32 23)
-  %2402 = bitcast <32 x i32> %2401 to <32 x float>
-  %2403 = fadd <32 x float> %2400, splat (float 1.000000e+00)
-  %2404 = fmul <32 x float> %2403, %2402
-  %2405 = fcmp olt <32 x float> %2387, splat (float -8.700000e+01)
-  %2406 = select <32 x i1> %2405, <32 x float> zeroinitializer, <32 x float> %2404
-  %2407 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %2408 = select <32 x i1> %2407, <32 x float> %2406, <32 x float> zeroinitializer
-  %arg265.i = fsub <32 x float> %2331, %m.i
-  %2409 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg265.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %2410 = bitcast <32 x float> %2409 to <32 x i32>
-  %2411 = fadd <32 x float> %2409, splat (float 0xC168000FE0000000)
-  %2412 = fmul <32 x float> %2411, splat (float 0x3F2BD01060000000)
-  %2413 = fmul <32 x float> %2411, splat (float 0x3FE6300000000000)
-  %2414 = fsub <32 x float> %arg265.i, %2413
-  %2415 = fadd <32 x float> %2412, %2414
-  %2416 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2415, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %2417 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2416, <32 x float> %2415, <32 x float> splat (float 0x3FA5558F20000000))
-  %2418 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2417, <32 x float> %2415, <32 x float> splat (float 0x3FC5554920000000))
-  %2419 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2418, <32 x float> %2415, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %2420 = fmul <32 x float> %2415, %2415
-  %2421 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2419, <32 x float> %2420, <32 x float> %2415)
-  %2422 = shl <32 x i32> %2410, splat (i32 23)
-  %2423 = bitcast <32 x i32> %2422 to <32 x float>
-  %2424 = fadd <32 x float> %2421, splat (float 1.000000e+00)
-  %2425 = fmul <32 x float> %2424, %2423
-  %2426 = fcmp olt <32 x float> %arg265.i, splat (float -8.700000e+01)
-  %2427 = select <32 x i1> %2426, <32 x float> zeroinitializer, <32 x float> %2425
-  %2428 = fcmp one <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
-  %2429 = select <32 x i1> %2428, <32 x float> %2427, <32 x float> zeroinitializer
-  %2430 = fmul <32 x float> %old_sum.i, %2408
-  %2431 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_sum641.sroa.0.0.lcssa.i, <32 x float> %2430)
-  store <32 x float> %m.i, ptr %2379, align 4, !tbaa !7
-  store <32 x float> %2431, ptr %2381, align 4, !tbaa !7
-  br i1 %2072, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !31
+  %2372 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %2325
+  %2373 = load <32 x float>, ptr %2372, align 4, !tbaa !7
+  %old_max.i = select <32 x i1> %933, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %2373
+  %2374 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %2325
+  %2375 = load <32 x float>, ptr %2374, align 4, !tbaa !7
+  %old_sum.i = select <32 x i1> %933, <32 x float> zeroinitializer, <32 x float> %2375
+  %2376 = fcmp ogt <32 x float> %old_max.i, %2324
+  %2377 = fcmp oeq <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
+  %2378 = select <32 x i1> %2377, <32 x i1> splat (i1 true), <32 x i1> %2376
+  %old_or_both.i = select <32 x i1> %2378, <32 x float> %old_max.i, <32 x float> %2324
+  %2379 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %2379, <32 x float> %2324, <32 x float> %old_or_both.i
+  %2380 = fsub <32 x float> %old_max.i, %m.i
+  %2381 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2380, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %2382 = bitcast <32 x float> %2381 to <32 x i32>
+  %2383 = fadd <32 x float> %2381, splat (float 0xC168000FE0000000)
+  %2384 = fmul <32 x float> %2383, splat (float 0x3F2BD01060000000)
+  %2385 = fmul <32 x float> %2383, splat (float 0x3FE6300000000000)
+  %2386 = fsub <32 x float> %2380, %2385
+  %2387 = fadd <32 x float> %2384, %2386
+  %2388 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2387, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2389 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2388, <32 x float> %2387, <32 x float> splat (float 0x3FA5558F20000000))
+  %2390 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2389, <32 x float> %2387, <32 x float> splat (float 0x3FC5554920000000))
+  %2391 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2390, <32 x float> %2387, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2392 = fmul <32 x float> %2387, %2387
+  %2393 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2391, <32 x float> %2392, <32 x float> %2387)
+  %2394 = shl <32 x i32> %2382, splat (i32 23)
+  %2395 = bitcast <32 x i32> %2394 to <32 x float>
+  %2396 = fadd <32 x float> %2393, splat (float 1.000000e+00)
+  %2397 = fmul <32 x float> %2396, %2395
+  %2398 = fcmp olt <32 x float> %2380, splat (float -8.700000e+01)
+  %2399 = select <32 x i1> %2398, <32 x float> zeroinitializer, <32 x float> %2397
+  %2400 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %2401 = select <32 x i1> %2400, <32 x float> %2399, <32 x float> zeroinitializer
+  %arg265.i = fsub <32 x float> %2324, %m.i
+  %2402 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg265.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %2403 = bitcast <32 x float> %2402 to <32 x i32>
+  %2404 = fadd <32 x float> %2402, splat (float 0xC168000FE0000000)
+  %2405 = fmul <32 x float> %2404, splat (float 0x3F2BD01060000000)
+  %2406 = fmul <32 x float> %2404, splat (float 0x3FE6300000000000)
+  %2407 = fsub <32 x float> %arg265.i, %2406
+  %2408 = fadd <32 x float> %2405, %2407
+  %2409 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2408, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2410 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2409, <32 x float> %2408, <32 x float> splat (float 0x3FA5558F20000000))
+  %2411 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2410, <32 x float> %2408, <32 x float> splat (float 0x3FC5554920000000))
+  %2412 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2411, <32 x float> %2408, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2413 = fmul <32 x float> %2408, %2408
+  %2414 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2412, <32 x float> %2413, <32 x float> %2408)
+  %2415 = shl <32 x i32> %2403, splat (i32 23)
+  %2416 = bitcast <32 x i32> %2415 to <32 x float>
+  %2417 = fadd <32 x float> %2414, splat (float 1.000000e+00)
+  %2418 = fmul <32 x float> %2417, %2416
+  %2419 = fcmp olt <32 x float> %arg265.i, splat (float -8.700000e+01)
+  %2420 = select <32 x i1> %2419, <32 x float> zeroinitializer, <32 x float> %2418
+  %2421 = fcmp one <32 x float> %tile_sum641.sroa.0.0.lcssa.i, zeroinitializer
+  %2422 = select <32 x i1> %2421, <32 x float> %2420, <32 x float> zeroinitializer
+  %2423 = fmul <32 x float> %old_sum.i, %2401
+  %2424 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_sum641.sroa.0.0.lcssa.i, <32 x float> %2423)
+  store <32 x float> %m.i, ptr %2372, align 4, !tbaa !7
+  store <32 x float> %2424, ptr %2374, align 4, !tbaa !7
+  br i1 %2065, label %for_begin_ti285.preheader.lr.ph.i, label %for_end_to282.i, !prof !31
 
 for_begin_ti285.preheader.lr.ph.i:                ; preds = %for_end_to238.i
-  %2432 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2332
-  %2433 = and i32 %1443, 2147483640
-  %2434 = add i32 %2433, %897
-  %wide.trip.count1530.i = zext nneg i32 %2071 to i64
+  %2425 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %2325
+  %2426 = and i32 %1436, 2147483640
+  %2427 = add i32 %2426, %890
+  %wide.trip.count1530.i = zext nneg i32 %2064 to i64
   br label %for_begin_ti285.preheader.i
 
 for_begin_ax0.preheader.i:                        ; preds = %for_body_ti242.i
-  %2435 = icmp samesign ult i64 %indvars.iv1518.i, 8
-  br i1 %2435, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !6
+  %2428 = icmp samesign ult i64 %indvars.iv1518.i, 8
+  br i1 %2428, label %for_body_ax0.us.preheader.i, label %for_end_ax0.i, !prof !6
 
 for_body_ax0.us.preheader.i:                      ; preds = %for_begin_ax0.preheader.i
-  %2436 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2378
-  %2437 = load <32 x float>, ptr %2436, align 4, !tbaa !7
-  %2438 = fadd <32 x float> %tile_sum641.sroa.0.01071.i, %2437
-  %2439 = getelementptr inbounds nuw i8, ptr %2436, i64 128
-  %2440 = load <32 x float>, ptr %2439, align 4, !tbaa !7
-  %2441 = fadd <32 x float> %2438, %2440
-  %2442 = getelementptr inbounds nuw i8, ptr %2436, i64 256
-  %2443 = load <32 x float>, ptr %2442, align 4, !tbaa !7
-  %2444 = fadd <32 x float> %2441, %2443
-  %2445 = getelementptr inbounds nuw i8, ptr %2436, i64 384
-  %2446 = load <32 x float>, ptr %2445, align 4, !tbaa !7
-  %2447 = fadd <32 x float> %2444, %2446
-  %2448 = getelementptr inbounds nuw i8, ptr %2436, i64 512
-  %2449 = load <32 x float>, ptr %2448, align 4, !tbaa !7
-  %2450 = fadd <32 x float> %2447, %2449
-  %2451 = getelementptr inbounds nuw i8, ptr %2436, i64 640
-  %2452 = load <32 x float>, ptr %2451, align 4, !tbaa !7
-  %2453 = fadd <32 x float> %2450, %2452
-  %2454 = getelementptr inbounds nuw i8, ptr %2436, i64 768
-  %2455 = load <32 x float>, ptr %2454, align 4, !tbaa !7
-  %2456 = fadd <32 x float> %2453, %2455
-  %2457 = getelementptr inbounds nuw i8, ptr %2436, i64 896
-  %2458 = load <32 x float>, ptr %2457, align 4, !tbaa !7
-  %2459 = fadd <32 x float> %2456, %2458
+  %2429 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2371
+  %2430 = load <32 x float>, ptr %2429, align 4, !tbaa !7
+  %2431 = fadd <32 x float> %tile_sum641.sroa.0.01071.i, %2430
+  %2432 = getelementptr inbounds nuw i8, ptr %2429, i64 128
+  %2433 = load <32 x float>, ptr %2432, align 4, !tbaa !7
+  %2434 = fadd <32 x float> %2431, %2433
+  %2435 = getelementptr inbounds nuw i8, ptr %2429, i64 256
+  %2436 = load <32 x float>, ptr %2435, align 4, !tbaa !7
+  %2437 = fadd <32 x float> %2434, %2436
+  %2438 = getelementptr inbounds nuw i8, ptr %2429, i64 384
+  %2439 = load <32 x float>, ptr %2438, align 4, !tbaa !7
+  %2440 = fadd <32 x float> %2437, %2439
+  %2441 = getelementptr inbounds nuw i8, ptr %2429, i64 512
+  %2442 = load <32 x float>, ptr %2441, align 4, !tbaa !7
+  %2443 = fadd <32 x float> %2440, %2442
+  %2444 = getelementptr inbounds nuw i8, ptr %2429, i64 640
+  %2445 = load <32 x float>, ptr %2444, align 4, !tbaa !7
+  %2446 = fadd <32 x float> %2443, %2445
+  %2447 = getelementptr inbounds nuw i8, ptr %2429, i64 768
+  %2448 = load <32 x float>, ptr %2447, align 4, !tbaa !7
+  %2449 = fadd <32 x float> %2446, %2448
+  %2450 = getelementptr inbounds nuw i8, ptr %2429, i64 896
+  %2451 = load <32 x float>, ptr %2450, align 4, !tbaa !7
+  %2452 = fadd <32 x float> %2449, %2451
   br label %for_end_ax0.i
 
 for_body_ti242.i:                                 ; preds = %for_body_ti242.i, %for_begin_ti241.preheader.i
   %indvars.iv1510.i = phi i64 [ 0, %for_begin_ti241.preheader.i ], [ %indvars.iv.next1511.i, %for_body_ti242.i ]
-  %2460 = shl nuw nsw i64 %indvars.iv1510.i, 5
-  %2461 = add nuw nsw i64 %2460, %2378
-  %2462 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2461
-  %2463 = load <32 x float>, ptr %2462, align 4, !tbaa !7
-  %arg.i = fsub <32 x float> %2463, %2331
-  %2464 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %2376)
-  %bits.i = bitcast <32 x float> %2464 to <32 x i32>
-  %n.i = fsub <32 x float> %2464, %2376
-  %2465 = fmul <32 x float> %n.i, splat (float 0x3F2BD01060000000)
-  %2466 = fmul <32 x float> %n.i, splat (float 0x3FE6300000000000)
-  %2467 = fsub <32 x float> %arg.i, %2466
-  %2468 = fadd <32 x float> %2465, %2467
-  %2469 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2468, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %2470 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2469, <32 x float> %2468, <32 x float> splat (float 0x3FA5558F20000000))
-  %2471 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2470, <32 x float> %2468, <32 x float> splat (float 0x3FC5554920000000))
-  %2472 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2471, <32 x float> %2468, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %2473 = fmul <32 x float> %2468, %2468
-  %2474 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2472, <32 x float> %2473, <32 x float> %2468)
-  %2475 = shl <32 x i32> %bits.i, splat (i32 23)
-  %2476 = bitcast <32 x i32> %2475 to <32 x float>
-  %2477 = fadd <32 x float> %2474, splat (float 1.000000e+00)
-  %2478 = fmul <32 x float> %2477, %2476
-  %2479 = fcmp olt <32 x float> %arg.i, %2377
-  %2480 = select <32 x i1> %2479, <32 x float> zeroinitializer, <32 x float> %2478
-  %2481 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2461
-  store <32 x float> %2480, ptr %2481, align 4, !tbaa !7
+  %2453 = shl nuw nsw i64 %indvars.iv1510.i, 5
+  %2454 = add nuw nsw i64 %2453, %2371
+  %2455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2454
+  %2456 = load <32 x float>, ptr %2455, align 4, !tbaa !7
+  %arg.i = fsub <32 x float> %2456, %2324
+  %2457 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %2369)
+  %bits.i = bitcast <32 x float> %2457 to <32 x i32>
+  %n.i = fsub <32 x float> %2457, %2369
+  %2458 = fmul <32 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2459 = fmul <32 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2460 = fsub <32 x float> %arg.i, %2459
+  %2461 = fadd <32 x float> %2458, %2460
+  %2462 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2461, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2463 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2462, <32 x float> %2461, <32 x float> splat (float 0x3FA5558F20000000))
+  %2464 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2463, <32 x float> %2461, <32 x float> splat (float 0x3FC5554920000000))
+  %2465 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2464, <32 x float> %2461, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2466 = fmul <32 x float> %2461, %2461
+  %2467 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2465, <32 x float> %2466, <32 x float> %2461)
+  %2468 = shl <32 x i32> %bits.i, splat (i32 23)
+  %2469 = bitcast <32 x i32> %2468 to <32 x float>
+  %2470 = fadd <32 x float> %2467, splat (float 1.000000e+00)
+  %2471 = fmul <32 x float> %2470, %2469
+  %2472 = fcmp olt <32 x float> %arg.i, %2370
+  %2473 = select <32 x i1> %2472, <32 x float> zeroinitializer, <32 x float> %2471
+  %2474 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2454
+  store <32 x float> %2473, ptr %2474, align 4, !tbaa !7
   %indvars.iv.next1511.i = add nuw nsw i64 %indvars.iv1510.i, 1
   %exitcond1513.not.i = icmp eq i64 %indvars.iv.next1511.i, 8
   br i1 %exitcond1513.not.i, label %for_begin_ax0.preheader.i, label %for_body_ti242.i, !prof !22
 
 for_end_ax0.i:                                    ; preds = %for_body_ax0.us.preheader.i, %for_begin_ax0.preheader.i
-  %.us-phi1070.i = phi <32 x float> [ %2459, %for_body_ax0.us.preheader.i ], [ %tile_sum641.sroa.0.01071.i, %for_begin_ax0.preheader.i ]
+  %.us-phi1070.i = phi <32 x float> [ %2452, %for_body_ax0.us.preheader.i ], [ %tile_sum641.sroa.0.01071.i, %for_begin_ax0.preheader.i ]
   %indvars.iv.next1519.i = add nuw nsw i64 %indvars.iv1518.i, 1
   %exitcond1522.not.i = icmp eq i64 %indvars.iv.next1519.i, %wide.trip.count1521.i
   br i1 %exitcond1522.not.i, label %for_end_to238.i, label %for_begin_ti241.preheader.i, !prof !10
@@ -4364,74 +4357,74 @@ for_end_ax0.i:                                    ; preds = %for_body_ax0.us.pre
 for_begin_ti285.preheader.i:                      ; preds = %for_begin_ti285.preheader.i, %for_begin_ti285.preheader.lr.ph.i
   %indvars.iv1527.i = phi i64 [ 0, %for_begin_ti285.preheader.lr.ph.i ], [ %indvars.iv.next1528.i, %for_begin_ti285.preheader.i ]
   %indvars.iv1527.tr.i = trunc i64 %indvars.iv1527.i to i32
-  %2482 = shl i32 %indvars.iv1527.tr.i, 3
-  %2483 = add i32 %2434, %2482
-  %2484 = add i32 %num_full.i, %indvars.iv1527.tr.i
-  %2485 = shl i32 %2484, 8
-  %2486 = sext i32 %2485 to i64
-  %2487 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2488 = insertelement <32 x i32> poison, i32 %2483, i64 0
+  %2475 = shl i32 %indvars.iv1527.tr.i, 3
+  %2476 = add i32 %2427, %2475
+  %2477 = add i32 %num_full.i, %indvars.iv1527.tr.i
+  %2478 = shl i32 %2477, 8
+  %2479 = sext i32 %2478 to i64
+  %2480 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2481 = insertelement <32 x i32> poison, i32 %2476, i64 0
+  %2482 = shufflevector <32 x i32> %2481, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2483 = icmp slt <32 x i32> %2482, %2480
+  %2484 = sext <32 x i1> %2483 to <32 x i32>
+  %2485 = getelementptr inbounds i32, ptr %edges.i, i64 %2479
+  store <32 x i32> %2484, ptr %2485, align 4, !tbaa !7
+  %2486 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2487 = add i32 %2476, 1
+  %2488 = insertelement <32 x i32> poison, i32 %2487, i64 0
   %2489 = shufflevector <32 x i32> %2488, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2490 = icmp slt <32 x i32> %2489, %2487
+  %2490 = icmp slt <32 x i32> %2489, %2486
   %2491 = sext <32 x i1> %2490 to <32 x i32>
-  %2492 = getelementptr inbounds i32, ptr %edges.i, i64 %2486
+  %2492 = getelementptr i8, ptr %2485, i64 128
   store <32 x i32> %2491, ptr %2492, align 4, !tbaa !7
-  %2493 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2494 = add i32 %2483, 1
+  %2493 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2494 = add i32 %2476, 2
   %2495 = insertelement <32 x i32> poison, i32 %2494, i64 0
   %2496 = shufflevector <32 x i32> %2495, <32 x i32> poison, <32 x i32> zeroinitializer
   %2497 = icmp slt <32 x i32> %2496, %2493
   %2498 = sext <32 x i1> %2497 to <32 x i32>
-  %2499 = getelementptr i8, ptr %2492, i64 128
+  %2499 = getelementptr i8, ptr %2485, i64 256
   store <32 x i32> %2498, ptr %2499, align 4, !tbaa !7
-  %2500 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2501 = add i32 %2483, 2
+  %2500 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2501 = add i32 %2476, 3
   %2502 = insertelement <32 x i32> poison, i32 %2501, i64 0
   %2503 = shufflevector <32 x i32> %2502, <32 x i32> poison, <32 x i32> zeroinitializer
   %2504 = icmp slt <32 x i32> %2503, %2500
   %2505 = sext <32 x i1> %2504 to <32 x i32>
-  %2506 = getelementptr i8, ptr %2492, i64 256
+  %2506 = getelementptr i8, ptr %2485, i64 384
   store <32 x i32> %2505, ptr %2506, align 4, !tbaa !7
-  %2507 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2508 = add i32 %2483, 3
+  %2507 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2508 = add i32 %2476, 4
   %2509 = insertelement <32 x i32> poison, i32 %2508, i64 0
   %2510 = shufflevector <32 x i32> %2509, <32 x i32> poison, <32 x i32> zeroinitializer
   %2511 = icmp slt <32 x i32> %2510, %2507
   %2512 = sext <32 x i1> %2511 to <32 x i32>
-  %2513 = getelementptr i8, ptr %2492, i64 384
+  %2513 = getelementptr i8, ptr %2485, i64 512
   store <32 x i32> %2512, ptr %2513, align 4, !tbaa !7
-  %2514 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2515 = add i32 %2483, 4
+  %2514 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2515 = add i32 %2476, 5
   %2516 = insertelement <32 x i32> poison, i32 %2515, i64 0
   %2517 = shufflevector <32 x i32> %2516, <32 x i32> poison, <32 x i32> zeroinitializer
   %2518 = icmp slt <32 x i32> %2517, %2514
   %2519 = sext <32 x i1> %2518 to <32 x i32>
-  %2520 = getelementptr i8, ptr %2492, i64 512
+  %2520 = getelementptr i8, ptr %2485, i64 640
   store <32 x i32> %2519, ptr %2520, align 4, !tbaa !7
-  %2521 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2522 = add i32 %2483, 5
+  %2521 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2522 = add i32 %2476, 6
   %2523 = insertelement <32 x i32> poison, i32 %2522, i64 0
   %2524 = shufflevector <32 x i32> %2523, <32 x i32> poison, <32 x i32> zeroinitializer
   %2525 = icmp slt <32 x i32> %2524, %2521
   %2526 = sext <32 x i1> %2525 to <32 x i32>
-  %2527 = getelementptr i8, ptr %2492, i64 640
+  %2527 = getelementptr i8, ptr %2485, i64 768
   store <32 x i32> %2526, ptr %2527, align 4, !tbaa !7
-  %2528 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2529 = add i32 %2483, 6
+  %2528 = load <32 x i32>, ptr %2425, align 4, !tbaa !7
+  %2529 = add i32 %2476, 7
   %2530 = insertelement <32 x i32> poison, i32 %2529, i64 0
   %2531 = shufflevector <32 x i32> %2530, <32 x i32> poison, <32 x i32> zeroinitializer
   %2532 = icmp slt <32 x i32> %2531, %2528
   %2533 = sext <32 x i1> %2532 to <32 x i32>
-  %2534 = getelementptr i8, ptr %2492, i64 768
+  %2534 = getelementptr i8, ptr %2485, i64 896
   store <32 x i32> %2533, ptr %2534, align 4, !tbaa !7
-  %2535 = load <32 x i32>, ptr %2432, align 4, !tbaa !7
-  %2536 = add i32 %2483, 7
-  %2537 = insertelement <32 x i32> poison, i32 %2536, i64 0
-  %2538 = shufflevector <32 x i32> %2537, <32 x i32> poison, <32 x i32> zeroinitializer
-  %2539 = icmp slt <32 x i32> %2538, %2535
-  %2540 = sext <32 x i1> %2539 to <32 x i32>
-  %2541 = getelementptr i8, ptr %2492, i64 896
-  store <32 x i32> %2540, ptr %2541, align 4, !tbaa !7
   %indvars.iv.next1528.i = add nuw nsw i64 %indvars.iv1527.i, 1
   %exitcond1531.not.i = icmp eq i64 %indvars.iv.next1528.i, %wide.trip.count1530.i
   br i1 %exitcond1531.not.i, label %for_end_to282.i, label %for_begin_ti285.preheader.i, !prof !10
@@ -4440,47 +4433,47 @@ for_end_to282.i:                                  ; preds = %for_begin_ti285.pre
   br i1 %or.cond.i, label %for_body_r293.lr.ph.i, label %if_end291.i, !prof !47
 
 for_body_r293.lr.ph.i:                            ; preds = %for_end_to282.i
-  %2542 = icmp sgt i32 %valid_len146.i, %936
-  %2543 = zext nneg i32 %1435 to i64
-  %2544 = shl nuw nsw i64 %2543, 3
-  br i1 %2542, label %for_body_r293.i.us.preheader, label %if_end291.i, !prof !31
+  %2535 = icmp sgt i32 %valid_len146.i, %929
+  %2536 = zext nneg i32 %1428 to i64
+  %2537 = shl nuw nsw i64 %2536, 3
+  br i1 %2535, label %for_body_r293.i.us.preheader, label %if_end291.i, !prof !31
 
 for_body_r293.i.us.preheader:                     ; preds = %for_body_r293.lr.ph.i
-  %2545 = add i32 %indvars.iv368, %1430
-  %2546 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2545)
-  %2547 = tail call i32 @llvm.smin.i32(i32 %2546, i32 64)
-  %smin375 = sext i32 %2547 to i64
-  %2548 = sub nsw i64 %smin375, %894
-  %smax376 = tail call i64 @llvm.smax.i64(i64 %2548, i64 1)
-  %2549 = tail call i32 @llvm.smin.i32(i32 %886, i32 %1433)
-  %2550 = tail call i32 @llvm.smin.i32(i32 %2549, i32 64)
-  %smin674 = sext i32 %2550 to i64
-  %2551 = sub nsw i64 %smin674, %884
-  %smax675 = tail call i64 @llvm.smax.i64(i64 %2551, i64 1)
+  %2538 = add i32 %indvars.iv368, %1423
+  %2539 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2538)
+  %2540 = tail call i32 @llvm.smin.i32(i32 %2539, i32 64)
+  %smin375 = sext i32 %2540 to i64
+  %2541 = sub nsw i64 %smin375, %887
+  %smax376 = tail call i64 @llvm.smax.i64(i64 %2541, i64 1)
+  %2542 = tail call i32 @llvm.smin.i32(i32 %879, i32 %1426)
+  %2543 = tail call i32 @llvm.smin.i32(i32 %2542, i32 64)
+  %smin674 = sext i32 %2543 to i64
+  %2544 = sub nsw i64 %smin674, %877
+  %smax675 = tail call i64 @llvm.smax.i64(i64 %2544, i64 1)
   %scevgep676 = getelementptr i8, ptr %scevgep670, i64 %smax675
-  %scevgep678 = getelementptr i8, ptr %edges.i, i64 %889
+  %scevgep678 = getelementptr i8, ptr %edges.i, i64 %882
   %scevgep679 = getelementptr i8, ptr %edges.i, i64 -124
-  %scevgep680 = getelementptr i8, ptr %scevgep679, i64 %889
-  %2552 = shl nuw nsw i64 %smax675, 7
-  %2553 = tail call i32 @llvm.smin.i32(i32 %879, i32 %1433)
-  %2554 = tail call i32 @llvm.smin.i32(i32 %2553, i32 64)
-  %smin688 = sext i32 %2554 to i64
-  %2555 = sub nsw i64 %smin688, %877
-  %smax689 = tail call i64 @llvm.smax.i64(i64 %2555, i64 1)
-  %min.iters.check690 = icmp slt i64 %2555, 16
-  %2556 = trunc i64 %smax376 to i32
-  %2557 = add i32 %2556, -1
-  %mul.overflow = icmp ugt i32 %2557, 134217727
-  %2558 = add i32 %smax667, %2557
-  %2559 = shl i32 %2558, 5
-  %2560 = icmp sgt i64 %2548, 4294967296
-  %invariant.op1072 = or i1 %mul.overflow, %2560
-  %smax681 = tail call i32 @llvm.smax.i32(i32 %1444, i32 1)
-  %2561 = add nsw i32 %smax681, -1
-  %2562 = zext nneg i32 %2561 to i64
-  %2563 = shl nuw nsw i64 %2562, 2
-  %2564 = getelementptr i8, ptr %scevgep680, i64 %2552
-  %scevgep682 = getelementptr i8, ptr %2564, i64 %2563
+  %scevgep680 = getelementptr i8, ptr %scevgep679, i64 %882
+  %2545 = shl nuw nsw i64 %smax675, 7
+  %2546 = tail call i32 @llvm.smin.i32(i32 %872, i32 %1426)
+  %2547 = tail call i32 @llvm.smin.i32(i32 %2546, i32 64)
+  %smin688 = sext i32 %2547 to i64
+  %2548 = sub nsw i64 %smin688, %870
+  %smax689 = tail call i64 @llvm.smax.i64(i64 %2548, i64 1)
+  %min.iters.check690 = icmp slt i64 %2548, 16
+  %2549 = trunc i64 %smax376 to i32
+  %2550 = add i32 %2549, -1
+  %mul.overflow = icmp ugt i32 %2550, 134217727
+  %2551 = add i32 %smax667, %2550
+  %2552 = shl i32 %2551, 5
+  %2553 = icmp sgt i64 %2541, 4294967296
+  %invariant.op1072 = or i1 %mul.overflow, %2553
+  %smax681 = tail call i32 @llvm.smax.i32(i32 %1437, i32 1)
+  %2554 = add nsw i32 %smax681, -1
+  %2555 = zext nneg i32 %2554 to i64
+  %2556 = shl nuw nsw i64 %2555, 2
+  %2557 = getelementptr i8, ptr %scevgep680, i64 %2545
+  %scevgep682 = getelementptr i8, ptr %2557, i64 %2556
   %n.vec693 = and i64 %smax689, 9223372036854775800
   %cmp.n = icmp eq i64 %smax689, %n.vec693
   %xtraiter952 = and i64 %smax689, 3
@@ -4488,24 +4481,24 @@ for_body_r293.i.us.preheader:                     ; preds = %for_body_r293.lr.ph
   br label %for_body_r293.i.us
 
 for_body_r293.i.us:                               ; preds = %for_end_c299.i.loopexit.us, %for_body_r293.i.us.preheader
-  %r2961077.i.us = phi i32 [ %2634, %for_end_c299.i.loopexit.us ], [ 0, %for_body_r293.i.us.preheader ]
-  %2565 = lshr i32 %r2961077.i.us, 2
-  %2566 = zext nneg i32 %2565 to i64
-  %2567 = add nuw nsw i64 %2544, %2566
-  %2568 = mul nsw i64 %2567, %544
-  %2569 = getelementptr i8, ptr %942, i64 %2568
+  %r2961077.i.us = phi i32 [ %2627, %for_end_c299.i.loopexit.us ], [ 0, %for_body_r293.i.us.preheader ]
+  %2558 = lshr i32 %r2961077.i.us, 2
+  %2559 = zext nneg i32 %2558 to i64
+  %2560 = add nuw nsw i64 %2537, %2559
+  %2561 = mul nsw i64 %2560, %537
+  %2562 = getelementptr i8, ptr %935, i64 %2561
   br i1 %min.iters.check690, label %for_body_c298.i.us.preheader, label %vector.scevcheck, !prof !9
 
 vector.scevcheck:                                 ; preds = %for_body_r293.i.us
-  %2570 = add i32 %893, %r2961077.i.us
-  %2571 = add i32 %2559, %r2961077.i.us
-  %2572 = icmp slt i32 %2571, %2570
-  %.reass1073 = or i1 %2572, %invariant.op1072
+  %2563 = add i32 %886, %r2961077.i.us
+  %2564 = add i32 %2552, %r2961077.i.us
+  %2565 = icmp slt i32 %2564, %2563
+  %.reass1073 = or i1 %2565, %invariant.op1072
   br i1 %.reass1073, label %for_body_c298.i.us.preheader, label %vector.memcheck, !prof !9
 
 vector.memcheck:                                  ; preds = %vector.scevcheck
-  %scevgep677 = getelementptr i8, ptr %scevgep676, i64 %2568
-  %bound0 = icmp ult ptr %2569, %scevgep682
+  %scevgep677 = getelementptr i8, ptr %scevgep676, i64 %2561
+  %bound0 = icmp ult ptr %2562, %scevgep682
   %bound1 = icmp ult ptr %scevgep678, %scevgep677
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_c298.i.us.preheader, label %vector.ph691, !prof !9
@@ -4518,21 +4511,21 @@ vector.ph691:                                     ; preds = %vector.memcheck
 vector.body698:                                   ; preds = %vector.body698, %vector.ph691
   %index699 = phi i64 [ 0, %vector.ph691 ], [ %index.next700, %vector.body698 ]
   %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph691 ], [ %vec.ind.next, %vector.body698 ]
-  %2573 = getelementptr i8, ptr %2569, i64 %index699
-  %wide.load = load <8 x i8>, ptr %2573, align 1, !tbaa !7, !alias.scope !63, !noalias !66
-  %2574 = icmp eq <8 x i8> %wide.load, zeroinitializer
-  %2575 = add <8 x i32> %broadcast.splat697, %vec.ind
-  %2576 = shl <8 x i32> %2575, splat (i32 5)
-  %2577 = add nsw <8 x i32> %2576, %broadcast.splat695
-  %2578 = sext <8 x i32> %2577 to <8 x i64>
-  %2579 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2578
-  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2579, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !7, !alias.scope !66
-  %2580 = select <8 x i1> %2574, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2580, <8 x ptr> align 4 %2579, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !66
+  %2566 = getelementptr i8, ptr %2562, i64 %index699
+  %wide.load = load <8 x i8>, ptr %2566, align 1, !tbaa !7, !alias.scope !63, !noalias !66
+  %2567 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2568 = add <8 x i32> %broadcast.splat697, %vec.ind
+  %2569 = shl <8 x i32> %2568, splat (i32 5)
+  %2570 = add nsw <8 x i32> %2569, %broadcast.splat695
+  %2571 = sext <8 x i32> %2570 to <8 x i64>
+  %2572 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2571
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2572, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !7, !alias.scope !66
+  %2573 = select <8 x i1> %2567, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2573, <8 x ptr> align 4 %2572, <8 x i1> splat (i1 true)), !tbaa !7, !alias.scope !66
   %index.next700 = add nuw i64 %index699, 8
   %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
-  %2581 = icmp eq i64 %index.next700, %n.vec693
-  br i1 %2581, label %middle.block701, label %vector.body698, !prof !53, !llvm.loop !68
+  %2574 = icmp eq i64 %index.next700, %n.vec693
+  br i1 %2574, label %middle.block701, label %vector.body698, !prof !53, !llvm.loop !68
 
 middle.block701:                                  ; preds = %vector.body698
   br i1 %cmp.n, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us.preheader, !prof !56
@@ -4544,18 +4537,18 @@ for_body_c298.i.us.preheader:                     ; preds = %middle.block701, %v
 for_body_c298.i.us.prol:                          ; preds = %for_body_c298.i.us.prol, %for_body_c298.i.us.preheader
   %indvars.iv1532.i.us.prol = phi i64 [ %indvars.iv.next1533.i.us.prol, %for_body_c298.i.us.prol ], [ %indvars.iv1532.i.us.ph, %for_body_c298.i.us.preheader ]
   %prol.iter954 = phi i64 [ %prol.iter954.next, %for_body_c298.i.us.prol ], [ 0, %for_body_c298.i.us.preheader ]
-  %2582 = getelementptr i8, ptr %2569, i64 %indvars.iv1532.i.us.prol
-  %2583 = load i8, ptr %2582, align 1, !tbaa !7
-  %.not672.i.us.prol = icmp eq i8 %2583, 0
-  %2584 = trunc i64 %indvars.iv1532.i.us.prol to i32
-  %2585 = add i32 %936, %2584
-  %2586 = shl i32 %2585, 5
-  %2587 = add nsw i32 %2586, %r2961077.i.us
-  %2588 = sext i32 %2587 to i64
-  %2589 = getelementptr inbounds i32, ptr %edges.i, i64 %2588
-  %2590 = load i32, ptr %2589, align 4, !tbaa !7
-  %2591 = select i1 %.not672.i.us.prol, i32 0, i32 %2590
-  store i32 %2591, ptr %2589, align 4, !tbaa !7
+  %2575 = getelementptr i8, ptr %2562, i64 %indvars.iv1532.i.us.prol
+  %2576 = load i8, ptr %2575, align 1, !tbaa !7
+  %.not672.i.us.prol = icmp eq i8 %2576, 0
+  %2577 = trunc i64 %indvars.iv1532.i.us.prol to i32
+  %2578 = add i32 %929, %2577
+  %2579 = shl i32 %2578, 5
+  %2580 = add nsw i32 %2579, %r2961077.i.us
+  %2581 = sext i32 %2580 to i64
+  %2582 = getelementptr inbounds i32, ptr %edges.i, i64 %2581
+  %2583 = load i32, ptr %2582, align 4, !tbaa !7
+  %2584 = select i1 %.not672.i.us.prol, i32 0, i32 %2583
+  store i32 %2584, ptr %2582, align 4, !tbaa !7
   %indvars.iv.next1533.i.us.prol = add nuw nsw i64 %indvars.iv1532.i.us.prol, 1
   %prol.iter954.next = add i64 %prol.iter954, 1
   %prol.iter954.cmp.not = icmp eq i64 %prol.iter954.next, %xtraiter952
@@ -4563,116 +4556,116 @@ for_body_c298.i.us.prol:                          ; preds = %for_body_c298.i.us.
 
 for_body_c298.i.us.prol.loopexit:                 ; preds = %for_body_c298.i.us.prol, %for_body_c298.i.us.preheader
   %indvars.iv1532.i.us.unr = phi i64 [ %indvars.iv1532.i.us.ph, %for_body_c298.i.us.preheader ], [ %indvars.iv.next1533.i.us.prol, %for_body_c298.i.us.prol ]
-  %2592 = sub nsw i64 %indvars.iv1532.i.us.ph, %smax689
-  %2593 = icmp ugt i64 %2592, -4
-  br i1 %2593, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us, !prof !9
+  %2585 = sub nsw i64 %indvars.iv1532.i.us.ph, %smax689
+  %2586 = icmp ugt i64 %2585, -4
+  br i1 %2586, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us, !prof !9
 
 for_body_c298.i.us:                               ; preds = %for_body_c298.i.us, %for_body_c298.i.us.prol.loopexit
   %indvars.iv1532.i.us = phi i64 [ %indvars.iv.next1533.i.us.3, %for_body_c298.i.us ], [ %indvars.iv1532.i.us.unr, %for_body_c298.i.us.prol.loopexit ]
-  %2594 = getelementptr i8, ptr %2569, i64 %indvars.iv1532.i.us
-  %2595 = load i8, ptr %2594, align 1, !tbaa !7
-  %.not672.i.us = icmp eq i8 %2595, 0
-  %2596 = trunc i64 %indvars.iv1532.i.us to i32
-  %2597 = add i32 %936, %2596
-  %2598 = shl i32 %2597, 5
-  %2599 = add nsw i32 %2598, %r2961077.i.us
-  %2600 = sext i32 %2599 to i64
-  %2601 = getelementptr inbounds i32, ptr %edges.i, i64 %2600
-  %2602 = load i32, ptr %2601, align 4, !tbaa !7
-  %2603 = select i1 %.not672.i.us, i32 0, i32 %2602
-  store i32 %2603, ptr %2601, align 4, !tbaa !7
+  %2587 = getelementptr i8, ptr %2562, i64 %indvars.iv1532.i.us
+  %2588 = load i8, ptr %2587, align 1, !tbaa !7
+  %.not672.i.us = icmp eq i8 %2588, 0
+  %2589 = trunc i64 %indvars.iv1532.i.us to i32
+  %2590 = add i32 %929, %2589
+  %2591 = shl i32 %2590, 5
+  %2592 = add nsw i32 %2591, %r2961077.i.us
+  %2593 = sext i32 %2592 to i64
+  %2594 = getelementptr inbounds i32, ptr %edges.i, i64 %2593
+  %2595 = load i32, ptr %2594, align 4, !tbaa !7
+  %2596 = select i1 %.not672.i.us, i32 0, i32 %2595
+  store i32 %2596, ptr %2594, align 4, !tbaa !7
   %indvars.iv.next1533.i.us = add nuw nsw i64 %indvars.iv1532.i.us, 1
-  %2604 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us
-  %2605 = load i8, ptr %2604, align 1, !tbaa !7
-  %.not672.i.us.1 = icmp eq i8 %2605, 0
-  %2606 = trunc i64 %indvars.iv.next1533.i.us to i32
-  %2607 = add i32 %936, %2606
-  %2608 = shl i32 %2607, 5
-  %2609 = add nsw i32 %2608, %r2961077.i.us
-  %2610 = sext i32 %2609 to i64
-  %2611 = getelementptr inbounds i32, ptr %edges.i, i64 %2610
-  %2612 = load i32, ptr %2611, align 4, !tbaa !7
-  %2613 = select i1 %.not672.i.us.1, i32 0, i32 %2612
-  store i32 %2613, ptr %2611, align 4, !tbaa !7
+  %2597 = getelementptr i8, ptr %2562, i64 %indvars.iv.next1533.i.us
+  %2598 = load i8, ptr %2597, align 1, !tbaa !7
+  %.not672.i.us.1 = icmp eq i8 %2598, 0
+  %2599 = trunc i64 %indvars.iv.next1533.i.us to i32
+  %2600 = add i32 %929, %2599
+  %2601 = shl i32 %2600, 5
+  %2602 = add nsw i32 %2601, %r2961077.i.us
+  %2603 = sext i32 %2602 to i64
+  %2604 = getelementptr inbounds i32, ptr %edges.i, i64 %2603
+  %2605 = load i32, ptr %2604, align 4, !tbaa !7
+  %2606 = select i1 %.not672.i.us.1, i32 0, i32 %2605
+  store i32 %2606, ptr %2604, align 4, !tbaa !7
   %indvars.iv.next1533.i.us.1 = add nuw nsw i64 %indvars.iv1532.i.us, 2
-  %2614 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us.1
-  %2615 = load i8, ptr %2614, align 1, !tbaa !7
-  %.not672.i.us.2 = icmp eq i8 %2615, 0
-  %2616 = trunc i64 %indvars.iv.next1533.i.us.1 to i32
-  %2617 = add i32 %936, %2616
-  %2618 = shl i32 %2617, 5
-  %2619 = add nsw i32 %2618, %r2961077.i.us
-  %2620 = sext i32 %2619 to i64
-  %2621 = getelementptr inbounds i32, ptr %edges.i, i64 %2620
-  %2622 = load i32, ptr %2621, align 4, !tbaa !7
-  %2623 = select i1 %.not672.i.us.2, i32 0, i32 %2622
-  store i32 %2623, ptr %2621, align 4, !tbaa !7
+  %2607 = getelementptr i8, ptr %2562, i64 %indvars.iv.next1533.i.us.1
+  %2608 = load i8, ptr %2607, align 1, !tbaa !7
+  %.not672.i.us.2 = icmp eq i8 %2608, 0
+  %2609 = trunc i64 %indvars.iv.next1533.i.us.1 to i32
+  %2610 = add i32 %929, %2609
+  %2611 = shl i32 %2610, 5
+  %2612 = add nsw i32 %2611, %r2961077.i.us
+  %2613 = sext i32 %2612 to i64
+  %2614 = getelementptr inbounds i32, ptr %edges.i, i64 %2613
+  %2615 = load i32, ptr %2614, align 4, !tbaa !7
+  %2616 = select i1 %.not672.i.us.2, i32 0, i32 %2615
+  store i32 %2616, ptr %2614, align 4, !tbaa !7
   %indvars.iv.next1533.i.us.2 = add nuw nsw i64 %indvars.iv1532.i.us, 3
-  %2624 = getelementptr i8, ptr %2569, i64 %indvars.iv.next1533.i.us.2
-  %2625 = load i8, ptr %2624, align 1, !tbaa !7
-  %.not672.i.us.3 = icmp eq i8 %2625, 0
-  %2626 = trunc i64 %indvars.iv.next1533.i.us.2 to i32
-  %2627 = add i32 %936, %2626
-  %2628 = shl i32 %2627, 5
-  %2629 = add nsw i32 %2628, %r2961077.i.us
-  %2630 = sext i32 %2629 to i64
-  %2631 = getelementptr inbounds i32, ptr %edges.i, i64 %2630
-  %2632 = load i32, ptr %2631, align 4, !tbaa !7
-  %2633 = select i1 %.not672.i.us.3, i32 0, i32 %2632
-  store i32 %2633, ptr %2631, align 4, !tbaa !7
+  %2617 = getelementptr i8, ptr %2562, i64 %indvars.iv.next1533.i.us.2
+  %2618 = load i8, ptr %2617, align 1, !tbaa !7
+  %.not672.i.us.3 = icmp eq i8 %2618, 0
+  %2619 = trunc i64 %indvars.iv.next1533.i.us.2 to i32
+  %2620 = add i32 %929, %2619
+  %2621 = shl i32 %2620, 5
+  %2622 = add nsw i32 %2621, %r2961077.i.us
+  %2623 = sext i32 %2622 to i64
+  %2624 = getelementptr inbounds i32, ptr %edges.i, i64 %2623
+  %2625 = load i32, ptr %2624, align 4, !tbaa !7
+  %2626 = select i1 %.not672.i.us.3, i32 0, i32 %2625
+  store i32 %2626, ptr %2624, align 4, !tbaa !7
   %indvars.iv.next1533.i.us.3 = add nuw nsw i64 %indvars.iv1532.i.us, 4
   %exitcond377.not.3 = icmp eq i64 %indvars.iv.next1533.i.us.3, %smax376
   br i1 %exitcond377.not.3, label %for_end_c299.i.loopexit.us, label %for_body_c298.i.us, !prof !60, !llvm.loop !70
 
 for_end_c299.i.loopexit.us:                       ; preds = %for_body_c298.i.us, %for_body_c298.i.us.prol.loopexit, %middle.block701
-  %2634 = add nuw nsw i32 %r2961077.i.us, 1
-  %2635 = icmp slt i32 %2634, %1444
-  br i1 %2635, label %for_body_r293.i.us, label %if_end291.i, !prof !62
+  %2627 = add nuw nsw i32 %r2961077.i.us, 1
+  %2628 = icmp slt i32 %2627, %1437
+  br i1 %2628, label %for_body_r293.i.us, label %if_end291.i, !prof !62
 
 if_end291.i:                                      ; preds = %for_end_c299.i.loopexit.us, %for_body_r293.lr.ph.i, %for_end_to282.i
-  br i1 %1445, label %for_begin_d_0_m.preheader.i, label %for_begin_d_0_m359.preheader.i
+  br i1 %1438, label %for_begin_d_0_m.preheader.i, label %for_begin_d_0_m359.preheader.i
 
 for_begin_d_0_m359.preheader.i:                   ; preds = %if_end291.i
   %factor.op.mul.reass.i = mul i32 %num_full.i, %factor.op.mul1239.i
-  %2636 = and i32 %1443, 2147483640
-  %2637 = icmp sgt i32 %valid_len146.i, %2636
-  %2638 = and i1 %903, %1426
-  %2639 = shl nuw nsw i32 %num_full.i, 8
-  %2640 = shl nuw nsw i32 %num_full.i, 10
-  %2641 = fmul <32 x float> %2408, zeroinitializer
-  %2642 = zext nneg i32 %2639 to i64
-  %2643 = shl i64 %1427, 12
-  %2644 = and i64 %2643, 4294963200
-  %2645 = zext nneg i32 %num_full.i to i64
-  %2646 = add i32 %indvars.iv368, %1430
-  %2647 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2646)
-  %2648 = tail call i32 @llvm.smin.i32(i32 %2647, i32 64)
-  %smin379 = sext i32 %2648 to i64
-  %2649 = shl nuw nsw i64 %2645, 3
-  %2650 = sub nsw i64 %smin379, %2649
-  %smax380 = tail call i64 @llvm.smax.i64(i64 %2650, i64 1)
+  %2629 = and i32 %1436, 2147483640
+  %2630 = icmp sgt i32 %valid_len146.i, %2629
+  %2631 = and i1 %896, %1419
+  %2632 = shl nuw nsw i32 %num_full.i, 8
+  %2633 = shl nuw nsw i32 %num_full.i, 10
+  %2634 = fmul <32 x float> %2401, zeroinitializer
+  %2635 = zext nneg i32 %2632 to i64
+  %2636 = shl i64 %1420, 12
+  %2637 = and i64 %2636, 4294963200
+  %2638 = zext nneg i32 %num_full.i to i64
+  %2639 = add i32 %indvars.iv368, %1423
+  %2640 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2639)
+  %2641 = tail call i32 @llvm.smin.i32(i32 %2640, i32 64)
+  %smin379 = sext i32 %2641 to i64
+  %2642 = shl nuw nsw i64 %2638, 3
+  %2643 = sub nsw i64 %smin379, %2642
+  %smax380 = tail call i64 @llvm.smax.i64(i64 %2643, i64 1)
   br label %for_begin_to366.preheader.i
 
 for_begin_d_0_m.preheader.i:                      ; preds = %if_end291.i
-  %2651 = and i32 %1443, 2147483640
-  %2652 = icmp sgt i32 %valid_len146.i, %2651
-  %beta639.sroa.0.0.vec.extract797.i = shufflevector <32 x float> %2429, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %alpha640.sroa.0.0.vec.extract742.i = shufflevector <32 x float> %2408, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2653 = and i1 %903, %1426
-  %2654 = shl nuw nsw i32 %num_full.i, 8
-  %2655 = shl nuw nsw i32 %num_full.i, 10
-  %2656 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, zeroinitializer
-  %2657 = zext nneg i32 %2654 to i64
-  %2658 = shl i64 %1427, 12
-  %2659 = and i64 %2658, 4294963200
+  %2644 = and i32 %1436, 2147483640
+  %2645 = icmp sgt i32 %valid_len146.i, %2644
+  %beta639.sroa.0.0.vec.extract797.i = shufflevector <32 x float> %2422, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %alpha640.sroa.0.0.vec.extract742.i = shufflevector <32 x float> %2401, <32 x float> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2646 = and i1 %896, %1419
+  %2647 = shl nuw nsw i32 %num_full.i, 8
+  %2648 = shl nuw nsw i32 %num_full.i, 10
+  %2649 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, zeroinitializer
+  %2650 = zext nneg i32 %2647 to i64
+  %2651 = shl i64 %1420, 12
+  %2652 = and i64 %2651, 4294963200
   %wide.trip.count1570.i = zext nneg i32 %num_full.i to i64
-  %2660 = add i32 %indvars.iv368, %1430
-  %2661 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2660)
-  %2662 = tail call i32 @llvm.smin.i32(i32 %2661, i32 64)
-  %smin383 = sext i32 %2662 to i64
-  %2663 = shl nuw nsw i64 %wide.trip.count1570.i, 3
-  %2664 = sub nsw i64 %smin383, %2663
-  %smax384 = tail call i64 @llvm.smax.i64(i64 %2664, i64 1)
+  %2653 = add i32 %indvars.iv368, %1423
+  %2654 = tail call i32 @llvm.smin.i32(i32 %indvars.iv366, i32 %2653)
+  %2655 = tail call i32 @llvm.smin.i32(i32 %2654, i32 64)
+  %smin383 = sext i32 %2655 to i64
+  %2656 = shl nuw nsw i64 %wide.trip.count1570.i, 3
+  %2657 = sub nsw i64 %smin383, %2656
+  %smax384 = tail call i64 @llvm.smax.i64(i64 %2657, i64 1)
   br label %for_begin_to305.preheader.i
 
 for_begin_to305.preheader.i:                      ; preds = %if_end358.i, %for_begin_d_0_m.preheader.i
@@ -4680,50 +4673,50 @@ for_begin_to305.preheader.i:                      ; preds = %if_end358.i, %for_b
   br i1 %.not1268.i, label %for_end_to307.i, label %for_body_to306.lr.ph.i, !prof !9
 
 for_body_to306.lr.ph.i:                           ; preds = %for_begin_to305.preheader.i
-  %2665 = trunc i64 %indvars.iv1576.i to i32
-  %2666 = add i32 %factor.op.mul1239.i, %2665
-  %reass.mul.i = mul i32 %2666, %num_full.i
-  %2667 = shl i64 %indvars.iv1576.i, 3
-  %2668 = and i64 %2667, 8
-  %2669 = shl i64 %indvars.iv1576.i, 4
-  %2670 = and i64 %2669, 96
-  %invariant.gep1879.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2670
-  %invariant.gep1881.i = getelementptr inbounds nuw float, ptr %invariant.gep1879.i, i64 %2668
+  %2658 = trunc i64 %indvars.iv1576.i to i32
+  %2659 = add i32 %factor.op.mul1239.i, %2658
+  %reass.mul.i = mul i32 %2659, %num_full.i
+  %2660 = shl i64 %indvars.iv1576.i, 3
+  %2661 = and i64 %2660, 8
+  %2662 = shl i64 %indvars.iv1576.i, 4
+  %2663 = and i64 %2662, 96
+  %invariant.gep1879.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2663
+  %invariant.gep1881.i = getelementptr inbounds nuw float, ptr %invariant.gep1879.i, i64 %2661
   br label %for_body_to306.i
 
 for_body_to306.i:                                 ; preds = %for_end_ti319.i, %for_body_to306.lr.ph.i
   %indvars.iv1566.i = phi i64 [ 0, %for_body_to306.lr.ph.i ], [ %indvars.iv.next1567.i, %for_end_ti319.i ]
-  %full_acc628.sroa.0.01180.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2690, %for_end_ti319.i ]
-  %full_acc628.sroa.4.01179.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2695, %for_end_ti319.i ]
-  %full_acc628.sroa.8.01178.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2700, %for_end_ti319.i ]
-  %full_acc628.sroa.12.01177.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2705, %for_end_ti319.i ]
-  %full_acc628.sroa.16.01176.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2710, %for_end_ti319.i ]
-  %full_acc628.sroa.20.01175.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2715, %for_end_ti319.i ]
-  %full_acc628.sroa.24.01174.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2720, %for_end_ti319.i ]
-  %full_acc628.sroa.28.01173.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2725, %for_end_ti319.i ]
-  %full_acc628.sroa.32.01172.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2730, %for_end_ti319.i ]
-  %full_acc628.sroa.36.01171.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2735, %for_end_ti319.i ]
-  %full_acc628.sroa.40.01170.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2740, %for_end_ti319.i ]
-  %full_acc628.sroa.44.01169.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2745, %for_end_ti319.i ]
-  %full_acc628.sroa.48.01168.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2750, %for_end_ti319.i ]
-  %full_acc628.sroa.52.01167.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2755, %for_end_ti319.i ]
-  %full_acc628.sroa.56.01166.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2760, %for_end_ti319.i ]
-  %full_acc628.sroa.60.01165.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2765, %for_end_ti319.i ]
-  br i1 %2653, label %for_begin_line312.preheader.i, label %if_end311.i, !prof !6
+  %full_acc628.sroa.0.01180.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2683, %for_end_ti319.i ]
+  %full_acc628.sroa.4.01179.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2688, %for_end_ti319.i ]
+  %full_acc628.sroa.8.01178.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2693, %for_end_ti319.i ]
+  %full_acc628.sroa.12.01177.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2698, %for_end_ti319.i ]
+  %full_acc628.sroa.16.01176.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2703, %for_end_ti319.i ]
+  %full_acc628.sroa.20.01175.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2708, %for_end_ti319.i ]
+  %full_acc628.sroa.24.01174.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2713, %for_end_ti319.i ]
+  %full_acc628.sroa.28.01173.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2718, %for_end_ti319.i ]
+  %full_acc628.sroa.32.01172.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2723, %for_end_ti319.i ]
+  %full_acc628.sroa.36.01171.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2728, %for_end_ti319.i ]
+  %full_acc628.sroa.40.01170.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2733, %for_end_ti319.i ]
+  %full_acc628.sroa.44.01169.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2738, %for_end_ti319.i ]
+  %full_acc628.sroa.48.01168.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2743, %for_end_ti319.i ]
+  %full_acc628.sroa.52.01167.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2748, %for_end_ti319.i ]
+  %full_acc628.sroa.56.01166.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2753, %for_end_ti319.i ]
+  %full_acc628.sroa.60.01165.i = phi <16 x float> [ zeroinitializer, %for_body_to306.lr.ph.i ], [ %2758, %for_end_ti319.i ]
+  br i1 %2646, label %for_begin_line312.preheader.i, label %if_end311.i, !prof !6
 
 for_begin_line312.preheader.i:                    ; preds = %for_body_to306.i
-  %2671 = trunc i64 %indvars.iv1566.i to i32
-  %2672 = add i32 %reass.mul.i, %2671
-  %2673 = srem i32 %2672, %num_kv_heads
-  %2674 = zext nneg i32 %2673 to i64
-  %2675 = mul nsw i64 %v_head, %2674
-  %2676 = sdiv i32 %2672, %num_kv_heads
-  %2677 = sext i32 %2676 to i64
-  %2678 = getelementptr i64, ptr %value_offsets643.i, i64 %2677
-  %2679 = getelementptr i8, ptr %2678, i64 512
-  %2680 = load i64, ptr %2679, align 8, !tbaa !42
-  %gep1199.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2680
-  %invariant.gep1141.i = getelementptr i32, ptr %gep1199.i, i64 %2675
+  %2664 = trunc i64 %indvars.iv1566.i to i32
+  %2665 = add i32 %reass.mul.i, %2664
+  %2666 = srem i32 %2665, %num_kv_heads
+  %2667 = zext nneg i32 %2666 to i64
+  %2668 = mul nsw i64 %v_head, %2667
+  %2669 = sdiv i32 %2665, %num_kv_heads
+  %2670 = sext i32 %2669 to i64
+  %2671 = getelementptr i64, ptr %value_offsets643.i, i64 %2670
+  %2672 = getelementptr i8, ptr %2671, i64 512
+  %2673 = load i64, ptr %2672, align 8, !tbaa !42
+  %gep1199.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2673
+  %invariant.gep1141.i = getelementptr i32, ptr %gep1199.i, i64 %2668
   tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep1141.i, i32 0, i32 2, i32 1)
   %gep1142.1.i = getelementptr i8, ptr %invariant.gep1141.i, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %gep1142.1.i, i32 0, i32 2, i32 1)
@@ -4734,34 +4727,34 @@ for_begin_line312.preheader.i:                    ; preds = %for_body_to306.i
   br label %if_end311.i
 
 for_end_to307.i:                                  ; preds = %for_end_ti319.i, %for_begin_to305.preheader.i
-  %full_acc628.sroa.60.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2765, %for_end_ti319.i ]
-  %full_acc628.sroa.56.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2760, %for_end_ti319.i ]
-  %full_acc628.sroa.52.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2755, %for_end_ti319.i ]
-  %full_acc628.sroa.48.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2750, %for_end_ti319.i ]
-  %full_acc628.sroa.44.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2745, %for_end_ti319.i ]
-  %full_acc628.sroa.40.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2740, %for_end_ti319.i ]
-  %full_acc628.sroa.36.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2735, %for_end_ti319.i ]
-  %full_acc628.sroa.32.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2730, %for_end_ti319.i ]
-  %full_acc628.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2725, %for_end_ti319.i ]
-  %full_acc628.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2720, %for_end_ti319.i ]
-  %full_acc628.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2715, %for_end_ti319.i ]
-  %full_acc628.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2710, %for_end_ti319.i ]
-  %full_acc628.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2705, %for_end_ti319.i ]
-  %full_acc628.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2700, %for_end_ti319.i ]
-  %full_acc628.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2695, %for_end_ti319.i ]
-  %full_acc628.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2690, %for_end_ti319.i ]
-  br i1 %2652, label %for_body_ti323.lr.ph.i, label %for_end_ti324.i, !prof !31
+  %full_acc628.sroa.60.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2758, %for_end_ti319.i ]
+  %full_acc628.sroa.56.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2753, %for_end_ti319.i ]
+  %full_acc628.sroa.52.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2748, %for_end_ti319.i ]
+  %full_acc628.sroa.48.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2743, %for_end_ti319.i ]
+  %full_acc628.sroa.44.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2738, %for_end_ti319.i ]
+  %full_acc628.sroa.40.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2733, %for_end_ti319.i ]
+  %full_acc628.sroa.36.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2728, %for_end_ti319.i ]
+  %full_acc628.sroa.32.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2723, %for_end_ti319.i ]
+  %full_acc628.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2718, %for_end_ti319.i ]
+  %full_acc628.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2713, %for_end_ti319.i ]
+  %full_acc628.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2708, %for_end_ti319.i ]
+  %full_acc628.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2703, %for_end_ti319.i ]
+  %full_acc628.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2698, %for_end_ti319.i ]
+  %full_acc628.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2693, %for_end_ti319.i ]
+  %full_acc628.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2688, %for_end_ti319.i ]
+  %full_acc628.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to305.preheader.i ], [ %2683, %for_end_ti319.i ]
+  br i1 %2645, label %for_body_ti323.lr.ph.i, label %for_end_ti324.i, !prof !31
 
 for_body_ti323.lr.ph.i:                           ; preds = %for_end_to307.i
   %indvars.iv1576.tr.i = trunc i64 %indvars.iv1576.i to i32
-  %2681 = shl i32 %indvars.iv1576.tr.i, 3
-  %2682 = and i32 %2681, 8
-  %2683 = shl i32 %indvars.iv1576.tr.i, 4
-  %2684 = and i32 %2683, 96
-  %invariant.op1234.i = or disjoint i32 %2684, %2655
-  %invariant.op1236.i = or disjoint i32 %invariant.op1234.i, %2682
-  %2685 = zext nneg i32 %invariant.op1236.i to i64
-  %invariant.gep1883.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2685
+  %2674 = shl i32 %indvars.iv1576.tr.i, 3
+  %2675 = and i32 %2674, 8
+  %2676 = shl i32 %indvars.iv1576.tr.i, 4
+  %2677 = and i32 %2676, 96
+  %invariant.op1234.i = or disjoint i32 %2677, %2648
+  %invariant.op1236.i = or disjoint i32 %invariant.op1234.i, %2675
+  %2678 = zext nneg i32 %invariant.op1236.i to i64
+  %invariant.gep1883.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2678
   br label %for_body_ti323.i
 
 if_end311.i:                                      ; preds = %for_begin_line312.preheader.i, %for_body_to306.i
@@ -4773,106 +4766,106 @@ if_end311.i:                                      ; preds = %for_begin_line312.p
 
 for_body_ti318.i:                                 ; preds = %for_body_ti318.i, %if_end311.i
   %indvars.iv1561.i = phi i64 [ 0, %if_end311.i ], [ %indvars.iv.next1562.i, %for_body_ti318.i ]
-  %full_acc628.sroa.0.11163.i = phi <16 x float> [ %full_acc628.sroa.0.01180.i, %if_end311.i ], [ %2690, %for_body_ti318.i ]
-  %full_acc628.sroa.4.11162.i = phi <16 x float> [ %full_acc628.sroa.4.01179.i, %if_end311.i ], [ %2695, %for_body_ti318.i ]
-  %full_acc628.sroa.8.11161.i = phi <16 x float> [ %full_acc628.sroa.8.01178.i, %if_end311.i ], [ %2700, %for_body_ti318.i ]
-  %full_acc628.sroa.12.11160.i = phi <16 x float> [ %full_acc628.sroa.12.01177.i, %if_end311.i ], [ %2705, %for_body_ti318.i ]
-  %full_acc628.sroa.16.11159.i = phi <16 x float> [ %full_acc628.sroa.16.01176.i, %if_end311.i ], [ %2710, %for_body_ti318.i ]
-  %full_acc628.sroa.20.11158.i = phi <16 x float> [ %full_acc628.sroa.20.01175.i, %if_end311.i ], [ %2715, %for_body_ti318.i ]
-  %full_acc628.sroa.24.11157.i = phi <16 x float> [ %full_acc628.sroa.24.01174.i, %if_end311.i ], [ %2720, %for_body_ti318.i ]
-  %full_acc628.sroa.28.11156.i = phi <16 x float> [ %full_acc628.sroa.28.01173.i, %if_end311.i ], [ %2725, %for_body_ti318.i ]
-  %full_acc628.sroa.32.11155.i = phi <16 x float> [ %full_acc628.sroa.32.01172.i, %if_end311.i ], [ %2730, %for_body_ti318.i ]
-  %full_acc628.sroa.36.11154.i = phi <16 x float> [ %full_acc628.sroa.36.01171.i, %if_end311.i ], [ %2735, %for_body_ti318.i ]
-  %full_acc628.sroa.40.11153.i = phi <16 x float> [ %full_acc628.sroa.40.01170.i, %if_end311.i ], [ %2740, %for_body_ti318.i ]
-  %full_acc628.sroa.44.11152.i = phi <16 x float> [ %full_acc628.sroa.44.01169.i, %if_end311.i ], [ %2745, %for_body_ti318.i ]
-  %full_acc628.sroa.48.11151.i = phi <16 x float> [ %full_acc628.sroa.48.01168.i, %if_end311.i ], [ %2750, %for_body_ti318.i ]
-  %full_acc628.sroa.52.11150.i = phi <16 x float> [ %full_acc628.sroa.52.01167.i, %if_end311.i ], [ %2755, %for_body_ti318.i ]
-  %full_acc628.sroa.56.11149.i = phi <16 x float> [ %full_acc628.sroa.56.01166.i, %if_end311.i ], [ %2760, %for_body_ti318.i ]
-  %full_acc628.sroa.60.11148.i = phi <16 x float> [ %full_acc628.sroa.60.01165.i, %if_end311.i ], [ %2765, %for_body_ti318.i ]
+  %full_acc628.sroa.0.11163.i = phi <16 x float> [ %full_acc628.sroa.0.01180.i, %if_end311.i ], [ %2683, %for_body_ti318.i ]
+  %full_acc628.sroa.4.11162.i = phi <16 x float> [ %full_acc628.sroa.4.01179.i, %if_end311.i ], [ %2688, %for_body_ti318.i ]
+  %full_acc628.sroa.8.11161.i = phi <16 x float> [ %full_acc628.sroa.8.01178.i, %if_end311.i ], [ %2693, %for_body_ti318.i ]
+  %full_acc628.sroa.12.11160.i = phi <16 x float> [ %full_acc628.sroa.12.01177.i, %if_end311.i ], [ %2698, %for_body_ti318.i ]
+  %full_acc628.sroa.16.11159.i = phi <16 x float> [ %full_acc628.sroa.16.01176.i, %if_end311.i ], [ %2703, %for_body_ti318.i ]
+  %full_acc628.sroa.20.11158.i = phi <16 x float> [ %full_acc628.sroa.20.01175.i, %if_end311.i ], [ %2708, %for_body_ti318.i ]
+  %full_acc628.sroa.24.11157.i = phi <16 x float> [ %full_acc628.sroa.24.01174.i, %if_end311.i ], [ %2713, %for_body_ti318.i ]
+  %full_acc628.sroa.28.11156.i = phi <16 x float> [ %full_acc628.sroa.28.01173.i, %if_end311.i ], [ %2718, %for_body_ti318.i ]
+  %full_acc628.sroa.32.11155.i = phi <16 x float> [ %full_acc628.sroa.32.01172.i, %if_end311.i ], [ %2723, %for_body_ti318.i ]
+  %full_acc628.sroa.36.11154.i = phi <16 x float> [ %full_acc628.sroa.36.01171.i, %if_end311.i ], [ %2728, %for_body_ti318.i ]
+  %full_acc628.sroa.40.11153.i = phi <16 x float> [ %full_acc628.sroa.40.01170.i, %if_end311.i ], [ %2733, %for_body_ti318.i ]
+  %full_acc628.sroa.44.11152.i = phi <16 x float> [ %full_acc628.sroa.44.01169.i, %if_end311.i ], [ %2738, %for_body_ti318.i ]
+  %full_acc628.sroa.48.11151.i = phi <16 x float> [ %full_acc628.sroa.48.01168.i, %if_end311.i ], [ %2743, %for_body_ti318.i ]
+  %full_acc628.sroa.52.11150.i = phi <16 x float> [ %full_acc628.sroa.52.01167.i, %if_end311.i ], [ %2748, %for_body_ti318.i ]
+  %full_acc628.sroa.56.11149.i = phi <16 x float> [ %full_acc628.sroa.56.01166.i, %if_end311.i ], [ %2753, %for_body_ti318.i ]
+  %full_acc628.sroa.60.11148.i = phi <16 x float> [ %full_acc628.sroa.60.01165.i, %if_end311.i ], [ %2758, %for_body_ti318.i ]
   %.idx1725.i = shl nuw nsw i64 %indvars.iv1561.i, 7
   %gep1872.i = getelementptr inbounds nuw i8, ptr %invariant.gep1871.i, i64 %.idx1725.i
-  %2686 = load <16 x float>, ptr %gep1872.i, align 4, !tbaa !7
+  %2679 = load <16 x float>, ptr %gep1872.i, align 4, !tbaa !7
   %.idx1727.i = shl nuw nsw i64 %indvars.iv1561.i, 9
   %gep1878.i = getelementptr inbounds nuw i8, ptr %gep1882.i, i64 %.idx1727.i
-  %2687 = load float, ptr %gep1878.i, align 4, !tbaa !7
-  %2688 = insertelement <16 x float> poison, float %2687, i64 0
-  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
-  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2689, <16 x float> %full_acc628.sroa.0.11163.i)
-  %2691 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 64
-  %2692 = load float, ptr %2691, align 4, !tbaa !7
-  %2693 = insertelement <16 x float> poison, float %2692, i64 0
-  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2694, <16 x float> %full_acc628.sroa.4.11162.i)
-  %2696 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 4
-  %2697 = load float, ptr %2696, align 4, !tbaa !7
-  %2698 = insertelement <16 x float> poison, float %2697, i64 0
-  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2699, <16 x float> %full_acc628.sroa.8.11161.i)
-  %2701 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 68
-  %2702 = load float, ptr %2701, align 4, !tbaa !7
-  %2703 = insertelement <16 x float> poison, float %2702, i64 0
-  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2704, <16 x float> %full_acc628.sroa.12.11160.i)
-  %2706 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 8
-  %2707 = load float, ptr %2706, align 4, !tbaa !7
-  %2708 = insertelement <16 x float> poison, float %2707, i64 0
-  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2709, <16 x float> %full_acc628.sroa.16.11159.i)
-  %2711 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 72
-  %2712 = load float, ptr %2711, align 4, !tbaa !7
-  %2713 = insertelement <16 x float> poison, float %2712, i64 0
-  %2714 = shufflevector <16 x float> %2713, <16 x float> poison, <16 x i32> zeroinitializer
-  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2714, <16 x float> %full_acc628.sroa.20.11158.i)
-  %2716 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 12
-  %2717 = load float, ptr %2716, align 4, !tbaa !7
-  %2718 = insertelement <16 x float> poison, float %2717, i64 0
-  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
-  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2719, <16 x float> %full_acc628.sroa.24.11157.i)
-  %2721 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 76
-  %2722 = load float, ptr %2721, align 4, !tbaa !7
-  %2723 = insertelement <16 x float> poison, float %2722, i64 0
-  %2724 = shufflevector <16 x float> %2723, <16 x float> poison, <16 x i32> zeroinitializer
-  %2725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2724, <16 x float> %full_acc628.sroa.28.11156.i)
-  %2726 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 16
-  %2727 = load float, ptr %2726, align 4, !tbaa !7
-  %2728 = insertelement <16 x float> poison, float %2727, i64 0
-  %2729 = shufflevector <16 x float> %2728, <16 x float> poison, <16 x i32> zeroinitializer
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2729, <16 x float> %full_acc628.sroa.32.11155.i)
-  %2731 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 80
-  %2732 = load float, ptr %2731, align 4, !tbaa !7
-  %2733 = insertelement <16 x float> poison, float %2732, i64 0
-  %2734 = shufflevector <16 x float> %2733, <16 x float> poison, <16 x i32> zeroinitializer
-  %2735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2734, <16 x float> %full_acc628.sroa.36.11154.i)
-  %2736 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 20
-  %2737 = load float, ptr %2736, align 4, !tbaa !7
-  %2738 = insertelement <16 x float> poison, float %2737, i64 0
-  %2739 = shufflevector <16 x float> %2738, <16 x float> poison, <16 x i32> zeroinitializer
-  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2739, <16 x float> %full_acc628.sroa.40.11153.i)
-  %2741 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 84
-  %2742 = load float, ptr %2741, align 4, !tbaa !7
-  %2743 = insertelement <16 x float> poison, float %2742, i64 0
-  %2744 = shufflevector <16 x float> %2743, <16 x float> poison, <16 x i32> zeroinitializer
-  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2744, <16 x float> %full_acc628.sroa.44.11152.i)
-  %2746 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 24
-  %2747 = load float, ptr %2746, align 4, !tbaa !7
-  %2748 = insertelement <16 x float> poison, float %2747, i64 0
-  %2749 = shufflevector <16 x float> %2748, <16 x float> poison, <16 x i32> zeroinitializer
-  %2750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2749, <16 x float> %full_acc628.sroa.48.11151.i)
-  %2751 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 88
-  %2752 = load float, ptr %2751, align 4, !tbaa !7
-  %2753 = insertelement <16 x float> poison, float %2752, i64 0
-  %2754 = shufflevector <16 x float> %2753, <16 x float> poison, <16 x i32> zeroinitializer
-  %2755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2754, <16 x float> %full_acc628.sroa.52.11150.i)
-  %2756 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 28
-  %2757 = load float, ptr %2756, align 4, !tbaa !7
-  %2758 = insertelement <16 x float> poison, float %2757, i64 0
-  %2759 = shufflevector <16 x float> %2758, <16 x float> poison, <16 x i32> zeroinitializer
-  %2760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2759, <16 x float> %full_acc628.sroa.56.11149.i)
-  %2761 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 92
-  %2762 = load float, ptr %2761, align 4, !tbaa !7
-  %2763 = insertelement <16 x float> poison, float %2762, i64 0
-  %2764 = shufflevector <16 x float> %2763, <16 x float> poison, <16 x i32> zeroinitializer
-  %2765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2686, <16 x float> %2764, <16 x float> %full_acc628.sroa.60.11148.i)
+  %2680 = load float, ptr %gep1878.i, align 4, !tbaa !7
+  %2681 = insertelement <16 x float> poison, float %2680, i64 0
+  %2682 = shufflevector <16 x float> %2681, <16 x float> poison, <16 x i32> zeroinitializer
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2682, <16 x float> %full_acc628.sroa.0.11163.i)
+  %2684 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 64
+  %2685 = load float, ptr %2684, align 4, !tbaa !7
+  %2686 = insertelement <16 x float> poison, float %2685, i64 0
+  %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
+  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2687, <16 x float> %full_acc628.sroa.4.11162.i)
+  %2689 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 4
+  %2690 = load float, ptr %2689, align 4, !tbaa !7
+  %2691 = insertelement <16 x float> poison, float %2690, i64 0
+  %2692 = shufflevector <16 x float> %2691, <16 x float> poison, <16 x i32> zeroinitializer
+  %2693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2692, <16 x float> %full_acc628.sroa.8.11161.i)
+  %2694 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 68
+  %2695 = load float, ptr %2694, align 4, !tbaa !7
+  %2696 = insertelement <16 x float> poison, float %2695, i64 0
+  %2697 = shufflevector <16 x float> %2696, <16 x float> poison, <16 x i32> zeroinitializer
+  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2697, <16 x float> %full_acc628.sroa.12.11160.i)
+  %2699 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 8
+  %2700 = load float, ptr %2699, align 4, !tbaa !7
+  %2701 = insertelement <16 x float> poison, float %2700, i64 0
+  %2702 = shufflevector <16 x float> %2701, <16 x float> poison, <16 x i32> zeroinitializer
+  %2703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2702, <16 x float> %full_acc628.sroa.16.11159.i)
+  %2704 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 72
+  %2705 = load float, ptr %2704, align 4, !tbaa !7
+  %2706 = insertelement <16 x float> poison, float %2705, i64 0
+  %2707 = shufflevector <16 x float> %2706, <16 x float> poison, <16 x i32> zeroinitializer
+  %2708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2707, <16 x float> %full_acc628.sroa.20.11158.i)
+  %2709 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 12
+  %2710 = load float, ptr %2709, align 4, !tbaa !7
+  %2711 = insertelement <16 x float> poison, float %2710, i64 0
+  %2712 = shufflevector <16 x float> %2711, <16 x float> poison, <16 x i32> zeroinitializer
+  %2713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2712, <16 x float> %full_acc628.sroa.24.11157.i)
+  %2714 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 76
+  %2715 = load float, ptr %2714, align 4, !tbaa !7
+  %2716 = insertelement <16 x float> poison, float %2715, i64 0
+  %2717 = shufflevector <16 x float> %2716, <16 x float> poison, <16 x i32> zeroinitializer
+  %2718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2717, <16 x float> %full_acc628.sroa.28.11156.i)
+  %2719 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 16
+  %2720 = load float, ptr %2719, align 4, !tbaa !7
+  %2721 = insertelement <16 x float> poison, float %2720, i64 0
+  %2722 = shufflevector <16 x float> %2721, <16 x float> poison, <16 x i32> zeroinitializer
+  %2723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2722, <16 x float> %full_acc628.sroa.32.11155.i)
+  %2724 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 80
+  %2725 = load float, ptr %2724, align 4, !tbaa !7
+  %2726 = insertelement <16 x float> poison, float %2725, i64 0
+  %2727 = shufflevector <16 x float> %2726, <16 x float> poison, <16 x i32> zeroinitializer
+  %2728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2727, <16 x float> %full_acc628.sroa.36.11154.i)
+  %2729 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 20
+  %2730 = load float, ptr %2729, align 4, !tbaa !7
+  %2731 = insertelement <16 x float> poison, float %2730, i64 0
+  %2732 = shufflevector <16 x float> %2731, <16 x float> poison, <16 x i32> zeroinitializer
+  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2732, <16 x float> %full_acc628.sroa.40.11153.i)
+  %2734 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 84
+  %2735 = load float, ptr %2734, align 4, !tbaa !7
+  %2736 = insertelement <16 x float> poison, float %2735, i64 0
+  %2737 = shufflevector <16 x float> %2736, <16 x float> poison, <16 x i32> zeroinitializer
+  %2738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2737, <16 x float> %full_acc628.sroa.44.11152.i)
+  %2739 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 24
+  %2740 = load float, ptr %2739, align 4, !tbaa !7
+  %2741 = insertelement <16 x float> poison, float %2740, i64 0
+  %2742 = shufflevector <16 x float> %2741, <16 x float> poison, <16 x i32> zeroinitializer
+  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2742, <16 x float> %full_acc628.sroa.48.11151.i)
+  %2744 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 88
+  %2745 = load float, ptr %2744, align 4, !tbaa !7
+  %2746 = insertelement <16 x float> poison, float %2745, i64 0
+  %2747 = shufflevector <16 x float> %2746, <16 x float> poison, <16 x i32> zeroinitializer
+  %2748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2747, <16 x float> %full_acc628.sroa.52.11150.i)
+  %2749 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 28
+  %2750 = load float, ptr %2749, align 4, !tbaa !7
+  %2751 = insertelement <16 x float> poison, float %2750, i64 0
+  %2752 = shufflevector <16 x float> %2751, <16 x float> poison, <16 x i32> zeroinitializer
+  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2752, <16 x float> %full_acc628.sroa.56.11149.i)
+  %2754 = getelementptr inbounds nuw i8, ptr %gep1878.i, i64 92
+  %2755 = load float, ptr %2754, align 4, !tbaa !7
+  %2756 = insertelement <16 x float> poison, float %2755, i64 0
+  %2757 = shufflevector <16 x float> %2756, <16 x float> poison, <16 x i32> zeroinitializer
+  %2758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2757, <16 x float> %full_acc628.sroa.60.11148.i)
   %indvars.iv.next1562.i = add nuw nsw i64 %indvars.iv1561.i, 1
   %exitcond1565.not.i = icmp eq i64 %indvars.iv.next1562.i, 8
   br i1 %exitcond1565.not.i, label %for_end_ti319.i, label %for_body_ti318.i, !prof !22
@@ -4884,300 +4877,300 @@ for_end_ti319.i:                                  ; preds = %for_body_ti318.i
 
 for_body_ti323.i:                                 ; preds = %for_body_ti323.i, %for_body_ti323.lr.ph.i
   %indvars.iv1572.i = phi i64 [ 0, %for_body_ti323.lr.ph.i ], [ %indvars.iv.next1573.i, %for_body_ti323.i ]
-  %tile_acc629.sroa.0.01216.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2777, %for_body_ti323.i ]
-  %tile_acc629.sroa.4.01215.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2784, %for_body_ti323.i ]
-  %tile_acc629.sroa.9.01214.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2791, %for_body_ti323.i ]
-  %tile_acc629.sroa.13.01213.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2798, %for_body_ti323.i ]
-  %tile_acc629.sroa.18.01212.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2805, %for_body_ti323.i ]
-  %tile_acc629.sroa.22.01211.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2812, %for_body_ti323.i ]
-  %tile_acc629.sroa.27.01210.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2819, %for_body_ti323.i ]
-  %tile_acc629.sroa.31.01209.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2826, %for_body_ti323.i ]
-  %tile_acc629.sroa.36.01208.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2833, %for_body_ti323.i ]
-  %tile_acc629.sroa.40.01207.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2840, %for_body_ti323.i ]
-  %tile_acc629.sroa.45.01206.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2847, %for_body_ti323.i ]
-  %tile_acc629.sroa.49.01205.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2854, %for_body_ti323.i ]
-  %tile_acc629.sroa.54.01204.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2861, %for_body_ti323.i ]
-  %tile_acc629.sroa.58.01203.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2868, %for_body_ti323.i ]
-  %tile_acc629.sroa.63.01202.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2875, %for_body_ti323.i ]
-  %tile_acc629.sroa.67.01201.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2882, %for_body_ti323.i ]
-  %2766 = shl nsw i64 %indvars.iv1572.i, 5
-  %2767 = add nuw nsw i64 %2766, %2657
-  %2768 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2767
-  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !7
-  %2770 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2767
-  %2771 = load <16 x i32>, ptr %2770, align 4, !tbaa !7
+  %tile_acc629.sroa.0.01216.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2770, %for_body_ti323.i ]
+  %tile_acc629.sroa.4.01215.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2777, %for_body_ti323.i ]
+  %tile_acc629.sroa.9.01214.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2784, %for_body_ti323.i ]
+  %tile_acc629.sroa.13.01213.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2791, %for_body_ti323.i ]
+  %tile_acc629.sroa.18.01212.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2798, %for_body_ti323.i ]
+  %tile_acc629.sroa.22.01211.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2805, %for_body_ti323.i ]
+  %tile_acc629.sroa.27.01210.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2812, %for_body_ti323.i ]
+  %tile_acc629.sroa.31.01209.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2819, %for_body_ti323.i ]
+  %tile_acc629.sroa.36.01208.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2826, %for_body_ti323.i ]
+  %tile_acc629.sroa.40.01207.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2833, %for_body_ti323.i ]
+  %tile_acc629.sroa.45.01206.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2840, %for_body_ti323.i ]
+  %tile_acc629.sroa.49.01205.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2847, %for_body_ti323.i ]
+  %tile_acc629.sroa.54.01204.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2854, %for_body_ti323.i ]
+  %tile_acc629.sroa.58.01203.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2861, %for_body_ti323.i ]
+  %tile_acc629.sroa.63.01202.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2868, %for_body_ti323.i ]
+  %tile_acc629.sroa.67.01201.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_body_ti323.lr.ph.i ], [ %2875, %for_body_ti323.i ]
+  %2759 = shl nsw i64 %indvars.iv1572.i, 5
+  %2760 = add nuw nsw i64 %2759, %2650
+  %2761 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2760
+  %2762 = load <16 x float>, ptr %2761, align 4, !tbaa !7
+  %2763 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2760
+  %2764 = load <16 x i32>, ptr %2763, align 4, !tbaa !7
   %.idx1730.i = shl nsw i64 %indvars.iv1572.i, 9
   %gep1884.i = getelementptr inbounds nuw i8, ptr %invariant.gep1883.i, i64 %.idx1730.i
-  %2772 = load i32, ptr %gep1884.i, align 4, !tbaa !7
+  %2765 = load i32, ptr %gep1884.i, align 4, !tbaa !7
+  %2766 = insertelement <16 x i32> poison, i32 %2765, i64 0
+  %2767 = shufflevector <16 x i32> %2766, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2768 = and <16 x i32> %2767, %2764
+  %2769 = bitcast <16 x i32> %2768 to <16 x float>
+  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2769, <16 x float> %tile_acc629.sroa.0.01216.i)
+  %2771 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 64
+  %2772 = load i32, ptr %2771, align 4, !tbaa !7
   %2773 = insertelement <16 x i32> poison, i32 %2772, i64 0
   %2774 = shufflevector <16 x i32> %2773, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2775 = and <16 x i32> %2774, %2771
+  %2775 = and <16 x i32> %2774, %2764
   %2776 = bitcast <16 x i32> %2775 to <16 x float>
-  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2776, <16 x float> %tile_acc629.sroa.0.01216.i)
-  %2778 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 64
+  %2777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2776, <16 x float> %tile_acc629.sroa.4.01215.i)
+  %2778 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 4
   %2779 = load i32, ptr %2778, align 4, !tbaa !7
   %2780 = insertelement <16 x i32> poison, i32 %2779, i64 0
   %2781 = shufflevector <16 x i32> %2780, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2782 = and <16 x i32> %2781, %2771
+  %2782 = and <16 x i32> %2781, %2764
   %2783 = bitcast <16 x i32> %2782 to <16 x float>
-  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2783, <16 x float> %tile_acc629.sroa.4.01215.i)
-  %2785 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 4
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2783, <16 x float> %tile_acc629.sroa.9.01214.i)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 68
   %2786 = load i32, ptr %2785, align 4, !tbaa !7
   %2787 = insertelement <16 x i32> poison, i32 %2786, i64 0
   %2788 = shufflevector <16 x i32> %2787, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2789 = and <16 x i32> %2788, %2771
+  %2789 = and <16 x i32> %2788, %2764
   %2790 = bitcast <16 x i32> %2789 to <16 x float>
-  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2790, <16 x float> %tile_acc629.sroa.9.01214.i)
-  %2792 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 68
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2790, <16 x float> %tile_acc629.sroa.13.01213.i)
+  %2792 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 8
   %2793 = load i32, ptr %2792, align 4, !tbaa !7
   %2794 = insertelement <16 x i32> poison, i32 %2793, i64 0
   %2795 = shufflevector <16 x i32> %2794, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2796 = and <16 x i32> %2795, %2771
+  %2796 = and <16 x i32> %2795, %2764
   %2797 = bitcast <16 x i32> %2796 to <16 x float>
-  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2797, <16 x float> %tile_acc629.sroa.13.01213.i)
-  %2799 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 8
+  %2798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2797, <16 x float> %tile_acc629.sroa.18.01212.i)
+  %2799 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 72
   %2800 = load i32, ptr %2799, align 4, !tbaa !7
   %2801 = insertelement <16 x i32> poison, i32 %2800, i64 0
   %2802 = shufflevector <16 x i32> %2801, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2803 = and <16 x i32> %2802, %2771
+  %2803 = and <16 x i32> %2802, %2764
   %2804 = bitcast <16 x i32> %2803 to <16 x float>
-  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2804, <16 x float> %tile_acc629.sroa.18.01212.i)
-  %2806 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 72
+  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2804, <16 x float> %tile_acc629.sroa.22.01211.i)
+  %2806 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 12
   %2807 = load i32, ptr %2806, align 4, !tbaa !7
   %2808 = insertelement <16 x i32> poison, i32 %2807, i64 0
   %2809 = shufflevector <16 x i32> %2808, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2810 = and <16 x i32> %2809, %2771
+  %2810 = and <16 x i32> %2809, %2764
   %2811 = bitcast <16 x i32> %2810 to <16 x float>
-  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2811, <16 x float> %tile_acc629.sroa.22.01211.i)
-  %2813 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 12
+  %2812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2811, <16 x float> %tile_acc629.sroa.27.01210.i)
+  %2813 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 76
   %2814 = load i32, ptr %2813, align 4, !tbaa !7
   %2815 = insertelement <16 x i32> poison, i32 %2814, i64 0
   %2816 = shufflevector <16 x i32> %2815, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2817 = and <16 x i32> %2816, %2771
+  %2817 = and <16 x i32> %2816, %2764
   %2818 = bitcast <16 x i32> %2817 to <16 x float>
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2818, <16 x float> %tile_acc629.sroa.27.01210.i)
-  %2820 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 76
+  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2818, <16 x float> %tile_acc629.sroa.31.01209.i)
+  %2820 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 16
   %2821 = load i32, ptr %2820, align 4, !tbaa !7
   %2822 = insertelement <16 x i32> poison, i32 %2821, i64 0
   %2823 = shufflevector <16 x i32> %2822, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2824 = and <16 x i32> %2823, %2771
+  %2824 = and <16 x i32> %2823, %2764
   %2825 = bitcast <16 x i32> %2824 to <16 x float>
-  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2825, <16 x float> %tile_acc629.sroa.31.01209.i)
-  %2827 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 16
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2825, <16 x float> %tile_acc629.sroa.36.01208.i)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 80
   %2828 = load i32, ptr %2827, align 4, !tbaa !7
   %2829 = insertelement <16 x i32> poison, i32 %2828, i64 0
   %2830 = shufflevector <16 x i32> %2829, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2831 = and <16 x i32> %2830, %2771
+  %2831 = and <16 x i32> %2830, %2764
   %2832 = bitcast <16 x i32> %2831 to <16 x float>
-  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2832, <16 x float> %tile_acc629.sroa.36.01208.i)
-  %2834 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 80
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2832, <16 x float> %tile_acc629.sroa.40.01207.i)
+  %2834 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 20
   %2835 = load i32, ptr %2834, align 4, !tbaa !7
   %2836 = insertelement <16 x i32> poison, i32 %2835, i64 0
   %2837 = shufflevector <16 x i32> %2836, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2838 = and <16 x i32> %2837, %2771
+  %2838 = and <16 x i32> %2837, %2764
   %2839 = bitcast <16 x i32> %2838 to <16 x float>
-  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2839, <16 x float> %tile_acc629.sroa.40.01207.i)
-  %2841 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 20
+  %2840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2839, <16 x float> %tile_acc629.sroa.45.01206.i)
+  %2841 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 84
   %2842 = load i32, ptr %2841, align 4, !tbaa !7
   %2843 = insertelement <16 x i32> poison, i32 %2842, i64 0
   %2844 = shufflevector <16 x i32> %2843, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2845 = and <16 x i32> %2844, %2771
+  %2845 = and <16 x i32> %2844, %2764
   %2846 = bitcast <16 x i32> %2845 to <16 x float>
-  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2846, <16 x float> %tile_acc629.sroa.45.01206.i)
-  %2848 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 84
+  %2847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2846, <16 x float> %tile_acc629.sroa.49.01205.i)
+  %2848 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 24
   %2849 = load i32, ptr %2848, align 4, !tbaa !7
   %2850 = insertelement <16 x i32> poison, i32 %2849, i64 0
   %2851 = shufflevector <16 x i32> %2850, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2852 = and <16 x i32> %2851, %2771
+  %2852 = and <16 x i32> %2851, %2764
   %2853 = bitcast <16 x i32> %2852 to <16 x float>
-  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2853, <16 x float> %tile_acc629.sroa.49.01205.i)
-  %2855 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 24
+  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2853, <16 x float> %tile_acc629.sroa.54.01204.i)
+  %2855 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 88
   %2856 = load i32, ptr %2855, align 4, !tbaa !7
   %2857 = insertelement <16 x i32> poison, i32 %2856, i64 0
   %2858 = shufflevector <16 x i32> %2857, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2859 = and <16 x i32> %2858, %2771
+  %2859 = and <16 x i32> %2858, %2764
   %2860 = bitcast <16 x i32> %2859 to <16 x float>
-  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2860, <16 x float> %tile_acc629.sroa.54.01204.i)
-  %2862 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 88
+  %2861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2860, <16 x float> %tile_acc629.sroa.58.01203.i)
+  %2862 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 28
   %2863 = load i32, ptr %2862, align 4, !tbaa !7
   %2864 = insertelement <16 x i32> poison, i32 %2863, i64 0
   %2865 = shufflevector <16 x i32> %2864, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2866 = and <16 x i32> %2865, %2771
+  %2866 = and <16 x i32> %2865, %2764
   %2867 = bitcast <16 x i32> %2866 to <16 x float>
-  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2867, <16 x float> %tile_acc629.sroa.58.01203.i)
-  %2869 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 28
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2867, <16 x float> %tile_acc629.sroa.63.01202.i)
+  %2869 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 92
   %2870 = load i32, ptr %2869, align 4, !tbaa !7
   %2871 = insertelement <16 x i32> poison, i32 %2870, i64 0
   %2872 = shufflevector <16 x i32> %2871, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2873 = and <16 x i32> %2872, %2771
+  %2873 = and <16 x i32> %2872, %2764
   %2874 = bitcast <16 x i32> %2873 to <16 x float>
-  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2874, <16 x float> %tile_acc629.sroa.63.01202.i)
-  %2876 = getelementptr inbounds nuw i8, ptr %gep1884.i, i64 92
-  %2877 = load i32, ptr %2876, align 4, !tbaa !7
-  %2878 = insertelement <16 x i32> poison, i32 %2877, i64 0
-  %2879 = shufflevector <16 x i32> %2878, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2880 = and <16 x i32> %2879, %2771
-  %2881 = bitcast <16 x i32> %2880 to <16 x float>
-  %2882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2769, <16 x float> %2881, <16 x float> %tile_acc629.sroa.67.01201.i)
+  %2875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2762, <16 x float> %2874, <16 x float> %tile_acc629.sroa.67.01201.i)
   %indvars.iv.next1573.i = add nuw nsw i64 %indvars.iv1572.i, 1
   %exitcond385.not = icmp eq i64 %indvars.iv.next1573.i, %smax384
   br i1 %exitcond385.not, label %for_end_ti324.i, label %for_body_ti323.i, !prof !10
 
 for_end_ti324.i:                                  ; preds = %for_body_ti323.i, %for_end_to307.i
-  %tile_acc629.sroa.67.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_end_to307.i ], [ %2882, %for_body_ti323.i ]
-  %tile_acc629.sroa.63.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_end_to307.i ], [ %2875, %for_body_ti323.i ]
-  %tile_acc629.sroa.58.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_end_to307.i ], [ %2868, %for_body_ti323.i ]
-  %tile_acc629.sroa.54.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_end_to307.i ], [ %2861, %for_body_ti323.i ]
-  %tile_acc629.sroa.49.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_end_to307.i ], [ %2854, %for_body_ti323.i ]
-  %tile_acc629.sroa.45.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_end_to307.i ], [ %2847, %for_body_ti323.i ]
-  %tile_acc629.sroa.40.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_end_to307.i ], [ %2840, %for_body_ti323.i ]
-  %tile_acc629.sroa.36.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_end_to307.i ], [ %2833, %for_body_ti323.i ]
-  %tile_acc629.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_end_to307.i ], [ %2826, %for_body_ti323.i ]
-  %tile_acc629.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_end_to307.i ], [ %2819, %for_body_ti323.i ]
-  %tile_acc629.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_end_to307.i ], [ %2812, %for_body_ti323.i ]
-  %tile_acc629.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_end_to307.i ], [ %2805, %for_body_ti323.i ]
-  %tile_acc629.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_end_to307.i ], [ %2798, %for_body_ti323.i ]
-  %tile_acc629.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_end_to307.i ], [ %2791, %for_body_ti323.i ]
-  %tile_acc629.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_end_to307.i ], [ %2784, %for_body_ti323.i ]
-  %tile_acc629.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_end_to307.i ], [ %2777, %for_body_ti323.i ]
-  %2883 = shl nuw nsw i64 %indvars.iv1576.i, 9
-  %2884 = add nuw nsw i64 %2883, %2659
-  %2885 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2884
-  br i1 %938, label %if_then357.i, label %if_end356.i, !prof !6
+  %tile_acc629.sroa.67.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.60.0.lcssa.i, %for_end_to307.i ], [ %2875, %for_body_ti323.i ]
+  %tile_acc629.sroa.63.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.56.0.lcssa.i, %for_end_to307.i ], [ %2868, %for_body_ti323.i ]
+  %tile_acc629.sroa.58.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.52.0.lcssa.i, %for_end_to307.i ], [ %2861, %for_body_ti323.i ]
+  %tile_acc629.sroa.54.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.48.0.lcssa.i, %for_end_to307.i ], [ %2854, %for_body_ti323.i ]
+  %tile_acc629.sroa.49.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.44.0.lcssa.i, %for_end_to307.i ], [ %2847, %for_body_ti323.i ]
+  %tile_acc629.sroa.45.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.40.0.lcssa.i, %for_end_to307.i ], [ %2840, %for_body_ti323.i ]
+  %tile_acc629.sroa.40.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.36.0.lcssa.i, %for_end_to307.i ], [ %2833, %for_body_ti323.i ]
+  %tile_acc629.sroa.36.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.32.0.lcssa.i, %for_end_to307.i ], [ %2826, %for_body_ti323.i ]
+  %tile_acc629.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.28.0.lcssa.i, %for_end_to307.i ], [ %2819, %for_body_ti323.i ]
+  %tile_acc629.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.24.0.lcssa.i, %for_end_to307.i ], [ %2812, %for_body_ti323.i ]
+  %tile_acc629.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.20.0.lcssa.i, %for_end_to307.i ], [ %2805, %for_body_ti323.i ]
+  %tile_acc629.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.16.0.lcssa.i, %for_end_to307.i ], [ %2798, %for_body_ti323.i ]
+  %tile_acc629.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.12.0.lcssa.i, %for_end_to307.i ], [ %2791, %for_body_ti323.i ]
+  %tile_acc629.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.8.0.lcssa.i, %for_end_to307.i ], [ %2784, %for_body_ti323.i ]
+  %tile_acc629.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.4.0.lcssa.i, %for_end_to307.i ], [ %2777, %for_body_ti323.i ]
+  %tile_acc629.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc628.sroa.0.0.lcssa.i, %for_end_to307.i ], [ %2770, %for_body_ti323.i ]
+  %2876 = shl nuw nsw i64 %indvars.iv1576.i, 9
+  %2877 = add nuw nsw i64 %2876, %2652
+  %2878 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
+  br i1 %931, label %if_then357.i, label %if_end356.i, !prof !6
 
 if_end356.i:                                      ; preds = %for_end_ti324.i
-  %2886 = load <16 x float>, ptr %2885, align 4, !tbaa !7
-  %2887 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2886
-  %2888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2887)
-  store <16 x float> %2888, ptr %2885, align 4, !tbaa !7
-  %2889 = getelementptr i8, ptr %2885, i64 128
-  %2890 = load <16 x float>, ptr %2889, align 4, !tbaa !7
-  %2891 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2890
-  %2892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2891)
-  store <16 x float> %2892, ptr %2889, align 4, !tbaa !7
-  %2893 = getelementptr i8, ptr %2885, i64 256
-  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !7
-  %2895 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2894
-  %2896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2895)
-  store <16 x float> %2896, ptr %2893, align 4, !tbaa !7
-  %2897 = getelementptr i8, ptr %2885, i64 384
-  %2898 = load <16 x float>, ptr %2897, align 4, !tbaa !7
-  %2899 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2898
-  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2899)
-  store <16 x float> %2900, ptr %2897, align 4, !tbaa !7
-  %2901 = getelementptr i8, ptr %2885, i64 512
-  %2902 = load <16 x float>, ptr %2901, align 4, !tbaa !7
-  %2903 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2902
-  %2904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2903)
-  store <16 x float> %2904, ptr %2901, align 4, !tbaa !7
-  %2905 = getelementptr i8, ptr %2885, i64 640
-  %2906 = load <16 x float>, ptr %2905, align 4, !tbaa !7
-  %2907 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2906
-  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2907)
-  store <16 x float> %2908, ptr %2905, align 4, !tbaa !7
-  %2909 = getelementptr i8, ptr %2885, i64 768
-  %2910 = load <16 x float>, ptr %2909, align 4, !tbaa !7
-  %2911 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2910
-  %2912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2911)
-  store <16 x float> %2912, ptr %2909, align 4, !tbaa !7
-  %2913 = getelementptr i8, ptr %2885, i64 896
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !7
-  %2915 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2914
-  %2916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2915)
-  store <16 x float> %2916, ptr %2913, align 4, !tbaa !7
-  %2917 = getelementptr i8, ptr %2885, i64 1024
-  %2918 = load <16 x float>, ptr %2917, align 4, !tbaa !7
-  %2919 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2918
-  %2920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2919)
-  store <16 x float> %2920, ptr %2917, align 4, !tbaa !7
-  %2921 = getelementptr i8, ptr %2885, i64 1152
-  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !7
-  %2923 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2922
-  %2924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2923)
-  store <16 x float> %2924, ptr %2921, align 4, !tbaa !7
-  %2925 = getelementptr i8, ptr %2885, i64 1280
-  %2926 = load <16 x float>, ptr %2925, align 4, !tbaa !7
-  %2927 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2926
-  %2928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2927)
-  store <16 x float> %2928, ptr %2925, align 4, !tbaa !7
-  %2929 = getelementptr i8, ptr %2885, i64 1408
-  %2930 = load <16 x float>, ptr %2929, align 4, !tbaa !7
-  %2931 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2930
-  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2931)
-  store <16 x float> %2932, ptr %2929, align 4, !tbaa !7
-  %2933 = getelementptr i8, ptr %2885, i64 1536
-  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !7
-  %2935 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2934
-  %2936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2935)
-  store <16 x float> %2936, ptr %2933, align 4, !tbaa !7
-  %2937 = getelementptr i8, ptr %2885, i64 1664
-  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !7
-  %2939 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2938
-  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2939)
-  store <16 x float> %2940, ptr %2937, align 4, !tbaa !7
-  %2941 = getelementptr i8, ptr %2885, i64 1792
-  %2942 = load <16 x float>, ptr %2941, align 4, !tbaa !7
-  %2943 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2942
-  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2943)
-  store <16 x float> %2944, ptr %2941, align 4, !tbaa !7
-  %.phi.trans.insert1665.i = getelementptr i8, ptr %2885, i64 1920
+  %2879 = load <16 x float>, ptr %2878, align 4, !tbaa !7
+  %2880 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2879
+  %2881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2880)
+  store <16 x float> %2881, ptr %2878, align 4, !tbaa !7
+  %2882 = getelementptr i8, ptr %2878, i64 128
+  %2883 = load <16 x float>, ptr %2882, align 4, !tbaa !7
+  %2884 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2883
+  %2885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2884)
+  store <16 x float> %2885, ptr %2882, align 4, !tbaa !7
+  %2886 = getelementptr i8, ptr %2878, i64 256
+  %2887 = load <16 x float>, ptr %2886, align 4, !tbaa !7
+  %2888 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2887
+  %2889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2888)
+  store <16 x float> %2889, ptr %2886, align 4, !tbaa !7
+  %2890 = getelementptr i8, ptr %2878, i64 384
+  %2891 = load <16 x float>, ptr %2890, align 4, !tbaa !7
+  %2892 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2891
+  %2893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2892)
+  store <16 x float> %2893, ptr %2890, align 4, !tbaa !7
+  %2894 = getelementptr i8, ptr %2878, i64 512
+  %2895 = load <16 x float>, ptr %2894, align 4, !tbaa !7
+  %2896 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2895
+  %2897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2896)
+  store <16 x float> %2897, ptr %2894, align 4, !tbaa !7
+  %2898 = getelementptr i8, ptr %2878, i64 640
+  %2899 = load <16 x float>, ptr %2898, align 4, !tbaa !7
+  %2900 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2899
+  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2900)
+  store <16 x float> %2901, ptr %2898, align 4, !tbaa !7
+  %2902 = getelementptr i8, ptr %2878, i64 768
+  %2903 = load <16 x float>, ptr %2902, align 4, !tbaa !7
+  %2904 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2903
+  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2904)
+  store <16 x float> %2905, ptr %2902, align 4, !tbaa !7
+  %2906 = getelementptr i8, ptr %2878, i64 896
+  %2907 = load <16 x float>, ptr %2906, align 4, !tbaa !7
+  %2908 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2907
+  %2909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2908)
+  store <16 x float> %2909, ptr %2906, align 4, !tbaa !7
+  %2910 = getelementptr i8, ptr %2878, i64 1024
+  %2911 = load <16 x float>, ptr %2910, align 4, !tbaa !7
+  %2912 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2911
+  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2912)
+  store <16 x float> %2913, ptr %2910, align 4, !tbaa !7
+  %2914 = getelementptr i8, ptr %2878, i64 1152
+  %2915 = load <16 x float>, ptr %2914, align 4, !tbaa !7
+  %2916 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2915
+  %2917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2916)
+  store <16 x float> %2917, ptr %2914, align 4, !tbaa !7
+  %2918 = getelementptr i8, ptr %2878, i64 1280
+  %2919 = load <16 x float>, ptr %2918, align 4, !tbaa !7
+  %2920 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2919
+  %2921 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2920)
+  store <16 x float> %2921, ptr %2918, align 4, !tbaa !7
+  %2922 = getelementptr i8, ptr %2878, i64 1408
+  %2923 = load <16 x float>, ptr %2922, align 4, !tbaa !7
+  %2924 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2923
+  %2925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2924)
+  store <16 x float> %2925, ptr %2922, align 4, !tbaa !7
+  %2926 = getelementptr i8, ptr %2878, i64 1536
+  %2927 = load <16 x float>, ptr %2926, align 4, !tbaa !7
+  %2928 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2927
+  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2928)
+  store <16 x float> %2929, ptr %2926, align 4, !tbaa !7
+  %2930 = getelementptr i8, ptr %2878, i64 1664
+  %2931 = load <16 x float>, ptr %2930, align 4, !tbaa !7
+  %2932 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2931
+  %2933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2932)
+  store <16 x float> %2933, ptr %2930, align 4, !tbaa !7
+  %2934 = getelementptr i8, ptr %2878, i64 1792
+  %2935 = load <16 x float>, ptr %2934, align 4, !tbaa !7
+  %2936 = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %2935
+  %2937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2936)
+  store <16 x float> %2937, ptr %2934, align 4, !tbaa !7
+  %.phi.trans.insert1665.i = getelementptr i8, ptr %2878, i64 1920
   %.pre1666.i = load <16 x float>, ptr %.phi.trans.insert1665.i, align 4, !tbaa !7
   %.pre1667.i = fmul <16 x float> %alpha640.sroa.0.0.vec.extract742.i, %.pre1666.i
   br label %if_end358.i
 
 if_then357.i:                                     ; preds = %for_end_ti324.i
-  %2945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2945, ptr %2885, align 4, !tbaa !7
-  %2946 = getelementptr i8, ptr %2885, i64 128
-  %2947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2947, ptr %2946, align 4, !tbaa !7
-  %2948 = getelementptr i8, ptr %2885, i64 256
-  %2949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2949, ptr %2948, align 4, !tbaa !7
-  %2950 = getelementptr i8, ptr %2885, i64 384
-  %2951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2951, ptr %2950, align 4, !tbaa !7
-  %2952 = getelementptr i8, ptr %2885, i64 512
-  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2953, ptr %2952, align 4, !tbaa !7
-  %2954 = getelementptr i8, ptr %2885, i64 640
-  %2955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2955, ptr %2954, align 4, !tbaa !7
-  %2956 = getelementptr i8, ptr %2885, i64 768
-  %2957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2957, ptr %2956, align 4, !tbaa !7
-  %2958 = getelementptr i8, ptr %2885, i64 896
-  %2959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2959, ptr %2958, align 4, !tbaa !7
-  %2960 = getelementptr i8, ptr %2885, i64 1024
-  %2961 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2961, ptr %2960, align 4, !tbaa !7
-  %2962 = getelementptr i8, ptr %2885, i64 1152
-  %2963 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2963, ptr %2962, align 4, !tbaa !7
-  %2964 = getelementptr i8, ptr %2885, i64 1280
-  %2965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2965, ptr %2964, align 4, !tbaa !7
-  %2966 = getelementptr i8, ptr %2885, i64 1408
-  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2967, ptr %2966, align 4, !tbaa !7
-  %2968 = getelementptr i8, ptr %2885, i64 1536
-  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2969, ptr %2968, align 4, !tbaa !7
-  %2970 = getelementptr i8, ptr %2885, i64 1664
-  %2971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2971, ptr %2970, align 4, !tbaa !7
-  %2972 = getelementptr i8, ptr %2885, i64 1792
-  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2656)
-  store <16 x float> %2973, ptr %2972, align 4, !tbaa !7
+  %2938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.0.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2938, ptr %2878, align 4, !tbaa !7
+  %2939 = getelementptr i8, ptr %2878, i64 128
+  %2940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.4.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2940, ptr %2939, align 4, !tbaa !7
+  %2941 = getelementptr i8, ptr %2878, i64 256
+  %2942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.9.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2942, ptr %2941, align 4, !tbaa !7
+  %2943 = getelementptr i8, ptr %2878, i64 384
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.13.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2944, ptr %2943, align 4, !tbaa !7
+  %2945 = getelementptr i8, ptr %2878, i64 512
+  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.18.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2946, ptr %2945, align 4, !tbaa !7
+  %2947 = getelementptr i8, ptr %2878, i64 640
+  %2948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.22.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2948, ptr %2947, align 4, !tbaa !7
+  %2949 = getelementptr i8, ptr %2878, i64 768
+  %2950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.27.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2950, ptr %2949, align 4, !tbaa !7
+  %2951 = getelementptr i8, ptr %2878, i64 896
+  %2952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.31.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2952, ptr %2951, align 4, !tbaa !7
+  %2953 = getelementptr i8, ptr %2878, i64 1024
+  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.36.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2954, ptr %2953, align 4, !tbaa !7
+  %2955 = getelementptr i8, ptr %2878, i64 1152
+  %2956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.40.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2956, ptr %2955, align 4, !tbaa !7
+  %2957 = getelementptr i8, ptr %2878, i64 1280
+  %2958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.45.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2958, ptr %2957, align 4, !tbaa !7
+  %2959 = getelementptr i8, ptr %2878, i64 1408
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.49.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2960, ptr %2959, align 4, !tbaa !7
+  %2961 = getelementptr i8, ptr %2878, i64 1536
+  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.54.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2962, ptr %2961, align 4, !tbaa !7
+  %2963 = getelementptr i8, ptr %2878, i64 1664
+  %2964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.58.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2964, ptr %2963, align 4, !tbaa !7
+  %2965 = getelementptr i8, ptr %2878, i64 1792
+  %2966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.63.0.lcssa.i, <16 x float> %2649)
+  store <16 x float> %2966, ptr %2965, align 4, !tbaa !7
   br label %if_end358.i
 
 if_end358.i:                                      ; preds = %if_then357.i, %if_end356.i
-  %.pre-phi.i = phi <16 x float> [ %.pre1667.i, %if_end356.i ], [ %2656, %if_then357.i ]
-  %2974 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2884
-  %2975 = getelementptr i8, ptr %2974, i64 1920
-  %2976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.67.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2976, ptr %2975, align 4, !tbaa !7
+  %.pre-phi.i = phi <16 x float> [ %.pre1667.i, %if_end356.i ], [ %2649, %if_then357.i ]
+  %2967 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2877
+  %2968 = getelementptr i8, ptr %2967, i64 1920
+  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %beta639.sroa.0.0.vec.extract797.i, <16 x float> %tile_acc629.sroa.67.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2969, ptr %2968, align 4, !tbaa !7
   %indvars.iv.next1577.i = add nuw nsw i64 %indvars.iv1576.i, 1
   %exitcond1580.not.i = icmp eq i64 %indvars.iv.next1577.i, 8
   br i1 %exitcond1580.not.i, label %if_end144.i, label %for_begin_to305.preheader.i, !prof !22
@@ -5187,71 +5180,71 @@ for_begin_to366.preheader.i:                      ; preds = %if_end403.i, %for_b
   br i1 %.not1268.i, label %for_end_to368.i, label %for_body_to367.lr.ph.i, !prof !9
 
 for_body_to367.lr.ph.i:                           ; preds = %for_begin_to366.preheader.i
-  %2977 = mul nuw nsw i64 %indvars.iv1553.i, %2645
-  %2978 = shl i64 %indvars.iv1553.i, 2
-  %2979 = and i64 %2978, 12
-  %2980 = shl i64 %indvars.iv1553.i, 3
-  %2981 = and i64 %2980, 96
-  %invariant.gep1865.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2981
-  %invariant.gep1867.i = getelementptr inbounds nuw float, ptr %invariant.gep1865.i, i64 %2979
+  %2970 = mul nuw nsw i64 %indvars.iv1553.i, %2638
+  %2971 = shl i64 %indvars.iv1553.i, 2
+  %2972 = and i64 %2971, 12
+  %2973 = shl i64 %indvars.iv1553.i, 3
+  %2974 = and i64 %2973, 96
+  %invariant.gep1865.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2974
+  %invariant.gep1867.i = getelementptr inbounds nuw float, ptr %invariant.gep1865.i, i64 %2972
   br label %for_body_to367.i
 
 for_body_to367.i:                                 ; preds = %for_end_ti380.i, %for_body_to367.lr.ph.i
   %indvars.iv1543.i = phi i64 [ 0, %for_body_to367.lr.ph.i ], [ %indvars.iv.next1544.i, %for_end_ti380.i ]
-  %full_acc365626.sroa.28.01104.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3040, %for_end_ti380.i ]
-  %full_acc365626.sroa.24.01103.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3035, %for_end_ti380.i ]
-  %full_acc365626.sroa.20.01102.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3030, %for_end_ti380.i ]
-  %full_acc365626.sroa.16.01101.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3025, %for_end_ti380.i ]
-  %full_acc365626.sroa.12.01100.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3020, %for_end_ti380.i ]
-  %full_acc365626.sroa.8.01099.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3015, %for_end_ti380.i ]
-  %full_acc365626.sroa.4.01098.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3010, %for_end_ti380.i ]
-  %full_acc365626.sroa.0.01097.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3005, %for_end_ti380.i ]
-  br i1 %2638, label %for_begin_line373.preheader.i, label %if_end372.i, !prof !6
+  %full_acc365626.sroa.28.01104.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3033, %for_end_ti380.i ]
+  %full_acc365626.sroa.24.01103.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3028, %for_end_ti380.i ]
+  %full_acc365626.sroa.20.01102.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3023, %for_end_ti380.i ]
+  %full_acc365626.sroa.16.01101.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3018, %for_end_ti380.i ]
+  %full_acc365626.sroa.12.01100.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3013, %for_end_ti380.i ]
+  %full_acc365626.sroa.8.01099.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3008, %for_end_ti380.i ]
+  %full_acc365626.sroa.4.01098.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %3003, %for_end_ti380.i ]
+  %full_acc365626.sroa.0.01097.i = phi <32 x float> [ zeroinitializer, %for_body_to367.lr.ph.i ], [ %2998, %for_end_ti380.i ]
+  br i1 %2631, label %for_begin_line373.preheader.i, label %if_end372.i, !prof !6
 
 for_begin_line373.preheader.i:                    ; preds = %for_body_to367.i
-  %2982 = add nuw nsw i64 %indvars.iv1543.i, %2977
-  %2983 = trunc nuw nsw i64 %2982 to i32
-  %2984 = lshr i32 %2983, 1
-  %2985 = add nuw nsw i32 %2984, %factor.op.mul.reass.i
-  %2986 = srem i32 %2985, %num_kv_heads
-  %2987 = zext nneg i32 %2986 to i64
-  %2988 = mul nsw i64 %v_head, %2987
-  %2989 = sdiv i32 %2985, %num_kv_heads
-  %2990 = sext i32 %2989 to i64
-  %2991 = getelementptr i64, ptr %value_offsets643.i, i64 %2990
-  %2992 = getelementptr i8, ptr %2991, i64 512
-  %2993 = load i64, ptr %2992, align 8, !tbaa !42
-  %2994 = shl i64 %2982, 5
-  %2995 = and i64 %2994, 32
-  %gep1115.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2993
-  %invariant.gep1080.i = getelementptr i32, ptr %gep1115.i, i64 %2988
-  %gep1081.i = getelementptr i32, ptr %invariant.gep1080.i, i64 %2995
+  %2975 = add nuw nsw i64 %indvars.iv1543.i, %2970
+  %2976 = trunc nuw nsw i64 %2975 to i32
+  %2977 = lshr i32 %2976, 1
+  %2978 = add nuw nsw i32 %2977, %factor.op.mul.reass.i
+  %2979 = srem i32 %2978, %num_kv_heads
+  %2980 = zext nneg i32 %2979 to i64
+  %2981 = mul nsw i64 %v_head, %2980
+  %2982 = sdiv i32 %2978, %num_kv_heads
+  %2983 = sext i32 %2982 to i64
+  %2984 = getelementptr i64, ptr %value_offsets643.i, i64 %2983
+  %2985 = getelementptr i8, ptr %2984, i64 512
+  %2986 = load i64, ptr %2985, align 8, !tbaa !42
+  %2987 = shl i64 %2975, 5
+  %2988 = and i64 %2987, 32
+  %gep1115.i = getelementptr i32, ptr %invariant.gep1114.i, i64 %2986
+  %invariant.gep1080.i = getelementptr i32, ptr %gep1115.i, i64 %2981
+  %gep1081.i = getelementptr i32, ptr %invariant.gep1080.i, i64 %2988
   tail call void @llvm.prefetch.p0(ptr readonly %gep1081.i, i32 0, i32 2, i32 1)
   %gep1081.1.i = getelementptr i8, ptr %gep1081.i, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %gep1081.1.i, i32 0, i32 2, i32 1)
   br label %if_end372.i
 
 for_end_to368.i:                                  ; preds = %for_end_ti380.i, %for_begin_to366.preheader.i
-  %full_acc365626.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3005, %for_end_ti380.i ]
-  %full_acc365626.sroa.4.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3010, %for_end_ti380.i ]
-  %full_acc365626.sroa.8.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3015, %for_end_ti380.i ]
-  %full_acc365626.sroa.12.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3020, %for_end_ti380.i ]
-  %full_acc365626.sroa.16.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3025, %for_end_ti380.i ]
-  %full_acc365626.sroa.20.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3030, %for_end_ti380.i ]
-  %full_acc365626.sroa.24.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3035, %for_end_ti380.i ]
-  %full_acc365626.sroa.28.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3040, %for_end_ti380.i ]
-  br i1 %2637, label %for_body_ti384.lr.ph.i, label %for_end_ti385.i, !prof !31
+  %full_acc365626.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %2998, %for_end_ti380.i ]
+  %full_acc365626.sroa.4.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3003, %for_end_ti380.i ]
+  %full_acc365626.sroa.8.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3008, %for_end_ti380.i ]
+  %full_acc365626.sroa.12.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3013, %for_end_ti380.i ]
+  %full_acc365626.sroa.16.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3018, %for_end_ti380.i ]
+  %full_acc365626.sroa.20.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3023, %for_end_ti380.i ]
+  %full_acc365626.sroa.24.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3028, %for_end_ti380.i ]
+  %full_acc365626.sroa.28.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_to366.preheader.i ], [ %3033, %for_end_ti380.i ]
+  br i1 %2630, label %for_body_ti384.lr.ph.i, label %for_end_ti385.i, !prof !31
 
 for_body_ti384.lr.ph.i:                           ; preds = %for_end_to368.i
   %indvars.iv1553.tr.i = trunc i64 %indvars.iv1553.i to i32
-  %2996 = shl i32 %indvars.iv1553.tr.i, 2
-  %2997 = and i32 %2996, 12
-  %2998 = shl i32 %indvars.iv1553.tr.i, 3
-  %2999 = and i32 %2998, 96
-  %invariant.op1134.i = or disjoint i32 %2999, %2640
-  %invariant.op1136.i = or disjoint i32 %invariant.op1134.i, %2997
-  %3000 = zext nneg i32 %invariant.op1136.i to i64
-  %invariant.gep1869.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %3000
+  %2989 = shl i32 %indvars.iv1553.tr.i, 2
+  %2990 = and i32 %2989, 12
+  %2991 = shl i32 %indvars.iv1553.tr.i, 3
+  %2992 = and i32 %2991, 96
+  %invariant.op1134.i = or disjoint i32 %2992, %2633
+  %invariant.op1136.i = or disjoint i32 %invariant.op1134.i, %2990
+  %2993 = zext nneg i32 %invariant.op1136.i to i64
+  %invariant.gep1869.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2993
   br label %for_body_ti384.i
 
 if_end372.i:                                      ; preds = %for_begin_line373.preheader.i, %for_body_to367.i
@@ -5263,336 +5256,336 @@ if_end372.i:                                      ; preds = %for_begin_line373.p
 
 for_body_ti379.i:                                 ; preds = %for_body_ti379.i, %if_end372.i
   %indvars.iv1538.i = phi i64 [ 0, %if_end372.i ], [ %indvars.iv.next1539.i, %for_body_ti379.i ]
-  %full_acc365626.sroa.28.11094.i = phi <32 x float> [ %full_acc365626.sroa.28.01104.i, %if_end372.i ], [ %3040, %for_body_ti379.i ]
-  %full_acc365626.sroa.24.11093.i = phi <32 x float> [ %full_acc365626.sroa.24.01103.i, %if_end372.i ], [ %3035, %for_body_ti379.i ]
-  %full_acc365626.sroa.20.11092.i = phi <32 x float> [ %full_acc365626.sroa.20.01102.i, %if_end372.i ], [ %3030, %for_body_ti379.i ]
-  %full_acc365626.sroa.16.11091.i = phi <32 x float> [ %full_acc365626.sroa.16.01101.i, %if_end372.i ], [ %3025, %for_body_ti379.i ]
-  %full_acc365626.sroa.12.11090.i = phi <32 x float> [ %full_acc365626.sroa.12.01100.i, %if_end372.i ], [ %3020, %for_body_ti379.i ]
-  %full_acc365626.sroa.8.11089.i = phi <32 x float> [ %full_acc365626.sroa.8.01099.i, %if_end372.i ], [ %3015, %for_body_ti379.i ]
-  %full_acc365626.sroa.4.11088.i = phi <32 x float> [ %full_acc365626.sroa.4.01098.i, %if_end372.i ], [ %3010, %for_body_ti379.i ]
-  %full_acc365626.sroa.0.11087.i = phi <32 x float> [ %full_acc365626.sroa.0.01097.i, %if_end372.i ], [ %3005, %for_body_ti379.i ]
+  %full_acc365626.sroa.28.11094.i = phi <32 x float> [ %full_acc365626.sroa.28.01104.i, %if_end372.i ], [ %3033, %for_body_ti379.i ]
+  %full_acc365626.sroa.24.11093.i = phi <32 x float> [ %full_acc365626.sroa.24.01103.i, %if_end372.i ], [ %3028, %for_body_ti379.i ]
+  %full_acc365626.sroa.20.11092.i = phi <32 x float> [ %full_acc365626.sroa.20.01102.i, %if_end372.i ], [ %3023, %for_body_ti379.i ]
+  %full_acc365626.sroa.16.11091.i = phi <32 x float> [ %full_acc365626.sroa.16.01101.i, %if_end372.i ], [ %3018, %for_body_ti379.i ]
+  %full_acc365626.sroa.12.11090.i = phi <32 x float> [ %full_acc365626.sroa.12.01100.i, %if_end372.i ], [ %3013, %for_body_ti379.i ]
+  %full_acc365626.sroa.8.11089.i = phi <32 x float> [ %full_acc365626.sroa.8.01099.i, %if_end372.i ], [ %3008, %for_body_ti379.i ]
+  %full_acc365626.sroa.4.11088.i = phi <32 x float> [ %full_acc365626.sroa.4.01098.i, %if_end372.i ], [ %3003, %for_body_ti379.i ]
+  %full_acc365626.sroa.0.11087.i = phi <32 x float> [ %full_acc365626.sroa.0.01097.i, %if_end372.i ], [ %2998, %for_body_ti379.i ]
   %.idx1718.i = shl nuw nsw i64 %indvars.iv1538.i, 7
   %gep1858.i = getelementptr inbounds nuw i8, ptr %invariant.gep1857.i, i64 %.idx1718.i
-  %3001 = load <32 x float>, ptr %gep1858.i, align 4, !tbaa !7
+  %2994 = load <32 x float>, ptr %gep1858.i, align 4, !tbaa !7
   %.idx1720.i = shl nuw nsw i64 %indvars.iv1538.i, 9
   %gep1864.i = getelementptr inbounds nuw i8, ptr %gep1868.i, i64 %.idx1720.i
-  %3002 = load float, ptr %gep1864.i, align 4, !tbaa !7
-  %3003 = insertelement <32 x float> poison, float %3002, i64 0
-  %3004 = shufflevector <32 x float> %3003, <32 x float> poison, <32 x i32> zeroinitializer
-  %3005 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3004, <32 x float> %full_acc365626.sroa.0.11087.i)
-  %3006 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 64
-  %3007 = load float, ptr %3006, align 4, !tbaa !7
-  %3008 = insertelement <32 x float> poison, float %3007, i64 0
-  %3009 = shufflevector <32 x float> %3008, <32 x float> poison, <32 x i32> zeroinitializer
-  %3010 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3009, <32 x float> %full_acc365626.sroa.4.11088.i)
-  %3011 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 4
-  %3012 = load float, ptr %3011, align 4, !tbaa !7
-  %3013 = insertelement <32 x float> poison, float %3012, i64 0
-  %3014 = shufflevector <32 x float> %3013, <32 x float> poison, <32 x i32> zeroinitializer
-  %3015 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3014, <32 x float> %full_acc365626.sroa.8.11089.i)
-  %3016 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 68
-  %3017 = load float, ptr %3016, align 4, !tbaa !7
-  %3018 = insertelement <32 x float> poison, float %3017, i64 0
-  %3019 = shufflevector <32 x float> %3018, <32 x float> poison, <32 x i32> zeroinitializer
-  %3020 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3019, <32 x float> %full_acc365626.sroa.12.11090.i)
-  %3021 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 8
-  %3022 = load float, ptr %3021, align 4, !tbaa !7
-  %3023 = insertelement <32 x float> poison, float %3022, i64 0
-  %3024 = shufflevector <32 x float> %3023, <32 x float> poison, <32 x i32> zeroinitializer
-  %3025 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3024, <32 x float> %full_acc365626.sroa.16.11091.i)
-  %3026 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 72
-  %3027 = load float, ptr %3026, align 4, !tbaa !7
-  %3028 = insertelement <32 x float> poison, float %3027, i64 0
-  %3029 = shufflevector <32 x float> %3028, <32 x float> poison, <32 x i32> zeroinitializer
-  %3030 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3029, <32 x float> %full_acc365626.sroa.20.11092.i)
-  %3031 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 12
-  %3032 = load float, ptr %3031, align 4, !tbaa !7
-  %3033 = insertelement <32 x float> poison, float %3032, i64 0
-  %3034 = shufflevector <32 x float> %3033, <32 x float> poison, <32 x i32> zeroinitializer
-  %3035 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3034, <32 x float> %full_acc365626.sroa.24.11093.i)
-  %3036 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 76
-  %3037 = load float, ptr %3036, align 4, !tbaa !7
-  %3038 = insertelement <32 x float> poison, float %3037, i64 0
-  %3039 = shufflevector <32 x float> %3038, <32 x float> poison, <32 x i32> zeroinitializer
-  %3040 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3001, <32 x float> %3039, <32 x float> %full_acc365626.sroa.28.11094.i)
+  %2995 = load float, ptr %gep1864.i, align 4, !tbaa !7
+  %2996 = insertelement <32 x float> poison, float %2995, i64 0
+  %2997 = shufflevector <32 x float> %2996, <32 x float> poison, <32 x i32> zeroinitializer
+  %2998 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %2997, <32 x float> %full_acc365626.sroa.0.11087.i)
+  %2999 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 64
+  %3000 = load float, ptr %2999, align 4, !tbaa !7
+  %3001 = insertelement <32 x float> poison, float %3000, i64 0
+  %3002 = shufflevector <32 x float> %3001, <32 x float> poison, <32 x i32> zeroinitializer
+  %3003 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3002, <32 x float> %full_acc365626.sroa.4.11088.i)
+  %3004 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 4
+  %3005 = load float, ptr %3004, align 4, !tbaa !7
+  %3006 = insertelement <32 x float> poison, float %3005, i64 0
+  %3007 = shufflevector <32 x float> %3006, <32 x float> poison, <32 x i32> zeroinitializer
+  %3008 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3007, <32 x float> %full_acc365626.sroa.8.11089.i)
+  %3009 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 68
+  %3010 = load float, ptr %3009, align 4, !tbaa !7
+  %3011 = insertelement <32 x float> poison, float %3010, i64 0
+  %3012 = shufflevector <32 x float> %3011, <32 x float> poison, <32 x i32> zeroinitializer
+  %3013 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3012, <32 x float> %full_acc365626.sroa.12.11090.i)
+  %3014 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 8
+  %3015 = load float, ptr %3014, align 4, !tbaa !7
+  %3016 = insertelement <32 x float> poison, float %3015, i64 0
+  %3017 = shufflevector <32 x float> %3016, <32 x float> poison, <32 x i32> zeroinitializer
+  %3018 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3017, <32 x float> %full_acc365626.sroa.16.11091.i)
+  %3019 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 72
+  %3020 = load float, ptr %3019, align 4, !tbaa !7
+  %3021 = insertelement <32 x float> poison, float %3020, i64 0
+  %3022 = shufflevector <32 x float> %3021, <32 x float> poison, <32 x i32> zeroinitializer
+  %3023 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3022, <32 x float> %full_acc365626.sroa.20.11092.i)
+  %3024 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 12
+  %3025 = load float, ptr %3024, align 4, !tbaa !7
+  %3026 = insertelement <32 x float> poison, float %3025, i64 0
+  %3027 = shufflevector <32 x float> %3026, <32 x float> poison, <32 x i32> zeroinitializer
+  %3028 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3027, <32 x float> %full_acc365626.sroa.24.11093.i)
+  %3029 = getelementptr inbounds nuw i8, ptr %gep1864.i, i64 76
+  %3030 = load float, ptr %3029, align 4, !tbaa !7
+  %3031 = insertelement <32 x float> poison, float %3030, i64 0
+  %3032 = shufflevector <32 x float> %3031, <32 x float> poison, <32 x i32> zeroinitializer
+  %3033 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2994, <32 x float> %3032, <32 x float> %full_acc365626.sroa.28.11094.i)
   %indvars.iv.next1539.i = add nuw nsw i64 %indvars.iv1538.i, 1
   %exitcond1542.not.i = icmp eq i64 %indvars.iv.next1539.i, 8
   br i1 %exitcond1542.not.i, label %for_end_ti380.i, label %for_body_ti379.i, !prof !22
 
 for_end_ti380.i:                                  ; preds = %for_body_ti379.i
   %indvars.iv.next1544.i = add nuw nsw i64 %indvars.iv1543.i, 1
-  %exitcond1548.not.i = icmp eq i64 %indvars.iv.next1544.i, %2645
+  %exitcond1548.not.i = icmp eq i64 %indvars.iv.next1544.i, %2638
   br i1 %exitcond1548.not.i, label %for_end_to368.i, label %for_body_to367.i, !prof !10
 
 for_body_ti384.i:                                 ; preds = %for_body_ti384.i, %for_body_ti384.lr.ph.i
   %indvars.iv1549.i = phi i64 [ 0, %for_body_ti384.lr.ph.i ], [ %indvars.iv.next1550.i, %for_body_ti384.i ]
-  %tile_acc364627.sroa.31.01124.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3101, %for_body_ti384.i ]
-  %tile_acc364627.sroa.0.01123.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3052, %for_body_ti384.i ]
-  %tile_acc364627.sroa.4.01122.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3059, %for_body_ti384.i ]
-  %tile_acc364627.sroa.9.01121.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3066, %for_body_ti384.i ]
-  %tile_acc364627.sroa.13.01120.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3073, %for_body_ti384.i ]
-  %tile_acc364627.sroa.18.01119.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3080, %for_body_ti384.i ]
-  %tile_acc364627.sroa.22.01118.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3087, %for_body_ti384.i ]
-  %tile_acc364627.sroa.27.01117.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3094, %for_body_ti384.i ]
-  %3041 = shl nsw i64 %indvars.iv1549.i, 5
-  %3042 = add nuw nsw i64 %3041, %2642
-  %3043 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3042
-  %3044 = load <32 x float>, ptr %3043, align 4, !tbaa !7
-  %3045 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %3042
-  %3046 = load <32 x i32>, ptr %3045, align 4, !tbaa !7
+  %tile_acc364627.sroa.31.01124.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3094, %for_body_ti384.i ]
+  %tile_acc364627.sroa.0.01123.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3045, %for_body_ti384.i ]
+  %tile_acc364627.sroa.4.01122.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3052, %for_body_ti384.i ]
+  %tile_acc364627.sroa.9.01121.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3059, %for_body_ti384.i ]
+  %tile_acc364627.sroa.13.01120.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3066, %for_body_ti384.i ]
+  %tile_acc364627.sroa.18.01119.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3073, %for_body_ti384.i ]
+  %tile_acc364627.sroa.22.01118.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3080, %for_body_ti384.i ]
+  %tile_acc364627.sroa.27.01117.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_body_ti384.lr.ph.i ], [ %3087, %for_body_ti384.i ]
+  %3034 = shl nsw i64 %indvars.iv1549.i, 5
+  %3035 = add nuw nsw i64 %3034, %2635
+  %3036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %3035
+  %3037 = load <32 x float>, ptr %3036, align 4, !tbaa !7
+  %3038 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %3035
+  %3039 = load <32 x i32>, ptr %3038, align 4, !tbaa !7
   %.idx1723.i = shl nsw i64 %indvars.iv1549.i, 9
   %gep1870.i = getelementptr inbounds nuw i8, ptr %invariant.gep1869.i, i64 %.idx1723.i
-  %3047 = load i32, ptr %gep1870.i, align 4, !tbaa !7
+  %3040 = load i32, ptr %gep1870.i, align 4, !tbaa !7
+  %3041 = insertelement <32 x i32> poison, i32 %3040, i64 0
+  %3042 = shufflevector <32 x i32> %3041, <32 x i32> poison, <32 x i32> zeroinitializer
+  %3043 = and <32 x i32> %3042, %3039
+  %3044 = bitcast <32 x i32> %3043 to <32 x float>
+  %3045 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3044, <32 x float> %tile_acc364627.sroa.0.01123.i)
+  %3046 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 64
+  %3047 = load i32, ptr %3046, align 4, !tbaa !7
   %3048 = insertelement <32 x i32> poison, i32 %3047, i64 0
   %3049 = shufflevector <32 x i32> %3048, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3050 = and <32 x i32> %3049, %3046
+  %3050 = and <32 x i32> %3049, %3039
   %3051 = bitcast <32 x i32> %3050 to <32 x float>
-  %3052 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3051, <32 x float> %tile_acc364627.sroa.0.01123.i)
-  %3053 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 64
+  %3052 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3051, <32 x float> %tile_acc364627.sroa.4.01122.i)
+  %3053 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 4
   %3054 = load i32, ptr %3053, align 4, !tbaa !7
   %3055 = insertelement <32 x i32> poison, i32 %3054, i64 0
   %3056 = shufflevector <32 x i32> %3055, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3057 = and <32 x i32> %3056, %3046
+  %3057 = and <32 x i32> %3056, %3039
   %3058 = bitcast <32 x i32> %3057 to <32 x float>
-  %3059 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3058, <32 x float> %tile_acc364627.sroa.4.01122.i)
-  %3060 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 4
+  %3059 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3058, <32 x float> %tile_acc364627.sroa.9.01121.i)
+  %3060 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 68
   %3061 = load i32, ptr %3060, align 4, !tbaa !7
   %3062 = insertelement <32 x i32> poison, i32 %3061, i64 0
   %3063 = shufflevector <32 x i32> %3062, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3064 = and <32 x i32> %3063, %3046
+  %3064 = and <32 x i32> %3063, %3039
   %3065 = bitcast <32 x i32> %3064 to <32 x float>
-  %3066 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3065, <32 x float> %tile_acc364627.sroa.9.01121.i)
-  %3067 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 68
+  %3066 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3065, <32 x float> %tile_acc364627.sroa.13.01120.i)
+  %3067 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 8
   %3068 = load i32, ptr %3067, align 4, !tbaa !7
   %3069 = insertelement <32 x i32> poison, i32 %3068, i64 0
   %3070 = shufflevector <32 x i32> %3069, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3071 = and <32 x i32> %3070, %3046
+  %3071 = and <32 x i32> %3070, %3039
   %3072 = bitcast <32 x i32> %3071 to <32 x float>
-  %3073 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3072, <32 x float> %tile_acc364627.sroa.13.01120.i)
-  %3074 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 8
+  %3073 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3072, <32 x float> %tile_acc364627.sroa.18.01119.i)
+  %3074 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 72
   %3075 = load i32, ptr %3074, align 4, !tbaa !7
   %3076 = insertelement <32 x i32> poison, i32 %3075, i64 0
   %3077 = shufflevector <32 x i32> %3076, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3078 = and <32 x i32> %3077, %3046
+  %3078 = and <32 x i32> %3077, %3039
   %3079 = bitcast <32 x i32> %3078 to <32 x float>
-  %3080 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3079, <32 x float> %tile_acc364627.sroa.18.01119.i)
-  %3081 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 72
+  %3080 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3079, <32 x float> %tile_acc364627.sroa.22.01118.i)
+  %3081 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 12
   %3082 = load i32, ptr %3081, align 4, !tbaa !7
   %3083 = insertelement <32 x i32> poison, i32 %3082, i64 0
   %3084 = shufflevector <32 x i32> %3083, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3085 = and <32 x i32> %3084, %3046
+  %3085 = and <32 x i32> %3084, %3039
   %3086 = bitcast <32 x i32> %3085 to <32 x float>
-  %3087 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3086, <32 x float> %tile_acc364627.sroa.22.01118.i)
-  %3088 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 12
+  %3087 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3086, <32 x float> %tile_acc364627.sroa.27.01117.i)
+  %3088 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 76
   %3089 = load i32, ptr %3088, align 4, !tbaa !7
   %3090 = insertelement <32 x i32> poison, i32 %3089, i64 0
   %3091 = shufflevector <32 x i32> %3090, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3092 = and <32 x i32> %3091, %3046
+  %3092 = and <32 x i32> %3091, %3039
   %3093 = bitcast <32 x i32> %3092 to <32 x float>
-  %3094 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3093, <32 x float> %tile_acc364627.sroa.27.01117.i)
-  %3095 = getelementptr inbounds nuw i8, ptr %gep1870.i, i64 76
-  %3096 = load i32, ptr %3095, align 4, !tbaa !7
-  %3097 = insertelement <32 x i32> poison, i32 %3096, i64 0
-  %3098 = shufflevector <32 x i32> %3097, <32 x i32> poison, <32 x i32> zeroinitializer
-  %3099 = and <32 x i32> %3098, %3046
-  %3100 = bitcast <32 x i32> %3099 to <32 x float>
-  %3101 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3044, <32 x float> %3100, <32 x float> %tile_acc364627.sroa.31.01124.i)
+  %3094 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3037, <32 x float> %3093, <32 x float> %tile_acc364627.sroa.31.01124.i)
   %indvars.iv.next1550.i = add nuw nsw i64 %indvars.iv1549.i, 1
   %exitcond381.not = icmp eq i64 %indvars.iv.next1550.i, %smax380
   br i1 %exitcond381.not, label %for_end_ti385.i, label %for_body_ti384.i, !prof !10
 
 for_end_ti385.i:                                  ; preds = %for_body_ti384.i, %for_end_to368.i
-  %tile_acc364627.sroa.27.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_end_to368.i ], [ %3094, %for_body_ti384.i ]
-  %tile_acc364627.sroa.22.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_end_to368.i ], [ %3087, %for_body_ti384.i ]
-  %tile_acc364627.sroa.18.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_end_to368.i ], [ %3080, %for_body_ti384.i ]
-  %tile_acc364627.sroa.13.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_end_to368.i ], [ %3073, %for_body_ti384.i ]
-  %tile_acc364627.sroa.9.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_end_to368.i ], [ %3066, %for_body_ti384.i ]
-  %tile_acc364627.sroa.4.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_end_to368.i ], [ %3059, %for_body_ti384.i ]
-  %tile_acc364627.sroa.0.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_end_to368.i ], [ %3052, %for_body_ti384.i ]
-  %tile_acc364627.sroa.31.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_end_to368.i ], [ %3101, %for_body_ti384.i ]
-  %3102 = shl nuw nsw i64 %indvars.iv1553.i, 8
-  %3103 = add nuw nsw i64 %3102, %2644
-  %3104 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3103
-  br i1 %938, label %if_then402.i, label %if_end401.i, !prof !6
+  %tile_acc364627.sroa.27.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.24.0.lcssa.i, %for_end_to368.i ], [ %3087, %for_body_ti384.i ]
+  %tile_acc364627.sroa.22.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.20.0.lcssa.i, %for_end_to368.i ], [ %3080, %for_body_ti384.i ]
+  %tile_acc364627.sroa.18.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.16.0.lcssa.i, %for_end_to368.i ], [ %3073, %for_body_ti384.i ]
+  %tile_acc364627.sroa.13.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.12.0.lcssa.i, %for_end_to368.i ], [ %3066, %for_body_ti384.i ]
+  %tile_acc364627.sroa.9.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.8.0.lcssa.i, %for_end_to368.i ], [ %3059, %for_body_ti384.i ]
+  %tile_acc364627.sroa.4.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.4.0.lcssa.i, %for_end_to368.i ], [ %3052, %for_body_ti384.i ]
+  %tile_acc364627.sroa.0.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.0.0.lcssa.i, %for_end_to368.i ], [ %3045, %for_body_ti384.i ]
+  %tile_acc364627.sroa.31.0.lcssa.i = phi <32 x float> [ %full_acc365626.sroa.28.0.lcssa.i, %for_end_to368.i ], [ %3094, %for_body_ti384.i ]
+  %3095 = shl nuw nsw i64 %indvars.iv1553.i, 8
+  %3096 = add nuw nsw i64 %3095, %2637
+  %3097 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3096
+  br i1 %931, label %if_then402.i, label %if_end401.i, !prof !6
 
 if_end401.i:                                      ; preds = %for_end_ti385.i
-  %3105 = load <32 x float>, ptr %3104, align 4, !tbaa !7
-  %3106 = fmul <32 x float> %2408, %3105
-  %3107 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %3106)
-  store <32 x float> %3107, ptr %3104, align 4, !tbaa !7
-  %3108 = getelementptr i8, ptr %3104, i64 128
-  %3109 = load <32 x float>, ptr %3108, align 4, !tbaa !7
-  %3110 = fmul <32 x float> %2408, %3109
-  %3111 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %3110)
-  store <32 x float> %3111, ptr %3108, align 4, !tbaa !7
-  %3112 = getelementptr i8, ptr %3104, i64 256
-  %3113 = load <32 x float>, ptr %3112, align 4, !tbaa !7
-  %3114 = fmul <32 x float> %2408, %3113
-  %3115 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %3114)
-  store <32 x float> %3115, ptr %3112, align 4, !tbaa !7
-  %3116 = getelementptr i8, ptr %3104, i64 384
-  %3117 = load <32 x float>, ptr %3116, align 4, !tbaa !7
-  %3118 = fmul <32 x float> %2408, %3117
-  %3119 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %3118)
-  store <32 x float> %3119, ptr %3116, align 4, !tbaa !7
-  %3120 = getelementptr i8, ptr %3104, i64 512
-  %3121 = load <32 x float>, ptr %3120, align 4, !tbaa !7
-  %3122 = fmul <32 x float> %2408, %3121
-  %3123 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %3122)
-  store <32 x float> %3123, ptr %3120, align 4, !tbaa !7
-  %3124 = getelementptr i8, ptr %3104, i64 640
-  %3125 = load <32 x float>, ptr %3124, align 4, !tbaa !7
-  %3126 = fmul <32 x float> %2408, %3125
-  %3127 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %3126)
-  store <32 x float> %3127, ptr %3124, align 4, !tbaa !7
-  %3128 = getelementptr i8, ptr %3104, i64 768
-  %3129 = load <32 x float>, ptr %3128, align 4, !tbaa !7
-  %3130 = fmul <32 x float> %2408, %3129
-  %3131 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %3130)
-  store <32 x float> %3131, ptr %3128, align 4, !tbaa !7
-  %.phi.trans.insert.i = getelementptr i8, ptr %3104, i64 896
+  %3098 = load <32 x float>, ptr %3097, align 4, !tbaa !7
+  %3099 = fmul <32 x float> %2401, %3098
+  %3100 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %3099)
+  store <32 x float> %3100, ptr %3097, align 4, !tbaa !7
+  %3101 = getelementptr i8, ptr %3097, i64 128
+  %3102 = load <32 x float>, ptr %3101, align 4, !tbaa !7
+  %3103 = fmul <32 x float> %2401, %3102
+  %3104 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %3103)
+  store <32 x float> %3104, ptr %3101, align 4, !tbaa !7
+  %3105 = getelementptr i8, ptr %3097, i64 256
+  %3106 = load <32 x float>, ptr %3105, align 4, !tbaa !7
+  %3107 = fmul <32 x float> %2401, %3106
+  %3108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %3107)
+  store <32 x float> %3108, ptr %3105, align 4, !tbaa !7
+  %3109 = getelementptr i8, ptr %3097, i64 384
+  %3110 = load <32 x float>, ptr %3109, align 4, !tbaa !7
+  %3111 = fmul <32 x float> %2401, %3110
+  %3112 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %3111)
+  store <32 x float> %3112, ptr %3109, align 4, !tbaa !7
+  %3113 = getelementptr i8, ptr %3097, i64 512
+  %3114 = load <32 x float>, ptr %3113, align 4, !tbaa !7
+  %3115 = fmul <32 x float> %2401, %3114
+  %3116 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %3115)
+  store <32 x float> %3116, ptr %3113, align 4, !tbaa !7
+  %3117 = getelementptr i8, ptr %3097, i64 640
+  %3118 = load <32 x float>, ptr %3117, align 4, !tbaa !7
+  %3119 = fmul <32 x float> %2401, %3118
+  %3120 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %3119)
+  store <32 x float> %3120, ptr %3117, align 4, !tbaa !7
+  %3121 = getelementptr i8, ptr %3097, i64 768
+  %3122 = load <32 x float>, ptr %3121, align 4, !tbaa !7
+  %3123 = fmul <32 x float> %2401, %3122
+  %3124 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %3123)
+  store <32 x float> %3124, ptr %3121, align 4, !tbaa !7
+  %.phi.trans.insert.i = getelementptr i8, ptr %3097, i64 896
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
-  %.pre1668.i = fmul <32 x float> %2408, %.pre.i
+  %.pre1668.i = fmul <32 x float> %2401, %.pre.i
   br label %if_end403.i
 
 if_then402.i:                                     ; preds = %for_end_ti385.i
-  %3132 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3132, ptr %3104, align 4, !tbaa !7
-  %3133 = getelementptr i8, ptr %3104, i64 128
-  %3134 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3134, ptr %3133, align 4, !tbaa !7
-  %3135 = getelementptr i8, ptr %3104, i64 256
-  %3136 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3136, ptr %3135, align 4, !tbaa !7
-  %3137 = getelementptr i8, ptr %3104, i64 384
-  %3138 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3138, ptr %3137, align 4, !tbaa !7
-  %3139 = getelementptr i8, ptr %3104, i64 512
-  %3140 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3140, ptr %3139, align 4, !tbaa !7
-  %3141 = getelementptr i8, ptr %3104, i64 640
-  %3142 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3142, ptr %3141, align 4, !tbaa !7
-  %3143 = getelementptr i8, ptr %3104, i64 768
-  %3144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %2641)
-  store <32 x float> %3144, ptr %3143, align 4, !tbaa !7
+  %3125 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.0.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3125, ptr %3097, align 4, !tbaa !7
+  %3126 = getelementptr i8, ptr %3097, i64 128
+  %3127 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.4.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3127, ptr %3126, align 4, !tbaa !7
+  %3128 = getelementptr i8, ptr %3097, i64 256
+  %3129 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.9.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3129, ptr %3128, align 4, !tbaa !7
+  %3130 = getelementptr i8, ptr %3097, i64 384
+  %3131 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.13.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3131, ptr %3130, align 4, !tbaa !7
+  %3132 = getelementptr i8, ptr %3097, i64 512
+  %3133 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.18.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3133, ptr %3132, align 4, !tbaa !7
+  %3134 = getelementptr i8, ptr %3097, i64 640
+  %3135 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.22.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3135, ptr %3134, align 4, !tbaa !7
+  %3136 = getelementptr i8, ptr %3097, i64 768
+  %3137 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.27.0.lcssa.i, <32 x float> %2634)
+  store <32 x float> %3137, ptr %3136, align 4, !tbaa !7
   br label %if_end403.i
 
 if_end403.i:                                      ; preds = %if_then402.i, %if_end401.i
-  %.pre-phi1669.i = phi <32 x float> [ %.pre1668.i, %if_end401.i ], [ %2641, %if_then402.i ]
-  %3145 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3103
-  %3146 = getelementptr i8, ptr %3145, i64 896
-  %3147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2429, <32 x float> %tile_acc364627.sroa.31.0.lcssa.i, <32 x float> %.pre-phi1669.i)
-  store <32 x float> %3147, ptr %3146, align 4, !tbaa !7
+  %.pre-phi1669.i = phi <32 x float> [ %.pre1668.i, %if_end401.i ], [ %2634, %if_then402.i ]
+  %3138 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3096
+  %3139 = getelementptr i8, ptr %3138, i64 896
+  %3140 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2422, <32 x float> %tile_acc364627.sroa.31.0.lcssa.i, <32 x float> %.pre-phi1669.i)
+  store <32 x float> %3140, ptr %3139, align 4, !tbaa !7
   %indvars.iv.next1554.i = add nuw nsw i64 %indvars.iv1553.i, 1
   %exitcond1556.not.i = icmp eq i64 %indvars.iv.next1554.i, 16
   br i1 %exitcond1556.not.i, label %if_end144.i, label %for_begin_to366.preheader.i, !prof !22
 
 if_end405.i:                                      ; preds = %if_end144.i
-  %3148 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3149 = tail call i32 %3148(i32 1, i32 %dev_id, ptr nonnull %edges.i)
-  %.not669.i = icmp eq i32 %3149, 0
+  %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not669.i = icmp eq i32 %3142, 0
   br i1 %.not669.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end408.i:                                      ; preds = %if_end405.i
-  %3150 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3151 = tail call i32 %3150(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not670.i = icmp eq i32 %3151, 0
+  %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not670.i = icmp eq i32 %3144, 0
   br i1 %.not670.i, label %if_end411.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end411.i:                                      ; preds = %if_end408.i
-  %3152 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3153 = tail call i32 %3152(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not671.i = icmp eq i32 %3153, 0
+  %3145 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3146 = tail call i32 %3145(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not671.i = icmp eq i32 %3146, 0
   br i1 %.not671.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end417.i:                                      ; preds = %for_end_row_tile.i
-  %3154 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3155 = tail call i32 %3154(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not667.i = icmp eq i32 %3155, 0
+  %3147 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3148 = tail call i32 %3147(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not667.i = icmp eq i32 %3148, 0
   br i1 %.not667.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !32
 
 for_body_tile423.i:                               ; preds = %if_end428.i, %for_begin_tile422.preheader.i
   %indvars.iv1600.i = phi i64 [ %indvars.iv.next1601.i, %if_end428.i ], [ 0, %for_begin_tile422.preheader.i ]
   %.idx1731.i = shl nsw i64 %indvars.iv1600.i, 4
-  %3156 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1731.i
-  %3157 = getelementptr inbounds nuw i8, ptr %3156, i64 4
-  %3158 = load i32, ptr %3157, align 4, !tbaa !11
-  %3159 = icmp slt i32 %838, %3158
-  br i1 %3159, label %if_then427.i, label %if_end428.i, !prof !6
+  %3149 = getelementptr inbounds nuw i8, ptr %reach647.i, i64 %.idx1731.i
+  %3150 = getelementptr inbounds nuw i8, ptr %3149, i64 4
+  %3151 = load i32, ptr %3150, align 4, !tbaa !11
+  %3152 = icmp slt i32 %831, %3151
+  br i1 %3152, label %if_then427.i, label %if_end428.i, !prof !6
 
 for_end_tile424.i:                                ; preds = %if_end428.i, %for_begin_tile422.preheader.i
-  %3160 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3161 = tail call i32 %3160(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not663.i = icmp eq i32 %3161, 0
+  %3153 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3154 = tail call i32 %3153(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not663.i = icmp eq i32 %3154, 0
   br i1 %.not663.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !32
 
 if_then427.i:                                     ; preds = %for_body_tile423.i
-  %3162 = shl nsw i64 %indvars.iv1600.i, 5
-  %3163 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3162
-  %old_max434.i = load <32 x float>, ptr %3163, align 4, !tbaa !7
-  %3164 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3162
-  %old_sum436.i = load <32 x float>, ptr %3164, align 4, !tbaa !7
-  %3165 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %3162
-  %3166 = load <32 x float>, ptr %3165, align 4, !tbaa !7
-  %3167 = fcmp ogt <32 x float> %old_max434.i, %3166
-  %3168 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %3162
-  %3169 = load <32 x float>, ptr %3168, align 4, !tbaa !7
-  %3170 = fcmp oeq <32 x float> %3169, zeroinitializer
-  %3171 = select <32 x i1> %3170, <32 x i1> splat (i1 true), <32 x i1> %3167
-  %old_or_both440.i = select <32 x i1> %3171, <32 x float> %old_max434.i, <32 x float> %3166
-  %3172 = fcmp oeq <32 x float> %old_sum436.i, zeroinitializer
-  %m442.i = select <32 x i1> %3172, <32 x float> %3166, <32 x float> %old_or_both440.i
-  %3173 = fsub <32 x float> %old_max434.i, %m442.i
-  %3174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3173, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %3175 = bitcast <32 x float> %3174 to <32 x i32>
-  %3176 = fadd <32 x float> %3174, splat (float 0xC168000FE0000000)
-  %3177 = fmul <32 x float> %3176, splat (float 0x3F2BD01060000000)
-  %3178 = fmul <32 x float> %3176, splat (float 0x3FE6300000000000)
-  %3179 = fsub <32 x float> %3173, %3178
-  %3180 = fadd <32 x float> %3177, %3179
-  %3181 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3180, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %3182 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3181, <32 x float> %3180, <32 x float> splat (float 0x3FA5558F20000000))
-  %3183 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3182, <32 x float> %3180, <32 x float> splat (float 0x3FC5554920000000))
-  %3184 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3183, <32 x float> %3180, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %3185 = fmul <32 x float> %3180, %3180
-  %3186 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3184, <32 x float> %3185, <32 x float> %3180)
-  %3187 = shl <32 x i32> %3175, splat (i32 23)
-  %3188 = bitcast <32 x i32> %3187 to <32 x float>
-  %3189 = fadd <32 x float> %3186, splat (float 1.000000e+00)
-  %3190 = fmul <32 x float> %3189, %3188
-  %3191 = fcmp olt <32 x float> %3173, splat (float -8.700000e+01)
-  %3192 = select <32 x i1> %3191, <32 x float> zeroinitializer, <32 x float> %3190
-  %3193 = fcmp one <32 x float> %old_sum436.i, zeroinitializer
-  %3194 = select <32 x i1> %3193, <32 x float> %3192, <32 x float> zeroinitializer
-  %arg460.i = fsub <32 x float> %3166, %m442.i
-  %3195 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg460.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %3196 = bitcast <32 x float> %3195 to <32 x i32>
-  %3197 = fadd <32 x float> %3195, splat (float 0xC168000FE0000000)
-  %3198 = fmul <32 x float> %3197, splat (float 0x3F2BD01060000000)
-  %3199 = fmul <32 x float> %3197, splat (float 0x3FE6300000000000)
-  %3200 = fsub <32 x float> %arg460.i, %3199
-  %3201 = fadd <32 x float> %3198, %3200
-  %3202 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3201, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %3203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3202, <32 x float> %3201, <32 x float> splat (float 0x3FA5558F20000000))
-  %3204 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3203, <32 x float> %3201, <32 x float> splat (float 0x3FC5554920000000))
-  %3205 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3204, <32 x float> %3201, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %3206 = fmul <32 x float> %3201, %3201
-  %3207 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3205, <32 x float> %3206, <32 x float> %3201)
-  %3208 = shl <32 x i32> %3196, splat (i32 23)
-  %3209 = bitcast <32 x i32> %3208 to <32 x float>
-  %3210 = fadd <32 x float> %3207, splat (float 1.000000e+00)
-  %3211 = fmul <32 x float> %3210, %3209
-  %3212 = fcmp olt <32 x float> %arg460.i, splat (float -8.700000e+01)
-  %3213 = select <32 x i1> %3212, <32 x float> zeroinitializer, <32 x float> %3211
-  %3214 = fcmp one <32 x float> %3169, zeroinitializer
-  %3215 = select <32 x i1> %3214, <32 x float> %3213, <32 x float> zeroinitializer
-  %3216 = fmul <32 x float> %old_sum436.i, %3194
-  %3217 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3169, <32 x float> %3216)
-  store <32 x float> %m442.i, ptr %3163, align 4, !tbaa !7
-  store <32 x float> %3217, ptr %3164, align 4, !tbaa !7
-  %3218 = shl i64 %indvars.iv1600.i, 12
-  %3219 = and i64 %3218, 4294963200
+  %3155 = shl nsw i64 %indvars.iv1600.i, 5
+  %3156 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3155
+  %old_max434.i = load <32 x float>, ptr %3156, align 4, !tbaa !7
+  %3157 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3155
+  %old_sum436.i = load <32 x float>, ptr %3157, align 4, !tbaa !7
+  %3158 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %3155
+  %3159 = load <32 x float>, ptr %3158, align 4, !tbaa !7
+  %3160 = fcmp ogt <32 x float> %old_max434.i, %3159
+  %3161 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %3155
+  %3162 = load <32 x float>, ptr %3161, align 4, !tbaa !7
+  %3163 = fcmp oeq <32 x float> %3162, zeroinitializer
+  %3164 = select <32 x i1> %3163, <32 x i1> splat (i1 true), <32 x i1> %3160
+  %old_or_both440.i = select <32 x i1> %3164, <32 x float> %old_max434.i, <32 x float> %3159
+  %3165 = fcmp oeq <32 x float> %old_sum436.i, zeroinitializer
+  %m442.i = select <32 x i1> %3165, <32 x float> %3159, <32 x float> %old_or_both440.i
+  %3166 = fsub <32 x float> %old_max434.i, %m442.i
+  %3167 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3166, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %3168 = bitcast <32 x float> %3167 to <32 x i32>
+  %3169 = fadd <32 x float> %3167, splat (float 0xC168000FE0000000)
+  %3170 = fmul <32 x float> %3169, splat (float 0x3F2BD01060000000)
+  %3171 = fmul <32 x float> %3169, splat (float 0x3FE6300000000000)
+  %3172 = fsub <32 x float> %3166, %3171
+  %3173 = fadd <32 x float> %3170, %3172
+  %3174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3173, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %3175 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3174, <32 x float> %3173, <32 x float> splat (float 0x3FA5558F20000000))
+  %3176 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3175, <32 x float> %3173, <32 x float> splat (float 0x3FC5554920000000))
+  %3177 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3176, <32 x float> %3173, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %3178 = fmul <32 x float> %3173, %3173
+  %3179 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3177, <32 x float> %3178, <32 x float> %3173)
+  %3180 = shl <32 x i32> %3168, splat (i32 23)
+  %3181 = bitcast <32 x i32> %3180 to <32 x float>
+  %3182 = fadd <32 x float> %3179, splat (float 1.000000e+00)
+  %3183 = fmul <32 x float> %3182, %3181
+  %3184 = fcmp olt <32 x float> %3166, splat (float -8.700000e+01)
+  %3185 = select <32 x i1> %3184, <32 x float> zeroinitializer, <32 x float> %3183
+  %3186 = fcmp one <32 x float> %old_sum436.i, zeroinitializer
+  %3187 = select <32 x i1> %3186, <32 x float> %3185, <32 x float> zeroinitializer
+  %arg460.i = fsub <32 x float> %3159, %m442.i
+  %3188 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg460.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %3189 = bitcast <32 x float> %3188 to <32 x i32>
+  %3190 = fadd <32 x float> %3188, splat (float 0xC168000FE0000000)
+  %3191 = fmul <32 x float> %3190, splat (float 0x3F2BD01060000000)
+  %3192 = fmul <32 x float> %3190, splat (float 0x3FE6300000000000)
+  %3193 = fsub <32 x float> %arg460.i, %3192
+  %3194 = fadd <32 x float> %3191, %3193
+  %3195 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3194, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %3196 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3195, <32 x float> %3194, <32 x float> splat (float 0x3FA5558F20000000))
+  %3197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3196, <32 x float> %3194, <32 x float> splat (float 0x3FC5554920000000))
+  %3198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3197, <32 x float> %3194, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %3199 = fmul <32 x float> %3194, %3194
+  %3200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3198, <32 x float> %3199, <32 x float> %3194)
+  %3201 = shl <32 x i32> %3189, splat (i32 23)
+  %3202 = bitcast <32 x i32> %3201 to <32 x float>
+  %3203 = fadd <32 x float> %3200, splat (float 1.000000e+00)
+  %3204 = fmul <32 x float> %3203, %3202
+  %3205 = fcmp olt <32 x float> %arg460.i, splat (float -8.700000e+01)
+  %3206 = select <32 x i1> %3205, <32 x float> zeroinitializer, <32 x float> %3204
+  %3207 = fcmp one <32 x float> %3162, zeroinitializer
+  %3208 = select <32 x i1> %3207, <32 x float> %3206, <32 x float> zeroinitializer
+  %3209 = fmul <32 x float> %old_sum436.i, %3187
+  %3210 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3208, <32 x float> %3162, <32 x float> %3209)
+  store <32 x float> %m442.i, ptr %3156, align 4, !tbaa !7
+  store <32 x float> %3210, ptr %3157, align 4, !tbaa !7
+  %3211 = shl i64 %indvars.iv1600.i, 12
+  %3212 = and i64 %3211, 4294963200
   br label %for_body_d478.i
 
 if_end428.i:                                      ; preds = %for_body_d478.i, %for_body_tile423.i
@@ -5602,62 +5595,62 @@ if_end428.i:                                      ; preds = %for_body_d478.i, %f
 
 for_body_d478.i:                                  ; preds = %for_body_d478.i, %if_then427.i
   %indvars.iv1596.i = phi i64 [ 0, %if_then427.i ], [ %indvars.iv.next1597.i.1, %for_body_d478.i ]
-  %3220 = shl nuw nsw i64 %indvars.iv1596.i, 5
-  %3221 = add nuw nsw i64 %3220, %3219
-  %3222 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3221
-  %3223 = load <32 x float>, ptr %3222, align 4, !tbaa !7
-  %3224 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3221
-  %3225 = load <32 x float>, ptr %3224, align 4, !tbaa !7
-  %3226 = fmul <32 x float> %3194, %3225
-  %3227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3223, <32 x float> %3226)
-  store <32 x float> %3227, ptr %3224, align 4, !tbaa !7
+  %3213 = shl nuw nsw i64 %indvars.iv1596.i, 5
+  %3214 = add nuw nsw i64 %3213, %3212
+  %3215 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3214
+  %3216 = load <32 x float>, ptr %3215, align 4, !tbaa !7
+  %3217 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3214
+  %3218 = load <32 x float>, ptr %3217, align 4, !tbaa !7
+  %3219 = fmul <32 x float> %3187, %3218
+  %3220 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3208, <32 x float> %3216, <32 x float> %3219)
+  store <32 x float> %3220, ptr %3217, align 4, !tbaa !7
   %indvars.iv.next1597.i = shl i64 %indvars.iv1596.i, 5
-  %3228 = or disjoint i64 %indvars.iv.next1597.i, 32
-  %3229 = add nuw nsw i64 %3228, %3219
-  %3230 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3229
-  %3231 = load <32 x float>, ptr %3230, align 4, !tbaa !7
-  %3232 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3229
-  %3233 = load <32 x float>, ptr %3232, align 4, !tbaa !7
-  %3234 = fmul <32 x float> %3194, %3233
-  %3235 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3215, <32 x float> %3231, <32 x float> %3234)
-  store <32 x float> %3235, ptr %3232, align 4, !tbaa !7
+  %3221 = or disjoint i64 %indvars.iv.next1597.i, 32
+  %3222 = add nuw nsw i64 %3221, %3212
+  %3223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3222
+  %3224 = load <32 x float>, ptr %3223, align 4, !tbaa !7
+  %3225 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3222
+  %3226 = load <32 x float>, ptr %3225, align 4, !tbaa !7
+  %3227 = fmul <32 x float> %3187, %3226
+  %3228 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %3208, <32 x float> %3224, <32 x float> %3227)
+  store <32 x float> %3228, ptr %3225, align 4, !tbaa !7
   %indvars.iv.next1597.i.1 = add nuw nsw i64 %indvars.iv1596.i, 2
   %exitcond1599.not.i.1 = icmp eq i64 %indvars.iv.next1597.i.1, 128
   br i1 %exitcond1599.not.i.1, label %if_end428.i, label %for_body_d478.i, !prof !22, !llvm.loop !71
 
 if_end483.i:                                      ; preds = %for_end_tile424.i
-  %3236 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3237 = tail call i32 %3236(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not664.i = icmp eq i32 %3237, 0
+  %3229 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3230 = tail call i32 %3229(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not664.i = icmp eq i32 %3230, 0
   br i1 %.not664.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end486.i:                                      ; preds = %if_end483.i
-  %3238 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3239 = tail call i32 %3238(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not665.i = icmp eq i32 %3239, 0
+  %3231 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3232 = tail call i32 %3231(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not665.i = icmp eq i32 %3232, 0
   br i1 %.not665.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !32
 
 for_body_tile492.i:                               ; preds = %if_end497.loopexit.i, %for_body_tile492.i.preheader
   %indvars.iv1621.i = phi i64 [ %indvars.iv.next1622.i, %if_end497.loopexit.i ], [ 0, %for_body_tile492.i.preheader ]
-  %3240 = shl i64 %indvars.iv1621.i, 14
-  %3241 = and i64 %3240, 17179852800
-  %scevgep811 = getelementptr i8, ptr %total_acc.i, i64 %3241
-  %3242 = trunc nuw nsw i64 %indvars.iv1621.i to i32
-  %rmod565.i = srem i32 %3242, %122
-  %rdiv572.i = sdiv i32 %3242, %122
-  %3243 = icmp ne i32 %rmod565.i, 0
-  %.not655.i = and i1 %571, %3243
-  %3244 = select i1 %.not655.i, i32 %122, i32 0
-  %3245 = add nsw i32 %3244, %rmod565.i
-  %3246 = shl nsw i32 %3245, 5
-  %3247 = sub nsw i32 %120, %3246
-  %3248 = icmp sgt i32 %3247, 0
-  br i1 %3248, label %for_body_r567.lr.ph.i, label %if_end497.loopexit.i, !prof !31
+  %3233 = shl i64 %indvars.iv1621.i, 14
+  %3234 = and i64 %3233, 17179852800
+  %scevgep811 = getelementptr i8, ptr %total_acc.i, i64 %3234
+  %3235 = trunc nuw nsw i64 %indvars.iv1621.i to i32
+  %rmod565.i = srem i32 %3235, %134
+  %rdiv572.i = sdiv i32 %3235, %134
+  %3236 = icmp ne i32 %rmod565.i, 0
+  %.not655.i = and i1 %564, %3236
+  %3237 = select i1 %.not655.i, i32 %134, i32 0
+  %3238 = add nsw i32 %3237, %rmod565.i
+  %3239 = shl nsw i32 %3238, 5
+  %3240 = sub nsw i32 %132, %3239
+  %3241 = icmp sgt i32 %3240, 0
+  br i1 %3241, label %for_body_r567.lr.ph.i, label %if_end497.loopexit.i, !prof !31
 
 for_end_tile493.i:                                ; preds = %if_end497.loopexit.i, %if_end497.us.i, %for_begin_tile491.preheader.i
-  %3249 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3250 = tail call i32 %3249(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3250, 0
+  %3242 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3243 = tail call i32 %3242(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3243, 0
   br i1 %.not.i, label %if_end592.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end497.loopexit.i:                             ; preds = %for_end_d585.i, %for_body_tile492.i
@@ -5666,209 +5659,209 @@ if_end497.loopexit.i:                             ; preds = %for_end_d585.i, %fo
   br i1 %exitcond1625.not.i, label %for_end_tile493.i, label %for_body_tile492.i, !prof !10
 
 for_body_r567.lr.ph.i:                            ; preds = %for_body_tile492.i
-  %3251 = sext i1 %.not655.i to i32
-  %3252 = add nsw i32 %rdiv572.i, %3251
-  %3253 = sext i32 %3252 to i64
-  %3254 = sext i32 %3245 to i64
-  %3255 = shl nsw i64 %3254, 8
-  %3256 = add nsw i64 %572, %3253
-  %3257 = shl nsw i64 %3256, 2
-  %3258 = add nsw i64 %3255, %574
-  %3259 = shl i64 %indvars.iv1621.i, 5
-  %3260 = and i64 %3259, 4294967264
-  %3261 = tail call i32 @llvm.umin.i32(i32 %3247, i32 32)
-  %wide.trip.count1609.i = zext nneg i32 %3261 to i64
-  %3262 = add nsw i64 %3258, %3257
+  %3244 = sext i1 %.not655.i to i32
+  %3245 = add nsw i32 %rdiv572.i, %3244
+  %3246 = sext i32 %3245 to i64
+  %3247 = sext i32 %3238 to i64
+  %3248 = shl nsw i64 %3247, 8
+  %3249 = add nsw i64 %565, %3246
+  %3250 = shl nsw i64 %3249, 2
+  %3251 = add nsw i64 %3248, %567
+  %3252 = shl i64 %indvars.iv1621.i, 5
+  %3253 = and i64 %3252, 4294967264
+  %3254 = tail call i32 @llvm.umin.i32(i32 %3240, i32 32)
+  %wide.trip.count1609.i = zext nneg i32 %3254 to i64
+  %3255 = add nsw i64 %3251, %3250
   br label %for_body_r567.i
 
 for_begin_d583.preheader.lr.ph.i:                 ; preds = %for_body_r567.i
-  %.idx.i = shl nsw i64 %3256, 11
-  %3263 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx656.i = shl nsw i64 %3254, 17
-  %3264 = getelementptr i8, ptr %3263, i64 %.idx656.i
-  %invariant.gep1249.i = getelementptr i8, ptr %3264, i64 %.idx657.i
-  %3265 = shl i64 %indvars.iv1621.i, 12
-  %3266 = and i64 %3265, 4294963200
-  %invariant.gep1885.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3266
-  %3267 = add nsw i64 %.idx656.i, %.idx.i
-  %scevgep806 = getelementptr i8, ptr %scevgep805, i64 %3267
-  %scevgep809 = getelementptr i8, ptr %scevgep808, i64 %3267
-  %3268 = shl nuw nsw i64 %wide.trip.count1609.i, 2
-  %3269 = getelementptr i8, ptr %scevgep812, i64 %3241
-  %scevgep813 = getelementptr i8, ptr %3269, i64 %3268
+  %.idx.i = shl nsw i64 %3249, 11
+  %3256 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx656.i = shl nsw i64 %3247, 17
+  %3257 = getelementptr i8, ptr %3256, i64 %.idx656.i
+  %invariant.gep1249.i = getelementptr i8, ptr %3257, i64 %.idx657.i
+  %3258 = shl i64 %indvars.iv1621.i, 12
+  %3259 = and i64 %3258, 4294963200
+  %invariant.gep1885.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3259
+  %3260 = add nsw i64 %.idx656.i, %.idx.i
+  %scevgep806 = getelementptr i8, ptr %scevgep805, i64 %3260
+  %scevgep809 = getelementptr i8, ptr %scevgep808, i64 %3260
+  %3261 = shl nuw nsw i64 %wide.trip.count1609.i, 2
+  %3262 = getelementptr i8, ptr %scevgep812, i64 %3234
+  %scevgep813 = getelementptr i8, ptr %3262, i64 %3261
   br label %for_begin_d583.preheader.i
 
 for_body_r567.i:                                  ; preds = %for_body_r567.i, %for_body_r567.lr.ph.i
   %indvars.iv1606.i = phi i64 [ 0, %for_body_r567.lr.ph.i ], [ %indvars.iv.next1607.i.1, %for_body_r567.i ]
-  %3270 = add nuw nsw i64 %indvars.iv1606.i, %3260
-  %3271 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3270
-  %3272 = load float, ptr %3271, align 4, !tbaa !7
-  %3273 = and i64 %indvars.iv1606.i, 2
-  %3274 = shl nuw nsw i64 %indvars.iv1606.i, 3
-  %3275 = and i64 %3274, 17179869152
-  %3276 = or disjoint i64 %3262, %3273
-  %3277 = add nsw i64 %3276, %3275
-  %3278 = getelementptr inbounds float, ptr %partial_max, i64 %3277
-  store float %3272, ptr %3278, align 4, !tbaa !7
-  %3279 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3270
-  %3280 = load float, ptr %3279, align 4, !tbaa !7
-  %3281 = getelementptr inbounds float, ptr %partial_sum, i64 %3277
-  store float %3280, ptr %3281, align 4, !tbaa !7
+  %3263 = add nuw nsw i64 %indvars.iv1606.i, %3253
+  %3264 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3263
+  %3265 = load float, ptr %3264, align 4, !tbaa !7
+  %3266 = and i64 %indvars.iv1606.i, 2
+  %3267 = shl nuw nsw i64 %indvars.iv1606.i, 3
+  %3268 = and i64 %3267, 17179869152
+  %3269 = or disjoint i64 %3255, %3266
+  %3270 = add nsw i64 %3269, %3268
+  %3271 = getelementptr inbounds float, ptr %partial_max, i64 %3270
+  store float %3265, ptr %3271, align 4, !tbaa !7
+  %3272 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3263
+  %3273 = load float, ptr %3272, align 4, !tbaa !7
+  %3274 = getelementptr inbounds float, ptr %partial_sum, i64 %3270
+  store float %3273, ptr %3274, align 4, !tbaa !7
   %indvars.iv.next1607.i = or disjoint i64 %indvars.iv1606.i, 1
-  %3282 = add nuw nsw i64 %indvars.iv.next1607.i, %3260
-  %3283 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3282
-  %3284 = load float, ptr %3283, align 4, !tbaa !7
-  %3285 = and i64 %indvars.iv.next1607.i, 3
-  %3286 = shl nuw nsw i64 %indvars.iv1606.i, 3
-  %3287 = and i64 %3286, 17179869152
-  %3288 = or disjoint i64 %3262, %3285
-  %3289 = add nsw i64 %3288, %3287
-  %3290 = getelementptr inbounds float, ptr %partial_max, i64 %3289
-  store float %3284, ptr %3290, align 4, !tbaa !7
-  %3291 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3282
-  %3292 = load float, ptr %3291, align 4, !tbaa !7
-  %3293 = getelementptr inbounds float, ptr %partial_sum, i64 %3289
-  store float %3292, ptr %3293, align 4, !tbaa !7
+  %3275 = add nuw nsw i64 %indvars.iv.next1607.i, %3253
+  %3276 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3275
+  %3277 = load float, ptr %3276, align 4, !tbaa !7
+  %3278 = and i64 %indvars.iv.next1607.i, 3
+  %3279 = shl nuw nsw i64 %indvars.iv1606.i, 3
+  %3280 = and i64 %3279, 17179869152
+  %3281 = or disjoint i64 %3255, %3278
+  %3282 = add nsw i64 %3281, %3280
+  %3283 = getelementptr inbounds float, ptr %partial_max, i64 %3282
+  store float %3277, ptr %3283, align 4, !tbaa !7
+  %3284 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3275
+  %3285 = load float, ptr %3284, align 4, !tbaa !7
+  %3286 = getelementptr inbounds float, ptr %partial_sum, i64 %3282
+  store float %3285, ptr %3286, align 4, !tbaa !7
   %indvars.iv.next1607.i.1 = add nuw nsw i64 %indvars.iv1606.i, 2
   %exitcond1610.not.i.1 = icmp eq i64 %indvars.iv.next1607.i.1, %wide.trip.count1609.i
   br i1 %exitcond1610.not.i.1, label %for_begin_d583.preheader.lr.ph.i, label %for_body_r567.i, !prof !10, !llvm.loop !72
 
 for_begin_d583.preheader.i:                       ; preds = %for_end_d585.i, %for_begin_d583.preheader.lr.ph.i
   %indvars.iv1615.i = phi i64 [ 0, %for_begin_d583.preheader.lr.ph.i ], [ %indvars.iv.next1616.i, %for_end_d585.i ]
-  %3294 = shl nuw nsw i64 %indvars.iv1615.i, 7
-  %3295 = and i64 %3294, 384
-  %3296 = shl nuw nsw i64 %indvars.iv1615.i, 10
-  %3297 = and i64 %3296, 2199023251456
-  %gep1250.i = getelementptr float, ptr %invariant.gep1249.i, i64 %3297
-  %3298 = getelementptr float, ptr %gep1250.i, i64 %3295
+  %3287 = shl nuw nsw i64 %indvars.iv1615.i, 7
+  %3288 = and i64 %3287, 384
+  %3289 = shl nuw nsw i64 %indvars.iv1615.i, 10
+  %3290 = and i64 %3289, 2199023251456
+  %gep1250.i = getelementptr float, ptr %invariant.gep1249.i, i64 %3290
+  %3291 = getelementptr float, ptr %gep1250.i, i64 %3288
   %gep1886.i = getelementptr inbounds nuw float, ptr %invariant.gep1885.i, i64 %indvars.iv1615.i
-  %3299 = shl i64 %indvars.iv1615.i, 12
-  %3300 = and i64 %3299, 8796093005824
-  %3301 = shl i64 %indvars.iv1615.i, 9
-  %3302 = and i64 %3301, 1536
-  %3303 = or disjoint i64 %3300, %3302
-  %scevgep810 = getelementptr i8, ptr %scevgep809, i64 %3303
-  %scevgep807 = getelementptr i8, ptr %scevgep806, i64 %3303
+  %3292 = shl i64 %indvars.iv1615.i, 12
+  %3293 = and i64 %3292, 8796093005824
+  %3294 = shl i64 %indvars.iv1615.i, 9
+  %3295 = and i64 %3294, 1536
+  %3296 = or disjoint i64 %3293, %3295
+  %scevgep810 = getelementptr i8, ptr %scevgep809, i64 %3296
+  %scevgep807 = getelementptr i8, ptr %scevgep806, i64 %3296
   %bound0814 = icmp ult ptr %scevgep807, %scevgep813
   %bound1815 = icmp ult ptr %scevgep811, %scevgep810
   %found.conflict816 = and i1 %bound0814, %bound1815
   br i1 %found.conflict816, label %for_body_d584.i, label %vector.body819, !prof !9
 
 vector.body819:                                   ; preds = %for_begin_d583.preheader.i
-  %3304 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 0, i64 128, i64 256, i64 384, i64 512, i64 640, i64 768, i64 896>
-  %3305 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 1024, i64 1152, i64 1280, i64 1408, i64 1536, i64 1664, i64 1792, i64 1920>
-  %3306 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 2048, i64 2176, i64 2304, i64 2432, i64 2560, i64 2688, i64 2816, i64 2944>
-  %3307 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 3072, i64 3200, i64 3328, i64 3456, i64 3584, i64 3712, i64 3840, i64 3968>
-  %wide.masked.gather822 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather823 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather824 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather825 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %3308 = getelementptr i8, ptr %3298, i64 32
-  %3309 = getelementptr i8, ptr %3298, i64 64
-  %3310 = getelementptr i8, ptr %3298, i64 96
-  store <8 x float> %wide.masked.gather822, ptr %3298, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather823, ptr %3308, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather824, ptr %3309, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather825, ptr %3310, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  %3311 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 4096, i64 4224, i64 4352, i64 4480, i64 4608, i64 4736, i64 4864, i64 4992>
-  %3312 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 5120, i64 5248, i64 5376, i64 5504, i64 5632, i64 5760, i64 5888, i64 6016>
-  %3313 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 6144, i64 6272, i64 6400, i64 6528, i64 6656, i64 6784, i64 6912, i64 7040>
-  %3314 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 7168, i64 7296, i64 7424, i64 7552, i64 7680, i64 7808, i64 7936, i64 8064>
-  %wide.masked.gather822.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather823.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather824.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3313, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather825.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3314, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %3315 = getelementptr i8, ptr %3298, i64 128
-  %3316 = getelementptr i8, ptr %3298, i64 160
-  %3317 = getelementptr i8, ptr %3298, i64 192
-  %3318 = getelementptr i8, ptr %3298, i64 224
-  store <8 x float> %wide.masked.gather822.1, ptr %3315, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather823.1, ptr %3316, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather824.1, ptr %3317, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather825.1, ptr %3318, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  %3319 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 8192, i64 8320, i64 8448, i64 8576, i64 8704, i64 8832, i64 8960, i64 9088>
-  %3320 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 9216, i64 9344, i64 9472, i64 9600, i64 9728, i64 9856, i64 9984, i64 10112>
-  %3321 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 10240, i64 10368, i64 10496, i64 10624, i64 10752, i64 10880, i64 11008, i64 11136>
-  %3322 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 11264, i64 11392, i64 11520, i64 11648, i64 11776, i64 11904, i64 12032, i64 12160>
-  %wide.masked.gather822.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather823.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather824.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather825.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %3323 = getelementptr i8, ptr %3298, i64 256
-  %3324 = getelementptr i8, ptr %3298, i64 288
-  %3325 = getelementptr i8, ptr %3298, i64 320
-  %3326 = getelementptr i8, ptr %3298, i64 352
-  store <8 x float> %wide.masked.gather822.2, ptr %3323, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather823.2, ptr %3324, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather824.2, ptr %3325, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather825.2, ptr %3326, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  %3327 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 12288, i64 12416, i64 12544, i64 12672, i64 12800, i64 12928, i64 13056, i64 13184>
-  %3328 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 13312, i64 13440, i64 13568, i64 13696, i64 13824, i64 13952, i64 14080, i64 14208>
-  %3329 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 14336, i64 14464, i64 14592, i64 14720, i64 14848, i64 14976, i64 15104, i64 15232>
-  %3330 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 15360, i64 15488, i64 15616, i64 15744, i64 15872, i64 16000, i64 16128, i64 16256>
-  %wide.masked.gather822.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3327, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather823.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather824.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %wide.masked.gather825.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
-  %3331 = getelementptr i8, ptr %3298, i64 384
-  %3332 = getelementptr i8, ptr %3298, i64 416
-  %3333 = getelementptr i8, ptr %3298, i64 448
-  %3334 = getelementptr i8, ptr %3298, i64 480
-  store <8 x float> %wide.masked.gather822.3, ptr %3331, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather823.3, ptr %3332, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather824.3, ptr %3333, align 4, !tbaa !7, !alias.scope !76, !noalias !73
-  store <8 x float> %wide.masked.gather825.3, ptr %3334, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3297 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 0, i64 128, i64 256, i64 384, i64 512, i64 640, i64 768, i64 896>
+  %3298 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 1024, i64 1152, i64 1280, i64 1408, i64 1536, i64 1664, i64 1792, i64 1920>
+  %3299 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 2048, i64 2176, i64 2304, i64 2432, i64 2560, i64 2688, i64 2816, i64 2944>
+  %3300 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 3072, i64 3200, i64 3328, i64 3456, i64 3584, i64 3712, i64 3840, i64 3968>
+  %wide.masked.gather822 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3301 = getelementptr i8, ptr %3291, i64 32
+  %3302 = getelementptr i8, ptr %3291, i64 64
+  %3303 = getelementptr i8, ptr %3291, i64 96
+  store <8 x float> %wide.masked.gather822, ptr %3291, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823, ptr %3301, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824, ptr %3302, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825, ptr %3303, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3304 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 4096, i64 4224, i64 4352, i64 4480, i64 4608, i64 4736, i64 4864, i64 4992>
+  %3305 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 5120, i64 5248, i64 5376, i64 5504, i64 5632, i64 5760, i64 5888, i64 6016>
+  %3306 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 6144, i64 6272, i64 6400, i64 6528, i64 6656, i64 6784, i64 6912, i64 7040>
+  %3307 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 7168, i64 7296, i64 7424, i64 7552, i64 7680, i64 7808, i64 7936, i64 8064>
+  %wide.masked.gather822.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3308 = getelementptr i8, ptr %3291, i64 128
+  %3309 = getelementptr i8, ptr %3291, i64 160
+  %3310 = getelementptr i8, ptr %3291, i64 192
+  %3311 = getelementptr i8, ptr %3291, i64 224
+  store <8 x float> %wide.masked.gather822.1, ptr %3308, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.1, ptr %3309, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.1, ptr %3310, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.1, ptr %3311, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3312 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 8192, i64 8320, i64 8448, i64 8576, i64 8704, i64 8832, i64 8960, i64 9088>
+  %3313 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 9216, i64 9344, i64 9472, i64 9600, i64 9728, i64 9856, i64 9984, i64 10112>
+  %3314 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 10240, i64 10368, i64 10496, i64 10624, i64 10752, i64 10880, i64 11008, i64 11136>
+  %3315 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 11264, i64 11392, i64 11520, i64 11648, i64 11776, i64 11904, i64 12032, i64 12160>
+  %wide.masked.gather822.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3313, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3314, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3316 = getelementptr i8, ptr %3291, i64 256
+  %3317 = getelementptr i8, ptr %3291, i64 288
+  %3318 = getelementptr i8, ptr %3291, i64 320
+  %3319 = getelementptr i8, ptr %3291, i64 352
+  store <8 x float> %wide.masked.gather822.2, ptr %3316, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.2, ptr %3317, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.2, ptr %3318, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.2, ptr %3319, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  %3320 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 12288, i64 12416, i64 12544, i64 12672, i64 12800, i64 12928, i64 13056, i64 13184>
+  %3321 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 13312, i64 13440, i64 13568, i64 13696, i64 13824, i64 13952, i64 14080, i64 14208>
+  %3322 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 14336, i64 14464, i64 14592, i64 14720, i64 14848, i64 14976, i64 15104, i64 15232>
+  %3323 = getelementptr inbounds nuw i8, ptr %gep1886.i, <8 x i64> <i64 15360, i64 15488, i64 15616, i64 15744, i64 15872, i64 16000, i64 16128, i64 16256>
+  %wide.masked.gather822.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather823.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather824.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %wide.masked.gather825.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !7, !alias.scope !73
+  %3324 = getelementptr i8, ptr %3291, i64 384
+  %3325 = getelementptr i8, ptr %3291, i64 416
+  %3326 = getelementptr i8, ptr %3291, i64 448
+  %3327 = getelementptr i8, ptr %3291, i64 480
+  store <8 x float> %wide.masked.gather822.3, ptr %3324, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather823.3, ptr %3325, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather824.3, ptr %3326, align 4, !tbaa !7, !alias.scope !76, !noalias !73
+  store <8 x float> %wide.masked.gather825.3, ptr %3327, align 4, !tbaa !7, !alias.scope !76, !noalias !73
   br label %for_end_d585.i
 
 for_body_d584.i:                                  ; preds = %for_body_d584.i, %for_begin_d583.preheader.i
   %indvars.iv1611.i = phi i64 [ %indvars.iv.next1612.i.7, %for_body_d584.i ], [ 0, %for_begin_d583.preheader.i ]
   %.idx1732.i = shl nuw nsw i64 %indvars.iv1611.i, 7
-  %3335 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i
-  %3336 = load float, ptr %3335, align 4, !tbaa !7
-  %3337 = getelementptr float, ptr %3298, i64 %indvars.iv1611.i
-  store float %3336, ptr %3337, align 4, !tbaa !7
+  %3328 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i
+  %3329 = load float, ptr %3328, align 4, !tbaa !7
+  %3330 = getelementptr float, ptr %3291, i64 %indvars.iv1611.i
+  store float %3329, ptr %3330, align 4, !tbaa !7
   %indvars.iv.next1612.i = or disjoint i64 %indvars.iv1611.i, 1
   %.idx1732.i.1 = shl nuw nsw i64 %indvars.iv.next1612.i, 7
-  %3338 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.1
-  %3339 = load float, ptr %3338, align 4, !tbaa !7
-  %3340 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i
-  store float %3339, ptr %3340, align 4, !tbaa !7
+  %3331 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.1
+  %3332 = load float, ptr %3331, align 4, !tbaa !7
+  %3333 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i
+  store float %3332, ptr %3333, align 4, !tbaa !7
   %indvars.iv.next1612.i.1 = or disjoint i64 %indvars.iv1611.i, 2
   %.idx1732.i.2 = shl nuw nsw i64 %indvars.iv.next1612.i.1, 7
-  %3341 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.2
-  %3342 = load float, ptr %3341, align 4, !tbaa !7
-  %3343 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.1
-  store float %3342, ptr %3343, align 4, !tbaa !7
+  %3334 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.2
+  %3335 = load float, ptr %3334, align 4, !tbaa !7
+  %3336 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.1
+  store float %3335, ptr %3336, align 4, !tbaa !7
   %indvars.iv.next1612.i.2 = or disjoint i64 %indvars.iv1611.i, 3
   %.idx1732.i.3 = shl nuw nsw i64 %indvars.iv.next1612.i.2, 7
-  %3344 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.3
-  %3345 = load float, ptr %3344, align 4, !tbaa !7
-  %3346 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.2
-  store float %3345, ptr %3346, align 4, !tbaa !7
+  %3337 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.3
+  %3338 = load float, ptr %3337, align 4, !tbaa !7
+  %3339 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.2
+  store float %3338, ptr %3339, align 4, !tbaa !7
   %indvars.iv.next1612.i.3 = or disjoint i64 %indvars.iv1611.i, 4
   %.idx1732.i.4 = shl nuw nsw i64 %indvars.iv.next1612.i.3, 7
-  %3347 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.4
-  %3348 = load float, ptr %3347, align 4, !tbaa !7
-  %3349 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.3
-  store float %3348, ptr %3349, align 4, !tbaa !7
+  %3340 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.4
+  %3341 = load float, ptr %3340, align 4, !tbaa !7
+  %3342 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.3
+  store float %3341, ptr %3342, align 4, !tbaa !7
   %indvars.iv.next1612.i.4 = or disjoint i64 %indvars.iv1611.i, 5
   %.idx1732.i.5 = shl nuw nsw i64 %indvars.iv.next1612.i.4, 7
-  %3350 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.5
-  %3351 = load float, ptr %3350, align 4, !tbaa !7
-  %3352 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.4
-  store float %3351, ptr %3352, align 4, !tbaa !7
+  %3343 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.5
+  %3344 = load float, ptr %3343, align 4, !tbaa !7
+  %3345 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.4
+  store float %3344, ptr %3345, align 4, !tbaa !7
   %indvars.iv.next1612.i.5 = or disjoint i64 %indvars.iv1611.i, 6
   %.idx1732.i.6 = shl nuw nsw i64 %indvars.iv.next1612.i.5, 7
-  %3353 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.6
-  %3354 = load float, ptr %3353, align 4, !tbaa !7
-  %3355 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.5
-  store float %3354, ptr %3355, align 4, !tbaa !7
+  %3346 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.6
+  %3347 = load float, ptr %3346, align 4, !tbaa !7
+  %3348 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.5
+  store float %3347, ptr %3348, align 4, !tbaa !7
   %indvars.iv.next1612.i.6 = or disjoint i64 %indvars.iv1611.i, 7
   %.idx1732.i.7 = shl nuw nsw i64 %indvars.iv.next1612.i.6, 7
-  %3356 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.7
-  %3357 = load float, ptr %3356, align 4, !tbaa !7
-  %3358 = getelementptr float, ptr %3298, i64 %indvars.iv.next1612.i.6
-  store float %3357, ptr %3358, align 4, !tbaa !7
+  %3349 = getelementptr inbounds nuw i8, ptr %gep1886.i, i64 %.idx1732.i.7
+  %3350 = load float, ptr %3349, align 4, !tbaa !7
+  %3351 = getelementptr float, ptr %3291, i64 %indvars.iv.next1612.i.6
+  store float %3350, ptr %3351, align 4, !tbaa !7
   %indvars.iv.next1612.i.7 = add nuw nsw i64 %indvars.iv1611.i, 8
   %exitcond1614.not.i.7 = icmp eq i64 %indvars.iv.next1612.i.7, 128
   br i1 %exitcond1614.not.i.7, label %for_end_d585.i, label %for_body_d584.i, !prof !23, !llvm.loop !78
@@ -5879,33 +5872,33 @@ for_end_d585.i:                                   ; preds = %for_body_d584.i, %v
   br i1 %exitcond1620.not.i, label %if_end497.loopexit.i, label %for_begin_d583.preheader.i, !prof !10
 
 if_end592.i:                                      ; preds = %for_end_tile493.i
-  %3359 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3360 = tail call i32 %3359(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not648.i = icmp eq i32 %3360, 0
+  %3352 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3353 = tail call i32 %3352(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not648.i = icmp eq i32 %3353, 0
   br i1 %.not648.i, label %if_end595.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end595.i:                                      ; preds = %if_end592.i
-  %3361 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3362 = tail call i32 %3361(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not649.i = icmp eq i32 %3362, 0
+  %3354 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3355 = tail call i32 %3354(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not649.i = icmp eq i32 %3355, 0
   br i1 %.not649.i, label %if_end598.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end598.i:                                      ; preds = %if_end595.i
-  %3363 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3364 = tail call i32 %3363(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not650.i = icmp eq i32 %3364, 0
+  %3356 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3357 = tail call i32 %3356(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not650.i = icmp eq i32 %3357, 0
   br i1 %.not650.i, label %if_end601.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end601.i:                                      ; preds = %if_end598.i
-  %3365 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3366 = tail call i32 %3365(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not651.i = icmp eq i32 %3366, 0
+  %3358 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3359 = tail call i32 %3358(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not651.i = icmp eq i32 %3359, 0
   br i1 %.not651.i, label %if_end604.i, label %fused_attend_compute_.exit, !prof !32
 
 if_end604.i:                                      ; preds = %if_end601.i
-  %3367 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3368 = tail call i32 %3367(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not652.i = icmp ne i32 %3368, 0
+  %3360 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3361 = tail call i32 %3360(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not652.i = icmp ne i32 %3361, 0
   %..i = sext i1 %.not652.i to i32
   br label %fused_attend_compute_.exit
 

@@ -1578,6 +1578,7 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   %block_end = trunc i64 %66 to i32
   %block_begin = trunc i64 %64 to i32
   %num_kv_heads = trunc i64 %62 to i32
+  %num_query = trunc i64 %58 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -1632,677 +1633,669 @@ if_end57:                                         ; preds = %if_then55, %if_end5
   br i1 %119, label %fused_attend_compute_.exit, label %if_end.i, !prof !6
 
 if_end.i:                                         ; preds = %if_end57
-  %num_query = trunc i64 %58 to i32
-  %120 = shl i32 %num_query, 2
-  %121 = add nsw i32 %120, 15
-  %122 = ashr i32 %121, 4
-  %123 = mul i32 %122, %num_kv_heads
-  %124 = tail call i32 @llvm.smin.i32(i32 %123, i32 32)
-  %125 = shl nsw i32 %124, 4
-  %126 = sext i32 %125 to i64
-  %127 = shl nuw nsw i64 %126, 2
-  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_max.i = tail call ptr %128(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
-  %129 = icmp eq ptr %total_max.i, null
-  br i1 %129, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
+  %120 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_max.i = tail call ptr %120(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %121 = icmp eq ptr %total_max.i, null
+  br i1 %121, label %fused_attend_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %130 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_sum.i = tail call ptr %130(i32 1, i32 %dev_id, i64 %127, i32 2, i32 32)
-  %131 = icmp eq ptr %total_sum.i, null
-  br i1 %131, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
+  %122 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_sum.i = tail call ptr %122(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %123 = icmp eq ptr %total_sum.i, null
+  br i1 %123, label %fused_attend_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %132 = shl nsw i32 %124, 11
-  %133 = sext i32 %132 to i64
-  %134 = shl nuw nsw i64 %133, 2
-  %135 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %total_acc.i = tail call ptr %135(i32 1, i32 %dev_id, i64 %134, i32 2, i32 32)
-  %136 = icmp eq ptr %total_acc.i, null
-  br i1 %136, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
+  %124 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %total_acc.i = tail call ptr %124(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %125 = icmp eq ptr %total_acc.i, null
+  br i1 %125, label %fused_attend_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %137 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %limits.i = tail call ptr %137(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %138 = icmp eq ptr %limits.i, null
-  br i1 %138, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %limits.i = tail call ptr %126(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %127 = icmp eq ptr %limits.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %places.i = tail call ptr %139(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
-  %140 = icmp eq ptr %places.i, null
-  br i1 %140, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
+  %128 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %places.i = tail call ptr %128(i32 1, i32 %dev_id, i64 2048, i32 0, i32 32)
+  %129 = icmp eq ptr %places.i, null
+  br i1 %129, label %fused_attend_compute_.exit, label %if_end14.i, !prof !6
 
 if_end14.i:                                       ; preds = %if_end11.i
   %sext = shl i64 %54, 32
-  %141 = ashr exact i64 %sext, 32
-  %142 = getelementptr inbounds i32, ptr %context_lens, i64 %141
-  %context_len.i = load i32, ptr %142, align 4, !tbaa !7
-  %143 = icmp sgt i64 %tree_start, -1
-  %144 = icmp slt i32 %123, 1
-  br i1 %144, label %for_end_tile51.i, label %for_begin_r.preheader.lr.ph.i, !prof !9
+  %130 = ashr exact i64 %sext, 32
+  %131 = getelementptr inbounds i32, ptr %context_lens, i64 %130
+  %context_len.i = load i32, ptr %131, align 4, !tbaa !7
+  %132 = shl nsw i32 %num_query, 2
+  %133 = add nsw i32 %132, 15
+  %134 = ashr i32 %133, 4
+  %135 = icmp sgt i64 %tree_start, -1
+  %136 = mul nsw i32 %134, %num_kv_heads
+  %137 = icmp slt i32 %136, 1
+  br i1 %137, label %for_end_tile51.i, label %for_begin_r.preheader.lr.ph.i, !prof !9
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %if_end14.i
-  %145 = and i64 %70, 4294967295
-  %146 = icmp eq i64 %145, 0
-  %147 = icmp slt i32 %122, 0
+  %138 = and i64 %70, 4294967295
+  %139 = icmp eq i64 %138, 0
+  %140 = icmp slt i32 %134, 0
   %sext75 = shl i64 %60, 32
-  %148 = ashr exact i64 %sext75, 32
+  %141 = ashr exact i64 %sext75, 32
   %sext76 = shl i64 %56, 32
-  %149 = ashr exact i64 %sext76, 32
-  %150 = icmp sgt i32 %122, -1
-  %151 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
-  %152 = shufflevector <16 x i32> %151, <16 x i32> poison, <16 x i32> zeroinitializer
-  %153 = or i1 %146, %143
-  %154 = insertelement <16 x i1> poison, i1 %153, i64 0
-  %155 = shufflevector <16 x i1> %154, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = zext nneg i32 %123 to i64
+  %142 = ashr exact i64 %sext76, 32
+  %143 = icmp sgt i32 %134, -1
+  %144 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %145 = shufflevector <16 x i32> %144, <16 x i32> poison, <16 x i32> zeroinitializer
+  %146 = or i1 %139, %135
+  %147 = insertelement <16 x i1> poison, i1 %146, i64 0
+  %148 = shufflevector <16 x i1> %147, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %136 to i64
   %scevgep181 = getelementptr i8, ptr %q_tile.i, i64 4096
   %scevgep183 = getelementptr i8, ptr %query, i64 256
-  %156 = shl i64 %q_batch, 1
-  %157 = shl i64 %q_head, 1
+  %149 = shl i64 %q_batch, 1
+  %150 = shl i64 %q_head, 1
   %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
   %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_body_r28.peel.next.i, %for_begin_r.preheader.lr.ph.i
   %indvars.iv1142.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next1143.i, %for_body_r28.peel.next.i ]
-  %158 = shl i64 %indvars.iv1142.i, 12
-  %159 = and i64 %158, 17179865088
-  %scevgep = getelementptr i8, ptr %q_tile.i, i64 %159
-  %scevgep182 = getelementptr i8, ptr %scevgep181, i64 %159
-  %160 = trunc nuw nsw i64 %indvars.iv1142.i to i32
-  %161 = shl i64 %indvars.iv1142.i, 12
-  %162 = and i64 %161, 17179865088
-  %rmod.i = srem i32 %160, %122
-  %rdiv.us.i = sdiv i32 %160, %122
-  %163 = icmp ne i32 %rmod.i, 0
-  %.not880.i = and i1 %147, %163
-  %164 = select i1 %.not880.i, i32 %122, i32 0
-  %165 = add nsw i32 %164, %rmod.i
-  %166 = shl nsw i32 %165, 4
-  %167 = sub nsw i32 %120, %166
-  %168 = sext i1 %.not880.i to i32
-  %169 = sext i32 %165 to i64
-  %170 = shl nsw i64 %169, 2
-  %invariant.op.i = add nsw i64 %170, %149
-  %171 = shl i64 %indvars.iv1142.i, 10
-  %172 = and i64 %171, 4294966272
-  %173 = sext i32 %167 to i64
-  %174 = getelementptr i8, ptr %q_tile.i, i64 %162
-  %invariant.gep1559.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %172
-  %175 = add nsw i64 %149, %170
+  %151 = shl i64 %indvars.iv1142.i, 12
+  %152 = and i64 %151, 17179865088
+  %scevgep = getelementptr i8, ptr %q_tile.i, i64 %152
+  %scevgep182 = getelementptr i8, ptr %scevgep181, i64 %152
+  %153 = trunc nuw nsw i64 %indvars.iv1142.i to i32
+  %154 = shl i64 %indvars.iv1142.i, 12
+  %155 = and i64 %154, 17179865088
+  %rmod.i = srem i32 %153, %134
+  %rdiv.us.i = sdiv i32 %153, %134
+  %156 = icmp ne i32 %rmod.i, 0
+  %.not880.i = and i1 %140, %156
+  %157 = select i1 %.not880.i, i32 %134, i32 0
+  %158 = add nsw i32 %157, %rmod.i
+  %159 = shl nsw i32 %158, 4
+  %160 = sub nsw i32 %132, %159
+  %161 = sext i1 %.not880.i to i32
+  %162 = sext i32 %158 to i64
+  %163 = shl nsw i64 %162, 2
+  %invariant.op.i = add nsw i64 %163, %142
+  %164 = shl i64 %indvars.iv1142.i, 10
+  %165 = and i64 %164, 4294966272
+  %166 = sext i32 %160 to i64
+  %167 = getelementptr i8, ptr %q_tile.i, i64 %155
+  %invariant.gep1559.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %165
+  %168 = add nsw i64 %142, %163
   br label %for_begin_d.preheader.i
 
 for_begin_tile49.preheader.i:                     ; preds = %for_body_r28.peel.next.i
-  %176 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 4
-  %177 = load <2 x i32>, ptr %176, align 4
-  %exitcond1150.peel.not.i = icmp eq i32 %123, 1
-  %178 = extractelement <2 x i32> %177, i64 0
-  %179 = extractelement <2 x i32> %177, i64 1
+  %169 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 4
+  %170 = load <2 x i32>, ptr %169, align 4
+  %exitcond1150.peel.not.i = icmp eq i32 %136, 1
+  %171 = extractelement <2 x i32> %170, i64 0
+  %172 = extractelement <2 x i32> %170, i64 1
   br i1 %exitcond1150.peel.not.i, label %for_end_tile51.i, label %iter.check, !prof !10
 
 iter.check:                                       ; preds = %for_begin_tile49.preheader.i
-  %180 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %123, 6
+  %173 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %136, 6
   br i1 %min.iters.check, label %if_end62.i.preheader, label %vector.main.loop.iter.check, !prof !9
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  %min.iters.check197 = icmp ult i32 %123, 34
+  %min.iters.check197 = icmp ult i32 %136, 34
   br i1 %min.iters.check197, label %vec.epilog.ph, label %vector.ph198, !prof !9
 
 vector.ph198:                                     ; preds = %vector.main.loop.iter.check
-  %n.mod.vf = and i64 %180, 31
-  %181 = icmp eq i64 %n.mod.vf, 0
-  %182 = select i1 %181, i64 32, i64 %n.mod.vf
-  %n.vec = sub nsw i64 %180, %182
-  %broadcast.splat200 = shufflevector <2 x i32> %177, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat202 = shufflevector <2 x i32> %177, <2 x i32> poison, <8 x i32> zeroinitializer
+  %n.mod.vf = and i64 %173, 31
+  %174 = icmp eq i64 %n.mod.vf, 0
+  %175 = select i1 %174, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %173, %175
+  %broadcast.splat200 = shufflevector <2 x i32> %170, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat202 = shufflevector <2 x i32> %170, <2 x i32> poison, <8 x i32> zeroinitializer
   br label %vector.body203
 
 vector.body203:                                   ; preds = %vector.body203, %vector.ph198
   %index204 = phi i64 [ 0, %vector.ph198 ], [ %index.next224, %vector.body203 ]
-  %vec.phi = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %195, %vector.body203 ]
-  %vec.phi205 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %196, %vector.body203 ]
-  %vec.phi206 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %197, %vector.body203 ]
-  %vec.phi207 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %198, %vector.body203 ]
-  %vec.phi208 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %199, %vector.body203 ]
-  %vec.phi209 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %200, %vector.body203 ]
-  %vec.phi210 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %201, %vector.body203 ]
-  %vec.phi211 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %202, %vector.body203 ]
-  %183 = shl i64 %index204, 4
-  %184 = shl i64 %index204, 4
-  %185 = shl i64 %index204, 4
-  %186 = shl i64 %index204, 4
-  %187 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %183
-  %188 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %184
-  %189 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %185
-  %190 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %186
-  %191 = getelementptr inbounds nuw i8, ptr %187, i64 20
-  %192 = getelementptr inbounds nuw i8, ptr %188, i64 148
-  %193 = getelementptr inbounds nuw i8, ptr %189, i64 276
-  %194 = getelementptr inbounds nuw i8, ptr %190, i64 404
-  %wide.vec212 = load <32 x i32>, ptr %191, align 4, !tbaa !11
+  %vec.phi = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %188, %vector.body203 ]
+  %vec.phi205 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %189, %vector.body203 ]
+  %vec.phi206 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %190, %vector.body203 ]
+  %vec.phi207 = phi <8 x i32> [ %broadcast.splat200, %vector.ph198 ], [ %191, %vector.body203 ]
+  %vec.phi208 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %192, %vector.body203 ]
+  %vec.phi209 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %193, %vector.body203 ]
+  %vec.phi210 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %194, %vector.body203 ]
+  %vec.phi211 = phi <8 x i32> [ %broadcast.splat202, %vector.ph198 ], [ %195, %vector.body203 ]
+  %176 = shl i64 %index204, 4
+  %177 = shl i64 %index204, 4
+  %178 = shl i64 %index204, 4
+  %179 = shl i64 %index204, 4
+  %180 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %176
+  %181 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %177
+  %182 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %178
+  %183 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %179
+  %184 = getelementptr inbounds nuw i8, ptr %180, i64 20
+  %185 = getelementptr inbounds nuw i8, ptr %181, i64 148
+  %186 = getelementptr inbounds nuw i8, ptr %182, i64 276
+  %187 = getelementptr inbounds nuw i8, ptr %183, i64 404
+  %wide.vec212 = load <32 x i32>, ptr %184, align 4, !tbaa !11
   %strided.vec213 = shufflevector <32 x i32> %wide.vec212, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec214 = shufflevector <32 x i32> %wide.vec212, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec215 = load <32 x i32>, ptr %192, align 4, !tbaa !11
+  %wide.vec215 = load <32 x i32>, ptr %185, align 4, !tbaa !11
   %strided.vec216 = shufflevector <32 x i32> %wide.vec215, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec217 = shufflevector <32 x i32> %wide.vec215, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec218 = load <32 x i32>, ptr %193, align 4, !tbaa !11
+  %wide.vec218 = load <32 x i32>, ptr %186, align 4, !tbaa !11
   %strided.vec219 = shufflevector <32 x i32> %wide.vec218, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec220 = shufflevector <32 x i32> %wide.vec218, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %wide.vec221 = load <32 x i32>, ptr %194, align 4, !tbaa !11
+  %wide.vec221 = load <32 x i32>, ptr %187, align 4, !tbaa !11
   %strided.vec222 = shufflevector <32 x i32> %wide.vec221, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
   %strided.vec223 = shufflevector <32 x i32> %wide.vec221, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
-  %195 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec214)
-  %196 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi205, <8 x i32> %strided.vec217)
-  %197 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi206, <8 x i32> %strided.vec220)
-  %198 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi207, <8 x i32> %strided.vec223)
-  %199 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi208, <8 x i32> %strided.vec213)
-  %200 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi209, <8 x i32> %strided.vec216)
-  %201 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi210, <8 x i32> %strided.vec219)
-  %202 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi211, <8 x i32> %strided.vec222)
+  %188 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec214)
+  %189 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi205, <8 x i32> %strided.vec217)
+  %190 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi206, <8 x i32> %strided.vec220)
+  %191 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi207, <8 x i32> %strided.vec223)
+  %192 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi208, <8 x i32> %strided.vec213)
+  %193 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi209, <8 x i32> %strided.vec216)
+  %194 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi210, <8 x i32> %strided.vec219)
+  %195 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi211, <8 x i32> %strided.vec222)
   %index.next224 = add nuw i64 %index204, 32
-  %203 = icmp eq i64 %index.next224, %n.vec
-  br i1 %203, label %vec.epilog.iter.check, label %vector.body203, !prof !13, !llvm.loop !14
+  %196 = icmp eq i64 %index.next224, %n.vec
+  br i1 %196, label %vec.epilog.iter.check, label %vector.body203, !prof !13, !llvm.loop !14
 
 vec.epilog.iter.check:                            ; preds = %vector.body203
-  %rdx.minmax228 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %199, <8 x i32> %200)
-  %rdx.minmax229 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax228, <8 x i32> %201)
-  %rdx.minmax230 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax229, <8 x i32> %202)
-  %204 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax230)
-  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %195, <8 x i32> %196)
-  %rdx.minmax226 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %197)
-  %rdx.minmax227 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax226, <8 x i32> %198)
-  %205 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax227)
+  %rdx.minmax228 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %192, <8 x i32> %193)
+  %rdx.minmax229 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax228, <8 x i32> %194)
+  %rdx.minmax230 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax229, <8 x i32> %195)
+  %197 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax230)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %188, <8 x i32> %189)
+  %rdx.minmax226 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %190)
+  %rdx.minmax227 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax226, <8 x i32> %191)
+  %198 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax227)
   %ind.end = add nsw i64 %n.vec, 1
-  %min.epilog.iters.check = icmp samesign ult i64 %182, 5
-  %206 = insertelement <2 x i32> poison, i32 %204, i64 0
-  %207 = insertelement <2 x i32> %206, i32 %205, i64 1
+  %min.epilog.iters.check = icmp samesign ult i64 %175, 5
+  %199 = insertelement <2 x i32> poison, i32 %197, i64 0
+  %200 = insertelement <2 x i32> %199, i32 %198, i64 1
   br i1 %min.epilog.iters.check, label %if_end62.i.preheader, label %vec.epilog.ph, !prof !19
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
-  %208 = phi <2 x i32> [ %207, %vec.epilog.iter.check ], [ %177, %vector.main.loop.iter.check ]
-  %n.mod.vf232 = and i64 %180, 3
-  %209 = icmp eq i64 %n.mod.vf232, 0
-  %210 = select i1 %209, i64 4, i64 %n.mod.vf232
-  %n.vec233 = sub nsw i64 %180, %210
-  %211 = add nsw i64 %n.vec233, 1
-  %broadcast.splat235 = shufflevector <2 x i32> %208, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
-  %broadcast.splat237 = shufflevector <2 x i32> %208, <2 x i32> poison, <4 x i32> zeroinitializer
+  %201 = phi <2 x i32> [ %200, %vec.epilog.iter.check ], [ %170, %vector.main.loop.iter.check ]
+  %n.mod.vf232 = and i64 %173, 3
+  %202 = icmp eq i64 %n.mod.vf232, 0
+  %203 = select i1 %202, i64 4, i64 %n.mod.vf232
+  %n.vec233 = sub nsw i64 %173, %203
+  %204 = add nsw i64 %n.vec233, 1
+  %broadcast.splat235 = shufflevector <2 x i32> %201, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat237 = shufflevector <2 x i32> %201, <2 x i32> poison, <4 x i32> zeroinitializer
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
   %index238 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next244, %vec.epilog.vector.body ]
-  %vec.phi239 = phi <4 x i32> [ %broadcast.splat235, %vec.epilog.ph ], [ %214, %vec.epilog.vector.body ]
-  %vec.phi240 = phi <4 x i32> [ %broadcast.splat237, %vec.epilog.ph ], [ %215, %vec.epilog.vector.body ]
+  %vec.phi239 = phi <4 x i32> [ %broadcast.splat235, %vec.epilog.ph ], [ %207, %vec.epilog.vector.body ]
+  %vec.phi240 = phi <4 x i32> [ %broadcast.splat237, %vec.epilog.ph ], [ %208, %vec.epilog.vector.body ]
   %offset.idx = shl i64 %index238, 4
-  %212 = getelementptr i8, ptr %reach848.i, i64 %offset.idx
-  %213 = getelementptr i8, ptr %212, i64 20
-  %wide.vec241 = load <16 x i32>, ptr %213, align 4, !tbaa !11
+  %205 = getelementptr i8, ptr %reach848.i, i64 %offset.idx
+  %206 = getelementptr i8, ptr %205, i64 20
+  %wide.vec241 = load <16 x i32>, ptr %206, align 4, !tbaa !11
   %strided.vec242 = shufflevector <16 x i32> %wide.vec241, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
   %strided.vec243 = shufflevector <16 x i32> %wide.vec241, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
-  %214 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi239, <4 x i32> %strided.vec243)
-  %215 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi240, <4 x i32> %strided.vec242)
+  %207 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi239, <4 x i32> %strided.vec243)
+  %208 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi240, <4 x i32> %strided.vec242)
   %index.next244 = add nuw i64 %index238, 4
-  %216 = icmp eq i64 %index.next244, %n.vec233
-  br i1 %216, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
+  %209 = icmp eq i64 %index.next244, %n.vec233
+  br i1 %209, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !20
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  %217 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %214)
-  %218 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %215)
+  %210 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %207)
+  %211 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %208)
   br label %if_end62.i.preheader
 
 if_end62.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv1146.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %211, %vec.epilog.middle.block ]
-  %span847.sroa.0.0918.i.ph = phi i32 [ %179, %iter.check ], [ %205, %vec.epilog.iter.check ], [ %217, %vec.epilog.middle.block ]
-  %span847.sroa.3.0917.i.ph = phi i32 [ %178, %iter.check ], [ %204, %vec.epilog.iter.check ], [ %218, %vec.epilog.middle.block ]
+  %indvars.iv1146.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %204, %vec.epilog.middle.block ]
+  %span847.sroa.0.0918.i.ph = phi i32 [ %172, %iter.check ], [ %198, %vec.epilog.iter.check ], [ %210, %vec.epilog.middle.block ]
+  %span847.sroa.3.0917.i.ph = phi i32 [ %171, %iter.check ], [ %197, %vec.epilog.iter.check ], [ %211, %vec.epilog.middle.block ]
   br label %if_end62.i
 
 for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
   %indvar.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvar.next.i, %for_end_d.i ]
-  %219 = icmp slt i64 %indvar.i, %173
-  br i1 %219, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
+  %212 = icmp slt i64 %indvar.i, %166
+  br i1 %212, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
 
 for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
-  %220 = shl nuw nsw i64 %indvar.i, 8
-  %scevgep.i = getelementptr i8, ptr %174, i64 %220
+  %213 = shl nuw nsw i64 %indvar.i, 8
+  %scevgep.i = getelementptr i8, ptr %167, i64 %213
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !7
   br label %for_end_d.i
 
 for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
-  %221 = lshr i64 %indvar.i, 2
-  %222 = add nsw i64 %175, %221
-  %223 = mul i64 %156, %222
-  %224 = lshr i64 %indvar.i, 2
-  %.reass.i = add nsw i64 %invariant.op.i, %224
-  %225 = mul nsw i64 %.reass.i, %q_batch
-  %226 = getelementptr i16, ptr %query, i64 %225
-  %227 = and i64 %indvar.i, 3
-  %228 = add nsw i32 %rdiv.us.i, %168
-  %229 = sext i32 %228 to i64
-  %230 = add nsw i64 %148, %229
-  %231 = shl nsw i64 %230, 2
-  %232 = or disjoint i64 %231, %227
-  %233 = mul nsw i64 %232, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %226, i64 %233
+  %214 = lshr i64 %indvar.i, 2
+  %215 = add nsw i64 %168, %214
+  %216 = mul i64 %149, %215
+  %217 = lshr i64 %indvar.i, 2
+  %.reass.i = add nsw i64 %invariant.op.i, %217
+  %218 = mul nsw i64 %.reass.i, %q_batch
+  %219 = getelementptr i16, ptr %query, i64 %218
+  %220 = and i64 %indvar.i, 3
+  %221 = add nsw i32 %rdiv.us.i, %161
+  %222 = sext i32 %221 to i64
+  %223 = add nsw i64 %141, %222
+  %224 = shl nsw i64 %223, 2
+  %225 = or disjoint i64 %224, %220
+  %226 = mul nsw i64 %225, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %219, i64 %226
   %.idx1494.i = shl nuw nsw i64 %indvar.i, 8
   %gep1560.i = getelementptr inbounds nuw i8, ptr %invariant.gep1559.i, i64 %.idx1494.i
-  %234 = mul i64 %157, %232
-  %235 = getelementptr i8, ptr %scevgep183, i64 %223
-  %scevgep184 = getelementptr i8, ptr %235, i64 %234
+  %227 = mul i64 %150, %225
+  %228 = getelementptr i8, ptr %scevgep183, i64 %216
+  %scevgep184 = getelementptr i8, ptr %228, i64 %227
   %bound0 = icmp ult ptr %scevgep, %scevgep184
   %bound1 = icmp ult ptr %invariant.gep.i, %scevgep182
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !9
 
 vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
-  %236 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %237 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %238 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %229 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %230 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %231 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !7, !alias.scope !22
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec186 = load <16 x i16>, ptr %236, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec186 = load <16 x i16>, ptr %229, align 2, !tbaa !7, !alias.scope !22
   %strided.vec187 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec188 = shufflevector <16 x i16> %wide.vec186, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec189 = load <16 x i16>, ptr %237, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec189 = load <16 x i16>, ptr %230, align 2, !tbaa !7, !alias.scope !22
   %strided.vec190 = shufflevector <16 x i16> %wide.vec189, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec191 = shufflevector <16 x i16> %wide.vec189, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec192 = load <16 x i16>, ptr %238, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec192 = load <16 x i16>, ptr %231, align 2, !tbaa !7, !alias.scope !22
   %strided.vec193 = shufflevector <16 x i16> %wide.vec192, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec194 = shufflevector <16 x i16> %wide.vec192, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %239 = zext <8 x i16> %strided.vec185 to <8 x i32>
-  %240 = zext <8 x i16> %strided.vec188 to <8 x i32>
-  %241 = zext <8 x i16> %strided.vec191 to <8 x i32>
-  %242 = zext <8 x i16> %strided.vec194 to <8 x i32>
-  %243 = shl nuw <8 x i32> %239, splat (i32 16)
-  %244 = shl nuw <8 x i32> %240, splat (i32 16)
-  %245 = shl nuw <8 x i32> %241, splat (i32 16)
-  %246 = shl nuw <8 x i32> %242, splat (i32 16)
-  %247 = bitcast <8 x i32> %243 to <8 x float>
-  %248 = bitcast <8 x i32> %244 to <8 x float>
-  %249 = bitcast <8 x i32> %245 to <8 x float>
-  %250 = bitcast <8 x i32> %246 to <8 x float>
-  %251 = fmul <8 x float> %broadcast.splat, %247
-  %252 = fmul <8 x float> %broadcast.splat, %248
-  %253 = fmul <8 x float> %broadcast.splat, %249
-  %254 = fmul <8 x float> %broadcast.splat, %250
-  %255 = bitcast <8 x float> %251 to <8 x i32>
-  %256 = bitcast <8 x float> %252 to <8 x i32>
-  %257 = bitcast <8 x float> %253 to <8 x i32>
-  %258 = bitcast <8 x float> %254 to <8 x i32>
-  %259 = zext <8 x i16> %strided.vec to <8 x i32>
-  %260 = zext <8 x i16> %strided.vec187 to <8 x i32>
-  %261 = zext <8 x i16> %strided.vec190 to <8 x i32>
-  %262 = zext <8 x i16> %strided.vec193 to <8 x i32>
-  %263 = shl nuw <8 x i32> %259, splat (i32 16)
-  %264 = shl nuw <8 x i32> %260, splat (i32 16)
-  %265 = shl nuw <8 x i32> %261, splat (i32 16)
-  %266 = shl nuw <8 x i32> %262, splat (i32 16)
-  %267 = bitcast <8 x i32> %263 to <8 x float>
-  %268 = bitcast <8 x i32> %264 to <8 x float>
-  %269 = bitcast <8 x i32> %265 to <8 x float>
-  %270 = bitcast <8 x i32> %266 to <8 x float>
-  %271 = fmul <8 x float> %broadcast.splat, %267
-  %272 = fmul <8 x float> %broadcast.splat, %268
-  %273 = fmul <8 x float> %broadcast.splat, %269
-  %274 = fmul <8 x float> %broadcast.splat, %270
-  %275 = bitcast <8 x float> %271 to <8 x i32>
-  %276 = bitcast <8 x float> %272 to <8 x i32>
-  %277 = bitcast <8 x float> %273 to <8 x i32>
-  %278 = bitcast <8 x float> %274 to <8 x i32>
-  %279 = lshr <8 x i32> %275, splat (i32 16)
-  %280 = lshr <8 x i32> %276, splat (i32 16)
-  %281 = lshr <8 x i32> %277, splat (i32 16)
-  %282 = lshr <8 x i32> %278, splat (i32 16)
-  %283 = or <8 x i32> %279, %255
-  %284 = or <8 x i32> %280, %256
-  %285 = or <8 x i32> %281, %257
-  %286 = or <8 x i32> %282, %258
-  %287 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 32
-  %288 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 64
-  %289 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 96
-  store <8 x i32> %283, ptr %gep1560.i, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %284, ptr %287, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %285, ptr %288, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %286, ptr %289, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  %290 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %291 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %292 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %293 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %290, align 2, !tbaa !7, !alias.scope !22
+  %232 = zext <8 x i16> %strided.vec185 to <8 x i32>
+  %233 = zext <8 x i16> %strided.vec188 to <8 x i32>
+  %234 = zext <8 x i16> %strided.vec191 to <8 x i32>
+  %235 = zext <8 x i16> %strided.vec194 to <8 x i32>
+  %236 = shl nuw <8 x i32> %232, splat (i32 16)
+  %237 = shl nuw <8 x i32> %233, splat (i32 16)
+  %238 = shl nuw <8 x i32> %234, splat (i32 16)
+  %239 = shl nuw <8 x i32> %235, splat (i32 16)
+  %240 = bitcast <8 x i32> %236 to <8 x float>
+  %241 = bitcast <8 x i32> %237 to <8 x float>
+  %242 = bitcast <8 x i32> %238 to <8 x float>
+  %243 = bitcast <8 x i32> %239 to <8 x float>
+  %244 = fmul <8 x float> %broadcast.splat, %240
+  %245 = fmul <8 x float> %broadcast.splat, %241
+  %246 = fmul <8 x float> %broadcast.splat, %242
+  %247 = fmul <8 x float> %broadcast.splat, %243
+  %248 = bitcast <8 x float> %244 to <8 x i32>
+  %249 = bitcast <8 x float> %245 to <8 x i32>
+  %250 = bitcast <8 x float> %246 to <8 x i32>
+  %251 = bitcast <8 x float> %247 to <8 x i32>
+  %252 = zext <8 x i16> %strided.vec to <8 x i32>
+  %253 = zext <8 x i16> %strided.vec187 to <8 x i32>
+  %254 = zext <8 x i16> %strided.vec190 to <8 x i32>
+  %255 = zext <8 x i16> %strided.vec193 to <8 x i32>
+  %256 = shl nuw <8 x i32> %252, splat (i32 16)
+  %257 = shl nuw <8 x i32> %253, splat (i32 16)
+  %258 = shl nuw <8 x i32> %254, splat (i32 16)
+  %259 = shl nuw <8 x i32> %255, splat (i32 16)
+  %260 = bitcast <8 x i32> %256 to <8 x float>
+  %261 = bitcast <8 x i32> %257 to <8 x float>
+  %262 = bitcast <8 x i32> %258 to <8 x float>
+  %263 = bitcast <8 x i32> %259 to <8 x float>
+  %264 = fmul <8 x float> %broadcast.splat, %260
+  %265 = fmul <8 x float> %broadcast.splat, %261
+  %266 = fmul <8 x float> %broadcast.splat, %262
+  %267 = fmul <8 x float> %broadcast.splat, %263
+  %268 = bitcast <8 x float> %264 to <8 x i32>
+  %269 = bitcast <8 x float> %265 to <8 x i32>
+  %270 = bitcast <8 x float> %266 to <8 x i32>
+  %271 = bitcast <8 x float> %267 to <8 x i32>
+  %272 = lshr <8 x i32> %268, splat (i32 16)
+  %273 = lshr <8 x i32> %269, splat (i32 16)
+  %274 = lshr <8 x i32> %270, splat (i32 16)
+  %275 = lshr <8 x i32> %271, splat (i32 16)
+  %276 = or <8 x i32> %272, %248
+  %277 = or <8 x i32> %273, %249
+  %278 = or <8 x i32> %274, %250
+  %279 = or <8 x i32> %275, %251
+  %280 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 32
+  %281 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 64
+  %282 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 96
+  store <8 x i32> %276, ptr %gep1560.i, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %277, ptr %280, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %278, ptr %281, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %279, ptr %282, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  %283 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %284 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %285 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %286 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %283, align 2, !tbaa !7, !alias.scope !22
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec185.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec186.1 = load <16 x i16>, ptr %291, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec186.1 = load <16 x i16>, ptr %284, align 2, !tbaa !7, !alias.scope !22
   %strided.vec187.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec188.1 = shufflevector <16 x i16> %wide.vec186.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec189.1 = load <16 x i16>, ptr %292, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec189.1 = load <16 x i16>, ptr %285, align 2, !tbaa !7, !alias.scope !22
   %strided.vec190.1 = shufflevector <16 x i16> %wide.vec189.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec191.1 = shufflevector <16 x i16> %wide.vec189.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec192.1 = load <16 x i16>, ptr %293, align 2, !tbaa !7, !alias.scope !22
+  %wide.vec192.1 = load <16 x i16>, ptr %286, align 2, !tbaa !7, !alias.scope !22
   %strided.vec193.1 = shufflevector <16 x i16> %wide.vec192.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec194.1 = shufflevector <16 x i16> %wide.vec192.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %294 = zext <8 x i16> %strided.vec185.1 to <8 x i32>
-  %295 = zext <8 x i16> %strided.vec188.1 to <8 x i32>
-  %296 = zext <8 x i16> %strided.vec191.1 to <8 x i32>
-  %297 = zext <8 x i16> %strided.vec194.1 to <8 x i32>
-  %298 = shl nuw <8 x i32> %294, splat (i32 16)
-  %299 = shl nuw <8 x i32> %295, splat (i32 16)
-  %300 = shl nuw <8 x i32> %296, splat (i32 16)
-  %301 = shl nuw <8 x i32> %297, splat (i32 16)
-  %302 = bitcast <8 x i32> %298 to <8 x float>
-  %303 = bitcast <8 x i32> %299 to <8 x float>
-  %304 = bitcast <8 x i32> %300 to <8 x float>
-  %305 = bitcast <8 x i32> %301 to <8 x float>
-  %306 = fmul <8 x float> %broadcast.splat, %302
-  %307 = fmul <8 x float> %broadcast.splat, %303
-  %308 = fmul <8 x float> %broadcast.splat, %304
-  %309 = fmul <8 x float> %broadcast.splat, %305
-  %310 = bitcast <8 x float> %306 to <8 x i32>
-  %311 = bitcast <8 x float> %307 to <8 x i32>
-  %312 = bitcast <8 x float> %308 to <8 x i32>
-  %313 = bitcast <8 x float> %309 to <8 x i32>
-  %314 = zext <8 x i16> %strided.vec.1 to <8 x i32>
-  %315 = zext <8 x i16> %strided.vec187.1 to <8 x i32>
-  %316 = zext <8 x i16> %strided.vec190.1 to <8 x i32>
-  %317 = zext <8 x i16> %strided.vec193.1 to <8 x i32>
-  %318 = shl nuw <8 x i32> %314, splat (i32 16)
-  %319 = shl nuw <8 x i32> %315, splat (i32 16)
-  %320 = shl nuw <8 x i32> %316, splat (i32 16)
-  %321 = shl nuw <8 x i32> %317, splat (i32 16)
-  %322 = bitcast <8 x i32> %318 to <8 x float>
-  %323 = bitcast <8 x i32> %319 to <8 x float>
-  %324 = bitcast <8 x i32> %320 to <8 x float>
-  %325 = bitcast <8 x i32> %321 to <8 x float>
-  %326 = fmul <8 x float> %broadcast.splat, %322
-  %327 = fmul <8 x float> %broadcast.splat, %323
-  %328 = fmul <8 x float> %broadcast.splat, %324
-  %329 = fmul <8 x float> %broadcast.splat, %325
-  %330 = bitcast <8 x float> %326 to <8 x i32>
-  %331 = bitcast <8 x float> %327 to <8 x i32>
-  %332 = bitcast <8 x float> %328 to <8 x i32>
-  %333 = bitcast <8 x float> %329 to <8 x i32>
-  %334 = lshr <8 x i32> %330, splat (i32 16)
-  %335 = lshr <8 x i32> %331, splat (i32 16)
-  %336 = lshr <8 x i32> %332, splat (i32 16)
-  %337 = lshr <8 x i32> %333, splat (i32 16)
-  %338 = or <8 x i32> %334, %310
-  %339 = or <8 x i32> %335, %311
-  %340 = or <8 x i32> %336, %312
-  %341 = or <8 x i32> %337, %313
-  %342 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 128
-  %343 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 160
-  %344 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 192
-  %345 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 224
-  store <8 x i32> %338, ptr %342, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %339, ptr %343, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %340, ptr %344, align 4, !tbaa !7, !alias.scope !25, !noalias !22
-  store <8 x i32> %341, ptr %345, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  %287 = zext <8 x i16> %strided.vec185.1 to <8 x i32>
+  %288 = zext <8 x i16> %strided.vec188.1 to <8 x i32>
+  %289 = zext <8 x i16> %strided.vec191.1 to <8 x i32>
+  %290 = zext <8 x i16> %strided.vec194.1 to <8 x i32>
+  %291 = shl nuw <8 x i32> %287, splat (i32 16)
+  %292 = shl nuw <8 x i32> %288, splat (i32 16)
+  %293 = shl nuw <8 x i32> %289, splat (i32 16)
+  %294 = shl nuw <8 x i32> %290, splat (i32 16)
+  %295 = bitcast <8 x i32> %291 to <8 x float>
+  %296 = bitcast <8 x i32> %292 to <8 x float>
+  %297 = bitcast <8 x i32> %293 to <8 x float>
+  %298 = bitcast <8 x i32> %294 to <8 x float>
+  %299 = fmul <8 x float> %broadcast.splat, %295
+  %300 = fmul <8 x float> %broadcast.splat, %296
+  %301 = fmul <8 x float> %broadcast.splat, %297
+  %302 = fmul <8 x float> %broadcast.splat, %298
+  %303 = bitcast <8 x float> %299 to <8 x i32>
+  %304 = bitcast <8 x float> %300 to <8 x i32>
+  %305 = bitcast <8 x float> %301 to <8 x i32>
+  %306 = bitcast <8 x float> %302 to <8 x i32>
+  %307 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %308 = zext <8 x i16> %strided.vec187.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec190.1 to <8 x i32>
+  %310 = zext <8 x i16> %strided.vec193.1 to <8 x i32>
+  %311 = shl nuw <8 x i32> %307, splat (i32 16)
+  %312 = shl nuw <8 x i32> %308, splat (i32 16)
+  %313 = shl nuw <8 x i32> %309, splat (i32 16)
+  %314 = shl nuw <8 x i32> %310, splat (i32 16)
+  %315 = bitcast <8 x i32> %311 to <8 x float>
+  %316 = bitcast <8 x i32> %312 to <8 x float>
+  %317 = bitcast <8 x i32> %313 to <8 x float>
+  %318 = bitcast <8 x i32> %314 to <8 x float>
+  %319 = fmul <8 x float> %broadcast.splat, %315
+  %320 = fmul <8 x float> %broadcast.splat, %316
+  %321 = fmul <8 x float> %broadcast.splat, %317
+  %322 = fmul <8 x float> %broadcast.splat, %318
+  %323 = bitcast <8 x float> %319 to <8 x i32>
+  %324 = bitcast <8 x float> %320 to <8 x i32>
+  %325 = bitcast <8 x float> %321 to <8 x i32>
+  %326 = bitcast <8 x float> %322 to <8 x i32>
+  %327 = lshr <8 x i32> %323, splat (i32 16)
+  %328 = lshr <8 x i32> %324, splat (i32 16)
+  %329 = lshr <8 x i32> %325, splat (i32 16)
+  %330 = lshr <8 x i32> %326, splat (i32 16)
+  %331 = or <8 x i32> %327, %303
+  %332 = or <8 x i32> %328, %304
+  %333 = or <8 x i32> %329, %305
+  %334 = or <8 x i32> %330, %306
+  %335 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 128
+  %336 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 160
+  %337 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 192
+  %338 = getelementptr inbounds nuw i8, ptr %gep1560.i, i64 224
+  store <8 x i32> %331, ptr %335, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %332, ptr %336, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %333, ptr %337, align 4, !tbaa !7, !alias.scope !25, !noalias !22
+  store <8 x i32> %334, ptr %338, align 4, !tbaa !7, !alias.scope !25, !noalias !22
   br label %for_end_d.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.us.i ], [ 0, %for_begin_d.preheader.split.us.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %346 = getelementptr i8, ptr %gep.i, i64 2
-  %347 = load i16, ptr %346, align 2, !tbaa !7
-  %348 = zext i16 %347 to i32
-  %349 = shl nuw i32 %348, 16
-  %350 = bitcast i32 %349 to float
-  %351 = fmul float %query_scale, %350
-  %352 = bitcast float %351 to i32
-  %353 = load i16, ptr %gep.i, align 2, !tbaa !7
-  %354 = zext i16 %353 to i32
-  %355 = shl nuw i32 %354, 16
-  %356 = bitcast i32 %355 to float
-  %357 = fmul float %query_scale, %356
-  %358 = bitcast float %357 to i32
-  %359 = lshr i32 %358, 16
-  %360 = or i32 %359, %352
+  %339 = getelementptr i8, ptr %gep.i, i64 2
+  %340 = load i16, ptr %339, align 2, !tbaa !7
+  %341 = zext i16 %340 to i32
+  %342 = shl nuw i32 %341, 16
+  %343 = bitcast i32 %342 to float
+  %344 = fmul float %query_scale, %343
+  %345 = bitcast float %344 to i32
+  %346 = load i16, ptr %gep.i, align 2, !tbaa !7
+  %347 = zext i16 %346 to i32
+  %348 = shl nuw i32 %347, 16
+  %349 = bitcast i32 %348 to float
+  %350 = fmul float %query_scale, %349
+  %351 = bitcast float %350 to i32
+  %352 = lshr i32 %351, 16
+  %353 = or i32 %352, %345
   %gep1558.i = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.i
-  store i32 %360, ptr %gep1558.i, align 4, !tbaa !7
+  store i32 %353, ptr %gep1558.i, align 4, !tbaa !7
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %361 = getelementptr i8, ptr %gep.i.1, i64 2
-  %362 = load i16, ptr %361, align 2, !tbaa !7
-  %363 = zext i16 %362 to i32
-  %364 = shl nuw i32 %363, 16
-  %365 = bitcast i32 %364 to float
-  %366 = fmul float %query_scale, %365
-  %367 = bitcast float %366 to i32
-  %368 = load i16, ptr %gep.i.1, align 2, !tbaa !7
-  %369 = zext i16 %368 to i32
-  %370 = shl nuw i32 %369, 16
-  %371 = bitcast i32 %370 to float
-  %372 = fmul float %query_scale, %371
-  %373 = bitcast float %372 to i32
-  %374 = lshr i32 %373, 16
-  %375 = or i32 %374, %367
+  %354 = getelementptr i8, ptr %gep.i.1, i64 2
+  %355 = load i16, ptr %354, align 2, !tbaa !7
+  %356 = zext i16 %355 to i32
+  %357 = shl nuw i32 %356, 16
+  %358 = bitcast i32 %357 to float
+  %359 = fmul float %query_scale, %358
+  %360 = bitcast float %359 to i32
+  %361 = load i16, ptr %gep.i.1, align 2, !tbaa !7
+  %362 = zext i16 %361 to i32
+  %363 = shl nuw i32 %362, 16
+  %364 = bitcast i32 %363 to float
+  %365 = fmul float %query_scale, %364
+  %366 = bitcast float %365 to i32
+  %367 = lshr i32 %366, 16
+  %368 = or i32 %367, %360
   %gep1558.i.1 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i
-  store i32 %375, ptr %gep1558.i.1, align 4, !tbaa !7
+  store i32 %368, ptr %gep1558.i.1, align 4, !tbaa !7
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %376 = getelementptr i8, ptr %gep.i.2, i64 2
-  %377 = load i16, ptr %376, align 2, !tbaa !7
-  %378 = zext i16 %377 to i32
-  %379 = shl nuw i32 %378, 16
-  %380 = bitcast i32 %379 to float
-  %381 = fmul float %query_scale, %380
-  %382 = bitcast float %381 to i32
-  %383 = load i16, ptr %gep.i.2, align 2, !tbaa !7
-  %384 = zext i16 %383 to i32
-  %385 = shl nuw i32 %384, 16
-  %386 = bitcast i32 %385 to float
-  %387 = fmul float %query_scale, %386
-  %388 = bitcast float %387 to i32
-  %389 = lshr i32 %388, 16
-  %390 = or i32 %389, %382
+  %369 = getelementptr i8, ptr %gep.i.2, i64 2
+  %370 = load i16, ptr %369, align 2, !tbaa !7
+  %371 = zext i16 %370 to i32
+  %372 = shl nuw i32 %371, 16
+  %373 = bitcast i32 %372 to float
+  %374 = fmul float %query_scale, %373
+  %375 = bitcast float %374 to i32
+  %376 = load i16, ptr %gep.i.2, align 2, !tbaa !7
+  %377 = zext i16 %376 to i32
+  %378 = shl nuw i32 %377, 16
+  %379 = bitcast i32 %378 to float
+  %380 = fmul float %query_scale, %379
+  %381 = bitcast float %380 to i32
+  %382 = lshr i32 %381, 16
+  %383 = or i32 %382, %375
   %gep1558.i.2 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i.1
-  store i32 %390, ptr %gep1558.i.2, align 4, !tbaa !7
+  store i32 %383, ptr %gep1558.i.2, align 4, !tbaa !7
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %391 = getelementptr i8, ptr %gep.i.3, i64 2
-  %392 = load i16, ptr %391, align 2, !tbaa !7
-  %393 = zext i16 %392 to i32
-  %394 = shl nuw i32 %393, 16
-  %395 = bitcast i32 %394 to float
-  %396 = fmul float %query_scale, %395
-  %397 = bitcast float %396 to i32
-  %398 = load i16, ptr %gep.i.3, align 2, !tbaa !7
-  %399 = zext i16 %398 to i32
-  %400 = shl nuw i32 %399, 16
-  %401 = bitcast i32 %400 to float
-  %402 = fmul float %query_scale, %401
-  %403 = bitcast float %402 to i32
-  %404 = lshr i32 %403, 16
-  %405 = or i32 %404, %397
+  %384 = getelementptr i8, ptr %gep.i.3, i64 2
+  %385 = load i16, ptr %384, align 2, !tbaa !7
+  %386 = zext i16 %385 to i32
+  %387 = shl nuw i32 %386, 16
+  %388 = bitcast i32 %387 to float
+  %389 = fmul float %query_scale, %388
+  %390 = bitcast float %389 to i32
+  %391 = load i16, ptr %gep.i.3, align 2, !tbaa !7
+  %392 = zext i16 %391 to i32
+  %393 = shl nuw i32 %392, 16
+  %394 = bitcast i32 %393 to float
+  %395 = fmul float %query_scale, %394
+  %396 = bitcast float %395 to i32
+  %397 = lshr i32 %396, 16
+  %398 = or i32 %397, %390
   %gep1558.i.3 = getelementptr inbounds nuw i32, ptr %gep1560.i, i64 %indvars.iv.next.i.2
-  store i32 %405, ptr %gep1558.i.3, align 4, !tbaa !7
+  store i32 %398, ptr %gep1558.i.3, align 4, !tbaa !7
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !27, !llvm.loop !28
 
 for_body_r28.peel.next.i:                         ; preds = %for_end_d.i
-  %406 = icmp eq i32 %rmod.i, 0
-  %407 = or i1 %150, %406
-  %408 = select i1 %407, i32 0, i32 %122
-  %409 = add nsw i32 %408, %rmod.i
-  %410 = shl nsw i32 %409, 4
-  %411 = sub nsw i32 %120, %410
-  %412 = tail call i32 @llvm.smin.i32(i32 %411, i32 16)
-  %413 = add nsw i32 %412, -1
-  %414 = insertelement <16 x i32> poison, i32 %413, i64 0
-  %415 = shufflevector <16 x i32> %414, <16 x i32> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %415, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
-  %417 = ashr <16 x i32> %416, splat (i32 2)
-  %418 = sext <16 x i32> %417 to <16 x i64>
-  %419 = sext i32 %409 to i64
-  %420 = shl nsw i64 %419, 2
-  %.scalar.i = add nsw i64 %420, %149
-  %421 = insertelement <16 x i64> poison, i64 %.scalar.i, i64 0
-  %422 = shufflevector <16 x i64> %421, <16 x i64> poison, <16 x i32> zeroinitializer
-  %423 = add <16 x i64> %422, %418
-  %424 = extractelement <16 x i64> %423, i64 0
-  %425 = getelementptr inbounds i32, ptr %token_positions, i64 %424
-  %426 = load i32, ptr %425, align 4, !tbaa !7
-  %427 = extractelement <16 x i64> %423, i64 1
-  %428 = getelementptr inbounds i32, ptr %token_positions, i64 %427
-  %429 = load i32, ptr %428, align 4, !tbaa !7
-  %430 = extractelement <16 x i64> %423, i64 2
-  %431 = getelementptr inbounds i32, ptr %token_positions, i64 %430
-  %432 = load i32, ptr %431, align 4, !tbaa !7
-  %433 = extractelement <16 x i64> %423, i64 3
-  %434 = getelementptr inbounds i32, ptr %token_positions, i64 %433
-  %435 = load i32, ptr %434, align 4, !tbaa !7
-  %436 = extractelement <16 x i64> %423, i64 4
-  %437 = getelementptr inbounds i32, ptr %token_positions, i64 %436
-  %438 = load i32, ptr %437, align 4, !tbaa !7
-  %439 = extractelement <16 x i64> %423, i64 5
-  %440 = getelementptr inbounds i32, ptr %token_positions, i64 %439
-  %441 = load i32, ptr %440, align 4, !tbaa !7
-  %442 = extractelement <16 x i64> %423, i64 6
-  %443 = getelementptr inbounds i32, ptr %token_positions, i64 %442
-  %444 = load i32, ptr %443, align 4, !tbaa !7
-  %445 = extractelement <16 x i64> %423, i64 7
-  %446 = getelementptr inbounds i32, ptr %token_positions, i64 %445
-  %447 = load i32, ptr %446, align 4, !tbaa !7
-  %448 = extractelement <16 x i64> %423, i64 8
-  %449 = getelementptr inbounds i32, ptr %token_positions, i64 %448
-  %450 = load i32, ptr %449, align 4, !tbaa !7
-  %451 = extractelement <16 x i64> %423, i64 9
-  %452 = getelementptr inbounds i32, ptr %token_positions, i64 %451
-  %453 = load i32, ptr %452, align 4, !tbaa !7
-  %454 = extractelement <16 x i64> %423, i64 10
-  %455 = getelementptr inbounds i32, ptr %token_positions, i64 %454
-  %456 = load i32, ptr %455, align 4, !tbaa !7
-  %457 = extractelement <16 x i64> %423, i64 11
-  %458 = getelementptr inbounds i32, ptr %token_positions, i64 %457
-  %459 = load i32, ptr %458, align 4, !tbaa !7
-  %460 = extractelement <16 x i64> %423, i64 12
-  %461 = getelementptr inbounds i32, ptr %token_positions, i64 %460
-  %462 = load i32, ptr %461, align 4, !tbaa !7
-  %463 = extractelement <16 x i64> %423, i64 13
-  %464 = getelementptr inbounds i32, ptr %token_positions, i64 %463
-  %465 = load i32, ptr %464, align 4, !tbaa !7
-  %466 = extractelement <16 x i64> %423, i64 14
-  %467 = getelementptr inbounds i32, ptr %token_positions, i64 %466
-  %468 = load i32, ptr %467, align 4, !tbaa !7
-  %469 = extractelement <16 x i64> %423, i64 15
-  %470 = getelementptr inbounds i32, ptr %token_positions, i64 %469
-  %471 = load i32, ptr %470, align 4, !tbaa !7
-  %472 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %426, i64 0
-  %473 = insertelement <16 x i32> %472, i32 %429, i64 1
-  %474 = insertelement <16 x i32> %473, i32 %432, i64 2
-  %475 = insertelement <16 x i32> %474, i32 %435, i64 3
-  %476 = insertelement <16 x i32> %475, i32 %438, i64 4
-  %477 = insertelement <16 x i32> %476, i32 %441, i64 5
-  %478 = insertelement <16 x i32> %477, i32 %444, i64 6
-  %479 = insertelement <16 x i32> %478, i32 %447, i64 7
-  %480 = insertelement <16 x i32> %479, i32 %450, i64 8
-  %481 = insertelement <16 x i32> %480, i32 %453, i64 9
-  %482 = insertelement <16 x i32> %481, i32 %456, i64 10
-  %483 = insertelement <16 x i32> %482, i32 %459, i64 11
-  %484 = insertelement <16 x i32> %483, i32 %462, i64 12
-  %485 = insertelement <16 x i32> %484, i32 %465, i64 13
-  %486 = insertelement <16 x i32> %485, i32 %468, i64 14
-  %position.i = insertelement <16 x i32> %486, i32 %471, i64 15
-  %487 = add nsw <16 x i32> %position.i, splat (i32 1)
-  %488 = select <16 x i1> %155, <16 x i32> %152, <16 x i32> %487
-  %489 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %488, <16 x i32> %152)
-  %490 = shl nsw i64 %indvars.iv1142.i, 4
-  %491 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %490
-  store <16 x i32> %489, ptr %491, align 4, !tbaa !7
-  %492 = add nsw <16 x i32> %488, splat (i32 -1)
-  %493 = sitofp <16 x i32> %492 to <16 x float>
-  %494 = bitcast <16 x float> %493 to <16 x i32>
-  %495 = ashr <16 x i32> %494, splat (i32 23)
-  %496 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %495, <16 x i32> splat (i32 125))
-  %497 = add nsw <16 x i32> %496, splat (i32 -125)
-  %498 = getelementptr inbounds nuw i32, ptr %places.i, i64 %490
-  store <16 x i32> %497, ptr %498, align 4, !tbaa !7
-  %499 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %490
-  %500 = getelementptr inbounds nuw i8, ptr %499, i64 4
-  %501 = getelementptr inbounds nuw i8, ptr %499, i64 8
-  %502 = getelementptr inbounds nuw i8, ptr %499, i64 12
-  %503 = and i64 %490, 4294967280
-  %504 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %503
-  %own.peel.i = load i32, ptr %504, align 4, !tbaa !7
-  %gep1562.i = getelementptr inbounds nuw i8, ptr %504, i64 4
+  %399 = icmp eq i32 %rmod.i, 0
+  %400 = or i1 %143, %399
+  %401 = select i1 %400, i32 0, i32 %134
+  %402 = add nsw i32 %401, %rmod.i
+  %403 = shl nsw i32 %402, 4
+  %404 = sub nsw i32 %132, %403
+  %405 = tail call i32 @llvm.smin.i32(i32 %404, i32 16)
+  %406 = add nsw i32 %405, -1
+  %407 = insertelement <16 x i32> poison, i32 %406, i64 0
+  %408 = shufflevector <16 x i32> %407, <16 x i32> poison, <16 x i32> zeroinitializer
+  %409 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %408, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %410 = ashr <16 x i32> %409, splat (i32 2)
+  %411 = sext <16 x i32> %410 to <16 x i64>
+  %412 = sext i32 %402 to i64
+  %413 = shl nsw i64 %412, 2
+  %.scalar.i = add nsw i64 %413, %142
+  %414 = insertelement <16 x i64> poison, i64 %.scalar.i, i64 0
+  %415 = shufflevector <16 x i64> %414, <16 x i64> poison, <16 x i32> zeroinitializer
+  %416 = add <16 x i64> %415, %411
+  %417 = extractelement <16 x i64> %416, i64 0
+  %418 = getelementptr inbounds i32, ptr %token_positions, i64 %417
+  %419 = load i32, ptr %418, align 4, !tbaa !7
+  %420 = extractelement <16 x i64> %416, i64 1
+  %421 = getelementptr inbounds i32, ptr %token_positions, i64 %420
+  %422 = load i32, ptr %421, align 4, !tbaa !7
+  %423 = extractelement <16 x i64> %416, i64 2
+  %424 = getelementptr inbounds i32, ptr %token_positions, i64 %423
+  %425 = load i32, ptr %424, align 4, !tbaa !7
+  %426 = extractelement <16 x i64> %416, i64 3
+  %427 = getelementptr inbounds i32, ptr %token_positions, i64 %426
+  %428 = load i32, ptr %427, align 4, !tbaa !7
+  %429 = extractelement <16 x i64> %416, i64 4
+  %430 = getelementptr inbounds i32, ptr %token_positions, i64 %429
+  %431 = load i32, ptr %430, align 4, !tbaa !7
+  %432 = extractelement <16 x i64> %416, i64 5
+  %433 = getelementptr inbounds i32, ptr %token_positions, i64 %432
+  %434 = load i32, ptr %433, align 4, !tbaa !7
+  %435 = extractelement <16 x i64> %416, i64 6
+  %436 = getelementptr inbounds i32, ptr %token_positions, i64 %435
+  %437 = load i32, ptr %436, align 4, !tbaa !7
+  %438 = extractelement <16 x i64> %416, i64 7
+  %439 = getelementptr inbounds i32, ptr %token_positions, i64 %438
+  %440 = load i32, ptr %439, align 4, !tbaa !7
+  %441 = extractelement <16 x i64> %416, i64 8
+  %442 = getelementptr inbounds i32, ptr %token_positions, i64 %441
+  %443 = load i32, ptr %442, align 4, !tbaa !7
+  %444 = extractelement <16 x i64> %416, i64 9
+  %445 = getelementptr inbounds i32, ptr %token_positions, i64 %444
+  %446 = load i32, ptr %445, align 4, !tbaa !7
+  %447 = extractelement <16 x i64> %416, i64 10
+  %448 = getelementptr inbounds i32, ptr %token_positions, i64 %447
+  %449 = load i32, ptr %448, align 4, !tbaa !7
+  %450 = extractelement <16 x i64> %416, i64 11
+  %451 = getelementptr inbounds i32, ptr %token_positions, i64 %450
+  %452 = load i32, ptr %451, align 4, !tbaa !7
+  %453 = extractelement <16 x i64> %416, i64 12
+  %454 = getelementptr inbounds i32, ptr %token_positions, i64 %453
+  %455 = load i32, ptr %454, align 4, !tbaa !7
+  %456 = extractelement <16 x i64> %416, i64 13
+  %457 = getelementptr inbounds i32, ptr %token_positions, i64 %456
+  %458 = load i32, ptr %457, align 4, !tbaa !7
+  %459 = extractelement <16 x i64> %416, i64 14
+  %460 = getelementptr inbounds i32, ptr %token_positions, i64 %459
+  %461 = load i32, ptr %460, align 4, !tbaa !7
+  %462 = extractelement <16 x i64> %416, i64 15
+  %463 = getelementptr inbounds i32, ptr %token_positions, i64 %462
+  %464 = load i32, ptr %463, align 4, !tbaa !7
+  %465 = insertelement <16 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef, i32 undef>, i32 %419, i64 0
+  %466 = insertelement <16 x i32> %465, i32 %422, i64 1
+  %467 = insertelement <16 x i32> %466, i32 %425, i64 2
+  %468 = insertelement <16 x i32> %467, i32 %428, i64 3
+  %469 = insertelement <16 x i32> %468, i32 %431, i64 4
+  %470 = insertelement <16 x i32> %469, i32 %434, i64 5
+  %471 = insertelement <16 x i32> %470, i32 %437, i64 6
+  %472 = insertelement <16 x i32> %471, i32 %440, i64 7
+  %473 = insertelement <16 x i32> %472, i32 %443, i64 8
+  %474 = insertelement <16 x i32> %473, i32 %446, i64 9
+  %475 = insertelement <16 x i32> %474, i32 %449, i64 10
+  %476 = insertelement <16 x i32> %475, i32 %452, i64 11
+  %477 = insertelement <16 x i32> %476, i32 %455, i64 12
+  %478 = insertelement <16 x i32> %477, i32 %458, i64 13
+  %479 = insertelement <16 x i32> %478, i32 %461, i64 14
+  %position.i = insertelement <16 x i32> %479, i32 %464, i64 15
+  %480 = add nsw <16 x i32> %position.i, splat (i32 1)
+  %481 = select <16 x i1> %148, <16 x i32> %145, <16 x i32> %480
+  %482 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %481, <16 x i32> %145)
+  %483 = shl nsw i64 %indvars.iv1142.i, 4
+  %484 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %483
+  store <16 x i32> %482, ptr %484, align 4, !tbaa !7
+  %485 = add nsw <16 x i32> %481, splat (i32 -1)
+  %486 = sitofp <16 x i32> %485 to <16 x float>
+  %487 = bitcast <16 x float> %486 to <16 x i32>
+  %488 = ashr <16 x i32> %487, splat (i32 23)
+  %489 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %488, <16 x i32> splat (i32 125))
+  %490 = add nsw <16 x i32> %489, splat (i32 -125)
+  %491 = getelementptr inbounds nuw i32, ptr %places.i, i64 %483
+  store <16 x i32> %490, ptr %491, align 4, !tbaa !7
+  %492 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %483
+  %493 = getelementptr inbounds nuw i8, ptr %492, i64 4
+  %494 = getelementptr inbounds nuw i8, ptr %492, i64 8
+  %495 = getelementptr inbounds nuw i8, ptr %492, i64 12
+  %496 = and i64 %483, 4294967280
+  %497 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %496
+  %own.peel.i = load i32, ptr %497, align 4, !tbaa !7
+  %gep1562.i = getelementptr inbounds nuw i8, ptr %497, i64 4
   %own.i = load i32, ptr %gep1562.i, align 4, !tbaa !7
-  %505 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
-  %506 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
-  %gep1562.i.1 = getelementptr inbounds nuw i8, ptr %504, i64 8
+  %498 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  %499 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  %gep1562.i.1 = getelementptr inbounds nuw i8, ptr %497, i64 8
   %own.i.1 = load i32, ptr %gep1562.i.1, align 4, !tbaa !7
-  %507 = tail call i32 @llvm.smin.i32(i32 %505, i32 %own.i.1)
-  %508 = tail call i32 @llvm.smax.i32(i32 %506, i32 %own.i.1)
-  %gep1562.i.2 = getelementptr inbounds nuw i8, ptr %504, i64 12
+  %500 = tail call i32 @llvm.smin.i32(i32 %498, i32 %own.i.1)
+  %501 = tail call i32 @llvm.smax.i32(i32 %499, i32 %own.i.1)
+  %gep1562.i.2 = getelementptr inbounds nuw i8, ptr %497, i64 12
   %own.i.2 = load i32, ptr %gep1562.i.2, align 4, !tbaa !7
-  %509 = tail call i32 @llvm.smin.i32(i32 %507, i32 %own.i.2)
-  %510 = tail call i32 @llvm.smax.i32(i32 %508, i32 %own.i.2)
-  %gep1562.i.3 = getelementptr inbounds nuw i8, ptr %504, i64 16
+  %502 = tail call i32 @llvm.smin.i32(i32 %500, i32 %own.i.2)
+  %503 = tail call i32 @llvm.smax.i32(i32 %501, i32 %own.i.2)
+  %gep1562.i.3 = getelementptr inbounds nuw i8, ptr %497, i64 16
   %own.i.3 = load i32, ptr %gep1562.i.3, align 4, !tbaa !7
-  %511 = tail call i32 @llvm.smin.i32(i32 %509, i32 %own.i.3)
-  %512 = tail call i32 @llvm.smax.i32(i32 %510, i32 %own.i.3)
-  %gep1562.i.4 = getelementptr inbounds nuw i8, ptr %504, i64 20
+  %504 = tail call i32 @llvm.smin.i32(i32 %502, i32 %own.i.3)
+  %505 = tail call i32 @llvm.smax.i32(i32 %503, i32 %own.i.3)
+  %gep1562.i.4 = getelementptr inbounds nuw i8, ptr %497, i64 20
   %own.i.4 = load i32, ptr %gep1562.i.4, align 4, !tbaa !7
-  %513 = tail call i32 @llvm.smin.i32(i32 %511, i32 %own.i.4)
-  %514 = tail call i32 @llvm.smax.i32(i32 %512, i32 %own.i.4)
-  %gep1562.i.5 = getelementptr inbounds nuw i8, ptr %504, i64 24
+  %506 = tail call i32 @llvm.smin.i32(i32 %504, i32 %own.i.4)
+  %507 = tail call i32 @llvm.smax.i32(i32 %505, i32 %own.i.4)
+  %gep1562.i.5 = getelementptr inbounds nuw i8, ptr %497, i64 24
   %own.i.5 = load i32, ptr %gep1562.i.5, align 4, !tbaa !7
-  %515 = tail call i32 @llvm.smin.i32(i32 %513, i32 %own.i.5)
-  %516 = tail call i32 @llvm.smax.i32(i32 %514, i32 %own.i.5)
-  %gep1562.i.6 = getelementptr inbounds nuw i8, ptr %504, i64 28
+  %508 = tail call i32 @llvm.smin.i32(i32 %506, i32 %own.i.5)
+  %509 = tail call i32 @llvm.smax.i32(i32 %507, i32 %own.i.5)
+  %gep1562.i.6 = getelementptr inbounds nuw i8, ptr %497, i64 28
   %own.i.6 = load i32, ptr %gep1562.i.6, align 4, !tbaa !7
-  %517 = tail call i32 @llvm.smin.i32(i32 %515, i32 %own.i.6)
-  %518 = tail call i32 @llvm.smax.i32(i32 %516, i32 %own.i.6)
-  %gep1562.i.7 = getelementptr inbounds nuw i8, ptr %504, i64 32
+  %510 = tail call i32 @llvm.smin.i32(i32 %508, i32 %own.i.6)
+  %511 = tail call i32 @llvm.smax.i32(i32 %509, i32 %own.i.6)
+  %gep1562.i.7 = getelementptr inbounds nuw i8, ptr %497, i64 32
   %own.i.7 = load i32, ptr %gep1562.i.7, align 4, !tbaa !7
-  %519 = tail call i32 @llvm.smin.i32(i32 %517, i32 %own.i.7)
-  %520 = tail call i32 @llvm.smax.i32(i32 %518, i32 %own.i.7)
-  %gep1562.i.8 = getelementptr inbounds nuw i8, ptr %504, i64 36
+  %512 = tail call i32 @llvm.smin.i32(i32 %510, i32 %own.i.7)
+  %513 = tail call i32 @llvm.smax.i32(i32 %511, i32 %own.i.7)
+  %gep1562.i.8 = getelementptr inbounds nuw i8, ptr %497, i64 36
   %own.i.8 = load i32, ptr %gep1562.i.8, align 4, !tbaa !7
-  %521 = tail call i32 @llvm.smin.i32(i32 %519, i32 %own.i.8)
-  %522 = tail call i32 @llvm.smax.i32(i32 %520, i32 %own.i.8)
-  %gep1562.i.9 = getelementptr inbounds nuw i8, ptr %504, i64 40
+  %514 = tail call i32 @llvm.smin.i32(i32 %512, i32 %own.i.8)
+  %515 = tail call i32 @llvm.smax.i32(i32 %513, i32 %own.i.8)
+  %gep1562.i.9 = getelementptr inbounds nuw i8, ptr %497, i64 40
   %own.i.9 = load i32, ptr %gep1562.i.9, align 4, !tbaa !7
-  %523 = tail call i32 @llvm.smin.i32(i32 %521, i32 %own.i.9)
-  %524 = tail call i32 @llvm.smax.i32(i32 %522, i32 %own.i.9)
-  %gep1562.i.10 = getelementptr inbounds nuw i8, ptr %504, i64 44
+  %516 = tail call i32 @llvm.smin.i32(i32 %514, i32 %own.i.9)
+  %517 = tail call i32 @llvm.smax.i32(i32 %515, i32 %own.i.9)
+  %gep1562.i.10 = getelementptr inbounds nuw i8, ptr %497, i64 44
   %own.i.10 = load i32, ptr %gep1562.i.10, align 4, !tbaa !7
-  %525 = tail call i32 @llvm.smin.i32(i32 %523, i32 %own.i.10)
-  %526 = tail call i32 @llvm.smax.i32(i32 %524, i32 %own.i.10)
-  %gep1562.i.11 = getelementptr inbounds nuw i8, ptr %504, i64 48
+  %518 = tail call i32 @llvm.smin.i32(i32 %516, i32 %own.i.10)
+  %519 = tail call i32 @llvm.smax.i32(i32 %517, i32 %own.i.10)
+  %gep1562.i.11 = getelementptr inbounds nuw i8, ptr %497, i64 48
   %own.i.11 = load i32, ptr %gep1562.i.11, align 4, !tbaa !7
-  %527 = tail call i32 @llvm.smin.i32(i32 %525, i32 %own.i.11)
-  %528 = tail call i32 @llvm.smax.i32(i32 %526, i32 %own.i.11)
-  %gep1562.i.12 = getelementptr inbounds nuw i8, ptr %504, i64 52
+  %520 = tail call i32 @llvm.smin.i32(i32 %518, i32 %own.i.11)
+  %521 = tail call i32 @llvm.smax.i32(i32 %519, i32 %own.i.11)
+  %gep1562.i.12 = getelementptr inbounds nuw i8, ptr %497, i64 52
   %own.i.12 = load i32, ptr %gep1562.i.12, align 4, !tbaa !7
-  %529 = tail call i32 @llvm.smin.i32(i32 %527, i32 %own.i.12)
-  %530 = tail call i32 @llvm.smax.i32(i32 %528, i32 %own.i.12)
-  %gep1562.i.13 = getelementptr inbounds nuw i8, ptr %504, i64 56
+  %522 = tail call i32 @llvm.smin.i32(i32 %520, i32 %own.i.12)
+  %523 = tail call i32 @llvm.smax.i32(i32 %521, i32 %own.i.12)
+  %gep1562.i.13 = getelementptr inbounds nuw i8, ptr %497, i64 56
   %own.i.13 = load i32, ptr %gep1562.i.13, align 4, !tbaa !7
-  %531 = tail call i32 @llvm.smin.i32(i32 %529, i32 %own.i.13)
-  %532 = tail call i32 @llvm.smax.i32(i32 %530, i32 %own.i.13)
-  %gep1562.i.14 = getelementptr inbounds nuw i8, ptr %504, i64 60
+  %524 = tail call i32 @llvm.smin.i32(i32 %522, i32 %own.i.13)
+  %525 = tail call i32 @llvm.smax.i32(i32 %523, i32 %own.i.13)
+  %gep1562.i.14 = getelementptr inbounds nuw i8, ptr %497, i64 60
   %own.i.14 = load i32, ptr %gep1562.i.14, align 4, !tbaa !7
-  %533 = tail call i32 @llvm.smin.i32(i32 %531, i32 %own.i.14)
-  %534 = tail call i32 @llvm.smax.i32(i32 %532, i32 %own.i.14)
-  %535 = shl i64 %indvars.iv1142.i, 13
-  %536 = and i64 %535, 17179860992
-  %scevgep1140.i = getelementptr i8, ptr %total_acc.i, i64 %536
-  store i32 %533, ptr %499, align 16, !tbaa !11
-  store i32 %534, ptr %500, align 4, !tbaa !11
-  store i32 0, ptr %501, align 8, !tbaa !11
-  store i32 0, ptr %502, align 4, !tbaa !11
-  %537 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %490
-  store <16 x float> splat (float 0xC6293E5940000000), ptr %537, align 4, !tbaa !7
-  %538 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %490
-  store <16 x float> zeroinitializer, ptr %538, align 4, !tbaa !7
+  %526 = tail call i32 @llvm.smin.i32(i32 %524, i32 %own.i.14)
+  %527 = tail call i32 @llvm.smax.i32(i32 %525, i32 %own.i.14)
+  %528 = shl i64 %indvars.iv1142.i, 13
+  %529 = and i64 %528, 17179860992
+  %scevgep1140.i = getelementptr i8, ptr %total_acc.i, i64 %529
+  store i32 %526, ptr %492, align 16, !tbaa !11
+  store i32 %527, ptr %493, align 4, !tbaa !11
+  store i32 0, ptr %494, align 8, !tbaa !11
+  store i32 0, ptr %495, align 4, !tbaa !11
+  %530 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %483
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %530, align 4, !tbaa !7
+  %531 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %483
+  store <16 x float> zeroinitializer, ptr %531, align 4, !tbaa !7
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1140.i, i8 0, i64 8192, i1 false), !tbaa !7
   %indvars.iv.next1143.i = add nuw nsw i64 %indvars.iv1142.i, 1
   %exitcond1145.not.i = icmp eq i64 %indvars.iv.next1143.i, %wide.trip.count.i
@@ -2314,248 +2307,248 @@ for_end_d.i:                                      ; preds = %for_body_d.us.i, %v
   br i1 %exitcond1128.not.i, label %for_body_r28.peel.next.i, label %for_begin_d.preheader.i, !prof !29
 
 for_end_tile51.i:                                 ; preds = %if_end62.i, %for_begin_tile49.preheader.i, %if_end14.i
-  %span847.sroa.3.0.lcssa.i = phi i32 [ %178, %for_begin_tile49.preheader.i ], [ undef, %if_end14.i ], [ %692, %if_end62.i ]
-  %span847.sroa.0.0.lcssa.i = phi i32 [ %179, %for_begin_tile49.preheader.i ], [ undef, %if_end14.i ], [ %689, %if_end62.i ]
-  %539 = shl nsw i32 %block_end, 4
-  %key_end.i = tail call i32 @llvm.smin.i32(i32 %539, i32 %span847.sroa.3.0.lcssa.i)
-  %540 = shl nsw i32 %block_begin, 4
-  %541 = sub nsw i32 %key_end.i, %540
-  %542 = tail call i32 @llvm.smax.i32(i32 %541, i32 0)
-  %543 = add nuw nsw i32 %542, 255
-  %544 = lshr i32 %543, 8
-  %.not1100.i = icmp eq i32 %544, 0
+  %span847.sroa.3.0.lcssa.i = phi i32 [ %171, %for_begin_tile49.preheader.i ], [ undef, %if_end14.i ], [ %685, %if_end62.i ]
+  %span847.sroa.0.0.lcssa.i = phi i32 [ %172, %for_begin_tile49.preheader.i ], [ undef, %if_end14.i ], [ %682, %if_end62.i ]
+  %532 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %532, i32 %span847.sroa.3.0.lcssa.i)
+  %533 = shl nsw i32 %block_begin, 4
+  %534 = sub nsw i32 %key_end.i, %533
+  %535 = tail call i32 @llvm.smax.i32(i32 %534, i32 0)
+  %536 = add nuw nsw i32 %535, 255
+  %537 = lshr i32 %536, 8
+  %.not1100.i = icmp eq i32 %537, 0
   br i1 %.not1100.i, label %for_begin_tile723.preheader.i, label %for_body_number.lr.ph.i, !prof !9
 
 for_body_number.lr.ph.i:                          ; preds = %for_end_tile51.i
-  %545 = mul nsw i64 %row_step, %141
-  %546 = getelementptr inbounds i32, ptr %row_starts, i64 %545
-  %547 = add nsw i32 %key_end.i, -1
-  %548 = mul nsw i64 %table_seq, %141
-  %549 = getelementptr i32, ptr %block_table, i64 %548
-  %550 = icmp sgt i32 %num_kv_heads, 0
-  %551 = add i64 %62, 4294967295
+  %538 = mul nsw i64 %row_step, %130
+  %539 = getelementptr inbounds i32, ptr %row_starts, i64 %538
+  %540 = add nsw i32 %key_end.i, -1
+  %541 = mul nsw i64 %table_seq, %130
+  %542 = getelementptr i32, ptr %block_table, i64 %541
+  %543 = icmp sgt i32 %num_kv_heads, 0
+  %544 = add i64 %62, 4294967295
   %sext77 = shl i64 %60, 32
-  %552 = ashr exact i64 %sext77, 32
-  %553 = icmp sgt i32 %122, 0
-  %554 = add nsw i32 %122, -1
-  %555 = shl i64 %k_row, 6
-  %556 = shl nsw i64 %k_row, 2
-  %557 = insertelement <64 x float> poison, float %score_scale, i64 0
-  %558 = shufflevector <64 x float> %557, <64 x float> poison, <64 x i32> zeroinitializer
-  %559 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 64
-  %560 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 128
-  %561 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 192
-  %562 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 256
-  %563 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 320
-  %564 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 384
-  %565 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 448
-  %566 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 512
-  %567 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 576
-  %568 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 640
-  %569 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 704
-  %570 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 768
-  %571 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 832
-  %572 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 896
-  %573 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 960
-  %574 = sext i32 %context_len.i to i64
+  %545 = ashr exact i64 %sext77, 32
+  %546 = icmp sgt i32 %134, 0
+  %547 = add nsw i32 %134, -1
+  %548 = shl i64 %k_row, 6
+  %549 = shl nsw i64 %k_row, 2
+  %550 = insertelement <64 x float> poison, float %score_scale, i64 0
+  %551 = shufflevector <64 x float> %550, <64 x float> poison, <64 x i32> zeroinitializer
+  %552 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 64
+  %553 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 128
+  %554 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 192
+  %555 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 256
+  %556 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 320
+  %557 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 384
+  %558 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 448
+  %559 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 512
+  %560 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 576
+  %561 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 640
+  %562 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 704
+  %563 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 768
+  %564 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 832
+  %565 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 896
+  %566 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 960
+  %567 = sext i32 %context_len.i to i64
   %sext78 = shl i64 %73, 32
-  %575 = ashr exact i64 %sext78, 32
-  %576 = add i64 %575, %tree_start
-  %577 = sub i64 %576, %574
-  %578 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 64
-  %579 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 128
-  %580 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 192
-  %581 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 256
-  %582 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 320
-  %583 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 384
-  %584 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 448
-  %585 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 512
-  %586 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 576
-  %587 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 640
-  %588 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 704
-  %589 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 768
-  %590 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 832
-  %591 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 896
-  %592 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 960
-  %593 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 64
-  %594 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 128
-  %595 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 192
-  %596 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 256
-  %597 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 320
-  %598 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 384
-  %599 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 448
-  %600 = shl nsw i64 %v_row, 2
-  %601 = and i32 %121, -16
-  %602 = zext i32 %554 to i64
-  %603 = and i64 %551, 4294967295
+  %568 = ashr exact i64 %sext78, 32
+  %569 = add i64 %568, %tree_start
+  %570 = sub i64 %569, %567
+  %571 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 64
+  %572 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 128
+  %573 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 192
+  %574 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 256
+  %575 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 320
+  %576 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 384
+  %577 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 448
+  %578 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 512
+  %579 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 576
+  %580 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 640
+  %581 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 704
+  %582 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 768
+  %583 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 832
+  %584 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 896
+  %585 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 960
+  %586 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 64
+  %587 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 128
+  %588 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 192
+  %589 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 256
+  %590 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 320
+  %591 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 384
+  %592 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 448
+  %593 = shl nsw i64 %v_row, 2
+  %594 = and i32 %133, -16
+  %595 = zext i32 %547 to i64
+  %596 = and i64 %544, 4294967295
   %sext79 = shl i64 %62, 32
-  %604 = ashr exact i64 %sext79, 32
-  %605 = sext i32 %122 to i64
-  %606 = sext i32 %key_end.i to i64
-  %invariant.op1743.i = add nsw i64 %606, -128
+  %597 = ashr exact i64 %sext79, 32
+  %598 = sext i32 %134 to i64
+  %599 = sext i32 %key_end.i to i64
+  %invariant.op1743.i = add nsw i64 %599, -128
   %wide.trip.count1390.i = and i64 %62, 4294967295
-  %wide.trip.count1385.i = zext nneg i32 %122 to i64
-  %607 = getelementptr i8, ptr %key_cache, i64 %555
+  %wide.trip.count1385.i = zext nneg i32 %134 to i64
+  %600 = getelementptr i8, ptr %key_cache, i64 %548
   %.idx895.us1077.2.i = shl i64 %k_row, 7
-  %608 = getelementptr i8, ptr %key_cache, i64 %.idx895.us1077.2.i
+  %601 = getelementptr i8, ptr %key_cache, i64 %.idx895.us1077.2.i
   %.idx895.us1077.3.i = mul i64 %k_row, 192
-  %609 = getelementptr i8, ptr %key_cache, i64 %.idx895.us1077.3.i
-  %610 = mul nsw i64 %k_row, 48
-  %611 = shl nsw i64 %k_row, 1
-  %612 = mul nsw i64 %k_row, 3
-  %613 = mul nsw i64 %k_row, 5
-  %614 = mul nsw i64 %k_row, 6
-  %615 = mul nsw i64 %k_row, 7
-  %616 = shl nsw i64 %k_row, 3
-  %617 = mul nsw i64 %k_row, 9
-  %618 = mul nsw i64 %k_row, 10
-  %619 = mul nsw i64 %k_row, 11
-  %620 = mul nsw i64 %k_row, 12
-  %621 = mul nsw i64 %k_row, 13
-  %622 = mul nsw i64 %k_row, 14
-  %623 = mul nsw i64 %k_row, 15
-  %624 = shl nsw i64 %k_row, 4
-  %625 = mul nsw i64 %k_row, 17
-  %626 = mul nsw i64 %k_row, 18
-  %627 = mul nsw i64 %k_row, 19
-  %628 = mul nsw i64 %k_row, 20
-  %629 = mul nsw i64 %k_row, 21
-  %630 = mul nsw i64 %k_row, 22
-  %631 = mul nsw i64 %k_row, 23
-  %632 = mul nsw i64 %k_row, 24
-  %633 = mul nsw i64 %k_row, 25
-  %634 = mul nsw i64 %k_row, 26
-  %635 = mul nsw i64 %k_row, 27
-  %636 = mul nsw i64 %k_row, 28
-  %637 = mul nsw i64 %k_row, 29
-  %638 = mul nsw i64 %k_row, 30
-  %639 = mul nsw i64 %k_row, 31
-  %640 = shl nsw i64 %k_row, 5
-  %641 = mul nsw i64 %k_row, 33
-  %642 = mul nsw i64 %k_row, 34
-  %643 = mul nsw i64 %k_row, 35
-  %644 = mul nsw i64 %k_row, 36
-  %645 = mul nsw i64 %k_row, 37
-  %646 = mul nsw i64 %k_row, 38
-  %647 = mul nsw i64 %k_row, 39
-  %648 = mul nsw i64 %k_row, 40
-  %649 = mul nsw i64 %k_row, 41
-  %650 = mul nsw i64 %k_row, 42
-  %651 = mul nsw i64 %k_row, 43
-  %652 = mul nsw i64 %k_row, 44
-  %653 = mul nsw i64 %k_row, 45
-  %654 = mul nsw i64 %k_row, 46
-  %655 = mul nsw i64 %k_row, 47
-  %656 = mul nsw i64 %k_row, 49
-  %657 = mul nsw i64 %k_row, 50
-  %658 = mul nsw i64 %k_row, 51
-  %659 = mul nsw i64 %k_row, 52
-  %660 = mul nsw i64 %k_row, 53
-  %661 = mul nsw i64 %k_row, 54
-  %662 = mul nsw i64 %k_row, 55
-  %663 = mul nsw i64 %k_row, 56
-  %664 = mul nsw i64 %k_row, 57
-  %665 = mul nsw i64 %k_row, 58
-  %666 = mul nsw i64 %k_row, 59
-  %667 = mul nsw i64 %k_row, 60
-  %668 = mul nsw i64 %k_row, 61
-  %669 = mul nsw i64 %k_row, 62
-  %670 = mul nsw i64 %k_row, 63
-  %671 = getelementptr i8, ptr %tree_mask, i64 %577
-  %672 = getelementptr inbounds nuw i8, ptr %tile_max846.i, i64 32
-  %673 = getelementptr i8, ptr %value_cache, i64 64
-  %674 = getelementptr i8, ptr %value_cache, i64 128
-  %675 = getelementptr i8, ptr %value_cache, i64 192
-  %676 = getelementptr i8, ptr %value_cache, i64 256
-  %677 = getelementptr i8, ptr %value_cache, i64 320
-  %678 = getelementptr i8, ptr %value_cache, i64 384
-  %679 = getelementptr i8, ptr %value_cache, i64 448
-  %wide.trip.count1408.i = zext nneg i32 %123 to i64
-  %680 = add i32 %540, %tree_size
-  %681 = sub i32 %context_len.i, %680
-  %682 = sub i32 %span847.sroa.0.0.lcssa.i, %540
-  %683 = add i64 %tree_start, %575
-  %684 = sub i64 %683, %574
-  %685 = getelementptr i8, ptr %tree_mask, i64 %684
+  %602 = getelementptr i8, ptr %key_cache, i64 %.idx895.us1077.3.i
+  %603 = mul nsw i64 %k_row, 48
+  %604 = shl nsw i64 %k_row, 1
+  %605 = mul nsw i64 %k_row, 3
+  %606 = mul nsw i64 %k_row, 5
+  %607 = mul nsw i64 %k_row, 6
+  %608 = mul nsw i64 %k_row, 7
+  %609 = shl nsw i64 %k_row, 3
+  %610 = mul nsw i64 %k_row, 9
+  %611 = mul nsw i64 %k_row, 10
+  %612 = mul nsw i64 %k_row, 11
+  %613 = mul nsw i64 %k_row, 12
+  %614 = mul nsw i64 %k_row, 13
+  %615 = mul nsw i64 %k_row, 14
+  %616 = mul nsw i64 %k_row, 15
+  %617 = shl nsw i64 %k_row, 4
+  %618 = mul nsw i64 %k_row, 17
+  %619 = mul nsw i64 %k_row, 18
+  %620 = mul nsw i64 %k_row, 19
+  %621 = mul nsw i64 %k_row, 20
+  %622 = mul nsw i64 %k_row, 21
+  %623 = mul nsw i64 %k_row, 22
+  %624 = mul nsw i64 %k_row, 23
+  %625 = mul nsw i64 %k_row, 24
+  %626 = mul nsw i64 %k_row, 25
+  %627 = mul nsw i64 %k_row, 26
+  %628 = mul nsw i64 %k_row, 27
+  %629 = mul nsw i64 %k_row, 28
+  %630 = mul nsw i64 %k_row, 29
+  %631 = mul nsw i64 %k_row, 30
+  %632 = mul nsw i64 %k_row, 31
+  %633 = shl nsw i64 %k_row, 5
+  %634 = mul nsw i64 %k_row, 33
+  %635 = mul nsw i64 %k_row, 34
+  %636 = mul nsw i64 %k_row, 35
+  %637 = mul nsw i64 %k_row, 36
+  %638 = mul nsw i64 %k_row, 37
+  %639 = mul nsw i64 %k_row, 38
+  %640 = mul nsw i64 %k_row, 39
+  %641 = mul nsw i64 %k_row, 40
+  %642 = mul nsw i64 %k_row, 41
+  %643 = mul nsw i64 %k_row, 42
+  %644 = mul nsw i64 %k_row, 43
+  %645 = mul nsw i64 %k_row, 44
+  %646 = mul nsw i64 %k_row, 45
+  %647 = mul nsw i64 %k_row, 46
+  %648 = mul nsw i64 %k_row, 47
+  %649 = mul nsw i64 %k_row, 49
+  %650 = mul nsw i64 %k_row, 50
+  %651 = mul nsw i64 %k_row, 51
+  %652 = mul nsw i64 %k_row, 52
+  %653 = mul nsw i64 %k_row, 53
+  %654 = mul nsw i64 %k_row, 54
+  %655 = mul nsw i64 %k_row, 55
+  %656 = mul nsw i64 %k_row, 56
+  %657 = mul nsw i64 %k_row, 57
+  %658 = mul nsw i64 %k_row, 58
+  %659 = mul nsw i64 %k_row, 59
+  %660 = mul nsw i64 %k_row, 60
+  %661 = mul nsw i64 %k_row, 61
+  %662 = mul nsw i64 %k_row, 62
+  %663 = mul nsw i64 %k_row, 63
+  %664 = getelementptr i8, ptr %tree_mask, i64 %570
+  %665 = getelementptr inbounds nuw i8, ptr %tile_max846.i, i64 32
+  %666 = getelementptr i8, ptr %value_cache, i64 64
+  %667 = getelementptr i8, ptr %value_cache, i64 128
+  %668 = getelementptr i8, ptr %value_cache, i64 192
+  %669 = getelementptr i8, ptr %value_cache, i64 256
+  %670 = getelementptr i8, ptr %value_cache, i64 320
+  %671 = getelementptr i8, ptr %value_cache, i64 384
+  %672 = getelementptr i8, ptr %value_cache, i64 448
+  %wide.trip.count1408.i = zext nneg i32 %136 to i64
+  %673 = add i32 %533, %tree_size
+  %674 = sub i32 %context_len.i, %673
+  %675 = sub i32 %span847.sroa.0.0.lcssa.i, %533
+  %676 = add i64 %tree_start, %568
+  %677 = sub i64 %676, %567
+  %678 = getelementptr i8, ptr %tree_mask, i64 %677
   br label %for_body_number.i
 
 if_end62.i:                                       ; preds = %if_end62.i, %if_end62.i.preheader
   %indvars.iv1146.i = phi i64 [ %indvars.iv.next1147.i, %if_end62.i ], [ %indvars.iv1146.i.ph, %if_end62.i.preheader ]
-  %span847.sroa.0.0918.i = phi i32 [ %689, %if_end62.i ], [ %span847.sroa.0.0918.i.ph, %if_end62.i.preheader ]
-  %span847.sroa.3.0917.i = phi i32 [ %692, %if_end62.i ], [ %span847.sroa.3.0917.i.ph, %if_end62.i.preheader ]
+  %span847.sroa.0.0918.i = phi i32 [ %682, %if_end62.i ], [ %span847.sroa.0.0918.i.ph, %if_end62.i.preheader ]
+  %span847.sroa.3.0917.i = phi i32 [ %685, %if_end62.i ], [ %span847.sroa.3.0917.i.ph, %if_end62.i.preheader ]
   %.idx1496.i = shl nsw i64 %indvars.iv1146.i, 4
-  %686 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1496.i
-  %687 = getelementptr inbounds nuw i8, ptr %686, i64 8
-  %688 = load i32, ptr %687, align 8, !tbaa !11
-  %689 = tail call i32 @llvm.smin.i32(i32 %span847.sroa.0.0918.i, i32 %688)
-  %690 = getelementptr inbounds nuw i8, ptr %686, i64 4
-  %691 = load i32, ptr %690, align 4, !tbaa !11
-  %692 = tail call i32 @llvm.smax.i32(i32 %span847.sroa.3.0917.i, i32 %691)
+  %679 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1496.i
+  %680 = getelementptr inbounds nuw i8, ptr %679, i64 8
+  %681 = load i32, ptr %680, align 8, !tbaa !11
+  %682 = tail call i32 @llvm.smin.i32(i32 %span847.sroa.0.0918.i, i32 %681)
+  %683 = getelementptr inbounds nuw i8, ptr %679, i64 4
+  %684 = load i32, ptr %683, align 4, !tbaa !11
+  %685 = tail call i32 @llvm.smax.i32(i32 %span847.sroa.3.0917.i, i32 %684)
   %indvars.iv.next1147.i = add nuw nsw i64 %indvars.iv1146.i, 1
   %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1147.i, %wide.trip.count.i
   br i1 %exitcond1150.not.i, label %for_end_tile51.i, label %if_end62.i, !prof !27, !llvm.loop !30
 
 for_begin_number.i:                               ; preds = %if_end718.i
-  %693 = add nuw nsw i32 %number1085.i, 1
-  %exitcond1410.not.i = icmp eq i32 %693, %544
+  %686 = add nuw nsw i32 %number1085.i, 1
+  %exitcond1410.not.i = icmp eq i32 %686, %537
   %indvars.iv.next = add i32 %indvars.iv, -256
   %indvars.iv.next119 = add i32 %indvars.iv118, -256
   br i1 %exitcond1410.not.i, label %for_begin_tile723.preheader.i, label %for_body_number.i, !prof !10
 
 for_begin_tile723.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile51.i
-  br i1 %144, label %for_end_tile725.i, label %for_body_tile724.lr.ph.i, !prof !9
+  br i1 %137, label %for_end_tile725.i, label %for_body_tile724.lr.ph.i, !prof !9
 
 for_body_tile724.lr.ph.i:                         ; preds = %for_begin_tile723.preheader.i
-  %694 = and i64 %68, 2147483648
-  %.not = icmp eq i64 %694, 0
-  %695 = icmp slt i32 %122, 0
+  %687 = and i64 %68, 2147483648
+  %.not = icmp eq i64 %687, 0
+  %688 = icmp slt i32 %134, 0
   %sext84 = shl i64 %60, 32
-  %696 = ashr exact i64 %sext84, 32
-  %697 = and i64 %68, 4294967295
-  %698 = shl nuw nsw i64 %697, 5
-  %.idx858.i = shl nuw nsw i64 %697, 14
+  %689 = ashr exact i64 %sext84, 32
+  %690 = and i64 %68, 4294967295
+  %691 = shl nuw nsw i64 %690, 5
+  %.idx858.i = shl nuw nsw i64 %690, 14
   %sext85 = shl i64 %56, 32
-  %699 = ashr exact i64 %sext85, 32
-  %wide.trip.count1464.i = zext nneg i32 %123 to i64
+  %692 = ashr exact i64 %sext85, 32
+  %wide.trip.count1464.i = zext nneg i32 %136 to i64
   br i1 %.not, label %for_body_tile724.i, label %for_body_tile724.us.i
 
 for_body_tile724.us.i:                            ; preds = %if_end729.us.i, %for_body_tile724.lr.ph.i
   %indvars.iv1461.i = phi i64 [ %indvars.iv.next1462.i, %if_end729.us.i ], [ 0, %for_body_tile724.lr.ph.i ]
-  %700 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %ordered.us.i = tail call ptr %700(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %701 = icmp eq ptr %ordered.us.i, null
-  br i1 %701, label %fused_attend_compute_.exit, label %if_end732.us.i, !prof !6
+  %693 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %ordered.us.i = tail call ptr %693(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %694 = icmp eq ptr %ordered.us.i, null
+  br i1 %694, label %fused_attend_compute_.exit, label %if_end732.us.i, !prof !6
 
 if_end732.us.i:                                   ; preds = %for_body_tile724.us.i
-  %702 = shl nsw i64 %indvars.iv1461.i, 4
-  %703 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %702
-  %total.us.i = load <16 x float>, ptr %703, align 4, !tbaa !7
-  %704 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
-  %705 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
-  %706 = select <16 x i1> %705, <16 x float> zeroinitializer, <16 x float> %704
-  store <16 x float> %706, ptr %factor826.i, align 16, !tbaa !31
-  %707 = shl i64 %indvars.iv1461.i, 11
-  %708 = and i64 %707, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %708
+  %695 = shl nsw i64 %indvars.iv1461.i, 4
+  %696 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %695
+  %total.us.i = load <16 x float>, ptr %696, align 4, !tbaa !7
+  %697 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %698 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %699 = select <16 x i1> %698, <16 x float> zeroinitializer, <16 x float> %697
+  store <16 x float> %699, ptr %factor826.i, align 16, !tbaa !31
+  %700 = shl i64 %indvars.iv1461.i, 11
+  %701 = and i64 %700, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %701
   br label %for_begin_d_0739.preheader.us.i
 
 for_end_r736.us.i:                                ; preds = %for_begin_d_0739.preheader.us.i
-  %709 = trunc nuw nsw i64 %indvars.iv1461.i to i32
-  %rmod744.us.i = srem i32 %709, %122
-  %rdiv756.us.i = sdiv i32 %709, %122
-  %710 = icmp ne i32 %rmod744.us.i, 0
-  %.not862.us.i = and i1 %695, %710
-  %711 = select i1 %.not862.us.i, i32 %122, i32 0
-  %712 = add nsw i32 %711, %rmod744.us.i
-  %713 = shl nsw i32 %712, 4
-  %714 = sub nsw i32 %120, %713
-  %715 = icmp sgt i32 %714, 0
-  br i1 %715, label %for_begin_d_0750.preheader.lr.ph.us.i, label %for_end_r761.us.i, !prof !38
+  %702 = trunc nuw nsw i64 %indvars.iv1461.i to i32
+  %rmod744.us.i = srem i32 %702, %134
+  %rdiv756.us.i = sdiv i32 %702, %134
+  %703 = icmp ne i32 %rmod744.us.i, 0
+  %.not862.us.i = and i1 %688, %703
+  %704 = select i1 %.not862.us.i, i32 %134, i32 0
+  %705 = add nsw i32 %704, %rmod744.us.i
+  %706 = shl nsw i32 %705, 4
+  %707 = sub nsw i32 %132, %706
+  %708 = icmp sgt i32 %707, 0
+  br i1 %708, label %for_begin_d_0750.preheader.lr.ph.us.i, label %for_end_r761.us.i, !prof !38
 
 for_end_r761.us.i:                                ; preds = %if_end766.us.i.1, %for_end_r736.us.i
-  %716 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %717 = tail call i32 %716(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
-  %.not859.us.i = icmp eq i32 %717, 0
+  %709 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %710 = tail call i32 %709(i32 1, i32 %dev_id, ptr nonnull %ordered.us.i)
+  %.not859.us.i = icmp eq i32 %710, 0
   br i1 %.not859.us.i, label %if_end729.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end729.us.i:                                   ; preds = %for_end_r761.us.i
@@ -2565,345 +2558,345 @@ if_end729.us.i:                                   ; preds = %for_end_r761.us.i
 
 for_body_r760.us.i:                               ; preds = %for_body_r760.lr.ph.us.i, %if_end766.us.i.1
   %indvars.iv1455.i = phi i64 [ 0, %for_body_r760.lr.ph.us.i ], [ %indvars.iv.next1456.i.1, %if_end766.us.i.1 ]
-  %718 = add nuw nsw i64 %indvars.iv1455.i, %913
-  %719 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %718
-  %720 = load float, ptr %719, align 4, !tbaa !7
-  %721 = fcmp oeq float %720, 0.000000e+00
-  br i1 %721, label %if_end766.us.i, label %if_else765.us.i
+  %711 = add nuw nsw i64 %indvars.iv1455.i, %906
+  %712 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %711
+  %713 = load float, ptr %712, align 4, !tbaa !7
+  %714 = fcmp oeq float %713, 0.000000e+00
+  br i1 %714, label %if_end766.us.i, label %if_else765.us.i
 
 if_else765.us.i:                                  ; preds = %for_body_r760.us.i
-  %722 = getelementptr inbounds nuw i32, ptr %places.i, i64 %718
-  %723 = load i32, ptr %722, align 4, !tbaa !7
-  %724 = shl i32 %723, 23
-  %725 = add i32 %724, 1065353216
-  %726 = bitcast i32 %725 to float
-  %727 = fmul float %720, %726
-  %728 = tail call float @llvm.log.f32(float %727)
-  %729 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %718
-  %730 = load float, ptr %729, align 4, !tbaa !7
-  %731 = fadd float %730, %728
+  %715 = getelementptr inbounds nuw i32, ptr %places.i, i64 %711
+  %716 = load i32, ptr %715, align 4, !tbaa !7
+  %717 = shl i32 %716, 23
+  %718 = add i32 %717, 1065353216
+  %719 = bitcast i32 %718 to float
+  %720 = fmul float %713, %719
+  %721 = tail call float @llvm.log.f32(float %720)
+  %722 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %711
+  %723 = load float, ptr %722, align 4, !tbaa !7
+  %724 = fadd float %723, %721
   br label %if_end766.us.i
 
 if_end766.us.i:                                   ; preds = %if_else765.us.i, %for_body_r760.us.i
-  %732 = phi float [ %731, %if_else765.us.i ], [ 0xFFF0000000000000, %for_body_r760.us.i ]
-  %733 = and i64 %indvars.iv1455.i, 2
-  %734 = lshr i64 %indvars.iv1455.i, 2
-  %735 = add nsw i64 %734, %910
-  %736 = mul nsw i64 %735, %lse_batch
-  %737 = getelementptr float, ptr %912, i64 %736
-  %738 = getelementptr float, ptr %737, i64 %733
-  store float %732, ptr %738, align 4, !tbaa !7
+  %725 = phi float [ %724, %if_else765.us.i ], [ 0xFFF0000000000000, %for_body_r760.us.i ]
+  %726 = and i64 %indvars.iv1455.i, 2
+  %727 = lshr i64 %indvars.iv1455.i, 2
+  %728 = add nsw i64 %727, %903
+  %729 = mul nsw i64 %728, %lse_batch
+  %730 = getelementptr float, ptr %905, i64 %729
+  %731 = getelementptr float, ptr %730, i64 %726
+  store float %725, ptr %731, align 4, !tbaa !7
   %indvars.iv.next1456.i = or disjoint i64 %indvars.iv1455.i, 1
-  %739 = add nuw nsw i64 %indvars.iv.next1456.i, %913
-  %740 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %739
-  %741 = load float, ptr %740, align 4, !tbaa !7
-  %742 = fcmp oeq float %741, 0.000000e+00
-  br i1 %742, label %if_end766.us.i.1, label %if_else765.us.i.1
+  %732 = add nuw nsw i64 %indvars.iv.next1456.i, %906
+  %733 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %732
+  %734 = load float, ptr %733, align 4, !tbaa !7
+  %735 = fcmp oeq float %734, 0.000000e+00
+  br i1 %735, label %if_end766.us.i.1, label %if_else765.us.i.1
 
 if_else765.us.i.1:                                ; preds = %if_end766.us.i
-  %743 = getelementptr inbounds nuw i32, ptr %places.i, i64 %739
-  %744 = load i32, ptr %743, align 4, !tbaa !7
-  %745 = shl i32 %744, 23
-  %746 = add i32 %745, 1065353216
-  %747 = bitcast i32 %746 to float
-  %748 = fmul float %741, %747
-  %749 = tail call float @llvm.log.f32(float %748)
-  %750 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %739
-  %751 = load float, ptr %750, align 4, !tbaa !7
-  %752 = fadd float %751, %749
+  %736 = getelementptr inbounds nuw i32, ptr %places.i, i64 %732
+  %737 = load i32, ptr %736, align 4, !tbaa !7
+  %738 = shl i32 %737, 23
+  %739 = add i32 %738, 1065353216
+  %740 = bitcast i32 %739 to float
+  %741 = fmul float %734, %740
+  %742 = tail call float @llvm.log.f32(float %741)
+  %743 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %732
+  %744 = load float, ptr %743, align 4, !tbaa !7
+  %745 = fadd float %744, %742
   br label %if_end766.us.i.1
 
 if_end766.us.i.1:                                 ; preds = %if_else765.us.i.1, %if_end766.us.i
-  %753 = phi float [ %752, %if_else765.us.i.1 ], [ 0xFFF0000000000000, %if_end766.us.i ]
-  %754 = and i64 %indvars.iv.next1456.i, 3
-  %755 = lshr i64 %indvars.iv1455.i, 2
-  %756 = add nsw i64 %755, %910
-  %757 = mul nsw i64 %756, %lse_batch
-  %758 = getelementptr float, ptr %912, i64 %757
-  %759 = getelementptr float, ptr %758, i64 %754
-  store float %753, ptr %759, align 4, !tbaa !7
+  %746 = phi float [ %745, %if_else765.us.i.1 ], [ 0xFFF0000000000000, %if_end766.us.i ]
+  %747 = and i64 %indvars.iv.next1456.i, 3
+  %748 = lshr i64 %indvars.iv1455.i, 2
+  %749 = add nsw i64 %748, %903
+  %750 = mul nsw i64 %749, %lse_batch
+  %751 = getelementptr float, ptr %905, i64 %750
+  %752 = getelementptr float, ptr %751, i64 %747
+  store float %746, ptr %752, align 4, !tbaa !7
   %indvars.iv.next1456.i.1 = add nuw nsw i64 %indvars.iv1455.i, 2
   %exitcond1460.not.i.1 = icmp eq i64 %indvars.iv.next1456.i.1, %wide.trip.count1453.i
   br i1 %exitcond1460.not.i.1, label %for_end_r761.us.i, label %for_body_r760.us.i, !prof !10, !llvm.loop !40
 
 for_begin_d_0750.preheader.us.i:                  ; preds = %for_begin_d_0750.preheader.lr.ph.us.i, %for_begin_d_0750.preheader.us.i
   %indvars.iv1449.i = phi i64 [ 0, %for_begin_d_0750.preheader.lr.ph.us.i ], [ %indvars.iv.next1450.i, %for_begin_d_0750.preheader.us.i ]
-  %760 = and i64 %indvars.iv1449.i, 3
-  %761 = or disjoint i64 %760, %907
-  %762 = mul nsw i64 %761, %out_head
-  %763 = lshr i64 %indvars.iv1449.i, 2
-  %764 = add nsw i64 %763, %910
-  %765 = mul nsw i64 %764, %out_batch
-  %766 = getelementptr i16, ptr %out, i64 %765
-  %invariant.gep1093.us.i = getelementptr i16, ptr %766, i64 %762
+  %753 = and i64 %indvars.iv1449.i, 3
+  %754 = or disjoint i64 %753, %900
+  %755 = mul nsw i64 %754, %out_head
+  %756 = lshr i64 %indvars.iv1449.i, 2
+  %757 = add nsw i64 %756, %903
+  %758 = mul nsw i64 %757, %out_batch
+  %759 = getelementptr i16, ptr %out, i64 %758
+  %invariant.gep1093.us.i = getelementptr i16, ptr %759, i64 %755
   %.idx86 = shl nsw i64 %indvars.iv1449.i, 9
-  %767 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx86
-  %768 = load <16 x i32>, ptr %767, align 4, !tbaa !7
-  %769 = lshr <16 x i32> %768, splat (i32 16)
-  %770 = and <16 x i32> %769, splat (i32 1)
-  %771 = add nuw <16 x i32> %768, splat (i32 32767)
-  %772 = add nuw <16 x i32> %771, %770
-  %773 = lshr <16 x i32> %772, splat (i32 16)
-  %774 = trunc nuw <16 x i32> %773 to <16 x i16>
-  store <16 x i16> %774, ptr %invariant.gep1093.us.i, align 2, !tbaa !7
-  %775 = getelementptr inbounds nuw i8, ptr %767, i64 64
-  %776 = load <16 x i32>, ptr %775, align 4, !tbaa !7
-  %777 = lshr <16 x i32> %776, splat (i32 16)
-  %778 = and <16 x i32> %777, splat (i32 1)
-  %779 = add nuw <16 x i32> %776, splat (i32 32767)
-  %780 = add nuw <16 x i32> %779, %778
-  %781 = lshr <16 x i32> %780, splat (i32 16)
-  %782 = trunc nuw <16 x i32> %781 to <16 x i16>
+  %760 = getelementptr inbounds nuw i8, ptr %ordered.us.i, i64 %.idx86
+  %761 = load <16 x i32>, ptr %760, align 4, !tbaa !7
+  %762 = lshr <16 x i32> %761, splat (i32 16)
+  %763 = and <16 x i32> %762, splat (i32 1)
+  %764 = add nuw <16 x i32> %761, splat (i32 32767)
+  %765 = add nuw <16 x i32> %764, %763
+  %766 = lshr <16 x i32> %765, splat (i32 16)
+  %767 = trunc nuw <16 x i32> %766 to <16 x i16>
+  store <16 x i16> %767, ptr %invariant.gep1093.us.i, align 2, !tbaa !7
+  %768 = getelementptr inbounds nuw i8, ptr %760, i64 64
+  %769 = load <16 x i32>, ptr %768, align 4, !tbaa !7
+  %770 = lshr <16 x i32> %769, splat (i32 16)
+  %771 = and <16 x i32> %770, splat (i32 1)
+  %772 = add nuw <16 x i32> %769, splat (i32 32767)
+  %773 = add nuw <16 x i32> %772, %771
+  %774 = lshr <16 x i32> %773, splat (i32 16)
+  %775 = trunc nuw <16 x i32> %774 to <16 x i16>
   %gep1094.us.1.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 32
-  store <16 x i16> %782, ptr %gep1094.us.1.i, align 2, !tbaa !7
-  %783 = getelementptr inbounds nuw i8, ptr %767, i64 128
-  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !7
-  %785 = lshr <16 x i32> %784, splat (i32 16)
-  %786 = and <16 x i32> %785, splat (i32 1)
-  %787 = add nuw <16 x i32> %784, splat (i32 32767)
-  %788 = add nuw <16 x i32> %787, %786
-  %789 = lshr <16 x i32> %788, splat (i32 16)
-  %790 = trunc nuw <16 x i32> %789 to <16 x i16>
+  store <16 x i16> %775, ptr %gep1094.us.1.i, align 2, !tbaa !7
+  %776 = getelementptr inbounds nuw i8, ptr %760, i64 128
+  %777 = load <16 x i32>, ptr %776, align 4, !tbaa !7
+  %778 = lshr <16 x i32> %777, splat (i32 16)
+  %779 = and <16 x i32> %778, splat (i32 1)
+  %780 = add nuw <16 x i32> %777, splat (i32 32767)
+  %781 = add nuw <16 x i32> %780, %779
+  %782 = lshr <16 x i32> %781, splat (i32 16)
+  %783 = trunc nuw <16 x i32> %782 to <16 x i16>
   %gep1094.us.2.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 64
-  store <16 x i16> %790, ptr %gep1094.us.2.i, align 2, !tbaa !7
-  %791 = getelementptr inbounds nuw i8, ptr %767, i64 192
-  %792 = load <16 x i32>, ptr %791, align 4, !tbaa !7
-  %793 = lshr <16 x i32> %792, splat (i32 16)
-  %794 = and <16 x i32> %793, splat (i32 1)
-  %795 = add nuw <16 x i32> %792, splat (i32 32767)
-  %796 = add nuw <16 x i32> %795, %794
-  %797 = lshr <16 x i32> %796, splat (i32 16)
-  %798 = trunc nuw <16 x i32> %797 to <16 x i16>
+  store <16 x i16> %783, ptr %gep1094.us.2.i, align 2, !tbaa !7
+  %784 = getelementptr inbounds nuw i8, ptr %760, i64 192
+  %785 = load <16 x i32>, ptr %784, align 4, !tbaa !7
+  %786 = lshr <16 x i32> %785, splat (i32 16)
+  %787 = and <16 x i32> %786, splat (i32 1)
+  %788 = add nuw <16 x i32> %785, splat (i32 32767)
+  %789 = add nuw <16 x i32> %788, %787
+  %790 = lshr <16 x i32> %789, splat (i32 16)
+  %791 = trunc nuw <16 x i32> %790 to <16 x i16>
   %gep1094.us.3.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 96
-  store <16 x i16> %798, ptr %gep1094.us.3.i, align 2, !tbaa !7
-  %799 = getelementptr inbounds nuw i8, ptr %767, i64 256
-  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !7
-  %801 = lshr <16 x i32> %800, splat (i32 16)
-  %802 = and <16 x i32> %801, splat (i32 1)
-  %803 = add nuw <16 x i32> %800, splat (i32 32767)
-  %804 = add nuw <16 x i32> %803, %802
-  %805 = lshr <16 x i32> %804, splat (i32 16)
-  %806 = trunc nuw <16 x i32> %805 to <16 x i16>
+  store <16 x i16> %791, ptr %gep1094.us.3.i, align 2, !tbaa !7
+  %792 = getelementptr inbounds nuw i8, ptr %760, i64 256
+  %793 = load <16 x i32>, ptr %792, align 4, !tbaa !7
+  %794 = lshr <16 x i32> %793, splat (i32 16)
+  %795 = and <16 x i32> %794, splat (i32 1)
+  %796 = add nuw <16 x i32> %793, splat (i32 32767)
+  %797 = add nuw <16 x i32> %796, %795
+  %798 = lshr <16 x i32> %797, splat (i32 16)
+  %799 = trunc nuw <16 x i32> %798 to <16 x i16>
   %gep1094.us.4.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 128
-  store <16 x i16> %806, ptr %gep1094.us.4.i, align 2, !tbaa !7
-  %807 = getelementptr inbounds nuw i8, ptr %767, i64 320
-  %808 = load <16 x i32>, ptr %807, align 4, !tbaa !7
-  %809 = lshr <16 x i32> %808, splat (i32 16)
-  %810 = and <16 x i32> %809, splat (i32 1)
-  %811 = add nuw <16 x i32> %808, splat (i32 32767)
-  %812 = add nuw <16 x i32> %811, %810
-  %813 = lshr <16 x i32> %812, splat (i32 16)
-  %814 = trunc nuw <16 x i32> %813 to <16 x i16>
+  store <16 x i16> %799, ptr %gep1094.us.4.i, align 2, !tbaa !7
+  %800 = getelementptr inbounds nuw i8, ptr %760, i64 320
+  %801 = load <16 x i32>, ptr %800, align 4, !tbaa !7
+  %802 = lshr <16 x i32> %801, splat (i32 16)
+  %803 = and <16 x i32> %802, splat (i32 1)
+  %804 = add nuw <16 x i32> %801, splat (i32 32767)
+  %805 = add nuw <16 x i32> %804, %803
+  %806 = lshr <16 x i32> %805, splat (i32 16)
+  %807 = trunc nuw <16 x i32> %806 to <16 x i16>
   %gep1094.us.5.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 160
-  store <16 x i16> %814, ptr %gep1094.us.5.i, align 2, !tbaa !7
-  %815 = getelementptr inbounds nuw i8, ptr %767, i64 384
-  %816 = load <16 x i32>, ptr %815, align 4, !tbaa !7
-  %817 = lshr <16 x i32> %816, splat (i32 16)
-  %818 = and <16 x i32> %817, splat (i32 1)
-  %819 = add nuw <16 x i32> %816, splat (i32 32767)
-  %820 = add nuw <16 x i32> %819, %818
-  %821 = lshr <16 x i32> %820, splat (i32 16)
-  %822 = trunc nuw <16 x i32> %821 to <16 x i16>
+  store <16 x i16> %807, ptr %gep1094.us.5.i, align 2, !tbaa !7
+  %808 = getelementptr inbounds nuw i8, ptr %760, i64 384
+  %809 = load <16 x i32>, ptr %808, align 4, !tbaa !7
+  %810 = lshr <16 x i32> %809, splat (i32 16)
+  %811 = and <16 x i32> %810, splat (i32 1)
+  %812 = add nuw <16 x i32> %809, splat (i32 32767)
+  %813 = add nuw <16 x i32> %812, %811
+  %814 = lshr <16 x i32> %813, splat (i32 16)
+  %815 = trunc nuw <16 x i32> %814 to <16 x i16>
   %gep1094.us.6.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 192
-  store <16 x i16> %822, ptr %gep1094.us.6.i, align 2, !tbaa !7
-  %823 = getelementptr inbounds nuw i8, ptr %767, i64 448
-  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !7
-  %825 = lshr <16 x i32> %824, splat (i32 16)
-  %826 = and <16 x i32> %825, splat (i32 1)
-  %827 = add nuw <16 x i32> %824, splat (i32 32767)
-  %828 = add nuw <16 x i32> %827, %826
-  %829 = lshr <16 x i32> %828, splat (i32 16)
-  %830 = trunc nuw <16 x i32> %829 to <16 x i16>
+  store <16 x i16> %815, ptr %gep1094.us.6.i, align 2, !tbaa !7
+  %816 = getelementptr inbounds nuw i8, ptr %760, i64 448
+  %817 = load <16 x i32>, ptr %816, align 4, !tbaa !7
+  %818 = lshr <16 x i32> %817, splat (i32 16)
+  %819 = and <16 x i32> %818, splat (i32 1)
+  %820 = add nuw <16 x i32> %817, splat (i32 32767)
+  %821 = add nuw <16 x i32> %820, %819
+  %822 = lshr <16 x i32> %821, splat (i32 16)
+  %823 = trunc nuw <16 x i32> %822 to <16 x i16>
   %gep1094.us.7.i = getelementptr i8, ptr %invariant.gep1093.us.i, i64 224
-  store <16 x i16> %830, ptr %gep1094.us.7.i, align 2, !tbaa !7
+  store <16 x i16> %823, ptr %gep1094.us.7.i, align 2, !tbaa !7
   %indvars.iv.next1450.i = add nuw nsw i64 %indvars.iv1449.i, 1
   %exitcond1454.not.i = icmp eq i64 %indvars.iv.next1450.i, %wide.trip.count1453.i
   br i1 %exitcond1454.not.i, label %for_body_r760.lr.ph.us.i, label %for_begin_d_0750.preheader.us.i, !prof !10
 
 for_begin_d_0739.preheader.us.i:                  ; preds = %for_begin_d_0739.preheader.us.i, %if_end732.us.i
   %indvars.iv1441.i = phi i64 [ 0, %if_end732.us.i ], [ %indvars.iv.next1442.i.1, %for_begin_d_0739.preheader.us.i ]
-  %831 = getelementptr inbounds nuw float, ptr %factor826.i, i64 %indvars.iv1441.i
-  %832 = load float, ptr %831, align 8, !tbaa !42
-  %833 = insertelement <16 x float> poison, float %832, i64 0
-  %834 = shufflevector <16 x float> %833, <16 x float> poison, <16 x i32> zeroinitializer
-  %835 = shl nuw nsw i64 %indvars.iv1441.i, 7
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %835
-  %836 = load <16 x float>, ptr %gep, align 4, !tbaa !7
-  %837 = fmul <16 x float> %836, %834
-  %838 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %835
-  store <16 x float> %837, ptr %838, align 4, !tbaa !7
-  %839 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  %840 = load <16 x float>, ptr %839, align 4, !tbaa !7
-  %841 = fmul <16 x float> %834, %840
-  %842 = getelementptr inbounds nuw i8, ptr %838, i64 64
-  store <16 x float> %841, ptr %842, align 4, !tbaa !7
-  %843 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  %844 = load <16 x float>, ptr %843, align 4, !tbaa !7
-  %845 = fmul <16 x float> %834, %844
-  %846 = getelementptr inbounds nuw i8, ptr %838, i64 128
-  store <16 x float> %845, ptr %846, align 4, !tbaa !7
-  %847 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  %848 = load <16 x float>, ptr %847, align 4, !tbaa !7
-  %849 = fmul <16 x float> %834, %848
-  %850 = getelementptr inbounds nuw i8, ptr %838, i64 192
-  store <16 x float> %849, ptr %850, align 4, !tbaa !7
-  %851 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %852 = load <16 x float>, ptr %851, align 4, !tbaa !7
-  %853 = fmul <16 x float> %834, %852
-  %854 = getelementptr inbounds nuw i8, ptr %838, i64 256
-  store <16 x float> %853, ptr %854, align 4, !tbaa !7
-  %855 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  %856 = load <16 x float>, ptr %855, align 4, !tbaa !7
-  %857 = fmul <16 x float> %834, %856
-  %858 = getelementptr inbounds nuw i8, ptr %838, i64 320
-  store <16 x float> %857, ptr %858, align 4, !tbaa !7
-  %859 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  %860 = load <16 x float>, ptr %859, align 4, !tbaa !7
-  %861 = fmul <16 x float> %834, %860
-  %862 = getelementptr inbounds nuw i8, ptr %838, i64 384
-  store <16 x float> %861, ptr %862, align 4, !tbaa !7
-  %863 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  %864 = load <16 x float>, ptr %863, align 4, !tbaa !7
-  %865 = fmul <16 x float> %834, %864
-  %866 = getelementptr inbounds nuw i8, ptr %838, i64 448
-  store <16 x float> %865, ptr %866, align 4, !tbaa !7
+  %824 = getelementptr inbounds nuw float, ptr %factor826.i, i64 %indvars.iv1441.i
+  %825 = load float, ptr %824, align 8, !tbaa !42
+  %826 = insertelement <16 x float> poison, float %825, i64 0
+  %827 = shufflevector <16 x float> %826, <16 x float> poison, <16 x i32> zeroinitializer
+  %828 = shl nuw nsw i64 %indvars.iv1441.i, 7
+  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %828
+  %829 = load <16 x float>, ptr %gep, align 4, !tbaa !7
+  %830 = fmul <16 x float> %829, %827
+  %831 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %828
+  store <16 x float> %830, ptr %831, align 4, !tbaa !7
+  %832 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  %833 = load <16 x float>, ptr %832, align 4, !tbaa !7
+  %834 = fmul <16 x float> %827, %833
+  %835 = getelementptr inbounds nuw i8, ptr %831, i64 64
+  store <16 x float> %834, ptr %835, align 4, !tbaa !7
+  %836 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  %837 = load <16 x float>, ptr %836, align 4, !tbaa !7
+  %838 = fmul <16 x float> %827, %837
+  %839 = getelementptr inbounds nuw i8, ptr %831, i64 128
+  store <16 x float> %838, ptr %839, align 4, !tbaa !7
+  %840 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  %841 = load <16 x float>, ptr %840, align 4, !tbaa !7
+  %842 = fmul <16 x float> %827, %841
+  %843 = getelementptr inbounds nuw i8, ptr %831, i64 192
+  store <16 x float> %842, ptr %843, align 4, !tbaa !7
+  %844 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %845 = load <16 x float>, ptr %844, align 4, !tbaa !7
+  %846 = fmul <16 x float> %827, %845
+  %847 = getelementptr inbounds nuw i8, ptr %831, i64 256
+  store <16 x float> %846, ptr %847, align 4, !tbaa !7
+  %848 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  %849 = load <16 x float>, ptr %848, align 4, !tbaa !7
+  %850 = fmul <16 x float> %827, %849
+  %851 = getelementptr inbounds nuw i8, ptr %831, i64 320
+  store <16 x float> %850, ptr %851, align 4, !tbaa !7
+  %852 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  %853 = load <16 x float>, ptr %852, align 4, !tbaa !7
+  %854 = fmul <16 x float> %827, %853
+  %855 = getelementptr inbounds nuw i8, ptr %831, i64 384
+  store <16 x float> %854, ptr %855, align 4, !tbaa !7
+  %856 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  %857 = load <16 x float>, ptr %856, align 4, !tbaa !7
+  %858 = fmul <16 x float> %827, %857
+  %859 = getelementptr inbounds nuw i8, ptr %831, i64 448
+  store <16 x float> %858, ptr %859, align 4, !tbaa !7
   %indvars.iv.next1442.i = or disjoint i64 %indvars.iv1441.i, 1
-  %867 = getelementptr inbounds nuw float, ptr %factor826.i, i64 %indvars.iv.next1442.i
-  %868 = load float, ptr %867, align 4, !tbaa !42
-  %869 = insertelement <16 x float> poison, float %868, i64 0
-  %870 = shufflevector <16 x float> %869, <16 x float> poison, <16 x i32> zeroinitializer
-  %871 = shl nuw nsw i64 %indvars.iv.next1442.i, 7
-  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %871
-  %872 = load <16 x float>, ptr %gep.1, align 4, !tbaa !7
-  %873 = fmul <16 x float> %872, %870
-  %874 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %871
-  store <16 x float> %873, ptr %874, align 4, !tbaa !7
-  %875 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  %876 = load <16 x float>, ptr %875, align 4, !tbaa !7
-  %877 = fmul <16 x float> %870, %876
-  %878 = getelementptr inbounds nuw i8, ptr %874, i64 64
-  store <16 x float> %877, ptr %878, align 4, !tbaa !7
-  %879 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  %880 = load <16 x float>, ptr %879, align 4, !tbaa !7
-  %881 = fmul <16 x float> %870, %880
-  %882 = getelementptr inbounds nuw i8, ptr %874, i64 128
-  store <16 x float> %881, ptr %882, align 4, !tbaa !7
-  %883 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  %884 = load <16 x float>, ptr %883, align 4, !tbaa !7
-  %885 = fmul <16 x float> %870, %884
-  %886 = getelementptr inbounds nuw i8, ptr %874, i64 192
-  store <16 x float> %885, ptr %886, align 4, !tbaa !7
-  %887 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  %888 = load <16 x float>, ptr %887, align 4, !tbaa !7
-  %889 = fmul <16 x float> %870, %888
-  %890 = getelementptr inbounds nuw i8, ptr %874, i64 256
-  store <16 x float> %889, ptr %890, align 4, !tbaa !7
-  %891 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  %892 = load <16 x float>, ptr %891, align 4, !tbaa !7
-  %893 = fmul <16 x float> %870, %892
-  %894 = getelementptr inbounds nuw i8, ptr %874, i64 320
-  store <16 x float> %893, ptr %894, align 4, !tbaa !7
-  %895 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  %896 = load <16 x float>, ptr %895, align 4, !tbaa !7
-  %897 = fmul <16 x float> %870, %896
-  %898 = getelementptr inbounds nuw i8, ptr %874, i64 384
-  store <16 x float> %897, ptr %898, align 4, !tbaa !7
-  %899 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  %900 = load <16 x float>, ptr %899, align 4, !tbaa !7
-  %901 = fmul <16 x float> %870, %900
-  %902 = getelementptr inbounds nuw i8, ptr %874, i64 448
-  store <16 x float> %901, ptr %902, align 4, !tbaa !7
+  %860 = getelementptr inbounds nuw float, ptr %factor826.i, i64 %indvars.iv.next1442.i
+  %861 = load float, ptr %860, align 4, !tbaa !42
+  %862 = insertelement <16 x float> poison, float %861, i64 0
+  %863 = shufflevector <16 x float> %862, <16 x float> poison, <16 x i32> zeroinitializer
+  %864 = shl nuw nsw i64 %indvars.iv.next1442.i, 7
+  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %864
+  %865 = load <16 x float>, ptr %gep.1, align 4, !tbaa !7
+  %866 = fmul <16 x float> %865, %863
+  %867 = getelementptr inbounds nuw float, ptr %ordered.us.i, i64 %864
+  store <16 x float> %866, ptr %867, align 4, !tbaa !7
+  %868 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
+  %869 = load <16 x float>, ptr %868, align 4, !tbaa !7
+  %870 = fmul <16 x float> %863, %869
+  %871 = getelementptr inbounds nuw i8, ptr %867, i64 64
+  store <16 x float> %870, ptr %871, align 4, !tbaa !7
+  %872 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
+  %873 = load <16 x float>, ptr %872, align 4, !tbaa !7
+  %874 = fmul <16 x float> %863, %873
+  %875 = getelementptr inbounds nuw i8, ptr %867, i64 128
+  store <16 x float> %874, ptr %875, align 4, !tbaa !7
+  %876 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
+  %877 = load <16 x float>, ptr %876, align 4, !tbaa !7
+  %878 = fmul <16 x float> %863, %877
+  %879 = getelementptr inbounds nuw i8, ptr %867, i64 192
+  store <16 x float> %878, ptr %879, align 4, !tbaa !7
+  %880 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
+  %881 = load <16 x float>, ptr %880, align 4, !tbaa !7
+  %882 = fmul <16 x float> %863, %881
+  %883 = getelementptr inbounds nuw i8, ptr %867, i64 256
+  store <16 x float> %882, ptr %883, align 4, !tbaa !7
+  %884 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
+  %885 = load <16 x float>, ptr %884, align 4, !tbaa !7
+  %886 = fmul <16 x float> %863, %885
+  %887 = getelementptr inbounds nuw i8, ptr %867, i64 320
+  store <16 x float> %886, ptr %887, align 4, !tbaa !7
+  %888 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
+  %889 = load <16 x float>, ptr %888, align 4, !tbaa !7
+  %890 = fmul <16 x float> %863, %889
+  %891 = getelementptr inbounds nuw i8, ptr %867, i64 384
+  store <16 x float> %890, ptr %891, align 4, !tbaa !7
+  %892 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
+  %893 = load <16 x float>, ptr %892, align 4, !tbaa !7
+  %894 = fmul <16 x float> %863, %893
+  %895 = getelementptr inbounds nuw i8, ptr %867, i64 448
+  store <16 x float> %894, ptr %895, align 4, !tbaa !7
   %indvars.iv.next1442.i.1 = add nuw nsw i64 %indvars.iv1441.i, 2
   %exitcond1444.not.i.1 = icmp eq i64 %indvars.iv.next1442.i.1, 16
   br i1 %exitcond1444.not.i.1, label %for_end_r736.us.i, label %for_begin_d_0739.preheader.us.i, !prof !29, !llvm.loop !43
 
 for_begin_d_0750.preheader.lr.ph.us.i:            ; preds = %for_end_r736.us.i
-  %903 = sext i1 %.not862.us.i to i32
-  %904 = add nsw i32 %rdiv756.us.i, %903
-  %905 = sext i32 %904 to i64
-  %906 = add nsw i64 %696, %905
-  %907 = shl nsw i64 %906, 2
-  %908 = sext i32 %712 to i64
-  %909 = shl nsw i64 %908, 2
-  %910 = add nsw i64 %909, %699
-  %911 = tail call i32 @llvm.umin.i32(i32 %714, i32 16)
-  %wide.trip.count1453.i = zext nneg i32 %911 to i64
+  %896 = sext i1 %.not862.us.i to i32
+  %897 = add nsw i32 %rdiv756.us.i, %896
+  %898 = sext i32 %897 to i64
+  %899 = add nsw i64 %689, %898
+  %900 = shl nsw i64 %899, 2
+  %901 = sext i32 %705 to i64
+  %902 = shl nsw i64 %901, 2
+  %903 = add nsw i64 %902, %692
+  %904 = tail call i32 @llvm.umin.i32(i32 %707, i32 16)
+  %wide.trip.count1453.i = zext nneg i32 %904 to i64
   br label %for_begin_d_0750.preheader.us.i
 
 for_body_r760.lr.ph.us.i:                         ; preds = %for_begin_d_0750.preheader.us.i
-  %.idx863.us.i = shl nsw i64 %906, 4
-  %912 = getelementptr i8, ptr %lse, i64 %.idx863.us.i
-  %913 = and i64 %702, 4294967280
+  %.idx863.us.i = shl nsw i64 %899, 4
+  %905 = getelementptr i8, ptr %lse, i64 %.idx863.us.i
+  %906 = and i64 %695, 4294967280
   br label %for_body_r760.us.i
 
 for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
-  %indvars.iv118 = phi i32 [ %indvars.iv.next119, %for_begin_number.i ], [ %682, %for_body_number.lr.ph.i ]
-  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %681, %for_body_number.lr.ph.i ]
-  %number1085.i = phi i32 [ %693, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %indvars.iv118 = phi i32 [ %indvars.iv.next119, %for_begin_number.i ], [ %675, %for_body_number.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_number.i ], [ %674, %for_body_number.lr.ph.i ]
+  %number1085.i = phi i32 [ %686, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
   %smax473 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %914 = and i32 %smax473, 127
-  %915 = add i32 %indvars.iv, %914
+  %907 = and i32 %smax473, 127
+  %908 = add i32 %indvars.iv, %907
   %smax464 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %916 = and i32 %smax464, 127
-  %917 = add i32 %indvars.iv, %916
+  %909 = and i32 %smax464, 127
+  %910 = add i32 %indvars.iv, %909
   %smax439 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %918 = and i32 %smax439, 127
-  %919 = add i32 %indvars.iv, %918
+  %911 = and i32 %smax439, 127
+  %912 = add i32 %indvars.iv, %911
   %smax274 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %920 = and i32 %smax274, 127
-  %921 = add i32 %indvars.iv, %920
+  %913 = and i32 %smax274, 127
+  %914 = add i32 %indvars.iv, %913
   %smax260 = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %922 = and i32 %smax260, 127
-  %923 = add i32 %indvars.iv, %922
-  %924 = shl nuw nsw i32 %number1085.i, 8
-  %925 = add i32 %540, %924
-  %926 = add i32 %smax260, %925
-  %927 = sub i32 %926, %922
-  %928 = sext i32 %927 to i64
+  %915 = and i32 %smax260, 127
+  %916 = add i32 %indvars.iv, %915
+  %917 = shl nuw nsw i32 %number1085.i, 8
+  %918 = add i32 %533, %917
+  %919 = add i32 %smax260, %918
+  %920 = sub i32 %919, %915
+  %921 = sext i32 %920 to i64
   %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv118, i32 0)
-  %929 = and i32 %smax, 127
-  %930 = add i32 %indvars.iv, %929
-  %931 = sub i32 %930, %smax
-  %932 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_max.i = tail call ptr %932(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %933 = icmp eq ptr %row_max.i, null
-  br i1 %933, label %fused_attend_compute_.exit, label %if_end64.i, !prof !6
+  %922 = and i32 %smax, 127
+  %923 = add i32 %indvars.iv, %922
+  %924 = sub i32 %923, %smax
+  %925 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_max.i = tail call ptr %925(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %926 = icmp eq ptr %row_max.i, null
+  br i1 %926, label %fused_attend_compute_.exit, label %if_end64.i, !prof !6
 
 if_end64.i:                                       ; preds = %for_body_number.i
-  %934 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_sum.i = tail call ptr %934(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %935 = icmp eq ptr %row_sum.i, null
-  br i1 %935, label %fused_attend_compute_.exit, label %if_end67.i, !prof !6
+  %927 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_sum.i = tail call ptr %927(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %928 = icmp eq ptr %row_sum.i, null
+  br i1 %928, label %fused_attend_compute_.exit, label %if_end67.i, !prof !6
 
 if_end67.i:                                       ; preds = %if_end64.i
-  %936 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %acc.i = tail call ptr %936(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
-  %937 = icmp eq ptr %acc.i, null
-  br i1 %937, label %fused_attend_compute_.exit, label %if_end70.i, !prof !6
+  %929 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %929(i32 1, i32 %dev_id, i64 262144, i32 2, i32 32)
+  %930 = icmp eq ptr %acc.i, null
+  br i1 %930, label %fused_attend_compute_.exit, label %if_end70.i, !prof !6
 
 if_end70.i:                                       ; preds = %if_end67.i
-  %938 = shl nsw i32 %number1085.i, 8
-  %939 = add nsw i32 %938, %540
-  %940 = add nsw i32 %939, 256
-  %941 = sub i32 %span847.sroa.0.0.lcssa.i, %939
-  %unseen.i = tail call i32 @llvm.smax.i32(i32 %941, i32 0)
-  %942 = and i32 %unseen.i, 127
-  %943 = add nsw i32 %unseen.i, %939
-  %944 = sub i32 %943, %942
-  %945 = tail call i32 @llvm.smin.i32(i32 %940, i32 %key_end.i)
-  %946 = sub nsw i32 %945, %944
-  %.fr1106.i = freeze i32 %946
-  %947 = icmp slt i32 %.fr1106.i, 1
-  %948 = tail call i32 @llvm.smax.i32(i32 %.fr1106.i, i32 0)
-  %949 = add nuw nsw i32 %948, 127
-  %950 = lshr i32 %949, 7
-  %.not1101.i = icmp eq i32 %950, 0
+  %931 = shl nsw i32 %number1085.i, 8
+  %932 = add nsw i32 %931, %533
+  %933 = add nsw i32 %932, 256
+  %934 = sub i32 %span847.sroa.0.0.lcssa.i, %932
+  %unseen.i = tail call i32 @llvm.smax.i32(i32 %934, i32 0)
+  %935 = and i32 %unseen.i, 127
+  %936 = add nsw i32 %unseen.i, %932
+  %937 = sub i32 %936, %935
+  %938 = tail call i32 @llvm.smin.i32(i32 %933, i32 %key_end.i)
+  %939 = sub nsw i32 %938, %937
+  %.fr1106.i = freeze i32 %939
+  %940 = icmp slt i32 %.fr1106.i, 1
+  %941 = tail call i32 @llvm.smax.i32(i32 %.fr1106.i, i32 0)
+  %942 = add nuw nsw i32 %941, 127
+  %943 = lshr i32 %942, 7
+  %.not1101.i = icmp eq i32 %943, 0
   br i1 %.not1101.i, label %for_begin_tile649.preheader.i, label %for_body_step.preheader.i, !prof !9
 
 for_body_step.preheader.i:                        ; preds = %if_end70.i
-  %951 = sext i32 %944 to i64
-  %wide.trip.count1395.i = zext nneg i32 %950 to i64
-  %952 = getelementptr i8, ptr %685, i64 %928
+  %944 = sext i32 %937 to i64
+  %wide.trip.count1395.i = zext nneg i32 %943 to i64
+  %945 = getelementptr i8, ptr %678, i64 %921
   br label %for_body_step.i
 
 for_begin_step.i:                                 ; preds = %if_end644.i
@@ -2913,196 +2906,196 @@ for_begin_step.i:                                 ; preds = %if_end644.i
   br i1 %exitcond1396.not.i, label %for_begin_tile649.preheader.i, label %for_body_step.i, !prof !10
 
 for_begin_tile649.preheader.i:                    ; preds = %for_begin_step.i, %if_end70.i
-  %brmerge.i = or i1 %144, %947
+  %brmerge.i = or i1 %137, %940
   br i1 %brmerge.i, label %for_end_tile651.i, label %for_body_tile650.i, !prof !45
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.preheader.i
-  %indvars.iv120 = phi i32 [ %indvars.iv.next121, %for_begin_step.i ], [ %931, %for_body_step.preheader.i ]
+  %indvars.iv120 = phi i32 [ %indvars.iv.next121, %for_begin_step.i ], [ %924, %for_body_step.preheader.i ]
   %indvars.iv1392.i = phi i64 [ %indvars.iv.next1393.i, %for_begin_step.i ], [ 0, %for_body_step.preheader.i ]
   %indvars.iv1392.i.tr475 = trunc i64 %indvars.iv1392.i to i32
-  %953 = shl i32 %indvars.iv1392.i.tr475, 7
-  %954 = add i32 %smax473, %953
-  %955 = sub i32 %915, %954
-  %smax474 = tail call i32 @llvm.smax.i32(i32 %955, i32 0)
-  %956 = and i32 %smax474, 1
-  %957 = and i32 %smax474, 1
+  %946 = shl i32 %indvars.iv1392.i.tr475, 7
+  %947 = add i32 %smax473, %946
+  %948 = sub i32 %908, %947
+  %smax474 = tail call i32 @llvm.smax.i32(i32 %948, i32 0)
+  %949 = and i32 %smax474, 1
+  %950 = and i32 %smax474, 1
   %indvars.iv1392.i.tr476 = trunc i64 %indvars.iv1392.i to i32
-  %958 = shl i32 %indvars.iv1392.i.tr476, 7
-  %959 = add i32 %smax464, %958
-  %960 = sub i32 %917, %959
-  %smax465 = tail call i32 @llvm.smax.i32(i32 %960, i32 0)
-  %961 = zext nneg i32 %smax465 to i64
+  %951 = shl i32 %indvars.iv1392.i.tr476, 7
+  %952 = add i32 %smax464, %951
+  %953 = sub i32 %910, %952
+  %smax465 = tail call i32 @llvm.smax.i32(i32 %953, i32 0)
+  %954 = zext nneg i32 %smax465 to i64
   %indvars.iv1392.i.tr477 = trunc i64 %indvars.iv1392.i to i32
-  %962 = shl i32 %indvars.iv1392.i.tr477, 7
-  %963 = add i32 %smax439, %962
-  %964 = sub i32 %919, %963
-  %smax440 = tail call i32 @llvm.smax.i32(i32 %964, i32 0)
-  %965 = zext nneg i32 %smax440 to i64
+  %955 = shl i32 %indvars.iv1392.i.tr477, 7
+  %956 = add i32 %smax439, %955
+  %957 = sub i32 %912, %956
+  %smax440 = tail call i32 @llvm.smax.i32(i32 %957, i32 0)
+  %958 = zext nneg i32 %smax440 to i64
   %indvars.iv1392.i.tr = trunc i64 %indvars.iv1392.i to i32
-  %966 = shl i32 %indvars.iv1392.i.tr, 7
-  %967 = add i32 %smax274, %966
-  %968 = sub i32 %921, %967
-  %smax275 = tail call i32 @llvm.smax.i32(i32 %968, i32 0)
-  %969 = zext nneg i32 %smax275 to i64
+  %959 = shl i32 %indvars.iv1392.i.tr, 7
+  %960 = add i32 %smax274, %959
+  %961 = sub i32 %914, %960
+  %smax275 = tail call i32 @llvm.smax.i32(i32 %961, i32 0)
+  %962 = zext nneg i32 %smax275 to i64
   %indvars.iv1392.i.tr316 = trunc i64 %indvars.iv1392.i to i32
-  %970 = shl i32 %indvars.iv1392.i.tr316, 7
-  %971 = add i32 %smax260, %970
-  %972 = sub i32 %923, %971
-  %smax261 = tail call i32 @llvm.smax.i32(i32 %972, i32 0)
-  %973 = zext nneg i32 %smax261 to i64
-  %974 = shl nuw nsw i64 %973, 2
-  %975 = shl nuw nsw i64 %indvars.iv1392.i, 7
-  %scevgep267 = getelementptr i8, ptr %952, i64 %975
+  %963 = shl i32 %indvars.iv1392.i.tr316, 7
+  %964 = add i32 %smax260, %963
+  %965 = sub i32 %916, %964
+  %smax261 = tail call i32 @llvm.smax.i32(i32 %965, i32 0)
+  %966 = zext nneg i32 %smax261 to i64
+  %967 = shl nuw nsw i64 %966, 2
+  %968 = shl nuw nsw i64 %indvars.iv1392.i, 7
+  %scevgep267 = getelementptr i8, ptr %945, i64 %968
   %smax124 = tail call i32 @llvm.smax.i32(i32 %indvars.iv120, i32 0)
-  %976 = zext nneg i32 %smax124 to i64
-  %977 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %key_offsets.i = tail call ptr %977(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %978 = icmp eq ptr %key_offsets.i, null
-  br i1 %978, label %fused_attend_compute_.exit, label %if_end73.i, !prof !6
+  %969 = zext nneg i32 %smax124 to i64
+  %970 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %key_offsets.i = tail call ptr %970(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %971 = icmp eq ptr %key_offsets.i, null
+  br i1 %971, label %fused_attend_compute_.exit, label %if_end73.i, !prof !6
 
 if_end73.i:                                       ; preds = %for_body_step.i
-  %979 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %value_offsets.i = tail call ptr %979(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %980 = icmp eq ptr %value_offsets.i, null
-  br i1 %980, label %fused_attend_compute_.exit, label %if_end76.i, !prof !6
+  %972 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %value_offsets.i = tail call ptr %972(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %973 = icmp eq ptr %value_offsets.i, null
+  br i1 %973, label %fused_attend_compute_.exit, label %if_end76.i, !prof !6
 
 if_end76.i:                                       ; preds = %if_end73.i
-  %981 = shl nsw i64 %indvars.iv1392.i, 7
-  %982 = add nsw i64 %981, %951
-  %983 = trunc i64 %982 to i32
-  %984 = sub i32 %945, %983
-  %985 = tail call i32 @llvm.smin.i32(i32 %984, i32 128)
-  %986 = add nsw i32 %985, 63
-  %987 = and i32 %986, -64
-  %988 = icmp slt i64 %982, %invariant.op1743.i
-  %989 = select i1 %988, i32 256, i32 %987
-  %990 = icmp sgt i32 %989, 0
-  br i1 %990, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !38
+  %974 = shl nsw i64 %indvars.iv1392.i, 7
+  %975 = add nsw i64 %974, %944
+  %976 = trunc i64 %975 to i32
+  %977 = sub i32 %938, %976
+  %978 = tail call i32 @llvm.smin.i32(i32 %977, i32 128)
+  %979 = add nsw i32 %978, 63
+  %980 = and i32 %979, -64
+  %981 = icmp slt i64 %975, %invariant.op1743.i
+  %982 = select i1 %981, i32 256, i32 %980
+  %983 = icmp sgt i32 %982, 0
+  br i1 %983, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !38
 
 for_body_t.lr.ph.i:                               ; preds = %if_end76.i
-  %row_start.i = load i32, ptr %546, align 4, !tbaa !7
-  %991 = sext i32 %row_start.i to i64
-  %invariant.gep922.i = getelementptr i32, ptr %549, i64 %991
-  %wide.trip.count1155.i = zext nneg i32 %989 to i64
+  %row_start.i = load i32, ptr %539, align 4, !tbaa !7
+  %984 = sext i32 %row_start.i to i64
+  %invariant.gep922.i = getelementptr i32, ptr %542, i64 %984
+  %wide.trip.count1155.i = zext nneg i32 %982 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv1152.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1153.i.3, %for_body_t.i ]
-  %992 = add nsw i64 %indvars.iv1152.i, %982
-  %993 = trunc nsw i64 %992 to i32
-  %994 = tail call i32 @llvm.smin.i32(i32 %993, i32 %547)
-  %995 = ashr i32 %994, 4
-  %996 = sext i32 %995 to i64
-  %gep923.i = getelementptr i32, ptr %invariant.gep922.i, i64 %996
-  %997 = load i32, ptr %gep923.i, align 4, !tbaa !7
-  %block.i = sext i32 %997 to i64
-  %998 = mul nsw i64 %k_block, %block.i
-  %999 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1152.i
-  store i64 %998, ptr %999, align 8, !tbaa !7
+  %985 = add nsw i64 %indvars.iv1152.i, %975
+  %986 = trunc nsw i64 %985 to i32
+  %987 = tail call i32 @llvm.smin.i32(i32 %986, i32 %540)
+  %988 = ashr i32 %987, 4
+  %989 = sext i32 %988 to i64
+  %gep923.i = getelementptr i32, ptr %invariant.gep922.i, i64 %989
+  %990 = load i32, ptr %gep923.i, align 4, !tbaa !7
+  %block.i = sext i32 %990 to i64
+  %991 = mul nsw i64 %k_block, %block.i
+  %992 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1152.i
+  store i64 %991, ptr %992, align 8, !tbaa !7
   %indvars.iv.next1153.i = or disjoint i64 %indvars.iv1152.i, 1
-  %1000 = add nsw i64 %indvars.iv.next1153.i, %982
-  %1001 = trunc nsw i64 %1000 to i32
-  %1002 = tail call i32 @llvm.smin.i32(i32 %1001, i32 %547)
-  %1003 = ashr i32 %1002, 4
-  %1004 = sext i32 %1003 to i64
-  %gep923.i.1 = getelementptr i32, ptr %invariant.gep922.i, i64 %1004
-  %1005 = load i32, ptr %gep923.i.1, align 4, !tbaa !7
-  %block.i.1 = sext i32 %1005 to i64
-  %1006 = mul nsw i64 %k_block, %block.i.1
-  %1007 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i
-  store i64 %1006, ptr %1007, align 8, !tbaa !7
+  %993 = add nsw i64 %indvars.iv.next1153.i, %975
+  %994 = trunc nsw i64 %993 to i32
+  %995 = tail call i32 @llvm.smin.i32(i32 %994, i32 %540)
+  %996 = ashr i32 %995, 4
+  %997 = sext i32 %996 to i64
+  %gep923.i.1 = getelementptr i32, ptr %invariant.gep922.i, i64 %997
+  %998 = load i32, ptr %gep923.i.1, align 4, !tbaa !7
+  %block.i.1 = sext i32 %998 to i64
+  %999 = mul nsw i64 %k_block, %block.i.1
+  %1000 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i
+  store i64 %999, ptr %1000, align 8, !tbaa !7
   %indvars.iv.next1153.i.1 = or disjoint i64 %indvars.iv1152.i, 2
-  %1008 = add nsw i64 %indvars.iv.next1153.i.1, %982
-  %1009 = trunc nsw i64 %1008 to i32
-  %1010 = tail call i32 @llvm.smin.i32(i32 %1009, i32 %547)
-  %1011 = ashr i32 %1010, 4
-  %1012 = sext i32 %1011 to i64
-  %gep923.i.2 = getelementptr i32, ptr %invariant.gep922.i, i64 %1012
-  %1013 = load i32, ptr %gep923.i.2, align 4, !tbaa !7
-  %block.i.2 = sext i32 %1013 to i64
-  %1014 = mul nsw i64 %k_block, %block.i.2
-  %1015 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.1
-  store i64 %1014, ptr %1015, align 8, !tbaa !7
+  %1001 = add nsw i64 %indvars.iv.next1153.i.1, %975
+  %1002 = trunc nsw i64 %1001 to i32
+  %1003 = tail call i32 @llvm.smin.i32(i32 %1002, i32 %540)
+  %1004 = ashr i32 %1003, 4
+  %1005 = sext i32 %1004 to i64
+  %gep923.i.2 = getelementptr i32, ptr %invariant.gep922.i, i64 %1005
+  %1006 = load i32, ptr %gep923.i.2, align 4, !tbaa !7
+  %block.i.2 = sext i32 %1006 to i64
+  %1007 = mul nsw i64 %k_block, %block.i.2
+  %1008 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.1
+  store i64 %1007, ptr %1008, align 8, !tbaa !7
   %indvars.iv.next1153.i.2 = or disjoint i64 %indvars.iv1152.i, 3
-  %1016 = add nsw i64 %indvars.iv.next1153.i.2, %982
-  %1017 = trunc nsw i64 %1016 to i32
-  %1018 = tail call i32 @llvm.smin.i32(i32 %1017, i32 %547)
-  %1019 = ashr i32 %1018, 4
-  %1020 = sext i32 %1019 to i64
-  %gep923.i.3 = getelementptr i32, ptr %invariant.gep922.i, i64 %1020
-  %1021 = load i32, ptr %gep923.i.3, align 4, !tbaa !7
-  %block.i.3 = sext i32 %1021 to i64
-  %1022 = mul nsw i64 %k_block, %block.i.3
-  %1023 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.2
-  store i64 %1022, ptr %1023, align 8, !tbaa !7
+  %1009 = add nsw i64 %indvars.iv.next1153.i.2, %975
+  %1010 = trunc nsw i64 %1009 to i32
+  %1011 = tail call i32 @llvm.smin.i32(i32 %1010, i32 %540)
+  %1012 = ashr i32 %1011, 4
+  %1013 = sext i32 %1012 to i64
+  %gep923.i.3 = getelementptr i32, ptr %invariant.gep922.i, i64 %1013
+  %1014 = load i32, ptr %gep923.i.3, align 4, !tbaa !7
+  %block.i.3 = sext i32 %1014 to i64
+  %1015 = mul nsw i64 %k_block, %block.i.3
+  %1016 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1153.i.2
+  store i64 %1015, ptr %1016, align 8, !tbaa !7
   %indvars.iv.next1153.i.3 = add nuw nsw i64 %indvars.iv1152.i, 4
   %exitcond1156.not.i.3 = icmp eq i64 %indvars.iv.next1153.i.3, %wide.trip.count1155.i
   br i1 %exitcond1156.not.i.3, label %for_body_t81.lr.ph.i, label %for_body_t.i, !prof !10, !llvm.loop !46
 
 for_body_t81.lr.ph.i:                             ; preds = %for_body_t.i
-  %row_start79.i = load i32, ptr %546, align 4, !tbaa !7
-  %1024 = sext i32 %row_start79.i to i64
-  %invariant.gep927.i = getelementptr i32, ptr %549, i64 %1024
+  %row_start79.i = load i32, ptr %539, align 4, !tbaa !7
+  %1017 = sext i32 %row_start79.i to i64
+  %invariant.gep927.i = getelementptr i32, ptr %542, i64 %1017
   br label %for_body_t81.i
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t81.i, %if_end76.i
-  br i1 %550, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !38
+  br i1 %543, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !38
 
 for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
-  %1025 = add i32 %tree_size, %983
-  %1026 = sub i32 %context_len.i, %1025
-  %1027 = tail call i32 @llvm.smax.i32(i32 %1026, i32 0)
-  %1028 = icmp eq i64 %indvars.iv1392.i, 0
-  %1029 = insertelement <16 x i1> poison, i1 %1028, i64 0
-  %1030 = shufflevector <16 x i1> %1029, <16 x i1> poison, <16 x i32> zeroinitializer
-  br i1 %553, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !38
+  %1018 = add i32 %tree_size, %976
+  %1019 = sub i32 %context_len.i, %1018
+  %1020 = tail call i32 @llvm.smax.i32(i32 %1019, i32 0)
+  %1021 = icmp eq i64 %indvars.iv1392.i, 0
+  %1022 = insertelement <16 x i1> poison, i1 %1021, i64 0
+  %1023 = shufflevector <16 x i1> %1022, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %546, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !38
 
 for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
-  %1031 = zext nneg i32 %1027 to i64
-  %1032 = getelementptr i8, ptr %671, i64 %982
-  %1033 = getelementptr i8, ptr %1032, i64 %1031
-  %scevgep268 = getelementptr i8, ptr %scevgep267, i64 %973
-  %1034 = icmp eq i32 %956, 0
-  %1035 = select i1 %1034, i32 -65536, i32 65535
-  %.not478 = icmp eq i32 %957, 0
-  %1036 = select i1 %.not478, i32 65535, i32 -65536
-  %1037 = icmp eq i32 %956, 0
-  %1038 = select i1 %1037, i32 -65536, i32 65535
-  %.not479 = icmp eq i32 %957, 0
-  %1039 = select i1 %.not479, i32 65535, i32 -65536
+  %1024 = zext nneg i32 %1020 to i64
+  %1025 = getelementptr i8, ptr %664, i64 %975
+  %1026 = getelementptr i8, ptr %1025, i64 %1024
+  %scevgep268 = getelementptr i8, ptr %scevgep267, i64 %966
+  %1027 = icmp eq i32 %949, 0
+  %1028 = select i1 %1027, i32 -65536, i32 65535
+  %.not478 = icmp eq i32 %950, 0
+  %1029 = select i1 %.not478, i32 65535, i32 -65536
+  %1030 = icmp eq i32 %949, 0
+  %1031 = select i1 %1030, i32 -65536, i32 65535
+  %.not479 = icmp eq i32 %950, 0
+  %1032 = select i1 %.not479, i32 65535, i32 -65536
   br label %for_body_kv_head.us.i
 
 for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.us.preheader.i
   %indvars.iv1387.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1388.i, %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i ]
-  %1040 = trunc nuw nsw i64 %indvars.iv1387.i to i32
-  %1041 = mul i32 %601, %1040
-  %1042 = icmp eq i64 %indvars.iv1387.i, %603
+  %1033 = trunc nuw nsw i64 %indvars.iv1387.i to i32
+  %1034 = mul i32 %594, %1033
+  %1035 = icmp eq i64 %indvars.iv1387.i, %596
   %indvars.iv.next1388.i = add nuw nsw i64 %indvars.iv1387.i, 1
-  %1043 = select i1 %1042, i64 0, i64 %indvars.iv.next1388.i
-  %1044 = add nsw i64 %indvars.iv1387.i, %552
-  %1045 = icmp slt i64 %indvars.iv.next1388.i, %604
-  %1046 = mul nuw nsw i64 %indvars.iv1387.i, %605
-  %1047 = or i1 %988, %1045
-  %1048 = add nsw i64 %1043, %552
-  %1049 = mul nsw i64 %1048, %k_head
-  %1050 = select i1 %1042, i32 128, i32 0
-  %invariant.gep934.us.i = getelementptr i32, ptr %key_cache, i64 %1049
-  %1051 = mul nsw i64 %1044, %k_head
-  %1052 = mul nsw i64 %1044, %v_head
-  %invariant.gep981.us.i = getelementptr i32, ptr %value_cache, i64 %1052
-  %1053 = mul nsw i64 %1048, %v_head
-  %invariant.gep1565.i = getelementptr i32, ptr %key_cache, i64 %1051
-  %invariant.gep1573.i = getelementptr i32, ptr %607, i64 %1051
-  %invariant.gep1581.i = getelementptr i32, ptr %608, i64 %1051
-  %invariant.gep1589.i = getelementptr i32, ptr %609, i64 %1051
-  %invariant.gep1673.i = getelementptr i32, ptr %value_cache, i64 %1053
-  %invariant.gep1675.i = getelementptr i32, ptr %673, i64 %1053
-  %invariant.gep1677.i = getelementptr i32, ptr %674, i64 %1053
-  %invariant.gep1679.i = getelementptr i32, ptr %675, i64 %1053
-  %invariant.gep1681.i = getelementptr i32, ptr %676, i64 %1053
-  %invariant.gep1683.i = getelementptr i32, ptr %677, i64 %1053
-  %invariant.gep1685.i = getelementptr i32, ptr %678, i64 %1053
-  %invariant.gep1687.i = getelementptr i32, ptr %679, i64 %1053
+  %1036 = select i1 %1035, i64 0, i64 %indvars.iv.next1388.i
+  %1037 = add nsw i64 %indvars.iv1387.i, %545
+  %1038 = icmp slt i64 %indvars.iv.next1388.i, %597
+  %1039 = mul nuw nsw i64 %indvars.iv1387.i, %598
+  %1040 = or i1 %981, %1038
+  %1041 = add nsw i64 %1036, %545
+  %1042 = mul nsw i64 %1041, %k_head
+  %1043 = select i1 %1035, i32 128, i32 0
+  %invariant.gep934.us.i = getelementptr i32, ptr %key_cache, i64 %1042
+  %1044 = mul nsw i64 %1037, %k_head
+  %1045 = mul nsw i64 %1037, %v_head
+  %invariant.gep981.us.i = getelementptr i32, ptr %value_cache, i64 %1045
+  %1046 = mul nsw i64 %1041, %v_head
+  %invariant.gep1565.i = getelementptr i32, ptr %key_cache, i64 %1044
+  %invariant.gep1573.i = getelementptr i32, ptr %600, i64 %1044
+  %invariant.gep1581.i = getelementptr i32, ptr %601, i64 %1044
+  %invariant.gep1589.i = getelementptr i32, ptr %602, i64 %1044
+  %invariant.gep1673.i = getelementptr i32, ptr %value_cache, i64 %1046
+  %invariant.gep1675.i = getelementptr i32, ptr %666, i64 %1046
+  %invariant.gep1677.i = getelementptr i32, ptr %667, i64 %1046
+  %invariant.gep1679.i = getelementptr i32, ptr %668, i64 %1046
+  %invariant.gep1681.i = getelementptr i32, ptr %669, i64 %1046
+  %invariant.gep1683.i = getelementptr i32, ptr %670, i64 %1046
+  %invariant.gep1685.i = getelementptr i32, ptr %671, i64 %1046
+  %invariant.gep1687.i = getelementptr i32, ptr %672, i64 %1046
   br label %for_body_row_tile.us.i
 
 for_begin_row_tile.us.i:                          ; preds = %if_end638.us.i
@@ -3113,298 +3106,298 @@ for_begin_row_tile.us.i:                          ; preds = %if_end638.us.i
 for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
   %indvars.iv1382.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1383.i, %for_begin_row_tile.us.i ]
   %indvars.iv1382.tr.i = trunc i64 %indvars.iv1382.i to i32
-  %1054 = shl i32 %indvars.iv1382.tr.i, 4
-  %1055 = add i32 %1054, %1041
-  %1056 = zext i32 %1055 to i64
-  %1057 = shl nuw nsw i64 %1056, 2
-  %scevgep1239.i = getelementptr i8, ptr %places.i, i64 %1057
-  %1058 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scores.us.i = tail call ptr %1058(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1059 = icmp eq ptr %scores.us.i, null
-  br i1 %1059, label %fused_attend_compute_.exit, label %if_end92.us.i, !prof !6
+  %1047 = shl i32 %indvars.iv1382.tr.i, 4
+  %1048 = add i32 %1047, %1034
+  %1049 = zext i32 %1048 to i64
+  %1050 = shl nuw nsw i64 %1049, 2
+  %scevgep1239.i = getelementptr i8, ptr %places.i, i64 %1050
+  %1051 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scores.us.i = tail call ptr %1051(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1052 = icmp eq ptr %scores.us.i, null
+  br i1 %1052, label %fused_attend_compute_.exit, label %if_end92.us.i, !prof !6
 
 if_end92.us.i:                                    ; preds = %for_body_row_tile.us.i
-  %1060 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %edges.us.i = tail call ptr %1060(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %1061 = icmp eq ptr %edges.us.i, null
-  br i1 %1061, label %fused_attend_compute_.exit, label %if_end95.us.i, !prof !6
+  %1053 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %edges.us.i = tail call ptr %1053(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1054 = icmp eq ptr %edges.us.i, null
+  br i1 %1054, label %fused_attend_compute_.exit, label %if_end95.us.i, !prof !6
 
 if_end95.us.i:                                    ; preds = %if_end92.us.i
-  %1062 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %prob_pairs.us.i = tail call ptr %1062(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
-  %1063 = icmp eq ptr %prob_pairs.us.i, null
-  br i1 %1063, label %fused_attend_compute_.exit, label %if_end98.us.i, !prof !6
+  %1055 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %prob_pairs.us.i = tail call ptr %1055(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %1056 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %1056, label %fused_attend_compute_.exit, label %if_end98.us.i, !prof !6
 
 if_end98.us.i:                                    ; preds = %if_end95.us.i
-  %1064 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %scaled.us.i = tail call ptr %1064(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1065 = icmp eq ptr %scaled.us.i, null
-  br i1 %1065, label %fused_attend_compute_.exit, label %if_end101.us.i, !prof !6
+  %1057 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scaled.us.i = tail call ptr %1057(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1058 = icmp eq ptr %scaled.us.i, null
+  br i1 %1058, label %fused_attend_compute_.exit, label %if_end101.us.i, !prof !6
 
 if_end101.us.i:                                   ; preds = %if_end98.us.i
-  %1066 = icmp eq i64 %indvars.iv1382.i, %602
-  %1067 = add nuw nsw i64 %indvars.iv1382.i, %1046
-  %.idx1497.i = shl i64 %1067, 4
-  %1068 = getelementptr i8, ptr %reach848.i, i64 %.idx1497.i
-  %1069 = getelementptr i8, ptr %1068, i64 4
-  %1070 = load i32, ptr %1069, align 4, !tbaa !11
-  %1071 = sext i32 %1070 to i64
-  %1072 = icmp slt i64 %982, %1071
-  br i1 %1072, label %if_then103.us.i, label %if_end104.us.i, !prof !6
+  %1059 = icmp eq i64 %indvars.iv1382.i, %595
+  %1060 = add nuw nsw i64 %indvars.iv1382.i, %1039
+  %.idx1497.i = shl i64 %1060, 4
+  %1061 = getelementptr i8, ptr %reach848.i, i64 %.idx1497.i
+  %1062 = getelementptr i8, ptr %1061, i64 4
+  %1063 = load i32, ptr %1062, align 4, !tbaa !11
+  %1064 = sext i32 %1063 to i64
+  %1065 = icmp slt i64 %975, %1064
+  br i1 %1065, label %if_then103.us.i, label %if_end104.us.i, !prof !6
 
 if_then103.us.i:                                  ; preds = %if_end101.us.i
-  %1073 = sub nsw i32 %1070, %983
-  %valid_len106.us.i = tail call i32 @llvm.smin.i32(i32 %985, i32 %1073)
+  %1066 = sub nsw i32 %1063, %976
+  %valid_len106.us.i = tail call i32 @llvm.smin.i32(i32 %978, i32 %1066)
   %valid_len106.us.fr.i = freeze i32 %valid_len106.us.i
-  %1074 = trunc i64 %1067 to i32
-  %1075 = urem i32 %1074, %122
-  %1076 = shl i32 %1075, 4
-  %1077 = sub i32 %120, %1076
-  %1078 = load i32, ptr %1068, align 16, !tbaa !11
-  %1079 = sub nsw i32 %1078, %983
-  %1080 = tail call i32 @llvm.smin.i32(i32 %1079, i32 %valid_len106.us.fr.i)
-  %1081 = tail call i32 @llvm.smin.i32(i32 %1080, i32 %1026)
-  %1082 = select i1 %143, i32 %1081, i32 %1080
-  %1083 = tail call i32 @llvm.smax.i32(i32 %1082, i32 0)
-  %num_full.us.i = lshr i32 %1083, 6
-  %1084 = add i32 %valid_len106.us.fr.i, 63
-  %1085 = ashr i32 %1084, 6
-  %1086 = icmp sgt i32 %1085, 0
-  br i1 %1086, label %for_body_to.lr.ph.us.i, label %for_begin_r138.preheader.us.i, !prof !38
+  %1067 = trunc i64 %1060 to i32
+  %1068 = urem i32 %1067, %134
+  %1069 = shl i32 %1068, 4
+  %1070 = sub i32 %132, %1069
+  %1071 = load i32, ptr %1061, align 16, !tbaa !11
+  %1072 = sub nsw i32 %1071, %976
+  %1073 = tail call i32 @llvm.smin.i32(i32 %1072, i32 %valid_len106.us.fr.i)
+  %1074 = tail call i32 @llvm.smin.i32(i32 %1073, i32 %1019)
+  %1075 = select i1 %135, i32 %1074, i32 %1073
+  %1076 = tail call i32 @llvm.smax.i32(i32 %1075, i32 0)
+  %num_full.us.i = lshr i32 %1076, 6
+  %1077 = add i32 %valid_len106.us.fr.i, 63
+  %1078 = ashr i32 %1077, 6
+  %1079 = icmp sgt i32 %1078, 0
+  br i1 %1079, label %for_body_to.lr.ph.us.i, label %for_begin_r138.preheader.us.i, !prof !38
 
 for_end_r150.us.i:                                ; preds = %for_end_to155.us.i
   %v.us.i = load <16 x float>, ptr %full_peak.rf841.i, align 16, !tbaa !48
-  %v159.us.i = load <16 x float>, ptr %559, align 16, !tbaa !55
-  %v161.us.i = load <16 x float>, ptr %560, align 16, !tbaa !57
-  %v163.us.i = load <16 x float>, ptr %561, align 16, !tbaa !60
-  %v165.us.i = load <16 x float>, ptr %562, align 16, !tbaa !62
-  %v167.us.i = load <16 x float>, ptr %563, align 16, !tbaa !66
-  %v169.us.i = load <16 x float>, ptr %564, align 16, !tbaa !68
-  %v171.us.i = load <16 x float>, ptr %565, align 16, !tbaa !71
-  %v173.us.i = load <16 x float>, ptr %566, align 16, !tbaa !73
-  %v175.us.i = load <16 x float>, ptr %567, align 16, !tbaa !78
-  %v177.us.i = load <16 x float>, ptr %568, align 16, !tbaa !80
-  %v179.us.i = load <16 x float>, ptr %569, align 16, !tbaa !83
-  %v181.us.i = load <16 x float>, ptr %570, align 16, !tbaa !85
-  %v183.us.i = load <16 x float>, ptr %571, align 16, !tbaa !89
-  %v185.us.i = load <16 x float>, ptr %572, align 16, !tbaa !91
-  %v187.us.i = load <16 x float>, ptr %573, align 16, !tbaa !94
-  %1087 = sub nsw i32 %1085, %num_full.us.i
-  %1088 = icmp sgt i32 %1087, 0
-  %1089 = and i32 %1083, 2147483584
-  %invariant.op952.us.i = add i32 %1089, %983
-  %1090 = zext nneg i32 %1089 to i64
+  %v159.us.i = load <16 x float>, ptr %552, align 16, !tbaa !55
+  %v161.us.i = load <16 x float>, ptr %553, align 16, !tbaa !57
+  %v163.us.i = load <16 x float>, ptr %554, align 16, !tbaa !60
+  %v165.us.i = load <16 x float>, ptr %555, align 16, !tbaa !62
+  %v167.us.i = load <16 x float>, ptr %556, align 16, !tbaa !66
+  %v169.us.i = load <16 x float>, ptr %557, align 16, !tbaa !68
+  %v171.us.i = load <16 x float>, ptr %558, align 16, !tbaa !71
+  %v173.us.i = load <16 x float>, ptr %559, align 16, !tbaa !73
+  %v175.us.i = load <16 x float>, ptr %560, align 16, !tbaa !78
+  %v177.us.i = load <16 x float>, ptr %561, align 16, !tbaa !80
+  %v179.us.i = load <16 x float>, ptr %562, align 16, !tbaa !83
+  %v181.us.i = load <16 x float>, ptr %563, align 16, !tbaa !85
+  %v183.us.i = load <16 x float>, ptr %564, align 16, !tbaa !89
+  %v185.us.i = load <16 x float>, ptr %565, align 16, !tbaa !91
+  %v187.us.i = load <16 x float>, ptr %566, align 16, !tbaa !94
+  %1080 = sub nsw i32 %1078, %num_full.us.i
+  %1081 = icmp sgt i32 %1080, 0
+  %1082 = and i32 %1076, 2147483584
+  %invariant.op952.us.i = add i32 %1082, %976
+  %1083 = zext nneg i32 %1082 to i64
   %invariant.gep1631.i = getelementptr i32, ptr %limits.i, i64 %.idx1497.i
-  %wide.trip.count1213.i = zext i32 %1087 to i64
+  %wide.trip.count1213.i = zext i32 %1080 to i64
   br label %for_body_r219.us.i
 
 for_end_r220.us.i:                                ; preds = %for_end_to225.us.i
-  %1091 = shufflevector <16 x float> %v.us.i, <16 x float> %v159.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1092 = shufflevector <16 x float> %v.us.i, <16 x float> %v159.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1093 = fcmp ogt <16 x float> %1091, %1092
-  %1094 = shufflevector <16 x float> %v161.us.i, <16 x float> %v163.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1095 = shufflevector <16 x float> %v161.us.i, <16 x float> %v163.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1096 = fcmp ogt <16 x float> %1094, %1095
-  %1097 = shufflevector <16 x float> %v165.us.i, <16 x float> %v167.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1098 = shufflevector <16 x float> %v165.us.i, <16 x float> %v167.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1099 = fcmp ogt <16 x float> %1097, %1098
-  %1100 = shufflevector <16 x float> %v169.us.i, <16 x float> %v171.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1101 = shufflevector <16 x float> %v169.us.i, <16 x float> %v171.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1102 = fcmp ogt <16 x float> %1100, %1101
-  %1103 = shufflevector <16 x float> %v173.us.i, <16 x float> %v175.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1104 = shufflevector <16 x float> %v173.us.i, <16 x float> %v175.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1105 = fcmp ogt <16 x float> %1103, %1104
-  %1106 = shufflevector <16 x float> %v177.us.i, <16 x float> %v179.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1107 = shufflevector <16 x float> %v177.us.i, <16 x float> %v179.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1108 = fcmp ogt <16 x float> %1106, %1107
-  %1109 = shufflevector <16 x float> %v181.us.i, <16 x float> %v183.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1110 = shufflevector <16 x float> %v181.us.i, <16 x float> %v183.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1111 = fcmp ogt <16 x float> %1109, %1110
-  %1112 = shufflevector <16 x float> %v185.us.i, <16 x float> %v187.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1113 = shufflevector <16 x float> %v185.us.i, <16 x float> %v187.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1114 = fcmp ogt <16 x float> %1112, %1113
-  %1115 = select <16 x i1> %1093, <16 x float> %1091, <16 x float> %1092
-  %1116 = select <16 x i1> %1096, <16 x float> %1094, <16 x float> %1095
-  %1117 = shufflevector <16 x float> %1115, <16 x float> %1116, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1118 = shufflevector <16 x float> %1115, <16 x float> %1116, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1119 = fcmp ogt <16 x float> %1117, %1118
-  %1120 = select <16 x i1> %1099, <16 x float> %1097, <16 x float> %1098
-  %1121 = select <16 x i1> %1102, <16 x float> %1100, <16 x float> %1101
-  %1122 = shufflevector <16 x float> %1120, <16 x float> %1121, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1123 = shufflevector <16 x float> %1120, <16 x float> %1121, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1124 = fcmp ogt <16 x float> %1122, %1123
-  %1125 = select <16 x i1> %1105, <16 x float> %1103, <16 x float> %1104
-  %1126 = select <16 x i1> %1108, <16 x float> %1106, <16 x float> %1107
-  %1127 = shufflevector <16 x float> %1125, <16 x float> %1126, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1128 = shufflevector <16 x float> %1125, <16 x float> %1126, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1129 = fcmp ogt <16 x float> %1127, %1128
-  %1130 = select <16 x i1> %1111, <16 x float> %1109, <16 x float> %1110
-  %1131 = select <16 x i1> %1114, <16 x float> %1112, <16 x float> %1113
-  %1132 = shufflevector <16 x float> %1130, <16 x float> %1131, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1133 = shufflevector <16 x float> %1130, <16 x float> %1131, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1134 = fcmp ogt <16 x float> %1132, %1133
-  %1135 = select <16 x i1> %1119, <16 x float> %1117, <16 x float> %1118
-  %1136 = select <16 x i1> %1124, <16 x float> %1122, <16 x float> %1123
-  %1137 = shufflevector <16 x float> %1135, <16 x float> %1136, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1138 = shufflevector <16 x float> %1135, <16 x float> %1136, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1139 = fcmp ogt <16 x float> %1137, %1138
-  %1140 = select <16 x i1> %1129, <16 x float> %1127, <16 x float> %1128
-  %1141 = select <16 x i1> %1134, <16 x float> %1132, <16 x float> %1133
-  %1142 = shufflevector <16 x float> %1140, <16 x float> %1141, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1143 = shufflevector <16 x float> %1140, <16 x float> %1141, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1144 = fcmp ogt <16 x float> %1142, %1143
-  %1145 = select <16 x i1> %1139, <16 x float> %1137, <16 x float> %1138
-  %1146 = select <16 x i1> %1144, <16 x float> %1142, <16 x float> %1143
-  %1147 = shufflevector <16 x float> %1145, <16 x float> %1146, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1148 = shufflevector <16 x float> %1145, <16 x float> %1146, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1149 = fcmp ogt <16 x float> %1147, %1148
-  %1150 = select <16 x i1> %1149, <16 x float> %1147, <16 x float> %1148
-  %1151 = fcmp olt <16 x float> %1150, splat (float 0xC7EFFFFFE0000000)
-  %1152 = select <16 x i1> %1151, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %1150
-  %1153 = icmp sgt i32 %1077, 0
-  %or.cond.i = select i1 %143, i1 %1153, i1 false, !prof !96
+  %1084 = shufflevector <16 x float> %v.us.i, <16 x float> %v159.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1085 = shufflevector <16 x float> %v.us.i, <16 x float> %v159.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1086 = fcmp ogt <16 x float> %1084, %1085
+  %1087 = shufflevector <16 x float> %v161.us.i, <16 x float> %v163.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1088 = shufflevector <16 x float> %v161.us.i, <16 x float> %v163.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1089 = fcmp ogt <16 x float> %1087, %1088
+  %1090 = shufflevector <16 x float> %v165.us.i, <16 x float> %v167.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1091 = shufflevector <16 x float> %v165.us.i, <16 x float> %v167.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1092 = fcmp ogt <16 x float> %1090, %1091
+  %1093 = shufflevector <16 x float> %v169.us.i, <16 x float> %v171.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1094 = shufflevector <16 x float> %v169.us.i, <16 x float> %v171.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1095 = fcmp ogt <16 x float> %1093, %1094
+  %1096 = shufflevector <16 x float> %v173.us.i, <16 x float> %v175.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1097 = shufflevector <16 x float> %v173.us.i, <16 x float> %v175.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1098 = fcmp ogt <16 x float> %1096, %1097
+  %1099 = shufflevector <16 x float> %v177.us.i, <16 x float> %v179.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1100 = shufflevector <16 x float> %v177.us.i, <16 x float> %v179.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1101 = fcmp ogt <16 x float> %1099, %1100
+  %1102 = shufflevector <16 x float> %v181.us.i, <16 x float> %v183.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1103 = shufflevector <16 x float> %v181.us.i, <16 x float> %v183.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1104 = fcmp ogt <16 x float> %1102, %1103
+  %1105 = shufflevector <16 x float> %v185.us.i, <16 x float> %v187.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1106 = shufflevector <16 x float> %v185.us.i, <16 x float> %v187.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1107 = fcmp ogt <16 x float> %1105, %1106
+  %1108 = select <16 x i1> %1086, <16 x float> %1084, <16 x float> %1085
+  %1109 = select <16 x i1> %1089, <16 x float> %1087, <16 x float> %1088
+  %1110 = shufflevector <16 x float> %1108, <16 x float> %1109, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1111 = shufflevector <16 x float> %1108, <16 x float> %1109, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1112 = fcmp ogt <16 x float> %1110, %1111
+  %1113 = select <16 x i1> %1092, <16 x float> %1090, <16 x float> %1091
+  %1114 = select <16 x i1> %1095, <16 x float> %1093, <16 x float> %1094
+  %1115 = shufflevector <16 x float> %1113, <16 x float> %1114, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1116 = shufflevector <16 x float> %1113, <16 x float> %1114, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1117 = fcmp ogt <16 x float> %1115, %1116
+  %1118 = select <16 x i1> %1098, <16 x float> %1096, <16 x float> %1097
+  %1119 = select <16 x i1> %1101, <16 x float> %1099, <16 x float> %1100
+  %1120 = shufflevector <16 x float> %1118, <16 x float> %1119, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1121 = shufflevector <16 x float> %1118, <16 x float> %1119, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1122 = fcmp ogt <16 x float> %1120, %1121
+  %1123 = select <16 x i1> %1104, <16 x float> %1102, <16 x float> %1103
+  %1124 = select <16 x i1> %1107, <16 x float> %1105, <16 x float> %1106
+  %1125 = shufflevector <16 x float> %1123, <16 x float> %1124, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1126 = shufflevector <16 x float> %1123, <16 x float> %1124, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1127 = fcmp ogt <16 x float> %1125, %1126
+  %1128 = select <16 x i1> %1112, <16 x float> %1110, <16 x float> %1111
+  %1129 = select <16 x i1> %1117, <16 x float> %1115, <16 x float> %1116
+  %1130 = shufflevector <16 x float> %1128, <16 x float> %1129, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1131 = shufflevector <16 x float> %1128, <16 x float> %1129, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1132 = fcmp ogt <16 x float> %1130, %1131
+  %1133 = select <16 x i1> %1122, <16 x float> %1120, <16 x float> %1121
+  %1134 = select <16 x i1> %1127, <16 x float> %1125, <16 x float> %1126
+  %1135 = shufflevector <16 x float> %1133, <16 x float> %1134, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1136 = shufflevector <16 x float> %1133, <16 x float> %1134, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1137 = fcmp ogt <16 x float> %1135, %1136
+  %1138 = select <16 x i1> %1132, <16 x float> %1130, <16 x float> %1131
+  %1139 = select <16 x i1> %1137, <16 x float> %1135, <16 x float> %1136
+  %1140 = shufflevector <16 x float> %1138, <16 x float> %1139, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1141 = shufflevector <16 x float> %1138, <16 x float> %1139, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1142 = fcmp ogt <16 x float> %1140, %1141
+  %1143 = select <16 x i1> %1142, <16 x float> %1140, <16 x float> %1141
+  %1144 = fcmp olt <16 x float> %1143, splat (float 0xC7EFFFFFE0000000)
+  %1145 = select <16 x i1> %1144, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %1143
+  %1146 = icmp sgt i32 %1070, 0
+  %or.cond.i = and i1 %135, %1146
   br i1 %or.cond.i, label %for_body_r231.lr.ph.us.i, label %if_end229.us.i, !prof !96
 
 if_end229.us.i:                                   ; preds = %for_end_c.us.i, %for_end_r220.us.i
-  %1154 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %probs.us.i = tail call ptr %1154(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1155 = icmp eq ptr %probs.us.i, null
-  br i1 %1155, label %fused_attend_compute_.exit, label %for_begin_r241.preheader.us.i, !prof !6
+  %1147 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %probs.us.i = tail call ptr %1147(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1148 = icmp eq ptr %probs.us.i, null
+  br i1 %1148, label %fused_attend_compute_.exit, label %for_begin_r241.preheader.us.i, !prof !6
 
 for_end_r243.us.i:                                ; preds = %for_end_to248.us.i
-  %1156 = icmp sgt i32 %valid_len106.us.fr.i, 0
-  br i1 %1156, label %if_then318.us.15.i, label %if_end320.us.15.i
+  %1149 = icmp sgt i32 %valid_len106.us.fr.i, 0
+  br i1 %1149, label %if_then318.us.15.i, label %if_end320.us.15.i
 
 for_end_r348.us.i:                                ; preds = %for_end_to353.us.i
   %v357.us.i = load <16 x float>, ptr %tile_sum.rf836.i, align 16, !tbaa !97
-  %v359.us.i = load <16 x float>, ptr %593, align 16, !tbaa !104
-  %v361.us.i = load <16 x float>, ptr %594, align 16, !tbaa !106
-  %v363.us.i = load <16 x float>, ptr %595, align 16, !tbaa !109
-  %v365.us.i = load <16 x float>, ptr %596, align 16, !tbaa !111
-  %v367.us.i = load <16 x float>, ptr %597, align 16, !tbaa !115
-  %v369.us.i = load <16 x float>, ptr %598, align 16, !tbaa !117
-  %v371.us.i = load <16 x float>, ptr %599, align 16, !tbaa !120
-  %1157 = shufflevector <16 x float> %v357.us.i, <16 x float> %v365.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1158 = shufflevector <16 x float> %v361.us.i, <16 x float> %v369.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1159 = shufflevector <16 x float> %v357.us.i, <16 x float> %v365.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1160 = shufflevector <16 x float> %v361.us.i, <16 x float> %v369.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1161 = shufflevector <16 x float> %v359.us.i, <16 x float> %v367.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1162 = shufflevector <16 x float> %v363.us.i, <16 x float> %v371.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1163 = shufflevector <16 x float> %v359.us.i, <16 x float> %v367.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1164 = shufflevector <16 x float> %v363.us.i, <16 x float> %v371.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1165 = shufflevector <16 x float> %1157, <16 x float> %1158, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1166 = shufflevector <16 x float> %1161, <16 x float> %1162, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1167 = shufflevector <16 x float> %1157, <16 x float> %1158, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1168 = shufflevector <16 x float> %1161, <16 x float> %1162, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1169 = shufflevector <16 x float> %1159, <16 x float> %1160, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1170 = shufflevector <16 x float> %1163, <16 x float> %1164, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1171 = shufflevector <16 x float> %1159, <16 x float> %1160, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1172 = shufflevector <16 x float> %1163, <16 x float> %1164, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1173 = shufflevector <16 x float> %1165, <16 x float> %1166, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1174 = shufflevector <16 x float> %1169, <16 x float> %1170, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1175 = shufflevector <16 x float> %1165, <16 x float> %1166, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1176 = shufflevector <16 x float> %1169, <16 x float> %1170, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1177 = shufflevector <16 x float> %1167, <16 x float> %1168, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1178 = shufflevector <16 x float> %1171, <16 x float> %1172, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1179 = shufflevector <16 x float> %1167, <16 x float> %1168, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1180 = shufflevector <16 x float> %1171, <16 x float> %1172, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1181 = shufflevector <16 x float> %1179, <16 x float> %1180, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1182 = shufflevector <16 x float> %1179, <16 x float> %1180, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1183 = shufflevector <16 x float> %1177, <16 x float> %1178, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1184 = shufflevector <16 x float> %1177, <16 x float> %1178, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1185 = shufflevector <16 x float> %1175, <16 x float> %1176, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1186 = shufflevector <16 x float> %1175, <16 x float> %1176, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1187 = shufflevector <16 x float> %1173, <16 x float> %1174, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %1188 = shufflevector <16 x float> %1173, <16 x float> %1174, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
-  %1189 = fadd <16 x float> %1188, zeroinitializer
-  %1190 = fadd <16 x float> %1187, %1189
-  %1191 = fadd <16 x float> %1186, %1190
-  %1192 = fadd <16 x float> %1185, %1191
-  %1193 = fadd <16 x float> %1184, %1192
-  %1194 = fadd <16 x float> %1183, %1193
-  %1195 = fadd <16 x float> %1182, %1194
-  %1196 = fadd <16 x float> %1181, %1195
-  %1197 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1497.i
-  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !7
-  %old_max.us.i = select <16 x i1> %1030, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1198
-  %1199 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1497.i
-  %1200 = load <16 x float>, ptr %1199, align 4, !tbaa !7
-  %old_sum.us.i = select <16 x i1> %1030, <16 x float> zeroinitializer, <16 x float> %1200
-  %1201 = load <16 x float>, ptr %tile_max846.i, align 16, !tbaa !122
-  %1202 = fcmp ogt <16 x float> %old_max.us.i, %1201
-  %1203 = fcmp oeq <16 x float> %1196, zeroinitializer
-  %1204 = select <16 x i1> %1203, <16 x i1> splat (i1 true), <16 x i1> %1202
-  %old_or_both.us.i = select <16 x i1> %1204, <16 x float> %old_max.us.i, <16 x float> %1201
-  %1205 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
-  %m.us.i = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %old_or_both.us.i
-  %1206 = fsub <16 x float> %old_max.us.i, %m.us.i
-  %1207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1206, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1208 = bitcast <16 x float> %1207 to <16 x i32>
-  %1209 = fadd <16 x float> %1207, splat (float 0xC168000FE0000000)
-  %1210 = fmul <16 x float> %1209, splat (float 0x3F2BD01060000000)
-  %1211 = fmul <16 x float> %1209, splat (float 0x3FE6300000000000)
-  %1212 = fsub <16 x float> %1206, %1211
-  %1213 = fadd <16 x float> %1210, %1212
-  %1214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1213, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1214, <16 x float> %1213, <16 x float> splat (float 0x3FA5558F20000000))
-  %1216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1215, <16 x float> %1213, <16 x float> splat (float 0x3FC5554920000000))
-  %1217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1216, <16 x float> %1213, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1218 = fmul <16 x float> %1213, %1213
-  %1219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1217, <16 x float> %1218, <16 x float> %1213)
-  %1220 = shl <16 x i32> %1208, splat (i32 23)
-  %1221 = bitcast <16 x i32> %1220 to <16 x float>
-  %1222 = fadd <16 x float> %1219, splat (float 1.000000e+00)
-  %1223 = fmul <16 x float> %1222, %1221
-  %1224 = fcmp olt <16 x float> %1206, splat (float -8.700000e+01)
-  %1225 = select <16 x i1> %1224, <16 x float> zeroinitializer, <16 x float> %1223
-  %1226 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
-  %1227 = select <16 x i1> %1226, <16 x float> %1225, <16 x float> zeroinitializer
-  store <16 x float> %1227, ptr %alpha844.i, align 16, !tbaa !129
-  %arg449.us.i = fsub <16 x float> %1201, %m.us.i
-  %1228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg449.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1229 = bitcast <16 x float> %1228 to <16 x i32>
-  %1230 = fadd <16 x float> %1228, splat (float 0xC168000FE0000000)
-  %1231 = fmul <16 x float> %1230, splat (float 0x3F2BD01060000000)
-  %1232 = fmul <16 x float> %1230, splat (float 0x3FE6300000000000)
-  %1233 = fsub <16 x float> %arg449.us.i, %1232
-  %1234 = fadd <16 x float> %1231, %1233
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1235, <16 x float> %1234, <16 x float> splat (float 0x3FA5558F20000000))
-  %1237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1236, <16 x float> %1234, <16 x float> splat (float 0x3FC5554920000000))
-  %1238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1237, <16 x float> %1234, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1239 = fmul <16 x float> %1234, %1234
-  %1240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> %1239, <16 x float> %1234)
-  %1241 = shl <16 x i32> %1229, splat (i32 23)
-  %1242 = bitcast <16 x i32> %1241 to <16 x float>
-  %1243 = fadd <16 x float> %1240, splat (float 1.000000e+00)
-  %1244 = fmul <16 x float> %1243, %1242
-  %1245 = fcmp olt <16 x float> %arg449.us.i, splat (float -8.700000e+01)
-  %1246 = select <16 x i1> %1245, <16 x float> zeroinitializer, <16 x float> %1244
-  %1247 = fcmp one <16 x float> %1196, zeroinitializer
-  %1248 = select <16 x i1> %1247, <16 x float> %1246, <16 x float> zeroinitializer
-  store <16 x float> %1248, ptr %beta843.i, align 16, !tbaa !136
-  %1249 = fmul <16 x float> %old_sum.us.i, %1227
-  %1250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1248, <16 x float> %1196, <16 x float> %1249)
-  store <16 x float> %m.us.i, ptr %1197, align 4, !tbaa !7
-  store <16 x float> %1250, ptr %1199, align 4, !tbaa !7
+  %v359.us.i = load <16 x float>, ptr %586, align 16, !tbaa !104
+  %v361.us.i = load <16 x float>, ptr %587, align 16, !tbaa !106
+  %v363.us.i = load <16 x float>, ptr %588, align 16, !tbaa !109
+  %v365.us.i = load <16 x float>, ptr %589, align 16, !tbaa !111
+  %v367.us.i = load <16 x float>, ptr %590, align 16, !tbaa !115
+  %v369.us.i = load <16 x float>, ptr %591, align 16, !tbaa !117
+  %v371.us.i = load <16 x float>, ptr %592, align 16, !tbaa !120
+  %1150 = shufflevector <16 x float> %v357.us.i, <16 x float> %v365.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1151 = shufflevector <16 x float> %v361.us.i, <16 x float> %v369.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1152 = shufflevector <16 x float> %v357.us.i, <16 x float> %v365.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1153 = shufflevector <16 x float> %v361.us.i, <16 x float> %v369.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1154 = shufflevector <16 x float> %v359.us.i, <16 x float> %v367.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1155 = shufflevector <16 x float> %v363.us.i, <16 x float> %v371.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1156 = shufflevector <16 x float> %v359.us.i, <16 x float> %v367.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1157 = shufflevector <16 x float> %v363.us.i, <16 x float> %v371.us.i, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1158 = shufflevector <16 x float> %1150, <16 x float> %1151, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1159 = shufflevector <16 x float> %1154, <16 x float> %1155, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1160 = shufflevector <16 x float> %1150, <16 x float> %1151, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1161 = shufflevector <16 x float> %1154, <16 x float> %1155, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1162 = shufflevector <16 x float> %1152, <16 x float> %1153, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1163 = shufflevector <16 x float> %1156, <16 x float> %1157, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1164 = shufflevector <16 x float> %1152, <16 x float> %1153, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1165 = shufflevector <16 x float> %1156, <16 x float> %1157, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1166 = shufflevector <16 x float> %1158, <16 x float> %1159, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1167 = shufflevector <16 x float> %1162, <16 x float> %1163, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1168 = shufflevector <16 x float> %1158, <16 x float> %1159, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1169 = shufflevector <16 x float> %1162, <16 x float> %1163, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1170 = shufflevector <16 x float> %1160, <16 x float> %1161, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1171 = shufflevector <16 x float> %1164, <16 x float> %1165, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1172 = shufflevector <16 x float> %1160, <16 x float> %1161, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1173 = shufflevector <16 x float> %1164, <16 x float> %1165, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1174 = shufflevector <16 x float> %1172, <16 x float> %1173, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1175 = shufflevector <16 x float> %1172, <16 x float> %1173, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1176 = shufflevector <16 x float> %1170, <16 x float> %1171, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1177 = shufflevector <16 x float> %1170, <16 x float> %1171, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1178 = shufflevector <16 x float> %1168, <16 x float> %1169, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1179 = shufflevector <16 x float> %1168, <16 x float> %1169, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1180 = shufflevector <16 x float> %1166, <16 x float> %1167, <16 x i32> <i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %1181 = shufflevector <16 x float> %1166, <16 x float> %1167, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23>
+  %1182 = fadd <16 x float> %1181, zeroinitializer
+  %1183 = fadd <16 x float> %1180, %1182
+  %1184 = fadd <16 x float> %1179, %1183
+  %1185 = fadd <16 x float> %1178, %1184
+  %1186 = fadd <16 x float> %1177, %1185
+  %1187 = fadd <16 x float> %1176, %1186
+  %1188 = fadd <16 x float> %1175, %1187
+  %1189 = fadd <16 x float> %1174, %1188
+  %1190 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1497.i
+  %1191 = load <16 x float>, ptr %1190, align 4, !tbaa !7
+  %old_max.us.i = select <16 x i1> %1023, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1191
+  %1192 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1497.i
+  %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !7
+  %old_sum.us.i = select <16 x i1> %1023, <16 x float> zeroinitializer, <16 x float> %1193
+  %1194 = load <16 x float>, ptr %tile_max846.i, align 16, !tbaa !122
+  %1195 = fcmp ogt <16 x float> %old_max.us.i, %1194
+  %1196 = fcmp oeq <16 x float> %1189, zeroinitializer
+  %1197 = select <16 x i1> %1196, <16 x i1> splat (i1 true), <16 x i1> %1195
+  %old_or_both.us.i = select <16 x i1> %1197, <16 x float> %old_max.us.i, <16 x float> %1194
+  %1198 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1198, <16 x float> %1194, <16 x float> %old_or_both.us.i
+  %1199 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1199, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1201 = bitcast <16 x float> %1200 to <16 x i32>
+  %1202 = fadd <16 x float> %1200, splat (float 0xC168000FE0000000)
+  %1203 = fmul <16 x float> %1202, splat (float 0x3F2BD01060000000)
+  %1204 = fmul <16 x float> %1202, splat (float 0x3FE6300000000000)
+  %1205 = fsub <16 x float> %1199, %1204
+  %1206 = fadd <16 x float> %1203, %1205
+  %1207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1206, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1207, <16 x float> %1206, <16 x float> splat (float 0x3FA5558F20000000))
+  %1209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1208, <16 x float> %1206, <16 x float> splat (float 0x3FC5554920000000))
+  %1210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1209, <16 x float> %1206, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1211 = fmul <16 x float> %1206, %1206
+  %1212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1210, <16 x float> %1211, <16 x float> %1206)
+  %1213 = shl <16 x i32> %1201, splat (i32 23)
+  %1214 = bitcast <16 x i32> %1213 to <16 x float>
+  %1215 = fadd <16 x float> %1212, splat (float 1.000000e+00)
+  %1216 = fmul <16 x float> %1215, %1214
+  %1217 = fcmp olt <16 x float> %1199, splat (float -8.700000e+01)
+  %1218 = select <16 x i1> %1217, <16 x float> zeroinitializer, <16 x float> %1216
+  %1219 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1220 = select <16 x i1> %1219, <16 x float> %1218, <16 x float> zeroinitializer
+  store <16 x float> %1220, ptr %alpha844.i, align 16, !tbaa !129
+  %arg449.us.i = fsub <16 x float> %1194, %m.us.i
+  %1221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg449.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1222 = bitcast <16 x float> %1221 to <16 x i32>
+  %1223 = fadd <16 x float> %1221, splat (float 0xC168000FE0000000)
+  %1224 = fmul <16 x float> %1223, splat (float 0x3F2BD01060000000)
+  %1225 = fmul <16 x float> %1223, splat (float 0x3FE6300000000000)
+  %1226 = fsub <16 x float> %arg449.us.i, %1225
+  %1227 = fadd <16 x float> %1224, %1226
+  %1228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1227, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> %1227, <16 x float> splat (float 0x3FA5558F20000000))
+  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1227, <16 x float> splat (float 0x3FC5554920000000))
+  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1227, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1232 = fmul <16 x float> %1227, %1227
+  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1232, <16 x float> %1227)
+  %1234 = shl <16 x i32> %1222, splat (i32 23)
+  %1235 = bitcast <16 x i32> %1234 to <16 x float>
+  %1236 = fadd <16 x float> %1233, splat (float 1.000000e+00)
+  %1237 = fmul <16 x float> %1236, %1235
+  %1238 = fcmp olt <16 x float> %arg449.us.i, splat (float -8.700000e+01)
+  %1239 = select <16 x i1> %1238, <16 x float> zeroinitializer, <16 x float> %1237
+  %1240 = fcmp one <16 x float> %1189, zeroinitializer
+  %1241 = select <16 x i1> %1240, <16 x float> %1239, <16 x float> zeroinitializer
+  store <16 x float> %1241, ptr %beta843.i, align 16, !tbaa !136
+  %1242 = fmul <16 x float> %old_sum.us.i, %1220
+  %1243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1241, <16 x float> %1189, <16 x float> %1242)
+  store <16 x float> %m.us.i, ptr %1190, align 4, !tbaa !7
+  store <16 x float> %1243, ptr %1192, align 4, !tbaa !7
   br label %for_body_r465.us.i
 
 for_end_r466.us.i:                                ; preds = %for_end_to471.us.i
-  br i1 %143, label %if_then474.us.i, label %if_end475.us.i, !prof !6
+  br i1 %135, label %if_then474.us.i, label %if_end475.us.i, !prof !6
 
 if_then474.us.i:                                  ; preds = %for_end_r466.us.i
-  %1251 = tail call i32 @llvm.smin.i32(i32 %1077, i32 16)
-  br i1 %1153, label %for_body_r477.lr.ph.us.i, label %if_end475.us.i, !prof !38
+  %1244 = tail call i32 @llvm.smin.i32(i32 %1070, i32 16)
+  br i1 %1146, label %for_body_r477.lr.ph.us.i, label %if_end475.us.i, !prof !38
 
 if_end475.us.i:                                   ; preds = %for_end_c483.us.i, %if_then474.us.i, %for_end_r466.us.i
-  %1252 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %tile_acc.us.i = tail call ptr %1252(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1245 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %tile_acc.us.i = tail call ptr %1245(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %tile_acc.us.i248 = ptrtoint ptr %tile_acc.us.i to i64
-  %1253 = icmp eq ptr %tile_acc.us.i, null
-  br i1 %1253, label %fused_attend_compute_.exit, label %if_end487.us.i, !prof !6
+  %1246 = icmp eq ptr %tile_acc.us.i, null
+  br i1 %1246, label %fused_attend_compute_.exit, label %if_end487.us.i, !prof !6
 
 if_end487.us.i:                                   ; preds = %if_end475.us.i
-  br i1 %1088, label %for_begin_ti.preheader.lr.ph.us.i, label %for_begin_p.preheader.us.i, !prof !38
+  br i1 %1081, label %for_begin_ti.preheader.lr.ph.us.i, label %for_begin_p.preheader.us.i, !prof !38
 
 for_begin_row.us.i:                               ; preds = %for_end_d603.us.i
   %indvars.iv.next1335.i = add nuw nsw i64 %indvars.iv1334.i, 1
@@ -3413,277 +3406,277 @@ for_begin_row.us.i:                               ; preds = %for_end_d603.us.i
 
 for_body_row.us.i:                                ; preds = %for_begin_lane.preheader.us.i.loopexit, %for_begin_row.us.i
   %indvars.iv1334.i = phi i64 [ %indvars.iv.next1335.i, %for_begin_row.us.i ], [ 0, %for_begin_lane.preheader.us.i.loopexit ]
-  %1254 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %row_acc.us.i = tail call ptr %1254(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1247 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %row_acc.us.i = tail call ptr %1247(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %row_acc.us.i249 = ptrtoint ptr %row_acc.us.i to i64
-  %1255 = icmp eq ptr %row_acc.us.i, null
-  br i1 %1255, label %fused_attend_compute_.exit, label %for_begin_p561.preheader.us.i, !prof !6
+  %1248 = icmp eq ptr %row_acc.us.i, null
+  br i1 %1248, label %fused_attend_compute_.exit, label %for_begin_p561.preheader.us.i, !prof !6
 
 for_end_d603.us.i:                                ; preds = %vector.body252, %for_body_d602.us.i
-  %1256 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1257 = tail call i32 %1256(i32 1, i32 %dev_id, ptr nonnull %row_acc.us.i)
-  %.not869.us.i = icmp eq i32 %1257, 0
+  %1249 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1250 = tail call i32 %1249(i32 1, i32 %dev_id, ptr nonnull %row_acc.us.i)
+  %.not869.us.i = icmp eq i32 %1250, 0
   br i1 %.not869.us.i, label %for_begin_row.us.i, label %fused_attend_compute_.exit, !prof !39
 
 for_body_d602.us.i:                               ; preds = %for_begin_d601.preheader.us.i, %for_body_d602.us.i
   %indvars.iv1330.i = phi i64 [ %indvars.iv.next1331.i.7, %for_body_d602.us.i ], [ 0, %for_begin_d601.preheader.us.i ]
-  %1258 = add nuw nsw i64 %indvars.iv1330.i, %3058
-  %1259 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1258
-  %1260 = load float, ptr %1259, align 4, !tbaa !7
-  %1261 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1258
-  store float %1260, ptr %1261, align 4, !tbaa !7
+  %1251 = add nuw nsw i64 %indvars.iv1330.i, %3051
+  %1252 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1251
+  %1253 = load float, ptr %1252, align 4, !tbaa !7
+  %1254 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1251
+  store float %1253, ptr %1254, align 4, !tbaa !7
   %indvars.iv.next1331.i = or disjoint i64 %indvars.iv1330.i, 1
-  %1262 = add nuw nsw i64 %indvars.iv.next1331.i, %3058
-  %1263 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1262
-  %1264 = load float, ptr %1263, align 4, !tbaa !7
-  %1265 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1262
-  store float %1264, ptr %1265, align 4, !tbaa !7
+  %1255 = add nuw nsw i64 %indvars.iv.next1331.i, %3051
+  %1256 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1255
+  %1257 = load float, ptr %1256, align 4, !tbaa !7
+  %1258 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1255
+  store float %1257, ptr %1258, align 4, !tbaa !7
   %indvars.iv.next1331.i.1 = or disjoint i64 %indvars.iv1330.i, 2
-  %1266 = add nuw nsw i64 %indvars.iv.next1331.i.1, %3058
-  %1267 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1266
-  %1268 = load float, ptr %1267, align 4, !tbaa !7
-  %1269 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1266
-  store float %1268, ptr %1269, align 4, !tbaa !7
+  %1259 = add nuw nsw i64 %indvars.iv.next1331.i.1, %3051
+  %1260 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1259
+  %1261 = load float, ptr %1260, align 4, !tbaa !7
+  %1262 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1259
+  store float %1261, ptr %1262, align 4, !tbaa !7
   %indvars.iv.next1331.i.2 = or disjoint i64 %indvars.iv1330.i, 3
-  %1270 = add nuw nsw i64 %indvars.iv.next1331.i.2, %3058
-  %1271 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1270
-  %1272 = load float, ptr %1271, align 4, !tbaa !7
-  %1273 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1270
-  store float %1272, ptr %1273, align 4, !tbaa !7
+  %1263 = add nuw nsw i64 %indvars.iv.next1331.i.2, %3051
+  %1264 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1263
+  %1265 = load float, ptr %1264, align 4, !tbaa !7
+  %1266 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1263
+  store float %1265, ptr %1266, align 4, !tbaa !7
   %indvars.iv.next1331.i.3 = or disjoint i64 %indvars.iv1330.i, 4
-  %1274 = add nuw nsw i64 %indvars.iv.next1331.i.3, %3058
-  %1275 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1274
-  %1276 = load float, ptr %1275, align 4, !tbaa !7
-  %1277 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1274
-  store float %1276, ptr %1277, align 4, !tbaa !7
+  %1267 = add nuw nsw i64 %indvars.iv.next1331.i.3, %3051
+  %1268 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1267
+  %1269 = load float, ptr %1268, align 4, !tbaa !7
+  %1270 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1267
+  store float %1269, ptr %1270, align 4, !tbaa !7
   %indvars.iv.next1331.i.4 = or disjoint i64 %indvars.iv1330.i, 5
-  %1278 = add nuw nsw i64 %indvars.iv.next1331.i.4, %3058
-  %1279 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1278
-  %1280 = load float, ptr %1279, align 4, !tbaa !7
-  %1281 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1278
-  store float %1280, ptr %1281, align 4, !tbaa !7
+  %1271 = add nuw nsw i64 %indvars.iv.next1331.i.4, %3051
+  %1272 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1271
+  %1273 = load float, ptr %1272, align 4, !tbaa !7
+  %1274 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1271
+  store float %1273, ptr %1274, align 4, !tbaa !7
   %indvars.iv.next1331.i.5 = or disjoint i64 %indvars.iv1330.i, 6
-  %1282 = add nuw nsw i64 %indvars.iv.next1331.i.5, %3058
-  %1283 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1282
-  %1284 = load float, ptr %1283, align 4, !tbaa !7
-  %1285 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1282
-  store float %1284, ptr %1285, align 4, !tbaa !7
+  %1275 = add nuw nsw i64 %indvars.iv.next1331.i.5, %3051
+  %1276 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1275
+  %1277 = load float, ptr %1276, align 4, !tbaa !7
+  %1278 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1275
+  store float %1277, ptr %1278, align 4, !tbaa !7
   %indvars.iv.next1331.i.6 = or disjoint i64 %indvars.iv1330.i, 7
-  %1286 = add nuw nsw i64 %indvars.iv.next1331.i.6, %3058
-  %1287 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1286
-  %1288 = load float, ptr %1287, align 4, !tbaa !7
-  %1289 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1286
-  store float %1288, ptr %1289, align 4, !tbaa !7
+  %1279 = add nuw nsw i64 %indvars.iv.next1331.i.6, %3051
+  %1280 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %1279
+  %1281 = load float, ptr %1280, align 4, !tbaa !7
+  %1282 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1279
+  store float %1281, ptr %1282, align 4, !tbaa !7
   %indvars.iv.next1331.i.7 = add nuw nsw i64 %indvars.iv1330.i, 8
   %exitcond1333.not.i.7 = icmp eq i64 %indvars.iv.next1331.i.7, 128
   br i1 %exitcond1333.not.i.7, label %for_end_d603.us.i, label %for_body_d602.us.i, !prof !27, !llvm.loop !143
 
 if_end503.us.i:                                   ; preds = %for_end_to508.us.i, %for_begin_row.us.i
-  %1290 = shl i64 %1067, 11
-  %1291 = and i64 %1290, 4294965248
+  %1283 = shl i64 %1060, 11
+  %1284 = and i64 %1283, 4294965248
   br label %for_body_r_0.us.i
 
 for_end_r_0.us.i:                                 ; preds = %if_end624.us.i
-  %1292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1293 = tail call i32 %1292(i32 1, i32 %dev_id, ptr nonnull %tile_acc.us.i)
-  %.not871.us.i = icmp eq i32 %1293, 0
+  %1285 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1286 = tail call i32 %1285(i32 1, i32 %dev_id, ptr nonnull %tile_acc.us.i)
+  %.not871.us.i = icmp eq i32 %1286, 0
   br i1 %.not871.us.i, label %if_end626.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end626.us.i:                                   ; preds = %for_end_r_0.us.i
-  %1294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1295 = tail call i32 %1294(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
-  %.not872.us.i = icmp eq i32 %1295, 0
+  %1287 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1288 = tail call i32 %1287(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
+  %.not872.us.i = icmp eq i32 %1288, 0
   br i1 %.not872.us.i, label %if_end104.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end104.us.i:                                   ; preds = %if_end626.us.i, %if_end101.us.i
-  %1296 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1297 = tail call i32 %1296(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
-  %.not873.us.i = icmp eq i32 %1297, 0
+  %1289 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1290 = tail call i32 %1289(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not873.us.i = icmp eq i32 %1290, 0
   br i1 %.not873.us.i, label %if_end632.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end632.us.i:                                   ; preds = %if_end104.us.i
-  %1298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1299 = tail call i32 %1298(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
-  %.not874.us.i = icmp eq i32 %1299, 0
+  %1291 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1292 = tail call i32 %1291(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not874.us.i = icmp eq i32 %1292, 0
   br i1 %.not874.us.i, label %if_end635.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end635.us.i:                                   ; preds = %if_end632.us.i
-  %1300 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1301 = tail call i32 %1300(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
-  %.not875.us.i = icmp eq i32 %1301, 0
+  %1293 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1294 = tail call i32 %1293(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not875.us.i = icmp eq i32 %1294, 0
   br i1 %.not875.us.i, label %if_end638.us.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end638.us.i:                                   ; preds = %if_end635.us.i
-  %1302 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %1303 = tail call i32 %1302(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
-  %.not876.us.i = icmp eq i32 %1303, 0
+  %1295 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1296 = tail call i32 %1295(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not876.us.i = icmp eq i32 %1296, 0
   br i1 %.not876.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !39
 
 for_body_r_0.us.i:                                ; preds = %if_end624.us.i, %if_end503.us.i
   %indvars.iv1378.i = phi i64 [ %indvars.iv.next1379.i, %if_end624.us.i ], [ 0, %if_end503.us.i ]
-  %1304 = shl nuw nsw i64 %indvars.iv1378.i, 7
-  %1305 = add nuw nsw i64 %1304, %1291
-  %1306 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1305
-  br i1 %1028, label %if_then609.us.i, label %for_body_r_0.us.i.if_end610.us.i_crit_edge, !prof !6
+  %1297 = shl nuw nsw i64 %indvars.iv1378.i, 7
+  %1298 = add nuw nsw i64 %1297, %1284
+  %1299 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1298
+  br i1 %1021, label %if_then609.us.i, label %for_body_r_0.us.i.if_end610.us.i_crit_edge, !prof !6
 
 for_body_r_0.us.i.if_end610.us.i_crit_edge:       ; preds = %for_body_r_0.us.i
-  %.pre = load <16 x float>, ptr %1306, align 4, !tbaa !7
+  %.pre = load <16 x float>, ptr %1299, align 4, !tbaa !7
   br label %if_end610.us.i
 
 if_then609.us.i:                                  ; preds = %for_body_r_0.us.i
-  store <16 x float> zeroinitializer, ptr %1306, align 4, !tbaa !7
+  store <16 x float> zeroinitializer, ptr %1299, align 4, !tbaa !7
   br label %if_end610.us.i
 
 if_end610.us.i:                                   ; preds = %if_then609.us.i, %for_body_r_0.us.i.if_end610.us.i_crit_edge
-  %1307 = phi <16 x float> [ %.pre, %for_body_r_0.us.i.if_end610.us.i_crit_edge ], [ zeroinitializer, %if_then609.us.i ]
-  %1308 = getelementptr inbounds nuw float, ptr %beta843.i, i64 %indvars.iv1378.i
-  %1309 = load float, ptr %1308, align 4, !tbaa !144
+  %1300 = phi <16 x float> [ %.pre, %for_body_r_0.us.i.if_end610.us.i_crit_edge ], [ zeroinitializer, %if_then609.us.i ]
+  %1301 = getelementptr inbounds nuw float, ptr %beta843.i, i64 %indvars.iv1378.i
+  %1302 = load float, ptr %1301, align 4, !tbaa !144
+  %1303 = insertelement <16 x float> poison, float %1302, i64 0
+  %1304 = shufflevector <16 x float> %1303, <16 x float> poison, <16 x i32> zeroinitializer
+  %1305 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1297
+  %1306 = load <16 x float>, ptr %1305, align 4, !tbaa !7
+  %1307 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1298
+  %1308 = getelementptr inbounds nuw float, ptr %alpha844.i, i64 %indvars.iv1378.i
+  %1309 = load float, ptr %1308, align 4, !tbaa !145
   %1310 = insertelement <16 x float> poison, float %1309, i64 0
   %1311 = shufflevector <16 x float> %1310, <16 x float> poison, <16 x i32> zeroinitializer
-  %1312 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1304
-  %1313 = load <16 x float>, ptr %1312, align 4, !tbaa !7
-  %1314 = getelementptr inbounds nuw float, ptr %acc.i, i64 %1305
-  %1315 = getelementptr inbounds nuw float, ptr %alpha844.i, i64 %indvars.iv1378.i
-  %1316 = load float, ptr %1315, align 4, !tbaa !145
-  %1317 = insertelement <16 x float> poison, float %1316, i64 0
-  %1318 = shufflevector <16 x float> %1317, <16 x float> poison, <16 x i32> zeroinitializer
-  %1319 = fmul <16 x float> %1307, %1318
-  %1320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1313, <16 x float> %1319)
-  store <16 x float> %1320, ptr %1314, align 4, !tbaa !7
-  br i1 %1028, label %if_then623.us.i, label %if_end622.us.i, !prof !6
+  %1312 = fmul <16 x float> %1300, %1311
+  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1306, <16 x float> %1312)
+  store <16 x float> %1313, ptr %1307, align 4, !tbaa !7
+  br i1 %1021, label %if_then623.us.i, label %if_end622.us.i, !prof !6
 
 if_end622.us.i:                                   ; preds = %if_end610.us.i
-  %1321 = getelementptr inbounds nuw i8, ptr %1312, i64 64
-  %1322 = load <16 x float>, ptr %1321, align 4, !tbaa !7
-  %1323 = getelementptr i8, ptr %1314, i64 64
-  %1324 = load <16 x float>, ptr %1323, align 4, !tbaa !7
-  %1325 = fmul <16 x float> %1318, %1324
-  %1326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1322, <16 x float> %1325)
-  store <16 x float> %1326, ptr %1323, align 4, !tbaa !7
-  %1327 = getelementptr inbounds nuw i8, ptr %1312, i64 128
-  %1328 = load <16 x float>, ptr %1327, align 4, !tbaa !7
-  %1329 = getelementptr i8, ptr %1314, i64 128
-  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !7
-  %1331 = fmul <16 x float> %1318, %1330
-  %1332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1328, <16 x float> %1331)
-  store <16 x float> %1332, ptr %1329, align 4, !tbaa !7
-  %1333 = getelementptr inbounds nuw i8, ptr %1312, i64 192
-  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !7
-  %1335 = getelementptr i8, ptr %1314, i64 192
-  %1336 = load <16 x float>, ptr %1335, align 4, !tbaa !7
-  %1337 = fmul <16 x float> %1318, %1336
-  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1334, <16 x float> %1337)
-  store <16 x float> %1338, ptr %1335, align 4, !tbaa !7
-  %1339 = getelementptr inbounds nuw i8, ptr %1312, i64 256
-  %1340 = load <16 x float>, ptr %1339, align 4, !tbaa !7
-  %1341 = getelementptr i8, ptr %1314, i64 256
-  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !7
-  %1343 = fmul <16 x float> %1318, %1342
-  %1344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1340, <16 x float> %1343)
-  store <16 x float> %1344, ptr %1341, align 4, !tbaa !7
-  %1345 = getelementptr inbounds nuw i8, ptr %1312, i64 320
-  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !7
-  %1347 = getelementptr i8, ptr %1314, i64 320
-  %1348 = load <16 x float>, ptr %1347, align 4, !tbaa !7
-  %1349 = fmul <16 x float> %1318, %1348
-  %1350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1346, <16 x float> %1349)
-  store <16 x float> %1350, ptr %1347, align 4, !tbaa !7
-  %1351 = getelementptr inbounds nuw i8, ptr %1312, i64 384
-  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !7
-  %1353 = getelementptr i8, ptr %1314, i64 384
-  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !7
-  %1355 = fmul <16 x float> %1318, %1354
-  %1356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1352, <16 x float> %1355)
-  store <16 x float> %1356, ptr %1353, align 4, !tbaa !7
-  %.phi.trans.insert.i = getelementptr i8, ptr %1314, i64 448
+  %1314 = getelementptr inbounds nuw i8, ptr %1305, i64 64
+  %1315 = load <16 x float>, ptr %1314, align 4, !tbaa !7
+  %1316 = getelementptr i8, ptr %1307, i64 64
+  %1317 = load <16 x float>, ptr %1316, align 4, !tbaa !7
+  %1318 = fmul <16 x float> %1311, %1317
+  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1315, <16 x float> %1318)
+  store <16 x float> %1319, ptr %1316, align 4, !tbaa !7
+  %1320 = getelementptr inbounds nuw i8, ptr %1305, i64 128
+  %1321 = load <16 x float>, ptr %1320, align 4, !tbaa !7
+  %1322 = getelementptr i8, ptr %1307, i64 128
+  %1323 = load <16 x float>, ptr %1322, align 4, !tbaa !7
+  %1324 = fmul <16 x float> %1311, %1323
+  %1325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1321, <16 x float> %1324)
+  store <16 x float> %1325, ptr %1322, align 4, !tbaa !7
+  %1326 = getelementptr inbounds nuw i8, ptr %1305, i64 192
+  %1327 = load <16 x float>, ptr %1326, align 4, !tbaa !7
+  %1328 = getelementptr i8, ptr %1307, i64 192
+  %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !7
+  %1330 = fmul <16 x float> %1311, %1329
+  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1327, <16 x float> %1330)
+  store <16 x float> %1331, ptr %1328, align 4, !tbaa !7
+  %1332 = getelementptr inbounds nuw i8, ptr %1305, i64 256
+  %1333 = load <16 x float>, ptr %1332, align 4, !tbaa !7
+  %1334 = getelementptr i8, ptr %1307, i64 256
+  %1335 = load <16 x float>, ptr %1334, align 4, !tbaa !7
+  %1336 = fmul <16 x float> %1311, %1335
+  %1337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1333, <16 x float> %1336)
+  store <16 x float> %1337, ptr %1334, align 4, !tbaa !7
+  %1338 = getelementptr inbounds nuw i8, ptr %1305, i64 320
+  %1339 = load <16 x float>, ptr %1338, align 4, !tbaa !7
+  %1340 = getelementptr i8, ptr %1307, i64 320
+  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !7
+  %1342 = fmul <16 x float> %1311, %1341
+  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1339, <16 x float> %1342)
+  store <16 x float> %1343, ptr %1340, align 4, !tbaa !7
+  %1344 = getelementptr inbounds nuw i8, ptr %1305, i64 384
+  %1345 = load <16 x float>, ptr %1344, align 4, !tbaa !7
+  %1346 = getelementptr i8, ptr %1307, i64 384
+  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !7
+  %1348 = fmul <16 x float> %1311, %1347
+  %1349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1345, <16 x float> %1348)
+  store <16 x float> %1349, ptr %1346, align 4, !tbaa !7
+  %.phi.trans.insert.i = getelementptr i8, ptr %1307, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !7
-  %.pre1466.i = fmul <16 x float> %1318, %.pre.i
+  %.pre1466.i = fmul <16 x float> %1311, %.pre.i
   br label %if_end624.us.i
 
 if_then623.us.i:                                  ; preds = %if_end610.us.i
-  %1357 = getelementptr i8, ptr %1314, i64 64
-  store <16 x float> zeroinitializer, ptr %1357, align 4, !tbaa !7
-  %1358 = getelementptr inbounds nuw i8, ptr %1312, i64 64
-  %1359 = load <16 x float>, ptr %1358, align 4, !tbaa !7
-  %1360 = fmul <16 x float> %1318, zeroinitializer
-  %1361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1359, <16 x float> %1360)
-  store <16 x float> %1361, ptr %1357, align 4, !tbaa !7
-  %1362 = getelementptr i8, ptr %1314, i64 128
-  store <16 x float> zeroinitializer, ptr %1362, align 4, !tbaa !7
-  %1363 = getelementptr inbounds nuw i8, ptr %1312, i64 128
-  %1364 = load <16 x float>, ptr %1363, align 4, !tbaa !7
-  %1365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1364, <16 x float> %1360)
-  store <16 x float> %1365, ptr %1362, align 4, !tbaa !7
-  %1366 = getelementptr i8, ptr %1314, i64 192
-  store <16 x float> zeroinitializer, ptr %1366, align 4, !tbaa !7
-  %1367 = getelementptr inbounds nuw i8, ptr %1312, i64 192
-  %1368 = load <16 x float>, ptr %1367, align 4, !tbaa !7
-  %1369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1368, <16 x float> %1360)
-  store <16 x float> %1369, ptr %1366, align 4, !tbaa !7
-  %1370 = getelementptr i8, ptr %1314, i64 256
-  store <16 x float> zeroinitializer, ptr %1370, align 4, !tbaa !7
-  %1371 = getelementptr inbounds nuw i8, ptr %1312, i64 256
-  %1372 = load <16 x float>, ptr %1371, align 4, !tbaa !7
-  %1373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1372, <16 x float> %1360)
-  store <16 x float> %1373, ptr %1370, align 4, !tbaa !7
-  %1374 = getelementptr i8, ptr %1314, i64 320
-  store <16 x float> zeroinitializer, ptr %1374, align 4, !tbaa !7
-  %1375 = getelementptr inbounds nuw i8, ptr %1312, i64 320
-  %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !7
-  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1376, <16 x float> %1360)
-  store <16 x float> %1377, ptr %1374, align 4, !tbaa !7
-  %1378 = getelementptr i8, ptr %1314, i64 384
-  store <16 x float> zeroinitializer, ptr %1378, align 4, !tbaa !7
-  %1379 = getelementptr inbounds nuw i8, ptr %1312, i64 384
-  %1380 = load <16 x float>, ptr %1379, align 4, !tbaa !7
-  %1381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1380, <16 x float> %1360)
-  store <16 x float> %1381, ptr %1378, align 4, !tbaa !7
-  %1382 = getelementptr i8, ptr %1314, i64 448
-  store <16 x float> zeroinitializer, ptr %1382, align 4, !tbaa !7
+  %1350 = getelementptr i8, ptr %1307, i64 64
+  store <16 x float> zeroinitializer, ptr %1350, align 4, !tbaa !7
+  %1351 = getelementptr inbounds nuw i8, ptr %1305, i64 64
+  %1352 = load <16 x float>, ptr %1351, align 4, !tbaa !7
+  %1353 = fmul <16 x float> %1311, zeroinitializer
+  %1354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1352, <16 x float> %1353)
+  store <16 x float> %1354, ptr %1350, align 4, !tbaa !7
+  %1355 = getelementptr i8, ptr %1307, i64 128
+  store <16 x float> zeroinitializer, ptr %1355, align 4, !tbaa !7
+  %1356 = getelementptr inbounds nuw i8, ptr %1305, i64 128
+  %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !7
+  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1357, <16 x float> %1353)
+  store <16 x float> %1358, ptr %1355, align 4, !tbaa !7
+  %1359 = getelementptr i8, ptr %1307, i64 192
+  store <16 x float> zeroinitializer, ptr %1359, align 4, !tbaa !7
+  %1360 = getelementptr inbounds nuw i8, ptr %1305, i64 192
+  %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !7
+  %1362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1361, <16 x float> %1353)
+  store <16 x float> %1362, ptr %1359, align 4, !tbaa !7
+  %1363 = getelementptr i8, ptr %1307, i64 256
+  store <16 x float> zeroinitializer, ptr %1363, align 4, !tbaa !7
+  %1364 = getelementptr inbounds nuw i8, ptr %1305, i64 256
+  %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !7
+  %1366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1365, <16 x float> %1353)
+  store <16 x float> %1366, ptr %1363, align 4, !tbaa !7
+  %1367 = getelementptr i8, ptr %1307, i64 320
+  store <16 x float> zeroinitializer, ptr %1367, align 4, !tbaa !7
+  %1368 = getelementptr inbounds nuw i8, ptr %1305, i64 320
+  %1369 = load <16 x float>, ptr %1368, align 4, !tbaa !7
+  %1370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1369, <16 x float> %1353)
+  store <16 x float> %1370, ptr %1367, align 4, !tbaa !7
+  %1371 = getelementptr i8, ptr %1307, i64 384
+  store <16 x float> zeroinitializer, ptr %1371, align 4, !tbaa !7
+  %1372 = getelementptr inbounds nuw i8, ptr %1305, i64 384
+  %1373 = load <16 x float>, ptr %1372, align 4, !tbaa !7
+  %1374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1373, <16 x float> %1353)
+  store <16 x float> %1374, ptr %1371, align 4, !tbaa !7
+  %1375 = getelementptr i8, ptr %1307, i64 448
+  store <16 x float> zeroinitializer, ptr %1375, align 4, !tbaa !7
   br label %if_end624.us.i
 
 if_end624.us.i:                                   ; preds = %if_then623.us.i, %if_end622.us.i
-  %.pre-phi.i = phi <16 x float> [ %1360, %if_then623.us.i ], [ %.pre1466.i, %if_end622.us.i ]
-  %1383 = getelementptr inbounds nuw i8, ptr %1312, i64 448
-  %1384 = load <16 x float>, ptr %1383, align 4, !tbaa !7
-  %1385 = getelementptr i8, ptr %1314, i64 448
-  %1386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1311, <16 x float> %1384, <16 x float> %.pre-phi.i)
-  store <16 x float> %1386, ptr %1385, align 4, !tbaa !7
+  %.pre-phi.i = phi <16 x float> [ %1353, %if_then623.us.i ], [ %.pre1466.i, %if_end622.us.i ]
+  %1376 = getelementptr inbounds nuw i8, ptr %1305, i64 448
+  %1377 = load <16 x float>, ptr %1376, align 4, !tbaa !7
+  %1378 = getelementptr i8, ptr %1307, i64 448
+  %1379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1304, <16 x float> %1377, <16 x float> %.pre-phi.i)
+  store <16 x float> %1379, ptr %1378, align 4, !tbaa !7
   %indvars.iv.next1379.i = add nuw nsw i64 %indvars.iv1378.i, 1
   %exitcond1381.not.i = icmp eq i64 %indvars.iv.next1379.i, 16
   br i1 %exitcond1381.not.i, label %for_end_r_0.us.i, label %for_body_r_0.us.i, !prof !29
 
 for_body_p.us.i:                                  ; preds = %for_begin_p.preheader.us.i, %for_end_to508.us.i
-  %1387 = phi i1 [ true, %for_begin_p.preheader.us.i ], [ false, %for_end_to508.us.i ]
+  %1380 = phi i1 [ true, %for_begin_p.preheader.us.i ], [ false, %for_end_to508.us.i ]
   %indvars.iv1375.i = phi i64 [ 0, %for_begin_p.preheader.us.i ], [ 1, %for_end_to508.us.i ]
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %1388 = shl nuw nsw i64 %indvars.iv1375.i, 6
-  br i1 %1086, label %for_body_to507.lr.ph.us.i, label %for_end_to508.us.i, !prof !38
+  %1381 = shl nuw nsw i64 %indvars.iv1375.i, 6
+  br i1 %1079, label %for_body_to507.lr.ph.us.i, label %for_end_to508.us.i, !prof !38
 
 for_end_to508.us.i:                               ; preds = %if_end512.us.i, %for_body_p.us.i
-  %1389 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1388
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %1389, i64 512)
-  %1390 = getelementptr inbounds nuw i8, ptr %1389, i64 64
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %1390, i64 512)
-  %1391 = getelementptr inbounds nuw i8, ptr %1389, i64 128
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %1391, i64 512)
-  %1392 = getelementptr inbounds nuw i8, ptr %1389, i64 192
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1392, i64 512)
-  br i1 %1387, label %for_body_p.us.i, label %if_end503.us.i, !prof !146
+  %1382 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %1381
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %1382, i64 512)
+  %1383 = getelementptr inbounds nuw i8, ptr %1382, i64 64
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %1383, i64 512)
+  %1384 = getelementptr inbounds nuw i8, ptr %1382, i64 128
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %1384, i64 512)
+  %1385 = getelementptr inbounds nuw i8, ptr %1382, i64 192
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %1385, i64 512)
+  br i1 %1380, label %for_body_p.us.i, label %if_end503.us.i, !prof !146
 
 for_body_to507.us.i:                              ; preds = %for_body_to507.lr.ph.us.i, %if_end512.us.i
   %indvars.iv1370.i = phi i64 [ 0, %for_body_to507.lr.ph.us.i ], [ %indvars.iv.next1371.i, %if_end512.us.i ]
-  %1393 = icmp samesign ult i64 %indvars.iv1370.i, %wide.trip.count1203.i.pre-phi
-  br i1 %1393, label %for_begin_s.preheader.us.i, label %if_else513.us.i
+  %1386 = icmp samesign ult i64 %indvars.iv1370.i, %wide.trip.count1203.i.pre-phi
+  br i1 %1386, label %for_begin_s.preheader.us.i, label %if_else513.us.i
 
 if_else513.us.i:                                  ; preds = %for_body_to507.us.i
-  %1394 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %edge.us.i = tail call ptr %1394(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %1395 = icmp eq ptr %edge.us.i, null
-  br i1 %1395, label %fused_attend_compute_.exit, label %for_begin_i.preheader.us.i, !prof !6
+  %1387 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %edge.us.i = tail call ptr %1387(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1388 = icmp eq ptr %edge.us.i, null
+  br i1 %1388, label %fused_attend_compute_.exit, label %for_begin_i.preheader.us.i, !prof !6
 
 if_end512.us.i:                                   ; preds = %for_begin_s550.preheader.us.i, %if_end536.us.i.3
   %indvars.iv.next1371.i = add nuw nsw i64 %indvars.iv1370.i, 1
@@ -3692,24 +3685,24 @@ if_end512.us.i:                                   ; preds = %for_begin_s550.preh
 
 if_end536.us.i.critedge:                          ; preds = %for_begin_s.preheader.us.i
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %invariant.gep1689.i, i64 256)
-  %1396 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1034.us.i.c = getelementptr i32, ptr %gep1058.us.i, i64 %1396
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.c, i64 %600)
+  %1389 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1034.us.i.c = getelementptr i32, ptr %gep1058.us.i, i64 %1389
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.c, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %1397 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1038.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1397
-  %1398 = getelementptr i8, ptr %gep1038.us.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1398, i64 %600)
+  %1390 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1038.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1390
+  %1391 = getelementptr i8, ptr %gep1038.us.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1391, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1399 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1042.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1399
-  %1400 = getelementptr i8, ptr %gep1042.us.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1400, i64 %600)
+  %1392 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1042.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1392
+  %1393 = getelementptr i8, ptr %gep1042.us.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1393, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1401 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1054.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1401
-  %1402 = getelementptr i8, ptr %gep1054.us.i, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1402, i64 %600)
+  %1394 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1054.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %1394
+  %1395 = getelementptr i8, ptr %gep1054.us.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1395, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
   br label %if_end515.us.i.1
 
@@ -3717,129 +3710,129 @@ if_end515.us.i.1:                                 ; preds = %for_begin_line516.p
   %gep1690.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 32
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.1, i64 256)
   %gep1692.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 128
-  %1403 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1034.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1403
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.1, i64 %600)
+  %1396 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1034.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1396
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.1, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line516.preheader.us.i.2, label %if_end536.us.i.1, !prof !6
+  br i1 %2957, label %for_begin_line516.preheader.us.i.2, label %if_end536.us.i.1, !prof !6
 
 if_end536.us.i.1:                                 ; preds = %if_end515.us.i.1
-  %1404 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1038.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1404
-  %1405 = getelementptr i8, ptr %gep1038.us.i.1, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1405, i64 %600)
+  %1397 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1038.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1397
+  %1398 = getelementptr i8, ptr %gep1038.us.i.1, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1398, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1406 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1042.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1406
-  %1407 = getelementptr i8, ptr %gep1042.us.i.1, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1407, i64 %600)
+  %1399 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1042.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1399
+  %1400 = getelementptr i8, ptr %gep1042.us.i.1, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1400, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1408 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1054.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1408
-  %1409 = getelementptr i8, ptr %gep1054.us.i.1, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1409, i64 %600)
+  %1401 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1054.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1401
+  %1402 = getelementptr i8, ptr %gep1054.us.i.1, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1402, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
   br label %if_end515.us.i.2
 
 for_begin_line516.preheader.us.i.2:               ; preds = %if_end515.us.i.1
-  %1410 = sext i32 %2869 to i64
-  %1411 = getelementptr i64, ptr %value_offsets.i, i64 %1410
-  %1412 = getelementptr i8, ptr %1411, i64 80
-  %1413 = load i64, ptr %1412, align 8, !tbaa !7
-  %gep1694.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1413
+  %1403 = sext i32 %2862 to i64
+  %1404 = getelementptr i64, ptr %value_offsets.i, i64 %1403
+  %1405 = getelementptr i8, ptr %1404, i64 80
+  %1406 = load i64, ptr %1405, align 8, !tbaa !7
+  %gep1694.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1406
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.1, i32 0, i32 2, i32 1)
-  %gep1696.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1413
+  %gep1696.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1406
   tail call void @llvm.prefetch.p0(ptr %gep1696.i.1, i32 0, i32 2, i32 1)
-  %gep1698.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1413
+  %gep1698.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1406
   tail call void @llvm.prefetch.p0(ptr %gep1698.i.1, i32 0, i32 2, i32 1)
-  %gep1700.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1413
+  %gep1700.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1406
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.1, i32 0, i32 2, i32 1)
-  %1414 = getelementptr i8, ptr %1411, i64 88
-  %1415 = load i64, ptr %1414, align 8, !tbaa !7
-  %gep1702.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1415
+  %1407 = getelementptr i8, ptr %1404, i64 88
+  %1408 = load i64, ptr %1407, align 8, !tbaa !7
+  %gep1702.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1408
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.1, i32 0, i32 2, i32 1)
-  %gep1704.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1415
+  %gep1704.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1408
   tail call void @llvm.prefetch.p0(ptr %gep1704.i.1, i32 0, i32 2, i32 1)
-  %gep1706.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1415
+  %gep1706.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1408
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.1, i32 0, i32 2, i32 1)
-  %gep1708.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1415
+  %gep1708.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1408
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.1, i32 0, i32 2, i32 1)
-  %1416 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1046.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1416
-  %1417 = getelementptr i8, ptr %gep1046.us.i.1, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1417, i64 %600)
+  %1409 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1046.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1409
+  %1410 = getelementptr i8, ptr %gep1046.us.i.1, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1410, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1418 = getelementptr i8, ptr %1411, i64 96
-  %1419 = load i64, ptr %1418, align 8, !tbaa !7
-  %gep1710.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1419
+  %1411 = getelementptr i8, ptr %1404, i64 96
+  %1412 = load i64, ptr %1411, align 8, !tbaa !7
+  %gep1710.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1412
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.1, i32 0, i32 2, i32 1)
-  %gep1712.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1419
+  %gep1712.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1412
   tail call void @llvm.prefetch.p0(ptr %gep1712.i.1, i32 0, i32 2, i32 1)
-  %gep1714.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1419
+  %gep1714.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1412
   tail call void @llvm.prefetch.p0(ptr %gep1714.i.1, i32 0, i32 2, i32 1)
-  %gep1716.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1419
+  %gep1716.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1412
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.1, i32 0, i32 2, i32 1)
-  %1420 = getelementptr i8, ptr %1411, i64 104
-  %1421 = load i64, ptr %1420, align 8, !tbaa !7
-  %gep1718.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1421
+  %1413 = getelementptr i8, ptr %1404, i64 104
+  %1414 = load i64, ptr %1413, align 8, !tbaa !7
+  %gep1718.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1414
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.1, i32 0, i32 2, i32 1)
-  %gep1720.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1421
+  %gep1720.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1414
   tail call void @llvm.prefetch.p0(ptr %gep1720.i.1, i32 0, i32 2, i32 1)
-  %gep1722.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1421
+  %gep1722.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1414
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.1, i32 0, i32 2, i32 1)
-  %gep1724.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1421
+  %gep1724.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1414
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.1, i32 0, i32 2, i32 1)
-  %1422 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1050.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1422
-  %1423 = getelementptr i8, ptr %gep1050.us.i.1, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1423, i64 %600)
+  %1415 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1050.us.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %1415
+  %1416 = getelementptr i8, ptr %gep1050.us.i.1, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1416, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1424 = getelementptr i8, ptr %1411, i64 112
-  %1425 = load i64, ptr %1424, align 8, !tbaa !7
-  %gep1726.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1425
+  %1417 = getelementptr i8, ptr %1404, i64 112
+  %1418 = load i64, ptr %1417, align 8, !tbaa !7
+  %gep1726.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1418
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.1, i32 0, i32 2, i32 1)
-  %gep1728.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1425
+  %gep1728.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1418
   tail call void @llvm.prefetch.p0(ptr %gep1728.i.1, i32 0, i32 2, i32 1)
-  %gep1730.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1425
+  %gep1730.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1418
   tail call void @llvm.prefetch.p0(ptr %gep1730.i.1, i32 0, i32 2, i32 1)
-  %gep1732.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1425
+  %gep1732.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1418
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.1, i32 0, i32 2, i32 1)
-  %1426 = getelementptr i8, ptr %1411, i64 120
-  %1427 = load i64, ptr %1426, align 8, !tbaa !7
-  %gep1734.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1427
+  %1419 = getelementptr i8, ptr %1404, i64 120
+  %1420 = load i64, ptr %1419, align 8, !tbaa !7
+  %gep1734.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1420
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.1, i32 0, i32 2, i32 1)
-  %gep1736.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1427
+  %gep1736.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1420
   tail call void @llvm.prefetch.p0(ptr %gep1736.i.1, i32 0, i32 2, i32 1)
-  %gep1738.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1427
+  %gep1738.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1420
   tail call void @llvm.prefetch.p0(ptr %gep1738.i.1, i32 0, i32 2, i32 1)
-  %gep1740.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1427
+  %gep1740.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1420
   tail call void @llvm.prefetch.p0(ptr %gep1740.i.1, i32 0, i32 2, i32 1)
-  %1428 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
-  %gep1054.us.i.1155 = getelementptr i32, ptr %gep1058.us.i, i64 %1428
-  %1429 = getelementptr i8, ptr %gep1054.us.i.1155, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1429, i64 %600)
+  %1421 = load i64, ptr %gep1692.i.1, align 8, !tbaa !7
+  %gep1054.us.i.1155 = getelementptr i32, ptr %gep1058.us.i, i64 %1421
+  %1422 = getelementptr i8, ptr %gep1054.us.i.1155, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1422, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %1430 = sext i32 %2869 to i64
-  %1431 = getelementptr i64, ptr %value_offsets.i, i64 %1430
-  %1432 = getelementptr i8, ptr %1431, i64 128
-  %1433 = load i64, ptr %1432, align 8, !tbaa !7
-  %gep1674.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1433
+  %1423 = sext i32 %2862 to i64
+  %1424 = getelementptr i64, ptr %value_offsets.i, i64 %1423
+  %1425 = getelementptr i8, ptr %1424, i64 128
+  %1426 = load i64, ptr %1425, align 8, !tbaa !7
+  %gep1674.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1426
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.2, i32 0, i32 2, i32 1)
-  %gep1676.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1433
+  %gep1676.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1426
   tail call void @llvm.prefetch.p0(ptr %gep1676.i.2, i32 0, i32 2, i32 1)
-  %gep1678.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1433
+  %gep1678.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1426
   tail call void @llvm.prefetch.p0(ptr %gep1678.i.2, i32 0, i32 2, i32 1)
-  %gep1680.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1433
+  %gep1680.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1426
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.2, i32 0, i32 2, i32 1)
-  %1434 = getelementptr i8, ptr %1431, i64 136
-  %1435 = load i64, ptr %1434, align 8, !tbaa !7
-  %gep1682.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1435
+  %1427 = getelementptr i8, ptr %1424, i64 136
+  %1428 = load i64, ptr %1427, align 8, !tbaa !7
+  %gep1682.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1428
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.2, i32 0, i32 2, i32 1)
-  %gep1684.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1435
+  %gep1684.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1428
   tail call void @llvm.prefetch.p0(ptr %gep1684.i.2, i32 0, i32 2, i32 1)
-  %gep1686.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1435
+  %gep1686.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1428
   tail call void @llvm.prefetch.p0(ptr %gep1686.i.2, i32 0, i32 2, i32 1)
-  %gep1688.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1435
+  %gep1688.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1428
   tail call void @llvm.prefetch.p0(ptr %gep1688.i.2, i32 0, i32 2, i32 1)
   br label %if_end515.us.i.2
 
@@ -3847,129 +3840,129 @@ if_end515.us.i.2:                                 ; preds = %for_begin_line516.p
   %gep1690.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 64
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.2, i64 256)
   %gep1692.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 256
-  %1436 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1034.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1436
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.2, i64 %600)
+  %1429 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1034.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1429
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.2, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line516.preheader.us.i.3, label %if_end536.us.i.2, !prof !6
+  br i1 %2957, label %for_begin_line516.preheader.us.i.3, label %if_end536.us.i.2, !prof !6
 
 if_end536.us.i.2:                                 ; preds = %if_end515.us.i.2
-  %1437 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1038.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1437
-  %1438 = getelementptr i8, ptr %gep1038.us.i.2, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1438, i64 %600)
+  %1430 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1038.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1430
+  %1431 = getelementptr i8, ptr %gep1038.us.i.2, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1431, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1439 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1042.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1439
-  %1440 = getelementptr i8, ptr %gep1042.us.i.2, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1440, i64 %600)
+  %1432 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1042.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1432
+  %1433 = getelementptr i8, ptr %gep1042.us.i.2, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1433, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1441 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1054.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1441
-  %1442 = getelementptr i8, ptr %gep1054.us.i.2, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1442, i64 %600)
+  %1434 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1054.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1434
+  %1435 = getelementptr i8, ptr %gep1054.us.i.2, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1435, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
   br label %if_end515.us.i.3
 
 for_begin_line516.preheader.us.i.3:               ; preds = %if_end515.us.i.2
-  %1443 = sext i32 %2869 to i64
-  %1444 = getelementptr i64, ptr %value_offsets.i, i64 %1443
-  %1445 = getelementptr i8, ptr %1444, i64 144
-  %1446 = load i64, ptr %1445, align 8, !tbaa !7
-  %gep1694.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1446
+  %1436 = sext i32 %2862 to i64
+  %1437 = getelementptr i64, ptr %value_offsets.i, i64 %1436
+  %1438 = getelementptr i8, ptr %1437, i64 144
+  %1439 = load i64, ptr %1438, align 8, !tbaa !7
+  %gep1694.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1439
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.2, i32 0, i32 2, i32 1)
-  %gep1696.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1446
+  %gep1696.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1439
   tail call void @llvm.prefetch.p0(ptr %gep1696.i.2, i32 0, i32 2, i32 1)
-  %gep1698.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1446
+  %gep1698.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1439
   tail call void @llvm.prefetch.p0(ptr %gep1698.i.2, i32 0, i32 2, i32 1)
-  %gep1700.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1446
+  %gep1700.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1439
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.2, i32 0, i32 2, i32 1)
-  %1447 = getelementptr i8, ptr %1444, i64 152
-  %1448 = load i64, ptr %1447, align 8, !tbaa !7
-  %gep1702.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1448
+  %1440 = getelementptr i8, ptr %1437, i64 152
+  %1441 = load i64, ptr %1440, align 8, !tbaa !7
+  %gep1702.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1441
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.2, i32 0, i32 2, i32 1)
-  %gep1704.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1448
+  %gep1704.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1441
   tail call void @llvm.prefetch.p0(ptr %gep1704.i.2, i32 0, i32 2, i32 1)
-  %gep1706.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1448
+  %gep1706.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1441
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.2, i32 0, i32 2, i32 1)
-  %gep1708.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1448
+  %gep1708.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1441
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.2, i32 0, i32 2, i32 1)
-  %1449 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1046.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1449
-  %1450 = getelementptr i8, ptr %gep1046.us.i.2, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1450, i64 %600)
+  %1442 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1046.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1442
+  %1443 = getelementptr i8, ptr %gep1046.us.i.2, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1443, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1451 = getelementptr i8, ptr %1444, i64 160
-  %1452 = load i64, ptr %1451, align 8, !tbaa !7
-  %gep1710.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1452
+  %1444 = getelementptr i8, ptr %1437, i64 160
+  %1445 = load i64, ptr %1444, align 8, !tbaa !7
+  %gep1710.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1445
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.2, i32 0, i32 2, i32 1)
-  %gep1712.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1452
+  %gep1712.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1445
   tail call void @llvm.prefetch.p0(ptr %gep1712.i.2, i32 0, i32 2, i32 1)
-  %gep1714.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1452
+  %gep1714.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1445
   tail call void @llvm.prefetch.p0(ptr %gep1714.i.2, i32 0, i32 2, i32 1)
-  %gep1716.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1452
+  %gep1716.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1445
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.2, i32 0, i32 2, i32 1)
-  %1453 = getelementptr i8, ptr %1444, i64 168
-  %1454 = load i64, ptr %1453, align 8, !tbaa !7
-  %gep1718.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1454
+  %1446 = getelementptr i8, ptr %1437, i64 168
+  %1447 = load i64, ptr %1446, align 8, !tbaa !7
+  %gep1718.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1447
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.2, i32 0, i32 2, i32 1)
-  %gep1720.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1454
+  %gep1720.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1447
   tail call void @llvm.prefetch.p0(ptr %gep1720.i.2, i32 0, i32 2, i32 1)
-  %gep1722.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1454
+  %gep1722.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1447
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.2, i32 0, i32 2, i32 1)
-  %gep1724.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1454
+  %gep1724.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1447
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.2, i32 0, i32 2, i32 1)
-  %1455 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1050.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1455
-  %1456 = getelementptr i8, ptr %gep1050.us.i.2, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1456, i64 %600)
+  %1448 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1050.us.i.2 = getelementptr i32, ptr %gep1058.us.i, i64 %1448
+  %1449 = getelementptr i8, ptr %gep1050.us.i.2, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1449, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1457 = getelementptr i8, ptr %1444, i64 176
-  %1458 = load i64, ptr %1457, align 8, !tbaa !7
-  %gep1726.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1458
+  %1450 = getelementptr i8, ptr %1437, i64 176
+  %1451 = load i64, ptr %1450, align 8, !tbaa !7
+  %gep1726.i.2 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1451
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.2, i32 0, i32 2, i32 1)
-  %gep1728.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1458
+  %gep1728.i.2 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1451
   tail call void @llvm.prefetch.p0(ptr %gep1728.i.2, i32 0, i32 2, i32 1)
-  %gep1730.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1458
+  %gep1730.i.2 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1451
   tail call void @llvm.prefetch.p0(ptr %gep1730.i.2, i32 0, i32 2, i32 1)
-  %gep1732.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1458
+  %gep1732.i.2 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1451
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.2, i32 0, i32 2, i32 1)
-  %1459 = getelementptr i8, ptr %1444, i64 184
-  %1460 = load i64, ptr %1459, align 8, !tbaa !7
-  %gep1734.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1460
+  %1452 = getelementptr i8, ptr %1437, i64 184
+  %1453 = load i64, ptr %1452, align 8, !tbaa !7
+  %gep1734.i.2 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1453
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.2, i32 0, i32 2, i32 1)
-  %gep1736.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1460
+  %gep1736.i.2 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1453
   tail call void @llvm.prefetch.p0(ptr %gep1736.i.2, i32 0, i32 2, i32 1)
-  %gep1738.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1460
+  %gep1738.i.2 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1453
   tail call void @llvm.prefetch.p0(ptr %gep1738.i.2, i32 0, i32 2, i32 1)
-  %gep1740.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1460
+  %gep1740.i.2 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1453
   tail call void @llvm.prefetch.p0(ptr %gep1740.i.2, i32 0, i32 2, i32 1)
-  %1461 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
-  %gep1054.us.i.2156 = getelementptr i32, ptr %gep1058.us.i, i64 %1461
-  %1462 = getelementptr i8, ptr %gep1054.us.i.2156, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1462, i64 %600)
+  %1454 = load i64, ptr %gep1692.i.2, align 8, !tbaa !7
+  %gep1054.us.i.2156 = getelementptr i32, ptr %gep1058.us.i, i64 %1454
+  %1455 = getelementptr i8, ptr %gep1054.us.i.2156, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1455, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %1463 = sext i32 %2869 to i64
-  %1464 = getelementptr i64, ptr %value_offsets.i, i64 %1463
-  %1465 = getelementptr i8, ptr %1464, i64 192
-  %1466 = load i64, ptr %1465, align 8, !tbaa !7
-  %gep1674.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1466
+  %1456 = sext i32 %2862 to i64
+  %1457 = getelementptr i64, ptr %value_offsets.i, i64 %1456
+  %1458 = getelementptr i8, ptr %1457, i64 192
+  %1459 = load i64, ptr %1458, align 8, !tbaa !7
+  %gep1674.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1459
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.3, i32 0, i32 2, i32 1)
-  %gep1676.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1466
+  %gep1676.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1459
   tail call void @llvm.prefetch.p0(ptr %gep1676.i.3, i32 0, i32 2, i32 1)
-  %gep1678.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1466
+  %gep1678.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1459
   tail call void @llvm.prefetch.p0(ptr %gep1678.i.3, i32 0, i32 2, i32 1)
-  %gep1680.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1466
+  %gep1680.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1459
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.3, i32 0, i32 2, i32 1)
-  %1467 = getelementptr i8, ptr %1464, i64 200
-  %1468 = load i64, ptr %1467, align 8, !tbaa !7
-  %gep1682.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1468
+  %1460 = getelementptr i8, ptr %1457, i64 200
+  %1461 = load i64, ptr %1460, align 8, !tbaa !7
+  %gep1682.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1461
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.3, i32 0, i32 2, i32 1)
-  %gep1684.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1468
+  %gep1684.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1461
   tail call void @llvm.prefetch.p0(ptr %gep1684.i.3, i32 0, i32 2, i32 1)
-  %gep1686.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1468
+  %gep1686.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1461
   tail call void @llvm.prefetch.p0(ptr %gep1686.i.3, i32 0, i32 2, i32 1)
-  %gep1688.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1468
+  %gep1688.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1461
   tail call void @llvm.prefetch.p0(ptr %gep1688.i.3, i32 0, i32 2, i32 1)
   br label %if_end515.us.i.3
 
@@ -3977,105 +3970,105 @@ if_end515.us.i.3:                                 ; preds = %for_begin_line516.p
   %gep1690.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1689.i, i64 96
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %gep1690.i.3, i64 256)
   %gep1692.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1691.i, i64 384
-  %1469 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1034.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1469
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.3, i64 %600)
+  %1462 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1034.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1462
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i.3, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  br i1 %2964, label %for_begin_line523.preheader.us.i.3, label %if_end529.thread.us.i.3, !prof !6
+  br i1 %2957, label %for_begin_line523.preheader.us.i.3, label %if_end529.thread.us.i.3, !prof !6
 
 if_end529.thread.us.i.3:                          ; preds = %if_end515.us.i.3
-  %1470 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1038.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1470
-  %1471 = getelementptr i8, ptr %gep1038.us.i.3, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1471, i64 %600)
+  %1463 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1038.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1463
+  %1464 = getelementptr i8, ptr %gep1038.us.i.3, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1464, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1472 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1042.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1472
-  %1473 = getelementptr i8, ptr %gep1042.us.i.3, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1473, i64 %600)
+  %1465 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1042.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1465
+  %1466 = getelementptr i8, ptr %gep1042.us.i.3, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1466, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
   br label %if_end536.us.i.3
 
 for_begin_line523.preheader.us.i.3:               ; preds = %if_end515.us.i.3
-  %1474 = sext i32 %2869 to i64
-  %1475 = getelementptr i64, ptr %value_offsets.i, i64 %1474
-  %1476 = getelementptr i8, ptr %1475, i64 208
-  %1477 = load i64, ptr %1476, align 8, !tbaa !7
-  %gep1694.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1477
+  %1467 = sext i32 %2862 to i64
+  %1468 = getelementptr i64, ptr %value_offsets.i, i64 %1467
+  %1469 = getelementptr i8, ptr %1468, i64 208
+  %1470 = load i64, ptr %1469, align 8, !tbaa !7
+  %gep1694.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1470
   tail call void @llvm.prefetch.p0(ptr %gep1694.i.3, i32 0, i32 2, i32 1)
-  %gep1696.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1477
+  %gep1696.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1470
   tail call void @llvm.prefetch.p0(ptr %gep1696.i.3, i32 0, i32 2, i32 1)
-  %gep1698.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1477
+  %gep1698.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1470
   tail call void @llvm.prefetch.p0(ptr %gep1698.i.3, i32 0, i32 2, i32 1)
-  %gep1700.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1477
+  %gep1700.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1470
   tail call void @llvm.prefetch.p0(ptr %gep1700.i.3, i32 0, i32 2, i32 1)
-  %1478 = getelementptr i8, ptr %1475, i64 216
-  %1479 = load i64, ptr %1478, align 8, !tbaa !7
-  %gep1702.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1479
+  %1471 = getelementptr i8, ptr %1468, i64 216
+  %1472 = load i64, ptr %1471, align 8, !tbaa !7
+  %gep1702.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1472
   tail call void @llvm.prefetch.p0(ptr %gep1702.i.3, i32 0, i32 2, i32 1)
-  %gep1704.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1479
+  %gep1704.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1472
   tail call void @llvm.prefetch.p0(ptr %gep1704.i.3, i32 0, i32 2, i32 1)
-  %gep1706.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1479
+  %gep1706.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1472
   tail call void @llvm.prefetch.p0(ptr %gep1706.i.3, i32 0, i32 2, i32 1)
-  %gep1708.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1479
+  %gep1708.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1472
   tail call void @llvm.prefetch.p0(ptr %gep1708.i.3, i32 0, i32 2, i32 1)
-  %1480 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1046.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1480
-  %1481 = getelementptr i8, ptr %gep1046.us.i.3, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1481, i64 %600)
+  %1473 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1046.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1473
+  %1474 = getelementptr i8, ptr %gep1046.us.i.3, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1474, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %1482 = getelementptr i8, ptr %1475, i64 224
-  %1483 = load i64, ptr %1482, align 8, !tbaa !7
-  %gep1710.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1483
+  %1475 = getelementptr i8, ptr %1468, i64 224
+  %1476 = load i64, ptr %1475, align 8, !tbaa !7
+  %gep1710.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1476
   tail call void @llvm.prefetch.p0(ptr %gep1710.i.3, i32 0, i32 2, i32 1)
-  %gep1712.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1483
+  %gep1712.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1476
   tail call void @llvm.prefetch.p0(ptr %gep1712.i.3, i32 0, i32 2, i32 1)
-  %gep1714.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1483
+  %gep1714.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1476
   tail call void @llvm.prefetch.p0(ptr %gep1714.i.3, i32 0, i32 2, i32 1)
-  %gep1716.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1483
+  %gep1716.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1476
   tail call void @llvm.prefetch.p0(ptr %gep1716.i.3, i32 0, i32 2, i32 1)
-  %1484 = getelementptr i8, ptr %1475, i64 232
-  %1485 = load i64, ptr %1484, align 8, !tbaa !7
-  %gep1718.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1485
+  %1477 = getelementptr i8, ptr %1468, i64 232
+  %1478 = load i64, ptr %1477, align 8, !tbaa !7
+  %gep1718.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1478
   tail call void @llvm.prefetch.p0(ptr %gep1718.i.3, i32 0, i32 2, i32 1)
-  %gep1720.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1485
+  %gep1720.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1478
   tail call void @llvm.prefetch.p0(ptr %gep1720.i.3, i32 0, i32 2, i32 1)
-  %gep1722.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1485
+  %gep1722.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1478
   tail call void @llvm.prefetch.p0(ptr %gep1722.i.3, i32 0, i32 2, i32 1)
-  %gep1724.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1485
+  %gep1724.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1478
   tail call void @llvm.prefetch.p0(ptr %gep1724.i.3, i32 0, i32 2, i32 1)
-  %1486 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1050.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1486
-  %1487 = getelementptr i8, ptr %gep1050.us.i.3, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1487, i64 %600)
+  %1479 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1050.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1479
+  %1480 = getelementptr i8, ptr %gep1050.us.i.3, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1480, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %1488 = getelementptr i8, ptr %1475, i64 240
-  %1489 = load i64, ptr %1488, align 8, !tbaa !7
-  %gep1726.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1489
+  %1481 = getelementptr i8, ptr %1468, i64 240
+  %1482 = load i64, ptr %1481, align 8, !tbaa !7
+  %gep1726.i.3 = getelementptr i32, ptr %invariant.gep1673.i, i64 %1482
   tail call void @llvm.prefetch.p0(ptr %gep1726.i.3, i32 0, i32 2, i32 1)
-  %gep1728.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1489
+  %gep1728.i.3 = getelementptr i32, ptr %invariant.gep1675.i, i64 %1482
   tail call void @llvm.prefetch.p0(ptr %gep1728.i.3, i32 0, i32 2, i32 1)
-  %gep1730.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1489
+  %gep1730.i.3 = getelementptr i32, ptr %invariant.gep1677.i, i64 %1482
   tail call void @llvm.prefetch.p0(ptr %gep1730.i.3, i32 0, i32 2, i32 1)
-  %gep1732.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1489
+  %gep1732.i.3 = getelementptr i32, ptr %invariant.gep1679.i, i64 %1482
   tail call void @llvm.prefetch.p0(ptr %gep1732.i.3, i32 0, i32 2, i32 1)
-  %1490 = getelementptr i8, ptr %1475, i64 248
-  %1491 = load i64, ptr %1490, align 8, !tbaa !7
-  %gep1734.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1491
+  %1483 = getelementptr i8, ptr %1468, i64 248
+  %1484 = load i64, ptr %1483, align 8, !tbaa !7
+  %gep1734.i.3 = getelementptr i32, ptr %invariant.gep1681.i, i64 %1484
   tail call void @llvm.prefetch.p0(ptr %gep1734.i.3, i32 0, i32 2, i32 1)
-  %gep1736.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1491
+  %gep1736.i.3 = getelementptr i32, ptr %invariant.gep1683.i, i64 %1484
   tail call void @llvm.prefetch.p0(ptr %gep1736.i.3, i32 0, i32 2, i32 1)
-  %gep1738.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1491
+  %gep1738.i.3 = getelementptr i32, ptr %invariant.gep1685.i, i64 %1484
   tail call void @llvm.prefetch.p0(ptr %gep1738.i.3, i32 0, i32 2, i32 1)
-  %gep1740.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1491
+  %gep1740.i.3 = getelementptr i32, ptr %invariant.gep1687.i, i64 %1484
   tail call void @llvm.prefetch.p0(ptr %gep1740.i.3, i32 0, i32 2, i32 1)
   br label %if_end536.us.i.3
 
 if_end536.us.i.3:                                 ; preds = %for_begin_line523.preheader.us.i.3, %if_end529.thread.us.i.3
-  %1492 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
-  %gep1054.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1492
-  %1493 = getelementptr i8, ptr %gep1054.us.i.3, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1493, i64 %600)
+  %1485 = load i64, ptr %gep1692.i.3, align 8, !tbaa !7
+  %gep1054.us.i.3 = getelementptr i32, ptr %gep1058.us.i, i64 %1485
+  %1486 = getelementptr i8, ptr %gep1054.us.i.3, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %1486, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
   br label %if_end512.us.i
 
@@ -4085,8 +4078,8 @@ for_end_ti.us.i:                                  ; preds = %for_begin_d494.preh
   br i1 %exitcond1294.not.i, label %for_begin_lane.preheader.us.i.loopexit, label %for_begin_ti.preheader.us.i, !prof !10
 
 for_body_r477.us.i:                               ; preds = %for_body_r477.lr.ph.us.i, %for_end_c483.us.i
-  %r480974.us.i = phi i32 [ 0, %for_body_r477.lr.ph.us.i ], [ %1509, %for_end_c483.us.i ]
-  br i1 %3051, label %for_body_c482.lr.ph.us.i, label %for_end_c483.us.i, !prof !38
+  %r480974.us.i = phi i32 [ 0, %for_body_r477.lr.ph.us.i ], [ %1502, %for_end_c483.us.i ]
+  br i1 %3044, label %for_body_c482.lr.ph.us.i, label %for_end_c483.us.i, !prof !38
 
 for_end_c483.us.i.loopexit.unr-lcssa:             ; preds = %for_body_c482.us.i
   br i1 %lcmp.mod469.not, label %for_end_c483.us.i, label %for_body_c482.us.i.epil.preheader, !prof !147
@@ -4099,90 +4092,90 @@ for_body_c482.us.i.epil.preheader:                ; preds = %for_body_c482.lr.ph
 for_body_c482.us.i.epil:                          ; preds = %for_body_c482.us.i.epil, %for_body_c482.us.i.epil.preheader
   %indvars.iv1279.i.epil = phi i64 [ %indvars.iv1279.i.epil.init, %for_body_c482.us.i.epil.preheader ], [ %indvars.iv.next1280.i.epil, %for_body_c482.us.i.epil ]
   %epil.iter468 = phi i64 [ 0, %for_body_c482.us.i.epil.preheader ], [ %epil.iter468.next, %for_body_c482.us.i.epil ]
-  %1494 = trunc i64 %indvars.iv1279.i.epil to i32
-  %1495 = add i32 %1027, %1494
-  %1496 = and i32 %1495, 1
-  %1497 = icmp eq i32 %1496, 0
-  %1498 = select i1 %1497, i32 -65536, i32 65535
-  %1499 = getelementptr i8, ptr %3050, i64 %indvars.iv1279.i.epil
-  %1500 = load i8, ptr %1499, align 1, !tbaa !7
-  %1501 = icmp eq i8 %1500, 0
-  %1502 = select i1 %1501, i32 %1498, i32 -1
-  %1503 = lshr i32 %1495, 1
-  %1504 = add nuw nsw i32 %1503, %3049
-  %1505 = zext nneg i32 %1504 to i64
-  %1506 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1505
-  %1507 = load i32, ptr %1506, align 4, !tbaa !7
-  %1508 = and i32 %1502, %1507
-  store i32 %1508, ptr %1506, align 4, !tbaa !7
+  %1487 = trunc i64 %indvars.iv1279.i.epil to i32
+  %1488 = add i32 %1020, %1487
+  %1489 = and i32 %1488, 1
+  %1490 = icmp eq i32 %1489, 0
+  %1491 = select i1 %1490, i32 -65536, i32 65535
+  %1492 = getelementptr i8, ptr %3043, i64 %indvars.iv1279.i.epil
+  %1493 = load i8, ptr %1492, align 1, !tbaa !7
+  %1494 = icmp eq i8 %1493, 0
+  %1495 = select i1 %1494, i32 %1491, i32 -1
+  %1496 = lshr i32 %1488, 1
+  %1497 = add nuw nsw i32 %1496, %3042
+  %1498 = zext nneg i32 %1497 to i64
+  %1499 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1498
+  %1500 = load i32, ptr %1499, align 4, !tbaa !7
+  %1501 = and i32 %1495, %1500
+  store i32 %1501, ptr %1499, align 4, !tbaa !7
   %indvars.iv.next1280.i.epil = add nuw nsw i64 %indvars.iv1279.i.epil, 1
   %epil.iter468.next = add i64 %epil.iter468, 1
   %epil.iter468.cmp.not = icmp eq i64 %epil.iter468.next, %xtraiter467
   br i1 %epil.iter468.cmp.not, label %for_end_c483.us.i, label %for_body_c482.us.i.epil, !prof !148, !llvm.loop !149
 
 for_end_c483.us.i:                                ; preds = %for_body_c482.us.i.epil, %for_end_c483.us.i.loopexit.unr-lcssa, %for_body_r477.us.i
-  %1509 = add nuw nsw i32 %r480974.us.i, 1
-  %1510 = icmp slt i32 %1509, %1251
-  br i1 %1510, label %for_body_r477.us.i, label %if_end475.us.i, !prof !152
+  %1502 = add nuw nsw i32 %r480974.us.i, 1
+  %1503 = icmp slt i32 %1502, %1244
+  br i1 %1503, label %for_body_r477.us.i, label %if_end475.us.i, !prof !152
 
 for_body_c482.us.i:                               ; preds = %for_body_c482.lr.ph.us.i, %for_body_c482.us.i
   %indvars.iv1279.i = phi i64 [ %indvars.iv.next1280.i.3, %for_body_c482.us.i ], [ 0, %for_body_c482.lr.ph.us.i ]
   %niter472 = phi i64 [ %niter472.next.3, %for_body_c482.us.i ], [ 0, %for_body_c482.lr.ph.us.i ]
-  %1511 = trunc i64 %indvars.iv1279.i to i32
-  %1512 = add i32 %1027, %1511
-  %1513 = getelementptr i8, ptr %3050, i64 %indvars.iv1279.i
-  %1514 = load i8, ptr %1513, align 1, !tbaa !7
-  %1515 = icmp eq i8 %1514, 0
-  %1516 = select i1 %1515, i32 %1035, i32 -1
-  %1517 = lshr i32 %1512, 1
-  %1518 = add nuw nsw i32 %1517, %3049
-  %1519 = zext nneg i32 %1518 to i64
-  %1520 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1519
-  %1521 = load i32, ptr %1520, align 4, !tbaa !7
-  %1522 = and i32 %1516, %1521
-  store i32 %1522, ptr %1520, align 4, !tbaa !7
+  %1504 = trunc i64 %indvars.iv1279.i to i32
+  %1505 = add i32 %1020, %1504
+  %1506 = getelementptr i8, ptr %3043, i64 %indvars.iv1279.i
+  %1507 = load i8, ptr %1506, align 1, !tbaa !7
+  %1508 = icmp eq i8 %1507, 0
+  %1509 = select i1 %1508, i32 %1028, i32 -1
+  %1510 = lshr i32 %1505, 1
+  %1511 = add nuw nsw i32 %1510, %3042
+  %1512 = zext nneg i32 %1511 to i64
+  %1513 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1512
+  %1514 = load i32, ptr %1513, align 4, !tbaa !7
+  %1515 = and i32 %1509, %1514
+  store i32 %1515, ptr %1513, align 4, !tbaa !7
   %indvars.iv.next1280.i = or disjoint i64 %indvars.iv1279.i, 1
-  %1523 = trunc i64 %indvars.iv.next1280.i to i32
-  %1524 = add i32 %1027, %1523
-  %1525 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i
-  %1526 = load i8, ptr %1525, align 1, !tbaa !7
-  %1527 = icmp eq i8 %1526, 0
-  %1528 = select i1 %1527, i32 %1036, i32 -1
-  %1529 = lshr i32 %1524, 1
-  %1530 = add nuw nsw i32 %1529, %3049
-  %1531 = zext nneg i32 %1530 to i64
-  %1532 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1531
-  %1533 = load i32, ptr %1532, align 4, !tbaa !7
-  %1534 = and i32 %1528, %1533
-  store i32 %1534, ptr %1532, align 4, !tbaa !7
+  %1516 = trunc i64 %indvars.iv.next1280.i to i32
+  %1517 = add i32 %1020, %1516
+  %1518 = getelementptr i8, ptr %3043, i64 %indvars.iv.next1280.i
+  %1519 = load i8, ptr %1518, align 1, !tbaa !7
+  %1520 = icmp eq i8 %1519, 0
+  %1521 = select i1 %1520, i32 %1029, i32 -1
+  %1522 = lshr i32 %1517, 1
+  %1523 = add nuw nsw i32 %1522, %3042
+  %1524 = zext nneg i32 %1523 to i64
+  %1525 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1524
+  %1526 = load i32, ptr %1525, align 4, !tbaa !7
+  %1527 = and i32 %1521, %1526
+  store i32 %1527, ptr %1525, align 4, !tbaa !7
   %indvars.iv.next1280.i.1 = or disjoint i64 %indvars.iv1279.i, 2
-  %1535 = trunc i64 %indvars.iv.next1280.i.1 to i32
-  %1536 = add i32 %1027, %1535
-  %1537 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i.1
-  %1538 = load i8, ptr %1537, align 1, !tbaa !7
-  %1539 = icmp eq i8 %1538, 0
-  %1540 = select i1 %1539, i32 %1038, i32 -1
-  %1541 = lshr i32 %1536, 1
-  %1542 = add nuw nsw i32 %1541, %3049
-  %1543 = zext nneg i32 %1542 to i64
-  %1544 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1543
-  %1545 = load i32, ptr %1544, align 4, !tbaa !7
-  %1546 = and i32 %1540, %1545
-  store i32 %1546, ptr %1544, align 4, !tbaa !7
+  %1528 = trunc i64 %indvars.iv.next1280.i.1 to i32
+  %1529 = add i32 %1020, %1528
+  %1530 = getelementptr i8, ptr %3043, i64 %indvars.iv.next1280.i.1
+  %1531 = load i8, ptr %1530, align 1, !tbaa !7
+  %1532 = icmp eq i8 %1531, 0
+  %1533 = select i1 %1532, i32 %1031, i32 -1
+  %1534 = lshr i32 %1529, 1
+  %1535 = add nuw nsw i32 %1534, %3042
+  %1536 = zext nneg i32 %1535 to i64
+  %1537 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1536
+  %1538 = load i32, ptr %1537, align 4, !tbaa !7
+  %1539 = and i32 %1533, %1538
+  store i32 %1539, ptr %1537, align 4, !tbaa !7
   %indvars.iv.next1280.i.2 = or disjoint i64 %indvars.iv1279.i, 3
-  %1547 = trunc i64 %indvars.iv.next1280.i.2 to i32
-  %1548 = add i32 %1027, %1547
-  %1549 = getelementptr i8, ptr %3050, i64 %indvars.iv.next1280.i.2
-  %1550 = load i8, ptr %1549, align 1, !tbaa !7
-  %1551 = icmp eq i8 %1550, 0
-  %1552 = select i1 %1551, i32 %1039, i32 -1
-  %1553 = lshr i32 %1548, 1
-  %1554 = add nuw nsw i32 %1553, %3049
-  %1555 = zext nneg i32 %1554 to i64
-  %1556 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1555
-  %1557 = load i32, ptr %1556, align 4, !tbaa !7
-  %1558 = and i32 %1552, %1557
-  store i32 %1558, ptr %1556, align 4, !tbaa !7
+  %1540 = trunc i64 %indvars.iv.next1280.i.2 to i32
+  %1541 = add i32 %1020, %1540
+  %1542 = getelementptr i8, ptr %3043, i64 %indvars.iv.next1280.i.2
+  %1543 = load i8, ptr %1542, align 1, !tbaa !7
+  %1544 = icmp eq i8 %1543, 0
+  %1545 = select i1 %1544, i32 %1032, i32 -1
+  %1546 = lshr i32 %1541, 1
+  %1547 = add nuw nsw i32 %1546, %3042
+  %1548 = zext nneg i32 %1547 to i64
+  %1549 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1548
+  %1550 = load i32, ptr %1549, align 4, !tbaa !7
+  %1551 = and i32 %1545, %1550
+  store i32 %1551, ptr %1549, align 4, !tbaa !7
   %indvars.iv.next1280.i.3 = add nuw nsw i64 %indvars.iv1279.i, 4
   %niter472.next.3 = add i64 %niter472, 4
   %niter472.ncmp.3 = icmp eq i64 %niter472.next.3, %unroll_iter471
@@ -4190,7 +4183,7 @@ for_body_c482.us.i:                               ; preds = %for_body_c482.lr.ph
 
 for_body_r465.us.i:                               ; preds = %for_end_to471.us.i, %for_end_r348.us.i
   %indvars.iv1275.i = phi i64 [ %indvars.iv.next1276.i, %for_end_to471.us.i ], [ 0, %for_end_r348.us.i ]
-  br i1 %1088, label %for_body_to470.lr.ph.us.i, label %for_end_to471.us.i, !prof !38
+  br i1 %1081, label %for_body_to470.lr.ph.us.i, label %for_end_to471.us.i, !prof !38
 
 for_end_to471.us.i:                               ; preds = %for_body_to470.us.i, %for_body_r465.us.i
   %indvars.iv.next1276.i = add nuw nsw i64 %indvars.iv1275.i, 1
@@ -4199,45 +4192,45 @@ for_end_to471.us.i:                               ; preds = %for_body_to470.us.i
 
 for_body_to470.us.i:                              ; preds = %for_body_to470.lr.ph.us.i, %for_body_to470.us.i
   %indvars.iv1270.i = phi i64 [ 0, %for_body_to470.lr.ph.us.i ], [ %indvars.iv.next1271.i, %for_body_to470.us.i ]
-  %1559 = load i32, ptr %gep1642.i, align 4, !tbaa !7
-  %1560 = insertelement <32 x i32> poison, i32 %1559, i64 0
-  %1561 = shufflevector <32 x i32> %1560, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1552 = load i32, ptr %gep1642.i, align 4, !tbaa !7
+  %1553 = insertelement <32 x i32> poison, i32 %1552, i64 0
+  %1554 = shufflevector <32 x i32> %1553, <32 x i32> poison, <32 x i32> zeroinitializer
   %indvars.iv1270.tr.i = trunc i64 %indvars.iv1270.i to i32
-  %1562 = shl i32 %indvars.iv1270.tr.i, 6
-  %1563 = add i32 %1562, %invariant.op952.us.i
-  %1564 = insertelement <32 x i32> poison, i32 %1563, i64 0
-  %1565 = shufflevector <32 x i32> %1564, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1566 = add nsw <32 x i32> %1565, <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
-  %1567 = icmp slt <32 x i32> %1566, %1561
-  %1568 = select <32 x i1> %1567, <32 x i32> splat (i32 -65536), <32 x i32> zeroinitializer
-  %1569 = insertelement <32 x i32> poison, i32 %1563, i64 0
-  %1570 = insertelement <16 x i32> poison, i32 %1563, i64 0
-  %1571 = shufflevector <16 x i32> %1570, <16 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1572 = add nsw <32 x i32> %1571, <i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1573 = shufflevector <32 x i32> %1569, <32 x i32> %1572, <32 x i32> <i32 0, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1574 = insertelement <8 x i32> poison, i32 %1563, i64 0
-  %1575 = shufflevector <8 x i32> %1574, <8 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1576 = add nsw <32 x i32> %1575, <i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1577 = shufflevector <32 x i32> %1573, <32 x i32> %1576, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1578 = insertelement <4 x i32> poison, i32 %1563, i64 0
-  %1579 = shufflevector <4 x i32> %1578, <4 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1580 = add nsw <32 x i32> %1579, <i32 50, i32 52, i32 54, i32 56, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1581 = shufflevector <32 x i32> %1577, <32 x i32> %1580, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 32, i32 33, i32 34, i32 35, i32 poison, i32 poison, i32 poison>
-  %1582 = add nsw i32 %1563, 58
-  %1583 = insertelement <32 x i32> %1581, i32 %1582, i64 29
-  %1584 = insertelement <2 x i32> poison, i32 %1563, i64 0
-  %1585 = shufflevector <2 x i32> %1584, <2 x i32> poison, <32 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1586 = add nsw <32 x i32> %1585, <i32 60, i32 62, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1587 = shufflevector <32 x i32> %1583, <32 x i32> %1586, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 32, i32 33>
-  %1588 = icmp slt <32 x i32> %1587, %1561
-  %1589 = select <32 x i1> %1588, <32 x i32> splat (i32 65535), <32 x i32> zeroinitializer
-  %1590 = or disjoint <32 x i32> %1568, %1589
-  %1591 = add nuw nsw i64 %indvars.iv1270.i, %wide.trip.count1203.i.pre-phi
-  %1592 = shl i64 %1591, 37
-  %sext.i = add i64 %1592, %3044
-  %1593 = ashr exact i64 %sext.i, 30
-  %1594 = getelementptr inbounds i8, ptr %edges.us.i, i64 %1593
-  store <32 x i32> %1590, ptr %1594, align 4, !tbaa !7
+  %1555 = shl i32 %indvars.iv1270.tr.i, 6
+  %1556 = add i32 %1555, %invariant.op952.us.i
+  %1557 = insertelement <32 x i32> poison, i32 %1556, i64 0
+  %1558 = shufflevector <32 x i32> %1557, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1559 = add nsw <32 x i32> %1558, <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1560 = icmp slt <32 x i32> %1559, %1554
+  %1561 = select <32 x i1> %1560, <32 x i32> splat (i32 -65536), <32 x i32> zeroinitializer
+  %1562 = insertelement <32 x i32> poison, i32 %1556, i64 0
+  %1563 = insertelement <16 x i32> poison, i32 %1556, i64 0
+  %1564 = shufflevector <16 x i32> %1563, <16 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1565 = add nsw <32 x i32> %1564, <i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30, i32 32, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1566 = shufflevector <32 x i32> %1562, <32 x i32> %1565, <32 x i32> <i32 0, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1567 = insertelement <8 x i32> poison, i32 %1556, i64 0
+  %1568 = shufflevector <8 x i32> %1567, <8 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1569 = add nsw <32 x i32> %1568, <i32 34, i32 36, i32 38, i32 40, i32 42, i32 44, i32 46, i32 48, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1570 = shufflevector <32 x i32> %1566, <32 x i32> %1569, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1571 = insertelement <4 x i32> poison, i32 %1556, i64 0
+  %1572 = shufflevector <4 x i32> %1571, <4 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1573 = add nsw <32 x i32> %1572, <i32 50, i32 52, i32 54, i32 56, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1574 = shufflevector <32 x i32> %1570, <32 x i32> %1573, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 32, i32 33, i32 34, i32 35, i32 poison, i32 poison, i32 poison>
+  %1575 = add nsw i32 %1556, 58
+  %1576 = insertelement <32 x i32> %1574, i32 %1575, i64 29
+  %1577 = insertelement <2 x i32> poison, i32 %1556, i64 0
+  %1578 = shufflevector <2 x i32> %1577, <2 x i32> poison, <32 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1579 = add nsw <32 x i32> %1578, <i32 60, i32 62, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1580 = shufflevector <32 x i32> %1576, <32 x i32> %1579, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 32, i32 33>
+  %1581 = icmp slt <32 x i32> %1580, %1554
+  %1582 = select <32 x i1> %1581, <32 x i32> splat (i32 65535), <32 x i32> zeroinitializer
+  %1583 = or disjoint <32 x i32> %1561, %1582
+  %1584 = add nuw nsw i64 %indvars.iv1270.i, %wide.trip.count1203.i.pre-phi
+  %1585 = shl i64 %1584, 37
+  %sext.i = add i64 %1585, %3037
+  %1586 = ashr exact i64 %sext.i, 30
+  %1587 = getelementptr inbounds i8, ptr %edges.us.i, i64 %1586
+  store <32 x i32> %1583, ptr %1587, align 4, !tbaa !7
   %indvars.iv.next1271.i = add nuw nsw i64 %indvars.iv1270.i, 1
   %exitcond1274.not.i = icmp eq i64 %indvars.iv.next1271.i, %wide.trip.count1213.i
   br i1 %exitcond1274.not.i, label %for_end_to471.us.i, label %for_body_to470.us.i, !prof !10
@@ -4257,17 +4250,17 @@ for_body_to352.us.i.epil:                         ; preds = %for_body_to352.us.i
   %epil.iter458 = phi i64 [ 0, %for_body_to352.us.i.epil.preheader ], [ %epil.iter458.next, %for_body_to352.us.i.epil ]
   %.idx1508.i.epil = shl nsw i64 %indvars.iv1261.i.epil, 7
   %gep1640.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %.idx1508.i.epil
-  %1595 = load <16 x bfloat>, ptr %gep1640.i.epil, align 4, !tbaa !7
-  %r.i.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i.epil, <16 x bfloat> %1595, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1596 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 32
-  %1597 = load <16 x bfloat>, ptr %1596, align 4, !tbaa !7
-  %r.i885.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.epil, <16 x bfloat> %1597, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1598 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 64
-  %1599 = load <16 x bfloat>, ptr %1598, align 4, !tbaa !7
-  %r.i887.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.epil, <16 x bfloat> %1599, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1600 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 96
-  %1601 = load <16 x bfloat>, ptr %1600, align 4, !tbaa !7
-  %r.i889.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.epil, <16 x bfloat> %1601, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1588 = load <16 x bfloat>, ptr %gep1640.i.epil, align 4, !tbaa !7
+  %r.i.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i.epil, <16 x bfloat> %1588, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1589 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 32
+  %1590 = load <16 x bfloat>, ptr %1589, align 4, !tbaa !7
+  %r.i885.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.epil, <16 x bfloat> %1590, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1591 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 64
+  %1592 = load <16 x bfloat>, ptr %1591, align 4, !tbaa !7
+  %r.i887.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.epil, <16 x bfloat> %1592, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1593 = getelementptr inbounds nuw i8, ptr %gep1640.i.epil, i64 96
+  %1594 = load <16 x bfloat>, ptr %1593, align 4, !tbaa !7
+  %r.i889.us.i.epil = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.epil, <16 x bfloat> %1594, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.epil = add nuw nsw i64 %indvars.iv1261.i.epil, 1
   %epil.iter458.next = add i64 %epil.iter458, 1
   %epil.iter458.cmp.not = icmp eq i64 %epil.iter458.next, %xtraiter457
@@ -4276,8 +4269,8 @@ for_body_to352.us.i.epil:                         ; preds = %for_body_to352.us.i
 for_end_to353.us.i:                               ; preds = %for_begin_to351.preheader.us.i, %for_body_to352.us.i.epil, %for_end_to353.us.i.loopexit.unr-lcssa
   %tile_sum.rf_global834.sroa.0.0.lcssa.us.i = phi <8 x float> [ zeroinitializer, %for_begin_to351.preheader.us.i ], [ %r.i889.us.i.3, %for_end_to353.us.i.loopexit.unr-lcssa ], [ %r.i889.us.i.epil, %for_body_to352.us.i.epil ]
   %.idx1510.i = shl nuw nsw i64 %indvars.iv1266.i, 5
-  %1602 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 %.idx1510.i
-  store <8 x float> %tile_sum.rf_global834.sroa.0.0.lcssa.us.i, ptr %1602, align 16, !tbaa !157
+  %1595 = getelementptr inbounds nuw i8, ptr %tile_sum.rf836.i, i64 %.idx1510.i
+  store <8 x float> %tile_sum.rf_global834.sroa.0.0.lcssa.us.i, ptr %1595, align 16, !tbaa !157
   %indvars.iv.next1267.i = add nuw nsw i64 %indvars.iv1266.i, 1
   %exitcond1269.not.i = icmp eq i64 %indvars.iv.next1267.i, 16
   br i1 %exitcond1269.not.i, label %for_end_r348.us.i, label %for_begin_to351.preheader.us.i, !prof !29
@@ -4288,59 +4281,59 @@ for_body_to352.us.i:                              ; preds = %for_body_to352.lr.p
   %niter463 = phi i64 [ %niter463.next.3, %for_body_to352.us.i ], [ 0, %for_body_to352.lr.ph.us.i ]
   %.idx1508.i = shl nsw i64 %indvars.iv1261.i, 7
   %gep1640.i = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %.idx1508.i
-  %1603 = load <16 x bfloat>, ptr %gep1640.i, align 4, !tbaa !7
-  %r.i.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i, <16 x bfloat> %1603, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1604 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 32
-  %1605 = load <16 x bfloat>, ptr %1604, align 4, !tbaa !7
-  %r.i885.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i, <16 x bfloat> %1605, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1606 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 64
-  %1607 = load <16 x bfloat>, ptr %1606, align 4, !tbaa !7
-  %r.i887.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i, <16 x bfloat> %1607, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1608 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 96
-  %1609 = load <16 x bfloat>, ptr %1608, align 4, !tbaa !7
-  %r.i889.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i, <16 x bfloat> %1609, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1596 = load <16 x bfloat>, ptr %gep1640.i, align 4, !tbaa !7
+  %r.i.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %tile_sum.rf_global834.sroa.0.0967.us.i, <16 x bfloat> %1596, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1597 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 32
+  %1598 = load <16 x bfloat>, ptr %1597, align 4, !tbaa !7
+  %r.i885.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i, <16 x bfloat> %1598, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1599 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 64
+  %1600 = load <16 x bfloat>, ptr %1599, align 4, !tbaa !7
+  %r.i887.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i, <16 x bfloat> %1600, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1601 = getelementptr inbounds nuw i8, ptr %gep1640.i, i64 96
+  %1602 = load <16 x bfloat>, ptr %1601, align 4, !tbaa !7
+  %r.i889.us.i = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i, <16 x bfloat> %1602, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i = shl i64 %indvars.iv1261.i, 7
-  %1610 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i
-  %gep1640.i.1 = getelementptr inbounds nuw i8, ptr %1610, i64 128
-  %1611 = load <16 x bfloat>, ptr %gep1640.i.1, align 4, !tbaa !7
-  %r.i.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i, <16 x bfloat> %1611, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1612 = getelementptr inbounds nuw i8, ptr %1610, i64 160
-  %1613 = load <16 x bfloat>, ptr %1612, align 4, !tbaa !7
-  %r.i885.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.1, <16 x bfloat> %1613, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1614 = getelementptr inbounds nuw i8, ptr %1610, i64 192
-  %1615 = load <16 x bfloat>, ptr %1614, align 4, !tbaa !7
-  %r.i887.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.1, <16 x bfloat> %1615, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1616 = getelementptr inbounds nuw i8, ptr %1610, i64 224
-  %1617 = load <16 x bfloat>, ptr %1616, align 4, !tbaa !7
-  %r.i889.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.1, <16 x bfloat> %1617, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1603 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i
+  %gep1640.i.1 = getelementptr inbounds nuw i8, ptr %1603, i64 128
+  %1604 = load <16 x bfloat>, ptr %gep1640.i.1, align 4, !tbaa !7
+  %r.i.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i, <16 x bfloat> %1604, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1605 = getelementptr inbounds nuw i8, ptr %1603, i64 160
+  %1606 = load <16 x bfloat>, ptr %1605, align 4, !tbaa !7
+  %r.i885.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.1, <16 x bfloat> %1606, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1607 = getelementptr inbounds nuw i8, ptr %1603, i64 192
+  %1608 = load <16 x bfloat>, ptr %1607, align 4, !tbaa !7
+  %r.i887.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.1, <16 x bfloat> %1608, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1609 = getelementptr inbounds nuw i8, ptr %1603, i64 224
+  %1610 = load <16 x bfloat>, ptr %1609, align 4, !tbaa !7
+  %r.i889.us.i.1 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.1, <16 x bfloat> %1610, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.1 = shl i64 %indvars.iv1261.i, 7
-  %1618 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.1
-  %gep1640.i.2 = getelementptr inbounds nuw i8, ptr %1618, i64 256
-  %1619 = load <16 x bfloat>, ptr %gep1640.i.2, align 4, !tbaa !7
-  %r.i.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.1, <16 x bfloat> %1619, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1620 = getelementptr inbounds nuw i8, ptr %1618, i64 288
-  %1621 = load <16 x bfloat>, ptr %1620, align 4, !tbaa !7
-  %r.i885.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.2, <16 x bfloat> %1621, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1622 = getelementptr inbounds nuw i8, ptr %1618, i64 320
-  %1623 = load <16 x bfloat>, ptr %1622, align 4, !tbaa !7
-  %r.i887.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.2, <16 x bfloat> %1623, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1624 = getelementptr inbounds nuw i8, ptr %1618, i64 352
-  %1625 = load <16 x bfloat>, ptr %1624, align 4, !tbaa !7
-  %r.i889.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.2, <16 x bfloat> %1625, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1611 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.1
+  %gep1640.i.2 = getelementptr inbounds nuw i8, ptr %1611, i64 256
+  %1612 = load <16 x bfloat>, ptr %gep1640.i.2, align 4, !tbaa !7
+  %r.i.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.1, <16 x bfloat> %1612, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1613 = getelementptr inbounds nuw i8, ptr %1611, i64 288
+  %1614 = load <16 x bfloat>, ptr %1613, align 4, !tbaa !7
+  %r.i885.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.2, <16 x bfloat> %1614, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1615 = getelementptr inbounds nuw i8, ptr %1611, i64 320
+  %1616 = load <16 x bfloat>, ptr %1615, align 4, !tbaa !7
+  %r.i887.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.2, <16 x bfloat> %1616, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1617 = getelementptr inbounds nuw i8, ptr %1611, i64 352
+  %1618 = load <16 x bfloat>, ptr %1617, align 4, !tbaa !7
+  %r.i889.us.i.2 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.2, <16 x bfloat> %1618, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.2 = shl i64 %indvars.iv1261.i, 7
-  %1626 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.2
-  %gep1640.i.3 = getelementptr inbounds nuw i8, ptr %1626, i64 384
-  %1627 = load <16 x bfloat>, ptr %gep1640.i.3, align 4, !tbaa !7
-  %r.i.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.2, <16 x bfloat> %1627, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1628 = getelementptr inbounds nuw i8, ptr %1626, i64 416
-  %1629 = load <16 x bfloat>, ptr %1628, align 4, !tbaa !7
-  %r.i885.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.3, <16 x bfloat> %1629, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1630 = getelementptr inbounds nuw i8, ptr %1626, i64 448
-  %1631 = load <16 x bfloat>, ptr %1630, align 4, !tbaa !7
-  %r.i887.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.3, <16 x bfloat> %1631, <16 x bfloat> splat (bfloat 0xR3F80))
-  %1632 = getelementptr inbounds nuw i8, ptr %1626, i64 480
-  %1633 = load <16 x bfloat>, ptr %1632, align 4, !tbaa !7
-  %r.i889.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.3, <16 x bfloat> %1633, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1619 = getelementptr inbounds nuw i8, ptr %invariant.gep1639.i, i64 %indvars.iv.next1262.i.2
+  %gep1640.i.3 = getelementptr inbounds nuw i8, ptr %1619, i64 384
+  %1620 = load <16 x bfloat>, ptr %gep1640.i.3, align 4, !tbaa !7
+  %r.i.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i889.us.i.2, <16 x bfloat> %1620, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1621 = getelementptr inbounds nuw i8, ptr %1619, i64 416
+  %1622 = load <16 x bfloat>, ptr %1621, align 4, !tbaa !7
+  %r.i885.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i.us.i.3, <16 x bfloat> %1622, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1623 = getelementptr inbounds nuw i8, ptr %1619, i64 448
+  %1624 = load <16 x bfloat>, ptr %1623, align 4, !tbaa !7
+  %r.i887.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i885.us.i.3, <16 x bfloat> %1624, <16 x bfloat> splat (bfloat 0xR3F80))
+  %1625 = getelementptr inbounds nuw i8, ptr %1619, i64 480
+  %1626 = load <16 x bfloat>, ptr %1625, align 4, !tbaa !7
+  %r.i889.us.i.3 = tail call <8 x float> @llvm.x86.avx512bf16.dpbf16ps.256(<8 x float> %r.i887.us.i.3, <16 x bfloat> %1626, <16 x bfloat> splat (bfloat 0xR3F80))
   %indvars.iv.next1262.i.3 = add nuw nsw i64 %indvars.iv1261.i, 4
   %niter463.next.3 = add i64 %niter463, 4
   %niter463.ncmp.3 = icmp eq i64 %niter463.next.3, %unroll_iter462
@@ -4354,28 +4347,28 @@ for_body_to342.us.i.epil.preheader:               ; preds = %for_body_to342.lr.p
   tail call void @llvm.assume(i1 %lcmp.mod454)
   %.idx1504.i.epil = shl nsw i64 %indvars.iv1252.i.epil.init, 8
   %gep1636.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i.epil
-  %1634 = load <16 x i32>, ptr %gep1636.i.epil, align 4, !tbaa !7
-  %1635 = add nsw <16 x i32> %1634, splat (i32 32768)
-  %1636 = bitcast <16 x i32> %1635 to <32 x i16>
-  %1637 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 64
-  %1638 = load <16 x i32>, ptr %1637, align 4, !tbaa !7
-  %1639 = add nsw <16 x i32> %1638, splat (i32 32768)
-  %1640 = bitcast <16 x i32> %1639 to <32 x i16>
-  %1641 = shufflevector <32 x i16> %1636, <32 x i16> %1640, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1627 = load <16 x i32>, ptr %gep1636.i.epil, align 4, !tbaa !7
+  %1628 = add nsw <16 x i32> %1627, splat (i32 32768)
+  %1629 = bitcast <16 x i32> %1628 to <32 x i16>
+  %1630 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 64
+  %1631 = load <16 x i32>, ptr %1630, align 4, !tbaa !7
+  %1632 = add nsw <16 x i32> %1631, splat (i32 32768)
+  %1633 = bitcast <16 x i32> %1632 to <32 x i16>
+  %1634 = shufflevector <32 x i16> %1629, <32 x i16> %1633, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i.epil = shl nsw i64 %indvars.iv1252.i.epil.init, 7
   %gep1638.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i.epil
-  store <32 x i16> %1641, ptr %gep1638.i.epil, align 4, !tbaa !7
-  %1642 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 128
-  %1643 = load <16 x i32>, ptr %1642, align 4, !tbaa !7
-  %1644 = add nsw <16 x i32> %1643, splat (i32 32768)
-  %1645 = bitcast <16 x i32> %1644 to <32 x i16>
-  %1646 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 192
-  %1647 = load <16 x i32>, ptr %1646, align 4, !tbaa !7
-  %1648 = add nsw <16 x i32> %1647, splat (i32 32768)
-  %1649 = bitcast <16 x i32> %1648 to <32 x i16>
-  %1650 = shufflevector <32 x i16> %1645, <32 x i16> %1649, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
-  %1651 = getelementptr inbounds nuw i8, ptr %gep1638.i.epil, i64 64
-  store <32 x i16> %1650, ptr %1651, align 4, !tbaa !7
+  store <32 x i16> %1634, ptr %gep1638.i.epil, align 4, !tbaa !7
+  %1635 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 128
+  %1636 = load <16 x i32>, ptr %1635, align 4, !tbaa !7
+  %1637 = add nsw <16 x i32> %1636, splat (i32 32768)
+  %1638 = bitcast <16 x i32> %1637 to <32 x i16>
+  %1639 = getelementptr inbounds nuw i8, ptr %gep1636.i.epil, i64 192
+  %1640 = load <16 x i32>, ptr %1639, align 4, !tbaa !7
+  %1641 = add nsw <16 x i32> %1640, splat (i32 32768)
+  %1642 = bitcast <16 x i32> %1641 to <32 x i16>
+  %1643 = shufflevector <32 x i16> %1638, <32 x i16> %1642, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1644 = getelementptr inbounds nuw i8, ptr %gep1638.i.epil, i64 64
+  store <32 x i16> %1643, ptr %1644, align 4, !tbaa !7
   br label %for_end_to343.us.i
 
 for_end_to343.us.i:                               ; preds = %for_begin_to341.preheader.us.i, %for_body_to342.us.i.epil.preheader, %for_end_to343.us.i.loopexit.unr-lcssa
@@ -4385,7 +4378,7 @@ for_end_to343.us.i:                               ; preds = %for_begin_to341.pre
 
 for_begin_to351.preheader.us.i.preheader:         ; preds = %for_end_to343.us.i
   %xtraiter457 = and i64 %wide.trip.count1246.i, 3
-  %1652 = icmp ult i32 %1085, 4
+  %1645 = icmp ult i32 %1078, 4
   %unroll_iter462 = and i64 %wide.trip.count1246.i, 2147483644
   %lcmp.mod459.not = icmp eq i64 %xtraiter457, 0
   %lcmp.mod461 = icmp ne i64 %xtraiter457, 0
@@ -4396,53 +4389,53 @@ for_body_to342.us.i:                              ; preds = %for_body_to342.lr.p
   %niter456 = phi i64 [ %niter456.next.1, %for_body_to342.us.i ], [ 0, %for_body_to342.lr.ph.us.i ]
   %.idx1504.i = shl nsw i64 %indvars.iv1252.i, 8
   %gep1636.i = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i
-  %1653 = load <16 x i32>, ptr %gep1636.i, align 4, !tbaa !7
-  %1654 = add nsw <16 x i32> %1653, splat (i32 32768)
-  %1655 = bitcast <16 x i32> %1654 to <32 x i16>
-  %1656 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 64
-  %1657 = load <16 x i32>, ptr %1656, align 4, !tbaa !7
-  %1658 = add nsw <16 x i32> %1657, splat (i32 32768)
-  %1659 = bitcast <16 x i32> %1658 to <32 x i16>
-  %1660 = shufflevector <32 x i16> %1655, <32 x i16> %1659, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1646 = load <16 x i32>, ptr %gep1636.i, align 4, !tbaa !7
+  %1647 = add nsw <16 x i32> %1646, splat (i32 32768)
+  %1648 = bitcast <16 x i32> %1647 to <32 x i16>
+  %1649 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 64
+  %1650 = load <16 x i32>, ptr %1649, align 4, !tbaa !7
+  %1651 = add nsw <16 x i32> %1650, splat (i32 32768)
+  %1652 = bitcast <16 x i32> %1651 to <32 x i16>
+  %1653 = shufflevector <32 x i16> %1648, <32 x i16> %1652, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i = shl nsw i64 %indvars.iv1252.i, 7
   %gep1638.i = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i
-  store <32 x i16> %1660, ptr %gep1638.i, align 4, !tbaa !7
-  %1661 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 128
-  %1662 = load <16 x i32>, ptr %1661, align 4, !tbaa !7
-  %1663 = add nsw <16 x i32> %1662, splat (i32 32768)
-  %1664 = bitcast <16 x i32> %1663 to <32 x i16>
-  %1665 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 192
-  %1666 = load <16 x i32>, ptr %1665, align 4, !tbaa !7
-  %1667 = add nsw <16 x i32> %1666, splat (i32 32768)
-  %1668 = bitcast <16 x i32> %1667 to <32 x i16>
-  %1669 = shufflevector <32 x i16> %1664, <32 x i16> %1668, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
-  %1670 = getelementptr inbounds nuw i8, ptr %gep1638.i, i64 64
-  store <32 x i16> %1669, ptr %1670, align 4, !tbaa !7
+  store <32 x i16> %1653, ptr %gep1638.i, align 4, !tbaa !7
+  %1654 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 128
+  %1655 = load <16 x i32>, ptr %1654, align 4, !tbaa !7
+  %1656 = add nsw <16 x i32> %1655, splat (i32 32768)
+  %1657 = bitcast <16 x i32> %1656 to <32 x i16>
+  %1658 = getelementptr inbounds nuw i8, ptr %gep1636.i, i64 192
+  %1659 = load <16 x i32>, ptr %1658, align 4, !tbaa !7
+  %1660 = add nsw <16 x i32> %1659, splat (i32 32768)
+  %1661 = bitcast <16 x i32> %1660 to <32 x i16>
+  %1662 = shufflevector <32 x i16> %1657, <32 x i16> %1661, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1663 = getelementptr inbounds nuw i8, ptr %gep1638.i, i64 64
+  store <32 x i16> %1662, ptr %1663, align 4, !tbaa !7
   %indvars.iv.next1253.i = or disjoint i64 %indvars.iv1252.i, 1
   %.idx1504.i.1 = shl nsw i64 %indvars.iv.next1253.i, 8
   %gep1636.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1635.i, i64 %.idx1504.i.1
-  %1671 = load <16 x i32>, ptr %gep1636.i.1, align 4, !tbaa !7
-  %1672 = add nsw <16 x i32> %1671, splat (i32 32768)
-  %1673 = bitcast <16 x i32> %1672 to <32 x i16>
-  %1674 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 64
-  %1675 = load <16 x i32>, ptr %1674, align 4, !tbaa !7
-  %1676 = add nsw <16 x i32> %1675, splat (i32 32768)
-  %1677 = bitcast <16 x i32> %1676 to <32 x i16>
-  %1678 = shufflevector <32 x i16> %1673, <32 x i16> %1677, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1664 = load <16 x i32>, ptr %gep1636.i.1, align 4, !tbaa !7
+  %1665 = add nsw <16 x i32> %1664, splat (i32 32768)
+  %1666 = bitcast <16 x i32> %1665 to <32 x i16>
+  %1667 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 64
+  %1668 = load <16 x i32>, ptr %1667, align 4, !tbaa !7
+  %1669 = add nsw <16 x i32> %1668, splat (i32 32768)
+  %1670 = bitcast <16 x i32> %1669 to <32 x i16>
+  %1671 = shufflevector <32 x i16> %1666, <32 x i16> %1670, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
   %.idx1506.i.1 = shl nsw i64 %indvars.iv.next1253.i, 7
   %gep1638.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1637.i, i64 %.idx1506.i.1
-  store <32 x i16> %1678, ptr %gep1638.i.1, align 4, !tbaa !7
-  %1679 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 128
-  %1680 = load <16 x i32>, ptr %1679, align 4, !tbaa !7
-  %1681 = add nsw <16 x i32> %1680, splat (i32 32768)
-  %1682 = bitcast <16 x i32> %1681 to <32 x i16>
-  %1683 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 192
-  %1684 = load <16 x i32>, ptr %1683, align 4, !tbaa !7
-  %1685 = add nsw <16 x i32> %1684, splat (i32 32768)
-  %1686 = bitcast <16 x i32> %1685 to <32 x i16>
-  %1687 = shufflevector <32 x i16> %1682, <32 x i16> %1686, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
-  %1688 = getelementptr inbounds nuw i8, ptr %gep1638.i.1, i64 64
-  store <32 x i16> %1687, ptr %1688, align 4, !tbaa !7
+  store <32 x i16> %1671, ptr %gep1638.i.1, align 4, !tbaa !7
+  %1672 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 128
+  %1673 = load <16 x i32>, ptr %1672, align 4, !tbaa !7
+  %1674 = add nsw <16 x i32> %1673, splat (i32 32768)
+  %1675 = bitcast <16 x i32> %1674 to <32 x i16>
+  %1676 = getelementptr inbounds nuw i8, ptr %gep1636.i.1, i64 192
+  %1677 = load <16 x i32>, ptr %1676, align 4, !tbaa !7
+  %1678 = add nsw <16 x i32> %1677, splat (i32 32768)
+  %1679 = bitcast <16 x i32> %1678 to <32 x i16>
+  %1680 = shufflevector <32 x i16> %1675, <32 x i16> %1679, <32 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31, i32 33, i32 35, i32 37, i32 39, i32 41, i32 43, i32 45, i32 47, i32 49, i32 51, i32 53, i32 55, i32 57, i32 59, i32 61, i32 63>
+  %1681 = getelementptr inbounds nuw i8, ptr %gep1638.i.1, i64 64
+  store <32 x i16> %1680, ptr %1681, align 4, !tbaa !7
   %indvars.iv.next1253.i.1 = add nuw nsw i64 %indvars.iv1252.i, 2
   %niter456.next.1 = add i64 %niter456, 2
   %niter456.ncmp.1 = icmp eq i64 %niter456.next.1, %unroll_iter455
@@ -4455,7 +4448,7 @@ for_end_to333.us.i:                               ; preds = %for_begin_to331.pre
 
 for_begin_to341.preheader.us.i.preheader:         ; preds = %for_end_to333.us.i
   %xtraiter451 = and i64 %wide.trip.count1246.i, 1
-  %1689 = icmp eq i32 %1085, 1
+  %1682 = icmp eq i32 %1078, 1
   %unroll_iter455 = and i64 %wide.trip.count1246.i, 2147483646
   %lcmp.mod453.not = icmp eq i64 %xtraiter451, 0
   %lcmp.mod454 = icmp ne i64 %xtraiter451, 0
@@ -4463,252 +4456,252 @@ for_begin_to341.preheader.us.i.preheader:         ; preds = %for_end_to333.us.i
 
 for_body_to332.us.i:                              ; preds = %for_body_to332.lr.ph.us.i, %for_body_to332.us.i
   %indvars.iv1243.i = phi i64 [ 0, %for_body_to332.lr.ph.us.i ], [ %indvars.iv.next1244.i, %for_body_to332.us.i ]
-  %1690 = shl nsw i64 %indvars.iv1243.i, 6
-  %1691 = add nuw nsw i64 %1690, %3034
-  %1692 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1691
-  %1693 = load <64 x float>, ptr %1692, align 4, !tbaa !7
-  %arg.us.i = fsub <64 x float> %1693, %3033
-  %1694 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.us.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %3040)
-  %bits.us.i = bitcast <64 x float> %1694 to <64 x i32>
-  %1695 = fsub <64 x float> %1694, %3040
-  %1696 = fmul <64 x float> %arg.us.i, splat (float 0x3FF7154760000000)
-  %f.us.i = fsub <64 x float> %1696, %1695
-  %1697 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %f.us.i, <64 x float> splat (float 0x3F83A02B40000000), <64 x float> splat (float 0x3FAC9FC740000000))
-  %1698 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1697, <64 x float> %f.us.i, <64 x float> splat (float 0x3FCEC03780000000))
-  %1699 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1698, <64 x float> %f.us.i, <64 x float> splat (float 0x3FE62E12C0000000))
-  %1700 = shl <64 x i32> %bits.us.i, splat (i32 23)
-  %1701 = bitcast <64 x i32> %1700 to <64 x float>
-  %1702 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1699, <64 x float> %f.us.i, <64 x float> splat (float 1.000000e+00))
-  %1703 = fmul <64 x float> %1702, %1701
-  %1704 = fcmp olt <64 x float> %arg.us.i, %3043
-  %1705 = select <64 x i1> %1704, <64 x float> zeroinitializer, <64 x float> %1703
-  %1706 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1691
-  store <64 x float> %1705, ptr %1706, align 4, !tbaa !7
+  %1683 = shl nsw i64 %indvars.iv1243.i, 6
+  %1684 = add nuw nsw i64 %1683, %3027
+  %1685 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1684
+  %1686 = load <64 x float>, ptr %1685, align 4, !tbaa !7
+  %arg.us.i = fsub <64 x float> %1686, %3026
+  %1687 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %arg.us.i, <64 x float> splat (float 0x3FF7154760000000), <64 x float> %3033)
+  %bits.us.i = bitcast <64 x float> %1687 to <64 x i32>
+  %1688 = fsub <64 x float> %1687, %3033
+  %1689 = fmul <64 x float> %arg.us.i, splat (float 0x3FF7154760000000)
+  %f.us.i = fsub <64 x float> %1689, %1688
+  %1690 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %f.us.i, <64 x float> splat (float 0x3F83A02B40000000), <64 x float> splat (float 0x3FAC9FC740000000))
+  %1691 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1690, <64 x float> %f.us.i, <64 x float> splat (float 0x3FCEC03780000000))
+  %1692 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1691, <64 x float> %f.us.i, <64 x float> splat (float 0x3FE62E12C0000000))
+  %1693 = shl <64 x i32> %bits.us.i, splat (i32 23)
+  %1694 = bitcast <64 x i32> %1693 to <64 x float>
+  %1695 = tail call <64 x float> @llvm.fmuladd.v64f32(<64 x float> %1692, <64 x float> %f.us.i, <64 x float> splat (float 1.000000e+00))
+  %1696 = fmul <64 x float> %1695, %1694
+  %1697 = fcmp olt <64 x float> %arg.us.i, %3036
+  %1698 = select <64 x i1> %1697, <64 x float> zeroinitializer, <64 x float> %1696
+  %1699 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %1684
+  store <64 x float> %1698, ptr %1699, align 4, !tbaa !7
   %indvars.iv.next1244.i = add nuw nsw i64 %indvars.iv1243.i, 1
   %exitcond1247.not.i = icmp eq i64 %indvars.iv.next1244.i, %wide.trip.count1246.i
   br i1 %exitcond1247.not.i, label %for_end_to333.us.i, label %for_body_to332.us.i, !prof !10
 
 if_then318.us.15.i:                               ; preds = %for_end_r243.us.i
   %v252.us.i = load <16 x float>, ptr %peak.rf837.i, align 16, !tbaa !162
-  %v254.us.i = load <16 x float>, ptr %578, align 16, !tbaa !169
-  %1707 = shufflevector <16 x float> %v252.us.i, <16 x float> %v254.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1708 = shufflevector <16 x float> %v252.us.i, <16 x float> %v254.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1709 = fcmp ogt <16 x float> %1707, %1708
-  %1710 = select <16 x i1> %1709, <16 x float> %1707, <16 x float> %1708
-  %v256.us.i = load <16 x float>, ptr %579, align 16, !tbaa !171
-  %v258.us.i = load <16 x float>, ptr %580, align 16, !tbaa !174
-  %1711 = shufflevector <16 x float> %v256.us.i, <16 x float> %v258.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1712 = shufflevector <16 x float> %v256.us.i, <16 x float> %v258.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1713 = fcmp ogt <16 x float> %1711, %1712
-  %1714 = select <16 x i1> %1713, <16 x float> %1711, <16 x float> %1712
-  %1715 = shufflevector <16 x float> %1710, <16 x float> %1714, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1716 = shufflevector <16 x float> %1710, <16 x float> %1714, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1717 = fcmp ogt <16 x float> %1715, %1716
-  %1718 = select <16 x i1> %1717, <16 x float> %1715, <16 x float> %1716
-  %v260.us.i = load <16 x float>, ptr %581, align 16, !tbaa !176
-  %v262.us.i = load <16 x float>, ptr %582, align 16, !tbaa !180
-  %1719 = shufflevector <16 x float> %v260.us.i, <16 x float> %v262.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1720 = shufflevector <16 x float> %v260.us.i, <16 x float> %v262.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1721 = fcmp ogt <16 x float> %1719, %1720
-  %1722 = select <16 x i1> %1721, <16 x float> %1719, <16 x float> %1720
-  %v264.us.i = load <16 x float>, ptr %583, align 16, !tbaa !182
-  %v266.us.i = load <16 x float>, ptr %584, align 16, !tbaa !185
-  %1723 = shufflevector <16 x float> %v264.us.i, <16 x float> %v266.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1724 = shufflevector <16 x float> %v264.us.i, <16 x float> %v266.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1725 = fcmp ogt <16 x float> %1723, %1724
-  %1726 = select <16 x i1> %1725, <16 x float> %1723, <16 x float> %1724
-  %1727 = shufflevector <16 x float> %1722, <16 x float> %1726, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1728 = shufflevector <16 x float> %1722, <16 x float> %1726, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1729 = fcmp ogt <16 x float> %1727, %1728
-  %1730 = select <16 x i1> %1729, <16 x float> %1727, <16 x float> %1728
-  %1731 = shufflevector <16 x float> %1718, <16 x float> %1730, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1732 = shufflevector <16 x float> %1718, <16 x float> %1730, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1733 = fcmp ogt <16 x float> %1731, %1732
-  %1734 = select <16 x i1> %1733, <16 x float> %1731, <16 x float> %1732
-  %v268.us.i = load <16 x float>, ptr %585, align 16, !tbaa !187
-  %v270.us.i = load <16 x float>, ptr %586, align 16, !tbaa !192
-  %1735 = shufflevector <16 x float> %v268.us.i, <16 x float> %v270.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1736 = shufflevector <16 x float> %v268.us.i, <16 x float> %v270.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1737 = fcmp ogt <16 x float> %1735, %1736
-  %1738 = select <16 x i1> %1737, <16 x float> %1735, <16 x float> %1736
-  %v272.us.i = load <16 x float>, ptr %587, align 16, !tbaa !194
-  %v274.us.i = load <16 x float>, ptr %588, align 16, !tbaa !197
-  %1739 = shufflevector <16 x float> %v272.us.i, <16 x float> %v274.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1740 = shufflevector <16 x float> %v272.us.i, <16 x float> %v274.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1741 = fcmp ogt <16 x float> %1739, %1740
-  %1742 = select <16 x i1> %1741, <16 x float> %1739, <16 x float> %1740
-  %1743 = shufflevector <16 x float> %1738, <16 x float> %1742, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1744 = shufflevector <16 x float> %1738, <16 x float> %1742, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1745 = fcmp ogt <16 x float> %1743, %1744
-  %1746 = select <16 x i1> %1745, <16 x float> %1743, <16 x float> %1744
-  %v276.us.i = load <16 x float>, ptr %589, align 16, !tbaa !199
-  %v278.us.i = load <16 x float>, ptr %590, align 16, !tbaa !203
-  %1747 = shufflevector <16 x float> %v276.us.i, <16 x float> %v278.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1748 = shufflevector <16 x float> %v276.us.i, <16 x float> %v278.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1749 = fcmp ogt <16 x float> %1747, %1748
-  %1750 = select <16 x i1> %1749, <16 x float> %1747, <16 x float> %1748
-  %v280.us.i = load <16 x float>, ptr %591, align 16, !tbaa !205
-  %v282.us.i = load <16 x float>, ptr %592, align 16, !tbaa !208
-  %1751 = shufflevector <16 x float> %v280.us.i, <16 x float> %v282.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %1752 = shufflevector <16 x float> %v280.us.i, <16 x float> %v282.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %1753 = fcmp ogt <16 x float> %1751, %1752
-  %1754 = select <16 x i1> %1753, <16 x float> %1751, <16 x float> %1752
-  %1755 = shufflevector <16 x float> %1750, <16 x float> %1754, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %1756 = shufflevector <16 x float> %1750, <16 x float> %1754, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %1757 = fcmp ogt <16 x float> %1755, %1756
-  %1758 = select <16 x i1> %1757, <16 x float> %1755, <16 x float> %1756
-  %1759 = shufflevector <16 x float> %1746, <16 x float> %1758, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1760 = shufflevector <16 x float> %1746, <16 x float> %1758, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1761 = fcmp ogt <16 x float> %1759, %1760
-  %1762 = select <16 x i1> %1761, <16 x float> %1759, <16 x float> %1760
-  %1763 = shufflevector <16 x float> %1734, <16 x float> %1762, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %1764 = shufflevector <16 x float> %1734, <16 x float> %1762, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %1765 = fcmp ogt <16 x float> %1763, %1764
-  %1766 = select <16 x i1> %1765, <16 x float> %1763, <16 x float> %1764
-  %1767 = fcmp olt <16 x float> %1766, splat (float 0xC7EFFFFFE0000000)
-  %1768 = select <16 x i1> %1767, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %1766
-  %1769 = shufflevector <16 x float> %1152, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %1770 = shufflevector <16 x float> %1768, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %1771 = fcmp ogt <8 x float> %1769, %1770
-  %1772 = select <8 x i1> %1771, <8 x float> %1769, <8 x float> %1770
-  %1773 = shufflevector <16 x float> %1152, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1774 = shufflevector <16 x float> %1768, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %1775 = fcmp ogt <8 x float> %1773, %1774
-  %1776 = select <8 x i1> %1775, <8 x float> %1773, <8 x float> %1774
+  %v254.us.i = load <16 x float>, ptr %571, align 16, !tbaa !169
+  %1700 = shufflevector <16 x float> %v252.us.i, <16 x float> %v254.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1701 = shufflevector <16 x float> %v252.us.i, <16 x float> %v254.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1702 = fcmp ogt <16 x float> %1700, %1701
+  %1703 = select <16 x i1> %1702, <16 x float> %1700, <16 x float> %1701
+  %v256.us.i = load <16 x float>, ptr %572, align 16, !tbaa !171
+  %v258.us.i = load <16 x float>, ptr %573, align 16, !tbaa !174
+  %1704 = shufflevector <16 x float> %v256.us.i, <16 x float> %v258.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1705 = shufflevector <16 x float> %v256.us.i, <16 x float> %v258.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1706 = fcmp ogt <16 x float> %1704, %1705
+  %1707 = select <16 x i1> %1706, <16 x float> %1704, <16 x float> %1705
+  %1708 = shufflevector <16 x float> %1703, <16 x float> %1707, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1709 = shufflevector <16 x float> %1703, <16 x float> %1707, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1710 = fcmp ogt <16 x float> %1708, %1709
+  %1711 = select <16 x i1> %1710, <16 x float> %1708, <16 x float> %1709
+  %v260.us.i = load <16 x float>, ptr %574, align 16, !tbaa !176
+  %v262.us.i = load <16 x float>, ptr %575, align 16, !tbaa !180
+  %1712 = shufflevector <16 x float> %v260.us.i, <16 x float> %v262.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1713 = shufflevector <16 x float> %v260.us.i, <16 x float> %v262.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1714 = fcmp ogt <16 x float> %1712, %1713
+  %1715 = select <16 x i1> %1714, <16 x float> %1712, <16 x float> %1713
+  %v264.us.i = load <16 x float>, ptr %576, align 16, !tbaa !182
+  %v266.us.i = load <16 x float>, ptr %577, align 16, !tbaa !185
+  %1716 = shufflevector <16 x float> %v264.us.i, <16 x float> %v266.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1717 = shufflevector <16 x float> %v264.us.i, <16 x float> %v266.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1718 = fcmp ogt <16 x float> %1716, %1717
+  %1719 = select <16 x i1> %1718, <16 x float> %1716, <16 x float> %1717
+  %1720 = shufflevector <16 x float> %1715, <16 x float> %1719, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1721 = shufflevector <16 x float> %1715, <16 x float> %1719, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1722 = fcmp ogt <16 x float> %1720, %1721
+  %1723 = select <16 x i1> %1722, <16 x float> %1720, <16 x float> %1721
+  %1724 = shufflevector <16 x float> %1711, <16 x float> %1723, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1725 = shufflevector <16 x float> %1711, <16 x float> %1723, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1726 = fcmp ogt <16 x float> %1724, %1725
+  %1727 = select <16 x i1> %1726, <16 x float> %1724, <16 x float> %1725
+  %v268.us.i = load <16 x float>, ptr %578, align 16, !tbaa !187
+  %v270.us.i = load <16 x float>, ptr %579, align 16, !tbaa !192
+  %1728 = shufflevector <16 x float> %v268.us.i, <16 x float> %v270.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1729 = shufflevector <16 x float> %v268.us.i, <16 x float> %v270.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1730 = fcmp ogt <16 x float> %1728, %1729
+  %1731 = select <16 x i1> %1730, <16 x float> %1728, <16 x float> %1729
+  %v272.us.i = load <16 x float>, ptr %580, align 16, !tbaa !194
+  %v274.us.i = load <16 x float>, ptr %581, align 16, !tbaa !197
+  %1732 = shufflevector <16 x float> %v272.us.i, <16 x float> %v274.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1733 = shufflevector <16 x float> %v272.us.i, <16 x float> %v274.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1734 = fcmp ogt <16 x float> %1732, %1733
+  %1735 = select <16 x i1> %1734, <16 x float> %1732, <16 x float> %1733
+  %1736 = shufflevector <16 x float> %1731, <16 x float> %1735, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1737 = shufflevector <16 x float> %1731, <16 x float> %1735, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1738 = fcmp ogt <16 x float> %1736, %1737
+  %1739 = select <16 x i1> %1738, <16 x float> %1736, <16 x float> %1737
+  %v276.us.i = load <16 x float>, ptr %582, align 16, !tbaa !199
+  %v278.us.i = load <16 x float>, ptr %583, align 16, !tbaa !203
+  %1740 = shufflevector <16 x float> %v276.us.i, <16 x float> %v278.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1741 = shufflevector <16 x float> %v276.us.i, <16 x float> %v278.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1742 = fcmp ogt <16 x float> %1740, %1741
+  %1743 = select <16 x i1> %1742, <16 x float> %1740, <16 x float> %1741
+  %v280.us.i = load <16 x float>, ptr %584, align 16, !tbaa !205
+  %v282.us.i = load <16 x float>, ptr %585, align 16, !tbaa !208
+  %1744 = shufflevector <16 x float> %v280.us.i, <16 x float> %v282.us.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %1745 = shufflevector <16 x float> %v280.us.i, <16 x float> %v282.us.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1746 = fcmp ogt <16 x float> %1744, %1745
+  %1747 = select <16 x i1> %1746, <16 x float> %1744, <16 x float> %1745
+  %1748 = shufflevector <16 x float> %1743, <16 x float> %1747, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %1749 = shufflevector <16 x float> %1743, <16 x float> %1747, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1750 = fcmp ogt <16 x float> %1748, %1749
+  %1751 = select <16 x i1> %1750, <16 x float> %1748, <16 x float> %1749
+  %1752 = shufflevector <16 x float> %1739, <16 x float> %1751, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1753 = shufflevector <16 x float> %1739, <16 x float> %1751, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1754 = fcmp ogt <16 x float> %1752, %1753
+  %1755 = select <16 x i1> %1754, <16 x float> %1752, <16 x float> %1753
+  %1756 = shufflevector <16 x float> %1727, <16 x float> %1755, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1757 = shufflevector <16 x float> %1727, <16 x float> %1755, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1758 = fcmp ogt <16 x float> %1756, %1757
+  %1759 = select <16 x i1> %1758, <16 x float> %1756, <16 x float> %1757
+  %1760 = fcmp olt <16 x float> %1759, splat (float 0xC7EFFFFFE0000000)
+  %1761 = select <16 x i1> %1760, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %1759
+  %1762 = shufflevector <16 x float> %1145, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %1763 = shufflevector <16 x float> %1761, <16 x float> poison, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %1764 = fcmp ogt <8 x float> %1762, %1763
+  %1765 = select <8 x i1> %1764, <8 x float> %1762, <8 x float> %1763
+  %1766 = shufflevector <16 x float> %1145, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1767 = shufflevector <16 x float> %1761, <16 x float> poison, <8 x i32> <i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %1768 = fcmp ogt <8 x float> %1766, %1767
+  %1769 = select <8 x i1> %1768, <8 x float> %1766, <8 x float> %1767
   br label %if_end320.us.15.i
 
 if_end320.us.15.i:                                ; preds = %if_then318.us.15.i, %for_end_r243.us.i
-  %1777 = phi <8 x float> [ %1772, %if_then318.us.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r243.us.i ]
-  %1778 = phi <8 x float> [ %1776, %if_then318.us.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r243.us.i ]
-  store <8 x float> %1777, ptr %tile_max846.i, align 16, !tbaa !210
-  store <8 x float> %1778, ptr %672, align 16, !tbaa !210
+  %1770 = phi <8 x float> [ %1765, %if_then318.us.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r243.us.i ]
+  %1771 = phi <8 x float> [ %1769, %if_then318.us.15.i ], [ splat (float 0xC6293E5940000000), %for_end_r243.us.i ]
+  store <8 x float> %1770, ptr %tile_max846.i, align 16, !tbaa !210
+  store <8 x float> %1771, ptr %665, align 16, !tbaa !210
   call void @llvm.memcpy.p0.p0.i64(ptr noundef nonnull align 16 dereferenceable(64) %room838.i, ptr noundef nonnull align 4 dereferenceable(64) %scevgep1239.i, i64 64, i1 false)
-  %wide.trip.count1246.i = zext i32 %1085 to i64
+  %wide.trip.count1246.i = zext i32 %1078 to i64
   br label %for_begin_to331.preheader.us.i
 
 for_body_r242.us.i:                               ; preds = %for_begin_r241.preheader.us.i, %for_end_to248.us.i
   %indvars.iv1231.i = phi i64 [ 0, %for_begin_r241.preheader.us.i ], [ %indvars.iv.next1232.i, %for_end_to248.us.i ]
-  br i1 %1088, label %for_body_to247.lr.ph.us.i, label %for_end_to248.us.i, !prof !38
+  br i1 %1081, label %for_body_to247.lr.ph.us.i, label %for_end_to248.us.i, !prof !38
 
 for_end_to248.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to247.us.i
   br i1 %lcmp.mod446.not, label %for_end_to248.us.i, label %for_body_to247.us.i.epil.preheader, !prof !147
 
 for_body_to247.us.i.epil.preheader:               ; preds = %for_body_to247.lr.ph.us.i, %for_end_to248.us.i.loopexit.unr-lcssa
   %indvars.iv1226.i.epil.init = phi i64 [ 0, %for_body_to247.lr.ph.us.i ], [ %indvars.iv.next1227.i.3, %for_end_to248.us.i.loopexit.unr-lcssa ]
-  %peak.rf_global835.sroa.0.0957.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to247.lr.ph.us.i ], [ %1862, %for_end_to248.us.i.loopexit.unr-lcssa ]
+  %peak.rf_global835.sroa.0.0957.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to247.lr.ph.us.i ], [ %1855, %for_end_to248.us.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod448)
   br label %for_body_to247.us.i.epil
 
 for_body_to247.us.i.epil:                         ; preds = %for_body_to247.us.i.epil, %for_body_to247.us.i.epil.preheader
   %indvars.iv1226.i.epil = phi i64 [ %indvars.iv1226.i.epil.init, %for_body_to247.us.i.epil.preheader ], [ %indvars.iv.next1227.i.epil, %for_body_to247.us.i.epil ]
-  %peak.rf_global835.sroa.0.0957.us.i.epil = phi <16 x float> [ %peak.rf_global835.sroa.0.0957.us.i.epil.init, %for_body_to247.us.i.epil.preheader ], [ %1794, %for_body_to247.us.i.epil ]
+  %peak.rf_global835.sroa.0.0957.us.i.epil = phi <16 x float> [ %peak.rf_global835.sroa.0.0957.us.i.epil.init, %for_body_to247.us.i.epil.preheader ], [ %1787, %for_body_to247.us.i.epil ]
   %epil.iter445 = phi i64 [ 0, %for_body_to247.us.i.epil.preheader ], [ %epil.iter445.next, %for_body_to247.us.i.epil ]
   %.idx1502.i.epil = shl nsw i64 %indvars.iv1226.i.epil, 8
-  %1779 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i.epil
-  %1780 = load <16 x float>, ptr %1779, align 4, !tbaa !7
-  %1781 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, %1780
-  %1782 = select <16 x i1> %1781, <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, <16 x float> %1780
-  %1783 = getelementptr inbounds nuw i8, ptr %1779, i64 64
-  %1784 = load <16 x float>, ptr %1783, align 4, !tbaa !7
-  %1785 = fcmp ogt <16 x float> %1782, %1784
-  %1786 = select <16 x i1> %1785, <16 x float> %1782, <16 x float> %1784
-  %1787 = getelementptr inbounds nuw i8, ptr %1779, i64 128
-  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !7
-  %1789 = fcmp ogt <16 x float> %1786, %1788
-  %1790 = select <16 x i1> %1789, <16 x float> %1786, <16 x float> %1788
-  %1791 = getelementptr inbounds nuw i8, ptr %1779, i64 192
-  %1792 = load <16 x float>, ptr %1791, align 4, !tbaa !7
-  %1793 = fcmp ogt <16 x float> %1790, %1792
-  %1794 = select <16 x i1> %1793, <16 x float> %1790, <16 x float> %1792
+  %1772 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i.epil
+  %1773 = load <16 x float>, ptr %1772, align 4, !tbaa !7
+  %1774 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, %1773
+  %1775 = select <16 x i1> %1774, <16 x float> %peak.rf_global835.sroa.0.0957.us.i.epil, <16 x float> %1773
+  %1776 = getelementptr inbounds nuw i8, ptr %1772, i64 64
+  %1777 = load <16 x float>, ptr %1776, align 4, !tbaa !7
+  %1778 = fcmp ogt <16 x float> %1775, %1777
+  %1779 = select <16 x i1> %1778, <16 x float> %1775, <16 x float> %1777
+  %1780 = getelementptr inbounds nuw i8, ptr %1772, i64 128
+  %1781 = load <16 x float>, ptr %1780, align 4, !tbaa !7
+  %1782 = fcmp ogt <16 x float> %1779, %1781
+  %1783 = select <16 x i1> %1782, <16 x float> %1779, <16 x float> %1781
+  %1784 = getelementptr inbounds nuw i8, ptr %1772, i64 192
+  %1785 = load <16 x float>, ptr %1784, align 4, !tbaa !7
+  %1786 = fcmp ogt <16 x float> %1783, %1785
+  %1787 = select <16 x i1> %1786, <16 x float> %1783, <16 x float> %1785
   %indvars.iv.next1227.i.epil = add nuw nsw i64 %indvars.iv1226.i.epil, 1
   %epil.iter445.next = add i64 %epil.iter445, 1
   %epil.iter445.cmp.not = icmp eq i64 %epil.iter445.next, %xtraiter444
   br i1 %epil.iter445.cmp.not, label %for_end_to248.us.i, label %for_body_to247.us.i.epil, !prof !148, !llvm.loop !211
 
 for_end_to248.us.i:                               ; preds = %for_body_to247.us.i.epil, %for_end_to248.us.i.loopexit.unr-lcssa, %for_body_r242.us.i
-  %peak.rf_global835.sroa.0.0.lcssa.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_r242.us.i ], [ %1862, %for_end_to248.us.i.loopexit.unr-lcssa ], [ %1794, %for_body_to247.us.i.epil ]
+  %peak.rf_global835.sroa.0.0.lcssa.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_r242.us.i ], [ %1855, %for_end_to248.us.i.loopexit.unr-lcssa ], [ %1787, %for_body_to247.us.i.epil ]
   %.idx1503.i = shl nuw nsw i64 %indvars.iv1231.i, 6
-  %1795 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 %.idx1503.i
-  store <16 x float> %peak.rf_global835.sroa.0.0.lcssa.us.i, ptr %1795, align 16, !tbaa !212
+  %1788 = getelementptr inbounds nuw i8, ptr %peak.rf837.i, i64 %.idx1503.i
+  store <16 x float> %peak.rf_global835.sroa.0.0.lcssa.us.i, ptr %1788, align 16, !tbaa !212
   %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
   %exitcond1234.not.i = icmp eq i64 %indvars.iv.next1232.i, 16
   br i1 %exitcond1234.not.i, label %for_end_r243.us.i, label %for_body_r242.us.i, !prof !29
 
 for_body_to247.us.i:                              ; preds = %for_body_to247.lr.ph.us.i, %for_body_to247.us.i
   %indvars.iv1226.i = phi i64 [ %indvars.iv.next1227.i.3, %for_body_to247.us.i ], [ 0, %for_body_to247.lr.ph.us.i ]
-  %peak.rf_global835.sroa.0.0957.us.i = phi <16 x float> [ %1862, %for_body_to247.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to247.lr.ph.us.i ]
+  %peak.rf_global835.sroa.0.0957.us.i = phi <16 x float> [ %1855, %for_body_to247.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to247.lr.ph.us.i ]
   %niter450 = phi i64 [ %niter450.next.3, %for_body_to247.us.i ], [ 0, %for_body_to247.lr.ph.us.i ]
   %.idx1502.i = shl nsw i64 %indvars.iv1226.i, 8
-  %1796 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i
-  %1797 = load <16 x float>, ptr %1796, align 4, !tbaa !7
-  %1798 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i, %1797
-  %1799 = select <16 x i1> %1798, <16 x float> %peak.rf_global835.sroa.0.0957.us.i, <16 x float> %1797
-  %1800 = getelementptr inbounds nuw i8, ptr %1796, i64 64
-  %1801 = load <16 x float>, ptr %1800, align 4, !tbaa !7
-  %1802 = fcmp ogt <16 x float> %1799, %1801
-  %1803 = select <16 x i1> %1802, <16 x float> %1799, <16 x float> %1801
-  %1804 = getelementptr inbounds nuw i8, ptr %1796, i64 128
-  %1805 = load <16 x float>, ptr %1804, align 4, !tbaa !7
-  %1806 = fcmp ogt <16 x float> %1803, %1805
-  %1807 = select <16 x i1> %1806, <16 x float> %1803, <16 x float> %1805
-  %1808 = getelementptr inbounds nuw i8, ptr %1796, i64 192
-  %1809 = load <16 x float>, ptr %1808, align 4, !tbaa !7
-  %1810 = fcmp ogt <16 x float> %1807, %1809
-  %1811 = select <16 x i1> %1810, <16 x float> %1807, <16 x float> %1809
+  %1789 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %.idx1502.i
+  %1790 = load <16 x float>, ptr %1789, align 4, !tbaa !7
+  %1791 = fcmp ogt <16 x float> %peak.rf_global835.sroa.0.0957.us.i, %1790
+  %1792 = select <16 x i1> %1791, <16 x float> %peak.rf_global835.sroa.0.0957.us.i, <16 x float> %1790
+  %1793 = getelementptr inbounds nuw i8, ptr %1789, i64 64
+  %1794 = load <16 x float>, ptr %1793, align 4, !tbaa !7
+  %1795 = fcmp ogt <16 x float> %1792, %1794
+  %1796 = select <16 x i1> %1795, <16 x float> %1792, <16 x float> %1794
+  %1797 = getelementptr inbounds nuw i8, ptr %1789, i64 128
+  %1798 = load <16 x float>, ptr %1797, align 4, !tbaa !7
+  %1799 = fcmp ogt <16 x float> %1796, %1798
+  %1800 = select <16 x i1> %1799, <16 x float> %1796, <16 x float> %1798
+  %1801 = getelementptr inbounds nuw i8, ptr %1789, i64 192
+  %1802 = load <16 x float>, ptr %1801, align 4, !tbaa !7
+  %1803 = fcmp ogt <16 x float> %1800, %1802
+  %1804 = select <16 x i1> %1803, <16 x float> %1800, <16 x float> %1802
   %indvars.iv.next1227.i = shl i64 %indvars.iv1226.i, 8
-  %1812 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i
-  %1813 = getelementptr inbounds nuw i8, ptr %1812, i64 256
-  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !7
-  %1815 = fcmp ogt <16 x float> %1811, %1814
-  %1816 = select <16 x i1> %1815, <16 x float> %1811, <16 x float> %1814
-  %1817 = getelementptr inbounds nuw i8, ptr %1812, i64 320
-  %1818 = load <16 x float>, ptr %1817, align 4, !tbaa !7
-  %1819 = fcmp ogt <16 x float> %1816, %1818
-  %1820 = select <16 x i1> %1819, <16 x float> %1816, <16 x float> %1818
-  %1821 = getelementptr inbounds nuw i8, ptr %1812, i64 384
-  %1822 = load <16 x float>, ptr %1821, align 4, !tbaa !7
-  %1823 = fcmp ogt <16 x float> %1820, %1822
-  %1824 = select <16 x i1> %1823, <16 x float> %1820, <16 x float> %1822
-  %1825 = getelementptr inbounds nuw i8, ptr %1812, i64 448
-  %1826 = load <16 x float>, ptr %1825, align 4, !tbaa !7
-  %1827 = fcmp ogt <16 x float> %1824, %1826
-  %1828 = select <16 x i1> %1827, <16 x float> %1824, <16 x float> %1826
+  %1805 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i
+  %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 256
+  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !7
+  %1808 = fcmp ogt <16 x float> %1804, %1807
+  %1809 = select <16 x i1> %1808, <16 x float> %1804, <16 x float> %1807
+  %1810 = getelementptr inbounds nuw i8, ptr %1805, i64 320
+  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !7
+  %1812 = fcmp ogt <16 x float> %1809, %1811
+  %1813 = select <16 x i1> %1812, <16 x float> %1809, <16 x float> %1811
+  %1814 = getelementptr inbounds nuw i8, ptr %1805, i64 384
+  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !7
+  %1816 = fcmp ogt <16 x float> %1813, %1815
+  %1817 = select <16 x i1> %1816, <16 x float> %1813, <16 x float> %1815
+  %1818 = getelementptr inbounds nuw i8, ptr %1805, i64 448
+  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !7
+  %1820 = fcmp ogt <16 x float> %1817, %1819
+  %1821 = select <16 x i1> %1820, <16 x float> %1817, <16 x float> %1819
   %indvars.iv.next1227.i.1 = shl i64 %indvars.iv1226.i, 8
-  %1829 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.1
-  %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 512
-  %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !7
-  %1832 = fcmp ogt <16 x float> %1828, %1831
-  %1833 = select <16 x i1> %1832, <16 x float> %1828, <16 x float> %1831
-  %1834 = getelementptr inbounds nuw i8, ptr %1829, i64 576
-  %1835 = load <16 x float>, ptr %1834, align 4, !tbaa !7
-  %1836 = fcmp ogt <16 x float> %1833, %1835
-  %1837 = select <16 x i1> %1836, <16 x float> %1833, <16 x float> %1835
-  %1838 = getelementptr inbounds nuw i8, ptr %1829, i64 640
-  %1839 = load <16 x float>, ptr %1838, align 4, !tbaa !7
-  %1840 = fcmp ogt <16 x float> %1837, %1839
-  %1841 = select <16 x i1> %1840, <16 x float> %1837, <16 x float> %1839
-  %1842 = getelementptr inbounds nuw i8, ptr %1829, i64 704
-  %1843 = load <16 x float>, ptr %1842, align 4, !tbaa !7
-  %1844 = fcmp ogt <16 x float> %1841, %1843
-  %1845 = select <16 x i1> %1844, <16 x float> %1841, <16 x float> %1843
+  %1822 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.1
+  %1823 = getelementptr inbounds nuw i8, ptr %1822, i64 512
+  %1824 = load <16 x float>, ptr %1823, align 4, !tbaa !7
+  %1825 = fcmp ogt <16 x float> %1821, %1824
+  %1826 = select <16 x i1> %1825, <16 x float> %1821, <16 x float> %1824
+  %1827 = getelementptr inbounds nuw i8, ptr %1822, i64 576
+  %1828 = load <16 x float>, ptr %1827, align 4, !tbaa !7
+  %1829 = fcmp ogt <16 x float> %1826, %1828
+  %1830 = select <16 x i1> %1829, <16 x float> %1826, <16 x float> %1828
+  %1831 = getelementptr inbounds nuw i8, ptr %1822, i64 640
+  %1832 = load <16 x float>, ptr %1831, align 4, !tbaa !7
+  %1833 = fcmp ogt <16 x float> %1830, %1832
+  %1834 = select <16 x i1> %1833, <16 x float> %1830, <16 x float> %1832
+  %1835 = getelementptr inbounds nuw i8, ptr %1822, i64 704
+  %1836 = load <16 x float>, ptr %1835, align 4, !tbaa !7
+  %1837 = fcmp ogt <16 x float> %1834, %1836
+  %1838 = select <16 x i1> %1837, <16 x float> %1834, <16 x float> %1836
   %indvars.iv.next1227.i.2 = shl i64 %indvars.iv1226.i, 8
-  %1846 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.2
-  %1847 = getelementptr inbounds nuw i8, ptr %1846, i64 768
-  %1848 = load <16 x float>, ptr %1847, align 4, !tbaa !7
-  %1849 = fcmp ogt <16 x float> %1845, %1848
-  %1850 = select <16 x i1> %1849, <16 x float> %1845, <16 x float> %1848
-  %1851 = getelementptr inbounds nuw i8, ptr %1846, i64 832
-  %1852 = load <16 x float>, ptr %1851, align 4, !tbaa !7
-  %1853 = fcmp ogt <16 x float> %1850, %1852
-  %1854 = select <16 x i1> %1853, <16 x float> %1850, <16 x float> %1852
-  %1855 = getelementptr inbounds nuw i8, ptr %1846, i64 896
-  %1856 = load <16 x float>, ptr %1855, align 4, !tbaa !7
-  %1857 = fcmp ogt <16 x float> %1854, %1856
-  %1858 = select <16 x i1> %1857, <16 x float> %1854, <16 x float> %1856
-  %1859 = getelementptr inbounds nuw i8, ptr %1846, i64 960
-  %1860 = load <16 x float>, ptr %1859, align 4, !tbaa !7
-  %1861 = fcmp ogt <16 x float> %1858, %1860
-  %1862 = select <16 x i1> %1861, <16 x float> %1858, <16 x float> %1860
+  %1839 = getelementptr inbounds nuw i8, ptr %gep1634.i, i64 %indvars.iv.next1227.i.2
+  %1840 = getelementptr inbounds nuw i8, ptr %1839, i64 768
+  %1841 = load <16 x float>, ptr %1840, align 4, !tbaa !7
+  %1842 = fcmp ogt <16 x float> %1838, %1841
+  %1843 = select <16 x i1> %1842, <16 x float> %1838, <16 x float> %1841
+  %1844 = getelementptr inbounds nuw i8, ptr %1839, i64 832
+  %1845 = load <16 x float>, ptr %1844, align 4, !tbaa !7
+  %1846 = fcmp ogt <16 x float> %1843, %1845
+  %1847 = select <16 x i1> %1846, <16 x float> %1843, <16 x float> %1845
+  %1848 = getelementptr inbounds nuw i8, ptr %1839, i64 896
+  %1849 = load <16 x float>, ptr %1848, align 4, !tbaa !7
+  %1850 = fcmp ogt <16 x float> %1847, %1849
+  %1851 = select <16 x i1> %1850, <16 x float> %1847, <16 x float> %1849
+  %1852 = getelementptr inbounds nuw i8, ptr %1839, i64 960
+  %1853 = load <16 x float>, ptr %1852, align 4, !tbaa !7
+  %1854 = fcmp ogt <16 x float> %1851, %1853
+  %1855 = select <16 x i1> %1854, <16 x float> %1851, <16 x float> %1853
   %indvars.iv.next1227.i.3 = add nuw nsw i64 %indvars.iv1226.i, 4
   %niter450.next.3 = add i64 %niter450, 4
   %niter450.ncmp.3 = icmp eq i64 %niter450.next.3, %unroll_iter449
@@ -4716,85 +4709,85 @@ for_body_to247.us.i:                              ; preds = %for_body_to247.lr.p
 
 for_body_r231.us.i:                               ; preds = %for_body_r231.lr.ph.us.i, %for_end_c.us.i
   %indvars.iv1223.i = phi i64 [ 0, %for_body_r231.lr.ph.us.i ], [ %indvars.iv.next1224.i, %for_end_c.us.i ]
-  br i1 %3018, label %iter.check280, label %for_end_c.us.i, !prof !38
+  br i1 %3011, label %iter.check280, label %for_end_c.us.i, !prof !38
 
 for_end_c.us.i:                                   ; preds = %for_body_c.us.i.prol.loopexit, %vec.epilog.middle.block313, %middle.block299, %if_end237.us.i.3, %for_body_r231.us.i
   %indvars.iv.next1224.i = add nuw nsw i64 %indvars.iv1223.i, 1
-  %1863 = icmp samesign ult i64 %indvars.iv.next1224.i, %3021
-  br i1 %1863, label %for_body_r231.us.i, label %if_end229.us.i, !prof !152
+  %1856 = icmp samesign ult i64 %indvars.iv.next1224.i, %3014
+  br i1 %1856, label %for_body_r231.us.i, label %if_end229.us.i, !prof !152
 
 for_body_c.us.i:                                  ; preds = %for_body_c.us.i.prol.loopexit, %if_end237.us.i.3
   %indvars.iv1220.i = phi i64 [ %indvars.iv.next1221.i.3, %if_end237.us.i.3 ], [ %indvars.iv1220.i.unr, %for_body_c.us.i.prol.loopexit ]
-  %1864 = getelementptr i8, ptr %2992, i64 %indvars.iv1220.i
-  %1865 = load i8, ptr %1864, align 1, !tbaa !7
-  %1866 = icmp eq i8 %1865, 0
-  %.pre1467.i = add nuw nsw i64 %indvars.iv1220.i, %2991
-  br i1 %1866, label %if_end237.us.i, label %if_else236.us.i
+  %1857 = getelementptr i8, ptr %2985, i64 %indvars.iv1220.i
+  %1858 = load i8, ptr %1857, align 1, !tbaa !7
+  %1859 = icmp eq i8 %1858, 0
+  %.pre1467.i = add nuw nsw i64 %indvars.iv1220.i, %2984
+  br i1 %1859, label %if_end237.us.i, label %if_else236.us.i
 
 if_else236.us.i:                                  ; preds = %for_body_c.us.i
-  %1867 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
-  %1868 = load float, ptr %1867, align 4, !tbaa !7
+  %1860 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
+  %1861 = load float, ptr %1860, align 4, !tbaa !7
   br label %if_end237.us.i
 
 if_end237.us.i:                                   ; preds = %if_else236.us.i, %for_body_c.us.i
-  %1869 = phi float [ %1868, %if_else236.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
-  %1870 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
-  store float %1869, ptr %1870, align 4, !tbaa !7
+  %1862 = phi float [ %1861, %if_else236.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %1863 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i
+  store float %1862, ptr %1863, align 4, !tbaa !7
   %indvars.iv.next1221.i = add nuw nsw i64 %indvars.iv1220.i, 1
-  %1871 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i
-  %1872 = load i8, ptr %1871, align 1, !tbaa !7
-  %1873 = icmp eq i8 %1872, 0
-  %.pre1467.i.1 = add nuw nsw i64 %indvars.iv.next1221.i, %2991
-  br i1 %1873, label %if_end237.us.i.1, label %if_else236.us.i.1
+  %1864 = getelementptr i8, ptr %2985, i64 %indvars.iv.next1221.i
+  %1865 = load i8, ptr %1864, align 1, !tbaa !7
+  %1866 = icmp eq i8 %1865, 0
+  %.pre1467.i.1 = add nuw nsw i64 %indvars.iv.next1221.i, %2984
+  br i1 %1866, label %if_end237.us.i.1, label %if_else236.us.i.1
 
 if_else236.us.i.1:                                ; preds = %if_end237.us.i
-  %1874 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
-  %1875 = load float, ptr %1874, align 4, !tbaa !7
+  %1867 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
+  %1868 = load float, ptr %1867, align 4, !tbaa !7
   br label %if_end237.us.i.1
 
 if_end237.us.i.1:                                 ; preds = %if_else236.us.i.1, %if_end237.us.i
-  %1876 = phi float [ %1875, %if_else236.us.i.1 ], [ 0xFFF0000000000000, %if_end237.us.i ]
-  %1877 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
-  store float %1876, ptr %1877, align 4, !tbaa !7
+  %1869 = phi float [ %1868, %if_else236.us.i.1 ], [ 0xFFF0000000000000, %if_end237.us.i ]
+  %1870 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.1
+  store float %1869, ptr %1870, align 4, !tbaa !7
   %indvars.iv.next1221.i.1 = add nuw nsw i64 %indvars.iv1220.i, 2
-  %1878 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i.1
-  %1879 = load i8, ptr %1878, align 1, !tbaa !7
-  %1880 = icmp eq i8 %1879, 0
-  %.pre1467.i.2 = add nuw nsw i64 %indvars.iv.next1221.i.1, %2991
-  br i1 %1880, label %if_end237.us.i.2, label %if_else236.us.i.2
+  %1871 = getelementptr i8, ptr %2985, i64 %indvars.iv.next1221.i.1
+  %1872 = load i8, ptr %1871, align 1, !tbaa !7
+  %1873 = icmp eq i8 %1872, 0
+  %.pre1467.i.2 = add nuw nsw i64 %indvars.iv.next1221.i.1, %2984
+  br i1 %1873, label %if_end237.us.i.2, label %if_else236.us.i.2
 
 if_else236.us.i.2:                                ; preds = %if_end237.us.i.1
-  %1881 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
-  %1882 = load float, ptr %1881, align 4, !tbaa !7
+  %1874 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
+  %1875 = load float, ptr %1874, align 4, !tbaa !7
   br label %if_end237.us.i.2
 
 if_end237.us.i.2:                                 ; preds = %if_else236.us.i.2, %if_end237.us.i.1
-  %1883 = phi float [ %1882, %if_else236.us.i.2 ], [ 0xFFF0000000000000, %if_end237.us.i.1 ]
-  %1884 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
-  store float %1883, ptr %1884, align 4, !tbaa !7
+  %1876 = phi float [ %1875, %if_else236.us.i.2 ], [ 0xFFF0000000000000, %if_end237.us.i.1 ]
+  %1877 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.2
+  store float %1876, ptr %1877, align 4, !tbaa !7
   %indvars.iv.next1221.i.2 = add nuw nsw i64 %indvars.iv1220.i, 3
-  %1885 = getelementptr i8, ptr %2992, i64 %indvars.iv.next1221.i.2
-  %1886 = load i8, ptr %1885, align 1, !tbaa !7
-  %1887 = icmp eq i8 %1886, 0
-  %.pre1467.i.3 = add nuw nsw i64 %indvars.iv.next1221.i.2, %2991
-  br i1 %1887, label %if_end237.us.i.3, label %if_else236.us.i.3
+  %1878 = getelementptr i8, ptr %2985, i64 %indvars.iv.next1221.i.2
+  %1879 = load i8, ptr %1878, align 1, !tbaa !7
+  %1880 = icmp eq i8 %1879, 0
+  %.pre1467.i.3 = add nuw nsw i64 %indvars.iv.next1221.i.2, %2984
+  br i1 %1880, label %if_end237.us.i.3, label %if_else236.us.i.3
 
 if_else236.us.i.3:                                ; preds = %if_end237.us.i.2
-  %1888 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
-  %1889 = load float, ptr %1888, align 4, !tbaa !7
+  %1881 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
+  %1882 = load float, ptr %1881, align 4, !tbaa !7
   br label %if_end237.us.i.3
 
 if_end237.us.i.3:                                 ; preds = %if_else236.us.i.3, %if_end237.us.i.2
-  %1890 = phi float [ %1889, %if_else236.us.i.3 ], [ 0xFFF0000000000000, %if_end237.us.i.2 ]
-  %1891 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
-  store float %1890, ptr %1891, align 4, !tbaa !7
+  %1883 = phi float [ %1882, %if_else236.us.i.3 ], [ 0xFFF0000000000000, %if_end237.us.i.2 ]
+  %1884 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.3
+  store float %1883, ptr %1884, align 4, !tbaa !7
   %indvars.iv.next1221.i.3 = add nuw nsw i64 %indvars.iv1220.i, 4
   %exitcond.not.3 = icmp eq i64 %indvars.iv.next1221.i.3, %smax123
   br i1 %exitcond.not.3, label %for_end_c.us.i, label %for_body_c.us.i, !prof !214, !llvm.loop !215
 
 for_body_r219.us.i:                               ; preds = %for_end_to225.us.i, %for_end_r150.us.i
   %indvars.iv1215.i = phi i64 [ %indvars.iv.next1216.i, %for_end_to225.us.i ], [ 0, %for_end_r150.us.i ]
-  br i1 %1088, label %for_body_to224.lr.ph.us.i, label %for_end_to225.us.i, !prof !38
+  br i1 %1081, label %for_body_to224.lr.ph.us.i, label %for_end_to225.us.i, !prof !38
 
 for_end_to225.us.i:                               ; preds = %for_body_to224.us.i, %for_body_r219.us.i
   %indvars.iv.next1216.i = add nuw nsw i64 %indvars.iv1215.i, 1
@@ -4803,48 +4796,48 @@ for_end_to225.us.i:                               ; preds = %for_body_to224.us.i
 
 for_body_to224.us.i:                              ; preds = %for_body_to224.lr.ph.us.i, %for_body_to224.us.i
   %indvars.iv1209.i = phi i64 [ 0, %for_body_to224.lr.ph.us.i ], [ %indvars.iv.next1210.i, %for_body_to224.us.i ]
-  %1892 = shl nsw i64 %indvars.iv1209.i, 6
-  %1893 = add nuw nsw i64 %2984, %1892
-  %1894 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1893
-  %1895 = load <64 x float>, ptr %1894, align 4, !tbaa !7
-  %1896 = fmul <64 x float> %558, %1895
-  %1897 = load i32, ptr %gep1632.i, align 4, !tbaa !7
-  %1898 = insertelement <64 x i32> poison, i32 %1897, i64 0
-  %1899 = shufflevector <64 x i32> %1898, <64 x i32> poison, <64 x i32> zeroinitializer
-  %1900 = trunc nuw nsw i64 %1892 to i32
-  %.reass953.us.i = add i32 %invariant.op952.us.i, %1900
-  %1901 = insertelement <64 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1902 = insertelement <32 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1903 = shufflevector <32 x i32> %1902, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1904 = add nsw <32 x i32> %1903, <i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32>
-  %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1906 = shufflevector <64 x i32> %1901, <64 x i32> %1905, <64 x i32> <i32 0, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 72, i32 73, i32 74, i32 75, i32 76, i32 77, i32 78, i32 79, i32 80, i32 81, i32 82, i32 83, i32 84, i32 85, i32 86, i32 87, i32 88, i32 89, i32 90, i32 91, i32 92, i32 93, i32 94, i32 95, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1907 = insertelement <16 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1908 = shufflevector <16 x i32> %1907, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1909 = add nsw <16 x i32> %1908, <i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48>
-  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1911 = shufflevector <64 x i32> %1906, <64 x i32> %1910, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 72, i32 73, i32 74, i32 75, i32 76, i32 77, i32 78, i32 79, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1912 = insertelement <8 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1913 = shufflevector <8 x i32> %1912, <8 x i32> poison, <8 x i32> zeroinitializer
-  %1914 = add nsw <8 x i32> %1913, <i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56>
-  %1915 = shufflevector <8 x i32> %1914, <8 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1916 = shufflevector <64 x i32> %1911, <64 x i32> %1915, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1917 = insertelement <4 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1918 = shufflevector <4 x i32> %1917, <4 x i32> poison, <4 x i32> zeroinitializer
-  %1919 = add nsw <4 x i32> %1918, <i32 57, i32 58, i32 59, i32 60>
-  %1920 = shufflevector <4 x i32> %1919, <4 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1921 = shufflevector <64 x i32> %1916, <64 x i32> %1920, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 64, i32 65, i32 66, i32 67, i32 poison, i32 poison, i32 poison>
-  %1922 = add nsw i32 %.reass953.us.i, 61
-  %1923 = insertelement <64 x i32> %1921, i32 %1922, i64 61
-  %1924 = insertelement <2 x i32> poison, i32 %.reass953.us.i, i64 0
-  %1925 = shufflevector <2 x i32> %1924, <2 x i32> poison, <2 x i32> zeroinitializer
-  %1926 = add nsw <2 x i32> %1925, <i32 62, i32 63>
-  %1927 = shufflevector <2 x i32> %1926, <2 x i32> poison, <64 x i32> <i32 0, i32 1, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %1928 = shufflevector <64 x i32> %1923, <64 x i32> %1927, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 64, i32 65>
-  %1929 = icmp slt <64 x i32> %1928, %1899
-  %1930 = select <64 x i1> %1929, <64 x float> %1896, <64 x float> splat (float 0xFFF0000000000000)
-  %1931 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1893
-  store <64 x float> %1930, ptr %1931, align 4, !tbaa !7
+  %1885 = shl nsw i64 %indvars.iv1209.i, 6
+  %1886 = add nuw nsw i64 %2977, %1885
+  %1887 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %1886
+  %1888 = load <64 x float>, ptr %1887, align 4, !tbaa !7
+  %1889 = fmul <64 x float> %551, %1888
+  %1890 = load i32, ptr %gep1632.i, align 4, !tbaa !7
+  %1891 = insertelement <64 x i32> poison, i32 %1890, i64 0
+  %1892 = shufflevector <64 x i32> %1891, <64 x i32> poison, <64 x i32> zeroinitializer
+  %1893 = trunc nuw nsw i64 %1885 to i32
+  %.reass953.us.i = add i32 %invariant.op952.us.i, %1893
+  %1894 = insertelement <64 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1895 = insertelement <32 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1897 = add nsw <32 x i32> %1896, <i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32>
+  %1898 = shufflevector <32 x i32> %1897, <32 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1899 = shufflevector <64 x i32> %1894, <64 x i32> %1898, <64 x i32> <i32 0, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 72, i32 73, i32 74, i32 75, i32 76, i32 77, i32 78, i32 79, i32 80, i32 81, i32 82, i32 83, i32 84, i32 85, i32 86, i32 87, i32 88, i32 89, i32 90, i32 91, i32 92, i32 93, i32 94, i32 95, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1900 = insertelement <16 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1901 = shufflevector <16 x i32> %1900, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1902 = add nsw <16 x i32> %1901, <i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48>
+  %1903 = shufflevector <16 x i32> %1902, <16 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1904 = shufflevector <64 x i32> %1899, <64 x i32> %1903, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 72, i32 73, i32 74, i32 75, i32 76, i32 77, i32 78, i32 79, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1905 = insertelement <8 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1906 = shufflevector <8 x i32> %1905, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1907 = add nsw <8 x i32> %1906, <i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56>
+  %1908 = shufflevector <8 x i32> %1907, <8 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1909 = shufflevector <64 x i32> %1904, <64 x i32> %1908, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 64, i32 65, i32 66, i32 67, i32 68, i32 69, i32 70, i32 71, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1910 = insertelement <4 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1911 = shufflevector <4 x i32> %1910, <4 x i32> poison, <4 x i32> zeroinitializer
+  %1912 = add nsw <4 x i32> %1911, <i32 57, i32 58, i32 59, i32 60>
+  %1913 = shufflevector <4 x i32> %1912, <4 x i32> poison, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1914 = shufflevector <64 x i32> %1909, <64 x i32> %1913, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 64, i32 65, i32 66, i32 67, i32 poison, i32 poison, i32 poison>
+  %1915 = add nsw i32 %.reass953.us.i, 61
+  %1916 = insertelement <64 x i32> %1914, i32 %1915, i64 61
+  %1917 = insertelement <2 x i32> poison, i32 %.reass953.us.i, i64 0
+  %1918 = shufflevector <2 x i32> %1917, <2 x i32> poison, <2 x i32> zeroinitializer
+  %1919 = add nsw <2 x i32> %1918, <i32 62, i32 63>
+  %1920 = shufflevector <2 x i32> %1919, <2 x i32> poison, <64 x i32> <i32 0, i32 1, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1921 = shufflevector <64 x i32> %1916, <64 x i32> %1920, <64 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 48, i32 49, i32 50, i32 51, i32 52, i32 53, i32 54, i32 55, i32 56, i32 57, i32 58, i32 59, i32 60, i32 61, i32 64, i32 65>
+  %1922 = icmp slt <64 x i32> %1921, %1892
+  %1923 = select <64 x i1> %1922, <64 x float> %1889, <64 x float> splat (float 0xFFF0000000000000)
+  %1924 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1886
+  store <64 x float> %1923, ptr %1924, align 4, !tbaa !7
   %indvars.iv.next1210.i = add nuw nsw i64 %indvars.iv1209.i, 1
   %exitcond1214.not.i = icmp eq i64 %indvars.iv.next1210.i, %wide.trip.count1213.i
   br i1 %exitcond1214.not.i, label %for_end_to225.us.i, label %for_body_to224.us.i, !prof !10
@@ -4854,120 +4847,120 @@ for_end_to155.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to154.us.i
 
 for_body_to154.us.i.epil.preheader:               ; preds = %for_body_to154.lr.ph.us.i, %for_end_to155.us.i.loopexit.unr-lcssa
   %indvars.iv1200.i.epil.init = phi i64 [ 0, %for_body_to154.lr.ph.us.i ], [ %indvars.iv.next1201.i.3, %for_end_to155.us.i.loopexit.unr-lcssa ]
-  %full_peak.rf_global840.sroa.0.0945.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to154.lr.ph.us.i ], [ %2010, %for_end_to155.us.i.loopexit.unr-lcssa ]
+  %full_peak.rf_global840.sroa.0.0945.us.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_to154.lr.ph.us.i ], [ %2003, %for_end_to155.us.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod436)
   br label %for_body_to154.us.i.epil
 
 for_body_to154.us.i.epil:                         ; preds = %for_body_to154.us.i.epil, %for_body_to154.us.i.epil.preheader
   %indvars.iv1200.i.epil = phi i64 [ %indvars.iv1200.i.epil.init, %for_body_to154.us.i.epil.preheader ], [ %indvars.iv.next1201.i.epil, %for_body_to154.us.i.epil ]
-  %full_peak.rf_global840.sroa.0.0945.us.i.epil = phi <16 x float> [ %full_peak.rf_global840.sroa.0.0945.us.i.epil.init, %for_body_to154.us.i.epil.preheader ], [ %1946, %for_body_to154.us.i.epil ]
+  %full_peak.rf_global840.sroa.0.0945.us.i.epil = phi <16 x float> [ %full_peak.rf_global840.sroa.0.0945.us.i.epil.init, %for_body_to154.us.i.epil.preheader ], [ %1939, %for_body_to154.us.i.epil ]
   %epil.iter433 = phi i64 [ 0, %for_body_to154.us.i.epil.preheader ], [ %epil.iter433.next, %for_body_to154.us.i.epil ]
   %.idx1498.i.epil = shl nsw i64 %indvars.iv1200.i.epil, 8
   %gep1630.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %.idx1498.i.epil
-  %1932 = load <16 x float>, ptr %gep1630.i.epil, align 4, !tbaa !7
-  %1933 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, %1932
-  %1934 = select <16 x i1> %1933, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, <16 x float> %1932
-  %1935 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 64
-  %1936 = load <16 x float>, ptr %1935, align 4, !tbaa !7
-  %1937 = fcmp ogt <16 x float> %1934, %1936
-  %1938 = select <16 x i1> %1937, <16 x float> %1934, <16 x float> %1936
-  %1939 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 128
-  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !7
-  %1941 = fcmp ogt <16 x float> %1938, %1940
-  %1942 = select <16 x i1> %1941, <16 x float> %1938, <16 x float> %1940
-  %1943 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 192
-  %1944 = load <16 x float>, ptr %1943, align 4, !tbaa !7
-  %1945 = fcmp ogt <16 x float> %1942, %1944
-  %1946 = select <16 x i1> %1945, <16 x float> %1942, <16 x float> %1944
+  %1925 = load <16 x float>, ptr %gep1630.i.epil, align 4, !tbaa !7
+  %1926 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, %1925
+  %1927 = select <16 x i1> %1926, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i.epil, <16 x float> %1925
+  %1928 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 64
+  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !7
+  %1930 = fcmp ogt <16 x float> %1927, %1929
+  %1931 = select <16 x i1> %1930, <16 x float> %1927, <16 x float> %1929
+  %1932 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 128
+  %1933 = load <16 x float>, ptr %1932, align 4, !tbaa !7
+  %1934 = fcmp ogt <16 x float> %1931, %1933
+  %1935 = select <16 x i1> %1934, <16 x float> %1931, <16 x float> %1933
+  %1936 = getelementptr inbounds nuw i8, ptr %gep1630.i.epil, i64 192
+  %1937 = load <16 x float>, ptr %1936, align 4, !tbaa !7
+  %1938 = fcmp ogt <16 x float> %1935, %1937
+  %1939 = select <16 x i1> %1938, <16 x float> %1935, <16 x float> %1937
   %indvars.iv.next1201.i.epil = add nuw nsw i64 %indvars.iv1200.i.epil, 1
   %epil.iter433.next = add i64 %epil.iter433, 1
   %epil.iter433.cmp.not = icmp eq i64 %epil.iter433.next, %xtraiter432
   br i1 %epil.iter433.cmp.not, label %for_end_to155.us.i, label %for_body_to154.us.i.epil, !prof !148, !llvm.loop !216
 
 for_end_to155.us.i:                               ; preds = %for_begin_to153.preheader.us.i, %for_body_to154.us.i.epil, %for_end_to155.us.i.loopexit.unr-lcssa
-  %full_peak.rf_global840.sroa.0.0.lcssa.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to153.preheader.us.i ], [ %2010, %for_end_to155.us.i.loopexit.unr-lcssa ], [ %1946, %for_body_to154.us.i.epil ]
+  %full_peak.rf_global840.sroa.0.0.lcssa.us.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_to153.preheader.us.i ], [ %2003, %for_end_to155.us.i.loopexit.unr-lcssa ], [ %1939, %for_body_to154.us.i.epil ]
   %.idx1500.i = shl nuw nsw i64 %indvars.iv1205.i, 6
-  %1947 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 %.idx1500.i
-  store <16 x float> %full_peak.rf_global840.sroa.0.0.lcssa.us.i, ptr %1947, align 16, !tbaa !217
+  %1940 = getelementptr inbounds nuw i8, ptr %full_peak.rf841.i, i64 %.idx1500.i
+  store <16 x float> %full_peak.rf_global840.sroa.0.0.lcssa.us.i, ptr %1940, align 16, !tbaa !217
   %indvars.iv.next1206.i = add nuw nsw i64 %indvars.iv1205.i, 1
   %exitcond1208.not.i = icmp eq i64 %indvars.iv.next1206.i, 16
   br i1 %exitcond1208.not.i, label %for_end_r150.us.i, label %for_begin_to153.preheader.us.i, !prof !29
 
 for_body_to154.us.i:                              ; preds = %for_body_to154.lr.ph.us.i, %for_body_to154.us.i
   %indvars.iv1200.i = phi i64 [ %indvars.iv.next1201.i.3, %for_body_to154.us.i ], [ 0, %for_body_to154.lr.ph.us.i ]
-  %full_peak.rf_global840.sroa.0.0945.us.i = phi <16 x float> [ %2010, %for_body_to154.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to154.lr.ph.us.i ]
+  %full_peak.rf_global840.sroa.0.0945.us.i = phi <16 x float> [ %2003, %for_body_to154.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_to154.lr.ph.us.i ]
   %niter438 = phi i64 [ %niter438.next.3, %for_body_to154.us.i ], [ 0, %for_body_to154.lr.ph.us.i ]
   %.idx1498.i = shl nsw i64 %indvars.iv1200.i, 8
   %gep1630.i = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %.idx1498.i
-  %1948 = load <16 x float>, ptr %gep1630.i, align 4, !tbaa !7
-  %1949 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, %1948
-  %1950 = select <16 x i1> %1949, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, <16 x float> %1948
-  %1951 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 64
-  %1952 = load <16 x float>, ptr %1951, align 4, !tbaa !7
-  %1953 = fcmp ogt <16 x float> %1950, %1952
-  %1954 = select <16 x i1> %1953, <16 x float> %1950, <16 x float> %1952
-  %1955 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 128
-  %1956 = load <16 x float>, ptr %1955, align 4, !tbaa !7
-  %1957 = fcmp ogt <16 x float> %1954, %1956
-  %1958 = select <16 x i1> %1957, <16 x float> %1954, <16 x float> %1956
-  %1959 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 192
-  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !7
-  %1961 = fcmp ogt <16 x float> %1958, %1960
-  %1962 = select <16 x i1> %1961, <16 x float> %1958, <16 x float> %1960
+  %1941 = load <16 x float>, ptr %gep1630.i, align 4, !tbaa !7
+  %1942 = fcmp ogt <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, %1941
+  %1943 = select <16 x i1> %1942, <16 x float> %full_peak.rf_global840.sroa.0.0945.us.i, <16 x float> %1941
+  %1944 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 64
+  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !7
+  %1946 = fcmp ogt <16 x float> %1943, %1945
+  %1947 = select <16 x i1> %1946, <16 x float> %1943, <16 x float> %1945
+  %1948 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 128
+  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !7
+  %1950 = fcmp ogt <16 x float> %1947, %1949
+  %1951 = select <16 x i1> %1950, <16 x float> %1947, <16 x float> %1949
+  %1952 = getelementptr inbounds nuw i8, ptr %gep1630.i, i64 192
+  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !7
+  %1954 = fcmp ogt <16 x float> %1951, %1953
+  %1955 = select <16 x i1> %1954, <16 x float> %1951, <16 x float> %1953
   %indvars.iv.next1201.i = shl i64 %indvars.iv1200.i, 8
-  %1963 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i
-  %gep1630.i.1 = getelementptr inbounds nuw i8, ptr %1963, i64 256
-  %1964 = load <16 x float>, ptr %gep1630.i.1, align 4, !tbaa !7
-  %1965 = fcmp ogt <16 x float> %1962, %1964
-  %1966 = select <16 x i1> %1965, <16 x float> %1962, <16 x float> %1964
-  %1967 = getelementptr inbounds nuw i8, ptr %1963, i64 320
-  %1968 = load <16 x float>, ptr %1967, align 4, !tbaa !7
-  %1969 = fcmp ogt <16 x float> %1966, %1968
-  %1970 = select <16 x i1> %1969, <16 x float> %1966, <16 x float> %1968
-  %1971 = getelementptr inbounds nuw i8, ptr %1963, i64 384
-  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !7
-  %1973 = fcmp ogt <16 x float> %1970, %1972
-  %1974 = select <16 x i1> %1973, <16 x float> %1970, <16 x float> %1972
-  %1975 = getelementptr inbounds nuw i8, ptr %1963, i64 448
-  %1976 = load <16 x float>, ptr %1975, align 4, !tbaa !7
-  %1977 = fcmp ogt <16 x float> %1974, %1976
-  %1978 = select <16 x i1> %1977, <16 x float> %1974, <16 x float> %1976
+  %1956 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i
+  %gep1630.i.1 = getelementptr inbounds nuw i8, ptr %1956, i64 256
+  %1957 = load <16 x float>, ptr %gep1630.i.1, align 4, !tbaa !7
+  %1958 = fcmp ogt <16 x float> %1955, %1957
+  %1959 = select <16 x i1> %1958, <16 x float> %1955, <16 x float> %1957
+  %1960 = getelementptr inbounds nuw i8, ptr %1956, i64 320
+  %1961 = load <16 x float>, ptr %1960, align 4, !tbaa !7
+  %1962 = fcmp ogt <16 x float> %1959, %1961
+  %1963 = select <16 x i1> %1962, <16 x float> %1959, <16 x float> %1961
+  %1964 = getelementptr inbounds nuw i8, ptr %1956, i64 384
+  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !7
+  %1966 = fcmp ogt <16 x float> %1963, %1965
+  %1967 = select <16 x i1> %1966, <16 x float> %1963, <16 x float> %1965
+  %1968 = getelementptr inbounds nuw i8, ptr %1956, i64 448
+  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !7
+  %1970 = fcmp ogt <16 x float> %1967, %1969
+  %1971 = select <16 x i1> %1970, <16 x float> %1967, <16 x float> %1969
   %indvars.iv.next1201.i.1 = shl i64 %indvars.iv1200.i, 8
-  %1979 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.1
-  %gep1630.i.2 = getelementptr inbounds nuw i8, ptr %1979, i64 512
-  %1980 = load <16 x float>, ptr %gep1630.i.2, align 4, !tbaa !7
-  %1981 = fcmp ogt <16 x float> %1978, %1980
-  %1982 = select <16 x i1> %1981, <16 x float> %1978, <16 x float> %1980
-  %1983 = getelementptr inbounds nuw i8, ptr %1979, i64 576
-  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !7
-  %1985 = fcmp ogt <16 x float> %1982, %1984
-  %1986 = select <16 x i1> %1985, <16 x float> %1982, <16 x float> %1984
-  %1987 = getelementptr inbounds nuw i8, ptr %1979, i64 640
-  %1988 = load <16 x float>, ptr %1987, align 4, !tbaa !7
-  %1989 = fcmp ogt <16 x float> %1986, %1988
-  %1990 = select <16 x i1> %1989, <16 x float> %1986, <16 x float> %1988
-  %1991 = getelementptr inbounds nuw i8, ptr %1979, i64 704
-  %1992 = load <16 x float>, ptr %1991, align 4, !tbaa !7
-  %1993 = fcmp ogt <16 x float> %1990, %1992
-  %1994 = select <16 x i1> %1993, <16 x float> %1990, <16 x float> %1992
+  %1972 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.1
+  %gep1630.i.2 = getelementptr inbounds nuw i8, ptr %1972, i64 512
+  %1973 = load <16 x float>, ptr %gep1630.i.2, align 4, !tbaa !7
+  %1974 = fcmp ogt <16 x float> %1971, %1973
+  %1975 = select <16 x i1> %1974, <16 x float> %1971, <16 x float> %1973
+  %1976 = getelementptr inbounds nuw i8, ptr %1972, i64 576
+  %1977 = load <16 x float>, ptr %1976, align 4, !tbaa !7
+  %1978 = fcmp ogt <16 x float> %1975, %1977
+  %1979 = select <16 x i1> %1978, <16 x float> %1975, <16 x float> %1977
+  %1980 = getelementptr inbounds nuw i8, ptr %1972, i64 640
+  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !7
+  %1982 = fcmp ogt <16 x float> %1979, %1981
+  %1983 = select <16 x i1> %1982, <16 x float> %1979, <16 x float> %1981
+  %1984 = getelementptr inbounds nuw i8, ptr %1972, i64 704
+  %1985 = load <16 x float>, ptr %1984, align 4, !tbaa !7
+  %1986 = fcmp ogt <16 x float> %1983, %1985
+  %1987 = select <16 x i1> %1986, <16 x float> %1983, <16 x float> %1985
   %indvars.iv.next1201.i.2 = shl i64 %indvars.iv1200.i, 8
-  %1995 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.2
-  %gep1630.i.3 = getelementptr inbounds nuw i8, ptr %1995, i64 768
-  %1996 = load <16 x float>, ptr %gep1630.i.3, align 4, !tbaa !7
-  %1997 = fcmp ogt <16 x float> %1994, %1996
-  %1998 = select <16 x i1> %1997, <16 x float> %1994, <16 x float> %1996
-  %1999 = getelementptr inbounds nuw i8, ptr %1995, i64 832
-  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !7
-  %2001 = fcmp ogt <16 x float> %1998, %2000
-  %2002 = select <16 x i1> %2001, <16 x float> %1998, <16 x float> %2000
-  %2003 = getelementptr inbounds nuw i8, ptr %1995, i64 896
-  %2004 = load <16 x float>, ptr %2003, align 4, !tbaa !7
-  %2005 = fcmp ogt <16 x float> %2002, %2004
-  %2006 = select <16 x i1> %2005, <16 x float> %2002, <16 x float> %2004
-  %2007 = getelementptr inbounds nuw i8, ptr %1995, i64 960
-  %2008 = load <16 x float>, ptr %2007, align 4, !tbaa !7
-  %2009 = fcmp ogt <16 x float> %2006, %2008
-  %2010 = select <16 x i1> %2009, <16 x float> %2006, <16 x float> %2008
+  %1988 = getelementptr inbounds nuw i8, ptr %invariant.gep1629.i, i64 %indvars.iv.next1201.i.2
+  %gep1630.i.3 = getelementptr inbounds nuw i8, ptr %1988, i64 768
+  %1989 = load <16 x float>, ptr %gep1630.i.3, align 4, !tbaa !7
+  %1990 = fcmp ogt <16 x float> %1987, %1989
+  %1991 = select <16 x i1> %1990, <16 x float> %1987, <16 x float> %1989
+  %1992 = getelementptr inbounds nuw i8, ptr %1988, i64 832
+  %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !7
+  %1994 = fcmp ogt <16 x float> %1991, %1993
+  %1995 = select <16 x i1> %1994, <16 x float> %1991, <16 x float> %1993
+  %1996 = getelementptr inbounds nuw i8, ptr %1988, i64 896
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !7
+  %1998 = fcmp ogt <16 x float> %1995, %1997
+  %1999 = select <16 x i1> %1998, <16 x float> %1995, <16 x float> %1997
+  %2000 = getelementptr inbounds nuw i8, ptr %1988, i64 960
+  %2001 = load <16 x float>, ptr %2000, align 4, !tbaa !7
+  %2002 = fcmp ogt <16 x float> %1999, %2001
+  %2003 = select <16 x i1> %2002, <16 x float> %1999, <16 x float> %2001
   %indvars.iv.next1201.i.3 = add nuw nsw i64 %indvars.iv1200.i, 4
   %niter438.next.3 = add i64 %niter438, 4
   %niter438.ncmp.3 = icmp eq i64 %niter438.next.3, %unroll_iter437
@@ -4976,34 +4969,34 @@ for_body_to154.us.i:                              ; preds = %for_body_to154.lr.p
 for_body_to144.us.1.i:                            ; preds = %for_body_to144.us.1.i.preheader.new, %for_body_to144.us.1.i
   %indvars.iv1191.1.i = phi i64 [ 0, %for_body_to144.us.1.i.preheader.new ], [ %indvars.iv.next1192.1.i.3, %for_body_to144.us.1.i ]
   %niter347 = phi i64 [ 0, %for_body_to144.us.1.i.preheader.new ], [ %niter347.next.3, %for_body_to144.us.1.i ]
-  %2011 = shl nsw i64 %indvars.iv1191.1.i, 6
-  %2012 = or disjoint i64 %2011, 128
-  %2013 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2012
-  %2014 = load <64 x float>, ptr %2013, align 4, !tbaa !7
-  %2015 = fmul <64 x float> %558, %2014
-  %2016 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2012
-  store <64 x float> %2015, ptr %2016, align 4, !tbaa !7
+  %2004 = shl nsw i64 %indvars.iv1191.1.i, 6
+  %2005 = or disjoint i64 %2004, 128
+  %2006 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2005
+  %2007 = load <64 x float>, ptr %2006, align 4, !tbaa !7
+  %2008 = fmul <64 x float> %551, %2007
+  %2009 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2005
+  store <64 x float> %2008, ptr %2009, align 4, !tbaa !7
   %indvars.iv.next1192.1.i = shl i64 %indvars.iv1191.1.i, 6
-  %2017 = or disjoint i64 %indvars.iv.next1192.1.i, 192
-  %2018 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2017
-  %2019 = load <64 x float>, ptr %2018, align 4, !tbaa !7
-  %2020 = fmul <64 x float> %558, %2019
-  %2021 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2017
-  store <64 x float> %2020, ptr %2021, align 4, !tbaa !7
+  %2010 = or disjoint i64 %indvars.iv.next1192.1.i, 192
+  %2011 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2010
+  %2012 = load <64 x float>, ptr %2011, align 4, !tbaa !7
+  %2013 = fmul <64 x float> %551, %2012
+  %2014 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2010
+  store <64 x float> %2013, ptr %2014, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.1 = shl i64 %indvars.iv1191.1.i, 6
-  %2022 = add nuw nsw i64 %indvars.iv.next1192.1.i.1, 256
-  %2023 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2022
-  %2024 = load <64 x float>, ptr %2023, align 4, !tbaa !7
-  %2025 = fmul <64 x float> %558, %2024
-  %2026 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2022
-  store <64 x float> %2025, ptr %2026, align 4, !tbaa !7
+  %2015 = add nuw nsw i64 %indvars.iv.next1192.1.i.1, 256
+  %2016 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2015
+  %2017 = load <64 x float>, ptr %2016, align 4, !tbaa !7
+  %2018 = fmul <64 x float> %551, %2017
+  %2019 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2015
+  store <64 x float> %2018, ptr %2019, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.2 = shl i64 %indvars.iv1191.1.i, 6
-  %2027 = add nuw nsw i64 %indvars.iv.next1192.1.i.2, 320
-  %2028 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2027
-  %2029 = load <64 x float>, ptr %2028, align 4, !tbaa !7
-  %2030 = fmul <64 x float> %558, %2029
-  %2031 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2027
-  store <64 x float> %2030, ptr %2031, align 4, !tbaa !7
+  %2020 = add nuw nsw i64 %indvars.iv.next1192.1.i.2, 320
+  %2021 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2020
+  %2022 = load <64 x float>, ptr %2021, align 4, !tbaa !7
+  %2023 = fmul <64 x float> %551, %2022
+  %2024 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2020
+  store <64 x float> %2023, ptr %2024, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.3 = add nuw nsw i64 %indvars.iv1191.1.i, 4
   %niter347.next.3 = add i64 %niter347, 4
   %niter347.ncmp.3 = icmp eq i64 %niter347.next.3, %unroll_iter346
@@ -5022,13 +5015,13 @@ for_body_to144.us.1.i.epil.preheader:             ; preds = %for_body_to144.us.1
 for_body_to144.us.1.i.epil:                       ; preds = %for_body_to144.us.1.i.epil, %for_body_to144.us.1.i.epil.preheader
   %indvars.iv1191.1.i.epil = phi i64 [ %indvars.iv.next1192.1.i.epil, %for_body_to144.us.1.i.epil ], [ %indvars.iv1191.1.i.epil.init, %for_body_to144.us.1.i.epil.preheader ]
   %epil.iter343 = phi i64 [ %epil.iter343.next, %for_body_to144.us.1.i.epil ], [ 0, %for_body_to144.us.1.i.epil.preheader ]
-  %2032 = shl nsw i64 %indvars.iv1191.1.i.epil, 6
-  %2033 = add nuw nsw i64 %2032, 128
-  %2034 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2033
-  %2035 = load <64 x float>, ptr %2034, align 4, !tbaa !7
-  %2036 = fmul <64 x float> %558, %2035
-  %2037 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2033
-  store <64 x float> %2036, ptr %2037, align 4, !tbaa !7
+  %2025 = shl nsw i64 %indvars.iv1191.1.i.epil, 6
+  %2026 = add nuw nsw i64 %2025, 128
+  %2027 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2026
+  %2028 = load <64 x float>, ptr %2027, align 4, !tbaa !7
+  %2029 = fmul <64 x float> %551, %2028
+  %2030 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2026
+  store <64 x float> %2029, ptr %2030, align 4, !tbaa !7
   %indvars.iv.next1192.1.i.epil = add nuw nsw i64 %indvars.iv1191.1.i.epil, 1
   %epil.iter343.next = add i64 %epil.iter343, 1
   %epil.iter343.cmp.not = icmp eq i64 %epil.iter343.next, %xtraiter342
@@ -5036,8 +5029,8 @@ for_body_to144.us.1.i.epil:                       ; preds = %for_body_to144.us.1
 
 for_body_to144.us.2.i.preheader:                  ; preds = %for_body_to144.us.1.i.epil, %for_body_to144.us.2.i.preheader.unr-lcssa
   %xtraiter348 = and i64 %wide.trip.count1194.i, 3
-  %2038 = icmp slt i32 %1082, 256
-  br i1 %2038, label %for_body_to144.us.2.i.epil.preheader, label %for_body_to144.us.2.i.preheader.new, !prof !221
+  %2031 = icmp slt i32 %1075, 256
+  br i1 %2031, label %for_body_to144.us.2.i.epil.preheader, label %for_body_to144.us.2.i.preheader.new, !prof !221
 
 for_body_to144.us.2.i.preheader.new:              ; preds = %for_body_to144.us.2.i.preheader
   %unroll_iter352 = and i64 %wide.trip.count1194.i, 33554428
@@ -5046,34 +5039,34 @@ for_body_to144.us.2.i.preheader.new:              ; preds = %for_body_to144.us.2
 for_body_to144.us.2.i:                            ; preds = %for_body_to144.us.2.i, %for_body_to144.us.2.i.preheader.new
   %indvars.iv1191.2.i = phi i64 [ 0, %for_body_to144.us.2.i.preheader.new ], [ %indvars.iv.next1192.2.i.3, %for_body_to144.us.2.i ]
   %niter353 = phi i64 [ 0, %for_body_to144.us.2.i.preheader.new ], [ %niter353.next.3, %for_body_to144.us.2.i ]
-  %2039 = shl nsw i64 %indvars.iv1191.2.i, 6
-  %2040 = add nuw nsw i64 %2039, 256
-  %2041 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2040
-  %2042 = load <64 x float>, ptr %2041, align 4, !tbaa !7
-  %2043 = fmul <64 x float> %558, %2042
-  %2044 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2040
-  store <64 x float> %2043, ptr %2044, align 4, !tbaa !7
+  %2032 = shl nsw i64 %indvars.iv1191.2.i, 6
+  %2033 = add nuw nsw i64 %2032, 256
+  %2034 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2033
+  %2035 = load <64 x float>, ptr %2034, align 4, !tbaa !7
+  %2036 = fmul <64 x float> %551, %2035
+  %2037 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2033
+  store <64 x float> %2036, ptr %2037, align 4, !tbaa !7
   %indvars.iv.next1192.2.i = shl i64 %indvars.iv1191.2.i, 6
-  %2045 = add nuw nsw i64 %indvars.iv.next1192.2.i, 320
-  %2046 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2045
-  %2047 = load <64 x float>, ptr %2046, align 4, !tbaa !7
-  %2048 = fmul <64 x float> %558, %2047
-  %2049 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2045
-  store <64 x float> %2048, ptr %2049, align 4, !tbaa !7
+  %2038 = add nuw nsw i64 %indvars.iv.next1192.2.i, 320
+  %2039 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2038
+  %2040 = load <64 x float>, ptr %2039, align 4, !tbaa !7
+  %2041 = fmul <64 x float> %551, %2040
+  %2042 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2038
+  store <64 x float> %2041, ptr %2042, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.1 = shl i64 %indvars.iv1191.2.i, 6
-  %2050 = add nuw nsw i64 %indvars.iv.next1192.2.i.1, 384
-  %2051 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2050
-  %2052 = load <64 x float>, ptr %2051, align 4, !tbaa !7
-  %2053 = fmul <64 x float> %558, %2052
-  %2054 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2050
-  store <64 x float> %2053, ptr %2054, align 4, !tbaa !7
+  %2043 = add nuw nsw i64 %indvars.iv.next1192.2.i.1, 384
+  %2044 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2043
+  %2045 = load <64 x float>, ptr %2044, align 4, !tbaa !7
+  %2046 = fmul <64 x float> %551, %2045
+  %2047 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2043
+  store <64 x float> %2046, ptr %2047, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.2 = shl i64 %indvars.iv1191.2.i, 6
-  %2055 = add nuw nsw i64 %indvars.iv.next1192.2.i.2, 448
-  %2056 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2055
-  %2057 = load <64 x float>, ptr %2056, align 4, !tbaa !7
-  %2058 = fmul <64 x float> %558, %2057
-  %2059 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2055
-  store <64 x float> %2058, ptr %2059, align 4, !tbaa !7
+  %2048 = add nuw nsw i64 %indvars.iv.next1192.2.i.2, 448
+  %2049 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2048
+  %2050 = load <64 x float>, ptr %2049, align 4, !tbaa !7
+  %2051 = fmul <64 x float> %551, %2050
+  %2052 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2048
+  store <64 x float> %2051, ptr %2052, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.3 = add nuw nsw i64 %indvars.iv1191.2.i, 4
   %niter353.next.3 = add i64 %niter353, 4
   %niter353.ncmp.3 = icmp eq i64 %niter353.next.3, %unroll_iter352
@@ -5092,13 +5085,13 @@ for_body_to144.us.2.i.epil.preheader:             ; preds = %for_body_to144.us.3
 for_body_to144.us.2.i.epil:                       ; preds = %for_body_to144.us.2.i.epil, %for_body_to144.us.2.i.epil.preheader
   %indvars.iv1191.2.i.epil = phi i64 [ %indvars.iv.next1192.2.i.epil, %for_body_to144.us.2.i.epil ], [ %indvars.iv1191.2.i.epil.init, %for_body_to144.us.2.i.epil.preheader ]
   %epil.iter349 = phi i64 [ %epil.iter349.next, %for_body_to144.us.2.i.epil ], [ 0, %for_body_to144.us.2.i.epil.preheader ]
-  %2060 = shl nsw i64 %indvars.iv1191.2.i.epil, 6
-  %2061 = add nuw nsw i64 %2060, 256
-  %2062 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2061
-  %2063 = load <64 x float>, ptr %2062, align 4, !tbaa !7
-  %2064 = fmul <64 x float> %558, %2063
-  %2065 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2061
-  store <64 x float> %2064, ptr %2065, align 4, !tbaa !7
+  %2053 = shl nsw i64 %indvars.iv1191.2.i.epil, 6
+  %2054 = add nuw nsw i64 %2053, 256
+  %2055 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2054
+  %2056 = load <64 x float>, ptr %2055, align 4, !tbaa !7
+  %2057 = fmul <64 x float> %551, %2056
+  %2058 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2054
+  store <64 x float> %2057, ptr %2058, align 4, !tbaa !7
   %indvars.iv.next1192.2.i.epil = add nuw nsw i64 %indvars.iv1191.2.i.epil, 1
   %epil.iter349.next = add i64 %epil.iter349, 1
   %epil.iter349.cmp.not = icmp eq i64 %epil.iter349.next, %xtraiter348
@@ -5106,8 +5099,8 @@ for_body_to144.us.2.i.epil:                       ; preds = %for_body_to144.us.2
 
 for_body_to144.us.3.i.preheader:                  ; preds = %for_body_to144.us.2.i.epil, %for_body_to144.us.3.i.preheader.unr-lcssa
   %xtraiter354 = and i64 %wide.trip.count1194.i, 3
-  %2066 = icmp slt i32 %1082, 256
-  br i1 %2066, label %for_body_to144.us.3.i.epil.preheader, label %for_body_to144.us.3.i.preheader.new, !prof !221
+  %2059 = icmp slt i32 %1075, 256
+  br i1 %2059, label %for_body_to144.us.3.i.epil.preheader, label %for_body_to144.us.3.i.preheader.new, !prof !221
 
 for_body_to144.us.3.i.preheader.new:              ; preds = %for_body_to144.us.3.i.preheader
   %unroll_iter358 = and i64 %wide.trip.count1194.i, 33554428
@@ -5116,34 +5109,34 @@ for_body_to144.us.3.i.preheader.new:              ; preds = %for_body_to144.us.3
 for_body_to144.us.3.i:                            ; preds = %for_body_to144.us.3.i, %for_body_to144.us.3.i.preheader.new
   %indvars.iv1191.3.i = phi i64 [ 0, %for_body_to144.us.3.i.preheader.new ], [ %indvars.iv.next1192.3.i.3, %for_body_to144.us.3.i ]
   %niter359 = phi i64 [ 0, %for_body_to144.us.3.i.preheader.new ], [ %niter359.next.3, %for_body_to144.us.3.i ]
-  %2067 = shl nsw i64 %indvars.iv1191.3.i, 6
-  %2068 = add nuw nsw i64 %2067, 384
-  %2069 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2068
-  %2070 = load <64 x float>, ptr %2069, align 4, !tbaa !7
-  %2071 = fmul <64 x float> %558, %2070
-  %2072 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2068
-  store <64 x float> %2071, ptr %2072, align 4, !tbaa !7
+  %2060 = shl nsw i64 %indvars.iv1191.3.i, 6
+  %2061 = add nuw nsw i64 %2060, 384
+  %2062 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2061
+  %2063 = load <64 x float>, ptr %2062, align 4, !tbaa !7
+  %2064 = fmul <64 x float> %551, %2063
+  %2065 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2061
+  store <64 x float> %2064, ptr %2065, align 4, !tbaa !7
   %indvars.iv.next1192.3.i = shl i64 %indvars.iv1191.3.i, 6
-  %2073 = add nuw nsw i64 %indvars.iv.next1192.3.i, 448
-  %2074 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2073
-  %2075 = load <64 x float>, ptr %2074, align 4, !tbaa !7
-  %2076 = fmul <64 x float> %558, %2075
-  %2077 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2073
-  store <64 x float> %2076, ptr %2077, align 4, !tbaa !7
+  %2066 = add nuw nsw i64 %indvars.iv.next1192.3.i, 448
+  %2067 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2066
+  %2068 = load <64 x float>, ptr %2067, align 4, !tbaa !7
+  %2069 = fmul <64 x float> %551, %2068
+  %2070 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2066
+  store <64 x float> %2069, ptr %2070, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.1 = shl i64 %indvars.iv1191.3.i, 6
-  %2078 = add nuw nsw i64 %indvars.iv.next1192.3.i.1, 512
-  %2079 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2078
-  %2080 = load <64 x float>, ptr %2079, align 4, !tbaa !7
-  %2081 = fmul <64 x float> %558, %2080
-  %2082 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2078
-  store <64 x float> %2081, ptr %2082, align 4, !tbaa !7
+  %2071 = add nuw nsw i64 %indvars.iv.next1192.3.i.1, 512
+  %2072 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2071
+  %2073 = load <64 x float>, ptr %2072, align 4, !tbaa !7
+  %2074 = fmul <64 x float> %551, %2073
+  %2075 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2071
+  store <64 x float> %2074, ptr %2075, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.2 = shl i64 %indvars.iv1191.3.i, 6
-  %2083 = add nuw nsw i64 %indvars.iv.next1192.3.i.2, 576
-  %2084 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2083
-  %2085 = load <64 x float>, ptr %2084, align 4, !tbaa !7
-  %2086 = fmul <64 x float> %558, %2085
-  %2087 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2083
-  store <64 x float> %2086, ptr %2087, align 4, !tbaa !7
+  %2076 = add nuw nsw i64 %indvars.iv.next1192.3.i.2, 576
+  %2077 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2076
+  %2078 = load <64 x float>, ptr %2077, align 4, !tbaa !7
+  %2079 = fmul <64 x float> %551, %2078
+  %2080 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2076
+  store <64 x float> %2079, ptr %2080, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.3 = add nuw nsw i64 %indvars.iv1191.3.i, 4
   %niter359.next.3 = add i64 %niter359, 4
   %niter359.ncmp.3 = icmp eq i64 %niter359.next.3, %unroll_iter358
@@ -5162,13 +5155,13 @@ for_body_to144.us.3.i.epil.preheader:             ; preds = %for_body_to144.us.4
 for_body_to144.us.3.i.epil:                       ; preds = %for_body_to144.us.3.i.epil, %for_body_to144.us.3.i.epil.preheader
   %indvars.iv1191.3.i.epil = phi i64 [ %indvars.iv.next1192.3.i.epil, %for_body_to144.us.3.i.epil ], [ %indvars.iv1191.3.i.epil.init, %for_body_to144.us.3.i.epil.preheader ]
   %epil.iter355 = phi i64 [ %epil.iter355.next, %for_body_to144.us.3.i.epil ], [ 0, %for_body_to144.us.3.i.epil.preheader ]
-  %2088 = shl nsw i64 %indvars.iv1191.3.i.epil, 6
-  %2089 = add nuw nsw i64 %2088, 384
-  %2090 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2089
-  %2091 = load <64 x float>, ptr %2090, align 4, !tbaa !7
-  %2092 = fmul <64 x float> %558, %2091
-  %2093 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2089
-  store <64 x float> %2092, ptr %2093, align 4, !tbaa !7
+  %2081 = shl nsw i64 %indvars.iv1191.3.i.epil, 6
+  %2082 = add nuw nsw i64 %2081, 384
+  %2083 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2082
+  %2084 = load <64 x float>, ptr %2083, align 4, !tbaa !7
+  %2085 = fmul <64 x float> %551, %2084
+  %2086 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2082
+  store <64 x float> %2085, ptr %2086, align 4, !tbaa !7
   %indvars.iv.next1192.3.i.epil = add nuw nsw i64 %indvars.iv1191.3.i.epil, 1
   %epil.iter355.next = add i64 %epil.iter355, 1
   %epil.iter355.cmp.not = icmp eq i64 %epil.iter355.next, %xtraiter354
@@ -5176,8 +5169,8 @@ for_body_to144.us.3.i.epil:                       ; preds = %for_body_to144.us.3
 
 for_body_to144.us.4.i.preheader:                  ; preds = %for_body_to144.us.3.i.epil, %for_body_to144.us.4.i.preheader.unr-lcssa
   %xtraiter360 = and i64 %wide.trip.count1194.i, 3
-  %2094 = icmp slt i32 %1082, 256
-  br i1 %2094, label %for_body_to144.us.4.i.epil.preheader, label %for_body_to144.us.4.i.preheader.new, !prof !221
+  %2087 = icmp slt i32 %1075, 256
+  br i1 %2087, label %for_body_to144.us.4.i.epil.preheader, label %for_body_to144.us.4.i.preheader.new, !prof !221
 
 for_body_to144.us.4.i.preheader.new:              ; preds = %for_body_to144.us.4.i.preheader
   %unroll_iter364 = and i64 %wide.trip.count1194.i, 33554428
@@ -5186,34 +5179,34 @@ for_body_to144.us.4.i.preheader.new:              ; preds = %for_body_to144.us.4
 for_body_to144.us.4.i:                            ; preds = %for_body_to144.us.4.i, %for_body_to144.us.4.i.preheader.new
   %indvars.iv1191.4.i = phi i64 [ 0, %for_body_to144.us.4.i.preheader.new ], [ %indvars.iv.next1192.4.i.3, %for_body_to144.us.4.i ]
   %niter365 = phi i64 [ 0, %for_body_to144.us.4.i.preheader.new ], [ %niter365.next.3, %for_body_to144.us.4.i ]
-  %2095 = shl nsw i64 %indvars.iv1191.4.i, 6
-  %2096 = add nuw nsw i64 %2095, 512
-  %2097 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2096
-  %2098 = load <64 x float>, ptr %2097, align 4, !tbaa !7
-  %2099 = fmul <64 x float> %558, %2098
-  %2100 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2096
-  store <64 x float> %2099, ptr %2100, align 4, !tbaa !7
+  %2088 = shl nsw i64 %indvars.iv1191.4.i, 6
+  %2089 = add nuw nsw i64 %2088, 512
+  %2090 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2089
+  %2091 = load <64 x float>, ptr %2090, align 4, !tbaa !7
+  %2092 = fmul <64 x float> %551, %2091
+  %2093 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2089
+  store <64 x float> %2092, ptr %2093, align 4, !tbaa !7
   %indvars.iv.next1192.4.i = shl i64 %indvars.iv1191.4.i, 6
-  %2101 = add nuw nsw i64 %indvars.iv.next1192.4.i, 576
-  %2102 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2101
-  %2103 = load <64 x float>, ptr %2102, align 4, !tbaa !7
-  %2104 = fmul <64 x float> %558, %2103
-  %2105 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2101
-  store <64 x float> %2104, ptr %2105, align 4, !tbaa !7
+  %2094 = add nuw nsw i64 %indvars.iv.next1192.4.i, 576
+  %2095 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2094
+  %2096 = load <64 x float>, ptr %2095, align 4, !tbaa !7
+  %2097 = fmul <64 x float> %551, %2096
+  %2098 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2094
+  store <64 x float> %2097, ptr %2098, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.1 = shl i64 %indvars.iv1191.4.i, 6
-  %2106 = add nuw nsw i64 %indvars.iv.next1192.4.i.1, 640
-  %2107 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2106
-  %2108 = load <64 x float>, ptr %2107, align 4, !tbaa !7
-  %2109 = fmul <64 x float> %558, %2108
-  %2110 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2106
-  store <64 x float> %2109, ptr %2110, align 4, !tbaa !7
+  %2099 = add nuw nsw i64 %indvars.iv.next1192.4.i.1, 640
+  %2100 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2099
+  %2101 = load <64 x float>, ptr %2100, align 4, !tbaa !7
+  %2102 = fmul <64 x float> %551, %2101
+  %2103 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2099
+  store <64 x float> %2102, ptr %2103, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.2 = shl i64 %indvars.iv1191.4.i, 6
-  %2111 = add nuw nsw i64 %indvars.iv.next1192.4.i.2, 704
-  %2112 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2111
-  %2113 = load <64 x float>, ptr %2112, align 4, !tbaa !7
-  %2114 = fmul <64 x float> %558, %2113
-  %2115 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2111
-  store <64 x float> %2114, ptr %2115, align 4, !tbaa !7
+  %2104 = add nuw nsw i64 %indvars.iv.next1192.4.i.2, 704
+  %2105 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2104
+  %2106 = load <64 x float>, ptr %2105, align 4, !tbaa !7
+  %2107 = fmul <64 x float> %551, %2106
+  %2108 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2104
+  store <64 x float> %2107, ptr %2108, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.3 = add nuw nsw i64 %indvars.iv1191.4.i, 4
   %niter365.next.3 = add i64 %niter365, 4
   %niter365.ncmp.3 = icmp eq i64 %niter365.next.3, %unroll_iter364
@@ -5232,13 +5225,13 @@ for_body_to144.us.4.i.epil.preheader:             ; preds = %for_body_to144.us.5
 for_body_to144.us.4.i.epil:                       ; preds = %for_body_to144.us.4.i.epil, %for_body_to144.us.4.i.epil.preheader
   %indvars.iv1191.4.i.epil = phi i64 [ %indvars.iv.next1192.4.i.epil, %for_body_to144.us.4.i.epil ], [ %indvars.iv1191.4.i.epil.init, %for_body_to144.us.4.i.epil.preheader ]
   %epil.iter361 = phi i64 [ %epil.iter361.next, %for_body_to144.us.4.i.epil ], [ 0, %for_body_to144.us.4.i.epil.preheader ]
-  %2116 = shl nsw i64 %indvars.iv1191.4.i.epil, 6
-  %2117 = add nuw nsw i64 %2116, 512
-  %2118 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2117
-  %2119 = load <64 x float>, ptr %2118, align 4, !tbaa !7
-  %2120 = fmul <64 x float> %558, %2119
-  %2121 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2117
-  store <64 x float> %2120, ptr %2121, align 4, !tbaa !7
+  %2109 = shl nsw i64 %indvars.iv1191.4.i.epil, 6
+  %2110 = add nuw nsw i64 %2109, 512
+  %2111 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2110
+  %2112 = load <64 x float>, ptr %2111, align 4, !tbaa !7
+  %2113 = fmul <64 x float> %551, %2112
+  %2114 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2110
+  store <64 x float> %2113, ptr %2114, align 4, !tbaa !7
   %indvars.iv.next1192.4.i.epil = add nuw nsw i64 %indvars.iv1191.4.i.epil, 1
   %epil.iter361.next = add i64 %epil.iter361, 1
   %epil.iter361.cmp.not = icmp eq i64 %epil.iter361.next, %xtraiter360
@@ -5246,8 +5239,8 @@ for_body_to144.us.4.i.epil:                       ; preds = %for_body_to144.us.4
 
 for_body_to144.us.5.i.preheader:                  ; preds = %for_body_to144.us.4.i.epil, %for_body_to144.us.5.i.preheader.unr-lcssa
   %xtraiter366 = and i64 %wide.trip.count1194.i, 3
-  %2122 = icmp slt i32 %1082, 256
-  br i1 %2122, label %for_body_to144.us.5.i.epil.preheader, label %for_body_to144.us.5.i.preheader.new, !prof !221
+  %2115 = icmp slt i32 %1075, 256
+  br i1 %2115, label %for_body_to144.us.5.i.epil.preheader, label %for_body_to144.us.5.i.preheader.new, !prof !221
 
 for_body_to144.us.5.i.preheader.new:              ; preds = %for_body_to144.us.5.i.preheader
   %unroll_iter370 = and i64 %wide.trip.count1194.i, 33554428
@@ -5256,34 +5249,34 @@ for_body_to144.us.5.i.preheader.new:              ; preds = %for_body_to144.us.5
 for_body_to144.us.5.i:                            ; preds = %for_body_to144.us.5.i, %for_body_to144.us.5.i.preheader.new
   %indvars.iv1191.5.i = phi i64 [ 0, %for_body_to144.us.5.i.preheader.new ], [ %indvars.iv.next1192.5.i.3, %for_body_to144.us.5.i ]
   %niter371 = phi i64 [ 0, %for_body_to144.us.5.i.preheader.new ], [ %niter371.next.3, %for_body_to144.us.5.i ]
-  %2123 = shl nsw i64 %indvars.iv1191.5.i, 6
-  %2124 = add nuw nsw i64 %2123, 640
-  %2125 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2124
-  %2126 = load <64 x float>, ptr %2125, align 4, !tbaa !7
-  %2127 = fmul <64 x float> %558, %2126
-  %2128 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2124
-  store <64 x float> %2127, ptr %2128, align 4, !tbaa !7
+  %2116 = shl nsw i64 %indvars.iv1191.5.i, 6
+  %2117 = add nuw nsw i64 %2116, 640
+  %2118 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2117
+  %2119 = load <64 x float>, ptr %2118, align 4, !tbaa !7
+  %2120 = fmul <64 x float> %551, %2119
+  %2121 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2117
+  store <64 x float> %2120, ptr %2121, align 4, !tbaa !7
   %indvars.iv.next1192.5.i = shl i64 %indvars.iv1191.5.i, 6
-  %2129 = add nuw nsw i64 %indvars.iv.next1192.5.i, 704
-  %2130 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2129
-  %2131 = load <64 x float>, ptr %2130, align 4, !tbaa !7
-  %2132 = fmul <64 x float> %558, %2131
-  %2133 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2129
-  store <64 x float> %2132, ptr %2133, align 4, !tbaa !7
+  %2122 = add nuw nsw i64 %indvars.iv.next1192.5.i, 704
+  %2123 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2122
+  %2124 = load <64 x float>, ptr %2123, align 4, !tbaa !7
+  %2125 = fmul <64 x float> %551, %2124
+  %2126 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2122
+  store <64 x float> %2125, ptr %2126, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.1 = shl i64 %indvars.iv1191.5.i, 6
-  %2134 = add nuw nsw i64 %indvars.iv.next1192.5.i.1, 768
-  %2135 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2134
-  %2136 = load <64 x float>, ptr %2135, align 4, !tbaa !7
-  %2137 = fmul <64 x float> %558, %2136
-  %2138 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2134
-  store <64 x float> %2137, ptr %2138, align 4, !tbaa !7
+  %2127 = add nuw nsw i64 %indvars.iv.next1192.5.i.1, 768
+  %2128 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2127
+  %2129 = load <64 x float>, ptr %2128, align 4, !tbaa !7
+  %2130 = fmul <64 x float> %551, %2129
+  %2131 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2127
+  store <64 x float> %2130, ptr %2131, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.2 = shl i64 %indvars.iv1191.5.i, 6
-  %2139 = add nuw nsw i64 %indvars.iv.next1192.5.i.2, 832
-  %2140 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2139
-  %2141 = load <64 x float>, ptr %2140, align 4, !tbaa !7
-  %2142 = fmul <64 x float> %558, %2141
-  %2143 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2139
-  store <64 x float> %2142, ptr %2143, align 4, !tbaa !7
+  %2132 = add nuw nsw i64 %indvars.iv.next1192.5.i.2, 832
+  %2133 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2132
+  %2134 = load <64 x float>, ptr %2133, align 4, !tbaa !7
+  %2135 = fmul <64 x float> %551, %2134
+  %2136 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2132
+  store <64 x float> %2135, ptr %2136, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.3 = add nuw nsw i64 %indvars.iv1191.5.i, 4
   %niter371.next.3 = add i64 %niter371, 4
   %niter371.ncmp.3 = icmp eq i64 %niter371.next.3, %unroll_iter370
@@ -5302,13 +5295,13 @@ for_body_to144.us.5.i.epil.preheader:             ; preds = %for_body_to144.us.6
 for_body_to144.us.5.i.epil:                       ; preds = %for_body_to144.us.5.i.epil, %for_body_to144.us.5.i.epil.preheader
   %indvars.iv1191.5.i.epil = phi i64 [ %indvars.iv.next1192.5.i.epil, %for_body_to144.us.5.i.epil ], [ %indvars.iv1191.5.i.epil.init, %for_body_to144.us.5.i.epil.preheader ]
   %epil.iter367 = phi i64 [ %epil.iter367.next, %for_body_to144.us.5.i.epil ], [ 0, %for_body_to144.us.5.i.epil.preheader ]
-  %2144 = shl nsw i64 %indvars.iv1191.5.i.epil, 6
-  %2145 = add nuw nsw i64 %2144, 640
-  %2146 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2145
-  %2147 = load <64 x float>, ptr %2146, align 4, !tbaa !7
-  %2148 = fmul <64 x float> %558, %2147
-  %2149 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2145
-  store <64 x float> %2148, ptr %2149, align 4, !tbaa !7
+  %2137 = shl nsw i64 %indvars.iv1191.5.i.epil, 6
+  %2138 = add nuw nsw i64 %2137, 640
+  %2139 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2138
+  %2140 = load <64 x float>, ptr %2139, align 4, !tbaa !7
+  %2141 = fmul <64 x float> %551, %2140
+  %2142 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2138
+  store <64 x float> %2141, ptr %2142, align 4, !tbaa !7
   %indvars.iv.next1192.5.i.epil = add nuw nsw i64 %indvars.iv1191.5.i.epil, 1
   %epil.iter367.next = add i64 %epil.iter367, 1
   %epil.iter367.cmp.not = icmp eq i64 %epil.iter367.next, %xtraiter366
@@ -5316,8 +5309,8 @@ for_body_to144.us.5.i.epil:                       ; preds = %for_body_to144.us.5
 
 for_body_to144.us.6.i.preheader:                  ; preds = %for_body_to144.us.5.i.epil, %for_body_to144.us.6.i.preheader.unr-lcssa
   %xtraiter372 = and i64 %wide.trip.count1194.i, 3
-  %2150 = icmp slt i32 %1082, 256
-  br i1 %2150, label %for_body_to144.us.6.i.epil.preheader, label %for_body_to144.us.6.i.preheader.new, !prof !221
+  %2143 = icmp slt i32 %1075, 256
+  br i1 %2143, label %for_body_to144.us.6.i.epil.preheader, label %for_body_to144.us.6.i.preheader.new, !prof !221
 
 for_body_to144.us.6.i.preheader.new:              ; preds = %for_body_to144.us.6.i.preheader
   %unroll_iter376 = and i64 %wide.trip.count1194.i, 33554428
@@ -5326,34 +5319,34 @@ for_body_to144.us.6.i.preheader.new:              ; preds = %for_body_to144.us.6
 for_body_to144.us.6.i:                            ; preds = %for_body_to144.us.6.i, %for_body_to144.us.6.i.preheader.new
   %indvars.iv1191.6.i = phi i64 [ 0, %for_body_to144.us.6.i.preheader.new ], [ %indvars.iv.next1192.6.i.3, %for_body_to144.us.6.i ]
   %niter377 = phi i64 [ 0, %for_body_to144.us.6.i.preheader.new ], [ %niter377.next.3, %for_body_to144.us.6.i ]
-  %2151 = shl nsw i64 %indvars.iv1191.6.i, 6
-  %2152 = add nuw nsw i64 %2151, 768
-  %2153 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2152
-  %2154 = load <64 x float>, ptr %2153, align 4, !tbaa !7
-  %2155 = fmul <64 x float> %558, %2154
-  %2156 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2152
-  store <64 x float> %2155, ptr %2156, align 4, !tbaa !7
+  %2144 = shl nsw i64 %indvars.iv1191.6.i, 6
+  %2145 = add nuw nsw i64 %2144, 768
+  %2146 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2145
+  %2147 = load <64 x float>, ptr %2146, align 4, !tbaa !7
+  %2148 = fmul <64 x float> %551, %2147
+  %2149 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2145
+  store <64 x float> %2148, ptr %2149, align 4, !tbaa !7
   %indvars.iv.next1192.6.i = shl i64 %indvars.iv1191.6.i, 6
-  %2157 = add nuw nsw i64 %indvars.iv.next1192.6.i, 832
-  %2158 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2157
-  %2159 = load <64 x float>, ptr %2158, align 4, !tbaa !7
-  %2160 = fmul <64 x float> %558, %2159
-  %2161 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2157
-  store <64 x float> %2160, ptr %2161, align 4, !tbaa !7
+  %2150 = add nuw nsw i64 %indvars.iv.next1192.6.i, 832
+  %2151 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2150
+  %2152 = load <64 x float>, ptr %2151, align 4, !tbaa !7
+  %2153 = fmul <64 x float> %551, %2152
+  %2154 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2150
+  store <64 x float> %2153, ptr %2154, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.1 = shl i64 %indvars.iv1191.6.i, 6
-  %2162 = add nuw nsw i64 %indvars.iv.next1192.6.i.1, 896
-  %2163 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2162
-  %2164 = load <64 x float>, ptr %2163, align 4, !tbaa !7
-  %2165 = fmul <64 x float> %558, %2164
-  %2166 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2162
-  store <64 x float> %2165, ptr %2166, align 4, !tbaa !7
+  %2155 = add nuw nsw i64 %indvars.iv.next1192.6.i.1, 896
+  %2156 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2155
+  %2157 = load <64 x float>, ptr %2156, align 4, !tbaa !7
+  %2158 = fmul <64 x float> %551, %2157
+  %2159 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2155
+  store <64 x float> %2158, ptr %2159, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.2 = shl i64 %indvars.iv1191.6.i, 6
-  %2167 = add nuw nsw i64 %indvars.iv.next1192.6.i.2, 960
-  %2168 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2167
-  %2169 = load <64 x float>, ptr %2168, align 4, !tbaa !7
-  %2170 = fmul <64 x float> %558, %2169
-  %2171 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2167
-  store <64 x float> %2170, ptr %2171, align 4, !tbaa !7
+  %2160 = add nuw nsw i64 %indvars.iv.next1192.6.i.2, 960
+  %2161 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2160
+  %2162 = load <64 x float>, ptr %2161, align 4, !tbaa !7
+  %2163 = fmul <64 x float> %551, %2162
+  %2164 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2160
+  store <64 x float> %2163, ptr %2164, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.3 = add nuw nsw i64 %indvars.iv1191.6.i, 4
   %niter377.next.3 = add i64 %niter377, 4
   %niter377.ncmp.3 = icmp eq i64 %niter377.next.3, %unroll_iter376
@@ -5372,13 +5365,13 @@ for_body_to144.us.6.i.epil.preheader:             ; preds = %for_body_to144.us.7
 for_body_to144.us.6.i.epil:                       ; preds = %for_body_to144.us.6.i.epil, %for_body_to144.us.6.i.epil.preheader
   %indvars.iv1191.6.i.epil = phi i64 [ %indvars.iv.next1192.6.i.epil, %for_body_to144.us.6.i.epil ], [ %indvars.iv1191.6.i.epil.init, %for_body_to144.us.6.i.epil.preheader ]
   %epil.iter373 = phi i64 [ %epil.iter373.next, %for_body_to144.us.6.i.epil ], [ 0, %for_body_to144.us.6.i.epil.preheader ]
-  %2172 = shl nsw i64 %indvars.iv1191.6.i.epil, 6
-  %2173 = add nuw nsw i64 %2172, 768
-  %2174 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2173
-  %2175 = load <64 x float>, ptr %2174, align 4, !tbaa !7
-  %2176 = fmul <64 x float> %558, %2175
-  %2177 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2173
-  store <64 x float> %2176, ptr %2177, align 4, !tbaa !7
+  %2165 = shl nsw i64 %indvars.iv1191.6.i.epil, 6
+  %2166 = add nuw nsw i64 %2165, 768
+  %2167 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2166
+  %2168 = load <64 x float>, ptr %2167, align 4, !tbaa !7
+  %2169 = fmul <64 x float> %551, %2168
+  %2170 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2166
+  store <64 x float> %2169, ptr %2170, align 4, !tbaa !7
   %indvars.iv.next1192.6.i.epil = add nuw nsw i64 %indvars.iv1191.6.i.epil, 1
   %epil.iter373.next = add i64 %epil.iter373, 1
   %epil.iter373.cmp.not = icmp eq i64 %epil.iter373.next, %xtraiter372
@@ -5386,8 +5379,8 @@ for_body_to144.us.6.i.epil:                       ; preds = %for_body_to144.us.6
 
 for_body_to144.us.7.i.preheader:                  ; preds = %for_body_to144.us.6.i.epil, %for_body_to144.us.7.i.preheader.unr-lcssa
   %xtraiter378 = and i64 %wide.trip.count1194.i, 3
-  %2178 = icmp slt i32 %1082, 256
-  br i1 %2178, label %for_body_to144.us.7.i.epil.preheader, label %for_body_to144.us.7.i.preheader.new, !prof !221
+  %2171 = icmp slt i32 %1075, 256
+  br i1 %2171, label %for_body_to144.us.7.i.epil.preheader, label %for_body_to144.us.7.i.preheader.new, !prof !221
 
 for_body_to144.us.7.i.preheader.new:              ; preds = %for_body_to144.us.7.i.preheader
   %unroll_iter382 = and i64 %wide.trip.count1194.i, 33554428
@@ -5396,34 +5389,34 @@ for_body_to144.us.7.i.preheader.new:              ; preds = %for_body_to144.us.7
 for_body_to144.us.7.i:                            ; preds = %for_body_to144.us.7.i, %for_body_to144.us.7.i.preheader.new
   %indvars.iv1191.7.i = phi i64 [ 0, %for_body_to144.us.7.i.preheader.new ], [ %indvars.iv.next1192.7.i.3, %for_body_to144.us.7.i ]
   %niter383 = phi i64 [ 0, %for_body_to144.us.7.i.preheader.new ], [ %niter383.next.3, %for_body_to144.us.7.i ]
-  %2179 = shl nsw i64 %indvars.iv1191.7.i, 6
-  %2180 = add nuw nsw i64 %2179, 896
-  %2181 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2180
-  %2182 = load <64 x float>, ptr %2181, align 4, !tbaa !7
-  %2183 = fmul <64 x float> %558, %2182
-  %2184 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2180
-  store <64 x float> %2183, ptr %2184, align 4, !tbaa !7
+  %2172 = shl nsw i64 %indvars.iv1191.7.i, 6
+  %2173 = add nuw nsw i64 %2172, 896
+  %2174 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2173
+  %2175 = load <64 x float>, ptr %2174, align 4, !tbaa !7
+  %2176 = fmul <64 x float> %551, %2175
+  %2177 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2173
+  store <64 x float> %2176, ptr %2177, align 4, !tbaa !7
   %indvars.iv.next1192.7.i = shl i64 %indvars.iv1191.7.i, 6
-  %2185 = add nuw nsw i64 %indvars.iv.next1192.7.i, 960
-  %2186 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2185
-  %2187 = load <64 x float>, ptr %2186, align 4, !tbaa !7
-  %2188 = fmul <64 x float> %558, %2187
-  %2189 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2185
-  store <64 x float> %2188, ptr %2189, align 4, !tbaa !7
+  %2178 = add nuw nsw i64 %indvars.iv.next1192.7.i, 960
+  %2179 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2178
+  %2180 = load <64 x float>, ptr %2179, align 4, !tbaa !7
+  %2181 = fmul <64 x float> %551, %2180
+  %2182 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2178
+  store <64 x float> %2181, ptr %2182, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.1 = shl i64 %indvars.iv1191.7.i, 6
-  %2190 = add nuw nsw i64 %indvars.iv.next1192.7.i.1, 1024
-  %2191 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2190
-  %2192 = load <64 x float>, ptr %2191, align 4, !tbaa !7
-  %2193 = fmul <64 x float> %558, %2192
-  %2194 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2190
-  store <64 x float> %2193, ptr %2194, align 4, !tbaa !7
+  %2183 = add nuw nsw i64 %indvars.iv.next1192.7.i.1, 1024
+  %2184 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2183
+  %2185 = load <64 x float>, ptr %2184, align 4, !tbaa !7
+  %2186 = fmul <64 x float> %551, %2185
+  %2187 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2183
+  store <64 x float> %2186, ptr %2187, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.2 = shl i64 %indvars.iv1191.7.i, 6
-  %2195 = add nuw nsw i64 %indvars.iv.next1192.7.i.2, 1088
-  %2196 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2195
-  %2197 = load <64 x float>, ptr %2196, align 4, !tbaa !7
-  %2198 = fmul <64 x float> %558, %2197
-  %2199 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2195
-  store <64 x float> %2198, ptr %2199, align 4, !tbaa !7
+  %2188 = add nuw nsw i64 %indvars.iv.next1192.7.i.2, 1088
+  %2189 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2188
+  %2190 = load <64 x float>, ptr %2189, align 4, !tbaa !7
+  %2191 = fmul <64 x float> %551, %2190
+  %2192 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2188
+  store <64 x float> %2191, ptr %2192, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.3 = add nuw nsw i64 %indvars.iv1191.7.i, 4
   %niter383.next.3 = add i64 %niter383, 4
   %niter383.ncmp.3 = icmp eq i64 %niter383.next.3, %unroll_iter382
@@ -5442,13 +5435,13 @@ for_body_to144.us.7.i.epil.preheader:             ; preds = %for_body_to144.us.8
 for_body_to144.us.7.i.epil:                       ; preds = %for_body_to144.us.7.i.epil, %for_body_to144.us.7.i.epil.preheader
   %indvars.iv1191.7.i.epil = phi i64 [ %indvars.iv.next1192.7.i.epil, %for_body_to144.us.7.i.epil ], [ %indvars.iv1191.7.i.epil.init, %for_body_to144.us.7.i.epil.preheader ]
   %epil.iter379 = phi i64 [ %epil.iter379.next, %for_body_to144.us.7.i.epil ], [ 0, %for_body_to144.us.7.i.epil.preheader ]
-  %2200 = shl nsw i64 %indvars.iv1191.7.i.epil, 6
-  %2201 = add nuw nsw i64 %2200, 896
-  %2202 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2201
-  %2203 = load <64 x float>, ptr %2202, align 4, !tbaa !7
-  %2204 = fmul <64 x float> %558, %2203
-  %2205 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2201
-  store <64 x float> %2204, ptr %2205, align 4, !tbaa !7
+  %2193 = shl nsw i64 %indvars.iv1191.7.i.epil, 6
+  %2194 = add nuw nsw i64 %2193, 896
+  %2195 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2194
+  %2196 = load <64 x float>, ptr %2195, align 4, !tbaa !7
+  %2197 = fmul <64 x float> %551, %2196
+  %2198 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2194
+  store <64 x float> %2197, ptr %2198, align 4, !tbaa !7
   %indvars.iv.next1192.7.i.epil = add nuw nsw i64 %indvars.iv1191.7.i.epil, 1
   %epil.iter379.next = add i64 %epil.iter379, 1
   %epil.iter379.cmp.not = icmp eq i64 %epil.iter379.next, %xtraiter378
@@ -5456,8 +5449,8 @@ for_body_to144.us.7.i.epil:                       ; preds = %for_body_to144.us.7
 
 for_body_to144.us.8.i.preheader:                  ; preds = %for_body_to144.us.7.i.epil, %for_body_to144.us.8.i.preheader.unr-lcssa
   %xtraiter384 = and i64 %wide.trip.count1194.i, 3
-  %2206 = icmp slt i32 %1082, 256
-  br i1 %2206, label %for_body_to144.us.8.i.epil.preheader, label %for_body_to144.us.8.i.preheader.new, !prof !221
+  %2199 = icmp slt i32 %1075, 256
+  br i1 %2199, label %for_body_to144.us.8.i.epil.preheader, label %for_body_to144.us.8.i.preheader.new, !prof !221
 
 for_body_to144.us.8.i.preheader.new:              ; preds = %for_body_to144.us.8.i.preheader
   %unroll_iter388 = and i64 %wide.trip.count1194.i, 33554428
@@ -5466,34 +5459,34 @@ for_body_to144.us.8.i.preheader.new:              ; preds = %for_body_to144.us.8
 for_body_to144.us.8.i:                            ; preds = %for_body_to144.us.8.i, %for_body_to144.us.8.i.preheader.new
   %indvars.iv1191.8.i = phi i64 [ 0, %for_body_to144.us.8.i.preheader.new ], [ %indvars.iv.next1192.8.i.3, %for_body_to144.us.8.i ]
   %niter389 = phi i64 [ 0, %for_body_to144.us.8.i.preheader.new ], [ %niter389.next.3, %for_body_to144.us.8.i ]
-  %2207 = shl nsw i64 %indvars.iv1191.8.i, 6
-  %2208 = add nuw nsw i64 %2207, 1024
-  %2209 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2208
-  %2210 = load <64 x float>, ptr %2209, align 4, !tbaa !7
-  %2211 = fmul <64 x float> %558, %2210
-  %2212 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2208
-  store <64 x float> %2211, ptr %2212, align 4, !tbaa !7
+  %2200 = shl nsw i64 %indvars.iv1191.8.i, 6
+  %2201 = add nuw nsw i64 %2200, 1024
+  %2202 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2201
+  %2203 = load <64 x float>, ptr %2202, align 4, !tbaa !7
+  %2204 = fmul <64 x float> %551, %2203
+  %2205 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2201
+  store <64 x float> %2204, ptr %2205, align 4, !tbaa !7
   %indvars.iv.next1192.8.i = shl i64 %indvars.iv1191.8.i, 6
-  %2213 = add nuw nsw i64 %indvars.iv.next1192.8.i, 1088
-  %2214 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2213
-  %2215 = load <64 x float>, ptr %2214, align 4, !tbaa !7
-  %2216 = fmul <64 x float> %558, %2215
-  %2217 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2213
-  store <64 x float> %2216, ptr %2217, align 4, !tbaa !7
+  %2206 = add nuw nsw i64 %indvars.iv.next1192.8.i, 1088
+  %2207 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2206
+  %2208 = load <64 x float>, ptr %2207, align 4, !tbaa !7
+  %2209 = fmul <64 x float> %551, %2208
+  %2210 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2206
+  store <64 x float> %2209, ptr %2210, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.1 = shl i64 %indvars.iv1191.8.i, 6
-  %2218 = add nuw nsw i64 %indvars.iv.next1192.8.i.1, 1152
-  %2219 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2218
-  %2220 = load <64 x float>, ptr %2219, align 4, !tbaa !7
-  %2221 = fmul <64 x float> %558, %2220
-  %2222 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2218
-  store <64 x float> %2221, ptr %2222, align 4, !tbaa !7
+  %2211 = add nuw nsw i64 %indvars.iv.next1192.8.i.1, 1152
+  %2212 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2211
+  %2213 = load <64 x float>, ptr %2212, align 4, !tbaa !7
+  %2214 = fmul <64 x float> %551, %2213
+  %2215 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2211
+  store <64 x float> %2214, ptr %2215, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.2 = shl i64 %indvars.iv1191.8.i, 6
-  %2223 = add nuw nsw i64 %indvars.iv.next1192.8.i.2, 1216
-  %2224 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2223
-  %2225 = load <64 x float>, ptr %2224, align 4, !tbaa !7
-  %2226 = fmul <64 x float> %558, %2225
-  %2227 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2223
-  store <64 x float> %2226, ptr %2227, align 4, !tbaa !7
+  %2216 = add nuw nsw i64 %indvars.iv.next1192.8.i.2, 1216
+  %2217 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2216
+  %2218 = load <64 x float>, ptr %2217, align 4, !tbaa !7
+  %2219 = fmul <64 x float> %551, %2218
+  %2220 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2216
+  store <64 x float> %2219, ptr %2220, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.3 = add nuw nsw i64 %indvars.iv1191.8.i, 4
   %niter389.next.3 = add i64 %niter389, 4
   %niter389.ncmp.3 = icmp eq i64 %niter389.next.3, %unroll_iter388
@@ -5512,13 +5505,13 @@ for_body_to144.us.8.i.epil.preheader:             ; preds = %for_body_to144.us.9
 for_body_to144.us.8.i.epil:                       ; preds = %for_body_to144.us.8.i.epil, %for_body_to144.us.8.i.epil.preheader
   %indvars.iv1191.8.i.epil = phi i64 [ %indvars.iv.next1192.8.i.epil, %for_body_to144.us.8.i.epil ], [ %indvars.iv1191.8.i.epil.init, %for_body_to144.us.8.i.epil.preheader ]
   %epil.iter385 = phi i64 [ %epil.iter385.next, %for_body_to144.us.8.i.epil ], [ 0, %for_body_to144.us.8.i.epil.preheader ]
-  %2228 = shl nsw i64 %indvars.iv1191.8.i.epil, 6
-  %2229 = add nuw nsw i64 %2228, 1024
-  %2230 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2229
-  %2231 = load <64 x float>, ptr %2230, align 4, !tbaa !7
-  %2232 = fmul <64 x float> %558, %2231
-  %2233 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2229
-  store <64 x float> %2232, ptr %2233, align 4, !tbaa !7
+  %2221 = shl nsw i64 %indvars.iv1191.8.i.epil, 6
+  %2222 = add nuw nsw i64 %2221, 1024
+  %2223 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2222
+  %2224 = load <64 x float>, ptr %2223, align 4, !tbaa !7
+  %2225 = fmul <64 x float> %551, %2224
+  %2226 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2222
+  store <64 x float> %2225, ptr %2226, align 4, !tbaa !7
   %indvars.iv.next1192.8.i.epil = add nuw nsw i64 %indvars.iv1191.8.i.epil, 1
   %epil.iter385.next = add i64 %epil.iter385, 1
   %epil.iter385.cmp.not = icmp eq i64 %epil.iter385.next, %xtraiter384
@@ -5526,8 +5519,8 @@ for_body_to144.us.8.i.epil:                       ; preds = %for_body_to144.us.8
 
 for_body_to144.us.9.i.preheader:                  ; preds = %for_body_to144.us.8.i.epil, %for_body_to144.us.9.i.preheader.unr-lcssa
   %xtraiter390 = and i64 %wide.trip.count1194.i, 3
-  %2234 = icmp slt i32 %1082, 256
-  br i1 %2234, label %for_body_to144.us.9.i.epil.preheader, label %for_body_to144.us.9.i.preheader.new, !prof !221
+  %2227 = icmp slt i32 %1075, 256
+  br i1 %2227, label %for_body_to144.us.9.i.epil.preheader, label %for_body_to144.us.9.i.preheader.new, !prof !221
 
 for_body_to144.us.9.i.preheader.new:              ; preds = %for_body_to144.us.9.i.preheader
   %unroll_iter394 = and i64 %wide.trip.count1194.i, 33554428
@@ -5536,34 +5529,34 @@ for_body_to144.us.9.i.preheader.new:              ; preds = %for_body_to144.us.9
 for_body_to144.us.9.i:                            ; preds = %for_body_to144.us.9.i, %for_body_to144.us.9.i.preheader.new
   %indvars.iv1191.9.i = phi i64 [ 0, %for_body_to144.us.9.i.preheader.new ], [ %indvars.iv.next1192.9.i.3, %for_body_to144.us.9.i ]
   %niter395 = phi i64 [ 0, %for_body_to144.us.9.i.preheader.new ], [ %niter395.next.3, %for_body_to144.us.9.i ]
-  %2235 = shl nsw i64 %indvars.iv1191.9.i, 6
-  %2236 = add nuw nsw i64 %2235, 1152
-  %2237 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2236
-  %2238 = load <64 x float>, ptr %2237, align 4, !tbaa !7
-  %2239 = fmul <64 x float> %558, %2238
-  %2240 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2236
-  store <64 x float> %2239, ptr %2240, align 4, !tbaa !7
+  %2228 = shl nsw i64 %indvars.iv1191.9.i, 6
+  %2229 = add nuw nsw i64 %2228, 1152
+  %2230 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2229
+  %2231 = load <64 x float>, ptr %2230, align 4, !tbaa !7
+  %2232 = fmul <64 x float> %551, %2231
+  %2233 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2229
+  store <64 x float> %2232, ptr %2233, align 4, !tbaa !7
   %indvars.iv.next1192.9.i = shl i64 %indvars.iv1191.9.i, 6
-  %2241 = add nuw nsw i64 %indvars.iv.next1192.9.i, 1216
-  %2242 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2241
-  %2243 = load <64 x float>, ptr %2242, align 4, !tbaa !7
-  %2244 = fmul <64 x float> %558, %2243
-  %2245 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2241
-  store <64 x float> %2244, ptr %2245, align 4, !tbaa !7
+  %2234 = add nuw nsw i64 %indvars.iv.next1192.9.i, 1216
+  %2235 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2234
+  %2236 = load <64 x float>, ptr %2235, align 4, !tbaa !7
+  %2237 = fmul <64 x float> %551, %2236
+  %2238 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2234
+  store <64 x float> %2237, ptr %2238, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.1 = shl i64 %indvars.iv1191.9.i, 6
-  %2246 = add nuw nsw i64 %indvars.iv.next1192.9.i.1, 1280
-  %2247 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2246
-  %2248 = load <64 x float>, ptr %2247, align 4, !tbaa !7
-  %2249 = fmul <64 x float> %558, %2248
-  %2250 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2246
-  store <64 x float> %2249, ptr %2250, align 4, !tbaa !7
+  %2239 = add nuw nsw i64 %indvars.iv.next1192.9.i.1, 1280
+  %2240 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2239
+  %2241 = load <64 x float>, ptr %2240, align 4, !tbaa !7
+  %2242 = fmul <64 x float> %551, %2241
+  %2243 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2239
+  store <64 x float> %2242, ptr %2243, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.2 = shl i64 %indvars.iv1191.9.i, 6
-  %2251 = add nuw nsw i64 %indvars.iv.next1192.9.i.2, 1344
-  %2252 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2251
-  %2253 = load <64 x float>, ptr %2252, align 4, !tbaa !7
-  %2254 = fmul <64 x float> %558, %2253
-  %2255 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2251
-  store <64 x float> %2254, ptr %2255, align 4, !tbaa !7
+  %2244 = add nuw nsw i64 %indvars.iv.next1192.9.i.2, 1344
+  %2245 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2244
+  %2246 = load <64 x float>, ptr %2245, align 4, !tbaa !7
+  %2247 = fmul <64 x float> %551, %2246
+  %2248 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2244
+  store <64 x float> %2247, ptr %2248, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.3 = add nuw nsw i64 %indvars.iv1191.9.i, 4
   %niter395.next.3 = add i64 %niter395, 4
   %niter395.ncmp.3 = icmp eq i64 %niter395.next.3, %unroll_iter394
@@ -5582,13 +5575,13 @@ for_body_to144.us.9.i.epil.preheader:             ; preds = %for_body_to144.us.1
 for_body_to144.us.9.i.epil:                       ; preds = %for_body_to144.us.9.i.epil, %for_body_to144.us.9.i.epil.preheader
   %indvars.iv1191.9.i.epil = phi i64 [ %indvars.iv.next1192.9.i.epil, %for_body_to144.us.9.i.epil ], [ %indvars.iv1191.9.i.epil.init, %for_body_to144.us.9.i.epil.preheader ]
   %epil.iter391 = phi i64 [ %epil.iter391.next, %for_body_to144.us.9.i.epil ], [ 0, %for_body_to144.us.9.i.epil.preheader ]
-  %2256 = shl nsw i64 %indvars.iv1191.9.i.epil, 6
-  %2257 = add nuw nsw i64 %2256, 1152
-  %2258 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2257
-  %2259 = load <64 x float>, ptr %2258, align 4, !tbaa !7
-  %2260 = fmul <64 x float> %558, %2259
-  %2261 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2257
-  store <64 x float> %2260, ptr %2261, align 4, !tbaa !7
+  %2249 = shl nsw i64 %indvars.iv1191.9.i.epil, 6
+  %2250 = add nuw nsw i64 %2249, 1152
+  %2251 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2250
+  %2252 = load <64 x float>, ptr %2251, align 4, !tbaa !7
+  %2253 = fmul <64 x float> %551, %2252
+  %2254 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2250
+  store <64 x float> %2253, ptr %2254, align 4, !tbaa !7
   %indvars.iv.next1192.9.i.epil = add nuw nsw i64 %indvars.iv1191.9.i.epil, 1
   %epil.iter391.next = add i64 %epil.iter391, 1
   %epil.iter391.cmp.not = icmp eq i64 %epil.iter391.next, %xtraiter390
@@ -5596,8 +5589,8 @@ for_body_to144.us.9.i.epil:                       ; preds = %for_body_to144.us.9
 
 for_body_to144.us.10.i.preheader:                 ; preds = %for_body_to144.us.9.i.epil, %for_body_to144.us.10.i.preheader.unr-lcssa
   %xtraiter396 = and i64 %wide.trip.count1194.i, 3
-  %2262 = icmp slt i32 %1082, 256
-  br i1 %2262, label %for_body_to144.us.10.i.epil.preheader, label %for_body_to144.us.10.i.preheader.new, !prof !221
+  %2255 = icmp slt i32 %1075, 256
+  br i1 %2255, label %for_body_to144.us.10.i.epil.preheader, label %for_body_to144.us.10.i.preheader.new, !prof !221
 
 for_body_to144.us.10.i.preheader.new:             ; preds = %for_body_to144.us.10.i.preheader
   %unroll_iter400 = and i64 %wide.trip.count1194.i, 33554428
@@ -5606,34 +5599,34 @@ for_body_to144.us.10.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.10.i:                           ; preds = %for_body_to144.us.10.i, %for_body_to144.us.10.i.preheader.new
   %indvars.iv1191.10.i = phi i64 [ 0, %for_body_to144.us.10.i.preheader.new ], [ %indvars.iv.next1192.10.i.3, %for_body_to144.us.10.i ]
   %niter401 = phi i64 [ 0, %for_body_to144.us.10.i.preheader.new ], [ %niter401.next.3, %for_body_to144.us.10.i ]
-  %2263 = shl nsw i64 %indvars.iv1191.10.i, 6
-  %2264 = add nuw nsw i64 %2263, 1280
-  %2265 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2264
-  %2266 = load <64 x float>, ptr %2265, align 4, !tbaa !7
-  %2267 = fmul <64 x float> %558, %2266
-  %2268 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2264
-  store <64 x float> %2267, ptr %2268, align 4, !tbaa !7
+  %2256 = shl nsw i64 %indvars.iv1191.10.i, 6
+  %2257 = add nuw nsw i64 %2256, 1280
+  %2258 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2257
+  %2259 = load <64 x float>, ptr %2258, align 4, !tbaa !7
+  %2260 = fmul <64 x float> %551, %2259
+  %2261 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2257
+  store <64 x float> %2260, ptr %2261, align 4, !tbaa !7
   %indvars.iv.next1192.10.i = shl i64 %indvars.iv1191.10.i, 6
-  %2269 = add nuw nsw i64 %indvars.iv.next1192.10.i, 1344
-  %2270 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2269
-  %2271 = load <64 x float>, ptr %2270, align 4, !tbaa !7
-  %2272 = fmul <64 x float> %558, %2271
-  %2273 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2269
-  store <64 x float> %2272, ptr %2273, align 4, !tbaa !7
+  %2262 = add nuw nsw i64 %indvars.iv.next1192.10.i, 1344
+  %2263 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2262
+  %2264 = load <64 x float>, ptr %2263, align 4, !tbaa !7
+  %2265 = fmul <64 x float> %551, %2264
+  %2266 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2262
+  store <64 x float> %2265, ptr %2266, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.1 = shl i64 %indvars.iv1191.10.i, 6
-  %2274 = add nuw nsw i64 %indvars.iv.next1192.10.i.1, 1408
-  %2275 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2274
-  %2276 = load <64 x float>, ptr %2275, align 4, !tbaa !7
-  %2277 = fmul <64 x float> %558, %2276
-  %2278 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2274
-  store <64 x float> %2277, ptr %2278, align 4, !tbaa !7
+  %2267 = add nuw nsw i64 %indvars.iv.next1192.10.i.1, 1408
+  %2268 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2267
+  %2269 = load <64 x float>, ptr %2268, align 4, !tbaa !7
+  %2270 = fmul <64 x float> %551, %2269
+  %2271 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2267
+  store <64 x float> %2270, ptr %2271, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.2 = shl i64 %indvars.iv1191.10.i, 6
-  %2279 = add nuw nsw i64 %indvars.iv.next1192.10.i.2, 1472
-  %2280 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2279
-  %2281 = load <64 x float>, ptr %2280, align 4, !tbaa !7
-  %2282 = fmul <64 x float> %558, %2281
-  %2283 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2279
-  store <64 x float> %2282, ptr %2283, align 4, !tbaa !7
+  %2272 = add nuw nsw i64 %indvars.iv.next1192.10.i.2, 1472
+  %2273 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2272
+  %2274 = load <64 x float>, ptr %2273, align 4, !tbaa !7
+  %2275 = fmul <64 x float> %551, %2274
+  %2276 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2272
+  store <64 x float> %2275, ptr %2276, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.3 = add nuw nsw i64 %indvars.iv1191.10.i, 4
   %niter401.next.3 = add i64 %niter401, 4
   %niter401.ncmp.3 = icmp eq i64 %niter401.next.3, %unroll_iter400
@@ -5652,13 +5645,13 @@ for_body_to144.us.10.i.epil.preheader:            ; preds = %for_body_to144.us.1
 for_body_to144.us.10.i.epil:                      ; preds = %for_body_to144.us.10.i.epil, %for_body_to144.us.10.i.epil.preheader
   %indvars.iv1191.10.i.epil = phi i64 [ %indvars.iv.next1192.10.i.epil, %for_body_to144.us.10.i.epil ], [ %indvars.iv1191.10.i.epil.init, %for_body_to144.us.10.i.epil.preheader ]
   %epil.iter397 = phi i64 [ %epil.iter397.next, %for_body_to144.us.10.i.epil ], [ 0, %for_body_to144.us.10.i.epil.preheader ]
-  %2284 = shl nsw i64 %indvars.iv1191.10.i.epil, 6
-  %2285 = add nuw nsw i64 %2284, 1280
-  %2286 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2285
-  %2287 = load <64 x float>, ptr %2286, align 4, !tbaa !7
-  %2288 = fmul <64 x float> %558, %2287
-  %2289 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2285
-  store <64 x float> %2288, ptr %2289, align 4, !tbaa !7
+  %2277 = shl nsw i64 %indvars.iv1191.10.i.epil, 6
+  %2278 = add nuw nsw i64 %2277, 1280
+  %2279 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2278
+  %2280 = load <64 x float>, ptr %2279, align 4, !tbaa !7
+  %2281 = fmul <64 x float> %551, %2280
+  %2282 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2278
+  store <64 x float> %2281, ptr %2282, align 4, !tbaa !7
   %indvars.iv.next1192.10.i.epil = add nuw nsw i64 %indvars.iv1191.10.i.epil, 1
   %epil.iter397.next = add i64 %epil.iter397, 1
   %epil.iter397.cmp.not = icmp eq i64 %epil.iter397.next, %xtraiter396
@@ -5666,8 +5659,8 @@ for_body_to144.us.10.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_body_to144.us.11.i.preheader:                 ; preds = %for_body_to144.us.10.i.epil, %for_body_to144.us.11.i.preheader.unr-lcssa
   %xtraiter402 = and i64 %wide.trip.count1194.i, 3
-  %2290 = icmp slt i32 %1082, 256
-  br i1 %2290, label %for_body_to144.us.11.i.epil.preheader, label %for_body_to144.us.11.i.preheader.new, !prof !221
+  %2283 = icmp slt i32 %1075, 256
+  br i1 %2283, label %for_body_to144.us.11.i.epil.preheader, label %for_body_to144.us.11.i.preheader.new, !prof !221
 
 for_body_to144.us.11.i.preheader.new:             ; preds = %for_body_to144.us.11.i.preheader
   %unroll_iter406 = and i64 %wide.trip.count1194.i, 33554428
@@ -5676,34 +5669,34 @@ for_body_to144.us.11.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.11.i:                           ; preds = %for_body_to144.us.11.i, %for_body_to144.us.11.i.preheader.new
   %indvars.iv1191.11.i = phi i64 [ 0, %for_body_to144.us.11.i.preheader.new ], [ %indvars.iv.next1192.11.i.3, %for_body_to144.us.11.i ]
   %niter407 = phi i64 [ 0, %for_body_to144.us.11.i.preheader.new ], [ %niter407.next.3, %for_body_to144.us.11.i ]
-  %2291 = shl nsw i64 %indvars.iv1191.11.i, 6
-  %2292 = add nuw nsw i64 %2291, 1408
-  %2293 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2292
-  %2294 = load <64 x float>, ptr %2293, align 4, !tbaa !7
-  %2295 = fmul <64 x float> %558, %2294
-  %2296 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2292
-  store <64 x float> %2295, ptr %2296, align 4, !tbaa !7
+  %2284 = shl nsw i64 %indvars.iv1191.11.i, 6
+  %2285 = add nuw nsw i64 %2284, 1408
+  %2286 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2285
+  %2287 = load <64 x float>, ptr %2286, align 4, !tbaa !7
+  %2288 = fmul <64 x float> %551, %2287
+  %2289 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2285
+  store <64 x float> %2288, ptr %2289, align 4, !tbaa !7
   %indvars.iv.next1192.11.i = shl i64 %indvars.iv1191.11.i, 6
-  %2297 = add nuw nsw i64 %indvars.iv.next1192.11.i, 1472
-  %2298 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2297
-  %2299 = load <64 x float>, ptr %2298, align 4, !tbaa !7
-  %2300 = fmul <64 x float> %558, %2299
-  %2301 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2297
-  store <64 x float> %2300, ptr %2301, align 4, !tbaa !7
+  %2290 = add nuw nsw i64 %indvars.iv.next1192.11.i, 1472
+  %2291 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2290
+  %2292 = load <64 x float>, ptr %2291, align 4, !tbaa !7
+  %2293 = fmul <64 x float> %551, %2292
+  %2294 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2290
+  store <64 x float> %2293, ptr %2294, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.1 = shl i64 %indvars.iv1191.11.i, 6
-  %2302 = add nuw nsw i64 %indvars.iv.next1192.11.i.1, 1536
-  %2303 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2302
-  %2304 = load <64 x float>, ptr %2303, align 4, !tbaa !7
-  %2305 = fmul <64 x float> %558, %2304
-  %2306 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2302
-  store <64 x float> %2305, ptr %2306, align 4, !tbaa !7
+  %2295 = add nuw nsw i64 %indvars.iv.next1192.11.i.1, 1536
+  %2296 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2295
+  %2297 = load <64 x float>, ptr %2296, align 4, !tbaa !7
+  %2298 = fmul <64 x float> %551, %2297
+  %2299 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2295
+  store <64 x float> %2298, ptr %2299, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.2 = shl i64 %indvars.iv1191.11.i, 6
-  %2307 = add nuw nsw i64 %indvars.iv.next1192.11.i.2, 1600
-  %2308 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2307
-  %2309 = load <64 x float>, ptr %2308, align 4, !tbaa !7
-  %2310 = fmul <64 x float> %558, %2309
-  %2311 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2307
-  store <64 x float> %2310, ptr %2311, align 4, !tbaa !7
+  %2300 = add nuw nsw i64 %indvars.iv.next1192.11.i.2, 1600
+  %2301 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2300
+  %2302 = load <64 x float>, ptr %2301, align 4, !tbaa !7
+  %2303 = fmul <64 x float> %551, %2302
+  %2304 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2300
+  store <64 x float> %2303, ptr %2304, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.3 = add nuw nsw i64 %indvars.iv1191.11.i, 4
   %niter407.next.3 = add i64 %niter407, 4
   %niter407.ncmp.3 = icmp eq i64 %niter407.next.3, %unroll_iter406
@@ -5722,13 +5715,13 @@ for_body_to144.us.11.i.epil.preheader:            ; preds = %for_body_to144.us.1
 for_body_to144.us.11.i.epil:                      ; preds = %for_body_to144.us.11.i.epil, %for_body_to144.us.11.i.epil.preheader
   %indvars.iv1191.11.i.epil = phi i64 [ %indvars.iv.next1192.11.i.epil, %for_body_to144.us.11.i.epil ], [ %indvars.iv1191.11.i.epil.init, %for_body_to144.us.11.i.epil.preheader ]
   %epil.iter403 = phi i64 [ %epil.iter403.next, %for_body_to144.us.11.i.epil ], [ 0, %for_body_to144.us.11.i.epil.preheader ]
-  %2312 = shl nsw i64 %indvars.iv1191.11.i.epil, 6
-  %2313 = add nuw nsw i64 %2312, 1408
-  %2314 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2313
-  %2315 = load <64 x float>, ptr %2314, align 4, !tbaa !7
-  %2316 = fmul <64 x float> %558, %2315
-  %2317 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2313
-  store <64 x float> %2316, ptr %2317, align 4, !tbaa !7
+  %2305 = shl nsw i64 %indvars.iv1191.11.i.epil, 6
+  %2306 = add nuw nsw i64 %2305, 1408
+  %2307 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2306
+  %2308 = load <64 x float>, ptr %2307, align 4, !tbaa !7
+  %2309 = fmul <64 x float> %551, %2308
+  %2310 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2306
+  store <64 x float> %2309, ptr %2310, align 4, !tbaa !7
   %indvars.iv.next1192.11.i.epil = add nuw nsw i64 %indvars.iv1191.11.i.epil, 1
   %epil.iter403.next = add i64 %epil.iter403, 1
   %epil.iter403.cmp.not = icmp eq i64 %epil.iter403.next, %xtraiter402
@@ -5736,8 +5729,8 @@ for_body_to144.us.11.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_body_to144.us.12.i.preheader:                 ; preds = %for_body_to144.us.11.i.epil, %for_body_to144.us.12.i.preheader.unr-lcssa
   %xtraiter408 = and i64 %wide.trip.count1194.i, 3
-  %2318 = icmp slt i32 %1082, 256
-  br i1 %2318, label %for_body_to144.us.12.i.epil.preheader, label %for_body_to144.us.12.i.preheader.new, !prof !221
+  %2311 = icmp slt i32 %1075, 256
+  br i1 %2311, label %for_body_to144.us.12.i.epil.preheader, label %for_body_to144.us.12.i.preheader.new, !prof !221
 
 for_body_to144.us.12.i.preheader.new:             ; preds = %for_body_to144.us.12.i.preheader
   %unroll_iter412 = and i64 %wide.trip.count1194.i, 33554428
@@ -5746,34 +5739,34 @@ for_body_to144.us.12.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.12.i:                           ; preds = %for_body_to144.us.12.i, %for_body_to144.us.12.i.preheader.new
   %indvars.iv1191.12.i = phi i64 [ 0, %for_body_to144.us.12.i.preheader.new ], [ %indvars.iv.next1192.12.i.3, %for_body_to144.us.12.i ]
   %niter413 = phi i64 [ 0, %for_body_to144.us.12.i.preheader.new ], [ %niter413.next.3, %for_body_to144.us.12.i ]
-  %2319 = shl nsw i64 %indvars.iv1191.12.i, 6
-  %2320 = add nuw nsw i64 %2319, 1536
-  %2321 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2320
-  %2322 = load <64 x float>, ptr %2321, align 4, !tbaa !7
-  %2323 = fmul <64 x float> %558, %2322
-  %2324 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2320
-  store <64 x float> %2323, ptr %2324, align 4, !tbaa !7
+  %2312 = shl nsw i64 %indvars.iv1191.12.i, 6
+  %2313 = add nuw nsw i64 %2312, 1536
+  %2314 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2313
+  %2315 = load <64 x float>, ptr %2314, align 4, !tbaa !7
+  %2316 = fmul <64 x float> %551, %2315
+  %2317 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2313
+  store <64 x float> %2316, ptr %2317, align 4, !tbaa !7
   %indvars.iv.next1192.12.i = shl i64 %indvars.iv1191.12.i, 6
-  %2325 = add nuw nsw i64 %indvars.iv.next1192.12.i, 1600
-  %2326 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2325
-  %2327 = load <64 x float>, ptr %2326, align 4, !tbaa !7
-  %2328 = fmul <64 x float> %558, %2327
-  %2329 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2325
-  store <64 x float> %2328, ptr %2329, align 4, !tbaa !7
+  %2318 = add nuw nsw i64 %indvars.iv.next1192.12.i, 1600
+  %2319 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2318
+  %2320 = load <64 x float>, ptr %2319, align 4, !tbaa !7
+  %2321 = fmul <64 x float> %551, %2320
+  %2322 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2318
+  store <64 x float> %2321, ptr %2322, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.1 = shl i64 %indvars.iv1191.12.i, 6
-  %2330 = add nuw nsw i64 %indvars.iv.next1192.12.i.1, 1664
-  %2331 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2330
-  %2332 = load <64 x float>, ptr %2331, align 4, !tbaa !7
-  %2333 = fmul <64 x float> %558, %2332
-  %2334 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2330
-  store <64 x float> %2333, ptr %2334, align 4, !tbaa !7
+  %2323 = add nuw nsw i64 %indvars.iv.next1192.12.i.1, 1664
+  %2324 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2323
+  %2325 = load <64 x float>, ptr %2324, align 4, !tbaa !7
+  %2326 = fmul <64 x float> %551, %2325
+  %2327 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2323
+  store <64 x float> %2326, ptr %2327, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.2 = shl i64 %indvars.iv1191.12.i, 6
-  %2335 = add nuw nsw i64 %indvars.iv.next1192.12.i.2, 1728
-  %2336 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2335
-  %2337 = load <64 x float>, ptr %2336, align 4, !tbaa !7
-  %2338 = fmul <64 x float> %558, %2337
-  %2339 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2335
-  store <64 x float> %2338, ptr %2339, align 4, !tbaa !7
+  %2328 = add nuw nsw i64 %indvars.iv.next1192.12.i.2, 1728
+  %2329 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2328
+  %2330 = load <64 x float>, ptr %2329, align 4, !tbaa !7
+  %2331 = fmul <64 x float> %551, %2330
+  %2332 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2328
+  store <64 x float> %2331, ptr %2332, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.3 = add nuw nsw i64 %indvars.iv1191.12.i, 4
   %niter413.next.3 = add i64 %niter413, 4
   %niter413.ncmp.3 = icmp eq i64 %niter413.next.3, %unroll_iter412
@@ -5792,13 +5785,13 @@ for_body_to144.us.12.i.epil.preheader:            ; preds = %for_body_to144.us.1
 for_body_to144.us.12.i.epil:                      ; preds = %for_body_to144.us.12.i.epil, %for_body_to144.us.12.i.epil.preheader
   %indvars.iv1191.12.i.epil = phi i64 [ %indvars.iv.next1192.12.i.epil, %for_body_to144.us.12.i.epil ], [ %indvars.iv1191.12.i.epil.init, %for_body_to144.us.12.i.epil.preheader ]
   %epil.iter409 = phi i64 [ %epil.iter409.next, %for_body_to144.us.12.i.epil ], [ 0, %for_body_to144.us.12.i.epil.preheader ]
-  %2340 = shl nsw i64 %indvars.iv1191.12.i.epil, 6
-  %2341 = add nuw nsw i64 %2340, 1536
-  %2342 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2341
-  %2343 = load <64 x float>, ptr %2342, align 4, !tbaa !7
-  %2344 = fmul <64 x float> %558, %2343
-  %2345 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2341
-  store <64 x float> %2344, ptr %2345, align 4, !tbaa !7
+  %2333 = shl nsw i64 %indvars.iv1191.12.i.epil, 6
+  %2334 = add nuw nsw i64 %2333, 1536
+  %2335 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2334
+  %2336 = load <64 x float>, ptr %2335, align 4, !tbaa !7
+  %2337 = fmul <64 x float> %551, %2336
+  %2338 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2334
+  store <64 x float> %2337, ptr %2338, align 4, !tbaa !7
   %indvars.iv.next1192.12.i.epil = add nuw nsw i64 %indvars.iv1191.12.i.epil, 1
   %epil.iter409.next = add i64 %epil.iter409, 1
   %epil.iter409.cmp.not = icmp eq i64 %epil.iter409.next, %xtraiter408
@@ -5806,8 +5799,8 @@ for_body_to144.us.12.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_body_to144.us.13.i.preheader:                 ; preds = %for_body_to144.us.12.i.epil, %for_body_to144.us.13.i.preheader.unr-lcssa
   %xtraiter414 = and i64 %wide.trip.count1194.i, 3
-  %2346 = icmp slt i32 %1082, 256
-  br i1 %2346, label %for_body_to144.us.13.i.epil.preheader, label %for_body_to144.us.13.i.preheader.new, !prof !221
+  %2339 = icmp slt i32 %1075, 256
+  br i1 %2339, label %for_body_to144.us.13.i.epil.preheader, label %for_body_to144.us.13.i.preheader.new, !prof !221
 
 for_body_to144.us.13.i.preheader.new:             ; preds = %for_body_to144.us.13.i.preheader
   %unroll_iter418 = and i64 %wide.trip.count1194.i, 33554428
@@ -5816,34 +5809,34 @@ for_body_to144.us.13.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.13.i:                           ; preds = %for_body_to144.us.13.i, %for_body_to144.us.13.i.preheader.new
   %indvars.iv1191.13.i = phi i64 [ 0, %for_body_to144.us.13.i.preheader.new ], [ %indvars.iv.next1192.13.i.3, %for_body_to144.us.13.i ]
   %niter419 = phi i64 [ 0, %for_body_to144.us.13.i.preheader.new ], [ %niter419.next.3, %for_body_to144.us.13.i ]
-  %2347 = shl nsw i64 %indvars.iv1191.13.i, 6
-  %2348 = add nuw nsw i64 %2347, 1664
-  %2349 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2348
-  %2350 = load <64 x float>, ptr %2349, align 4, !tbaa !7
-  %2351 = fmul <64 x float> %558, %2350
-  %2352 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2348
-  store <64 x float> %2351, ptr %2352, align 4, !tbaa !7
+  %2340 = shl nsw i64 %indvars.iv1191.13.i, 6
+  %2341 = add nuw nsw i64 %2340, 1664
+  %2342 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2341
+  %2343 = load <64 x float>, ptr %2342, align 4, !tbaa !7
+  %2344 = fmul <64 x float> %551, %2343
+  %2345 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2341
+  store <64 x float> %2344, ptr %2345, align 4, !tbaa !7
   %indvars.iv.next1192.13.i = shl i64 %indvars.iv1191.13.i, 6
-  %2353 = add nuw nsw i64 %indvars.iv.next1192.13.i, 1728
-  %2354 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2353
-  %2355 = load <64 x float>, ptr %2354, align 4, !tbaa !7
-  %2356 = fmul <64 x float> %558, %2355
-  %2357 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2353
-  store <64 x float> %2356, ptr %2357, align 4, !tbaa !7
+  %2346 = add nuw nsw i64 %indvars.iv.next1192.13.i, 1728
+  %2347 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2346
+  %2348 = load <64 x float>, ptr %2347, align 4, !tbaa !7
+  %2349 = fmul <64 x float> %551, %2348
+  %2350 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2346
+  store <64 x float> %2349, ptr %2350, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.1 = shl i64 %indvars.iv1191.13.i, 6
-  %2358 = add nuw nsw i64 %indvars.iv.next1192.13.i.1, 1792
-  %2359 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2358
-  %2360 = load <64 x float>, ptr %2359, align 4, !tbaa !7
-  %2361 = fmul <64 x float> %558, %2360
-  %2362 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2358
-  store <64 x float> %2361, ptr %2362, align 4, !tbaa !7
+  %2351 = add nuw nsw i64 %indvars.iv.next1192.13.i.1, 1792
+  %2352 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2351
+  %2353 = load <64 x float>, ptr %2352, align 4, !tbaa !7
+  %2354 = fmul <64 x float> %551, %2353
+  %2355 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2351
+  store <64 x float> %2354, ptr %2355, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.2 = shl i64 %indvars.iv1191.13.i, 6
-  %2363 = add nuw nsw i64 %indvars.iv.next1192.13.i.2, 1856
-  %2364 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2363
-  %2365 = load <64 x float>, ptr %2364, align 4, !tbaa !7
-  %2366 = fmul <64 x float> %558, %2365
-  %2367 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2363
-  store <64 x float> %2366, ptr %2367, align 4, !tbaa !7
+  %2356 = add nuw nsw i64 %indvars.iv.next1192.13.i.2, 1856
+  %2357 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2356
+  %2358 = load <64 x float>, ptr %2357, align 4, !tbaa !7
+  %2359 = fmul <64 x float> %551, %2358
+  %2360 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2356
+  store <64 x float> %2359, ptr %2360, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.3 = add nuw nsw i64 %indvars.iv1191.13.i, 4
   %niter419.next.3 = add i64 %niter419, 4
   %niter419.ncmp.3 = icmp eq i64 %niter419.next.3, %unroll_iter418
@@ -5862,13 +5855,13 @@ for_body_to144.us.13.i.epil.preheader:            ; preds = %for_body_to144.us.1
 for_body_to144.us.13.i.epil:                      ; preds = %for_body_to144.us.13.i.epil, %for_body_to144.us.13.i.epil.preheader
   %indvars.iv1191.13.i.epil = phi i64 [ %indvars.iv.next1192.13.i.epil, %for_body_to144.us.13.i.epil ], [ %indvars.iv1191.13.i.epil.init, %for_body_to144.us.13.i.epil.preheader ]
   %epil.iter415 = phi i64 [ %epil.iter415.next, %for_body_to144.us.13.i.epil ], [ 0, %for_body_to144.us.13.i.epil.preheader ]
-  %2368 = shl nsw i64 %indvars.iv1191.13.i.epil, 6
-  %2369 = add nuw nsw i64 %2368, 1664
-  %2370 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2369
-  %2371 = load <64 x float>, ptr %2370, align 4, !tbaa !7
-  %2372 = fmul <64 x float> %558, %2371
-  %2373 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2369
-  store <64 x float> %2372, ptr %2373, align 4, !tbaa !7
+  %2361 = shl nsw i64 %indvars.iv1191.13.i.epil, 6
+  %2362 = add nuw nsw i64 %2361, 1664
+  %2363 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2362
+  %2364 = load <64 x float>, ptr %2363, align 4, !tbaa !7
+  %2365 = fmul <64 x float> %551, %2364
+  %2366 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2362
+  store <64 x float> %2365, ptr %2366, align 4, !tbaa !7
   %indvars.iv.next1192.13.i.epil = add nuw nsw i64 %indvars.iv1191.13.i.epil, 1
   %epil.iter415.next = add i64 %epil.iter415, 1
   %epil.iter415.cmp.not = icmp eq i64 %epil.iter415.next, %xtraiter414
@@ -5876,8 +5869,8 @@ for_body_to144.us.13.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_body_to144.us.14.i.preheader:                 ; preds = %for_body_to144.us.13.i.epil, %for_body_to144.us.14.i.preheader.unr-lcssa
   %xtraiter420 = and i64 %wide.trip.count1194.i, 3
-  %2374 = icmp slt i32 %1082, 256
-  br i1 %2374, label %for_body_to144.us.14.i.epil.preheader, label %for_body_to144.us.14.i.preheader.new, !prof !221
+  %2367 = icmp slt i32 %1075, 256
+  br i1 %2367, label %for_body_to144.us.14.i.epil.preheader, label %for_body_to144.us.14.i.preheader.new, !prof !221
 
 for_body_to144.us.14.i.preheader.new:             ; preds = %for_body_to144.us.14.i.preheader
   %unroll_iter424 = and i64 %wide.trip.count1194.i, 33554428
@@ -5886,34 +5879,34 @@ for_body_to144.us.14.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.14.i:                           ; preds = %for_body_to144.us.14.i, %for_body_to144.us.14.i.preheader.new
   %indvars.iv1191.14.i = phi i64 [ 0, %for_body_to144.us.14.i.preheader.new ], [ %indvars.iv.next1192.14.i.3, %for_body_to144.us.14.i ]
   %niter425 = phi i64 [ 0, %for_body_to144.us.14.i.preheader.new ], [ %niter425.next.3, %for_body_to144.us.14.i ]
-  %2375 = shl nsw i64 %indvars.iv1191.14.i, 6
-  %2376 = add nuw nsw i64 %2375, 1792
-  %2377 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2376
-  %2378 = load <64 x float>, ptr %2377, align 4, !tbaa !7
-  %2379 = fmul <64 x float> %558, %2378
-  %2380 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2376
-  store <64 x float> %2379, ptr %2380, align 4, !tbaa !7
+  %2368 = shl nsw i64 %indvars.iv1191.14.i, 6
+  %2369 = add nuw nsw i64 %2368, 1792
+  %2370 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2369
+  %2371 = load <64 x float>, ptr %2370, align 4, !tbaa !7
+  %2372 = fmul <64 x float> %551, %2371
+  %2373 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2369
+  store <64 x float> %2372, ptr %2373, align 4, !tbaa !7
   %indvars.iv.next1192.14.i = shl i64 %indvars.iv1191.14.i, 6
-  %2381 = add nuw nsw i64 %indvars.iv.next1192.14.i, 1856
-  %2382 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2381
-  %2383 = load <64 x float>, ptr %2382, align 4, !tbaa !7
-  %2384 = fmul <64 x float> %558, %2383
-  %2385 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2381
-  store <64 x float> %2384, ptr %2385, align 4, !tbaa !7
+  %2374 = add nuw nsw i64 %indvars.iv.next1192.14.i, 1856
+  %2375 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2374
+  %2376 = load <64 x float>, ptr %2375, align 4, !tbaa !7
+  %2377 = fmul <64 x float> %551, %2376
+  %2378 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2374
+  store <64 x float> %2377, ptr %2378, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.1 = shl i64 %indvars.iv1191.14.i, 6
-  %2386 = add nuw nsw i64 %indvars.iv.next1192.14.i.1, 1920
-  %2387 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2386
-  %2388 = load <64 x float>, ptr %2387, align 4, !tbaa !7
-  %2389 = fmul <64 x float> %558, %2388
-  %2390 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2386
-  store <64 x float> %2389, ptr %2390, align 4, !tbaa !7
+  %2379 = add nuw nsw i64 %indvars.iv.next1192.14.i.1, 1920
+  %2380 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2379
+  %2381 = load <64 x float>, ptr %2380, align 4, !tbaa !7
+  %2382 = fmul <64 x float> %551, %2381
+  %2383 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2379
+  store <64 x float> %2382, ptr %2383, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.2 = shl i64 %indvars.iv1191.14.i, 6
-  %2391 = add nuw nsw i64 %indvars.iv.next1192.14.i.2, 1984
-  %2392 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2391
-  %2393 = load <64 x float>, ptr %2392, align 4, !tbaa !7
-  %2394 = fmul <64 x float> %558, %2393
-  %2395 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2391
-  store <64 x float> %2394, ptr %2395, align 4, !tbaa !7
+  %2384 = add nuw nsw i64 %indvars.iv.next1192.14.i.2, 1984
+  %2385 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2384
+  %2386 = load <64 x float>, ptr %2385, align 4, !tbaa !7
+  %2387 = fmul <64 x float> %551, %2386
+  %2388 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2384
+  store <64 x float> %2387, ptr %2388, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.3 = add nuw nsw i64 %indvars.iv1191.14.i, 4
   %niter425.next.3 = add i64 %niter425, 4
   %niter425.ncmp.3 = icmp eq i64 %niter425.next.3, %unroll_iter424
@@ -5932,13 +5925,13 @@ for_body_to144.us.14.i.epil.preheader:            ; preds = %for_body_to144.us.1
 for_body_to144.us.14.i.epil:                      ; preds = %for_body_to144.us.14.i.epil, %for_body_to144.us.14.i.epil.preheader
   %indvars.iv1191.14.i.epil = phi i64 [ %indvars.iv.next1192.14.i.epil, %for_body_to144.us.14.i.epil ], [ %indvars.iv1191.14.i.epil.init, %for_body_to144.us.14.i.epil.preheader ]
   %epil.iter421 = phi i64 [ %epil.iter421.next, %for_body_to144.us.14.i.epil ], [ 0, %for_body_to144.us.14.i.epil.preheader ]
-  %2396 = shl nsw i64 %indvars.iv1191.14.i.epil, 6
-  %2397 = add nuw nsw i64 %2396, 1792
-  %2398 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2397
-  %2399 = load <64 x float>, ptr %2398, align 4, !tbaa !7
-  %2400 = fmul <64 x float> %558, %2399
-  %2401 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2397
-  store <64 x float> %2400, ptr %2401, align 4, !tbaa !7
+  %2389 = shl nsw i64 %indvars.iv1191.14.i.epil, 6
+  %2390 = add nuw nsw i64 %2389, 1792
+  %2391 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2390
+  %2392 = load <64 x float>, ptr %2391, align 4, !tbaa !7
+  %2393 = fmul <64 x float> %551, %2392
+  %2394 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2390
+  store <64 x float> %2393, ptr %2394, align 4, !tbaa !7
   %indvars.iv.next1192.14.i.epil = add nuw nsw i64 %indvars.iv1191.14.i.epil, 1
   %epil.iter421.next = add i64 %epil.iter421, 1
   %epil.iter421.cmp.not = icmp eq i64 %epil.iter421.next, %xtraiter420
@@ -5946,8 +5939,8 @@ for_body_to144.us.14.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_body_to144.us.15.i.preheader:                 ; preds = %for_body_to144.us.14.i.epil, %for_body_to144.us.15.i.preheader.unr-lcssa
   %xtraiter426 = and i64 %wide.trip.count1194.i, 3
-  %2402 = icmp slt i32 %1082, 256
-  br i1 %2402, label %for_body_to144.us.15.i.epil.preheader, label %for_body_to144.us.15.i.preheader.new, !prof !221
+  %2395 = icmp slt i32 %1075, 256
+  br i1 %2395, label %for_body_to144.us.15.i.epil.preheader, label %for_body_to144.us.15.i.preheader.new, !prof !221
 
 for_body_to144.us.15.i.preheader.new:             ; preds = %for_body_to144.us.15.i.preheader
   %unroll_iter430 = and i64 %wide.trip.count1194.i, 33554428
@@ -5956,34 +5949,34 @@ for_body_to144.us.15.i.preheader.new:             ; preds = %for_body_to144.us.1
 for_body_to144.us.15.i:                           ; preds = %for_body_to144.us.15.i, %for_body_to144.us.15.i.preheader.new
   %indvars.iv1191.15.i = phi i64 [ 0, %for_body_to144.us.15.i.preheader.new ], [ %indvars.iv.next1192.15.i.3, %for_body_to144.us.15.i ]
   %niter431 = phi i64 [ 0, %for_body_to144.us.15.i.preheader.new ], [ %niter431.next.3, %for_body_to144.us.15.i ]
-  %2403 = shl nsw i64 %indvars.iv1191.15.i, 6
-  %2404 = add nuw nsw i64 %2403, 1920
-  %2405 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2404
-  %2406 = load <64 x float>, ptr %2405, align 4, !tbaa !7
-  %2407 = fmul <64 x float> %558, %2406
-  %2408 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2404
-  store <64 x float> %2407, ptr %2408, align 4, !tbaa !7
+  %2396 = shl nsw i64 %indvars.iv1191.15.i, 6
+  %2397 = add nuw nsw i64 %2396, 1920
+  %2398 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2397
+  %2399 = load <64 x float>, ptr %2398, align 4, !tbaa !7
+  %2400 = fmul <64 x float> %551, %2399
+  %2401 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2397
+  store <64 x float> %2400, ptr %2401, align 4, !tbaa !7
   %indvars.iv.next1192.15.i = shl i64 %indvars.iv1191.15.i, 6
-  %2409 = add nuw nsw i64 %indvars.iv.next1192.15.i, 1984
-  %2410 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2409
-  %2411 = load <64 x float>, ptr %2410, align 4, !tbaa !7
-  %2412 = fmul <64 x float> %558, %2411
-  %2413 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2409
-  store <64 x float> %2412, ptr %2413, align 4, !tbaa !7
+  %2402 = add nuw nsw i64 %indvars.iv.next1192.15.i, 1984
+  %2403 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2402
+  %2404 = load <64 x float>, ptr %2403, align 4, !tbaa !7
+  %2405 = fmul <64 x float> %551, %2404
+  %2406 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2402
+  store <64 x float> %2405, ptr %2406, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.1 = shl i64 %indvars.iv1191.15.i, 6
-  %2414 = add nuw nsw i64 %indvars.iv.next1192.15.i.1, 2048
-  %2415 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2414
-  %2416 = load <64 x float>, ptr %2415, align 4, !tbaa !7
-  %2417 = fmul <64 x float> %558, %2416
-  %2418 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2414
-  store <64 x float> %2417, ptr %2418, align 4, !tbaa !7
+  %2407 = add nuw nsw i64 %indvars.iv.next1192.15.i.1, 2048
+  %2408 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2407
+  %2409 = load <64 x float>, ptr %2408, align 4, !tbaa !7
+  %2410 = fmul <64 x float> %551, %2409
+  %2411 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2407
+  store <64 x float> %2410, ptr %2411, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.2 = shl i64 %indvars.iv1191.15.i, 6
-  %2419 = add nuw nsw i64 %indvars.iv.next1192.15.i.2, 2112
-  %2420 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2419
-  %2421 = load <64 x float>, ptr %2420, align 4, !tbaa !7
-  %2422 = fmul <64 x float> %558, %2421
-  %2423 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2419
-  store <64 x float> %2422, ptr %2423, align 4, !tbaa !7
+  %2412 = add nuw nsw i64 %indvars.iv.next1192.15.i.2, 2112
+  %2413 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2412
+  %2414 = load <64 x float>, ptr %2413, align 4, !tbaa !7
+  %2415 = fmul <64 x float> %551, %2414
+  %2416 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2412
+  store <64 x float> %2415, ptr %2416, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.3 = add nuw nsw i64 %indvars.iv1191.15.i, 4
   %niter431.next.3 = add i64 %niter431, 4
   %niter431.ncmp.3 = icmp eq i64 %niter431.next.3, %unroll_iter430
@@ -6002,13 +5995,13 @@ for_body_to144.us.15.i.epil.preheader:            ; preds = %for_end_to145.us.15
 for_body_to144.us.15.i.epil:                      ; preds = %for_body_to144.us.15.i.epil, %for_body_to144.us.15.i.epil.preheader
   %indvars.iv1191.15.i.epil = phi i64 [ %indvars.iv.next1192.15.i.epil, %for_body_to144.us.15.i.epil ], [ %indvars.iv1191.15.i.epil.init, %for_body_to144.us.15.i.epil.preheader ]
   %epil.iter427 = phi i64 [ %epil.iter427.next, %for_body_to144.us.15.i.epil ], [ 0, %for_body_to144.us.15.i.epil.preheader ]
-  %2424 = shl nsw i64 %indvars.iv1191.15.i.epil, 6
-  %2425 = add nuw nsw i64 %2424, 1920
-  %2426 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2425
-  %2427 = load <64 x float>, ptr %2426, align 4, !tbaa !7
-  %2428 = fmul <64 x float> %558, %2427
-  %2429 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2425
-  store <64 x float> %2428, ptr %2429, align 4, !tbaa !7
+  %2417 = shl nsw i64 %indvars.iv1191.15.i.epil, 6
+  %2418 = add nuw nsw i64 %2417, 1920
+  %2419 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2418
+  %2420 = load <64 x float>, ptr %2419, align 4, !tbaa !7
+  %2421 = fmul <64 x float> %551, %2420
+  %2422 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2418
+  store <64 x float> %2421, ptr %2422, align 4, !tbaa !7
   %indvars.iv.next1192.15.i.epil = add nuw nsw i64 %indvars.iv1191.15.i.epil, 1
   %epil.iter427.next = add i64 %epil.iter427, 1
   %epil.iter427.cmp.not = icmp eq i64 %epil.iter427.next, %xtraiter426
@@ -6016,9 +6009,9 @@ for_body_to144.us.15.i.epil:                      ; preds = %for_body_to144.us.1
 
 for_end_to145.us.15.i:                            ; preds = %for_begin_r138.preheader.us.i, %for_body_to144.us.15.i.epil, %for_end_to145.us.15.i.loopexit.unr-lcssa
   %wide.trip.count1203.i.pre-phi = phi i64 [ 0, %for_begin_r138.preheader.us.i ], [ %wide.trip.count1194.i, %for_body_to144.us.15.i.epil ], [ %wide.trip.count1194.i, %for_end_to145.us.15.i.loopexit.unr-lcssa ]
-  %2430 = add nsw i64 %wide.trip.count1203.i.pre-phi, -1
+  %2423 = add nsw i64 %wide.trip.count1203.i.pre-phi, -1
   %xtraiter432 = and i64 %wide.trip.count1203.i.pre-phi, 3
-  %2431 = icmp ult i64 %2430, 3
+  %2424 = icmp ult i64 %2423, 3
   %unroll_iter437 = and i64 %wide.trip.count1203.i.pre-phi, 2147483644
   %lcmp.mod434.not = icmp eq i64 %xtraiter432, 0
   %lcmp.mod436 = icmp ne i64 %xtraiter432, 0
@@ -6027,33 +6020,33 @@ for_end_to145.us.15.i:                            ; preds = %for_begin_r138.preh
 for_body_to144.us.i:                              ; preds = %for_body_to144.lr.ph.us.i.new, %for_body_to144.us.i
   %indvars.iv1191.i = phi i64 [ 0, %for_body_to144.lr.ph.us.i.new ], [ %indvars.iv.next1192.i.3, %for_body_to144.us.i ]
   %niter = phi i64 [ 0, %for_body_to144.lr.ph.us.i.new ], [ %niter.next.3, %for_body_to144.us.i ]
-  %2432 = shl nsw i64 %indvars.iv1191.i, 6
-  %2433 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2432
-  %2434 = load <64 x float>, ptr %2433, align 4, !tbaa !7
-  %2435 = fmul <64 x float> %558, %2434
-  %2436 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2432
-  store <64 x float> %2435, ptr %2436, align 4, !tbaa !7
+  %2425 = shl nsw i64 %indvars.iv1191.i, 6
+  %2426 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2425
+  %2427 = load <64 x float>, ptr %2426, align 4, !tbaa !7
+  %2428 = fmul <64 x float> %551, %2427
+  %2429 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2425
+  store <64 x float> %2428, ptr %2429, align 4, !tbaa !7
   %indvars.iv.next1192.i = shl i64 %indvars.iv1191.i, 6
-  %2437 = or disjoint i64 %indvars.iv.next1192.i, 64
-  %2438 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2437
-  %2439 = load <64 x float>, ptr %2438, align 4, !tbaa !7
-  %2440 = fmul <64 x float> %558, %2439
-  %2441 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2437
-  store <64 x float> %2440, ptr %2441, align 4, !tbaa !7
+  %2430 = or disjoint i64 %indvars.iv.next1192.i, 64
+  %2431 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2430
+  %2432 = load <64 x float>, ptr %2431, align 4, !tbaa !7
+  %2433 = fmul <64 x float> %551, %2432
+  %2434 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2430
+  store <64 x float> %2433, ptr %2434, align 4, !tbaa !7
   %indvars.iv.next1192.i.1 = shl i64 %indvars.iv1191.i, 6
-  %2442 = or disjoint i64 %indvars.iv.next1192.i.1, 128
-  %2443 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2442
-  %2444 = load <64 x float>, ptr %2443, align 4, !tbaa !7
-  %2445 = fmul <64 x float> %558, %2444
-  %2446 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2442
-  store <64 x float> %2445, ptr %2446, align 4, !tbaa !7
+  %2435 = or disjoint i64 %indvars.iv.next1192.i.1, 128
+  %2436 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2435
+  %2437 = load <64 x float>, ptr %2436, align 4, !tbaa !7
+  %2438 = fmul <64 x float> %551, %2437
+  %2439 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2435
+  store <64 x float> %2438, ptr %2439, align 4, !tbaa !7
   %indvars.iv.next1192.i.2 = shl i64 %indvars.iv1191.i, 6
-  %2447 = or disjoint i64 %indvars.iv.next1192.i.2, 192
-  %2448 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2447
-  %2449 = load <64 x float>, ptr %2448, align 4, !tbaa !7
-  %2450 = fmul <64 x float> %558, %2449
-  %2451 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2447
-  store <64 x float> %2450, ptr %2451, align 4, !tbaa !7
+  %2440 = or disjoint i64 %indvars.iv.next1192.i.2, 192
+  %2441 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2440
+  %2442 = load <64 x float>, ptr %2441, align 4, !tbaa !7
+  %2443 = fmul <64 x float> %551, %2442
+  %2444 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2440
+  store <64 x float> %2443, ptr %2444, align 4, !tbaa !7
   %indvars.iv.next1192.i.3 = add nuw nsw i64 %indvars.iv1191.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
@@ -6072,12 +6065,12 @@ for_body_to144.us.i.epil.preheader:               ; preds = %for_body_to144.lr.p
 for_body_to144.us.i.epil:                         ; preds = %for_body_to144.us.i.epil, %for_body_to144.us.i.epil.preheader
   %indvars.iv1191.i.epil = phi i64 [ %indvars.iv1191.i.epil.init, %for_body_to144.us.i.epil.preheader ], [ %indvars.iv.next1192.i.epil, %for_body_to144.us.i.epil ]
   %epil.iter = phi i64 [ 0, %for_body_to144.us.i.epil.preheader ], [ %epil.iter.next, %for_body_to144.us.i.epil ]
-  %2452 = shl nsw i64 %indvars.iv1191.i.epil, 6
-  %2453 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2452
-  %2454 = load <64 x float>, ptr %2453, align 4, !tbaa !7
-  %2455 = fmul <64 x float> %558, %2454
-  %2456 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2452
-  store <64 x float> %2455, ptr %2456, align 4, !tbaa !7
+  %2445 = shl nsw i64 %indvars.iv1191.i.epil, 6
+  %2446 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2445
+  %2447 = load <64 x float>, ptr %2446, align 4, !tbaa !7
+  %2448 = fmul <64 x float> %551, %2447
+  %2449 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2445
+  store <64 x float> %2448, ptr %2449, align 4, !tbaa !7
   %indvars.iv.next1192.i.epil = add nuw nsw i64 %indvars.iv1191.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
@@ -6085,8 +6078,8 @@ for_body_to144.us.i.epil:                         ; preds = %for_body_to144.us.i
 
 for_body_to144.us.1.i.preheader:                  ; preds = %for_body_to144.us.i.epil, %for_body_to144.us.1.i.preheader.unr-lcssa
   %xtraiter342 = and i64 %wide.trip.count1194.i, 3
-  %2457 = icmp slt i32 %1082, 256
-  br i1 %2457, label %for_body_to144.us.1.i.epil.preheader, label %for_body_to144.us.1.i.preheader.new, !prof !221
+  %2450 = icmp slt i32 %1075, 256
+  br i1 %2450, label %for_body_to144.us.1.i.epil.preheader, label %for_body_to144.us.1.i.preheader.new, !prof !221
 
 for_body_to144.us.1.i.preheader.new:              ; preds = %for_body_to144.us.1.i.preheader
   %unroll_iter346 = and i64 %wide.trip.count1194.i, 33554428
@@ -6098,95 +6091,109 @@ for_body_to.us.i:                                 ; preds = %for_body_to.lr.ph.u
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %2458 = shl nsw i64 %indvars.iv1186.i, 6
-  %2459 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2458
-  %2460 = getelementptr inbounds nuw i8, ptr %2459, i64 128
-  %2461 = getelementptr inbounds nuw i8, ptr %2459, i64 256
-  %2462 = getelementptr inbounds nuw i8, ptr %2459, i64 384
+  %2451 = shl nsw i64 %indvars.iv1186.i, 6
+  %2452 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2451
+  %2453 = getelementptr inbounds nuw i8, ptr %2452, i64 128
+  %2454 = getelementptr inbounds nuw i8, ptr %2452, i64 256
+  %2455 = getelementptr inbounds nuw i8, ptr %2452, i64 384
   br i1 %.fr.us.i, label %for_body_d_0111.us.us.preheader.i, label %for_body_d_0111.us1075.preheader.i, !prof !6
 
 for_body_d_0111.us1075.preheader.i:               ; preds = %for_body_to.us.i
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2978, i64 256)
-  %2463 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1566.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2463
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1566.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2971, i64 256)
+  %2456 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1566.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2456
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1566.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2464 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1568.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2464
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1568.i, i64 %556)
+  %2457 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1568.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2457
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1568.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2465 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1570.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2465
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1570.i, i64 %556)
+  %2458 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1570.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2458
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1570.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2466 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1572.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2466
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1572.i, i64 %556)
+  %2459 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1572.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2459
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1572.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2979, i64 256)
-  %2467 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1574.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2467
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1574.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2972, i64 256)
+  %2460 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1574.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2460
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1574.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2468 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1576.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2468
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1576.i, i64 %556)
+  %2461 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1576.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2461
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1576.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2469 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1578.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2469
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1578.i, i64 %556)
+  %2462 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1578.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2462
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1578.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2470 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1580.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2470
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1580.i, i64 %556)
+  %2463 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1580.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2463
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1580.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2980, i64 256)
-  %2471 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1582.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2471
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1582.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2973, i64 256)
+  %2464 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1582.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2464
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1582.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2472 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1584.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2472
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1584.i, i64 %556)
+  %2465 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1584.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2465
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1584.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2473 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1586.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2473
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1586.i, i64 %556)
+  %2466 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1586.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2466
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1586.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2474 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1588.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2474
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1588.i, i64 %556)
+  %2467 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1588.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2467
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1588.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2981, i64 256)
-  %2475 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1590.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2475
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1590.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2974, i64 256)
+  %2468 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1590.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2468
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1590.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2476 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1592.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2476
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1592.i, i64 %556)
+  %2469 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1592.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2469
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1592.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2477 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1594.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2477
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1594.i, i64 %556)
+  %2470 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1594.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2470
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1594.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
   br label %for_end_d_0112.us.i
 
 for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
-  %2478 = trunc i64 %2458 to i32
-  %2479 = add i32 %1050, %2478
-  %2480 = zext i32 %2479 to i64
-  %2481 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2480
-  %2482 = load i64, ptr %2481, align 8, !tbaa !7
-  %gep935.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2482
+  %2471 = trunc i64 %2451 to i32
+  %2472 = add i32 %1043, %2471
+  %2473 = zext i32 %2472 to i64
+  %2474 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2473
+  %2475 = load i64, ptr %2474, align 8, !tbaa !7
+  %gep935.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2475
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.i, i32 0, i32 2, i32 1)
-  %2483 = getelementptr i32, ptr %gep935.us.us.i, i64 %k_row
+  %2476 = getelementptr i32, ptr %gep935.us.us.i, i64 %k_row
+  tail call void @llvm.prefetch.p0(ptr %2476, i32 0, i32 2, i32 1)
+  %2477 = getelementptr i32, ptr %gep935.us.us.i, i64 %604
+  tail call void @llvm.prefetch.p0(ptr %2477, i32 0, i32 2, i32 1)
+  %2478 = getelementptr i32, ptr %gep935.us.us.i, i64 %605
+  tail call void @llvm.prefetch.p0(ptr %2478, i32 0, i32 2, i32 1)
+  %2479 = getelementptr i32, ptr %gep935.us.us.i, i64 %549
+  tail call void @llvm.prefetch.p0(ptr %2479, i32 0, i32 2, i32 1)
+  %2480 = getelementptr i32, ptr %gep935.us.us.i, i64 %606
+  tail call void @llvm.prefetch.p0(ptr %2480, i32 0, i32 2, i32 1)
+  %2481 = getelementptr i32, ptr %gep935.us.us.i, i64 %607
+  tail call void @llvm.prefetch.p0(ptr %2481, i32 0, i32 2, i32 1)
+  %2482 = getelementptr i32, ptr %gep935.us.us.i, i64 %608
+  tail call void @llvm.prefetch.p0(ptr %2482, i32 0, i32 2, i32 1)
+  %2483 = getelementptr i32, ptr %gep935.us.us.i, i64 %609
   tail call void @llvm.prefetch.p0(ptr %2483, i32 0, i32 2, i32 1)
-  %2484 = getelementptr i32, ptr %gep935.us.us.i, i64 %611
+  %2484 = getelementptr i32, ptr %gep935.us.us.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2484, i32 0, i32 2, i32 1)
-  %2485 = getelementptr i32, ptr %gep935.us.us.i, i64 %612
+  %2485 = getelementptr i32, ptr %gep935.us.us.i, i64 %611
   tail call void @llvm.prefetch.p0(ptr %2485, i32 0, i32 2, i32 1)
-  %2486 = getelementptr i32, ptr %gep935.us.us.i, i64 %556
+  %2486 = getelementptr i32, ptr %gep935.us.us.i, i64 %612
   tail call void @llvm.prefetch.p0(ptr %2486, i32 0, i32 2, i32 1)
   %2487 = getelementptr i32, ptr %gep935.us.us.i, i64 %613
   tail call void @llvm.prefetch.p0(ptr %2487, i32 0, i32 2, i32 1)
@@ -6196,27 +6203,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2489, i32 0, i32 2, i32 1)
   %2490 = getelementptr i32, ptr %gep935.us.us.i, i64 %616
   tail call void @llvm.prefetch.p0(ptr %2490, i32 0, i32 2, i32 1)
-  %2491 = getelementptr i32, ptr %gep935.us.us.i, i64 %617
-  tail call void @llvm.prefetch.p0(ptr %2491, i32 0, i32 2, i32 1)
-  %2492 = getelementptr i32, ptr %gep935.us.us.i, i64 %618
-  tail call void @llvm.prefetch.p0(ptr %2492, i32 0, i32 2, i32 1)
-  %2493 = getelementptr i32, ptr %gep935.us.us.i, i64 %619
-  tail call void @llvm.prefetch.p0(ptr %2493, i32 0, i32 2, i32 1)
-  %2494 = getelementptr i32, ptr %gep935.us.us.i, i64 %620
-  tail call void @llvm.prefetch.p0(ptr %2494, i32 0, i32 2, i32 1)
-  %2495 = getelementptr i32, ptr %gep935.us.us.i, i64 %621
-  tail call void @llvm.prefetch.p0(ptr %2495, i32 0, i32 2, i32 1)
-  %2496 = getelementptr i32, ptr %gep935.us.us.i, i64 %622
-  tail call void @llvm.prefetch.p0(ptr %2496, i32 0, i32 2, i32 1)
-  %2497 = getelementptr i32, ptr %gep935.us.us.i, i64 %623
-  tail call void @llvm.prefetch.p0(ptr %2497, i32 0, i32 2, i32 1)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2978, i64 256)
-  %2498 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1598.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2498
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1598.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2971, i64 256)
+  %2491 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1598.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2491
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1598.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2499 = load i64, ptr %2481, align 8, !tbaa !7
-  %gep937.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2499
+  %2492 = load i64, ptr %2474, align 8, !tbaa !7
+  %gep937.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2492
+  %2493 = getelementptr i32, ptr %gep937.us.us.i, i64 %617
+  tail call void @llvm.prefetch.p0(ptr %2493, i32 0, i32 2, i32 1)
+  %2494 = getelementptr i32, ptr %gep937.us.us.i, i64 %618
+  tail call void @llvm.prefetch.p0(ptr %2494, i32 0, i32 2, i32 1)
+  %2495 = getelementptr i32, ptr %gep937.us.us.i, i64 %619
+  tail call void @llvm.prefetch.p0(ptr %2495, i32 0, i32 2, i32 1)
+  %2496 = getelementptr i32, ptr %gep937.us.us.i, i64 %620
+  tail call void @llvm.prefetch.p0(ptr %2496, i32 0, i32 2, i32 1)
+  %2497 = getelementptr i32, ptr %gep937.us.us.i, i64 %621
+  tail call void @llvm.prefetch.p0(ptr %2497, i32 0, i32 2, i32 1)
+  %2498 = getelementptr i32, ptr %gep937.us.us.i, i64 %622
+  tail call void @llvm.prefetch.p0(ptr %2498, i32 0, i32 2, i32 1)
+  %2499 = getelementptr i32, ptr %gep937.us.us.i, i64 %623
+  tail call void @llvm.prefetch.p0(ptr %2499, i32 0, i32 2, i32 1)
   %2500 = getelementptr i32, ptr %gep937.us.us.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2500, i32 0, i32 2, i32 1)
   %2501 = getelementptr i32, ptr %gep937.us.us.i, i64 %625
@@ -6235,26 +6242,26 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2507, i32 0, i32 2, i32 1)
   %2508 = getelementptr i32, ptr %gep937.us.us.i, i64 %632
   tail call void @llvm.prefetch.p0(ptr %2508, i32 0, i32 2, i32 1)
-  %2509 = getelementptr i32, ptr %gep937.us.us.i, i64 %633
-  tail call void @llvm.prefetch.p0(ptr %2509, i32 0, i32 2, i32 1)
-  %2510 = getelementptr i32, ptr %gep937.us.us.i, i64 %634
-  tail call void @llvm.prefetch.p0(ptr %2510, i32 0, i32 2, i32 1)
-  %2511 = getelementptr i32, ptr %gep937.us.us.i, i64 %635
-  tail call void @llvm.prefetch.p0(ptr %2511, i32 0, i32 2, i32 1)
-  %2512 = getelementptr i32, ptr %gep937.us.us.i, i64 %636
-  tail call void @llvm.prefetch.p0(ptr %2512, i32 0, i32 2, i32 1)
-  %2513 = getelementptr i32, ptr %gep937.us.us.i, i64 %637
-  tail call void @llvm.prefetch.p0(ptr %2513, i32 0, i32 2, i32 1)
-  %2514 = getelementptr i32, ptr %gep937.us.us.i, i64 %638
-  tail call void @llvm.prefetch.p0(ptr %2514, i32 0, i32 2, i32 1)
-  %2515 = getelementptr i32, ptr %gep937.us.us.i, i64 %639
-  tail call void @llvm.prefetch.p0(ptr %2515, i32 0, i32 2, i32 1)
-  %2516 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1600.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2516
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1600.i, i64 %556)
+  %2509 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1600.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2509
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1600.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2517 = load i64, ptr %2481, align 8, !tbaa !7
-  %gep939.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2517
+  %2510 = load i64, ptr %2474, align 8, !tbaa !7
+  %gep939.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2510
+  %2511 = getelementptr i32, ptr %gep939.us.us.i, i64 %633
+  tail call void @llvm.prefetch.p0(ptr %2511, i32 0, i32 2, i32 1)
+  %2512 = getelementptr i32, ptr %gep939.us.us.i, i64 %634
+  tail call void @llvm.prefetch.p0(ptr %2512, i32 0, i32 2, i32 1)
+  %2513 = getelementptr i32, ptr %gep939.us.us.i, i64 %635
+  tail call void @llvm.prefetch.p0(ptr %2513, i32 0, i32 2, i32 1)
+  %2514 = getelementptr i32, ptr %gep939.us.us.i, i64 %636
+  tail call void @llvm.prefetch.p0(ptr %2514, i32 0, i32 2, i32 1)
+  %2515 = getelementptr i32, ptr %gep939.us.us.i, i64 %637
+  tail call void @llvm.prefetch.p0(ptr %2515, i32 0, i32 2, i32 1)
+  %2516 = getelementptr i32, ptr %gep939.us.us.i, i64 %638
+  tail call void @llvm.prefetch.p0(ptr %2516, i32 0, i32 2, i32 1)
+  %2517 = getelementptr i32, ptr %gep939.us.us.i, i64 %639
+  tail call void @llvm.prefetch.p0(ptr %2517, i32 0, i32 2, i32 1)
   %2518 = getelementptr i32, ptr %gep939.us.us.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2518, i32 0, i32 2, i32 1)
   %2519 = getelementptr i32, ptr %gep939.us.us.i, i64 %641
@@ -6273,27 +6280,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2525, i32 0, i32 2, i32 1)
   %2526 = getelementptr i32, ptr %gep939.us.us.i, i64 %648
   tail call void @llvm.prefetch.p0(ptr %2526, i32 0, i32 2, i32 1)
-  %2527 = getelementptr i32, ptr %gep939.us.us.i, i64 %649
-  tail call void @llvm.prefetch.p0(ptr %2527, i32 0, i32 2, i32 1)
-  %2528 = getelementptr i32, ptr %gep939.us.us.i, i64 %650
-  tail call void @llvm.prefetch.p0(ptr %2528, i32 0, i32 2, i32 1)
-  %2529 = getelementptr i32, ptr %gep939.us.us.i, i64 %651
-  tail call void @llvm.prefetch.p0(ptr %2529, i32 0, i32 2, i32 1)
-  %2530 = getelementptr i32, ptr %gep939.us.us.i, i64 %652
-  tail call void @llvm.prefetch.p0(ptr %2530, i32 0, i32 2, i32 1)
-  %2531 = getelementptr i32, ptr %gep939.us.us.i, i64 %653
-  tail call void @llvm.prefetch.p0(ptr %2531, i32 0, i32 2, i32 1)
-  %2532 = getelementptr i32, ptr %gep939.us.us.i, i64 %654
-  tail call void @llvm.prefetch.p0(ptr %2532, i32 0, i32 2, i32 1)
-  %2533 = getelementptr i32, ptr %gep939.us.us.i, i64 %655
-  tail call void @llvm.prefetch.p0(ptr %2533, i32 0, i32 2, i32 1)
-  %2534 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1602.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2534
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1602.i, i64 %556)
+  %2527 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1602.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2527
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1602.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2535 = load i64, ptr %2481, align 8, !tbaa !7
-  %gep941.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2535
-  %2536 = getelementptr i32, ptr %gep941.us.us.i, i64 %610
+  %2528 = load i64, ptr %2474, align 8, !tbaa !7
+  %gep941.us.us.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2528
+  %2529 = getelementptr i32, ptr %gep941.us.us.i, i64 %603
+  tail call void @llvm.prefetch.p0(ptr %2529, i32 0, i32 2, i32 1)
+  %2530 = getelementptr i32, ptr %gep941.us.us.i, i64 %649
+  tail call void @llvm.prefetch.p0(ptr %2530, i32 0, i32 2, i32 1)
+  %2531 = getelementptr i32, ptr %gep941.us.us.i, i64 %650
+  tail call void @llvm.prefetch.p0(ptr %2531, i32 0, i32 2, i32 1)
+  %2532 = getelementptr i32, ptr %gep941.us.us.i, i64 %651
+  tail call void @llvm.prefetch.p0(ptr %2532, i32 0, i32 2, i32 1)
+  %2533 = getelementptr i32, ptr %gep941.us.us.i, i64 %652
+  tail call void @llvm.prefetch.p0(ptr %2533, i32 0, i32 2, i32 1)
+  %2534 = getelementptr i32, ptr %gep941.us.us.i, i64 %653
+  tail call void @llvm.prefetch.p0(ptr %2534, i32 0, i32 2, i32 1)
+  %2535 = getelementptr i32, ptr %gep941.us.us.i, i64 %654
+  tail call void @llvm.prefetch.p0(ptr %2535, i32 0, i32 2, i32 1)
+  %2536 = getelementptr i32, ptr %gep941.us.us.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2536, i32 0, i32 2, i32 1)
   %2537 = getelementptr i32, ptr %gep941.us.us.i, i64 %656
   tail call void @llvm.prefetch.p0(ptr %2537, i32 0, i32 2, i32 1)
@@ -6311,35 +6318,35 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2543, i32 0, i32 2, i32 1)
   %2544 = getelementptr i32, ptr %gep941.us.us.i, i64 %663
   tail call void @llvm.prefetch.p0(ptr %2544, i32 0, i32 2, i32 1)
-  %2545 = getelementptr i32, ptr %gep941.us.us.i, i64 %664
-  tail call void @llvm.prefetch.p0(ptr %2545, i32 0, i32 2, i32 1)
-  %2546 = getelementptr i32, ptr %gep941.us.us.i, i64 %665
-  tail call void @llvm.prefetch.p0(ptr %2546, i32 0, i32 2, i32 1)
-  %2547 = getelementptr i32, ptr %gep941.us.us.i, i64 %666
-  tail call void @llvm.prefetch.p0(ptr %2547, i32 0, i32 2, i32 1)
-  %2548 = getelementptr i32, ptr %gep941.us.us.i, i64 %667
-  tail call void @llvm.prefetch.p0(ptr %2548, i32 0, i32 2, i32 1)
-  %2549 = getelementptr i32, ptr %gep941.us.us.i, i64 %668
-  tail call void @llvm.prefetch.p0(ptr %2549, i32 0, i32 2, i32 1)
-  %2550 = getelementptr i32, ptr %gep941.us.us.i, i64 %669
-  tail call void @llvm.prefetch.p0(ptr %2550, i32 0, i32 2, i32 1)
-  %2551 = getelementptr i32, ptr %gep941.us.us.i, i64 %670
-  tail call void @llvm.prefetch.p0(ptr %2551, i32 0, i32 2, i32 1)
-  %2552 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1604.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2552
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1604.i, i64 %556)
+  %2545 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1604.i = getelementptr i32, ptr %invariant.gep1565.i, i64 %2545
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1604.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %2553 = getelementptr inbounds nuw i8, ptr %2481, i64 128
-  %2554 = load i64, ptr %2553, align 8, !tbaa !7
-  %gep935.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2554
+  %2546 = getelementptr inbounds nuw i8, ptr %2474, i64 128
+  %2547 = load i64, ptr %2546, align 8, !tbaa !7
+  %gep935.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2547
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.1.i, i32 0, i32 2, i32 1)
-  %2555 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %k_row
+  %2548 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %k_row
+  tail call void @llvm.prefetch.p0(ptr %2548, i32 0, i32 2, i32 1)
+  %2549 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %604
+  tail call void @llvm.prefetch.p0(ptr %2549, i32 0, i32 2, i32 1)
+  %2550 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %605
+  tail call void @llvm.prefetch.p0(ptr %2550, i32 0, i32 2, i32 1)
+  %2551 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %549
+  tail call void @llvm.prefetch.p0(ptr %2551, i32 0, i32 2, i32 1)
+  %2552 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %606
+  tail call void @llvm.prefetch.p0(ptr %2552, i32 0, i32 2, i32 1)
+  %2553 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %607
+  tail call void @llvm.prefetch.p0(ptr %2553, i32 0, i32 2, i32 1)
+  %2554 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %608
+  tail call void @llvm.prefetch.p0(ptr %2554, i32 0, i32 2, i32 1)
+  %2555 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %609
   tail call void @llvm.prefetch.p0(ptr %2555, i32 0, i32 2, i32 1)
-  %2556 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %611
+  %2556 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2556, i32 0, i32 2, i32 1)
-  %2557 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %612
+  %2557 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %611
   tail call void @llvm.prefetch.p0(ptr %2557, i32 0, i32 2, i32 1)
-  %2558 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %556
+  %2558 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %612
   tail call void @llvm.prefetch.p0(ptr %2558, i32 0, i32 2, i32 1)
   %2559 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %613
   tail call void @llvm.prefetch.p0(ptr %2559, i32 0, i32 2, i32 1)
@@ -6349,27 +6356,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2561, i32 0, i32 2, i32 1)
   %2562 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %616
   tail call void @llvm.prefetch.p0(ptr %2562, i32 0, i32 2, i32 1)
-  %2563 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %617
-  tail call void @llvm.prefetch.p0(ptr %2563, i32 0, i32 2, i32 1)
-  %2564 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %618
-  tail call void @llvm.prefetch.p0(ptr %2564, i32 0, i32 2, i32 1)
-  %2565 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %619
-  tail call void @llvm.prefetch.p0(ptr %2565, i32 0, i32 2, i32 1)
-  %2566 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %620
-  tail call void @llvm.prefetch.p0(ptr %2566, i32 0, i32 2, i32 1)
-  %2567 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %621
-  tail call void @llvm.prefetch.p0(ptr %2567, i32 0, i32 2, i32 1)
-  %2568 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %622
-  tail call void @llvm.prefetch.p0(ptr %2568, i32 0, i32 2, i32 1)
-  %2569 = getelementptr i32, ptr %gep935.us.us.1.i, i64 %623
-  tail call void @llvm.prefetch.p0(ptr %2569, i32 0, i32 2, i32 1)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2979, i64 256)
-  %2570 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1606.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2570
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1606.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2972, i64 256)
+  %2563 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1606.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2563
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1606.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2571 = load i64, ptr %2553, align 8, !tbaa !7
-  %gep937.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2571
+  %2564 = load i64, ptr %2546, align 8, !tbaa !7
+  %gep937.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2564
+  %2565 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %617
+  tail call void @llvm.prefetch.p0(ptr %2565, i32 0, i32 2, i32 1)
+  %2566 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %618
+  tail call void @llvm.prefetch.p0(ptr %2566, i32 0, i32 2, i32 1)
+  %2567 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %619
+  tail call void @llvm.prefetch.p0(ptr %2567, i32 0, i32 2, i32 1)
+  %2568 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %620
+  tail call void @llvm.prefetch.p0(ptr %2568, i32 0, i32 2, i32 1)
+  %2569 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %621
+  tail call void @llvm.prefetch.p0(ptr %2569, i32 0, i32 2, i32 1)
+  %2570 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %622
+  tail call void @llvm.prefetch.p0(ptr %2570, i32 0, i32 2, i32 1)
+  %2571 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %623
+  tail call void @llvm.prefetch.p0(ptr %2571, i32 0, i32 2, i32 1)
   %2572 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2572, i32 0, i32 2, i32 1)
   %2573 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %625
@@ -6388,26 +6395,26 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2579, i32 0, i32 2, i32 1)
   %2580 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %632
   tail call void @llvm.prefetch.p0(ptr %2580, i32 0, i32 2, i32 1)
-  %2581 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %633
-  tail call void @llvm.prefetch.p0(ptr %2581, i32 0, i32 2, i32 1)
-  %2582 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %634
-  tail call void @llvm.prefetch.p0(ptr %2582, i32 0, i32 2, i32 1)
-  %2583 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %635
-  tail call void @llvm.prefetch.p0(ptr %2583, i32 0, i32 2, i32 1)
-  %2584 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %636
-  tail call void @llvm.prefetch.p0(ptr %2584, i32 0, i32 2, i32 1)
-  %2585 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %637
-  tail call void @llvm.prefetch.p0(ptr %2585, i32 0, i32 2, i32 1)
-  %2586 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %638
-  tail call void @llvm.prefetch.p0(ptr %2586, i32 0, i32 2, i32 1)
-  %2587 = getelementptr i32, ptr %gep937.us.us.1.i, i64 %639
-  tail call void @llvm.prefetch.p0(ptr %2587, i32 0, i32 2, i32 1)
-  %2588 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1608.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2588
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1608.i, i64 %556)
+  %2581 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1608.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2581
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1608.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2589 = load i64, ptr %2553, align 8, !tbaa !7
-  %gep939.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2589
+  %2582 = load i64, ptr %2546, align 8, !tbaa !7
+  %gep939.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2582
+  %2583 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %633
+  tail call void @llvm.prefetch.p0(ptr %2583, i32 0, i32 2, i32 1)
+  %2584 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %634
+  tail call void @llvm.prefetch.p0(ptr %2584, i32 0, i32 2, i32 1)
+  %2585 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %635
+  tail call void @llvm.prefetch.p0(ptr %2585, i32 0, i32 2, i32 1)
+  %2586 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %636
+  tail call void @llvm.prefetch.p0(ptr %2586, i32 0, i32 2, i32 1)
+  %2587 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %637
+  tail call void @llvm.prefetch.p0(ptr %2587, i32 0, i32 2, i32 1)
+  %2588 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %638
+  tail call void @llvm.prefetch.p0(ptr %2588, i32 0, i32 2, i32 1)
+  %2589 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %639
+  tail call void @llvm.prefetch.p0(ptr %2589, i32 0, i32 2, i32 1)
   %2590 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2590, i32 0, i32 2, i32 1)
   %2591 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %641
@@ -6426,27 +6433,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2597, i32 0, i32 2, i32 1)
   %2598 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %648
   tail call void @llvm.prefetch.p0(ptr %2598, i32 0, i32 2, i32 1)
-  %2599 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %649
-  tail call void @llvm.prefetch.p0(ptr %2599, i32 0, i32 2, i32 1)
-  %2600 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %650
-  tail call void @llvm.prefetch.p0(ptr %2600, i32 0, i32 2, i32 1)
-  %2601 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %651
-  tail call void @llvm.prefetch.p0(ptr %2601, i32 0, i32 2, i32 1)
-  %2602 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %652
-  tail call void @llvm.prefetch.p0(ptr %2602, i32 0, i32 2, i32 1)
-  %2603 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %653
-  tail call void @llvm.prefetch.p0(ptr %2603, i32 0, i32 2, i32 1)
-  %2604 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %654
-  tail call void @llvm.prefetch.p0(ptr %2604, i32 0, i32 2, i32 1)
-  %2605 = getelementptr i32, ptr %gep939.us.us.1.i, i64 %655
-  tail call void @llvm.prefetch.p0(ptr %2605, i32 0, i32 2, i32 1)
-  %2606 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1610.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2606
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1610.i, i64 %556)
+  %2599 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1610.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2599
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1610.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2607 = load i64, ptr %2553, align 8, !tbaa !7
-  %gep941.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2607
-  %2608 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %610
+  %2600 = load i64, ptr %2546, align 8, !tbaa !7
+  %gep941.us.us.1.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2600
+  %2601 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %603
+  tail call void @llvm.prefetch.p0(ptr %2601, i32 0, i32 2, i32 1)
+  %2602 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %649
+  tail call void @llvm.prefetch.p0(ptr %2602, i32 0, i32 2, i32 1)
+  %2603 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %650
+  tail call void @llvm.prefetch.p0(ptr %2603, i32 0, i32 2, i32 1)
+  %2604 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %651
+  tail call void @llvm.prefetch.p0(ptr %2604, i32 0, i32 2, i32 1)
+  %2605 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %652
+  tail call void @llvm.prefetch.p0(ptr %2605, i32 0, i32 2, i32 1)
+  %2606 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %653
+  tail call void @llvm.prefetch.p0(ptr %2606, i32 0, i32 2, i32 1)
+  %2607 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %654
+  tail call void @llvm.prefetch.p0(ptr %2607, i32 0, i32 2, i32 1)
+  %2608 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2608, i32 0, i32 2, i32 1)
   %2609 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %656
   tail call void @llvm.prefetch.p0(ptr %2609, i32 0, i32 2, i32 1)
@@ -6464,35 +6471,35 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2615, i32 0, i32 2, i32 1)
   %2616 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %663
   tail call void @llvm.prefetch.p0(ptr %2616, i32 0, i32 2, i32 1)
-  %2617 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %664
-  tail call void @llvm.prefetch.p0(ptr %2617, i32 0, i32 2, i32 1)
-  %2618 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %665
-  tail call void @llvm.prefetch.p0(ptr %2618, i32 0, i32 2, i32 1)
-  %2619 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %666
-  tail call void @llvm.prefetch.p0(ptr %2619, i32 0, i32 2, i32 1)
-  %2620 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %667
-  tail call void @llvm.prefetch.p0(ptr %2620, i32 0, i32 2, i32 1)
-  %2621 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %668
-  tail call void @llvm.prefetch.p0(ptr %2621, i32 0, i32 2, i32 1)
-  %2622 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %669
-  tail call void @llvm.prefetch.p0(ptr %2622, i32 0, i32 2, i32 1)
-  %2623 = getelementptr i32, ptr %gep941.us.us.1.i, i64 %670
-  tail call void @llvm.prefetch.p0(ptr %2623, i32 0, i32 2, i32 1)
-  %2624 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1612.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2624
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1612.i, i64 %556)
+  %2617 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1612.i = getelementptr i32, ptr %invariant.gep1573.i, i64 %2617
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1612.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %2625 = getelementptr inbounds nuw i8, ptr %2481, i64 256
-  %2626 = load i64, ptr %2625, align 8, !tbaa !7
-  %gep935.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2626
+  %2618 = getelementptr inbounds nuw i8, ptr %2474, i64 256
+  %2619 = load i64, ptr %2618, align 8, !tbaa !7
+  %gep935.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2619
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.2.i, i32 0, i32 2, i32 1)
-  %2627 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %k_row
+  %2620 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %k_row
+  tail call void @llvm.prefetch.p0(ptr %2620, i32 0, i32 2, i32 1)
+  %2621 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %604
+  tail call void @llvm.prefetch.p0(ptr %2621, i32 0, i32 2, i32 1)
+  %2622 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %605
+  tail call void @llvm.prefetch.p0(ptr %2622, i32 0, i32 2, i32 1)
+  %2623 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %549
+  tail call void @llvm.prefetch.p0(ptr %2623, i32 0, i32 2, i32 1)
+  %2624 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %606
+  tail call void @llvm.prefetch.p0(ptr %2624, i32 0, i32 2, i32 1)
+  %2625 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %607
+  tail call void @llvm.prefetch.p0(ptr %2625, i32 0, i32 2, i32 1)
+  %2626 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %608
+  tail call void @llvm.prefetch.p0(ptr %2626, i32 0, i32 2, i32 1)
+  %2627 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %609
   tail call void @llvm.prefetch.p0(ptr %2627, i32 0, i32 2, i32 1)
-  %2628 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %611
+  %2628 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2628, i32 0, i32 2, i32 1)
-  %2629 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %612
+  %2629 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %611
   tail call void @llvm.prefetch.p0(ptr %2629, i32 0, i32 2, i32 1)
-  %2630 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %556
+  %2630 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %612
   tail call void @llvm.prefetch.p0(ptr %2630, i32 0, i32 2, i32 1)
   %2631 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %613
   tail call void @llvm.prefetch.p0(ptr %2631, i32 0, i32 2, i32 1)
@@ -6502,27 +6509,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2633, i32 0, i32 2, i32 1)
   %2634 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %616
   tail call void @llvm.prefetch.p0(ptr %2634, i32 0, i32 2, i32 1)
-  %2635 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %617
-  tail call void @llvm.prefetch.p0(ptr %2635, i32 0, i32 2, i32 1)
-  %2636 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %618
-  tail call void @llvm.prefetch.p0(ptr %2636, i32 0, i32 2, i32 1)
-  %2637 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %619
-  tail call void @llvm.prefetch.p0(ptr %2637, i32 0, i32 2, i32 1)
-  %2638 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %620
-  tail call void @llvm.prefetch.p0(ptr %2638, i32 0, i32 2, i32 1)
-  %2639 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %621
-  tail call void @llvm.prefetch.p0(ptr %2639, i32 0, i32 2, i32 1)
-  %2640 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %622
-  tail call void @llvm.prefetch.p0(ptr %2640, i32 0, i32 2, i32 1)
-  %2641 = getelementptr i32, ptr %gep935.us.us.2.i, i64 %623
-  tail call void @llvm.prefetch.p0(ptr %2641, i32 0, i32 2, i32 1)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2980, i64 256)
-  %2642 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1614.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2642
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1614.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2973, i64 256)
+  %2635 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1614.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2635
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1614.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2643 = load i64, ptr %2625, align 8, !tbaa !7
-  %gep937.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2643
+  %2636 = load i64, ptr %2618, align 8, !tbaa !7
+  %gep937.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2636
+  %2637 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %617
+  tail call void @llvm.prefetch.p0(ptr %2637, i32 0, i32 2, i32 1)
+  %2638 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %618
+  tail call void @llvm.prefetch.p0(ptr %2638, i32 0, i32 2, i32 1)
+  %2639 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %619
+  tail call void @llvm.prefetch.p0(ptr %2639, i32 0, i32 2, i32 1)
+  %2640 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %620
+  tail call void @llvm.prefetch.p0(ptr %2640, i32 0, i32 2, i32 1)
+  %2641 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %621
+  tail call void @llvm.prefetch.p0(ptr %2641, i32 0, i32 2, i32 1)
+  %2642 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %622
+  tail call void @llvm.prefetch.p0(ptr %2642, i32 0, i32 2, i32 1)
+  %2643 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %623
+  tail call void @llvm.prefetch.p0(ptr %2643, i32 0, i32 2, i32 1)
   %2644 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2644, i32 0, i32 2, i32 1)
   %2645 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %625
@@ -6541,26 +6548,26 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2651, i32 0, i32 2, i32 1)
   %2652 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %632
   tail call void @llvm.prefetch.p0(ptr %2652, i32 0, i32 2, i32 1)
-  %2653 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %633
-  tail call void @llvm.prefetch.p0(ptr %2653, i32 0, i32 2, i32 1)
-  %2654 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %634
-  tail call void @llvm.prefetch.p0(ptr %2654, i32 0, i32 2, i32 1)
-  %2655 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %635
-  tail call void @llvm.prefetch.p0(ptr %2655, i32 0, i32 2, i32 1)
-  %2656 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %636
-  tail call void @llvm.prefetch.p0(ptr %2656, i32 0, i32 2, i32 1)
-  %2657 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %637
-  tail call void @llvm.prefetch.p0(ptr %2657, i32 0, i32 2, i32 1)
-  %2658 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %638
-  tail call void @llvm.prefetch.p0(ptr %2658, i32 0, i32 2, i32 1)
-  %2659 = getelementptr i32, ptr %gep937.us.us.2.i, i64 %639
-  tail call void @llvm.prefetch.p0(ptr %2659, i32 0, i32 2, i32 1)
-  %2660 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1616.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2660
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1616.i, i64 %556)
+  %2653 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1616.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2653
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1616.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2661 = load i64, ptr %2625, align 8, !tbaa !7
-  %gep939.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2661
+  %2654 = load i64, ptr %2618, align 8, !tbaa !7
+  %gep939.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2654
+  %2655 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %633
+  tail call void @llvm.prefetch.p0(ptr %2655, i32 0, i32 2, i32 1)
+  %2656 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %634
+  tail call void @llvm.prefetch.p0(ptr %2656, i32 0, i32 2, i32 1)
+  %2657 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %635
+  tail call void @llvm.prefetch.p0(ptr %2657, i32 0, i32 2, i32 1)
+  %2658 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %636
+  tail call void @llvm.prefetch.p0(ptr %2658, i32 0, i32 2, i32 1)
+  %2659 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %637
+  tail call void @llvm.prefetch.p0(ptr %2659, i32 0, i32 2, i32 1)
+  %2660 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %638
+  tail call void @llvm.prefetch.p0(ptr %2660, i32 0, i32 2, i32 1)
+  %2661 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %639
+  tail call void @llvm.prefetch.p0(ptr %2661, i32 0, i32 2, i32 1)
   %2662 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2662, i32 0, i32 2, i32 1)
   %2663 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %641
@@ -6579,27 +6586,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2669, i32 0, i32 2, i32 1)
   %2670 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %648
   tail call void @llvm.prefetch.p0(ptr %2670, i32 0, i32 2, i32 1)
-  %2671 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %649
-  tail call void @llvm.prefetch.p0(ptr %2671, i32 0, i32 2, i32 1)
-  %2672 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %650
-  tail call void @llvm.prefetch.p0(ptr %2672, i32 0, i32 2, i32 1)
-  %2673 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %651
-  tail call void @llvm.prefetch.p0(ptr %2673, i32 0, i32 2, i32 1)
-  %2674 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %652
-  tail call void @llvm.prefetch.p0(ptr %2674, i32 0, i32 2, i32 1)
-  %2675 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %653
-  tail call void @llvm.prefetch.p0(ptr %2675, i32 0, i32 2, i32 1)
-  %2676 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %654
-  tail call void @llvm.prefetch.p0(ptr %2676, i32 0, i32 2, i32 1)
-  %2677 = getelementptr i32, ptr %gep939.us.us.2.i, i64 %655
-  tail call void @llvm.prefetch.p0(ptr %2677, i32 0, i32 2, i32 1)
-  %2678 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1618.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2678
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1618.i, i64 %556)
+  %2671 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1618.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2671
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1618.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2679 = load i64, ptr %2625, align 8, !tbaa !7
-  %gep941.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2679
-  %2680 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %610
+  %2672 = load i64, ptr %2618, align 8, !tbaa !7
+  %gep941.us.us.2.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2672
+  %2673 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %603
+  tail call void @llvm.prefetch.p0(ptr %2673, i32 0, i32 2, i32 1)
+  %2674 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %649
+  tail call void @llvm.prefetch.p0(ptr %2674, i32 0, i32 2, i32 1)
+  %2675 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %650
+  tail call void @llvm.prefetch.p0(ptr %2675, i32 0, i32 2, i32 1)
+  %2676 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %651
+  tail call void @llvm.prefetch.p0(ptr %2676, i32 0, i32 2, i32 1)
+  %2677 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %652
+  tail call void @llvm.prefetch.p0(ptr %2677, i32 0, i32 2, i32 1)
+  %2678 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %653
+  tail call void @llvm.prefetch.p0(ptr %2678, i32 0, i32 2, i32 1)
+  %2679 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %654
+  tail call void @llvm.prefetch.p0(ptr %2679, i32 0, i32 2, i32 1)
+  %2680 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2680, i32 0, i32 2, i32 1)
   %2681 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %656
   tail call void @llvm.prefetch.p0(ptr %2681, i32 0, i32 2, i32 1)
@@ -6617,35 +6624,35 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2687, i32 0, i32 2, i32 1)
   %2688 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %663
   tail call void @llvm.prefetch.p0(ptr %2688, i32 0, i32 2, i32 1)
-  %2689 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %664
-  tail call void @llvm.prefetch.p0(ptr %2689, i32 0, i32 2, i32 1)
-  %2690 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %665
-  tail call void @llvm.prefetch.p0(ptr %2690, i32 0, i32 2, i32 1)
-  %2691 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %666
-  tail call void @llvm.prefetch.p0(ptr %2691, i32 0, i32 2, i32 1)
-  %2692 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %667
-  tail call void @llvm.prefetch.p0(ptr %2692, i32 0, i32 2, i32 1)
-  %2693 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %668
-  tail call void @llvm.prefetch.p0(ptr %2693, i32 0, i32 2, i32 1)
-  %2694 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %669
-  tail call void @llvm.prefetch.p0(ptr %2694, i32 0, i32 2, i32 1)
-  %2695 = getelementptr i32, ptr %gep941.us.us.2.i, i64 %670
-  tail call void @llvm.prefetch.p0(ptr %2695, i32 0, i32 2, i32 1)
-  %2696 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1620.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2696
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1620.i, i64 %556)
+  %2689 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1620.i = getelementptr i32, ptr %invariant.gep1581.i, i64 %2689
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1620.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %2697 = getelementptr inbounds nuw i8, ptr %2481, i64 384
-  %2698 = load i64, ptr %2697, align 8, !tbaa !7
-  %gep935.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2698
+  %2690 = getelementptr inbounds nuw i8, ptr %2474, i64 384
+  %2691 = load i64, ptr %2690, align 8, !tbaa !7
+  %gep935.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2691
   tail call void @llvm.prefetch.p0(ptr %gep935.us.us.3.i, i32 0, i32 2, i32 1)
-  %2699 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %k_row
+  %2692 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %k_row
+  tail call void @llvm.prefetch.p0(ptr %2692, i32 0, i32 2, i32 1)
+  %2693 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %604
+  tail call void @llvm.prefetch.p0(ptr %2693, i32 0, i32 2, i32 1)
+  %2694 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %605
+  tail call void @llvm.prefetch.p0(ptr %2694, i32 0, i32 2, i32 1)
+  %2695 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %549
+  tail call void @llvm.prefetch.p0(ptr %2695, i32 0, i32 2, i32 1)
+  %2696 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %606
+  tail call void @llvm.prefetch.p0(ptr %2696, i32 0, i32 2, i32 1)
+  %2697 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %607
+  tail call void @llvm.prefetch.p0(ptr %2697, i32 0, i32 2, i32 1)
+  %2698 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %608
+  tail call void @llvm.prefetch.p0(ptr %2698, i32 0, i32 2, i32 1)
+  %2699 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %609
   tail call void @llvm.prefetch.p0(ptr %2699, i32 0, i32 2, i32 1)
-  %2700 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %611
+  %2700 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %610
   tail call void @llvm.prefetch.p0(ptr %2700, i32 0, i32 2, i32 1)
-  %2701 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %612
+  %2701 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %611
   tail call void @llvm.prefetch.p0(ptr %2701, i32 0, i32 2, i32 1)
-  %2702 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %556
+  %2702 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %612
   tail call void @llvm.prefetch.p0(ptr %2702, i32 0, i32 2, i32 1)
   %2703 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %613
   tail call void @llvm.prefetch.p0(ptr %2703, i32 0, i32 2, i32 1)
@@ -6655,27 +6662,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2705, i32 0, i32 2, i32 1)
   %2706 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %616
   tail call void @llvm.prefetch.p0(ptr %2706, i32 0, i32 2, i32 1)
-  %2707 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %617
-  tail call void @llvm.prefetch.p0(ptr %2707, i32 0, i32 2, i32 1)
-  %2708 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %618
-  tail call void @llvm.prefetch.p0(ptr %2708, i32 0, i32 2, i32 1)
-  %2709 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %619
-  tail call void @llvm.prefetch.p0(ptr %2709, i32 0, i32 2, i32 1)
-  %2710 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %620
-  tail call void @llvm.prefetch.p0(ptr %2710, i32 0, i32 2, i32 1)
-  %2711 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %621
-  tail call void @llvm.prefetch.p0(ptr %2711, i32 0, i32 2, i32 1)
-  %2712 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %622
-  tail call void @llvm.prefetch.p0(ptr %2712, i32 0, i32 2, i32 1)
-  %2713 = getelementptr i32, ptr %gep935.us.us.3.i, i64 %623
-  tail call void @llvm.prefetch.p0(ptr %2713, i32 0, i32 2, i32 1)
-  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2981, i64 256)
-  %2714 = load i64, ptr %2459, align 8, !tbaa !7
-  %gep1622.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2714
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1622.i, i64 %556)
+  tail call void @llvm.x86.tileloadd64(i8 4, ptr nonnull %2974, i64 256)
+  %2707 = load i64, ptr %2452, align 8, !tbaa !7
+  %gep1622.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2707
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1622.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 5)
-  %2715 = load i64, ptr %2697, align 8, !tbaa !7
-  %gep937.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2715
+  %2708 = load i64, ptr %2690, align 8, !tbaa !7
+  %gep937.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2708
+  %2709 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %617
+  tail call void @llvm.prefetch.p0(ptr %2709, i32 0, i32 2, i32 1)
+  %2710 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %618
+  tail call void @llvm.prefetch.p0(ptr %2710, i32 0, i32 2, i32 1)
+  %2711 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %619
+  tail call void @llvm.prefetch.p0(ptr %2711, i32 0, i32 2, i32 1)
+  %2712 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %620
+  tail call void @llvm.prefetch.p0(ptr %2712, i32 0, i32 2, i32 1)
+  %2713 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %621
+  tail call void @llvm.prefetch.p0(ptr %2713, i32 0, i32 2, i32 1)
+  %2714 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %622
+  tail call void @llvm.prefetch.p0(ptr %2714, i32 0, i32 2, i32 1)
+  %2715 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %623
+  tail call void @llvm.prefetch.p0(ptr %2715, i32 0, i32 2, i32 1)
   %2716 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %624
   tail call void @llvm.prefetch.p0(ptr %2716, i32 0, i32 2, i32 1)
   %2717 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %625
@@ -6694,26 +6701,26 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2723, i32 0, i32 2, i32 1)
   %2724 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %632
   tail call void @llvm.prefetch.p0(ptr %2724, i32 0, i32 2, i32 1)
-  %2725 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %633
-  tail call void @llvm.prefetch.p0(ptr %2725, i32 0, i32 2, i32 1)
-  %2726 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %634
-  tail call void @llvm.prefetch.p0(ptr %2726, i32 0, i32 2, i32 1)
-  %2727 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %635
-  tail call void @llvm.prefetch.p0(ptr %2727, i32 0, i32 2, i32 1)
-  %2728 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %636
-  tail call void @llvm.prefetch.p0(ptr %2728, i32 0, i32 2, i32 1)
-  %2729 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %637
-  tail call void @llvm.prefetch.p0(ptr %2729, i32 0, i32 2, i32 1)
-  %2730 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %638
-  tail call void @llvm.prefetch.p0(ptr %2730, i32 0, i32 2, i32 1)
-  %2731 = getelementptr i32, ptr %gep937.us.us.3.i, i64 %639
-  tail call void @llvm.prefetch.p0(ptr %2731, i32 0, i32 2, i32 1)
-  %2732 = load i64, ptr %2460, align 8, !tbaa !7
-  %gep1624.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2732
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1624.i, i64 %556)
+  %2725 = load i64, ptr %2453, align 8, !tbaa !7
+  %gep1624.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2725
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1624.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 5)
-  %2733 = load i64, ptr %2697, align 8, !tbaa !7
-  %gep939.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2733
+  %2726 = load i64, ptr %2690, align 8, !tbaa !7
+  %gep939.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2726
+  %2727 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %633
+  tail call void @llvm.prefetch.p0(ptr %2727, i32 0, i32 2, i32 1)
+  %2728 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %634
+  tail call void @llvm.prefetch.p0(ptr %2728, i32 0, i32 2, i32 1)
+  %2729 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %635
+  tail call void @llvm.prefetch.p0(ptr %2729, i32 0, i32 2, i32 1)
+  %2730 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %636
+  tail call void @llvm.prefetch.p0(ptr %2730, i32 0, i32 2, i32 1)
+  %2731 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %637
+  tail call void @llvm.prefetch.p0(ptr %2731, i32 0, i32 2, i32 1)
+  %2732 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %638
+  tail call void @llvm.prefetch.p0(ptr %2732, i32 0, i32 2, i32 1)
+  %2733 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %639
+  tail call void @llvm.prefetch.p0(ptr %2733, i32 0, i32 2, i32 1)
   %2734 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %640
   tail call void @llvm.prefetch.p0(ptr %2734, i32 0, i32 2, i32 1)
   %2735 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %641
@@ -6732,27 +6739,27 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2741, i32 0, i32 2, i32 1)
   %2742 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %648
   tail call void @llvm.prefetch.p0(ptr %2742, i32 0, i32 2, i32 1)
-  %2743 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %649
-  tail call void @llvm.prefetch.p0(ptr %2743, i32 0, i32 2, i32 1)
-  %2744 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %650
-  tail call void @llvm.prefetch.p0(ptr %2744, i32 0, i32 2, i32 1)
-  %2745 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %651
-  tail call void @llvm.prefetch.p0(ptr %2745, i32 0, i32 2, i32 1)
-  %2746 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %652
-  tail call void @llvm.prefetch.p0(ptr %2746, i32 0, i32 2, i32 1)
-  %2747 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %653
-  tail call void @llvm.prefetch.p0(ptr %2747, i32 0, i32 2, i32 1)
-  %2748 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %654
-  tail call void @llvm.prefetch.p0(ptr %2748, i32 0, i32 2, i32 1)
-  %2749 = getelementptr i32, ptr %gep939.us.us.3.i, i64 %655
-  tail call void @llvm.prefetch.p0(ptr %2749, i32 0, i32 2, i32 1)
-  %2750 = load i64, ptr %2461, align 8, !tbaa !7
-  %gep1626.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2750
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1626.i, i64 %556)
+  %2743 = load i64, ptr %2454, align 8, !tbaa !7
+  %gep1626.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2743
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1626.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 4, i8 5)
-  %2751 = load i64, ptr %2697, align 8, !tbaa !7
-  %gep941.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2751
-  %2752 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %610
+  %2744 = load i64, ptr %2690, align 8, !tbaa !7
+  %gep941.us.us.3.i = getelementptr i32, ptr %invariant.gep934.us.i, i64 %2744
+  %2745 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %603
+  tail call void @llvm.prefetch.p0(ptr %2745, i32 0, i32 2, i32 1)
+  %2746 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %649
+  tail call void @llvm.prefetch.p0(ptr %2746, i32 0, i32 2, i32 1)
+  %2747 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %650
+  tail call void @llvm.prefetch.p0(ptr %2747, i32 0, i32 2, i32 1)
+  %2748 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %651
+  tail call void @llvm.prefetch.p0(ptr %2748, i32 0, i32 2, i32 1)
+  %2749 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %652
+  tail call void @llvm.prefetch.p0(ptr %2749, i32 0, i32 2, i32 1)
+  %2750 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %653
+  tail call void @llvm.prefetch.p0(ptr %2750, i32 0, i32 2, i32 1)
+  %2751 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %654
+  tail call void @llvm.prefetch.p0(ptr %2751, i32 0, i32 2, i32 1)
+  %2752 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %655
   tail call void @llvm.prefetch.p0(ptr %2752, i32 0, i32 2, i32 1)
   %2753 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %656
   tail call void @llvm.prefetch.p0(ptr %2753, i32 0, i32 2, i32 1)
@@ -6770,405 +6777,391 @@ for_body_d_0111.us.us.preheader.i:                ; preds = %for_body_to.us.i
   tail call void @llvm.prefetch.p0(ptr %2759, i32 0, i32 2, i32 1)
   %2760 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %663
   tail call void @llvm.prefetch.p0(ptr %2760, i32 0, i32 2, i32 1)
-  %2761 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %664
-  tail call void @llvm.prefetch.p0(ptr %2761, i32 0, i32 2, i32 1)
-  %2762 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %665
-  tail call void @llvm.prefetch.p0(ptr %2762, i32 0, i32 2, i32 1)
-  %2763 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %666
-  tail call void @llvm.prefetch.p0(ptr %2763, i32 0, i32 2, i32 1)
-  %2764 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %667
-  tail call void @llvm.prefetch.p0(ptr %2764, i32 0, i32 2, i32 1)
-  %2765 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %668
-  tail call void @llvm.prefetch.p0(ptr %2765, i32 0, i32 2, i32 1)
-  %2766 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %669
-  tail call void @llvm.prefetch.p0(ptr %2766, i32 0, i32 2, i32 1)
-  %2767 = getelementptr i32, ptr %gep941.us.us.3.i, i64 %670
-  tail call void @llvm.prefetch.p0(ptr %2767, i32 0, i32 2, i32 1)
   br label %for_end_d_0112.us.i
 
 for_begin_line516.preheader.us.i:                 ; preds = %for_begin_s.preheader.us.i
-  %2768 = sext i32 %2869 to i64
-  %2769 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2768
-  %2770 = load i64, ptr %2769, align 8, !tbaa !7
-  %gep1674.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2770
+  %2761 = sext i32 %2862 to i64
+  %2762 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2761
+  %2763 = load i64, ptr %2762, align 8, !tbaa !7
+  %gep1674.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2763
   tail call void @llvm.prefetch.p0(ptr %gep1674.i, i32 0, i32 2, i32 1)
-  %gep1676.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2770
+  %gep1676.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2763
   tail call void @llvm.prefetch.p0(ptr %gep1676.i, i32 0, i32 2, i32 1)
-  %gep1678.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2770
+  %gep1678.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2763
   tail call void @llvm.prefetch.p0(ptr %gep1678.i, i32 0, i32 2, i32 1)
-  %gep1680.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2770
+  %gep1680.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2763
   tail call void @llvm.prefetch.p0(ptr %gep1680.i, i32 0, i32 2, i32 1)
-  %2771 = getelementptr i8, ptr %2769, i64 8
-  %2772 = load i64, ptr %2771, align 8, !tbaa !7
-  %gep1682.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2772
+  %2764 = getelementptr i8, ptr %2762, i64 8
+  %2765 = load i64, ptr %2764, align 8, !tbaa !7
+  %gep1682.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2765
   tail call void @llvm.prefetch.p0(ptr %gep1682.i, i32 0, i32 2, i32 1)
-  %gep1684.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2772
+  %gep1684.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2765
   tail call void @llvm.prefetch.p0(ptr %gep1684.i, i32 0, i32 2, i32 1)
-  %gep1686.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2772
+  %gep1686.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2765
   tail call void @llvm.prefetch.p0(ptr %gep1686.i, i32 0, i32 2, i32 1)
-  %gep1688.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2772
+  %gep1688.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2765
   tail call void @llvm.prefetch.p0(ptr %gep1688.i, i32 0, i32 2, i32 1)
   tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %invariant.gep1689.i, i64 256)
-  %2773 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1034.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2773
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i, i64 %600)
+  %2766 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1034.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2766
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep1034.us.i, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %2774 = sext i32 %2869 to i64
-  %2775 = getelementptr i64, ptr %value_offsets.i, i64 %2774
-  %2776 = getelementptr i8, ptr %2775, i64 16
-  %2777 = load i64, ptr %2776, align 8, !tbaa !7
-  %gep1694.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2777
+  %2767 = sext i32 %2862 to i64
+  %2768 = getelementptr i64, ptr %value_offsets.i, i64 %2767
+  %2769 = getelementptr i8, ptr %2768, i64 16
+  %2770 = load i64, ptr %2769, align 8, !tbaa !7
+  %gep1694.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1694.i, i32 0, i32 2, i32 1)
-  %gep1696.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2777
+  %gep1696.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1696.i, i32 0, i32 2, i32 1)
-  %gep1698.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2777
+  %gep1698.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1698.i, i32 0, i32 2, i32 1)
-  %gep1700.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2777
+  %gep1700.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2770
   tail call void @llvm.prefetch.p0(ptr %gep1700.i, i32 0, i32 2, i32 1)
-  %2778 = getelementptr i8, ptr %2775, i64 24
-  %2779 = load i64, ptr %2778, align 8, !tbaa !7
-  %gep1702.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2779
+  %2771 = getelementptr i8, ptr %2768, i64 24
+  %2772 = load i64, ptr %2771, align 8, !tbaa !7
+  %gep1702.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1702.i, i32 0, i32 2, i32 1)
-  %gep1704.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2779
+  %gep1704.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1704.i, i32 0, i32 2, i32 1)
-  %gep1706.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2779
+  %gep1706.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1706.i, i32 0, i32 2, i32 1)
-  %gep1708.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2779
+  %gep1708.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2772
   tail call void @llvm.prefetch.p0(ptr %gep1708.i, i32 0, i32 2, i32 1)
-  %2780 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1046.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2780
-  %2781 = getelementptr i8, ptr %gep1046.us.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2781, i64 %600)
+  %2773 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1046.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2773
+  %2774 = getelementptr i8, ptr %gep1046.us.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2774, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %2782 = getelementptr i8, ptr %2775, i64 32
-  %2783 = load i64, ptr %2782, align 8, !tbaa !7
-  %gep1710.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2783
+  %2775 = getelementptr i8, ptr %2768, i64 32
+  %2776 = load i64, ptr %2775, align 8, !tbaa !7
+  %gep1710.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2776
   tail call void @llvm.prefetch.p0(ptr %gep1710.i, i32 0, i32 2, i32 1)
-  %gep1712.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2783
+  %gep1712.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2776
   tail call void @llvm.prefetch.p0(ptr %gep1712.i, i32 0, i32 2, i32 1)
-  %gep1714.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2783
+  %gep1714.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2776
   tail call void @llvm.prefetch.p0(ptr %gep1714.i, i32 0, i32 2, i32 1)
-  %gep1716.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2783
+  %gep1716.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2776
   tail call void @llvm.prefetch.p0(ptr %gep1716.i, i32 0, i32 2, i32 1)
-  %2784 = getelementptr i8, ptr %2775, i64 40
-  %2785 = load i64, ptr %2784, align 8, !tbaa !7
-  %gep1718.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2785
+  %2777 = getelementptr i8, ptr %2768, i64 40
+  %2778 = load i64, ptr %2777, align 8, !tbaa !7
+  %gep1718.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2778
   tail call void @llvm.prefetch.p0(ptr %gep1718.i, i32 0, i32 2, i32 1)
-  %gep1720.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2785
+  %gep1720.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2778
   tail call void @llvm.prefetch.p0(ptr %gep1720.i, i32 0, i32 2, i32 1)
-  %gep1722.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2785
+  %gep1722.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2778
   tail call void @llvm.prefetch.p0(ptr %gep1722.i, i32 0, i32 2, i32 1)
-  %gep1724.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2785
+  %gep1724.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2778
   tail call void @llvm.prefetch.p0(ptr %gep1724.i, i32 0, i32 2, i32 1)
-  %2786 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1050.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2786
-  %2787 = getelementptr i8, ptr %gep1050.us.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2787, i64 %600)
+  %2779 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1050.us.i = getelementptr i32, ptr %gep1058.us.i, i64 %2779
+  %2780 = getelementptr i8, ptr %gep1050.us.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2780, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %2788 = getelementptr i8, ptr %2775, i64 48
-  %2789 = load i64, ptr %2788, align 8, !tbaa !7
-  %gep1726.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2789
+  %2781 = getelementptr i8, ptr %2768, i64 48
+  %2782 = load i64, ptr %2781, align 8, !tbaa !7
+  %gep1726.i = getelementptr i32, ptr %invariant.gep1673.i, i64 %2782
   tail call void @llvm.prefetch.p0(ptr %gep1726.i, i32 0, i32 2, i32 1)
-  %gep1728.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2789
+  %gep1728.i = getelementptr i32, ptr %invariant.gep1675.i, i64 %2782
   tail call void @llvm.prefetch.p0(ptr %gep1728.i, i32 0, i32 2, i32 1)
-  %gep1730.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2789
+  %gep1730.i = getelementptr i32, ptr %invariant.gep1677.i, i64 %2782
   tail call void @llvm.prefetch.p0(ptr %gep1730.i, i32 0, i32 2, i32 1)
-  %gep1732.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2789
+  %gep1732.i = getelementptr i32, ptr %invariant.gep1679.i, i64 %2782
   tail call void @llvm.prefetch.p0(ptr %gep1732.i, i32 0, i32 2, i32 1)
-  %2790 = getelementptr i8, ptr %2775, i64 56
-  %2791 = load i64, ptr %2790, align 8, !tbaa !7
-  %gep1734.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2791
+  %2783 = getelementptr i8, ptr %2768, i64 56
+  %2784 = load i64, ptr %2783, align 8, !tbaa !7
+  %gep1734.i = getelementptr i32, ptr %invariant.gep1681.i, i64 %2784
   tail call void @llvm.prefetch.p0(ptr %gep1734.i, i32 0, i32 2, i32 1)
-  %gep1736.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2791
+  %gep1736.i = getelementptr i32, ptr %invariant.gep1683.i, i64 %2784
   tail call void @llvm.prefetch.p0(ptr %gep1736.i, i32 0, i32 2, i32 1)
-  %gep1738.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2791
+  %gep1738.i = getelementptr i32, ptr %invariant.gep1685.i, i64 %2784
   tail call void @llvm.prefetch.p0(ptr %gep1738.i, i32 0, i32 2, i32 1)
-  %gep1740.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2791
+  %gep1740.i = getelementptr i32, ptr %invariant.gep1687.i, i64 %2784
   tail call void @llvm.prefetch.p0(ptr %gep1740.i, i32 0, i32 2, i32 1)
-  %2792 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
-  %gep1054.us.i154 = getelementptr i32, ptr %gep1058.us.i, i64 %2792
-  %2793 = getelementptr i8, ptr %gep1054.us.i154, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2793, i64 %600)
+  %2785 = load i64, ptr %invariant.gep1691.i, align 8, !tbaa !7
+  %gep1054.us.i154 = getelementptr i32, ptr %gep1058.us.i, i64 %2785
+  %2786 = getelementptr i8, ptr %gep1054.us.i154, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %2786, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2794 = sext i32 %2869 to i64
-  %2795 = getelementptr i64, ptr %value_offsets.i, i64 %2794
-  %2796 = getelementptr i8, ptr %2795, i64 64
-  %2797 = load i64, ptr %2796, align 8, !tbaa !7
-  %gep1674.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %2797
+  %2787 = sext i32 %2862 to i64
+  %2788 = getelementptr i64, ptr %value_offsets.i, i64 %2787
+  %2789 = getelementptr i8, ptr %2788, i64 64
+  %2790 = load i64, ptr %2789, align 8, !tbaa !7
+  %gep1674.i.1 = getelementptr i32, ptr %invariant.gep1673.i, i64 %2790
   tail call void @llvm.prefetch.p0(ptr %gep1674.i.1, i32 0, i32 2, i32 1)
-  %gep1676.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %2797
+  %gep1676.i.1 = getelementptr i32, ptr %invariant.gep1675.i, i64 %2790
   tail call void @llvm.prefetch.p0(ptr %gep1676.i.1, i32 0, i32 2, i32 1)
-  %gep1678.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %2797
+  %gep1678.i.1 = getelementptr i32, ptr %invariant.gep1677.i, i64 %2790
   tail call void @llvm.prefetch.p0(ptr %gep1678.i.1, i32 0, i32 2, i32 1)
-  %gep1680.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %2797
+  %gep1680.i.1 = getelementptr i32, ptr %invariant.gep1679.i, i64 %2790
   tail call void @llvm.prefetch.p0(ptr %gep1680.i.1, i32 0, i32 2, i32 1)
-  %2798 = getelementptr i8, ptr %2795, i64 72
-  %2799 = load i64, ptr %2798, align 8, !tbaa !7
-  %gep1682.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %2799
+  %2791 = getelementptr i8, ptr %2788, i64 72
+  %2792 = load i64, ptr %2791, align 8, !tbaa !7
+  %gep1682.i.1 = getelementptr i32, ptr %invariant.gep1681.i, i64 %2792
   tail call void @llvm.prefetch.p0(ptr %gep1682.i.1, i32 0, i32 2, i32 1)
-  %gep1684.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %2799
+  %gep1684.i.1 = getelementptr i32, ptr %invariant.gep1683.i, i64 %2792
   tail call void @llvm.prefetch.p0(ptr %gep1684.i.1, i32 0, i32 2, i32 1)
-  %gep1686.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %2799
+  %gep1686.i.1 = getelementptr i32, ptr %invariant.gep1685.i, i64 %2792
   tail call void @llvm.prefetch.p0(ptr %gep1686.i.1, i32 0, i32 2, i32 1)
-  %gep1688.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %2799
+  %gep1688.i.1 = getelementptr i32, ptr %invariant.gep1687.i, i64 %2792
   tail call void @llvm.prefetch.p0(ptr %gep1688.i.1, i32 0, i32 2, i32 1)
   br label %if_end515.us.i.1
 
 for_begin_d_0545.preheader.us.i:                  ; preds = %for_begin_i.preheader.us.i, %for_begin_d_0545.preheader.us.i
   %indvars.iv1342.i = phi i64 [ 0, %for_begin_i.preheader.us.i ], [ %indvars.iv.next1343.i.1, %for_begin_d_0545.preheader.us.i ]
-  %2800 = shl nuw nsw i64 %indvars.iv1342.i, 1
-  %2801 = add nuw nsw i64 %2800, %2891
-  %2802 = or disjoint i64 %2801, 1
-  %2803 = icmp slt i64 %2802, %2965
-  %2804 = select i1 %2803, i32 -65536, i32 0
-  %2805 = icmp slt i64 %2801, %2965
-  %2806 = select i1 %2805, i32 65535, i32 0
-  %2807 = or disjoint i32 %2804, %2806
-  %2808 = insertelement <16 x i32> poison, i32 %2807, i64 0
-  %2809 = shufflevector <16 x i32> %2808, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2810 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2801
-  %2811 = load i64, ptr %2810, align 8, !tbaa !7
-  %gep1666.i = getelementptr i32, ptr %gep1058.us.i, i64 %2811
-  %2812 = load <16 x i32>, ptr %gep1666.i, align 4, !tbaa !7
-  %2813 = and <16 x i32> %2809, %2812
+  %2793 = shl nuw nsw i64 %indvars.iv1342.i, 1
+  %2794 = add nuw nsw i64 %2793, %2884
+  %2795 = or disjoint i64 %2794, 1
+  %2796 = icmp slt i64 %2795, %2958
+  %2797 = select i1 %2796, i32 -65536, i32 0
+  %2798 = icmp slt i64 %2794, %2958
+  %2799 = select i1 %2798, i32 65535, i32 0
+  %2800 = or disjoint i32 %2797, %2799
+  %2801 = insertelement <16 x i32> poison, i32 %2800, i64 0
+  %2802 = shufflevector <16 x i32> %2801, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2803 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2794
+  %2804 = load i64, ptr %2803, align 8, !tbaa !7
+  %gep1666.i = getelementptr i32, ptr %gep1058.us.i, i64 %2804
+  %2805 = load <16 x i32>, ptr %gep1666.i, align 4, !tbaa !7
+  %2806 = and <16 x i32> %2802, %2805
   %.idx82 = shl nuw nsw i64 %indvars.iv1342.i, 8
-  %2814 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82
-  store <16 x i32> %2813, ptr %2814, align 4, !tbaa !7
-  %2815 = load i64, ptr %2810, align 8, !tbaa !7
-  %gep1668.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2815
-  %2816 = getelementptr i8, ptr %gep1668.i, i64 64
-  %2817 = getelementptr i32, ptr %2816, i64 %1052
-  %2818 = load <16 x i32>, ptr %2817, align 4, !tbaa !7
-  %2819 = and <16 x i32> %2809, %2818
-  %2820 = getelementptr inbounds nuw i8, ptr %2814, i64 64
-  store <16 x i32> %2819, ptr %2820, align 4, !tbaa !7
-  %2821 = load i64, ptr %2810, align 8, !tbaa !7
-  %gep1670.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2821
-  %2822 = getelementptr i8, ptr %gep1670.i, i64 128
-  %2823 = getelementptr i32, ptr %2822, i64 %1052
-  %2824 = load <16 x i32>, ptr %2823, align 4, !tbaa !7
-  %2825 = and <16 x i32> %2824, %2809
-  %2826 = getelementptr inbounds nuw i8, ptr %2814, i64 128
-  store <16 x i32> %2825, ptr %2826, align 4, !tbaa !7
-  %2827 = load i64, ptr %2810, align 8, !tbaa !7
-  %gep1672.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2827
-  %2828 = getelementptr i8, ptr %gep1672.i, i64 192
-  %2829 = getelementptr i32, ptr %2828, i64 %1052
-  %2830 = load <16 x i32>, ptr %2829, align 4, !tbaa !7
-  %2831 = and <16 x i32> %2830, %2809
-  %2832 = getelementptr inbounds nuw i8, ptr %2814, i64 192
-  store <16 x i32> %2831, ptr %2832, align 4, !tbaa !7
+  %2807 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82
+  store <16 x i32> %2806, ptr %2807, align 4, !tbaa !7
+  %2808 = load i64, ptr %2803, align 8, !tbaa !7
+  %gep1668.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2808
+  %2809 = getelementptr i8, ptr %gep1668.i, i64 64
+  %2810 = getelementptr i32, ptr %2809, i64 %1045
+  %2811 = load <16 x i32>, ptr %2810, align 4, !tbaa !7
+  %2812 = and <16 x i32> %2802, %2811
+  %2813 = getelementptr inbounds nuw i8, ptr %2807, i64 64
+  store <16 x i32> %2812, ptr %2813, align 4, !tbaa !7
+  %2814 = load i64, ptr %2803, align 8, !tbaa !7
+  %gep1670.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2814
+  %2815 = getelementptr i8, ptr %gep1670.i, i64 128
+  %2816 = getelementptr i32, ptr %2815, i64 %1045
+  %2817 = load <16 x i32>, ptr %2816, align 4, !tbaa !7
+  %2818 = and <16 x i32> %2817, %2802
+  %2819 = getelementptr inbounds nuw i8, ptr %2807, i64 128
+  store <16 x i32> %2818, ptr %2819, align 4, !tbaa !7
+  %2820 = load i64, ptr %2803, align 8, !tbaa !7
+  %gep1672.i = getelementptr i32, ptr %invariant.gep1667.i, i64 %2820
+  %2821 = getelementptr i8, ptr %gep1672.i, i64 192
+  %2822 = getelementptr i32, ptr %2821, i64 %1045
+  %2823 = load <16 x i32>, ptr %2822, align 4, !tbaa !7
+  %2824 = and <16 x i32> %2823, %2802
+  %2825 = getelementptr inbounds nuw i8, ptr %2807, i64 192
+  store <16 x i32> %2824, ptr %2825, align 4, !tbaa !7
   %indvars.iv.next1343.i = or disjoint i64 %indvars.iv1342.i, 1
-  %2833 = shl nuw nsw i64 %indvars.iv.next1343.i, 1
-  %2834 = add nuw nsw i64 %2833, %2891
-  %2835 = or disjoint i64 %2834, 1
-  %2836 = icmp slt i64 %2835, %2965
-  %2837 = select i1 %2836, i32 -65536, i32 0
-  %2838 = icmp slt i64 %2834, %2965
-  %2839 = select i1 %2838, i32 65535, i32 0
-  %2840 = or disjoint i32 %2837, %2839
-  %2841 = insertelement <16 x i32> poison, i32 %2840, i64 0
-  %2842 = shufflevector <16 x i32> %2841, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2843 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2834
-  %2844 = load i64, ptr %2843, align 8, !tbaa !7
-  %gep1666.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %2844
-  %2845 = load <16 x i32>, ptr %gep1666.i.1, align 4, !tbaa !7
-  %2846 = and <16 x i32> %2842, %2845
+  %2826 = shl nuw nsw i64 %indvars.iv.next1343.i, 1
+  %2827 = add nuw nsw i64 %2826, %2884
+  %2828 = or disjoint i64 %2827, 1
+  %2829 = icmp slt i64 %2828, %2958
+  %2830 = select i1 %2829, i32 -65536, i32 0
+  %2831 = icmp slt i64 %2827, %2958
+  %2832 = select i1 %2831, i32 65535, i32 0
+  %2833 = or disjoint i32 %2830, %2832
+  %2834 = insertelement <16 x i32> poison, i32 %2833, i64 0
+  %2835 = shufflevector <16 x i32> %2834, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2836 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2827
+  %2837 = load i64, ptr %2836, align 8, !tbaa !7
+  %gep1666.i.1 = getelementptr i32, ptr %gep1058.us.i, i64 %2837
+  %2838 = load <16 x i32>, ptr %gep1666.i.1, align 4, !tbaa !7
+  %2839 = and <16 x i32> %2835, %2838
   %.idx82.1 = shl nuw nsw i64 %indvars.iv.next1343.i, 8
-  %2847 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82.1
-  store <16 x i32> %2846, ptr %2847, align 4, !tbaa !7
-  %2848 = load i64, ptr %2843, align 8, !tbaa !7
-  %gep1668.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2848
-  %2849 = getelementptr i8, ptr %gep1668.i.1, i64 64
-  %2850 = getelementptr i32, ptr %2849, i64 %1052
-  %2851 = load <16 x i32>, ptr %2850, align 4, !tbaa !7
-  %2852 = and <16 x i32> %2842, %2851
-  %2853 = getelementptr inbounds nuw i8, ptr %2847, i64 64
-  store <16 x i32> %2852, ptr %2853, align 4, !tbaa !7
-  %2854 = load i64, ptr %2843, align 8, !tbaa !7
-  %gep1670.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2854
-  %2855 = getelementptr i8, ptr %gep1670.i.1, i64 128
-  %2856 = getelementptr i32, ptr %2855, i64 %1052
-  %2857 = load <16 x i32>, ptr %2856, align 4, !tbaa !7
-  %2858 = and <16 x i32> %2857, %2842
-  %2859 = getelementptr inbounds nuw i8, ptr %2847, i64 128
-  store <16 x i32> %2858, ptr %2859, align 4, !tbaa !7
-  %2860 = load i64, ptr %2843, align 8, !tbaa !7
-  %gep1672.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2860
-  %2861 = getelementptr i8, ptr %gep1672.i.1, i64 192
-  %2862 = getelementptr i32, ptr %2861, i64 %1052
-  %2863 = load <16 x i32>, ptr %2862, align 4, !tbaa !7
-  %2864 = and <16 x i32> %2863, %2842
-  %2865 = getelementptr inbounds nuw i8, ptr %2847, i64 192
-  store <16 x i32> %2864, ptr %2865, align 4, !tbaa !7
+  %2840 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 %.idx82.1
+  store <16 x i32> %2839, ptr %2840, align 4, !tbaa !7
+  %2841 = load i64, ptr %2836, align 8, !tbaa !7
+  %gep1668.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2841
+  %2842 = getelementptr i8, ptr %gep1668.i.1, i64 64
+  %2843 = getelementptr i32, ptr %2842, i64 %1045
+  %2844 = load <16 x i32>, ptr %2843, align 4, !tbaa !7
+  %2845 = and <16 x i32> %2835, %2844
+  %2846 = getelementptr inbounds nuw i8, ptr %2840, i64 64
+  store <16 x i32> %2845, ptr %2846, align 4, !tbaa !7
+  %2847 = load i64, ptr %2836, align 8, !tbaa !7
+  %gep1670.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2847
+  %2848 = getelementptr i8, ptr %gep1670.i.1, i64 128
+  %2849 = getelementptr i32, ptr %2848, i64 %1045
+  %2850 = load <16 x i32>, ptr %2849, align 4, !tbaa !7
+  %2851 = and <16 x i32> %2850, %2835
+  %2852 = getelementptr inbounds nuw i8, ptr %2840, i64 128
+  store <16 x i32> %2851, ptr %2852, align 4, !tbaa !7
+  %2853 = load i64, ptr %2836, align 8, !tbaa !7
+  %gep1672.i.1 = getelementptr i32, ptr %invariant.gep1667.i, i64 %2853
+  %2854 = getelementptr i8, ptr %gep1672.i.1, i64 192
+  %2855 = getelementptr i32, ptr %2854, i64 %1045
+  %2856 = load <16 x i32>, ptr %2855, align 4, !tbaa !7
+  %2857 = and <16 x i32> %2856, %2835
+  %2858 = getelementptr inbounds nuw i8, ptr %2840, i64 192
+  store <16 x i32> %2857, ptr %2858, align 4, !tbaa !7
   %indvars.iv.next1343.i.1 = add nuw nsw i64 %indvars.iv1342.i, 2
   %exitcond1345.not.i.1 = icmp eq i64 %indvars.iv.next1343.i.1, 32
   br i1 %exitcond1345.not.i.1, label %for_begin_s550.preheader.us.i, label %for_begin_d_0545.preheader.us.i, !prof !29, !llvm.loop !252
 
 for_begin_s.preheader.us.i:                       ; preds = %for_body_to507.us.i
-  %2866 = add nuw nsw i64 %indvars.iv1370.i, %3229
-  %2867 = trunc i64 %2866 to i32
-  %2868 = shl i32 %2867, 5
-  %2869 = add i32 %2868, %1050
+  %2859 = add nuw nsw i64 %indvars.iv1370.i, %3222
+  %2860 = trunc i64 %2859 to i32
+  %2861 = shl i32 %2860, 5
+  %2862 = add i32 %2861, %1043
   %.idx1539.i = shl nuw nsw i64 %indvars.iv1370.i, 7
   %invariant.gep1689.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1539.i
   %.idx1541.i = shl nuw nsw i64 %indvars.iv1370.i, 9
   %invariant.gep1691.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1541.i
-  br i1 %2964, label %for_begin_line516.preheader.us.i, label %if_end536.us.i.critedge, !prof !6
+  br i1 %2957, label %for_begin_line516.preheader.us.i, label %if_end536.us.i.critedge, !prof !6
 
 for_begin_s550.preheader.us.i:                    ; preds = %for_begin_d_0545.preheader.us.i
   %.idx83 = shl nsw i64 %indvars.iv1370.i, 7
-  %2870 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx83
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2870, i64 256)
+  %2863 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx83
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2863, i64 256)
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %edge.us.i, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %2871 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 64
+  %2864 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2864, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %2865 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2865, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %2866 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2866, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %2867 = getelementptr inbounds nuw i8, ptr %2863, i64 32
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2867, i64 256)
+  %2868 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2048
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2868, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %2869 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2112
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2869, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %2870 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2176
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2870, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %2871 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2240
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2871, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %2872 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2872, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %2873 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 192
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %2872 = getelementptr inbounds nuw i8, ptr %2863, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2872, i64 256)
+  %2873 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4096
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2873, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2874 = getelementptr inbounds nuw i8, ptr %2870, i64 32
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2874, i64 256)
-  %2875 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2048
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %2874 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4160
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2874, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %2875 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4224
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2875, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %2876 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2112
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %2876 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4288
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2876, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %2877 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2176
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2877, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %2878 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 2240
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %2877 = getelementptr inbounds nuw i8, ptr %2863, i64 96
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2877, i64 256)
+  %2878 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6144
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2878, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2879 = getelementptr inbounds nuw i8, ptr %2870, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2879, i64 256)
-  %2880 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4096
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %2879 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6208
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2879, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %2880 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6272
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2880, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %2881 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4160
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %2881 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6336
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2881, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %2882 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4224
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2882, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %2883 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 4288
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2883, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2884 = getelementptr inbounds nuw i8, ptr %2870, i64 96
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %2884, i64 256)
-  %2885 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6144
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2885, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %2886 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6208
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2886, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %2887 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6272
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2887, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %2888 = getelementptr inbounds nuw i8, ptr %edge.us.i, i64 6336
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %2888, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %2889 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %2890 = tail call i32 %2889(i32 1, i32 %dev_id, ptr nonnull %edge.us.i)
-  %.not877.us.i = icmp eq i32 %2890, 0
+  %2882 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %2883 = tail call i32 %2882(i32 1, i32 %dev_id, ptr nonnull %edge.us.i)
+  %.not877.us.i = icmp eq i32 %2883, 0
   br i1 %.not877.us.i, label %if_end512.us.i, label %fused_attend_compute_.exit, !prof !39
 
 for_begin_i.preheader.us.i:                       ; preds = %if_else513.us.i
-  %2891 = shl nsw i64 %indvars.iv1370.i, 6
+  %2884 = shl nsw i64 %indvars.iv1370.i, 6
   br label %for_begin_d_0545.preheader.us.i
 
 for_begin_d494.preheader.us.i:                    ; preds = %for_begin_ti.preheader.us.i, %for_begin_d494.preheader.us.i
   %indvars.iv1286.i = phi i64 [ 0, %for_begin_ti.preheader.us.i ], [ %indvars.iv.next1287.i, %for_begin_d494.preheader.us.i ]
-  %2892 = phi <16 x i32> [ %2961, %for_begin_ti.preheader.us.i ], [ %2953, %for_begin_d494.preheader.us.i ]
-  %2893 = shl nuw nsw i64 %indvars.iv1286.i, 1
-  %2894 = add nuw nsw i64 %2963, %2893
-  %2895 = or disjoint i64 %2894, 1
-  %2896 = icmp slt i64 %2895, %3057
-  %2897 = select i1 %2896, i32 -65536, i32 0
-  %2898 = icmp slt i64 %2894, %3057
-  %2899 = select i1 %2898, i32 65535, i32 0
-  %2900 = or disjoint i32 %2897, %2899
-  %2901 = insertelement <16 x i32> poison, i32 %2900, i64 0
-  %2902 = shufflevector <16 x i32> %2901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2903 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2894
-  %2904 = load i64, ptr %2903, align 8, !tbaa !7
-  %gep982.us.i = getelementptr i32, ptr %invariant.gep981.us.i, i64 %2904
-  %invariant.op977.us.i = and <16 x i32> %2902, splat (i32 2139095040)
-  %2905 = load <16 x i32>, ptr %gep982.us.i, align 4, !tbaa !7
-  %2906 = and <16 x i32> %2902, %2905
-  %2907 = shl <16 x i32> %2906, splat (i32 16)
-  %2908 = and <16 x i32> %2907, splat (i32 2139095040)
-  %.reass978.us.i = and <16 x i32> %invariant.op977.us.i, %2905
-  %2909 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2908, <16 x i32> %.reass978.us.i)
-  %2910 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %2892, <16 x i32> %2909)
+  %2885 = phi <16 x i32> [ %2954, %for_begin_ti.preheader.us.i ], [ %2946, %for_begin_d494.preheader.us.i ]
+  %2886 = shl nuw nsw i64 %indvars.iv1286.i, 1
+  %2887 = add nuw nsw i64 %2956, %2886
+  %2888 = or disjoint i64 %2887, 1
+  %2889 = icmp slt i64 %2888, %3050
+  %2890 = select i1 %2889, i32 -65536, i32 0
+  %2891 = icmp slt i64 %2887, %3050
+  %2892 = select i1 %2891, i32 65535, i32 0
+  %2893 = or disjoint i32 %2890, %2892
+  %2894 = insertelement <16 x i32> poison, i32 %2893, i64 0
+  %2895 = shufflevector <16 x i32> %2894, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2896 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2887
+  %2897 = load i64, ptr %2896, align 8, !tbaa !7
+  %gep982.us.i = getelementptr i32, ptr %invariant.gep981.us.i, i64 %2897
+  %invariant.op977.us.i = and <16 x i32> %2895, splat (i32 2139095040)
+  %2898 = load <16 x i32>, ptr %gep982.us.i, align 4, !tbaa !7
+  %2899 = and <16 x i32> %2895, %2898
+  %2900 = shl <16 x i32> %2899, splat (i32 16)
+  %2901 = and <16 x i32> %2900, splat (i32 2139095040)
+  %.reass978.us.i = and <16 x i32> %invariant.op977.us.i, %2898
+  %2902 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2901, <16 x i32> %.reass978.us.i)
+  %2903 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %2885, <16 x i32> %2902)
   %gep976.us.1.i = getelementptr i8, ptr %gep982.us.i, i64 64
-  %2911 = load <16 x i32>, ptr %gep976.us.1.i, align 4, !tbaa !7
-  %2912 = and <16 x i32> %2902, %2911
-  %2913 = shl <16 x i32> %2912, splat (i32 16)
-  %2914 = and <16 x i32> %2913, splat (i32 2139095040)
-  %.reass978.us.1.i = and <16 x i32> %invariant.op977.us.i, %2911
-  %2915 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2914, <16 x i32> %.reass978.us.1.i)
-  %2916 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2910, <16 x i32> %2915)
+  %2904 = load <16 x i32>, ptr %gep976.us.1.i, align 4, !tbaa !7
+  %2905 = and <16 x i32> %2895, %2904
+  %2906 = shl <16 x i32> %2905, splat (i32 16)
+  %2907 = and <16 x i32> %2906, splat (i32 2139095040)
+  %.reass978.us.1.i = and <16 x i32> %invariant.op977.us.i, %2904
+  %2908 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2907, <16 x i32> %.reass978.us.1.i)
+  %2909 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2903, <16 x i32> %2908)
   %gep976.us.2.i = getelementptr i8, ptr %gep982.us.i, i64 128
-  %2917 = load <16 x i32>, ptr %gep976.us.2.i, align 4, !tbaa !7
-  %2918 = and <16 x i32> %2902, %2917
-  %2919 = shl <16 x i32> %2918, splat (i32 16)
-  %2920 = and <16 x i32> %2919, splat (i32 2139095040)
-  %.reass978.us.2.i = and <16 x i32> %invariant.op977.us.i, %2917
-  %2921 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2920, <16 x i32> %.reass978.us.2.i)
-  %2922 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2916, <16 x i32> %2921)
+  %2910 = load <16 x i32>, ptr %gep976.us.2.i, align 4, !tbaa !7
+  %2911 = and <16 x i32> %2895, %2910
+  %2912 = shl <16 x i32> %2911, splat (i32 16)
+  %2913 = and <16 x i32> %2912, splat (i32 2139095040)
+  %.reass978.us.2.i = and <16 x i32> %invariant.op977.us.i, %2910
+  %2914 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2913, <16 x i32> %.reass978.us.2.i)
+  %2915 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2909, <16 x i32> %2914)
   %gep976.us.3.i = getelementptr i8, ptr %gep982.us.i, i64 192
-  %2923 = load <16 x i32>, ptr %gep976.us.3.i, align 4, !tbaa !7
-  %2924 = and <16 x i32> %2902, %2923
-  %2925 = shl <16 x i32> %2924, splat (i32 16)
-  %2926 = and <16 x i32> %2925, splat (i32 2139095040)
-  %.reass978.us.3.i = and <16 x i32> %invariant.op977.us.i, %2923
-  %2927 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2926, <16 x i32> %.reass978.us.3.i)
-  %2928 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2922, <16 x i32> %2927)
+  %2916 = load <16 x i32>, ptr %gep976.us.3.i, align 4, !tbaa !7
+  %2917 = and <16 x i32> %2895, %2916
+  %2918 = shl <16 x i32> %2917, splat (i32 16)
+  %2919 = and <16 x i32> %2918, splat (i32 2139095040)
+  %.reass978.us.3.i = and <16 x i32> %invariant.op977.us.i, %2916
+  %2920 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2919, <16 x i32> %.reass978.us.3.i)
+  %2921 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2915, <16 x i32> %2920)
   %gep976.us.4.i = getelementptr i8, ptr %gep982.us.i, i64 256
-  %2929 = load <16 x i32>, ptr %gep976.us.4.i, align 4, !tbaa !7
-  %2930 = and <16 x i32> %2902, %2929
-  %2931 = shl <16 x i32> %2930, splat (i32 16)
-  %2932 = and <16 x i32> %2931, splat (i32 2139095040)
-  %.reass978.us.4.i = and <16 x i32> %invariant.op977.us.i, %2929
-  %2933 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2932, <16 x i32> %.reass978.us.4.i)
-  %2934 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2928, <16 x i32> %2933)
+  %2922 = load <16 x i32>, ptr %gep976.us.4.i, align 4, !tbaa !7
+  %2923 = and <16 x i32> %2895, %2922
+  %2924 = shl <16 x i32> %2923, splat (i32 16)
+  %2925 = and <16 x i32> %2924, splat (i32 2139095040)
+  %.reass978.us.4.i = and <16 x i32> %invariant.op977.us.i, %2922
+  %2926 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2925, <16 x i32> %.reass978.us.4.i)
+  %2927 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2921, <16 x i32> %2926)
   %gep976.us.5.i = getelementptr i8, ptr %gep982.us.i, i64 320
-  %2935 = load <16 x i32>, ptr %gep976.us.5.i, align 4, !tbaa !7
-  %2936 = and <16 x i32> %2935, %2902
-  %2937 = shl <16 x i32> %2936, splat (i32 16)
-  %2938 = and <16 x i32> %2937, splat (i32 2139095040)
-  %.reass978.us.5.i = and <16 x i32> %invariant.op977.us.i, %2935
-  %2939 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2938, <16 x i32> %.reass978.us.5.i)
-  %2940 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2934, <16 x i32> %2939)
+  %2928 = load <16 x i32>, ptr %gep976.us.5.i, align 4, !tbaa !7
+  %2929 = and <16 x i32> %2928, %2895
+  %2930 = shl <16 x i32> %2929, splat (i32 16)
+  %2931 = and <16 x i32> %2930, splat (i32 2139095040)
+  %.reass978.us.5.i = and <16 x i32> %invariant.op977.us.i, %2928
+  %2932 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2931, <16 x i32> %.reass978.us.5.i)
+  %2933 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2927, <16 x i32> %2932)
   %gep976.us.6.i = getelementptr i8, ptr %gep982.us.i, i64 384
-  %2941 = load <16 x i32>, ptr %gep976.us.6.i, align 4, !tbaa !7
-  %2942 = and <16 x i32> %2941, %2902
-  %2943 = shl <16 x i32> %2942, splat (i32 16)
-  %2944 = and <16 x i32> %2943, splat (i32 2139095040)
-  %.reass978.us.6.i = and <16 x i32> %2941, %invariant.op977.us.i
-  %2945 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2944, <16 x i32> %.reass978.us.6.i)
-  %2946 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2940, <16 x i32> %2945)
+  %2934 = load <16 x i32>, ptr %gep976.us.6.i, align 4, !tbaa !7
+  %2935 = and <16 x i32> %2934, %2895
+  %2936 = shl <16 x i32> %2935, splat (i32 16)
+  %2937 = and <16 x i32> %2936, splat (i32 2139095040)
+  %.reass978.us.6.i = and <16 x i32> %2934, %invariant.op977.us.i
+  %2938 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2937, <16 x i32> %.reass978.us.6.i)
+  %2939 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2933, <16 x i32> %2938)
   %gep976.us.7.i = getelementptr i8, ptr %gep982.us.i, i64 448
-  %2947 = load <16 x i32>, ptr %gep976.us.7.i, align 4, !tbaa !7
-  %2948 = and <16 x i32> %2947, %2902
-  %2949 = shl <16 x i32> %2948, splat (i32 16)
-  %2950 = and <16 x i32> %2949, splat (i32 2139095040)
-  %.reass978.us.7.i = and <16 x i32> %2947, %invariant.op977.us.i
-  %2951 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2950, <16 x i32> %.reass978.us.7.i)
-  %2952 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2946, <16 x i32> %2951)
-  %2953 = freeze <16 x i32> %2952
+  %2940 = load <16 x i32>, ptr %gep976.us.7.i, align 4, !tbaa !7
+  %2941 = and <16 x i32> %2940, %2895
+  %2942 = shl <16 x i32> %2941, splat (i32 16)
+  %2943 = and <16 x i32> %2942, splat (i32 2139095040)
+  %.reass978.us.7.i = and <16 x i32> %2940, %invariant.op977.us.i
+  %2944 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2943, <16 x i32> %.reass978.us.7.i)
+  %2945 = tail call <16 x i32> @llvm.umax.v16i32(<16 x i32> %2939, <16 x i32> %2944)
+  %2946 = freeze <16 x i32> %2945
   %indvars.iv.next1287.i = add nuw nsw i64 %indvars.iv1286.i, 1
   %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1287.i, 32
   br i1 %exitcond1289.not.i, label %for_end_ti.us.i, label %for_begin_d494.preheader.us.i, !prof !29
 
 for_begin_p561.preheader.us.i:                    ; preds = %for_body_row.us.i
-  br i1 %1086, label %for_body_p562.us.us.preheader.i, label %for_body_p562.us1072.preheader.i, !prof !38
+  br i1 %1079, label %for_body_p562.us.us.preheader.i, label %for_body_p562.us1072.preheader.i, !prof !38
 
 for_body_p562.us1072.preheader.i:                 ; preds = %for_begin_p561.preheader.us.i
   tail call void @llvm.x86.tilezero(i8 0)
@@ -7176,24 +7169,24 @@ for_body_p562.us1072.preheader.i:                 ; preds = %for_begin_p561.preh
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
   tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %row_acc.us.i, i64 512)
-  %2954 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 64
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2954, i64 512)
-  %2955 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 128
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2955, i64 512)
-  %2956 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 192
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2956, i64 512)
+  %2947 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 64
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2947, i64 512)
+  %2948 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 128
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2948, i64 512)
+  %2949 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 192
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2949, i64 512)
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
   tail call void @llvm.x86.tilezero(i8 2)
   tail call void @llvm.x86.tilezero(i8 3)
-  %2957 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 256
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %2957, i64 512)
-  %2958 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 320
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2958, i64 512)
-  %2959 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 384
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2959, i64 512)
-  %2960 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 448
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2960, i64 512)
+  %2950 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 256
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %2950, i64 512)
+  %2951 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 320
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2951, i64 512)
+  %2952 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 384
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2952, i64 512)
+  %2953 = getelementptr inbounds nuw i8, ptr %row_acc.us.i, i64 448
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2953, i64 512)
   br label %for_begin_d601.preheader.us.i
 
 for_body_p562.us.us.preheader.i:                  ; preds = %for_begin_p561.preheader.us.i
@@ -7203,42 +7196,42 @@ for_body_p562.us.us.preheader.i:                  ; preds = %for_begin_p561.preh
 
 for_begin_ti.preheader.us.i:                      ; preds = %for_begin_ti.preheader.lr.ph.us.i, %for_end_ti.us.i
   %indvars.iv1290.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.us.i ], [ %indvars.iv.next1291.i, %for_end_ti.us.i ]
-  %2961 = phi <16 x i32> [ zeroinitializer, %for_begin_ti.preheader.lr.ph.us.i ], [ %2953, %for_end_ti.us.i ]
-  %2962 = shl nsw i64 %indvars.iv1290.i, 6
-  %2963 = add nuw nsw i64 %2962, %1090
+  %2954 = phi <16 x i32> [ zeroinitializer, %for_begin_ti.preheader.lr.ph.us.i ], [ %2946, %for_end_ti.us.i ]
+  %2955 = shl nsw i64 %indvars.iv1290.i, 6
+  %2956 = add nuw nsw i64 %2955, %1083
   br label %for_begin_d494.preheader.us.i
 
 for_begin_to351.preheader.us.i:                   ; preds = %for_begin_to351.preheader.us.i.preheader, %for_end_to353.us.i
   %indvars.iv1266.i = phi i64 [ %indvars.iv.next1267.i, %for_end_to353.us.i ], [ 0, %for_begin_to351.preheader.us.i.preheader ]
-  br i1 %1086, label %for_body_to352.lr.ph.us.i, label %for_end_to353.us.i, !prof !38
+  br i1 %1079, label %for_body_to352.lr.ph.us.i, label %for_end_to353.us.i, !prof !38
 
 for_begin_to341.preheader.us.i:                   ; preds = %for_begin_to341.preheader.us.i.preheader, %for_end_to343.us.i
   %indvars.iv1257.i = phi i64 [ %indvars.iv.next1258.i, %for_end_to343.us.i ], [ 0, %for_begin_to341.preheader.us.i.preheader ]
-  br i1 %1086, label %for_body_to342.lr.ph.us.i, label %for_end_to343.us.i, !prof !38
+  br i1 %1079, label %for_body_to342.lr.ph.us.i, label %for_end_to343.us.i, !prof !38
 
 for_begin_to331.preheader.us.i:                   ; preds = %if_end320.us.15.i, %for_end_to333.us.i
   %indvars.iv1248.i = phi i64 [ 0, %if_end320.us.15.i ], [ %indvars.iv.next1249.i, %for_end_to333.us.i ]
-  br i1 %1086, label %for_body_to332.lr.ph.us.i, label %for_end_to333.us.i, !prof !38
+  br i1 %1079, label %for_body_to332.lr.ph.us.i, label %for_end_to333.us.i, !prof !38
 
 for_begin_to153.preheader.us.i:                   ; preds = %for_end_to145.us.15.i, %for_end_to155.us.i
   %indvars.iv1205.i = phi i64 [ 0, %for_end_to145.us.15.i ], [ %indvars.iv.next1206.i, %for_end_to155.us.i ]
   br i1 %.not1102.i, label %for_end_to155.us.i, label %for_body_to154.lr.ph.us.i, !prof !9
 
 for_begin_p.preheader.us.i:                       ; preds = %for_begin_lane.preheader.us.i.loopexit, %if_end487.us.i
-  %2964 = and i1 %1047, %1066
-  %2965 = sext i32 %valid_len106.us.fr.i to i64
+  %2957 = and i1 %1040, %1059
+  %2958 = sext i32 %valid_len106.us.fr.i to i64
   br label %for_body_p.us.i
 
 for_begin_lane.preheader.us.i.loopexit:           ; preds = %for_end_ti.us.i
-  %2966 = icmp eq <16 x i32> %2953, splat (i32 2139095040)
-  %2967 = bitcast <16 x i1> %2966 to i16
-  %2968 = icmp eq i16 %2967, 0
-  br i1 %2968, label %for_begin_p.preheader.us.i, label %for_body_row.us.i
+  %2959 = icmp eq <16 x i32> %2946, splat (i32 2139095040)
+  %2960 = bitcast <16 x i1> %2959 to i16
+  %2961 = icmp eq i16 %2960, 0
+  br i1 %2961, label %for_begin_p.preheader.us.i, label %for_body_row.us.i
 
 for_begin_r241.preheader.us.i:                    ; preds = %if_end229.us.i
-  %invariant.gep1633.i = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1090
+  %invariant.gep1633.i = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %1083
   %xtraiter444 = and i64 %wide.trip.count1213.i, 3
-  %2969 = icmp ult i32 %1087, 4
+  %2962 = icmp ult i32 %1080, 4
   %unroll_iter449 = and i64 %wide.trip.count1213.i, 2147483644
   %lcmp.mod446.not = icmp eq i64 %xtraiter444, 0
   %lcmp.mod448 = icmp ne i64 %xtraiter444, 0
@@ -7249,39 +7242,39 @@ for_begin_r138.preheader.us.i:                    ; preds = %for_end_d_0112.us.i
   br i1 %.not1102.i, label %for_end_to145.us.15.i, label %for_body_to144.lr.ph.us.i, !prof !9
 
 for_end_d_0112.us.i:                              ; preds = %for_body_d_0111.us.us.preheader.i, %for_body_d_0111.us1075.preheader.i
-  %2970 = load i64, ptr %2462, align 8, !tbaa !7
-  %gep1596.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2970
-  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1596.i, i64 %556)
+  %2963 = load i64, ptr %2455, align 8, !tbaa !7
+  %gep1596.i = getelementptr i32, ptr %invariant.gep1589.i, i64 %2963
+  tail call void @llvm.x86.tileloadd64(i8 5, ptr %gep1596.i, i64 %549)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 4, i8 5)
-  %2971 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2458
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %2971, i64 512)
-  %2972 = getelementptr inbounds nuw i8, ptr %2971, i64 64
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2972, i64 512)
-  %2973 = getelementptr inbounds nuw i8, ptr %2971, i64 128
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2973, i64 512)
-  %2974 = getelementptr inbounds nuw i8, ptr %2971, i64 192
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2974, i64 512)
+  %2964 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2451
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %2964, i64 512)
+  %2965 = getelementptr inbounds nuw i8, ptr %2964, i64 64
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %2965, i64 512)
+  %2966 = getelementptr inbounds nuw i8, ptr %2964, i64 128
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %2966, i64 512)
+  %2967 = getelementptr inbounds nuw i8, ptr %2964, i64 192
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %2967, i64 512)
   %indvars.iv.next1187.i = add nuw nsw i64 %indvars.iv1186.i, 1
   %exitcond1190.not.i = icmp eq i64 %indvars.iv.next1187.i, %wide.trip.count1189.i
   br i1 %exitcond1190.not.i, label %for_begin_r138.preheader.us.i, label %for_body_to.us.i, !prof !10
 
 for_body_to.lr.ph.us.i:                           ; preds = %if_then103.us.i
-  %2975 = and i1 %1047, %1066
-  %.fr.us.i = freeze i1 %2975
-  %2976 = shl i64 %1067, 10
-  %2977 = and i64 %2976, 4294966272
-  %wide.trip.count1189.i = zext nneg i32 %1085 to i64
-  %2978 = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %2977
-  %2979 = getelementptr inbounds nuw i8, ptr %2978, i64 64
-  %2980 = getelementptr inbounds nuw i8, ptr %2978, i64 128
-  %2981 = getelementptr inbounds nuw i8, ptr %2978, i64 192
+  %2968 = and i1 %1040, %1059
+  %.fr.us.i = freeze i1 %2968
+  %2969 = shl i64 %1060, 10
+  %2970 = and i64 %2969, 4294966272
+  %wide.trip.count1189.i = zext nneg i32 %1078 to i64
+  %2971 = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %2970
+  %2972 = getelementptr inbounds nuw i8, ptr %2971, i64 64
+  %2973 = getelementptr inbounds nuw i8, ptr %2971, i64 128
+  %2974 = getelementptr inbounds nuw i8, ptr %2971, i64 192
   br label %for_body_to.us.i
 
 for_body_to144.lr.ph.us.i:                        ; preds = %for_begin_r138.preheader.us.i
   %wide.trip.count1194.i = zext nneg i32 %num_full.us.i to i64
   %xtraiter = and i64 %wide.trip.count1194.i, 3
-  %2982 = icmp slt i32 %1082, 256
-  br i1 %2982, label %for_body_to144.us.i.epil.preheader, label %for_body_to144.lr.ph.us.i.new, !prof !221
+  %2975 = icmp slt i32 %1075, 256
+  br i1 %2975, label %for_body_to144.us.i.epil.preheader, label %for_body_to144.lr.ph.us.i.new, !prof !221
 
 for_body_to144.lr.ph.us.i.new:                    ; preds = %for_body_to144.lr.ph.us.i
   %unroll_iter = and i64 %wide.trip.count1194.i, 33554428
@@ -7290,30 +7283,30 @@ for_body_to144.lr.ph.us.i.new:                    ; preds = %for_body_to144.lr.p
 for_body_to154.lr.ph.us.i:                        ; preds = %for_begin_to153.preheader.us.i
   %.idx1499.i = shl nuw nsw i64 %indvars.iv1205.i, 9
   %invariant.gep1629.i = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx1499.i
-  br i1 %2431, label %for_body_to154.us.i.epil.preheader, label %for_body_to154.us.i, !prof !221
+  br i1 %2424, label %for_body_to154.us.i.epil.preheader, label %for_body_to154.us.i, !prof !221
 
 for_body_to224.lr.ph.us.i:                        ; preds = %for_body_r219.us.i
-  %2983 = shl nuw nsw i64 %indvars.iv1215.i, 7
-  %2984 = add nuw nsw i64 %2983, %1090
+  %2976 = shl nuw nsw i64 %indvars.iv1215.i, 7
+  %2977 = add nuw nsw i64 %2976, %1083
   %gep1632.i = getelementptr i32, ptr %invariant.gep1631.i, i64 %indvars.iv1215.i
   br label %for_body_to224.us.i
 
 iter.check280:                                    ; preds = %for_body_r231.us.i
-  %2985 = lshr i64 %indvars.iv1223.i, 2
-  %2986 = and i64 %2985, 1073741823
-  %2987 = add nuw nsw i64 %2986, %3020
-  %2988 = mul nsw i64 %2987, %575
+  %2978 = lshr i64 %indvars.iv1223.i, 2
+  %2979 = and i64 %2978, 1073741823
+  %2980 = add nuw nsw i64 %2979, %3013
+  %2981 = mul nsw i64 %2980, %568
   %indvars.iv1223.tr.i = trunc i64 %indvars.iv1223.i to i32
-  %2989 = shl i32 %indvars.iv1223.tr.i, 7
-  %2990 = add i32 %2989, %1027
-  %2991 = zext i32 %2990 to i64
-  %2992 = getelementptr i8, ptr %1033, i64 %2988
+  %2982 = shl i32 %indvars.iv1223.tr.i, 7
+  %2983 = add i32 %2982, %1020
+  %2984 = zext i32 %2983 to i64
+  %2985 = getelementptr i8, ptr %1026, i64 %2981
   br i1 %min.iters.check278, label %for_body_c.us.i.preheader, label %vector.memcheck259, !prof !9
 
 vector.memcheck259:                               ; preds = %iter.check280
-  %scevgep270 = getelementptr i8, ptr %scevgep269, i64 %2988
+  %scevgep270 = getelementptr i8, ptr %scevgep269, i64 %2981
   %bound0271 = icmp ult ptr %scevgep262, %scevgep270
-  %bound1272 = icmp ult ptr %2992, %scevgep266
+  %bound1272 = icmp ult ptr %2985, %scevgep266
   %found.conflict273 = and i1 %bound0271, %bound1272
   br i1 %found.conflict273, label %for_body_c.us.i.preheader, label %vector.main.loop.iter.check282, !prof !9
 
@@ -7321,38 +7314,38 @@ vector.main.loop.iter.check282:                   ; preds = %vector.memcheck259
   br i1 %min.iters.check281, label %vec.epilog.ph304, label %vector.ph283, !prof !9
 
 vector.ph283:                                     ; preds = %vector.main.loop.iter.check282
-  %invariant.gep497 = getelementptr float, ptr %scaled.us.i, i64 %2991
+  %invariant.gep497 = getelementptr float, ptr %scaled.us.i, i64 %2984
   br label %vector.body286
 
 vector.body286:                                   ; preds = %vector.body286, %vector.ph283
   %index287 = phi i64 [ 0, %vector.ph283 ], [ %index.next298, %vector.body286 ]
-  %2993 = getelementptr i8, ptr %2992, i64 %index287
-  %2994 = getelementptr i8, ptr %2993, i64 8
-  %2995 = getelementptr i8, ptr %2993, i64 16
-  %2996 = getelementptr i8, ptr %2993, i64 24
-  %wide.load288 = load <8 x i8>, ptr %2993, align 1, !tbaa !7, !alias.scope !253
-  %wide.load289 = load <8 x i8>, ptr %2994, align 1, !tbaa !7, !alias.scope !253
-  %wide.load290 = load <8 x i8>, ptr %2995, align 1, !tbaa !7, !alias.scope !253
-  %wide.load291 = load <8 x i8>, ptr %2996, align 1, !tbaa !7, !alias.scope !253
-  %2997 = icmp ne <8 x i8> %wide.load288, zeroinitializer
-  %2998 = icmp ne <8 x i8> %wide.load289, zeroinitializer
-  %2999 = icmp ne <8 x i8> %wide.load290, zeroinitializer
-  %3000 = icmp ne <8 x i8> %wide.load291, zeroinitializer
+  %2986 = getelementptr i8, ptr %2985, i64 %index287
+  %2987 = getelementptr i8, ptr %2986, i64 8
+  %2988 = getelementptr i8, ptr %2986, i64 16
+  %2989 = getelementptr i8, ptr %2986, i64 24
+  %wide.load288 = load <8 x i8>, ptr %2986, align 1, !tbaa !7, !alias.scope !253
+  %wide.load289 = load <8 x i8>, ptr %2987, align 1, !tbaa !7, !alias.scope !253
+  %wide.load290 = load <8 x i8>, ptr %2988, align 1, !tbaa !7, !alias.scope !253
+  %wide.load291 = load <8 x i8>, ptr %2989, align 1, !tbaa !7, !alias.scope !253
+  %2990 = icmp ne <8 x i8> %wide.load288, zeroinitializer
+  %2991 = icmp ne <8 x i8> %wide.load289, zeroinitializer
+  %2992 = icmp ne <8 x i8> %wide.load290, zeroinitializer
+  %2993 = icmp ne <8 x i8> %wide.load291, zeroinitializer
   %gep498 = getelementptr float, ptr %invariant.gep497, i64 %index287
-  %3001 = getelementptr i8, ptr %gep498, i64 32
-  %3002 = getelementptr i8, ptr %gep498, i64 64
-  %3003 = getelementptr i8, ptr %gep498, i64 96
-  %predphi = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep498, <8 x i1> %2997, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi295 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3001, <8 x i1> %2998, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi296 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3002, <8 x i1> %2999, <8 x float> splat (float 0xFFF0000000000000))
-  %predphi297 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %3003, <8 x i1> %3000, <8 x float> splat (float 0xFFF0000000000000))
+  %2994 = getelementptr i8, ptr %gep498, i64 32
+  %2995 = getelementptr i8, ptr %gep498, i64 64
+  %2996 = getelementptr i8, ptr %gep498, i64 96
+  %predphi = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep498, <8 x i1> %2990, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi295 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2994, <8 x i1> %2991, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi296 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2995, <8 x i1> %2992, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi297 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2996, <8 x i1> %2993, <8 x float> splat (float 0xFFF0000000000000))
   store <8 x float> %predphi, ptr %gep498, align 4, !tbaa !7, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi295, ptr %3001, align 4, !tbaa !7, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi296, ptr %3002, align 4, !tbaa !7, !alias.scope !256, !noalias !253
-  store <8 x float> %predphi297, ptr %3003, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi295, ptr %2994, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi296, ptr %2995, align 4, !tbaa !7, !alias.scope !256, !noalias !253
+  store <8 x float> %predphi297, ptr %2996, align 4, !tbaa !7, !alias.scope !256, !noalias !253
   %index.next298 = add nuw i64 %index287, 32
-  %3004 = icmp eq i64 %index.next298, %n.vec285
-  br i1 %3004, label %middle.block299, label %vector.body286, !prof !13, !llvm.loop !258
+  %2997 = icmp eq i64 %index.next298, %n.vec285
+  br i1 %2997, label %middle.block299, label %vector.body286, !prof !13, !llvm.loop !258
 
 middle.block299:                                  ; preds = %vector.body286
   br i1 %cmp.n, label %for_end_c.us.i, label %vec.epilog.iter.check302, !prof !259
@@ -7362,20 +7355,20 @@ vec.epilog.iter.check302:                         ; preds = %middle.block299
 
 vec.epilog.ph304:                                 ; preds = %vec.epilog.iter.check302, %vector.main.loop.iter.check282
   %vec.epilog.resume.val300 = phi i64 [ %n.vec285, %vec.epilog.iter.check302 ], [ 0, %vector.main.loop.iter.check282 ]
-  %invariant.gep499 = getelementptr float, ptr %scaled.us.i, i64 %2991
+  %invariant.gep499 = getelementptr float, ptr %scaled.us.i, i64 %2984
   br label %vec.epilog.vector.body307
 
 vec.epilog.vector.body307:                        ; preds = %vec.epilog.vector.body307, %vec.epilog.ph304
   %index308 = phi i64 [ %vec.epilog.resume.val300, %vec.epilog.ph304 ], [ %index.next312, %vec.epilog.vector.body307 ]
-  %3005 = getelementptr i8, ptr %2992, i64 %index308
-  %wide.load309 = load <8 x i8>, ptr %3005, align 1, !tbaa !7, !alias.scope !253
-  %3006 = icmp ne <8 x i8> %wide.load309, zeroinitializer
+  %2998 = getelementptr i8, ptr %2985, i64 %index308
+  %wide.load309 = load <8 x i8>, ptr %2998, align 1, !tbaa !7, !alias.scope !253
+  %2999 = icmp ne <8 x i8> %wide.load309, zeroinitializer
   %gep500 = getelementptr float, ptr %invariant.gep499, i64 %index308
-  %predphi311 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep500, <8 x i1> %3006, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi311 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep500, <8 x i1> %2999, <8 x float> splat (float 0xFFF0000000000000))
   store <8 x float> %predphi311, ptr %gep500, align 4, !tbaa !7, !alias.scope !256, !noalias !253
   %index.next312 = add nuw i64 %index308, 8
-  %3007 = icmp eq i64 %index.next312, %n.vec306
-  br i1 %3007, label %vec.epilog.middle.block313, label %vec.epilog.vector.body307, !prof !27, !llvm.loop !261
+  %3000 = icmp eq i64 %index.next312, %n.vec306
+  br i1 %3000, label %vec.epilog.middle.block313, label %vec.epilog.vector.body307, !prof !27, !llvm.loop !261
 
 vec.epilog.middle.block313:                       ; preds = %vec.epilog.vector.body307
   br i1 %cmp.n314, label %for_end_c.us.i, label %for_body_c.us.i.preheader, !prof !262
@@ -7387,21 +7380,21 @@ for_body_c.us.i.preheader:                        ; preds = %vec.epilog.middle.b
 for_body_c.us.i.prol:                             ; preds = %if_end237.us.i.prol, %for_body_c.us.i.preheader
   %indvars.iv1220.i.prol = phi i64 [ %indvars.iv.next1221.i.prol, %if_end237.us.i.prol ], [ %indvars.iv1220.i.ph, %for_body_c.us.i.preheader ]
   %prol.iter = phi i64 [ %prol.iter.next, %if_end237.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
-  %3008 = getelementptr i8, ptr %2992, i64 %indvars.iv1220.i.prol
-  %3009 = load i8, ptr %3008, align 1, !tbaa !7
-  %3010 = icmp eq i8 %3009, 0
-  %.pre1467.i.prol = add nuw nsw i64 %indvars.iv1220.i.prol, %2991
-  br i1 %3010, label %if_end237.us.i.prol, label %if_else236.us.i.prol
+  %3001 = getelementptr i8, ptr %2985, i64 %indvars.iv1220.i.prol
+  %3002 = load i8, ptr %3001, align 1, !tbaa !7
+  %3003 = icmp eq i8 %3002, 0
+  %.pre1467.i.prol = add nuw nsw i64 %indvars.iv1220.i.prol, %2984
+  br i1 %3003, label %if_end237.us.i.prol, label %if_else236.us.i.prol
 
 if_else236.us.i.prol:                             ; preds = %for_body_c.us.i.prol
-  %3011 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
-  %3012 = load float, ptr %3011, align 4, !tbaa !7
+  %3004 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
+  %3005 = load float, ptr %3004, align 4, !tbaa !7
   br label %if_end237.us.i.prol
 
 if_end237.us.i.prol:                              ; preds = %if_else236.us.i.prol, %for_body_c.us.i.prol
-  %3013 = phi float [ %3012, %if_else236.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
-  %3014 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
-  store float %3013, ptr %3014, align 4, !tbaa !7
+  %3006 = phi float [ %3005, %if_else236.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %3007 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1467.i.prol
+  store float %3006, ptr %3007, align 4, !tbaa !7
   %indvars.iv.next1221.i.prol = add nuw nsw i64 %indvars.iv1220.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter442
@@ -7409,35 +7402,35 @@ if_end237.us.i.prol:                              ; preds = %if_else236.us.i.pro
 
 for_body_c.us.i.prol.loopexit:                    ; preds = %if_end237.us.i.prol, %for_body_c.us.i.preheader
   %indvars.iv1220.i.unr = phi i64 [ %indvars.iv1220.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next1221.i.prol, %if_end237.us.i.prol ]
-  %3015 = sub nsw i64 %indvars.iv1220.i.ph, %smax441
-  %3016 = icmp ugt i64 %3015, -4
-  br i1 %3016, label %for_end_c.us.i, label %for_body_c.us.i, !prof !9
+  %3008 = sub nsw i64 %indvars.iv1220.i.ph, %smax441
+  %3009 = icmp ugt i64 %3008, -4
+  br i1 %3009, label %for_end_c.us.i, label %for_body_c.us.i, !prof !9
 
 for_body_r231.lr.ph.us.i:                         ; preds = %for_end_r220.us.i
-  %3017 = tail call i32 @llvm.umin.i32(i32 %1077, i32 16)
-  %3018 = icmp sgt i32 %valid_len106.us.fr.i, %1027
-  %3019 = zext nneg i32 %1075 to i64
-  %3020 = shl nuw nsw i64 %3019, 2
-  %3021 = zext nneg i32 %3017 to i64
-  %3022 = sext i32 %valid_len106.us.fr.i to i64
-  %3023 = sub nsw i64 %3022, %976
-  %smax123 = tail call i64 @llvm.smax.i64(i64 %3023, i64 1)
-  %scevgep262 = getelementptr i8, ptr %scaled.us.i, i64 %974
+  %3010 = tail call i32 @llvm.umin.i32(i32 %1070, i32 16)
+  %3011 = icmp sgt i32 %valid_len106.us.fr.i, %1020
+  %3012 = zext nneg i32 %1068 to i64
+  %3013 = shl nuw nsw i64 %3012, 2
+  %3014 = zext nneg i32 %3010 to i64
+  %3015 = sext i32 %valid_len106.us.fr.i to i64
+  %3016 = sub nsw i64 %3015, %969
+  %smax123 = tail call i64 @llvm.smax.i64(i64 %3016, i64 1)
+  %scevgep262 = getelementptr i8, ptr %scaled.us.i, i64 %967
   %scevgep263 = getelementptr i8, ptr %scaled.us.i, i64 -512
-  %scevgep264 = getelementptr i8, ptr %scevgep263, i64 %974
-  %3024 = sub nsw i64 %3022, %973
-  %smax265 = tail call i64 @llvm.smax.i64(i64 %3024, i64 1)
-  %3025 = shl nuw nsw i64 %smax265, 2
+  %scevgep264 = getelementptr i8, ptr %scevgep263, i64 %967
+  %3017 = sub nsw i64 %3015, %966
+  %smax265 = tail call i64 @llvm.smax.i64(i64 %3017, i64 1)
+  %3018 = shl nuw nsw i64 %smax265, 2
   %scevgep269 = getelementptr i8, ptr %scevgep268, i64 %smax265
-  %3026 = sub nsw i64 %3022, %969
-  %smax276 = tail call i64 @llvm.smax.i64(i64 %3026, i64 1)
-  %3027 = sub nsw i64 %3022, %965
-  %smax441 = tail call i64 @llvm.smax.i64(i64 %3027, i64 1)
-  %min.iters.check278 = icmp slt i64 %3026, 8
-  %3028 = shl nuw nsw i64 %3021, 9
-  %3029 = getelementptr i8, ptr %scevgep264, i64 %3028
-  %scevgep266 = getelementptr i8, ptr %3029, i64 %3025
-  %min.iters.check281 = icmp slt i64 %3026, 32
+  %3019 = sub nsw i64 %3015, %962
+  %smax276 = tail call i64 @llvm.smax.i64(i64 %3019, i64 1)
+  %3020 = sub nsw i64 %3015, %958
+  %smax441 = tail call i64 @llvm.smax.i64(i64 %3020, i64 1)
+  %min.iters.check278 = icmp slt i64 %3019, 8
+  %3021 = shl nuw nsw i64 %3014, 9
+  %3022 = getelementptr i8, ptr %scevgep264, i64 %3021
+  %scevgep266 = getelementptr i8, ptr %3022, i64 %3018
+  %min.iters.check281 = icmp slt i64 %3019, 32
   %n.mod.vf284 = and i64 %smax276, 24
   %n.vec285 = and i64 %smax276, 9223372036854775776
   %cmp.n = icmp eq i64 %smax276, %n.vec285
@@ -7451,23 +7444,23 @@ for_body_r231.lr.ph.us.i:                         ; preds = %for_end_r220.us.i
 for_body_to247.lr.ph.us.i:                        ; preds = %for_body_r242.us.i
   %.idx1501.i = shl nuw nsw i64 %indvars.iv1231.i, 9
   %gep1634.i = getelementptr inbounds nuw i8, ptr %invariant.gep1633.i, i64 %.idx1501.i
-  br i1 %2969, label %for_body_to247.us.i.epil.preheader, label %for_body_to247.us.i, !prof !221
+  br i1 %2962, label %for_body_to247.us.i.epil.preheader, label %for_body_to247.us.i, !prof !221
 
 for_body_to332.lr.ph.us.i:                        ; preds = %for_begin_to331.preheader.us.i
-  %3030 = getelementptr inbounds nuw float, ptr %tile_max846.i, i64 %indvars.iv1248.i
-  %3031 = load float, ptr %3030, align 4, !tbaa !210
+  %3023 = getelementptr inbounds nuw float, ptr %tile_max846.i, i64 %indvars.iv1248.i
+  %3024 = load float, ptr %3023, align 4, !tbaa !210
+  %3025 = insertelement <64 x float> poison, float %3024, i64 0
+  %3026 = shufflevector <64 x float> %3025, <64 x float> poison, <64 x i32> zeroinitializer
+  %3027 = shl nuw nsw i64 %indvars.iv1248.i, 7
+  %3028 = getelementptr inbounds nuw i32, ptr %room838.i, i64 %indvars.iv1248.i
+  %3029 = load i32, ptr %3028, align 4, !tbaa !265
+  %3030 = sitofp i32 %3029 to float
+  %3031 = fsub float 0x4168000FE0000000, %3030
   %3032 = insertelement <64 x float> poison, float %3031, i64 0
   %3033 = shufflevector <64 x float> %3032, <64 x float> poison, <64 x i32> zeroinitializer
-  %3034 = shl nuw nsw i64 %indvars.iv1248.i, 7
-  %3035 = getelementptr inbounds nuw i32, ptr %room838.i, i64 %indvars.iv1248.i
-  %3036 = load i32, ptr %3035, align 4, !tbaa !265
-  %3037 = sitofp i32 %3036 to float
-  %3038 = fsub float 0x4168000FE0000000, %3037
-  %3039 = insertelement <64 x float> poison, float %3038, i64 0
-  %3040 = shufflevector <64 x float> %3039, <64 x float> poison, <64 x i32> zeroinitializer
-  %3041 = tail call float @llvm.fmuladd.f32(float %3037, float 0x3FE62E4300000000, float -8.700000e+01)
-  %3042 = insertelement <64 x float> poison, float %3041, i64 0
-  %3043 = shufflevector <64 x float> %3042, <64 x float> poison, <64 x i32> zeroinitializer
+  %3034 = tail call float @llvm.fmuladd.f32(float %3030, float 0x3FE62E4300000000, float -8.700000e+01)
+  %3035 = insertelement <64 x float> poison, float %3034, i64 0
+  %3036 = shufflevector <64 x float> %3035, <64 x float> poison, <64 x i32> zeroinitializer
   br label %for_body_to332.us.i
 
 for_body_to342.lr.ph.us.i:                        ; preds = %for_begin_to341.preheader.us.i
@@ -7475,123 +7468,123 @@ for_body_to342.lr.ph.us.i:                        ; preds = %for_begin_to341.pre
   %invariant.gep1635.i = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1505.i
   %.idx1507.i = shl nuw nsw i64 %indvars.iv1257.i, 8
   %invariant.gep1637.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1507.i
-  br i1 %1689, label %for_body_to342.us.i.epil.preheader, label %for_body_to342.us.i, !prof !267
+  br i1 %1682, label %for_body_to342.us.i.epil.preheader, label %for_body_to342.us.i, !prof !267
 
 for_body_to352.lr.ph.us.i:                        ; preds = %for_begin_to351.preheader.us.i
   %.idx1509.i = shl nuw nsw i64 %indvars.iv1266.i, 8
   %invariant.gep1639.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1509.i
-  br i1 %1652, label %for_body_to352.us.i.epil.preheader, label %for_body_to352.us.i, !prof !221
+  br i1 %1645, label %for_body_to352.us.i.epil.preheader, label %for_body_to352.us.i, !prof !221
 
 for_body_to470.lr.ph.us.i:                        ; preds = %for_body_r465.us.i
   %gep1642.i = getelementptr i32, ptr %invariant.gep1631.i, i64 %indvars.iv1275.i
-  %3044 = shl i64 %indvars.iv1275.i, 38
+  %3037 = shl i64 %indvars.iv1275.i, 38
   br label %for_body_to470.us.i
 
 for_body_c482.lr.ph.us.i:                         ; preds = %for_body_r477.us.i
-  %3045 = lshr i32 %r480974.us.i, 2
-  %3046 = zext nneg i32 %3045 to i64
-  %3047 = add nuw nsw i64 %3053, %3046
-  %3048 = mul nsw i64 %3047, %575
-  %3049 = shl nsw i32 %r480974.us.i, 6
-  %3050 = getelementptr i8, ptr %1033, i64 %3048
-  br i1 %3056, label %for_body_c482.us.i.epil.preheader, label %for_body_c482.us.i, !prof !221
+  %3038 = lshr i32 %r480974.us.i, 2
+  %3039 = zext nneg i32 %3038 to i64
+  %3040 = add nuw nsw i64 %3046, %3039
+  %3041 = mul nsw i64 %3040, %568
+  %3042 = shl nsw i32 %r480974.us.i, 6
+  %3043 = getelementptr i8, ptr %1026, i64 %3041
+  br i1 %3049, label %for_body_c482.us.i.epil.preheader, label %for_body_c482.us.i, !prof !221
 
 for_body_r477.lr.ph.us.i:                         ; preds = %if_then474.us.i
-  %3051 = icmp sgt i32 %valid_len106.us.fr.i, %1027
-  %3052 = zext nneg i32 %1075 to i64
-  %3053 = shl nuw nsw i64 %3052, 2
-  %3054 = sext i32 %valid_len106.us.fr.i to i64
-  %3055 = sub nsw i64 %3054, %961
-  %smax466 = tail call i64 @llvm.smax.i64(i64 %3055, i64 1)
+  %3044 = icmp sgt i32 %valid_len106.us.fr.i, %1020
+  %3045 = zext nneg i32 %1068 to i64
+  %3046 = shl nuw nsw i64 %3045, 2
+  %3047 = sext i32 %valid_len106.us.fr.i to i64
+  %3048 = sub nsw i64 %3047, %954
+  %smax466 = tail call i64 @llvm.smax.i64(i64 %3048, i64 1)
   %xtraiter467 = and i64 %smax466, 3
-  %3056 = icmp slt i64 %3055, 4
+  %3049 = icmp slt i64 %3048, 4
   %unroll_iter471 = and i64 %smax466, 9223372036854775804
   %lcmp.mod469.not = icmp eq i64 %xtraiter467, 0
   %lcmp.mod470 = icmp ne i64 %xtraiter467, 0
   br label %for_body_r477.us.i
 
 for_begin_ti.preheader.lr.ph.us.i:                ; preds = %if_end487.us.i
-  %3057 = sext i32 %valid_len106.us.fr.i to i64
+  %3050 = sext i32 %valid_len106.us.fr.i to i64
   br label %for_begin_ti.preheader.us.i
 
 for_begin_d601.preheader.us.i:                    ; preds = %for_begin_to566.for_end_to568_crit_edge.us.us.i, %for_body_p562.us1072.preheader.i
-  %3058 = shl nuw nsw i64 %indvars.iv1334.i, 7
-  %3059 = sub i64 %tile_acc.us.i248, %row_acc.us.i249
-  %diff.check = icmp ult i64 %3059, 128
+  %3051 = shl nuw nsw i64 %indvars.iv1334.i, 7
+  %3052 = sub i64 %tile_acc.us.i248, %row_acc.us.i249
+  %diff.check = icmp ult i64 %3052, 128
   br i1 %diff.check, label %for_body_d602.us.i, label %vector.body252, !prof !9
 
 vector.body252:                                   ; preds = %for_begin_d601.preheader.us.i
-  %3060 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3058
-  %3061 = getelementptr inbounds nuw i8, ptr %3060, i64 32
-  %3062 = getelementptr inbounds nuw i8, ptr %3060, i64 64
-  %3063 = getelementptr inbounds nuw i8, ptr %3060, i64 96
-  %wide.load = load <8 x float>, ptr %3060, align 4, !tbaa !7
-  %wide.load254 = load <8 x float>, ptr %3061, align 4, !tbaa !7
-  %wide.load255 = load <8 x float>, ptr %3062, align 4, !tbaa !7
-  %wide.load256 = load <8 x float>, ptr %3063, align 4, !tbaa !7
-  %3064 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3058
-  %3065 = getelementptr inbounds nuw i8, ptr %3064, i64 32
-  %3066 = getelementptr inbounds nuw i8, ptr %3064, i64 64
-  %3067 = getelementptr inbounds nuw i8, ptr %3064, i64 96
-  store <8 x float> %wide.load, ptr %3064, align 4, !tbaa !7
-  store <8 x float> %wide.load254, ptr %3065, align 4, !tbaa !7
-  store <8 x float> %wide.load255, ptr %3066, align 4, !tbaa !7
-  store <8 x float> %wide.load256, ptr %3067, align 4, !tbaa !7
-  %3068 = or disjoint i64 %3058, 32
-  %3069 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3068
-  %3070 = getelementptr inbounds nuw i8, ptr %3069, i64 32
-  %3071 = getelementptr inbounds nuw i8, ptr %3069, i64 64
-  %3072 = getelementptr inbounds nuw i8, ptr %3069, i64 96
-  %wide.load.1 = load <8 x float>, ptr %3069, align 4, !tbaa !7
-  %wide.load254.1 = load <8 x float>, ptr %3070, align 4, !tbaa !7
-  %wide.load255.1 = load <8 x float>, ptr %3071, align 4, !tbaa !7
-  %wide.load256.1 = load <8 x float>, ptr %3072, align 4, !tbaa !7
-  %3073 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3068
-  %3074 = getelementptr inbounds nuw i8, ptr %3073, i64 32
-  %3075 = getelementptr inbounds nuw i8, ptr %3073, i64 64
-  %3076 = getelementptr inbounds nuw i8, ptr %3073, i64 96
-  store <8 x float> %wide.load.1, ptr %3073, align 4, !tbaa !7
-  store <8 x float> %wide.load254.1, ptr %3074, align 4, !tbaa !7
-  store <8 x float> %wide.load255.1, ptr %3075, align 4, !tbaa !7
-  store <8 x float> %wide.load256.1, ptr %3076, align 4, !tbaa !7
-  %3077 = or disjoint i64 %3058, 64
-  %3078 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3077
-  %3079 = getelementptr inbounds nuw i8, ptr %3078, i64 32
-  %3080 = getelementptr inbounds nuw i8, ptr %3078, i64 64
-  %3081 = getelementptr inbounds nuw i8, ptr %3078, i64 96
-  %wide.load.2 = load <8 x float>, ptr %3078, align 4, !tbaa !7
-  %wide.load254.2 = load <8 x float>, ptr %3079, align 4, !tbaa !7
-  %wide.load255.2 = load <8 x float>, ptr %3080, align 4, !tbaa !7
-  %wide.load256.2 = load <8 x float>, ptr %3081, align 4, !tbaa !7
-  %3082 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3077
-  %3083 = getelementptr inbounds nuw i8, ptr %3082, i64 32
-  %3084 = getelementptr inbounds nuw i8, ptr %3082, i64 64
-  %3085 = getelementptr inbounds nuw i8, ptr %3082, i64 96
-  store <8 x float> %wide.load.2, ptr %3082, align 4, !tbaa !7
-  store <8 x float> %wide.load254.2, ptr %3083, align 4, !tbaa !7
-  store <8 x float> %wide.load255.2, ptr %3084, align 4, !tbaa !7
-  store <8 x float> %wide.load256.2, ptr %3085, align 4, !tbaa !7
-  %3086 = or disjoint i64 %3058, 96
-  %3087 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3086
-  %3088 = getelementptr inbounds nuw i8, ptr %3087, i64 32
-  %3089 = getelementptr inbounds nuw i8, ptr %3087, i64 64
-  %3090 = getelementptr inbounds nuw i8, ptr %3087, i64 96
-  %wide.load.3 = load <8 x float>, ptr %3087, align 4, !tbaa !7
-  %wide.load254.3 = load <8 x float>, ptr %3088, align 4, !tbaa !7
-  %wide.load255.3 = load <8 x float>, ptr %3089, align 4, !tbaa !7
-  %wide.load256.3 = load <8 x float>, ptr %3090, align 4, !tbaa !7
-  %3091 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3086
-  %3092 = getelementptr inbounds nuw i8, ptr %3091, i64 32
-  %3093 = getelementptr inbounds nuw i8, ptr %3091, i64 64
-  %3094 = getelementptr inbounds nuw i8, ptr %3091, i64 96
-  store <8 x float> %wide.load.3, ptr %3091, align 4, !tbaa !7
-  store <8 x float> %wide.load254.3, ptr %3092, align 4, !tbaa !7
-  store <8 x float> %wide.load255.3, ptr %3093, align 4, !tbaa !7
-  store <8 x float> %wide.load256.3, ptr %3094, align 4, !tbaa !7
+  %3053 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3051
+  %3054 = getelementptr inbounds nuw i8, ptr %3053, i64 32
+  %3055 = getelementptr inbounds nuw i8, ptr %3053, i64 64
+  %3056 = getelementptr inbounds nuw i8, ptr %3053, i64 96
+  %wide.load = load <8 x float>, ptr %3053, align 4, !tbaa !7
+  %wide.load254 = load <8 x float>, ptr %3054, align 4, !tbaa !7
+  %wide.load255 = load <8 x float>, ptr %3055, align 4, !tbaa !7
+  %wide.load256 = load <8 x float>, ptr %3056, align 4, !tbaa !7
+  %3057 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3051
+  %3058 = getelementptr inbounds nuw i8, ptr %3057, i64 32
+  %3059 = getelementptr inbounds nuw i8, ptr %3057, i64 64
+  %3060 = getelementptr inbounds nuw i8, ptr %3057, i64 96
+  store <8 x float> %wide.load, ptr %3057, align 4, !tbaa !7
+  store <8 x float> %wide.load254, ptr %3058, align 4, !tbaa !7
+  store <8 x float> %wide.load255, ptr %3059, align 4, !tbaa !7
+  store <8 x float> %wide.load256, ptr %3060, align 4, !tbaa !7
+  %3061 = or disjoint i64 %3051, 32
+  %3062 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3061
+  %3063 = getelementptr inbounds nuw i8, ptr %3062, i64 32
+  %3064 = getelementptr inbounds nuw i8, ptr %3062, i64 64
+  %3065 = getelementptr inbounds nuw i8, ptr %3062, i64 96
+  %wide.load.1 = load <8 x float>, ptr %3062, align 4, !tbaa !7
+  %wide.load254.1 = load <8 x float>, ptr %3063, align 4, !tbaa !7
+  %wide.load255.1 = load <8 x float>, ptr %3064, align 4, !tbaa !7
+  %wide.load256.1 = load <8 x float>, ptr %3065, align 4, !tbaa !7
+  %3066 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3061
+  %3067 = getelementptr inbounds nuw i8, ptr %3066, i64 32
+  %3068 = getelementptr inbounds nuw i8, ptr %3066, i64 64
+  %3069 = getelementptr inbounds nuw i8, ptr %3066, i64 96
+  store <8 x float> %wide.load.1, ptr %3066, align 4, !tbaa !7
+  store <8 x float> %wide.load254.1, ptr %3067, align 4, !tbaa !7
+  store <8 x float> %wide.load255.1, ptr %3068, align 4, !tbaa !7
+  store <8 x float> %wide.load256.1, ptr %3069, align 4, !tbaa !7
+  %3070 = or disjoint i64 %3051, 64
+  %3071 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3070
+  %3072 = getelementptr inbounds nuw i8, ptr %3071, i64 32
+  %3073 = getelementptr inbounds nuw i8, ptr %3071, i64 64
+  %3074 = getelementptr inbounds nuw i8, ptr %3071, i64 96
+  %wide.load.2 = load <8 x float>, ptr %3071, align 4, !tbaa !7
+  %wide.load254.2 = load <8 x float>, ptr %3072, align 4, !tbaa !7
+  %wide.load255.2 = load <8 x float>, ptr %3073, align 4, !tbaa !7
+  %wide.load256.2 = load <8 x float>, ptr %3074, align 4, !tbaa !7
+  %3075 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3070
+  %3076 = getelementptr inbounds nuw i8, ptr %3075, i64 32
+  %3077 = getelementptr inbounds nuw i8, ptr %3075, i64 64
+  %3078 = getelementptr inbounds nuw i8, ptr %3075, i64 96
+  store <8 x float> %wide.load.2, ptr %3075, align 4, !tbaa !7
+  store <8 x float> %wide.load254.2, ptr %3076, align 4, !tbaa !7
+  store <8 x float> %wide.load255.2, ptr %3077, align 4, !tbaa !7
+  store <8 x float> %wide.load256.2, ptr %3078, align 4, !tbaa !7
+  %3079 = or disjoint i64 %3051, 96
+  %3080 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %3079
+  %3081 = getelementptr inbounds nuw i8, ptr %3080, i64 32
+  %3082 = getelementptr inbounds nuw i8, ptr %3080, i64 64
+  %3083 = getelementptr inbounds nuw i8, ptr %3080, i64 96
+  %wide.load.3 = load <8 x float>, ptr %3080, align 4, !tbaa !7
+  %wide.load254.3 = load <8 x float>, ptr %3081, align 4, !tbaa !7
+  %wide.load255.3 = load <8 x float>, ptr %3082, align 4, !tbaa !7
+  %wide.load256.3 = load <8 x float>, ptr %3083, align 4, !tbaa !7
+  %3084 = getelementptr inbounds nuw float, ptr %tile_acc.us.i, i64 %3079
+  %3085 = getelementptr inbounds nuw i8, ptr %3084, i64 32
+  %3086 = getelementptr inbounds nuw i8, ptr %3084, i64 64
+  %3087 = getelementptr inbounds nuw i8, ptr %3084, i64 96
+  store <8 x float> %wide.load.3, ptr %3084, align 4, !tbaa !7
+  store <8 x float> %wide.load254.3, ptr %3085, align 4, !tbaa !7
+  store <8 x float> %wide.load255.3, ptr %3086, align 4, !tbaa !7
+  store <8 x float> %wide.load256.3, ptr %3087, align 4, !tbaa !7
   br label %for_end_d603.us.i
 
 for_body_p562.us.us.i:                            ; preds = %for_begin_to566.for_end_to568_crit_edge.us.us.i, %for_body_p562.us.us.preheader.i
-  %3095 = phi i1 [ true, %for_body_p562.us.us.preheader.i ], [ false, %for_begin_to566.for_end_to568_crit_edge.us.us.i ]
+  %3088 = phi i1 [ true, %for_body_p562.us.us.preheader.i ], [ false, %for_begin_to566.for_end_to568_crit_edge.us.us.i ]
   %indvars.iv1323.i = phi i64 [ 0, %for_body_p562.us.us.preheader.i ], [ 64, %for_begin_to566.for_end_to568_crit_edge.us.us.i ]
   tail call void @llvm.x86.tilezero(i8 0)
   tail call void @llvm.x86.tilezero(i8 1)
@@ -7603,14 +7596,14 @@ for_body_p562.us.us.i:                            ; preds = %for_begin_to566.for
 
 for_body_to567.us.us.i:                           ; preds = %if_end572.us.us.i, %for_body_p562.us.us.i
   %indvars.iv1318.i = phi i64 [ %indvars.iv.next1319.i, %if_end572.us.us.i ], [ 0, %for_body_p562.us.us.i ]
-  %3096 = icmp samesign ult i64 %indvars.iv1318.i, %wide.trip.count1203.i.pre-phi
-  br i1 %3096, label %for_begin_s574.preheader.us.us.i, label %if_else573.us.us.i
+  %3089 = icmp samesign ult i64 %indvars.iv1318.i, %wide.trip.count1203.i.pre-phi
+  br i1 %3089, label %for_begin_s574.preheader.us.us.i, label %if_else573.us.us.i
 
 if_else573.us.us.i:                               ; preds = %for_body_to567.us.us.i
-  %3097 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
-  %edge579.us.us.i = tail call ptr %3097(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %3098 = icmp eq ptr %edge579.us.us.i, null
-  br i1 %3098, label %fused_attend_compute_.exit, label %for_begin_i583.preheader.us.us.i, !prof !6
+  %3090 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %edge579.us.us.i = tail call ptr %3090(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %3091 = icmp eq ptr %edge579.us.us.i, null
+  br i1 %3091, label %fused_attend_compute_.exit, label %for_begin_i583.preheader.us.us.i, !prof !6
 
 if_end572.us.us.i:                                ; preds = %for_begin_s593.preheader.us.us.i, %for_begin_s574.preheader.us.us.i
   %indvars.iv.next1319.i = add nuw nsw i64 %indvars.iv1318.i, 1
@@ -7622,276 +7615,276 @@ for_begin_d_0588.preheader.us.us.i:               ; preds = %for_begin_i583.preh
   %gep1646.i = getelementptr inbounds nuw i32, ptr %gep1660.i, i64 %indvars.iv1306.i
   %.idx1537.i = shl nuw nsw i64 %indvars.iv1306.i, 4
   %gep1648.i = getelementptr inbounds nuw i8, ptr %invariant.gep1647.i, i64 %.idx1537.i
+  %3092 = load i32, ptr %gep1646.i, align 4, !tbaa !7
+  %3093 = insertelement <16 x i32> poison, i32 %3092, i64 0
+  %3094 = shufflevector <16 x i32> %3093, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3095 = load i64, ptr %gep1648.i, align 8, !tbaa !7
+  %gep1652.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3095
+  %3096 = load <16 x i32>, ptr %gep1652.i, align 4, !tbaa !7
+  %3097 = and <16 x i32> %3096, %3094
+  %.idx = shl nuw nsw i64 %indvars.iv1306.i, 8
+  %3098 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx
+  store <16 x i32> %3097, ptr %3098, align 4, !tbaa !7
   %3099 = load i32, ptr %gep1646.i, align 4, !tbaa !7
   %3100 = insertelement <16 x i32> poison, i32 %3099, i64 0
   %3101 = shufflevector <16 x i32> %3100, <16 x i32> poison, <16 x i32> zeroinitializer
   %3102 = load i64, ptr %gep1648.i, align 8, !tbaa !7
-  %gep1652.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3102
-  %3103 = load <16 x i32>, ptr %gep1652.i, align 4, !tbaa !7
-  %3104 = and <16 x i32> %3103, %3101
-  %.idx = shl nuw nsw i64 %indvars.iv1306.i, 8
-  %3105 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx
-  store <16 x i32> %3104, ptr %3105, align 4, !tbaa !7
-  %3106 = load i32, ptr %gep1646.i, align 4, !tbaa !7
-  %3107 = insertelement <16 x i32> poison, i32 %3106, i64 0
-  %3108 = shufflevector <16 x i32> %3107, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3109 = load i64, ptr %gep1648.i, align 8, !tbaa !7
-  %gep1654.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3109
-  %3110 = getelementptr i8, ptr %gep1654.i, i64 64
-  %3111 = getelementptr i32, ptr %3110, i64 %1052
-  %3112 = load <16 x i32>, ptr %3111, align 4, !tbaa !7
-  %3113 = and <16 x i32> %3112, %3108
-  %3114 = getelementptr inbounds nuw i8, ptr %3105, i64 64
-  store <16 x i32> %3113, ptr %3114, align 4, !tbaa !7
-  %3115 = load i32, ptr %gep1646.i, align 4, !tbaa !7
-  %3116 = insertelement <16 x i32> poison, i32 %3115, i64 0
-  %3117 = shufflevector <16 x i32> %3116, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3118 = load i64, ptr %gep1648.i, align 8, !tbaa !7
-  %gep1656.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3118
-  %3119 = getelementptr i8, ptr %gep1656.i, i64 128
-  %3120 = getelementptr i32, ptr %3119, i64 %1052
-  %3121 = load <16 x i32>, ptr %3120, align 4, !tbaa !7
-  %3122 = and <16 x i32> %3121, %3117
-  %3123 = getelementptr inbounds nuw i8, ptr %3105, i64 128
-  store <16 x i32> %3122, ptr %3123, align 4, !tbaa !7
-  %3124 = load i32, ptr %gep1646.i, align 4, !tbaa !7
-  %3125 = insertelement <16 x i32> poison, i32 %3124, i64 0
-  %3126 = shufflevector <16 x i32> %3125, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3127 = load i64, ptr %gep1648.i, align 8, !tbaa !7
-  %gep1658.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3127
-  %3128 = getelementptr i8, ptr %gep1658.i, i64 192
-  %3129 = getelementptr i32, ptr %3128, i64 %1052
-  %3130 = load <16 x i32>, ptr %3129, align 4, !tbaa !7
-  %3131 = and <16 x i32> %3130, %3126
-  %3132 = getelementptr inbounds nuw i8, ptr %3105, i64 192
-  store <16 x i32> %3131, ptr %3132, align 4, !tbaa !7
+  %gep1654.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3102
+  %3103 = getelementptr i8, ptr %gep1654.i, i64 64
+  %3104 = getelementptr i32, ptr %3103, i64 %1045
+  %3105 = load <16 x i32>, ptr %3104, align 4, !tbaa !7
+  %3106 = and <16 x i32> %3105, %3101
+  %3107 = getelementptr inbounds nuw i8, ptr %3098, i64 64
+  store <16 x i32> %3106, ptr %3107, align 4, !tbaa !7
+  %3108 = load i32, ptr %gep1646.i, align 4, !tbaa !7
+  %3109 = insertelement <16 x i32> poison, i32 %3108, i64 0
+  %3110 = shufflevector <16 x i32> %3109, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3111 = load i64, ptr %gep1648.i, align 8, !tbaa !7
+  %gep1656.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3111
+  %3112 = getelementptr i8, ptr %gep1656.i, i64 128
+  %3113 = getelementptr i32, ptr %3112, i64 %1045
+  %3114 = load <16 x i32>, ptr %3113, align 4, !tbaa !7
+  %3115 = and <16 x i32> %3114, %3110
+  %3116 = getelementptr inbounds nuw i8, ptr %3098, i64 128
+  store <16 x i32> %3115, ptr %3116, align 4, !tbaa !7
+  %3117 = load i32, ptr %gep1646.i, align 4, !tbaa !7
+  %3118 = insertelement <16 x i32> poison, i32 %3117, i64 0
+  %3119 = shufflevector <16 x i32> %3118, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3120 = load i64, ptr %gep1648.i, align 8, !tbaa !7
+  %gep1658.i = getelementptr i32, ptr %invariant.gep1653.i, i64 %3120
+  %3121 = getelementptr i8, ptr %gep1658.i, i64 192
+  %3122 = getelementptr i32, ptr %3121, i64 %1045
+  %3123 = load <16 x i32>, ptr %3122, align 4, !tbaa !7
+  %3124 = and <16 x i32> %3123, %3119
+  %3125 = getelementptr inbounds nuw i8, ptr %3098, i64 192
+  store <16 x i32> %3124, ptr %3125, align 4, !tbaa !7
   %indvars.iv.next1307.i = or disjoint i64 %indvars.iv1306.i, 1
   %gep1646.i.1 = getelementptr inbounds nuw i32, ptr %gep1660.i, i64 %indvars.iv.next1307.i
   %.idx1537.i.1 = shl nuw nsw i64 %indvars.iv.next1307.i, 4
   %gep1648.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1647.i, i64 %.idx1537.i.1
+  %3126 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
+  %3127 = insertelement <16 x i32> poison, i32 %3126, i64 0
+  %3128 = shufflevector <16 x i32> %3127, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3129 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
+  %gep1652.i.1 = getelementptr i32, ptr %gep1013.us.us.i, i64 %3129
+  %3130 = load <16 x i32>, ptr %gep1652.i.1, align 4, !tbaa !7
+  %3131 = and <16 x i32> %3130, %3128
+  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1307.i, 8
+  %3132 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx.1
+  store <16 x i32> %3131, ptr %3132, align 4, !tbaa !7
   %3133 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
   %3134 = insertelement <16 x i32> poison, i32 %3133, i64 0
   %3135 = shufflevector <16 x i32> %3134, <16 x i32> poison, <16 x i32> zeroinitializer
   %3136 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
-  %gep1652.i.1 = getelementptr i32, ptr %gep1013.us.us.i, i64 %3136
-  %3137 = load <16 x i32>, ptr %gep1652.i.1, align 4, !tbaa !7
-  %3138 = and <16 x i32> %3137, %3135
-  %.idx.1 = shl nuw nsw i64 %indvars.iv.next1307.i, 8
-  %3139 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 %.idx.1
-  store <16 x i32> %3138, ptr %3139, align 4, !tbaa !7
-  %3140 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
-  %3141 = insertelement <16 x i32> poison, i32 %3140, i64 0
-  %3142 = shufflevector <16 x i32> %3141, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3143 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
-  %gep1654.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3143
-  %3144 = getelementptr i8, ptr %gep1654.i.1, i64 64
-  %3145 = getelementptr i32, ptr %3144, i64 %1052
-  %3146 = load <16 x i32>, ptr %3145, align 4, !tbaa !7
-  %3147 = and <16 x i32> %3146, %3142
-  %3148 = getelementptr inbounds nuw i8, ptr %3139, i64 64
-  store <16 x i32> %3147, ptr %3148, align 4, !tbaa !7
-  %3149 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
-  %3150 = insertelement <16 x i32> poison, i32 %3149, i64 0
-  %3151 = shufflevector <16 x i32> %3150, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3152 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
-  %gep1656.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3152
-  %3153 = getelementptr i8, ptr %gep1656.i.1, i64 128
-  %3154 = getelementptr i32, ptr %3153, i64 %1052
-  %3155 = load <16 x i32>, ptr %3154, align 4, !tbaa !7
-  %3156 = and <16 x i32> %3155, %3151
-  %3157 = getelementptr inbounds nuw i8, ptr %3139, i64 128
-  store <16 x i32> %3156, ptr %3157, align 4, !tbaa !7
-  %3158 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
-  %3159 = insertelement <16 x i32> poison, i32 %3158, i64 0
-  %3160 = shufflevector <16 x i32> %3159, <16 x i32> poison, <16 x i32> zeroinitializer
-  %3161 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
-  %gep1658.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3161
-  %3162 = getelementptr i8, ptr %gep1658.i.1, i64 192
-  %3163 = getelementptr i32, ptr %3162, i64 %1052
-  %3164 = load <16 x i32>, ptr %3163, align 4, !tbaa !7
-  %3165 = and <16 x i32> %3164, %3160
-  %3166 = getelementptr inbounds nuw i8, ptr %3139, i64 192
-  store <16 x i32> %3165, ptr %3166, align 4, !tbaa !7
+  %gep1654.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3136
+  %3137 = getelementptr i8, ptr %gep1654.i.1, i64 64
+  %3138 = getelementptr i32, ptr %3137, i64 %1045
+  %3139 = load <16 x i32>, ptr %3138, align 4, !tbaa !7
+  %3140 = and <16 x i32> %3139, %3135
+  %3141 = getelementptr inbounds nuw i8, ptr %3132, i64 64
+  store <16 x i32> %3140, ptr %3141, align 4, !tbaa !7
+  %3142 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
+  %3143 = insertelement <16 x i32> poison, i32 %3142, i64 0
+  %3144 = shufflevector <16 x i32> %3143, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3145 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
+  %gep1656.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3145
+  %3146 = getelementptr i8, ptr %gep1656.i.1, i64 128
+  %3147 = getelementptr i32, ptr %3146, i64 %1045
+  %3148 = load <16 x i32>, ptr %3147, align 4, !tbaa !7
+  %3149 = and <16 x i32> %3148, %3144
+  %3150 = getelementptr inbounds nuw i8, ptr %3132, i64 128
+  store <16 x i32> %3149, ptr %3150, align 4, !tbaa !7
+  %3151 = load i32, ptr %gep1646.i.1, align 4, !tbaa !7
+  %3152 = insertelement <16 x i32> poison, i32 %3151, i64 0
+  %3153 = shufflevector <16 x i32> %3152, <16 x i32> poison, <16 x i32> zeroinitializer
+  %3154 = load i64, ptr %gep1648.i.1, align 8, !tbaa !7
+  %gep1658.i.1 = getelementptr i32, ptr %invariant.gep1653.i, i64 %3154
+  %3155 = getelementptr i8, ptr %gep1658.i.1, i64 192
+  %3156 = getelementptr i32, ptr %3155, i64 %1045
+  %3157 = load <16 x i32>, ptr %3156, align 4, !tbaa !7
+  %3158 = and <16 x i32> %3157, %3153
+  %3159 = getelementptr inbounds nuw i8, ptr %3132, i64 192
+  store <16 x i32> %3158, ptr %3159, align 4, !tbaa !7
   %indvars.iv.next1307.i.1 = add nuw nsw i64 %indvars.iv1306.i, 2
   %exitcond1309.not.i.1 = icmp eq i64 %indvars.iv.next1307.i.1, 32
   br i1 %exitcond1309.not.i.1, label %for_begin_s593.preheader.us.us.i, label %for_begin_d_0588.preheader.us.us.i, !prof !29, !llvm.loop !268
 
 for_begin_s574.preheader.us.us.i:                 ; preds = %for_body_to567.us.us.i
   %.idx80 = shl nuw nsw i64 %indvars.iv1318.i, 7
-  %3167 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx80
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3167, i64 256)
+  %3160 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx80
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3160, i64 256)
   %.idx81 = shl nuw nsw i64 %indvars.iv1318.i, 9
-  %3168 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx81
-  %3169 = load i64, ptr %3168, align 8, !tbaa !7
-  %gep997.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3169
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.i, i64 %600)
+  %3161 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx81
+  %3162 = load i64, ptr %3161, align 8, !tbaa !7
+  %gep997.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3162
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.i, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3170 = load i64, ptr %3168, align 8, !tbaa !7
-  %gep1001.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3170
-  %3171 = getelementptr i8, ptr %gep1001.us.us.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3171, i64 %600)
+  %3163 = load i64, ptr %3161, align 8, !tbaa !7
+  %gep1001.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3163
+  %3164 = getelementptr i8, ptr %gep1001.us.us.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3164, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3172 = load i64, ptr %3168, align 8, !tbaa !7
-  %gep1005.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3172
-  %3173 = getelementptr i8, ptr %gep1005.us.us.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3173, i64 %600)
+  %3165 = load i64, ptr %3161, align 8, !tbaa !7
+  %gep1005.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3165
+  %3166 = getelementptr i8, ptr %gep1005.us.us.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3166, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3174 = load i64, ptr %3168, align 8, !tbaa !7
-  %gep1009.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3174
-  %3175 = getelementptr i8, ptr %gep1009.us.us.i, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3175, i64 %600)
+  %3167 = load i64, ptr %3161, align 8, !tbaa !7
+  %gep1009.us.us.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3167
+  %3168 = getelementptr i8, ptr %gep1009.us.us.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3168, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3176 = getelementptr inbounds nuw i8, ptr %3167, i64 32
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3176, i64 256)
-  %3177 = getelementptr inbounds nuw i8, ptr %3168, i64 128
-  %3178 = load i64, ptr %3177, align 8, !tbaa !7
-  %gep997.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3178
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.1.i, i64 %600)
+  %3169 = getelementptr inbounds nuw i8, ptr %3160, i64 32
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3169, i64 256)
+  %3170 = getelementptr inbounds nuw i8, ptr %3161, i64 128
+  %3171 = load i64, ptr %3170, align 8, !tbaa !7
+  %gep997.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3171
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.1.i, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3179 = load i64, ptr %3177, align 8, !tbaa !7
-  %gep1001.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3179
-  %3180 = getelementptr i8, ptr %gep1001.us.us.1.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3180, i64 %600)
+  %3172 = load i64, ptr %3170, align 8, !tbaa !7
+  %gep1001.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3172
+  %3173 = getelementptr i8, ptr %gep1001.us.us.1.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3173, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3181 = load i64, ptr %3177, align 8, !tbaa !7
-  %gep1005.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3181
-  %3182 = getelementptr i8, ptr %gep1005.us.us.1.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3182, i64 %600)
+  %3174 = load i64, ptr %3170, align 8, !tbaa !7
+  %gep1005.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3174
+  %3175 = getelementptr i8, ptr %gep1005.us.us.1.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3175, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3183 = load i64, ptr %3177, align 8, !tbaa !7
-  %gep1009.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3183
-  %3184 = getelementptr i8, ptr %gep1009.us.us.1.i, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3184, i64 %600)
+  %3176 = load i64, ptr %3170, align 8, !tbaa !7
+  %gep1009.us.us.1.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3176
+  %3177 = getelementptr i8, ptr %gep1009.us.us.1.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3177, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3185 = getelementptr inbounds nuw i8, ptr %3167, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3185, i64 256)
-  %3186 = getelementptr inbounds nuw i8, ptr %3168, i64 256
-  %3187 = load i64, ptr %3186, align 8, !tbaa !7
-  %gep997.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3187
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.2.i, i64 %600)
+  %3178 = getelementptr inbounds nuw i8, ptr %3160, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3178, i64 256)
+  %3179 = getelementptr inbounds nuw i8, ptr %3161, i64 256
+  %3180 = load i64, ptr %3179, align 8, !tbaa !7
+  %gep997.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3180
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.2.i, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3188 = load i64, ptr %3186, align 8, !tbaa !7
-  %gep1001.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3188
-  %3189 = getelementptr i8, ptr %gep1001.us.us.2.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3189, i64 %600)
+  %3181 = load i64, ptr %3179, align 8, !tbaa !7
+  %gep1001.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3181
+  %3182 = getelementptr i8, ptr %gep1001.us.us.2.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3182, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3190 = load i64, ptr %3186, align 8, !tbaa !7
-  %gep1005.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3190
-  %3191 = getelementptr i8, ptr %gep1005.us.us.2.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3191, i64 %600)
+  %3183 = load i64, ptr %3179, align 8, !tbaa !7
+  %gep1005.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3183
+  %3184 = getelementptr i8, ptr %gep1005.us.us.2.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3184, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3192 = load i64, ptr %3186, align 8, !tbaa !7
-  %gep1009.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3192
-  %3193 = getelementptr i8, ptr %gep1009.us.us.2.i, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3193, i64 %600)
+  %3185 = load i64, ptr %3179, align 8, !tbaa !7
+  %gep1009.us.us.2.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3185
+  %3186 = getelementptr i8, ptr %gep1009.us.us.2.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3186, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3194 = getelementptr inbounds nuw i8, ptr %3167, i64 96
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3194, i64 256)
-  %3195 = getelementptr inbounds nuw i8, ptr %3168, i64 384
-  %3196 = load i64, ptr %3195, align 8, !tbaa !7
-  %gep997.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3196
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.3.i, i64 %600)
+  %3187 = getelementptr inbounds nuw i8, ptr %3160, i64 96
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3187, i64 256)
+  %3188 = getelementptr inbounds nuw i8, ptr %3161, i64 384
+  %3189 = load i64, ptr %3188, align 8, !tbaa !7
+  %gep997.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3189
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %gep997.us.us.3.i, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3197 = load i64, ptr %3195, align 8, !tbaa !7
-  %gep1001.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3197
-  %3198 = getelementptr i8, ptr %gep1001.us.us.3.i, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3198, i64 %600)
+  %3190 = load i64, ptr %3188, align 8, !tbaa !7
+  %gep1001.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3190
+  %3191 = getelementptr i8, ptr %gep1001.us.us.3.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3191, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3199 = load i64, ptr %3195, align 8, !tbaa !7
-  %gep1005.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3199
-  %3200 = getelementptr i8, ptr %gep1005.us.us.3.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3200, i64 %600)
+  %3192 = load i64, ptr %3188, align 8, !tbaa !7
+  %gep1005.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3192
+  %3193 = getelementptr i8, ptr %gep1005.us.us.3.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3193, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3201 = load i64, ptr %3195, align 8, !tbaa !7
-  %gep1009.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3201
-  %3202 = getelementptr i8, ptr %gep1009.us.us.3.i, i64 192
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3202, i64 %600)
+  %3194 = load i64, ptr %3188, align 8, !tbaa !7
+  %gep1009.us.us.3.i = getelementptr i32, ptr %gep1013.us.us.i, i64 %3194
+  %3195 = getelementptr i8, ptr %gep1009.us.us.3.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr %3195, i64 %593)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
   br label %if_end572.us.us.i
 
 for_begin_s593.preheader.us.us.i:                 ; preds = %for_begin_d_0588.preheader.us.us.i
-  %3203 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %3224
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3203, i64 256)
+  %3196 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %3217
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3196, i64 256)
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %edge579.us.us.i, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3204 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 64
+  %3197 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3197, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %3198 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 128
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3198, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %3199 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 192
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3199, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %3200 = getelementptr inbounds nuw i8, ptr %3196, i64 32
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3200, i64 256)
+  %3201 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2048
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3201, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %3202 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2112
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3202, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %3203 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2176
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3203, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %3204 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2240
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3204, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3205 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 128
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3205, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3206 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 192
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %3205 = getelementptr inbounds nuw i8, ptr %3196, i64 64
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3205, i64 256)
+  %3206 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4096
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3206, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3207 = getelementptr inbounds nuw i8, ptr %3203, i64 32
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3207, i64 256)
-  %3208 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2048
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %3207 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4160
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3207, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %3208 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4224
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3208, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3209 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2112
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %3209 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4288
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3209, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3210 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2176
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3210, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3211 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 2240
+  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
+  %3210 = getelementptr inbounds nuw i8, ptr %3196, i64 96
+  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3210, i64 256)
+  %3211 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6144
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3211, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3212 = getelementptr inbounds nuw i8, ptr %3203, i64 64
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3212, i64 256)
-  %3213 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4096
+  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
+  %3212 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6208
+  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3212, i64 256)
+  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
+  %3213 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6272
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3213, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3214 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4160
+  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
+  %3214 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6336
   tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3214, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3215 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4224
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3215, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3216 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 4288
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3216, i64 256)
   tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3217 = getelementptr inbounds nuw i8, ptr %3203, i64 96
-  tail call void @llvm.x86.tileloadd64(i8 6, ptr nonnull %3217, i64 256)
-  %3218 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6144
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3218, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 0, i8 6, i8 7)
-  %3219 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6208
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3219, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 1, i8 6, i8 7)
-  %3220 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6272
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3220, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 2, i8 6, i8 7)
-  %3221 = getelementptr inbounds nuw i8, ptr %edge579.us.us.i, i64 6336
-  tail call void @llvm.x86.tileloadd64(i8 7, ptr nonnull %3221, i64 256)
-  tail call void @llvm.x86.tdpbf16ps(i8 3, i8 6, i8 7)
-  %3222 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3223 = tail call i32 %3222(i32 1, i32 %dev_id, ptr nonnull %edge579.us.us.i)
-  %.not870.us.us.i = icmp eq i32 %3223, 0
+  %3215 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3216 = tail call i32 %3215(i32 1, i32 %dev_id, ptr nonnull %edge579.us.us.i)
+  %.not870.us.us.i = icmp eq i32 %3216, 0
   br i1 %.not870.us.us.i, label %if_end572.us.us.i, label %fused_attend_compute_.exit, !prof !39
 
 for_begin_i583.preheader.us.us.i:                 ; preds = %if_else573.us.us.i
-  %3224 = shl nsw i64 %indvars.iv1318.i, 5
-  %gep1660.i = getelementptr inbounds nuw i32, ptr %invariant.gep1659.i, i64 %3224
+  %3217 = shl nsw i64 %indvars.iv1318.i, 5
+  %gep1660.i = getelementptr inbounds nuw i32, ptr %invariant.gep1659.i, i64 %3217
   %.idx1538.i = shl nsw i64 %indvars.iv1318.i, 9
   %invariant.gep1647.i = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1538.i
   br label %for_begin_d_0588.preheader.us.us.i
 
 for_begin_to566.for_end_to568_crit_edge.us.us.i:  ; preds = %if_end572.us.us.i
-  %3225 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %indvars.iv1323.i
-  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %3225, i64 512)
-  %3226 = getelementptr inbounds nuw i8, ptr %3225, i64 64
-  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %3226, i64 512)
-  %3227 = getelementptr inbounds nuw i8, ptr %3225, i64 128
-  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3227, i64 512)
-  %3228 = getelementptr inbounds nuw i8, ptr %3225, i64 192
-  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3228, i64 512)
-  br i1 %3095, label %for_body_p562.us.us.i, label %for_begin_d601.preheader.us.i, !prof !146
+  %3218 = getelementptr inbounds nuw float, ptr %row_acc.us.i, i64 %indvars.iv1323.i
+  tail call void @llvm.x86.tilestored64(i8 0, ptr nonnull %3218, i64 512)
+  %3219 = getelementptr inbounds nuw i8, ptr %3218, i64 64
+  tail call void @llvm.x86.tilestored64(i8 1, ptr nonnull %3219, i64 512)
+  %3220 = getelementptr inbounds nuw i8, ptr %3218, i64 128
+  tail call void @llvm.x86.tilestored64(i8 2, ptr nonnull %3220, i64 512)
+  %3221 = getelementptr inbounds nuw i8, ptr %3218, i64 192
+  tail call void @llvm.x86.tilestored64(i8 3, ptr nonnull %3221, i64 512)
+  br i1 %3088, label %for_body_p562.us.us.i, label %for_begin_d601.preheader.us.i, !prof !146
 
 for_body_to507.lr.ph.us.i:                        ; preds = %for_body_p.us.i
-  %3229 = mul nuw nsw i64 %indvars.iv1375.i, %wide.trip.count1246.i
-  %gep1058.us.i = getelementptr i32, ptr %invariant.gep981.us.i, i64 %1388
-  %invariant.gep1667.i = getelementptr i32, ptr %value_cache, i64 %1388
+  %3222 = mul nuw nsw i64 %indvars.iv1375.i, %wide.trip.count1246.i
+  %gep1058.us.i = getelementptr i32, ptr %invariant.gep981.us.i, i64 %1381
+  %invariant.gep1667.i = getelementptr i32, ptr %value_cache, i64 %1381
   br label %for_body_to507.us.i
 
 for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
@@ -7900,167 +7893,167 @@ for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i: ; preds = %for_beg
 
 for_body_t81.i:                                   ; preds = %for_body_t81.i, %for_body_t81.lr.ph.i
   %indvars.iv1157.i = phi i64 [ 0, %for_body_t81.lr.ph.i ], [ %indvars.iv.next1158.i.3, %for_body_t81.i ]
-  %3230 = add nsw i64 %indvars.iv1157.i, %982
-  %3231 = trunc nsw i64 %3230 to i32
-  %3232 = tail call i32 @llvm.smin.i32(i32 %3231, i32 %547)
-  %3233 = sext i32 %3232 to i64
-  %3234 = ashr i64 %3233, 4
-  %gep928.i = getelementptr i32, ptr %invariant.gep927.i, i64 %3234
-  %3235 = load i32, ptr %gep928.i, align 4, !tbaa !7
-  %block88.i = sext i32 %3235 to i64
-  %3236 = lshr i64 %3233, 1
-  %3237 = and i64 %3236, 7
-  %3238 = mul nsw i64 %3237, %v_row
-  %3239 = mul nsw i64 %v_block, %block88.i
-  %3240 = add nsw i64 %3238, %3239
-  %3241 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1157.i
-  store i64 %3240, ptr %3241, align 8, !tbaa !7
+  %3223 = add nsw i64 %indvars.iv1157.i, %975
+  %3224 = trunc nsw i64 %3223 to i32
+  %3225 = tail call i32 @llvm.smin.i32(i32 %3224, i32 %540)
+  %3226 = sext i32 %3225 to i64
+  %3227 = ashr i64 %3226, 4
+  %gep928.i = getelementptr i32, ptr %invariant.gep927.i, i64 %3227
+  %3228 = load i32, ptr %gep928.i, align 4, !tbaa !7
+  %block88.i = sext i32 %3228 to i64
+  %3229 = lshr i64 %3226, 1
+  %3230 = and i64 %3229, 7
+  %3231 = mul nsw i64 %3230, %v_row
+  %3232 = mul nsw i64 %v_block, %block88.i
+  %3233 = add nsw i64 %3231, %3232
+  %3234 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1157.i
+  store i64 %3233, ptr %3234, align 8, !tbaa !7
   %indvars.iv.next1158.i = or disjoint i64 %indvars.iv1157.i, 1
-  %3242 = add nsw i64 %indvars.iv.next1158.i, %982
-  %3243 = trunc nsw i64 %3242 to i32
-  %3244 = tail call i32 @llvm.smin.i32(i32 %3243, i32 %547)
-  %3245 = sext i32 %3244 to i64
-  %3246 = ashr i64 %3245, 4
-  %gep928.i.1 = getelementptr i32, ptr %invariant.gep927.i, i64 %3246
-  %3247 = load i32, ptr %gep928.i.1, align 4, !tbaa !7
-  %block88.i.1 = sext i32 %3247 to i64
-  %3248 = lshr i64 %3245, 1
-  %3249 = and i64 %3248, 7
-  %3250 = mul nsw i64 %3249, %v_row
-  %3251 = mul nsw i64 %v_block, %block88.i.1
-  %3252 = add nsw i64 %3250, %3251
-  %3253 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i
-  store i64 %3252, ptr %3253, align 8, !tbaa !7
+  %3235 = add nsw i64 %indvars.iv.next1158.i, %975
+  %3236 = trunc nsw i64 %3235 to i32
+  %3237 = tail call i32 @llvm.smin.i32(i32 %3236, i32 %540)
+  %3238 = sext i32 %3237 to i64
+  %3239 = ashr i64 %3238, 4
+  %gep928.i.1 = getelementptr i32, ptr %invariant.gep927.i, i64 %3239
+  %3240 = load i32, ptr %gep928.i.1, align 4, !tbaa !7
+  %block88.i.1 = sext i32 %3240 to i64
+  %3241 = lshr i64 %3238, 1
+  %3242 = and i64 %3241, 7
+  %3243 = mul nsw i64 %3242, %v_row
+  %3244 = mul nsw i64 %v_block, %block88.i.1
+  %3245 = add nsw i64 %3243, %3244
+  %3246 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i
+  store i64 %3245, ptr %3246, align 8, !tbaa !7
   %indvars.iv.next1158.i.1 = or disjoint i64 %indvars.iv1157.i, 2
-  %3254 = add nsw i64 %indvars.iv.next1158.i.1, %982
-  %3255 = trunc nsw i64 %3254 to i32
-  %3256 = tail call i32 @llvm.smin.i32(i32 %3255, i32 %547)
-  %3257 = sext i32 %3256 to i64
-  %3258 = ashr i64 %3257, 4
-  %gep928.i.2 = getelementptr i32, ptr %invariant.gep927.i, i64 %3258
-  %3259 = load i32, ptr %gep928.i.2, align 4, !tbaa !7
-  %block88.i.2 = sext i32 %3259 to i64
-  %3260 = lshr i64 %3257, 1
-  %3261 = and i64 %3260, 7
-  %3262 = mul nsw i64 %3261, %v_row
-  %3263 = mul nsw i64 %v_block, %block88.i.2
-  %3264 = add nsw i64 %3262, %3263
-  %3265 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.1
-  store i64 %3264, ptr %3265, align 8, !tbaa !7
+  %3247 = add nsw i64 %indvars.iv.next1158.i.1, %975
+  %3248 = trunc nsw i64 %3247 to i32
+  %3249 = tail call i32 @llvm.smin.i32(i32 %3248, i32 %540)
+  %3250 = sext i32 %3249 to i64
+  %3251 = ashr i64 %3250, 4
+  %gep928.i.2 = getelementptr i32, ptr %invariant.gep927.i, i64 %3251
+  %3252 = load i32, ptr %gep928.i.2, align 4, !tbaa !7
+  %block88.i.2 = sext i32 %3252 to i64
+  %3253 = lshr i64 %3250, 1
+  %3254 = and i64 %3253, 7
+  %3255 = mul nsw i64 %3254, %v_row
+  %3256 = mul nsw i64 %v_block, %block88.i.2
+  %3257 = add nsw i64 %3255, %3256
+  %3258 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.1
+  store i64 %3257, ptr %3258, align 8, !tbaa !7
   %indvars.iv.next1158.i.2 = or disjoint i64 %indvars.iv1157.i, 3
-  %3266 = add nsw i64 %indvars.iv.next1158.i.2, %982
-  %3267 = trunc nsw i64 %3266 to i32
-  %3268 = tail call i32 @llvm.smin.i32(i32 %3267, i32 %547)
-  %3269 = sext i32 %3268 to i64
-  %3270 = ashr i64 %3269, 4
-  %gep928.i.3 = getelementptr i32, ptr %invariant.gep927.i, i64 %3270
-  %3271 = load i32, ptr %gep928.i.3, align 4, !tbaa !7
-  %block88.i.3 = sext i32 %3271 to i64
-  %3272 = lshr i64 %3269, 1
-  %3273 = and i64 %3272, 7
-  %3274 = mul nsw i64 %3273, %v_row
-  %3275 = mul nsw i64 %v_block, %block88.i.3
-  %3276 = add nsw i64 %3274, %3275
-  %3277 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.2
-  store i64 %3276, ptr %3277, align 8, !tbaa !7
+  %3259 = add nsw i64 %indvars.iv.next1158.i.2, %975
+  %3260 = trunc nsw i64 %3259 to i32
+  %3261 = tail call i32 @llvm.smin.i32(i32 %3260, i32 %540)
+  %3262 = sext i32 %3261 to i64
+  %3263 = ashr i64 %3262, 4
+  %gep928.i.3 = getelementptr i32, ptr %invariant.gep927.i, i64 %3263
+  %3264 = load i32, ptr %gep928.i.3, align 4, !tbaa !7
+  %block88.i.3 = sext i32 %3264 to i64
+  %3265 = lshr i64 %3262, 1
+  %3266 = and i64 %3265, 7
+  %3267 = mul nsw i64 %3266, %v_row
+  %3268 = mul nsw i64 %v_block, %block88.i.3
+  %3269 = add nsw i64 %3267, %3268
+  %3270 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1158.i.2
+  store i64 %3269, ptr %3270, align 8, !tbaa !7
   %indvars.iv.next1158.i.3 = add nuw nsw i64 %indvars.iv1157.i, 4
   %exitcond1161.not.i.3 = icmp eq i64 %indvars.iv.next1158.i.3, %wide.trip.count1155.i
   br i1 %exitcond1161.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t81.i, !prof !10, !llvm.loop !269
 
 for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_begin_kv_head.loopexit_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
-  %3278 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3279 = tail call i32 %3278(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not867.i = icmp eq i32 %3279, 0
+  %3271 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3272 = tail call i32 %3271(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not867.i = icmp eq i32 %3272, 0
   br i1 %.not867.i, label %if_end644.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end644.i:                                      ; preds = %for_end_kv_head.i
-  %3280 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3281 = tail call i32 %3280(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not868.i = icmp eq i32 %3281, 0
+  %3273 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3274 = tail call i32 %3273(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not868.i = icmp eq i32 %3274, 0
   br i1 %.not868.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !39
 
 for_body_tile650.i:                               ; preds = %if_end655.i, %for_begin_tile649.preheader.i
   %indvars.iv1405.i = phi i64 [ %indvars.iv.next1406.i, %if_end655.i ], [ 0, %for_begin_tile649.preheader.i ]
   %.idx1542.i = shl nsw i64 %indvars.iv1405.i, 4
-  %3282 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1542.i
-  %3283 = getelementptr inbounds nuw i8, ptr %3282, i64 4
-  %3284 = load i32, ptr %3283, align 4, !tbaa !11
-  %3285 = icmp slt i32 %944, %3284
-  br i1 %3285, label %if_then654.i, label %if_end655.i, !prof !6
+  %3275 = getelementptr inbounds nuw i8, ptr %reach848.i, i64 %.idx1542.i
+  %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 4
+  %3277 = load i32, ptr %3276, align 4, !tbaa !11
+  %3278 = icmp slt i32 %937, %3277
+  br i1 %3278, label %if_then654.i, label %if_end655.i, !prof !6
 
 for_end_tile651.i:                                ; preds = %if_end655.i, %for_begin_tile649.preheader.i
-  %3286 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3287 = tail call i32 %3286(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not864.i = icmp eq i32 %3287, 0
+  %3279 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3280 = tail call i32 %3279(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not864.i = icmp eq i32 %3280, 0
   br i1 %.not864.i, label %if_end715.i, label %fused_attend_compute_.exit, !prof !39
 
 if_then654.i:                                     ; preds = %for_body_tile650.i
-  %3288 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1542.i
-  %old_max661.i = load <16 x float>, ptr %3288, align 4, !tbaa !7
-  %3289 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1542.i
-  %old_sum663.i = load <16 x float>, ptr %3289, align 4, !tbaa !7
-  %3290 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1542.i
-  %3291 = load <16 x float>, ptr %3290, align 4, !tbaa !7
-  %3292 = fcmp ogt <16 x float> %old_max661.i, %3291
-  %3293 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1542.i
-  %3294 = load <16 x float>, ptr %3293, align 4, !tbaa !7
-  %3295 = fcmp oeq <16 x float> %3294, zeroinitializer
-  %3296 = select <16 x i1> %3295, <16 x i1> splat (i1 true), <16 x i1> %3292
-  %old_or_both667.i = select <16 x i1> %3296, <16 x float> %old_max661.i, <16 x float> %3291
-  %3297 = fcmp oeq <16 x float> %old_sum663.i, zeroinitializer
-  %m669.i = select <16 x i1> %3297, <16 x float> %3291, <16 x float> %old_or_both667.i
-  %3298 = fsub <16 x float> %old_max661.i, %m669.i
-  %3299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3298, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3300 = bitcast <16 x float> %3299 to <16 x i32>
-  %3301 = fadd <16 x float> %3299, splat (float 0xC168000FE0000000)
-  %3302 = fmul <16 x float> %3301, splat (float 0x3F2BD01060000000)
-  %3303 = fmul <16 x float> %3301, splat (float 0x3FE6300000000000)
-  %3304 = fsub <16 x float> %3298, %3303
-  %3305 = fadd <16 x float> %3302, %3304
-  %3306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3305, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3306, <16 x float> %3305, <16 x float> splat (float 0x3FA5558F20000000))
-  %3308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3307, <16 x float> %3305, <16 x float> splat (float 0x3FC5554920000000))
-  %3309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3308, <16 x float> %3305, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3310 = fmul <16 x float> %3305, %3305
-  %3311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3309, <16 x float> %3310, <16 x float> %3305)
-  %3312 = shl <16 x i32> %3300, splat (i32 23)
-  %3313 = bitcast <16 x i32> %3312 to <16 x float>
-  %3314 = fadd <16 x float> %3311, splat (float 1.000000e+00)
-  %3315 = fmul <16 x float> %3314, %3313
-  %3316 = fcmp olt <16 x float> %3298, splat (float -8.700000e+01)
-  %3317 = select <16 x i1> %3316, <16 x float> zeroinitializer, <16 x float> %3315
-  %3318 = fcmp one <16 x float> %old_sum663.i, zeroinitializer
-  %3319 = select <16 x i1> %3318, <16 x float> %3317, <16 x float> zeroinitializer
-  store <16 x float> %3319, ptr %alpha656830.i, align 16, !tbaa !270
-  %arg687.i = fsub <16 x float> %3291, %m669.i
-  %3320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg687.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %3321 = bitcast <16 x float> %3320 to <16 x i32>
-  %3322 = fadd <16 x float> %3320, splat (float 0xC168000FE0000000)
-  %3323 = fmul <16 x float> %3322, splat (float 0x3F2BD01060000000)
-  %3324 = fmul <16 x float> %3322, splat (float 0x3FE6300000000000)
-  %3325 = fsub <16 x float> %arg687.i, %3324
-  %3326 = fadd <16 x float> %3323, %3325
-  %3327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3326, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %3328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3327, <16 x float> %3326, <16 x float> splat (float 0x3FA5558F20000000))
-  %3329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3328, <16 x float> %3326, <16 x float> splat (float 0x3FC5554920000000))
-  %3330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3329, <16 x float> %3326, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %3331 = fmul <16 x float> %3326, %3326
-  %3332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3330, <16 x float> %3331, <16 x float> %3326)
-  %3333 = shl <16 x i32> %3321, splat (i32 23)
-  %3334 = bitcast <16 x i32> %3333 to <16 x float>
-  %3335 = fadd <16 x float> %3332, splat (float 1.000000e+00)
-  %3336 = fmul <16 x float> %3335, %3334
-  %3337 = fcmp olt <16 x float> %arg687.i, splat (float -8.700000e+01)
-  %3338 = select <16 x i1> %3337, <16 x float> zeroinitializer, <16 x float> %3336
-  %3339 = fcmp one <16 x float> %3294, zeroinitializer
-  %3340 = select <16 x i1> %3339, <16 x float> %3338, <16 x float> zeroinitializer
-  store <16 x float> %3340, ptr %beta657829.i, align 16, !tbaa !277
-  %3341 = fmul <16 x float> %old_sum663.i, %3319
-  %3342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3340, <16 x float> %3294, <16 x float> %3341)
-  store <16 x float> %m669.i, ptr %3288, align 4, !tbaa !7
-  store <16 x float> %3342, ptr %3289, align 4, !tbaa !7
-  %3343 = shl i64 %indvars.iv1405.i, 11
-  %3344 = and i64 %3343, 4294965248
+  %3281 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1542.i
+  %old_max661.i = load <16 x float>, ptr %3281, align 4, !tbaa !7
+  %3282 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1542.i
+  %old_sum663.i = load <16 x float>, ptr %3282, align 4, !tbaa !7
+  %3283 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1542.i
+  %3284 = load <16 x float>, ptr %3283, align 4, !tbaa !7
+  %3285 = fcmp ogt <16 x float> %old_max661.i, %3284
+  %3286 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1542.i
+  %3287 = load <16 x float>, ptr %3286, align 4, !tbaa !7
+  %3288 = fcmp oeq <16 x float> %3287, zeroinitializer
+  %3289 = select <16 x i1> %3288, <16 x i1> splat (i1 true), <16 x i1> %3285
+  %old_or_both667.i = select <16 x i1> %3289, <16 x float> %old_max661.i, <16 x float> %3284
+  %3290 = fcmp oeq <16 x float> %old_sum663.i, zeroinitializer
+  %m669.i = select <16 x i1> %3290, <16 x float> %3284, <16 x float> %old_or_both667.i
+  %3291 = fsub <16 x float> %old_max661.i, %m669.i
+  %3292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3291, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3293 = bitcast <16 x float> %3292 to <16 x i32>
+  %3294 = fadd <16 x float> %3292, splat (float 0xC168000FE0000000)
+  %3295 = fmul <16 x float> %3294, splat (float 0x3F2BD01060000000)
+  %3296 = fmul <16 x float> %3294, splat (float 0x3FE6300000000000)
+  %3297 = fsub <16 x float> %3291, %3296
+  %3298 = fadd <16 x float> %3295, %3297
+  %3299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3298, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3299, <16 x float> %3298, <16 x float> splat (float 0x3FA5558F20000000))
+  %3301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3300, <16 x float> %3298, <16 x float> splat (float 0x3FC5554920000000))
+  %3302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3301, <16 x float> %3298, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3303 = fmul <16 x float> %3298, %3298
+  %3304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3302, <16 x float> %3303, <16 x float> %3298)
+  %3305 = shl <16 x i32> %3293, splat (i32 23)
+  %3306 = bitcast <16 x i32> %3305 to <16 x float>
+  %3307 = fadd <16 x float> %3304, splat (float 1.000000e+00)
+  %3308 = fmul <16 x float> %3307, %3306
+  %3309 = fcmp olt <16 x float> %3291, splat (float -8.700000e+01)
+  %3310 = select <16 x i1> %3309, <16 x float> zeroinitializer, <16 x float> %3308
+  %3311 = fcmp one <16 x float> %old_sum663.i, zeroinitializer
+  %3312 = select <16 x i1> %3311, <16 x float> %3310, <16 x float> zeroinitializer
+  store <16 x float> %3312, ptr %alpha656830.i, align 16, !tbaa !270
+  %arg687.i = fsub <16 x float> %3284, %m669.i
+  %3313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg687.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3314 = bitcast <16 x float> %3313 to <16 x i32>
+  %3315 = fadd <16 x float> %3313, splat (float 0xC168000FE0000000)
+  %3316 = fmul <16 x float> %3315, splat (float 0x3F2BD01060000000)
+  %3317 = fmul <16 x float> %3315, splat (float 0x3FE6300000000000)
+  %3318 = fsub <16 x float> %arg687.i, %3317
+  %3319 = fadd <16 x float> %3316, %3318
+  %3320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3319, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3320, <16 x float> %3319, <16 x float> splat (float 0x3FA5558F20000000))
+  %3322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3321, <16 x float> %3319, <16 x float> splat (float 0x3FC5554920000000))
+  %3323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3322, <16 x float> %3319, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3324 = fmul <16 x float> %3319, %3319
+  %3325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3323, <16 x float> %3324, <16 x float> %3319)
+  %3326 = shl <16 x i32> %3314, splat (i32 23)
+  %3327 = bitcast <16 x i32> %3326 to <16 x float>
+  %3328 = fadd <16 x float> %3325, splat (float 1.000000e+00)
+  %3329 = fmul <16 x float> %3328, %3327
+  %3330 = fcmp olt <16 x float> %arg687.i, splat (float -8.700000e+01)
+  %3331 = select <16 x i1> %3330, <16 x float> zeroinitializer, <16 x float> %3329
+  %3332 = fcmp one <16 x float> %3287, zeroinitializer
+  %3333 = select <16 x i1> %3332, <16 x float> %3331, <16 x float> zeroinitializer
+  store <16 x float> %3333, ptr %beta657829.i, align 16, !tbaa !277
+  %3334 = fmul <16 x float> %old_sum663.i, %3312
+  %3335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3333, <16 x float> %3287, <16 x float> %3334)
+  store <16 x float> %m669.i, ptr %3281, align 4, !tbaa !7
+  store <16 x float> %3335, ptr %3282, align 4, !tbaa !7
+  %3336 = shl i64 %indvars.iv1405.i, 11
+  %3337 = and i64 %3336, 4294965248
   br label %for_begin_d_0709.preheader.i
 
 if_end655.i:                                      ; preds = %for_begin_d_0709.preheader.i, %for_body_tile650.i
@@ -8070,113 +8063,113 @@ if_end655.i:                                      ; preds = %for_begin_d_0709.pr
 
 for_begin_d_0709.preheader.i:                     ; preds = %for_begin_d_0709.preheader.i, %if_then654.i
   %indvars.iv1401.i = phi i64 [ 0, %if_then654.i ], [ %indvars.iv.next1402.i, %for_begin_d_0709.preheader.i ]
-  %3345 = getelementptr inbounds nuw float, ptr %beta657829.i, i64 %indvars.iv1401.i
-  %3346 = load float, ptr %3345, align 4, !tbaa !284
-  %3347 = insertelement <16 x float> poison, float %3346, i64 0
-  %3348 = shufflevector <16 x float> %3347, <16 x float> poison, <16 x i32> zeroinitializer
-  %3349 = shl nuw nsw i64 %indvars.iv1401.i, 7
-  %3350 = add nuw nsw i64 %3349, %3344
-  %3351 = getelementptr inbounds nuw float, ptr %alpha656830.i, i64 %indvars.iv1401.i
-  %3352 = load float, ptr %3351, align 4, !tbaa !285
-  %3353 = insertelement <16 x float> poison, float %3352, i64 0
-  %3354 = shufflevector <16 x float> %3353, <16 x float> poison, <16 x i32> zeroinitializer
-  %3355 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3350
+  %3338 = getelementptr inbounds nuw float, ptr %beta657829.i, i64 %indvars.iv1401.i
+  %3339 = load float, ptr %3338, align 4, !tbaa !284
+  %3340 = insertelement <16 x float> poison, float %3339, i64 0
+  %3341 = shufflevector <16 x float> %3340, <16 x float> poison, <16 x i32> zeroinitializer
+  %3342 = shl nuw nsw i64 %indvars.iv1401.i, 7
+  %3343 = add nuw nsw i64 %3342, %3337
+  %3344 = getelementptr inbounds nuw float, ptr %alpha656830.i, i64 %indvars.iv1401.i
+  %3345 = load float, ptr %3344, align 4, !tbaa !285
+  %3346 = insertelement <16 x float> poison, float %3345, i64 0
+  %3347 = shufflevector <16 x float> %3346, <16 x float> poison, <16 x i32> zeroinitializer
+  %3348 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3343
+  %3349 = load <16 x float>, ptr %3348, align 4, !tbaa !7
+  %3350 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3343
+  %3351 = load <16 x float>, ptr %3350, align 4, !tbaa !7
+  %3352 = fmul <16 x float> %3351, %3347
+  %3353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3349, <16 x float> %3352)
+  store <16 x float> %3353, ptr %3350, align 4, !tbaa !7
+  %3354 = or disjoint i64 %3343, 16
+  %3355 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3354
   %3356 = load <16 x float>, ptr %3355, align 4, !tbaa !7
-  %3357 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3350
+  %3357 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3354
   %3358 = load <16 x float>, ptr %3357, align 4, !tbaa !7
-  %3359 = fmul <16 x float> %3358, %3354
-  %3360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3356, <16 x float> %3359)
+  %3359 = fmul <16 x float> %3347, %3358
+  %3360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3356, <16 x float> %3359)
   store <16 x float> %3360, ptr %3357, align 4, !tbaa !7
-  %3361 = or disjoint i64 %3350, 16
+  %3361 = or disjoint i64 %3343, 32
   %3362 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3361
   %3363 = load <16 x float>, ptr %3362, align 4, !tbaa !7
   %3364 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3361
   %3365 = load <16 x float>, ptr %3364, align 4, !tbaa !7
-  %3366 = fmul <16 x float> %3354, %3365
-  %3367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3363, <16 x float> %3366)
+  %3366 = fmul <16 x float> %3347, %3365
+  %3367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3363, <16 x float> %3366)
   store <16 x float> %3367, ptr %3364, align 4, !tbaa !7
-  %3368 = or disjoint i64 %3350, 32
+  %3368 = or disjoint i64 %3343, 48
   %3369 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3368
   %3370 = load <16 x float>, ptr %3369, align 4, !tbaa !7
   %3371 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3368
   %3372 = load <16 x float>, ptr %3371, align 4, !tbaa !7
-  %3373 = fmul <16 x float> %3354, %3372
-  %3374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3370, <16 x float> %3373)
+  %3373 = fmul <16 x float> %3347, %3372
+  %3374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3370, <16 x float> %3373)
   store <16 x float> %3374, ptr %3371, align 4, !tbaa !7
-  %3375 = or disjoint i64 %3350, 48
+  %3375 = or disjoint i64 %3343, 64
   %3376 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3375
   %3377 = load <16 x float>, ptr %3376, align 4, !tbaa !7
   %3378 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3375
   %3379 = load <16 x float>, ptr %3378, align 4, !tbaa !7
-  %3380 = fmul <16 x float> %3354, %3379
-  %3381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3377, <16 x float> %3380)
+  %3380 = fmul <16 x float> %3347, %3379
+  %3381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3377, <16 x float> %3380)
   store <16 x float> %3381, ptr %3378, align 4, !tbaa !7
-  %3382 = or disjoint i64 %3350, 64
+  %3382 = or disjoint i64 %3343, 80
   %3383 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3382
   %3384 = load <16 x float>, ptr %3383, align 4, !tbaa !7
   %3385 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3382
   %3386 = load <16 x float>, ptr %3385, align 4, !tbaa !7
-  %3387 = fmul <16 x float> %3354, %3386
-  %3388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3384, <16 x float> %3387)
+  %3387 = fmul <16 x float> %3347, %3386
+  %3388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3384, <16 x float> %3387)
   store <16 x float> %3388, ptr %3385, align 4, !tbaa !7
-  %3389 = or disjoint i64 %3350, 80
+  %3389 = or disjoint i64 %3343, 96
   %3390 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3389
   %3391 = load <16 x float>, ptr %3390, align 4, !tbaa !7
   %3392 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3389
   %3393 = load <16 x float>, ptr %3392, align 4, !tbaa !7
-  %3394 = fmul <16 x float> %3354, %3393
-  %3395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3391, <16 x float> %3394)
+  %3394 = fmul <16 x float> %3347, %3393
+  %3395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3391, <16 x float> %3394)
   store <16 x float> %3395, ptr %3392, align 4, !tbaa !7
-  %3396 = or disjoint i64 %3350, 96
+  %3396 = or disjoint i64 %3343, 112
   %3397 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3396
   %3398 = load <16 x float>, ptr %3397, align 4, !tbaa !7
   %3399 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3396
   %3400 = load <16 x float>, ptr %3399, align 4, !tbaa !7
-  %3401 = fmul <16 x float> %3354, %3400
-  %3402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3398, <16 x float> %3401)
+  %3401 = fmul <16 x float> %3347, %3400
+  %3402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3341, <16 x float> %3398, <16 x float> %3401)
   store <16 x float> %3402, ptr %3399, align 4, !tbaa !7
-  %3403 = or disjoint i64 %3350, 112
-  %3404 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3403
-  %3405 = load <16 x float>, ptr %3404, align 4, !tbaa !7
-  %3406 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3403
-  %3407 = load <16 x float>, ptr %3406, align 4, !tbaa !7
-  %3408 = fmul <16 x float> %3354, %3407
-  %3409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3348, <16 x float> %3405, <16 x float> %3408)
-  store <16 x float> %3409, ptr %3406, align 4, !tbaa !7
   %indvars.iv.next1402.i = add nuw nsw i64 %indvars.iv1401.i, 1
   %exitcond1404.not.i = icmp eq i64 %indvars.iv.next1402.i, 16
   br i1 %exitcond1404.not.i, label %if_end655.i, label %for_begin_d_0709.preheader.i, !prof !29
 
 if_end715.i:                                      ; preds = %for_end_tile651.i
-  %3410 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3411 = tail call i32 %3410(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
-  %.not865.i = icmp eq i32 %3411, 0
+  %3403 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3404 = tail call i32 %3403(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not865.i = icmp eq i32 %3404, 0
   br i1 %.not865.i, label %if_end718.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end718.i:                                      ; preds = %if_end715.i
-  %3412 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3413 = tail call i32 %3412(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
-  %.not866.i = icmp eq i32 %3413, 0
+  %3405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3406 = tail call i32 %3405(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not866.i = icmp eq i32 %3406, 0
   br i1 %.not866.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !39
 
 for_body_tile724.i:                               ; preds = %if_end729.loopexit.i, %for_body_tile724.lr.ph.i
   %indvars.iv1432.i = phi i64 [ %indvars.iv.next1433.i, %if_end729.loopexit.i ], [ 0, %for_body_tile724.lr.ph.i ]
-  %3414 = trunc nuw nsw i64 %indvars.iv1432.i to i32
-  %rmod773.i = srem i32 %3414, %122
-  %rdiv780.i = sdiv i32 %3414, %122
-  %3415 = icmp ne i32 %rmod773.i, 0
-  %.not856.i = and i1 %695, %3415
-  %3416 = select i1 %.not856.i, i32 %122, i32 0
-  %3417 = add nsw i32 %3416, %rmod773.i
-  %3418 = shl nsw i32 %3417, 4
-  %3419 = sub nsw i32 %120, %3418
-  %3420 = icmp sgt i32 %3419, 0
-  br i1 %3420, label %for_body_r775.lr.ph.i, label %if_end729.loopexit.i, !prof !38
+  %3407 = trunc nuw nsw i64 %indvars.iv1432.i to i32
+  %rmod773.i = srem i32 %3407, %134
+  %rdiv780.i = sdiv i32 %3407, %134
+  %3408 = icmp ne i32 %rmod773.i, 0
+  %.not856.i = and i1 %688, %3408
+  %3409 = select i1 %.not856.i, i32 %134, i32 0
+  %3410 = add nsw i32 %3409, %rmod773.i
+  %3411 = shl nsw i32 %3410, 4
+  %3412 = sub nsw i32 %132, %3411
+  %3413 = icmp sgt i32 %3412, 0
+  br i1 %3413, label %for_body_r775.lr.ph.i, label %if_end729.loopexit.i, !prof !38
 
 for_end_tile725.i:                                ; preds = %if_end729.loopexit.i, %if_end729.us.i, %for_begin_tile723.preheader.i
-  %3421 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3422 = tail call i32 %3421(i32 1, i32 %dev_id, ptr nonnull %places.i)
-  %.not.i = icmp eq i32 %3422, 0
+  %3414 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3415 = tail call i32 %3414(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not.i = icmp eq i32 %3415, 0
   br i1 %.not.i, label %if_end800.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end729.loopexit.i:                             ; preds = %for_begin_d_0791.preheader.i, %for_body_tile724.i
@@ -8185,203 +8178,203 @@ if_end729.loopexit.i:                             ; preds = %for_begin_d_0791.pr
   br i1 %exitcond1436.not.i, label %for_end_tile725.i, label %for_body_tile724.i, !prof !10
 
 for_body_r775.lr.ph.i:                            ; preds = %for_body_tile724.i
-  %3423 = sext i1 %.not856.i to i32
-  %3424 = add nsw i32 %rdiv780.i, %3423
-  %3425 = sext i32 %3424 to i64
-  %3426 = sext i32 %3417 to i64
-  %3427 = shl nsw i64 %3426, 7
-  %3428 = add nsw i64 %696, %3425
-  %3429 = shl nsw i64 %3428, 2
-  %3430 = add nsw i64 %3427, %698
-  %3431 = shl i64 %indvars.iv1432.i, 4
-  %3432 = and i64 %3431, 4294967280
-  %3433 = tail call i32 @llvm.umin.i32(i32 %3419, i32 16)
-  %wide.trip.count1414.i = zext nneg i32 %3433 to i64
-  %3434 = add nsw i64 %3430, %3429
-  %3435 = or disjoint i64 %3434, 1
-  %3436 = or disjoint i64 %3434, 2
-  %3437 = or disjoint i64 %3434, 3
+  %3416 = sext i1 %.not856.i to i32
+  %3417 = add nsw i32 %rdiv780.i, %3416
+  %3418 = sext i32 %3417 to i64
+  %3419 = sext i32 %3410 to i64
+  %3420 = shl nsw i64 %3419, 7
+  %3421 = add nsw i64 %689, %3418
+  %3422 = shl nsw i64 %3421, 2
+  %3423 = add nsw i64 %3420, %691
+  %3424 = shl i64 %indvars.iv1432.i, 4
+  %3425 = and i64 %3424, 4294967280
+  %3426 = tail call i32 @llvm.umin.i32(i32 %3412, i32 16)
+  %wide.trip.count1414.i = zext nneg i32 %3426 to i64
+  %3427 = add nsw i64 %3423, %3422
+  %3428 = or disjoint i64 %3427, 1
+  %3429 = or disjoint i64 %3427, 2
+  %3430 = or disjoint i64 %3427, 3
   br label %for_body_r775.i
 
 for_begin_d_0791.preheader.lr.ph.i:               ; preds = %for_body_r775.i
-  %3438 = shl nsw i64 %indvars.iv1432.i, 11
-  %.idx.i = shl nsw i64 %3428, 11
-  %3439 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  %.idx857.i = shl nsw i64 %3426, 16
-  %3440 = getelementptr i8, ptr %3439, i64 %.idx857.i
-  %invariant.gep1089.i = getelementptr i8, ptr %3440, i64 %.idx858.i
+  %3431 = shl nsw i64 %indvars.iv1432.i, 11
+  %.idx.i = shl nsw i64 %3421, 11
+  %3432 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx857.i = shl nsw i64 %3419, 16
+  %3433 = getelementptr i8, ptr %3432, i64 %.idx857.i
+  %invariant.gep1089.i = getelementptr i8, ptr %3433, i64 %.idx858.i
   br label %for_begin_d_0791.preheader.i
 
 for_body_r775.i:                                  ; preds = %for_body_r775.i, %for_body_r775.lr.ph.i
   %indvars.iv1411.i = phi i64 [ 0, %for_body_r775.lr.ph.i ], [ %indvars.iv.next1412.i.3, %for_body_r775.i ]
-  %3441 = add nuw nsw i64 %indvars.iv1411.i, %3432
-  %3442 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3441
-  %3443 = load float, ptr %3442, align 4, !tbaa !7
-  %3444 = shl nuw nsw i64 %indvars.iv1411.i, 3
-  %3445 = and i64 %3444, 17179869152
-  %3446 = add nsw i64 %3434, %3445
-  %3447 = getelementptr inbounds float, ptr %partial_max, i64 %3446
-  store float %3443, ptr %3447, align 4, !tbaa !7
-  %3448 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3441
-  %3449 = load float, ptr %3448, align 4, !tbaa !7
-  %3450 = getelementptr inbounds float, ptr %partial_sum, i64 %3446
-  store float %3449, ptr %3450, align 4, !tbaa !7
+  %3434 = add nuw nsw i64 %indvars.iv1411.i, %3425
+  %3435 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3434
+  %3436 = load float, ptr %3435, align 4, !tbaa !7
+  %3437 = shl nuw nsw i64 %indvars.iv1411.i, 3
+  %3438 = and i64 %3437, 17179869152
+  %3439 = add nsw i64 %3427, %3438
+  %3440 = getelementptr inbounds float, ptr %partial_max, i64 %3439
+  store float %3436, ptr %3440, align 4, !tbaa !7
+  %3441 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3434
+  %3442 = load float, ptr %3441, align 4, !tbaa !7
+  %3443 = getelementptr inbounds float, ptr %partial_sum, i64 %3439
+  store float %3442, ptr %3443, align 4, !tbaa !7
   %indvars.iv.next1412.i = or disjoint i64 %indvars.iv1411.i, 1
-  %3451 = add nuw nsw i64 %indvars.iv.next1412.i, %3432
-  %3452 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3451
-  %3453 = load float, ptr %3452, align 4, !tbaa !7
-  %3454 = shl nuw nsw i64 %indvars.iv1411.i, 3
-  %3455 = and i64 %3454, 17179869152
-  %3456 = add nsw i64 %3435, %3455
-  %3457 = getelementptr inbounds float, ptr %partial_max, i64 %3456
-  store float %3453, ptr %3457, align 4, !tbaa !7
-  %3458 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3451
-  %3459 = load float, ptr %3458, align 4, !tbaa !7
-  %3460 = getelementptr inbounds float, ptr %partial_sum, i64 %3456
-  store float %3459, ptr %3460, align 4, !tbaa !7
+  %3444 = add nuw nsw i64 %indvars.iv.next1412.i, %3425
+  %3445 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3444
+  %3446 = load float, ptr %3445, align 4, !tbaa !7
+  %3447 = shl nuw nsw i64 %indvars.iv1411.i, 3
+  %3448 = and i64 %3447, 17179869152
+  %3449 = add nsw i64 %3428, %3448
+  %3450 = getelementptr inbounds float, ptr %partial_max, i64 %3449
+  store float %3446, ptr %3450, align 4, !tbaa !7
+  %3451 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3444
+  %3452 = load float, ptr %3451, align 4, !tbaa !7
+  %3453 = getelementptr inbounds float, ptr %partial_sum, i64 %3449
+  store float %3452, ptr %3453, align 4, !tbaa !7
   %indvars.iv.next1412.i.1 = or disjoint i64 %indvars.iv1411.i, 2
-  %3461 = add nuw nsw i64 %indvars.iv.next1412.i.1, %3432
-  %3462 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3461
-  %3463 = load float, ptr %3462, align 4, !tbaa !7
-  %3464 = shl nuw nsw i64 %indvars.iv1411.i, 3
-  %3465 = and i64 %3464, 17179869152
-  %3466 = add nsw i64 %3436, %3465
-  %3467 = getelementptr inbounds float, ptr %partial_max, i64 %3466
-  store float %3463, ptr %3467, align 4, !tbaa !7
-  %3468 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3461
-  %3469 = load float, ptr %3468, align 4, !tbaa !7
-  %3470 = getelementptr inbounds float, ptr %partial_sum, i64 %3466
-  store float %3469, ptr %3470, align 4, !tbaa !7
+  %3454 = add nuw nsw i64 %indvars.iv.next1412.i.1, %3425
+  %3455 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3454
+  %3456 = load float, ptr %3455, align 4, !tbaa !7
+  %3457 = shl nuw nsw i64 %indvars.iv1411.i, 3
+  %3458 = and i64 %3457, 17179869152
+  %3459 = add nsw i64 %3429, %3458
+  %3460 = getelementptr inbounds float, ptr %partial_max, i64 %3459
+  store float %3456, ptr %3460, align 4, !tbaa !7
+  %3461 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3454
+  %3462 = load float, ptr %3461, align 4, !tbaa !7
+  %3463 = getelementptr inbounds float, ptr %partial_sum, i64 %3459
+  store float %3462, ptr %3463, align 4, !tbaa !7
   %indvars.iv.next1412.i.2 = or disjoint i64 %indvars.iv1411.i, 3
-  %3471 = add nuw nsw i64 %indvars.iv.next1412.i.2, %3432
-  %3472 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3471
-  %3473 = load float, ptr %3472, align 4, !tbaa !7
-  %3474 = shl nuw nsw i64 %indvars.iv1411.i, 3
-  %3475 = and i64 %3474, 17179869152
-  %3476 = add nsw i64 %3437, %3475
-  %3477 = getelementptr inbounds float, ptr %partial_max, i64 %3476
-  store float %3473, ptr %3477, align 4, !tbaa !7
-  %3478 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3471
-  %3479 = load float, ptr %3478, align 4, !tbaa !7
-  %3480 = getelementptr inbounds float, ptr %partial_sum, i64 %3476
-  store float %3479, ptr %3480, align 4, !tbaa !7
+  %3464 = add nuw nsw i64 %indvars.iv.next1412.i.2, %3425
+  %3465 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3464
+  %3466 = load float, ptr %3465, align 4, !tbaa !7
+  %3467 = shl nuw nsw i64 %indvars.iv1411.i, 3
+  %3468 = and i64 %3467, 17179869152
+  %3469 = add nsw i64 %3430, %3468
+  %3470 = getelementptr inbounds float, ptr %partial_max, i64 %3469
+  store float %3466, ptr %3470, align 4, !tbaa !7
+  %3471 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3464
+  %3472 = load float, ptr %3471, align 4, !tbaa !7
+  %3473 = getelementptr inbounds float, ptr %partial_sum, i64 %3469
+  store float %3472, ptr %3473, align 4, !tbaa !7
   %indvars.iv.next1412.i.3 = add nuw nsw i64 %indvars.iv1411.i, 4
   %exitcond1415.not.i.3 = icmp eq i64 %indvars.iv.next1412.i.3, %wide.trip.count1414.i
   br i1 %exitcond1415.not.i.3, label %for_begin_d_0791.preheader.lr.ph.i, label %for_body_r775.i, !prof !10, !llvm.loop !286
 
 for_begin_d_0791.preheader.i:                     ; preds = %for_begin_d_0791.preheader.i, %for_begin_d_0791.preheader.lr.ph.i
   %indvars.iv1426.i = phi i64 [ 0, %for_begin_d_0791.preheader.lr.ph.i ], [ %indvars.iv.next1427.i.1, %for_begin_d_0791.preheader.i ]
-  %3481 = shl nsw i64 %indvars.iv1426.i, 7
-  %3482 = add nuw nsw i64 %3481, %3438
-  %3483 = and i64 %3481, 256
-  %3484 = shl nuw nsw i64 %indvars.iv1426.i, 10
-  %3485 = and i64 %3484, 2199023251456
-  %gep1090.i = getelementptr float, ptr %invariant.gep1089.i, i64 %3485
-  %3486 = getelementptr float, ptr %gep1090.i, i64 %3483
-  %3487 = and i64 %3482, 4294967040
-  %3488 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3487
-  %3489 = load <16 x float>, ptr %3488, align 4, !tbaa !7
-  store <16 x float> %3489, ptr %3486, align 4, !tbaa !7
-  %3490 = getelementptr inbounds nuw i8, ptr %3488, i64 64
-  %3491 = load <16 x float>, ptr %3490, align 4, !tbaa !7
-  %3492 = getelementptr i8, ptr %3486, i64 64
-  store <16 x float> %3491, ptr %3492, align 4, !tbaa !7
-  %3493 = getelementptr inbounds nuw i8, ptr %3488, i64 128
-  %3494 = load <16 x float>, ptr %3493, align 4, !tbaa !7
-  %3495 = getelementptr i8, ptr %3486, i64 128
-  store <16 x float> %3494, ptr %3495, align 4, !tbaa !7
-  %3496 = getelementptr inbounds nuw i8, ptr %3488, i64 192
-  %3497 = load <16 x float>, ptr %3496, align 4, !tbaa !7
-  %3498 = getelementptr i8, ptr %3486, i64 192
-  store <16 x float> %3497, ptr %3498, align 4, !tbaa !7
-  %3499 = getelementptr inbounds nuw i8, ptr %3488, i64 256
-  %3500 = load <16 x float>, ptr %3499, align 4, !tbaa !7
-  %3501 = getelementptr i8, ptr %3486, i64 256
-  store <16 x float> %3500, ptr %3501, align 4, !tbaa !7
-  %3502 = getelementptr inbounds nuw i8, ptr %3488, i64 320
-  %3503 = load <16 x float>, ptr %3502, align 4, !tbaa !7
-  %3504 = getelementptr i8, ptr %3486, i64 320
-  store <16 x float> %3503, ptr %3504, align 4, !tbaa !7
-  %3505 = getelementptr inbounds nuw i8, ptr %3488, i64 384
-  %3506 = load <16 x float>, ptr %3505, align 4, !tbaa !7
-  %3507 = getelementptr i8, ptr %3486, i64 384
-  store <16 x float> %3506, ptr %3507, align 4, !tbaa !7
-  %3508 = getelementptr inbounds nuw i8, ptr %3488, i64 448
-  %3509 = load <16 x float>, ptr %3508, align 4, !tbaa !7
-  %3510 = getelementptr i8, ptr %3486, i64 448
-  store <16 x float> %3509, ptr %3510, align 4, !tbaa !7
+  %3474 = shl nsw i64 %indvars.iv1426.i, 7
+  %3475 = add nuw nsw i64 %3474, %3431
+  %3476 = and i64 %3474, 256
+  %3477 = shl nuw nsw i64 %indvars.iv1426.i, 10
+  %3478 = and i64 %3477, 2199023251456
+  %gep1090.i = getelementptr float, ptr %invariant.gep1089.i, i64 %3478
+  %3479 = getelementptr float, ptr %gep1090.i, i64 %3476
+  %3480 = and i64 %3475, 4294967040
+  %3481 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3480
+  %3482 = load <16 x float>, ptr %3481, align 4, !tbaa !7
+  store <16 x float> %3482, ptr %3479, align 4, !tbaa !7
+  %3483 = getelementptr inbounds nuw i8, ptr %3481, i64 64
+  %3484 = load <16 x float>, ptr %3483, align 4, !tbaa !7
+  %3485 = getelementptr i8, ptr %3479, i64 64
+  store <16 x float> %3484, ptr %3485, align 4, !tbaa !7
+  %3486 = getelementptr inbounds nuw i8, ptr %3481, i64 128
+  %3487 = load <16 x float>, ptr %3486, align 4, !tbaa !7
+  %3488 = getelementptr i8, ptr %3479, i64 128
+  store <16 x float> %3487, ptr %3488, align 4, !tbaa !7
+  %3489 = getelementptr inbounds nuw i8, ptr %3481, i64 192
+  %3490 = load <16 x float>, ptr %3489, align 4, !tbaa !7
+  %3491 = getelementptr i8, ptr %3479, i64 192
+  store <16 x float> %3490, ptr %3491, align 4, !tbaa !7
+  %3492 = getelementptr inbounds nuw i8, ptr %3481, i64 256
+  %3493 = load <16 x float>, ptr %3492, align 4, !tbaa !7
+  %3494 = getelementptr i8, ptr %3479, i64 256
+  store <16 x float> %3493, ptr %3494, align 4, !tbaa !7
+  %3495 = getelementptr inbounds nuw i8, ptr %3481, i64 320
+  %3496 = load <16 x float>, ptr %3495, align 4, !tbaa !7
+  %3497 = getelementptr i8, ptr %3479, i64 320
+  store <16 x float> %3496, ptr %3497, align 4, !tbaa !7
+  %3498 = getelementptr inbounds nuw i8, ptr %3481, i64 384
+  %3499 = load <16 x float>, ptr %3498, align 4, !tbaa !7
+  %3500 = getelementptr i8, ptr %3479, i64 384
+  store <16 x float> %3499, ptr %3500, align 4, !tbaa !7
+  %3501 = getelementptr inbounds nuw i8, ptr %3481, i64 448
+  %3502 = load <16 x float>, ptr %3501, align 4, !tbaa !7
+  %3503 = getelementptr i8, ptr %3479, i64 448
+  store <16 x float> %3502, ptr %3503, align 4, !tbaa !7
   %indvars.iv.next1427.i = shl i64 %indvars.iv1426.i, 7
-  %3511 = or disjoint i64 %indvars.iv.next1427.i, 128
-  %3512 = add nuw nsw i64 %3511, %3438
-  %3513 = and i64 %3511, 384
-  %3514 = shl nuw nsw i64 %indvars.iv1426.i, 10
-  %3515 = and i64 %3514, 2199023251456
-  %gep1090.i.1 = getelementptr float, ptr %invariant.gep1089.i, i64 %3515
-  %3516 = getelementptr float, ptr %gep1090.i.1, i64 %3513
-  %3517 = and i64 %3512, 4294967168
-  %3518 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3517
-  %3519 = load <16 x float>, ptr %3518, align 4, !tbaa !7
-  store <16 x float> %3519, ptr %3516, align 4, !tbaa !7
-  %3520 = getelementptr inbounds nuw i8, ptr %3518, i64 64
-  %3521 = load <16 x float>, ptr %3520, align 4, !tbaa !7
-  %3522 = getelementptr i8, ptr %3516, i64 64
-  store <16 x float> %3521, ptr %3522, align 4, !tbaa !7
-  %3523 = getelementptr inbounds nuw i8, ptr %3518, i64 128
-  %3524 = load <16 x float>, ptr %3523, align 4, !tbaa !7
-  %3525 = getelementptr i8, ptr %3516, i64 128
-  store <16 x float> %3524, ptr %3525, align 4, !tbaa !7
-  %3526 = getelementptr inbounds nuw i8, ptr %3518, i64 192
-  %3527 = load <16 x float>, ptr %3526, align 4, !tbaa !7
-  %3528 = getelementptr i8, ptr %3516, i64 192
-  store <16 x float> %3527, ptr %3528, align 4, !tbaa !7
-  %3529 = getelementptr inbounds nuw i8, ptr %3518, i64 256
-  %3530 = load <16 x float>, ptr %3529, align 4, !tbaa !7
-  %3531 = getelementptr i8, ptr %3516, i64 256
-  store <16 x float> %3530, ptr %3531, align 4, !tbaa !7
-  %3532 = getelementptr inbounds nuw i8, ptr %3518, i64 320
-  %3533 = load <16 x float>, ptr %3532, align 4, !tbaa !7
-  %3534 = getelementptr i8, ptr %3516, i64 320
-  store <16 x float> %3533, ptr %3534, align 4, !tbaa !7
-  %3535 = getelementptr inbounds nuw i8, ptr %3518, i64 384
-  %3536 = load <16 x float>, ptr %3535, align 4, !tbaa !7
-  %3537 = getelementptr i8, ptr %3516, i64 384
-  store <16 x float> %3536, ptr %3537, align 4, !tbaa !7
-  %3538 = getelementptr inbounds nuw i8, ptr %3518, i64 448
-  %3539 = load <16 x float>, ptr %3538, align 4, !tbaa !7
-  %3540 = getelementptr i8, ptr %3516, i64 448
-  store <16 x float> %3539, ptr %3540, align 4, !tbaa !7
+  %3504 = or disjoint i64 %indvars.iv.next1427.i, 128
+  %3505 = add nuw nsw i64 %3504, %3431
+  %3506 = and i64 %3504, 384
+  %3507 = shl nuw nsw i64 %indvars.iv1426.i, 10
+  %3508 = and i64 %3507, 2199023251456
+  %gep1090.i.1 = getelementptr float, ptr %invariant.gep1089.i, i64 %3508
+  %3509 = getelementptr float, ptr %gep1090.i.1, i64 %3506
+  %3510 = and i64 %3505, 4294967168
+  %3511 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3510
+  %3512 = load <16 x float>, ptr %3511, align 4, !tbaa !7
+  store <16 x float> %3512, ptr %3509, align 4, !tbaa !7
+  %3513 = getelementptr inbounds nuw i8, ptr %3511, i64 64
+  %3514 = load <16 x float>, ptr %3513, align 4, !tbaa !7
+  %3515 = getelementptr i8, ptr %3509, i64 64
+  store <16 x float> %3514, ptr %3515, align 4, !tbaa !7
+  %3516 = getelementptr inbounds nuw i8, ptr %3511, i64 128
+  %3517 = load <16 x float>, ptr %3516, align 4, !tbaa !7
+  %3518 = getelementptr i8, ptr %3509, i64 128
+  store <16 x float> %3517, ptr %3518, align 4, !tbaa !7
+  %3519 = getelementptr inbounds nuw i8, ptr %3511, i64 192
+  %3520 = load <16 x float>, ptr %3519, align 4, !tbaa !7
+  %3521 = getelementptr i8, ptr %3509, i64 192
+  store <16 x float> %3520, ptr %3521, align 4, !tbaa !7
+  %3522 = getelementptr inbounds nuw i8, ptr %3511, i64 256
+  %3523 = load <16 x float>, ptr %3522, align 4, !tbaa !7
+  %3524 = getelementptr i8, ptr %3509, i64 256
+  store <16 x float> %3523, ptr %3524, align 4, !tbaa !7
+  %3525 = getelementptr inbounds nuw i8, ptr %3511, i64 320
+  %3526 = load <16 x float>, ptr %3525, align 4, !tbaa !7
+  %3527 = getelementptr i8, ptr %3509, i64 320
+  store <16 x float> %3526, ptr %3527, align 4, !tbaa !7
+  %3528 = getelementptr inbounds nuw i8, ptr %3511, i64 384
+  %3529 = load <16 x float>, ptr %3528, align 4, !tbaa !7
+  %3530 = getelementptr i8, ptr %3509, i64 384
+  store <16 x float> %3529, ptr %3530, align 4, !tbaa !7
+  %3531 = getelementptr inbounds nuw i8, ptr %3511, i64 448
+  %3532 = load <16 x float>, ptr %3531, align 4, !tbaa !7
+  %3533 = getelementptr i8, ptr %3509, i64 448
+  store <16 x float> %3532, ptr %3533, align 4, !tbaa !7
   %indvars.iv.next1427.i.1 = add nuw nsw i64 %indvars.iv1426.i, 2
   %exitcond1431.not.i.1 = icmp eq i64 %indvars.iv.next1427.i.1, %wide.trip.count1414.i
   br i1 %exitcond1431.not.i.1, label %if_end729.loopexit.i, label %for_begin_d_0791.preheader.i, !prof !10, !llvm.loop !287
 
 if_end800.i:                                      ; preds = %for_end_tile725.i
-  %3541 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3542 = tail call i32 %3541(i32 1, i32 %dev_id, ptr nonnull %limits.i)
-  %.not849.i = icmp eq i32 %3542, 0
+  %3534 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3535 = tail call i32 %3534(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not849.i = icmp eq i32 %3535, 0
   br i1 %.not849.i, label %if_end803.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end803.i:                                      ; preds = %if_end800.i
-  %3543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3544 = tail call i32 %3543(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
-  %.not850.i = icmp eq i32 %3544, 0
+  %3536 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3537 = tail call i32 %3536(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not850.i = icmp eq i32 %3537, 0
   br i1 %.not850.i, label %if_end806.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end806.i:                                      ; preds = %if_end803.i
-  %3545 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3546 = tail call i32 %3545(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
-  %.not851.i = icmp eq i32 %3546, 0
+  %3538 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3539 = tail call i32 %3538(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not851.i = icmp eq i32 %3539, 0
   br i1 %.not851.i, label %if_end809.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end809.i:                                      ; preds = %if_end806.i
-  %3547 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3548 = tail call i32 %3547(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
-  %.not852.i = icmp eq i32 %3548, 0
+  %3540 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3541 = tail call i32 %3540(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not852.i = icmp eq i32 %3541, 0
   br i1 %.not852.i, label %if_end812.i, label %fused_attend_compute_.exit, !prof !39
 
 if_end812.i:                                      ; preds = %if_end809.i
-  %3549 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
-  %3550 = tail call i32 %3549(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not853.i = icmp ne i32 %3550, 0
+  %3542 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %3543 = tail call i32 %3542(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not853.i = icmp ne i32 %3543, 0
   %..i = sext i1 %.not853.i to i32
   br label %fused_attend_compute_.exit
 

@@ -585,7 +585,7 @@ class Module:
                                             T.reads()
                                             T.writes()
                                             acc_1 = T.sblock_alloc_buffer((1, 32, 256))
-                                            for p in T.serial(8, annotations={"pa.fetch.pass": "next_values"}):
+                                            for p in range(8):
                                                 with T.sblock("clear_sums"):
                                                     vp = T.axis.spatial(8, p)
                                                     T.reads()
@@ -599,10 +599,10 @@ class Module:
                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(1))
                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(2))
                                                         T.call_llvm_intrin("void", "llvm.x86.tilezero", T.int8(3))
-                                                for to in T.serial((valid_len + 63) // 64, annotations={"pa.fetch.group": "next_values"}):
+                                                for to in range((valid_len + 63) // 64):
                                                     if to * 64 + 64 <= valid_len:
-                                                        for s_1 in T.serial(4, annotations={"pa.fetch.share": "next_values"}):
-                                                            for w_0 in T.unroll(2, annotations={"pa.fetch.here": "next_values", "pa.fetch.share": "next_values"}):
+                                                        for s_1 in range(4):
+                                                            for w_0 in T.unroll(2):
                                                                 for m_0 in T.unroll(2):
                                                                     with T.sblock("whole_sum_o"):
                                                                         vi_o = T.axis.spatial(1, 0)

@@ -411,8 +411,8 @@ FAULTS = {
     ),
     "a let value of no sblock": Fault(
         "pa_compiler/locations.py",
-        "seq[at] = _with_location(seq[at], users[0]) if users else",
-        "seq[at] =",
+        "if isinstance(seq[at], tirx.Bind) and later:",
+        "if False:",
         "test_links.py",
     ),
     "a work item for the busiest thread": Fault(
