@@ -40,6 +40,29 @@ def merge_threads(spec: PagedAttentionSpec) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Element:
+    """How an element of the caches lies in 32-bit words, and by what a code becomes a number: kernels/elements.py.
+
+    Attributes:
+        dtype: Its type in the caches.
+        by_instruction: Whether the GPU has an instruction that makes float16 of float8.
+    """
+
+    dtype: str
+    by_instruction: bool
+
+    @property
+    def of_word(self) -> int:
+        """Elements of a word."""
+        return 4 // ITEMSIZES[self.dtype]
+
+    @property
+    def is_code(self) -> bool:
+        """Whether it is a code of 8 bits, with a scale beside it."""
+        return self.of_word == 4
+
+
+@dataclasses.dataclass(frozen=True)
 class RingRows:
     """How the keys, or the values, of a tile lie in shared memory: a row for each token, of 16-byte chunks.
 
@@ -71,6 +94,7 @@ class CudaTiling:
         range_tokens: Tokens of a range that a sequence is cut into, a power of two; a long one into ranges of twice as
             many, or four times, and so on.
         most_ranges: Ranges of that number of keys, at most.
+        element: Of the caches.
     """
 
     strategy: ClassVar[str]
@@ -81,6 +105,7 @@ class CudaTiling:
     tile_tokens: int
     range_tokens: int
     most_ranges: int
+    element: Element
 
     @property
     def threads(self) -> int:
@@ -101,8 +126,8 @@ class CudaTiling:
         return spec.num_kv_heads * self.row_tiles(spec)
 
     def chunk_elements(self, spec: PagedAttentionSpec) -> int:
-        """Elements of a 16-byte chunk."""
-        return CHUNK_BYTES // ITEMSIZES[spec.dtype]
+        """Elements of a 16-byte chunk of a cache."""
+        return CHUNK_BYTES // ITEMSIZES[spec.cache_dtype]
 
     def key_rows(self, spec: PagedAttentionSpec) -> RingRows:
         """How the keys of a tile lie in the ring."""
@@ -117,9 +142,13 @@ class CudaTiling:
         """32-bit words from the keys of a tile to its values: behind them, or with shared_kv in the same place."""
         return 0 if spec.shared_kv else self._words(self.key_rows(spec))
 
-    def stage_words(self, spec: PagedAttentionSpec) -> int:
-        """32-bit words of a tile's keys and values in the ring."""
+    def scales_at(self, spec: PagedAttentionSpec) -> int:
+        """32-bit words from the keys of a tile to the scales of its keys, behind which are those of its values."""
         return self.values_at(spec) + self._words(self.value_rows(spec))
+
+    def stage_words(self, spec: PagedAttentionSpec) -> int:
+        """32-bit words of a tile's keys and values in the ring, with the scales that tokens have."""
+        return self.scales_at(spec) + (2 * self.tile_tokens if spec.token_scales else 0)
 
     def ring_bytes(self, spec: PagedAttentionSpec) -> int:
         """Shared memory of the rings of a thread block's warps."""
@@ -166,21 +195,31 @@ class FmaTiling(CudaTiling):
 
     Attributes:
         lanes: Lanes that share a token.
+        piece_words: 32-bit words that a lane reads at once: CHUNK_WORDS, or fewer where a row of codes has too few
+            chunks for so many lanes.
     """
 
     strategy: ClassVar[str] = "fma"
 
     lanes: int
+    piece_words: int
+
+    @property
+    def piece_elements(self) -> int:
+        """Elements of these words."""
+        return self.piece_words * self.element.of_word
 
     def _rows(self, count: int) -> RingRows:
         """Eight lanes read the chunks of one row side by side, or of several rows, an odd multiple of `lanes` apart."""
+        if self.piece_words < CHUNK_WORDS:
+            return RingRows(count, count | 1, False)
         meet = self.lanes < BANK_CHUNKS and count // self.lanes % 2 == 0
         return RingRows(count, count + self.lanes if meet else count, False)
 
 
 def chunks(spec: PagedAttentionSpec, dim: int) -> int:
     """16-byte chunks of dim elements of a cache."""
-    return dim * ITEMSIZES[spec.dtype] // CHUNK_BYTES
+    return dim * ITEMSIZES[spec.cache_dtype] // CHUNK_BYTES
 
 
 def copy_lanes(spec: PagedAttentionSpec) -> int:

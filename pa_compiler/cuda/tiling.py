@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pa_compiler import score
 from pa_compiler.bounds import residual_mask
 from pa_compiler.cuda import gpus
+from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import (
+    BANK_CHUNKS,
+    CHUNK_WORDS,
     MMA_HEADS,
     MMA_TOKENS,
     WARP,
     CudaTiling,
+    Element,
     FmaTiling,
     TensorCoreTiling,
     chunks,
-    copy_lanes,
     fence,
 )
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
-from pa_compiler.tiles import Element, Tiling, equal_tile
+from pa_compiler.tiles import Element as WordElement
+from pa_compiler.tiles import Tiling, equal_tile
 
 MAX_HEAD_DIM = 256
 """Elements of a key and of a value, at most: the sums of 16 heads then still fit in a thread's registers."""
@@ -70,11 +74,25 @@ SEQUENCE_BLOCKS = 512
 MIN_RANGES = 32
 """Ranges that a long sequence has nevertheless."""
 
+CODES = ("int8", "float8_e4m3fn", "float8_e5m2")
+"""The types of codes that the kernels read and append_kv makes, in the fused pipeline."""
+
+INSTRUCTION_OF_FLOAT8 = 89
+"""The compute capability, times ten, from which on GPUs have an instruction that makes float16 of float8."""
+
 WAVES = 2
 """How often the workers of a launch fill the GPU: more even out sequences of different lengths."""
 
 STAGED_BLOCK_SIZE = 2048
 """Tokens of a block, at most, in the staged pipeline: their places and the query share 48 KB of shared memory."""
+
+
+class FmaTile(NamedTuple):
+    """FmaTiling's row_tile, lanes and piece_words."""
+
+    rows: int
+    lanes: int
+    words: int
 
 
 def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
@@ -85,35 +103,38 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """
     check(spec)
     if choose_strategy(spec)[0] == FmaTiling.strategy:
-        return _fma(spec, arch, *fma_tiles(spec)[0])
+        return _fma(spec, arch, fma_tiles(spec)[0])
     return _tensor_cores(spec, arch, equal_tile(spec.group, MAX_ROW_TILE))
 
 
 def choose_attend(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """Choose the tiles of attend, whose rows are pairs of a query token and a head: as many as a tile can have.
 
-    16-bit types are multiplied by tensor cores, whatever the group.
+    16-bit types are multiplied by tensor cores, whatever the group, unless weights leave their range.
 
     Raises:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec)
-    if spec.dtype != "float32":
+    if spec.dtype != "float32" and not weights_leave_range(spec):
         registers = MAX_ROW_TILE // MMA_HEADS * (spec.head_dim // 16 * 2 + spec.result_dim // 16 * 4)
         return _tensor_cores(spec, arch, MAX_ROW_TILE if registers <= ACC_REGISTERS else MMA_HEADS)
-    return _fma(spec, arch, *next(_fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
+    return _fma(spec, arch, next(_fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
 
 
 def _tensor_cores(spec: PagedAttentionSpec, arch: str, rows: int) -> CudaTiling:
-    tiling = TensorCoreTiling(row_tile=rows, warps=4, stages=2, tile_tokens=_tile_tokens(spec), **range_sizes(spec))
-    return _with_rings(spec, arch, tiling)
+    return _with_rings(spec, arch, TensorCoreTiling(row_tile=rows, **_sizes(spec, arch)))
 
 
-def _fma(spec: PagedAttentionSpec, arch: str, rows: int, lanes: int) -> CudaTiling:
-    tiling = FmaTiling(
-        row_tile=rows, warps=4, stages=2, tile_tokens=_tile_tokens(spec), **range_sizes(spec), lanes=lanes
-    )
-    return _with_rings(spec, arch, tiling)
+def _fma(spec: PagedAttentionSpec, arch: str, tile: FmaTile) -> CudaTiling:
+    rows, lanes, words = tile
+    return _with_rings(spec, arch, FmaTiling(row_tile=rows, lanes=lanes, piece_words=words, **_sizes(spec, arch)))
+
+
+def _sizes(spec: PagedAttentionSpec, arch: str) -> dict[str, Any]:
+    """What does not go by the strategy."""
+    element = Element(spec.cache_dtype, CudaTarget(arch).capability >= INSTRUCTION_OF_FLOAT8)
+    return {"warps": 4, "stages": 2, "tile_tokens": _tile_tokens(spec), "element": element, **range_sizes(spec)}
 
 
 def _with_rings(spec: PagedAttentionSpec, arch: str, first: CudaTiling) -> CudaTiling:
@@ -152,7 +173,7 @@ def staged(spec: PagedAttentionSpec) -> ThreadsTiling:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec, "staged")
-    element = Element(spec.dtype)
+    element = WordElement(spec.dtype)
     return ThreadsTiling(
         row_tile=equal_tile(spec.group, min(spec.head_tile, MAX_ROW_TILE)),
         kv_tile=spec.block_size,
@@ -178,8 +199,7 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
         raise ValueError("kv_layout: expected NHD or HND for target cuda, got 'packed'")
     if spec.invariant:
         raise ValueError("invariant: expected False for target cuda, got True")
-    if spec.has_scales:
-        raise ValueError(f"kv_dtype: expected {spec.dtype} for target cuda, got {spec.kv_dtype!r}")
+    _check_codes(spec, pipeline)
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
@@ -194,10 +214,24 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
         )
 
 
+def _check_codes(spec: PagedAttentionSpec, pipeline: str) -> None:
+    if spec.has_scales and pipeline == "staged":
+        raise ValueError(
+            f"kv_dtype: expected {spec.dtype} for target cuda and pipeline staged, got {spec.kv_dtype!r}"
+        )
+    if spec.has_scales and spec.kv_dtype not in CODES:
+        types = ", ".join((spec.dtype, *CODES[:-1]))
+        raise ValueError(f"kv_dtype: expected {types} or {CODES[-1]} for target cuda, got {spec.kv_dtype!r}")
+    if spec.rotates:
+        raise ValueError(f"kv_rotation: expected None or none for target cuda, got {spec.kv_rotation!r}")
+
+
 def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
     """CudaTiling.strategy, and the reason in one sentence."""
     if spec.dtype == "float32":
         return "fma", "Tensor cores would round float32."
+    if weights_leave_range(spec):
+        return "fma", "Weights times the scales of tokens would leave float16's range."
     if mask_by_head(spec):
         return "fma", "The mask goes by the head, and a tensor core multiplies a value for all heads."
     heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
@@ -216,29 +250,35 @@ def mask_by_head(spec: PagedAttentionSpec) -> bool:
     return mask is not None and any(part.op == "head" for part in score.parts(mask))
 
 
-def fma_tiles(spec: PagedAttentionSpec) -> list[tuple[int, int]]:
-    """Tiles (row_tile, lanes) for strategy "fma" whose registers suffice; the most rows first, then the fewest lanes.
+def weights_leave_range(spec: PagedAttentionSpec) -> bool:
+    """Whether a tensor core would take weights in float16 that are multiplied by scales, of any float32."""
+    return spec.dtype == "float16" and spec.token_scales
+
+
+def fma_tiles(spec: PagedAttentionSpec) -> list[FmaTile]:
+    """Tiles for strategy "fma" whose registers suffice; the most rows first, then the longest pieces.
 
     16-bit types take a group as a whole or not at all: in tiles, they are read for each, unless tensor cores cannot
     take them.
     """
-    in_tiles = spec.dtype == "float32" or mask_by_head(spec)
+    in_tiles = spec.dtype == "float32" or mask_by_head(spec) or weights_leave_range(spec)
     limits = range(MAX_ROW_TILE, 0, -1) if in_tiles else (FMA_GROUP,)
     return list(_fitting(spec, dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)))
 
 
-def _fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -> Iterator[tuple[int, int]]:
-    """(rows, lanes) whose registers suffice, of these numbers of rows; of each, the fewest lanes first.
+def _fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -> Iterator[FmaTile]:
+    """Tiles whose registers suffice, of these numbers of rows; of each, the longest pieces, then the fewest lanes first.
 
     Fewer lanes take fewer shuffles for a score. of_row: registers that a row takes besides.
     """
     dims, tokens = (spec.head_dim, spec.result_dim), _tile_tokens(spec)
     common = math.gcd(*(chunks(spec, dim) for dim in dims))
     return (
-        (rows, lanes)
+        FmaTile(rows, lanes, words)
         for rows in numbers
-        for lanes in (copy_lanes(spec), 16, 32)
-        if common % lanes == 0
+        for words in ((CHUNK_WORDS, 2, 1) if spec.has_scales else (CHUNK_WORDS,))
+        for lanes in (math.gcd(common * CHUNK_WORDS // words, BANK_CHUNKS), 16, 32)
+        if common * CHUNK_WORDS // words % lanes == 0
         and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes) <= FMA_REGISTERS * lanes
     )
 
@@ -268,5 +308,5 @@ def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[
 
 
 def _tile_tokens(spec: PagedAttentionSpec) -> int:
-    """Of a warp: one mma, or as many bytes."""
-    return MMA_TOKENS * 2 // ITEMSIZES[spec.dtype]
+    """Of a warp: one mma of 16-bit types, or as many bytes."""
+    return MMA_TOKENS * 2 // ITEMSIZES[spec.cache_dtype]

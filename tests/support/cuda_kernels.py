@@ -146,9 +146,11 @@ class StagedKernels:
 
 def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale) -> dict[str, object]:
     """What the kernels of both pipelines take of a call, by name."""
-    arrays = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+    arrays = ("query", "block_table", "context_lens")
     return {
         **{name: read_only(getattr(inputs, name)) for name in arrays},
+        "key_cache": read_only(as_kept(spec, inputs.key_cache)),
+        "value_cache": read_only(as_kept(spec, inputs.value_cache)),
         "out": out,
         "lse": lse,
         "table_seq": _stride(inputs.block_table, 0),
@@ -162,6 +164,7 @@ def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale)
         **strides(lse, lse_batch=0),
         **{name: read_only(array) for name, array in inputs.heads.items()},
         **{name: _stride(inputs.heads[of], 0) for name, of in HEADS.items() if of in inputs.heads},
+        **scale_strides(spec, inputs.heads),
         **{name: read_only(array) for name, array in function_arrays(spec, inputs.given).items()},
     }
 
@@ -186,6 +189,24 @@ def read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def as_kept(spec: PagedAttentionSpec, cache: np.ndarray) -> np.ndarray:
+    """A cache as kernels take it: codes are bytes."""
+    return cache.view(np.uint8) if spec.has_scales else cache
+
+
+def scale_strides(spec: PagedAttentionSpec, arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The strides of key_scale and value_scale by the kernels' names: 0 where there is no such axis."""
+    found = {}
+    for prefix, name in (("ks", "key_scale"), ("vs", "value_scale")) if spec.has_scales else ():
+        scales = arrays[name]
+        if spec.token_scales:
+            found |= strides(scales, **{f"{prefix}_block": 0, f"{prefix}_head": 1, f"{prefix}_row": 2})
+        else:
+            of_head = _stride(scales, 0) if spec.scales_of == "head" else 0
+            found |= {f"{prefix}_block": 0, f"{prefix}_row": 0, f"{prefix}_head": of_head}
+    return found
 
 
 def cache_strides(spec: PagedAttentionSpec, prefix: str, cache: np.ndarray) -> dict[str, int]:

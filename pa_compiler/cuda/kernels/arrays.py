@@ -41,6 +41,7 @@ class Arrays:
 
     def __init__(self, spec: PagedAttentionSpec) -> None:
         self._spec = spec
+        self._kept = "uint8" if spec.has_scales else spec.dtype  # codes are bytes
 
     def query(self, handle: Var) -> Buffer:
         """[num_tokens, num_heads, head_dim], dtype; strides q_batch, q_head. Rows are aligned to 4 bytes.
@@ -50,18 +51,29 @@ class Arrays:
         return _span("query", handle, self._spec.dtype)
 
     def key_cache(self, handle: Var) -> Buffer:
-        """[num_blocks, block_size, num_kv_heads, head_dim], dtype, or in HND heads before slots.
+        """[num_blocks, block_size, num_kv_heads, head_dim], dtype or bytes of codes, or in HND heads before slots.
 
         Strides k_block, k_row of a slot, k_head. Rows are aligned to 16 bytes.
         """
-        return _span("key_cache", handle, self._spec.dtype)
+        return _span("key_cache", handle, self._kept)
 
     def value_cache(self, handle: Var) -> Buffer:
         """[num_blocks, block_size, num_kv_heads, value_dim], otherwise as key_cache; strides v_block, v_row, v_head.
 
         With shared_kv no kernel reads it, and what no kernel reads is no parameter of what is emitted.
         """
-        return _span("value_cache", handle, self._spec.dtype)
+        return _span("value_cache", handle, self._kept)
+
+    def key_scale(self, handle: Var) -> Buffer:
+        """[1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32; strides ks_block, ks_row, ks_head.
+
+        A stride is 0 where there is no such axis.
+        """
+        return _span("key_scale", handle, "float32")
+
+    def value_scale(self, handle: Var) -> Buffer:
+        """The same of values; strides vs_block, vs_row, vs_head."""
+        return _span("value_scale", handle, "float32")
 
     def block_table(self, handle: Var) -> Buffer:
         """[batch, max_blocks], int32; stride table_seq. Of a pair (indptr, indices) indices, with stride 0."""

@@ -14,6 +14,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import BEGIN, END, LENGTH, RANGE, RANGES, SEQ, TILE, Sequences, find_item, find_tree
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
+from pa_compiler.cuda.kernels.scales import STRIDES, Scales, score_factor, weights_headroom
 from pa_compiler.cuda.kernels.scores import Functions, Scoring, Tile, load_slopes
 from pa_compiler.cuda.kernels.sight import AFTER, allocate_sight, find_sight
 from pa_compiler.cuda.kernels.state import allocate, start
@@ -69,6 +70,8 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
         query_handle: T.handle,
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
+        key_scale_handle: T.handle,
+        value_scale_handle: T.handle,
         block_table_handle: T.handle,
         row_starts_handle: T.handle,
         context_lens_handle: T.handle,
@@ -90,6 +93,12 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
         v_block: T.int64,
         v_row: T.int64,
         v_head: T.int64,
+        ks_block: T.int64,
+        ks_row: T.int64,
+        ks_head: T.int64,
+        vs_block: T.int64,
+        vs_row: T.int64,
+        vs_head: T.int64,
         table_seq: T.int64,
         row_step: T.int64,
         out_batch: T.int64,
@@ -108,6 +117,9 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
         query = arrays.query(query_handle)
         key_cache = arrays.key_cache(key_cache_handle)
         value_cache = arrays.value_cache(value_cache_handle)
+        if spec.has_scales:
+            key_scale = arrays.key_scale(key_scale_handle)
+            value_scale = arrays.value_scale(value_scale_handle)
         block_table = arrays.block_table(block_table_handle)
         row_starts = arrays.row_starts(row_starts_handle)
         context_lens = arrays.context_lens(context_lens_handle)
@@ -149,8 +161,13 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
             rows = T.meta_var(rows_of(sequences, found, kv_head, first_row))
             places: T.int32 = headroom(spec, found[LENGTH])
-            keys = T.meta_var(Cache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
-            values = T.meta_var(Cache(value_cache, v_block, v_row, T.Cast("int64", kv_head) * v_head))
+            of_head = T.meta_var(T.Cast("int64", kv_head))
+            keys = T.meta_var(Cache(key_cache, k_block, k_row, of_head * k_head))
+            values = T.meta_var(Cache(value_cache, v_block, v_row, of_head * v_head))
+            if spec.has_scales:
+                key_scales = T.meta_var(Cache(key_scale, ks_block, ks_row, of_head * ks_head))
+                scales = T.meta_var(Scales(key_scales, Cache(value_scale, vs_block, vs_row, of_head * vs_head)))
+                factor: T.float32 = score_factor(spec, tiling, scales, query_scale, score_scale)
             strategy.load_query(query, q_batch, q_head, rows, query_scale, lane, q)
             if spec.alibi:
                 load_slopes_stage(alibi_slopes, slope_head, rows, lane, slopes)
@@ -173,8 +190,9 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             of_rows = T.meta_var((rows, slopes if spec.alibi else None, of_functions, sight if many_tokens else None))
             scoring = T.meta_var(Scoring(found[SEQ], found[LENGTH], batch, *of_rows))
             attend_range_stage(
-                keys, values, block_table, row, ring, found[BEGIN], found[END], warp, lane, q,
-                score_scale, T.Cast("float32", places), scoring, state,
+                keys, values, scales if spec.has_scales else None, block_table, row, ring, found[BEGIN], found[END],
+                warp, lane, q, factor if spec.has_scales else score_scale, weights_headroom(spec, tiling, places),
+                scoring, state,
             )  # fmt: skip
             T.cuda.cta_sync()  # the results take the place of the rings
             strategy.store_warp(state, warp, lane, results)
@@ -182,13 +200,14 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             slots = T.meta_var(T.Cast("int64", num_tokens if many_tokens else batch))  # of a range
             join_stage(
                 results, warp * WARP + lane, found[RANGES] == 1, T.Cast("int64", found[RANGE]) * slots, rows, places,
-                partials, out, out_batch, out_head, lse, lse_batch, sinks if spec.sinks else None, sink_head,
+                scales if spec.has_scales else None, partials, out, out_batch, out_head, lse, lse_batch, sinks if spec.sinks else None, sink_head,
             )  # fmt: skip
             item = item + workers
             find_item_stage(sequences, item, lane, found)
             T.cuda.cta_sync()  # the next item's keys and values take the place of the results
 
     has = {"slope_head": spec.alibi, "sink_head": spec.sinks}
+    has |= dict.fromkeys(STRIDES, spec.has_scales)
     has |= dict.fromkeys(("num_tokens", "sees_all", "has_tree"), many_tokens)
     return without(cuda_attention, *(name for name, is_there in has.items() if not is_there))
 
@@ -216,7 +235,7 @@ def attend_range(
     look_up_stage, copy_tile_stage = look_up(spec, tiling), copy_tile(spec, tiling, functions)
 
     @inline
-    def stage(key_cache, value_cache, block_table, table_offset, ring, range_start, range_end, warp, lane, q,
+    def stage(key_cache, value_cache, scales, block_table, table_offset, ring, range_start, range_end, warp, lane, q,
               score_scale, headroom, scoring, state):  # fmt: skip
         block = T.alloc_buffer((1,), "int32", scope="local")
         end: T.int32 = range_end
@@ -229,8 +248,8 @@ def attend_range(
                 tile = T.meta_var((warp * stages + T.truncmod(step, stages)) * stage_words)
                 if functions.tile_is_seen(scoring, own + step * step_tokens, tokens):
                     copy_tile_stage(
-                        key_cache, value_cache, ring, tile, block, own + step * step_tokens, end, lane, scoring
-                    )  # fmt: skip
+                        key_cache, value_cache, scales, ring, tile, block, own + step * step_tokens, end, lane, scoring
+                    )
                 look_up_stage(block_table, table_offset, own + (step + 1) * step_tokens, end, lane, block)
             T.ptx["cp.async.commit_group"]()
             if step >= stages - 1:

@@ -13,7 +13,8 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.kernels.elements import numbers_of_words
+from pa_compiler.cuda.kernels.scales import load_scales, weighted
 from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.kernels.state import (
     EXP2,
@@ -26,12 +27,12 @@ from pa_compiler.cuda.kernels.state import (
     shift_of,
 )
 from pa_compiler.cuda.kernels.strategy import Strategy, place
-from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, FmaTiling
+from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, FmaTiling, RingRows
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
-LOAD = "ld.shared.v4.b32"
+_LOAD = {1: "ld.shared.b32", 2: "ld.shared.v2.b32", 4: "ld.shared.v4.b32"}
 
 
 def strategy(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Strategy:
@@ -61,7 +62,7 @@ def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
 
 def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """q[row, elements of this lane] as float32, times query_scale; rows that pad the tile are 0."""
-    width, lanes = tiling.chunk_elements(spec), tiling.lanes
+    width, lanes = tiling.piece_elements, tiling.lanes
     elements = spec.head_dim // lanes
 
     @inline
@@ -83,41 +84,69 @@ def attend(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) ->
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
     qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
-    pv_stage, rows = pv_matmul(spec, tiling), tiling.row_tile
+    pv_stage, rows, tokens = pv_matmul(spec, tiling), tiling.row_tile, tiling.tile_tokens * tiling.lanes // WARP
+    load_scales_stage = load_scales(spec, tiling, tokens, token_of=lambda t, lane: row_of(tiling, t, lane))
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q, state):
-        words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
+        numbers = T.alloc_buffer((tiling.piece_elements,), "float32", scope="local")
         scores = T.alloc_buffer((scores_of_lane,), "float32", scope="local")
         if functions.by_row:
             seen = T.alloc_buffer((rows,), "uint32", scope="local")
         shown = T.meta_var(seen if functions.by_row else None)
-        qk_stage(ring, keys, q, lane, words, scores)
-        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, shown)
-        pv_stage(ring, keys + values_at, scores, lane, words, state, shown)
+        qk_stage(ring, keys, q, lane, numbers, scores)
+        if spec.token_scales:
+            of_keys = T.alloc_buffer((tokens,), "float32", scope="local")
+            of_values = T.alloc_buffer((tokens,), "float32", scope="local")
+            load_scales_stage(ring, keys, lane, score_scale, of_keys, of_values)
+        softmax_stage(
+            scores, of_keys if spec.token_scales else score_scale, of_values if spec.token_scales else None, headroom,
+            tile, scoring, lane, state, shown,
+        )  # fmt: skip
+        pv_stage(ring, keys + values_at, scores, lane, numbers, state, shown)
+
+    return stage
+
+
+def row_of(tiling: FmaTiling, t: Expr, lane: Expr) -> Expr:
+    """The row in the ring of token t of a lane's team."""
+    return t * (WARP // tiling.lanes) + T.truncdiv(lane, tiling.lanes)
+
+
+def load_piece(tiling: FmaTiling, rows: RingRows) -> Callable[..., None]:
+    """numbers = the elements of a lane's piece c of token t of its team, in a tile of the ring."""
+    unpack = numbers_of_words(tiling.element, tiling.piece_words)
+
+    def load(words: Buffer, pointer: Expr) -> Expr:
+        return T.ptx[_LOAD[tiling.piece_words]](*(words[i] for i in range(tiling.piece_words)), pointer)
+
+    @inline
+    def stage(ring, tile, t, c, lane, numbers):
+        words = T.alloc_buffer((tiling.piece_words,), "uint32", scope="local")
+        piece = T.meta_var(c * tiling.lanes + T.truncmod(lane, tiling.lanes))
+        place = T.meta_var(row_of(tiling, t, lane) * (rows.pitch * CHUNK_WORDS) + piece * tiling.piece_words)
+        load(words, ring.ptr_to([tile + place]))
+        unpack(words, numbers)
 
     return stage
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """scores[token of this lane's team, row] = this lane's part of key . query, not scaled."""
-    lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.key_rows(spec)
-    teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
-    elements = own_chunks * width
+    lanes, rows, width = tiling.lanes, tiling.row_tile, tiling.piece_elements
+    teams, elements = WARP // lanes, spec.head_dim // lanes
+    load_stage = load_piece(tiling, tiling.key_rows(spec))
 
     @inline
-    def stage(ring, keys, q, lane, words, scores):
+    def stage(ring, keys, q, lane, numbers, scores):
         for i in T.unroll(tiling.tile_tokens // teams * rows):
             scores[i] = T.float32(0)
         for t in T.unroll(tiling.tile_tokens // teams):
-            for c in T.unroll(own_chunks):
-                row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                place = T.meta_var(chunk_offset(in_ring, row, c * lanes + T.truncmod(lane, lanes)))
-                T.ptx[LOAD](words[0], words[1], words[2], words[3], ring.ptr_to([keys + place]))
+            for c in T.unroll(elements // width):
+                load_stage(ring, keys, t, c, lane, numbers)
                 for i in T.unroll(width):
-                    key: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
-                        scores[t * rows + r] = scores[t * rows + r] + key * q[r * elements + c * width + i]
+                        scores[t * rows + r] = scores[t * rows + r] + numbers[i] * q[r * elements + c * width + i]
 
     return stage
 
@@ -125,14 +154,14 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None
 def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Callable[..., None]:
     """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum.
 
+    Where tokens have scales, score_scale has one for each token of the team, and weights become those times value_scale.
     Where rows see different keys, bit t of shown[r], uint32, says whether row r sees token t of the team's.
     """
-    lanes, rows = tiling.lanes, tiling.row_tile
-    teams, levels = WARP // lanes, lanes.bit_length() - 1
-    tokens, rescale_stage = tiling.tile_tokens // teams, rescale(registers(spec, tiling))
+    rows, levels, tokens = tiling.row_tile, tiling.lanes.bit_length() - 1, tiling.tile_tokens * tiling.lanes // WARP
+    rescale_stage = rescale(registers(spec, tiling))
 
     @inline
-    def stage(scores, score_scale, headroom, tile, scoring, lane, state, shown):
+    def stage(scores, score_scale, value_scale, headroom, tile, scoring, lane, state, shown):
         for r in T.unroll(rows):
             if functions.by_row:
                 shown[r] = T.uint32(0)
@@ -140,8 +169,9 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -
             for t in T.unroll(tokens):
                 for level in T.unroll(levels):
                     scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
-                token = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                score = T.meta_var(functions.scored(scores[t * rows + r] * score_scale, scoring, r, r, tile, token))
+                token = T.meta_var(row_of(tiling, t, lane))
+                factor = T.meta_var(score_scale[t] if spec.token_scales else score_scale)
+                score = T.meta_var(functions.scored(scores[t * rows + r] * factor, scoring, r, r, tile, token))
                 if functions.by_row:
                     is_seen: T.bool = functions.sees(scoring, r, r, tile, token)
                     if functions.in_tree(scoring, tile.start, tiling.tile_tokens):
@@ -157,35 +187,34 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -
             for t in T.unroll(tokens):
                 T.ptx[EXP2](scores[t * rows + r], exponent(spec, scores[t * rows + r] - shift, headroom))
                 state.row_sum[r] = state.row_sum[r] + scores[t * rows + r]
+                if spec.token_scales:
+                    scores[t * rows + r] = weighted(scores[t * rows + r], value_scale[t])
 
     return stage
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """acc[row, elements of this lane] += weight * value of this team's tokens; of a token that shown hides, 0."""
-    lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.value_rows(spec)
-    teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
-    elements = own_chunks * width
+    lanes, rows, width = tiling.lanes, tiling.row_tile, tiling.piece_elements
+    teams, elements = WARP // lanes, spec.result_dim // lanes
+    load_stage = load_piece(tiling, tiling.value_rows(spec))
 
     @inline
-    def stage(ring, values, scores, lane, words, state, shown):
+    def stage(ring, values, scores, lane, numbers, state, shown):
         for t in T.unroll(tiling.tile_tokens // teams):
-            for c in T.unroll(own_chunks):
-                row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                place = T.meta_var(chunk_offset(in_ring, row, c * lanes + T.truncmod(lane, lanes)))
-                T.ptx[LOAD](words[0], words[1], words[2], words[3], ring.ptr_to([values + place]))
+            for c in T.unroll(elements // width):
+                load_stage(ring, values, t, c, lane, numbers)
                 for i in T.unroll(width):
-                    value: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
                         a = T.meta_var(r * elements + c * width + i)
-                        state.acc[a] = state.acc[a] + scores[t * rows + r] * _shown(value, shown, r, t)
+                        state.acc[a] = state.acc[a] + scores[t * rows + r] * _shown(numbers[i], shown, r, t)
 
     return stage
 
 
 def store_warp(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """The states of a warp's teams as one, to the warp's place in results."""
-    width, lanes, rows = tiling.chunk_elements(spec), tiling.lanes, tiling.row_tile
+    width, lanes, rows = tiling.piece_elements, tiling.lanes, tiling.row_tile
     elements, pitch = spec.result_dim // lanes, tiling.acc_pitch(spec)
     merge_stage = merge_lanes(registers(spec, tiling), first=lanes)
 
@@ -210,17 +239,3 @@ def _shown(value: Expr, shown: Buffer | None, row: Expr, token: Expr) -> Expr:
         return value
     bit = T.bitwise_and(T.shift_right(shown[row], T.Cast("uint32", token)), T.uint32(1))
     return T.Select(bit != T.uint32(0), value, T.float32(0))
-
-
-def _element(spec: PagedAttentionSpec, words: Expr, i: Expr) -> Expr:
-    """Element i of a chunk as float32."""
-    if spec.dtype == "float32":
-        return T.cuda.uint_as_float(words[i])
-    word = words[i // 2]
-    odd = i % 2 == 1
-    if spec.dtype == "bfloat16":
-        return T.cuda.uint_as_float(
-            T.Select(odd, T.bitwise_and(word, T.uint32(0xFFFF0000)), T.shift_left(word, T.uint32(16)))
-        )
-    bits = T.shift_right(word, T.Select(odd, T.uint32(16), T.uint32(0)))
-    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))

@@ -8,6 +8,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Buffer
 
+from pa_compiler.cuda.kernels.scales import scale_sums
 from pa_compiler.cuda.kernels.state import NEGATIVE_INFINITY, State, merge, normalize
 from pa_compiler.cuda.tiles import CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
@@ -36,10 +37,11 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
     """
     value_dim, threads = spec.result_dim, tiling.threads
     merge_stage, normalize_stage = merge(T.unroll, tiling.acc_pitch(spec)), normalize(spec)
+    scale_stage = scale_sums(spec, tiling)
 
     @inline
-    def stage(results, thread, whole, first_slot, rows, headroom, partials, out, out_batch, out_head, lse, lse_batch,
-              sinks, sink_head):  # fmt: skip
+    def stage(results, thread, whole, first_slot, rows, headroom, scales, partials, out, out_batch, out_head, lse,
+              lse_batch, sinks, sink_head):  # fmt: skip
         for step in range(T.truncdiv(rows.num * value_dim + (threads - 1), threads)):
             row: T.let = T.truncdiv(step * threads + thread, value_dim)
             d: T.let = T.truncmod(step * threads + thread, value_dim)
@@ -48,6 +50,8 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 total: T.float32 = T.float32(0)
                 value: T.float32 = T.float32(0)
                 merge_stage(results, row, tiling.row_tile, tiling.warps, d, highest, total, value)
+                if spec.has_scales and not spec.token_scales:
+                    scale_stage(scales, headroom, total, value)
                 token: T.let = T.Cast("int64", rows.at(row)[0])
                 head: T.let = T.Cast("int64", rows.at(row)[1])
                 if whole:

@@ -1,7 +1,7 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
 The ring is [stages] times a tile of keys and, behind it, one of values: [tile_tokens, pitch] chunks of 16 bytes, each
-with a pitch of its own. For ldmatrix, which reads one chunk of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row,
+with a pitch of its own; and where tokens have scales these, of keys and then of values. For ldmatrix, which reads one chunk of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row,
 or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8 rows then never meet in a
 bank. Where lanes read rows side by side, rows lie as they are, or a few chunks further apart. Tokens past the end of a
 range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.plan import ALL_LANES
+from pa_compiler.cuda.kernels.scales import copy_scales
 from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.tiles import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, RingRows, copy_lanes
 from pa_compiler.spec import PagedAttentionSpec
@@ -55,9 +56,10 @@ def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling, functions: Functions
     rows = WARP // side  # that the lanes of a warp copy at once
     copy_key = copy_row(spec, tiling, tiling.key_rows(spec))
     copy_value = copy_row(spec, tiling, tiling.value_rows(spec))
+    copy_scales_stage, scales_at = copy_scales(spec, tiling), tiling.scales_at(spec)
 
     @inline
-    def stage(key_cache, value_cache, ring, tile, block, start, range_end, lane, scoring):
+    def stage(key_cache, value_cache, scales, ring, tile, block, start, range_end, lane, scoring):
         for i in T.unroll(tiling.tile_tokens // rows):
             row: T.int32 = i * rows + T.truncdiv(lane, side)
             token: T.int32 = start + row
@@ -71,6 +73,14 @@ def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling, functions: Functions
             copy_key(key_cache, number, slot, ring, tile, row, T.truncmod(lane, side), size)
             if not spec.shared_kv:
                 copy_value(value_cache, number, slot, ring, tile + values_at, row, T.truncmod(lane, side), size)
+        if spec.token_scales:
+            own: T.int32 = start + lane
+            has: T.bool = own < range_end
+            if functions.hides_tokens:
+                has = has & functions.shows(scoring, own)
+            copy_scales_stage(
+                scales, T.Select(has, block[0], 0), T.truncmod(own, spec.block_size), ring, tile + scales_at, lane, has
+            )
 
     return stage
 

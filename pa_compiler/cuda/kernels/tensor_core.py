@@ -7,7 +7,7 @@ tiles of heads. With g = lane / 4 and c = lane % 4, a lane holds the scores of t
 are where its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k16.)
 
 The sum of a row is a product with a row of ones: the denominator adds up the rounded probabilities that the numerator
-is made of.
+is made of. Where tokens have scales, the numerator is made of others, and each lane adds up those of its tokens.
 
 A product multiplies each value for all rows. Where some rows do not see it, and it is no finite number, 0 is multiplied
 in its place, and who sees it is found by a product of its own (isolate.py).
@@ -15,13 +15,15 @@ in its place, and who sees it is found by a product of its own (isolate.py).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from pa_compiler.cuda.kernels.fragments import fragments
 from pa_compiler.cuda.kernels.isolate import isolate
-from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.kernels.scales import load_scales, weighted
 from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.kernels.state import (
     EXP2,
@@ -56,7 +58,8 @@ def strategy(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Func
 def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
     """row_max[tile, h] of the heads 2c + h, and the products row_sum[tile, 4] and acc[tile, k, 4] as mma leaves them.
 
-    A row is (tile, h). Of row_sum's four, two are 0: of rows of the product that the ones do not fill.
+    A row is (tile, h). Of row_sum's four, two are 0: of rows of the product that the ones do not fill. Where tokens
+    have scales, row_sum is of this lane's tokens.
     """
     tiles, depth = tiling.mma_tiles, spec.result_dim // 16
 
@@ -80,9 +83,9 @@ def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
 def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """q_frag[tile, k, 2] = the rows of a tile as the second operands of QK; those that pad it are 0.
 
-    Times query_scale, as in headroom.scaled.
+    Times query_scale, as in headroom.scaled, but for float16 (scales.late).
     """
-    depth = spec.head_dim // 16
+    depth, query_element = spec.head_dim // 16, fragments(spec, tiling).query_element
 
     @inline
     def stage(query, token_stride, head_stride, rows, query_scale, lane, q_frag):
@@ -94,12 +97,11 @@ def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[.
                 start: T.int64 = place(rows, row, token_stride, head_stride)
                 for k in T.unroll(depth):
                     for half in T.unroll(2):
-                        d = T.meta_var(k * 16 + half * 8 + T.truncmod(lane, 4) * 2)
                         T.ptx["ld.global.nc.b32"](
                             q_frag[(n * depth + k) * 2 + half],
-                            query.ptr_to([start + T.Cast("int64", d)]),
+                            query.ptr_to([start + T.Cast("int64", query_element(k, half, lane))]),
                         )
-        if spec.wide_range:  # once all loads are on their way
+        if spec.dtype == "bfloat16":  # once all loads are on their way
             for i in T.unroll(tiling.mma_tiles * depth * 2):
                 word: T.uint32 = q_frag[i]
                 T.ptx["cvt.rn.bf16x2.f32"](
@@ -116,13 +118,22 @@ def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functi
     operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
     qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
     pv_stage = pv_matmul(spec, tiling, functions.by_row)
+    tokens = tiling.tile_tokens // 8  # of a lane
+    load_scales_stage = load_scales(spec, tiling, tokens, token_of=lambda i, lane: i * 8 + T.truncdiv(lane, 4))
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q_frag, state):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, p_frag)
+        if spec.token_scales:
+            of_keys = T.alloc_buffer((tokens,), "float32", scope="local")
+            of_values = T.alloc_buffer((tokens,), "float32", scope="local")
+            load_scales_stage(ring, keys, lane, score_scale, of_keys, of_values)
+        softmax_stage(
+            scores, of_keys if spec.token_scales else score_scale, of_values if spec.token_scales else None, headroom,
+            tile, scoring, lane, state, p_frag,
+        )  # fmt: skip
         whole = T.meta_var(functions.all_see(scoring, tile.start, tiling.tile_tokens))
         pv_stage(ring, keys + values_at, p_frag, lane, whole, state)
 
@@ -131,8 +142,7 @@ def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functi
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """scores[m, tile, 4] = key . query of a tile of the ring, not scaled."""
-    depth, tiles, rows = spec.head_dim // 16, tiling.mma_tiles, tiling.key_rows(spec)
-    load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+    depth, tiles, load_keys = spec.head_dim // 16, tiling.mma_tiles, fragments(spec, tiling).load_keys
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{_PTX[spec.dtype]}.{_PTX[spec.dtype]}.f32"
 
     @inline
@@ -142,11 +152,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..
             scores[i] = T.float32(0)
         for m in T.unroll(tiling.tile_tokens // MMA_TOKENS):
             for k in T.unroll(depth):
-                row = T.meta_var(m * MMA_TOKENS + T.truncmod(lane, 16))
-                T.ptx[load](
-                    k_frag[0], k_frag[1], k_frag[2], k_frag[3],
-                    ring.ptr_to([keys + chunk_offset(rows, row, 2 * k + T.truncdiv(lane, 16))]),
-                )  # fmt: skip
+                load_keys(ring, keys, m * MMA_TOKENS, k, lane, k_frag)
                 for n in T.unroll(tiles):
                     s = T.meta_var((m * tiles + n) * 4)
                     q = T.meta_var((n * depth + k) * 2)
@@ -162,7 +168,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..
 def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functions) -> Callable[..., None]:
     """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
-    A score is scored in the register of its product. Tokens past the end of the tile weigh nothing.
+    A score is scored in the register of its product. Tokens past the end of the tile weigh nothing. Where tokens have
+    scales, score_scale and value_scale have one for each of the lane's tokens 8i + g.
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
     max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
@@ -170,7 +177,7 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, score_scale, headroom, tile, scoring, lane, state, p_frag):
+    def stage(scores, score_scale, value_scale, headroom, tile, scoring, lane, state, p_frag):
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
         for m in T.unroll(blocks):
@@ -180,7 +187,8 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
                     s = T.meta_var((m * tiles + n) * 4 + i)
                     register = T.meta_var(n * 2 + i % 2)
                     row = T.meta_var(row_of(register, lane))
-                    score = T.meta_var(functions.scored(scores[s] * score_scale, scoring, register, row, tile, token))
+                    factor = T.meta_var(score_scale[m * 2 + i // 2] if spec.token_scales else score_scale)
+                    score = T.meta_var(functions.scored(scores[s] * factor, scoring, register, row, tile, token))
                     scores[s] = T.Select(
                         functions.sees(scoring, register, row, tile, token), score, T.float32(NEGATIVE_INFINITY)
                     )
@@ -202,6 +210,10 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
                 for i in T.unroll(4):
                     s = T.meta_var((m * tiles + n) * 4 + i)
                     T.ptx[EXP2](scores[s], exponent(spec, scores[s] - shift[i % 2], headroom))
+                    if spec.token_scales:
+                        sum_at = T.meta_var(n * 4 + i % 2)
+                        state.row_sum[sum_at] = state.row_sum[sum_at] + scores[s]
+                        scores[s] = weighted(scores[s], value_scale[m * 2 + i // 2])
                 for i in T.unroll(2):  # [token, head] -> [head, token], as the second operand has it
                     s = T.meta_var((m * tiles + n) * 4 + 2 * i)
                     T.ptx[pack](pair[i], scores[s + 1], scores[s])
@@ -215,14 +227,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling, by_row: bool) 
 
     by_row says whether rows may see different keys; then `whole`, whether all of them see all of the tile.
     """
-    depth, tiles, rows = spec.result_dim // 16, tiling.mma_tiles, tiling.value_rows(spec)
-    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+    depth, tiles, load_values = spec.result_dim // 16, tiling.mma_tiles, fragments(spec, tiling).load_values
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{_PTX[spec.dtype]}.{_PTX[spec.dtype]}.f32"
     one, zero = T.uint32(_ONES[spec.dtype]), T.uint32(0)
     isolate_stage = isolate(spec, tiling, mma)
 
     def isolates(whole: Expr | bool) -> Expr | bool:
-        return T.Not(whole) if by_row else False
+        return T.Not(whole) if by_row and spec.cache_dtype != "int8" else False  # which is finite
 
     @inline
     def stage(ring, values, p_frag, lane, whole, state):
@@ -230,7 +241,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling, by_row: bool) 
         acc = T.meta_var(state.acc)
         v_frag = T.alloc_buffer((4,), "uint32", scope="local")
         for m in T.unroll(tiling.tile_tokens // MMA_TOKENS):
-            for n in T.unroll(tiles):
+            for n in T.unroll(0 if spec.token_scales else tiles):
                 p = T.meta_var((m * tiles + n) * 2)
                 T.ptx[mma](
                     row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3],
@@ -238,12 +249,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling, by_row: bool) 
                     row_sum[n * 4], row_sum[n * 4 + 1], row_sum[n * 4 + 2], row_sum[n * 4 + 3],
                 )  # fmt: skip
             for k in T.unroll(depth):
-                row = T.meta_var(m * MMA_TOKENS + T.truncdiv(lane, 16) * 8 + T.truncmod(lane, 8))
-                chunk = T.meta_var(2 * k + T.truncmod(T.truncdiv(lane, 8), 2))
-                T.ptx[load](
-                    v_frag[0], v_frag[1], v_frag[2], v_frag[3],
-                    ring.ptr_to([values + chunk_offset(rows, row, chunk)]),
-                )  # fmt: skip
+                load_values(ring, values, m * MMA_TOKENS, k, lane, v_frag)
                 if isolates(whole):
                     isolate_stage(v_frag, p_frag, m * tiles * 2, k, state)
                 for n in T.unroll(tiles):
@@ -260,20 +266,25 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling, by_row: bool) 
 
 def store_warp(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """A warp's state to shared memory, at its place in results."""
-    depth, pitch = spec.result_dim // 16, tiling.acc_pitch(spec)
+    depth, pitch, value_element = spec.result_dim // 16, tiling.acc_pitch(spec), fragments(spec, tiling).value_element
+    sum_of_tokens = over_lanes(operator.add, first=4)
 
     @inline
     def stage(state, warp, lane, results):
         for n in T.unroll(tiling.mma_tiles):
             for h in T.unroll(2):
                 row: T.let = n * MMA_HEADS + T.truncmod(lane, 4) * 2 + h
+                if spec.token_scales:
+                    total: T.float32 = state.row_sum[n * 4 + h]
+                    sum_of_tokens(total)
+                    state.row_sum[n * 4 + h] = total
                 if row < tiling.row_tile:
                     if lane < 4:
                         results.row_max[warp * tiling.row_tile + row] = state.row_max[n * 2 + h]
                         results.row_sum[warp * tiling.row_tile + row] = state.row_sum[n * 4 + h]
                     for k in T.unroll(depth):
                         for i in T.unroll(2):
-                            d = T.meta_var(k * 16 + i * 8 + T.truncdiv(lane, 4))
+                            d = T.meta_var(value_element(k, i, lane))
                             element = T.meta_var(state.acc[(n * depth + k) * 4 + 2 * i + h])
                             results.acc[(warp * tiling.row_tile + row) * pitch + d] = element
 

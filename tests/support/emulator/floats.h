@@ -1,4 +1,4 @@
-// Conversions between float32 and the two 16-bit formats, to nearest even.
+// Conversions between float32 and the two 16-bit formats, to nearest even, and from a format of 8 bits.
 #pragma once
 
 #include <cmath>
@@ -32,6 +32,13 @@ inline float widen_f16(uint16_t bits) {
   if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
   float magnitude = float_of(rest << 13) * 0x1p112f;  // moves the exponent; right for subnormals too
   return float_of(sign | bits_of(magnitude));
+}
+
+inline float widen_e4m3(uint8_t code) {
+  int exponent = code >> 3 & 15, digits = code & 7;
+  float magnitude = exponent > 0 ? std::ldexp(8.0f + digits, exponent - 10) : std::ldexp(float(digits), -9);
+  if (exponent == 15 && digits == 7) magnitude = NAN;
+  return std::copysign(magnitude, code & 0x80 ? -1.0f : 1.0f);
 }
 
 inline uint16_t narrow_f16(float value) {

@@ -144,6 +144,28 @@ INLINE void cvt_rn_bf16x2_f32(uint32_t& d, float high, float low) {
 INLINE void cvt_rn_f16x2_f32(uint32_t& d, float high, float low) {
   d = uint32_t(emulator::narrow_f16(high)) << 16 | emulator::narrow_f16(low);
 }
+INLINE void cvt_rn_f16x2_e4m3x2(uint32_t& d, uint16_t a) {
+  d = uint32_t(emulator::narrow_f16(emulator::widen_e4m3(a >> 8))) << 16 |
+      emulator::narrow_f16(emulator::widen_e4m3(a & 0xff));
+}
+#define OF_TWO_HALVES(name, operation) \
+  INLINE void name##_f16x2(uint32_t& d, uint32_t a, uint32_t b) { \
+    uint32_t low = emulator::narrow_f16(emulator::widen_f16(a) operation emulator::widen_f16(b)); \
+    d = uint32_t(emulator::narrow_f16(emulator::widen_f16(a >> 16) operation emulator::widen_f16(b >> 16))) << 16 | low; \
+  }
+OF_TWO_HALVES(sub, -)
+OF_TWO_HALVES(mul, *)
+#undef OF_TWO_HALVES
+INLINE void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t of = selector >> 4 * i & 15;
+    if (of > 7) emulator::fail("prmt with a byte's sign");
+    found |= uint32_t(bytes >> 8 * of & 0xff) << 8 * i;
+  }
+  d = found;
+}
 template <typename T>
 INLINE void setp_ne_b32(bool& p, T a, uint32_t b) {
   p = uint32_t(a) != b;
