@@ -13,8 +13,8 @@ from inputs import make_inputs
 from test_cuda_scores import BASES, LENGTHS, assert_same
 
 from pa_compiler.bounds import affine, bounds
-from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels.check import BAD_BLOCK, VIOLATION
+from pa_compiler.cuda.strategies import choose_strategy
 from pa_compiler.score import Constant, Function, Term
 
 
@@ -129,7 +129,7 @@ def test_all_together(cuda_decode, base, name):
 def test_what_one_head_does_not_see_another_may(cuda_decode, base):
     """NaN in the value of such a token is in the results of the heads that see it, and in no others."""
     spec = spec_of(base, mask_mod=functions.checkered)
-    assert cuda_tiling.choose_strategy(spec)[0] == "fma"
+    assert choose_strategy(spec)[0] == "fma"
     inputs = inputs_of(spec, [300, 40])
     expected = cuda_decode(spec).decode(inputs)
     seen = functions.shown(spec, functions.checkered, inputs.context_lens, {})[1]

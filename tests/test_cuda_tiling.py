@@ -13,6 +13,7 @@ from pa_compiler import PagedAttentionSpec
 from pa_compiler.cuda import gpus, tiles
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.strategies import choose_strategy
 from pa_compiler.cuda.tiles import WARP
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "sm_120")
@@ -23,7 +24,7 @@ ONE_HEAD = [
     for dtype in ("float32", "float16")
     for head_dim, value_dim in [*zip(HEAD_DIMS, HEAD_DIMS, strict=True), (256, 16), (16, 256), (192, 128), (240, 256)]
 ]
-IN_FLOAT32 = [spec for spec in ONE_HEAD if cuda_tiling.choose_strategy(spec)[0] == "fma"]
+IN_FLOAT32 = [spec for spec in ONE_HEAD if choose_strategy(spec)[0] == "fma"]
 
 
 def assert_fits(spec, arch):

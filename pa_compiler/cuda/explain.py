@@ -12,6 +12,7 @@ from pa_compiler.backend import Explanation, Extras, Limits
 from pa_compiler.cuda import backend, gpus
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.strategies import choose_strategy
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import CudaTiling, FmaTiling
 from pa_compiler.interface import GPU_QUERY_TOKENS
@@ -89,7 +90,7 @@ def explained(
 def decisions(spec: PagedAttentionSpec, chip: CudaTarget, registers: int, gpu: str | None) -> list[tuple[str, str]]:
     """What the policy decides for a spec on an architecture, whose decode takes so many registers of a thread."""
     tiles = cuda_tiling.choose(spec, chip.arch)
-    strategy, reason = cuda_tiling.choose_strategy(spec)
+    strategy, reason = choose_strategy(spec)
     fits = gpus.residence(chip.arch, tiles.threads, registers, tiles.shared_bytes(spec))
     return [
         ("strategy", f"{strategy}. {reason}"),

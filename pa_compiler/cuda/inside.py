@@ -9,8 +9,8 @@ from typing import Any
 from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import gpus
-from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.explain import COLUMNS, LEGEND, decisions
+from pa_compiler.cuda.strategies import MAX_ROW_TILE, choose_strategy
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, WARP
 from pa_compiler.spec import PagedAttentionSpec
@@ -37,7 +37,7 @@ def inside(
         raise ValueError(f"gpu: expected one of {chip.arch}, got {limits.gpu}")
     kernels = [_kernel(*each) for each in _kernels(sources.get("sass", ""))]
     decode = next((kernel for kernel in kernels if kernel.function == "cuda_decode"), None)
-    strategy, reason = cuda_tiling.choose_strategy(spec)
+    strategy, reason = choose_strategy(spec)
     facts = [("strategy", f"{strategy}. {reason}")]
     if decode is not None:
         facts = decisions(spec, chip, _registers(decode.code), limits.gpu)
@@ -47,8 +47,8 @@ def inside(
 
 def options(spec: PagedAttentionSpec) -> list[Option]:
     """The two strategies, and what instructions each would have for a token."""
-    chosen, reason = cuda_tiling.choose_strategy(spec)
-    dims, rows = spec.head_dim + spec.result_dim, min(spec.group, cuda_tiling.MAX_ROW_TILE)
+    chosen, reason = choose_strategy(spec)
+    dims, rows = spec.head_dim + spec.result_dim, min(spec.group, MAX_ROW_TILE)
     products = -(-rows // MMA_HEADS) * dims / 16 / MMA_TOKENS
     costs = {
         "tensor_cores": f"products of fragments of a warp for a token of a kv head: {products:g}, of whose columns "

@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from pa_compiler import score
-from pa_compiler.bounds import residual_mask
 from pa_compiler.cuda import gpus
-from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.cuda.tiles import (
-    BANK_CHUNKS,
-    CHUNK_WORDS,
-    MMA_HEADS,
-    MMA_TOKENS,
-    WARP,
-    CudaTiling,
-    Element,
-    FmaTiling,
-    TensorCoreTiling,
-    chunks,
-    fence,
+from pa_compiler.cuda.strategies import (
+    MAX_ROW_TILE,
+    FmaTile,
+    choose_strategy,
+    fitting,
+    fma_tiles,
+    mask_by_head,
+    registers,
+    tile_tokens,
+    weights_leave_range,
 )
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.cuda.tiles import MMA_HEADS, CudaTiling, Element, FmaTiling, TensorCoreTiling, fence
+from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Element as WordElement
 from pa_compiler.tiles import Tiling, equal_tile
 
 MAX_HEAD_DIM = 256
 """Elements of a key and of a value, at most: the sums of 16 heads then still fit in a thread's registers."""
-
-MAX_ROW_TILE = 16
-"""Query heads of one thread block, at most."""
-
-FMA_GROUP = 3
-"""Query heads of a kv head up to which 16-bit types are multiplied in float32."""
-
-FMA_REGISTERS = 144
-"""float32 numbers that a lane keeps where float32 is multiplied, at most: its parts of the query and of acc, and the
-scores of a tile. ptxas takes some 80 registers more."""
 
 ACC_REGISTERS = 150
 """Registers of a lane for its parts of the query and of acc, at most, where tensor cores multiply 16 rows of attend."""
@@ -87,14 +73,6 @@ STAGED_BLOCK_SIZE = 2048
 """Tokens of a block, at most, in the staged pipeline: their places and the query share 48 KB of shared memory."""
 
 
-class FmaTile(NamedTuple):
-    """FmaTiling's row_tile, lanes and piece_words."""
-
-    rows: int
-    lanes: int
-    words: int
-
-
 def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """Choose the tiles of decode for one spec on an architecture such as "sm_90".
 
@@ -117,9 +95,8 @@ def choose_attend(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     """
     check(spec)
     if spec.dtype != "float32" and not weights_leave_range(spec):
-        registers = MAX_ROW_TILE // MMA_HEADS * (spec.head_dim // 16 * 2 + spec.result_dim // 16 * 4)
-        return _tensor_cores(spec, arch, MAX_ROW_TILE if registers <= ACC_REGISTERS else MMA_HEADS)
-    return _fma(spec, arch, next(_fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
+        return _tensor_cores(spec, arch, MAX_ROW_TILE if registers(spec, MAX_ROW_TILE) <= ACC_REGISTERS else MMA_HEADS)
+    return _fma(spec, arch, next(fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
 
 
 def _tensor_cores(spec: PagedAttentionSpec, arch: str, rows: int) -> CudaTiling:
@@ -134,7 +111,7 @@ def _fma(spec: PagedAttentionSpec, arch: str, tile: FmaTile) -> CudaTiling:
 def _sizes(spec: PagedAttentionSpec, arch: str) -> dict[str, Any]:
     """What does not go by the strategy."""
     element = Element(spec.cache_dtype, CudaTarget(arch).capability >= INSTRUCTION_OF_FLOAT8)
-    return {"warps": 4, "stages": 2, "tile_tokens": _tile_tokens(spec), "element": element, **range_sizes(spec)}
+    return {"warps": 4, "stages": 2, "tile_tokens": tile_tokens(spec), "element": element, **range_sizes(spec)}
 
 
 def _with_rings(spec: PagedAttentionSpec, arch: str, first: CudaTiling) -> CudaTiling:
@@ -216,71 +193,12 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
 
 def _check_codes(spec: PagedAttentionSpec, pipeline: str) -> None:
     if spec.has_scales and pipeline == "staged":
-        raise ValueError(
-            f"kv_dtype: expected {spec.dtype} for target cuda and pipeline staged, got {spec.kv_dtype!r}"
-        )
+        raise ValueError(f"kv_dtype: expected {spec.dtype} for target cuda and pipeline staged, got {spec.kv_dtype!r}")
     if spec.has_scales and spec.kv_dtype not in CODES:
         types = ", ".join((spec.dtype, *CODES[:-1]))
         raise ValueError(f"kv_dtype: expected {types} or {CODES[-1]} for target cuda, got {spec.kv_dtype!r}")
     if spec.rotates:
         raise ValueError(f"kv_rotation: expected None or none for target cuda, got {spec.kv_rotation!r}")
-
-
-def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
-    """CudaTiling.strategy, and the reason in one sentence."""
-    if spec.dtype == "float32":
-        return "fma", "Tensor cores would round float32."
-    if weights_leave_range(spec):
-        return "fma", "Weights times the scales of tokens would leave float16's range."
-    if mask_by_head(spec):
-        return "fma", "The mask goes by the head, and a tensor core multiplies a value for all heads."
-    heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
-    if spec.group > FMA_GROUP:
-        return "tensor_cores", f"{heads}: more than {FMA_GROUP}."
-    if not fma_tiles(spec):
-        dims = f"a head_dim of {spec.head_dim}"
-        dims += f" and a value_dim of {spec.result_dim}" if spec.result_dim != spec.head_dim else ""
-        return "tensor_cores", f"{heads}, but in float32 {dims} would take too many registers."
-    return "fma", f"{heads}: up to {FMA_GROUP} leave most of a tensor core's 8 columns empty."
-
-
-def mask_by_head(spec: PagedAttentionSpec) -> bool:
-    """Whether heads see different keys, by what remains of mask_mod besides its bounds."""
-    mask = residual_mask(spec)
-    return mask is not None and any(part.op == "head" for part in score.parts(mask))
-
-
-def weights_leave_range(spec: PagedAttentionSpec) -> bool:
-    """Whether a tensor core would take weights in float16 that are multiplied by scales, of any float32."""
-    return spec.dtype == "float16" and spec.token_scales
-
-
-def fma_tiles(spec: PagedAttentionSpec) -> list[FmaTile]:
-    """Tiles for strategy "fma" whose registers suffice; the most rows first, then the longest pieces.
-
-    16-bit types take a group as a whole or not at all: in tiles, they are read for each, unless tensor cores cannot
-    take them.
-    """
-    in_tiles = spec.dtype == "float32" or mask_by_head(spec) or weights_leave_range(spec)
-    limits = range(MAX_ROW_TILE, 0, -1) if in_tiles else (FMA_GROUP,)
-    return list(_fitting(spec, dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)))
-
-
-def _fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -> Iterator[FmaTile]:
-    """Tiles whose registers suffice, of these numbers of rows; of each, the longest pieces, then the fewest lanes first.
-
-    Fewer lanes take fewer shuffles for a score. of_row: registers that a row takes besides.
-    """
-    dims, tokens = (spec.head_dim, spec.result_dim), _tile_tokens(spec)
-    common = math.gcd(*(chunks(spec, dim) for dim in dims))
-    return (
-        FmaTile(rows, lanes, words)
-        for rows in numbers
-        for words in ((CHUNK_WORDS, 2, 1) if spec.has_scales else (CHUNK_WORDS,))
-        for lanes in (math.gcd(common * CHUNK_WORDS // words, BANK_CHUNKS), 16, 32)
-        if common * CHUNK_WORDS // words % lanes == 0
-        and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes) <= FMA_REGISTERS * lanes
-    )
 
 
 def extra_workers(head_tiles: int, resident_blocks: int) -> int:
@@ -305,8 +223,3 @@ def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[
         tokens = tiling.range_tokens << doublings
         counts.append((length - 1) // tokens - first // tokens + 1 if length else 1)
     return counts
-
-
-def _tile_tokens(spec: PagedAttentionSpec) -> int:
-    """Of a warp: one mma of 16-bit types, or as many bytes."""
-    return MMA_TOKENS * 2 // ITEMSIZES[spec.cache_dtype]

@@ -64,16 +64,14 @@ class Arrays:
         """
         return _span("value_cache", handle, self._kept)
 
-    def key_scale(self, handle: Var) -> Buffer:
-        """[1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32; strides ks_block, ks_row, ks_head.
+    def scales(self, key_handle: Var, value_handle: Var) -> tuple[Buffer, ...]:
+        """Of keys and of values [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size], float32.
 
-        A stride is 0 where there is no such axis.
+        Strides ks_block, ks_row, ks_head and vs_block, vs_row, vs_head, 0 where there is no such axis. None of either
+        where the caches hold dtype.
         """
-        return _span("key_scale", handle, "float32")
-
-    def value_scale(self, handle: Var) -> Buffer:
-        """The same of values; strides vs_block, vs_row, vs_head."""
-        return _span("value_scale", handle, "float32")
+        handles = {"key_scale": key_handle, "value_scale": value_handle} if self._spec.has_scales else {}
+        return tuple(_span(name, handle, "float32") for name, handle in handles.items())
 
     def block_table(self, handle: Var) -> Buffer:
         """[batch, max_blocks], int32; stride table_seq. Of a pair (indptr, indices) indices, with stride 0."""

@@ -14,7 +14,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import BEGIN, END, LENGTH, RANGE, RANGES, SEQ, TILE, Sequences, find_item, find_tree
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
-from pa_compiler.cuda.kernels.scales import STRIDES, Scales, score_factor, weights_headroom
+from pa_compiler.cuda.kernels.scales import STRIDES, scales_of, score_factor, weights_headroom
 from pa_compiler.cuda.kernels.scores import Functions, Scoring, Tile, load_slopes
 from pa_compiler.cuda.kernels.sight import AFTER, allocate_sight, find_sight
 from pa_compiler.cuda.kernels.state import allocate, start
@@ -117,9 +117,7 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
         query = arrays.query(query_handle)
         key_cache = arrays.key_cache(key_cache_handle)
         value_cache = arrays.value_cache(value_cache_handle)
-        if spec.has_scales:
-            key_scale = arrays.key_scale(key_scale_handle)
-            value_scale = arrays.value_scale(value_scale_handle)
+        scale_arrays = T.meta_var(arrays.scales(key_scale_handle, value_scale_handle))
         block_table = arrays.block_table(block_table_handle)
         row_starts = arrays.row_starts(row_starts_handle)
         context_lens = arrays.context_lens(context_lens_handle)
@@ -161,12 +159,11 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             first_row: T.int32 = T.truncmod(cta, row_tiles) * tiling.row_tile
             rows = T.meta_var(rows_of(sequences, found, kv_head, first_row))
             places: T.int32 = headroom(spec, found[LENGTH])
-            of_head = T.meta_var(T.Cast("int64", kv_head))
-            keys = T.meta_var(Cache(key_cache, k_block, k_row, of_head * k_head))
-            values = T.meta_var(Cache(value_cache, v_block, v_row, of_head * v_head))
+            keys = T.meta_var(Cache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
+            values = T.meta_var(Cache(value_cache, v_block, v_row, T.Cast("int64", kv_head) * v_head))
+            scale_strides = T.meta_var(((ks_block, ks_row, ks_head), (vs_block, vs_row, vs_head)))
+            scales = T.meta_var(scales_of(scale_arrays, scale_strides, kv_head))
             if spec.has_scales:
-                key_scales = T.meta_var(Cache(key_scale, ks_block, ks_row, of_head * ks_head))
-                scales = T.meta_var(Scales(key_scales, Cache(value_scale, vs_block, vs_row, of_head * vs_head)))
                 factor: T.float32 = score_factor(spec, tiling, scales, query_scale, score_scale)
             strategy.load_query(query, q_batch, q_head, rows, query_scale, lane, q)
             if spec.alibi:
@@ -190,9 +187,8 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             of_rows = T.meta_var((rows, slopes if spec.alibi else None, of_functions, sight if many_tokens else None))
             scoring = T.meta_var(Scoring(found[SEQ], found[LENGTH], batch, *of_rows))
             attend_range_stage(
-                keys, values, scales if spec.has_scales else None, block_table, row, ring, found[BEGIN], found[END],
-                warp, lane, q, factor if spec.has_scales else score_scale, weights_headroom(spec, tiling, places),
-                scoring, state,
+                keys, values, scales, block_table, row, ring, found[BEGIN], found[END], warp, lane, q,
+                factor if spec.has_scales else score_scale, weights_headroom(spec, tiling, places), scoring, state,
             )  # fmt: skip
             T.cuda.cta_sync()  # the results take the place of the rings
             strategy.store_warp(state, warp, lane, results)
@@ -200,7 +196,7 @@ def attention(spec: PagedAttentionSpec, tiling: CudaTiling, many_tokens: bool) -
             slots = T.meta_var(T.Cast("int64", num_tokens if many_tokens else batch))  # of a range
             join_stage(
                 results, warp * WARP + lane, found[RANGES] == 1, T.Cast("int64", found[RANGE]) * slots, rows, places,
-                scales if spec.has_scales else None, partials, out, out_batch, out_head, lse, lse_batch, sinks if spec.sinks else None, sink_head,
+                scales, partials, out, out_batch, out_head, lse, lse_batch, sinks if spec.sinks else None, sink_head,
             )  # fmt: skip
             item = item + workers
             find_item_stage(sequences, item, lane, found)

@@ -40,10 +40,12 @@ def operand_of_codes(element: Element, dtype: str) -> Callable[..., None]:
 
 def numbers_of_words(element: Element, count: int) -> Callable[..., None]:
     """(words, numbers): numbers[i] = element i of so many words, float32."""
-    pair_stage = pair_of_codes(element) if element.is_code else None
+    if not element.is_code:
+        return _as_they_are(element, count)
+    pair_stage = pair_of_codes(element)
 
     @inline
-    def of_codes(words, numbers):
+    def stage(words, numbers):
         pair = T.alloc_buffer((2,), "uint32", scope="local")
         for w in T.unroll(count):
             pair_stage(words[w], 0, 1, pair, 0)
@@ -51,12 +53,16 @@ def numbers_of_words(element: Element, count: int) -> Callable[..., None]:
             for i in T.unroll(4):
                 numbers[w * 4 + i] = half(pair[i // 2], i % 2)
 
+    return stage
+
+
+def _as_they_are(element: Element, count: int) -> Callable[..., None]:
     @inline
-    def as_they_are(words, numbers):
+    def stage(words, numbers):
         for i in T.unroll(count * element.of_word):
             numbers[i] = _number(element.dtype, words, i)
 
-    return of_codes if element.is_code else as_they_are
+    return stage
 
 
 def half(word: Expr, index: Expr) -> Expr:

@@ -82,10 +82,10 @@ def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., Non
 
 def attend(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
-    scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
+    scores_of_lane = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile
+    values_at, scales_at = tiling.values_at(spec), tiling.scales_at(spec)
     qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
-    pv_stage, rows, tokens = pv_matmul(spec, tiling), tiling.row_tile, tiling.tile_tokens * tiling.lanes // WARP
-    load_scales_stage = load_scales(spec, tiling, tokens, token_of=lambda t, lane: row_of(tiling, t, lane))
+    pv_stage, rows = pv_matmul(spec, tiling), tiling.row_tile
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q, state):
@@ -95,14 +95,7 @@ def attend(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) ->
             seen = T.alloc_buffer((rows,), "uint32", scope="local")
         shown = T.meta_var(seen if functions.by_row else None)
         qk_stage(ring, keys, q, lane, numbers, scores)
-        if spec.token_scales:
-            of_keys = T.alloc_buffer((tokens,), "float32", scope="local")
-            of_values = T.alloc_buffer((tokens,), "float32", scope="local")
-            load_scales_stage(ring, keys, lane, score_scale, of_keys, of_values)
-        softmax_stage(
-            scores, of_keys if spec.token_scales else score_scale, of_values if spec.token_scales else None, headroom,
-            tile, scoring, lane, state, shown,
-        )  # fmt: skip
+        softmax_stage(ring, keys + scales_at, scores, score_scale, headroom, tile, scoring, lane, state, shown)
         pv_stage(ring, keys + values_at, scores, lane, numbers, state, shown)
 
     return stage
@@ -154,14 +147,20 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None
 def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -> Callable[..., None]:
     """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum.
 
-    Where tokens have scales, score_scale has one for each token of the team, and weights become those times value_scale.
+    Where tokens have scales, these lie in the ring from word scales_at on, and weights become those times the values'.
     Where rows see different keys, bit t of shown[r], uint32, says whether row r sees token t of the team's.
     """
     rows, levels, tokens = tiling.row_tile, tiling.lanes.bit_length() - 1, tiling.tile_tokens * tiling.lanes // WARP
     rescale_stage = rescale(registers(spec, tiling))
+    load_scales_stage = load_scales(
+        2 * tokens, lambda t, lane: t // tokens * tiling.tile_tokens + row_of(tiling, t % tokens, lane)
+    )
 
     @inline
-    def stage(scores, score_scale, value_scale, headroom, tile, scoring, lane, state, shown):
+    def stage(ring, scales_at, scores, score_scale, headroom, tile, scoring, lane, state, shown):
+        if spec.token_scales:
+            scales = T.alloc_buffer((2 * tokens,), "float32", scope="local")
+            load_scales_stage(ring, scales_at, lane, scales)
         for r in T.unroll(rows):
             if functions.by_row:
                 shown[r] = T.uint32(0)
@@ -170,7 +169,7 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -
                 for level in T.unroll(levels):
                     scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
                 token = T.meta_var(row_of(tiling, t, lane))
-                factor = T.meta_var(score_scale[t] if spec.token_scales else score_scale)
+                factor = T.meta_var(score_scale * scales[t] if spec.token_scales else score_scale)
                 score = T.meta_var(functions.scored(scores[t * rows + r] * factor, scoring, r, r, tile, token))
                 if functions.by_row:
                     is_seen: T.bool = functions.sees(scoring, r, r, tile, token)
@@ -188,7 +187,7 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling, functions: Functions) -
                 T.ptx[EXP2](scores[t * rows + r], exponent(spec, scores[t * rows + r] - shift, headroom))
                 state.row_sum[r] = state.row_sum[r] + scores[t * rows + r]
                 if spec.token_scales:
-                    scores[t * rows + r] = weighted(scores[t * rows + r], value_scale[t])
+                    scores[t * rows + r] = weighted(scores[t * rows + r], scales[tokens + t])
 
     return stage
 

@@ -1,10 +1,11 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
 The ring is [stages] times a tile of keys and, behind it, one of values: [tile_tokens, pitch] chunks of 16 bytes, each
-with a pitch of its own; and where tokens have scales these, of keys and then of values. For ldmatrix, which reads one chunk of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row,
-or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8 rows then never meet in a
-bank. Where lanes read rows side by side, rows lie as they are, or a few chunks further apart. Tokens past the end of a
-range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
+with a pitch of its own; and behind them the scales of the keys and of the values, where tokens have any. For ldmatrix,
+which reads one chunk of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row, or, where a row is not whole multiples
+of 8 chunks, at c of a row of an odd number of them: 8 rows then never meet in a bank. Where lanes read rows side by
+side, rows lie as they are, or a few chunks further apart. Tokens past the end of a range are not read: their rows are
+filled with zeros, so that a probability of 0 meets no NaN.
 
 With shared_kv a value is the beginning of its key: only keys are copied, and values are read where those lie.
 """

@@ -11,11 +11,12 @@ in with the scales of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 
 from pa_compiler.cuda.kernels.arrays import Cache
 from pa_compiler.cuda.tiles import CudaTiling, TensorCoreTiling
@@ -33,6 +34,15 @@ class Scales(NamedTuple):
 
     keys: Cache
     values: Cache
+
+
+def scales_of(arrays: Sequence[Buffer], strides: Sequence[tuple[Expr, Expr, Expr]], kv_head: Expr) -> Scales | None:
+    """Those of a kv head. arrays: Arrays.scales; strides: of each those of a block, a row and a head."""
+    caches = (
+        Cache(array, block, row, T.Cast("int64", kv_head) * head)
+        for array, (block, row, head) in zip(arrays, strides, strict=False)
+    )
+    return Scales(*caches) if arrays else None
 
 
 def late(spec: PagedAttentionSpec, tiling: CudaTiling) -> bool:
@@ -92,21 +102,16 @@ def copy_scales(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., N
     return stage
 
 
-def load_scales(
-    spec: PagedAttentionSpec, tiling: CudaTiling, count: int, token_of: Callable[[Expr, Expr], Expr]
-) -> Callable[..., None]:
-    """of_keys[i] = score_scale times the scale of a key, of_values[i] = that of a value, of a lane's i-th token.
+def load_scales(count: int, token_of: Callable[[Expr, Expr], Expr]) -> Callable[..., None]:
+    """scales[i] = the scale of a lane's i-th token, of those that lie in the ring from word `at` on.
 
-    keys: the word of the ring where a tile begins. token_of: (i, lane) -> the token's row in it.
+    token_of: (i, lane) -> the token's row in its tile.
     """
 
     @inline
-    def stage(ring, keys, lane, score_scale, of_keys, of_values):
-        at = T.meta_var(keys + tiling.scales_at(spec))
+    def stage(ring, at, lane, scales):
         for i in T.unroll(count):
-            T.ptx["ld.shared.f32"](of_keys[i], ring.ptr_to([at + token_of(i, lane)]))
-            of_keys[i] = of_keys[i] * score_scale
-            T.ptx["ld.shared.f32"](of_values[i], ring.ptr_to([at + tiling.tile_tokens + token_of(i, lane)]))
+            T.ptx["ld.shared.f32"](scales[i], ring.ptr_to([at + token_of(i, lane)]))
 
     return stage
 

@@ -115,25 +115,17 @@ def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[.
 
 def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Functions) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
-    operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
+    operands = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles
+    values_at, scales_at = tiling.values_at(spec), tiling.scales_at(spec)
     qk_stage, softmax_stage = qk_matmul(spec, tiling), softmax(spec, tiling, functions)
     pv_stage = pv_matmul(spec, tiling, functions.by_row)
-    tokens = tiling.tile_tokens // 8  # of a lane
-    load_scales_stage = load_scales(spec, tiling, tokens, token_of=lambda i, lane: i * 8 + T.truncdiv(lane, 4))
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q_frag, state):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        if spec.token_scales:
-            of_keys = T.alloc_buffer((tokens,), "float32", scope="local")
-            of_values = T.alloc_buffer((tokens,), "float32", scope="local")
-            load_scales_stage(ring, keys, lane, score_scale, of_keys, of_values)
-        softmax_stage(
-            scores, of_keys if spec.token_scales else score_scale, of_values if spec.token_scales else None, headroom,
-            tile, scoring, lane, state, p_frag,
-        )  # fmt: skip
+        softmax_stage(ring, keys + scales_at, scores, score_scale, headroom, tile, scoring, lane, state, p_frag)
         whole = T.meta_var(functions.all_see(scoring, tile.start, tiling.tile_tokens))
         pv_stage(ring, keys + values_at, p_frag, lane, whole, state)
 
@@ -169,17 +161,21 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
     """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
     A score is scored in the register of its product. Tokens past the end of the tile weigh nothing. Where tokens have
-    scales, score_scale and value_scale have one for each of the lane's tokens 8i + g.
+    scales, these lie in the ring from word scales_at on.
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
     max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
     row_of = registers(spec, tiling).row_of
+    load_scales_stage = load_scales(blocks * 2, lambda i, lane: i * 8 + T.truncdiv(lane, 4))
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, score_scale, value_scale, headroom, tile, scoring, lane, state, p_frag):
+    def stage(ring, scales_at, scores, score_scale, headroom, tile, scoring, lane, state, p_frag):
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
+        if spec.token_scales:
+            scales = T.alloc_buffer((blocks * 2,), "float32", scope="local")
+            load_scales_stage(ring, scales_at, lane, scales)
         for m in T.unroll(blocks):
             for n in T.unroll(tiles):
                 for i in T.unroll(4):
@@ -187,7 +183,7 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
                     s = T.meta_var((m * tiles + n) * 4 + i)
                     register = T.meta_var(n * 2 + i % 2)
                     row = T.meta_var(row_of(register, lane))
-                    factor = T.meta_var(score_scale[m * 2 + i // 2] if spec.token_scales else score_scale)
+                    factor = T.meta_var(score_scale * scales[m * 2 + i // 2] if spec.token_scales else score_scale)
                     score = T.meta_var(functions.scored(scores[s] * factor, scoring, register, row, tile, token))
                     scores[s] = T.Select(
                         functions.sees(scoring, register, row, tile, token), score, T.float32(NEGATIVE_INFINITY)
@@ -197,6 +193,8 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
                 token = T.meta_var(i // (tiles * 4) * MMA_TOKENS + i % 4 // 2 * 8 + T.truncdiv(lane, 4))
                 if functions.hidden(scoring, i // 4 % tiles * 2 + i % 2, tile, token):
                     scores[i] = T.float32(NEGATIVE_INFINITY)
+        if spec.token_scales:  # those of values
+            load_scales_stage(ring, scales_at + tiling.tile_tokens, lane, scales)
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = state.row_max[n * 2 + h]
@@ -213,7 +211,7 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling, functions: Funct
                     if spec.token_scales:
                         sum_at = T.meta_var(n * 4 + i % 2)
                         state.row_sum[sum_at] = state.row_sum[sum_at] + scores[s]
-                        scores[s] = weighted(scores[s], value_scale[m * 2 + i // 2])
+                        scores[s] = weighted(scores[s], scales[m * 2 + i // 2])
                 for i in T.unroll(2):  # [token, head] -> [head, token], as the second operand has it
                     s = T.meta_var((m * tiles + n) * 4 + 2 * i)
                     T.ptx[pack](pair[i], scores[s + 1], scores[s])
