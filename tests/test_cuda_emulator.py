@@ -108,6 +108,23 @@ def test_conversions_of_nan(kernels, order):
     assert [int(word[0]) for word in out] == [0x7FFF7FFF] * 2
 
 
+def test_codes(kernels, order):
+    """Pairs of float8 as float16, those of float16 of all bits, and bytes of two words in another order."""
+    low = np.arange(1 << 16, dtype=np.uint32)
+    x, y = low | (low * 40503 & 0xFFFF) << 16, low * 31 + 7 & 0xFFFF | (low * 77 & 0xFFFF) << 16
+    out = np.zeros((4, len(low)), np.uint32)
+    kernels["codes"].launch(1, 32, 0, x, y, out, len(low), order=order)
+    float8 = x.view(np.uint8).reshape(-1, 4)[:, :2].view(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(out[0].view(np.float16).reshape(-1, 2), float8.astype(np.float16))
+    assert (np.signbit(out[0].view(np.float16)) == np.signbit(float8).ravel())[~np.isnan(float8).ravel()].all()
+    one, other = x.view(np.float16), y.view(np.float16)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(out[1].view(np.float16), one - other)
+        np.testing.assert_array_equal(out[2].view(np.float16), one * other)
+    both = np.stack([x, y], axis=1).view(np.uint8).reshape(-1, 8)
+    np.testing.assert_array_equal(out[3].view(np.uint8).reshape(-1, 4), both[:, [5, 0, 7, 2]])
+
+
 def test_types(kernels, rng, order):
     """Every bfloat16 and every half, by the operators that the C++ types have."""
     a = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16)

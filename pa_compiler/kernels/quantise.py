@@ -33,7 +33,7 @@ def quantise(
     """
     kv_heads, block_size = T.int64(spec.num_kv_heads), T.int64(spec.block_size)
     first, second, third = (T.int64(extent) for extent in extents)
-    code, itemsize = _float8(*_FLOAT8[spec.cache_dtype]), ITEMSIZES[spec.dtype]
+    code, itemsize = float8_code(spec.cache_dtype), ITEMSIZES[spec.dtype]
 
     @script.prim_func(s_tir=True)
     def append(
@@ -84,26 +84,27 @@ def quantise(
                             T.writes(cache[0:num_blocks, 0:first, 0:second, 0:third])
                             where = T.meta_var(place(block, slot, head, vd))
                             cache[where[0], where[1], where[2], where[3]] = code(
-                                T.Cast("float32", new[vt, head, vd]), factor[0]
+                                T.Cast("float32", new[vt, head, vd]) / factor[0]
                             )
 
     return append.with_attr("global_symbol", name)
 
 
-def _float8(digits: int, bias: int, largest: int, nan: int) -> Callable[[Expr, Expr], Expr]:
-    """(x, scale) -> the code of x as a byte."""
+def float8_code(dtype: str) -> Callable[[Expr], Expr]:
+    """x / scale, float32 -> its code as a byte."""
+    digits, bias, largest, nan = _FLOAT8[dtype]
     dropped = 23 - digits
     smallest = 127 - bias + 1  # the exponent, as float32 has it, of the smallest normal number
     # a float32 whose last bit counts as much as that of the subnormal numbers
-    whole = (smallest + 23 - digits) << 23
+    whole = 2.0 ** (smallest + dropped - 127)
 
-    def code(x: Expr, scale: Expr) -> Expr:
-        bits = T.reinterpret("int32", x / scale)
+    def code(quotient: Expr) -> Expr:
+        bits = T.reinterpret("int32", quotient)
         magnitude = T.bitwise_and(bits, _MAGNITUDE)
         odd = T.bitwise_and(T.shift_right(magnitude, dropped), 1)
         normal = T.shift_right(magnitude + ((1 << (dropped - 1)) - 1) + odd, dropped) - ((127 - bias) << digits)
-        raised = T.reinterpret("float32", magnitude) + T.reinterpret("float32", T.int32(whole))
-        subnormal = T.reinterpret("int32", raised) - whole
+        raised = T.reinterpret("float32", magnitude) + T.float32(whole)
+        subnormal = T.reinterpret("int32", raised) - ((smallest + dropped) << 23)
         rounded = T.Select(magnitude < (smallest << 23), subnormal, normal)
         finite = T.min(rounded, largest)
         found = T.Select(magnitude > _INFINITE, nan, finite)

@@ -30,6 +30,8 @@ _MAGNITUDE = 0x7FFFFFFF
 """The bits of float32 without its sign."""
 _WHOLE = 12582912.0
 """1.5 * 2**23: added to a float32 below 2**22, it leaves the nearest whole number in the low bits."""
+_WHOLE_BITS = 0x4B400000
+"""Its bits."""
 _PEAKS = 16
 """Maxima of a row that are taken side by side, at most, before that of these."""
 
@@ -199,10 +201,10 @@ def _measure_range(dim: int) -> Callable[[Buffer, Buffer], None]:
     return stage
 
 
-def _code(x: Expr, scale: Expr, least: float, largest: float) -> Expr:
+def whole_code(x: Expr, scale: Expr, least: float, largest: float) -> Expr:
     """The whole number nearest to x / scale, int32; 0 where the scale is 0, infinite or NaN."""
     held = T.max(T.min(x / scale, T.float32(largest)), T.float32(least))
-    code = T.reinterpret("int32", held + T.float32(_WHOLE)) - T.reinterpret("int32", T.float32(_WHOLE))
+    code = T.reinterpret("int32", held + T.float32(_WHOLE)) - T.int32(_WHOLE_BITS)
     return T.Select(T.And(scale > T.float32(0), scale < T.float32("inf")), code, 0)
 
 
@@ -219,7 +221,7 @@ def _store_bytes(place: _Place, dim: int) -> Callable[..., None]:
                 where = T.meta_var(place(block, slot, head, vd))
                 largest = T.meta_var(LARGEST["int8"])
                 cache[where[0], where[1], where[2], where[3]] = T.Cast(
-                    "uint8", T.bitwise_and(_code(row[0, vd], found[0], -largest, largest), 0xFF)
+                    "uint8", T.bitwise_and(whole_code(row[0, vd], found[0], -largest, largest), 0xFF)
                 )
 
     return stage
@@ -266,4 +268,4 @@ def _store_halves(place: _Place, dim: int) -> Callable[..., None]:
 
 
 def _nibble(x: Expr, found: Buffer) -> Expr:
-    return _code(x - found[1], found[0], 0.0, LARGEST["int4"])
+    return whole_code(x - found[1], found[0], 0.0, LARGEST["int4"])

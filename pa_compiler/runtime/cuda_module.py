@@ -33,6 +33,7 @@ class CudaModule(Module):
     been launched on the caller's stream (torch's current one). Beyond what Module says of them:
 
     - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
+      Scales of codes may lie anywhere.
     - out and lse are made for torch tensors; for others they have to be given.
     - block_table, context_lens and query_start_loc are int32, slot_mapping int64.
     - attend is for guesses: a sequence has up to 64 query tokens (most_query_tokens). The staged pipeline has none.
@@ -96,11 +97,25 @@ class CudaModule(Module):
         """
         import torch
 
-        num_blocks = whole_number("num_blocks", num_blocks, 1)
-        if like != "torch":
-            raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
-        dtype = getattr(torch, self.spec.dtype)
+        num_blocks = _checked_new(num_blocks, like)
+        dtype = getattr(torch, self.spec.cache_dtype)
         return self._caches(num_blocks, lambda shape: torch.zeros(shape, dtype=dtype, device=device))
+
+    def empty_scales(
+        self, num_blocks: int, device: Any = "cuda", *, like: str = "torch"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Module.empty_scales, as torch tensors on a device.
+
+        Raises:
+            TypeError, ValueError, ImportError: as empty_cache.
+            NotImplementedError: the caches hold dtype, without scales.
+        """
+        import torch
+
+        num_blocks = _checked_new(num_blocks, like)
+        return self._scales(
+            num_blocks, lambda shape, number: torch.full(shape, number, dtype=torch.float32, device=device)
+        )
 
     def plan(
         self, context_lens: Any, query_start_loc: Any = None, prefix_len: Any = None, prefix_start_loc: Any = None
@@ -158,3 +173,11 @@ class CudaModule(Module):
                 f"got None with {'outs' if axis else 'a query'} of type {type(given).__name__}"
             )
         return super()._new_like(given, dtype, extents, axis)
+
+
+def _checked_new(num_blocks: object, like: object) -> int:
+    """The arguments of empty_cache and empty_scales, checked."""
+    checked = whole_number("num_blocks", num_blocks, 1)
+    if like != "torch":
+        raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
+    return checked

@@ -107,13 +107,20 @@ class Module(Calls):
             NotImplementedError: the caches hold dtype, without scales.
         """
         num_blocks = _checked_new(num_blocks, like)
+
+        def filled(shape: tuple[int, ...], number: float) -> Any:
+            array = np.full(shape, number, np.float32)
+            return torch_tensors.from_numpy(array) if like == "torch" else array
+
+        return self._scales(num_blocks, filled)
+
+    def _scales(self, num_blocks: int, filled: Callable[[tuple[int, ...], float], Any]) -> tuple[Any, Any]:
+        """Scales of keys and of values for num_blocks blocks, each made of its shape and the number in all of it."""
         if not self.spec.has_scales:
             raise NotImplementedError("empty_scales: expected a spec with a kv_dtype, got one without")
         shape = tuple(num_blocks if isinstance(extent, str) else extent for extent in self.spec.scale_shape)
-        make = np.zeros if self.spec.token_scales else np.ones
-        scales = [make(shape, np.float32) for _ in range(2)]
-        key_scale, value_scale = map(torch_tensors.from_numpy, scales) if like == "torch" else scales
-        return key_scale, value_scale
+        number = 0.0 if self.spec.token_scales else 1.0
+        return filled(shape, number), filled(shape, number)
 
     def _zeros(self, shape: tuple[int, ...], like: str) -> Any:
         array = memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.cache_dtype])

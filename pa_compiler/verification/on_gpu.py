@@ -148,10 +148,11 @@ class OnGpu:
         key_cache: np.ndarray,
         value_cache: np.ndarray | None,
         slot_mapping: np.ndarray,
+        **scales: np.ndarray,
     ) -> None:
         """As Module.append_kv, with NumPy arrays."""
-        arrays = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
-        self._call("append_kv", arrays | {"slot_mapping": slot_mapping})
+        caches = {"key_cache": key_cache, "value_cache": value_cache}
+        self._call("append_kv", {"key": key, "value": value, **caches, "slot_mapping": slot_mapping, **scales})
 
     def merge_states(self, outs: np.ndarray, lses: np.ndarray, *, return_lse: bool) -> Any:
         """As Module.merge_states, with NumPy arrays and with lse."""

@@ -6,51 +6,31 @@ written by one token alone. For n tokens these are n^2 / 2 comparisons of number
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
 from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.kernels.check import report_slots
-from pa_compiler.cuda.kernels.plan import ALL_LANES
+from pa_compiler.cuda.kernels.quantise import quantise_tokens
+from pa_compiler.cuda.kernels.scales import STRIDES
+from pa_compiler.cuda.kernels.slots import WARPS, Moved, find_lost, find_target, load_chunk
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CHUNK_WORDS, WARP, chunks
 from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS
+from pa_compiler.kernels.arrays import without
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tvmscript import inline
-
-WARPS = APPEND_THREADS // WARP
-
-
-class Moved(NamedTuple):
-    """Rows of new keys, or values, and where they go; strides in elements, int64.
-
-    Attributes:
-        new: key or value.
-        token, head: Its strides.
-        cache: key_cache or value_cache.
-        block, row, cache_head: Its strides.
-    """
-
-    new: Buffer
-    token: Expr
-    head: Expr
-    cache: Buffer
-    block: Expr
-    row: Expr
-    cache_head: Expr
 
 
 def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [ceil(num_tokens / APPEND_TOKENS)] of APPEND_THREADS threads: all heads of some tokens.
 
     A token with a negative slot is skipped. With a status other than 0 nothing is read or written but the report of
-    what cuda_check_slots found. Elements are moved as they are: NaNs keep their bits. With shared_kv there are keys
-    alone: value and value_cache are not read or written.
+    what cuda_check_slots found. Elements are moved as they are: NaNs keep their bits; or they become codes. With
+    shared_kv there are keys alone: value and value_cache are not read or written.
     """
     arrays, report_stage = Arrays(spec), report_slots(spec)
-    find_lost_stage, move_stage = find_lost(), move_tokens(spec)
+    find_lost_stage, move_stage = find_lost(), (quantise_tokens if spec.has_scales else move_tokens)(spec)
 
     @T.prim_func
     def cuda_append_kv(
@@ -58,6 +38,8 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         value_handle: T.handle,
         key_cache_handle: T.handle,
         value_cache_handle: T.handle,
+        key_scale_handle: T.handle,
+        value_scale_handle: T.handle,
         slot_mapping_handle: T.handle,
         status_handle: T.handle,
         report_handle: T.handle,
@@ -71,6 +53,12 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         v_block: T.int64,
         v_row: T.int64,
         v_head: T.int64,
+        ks_block: T.int64,
+        ks_row: T.int64,
+        ks_head: T.int64,
+        vs_block: T.int64,
+        vs_row: T.int64,
+        vs_head: T.int64,
         num_blocks: T.int64,
         num_tokens: T.int32,
     ):
@@ -78,6 +66,7 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         value = arrays.bits("value", value_handle)
         key_cache = arrays.bits("key_cache", key_cache_handle)
         value_cache = arrays.bits("value_cache", value_cache_handle)
+        key_scale, value_scale = T.meta_var(arrays.scales(key_scale_handle, value_scale_handle) or (None, None))
         slot_mapping = arrays.slot_mapping(slot_mapping_handle)
         status = arrays.status(status_handle)
         report = arrays.report(report_handle)
@@ -89,8 +78,10 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         warp: T.int32 = warp_id
         thread: T.int32 = warp_id * WARP + lane_id
         first: T.int32 = cta * APPEND_TOKENS
-        keys = T.meta_var(Moved(key, key_token, key_head, key_cache, k_block, k_row, k_head))
-        values = T.meta_var(Moved(value, value_token, value_head, value_cache, v_block, v_row, v_head))
+        key_scales = T.meta_var((key_scale, ks_block, ks_row, ks_head))
+        keys = T.meta_var(Moved(key, key_token, key_head, key_cache, k_block, k_row, k_head, *key_scales))
+        value_scales = T.meta_var((value_scale, vs_block, vs_row, vs_head))
+        values = T.meta_var(Moved(value, value_token, value_head, value_cache, v_block, v_row, v_head, *value_scales))
         if (status[0] != 0) & (cta == 0) & (thread == 0):
             report_stage(status, slot_mapping, num_blocks, report)
         if status[0] == 0:
@@ -98,34 +89,7 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
             T.cuda.cta_sync()
             move_stage(keys, values, slot_mapping, first, num_tokens, thread, again)
 
-    return cuda_append_kv
-
-
-def find_lost() -> Callable[..., None]:
-    """again[warp, t] = whether the warp has seen a later token with the slot of token first + t."""
-
-    @inline
-    def stage(slot_mapping, first, num_tokens, warp, lane, thread, again):
-        mine = T.alloc_buffer((APPEND_TOKENS,), "int64", scope="local")
-        lost = T.alloc_buffer((APPEND_TOKENS,), "int32", scope="local")
-        for t in T.unroll(APPEND_TOKENS):
-            lost[t] = 0
-            mine[t] = T.int64(-1)
-            if first + t < num_tokens:
-                mine[t] = slot_mapping[first + t]
-        for step in range(T.truncdiv(num_tokens - first + (APPEND_THREADS - 1), APPEND_THREADS)):
-            later: T.int32 = first + step * APPEND_THREADS + thread
-            if later < num_tokens:
-                taken: T.int64 = slot_mapping[later]
-                for t in T.unroll(APPEND_TOKENS):
-                    if (first + t < later) & (mine[t] == taken):
-                        lost[t] = 1
-        for t in T.unroll(APPEND_TOKENS):
-            any_lane: T.int32 = T.cuda.any_sync(T.uint32(ALL_LANES), lost[t])
-            if lane == 0:
-                again[warp * APPEND_TOKENS + t] = any_lane
-
-    return stage
+    return without(cuda_append_kv, *(() if spec.has_scales else STRIDES))
 
 
 def move_tokens(spec: PagedAttentionSpec) -> Callable[..., None]:
@@ -149,10 +113,7 @@ def move_tokens(spec: PagedAttentionSpec) -> Callable[..., None]:
             chunk: T.int32 = step * APPEND_THREADS + thread
             local: T.int32 = T.truncdiv(chunk, heads * most)
             target: T.int64 = T.int64(-1)
-            if (local < APPEND_TOKENS) & (first + local < num_tokens):
-                target = slot_mapping[first + local]
-                for w in T.unroll(WARPS):
-                    target = T.Select(again[w * APPEND_TOKENS + local] != 0, T.int64(-1), target)
+            find_target(slot_mapping, first, local, num_tokens, again, target)
             if target >= T.int64(0):
                 block: T.int64 = T.truncdiv(target, block_size)
                 slot: T.int64 = T.truncmod(target, block_size)
@@ -169,15 +130,6 @@ def move_tokens(spec: PagedAttentionSpec) -> Callable[..., None]:
                     store_chunk(words, CHUNK_WORDS, values, block, slot, head, d)
 
     return stage
-
-
-@inline
-def load_chunk(words, at, moved, token, head, d):
-    """words[at : at + 4] = the 16 bytes from element d on of a token's head."""
-    T.ptx["ld.global.nc.v4.b32"](
-        words[at], words[at + 1], words[at + 2], words[at + 3],
-        moved.new.ptr_to([token * moved.token + head * moved.head + d]),
-    )  # fmt: skip
 
 
 @inline

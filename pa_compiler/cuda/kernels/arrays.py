@@ -145,12 +145,13 @@ class Arrays:
         return found
 
     def bits(self, name: str, handle: Var) -> Buffer:
-        """key, value, key_cache or value_cache of append_kv: elements as unsigned integers of their width.
+        """key, value, key_cache or value_cache of append_kv: elements, and codes, as unsigned integers of their width.
 
         key [num_tokens, num_kv_heads, head_dim], strides key_token, key_head; value [num_tokens, num_kv_heads,
         value_dim], strides value_token, value_head; the caches as above. All rows are aligned to 16 bytes.
         """
-        return _span(name, handle, f"uint{8 * ITEMSIZES[self._spec.dtype]}")
+        dtype = self._spec.cache_dtype if name.endswith("cache") else self._spec.dtype
+        return _span(name, handle, f"uint{8 * ITEMSIZES[dtype]}")
 
     def slot_mapping(self, handle: Var) -> Buffer:
         """[num_tokens], int64: block * block_size + slot, or a negative number for a token that is skipped."""

@@ -74,6 +74,15 @@ extern "C" __global__ void __launch_bounds__(32) convert(float* x, uint32_t* bf1
   }
 }
 
+extern "C" __global__ void __launch_bounds__(32) codes(uint32_t* x, uint32_t* y, uint32_t* out, int n) {
+  for (int i = threadIdx.x; i < n; i += 32) {
+    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(out[i]) : "h"((uint16_t)x[i]));
+    asm volatile("sub.f16x2 %0, %1, %2;" : "=r"(out[n + i]) : "r"(x[i]), "r"(y[i]));
+    asm volatile("mul.f16x2 %0, %1, %2;" : "=r"(out[2 * n + i]) : "r"(x[i]), "r"(y[i]));
+    asm volatile("prmt.b32 %0, %1, %2, %3;" : "=r"(out[3 * n + i]) : "r"(x[i]), "r"(y[i]), "r"(0x2705));
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(32) types(nv_bfloat16* a, half* b, nv_bfloat16* product, float* sum, int n) {
   for (int i = threadIdx.x; i < n; i += 32) {
     product[i] = a[i] * a[n - 1 - i];
