@@ -38,6 +38,21 @@ DECODE = {
 }
 """decode of a spec, and how many thread blocks of it have registers on an SM."""
 
+INT8, E4M3 = {"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3fn"}
+CODES = {
+    "int8": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16", **INT8), 3),
+    "int8_group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "bfloat16", **INT8), 2),
+    "int8_one_head": (PagedAttentionSpec(32, 32, 128, 16, "bfloat16", **INT8), 4),
+    "int8_float16": (PagedAttentionSpec(32, 8, 128, 16, "float16", **INT8), 2),
+    "e4m3": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16", **E4M3), 3),
+    "e4m3_float32": (PagedAttentionSpec(32, 8, 128, 16, "float32", **E4M3), 2),
+    "e5m2_float16": (PagedAttentionSpec(32, 8, 128, 16, "float16", kv_dtype="float8_e5m2", kv_scale="head"), 3),
+}
+"""The same of caches of codes."""
+
+APPEND = ("append_int8", "append_e4m3")
+"""append_kv of two of them."""
+
 MMA_TILES = {"group_4": 1, "group_16_of_256": 2, "keys_longer": 2, "keys_longer_shared": 2, "values_of_16": 1}
 MMA_TILES |= {"scores": 1, "scores_group_16_of_256": 2}
 """Tiles of 8 heads, by the specs that tensor cores compute."""
@@ -45,6 +60,7 @@ MMA_TILES |= {"scores": 1, "scores_group_16_of_256": 2}
 
 ATTEND = {
     "group_4": 2, "group_16_of_256": 2, "float32": 2, "keys_longer": 2, "one_head": 2, "scores": 2, "scores_float32": 2,
+    "int8": 2, "e4m3": 2, "e4m3_float32": 2,
 }  # fmt: skip
 """attend of some of these specs: thread blocks that have registers on an SM."""
 
@@ -61,16 +77,19 @@ def cubin(request, tmp_path_factory):
     """All kernels of the first spec, and decode of the others, in one file: (Cubin, tilings by name)."""
     tool_or_skip("nvcc")
     arch = request.param
-    tilings = {name: cuda_tiling.choose(spec, arch) for name, (spec, _) in DECODE.items()}
+    specs = {name: spec for name, (spec, _) in (DECODE | CODES).items()}
+    tilings = {name: cuda_tiling.choose(spec, arch) for name, spec in specs.items()}
     first, tiling = DECODE["group_4"][0], tilings["group_4"]
     functions = dict(cuda.build(first, tiling, cuda_tiling.choose_attend(first, arch)).functions_items())
     kernels = {str(name.name_hint): each for name, each in functions.items()}
     del kernels["cuda_decode"], kernels["cuda_attend"]
-    for name, (spec, _) in DECODE.items():
+    for name, spec in specs.items():
         kernels[name] = cuda.cuda_decode(spec, tilings[name]).with_attr("global_symbol", name)
     for name in ATTEND:
-        tilings[attend := f"attend_{name}"] = cuda_tiling.choose_attend(DECODE[name][0], arch)
-        kernels[attend] = cuda.cuda_attend(DECODE[name][0], tilings[attend]).with_attr("global_symbol", attend)
+        tilings[attend := f"attend_{name}"] = cuda_tiling.choose_attend(specs[name], arch)
+        kernels[attend] = cuda.cuda_attend(specs[name], tilings[attend]).with_attr("global_symbol", attend)
+    for name in APPEND:
+        kernels[name] = cuda.cuda_append_kv(specs[name.removeprefix("append_")]).with_attr("global_symbol", name)
     source = cuda_build.emit(IRModule(kernels), arch)
     return cuda_build.assemble(source, arch, tmp_path_factory.mktemp(arch)), tilings
 
@@ -90,12 +109,15 @@ def count(instructions, pattern):
 def test_nothing_spills(cubin):
     resources = cubin[0].resources
     others = ("merge", "merge_attend", "append_kv", "check", "check_queries", "check_slots")
-    assert set(resources) == {*DECODE, *(f"attend_{name}" for name in ATTEND), *(f"cuda_{name}" for name in others)}
+    of_specs = {*DECODE, *CODES, *APPEND, *(f"attend_{name}" for name in ATTEND)}
+    assert set(resources) == of_specs | {f"cuda_{name}" for name in others}
     spilled = {name: (used.stack_bytes, used.spill_bytes) for name, used in resources.items()}
     assert spilled == dict.fromkeys(spilled, (0, 0))
 
 
-RESIDENT = {name: blocks for name, (_, blocks) in DECODE.items()} | {f"attend_{name}": n for name, n in ATTEND.items()}
+RESIDENT = {name: blocks for name, (_, blocks) in (DECODE | CODES).items()} | {
+    f"attend_{name}": n for name, n in ATTEND.items()
+}
 
 
 @pytest.mark.parametrize("name", RESIDENT)
@@ -148,6 +170,24 @@ def test_float32_arithmetic(instructions, name):
     dims = spec.head_dim + spec.result_dim
     assert count(instructions[name], r"LDS(\.U)?\.128") >= tile * dims // 16 // 32
     assert count(instructions[name], "FFMA.*") >= tile * dims // itemsize // 32
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes(cubin, instructions, name):
+    """A tile has 16-byte copies of its codes, and 4-byte ones of scales; fragments are two matrices; nothing spills."""
+    (spec, _), tiling, found = CODES[name], cubin[1][name], instructions[name]
+    dims, blocks = spec.head_dim + spec.result_dim, tiling.tile_tokens // 16
+    assert count(found, r"LDGSTS\.E\.BYPASS\S*\.128") == tiling.tile_tokens * dims // 16 // 32
+    assert count(found, r"LDGSTS.*") - count(found, r"LDGSTS\S*\.128") == (2 if spec.token_scales else 0)
+    assert count(found, "STL.*|LDL.*") == 0
+    on_tensor_cores = tiling.strategy == "tensor_cores"
+    products = tiling.mma_tiles * (dims // 16 + (not spec.token_scales)) * blocks if on_tensor_cores else 0
+    assert count(found, "HMMA.*") == products
+    assert count(found, r"LDSM\.16\.M88\.2") == (spec.head_dim // 16 * blocks if on_tensor_cores else 0)
+    assert count(found, r"LDSM\.16\.MT88\.2") == (spec.result_dim // 16 * blocks if on_tensor_cores else 0)
+    pairs = tiling.tile_tokens * dims // 2 // 32
+    by_instruction = spec.kv_dtype == "float8_e4m3fn" and tiling.element.by_instruction
+    assert count(found, r"F2FP\.F16\.E4M3\.UNPACK_B\S*") == (pairs if by_instruction else 0)
 
 
 def test_append_moves_16_bytes(instructions):

@@ -82,7 +82,7 @@ def fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -
     Fewer lanes take fewer shuffles for a score. of_row: registers that a row takes besides.
     """
     dims, tokens = (spec.head_dim, spec.result_dim), tile_tokens(spec)
-    scales = 2 * tokens if spec.token_scales else 0
+    scales, of_word = 2 * tokens if spec.token_scales else 0, 4 if spec.has_scales else 0  # numbers of a word of codes
     common = math.gcd(*(chunks(spec, dim) for dim in dims))
     return (
         FmaTile(rows, lanes, words)
@@ -90,8 +90,8 @@ def fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -
         for words in ((CHUNK_WORDS, 2, 1) if spec.has_scales else (CHUNK_WORDS,))
         for lanes in (math.gcd(common * CHUNK_WORDS // words, BANK_CHUNKS), 16, 32)
         if common * CHUNK_WORDS // words % lanes == 0
-        and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes) + scales * lanes * lanes // WARP
-        <= FMA_REGISTERS * lanes
+        and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes)
+        <= (FMA_REGISTERS - scales * lanes // WARP - of_word * words) * lanes
     )
 
 
