@@ -76,12 +76,12 @@ class PagedAttentionSpec(CachesOfCodes):
             with others of its sequence, however many. Packed, and staged, it mostly is without. For CPUs.
         kv_dtype: Element type of both caches where it is another than dtype: "int8", "float8_e4m3fn", "float8_e5m2", or
             "int4", two elements in a byte, of which the even one is in its low half. Each element then counts as often
-            as a scale says, see kv_scale. None: dtype. For CPUs, pipeline "fused", not with shared_kv.
+            as a scale says, see kv_scale. None: dtype. For pipeline "fused", not with shared_kv; on GPUs not int4.
         kv_scale: What has a scale of its own, float32: "tensor", each cache, or "head", each of its heads, of float8;
             "token_head", each head of each token, of int8 and int4, which has zero points besides. None: its first one.
         kv_rotation: "hadamard" multiplies keys and values by a Hadamard matrix before they become codes, which spreads
             what a few elements have: of int4, where it is the default, and int8, with a power of two for head_dim and
-            value_dim. "none" does not.
+            value_dim. "none" does not. For CPUs.
         kv_dots: "int8" has decode multiply codes of int4 by integers of 8 bits, as queries and weights become; or None
 
     Raises:

@@ -50,9 +50,9 @@ def test_verify(gpu, gpu_module, spec):
 # id, error, the argument at fault, the message's words, what is given in place of it
 BAD = [
     ("none", TypeError, "key_scale", "expected an array, since the spec has kv_dtype, got None", lambda i: None),
-    ("of_blocks", ValueError, "value_scale", "expected shape [9, 2, 16]", lambda i: on_device(i["value_scale"][1:])),
-    ("dtype", TypeError, "key_scale", "expected dtype float32, got float64",
-     lambda i: on_device(i["key_scale"].astype(np.float64))),
+    ("of_blocks", ValueError, "value_scale", "expected shape [10, 2, 16]", lambda i: on_device(i["value_scale"][1:])),
+    ("dtype", TypeError, "key_scale", "expected dtype float32, got float16",
+     lambda i: on_device(np.zeros(i["key_scale"].shape, np.float16))),
     ("device", ValueError, "key_scale", "on CUDA device 0, where query is, got one on device 1",
      lambda i: on_device(i["key_scale"], 1)),
     ("numpy", ValueError, "value_scale", "CUDA memory (device type 2), got device type 1", lambda i: i["value_scale"]),

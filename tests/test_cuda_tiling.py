@@ -47,7 +47,8 @@ def assert_fits_in(spec, arch, tiling):
         assert rows.chunks <= rows.pitch
         assert rows.chunks % tiles.copy_lanes(spec) == 0
     if tiling.strategy == "fma":
-        assert keys.chunks % tiling.lanes == values.chunks % tiling.lanes == 0
+        pieces = [rows.chunks * tiles.CHUNK_WORDS // tiling.piece_words for rows in (keys, values)]
+        assert [count % tiling.lanes for count in pieces] == [0, 0]
         assert tiling.tile_tokens % (WARP // tiling.lanes) == 0
     else:
         assert tiling.row_tile <= 16
@@ -59,6 +60,30 @@ def test_every_spec_has_a_tiling_that_fits(dtype, arch):
     for head_dim in HEAD_DIMS:
         for group in (*range(1, 40), 64, 128):
             assert_fits(PagedAttentionSpec(group, 1, head_dim, 16, dtype), arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_every_spec_with_codes_has_a_tiling_that_fits(kv_dtype, dtype, arch):
+    for head_dim, value_dim in itertools.product(HEAD_DIMS, (16, 80, 128, 208, 240, 256)):
+        for group in (1, 3, 4, 9, 17):
+            assert_fits(PagedAttentionSpec(group, 1, head_dim, 16, dtype, value_dim=value_dim, kv_dtype=kv_dtype), arch)
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "kv_dtype", "strategy"),
+    [
+        (3, "bfloat16", "int8", "fma"),
+        (4, "bfloat16", "int8", "tensor_cores"),
+        (4, "float16", "int8", "fma"),  # whose weights times scales would leave float16
+        (4, "float16", "float8_e5m2", "tensor_cores"),
+        (4, "float32", "float8_e4m3fn", "fma"),
+    ],
+)
+def test_strategy_of_codes(group, dtype, kv_dtype, strategy):
+    spec = PagedAttentionSpec(group, 1, 128, 16, dtype, kv_dtype=kv_dtype)
+    assert cuda_tiling.choose(spec, "sm_90").strategy == choose_strategy(spec)[0] == strategy
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,7 +10,7 @@ from pa_compiler.backend import InnerLoop, Inside, Limits, Option
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda.explain import COLUMNS, LEGEND, decisions
-from pa_compiler.cuda.strategies import MAX_ROW_TILE, choose_strategy
+from pa_compiler.cuda.strategies import MAX_ROW_TILE, choose_strategy, weights_leave_range
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, WARP
 from pa_compiler.spec import PagedAttentionSpec
@@ -55,7 +55,7 @@ def options(spec: PagedAttentionSpec) -> list[Option]:
         f"{rows} of {-(-rows // MMA_HEADS) * MMA_HEADS} are heads",
         "fma": f"multiply-adds of a warp for a token of a kv head: {rows * dims / WARP:g}",
     }
-    if spec.dtype == "float32":
+    if spec.dtype == "float32" or weights_leave_range(spec):
         costs["tensor_cores"] = ""
     return [Option(name, name == chosen, reason, cost) for name, cost in costs.items()]
 

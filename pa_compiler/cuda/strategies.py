@@ -82,7 +82,7 @@ def fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -
     Fewer lanes take fewer shuffles for a score. of_row: registers that a row takes besides.
     """
     dims, tokens = (spec.head_dim, spec.result_dim), tile_tokens(spec)
-    scales, of_word = 2 * tokens if spec.token_scales else 0, 4 if spec.has_scales else 0  # numbers of a word of codes
+    scales = 2 * tokens if spec.token_scales else 0
     common = math.gcd(*(chunks(spec, dim) for dim in dims))
     return (
         FmaTile(rows, lanes, words)
@@ -91,7 +91,7 @@ def fitting(spec: PagedAttentionSpec, numbers: Iterable[int], of_row: int = 0) -
         for lanes in (math.gcd(common * CHUNK_WORDS // words, BANK_CHUNKS), 16, 32)
         if common * CHUNK_WORDS // words % lanes == 0
         and rows * (sum(dims) + tokens * lanes * lanes // WARP + of_row * lanes)
-        <= (FMA_REGISTERS - scales * lanes // WARP - of_word * words) * lanes
+        <= (FMA_REGISTERS - scales * lanes // WARP) * lanes
     )
 
 

@@ -210,11 +210,10 @@ class FmaTiling(CudaTiling):
         return self.piece_words * self.element.of_word
 
     def _rows(self, count: int) -> RingRows:
-        """Eight lanes read the chunks of one row side by side, or of several rows, an odd multiple of `lanes` apart."""
-        if self.piece_words < CHUNK_WORDS:
-            return RingRows(count, count | 1, False)
-        meet = self.lanes < BANK_CHUNKS and count // self.lanes % 2 == 0
-        return RingRows(count, count + self.lanes if meet else count, False)
+        """Lanes read the chunks of one row side by side, or of several rows, an odd multiple of as many chunks apart."""
+        side = max(1, self.lanes * self.piece_words // CHUNK_WORDS)
+        meet = side < BANK_CHUNKS and count // side % 2 == 0
+        return RingRows(count, count + side if meet else count, False)
 
 
 def chunks(spec: PagedAttentionSpec, dim: int) -> int:

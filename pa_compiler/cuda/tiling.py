@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -96,7 +97,8 @@ def choose_attend(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     check(spec)
     if spec.dtype != "float32" and not weights_leave_range(spec):
         return _tensor_cores(spec, arch, MAX_ROW_TILE if registers(spec, MAX_ROW_TILE) <= ACC_REGISTERS else MMA_HEADS)
-    return _fma(spec, arch, next(fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS)))
+    tiles = itertools.chain(fitting(spec, range(MAX_ROW_TILE, 0, -1), SIGHT_REGISTERS), fitting(spec, [1]))
+    return _fma(spec, arch, next(tiles))
 
 
 def _tensor_cores(spec: PagedAttentionSpec, arch: str, rows: int) -> CudaTiling:

@@ -171,7 +171,7 @@ def _measure_peak(dim: int) -> Callable[[Buffer, Buffer], None]:
         with T.sblock("measured"):
             T.reads(peak[0])
             T.writes(found[0:2])
-            found[0] = T.reinterpret("float32", peak[0]) / T.float32(LARGEST["int8"])
+            found[0] = int8_scale(peak[0])
             found[1] = T.float32(0)
 
     return stage
@@ -201,7 +201,17 @@ def _measure_range(dim: int) -> Callable[[Buffer, Buffer], None]:
     return stage
 
 
-def whole_code(x: Expr, scale: Expr, least: float, largest: float) -> Expr:
+def int8_scale(peak: Expr) -> Expr:
+    """max |x| / 127, of the bits of max |x|, int32."""
+    return T.reinterpret("float32", peak) / T.float32(LARGEST["int8"])
+
+
+def int8_code(x: Expr, scale: Expr) -> Expr:
+    """The code of a number, int32."""
+    return _code(x, scale, -LARGEST["int8"], LARGEST["int8"])
+
+
+def _code(x: Expr, scale: Expr, least: float, largest: float) -> Expr:
     """The whole number nearest to x / scale, int32; 0 where the scale is 0, infinite or NaN."""
     held = T.max(T.min(x / scale, T.float32(largest)), T.float32(least))
     code = T.reinterpret("int32", held + T.float32(_WHOLE)) - T.int32(_WHOLE_BITS)
@@ -219,10 +229,8 @@ def _store_bytes(place: _Place, dim: int) -> Callable[..., None]:
                 T.reads(row[0, vd], found[0])
                 T.writes(whole(cache))
                 where = T.meta_var(place(block, slot, head, vd))
-                largest = T.meta_var(LARGEST["int8"])
-                cache[where[0], where[1], where[2], where[3]] = T.Cast(
-                    "uint8", T.bitwise_and(whole_code(row[0, vd], found[0], -largest, largest), 0xFF)
-                )
+                code = T.meta_var(T.bitwise_and(int8_code(row[0, vd], found[0]), 0xFF))
+                cache[where[0], where[1], where[2], where[3]] = T.Cast("uint8", code)
 
     return stage
 
@@ -268,4 +276,4 @@ def _store_halves(place: _Place, dim: int) -> Callable[..., None]:
 
 
 def _nibble(x: Expr, found: Buffer) -> Expr:
-    return whole_code(x - found[1], found[0], 0.0, LARGEST["int4"])
+    return _code(x - found[1], found[0], 0.0, LARGEST["int4"])

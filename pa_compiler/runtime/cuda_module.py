@@ -112,10 +112,9 @@ class CudaModule(Module):
         """
         import torch
 
-        num_blocks = _checked_new(num_blocks, like)
-        return self._scales(
-            num_blocks, lambda shape, number: torch.full(shape, number, dtype=torch.float32, device=device)
-        )
+        shape, number = self._new_scales(_checked_new(num_blocks, like))
+        key_scale, value_scale = (torch.full(shape, number, dtype=torch.float32, device=device) for _ in range(2))
+        return key_scale, value_scale
 
     def plan(
         self, context_lens: Any, query_start_loc: Any = None, prefix_len: Any = None, prefix_start_loc: Any = None

@@ -106,21 +106,17 @@ class Module(Calls):
             TypeError, ValueError, MemoryError, ImportError: as empty_cache.
             NotImplementedError: the caches hold dtype, without scales.
         """
-        num_blocks = _checked_new(num_blocks, like)
+        shape, number = self._new_scales(_checked_new(num_blocks, like))
+        scales = [np.full(shape, number, np.float32) for _ in range(2)]
+        key_scale, value_scale = map(torch_tensors.from_numpy, scales) if like == "torch" else scales
+        return key_scale, value_scale
 
-        def filled(shape: tuple[int, ...], number: float) -> Any:
-            array = np.full(shape, number, np.float32)
-            return torch_tensors.from_numpy(array) if like == "torch" else array
-
-        return self._scales(num_blocks, filled)
-
-    def _scales(self, num_blocks: int, filled: Callable[[tuple[int, ...], float], Any]) -> tuple[Any, Any]:
-        """Scales of keys and of values for num_blocks blocks, each made of its shape and the number in all of it."""
+    def _new_scales(self, num_blocks: int) -> tuple[tuple[int, ...], float]:
+        """The shape of new scales of keys, or of values, and the number that all of them are."""
         if not self.spec.has_scales:
             raise NotImplementedError("empty_scales: expected a spec with a kv_dtype, got one without")
         shape = tuple(num_blocks if isinstance(extent, str) else extent for extent in self.spec.scale_shape)
-        number = 0.0 if self.spec.token_scales else 1.0
-        return filled(shape, number), filled(shape, number)
+        return shape, 0.0 if self.spec.token_scales else 1.0
 
     def _zeros(self, shape: tuple[int, ...], like: str) -> Any:
         array = memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.cache_dtype])

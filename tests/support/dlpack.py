@@ -15,6 +15,9 @@ CODES = {
     "int32": INT,
     "int64": INT,
     "uint8": UINT,
+    "int8": INT,
+    "float8_e4m3fn": 10,
+    "float8_e5m2": 12,
     "bool": BOOL,
 }
 READ_ONLY, COPIED = 1, 2

@@ -18,8 +18,7 @@ from pa_compiler.cuda.kernels.state import exchange
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CHUNK_WORDS, WARP, Element
 from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS
 from pa_compiler.kernels.quantise import float8_code
-from pa_compiler.kernels.quantise_rows import whole_code
-from pa_compiler.kv_types import LARGEST
+from pa_compiler.kernels.quantise_rows import int8_code, int8_scale
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -110,7 +109,7 @@ def measure(count: int, lanes: int) -> Callable[..., None]:
             peak = T.max(peak, T.bitwise_and(T.reinterpret("int32", numbers[i]), T.int32(_MAGNITUDE)))
         for level in T.unroll(lanes.bit_length() - 1):
             peak = T.max(peak, exchange(peak, 1 << level))
-        scale = T.reinterpret("float32", peak) / T.float32(LARGEST["int8"])
+        scale = int8_scale(peak)
 
     return stage
 
@@ -143,8 +142,7 @@ def store_row(spec: PagedAttentionSpec, dim: int, lanes: int) -> Callable[..., N
 def code_of(spec: PagedAttentionSpec) -> Callable[[Expr, Expr], Expr]:
     """(number, scale) -> its code in the lower byte of a uint32."""
     if spec.token_scales:
-        largest = LARGEST["int8"]
-        return lambda x, scale: T.Cast("uint32", T.bitwise_and(whole_code(x, scale, -largest, largest), 0xFF))
+        return lambda x, scale: T.Cast("uint32", T.bitwise_and(int8_code(x, scale), 0xFF))
     code = float8_code(spec.cache_dtype)
 
     def of_quotient(x: Expr, scale: Expr) -> Expr:
