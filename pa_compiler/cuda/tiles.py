@@ -210,7 +210,7 @@ class FmaTiling(CudaTiling):
         return self.piece_words * self.element.of_word
 
     def _rows(self, count: int) -> RingRows:
-        """Lanes read the chunks of one row side by side, or of several rows, an odd multiple of as many chunks apart."""
+        """Lanes read the chunks of one row side by side, or of several rows, an odd multiple of as many apart."""
         side = max(1, self.lanes * self.piece_words // CHUNK_WORDS)
         meet = side < BANK_CHUNKS and count // side % 2 == 0
         return RingRows(count, count + side if meet else count, False)
