@@ -38,7 +38,7 @@ LEGEND = {
     "regs": "registers of a thread",
     "spill": "bytes of them that are spilled to memory",
     "all": "instructions",
-    "copy": "asynchronous copies from the caches to shared memory, 16 bytes a lane",
+    "copy": "asynchronous copies from the caches to shared memory, 16 bytes a lane, of scales 4",
     "ldsm": "ldmatrix: fragments of keys and values from shared memory",
     "mma": "products of fragments by tensor cores",
     "shfl": "exchanges between the lanes of a warp",
