@@ -34,11 +34,7 @@ COMPACTION = "s_tir.CompactBufferAllocation"
 def pipeline() -> str:
     """The name under which TVM has the pipeline, for tvm.compile(tir_pipeline=...)."""
     import tvm
-    from tvm import s_tir, tirx
-
-    @tirx.transform.prim_func_pass(opt_level=0)
-    def compact(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
-        return function.with_body(mapped(function.body, lambda root: mapped(root, _compact)))
+    from tvm import tirx
 
     @tirx.transform.prim_func_pass(opt_level=0)
     def keep_on_stack(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
@@ -46,19 +42,31 @@ def pipeline() -> str:
 
     def registered() -> tuple[Pass, ...]:
         lower, finalize_host, finalize_device = tirx.get_tir_pipeline("s_tir")
-        in_sblocks = [
-            s_tir.transform.LowerInitBlock(),
-            s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
-            s_tir.transform.ConvertBlocksToOpaque(),
-        ]
         return (
-            tvm.transform.Sequential([*in_sblocks, compact, lower]),
+            tvm.transform.Sequential([compaction(), lower]),
             lambda: tvm.transform.Sequential([keep_on_stack, finalize_host()]),
             finalize_device,
         )
 
     tirx.register_tir_pipeline(_NAME, registered)
     return _NAME
+
+
+def compaction() -> Pass:
+    """Of scheduled functions: puts each buffer where it is used, and makes those of innermost sblocks small."""
+    import tvm
+    from tvm import s_tir, tirx
+
+    @tirx.transform.prim_func_pass(opt_level=0)
+    def compact(function: PrimFunc, mod: IRModule, context: PassContext) -> PrimFunc:
+        return function.with_body(mapped(function.body, lambda root: mapped(root, _compact)))
+
+    located = [
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+    ]
+    return tvm.transform.Sequential([*located, compact])
 
 
 def _compact(statement: Stmt, loops: tuple[For, ...] = ()) -> Stmt:
