@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from inputs import DTYPES
+from integer_rows import DEFINED
 from tolerances import assert_same_bits
 
 import pa_compiler
@@ -106,18 +107,7 @@ def test_every_number_in_rows_with_a_scale(compiled, order, kv_dtype, kv_rotatio
         np.testing.assert_array_equal(made, expected.scale)
 
 
-ROWS = {
-    "zeros": ([0.0, -0.0, 0.0], [0, 0, 0], 0.0),
-    "the largest is 127": ([-3.0, 1.5, 0.0], [-127, 64, 0], 3 / 127),  # 63.5 is a tie: to the even
-    "ties": ([127.0, 0.5, 1.5], [127, 0, 2], 1.0),
-    "an infinity": ([np.inf, 1.0, -np.inf], [0, 0, 0], np.inf),
-    "NaN": ([np.nan, 1.0, np.inf], [0, 0, 0], np.nan),
-    "a scale of 0": ([2.0**-149, 0.0, 0.0], [0, 0, 0], 0.0),
-    "the largest numbers": ([3.4e38, -3.4e38, 1.0], [127, -127, 0], np.float32(3.4e38) / np.float32(127)),
-}
-
-
-@pytest.mark.parametrize(("row", "codes", "scale"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("row", "codes", "scale"), DEFINED.values(), ids=DEFINED)
 def test_defined_rows_of_int8(compiled, row, codes, scale):
     spec = PagedAttentionSpec(1, 1, 3, 1, "float32", kv_dtype="int8")
     new = np.array(row, np.float32).reshape(1, 1, 3)

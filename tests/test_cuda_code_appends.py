@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cuda_kernels import aligned, as_kept, build_others, cache_strides, scale_strides, strides
 from inputs import DTYPES
+from integer_rows import DEFINED
 from test_code_appends import every_number
 from test_cuda_append import rows
 from tolerances import assert_same_bits
@@ -154,18 +155,7 @@ def test_every_number_in_rows_of_int8(kernels, order, dtype):
         assert_as_in_numpy(spec, news, slots.tolist(), scales, after)
 
 
-ROWS = {
-    "zeros": ([0.0, -0.0, 0.0], [0, 0, 0], 0.0),
-    "the largest is 127": ([-3.0, 1.5, 0.0], [-127, 64, 0], 3 / 127),  # 63.5 is a tie: to the even
-    "ties": ([127.0, 0.5, 1.5], [127, 0, 2], 1.0),
-    "an infinity": ([np.inf, 1.0, -np.inf], [0, 0, 0], np.inf),
-    "NaN": ([np.nan, 1.0, np.inf], [0, 0, 0], np.nan),
-    "a scale of 0": ([2.0**-149, 0.0, 0.0], [0, 0, 0], 0.0),
-    "the largest numbers": ([3.4e38, -3.4e38, 1.0], [127, -127, 0], np.float32(3.4e38) / np.float32(127)),
-}
-
-
-@pytest.mark.parametrize(("row", "codes", "scale"), ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("row", "codes", "scale"), DEFINED.values(), ids=DEFINED)
 def test_defined_rows_of_int8(kernels, row, codes, scale):
     spec = PagedAttentionSpec(1, 1, 16, 1, "float32", **INT8)
     new = np.zeros((1, 1, 16), np.float32)

@@ -11,6 +11,7 @@ import pytest
 import tvm
 from builds import build_library
 from inputs import POISONS, make_inputs
+from integer_rows import assert_not_finite_stays_in_its_row
 from ragged_inputs import make_ragged
 from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
@@ -144,24 +145,7 @@ def test_the_largest_sums(compiled, code):
 @each_strategy
 @pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_stays_in_its_row(module, spec, number):
-    """A query makes its own row NaN, and a scale of a value all rows of its head, where the token weighs anything."""
-    inputs = make_inputs(spec, [40, 700, 129])
-    clean, lse = module.decode(*inputs.arguments, return_lse=True, **inputs.heads)
-    inputs.query[1, 2, 5] = number
-    out, found = module.decode(*inputs.arguments, return_lse=True, **inputs.heads)
-    row = np.zeros(lse.shape, bool)
-    row[1, 2] = True
-    assert np.isnan(out[row]).all()
-    assert np.isnan(found[row]).all()
-    assert_same_bits(out[~row], clean[~row])
-    assert_same_bits(found[~row], lse[~row])
-    inputs = make_inputs(spec, [40, 700, 129])
-    inputs.heads["value_scale"][inputs.block_table[1, 3], 0, 0] = number
-    out, found = module.decode(*inputs.arguments, return_lse=True, **inputs.heads)
-    row[1, : spec.group] = True
-    assert np.isnan(out[row]).all()
-    assert_same_bits(out[~row], clean[~row])
-    assert_same_bits(found, lse)
+    assert_not_finite_stays_in_its_row(module, spec, number)
 
 
 def test_packed_decode_has_the_bits_of_attend(compiled):
