@@ -7,7 +7,7 @@ calls is given, which took a tenth of a compile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvm.s_tir import SBlock, SBlockRealize
@@ -52,7 +52,7 @@ def mapped(statement: Stmt, of: Callable[[Stmt], Stmt]) -> Stmt:
             return with_sblock(statement, of(sblock))
         case s_tir.SBlock(init=init, body=body):
             init = init and of(init)
-            return with_body(statement, of(body), init)
+            return changed(statement, init=init, body=of(body))
         case _:
             return statement
 
@@ -64,14 +64,14 @@ def with_sblock(realized: SBlockRealize, sblock: SBlock) -> SBlockRealize:
     return s_tir.SBlockRealize(realized.iter_values, realized.predicate, sblock)
 
 
-def with_body(sblock: SBlock, body: Stmt, init: Stmt | None) -> SBlock:
-    """An sblock with another body, and other statements before its first iteration."""
+_FIELDS = "iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers", "match_buffers", "annotations"
+
+
+def changed(sblock: SBlock, **fields: Any) -> SBlock:
+    """An sblock with other fields."""
     from tvm import s_tir
 
-    return s_tir.SBlock(
-        sblock.iter_vars, sblock.reads, sblock.writes, sblock.name_hint, body, init, sblock.alloc_buffers,
-        sblock.match_buffers, sblock.annotations,
-    )  # fmt: skip
+    return s_tir.SBlock(*(fields[name] if name in fields else getattr(sblock, name) for name in _FIELDS))
 
 
 def with_loops(loops: Sequence[For], body: Stmt) -> Stmt:

@@ -11,7 +11,7 @@ import pytest
 import tvm
 from builds import build_library
 from inputs import POISONS, make_inputs
-from integer_rows import assert_not_finite_stays_in_its_row
+from integer_rows import HARD_FOR_A_UNIT, assert_not_finite_stays_in_its_row
 from ragged_inputs import make_ragged
 from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
@@ -96,29 +96,7 @@ def test_plain_operations_have_the_same_bits(cpu, compiled, tmp_path, name):
         np.testing.assert_allclose(plainly, by_instruction, rtol=1e-5, atol=1e-6)
 
 
-def one_large_element(inputs):
-    inputs.query[..., 3] = 200
-
-
-def queries_of_all_sizes(inputs):
-    sizes = np.logspace(-20, 2, inputs.query.shape[1]).astype(inputs.query.dtype)
-    inputs.query[...] *= sizes[:, None]
-
-
-def one_token_of_weight(inputs):
-    inputs.query[...] *= 40
-
-
-def scales_of_all_sizes(inputs):
-    scale = inputs.heads["value_scale"]
-    with np.errstate(over="ignore"):  # of slots that hold no token
-        scale *= np.logspace(-12, 6, scale.shape[-1], dtype=np.float32)
-
-
-HARD = (one_large_element, queries_of_all_sizes, one_token_of_weight, scales_of_all_sizes)
-
-
-@pytest.mark.parametrize("change", HARD)
+@pytest.mark.parametrize("change", HARD_FOR_A_UNIT)
 @each_strategy
 def test_what_one_unit_for_a_row_is_hard_for(module, spec, change):
     inputs = make_inputs(spec, [1, 40, 700, 129])

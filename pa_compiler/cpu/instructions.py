@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pa_compiler.cpu.products import FOURS, INTEGERS, PAIRS, Product, definitions
 from pa_compiler.cpu.target import CpuTarget
-from pa_compiler.statements import mapped, with_body, with_sblock
+from pa_compiler.statements import changed, mapped, with_sblock
 from pa_compiler.tiles import LANES, Tiling
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _selected(function: PrimFunc, target: CpuTarget, products: list[Product]) ->
                 operation, value = _operation(statement, value, products)
                 if operation:
                     found.setdefault(operation, set()).update(vectors)
-                return with_body(statement, BufferStore(buffer, value, indices), statement.init)
+                return changed(statement, body=BufferStore(buffer, value, indices))
             case SBlock():
                 vectors = frozenset()
             case For(kind=ForKind.VECTORIZED, extent=extent):

@@ -23,6 +23,8 @@ LOW = 65535
 """The mask of a word's low half."""
 INFINITE = 0x7F800000
 """The exponent of infinities and NaN, where float32 has it."""
+MAGNITUDE = 0x7FFFFFFF
+"""The bits of float32 without its sign."""
 FOUR_ONES = 0x01010101
 """The word of four times 1."""
 FOUR_CODES = 0x0F0F0F0F

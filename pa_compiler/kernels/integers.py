@@ -20,7 +20,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
-from pa_compiler.kernels.elements import INFINITE, LARGEST_CODE, four_integers, pair_integers
+from pa_compiler.kernels.elements import INFINITE, LARGEST_CODE, MAGNITUDE, four_integers, pair_integers
 from pa_compiler.kernels.kept import allocate
 from pa_compiler.tiles import Element, Tiling
 from pa_compiler.tvmscript import inline
@@ -32,7 +32,6 @@ _PLACES = 14
 """The largest magnitude is 2**_PLACES units or more."""
 _BIAS = 127
 _MANTISSA = 23
-_MAGNITUDE = 0x7FFFFFFF
 _NEARLY_TWO = 1 << (_MANTISSA - _PLACES - 1)
 """Added to bits: so that what would be rounded to 2**15 units has the next exponent."""
 _LEAST = _PLACES + 1
@@ -114,7 +113,7 @@ def to_integers(
                 with T.init():
                     largest[vr] = T.min_value("int32")
                 largest[vr] = T.max(
-                    largest[vr], T.bitwise_and(T.reinterpret("int32", numbers(vr, vt)), T.int32(_MAGNITUDE))
+                    largest[vr], T.bitwise_and(T.reinterpret("int32", numbers(vr, vt)), T.int32(MAGNITUDE))
                 )
         for r in range(rows):
             with T.sblock(f"{of}_unit"):

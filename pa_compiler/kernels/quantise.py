@@ -14,11 +14,9 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
+from pa_compiler.kernels.elements import INFINITE, MAGNITUDE
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
-_MAGNITUDE = 0x7FFFFFFF
-"""The bits of float32 without its sign."""
-_INFINITE = 0x7F800000
 _FLOAT8 = {"float8_e4m3fn": (3, 7, 0x7E, 0x7F), "float8_e5m2": (2, 15, 0x7B, 0x7E)}
 """Bits of the significand, the bias of the exponent, the largest finite code and NaN."""
 
@@ -100,14 +98,14 @@ def float8_code(dtype: str) -> Callable[[Expr], Expr]:
 
     def code(quotient: Expr) -> Expr:
         bits = T.reinterpret("int32", quotient)
-        magnitude = T.bitwise_and(bits, _MAGNITUDE)
+        magnitude = T.bitwise_and(bits, MAGNITUDE)
         odd = T.bitwise_and(T.shift_right(magnitude, dropped), 1)
         normal = T.shift_right(magnitude + ((1 << (dropped - 1)) - 1) + odd, dropped) - ((127 - bias) << digits)
         raised = T.reinterpret("float32", magnitude) + T.float32(whole)
         subnormal = T.reinterpret("int32", raised) - ((smallest + dropped) << 23)
         rounded = T.Select(magnitude < (smallest << 23), subnormal, normal)
         finite = T.min(rounded, largest)
-        found = T.Select(magnitude > _INFINITE, nan, finite)
+        found = T.Select(magnitude > INFINITE, nan, finite)
         return T.Cast("uint8", T.bitwise_or(found, T.bitwise_and(T.shift_right(bits, 24), 0x80)))
 
     return code

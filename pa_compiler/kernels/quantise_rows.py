@@ -21,13 +21,12 @@ from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.elements import INFINITE, MAGNITUDE
 from pa_compiler.kernels.rotation import rotate, unit
 from pa_compiler.kv_types import LARGEST
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
-_MAGNITUDE = 0x7FFFFFFF
-"""The bits of float32 without its sign."""
 _WHOLE = 12582912.0
 """1.5 * 2**23: added to a float32 below 2**22, it leaves the nearest whole number in the low bits."""
 _WHOLE_BITS = 0x4B400000
@@ -122,18 +121,18 @@ def quantise_rows(
 
 
 def _is_finite(x: Expr) -> Expr:
-    return T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE) < 0x7F800000
+    return T.bitwise_and(T.reinterpret("int32", x), MAGNITUDE) < INFINITE
 
 
 def _ordered(x: Expr) -> Expr:
     """The bits of a float32 as an integer that orders as the numbers do, NaN before or after all of them."""
     bits = T.reinterpret("int32", x)
-    return T.bitwise_xor(bits, T.bitwise_and(T.shift_right(bits, 31), _MAGNITUDE))
+    return T.bitwise_xor(bits, T.bitwise_and(T.shift_right(bits, 31), MAGNITUDE))
 
 
 def _magnitude(x: Expr) -> Expr:
     """The same of |x|."""
-    return T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE)
+    return T.bitwise_and(T.reinterpret("int32", x), MAGNITUDE)
 
 
 def _largest(name: str, dim: int, key: Callable[[Expr], Expr]) -> Callable[[Buffer, Buffer], None]:
@@ -183,7 +182,7 @@ def _measure_range(dim: int) -> Callable[[Buffer, Buffer], None]:
     find_bottom = _largest("bottom", dim, lambda x: T.bitwise_not(_ordered(x)))
 
     def number(key):
-        return T.reinterpret("float32", T.bitwise_xor(key, T.bitwise_and(T.shift_right(key, 31), _MAGNITUDE)))
+        return T.reinterpret("float32", T.bitwise_xor(key, T.bitwise_and(T.shift_right(key, 31), MAGNITUDE)))
 
     @inline
     def stage(row, found):

@@ -12,15 +12,12 @@ from tvm.tirx import Buffer, BufferRegion, Let, Var
 
 from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.elements import INFINITE, MAGNITUDE
 from pa_compiler.kernels.kept import Value
 from pa_compiler.score import Term, parts
 
 _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
 """The least and the largest number of float32 that int32 has."""
-
-
-_MAGNITUDE = 0x7FFFFFFF
-"""The bits of a float32 without its sign."""
 
 
 Fence = Callable[[Expr], Expr]
@@ -189,12 +186,12 @@ def _chosen(a: Expr, b: Expr, before: Callable[[Expr, Expr], Expr]) -> Expr:
     x, y = Var("first", "float32"), Var("second", "float32")
     if isinstance(b, tir.FloatImm):
         return Let(x, a, T.Select(before(b, x), b, x))  # x of NaN
-    is_nan = T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE) > T.int32(0x7F800000)  # of bits: TVM knows no NaN
+    is_nan = T.bitwise_and(T.reinterpret("int32", x), MAGNITUDE) > T.int32(INFINITE)  # of bits: TVM knows no NaN
     return Let(x, a, Let(y, b, T.Select(is_nan, x, T.Select(before(x, y), x, y))))
 
 
 def _absolute(x: Expr) -> Expr:
-    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE))
+    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), MAGNITUDE))
 
 
 def _negative(x: Expr) -> Expr:
@@ -223,7 +220,7 @@ _NUMBERS = {
 
 _CASTS = {
     ("float32", "int32"): _truncated,
-    ("float32", "bool"): lambda x: tir.NE(T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE), T.int32(0)),
+    ("float32", "bool"): lambda x: tir.NE(T.bitwise_and(T.reinterpret("int32", x), MAGNITUDE), T.int32(0)),
     ("int32", "float32"): lambda x: T.Cast("float32", x),
     ("int32", "bool"): lambda x: tir.NE(x, T.int32(0)),
     ("bool", "float32"): lambda x: T.Select(x, T.float32(1), T.float32(0)),

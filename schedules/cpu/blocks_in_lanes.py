@@ -13,7 +13,7 @@ shuffles when they leave their registers.
 
 from collections.abc import Callable
 
-from tvm.s_tir import SBlock, Schedule
+from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import For, IntImm
 
@@ -23,6 +23,7 @@ from pa_compiler.schedules.cpu.vertical import rows_last
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.block_products import LANES, PAIRS, ROWS, add_block, split_rows, turn_halves
 from pa_compiler.schedules.intrinsics.transpose import transpose
+from pa_compiler.statements import changed
 from pa_compiler.tiles import VectorTiling, largest_divisor
 
 _STEPS = 4
@@ -188,10 +189,7 @@ def _turn_weights(sch: Schedule, copy: SBlockRV, group: LoopRV, rows: int) -> No
 def _reads_copies(sch: Schedule, block: SBlockRV) -> None:
     """Say that a sum over a copy reads no more than its operands: not where they were copied from."""
     old = sch.get(block)
-    new = SBlock(
-        old.iter_vars, old.reads[:2], old.writes, old.name_hint, old.body, old.init, old.alloc_buffers,
-        old.match_buffers, old.annotations,
-    )  # fmt: skip
+    new = changed(old, reads=old.reads[:2])
     sch.state.replace(sch.get_sref(block), new, {old: new})
 
 

@@ -8,10 +8,11 @@ own a vector stays in its register, and LLVM finds the lane.
 from __future__ import annotations
 
 from tvm.ir import Expr, Range
-from tvm.s_tir import SBlock, SBlockRealize, Schedule
+from tvm.s_tir import SBlockRealize, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.tirx import BufferRegion, For, IntImm
 
+from pa_compiler.statements import changed
 from pa_compiler.tiles import LANES
 
 WORDS = 4
@@ -79,10 +80,7 @@ def _reads_element(sch: Schedule, sums: SBlockRV) -> None:
     old = sch.get(sums)
     token, *_, element = (Range.from_min_extent(axis.var, 1) for axis in old.iter_vars)
     reads = [old.reads[0], BufferRegion(old.reads[1].source, [token, element]), *old.reads[2:]]
-    new = SBlock(
-        old.iter_vars, reads, old.writes, old.name_hint, old.body, old.init, old.alloc_buffers, old.match_buffers,
-        old.annotations,
-    )  # fmt: skip
+    new = changed(old, reads=reads)
     sch.state.replace(sch.get_sref(sums), new, {old: new})
 
 

@@ -42,6 +42,7 @@ from tvm.tirx import (
 from tvm.tirx.analysis import undefined_vars
 
 from pa_compiler.kernels.elements import dot_pairs
+from pa_compiler.statements import changed
 
 COLUMNS = 16
 """Columns of a tile of sums."""
@@ -256,8 +257,5 @@ def _allocating(sch: Schedule, sblock: SBlockRV, buffer: Buffer) -> list[StmtSRe
 def _replace(sch: Schedule, place: StmtSRef, **fields: Any) -> None:
     """Give the sblock at a place other fields."""
     old = place.stmt
-    names = (
-        "iter_vars", "reads", "writes", "name_hint", "body", "init", "alloc_buffers", "match_buffers", "annotations"
-    )  # fmt: skip
-    new = SBlock(*(fields.get(name, getattr(old, name)) for name in names))
+    new = changed(old, **fields)
     sch.state.replace(place, new, {old: new})

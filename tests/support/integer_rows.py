@@ -1,4 +1,4 @@
-"""What the tests of caches of integer codes share: rows with defined codes, and rows that are not finite."""
+"""What the tests of caches of integer codes share: rows with defined codes, rows that are not finite, and hard ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,30 @@ DEFINED = {
     "the largest numbers": ([3.4e38, -3.4e38, 1.0], [127, -127, 0], np.float32(3.4e38) / np.float32(127)),
 }
 """A row, its codes as int8, and its scale."""
+
+
+def one_large_element(inputs):
+    inputs.query[..., 3] = 200
+
+
+def queries_of_all_sizes(inputs):
+    sizes = np.logspace(-20, 2, inputs.query.shape[1]).astype(inputs.query.dtype)
+    inputs.query[...] *= sizes[:, None]
+
+
+def one_token_of_weight(inputs):
+    inputs.query[...] *= 40
+
+
+def scales_of_all_sizes(inputs):
+    scale = inputs.heads["value_scale"]
+    with np.errstate(over="ignore"):  # of slots that hold no token
+        of_slots = np.logspace(-12, 6, scale.shape[2], dtype=np.float32)
+        scale *= of_slots.reshape(-1, *[1] * (scale.ndim - 3))
+
+
+HARD_FOR_A_UNIT = (one_large_element, queries_of_all_sizes, one_token_of_weight, scales_of_all_sizes)
+"""Changes of inputs that one unit for a row is hard for."""
 
 
 def assert_not_finite_stays_in_its_row(module, spec, number, scale=()):

@@ -13,11 +13,11 @@ from tvm.tirx import PrimFunc
 from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.kernels.check import report_slots
 from pa_compiler.cuda.kernels.quantise import quantise_tokens
-from pa_compiler.cuda.kernels.scales import STRIDES
 from pa_compiler.cuda.kernels.slots import WARPS, Moved, find_lost, find_target, load_chunk
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CHUNK_WORDS, WARP, chunks
 from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS
 from pa_compiler.kernels.arrays import without
+from pa_compiler.kernels.scales import unused
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -89,7 +89,7 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
             T.cuda.cta_sync()
             move_stage(keys, values, slot_mapping, first, num_tokens, thread, again)
 
-    return without(cuda_append_kv, *(() if spec.has_scales else STRIDES))
+    return without(cuda_append_kv, *unused(spec))
 
 
 def move_tokens(spec: PagedAttentionSpec) -> Callable[..., None]:

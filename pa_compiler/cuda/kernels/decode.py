@@ -14,7 +14,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import BEGIN, END, LENGTH, RANGE, RANGES, SEQ, TILE, Sequences, find_item, find_tree
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
-from pa_compiler.cuda.kernels.scales import STRIDES, scales_of, score_factor, weights_headroom
+from pa_compiler.cuda.kernels.scales import scales_of, score_factor, weights_headroom
 from pa_compiler.cuda.kernels.scores import Functions, Scoring, Tile, load_slopes
 from pa_compiler.cuda.kernels.sight import AFTER, allocate_sight, find_sight
 from pa_compiler.cuda.kernels.state import allocate, start
@@ -23,6 +23,7 @@ from pa_compiler.cuda.tiles import WARP, CudaTiling, FmaTiling, TensorCoreTiling
 from pa_compiler.kernels.arrays import without
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.rows import BEYOND, AnyRows, Rows, TokenRows
+from pa_compiler.kernels.scales import STRIDES
 from pa_compiler.kernels.sight import Tree
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline

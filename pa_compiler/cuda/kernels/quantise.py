@@ -17,15 +17,13 @@ from pa_compiler.cuda.kernels.slots import find_target, load_chunk
 from pa_compiler.cuda.kernels.state import exchange
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CHUNK_WORDS, WARP, Element
 from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS
+from pa_compiler.kernels.elements import INFINITE, MAGNITUDE
 from pa_compiler.kernels.quantise import float8_code
 from pa_compiler.kernels.quantise_rows import int8_code, int8_scale
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
 _STORE = {1: "st.global.b32", 2: "st.global.v2.b32"}
-_MAGNITUDE = 0x7FFFFFFF
-"""The bits of float32 without its sign."""
-_INFINITE = 0x7F800000
 
 
 def quantise_tokens(spec: PagedAttentionSpec) -> Callable[..., None]:
@@ -106,7 +104,7 @@ def measure(count: int, lanes: int) -> Callable[..., None]:
     def stage(numbers, scale):
         peak: T.int32 = T.int32(0)
         for i in T.unroll(count):
-            peak = T.max(peak, T.bitwise_and(T.reinterpret("int32", numbers[i]), T.int32(_MAGNITUDE)))
+            peak = T.max(peak, T.bitwise_and(T.reinterpret("int32", numbers[i]), T.int32(MAGNITUDE)))
         for level in T.unroll(lanes.bit_length() - 1):
             peak = T.max(peak, exchange(peak, 1 << level))
         scale = int8_scale(peak)
@@ -146,7 +144,7 @@ def code_of(spec: PagedAttentionSpec) -> Callable[[Expr, Expr], Expr]:
     code = float8_code(spec.cache_dtype)
 
     def of_quotient(x: Expr, scale: Expr) -> Expr:
-        is_nan = T.bitwise_and(T.reinterpret("int32", x), T.int32(_MAGNITUDE)) > T.int32(_INFINITE)
+        is_nan = T.bitwise_and(T.reinterpret("int32", x), T.int32(MAGNITUDE)) > T.int32(INFINITE)
         return T.Cast("uint32", code(T.Select(is_nan, x, x / scale)))  # division has one NaN, which has no sign
 
     return of_quotient

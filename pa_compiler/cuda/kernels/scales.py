@@ -23,9 +23,6 @@ from pa_compiler.cuda.tiles import CudaTiling, TensorCoreTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
-STRIDES = ("ks_block", "ks_row", "ks_head", "vs_block", "vs_row", "vs_head")
-"""Parameters of kernels: the strides of both arrays of scales, in elements."""
-
 COPY = "cp.async.ca.shared.global"
 
 
