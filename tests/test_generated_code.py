@@ -37,9 +37,9 @@ def test_a_name_that_is_none_in_cpp_is_refused(name, figure):
 @pytest.mark.scorecard(24)
 def test_a_template_uses_nothing_that_is_not_given():
     with pytest.raises(jinja2.UndefinedError, match="'missing' is undefined"):
-        host._environment().from_string("{{ missing }}").render()
+        host._environment(()).from_string("{{ missing }}").render()
     with pytest.raises(jinja2.UndefinedError, match="no attribute 'missing'"):
-        host._environment().from_string("{{ spec.missing }}").render(spec=BASE)
+        host._environment(()).from_string("{{ spec.missing }}").render(spec=BASE)
 
 
 @pytest.mark.scorecard(24)

@@ -33,8 +33,8 @@ GPU_FAULTS = {
     ),
     "a value that other heads see multiplied by 0 on a GPU": Fault(
         f"{_CUDA}fma.py",
-        "scores[t * rows + r] * _shown(value, shown, r, t)",
-        "scores[t * rows + r] * value",
+        "scores[t * rows + r] * _shown(numbers[i], shown, r, t)",
+        "scores[t * rows + r] * numbers[i]",
         "test_cuda_functions.py::test_what_one_head_does_not_see_another_may",
     ),
 }
